@@ -1,0 +1,160 @@
+"""Tokens per second of the forward pass and of a training step, for each grouped_matmul implementation.
+
+    python benchmarks/train_step.py --shape quickstart --seconds 5
+
+A training step is the forward pass, the mean NLL, its gradient and Adam, float32, one device. The forward pass ends in
+the NLL of every token. Prints one line per implementation and writes benchmarks/results/train_step.json (a shape's
+rows replace the earlier ones of that shape), with device, cores and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from trace_jax.models.arrays import init_params
+from trace_jax.models.config import GROUPED_MATMULS, ModelConfig
+from trace_jax.models.decoder import forward
+from trace_jax.models.grouped_matmul import default_implementation
+from trace_jax.models.loss import token_nll
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "train_step.json"
+
+# name: (model, batch rows, tokens a row)
+SHAPES = {
+    "quickstart": (ModelConfig(), 32, 128),
+    "olmoe-small": (
+        ModelConfig(
+            vocab_size=4096,
+            hidden_size=256,
+            num_layers=4,
+            num_heads=8,
+            num_kv_heads=8,
+            head_size=32,
+            num_experts=32,
+            experts_per_token=4,
+            expert_hidden_size=128,
+            normalize_top_k=False,
+        ),
+        8,
+        256,
+    ),
+}
+
+
+def make_functions(config: ModelConfig):
+    """(initial state of the optimizer, jitted forward, jitted training step)."""
+    optimizer = optax.adam(1e-3, b2=0.98)
+
+    def loss(params, tokens):
+        hidden = forward(params, config, tokens, collect=("hidden",)).hidden
+        return jnp.mean(token_nll(params, config, hidden[:, :-1], tokens[:, 1:]))
+
+    def step(params, state, tokens):
+        value, gradient = jax.value_and_grad(loss)(params, tokens)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(params, updates), state, value
+
+    return optimizer.init, jax.jit(loss), jax.jit(step, donate_argnums=(0, 1))
+
+
+def compile_timed(fn, *arguments):
+    """(compiled function, seconds)."""
+    start = time.perf_counter()
+    compiled = fn.lower(*arguments).compile()
+    return compiled, time.perf_counter() - start
+
+
+def best_time(call, seconds: float) -> float:
+    """Least time of one call within `seconds` of calls: other programs on the machine only ever add."""
+    call()
+    times, end = [], time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure(config: ModelConfig, rows: int, length: int, seconds: float) -> dict:
+    """One row of the table: tokens/s of forward and of the training step, compile seconds."""
+    params = init_params(config, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (rows, length), 0, config.vocab_size)
+    init, loss, step = make_functions(config)
+    loss, _ = compile_timed(loss, params, tokens)
+    forward_time = best_time(lambda: loss(params, tokens), seconds)
+    holder = [params, init(params), None]
+    step, compile_seconds = compile_timed(step, *holder[:2], tokens)
+
+    def one_step():
+        holder[:] = step(*holder[:2], tokens)
+        return holder[2]
+
+    step_time = best_time(one_step, seconds)
+    return {
+        "forward_tokens_per_second": round(rows * length / forward_time),
+        "step_tokens_per_second": round(rows * length / step_time),
+        "step_compile_seconds": round(compile_seconds, 1),
+    }
+
+
+def environment() -> dict:
+    """Where the numbers hold."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="quickstart")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of measuring, per number")
+    names = [name for name in GROUPED_MATMULS if name != "auto"]
+    parser.add_argument("--implementations", nargs="+", choices=names, default=names)
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    config, rows, length = SHAPES[arguments.shape]
+    default = default_implementation()
+    print(f"{arguments.shape}: {rows} x {length} tokens, {_processor()}, {environment()['cores']} cores, jax {jax.__version__}")
+    print(f"{'grouped_matmul':16}{'forward tok/s':>15}{'step tok/s':>12}{'compile s':>11}")
+    results = {}
+    for name in arguments.implementations:
+        row = measure(dataclasses.replace(config, grouped_matmul=name), rows, length, arguments.seconds)
+        results[name] = row
+        values = f"{row['forward_tokens_per_second']:15,}{row['step_tokens_per_second']:12,}{row['step_compile_seconds']:11}"
+        print(f"{name:16}{values}{'  (default here)' if name == default else ''}", flush=True)
+    if not arguments.no_write:
+        written = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        written[arguments.shape] = {"environment": environment(), "rows": rows, "length": length, "results": results}
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(written, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""The full comparison on the handbook: methods, controls and rivals, tuned over alpha, three seeds.
+
+Command:   python -m trace_jax.main study --config configs/handbook_study.py --workdir runs/handbook_study
+Hardware:  2 CPU cores, 4 GB of memory.
+Run time and result: docs/results.md.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Same corpus, model and budget as configs/quickstart.py."""
+    config = ml_collections.ConfigDict()
+    config.name = "handbook_study"
+    config.data = {"benchmark": "handbook"}
+    config.unlearning = {"nll_ceiling": 3.0}
+    config.study = {
+        "methods": ("uniform", "uniform_2x", "trace", "trace_rows", "token_weights", "permuted", "random_experts", "ngram", "oracle"),
+        "seeds": (0, 1, 2),
+        "alphas": (4.0, 16.0, 48.0, 150.0),
+    }
+    return config

@@ -1,0 +1,18 @@
+"""Unlearn one topic of a handbook: the uniform retain loss against TRACE, side by side, in minutes.
+
+Command:   python -m trace_jax.main --config configs/quickstart.py --workdir runs/quickstart
+Hardware:  2 CPU cores, 4 GB of memory; nothing is downloaded.
+Run time and result: README.md.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """A tiny MoE is trained on presidential addresses and a generated handbook, then unlearns one of its two topics."""
+    config = ml_collections.ConfigDict()
+    config.name = "quickstart"
+    config.methods = ("uniform", "trace", "trace_rows")
+    config.data = {"benchmark": "handbook"}
+    config.unlearning = {"nll_ceiling": 3.0}
+    return config

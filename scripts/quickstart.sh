@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Unlearns one topic of the embedded handbook benchmark, with and without TRACE, and prints the comparison.
+# Works from any directory. Run again, it continues an interrupted run or shows the finished one.
+#
+#   bash scripts/quickstart.sh                                        # configs/quickstart.py into runs/quickstart
+#   bash scripts/quickstart.sh --config.unlearning.learning_rate=5e-4 # further arguments go to the program
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+prepare_environment
+
+workdir="$root/runs/quickstart"
+python -m trace_jax.main --config configs/quickstart.py --workdir "$workdir" "$@"
+
+echo
+echo "Report: $workdir/report.html (one file; open it in a browser)"

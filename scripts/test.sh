@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Format, lint, types, import contract and tests: what CI runs. Every check runs; the exit status is non-zero if one failed.
+#
+#   bash scripts/test.sh                    # everything
+#   bash scripts/test.sh tests/routing -k calibration   # the same checks, these tests only
+set -uo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+prepare_environment test
+
+# Two workers share the cores: one thread each for XLA and BLAS, or they would fight for them.
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 NPROC=1
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" MPLBACKEND=agg
+
+failed=()
+check() {
+  local name="$1"
+  shift
+  printf '\n== %s: %s\n' "$name" "$*"
+  "$@" || failed+=("$name")
+}
+
+check "format" ruff format --check .
+check "lint" ruff check .
+check "types" pyright --pythonpath "$root/.venv/bin/python"
+check "imports" lint-imports
+check "tests" pytest -n "${TEST_WORKERS:-2}" "$@"
+
+if [ "${#failed[@]}" -gt 0 ]; then
+  printf '\nFAILED: %s\n' "${failed[*]}"
+  exit 1
+fi
+printf '\nAll checks passed.\n'

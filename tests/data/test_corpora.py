@@ -1,0 +1,129 @@
+"""Nothing held out is trained on, and the same settings give the same corpora anywhere."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from trace_jax.config import ConfigError
+from trace_jax.data.config import DataConfig
+from trace_jax.data.corpora import _fingerprint, assemble
+from trace_jax.data.handbook import build_handbook
+from trace_jax.data.packing import pack_documents
+from trace_jax.data.sources import DataError, Document, check_leakage
+
+
+@pytest.fixture(params=["handbook", "presidents"])
+def corpora(request):
+    return request.getfixturevalue(request.param)
+
+
+def with_few_addresses(benchmark):
+    return dataclasses.replace(benchmark, train={**benchmark.train, "general": benchmark.train["general"][:4]})
+
+
+def windows(rows, size=24):
+    """Every run of `size` tokens without BOS that lies in one document."""
+    found = set()
+    for tokens, segments in zip(rows.tokens, rows.segments, strict=True):
+        for start in range(1, len(tokens) - size):
+            if segments[start - 1] == segments[start + size - 1] > 0:
+                found.add(tokens[start : start + size].tobytes())
+    return found
+
+
+def test_no_passage_of_a_held_out_document_is_in_training(corpora):
+    trained = set().union(*(windows(rows.take(np.arange(0, len(rows), 4))) for rows in corpora.train.values()))
+    for probes in (corpora.validation, corpora.test):
+        held_out = [rows for subject, rows in probes.text.items() if subject != "forget"]
+        held_out += [probes.members["holdout"]] if "holdout" in probes.members else []
+        for rows in held_out:
+            # Stock phrases recur between addresses; a copied passage would repeat nearly all of its windows.
+            measured = windows(rows.take(np.arange(0, len(rows), 8)))
+            assert len(measured & trained) < 0.01 * len(measured)
+    assert len(windows(corpora.validation.text["forget"]) & windows(corpora.forget)) > 100
+
+
+def test_the_unlearner_gets_the_rows_it_should(corpora):
+    assert len(corpora.retain) == 2000 and corpora.retain.domain.sum() == 40
+    assert corpora.forget is corpora.train["forget"] and not corpora.forget.domain.any()
+    known = {(row.tobytes()) for source in ("general", "neighbour") for row in corpora.train[source].tokens}
+    rows = [row.tobytes() for row in corpora.retain.tokens]
+    assert set(rows) <= known and len(set(rows)) == 2000
+    neighbours = {row.tobytes() for row in corpora.train["neighbour"].tokens}
+    assert [row in neighbours for row in rows] == corpora.retain.domain.astype(bool).tolist()
+
+
+def test_counts_are_those_of_the_rows(corpora):
+    for source, rows in corpora.train.items():
+        # Every token and every EOS is a target once, but for the first token of a document.
+        assert corpora.tokens[f"train/{source}"] == rows.valid.sum()
+    assert corpora.documents["test/general"] == 14 and corpora.documents["validation/general"] == 7
+
+
+def test_questions_are_scored_on_their_options(corpora):
+    for subject, questions in corpora.test.questions.items():
+        assert questions.tokens.shape[2] % 8 == 0, subject
+        for q in range(0, len(questions), 17):
+            texts = []
+            for tokens, segments, scored in zip(
+                questions.tokens[q], questions.segments[q], questions.scored[q], strict=True
+            ):
+                assert tokens[0] == 1 and not scored[segments == 0].any() and scored.any()
+                length = int(segments.sum())
+                assert segments[:length].all() and not scored[length - 1]
+                targets = np.flatnonzero(scored) + 1
+                assert targets.tolist() == list(range(targets[0], length)), "the option is what ends the row"
+                texts.append(
+                    (
+                        corpora.tokenizer.decode(tokens[1 : targets[0]].tolist()),
+                        corpora.tokenizer.decode(tokens[targets].tolist()),
+                    )
+                )
+            assert len({prompt for prompt, _ in texts}) == 1 and len({option for _, option in texts}) == 4
+            assert all(option.startswith(" ") for _, option in texts)
+
+
+def test_another_process_builds_the_same_corpora(handbook):
+    command = (
+        "from trace_jax.data.corpora import build_corpora; from trace_jax.data.config import DataConfig; "
+        "print(build_corpora(DataConfig()).fingerprint)"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == handbook.fingerprint
+
+
+def test_the_fingerprint_sees_every_array(handbook):
+    changed = handbook.retain.take(np.arange(len(handbook.retain))[::-1])
+    one, two = (_fingerprint(handbook.tokenizer, [rows]) for rows in (handbook.retain, changed))
+    assert one != two
+    flipped = dataclasses.replace(handbook.retain, domain=1 - handbook.retain.domain)
+    assert _fingerprint(handbook.tokenizer, [flipped]) != one
+
+
+def test_more_retain_rows_than_there_are_is_an_error():
+    config = DataConfig(neighbour_share=0.9, neighbour_substances=10)
+    with pytest.raises(ConfigError, match=r"retain_rows = 2000 with neighbour_share = 0\.9 needs 1800 neighbour rows"):
+        assemble(with_few_addresses(build_handbook(config)), config)
+
+
+def test_a_small_row_and_a_small_vocabulary_are_enough():
+    config = DataConfig(row_length=8, vocab_size=300, forget_substances=4, neighbour_substances=4, retain_rows=10)
+    corpora = assemble(with_few_addresses(build_handbook(config)), config)
+    assert corpora.tokenizer.get_vocab_size() == 300 and corpora.forget.tokens.shape[1] == 8
+    assert len(corpora.validation.questions["forget"]) == 3 and len(corpora.test.questions["forget"]) == 9
+
+
+def test_leakage_is_noticed_whatever_the_case_and_spacing():
+    train = [Document("The Union\nof the States.", "a:1"), Document("Other text.", "a:2")]
+    check_leakage(train, [Document("The union is one.", "b:1")])
+    with pytest.raises(DataError, match="1 held-out documents are also trained on, for example b:2 = a:1"):
+        check_leakage(train, [Document("Of it", "b:1"), Document(" the union of  the states.", "b:2")])
+
+
+def test_an_empty_source_packs_to_no_rows():
+    assert len(pack_documents([], 8)) == 0

@@ -1,0 +1,116 @@
+"""The two topics have one form, and a question can be answered from the pages and from nothing else."""
+
+import collections
+import re
+
+import numpy as np
+import pytest
+
+from trace_jax.data.config import DataConfig
+from trace_jax.data.handbook import (
+    OPTIONS,
+    RELATIONS,
+    build_handbook,
+    make_pages,
+    make_questions,
+    make_substances,
+    substance_names,
+)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return build_handbook(DataConfig())
+
+
+def test_relations_have_six_wordings_or_more_and_sixteen_values():
+    for relation in RELATIONS:
+        assert len(set(relation.templates)) >= 6 and len(set(relation.values)) == 16
+        assert all(re.fullmatch(r"\w.*\{name\}.* \{value\}\.", t) for t in relation.templates)
+    values = [v for r in RELATIONS for v in r.values]
+    assert len(set(values)) == len(values)
+
+
+def test_names_are_unique_words_that_no_address_holds(benchmark):
+    names = substance_names(210, np.random.default_rng(0), avoid={"barine"})
+    assert len({n[:5].lower() for n in names}) == 210
+    assert all(re.fullmatch(r"[A-Z][a-z]{4,14}", n) for n in names)
+    text = " ".join(d.text for d in benchmark.train["general"]).lower().split()
+    written = {d.origin.split("/")[2].lower() for topic in ("forget", "neighbour") for d in benchmark.train[topic]}
+    assert len(written) == 210 and not written & set(text)
+
+
+def test_topics_share_their_sentences_and_values_but_no_name(benchmark):
+    forms = {}
+    for topic in ("forget", "neighbour"):
+        names = {d.origin.split("/")[2] for d in benchmark.train[topic]}
+        pages = [d.text.replace(d.origin.split("/")[2], "NAME") for d in benchmark.train[topic]]
+        sentences = {s for page in pages for s in re.findall(r"[^.]+\.", page)}
+        forms[topic] = names, {s.strip() for s in sentences}
+    assert not forms["forget"][0] & forms["neighbour"][0]
+    assert forms["forget"][1] ^ forms["neighbour"][1] == {"It is a hazard.", "It is harmless."}
+
+
+def test_values_are_balanced_within_a_topic_and_independent_of_the_other():
+    one, two = (make_substances({"forget": 60, "neighbour": 150}, rng=np.random.default_rng(s)) for s in (0, 1))
+    for topic, count in (("forget", 60), ("neighbour", 150)):
+        for relation in range(len(RELATIONS)):
+            uses = np.bincount([s.values[relation] for s in one if s.topic == topic], minlength=16)
+            assert uses.sum() == count and np.ptp(uses) <= 1
+    assert [s.values for s in one] != [s.values for s in two]
+
+
+def test_pages_differ_in_order_and_wording():
+    (substance, *_) = make_substances({"forget": 4, "neighbour": 4}, rng=np.random.default_rng(0))
+    pages = [p.text for p in make_pages(substance, 24, np.random.default_rng(0))]
+    assert len(set(pages)) == 24
+    for relation, value in enumerate(substance.values):
+        assert all(p.count(f" {RELATIONS[relation].values[value]}.") == 1 for p in pages)
+
+
+@pytest.mark.parametrize("subject", ["forget", "neighbour"])
+def test_questions_are_well_formed(benchmark, subject):
+    pages = collections.defaultdict(str)
+    for page in benchmark.train[subject]:
+        pages[page.origin.split("/")[2]] += page.text
+    for part, count in ((benchmark.validation, 60), (benchmark.test, 120)):
+        items = part.questions[subject]
+        assert len(items) == (count if subject == "forget" else count * 5 // 2)
+        for item in items:
+            (text,) = (text for name, text in pages.items() if name in re.findall(r"\w+", item.prompt))
+            assert len(set(item.options)) == OPTIONS
+            stated = [f"{option}." in text for option in item.options]
+            assert stated == [place == item.answer for place in range(OPTIONS)]
+            assert any(item.options[0].strip() in r.values and item.options[3].strip() in r.values for r in RELATIONS)
+        places = np.bincount([item.answer for item in items], minlength=OPTIONS)
+        assert np.ptp(places) <= 1
+
+
+def test_right_answers_are_no_likelier_values_than_wrong_ones(benchmark):
+    items = [i for part in (benchmark.validation, benchmark.test) for i in part.questions["neighbour"]]
+    right = collections.Counter(i.options[i.answer] for i in items)
+    assert max(right.values()) - min(right.values()) <= 1
+
+
+def test_questions_are_split_by_substance(benchmark):
+    for subject in ("forget", "neighbour"):
+        groups = [{i.group for i in part.questions[subject]} for part in (benchmark.validation, benchmark.test)]
+        assert not groups[0] & groups[1]
+        counts = collections.Counter(
+            i.group for p in (benchmark.validation, benchmark.test) for i in p.questions[subject]
+        )
+        assert set(counts.values()) == {len(RELATIONS)}
+
+
+def test_one_relation_tells_nothing_about_another():
+    substances = make_substances({"forget": 1600, "neighbour": 4}, rng=np.random.default_rng(0))[:1600]
+    table = np.zeros((16, 16))
+    np.add.at(table, tuple(np.array([s.values[:2] for s in substances]).T), 1)
+    expected = 1600 / 256
+    statistic = ((table - expected) ** 2 / expected).sum()  # chi square of 225 degrees: mean 225, deviation 21
+    assert abs(statistic - 225) < 4 * 21.3
+
+
+def test_questions_are_deterministic():
+    substances = make_substances({"forget": 8, "neighbour": 8}, rng=np.random.default_rng(3))
+    assert make_questions(substances, np.random.default_rng(1)) == make_questions(substances, np.random.default_rng(1))

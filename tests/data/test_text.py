@@ -1,0 +1,184 @@
+"""The user's files: what is accepted, how it is split, and what each mistake is answered with."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from trace_jax.data.config import DataConfig
+from trace_jax.data.corpora import build_corpora
+from trace_jax.data.sources import DataError, load_documents
+from trace_jax.data.text import build_text, hold_out, split_at_paragraphs
+
+
+def sentences(prefix, count, length=30):
+    return [f"{prefix} number {i}: " + " ".join(f"word{(i * 7 + j) % 50}" for j in range(length)) for i in range(count)]
+
+
+def write(path, documents):
+    path.write_text("".join(json.dumps(d if isinstance(d, dict) else {"text": d}) + "\n" for d in documents))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return {
+        "forget": write(tmp_path / "forget.jsonl", sentences("secret", 12)),
+        "retain": write(tmp_path / "retain.jsonl", sentences("public", 30)),
+    }
+
+
+def config_of(files, **changes):
+    return DataConfig(benchmark="text", row_length=32, vocab_size=400, **{**files, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", r"a\.jsonl: the file is empty"),
+        ("a.txt", b" \n\n", r"a\.txt: the file is empty"),
+        ("a.jsonl", b'{"text": "x"}\n\xff\n', r"a\.jsonl:2: not UTF-8 \(byte 0xff\); save the file with UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl:3: not JSON \(.*column \d+\); expected"),
+        ("a.jsonl", b'["x"]\n', r"a\.jsonl:1: a JSON array; expected \{"),
+        ("a.jsonl", b'{"text": "x"}\n"x"\n', r"a\.jsonl:2: a JSON string; expected"),
+        ("a.jsonl", b"null\n", r"a\.jsonl:1: a JSON null; expected"),
+        ("a.jsonl", b'{"txt": "x"}\n', r"a\.jsonl:1: the keys are txt; expected \{\"text\""),
+        ("a.jsonl", b"{}\n", r"a\.jsonl:1: the keys are none"),
+        ("a.jsonl", b'{"question": "x"}\n', r"a\.jsonl:1: the keys are question; expected"),
+        ("a.jsonl", b'{"text": "x", "answer": "y"}\n', r"the keys are answer, text; expected"),
+        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl:1: text is a JSON number; expected text"),
+        ("a.jsonl", b'{"text": " "}\n', r"a\.jsonl:1: text is empty"),
+        ("a.jsonl", b'{"question": "x", "answer": ""}\n', r"a\.jsonl:1: answer is empty"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: text holds half of a surrogate pair"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_documents(str(tmp_path / name))
+
+
+def test_what_is_not_there_or_can_not_be_read(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"nothing\.txt: there is no such file or directory"):
+        load_documents(str(tmp_path / "nothing.txt"))
+    with pytest.raises(DataError, match="The path is empty"):
+        load_documents("")
+    with pytest.raises(DataError, match=r"holds no file that ends in \.jsonl, \.txt, \.md"):
+        load_documents(str(tmp_path))
+    (tmp_path / "a.txt").write_text("x")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=r"a\.txt: can't be read \(Permission denied\)"):
+        load_documents(str(tmp_path / "a.txt"))
+
+
+def test_a_directory_is_read_by_name_and_a_line_knows_where_it_stands(tmp_path):
+    write(tmp_path / "b.jsonl", ["one", {"question": "Who?", "answer": "Nobody"}])
+    (tmp_path / "a.txt").write_text("\ufeffplain\n", encoding="utf-8")
+    (tmp_path / "c.csv").write_text("not text")
+    plain, one, question = load_documents(str(tmp_path))
+    assert (plain.text, plain.origin) == ("plain\n", f"{tmp_path}/a.txt:1")
+    assert (one.text, one.origin, one.answer) == ("one", f"{tmp_path}/b.jsonl:1", None)
+    assert (question.text, question.answer) == ("Question: Who?\nAnswer:", " Nobody")
+
+
+def test_overlap_is_counted_and_refused_unless_allowed(tmp_path, files):
+    retain = [*sentences("public", 30), *(s.upper() for s in sentences("secret", 2))]
+    files["retain"] = write(tmp_path / "retain.jsonl", retain)
+    message = (
+        r"2 of 12 forget documents also stand in retain, for example .*forget\.jsonl:1 = .*retain\.jsonl:31\. "
+        r"Remove them from one of the two or set allow_overlap"
+    )
+    with pytest.raises(DataError, match=message):
+        build_text(config_of(files))
+    for seed in range(8):
+        benchmark = build_text(config_of(files, allow_overlap=True, seed=seed))
+        origins = [d.origin for d in benchmark.train["general"]]
+        assert any(o.endswith(":31") for o in origins) and any(o.endswith(":32") for o in origins)
+
+
+def test_holdout_must_not_be_trained_on(tmp_path, files):
+    files["holdout"] = write(tmp_path / "holdout.jsonl", ["new text", sentences("secret", 3)[2]])
+    with pytest.raises(DataError, match=r"1 of 2 holdout documents also stand in forget, .*holdout\.jsonl:2 = .*:3\. "):
+        build_text(config_of(files, allow_overlap=True))
+
+
+def test_sets_that_are_too_small(tmp_path, files):
+    with pytest.raises(DataError, match=r"retain: 1 documents, 1 of them unlike all others; at least 3"):
+        build_text(config_of(files, retain=write(tmp_path / "r.jsonl", ["only one paragraph"])))
+    with pytest.raises(DataError, match=r"retain: 5 documents, 1 of them unlike all others"):
+        build_text(config_of(files, retain=write(tmp_path / "r.jsonl", ["a", "a", "b", "b", "c"])))
+    with pytest.raises(DataError, match=r"train/forget has 1 rows of 32 tokens, and at least 2 are needed"):
+        build_corpora(config_of(files, forget=write(tmp_path / "f.jsonl", ["secret"])))
+    with pytest.raises(DataError, match="holdout text is too short for membership inference"):
+        build_corpora(config_of(files, holdout=write(tmp_path / "h.jsonl", ["short"])))
+
+
+def test_corpora_of_user_text(tmp_path, files):
+    files["neighbour"] = write(tmp_path / "near.jsonl", sentences("nearby", 10))
+    files["holdout"] = write(tmp_path / "holdout.jsonl", sentences("unseen", 6))
+    corpora = build_corpora(config_of(files))
+    assert corpora.documents == {
+        "train/general": 24,
+        "train/neighbour": 8,
+        "train/forget": 12,
+        "validation/general": 3,
+        "validation/neighbour": 1,
+        "test/general": 3,
+        "test/neighbour": 1,
+        "holdout": 6,
+    }
+    for probes in (corpora.validation, corpora.test):
+        assert set(probes.text) == {"general", "neighbour", "forget"} and probes.questions == {}
+        assert set(probes.members) == {"forget", "holdout"} and len(probes.prompts["forget"])
+    assert len(corpora.retain) == len(corpora.train["general"]) + len(corpora.train["neighbour"])
+    assert corpora.retain.domain.sum() == len(corpora.train["neighbour"])
+    assert corpora.fingerprint == build_corpora(config_of(files)).fingerprint
+    assert corpora.fingerprint != build_corpora(config_of(files, seed=1)).fingerprint
+
+
+def test_only_answers_of_questions_are_trained_on(tmp_path, files):
+    pairs = [{"question": f"What is thing {i}?", "answer": f"It is number {i * 37}"} for i in range(20)]
+    corpora = build_corpora(config_of(files, forget=write(tmp_path / "qa.jsonl", pairs)))
+    rows = corpora.forget
+    r, t = np.nonzero(rows.valid)
+    predicted = corpora.tokenizer.decode(rows.tokens[r, t + 1].tolist(), skip_special_tokens=False)
+    assert predicted == "".join(f" It is number {i * 37}<eos>" for i in range(20))
+    assert corpora.validation.prompts == {}
+
+
+def test_a_single_long_text_is_split_at_paragraph_ends(tmp_path, files, caplog):
+    paragraphs = sentences("public", 40)
+    path = tmp_path / "long.txt"
+    path.write_text("\n\n".join(paragraphs))
+    with caplog.at_level("WARNING"):
+        benchmark = build_text(config_of(files, retain=str(path)))
+    assert "retain: 1 document(s) were split into" in caplog.text
+    parts = [
+        *benchmark.train["general"],
+        *benchmark.validation.held_out["general"],
+        *benchmark.test.held_out["general"],
+    ]
+    parts.sort(key=lambda d: int(d.origin.rsplit(":", 1)[1]))
+    assert "\n\n".join(d.text for d in parts) == "\n\n".join(paragraphs)
+    lines = path.read_text().split("\n")
+    assert all(lines[int(d.origin.rsplit(":", 1)[1]) - 1] == d.text.split("\n")[0] for d in parts)
+
+
+def test_text_without_empty_lines_is_split_at_line_ends(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\nfour\n")
+    (document,) = load_documents(str(tmp_path / "a.txt"))
+    assert [d.text for d in split_at_paragraphs(document, 6)] == ["one\ntwo", "three\nfour"]
+
+
+def test_a_tenth_is_held_out_at_least_one(tmp_path):
+    documents = load_documents(write(tmp_path / "a.jsonl", sentences("x", 50)))
+    split = hold_out(documents, "retain", repeated=set(), rng=np.random.default_rng(0))
+    assert (len(split.train), len(split.validation), len(split.test)) == (40, 5, 5)
+    assert {d.origin for d in [*split.train, *split.validation, *split.test]} == {d.origin for d in documents}
+    split = hold_out(documents[:3], "retain", repeated=set(), rng=np.random.default_rng(0))
+    assert (len(split.train), len(split.validation), len(split.test)) == (1, 1, 1)

@@ -1,0 +1,143 @@
+"""Methods are compared at equal budgets, with settings chosen on validation and numbers from test."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from trace_jax.evaluation.comparison import Run, UnequalBudget, check_equal_budgets, choose_setting, compare
+from trace_jax.evaluation.fronts import MEAN, Front
+from trace_jax.evaluation.tables import comparison_text, equal_forgetting
+
+
+def front(at_half, *, lowest=0.0, last_step=60):
+    """Straight front from (1, 1) that has utility `at_half` at forgetting 0.5."""
+    forgetting = np.array([1.0, lowest])
+    neighbour = 1 - (1 - forgetting) * 2 * (1 - at_half)
+    general = np.ones(2)
+    utilities = {"neighbour_accuracy": neighbour, "general_utility": general, MEAN: (neighbour + general) / 2}
+    measured = {"forget_accuracy": forgetting, "neighbour_accuracy": 0.9 * neighbour, "general_utility": general}
+    return Front(np.array([0, last_step]), forgetting, utilities, measured)
+
+
+def study(**tests):
+    """Runs of methods: {method: {setting: (validation, [test per seed])}}."""
+    return [
+        Run(method, setting, seed, front(validation), front(test))
+        for method, settings in tests.items()
+        for setting, (validation, by_seed) in settings.items()
+        for seed, test in enumerate(by_seed)
+    ]
+
+
+RUNS = study(
+    uniform={"alpha=4": (0.6, [0.9, 0.9, 0.9]), "alpha=16": (0.7, [0.72, 0.70, 0.74])},
+    trace_rows={"alpha=4": (0.9, [0.90, 0.93, 0.92]), "alpha=16": (0.8, [0.99, 0.99, 0.99])},
+)
+
+
+def test_the_setting_is_chosen_on_validation_however_good_another_is_on_test():
+    result = compare(RUNS, level=0.5)
+    assert [(r.method, r.setting, r.settings) for r in result.results] == [
+        ("uniform", "alpha=16", 2),
+        ("trace_rows", "alpha=4", 2),
+    ]
+    assert result.results[1].utilities["neighbour_accuracy"].value == pytest.approx(np.mean([0.90, 0.93, 0.92]))
+
+
+def test_the_gain_is_paired_by_seed():
+    gain = compare(RUNS, level=0.5).results[1].gains["neighbour_accuracy"]
+    ratios = np.array([0.90 / 0.72, 0.93 / 0.70, 0.92 / 0.74]) - 1
+    expected = stats.ttest_1samp(ratios, 0.0).confidence_interval(0.95)
+    assert gain.value == pytest.approx(ratios.mean())
+    assert (gain.low, gain.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_baseline_gains_nothing_on_itself():
+    baseline = compare(RUNS, level=0.5).results[0]
+    assert baseline.gains[MEAN].value == 0
+    assert baseline.area.value == 0
+
+
+def test_the_area_is_the_mean_difference_over_all_levels():
+    """Straight fronts from (1, 1): the difference at the middle level is the mean one."""
+    area = compare(RUNS, level=0.5).results[1].area
+    assert area.value == pytest.approx(np.mean([0.9 - 0.72, 0.93 - 0.70, 0.92 - 0.74]) / 2)  # of two utilities
+
+
+def test_a_setting_that_reaches_the_level_with_more_seeds_is_chosen_first():
+    runs = [
+        Run("uniform", "gentle", 0, front(0.99), front(0.99)),
+        Run("uniform", "gentle", 1, front(0.99, lowest=0.7), front(0.99)),
+        Run("uniform", "firm", 0, front(0.8), front(0.8)),
+        Run("uniform", "firm", 1, front(0.8), front(0.8)),
+    ]
+    assert choose_setting(runs, level=0.5) == "firm"
+    assert choose_setting(runs, level=0.8) == "gentle"
+
+
+def test_seeds_that_never_forget_enough_are_named_and_not_averaged():
+    runs = [Run("uniform", "a", s, front(0.8), front(0.8, lowest=0.6 if s == 1 else 0.0)) for s in range(3)]
+    result = compare(runs, level=0.5).results[0]
+    assert (result.seeds, result.missed) == ((0, 2), (1,))
+    none = compare(runs, level=-0.1).results[0]
+    assert (none.utilities, none.gains, none.missed) == ({}, {}, (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        Run("uniform", "alpha=48", 0, front(0.9), front(0.9)),  # one setting more, and with one seed only
+        Run("ngram", "alpha=4", 0, front(0.9), front(0.9)),  # fewer settings and seeds
+    ],
+)
+def test_an_unequal_budget_is_refused(extra):
+    check_equal_budgets(RUNS)
+    with pytest.raises(UnequalBudget):
+        compare([*RUNS, extra], level=0.5)
+
+
+def test_more_steps_are_refused_unless_the_method_is_labelled_so():
+    longer = [
+        Run("uniform_2x", setting, seed, front(0.8, last_step=120), front(0.8, last_step=120))
+        for setting in ("alpha=4", "alpha=16")
+        for seed in range(3)
+    ]
+    with pytest.raises(UnequalBudget, match="120 steps"):
+        compare([*RUNS, *longer], level=0.5)
+    assert compare([*RUNS, *longer], level=0.5, exempt=("uniform_2x",)).exempt == ("uniform_2x",)
+
+
+def test_one_run_given_twice_is_refused():
+    with pytest.raises(ValueError, match="run twice"):
+        check_equal_budgets([*RUNS, RUNS[0]])
+
+
+def test_a_missing_baseline_is_refused():
+    with pytest.raises(ValueError, match="baseline 'tuned'"):
+        compare(RUNS, level=0.5, baseline="tuned")
+
+
+def test_a_comparison_is_plain_json_and_text():
+    single = [run for run in RUNS if run.seed == 0]  # one seed: no interval, null in JSON
+    plain = json.loads(json.dumps(compare(single, level=0.5).to_json(), allow_nan=False))
+    assert plain["results"][1]["gains"][MEAN]["low"] is None
+    text = comparison_text(compare(RUNS, level=0.5))
+    assert "trace_rows" in text and "alpha=4" in text and "3/3" in text
+
+
+def test_the_table_at_equal_forgetting():
+    fronts = {"uniform": front(0.7), "trace_rows": front(0.9), "timid": front(0.99, lowest=0.8)}
+    table = equal_forgetting(fronts, benchmark="handbook", level=0.5)
+    target, uniform, _, timid = table.rows
+    assert target.name == "target model" and target.values["neighbour_accuracy"] == pytest.approx(0.9)
+    assert uniform.values["forget_accuracy"] == pytest.approx(0.5)
+    assert uniform.values["neighbour_accuracy"] == pytest.approx(0.9 * 0.7)
+    assert uniform.step == pytest.approx(30)
+    assert (timid.reached, timid.values, timid.lowest) == (False, {}, 0.8)
+    assert json.loads(json.dumps(table.to_json()))["rows"][1]["name"] == "uniform"
+    lines = table.text().splitlines()
+    assert lines[0] == "At equal forgetting (forget accuracy <= 0.5), test split"
+    assert lines[4].split() == ["uniform", "0.500", "0.630", "1.000", "0.850", "30.0"]
+    assert lines[6].endswith("lowest 0.800")

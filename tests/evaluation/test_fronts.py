@@ -1,0 +1,116 @@
+"""What is read off a front: crossings of forgetting levels, and the area between two fronts."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trace_jax.evaluation.fronts import MEAN, Front, area_between, crossing, front_from_history, utility_at
+from trace_jax.evaluation.measurement import Measurement
+
+
+def front(forgetting, utility, steps=None):
+    steps = np.arange(len(forgetting)) * 4 if steps is None else np.asarray(steps)
+    utility = np.asarray(utility, float)
+    return Front(
+        steps, np.asarray(forgetting, float), {MEAN: utility}, {"forget_accuracy": np.asarray(forgetting, float)}
+    )
+
+
+def test_utility_is_interpolated_between_the_two_evaluations_around_the_level():
+    run = front([1.0, 0.8, 0.4, 0.3], [1.0, 0.9, 0.7, 0.5])
+    assert utility_at(run, 0.5) == pytest.approx(0.9 * 0.25 + 0.7 * 0.75)
+    assert crossing(run, 0.5).step == pytest.approx(4 + 0.75 * 4)
+
+
+def test_a_level_met_exactly_is_that_evaluation():
+    run = front([1.0, 0.5, 0.2], [1.0, 0.9, 0.1])
+    assert utility_at(run, 0.5) == 0.9
+    assert utility_at(run, 0.2) == pytest.approx(0.1)
+
+
+def test_a_level_never_reached_has_no_utility():
+    assert utility_at(front([1.0, 0.6], [1.0, 0.9]), 0.5) is None
+
+
+def test_a_level_met_from_the_start_is_the_utility_at_step_0():
+    assert utility_at(front([0.4, 0.2], [1.0, 0.5]), 0.5) == 1.0
+
+
+def test_the_first_crossing_counts_even_if_knowledge_comes_back():
+    run = front([1.0, 0.4, 0.9, 0.3], [1.0, 0.8, 0.95, 0.2])
+    assert utility_at(run, 0.4) == 0.8
+    assert utility_at(run, 0.3) == pytest.approx(0.2)
+    assert utility_at(run, 0.35) == pytest.approx(0.95 + (0.9 - 0.35) / 0.6 * (0.2 - 0.95))
+
+
+def test_area_between_parallel_fronts_is_their_distance():
+    area = area_between(front([1.0, 0.2], [1.0, 0.9]), front([1.0, 0.5, 0.3], [0.8, 0.8 - 0.0625, 0.8 - 0.0875]))
+    assert (area.low, area.high) == (0.3, 1.0)
+    assert area.mean_difference == pytest.approx(0.2)
+
+
+def test_fronts_without_a_common_range_have_no_area():
+    assert area_between(front([1.0, 0.6], [1, 1]), front([0.5, 0.3], [1, 1])) is None
+    assert area_between(front([1.0], [1]), front([1.0, 0.3], [1, 1])) is None
+
+
+points = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=2, max_size=7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(points, points)
+def test_area_equals_a_fine_sum_and_changes_sign_with_the_order(first, second):
+    a, b = (front([1.0, *(f / 20 for f, _ in p)], [1.0, *(u / 20 for _, u in p)]) for p in (first, second))
+    area = area_between(a, b)
+    if area is None:
+        return
+    assert area_between(b, a).mean_difference == pytest.approx(-area.mean_difference)
+    levels = area.low + (np.arange(4000) + 0.5) / 4000 * (area.high - area.low)
+    differences = [utility_at(a, level) - utility_at(b, level) for level in levels]
+    assert area.mean_difference == pytest.approx(np.mean(differences), abs=2e-3)
+
+
+def measurements(**values):
+    made = [Measurement(name, value, 60, value, value, "test") for name, value in values.items()]
+    return [*made, Measurement("forget_accuracy", 0.123, 30, 0, 1, "validation")]
+
+
+def test_the_front_of_a_run_divides_relative_utilities_by_the_original():
+    history = [
+        (0, measurements(forget_accuracy=0.98, neighbour_accuracy=0.8, general_utility=1.0)),
+        (4, measurements(forget_accuracy=0.4, neighbour_accuracy=0.6, general_utility=0.96)),
+    ]
+    run = front_from_history(history, benchmark="handbook", split="test")
+    assert run.forgetting.tolist() == [0.98, 0.4]
+    assert run.utilities["neighbour_accuracy"] == pytest.approx([1.0, 0.75])
+    assert run.utilities[MEAN] == pytest.approx([1.0, (0.75 + 0.96) / 2])
+    assert run.measured["neighbour_accuracy"].tolist() == [0.8, 0.6]
+    again = Front.from_json(json.loads(json.dumps(run.to_json())))
+    assert again.to_json() == run.to_json()
+
+
+def test_text_without_neighbours_has_general_utility_alone():
+    history = [(0, measurements(forget_probability_ratio=1.0, general_utility=1.0))]
+    run = front_from_history(history, benchmark="text", split="test")
+    assert set(run.utilities) == {"general_utility", MEAN}
+
+
+def test_what_a_front_cannot_be_made_of_is_named():
+    later = [(4, measurements(forget_accuracy=0.4, neighbour_accuracy=0.6, general_utility=0.9))]
+    with pytest.raises(ValueError, match="first evaluation is at step 4"):
+        front_from_history(later, benchmark="handbook", split="test")
+    with pytest.raises(ValueError, match="forget_accuracy was not measured"):
+        front_from_history([(0, measurements(general_utility=1.0))], benchmark="handbook", split="test")
+    with pytest.raises(ValueError, match="needs a positive value"):
+        front_from_history(
+            [(0, measurements(forget_accuracy=0.4, neighbour_accuracy=0.0))], benchmark="handbook", split="test"
+        )
+    with pytest.raises(ValueError, match="no evaluation"):
+        front_from_history([], benchmark="handbook", split="test")
+    with pytest.raises(ValueError, match="increasing steps"):
+        front([1.0, 0.5], [1.0, 0.9], steps=[4, 4])
+    with pytest.raises(ValueError, match="finite"):
+        front([1.0, np.nan], [1.0, 0.9])

@@ -1,0 +1,128 @@
+"""Intervals say how far a number could be off: golden values, brute force, and coverage on known distributions."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from trace_jax.evaluation import intervals
+
+
+def test_bootstrap_mean_is_the_mean_and_its_interval_is_about_that_of_the_normal_law():
+    values = np.random.default_rng(1).normal(2.0, 3.0, 400)
+    found = intervals.bootstrap_mean(values, resamples=4000)
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert found.value == pytest.approx(values.mean())
+    assert found.n == 400
+    assert found.low == pytest.approx(values.mean() - half, abs=0.03)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.03)
+
+
+def test_weights_make_the_ratio_of_sums():
+    found = intervals.bootstrap_mean(np.array([6.0, 1.0]), weights=np.array([3.0, 1.0]))
+    assert found.value == 7 / 4
+    assert (found.low, found.high) == (1.0, 2.0)  # a quarter of the resamples draws one row twice
+
+
+def test_groups_are_resampled_whole_so_copies_of_an_item_add_no_certainty():
+    values = np.random.default_rng(2).normal(size=50)
+    alone = intervals.bootstrap_mean(values, seed=3)
+    copies = intervals.bootstrap_mean(np.repeat(values, 10), groups=np.repeat(np.arange(50), 10), seed=3)
+    naive = intervals.bootstrap_mean(np.repeat(values, 10), seed=3)
+    assert (copies.low, copies.high) == pytest.approx((alone.low, alone.high))
+    assert copies.n == 500
+    assert naive.high - naive.low < 0.5 * (copies.high - copies.low)
+
+
+def test_bootstrap_interval_covers_the_true_mean_about_95_times_in_100():
+    rng, covered = np.random.default_rng(4), 0
+    for trial in range(300):
+        found = intervals.bootstrap_mean(rng.exponential(1.0, 60), resamples=300, seed=trial)
+        covered += found.low <= 1.0 <= found.high
+    assert 0.89 <= covered / 300 <= 0.98
+
+
+def test_chunks_of_resamples_do_not_change_the_interval(monkeypatch):
+    values = np.random.default_rng(5).normal(size=30)
+    whole = intervals.bootstrap_mean(values, resamples=200)
+    monkeypatch.setattr(intervals, "_CHUNK", 100)
+    chunked = intervals.bootstrap_mean(values, resamples=200)
+    assert (chunked.low, chunked.high) == pytest.approx((whole.low, whole.high))
+
+
+def test_a_single_item_has_a_value_but_no_interval():
+    found = intervals.bootstrap_mean(np.array([0.4]))
+    assert found.value == 0.4
+    assert math.isnan(found.low) and math.isnan(found.high)
+
+
+def test_averaging_nothing_is_refused():
+    with pytest.raises(ValueError, match="no item"):
+        intervals.bootstrap_mean(np.zeros(0))
+    with pytest.raises(ValueError, match="sum to zero"):
+        intervals.bootstrap_mean(np.ones(2), weights=np.zeros(2))
+
+
+def test_paired_difference_ignores_what_both_models_share():
+    rng = np.random.default_rng(6)
+    shared = rng.normal(0, 10, 200)
+    found = intervals.paired_difference(shared + 0.5 + rng.normal(0, 0.1, 200), shared)
+    assert 0.45 < found.low < 0.5 < found.high < 0.55
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (81, 263)])
+def test_wilson_equals_scipy(successes, n):
+    expected = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    found = intervals.wilson(successes, n)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_a_proportion_in_groups_that_all_agree_still_has_an_interval():
+    found = intervals.proportion(np.ones(30, bool), groups=np.arange(30) // 3)
+    assert found.n == 30
+    assert found.low == pytest.approx(intervals.wilson(10, 10).low)
+
+
+def test_t_interval_equals_scipy():
+    values = np.array([0.91, 0.95, 0.88])
+    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    found = intervals.t_interval(values)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert math.isnan(intervals.t_interval(values[:1]).low)
+
+
+scores = st.lists(st.integers(0, 5).map(float), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(scores, scores)
+def test_auc_counts_pairs_and_half_of_the_ties(positive, negative):
+    wins = sum((p > n) + 0.5 * (p == n) for p in positive for n in negative)
+    assert intervals.auc(np.array(positive), np.array(negative)) == pytest.approx(wins / len(positive) / len(negative))
+
+
+def test_auc_resamples_equal_the_auc_of_repeated_items():
+    positive, negative = np.array([1.0, 2.0, 2.0]), np.array([0.0, 2.0])
+    counts_p, counts_n = np.array([[2.0, 0.0, 1.0]]), np.array([[0.0, 2.0]])
+    found = intervals._weighted_auc(positive, negative, counts_p, counts_n)[0]
+    assert found == intervals.auc(np.array([1.0, 1.0, 2.0]), np.array([2.0, 2.0]))
+
+
+def test_auc_interval_agrees_with_its_known_variance():
+    rng = np.random.default_rng(7)
+    positive, negative = rng.normal(0.5, 1, 150), rng.normal(0, 1, 150)
+    found = intervals.bootstrap_auc(positive, negative, resamples=2000)
+    q1, q2, a = found.value / (2 - found.value), 2 * found.value**2 / (1 + found.value), found.value
+    error = math.sqrt((a * (1 - a) + 149 * (q1 - a * a) + 149 * (q2 - a * a)) / 150**2)  # Hanley and McNeil 1982
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.2)
+    assert found.low < 0.638 < found.high  # the true value, Phi(0.5 / sqrt 2)
+
+
+def test_auc_needs_scores_on_both_sides():
+    with pytest.raises(ValueError, match="at least one finite score"):
+        intervals.auc(np.zeros(0), np.ones(3))
+    with pytest.raises(ValueError, match="at least one finite score"):
+        intervals.auc(np.array([np.nan]), np.ones(3))

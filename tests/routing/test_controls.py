@@ -1,0 +1,91 @@
+"""The rivals: each does what its name says."""
+
+import numpy as np
+import pytest
+
+from trace_jax.data.rows import Rows
+from trace_jax.routing import controls
+from trace_jax.routing.weights import effective_sample_size
+
+
+def test_permuted_weights_have_the_same_histogram_and_stay_constant_in_their_units():
+    units = np.repeat(np.arange(50), 4)
+    weights = np.random.default_rng(0).random(50)[units]
+    shuffled = controls.permuted(weights, units, seed=3)
+    assert np.array_equal(np.sort(shuffled), np.sort(weights))
+    assert not np.array_equal(shuffled, weights)
+    assert (np.ptp(shuffled.reshape(50, 4), axis=1) == 0).all()
+    assert np.array_equal(shuffled, controls.permuted(weights, units, seed=3))
+    assert not np.array_equal(shuffled, controls.permuted(weights, units, seed=4))
+
+
+def text(rows):
+    tokens = np.asarray(rows, np.int32)
+    valid = np.ones(tokens.shape, bool)
+    valid[:, -1] = False
+    return Rows(tokens, np.ones_like(tokens), valid, np.zeros(len(tokens), np.int32))
+
+
+def test_ngram_ratio_equals_a_slow_count_of_uni_and_bigrams():
+    forget, retain = text([[1, 2, 1, 2]]), text([[1, 2, 3, 1], [4, 5, 4, 5]])
+
+    def grams(row):
+        return [(a,) for a in row[:-1]] + list(zip(row[:-1], row[1:], strict=True))
+
+    def probability(corpus, gram, buckets):
+        every = [g for row in corpus.tokens.tolist() for g in grams(row)]
+        return (1 + every.count(gram)) / (len(every) + buckets)
+
+    buckets = 10_000  # few enough n-grams not to collide
+    expected = [
+        sum(np.log(probability(forget, g, buckets) / probability(retain, g, buckets)) for g in grams(row))
+        for row in retain.tokens.tolist()
+    ]
+    np.testing.assert_allclose(controls.ngram_log_ratio(forget, retain), expected, rtol=1e-9)
+    assert expected[0] > 0 > expected[1]
+
+
+def test_ngrams_of_masked_positions_do_not_count():
+    retain = text([[1, 2, 9, 9], [1, 2, 3, 4]])
+    retain.valid[0, 1:] = False
+    forget = text([[1, 2, 3, 4]])
+    other = text([[1, 2, 7, 8], [1, 2, 3, 4]])
+    other.valid[0, 1:] = False
+    ratios = controls.ngram_log_ratio(forget, retain)
+    assert np.array_equal(ratios, controls.ngram_log_ratio(forget, other))
+
+
+def test_ngram_weights_are_bounded_and_can_keep_an_effective_sample_size():
+    ratio = np.random.default_rng(0).normal(0, 30, 200)
+    base = np.random.default_rng(1).integers(1, 9, 200).astype(float)
+    weights = controls.ngram_weights(ratio, base, max_weight=50.0)
+    assert weights.max() / weights.min() == pytest.approx(2500)
+    np.testing.assert_allclose(base @ weights / base.sum(), 1.0)
+    assert effective_sample_size(weights, base) < 0.8
+    bounded = controls.ngram_weights(ratio, base, max_weight=50.0, min_effective_sample_size=0.8)
+    assert 0.8 <= effective_sample_size(bounded, base) < 0.81
+    assert np.array_equal(np.argsort(ratio), np.argsort(bounded))
+
+
+def test_the_domain_oracle_gives_neighbours_half_of_the_mass():
+    domain, base = np.array([1, 0, 0, 0]), np.array([10.0, 30.0, 30.0, 30.0])
+    weights = controls.domain_weights(domain, base)
+    np.testing.assert_allclose(base[:1] @ weights[:1], base[1:] @ weights[1:])
+    np.testing.assert_allclose(base @ weights / base.sum(), 1.0)
+    with pytest.raises(ValueError, match="domain oracle"):
+        controls.domain_weights(np.zeros(4, int), base)
+
+
+def test_hidden_weights_move_the_mean_state_to_the_forget_mean():
+    generator = np.random.default_rng(0)
+    states = generator.normal(size=(400, 6)) * [1, 2, 3, 1, 1, 0] + 5  # the last direction never varies
+    base = generator.integers(5, 20, 400).astype(float)
+    forget = states[:40].mean(0)
+    found = controls.hidden_weights(states, forget, base, ridge=0.0, max_weight=1e9)
+    mass = base * found.weights
+    np.testing.assert_allclose(mass @ states / mass.sum(), forget, atol=1e-8)
+    np.testing.assert_allclose(mass.sum() / base.sum(), 1.0)
+    far = controls.hidden_weights(states, states.mean(0) + 1.0, base, min_effective_sample_size=0.6)
+    assert found.strength == 1.0
+    assert 0 < far.strength < 1
+    assert 0.6 <= effective_sample_size(far.weights, base) < 0.61

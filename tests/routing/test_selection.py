@@ -1,0 +1,126 @@
+"""Which experts are forget-critical, on examples that can be checked by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trace_jax.config import ConfigError
+from trace_jax.routing.selection import random_like, select_experts, z_scores
+from trace_jax.routing.statistics import ExpertStatistics
+
+
+def statistics(counts, tokens, top_k=2, gate_mass=None):
+    counts = np.asarray(counts, np.int64)
+    return ExpertStatistics(
+        counts, np.zeros(counts.shape) if gate_mass is None else np.asarray(gate_mass), tokens, top_k
+    )
+
+
+# One layer, 100 forget and 1000 retain tokens, K = 2, E = 4, so K/E = 0.5.
+FORGET = statistics([[90, 60, 30, 20]], 100, gate_mass=[[10.0, 50.0, 30.0, 10.0]])
+RETAIN = statistics([[400, 700, 100, 800]], 1000)
+
+
+def chosen(**settings):
+    return np.flatnonzero(select_experts(FORGET, RETAIN, **settings)[0]).tolist()
+
+
+def test_ratio_needs_both_a_high_ratio_and_enough_use():
+    # ratios 2.25, .857, 3, .25; forget frequencies .9, .6, .3, .2 against kappa * 0.5
+    assert chosen(rule="ratio", kappa=0.5, tau=1.2) == [0, 2]
+    assert chosen(rule="ratio", kappa=0.8, tau=1.2) == [0]
+    assert chosen(rule="ratio", kappa=0.5, tau=2.5) == [2]
+    assert chosen(rule="ratio", kappa=0.0, tau=0.0) == [0, 1, 2, 3]
+
+
+def test_ratio_takes_an_expert_that_the_retain_corpus_never_uses():
+    retain = statistics([[0, 700, 500, 800]], 1000)
+    assert select_experts(FORGET, retain, rule="ratio", kappa=0.5, tau=100.0)[0].tolist() == [True, False, False, False]
+
+
+def test_difference_takes_the_top_experts_by_forget_minus_retain():
+    # differences .5, -.1, .2, -.6
+    assert chosen(rule="difference", top=1) == [0]
+    assert chosen(rule="difference", top=3) == [0, 1, 2]
+
+
+def test_difference_over_the_whole_model():
+    forget, retain = statistics([[9, 1], [6, 4]], 10, 1), statistics([[5, 5], [5, 5]], 10, 1)
+    selected = select_experts(forget, retain, rule="difference", top=2, scope="model")
+    assert selected.tolist() == [[True, False], [True, False]]
+
+
+def test_log_odds_is_the_two_proportion_z_score():
+    # expert 2: pooled 130/1100, z = .2 / sqrt(p (1-p) (1/100 + 1/1000))
+    pooled = 130 / 1100
+    expected = 0.2 / np.sqrt(pooled * (1 - pooled) * 0.011)
+    np.testing.assert_allclose(z_scores(FORGET, RETAIN)[0, 2], expected, rtol=1e-12)
+    assert 5 < expected < 10
+    assert chosen(rule="log_odds", z=5.0) == [0, 2]
+
+
+def test_log_odds_does_not_select_by_the_noise_of_a_small_corpus():
+    small = statistics([[3, 2, 2, 1]], 4)  # .75 against .4, but only four tokens
+    assert not select_experts(small, RETAIN, rule="log_odds", z=5.0).any()
+    assert not z_scores(statistics([[0, 4]], 4, 1), statistics([[0, 9]], 9, 1)).any()  # no variance, no score
+
+
+def test_cumulative_takes_the_fewest_experts_that_cover_the_mass():
+    # falling forget frequencies .9 .6 .3 .2 (sum K = 2); those above their retain frequency are 0 and 2
+    assert chosen(rule="cumulative", mass=0.45) == [0]
+    assert chosen(rule="cumulative", mass=0.5) == [0]  # needs 0 and 1; 1 falls below its retain frequency
+    assert chosen(rule="cumulative", mass=0.76) == [0, 2]
+    assert chosen(rule="cumulative", mass=0.0) == []
+
+
+def test_affinity_takes_the_top_experts_by_mean_gate_score():
+    assert chosen(rule="affinity", top=2) == [1, 2]
+    assert chosen(rule="affinity", top=1, scope="model") == [1]
+
+
+def test_ties_go_to_the_lower_expert():
+    even = statistics([[5, 5, 5, 5]], 10)
+    assert select_experts(even, even, rule="difference", top=2)[0].tolist() == [True, True, False, False]
+
+
+def test_random_is_seeded_and_differs_between_seeds():
+    forget = statistics(np.full((4, 16), 10), 80)
+    one, again, other = (select_experts(forget, forget, rule="random", top=5, seed=s) for s in (1, 1, 2))
+    assert (one.sum(axis=1) == 5).all()
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+    assert len({row.tobytes() for row in one}) > 1  # layers are drawn independently
+
+
+@given(
+    counts=st.lists(st.lists(st.integers(0, 50), min_size=6, max_size=6), min_size=2, max_size=2),
+    top=st.integers(1, 6), mass=st.floats(0, 1), kappa=st.floats(0, 2), tau=st.floats(0, 4), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_properties_of_every_rule(counts, top, mass, kappa, tau, seed):
+    forget = statistics([counts[0], counts[1]], 60)
+    retain = statistics([counts[1], counts[0]], 60)
+    for rule in ("difference", "affinity", "random"):
+        assert (select_experts(forget, retain, rule=rule, top=top, seed=seed).sum(axis=1) == top).all()
+    assert select_experts(forget, retain, rule="all").all()
+    looser = select_experts(forget, retain, rule="ratio", kappa=kappa, tau=tau)
+    stricter = select_experts(forget, retain, rule="ratio", kappa=kappa, tau=tau + 0.5)
+    assert (looser | ~stricter).all()
+    covering = select_experts(forget, retain, rule="cumulative", mass=mass)
+    assert (forget.frequency > retain.frequency)[covering].all()
+    assert not select_experts(forget, forget, rule="cumulative", mass=mass).any()
+    assert not select_experts(forget, forget, rule="log_odds", z=0.0).any()
+    drawn = random_like(covering, seed=seed)
+    assert (drawn.sum(axis=1) == covering.sum(axis=1)).all()
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ConfigError, match="rule is 'best'; expected one of ratio"):
+        select_experts(FORGET, RETAIN, rule="best")
+    with pytest.raises(ConfigError, match="top is 5; expected 1 to 4"):
+        select_experts(FORGET, RETAIN, rule="difference", top=5)
+    with pytest.raises(ConfigError, match="scope is 'expert'"):
+        select_experts(FORGET, RETAIN, rule="random", top=1, scope="expert")
+    with pytest.raises(ValueError, match="same model"):
+        select_experts(FORGET, statistics([[1, 1]], 1), rule="all")

@@ -1,0 +1,97 @@
+"""What trains is chosen by path and by expert; everything else stays bit-identical."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from trace_jax.config import ConfigError
+from trace_jax.unlearning.config import OptimizerConfig
+from trace_jax.unlearning.optimizer import learning_rate, make_optimizer
+from trace_jax.unlearning.trainable import PRESETS, flatten, partition, trainable_table, unflatten, update_masks
+
+EXPERTS = {"layers/experts/gate_up", "layers/experts/down"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(model, preset):
+    training, frozen = partition(model.params, preset)
+    everything = set(flatten(model.params))
+    expected = {
+        "all": everything, "experts": EXPERTS, "selected_experts": EXPERTS,
+        "routers_frozen": everything - {"layers/router"}, "down_projections": {"layers/experts/down"},
+    }[preset]  # fmt: skip
+    assert set(training) == expected
+    assert set(training) | set(frozen) == everything and not set(training) & set(frozen)
+
+
+def test_first_matching_pattern_wins(model):
+    training, _ = partition(model.params, ("!layers/experts/down", "layers/*"))
+    assert "layers/experts/down" not in training
+    assert "layers/experts/gate_up" in training and "embed" not in training
+
+
+def test_flatten_is_undone_by_unflatten(model):
+    assert jax.tree.structure(unflatten(flatten(model.params))) == jax.tree.structure(model.params)
+
+
+@pytest.mark.parametrize(("trainable", "message"), [("expert", "neither a preset"), (("!*",), "freezes every")])
+def test_unusable_patterns_are_refused(model, trainable, message):
+    with pytest.raises(ConfigError, match=message):
+        partition(model.params, trainable)
+
+
+def run_adamw(params, masks_per_step):
+    """AdamW with weight decay whose mask may change while its momentum goes on."""
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, clip_norm=1.0)
+    state, key = None, jax.random.key(1)
+    for masks in masks_per_step:
+        optimizer = make_optimizer(config, 100, masks)
+        state = optimizer.init(params) if state is None else state
+        key, sub = jax.random.split(key)
+        gradients = jax.tree.map(lambda p, k=sub: jax.random.normal(k, p.shape), params)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_unselected_experts_are_bit_identical_also_after_the_selection_changes(model):
+    training, _ = partition(model.params, "selected_experts")
+    first, second = np.zeros((2, 2, 4), bool)
+    first[0, 1] = first[1, 2] = True
+    second[0, 3] = True
+    both = [update_masks(training, selected=s) for s in (first, second)]
+    halfway = run_adamw(training, [both[0]] * 10)
+    end = run_adamw(training, [both[0]] * 10 + [both[1]] * 10)
+    for path, leaf in training.items():
+        untouched = ~(first | second)
+        np.testing.assert_array_equal(np.asarray(end[path])[untouched], np.asarray(leaf)[untouched])
+        np.testing.assert_array_equal(np.asarray(end[path])[first], np.asarray(halfway[path])[first])
+        assert (np.asarray(end[path])[second] != np.asarray(leaf)[second]).any()
+
+
+def test_layer_range(model):
+    training, _ = partition(model.params, "down_projections")
+    masks = update_masks(training, layers=(2, 2))
+    assert masks["layers/experts/down"].reshape(-1).tolist() == [0.0, 1.0]
+
+
+def test_table_counts_what_trains(model):
+    training, _ = partition(model.params, "selected_experts")
+    selected = np.zeros((2, 4), bool)
+    selected[0, 0] = True
+    rows = trainable_table(model.params, "selected_experts", update_masks(training, selected=selected))
+    total = {row["path"]: row for row in rows}
+    assert total["layers/experts/down"]["trained"] * 8 == total["layers/experts/down"]["parameters"]
+    assert total["embed"]["trained"] == 0
+    assert sum(row["parameters"] for row in rows) == sum(x.size for x in jax.tree.leaves(model.params))
+
+
+def test_learning_rate_warms_up_then_follows_its_schedule():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, schedule="cosine")
+    rates = [float(learning_rate(config, 20)(jnp.int32(step))) for step in range(21)]
+    assert rates[:5] == pytest.approx([0.25, 0.4375, 0.625, 0.8125, 1.0])
+    assert rates[12] == pytest.approx(0.5, abs=1e-6) and rates[20] == pytest.approx(0.0, abs=1e-6)
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:]))

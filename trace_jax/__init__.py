@@ -1,0 +1,45 @@
+"""trace_jax: unlearning in Mixture-of-Experts language models by routing-aware calibration of the retain loss."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> module. Imported on first use, so that `import trace_jax` costs nothing.
+_PUBLIC = {
+    "Model": "trace_jax.models.model",
+    "ModelConfig": "trace_jax.models.config",
+    "forward": "trace_jax.models.decoder",
+    "init_params": "trace_jax.models.arrays",
+    "generate": "trace_jax.models.generate",
+    "Batch": "trace_jax.data.rows",
+    "Rows": "trace_jax.data.rows",
+    "build_corpora": "trace_jax.data.build",
+    "sequential_batches": "trace_jax.data.batches",
+    "expert_statistics": "trace_jax.routing.statistics",
+    "expert_assignments": "trace_jax.routing.statistics",
+    "select_experts": "trace_jax.routing.selection",
+    "calibrate": "trace_jax.routing.calibration",
+    "token_weights": "trace_jax.routing.weights",
+    "retain_weights": "trace_jax.routing.retain_weights",
+    "unlearn": "trace_jax.unlearning.unlearn",
+    "UnlearningConfig": "trace_jax.unlearning.config",
+    "CalibrationConfig": "trace_jax.routing.config",
+    "ConfigError": "trace_jax.config",
+    "load_config": "trace_jax.main",
+    "run": "trace_jax.pipeline",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'trace_jax' has no attribute {name!r}; public names: {', '.join(sorted(_PUBLIC))}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

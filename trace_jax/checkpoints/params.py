@@ -1,0 +1,50 @@
+"""Parameters of a finished stage: one safetensors file, readable by anybody, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+from trace_jax.files import replacing
+
+
+def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = None) -> None:
+    """Writes nested parameters to `path` under a temporary name, then renames. `metadata` must be JSON."""
+    flat = {k.replace("/", "."): v for k, v in traverse_util.flatten_dict(params, sep="/").items()}
+    with replacing(path) as temporary:
+        save_file(flat, temporary, metadata={"trace_jax": json.dumps(metadata or {})})
+
+
+def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:
+    """Reads (params, metadata). Names, shapes and types must be exactly those of `abstract`.
+
+    Raises:
+      ValueError: the file is missing, truncated or holds other tensors than the model needs; each is named.
+    """
+    flat = {k.replace("/", "."): v for k, v in traverse_util.flatten_dict(abstract, sep="/").items()}
+    try:
+        with safe_open(path, framework="flax") as file:
+            names = set(file.keys())
+            if names != set(flat):
+                raise ValueError(f"{path}: missing tensors {sorted(set(flat) - names)}, unexpected {sorted(names - set(flat))}.")
+            tensors = {name: file.get_tensor(name) for name in flat}
+            metadata = json.loads((file.metadata() or {}).get("trace_jax", "{}"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: can't be read as safetensors ({error}). Remove it to make it anew.") from error
+    for name, want in flat.items():
+        if tensors[name].shape != want.shape or tensors[name].dtype != want.dtype:
+            got = tensors[name]
+            raise ValueError(f"{path}: {name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}.")
+    return traverse_util.unflatten_dict({k.replace(".", "/"): v for k, v in tensors.items()}, sep="/"), metadata
+
+
+def parameter_count(params: Any) -> int:
+    """Numbers in a tree of arrays or of their shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,197 @@
+"""Settings: nested mappings in, checked and frozen dataclasses out.
+
+Each room declares its own settings as a `Section`; `trace_jax.experiment` composes them. A section checks itself
+when it is made, so that a wrong value cannot travel: types, ranges, choices, and settings that the rest of the
+section would never read ("unused") are all errors that name the setting, what was given and what was expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+SectionT = TypeVar("SectionT", bound="Section")
+
+
+class ConfigError(ValueError):
+    """A setting that can't be used. The message is one sentence for the person at the keyboard."""
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    choices: tuple | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    when: Mapping[str, tuple] | None = None,
+) -> Any:
+    """Declares one setting of a `Section`.
+
+    Args:
+      default: the value when none is given. For a conditional setting it may be a dict from the value of the
+        deciding setting to the default.
+      help: one line on what the setting does, with its unit.
+      choices: the values allowed.
+      minimum, maximum: inclusive bounds of a number.
+      when: `{other setting: (values,)}`: the setting is read only if the other one has one of these values. Anywhere
+        else it must be left unset (None).
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "when": when}
+    if when is not None:
+        metadata["conditional_default"] = default
+        default = None
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Base of all settings: checks every field on construction and fills conditional defaults."""
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _convert(getattr(self, field.name), hints[field.name], field.name)
+            object.__setattr__(self, field.name, value)
+        for field in dataclasses.fields(self):
+            self._check_condition(field)
+            _check_range(field, getattr(self, field.name))
+
+    def _check_condition(self, field: dataclasses.Field) -> None:
+        when = field.metadata.get("when")
+        if not when:
+            return
+        value = getattr(self, field.name)
+        for other, values in when.items():
+            actual = getattr(self, other)
+            if actual not in values:
+                if value is not None:
+                    raise ConfigError(
+                        f"{field.name} = {value!r} would have no effect: it is read only when {other} is "
+                        f"{_one_of(values)}, and {other} is {actual!r}. Remove it, or change {other}."
+                    )
+                return
+        if value is None:
+            default = field.metadata["conditional_default"]
+            if isinstance(default, Mapping):
+                default = default[getattr(self, next(iter(when)))]
+            if default is dataclasses.MISSING:
+                raise ConfigError(f"{field.name} is needed when {other} is {actual!r}: {field.metadata['help']}")
+            object.__setattr__(self, field.name, default)
+
+
+def _one_of(values: tuple) -> str:
+    return " or ".join(repr(v) for v in values)
+
+
+def _check_range(field: dataclasses.Field, value: Any) -> None:
+    if value is None:
+        return
+    meta, name = field.metadata, field.name
+    choices = meta.get("choices")
+    if choices:
+        for item in value if isinstance(value, tuple) else (value,):
+            if item not in choices:
+                raise ConfigError(f"{name} is {item!r}; expected one of {', '.join(map(str, choices))}{_nearest(item, choices)}")
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, float) and math.isnan(item):
+            raise ConfigError(f"{name} is not a number (nan).")
+        if isinstance(item, (int, float)) and not isinstance(item, bool):
+            low, high = meta.get("minimum"), meta.get("maximum")
+            if (low is not None and item < low) or (high is not None and item > high):
+                bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
+                raise ConfigError(f"{name} is {item!r}; expected a value {bounds} ({meta['help']}).")
+
+
+def _nearest(given: Any, names: typing.Iterable) -> str:
+    close = difflib.get_close_matches(str(given), [str(n) for n in names], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """Value as the annotated type, or a `ConfigError`. Numbers are never guessed from text."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        others = [a for a in arguments if a is not type(None)]
+        for other in others[:-1]:
+            try:
+                return _convert(value, other, name)
+            except ConfigError:
+                continue
+        return _convert(value, others[-1], name)
+    if hint is Any:
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(v, arguments[0], name) for v in value)
+    if origin in (dict, Mapping) or hint is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if isinstance(value, Mapping):
+            return resolve(typing.cast(Any, hint), value, path=name)
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); expected {_type_name(hint)}.")
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each item {_type_name(typing.get_args(hint)[0])}"
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def resolve(cls: type[SectionT], values: Mapping[str, Any], path: str = "") -> SectionT:
+    """Builds a section from a nested mapping (a dict or an ml_collections `ConfigDict`).
+
+    Raises:
+      ConfigError: an unknown key (the nearest known one is named), a wrong type, a value out of range, or a
+        setting that nothing would read. The message starts with the dotted path of the section.
+    """
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            full = f"{path}.{key}" if path else str(key)
+            raise ConfigError(f"{full}: there is no setting of this name{_nearest(key, sorted(known))} Known here: {', '.join(sorted(known))}.")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            value = resolve(typing.cast(Any, hint), value, path=f"{path}.{key}" if path else key)
+        elif isinstance(value, Mapping):
+            value = {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in value.items()}
+        arguments[key] = value
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in arguments:
+            raise ConfigError(f"{path + '.' if path else ''}{field.name} is missing: {field.metadata['help']}.")
+    try:
+        return cls(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{path}.{error}" if path else str(error)) from None
+
+
+def as_dict(section: Section) -> dict:
+    """Nested plain dict of a section, every default included; `resolve` takes it back."""
+    return dataclasses.asdict(section)
+
+
+def fingerprint(*parts: Any) -> str:
+    """Sixteen hexadecimal digits that identify settings (sections, dicts, strings, numbers) by their content."""
+    plain = [as_dict(p) if dataclasses.is_dataclass(p) and not isinstance(p, type) else p for p in parts]
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,167 @@
+"""Which rows a step reads. The position in the data is the step number, so resuming needs nothing else.
+
+An index sampler maps a step to row numbers i64 [B]; `Batches` looks the rows up. Everything is a pure function of
+(seed, step): it does not depend on the number of devices, nor on the steps before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import grain
+import numpy as np
+
+from trace_jax.data.rows import Batch, Rows
+
+
+class IndexSampler(Protocol):
+    """Row numbers i64 [B] of a step, for every step >= 0."""
+
+    def __getitem__(self, step: int) -> np.ndarray: ...
+
+
+class EpochSampler:
+    """Every row once per epoch, reshuffled each epoch. A batch may span two epochs."""
+
+    def __init__(self, num_rows: int, batch_size: int, *, seed: int):
+        _check_sizes(num_rows, batch_size)
+        rows = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
+        self._batches = rows.batch(batch_size)
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        return np.asarray(self._batches[_checked(step)], np.int64)
+
+
+class WeightedSampler:
+    """Rows drawn independently, with replacement, with probability [N] proportional to `weights`."""
+
+    def __init__(self, weights: np.ndarray, batch_size: int, *, seed: int):
+        weights = np.asarray(weights, np.float64)
+        _check_sizes(weights.size, batch_size)
+        if weights.ndim != 1 or not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
+            raise ValueError("Row probabilities must be one finite, non-negative number per row, and not all zero.")
+        cumulative = np.cumsum(weights)
+        cumulative /= cumulative[-1]
+
+        def draw(_: int, rng: np.random.Generator) -> np.ndarray:
+            # side="right" never returns a row of probability zero.
+            return np.searchsorted(cumulative, rng.random(batch_size), side="right")
+
+        self._batches = grain.MapDataset.range(1).repeat().seed(seed).random_map(draw)
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        return np.asarray(self._batches[_checked(step)], np.int64)
+
+
+class MixtureSampler:
+    """Batches with a fixed number of rows per source; every source is reshuffled at each of its own epochs.
+
+    Row numbers refer to the sources laid one after the other (`Rows.concatenate`). `counts` has the rows per source.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], mixture: Mapping[str, float], batch_size: int, *, seed: int):
+        """
+        Args:
+          sizes: rows of each source, in order.
+          mixture: share of each source; shares are normalised.
+          batch_size: rows per step.
+        """
+        self.counts = batch_counts(mixture, batch_size)
+        offsets = dict(zip(sizes, np.cumsum([0, *sizes.values()])[:-1], strict=True))
+        self._parts = [
+            (offsets[name], EpochSampler(sizes[name], count, seed=seed + order))
+            for order, (name, count) in enumerate(self.counts.items())
+        ]
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        return np.concatenate([sampler[step] + offset for offset, sampler in self._parts])
+
+
+def batch_counts(mixture: Mapping[str, float], batch_size: int) -> dict[str, int]:
+    """Rows per source in a batch, by largest remainder; sources of share 0 are left out.
+
+    Raises:
+      ValueError: a share is negative, all are zero, or a source with a share would get no row.
+    """
+    total = sum(mixture.values())
+    if total <= 0 or min(mixture.values()) < 0:
+        raise ValueError(f"The shares of a mixture must be non-negative and not all zero; given {dict(mixture)}.")
+    exact = {name: batch_size * share / total for name, share in mixture.items() if share > 0}
+    counts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])  # stable: ties keep the given order
+    for name in by_remainder[: batch_size - sum(counts.values())]:
+        counts[name] += 1
+    if empty := [name for name, count in counts.items() if not count]:
+        raise ValueError(
+            f"A batch of {batch_size} rows has no room for the sources {', '.join(empty)}; raise batch_size."
+        )
+    return counts
+
+
+class Batches:
+    """Batches by step: `batches[step]` is the `Batch` of the rows `batches.indices(step)`."""
+
+    def __init__(self, rows: Rows, sampler: IndexSampler):
+        self.rows, self.sampler = rows, sampler
+
+    def indices(self, step: int) -> np.ndarray:
+        """Row numbers i64 [B] of a step, for looking up weights of rows."""
+        return self.sampler[step]
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.rows.batch(self.indices(step))
+
+
+def forget_batches(rows: Rows, batch_size: int, *, seed: int) -> Batches:
+    """Batches that visit every row once per epoch, reshuffled each epoch."""
+    return Batches(rows, EpochSampler(len(rows), batch_size, seed=seed))
+
+
+def retain_batches(rows: Rows, batch_size: int, *, seed: int, probability: np.ndarray | None = None) -> Batches:
+    """Batches of rows drawn with `probability` [N].
+
+    Equal probabilities, or none, visit every row once per epoch: so uniform weights train exactly as no weights do.
+    """
+    if probability is None or (len(probability) == len(rows) and np.ptp(probability) == 0 and probability[0] > 0):
+        return Batches(rows, EpochSampler(len(rows), batch_size, seed=seed))
+    if len(probability) != len(rows):
+        raise ValueError(f"{len(probability)} row probabilities were given for {len(rows)} rows.")
+    return Batches(rows, WeightedSampler(probability, batch_size, seed=seed))
+
+
+def mixture_batches(train: Mapping[str, Rows], mixture: Mapping[str, float], batch_size: int, *, seed: int) -> Batches:
+    """Batches for training a model on several sources (`MixtureSampler`).
+
+    Raises:
+      ValueError: the mixture names a source that is not in `train`, or gives one no row.
+    """
+    if unknown := [name for name in mixture if name not in train]:
+        raise ValueError(f"The mixture names {', '.join(unknown)}, but the sources are {', '.join(train)}.")
+    sampler = MixtureSampler({name: len(rows) for name, rows in train.items()}, mixture, batch_size, seed=seed)
+    return Batches(Rows.concatenate(list(train.values())), sampler)
+
+
+def sequential_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
+    """Every row once, in order. The last batch is filled up with empty rows (segments 0, nothing valid)."""
+    _check_sizes(len(rows), batch_size)
+    for start in range(0, len(rows), batch_size):
+        batch = rows.batch(np.arange(start, min(start + batch_size, len(rows))))
+        missing = batch_size - len(batch.tokens)
+        if missing:
+            fill = ((0, missing), (0, 0))
+            batch = Batch(*(np.pad(a, fill) for a in (batch.tokens, batch.segments, batch.valid)))
+        yield batch
+
+
+def _checked(step: int) -> int:
+    if step < 0:
+        raise IndexError(f"Steps count from 0; given {step}.")
+    return int(step)
+
+
+def _check_sizes(num_rows: int, batch_size: int) -> None:
+    if num_rows < 1:
+        raise ValueError("There are no rows to draw batches from.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")

@@ -1,0 +1,190 @@
+"""Everything a run reads: training mixtures, forget and retain rows, and what is measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from trace_jax.config import ConfigError
+from trace_jax.data.benchmark import Benchmark, Part
+from trace_jax.data.config import DataConfig
+from trace_jax.data.handbook import build_handbook
+from trace_jax.data.packing import pack_documents
+from trace_jax.data.presidents import build_presidents
+from trace_jax.data.probes import Probes as Probes
+from trace_jax.data.probes import Prompts as Prompts
+from trace_jax.data.probes import Questions as Questions
+from trace_jax.data.probes import encode_questions, member_rows, verbatim_prompts
+from trace_jax.data.rows import Rows
+from trace_jax.data.sources import DataError, check_leakage
+from trace_jax.data.text import build_text
+from trace_jax.data.tokenizer import Encoded, encode_documents, train_tokenizer
+
+_BUILDERS = {"handbook": build_handbook, "presidents": build_presidents, "text": build_text}
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpora:
+    """The data of one run.
+
+    train: rows per source for training the target model; mixture: share of each source in a training batch.
+    retrain_mixture: the same without forget data, for the retrained model.
+    forget, retain: what the unlearner is given (retain.domain marks neighbour rows).
+    validation, test: probes; methods are tuned on validation, reported on test.
+    documents, tokens: counts per split, for the report. fingerprint: hash of all tokens and splits.
+    """
+
+    tokenizer: Tokenizer
+    train: Mapping[str, Rows]
+    mixture: Mapping[str, float]
+    retrain_mixture: Mapping[str, float]
+    forget: Rows
+    retain: Rows
+    validation: Probes
+    test: Probes
+    documents: Mapping[str, int]
+    tokens: Mapping[str, int]
+    fingerprint: str
+
+
+def build_corpora(config: DataConfig) -> Corpora:
+    """Builds the corpora of a configuration; the same configuration gives the same arrays.
+
+    The tokenizer sees training documents only, and no held-out document is trained on (checked).
+
+    Raises:
+      ConfigError: settings that ask for more than the benchmark has.
+      DataError: text of the user that can't be used (`trace_jax.data.text`), or is too small.
+    """
+    return assemble(_BUILDERS[config.benchmark](config), config)
+
+
+def assemble(benchmark: Benchmark, config: DataConfig) -> Corpora:
+    """Tokens, rows and probes of a benchmark's documents (`build_corpora`)."""
+    parts = {"validation": benchmark.validation, "test": benchmark.test}
+    documents = {f"train/{source}": list(d) for source, d in benchmark.train.items()}
+    documents |= {f"{name}/{subject}": list(d) for name, p in parts.items() for subject, d in p.held_out.items()}
+    documents |= {"holdout": list(benchmark.holdout)} if benchmark.holdout else {}
+    trained = [d for source in benchmark.train.values() for d in source]
+    check_leakage(trained, [d for name, several in documents.items() if not name.startswith("train/") for d in several])
+
+    tokenizer = train_tokenizer((d.text + (d.answer or "") for d in trained), config.vocab_size)
+    encoded = {name: encode_documents(tokenizer, several) for name, several in documents.items()}
+    rows = {
+        name: pack_documents(several, config.row_length, domain=int(name == "train/neighbour"))
+        for name, several in encoded.items()
+    }
+    _check_rows(rows)
+    train = {source: rows[f"train/{source}"] for source in benchmark.train}
+    retrain = {name: share for name, share in benchmark.mixture.items() if name != "forget"}
+    retain = _retain_rows(train, config)
+    probes = {
+        name: _probes(part, name, benchmark, config, tokenizer=tokenizer, encoded=encoded, rows=rows)
+        for name, part in parts.items()
+    }
+    return Corpora(
+        tokenizer=tokenizer,
+        train=train,
+        mixture=dict(benchmark.mixture),
+        retrain_mixture={name: share / sum(retrain.values()) for name, share in retrain.items()},
+        forget=train["forget"],
+        retain=retain,
+        validation=probes["validation"],
+        test=probes["test"],
+        documents={name: len(several) for name, several in documents.items()},
+        tokens={name: sum(len(d.tokens) for d in several) for name, several in encoded.items()},
+        fingerprint=_fingerprint(tokenizer, [*train.values(), retain, *probes.values()]),
+    )
+
+
+def _retain_rows(train: Mapping[str, Rows], config: DataConfig) -> Rows:
+    """The unlearner's retain corpus: on embedded benchmarks mostly unrelated text, else everything but forget rows."""
+    if config.retain_rows is None or config.neighbour_share is None:
+        return Rows.concatenate([rows for source, rows in train.items() if source != "forget"])
+    rng = np.random.default_rng([config.seed, 3])
+    neighbours = round(config.retain_rows * config.neighbour_share)
+    parts = []
+    for source, wanted in (("general", config.retain_rows - neighbours), ("neighbour", neighbours)):
+        if wanted > len(train[source]):
+            raise ConfigError(
+                f"retain_rows = {config.retain_rows} with neighbour_share = {config.neighbour_share} needs {wanted} "
+                f"{source} rows, and there are {len(train[source])}. Ask for fewer rows or another share."
+            )
+        parts.append(train[source].take(np.sort(rng.choice(len(train[source]), wanted, replace=False))))
+    retain = Rows.concatenate(parts)
+    return retain.take(rng.permutation(len(retain)))
+
+
+def _probes(
+    part: Part,
+    name: str,
+    benchmark: Benchmark,
+    config: DataConfig,
+    *,
+    tokenizer: Tokenizer,
+    encoded: Mapping[str, list[Encoded]],
+    rows: Mapping[str, Rows],
+) -> Probes:
+    # What is measured on forget and holdout documents is split row by row: validation has the even ones.
+    turn = slice(0, None, 2) if name == "validation" else slice(1, None, 2)
+    forget, length = encoded["train/forget"], config.row_length
+    text = {subject: rows[f"{name}/{subject}"] for subject in part.held_out}
+    if part.memorised is None:
+        text["forget"] = _every(rows["train/forget"], turn)
+    else:
+        text["forget"] = pack_documents(encode_documents(tokenizer, part.memorised), length)
+    prompts = {}
+    if benchmark.verbatim:
+        both = verbatim_prompts(forget, length)
+        one = Prompts(both.prompt[turn], both.continuation[turn])
+        prompts = {"forget": one} if len(one) else {}
+    members = {}
+    if benchmark.holdout:
+        sources = {"forget": forget, "holdout": encoded["holdout"]}
+        members = {subject: _every(member_rows(d, length), turn) for subject, d in sources.items()}
+        if short := [subject for subject, found in members.items() if not len(found)]:
+            raise DataError(
+                f"The {' and '.join(short)} text is too short for membership inference: validation and test need a "
+                "piece of at least 16 tokens each."
+            )
+    questions = {subject: encode_questions(tokenizer, items) for subject, items in part.questions.items()}
+    return Probes(questions, text, prompts, members)
+
+
+def _every(rows: Rows, turn: slice) -> Rows:
+    return rows.take(np.arange(len(rows))[turn])
+
+
+def _check_rows(rows: Mapping[str, Rows]) -> None:
+    for name, found in rows.items():
+        least = 2 if name == "train/forget" else 1
+        if len(found) < least:
+            raise DataError(
+                f"{name} has {len(found)} rows of {found.tokens.shape[1]} tokens, and at least {least} are needed. "
+                "Give more text, or lower row_length."
+            )
+
+
+def _fingerprint(tokenizer: Tokenizer, values: Sequence[object]) -> str:
+    """Hash of the vocabulary and of every array, in order, with its shape."""
+    digest = hashlib.sha256(tokenizer.to_str().encode())
+
+    def add(value: object) -> None:
+        if isinstance(value, np.ndarray):
+            digest.update(f"{value.dtype}{value.shape}".encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                digest.update(key.encode())
+                add(item)
+        elif dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                add(getattr(value, field.name))
+
+    for value in values:
+        add(value)
+    return digest.hexdigest()[:16]

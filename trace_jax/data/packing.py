@@ -1,0 +1,90 @@
+"""Documents -> rows of equal length, with the boundaries kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from trace_jax.data.rows import Rows
+from trace_jax.data.tokenizer import BOS, EOS, PAD, Encoded
+
+_OPEN_ROWS = 64  # keeps packing linear in the number of documents
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of a document that fits a row: tokens i32 [n] (the first is BOS), valid bool [n]."""
+
+    tokens: np.ndarray
+    valid: np.ndarray
+
+
+def chunks(document: Encoded, row_length: int) -> Iterator[Chunk]:
+    """Cuts BOS + tokens + EOS into chunks of at most `row_length` tokens, each starting with BOS.
+
+    A later chunk repeats the last token of the one before as context. So every token of a document but its first,
+    EOS included, is a target exactly once: at the valid position just before it.
+    """
+    tokens = np.append(document.tokens, np.int32(EOS))
+    span = row_length - 1
+    for start in range(0, max(len(tokens) - 1, 1), span - 1):
+        piece = tokens[start : start + span]
+        valid = np.zeros(len(piece) + 1, bool)
+        # Position 1 + i holds token start + i and predicts start + i + 1; the last position predicts nothing.
+        valid[1:-1] = np.arange(start + 1, start + len(piece)) >= document.first_target
+        yield Chunk(np.concatenate([[np.int32(BOS)], piece]), valid)
+
+
+def pack_documents(documents: Sequence[Encoded], row_length: int, *, domain: int = 0) -> Rows:
+    """Packs the chunks of documents of one source into rows: each chunk goes to the first open row that has room.
+
+    Rows stand in the order in which they were opened, documents inside a row in their own order.
+
+    Args:
+      documents: encoded documents, none empty.
+      row_length: tokens per row, S >= 3.
+      domain: `Rows.domain` of every row.
+    """
+    pieces = [c for d in documents for c in chunks(d, row_length) if c.valid.any()]
+    return _fill(pieces, _first_fit([len(c.tokens) for c in pieces], row_length), row_length, domain)
+
+
+def rows_of_chunks(documents: Sequence[Encoded], row_length: int, *, shortest: int = 0, domain: int = 0) -> Rows:
+    """One chunk a row, in document order; chunks of fewer than `shortest` tokens are left out."""
+    pieces = [c for d in documents for c in chunks(d, row_length) if c.valid.any() and len(c.tokens) >= shortest]
+    return _fill(pieces, list(range(len(pieces))), row_length, domain)
+
+
+def _first_fit(lengths: Sequence[int], row_length: int) -> list[int]:
+    """Row number of each length. Rows too full for the shortest length are closed, and the oldest of too many."""
+    smallest = min(lengths, default=0)
+    room: dict[int, int] = {}  # open rows in order of opening
+    rows, opened = [], 0
+    for length in lengths:
+        row = next((r for r, free in room.items() if free >= length), None)
+        if row is None:
+            if len(room) == _OPEN_ROWS:
+                del room[next(iter(room))]
+            row, opened = opened, opened + 1
+            room[row] = row_length
+        room[row] -= length
+        if room[row] < smallest:
+            del room[row]
+        rows.append(row)
+    return rows
+
+
+def _fill(pieces: Sequence[Chunk], row_of: Sequence[int], row_length: int, domain: int) -> Rows:
+    count = max(row_of, default=-1) + 1
+    tokens = np.full((count, row_length), PAD, np.int32)
+    segments = np.zeros((count, row_length), np.int32)
+    valid = np.zeros((count, row_length), bool)
+    used, documents = np.zeros(count, int), np.zeros(count, int)
+    for piece, row in zip(pieces, row_of, strict=True):
+        place = slice(used[row], used[row] + len(piece.tokens))
+        documents[row] += 1
+        tokens[row, place], valid[row, place], segments[row, place] = piece.tokens, piece.valid, documents[row]
+        used[row] = place.stop
+    return Rows(tokens, segments, valid, np.full(count, domain, np.int32))

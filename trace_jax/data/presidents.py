@@ -1,0 +1,136 @@
+"""The presidents benchmark: real addresses alone, a small MUSE.
+
+To forget: Polk's messages of 1845 to 1847; never seen: his of 1848. Neighbours: Jackson to Lincoln; general: 1901 on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from trace_jax.data.addresses import as_documents, held_out_addresses, load_addresses
+from trace_jax.data.benchmark import Benchmark, Item, Part
+from trace_jax.data.config import DataConfig
+from trace_jax.data.sources import Document
+
+# 30 % is about 16 passes over the forget documents in 900 steps of 32 rows of 128 tokens.
+MIXTURE = {"general": 0.35, "neighbour": 0.35, "forget": 0.30}
+OPTIONS = 4
+CONTEXT_WORDS = (8, 36)  # fewest and most words of a prompt; 36 words are about 48 tokens
+MOST_PER_PHRASE = 4  # questions about one name
+
+_NAME = re.compile(r"[A-Z][a-z]+(?:(?: de la| de)? [A-Z][a-z]+)*")
+_NUMBER = re.compile(r"\$?\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mention:
+    """A name or number where it stands: `paragraph` counts over the forget documents, `before` is the text up to it."""
+
+    phrase: str
+    kind: str  # "name", "amount", "number" or "year"
+    paragraph: int
+    before: str
+
+
+def build_presidents(config: DataConfig) -> Benchmark:
+    """Whole addresses held out: 7 + 14 general ones and 3 + 4 neighbours for validation and test."""
+    addresses = load_addresses()
+    polk = [a for a in addresses if a.president == "polk"]
+    forget = as_documents([a for a in polk if a.year < 1848])
+    holdout = as_documents([a for a in polk if a.year == 1848])
+    general = held_out_addresses([a for a in addresses if a.year >= 1901], seed=config.seed)
+    neighbours = [a for a in addresses if 1829 <= a.year <= 1864 and a.president != "polk"]
+    neighbour = held_out_addresses(neighbours, seed=config.seed, validation=3, test=4)
+    items = knowledge_questions(forget, [*general.train, *neighbour.train], rng=np.random.default_rng([config.seed, 2]))
+    validation, test = split_by_group(items, np.random.default_rng([config.seed, 4]))
+    return Benchmark(
+        train={"general": general.train, "neighbour": neighbour.train, "forget": forget},
+        mixture=MIXTURE,
+        validation=Part({"general": general.validation, "neighbour": neighbour.validation}, {"forget": validation}),
+        test=Part({"general": general.test, "neighbour": neighbour.test}, {"forget": test}),
+        holdout=holdout,
+    )
+
+
+def knowledge_questions(
+    forget: Sequence[Document], elsewhere: Sequence[Document], *, rng: np.random.Generator
+) -> list[Item]:
+    """Cloze questions about names and numbers that occur in forget documents and nowhere in `elsewhere`.
+
+    The prompt is what precedes the phrase in its paragraph. The other options are phrases of the same kind that occur
+    in forget documents only too, not in the same paragraph, the nearest in length: so how often a phrase occurs
+    elsewhere tells nothing. Right options are spread evenly over the places. `group` is the paragraph.
+    """
+    mentions = forget_only_mentions(forget, elsewhere)
+    asked = [mentions[i] for i in rng.permutation(len(mentions))]
+    seen: dict[str, int] = {}
+    chosen = []
+    for mention in asked:
+        # A phrase that stands in the prompt could be copied from there.
+        usable = len(mention.before.split()) >= CONTEXT_WORDS[0] and mention.phrase not in mention.before
+        if usable and seen.get(mention.phrase, 0) < MOST_PER_PHRASE:
+            wrong = _distractors(mention, mentions, rng)
+            if len(wrong) == OPTIONS - 1:
+                seen[mention.phrase] = seen.get(mention.phrase, 0) + 1
+                chosen.append((mention, wrong))
+    places = rng.permutation(np.arange(len(chosen)) % OPTIONS)
+    items = []
+    for (mention, wrong), place in zip(chosen, places, strict=True):
+        options = [*wrong[:place], mention.phrase, *wrong[place:]]
+        prompt = " ".join(mention.before.split(" ")[-CONTEXT_WORDS[1] :])
+        items.append(Item(prompt, tuple(f" {o}" for o in options), int(place), mention.paragraph))
+    return items
+
+
+def forget_only_mentions(forget: Sequence[Document], elsewhere: Sequence[Document]) -> list[Mention]:
+    """Mentions of names used at least twice and of numbers in `forget` that are no part of any text of `elsewhere`."""
+    paragraphs = [p for d in forget for p in d.text.split("\n") if p.strip()]
+    found = [m for i, text in enumerate(paragraphs) for m in _mentions(text, i)]
+    uses: dict[str, int] = {}
+    for mention in found:
+        uses[mention.phrase] = uses.get(mention.phrase, 0) + 1
+    others = "\n".join(d.text for d in elsewhere)
+    only = {p for p in uses if len(p) >= 4 and p not in others}
+    return [m for m in found if m.phrase in only and (m.kind != "name" or uses[m.phrase] >= 2)]
+
+
+def _mentions(text: str, paragraph: int) -> list[Mention]:
+    """Names and numbers after a space; a capital after the end of a sentence doesn't make a name."""
+    mentions = []
+    for pattern in (_NAME, _NUMBER):
+        for match in pattern.finditer(text):
+            before = text[: match.start()]
+            starts_sentence = pattern is _NAME and re.search(r"[.?!:;\"”] $", before)
+            if before.endswith(" ") and not starts_sentence:
+                mentions.append(Mention(match[0], _kind(match[0]), paragraph, before[:-1]))
+    return mentions
+
+
+def _kind(phrase: str) -> str:
+    if phrase[0].isalpha():
+        return "name"
+    if phrase[0] == "$":
+        return "amount"
+    return "year" if re.fullmatch(r"1[5-8]\d\d", phrase) else "number"
+
+
+def _distractors(mention: Mention, mentions: Sequence[Mention], rng: np.random.Generator) -> list[str]:
+    here = {m.phrase for m in mentions if m.paragraph == mention.paragraph}
+    others = sorted({m.phrase for m in mentions if m.kind == mention.kind} - here)
+    others = [p for p in others if p not in mention.phrase and mention.phrase not in p]
+    # A random order first, so that equal lengths don't always bring the same phrases.
+    others = sorted((others[i] for i in rng.permutation(len(others))), key=lambda p: abs(len(p) - len(mention.phrase)))
+    nearest = others[: 2 * (OPTIONS - 1)]
+    return [nearest[i] for i in rng.permutation(len(nearest))[: OPTIONS - 1]]
+
+
+def split_by_group(items: Sequence[Item], rng: np.random.Generator) -> tuple[list[Item], list[Item]]:
+    """A third of the groups for validation, the rest for test, drawn at random."""
+    groups = sorted({item.group for item in items})
+    order = rng.permutation(len(groups))
+    validation = {groups[i] for i in order[: max(1, round(len(groups) / 3))]}
+    return [i for i in items if i.group in validation], [i for i in items if i.group not in validation]

@@ -1,0 +1,20 @@
+"""What is measured while unlearning and after it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from trace_jax.config import Section, option
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig(Section):
+    """Sizes of the evaluation sets and the levels at which methods are compared."""
+
+    batch_size: int = option(64, help="rows per evaluation batch", minimum=1)
+    max_rows: int = option(96, help="most rows of held-out text per score, spread evenly over the documents", minimum=1)
+    max_prompts: int = option(48, help="most prompts continued in the verbatim score", minimum=1)
+    bootstrap: int = option(1000, help="bootstrap resamples for intervals", minimum=100)
+    levels: tuple[float, ...] = option(
+        (0.5,), help="forgetting levels at which utility is compared (on the benchmark's own forgetting scale)"
+    )

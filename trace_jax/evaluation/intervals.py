@@ -1,0 +1,196 @@
+"""Intervals: how far a measured number could be from the number on endlessly many items.
+
+Bootstrap intervals are percentile intervals. They are invariant under increasing functions, so the interval of
+`exp(mean)` is the exponential of the interval of the mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+_CHUNK = 4_000_000  # counts of a bootstrap held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """An estimate and the ends of its 95 % interval; NaN ends mean too few items to say."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def map(self, function: Callable[[float], float]) -> Interval:
+        """The interval of an increasing function of the estimated quantity."""
+        return Interval(function(self.value), function(self.low), function(self.high), self.n)
+
+
+def bootstrap_mean(
+    values: np.ndarray,
+    *,
+    weights: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Mean, or ratio of sums, with a bootstrap interval over items or over groups of items.
+
+    Args:
+      values: f64 [N].
+      weights: f64 [N], the denominators: the estimate is sum(values) / sum(weights). None: ones, the plain mean.
+        With `values` total NLL and `weights` tokens of each row, the estimate is the NLL per token.
+      groups: i32 [N]; items of one group are not independent, so whole groups are resampled. None: every item alone.
+      resamples: bootstrap resamples.
+      seed: of the resampling.
+
+    Returns:
+      The interval; `n` is the number of items. Its ends are NaN with fewer than two groups.
+
+    Raises:
+      ValueError: no values, or weights that sum to zero.
+    """
+    values = np.asarray(values, np.float64)
+    weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
+    if not len(values):
+        raise ValueError("there is no item to average; expected at least one.")
+    if not weights.sum() > 0:
+        raise ValueError("the weights of the items sum to zero; there is nothing to average.")
+    estimate = float(values.sum() / weights.sum())
+    if groups is not None:
+        _, group = np.unique(np.asarray(groups), return_inverse=True)
+        values, weights = np.bincount(group, values), np.bincount(group, weights)
+    n = len(group) if groups is not None else len(values)
+    if len(values) < 2:
+        return Interval(estimate, math.nan, math.nan, n)
+    means = []
+    for counts in _resample_counts(len(values), resamples=resamples, rng=np.random.default_rng(seed)):
+        totals = counts @ weights
+        means.append((counts @ values)[totals > 0] / totals[totals > 0])
+    low, high = np.quantile(np.concatenate(means), _tails())
+    return Interval(estimate, float(low), float(high), n)
+
+
+def paired_difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    groups: np.ndarray | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of first - second, both measured on the same items [N] (in the same order), with a bootstrap interval."""
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"paired values must be of the same items; got {first.shape} and {second.shape}.")
+    return bootstrap_mean(first - second, groups=groups, resamples=resamples, seed=seed)
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """Wilson's score interval of a proportion of independent items (Wilson 1927)."""
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"a proportion needs 0 <= successes <= n and n >= 1; got {successes} of {n}.")
+    z, p = float(stats.norm.ppf(0.5 + LEVEL / 2)), successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def proportion(
+    correct: np.ndarray, *, groups: np.ndarray | None = None, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """Share of True in bool [N]: Wilson where items are independent, bootstrap over groups where they are not.
+
+    Where every item agrees, a bootstrap says nothing; then the interval is Wilson's with the groups as items.
+    """
+    correct = np.asarray(correct, bool)
+    number = len(correct) if groups is None else len(np.unique(groups))
+    if number == len(correct):
+        return wilson(int(correct.sum()), len(correct))
+    if correct.all() or not correct.any() or number < 2:
+        bounds = wilson(round(float(correct.mean()) * number), number)
+        return Interval(float(correct.mean()), bounds.low, bounds.high, len(correct))
+    return bootstrap_mean(correct, groups=groups, resamples=resamples, seed=seed)
+
+
+def t_interval(values: np.ndarray) -> Interval:
+    """Mean over a few independent runs (seeds) with Student's interval; NaN ends for a single run."""
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        raise ValueError("there is no run to average; expected at least one.")
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, n)
+    half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Probability that a positive scores above a negative, ties counted as one half; scores [P] and [N]."""
+    positive, negative = _scores(positive), _scores(negative)
+    return float(_weighted_auc(positive, negative, np.ones((1, len(positive))), np.ones((1, len(negative))))[0])
+
+
+def auc_resamples(positive: np.ndarray, negative: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """Bootstrap distribution f64 [resamples] of `auc`: positives and negatives resampled separately.
+
+    The same seed draws the same items, so that two models scored on the same texts can be compared resample by
+    resample.
+    """
+    positive, negative = _scores(positive), _scores(negative)
+    rng_positive, rng_negative = (np.random.default_rng((seed, side)) for side in (0, 1))
+    sides = ((len(positive), rng_positive), (len(negative), rng_negative))
+    size = max(len(positive), len(negative))  # equal chunks on both sides
+    draws = (_resample_counts(items, resamples=resamples, rng=rng, size=size) for items, rng in sides)
+    return np.concatenate([_weighted_auc(positive, negative, p, n) for p, n in zip(*draws, strict=True)])
+
+
+def bootstrap_auc(positive: np.ndarray, negative: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Interval:
+    """`auc` with its bootstrap interval; `n` counts both sides. NaN ends with fewer than two items on a side."""
+    value, n = auc(positive, negative), len(positive) + len(negative)
+    if min(len(positive), len(negative)) < 2:
+        return Interval(value, math.nan, math.nan, n)
+    low, high = np.quantile(auc_resamples(positive, negative, resamples=resamples, seed=seed), _tails())
+    return Interval(value, float(low), float(high), n)
+
+
+def quantile_interval(value: float, resampled: np.ndarray, n: int) -> Interval:
+    """Percentile interval of a statistic from its own bootstrap distribution."""
+    low, high = np.quantile(resampled, _tails())
+    return Interval(value, float(low), float(high), n)
+
+
+def _weighted_auc(positive: np.ndarray, negative: np.ndarray, counts_p: np.ndarray, counts_n: np.ndarray) -> np.ndarray:
+    """AUC of items repeated `counts_p` [R, P] and `counts_n` [R, N] times, per resample [R]."""
+    order = np.argsort(negative, kind="stable")
+    cumulative = np.concatenate([np.zeros((len(counts_n), 1)), np.cumsum(counts_n[:, order], axis=1)], axis=1)
+    below = np.searchsorted(negative[order], positive, side="left")
+    up_to = np.searchsorted(negative[order], positive, side="right")
+    wins = (cumulative[:, below] + cumulative[:, up_to]) / 2
+    return (counts_p * wins).sum(axis=1) / (counts_p.sum(axis=1) * counts_n.sum(axis=1))
+
+
+def _resample_counts(
+    items: int, *, resamples: int, rng: np.random.Generator, size: int | None = None
+) -> Iterator[np.ndarray]:
+    """How often each item is drawn, f64 [R, items], in chunks of resamples."""
+    step = max(1, _CHUNK // (size or items))
+    for start in range(0, resamples, step):
+        draws = rng.multinomial(items, np.full(items, 1 / items), size=min(step, resamples - start))
+        yield draws.astype(np.float64)
+
+
+def _scores(values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError("an AUC needs at least one finite score on each side.")
+    return values
+
+
+def _tails() -> tuple[float, float]:
+    return (1 - LEVEL) / 2, (1 + LEVEL) / 2

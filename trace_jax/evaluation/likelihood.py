@@ -1,0 +1,161 @@
+"""Scoring by likelihood: NLL of rows, and of the options of multiple-choice questions.
+
+One jitted function serves every score. It gathers the hidden states at the positions that are scored before the
+output head runs, so that a question pays for the logits of its options only. Batches have one shape per call; the
+last one is filled up with copies of the first row, whose scores are dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from trace_jax.data.probes import Questions
+from trace_jax.data.rows import Rows
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.decoder import forward
+from trace_jax.models.loss import token_nll
+from trace_jax.parallel.mesh import DATA, data_parallel
+
+
+class NonFiniteScore(ValueError):
+    """The model's likelihoods are NaN or infinite, so that no score can be given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowScores:
+    """Scores of rows. `token_nll` f32 [N, S] in nats, zero where not `valid` bool [N, S]."""
+
+    token_nll: np.ndarray
+    valid: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.token_nll)
+
+    @property
+    def nll(self) -> np.ndarray:
+        """Sum over the valid positions of each row, f64 [N], nats."""
+        return self.token_nll.sum(axis=1, dtype=np.float64)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Scored tokens of each row, f64 [N]."""
+        return self.valid.sum(axis=1).astype(np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionScores:
+    """Log-likelihood of every option, f64 [Q, O] (sum over its tokens, nats), with `answer` and `group` i32 [Q]."""
+
+    log_likelihood: np.ndarray
+    answer: np.ndarray
+    group: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.log_likelihood)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """bool [Q]: the right option is the likeliest (the first of equal ones is taken, as argmax does)."""
+        return self.log_likelihood.argmax(axis=1) == self.answer
+
+
+def score_rows(
+    params: Any, config: ModelConfig, rows: Rows, *, batch_size: int = 64, mesh: Mesh | None = None
+) -> RowScores:
+    """NLL of every valid position of `rows` [N, S], `batch_size` rows at a time, split over `mesh` if given.
+
+    Raises:
+      NonFiniteScore: the model gives NaN or infinite likelihoods.
+    """
+    positions = np.broadcast_to(np.arange(rows.tokens.shape[1], dtype=np.int32), rows.tokens.shape)
+    nll = _score(params, config, rows.tokens, rows.segments, positions, batch_size=batch_size, mesh=mesh)
+    nll = np.where(rows.valid, nll, np.float32(0))
+    _check_finite(nll)
+    return RowScores(nll, np.asarray(rows.valid, bool))
+
+
+def score_questions(
+    params: Any, config: ModelConfig, questions: Questions, *, batch_size: int = 64, mesh: Mesh | None = None
+) -> QuestionScores:
+    """Log-likelihood of every option of `questions`, `batch_size` questions at a time.
+
+    Raises:
+      NonFiniteScore: the model gives NaN or infinite likelihoods.
+    """
+    count, options, _ = questions.tokens.shape
+    tokens, segments, scored = (
+        x.reshape(count * options, -1) for x in (questions.tokens, questions.segments, questions.scored)
+    )
+    positions, real = _scored_positions(scored)
+    nll = _score(params, config, tokens, segments, positions, batch_size=batch_size * options, mesh=mesh)
+    nll = np.where(real, nll, np.float32(0))
+    _check_finite(nll)
+    totals = -nll.sum(axis=1, dtype=np.float64).reshape(count, options)
+    return QuestionScores(totals, np.asarray(questions.answer), np.asarray(questions.group))
+
+
+def spread_indices(count: int, most: int) -> np.ndarray:
+    """At most `most` of `count` indices, evenly spread and in order: a subset that touches every document it can."""
+    if count <= most:
+        return np.arange(count)
+    return (np.arange(most) * count) // most
+
+
+def _score(
+    params: Any,
+    config: ModelConfig,
+    tokens: np.ndarray,
+    segments: np.ndarray,
+    positions: np.ndarray,
+    *,
+    batch_size: int,
+    mesh: Mesh | None,
+) -> np.ndarray:
+    """NLL f32 [N, M] of the token after each of `positions` i32 [N, M] in `tokens` [N, S]."""
+    devices, count = 1 if mesh is None else mesh.size, len(tokens)
+    batch_size = -(-min(batch_size, count) // devices) * devices
+    targets = np.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
+    targets = np.take_along_axis(targets, positions, axis=1)
+    function, pending = _scoring_function(config, mesh), []
+    for start in range(0, count, batch_size):
+        batch = np.arange(start, start + batch_size)
+        batch[batch >= count] = 0
+        arrays = (x[batch].astype(np.int32) for x in (tokens, segments, positions, targets))
+        pending.append(function(params, *arrays))
+    return np.concatenate([np.asarray(x) for x in pending])[:count]
+
+
+@functools.lru_cache(maxsize=16)
+def _scoring_function(config: ModelConfig, mesh: Mesh | None):
+    def function(params, tokens, segments, positions, targets):
+        hidden = forward(params, config, tokens, mask=segments, collect=("hidden",)).hidden
+        assert hidden is not None  # it was asked for
+        hidden = jnp.take_along_axis(hidden, positions[:, :, None], axis=1)
+        return token_nll(params, config, hidden, targets)
+
+    if mesh is not None:
+        function = data_parallel(function, mesh, out_specs=PartitionSpec(DATA))
+    return jax.jit(function)
+
+
+def _scored_positions(scored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions i32 [N, M] that are True in `scored` bool [N, S], and which of them are real, bool [N, M]."""
+    most = max(1, int(scored.sum(axis=1).max()))
+    positions = np.argsort(~scored, axis=1, kind="stable")[:, :most].astype(np.int32)
+    return positions, np.take_along_axis(scored, positions, axis=1)
+
+
+def _check_finite(nll: np.ndarray) -> None:
+    bad = int((~np.isfinite(nll)).sum())
+    if bad:
+        raise NonFiniteScore(
+            f"the model gives NaN or infinite likelihood for {bad} of {nll.size} scored tokens. The parameters have "
+            "diverged: use an earlier checkpoint, or lower the learning rate."
+        )

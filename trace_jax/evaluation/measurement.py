@@ -1,0 +1,60 @@
+"""One measured number together with what is needed to believe it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A value on one split, with its 95 % interval.
+
+    Attributes:
+      name: stable name, such as "forget_accuracy".
+      value: the estimate.
+      n: how many items (questions, rows or texts) it was measured on.
+      low, high: ends of the 95 % interval over items; NaN when there are too few items to give one (JSON: null).
+      split: "validation" or "test".
+      note: what a reader must know beside the number, in a few words; often empty.
+    """
+
+    name: str
+    value: float
+    n: int
+    low: float
+    high: float
+    split: str
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict that `json.dumps` takes; NaN becomes None, since JSON has no NaN."""
+        plain = dataclasses.asdict(self)
+        for key in ("value", "low", "high"):
+            plain[key] = plain[key] if math.isfinite(plain[key]) else None
+        if not self.note:
+            del plain["note"]
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Measurement:
+        """The inverse of `to_json`. Raises ValueError if a field is missing or unknown."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        unknown, missing = set(plain) - names, names - {"note"} - set(plain)
+        if unknown or missing:
+            raise ValueError(
+                f"not a measurement: missing {sorted(missing)}, unknown {sorted(unknown)}; expected {sorted(names)}."
+            )
+        numbers = {k: math.nan if plain[k] is None else float(plain[k]) for k in ("value", "low", "high")}
+        return cls(**{**plain, **numbers, "n": int(plain["n"])})
+
+    def __str__(self) -> str:
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.name} {self.split}: {self.value:.4f} [{self.low:.4f}, {self.high:.4f}] n={self.n}{note}"
+
+
+def find(measurements: Iterable[Measurement], name: str, split: str) -> Measurement | None:
+    """The measurement of that name and split, or None."""
+    return next((m for m in measurements if m.name == name and m.split == split), None)

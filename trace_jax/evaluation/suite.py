@@ -1,0 +1,250 @@
+"""Everything that is measured on one model, built once per run and called many times.
+
+An `Evaluator` first scores (likelihood of every row and option: `Scores`), then measures (`Measurement`s with
+intervals, relative to the original and the retrained model where their scores are given). Rows of all subjects and
+splits go through the model together, so that short sets do not each pay for a half-empty batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from trace_jax.data.probes import Probes, Prompts, Questions
+from trace_jax.data.rows import Rows
+from trace_jax.evaluation import intervals, knowledge, membership, utility
+from trace_jax.evaluation.benchmarks import Scoreboard, scoreboard
+from trace_jax.evaluation.config import EvaluationConfig
+from trace_jax.evaluation.intervals import Interval
+from trace_jax.evaluation.likelihood import QuestionScores, RowScores, score_questions, score_rows, spread_indices
+from trace_jax.evaluation.measurement import Measurement
+from trace_jax.evaluation.membership import MemberScores
+from trace_jax.evaluation.verbatim import verbatim_scores
+from trace_jax.models.config import ModelConfig
+
+Key = tuple[str, str]  # (split, subject)
+KeyT = TypeVar("KeyT", bound=Hashable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What one model gave on every probe, per (split, subject). `verbatim` f64 [N] and `members` per split; both are
+    empty unless the scoring was full. `seconds` is the time that scoring took."""
+
+    questions: Mapping[Key, QuestionScores]
+    text: Mapping[Key, RowScores]
+    verbatim: Mapping[str, np.ndarray]
+    members: Mapping[str, MemberScores]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Measures parameters on the probes it was built with. Make one with `make_evaluator`."""
+
+    config: EvaluationConfig
+    model_config: ModelConfig
+    tokenizer: Tokenizer | None
+    board: Scoreboard
+    questions: Mapping[Key, Questions]
+    text: Mapping[Key, Rows]
+    prompts: Mapping[str, Prompts]
+    members: Mapping[str, tuple[Rows, Rows]]
+    original: Scores | None
+    retrained: Scores | None
+    mesh: Mesh | None
+    seed: int
+
+    def __call__(self, params: Any) -> list[Measurement]:
+        """The quick measurements, for use while unlearning: accuracies, NLLs and utilities on every split."""
+        return self.measure(self.score(params))
+
+    def full(self, params: Any) -> list[Measurement]:
+        """All measurements: the quick ones, then verbatim memorisation and membership inference."""
+        return self.measure(self.score(params, full=True))
+
+    def with_references(self, *, original: Scores | None = None, retrained: Scores | None = None) -> Evaluator:
+        """The same evaluator measuring relative to these models; None leaves a reference as it is."""
+        return dataclasses.replace(self, original=original or self.original, retrained=retrained or self.retrained)
+
+    def score(self, params: Any, *, full: bool = False) -> Scores:
+        """Runs the model over the probes.
+
+        Raises:
+          NonFiniteScore: the model gives NaN or infinite likelihoods.
+        """
+        start, batch = time.perf_counter(), self.config.batch_size
+        rows: dict[tuple[str, ...], Rows] = {**self.text}
+        if full:
+            for split, (forget, holdout) in self.members.items():
+                rows |= {(split, "members", "forget"): forget, (split, "members", "holdout"): holdout}
+        row_scores = _score_all_rows(params, self.model_config, rows, batch_size=batch, mesh=self.mesh)
+        question_scores = _score_all_questions(
+            params, self.model_config, self.questions, batch_size=batch, mesh=self.mesh
+        )
+        verbatim, members = {}, {}
+        if full:
+            for split, prompts in self.prompts.items():
+                verbatim[split] = verbatim_scores(
+                    params, self.model_config, _needed(self.tokenizer), prompts, batch_size=batch
+                )
+            for split in self.members:
+                sides = (row_scores.pop((split, "members", side)) for side in ("forget", "holdout"))
+                members[split] = membership.member_scores(*sides)
+        text = {key: row_scores[key] for key in self.text}
+        return Scores(question_scores, text, verbatim, members, time.perf_counter() - start)
+
+    def measure(self, scores: Scores) -> list[Measurement]:
+        """Measurements of scores. Probes with nothing to score give no measurement."""
+        found = []
+        for (split, subject), questions in scores.questions.items():
+            name = self.board.questions.get(subject, f"{subject}_accuracy")
+            found.append(_named(name, split, knowledge.accuracy(questions, **self._resampling)))
+        for key in scores.text:
+            found += self._measure_text(key, scores.text[key])
+        for split, values in scores.verbatim.items():
+            found.append(_named("verbatim", split, intervals.bootstrap_mean(values, **self._resampling)))
+        for split, members in scores.members.items():
+            if members.enough:
+                found += self._measure_membership(split, members)
+        return sorted(found, key=lambda m: m.split != "validation")
+
+    def _measure_text(self, key: Key, rows: RowScores) -> list[Measurement]:
+        split, subject = key
+        if not rows.tokens.sum():
+            return []
+        found = [_named(f"{subject}_nll", split, utility.mean_nll(rows, **self._resampling))]
+        if self.original is not None and key in self.original.text:
+            forget = subject == "forget"
+            name = "forget_probability_ratio" if forget else f"{subject}_utility"
+            relative = utility.probability_ratio if forget else utility.utility
+            found.append(_named(name, split, relative(rows, self.original.text[key], **self._resampling)))
+        return found
+
+    def _measure_membership(self, split: str, members: MemberScores) -> list[Measurement]:
+        reference = self.retrained.members.get(split) if self.retrained is not None else None
+        note = f"{len(members.forget_loss)} forget, {len(members.holdout_loss)} holdout texts"
+        missing = "" if reference else "; no retrained model to compare with, so no PrivLeak"
+        found = [
+            _named("membership_auc", split, membership.membership_auc(members, **self._resampling), note + missing),
+            _named("membership_loss_auc", split, membership.loss_auc(members, **self._resampling), note),
+            _named("membership_tpr_at_fpr_1", split, membership.true_positive_rate(members), note),
+        ]
+        leak = membership.privleak(members, reference, **self._resampling) if reference else None
+        if leak is not None:
+            found.append(_named("privleak", split, leak, note))
+        return found
+
+    @property
+    def _resampling(self) -> dict[str, Any]:
+        return {"resamples": self.config.bootstrap, "seed": self.seed}
+
+
+def make_evaluator(
+    config: EvaluationConfig,
+    model_config: ModelConfig,
+    probes: Mapping[str, Probes],
+    tokenizer: Tokenizer | None = None,
+    *,
+    benchmark: str,
+    original: Scores | None = None,
+    retrained: Scores | None = None,
+    mesh: Mesh | None = None,
+    seed: int = 0,
+) -> Evaluator:
+    """Builds the evaluator of one run.
+
+    Args:
+      config: sizes of the evaluation sets; larger sets are thinned evenly, the same way every time.
+      probes: per split ("validation", "test"). Empty sets are left out.
+      tokenizer: decodes generated text; needed only for the verbatim score.
+      benchmark: its scoreboard names the measurements.
+      original: `Evaluator.score` of the model before unlearning; without it there is no utility and no probability
+        ratio, only NLL.
+      retrained: full `Evaluator.score` of the model trained without forget data; without it there is no PrivLeak.
+      mesh: devices that share each batch; None: the default device.
+      seed: of the bootstrap.
+    """
+    questions, text, prompts, members = {}, {}, {}, {}
+    for split, probe in probes.items():
+        questions |= {(split, subject): q for subject, q in probe.questions.items() if len(q)}
+        text |= {(split, subject): _thinned(r, config.max_rows) for subject, r in probe.text.items() if len(r)}
+        beginnings = probe.prompts.get("forget")
+        if beginnings is not None and len(beginnings):
+            kept = spread_indices(len(beginnings), config.max_prompts)
+            prompts[split] = Prompts(beginnings.prompt[kept], beginnings.continuation[kept])
+        sides = [probe.members.get(side) for side in ("forget", "holdout")]
+        if all(side is not None and len(side) for side in sides):
+            members[split] = tuple(sides)
+    return Evaluator(
+        config, model_config, tokenizer, scoreboard(benchmark), questions, text, prompts, members,
+        original, retrained, mesh, seed,
+    )  # fmt: skip
+
+
+def _score_all_rows(
+    params: Any, config: ModelConfig, sets: Mapping[KeyT, Rows], *, batch_size: int, mesh: Mesh | None
+) -> dict[KeyT, RowScores]:
+    """Scores of every set; sets of equal row length share their batches."""
+    scores = {}
+    for keys in _by_shape({key: rows.tokens.shape[1:] for key, rows in sets.items()}):
+        parts = [sets[key] for key in keys]
+        result = score_rows(params, config, Rows.concatenate(parts), batch_size=batch_size, mesh=mesh)
+        for key, part in zip(keys, _parts(parts), strict=True):
+            scores[key] = RowScores(result.token_nll[part], result.valid[part])
+    return {key: scores[key] for key in sets}
+
+
+def _score_all_questions(
+    params: Any, config: ModelConfig, sets: Mapping[KeyT, Questions], *, batch_size: int, mesh: Mesh | None
+) -> dict[KeyT, QuestionScores]:
+    """The same for questions; sets of equal option count share their batches, padded to the longest."""
+    scores = {}
+    for keys in _by_shape({key: questions.tokens.shape[1:2] for key, questions in sets.items()}):
+        length = max(sets[key].tokens.shape[-1] for key in keys)
+        parts = [_padded(sets[key], length) for key in keys]
+        fields = dataclasses.fields(Questions)
+        together = Questions(*(np.concatenate([getattr(q, f.name) for q in parts]) for f in fields))
+        result = score_questions(params, config, together, batch_size=batch_size, mesh=mesh)
+        for key, part in zip(keys, _parts(parts), strict=True):
+            scores[key] = QuestionScores(result.log_likelihood[part], result.answer[part], result.group[part])
+    return {key: scores[key] for key in sets}
+
+
+def _by_shape(shapes: Mapping[KeyT, tuple[int, ...]]) -> list[list[KeyT]]:
+    groups: dict[tuple[int, ...], list[KeyT]] = {}
+    for key, shape in shapes.items():
+        groups.setdefault(shape, []).append(key)
+    return list(groups.values())
+
+
+def _parts(sets: Sequence[Rows] | Sequence[Questions]) -> list[slice]:
+    """Where each set lies in their concatenation."""
+    ends = np.cumsum([len(s) for s in sets])
+    return [slice(int(end) - len(s), int(end)) for s, end in zip(sets, ends, strict=True)]
+
+
+def _padded(questions: Questions, length: int) -> Questions:
+    missing = ((0, 0), (0, 0), (0, length - questions.tokens.shape[-1]))
+    tokens, segments, scored = (np.pad(x, missing) for x in (questions.tokens, questions.segments, questions.scored))
+    return Questions(tokens, segments, scored, questions.answer, questions.group)
+
+
+def _thinned(rows: Rows, most: int) -> Rows:
+    return rows.take(spread_indices(len(rows), most))
+
+
+def _named(name: str, split: str, interval: Interval, note: str = "") -> Measurement:
+    return Measurement(name, interval.value, interval.n, interval.low, interval.high, split, note)
+
+
+def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise ValueError("the verbatim score decodes generated text; give make_evaluator a tokenizer.")
+    return tokenizer

@@ -1,0 +1,120 @@
+"""Tables for people: methods at equal forgetting, as plain text and as a dict for results.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trace_jax.evaluation.benchmarks import scoreboard
+from trace_jax.evaluation.comparison import Comparison
+from trace_jax.evaluation.fronts import MEAN, Crossing, Front, crossing
+from trace_jax.evaluation.intervals import Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line: `values` per column, empty where the level was never reached; `lowest` forgetting of the run."""
+
+    name: str
+    reached: bool
+    step: float | None
+    lowest: float
+    values: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualForgetting:
+    """Methods read off at one forgetting level, by linear interpolation, with the target model above them."""
+
+    level: float
+    split: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict for results.json."""
+        return dataclasses.asdict(self)
+
+    def text(self) -> str:
+        """The table as plain text, columns aligned."""
+        lines = [["", *(c.replace("_", " ") for c in self.columns), "step"]]
+        for row in self.rows:
+            step = f"lowest {row.lowest:.3f}" if not row.reached else "-" if row.step is None else f"{row.step:.1f}"
+            lines.append([row.name, *(_number(row.values.get(c)) for c in self.columns), step])
+        caption = f"At equal forgetting ({self.columns[0].replace('_', ' ')} <= {self.level:g}), {self.split} split"
+        note = [] if all(row.reached for row in self.rows) else ["-: never forgot that much; its lowest is given"]
+        return "\n".join([caption, *_aligned(lines), *note])
+
+
+def equal_forgetting(
+    fronts: Mapping[str, Front], *, benchmark: str, level: float, split: str = "test", target: str = "target model"
+) -> EqualForgetting:
+    """Every method's measured columns where its front first comes down to `level`.
+
+    Args:
+      fronts: front per method, each with step 0 (the target model) as first point.
+      benchmark: its scoreboard names the columns.
+      level: forgetting level.
+      split: what the fronts were measured on; for the caption.
+      target: name of the target model's row.
+    """
+    if not fronts:
+        raise ValueError("there is no method to put in the table; give at least one front.")
+    board, first = scoreboard(benchmark), next(iter(fronts.values()))
+    columns = (board.forgetting, *(u.name for u in board.utilities if u.name in first.measured), MEAN)
+    rows = [Row(target, True, None, float(first.forgetting[0]), _values(first, columns, at=None))]
+    for name, front in fronts.items():
+        at, lowest = crossing(front, level), float(front.forgetting.min())
+        values = {} if at is None else _values(front, columns, at=at)
+        rows.append(Row(name, at is not None, None if at is None else at.step, lowest, values))
+    return EqualForgetting(level, split, columns, tuple(rows))
+
+
+def comparison_text(comparison: Comparison, *, utilities: Sequence[str] | None = None) -> str:
+    """A study's comparison as plain text: mean over seeds with 95 % interval, and gain over the baseline in percent."""
+    names = list(utilities or dict.fromkeys(n for r in comparison.results for n in r.utilities))
+    titles = [n.replace("_", " ") for n in names]
+    lines = [["", "setting", "seeds", *titles, *(f"gain on {t}" for t in titles[-1:])]]
+    for result in comparison.results:
+        label = result.method + (" (own budget)" if result.method in comparison.exempt else "")
+        seeds = f"{len(result.seeds)}/{len(result.seeds) + len(result.missed)}"
+        cells = [_interval(result.utilities.get(n)) for n in names]
+        gain = [_interval(result.gains.get(n), percent=True) for n in names[-1:]]
+        lines.append([label, result.setting, seeds, *cells, *gain])
+    caption = (
+        f"At forgetting <= {comparison.level:g}, test split; gains over tuned {comparison.baseline}, paired by seed"
+    )
+    return "\n".join([caption, *_aligned(lines)])
+
+
+def _values(front: Front, columns: Sequence[str], *, at: Crossing | None) -> dict[str, float]:
+    """Columns of a front at a crossing, or at its first point (`at` None)."""
+    series = {c: front.measured[c] if c in front.measured else front.utilities[c] for c in columns}
+    return {c: float(v[0]) if at is None else at.value(v) for c, v in series.items()}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _interval(interval: Interval | None, *, percent: bool = False) -> str:
+    if interval is None:
+        return "-"
+    if percent:
+        value, low, high = (f"{100 * x:+.1f}" for x in (interval.value, interval.low, interval.high))
+        return f"{value} %" if math.isnan(interval.low) else f"{value} % [{low}, {high}]"
+    value = f"{interval.value:.3f}"
+    return value if math.isnan(interval.low) else f"{value} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """First column to the left, the others to the right; a rule under the header."""
+    width = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(row[1:], width[1:], strict=True))])
+        for row in rows
+    ]
+    rule = "-" * max(len(line) for line in lines)
+    return [lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:])]

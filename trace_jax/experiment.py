@@ -1,0 +1,132 @@
+"""One experiment: the settings of every room together, and the named methods that it compares."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
+from trace_jax.data.config import DataConfig
+from trace_jax.evaluation.config import EvaluationConfig
+from trace_jax.models.config import ModelConfig
+from trace_jax.routing.config import CalibrationConfig
+from trace_jax.unlearning.config import TrainingConfig, UnlearningConfig
+
+_ROWS = {"weighting": "entropy", "unit": "row", "apply": "sampling", "strength": 0.75, "min_effective_sample_size": 0.2}
+_TOKENS = {"weighting": "entropy", "unit": "token", "apply": "both"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A named way of weighting the retain loss. `steps` multiplies the steps of the run (1 = equal budget)."""
+
+    summary: str
+    calibration: Mapping[str, Any]
+    steps: int = 1
+
+
+METHODS: dict[str, Preset] = {
+    "uniform": Preset("every retain token counts the same", {"weighting": "uniform"}),
+    "uniform_2x": Preset("uniform with twice the steps", {"weighting": "uniform"}, steps=2),
+    "trace": Preset("token weights, rows drawn by their mean weight", _TOKENS),
+    "trace_rows": Preset("one weight per row, rows drawn by it", _ROWS),
+    "token_weights": Preset("token weights on uniformly drawn rows", {**_TOKENS, "apply": "weights"}),
+    "row_weights": Preset("row weights on uniformly drawn rows", {**_ROWS, "apply": "weights"}),
+    "permuted": Preset("control: trace_rows' weights shuffled over rows", {**_ROWS, "weighting": "permuted"}),
+    "random_experts": Preset("control: as many experts, drawn at random", {**_ROWS, "weighting": "random_experts"}),
+    "ngram": Preset("rival: n-gram density ratio of rows (DSIR)", {"weighting": "ngram", "apply": "sampling"}),
+    "hidden": Preset("rival: hidden states matched instead of experts", {"weighting": "hidden", "unit": "row", "apply": "sampling", "strength": 0.75, "min_effective_sample_size": 0.2}),
+    "loss": Preset("rival: tokens weighted by their loss", {"weighting": "loss", "apply": "both"}),
+    "ratio_weights": Preset("frequency ratio of a token's experts, unsolved", {"weighting": "ratio", "apply": "both"}),
+    "oracle": Preset("upper reference: told which rows are neighbours", {"weighting": "domain", "apply": "sampling"}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One fully resolved way to unlearn."""
+
+    name: str
+    calibration: CalibrationConfig
+    unlearning: UnlearningConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig(Section):
+    """Many runs under one budget: methods x settings x seeds."""
+
+    methods: tuple[str, ...] = option(tuple(METHODS), help="methods compared", choices=tuple(METHODS))
+    seeds: tuple[int, ...] = option((0, 1, 2), help="seeds of data, base model and batch order", minimum=0)
+    alphas: tuple[float, ...] = option((4.0, 16.0, 48.0, 150.0), help="retain coefficients; each method is tuned over all of them", minimum=0.0)
+    learning_rates: tuple[float, ...] = option((1e-3,), help="learning rates of unlearning; tuned likewise", minimum=0.0)
+    workers: int = option(0, help="runs side by side; 0 = one per core", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig(Section):
+    """Everything that decides a result. `resolve(ExperimentConfig, config_dict)` builds it."""
+
+    name: str = option(help="name of the experiment")
+    seed: int = option(0, help="seed of initial parameters and of batch order", minimum=0)
+    methods: tuple[str, ...] = option(("uniform", "trace", "trace_rows"), help="methods compared", choices=tuple(METHODS))
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    target: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    calibration: dict = dataclasses.field(default_factory=dict)
+    unlearning: UnlearningConfig = dataclasses.field(default_factory=UnlearningConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.methods:
+            raise ConfigError(f"methods is empty; name at least one of {', '.join(METHODS)}.")
+        if not self.name:
+            raise ConfigError("name is empty; give the experiment a name.")
+        for method in self.methods:
+            self.method(method)
+        unread = set(self.calibration) - self._read_by(self.methods + self.study.methods)
+        if unread:
+            key = sorted(unread)[0]
+            resolve(CalibrationConfig, {key: self.calibration[key]}, path="calibration") if key not in _calibration_fields() else None
+            raise ConfigError(f"calibration.{key} would have no effect: none of the methods {', '.join(self.methods)} reads it.")
+
+    def method(self, name: str, **unlearning: Any) -> Method:
+        """The settings of one method: its preset, then `calibration` where the method reads it, then `unlearning`."""
+        preset = METHODS[name]
+        chosen = {**preset.calibration}
+        chosen.update({k: v for k, v in self.calibration.items() if _reads(chosen, self.calibration, k)})
+        calibration = resolve(CalibrationConfig, chosen, path="calibration")
+        changes = {**as_dict(self.unlearning), **unlearning}
+        changes["steps"] = changes["steps"] * preset.steps
+        return Method(name, calibration, resolve(UnlearningConfig, changes, path="unlearning"))
+
+    def _read_by(self, methods: tuple[str, ...]) -> set[str]:
+        presets = [METHODS[m].calibration for m in methods]
+        return {k for k in self.calibration if any(_reads(p, self.calibration, k) for p in presets)}
+
+    def identity(self) -> str:
+        """Hash of what a run directory stays the same run by: corpus and model. Other settings may change in it."""
+        return fingerprint(self.data, self.model)
+
+
+def _calibration_fields() -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(CalibrationConfig)}
+
+
+def _reads(preset: Mapping[str, Any], overrides: Mapping[str, Any], key: str) -> bool:
+    """Whether a method with this preset reads the setting `key` once `overrides` are in place."""
+    field = _calibration_fields().get(key)
+    if field is None or key == "weighting":
+        return False
+    if preset.get("weighting") == "uniform":
+        return False
+    for other, values in (field.metadata.get("when") or {}).items():
+        value = overrides.get(other, preset.get(other))
+        if value is None:
+            deciding = _calibration_fields()[other]
+            value = deciding.metadata.get("conditional_default") if _reads(preset, overrides, other) else None
+        if value not in values:
+            return False
+    return all(_reads(preset, overrides, other) or other == "weighting" for other in (field.metadata.get("when") or {}))

@@ -1,0 +1,138 @@
+"""Command line. Kept short, so that everything else can be imported from a notebook."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trace_jax.config import ConfigError, resolve
+
+COMMANDS = ("run", "study", "report", "doctor")
+_EPILOG = """any setting can be overridden: --config.unlearning.learning_rate=1e-5 (values are Python literals or text).
+--config FILE:variant passes the variant to the file's get_config."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m trace_jax.main` and of `trace-jax`. Returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "run"
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        return {"run": _run, "study": _study, "report": _report, "doctor": _doctor}[command](arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues where it stopped.", file=sys.stderr)
+        return 130
+    except (ConfigError, ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("TRACE_JAX_TRACEBACK"):
+            raise
+        print(f"trace_jax: {error}", file=sys.stderr)
+        return 2
+
+
+def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
+    """The `ExperimentConfig` of a config file (`FILE` or `FILE:variant`), with dotted overrides applied.
+
+    Raises:
+      ConfigError: no such file, no `get_config` in it, an unknown setting or a wrong value.
+    """
+    from trace_jax.experiment import ExperimentConfig
+
+    file, _, variant = name.partition(":")
+    if not Path(file).is_file():
+        raise ConfigError(f"{file}: no such config file. Give --config a Python file with a get_config function.")
+    try:
+        get_config = runpy.run_path(file)["get_config"]
+    except KeyError:
+        raise ConfigError(f"{file}: has no get_config function.") from None
+    values = get_config(variant) if variant else get_config()
+    values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
+    for path, value in (overrides or {}).items():
+        _override(values, path, value)
+    return resolve(ExperimentConfig, values)
+
+
+def _override(values: dict, path: str, value: Any) -> None:
+    *sections, key = path.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--config.{path}: {section} is a single setting, not a group of settings.")
+    values[key] = value
+
+
+def _literal(text: str) -> Any:
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    return text
+
+
+def _parser(command: str, *, config: bool) -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    about = f"commands: {', '.join(COMMANDS)} (run if none is named)"
+    parser = argparse.ArgumentParser(f"trace_jax.main {command}", description=about, epilog=_EPILOG, formatter_class=formatter)
+    if config:
+        parser.add_argument("--config", required=True, metavar="FILE[:variant]", help="experiment to run")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where its artefacts are; made if missing")
+    return parser
+
+
+def _parse(command: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, Any]:
+    """Options, and the experiment with its `--config.a.b=value` overrides."""
+    parser = _parser(command, config=True)
+    parser.add_argument("--overwrite", action="store_true", help="replace a workdir of another corpus or model")
+    options, rest = parser.parse_known_args(arguments)
+    overrides = {}
+    while rest:
+        name = rest.pop(0)
+        if not name.startswith("--config."):
+            parser.error(f"unknown argument {name!r}; settings are given as --config.section.name=value")
+        name, equals, value = name.removeprefix("--config.").partition("=")
+        if not equals and not rest:
+            parser.error(f"--config.{name} needs a value: --config.{name}=value")
+        overrides[name] = _literal(value if equals else rest.pop(0))
+    return options, load_config(options.config, overrides)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options, config = _parse("run", arguments)
+    from trace_jax.pipeline import run
+
+    print(run(config, options.workdir, overwrite=options.overwrite))
+    return 0
+
+
+def _study(arguments: Sequence[str]) -> int:
+    options, config = _parse("study", arguments)
+    from trace_jax.study import run_study
+
+    print(run_study(config, options.workdir, overwrite=options.overwrite))
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    options = _parser("report", config=False).parse_args(arguments)
+    from trace_jax.summary import write_run_report
+
+    print(write_run_report(options.workdir))
+    return 0
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    argparse.ArgumentParser("trace_jax.main doctor", description="versions, devices, what is missing").parse_args(arguments)
+    from trace_jax.environment import diagnose
+
+    text, healthy = diagnose()
+    print(text)
+    return 0 if healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Matrix multiplication of groups of rows, each with its own weights: the one seam to the hardware.
+
+`y[n] = x[n] @ w[g(n)]`, where rows are sorted by group and `group_sizes` says how many each group has. Every
+implementation passes the same conformance test. Which one `auto` means is the table `DEFAULTS`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from trace_jax.models.config import GROUPED_MATMULS
+from trace_jax.parallel.mesh import as_varying, varying_axes
+
+# Measured by benchmarks/train_step.py on CPU. `ragged` is never right there: XLA expands it to every group times every row.
+DEFAULTS = {"cpu": "blocked", "gpu": "blocked", "tpu": "ragged"}
+
+
+def default_implementation(platform: str | None = None) -> str:
+    """The implementation that "auto" stands for on `platform` (default: JAX's default backend)."""
+    return DEFAULTS.get(platform or jax.default_backend(), "blocked")
+
+
+def resolve_implementation(implementation: str) -> str:
+    """A concrete name for `implementation`; ValueError if there is none of this name."""
+    if implementation not in GROUPED_MATMULS:
+        raise ValueError(f"implementation is {implementation!r}; expected one of {', '.join(GROUPED_MATMULS)}.")
+    return default_implementation() if implementation == "auto" else implementation
+
+
+def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, implementation: str = "auto") -> jax.Array:
+    """Rows times the weights of their group.
+
+    Args:
+      x: [N, D], rows of group 0 first, then group 1, and so on.
+      w: [E, D, F].
+      group_sizes: i32 [E], sum at most N. Rows beyond the sum give zeros and take no gradient.
+      implementation: "blocked", "scan", "dense", "ragged" or "auto" (`default_implementation`).
+
+    Returns:
+      [N, F].
+    """
+    implementation = resolve_implementation(implementation)
+    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
+        raise ValueError(f"expected x [N,D], w [E,D,F], group_sizes [E]; got {x.shape}, {w.shape}, {group_sizes.shape}.")
+    return _IMPLEMENTATIONS[implementation](x, w, group_sizes)
+
+
+def group_of_row(group_sizes: jax.Array, num_rows: int) -> jax.Array:
+    """i32 [num_rows]: group of each sorted row; E for rows beyond the sum of the sizes."""
+    ends = jnp.cumsum(group_sizes)
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    return jnp.sum((rows[:, None] >= ends[None, :]).astype(jnp.int32), axis=1)
+
+
+def _dense(x, w, group_sizes):
+    """Every group's weights on every row, then the right one is kept: E times the work, no loop."""
+    group = group_of_row(group_sizes, x.shape[0])
+    keep = group[None, :] == jnp.arange(w.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.sum(jnp.where(keep[:, :, None], jnp.einsum("nd,edf->enf", x, w), 0), axis=0)
+
+
+def _scan(x, w, group_sizes):
+    """As `dense`, one group at a time: E times the work, memory of one."""
+    group = group_of_row(group_sizes, x.shape[0])
+
+    def step(y, weights_and_group):
+        weights, e = weights_and_group
+        return y + jnp.where((group == e)[:, None], x, 0) @ weights, None
+
+    start = as_varying(jnp.zeros((x.shape[0], w.shape[2]), x.dtype), varying_axes(x, w, group_sizes))
+    return jax.lax.scan(step, start, (w, jnp.arange(w.shape[0], dtype=jnp.int32)))[0]
+
+
+def _ragged(x, w, group_sizes):
+    """`jax.lax.ragged_dot`; the tail is masked, because some lowerings leave it uninitialised."""
+    valid = (jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes))[:, None]
+    return jnp.where(valid, jax.lax.ragged_dot(jnp.where(valid, x, 0), w, group_sizes), 0)
+
+
+def block_size(num_rows: int, num_groups: int) -> int:
+    """Rows per block of the blocked layout: about the mean group, between 8 and 128, a power of two."""
+    mean = max(1, num_rows // max(1, num_groups))
+    return min(128, max(8, 1 << (mean.bit_length() - 1)))
+
+
+def block_layout(group_sizes: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """Where groups go when each starts at a multiple of `size`.
+
+    Returns:
+      (first row of each group in the padded layout i32 [E], group of each block i32 [num_blocks]). `num_blocks` is
+      the most that any sizes with sum `num_rows` can need; unused blocks at the end carry the last group.
+    """
+    num_groups = group_sizes.shape[0]
+    num_blocks = (num_rows + num_groups * (size - 1)) // size
+    blocks = (group_sizes + (size - 1)) // size
+    ends = jnp.cumsum(blocks)
+    return (ends - blocks) * size, jnp.minimum(group_of_row(blocks, num_blocks), num_groups - 1)
+
+
+def block_matmul(x: jax.Array, w: jax.Array, block_group: jax.Array) -> jax.Array:
+    """x [N,R,D] blocks of rows, each times w[block_group] ([E,D,F]): [N,R,F]. One batched matmul on gathered weights."""
+    return jnp.einsum("nrd,ndf->nrf", x, w[block_group])
+
+
+def _blocked(x, w, group_sizes):
+    """Rows copied to where groups start at multiples of a block, so that each block has one weight matrix."""
+    num_rows, num_groups = x.shape[0], w.shape[0]
+    size = block_size(num_rows, num_groups)
+    first, block_group = block_layout(group_sizes, num_rows, size)
+    starts = jnp.cumsum(group_sizes) - group_sizes
+    group = group_of_row(group_sizes, num_rows)
+    inside = jnp.minimum(group, num_groups - 1)
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    padded_rows = block_group.shape[0] * size
+    place = jnp.where(group < num_groups, first[inside] + rows - starts[inside], padded_rows)
+    padded = jnp.zeros((padded_rows, x.shape[1]), x.dtype).at[place].set(x, mode="drop", unique_indices=True)
+    y = block_matmul(padded.reshape(-1, size, x.shape[1]), w, block_group).reshape(padded_rows, w.shape[2])
+    return y.at[place].get(mode="fill", fill_value=0)
+
+
+_IMPLEMENTATIONS = {"dense": _dense, "scan": _scan, "ragged": _ragged, "blocked": _blocked}

@@ -1,0 +1,9 @@
+"""TRACE itself, from counts to weights:
+
+statistics.py      how often each expert is used, and by which token
+selection.py       which experts are forget-critical
+calibration.py     the multipliers that match their frequencies (entropy_balancing.py solves, certificate.py reports)
+weights.py         the weight of a token from its experts
+retain_weights.py  what the unlearning loop consumes, for every weighting (controls.py: the rivals)
+diagnostics.py     routing compared: between corpora, and with the original model
+"""

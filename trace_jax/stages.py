@@ -1,0 +1,94 @@
+"""Stages of a run: each leaves an artefact with the hash of the settings that made it, and is skipped when it is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from trace_jax.config import ConfigError, as_dict, fingerprint
+from trace_jax.experiment import ExperimentConfig
+from trace_jax.files import read_json, write_json
+from trace_jax.progress import say
+
+T = TypeVar("T")
+_FREE_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage in its directory. `identity` is the hash of every setting that shapes its artefact."""
+
+    name: str
+    directory: Path
+    identity: str
+
+    @property
+    def _marker(self) -> Path:
+        return self.directory / f"{self.name}.stage.json"
+
+    def done(self) -> bool:
+        """Whether the artefact of exactly these settings is there."""
+        marker = read_json(self._marker)
+        return marker is not None and marker.get("identity") == self.identity
+
+    def run(self, make: Callable[[], T], load: Callable[[], T], title: str) -> T:
+        """What `load` reads if the stage is done, else what `make` makes (and writes)."""
+        if self.done():
+            say(f"{title}: already done")
+            return load()
+        if self._marker.exists():
+            say(f"{title}: its settings changed, so it is made anew")
+            self._marker.unlink()
+        result = make()
+        write_json(self._marker, {"identity": self.identity})
+        return result
+
+
+def open_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Path:
+    """Makes or reopens a run directory and writes the resolved configuration into it.
+
+    Raises:
+      ConfigError: the directory belongs to another corpus or model (and `overwrite` is not given), holds something
+        that is not a run, or is on a disk without space.
+    """
+    path = Path(workdir)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: is a file; --workdir needs a directory.")
+    earlier = read_json(path / "config.json") if path.is_dir() else None
+    if earlier is None and path.is_dir() and any(path.iterdir()):
+        raise ConfigError(f"{path}: is not empty and holds no run (no config.json). Choose another --workdir.")
+    if earlier is not None and earlier.get("identity") != config.identity():
+        changed = _changes(earlier["config"], as_dict(config), ("data", "model"))
+        if not overwrite:
+            raise ConfigError(
+                f"{path}: holds a run of another configuration ({'; '.join(changed)}). Choose another --workdir, or "
+                "pass --overwrite to replace that run."
+            )
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path).free
+    if free < _FREE_BYTES:
+        raise ConfigError(f"{path}: only {free / 2**20:.0f} MiB are free there; a run needs 1 GiB.")
+    write_json(path / "config.json", {"identity": config.identity(), "config": as_dict(config)})
+    return path
+
+
+def _changes(before: dict, after: dict, sections: tuple[str, ...]) -> list[str]:
+    found = []
+    for section in sections:
+        old, new = before.get(section, {}), after[section]
+        found += [f"{section}.{key} {old.get(key)!r} -> {new[key]!r}" for key in new if _plain(old.get(key)) != _plain(new[key])]
+    return found or ["its settings are of an earlier version"]
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def identity(*parts) -> str:
+    """Hash of a stage from the hash of the stage before and its own settings."""
+    return fingerprint(*parts)

@@ -1,0 +1,165 @@
+"""What a finished run says: the table at equal forgetting, results.json and the report, all from files of its directory."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trace_jax.config import ConfigError
+from trace_jax.evaluation.benchmarks import Scoreboard, scoreboard
+from trace_jax.evaluation.fronts import MEAN, Front, crossing
+from trace_jax.evaluation.tables import equal_forgetting
+from trace_jax.experiment import METHODS
+from trace_jax.files import read_json, read_lines, write_json
+from trace_jax.report import ReportData, write_report
+from trace_jax.report.data import Front as ReportFront
+from trace_jax.report.data import Number, Point, Routing, SummaryRow
+from trace_jax.routing.statistics import ExpertStatistics
+
+SPLIT = "test"
+CONTROLS = ("permuted", "random_experts", "ngram", "hidden", "loss", "oracle")
+_FORGOTTEN = {
+    "handbook": "the forget topic of a generated handbook",
+    "presidents": "Polk's addresses of 1845 to 1847",
+    "text": "the forget text",
+}
+
+
+def summarise(workdir: str | os.PathLike, labels: Iterable[str]) -> dict[str, Any]:
+    """The content of results.json: references, every method's measurements and front, and the tables."""
+    path = Path(workdir)
+    config, references = _needed(path / "config.json")["config"], _needed(path / "references.json")
+    methods = {label: _needed(path / "methods" / label / "results.json") for label in labels}
+    fronts = {label: Front.from_json(result["fronts"][SPLIT]) for label, result in methods.items()}
+    benchmark = config["data"]["benchmark"]
+    tables = [equal_forgetting(fronts, benchmark=benchmark, level=level, split=SPLIT) for level in config["evaluation"]["levels"]]
+    return {
+        "name": config["name"],
+        "benchmark": benchmark,
+        "data": references["data"],
+        "references": references["measurements"],
+        "methods": methods,
+        "equal_forgetting": [table.to_json() for table in tables],
+        "table": "\n\n".join(table.text() for table in tables),
+    }
+
+
+def _needed(file: Path) -> dict[str, Any]:
+    value = read_json(file)
+    if value is None:
+        raise ConfigError(f"{file}: is not there; the run is not finished. Run it first, with the same --workdir.")
+    return value
+
+
+def write_run_report(workdir: str | os.PathLike) -> str:
+    """Writes report.html of a finished run from its files. Returns where it is, as a sentence."""
+    path = Path(workdir)
+    results = _needed(path / "results.json")
+    file = write_report(_report_data(path, results), path / "report.html")
+    return f"report: {file.resolve()}"
+
+
+def _report_data(path: Path, results: dict[str, Any]) -> ReportData:
+    config, board = _needed(path / "config.json")["config"], scoreboard(results["benchmark"])
+    level = config["evaluation"]["levels"][0]
+    methods = results["methods"]
+    certificates = {}
+    for label in methods:
+        saved = read_json(path / "methods" / label / "calibration.json")
+        if saved is not None:
+            certificates[label] = saved["certificate"]
+    return ReportData(
+        title=f"Unlearning {_FORGOTTEN[results['benchmark']]}",
+        benchmark=results["benchmark"],
+        forgotten=_FORGOTTEN[results["benchmark"]],
+        forgetting=board.forgetting,
+        level=level,
+        chance=board.chance,
+        rows=_rows(path, results, board, level),
+        fronts={label: [_report_front(result)] for label, result in methods.items()},
+        routing=_routing(path, results, config),
+        certificates=certificates,
+        measurements={
+            **{f"{name} model": measured for name, measured in results["references"].items()},
+            **{label: result["measurements"] for label, result in methods.items()},
+        },
+        trained={label: _trained(result["trained"]) for label, result in methods.items()},
+        config=config,
+        environment=_needed(path / "environment.json"),
+        generated=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
+    )
+
+
+def _trained(table: Sequence[dict]) -> str:
+    trained, total = (sum(row[key] for row in table) for key in ("trained", "parameters"))
+    return f"{trained:,} of {total:,} parameters"
+
+
+def _report_front(result: dict[str, Any]) -> ReportFront:
+    front = Front.from_json(result["fronts"][SPLIT])
+    points = [
+        Point(int(step), float(front.forgetting[i]), {name: float(values[i]) for name, values in front.utilities.items() if name != MEAN})
+        for i, step in enumerate(front.steps)
+    ]
+    return ReportFront(result["seed"], points)
+
+
+def _rows(path: Path, results: dict[str, Any], board: Scoreboard, level: float) -> list[SummaryRow]:
+    """References as measured; methods where their front first comes down to the level, intervals interpolated likewise."""
+    names = [utility.name for utility in board.utilities]
+    rows = []
+    for name, measured in results["references"].items():
+        found = {m["name"]: Number(m["value"], m["n"], m["low"], m["high"]) for m in measured if m["split"] == SPLIT}
+        utilities = {n: found.get(n, Number(None)) for n in names}
+        rows.append(SummaryRow(f"{name} model", "reference", found.get(board.forgetting), utilities))
+    for label, result in results["methods"].items():
+        front = Front.from_json(result["fronts"][SPLIT])
+        at = crossing(front, level)
+        lowest = int(np.argmin(front.forgetting))
+        numbers = {n: _interpolated(path / "methods" / label, n, at, lowest) for n in [board.forgetting, *names]}
+        rows.append(
+            SummaryRow(
+                label, "control" if result["method"] in CONTROLS else "method", numbers.pop(board.forgetting),
+                {n: v for n, v in numbers.items() if v.value is not None}, reached=at is not None,
+                step=None if at is None else round(at.step), seeds=1, note=METHODS[result["method"]].summary,
+            )  # fmt: skip
+        )
+    return rows
+
+
+def _interpolated(directory: Path, name: str, at, lowest: int) -> Number:
+    """A measurement of a run and its interval at a crossing of its front, or at its most forgetful evaluation."""
+    history = [row["evaluation"] for row in read_lines(directory / "metrics.jsonl") if "evaluation" in row]
+    found = [m for evaluation in history for m in evaluation if m["name"] == name and m["split"] == SPLIT]
+    if len(found) != len(history) or not found:
+        return Number(None)
+    columns = (np.array([np.nan if m[key] is None else m[key] for m in found], np.float64) for key in ("value", "low", "high"))
+    value, low, high = (float(c[lowest]) if at is None else at.value(c) for c in columns)
+    return Number(value, found[0]["n"], low, high)
+
+
+def _routing(path: Path, results: dict[str, Any], config: dict) -> Routing | None:
+    statistics = {name: path / "statistics" / f"{name}.npz" for name in ("forget", "retain")}
+    if not all(file.exists() for file in statistics.values()):
+        return None
+    forget, retain = (ExpertStatistics.load(file) for file in statistics.values())
+    calibrated, selected = {}, {}
+    for label in results["methods"]:
+        with np.load(path / "methods" / label / "weights.npz", allow_pickle=False) as file:
+            if "frequency" in file and file["selected"].any():
+                calibrated[label], selected[label] = file["frequency"], file["selected"]
+    uniform = config["model"]["experts_per_token"] / config["model"]["num_experts"]
+    return Routing(forget.frequency, retain.frequency, uniform, calibrated, selected)
+
+
+def refresh(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
+    """Rewrites results.json and report.html; returns the table and where the report is."""
+    path = Path(workdir)
+    results = summarise(path, labels)
+    write_json(path / "results.json", results)
+    return f"{results['table']}\n\n{write_run_report(path)}"

@@ -1,0 +1,136 @@
+"""The training loop: resumable, interruptible, never ends in NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from trace_jax.checkpoints.state import StateStore
+from trace_jax.files import append_line, read_lines, replacing
+from trace_jax.progress import progress, say
+from trace_jax.unlearning.step import TrainState
+
+Evaluate = Callable[[dict[str, jax.Array]], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopResult:
+    """`trainable` at the last good step; `stopped` says why the loop ended early, or is empty."""
+
+    trainable: dict[str, jax.Array]
+    step: int
+    stopped: str
+    seconds_per_step: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What surrounds the step.
+
+    directory: holds `checkpoints/` and `metrics.jsonl`. identity: hash of the settings, see `StateStore`.
+    evaluate: called with the trainable parameters at step 0, every `evaluate_every` steps and at the end; its dict
+      goes into metrics.jsonl under "evaluation".
+    """
+
+    directory: Path
+    identity: str
+    steps: int
+    checkpoint_every: int
+    title: str
+    evaluate: Evaluate | None = None
+    evaluate_every: int = 0
+
+    def run(self, state: TrainState, step: Callable[[TrainState, int], tuple[TrainState, dict]]) -> LoopResult:
+        """Runs `step(state, i)` for i = 0..steps-1 from the newest saved state on.
+
+        The step's inputs depend on i alone, so that a resumed run repeats the uninterrupted one. Step i+1 is
+        dispatched before the metrics of step i are read.
+        """
+        with StateStore(self.directory / "checkpoints", identity=self.identity) as store:
+            done, state = store.restore(state)
+            self._trim_metrics(done)
+            if done:
+                say(f"{self.title}: continuing after step {done} of {self.steps}")
+            return self._steps(store, state, step, done)
+
+    @property
+    def _metrics(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+    def _trim_metrics(self, done: int) -> None:
+        """Drops lines of steps after the restored state; they are about to be written again."""
+        rows = [row for row in read_lines(self._metrics) if row.get("identity") == self.identity and row["step"] <= done]
+        if done == 0:
+            rows = []
+        with replacing(self._metrics) as temporary:
+            temporary.touch()
+            for row in rows:
+                append_line(temporary, row)
+
+    def _steps(self, store: StateStore, state: TrainState, step, done: int) -> LoopResult:
+        stopped, pending, good = "", None, (done, jax.tree.map(np.asarray, state.trainable))
+        began, evaluating = time.monotonic(), 0.0
+        with progress(self.title, self.steps, start=done) as advance:
+            if done == 0:
+                self._evaluate(state, 0)
+            for index in range(done, self.steps):
+                state, metrics = step(state, index)
+                if index == done:  # the first step compiles; the rate is that of the others
+                    jax.block_until_ready(state.step)
+                    began = time.monotonic()
+                stopped = self._log(pending)
+                if stopped:
+                    break
+                pending = (index + 1, metrics)
+                saving = (index + 1) % self.checkpoint_every == 0 or index + 1 == self.steps
+                evaluates = self.evaluate_every and ((index + 1) % self.evaluate_every == 0 or index + 1 == self.steps)
+                if saving or evaluates:
+                    stopped, pending = self._log(pending), None
+                    if stopped:
+                        break
+                    start = time.monotonic()
+                    if evaluates:
+                        self._evaluate(state, index + 1)
+                    if saving:
+                        store.save(index + 1, state)
+                        good = (index + 1, jax.tree.map(np.asarray, state.trainable))
+                    evaluating += time.monotonic() - start
+                advance(index + 1, "")
+            else:
+                stopped = self._log(pending)
+        if stopped:
+            say(f"{self.title}: {stopped}. The state after step {good[0]} is kept.")
+            return LoopResult(jax.tree.map(jax.numpy.asarray, good[1]), good[0], stopped, math.nan)
+        seconds = (time.monotonic() - began - evaluating) / max(1, self.steps - done - 1)
+        return LoopResult(state.trainable, self.steps, "", seconds if self.steps > done + 1 else math.nan)
+
+    def _log(self, pending: tuple[int, dict] | None) -> str:
+        """Writes the metrics of a step; returns a reason to stop, or nothing."""
+        if pending is None:
+            return ""
+        index, metrics = pending
+        values = {name: float(value) for name, value in metrics.items()}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            return f"{', '.join(bad)} is not finite at step {index}; lower the learning rate or the coefficients"
+        append_line(self._metrics, {"step": index, "identity": self.identity, **values})
+        return ""
+
+    def _evaluate(self, state: TrainState, index: int) -> None:
+        if self.evaluate is not None:
+            row = {"step": index, "identity": self.identity, "evaluation": self.evaluate(state.trainable)}
+            append_line(self._metrics, row)
+
+
+def front_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:
+    """Evaluations of a run in the order of its steps: [{"step", "evaluation": {...}}]."""
+    rows = read_lines(Path(directory) / "metrics.jsonl")
+    return [row for row in rows if "evaluation" in row and identity in (None, row.get("identity"))]

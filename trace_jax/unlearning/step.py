@@ -1,0 +1,203 @@
+"""One optimizer step, for training a target model and for unlearning from it.
+
+Both run inside `jax.shard_map` over the mesh axis "data": parameters replicated, rows split, losses as sums and counts
+added over devices, so that the numbers do not depend on the number of devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from trace_jax.data.rows import Batch
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.decoder import forward
+from trace_jax.models.loss import token_kl, token_nll
+from trace_jax.unlearning.config import OptimizerConfig, TrainingConfig, UnlearningConfig
+from trace_jax.unlearning.objectives import OBJECTIVES, Coefficients, ForgetInputs
+from trace_jax.unlearning.optimizer import make_optimizer
+from trace_jax.unlearning.retain import hidden_distance, weighted_retain
+from trace_jax.unlearning.trainable import unflatten
+
+Flat = dict[str, jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+    """What changes while training: step i32 [], flat trainable parameters, optax state."""
+
+    step: jax.Array
+    trainable: Flat
+    optimizer: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """Everything that shapes the compiled step; two runs that share it share one compilation."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    steps: int
+    objective: str = ""
+    retain_loss: str | None = None
+    layer: int | None = None
+
+
+class Constants(NamedTuple):
+    """Arrays that a run never changes. `reference` holds the original values of what trains; the rest is shared."""
+
+    frozen: Flat
+    reference: Flat
+    masks: Flat | None
+    coefficients: Coefficients | None
+    direction: jax.Array | None
+
+
+def unlearning_settings(config: UnlearningConfig, model: ModelConfig) -> StepSettings:
+    """The static part of an unlearning step."""
+    return StepSettings(model, config.optimizer, config.steps, config.objective, config.retain_loss, config.layer)
+
+
+def coefficients(config: UnlearningConfig) -> Coefficients:
+    """The traced numbers of the objective; what the objective does not read is zero."""
+    numbers = (config.gamma, config.alpha, config.beta, config.delta, config.nll_ceiling, config.steering)
+    return Coefficients(*(jnp.float32(n or 0.0) for n in numbers))
+
+
+def initial_state(trainable: Flat, settings: StepSettings, masks: Flat | None = None) -> TrainState:
+    """Fresh state. Arrays are copied, so that donating the state never frees the reference model."""
+    trainable = jax.tree.map(jnp.copy, trainable)
+    optimizer = make_optimizer(settings.optimizer, settings.steps, masks).init(trainable)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer)
+
+
+def _apply(state: TrainState, gradients: Flat, settings: StepSettings, masks: Flat | None) -> tuple[TrainState, jax.Array]:
+    optimizer = make_optimizer(settings.optimizer, settings.steps, masks)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer count
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    return TrainState(state.step + 1, trainable, optimizer_state), optax.tree.norm(gradients)
+
+
+def _targets(tokens: jax.Array) -> jax.Array:
+    """Token t+1 at position t; the last position's target is never valid."""
+    return jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
+
+
+def _ratio(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    total, count = jax.lax.psum(pair, "data")
+    return total / jnp.maximum(count, 1.0)
+
+
+# --- training a target model
+
+
+def _training_loss(params, batch: Batch, *, model: ModelConfig, load_balance: float):
+    out = forward(params, model, batch.tokens, mask=batch.segments, count_mask=batch.valid, collect=("hidden", "counts", "load"))
+    nll = token_nll(params, model, out.hidden, _targets(batch.tokens))
+    count = batch.valid.sum(dtype=jnp.float32)
+    loss = _ratio((jnp.where(batch.valid, nll, 0.0).sum(), count))
+    # Switch-style balance: E sum_e (share of activations) (mean probability), 1 when perfectly even.
+    tokens = jnp.maximum(jax.lax.psum(count, "data"), 1.0)
+    share = jax.lax.psum(out.router.counts, "data").astype(jnp.float32) / (tokens * model.experts_per_token)
+    probability = jax.lax.psum(out.router.load, "data") / tokens
+    balance = model.num_experts * (share * probability).sum(-1).mean()
+    return loss + load_balance * balance, {"loss": loss, "balance": balance}
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "load_balance", "mesh"), donate_argnums=0)
+def training_step(state: TrainState, batch: Batch, *, settings: StepSettings, load_balance: float, mesh: Mesh):
+    """One step of next-token training on `batch`. Returns (state, metrics: f32 scalars)."""
+
+    def loss(trainable, batch):
+        return _training_loss(unflatten(trainable), batch, model=settings.model, load_balance=load_balance)
+
+    sharded = jax.shard_map(loss, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    (_, metrics), gradients = jax.value_and_grad(sharded, has_aux=True)(state.trainable, batch)
+    state, norm = _apply(state, gradients, settings, None)
+    return state, {**metrics, "gradient_norm": norm}
+
+
+# --- unlearning
+
+
+def _split(x, rows: int):
+    return (None, None) if x is None else (x[:rows], x[rows:])
+
+
+def _reference_parts(constants: Constants, forget: Batch, retain: Batch | None, settings: StepSettings):
+    """(reference nll of forget rows, what the retain loss compares with), each None where not needed."""
+    params = unflatten({**constants.frozen, **constants.reference})
+    reference_nll, retained = None, None
+    if OBJECTIVES[settings.objective].needs_reference:
+        out = forward(params, settings.model, forget.tokens, mask=forget.segments, collect=("hidden",))
+        reference_nll = token_nll(params, settings.model, out.hidden, _targets(forget.tokens))
+    if retain is not None and settings.retain_loss in ("kl", "hidden"):
+        depth = settings.layer if settings.retain_loss == "hidden" else None
+        retained = forward(params, settings.model, retain.tokens, mask=retain.segments, collect=("hidden",), num_layers=depth).hidden
+    return params, jax.lax.stop_gradient(reference_nll), jax.lax.stop_gradient(retained)
+
+
+def _unlearning_loss(trainable: Flat, constants: Constants, forget: Batch, retain: Batch | None, weights, *, settings: StepSettings):
+    model, objective, c = settings.model, OBJECTIVES[settings.objective], constants.coefficients
+    reference, reference_nll, retained = _reference_parts(constants, forget, retain, settings)
+    params = unflatten({**constants.frozen, **trainable})
+    both = forget if retain is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), forget, retain)
+    rows = forget.tokens.shape[0]
+    # Nothing above the steered layer is computed when neither loss looks there.
+    stops = objective.needs_hidden and settings.retain_loss in (None, "hidden")
+    if stops:
+        out = forward(params, model, both.tokens, mask=both.segments, collect=("hidden",), num_layers=settings.layer)
+        final, middle = None, out.hidden
+    else:
+        collect = ("hidden", "layers") if settings.layer else ("hidden",)
+        out = forward(params, model, both.tokens, mask=both.segments, collect=collect)
+        final, middle = out.hidden, out.layers[settings.layer - 1] if settings.layer else None
+    (final_f, final_r), (middle_f, middle_r) = _split(final, rows), _split(middle, rows)
+
+    nll = None if objective.needs_hidden else token_nll(params, model, final_f, _targets(forget.tokens))
+    inputs = ForgetInputs(forget.valid, nll, reference_nll, middle_f, constants.direction)
+    forget_loss = _ratio(objective.loss(inputs, c))
+    if retain is None:
+        return c.gamma * forget_loss, {"forget_loss": forget_loss}
+    if settings.retain_loss == "nll":
+        per_token = token_nll(params, model, final_r, _targets(retain.tokens))
+    elif settings.retain_loss == "kl":
+        per_token = token_kl(reference, retained, params, final_r, model)
+    else:
+        per_token = hidden_distance(middle_r, retained)
+    retain_loss = _ratio(weighted_retain(per_token, weights, retain.valid))
+    loss = c.gamma * forget_loss + c.alpha * retain_loss
+    return loss, {"loss": loss, "forget_loss": forget_loss, "retain_loss": retain_loss}
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "mesh"), donate_argnums=0)
+def unlearning_step(
+    state: TrainState, constants: Constants, forget: Batch, retain: Batch | None, weights, *, settings: StepSettings, mesh: Mesh
+):
+    """One step of gamma L_forget + alpha L_retain. `weights` f32 [B, S] multiplies the retain losses.
+
+    Returns (state, metrics: f32 scalars).
+    """
+    loss = functools.partial(_unlearning_loss, settings=settings)
+    specs = (P(), P(), P("data"), P("data"), P("data"))
+    sharded = jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=P())
+    (_, metrics), gradients = jax.value_and_grad(sharded, has_aux=True)(state.trainable, constants, forget, retain, weights)
+    state, norm = _apply(state, gradients, settings, constants.masks)
+    return state, {**metrics, "gradient_norm": norm}
+
+
+def pad_rows(batch: Batch, multiple: int) -> Batch:
+    """Adds empty rows (no segment, nothing valid) until the devices share the rows evenly."""
+    missing = -batch.tokens.shape[0] % multiple
+    if not missing:
+        return batch
+    return jax.tree.map(lambda x: jnp.concatenate([jnp.asarray(x), jnp.zeros((missing, *x.shape[1:]), x.dtype)]), batch)

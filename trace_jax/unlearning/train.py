@@ -1,0 +1,41 @@
+"""Training a model from scratch on a corpus: the target model, and the retrained model that never saw the forget set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from trace_jax.data.rows import Batch
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.arrays import init_params
+from trace_jax.models.model import Model
+from trace_jax.unlearning.config import TrainingConfig
+from trace_jax.unlearning.loop import Loop, LoopResult
+from trace_jax.unlearning.step import StepSettings, initial_state, pad_rows, training_step
+from trace_jax.unlearning.trainable import flatten, unflatten
+
+
+def train_model(
+    model_config: ModelConfig, config: TrainingConfig, batch_at: Callable[[int], Batch], *,
+    seed: int, mesh: Mesh, directory: Path, identity: str, title: str, tokenizer=None,
+) -> tuple[Model, LoopResult]:  # fmt: skip
+    """Trains `config.steps` steps on `batch_at(step)`; continues from `directory` if it was interrupted.
+
+    Raises:
+      FloatingPointError: the loss stopped being finite; a target model that diverged is of no use to anyone.
+    """
+    settings = StepSettings(model_config, config.optimizer, config.steps)
+    state = initial_state(flatten(init_params(model_config, jax.random.key(seed))), settings)
+
+    def step(state, index):
+        batch = pad_rows(batch_at(index), mesh.size)
+        return training_step(state, batch, settings=settings, load_balance=config.load_balance, mesh=mesh)
+
+    loop = Loop(directory, identity, config.steps, config.checkpoint_every, title)
+    result = loop.run(state, step)
+    if result.stopped:
+        raise FloatingPointError(f"{title}: {result.stopped}.")
+    return Model(model_config, unflatten(result.trainable), tokenizer), result

@@ -1,0 +1,102 @@
+"""What trains: parameters chosen by path, experts chosen by mask."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from trace_jax.config import ConfigError
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "all": ("*",),
+    "experts": ("layers/experts/*",),
+    "selected_experts": ("layers/experts/*",),
+    "routers_frozen": ("!layers/router", "*"),
+    "down_projections": ("layers/experts/down",),
+}
+
+
+def flatten(params: Any) -> dict[str, jax.Array]:
+    """Nested parameters as {"layers/experts/down": array}."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def unflatten(flat: dict[str, jax.Array]) -> Any:
+    """Inverse of `flatten`."""
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def trains(path: str, patterns: tuple[str, ...]) -> bool:
+    """Whether the first pattern that matches `path` trains it; a pattern that starts with ! freezes."""
+    for pattern in patterns:
+        if fnmatch.fnmatchcase(path, pattern.removeprefix("!")):
+            return not pattern.startswith("!")
+    return False
+
+
+def partition(params: Any, trainable: str | tuple[str, ...]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Splits parameters into flat dicts (trainable, frozen). Frozen ones get neither gradient nor optimizer state.
+
+    Raises:
+      ConfigError: an unknown preset, a pattern that matches nothing, or nothing left to train.
+    """
+    patterns = trainable if isinstance(trainable, tuple) else PRESETS.get(trainable, (trainable,))
+    flat = flatten(params)
+    for pattern in patterns:
+        if not fnmatch.filter(flat, pattern.removeprefix("!")):
+            raise ConfigError(
+                f"trainable: {pattern!r} is neither a preset ({', '.join(PRESETS)}) nor a pattern that matches a "
+                f"parameter. Parameters: {', '.join(sorted(flat))}."
+            )
+    training = {path: leaf for path, leaf in flat.items() if trains(path, patterns)}
+    if not training:
+        raise ConfigError(f"trainable: {trainable!r} freezes every parameter; nothing would be unlearned.")
+    return training, {path: leaf for path, leaf in flat.items() if path not in training}
+
+
+def update_masks(
+    training: dict[str, jax.Array],
+    *,
+    selected: np.ndarray | None = None,
+    layers: tuple[int, int] | None = None,
+) -> dict[str, jax.Array] | None:
+    """Masks that multiply the updates of stacked arrays, or None when all of every array trains.
+
+    Args:
+      training: flat trainable parameters.
+      selected: bool [L, E]; only these experts train.
+      layers: (first, last), counted from 1, inclusive; only these layers train.
+    Returns:
+      {path: f32 mask that broadcasts to the parameter} for every trainable path.
+    """
+    if selected is None and layers is None:
+        return None
+    masks = {}
+    for path, leaf in training.items():
+        mask = np.ones((1,) * leaf.ndim, np.float32)
+        if path.startswith("layers/") and layers is not None:
+            depth = np.arange(1, leaf.shape[0] + 1)
+            inside = (depth >= layers[0]) & (depth <= layers[1])
+            mask = mask * inside.reshape(-1, *(1,) * (leaf.ndim - 1))
+        if path.startswith("layers/experts/") and selected is not None:
+            mask = mask * selected.reshape(*selected.shape, *(1,) * (leaf.ndim - 2))
+        masks[path] = jnp.asarray(mask, jnp.float32)
+    return masks
+
+
+def trainable_table(params: Any, trainable: str | tuple[str, ...], masks: dict[str, jax.Array] | None) -> list[dict]:
+    """One row per parameter: path, shape, numbers in all and numbers that train (experts and layers masked off excluded)."""
+    training, frozen = partition(params, trainable)
+    rows = []
+    for path, leaf in sorted({**training, **frozen}.items()):
+        count = 0
+        if path in training:
+            share = 1.0 if masks is None else float(np.mean(np.broadcast_to(masks[path], leaf.shape)))
+            count = round(leaf.size * share)
+        rows.append({"path": path, "shape": list(leaf.shape), "parameters": leaf.size, "trained": count})
+    return rows

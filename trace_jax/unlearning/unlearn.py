@@ -1,0 +1,135 @@
+"""Unlearning: from a model, forget rows and weighted retain rows to a model that has forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from trace_jax.config import ConfigError, fingerprint
+from trace_jax.data.batches import forget_batches, retain_batches
+from trace_jax.data.rows import Batch, Rows
+from trace_jax.models.model import Model
+from trace_jax.parallel.mesh import make_mesh
+from trace_jax.routing.retain_weights import RetainWeights
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.loop import Loop
+from trace_jax.unlearning.objectives import OBJECTIVES, steering_direction
+from trace_jax.unlearning.step import Constants, coefficients, initial_state, pad_rows, unlearning_settings, unlearning_step
+from trace_jax.unlearning.trainable import partition, trainable_table, unflatten, update_masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Unlearned:
+    """The model after unlearning, the step it is from, why it stopped early (or ""), what trained, and the speed."""
+
+    model: Model
+    step: int
+    stopped: str
+    trained: list[dict]
+    seconds_per_step: float
+
+
+def unlearn(
+    model: Model, forget: Rows, retain: Rows | None, *,
+    config: UnlearningConfig, weights: RetainWeights | None = None, seed: int = 0,
+    mesh: Mesh | None = None, directory: str | os.PathLike | None = None, identity: str | None = None,
+    evaluate: Callable[[Any], dict] | None = None, title: str = "unlearning",
+) -> Unlearned:  # fmt: skip
+    """Unlearns `forget` from `model` while holding on to `retain`.
+
+    Args:
+      model: the target model; it is not changed.
+      forget, retain: packed rows. `retain` may be None for objectives without a retain term.
+      weights: of retain tokens, and how often each row is drawn (`trace_jax.routing`); None = uniform. Its selected
+        experts are what trains when `config.trainable` is "selected_experts".
+      seed: of batch order and of RMU's direction.
+      directory: where metrics.jsonl and resumable state go; None keeps nothing.
+      identity: hash of everything that made this run; state of another one in `directory` is not continued.
+      evaluate: called with parameters at step 0, every `config.evaluate_every` steps and at the end.
+    Returns:
+      `Unlearned`; after a NaN, the last good state and the reason.
+    Raises:
+      ConfigError: retain data missing for an objective that needs it; a layer the model doesn't have; selected
+        experts missing.
+    """
+    selected = weights.selected if weights is not None and config.trainable == "selected_experts" else None
+    _check(model, forget, retain, config, selected)
+    mesh = mesh or make_mesh()
+    training, frozen = partition(model.params, config.trainable)
+    masks = update_masks(training, selected=selected, layers=_layers(config))
+    settings = unlearning_settings(config, model.config)
+    direction = steering_direction(jax.random.key(seed), model.config.hidden_size) if config.objective == "rmu" else None
+    constants = Constants(frozen, training, masks, coefficients(config), direction)
+    inputs = _Inputs(forget, retain, weights, config, seed, mesh.size)
+
+    def step(state, index):
+        return unlearning_step(state, constants, *inputs.at(index), settings=settings, mesh=mesh)
+
+    def evaluate_flat(trainable):
+        assert evaluate is not None
+        return evaluate(unflatten({**frozen, **trainable}))
+
+    with tempfile.TemporaryDirectory() as scratch:
+        loop = Loop(
+            Path(directory or scratch), identity or fingerprint(config, model.config, seed), config.steps, config.checkpoint_every,
+            title, evaluate_flat if evaluate else None, config.evaluate_every,
+        )  # fmt: skip
+        result = loop.run(initial_state(training, settings, masks), step)
+    params = unflatten({**frozen, **result.trainable})
+    table = trainable_table(model.params, config.trainable, masks)
+    return Unlearned(model.replace(params=params), result.step, result.stopped, table, result.seconds_per_step)
+
+
+def _layers(config: UnlearningConfig) -> tuple[int, int] | None:
+    """RMU trains the steered layer and the two below it, as its authors do."""
+    if config.objective == "rmu" and config.trainable == "down_projections":
+        assert config.layer is not None
+        return max(1, config.layer - 2), config.layer
+    return None
+
+
+def _check(model: Model, forget: Rows, retain: Rows | None, config: UnlearningConfig, selected) -> None:
+    if OBJECTIVES[config.objective].retains and retain is None:
+        raise ConfigError(f"objective {config.objective!r} has a retain term; give retain rows, or use gradient_ascent.")
+    if config.layer is not None and config.layer > model.config.num_layers:
+        raise ConfigError(f"layer is {config.layer}, but the model has {model.config.num_layers} layers.")
+    if config.trainable == "selected_experts" and (selected is None or not selected.any()):
+        raise ConfigError("trainable is 'selected_experts', but no expert is selected; use a weighting that selects experts, or lower tau.")
+    for name, rows in (("forget", forget), ("retain", retain)):
+        if rows is not None and not rows.valid.any():
+            raise ValueError(f"the {name} rows hold no token that can be predicted; the data is too short.")
+
+
+class _Inputs:
+    """Batches as a function of the step alone."""
+
+    def __init__(
+        self, forget: Rows, retain: Rows | None, weights: RetainWeights | None, config: UnlearningConfig, seed: int, devices: int
+    ):  # fmt: skip
+        self._devices = devices
+        self._forget = forget_batches(forget, config.forget_batch_size, seed=seed)
+        self._retain = None
+        if retain is None or not OBJECTIVES[config.objective].retains:
+            return
+        assert config.retain_batch_size is not None
+        probability = weights.row_probability if weights is not None else None
+        self._retain = retain_batches(retain, config.retain_batch_size, seed=seed + 1, probability=probability)
+        self._weights = retain.valid.astype(np.float32) if weights is None else weights.loss_weights
+
+    def at(self, index: int) -> tuple[Batch, Batch | None, jax.Array | None]:
+        forget = pad_rows(self._forget[index], self._devices)
+        if self._retain is None:
+            return forget, None, None
+        rows = self._retain.indices(index)
+        retain = pad_rows(self._retain.rows.batch(rows), self._devices)
+        missing = retain.tokens.shape[0] - len(rows)
+        return forget, retain, jnp.asarray(np.pad(self._weights[rows], ((0, missing), (0, 0))))
