@@ -15,7 +15,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = {"benchmark": "handbook"}
     config.unlearning = {"nll_ceiling": 3.0}
     config.study = {
-        "methods": ("uniform", "uniform_2x", "trace", "trace_rows", "token_weights", "permuted", "random_experts", "ngram", "oracle"),
+        "methods": (
+            "uniform",
+            "uniform_2x",
+            "trace",
+            "trace_rows",
+            "token_weights",
+            "permuted",
+            "random_experts",
+            "ngram",
+            "oracle",
+        ),
         "seeds": (0, 1, 2),
         "alphas": (4.0, 16.0, 48.0, 150.0),
     }

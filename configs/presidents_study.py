@@ -9,14 +9,24 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Same model and budget as the handbook; membership is measured against a model retrained without the forget set."""
+    """Model and budget of the handbook; membership is measured against a model retrained without the forget set."""
     config = ml_collections.ConfigDict()
     config.name = "presidents_study"
     config.data = {"benchmark": "presidents"}
     config.target = {"retrained": True}
     config.unlearning = {"nll_ceiling": 6.0}
     config.study = {
-        "methods": ("uniform", "uniform_2x", "trace", "trace_rows", "token_weights", "permuted", "random_experts", "ngram", "oracle"),
+        "methods": (
+            "uniform",
+            "uniform_2x",
+            "trace",
+            "trace_rows",
+            "token_weights",
+            "permuted",
+            "random_experts",
+            "ngram",
+            "oracle",
+        ),
         "seeds": (0, 1, 2),
         "alphas": (4.0, 16.0, 48.0, 150.0),
     }

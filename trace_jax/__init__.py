@@ -16,7 +16,7 @@ _PUBLIC = {
     "generate": "trace_jax.models.generate",
     "Batch": "trace_jax.data.rows",
     "Rows": "trace_jax.data.rows",
-    "build_corpora": "trace_jax.data.build",
+    "build_corpora": "trace_jax.data.corpora",
     "sequential_batches": "trace_jax.data.batches",
     "expert_statistics": "trace_jax.routing.statistics",
     "expert_assignments": "trace_jax.routing.statistics",
@@ -37,7 +37,9 @@ __all__ = ["__version__", *_PUBLIC]
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'trace_jax' has no attribute {name!r}; public names: {', '.join(sorted(_PUBLIC))}")
+        raise AttributeError(
+            f"module 'trace_jax' has no attribute {name!r}; public names: {', '.join(sorted(_PUBLIC))}"
+        )
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 

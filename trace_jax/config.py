@@ -17,6 +17,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from ml_collections import ConfigDict
+
 SectionT = TypeVar("SectionT", bound="Section")
 
 
@@ -99,14 +101,18 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
     if choices:
         for item in value if isinstance(value, tuple) else (value,):
             if item not in choices:
-                raise ConfigError(f"{name} is {item!r}; expected one of {', '.join(map(str, choices))}{_nearest(item, choices)}")
+                raise ConfigError(
+                    f"{name} is {item!r}; expected one of {', '.join(map(str, choices))}{_nearest(item, choices)}"
+                )
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, float) and math.isnan(item):
             raise ConfigError(f"{name} is not a number (nan).")
         if isinstance(item, (int, float)) and not isinstance(item, bool):
             low, high = meta.get("minimum"), meta.get("maximum")
             if (low is not None and item < low) or (high is not None and item > high):
-                bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
+                bounds = (
+                    f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
+                )
                 raise ConfigError(f"{name} is {item!r}; expected a value {bounds} ({meta['help']}).")
 
 
@@ -135,11 +141,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin in (dict, Mapping) or hint is dict:
         if isinstance(value, Mapping):
             return dict(value)
-    elif dataclasses.is_dataclass(hint):
+    elif isinstance(hint, type) and issubclass(hint, Section):
         if isinstance(value, hint):
             return value
         if isinstance(value, Mapping):
-            return resolve(typing.cast(Any, hint), value, path=name)
+            return resolve(hint, value, path=name)
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
@@ -154,26 +160,26 @@ def _type_name(hint: Any) -> str:
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def resolve(cls: type[SectionT], values: Mapping[str, Any], path: str = "") -> SectionT:
+def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: str = "") -> SectionT:
     """Builds a section from a nested mapping (a dict or an ml_collections `ConfigDict`).
 
     Raises:
       ConfigError: an unknown key (the nearest known one is named), a wrong type, a value out of range, or a
         setting that nothing would read. The message starts with the dotted path of the section.
     """
+    values = values.to_dict() if isinstance(values, ConfigDict) else values
     known = {f.name for f in dataclasses.fields(cls)}
     for key in values:
         if key not in known:
             full = f"{path}.{key}" if path else str(key)
-            raise ConfigError(f"{full}: there is no setting of this name{_nearest(key, sorted(known))} Known here: {', '.join(sorted(known))}.")
+            near, names = _nearest(key, sorted(known)), ", ".join(sorted(known))
+            raise ConfigError(f"{full}: there is no setting of this name{near} Known here: {names}.")
     hints = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
         hint = hints[key]
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-            value = resolve(typing.cast(Any, hint), value, path=f"{path}.{key}" if path else key)
-        elif isinstance(value, Mapping):
-            value = {k: v.to_dict() if hasattr(v, "to_dict") else v for k, v in value.items()}
+        if isinstance(hint, type) and issubclass(hint, Section) and isinstance(value, (Mapping, ConfigDict)):
+            value = resolve(hint, value, path=f"{path}.{key}" if path else key)
         arguments[key] = value
     for field in dataclasses.fields(cls):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -192,6 +198,6 @@ def as_dict(section: Section) -> dict:
 
 def fingerprint(*parts: Any) -> str:
     """Sixteen hexadecimal digits that identify settings (sections, dicts, strings, numbers) by their content."""
-    plain = [as_dict(p) if dataclasses.is_dataclass(p) and not isinstance(p, type) else p for p in parts]
+    plain = [as_dict(part) if isinstance(part, Section) else part for part in parts]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

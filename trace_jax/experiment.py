@@ -36,7 +36,10 @@ METHODS: dict[str, Preset] = {
     "permuted": Preset("control: trace_rows' weights shuffled over rows", {**_ROWS, "weighting": "permuted"}),
     "random_experts": Preset("control: as many experts, drawn at random", {**_ROWS, "weighting": "random_experts"}),
     "ngram": Preset("rival: n-gram density ratio of rows (DSIR)", {"weighting": "ngram", "apply": "sampling"}),
-    "hidden": Preset("rival: hidden states matched instead of experts", {"weighting": "hidden", "unit": "row", "apply": "sampling", "strength": 0.75, "min_effective_sample_size": 0.2}),
+    "hidden": Preset(
+        "rival: hidden states matched instead of experts",
+        {"weighting": "hidden", "unit": "row", "apply": "sampling", "strength": 0.75, "min_effective_sample_size": 0.2},
+    ),
     "loss": Preset("rival: tokens weighted by their loss", {"weighting": "loss", "apply": "both"}),
     "ratio_weights": Preset("frequency ratio of a token's experts, unsolved", {"weighting": "ratio", "apply": "both"}),
     "oracle": Preset("upper reference: told which rows are neighbours", {"weighting": "domain", "apply": "sampling"}),
@@ -58,8 +61,12 @@ class StudyConfig(Section):
 
     methods: tuple[str, ...] = option(tuple(METHODS), help="methods compared", choices=tuple(METHODS))
     seeds: tuple[int, ...] = option((0, 1, 2), help="seeds of data, base model and batch order", minimum=0)
-    alphas: tuple[float, ...] = option((4.0, 16.0, 48.0, 150.0), help="retain coefficients; each method is tuned over all of them", minimum=0.0)
-    learning_rates: tuple[float, ...] = option((1e-3,), help="learning rates of unlearning; tuned likewise", minimum=0.0)
+    alphas: tuple[float, ...] = option(
+        (4.0, 16.0, 48.0, 150.0), help="retain coefficients; each method is tuned over all of them", minimum=0.0
+    )
+    learning_rates: tuple[float, ...] = option(
+        (1e-3,), help="learning rates of unlearning; tuned likewise", minimum=0.0
+    )
     workers: int = option(0, help="runs side by side; 0 = one per core", minimum=0)
 
 
@@ -69,7 +76,9 @@ class ExperimentConfig(Section):
 
     name: str = option(help="name of the experiment")
     seed: int = option(0, help="seed of initial parameters and of batch order", minimum=0)
-    methods: tuple[str, ...] = option(("uniform", "trace", "trace_rows"), help="methods compared", choices=tuple(METHODS))
+    methods: tuple[str, ...] = option(
+        ("uniform", "trace", "trace_rows"), help="methods compared", choices=tuple(METHODS)
+    )
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     target: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
@@ -89,8 +98,12 @@ class ExperimentConfig(Section):
         unread = set(self.calibration) - self._read_by(self.methods + self.study.methods)
         if unread:
             key = sorted(unread)[0]
-            resolve(CalibrationConfig, {key: self.calibration[key]}, path="calibration") if key not in _calibration_fields() else None
-            raise ConfigError(f"calibration.{key} would have no effect: none of the methods {', '.join(self.methods)} reads it.")
+            resolve(
+                CalibrationConfig, {key: self.calibration[key]}, path="calibration"
+            ) if key not in _calibration_fields() else None
+            raise ConfigError(
+                f"calibration.{key} would have no effect: none of the methods {', '.join(self.methods)} reads it."
+            )
 
     def method(self, name: str, **unlearning: Any) -> Method:
         """The settings of one method: its preset, then `calibration` where the method reads it, then `unlearning`."""

@@ -77,7 +77,9 @@ def _literal(text: str) -> Any:
 def _parser(command: str, *, config: bool) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     about = f"commands: {', '.join(COMMANDS)} (run if none is named)"
-    parser = argparse.ArgumentParser(f"trace_jax.main {command}", description=about, epilog=_EPILOG, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        f"trace_jax.main {command}", description=about, epilog=_EPILOG, formatter_class=formatter
+    )
     if config:
         parser.add_argument("--config", required=True, metavar="FILE[:variant]", help="experiment to run")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where its artefacts are; made if missing")
@@ -126,7 +128,9 @@ def _report(arguments: Sequence[str]) -> int:
 
 
 def _doctor(arguments: Sequence[str]) -> int:
-    argparse.ArgumentParser("trace_jax.main doctor", description="versions, devices, what is missing").parse_args(arguments)
+    argparse.ArgumentParser("trace_jax.main doctor", description="versions, devices, what is missing").parse_args(
+        arguments
+    )
     from trace_jax.environment import diagnose
 
     text, healthy = diagnose()

@@ -1,4 +1,4 @@
-"""The stages of a run in order: data, target model, statistics, then for each method calibration, unlearning, evaluation.
+"""The stages of a run: data, target model, statistics, then for each method calibration, unlearning, evaluation.
 
 Each stage leaves an artefact with the hash of everything that made it, and is skipped when that artefact is there; so a
 run that was interrupted, or whose later settings changed, continues from what it has.
@@ -73,12 +73,17 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
     path = open_workdir(config, workdir, overwrite=overwrite)
     write_json(path / "environment.json", describe())
     mesh, corpora = make_mesh(), _corpora(config.data)
-    say(f"data: {_counts(corpora.documents, 'documents')}; retain corpus {len(corpora.retain)} rows, forget {len(corpora.forget)} rows")
+    say(
+        f"data: {_counts(corpora.documents, 'documents')}; unlearning with {len(corpora.forget)} forget rows and "
+        f"{len(corpora.retain)} retain rows"
+    )
     known = identity(corpora.fingerprint, config.model, config.target, config.seed)
     target = _model_stage(config, path, corpora, mesh, "target", corpora.mixture, known)
     retrained = None
     if config.target.retrained:
-        retrained = _model_stage(config, path, corpora, mesh, "retrained", corpora.retrain_mixture, identity(known, "retrained"))
+        retrained = _model_stage(
+            config, path, corpora, mesh, "retrained", corpora.retrain_mixture, identity(known, "retrained")
+        )
     forget, retain = _statistics_stage(config, path, corpora, target, mesh, identity(known, "statistics"))
     evaluator = _evaluator_stage(config, path, corpora, target, retrained, mesh)
     return Prepared(config, path, mesh, corpora, target, forget, retain, evaluator, known)
@@ -94,19 +99,31 @@ def _counts(numbers: Any, what: str) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in numbers.items()) + f" {what}"
 
 
-def _model_stage(config: ExperimentConfig, path: Path, corpora: Corpora, mesh: Mesh, name: str, mixture, known: str) -> Model:
+def _model_stage(
+    config: ExperimentConfig, path: Path, corpora: Corpora, mesh: Mesh, name: str, mixture, known: str
+) -> Model:
     """Trains a model on a mixture of the corpora, or loads it."""
     stage = Stage(name, path / name, known)
     file = stage.directory / "model.safetensors"
     total, active = count_params(config.model)
 
     def make() -> Model:
-        say(f"{name} model: {total:,} parameters, {active:,} active per token; {config.target.steps} steps of {config.target.batch_size} x {config.data.row_length} tokens")
+        say(
+            f"{name} model: {total:,} parameters, {active:,} active per token; {config.target.steps} steps of "
+            f"{config.target.batch_size} x {config.data.row_length} tokens"
+        )
         batches = mixture_batches(corpora.train, mixture, config.target.batch_size, seed=config.seed)
         model, _ = train_model(
-            config.model, config.target, batches.__getitem__, seed=config.seed, mesh=mesh,
-            directory=stage.directory, identity=known, title=f"training the {name} model", tokenizer=corpora.tokenizer,
-        )  # fmt: skip
+            config.model,
+            config.target,
+            batches.__getitem__,
+            seed=config.seed,
+            mesh=mesh,
+            directory=stage.directory,
+            identity=known,
+            title=f"training the {name} model",
+            tokenizer=corpora.tokenizer,
+        )
         save_params(file, model.params, {"identity": known})
         return model
 
@@ -134,11 +151,19 @@ def _statistics_stage(config, path: Path, corpora: Corpora, target: Model, mesh:
     return stage.run(make, load, "routing statistics")
 
 
-def _evaluator_stage(config, path: Path, corpora: Corpora, target: Model, retrained: Model | None, mesh: Mesh) -> Evaluator:
+def _evaluator_stage(
+    config, path: Path, corpora: Corpora, target: Model, retrained: Model | None, mesh: Mesh
+) -> Evaluator:
     """The evaluator with the scores of the original (and retrained) model; their measurements are written down."""
     probes = {"validation": corpora.validation, "test": corpora.test}
     evaluator = make_evaluator(
-        config.evaluation, config.model, probes, corpora.tokenizer, benchmark=config.data.benchmark, mesh=mesh, seed=config.seed
+        config.evaluation,
+        config.model,
+        probes,
+        corpora.tokenizer,
+        benchmark=config.data.benchmark,
+        mesh=mesh,
+        seed=config.seed,
     )
     models = {"target": target} | ({} if retrained is None else {"retrained": retrained})
     scores = {name: evaluator.score(model.params, full=True) for name, model in models.items()}
@@ -162,27 +187,49 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> None:
     def make() -> None:
         config, corpora = prepared.config, prepared.corpora
         unlearned = unlearn(
-            prepared.target, corpora.forget, corpora.retain, config=method.unlearning, weights=weights, seed=config.seed,
-            mesh=prepared.mesh, directory=directory, identity=known, title=f"unlearning with {label}",
+            prepared.target,
+            corpora.forget,
+            corpora.retain,
+            config=method.unlearning,
+            weights=weights,
+            seed=config.seed,
+            mesh=prepared.mesh,
+            directory=directory,
+            identity=known,
+            title=f"unlearning with {label}",
             evaluate=lambda params: [m.to_json() for m in prepared.evaluator(params)],
-        )  # fmt: skip
-        save_params(directory / "model.safetensors", unlearned.model.params, {"identity": known, "step": unlearned.step})
+        )
+        save_params(
+            directory / "model.safetensors", unlearned.model.params, {"identity": known, "step": unlearned.step}
+        )
         measured = prepared.evaluator.full(unlearned.model.params)
         routing = measure_routing(
-            prepared.target, unlearned.model, forget=corpora.forget, retain=corpora.retain, mesh=prepared.mesh,
-            batch_size=config.evaluation.batch_size, max_rows=config.evaluation.max_rows,
-        )  # fmt: skip
+            prepared.target,
+            unlearned.model,
+            forget=corpora.forget,
+            retain=corpora.retain,
+            mesh=prepared.mesh,
+            batch_size=config.evaluation.batch_size,
+            max_rows=config.evaluation.max_rows,
+        )
         fronts = {split: _front(prepared, directory, known, split).to_json() for split in SPLITS}
         write_json(
             directory / "results.json",
             {
-                "method": method.name, "label": label, "seed": config.seed,
-                "calibration": dataclasses.asdict(method.calibration), "unlearning": dataclasses.asdict(method.unlearning),
-                "step": unlearned.step, "stopped": unlearned.stopped, "seconds_per_step": _finite(unlearned.seconds_per_step),
-                "trained": unlearned.trained, "fronts": fronts, "measurements": [m.to_json() for m in measured],
+                "method": method.name,
+                "label": label,
+                "seed": config.seed,
+                "calibration": dataclasses.asdict(method.calibration),
+                "unlearning": dataclasses.asdict(method.unlearning),
+                "step": unlearned.step,
+                "stopped": unlearned.stopped,
+                "seconds_per_step": _finite(unlearned.seconds_per_step),
+                "trained": unlearned.trained,
+                "fronts": fronts,
+                "measurements": [m.to_json() for m in measured],
                 "routing": routing.to_json(),
             },
-        )  # fmt: skip
+        )
 
     stage.run(make, lambda: None, f"unlearning with {label}")
 
@@ -204,9 +251,14 @@ def _calibration_stage(prepared: Prepared, method: Method, directory: Path, labe
 
     def make() -> RetainWeights:
         weights = retain_weights(
-            method.calibration, model=prepared.target, forget=prepared.corpora.forget, retain=prepared.corpora.retain,
-            forget_statistics=prepared.forget, retain_statistics=prepared.retain, mesh=prepared.mesh,
-        )  # fmt: skip
+            method.calibration,
+            model=prepared.target,
+            forget=prepared.corpora.forget,
+            retain=prepared.corpora.retain,
+            forget_statistics=prepared.forget,
+            retain_statistics=prepared.retain,
+            mesh=prepared.mesh,
+        )
         weights.save(directory)
         if weights.certificate is not None:
             say(f"calibration of {label}:\n{weights.certificate.text(most=0)}")

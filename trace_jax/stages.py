@@ -1,4 +1,4 @@
-"""Stages of a run: each leaves an artefact with the hash of the settings that made it, and is skipped when it is there."""
+"""Stages of a run: each leaves an artefact with the hash of what made it, and is skipped when that is there."""
 
 from __future__ import annotations
 
@@ -81,7 +81,11 @@ def _changes(before: dict, after: dict, sections: tuple[str, ...]) -> list[str]:
     found = []
     for section in sections:
         old, new = before.get(section, {}), after[section]
-        found += [f"{section}.{key} {old.get(key)!r} -> {new[key]!r}" for key in new if _plain(old.get(key)) != _plain(new[key])]
+        found += [
+            f"{section}.{key} {old.get(key)!r} -> {new[key]!r}"
+            for key in new
+            if _plain(old.get(key)) != _plain(new[key])
+        ]
     return found or ["its settings are of an earlier version"]
 
 

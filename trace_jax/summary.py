@@ -1,4 +1,4 @@
-"""What a finished run says: the table at equal forgetting, results.json and the report, all from files of its directory."""
+"""What a finished run says: the table at equal forgetting, results.json and the report, from its files."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ import numpy as np
 
 from trace_jax.config import ConfigError
 from trace_jax.evaluation.benchmarks import Scoreboard, scoreboard
-from trace_jax.evaluation.fronts import MEAN, Front, crossing
+from trace_jax.evaluation.fronts import Front, crossing
 from trace_jax.evaluation.tables import equal_forgetting
 from trace_jax.experiment import METHODS
 from trace_jax.files import read_json, read_lines, write_json
-from trace_jax.report import ReportData, write_report
-from trace_jax.report.data import Front as ReportFront
-from trace_jax.report.data import Number, Point, Routing, SummaryRow
+from trace_jax.report import Number, ReportData, Routing, SummaryRow, report_front, write_report
 from trace_jax.routing.statistics import ExpertStatistics
 
 SPLIT = "test"
 CONTROLS = ("permuted", "random_experts", "ngram", "hidden", "loss", "oracle")
-_FORGOTTEN = {
+FORGOTTEN = {
     "handbook": "the forget topic of a generated handbook",
     "presidents": "Polk's addresses of 1845 to 1847",
     "text": "the forget text",
@@ -37,7 +35,10 @@ def summarise(workdir: str | os.PathLike, labels: Iterable[str]) -> dict[str, An
     methods = {label: _needed(path / "methods" / label / "results.json") for label in labels}
     fronts = {label: Front.from_json(result["fronts"][SPLIT]) for label, result in methods.items()}
     benchmark = config["data"]["benchmark"]
-    tables = [equal_forgetting(fronts, benchmark=benchmark, level=level, split=SPLIT) for level in config["evaluation"]["levels"]]
+    tables = [
+        equal_forgetting(fronts, benchmark=benchmark, level=level, split=SPLIT)
+        for level in config["evaluation"]["levels"]
+    ]
     return {
         "name": config["name"],
         "benchmark": benchmark,
@@ -74,14 +75,17 @@ def _report_data(path: Path, results: dict[str, Any]) -> ReportData:
         if saved is not None:
             certificates[label] = saved["certificate"]
     return ReportData(
-        title=f"Unlearning {_FORGOTTEN[results['benchmark']]}",
+        title=f"Unlearning {FORGOTTEN[results['benchmark']]}",
         benchmark=results["benchmark"],
-        forgotten=_FORGOTTEN[results["benchmark"]],
+        forgotten=FORGOTTEN[results["benchmark"]],
         forgetting=board.forgetting,
         level=level,
         chance=board.chance,
         rows=_rows(path, results, board, level),
-        fronts={label: [_report_front(result)] for label, result in methods.items()},
+        fronts={
+            label: [report_front(result["seed"], Front.from_json(result["fronts"][SPLIT]))]
+            for label, result in methods.items()
+        },
         routing=_routing(path, results, config),
         certificates=certificates,
         measurements={
@@ -91,7 +95,7 @@ def _report_data(path: Path, results: dict[str, Any]) -> ReportData:
         trained={label: _trained(result["trained"]) for label, result in methods.items()},
         config=config,
         environment=_needed(path / "environment.json"),
-        generated=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
+        generated=now(),
     )
 
 
@@ -100,17 +104,13 @@ def _trained(table: Sequence[dict]) -> str:
     return f"{trained:,} of {total:,} parameters"
 
 
-def _report_front(result: dict[str, Any]) -> ReportFront:
-    front = Front.from_json(result["fronts"][SPLIT])
-    points = [
-        Point(int(step), float(front.forgetting[i]), {name: float(values[i]) for name, values in front.utilities.items() if name != MEAN})
-        for i, step in enumerate(front.steps)
-    ]
-    return ReportFront(result["seed"], points)
+def now() -> str:
+    """Date and time in words."""
+    return datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")
 
 
 def _rows(path: Path, results: dict[str, Any], board: Scoreboard, level: float) -> list[SummaryRow]:
-    """References as measured; methods where their front first comes down to the level, intervals interpolated likewise."""
+    """References as measured; methods where their front first comes down to the level, with interpolated intervals."""
     names = [utility.name for utility in board.utilities]
     rows = []
     for name, measured in results["references"].items():
@@ -124,10 +124,15 @@ def _rows(path: Path, results: dict[str, Any], board: Scoreboard, level: float) 
         numbers = {n: _interpolated(path / "methods" / label, n, at, lowest) for n in [board.forgetting, *names]}
         rows.append(
             SummaryRow(
-                label, "control" if result["method"] in CONTROLS else "method", numbers.pop(board.forgetting),
-                {n: v for n, v in numbers.items() if v.value is not None}, reached=at is not None,
-                step=None if at is None else round(at.step), seeds=1, note=METHODS[result["method"]].summary,
-            )  # fmt: skip
+                label,
+                "control" if result["method"] in CONTROLS else "method",
+                numbers.pop(board.forgetting),
+                {n: v for n, v in numbers.items() if v.value is not None},
+                reached=at is not None,
+                step=None if at is None else round(at.step),
+                seeds=1,
+                note=METHODS[result["method"]].summary,
+            )
         )
     return rows
 
@@ -138,7 +143,9 @@ def _interpolated(directory: Path, name: str, at, lowest: int) -> Number:
     found = [m for evaluation in history for m in evaluation if m["name"] == name and m["split"] == SPLIT]
     if len(found) != len(history) or not found:
         return Number(None)
-    columns = (np.array([np.nan if m[key] is None else m[key] for m in found], np.float64) for key in ("value", "low", "high"))
+    columns = (
+        np.array([np.nan if m[key] is None else m[key] for m in found], np.float64) for key in ("value", "low", "high")
+    )
     value, low, high = (float(c[lowest]) if at is None else at.value(c) for c in columns)
     return Number(value, found[0]["n"], low, high)
 

@@ -105,15 +105,11 @@ def test_drawing_rows_aims_at_the_same_loss_as_weighting_them(lengths, rows_per_
     weights /= weights[valid].mean()
     wanted = (weights * losses)[valid].mean()
     for apply in ("weights", "both"):
-        total, count = expectation(losses, valid, *_swap(apply_weights(weights, valid, apply)), rows_per_batch)
+        total, count = expectation(losses, valid, *apply_weights(weights, valid, apply), rows_per_batch)
         np.testing.assert_allclose(total / count, wanted, rtol=1e-12)
     row_weights = np.where(valid, weights.sum(1, keepdims=True) / valid.sum(1, keepdims=True), 0.0)
-    total, count = expectation(losses, valid, *_swap(apply_weights(row_weights, valid, "sampling")), rows_per_batch)
+    total, count = expectation(losses, valid, *apply_weights(row_weights, valid, "sampling"), rows_per_batch)
     np.testing.assert_allclose(total / count, (row_weights * losses)[valid].mean(), rtol=1e-12)
-
-
-def _swap(applied):
-    return applied  # (row_probability, loss_weights), in the order of `expectation`
 
 
 def test_with_rows_of_one_length_single_draws_have_the_same_mean_exactly():

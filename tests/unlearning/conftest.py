@@ -10,9 +10,16 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 
 TINY = ModelConfig(
-    vocab_size=61, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_size=8,
-    num_experts=4, experts_per_token=2, expert_hidden_size=8,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_size=8,
+    num_experts=4,
+    experts_per_token=2,
+    expert_hidden_size=8,
+)
 
 
 def make_rows(count: int, *, seed: int, length: int = 12) -> Rows:

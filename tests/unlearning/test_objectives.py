@@ -55,9 +55,7 @@ def test_equals_plain_reference_in_value_and_gradient(name):
         assert gradient[index] == pytest.approx(numeric, abs=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "golden"), [("gradient_ascent", -1.35), ("npo", 2.15495702), ("simnpo", 1.83111381)]
-)
+@pytest.mark.parametrize(("name", "golden"), [("gradient_ascent", -1.35), ("npo", 2.15495702), ("simnpo", 1.83111381)])
 def test_golden_value(name, golden):
     assert ratio(name, jnp.asarray(NLL)) == pytest.approx(golden, abs=1e-6)
 
@@ -89,7 +87,9 @@ def test_rmu_pulls_hidden_states_to_the_scaled_direction():
     assert (np.asarray(direction) >= 0).all()
     inputs = ForgetInputs(jnp.asarray(VALID), hidden=jnp.asarray(hidden), direction=direction)
     total, count = OBJECTIVES["rmu"].loss(inputs, numbers(steering=4.0))
-    expected = np.mean([((hidden[i, t] - 4.0 * np.asarray(direction)) ** 2).mean() for i, t in zip(*np.nonzero(VALID))])
+    expected = np.mean(
+        [((hidden[i, t] - 4.0 * np.asarray(direction)) ** 2).mean() for i, t in zip(*np.nonzero(VALID), strict=True)]
+    )
     assert total / count == pytest.approx(expected, rel=1e-6)
 
 
@@ -98,7 +98,9 @@ def test_weighted_retain_loss_equals_duplicated_tokens():
     per_token = np.random.default_rng(1).random((3, 4)).astype(np.float32)
     weights = np.array([[2, 0, 1, 5], [3, 1, 0, 0], [1, 1, 1, 1]], np.float32)
     total, count = weighted_retain(jnp.asarray(per_token), jnp.asarray(weights), jnp.asarray(VALID))
-    duplicated = [value for value, w, v in zip(per_token.flat, weights.flat, VALID.flat) if v for _ in range(int(w))]
+    duplicated = [
+        value for value, w, v in zip(per_token.flat, weights.flat, VALID.flat, strict=True) if v for _ in range(int(w))
+    ]
     assert total == pytest.approx(np.sum(duplicated), rel=1e-6)
     assert float(count) == VALID.sum()
 

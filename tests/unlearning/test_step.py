@@ -22,9 +22,15 @@ from trace_jax.unlearning.step import (
 from trace_jax.unlearning.trainable import flatten, partition, unflatten
 
 CASES = [
-    ("gradient_ascent", None), ("gradient_difference", "nll"), ("gradient_difference", "kl"),
-    ("gradient_difference", "hidden"), ("npo", "kl"), ("simnpo", "nll"), ("rmu", "hidden"), ("rmu", "kl"),
-]  # fmt: skip
+    ("gradient_ascent", None),
+    ("gradient_difference", "nll"),
+    ("gradient_difference", "kl"),
+    ("gradient_difference", "hidden"),
+    ("npo", "kl"),
+    ("simnpo", "nll"),
+    ("rmu", "hidden"),
+    ("rmu", "kl"),
+]
 
 
 def setting(objective, retain_loss, **changes):
@@ -58,13 +64,15 @@ def slow_loss(flat, start, config, model_config, forget, retain, weights, direct
         "kl": (jnp.exp(log_ref) * (log_ref - log_p)).sum(-1),
         "hidden": ((hidden_r - hidden_ref) ** 2).mean(-1),
     }[config.retain_loss]
-    return loss + c.alpha * jnp.where(retain.valid, weights * per_token, 0.0).sum() / retain.valid.sum().astype(np.float32)
+    return loss + c.alpha * jnp.where(retain.valid, weights * per_token, 0.0).sum() / retain.valid.sum().astype(
+        np.float32
+    )
 
 
 def moved(flat):
     """Parameters a little away from the reference, so that no retain term vanishes."""
     keys = jax.random.split(jax.random.key(7), len(flat))
-    return {k: v + 0.05 * jax.random.normal(s, v.shape) for s, (k, v) in zip(keys, flat.items())}
+    return {k: v + 0.05 * jax.random.normal(s, v.shape) for s, (k, v) in zip(keys, flat.items(), strict=True)}
 
 
 def gradient_of_step(config, model, forget, retain, weights, devices=1):
@@ -96,7 +104,9 @@ def test_gradient_equals_plain_formula(model, forget, retain, objective, retain_
     )
     assert metrics.get("loss", metrics["forget_loss"] * 0.5) == pytest.approx(float(value), rel=2e-5)
     for path, wanted in expected.items():
-        np.testing.assert_allclose(gradient[path], wanted, atol=3e-5 * max(1.0, float(np.abs(wanted).max())), err_msg=path)
+        np.testing.assert_allclose(
+            gradient[path], wanted, atol=3e-5 * max(1.0, float(np.abs(wanted).max())), err_msg=path
+        )
 
 
 @pytest.mark.parametrize("devices", [2, 4])
@@ -116,7 +126,9 @@ def test_empty_rows_change_nothing(model, forget, retain):
     assert padded[0].tokens.shape[0] == 10 and not np.asarray(padded[0].valid)[8:].any()
     weights = retain.valid.astype(np.float32)
     one = gradient_of_step(config, model, forget, retain, weights)[0]
-    rows = [type(forget)(*(np.asarray(x) for x in (p.tokens, p.segments, p.valid)), np.zeros(len(p.tokens))) for p in padded]
+    rows = [
+        type(forget)(*(np.asarray(x) for x in (p.tokens, p.segments, p.valid)), np.zeros(len(p.tokens))) for p in padded
+    ]
     more = gradient_of_step(config, model, *rows, np.pad(weights, ((0, 4), (0, 0))))[0]
     assert more == pytest.approx(one, rel=1e-5)
 

@@ -17,7 +17,7 @@ from trace_jax.files import replacing
 
 def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = None) -> None:
     """Writes nested parameters to `path` under a temporary name, then renames. `metadata` must be JSON."""
-    flat = {k.replace("/", "."): v for k, v in traverse_util.flatten_dict(params, sep="/").items()}
+    flat = _dotted(params)
     with replacing(path) as temporary:
         save_file(flat, temporary, metadata={"trace_jax": json.dumps(metadata or {})})
 
@@ -28,12 +28,14 @@ def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:
     Raises:
       ValueError: the file is missing, truncated or holds other tensors than the model needs; each is named.
     """
-    flat = {k.replace("/", "."): v for k, v in traverse_util.flatten_dict(abstract, sep="/").items()}
+    flat = _dotted(abstract)
     try:
         with safe_open(path, framework="flax") as file:
             names = set(file.keys())
             if names != set(flat):
-                raise ValueError(f"{path}: missing tensors {sorted(set(flat) - names)}, unexpected {sorted(names - set(flat))}.")
+                raise ValueError(
+                    f"{path}: missing tensors {sorted(set(flat) - names)}, unexpected {sorted(names - set(flat))}."
+                )
             tensors = {name: file.get_tensor(name) for name in flat}
             metadata = json.loads((file.metadata() or {}).get("trace_jax", "{}"))
     except (SafetensorError, OSError) as error:
@@ -41,8 +43,15 @@ def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:
     for name, want in flat.items():
         if tensors[name].shape != want.shape or tensors[name].dtype != want.dtype:
             got = tensors[name]
-            raise ValueError(f"{path}: {name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}.")
-    return traverse_util.unflatten_dict({k.replace(".", "/"): v for k, v in tensors.items()}, sep="/"), metadata
+            raise ValueError(
+                f"{path}: {name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}."
+            )
+    return traverse_util.unflatten_dict(tensors, sep="."), metadata
+
+
+def _dotted(params: Any) -> dict[str, Any]:
+    """Nested parameters as {"layers.experts.down": array}, the spelling of the file."""
+    return dict(traverse_util.flatten_dict(params, sep="."))
 
 
 def parameter_count(params: Any) -> int:

@@ -30,7 +30,9 @@ class StateStore:
         """Starts writing `state` (a pytree of arrays). Returns once the arrays are copied off the device."""
         if step in self._manager.all_steps():
             return
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({"identity": self._identity, "step": step}))
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({"identity": self._identity, "step": step})
+        )
         self._manager.save(step, args=arguments)
 
     def restore(self, state: Any) -> tuple[int, Any]:
@@ -42,10 +44,12 @@ class StateStore:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+                about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
                 if about == {"identity": self._identity, "step": step}:
-                    found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-                    return step, found.state
+                    found = self._manager.restore(
+                        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                    )
+                    return step, found["state"]
             except Exception as error:  # Orbax raises many types; any unreadable state means: use the one before.
                 logger.warning("state of step %d can't be restored (%s: %s)", step, type(error).__name__, error)
             self._manager.delete(step)

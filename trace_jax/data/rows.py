@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-import jax
 import numpy as np
 from flax import struct
 
 
 @struct.dataclass
 class Batch:
-    """Rows on their way to a device. `segments` numbers the documents of a row from 1; 0 is padding."""
+    """Rows on their way to a device, numpy or JAX arrays.
 
-    tokens: jax.Array | np.ndarray  # i32 [B, S]
-    segments: jax.Array | np.ndarray  # i32 [B, S]
-    valid: jax.Array | np.ndarray  # bool [B, S]: position t predicts token t+1 and carries loss and statistics
+    `segments` numbers the documents of a row from 1; 0 is padding.
+    """
+
+    tokens: Any  # i32 [B, S]
+    segments: Any  # i32 [B, S]
+    valid: Any  # bool [B, S]: position t predicts token t+1 and carries loss and statistics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,8 +33,12 @@ class ModelConfig(Section):
     rope_theta: float = option(10_000.0, help="base of the rotary position embedding", minimum=1.0)
     norm_epsilon: float = option(1e-6, help="epsilon of RMSNorm", minimum=0.0)
     tie_embeddings: bool = option(False, help="use the embedding as output head")
-    dtype: str = option("float32", help="type of weights and activations; the router is float32 always", choices=("float32", "bfloat16"))
-    grouped_matmul: str = option("auto", help="how experts are multiplied; auto chooses by platform", choices=GROUPED_MATMULS)
+    dtype: str = option(
+        "float32", help="type of weights and activations; the router is float32 always", choices=("float32", "bfloat16")
+    )
+    grouped_matmul: str = option(
+        "auto", help="how experts are multiplied; auto chooses by platform", choices=GROUPED_MATMULS
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -17,6 +17,7 @@ from trace_jax.models.moe import Routing, moe_layer
 from trace_jax.parallel.mesh import as_varying, varying_axes
 
 ROUTER_PARTS = ("router_logits", "indices", "weights", "counts", "load")
+UNROLLED_LAYERS = 4
 COLLECT = ("logits", "hidden", "layers", "router", *ROUTER_PARTS)
 
 
@@ -124,7 +125,9 @@ def forward(
     if num_layers is not None:
         layers, caches = jax.tree.map(lambda a: a[:num_layers], (layers, caches))
     x = as_varying(params["embed"][tokens], varying_axes(params, tokens, mask, cache))
-    x, out = jax.lax.scan(layer_step, x, (layers, caches))
+    # Few layers are unrolled: then what the backward pass keeps isn't copied into and out of stacks.
+    depth = layers["router"].shape[0]
+    x, out = jax.lax.scan(layer_step, x, (layers, caches), unroll=depth if depth <= UNROLLED_LAYERS else 1)
     if num_layers is None:
         x = rms_norm(x, params["final_norm"], config.norm_epsilon)
     if cache is not None:

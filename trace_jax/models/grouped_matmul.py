@@ -79,9 +79,9 @@ def _ragged(x, w, group_sizes):
 
 
 def block_size(num_rows: int, num_groups: int) -> int:
-    """Rows per block of the blocked layout: about the mean group, between 8 and 128, a power of two."""
+    """Rows per block of the blocked layout: about the mean group, between 8 and 64, a power of two."""
     mean = max(1, num_rows // max(1, num_groups))
-    return min(128, max(8, 1 << (mean.bit_length() - 1)))
+    return min(64, max(8, 1 << (mean.bit_length() - 1)))
 
 
 def block_layout(group_sizes: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:

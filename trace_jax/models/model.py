@@ -16,5 +16,5 @@ class Model:
     params: Any
     tokenizer: Any = None
 
-    def replace(self, **changes) -> "Model":
+    def replace(self, **changes) -> Model:
         return dataclasses.replace(self, **changes)

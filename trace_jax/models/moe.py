@@ -82,9 +82,21 @@ def experts(weights: dict, x_TD: jax.Array, indices_TK: jax.Array, gates_TK: jax
     return _combine(y_PD, gates_TK, slot, place_TK)
 
 
+@jax.custom_vjp
 def _swiglu(gate_up: jax.Array) -> jax.Array:
+    """[..., 2F] -> [..., F]. The backward pass keeps the input only."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
     return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(gate_up, gradient):
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return (jnp.concatenate([gradient * up * (sigmoid + silu - silu * sigmoid), gradient * silu], axis=-1),)
+
+
+_swiglu.defvjp(lambda gate_up: (_swiglu(gate_up), gate_up), _swiglu_backward)
 
 
 def count_and_rank(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:

@@ -67,7 +67,7 @@ def ngram_weights(
 ) -> np.ndarray:
     """f64 [N]: exp(b * log_ratio) kept within 1/max_weight and max_weight, mean one.
 
-    The power b is 1, or the largest one (to 0.001) that keeps the effective sample size, as calibration lowers its
+    The power b is 1, or the largest one (to 1e-6) that keeps the effective sample size, as calibration lowers its
     strength. base f64 [N]: valid tokens per row.
     """
     limit = np.log(max_weight)
@@ -78,7 +78,7 @@ def ngram_weights(
     low, high = 0.0, 1.0
     if effective_sample_size(powered(1.0), base) >= min_effective_sample_size:
         low = 1.0
-    while high - low > 1e-3:
+    while high - low > 1e-6:
         middle = (low + high) / 2
         enough = effective_sample_size(powered(middle), base) >= min_effective_sample_size
         low, high = (middle, high) if enough else (low, middle)

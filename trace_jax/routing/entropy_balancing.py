@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 import numpy as np
 import scipy.linalg
+from scipy.sparse import csr_array
 from scipy.sparse.linalg import LinearOperator, cg
 
 from trace_jax.routing.features import Matrix
 
-AIM = 1e-11  # largest gradient entry at which Newton stops
+AIM = 1e-10  # largest gradient entry at which Newton stops
 ENOUGH = 1e-8  # largest gradient entry that still counts as solved, where rounding ends the descent earlier
-SAMPLE = 16_384  # patterns whose Hessian steers the linear solver; the equations themselves use all of them
+SAMPLE = 16_384  # patterns whose Hessian steers the linear solver; the equations themselves use all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,8 @@ def entropy_balance(
         value = log_normalizer - multipliers @ target + 0.5 * ridge * multipliers @ multipliers
         return float(value), float(log_normalizer), mass / mass.sum()
 
+    variance = np.maximum(_squares(features).T @ base / total - (features.T @ base / total) ** 2, 0.0)
+
     # Any weights of mean one have an entropy that bounds the dual of a feasible target from below.
     lowest = np.log(base.min() / total) - 1e-6
     norm, scores = np.inf, features @ multipliers
@@ -92,7 +95,7 @@ def entropy_balance(
             break
         if norm <= ENOUGH and norm >= before:
             break  # the descent is lost in rounding
-        step = _newton_step(features, mass, gradient, ridge)
+        step = _newton_step(features, mass, mean, gradient, ridge, variance)
         step -= constant @ (constant.T @ step)
         along, slope = features @ step, gradient @ step
         size = 1.0
@@ -110,23 +113,23 @@ def entropy_balance(
     return Balance(multipliers, log_normalizer, weights, iteration, norm, norm <= ENOUGH, infeasible)
 
 
-def _newton_step(features: Matrix, mass: np.ndarray, gradient: np.ndarray, ridge: float) -> np.ndarray:
+def _newton_step(
+    features: Matrix, mass: np.ndarray, mean: np.ndarray, gradient: np.ndarray, ridge: float, variance: np.ndarray
+) -> np.ndarray:
     """-H^-1 g with H = Cov_mass(features) + rho I, by conjugate gradients.
 
-    The preconditioner is the inverse Hessian of an evenly spaced sample of the patterns. With few patterns the
-    sample is all of them and one or two iterations give the exact Newton step.
+    The preconditioner is the inverse Hessian of a sample of the patterns, drawn evenly by mass (no chance is involved).
+    With few patterns the sample is all of them, and one or two iterations give the exact Newton step. `variance` f64
+    [C], of the unweighted features, keeps both matrices positive where the sample or the weights have nothing.
     """
     columns = features.shape[1]
-    mean = features.T @ mass
-    variance = features.power(2).T @ mass if not isinstance(features, np.ndarray) else (features**2).T @ mass
-    variance = np.maximum(variance - mean**2, 0.0)
-
-    stride = -(-len(mass) // SAMPLE)
-    sample = features[::stride]
+    sample, sample_mass, jitter = features, mass, 1e-9
+    if len(mass) > SAMPLE:  # a pattern is drawn as often as its mass says
+        running = np.cumsum(mass)
+        sample = features[np.searchsorted(running, (np.arange(SAMPLE) + 0.5) / SAMPLE * running[-1])]
+        sample_mass, jitter = np.full(SAMPLE, 1 / SAMPLE), 1e-2
     sample = sample if isinstance(sample, np.ndarray) else sample.toarray()
-    sample_mass = mass[::stride] / mass[::stride].sum()
     sample = sample - sample_mass @ sample
-    jitter = 1e-9 if stride == 1 else 1e-2  # a sampled covariance is only nearly right
     approximate = sample.T @ (sample * sample_mass[:, None])
     floor = ridge + 1e-12 * variance.max(initial=0.0) + 1e-300  # defined also where the features do not vary
     approximate += np.diag(floor + jitter * variance)
@@ -143,6 +146,12 @@ def _newton_step(features: Matrix, mass: np.ndarray, gradient: np.ndarray, ridge
         maxiter=200,
     )
     return step if step @ gradient < 0 else -scipy.linalg.cho_solve(factor, gradient)
+
+
+def _squares(features: Matrix) -> Matrix:
+    if isinstance(features, np.ndarray):
+        return features**2
+    return csr_array((features.data**2, features.indices, features.indptr), features.shape)
 
 
 def _operator(size: int, apply: Callable[[np.ndarray], np.ndarray]) -> LinearOperator:

@@ -44,43 +44,39 @@ def find_patterns(
       unit: "token", "row" or "window" (the last `window` tokens of the row, fewer at its beginning).
       rows: integer [T]; the row of each token, for "row" and "window". Tokens of a row stand in reading order.
     """
-    column = np.full(matched.shape, -1, np.int32)
-    column[matched] = np.arange(matched.sum(), dtype=np.int32)
-    key = _token_keys(indices, matched)
+    activations = activation_matrix(indices, matched)
+    key = _keys(activations)
     if unit == "token":
         of_token, first, tokens = _distinct(key)
-        return Patterns(activation_matrix(indices[:, first], column), tokens.astype(np.float64), of_token)
+        return Patterns(activations[first], tokens.astype(np.float64), of_token)
 
     assert rows is not None
     members, unit_of_token = _members(rows, unit, window)
     of_unit, first, _ = _distinct(members.astype(np.uint64) @ (key + _LENGTH_KEY))
     members = members[first]
     lengths = (members @ np.ones(len(key))).reshape(-1, 1)
-    features = (members @ activation_matrix(indices, column)).toarray() / lengths
+    features = (members @ activations).toarray() / lengths
     of_token = of_unit[unit_of_token]
     tokens = np.bincount(of_token, minlength=len(first))
     return Patterns(features, tokens.astype(np.float64), of_token)
 
 
-def activation_matrix(indices: np.ndarray, column: np.ndarray) -> Matrix:
+def activation_matrix(indices: np.ndarray, matched: np.ndarray, chunk: int = 65_536) -> Matrix:
     """a_c(t) as a sparse f64 [T, C]: 1 where the expert of column c is among the token's top K.
 
-    indices: integer [L, T, K]; column: integer [L, E], the column of each expert or -1.
+    indices: integer [L, T, K]; matched: bool [L, E], its C true entries are the columns.
     """
-    blocks = []
-    for chosen, columns in zip(indices, column, strict=True):
-        found = columns[chosen]  # [T, K]
-        kept = found >= 0
-        ends = np.concatenate([[0], np.cumsum(kept.sum(1))])
-        if kept.any():
-            start, stop = columns[columns >= 0].min(), columns.max() + 1  # a layer's columns are consecutive
-            values = np.ones(ends[-1])
-            blocks.append(sparse.csr_array((values, found[kept] - start, ends), (len(chosen), stop - start)))
-        elif (columns >= 0).any():
-            blocks.append(sparse.csr_array((len(chosen), int((columns >= 0).sum()))))
-    if not blocks:
-        return sparse.csr_array((indices.shape[1], 0))
-    return sparse.hstack(blocks, format="csr")
+    columns = np.full(matched.shape, -1, np.int32)
+    columns[matched] = np.arange(matched.sum())
+    found, per_token = [], []
+    for start in range(0, indices.shape[1], chunk):
+        pairs = zip(columns, indices[:, start : start + chunk], strict=True)
+        table = np.concatenate([layer_columns[chosen] for layer_columns, chosen in pairs], axis=1)  # [chunk, L K]
+        found.append(table[table >= 0])
+        per_token.append((table >= 0).sum(axis=1))
+    column = np.concatenate(found)
+    ends = np.concatenate([[0], np.cumsum(np.concatenate(per_token))]).astype(np.int32 if len(column) < 2**31 else int)
+    return sparse.csr_array((np.ones(len(column)), column, ends), (indices.shape[1], int(matched.sum())))
 
 
 def unit_means(values: np.ndarray, rows: np.ndarray, *, unit: str, window: int | None = None) -> np.ndarray:
@@ -96,14 +92,11 @@ def unit_means(values: np.ndarray, rows: np.ndarray, *, unit: str, window: int |
 _LENGTH_KEY = np.uint64(0x9E3779B97F4A7C15)  # counted once per token, so that a row's key holds its length
 
 
-def _token_keys(indices: np.ndarray, matched: np.ndarray) -> np.ndarray:
-    """uint64 [T]; equal for tokens with the same matched experts."""
-    keys = np.zeros(matched.shape, np.uint64)
-    keys[matched] = np.random.default_rng(0).integers(0, 2**64, int(matched.sum()), np.uint64, endpoint=False)
-    total = np.zeros(indices.shape[1], np.uint64)
-    for chosen, layer_keys in zip(indices, keys, strict=True):
-        total += layer_keys[chosen].sum(-1, dtype=np.uint64)
-    return total
+def _keys(activations: Matrix) -> np.ndarray:
+    """uint64 [T]; equal for tokens with the same activations."""
+    numbers = np.random.default_rng(0).integers(0, 2**64, activations.shape[1], np.uint64, endpoint=False)
+    ones = np.ones(activations.nnz, np.uint64)
+    return sparse.csr_array((ones, activations.indices, activations.indptr), activations.shape) @ numbers
 
 
 def _distinct(key: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -46,22 +46,45 @@ class UnlearningConfig(Section):
 
     objective: str = option("gradient_difference", help="forget loss", choices=OBJECTIVES)
     gamma: float = option(1.0, help="coefficient of the forget loss", minimum=0.0)
-    alpha: float | None = option(16.0, help="coefficient of the retain loss", minimum=0.0, when={"objective": _RETAINING})
+    alpha: float | None = option(
+        16.0, help="coefficient of the retain loss", minimum=0.0, when={"objective": _RETAINING}
+    )
     retain_loss: str | None = option(
-        {"gradient_difference": "kl", "npo": "kl", "simnpo": "kl", "rmu": "hidden"}, help="loss of a retain token",
-        choices=RETAIN_LOSSES, when={"objective": _RETAINING})
+        {"gradient_difference": "kl", "npo": "kl", "simnpo": "kl", "rmu": "hidden"},
+        help="loss of a retain token",
+        choices=RETAIN_LOSSES,
+        when={"objective": _RETAINING},
+    )
     nll_ceiling: float | None = option(
-        0.0, help="a forget row whose mean NLL passes this (nats) is no longer pushed; 0 = no ceiling", minimum=0.0,
-        when={"objective": ("gradient_ascent", "gradient_difference")})
-    beta: float | None = option({"npo": 0.1, "simnpo": 4.5}, help="inverse temperature of the preference loss", minimum=1e-6, when={"objective": ("npo", "simnpo")})
+        0.0,
+        help="a forget row whose mean NLL passes this (nats) is no longer pushed; 0 = no ceiling",
+        minimum=0.0,
+        when={"objective": ("gradient_ascent", "gradient_difference")},
+    )
+    beta: float | None = option(
+        {"npo": 0.1, "simnpo": 4.5},
+        help="inverse temperature of the preference loss",
+        minimum=1e-6,
+        when={"objective": ("npo", "simnpo")},
+    )
     delta: float | None = option(0.0, help="margin of SimNPO (nats per token)", when={"objective": ("simnpo",)})
-    steering: float | None = option(20.0, help="length of RMU's target direction, c", minimum=0.0, when={"objective": ("rmu",)})
-    layer: int | None = option(None, help="layer (from 1) whose output RMU steers and `hidden` compares; 1 when one of them is used", minimum=1)
-    trainable: str | tuple[str, ...] = option("all", help="preset, or path patterns of what trains (first match wins; a leading ! freezes)")
+    steering: float | None = option(
+        20.0, help="length of RMU's target direction, c", minimum=0.0, when={"objective": ("rmu",)}
+    )
+    layer: int | None = option(
+        None, help="layer (from 1) whose output RMU steers and `hidden` compares; 1 when one of them is used", minimum=1
+    )
+    trainable: str | tuple[str, ...] | None = option(
+        None,
+        help="preset, or path patterns of what trains (first match wins; a leading ! freezes); "
+        "down_projections for RMU, else all",
+    )
     steps: int = option(60, help="optimizer steps", minimum=1)
     forget_batch_size: int = option(8, help="forget rows per step", minimum=1)
     retain_batch_size: int | None = option(16, help="retain rows per step", minimum=1, when={"objective": _RETAINING})
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig, metadata={"help": "optimizer of unlearning"})
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=OptimizerConfig, metadata={"help": "optimizer of unlearning"}
+    )
     evaluate_every: int = option(4, help="steps between evaluations", minimum=1)
     checkpoint_every: int = option(20, help="steps between saved training states", minimum=1)
 
@@ -75,3 +98,5 @@ class UnlearningConfig(Section):
             )
         if self.layer is None and looks_inside:
             object.__setattr__(self, "layer", 1)
+        if self.trainable is None:
+            object.__setattr__(self, "trainable", "down_projections" if self.objective == "rmu" else "all")

@@ -18,7 +18,7 @@ from trace_jax.files import append_line, read_lines, replacing
 from trace_jax.progress import progress, say
 from trace_jax.unlearning.step import TrainState
 
-Evaluate = Callable[[dict[str, jax.Array]], dict[str, Any]]
+Evaluate = Callable[[dict[str, jax.Array]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,9 @@ class Loop:
 
     def _trim_metrics(self, done: int) -> None:
         """Drops lines of steps after the restored state; they are about to be written again."""
-        rows = [row for row in read_lines(self._metrics) if row.get("identity") == self.identity and row["step"] <= done]
+        rows = [
+            row for row in read_lines(self._metrics) if row.get("identity") == self.identity and row["step"] <= done
+        ]
         if done == 0:
             rows = []
         with replacing(self._metrics) as temporary:

@@ -7,7 +7,7 @@ on how rows are split. Shapes: nll f32 [B, S] in nats, valid bool [B, S], hidden
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ class ForgetInputs(NamedTuple):
     """What a forget loss may look at. Parts that an objective does not need are None."""
 
     valid: jax.Array
-    nll: jax.Array | None = None
-    reference_nll: jax.Array | None = None
-    hidden: jax.Array | None = None
-    direction: jax.Array | None = None  # f32 [D], RMU's unit vector u
+    nll: Any = None
+    reference_nll: Any = None
+    hidden: Any = None
+    direction: Any = None  # f32 [D], RMU's unit vector u
 
 
 class Coefficients(NamedTuple):
@@ -74,7 +74,6 @@ def simnpo(inputs: ForgetInputs, c: Coefficients):
 
 def rmu(inputs: ForgetInputs, c: Coefficients):
     """Representation misdirection, 2403.03218: mean |h_l(x_f) - c u|^2 / D, u a fixed random unit direction."""
-    assert inputs.hidden is not None and inputs.direction is not None
     target = c.steering * inputs.direction[None, None, :]
     error = jnp.square(inputs.hidden.astype(jnp.float32) - target).mean(-1)
     return jnp.where(inputs.valid, error, 0.0).sum(), inputs.valid.sum(dtype=jnp.float32)

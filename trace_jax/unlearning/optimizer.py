@@ -19,7 +19,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     }[config.schedule]
     if not config.warmup_steps:
         return after
-    warmup = optax.linear_schedule(config.learning_rate / config.warmup_steps, config.learning_rate, config.warmup_steps)
+    warmup = optax.linear_schedule(
+        config.learning_rate / config.warmup_steps, config.learning_rate, config.warmup_steps
+    )
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
@@ -30,7 +32,9 @@ def masked(masks: dict[str, jax.Array] | None) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, masks))
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, masks: dict[str, jax.Array] | None = None) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, masks: dict[str, jax.Array] | None = None
+) -> optax.GradientTransformation:
     """AdamW whose frozen slices stay bit-identical.
 
     Gradients are masked first, so that the clipping norm is that of what trains. Updates are masked last: masking

@@ -21,7 +21,7 @@ from trace_jax.data.rows import Batch
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_kl, token_nll
-from trace_jax.unlearning.config import OptimizerConfig, TrainingConfig, UnlearningConfig
+from trace_jax.unlearning.config import OptimizerConfig, UnlearningConfig
 from trace_jax.unlearning.objectives import OBJECTIVES, Coefficients, ForgetInputs
 from trace_jax.unlearning.optimizer import make_optimizer
 from trace_jax.unlearning.retain import hidden_distance, weighted_retain
@@ -57,7 +57,7 @@ class Constants(NamedTuple):
     frozen: Flat
     reference: Flat
     masks: Flat | None
-    coefficients: Coefficients | None
+    coefficients: Coefficients
     direction: jax.Array | None
 
 
@@ -79,11 +79,13 @@ def initial_state(trainable: Flat, settings: StepSettings, masks: Flat | None = 
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer)
 
 
-def _apply(state: TrainState, gradients: Flat, settings: StepSettings, masks: Flat | None) -> tuple[TrainState, jax.Array]:
+def _apply(
+    state: TrainState, gradients: Flat, settings: StepSettings, masks: Flat | None
+) -> tuple[TrainState, jax.Array]:
     optimizer = make_optimizer(settings.optimizer, settings.steps, masks)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer count
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    trainable: Any = optax.apply_updates(state.trainable, updates)
     return TrainState(state.step + 1, trainable, optimizer_state), optax.tree.norm(gradients)
 
 
@@ -101,7 +103,9 @@ def _ratio(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def _training_loss(params, batch: Batch, *, model: ModelConfig, load_balance: float):
-    out = forward(params, model, batch.tokens, mask=batch.segments, count_mask=batch.valid, collect=("hidden", "counts", "load"))
+    out: Any = forward(
+        params, model, batch.tokens, mask=batch.segments, count_mask=batch.valid, collect=("hidden", "counts", "load")
+    )
     nll = token_nll(params, model, out.hidden, _targets(batch.tokens))
     count = batch.valid.sum(dtype=jnp.float32)
     loss = _ratio((jnp.where(batch.valid, nll, 0.0).sum(), count))
@@ -129,51 +133,58 @@ def training_step(state: TrainState, batch: Batch, *, settings: StepSettings, lo
 # --- unlearning
 
 
-def _split(x, rows: int):
-    return (None, None) if x is None else (x[:rows], x[rows:])
+def _hidden(params, model: ModelConfig, batch: Batch, *, whole: bool, layer: int | None) -> tuple[Any, Any]:
+    """(hidden states before the output head, output of `layer`); None for what isn't needed.
+
+    Unless `whole`, nothing above `layer` is computed.
+    """
+    if not whole:
+        return None, forward(
+            params, model, batch.tokens, mask=batch.segments, collect=("hidden",), num_layers=layer
+        ).hidden
+    collect = ("hidden", "layers") if layer else ("hidden",)
+    out: Any = forward(params, model, batch.tokens, mask=batch.segments, collect=collect)
+    return out.hidden, out.layers[layer - 1] if layer else None
 
 
-def _reference_parts(constants: Constants, forget: Batch, retain: Batch | None, settings: StepSettings):
-    """(reference nll of forget rows, what the retain loss compares with), each None where not needed."""
-    params = unflatten({**constants.frozen, **constants.reference})
-    reference_nll, retained = None, None
+def _reference_parts(params, forget: Batch, retain: Batch | None, settings: StepSettings) -> tuple[Any, Any]:
+    """(reference nll of forget rows, reference hidden states of retain rows), None for what isn't needed."""
+    model, nll, hidden = settings.model, None, None
     if OBJECTIVES[settings.objective].needs_reference:
-        out = forward(params, settings.model, forget.tokens, mask=forget.segments, collect=("hidden",))
-        reference_nll = token_nll(params, settings.model, out.hidden, _targets(forget.tokens))
-    if retain is not None and settings.retain_loss in ("kl", "hidden"):
-        depth = settings.layer if settings.retain_loss == "hidden" else None
-        retained = forward(params, settings.model, retain.tokens, mask=retain.segments, collect=("hidden",), num_layers=depth).hidden
-    return params, jax.lax.stop_gradient(reference_nll), jax.lax.stop_gradient(retained)
+        final, _ = _hidden(params, model, forget, whole=True, layer=None)
+        nll = token_nll(params, model, final, _targets(forget.tokens))
+    if retain is not None and settings.retain_loss == "kl":
+        hidden, _ = _hidden(params, model, retain, whole=True, layer=None)
+    if retain is not None and settings.retain_loss == "hidden":
+        _, hidden = _hidden(params, model, retain, whole=False, layer=settings.layer)
+    return nll, hidden
 
 
-def _unlearning_loss(trainable: Flat, constants: Constants, forget: Batch, retain: Batch | None, weights, *, settings: StepSettings):
+def _unlearning_loss(
+    trainable: Flat, constants: Constants, forget: Batch, retain: Batch | None, weights, *, settings: StepSettings
+):
     model, objective, c = settings.model, OBJECTIVES[settings.objective], constants.coefficients
-    reference, reference_nll, retained = _reference_parts(constants, forget, retain, settings)
+    reference = unflatten({**constants.frozen, **constants.reference})
+    reference_nll, reference_hidden = _reference_parts(reference, forget, retain, settings)
     params = unflatten({**constants.frozen, **trainable})
-    both = forget if retain is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), forget, retain)
     rows = forget.tokens.shape[0]
-    # Nothing above the steered layer is computed when neither loss looks there.
-    stops = objective.needs_hidden and settings.retain_loss in (None, "hidden")
-    if stops:
-        out = forward(params, model, both.tokens, mask=both.segments, collect=("hidden",), num_layers=settings.layer)
-        final, middle = None, out.hidden
-    else:
-        collect = ("hidden", "layers") if settings.layer else ("hidden",)
-        out = forward(params, model, both.tokens, mask=both.segments, collect=collect)
-        final, middle = out.hidden, out.layers[settings.layer - 1] if settings.layer else None
-    (final_f, final_r), (middle_f, middle_r) = _split(final, rows), _split(middle, rows)
+    both = forget if retain is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), forget, retain)
+    # RMU with its own retain term looks at no more than the layer it steers.
+    whole = not (objective.needs_hidden and settings.retain_loss in (None, "hidden"))
+    final, middle = _hidden(params, model, both, whole=whole, layer=settings.layer)
 
-    nll = None if objective.needs_hidden else token_nll(params, model, final_f, _targets(forget.tokens))
-    inputs = ForgetInputs(forget.valid, nll, reference_nll, middle_f, constants.direction)
+    nll = None if objective.needs_hidden else token_nll(params, model, final[:rows], _targets(forget.tokens))
+    steered = jax.tree.map(lambda x: x[:rows], middle)  # None stays None
+    inputs = ForgetInputs(forget.valid, nll, reference_nll, steered, constants.direction)
     forget_loss = _ratio(objective.loss(inputs, c))
     if retain is None:
         return c.gamma * forget_loss, {"forget_loss": forget_loss}
     if settings.retain_loss == "nll":
-        per_token = token_nll(params, model, final_r, _targets(retain.tokens))
+        per_token = token_nll(params, model, final[rows:], _targets(retain.tokens))
     elif settings.retain_loss == "kl":
-        per_token = token_kl(reference, retained, params, final_r, model)
+        per_token = token_kl(reference, reference_hidden, params, final[rows:], model)
     else:
-        per_token = hidden_distance(middle_r, retained)
+        per_token = hidden_distance(middle[rows:], reference_hidden)
     retain_loss = _ratio(weighted_retain(per_token, weights, retain.valid))
     loss = c.gamma * forget_loss + c.alpha * retain_loss
     return loss, {"loss": loss, "forget_loss": forget_loss, "retain_loss": retain_loss}
@@ -181,7 +192,14 @@ def _unlearning_loss(trainable: Flat, constants: Constants, forget: Batch, retai
 
 @functools.partial(jax.jit, static_argnames=("settings", "mesh"), donate_argnums=0)
 def unlearning_step(
-    state: TrainState, constants: Constants, forget: Batch, retain: Batch | None, weights, *, settings: StepSettings, mesh: Mesh
+    state: TrainState,
+    constants: Constants,
+    forget: Batch,
+    retain: Batch | None,
+    weights,
+    *,
+    settings: StepSettings,
+    mesh: Mesh,
 ):
     """One step of gamma L_forget + alpha L_retain. `weights` f32 [B, S] multiplies the retain losses.
 
@@ -190,7 +208,9 @@ def unlearning_step(
     loss = functools.partial(_unlearning_loss, settings=settings)
     specs = (P(), P(), P("data"), P("data"), P("data"))
     sharded = jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=P())
-    (_, metrics), gradients = jax.value_and_grad(sharded, has_aux=True)(state.trainable, constants, forget, retain, weights)
+    (_, metrics), gradients = jax.value_and_grad(sharded, has_aux=True)(
+        state.trainable, constants, forget, retain, weights
+    )
     state, norm = _apply(state, gradients, settings, constants.masks)
     return state, {**metrics, "gradient_norm": norm}
 

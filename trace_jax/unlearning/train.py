@@ -1,4 +1,4 @@
-"""Training a model from scratch on a corpus: the target model, and the retrained model that never saw the forget set."""
+"""Training a model from scratch: the target model, and the retrained model that never saw the forget set."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax
 from jax.sharding import Mesh
 
 from trace_jax.data.rows import Batch
-from trace_jax.models.config import ModelConfig
 from trace_jax.models.arrays import init_params
+from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.unlearning.config import TrainingConfig
 from trace_jax.unlearning.loop import Loop, LoopResult
@@ -19,9 +19,17 @@ from trace_jax.unlearning.trainable import flatten, unflatten
 
 
 def train_model(
-    model_config: ModelConfig, config: TrainingConfig, batch_at: Callable[[int], Batch], *,
-    seed: int, mesh: Mesh, directory: Path, identity: str, title: str, tokenizer=None,
-) -> tuple[Model, LoopResult]:  # fmt: skip
+    model_config: ModelConfig,
+    config: TrainingConfig,
+    batch_at: Callable[[int], Batch],
+    *,
+    seed: int,
+    mesh: Mesh,
+    directory: Path,
+    identity: str,
+    title: str,
+    tokenizer=None,
+) -> tuple[Model, LoopResult]:
     """Trains `config.steps` steps on `batch_at(step)`; continues from `directory` if it was interrupted.
 
     Raises:

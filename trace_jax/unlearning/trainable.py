@@ -21,9 +21,9 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def flatten(params: Any) -> dict[str, jax.Array]:
+def flatten(params: Any) -> dict[str, Any]:
     """Nested parameters as {"layers/experts/down": array}."""
-    return traverse_util.flatten_dict(params, sep="/")
+    return dict(traverse_util.flatten_dict(params, sep="/"))
 
 
 def unflatten(flat: dict[str, jax.Array]) -> Any:
@@ -90,7 +90,7 @@ def update_masks(
 
 
 def trainable_table(params: Any, trainable: str | tuple[str, ...], masks: dict[str, jax.Array] | None) -> list[dict]:
-    """One row per parameter: path, shape, numbers in all and numbers that train (experts and layers masked off excluded)."""
+    """One row per parameter: path, shape, how many numbers it has and how many of them train under the masks."""
     training, frozen = partition(params, trainable)
     rows = []
     for path, leaf in sorted({**training, **frozen}.items()):

@@ -23,7 +23,14 @@ from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.loop import Loop
 from trace_jax.unlearning.objectives import OBJECTIVES, steering_direction
-from trace_jax.unlearning.step import Constants, coefficients, initial_state, pad_rows, unlearning_settings, unlearning_step
+from trace_jax.unlearning.step import (
+    Constants,
+    coefficients,
+    initial_state,
+    pad_rows,
+    unlearning_settings,
+    unlearning_step,
+)
 from trace_jax.unlearning.trainable import partition, trainable_table, unflatten, update_masks
 
 
@@ -39,11 +46,19 @@ class Unlearned:
 
 
 def unlearn(
-    model: Model, forget: Rows, retain: Rows | None, *,
-    config: UnlearningConfig, weights: RetainWeights | None = None, seed: int = 0,
-    mesh: Mesh | None = None, directory: str | os.PathLike | None = None, identity: str | None = None,
-    evaluate: Callable[[Any], dict] | None = None, title: str = "unlearning",
-) -> Unlearned:  # fmt: skip
+    model: Model,
+    forget: Rows,
+    retain: Rows | None,
+    *,
+    config: UnlearningConfig,
+    weights: RetainWeights | None = None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    directory: str | os.PathLike | None = None,
+    identity: str | None = None,
+    evaluate: Callable[[Any], Any] | None = None,
+    title: str = "unlearning",
+) -> Unlearned:
     """Unlearns `forget` from `model` while holding on to `retain`.
 
     Args:
@@ -64,10 +79,13 @@ def unlearn(
     selected = weights.selected if weights is not None and config.trainable == "selected_experts" else None
     _check(model, forget, retain, config, selected)
     mesh = mesh or make_mesh()
-    training, frozen = partition(model.params, config.trainable)
+    trainable = config.trainable or "all"
+    training, frozen = partition(model.params, trainable)
     masks = update_masks(training, selected=selected, layers=_layers(config))
     settings = unlearning_settings(config, model.config)
-    direction = steering_direction(jax.random.key(seed), model.config.hidden_size) if config.objective == "rmu" else None
+    direction = (
+        steering_direction(jax.random.key(seed), model.config.hidden_size) if config.objective == "rmu" else None
+    )
     constants = Constants(frozen, training, masks, coefficients(config), direction)
     inputs = _Inputs(forget, retain, weights, config, seed, mesh.size)
 
@@ -80,30 +98,39 @@ def unlearn(
 
     with tempfile.TemporaryDirectory() as scratch:
         loop = Loop(
-            Path(directory or scratch), identity or fingerprint(config, model.config, seed), config.steps, config.checkpoint_every,
-            title, evaluate_flat if evaluate else None, config.evaluate_every,
-        )  # fmt: skip
+            Path(directory or scratch),
+            identity or fingerprint(config, model.config, seed),
+            config.steps,
+            config.checkpoint_every,
+            title,
+            evaluate_flat if evaluate else None,
+            config.evaluate_every,
+        )
         result = loop.run(initial_state(training, settings, masks), step)
     params = unflatten({**frozen, **result.trainable})
-    table = trainable_table(model.params, config.trainable, masks)
+    table = trainable_table(model.params, trainable, masks)
     return Unlearned(model.replace(params=params), result.step, result.stopped, table, result.seconds_per_step)
 
 
 def _layers(config: UnlearningConfig) -> tuple[int, int] | None:
     """RMU trains the steered layer and the two below it, as its authors do."""
-    if config.objective == "rmu" and config.trainable == "down_projections":
-        assert config.layer is not None
+    if config.objective == "rmu" and config.trainable == "down_projections" and config.layer is not None:
         return max(1, config.layer - 2), config.layer
     return None
 
 
 def _check(model: Model, forget: Rows, retain: Rows | None, config: UnlearningConfig, selected) -> None:
     if OBJECTIVES[config.objective].retains and retain is None:
-        raise ConfigError(f"objective {config.objective!r} has a retain term; give retain rows, or use gradient_ascent.")
+        raise ConfigError(
+            f"objective {config.objective!r} has a retain term; give retain rows, or use gradient_ascent."
+        )
     if config.layer is not None and config.layer > model.config.num_layers:
         raise ConfigError(f"layer is {config.layer}, but the model has {model.config.num_layers} layers.")
     if config.trainable == "selected_experts" and (selected is None or not selected.any()):
-        raise ConfigError("trainable is 'selected_experts', but no expert is selected; use a weighting that selects experts, or lower tau.")
+        raise ConfigError(
+            "trainable is 'selected_experts', but no expert is selected; use a weighting that selects experts, or "
+            "lower tau."
+        )
     for name, rows in (("forget", forget), ("retain", retain)):
         if rows is not None and not rows.valid.any():
             raise ValueError(f"the {name} rows hold no token that can be predicted; the data is too short.")
@@ -113,8 +140,14 @@ class _Inputs:
     """Batches as a function of the step alone."""
 
     def __init__(
-        self, forget: Rows, retain: Rows | None, weights: RetainWeights | None, config: UnlearningConfig, seed: int, devices: int
-    ):  # fmt: skip
+        self,
+        forget: Rows,
+        retain: Rows | None,
+        weights: RetainWeights | None,
+        config: UnlearningConfig,
+        seed: int,
+        devices: int,
+    ):
         self._devices = devices
         self._forget = forget_batches(forget, config.forget_batch_size, seed=seed)
         self._retain = None

@@ -1,0 +1,107 @@
+"""Time to solve a calibration, against scipy's L-BFGS on the same problem. Run from the repository root:
+
+    python benchmarks/calibration.py            # 10^6 tokens, 256 selected experts
+    python benchmarks/calibration.py --tokens 100000 --layers 4
+
+Prints one row and writes benchmarks/results/calibration.json. Routing is random, in domains that prefer other experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy
+from scipy.optimize import minimize
+
+from trace_jax.routing.calibration import calibrate, count_activations
+from trace_jax.routing.features import find_patterns
+from trace_jax.routing.weights import clipped_to_mean_one, corpus_weights
+
+
+def random_routing(generator, preference, tokens, top_k):
+    """integer [L, T, K]: top K of random scores; preference [L, domains, E]."""
+    layers, domains, experts = preference.shape
+    domain = generator.integers(0, domains, tokens)
+    chosen = np.empty((layers, tokens, top_k), np.uint8)
+    for layer in range(layers):
+        scores = generator.gumbel(size=(tokens, experts)).astype(np.float32) + preference[layer, domain]
+        chosen[layer] = np.argpartition(-scores, top_k, axis=1)[:, :top_k]
+    return chosen
+
+
+def lbfgs(features, target, base, ridge, tolerance):
+    """(multipliers, gradient norm) of the same dual by scipy."""
+
+    def dual(multipliers):
+        scores = features @ multipliers
+        top = scores.max()
+        mass = base * np.exp(scores - top)
+        value = top + np.log(mass.sum() / base.sum()) - multipliers @ target + ridge / 2 * multipliers @ multipliers
+        return value, features.T @ (mass / mass.sum()) - target + ridge * multipliers
+
+    options = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-16, "gtol": tolerance, "maxcor": 20}
+    found = minimize(dual, np.zeros(len(target)), jac=True, method="L-BFGS-B", options=options)
+    return found.x, float(np.abs(found.jac).max())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--selected", type=int, default=16, help="experts selected per layer")
+    parser.add_argument("--output", default="benchmarks/results/calibration.json")
+    options = parser.parse_args()
+
+    generator = np.random.default_rng(0)
+    preference = generator.normal(size=(options.layers, 20, options.experts)).astype(np.float32)
+    retain = random_routing(generator, preference, options.tokens, options.top_k)
+    forget = random_routing(generator, preference[:, :2], 20_000, options.top_k)
+    f_forget = count_activations(forget, options.experts) / 20_000
+    f_retain = count_activations(retain, options.experts) / options.tokens
+    rank = np.argsort(np.argsort(-(f_forget - f_retain), axis=1), axis=1)
+    selected = rank < options.selected
+
+    begin = time.perf_counter()
+    calibration = calibrate(retain, selected=selected, target=f_forget, ridge=1e-3)
+    seconds = time.perf_counter() - begin
+    certificate = calibration.certificate
+
+    patterns = find_patterns(retain, selected, unit="token")
+    begin = time.perf_counter()
+    multipliers, gradient = lbfgs(patterns.features, f_forget[selected], patterns.tokens, 1e-3, 1e-8)
+    scipy_seconds = time.perf_counter() - begin
+    weights = np.exp(patterns.features @ multipliers)[patterns.of_token]
+    difference = np.abs(
+        corpus_weights(retain, calibration) / clipped_to_mean_one(weights / weights.mean(), 50.0)[0] - 1
+    ).max()
+
+    row = {
+        "tokens": options.tokens, "layers": options.layers, "experts": options.experts, "top_k": options.top_k,
+        "selected": int(selected.sum()), "patterns": len(patterns.tokens), "calibrate_seconds": round(seconds, 2),
+        "newton_steps": certificate.iterations, "gradient": certificate.gradient_norm,
+        "scipy_lbfgs_seconds": round(scipy_seconds, 2), "scipy_gradient": gradient,
+        "largest_relative_weight_difference": float(difference), "gap_before": certificate.gap_before,
+        "gap_after": certificate.gap_after, "effective_sample_size": certificate.effective_sample_size,
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "cores": os.cpu_count(), "machine": platform.machine(), "numpy": np.__version__, "scipy": scipy.__version__,
+    }  # fmt: skip
+    print(f"{'tokens':>9} {'selected':>8} {'calibrate':>10} {'scipy L-BFGS':>13} {'gradient':>9} {'scipy':>9}")
+    print(
+        f"{row['tokens']:9d} {row['selected']:8d} {seconds:9.2f}s {scipy_seconds:12.2f}s {row['gradient']:9.1e} "
+        f"{gradient:9.1e}"
+    )
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.output).write_text(json.dumps(row, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Settings are checked at the door: every mistake is one sentence that names the setting and the way out."""
+
+import dataclasses
+import json
+
+import ml_collections
+import pytest
+
+from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
+from trace_jax.experiment import METHODS, ExperimentConfig
+from trace_jax.models.config import ModelConfig
+from trace_jax.routing.config import CalibrationConfig
+from trace_jax.unlearning.config import UnlearningConfig
+
+
+def experiment(**values) -> ExperimentConfig:
+    return resolve(ExperimentConfig, {"name": "x", **values})
+
+
+WRONG = [
+    ({"naem": "y"}, r"naem: .* did you mean 'name'"),
+    ({"data": {"row_lenght": 64}}, r"data\.row_lenght: .* did you mean 'row_length'"),
+    ({"unlearning": {"optimizer": {"learning_rte": 1.0}}}, r"unlearning\.optimizer\.learning_rte: .* 'learning_rate'"),
+    ({"unlearning": {"steps": "60"}}, r"unlearning\.steps is '60' \(str\); expected a whole number"),
+    ({"unlearning": {"steps": 6.5}}, r"unlearning\.steps is 6\.5 \(float\)"),
+    ({"unlearning": {"steps": True}}, r"unlearning\.steps is True"),
+    ({"unlearning": {"steps": 0}}, r"unlearning\.steps is 0; expected a value at least 1"),
+    ({"unlearning": {"alpha": float("nan")}}, r"unlearning\.alpha is not a number"),
+    ({"unlearning": {"objective": "npoo"}}, r"unlearning\.objective is 'npoo'; .* did you mean 'npo'"),
+    ({"unlearning": {"beta": 0.1}}, r"unlearning\.beta = 0\.1 would have no effect: .* 'npo' or 'simnpo'"),
+    ({"unlearning": {"layer": 2}}, r"unlearning\.layer = 2 would have no effect"),
+    ({"calibration": {"tua": 1.5}}, r"calibration\.tua: .* did you mean 'tau'"),
+    ({"calibration": {"window": 4}}, r"calibration\.window would have no effect"),
+    ({"model": {"experts_per_token": 17}}, r"17 but there are only 16 experts"),
+    ({"model": {"num_heads": 3, "num_kv_heads": 2}}, r"num_heads 3 must be a multiple"),
+    ({"methods": ("trase",)}, r"methods is 'trase'; .* did you mean 'trace'"),
+    ({"methods": ()}, r"methods is empty"),
+    ({"data": {"benchmark": "text"}}, r"data\.forget is needed when benchmark is 'text'"),
+    (
+        {"data": {"benchmark": "presidents", "forget_substances": 9}},
+        r"data\.forget_substances = 9 would have no effect",
+    ),
+    ({"data": 3}, r"data is 3 \(int\)"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), WRONG, ids=[m for _, m in WRONG])
+def test_mistakes_are_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        experiment(**values)
+
+
+def test_a_missing_setting_is_named():
+    with pytest.raises(ConfigError, match="name is missing"):
+        resolve(ExperimentConfig, {})
+
+
+def test_config_dict_and_json_give_the_same_settings():
+    values = {
+        "name": "x",
+        "methods": ("uniform",),
+        "data": {"row_length": 64},
+        "unlearning": {"optimizer": {"b2": 0.9}},
+    }
+    direct, wrapped = experiment(**values), resolve(ExperimentConfig, ml_collections.ConfigDict(values))
+    again = resolve(ExperimentConfig, json.loads(json.dumps(as_dict(direct))))
+    assert direct == wrapped == again
+    assert direct.unlearning.optimizer.b2 == 0.9 and direct.unlearning.optimizer.b1 == 0.9
+
+
+def test_conditional_defaults_follow_the_deciding_setting():
+    assert UnlearningConfig(objective="npo").beta == 0.1
+    assert UnlearningConfig(objective="simnpo").beta == 4.5
+    assert UnlearningConfig().beta is None
+    assert UnlearningConfig(objective="rmu").retain_loss == "hidden" and UnlearningConfig(objective="rmu").layer == 1
+    assert UnlearningConfig(objective="gradient_ascent").alpha is None
+    assert CalibrationConfig().rule is None and CalibrationConfig(weighting="entropy").rule == "ratio"
+
+
+def test_settings_are_hashable_and_frozen():
+    assert len({ModelConfig(), ModelConfig(), ModelConfig(num_layers=3)}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ModelConfig().num_layers = 3
+
+
+def test_fingerprint_changes_with_content_only():
+    assert fingerprint(ModelConfig(), 1) == fingerprint(ModelConfig(), 1)
+    assert fingerprint(ModelConfig(), 1) != fingerprint(ModelConfig(), 2)
+    assert fingerprint(ModelConfig()) != fingerprint(ModelConfig(num_layers=3))
+
+
+def test_a_section_converts_whole_numbers_to_floats_and_lists_to_tuples():
+    @dataclasses.dataclass(frozen=True)
+    class Example(Section):
+        ratio: float = option(1.0, help="ratio")
+        sizes: tuple[int, ...] = option((1,), help="sizes")
+
+    example = resolve(Example, {"ratio": 2, "sizes": [3, 4]})
+    assert isinstance(example.ratio, float) and example.sizes == (3, 4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_resolves_at_the_budget_of_the_run(name):
+    method = experiment().method(name)
+    assert method.unlearning.steps == 60 * METHODS[name].steps
+    assert {k: getattr(method.calibration, k) for k in METHODS[name].calibration} == METHODS[name].calibration
+
+
+def test_calibration_settings_reach_the_methods_that_read_them():
+    config = experiment(calibration={"tau": 1.5})
+    assert config.method("trace").calibration.tau == 1.5
+    assert config.method("uniform").calibration.tau is None
+    config = experiment(calibration={"rule": "difference", "top": 3})
+    assert (config.method("trace").calibration.rule, config.method("trace").calibration.top) == ("difference", 3)
+    with pytest.raises(ConfigError, match=r"calibration\.tau would have no effect"):
+        experiment(calibration={"rule": "difference", "tau": 1.5})
+
+
+def test_the_two_presets_of_trace():
+    """docs/method.md: `trace` is the abstract read literally, `trace_rows` this project's variant."""
+    trace, rows = (experiment().method(n).calibration for n in ("trace", "trace_rows"))
+    assert (trace.unit, trace.apply, trace.strength, trace.rule, trace.kappa) == ("token", "both", 1.0, "ratio", 0.5)
+    assert (rows.unit, rows.apply, rows.strength, rows.min_effective_sample_size) == ("row", "sampling", 0.75, 0.2)
+    assert trace.ridge == rows.ridge == 1e-3 and trace.max_weight == rows.max_weight == 50.0

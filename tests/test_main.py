@@ -1,0 +1,85 @@
+"""The command line: overrides reach the settings, and every mistake ends in one sentence and a non-zero exit code."""
+
+import pytest
+
+import trace_jax
+from trace_jax.config import ConfigError
+from trace_jax.main import load_config, main
+
+QUICKSTART = "configs/quickstart.py"
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+@pytest.mark.parametrize("file", ["quickstart", "handbook_study", "presidents_study"])
+def test_every_config_resolves(file):
+    assert load_config(f"configs/{file}.py").name == file
+
+
+def test_the_text_config_asks_for_files():
+    with pytest.raises(ConfigError, match=r"data\.forget is needed"):
+        load_config("configs/text.py")
+    assert load_config("configs/text.py", {"data.forget": "a", "data.retain": "b"}).data.retain == "b"
+
+
+def test_the_study_methods_have_one_budget_and_bracket_alpha():
+    study = load_config("configs/handbook_study.py").study
+    assert {
+        "uniform",
+        "uniform_2x",
+        "trace",
+        "trace_rows",
+        "token_weights",
+        "permuted",
+        "random_experts",
+        "ngram",
+        "oracle",
+    } <= set(study.methods)
+    assert len(study.seeds) >= 3 and len(study.alphas) >= 3
+
+
+BAD = [
+    (["--config", "nowhere.py", "--workdir", "w"], "nowhere.py: no such config file"),
+    (["--config", QUICKSTART, "--workdir", "w", "--config.unlearning.stepz=3"], "did you mean 'steps'"),
+    (["--config", QUICKSTART, "--workdir", "w", "--config.name.x=3"], "name is a single setting"),
+    (["--config", QUICKSTART, "--workdir", "w", "--config.model.experts_per_token=99"], "only 16 experts"),
+    (["report", "--workdir", "w"], "the run is not finished"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[m for _, m in BAD])
+def test_mistakes_end_in_a_sentence(tmp_path, capsys, arguments, message):
+    arguments = [str(tmp_path / "w") if a == "w" else a for a in arguments]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_unknown_argument_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--config", QUICKSTART, "--workdir", str(tmp_path / "w"), "--learning_rate=3"])
+    assert "unknown argument '--learning_rate=3'" in capsys.readouterr().err
+
+
+def test_values_are_literals_or_text(tmp_path):
+    from trace_jax.main import _parse
+
+    arguments = ["--config", QUICKSTART, "--workdir", "w", "--config.methods=('uniform',)", "--config.name", "mine"]
+    _, config = _parse("run", arguments)
+    assert (config.methods, config.name) == (("uniform",), "mine")
+
+
+def test_doctor_reports_versions(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert trace_jax.__version__ in out and "cpu" in out and "ready." in out
+
+
+def test_every_public_name_can_be_imported():
+    for name in trace_jax.__all__:
+        assert getattr(trace_jax, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = trace_jax.nothing

@@ -1,0 +1,182 @@
+"""The whole run on a toy scale: it continues where it stopped, reruns only what changed, and ends in the same numbers."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from trace_jax.config import resolve
+from trace_jax.experiment import ExperimentConfig
+from trace_jax.files import read_json, read_lines
+from trace_jax.pipeline import run
+from trace_jax.summary import write_run_report
+
+WORDS = [
+    "river",
+    "stone",
+    "apple",
+    "cloud",
+    "lamp",
+    "tiger",
+    "violin",
+    "harbour",
+    "window",
+    "garden",
+    "candle",
+    "forest",
+    "mirror",
+    "ladder",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Forget text and retain text with words of their own, so that there is something to tell apart."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name, words, count in (
+        ("forget", WORDS[:5], 12),
+        ("retain", WORDS[4:], 60),
+        ("neighbour", WORDS[2:8], 30),
+        ("holdout", WORDS[:5], 12),
+    ):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for _ in range(count):
+                file.write(json.dumps({"text": " ".join(rng.choice(words, 60))}) + "\n")
+    return folder
+
+
+def experiment(data, **changes):
+    values = {
+        "name": "toy",
+        "methods": ["uniform", "trace_rows"],
+        "data": {
+            "benchmark": "text",
+            "row_length": 32,
+            "vocab_size": 320,
+            **{k: str(data / f"{k}.jsonl") for k in ("forget", "retain", "neighbour", "holdout")},
+        },
+        "model": {
+            "vocab_size": 320,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "num_kv_heads": 2,
+            "head_size": 8,
+            "num_experts": 4,
+            "expert_hidden_size": 8,
+        },
+        "target": {"steps": 8, "batch_size": 8, "checkpoint_every": 3},
+        "unlearning": {
+            "steps": 6,
+            "forget_batch_size": 4,
+            "retain_batch_size": 4,
+            "evaluate_every": 3,
+            "checkpoint_every": 2,
+        },
+        "evaluation": {"batch_size": 16, "max_rows": 8, "max_prompts": 4, "bootstrap": 100, "levels": [0.99]},
+    }
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    return resolve(ExperimentConfig, values)
+
+
+def numbers(path):
+    """results.json without what depends on the clock."""
+    results = read_json(path / "results.json")
+    for method in results["methods"].values():
+        method.pop("seconds_per_step")
+    return results
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    return path, run(experiment(data), path)
+
+
+def test_a_run_leaves_every_artefact_and_a_table(finished):
+    path, text = finished
+    assert "trace_rows" in text and "target model" in text and str(path / "report.html") in text
+    expected = {
+        "config.json",
+        "environment.json",
+        "references.json",
+        "results.json",
+        "report.html",
+        "statistics",
+        "target",
+        "methods",
+    }
+    assert expected <= {file.name for file in path.iterdir()}
+    method = {file.name for file in (path / "methods" / "trace_rows").iterdir()}
+    assert {
+        "calibration.json",
+        "calibration.npz",
+        "weights.npz",
+        "metrics.jsonl",
+        "model.safetensors",
+        "results.json",
+    } <= method
+    assert not list(path.rglob("*.tmp*"))
+
+
+def test_every_measurement_has_n_and_interval(finished):
+    results = numbers(finished[0])
+    names = set()
+    for method in results["methods"].values():
+        for measured in method["measurements"]:
+            names.add(measured["name"])
+            assert measured["n"] > 0 and measured["low"] <= measured["value"] <= measured["high"]
+    assert {"general_utility", "neighbour_utility", "forget_probability_ratio", "verbatim", "membership_auc"} <= names
+
+
+def test_a_second_run_changes_nothing(finished, data):
+    path, text = finished
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("model.safetensors")}
+    assert run(experiment(data), path) == text
+    assert before == {file: file.stat().st_mtime_ns for file in path.rglob("model.safetensors")}
+
+
+def test_a_changed_setting_reruns_its_stage_and_those_after_it(data, finished, tmp_path):
+    import shutil
+
+    path = shutil.copytree(finished[0], tmp_path / "copy")
+    kept = {
+        name: (path / name).stat().st_mtime_ns
+        for name in ("target/model.safetensors", "statistics/forget.npz", "methods/trace_rows/weights.npz")
+    }
+    before = numbers(path)
+    run(experiment(data, unlearning={"alpha": 2.0}), path)
+    assert kept == {name: (path / name).stat().st_mtime_ns for name in kept}
+    assert numbers(path)["methods"]["trace_rows"]["unlearning"]["alpha"] == 2.0
+    assert numbers(path)["methods"]["trace_rows"]["measurements"] != before["methods"]["trace_rows"]["measurements"]
+
+
+def test_the_report_is_rebuilt_from_files(finished):
+    path = finished[0]
+    (path / "report.html").unlink()
+    assert str(path / "report.html") in write_run_report(path)
+    assert (path / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def _run_in_process(data, path):
+    run(experiment(data), path)
+
+
+def test_killed_at_any_moment_and_started_again_it_ends_in_the_same_numbers(data, finished, tmp_path):
+    """kill -9 while the target model trains and again while it unlearns; the last start runs to the end."""
+    context, path = multiprocessing.get_context("spawn"), tmp_path / "cut"
+    for sign in ("target/metrics.jsonl", "methods/uniform/metrics.jsonl"):
+        process = context.Process(target=_run_in_process, args=(data, path))
+        process.start()
+        deadline = time.monotonic() + 240
+        while len(read_lines(path / sign)) < 3 and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    run(experiment(data), path)
+    assert numbers(path) == numbers(finished[0])
