@@ -27,6 +27,7 @@ from trace_jax.models.config import GROUPED_MATMULS, ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.grouped_matmul import default_implementation
 from trace_jax.models.loss import token_nll
+from trace_jax.parallel.memory import keep_freed_memory
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "train_step.json"
 
@@ -138,17 +139,22 @@ def main() -> None:
     names = [name for name in GROUPED_MATMULS if name != "auto"]
     parser.add_argument("--implementations", nargs="+", choices=names, default=names)
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--plain-malloc", action="store_true", help="without keep_freed_memory")
     arguments = parser.parse_args()
+    if not arguments.plain_malloc:
+        keep_freed_memory()
     config, rows, length = SHAPES[arguments.shape]
     default = default_implementation()
-    print(f"{arguments.shape}: {rows} x {length} tokens, {_processor()}, {environment()['cores']} cores, jax {jax.__version__}")
+    cores = environment()["cores"]
+    print(f"{arguments.shape}: {rows} x {length} tokens, {_processor()}, {cores} cores, jax {jax.__version__}")
     print(f"{'grouped_matmul':16}{'forward tok/s':>15}{'step tok/s':>12}{'compile s':>11}")
     results = {}
     for name in arguments.implementations:
         row = measure(dataclasses.replace(config, grouped_matmul=name), rows, length, arguments.seconds)
         results[name] = row
-        values = f"{row['forward_tokens_per_second']:15,}{row['step_tokens_per_second']:12,}{row['step_compile_seconds']:11}"
-        print(f"{name:16}{values}{'  (default here)' if name == default else ''}", flush=True)
+        forward_rate, step_rate, compile_seconds = row.values()
+        note = "  (default here)" if name == default else ""
+        print(f"{name:16}{forward_rate:15,}{step_rate:12,}{compile_seconds:11}{note}", flush=True)
     if not arguments.no_write:
         written = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         written[arguments.shape] = {"environment": environment(), "rows": rows, "length": length, "results": results}

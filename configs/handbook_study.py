@@ -13,7 +13,9 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.name = "handbook_study"
     config.data = {"benchmark": "handbook"}
-    config.unlearning = {"nll_ceiling": 3.0}
+    config.target = {"steps": 600}
+    config.unlearning = {"nll_ceiling": 5.0, "evaluate_every": 5, "optimizer": {"learning_rate": 2e-3}}
+    config.evaluation = {"max_rows": 48}
     config.study = {
         "methods": (
             "uniform",
@@ -24,9 +26,12 @@ def get_config() -> ml_collections.ConfigDict:
             "permuted",
             "random_experts",
             "ngram",
+            "hidden",
+            "loss",
             "oracle",
         ),
         "seeds": (0, 1, 2),
         "alphas": (4.0, 16.0, 48.0, 150.0),
+        "learning_rates": (2e-3,),
     }
     return config

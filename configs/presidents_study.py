@@ -25,6 +25,8 @@ def get_config() -> ml_collections.ConfigDict:
             "permuted",
             "random_experts",
             "ngram",
+            "hidden",
+            "loss",
             "oracle",
         ),
         "seeds": (0, 1, 2),

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from trace_jax.evaluation.fronts import Front as EvaluatedFront
-from trace_jax.evaluation.intervals import Interval
-from trace_jax.evaluation.measurement import Measurement
 from trace_jax.report import (
     Front,
     Number,
@@ -19,14 +17,13 @@ from trace_jax.report import (
     ReportData,
     Routing,
     SummaryRow,
-    number,
     render_report,
     report_data,
     report_front,
     write_report,
 )
 from trace_jax.report.figures import mean_front, method_styles
-from trace_jax.report.words import format_interval, format_number, write_verdict
+from trace_jax.report.words import format_interval, format_number, plain_name, write_verdict
 
 METHODS = ("uniform", "trace", "trace_rows")
 
@@ -264,11 +261,9 @@ def test_the_verdict_says_when_a_method_did_not_forget():
     assert "did not get there (lowest forget accuracy: 0.500)" in write_verdict(data).prices[0].text
 
 
-def test_evaluated_fronts_and_intervals_become_what_the_report_draws():
+def test_evaluated_fronts_become_what_the_report_draws():
     evaluated = EvaluatedFront(np.array([0, 4]), np.array([0.9, 0.5]), {"u": np.array([1.0, 0.8])}, {})
     assert report_front(3, evaluated) == Front(3, [Point(0, 0.9, {"u": 1.0}), Point(4, 0.5, {"u": 0.8})])
-    measured = Measurement("u", 0.8, 240, 0.7, 0.9, "test")
-    assert number(measured) == number(Interval(0.8, 0.7, 0.9, 240)) == Number(0.8, 240, 0.7, 0.9)
 
 
 def test_the_mean_front_uses_the_steps_that_every_run_has():
@@ -307,6 +302,11 @@ def test_two_methods_never_look_the_same():
 )
 def test_numbers_read_well(value, text):
     assert format_number(value) == text
+
+
+def test_names_are_words():
+    assert plain_name("neighbour_accuracy") == "neighbour accuracy"
+    assert plain_name("forget_nll") == "forget NLL"
 
 
 def test_an_interval_needs_both_ends():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, minimize
 
 from trace_jax.config import ConfigError
+from trace_jax.routing import entropy_balancing
 from trace_jax.routing.calibration import Calibration, calibrate, count_activations
 from trace_jax.routing.entropy_balancing import entropy_balance
 from trace_jax.routing.statistics import Assignments
@@ -77,6 +78,17 @@ def test_weights_are_those_of_an_independent_solver(random_routing, seed, ridge)
     np.testing.assert_allclose(weights, expected, rtol=1e-4)
     residual = features.T @ weights / weights.sum() - forget[selected] + ridge * calibration.multipliers[selected]
     np.testing.assert_allclose(residual, 0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+def test_a_solver_steered_by_a_sample_ends_in_the_same_weights(corpora, monkeypatch, ridge):
+    """With more patterns than `SAMPLE` only the preconditioner is approximate, not the solution."""
+    retain, forget, selected = corpora
+    exact = calibrate(retain, selected=selected, target=forget, ridge=ridge)
+    monkeypatch.setattr(entropy_balancing, "SAMPLE", 20)
+    steered = calibrate(retain, selected=selected, target=forget, ridge=ridge)
+    assert steered.certificate.gradient_norm < 1e-8
+    np.testing.assert_allclose(steered.multipliers, exact.multipliers, atol=1e-6)
 
 
 def test_weights_have_the_largest_entropy_of_all_that_meet_the_target():

@@ -10,7 +10,7 @@ from trace_jax.config import ConfigError
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.routing.config import APPLICATIONS, WEIGHTINGS, CalibrationConfig
-from trace_jax.routing.retain_weights import apply_weights, retain_weights
+from trace_jax.routing.retain_weights import RetainWeights, apply_weights, retain_weights
 from trace_jax.routing.selection import select_experts
 from trace_jax.routing.statistics import expert_assignments, expert_statistics, row_batches
 from trace_jax.routing.weights import ratio_weights, token_weights
@@ -201,6 +201,18 @@ def test_the_batch_size_changes_no_weight(setting):
     one = retain_weights(config, **setting)
     other = retain_weights(config, **{**setting, "batch_size": 5})
     assert np.array_equal(one.weights, other.weights)
+
+
+def test_weights_are_the_same_after_saving_over_others(computed, tmp_path):
+    for weighting in ("entropy", "ratio", "uniform"):  # into one directory, as when a setting changes
+        found = computed(weighting=weighting)
+        found.save(tmp_path)
+        loaded = RetainWeights.load(tmp_path)
+        for name in ("weights", "row_probability", "loss_weights", "selected"):
+            assert np.array_equal(getattr(loaded, name), getattr(found, name))
+        assert loaded.effective_sample_size == found.effective_sample_size
+        assert (loaded.frequency is None) == (found.frequency is None)
+        assert (loaded.certificate is None) == (found.certificate is None)
 
 
 def test_statistics_of_another_corpus_are_refused(setting):

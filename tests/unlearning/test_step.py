@@ -82,7 +82,7 @@ def gradient_of_step(config, model, forget, retain, weights, devices=1):
     direction = steering_direction(jax.random.key(0), 16) if config.objective == "rmu" else None
     constants = Constants(frozen, training, None, coefficients(config), direction)
     mesh = make_mesh(jax.devices()[:devices])
-    state = initial_state(moved(training), settings)
+    state = initial_state(moved(training), settings, mesh)
     batches = [pad_rows(rows.batch(np.arange(len(rows))), devices) for rows in (forget, retain)]
     if config.retain_loss is None:
         arguments = (batches[0], None, None)
@@ -137,7 +137,8 @@ def test_training_step_learns_and_is_the_same_on_four_devices(model, retain):
     config = TrainingConfig(steps=20, optimizer=OptimizerConfig(learning_rate=0.01))
     settings, losses = StepSettings(model.config, config.optimizer, config.steps), {}
     for devices in (1, 4):
-        state, mesh = initial_state(flatten(model.params), settings), make_mesh(jax.devices()[:devices])
+        mesh = make_mesh(jax.devices()[:devices])
+        state = initial_state(flatten(model.params), settings, mesh)
         batch = retain.batch(np.arange(16))
         losses[devices] = []
         for _ in range(10):

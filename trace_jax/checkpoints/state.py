@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 logger = logging.getLogger("trace_jax")
@@ -27,11 +28,12 @@ class StateStore:
         self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
 
     def save(self, step: int, state: Any) -> None:
-        """Starts writing `state` (a pytree of arrays). Returns once the arrays are copied off the device."""
+        """Starts writing a copy of `state` (a pytree of arrays); the caller may donate its arrays at once."""
         if step in self._manager.all_steps():
             return
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({"identity": self._identity, "step": step})
+            state=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)),
+            about=ocp.args.JsonSave({"identity": self._identity, "step": step}),
         )
         self._manager.save(step, args=arguments)
 

@@ -31,7 +31,9 @@ class ArraySpec:
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
-            raise ValueError(f"shape {self.shape} has {len(self.shape)} dimensions, axes {self.axes} name {len(self.axes)}.")
+            raise ValueError(
+                f"shape {self.shape} has {len(self.shape)} dimensions, axes {self.axes} name {len(self.axes)}."
+            )
 
     def abstract(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype))
@@ -48,7 +50,8 @@ def parameter_specs(config: ModelConfig) -> dict:
     Projections start at 1/sqrt(fan in); those that write to the residual stream at 1/sqrt(2 L) of that, so that its
     variance doesn't grow with depth (GPT-2). The router is float32 whatever the type of the rest.
     """
-    V, D, L, E, F = config.vocab_size, config.hidden_size, config.num_layers, config.num_experts, config.expert_hidden_size
+    V, D, L = config.vocab_size, config.hidden_size, config.num_layers
+    E, F = config.num_experts, config.expert_hidden_size
     H, G, C = config.num_heads, config.num_kv_heads, config.head_size
     residual = (2 * L) ** -0.5
 

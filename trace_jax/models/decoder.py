@@ -105,11 +105,10 @@ def forward(
 
     def layer_step(x, layer_and_cache):
         layer, layer_cache = layer_and_cache
-        index = None if cache is None else cache.index - S
+        if cache is not None:
+            layer_cache = (*layer_cache, cache.index - S)
         normed = rms_norm(x, layer["attention_norm"], config.norm_epsilon)
-        mixed, keys_values = attention(
-            layer, config, normed, cos=cos, sin=sin, mask=allowed, cache=layer_cache, index=index
-        )
+        mixed, keys_values = attention(layer, config, normed, cos=cos, sin=sin, mask=allowed, cache=layer_cache)
         x = x + mixed
         normed = rms_norm(x, layer["mlp_norm"], config.norm_epsilon)
         y, routing = moe_layer(layer, config, normed.reshape(B * S, -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +49,18 @@ def _generate(params, config, prompt, lengths, max_new_tokens, eos_id):
     B, P = prompt.shape
     head = output_head(params, config)
 
+    def read(tokens, mask, cache) -> tuple[Any, Any]:
+        output = forward(params, config, tokens, mask=mask, collect=("hidden",), cache=cache)
+        return output.hidden, output.cache
+
     def likeliest(hidden_BD):
         return jnp.argmax(jnp.dot(hidden_BD, head, preferred_element_type=jnp.float32), axis=-1).astype(jnp.int32)
 
     # All rows write their n-th new token at place P + n of the cache; a shorter prompt leaves padding before it, which
     # has another document number and so is never read, nor counted in rotary positions.
     real = jnp.arange(P, dtype=jnp.int32)[None, :] < lengths[:, None]
-    output = forward(params, config, prompt, mask=real, collect=("hidden",), cache=init_cache(config, B, P + max_new_tokens))
-    last = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    hidden, cache = read(prompt, real, init_cache(config, B, P + max_new_tokens))
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     first = likeliest(last)
     done = jnp.zeros((B,), bool) if eos_id is None else first == eos_id
     tokens = jnp.full((B, max_new_tokens), 0 if eos_id is None else eos_id, jnp.int32).at[:, 0].set(first)
@@ -66,12 +71,12 @@ def _generate(params, config, prompt, lengths, max_new_tokens, eos_id):
 
     def step(state):
         n, tokens, current, done, cache = state
-        output = forward(params, config, current[:, None], collect=("hidden",), cache=cache)
-        current = likeliest(output.hidden[:, 0])
+        hidden, cache = read(current[:, None], None, cache)
+        current = likeliest(hidden[:, 0])
         if eos_id is not None:
             current = jnp.where(done, eos_id, current)
             done = done | (current == eos_id)
-        return n + 1, jax.lax.dynamic_update_index_in_dim(tokens, current, n, axis=1), current, done, output.cache
+        return n + 1, jax.lax.dynamic_update_index_in_dim(tokens, current, n, axis=1), current, done, cache
 
-    state = (jnp.ones((), jnp.int32), tokens, first, done, output.cache)
+    state = (jnp.ones((), jnp.int32), tokens, first, done, cache)
     return jax.lax.while_loop(unfinished, step, state)[1]

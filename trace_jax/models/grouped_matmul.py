@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from trace_jax.models.config import GROUPED_MATMULS
 from trace_jax.parallel.mesh import as_varying, varying_axes
 
-# Measured by benchmarks/train_step.py on CPU. `ragged` is never right there: XLA expands it to every group times every row.
+# CPU: as measured by benchmarks/train_step.py; never `ragged` there, which XLA expands to every group times every row.
 DEFAULTS = {"cpu": "blocked", "gpu": "blocked", "tpu": "ragged"}
 
 
@@ -42,7 +42,9 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, implem
     """
     implementation = resolve_implementation(implementation)
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
-        raise ValueError(f"expected x [N,D], w [E,D,F], group_sizes [E]; got {x.shape}, {w.shape}, {group_sizes.shape}.")
+        raise ValueError(
+            f"expected x [N,D], w [E,D,F], group_sizes [E]; got {x.shape}, {w.shape}, {group_sizes.shape}."
+        )
     return _IMPLEMENTATIONS[implementation](x, w, group_sizes)
 
 
@@ -57,6 +59,7 @@ def _dense(x, w, group_sizes):
     """Every group's weights on every row, then the right one is kept: E times the work, no loop."""
     group = group_of_row(group_sizes, x.shape[0])
     keep = group[None, :] == jnp.arange(w.shape[0], dtype=jnp.int32)[:, None]
+    x = jnp.where((group < w.shape[0])[:, None], x, 0)  # what the tail holds must not reach the gradient of w
     return jnp.sum(jnp.where(keep[:, :, None], jnp.einsum("nd,edf->enf", x, w), 0), axis=0)
 
 
@@ -99,7 +102,7 @@ def block_layout(group_sizes: jax.Array, num_rows: int, size: int) -> tuple[jax.
 
 
 def block_matmul(x: jax.Array, w: jax.Array, block_group: jax.Array) -> jax.Array:
-    """x [N,R,D] blocks of rows, each times w[block_group] ([E,D,F]): [N,R,F]. One batched matmul on gathered weights."""
+    """x [N,R,D] blocks of rows times w[block_group] (of [E,D,F]): [N,R,F], one batched matmul."""
     return jnp.einsum("nrd,ndf->nrf", x, w[block_group])
 
 

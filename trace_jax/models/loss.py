@@ -18,7 +18,9 @@ from trace_jax.parallel.mesh import as_varying, varying_axes
 MAX_CHUNK_ELEMENTS = 2**24  # of one chunk's logits: 64 MiB in float32
 
 
-def token_nll(params: dict, config: ModelConfig, hidden: jax.Array, targets: jax.Array, *, chunk_size: int | None = None) -> jax.Array:
+def token_nll(
+    params: dict, config: ModelConfig, hidden: jax.Array, targets: jax.Array, *, chunk_size: int | None = None
+) -> jax.Array:
     """-log p(target) at every position: f32 [B, S].
 
     Args:
@@ -30,11 +32,17 @@ def token_nll(params: dict, config: ModelConfig, hidden: jax.Array, targets: jax
     head = output_head(params, config)
     axes = varying_axes(head, hidden, targets)
     operands = as_varying((head, hidden.reshape(-1, D), targets.reshape(-1)), axes)
-    return _nll(_num_chunks(targets.size, head.shape[1], chunk_size), *operands).reshape(targets.shape)
+    return jnp.reshape(_nll(_num_chunks(targets.size, head.shape[1], chunk_size), *operands), targets.shape)
 
 
 def token_kl(
-    params_ref: dict, hidden_ref: jax.Array, params: dict, hidden: jax.Array, config: ModelConfig, *, chunk_size: int | None = None
+    params_ref: dict,
+    hidden_ref: jax.Array,
+    params: dict,
+    hidden: jax.Array,
+    config: ModelConfig,
+    *,
+    chunk_size: int | None = None,
 ) -> jax.Array:
     """KL(p_ref || p) over the vocabulary at every position: f32 [B, S]. The reference takes no gradient.
 
@@ -48,7 +56,7 @@ def token_kl(
     axes = varying_axes(heads, hiddens)
     num_chunks = _num_chunks(hidden.size // D, heads[1].shape[1], chunk_size)
     operands = as_varying((heads[0], hiddens[0], heads[1], hiddens[1]), axes)
-    return _kl(num_chunks, *operands).reshape(hidden.shape[:-1])
+    return jnp.reshape(_kl(num_chunks, *operands), hidden.shape[:-1])
 
 
 def _num_chunks(num_tokens: int, vocab_size: int, chunk_size: int | None) -> int:

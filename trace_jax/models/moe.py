@@ -15,10 +15,20 @@ import jax
 import jax.numpy as jnp
 
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.grouped_matmul import block_layout, block_matmul, block_size, grouped_matmul, resolve_implementation
+from trace_jax.models.grouped_matmul import (
+    block_layout,
+    block_matmul,
+    block_size,
+    grouped_matmul,
+    resolve_implementation,
+)
+
+COUNTING_BLOCK = 128
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["logits", "probabilities", "indices", "weights"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["logits", "probabilities", "indices", "weights"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """What the router of one layer said about T tokens."""
@@ -61,7 +71,9 @@ def moe_layer(layer: dict, config: ModelConfig, x_TD: jax.Array) -> tuple[jax.Ar
     return y, routing
 
 
-def experts(weights: dict, x_TD: jax.Array, indices_TK: jax.Array, gates_TK: jax.Array, *, implementation: str) -> jax.Array:
+def experts(
+    weights: dict, x_TD: jax.Array, indices_TK: jax.Array, gates_TK: jax.Array, *, implementation: str
+) -> jax.Array:
     """Sum over the chosen experts of gate times expert: [T,D]."""
     implementation = resolve_implementation(implementation)
     num_experts, D = weights["gate_up"].shape[:2]
@@ -104,9 +116,20 @@ def count_and_rank(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.
 
     This is all of a counting sort but the copy; no comparison sort is needed.
     """
-    chosen = (expert[:, None] == jnp.arange(num_experts, dtype=jnp.int32)[None, :]).astype(jnp.int32)
-    running = jnp.cumsum(chosen, axis=0)
-    return running[-1], jnp.sum(chosen * running, axis=1) - 1
+    chosen = expert[:, None] == jnp.arange(num_experts, dtype=jnp.int32)[None, :]
+    running = _running_sum(chosen)
+    return running[-1], jnp.sum(jnp.where(chosen, running, 0), axis=1) - 1
+
+
+def _running_sum(x: jax.Array) -> jax.Array:
+    """Cumulative sum of bool [N,E] along N, i32: within blocks by a triangular matmul (exact), then over blocks."""
+    N, num_experts = x.shape
+    size = min(COUNTING_BLOCK, N)
+    blocks = jnp.pad(x, ((0, -N % size), (0, 0))).astype(jnp.float32).reshape(-1, size, num_experts)
+    triangle = jnp.tril(jnp.ones((size, size), jnp.float32))
+    inside = jnp.einsum("st,nte->nse", triangle, blocks, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
+    before = jnp.cumsum(inside[:, -1], axis=0) - inside[:, -1]
+    return (inside + before[:, None, :]).reshape(-1, num_experts)[:N]
 
 
 def _slot_at_place(place_TK: jax.Array, num_places: int) -> jax.Array:

@@ -6,6 +6,7 @@ One axis, "data", for now: parameters are replicated and every device holds a sh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,22 +15,24 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 DATA = "data"
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh with the one axis "data" over `devices` (default: all of this process's backend)."""
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh with the one axis "data" over `devices` (default: `jax.devices()`)."""
     devices = jax.devices() if devices is None else list(devices)
     return Mesh(np.asarray(devices), (DATA,), axis_types=(AxisType.Auto,))
 
 
-def data_parallel(fn: Callable, mesh: Mesh, *, replicated: int = 1, out_specs=PartitionSpec()) -> Callable:
+def data_parallel(fn: Callable, mesh: Mesh, *, replicated: int = 1, out_specs: Any = None) -> Callable:
     """`fn` run on every device of `mesh` with its share of the batch (`jax.shard_map`, replication checked).
 
     Args:
       fn: sees its first `replicated` arguments whole and the rest (pytrees of arrays) cut along their first axis,
         which must be a multiple of the device count. It sums over devices itself: `jax.lax.psum(value, "data")`.
         The gradient of an argument that is replicated comes out of `jax.grad` inside `fn` already summed.
-      out_specs: `PartitionSpec()` for outputs that are equal on all devices (summed ones), `PartitionSpec("data")`
-        for per-row outputs, or a pytree of both.
+      out_specs: `PartitionSpec()` for outputs that are equal on all devices (summed ones; the default),
+        `PartitionSpec("data")` for per-row outputs, or a pytree of both.
     """
+
+    out_specs = PartitionSpec() if out_specs is None else out_specs
 
     def call(*arguments):
         in_specs = tuple(PartitionSpec() if i < replicated else PartitionSpec(DATA) for i in range(len(arguments)))

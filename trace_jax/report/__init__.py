@@ -7,7 +7,6 @@ from trace_jax.report.data import (
     ReportData,
     Routing,
     SummaryRow,
-    number,
     report_data,
     report_front,
 )
@@ -20,7 +19,6 @@ __all__ = [
     "ReportData",
     "Routing",
     "SummaryRow",
-    "number",
     "render_report",
     "report_data",
     "report_front",

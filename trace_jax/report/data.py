@@ -6,7 +6,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from trace_jax.evaluation.fronts import Front as EvaluatedFront
 
@@ -131,24 +131,6 @@ class ReportData:
         names = [name for row in self.rows for name in row.utilities]
         names += [name for fronts in self.fronts.values() for f in fronts for p in f.points for name in p.utilities]
         return list(dict.fromkeys(names))
-
-
-class _Measured(Protocol):
-    """An `Interval` or a `Measurement` of trace_jax.evaluation."""
-
-    @property
-    def value(self) -> float: ...
-    @property
-    def n(self) -> int: ...
-    @property
-    def low(self) -> float: ...
-    @property
-    def high(self) -> float: ...
-
-
-def number(measured: _Measured) -> Number:
-    """The number of an evaluation's `Interval` or `Measurement`."""
-    return Number(measured.value, measured.n, measured.low, measured.high)
 
 
 def report_front(seed: int, front: EvaluatedFront) -> Front:

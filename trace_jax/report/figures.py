@@ -102,8 +102,9 @@ def _front_panel(data: ReportData, utility: str, styles: Mapping[str, Style], pr
                 axes.plot(x, y, color=style.colour, linestyle=style.dash, linewidth=0.8, alpha=0.4)
         x, y = _coordinates(mean_front(fronts), utility)
         axes.plot(x, y, color=style.colour, linestyle=style.dash, linewidth=1.8, marker=style.marker, markersize=4.5)
+    axes.locator_params(nbins=6)
     axes.invert_xaxis()
-    axes.set_xlabel(f"{plain_name(data.forgetting)} (to the right: more forgotten)")
+    axes.set_xlabel(f"{plain_name(data.forgetting)} (right: more forgotten)")
     return _inline(figure, prefix, f"{plain_name(utility)} against {plain_name(data.forgetting)}, one line per method")
 
 

@@ -124,4 +124,5 @@ def _measurements(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         }
         for row in rows[:MOST_MEASUREMENTS]
     ]
-    return {"rows": shown, "left_out": max(0, len(rows) - MOST_MEASUREMENTS)}
+    steps = any(row["step"] for row in shown)
+    return {"rows": shown, "steps": steps, "left_out": max(0, len(rows) - MOST_MEASUREMENTS)}

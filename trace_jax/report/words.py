@@ -10,6 +10,7 @@ from typing import Any
 from trace_jax.report.data import Number, ReportData, SummaryRow, known
 
 MISSING = "–"
+_ABBREVIATIONS = frozenset({"nll", "auc", "tpr", "fpr", "kl", "js"})
 
 
 def format_number(value: Any) -> str:
@@ -45,8 +46,8 @@ def format_interval(low: Any, high: Any) -> str:
 
 
 def plain_name(name: str) -> str:
-    """`neighbour_accuracy` as `neighbour accuracy`."""
-    return name.replace("_", " ")
+    """`neighbour_accuracy` as `neighbour accuracy`, `forget_nll` as `forget NLL`."""
+    return " ".join(word.upper() if word in _ABBREVIATIONS else word for word in name.split("_"))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -72,8 +72,9 @@ def activation_matrix(indices: np.ndarray, matched: np.ndarray, chunk: int = 65_
     for start in range(0, indices.shape[1], chunk):
         pairs = zip(columns, indices[:, start : start + chunk], strict=True)
         table = np.concatenate([layer_columns[chosen] for layer_columns, chosen in pairs], axis=1)  # [chunk, L K]
-        found.append(table[table >= 0])
-        per_token.append((table >= 0).sum(axis=1))
+        kept = table >= 0
+        found.append(table[kept])
+        per_token.append(kept.sum(axis=1))
     column = np.concatenate(found)
     ends = np.concatenate([[0], np.cumsum(np.concatenate(per_token))]).astype(np.int32 if len(column) < 2**31 else int)
     return sparse.csr_array((np.ones(len(column)), column, ends), (indices.shape[1], int(matched.sum())))

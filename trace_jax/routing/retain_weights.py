@@ -68,6 +68,8 @@ class RetainWeights:
         arrays = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         with replacing(Path(directory) / "weights.npz") as temporary:
             np.savez_compressed(temporary, **arrays)
+        for suffix in (".npz", ".json"):  # of another weighting, saved here before
+            (Path(directory) / f"calibration{suffix}").unlink(missing_ok=True)
         if self.calibration is not None:
             self.calibration.save(Path(directory) / "calibration")
 

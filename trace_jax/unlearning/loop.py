@@ -78,7 +78,7 @@ class Loop:
                 append_line(temporary, row)
 
     def _steps(self, store: StateStore, state: TrainState, step, done: int) -> LoopResult:
-        stopped, pending, good = "", None, (done, jax.tree.map(np.asarray, state.trainable))
+        stopped, pending, good = "", None, (done, jax.tree.map(np.array, state.trainable))
         began, evaluating = time.monotonic(), 0.0
         with progress(self.title, self.steps, start=done) as advance:
             if done == 0:
@@ -103,7 +103,7 @@ class Loop:
                         self._evaluate(state, index + 1)
                     if saving:
                         store.save(index + 1, state)
-                        good = (index + 1, jax.tree.map(np.asarray, state.trainable))
+                        good = (index + 1, jax.tree.map(np.array, state.trainable))
                     evaluating += time.monotonic() - start
                 advance(index + 1, "")
             else:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.data.rows import Batch
@@ -72,11 +72,12 @@ def coefficients(config: UnlearningConfig) -> Coefficients:
     return Coefficients(*(jnp.float32(n or 0.0) for n in numbers))
 
 
-def initial_state(trainable: Flat, settings: StepSettings, masks: Flat | None = None) -> TrainState:
-    """Fresh state. Arrays are copied, so that donating the state never frees the reference model."""
+def initial_state(trainable: Flat, settings: StepSettings, mesh: Mesh, masks: Flat | None = None) -> TrainState:
+    """Fresh state on every device of `mesh`. Arrays are copied, so that donating it never frees the reference model."""
     trainable = jax.tree.map(jnp.copy, trainable)
     optimizer = make_optimizer(settings.optimizer, settings.steps, masks).init(trainable)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer)
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer)
+    return jax.device_put(state, NamedSharding(mesh, P()))
 
 
 def _apply(

@@ -36,7 +36,7 @@ def train_model(
       FloatingPointError: the loss stopped being finite; a target model that diverged is of no use to anyone.
     """
     settings = StepSettings(model_config, config.optimizer, config.steps)
-    state = initial_state(flatten(init_params(model_config, jax.random.key(seed))), settings)
+    state = initial_state(flatten(init_params(model_config, jax.random.key(seed))), settings, mesh)
 
     def step(state, index):
         batch = pad_rows(batch_at(index), mesh.size)

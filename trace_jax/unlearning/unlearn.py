@@ -106,7 +106,7 @@ def unlearn(
             evaluate_flat if evaluate else None,
             config.evaluate_every,
         )
-        result = loop.run(initial_state(training, settings, masks), step)
+        result = loop.run(initial_state(training, settings, mesh, masks), step)
     params = unflatten({**frozen, **result.trainable})
     table = trainable_table(model.params, trainable, masks)
     return Unlearned(model.replace(params=params), result.step, result.stopped, table, result.seconds_per_step)

@@ -1,0 +1,129 @@
+"""token_nll and token_kl equal plain log_softmax, in value and in gradient, whole and in chunks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.loss import token_kl, token_nll
+
+B, S, D, V = 3, 7, 6, 19
+CONFIG = ModelConfig(vocab_size=V, hidden_size=D)
+TIED = ModelConfig(vocab_size=V, hidden_size=D, tie_embeddings=True)
+CHUNKS = [None, 1, 4, 7, 8, 100]
+
+
+def make(seed=0, scale=1.0):
+    rng = np.random.default_rng(seed)
+    params = {"head": rng.normal(size=(D, V)) * scale, "embed": rng.normal(size=(V, D)) * scale}
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    hidden = jnp.asarray(rng.normal(size=(B, S, D)), jnp.float32)
+    return (
+        params,
+        hidden,
+        jnp.asarray(rng.integers(0, V, (B, S)), jnp.int32),
+        jnp.asarray(rng.normal(size=(B, S)), jnp.float32),
+    )
+
+
+def head_of(params, config):
+    return params["embed"].T if config.tie_embeddings else params["head"]
+
+
+def plain_nll(params, config, hidden, targets):
+    log_p = jax.nn.log_softmax(hidden @ head_of(params, config), axis=-1)
+    return -jnp.take_along_axis(log_p, targets[:, :, None], axis=-1)[:, :, 0]
+
+
+def plain_kl(params_ref, hidden_ref, params, hidden, config):
+    log_ref = jax.nn.log_softmax(hidden_ref @ head_of(params_ref, config), axis=-1)
+    log_p = jax.nn.log_softmax(hidden @ head_of(params, config), axis=-1)
+    return jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=-1)
+
+
+@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied"])
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+def test_nll_and_its_gradients(config, chunk_size):
+    params, hidden, targets, cotangent = make()
+
+    def total(fn, **options):
+        def of(params, hidden):
+            values = fn(params, config, hidden, targets, **options)
+            return jnp.sum(values * cotangent), values
+
+        return jax.jit(jax.grad(of, argnums=(0, 1), has_aux=True))(params, hidden)
+
+    got_gradient, got = total(token_nll, chunk_size=chunk_size)
+    wanted_gradient, wanted = total(plain_nll)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    np.testing.assert_allclose(token_nll(params, config, hidden, targets, chunk_size=chunk_size), wanted, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got_gradient, wanted_gradient)
+
+
+@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied"])
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+def test_kl_and_its_gradients(config, chunk_size):
+    params, hidden, _, cotangent = make()
+    params_ref, hidden_ref, _, _ = make(seed=1)
+
+    def total(fn, **options):
+        def of(params, hidden):
+            values = fn(params_ref, hidden_ref, params, hidden, config, **options)
+            return jnp.sum(values * cotangent), values
+
+        return jax.jit(jax.grad(of, argnums=(0, 1), has_aux=True))(params, hidden)
+
+    got_gradient, got = total(token_kl, chunk_size=chunk_size)
+    wanted_gradient, wanted = total(plain_kl)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got_gradient, wanted_gradient)
+
+
+def test_kl_to_itself_is_zero_and_takes_no_gradient():
+    params, hidden, _, _ = make()
+    value, gradient = jax.value_and_grad(lambda h: jnp.sum(token_kl(params, hidden, params, h, CONFIG)))(hidden)
+    np.testing.assert_allclose(value, 0.0, atol=1e-5)
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
+
+
+def test_the_reference_takes_no_gradient():
+    params, hidden, _, _ = make()
+    params_ref, hidden_ref, _, _ = make(seed=1)
+    gradients = jax.grad(lambda p, h: jnp.sum(token_kl(p, h, params, hidden, CONFIG)), argnums=(0, 1))(
+        params_ref, hidden_ref
+    )
+    assert all(np.all(np.asarray(a) == 0) for a in jax.tree.leaves(gradients))
+
+
+def test_large_logits_stay_finite():
+    params, hidden, targets, _ = make(scale=200.0)
+    values, gradient = jax.value_and_grad(lambda h: jnp.sum(token_nll(params, CONFIG, h, targets)))(hidden)
+    assert np.isfinite(values) and np.all(np.isfinite(gradient))
+    log_p = np.asarray(hidden, np.float64) @ np.asarray(params["head"], np.float64)
+    log_p = log_p - log_p.max(-1, keepdims=True)
+    log_p = log_p - np.log(np.exp(log_p).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(log_p, np.asarray(targets)[:, :, None], axis=-1)[:, :, 0]
+    np.testing.assert_allclose(token_nll(params, CONFIG, hidden, targets), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_chunks_never_hold_all_logits():
+    params, hidden, targets, _ = make()
+    gradient = jax.grad(lambda p, h: jnp.sum(token_nll(p, CONFIG, h, targets, chunk_size=4)), argnums=(0, 1))
+    text = str(jax.make_jaxpr(gradient)(params, hidden))
+    assert f"f32[{B * S},{V}]" not in text and f"f32[4,{V}]" in text
+
+
+def test_bfloat16_model_has_float32_losses():
+    params, hidden, targets, _ = make()
+    low_params, low_hidden = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (params, hidden))
+    for chunk_size in (None, 4):
+        nll = token_nll(low_params, CONFIG, low_hidden, targets, chunk_size=chunk_size)
+        assert nll.dtype == jnp.float32
+        np.testing.assert_allclose(nll, token_nll(params, CONFIG, hidden, targets), atol=0.1)
+
+        def total(hidden):
+            return jnp.sum(token_nll(low_params, CONFIG, hidden, targets, chunk_size=chunk_size))  # noqa: B023
+
+        gradient = jax.grad(total)(low_hidden)
+        assert gradient.dtype == jnp.bfloat16
