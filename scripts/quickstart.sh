@@ -8,8 +8,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment
 
-workdir="$root/runs/quickstart"
-python -m trace_jax.main --config configs/quickstart.py --workdir "$workdir" "$@"
-
-echo
-echo "Report: $workdir/report.html (one file; open it in a browser)"
+python -m trace_jax.main --config configs/quickstart.py --workdir "$root/runs/quickstart" "$@"

@@ -20,7 +20,7 @@ def experiment(**values) -> ExperimentConfig:
 WRONG = [
     ({"naem": "y"}, r"naem: .* did you mean 'name'"),
     ({"data": {"row_lenght": 64}}, r"data\.row_lenght: .* did you mean 'row_length'"),
-    ({"unlearning": {"optimizer": {"learning_rte": 1.0}}}, r"unlearning\.optimizer\.learning_rte: .* 'learning_rate'"),
+    ({"unlearning": {"learning_rte": 1.0}}, r"unlearning\.learning_rte: .* 'learning_rate'"),
     ({"unlearning": {"steps": "60"}}, r"unlearning\.steps is '60' \(str\); expected a whole number"),
     ({"unlearning": {"steps": 6.5}}, r"unlearning\.steps is 6\.5 \(float\)"),
     ({"unlearning": {"steps": True}}, r"unlearning\.steps is True"),
@@ -60,12 +60,12 @@ def test_config_dict_and_json_give_the_same_settings():
         "name": "x",
         "methods": ("uniform",),
         "data": {"row_length": 64},
-        "unlearning": {"optimizer": {"b2": 0.9}},
+        "unlearning": {"b2": 0.9},
     }
     direct, wrapped = experiment(**values), resolve(ExperimentConfig, ml_collections.ConfigDict(values))
     again = resolve(ExperimentConfig, json.loads(json.dumps(as_dict(direct))))
     assert direct == wrapped == again
-    assert direct.unlearning.optimizer.b2 == 0.9 and direct.unlearning.optimizer.b1 == 0.9
+    assert direct.unlearning.optimizer.b2 == 0.9 and direct.target.optimizer.learning_rate == 5e-3
 
 
 def test_conditional_defaults_follow_the_deciding_setting():

@@ -1,4 +1,4 @@
-"""The whole run on a toy scale: it continues where it stopped, reruns only what changed, and ends in the same numbers."""
+"""The whole run on a toy scale: it continues where it stopped and reruns only what changed."""
 
 import json
 import multiprocessing

@@ -32,7 +32,7 @@ _PUBLIC = {
     "run": "trace_jax.pipeline",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

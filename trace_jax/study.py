@@ -22,9 +22,9 @@ from trace_jax.environment import describe
 from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.comparison import Comparison, Run, check_equal_budgets, compare
 from trace_jax.evaluation.fronts import Front
-from trace_jax.evaluation.tables import comparison_text
+from trace_jax.evaluation.tables import comparison_markdown, comparison_text
 from trace_jax.experiment import METHODS, ExperimentConfig, Method
-from trace_jax.files import read_json, write_json
+from trace_jax.files import read_json, replacing, write_json
 from trace_jax.progress import progress, say
 from trace_jax.report import Number, ReportData, SummaryRow, report_front, write_report
 from trace_jax.stages import open_workdir
@@ -52,15 +52,14 @@ def trials(config: ExperimentConfig) -> Iterator[Trial]:
         for rate in study.learning_rates:
             for alpha in study.alphas:
                 setting = f"alpha={alpha:g}" + (f",lr={rate:g}" if len(study.learning_rates) > 1 else "")
-                optimizer = {**as_dict(config.unlearning.optimizer), "learning_rate": rate}
                 for method in study.methods:
-                    yield Trial(method, seed, setting, {"alpha": alpha, "optimizer": optimizer})
+                    yield Trial(method, seed, setting, {"alpha": alpha, "learning_rate": rate})
 
 
 def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> str:
     """Runs what is missing of a study and compares. Returns the comparison as text.
 
-    Writes study.json (fronts of every run, comparisons with intervals) and report.html into `workdir`.
+    Writes study.json (fronts of every run, comparisons with intervals), tables.md and report.html into `workdir`.
     """
     path = open_workdir(config, workdir, overwrite=overwrite)
     jobs = list(trials(config))
@@ -183,6 +182,8 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
             ],
         },
     )
+    with replacing(path / "tables.md") as temporary:
+        temporary.write_text("\n\n".join(map(comparison_markdown, comparisons)) + "\n", encoding="utf-8")
     report = write_report(_report_data(config, path, runs, comparisons), path / "report.html")
     text = "\n\n".join(comparison_text(comparison) for comparison in comparisons)
     return f"{text}\n\nstudy: {(path / 'study.json').resolve()}\nreport: {report.resolve()}"

@@ -112,10 +112,12 @@ def now() -> str:
 def _rows(path: Path, results: dict[str, Any], board: Scoreboard, level: float) -> list[SummaryRow]:
     """References as measured; methods where their front first comes down to the level, with interpolated intervals."""
     names = [utility.name for utility in board.utilities]
+    original = {m["name"]: m["value"] for m in results["references"]["target"] if m["split"] == SPLIT}
+    scale = {u.name: original.get(u.name) or 1.0 for u in board.utilities if u.relative}
     rows = []
     for name, measured in results["references"].items():
         found = {m["name"]: Number(m["value"], m["n"], m["low"], m["high"]) for m in measured if m["split"] == SPLIT}
-        utilities = {n: found.get(n, Number(None)) for n in names}
+        utilities = {n: _relative(found.get(n, Number(None)), scale.get(n, 1.0)) for n in names}
         rows.append(SummaryRow(f"{name} model", "reference", found.get(board.forgetting), utilities))
     for label, result in results["methods"].items():
         front = Front.from_json(result["fronts"][SPLIT])
@@ -127,7 +129,7 @@ def _rows(path: Path, results: dict[str, Any], board: Scoreboard, level: float) 
                 label,
                 "control" if result["method"] in CONTROLS else "method",
                 numbers.pop(board.forgetting),
-                {n: v for n, v in numbers.items() if v.value is not None},
+                {n: _relative(v, scale.get(n, 1.0)) for n, v in numbers.items() if v.value is not None},
                 reached=at is not None,
                 step=None if at is None else round(at.step),
                 seeds=1,
@@ -135,6 +137,12 @@ def _rows(path: Path, results: dict[str, Any], board: Scoreboard, level: float) 
             )
         )
     return rows
+
+
+def _relative(number: Number, scale: float) -> Number:
+    """A number over the target model's, as the fronts are drawn."""
+    value, low, high = (None if x is None else x / scale for x in (number.value, number.low, number.high))
+    return Number(value, number.n, low, high)
 
 
 def _interpolated(directory: Path, name: str, at, lowest: int) -> Number:

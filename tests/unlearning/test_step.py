@@ -7,7 +7,7 @@ import pytest
 
 from trace_jax.models.decoder import forward
 from trace_jax.parallel.mesh import make_mesh
-from trace_jax.unlearning.config import OptimizerConfig, TrainingConfig, UnlearningConfig
+from trace_jax.unlearning.config import TrainingConfig, UnlearningConfig
 from trace_jax.unlearning.objectives import OBJECTIVES, ForgetInputs, steering_direction
 from trace_jax.unlearning.step import (
     Constants,
@@ -35,8 +35,9 @@ CASES = [
 
 def setting(objective, retain_loss, **changes):
     extra = {} if retain_loss is None else {"retain_loss": retain_loss, "alpha": 3.0}
-    optimizer = OptimizerConfig(learning_rate=0.01, clip_norm=0.0)
-    return UnlearningConfig(objective=objective, gamma=0.5, optimizer=optimizer, **{**extra, **changes})
+    return UnlearningConfig(
+        objective=objective, gamma=0.5, learning_rate=0.01, clip_norm=0.0, trainable="all", **{**extra, **changes}
+    )
 
 
 def slow_loss(flat, start, config, model_config, forget, retain, weights, direction):
@@ -134,7 +135,7 @@ def test_empty_rows_change_nothing(model, forget, retain):
 
 
 def test_training_step_learns_and_is_the_same_on_four_devices(model, retain):
-    config = TrainingConfig(steps=20, optimizer=OptimizerConfig(learning_rate=0.01))
+    config = TrainingConfig(steps=20, learning_rate=0.01, warmup_steps=0, schedule="constant")
     settings, losses = StepSettings(model.config, config.optimizer, config.steps), {}
     for devices in (1, 4):
         mesh = make_mesh(jax.devices()[:devices])

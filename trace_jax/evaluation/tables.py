@@ -72,21 +72,34 @@ def equal_forgetting(
     return EqualForgetting(level, split, columns, tuple(rows))
 
 
-def comparison_text(comparison: Comparison, *, utilities: Sequence[str] | None = None) -> str:
+def comparison_text(comparison: Comparison) -> str:
     """A study's comparison as plain text: mean over seeds with 95 % interval, and gain over the baseline in percent."""
-    names = list(utilities or dict.fromkeys(n for r in comparison.results for n in r.utilities))
+    return "\n".join([_caption(comparison), *_aligned(_comparison_cells(comparison))])
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """The same as a Markdown table."""
+    header, *lines = _comparison_cells(comparison)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+    return f"{_caption(comparison)}:\n\n{table}"
+
+
+def _caption(comparison: Comparison) -> str:
+    return f"At forgetting <= {comparison.level:g}, test split; gains over tuned {comparison.baseline}, paired by seed"
+
+
+def _comparison_cells(comparison: Comparison) -> list[list[str]]:
+    names = list(dict.fromkeys(n for r in comparison.results for n in r.utilities))
     titles = [n.replace("_", " ") for n in names]
-    lines = [["", "setting", "seeds", *titles, *(f"gain on {t}" for t in titles[-1:])]]
+    lines = [["", "setting", "seeds", *titles, *(f"gain on {t}" for t in titles)]]
     for result in comparison.results:
         label = result.method + (" (own budget)" if result.method in comparison.exempt else "")
         seeds = f"{len(result.seeds)}/{len(result.seeds) + len(result.missed)}"
         cells = [_interval(result.utilities.get(n)) for n in names]
-        gain = [_interval(result.gains.get(n), percent=True) for n in names[-1:]]
-        lines.append([label, result.setting, seeds, *cells, *gain])
-    caption = (
-        f"At forgetting <= {comparison.level:g}, test split; gains over tuned {comparison.baseline}, paired by seed"
-    )
-    return "\n".join([caption, *_aligned(lines)])
+        gains = [_interval(result.gains.get(n), percent=True) for n in names]
+        lines.append([label, result.setting, seeds, *cells, *gains])
+    return lines
 
 
 def _values(front: Front, columns: Sequence[str], *, at: Crossing | None) -> dict[str, float]:

@@ -9,6 +9,7 @@ from trace_jax.config import ConfigError, Section, option
 OBJECTIVES = ("gradient_ascent", "gradient_difference", "npo", "simnpo", "rmu")
 RETAIN_LOSSES = ("nll", "kl", "hidden")
 TRAINABLE = ("all", "experts", "selected_experts", "routers_frozen", "down_projections")
+SCHEDULES = ("constant", "cosine", "linear")
 _RETAINING = ("gradient_difference", "npo", "simnpo", "rmu")
 
 
@@ -22,26 +23,32 @@ class OptimizerConfig(Section):
     weight_decay: float = option(0.0, help="decoupled weight decay", minimum=0.0)
     clip_norm: float = option(1.0, help="largest global gradient norm; 0 = no clipping", minimum=0.0)
     warmup_steps: int = option(0, help="steps of linear warm-up", minimum=0)
-    schedule: str = option("constant", help="learning rate after warm-up", choices=("constant", "cosine", "linear"))
+    schedule: str = option("constant", help="learning rate after warm-up", choices=SCHEDULES)
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """The optimizer's settings alone."""
+        return OptimizerConfig(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(OptimizerConfig)}
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig(Section):
+class TrainingConfig(OptimizerConfig):
     """Training the target model (and the retrained one) from scratch."""
 
     steps: int = option(900, help="optimizer steps", minimum=1)
     batch_size: int = option(32, help="rows per step over all devices", minimum=1)
     load_balance: float = option(0.01, help="coefficient of the load-balancing loss", minimum=0.0)
-    optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=lambda: OptimizerConfig(learning_rate=5e-3, warmup_steps=40, schedule="cosine"),
-        metadata={"help": "optimizer of the target model"},
-    )
+    learning_rate: float = option(5e-3, help="peak learning rate", minimum=0.0)
+    warmup_steps: int = option(40, help="steps of linear warm-up", minimum=0)
+    schedule: str = option("cosine", help="learning rate after warm-up", choices=SCHEDULES)
     checkpoint_every: int = option(100, help="steps between saved training states", minimum=1)
     retrained: bool = option(False, help="also train a model on retain data alone, as reference for membership")
 
 
 @dataclasses.dataclass(frozen=True)
-class UnlearningConfig(Section):
+class UnlearningConfig(OptimizerConfig):
     """One unlearning run: gamma * L_forget + alpha * L_retain (docs/method.md)."""
 
     objective: str = option("gradient_difference", help="forget loss", choices=OBJECTIVES)
@@ -82,9 +89,6 @@ class UnlearningConfig(Section):
     steps: int = option(60, help="optimizer steps", minimum=1)
     forget_batch_size: int = option(8, help="forget rows per step", minimum=1)
     retain_batch_size: int | None = option(16, help="retain rows per step", minimum=1, when={"objective": _RETAINING})
-    optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=OptimizerConfig, metadata={"help": "optimizer of unlearning"}
-    )
     evaluate_every: int = option(4, help="steps between evaluations", minimum=1)
     checkpoint_every: int = option(20, help="steps between saved training states", minimum=1)
 
