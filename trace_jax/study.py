@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -83,8 +84,8 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
             _wait("study: unlearning", [pool.submit(_run_trial, config, path, trial) for trial in jobs], "run")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(pool._processes.values()):
-                process.terminate()
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
     return write_study(config, path, jobs)
 
@@ -104,7 +105,13 @@ def _wait(title: str, futures: Sequence[Future], unit: str) -> None:
 
 
 def _start_worker(counter, workers: int) -> None:
-    """Pins the process to its share of the cores before JAX starts its threads: side by side beats interleaved."""
+    """Pins the process to its share of the cores before JAX starts its threads: side by side beats interleaved.
+
+    A worker ends with its parent, however that ends; left alone it would wait for work for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     with counter.get_lock():
         number = counter.value
         counter.value += 1
