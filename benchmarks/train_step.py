@@ -118,6 +118,7 @@ def environment() -> dict:
         "platform": device.platform,
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),  # above 1: other programs took part of the cores
         "python": platform.python_version(),
         "jax": jax.__version__,
         "optax": optax.__version__,

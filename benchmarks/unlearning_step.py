@@ -2,7 +2,7 @@
 
     python benchmarks/unlearning_step.py [--steps 40] [--rounds 5]
 
-Both run the same compiled step on the shape of the quickstart; what could differ is drawing rows and looking up weights.
+Both run the same compiled step on the shape of the quickstart; drawing rows and finding weights may differ.
 Rounds alternate, so that a machine that slows down slows both. Writes benchmarks/results/unlearning_step.json.
 """
 
@@ -22,6 +22,7 @@ from trace_jax.files import write_json
 from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
+from trace_jax.parallel.memory import keep_freed_memory
 from trace_jax.routing.retain_weights import RetainWeights, apply_weights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.unlearn import unlearn
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    keep_freed_memory()
     model_config, rng = ModelConfig(), np.random.default_rng(0)
     model = Model(model_config, init_params(model_config, jax.random.key(0)))
     forget, retain = (random_rows(n, model_config.vocab_size, rng) for n in (480, 2000))

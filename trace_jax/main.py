@@ -105,8 +105,10 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, 
 
 def _run(arguments: Sequence[str]) -> int:
     options, config = _parse("run", arguments)
+    from trace_jax.parallel.memory import keep_freed_memory
     from trace_jax.pipeline import run
 
+    keep_freed_memory()
     print(run(config, options.workdir, overwrite=options.overwrite))
     return 0
 

@@ -29,7 +29,7 @@ from trace_jax.files import write_json
 from trace_jax.models.arrays import abstract_params, count_params
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
-from trace_jax.progress import say
+from trace_jax.progress import say, tracked
 from trace_jax.routing.retain_weights import RetainWeights, retain_weights
 from trace_jax.routing.statistics import ExpertStatistics, expert_statistics, row_batches
 from trace_jax.stages import Stage, identity, open_workdir
@@ -72,6 +72,7 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
     """Data, target model (and retrained model), statistics and the evaluator: what every method starts from."""
     path = open_workdir(config, workdir, overwrite=overwrite)
     write_json(path / "environment.json", describe())
+    say("data: reading and tokenizing")
     mesh, corpora = make_mesh(), _corpora(config.data)
     say(
         f"data: {_counts(corpora.documents, 'documents')}; unlearning with {len(corpora.forget)} forget rows and "
@@ -140,7 +141,9 @@ def _statistics_stage(config, path: Path, corpora: Corpora, target: Model, mesh:
     def make():
         found = []
         for name, rows in (("forget", corpora.forget), ("retain", corpora.retain)):
-            statistics = expert_statistics(target, row_batches(rows, config.evaluation.batch_size), mesh=mesh)
+            size = config.evaluation.batch_size
+            batches = tracked(row_batches(rows, size), f"routing of the {name} corpus", -(-len(rows) // size))
+            statistics = expert_statistics(target, batches, mesh=mesh)
             statistics.save(stage.directory / f"{name}.npz")
             found.append(statistics)
         return tuple(found)
@@ -165,6 +168,7 @@ def _evaluator_stage(
         mesh=mesh,
         seed=config.seed,
     )
+    say("evaluation of the target model" + (" and of the retrained model" if retrained is not None else ""))
     models = {"target": target} | ({} if retrained is None else {"retrained": retrained})
     scores = {name: evaluator.score(model.params, full=True) for name, model in models.items()}
     evaluator = evaluator.with_references(original=scores["target"], retrained=scores.get("retrained"))

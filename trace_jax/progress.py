@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -28,7 +30,7 @@ def progress(title: str, total: int, *, start: int = 0, unit: str = "step") -> I
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit + "s  {task.fields[rate]}"),
+        TextColumn(unit + ("es" if unit == "batch" else "s") + "  {task.fields[rate]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -45,6 +47,14 @@ def progress(title: str, total: int, *, start: int = 0, unit: str = "step") -> I
         yield advance
 
 
+def tracked(batches: Sequence[T] | Iterator[T], title: str, total: int) -> Iterator[T]:
+    """Hands `batches` on with progress, for passes over a corpus."""
+    with progress(title, total, unit="batch") as advance:
+        for done, batch in enumerate(batches):
+            advance(done, "")
+            yield batch
+
+
 def _plain(title: str, total: int, start: int, unit: str) -> Callable[[int, str], None]:
     """Lines at most every few seconds: logs of pods and notebooks stay readable."""
     began = last = time.monotonic()
@@ -57,6 +67,7 @@ def _plain(title: str, total: int, start: int, unit: str) -> Callable[[int, str]
         last = now
         rate = (done - start) / max(now - began, 1e-9)
         left = (total - done) / max(rate, 1e-9)
-        say(f"{title}: {done}/{total} {unit}s, {rate:.1f}/s, {left:.0f} s left {note}".rstrip())
+        plural = unit + ("es" if unit == "batch" else "s")
+        say(f"{title}: {done}/{total} {plural}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip())
 
     return advance

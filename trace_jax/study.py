@@ -21,11 +21,12 @@ import numpy as np
 from trace_jax.config import as_dict, resolve
 from trace_jax.environment import describe
 from trace_jax.evaluation.benchmarks import scoreboard
-from trace_jax.evaluation.comparison import Comparison, Run, check_equal_budgets, compare
+from trace_jax.evaluation.comparison import READINGS, Comparison, Run, check_equal_budgets, compare
 from trace_jax.evaluation.fronts import Front
 from trace_jax.evaluation.tables import comparison_markdown, comparison_text
 from trace_jax.experiment import METHODS, ExperimentConfig, Method
 from trace_jax.files import read_json, replacing, write_json
+from trace_jax.parallel.memory import keep_freed_memory
 from trace_jax.progress import progress, say
 from trace_jax.report import Number, ReportData, SummaryRow, report_front, write_report
 from trace_jax.stages import open_workdir
@@ -109,6 +110,7 @@ def _start_worker(counter, workers: int) -> None:
 
     A worker ends with its parent, however that ends; left alone it would wait for work for ever.
     """
+    keep_freed_memory()
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -176,7 +178,8 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
     runs = load_runs(path, jobs)
     exempt = [method for method in config.study.methods if METHODS[method].steps != 1]
     check_equal_budgets(runs, exempt=exempt)
-    comparisons = [compare(runs, level=level, exempt=exempt) for level in config.evaluation.levels]
+    levels = config.evaluation.levels
+    comparisons = [compare(runs, level=x, exempt=exempt, reading=r) for x in levels for r in READINGS]
     write_json(
         path / "study.json",
         {

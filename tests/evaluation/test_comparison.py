@@ -114,6 +114,22 @@ def test_one_run_given_twice_is_refused():
         check_equal_budgets([*RUNS, RUNS[0]])
 
 
+def test_the_best_reading_takes_the_step_from_validation_and_the_value_from_test():
+    """A run that dips on its way to the level and recovers is judged where validation says it is best."""
+
+    def dipping(utility):
+        forgetting, values = np.array([1.0, 0.4, 0.4, 0.4]), np.array([1.0, *utility])
+        utilities = {"general_utility": values, MEAN: values}
+        return Front(np.arange(4), forgetting, utilities, {"forget_accuracy": forgetting, "general_utility": values})
+
+    runs = [Run("uniform", "alpha=4", s, dipping([0.5, 0.8, 0.7]), dipping([0.5, 0.75, 0.9])) for s in (0, 1)]
+    first, best = (compare(runs, level=0.5, reading=r).results[0].utilities[MEAN] for r in ("first", "best"))
+    assert first.value == pytest.approx(1 - 0.5 * 5 / 6)
+    assert best.value == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="reading is 'last'"):
+        compare(runs, level=0.5, reading="last")
+
+
 def test_a_missing_baseline_is_refused():
     with pytest.raises(ValueError, match="baseline 'tuned'"):
         compare(RUNS, level=0.5, baseline="tuned")

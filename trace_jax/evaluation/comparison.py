@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from trace_jax.evaluation.fronts import MEAN, Front, area_between, utility_at
+from trace_jax.evaluation.fronts import MEAN, Front, area_between, best_point, utility_at
 from trace_jax.evaluation.intervals import Interval, t_interval
+
+READINGS = ("first", "best")
 
 
 class UnequalBudget(ValueError):
@@ -60,9 +62,13 @@ class MethodResult:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """All methods at one forgetting level; `exempt` methods had a budget of their own."""
+    """All methods at one forgetting level; `exempt` methods had a budget of their own.
+
+    `reading` says which point of a run counts (see `compare`).
+    """
 
     level: float
+    reading: str
     baseline: str
     exempt: tuple[str, ...]
     results: tuple[MethodResult, ...]
@@ -107,8 +113,8 @@ def check_equal_budgets(runs: Sequence[Run], *, exempt: Collection[str] = ()) ->
         )
 
 
-def choose_setting(runs: Sequence[Run], *, level: float, utility: str = MEAN) -> str:
-    """The setting of one method with the best validation utility at a forgetting level.
+def choose_setting(runs: Sequence[Run], *, level: float, utility: str = MEAN, reading: str = "first") -> str:
+    """The setting of one method with the best validation utility at a forgetting level (`reading` as in `compare`).
 
     Settings that reach the level with more seeds come first, then the higher mean over those seeds; of equal ones the
     first in `runs`.
@@ -118,7 +124,12 @@ def choose_setting(runs: Sequence[Run], *, level: float, utility: str = MEAN) ->
         raise ValueError(f"settings are chosen per method; got runs of {sorted(methods)}.")
 
     def quality(setting: str) -> tuple[int, float]:
-        values = [utility_at(run.validation, level, utility) for run in runs if run.setting == setting]
+        chosen = [run.validation for run in runs if run.setting == setting]
+        if reading == "first":
+            values = [utility_at(front, level, utility) for front in chosen]
+        else:
+            points = [(front, best_point(front, level, utility)) for front in chosen]
+            values = [None if i is None else float(front.utilities[utility][i]) for front, i in points]
         reached = [v for v in values if v is not None]
         return len(reached), float(np.mean(reached)) if reached else -math.inf
 
@@ -132,6 +143,7 @@ def compare(
     baseline: str = "uniform",
     exempt: Collection[str] = (),
     choose_by: str = MEAN,
+    reading: str = "first",
 ) -> Comparison:
     """All methods of a study at one forgetting level, each with its best setting, against a tuned baseline.
 
@@ -141,6 +153,8 @@ def compare(
       baseline: method that gains are relative to.
       exempt: methods with a budget of their own (see `check_equal_budgets`).
       choose_by: validation utility by which settings are chosen.
+      reading: "first" reads a run where it first comes down to the level, interpolated; "best" reads it at the
+        evaluation with the best validation utility among those at or below the level on validation.
 
     Raises:
       UnequalBudget: see `check_equal_budgets`.
@@ -151,8 +165,10 @@ def compare(
         by_method[run.method].append(run)
     if baseline not in by_method:
         raise ValueError(f"the baseline {baseline!r} was not run; there are {', '.join(by_method)}.")
-    chosen = {method: choose_setting(group, level=level, utility=choose_by) for method, group in by_method.items()}
-    at_level = {m: _test_utilities(group, chosen[m], level) for m, group in by_method.items()}
+    if reading not in READINGS:
+        raise ValueError(f"reading is {reading!r}; expected one of {', '.join(READINGS)}.")
+    chosen = {m: choose_setting(g, level=level, utility=choose_by, reading=reading) for m, g in by_method.items()}
+    at_level = {m: _test_utilities(g, chosen[m], level, choose_by, reading) for m, g in by_method.items()}
     results = []
     for method, group in by_method.items():
         reached, all_seeds = at_level[method], sorted({run.seed for run in group})
@@ -168,19 +184,24 @@ def compare(
                 area=_mean_area(group, chosen[method], by_method[baseline], chosen[baseline]),
             )
         )
-    return Comparison(level, baseline, tuple(m for m in by_method if m in exempt), tuple(results))
+    return Comparison(level, reading, baseline, tuple(m for m in by_method if m in exempt), tuple(results))
 
 
 Utilities = dict[int, dict[str, float]]  # per seed, per name
 
 
-def _test_utilities(runs: Sequence[Run], setting: str, level: float) -> Utilities:
+def _test_utilities(runs: Sequence[Run], setting: str, level: float, choose_by: str, reading: str) -> Utilities:
     found: Utilities = {}
     for run in runs:
-        if run.setting == setting:
+        if run.setting != setting:
+            continue
+        if reading == "first":
             values = {name: utility_at(run.test, level, name) for name in run.test.utilities}
-            if all(value is not None for value in values.values()):
-                found[run.seed] = {name: value for name, value in values.items() if value is not None}
+        else:
+            index = best_point(run.validation, level, choose_by)
+            values = {n: None if index is None else float(v[index]) for n, v in run.test.utilities.items()}
+        if all(value is not None for value in values.values()):
+            found[run.seed] = {name: value for name, value in values.items() if value is not None}
     return found
 
 

@@ -136,6 +136,16 @@ def utility_at(front: Front, level: float, utility: str = MEAN) -> float | None:
     return None if at is None else at.value(front.utilities[utility])
 
 
+def best_point(front: Front, level: float, utility: str = MEAN) -> int | None:
+    """Index of the evaluation with the highest utility among those with forgetting <= level; None if there is none.
+
+    A run that loses utility on its way to the level and regains it later is judged by what it regains. Choose on
+    validation and read the test front at the same index, or the best of many noisy points is reported.
+    """
+    reached = np.flatnonzero(front.forgetting <= level)
+    return int(reached[np.argmax(front.utilities[utility][reached])]) if len(reached) else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Area:
     """Signed area between two fronts over the forgetting levels [low, high] that both reach.

@@ -86,7 +86,11 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def _caption(comparison: Comparison) -> str:
-    return f"At forgetting <= {comparison.level:g}, test split; gains over tuned {comparison.baseline}, paired by seed"
+    where = {"first": "where a run first comes down to", "best": "at the best evaluation at or below"}
+    return (
+        f"Test split, {where[comparison.reading]} forgetting {comparison.level:g}; "
+        f"gains over tuned {comparison.baseline}, paired by seed"
+    )
 
 
 def _comparison_cells(comparison: Comparison) -> list[list[str]]:

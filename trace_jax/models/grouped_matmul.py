@@ -67,6 +67,7 @@ def _scan(x, w, group_sizes):
     """As `dense`, one group at a time: E times the work, memory of one."""
     group = group_of_row(group_sizes, x.shape[0])
 
+    @jax.checkpoint  # otherwise every group keeps its own masked copy of x for the backward pass
     def step(y, weights_and_group):
         weights, e = weights_and_group
         return y + jnp.where((group == e)[:, None], x, 0) @ weights, None

@@ -24,6 +24,7 @@ from trace_jax.config import ConfigError
 from trace_jax.data.rows import Rows
 from trace_jax.files import replacing
 from trace_jax.models.model import Model
+from trace_jax.progress import tracked
 from trace_jax.routing import controls
 from trace_jax.routing.calibration import Calibration, calibrate
 from trace_jax.routing.certificate import Certificate
@@ -118,7 +119,11 @@ def retain_weights(
     calibration, assignments = None, None
     if config.rule is not None:
         selected = _selected(config, forget_statistics, retain_statistics)
-        assignments = expert_assignments(model, row_batches(retain, batch_size), mesh=mesh)
+        assignments = expert_assignments(
+            model,
+            tracked(row_batches(retain, batch_size), "routing of retain tokens", -(-len(retain) // batch_size)),
+            mesh=mesh,
+        )
         tokens, calibration = _from_experts(config, assignments, selected, forget_statistics, retain_statistics)
     else:
         tokens = _without_experts(config, model, forget, retain, mesh, batch_size)

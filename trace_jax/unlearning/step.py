@@ -63,7 +63,9 @@ class Constants(NamedTuple):
 
 def unlearning_settings(config: UnlearningConfig, model: ModelConfig) -> StepSettings:
     """The static part of an unlearning step."""
-    return StepSettings(model, config.optimizer, config.steps, config.objective, config.retain_loss, config.layer)
+    # A constant rate does not depend on the number of steps; leaving it out saves a compilation per number.
+    steps = 0 if config.schedule == "constant" else config.steps
+    return StepSettings(model, config.optimizer, steps, config.objective, config.retain_loss, config.layer)
 
 
 def coefficients(config: UnlearningConfig) -> Coefficients:
