@@ -79,7 +79,7 @@ def experiment(data, **changes):
         "evaluation": {"batch_size": 16, "max_rows": 8, "max_prompts": 4, "bootstrap": 100, "levels": [0.99]},
     }
     for key, value in changes.items():
-        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return resolve(ExperimentConfig, values)
 
 

@@ -96,7 +96,8 @@ def test_table_counts_what_trains(model):
 
 def test_learning_rate_warms_up_then_follows_its_schedule():
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, schedule="cosine")
-    rates = [float(learning_rate(config, 20)(jnp.int32(step))) for step in range(21)]
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integer steps and floats
+        rates = [float(learning_rate(config, 20)(jnp.int32(step))) for step in range(21)]
     assert rates[:5] == pytest.approx([0.25, 0.4375, 0.625, 0.8125, 1.0])
     assert rates[12] == pytest.approx(0.5, abs=1e-6) and rates[20] == pytest.approx(0.0, abs=1e-6)
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))

@@ -1,0 +1,110 @@
+"""Unlearning as a user calls it: what it changes, what it leaves alone, and what it refuses."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from trace_jax.config import ConfigError
+from trace_jax.models.decoder import forward
+from trace_jax.models.loss import token_nll
+from trace_jax.routing.config import CalibrationConfig
+from trace_jax.routing.retain_weights import retain_weights
+from trace_jax.routing.statistics import expert_statistics, row_batches
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.unlearn import unlearn
+
+CONFIG = UnlearningConfig(
+    steps=6, forget_batch_size=4, retain_batch_size=4, learning_rate=0.01, alpha=1.0, checkpoint_every=6
+)
+
+
+def weights_of(model, forget, retain, **settings):
+    statistics = [expert_statistics(model, row_batches(rows, 8), min_activations=1) for rows in (forget, retain)]
+    config = CalibrationConfig(weighting="entropy", **settings)
+    return retain_weights(
+        config, model=model, forget=forget, retain=retain,
+        forget_statistics=statistics[0], retain_statistics=statistics[1],
+    )  # fmt: skip
+
+
+def assert_same(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("unit", ["token", "row"])
+@pytest.mark.parametrize("apply", ["weights", "both"])
+def test_equal_routing_trains_bit_identically_to_graddiff(model, retain, unit, apply):
+    """Where forget and retain use the experts alike, every weight is exactly one and TRACE is plain GradDiff."""
+    weights = weights_of(model, retain, retain, rule="all", unit=unit, apply=apply)
+    assert (weights.weights == retain.valid).all()
+    plain = unlearn(model, retain, retain, config=CONFIG)
+    assert_same(unlearn(model, retain, retain, config=CONFIG, weights=weights).model.params, plain.model.params)
+
+
+def test_the_target_model_is_not_changed(model, forget, retain):
+    before = jax.tree.map(np.array, model.params)
+    changed = unlearn(model, forget, retain, config=CONFIG)
+    assert_same(model.params, before)
+    assert not np.array_equal(changed.model.params["head"], before["head"])
+
+
+def test_forget_text_becomes_less_likely(model, forget, retain):
+    def nll(params):
+        out = forward(params, model.config, forget.tokens, mask=forget.segments, collect=("hidden",))
+        return float(
+            np.asarray(token_nll(params, model.config, out.hidden, np.roll(forget.tokens, -1, 1)))[forget.valid].mean()
+        )
+
+    config = dataclasses.replace(CONFIG, steps=20)
+    assert nll(unlearn(model, forget, retain, config=config).model.params) > nll(model.params) + 0.5
+
+
+def test_only_selected_experts_train(model, forget, retain):
+    weights = weights_of(model, forget, retain, rule="difference", top=1)
+    assert weights.selected.sum() == 2
+    config = dataclasses.replace(CONFIG, trainable="selected_experts", weight_decay=0.1)
+    params = unlearn(model, forget, retain, config=config, weights=weights).model.params
+    for path in ("gate_up", "down"):
+        before, after = (np.asarray(p["layers"]["experts"][path]) for p in (model.params, params))
+        np.testing.assert_array_equal(after[~weights.selected], before[~weights.selected])
+        assert (after[weights.selected] != before[weights.selected]).any()
+    np.testing.assert_array_equal(params["head"], model.params["head"])
+
+
+def test_same_seed_same_result_and_another_seed_another(model, forget, retain):
+    first, again, other = (unlearn(model, forget, retain, config=CONFIG, seed=s).model.params for s in (1, 1, 2))
+    assert_same(first, again)
+    assert not np.array_equal(first["head"], other["head"])
+
+
+def test_rmu_trains_down_projections_up_to_its_layer(model, forget, retain):
+    config = UnlearningConfig(objective="rmu", steps=3, forget_batch_size=4, retain_batch_size=4, layer=1)
+    result = unlearn(model, forget, retain, config=config)
+    trained = {row["path"]: row["trained"] for row in result.trained if row["trained"]}
+    assert trained == {"layers/experts/down": model.params["layers"]["experts"]["down"].size // 2}
+    change = np.asarray(result.model.params["layers"]["experts"]["down"] - model.params["layers"]["experts"]["down"])
+    assert change[0].any() and not change[1].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainable": "selected_experts"}, "no expert is selected"),
+        ({"retain_loss": "hidden", "layer": 9}, "layer is 9, but the model has 2 layers"),
+        ({"trainable": "experst"}, "neither a preset"),
+    ],
+)
+def test_impossible_settings_are_refused(model, forget, retain, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        unlearn(model, forget, retain, config=dataclasses.replace(CONFIG, **changes))
+
+
+def test_missing_or_empty_data_is_refused(model, forget, retain):
+    with pytest.raises(ConfigError, match="has a retain term"):
+        unlearn(model, forget, None, config=CONFIG)
+    empty = dataclasses.replace(forget, valid=np.zeros_like(forget.valid))
+    with pytest.raises(ValueError, match="forget rows hold no token"):
+        unlearn(model, empty, retain, config=CONFIG)
