@@ -14,7 +14,7 @@ def _in_the_repository(monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
 
 
-@pytest.mark.parametrize("file", ["quickstart", "handbook_study", "presidents_study"])
+@pytest.mark.parametrize("file", ["quickstart", "presidents", "handbook_study", "presidents_study"])
 def test_every_config_resolves(file):
     assert load_config(f"configs/{file}.py").name == file
 

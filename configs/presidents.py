@@ -1,0 +1,20 @@
+"""A small MUSE on real text: unlearn Polk's addresses of 1845-1847, with membership against a retrained model.
+
+Command:   python -m trace_jax.main --config configs/presidents.py --workdir runs/presidents
+Hardware:  2 CPU cores, 4 GB of memory; nothing is downloaded.
+Run time and result: docs/results.md.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Verbatim memorisation, cloze knowledge, PrivLeak and utility, before and after."""
+    config = ml_collections.ConfigDict()
+    config.name = "presidents"
+    config.methods = ("uniform", "trace", "trace_rows")
+    config.data = {"benchmark": "presidents"}
+    config.target = {"steps": 600, "retrained": True}
+    config.unlearning = {"nll_ceiling": 6.0, "learning_rate": 5e-4, "steps": 40}
+    config.evaluation = {"max_rows": 48}
+    return config
