@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.name = "presidents_study"
     config.data = {"benchmark": "presidents"}
     config.target = {"steps": 600}
-    config.unlearning = {"nll_ceiling": 6.0, "learning_rate": 5e-4, "steps": 40}
+    config.unlearning = {"nll_ceiling": 6.0, "learning_rate": 3e-3, "evaluate_every": 5}
     config.evaluation = {"max_rows": 48}
     config.study = {
         "methods": (
@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
             "ngram", "oracle",
         ),
         "seeds": (0, 1, 2),
-        "alphas": (1.0, 4.0, 16.0),
-        "learning_rates": (5e-4,),
+        "alphas": (1.0, 4.0, 8.0, 16.0),
+        "learning_rates": (3e-3,),
     }  # fmt: skip
     return config
