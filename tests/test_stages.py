@@ -42,6 +42,7 @@ def test_a_full_disk_is_said_before_work_begins(tmp_path, monkeypatch):
     monkeypatch.setattr("trace_jax.stages.shutil.disk_usage", lambda _: type("Usage", (), {"free": 5 << 20}))
     with pytest.raises(ConfigError, match="only 5 MiB are free"):
         open_workdir(experiment(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stage_runs_once_and_again_only_when_its_settings_change(tmp_path):

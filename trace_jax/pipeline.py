@@ -32,7 +32,7 @@ from trace_jax.parallel.mesh import make_mesh
 from trace_jax.progress import say, tracked
 from trace_jax.routing.retain_weights import RetainWeights, retain_weights
 from trace_jax.routing.statistics import ExpertStatistics, expert_statistics, row_batches
-from trace_jax.stages import Stage, identity, open_workdir
+from trace_jax.stages import Stage, check_workdir, identity, open_workdir
 from trace_jax.summary import refresh
 from trace_jax.unlearning.loop import front_rows
 from trace_jax.unlearning.train import train_model
@@ -70,10 +70,11 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
 
 def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Prepared:
     """Data, target model (and retrained model), statistics and the evaluator: what every method starts from."""
+    check_workdir(config, workdir, overwrite=overwrite)
+    say("data: reading and tokenizing")
+    mesh, corpora = make_mesh(), _corpora(config.data)  # before anything is written: data may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
     write_json(path / "environment.json", describe())
-    say("data: reading and tokenizing")
-    mesh, corpora = make_mesh(), _corpora(config.data)
     say(
         f"data: {_counts(corpora.documents, 'documents')}; unlearning with {len(corpora.forget)} forget rows and "
         f"{len(corpora.retain)} retain rows"

@@ -52,6 +52,20 @@ def open_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwr
     """Makes or reopens a run directory and writes the resolved configuration into it.
 
     Raises:
+      ConfigError: see `check_workdir`.
+    """
+    path = Path(workdir)
+    if check_workdir(config, path, overwrite=overwrite):
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "config.json", {"identity": config.identity(), "config": as_dict(config)})
+    return path
+
+
+def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> bool:
+    """Whether a run of another configuration is in `workdir` and would be replaced. Writes nothing.
+
+    Raises:
       ConfigError: the directory belongs to another corpus or model (and `overwrite` is not given), holds something
         that is not a run, or is on a disk without space.
     """
@@ -68,13 +82,11 @@ def open_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwr
                 f"{path}: holds a run of another configuration ({'; '.join(changed)}). Choose another --workdir, or "
                 "pass --overwrite to replace that run."
             )
-        shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path).free
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
     if free < _FREE_BYTES:
         raise ConfigError(f"{path}: only {free / 2**20:.0f} MiB are free there; a run needs 1 GiB.")
-    write_json(path / "config.json", {"identity": config.identity(), "config": as_dict(config)})
-    return path
+    return earlier is not None and earlier.get("identity") != config.identity()
 
 
 def _changes(before: dict, after: dict, sections: tuple[str, ...]) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from trace_jax.config import as_dict, resolve
+from trace_jax.data.corpora import build_corpora
 from trace_jax.environment import describe
 from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.comparison import READINGS, Comparison, Run, check_equal_budgets, compare
@@ -29,7 +30,7 @@ from trace_jax.files import read_json, replacing, write_json
 from trace_jax.parallel.memory import keep_freed_memory
 from trace_jax.progress import progress, say
 from trace_jax.report import Number, ReportData, SummaryRow, report_front, write_report
-from trace_jax.stages import open_workdir
+from trace_jax.stages import check_workdir, open_workdir
 from trace_jax.summary import CONTROLS, FORGOTTEN, now
 
 
@@ -63,6 +64,9 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
 
     Writes study.json (fronts of every run, comparisons with intervals), tables.md and report.html into `workdir`.
     """
+    check_workdir(config, workdir, overwrite=overwrite)
+    if config.data.benchmark == "text":
+        build_corpora(config.data)  # before anything is written: the user's files may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
     jobs = list(trials(config))
     workers = config.study.workers or _cores()
@@ -231,10 +235,10 @@ def _report_data(
                 note=note + missed,
             )
         )
-    fronts = collections.defaultdict(list)
-    for run in runs:
-        if run.setting == chosen[run.method].setting:
-            fronts[run.method].append(report_front(run.seed, run.test))
+    fronts = {
+        method: [report_front(r.seed, r.test) for r in runs if (r.method, r.setting) == (method, result.setting)]
+        for method, result in chosen.items()
+    }
     return ReportData(
         title=f"Study: unlearning {FORGOTTEN[config.data.benchmark]}",
         benchmark=config.data.benchmark,
@@ -243,7 +247,7 @@ def _report_data(
         level=comparison.level,
         chance=board.chance,
         rows=rows,
-        fronts=dict(fronts),
+        fronts=fronts,
         config=as_dict(config),
         environment=describe(),
         generated=now(),
