@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
             "ngram", "oracle",
         ),
         "seeds": (0, 1, 2),
-        "alphas": (1.0, 4.0, 8.0, 16.0),
+        "alphas": (4.0, 8.0, 16.0),
         "learning_rates": (3e-3,),
     }  # fmt: skip
     return config
