@@ -86,3 +86,15 @@ def test_a_damaged_state_is_skipped_for_the_one_before(tmp_path, caplog):
         step, _ = store.restore(fresh())
     assert step == 9
     assert "step 10 can't be restored" in caplog.text
+
+
+def test_a_model_that_can_not_be_scored_any_more_stops_the_run(tmp_path):
+    def evaluate(trainable):
+        if float(trainable["w"][0]) < 0.99:
+            raise FloatingPointError("likelihoods are NaN")
+        return {}
+
+    loop = Loop(tmp_path, "a", 10, checkpoint_every=3, title="test", evaluate=evaluate, evaluate_every=4)
+    result = loop.run(fresh(), step_until())
+    assert result.stopped == "the evaluation at step 4 failed: likelihoods are NaN"
+    assert result.step == 3

@@ -24,7 +24,7 @@ from trace_jax.models.loss import token_nll
 from trace_jax.parallel.mesh import DATA, data_parallel
 
 
-class NonFiniteScore(ValueError):
+class NonFiniteScore(FloatingPointError):
     """The model's likelihoods are NaN or infinite, so that no score can be given."""
 
 

@@ -36,8 +36,8 @@ class Loop:
     """What surrounds the step.
 
     directory: holds `checkpoints/` and `metrics.jsonl`. identity: hash of the settings, see `StateStore`.
-    evaluate: called with the trainable parameters at step 0, every `evaluate_every` steps and at the end; its dict
-      goes into metrics.jsonl under "evaluation".
+    evaluate: called with the trainable parameters at step 0, every `evaluate_every` steps and at the end; what
+      it returns goes into metrics.jsonl under "evaluation". A FloatingPointError from it ends the run like a NaN loss.
     """
 
     directory: Path
@@ -100,7 +100,11 @@ class Loop:
                         break
                     start = time.monotonic()
                     if evaluates:
-                        self._evaluate(state, index + 1)
+                        try:
+                            self._evaluate(state, index + 1)
+                        except FloatingPointError as error:
+                            stopped = f"the evaluation at step {index + 1} failed: {error}"
+                            break
                     if saving:
                         store.save(index + 1, state)
                         good = (index + 1, jax.tree.map(np.array, state.trainable))
