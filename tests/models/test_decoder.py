@@ -56,7 +56,7 @@ def reference(params, config, tokens, documents):
         return x / np.sqrt(np.mean(x**2) + config.norm_epsilon) * weight
 
     def rope(x, position):
-        angle = position / config.rope_theta ** (np.arange(C // 2) * 2 / C)
+        angle = position / config.ropes[0].theta ** (np.arange(C // 2) * 2 / C)
         pairs = (x[: C // 2] + 1j * x[C // 2 :]) * np.exp(1j * angle)
         return np.concatenate([pairs.real, pairs.imag])
 

@@ -116,7 +116,7 @@ def test_one_expert_may_take_every_token(implementation):
     expected = (silu(gate_up[:, 0]) * gate_up[:, 1]) @ layer["experts"]["down"][3]
 
     def output(weights):
-        return experts(weights, x, indices, gates, implementation=implementation)
+        return experts(weights, config, x, indices, gates)
 
     np.testing.assert_allclose(output(layer["experts"]), expected, atol=2e-5)
     gradient = jax.grad(lambda weights: jnp.sum(output(weights)))(layer["experts"])
@@ -137,14 +137,14 @@ def test_router_stays_float32_in_a_bfloat16_model():
     config = dataclasses.replace(BASE, dtype="bfloat16")
     layer, x, _ = make_layer(config)
     low = jnp.asarray(x, jnp.bfloat16)
-    routing = route(jnp.asarray(layer["router"]), config, low)
+    routing = route({"router": jnp.asarray(layer["router"])}, config, low)
     assert routing.logits.dtype == routing.weights.dtype == jnp.float32
     exact = np.asarray(low.astype(jnp.float32), np.float64) @ np.asarray(layer["router"], np.float64)
     np.testing.assert_allclose(routing.logits, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_equal_scores_go_to_the_lower_expert():
-    routing = route(jnp.zeros((D, E)), BASE, jnp.ones((T, D)))
+    routing = route({"router": jnp.zeros((D, E))}, BASE, jnp.ones((T, D)))
     np.testing.assert_array_equal(routing.indices, np.tile([0, 1], (T, 1)))
 
 

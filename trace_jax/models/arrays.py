@@ -45,44 +45,151 @@ class ArraySpec:
 
 
 def parameter_specs(config: ModelConfig) -> dict:
-    """Nested dict of `ArraySpec`, the shape of the parameter tree. Layers are stacked along a leading axis.
+    """Nested dict of `ArraySpec`, the shape of the parameter tree.
 
-    Projections start at 1/sqrt(fan in); those that write to the residual stream at 1/sqrt(2 L) of that, so that its
-    variance doesn't grow with depth (GPT-2). The router is float32 whatever the type of the rest.
+    Layers with experts are stacked along the leading axis of "layers", dense ones along that of "dense", each in the
+    order of the network. Projections start at 1/sqrt(fan in); those that write to the residual stream at 1/sqrt(2 L)
+    of that, so that its variance doesn't grow with depth (GPT-2). The router is float32 whatever the type of the rest.
     """
-    V, D, L = config.vocab_size, config.hidden_size, config.num_layers
-    E, F = config.num_experts, config.expert_hidden_size
-    H, G, C = config.num_heads, config.num_kv_heads, config.head_size
-    residual = (2 * L) ** -0.5
+    V, D = config.vocab_size, config.hidden_size
 
     def array(shape, axes, scale, dtype=config.dtype):
         return ArraySpec(shape, dtype, axes, scale)
 
-    def gated(leading, leading_axes, width, width_axis):
-        gate_up = array((*leading, D, 2, width), (*leading_axes, "embed", "gate_up", width_axis), D**-0.5)
-        down = array((*leading, width, D), (*leading_axes, width_axis, "embed"), residual * width**-0.5)
-        return {"gate_up": gate_up, "down": down}
-
-    layers = {
-        "attention_norm": array((L, D), ("layers", "embed"), None),
-        "q": array((L, D, H, C), ("layers", "embed", "heads", "head"), D**-0.5),
-        "k": array((L, D, G, C), ("layers", "embed", "kv_heads", "head"), D**-0.5),
-        "v": array((L, D, G, C), ("layers", "embed", "kv_heads", "head"), D**-0.5),
-        "o": array((L, H, C, D), ("layers", "heads", "head", "embed"), residual * (H * C) ** -0.5),
-        "mlp_norm": array((L, D), ("layers", "embed"), None),
-        "router": array((L, D, E), ("layers", "embed", "experts"), D**-0.5, "float32"),
-        "experts": gated((L, E), ("layers", "experts"), F, "expert_hidden"),
-    }
-    if config.shared_hidden_size:
-        layers["shared"] = gated((L,), ("layers",), config.shared_hidden_size, "shared_hidden")
     specs = {
         "embed": array((V, D), ("vocab", "embed"), D**-0.5),
-        "layers": layers,
-        "final_norm": array((D,), ("embed",), None),
+        "layers": _stacked(_moe_layer(config), len(config.moe_layers)),
+        **_norm(config, "final_norm", D, "embed"),
     }
+    if config.dense_layers:
+        specs["dense"] = _stacked(_dense_layer(config), len(config.dense_layers))
     if not config.tie_embeddings:
         specs["head"] = array((D, V), ("embed", "vocab"), D**-0.5)
+    if config.head_bias:
+        specs["head_bias"] = array((V,), ("vocab",), 0.0)
     return specs
+
+
+def _stacked(layer: dict, count: int) -> dict:
+    def stack(spec: ArraySpec) -> ArraySpec:
+        return dataclasses.replace(spec, shape=(count, *spec.shape), axes=("layers", *spec.axes))
+
+    return jax.tree.map(stack, layer, is_leaf=_is_spec)
+
+
+def _norm(config: ModelConfig, name: str, width: int, axis: str) -> dict:
+    specs = {name: ArraySpec((width,), config.dtype, (axis,), None)}
+    if config.norm == "layer":
+        specs[f"{name}_bias"] = ArraySpec((width,), config.dtype, (axis,), 0.0)
+    return specs
+
+
+def _residual_scale(config: ModelConfig) -> float:
+    return (2 * config.num_layers) ** -0.5
+
+
+def _gated(config: ModelConfig, width: int, width_axis: str, *, bias: bool, experts: int = 0) -> dict:
+    """A gated feed-forward part, or `experts` of them: gate_up [(E,) D, 2, F], down [(E,) F, D], and their biases."""
+    D, leading, axes = config.hidden_size, (experts,) * bool(experts), ("experts",) * bool(experts)
+    into, back = ("gate_up", width_axis), ("embed",)
+    scale = _residual_scale(config) * width**-0.5
+    specs = {
+        "gate_up": ArraySpec((*leading, D, 2, width), config.dtype, (*axes, "embed", *into), D**-0.5),
+        "down": ArraySpec((*leading, width, D), config.dtype, (*axes, width_axis, *back), scale),
+    }
+    if bias:
+        specs["gate_up_bias"] = ArraySpec((*leading, 2, width), config.dtype, (*axes, *into), 0.0)
+        specs["down_bias"] = ArraySpec((*leading, D), config.dtype, (*axes, *back), 0.0)
+    return specs
+
+
+def _block(config: ModelConfig) -> dict:
+    """What every layer has: attention and the norms around its two parts."""
+    D, specs = config.hidden_size, {}
+    if config.norm_placement in ("pre", "both"):
+        specs |= _norm(config, "attention_norm", D, "embed") | _norm(config, "mlp_norm", D, "embed")
+    if config.norm_placement in ("post", "both"):
+        specs |= _norm(config, "attention_post_norm", D, "embed") | _norm(config, "mlp_post_norm", D, "embed")
+    return specs | (_grouped_attention(config) if config.attention == "grouped" else _latent_attention(config))
+
+
+def _grouped_attention(config: ModelConfig) -> dict:
+    D, H, G, C = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_size
+    sides = {"q": (H, "heads"), "k": (G, "kv_heads"), "v": (G, "kv_heads")}
+    specs = {}
+    for name, (heads, axis) in sides.items():
+        specs[name] = ArraySpec((D, heads, C), config.dtype, ("embed", axis, "head"), D**-0.5)
+        if config.attention_bias != "none":
+            specs[f"{name}_bias"] = ArraySpec((heads, C), config.dtype, (axis, "head"), 0.0)
+        if name != "v" and config.qk_norm == "full":
+            specs[f"{name}_norm"] = ArraySpec((heads, C), config.dtype, (axis, "head"), None)
+        elif name != "v" and config.qk_norm != "none":
+            specs[f"{name}_norm"] = ArraySpec((C,), config.dtype, ("head",), None)
+    if config.attention_gate:
+        specs["attention_gate"] = ArraySpec((D, H, C), config.dtype, ("embed", "heads", "head"), D**-0.5)
+    if config.sinks:
+        specs["sinks"] = ArraySpec((H,), config.dtype, ("heads",), 0.0)
+    return specs | _attention_output(config)
+
+
+def _latent_attention(config: ModelConfig) -> dict:
+    D, H, C, R, Q = (
+        config.hidden_size, config.num_heads, config.head_size, config.latent_size or 0, config.query_latent_size
+    )  # fmt: skip
+    rotary, bias = config.rotary_width, config.attention_bias == "all"
+
+    def array(shape, axes, scale):
+        return ArraySpec(shape, config.dtype, axes, scale)
+
+    specs = {
+        "kv_down": array((D, R + rotary), ("embed", "latent"), D**-0.5),
+        "kv_down_norm": array((R,), ("latent",), None),
+        "kv_up": array((R, H, C - rotary + config.value_width), ("latent", "heads", "head"), R**-0.5),
+    }
+    if bias:
+        specs["kv_down_bias"] = array((R + rotary,), ("latent",), 0.0)
+    if Q:
+        specs["q_down"] = array((D, Q), ("embed", "latent"), D**-0.5)
+        specs["q_down_norm"] = array((Q,), ("latent",), None)
+        specs["q_up"] = array((Q, H, C), ("latent", "heads", "head"), Q**-0.5)
+        if bias:
+            specs["q_down_bias"] = array((Q,), ("latent",), 0.0)
+    else:
+        specs["q"] = array((D, H, C), ("embed", "heads", "head"), D**-0.5)
+    return specs | _attention_output(config)
+
+
+def _attention_output(config: ModelConfig) -> dict:
+    D, H, C = config.hidden_size, config.num_heads, config.value_width
+    scale = _residual_scale(config) * (H * C) ** -0.5
+    specs = {"o": ArraySpec((H, C, D), config.dtype, ("heads", "head", "embed"), scale)}
+    if config.attention_bias == "all":
+        specs["o_bias"] = ArraySpec((D,), config.dtype, ("embed",), 0.0)
+    return specs
+
+
+def _moe_layer(config: ModelConfig) -> dict:
+    D, E = config.hidden_size, config.num_experts
+    specs = _block(config)
+    specs["router"] = ArraySpec((D, E), "float32", ("embed", "experts"), D**-0.5)
+    if config.router_bias:
+        specs["router_bias"] = ArraySpec((E,), "float32", ("experts",), 0.0)
+    if config.router_correction:
+        specs["router_correction"] = ArraySpec((E,), "float32", ("experts",), 0.0)
+    F = config.expert_hidden_size
+    specs["experts"] = _gated(config, F, "expert_hidden", bias=config.expert_bias, experts=E)
+    if config.shared_hidden_size:
+        specs["shared"] = _gated(config, config.shared_hidden_size, "shared_hidden", bias=config.mlp_bias)
+        if config.shared_gate:
+            specs["shared"]["gate"] = ArraySpec((D,), config.dtype, ("embed",), D**-0.5)
+    if config.moe_output_norm:
+        specs |= _norm(config, "moe_output_norm", D, "embed")
+    return specs
+
+
+def _dense_layer(config: ModelConfig) -> dict:
+    mlp = _gated(config, config.dense_hidden_size, "dense_hidden", bias=config.mlp_bias)
+    return _block(config) | {"mlp": mlp}
 
 
 def _is_spec(node: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions, document masks and a key/value cache."""
+"""Causal attention (grouped-query or multi-head latent) with document masks, windows, sinks and a cache."""
 
 from __future__ import annotations
 
@@ -9,26 +9,39 @@ import jax
 import jax.numpy as jnp
 
 from trace_jax.models.config import ModelConfig
+from trace_jax.models.norms import rms_norm
+from trace_jax.models.rotary import rotate
+from trace_jax.parallel.mesh import as_varying, varying_axes
 
 MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that no gradient is NaN
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "documents", "index"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "documents", "positions", "index"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens so far, for decoding. M = room for tokens."""
+    """What decoding needs of the tokens so far. M = room for tokens.
 
-    k: jax.Array  # [L, B, M, G, C]
-    v: jax.Array  # [L, B, M, G, C]
+    Grouped attention keeps keys and values; latent attention keeps the latent and the turned key that all heads share,
+    as one key of width R + W, and no values: they are part of the latent.
+    """
+
+    k: jax.Array  # [L, B, M, G, C] or [L, B, M, 1, R + W]
+    v: jax.Array | None  # [L, B, M, G, C] or None
     documents: jax.Array  # i32 [B, M]; 0 = padding or empty
+    positions: jax.Array  # i32 [B, M]
     index: jax.Array  # i32 scalar: places in use
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     """Empty cache with room for `length` tokens in each of `batch_size` rows."""
-    shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_size)
-    zeros = jnp.zeros(shape, config.dtype)
-    return Cache(zeros, zeros, jnp.zeros((batch_size, length), jnp.int32), jnp.zeros((), jnp.int32))
+    leading = (config.num_layers, batch_size, length)
+    k, v = (*leading, config.num_kv_heads, config.head_size), None
+    if config.attention == "latent":
+        k = (*leading, 1, (config.latent_size or 0) + config.rotary_width)
+    else:
+        v = jnp.zeros(k, config.dtype)
+    places = jnp.zeros((batch_size, length), jnp.int32)
+    return Cache(jnp.zeros(k, config.dtype), v, places, places, jnp.zeros((), jnp.int32))
 
 
 def attention_mask(documents: jax.Array | None, length: int, cache: Cache | None = None) -> jax.Array:
@@ -51,83 +64,135 @@ def attention_mask(documents: jax.Array | None, length: int, cache: Cache | None
     return causal & (documents[:, :, None] == cache.documents[:, None, :])
 
 
-def rotary(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) f32 [B or 1, S, 1, 2, C/2] of rotary embedding at `positions` i32 [B or 1, S].
-
-    The halves of a head are the two coordinates (Hugging Face's layout); sin carries the sign of each half.
-    """
-    half = config.head_size // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = (positions.astype(jnp.float32)[:, :, None] * frequency[None, None, :])[:, :, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return jnp.concatenate([cos, cos], axis=3), jnp.concatenate([-sin, sin], axis=3)
-
-
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x [B,S,N,C] turned by its position. A flip swaps the halves: XLA vectorises it, unlike a concatenation."""
-    halves = x.astype(jnp.float32).reshape(*x.shape[:3], 2, x.shape[3] // 2)
-    return (halves * cos + jnp.flip(halves, axis=3) * sin).reshape(x.shape).astype(x.dtype)
-
-
-def attention(layer: dict, config: ModelConfig, x: jax.Array, *, cos, sin, mask, cache: tuple | None = None):
+def attention(layer: dict, config: ModelConfig, x: jax.Array, *, turn: jax.Array, mask: jax.Array, cache=None):
     """Self-attention of one layer.
 
     Args:
-      layer: q [D,H,C], k and v [D,G,C], o [H,C,D].
+      layer: the layer's arrays (`trace_jax.models.arrays`).
       x: [B, S, D], normalised.
-      cos, sin: from `rotary`.
-      mask: bool [B or 1, S, M] from `attention_mask`.
-      cache: (k, v [B, M, G, C] of this layer, i32 place where the new ones are written before all are read), or None
-        (M = S).
+      turn: f32 [2, B or 1, S, 1, 2, W/2], this layer's entry of `rotary`.
+      mask: bool [B or 1, S, M]: what this layer's queries may read.
+      cache: (k [B, M, ...], v or None, i32 place where the new ones are written before all are read), or None (M = S).
 
     Returns:
       (output [B, S, D], (k, v) with the new tokens).
     """
-    B, S, _ = x.shape
-    G, C = config.num_kv_heads, config.head_size
-    q = _rotate(jnp.einsum("bsd,dhc->bshc", x, layer["q"]), cos, sin)
-    k = _rotate(jnp.einsum("bsd,dgc->bsgc", x, layer["k"]), cos, sin)
-    v = jnp.einsum("bsd,dgc->bsgc", x, layer["v"])
+    if config.attention == "latent":
+        mixed, kept = _latent_attention(layer, config, x, turn, mask, cache)
+    else:
+        mixed, kept = _grouped_attention(layer, config, x, turn, mask, cache)
+    if config.attention_gate:
+        mixed = mixed * jax.nn.sigmoid(jnp.einsum("bsd,dhc->bshc", x, layer["attention_gate"]))
+    y = jnp.einsum("bshc,hcd->bsd", mixed, layer["o"])
+    return (y + layer["o_bias"][None, None] if config.attention_bias == "all" else y), kept
+
+
+def _grouped_attention(layer, config: ModelConfig, x, turn, mask, cache):
+    """(mixed values [B,S,H,C], (k, v) [B,M,G,C])."""
+    q, k, v = (_projection(layer, config, x, name) for name in ("q", "k", "v"))
+    q, k = (rotate(a, turn, interleaved=config.rope_interleaved) for a in (q, k))
+    if config.qk_norm == "head_after_rope":
+        q, k = (rms_norm(a, layer[f"{n}_norm"], config.norm_epsilon) for a, n in ((q, "q"), (k, "k")))
     if cache is not None:
-        old_k, old_v, index = cache
-        k = jax.lax.dynamic_update_slice_in_dim(old_k, k, index, axis=1)
-        v = jax.lax.dynamic_update_slice_in_dim(old_v, v, index, axis=1)
-    q = (q * jnp.asarray(C**-0.5, q.dtype)).reshape(B, S, G, -1, C).transpose(0, 2, 3, 1, 4)
-    attend = _causal_attend if cache is None else _attend
-    mixed = attend(q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)
-    mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(B, S, config.num_heads, C)
-    return jnp.einsum("bshc,hcd->bsd", mixed, layer["o"]), (k, v)
+        k, v = (_extended(old, new, cache[2]) for old, new in zip(cache[:2], (k, v), strict=True))
+    return _attend(layer, config, q, k, v, mask, cached=cache is not None), (k, v)
 
 
-# Below: q [B,G,R,S,C] (R query heads share one key head; already scaled), k and v [B,G,M,C], mask bool [B or 1,S,M].
+def _projection(layer, config: ModelConfig, x, name: str):
+    """Query, key or value heads [B,S,N,C] before the rotary embedding: bias, norm, limit, in this order."""
+    y = jnp.einsum("bsd,dhc->bshc", x, layer[name])
+    if config.attention_bias != "none":
+        y = y + layer[f"{name}_bias"][None, None]
+    if name != "v" and config.qk_norm == "head":
+        y = rms_norm(y, layer[f"{name}_norm"], config.norm_epsilon)
+    if name != "v" and config.qk_norm == "full":
+        flat = y.reshape(*y.shape[:2], -1)
+        y = rms_norm(flat, layer[f"{name}_norm"].reshape(-1), config.norm_epsilon).reshape(y.shape)
+    return jnp.clip(y, -config.clip_qkv, config.clip_qkv) if config.clip_qkv else y
 
 
-def _attend_with_normalizer(q, k, v, mask):
-    """(mixed values [B,G,R,S,C], log of the softmax's normaliser f32 [B,G,R,S])."""
+def _latent_attention(layer, config: ModelConfig, x, turn, mask, cache):
+    """(mixed values [B,S,H,value_width], (latents and shared keys [B,M,1,R+W], None)). DeepSeek-V2, arXiv 2405.04434.
+
+    Without a cache keys and values are formed for every head. With one, queries are brought into the latent space
+    instead (the paper's absorbed form), so that no head's keys are ever kept.
+    """
+    R, still, epsilon = config.latent_size or 0, config.head_size - config.rotary_width, config.latent_epsilon or 0.0
+    bias = config.attention_bias == "all"
+    if config.query_latent_size:
+        down = jnp.einsum("bsd,dr->bsr", x, layer["q_down"])
+        down = down + layer["q_down_bias"][None, None] if bias else down
+        q = jnp.einsum("bsr,rhc->bshc", rms_norm(down, layer["q_down_norm"], epsilon), layer["q_up"])
+    else:
+        q = jnp.einsum("bsd,dhc->bshc", x, layer["q"])
+    down = jnp.einsum("bsd,dr->bsr", x, layer["kv_down"])
+    down = down + layer["kv_down_bias"][None, None] if bias else down
+    latent = rms_norm(down[..., :R], layer["kv_down_norm"], epsilon)[:, :, None]
+    k_turned = rotate(down[:, :, None, R:], turn, interleaved=config.rope_interleaved)
+    q_turned = rotate(q[..., still:], turn, interleaved=config.rope_interleaved)
+    k_up, v_up = layer["kv_up"][..., :still], layer["kv_up"][..., still:]
+    if cache is None:
+        k = jnp.einsum("bsr,rhc->bshc", latent[:, :, 0], k_up)
+        v = jnp.einsum("bsr,rhc->bshc", latent[:, :, 0], v_up)
+        shared = jnp.broadcast_to(k_turned, (*k.shape[:3], k_turned.shape[-1]))
+        q = jnp.concatenate([q[..., :still], q_turned], axis=-1)
+        return _attend(layer, config, q, jnp.concatenate([k, shared], axis=-1), v, mask, cached=False), (None, None)
+    q = jnp.concatenate([jnp.einsum("bshc,rhc->bshr", q[..., :still], k_up), q_turned], axis=-1)
+    k = _extended(cache[0], jnp.concatenate([latent, k_turned], axis=-1), cache[2])
+    mixed = _attend(layer, config, q, k, k[..., :R], mask, cached=True)
+    return jnp.einsum("bshr,rhc->bshc", mixed, v_up), (k, None)
+
+
+def _extended(kept, new, index):
+    """Keys or values of the cache [B,M,...] with the new ones written in their place."""
+    return jax.lax.dynamic_update_slice_in_dim(kept, new, index, axis=1)
+
+
+def _attend(layer, config: ModelConfig, q, k, v, mask, *, cached: bool):
+    """Mixed values [B,S,H,Cv] of q [B,S,H,C], k [B,M,G,C], v [B,M,G,Cv]."""
+    B, S, H, _ = q.shape
+    G, scale = k.shape[2], config.attention_scale or config.head_size**-0.5
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    q = q.reshape(B, S, G, H // G, -1).transpose(0, 2, 3, 1, 4)
+    sinks = layer["sinks"].astype(jnp.float32).reshape(G, H // G) if config.sinks else None
+    arrays = q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask, sinks
+    mixed = _attend_with_normalizer(*arrays)[0] if cached else _causal_attend(*as_varying(arrays, varying_axes(q)))
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, S, H, -1)
+
+
+# Below: q [B,G,R,S,C] (R query heads share one key head; already scaled), k [B,G,M,C], v [B,G,M,Cv], mask bool
+# [B or 1,S,M], sinks f32 [G,R] or None: a head's logit that takes part in the softmax and has no value.
+
+
+def _attend_with_normalizer(q, k, v, mask, sinks):
+    """(mixed values [B,G,R,S,Cv], log of the softmax's normaliser f32 [B,G,R,S])."""
     B, G, R, S, C = q.shape
     scores = jnp.einsum("bgxc,bgmc->bgxm", q.reshape(B, G, R * S, C), k, preferred_element_type=jnp.float32)
     scores = scores.reshape(B, G, R, S, -1) + jnp.where(mask, 0.0, MASKED)[:, None, None]
     largest = jnp.max(scores, axis=-1, keepdims=True)
+    if sinks is not None:
+        largest = jnp.maximum(largest, sinks[None, :, :, None, None])
     exponential = jnp.exp(scores - largest)
     total = jnp.sum(exponential, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks[None, :, :, None, None] - largest)
     flat = exponential.astype(v.dtype).reshape(B, G, R * S, -1)
-    mixed = jnp.einsum("bgxm,bgmc->bgxc", flat, v, preferred_element_type=jnp.float32).reshape(B, G, R, S, C)
+    mixed = jnp.einsum("bgxm,bgmc->bgxc", flat, v, preferred_element_type=jnp.float32).reshape(B, G, R, S, -1)
     return (mixed / total).astype(q.dtype), (largest + jnp.log(total))[..., 0]
 
 
-def _attend(q, k, v, mask):
-    return _attend_with_normalizer(q, k, v, mask)[0]
+def _attend_gradient(q, k, v, mask, normalizer, dot, gradient):
+    """Gradients of q, k, v. Scores are computed again, keys first: then only one of the products needs a transpose.
 
-
-def _attend_gradient(q, k, v, mask, mixed, normalizer, gradient):
-    """Gradients of q, k, v. Scores are computed again, keys first: then only one of the products needs a transpose."""
+    dot: f32 [B,G,R,S], the product of the gradient with the mixed values.
+    """
     B, G, R, S, C = q.shape
     M = k.shape[2]
-    dot = jnp.sum(gradient.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1).reshape(B, G, 1, R * S)
-    q, gradient = q.reshape(B, G, R * S, C), gradient.reshape(B, G, R * S, C)
+    dot, normalizer = dot.reshape(B, G, 1, R * S), normalizer.reshape(B, G, 1, R * S)
+    q, gradient = q.reshape(B, G, R * S, C), gradient.reshape(B, G, R * S, -1)
     keep = jnp.broadcast_to(jnp.swapaxes(mask, 1, 2)[:, :, None, :], (mask.shape[0], M, R, S)).reshape(-1, 1, M, R * S)
     scores = jnp.einsum("bgmc,bgxc->bgmx", k, q, preferred_element_type=jnp.float32)
-    probability = jnp.where(keep, jnp.exp(scores - normalizer.reshape(B, G, 1, R * S)), 0.0)
+    probability = jnp.where(keep, jnp.exp(scores - normalizer), 0.0)
     gradient_v = jnp.einsum("bgmx,bgxc->bgmc", probability.astype(v.dtype), gradient)
     of_probability = jnp.einsum("bgmc,bgxc->bgmx", v, gradient, preferred_element_type=jnp.float32)
     of_scores = (probability * (of_probability - dot)).astype(q.dtype)
@@ -143,32 +208,36 @@ def _query_blocks(length: int) -> list[slice]:
 
 
 @jax.custom_vjp
-def _causal_attend(q, k, v, mask):
-    """As `_attend`, for a mask that is causal and square. No array of size S x S is kept for the backward pass."""
-    return _causal_forward(q, k, v, mask)[0]
+def _causal_attend(q, k, v, mask, sinks):
+    """As `_attend_with_normalizer`, for a mask that is causal and square. Nothing S x S is kept for backward."""
+    return _causal_forward(q, k, v, mask, sinks)[0]
 
 
-def _causal_forward(q, k, v, mask):
+def _causal_forward(q, k, v, mask, sinks):
     blocks = _query_blocks(q.shape[3])
     parts = [
-        _attend_with_normalizer(q[:, :, :, b], k[:, :, : b.stop], v[:, :, : b.stop], mask[:, b, : b.stop])
+        _attend_with_normalizer(q[:, :, :, b], k[:, :, : b.stop], v[:, :, : b.stop], mask[:, b, : b.stop], sinks)
         for b in blocks
     ]
     mixed = jnp.concatenate([part[0] for part in parts], axis=3)
     normalizer = jnp.concatenate([part[1] for part in parts], axis=3)
-    return mixed, (q, k, v, mask, mixed, normalizer)
+    return mixed, (q, k, v, mask, sinks, mixed, normalizer)
 
 
 def _causal_backward(residuals, gradient):
-    q, k, v, mask, mixed, normalizer = residuals
+    q, k, v, mask, sinks, mixed, normalizer = residuals
+    dot = jnp.sum(gradient.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1)
     gradients_q, gradient_k, gradient_v = [], jnp.zeros_like(k), jnp.zeros_like(v)
     for b in reversed(_query_blocks(q.shape[3])):
         arrays = q[:, :, :, b], k[:, :, : b.stop], v[:, :, : b.stop], mask[:, b, : b.stop]
-        of_q, of_k, of_v = _attend_gradient(*arrays, mixed[:, :, :, b], normalizer[:, :, :, b], gradient[:, :, :, b])
+        of_q, of_k, of_v = _attend_gradient(*arrays, normalizer[:, :, :, b], dot[:, :, :, b], gradient[:, :, :, b])
         gradients_q.insert(0, of_q)
         rest = ((0, 0), (0, 0), (0, k.shape[2] - b.stop), (0, 0))
         gradient_k, gradient_v = gradient_k + jnp.pad(of_k, rest), gradient_v + jnp.pad(of_v, rest)
-    return jnp.concatenate(gradients_q, axis=3), gradient_k, gradient_v, None
+    of_sinks = None
+    if sinks is not None:
+        of_sinks = -jnp.sum(jnp.exp(sinks[None, :, :, None] - normalizer) * dot, axis=(0, 3))
+    return jnp.concatenate(gradients_q, axis=3), gradient_k, gradient_v, None, of_sinks
 
 
 _causal_attend.defvjp(_causal_forward, _causal_backward)

@@ -1,4 +1,4 @@
-"""The decoder: embedding, L layers of attention and experts under one scan, final norm, output head.
+"""The decoder: embedding, layers of attention and experts under scans, final norm, output head.
 
 What the router decided is returned, never recorded on the side; what isn't asked for is never computed.
 """
@@ -10,10 +10,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from trace_jax.models.attention import Cache, attention, attention_mask, rotary
+from trace_jax.models.attention import Cache, attention, attention_mask
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.moe import Routing, moe_layer
+from trace_jax.models.moe import Routing, gated_mlp, moe_layer
+from trace_jax.models.norms import norm
+from trace_jax.models.rotary import rotary
 from trace_jax.parallel.mesh import as_varying, varying_axes
 
 ROUTER_PARTS = ("router_logits", "indices", "weights", "counts", "load")
@@ -26,13 +29,13 @@ COLLECT = ("logits", "hidden", "layers", "router", *ROUTER_PARTS)
 )
 @dataclasses.dataclass(frozen=True)
 class RouterOutput:
-    """The routers of all layers; parts that weren't asked for are None."""
+    """The routers of the layers that have one (`config.moe_layers`, L of them); what wasn't asked for is None."""
 
     logits: jax.Array | None = None  # f32 [L, B, S, E] raw scores
     indices: jax.Array | None = None  # i32 [L, B, S, K] chosen experts by descending score
     weights: jax.Array | None = None  # f32 [L, B, S, K] gate weight of each chosen expert
     counts: jax.Array | None = None  # i32 [L, E] how often each expert was chosen over `count_mask`
-    load: jax.Array | None = None  # f32 [L, E] sum of softmax probabilities over `count_mask`
+    load: jax.Array | None = None  # f32 [L, E] sum of router probabilities over `count_mask`
 
 
 @partial(
@@ -49,16 +52,23 @@ class ModelOutput:
     cache: Cache | None = None
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-    """x [..., D] over its root mean square, times weight [D]; computed in float32."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return x32.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+def output_operands(params: dict, config: ModelConfig, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(hidden [..., D'], matrix [D', V]) whose product is the logits of final hidden states [..., D].
+
+    A bias of the head is one more row of the matrix, so that whoever multiplies in pieces need not know of it.
+    """
+    matrix = params["embed"].T if config.tie_embeddings else params["head"]
+    if config.logits_divisor != 1.0:
+        hidden = (hidden.astype(jnp.float32) / config.logits_divisor).astype(hidden.dtype)
+    if config.head_bias:
+        hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], axis=-1)
+        matrix = jnp.concatenate([matrix, params["head_bias"][None]], axis=0)
+    return hidden, matrix
 
 
-def output_head(params: dict, config: ModelConfig) -> jax.Array:
-    """[D, V]: the matrix that turns final hidden states into logits."""
-    return params["embed"].T if config.tie_embeddings else params["head"]
+def output_logits(params: dict, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """f32 [..., V]: logits of final hidden states [..., D]."""
+    return jnp.einsum("...d,dv->...v", *output_operands(params, config, hidden), preferred_element_type=jnp.float32)
 
 
 def forward(
@@ -99,43 +109,112 @@ def forward(
     allowed = attention_mask(documents, S, cache)
     if positions is None:
         positions = jnp.sum(allowed.astype(jnp.int32), axis=-1) - 1
+    if cache is not None:
+        placed = jnp.broadcast_to(positions, (B, S))
+        placed = jax.lax.dynamic_update_slice_in_dim(cache.positions, placed, cache.index - S, axis=1)
+        cache = dataclasses.replace(cache, positions=placed)
     if count_mask is None:
         count_mask = jnp.ones((B, S), bool) if documents is None else documents != 0
-    cos, sin = rotary(positions, config)
+    per_layer = _PerLayer(config, allowed, positions, positions if cache is None else cache.positions)
+    start = None if cache is None else cache.index - S
 
-    def layer_step(x, layer_and_cache):
-        layer, layer_cache = layer_and_cache
+    def layer_step(x, inputs):
+        layer, layer_cache, kind = inputs
         if cache is not None:
-            layer_cache = (*layer_cache, cache.index - S)
-        normed = rms_norm(x, layer["attention_norm"], config.norm_epsilon)
-        mixed, keys_values = attention(layer, config, normed, cos=cos, sin=sin, mask=allowed, cache=layer_cache)
-        x = x + mixed
-        normed = rms_norm(x, layer["mlp_norm"], config.norm_epsilon)
-        y, routing = moe_layer(layer, config, normed.reshape(B * S, -1))
-        x = x + y.reshape(x.shape)
-        out = _router_parts(routing, wanted, count_mask)
+            layer_cache = (*layer_cache, start)
+
+        def mix(x):
+            return attention(layer, config, x, turn=per_layer.turn(kind), mask=per_layer.mask(kind), cache=layer_cache)
+
+        def feed_forward(x):
+            flat = x.reshape(B * S, -1)
+            if "mlp" in layer:
+                return gated_mlp(layer["mlp"], config, flat).reshape(x.shape), None
+            y, routing = moe_layer(layer, config, flat)
+            return y.reshape(x.shape), routing
+
+        x, keys_values = _residual(layer, config, x, "attention", mix)
+        x, routing = _residual(layer, config, x, "mlp", feed_forward)
+        out = {} if routing is None else _router_parts(routing, wanted, count_mask)
         if "layers" in wanted:
             out["layers"] = x
         if cache is not None:
             out["cache"] = keys_values
         return x, out
 
-    layers, caches = params["layers"], None if cache is None else (cache.k, cache.v)
-    if num_layers is not None:
-        layers, caches = jax.tree.map(lambda a: a[:num_layers], (layers, caches))
-    x = as_varying(params["embed"][tokens], varying_axes(params, tokens, mask, cache))
-    # Few layers are unrolled: then what the backward pass keeps isn't copied into and out of stacks.
-    depth = layers["router"].shape[0]
-    x, out = jax.lax.scan(layer_step, x, (layers, caches), unroll=depth if depth <= UNROLLED_LAYERS else 1)
+    x = params["embed"][tokens]
+    if config.embedding_scale != 1.0:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    x, outs = as_varying(x, varying_axes(params, tokens, mask, cache)), []
+    for stack, inside, layers in _runs(config, num_layers or config.num_layers):
+        arrays = jax.tree.map(lambda a: a[inside], params[stack])  # noqa: B023
+        caches = None if cache is None else jax.tree.map(lambda a: a[layers], (cache.k, cache.v))  # noqa: B023
+        depth = layers.stop - layers.start
+        # Few layers are unrolled: then what the backward pass keeps isn't copied into and out of stacks.
+        unroll = depth if depth <= UNROLLED_LAYERS else 1
+        x, out = jax.lax.scan(layer_step, x, (arrays, caches, per_layer.kinds(layers)), unroll=unroll)
+        outs.append(out)
     if num_layers is None:
-        x = rms_norm(x, params["final_norm"], config.norm_epsilon)
+        x = norm(params, "final_norm", config, x)
+    logits = output_logits(params, config, x) if "logits" in wanted else None
+    out = {name: _joined([o[name] for o in outs if name in o]) for name in sorted({key for o in outs for key in o})}
     if cache is not None:
         cache = _with_layers(cache, *out["cache"])
-    logits = None
-    if "logits" in wanted:
-        logits = jnp.einsum("bsd,dv->bsv", x, output_head(params, config), preferred_element_type=jnp.float32)
     router = RouterOutput(logits=out.get("router_logits"), **{name: out.get(name) for name in ROUTER_PARTS[1:]})
     return ModelOutput(logits, x if "hidden" in wanted else None, out.get("layers"), router, cache)
+
+
+def _residual(layer: dict, config: ModelConfig, x: jax.Array, name: str, part):
+    """(x + scale * part(x), what else the part returns), with the norms called `name` around the part."""
+    before = norm(layer, f"{name}_norm", config, x) if config.norm_placement in ("pre", "both") else x
+    y, more = part(before)
+    if config.norm_placement in ("post", "both"):
+        y = norm(layer, f"{name}_post_norm", config, y)
+    return x + (y * jnp.asarray(config.residual_scale, y.dtype) if config.residual_scale != 1.0 else y), more
+
+
+def _runs(config: ModelConfig, num_layers: int) -> list[tuple[str, slice, slice]]:
+    """The first layers as runs of one kind: (which stack of parameters, where in it, which layers of the network)."""
+    runs, seen = [], {"layers": 0, "dense": 0}
+    for layer in range(num_layers):
+        stack = "dense" if layer in config.dense_layers else "layers"
+        place = seen[stack]
+        seen[stack] += 1
+        if runs and runs[-1][0] == stack:
+            _, inside, layers = runs.pop()
+            runs.append((stack, slice(inside.start, place + 1), slice(layers.start, layer + 1)))
+        else:
+            runs.append((stack, slice(place, place + 1), slice(layer, layer + 1)))
+    return runs
+
+
+class _PerLayer:
+    """What differs between layers but is not a parameter: window and rotary embedding, scanned over as numbers."""
+
+    def __init__(self, config: ModelConfig, allowed: jax.Array, positions: jax.Array, key_positions: jax.Array):
+        self._allowed, self._turns = allowed, rotary(positions, config)
+        self._windows = np.asarray([w or np.iinfo(np.int32).max for w in config.windows], np.int32)
+        self._ropes = np.asarray(config.layer_ropes, np.int32)
+        if config.windows:
+            self._distance = positions[:, :, None] - key_positions[:, None, :]
+
+    def kinds(self, layers: slice) -> dict:
+        """(window, rope) of each layer in a run."""
+        chosen = {"window": self._windows, "rope": self._ropes}
+        return {name: jnp.asarray(numbers[layers]) for name, numbers in chosen.items() if numbers.size}
+
+    def mask(self, kind: dict) -> jax.Array:
+        """bool [B or 1, S, M]: what the layer's queries may read."""
+        return self._allowed & (self._distance < kind["window"]) if "window" in kind else self._allowed
+
+    def turn(self, kind: dict) -> jax.Array:
+        """f32 [2, B or 1, S, 1, 2, W/2]: the layer's rotary embedding; number -1 is the last one, which is none."""
+        return self._turns[kind["rope"]] if "rope" in kind else self._turns[0]
+
+
+def _joined(parts: list):
+    """Trees of arrays joined along their first axis."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
 
 
 def _check(config, tokens, mask, count_mask, collect, num_layers) -> frozenset:
@@ -176,8 +255,8 @@ def _router_parts(routing: Routing, wanted: frozenset, count_mask: jax.Array) ->
     return parts
 
 
-def _with_layers(cache: Cache, k: jax.Array, v: jax.Array) -> Cache:
+def _with_layers(cache: Cache, k: jax.Array, v: jax.Array | None) -> Cache:
     """`cache` with the first layers' keys and values replaced (all of them unless the pass stopped early)."""
     if k.shape[0] < cache.k.shape[0]:
-        k, v = cache.k.at[: k.shape[0]].set(k), cache.v.at[: v.shape[0]].set(v)
+        k, v = jax.tree.map(lambda old, new: old.at[: new.shape[0]].set(new), (cache.k, cache.v), (k, v))
     return dataclasses.replace(cache, k=k, v=v)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from trace_jax.models.attention import init_cache
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.decoder import forward, output_head
+from trace_jax.models.decoder import forward, output_logits
 
 
 def generate(
@@ -47,14 +47,13 @@ def generate(
 @partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos_id"))
 def _generate(params, config, prompt, lengths, max_new_tokens, eos_id):
     B, P = prompt.shape
-    head = output_head(params, config)
 
     def read(tokens, mask, cache) -> tuple[Any, Any]:
         output = forward(params, config, tokens, mask=mask, collect=("hidden",), cache=cache)
         return output.hidden, output.cache
 
     def likeliest(hidden_BD):
-        return jnp.argmax(jnp.dot(hidden_BD, head, preferred_element_type=jnp.float32), axis=-1).astype(jnp.int32)
+        return jnp.argmax(output_logits(params, config, hidden_BD), axis=-1).astype(jnp.int32)
 
     # All rows write their n-th new token at place P + n of the cache; a shorter prompt leaves padding before it, which
     # has another document number and so is never read, nor counted in rotary positions.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.decoder import output_head
+from trace_jax.models.decoder import output_operands
 from trace_jax.parallel.mesh import as_varying, varying_axes
 
 MAX_CHUNK_ELEMENTS = 2**24  # of one chunk's logits: 64 MiB in float32
@@ -28,10 +28,9 @@ def token_nll(
       targets: i32 [B, S], the next token of each position; any valid id where there is none (mask the result).
       chunk_size: tokens whose logits exist at a time; default: as many as make `MAX_CHUNK_ELEMENTS` logits.
     """
-    D = hidden.shape[-1]
-    head = output_head(params, config)
+    hidden, head = output_operands(params, config, hidden)
     axes = varying_axes(head, hidden, targets)
-    operands = as_varying((head, hidden.reshape(-1, D), targets.reshape(-1)), axes)
+    operands = as_varying((head, hidden.reshape(-1, head.shape[0]), targets.reshape(-1)), axes)
     return jnp.reshape(_nll(_num_chunks(targets.size, head.shape[1], chunk_size), *operands), targets.shape)
 
 
@@ -50,13 +49,13 @@ def token_kl(
       hidden_ref, hidden: [B, S, D], final hidden states under `params_ref` and `params`.
       chunk_size: as in `token_nll`.
     """
-    D = hidden.shape[-1]
-    heads = jax.lax.stop_gradient(output_head(params_ref, config)), output_head(params, config)
-    hiddens = jax.lax.stop_gradient(hidden_ref).reshape(-1, D), hidden.reshape(-1, D)
-    axes = varying_axes(heads, hiddens)
-    num_chunks = _num_chunks(hidden.size // D, heads[1].shape[1], chunk_size)
-    operands = as_varying((heads[0], hiddens[0], heads[1], hiddens[1]), axes)
-    return jnp.reshape(_kl(num_chunks, *operands), hidden.shape[:-1])
+    shape = hidden.shape[:-1]
+    hidden_ref, head_ref = jax.lax.stop_gradient(output_operands(params_ref, config, hidden_ref))
+    hidden, head = output_operands(params, config, hidden)
+    hidden_ref, hidden = (h.reshape(-1, head.shape[0]) for h in (hidden_ref, hidden))
+    num_chunks = _num_chunks(hidden.shape[0], head.shape[1], chunk_size)
+    operands = as_varying((head_ref, hidden_ref, head, hidden), varying_axes(head_ref, hidden_ref, head, hidden))
+    return jnp.reshape(_kl(num_chunks, *operands), shape)
 
 
 def _num_chunks(num_tokens: int, vocab_size: int, chunk_size: int | None) -> int:

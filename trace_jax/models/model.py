@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from trace_jax.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Ids with a meaning: what a text starts with (None: nothing), what ends it, what fills a row."""
+
+    bos: int | None = 1
+    eos: tuple[int, ...] = (2,)
+    pad: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The checkpoint that a model was imported from."""
+
+    directory: Path
+    model_type: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +33,8 @@ class Model:
     config: ModelConfig
     params: Any
     tokenizer: Any = None
+    special: SpecialTokens = SpecialTokens()
+    source: Source | None = None
 
     def replace(self, **changes) -> Model:
         return dataclasses.replace(self, **changes)

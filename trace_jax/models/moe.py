@@ -22,6 +22,7 @@ from trace_jax.models.grouped_matmul import (
     grouped_matmul,
     resolve_implementation,
 )
+from trace_jax.models.norms import norm
 
 COUNTING_BLOCK = 128
 
@@ -31,31 +32,87 @@ COUNTING_BLOCK = 128
 )
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What the router of one layer said about T tokens."""
+    """What the router of one layer said about T tokens. It means the same for every family (docs/models.md)."""
 
-    logits: jax.Array  # f32 [T, E] raw scores
-    probabilities: jax.Array  # f32 [T, E] softmax over all experts
+    logits: jax.Array  # f32 [T, E] raw scores, bias included: before softmax, sigmoid and correction
+    probabilities: jax.Array  # f32 [T, E] softmax of the logits, or sigmoids over their sum
     indices: jax.Array  # i32 [T, K] chosen experts by descending score
     weights: jax.Array  # f32 [T, K] what each chosen expert's output is multiplied by
 
 
-def route(router_DE: jax.Array, config: ModelConfig, x_TD: jax.Array) -> Routing:
-    """Scores, softmax over all experts, exact top K, in float32 whatever the type of `x`."""
-    logits = jnp.dot(x_TD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    indices = jax.lax.top_k(jax.lax.stop_gradient(probabilities), config.experts_per_token)[1]
-    # Chosen weights by comparison, not by gather: the gradient of a gather would be a scatter.
-    chosen = indices[:, :, None] == jnp.arange(config.num_experts, dtype=jnp.int32)[None, None, :]
-    weights = jnp.sum(jnp.where(chosen, probabilities[:, None, :], 0.0), axis=-1)
+def route(layer: dict, config: ModelConfig, x_TD: jax.Array) -> Routing:
+    """Scores all experts, chooses K exactly and weighs them; in float32 whatever the type of `x`.
+
+    Args:
+      layer: router [D,E]; router_bias [E] and router_correction [E] where the model has them.
+    """
+    logits = jnp.dot(x_TD.astype(jnp.float32), layer["router"], precision=jax.lax.Precision.HIGHEST)
+    if config.router_bias:
+        logits = logits + layer["router_bias"][None]
+    if config.router_score == "sigmoid":
+        scores = jax.nn.sigmoid(logits)
+        probabilities = scores / jnp.maximum(jnp.sum(scores, axis=-1, keepdims=True), 1e-20)
+    else:
+        scores = probabilities = jax.nn.softmax(logits, axis=-1)
+    if config.router_score == "sparsemixer":
+        indices, weights = _sparse_mixer(logits, config.router_jitter)
+    else:
+        choosing = logits if config.router_score == "softmax_top_k" else scores
+        choosing = choosing + layer["router_correction"][None] if config.router_correction else choosing
+        indices = jax.lax.top_k(_best_groups(jax.lax.stop_gradient(choosing), config), config.experts_per_token)[1]
+        if config.router_score == "softmax_top_k":
+            weights = jax.nn.softmax(_chosen(logits, indices), axis=-1)
+        else:
+            weights = _chosen(scores, indices)
     if config.normalize_top_k:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights / (jnp.maximum(total, config.normalize_minimum) if config.normalize_minimum else total)
+    if config.routing_scale != 1.0:
+        weights = weights * config.routing_scale
     return Routing(logits, probabilities, indices, weights)
 
 
-def gated_mlp(weights: dict, x: jax.Array) -> jax.Array:
-    """SwiGLU of x [T,D] with gate_up [D,2,F] and down [F,D]."""
-    gate_up = weights["gate_up"]
-    return _swiglu(x @ gate_up.reshape(gate_up.shape[0], -1)) @ weights["down"]
+def _chosen(scores_TE: jax.Array, indices_TK: jax.Array) -> jax.Array:
+    """[T,K]: scores at indices, by comparison, not by gather: the gradient of a gather would be a scatter."""
+    is_chosen = indices_TK[:, :, None] == jnp.arange(scores_TE.shape[1], dtype=jnp.int32)[None, None, :]
+    return jnp.sum(jnp.where(is_chosen, scores_TE[:, None, :], 0.0), axis=-1)
+
+
+def _best_groups(choosing_TE: jax.Array, config: ModelConfig) -> jax.Array:
+    """Scores with those outside the best groups at minus infinity. DeepSeek-V2 and V3, arXiv 2412.19437 eq. 16."""
+    if config.num_groups == 1:
+        return choosing_TE
+    grouped = choosing_TE.reshape(choosing_TE.shape[0], config.num_groups, -1)
+    best = jax.lax.top_k(grouped, 2 if config.group_score == "top2" else 1)[0].sum(axis=-1)
+    groups = jax.lax.top_k(best, config.groups_per_token)[1]
+    is_best = jnp.any(groups[:, :, None] == jnp.arange(config.num_groups, dtype=jnp.int32)[None, None, :], axis=1)
+    return jnp.where(is_best[:, :, None], grouped, -jnp.inf).reshape(choosing_TE.shape)
+
+
+def _sparse_mixer(logits_TE: jax.Array, jitter: float) -> tuple[jax.Array, jax.Array]:
+    """(indices, weights) [T,2]: the best expert by a softmax over those close to it; again without it.
+
+    SparseMixer-v2 as Phi-3.5-MoE uses it in evaluation, arXiv 2409.12136.
+    """
+    left, indices, weights = logits_TE, [], []
+    for _ in range(2):
+        largest = jnp.max(left, axis=-1, keepdims=True)
+        index = jnp.argmax(left, axis=-1).astype(jnp.int32)[:, None]
+        far = (largest - logits_TE) / jnp.maximum(jnp.abs(logits_TE), largest) > 2 * jitter
+        probabilities = jax.nn.softmax(jnp.where(jax.lax.stop_gradient(far), -jnp.inf, left), axis=-1)
+        indices.append(index)
+        weights.append(_chosen(probabilities, index))
+        left = jnp.where(index == jnp.arange(left.shape[1], dtype=jnp.int32)[None], -jnp.inf, left)
+    return jnp.concatenate(indices, axis=1), jnp.concatenate(weights, axis=1)
+
+
+def gated_mlp(weights: dict, config: ModelConfig, x: jax.Array) -> jax.Array:
+    """Gated feed-forward of x [T,D] with gate_up [D,2,F], down [F,D] and, where there are, their biases."""
+    gate_up = x @ weights["gate_up"].reshape(x.shape[1], -1)
+    if "gate_up_bias" in weights:
+        gate_up = gate_up + weights["gate_up_bias"].reshape(1, -1)
+    y = _activation(config)(gate_up) @ weights["down"]
+    return y + weights["down_bias"][None] if "down_bias" in weights else y
 
 
 def moe_layer(layer: dict, config: ModelConfig, x_TD: jax.Array) -> tuple[jax.Array, Routing]:
@@ -64,34 +121,55 @@ def moe_layer(layer: dict, config: ModelConfig, x_TD: jax.Array) -> tuple[jax.Ar
     Args:
       layer: the arrays of one layer: router [D,E], experts {gate_up [E,D,2,F], down [E,F,D]}, optional shared.
     """
-    routing = route(layer["router"], config, x_TD)
-    y = experts(layer["experts"], x_TD, routing.indices, routing.weights, implementation=config.grouped_matmul)
+    routing = route(layer, config, x_TD)
+    y = experts(layer["experts"], config, x_TD, routing.indices, routing.weights)
     if config.shared_hidden_size:
-        y = y + gated_mlp(layer["shared"], x_TD)
-    return y, routing
+        shared = gated_mlp(layer["shared"], config, x_TD)
+        if config.shared_gate:
+            shared = shared * jax.nn.sigmoid(x_TD @ layer["shared"]["gate"][:, None])
+        y = y + shared
+    return (norm(layer, "moe_output_norm", config, y) if config.moe_output_norm else y), routing
 
 
 def experts(
-    weights: dict, x_TD: jax.Array, indices_TK: jax.Array, gates_TK: jax.Array, *, implementation: str
+    weights: dict, config: ModelConfig, x_TD: jax.Array, indices_TK: jax.Array, gates_TK: jax.Array
 ) -> jax.Array:
     """Sum over the chosen experts of gate times expert: [T,D]."""
-    implementation = resolve_implementation(implementation)
+    implementation, activate = resolve_implementation(config.grouped_matmul), _activation(config)
     num_experts, D = weights["gate_up"].shape[:2]
-    gate_up = weights["gate_up"].reshape(num_experts, D, -1)
     num_slots = indices_TK.size
     size = block_size(num_slots, num_experts) if implementation == "blocked" else 1
     group_sizes, rank = count_and_rank(indices_TK.reshape(-1), num_experts)
     first, block_group = block_layout(group_sizes, num_slots, size)
     place_TK = (first[indices_TK.reshape(-1)] + rank).reshape(indices_TK.shape)
     slot = _slot_at_place(place_TK, block_group.shape[0] * size)
-    x_PD = _dispatch(x_TD, slot, place_TK)
-    if implementation == "blocked":
-        hidden = _swiglu(block_matmul(x_PD.reshape(-1, size, D), gate_up, block_group))
-        y_PD = block_matmul(hidden, weights["down"], block_group).reshape(-1, D)
-    else:
-        hidden = _swiglu(grouped_matmul(x_PD, gate_up, group_sizes, implementation=implementation))
-        y_PD = grouped_matmul(hidden, weights["down"], group_sizes, implementation=implementation)
+
+    def multiply(x, name):
+        w = weights[name].reshape(num_experts, x.shape[-1], -1)
+        if implementation == "blocked":
+            y = block_matmul(x, w, block_group)
+        else:
+            y = grouped_matmul(x.reshape(-1, x.shape[-1]), w, group_sizes, implementation=implementation)[:, None]
+        bias = weights.get(f"{name}_bias")
+        return y if bias is None else y + bias.reshape(num_experts, 1, -1)[block_group]
+
+    x_PD = _dispatch(x_TD, slot, place_TK).reshape(-1, size, D)
+    y_PD = multiply(activate(multiply(x_PD, "gate_up")), "down").reshape(-1, D)
     return _combine(y_PD, gates_TK, slot, place_TK)
+
+
+def _activation(config: ModelConfig):
+    """[..., 2F] (gates, then ups) -> [..., F]."""
+    if config.activation == "swiglu":
+        return _swiglu
+    return partial(_clamped_swiglu, alpha=config.swiglu_alpha, limit=config.swiglu_limit)
+
+
+def _clamped_swiglu(gate_up: jax.Array, *, alpha: float, limit: float) -> jax.Array:
+    """GPT-OSS: both sides are limited, the gate from above only, and 1 is added to the ups."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * gate * jax.nn.sigmoid(gate * alpha)
 
 
 @jax.custom_vjp

@@ -1,0 +1,54 @@
+"""Rotary position embedding: the first (latent attention: last) dimensions of a head turn with position."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trace_jax.models.config import ModelConfig, Rope
+
+
+def rotary(positions: jax.Array, config: ModelConfig) -> jax.Array:
+    """Cosines and sines at `positions` i32 [B or 1, S]: f32 [N, 2, B or 1, S, 1, 2, W/2].
+
+    N: one for each of `config.ropes`, and a last one that turns nothing (`layer_ropes` = -1). W: the dimensions that
+    turn; the two coordinates of a pair stand in halves, and the sine carries the sign of each half.
+    """
+    tables = [_table(positions, rope, config.rotary_width) for rope in config.ropes]
+    still = jnp.stack([jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][0])])
+    return jnp.stack([*tables, still])
+
+
+def frequencies(rope: Rope, width: int) -> np.ndarray:
+    """Radians per position of each of the width/2 pairs, f32."""
+    exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    inverse = 1.0 / (np.float32(rope.theta) ** exponent)
+    return inverse / np.asarray(rope.divisors, np.float32) if rope.divisors else inverse
+
+
+def _table(positions: jax.Array, rope: Rope, width: int) -> jax.Array:
+    angle = positions.astype(jnp.float32)[:, :, None] * frequencies(rope, width)[None, None, :]
+    amplitude = jnp.float32(rope.amplitude)
+    if rope.long_amplitude:
+        is_long = jnp.max(positions) >= rope.original_length
+        amplitude = jnp.where(is_long, jnp.float32(rope.long_amplitude), amplitude)
+    cos, sin = (amplitude * f(angle)[:, :, None, None, :] for f in (jnp.cos, jnp.sin))
+    return jnp.stack([jnp.concatenate([cos, cos], axis=3), jnp.concatenate([-sin, sin], axis=3)])
+
+
+def rotate(x: jax.Array, table: jax.Array, *, interleaved: bool) -> jax.Array:
+    """x [B,S,N,C] with its first W dimensions turned by `table` [2,B,S,1,2,W/2].
+
+    Interleaved pairs come out in halves: queries and keys alike, so that their products are the same. A flip swaps the
+    halves: XLA vectorises it, unlike a concatenation.
+    """
+    width = 2 * table.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    if interleaved:
+        halves = jnp.swapaxes(turned.reshape(*turned.shape[:3], width // 2, 2), 3, 4)
+    else:
+        halves = turned.reshape(*turned.shape[:3], 2, width // 2)
+    halves = halves.astype(jnp.float32)
+    turned = (halves * table[0] + jnp.flip(halves, axis=3) * table[1]).reshape(turned.shape).astype(x.dtype)
+    return turned if not rest.shape[-1] else jnp.concatenate([turned, rest], axis=-1)
