@@ -1,8 +1,38 @@
 """Numbers are strict in tests: no silent promotion of types or ranks. Four simulated devices stand for a real mesh."""
 
+import functools
+
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record-families", metavar="DIR", help="write what the tests measured of each family there, one file each"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """tiny_model(model_type): transformers' own tiny random model of a family (`tiny_checkpoints`)."""
+    import tiny_checkpoints  # torch and transformers load only for tests that need them
+
+    return functools.cache(tiny_checkpoints.build)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model, tmp_path_factory):
+    """tiny_checkpoint(model_type, layout="original", legacy=False): the directory where that model is saved."""
+    import tiny_checkpoints
+
+    @functools.cache
+    def saved(model_type, layout="original", legacy=False):
+        directory = tmp_path_factory.mktemp(model_type)
+        return tiny_checkpoints.save(tiny_model(model_type), model_type, directory, layout=layout, legacy=legacy)
+
+    return saved

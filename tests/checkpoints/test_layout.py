@@ -1,0 +1,96 @@
+"""Layouts: what the strings mean, and that both ways through them undo each other."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trace_jax.checkpoints.layout import copy_tiled, parse_layout
+
+LETTERS = "abcdefgh"
+
+
+@st.composite
+def layouts(draw):
+    """(text, shape of the parameter, letters that number tensors)"""
+    count = draw(st.integers(1, 5))
+    disk = draw(st.permutations(LETTERS[:count]))
+    separate = tuple(disk[: draw(st.integers(0, count - 1))])
+    left, rest = list(separate), list(disk[len(separate) :])
+    while rest:
+        group = [rest.pop(0) for _ in range(draw(st.integers(1, len(rest))))]
+        left += ["1"] * draw(st.booleans())
+        left.append(group[0] if len(group) == 1 else f"({' '.join(group)})")
+    axes = draw(st.permutations(disk))
+    shape = tuple(draw(st.integers(1, 4)) for _ in axes)
+    return f"{' '.join(left)} -> {' '.join(axes)}", shape, separate
+
+
+@settings(deadline=None, max_examples=60)
+@given(layouts())
+def test_to_disk_undoes_to_params_in_numpy_and_jax(case):
+    text, shape, separate = case
+    layout = parse_layout(text, shape, separate)
+    params = np.arange(math.prod(shape)).reshape(shape)
+    disk = layout.to_disk(params)
+    assert disk.shape == (*layout.shape[: len(separate)], *layout.tensor_shape)
+    np.testing.assert_array_equal(layout.to_params(disk), params)
+    np.testing.assert_array_equal(layout.to_disk(jnp.asarray(params)), disk)
+    np.testing.assert_array_equal(layout.to_params(jnp.asarray(disk)), params)
+
+
+def test_letters_in_parentheses_share_an_axis_slowest_first():
+    layout = parse_layout("(h c) d -> d h c", (5, 2, 3))
+    disk = np.arange(30).reshape(6, 5)
+    params = layout.to_params(disk)
+    assert layout.tensor_shape == (6, 5)
+    for h in range(2):
+        for c in range(3):
+            np.testing.assert_array_equal(params[:, h, c], disk[3 * h + c])
+
+
+def test_letters_that_number_tensors_lead():
+    layout = parse_layout("e g f d -> e d g f", (4, 5, 2, 3), ("e", "g"))
+    assert layout.tensor_shape == (3, 5)
+    disk = np.arange(120).reshape(4, 2, 3, 5)
+    np.testing.assert_array_equal(layout.to_params(disk)[3, :, 1, 2], disk[3, 1, 2])
+
+
+def test_an_axis_of_one_exists_only_on_disk():
+    layout = parse_layout("1 e -> e", (4,))
+    assert layout.tensor_shape == (1, 4)
+    assert layout.to_params(np.zeros((1, 4))).shape == (4,)
+    assert layout.to_disk(np.zeros(4)).shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "separate"),
+    [
+        ("a b -> a", (2,), ()),
+        ("a b", (2, 3), ()),
+        ("a b -> b a", (2, 3, 4), ()),
+        ("a a -> a a", (2, 2), ()),
+        ("a b -> b a", (2, 3), ("b",)),
+    ],
+)
+def test_a_string_that_makes_no_sense_is_refused(text, shape, separate):
+    with pytest.raises(ValueError, match="layout 'a"):
+        parse_layout(text, shape, separate)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    st.sampled_from([1, 5, 128, 129, 256, 300]),
+    st.randoms(use_true_random=False),
+)
+def test_a_tiled_copy_is_a_copy(leading, last, random):
+    shape = (*leading, last)
+    order = random.sample(range(len(shape)), len(shape))
+    source = np.random.default_rng(0).integers(0, 60000, shape, np.uint16)
+    target = np.zeros([shape[axis] for axis in order], np.uint16)
+    copy_tiled(source, target.transpose(np.argsort(order)))
+    np.testing.assert_array_equal(target, source.transpose(order))

@@ -1,0 +1,152 @@
+"""Safetensors files: read as the library reads them, slice by slice; written as it writes them, tensor by tensor."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trace_jax.checkpoints.tensor_file import DTYPES, CheckpointError, TensorFile, writing_tensors
+
+TORCH = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def numbers(dtype, shape=(5, 7, 3)):
+    """Every kind of bits (for BOOL: 0 and 1) in a torch tensor."""
+    itemsize = dtype.itemsize
+    data = np.random.default_rng(0).integers(0, 2 if dtype == torch.bool else 256, (*shape, itemsize), np.uint8)
+    return torch.from_numpy(data).view(dtype).reshape(shape)
+
+
+def bits(tensor):
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def save(path, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+
+
+def entry(shape, begin, end, dtype="U8"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def test_all_dtypes_are_covered():
+    assert set(TORCH) == set(DTYPES)
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_any_slice_of_any_type_is_what_the_library_wrote(name, tmp_path):
+    want = {"a": numbers(TORCH[name], (2, 3)), "b": numbers(TORCH[name])}
+    safetensors.torch.save_file(want, tmp_path / "m.safetensors")
+    tensor = TensorFile(tmp_path / "m.safetensors").tensors["b"]
+    assert (tensor.dtype, tensor.shape, tensor.nbytes) == (DTYPES[name], (5, 7, 3), 105 * DTYPES[name].itemsize)
+    assert tensor.read().tobytes() == bits(want["b"])
+
+    @settings(deadline=None, max_examples=20)
+    @given(st.lists(st.integers(0, 105), min_size=2, max_size=2).map(sorted))
+    def check(bounds):
+        start, stop = bounds
+        assert tensor.read(start, stop).tobytes() == bits(want["b"].reshape(-1)[start:stop])
+
+    check()
+
+
+def test_written_files_are_those_of_the_library(tmp_path):
+    want = {name: numbers(dtype) for name, dtype in TORCH.items()}
+    safetensors.torch.save_file(want, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    theirs = TensorFile(tmp_path / "theirs.safetensors")
+    specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in theirs.in_order()}
+    with writing_tensors(tmp_path / "ours.safetensors", specs, theirs.metadata) as writer:
+        for name in reversed(list(specs)):  # in any order
+            writer.copy(name, theirs.tensors[name])
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_a_tensor_can_be_written_in_parts(tmp_path):
+    array = np.arange(24, dtype=np.int32).reshape(4, 6)
+    with writing_tensors(tmp_path / "m.safetensors", {"x": (array.dtype, array.shape)}, {}) as writer:
+        writer.write("x", array[2:], start=12)
+        writer.write("x", array[:3])
+    read = safetensors.torch.load_file(tmp_path / "m.safetensors")
+    np.testing.assert_array_equal(read["x"].numpy(), array)
+
+
+def test_writing_checks_type_and_size(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"x is int32\[2\]; got int64\[2\] from 0 on"),
+        writing_tensors(tmp_path / "m.safetensors", {"x": (np.dtype(np.int32), (2,))}, {}) as writer,
+    ):
+        writer.write("x", np.zeros(2, np.int64))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_nothing_is_left_of_a_file_that_was_interrupted(error, tmp_path):
+    with pytest.raises(error), writing_tensors(tmp_path / "m.safetensors", {"x": (np.dtype(np.int8), (2,))}, {}):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forgotten_tensor_is_an_error(tmp_path):
+    specs = {name: (np.dtype(np.int8), (2,)) for name in "ab"}
+    with (
+        pytest.raises(CheckpointError, match=r"m\.safetensors: b and maybe others have not been written"),
+        writing_tensors(tmp_path / "m.safetensors", specs, {}) as writer,
+    ):
+        writer.write("a", np.zeros(2, np.int8))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("header", "size", "message"),
+    [
+        ({"x": entry([4], 0, 4), "y": entry([4], 4, 8)}, 7, "truncated; y ends at byte"),
+        ({"x": entry([4], 0, 4)}, 6, "2 bytes follow the last tensor, x"),
+        ({"x": entry([4], 0, 4), "y": entry([4], 2, 6)}, 6, "the bytes of x and y overlap"),
+        ({"x": entry([4], 0, 4), "y": entry([4], 6, 10)}, 10, "the bytes of x and y leave a gap"),
+        ({"x": entry([2, 3], 0, 4)}, 4, r"x is U8\[2, 3\], 6 bytes, but occupies 4"),
+        ({"x": entry([4], 0, 4, "Q7")}, 4, "x has dtype 'Q7'; readable are F64"),
+        ({"x": entry([-4], 0, 4)}, 4, "entry of x is wrong"),
+        ({"x": {"dtype": "U8"}}, 4, "entry of x is wrong"),
+        (b"{not json", 0, "header is not that of a safetensors file"),
+        (b"[]", 0, "header is not that of a safetensors file"),
+        (b'{"x": {}, "x": {}}', 0, "a name occurs twice"),
+    ],
+)
+def test_a_wrong_header_is_refused_with_file_and_tensor(header, size, message, tmp_path):
+    save(tmp_path / "m.safetensors", header, bytes(size))
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: .*" + message):
+        TensorFile(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x10\x00", b"\xff" * 8 + b"{}", b"\x10\x00\x00\x00\x00\x00\x00\x00{}"])
+def test_a_file_without_a_whole_header_is_refused(content, tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: .*truncated, or no safetensors"):
+        TensorFile(tmp_path / "m.safetensors")
+
+
+def test_a_file_cut_short_while_it_is_read_is_an_error_that_names_the_tensor(tmp_path):
+    save(tmp_path / "m.safetensors", {"x": entry([100], 0, 100)}, bytes(100))
+    file = TensorFile(tmp_path / "m.safetensors")
+    os.truncate(tmp_path / "m.safetensors", 60)
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: ends within x"):
+        file.tensors["x"].read()

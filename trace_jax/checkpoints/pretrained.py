@@ -1,0 +1,130 @@
+"""Import of published checkpoints: `load_pretrained`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tokenizers import Tokenizer
+
+from trace_jax.checkpoints.accounting import account, by_path, flat_specs
+from trace_jax.checkpoints.checkpoint import open_checkpoint, read_object
+from trace_jax.checkpoints.placing import empty, place
+from trace_jax.checkpoints.streaming import parts_of, stream
+from trace_jax.checkpoints.tensor_file import CheckpointError
+from trace_jax.models.families import family_of, model_config
+from trace_jax.models.model import Model, Source, SpecialTokens
+from trace_jax.progress import progress
+
+
+def load_pretrained(
+    path: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    shardings: Any = None,
+    grouped_matmul: str = "auto",
+) -> Model:
+    """Reads a Hugging Face checkpoint of a supported family, straight onto the devices.
+
+    Every tensor is accounted for before anything is allocated. Only safetensors are read, and no code of a checkpoint
+    ever runs. Quantised tensors (FP8 in blocks, MXFP4) are decoded. Host memory besides the parameters is about two
+    parts of 64 MB.
+
+    Args:
+      path: a directory with config.json and model.safetensors, or several files with an index.
+      dtype: of weights and activations, float32 or bfloat16. The router is float32 always.
+      mesh: devices that each hold all parameters; None: the default device.
+      shardings: pytree of `NamedSharding` like the parameters, instead of `mesh`; any axis but "layers" may be sharded.
+      grouped_matmul: how experts are multiplied (`ModelConfig.grouped_matmul`).
+
+    Raises:
+      CheckpointError: files, tensors or quantization that can't be read; the message names them.
+      ConfigError: a model_type or a value of config.json that isn't implemented; the message lists what is.
+    """
+    directory = Path(path)
+    config_json = open_checkpoint(directory).config
+    config = dataclasses.replace(model_config(config_json, dtype=dtype), grouped_matmul=grouped_matmul)
+    accounting = account(directory, config, family_of(config_json))
+    specs, placing = flat_specs(config), flat_shardings(config, mesh, shardings)
+    parts = [
+        part for slot in accounting.slots for part in parts_of(slot, placing[slot.path], accounting.itemsize(slot))
+    ]
+    tokenizer, special = read_tokenizer(directory), special_tokens(directory, config_json)
+    params: dict[str, jax.Array] = {}
+    with progress(f"Reading {directory.name}", len(parts), unit="part") as advance:
+        for done, (part, numbers) in enumerate(stream(parts, accounting.readable)):
+            name = part.slot.path
+            if name not in params:
+                params[name] = empty(specs[name].shape, specs[name].dtype, placing[name])
+            params[name] = jax.block_until_ready(place(params[name], numbers, part))
+            advance(done + 1, name)
+    return Model(
+        config=config,
+        params=traverse_util.unflatten_dict(params, sep="/"),
+        tokenizer=tokenizer,
+        special=special,
+        source=Source(directory.absolute(), str(config_json["model_type"])),
+    )
+
+
+def flat_shardings(config: Any, mesh: Mesh | None, shardings: Any) -> dict[str, NamedSharding | None]:
+    """The sharding of every parameter by path; None: uncommitted on the default device.
+
+    Raises:
+      ValueError: a sharded "layers" axis.
+    """
+    specs = flat_specs(config)
+    if shardings is None:
+        return dict.fromkeys(specs, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+    flat = by_path(shardings)
+    for path, spec in specs.items():
+        if spec.axes[0] == "layers" and flat[path].spec[:1] not in ((), (None,)):
+            raise ValueError(f"{path}: its layers can't be sharded ({flat[path].spec}); shard another axis.")
+    return flat
+
+
+def read_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint, if it has one in the form of tokenizer.json.
+
+    Raises:
+      CheckpointError: the file can't be read.
+    """
+    file = directory / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(file)) if file.exists() else None
+    except Exception as error:  # the library raises nothing more special
+        raise CheckpointError(f"{file}: can't be read as a tokenizer ({error}). Download it again.") from error
+
+
+def special_tokens(directory: Path, config_json: Mapping[str, Any]) -> SpecialTokens:
+    """Ids from generation_config.json, config.json or, by the tokens' text, tokenizer_config.json; in this order.
+
+    Without a token to fill rows with, the first that ends a text serves.
+    """
+    settings = (_json(directory / "generation_config.json"), config_json)
+    ids: dict[str, Any] = {}
+    for kind in ("bos", "eos", "pad"):
+        found = [file[f"{kind}_token_id"] for file in settings if file.get(f"{kind}_token_id") is not None]
+        ids[kind] = found[0] if found else _id_of(directory, f"{kind}_token")
+    eos = ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]]
+    eos = tuple(int(token) for token in eos if token is not None)
+    pad = ids["pad"] if ids["pad"] is not None else next(iter(eos), 0)
+    return SpecialTokens(bos=ids["bos"], eos=eos, pad=int(pad))
+
+
+def _id_of(directory: Path, kind: str) -> int | None:
+    token = _json(directory / "tokenizer_config.json").get(kind)
+    text = token.get("content") if isinstance(token, dict) else token
+    tokenizer = read_tokenizer(directory) if isinstance(text, str) else None
+    return tokenizer.token_to_id(text) if tokenizer else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.exists() else {}
