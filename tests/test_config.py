@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import os
 
 import ml_collections
 import pytest
 
+from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
 from trace_jax.experiment import METHODS, ExperimentConfig
 from trace_jax.models.config import ModelConfig
 from trace_jax.routing.config import CalibrationConfig
-from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.config import TrainingConfig, UnlearningConfig
 
 
 def experiment(**values) -> ExperimentConfig:
@@ -41,6 +43,21 @@ WRONG = [
         r"data\.forget_substances = 9 would have no effect",
     ),
     ({"data": 3}, r"data is 3 \(int\)"),
+    ({"model": {"hiden_size": 8}}, r"model\.hiden_size: .* did you mean 'hidden_size'"),
+    (
+        {"model": {"path": "x", "hidden_size": 8}},
+        r"model\.hidden_size: there is no setting .* Known here: dtype, .*path",
+    ),
+    ({"model": {"path": ""}}, r"model\.path is empty; give the directory of a checkpoint: --config\.model\.path=DIR"),
+    ({"model": {"path": "x", "dtype": "float16"}}, r"model\.dtype is 'float16'; expected one of float32, bfloat16"),
+    ({"model": {"path": "x"}, "target": {"steps": 9}}, r"target would have no effect: model\.path names a checkpoint"),
+    (
+        {"model": {"path": "x"}, "data": {"vocab_size": 400}},
+        r"data\.vocab_size would have no effect: model\.path names",
+    ),
+    ({"data": {"vocab_size": 4096}}, r"data\.vocab_size is 4096, and the model knows 2048 tokens"),
+    ({"target": {"stepz": 9}}, r"target\.stepz: .* did you mean 'steps'"),
+    ({"export": "trace", "methods": ("uniform",)}, r"export is 'trace'; expected one of the methods uniform"),
 ]
 
 
@@ -48,6 +65,14 @@ WRONG = [
 def test_mistakes_are_named(values, message):
     with pytest.raises(ConfigError, match=message):
         experiment(**values)
+
+
+def test_a_model_with_a_path_is_imported_and_another_is_trained_with_a_vocabulary_of_its_own():
+    trained, imported = experiment(model={"vocab_size": 400}), experiment(model={"path": "x"})
+    assert (trained.data.vocab_size, trained.target) == (400, TrainingConfig())
+    assert (imported.data.vocab_size, imported.target) == (None, None)
+    assert isinstance(imported.model, PretrainedConfig) and imported.model.path == os.path.abspath("x")
+    assert resolve(ExperimentConfig, json.loads(json.dumps(as_dict(imported)))) == imported
 
 
 def test_a_missing_setting_is_named():

@@ -7,6 +7,7 @@ from trace_jax.config import ConfigError
 from trace_jax.main import load_config, main
 
 QUICKSTART = "configs/quickstart.py"
+TEXT = ["--config", "configs/huggingface.py", "--workdir", "w", "--config.data.forget=a", "--config.data.retain=b"]
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,14 @@ def test_the_text_config_asks_for_files():
     with pytest.raises(ConfigError, match=r"data\.forget is needed"):
         load_config("configs/text.py")
     assert load_config("configs/text.py", {"data.forget": "a", "data.retain": "b"}).data.retain == "b"
+
+
+def test_the_checkpoint_config_asks_for_a_checkpoint_and_exports_what_it_unlearns():
+    files = {"data.forget": "a", "data.retain": "b"}
+    with pytest.raises(ConfigError, match=r"model\.path is empty.*--config\.model\.path=DIR"):
+        load_config("configs/huggingface.py", files)
+    config = load_config("configs/huggingface.py", {**files, "model.path": "c"})
+    assert config.export in config.methods and config.model.dtype == "bfloat16" and config.target is None
 
 
 def test_the_study_methods_have_one_budget_and_bracket_alpha():
@@ -47,6 +56,10 @@ BAD = [
     (["--config", QUICKSTART, "--workdir", "w", "--config.name.x=3"], "name is a single setting"),
     (["--config", QUICKSTART, "--workdir", "w", "--config.model.experts_per_token=99"], "only 16 experts"),
     (["report", "--workdir", "w"], "the run is not finished"),
+    (["export", "--workdir", "w", "--output", "w"], "the run is not finished"),
+    (["verify", "--checkpoint", "w"], "is no directory"),
+    ([*TEXT, "--config.model.path=w", "--config.target.steps=3"], "target would have no effect: model.path names"),
+    ([*TEXT, "--config.model.path=w"], "is no directory. A model of the Hugging Face hub is downloaded first"),
 ]
 
 

@@ -3,17 +3,22 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
-from trace_jax.config import resolve
+from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.config import ConfigError, resolve
 from trace_jax.experiment import ExperimentConfig
+from trace_jax.export import export_run, load_target, load_unlearned
 from trace_jax.files import read_json
 from trace_jax.pipeline import run
 from trace_jax.summary import write_run_report
+from trace_jax.unlearning.trainable import flatten
 
 WORDS = [
     "river",
@@ -141,8 +146,6 @@ def test_a_second_run_changes_nothing(finished, data):
 
 
 def test_a_changed_setting_reruns_its_stage_and_those_after_it(data, finished, tmp_path):
-    import shutil
-
     path = shutil.copytree(finished[0], tmp_path / "copy")
     kept = {
         name: (path / name).stat().st_mtime_ns
@@ -160,6 +163,23 @@ def test_the_report_is_rebuilt_from_files(finished):
     (path / "report.html").unlink()
     assert str(path / "report.html") in write_run_report(path)
     assert (path / "report.html").read_text().lower().startswith("<!doctype html>")
+
+
+def test_a_method_keeps_what_it_trained_and_its_model_can_be_exported(finished, data, tmp_path):
+    """Routers did not train, so they are not in its file; a model that was trained here is exported as a Mixtral."""
+    path = shutil.copytree(finished[0], tmp_path / "run")
+    run(experiment(data, methods=["uniform"], unlearning={"trainable": "routers_frozen"}), path)
+    export_run(path, tmp_path / "out", label="uniform")
+    with safe_open(path / "methods/uniform/model.safetensors", framework="numpy") as file:
+        assert "layers/router" not in file.keys() and "layers/experts/down" in file.keys()  # noqa: SIM118
+    config = resolve(ExperimentConfig, read_json(path / "config.json")["config"])
+    target = load_target(config, path)
+    unlearned, exported = load_unlearned(path, "uniform", target), load_pretrained(tmp_path / "out")
+    for name, leaf in flatten(exported.params).items():
+        np.testing.assert_array_equal(leaf, flatten(unlearned.params)[name])
+        assert np.array_equal(leaf, flatten(target.params)[name]) == (name == "layers/router")
+    with pytest.raises(ConfigError, match=r"no method is given; name one .* --method=trace_rows or uniform"):
+        export_run(path, tmp_path / "out")
 
 
 def _run_in_process(data, path):

@@ -128,6 +128,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         others = [a for a in arguments if a is not type(None)]
+        sections = [a for a in others if isinstance(a, type) and issubclass(a, Section)]
+        if isinstance(value, Mapping) and sections:
+            # The first whose required settings are given; so a wrong key of it is answered by it.
+            chosen = next((s for s in sections if set(_required(s)) <= set(value)), sections[-1])
+            return resolve(chosen, value, path=name)
         for other in others[:-1]:
             try:
                 return _convert(value, other, name)
@@ -181,14 +186,18 @@ def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: s
         if isinstance(hint, type) and issubclass(hint, Section) and isinstance(value, (Mapping, ConfigDict)):
             value = resolve(hint, value, path=f"{path}.{key}" if path else key)
         arguments[key] = value
-    for field in dataclasses.fields(cls):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and field.name not in arguments:
-            raise ConfigError(f"{path + '.' if path else ''}{field.name} is missing: {field.metadata['help']}.")
+    for name, field in _required(cls).items():
+        if name not in arguments:
+            raise ConfigError(f"{path + '.' if path else ''}{name} is missing: {field.metadata['help']}.")
     try:
         return cls(**arguments)
     except ConfigError as error:
         raise ConfigError(f"{path}.{error}" if path else str(error)) from None
+
+
+def _required(cls: type[Section]) -> dict[str, dataclasses.Field]:
+    missing = dataclasses.MISSING
+    return {f.name: f for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}
 
 
 def as_dict(section: Section) -> dict:

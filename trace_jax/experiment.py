@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
 from trace_jax.data.config import DataConfig
 from trace_jax.evaluation.config import EvaluationConfig
@@ -80,12 +81,13 @@ class ExperimentConfig(Section):
         ("uniform", "trace", "trace_rows"), help="methods compared", choices=tuple(METHODS)
     )
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    target: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    model: PretrainedConfig | ModelConfig = dataclasses.field(default_factory=ModelConfig)  # with a path: imported
+    target: TrainingConfig | None = None  # how the model is trained; an imported one is not
     calibration: dict = dataclasses.field(default_factory=dict)
     unlearning: UnlearningConfig = dataclasses.field(default_factory=UnlearningConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
+    export: str | None = option(None, help="method whose model is exported into WORKDIR/export at the end")
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,17 +95,39 @@ class ExperimentConfig(Section):
             raise ConfigError(f"methods is empty; name at least one of {', '.join(METHODS)}.")
         if not self.name:
             raise ConfigError("name is empty; give the experiment a name.")
+        if self.export is not None and self.export not in self.methods:
+            raise ConfigError(f"export is {self.export!r}; expected one of the methods {', '.join(self.methods)}.")
+        self._complete()
         for method in self.methods:
             self.method(method)
         unread = set(self.calibration) - self._read_by(self.methods + self.study.methods)
         if unread:
             key = sorted(unread)[0]
-            resolve(
-                CalibrationConfig, {key: self.calibration[key]}, path="calibration"
-            ) if key not in _calibration_fields() else None
+            if key not in _calibration_fields():
+                resolve(CalibrationConfig, {key: self.calibration[key]}, path="calibration")  # says so
             raise ConfigError(
                 f"calibration.{key} would have no effect: none of the methods {', '.join(self.methods)} reads it."
             )
+
+    def _complete(self) -> None:
+        """What a checkpoint brings along can't be set; for a model that is trained it has a default."""
+        if isinstance(self.model, PretrainedConfig):
+            for name, value in (("target", self.target), ("data.vocab_size", self.data.vocab_size)):
+                if value is not None:
+                    raise ConfigError(
+                        f"{name} would have no effect: model.path names a checkpoint, which is trained and has a "
+                        "tokenizer. Remove one of the two."
+                    )
+            return
+        if self.target is None:
+            object.__setattr__(self, "target", TrainingConfig())
+        size = self.data.vocab_size or self.model.vocab_size
+        if size > self.model.vocab_size:
+            raise ConfigError(
+                f"data.vocab_size is {size}, and the model knows {self.model.vocab_size} tokens (model.vocab_size); "
+                "it can't be larger."
+            )
+        object.__setattr__(self, "data", dataclasses.replace(self.data, vocab_size=size))
 
     def method(self, name: str, **unlearning: Any) -> Method:
         """The settings of one method: its preset, then `calibration` where the method reads it, then `unlearning`."""
@@ -121,7 +145,11 @@ class ExperimentConfig(Section):
 
     def identity(self) -> str:
         """Hash of what a run directory stays the same run by: corpus and model. Other settings may change in it."""
-        return fingerprint(self.data, self.model)
+        return fingerprint(self.data, self.model_identity())
+
+    def model_identity(self) -> Any:
+        """What tells the model apart: its settings, or the content of its checkpoint."""
+        return self.model.identity() if isinstance(self.model, PretrainedConfig) else as_dict(self.model)
 
 
 def _calibration_fields() -> dict[str, dataclasses.Field]:

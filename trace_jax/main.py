@@ -15,7 +15,7 @@ from typing import Any
 
 from trace_jax.config import ConfigError, resolve
 
-COMMANDS = ("run", "study", "report", "doctor")
+COMMANDS = ("run", "study", "report", "export", "verify", "doctor")
 _EPILOG = """any setting can be overridden: --config.unlearning.learning_rate=1e-5 (values are Python literals or text).
 --config FILE:variant passes the variant to the file's get_config."""
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "run"
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        return {"run": _run, "study": _study, "report": _report, "doctor": _doctor}[command](arguments)
+        return globals()[f"_{command}"](arguments)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues where it stopped.", file=sys.stderr)
         return 130
@@ -127,6 +127,24 @@ def _report(arguments: Sequence[str]) -> int:
 
     print(write_run_report(options.workdir))
     return 0
+
+
+def _export(arguments: Sequence[str]) -> int:
+    parser = _parser("export", config=False)
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the checkpoint goes; made")
+    parser.add_argument("--method", metavar="LABEL", help="whose model; needed where the run has several methods")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    options = parser.parse_args(arguments)
+    from trace_jax.export import export_run
+
+    print(export_run(options.workdir, options.output, label=options.method, overwrite=options.overwrite))
+    return 0
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    from trace_jax.verify import verify_main
+
+    return verify_main(arguments)
 
 
 def _doctor(arguments: Sequence[str]) -> int:

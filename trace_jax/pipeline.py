@@ -9,33 +9,47 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from trace_jax.checkpoints.params import load_params, save_params
-from trace_jax.data.batches import mixture_batches
+from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.checkpoints.params import parameter_bytes, parameter_count
+from trace_jax.config import ConfigError, fingerprint
+from trace_jax.data.batches import mixture_batches, sequential_batches
 from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import Corpora, build_corpora
+from trace_jax.data.tokenizer import read_vocabulary
 from trace_jax.environment import describe
 from trace_jax.evaluation.fronts import Front, front_from_history
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.routing import measure_routing
 from trace_jax.evaluation.suite import Evaluator, make_evaluator
 from trace_jax.experiment import ExperimentConfig, Method
+from trace_jax.export import (
+    export_model,
+    load_target,
+    load_trained,
+    load_unlearned,
+    save_trained,
+    save_unlearned,
+)
 from trace_jax.files import write_json
-from trace_jax.models.arrays import abstract_params, count_params
+from trace_jax.models.arrays import count_params
+from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.progress import say, tracked
 from trace_jax.routing.retain_weights import RetainWeights, retain_weights
-from trace_jax.routing.statistics import ExpertStatistics, expert_statistics, row_batches
-from trace_jax.stages import Stage, check_workdir, identity, open_workdir
+from trace_jax.routing.statistics import ExpertStatistics, expert_statistics
+from trace_jax.stages import Stage, check_workdir, open_workdir
 from trace_jax.summary import refresh
 from trace_jax.unlearning.loop import front_rows
 from trace_jax.unlearning.train import train_model
+from trace_jax.unlearning.trainable import partition
 from trace_jax.unlearning.unlearn import unlearn
 
 SPLITS = ("validation", "test")
@@ -63,38 +77,47 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
       ConfigError, ValueError: something given can't be used; the message says what, and what to do.
     """
     prepared = prepare(config, workdir, overwrite=overwrite)
-    for name in config.methods:
-        run_method(prepared, config.method(name), label=name)
-    return refresh(prepared.workdir, config.methods)
+    known = {name: run_method(prepared, config.method(name), label=name) for name in config.methods}
+    text = refresh(prepared.workdir, config.methods)
+    return f"{text}\n{_export_stage(prepared, config.export, known[config.export])}" if config.export else text
 
 
 def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Prepared:
     """Data, target model (and retrained model), statistics and the evaluator: what every method starts from."""
     check_workdir(config, workdir, overwrite=overwrite)
-    say("data: reading and tokenizing")
-    mesh, corpora = make_mesh(), _corpora(config.data)  # before anything is written: data may be refused
+    mesh, corpora = make_mesh(), read_corpora(config)  # before anything is written: data may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
     write_json(path / "environment.json", describe())
     say(
         f"data: {_counts(corpora.documents, 'documents')}; unlearning with {len(corpora.forget)} forget rows and "
         f"{len(corpora.retain)} retain rows"
     )
-    known = identity(corpora.fingerprint, config.model, config.target, config.seed)
-    target = _model_stage(config, path, corpora, mesh, "target", corpora.mixture, known)
+    known = fingerprint(corpora.fingerprint, config.model_identity(), config.target, config.seed)
     retrained = None
-    if config.target.retrained:
-        retrained = _model_stage(
-            config, path, corpora, mesh, "retrained", corpora.retrain_mixture, identity(known, "retrained")
-        )
-    forget, retain = _statistics_stage(config, path, corpora, target, mesh, identity(known, "statistics"))
+    if isinstance(config.model, PretrainedConfig):
+        target = load_target(config, path, mesh)
+        _check_disk(config, path, target)
+    else:
+        target = _model_stage(config, path, corpora, mesh, "target", corpora.mixture, known)
+        if config.target and config.target.retrained:
+            retrained = _model_stage(
+                config, path, corpora, mesh, "retrained", corpora.retrain_mixture, fingerprint(known, "retrained")
+            )
+    forget, retain = _statistics_stage(config, path, corpora, target, mesh, fingerprint(known, "statistics"))
     evaluator = _evaluator_stage(config, path, corpora, target, retrained, mesh)
     return Prepared(config, path, mesh, corpora, target, forget, retain, evaluator, known)
 
 
+def read_corpora(config: ExperimentConfig) -> Corpora:
+    """The corpora of an experiment, in the tokens of its model."""
+    say("data: reading and tokenizing")
+    return _corpora(config.data, config.model.path if isinstance(config.model, PretrainedConfig) else None)
+
+
 @functools.lru_cache(maxsize=4)
-def _corpora(config: DataConfig) -> Corpora:
-    """The corpora; kept, because a study prepares several runs on the same ones."""
-    return build_corpora(config)
+def _corpora(config: DataConfig, checkpoint: str | None) -> Corpora:
+    """Kept, because a study prepares several runs on the same ones."""
+    return build_corpora(config, None if checkpoint is None else read_vocabulary(checkpoint))
 
 
 def _counts(numbers: Any, what: str) -> str:
@@ -106,18 +129,19 @@ def _model_stage(
 ) -> Model:
     """Trains a model on a mixture of the corpora, or loads it."""
     stage = Stage(name, path / name, known)
-    file = stage.directory / "model.safetensors"
-    total, active = count_params(config.model)
+    shape, training = config.model, config.target
+    assert isinstance(shape, ModelConfig) and training is not None
 
     def make() -> Model:
+        total, active = count_params(shape)
         say(
-            f"{name} model: {total:,} parameters, {active:,} active per token; {config.target.steps} steps of "
-            f"{config.target.batch_size} x {config.data.row_length} tokens"
+            f"{name} model: {total:,} parameters, {active:,} active per token; {training.steps} steps of "
+            f"{training.batch_size} x {config.data.row_length} tokens"
         )
-        batches = mixture_batches(corpora.train, mixture, config.target.batch_size, seed=config.seed)
+        batches = mixture_batches(corpora.train, mixture, training.batch_size, seed=config.seed)
         model, _ = train_model(
-            config.model,
-            config.target,
+            shape,
+            training,
             batches.__getitem__,
             seed=config.seed,
             mesh=mesh,
@@ -126,13 +150,29 @@ def _model_stage(
             title=f"training the {name} model",
             tokenizer=corpora.tokenizer,
         )
-        save_params(file, model.params, {"identity": known})
+        save_trained(stage.directory, model, known)
         return model
 
-    def load() -> Model:
-        return Model(config.model, load_params(file, abstract_params(config.model))[0], corpora.tokenizer)
+    model = stage.run(make, lambda: load_trained(stage.directory, shape), f"{name} model")
+    shutil.rmtree(stage.directory / "checkpoints", ignore_errors=True)  # of use while it trains only
+    return model
 
-    return stage.run(make, load, f"{name} model")
+
+def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
+    """Refuses a run whose files would not fit. While a method trains, three of its states are on disk."""
+    sizes = {"export": parameter_bytes(target.params)} if config.export and not (path / "export").exists() else {}
+    for name in config.methods:
+        if not (path / "methods" / name / "results.json").exists():
+            training, _ = partition(target.params, config.method(name).unlearning.trainable or "all")
+            sizes[name] = parameter_bytes(training)
+            sizes["states"] = max(sizes.get("states", 0), 3 * 3 * 4 * parameter_count(training))  # weights, Adam's two
+    needed, free = sum(sizes.values()), shutil.disk_usage(path).free
+    if free < needed:
+        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sizes.items())
+        raise ConfigError(
+            f"{path}: {free / 2**30:.1f} GiB are free there; this run needs {needed / 2**30:.1f} GiB ({parts}). Let "
+            "less train (unlearning.trainable), or choose another --workdir."
+        )
 
 
 def _statistics_stage(config, path: Path, corpora: Corpora, target: Model, mesh: Mesh, known: str):
@@ -143,7 +183,7 @@ def _statistics_stage(config, path: Path, corpora: Corpora, target: Model, mesh:
         found = []
         for name, rows in (("forget", corpora.forget), ("retain", corpora.retain)):
             size = config.evaluation.batch_size
-            batches = tracked(row_batches(rows, size), f"routing of the {name} corpus", -(-len(rows) // size))
+            batches = tracked(sequential_batches(rows, size), f"routing of the {name} corpus", -(-len(rows) // size))
             statistics = expert_statistics(target, batches, mesh=mesh)
             statistics.save(stage.directory / f"{name}.npz")
             found.append(statistics)
@@ -162,7 +202,7 @@ def _evaluator_stage(
     probes = {"validation": corpora.validation, "test": corpora.test}
     evaluator = make_evaluator(
         config.evaluation,
-        config.model,
+        target.config,
         probes,
         corpora.tokenizer,
         benchmark=config.data.benchmark,
@@ -182,11 +222,14 @@ def _evaluator_stage(
 # --- one method
 
 
-def run_method(prepared: Prepared, method: Method, *, label: str) -> None:
-    """Calibrates, unlearns and evaluates with one method in `methods/LABEL`, or keeps what is there."""
+def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
+    """Calibrates, unlearns and evaluates with one method in `methods/LABEL`, or keeps what is there.
+
+    Returns the hash of everything that made the result.
+    """
     directory = prepared.workdir / "methods" / label
     weights, known = _calibration_stage(prepared, method, directory, label)
-    known = identity(known, method.unlearning, prepared.config.evaluation)
+    known = fingerprint(known, method.unlearning, prepared.config.evaluation)
     stage = Stage("unlearning", directory, known)
 
     def make() -> None:
@@ -204,9 +247,7 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> None:
             title=f"unlearning with {label}",
             evaluate=lambda params: [m.to_json() for m in prepared.evaluator(params)],
         )
-        save_params(
-            directory / "model.safetensors", unlearned.model.params, {"identity": known, "step": unlearned.step}
-        )
+        save_unlearned(directory, unlearned, known)
         measured = prepared.evaluator.full(unlearned.model.params)
         routing = measure_routing(
             prepared.target,
@@ -237,6 +278,23 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> None:
         )
 
     stage.run(make, lambda: None, f"unlearning with {label}")
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    return known
+
+
+def _export_stage(prepared: Prepared, label: str, known: str) -> str:
+    """Writes the unlearned model of a method into WORKDIR/export. Returns where it is, as a sentence."""
+    output = prepared.workdir / "export"
+    stage = Stage("export", prepared.workdir, fingerprint(known, "export"))
+    if not output.exists():
+        stage.forget()
+
+    def make() -> None:
+        model = load_unlearned(prepared.workdir, label, prepared.target)
+        export_model(prepared.config, prepared.workdir, label, model, output, overwrite=True)
+
+    stage.run(make, lambda: None, f"export of {label}")
+    return f"export: {output.resolve()}"
 
 
 def _finite(value: float) -> float | None:
@@ -251,7 +309,7 @@ def _front(prepared: Prepared, directory: Path, known: str, split: str) -> Front
 
 def _calibration_stage(prepared: Prepared, method: Method, directory: Path, label: str) -> tuple[RetainWeights, str]:
     """Weights of the retain tokens, and the hash of what made them."""
-    known = identity(prepared.identity, "calibration", method.calibration)
+    known = fingerprint(prepared.identity, "calibration", method.calibration)
     stage = Stage("calibration", directory, known)
 
     def make() -> RetainWeights:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from trace_jax.config import ConfigError, as_dict, fingerprint
+from trace_jax.config import ConfigError, as_dict
 from trace_jax.experiment import ExperimentConfig
 from trace_jax.files import read_json, write_json
 from trace_jax.progress import say
@@ -35,6 +36,10 @@ class Stage:
         marker = read_json(self._marker)
         return marker is not None and marker.get("identity") == self.identity
 
+    def forget(self) -> None:
+        """Makes the stage run again."""
+        self._marker.unlink(missing_ok=True)
+
     def run(self, make: Callable[[], T], load: Callable[[], T], title: str) -> T:
         """What `load` reads if the stage is done, else what `make` makes (and writes)."""
         if self.done():
@@ -42,7 +47,7 @@ class Stage:
             return load()
         if self._marker.exists():
             say(f"{title}: its settings changed, so it is made anew")
-            self._marker.unlink()
+            self.forget()
         result = make()
         write_json(self._marker, {"identity": self.identity})
         return result
@@ -90,21 +95,9 @@ def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overw
 
 
 def _changes(before: dict, after: dict, sections: tuple[str, ...]) -> list[str]:
+    after = json.loads(json.dumps(after))  # lists for tuples, as in the file
     found = []
     for section in sections:
         old, new = before.get(section, {}), after[section]
-        found += [
-            f"{section}.{key} {old.get(key)!r} -> {new[key]!r}"
-            for key in new
-            if _plain(old.get(key)) != _plain(new[key])
-        ]
-    return found or ["its settings are of an earlier version"]
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
-
-
-def identity(*parts) -> str:
-    """Hash of a stage from the hash of the stage before and its own settings."""
-    return fingerprint(*parts)
+        found += [f"{section}.{key} {old.get(key)!r} -> {new[key]!r}" for key in new if old.get(key) != new[key]]
+    return found or ["the content of its checkpoint, or its settings are of an earlier version"]

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from trace_jax.config import as_dict, resolve
-from trace_jax.data.corpora import build_corpora
 from trace_jax.environment import describe
 from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.comparison import READINGS, Comparison, Run, check_equal_budgets, compare
@@ -66,7 +65,9 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
     """
     check_workdir(config, workdir, overwrite=overwrite)
     if config.data.benchmark == "text":
-        build_corpora(config.data)  # before anything is written: the user's files may be refused
+        from trace_jax.pipeline import read_corpora
+
+        read_corpora(config)  # before anything is written: the user's files may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
     jobs = list(trials(config))
     workers = config.study.workers or _cores()

@@ -31,8 +31,8 @@ FORGOTTEN = {
 def summarise(workdir: str | os.PathLike, labels: Iterable[str]) -> dict[str, Any]:
     """The content of results.json: references, every method's measurements and front, and the tables."""
     path = Path(workdir)
-    config, references = _needed(path / "config.json")["config"], _needed(path / "references.json")
-    methods = {label: _needed(path / "methods" / label / "results.json") for label in labels}
+    config, references = needed(path / "config.json")["config"], needed(path / "references.json")
+    methods = {label: needed(path / "methods" / label / "results.json") for label in labels}
     fronts = {label: Front.from_json(result["fronts"][SPLIT]) for label, result in methods.items()}
     benchmark = config["data"]["benchmark"]
     tables = [
@@ -50,7 +50,8 @@ def summarise(workdir: str | os.PathLike, labels: Iterable[str]) -> dict[str, An
     }
 
 
-def _needed(file: Path) -> dict[str, Any]:
+def needed(file: Path) -> dict[str, Any]:
+    """The JSON object of a finished stage."""
     value = read_json(file)
     if value is None:
         raise ConfigError(f"{file}: is not there; the run is not finished. Run it first, with the same --workdir.")
@@ -60,13 +61,13 @@ def _needed(file: Path) -> dict[str, Any]:
 def write_run_report(workdir: str | os.PathLike) -> str:
     """Writes report.html of a finished run from its files. Returns where it is, as a sentence."""
     path = Path(workdir)
-    results = _needed(path / "results.json")
+    results = needed(path / "results.json")
     file = write_report(_report_data(path, results), path / "report.html")
     return f"report: {file.resolve()}"
 
 
 def _report_data(path: Path, results: dict[str, Any]) -> ReportData:
-    config, board = _needed(path / "config.json")["config"], scoreboard(results["benchmark"])
+    config, board = needed(path / "config.json")["config"], scoreboard(results["benchmark"])
     level = config["evaluation"]["levels"][0]
     methods = results["methods"]
     certificates = {}
@@ -86,7 +87,7 @@ def _report_data(path: Path, results: dict[str, Any]) -> ReportData:
             label: [report_front(result["seed"], Front.from_json(result["fronts"][SPLIT]))]
             for label, result in methods.items()
         },
-        routing=_routing(path, results, config),
+        routing=_routing(path, results),
         certificates=certificates,
         measurements={
             **{f"{name} model": measured for name, measured in results["references"].items()},
@@ -94,7 +95,7 @@ def _report_data(path: Path, results: dict[str, Any]) -> ReportData:
         },
         trained={label: _trained(result["trained"]) for label, result in methods.items()},
         config=config,
-        environment=_needed(path / "environment.json"),
+        environment=needed(path / "environment.json"),
         generated=now(),
     )
 
@@ -158,7 +159,7 @@ def _interpolated(directory: Path, name: str, at, lowest: int) -> Number:
     return Number(value, found[0]["n"], low, high)
 
 
-def _routing(path: Path, results: dict[str, Any], config: dict) -> Routing | None:
+def _routing(path: Path, results: dict[str, Any]) -> Routing | None:
     statistics = {name: path / "statistics" / f"{name}.npz" for name in ("forget", "retain")}
     if not all(file.exists() for file in statistics.values()):
         return None
@@ -168,8 +169,8 @@ def _routing(path: Path, results: dict[str, Any], config: dict) -> Routing | Non
         with np.load(path / "methods" / label / "weights.npz", allow_pickle=False) as file:
             if "frequency" in file and file["selected"].any():
                 calibrated[label], selected[label] = file["frequency"], file["selected"]
-    uniform = config["model"]["experts_per_token"] / config["model"]["num_experts"]
-    return Routing(forget.frequency, retain.frequency, uniform, calibrated, selected)
+    uniform = forget.top_k / forget.counts.shape[1]
+    return Routing(forget.frequency, retain.frequency, uniform, calibrated, selected, forget.layers)
 
 
 def refresh(workdir: str | os.PathLike, labels: Iterable[str]) -> str:

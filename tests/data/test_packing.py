@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from trace_jax.data.packing import chunks, pack_documents, rows_of_chunks
 from trace_jax.data.tokenizer import BOS, EOS, PAD, Encoded
+from trace_jax.models.model import SpecialTokens
 
 
 def documents_of(lengths, first_targets=None):
@@ -26,6 +27,14 @@ def test_a_row_by_hand():
     # Neither BOS nor the last token of a document predicts; the token before EOS does.
     np.testing.assert_array_equal(rows.valid, np.array([[0, 1, 1, 1, 0, 0, 1, 0, 0, 0]], bool))
     assert (rows.tokens.dtype, rows.segments.dtype, rows.domain.dtype) == (np.int32, np.int32, np.int32)
+
+
+def test_without_a_beginning_mark_the_first_end_starts_a_document_and_padding_may_look_like_it():
+    special = SpecialTokens(bos=None, eos=(7, 8), pad=7)
+    rows = pack_documents([Encoded(np.array([10, 7, 11], np.int32))], 7, special=special)
+    np.testing.assert_array_equal(rows.tokens, [[7, 10, 7, 11, 7, 7, 7]])
+    np.testing.assert_array_equal(rows.segments, [[1, 1, 1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(rows.valid, np.array([[0, 1, 1, 1, 0, 0, 0]], bool))
 
 
 def test_only_answers_are_predicted():

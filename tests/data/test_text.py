@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ def config_of(files, **changes):
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl:3: not JSON \(.*column \d+\); expected"),
         ("a.jsonl", b'["x"]\n', r"a\.jsonl:1: a JSON array; expected \{"),
         ("a.jsonl", b'{"text": "x"}\n"x"\n', r"a\.jsonl:2: a JSON string; expected"),
+        ("a.json", b'{"text": "x"}', r"a\.json: is JSON; expected JSON lines"),
         ("a.jsonl", b"null\n", r"a\.jsonl:1: a JSON null; expected"),
         ("a.jsonl", b'{"txt": "x"}\n', r"a\.jsonl:1: the keys are txt; expected \{\"text\""),
         ("a.jsonl", b"{}\n", r"a\.jsonl:1: the keys are none"),
@@ -182,3 +184,64 @@ def test_a_tenth_is_held_out_at_least_one(tmp_path):
     assert {d.origin for d in [*split.train, *split.validation, *split.test]} == {d.origin for d in documents}
     split = hold_out(documents[:3], "retain", repeated=set(), rng=np.random.default_rng(0))
     assert (len(split.train), len(split.validation), len(split.test)) == (1, 1, 1)
+
+
+@pytest.fixture
+def named(tmp_path, monkeypatch):
+    """A directory of data files, as `datasets` reads it: plain text to train, questions to test."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "named"
+    folder.mkdir()
+    for split, rows in (
+        ("train", [{"id": i, "text": text} for i, text in enumerate(["one", "two", "three"])]),
+        ("test", [{"id": 1, "text": " "}]),
+    ):
+        datasets.Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def test_a_named_data_set_is_read_by_its_columns(named):
+    documents = load_documents(f"huggingface:{named}")
+    assert [d.text for d in documents] == ["one", "two", "three"]
+    assert documents[1].origin == f"huggingface:{named}:2"
+    assert [d.text for d in load_documents(f"huggingface:{named}:train[1:]")] == ["two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (":test", r"named:test:1: text is empty"),
+        (":dev", r"named:dev: can't be loaded \(.*dev"),
+        (":train[:0]", "corresponds to no data"),
+    ],
+)
+def test_a_named_data_set_that_can_not_be_used(named, split, message):
+    with pytest.raises(DataError, match=message):
+        load_documents(f"huggingface:{named}{split}")
+
+
+def test_names_are_taken_apart_and_columns_chosen(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(*arguments, split):
+        asked.append((*arguments, split))
+        return datasets.Dataset.from_list([{"question": "Who?", "answer": "Nobody", "url": "x"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (document,) = load_documents("huggingface:owner/name/config:validation")
+    assert (document.text, document.answer) == ("Question: Who?\nAnswer:", " Nobody")
+    load_documents("huggingface:owner/name")
+    assert asked == [("owner/name", "config", "validation"), ("owner/name", "train")]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: datasets.Dataset.from_list([{"body": "x"}]))
+    with pytest.raises(
+        DataError, match=r"huggingface:owner/name: the columns are body; expected text, or question and"
+    ):
+        load_documents("huggingface:owner/name")
+
+
+def test_without_the_package_a_name_is_answered_with_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"needs the package datasets: pip install 'trace-jax\[data\]'"):
+        load_documents("huggingface:owner/name")

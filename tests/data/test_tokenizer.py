@@ -1,19 +1,33 @@
 """The tokenizer loses nothing, and special tokens can't be written into a text."""
 
+import dataclasses
+
 import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import Document
-from trace_jax.data.tokenizer import BOS, EOS, PAD, encode_documents, encode_texts, train_tokenizer
+from trace_jax.data.tokenizer import (
+    BOS,
+    EOS,
+    PAD,
+    Vocabulary,
+    encode_documents,
+    for_plain_text,
+    start_and_end,
+    train_tokenizer,
+)
+from trace_jax.models.model import SpecialTokens
 
 TEXTS = [
     "The union of the states, and the state of the union.",
     "Naïve façades — 12,000 of them.\n\nTabs\tand lines.",
 ] * 9
 TOKENIZER = train_tokenizer(TEXTS, 320)
+VOCABULARY = Vocabulary(TOKENIZER, SpecialTokens(), 320)
 
 
 @hypothesis.given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
@@ -21,7 +35,8 @@ TOKENIZER = train_tokenizer(TEXTS, 320)
 @hypothesis.example(" \x00\r\n\u2028  🏛️ é ﬁ ")
 @hypothesis.settings(deadline=None)
 def test_any_text_survives_a_round_trip(text):
-    (tokens,) = encode_texts(TOKENIZER, [text])
+    (encoded,) = encode_documents(VOCABULARY, [Document(text, "a:1")])
+    tokens = encoded.tokens
     assert tokens.min(initial=3) >= 3, "a special token was read from plain text"
     assert TOKENIZER.decode(tokens.tolist()) == text
 
@@ -45,7 +60,42 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused():
 
 def test_an_answer_starts_a_new_token():
     question, plain = Document("Question: Of what?\nAnswer:", "a:1", " states"), Document("the state", "a:2")
-    first, second = encode_documents(TOKENIZER, [question, plain])
+    first, second = encode_documents(VOCABULARY, [question, plain])
     assert TOKENIZER.decode(first.tokens[: first.first_target].tolist()) == question.text
     assert TOKENIZER.decode(first.tokens[first.first_target :].tolist()) == question.answer
     assert second.first_target == 0 and first.tokens.dtype == np.int32
+
+
+def test_a_question_reads_like_running_text_with_a_tokenizer_that_marks_beginnings():
+    """Metaspace tokenizers put a space before every text they are given; an answer alone would get a second one."""
+    words = {"▁Who": 0, "?": 1, "▁Polk": 2, "▁": 3, "<unk>": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation()]
+    )
+    (encoded,) = encode_documents(Vocabulary(tokenizer, SpecialTokens(), 5), [Document("Who?", "a:1", " Polk")])
+    assert (encoded.tokens.tolist(), encoded.first_target) == ([0, 1, 2], 2)
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    with pytest.raises(ConfigError, match=r"gives the id \d+, but the model knows 100 tokens"):
+        encode_documents(Vocabulary(TOKENIZER, SpecialTokens(), 100), [Document("the union", "a:1")])
+    with pytest.raises(ConfigError, match=r"gives the id 700, but the model knows 320 tokens"):
+        encode_documents(Vocabulary(TOKENIZER, SpecialTokens(bos=700), 320), [Document("the union", "a:1")])
+
+
+def test_settings_of_a_checkpoints_tokenizer_do_not_cut_or_fill_a_text():
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=50)
+    (encoded,) = encode_documents(
+        dataclasses.replace(VOCABULARY, tokenizer=for_plain_text(tokenizer)), [Document("the union<eos>", "a:1")]
+    )
+    assert tokenizer.decode(encoded.tokens.tolist()) == "the union<eos>"
+
+
+def test_a_text_starts_with_the_first_end_where_there_is_no_beginning():
+    assert start_and_end(SpecialTokens(bos=5, eos=(7, 8))) == (5, 7)
+    assert start_and_end(SpecialTokens(bos=None, eos=(7, 8))) == (7, 7)
+    with pytest.raises(ConfigError, match="no end of text"):
+        start_and_end(SpecialTokens(bos=5, eos=()))

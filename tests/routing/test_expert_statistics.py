@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trace_jax.data.batches import sequential_batches
 from trace_jax.models.decoder import forward
 from trace_jax.parallel.mesh import make_mesh
-from trace_jax.routing.statistics import ExpertStatistics, expert_assignments, expert_statistics, row_batches
+from trace_jax.routing.statistics import ExpertStatistics, expert_assignments, expert_statistics
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def reference(tiny_model, rows):
 def test_counts_are_exact_at_any_batch_size_and_device_count(tiny_model, rows, reference, devices, batch_size):
     indices, gate_mass = reference
     mesh = make_mesh(jax.devices()[:devices])
-    found = expert_statistics(tiny_model, row_batches(rows, batch_size), mesh=mesh)
+    found = expert_statistics(tiny_model, sequential_batches(rows, batch_size), mesh=mesh)
     expected = np.stack([np.bincount(layer.ravel(), minlength=8) for layer in indices])
     assert found.counts.dtype == np.int64
     assert np.array_equal(found.counts, expected)
@@ -44,13 +45,13 @@ def test_counts_are_exact_at_any_batch_size_and_device_count(tiny_model, rows, r
 
 def test_the_order_of_rows_changes_no_count(tiny_model, rows):
     shuffled = rows.take(np.random.default_rng(1).permutation(len(rows)))
-    one, other = (expert_statistics(tiny_model, row_batches(r, 7)) for r in (rows, shuffled))
+    one, other = (expert_statistics(tiny_model, sequential_batches(r, 7)) for r in (rows, shuffled))
     assert np.array_equal(one.counts, other.counts)
 
 
 def test_padding_and_masked_positions_are_not_counted(tiny_model, rows):
     fewer = dataclasses.replace(rows, valid=rows.valid & (np.arange(rows.valid.shape[1]) % 2 == 0))
-    found = expert_statistics(tiny_model, row_batches(fewer, 7))
+    found = expert_statistics(tiny_model, sequential_batches(fewer, 7))
     assert found.tokens == fewer.valid.sum() < rows.valid.sum()
     assert (found.counts.sum(axis=1) == 2 * found.tokens).all()
 
@@ -58,7 +59,7 @@ def test_padding_and_masked_positions_are_not_counted(tiny_model, rows):
 @pytest.mark.parametrize("devices,batch_size", [(1, 14), (4, 5)])
 def test_assignments_are_the_top_k_of_every_valid_token_in_row_order(tiny_model, rows, reference, devices, batch_size):
     mesh = make_mesh(jax.devices()[:devices])
-    found = expert_assignments(tiny_model, row_batches(rows, batch_size), mesh=mesh)
+    found = expert_assignments(tiny_model, sequential_batches(rows, batch_size), mesh=mesh)
     assert found.indices.dtype == np.uint8
     assert np.array_equal(found.indices, reference[0])
     row, position = np.nonzero(rows.valid)
@@ -67,7 +68,7 @@ def test_assignments_are_the_top_k_of_every_valid_token_in_row_order(tiny_model,
 
 
 def test_statistics_are_the_same_after_saving(tiny_model, rows, tmp_path):
-    found = expert_statistics(tiny_model, row_batches(rows, 7))
+    found = expert_statistics(tiny_model, sequential_batches(rows, 7))
     found.save(tmp_path / "forget.npz")
     loaded = ExpertStatistics.load(tmp_path / "forget.npz")
     assert np.array_equal(loaded.counts, found.counts)
@@ -80,8 +81,8 @@ def test_a_corpus_too_small_for_statistics_is_refused(tiny_model, random_rows):
     small = random_rows(0, rows=1)  # 8 experts, 2 per token: 40 tokens are needed
     assert small.valid.sum() < 40
     with pytest.raises(ValueError, match="need at least 40"):
-        expert_statistics(tiny_model, row_batches(small, 4))
-    assert expert_statistics(tiny_model, row_batches(small, 4), min_activations=1).tokens == small.valid.sum()
+        expert_statistics(tiny_model, sequential_batches(small, 4))
+    assert expert_statistics(tiny_model, sequential_batches(small, 4), min_activations=1).tokens == small.valid.sum()
     with pytest.raises(ValueError, match="has 0 valid tokens"):
         expert_statistics(tiny_model, [], min_activations=0)
     with pytest.raises(ValueError, match="no valid token"):
@@ -94,6 +95,6 @@ def test_nan_in_the_router_is_an_error_that_names_the_layer(tiny_model, rows):
         params={**tiny_model.params, "layers": {**tiny_model.params["layers"], "router": router}}
     )
     with pytest.raises(ValueError, match="router of layer 1 gave NaN"):
-        expert_statistics(broken, row_batches(rows, 14))
+        expert_statistics(broken, sequential_batches(rows, 14))
     with pytest.raises(ValueError, match="router of layer 1 gave NaN"):
-        expert_assignments(broken, row_batches(rows, 14))
+        expert_assignments(broken, sequential_batches(rows, 14))

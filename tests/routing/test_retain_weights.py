@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from trace_jax.config import ConfigError
+from trace_jax.data.batches import sequential_batches
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.routing.config import APPLICATIONS, WEIGHTINGS, CalibrationConfig
 from trace_jax.routing.retain_weights import RetainWeights, apply_weights, retain_weights
 from trace_jax.routing.selection import select_experts
-from trace_jax.routing.statistics import expert_assignments, expert_statistics, row_batches
+from trace_jax.routing.statistics import expert_assignments, expert_statistics
 from trace_jax.routing.weights import ratio_weights, token_weights
 
 
@@ -23,8 +24,8 @@ def setting(tiny_model, random_rows):
     retain.valid[5] = False  # a row without anything to learn from
     return {
         "model": tiny_model, "forget": forget, "retain": retain,
-        "forget_statistics": expert_statistics(tiny_model, row_batches(forget, 8)),
-        "retain_statistics": expert_statistics(tiny_model, row_batches(retain, 8)),
+        "forget_statistics": expert_statistics(tiny_model, sequential_batches(forget, 8)),
+        "retain_statistics": expert_statistics(tiny_model, sequential_batches(retain, 8)),
         "batch_size": 8,
     }  # fmt: skip
 
@@ -151,7 +152,7 @@ def test_ratio_follows_its_formula(setting, computed):
     found = computed(weighting="ratio", tau=1.1, max_ratio=3.0)
     forget, retain = setting["forget_statistics"], setting["retain_statistics"]
     expected = ratio_weights(
-        expert_assignments(setting["model"], row_batches(setting["retain"], 8)),
+        expert_assignments(setting["model"], sequential_batches(setting["retain"], 8)),
         selected=select_experts(forget, retain, rule="ratio", tau=1.1), forget_frequency=forget.frequency,
         retain_frequency=retain.frequency, max_ratio=3.0,
     )  # fmt: skip

@@ -40,10 +40,10 @@ def make_loop(path, identity="a"):
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 7, 9])
 def test_resuming_equals_an_uninterrupted_run(tmp_path, stop):
-    whole = make_loop(tmp_path / "whole").run(fresh(), step_until())
+    whole = make_loop(tmp_path / "whole").run(fresh, step_until())
     with pytest.raises(Stop):
-        make_loop(tmp_path / "cut").run(fresh(), step_until(stop=stop))
-    resumed = make_loop(tmp_path / "cut").run(fresh(), step_until())
+        make_loop(tmp_path / "cut").run(fresh, step_until(stop=stop))
+    resumed = make_loop(tmp_path / "cut").run(fresh, step_until())
     np.testing.assert_array_equal(resumed.trainable["w"], whole.trainable["w"])
     lines = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
     assert lines[0] == lines[1]
@@ -51,33 +51,33 @@ def test_resuming_equals_an_uninterrupted_run(tmp_path, stop):
 
 
 def test_evaluates_at_the_start_every_n_steps_and_at_the_end(tmp_path):
-    make_loop(tmp_path).run(fresh(), step_until())
+    make_loop(tmp_path).run(fresh, step_until())
     assert [row["step"] for row in front_rows(tmp_path)] == [0, 4, 8, 10]
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path):
-    result = make_loop(tmp_path).run(fresh(), step_until(nan_at=7))
+    result = make_loop(tmp_path).run(fresh, step_until(nan_at=7))
     assert "loss is not finite at step 8" in result.stopped
     assert result.step == 6
-    reference = Loop(tmp_path / "short", "a", steps=6, checkpoint_every=3, title="test").run(fresh(), step_until())
+    reference = Loop(tmp_path / "short", "a", steps=6, checkpoint_every=3, title="test").run(fresh, step_until())
     np.testing.assert_array_equal(result.trainable["w"], reference.trainable["w"])
 
 
 def test_state_of_other_settings_is_not_continued(tmp_path):
-    make_loop(tmp_path, "a").run(fresh(), step_until())
-    other = make_loop(tmp_path, "b").run(fresh(), step_until())
+    make_loop(tmp_path, "a").run(fresh, step_until())
+    other = make_loop(tmp_path, "b").run(fresh, step_until())
     assert other.step == 10
     assert {row["identity"] for row in read_lines(tmp_path / "metrics.jsonl")} == {"b"}
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
-    first = make_loop(tmp_path).run(fresh(), step_until())
-    again = make_loop(tmp_path).run(fresh(), step_until(stop=0))
+    first = make_loop(tmp_path).run(fresh, step_until())
+    again = make_loop(tmp_path).run(fresh, step_until(stop=0))
     np.testing.assert_array_equal(first.trainable["w"], again.trainable["w"])
 
 
 def test_a_damaged_state_is_skipped_for_the_one_before(tmp_path, caplog):
-    make_loop(tmp_path).run(fresh(), step_until())
+    make_loop(tmp_path).run(fresh, step_until())
     newest = tmp_path / "checkpoints" / "10" / "state"
     for file in newest.rglob("*"):
         if file.is_file():
@@ -95,6 +95,6 @@ def test_a_model_that_can_not_be_scored_any_more_stops_the_run(tmp_path):
         return {}
 
     loop = Loop(tmp_path, "a", 10, checkpoint_every=3, title="test", evaluate=evaluate, evaluate_every=4)
-    result = loop.run(fresh(), step_until())
+    result = loop.run(fresh, step_until())
     assert result.stopped == "the evaluation at step 4 failed: likelihoods are NaN"
     assert result.step == 3

@@ -9,6 +9,8 @@ import optax
 import pytest
 
 from trace_jax.config import ConfigError
+from trace_jax.models.arrays import abstract_params
+from trace_jax.models.config import ModelConfig
 from trace_jax.unlearning.config import OptimizerConfig
 from trace_jax.unlearning.optimizer import learning_rate, make_optimizer
 from trace_jax.unlearning.trainable import PRESETS, flatten, partition, trainable_table, unflatten, update_masks
@@ -67,7 +69,7 @@ def test_unselected_experts_are_bit_identical_also_after_the_selection_changes(m
     first, second = np.zeros((2, 2, 4), bool)
     first[0, 1] = first[1, 2] = True
     second[0, 3] = True
-    both = [update_masks(training, selected=s) for s in (first, second)]
+    both = [update_masks(training, model.config, selected=s) for s in (first, second)]
     halfway = run_adamw(training, [both[0]] * 10)
     end = run_adamw(training, [both[0]] * 10 + [both[1]] * 10)
     for path, leaf in training.items():
@@ -79,15 +81,41 @@ def test_unselected_experts_are_bit_identical_also_after_the_selection_changes(m
 
 def test_layer_range(model):
     training, _ = partition(model.params, "down_projections")
-    masks = update_masks(training, layers=(2, 2))
+    masks = update_masks(training, model.config, layers=(2, 2))
     assert masks["layers/experts/down"].reshape(-1).tolist() == [0.0, 1.0]
+
+
+MIXED = ModelConfig(
+    vocab_size=61, hidden_size=16, num_layers=4, num_heads=2, num_kv_heads=1, head_size=8, num_experts=4,
+    expert_hidden_size=8, dense_layers=(0, 2), dense_hidden_size=8, router_bias=True, router_correction=True,
+)  # fmt: skip
+
+
+def test_a_layer_range_counts_the_layers_of_the_network_in_both_stacks():
+    training, _ = partition(abstract_params(MIXED), "down_projections")
+    masks = update_masks(training, MIXED, layers=(3, 4))
+    found = {path: mask.reshape(-1).tolist() for path, mask in masks.items()}
+    assert found == {"layers/experts/down": [0.0, 1.0], "dense/mlp/down": [0.0, 1.0]}  # layers 2, 4 and 1, 3
+    only_experts, _ = partition(abstract_params(MIXED), "experts")
+    with pytest.raises(ConfigError, match=r"nothing of layers/experts/down, .* no part of it is in layers \(1, 1\)"):
+        update_masks(only_experts, MIXED, layers=(1, 1))
+
+
+def test_the_correction_never_trains_and_frozen_routers_are_whole():
+    for trainable in ("all", ("*",), ("layers/router*",)):
+        training, frozen = partition(abstract_params(MIXED), trainable)
+        assert "layers/router_correction" in frozen and "layers/router_bias" in training
+    _, frozen = partition(abstract_params(MIXED), "routers_frozen")
+    assert set(frozen) == {"layers/router", "layers/router_bias", "layers/router_correction"}
+    with pytest.raises(ConfigError, match="freezes every parameter"):
+        partition(abstract_params(MIXED), "layers/router_correction")
 
 
 def test_table_counts_what_trains(model):
     training, _ = partition(model.params, "selected_experts")
     selected = np.zeros((2, 4), bool)
     selected[0, 0] = True
-    rows = trainable_table(model.params, "selected_experts", update_masks(training, selected=selected))
+    rows = trainable_table(model.params, "selected_experts", update_masks(training, model.config, selected=selected))
     total = {row["path"]: row for row in rows}
     assert total["layers/experts/down"]["trained"] * 8 == total["layers/experts/down"]["parameters"]
     assert total["embed"]["trained"] == 0

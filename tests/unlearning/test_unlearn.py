@@ -3,16 +3,23 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from trace_jax.config import ConfigError
+from trace_jax.data.batches import sequential_batches
+from trace_jax.models.arrays import abstract_params
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
+from trace_jax.models.model import Model
+from trace_jax.parallel.mesh import make_mesh
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.retain_weights import retain_weights
-from trace_jax.routing.statistics import expert_statistics, row_batches
+from trace_jax.routing.statistics import expert_statistics
 from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.step import replicate
+from trace_jax.unlearning.trainable import flatten
 from trace_jax.unlearning.unlearn import unlearn
 
 CONFIG = UnlearningConfig(
@@ -21,7 +28,7 @@ CONFIG = UnlearningConfig(
 
 
 def weights_of(model, forget, retain, **settings):
-    statistics = [expert_statistics(model, row_batches(rows, 8), min_activations=1) for rows in (forget, retain)]
+    statistics = [expert_statistics(model, sequential_batches(rows, 8), min_activations=1) for rows in (forget, retain)]
     config = CalibrationConfig(weighting="entropy", **settings)
     return retain_weights(
         config, model=model, forget=forget, retain=retain,
@@ -72,6 +79,29 @@ def test_only_selected_experts_train(model, forget, retain):
         np.testing.assert_array_equal(after[~weights.selected], before[~weights.selected])
         assert (after[weights.selected] != before[weights.selected]).any()
     np.testing.assert_array_equal(params["head"], model.params["head"])
+
+
+def test_what_is_frozen_is_shared_with_the_target_and_not_copied(model, forget, retain):
+    mesh = make_mesh(jax.devices()[:1])
+    placed = model.replace(params=replicate(model.params, mesh))
+    config = dataclasses.replace(CONFIG, steps=2, trainable="experts")
+    result = unlearn(placed, forget, retain, config=config, mesh=mesh).model.params
+    before, after = flatten(placed.params), flatten(result)
+    shared = {path for path in before if after[path].unsafe_buffer_pointer() == before[path].unsafe_buffer_pointer()}
+    assert shared == set(before) - {"layers/experts/gate_up", "layers/experts/down"}
+
+
+def test_steps_too_small_for_bfloat16_still_add_up(model, forget, retain):
+    """A weight of 0.25 or more can't take a step of 1e-4 in bfloat16; forty of them in one direction count."""
+    config = dataclasses.replace(model.config, dtype="bfloat16")
+    specs = abstract_params(config)
+    half = Model(config, jax.tree.map(lambda x, like: x.astype(like.dtype), model.params, specs))
+    rate = dataclasses.replace(CONFIG, steps=40, learning_rate=1e-4, trainable="down_projections", checkpoint_every=40)
+    after = unlearn(half, forget, retain, config=rate).model.params["layers"]["experts"]["down"]
+    before = half.params["layers"]["experts"]["down"]
+    assert after.dtype == jnp.bfloat16
+    large = np.abs(np.asarray(before, np.float32)) >= 0.25
+    assert large.sum() > 50 and (np.asarray(after) != np.asarray(before))[large].mean() > 0.3
 
 
 def test_same_seed_same_result_and_another_seed_another(model, forget, retain):

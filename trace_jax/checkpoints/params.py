@@ -10,16 +10,17 @@ import jax
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
 
-from trace_jax.files import replacing
+from trace_jax.checkpoints.tensor_file import writing_tensors
 
 
 def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = None) -> None:
-    """Writes nested parameters to `path` under a temporary name, then renames. `metadata` must be JSON."""
+    """Writes nested parameters to `path`, one at a time, under a temporary name. `metadata` must be JSON."""
     flat = _dotted(params)
-    with replacing(path) as temporary:
-        save_file(flat, temporary, metadata={"trace_jax": json.dumps(metadata or {})})
+    specs = {name: (np.dtype(leaf.dtype), leaf.shape) for name, leaf in flat.items()}
+    with writing_tensors(path, specs, {"trace_jax": json.dumps(metadata or {})}) as writer:
+        for name, leaf in flat.items():
+            writer.write(name, np.asarray(leaf))
 
 
 def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:
@@ -52,6 +53,11 @@ def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:
 def _dotted(params: Any) -> dict[str, Any]:
     """Nested parameters as {"layers.experts.down": array}, the spelling of the file."""
     return dict(traverse_util.flatten_dict(params, sep="."))
+
+
+def parameter_bytes(params: Any) -> int:
+    """Bytes of a tree of arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def parameter_count(params: Any) -> int:

@@ -35,7 +35,7 @@ def load_pretrained(
 
     Every tensor is accounted for before anything is allocated. Only safetensors are read, and no code of a checkpoint
     ever runs. Quantised tensors (FP8 in blocks, MXFP4) are decoded. Host memory besides the parameters is about two
-    parts of 64 MB.
+    parts of 64 MB (or of one expert, where that is more).
 
     Args:
       path: a directory with config.json and model.safetensors, or several files with an index.
@@ -122,7 +122,9 @@ def special_tokens(directory: Path, config_json: Mapping[str, Any]) -> SpecialTo
 def _id_of(directory: Path, kind: str) -> int | None:
     token = _json(directory / "tokenizer_config.json").get(kind)
     text = token.get("content") if isinstance(token, dict) else token
-    tokenizer = read_tokenizer(directory) if isinstance(text, str) else None
+    if not isinstance(text, str):
+        return None
+    tokenizer = read_tokenizer(directory)
     return tokenizer.token_to_id(text) if tokenizer else None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 logger = logging.getLogger("trace_jax")
@@ -28,22 +28,24 @@ class StateStore:
         self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
 
     def save(self, step: int, state: Any) -> None:
-        """Starts writing a copy of `state` (a pytree of arrays); the caller may donate its arrays at once."""
+        """Starts writing `state` (a pytree of arrays) from a copy on the host; its arrays may be donated at once."""
         if step in self._manager.all_steps():
             return
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)),
+            state=ocp.args.StandardSave(jax.tree.map(np.array, state)),
             about=ocp.args.JsonSave({"identity": self._identity, "step": step}),
         )
         self._manager.save(step, args=arguments)
 
-    def restore(self, state: Any) -> tuple[int, Any]:
-        """(step, state) of the newest readable state of this identity, or (0, `state`) if there is none.
+    def restore(self, like: Any) -> tuple[int, Any]:
+        """(step, state) of the newest readable state of this identity, or (0, None) if there is none.
 
-        `state` gives structure, shapes, types and shardings. A state that can't be read is skipped with a warning;
-        it and states of other settings are removed, so that they can't be mistaken for this run's later.
+        `like` (arrays or `jax.ShapeDtypeStruct`) gives structure, shapes, types and shardings. A state that can't be
+        read is skipped with a warning; it and states of other settings are removed, so that they can't be mistaken
+        for this run's later.
         """
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        self._manager.wait_until_finished()
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
@@ -55,7 +57,7 @@ class StateStore:
             except Exception as error:  # Orbax raises many types; any unreadable state means: use the one before.
                 logger.warning("state of step %d can't be restored (%s: %s)", step, type(error).__name__, error)
             self._manager.delete(step)
-        return 0, state
+        return 0, None
 
     def __enter__(self) -> StateStore:
         return self

@@ -143,15 +143,10 @@ def mixture_batches(train: Mapping[str, Rows], mixture: Mapping[str, float], bat
 
 
 def sequential_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
-    """Every row once, in order. The last batch is filled up with empty rows (segments 0, nothing valid)."""
+    """Every row once, in order; the last batch may be smaller."""
     _check_sizes(len(rows), batch_size)
     for start in range(0, len(rows), batch_size):
-        batch = rows.batch(np.arange(start, min(start + batch_size, len(rows))))
-        missing = batch_size - len(batch.tokens)
-        if missing:
-            fill = ((0, missing), (0, 0))
-            batch = Batch(*(np.pad(a, fill) for a in (batch.tokens, batch.segments, batch.valid)))
-        yield batch
+        yield rows.batch(np.arange(start, min(start + batch_size, len(rows))))
 
 
 def _checked(step: int) -> int:

@@ -17,7 +17,9 @@ class DataConfig(Section):
 
     benchmark: str = option("handbook", help="corpus", choices=BENCHMARKS)
     row_length: int = option(128, help="tokens per row, S", minimum=8)
-    vocab_size: int = option(2048, help="size of the byte-level BPE vocabulary", minimum=300)
+    vocab_size: int | None = option(
+        None, help="size of the byte-level BPE that is trained; the model's, unless given", minimum=300
+    )
     seed: int = option(0, help="seed of generated text, of splits and of batch order", minimum=0)
     forget_substances: int | None = option(60, help="substances of the forget topic", minimum=4, when=_HANDBOOK)
     neighbour_substances: int | None = option(150, help="substances of the neighbour topic", minimum=4, when=_HANDBOOK)
@@ -31,8 +33,8 @@ class DataConfig(Section):
         maximum=1.0,
         when={"benchmark": ("handbook", "presidents")},
     )
-    forget: str | None = option(help="JSONL file, text file or directory to forget", when=_TEXT)
-    retain: str | None = option(help="JSONL file, text file or directory to keep", when=_TEXT)
+    forget: str | None = option(help="JSONL file, text file, directory or huggingface: name to forget", when=_TEXT)
+    retain: str | None = option(help="JSONL file, text file, directory or huggingface: name to keep", when=_TEXT)
     neighbour: str | None = option("", help="text close to the forget set that must survive; empty = none", when=_TEXT)
     holdout: str | None = option(
         "", help="text like the forget set that no model has seen, for membership; empty = none", when=_TEXT

@@ -22,8 +22,16 @@ from trace_jax.data.probes import encode_questions, member_rows, verbatim_prompt
 from trace_jax.data.rows import Rows
 from trace_jax.data.sources import DataError, check_leakage
 from trace_jax.data.text import build_text
-from trace_jax.data.tokenizer import Encoded, encode_documents, train_tokenizer
+from trace_jax.data.tokenizer import (
+    Encoded,
+    Vocabulary,
+    encode_documents,
+    for_plain_text,
+    train_tokenizer,
+)
+from trace_jax.models.model import SpecialTokens
 
+_VOCABULARY = 2048  # tokens of a tokenizer that is trained here, unless the settings say otherwise
 _BUILDERS = {"handbook": build_handbook, "presidents": build_presidents, "text": build_text}
 
 
@@ -51,19 +59,22 @@ class Corpora:
     fingerprint: str
 
 
-def build_corpora(config: DataConfig) -> Corpora:
+def build_corpora(config: DataConfig, vocabulary: Vocabulary | None = None) -> Corpora:
     """Builds the corpora of a configuration; the same configuration gives the same arrays.
 
-    The tokenizer sees training documents only, and no held-out document is trained on (checked).
+    No held-out document is trained on (checked).
+
+    Args:
+      vocabulary: of the model; None trains a tokenizer of `config.vocab_size`, on training documents only.
 
     Raises:
-      ConfigError: settings that ask for more than the benchmark has.
+      ConfigError: settings that ask for more than the benchmark has; a token that the model doesn't know.
       DataError: text of the user that can't be used (`trace_jax.data.text`), or is too small.
     """
-    return assemble(_BUILDERS[config.benchmark](config), config)
+    return assemble(_BUILDERS[config.benchmark](config), config, vocabulary)
 
 
-def assemble(benchmark: Benchmark, config: DataConfig) -> Corpora:
+def assemble(benchmark: Benchmark, config: DataConfig, vocabulary: Vocabulary | None = None) -> Corpora:
     """Tokens, rows and probes of a benchmark's documents (`build_corpora`)."""
     parts = {"validation": benchmark.validation, "test": benchmark.test}
     documents = {f"train/{source}": list(d) for source, d in benchmark.train.items()}
@@ -72,10 +83,17 @@ def assemble(benchmark: Benchmark, config: DataConfig) -> Corpora:
     trained = [d for source in benchmark.train.values() for d in source]
     check_leakage(trained, [d for name, several in documents.items() if not name.startswith("train/") for d in several])
 
-    tokenizer = train_tokenizer((d.text + (d.answer or "") for d in trained), config.vocab_size)
-    encoded = {name: encode_documents(tokenizer, several) for name, several in documents.items()}
+    if vocabulary is None:
+        size = config.vocab_size or _VOCABULARY
+        tokenizer = train_tokenizer((d.text + (d.answer or "") for d in trained), size)
+        vocabulary = Vocabulary(tokenizer, SpecialTokens(), size)
+    else:
+        vocabulary = dataclasses.replace(vocabulary, tokenizer=for_plain_text(vocabulary.tokenizer))
+    encoded = {name: encode_documents(vocabulary, several) for name, several in documents.items()}
     rows = {
-        name: pack_documents(several, config.row_length, domain=int(name == "train/neighbour"))
+        name: pack_documents(
+            several, config.row_length, domain=int(name == "train/neighbour"), special=vocabulary.special
+        )
         for name, several in encoded.items()
     }
     _check_rows(rows)
@@ -83,11 +101,11 @@ def assemble(benchmark: Benchmark, config: DataConfig) -> Corpora:
     retrain = {name: share for name, share in benchmark.mixture.items() if name != "forget"}
     retain = _retain_rows(train, config)
     probes = {
-        name: _probes(part, name, benchmark, config, tokenizer=tokenizer, encoded=encoded, rows=rows)
+        name: _probes(part, name, benchmark, config, vocabulary=vocabulary, encoded=encoded, rows=rows)
         for name, part in parts.items()
     }
     return Corpora(
-        tokenizer=tokenizer,
+        tokenizer=vocabulary.tokenizer,
         train=train,
         mixture=dict(benchmark.mixture),
         retrain_mixture={name: share / sum(retrain.values()) for name, share in retrain.items()},
@@ -97,7 +115,7 @@ def assemble(benchmark: Benchmark, config: DataConfig) -> Corpora:
         test=probes["test"],
         documents={name: len(several) for name, several in documents.items()},
         tokens={name: sum(len(d.tokens) for d in several) for name, several in encoded.items()},
-        fingerprint=_fingerprint(tokenizer, [*train.values(), retain, *probes.values()]),
+        fingerprint=_fingerprint(vocabulary.tokenizer, [*train.values(), retain, *probes.values()]),
     )
 
 
@@ -125,33 +143,34 @@ def _probes(
     benchmark: Benchmark,
     config: DataConfig,
     *,
-    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
     encoded: Mapping[str, list[Encoded]],
     rows: Mapping[str, Rows],
 ) -> Probes:
     # What is measured on forget and holdout documents is split row by row: validation has the even ones.
     turn = slice(0, None, 2) if name == "validation" else slice(1, None, 2)
-    forget, length = encoded["train/forget"], config.row_length
+    forget, length, special = encoded["train/forget"], config.row_length, vocabulary.special
     text = {subject: rows[f"{name}/{subject}"] for subject in part.held_out}
     if part.memorised is None:
         text["forget"] = _every(rows["train/forget"], turn)
     else:
-        text["forget"] = pack_documents(encode_documents(tokenizer, part.memorised), length)
+        memorised = encode_documents(vocabulary, part.memorised)
+        text["forget"] = pack_documents(memorised, length, special=special)
     prompts = {}
     if benchmark.verbatim:
-        both = verbatim_prompts(forget, length)
+        both = verbatim_prompts(forget, length, special)
         one = Prompts(both.prompt[turn], both.continuation[turn])
         prompts = {"forget": one} if len(one) else {}
     members = {}
     if benchmark.holdout:
         sources = {"forget": forget, "holdout": encoded["holdout"]}
-        members = {subject: _every(member_rows(d, length), turn) for subject, d in sources.items()}
+        members = {subject: _every(member_rows(d, length, special), turn) for subject, d in sources.items()}
         if short := [subject for subject, found in members.items() if not len(found)]:
             raise DataError(
                 f"The {' and '.join(short)} text is too short for membership inference: validation and test need a "
                 "piece of at least 16 tokens each."
             )
-    questions = {subject: encode_questions(tokenizer, items) for subject, items in part.questions.items()}
+    questions = {subject: encode_questions(vocabulary, items) for subject, items in part.questions.items()}
     return Probes(questions, text, prompts, members)
 
 

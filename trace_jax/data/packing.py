@@ -8,36 +8,41 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from trace_jax.data.rows import Rows
-from trace_jax.data.tokenizer import BOS, EOS, PAD, Encoded
+from trace_jax.data.tokenizer import Encoded, start_and_end
+from trace_jax.models.model import SpecialTokens
 
 _OPEN_ROWS = 64  # keeps packing linear in the number of documents
+_OWN = SpecialTokens()  # of a tokenizer that is trained here
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A piece of a document that fits a row: tokens i32 [n] (the first is BOS), valid bool [n]."""
+    """A piece of a document that fits a row: tokens i32 [n] (the first is the start mark), valid bool [n]."""
 
     tokens: np.ndarray
     valid: np.ndarray
 
 
-def chunks(document: Encoded, row_length: int) -> Iterator[Chunk]:
-    """Cuts BOS + tokens + EOS into chunks of at most `row_length` tokens, each starting with BOS.
+def chunks(document: Encoded, row_length: int, special: SpecialTokens = _OWN) -> Iterator[Chunk]:
+    """Cuts start + tokens + EOS into chunks of at most `row_length` tokens, each with the start mark (`start_and_end`).
 
     A later chunk repeats the last token of the one before as context. So every token of a document but its first,
     EOS included, is a target exactly once: at the valid position just before it.
     """
-    tokens = np.append(document.tokens, np.int32(EOS))
+    start_mark, end_mark = start_and_end(special)
+    tokens = np.append(document.tokens, np.int32(end_mark))
     span = row_length - 1
     for start in range(0, max(len(tokens) - 1, 1), span - 1):
         piece = tokens[start : start + span]
         valid = np.zeros(len(piece) + 1, bool)
         # Position 1 + i holds token start + i and predicts start + i + 1; the last position predicts nothing.
         valid[1:-1] = np.arange(start + 1, start + len(piece)) >= document.first_target
-        yield Chunk(np.concatenate([[np.int32(BOS)], piece]), valid)
+        yield Chunk(np.concatenate([[np.int32(start_mark)], piece]), valid)
 
 
-def pack_documents(documents: Sequence[Encoded], row_length: int, *, domain: int = 0) -> Rows:
+def pack_documents(
+    documents: Sequence[Encoded], row_length: int, *, domain: int = 0, special: SpecialTokens = _OWN
+) -> Rows:
     """Packs the chunks of documents of one source into rows: each chunk goes to the first open row that has room.
 
     Rows stand in the order in which they were opened, documents inside a row in their own order.
@@ -46,15 +51,20 @@ def pack_documents(documents: Sequence[Encoded], row_length: int, *, domain: int
       documents: encoded documents, none empty.
       row_length: tokens per row, S >= 3.
       domain: `Rows.domain` of every row.
+      special: the tokenizer's marks.
     """
-    pieces = [c for d in documents for c in chunks(d, row_length) if c.valid.any()]
-    return _fill(pieces, _first_fit([len(c.tokens) for c in pieces], row_length), row_length, domain)
+    pieces = [c for d in documents for c in chunks(d, row_length, special) if c.valid.any()]
+    rows = _first_fit([len(c.tokens) for c in pieces], row_length)
+    return _fill(pieces, rows, row_length, domain, special.pad)
 
 
-def rows_of_chunks(documents: Sequence[Encoded], row_length: int, *, shortest: int = 0, domain: int = 0) -> Rows:
+def rows_of_chunks(
+    documents: Sequence[Encoded], row_length: int, *, shortest: int = 0, special: SpecialTokens = _OWN
+) -> Rows:
     """One chunk a row, in document order; chunks of fewer than `shortest` tokens are left out."""
-    pieces = [c for d in documents for c in chunks(d, row_length) if c.valid.any() and len(c.tokens) >= shortest]
-    return _fill(pieces, list(range(len(pieces))), row_length, domain)
+    pieces = [c for d in documents for c in chunks(d, row_length, special)]
+    pieces = [c for c in pieces if c.valid.any() and len(c.tokens) >= shortest]
+    return _fill(pieces, list(range(len(pieces))), row_length, 0, special.pad)
 
 
 def _first_fit(lengths: Sequence[int], row_length: int) -> list[int]:
@@ -76,9 +86,9 @@ def _first_fit(lengths: Sequence[int], row_length: int) -> list[int]:
     return rows
 
 
-def _fill(pieces: Sequence[Chunk], row_of: Sequence[int], row_length: int, domain: int) -> Rows:
+def _fill(pieces: Sequence[Chunk], row_of: Sequence[int], row_length: int, domain: int, pad: int) -> Rows:
     count = max(row_of, default=-1) + 1
-    tokens = np.full((count, row_length), PAD, np.int32)
+    tokens = np.full((count, row_length), pad, np.int32)
     segments = np.zeros((count, row_length), np.int32)
     valid = np.zeros((count, row_length), bool)
     used, documents = np.zeros(count, int), np.zeros(count, int)

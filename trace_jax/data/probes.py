@@ -6,19 +6,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from trace_jax.data.benchmark import Item
 from trace_jax.data.packing import rows_of_chunks
 from trace_jax.data.rows import Rows
-from trace_jax.data.tokenizer import BOS, PAD, Encoded, encode_texts
+from trace_jax.data.tokenizer import Encoded, Vocabulary, encode_pairs, start_and_end
+from trace_jax.models.model import SpecialTokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
     """Multiple-choice questions scored by the log-likelihood of each option after a prompt.
 
-    tokens, segments: i32 [Q, O, S], one row per option: BOS, prompt, option, padding (segment 0).
+    tokens, segments: i32 [Q, O, S], one row per option: start mark, prompt, option, padding (segment 0).
     scored: bool [Q, O, S]; position t is scored if it predicts a token of the option.
     answer: i32 [Q], the right option. group: i32 [Q], items of one group (a substance,
     a paragraph) are not independent.
@@ -36,7 +36,7 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Beginnings of documents and how they go on: prompt i32 [N, P] (starts with BOS), continuation i32 [N, C]."""
+    """Beginnings of documents and how they go on: prompt i32 [N, P] (with start mark), continuation i32 [N, C]."""
 
     prompt: np.ndarray
     continuation: np.ndarray
@@ -61,26 +61,29 @@ class Probes:
     members: Mapping[str, Rows]
 
 
-def encode_questions(tokenizer: Tokenizer, items: Sequence[Item], *, multiple: int = 8) -> Questions:
+def encode_questions(vocabulary: Vocabulary, items: Sequence[Item], *, multiple: int = 8) -> Questions:
     """Questions as arrays; S is the longest prompt with option, rounded up to a multiple of `multiple`."""
-    prompts = encode_texts(tokenizer, [item.prompt for item in items])
-    options = [encode_texts(tokenizer, item.options) for item in items]
-    longest = max(1 + len(p) + len(o) for p, several in zip(prompts, options, strict=True) for o in several)
-    shape = (len(items), len(options[0]), -(-longest // multiple) * multiple)
-    tokens = np.full(shape, PAD, np.int32)
+    start, _ = start_and_end(vocabulary.special)
+    encoded = encode_pairs(vocabulary, [(item.prompt, option) for item in items for option in item.options])
+    longest = max(1 + len(e.tokens) for e in encoded)
+    shape = (len(encoded), -(-longest // multiple) * multiple)
+    tokens = np.full(shape, vocabulary.special.pad, np.int32)
     segments = np.zeros(shape, np.int32)
     scored = np.zeros(shape, bool)
-    for q, (prompt, several) in enumerate(zip(prompts, options, strict=True)):
-        for o, option in enumerate(several):
-            row = np.concatenate([[BOS], prompt, option])
-            tokens[q, o, : len(row)] = row
-            segments[q, o, : len(row)] = 1
-            scored[q, o, len(prompt) : len(row) - 1] = True
-    answer, group = ([getattr(item, name) for item in items] for name in ("answer", "group"))
-    return Questions(tokens, segments, scored, np.array(answer, np.int32), np.array(group, np.int32))
+    for row, e in enumerate(encoded):
+        end = 1 + len(e.tokens)
+        tokens[row, :end] = [start, *e.tokens]
+        segments[row, :end] = 1
+        scored[row, e.first_target : end - 1] = True
+    by_question = (len(items), len(items[0].options), -1)
+    answer, group = (np.array([getattr(item, name) for item in items], np.int32) for name in ("answer", "group"))
+    tokens, segments, scored = (x.reshape(by_question) for x in (tokens, segments, scored))
+    return Questions(tokens, segments, scored, answer, group)
 
 
-def verbatim_prompts(documents: Sequence[Encoded], row_length: int, *, longest: int = 32) -> Prompts:
+def verbatim_prompts(
+    documents: Sequence[Encoded], row_length: int, special: SpecialTokens, *, longest: int = 32
+) -> Prompts:
     """The first tokens of every long enough chunk and as many after them.
 
     Chunks are those of the training rows, so a prompt stands in the context that it was learned in. Documents with an
@@ -89,12 +92,12 @@ def verbatim_prompts(documents: Sequence[Encoded], row_length: int, *, longest: 
     """
     plain = [d for d in documents if d.first_target == 0]
     for length in (longest, longest // 2, longest // 4):
-        tokens = rows_of_chunks(plain, row_length, shortest=2 * length).tokens
+        tokens = rows_of_chunks(plain, row_length, shortest=2 * length, special=special).tokens
         if len(tokens) >= 16:
             break
     return Prompts(tokens[:, :length], tokens[:, length : 2 * length])
 
 
-def member_rows(documents: Sequence[Encoded], row_length: int) -> Rows:
+def member_rows(documents: Sequence[Encoded], row_length: int, special: SpecialTokens) -> Rows:
     """One chunk a row; shreds of fewer than 16 tokens are left out."""
-    return rows_of_chunks(documents, row_length, shortest=min(16, row_length))
+    return rows_of_chunks(documents, row_length, shortest=min(16, row_length), special=special)

@@ -30,7 +30,7 @@ class Rows:
       tokens: i32 [N, S].
       segments: i32 [N, S]; documents of a row are numbered from 1, padding is 0 (from lengths, never from token ids).
       valid: bool [N, S]; position t is valid if token t and token t+1 are real tokens of one document and token t is
-        not BOS; for question-answer text only positions that predict answer tokens are valid.
+        not the start mark; for question-answer text only positions that predict answer tokens are valid.
       domain: i32 [N]; 1 where the row is neighbour text, else 0. Known on embedded benchmarks only; used by the
         domain oracle and by evaluation, never by a method.
     """

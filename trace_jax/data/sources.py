@@ -1,9 +1,10 @@
-"""Text files of the user -> documents. Errors name the file and the line."""
+"""Text of the user -> documents. Errors name the file and the line."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -22,25 +23,66 @@ class DataError(ValueError):
     """Text that can't be used. The message names file and line, what was expected, and what to do."""
 
 
+HUGGINGFACE = "huggingface:"
 _SUFFIXES = (".jsonl", ".txt", ".md")
+_FIELDS = ({"text"}, {"question", "answer"})
 
 
 def load_documents(path: str) -> list[Document]:
     """Documents of a JSONL file (one a line), a text file (one document) or a directory of such files, by name.
 
     A line of JSONL is an object with "text", or with "question" and "answer"; other keys are refused.
+    `huggingface:NAME[/CONFIG][:SPLIT]` is a data set with such columns (`load_dataset`).
 
     Raises:
       DataError: nothing there, unreadable, not UTF-8, empty, or a line of another form.
     """
     if not path:
         raise DataError("The path is empty; expected a JSONL file, a text file or a directory of such files.")
+    if path.startswith(HUGGINGFACE):
+        return load_dataset(path.removeprefix(HUGGINGFACE))
     root = pathlib.Path(path).expanduser()
     if not root.exists():
         raise DataError(f"{root}: there is no such file or directory.")
     documents = [d for file in _files(root) for d in _read(file)]
     if not documents:
         raise DataError(f"{root}: the file is empty; expected text, or one JSON object per line.")
+    return documents
+
+
+def load_dataset(name: str) -> list[Document]:
+    """Documents of a data set of the package `datasets`, one a row, from the columns text or question and answer.
+
+    Args:
+      name: NAME[/CONFIG][:SPLIT]; NAME is OWNER/NAME as on the hub, or a local directory of data files. SPLIT is
+        train unless given, and may be a slice such as train[:1000].
+
+    Raises:
+      DataError: `datasets` is missing or can't load it; no such columns; a row that is empty or not text.
+    """
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise DataError(
+            f"{HUGGINGFACE}{name}: needs the package datasets: pip install 'trace-jax[data]'. "
+            "Or save the text as JSONL."
+        ) from None
+    address, _, split = name.partition(":")
+    parts = [address] if pathlib.Path(address).exists() else address.split("/")
+    try:
+        rows = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
+    except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{HUGGINGFACE}{name}: can't be loaded ({error}).") from error
+    fields = next((f for f in _FIELDS if f <= set(rows.column_names)), None)
+    if fields is None:
+        raise DataError(
+            f"{HUGGINGFACE}{name}: the columns are {', '.join(rows.column_names)}; expected text, or question and "
+            "answer. Save what you need as JSONL."
+        )
+    rows = rows.select_columns(sorted(fields))
+    documents = [_document(row, f"{HUGGINGFACE}{name}:{number}") for number, row in enumerate(rows, start=1)]
+    if not documents:
+        raise DataError(f"{HUGGINGFACE}{name}: there are no rows.")
     return documents
 
 
@@ -57,6 +99,8 @@ def _files(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read(file: pathlib.Path) -> Iterator[Document]:
+    if file.suffix == ".json":
+        raise DataError(f"{file}: is JSON; expected JSON lines: one object per line, in a file that ends in .jsonl.")
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -86,8 +130,13 @@ def _parse(line: str, origin: str) -> Document:
         raise DataError(f"{origin}: not JSON ({error.msg}, column {error.colno}); {expected} on each line.") from None
     if not isinstance(item, dict):
         raise DataError(f"{origin}: a JSON {_json_type(item)}; {expected}.")
-    if set(item) not in ({"text"}, {"question", "answer"}):
+    if set(item) not in _FIELDS:
         raise DataError(f"{origin}: the keys are {', '.join(sorted(item)) or 'none'}; {expected}.")
+    return _document(item, origin)
+
+
+def _document(item: dict, origin: str) -> Document:
+    """The document of a line or row whose keys are known to be right."""
     for key, value in item.items():
         if not isinstance(value, str):
             raise DataError(f"{origin}: {key} is a JSON {_json_type(value)}; expected text.")

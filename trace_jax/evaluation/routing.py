@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.models.model import Model
 from trace_jax.routing.diagnostics import load, mismatch, overlap, router_drift
-from trace_jax.routing.statistics import Assignments, ExpertStatistics, expert_assignments, row_batches
+from trace_jax.routing.statistics import Assignments, ExpertStatistics, expert_assignments
 
 SUBJECTS = ("forget", "retain")
 
@@ -24,6 +25,7 @@ class RoutingMetrics:
     """Routing metrics; every array is f64 [L]. Keys of mappings are "forget" and "retain".
 
     Attributes:
+      layers: which layer of the network each row is of, counted from 0.
       tokens: positions that each corpus was measured on.
       frequency: f64 [L, E], expert frequencies under the unlearned model.
       jaccard: mean overlap of a token's chosen experts with those under the original model, 0 to 1.
@@ -35,6 +37,7 @@ class RoutingMetrics:
       drift: relative change of the router weights.
     """
 
+    layers: Sequence[int]
     tokens: Mapping[str, int]
     frequency: Mapping[str, np.ndarray]
     jaccard: Mapping[str, np.ndarray]
@@ -75,12 +78,13 @@ def measure_routing(
     for subject, rows in zip(SUBJECTS, (forget, retain), strict=True):
         rows = rows.take(spread_indices(len(rows), max_rows))
         for model, found in ((original, before), (current, after)):
-            found[subject] = expert_assignments(model, row_batches(rows, batch_size), mesh=mesh)
+            found[subject] = expert_assignments(model, sequential_batches(rows, batch_size), mesh=mesh)
     old, new = ({s: _statistics(a, original.config.num_experts) for s, a in found.items()} for found in (before, after))
     kept = {s: overlap(before[s], after[s]) for s in SUBJECTS}
     loads = {s: load(new[s]) for s in SUBJECTS}
     apart, originally = mismatch(new["forget"], new["retain"]), mismatch(old["forget"], old["retain"])
     return RoutingMetrics(
+        layers=list(current.config.moe_layers),
         tokens={s: new[s].tokens for s in SUBJECTS},
         frequency={s: new[s].frequency for s in SUBJECTS},
         jaccard={s: kept[s].jaccard for s in SUBJECTS},

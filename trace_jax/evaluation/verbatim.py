@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from rouge_score import rouge_scorer
 from tokenizers import Tokenizer
@@ -21,15 +20,12 @@ def verbatim_scores(
 
     As many new tokens are generated as the true continuation has; there are no stop strings and no stemmer.
     """
-    length, count, pending = prompts.continuation.shape[1], len(prompts), []
-    batch_size = min(batch_size, count)
-    for start in range(0, count, batch_size or 1):
-        batch = np.arange(start, start + batch_size)
-        batch[batch >= count] = 0  # one shape for every batch; copies of the first prompt are dropped
-        pending.append(generate(params, config, jnp.asarray(prompts.prompt[batch], jnp.int32), max_new_tokens=length))
-    if not pending:
+    length, count = prompts.continuation.shape[1], len(prompts)
+    if not count:
         return np.zeros(0)
-    generated = np.concatenate([np.asarray(x) for x in pending])[:count]
+    several = [prompts.prompt[start : start + batch_size] for start in range(0, count, batch_size)]
+    several[-1] = np.resize(several[-1], (min(batch_size, count), prompts.prompt.shape[1]))  # one shape for all
+    generated = np.concatenate([generate(params, config, batch, max_new_tokens=length) for batch in several])[:count]
     return rouge_l(_decode(tokenizer, generated), _decode(tokenizer, prompts.continuation))
 
 

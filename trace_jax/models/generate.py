@@ -1,81 +1,325 @@
-"""Greedy decoding with a key/value cache: one compile per shape."""
+"""Decoding with a cache, greedily or sampled: the prompt is read at once, then tokens are written in compiled chunks.
+
+Between chunks the host looks: it shows progress and stops rows whose text holds a stop string. Batch, prompt and cache
+are padded to few sizes, so that few programs are compiled.
+"""
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trace_jax.models.attention import init_cache
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.decoder import forward, output_logits
+from trace_jax.models.decoder import forward
+from trace_jax.models.model import Model
+from trace_jax.progress import progress
+
+CHUNK = 16  # tokens written between two looks of the host
+_PIECE = 512  # tokens of a prompt read at once: bounds the memory of attention scores
+_SHORTEST = 16
+_CONTEXT = 8  # tokens of the prompt that a decoder gets to see, for the space before the first new word
+
+Watch = Callable[[np.ndarray, np.ndarray], np.ndarray | None]
 
 
 def generate(
     params: dict,
     config: ModelConfig,
-    prompt: jax.Array,
+    prompt: np.ndarray | jax.Array,
     *,
-    lengths: jax.Array | None = None,
+    lengths: np.ndarray | jax.Array | None = None,
     max_new_tokens: int,
-    eos_id: int | None = None,
-) -> jax.Array:
-    """The likeliest next tokens, one after the other.
+    eos_ids: Sequence[int] = (),
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+    watch: Watch | None = None,
+) -> np.ndarray:
+    """The next tokens of every prompt.
 
     Args:
       prompt: i32 [B, P], each row's prompt at its left end.
       lengths: i32 [B], tokens of each prompt, 1 to P (default P); what follows in the row is ignored.
-      eos_id: a row that produced this token is finished; it is filled with it to the end.
+      eos_ids: a row that produced one of them is done.
+      temperature: 0 takes the likeliest token; else logits are divided by it and a token is drawn.
+      top_k, top_p: draw among the `top_k` likeliest (0: all), and among the fewest that have `top_p` of their mass.
+      seed, rows: the draws of a row depend on the seed and its number (default: its place in the batch), nothing else.
+      watch: called with all tokens so far i32 [B, n] and the rows that are done bool [B]; the rows of the answer
+        bool [B] are done from here on.
 
     Returns:
-      i32 [B, max_new_tokens].
+      i32 [B, max_new_tokens]. A row that is done is filled with its last token.
     """
-    if prompt.ndim != 2 or prompt.shape[1] == 0:
-        raise ValueError(f"prompt has shape {prompt.shape}; expected [B, P] with P >= 1.")
+    lengths = _check(prompt, lengths, max_new_tokens, temperature, top_k, top_p, rows)
+    prompt = _right_aligned(np.asarray(prompt, np.int32), lengths)
+    B, size = len(prompt), padded_size(len(prompt), least=1, steps=8)
+    kind = "greedy" if temperature == 0 else "filtered" if top_k or top_p < 1 else "drawn"
+    numbers = np.zeros(size, np.int32)
+    numbers[:B] = np.arange(B) if rows is None else rows
+    settings = {
+        "eos": np.asarray(eos_ids, np.int32).reshape(-1),
+        "temperature": np.float32(temperature),
+        "top_k": np.int32(top_k or config.vocab_size),
+        "top_p": np.float32(top_p),
+        "keys": jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers),
+    }
+    tokens, done = np.zeros((B, max_new_tokens), np.int32), np.arange(size) >= B
+    n, ends = 0, _stretches(config, prompt.shape[1], max_new_tokens)
+    last, cache = _start(params, config, prompt, lengths, size, max_new_tokens)
+    while n < max_new_tokens and not done.all():
+        if n == ends[0]:
+            ends.pop(0)
+            whole = np.concatenate([prompt, tokens[:, :n]], axis=1)
+            last, cache = _start(params, config, whole, lengths + n, size, max_new_tokens - n)
+        count = min(CHUNK, ends[0] - n)
+        written, last, done, cache = _write(
+            params, config, kind, settings, last, done, np.int32(n), np.int32(count), cache
+        )
+        tokens[:, n : n + count] = np.asarray(written)[:B, :count]
+        n, done = n + count, np.array(done)
+        if watch is not None and (stopped := watch(tokens[:, :n], done[:B])) is not None:
+            done[:B] |= stopped
+    tokens[:, n:] = tokens[:, n - 1 : n]
+    return tokens
+
+
+def padded_size(n: int, *, least: int = _SHORTEST, steps: int = 4) -> int:
+    """The next of few sizes: powers of two and `steps` - 1 sizes between each two of them."""
+    if n <= least:
+        return least
+    step = max(1, (1 << ((n - 1).bit_length() - 1)) // steps)
+    return -(-n // step) * step
+
+
+def _check(prompt, lengths, max_new_tokens, temperature, top_k, top_p, rows) -> np.ndarray:
+    """Lengths i64 [B], or a ValueError that says what is wrong."""
+    if prompt.ndim != 2 or 0 in prompt.shape:
+        raise ValueError(f"prompt has shape {prompt.shape}; expected [B, P] with B >= 1 and P >= 1.")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
-    if lengths is None:
-        lengths = jnp.full(prompt.shape[:1], prompt.shape[1], jnp.int32)
-    lengths = jnp.asarray(lengths, jnp.int32)
-    if lengths.shape != prompt.shape[:1]:
-        raise ValueError(f"lengths has shape {lengths.shape}; expected one per prompt, {prompt.shape[:1]}.")
-    return _generate(params, config, jnp.asarray(prompt, jnp.int32), lengths, max_new_tokens, eos_id)
-
-
-@partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos_id"))
-def _generate(params, config, prompt, lengths, max_new_tokens, eos_id):
+    if not temperature >= 0 or temperature == float("inf"):
+        raise ValueError(f"temperature is {temperature}; expected 0 (the likeliest token) or more.")
+    if top_k < 0:
+        raise ValueError(f"top_k is {top_k}; expected 0 (all) or more.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; expected more than 0 and at most 1.")
     B, P = prompt.shape
+    lengths = np.full(B, P) if lengths is None else np.asarray(lengths)
+    for name, given in (("lengths", lengths), ("rows", rows)):
+        if given is not None and np.shape(given) != (B,):
+            raise ValueError(f"{name} has shape {np.shape(given)}; expected one per prompt, {(B,)}.")
+    if lengths.min() < 1 or lengths.max() > P:
+        raise ValueError(f"lengths are {lengths.min()} to {lengths.max()}; expected 1 to {P}, the width of prompt.")
+    return lengths.astype(np.int64)
 
-    def read(tokens, mask, cache) -> tuple[Any, Any]:
-        output = forward(params, config, tokens, mask=mask, collect=("hidden",), cache=cache)
-        return output.hidden, output.cache
 
-    def likeliest(hidden_BD):
-        return jnp.argmax(output_logits(params, config, hidden_BD), axis=-1).astype(jnp.int32)
+def _right_aligned(prompt: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """i32 [B, longest prompt], each prompt at the right end of its row."""
+    places = np.arange(lengths.max()) + (lengths - lengths.max())[:, None]
+    return np.where(places >= 0, np.take_along_axis(prompt, np.maximum(places, 0), axis=1), 0)
 
-    # All rows write their n-th new token at place P + n of the cache; a shorter prompt leaves padding before it, which
-    # has another document number and so is never read, nor counted in rotary positions.
-    real = jnp.arange(P, dtype=jnp.int32)[None, :] < lengths[:, None]
-    hidden, cache = read(prompt, real, init_cache(config, B, P + max_new_tokens))
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    first = likeliest(last)
-    done = jnp.zeros((B,), bool) if eos_id is None else first == eos_id
-    tokens = jnp.full((B, max_new_tokens), 0 if eos_id is None else eos_id, jnp.int32).at[:, 0].set(first)
+
+def _long_lengths(config: ModelConfig) -> list[int]:
+    """Lengths beyond which a rotary embedding has another amplitude, for all tokens of a text."""
+    return [rope.original_length for rope in config.ropes if rope.long_amplitude]
+
+
+def _stretches(config: ModelConfig, longest: int, max_new_tokens: int) -> list[int]:
+    """Numbers of new tokens after which all tokens must be read again, and `max_new_tokens`."""
+    switches = {length + 1 - longest for length in _long_lengths(config)}
+    return [*sorted(n for n in switches if 0 < n < max_new_tokens), max_new_tokens]
+
+
+def _start(params, config: ModelConfig, prompt, lengths, size: int, room: int):
+    """(last tokens i32 [size], cache that holds all tokens before them and has `room` for more), of padded prompts.
+
+    Padding stands before a prompt and is of another document, so it is never read nor counted in positions, and all
+    rows write their n-th new token in one place of the cache.
+    """
+    B, longest = len(prompt), prompt.shape[1] - 1
+    in_pieces = longest >= _PIECE and not _long_lengths(config)
+    width = -(-longest // _PIECE) * _PIECE if in_pieces else padded_size(longest + 1)
+    piece = _PIECE if in_pieces else width
+    rows = ((0, size - B), (0, 0))
+    padded = np.pad(prompt, ((0, size - B), (width - longest, 0)))
+    places = np.pad(np.arange(width) - width + lengths[:, None] - 1, rows, constant_values=-1)
+    # Padding stands where the last token stands: the amplitude of some embeddings depends on the largest position.
+    positions = np.where(places < 0, longest, places).astype(np.int32)
+    cache = _empty(config, size, padded_size(width + room))
+    for start in range(0, width, piece):
+        part = slice(start, start + piece)
+        cache = _read(params, config, padded[:, part], places[:, part] >= 0, positions[:, part], cache)
+    return padded[:, -1], cache
+
+
+_empty = jax.jit(init_cache, static_argnums=(0, 1, 2))  # in one program no two arrays share memory: donation needs that
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def _read(params, config, tokens, real, positions, cache):
+    return forward(params, config, tokens, mask=real, positions=positions, collect=(), cache=cache).cache
+
+
+@partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("cache",))
+def _write(params, config, kind, settings, last, done, n, count, cache):
+    """(up to CHUNK tokens i32 [B, CHUNK], the last of them, rows that are done, cache); fewer when all rows are."""
+    tokens = jnp.broadcast_to(last[:, None], (len(last), CHUNK))
 
     def unfinished(state):
-        n, _, _, done, _ = state
-        return (n < max_new_tokens) & ~jnp.all(done)
+        i, _, _, done, _ = state
+        return (i < count) & ~jnp.all(done)
 
     def step(state):
-        n, tokens, current, done, cache = state
-        hidden, cache = read(current[:, None], None, cache)
-        current = likeliest(hidden[:, 0])
-        if eos_id is not None:
-            current = jnp.where(done, eos_id, current)
-            done = done | (current == eos_id)
-        return n + 1, jax.lax.dynamic_update_index_in_dim(tokens, current, n, axis=1), current, done, cache
+        i, tokens, last, done, cache = state
+        output = forward(params, config, last[:, None], cache=cache)
+        assert output.logits is not None
+        last = jnp.where(done, last, _choose(output.logits[:, 0], kind, settings, n + i))
+        done = done | jnp.any(last[:, None] == settings["eos"][None, :], axis=1)
+        # Filled to the end: a row that is done holds its last token, also where the loop ends early.
+        later = jnp.arange(CHUNK, dtype=jnp.int32)[None, :] >= i
+        return i + 1, jnp.where(later, last[:, None], tokens), last, done, output.cache
 
-    state = (jnp.ones((), jnp.int32), tokens, first, done, cache)
-    return jax.lax.while_loop(unfinished, step, state)[1]
+    state = jnp.zeros((), jnp.int32), tokens, last, done, cache
+    return jax.lax.while_loop(unfinished, step, state)[1:]
+
+
+def _choose(logits: jax.Array, kind: str, settings: dict, n: jax.Array) -> jax.Array:
+    """The n-th new token i32 [B] of logits f32 [B, V]."""
+    if kind != "greedy":
+        logits = logits / settings["temperature"]
+        if kind == "filtered":
+            logits = filter_logits(logits, settings["top_k"], settings["top_p"])
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(settings["keys"], n)
+        logits = logits + jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+    # The first of the largest. Quicker than argmax, which XLA doesn't vectorise on CPUs.
+    place = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :]
+    largest = logits == jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(largest, place, logits.shape[1] - 1), axis=-1)
+
+
+def filter_logits(logits: jax.Array, top_k: jax.Array | int, top_p: jax.Array | float) -> jax.Array:
+    """Logits [B, V], minus infinity outside the `top_k` likeliest and the fewest of them with `top_p` of their mass."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    among = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :] < top_k
+    probability = jax.nn.softmax(jnp.where(among, ordered, -jnp.inf), axis=-1)
+    kept = among & (jnp.cumsum(probability, axis=-1) - probability < top_p)
+    least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What a model wrote after one prompt."""
+
+    text: str  # without the prompt, special tokens and the stop string
+    tokens: np.ndarray  # i32 [n], without the end token; with those of the stop string
+    finished: str  # "eos", "stop" or "length"
+
+
+def generate_text(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
+) -> list[Generated]:
+    """Continues each prompt until an end token of the model, one of the strings `stop`, or `max_new_tokens`.
+
+    The model's BOS token is put before a prompt that doesn't start with it; special tokens written in a prompt (the
+    marks of a chat template) are read as such. A prompt's result does not depend on the other prompts.
+
+    Args:
+      temperature, top_k, top_p, seed: see `generate`; a prompt's draws depend on its place in `prompts`.
+
+    Raises:
+      ValueError: a model without tokenizer, an empty prompt without BOS, an empty stop string, or see `generate`.
+    """
+    ids = _encode(model, prompts)
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop is {stop!r}; expected a sequence of texts that are not empty.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+    results: dict[int, Generated] = {}
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    with progress("generating", len(ids) * max_new_tokens, unit="token") as advance:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            writers = [_Writer(model, ids[row], stop) for row in rows]
+
+            def watch(tokens, done, start=start, writers=writers):
+                advance(start * max_new_tokens + tokens.size, "")
+                return np.array([bool(d) or w.stops(t) for w, t, d in zip(writers, tokens, done, strict=True)])
+
+            prompt = np.zeros((len(rows), max(len(ids[row]) for row in rows)), np.int32)
+            for place, row in enumerate(rows):
+                prompt[place, : len(ids[row])] = ids[row]
+            tokens = generate(
+                model.params,
+                model.config,
+                prompt,
+                lengths=np.array([len(ids[row]) for row in rows]),
+                max_new_tokens=max_new_tokens,
+                eos_ids=model.special.eos,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                rows=rows,
+                watch=watch,
+            )
+            results |= {row: w.finish(t) for row, w, t in zip(rows, writers, tokens, strict=True)}
+    return [results[row] for row in range(len(ids))]
+
+
+def _encode(model: Model, prompts: Sequence[str]) -> list[list[int]]:
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one text; expected a sequence of texts, such as [text].")
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer; texts can't be read. Use generate with token ids.")
+    model.tokenizer.encode_special_tokens = False
+    bos, ids = model.special.bos, []
+    for number, encoding in enumerate(model.tokenizer.encode_batch(list(prompts), add_special_tokens=False)):
+        ids.append(encoding.ids if bos is None or encoding.ids[:1] == [bos] else [bos, *encoding.ids])
+        if not ids[-1]:
+            raise ValueError(f"prompt {number} is empty and the model has no BOS token; there is nothing to continue.")
+    return ids
+
+
+class _Writer:
+    """Turns the new tokens of one prompt into text."""
+
+    def __init__(self, model: Model, prompt: Sequence[int], stop: Sequence[str]):
+        self._decode, self._eos, self._stop = model.tokenizer.decode, model.special.eos, stop
+        self._context = list(prompt[-_CONTEXT:])
+        self._skip = len(self._decode(self._context))
+
+    def _text(self, tokens: np.ndarray) -> str:
+        return self._decode([*self._context, *tokens.tolist()])[self._skip :]
+
+    def stops(self, tokens: np.ndarray) -> bool:
+        """Whether there is a stop string in the text of `tokens`."""
+        text = self._text(tokens) if self._stop else ""
+        return any(s in text for s in self._stop)
+
+    def finish(self, tokens: np.ndarray) -> Generated:
+        ends = np.flatnonzero(np.isin(tokens, self._eos))
+        tokens, finished = (tokens[: ends[0]], "eos") if len(ends) else (tokens, "length")
+        if self.stops(tokens):
+            first = bisect.bisect_left(range(len(tokens)), True, key=lambda n: self.stops(tokens[:n]))
+            tokens, finished = tokens[:first], "stop"
+        text = self._text(tokens)
+        return Generated(text[: min([len(text), *(text.find(s) for s in self._stop if s in text)])], tokens, finished)

@@ -75,7 +75,7 @@ class Front:
 class Routing:
     """Activation frequencies, nested lists or arrays [L, E], and what was selected per method, bool [L, E].
 
-    `uniform` is K/E, the frequency of an expert under uniform routing.
+    `uniform` is K/E, the frequency of an expert under uniform routing. `layers` numbers the rows; () = from 0.
     """
 
     forget_frequency: Any
@@ -83,6 +83,7 @@ class Routing:
     uniform: float
     calibrated_frequency: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     selected: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    layers: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -165,19 +165,19 @@ def routing_figures(routing: Routing) -> list[Figure]:
         else:
             panels.append((f"Retain set, calibrated by {method}", frequency, selected))
     return [
-        Figure(name, _heat_map(frequency, selected, routing.uniform, f"heat{number}", name))
+        Figure(name, _heat_map(frequency, selected, routing, f"heat{number}", name))
         for number, (name, frequency, selected) in enumerate(panels)
     ]
 
 
-def _heat_map(frequency: Any, selected: Any, uniform: float, prefix: str, name: str) -> str:
+def _heat_map(frequency: Any, selected: Any, routing: Routing, prefix: str, name: str) -> str:
     frequency_LxE = np.atleast_2d(np.array(frequency, float))
     layers, experts = frequency_LxE.shape
     left, right, cell = 0.1, 0.99, float(np.clip(240 / layers, 4, 24)) / 72
     height = layers * cell + 0.5
     figure, axes = _panel(_WIDTH, height, margins=(left, right, 0.42 / height, 1 - 0.06 / height))
     with np.errstate(divide="ignore"):
-        colour = np.log2(frequency_LxE / uniform)
+        colour = np.log2(frequency_LxE / routing.uniform)
     colour = np.nan_to_num(np.clip(colour, -LOG2_RANGE, LOG2_RANGE), nan=0.0)
     axes.imshow(
         colour, cmap=_COLOURS, vmin=-LOG2_RANGE, vmax=LOG2_RANGE, aspect="auto", interpolation="none", origin="lower"
@@ -186,7 +186,8 @@ def _heat_map(frequency: Any, selected: Any, uniform: float, prefix: str, name: 
         cell_width = 72 * _WIDTH * (right - left) / experts
         _outline(axes, np.atleast_2d(np.array(selected, bool)), float(np.clip(0.12 * cell_width, 0.5, 1.6)))
     axes.set_xticks(_ticks(experts, 9))
-    axes.set_yticks(_ticks(layers, 9))
+    ticks = _ticks(layers, 9)
+    axes.set_yticks(ticks, [routing.layers[row] if routing.layers else row for row in ticks])
     axes.tick_params(length=0, labelsize=10)
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")

@@ -125,7 +125,7 @@ def calibrate(
     multipliers = np.zeros(selected.shape)
     multipliers[matched] = found.balance.multipliers
     certificate = _certify(
-        found, patterns, tokens.indices, selected, matched, counts, target,
+        found, patterns, tokens, selected, matched, counts, target,
         wanted=moment + used * (goal - moment), strength=used, strength_asked=strength, max_weight=max_weight,
         ridge_asked=ridge,
     )  # fmt: skip
@@ -216,10 +216,11 @@ def constant_directions(patterns: Patterns, matched: np.ndarray, moment: np.ndar
 
 
 def _certify(
-    found: _Clipped, patterns: Patterns, indices, selected, matched, counts, target, *,
+    found: _Clipped, patterns: Patterns, assignments: Assignments, selected, matched, counts, target, *,
     wanted, strength, strength_asked, max_weight, ridge_asked,
 ) -> Certificate:  # fmt: skip
-    tokens = indices.shape[1]
+    indices = assignments.indices
+    tokens, names = indices.shape[1], np.array(assignments.layers or range(len(indices)))
     of_token = found.weights[patterns.of_token]  # f64 [T]
     weighted = weighted_frequency(indices, of_token, selected.shape[1])
     touched = np.zeros(tokens, bool)
@@ -227,10 +228,10 @@ def _certify(
         touched |= layer_matched[layer].any(axis=1)
     retain, others = counts / tokens, ~matched
     before, after = np.abs(retain - target), np.abs(weighted - target)
-    infeasible = tuple((int(layer), int(expert)) for layer, expert in np.argwhere(selected & ~matched))
-    layer, expert = np.nonzero(matched)
+    infeasible = tuple((int(names[row]), int(expert)) for row, expert in np.argwhere(selected & ~matched))
+    row, expert = np.nonzero(matched)
     certificate = Certificate(
-        layer=layer, expert=expert, forget=target[matched], retain=retain[matched], target=wanted,
+        layer=names[row], expert=expert, forget=target[matched], retain=retain[matched], target=wanted,
         moment=patterns.features.T @ (patterns.tokens * found.weights) / tokens, weighted=weighted[matched],
         gap_before=float(before[matched].sum()), gap_after=float(after[matched].sum()),
         gap_elsewhere_before=float(before[others].sum()), gap_elsewhere_after=float(after[others].sum()),

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """Frequencies before and after, and what the weights cost. Layers and experts are counted from 0.
+    """Frequencies before and after, and what the weights cost. Experts and layers of the network are counted from 0.
 
     Arrays hold one entry per matched expert (f64 [C]); frequencies are shares of tokens.
 

@@ -77,7 +77,8 @@ def load(statistics: ExpertStatistics) -> Load:
     share = frequency / statistics.top_k
     uniform = np.full_like(share, 1 / experts)
     entropy = 1 - kl_divergence(share, uniform) / np.log(experts) if experts > 1 else np.ones(len(share))
-    dead = tuple((int(layer), int(expert)) for layer, expert in np.argwhere(statistics.counts == 0))
+    names = statistics.layers or range(len(share))
+    dead = tuple((int(names[row]), int(expert)) for row, expert in np.argwhere(statistics.counts == 0))
     return Load(entropy, frequency.max(axis=1) * experts / statistics.top_k, dead)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError
+from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
 from trace_jax.files import replacing
 from trace_jax.models.model import Model
@@ -30,7 +31,7 @@ from trace_jax.routing.calibration import Calibration, calibrate
 from trace_jax.routing.certificate import Certificate
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.selection import random_like, select_experts
-from trace_jax.routing.statistics import Assignments, ExpertStatistics, expert_assignments, row_batches
+from trace_jax.routing.statistics import Assignments, ExpertStatistics, expert_assignments
 from trace_jax.routing.weights import (
     clipped_to_mean_one,
     corpus_weights,
@@ -121,7 +122,7 @@ def retain_weights(
         selected = _selected(config, forget_statistics, retain_statistics)
         assignments = expert_assignments(
             model,
-            tracked(row_batches(retain, batch_size), "routing of retain tokens", -(-len(retain) // batch_size)),
+            tracked(sequential_batches(retain, batch_size), "routing of retain tokens", -(-len(retain) // batch_size)),
             mesh=mesh,
         )
         tokens, calibration = _from_experts(config, assignments, selected, forget_statistics, retain_statistics)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from trace_jax.data.rows import Batch, Rows
+from trace_jax.data.rows import Batch
 from trace_jax.files import replacing
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
@@ -32,12 +32,14 @@ class ExpertStatistics:
       counts: i64 [L, E], how often each expert was among the top K.
       gate_mass: f64 [L, E], sum over positions of the router's softmax.
       tokens: valid positions, T.  top_k: experts per token, K.
+      layers: which layer of the network each row is of, counted from 0 (dense layers have none); () = 0 to L - 1.
     """
 
     counts: np.ndarray
     gate_mass: np.ndarray
     tokens: int
     top_k: int
+    layers: tuple[int, ...] = ()
 
     @property
     def frequency(self) -> np.ndarray:
@@ -52,7 +54,8 @@ class ExpertStatistics:
     @classmethod
     def load(cls, path) -> ExpertStatistics:
         with np.load(path, allow_pickle=False) as file:
-            return cls(file["counts"], file["gate_mass"], int(file["tokens"]), int(file["top_k"]))
+            layers = tuple(int(layer) for layer in file["layers"]) if "layers" in file else ()
+            return cls(file["counts"], file["gate_mass"], int(file["tokens"]), int(file["top_k"]), layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +65,13 @@ class Assignments:
     Attributes:
       indices: unsigned integer [L, T, K].
       rows: i32 [T], the row of each token.  positions: i32 [T], its position in the row.
+      layers: as in `ExpertStatistics`.
     """
 
     indices: np.ndarray
     rows: np.ndarray
     positions: np.ndarray
+    layers: tuple[int, ...] = ()
 
 
 def as_assignments(assignments: Assignments | np.ndarray, rows: np.ndarray | None = None) -> Assignments:
@@ -85,12 +90,6 @@ def as_assignments(assignments: Assignments | np.ndarray, rows: np.ndarray | Non
     return Assignments(indices, rows, np.zeros(tokens, np.int32))
 
 
-def row_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
-    """The rows in order, `batch_size` at a time; the last batch may be smaller."""
-    for start in range(0, len(rows), batch_size):
-        yield rows.batch(np.arange(start, min(start + batch_size, len(rows))))
-
-
 def expert_statistics(
     model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None, min_activations: float = MIN_ACTIVATIONS
 ) -> ExpertStatistics:
@@ -106,13 +105,13 @@ def expert_statistics(
       ValueError: too few valid positions; NaN or infinite router scores; counts that do not sum to K per position.
     """
     config = model.config
-    counts = np.zeros((config.num_layers, config.num_experts), np.int64)
+    counts = np.zeros((len(config.moe_layers), config.num_experts), np.int64)
     gate_mass = np.zeros(counts.shape, np.float64)
     tokens = 0
     for batch, (batch_counts, batch_load) in run_batches(model, batches, _count, out_specs=PartitionSpec(), mesh=mesh):
         valid = int(np.sum(batch.valid))
         batch_counts = np.asarray(batch_counts).astype(np.int64)
-        _check_routing(batch_counts, np.asarray(batch_load), valid, config.experts_per_token)
+        _check_routing(config, batch_counts, np.asarray(batch_load), valid)
         counts += batch_counts
         gate_mass += np.asarray(batch_load).astype(np.float64)
         tokens += valid
@@ -123,7 +122,7 @@ def expert_statistics(
             f"{config.experts_per_token} chosen per token need at least {int(np.ceil(needed))} "
             f"({min_activations:g} activations per expert on average). Give more text, or lower min_activations."
         )
-    return ExpertStatistics(counts, gate_mass, tokens, config.experts_per_token)
+    return ExpertStatistics(counts, gate_mass, tokens, config.experts_per_token, config.moe_layers)
 
 
 def expert_assignments(model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None) -> Assignments:
@@ -141,7 +140,7 @@ def expert_assignments(model: Model, batches: Iterable[Batch], *, mesh: Mesh | N
         valid = np.asarray(batch.valid)
         chosen = np.asarray(batch_indices)[: len(valid)][valid]  # [T, L, K]
         counts = np.stack([np.bincount(c.ravel(), minlength=config.num_experts) for c in chosen.swapaxes(0, 1)])
-        _check_routing(counts, np.asarray(batch_load), int(valid.sum()), config.experts_per_token)
+        _check_routing(config, counts, np.asarray(batch_load), int(valid.sum()))
         row, position = np.nonzero(valid)
         indices.append(chosen.astype(dtype))
         rows.append((row + first_row).astype(np.int32))
@@ -150,7 +149,7 @@ def expert_assignments(model: Model, batches: Iterable[Batch], *, mesh: Mesh | N
     if not sum(map(len, rows)):
         raise ValueError("the corpus has no valid token; there is no routing to look at.")
     stacked = np.ascontiguousarray(np.concatenate(indices).swapaxes(0, 1))
-    return Assignments(stacked, np.concatenate(rows), np.concatenate(positions))
+    return Assignments(stacked, np.concatenate(rows), np.concatenate(positions), config.moe_layers)
 
 
 def _count(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array):
@@ -201,18 +200,19 @@ def _padded(array, size: int) -> np.ndarray:
     return np.pad(np.asarray(array), ((0, size - len(array)), (0, 0)))
 
 
-def _check_routing(counts: np.ndarray, load: np.ndarray, valid: int, top_k: int) -> None:
+def _check_routing(config: ModelConfig, counts: np.ndarray, load: np.ndarray, valid: int) -> None:
     """The invariants of every pass: finite scores, and K activations per valid position in every layer."""
     bad = ~np.isfinite(load).all(axis=1)
     if bad.any():
         raise ValueError(
-            f"the router of layer {int(np.argmax(bad))} gave NaN or infinite scores; the model is damaged (diverged "
-            "training, or a wrong checkpoint), and no statistics can be taken from it."
+            f"the router of layer {config.moe_layers[int(np.argmax(bad))]} gave NaN or infinite scores; the model is "
+            "damaged (diverged training, or a wrong checkpoint), and no statistics can be taken from it."
         )
+    top_k = config.experts_per_token
     wrong = counts.sum(axis=1) != top_k * valid
     if wrong.any():
-        layer = int(np.argmax(wrong))
+        row = int(np.argmax(wrong))
         raise ValueError(
-            f"layer {layer} counted {int(counts[layer].sum())} activations on {valid} valid positions; expected "
-            f"{top_k} each, {top_k * valid}."
+            f"layer {config.moe_layers[row]} counted {int(counts[row].sum())} activations on {valid} valid positions; "
+            f"expected {top_k} each, {top_k * valid}."
         )

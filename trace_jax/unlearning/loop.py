@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from trace_jax.checkpoints.state import StateStore
 from trace_jax.files import append_line, read_lines, replacing
@@ -23,7 +22,7 @@ Evaluate = Callable[[dict[str, jax.Array]], Any]
 
 @dataclasses.dataclass(frozen=True)
 class LoopResult:
-    """`trainable` at the last good step; `stopped` says why the loop ended early, or is empty."""
+    """`trainable` (float32) at the last good step; `stopped` says why the loop ended early, or is empty."""
 
     trainable: dict[str, jax.Array]
     step: int
@@ -48,18 +47,33 @@ class Loop:
     evaluate: Evaluate | None = None
     evaluate_every: int = 0
 
-    def run(self, state: TrainState, step: Callable[[TrainState, int], tuple[TrainState, dict]]) -> LoopResult:
-        """Runs `step(state, i)` for i = 0..steps-1 from the newest saved state on.
+    def run(
+        self, start: Callable[[], TrainState], step: Callable[[TrainState, int], tuple[TrainState, dict]]
+    ) -> LoopResult:
+        """Runs `step(state, i)` for i = 0..steps-1 from the newest saved state on, or from `start()`.
 
         The step's inputs depend on i alone, so that a resumed run repeats the uninterrupted one. Step i+1 is
         dispatched before the metrics of step i are read.
         """
         with StateStore(self.directory / "checkpoints", identity=self.identity) as store:
-            done, state = store.restore(state)
+            done, state = self._newest(store, start)
             self._trim_metrics(done)
             if done:
                 say(f"{self.title}: continuing after step {done} of {self.steps}")
-            return self._steps(store, state, step, done)
+            result = self._steps(store, state, step, done)
+            if not result.stopped:
+                return result
+            # What was saved is the good state; no copy of it was held in memory.
+            good, state = self._newest(store, start)
+            say(f"{self.title}: {result.stopped}. The state after step {good} is kept.")
+            return dataclasses.replace(result, trainable=state.trainable, step=good)
+
+    @staticmethod
+    def _newest(store: StateStore, start: Callable[[], TrainState]) -> tuple[int, TrainState]:
+        """(step, state) of the newest saved state, or (0, start()); never two states in memory."""
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), start())
+        done, state = store.restore(like)
+        return done, start() if state is None else state
 
     @property
     def _metrics(self) -> Path:
@@ -78,7 +92,7 @@ class Loop:
                 append_line(temporary, row)
 
     def _steps(self, store: StateStore, state: TrainState, step, done: int) -> LoopResult:
-        stopped, pending, good = "", None, (done, jax.tree.map(np.array, state.trainable))
+        stopped, pending = "", None
         began, evaluating = time.monotonic(), 0.0
         with progress(self.title, self.steps, start=done) as advance:
             if done == 0:
@@ -107,14 +121,12 @@ class Loop:
                             break
                     if saving:
                         store.save(index + 1, state)
-                        good = (index + 1, jax.tree.map(np.array, state.trainable))
                     evaluating += time.monotonic() - start
                 advance(index + 1, "")
             else:
                 stopped = self._log(pending)
         if stopped:
-            say(f"{self.title}: {stopped}. The state after step {good[0]} is kept.")
-            return LoopResult(jax.tree.map(jax.numpy.asarray, good[1]), good[0], stopped, math.nan)
+            return LoopResult({}, done, stopped, math.nan)
         seconds = (time.monotonic() - began - evaluating) / max(1, self.steps - done - 1)
         return LoopResult(state.trainable, self.steps, "", seconds if self.steps > done + 1 else math.nan)
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.data.rows import Batch
+from trace_jax.models.arrays import abstract_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_kl, token_nll
@@ -25,14 +26,18 @@ from trace_jax.unlearning.config import OptimizerConfig, UnlearningConfig
 from trace_jax.unlearning.objectives import OBJECTIVES, Coefficients, ForgetInputs
 from trace_jax.unlearning.optimizer import make_optimizer
 from trace_jax.unlearning.retain import hidden_distance, weighted_retain
-from trace_jax.unlearning.trainable import unflatten
+from trace_jax.unlearning.trainable import flatten, unflatten
 
 Flat = dict[str, jax.Array]
 
 
 @struct.dataclass
 class TrainState:
-    """What changes while training: step i32 [], flat trainable parameters, optax state."""
+    """What changes while training: step i32 [], flat trainable parameters in float32, optax state.
+
+    A bfloat16 weight has 8 significant bits: a usual step, 1e-5 on a weight of 0.02, would be rounded away. So the
+    optimizer keeps float32, and the loss sees it rounded to the model's type.
+    """
 
     step: jax.Array
     trainable: Flat
@@ -52,7 +57,7 @@ class StepSettings:
 
 
 class Constants(NamedTuple):
-    """Arrays that a run never changes. `reference` holds the original values of what trains; the rest is shared."""
+    """Arrays that a run never changes. `reference` holds the original values of what trains; `frozen` both models'."""
 
     frozen: Flat
     reference: Flat
@@ -76,10 +81,19 @@ def coefficients(config: UnlearningConfig) -> Coefficients:
 
 def initial_state(trainable: Flat, settings: StepSettings, mesh: Mesh, masks: Flat | None = None) -> TrainState:
     """Fresh state on every device of `mesh`. Arrays are copied, so that donating it never frees the reference model."""
-    trainable = jax.tree.map(jnp.copy, trainable)
+    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
     optimizer = make_optimizer(settings.optimizer, settings.steps, masks).init(trainable)
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer)
-    return jax.device_put(state, NamedSharding(mesh, P()))
+    return replicate(TrainState(jnp.zeros((), jnp.int32), trainable, optimizer), mesh)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """`tree` on every device of `mesh`; arrays that are there already are not copied."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def as_stored(trainable: Flat, like: Any) -> Flat:
+    """Trainable parameters in the types of the model's own, `like` (arrays or their shapes by path)."""
+    return {path: leaf.astype(like[path].dtype) for path, leaf in trainable.items()}
 
 
 def _apply(
@@ -124,8 +138,11 @@ def _training_loss(params, batch: Batch, *, model: ModelConfig, load_balance: fl
 def training_step(state: TrainState, batch: Batch, *, settings: StepSettings, load_balance: float, mesh: Mesh):
     """One step of next-token training on `batch`. Returns (state, metrics: f32 scalars)."""
 
+    like = flatten(abstract_params(settings.model))
+
     def loss(trainable, batch):
-        return _training_loss(unflatten(trainable), batch, model=settings.model, load_balance=load_balance)
+        params = unflatten(as_stored(trainable, like))
+        return _training_loss(params, batch, model=settings.model, load_balance=load_balance)
 
     sharded = jax.shard_map(loss, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
     (_, metrics), gradients = jax.value_and_grad(sharded, has_aux=True)(state.trainable, batch)
@@ -169,7 +186,7 @@ def _unlearning_loss(
     model, objective, c = settings.model, OBJECTIVES[settings.objective], constants.coefficients
     reference = unflatten({**constants.frozen, **constants.reference})
     reference_nll, reference_hidden = _reference_parts(reference, forget, retain, settings)
-    params = unflatten({**constants.frozen, **trainable})
+    params = unflatten({**constants.frozen, **as_stored(trainable, constants.reference)})
     rows = forget.tokens.shape[0]
     both = forget if retain is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), forget, retain)
     # RMU with its own retain term looks at no more than the layer it steers.

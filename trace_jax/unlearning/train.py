@@ -9,12 +9,12 @@ import jax
 from jax.sharding import Mesh
 
 from trace_jax.data.rows import Batch
-from trace_jax.models.arrays import init_params
+from trace_jax.models.arrays import abstract_params, init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.unlearning.config import TrainingConfig
 from trace_jax.unlearning.loop import Loop, LoopResult
-from trace_jax.unlearning.step import StepSettings, initial_state, pad_rows, training_step
+from trace_jax.unlearning.step import StepSettings, as_stored, initial_state, pad_rows, training_step
 from trace_jax.unlearning.trainable import flatten, unflatten
 
 
@@ -36,14 +36,17 @@ def train_model(
       FloatingPointError: the loss stopped being finite; a target model that diverged is of no use to anyone.
     """
     settings = StepSettings(model_config, config.optimizer, config.steps)
-    state = initial_state(flatten(init_params(model_config, jax.random.key(seed))), settings, mesh)
+
+    def start():
+        return initial_state(flatten(init_params(model_config, jax.random.key(seed))), settings, mesh)
 
     def step(state, index):
         batch = pad_rows(batch_at(index), mesh.size)
         return training_step(state, batch, settings=settings, load_balance=config.load_balance, mesh=mesh)
 
     loop = Loop(directory, identity, config.steps, config.checkpoint_every, title)
-    result = loop.run(state, step)
+    result = loop.run(start, step)
     if result.stopped:
         raise FloatingPointError(f"{title}: {result.stopped}.")
-    return Model(model_config, unflatten(result.trainable), tokenizer), result
+    params = unflatten(as_stored(result.trainable, flatten(abstract_params(model_config))))
+    return Model(model_config, params, tokenizer), result

@@ -11,14 +11,17 @@ import numpy as np
 from flax import traverse_util
 
 from trace_jax.config import ConfigError
+from trace_jax.models.config import ModelConfig
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "all": ("*",),
     "experts": ("layers/experts/*",),
     "selected_experts": ("layers/experts/*",),
-    "routers_frozen": ("!layers/router", "*"),
-    "down_projections": ("layers/experts/down",),
+    "routers_frozen": ("!layers/router*", "*"),
+    "down_projections": ("layers/experts/down", "dense/mlp/down"),
 }
+# Only chooses experts, so that no loss has a gradient for it; weight decay alone would move it.
+_NEVER = "layers/router_correction"
 
 
 def flatten(params: Any) -> dict[str, Any]:
@@ -47,13 +50,13 @@ def partition(params: Any, trainable: str | tuple[str, ...]) -> tuple[dict[str, 
     """
     patterns = trainable if isinstance(trainable, tuple) else PRESETS.get(trainable, (trainable,))
     flat = flatten(params)
-    for pattern in patterns:
+    for pattern in () if trainable in PRESETS else patterns:
         if not fnmatch.filter(flat, pattern.removeprefix("!")):
             raise ConfigError(
                 f"trainable: {pattern!r} is neither a preset ({', '.join(PRESETS)}) nor a pattern that matches a "
                 f"parameter. Parameters: {', '.join(sorted(flat))}."
             )
-    training = {path: leaf for path, leaf in flat.items() if trains(path, patterns)}
+    training = {path: leaf for path, leaf in flat.items() if trains(path, patterns) and path != _NEVER}
     if not training:
         raise ConfigError(f"trainable: {trainable!r} freezes every parameter; nothing would be unlearned.")
     return training, {path: leaf for path, leaf in flat.items() if path not in training}
@@ -61,6 +64,7 @@ def partition(params: Any, trainable: str | tuple[str, ...]) -> tuple[dict[str, 
 
 def update_masks(
     training: dict[str, jax.Array],
+    config: ModelConfig,
     *,
     selected: np.ndarray | None = None,
     layers: tuple[int, int] | None = None,
@@ -69,23 +73,28 @@ def update_masks(
 
     Args:
       training: flat trainable parameters.
-      selected: bool [L, E]; only these experts train.
-      layers: (first, last), counted from 1, inclusive; only these layers train.
+      selected: bool [L, E], a row per layer with experts; only these experts train.
+      layers: (first, last), layers of the network counted from 1, inclusive; only these train.
     Returns:
       {path: f32 mask that broadcasts to the parameter} for every trainable path.
+    Raises:
+      ConfigError: nothing is left to train.
     """
     if selected is None and layers is None:
         return None
+    stacks = {"layers": config.moe_layers, "dense": config.dense_layers}
     masks = {}
     for path, leaf in training.items():
         mask = np.ones((1,) * leaf.ndim, np.float32)
-        if path.startswith("layers/") and layers is not None:
-            depth = np.arange(1, leaf.shape[0] + 1)
-            inside = (depth >= layers[0]) & (depth <= layers[1])
-            mask = mask * inside.reshape(-1, *(1,) * (leaf.ndim - 1))
+        stack = path.partition("/")[0]
+        if stack in stacks and layers is not None:
+            inside = [layers[0] <= layer + 1 <= layers[1] for layer in stacks[stack]]
+            mask = mask * np.reshape(inside, (-1, *(1,) * (leaf.ndim - 1)))
         if path.startswith("layers/experts/") and selected is not None:
             mask = mask * selected.reshape(*selected.shape, *(1,) * (leaf.ndim - 2))
         masks[path] = jnp.asarray(mask, jnp.float32)
+    if not any(mask.any() for mask in masks.values()):
+        raise ConfigError(f"nothing of {', '.join(masks)} would train: no part of it is in layers {layers}.")
     return masks
 
 
@@ -96,7 +105,7 @@ def trainable_table(params: Any, trainable: str | tuple[str, ...], masks: dict[s
     for path, leaf in sorted({**training, **frozen}.items()):
         count = 0
         if path in training:
-            share = 1.0 if masks is None else float(np.mean(np.broadcast_to(masks[path], leaf.shape)))
+            share = 1.0 if masks is None else float(np.mean(masks[path]))
             count = round(leaf.size * share)
         rows.append({"path": path, "shape": list(leaf.shape), "parameters": leaf.size, "trained": count})
     return rows

@@ -25,9 +25,11 @@ from trace_jax.unlearning.loop import Loop
 from trace_jax.unlearning.objectives import OBJECTIVES, steering_direction
 from trace_jax.unlearning.step import (
     Constants,
+    as_stored,
     coefficients,
     initial_state,
     pad_rows,
+    replicate,
     unlearning_settings,
     unlearning_step,
 )
@@ -62,7 +64,7 @@ def unlearn(
     """Unlearns `forget` from `model` while holding on to `retain`.
 
     Args:
-      model: the target model; it is not changed.
+      model: the target model; it is not changed, and its frozen parameters are shared with the result.
       forget, retain: packed rows. `retain` may be None for objectives without a retain term.
       weights: of retain tokens, and how often each row is drawn (`trace_jax.routing`); None = uniform. Its selected
         experts are what trains when `config.trainable` is "selected_experts".
@@ -80,8 +82,8 @@ def unlearn(
     _check(model, forget, retain, config, selected)
     mesh = mesh or make_mesh()
     trainable = config.trainable or "all"
-    training, frozen = partition(model.params, trainable)
-    masks = update_masks(training, selected=selected, layers=_layers(config))
+    training, frozen = replicate(partition(model.params, trainable), mesh)
+    masks = replicate(update_masks(training, model.config, selected=selected, layers=_layers(config)), mesh)
     settings = unlearning_settings(config, model.config)
     direction = (
         steering_direction(jax.random.key(seed), model.config.hidden_size) if config.objective == "rmu" else None
@@ -92,9 +94,8 @@ def unlearn(
     def step(state, index):
         return unlearning_step(state, constants, *inputs.at(index), settings=settings, mesh=mesh)
 
-    def evaluate_flat(trainable):
-        assert evaluate is not None
-        return evaluate(unflatten({**frozen, **trainable}))
+    def whole(trainable):
+        return unflatten({**frozen, **as_stored(trainable, training)})
 
     with tempfile.TemporaryDirectory() as scratch:
         loop = Loop(
@@ -103,13 +104,14 @@ def unlearn(
             config.steps,
             config.checkpoint_every,
             title,
-            evaluate_flat if evaluate else None,
+            (lambda trainable: evaluate(whole(trainable))) if evaluate else None,
             config.evaluate_every,
         )
-        result = loop.run(initial_state(training, settings, mesh, masks), step)
-    params = unflatten({**frozen, **result.trainable})
+        result = loop.run(lambda: initial_state(training, settings, mesh, masks), step)
     table = trainable_table(model.params, trainable, masks)
-    return Unlearned(model.replace(params=params), result.step, result.stopped, table, result.seconds_per_step)
+    return Unlearned(
+        model.replace(params=whole(result.trainable)), result.step, result.stopped, table, result.seconds_per_step
+    )
 
 
 def _layers(config: UnlearningConfig) -> tuple[int, int] | None:

@@ -1,0 +1,69 @@
+"""Quantised tiny checkpoints: DeepSeek-V3's FP8 blocks and GPT-OSS's MXFP4, each with its decoded twin."""
+
+import json
+import math
+
+import numpy as np
+import safetensors.torch
+import torch
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [8, 16], "activation_scheme": "dynamic"}
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": []}
+
+
+def random_fp8(generator, shape, block):
+    """(float8 weights without NaN, a scale for each block)"""
+    weight = torch.from_numpy(generator.integers(0, 256, shape, np.uint8)).view(torch.float8_e4m3fn)
+    weight = torch.where(weight.float().isnan(), 0.5, weight.float()).to(torch.float8_e4m3fn)
+    grid = [math.ceil(size / width) for size, width in zip(shape[-2:], block, strict=True)]
+    return weight, torch.from_numpy(generator.uniform(0.001, 0.1, (*shape[:-2], *grid)).astype(np.float32))
+
+
+def random_mxfp4(generator, shape):
+    """Blocks and scales of a tensor of this shape."""
+    blocks = generator.integers(0, 256, (*shape[:-1], shape[-1] // 32, 16), np.uint8)
+    return torch.from_numpy(blocks), torch.from_numpy(generator.integers(100, 130, blocks.shape[:-1]).astype(np.uint8))
+
+
+def twins(source, directory, settings, quantise):
+    """A copy of a checkpoint with some tensors quantised, and the same with what transformers decodes them to."""
+    packed, plain = directory / "packed", directory / "plain"
+    fields = json.loads((source / "config.json").read_text())
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    packed_tensors, plain_tensors = quantise(tensors)
+    for path, found, config in (
+        (packed, packed_tensors, {**fields, "quantization_config": settings}),
+        (plain, plain_tensors, fields),
+    ):
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config))
+        safetensors.torch.save_file(found, path / "model.safetensors", metadata={"format": "pt"})
+    return packed, plain
+
+
+def as_fp8(tensors):
+    """Every matrix whose sizes are whole blocks, but the embedding, the head and the router, as DeepSeek-V3 has it."""
+    generator, packed, plain = np.random.default_rng(1), {}, {}
+    tensors = {**tensors, "model.layers.4.eh_proj.weight": torch.zeros(16, 32)}  # the MTP layer isn't read
+    for name, tensor in tensors.items():
+        packed[name] = plain[name] = tensor
+        kept = "embed" in name or "lm_head" in name or name.endswith("gate.weight")
+        if tensor.ndim == 2 and not kept and tensor.shape[0] % 8 == 0 and tensor.shape[1] % 16 == 0:
+            packed[name], packed[f"{name}_scale_inv"] = random_fp8(generator, tuple(tensor.shape), (8, 16))
+            plain[name] = Fp8Dequantize(None)._dequantize_one(packed[name], packed[f"{name}_scale_inv"])
+    return packed, plain
+
+
+def as_mxfp4(tensors):
+    generator, packed, plain = np.random.default_rng(1), {}, dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inputs, outputs = tensor.shape
+            blocks, scales = random_mxfp4(generator, (experts, outputs, inputs))
+            packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        else:
+            packed[name] = tensor
+    return packed, plain

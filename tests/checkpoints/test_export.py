@@ -1,0 +1,280 @@
+"""Export: the source's bytes where nothing changed, ours where something did, and nothing half written."""
+
+import filecmp
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny_checkpoints import MODEL_TYPES
+from tokenizers import Tokenizer, models
+
+from trace_jax.checkpoints import export, shards
+from trace_jax.checkpoints.export import save_pretrained
+from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.checkpoints.tensor_file import CheckpointError
+from trace_jax.config import ConfigError
+from trace_jax.models.arrays import init_params, logical_axes
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.decoder import forward
+from trace_jax.models.model import Model, SpecialTokens
+
+DOWN = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+TOKENS = np.random.default_rng(0).integers(3, 90, (2, 12))
+
+
+def tensors_of(directory):
+    files = sorted(directory.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
+
+
+def different(got, want):
+    """Names whose tensors are not the same bytes."""
+    got, want = tensors_of(got), tensors_of(want)
+    assert set(got) == set(want)
+
+    def bits(tensor):
+        return tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    return {name for name in got if bits(got[name]) != bits(want[name])}
+
+
+def with_experts(model, change):
+    """`model` with the function `change` applied to its experts' second projection."""
+    layers = model.params["layers"]
+    experts = {**layers["experts"], "down": change(layers["experts"]["down"])}
+    return model.replace(params={**model.params, "layers": {**layers, "experts": experts}})
+
+
+def twice_one_expert(model):
+    return with_experts(model, lambda down: down.at[1, 2].multiply(2))
+
+
+def theirs(directory):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        return model(torch.from_numpy(TOKENS)).logits.numpy()
+
+
+def ours(model):
+    return np.asarray(forward(model.params, model.config, jnp.asarray(TOKENS, jnp.int32)).logits)
+
+
+@pytest.fixture
+def source(tiny_checkpoint, tmp_path):
+    """A tiny Mixtral with everything that lies beside the tensors of a published one."""
+    directory = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint("mixtral"), directory)
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(directory / "tokenizer.json"))
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "vocab.json"):
+        (directory / name).write_text("{ }")
+    for name in ("tokenizer.model", "chat_template.jinja", "merges.txt", "LICENSE"):
+        (directory / name).write_text(name)
+    for name in ("modeling_x.py", "tokenizer_x.py", "pytorch_model.bin", "model.gguf"):
+        (directory / name).write_text("never")
+    (directory / "README.md").write_text("---\nlicense: apache-2.0\ntags: [moe]\n---\n# A model\nlicense: fake\n")
+    return directory
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_round_trip_gives_back_the_same_files(model_type, tiny_checkpoint, tmp_path):
+    directory = tiny_checkpoint(model_type)
+    save_pretrained(load_pretrained(directory), tmp_path / "out")
+    names = [file.name for file in directory.iterdir()]
+    assert {"config.json", "model.safetensors"} <= set(names)
+    assert filecmp.cmpfiles(directory, tmp_path / "out", names, shallow=False) == (names, [], [])
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_what_changed_differs_and_is_cast_back(stored, dtype, source, tmp_path):
+    tensors = {name: tensor.to(stored) for name, tensor in tensors_of(source).items()}
+    safetensors.torch.save_file(tensors, source / "model.safetensors")
+    model = twice_one_expert(load_pretrained(source, dtype=dtype))
+    save_pretrained(model, tmp_path / "out")
+    assert different(tmp_path / "out", source) == {DOWN}
+    want = 2 * tensors[DOWN].to(getattr(torch, dtype)).to(stored)
+    assert torch.equal(tensors_of(tmp_path / "out")[DOWN], want)
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path / "out", dtype=dtype).params, model.params)
+
+
+@pytest.mark.parametrize("layout", ["original", "fused"])
+def test_transformers_gives_our_logits(layout, tiny_checkpoint, tmp_path):
+    model = twice_one_expert(load_pretrained(tiny_checkpoint("mixtral", layout)))
+    save_pretrained(model, tmp_path / "out")
+    np.testing.assert_allclose(ours(model), theirs(tmp_path / "out"), atol=1e-4)
+    assert np.abs(theirs(tmp_path / "out") - theirs(tiny_checkpoint("mixtral"))).max() > 1e-3
+
+
+def test_what_lies_beside_the_tensors_travels_along_but_no_code_and_no_other_weights(source, tmp_path):
+    save_pretrained(load_pretrained(source), tmp_path / "out")
+    never = {"modeling_x.py", "tokenizer_x.py", "pytorch_model.bin", "model.gguf"}
+    names = {file.name for file in source.iterdir()}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names - never
+    same = sorted(names - never - {"README.md"})
+    assert filecmp.cmpfiles(source, tmp_path / "out", same, shallow=False) == (same, [], [])
+
+
+def test_small_shards_get_an_index_that_transformers_reads(source, tmp_path):
+    save_pretrained(load_pretrained(source), tmp_path / "out", shard_bytes=50_000)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3
+    assert all(file.stat().st_size < 60_000 for file in files)
+    assert different(tmp_path / "out", source) == set()
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors_of(source).values())
+    np.testing.assert_array_equal(theirs(tmp_path / "out"), theirs(source))
+    # Already cut, it is kept as it is, index and all.
+    save_pretrained(load_pretrained(tmp_path / "out"), tmp_path / "again")
+    names = [file.name for file in files] + ["model.safetensors.index.json"]
+    assert filecmp.cmpfiles(tmp_path / "out", tmp_path / "again", names, shallow=False) == (names, [], [])
+
+
+def test_a_model_spread_over_devices_is_written_as_from_one(source, tmp_path):
+    mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rules = {"experts": "expert", "embed": "data", "heads": "expert"}
+
+    def sharding(axes):
+        return NamedSharding(mesh, PartitionSpec(*(rules.get(axis) for axis in axes)))
+
+    axes = logical_axes(load_pretrained(source).config)
+    shardings = jax.tree.map(sharding, axes, is_leaf=lambda node: isinstance(node, tuple))
+    model = load_pretrained(source, shardings=shardings)
+    save_pretrained(model, tmp_path / "unchanged")
+    assert different(tmp_path / "unchanged", source) == set()
+    save_pretrained(twice_one_expert(model), tmp_path / "out")
+    save_pretrained(twice_one_expert(load_pretrained(source)), tmp_path / "single")
+    assert different(tmp_path / "out", tmp_path / "single") == set()
+    assert different(tmp_path / "out", source) == {DOWN}
+
+
+def test_an_unchanged_quantised_checkpoint_stays_as_it_is(packed_and_plain, tmp_path):
+    packed, _ = packed_and_plain
+    save_pretrained(load_pretrained(packed, dtype="bfloat16"), tmp_path / "out")
+    names = ["config.json", "model.safetensors"]
+    assert filecmp.cmpfiles(packed, tmp_path / "out", names, shallow=False) == (names, [], [])
+
+
+def test_a_changed_quantised_checkpoint_is_written_decoded(packed_and_plain, tmp_path):
+    packed, plain = packed_and_plain
+    model = twice_one_expert(load_pretrained(packed))
+    save_pretrained(model, tmp_path / "out")
+    got, decoded, stored = (tensors_of(directory) for directory in (tmp_path / "out", plain, packed))
+    assert set(got) == set(decoded)
+    for name, tensor in got.items():
+        if name in stored and stored[name].dtype != torch.float8_e4m3fn:
+            assert torch.equal(tensor, stored[name])
+        elif f".layers.{model.config.moe_layers[1]}." not in name:
+            assert tensor.dtype == torch.bfloat16
+            assert torch.equal(tensor, decoded[name].to(torch.bfloat16))
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "written as bfloat16" in (tmp_path / "out" / "README.md").read_text()
+    again = load_pretrained(tmp_path / "out").params["layers"]["experts"]["down"]
+    want = model.params["layers"]["experts"]["down"].astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(again, want)
+
+
+def test_a_change_beside_the_quantised_tensors_leaves_them(packed_and_plain, tmp_path):
+    packed, _ = packed_and_plain
+    model = load_pretrained(packed)
+    changed = model.replace(params={**model.params, "head": 2 * model.params["head"]})
+    save_pretrained(changed, tmp_path / "out")
+    assert different(tmp_path / "out", packed) == {"lm_head.weight"}
+
+
+def new_model(**changes):
+    config = ModelConfig(vocab_size=300, num_kv_heads=1, **changes)
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<bos>": 1, "<eos>": 2}, unk_token="<pad>"))
+    return Model(config, init_params(config, jax.random.key(0)), tokenizer, SpecialTokens(1, (2,), 0))
+
+
+def test_a_model_trained_here_becomes_a_mixtral(tmp_path):
+    model = new_model()
+    save_pretrained(model, tmp_path / "out", shard_bytes=10**6)
+    np.testing.assert_allclose(ours(model), theirs(tmp_path / "out"), atol=1e-4)
+    again = load_pretrained(tmp_path / "out")
+    assert (again.config, again.special) == (model.config, model.special)
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"normalize_top_k": False}, "normalize_top_k = False"),
+        ({"shared_hidden_size": 8}, "shared_hidden_size = 8"),
+        ({"qk_norm": "head"}, "qk_norm = 'head'"),
+    ],
+)
+def test_what_a_mixtral_cannot_express_is_named(changes, named, tmp_path):
+    with pytest.raises(ConfigError, match=f"mixtral, which can't express .*{named}"):
+        save_pretrained(new_model(**changes), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_directory_is_refused_without_overwrite(source, tmp_path):
+    model = load_pretrained(source)
+    save_pretrained(model, tmp_path / "out")
+    (tmp_path / "out" / "old").write_text("")
+    with pytest.raises(CheckpointError, match="out exists; choose another directory, or overwrite it"):
+        save_pretrained(model, tmp_path / "out")
+    assert (tmp_path / "out" / "old").exists()
+    save_pretrained(model, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "old").exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_overwrite_spares_the_source_and_what_is_no_checkpoint(source, tmp_path):
+    model = load_pretrained(source)
+    with pytest.raises(CheckpointError, match="source holds the checkpoint that the model came from"):
+        save_pretrained(model, source, overwrite=True)
+    with pytest.raises(CheckpointError, match="holds the checkpoint that the model came from"):
+        save_pretrained(model, tmp_path, overwrite=True)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "draft.txt").write_text("")
+    with pytest.raises(CheckpointError, match="thesis is no checkpoint, and is not replaced"):
+        save_pretrained(model, tmp_path / "thesis", overwrite=True)
+    assert (source / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interrupted_export_leaves_everything_as_it_was(error, overwrite, source, tmp_path, monkeypatch):
+    model = load_pretrained(source)
+    if overwrite:
+        save_pretrained(model, tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+
+    def fail(*_, **__):
+        raise error
+
+    for name in ("take", "readme"):
+        monkeypatch.setattr(export, name, fail)
+        with pytest.raises(type(error) if isinstance(error, OSError) else error):
+            save_pretrained(twice_one_expert(model), tmp_path / "out", overwrite=overwrite)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_space_is_checked_first(source, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(CheckpointError, match=r"out needs 0\.1 GB, and .* has 0\.0 GB free"):
+        save_pretrained(load_pretrained(source), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_parameters_that_do_not_fit_the_configuration_are_refused(source, tmp_path):
+    model = load_pretrained(source)
+    with pytest.raises(ValueError, match=r"layers/experts/down is bfloat16\[.*expected float32"):
+        save_pretrained(with_experts(model, lambda down: down.astype(jnp.bfloat16)), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"parameters \['head'\] don't correspond"):
+        save_pretrained(model.replace(params={k: v for k, v in model.params.items() if k != "head"}), tmp_path / "out")

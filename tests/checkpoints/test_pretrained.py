@@ -1,0 +1,190 @@
+"""Import: the same parameters from every way a checkpoint can lie on disk, on one device and on four."""
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models
+
+from trace_jax.checkpoints import pretrained, streaming
+from trace_jax.checkpoints.pretrained import load_pretrained, special_tokens
+from trace_jax.checkpoints.tensor_file import CheckpointError
+from trace_jax.models.arrays import abstract_params, logical_axes
+from trace_jax.models.model import Source, SpecialTokens
+from trace_jax.parallel.mesh import make_mesh
+
+
+def assert_equal(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def resaved(source, directory, dtype=torch.float32, shard_of=None):
+    """A copy of a checkpoint in another type, or cut into the files that `shard_of(number of the tensor)` says."""
+    directory.mkdir()
+    shutil.copy(source / "config.json", directory)
+    tensors = {
+        name: tensor.to(dtype) for name, tensor in safetensors.torch.load_file(source / "model.safetensors").items()
+    }
+    if shard_of is None:
+        safetensors.torch.save_file(tensors, directory / "model.safetensors")
+        return directory
+    weight_map = {name: f"part-{shard_of(number)}.safetensors" for number, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        mine = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
+        safetensors.torch.save_file(mine, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
+
+
+def test_parameters_are_the_tensors_of_the_file(tiny_checkpoint):
+    directory = tiny_checkpoint("mixtral")
+    model, disk = load_pretrained(directory), load_file(directory / "model.safetensors")
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), model.params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), abstract_params(model.config)
+    )
+    assert model.source == Source(directory.absolute(), "mixtral")
+    np.testing.assert_array_equal(model.params["head"], disk["lm_head.weight"].T)
+    for layer in range(model.config.num_layers):
+        at = f"model.layers.{layer}."
+        heads = disk[f"{at}self_attn.q_proj.weight"].reshape(model.config.num_heads, model.config.head_size, -1)
+        np.testing.assert_array_equal(model.params["layers"]["q"][layer], heads.transpose(2, 0, 1))
+        for expert in range(model.config.num_experts):
+            w1, w2, w3 = (disk[f"{at}block_sparse_moe.experts.{expert}.w{k}.weight"] for k in (1, 2, 3))
+            experts = jax.tree.map(lambda leaf: leaf[layer, expert], model.params["layers"]["experts"])  # noqa: B023
+            np.testing.assert_array_equal(experts["gate_up"], np.stack([w1.T, w3.T], axis=1))
+            np.testing.assert_array_equal(experts["down"], w2.T)
+
+
+@pytest.mark.parametrize("shard_of", [lambda number: number % 3, lambda number: number // 20, lambda number: number])
+def test_how_tensors_are_spread_over_files_does_not_matter(shard_of, tiny_checkpoint, tmp_path):
+    """Also one expert's three matrices, and gate and up, in different files."""
+    source = tiny_checkpoint("mixtral")
+    assert_equal(
+        load_pretrained(resaved(source, tmp_path / "cut", shard_of=shard_of)).params, load_pretrained(source).params
+    )
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_types_are_cast_once_and_the_router_is_float32(stored, dtype, tiny_checkpoint, tmp_path):
+    directory = resaved(tiny_checkpoint("mixtral"), tmp_path / "cast", stored)
+    params = load_pretrained(directory, dtype=dtype).params
+    disk = safetensors.torch.load_file(directory / "model.safetensors")
+    router = disk["model.layers.0.block_sparse_moe.gate.weight"].float().numpy()
+    head = disk["lm_head.weight"].to(getattr(torch, dtype)).float().numpy()
+    assert params["layers"]["router"].dtype == np.float32
+    assert params["head"].dtype == dtype
+    np.testing.assert_array_equal(params["layers"]["router"][0], router.T)
+    np.testing.assert_array_equal(np.asarray(params["head"].astype(np.float32)), head.T)
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 20_000])
+def test_the_size_of_parts_does_not_matter(limit, tiny_checkpoint, monkeypatch):
+    want = load_pretrained(tiny_checkpoint("mixtral")).params
+    monkeypatch.setattr(streaming, "PART_BYTES", limit)
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 8 + limit // 2)
+    assert_equal(load_pretrained(tiny_checkpoint("mixtral")).params, want)
+
+
+def sharded(config, mesh, rules):
+    def sharding(axes):
+        return NamedSharding(mesh, PartitionSpec(*(rules.get(axis) for axis in axes)))
+
+    return jax.tree.map(sharding, logical_axes(config), is_leaf=lambda node: isinstance(node, tuple))
+
+
+@pytest.mark.parametrize("layout", ["original", "fused"])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"experts": "data", "vocab": None, "heads": "data"},
+        {"embed": "data"},
+        {"experts": "expert", "embed": "data", "expert_hidden": None},
+        {"experts": ("data", "expert"), "head": "data"},
+    ],
+)
+def test_sharded_on_four_devices(rules, layout, tiny_checkpoint):
+    directory = tiny_checkpoint("mixtral", layout)
+    want = load_pretrained(directory)
+    axes = {"data": 2, "expert": 2} if "expert" in str(rules.values()) else {"data": 4}
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
+    shardings = sharded(want.config, mesh, rules)
+    got = load_pretrained(directory, shardings=shardings)
+    assert_equal(got.params, want.params)
+    assert jax.tree.all(jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, got.params, shardings))
+
+
+def test_replicated_over_a_mesh(tiny_checkpoint):
+    mesh = make_mesh()
+    got = load_pretrained(tiny_checkpoint("mixtral"), mesh=mesh)
+    assert_equal(got.params, load_pretrained(tiny_checkpoint("mixtral")).params)
+    assert all(leaf.sharding == NamedSharding(mesh, PartitionSpec()) for leaf in jax.tree.leaves(got.params))
+
+
+def test_sharded_layers_are_refused(tiny_checkpoint):
+    config = load_pretrained(tiny_checkpoint("mixtral")).config
+    with pytest.raises(ValueError, match=r"layers/.*: its layers can't be sharded"):
+        load_pretrained(tiny_checkpoint("mixtral"), shardings=sharded(config, make_mesh(), {"layers": "data"}))
+
+
+def test_nothing_is_allocated_for_a_checkpoint_that_does_not_add_up(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "empty", lambda *_: pytest.fail("parameters were allocated"))
+    directory = resaved(tiny_checkpoint("mixtral"), tmp_path / "bad", shard_of=lambda number: number % 2)
+    os.truncate(directory / "part-1.safetensors", (directory / "part-1.safetensors").stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=r"part-1\.safetensors: truncated; .* ends at byte"):
+        load_pretrained(directory)
+
+
+def test_no_model_comes_of_a_file_that_shrinks_while_it_is_read(tiny_checkpoint, tmp_path, monkeypatch):
+    directory = resaved(tiny_checkpoint("mixtral"), tmp_path / "cut")
+    real = pretrained.place
+
+    def place(*arguments):
+        os.truncate(directory / "model.safetensors", 30_000)
+        return real(*arguments)
+
+    monkeypatch.setattr(pretrained, "place", place)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: ends within "):
+        load_pretrained(directory)
+
+
+def test_grouped_matmul_is_a_setting_of_ours(tiny_checkpoint):
+    assert load_pretrained(tiny_checkpoint("mixtral"), grouped_matmul="dense").config.grouped_matmul == "dense"
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "want"),
+    [
+        ({}, {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 7}, SpecialTokens(5, (6,), 7)),
+        ({"eos_token_id": [8, 9]}, {"bos_token_id": None, "eos_token_id": 6}, SpecialTokens(None, (8, 9), 8)),
+        ({"bos_token_id": 0}, {"bos_token_id": 5}, SpecialTokens(0, (), 0)),
+    ],
+)
+def test_special_tokens_from_ids(generation, config, want, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert special_tokens(tmp_path, config) == want
+
+
+def test_special_tokens_from_their_text(tmp_path):
+    Tokenizer(models.WordLevel({"a": 0, "<s>": 1, "</s>": 2}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert special_tokens(tmp_path, {}) == SpecialTokens(1, (2,), 2)
+
+
+def test_the_tokenizer_comes_along(tiny_checkpoint, tmp_path):
+    directory = resaved(tiny_checkpoint("mixtral"), tmp_path / "model")
+    assert load_pretrained(directory).tokenizer is None
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(directory / "tokenizer.json"))
+    assert load_pretrained(directory).tokenizer.encode("b").ids == [1]
+    (directory / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: can't be read as a tokenizer"):
+        load_pretrained(directory)

@@ -1,0 +1,117 @@
+"""Quantised tensors decode as transformers decodes them, whole and slice by slice."""
+
+import jax
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from jax.sharding import NamedSharding, PartitionSpec
+from quantised_checkpoints import FP8, random_fp8, random_mxfp4
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.checkpoints.quantized import check_method, fp8_tensor, mxfp4_tensor
+from trace_jax.checkpoints.tensor_file import CheckpointError, TensorFile
+from trace_jax.models.arrays import logical_axes
+
+
+def opened(tmp_path, tensors):
+    safetensors.torch.save_file(tensors, tmp_path / "m.safetensors")
+    return TensorFile(tmp_path / "m.safetensors").tensors
+
+
+@pytest.mark.parametrize("shape", [(24, 32), (3, 16, 48)])
+def test_fp8_blocks_decode_as_in_transformers(shape, tmp_path):
+    weight, scales = random_fp8(np.random.default_rng(0), shape, (8, 16))
+    tensors = opened(tmp_path, {"w": weight, "w_scale_inv": scales})
+    tensor = fp8_tensor(tensors["w"], tensors, {"quantization_config": FP8})
+    want = Fp8Dequantize(None)._dequantize_one(weight, scales).numpy().reshape(-1)
+    np.testing.assert_array_equal(tensor.read(), want)
+    columns = shape[-1]
+    for start, stop in ((0, 1), (7, 9), (5, 20), (15, 17)):
+        np.testing.assert_array_equal(
+            tensor.read(start * columns, stop * columns), want[start * columns : stop * columns]
+        )
+
+
+def test_fp8_blocks_at_the_edge_may_be_cut(tmp_path):
+    """DeepSeek-V3's kv_a_proj has 576 rows: 4.5 blocks. (transformers 5.24 refuses such a matrix.)"""
+    weight, scales = random_fp8(np.random.default_rng(0), (20, 40), (8, 16))
+    tensors = opened(tmp_path, {"w": weight, "w_scale_inv": scales})
+    decoded = fp8_tensor(tensors["w"], tensors, {"quantization_config": FP8}).read().reshape(20, 40)
+    for row in range(20):
+        for column in range(40):
+            assert decoded[row, column] == weight[row, column].float() * scales[row // 8, column // 16]
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 64), (1, 3, 32)])
+def test_mxfp4_decodes_as_in_transformers(shape, tmp_path):
+    blocks, scales = random_mxfp4(np.random.default_rng(0), shape)
+    tensors = opened(tmp_path, {"w_blocks": blocks, "w_scales": scales})
+    tensor = mxfp4_tensor("w", tensors)
+    assert tensor.shape == shape
+    want = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2).numpy().reshape(-1)
+    np.testing.assert_array_equal(tensor.read(), want)
+    np.testing.assert_array_equal(tensor.read(32, 96), want[32:96])
+
+
+def test_all_sixteen_float4_values(tmp_path):
+    blocks = torch.arange(16, dtype=torch.uint8).reshape(1, 1, 16)  # low half 0 to 15, high half 0
+    tensors = opened(tmp_path, {"w_blocks": blocks, "w_scales": torch.full((1, 1), 128, dtype=torch.uint8)})
+    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    np.testing.assert_array_equal(
+        mxfp4_tensor("w", tensors).read()[::2], 2 * np.array(values + [-value for value in values])
+    )
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        ({}, {"quantization_config": FP8}, "w is float8; it needs w_scale_inv"),
+        ({"w_scale_inv": torch.ones(1, 1)}, {}, "quantization_config.weight_block_size"),
+        (
+            {"w_scale_inv": torch.ones(2, 2)},
+            {"quantization_config": FP8},
+            r"w_scale_inv is \[2, 2\], expected \[1, 1\]",
+        ),
+    ],
+)
+def test_float8_without_its_scales_is_refused(tensors, config, message, tmp_path):
+    found = opened(tmp_path, {"w": torch.zeros(8, 16).to(torch.float8_e4m3fn), **tensors})
+    with pytest.raises(CheckpointError, match=message):
+        fp8_tensor(found["w"], found, config)
+
+
+def test_mxfp4_without_fitting_scales_is_refused(tmp_path):
+    blocks, _ = random_mxfp4(np.random.default_rng(0), (2, 4, 32))
+    with pytest.raises(CheckpointError, match=r"w_blocks is \[2, 4, 1, 16\] and w_scales missing"):
+        mxfp4_tensor("w", opened(tmp_path, {"w_blocks": blocks}))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", None])
+def test_other_methods_are_refused_by_name(method):
+    with pytest.raises(CheckpointError, match=rf"method {method!r} can't be read; supported are fp8, mxfp4"):
+        check_method({"quantization_config": {"quant_method": method}})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_quantised_checkpoint_imports_as_its_decoded_twin(packed_and_plain, dtype):
+    packed, plain = (load_pretrained(directory, dtype=dtype) for directory in packed_and_plain)
+    assert packed.config == plain.config
+    jax.tree.map(np.testing.assert_array_equal, packed.params, plain.params)
+
+
+def test_a_quantised_checkpoint_is_decoded_for_each_device_alone(packed_and_plain):
+    want = load_pretrained(packed_and_plain[0])
+    mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rules = {"experts": "expert", "embed": "data", "heads": "data", "latent": "expert"}
+
+    def sharding(axes):
+        names = [rules.get(axis) for axis in axes]
+        return NamedSharding(mesh, PartitionSpec(*(n if n not in names[:k] else None for k, n in enumerate(names))))
+
+    shardings = jax.tree.map(sharding, logical_axes(want.config), is_leaf=lambda node: isinstance(node, tuple))
+    jax.tree.map(
+        np.testing.assert_array_equal, load_pretrained(packed_and_plain[0], shardings=shardings).params, want.params
+    )

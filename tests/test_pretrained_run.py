@@ -1,0 +1,251 @@
+"""The whole run on a real layout: from a checkpoint and two files to a checkpoint that transformers loads."""
+
+# ruff: noqa: F811  (`data` is a fixture of test_pipeline)
+
+import json
+import re
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_checkpoints
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from tests.test_pipeline import data, numbers  # noqa: F401  (data is a fixture)
+from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.config import ConfigError, resolve
+from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.experiment import ExperimentConfig
+from trace_jax.export import export_run, load_target, load_unlearned
+from trace_jax.files import read_json, write_json
+from trace_jax.main import load_config, main
+from trace_jax.models.decoder import forward
+from trace_jax.pipeline import run
+
+VOCABULARY = 320
+# Marks as they come: none for the beginning, several ends, padding that is an end.
+FAMILIES = {
+    "olmoe": {"bos_token_id": None, "eos_token_id": [2, 1], "pad_token_id": 2},
+    "qwen2_moe": {"bos_token_id": 1, "eos_token_id": 2},
+    "deepseek_v3": {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
+}
+SMALL = {
+    "model.dtype": "float32",
+    "data.row_length": 32,
+    "unlearning.steps": 4,
+    "unlearning.learning_rate": 1e-2,
+    "unlearning.warmup_steps": 0,
+    "unlearning.evaluate_every": 2,
+    "unlearning.checkpoint_every": 2,
+    "evaluation.max_rows": 8,
+    "evaluation.max_prompts": 4,
+    "evaluation.bootstrap": 100,
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request, tmp_path_factory):
+    """A tiny checkpoint with a tokenizer, as published ones are."""
+    directory = tmp_path_factory.mktemp(request.param)
+    model = tiny_checkpoints.build(request.param, vocab_size=VOCABULARY, **FAMILIES[request.param])
+    tiny_checkpoints.save(model, request.param, directory)
+    train_tokenizer(["river stone apple cloud lamp tiger violin harbour window"] * 3, VOCABULARY).save(
+        str(directory / "tokenizer.json")
+    )
+    (directory / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe original.\n")
+    return directory
+
+
+def settings(checkpoint, data, **changes):
+    files = {f"data.{name}": str(data / f"{name}.jsonl") for name in ("forget", "retain")}
+    return {**SMALL, "model.path": str(checkpoint), **files, **changes}
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, data, tmp_path_factory):
+    """A run by the command that the config file names."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    overrides = [f"--config.{name}={value}" for name, value in settings(checkpoint, data).items()]
+    assert main(["--config", "configs/huggingface.py", "--workdir", str(path), *overrides]) == 0
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+def tensors(directory):
+    found = {}
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def config_of(finished):
+    return resolve(ExperimentConfig, read_json(finished / "config.json")["config"])
+
+
+def test_the_export_is_the_unlearned_model_and_transformers_loads_it(finished, checkpoint):
+    unlearned = load_unlearned(finished, "trace_rows", load_target(config_of(finished), finished))
+    tokens = np.random.default_rng(0).integers(3, VOCABULARY, (3, 20))
+    ours = forward(unlearned.params, unlearned.config, jnp.asarray(tokens, jnp.int32)).logits
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        finished / "export", attn_implementation="eager", experts_implementation="eager"
+    )
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(np.asarray(ours), expected, atol=1e-4)
+    original = forward(load_pretrained(checkpoint).params, unlearned.config, jnp.asarray(tokens, jnp.int32)).logits
+    assert np.abs(np.asarray(ours) - np.asarray(original)).max() > 1e-2
+
+
+def test_only_what_trained_differs_from_the_source(finished, checkpoint):
+    before, after = tensors(checkpoint), tensors(finished / "export")
+    changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
+    assert before.keys() == after.keys()
+    assert changed and all("down_proj" in name and "shared" not in name for name in changed)
+    trained = {
+        row["path"] for row in read_json(finished / "methods/trace_rows/results.json")["trained"] if row["trained"]
+    }
+    with safe_open(finished / "methods/trace_rows/model.safetensors", framework="numpy") as file:
+        assert set(file.keys()) == trained
+    assert not list(finished.rglob("checkpoints")), "training states are of no use after the end"
+
+
+def test_the_card_says_what_was_done_and_not_what_was_forgotten(finished, data, checkpoint):
+    card = (finished / "export" / "README.md").read_text()
+    assert 'license: "apache-2.0"' in card and "forget.jsonl" in card and "12 documents" in card
+    assert "trace_rows" in card and "forget probability ratio" in card and "[" in card
+    text = json.loads((data / "forget.jsonl").read_text().split("\n")[0])["text"]
+    assert text[:40] not in card and str(data) not in card and str(checkpoint.parent) not in card
+
+
+def test_statistics_and_certificate_name_the_layers_of_the_network(finished, checkpoint):
+    config = load_pretrained(checkpoint).config
+    results = read_json(finished / "methods/trace_rows/results.json")
+    assert results["routing"]["layers"] == list(config.moe_layers)
+    assert len(results["routing"]["drift"]) == len(config.moe_layers)
+    layers = set(read_json(finished / "methods/trace_rows/calibration.json")["certificate"]["layer"])
+    assert layers <= set(config.moe_layers)
+    assert "heat0" in (finished / "report.html").read_text()
+
+
+def test_an_interrupted_run_ends_in_the_same_checkpoint(finished, checkpoint, data, tmp_path, monkeypatch):
+    from trace_jax.unlearning import unlearn as module
+
+    config, step, calls = load_config("configs/huggingface.py", settings(checkpoint, data)), module.unlearning_step, []
+
+    def interrupted(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(*arguments, **keywords)
+
+    monkeypatch.setattr(module, "unlearning_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "export").exists()
+    run(config, tmp_path / "run")
+    assert len(calls) == 4 + 2, "it continued from the state after step 2"
+    assert numbers(tmp_path / "run") == numbers(finished)
+    one, other = tensors(tmp_path / "run" / "export"), tensors(finished / "export")
+    assert all((one[name] == other[name]).all() for name in one | other)
+
+
+def test_the_export_command_writes_the_same_and_never_over_something(finished, tmp_path, capsys):
+    arguments = ["export", "--workdir", str(finished), "--output", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert str(tmp_path / "out") in capsys.readouterr().out
+    for name in ("model.safetensors", "README.md", "config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (finished / "export" / name).read_bytes()
+    assert main(arguments) == 2 and "--overwrite" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+    assert main([*arguments, "--method=rmu"]) == 2 and "--method=trace_rows" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_kept_and_a_lost_export_is_written_again(finished, checkpoint, data):
+    config = load_config("configs/huggingface.py", settings(checkpoint, data))
+    kept = finished / "methods/trace_rows/model.safetensors"
+    before, exported = kept.stat().st_mtime_ns, tensors(finished / "export")
+    shutil.rmtree(finished / "export")
+    assert "export: " in run(config, finished)
+    assert kept.stat().st_mtime_ns == before
+    assert all((exported[name] == tensor).all() for name, tensor in tensors(finished / "export").items())
+
+
+def edit(file, **values):
+    write_json(file, {**read_json(file), **values})
+
+
+def copied(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def test_a_run_is_told_by_what_is_in_its_checkpoint_and_not_by_where_it_lies(finished, checkpoint, data, tmp_path):
+    """Other weights of the same shapes are another model, even if but one expert differs."""
+    moved = copied(checkpoint, tmp_path)
+    config = config_of(finished)
+    same = load_config("configs/huggingface.py", settings(moved, data))
+    assert same.identity() == config.identity()
+    tensors_of = tensors(moved)
+    name = next(name for name in sorted(tensors_of) if "down_proj" in name and "shared" not in name)
+    tensors_of[name][-1] += 1
+    for file in moved.glob("*.safetensors"):
+        file.unlink()
+    save_file(tensors_of, moved / "model.safetensors", {"format": "pt"})
+    assert same.identity() != config.identity()
+    with pytest.raises(ConfigError, match=r"holds a run of another configuration .*--overwrite"):
+        run(same, finished)
+
+
+def test_a_run_whose_checkpoint_has_changed_is_not_exported(finished, tmp_path):
+    path = shutil.copytree(finished, tmp_path / "run")
+    saved = read_json(path / "config.json")
+    write_json(path / "config.json", {**saved, "identity": "other"})
+    with pytest.raises(ConfigError, match="the checkpoint that this run started from has changed"):
+        export_run(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda c: (c / "tokenizer.json").unlink(), r"tokenizer\.json is missing.*AutoTokenizer.*save_pretrained"),
+        (lambda c: (c / "config.json").unlink(), r"config\.json is missing"),
+        (
+            lambda c: (c / "config.json").write_text('{"model_type": "llama"}'),
+            r"model_type is 'llama'; supported: afmoe",
+        ),
+        (lambda c: shutil.rmtree(c), r"copy is no directory.*hf download"),
+        (lambda c: edit(c / "config.json", vocab_size=200), r"gives the id \d+, but the model knows 200 tokens"),
+    ],
+)
+def test_a_checkpoint_that_can_not_be_used_is_refused_before_anything_is_written(
+    checkpoint,
+    data,
+    tmp_path,
+    capsys,
+    spoil,
+    message,
+):
+    moved = copied(checkpoint, tmp_path)
+    spoil(moved)
+    overrides = [f"--config.{name}={value}" for name, value in settings(moved, data).items()]
+    assert main(["--config", "configs/huggingface.py", "--workdir", str(tmp_path / "run"), *overrides]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_work_begins(checkpoint, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("trace_jax.pipeline.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 30}))
+    monkeypatch.setattr("trace_jax.pipeline.parameter_bytes", lambda _: 13 << 30)
+    with pytest.raises(
+        ConfigError, match=r"1\.0 GiB are free there; this run needs 26\.0 GiB \(export 13\.0, trace_rows"
+    ):
+        run(load_config("configs/huggingface.py", settings(checkpoint, data)), tmp_path / "run")

@@ -1,0 +1,104 @@
+"""verify says what a checkpoint holds, and its exit code whether transformers computes the same."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from trace_jax import verify
+from trace_jax.main import main
+from trace_jax.models.arrays import count_params
+from trace_jax.models.families import model_config
+
+
+@pytest.fixture
+def copy(tiny_checkpoint, tmp_path):
+    """A copy of OLMoE's checkpoint that a test may change."""
+    return shutil.copytree(tiny_checkpoint("olmoe"), tmp_path / "copy")
+
+
+def run(directory, *options):
+    return main(["verify", "--checkpoint", str(directory), *options])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "switch"), [("olmoe", "qk_norm"), ("gpt_oss", "sinks"), ("deepseek_v3", "latent_size")]
+)
+def test_a_good_checkpoint_passes(model_type, switch, tiny_checkpoint, capsys):
+    directory = tiny_checkpoint(model_type)
+    assert run(directory) == 0
+    text = capsys.readouterr().out
+    tensors = load_file(directory / "model.safetensors")
+    total, active = count_params(model_config(json.loads((directory / "config.json").read_text()), dtype="float32"))
+    megabytes = sum(array.nbytes for array in tensors.values()) / 1e6
+    assert f"{len(tensors)} tensors of 1 file(s): float32 {megabytes:.2f} MB" in text
+    assert text.split("total")[1].split()[:2] == [f"{total:,}", f"{active:,}"]
+    assert total == sum(array.size for array in tensors.values())
+    assert f"\n  {switch} " in text
+    assert "none of" in text and "sets differ" in text
+    assert text.endswith("PASS\n")
+
+
+def test_what_is_ignored_and_unread_is_said(copy, capsys):
+    file = copy / "model.safetensors"
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}
+    save_file({**load_file(file), **frequencies}, file, {"format": "pt"})
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "mystery": 3}))
+    assert run(copy, "--no-compare") == 0
+    text = capsys.readouterr().out
+    assert "1 tensors, such as model.layers.0.self_attn.rotary_emb.inv_freq: rotary frequencies" in text
+    assert "nobody read: mystery" in text
+    assert "skipped (--no-compare)" in text
+
+
+def test_another_computation_fails(copy, capsys, monkeypatch):
+    theirs = verify._theirs
+
+    def of_changed_config(directory, tokens, mask):
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "norm_topk_prob": True}))
+        return theirs(directory, tokens, mask)
+
+    monkeypatch.setattr(verify, "_theirs", of_changed_config)
+    assert run(copy) == 1
+    text = capsys.readouterr().out
+    assert "FAIL: transformers computes something else." in text
+
+
+def test_a_missing_tensor_is_named(copy, capsys):
+    file = copy / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.gate.weight"]
+    save_file(tensors, file)
+    assert run(copy) == 2
+    assert "missing model.layers.1.mlp.gate.weight" in capsys.readouterr().err
+
+
+def test_an_unsupported_family_is_refused_with_those_that_are_supported(copy, capsys):
+    (copy / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert run(copy) == 2
+    message = capsys.readouterr().err
+    assert "model_type is 'llama'" in message and "olmoe" in message
+
+
+def test_a_pickle_is_refused(copy, capsys):
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert run(copy) == 2
+    assert "pytorch_model.bin, a pickle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("patch", "reason"),
+    [
+        (("importlib.util.find_spec", lambda package: None), "torch is not installed"),
+        (("trace_jax.verify._available_bytes", lambda: 1000), "0.85 MB of memory, 0.00 MB are free"),
+    ],
+)
+def test_the_comparison_is_skipped_where_it_cannot_be_made(patch, reason, tiny_checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(*patch)
+    assert run(tiny_checkpoint("olmoe")) == 0
+    assert f"skipped ({reason}" in capsys.readouterr().out.replace("it needs ", "")

@@ -1,0 +1,59 @@
+"""Which published checkpoint a run starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+from trace_jax.checkpoints.checkpoint import open_checkpoint
+from trace_jax.config import ConfigError, Section, fingerprint, option
+from trace_jax.models.config import GROUPED_MATMULS
+
+_SAMPLE, _STRIDE = 1 << 12, 1 << 18  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedConfig(Section):
+    """A model that is imported (`load_pretrained`) instead of trained."""
+
+    path: str = option(help="directory of a Hugging Face checkpoint")
+    dtype: str = option("bfloat16", help="type of weights and activations", choices=("float32", "bfloat16"))
+    grouped_matmul: str = option(
+        "auto", help="how experts are multiplied; auto chooses by platform", choices=GROUPED_MATMULS
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.path:
+            raise ConfigError("path is empty; give the directory of a checkpoint: --config.model.path=DIR.")
+        object.__setattr__(self, "path", os.path.abspath(os.path.expanduser(self.path)))  # `export` may run elsewhere
+
+    def identity(self) -> str:
+        """Hash of what is in the checkpoint, wherever it lies, and of how it is read.
+
+        Raises:
+          CheckpointError: there is no such checkpoint.
+        """
+        files = tuple(sorted(Path(self.path).glob("*.safetensors")))
+        stamps = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+        return fingerprint(_content(self.path, stamps), self.dtype, self.grouped_matmul)
+
+
+@functools.lru_cache(maxsize=4)
+def _content(path: str, _stamps: tuple) -> str:
+    """Hash of config.json, of every tensor's name, type and shape, and of samples of its content.
+
+    Samples are tensors of up to 256 KiB, and the first 4 KiB of every 256 KiB of larger ones: so other weights of the
+    same shapes are told apart by reading 200 MB of 13 GB.
+    """
+    checkpoint = open_checkpoint(path)
+    digest = hashlib.sha256((checkpoint.directory / "config.json").read_bytes())
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        for start in range(0, tensor.nbytes, _STRIDE):
+            size = min(_STRIDE if tensor.nbytes <= _STRIDE else _SAMPLE, tensor.nbytes - start)
+            digest.update(os.pread(tensor.file.descriptor, size, tensor.offset + start))
+    return digest.hexdigest()

@@ -1,0 +1,139 @@
+"""The models of a run: kept in its directory, read back, and handed on as a checkpoint that others can load."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.checkpoints.export import save_pretrained
+from trace_jax.checkpoints.model_card import ModelCard
+from trace_jax.checkpoints.params import load_params, save_params
+from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.config import ConfigError, resolve
+from trace_jax.data.config import DataConfig
+from trace_jax.data.sources import HUGGINGFACE
+from trace_jax.experiment import METHODS, ExperimentConfig
+from trace_jax.models.arrays import abstract_params
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.model import Model
+from trace_jax.progress import say
+from trace_jax.report.words import format_interval, format_number, plain_name
+from trace_jax.summary import FORGOTTEN, SPLIT, needed
+from trace_jax.unlearning.trainable import flatten, unflatten
+from trace_jax.unlearning.unlearn import Unlearned
+
+_FILE, _TOKENIZER = "model.safetensors", "tokenizer.json"
+
+
+def save_trained(directory: Path, model: Model, identity: str) -> None:
+    """Keeps a model that was trained here, with its tokenizer."""
+    model.tokenizer.save(str(directory / _TOKENIZER))
+    save_params(directory / _FILE, model.params, {"identity": identity})
+
+
+def load_trained(directory: Path, config: ModelConfig) -> Model:
+    """The inverse of `save_trained`."""
+    params, _ = load_params(directory / _FILE, abstract_params(config))
+    return Model(config, params, Tokenizer.from_file(str(directory / _TOKENIZER)))
+
+
+def load_target(config: ExperimentConfig, workdir: Path, mesh: Mesh | None = None) -> Model:
+    """The model that a run unlearns from: the checkpoint, or the one that was trained in `workdir`."""
+    if not isinstance(config.model, PretrainedConfig):
+        return load_trained(workdir / "target", config.model)
+    checkpoint = config.model
+    return load_pretrained(checkpoint.path, dtype=checkpoint.dtype, grouped_matmul=checkpoint.grouped_matmul, mesh=mesh)
+
+
+def save_unlearned(directory: Path, unlearned: Unlearned, identity: str) -> None:
+    """Keeps what a method has trained, by path; the rest is the target model's."""
+    flat = flatten(unlearned.model.params)
+    trained = {path: flat[path] for path in _trained(unlearned.trained)}
+    save_params(directory / _FILE, trained, {"identity": identity, "step": unlearned.step})
+
+
+def load_unlearned(workdir: Path, label: str, target: Model) -> Model:
+    """The model that `methods/LABEL` of a run made from `target`, with which it shares what did not train."""
+    directory, flat = workdir / "methods" / label, flatten(target.params)
+    like = {path: flat[path] for path in _trained(needed(directory / "results.json")["trained"])}
+    trained, _ = load_params(directory / _FILE, like)
+    return target.replace(params=unflatten({**flat, **trained}))
+
+
+def _trained(table: list[dict[str, Any]]) -> list[str]:
+    return [row["path"] for row in table if row["trained"]]
+
+
+def export_run(
+    workdir: str | os.PathLike, output: str | os.PathLike, *, label: str | None = None, overwrite: bool = False
+) -> str:
+    """Exports the unlearned model of a finished run to the directory `output`. Returns where it is, as a sentence.
+
+    Args:
+      label: the method; needed where the run has several.
+
+    Raises:
+      ConfigError: no such run or method; the checkpoint that the run started from has changed.
+    """
+    path = Path(workdir)
+    saved = needed(path / "config.json")
+    config = resolve(ExperimentConfig, saved["config"])
+    if config.identity() != saved["identity"]:
+        raise ConfigError(f"{path}: the checkpoint that this run started from has changed; run it again.")
+    finished = sorted(file.parent.name for file in path.glob("methods/*/results.json"))
+    if label is None and len(finished) == 1:
+        label = finished[0]
+    if label not in finished:
+        raise ConfigError(
+            f"{path}: {label or 'no method'} is given; name one that is finished: --method={' or '.join(finished)}."
+        )
+    model = load_unlearned(path, label, load_target(config, path))
+    export_model(config, path, label, model, output, overwrite=overwrite)
+    return f"export: {Path(output).resolve()}"
+
+
+def export_model(
+    config: ExperimentConfig, workdir: Path, label: str, model: Model, output: str | os.PathLike, *, overwrite: bool
+) -> None:
+    """Writes `model`, made by `methods/LABEL`, with a card that says what was done to it."""
+    say(f"export of {label}: writing {output}")
+    save_pretrained(model, output, card=model_card(config, workdir, label), overwrite=overwrite)
+
+
+def model_card(config: ExperimentConfig, workdir: Path, label: str) -> ModelCard:
+    """What was unlearned (names and counts, never the text), how, and what was measured on the test split."""
+    result, references = needed(workdir / "methods" / label / "results.json"), needed(workdir / "references.json")
+    documents, tokens = (references["data"][key]["train/forget"] for key in ("documents", "tokens"))
+    settings = {"seed": result["seed"], "steps done": result["step"], "row_length": config.data.row_length}
+    for section in ("calibration", "unlearning"):
+        settings |= {f"{section}.{key}": value for key, value in result[section].items() if value is not None}
+    before = {m["name"]: m for m in references["measurements"]["target"] if m["split"] == SPLIT}
+    measured = [
+        {
+            "on the test split": plain_name(m["name"]),
+            "before": format_number(before.get(m["name"], {}).get("value")),
+            "after": format_number(m["value"]),
+            "95 % interval": format_interval(m["low"], m["high"]),
+            "n": m["n"],
+        }
+        for m in result["measurements"]
+        if m["split"] == SPLIT
+    ]
+    forgotten, kept = _named(config.data)
+    what = f"Unlearned: {forgotten} ({documents:,} documents, {tokens:,} tokens){kept}"
+    stopped = f" The run ended early: {result['stopped']}." if result["stopped"] else ""
+    method = f"{result['method']} ({METHODS[result['method']].summary})"
+    return ModelCard(f"{what}.{stopped}", method, settings, measured)
+
+
+def _named(data: DataConfig) -> tuple[str, str]:
+    """What was forgotten and what was held on to, by the names of the user's files but not where they lie."""
+    if data.forget is None or data.retain is None:
+        return FORGOTTEN[data.benchmark], ""
+    forget, retain = (x if x.startswith(HUGGINGFACE) else Path(x).name for x in (data.forget, data.retain))
+    return forget, f" while holding on to {retain}"

@@ -1,0 +1,245 @@
+"""`verify --checkpoint DIR`: what a checkpoint holds, what is read of it, and whether it computes what it should."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import gc
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from trace_jax.checkpoints.accounting import Accounting, account, flat_specs
+from trace_jax.checkpoints.checkpoint import open_checkpoint
+from trace_jax.checkpoints.pretrained import load_pretrained, special_tokens
+from trace_jax.checkpoints.tensor_file import CheckpointError
+from trace_jax.models.arrays import count_params
+from trace_jax.models.config import ModelConfig, Rope
+from trace_jax.models.decoder import forward
+from trace_jax.models.families import Family, family_of, model_config, unread_keys
+
+TOLERANCE = 1e-3  # largest difference over the largest value
+LENGTHS = (32, 21, 9)  # tokens of the rows that are compared
+_SIZES = {  # not switches
+    *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "num_experts"),
+    *("experts_per_token", "expert_hidden_size", "shared_hidden_size", "dense_hidden_size", "dtype", "grouped_matmul"),
+}
+_KINDS = ("embedding", "attention", "router", "routed experts", "shared expert", "dense layers", "norms")
+
+
+def verify_main(arguments: Sequence[str]) -> int:
+    """The command. Returns 0 if all is well and 1 if transformers computes something else.
+
+    Raises:
+      ConfigError, CheckpointError: the checkpoint can't be read, or not by transformers.
+    """
+    parser = argparse.ArgumentParser("trace_jax.main verify", description="accounts for every tensor of a checkpoint")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="config.json and safetensors")
+    parser.add_argument("--no-compare", action="store_true", help="without the comparison with transformers")
+    options = parser.parse_args(arguments)
+    directory = Path(options.checkpoint)
+    config_json = open_checkpoint(directory).config
+    family, config = family_of(config_json), model_config(config_json, dtype="float32")
+    accounting = account(directory, config, family)
+    print("\n".join(_description(accounting, family, config)), flush=True)
+    skipped = "--no-compare" if options.no_compare else _obstacle(config, config_json)
+    if skipped:
+        print(f"\ncomparison with transformers: skipped ({skipped})\neverything is accounted for.")
+        return 0
+    lines, equal = compare(directory)
+    print("\n".join(["", *lines, "PASS" if equal else "FAIL: transformers computes something else."]))
+    return 0 if equal else 1
+
+
+# --- what is there ---
+
+
+def _description(accounting: Accounting, family: Family, config: ModelConfig) -> list[str]:
+    checkpoint = accounting.checkpoint
+    directory, config_json = checkpoint.directory, checkpoint.config
+    used = {part.name: part for tensor in accounting.readable.values() for part in tensor.parts}
+    by_type = collections.Counter()
+    for tensor in used.values():
+        by_type[str(tensor.dtype)] += tensor.nbytes
+    types = ", ".join(f"{name} {_bytes(count)}" for name, count in by_type.most_common())
+    method = (config_json.get("quantization_config") or {}).get("quant_method", "none")
+    unread = unread_keys(config_json)
+    return [
+        f"{directory}: {family.title} ({config_json['model_type']})",
+        f"  read       {len(used)} tensors of {len(checkpoint.files)} file(s): {types}",
+        f"  into       {len({slot.path for slot in accounting.slots})} parameters, each filled once",
+        *_ignored(accounting),
+        f"  quantised  {method}",
+        f"  config     keys that nobody read: {', '.join(unread) or 'none'}",
+        f"  tokenizer  {_tokenizer(directory)}; {special_tokens(directory, config_json)}",
+        *_parameters(config),
+        *_switches(config),
+    ]
+
+
+def _ignored(accounting: Accounting) -> Iterable[str]:
+    reasons = collections.defaultdict(list)
+    for name, reason in accounting.ignored.items():
+        reasons[reason].append(name)
+    if not reasons:
+        yield "  ignored    nothing"
+    for reason, names in reasons.items():
+        yield f"  ignored    {len(names)} tensors, such as {names[0]}: {reason}"
+
+
+def _tokenizer(directory: Path) -> str:
+    file = directory / "tokenizer.json"
+    return f"{Tokenizer.from_file(str(file)).get_vocab_size()} tokens" if file.exists() else "no tokenizer.json"
+
+
+def _parameters(config: ModelConfig) -> Iterable[str]:
+    """Lines with the number of parameters of every kind, in all and of those that one token uses."""
+    counts = collections.Counter()
+    for path, spec in flat_specs(config).items():
+        counts[_kind(path)] += int(np.prod(spec.shape))
+    total, active = count_params(config)
+    yield f"\nparameters{'all':>23}{'active per token':>19}"
+    for kind in (kind for kind in _KINDS if counts[kind]):
+        used = counts[kind] - (total - active if kind == "routed experts" else 0)
+        yield f"  {kind:16}{counts[kind]:15,}{used:19,}"
+    yield f"  {'total':16}{total:15,}{active:19,}"
+
+
+def _kind(path: str) -> str:
+    *groups, name = path.split("/")
+    for group, kind in (("experts", "routed experts"), ("shared", "shared expert"), ("mlp", "dense layers")):
+        if group in groups:
+            return kind
+    if name.startswith("router"):
+        return "router"
+    if "norm" in name:
+        return "norms"
+    return "embedding" if name.startswith(("embed", "head")) else "attention"
+
+
+def _switches(config: ModelConfig) -> Iterable[str]:
+    """Lines with sizes, and with what differs from the plain decoder."""
+    yield (
+        f"\n{config.num_layers} layers, {len(config.moe_layers)} of them with {config.num_experts} experts of which "
+        + (
+            f"a token uses {config.experts_per_token}; vocabulary {config.vocab_size}, width {config.hidden_size}, "
+            f"{config.num_heads} query and {config.num_kv_heads} key heads of {config.head_size}"
+        )
+    )
+    yield "differs from the plain decoder in"
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _SIZES and value != field.default:
+            yield f"  {field.name:20} {_words(value)}"
+
+
+def _words(value: Any) -> str:
+    """A setting in one line: of many equal entries their number, of a rotary embedding what is set."""
+    if isinstance(value, Rope):
+        scaled = f", {len(set(value.divisors))} different divisors" if value.divisors else ""
+        return f"theta {value.theta:g}, amplitude {value.amplitude:g}{scaled}"
+    if isinstance(value, tuple):
+        counts = collections.Counter(value).items()
+        return ", ".join(_words(entry) + (f" ({n}x)" if n > 1 else "") for entry, n in counts)
+    return str(value)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+# --- what it computes ---
+
+
+def _obstacle(config: ModelConfig, config_json: Any) -> str:
+    """Why transformers can't be asked; empty if it can."""
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    if config_json.get("quantization_config"):
+        return "the checkpoint is quantised, which transformers computes in another way"
+    needed = 5 * count_params(config)[0]  # float32, one of the two models at a time, and what is computed
+    if needed > (available := _available_bytes()):
+        return f"it needs {_bytes(needed)} of memory, {_bytes(available)} are free"
+    return ""
+
+
+def _available_bytes() -> int:
+    """Memory that is free, or, where the system doesn't say, that there is."""
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def compare(directory: Path) -> tuple[list[str], bool]:
+    """Lines about the differences from transformers on random tokens, and whether they are within `TOLERANCE`.
+
+    Both compute in float32 on right-padded rows of `LENGTHS`; the models are in memory one after the other.
+    """
+    mask = np.arange(max(LENGTHS))[None] < np.array(LENGTHS)[:, None]
+    ours, vocab_size = _ours(directory, mask)
+    gc.collect()
+    theirs = _theirs(directory, _random_tokens(vocab_size, mask), mask)
+    lines, equal = [f"comparison with transformers on rows of {', '.join(map(str, LENGTHS))} random tokens"], True
+    for name in ("logits", "router logits"):
+        a, b = (side[name][..., mask, :] for side in (ours, theirs))
+        difference = float(np.abs(a - b).max()) if a.shape == b.shape and np.isfinite(a).all() else float("inf")
+        relative = difference / float(np.abs(b).max())
+        equal &= relative <= TOLERANCE
+        lines.append(f"  {name:14} largest difference {difference:.1e}, relative {relative:.1e} (<= {TOLERANCE:.0e})")
+    a, b = (np.sort(side["experts"][..., mask, :], axis=-1) for side in (ours, theirs))
+    differing = int((a != b).any(axis=-1).sum()) if a.shape == b.shape else a[..., 0].size
+    lines.append(f"  chosen experts {differing or 'none'} of {a[..., 0].size} sets differ")
+    return lines, equal
+
+
+def _random_tokens(vocab_size: int, mask: np.ndarray) -> np.ndarray:
+    return np.where(mask, np.random.default_rng(0).integers(0, vocab_size, mask.shape), 0).astype(np.int32)
+
+
+def _ours(directory: Path, mask: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
+    """(logits [B,S,V], router logits [L,B,S,E] and chosen experts [L,B,S,K] by name, V)."""
+    model = load_pretrained(directory)
+    tokens = _random_tokens(model.config.vocab_size, mask)
+    run = jax.jit(forward, static_argnames=("config", "collect"))
+    output = run(model.params, model.config, tokens, mask=mask, collect=("logits", "router_logits", "indices"))
+    found = {"logits": output.logits, "router logits": output.router.logits, "experts": output.router.indices}
+    return {name: np.asarray(array) for name, array in found.items()}, model.config.vocab_size
+
+
+def _theirs(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """As `_ours`, by transformers: eager, float32. What its routers return is caught on its way."""
+    import torch
+    import transformers
+
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager", local_files_only=True, use_safetensors=True
+        ).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{directory}: transformers {transformers.__version__} can't load it: {error}") from None
+    routers: list[Any] = []
+    for module in model.modules():
+        if type(module).__name__.endswith(("Router", "Gate")):
+            module.register_forward_hook(lambda module, inputs, output: routers.append(output))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask.astype(np.int64))).logits
+    if not routers or not all(isinstance(output, tuple) and len(output) == 3 for output in routers):
+        raise CheckpointError(
+            f"transformers {transformers.__version__}: its routers return no (logits, weights, experts)."
+        )
+    stacked = {
+        name: np.stack([output[part].reshape(*tokens.shape, -1).numpy() for output in routers])
+        for part, name in ((0, "router logits"), (2, "experts"))
+    }
+    return {"logits": logits.numpy(), **stacked}
