@@ -6,7 +6,7 @@
 Makes a checkpoint of random numbers in a temporary directory (needs twice its size), then measures in a fresh process,
 with the page cache emptied of these files ("cold") or just filled with them ("warm"):
 - raw reading: all files, 32 MB at a time, into one buffer; and warm into fresh memory of the files' size, whose pages
-  the system has to map and clear, as it has to for the parameters of any import;
+  of 4 KB the system has to map and clear, as it has to for the parameters of any import;
 - load_pretrained;
 - save_pretrained, synced, of the model as imported and with the last layer's second expert matrices changed, against
   writing and syncing the same number of bytes.
@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import mmap
 import os
 import pathlib
 import shutil
@@ -107,19 +108,21 @@ def read_all(directory: pathlib.Path) -> float:
     return time.perf_counter() - begin
 
 
-def touch_memory(nbytes: int) -> None:
+def touch_memory() -> None:
     """A virtual machine gets its memory from the host when it is first used; that is not what is measured here."""
-    np.ones(nbytes, np.uint8)
+    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    np.ones(available * 2 // 3, np.uint8)
 
 
 def read_into_fresh_memory(directory: pathlib.Path) -> float:
     files = sorted(directory.glob("*.safetensors"))
     begin = time.perf_counter()
-    memory = np.empty(sum(file.stat().st_size for file in files), np.uint8)
+    memory = memoryview(mmap.mmap(-1, sum(file.stat().st_size for file in files)))
     start = 0
     for file in files:
         with open(file, "rb", buffering=0) as stream:
-            while count := stream.readinto(memory[start : start + 2**25].data):
+            while count := stream.readinto(memory[start : start + 2**25]):
                 start += count
     return time.perf_counter() - begin
 
@@ -185,7 +188,7 @@ def measure_export(name: str, model: Model, source: pathlib.Path) -> dict:
 def measure(source: pathlib.Path, dtype: str) -> dict:
     """Runs in a fresh process."""
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    touch_memory(3 * size)
+    touch_memory()
     row: dict = {"dtype": dtype, "file_gb": size / 1e9}
     for state in ("cold", "warm"):
         if state == "cold":
