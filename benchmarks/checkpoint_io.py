@@ -211,11 +211,11 @@ def measure(source: pathlib.Path, dtype: str) -> dict:
             row["parameters_gb"] = parameters / 1e9
             row["import_above_parameters_mb"] = {kind: (value - parameters) / 1e6 for kind, value in peak.items()}
     row["largest_layer_mb"] = 2 * sum(int(np.prod(shape)) for shape in layer_tensors(0).values()) / 1e6
+    row["raw_write_synced_gb_s"] = size / 1e9 / write_all(source.parent, size)
     row |= measure_export("unchanged", model, source)
     layers = model.params["layers"]
     layers["experts"]["down"] = jax.block_until_ready(layers["experts"]["down"].at[-1].multiply(1.5))
     row |= measure_export("changed", model, source)
-    row["raw_write_synced_gb_s"] = size / 1e9 / write_all(source.parent, size)
     return row
 
 
