@@ -5,7 +5,8 @@ Command:   hf download allenai/OLMoE-1B-7B-0924 --local-dir olmoe
              --config.model.path=olmoe --config.data.forget=forget.jsonl --config.data.retain=retain.jsonl
 Hardware:  one accelerator with 80 GB for a model of 7 billion parameters in bfloat16 (2 bytes each). What trains (the
            down projections of all experts; 2.1 billion there) takes 18 bytes more each: weight, Adam's moments and
-           gradient in float32, and the rounded weight. Disk is checked before the run begins.
+           gradient in float32, and the rounded weight. Temporary copies of expert weights in the matmul come on
+           top; they haven't been measured on an accelerator. Disk is checked before the run begins.
 Result:    runs/mine/report.html (forgetting against utility along the way, with intervals) and runs/mine/export, which
            transformers and vLLM load. The path is tested on tiny checkpoints of three families; no run of this size
            has been measured yet, so tune alpha and the learning rate on your data.
