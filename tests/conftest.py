@@ -1,8 +1,10 @@
 """Numbers are strict in tests: no silent promotion of types or ranks. Four simulated devices stand for a real mesh."""
 
 import functools
+import json
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_platforms", "cpu")
@@ -36,3 +38,37 @@ def tiny_checkpoint(tiny_model, tmp_path_factory):
         return tiny_checkpoints.save(tiny_model(model_type), model_type, directory, layout=layout, legacy=legacy)
 
     return saved
+
+
+WORDS = [
+    "river",
+    "stone",
+    "apple",
+    "cloud",
+    "lamp",
+    "tiger",
+    "violin",
+    "harbour",
+    "window",
+    "garden",
+    "candle",
+    "forest",
+    "mirror",
+    "ladder",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Forget text and retain text with words of their own, so that there is something to tell apart."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name, words, count in (
+        ("forget", WORDS[:5], 12),
+        ("retain", WORDS[4:], 60),
+        ("neighbour", WORDS[2:8], 30),
+        ("holdout", WORDS[:5], 12),
+    ):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for _ in range(count):
+                file.write(json.dumps({"text": " ".join(rng.choice(words, 60))}) + "\n")
+    return folder

@@ -1,7 +1,5 @@
 """The whole run on a real layout: from a checkpoint and two files to a checkpoint that transformers loads."""
 
-# ruff: noqa: F811  (`data` is a fixture of test_pipeline)
-
 import json
 import re
 import shutil
@@ -15,7 +13,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tests.test_pipeline import data, numbers  # noqa: F401  (data is a fixture)
+from tests.test_pipeline import numbers
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.tokenizer import train_tokenizer

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from tests.test_pipeline import data, experiment  # noqa: F401  (data is a fixture)
+from tests.test_pipeline import experiment
 from trace_jax.evaluation.comparison import UnequalBudget
 from trace_jax.files import read_json
 from trace_jax.study import Trial, load_runs, run_study, seed_config, trial_method, trials, write_study
 
 
 @pytest.fixture(scope="module")
-def config(data):  # noqa: F811
+def config(data):
     study = {"methods": ["uniform", "trace_rows"], "seeds": [0, 1], "alphas": [1.0, 4.0], "workers": 2}
     return experiment(data, study=study)
 
