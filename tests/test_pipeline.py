@@ -1,6 +1,5 @@
 """The whole run on a toy scale: it continues where it stopped and reruns only what changed."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -16,42 +15,9 @@ from trace_jax.config import ConfigError, resolve
 from trace_jax.experiment import ExperimentConfig
 from trace_jax.export import export_run, load_target, load_unlearned
 from trace_jax.files import read_json
+from trace_jax.models.arrays import flatten
 from trace_jax.pipeline import run
 from trace_jax.summary import write_run_report
-from trace_jax.unlearning.trainable import flatten
-
-WORDS = [
-    "river",
-    "stone",
-    "apple",
-    "cloud",
-    "lamp",
-    "tiger",
-    "violin",
-    "harbour",
-    "window",
-    "garden",
-    "candle",
-    "forest",
-    "mirror",
-    "ladder",
-]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Forget text and retain text with words of their own, so that there is something to tell apart."""
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for name, words, count in (
-        ("forget", WORDS[:5], 12),
-        ("retain", WORDS[4:], 60),
-        ("neighbour", WORDS[2:8], 30),
-        ("holdout", WORDS[:5], 12),
-    ):
-        with (folder / f"{name}.jsonl").open("w") as file:
-            for _ in range(count):
-                file.write(json.dumps({"text": " ".join(rng.choice(words, 60))}) + "\n")
-    return folder
 
 
 def experiment(data, **changes):

@@ -14,13 +14,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from tokenizers import Tokenizer
 
-from trace_jax.checkpoints.accounting import Accounting, account, flat_specs
+from trace_jax.checkpoints.accounting import Accounting, account
 from trace_jax.checkpoints.checkpoint import open_checkpoint
-from trace_jax.checkpoints.pretrained import load_pretrained, special_tokens
+from trace_jax.checkpoints.pretrained import load_pretrained, read_tokenizer, special_tokens
 from trace_jax.checkpoints.tensor_file import CheckpointError
-from trace_jax.models.arrays import count_params
+from trace_jax.models.arrays import count_params, flat_specs
 from trace_jax.models.config import ModelConfig, Rope
 from trace_jax.models.decoder import forward
 from trace_jax.models.families import Family, family_of, model_config, unread_keys
@@ -45,9 +44,10 @@ def verify_main(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-compare", action="store_true", help="without the comparison with transformers")
     options = parser.parse_args(arguments)
     directory = Path(options.checkpoint)
-    config_json = open_checkpoint(directory).config
+    checkpoint = open_checkpoint(directory)
+    config_json = checkpoint.config
     family, config = family_of(config_json), model_config(config_json, dtype="float32")
-    accounting = account(directory, config, family)
+    accounting = account(checkpoint, config, family)
     print("\n".join(_description(accounting, family, config)), flush=True)
     skipped = "--no-compare" if options.no_compare else _obstacle(config, config_json)
     if skipped:
@@ -95,8 +95,8 @@ def _ignored(accounting: Accounting) -> Iterable[str]:
 
 
 def _tokenizer(directory: Path) -> str:
-    file = directory / "tokenizer.json"
-    return f"{Tokenizer.from_file(str(file)).get_vocab_size()} tokens" if file.exists() else "no tokenizer.json"
+    tokenizer = read_tokenizer(directory)
+    return f"{tokenizer.get_vocab_size()} tokens" if tokenizer else "no tokenizer.json"
 
 
 def _parameters(config: ModelConfig) -> Iterable[str]:

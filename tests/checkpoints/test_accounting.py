@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from trace_jax.checkpoints.accounting import account, flat_specs
+from trace_jax.checkpoints.accounting import account
+from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.tensor_file import CheckpointError
+from trace_jax.models.arrays import flat_specs
 from trace_jax.models.families import FAMILIES, family_of, model_config
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -16,7 +18,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 
 def accounting(directory):
     config_json = json.loads((directory / "config.json").read_text())
-    return account(directory, model_config(config_json, dtype="float32"), family_of(config_json))
+    return account(open_checkpoint(directory), model_config(config_json, dtype="float32"), family_of(config_json))
 
 
 @pytest.fixture
@@ -110,4 +112,4 @@ def test_a_family_that_fills_a_parameter_from_nothing_is_a_mistake_of_ours(tiny_
     directory = tiny_checkpoint("mixtral")
     config = model_config(json.loads((directory / "config.json").read_text()), dtype="float32")
     with pytest.raises(ValueError, match="parameters and stored tensors don't correspond"):
-        account(directory, config, FAMILIES["deepseek_v3"])
+        account(open_checkpoint(directory), config, FAMILIES["deepseek_v3"])

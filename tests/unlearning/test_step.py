@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trace_jax.models.arrays import flatten, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning.config import TrainingConfig, UnlearningConfig
@@ -19,7 +20,7 @@ from trace_jax.unlearning.step import (
     unlearning_settings,
     unlearning_step,
 )
-from trace_jax.unlearning.trainable import flatten, partition, unflatten
+from trace_jax.unlearning.trainable import partition
 
 CASES = [
     ("gradient_ascent", None),

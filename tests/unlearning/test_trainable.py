@@ -9,11 +9,11 @@ import optax
 import pytest
 
 from trace_jax.config import ConfigError
-from trace_jax.models.arrays import abstract_params
+from trace_jax.models.arrays import abstract_params, flatten, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.unlearning.config import OptimizerConfig
 from trace_jax.unlearning.optimizer import learning_rate, make_optimizer
-from trace_jax.unlearning.trainable import PRESETS, flatten, partition, trainable_table, unflatten, update_masks
+from trace_jax.unlearning.trainable import PRESETS, partition, trainable_table, update_masks
 
 EXPERTS = {"layers/experts/gate_up", "layers/experts/down"}
 

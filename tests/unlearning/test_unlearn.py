@@ -9,7 +9,7 @@ import pytest
 
 from trace_jax.config import ConfigError
 from trace_jax.data.batches import sequential_batches
-from trace_jax.models.arrays import abstract_params
+from trace_jax.models.arrays import abstract_params, flatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.model import Model
@@ -19,7 +19,6 @@ from trace_jax.routing.retain_weights import retain_weights
 from trace_jax.routing.statistics import expert_statistics
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.step import replicate
-from trace_jax.unlearning.trainable import flatten
 from trace_jax.unlearning.unlearn import unlearn
 
 CONFIG = UnlearningConfig(

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
-from trace_jax.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from trace_jax.checkpoints.checkpoint import Checkpoint
 from trace_jax.checkpoints.layout import Layout, parse_layout
 from trace_jax.checkpoints.quantized import Readable, check_method, fp8_tensor, mxfp4_tensor
 from trace_jax.checkpoints.tensor_file import DTYPES, CheckpointError
-from trace_jax.models.arrays import ArraySpec, parameter_specs
+from trace_jax.models.arrays import ArraySpec, flat_specs
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.families import Family, Stored
 
@@ -47,14 +44,13 @@ class Accounting:
         return self.readable[slot.names[0]].dtype.itemsize
 
 
-def account(path: str | os.PathLike, config: ModelConfig, family: Family) -> Accounting:
-    """Reads the headers of a checkpoint and finds a place for every tensor.
+def account(checkpoint: Checkpoint, config: ModelConfig, family: Family) -> Accounting:
+    """Finds a place for every tensor of a checkpoint.
 
     Raises:
       CheckpointError: tensors are missing, unexpected or misshapen, or stored in a way that can't be read. At most ten
         are named, then counted.
     """
-    checkpoint = open_checkpoint(path)
     check_method(checkpoint.config)
     slots = slots_of(config, family, checkpoint.tensors)
     used = [name for slot in slots for name in slot.names]
@@ -87,19 +83,10 @@ def slots_of(config: ModelConfig, family: Family, present: Iterable[str]) -> tup
     return tuple(slots)
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of nested dicts by path, "layers/experts/gate_up"."""
-    return dict(traverse_util.flatten_dict(tree, sep="/"))
-
-
-def flat_specs(config: ModelConfig) -> dict[str, ArraySpec]:
-    """The declarations of the parameters by path."""
-    return by_path(parameter_specs(config))
-
-
 def _slots(stored: Stored, spec: ArraySpec, config: ModelConfig) -> list[Slot]:
-    experts = range(config.num_experts) if "{expert}" in stored.names[0] else (0,)
-    separate = ("e",) * (len(experts) > 1 or "{expert}" in stored.names[0]) + ("g",) * (len(stored.names) > 1)
+    per_expert = "{expert}" in stored.names[0]
+    experts = range(config.num_experts) if per_expert else (0,)
+    separate = ("e",) * per_expert + ("g",) * (len(stored.names) > 1)
     stack = {"layers": config.moe_layers, "dense": config.dense_layers}.get(stored.path.split("/")[0])
     layout = parse_layout(stored.layout, spec.shape if stack is None else spec.shape[1:], separate)
     return [

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from trace_jax.checkpoints.accounting import Accounting, Slot, account, by_path, flat_specs, slots_of
+from trace_jax.checkpoints.accounting import Accounting, Slot, account, slots_of
+from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.layout import copy_tiled
 from trace_jax.checkpoints.model_card import ModelCard, base_model_of, licence_of, readme
 from trace_jax.checkpoints.new_checkpoint import mixtral_config_json, write_tokenizer
@@ -32,6 +33,7 @@ from trace_jax.checkpoints.shards import (
 )
 from trace_jax.checkpoints.streaming import PIECE_BYTES, Part, parts_of, pieces, stream
 from trace_jax.checkpoints.tensor_file import DTYPES, Tensor, TensorWriter
+from trace_jax.models.arrays import flat_specs, flatten
 from trace_jax.models.families import FAMILIES, family_of
 from trace_jax.models.model import Model
 from trace_jax.progress import progress
@@ -105,7 +107,7 @@ def _checked_params(model: Model) -> dict[str, jax.Array]:
     Raises:
       ValueError: they aren't those of the configuration, or not all on this process's devices.
     """
-    params, specs = by_path(model.params), flat_specs(model.config)
+    params, specs = flatten(model.params), flat_specs(model.config)
     if set(params) != set(specs):
         raise ValueError(f"the parameters {sorted(set(params) ^ set(specs))} don't correspond to the configuration.")
     for path, leaf in params.items():
@@ -136,7 +138,7 @@ def _plan_new(model: Model) -> _Plan:
 def _plan_from_source(model: Model, params: Mapping[str, jax.Array]) -> _Plan:
     assert model.source is not None
     family = family_of({"model_type": model.source.model_type})
-    accounting = account(model.source.directory, model.config, family)
+    accounting = account(open_checkpoint(model.source.directory), model.config, family)
     checkpoint = accounting.checkpoint
     tensors = {tensor.name: tensor for file in checkpoint.files for tensor in file.in_order()}
     quantised = [slot for slot in accounting.slots if _is_quantised(slot, accounting)]

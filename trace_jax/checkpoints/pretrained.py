@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tokenizers import Tokenizer
 
-from trace_jax.checkpoints.accounting import account, by_path, flat_specs
+from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import open_checkpoint, read_object
 from trace_jax.checkpoints.placing import empty, place
 from trace_jax.checkpoints.streaming import parts_of, stream
 from trace_jax.checkpoints.tensor_file import CheckpointError
+from trace_jax.models.arrays import flat_specs, flatten, unflatten
 from trace_jax.models.families import family_of, model_config
 from trace_jax.models.model import Model, Source, SpecialTokens
 from trace_jax.progress import progress
@@ -49,9 +49,10 @@ def load_pretrained(
       ConfigError: a model_type or a value of config.json that isn't implemented; the message lists what is.
     """
     directory = Path(path)
-    config_json = open_checkpoint(directory).config
+    checkpoint = open_checkpoint(directory)
+    config_json = checkpoint.config
     config = dataclasses.replace(model_config(config_json, dtype=dtype), grouped_matmul=grouped_matmul)
-    accounting = account(directory, config, family_of(config_json))
+    accounting = account(checkpoint, config, family_of(config_json))
     specs, placing = flat_specs(config), flat_shardings(config, mesh, shardings)
     parts = [
         part for slot in accounting.slots for part in parts_of(slot, placing[slot.path], accounting.itemsize(slot))
@@ -67,7 +68,7 @@ def load_pretrained(
             advance(done + 1, name)
     return Model(
         config=config,
-        params=traverse_util.unflatten_dict(params, sep="/"),
+        params=unflatten(params),
         tokenizer=tokenizer,
         special=special,
         source=Source(directory.absolute(), str(config_json["model_type"])),
@@ -83,7 +84,7 @@ def flat_shardings(config: Any, mesh: Mesh | None, shardings: Any) -> dict[str, 
     specs = flat_specs(config)
     if shardings is None:
         return dict.fromkeys(specs, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
-    flat = by_path(shardings)
+    flat = flatten(shardings)
     for path, spec in specs.items():
         if spec.axes[0] == "layers" and flat[path].spec[:1] not in ((), (None,)):
             raise ValueError(f"{path}: its layers can't be sharded ({flat[path].spec}); shard another axis.")

@@ -28,17 +28,23 @@ _PAIRS = np.stack([np.tile(_FLOAT4, 16), np.repeat(_FLOAT4, 16)], axis=-1).view(
 
 
 @dataclasses.dataclass(frozen=True)
-class Fp8Tensor:
-    """A float8 matrix (or a stack of them) with its scales; reads as float32."""
+class _Quantised:
+    """Packed numbers and their scales, two tensors on disk that read as one of float32."""
 
     data: Tensor
     scales: Tensor
-    block: tuple[int, int]
     dtype = _FLOAT32
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         return self.data, self.scales
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8Tensor(_Quantised):
+    """A float8 matrix, or a stack of them."""
+
+    block: tuple[int, int]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,17 +66,8 @@ class Fp8Tensor:
         return values.reshape(-1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Mxfp4Tensor:
-    """Blocks of 4-bit numbers with their scales; reads as float32."""
-
-    data: Tensor
-    scales: Tensor
-    dtype = _FLOAT32
-
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        return self.data, self.scales
+class Mxfp4Tensor(_Quantised):
+    """Blocks of 4-bit numbers."""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -37,6 +37,12 @@ class StateStore:
         )
         self._manager.save(step, args=arguments)
 
+    @property
+    def empty(self) -> bool:
+        """Whether no state has been saved, of whatever settings."""
+        self._manager.wait_until_finished()
+        return not self._manager.all_steps()
+
     def restore(self, like: Any) -> tuple[int, Any]:
         """(step, state) of the newest readable state of this identity, or (0, None) if there is none.
 

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trace_jax.checkpoints.checkpoint import open_checkpoint
-from trace_jax.checkpoints.pretrained import special_tokens
+from trace_jax.checkpoints.pretrained import read_tokenizer, special_tokens
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import Document
 from trace_jax.models.families import model_config
@@ -50,14 +50,14 @@ def read_vocabulary(checkpoint: str) -> Vocabulary:
       CheckpointError: it is no checkpoint.
     """
     directory, config_json = Path(checkpoint), open_checkpoint(checkpoint).config
-    file = directory / "tokenizer.json"
-    if not file.exists():
+    tokenizer = read_tokenizer(directory)
+    if tokenizer is None:
         raise ConfigError(
-            f"{file} is missing; it is the tokenizer in the form that every model can be read in. transformers makes "
-            f"it: AutoTokenizer.from_pretrained('{directory}').save_pretrained('{directory}')."
+            f"{directory / 'tokenizer.json'} is missing; it is the tokenizer in the form that every model can be read "
+            f"in. transformers makes it: AutoTokenizer.from_pretrained('{directory}').save_pretrained('{directory}')."
         )
     size = model_config(config_json, dtype="float32").vocab_size
-    return Vocabulary(Tokenizer.from_file(str(file)), special_tokens(directory, config_json), size)
+    return Vocabulary(tokenizer, special_tokens(directory, config_json), size)
 
 
 def start_and_end(special: SpecialTokens) -> tuple[int, int]:

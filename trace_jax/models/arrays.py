@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from trace_jax.models.config import ModelConfig
 
@@ -91,15 +93,14 @@ def _residual_scale(config: ModelConfig) -> float:
 def _gated(config: ModelConfig, width: int, width_axis: str, *, bias: bool, experts: int = 0) -> dict:
     """A gated feed-forward part, or `experts` of them: gate_up [(E,) D, 2, F], down [(E,) F, D], and their biases."""
     D, leading, axes = config.hidden_size, (experts,) * bool(experts), ("experts",) * bool(experts)
-    into, back = ("gate_up", width_axis), ("embed",)
     scale = _residual_scale(config) * width**-0.5
     specs = {
-        "gate_up": ArraySpec((*leading, D, 2, width), config.dtype, (*axes, "embed", *into), D**-0.5),
-        "down": ArraySpec((*leading, width, D), config.dtype, (*axes, width_axis, *back), scale),
+        "gate_up": ArraySpec((*leading, D, 2, width), config.dtype, (*axes, "embed", "gate_up", width_axis), D**-0.5),
+        "down": ArraySpec((*leading, width, D), config.dtype, (*axes, width_axis, "embed"), scale),
     }
     if bias:
-        specs["gate_up_bias"] = ArraySpec((*leading, 2, width), config.dtype, (*axes, *into), 0.0)
-        specs["down_bias"] = ArraySpec((*leading, D), config.dtype, (*axes, *back), 0.0)
+        specs["gate_up_bias"] = ArraySpec((*leading, 2, width), config.dtype, (*axes, "gate_up", width_axis), 0.0)
+        specs["down_bias"] = ArraySpec((*leading, D), config.dtype, (*axes, "embed"), 0.0)
     return specs
 
 
@@ -190,6 +191,21 @@ def _moe_layer(config: ModelConfig) -> dict:
 def _dense_layer(config: ModelConfig) -> dict:
     mlp = _gated(config, config.dense_hidden_size, "dense_hidden", bias=config.mlp_bias)
     return _block(config) | {"mlp": mlp}
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of nested parameters (or of what is shaped like them) by path, "layers/experts/down"."""
+    return dict(traverse_util.flatten_dict(tree, sep="/"))
+
+
+def unflatten(flat: Mapping[str, Any]) -> Any:
+    """Inverse of `flatten`."""
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def flat_specs(config: ModelConfig) -> dict[str, ArraySpec]:
+    """`parameter_specs` by path."""
+    return flatten(parameter_specs(config))
 
 
 def _is_spec(node: Any) -> bool:

@@ -147,8 +147,8 @@ def forward(
         x = x * jnp.asarray(config.embedding_scale, x.dtype)
     x, outs = as_varying(x, varying_axes(params, tokens, mask, cache)), []
     for stack, inside, layers in _runs(config, num_layers or config.num_layers):
-        arrays = jax.tree.map(lambda a: a[inside], params[stack])  # noqa: B023
-        caches = None if cache is None else jax.tree.map(lambda a: a[layers], (cache.k, cache.v))  # noqa: B023
+        arrays = _cut(params[stack], inside)
+        caches = None if cache is None else _cut((cache.k, cache.v), layers)
         depth = layers.stop - layers.start
         # Few layers are unrolled: then what the backward pass keeps isn't copied into and out of stacks.
         unroll = depth if depth <= UNROLLED_LAYERS else 1
@@ -210,6 +210,11 @@ class _PerLayer:
     def turn(self, kind: dict) -> jax.Array:
         """f32 [2, B or 1, S, 1, 2, W/2]: the layer's rotary embedding; number -1 is the last one, which is none."""
         return self._turns[kind["rope"]] if "rope" in kind else self._turns[0]
+
+
+def _cut(tree, where: slice):
+    """`where` along the first axis of every array."""
+    return jax.tree.map(lambda a: a[where], tree)
 
 
 def _joined(parts: list):

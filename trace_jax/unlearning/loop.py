@@ -71,7 +71,11 @@ class Loop:
     @staticmethod
     def _newest(store: StateStore, start: Callable[[], TrainState]) -> tuple[int, TrainState]:
         """(step, state) of the newest saved state, or (0, start()); never two states in memory."""
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), start())
+        first = start()
+        if store.empty:
+            return 0, first
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first)
+        del first
         done, state = store.restore(like)
         return done, start() if state is None else state
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.data.rows import Batch
-from trace_jax.models.arrays import abstract_params
+from trace_jax.models.arrays import abstract_params, flatten, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_kl, token_nll
@@ -26,7 +26,6 @@ from trace_jax.unlearning.config import OptimizerConfig, UnlearningConfig
 from trace_jax.unlearning.objectives import OBJECTIVES, Coefficients, ForgetInputs
 from trace_jax.unlearning.optimizer import make_optimizer
 from trace_jax.unlearning.retain import hidden_distance, weighted_retain
-from trace_jax.unlearning.trainable import flatten, unflatten
 
 Flat = dict[str, jax.Array]
 

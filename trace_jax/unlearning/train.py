@@ -9,13 +9,12 @@ import jax
 from jax.sharding import Mesh
 
 from trace_jax.data.rows import Batch
-from trace_jax.models.arrays import abstract_params, init_params
+from trace_jax.models.arrays import abstract_params, flatten, init_params, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.unlearning.config import TrainingConfig
 from trace_jax.unlearning.loop import Loop, LoopResult
 from trace_jax.unlearning.step import StepSettings, as_stored, initial_state, pad_rows, training_step
-from trace_jax.unlearning.trainable import flatten, unflatten
 
 
 def train_model(

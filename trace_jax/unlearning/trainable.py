@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from trace_jax.config import ConfigError
+from trace_jax.models.arrays import flatten
 from trace_jax.models.config import ModelConfig
 
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -22,16 +22,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 # Only chooses experts, so that no loss has a gradient for it; weight decay alone would move it.
 _NEVER = "layers/router_correction"
-
-
-def flatten(params: Any) -> dict[str, Any]:
-    """Nested parameters as {"layers/experts/down": array}."""
-    return dict(traverse_util.flatten_dict(params, sep="/"))
-
-
-def unflatten(flat: dict[str, jax.Array]) -> Any:
-    """Inverse of `flatten`."""
-    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def trains(path: str, patterns: tuple[str, ...]) -> bool:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.batches import forget_batches, retain_batches
 from trace_jax.data.rows import Batch, Rows
+from trace_jax.models.arrays import unflatten
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.routing.retain_weights import RetainWeights
@@ -33,7 +34,7 @@ from trace_jax.unlearning.step import (
     unlearning_settings,
     unlearning_step,
 )
-from trace_jax.unlearning.trainable import partition, trainable_table, unflatten, update_masks
+from trace_jax.unlearning.trainable import partition, trainable_table, update_masks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,14 @@ from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import KIMI, LAYOUTS, MODEL_TYPES
 
 from trace_jax.checkpoints.accounting import account, slots_of
+from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.tensor_file import CheckpointError
 from trace_jax.models.families import FAMILIES, family_of, model_config
 
 
 def accounting(directory):
     config_json = json.loads((directory / "config.json").read_text())
-    return account(directory, model_config(config_json, dtype="float32"), family_of(config_json))
+    return account(open_checkpoint(directory), model_config(config_json, dtype="float32"), family_of(config_json))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -3,7 +3,6 @@
 import dataclasses
 
 from trace_jax.models.families import deepseek_v3
-from trace_jax.models.families.family import EXTRA_LAYERS
 
 DEFAULTS = {
     **deepseek_v3.DEFAULTS,
@@ -33,5 +32,4 @@ FAMILY = dataclasses.replace(
     title="GLM-4-MoE-lite",
     published="GLM-4.7-Flash",
     defaults=DEFAULTS,
-    ignored=EXTRA_LAYERS,
 )

@@ -4,7 +4,7 @@ import dataclasses
 
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.families import fields, qwen3_moe
-from trace_jax.models.families.family import COMMON_IGNORED, MULTI_TOKEN
+from trace_jax.models.families.family import MULTI_TOKEN
 from trace_jax.models.families.reader import ConfigReader
 from trace_jax.models.families.rope import rotary_fields_by_kind
 
@@ -55,5 +55,5 @@ FAMILY = dataclasses.replace(
     published="Mellum2-12B-A2.5B",
     defaults=DEFAULTS,
     config=config,
-    ignored={**COMMON_IGNORED, r"^mtp\.": MULTI_TOKEN},
+    ignored={r"^mtp\.": MULTI_TOKEN},
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from trace_jax.models.arrays import parameter_specs
+from trace_jax.models.arrays import flat_specs
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.families.family import Stored
 
@@ -18,19 +18,10 @@ def stored_as(*tables: Table) -> Callable[[ModelConfig], Table]:
     """`Family.stored`: the entries of the tables whose parameter a configuration has."""
 
     def stored(config: ModelConfig) -> Table:
-        specs = parameter_specs(config)
-        return tuple(entry for table in (OUTER, *tables) for entry in table if _exists(specs, entry.path))
+        specs = flat_specs(config)
+        return tuple(entry for table in (OUTER, *tables) for entry in table if entry.path in specs)
 
     return stored
-
-
-def _exists(specs: dict, path: str) -> bool:
-    node = specs
-    for key in path.split("/"):
-        if not isinstance(node, dict) or key not in node:
-            return False
-        node = node[key]
-    return True
 
 
 def rows(*entries: tuple[str, ...], stacks: tuple[str, ...], storage: str = "plain") -> Table:
