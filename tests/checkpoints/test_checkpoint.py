@@ -40,9 +40,11 @@ def test_several_files_with_an_index(tmp_path):
     }
 
 
-def test_a_name_of_the_hub_is_no_directory():
+@pytest.mark.parametrize("absolute", [False, True], ids=["as given", "made absolute by a config"])
+def test_a_name_of_the_hub_is_no_directory(absolute, tmp_path):
+    name = "allenai/OLMoE-1B-7B-0924"
     with pytest.raises(CheckpointError, match="hf download allenai/OLMoE-1B-7B-0924 --local-dir"):
-        open_checkpoint("allenai/OLMoE-1B-7B-0924")
+        open_checkpoint(tmp_path / name if absolute else name)
 
 
 def test_a_directory_without_config_json(tmp_path):

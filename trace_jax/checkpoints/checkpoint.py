@@ -36,7 +36,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory} is no directory. A model of the Hugging Face hub is downloaded first: "
-            f"hf download {path} --local-dir DIRECTORY."
+            f"hf download {'/'.join(directory.parts[-2:])} --local-dir DIRECTORY."
         )
     config = read_object(directory / "config.json")
     single, index_path = directory / SINGLE, directory / INDEX
