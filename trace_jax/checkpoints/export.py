@@ -1,4 +1,4 @@
-"""Export: a model as a directory that transformers and vLLM load, `save_pretrained`."""
+"""Export: a model as a directory that transformers loads, `save_pretrained`."""
 
 from __future__ import annotations
 
