@@ -13,6 +13,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Forgets a file's compiled programs after it: together they hold more memory maps than Linux gives a process."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--record-families", metavar="DIR", help="write what the tests measured of each family there, one file each"
