@@ -48,7 +48,9 @@ def find_patterns(
     key = _keys(activations)
     if unit == "token":
         of_token, first, tokens = _distinct(key)
-        return Patterns(activations[first], tokens.astype(np.float64), of_token)
+        features = activations[first]
+        features.sort_indices()  # so that sums over a pattern don't depend on the order of a token's experts
+        return Patterns(features, tokens.astype(np.float64), of_token)
 
     assert rows is not None
     members, unit_of_token = _members(rows, unit, window)
