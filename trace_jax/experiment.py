@@ -11,6 +11,7 @@ from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option,
 from trace_jax.data.config import DataConfig
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.models.config import ModelConfig
+from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.unlearning.config import TrainingConfig, UnlearningConfig
 
@@ -86,6 +87,7 @@ class ExperimentConfig(Section):
     calibration: dict = dataclasses.field(default_factory=dict)
     unlearning: UnlearningConfig = dataclasses.field(default_factory=UnlearningConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = PLAIN
     study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
     export: str | None = option(None, help="method whose model is exported into WORKDIR/export at the end")
 

@@ -85,7 +85,9 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
 def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Prepared:
     """Data, target model (and retrained model), statistics and the evaluator: what every method starts from."""
     check_workdir(config, workdir, overwrite=overwrite)
-    mesh, corpora = make_mesh(), read_corpora(config)  # before anything is written: data may be refused
+    layout = config.parallel
+    mesh = make_mesh(data=layout.data, expert=layout.expert, tensor=layout.tensor)
+    corpora = read_corpora(config)  # before anything is written: data may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
     write_json(path / "environment.json", describe())
     say(
@@ -242,6 +244,7 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
             weights=weights,
             seed=config.seed,
             mesh=prepared.mesh,
+            parallel=config.parallel,
             directory=directory,
             identity=known,
             title=f"unlearning with {label}",

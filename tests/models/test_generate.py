@@ -122,15 +122,15 @@ def test_decoding_ends_when_every_row_is_done(params, prompt):
 def test_few_programs_are_compiled(params):
     config = dataclasses.replace(CONFIG, num_heads=2)  # not seen by another test
     params = init_params(config, jax.random.key(0))
-    counts = decoding._read._cache_size(), decoding._write._cache_size()
     for length, new in ((2, 5), (9, 6), (14, 7), (16, 8), (3, CHUNK)):
         for rows in (17, 18, 17):
             generate(params, config, np.ones((rows, length), np.int32), max_new_tokens=new)
     for filters in ({"top_k": 3, "temperature": 0.5}, {"top_k": 4, "top_p": 0.9, "temperature": 2.0, "seed": 5}):
         generate(params, config, np.ones((17, 9), np.int32), max_new_tokens=6, **filters)
+    greedy, filtered = (decoding._compiled(config, kind, None) for kind in ("greedy", "filtered"))
     # 17 and 18 rows are 18, prompts up to 16 are 16, caches are 24 and 32; greedy ones, and filtered ones for 24.
-    assert decoding._read._cache_size() - counts[0] == 2
-    assert decoding._write._cache_size() - counts[1] == 3
+    assert [program._cache_size() for program in greedy] == [2, 2, 2]
+    assert [program._cache_size() for program in filtered] == [1, 1, 1]
 
 
 def test_sizes_are_few_and_little_larger_than_asked_for():

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from trace_jax.config import ConfigError
 from trace_jax.models import attention, decoder
-from trace_jax.models.arrays import count_params, init_params
+from trace_jax.models.arrays import count_params, init_params, unflatten
 from trace_jax.models.attention import init_cache
 from trace_jax.models.config import ModelConfig, Rope
 from trace_jax.models.loss import token_nll
-from trace_jax.parallel.mesh import data_parallel, make_mesh
+from trace_jax.models.sharding import on_mesh, param_specs, placed_params
+from trace_jax.parallel.mesh import ROWS, make_mesh
 
 BASE = ModelConfig(
     vocab_size=50, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_size=16, num_experts=8,
@@ -106,13 +108,15 @@ def test_reading_in_pieces_with_a_cache_gives_the_logits_of_one_pass(name):
 def test_loss_and_gradient_are_the_same_on_four_devices(name):
     config, params = config_of(name), parameters(config_of(name))
 
-    def summed(params, tokens, mask):
-        return jax.lax.psum(loss(params, config, tokens, mask), "data")
+    def gradient(params, tokens, mask):
+        return jax.value_and_grad(lambda p: jax.lax.psum(loss(p, config, tokens, mask), ROWS))(params)
 
-    one, four = (
-        jax.jit(jax.value_and_grad(data_parallel(summed, make_mesh(jax.devices()[:n]))))(params, TOKENS, MASK)
-        for n in (1, 4)
-    )
+    def on(mesh):
+        out_specs = (PartitionSpec(), unflatten(param_specs(config, mesh)))
+        run = jax.jit(on_mesh(gradient, config, mesh, out_specs=out_specs))
+        return run(placed_params(params, config, mesh), TOKENS, MASK)
+
+    one, four = on(make_mesh(jax.devices()[:1])), on(make_mesh(jax.devices()[:4], expert=2, tensor=2))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, four)
 
 

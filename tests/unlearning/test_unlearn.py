@@ -13,12 +13,12 @@ from trace_jax.models.arrays import abstract_params, flatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.model import Model
+from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.retain_weights import retain_weights
 from trace_jax.routing.statistics import expert_statistics
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.step import replicate
 from trace_jax.unlearning.unlearn import unlearn
 
 CONFIG = UnlearningConfig(
@@ -82,7 +82,7 @@ def test_only_selected_experts_train(model, forget, retain):
 
 def test_what_is_frozen_is_shared_with_the_target_and_not_copied(model, forget, retain):
     mesh = make_mesh(jax.devices()[:1])
-    placed = model.replace(params=replicate(model.params, mesh))
+    placed = model.replace(params=placed_params(model.params, model.config, mesh))
     config = dataclasses.replace(CONFIG, steps=2, trainable="experts")
     result = unlearn(placed, forget, retain, config=config, mesh=mesh).model.params
     before, after = flatten(placed.params), flatten(result)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from tokenizers import Tokenizer
 
 from trace_jax.checkpoints.accounting import account
@@ -20,6 +20,7 @@ from trace_jax.checkpoints.tensor_file import CheckpointError
 from trace_jax.models.arrays import flat_specs, flatten, unflatten
 from trace_jax.models.families import family_of, model_config
 from trace_jax.models.model import Model, Source, SpecialTokens
+from trace_jax.models.sharding import param_shardings
 from trace_jax.progress import progress
 
 
@@ -40,7 +41,7 @@ def load_pretrained(
     Args:
       path: a directory with config.json and model.safetensors, or several files with an index.
       dtype: of weights and activations, float32 or bfloat16. The router is float32 always.
-      mesh: devices that each hold all parameters; None: the default device.
+      mesh: devices that share the parameters (`param_shardings`); None: the default device.
       shardings: pytree of `NamedSharding` like the parameters, instead of `mesh`; any axis but "layers" may be sharded.
       grouped_matmul: how experts are multiplied (`ModelConfig.grouped_matmul`).
 
@@ -83,7 +84,7 @@ def flat_shardings(config: Any, mesh: Mesh | None, shardings: Any) -> dict[str, 
     """
     specs = flat_specs(config)
     if shardings is None:
-        return dict.fromkeys(specs, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+        return dict(param_shardings(config, mesh)) if mesh is not None else dict.fromkeys(specs)
     flat = flatten(shardings)
     for path, spec in specs.items():
         if spec.axes[0] == "layers" and flat[path].spec[:1] not in ((), (None,)):

@@ -21,7 +21,9 @@ from trace_jax.data.rows import Rows
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
-from trace_jax.parallel.mesh import DATA, data_parallel
+from trace_jax.models.sharding import on_mesh, placed_params
+from trace_jax.parallel.hosts import place, to_host
+from trace_jax.parallel.mesh import ROWS, row_shards
 
 
 class NonFiniteScore(FloatingPointError):
@@ -119,7 +121,8 @@ def _score(
     mesh: Mesh | None,
 ) -> np.ndarray:
     """NLL f32 [N, M] of the token after each of `positions` i32 [N, M] in `tokens` [N, S]."""
-    devices, count = 1 if mesh is None else mesh.size, len(tokens)
+    devices, count = 1 if mesh is None else row_shards(mesh), len(tokens)
+    params = params if mesh is None else placed_params(params, config, mesh)
     batch_size = -(-min(batch_size, count) // devices) * devices
     targets = np.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
     targets = np.take_along_axis(targets, positions, axis=1)
@@ -127,9 +130,9 @@ def _score(
     for start in range(0, count, batch_size):
         batch = np.arange(start, start + batch_size)
         batch[batch >= count] = 0
-        arrays = (x[batch].astype(np.int32) for x in (tokens, segments, positions, targets))
-        pending.append(function(params, *arrays))
-    return np.concatenate([np.asarray(x) for x in pending])[:count]
+        arrays = tuple(x[batch].astype(np.int32) for x in (tokens, segments, positions, targets))
+        pending.append(function(params, *(arrays if mesh is None else place(arrays, mesh, PartitionSpec(ROWS)))))
+    return np.concatenate([to_host(x) for x in pending])[:count]
 
 
 @functools.lru_cache(maxsize=16)
@@ -141,7 +144,7 @@ def _scoring_function(config: ModelConfig, mesh: Mesh | None):
         return token_nll(params, config, hidden, targets)
 
     if mesh is not None:
-        function = data_parallel(function, mesh, out_specs=PartitionSpec(DATA))
+        function = on_mesh(function, config, mesh, out_specs=PartitionSpec(ROWS))
     return jax.jit(function)
 
 

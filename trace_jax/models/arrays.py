@@ -1,7 +1,7 @@
 """One declaration per parameter array: its shape, type, logical axes and first values.
 
 `parameter_specs` is the only place where parameters are declared. The abstract tree (shapes without memory), the
-initial values and, later, the shardings are all read off it, so that they can't disagree.
+initial values and the shardings are all read off it, so that they can't disagree.
 """
 
 from __future__ import annotations
@@ -172,11 +172,11 @@ def _attention_output(config: ModelConfig) -> dict:
 def _moe_layer(config: ModelConfig) -> dict:
     D, E = config.hidden_size, config.num_experts
     specs = _block(config)
-    specs["router"] = ArraySpec((D, E), "float32", ("embed", "experts"), D**-0.5)
+    specs["router"] = ArraySpec((D, E), "float32", ("embed", "router"), D**-0.5)
     if config.router_bias:
-        specs["router_bias"] = ArraySpec((E,), "float32", ("experts",), 0.0)
+        specs["router_bias"] = ArraySpec((E,), "float32", ("router",), 0.0)
     if config.router_correction:
-        specs["router_correction"] = ArraySpec((E,), "float32", ("experts",), 0.0)
+        specs["router_correction"] = ArraySpec((E,), "float32", ("router",), 0.0)
     F = config.expert_hidden_size
     specs["experts"] = _gated(config, F, "expert_hidden", bias=config.expert_bias, experts=E)
     if config.shared_hidden_size:

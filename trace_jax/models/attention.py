@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.norms import rms_norm
 from trace_jax.models.rotary import rotate
-from trace_jax.parallel.mesh import as_varying, varying_axes
+from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, sum_over, varying_axes
+from trace_jax.parallel.sharding import share
 
 MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that no gradient is NaN
 
@@ -33,9 +34,9 @@ class Cache:
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
-    """Empty cache with room for `length` tokens in each of `batch_size` rows."""
+    """Empty cache with room for `length` tokens in each of `batch_size` rows (on a mesh: those of a device)."""
     leading = (config.num_layers, batch_size, length)
-    k, v = (*leading, config.num_kv_heads, config.head_size), None
+    k, v = (*leading, share(config.num_kv_heads, "kv_heads", axis_sizes()), config.head_size), None
     if config.attention == "latent":
         k = (*leading, 1, (config.latent_size or 0) + config.rotary_width)
     else:
@@ -83,7 +84,7 @@ def attention(layer: dict, config: ModelConfig, x: jax.Array, *, turn: jax.Array
         mixed, kept = _grouped_attention(layer, config, x, turn, mask, cache)
     if config.attention_gate:
         mixed = mixed * jax.nn.sigmoid(jnp.einsum("bsd,dhc->bshc", x, layer["attention_gate"]))
-    y = jnp.einsum("bshc,hcd->bsd", mixed, layer["o"])
+    y = sum_over(jnp.einsum("bshc,hcd->bsd", mixed, layer["o"]), TENSOR)
     return (y + layer["o_bias"][None, None] if config.attention_bias == "all" else y), kept
 
 
@@ -95,7 +96,19 @@ def _grouped_attention(layer, config: ModelConfig, x, turn, mask, cache):
         q, k = (rms_norm(a, layer[f"{n}_norm"], config.norm_epsilon) for a, n in ((q, "q"), (k, "k")))
     if cache is not None:
         k, v = (_extended(old, new, cache[2]) for old, new in zip(cache[:2], (k, v), strict=True))
-    return _attend(layer, config, q, k, v, mask, cached=cache is not None), (k, v)
+    own_k, own_v = (_read_by_own_heads(a, config, q.shape[2]) for a in (k, v))
+    return _attend(layer, config, q, own_k, own_v, mask, cached=cache is not None), (k, v)
+
+
+def _read_by_own_heads(kv, config: ModelConfig, num_heads: int):
+    """Keys or values [B,M,G,C] of the heads that this device's queries read; one per query head if not all do so alike.
+
+    Heads split evenly need nothing. Where there are fewer key heads than devices, each device has all of them.
+    """
+    if num_heads == config.num_heads or kv.shape[2] < config.num_kv_heads:
+        return kv
+    head = jax.lax.axis_index(TENSOR) * num_heads + jnp.arange(num_heads, dtype=jnp.int32)
+    return kv[:, :, jnp.minimum(head, config.num_heads - 1) // (config.num_heads // config.num_kv_heads)]
 
 
 def _projection(layer, config: ModelConfig, x, name: str):
@@ -106,8 +119,9 @@ def _projection(layer, config: ModelConfig, x, name: str):
     if name != "v" and config.qk_norm == "head":
         y = rms_norm(y, layer[f"{name}_norm"], config.norm_epsilon)
     if name != "v" and config.qk_norm == "full":
-        flat = y.reshape(*y.shape[:2], -1)
-        y = rms_norm(flat, layer[f"{name}_norm"].reshape(-1), config.norm_epsilon).reshape(y.shape)
+        heads = config.num_heads if name == "q" else config.num_kv_heads
+        flat, width = y.reshape(*y.shape[:2], -1), heads * config.head_size
+        y = rms_norm(flat, layer[f"{name}_norm"].reshape(-1), config.norm_epsilon, width=width).reshape(y.shape)
     return jnp.clip(y, -config.clip_qkv, config.clip_qkv) if config.clip_qkv else y
 
 

@@ -16,16 +16,20 @@ from trace_jax.models.attention import Cache, attention, attention_mask
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.moe import Routing, gated_mlp, moe_layer
 from trace_jax.models.norms import norm
+from trace_jax.models.remat import rematerialized
 from trace_jax.models.rotary import rotary
-from trace_jax.parallel.mesh import as_varying, varying_axes
+from trace_jax.models.sharding import assembled
+from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
-ROUTER_PARTS = ("router_logits", "indices", "weights", "counts", "load")
+ROUTER_PARTS = ("router_logits", "indices", "weights", "counts", "load", "dropped")
 UNROLLED_LAYERS = 4
 COLLECT = ("logits", "hidden", "layers", "router", *ROUTER_PARTS)
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["logits", "indices", "weights", "counts", "load"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["logits", "indices", "weights", "counts", "load", "dropped"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class RouterOutput:
@@ -36,6 +40,7 @@ class RouterOutput:
     weights: jax.Array | None = None  # f32 [L, B, S, K] gate weight of each chosen expert
     counts: jax.Array | None = None  # i32 [L, E] how often each expert was chosen over `count_mask`
     load: jax.Array | None = None  # f32 [L, E] sum of router probabilities over `count_mask`
+    dropped: jax.Array | None = None  # i32 [L] choices that found no room in `expert_buffer` on this device
 
 
 @partial(
@@ -55,8 +60,12 @@ class ModelOutput:
 def output_operands(params: dict, config: ModelConfig, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(hidden [..., D'], matrix [D', V]) whose product is the logits of final hidden states [..., D].
 
+    On a mesh, this device's share of the vocabulary, whose last columns are padding where it doesn't divide.
+
     A bias of the head is one more row of the matrix, so that whoever multiplies in pieces need not know of it.
     """
+    names = ("embed" if config.tie_embeddings else "head", *(("head_bias",) if config.head_bias else ()))
+    params = assembled({name: params[name] for name in names}, config)
     matrix = params["embed"].T if config.tie_embeddings else params["head"]
     if config.logits_divisor != 1.0:
         hidden = (hidden.astype(jnp.float32) / config.logits_divisor).astype(hidden.dtype)
@@ -68,7 +77,28 @@ def output_operands(params: dict, config: ModelConfig, hidden: jax.Array) -> tup
 
 def output_logits(params: dict, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """f32 [..., V]: logits of final hidden states [..., D]."""
-    return jnp.einsum("...d,dv->...v", *output_operands(params, config, hidden), preferred_element_type=jnp.float32)
+    operands = output_operands(params, config, hidden)
+    logits = jnp.einsum("...d,dv->...v", *operands, preferred_element_type=jnp.float32)
+    if logits.shape[-1] == config.vocab_size:
+        return logits
+    # Each device puts its share in its place, and the sum of all is known to be equal on them.
+    width = logits.shape[-1] * axis_sizes()[TENSOR]
+    whole = jnp.zeros((*logits.shape[:-1], width), jnp.float32)
+    start = jax.lax.axis_index(TENSOR) * logits.shape[-1]
+    whole = jax.lax.dynamic_update_slice_in_dim(as_varying(whole, varying_axes(logits)), logits, start, axis=-1)
+    return jax.lax.psum(whole, TENSOR)[..., : config.vocab_size]
+
+
+def _embedded(params: dict, config: ModelConfig, tokens: jax.Array) -> jax.Array:
+    """[B, S, D]: the embeddings of tokens."""
+    table = assembled({"embed": params["embed"]}, config)["embed"]
+    if table.shape[0] == config.vocab_size:
+        x = table[tokens]
+    else:
+        local = tokens - jax.lax.axis_index(TENSOR) * table.shape[0]
+        here = (local >= 0) & (local < table.shape[0])
+        x = sum_over(jnp.where(here[..., None], table[jnp.where(here, local, 0)], 0), TENSOR)
+    return x * jnp.asarray(config.embedding_scale, x.dtype) if config.embedding_scale != 1.0 else x
 
 
 def forward(
@@ -82,6 +112,8 @@ def forward(
     num_layers: int | None = None,
     cache: Cache | None = None,
     positions: jax.Array | None = None,
+    remat: str = "none",
+    expert_buffer: float = 0.0,
 ) -> ModelOutput:
     """Runs the decoder on `tokens` i32 [B, S].
 
@@ -90,11 +122,16 @@ def forward(
         of its document in its row, and its rotary position is their number. None: all real, one document a row.
       count_mask: bool [B, S], the positions that "counts" and "load" sum over; default: what isn't padding.
       collect: what to return, of "logits" f32 [B,S,V]; "hidden" [B,S,D] after the final norm (what the loss takes);
-        "layers" [L,B,S,D]; "router_logits", "indices", "weights" (together: "router"); "counts"; "load".
+        "layers" [L,B,S,D]; "router_logits", "indices", "weights" (together: "router"); "counts"; "load"; "dropped".
       num_layers: run the first `num_layers` layers only; "hidden" is then that layer's output, without final norm,
         and there are no logits.
       cache: keys and values of earlier tokens (`init_cache`); the result's `cache` also holds the new ones.
       positions: i32 [B, S] rotary positions, where the ones that follow from `mask` aren't wanted.
+      remat: what the backward pass computes again (`trace_jax.models.remat`).
+      expert_buffer: room for the tokens of a device's experts, as a multiple of the balanced load; 0 = for the worst
+        case. It matters where experts are split over devices only. What finds no room is counted in "dropped".
+
+    On every device of a mesh (inside `jax.shard_map`, see `on_mesh`), tokens are the device's rows, and outputs theirs.
 
     Raises:
       ValueError: an unknown name in `collect`, logits of a part of the layers, or shapes that don't fit.
@@ -118,8 +155,9 @@ def forward(
     per_layer = _PerLayer(config, allowed, positions, positions if cache is None else cache.positions)
     start = None if cache is None else cache.index - S
 
-    def layer_step(x, inputs):
+    def layer_step(stack, x, inputs):
         layer, layer_cache, kind = inputs
+        layer = assembled(layer, config, f"{stack}/")
         if cache is not None:
             layer_cache = (*layer_cache, start)
 
@@ -130,7 +168,7 @@ def forward(
             flat = x.reshape(B * S, -1)
             if "mlp" in layer:
                 return gated_mlp(layer["mlp"], config, flat).reshape(x.shape), None
-            y, routing = moe_layer(layer, config, flat)
+            y, routing = moe_layer(layer, config, flat, buffer=expert_buffer)
             return y.reshape(x.shape), routing
 
         x, keys_values = _residual(layer, config, x, "attention", mix)
@@ -142,20 +180,20 @@ def forward(
             out["cache"] = keys_values
         return x, out
 
-    x = params["embed"][tokens]
-    if config.embedding_scale != 1.0:
-        x = x * jnp.asarray(config.embedding_scale, x.dtype)
-    x, outs = as_varying(x, varying_axes(params, tokens, mask, cache)), []
+    # The residual stream is equal on the devices of "tensor", and known to be, because every part of it is a sum.
+    row_axes = frozenset(axis_sizes()) - {TENSOR}
+    x, outs = as_varying(_embedded(params, config, tokens), row_axes), []
     for stack, inside, layers in _runs(config, num_layers or config.num_layers):
         arrays = _cut(params[stack], inside)
         caches = None if cache is None else _cut((cache.k, cache.v), layers)
         depth = layers.stop - layers.start
         # Few layers are unrolled: then what the backward pass keeps isn't copied into and out of stacks.
         unroll = depth if depth <= UNROLLED_LAYERS else 1
-        x, out = jax.lax.scan(layer_step, x, (arrays, caches, per_layer.kinds(layers)), unroll=unroll)
+        step = rematerialized(partial(layer_step, stack), remat)
+        x, out = jax.lax.scan(step, x, (arrays, caches, per_layer.kinds(layers)), unroll=unroll)
         outs.append(out)
     if num_layers is None:
-        x = norm(params, "final_norm", config, x)
+        x = norm(params, "final_norm", config, x)  # vectors are not cut
     logits = output_logits(params, config, x) if "logits" in wanted else None
     out = {name: _joined([o[name] for o in outs if name in o]) for name in sorted({key for o in outs for key in o})}
     if cache is not None:
@@ -255,6 +293,8 @@ def _router_parts(routing: Routing, wanted: frozenset, count_mask: jax.Array) ->
     if "counts" in wanted:
         chosen = routing.indices[:, :, None] == jnp.arange(num_experts, dtype=jnp.int32)[None, None, :]
         parts["counts"] = jnp.sum((chosen & counted[:, None, None]).astype(jnp.int32), axis=(0, 1))
+    if "dropped" in wanted:
+        parts["dropped"] = routing.dropped
     if "load" in wanted:
         parts["load"] = jnp.sum(jnp.where(counted[:, None], routing.probabilities, 0.0), axis=0)
     return parts

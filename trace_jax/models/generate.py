@@ -9,16 +9,23 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from trace_jax.models.attention import init_cache
+from trace_jax.models.arrays import unflatten
+from trace_jax.models.attention import Cache, init_cache
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
+from trace_jax.models.sharding import param_specs, placed_params
+from trace_jax.parallel.hosts import place, to_host
+from trace_jax.parallel.mesh import ROWS, TENSOR, row_shards, sum_over
 from trace_jax.progress import progress
 
 CHUNK = 16  # tokens written between two looks of the host
@@ -43,6 +50,7 @@ def generate(
     seed: int = 0,
     rows: Sequence[int] | None = None,
     watch: Watch | None = None,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """The next tokens of every prompt.
 
@@ -55,13 +63,15 @@ def generate(
       seed, rows: the draws of a row depend on the seed and its number (default: its place in the batch), nothing else.
       watch: called with all tokens so far i32 [B, n] and the rows that are done bool [B]; the rows of the answer
         bool [B] are done from here on.
+      mesh: devices that share rows and parameters; None: the default device.
 
     Returns:
       i32 [B, max_new_tokens]. A row that is done is filled with its last token.
     """
     lengths = _check(prompt, lengths, max_new_tokens, temperature, top_k, top_p, rows)
     prompt = _right_aligned(np.asarray(prompt, np.int32), lengths)
-    B, size = len(prompt), padded_size(len(prompt), least=1, steps=8)
+    B, shards = len(prompt), 1 if mesh is None else row_shards(mesh)
+    size = -(-padded_size(B, least=1, steps=8) // shards) * shards
     kind = "greedy" if temperature == 0 else "filtered" if top_k or top_p < 1 else "drawn"
     numbers = np.zeros(size, np.int32)
     numbers[:B] = np.arange(B) if rows is None else rows
@@ -74,18 +84,17 @@ def generate(
     }
     tokens, done = np.zeros((B, max_new_tokens), np.int32), np.arange(size) >= B
     n, ends = 0, _stretches(config, prompt.shape[1], max_new_tokens)
-    last, cache = _start(params, config, prompt, lengths, size, max_new_tokens)
+    programs = _Programs(params, config, kind, mesh)
+    last, cache = programs.start(prompt, lengths, size, max_new_tokens)
     while n < max_new_tokens and not done.all():
         if n == ends[0]:
             ends.pop(0)
             whole = np.concatenate([prompt, tokens[:, :n]], axis=1)
-            last, cache = _start(params, config, whole, lengths + n, size, max_new_tokens - n)
+            last, cache = programs.start(whole, lengths + n, size, max_new_tokens - n)
         count = min(CHUNK, ends[0] - n)
-        written, last, done, cache = _write(
-            params, config, kind, settings, last, done, np.int32(n), np.int32(count), cache
-        )
-        tokens[:, n : n + count] = np.asarray(written)[:B, :count]
-        n, done = n + count, np.array(done)
+        written, last, done, cache = programs.write(settings, last, done, n, count, cache)
+        tokens[:, n : n + count] = to_host(written)[:B, :count]
+        n, done = n + count, np.array(to_host(done))
         if watch is not None and (stopped := watch(tokens[:, :n], done[:B])) is not None:
             done[:B] |= stopped
     tokens[:, n:] = tokens[:, n - 1 : n]
@@ -139,44 +148,88 @@ def _stretches(config: ModelConfig, longest: int, max_new_tokens: int) -> list[i
     return [*sorted(n for n in switches if 0 < n < max_new_tokens), max_new_tokens]
 
 
-def _start(params, config: ModelConfig, prompt, lengths, size: int, room: int):
-    """(last tokens i32 [size], cache that holds all tokens before them and has `room` for more), of padded prompts.
+class _Programs:
+    """The compiled parts of decoding, on the default device or on every device of a mesh."""
 
-    Padding stands before a prompt and is of another document, so it is never read nor counted in positions, and all
-    rows write their n-th new token in one place of the cache.
-    """
-    B, longest = len(prompt), prompt.shape[1] - 1
-    in_pieces = longest >= _PIECE and not _long_lengths(config)
-    width = -(-longest // _PIECE) * _PIECE if in_pieces else padded_size(longest + 1)
-    piece = _PIECE if in_pieces else width
-    rows = ((0, size - B), (0, 0))
-    padded = np.pad(prompt, ((0, size - B), (width - longest, 0)))
-    places = np.pad(np.arange(width) - width + lengths[:, None] - 1, rows, constant_values=-1)
-    # Padding stands where the last token stands: the amplitude of some embeddings depends on the largest position.
-    positions = np.where(places < 0, longest, places).astype(np.int32)
-    cache = _empty(config, size, padded_size(width + room))
-    for start in range(0, width, piece):
-        part = slice(start, start + piece)
-        cache = _read(params, config, padded[:, part], places[:, part] >= 0, positions[:, part], cache)
-    return padded[:, -1], cache
+    def __init__(self, params, config: ModelConfig, kind: str, mesh: Mesh | None):
+        self._config, self._mesh = config, mesh
+        self._params = params if mesh is None else placed_params(params, config, mesh)
+        self._empty, self._read, self._write = _compiled(config, kind, mesh)
+
+    def start(self, prompt, lengths, size: int, room: int):
+        """(last tokens i32 [size], cache that holds all tokens before them and has `room` for more), of padded prompts.
+
+        Padding stands before a prompt and is of another document, so it is never read nor counted in positions, and all
+        rows write their n-th new token in one place of the cache.
+        """
+        B, longest = len(prompt), prompt.shape[1] - 1
+        in_pieces = longest >= _PIECE and not _long_lengths(self._config)
+        width = -(-longest // _PIECE) * _PIECE if in_pieces else padded_size(longest + 1)
+        piece = _PIECE if in_pieces else width
+        rows = ((0, size - B), (0, 0))
+        padded = np.pad(prompt, ((0, size - B), (width - longest, 0)))
+        places = np.pad(np.arange(width) - width + lengths[:, None] - 1, rows, constant_values=-1)
+        # Padding stands where the last token stands: the amplitude of some embeddings depends on the largest position.
+        positions = np.where(places < 0, longest, places).astype(np.int32)
+        cache = self._empty(size, padded_size(width + room))
+        for start in range(0, width, piece):
+            part = slice(start, start + piece)
+            arrays = self._placed((padded[:, part], places[:, part] >= 0, positions[:, part]), P(ROWS))
+            cache = self._read(self._params, *arrays, cache)
+        return padded[:, -1], cache
+
+    def write(self, settings: dict, last, done, n: int, count: int, cache: Cache):
+        """(up to CHUNK tokens i32 [B, CHUNK], the last of them, rows that are done, cache)."""
+        settings = {name: self._placed(value, _SETTINGS[name]) for name, value in settings.items()}
+        rows, numbers = self._placed((last, done), P(ROWS)), self._placed((np.int32(n), np.int32(count)), P())
+        return self._write(self._params, settings, *rows, *numbers, cache)
+
+    def _placed(self, arrays: Any, spec: P) -> Any:
+        return arrays if self._mesh is None else place(arrays, self._mesh, spec)
 
 
-_empty = jax.jit(init_cache, static_argnums=(0, 1, 2))  # in one program no two arrays share memory: donation needs that
+_SETTINGS = {"eos": P(), "temperature": P(), "top_k": P(), "top_p": P(), "keys": P(ROWS)}
 
 
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
-def _read(params, config, tokens, real, positions, cache):
+def _cache_specs(config: ModelConfig, mesh: Mesh) -> Cache:
+    """How a cache lies on a mesh."""
+    devices = mesh.shape[TENSOR]
+    split = config.attention == "grouped" and devices > 1 and config.num_kv_heads % devices == 0
+    heads = P(None, ROWS, None, TENSOR) if split else P(None, ROWS)
+    kept: Any = (heads, heads if config.attention == "grouped" else None, P(ROWS), P(ROWS), P())
+    return Cache(*kept)
+
+
+@lru_cache(maxsize=32)
+def _compiled(config: ModelConfig, kind: str, mesh: Mesh | None):
+    """(empty, read, write), jitted."""
+    read, write = partial(_read, config), partial(_write, config, kind)
+    empty = partial(init_cache, config)
+    if mesh is not None:
+        params, cache, rows = unflatten(param_specs(config, mesh)), _cache_specs(config, mesh), P(ROWS)
+        read = jax.shard_map(read, mesh=mesh, in_specs=(params, rows, rows, rows, cache), out_specs=cache)
+        inputs = (params, _SETTINGS, rows, rows, P(), P(), cache)
+        write = jax.shard_map(write, mesh=mesh, in_specs=inputs, out_specs=(rows, rows, rows, cache))
+    # In one program no two arrays of the cache share memory: donation needs that.
+    stored = None if mesh is None else jax.tree.map(partial(NamedSharding, mesh), _cache_specs(config, mesh))
+    return (
+        jax.jit(empty, static_argnums=(0, 1), out_shardings=stored),
+        jax.jit(read, donate_argnums=4),
+        jax.jit(write, donate_argnums=6),
+    )
+
+
+def _read(config: ModelConfig, params, tokens, real, positions, cache):
     return forward(params, config, tokens, mask=real, positions=positions, collect=(), cache=cache).cache
 
 
-@partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("cache",))
-def _write(params, config, kind, settings, last, done, n, count, cache):
+def _write(config: ModelConfig, kind: str, params, settings, last, done, n, count, cache):
     """(up to CHUNK tokens i32 [B, CHUNK], the last of them, rows that are done, cache); fewer when all rows are."""
     tokens = jnp.broadcast_to(last[:, None], (len(last), CHUNK))
 
     def unfinished(state):
         i, _, _, done, _ = state
-        return (i < count) & ~jnp.all(done)
+        return (i < count) & (sum_over(jnp.sum(~done, dtype=jnp.int32), *ROWS) > 0)
 
     def step(state):
         i, tokens, last, done, cache = state
@@ -236,6 +289,7 @@ def generate_text(
     seed: int = 0,
     stop: Sequence[str] = (),
     batch_size: int = 16,
+    mesh: Mesh | None = None,
 ) -> list[Generated]:
     """Continues each prompt until an end token of the model, one of the strings `stop`, or `max_new_tokens`.
 
@@ -243,7 +297,7 @@ def generate_text(
     marks of a chat template) are read as such. A prompt's result does not depend on the other prompts.
 
     Args:
-      temperature, top_k, top_p, seed: see `generate`; a prompt's draws depend on its place in `prompts`.
+      mesh, temperature, top_k, top_p, seed: see `generate`; a prompt's draws depend on its place in `prompts`.
 
     Raises:
       ValueError: a model without tokenizer, an empty prompt without BOS, an empty stop string, or see `generate`.
@@ -280,6 +334,7 @@ def generate_text(
                 seed=seed,
                 rows=rows,
                 watch=watch,
+                mesh=mesh,
             )
             results |= {row: w.finish(t) for row, w, t in zip(rows, writers, tokens, strict=True)}
     return [results[row] for row in range(len(ids))]

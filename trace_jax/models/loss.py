@@ -2,18 +2,21 @@
 
 Tokens are taken in chunks. When all fit in one, the softmax of the forward pass is kept for the backward pass (which
 is softmax minus target, times the cotangent); with more, each chunk's logits are computed again. Both are exact.
+Where a mesh splits the vocabulary, each device has the logits of its share, and sums over devices complete them.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from trace_jax.models.attention import MASKED
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import output_operands
-from trace_jax.parallel.mesh import as_varying, varying_axes
+from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, varying_axes
 
 MAX_CHUNK_ELEMENTS = 2**24  # of one chunk's logits: 64 MiB in float32
 
@@ -31,7 +34,7 @@ def token_nll(
     hidden, head = output_operands(params, config, hidden)
     axes = varying_axes(head, hidden, targets)
     operands = as_varying((head, hidden.reshape(-1, head.shape[0]), targets.reshape(-1)), axes)
-    return jnp.reshape(_nll(_num_chunks(targets.size, head.shape[1], chunk_size), *operands), targets.shape)
+    return jnp.reshape(_nll(_pieces(config, targets.size, head, chunk_size), *operands), targets.shape)
 
 
 def token_kl(
@@ -53,25 +56,47 @@ def token_kl(
     hidden_ref, head_ref = jax.lax.stop_gradient(output_operands(params_ref, config, hidden_ref))
     hidden, head = output_operands(params, config, hidden)
     hidden_ref, hidden = (h.reshape(-1, head.shape[0]) for h in (hidden_ref, hidden))
-    num_chunks = _num_chunks(hidden.shape[0], head.shape[1], chunk_size)
+    pieces = _pieces(config, hidden.shape[0], head, chunk_size)
     operands = as_varying((head_ref, hidden_ref, head, hidden), varying_axes(head_ref, hidden_ref, head, hidden))
-    return jnp.reshape(_kl(num_chunks, *operands), shape)
+    return jnp.reshape(_kl(pieces, *operands), shape)
 
 
-def _num_chunks(num_tokens: int, vocab_size: int, chunk_size: int | None) -> int:
-    chunk_size = chunk_size or max(1, MAX_CHUNK_ELEMENTS // vocab_size)
-    return -(-num_tokens // chunk_size)
+class _Pieces(NamedTuple):
+    """How the logits [T, V] are cut: T into chunks one after the other, V over devices or not, with padding or not."""
+
+    chunks: int
+    vocab_size: int
+    split: bool
+    padded: bool
 
 
-def _logits(hidden_TD, head_DV):
-    return jnp.dot(hidden_TD, head_DV, preferred_element_type=jnp.float32)
+def _pieces(config: ModelConfig, num_tokens: int, head_DV: jax.Array, chunk_size: int | None) -> _Pieces:
+    chunk_size = chunk_size or max(1, MAX_CHUNK_ELEMENTS // head_DV.shape[1])
+    split = head_DV.shape[1] != config.vocab_size
+    padded = split and head_DV.shape[1] * axis_sizes()[TENSOR] != config.vocab_size
+    return _Pieces(-(-num_tokens // chunk_size), config.vocab_size, split, padded)
 
 
-def _softmax(logits_TV):
+def _first(pieces: _Pieces, head_DV) -> jax.Array | int:
+    """The token that the first column of this device's logits stands for."""
+    return jax.lax.axis_index(TENSOR) * head_DV.shape[1] if pieces.split else 0
+
+
+def _logits(pieces: _Pieces, hidden_TD, head_DV):
+    logits = jnp.dot(hidden_TD, head_DV, preferred_element_type=jnp.float32)
+    if not pieces.padded:
+        return logits
+    token = _first(pieces, head_DV) + jnp.arange(head_DV.shape[1], dtype=jnp.int32)
+    return jnp.where((token < pieces.vocab_size)[None], logits, MASKED)
+
+
+def _softmax(pieces: _Pieces, logits_TV):
     """(softmax f32 [T,V], log of the normaliser f32 [T])."""
     largest = jnp.max(logits_TV, axis=-1, keepdims=True)
+    largest = jax.lax.pmax(largest, TENSOR) if pieces.split else largest
     exponential = jnp.exp(logits_TV - largest)
     total = jnp.sum(exponential, axis=-1, keepdims=True)
+    total = jax.lax.psum(total, TENSOR) if pieces.split else total
     return exponential / total, (largest + jnp.log(total))[:, 0]
 
 
@@ -86,7 +111,7 @@ def _split(num_chunks: int, *arrays):
     return tuple(split(x) for x in arrays)
 
 
-def _backward(num_chunks, head_DV, hidden_TD, gradient_T, others, logit_gradient):
+def _backward(pieces, head_DV, hidden_TD, gradient_T, others, logit_gradient):
     """(gradient of head, gradient of hidden), chunk by chunk. `logit_gradient(hidden, gradient, *others)` is [C,V]."""
 
     def step(total, chunk):
@@ -96,8 +121,8 @@ def _backward(num_chunks, head_DV, hidden_TD, gradient_T, others, logit_gradient
         return total + gradient_head, jnp.dot(gradient_logits, head_DV.T)
 
     start = as_varying(jnp.zeros(head_DV.shape, jnp.float32), varying_axes(hidden_TD))
-    chunks = _split(num_chunks, hidden_TD, gradient_T, *others)
-    gradient_head, gradient_hidden = jax.lax.scan(step, start, chunks, unroll=num_chunks == 1)
+    chunks = _split(pieces.chunks, hidden_TD, gradient_T, *others)
+    gradient_head, gradient_hidden = jax.lax.scan(step, start, chunks, unroll=pieces.chunks == 1)
     gradient_hidden = gradient_hidden.reshape(-1, hidden_TD.shape[1])[: hidden_TD.shape[0]]
     return gradient_head.astype(head_DV.dtype), gradient_hidden
 
@@ -106,36 +131,44 @@ def _backward(num_chunks, head_DV, hidden_TD, gradient_T, others, logit_gradient
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nll(num_chunks, head_DV, hidden_TD, targets_T):
-    return _nll_forward(num_chunks, head_DV, hidden_TD, targets_T)[0]
+def _nll(pieces, head_DV, hidden_TD, targets_T):
+    return _nll_forward(pieces, head_DV, hidden_TD, targets_T)[0]
 
 
-def _nll_chunk(head_DV, hidden_TD, targets_T):
-    logits = _logits(hidden_TD, head_DV)
-    probabilities, normalizer = _softmax(logits)
-    return normalizer - jnp.take_along_axis(logits, targets_T[:, None], axis=1)[:, 0], probabilities
+def _nll_chunk(pieces, head_DV, hidden_TD, targets_T):
+    logits = _logits(pieces, hidden_TD, head_DV)
+    probabilities, normalizer = _softmax(pieces, logits)
+    if not pieces.split:
+        return normalizer - jnp.take_along_axis(logits, targets_T[:, None], axis=1)[:, 0], probabilities
+    of_target = jnp.sum(jnp.where(_is_target(pieces, head_DV, targets_T), logits, 0.0), axis=1)
+    return normalizer - jax.lax.psum(of_target, TENSOR), probabilities
 
 
-def _nll_forward(num_chunks, head_DV, hidden_TD, targets_T):
+def _is_target(pieces: _Pieces, head_DV, targets_T):
+    """bool [T, V]: whether a column of this device stands for the target."""
+    token = _first(pieces, head_DV) + jnp.arange(head_DV.shape[1], dtype=jnp.int32)
+    return targets_T[:, None] == token[None]
+
+
+def _nll_forward(pieces, head_DV, hidden_TD, targets_T):
     residuals = head_DV, hidden_TD, targets_T
-    if num_chunks == 1:
-        nll, probabilities = _nll_chunk(*residuals)
+    if pieces.chunks == 1:
+        nll, probabilities = _nll_chunk(pieces, *residuals)
         return nll, (*residuals, probabilities)
-    chunks = _split(num_chunks, hidden_TD, targets_T)
-    nll = jax.lax.map(lambda chunk: _nll_chunk(head_DV, *chunk)[0], chunks)
+    chunks = _split(pieces.chunks, hidden_TD, targets_T)
+    nll = jax.lax.map(lambda chunk: _nll_chunk(pieces, head_DV, *chunk)[0], chunks)
     return nll.reshape(-1)[: hidden_TD.shape[0]], (*residuals, None)
 
 
-def _nll_backward(num_chunks, residuals, gradient_T):
+def _nll_backward(pieces, residuals, gradient_T):
     head_DV, hidden_TD, targets_T, kept = residuals
 
     def logit_gradient(hidden, gradient, targets, *probabilities):
-        p = probabilities[0] if probabilities else _softmax(_logits(hidden, head_DV))[0]
-        is_target = targets[:, None] == jnp.arange(p.shape[1], dtype=jnp.int32)[None, :]
-        return gradient[:, None] * jnp.where(is_target, p - 1.0, p)
+        p = probabilities[0] if probabilities else _softmax(pieces, _logits(pieces, hidden, head_DV))[0]
+        return gradient[:, None] * jnp.where(_is_target(pieces, head_DV, targets), p - 1.0, p)
 
     others = (targets_T,) if kept is None else (targets_T, kept)
-    return *_backward(num_chunks, head_DV, hidden_TD, gradient_T, others, logit_gradient), None
+    return *_backward(pieces, head_DV, hidden_TD, gradient_T, others, logit_gradient), None
 
 
 _nll.defvjp(_nll_forward, _nll_backward)
@@ -145,38 +178,39 @@ _nll.defvjp(_nll_forward, _nll_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kl(num_chunks, head_ref_DV, hidden_ref_TD, head_DV, hidden_TD):
-    return _kl_forward(num_chunks, head_ref_DV, hidden_ref_TD, head_DV, hidden_TD)[0]
+def _kl(pieces, head_ref_DV, hidden_ref_TD, head_DV, hidden_TD):
+    return _kl_forward(pieces, head_ref_DV, hidden_ref_TD, head_DV, hidden_TD)[0]
 
 
-def _kl_chunk(head_ref_DV, head_DV, hidden_ref_TD, hidden_TD):
+def _kl_chunk(pieces, head_ref_DV, head_DV, hidden_ref_TD, hidden_TD):
     """(KL [T], p - p_ref [T,V], which is the gradient of KL by the logits)."""
-    logits_ref, logits = _logits(hidden_ref_TD, head_ref_DV), _logits(hidden_TD, head_DV)
-    p_ref, normalizer_ref = _softmax(logits_ref)
-    p, normalizer = _softmax(logits)
-    kl = jnp.sum(p_ref * (logits_ref - logits), axis=-1) - normalizer_ref + normalizer
-    return kl, p - p_ref
+    logits_ref, logits = _logits(pieces, hidden_ref_TD, head_ref_DV), _logits(pieces, hidden_TD, head_DV)
+    p_ref, normalizer_ref = _softmax(pieces, logits_ref)
+    p, normalizer = _softmax(pieces, logits)
+    mean = jnp.sum(p_ref * (logits_ref - logits), axis=-1)
+    mean = jax.lax.psum(mean, TENSOR) if pieces.split else mean
+    return mean - normalizer_ref + normalizer, p - p_ref
 
 
-def _kl_forward(num_chunks, head_ref_DV, hidden_ref_TD, head_DV, hidden_TD):
+def _kl_forward(pieces, head_ref_DV, hidden_ref_TD, head_DV, hidden_TD):
     residuals = head_ref_DV, hidden_ref_TD, head_DV, hidden_TD
-    if num_chunks == 1:
-        kl, difference = _kl_chunk(head_ref_DV, head_DV, hidden_ref_TD, hidden_TD)
+    if pieces.chunks == 1:
+        kl, difference = _kl_chunk(pieces, head_ref_DV, head_DV, hidden_ref_TD, hidden_TD)
         return kl, (*residuals, difference)
-    chunks = _split(num_chunks, hidden_ref_TD, hidden_TD)
-    kl = jax.lax.map(lambda chunk: _kl_chunk(head_ref_DV, head_DV, *chunk)[0], chunks)
+    chunks = _split(pieces.chunks, hidden_ref_TD, hidden_TD)
+    kl = jax.lax.map(lambda chunk: _kl_chunk(pieces, head_ref_DV, head_DV, *chunk)[0], chunks)
     return kl.reshape(-1)[: hidden_TD.shape[0]], (*residuals, None)
 
 
-def _kl_backward(num_chunks, residuals, gradient_T):
+def _kl_backward(pieces, residuals, gradient_T):
     head_ref_DV, hidden_ref_TD, head_DV, hidden_TD, kept = residuals
 
     def logit_gradient(hidden, gradient, other):
-        difference = other if kept is not None else _kl_chunk(head_ref_DV, head_DV, other, hidden)[1]
+        difference = other if kept is not None else _kl_chunk(pieces, head_ref_DV, head_DV, other, hidden)[1]
         return gradient[:, None] * difference
 
     others = (hidden_ref_TD,) if kept is None else (kept,)
-    gradients = _backward(num_chunks, head_DV, hidden_TD, gradient_T, others, logit_gradient)
+    gradients = _backward(pieces, head_DV, hidden_TD, gradient_T, others, logit_gradient)
     return jnp.zeros_like(head_ref_DV), jnp.zeros_like(hidden_ref_TD), *gradients
 
 

@@ -23,12 +23,15 @@ from trace_jax.models.grouped_matmul import (
     resolve_implementation,
 )
 from trace_jax.models.norms import norm
+from trace_jax.parallel.mesh import EXPERT, TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
 COUNTING_BLOCK = 128
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["logits", "probabilities", "indices", "weights"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["logits", "probabilities", "indices", "weights", "dropped"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Routing:
@@ -38,6 +41,7 @@ class Routing:
     probabilities: jax.Array  # f32 [T, E] softmax of the logits, or sigmoids over their sum
     indices: jax.Array  # i32 [T, K] chosen experts by descending score
     weights: jax.Array  # f32 [T, K] what each chosen expert's output is multiplied by
+    dropped: jax.Array | None = None  # i32 [] choices of this device's experts that found no room
 
 
 def route(layer: dict, config: ModelConfig, x_TD: jax.Array) -> Routing:
@@ -111,37 +115,77 @@ def gated_mlp(weights: dict, config: ModelConfig, x: jax.Array) -> jax.Array:
     gate_up = x @ weights["gate_up"].reshape(x.shape[1], -1)
     if "gate_up_bias" in weights:
         gate_up = gate_up + weights["gate_up_bias"].reshape(1, -1)
-    y = _activation(config)(gate_up) @ weights["down"]
+    y = sum_over(_activation(config)(gate_up) @ weights["down"], TENSOR)
     return y + weights["down_bias"][None] if "down_bias" in weights else y
 
 
-def moe_layer(layer: dict, config: ModelConfig, x_TD: jax.Array) -> tuple[jax.Array, Routing]:
+def moe_layer(layer: dict, config: ModelConfig, x_TD: jax.Array, *, buffer: float = 0.0) -> tuple[jax.Array, Routing]:
     """Output [T,D] of the routed (and shared) experts of one layer, and what the router said.
 
     Args:
       layer: the arrays of one layer: router [D,E], experts {gate_up [E,D,2,F], down [E,F,D]}, optional shared.
+      buffer: see `forward`, `expert_buffer`.
     """
     routing = route(layer, config, x_TD)
-    y = experts(layer["experts"], config, x_TD, routing.indices, routing.weights)
+    y, dropped = _experts_of_all_devices(layer["experts"], config, x_TD, routing, buffer)
     if config.shared_hidden_size:
         shared = gated_mlp(layer["shared"], config, x_TD)
         if config.shared_gate:
             shared = shared * jax.nn.sigmoid(x_TD @ layer["shared"]["gate"][:, None])
         y = y + shared
-    return (norm(layer, "moe_output_norm", config, y) if config.moe_output_norm else y), routing
+    y = norm(layer, "moe_output_norm", config, y) if config.moe_output_norm else y
+    return y, dataclasses.replace(routing, dropped=dropped)
+
+
+def _experts_of_all_devices(weights: dict, config: ModelConfig, x_TD, routing: Routing, buffer: float):
+    """(sum over the chosen experts, wherever they are, [T,D]; choices without room on this device i32 []).
+
+    Devices of the axis "expert" show each other their tokens, compute those of their own experts, and add up the
+    parts of each token. Once K is near the number of devices this moves less than sending a token once for each choice.
+    """
+    size = axis_sizes().get(EXPERT, 1)
+    operands = x_TD, routing.indices, routing.weights
+    if size == 1:
+        y, dropped = experts(weights, config, *operands)
+        return sum_over(y, TENSOR), dropped
+    operands = (jax.lax.all_gather(a, EXPERT, axis=0, tiled=True) for a in operands)
+    here = weights["gate_up"].shape[0]
+    x_TD, indices, gates = operands
+    worst = indices.shape[0] * min(here, config.experts_per_token)
+    room = min(worst, -(-int(buffer * indices.size) // size)) if buffer else worst
+    first = jax.lax.axis_index(EXPERT) * here
+    y, dropped = experts(weights, config, x_TD, indices - first, gates, room=room)
+    dropped = jax.lax.pmax(dropped, TENSOR) if TENSOR in varying_axes(dropped) else dropped  # equal, and known to be
+    return sum_over(jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True), TENSOR), dropped
 
 
 def experts(
-    weights: dict, config: ModelConfig, x_TD: jax.Array, indices_TK: jax.Array, gates_TK: jax.Array
-) -> jax.Array:
-    """Sum over the chosen experts of gate times expert: [T,D]."""
+    weights: dict,
+    config: ModelConfig,
+    x_TD: jax.Array,
+    indices_TK: jax.Array,
+    gates_TK: jax.Array,
+    *,
+    room: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(sum over the chosen experts of gate times expert [T,D], choices that found no room i32 []).
+
+    Args:
+      indices_TK: chosen experts. With `room` given, an index that is no expert of `weights` is another device's.
+      room: for how many choices there is room at least; default: all of them.
+    """
     implementation, activate = resolve_implementation(config.grouped_matmul), _activation(config)
+    # The backward passes below mix tokens with weights: what is equal on some devices must be known to be summed.
+    given = (weights, x_TD, indices_TK, gates_TK)
+    weights, x_TD, indices_TK, gates_TK = as_varying(given, varying_axes(*given))
     num_experts, D = weights["gate_up"].shape[:2]
-    num_slots = indices_TK.size
+    num_slots = indices_TK.size if room is None else room
     size = block_size(num_slots, num_experts) if implementation == "blocked" else 1
     group_sizes, rank = count_and_rank(indices_TK.reshape(-1), num_experts)
     first, block_group = block_layout(group_sizes, num_slots, size)
-    place_TK = (first[indices_TK.reshape(-1)] + rank).reshape(indices_TK.shape)
+    place_TK, dropped = _places(indices_TK, rank, first, block_group.shape[0] * size, some_elsewhere=room is not None)
+    if room is not None:  # groups end where the room ends
+        group_sizes = jnp.clip(num_slots - (jnp.cumsum(group_sizes) - group_sizes), 0, group_sizes)
     slot = _slot_at_place(place_TK, block_group.shape[0] * size)
 
     def multiply(x, name):
@@ -151,11 +195,35 @@ def experts(
         else:
             y = grouped_matmul(x.reshape(-1, x.shape[-1]), w, group_sizes, implementation=implementation)[:, None]
         bias = weights.get(f"{name}_bias")
+        if bias is not None and name == "down":
+            bias = _added_once(bias)
         return y if bias is None else y + bias.reshape(num_experts, 1, -1)[block_group]
 
     x_PD = _dispatch(x_TD, slot, place_TK).reshape(-1, size, D)
     y_PD = multiply(activate(multiply(x_PD, "gate_up")), "down").reshape(-1, D)
-    return _combine(y_PD, gates_TK, slot, place_TK)
+    return _combine(y_PD, gates_TK, slot, place_TK), dropped
+
+
+def _added_once(bias: jax.Array) -> jax.Array:
+    """The bias on the first of the devices whose outputs are summed, zero on the others."""
+    if axis_sizes().get(TENSOR, 1) == 1:
+        return bias
+    return jnp.where(jax.lax.axis_index(TENSOR) == 0, bias, 0)
+
+
+def _places(indices_TK, rank, first, num_places: int, *, some_elsewhere: bool) -> tuple[jax.Array, jax.Array]:
+    """(place of every choice i32 [T,K], choices of own experts that have none i32 []).
+
+    A choice without a place gets a number of its own beyond the last, so that all stay unique.
+    """
+    flat, num_experts = indices_TK.reshape(-1), first.shape[0]
+    if not some_elsewhere:
+        return (first[flat] + rank).reshape(indices_TK.shape), jnp.zeros((), jnp.int32)
+    own = (flat >= 0) & (flat < num_experts)
+    place = first[jnp.where(own, flat, 0)] + rank
+    fits = own & (place < num_places)
+    beyond = num_places + jnp.arange(flat.size, dtype=jnp.int32)
+    return jnp.where(fits, place, beyond).reshape(indices_TK.shape), jnp.sum(own & ~fits, dtype=jnp.int32)
 
 
 def _activation(config: ModelConfig):
@@ -214,7 +282,13 @@ def _slot_at_place(place_TK: jax.Array, num_places: int) -> jax.Array:
     """i32 [P]: which slot (t*K + k) sits at each place; T*K where none does."""
     num_slots = place_TK.size
     empty = jnp.full((num_places,), num_slots, jnp.int32)
-    return empty.at[place_TK.reshape(-1)].set(jnp.arange(num_slots, dtype=jnp.int32), unique_indices=True)
+    slots = jnp.arange(num_slots, dtype=jnp.int32)
+    return empty.at[place_TK.reshape(-1)].set(slots, mode="drop", unique_indices=True)
+
+
+def _rows_at(y_PD, place_TK):
+    """[T,K,D]: the row at each choice's place; zeros where it has none."""
+    return y_PD.at[place_TK].get(mode="fill", fill_value=0)
 
 
 def _rows_of_tokens(x_TD, slot, num_chosen):
@@ -232,7 +306,7 @@ def _dispatch_forward(x_TD, slot, place_TK):
 
 
 def _dispatch_backward(place_TK, gradient_PD):
-    return jnp.sum(gradient_PD[place_TK], axis=1), None, None
+    return jnp.sum(_rows_at(gradient_PD, place_TK), axis=1), None, None
 
 
 _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
@@ -240,7 +314,7 @@ _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 @jax.custom_vjp
 def _combine(y_PD, gates_TK, slot, place_TK):
-    y_TKD = y_PD[place_TK].astype(jnp.float32)
+    y_TKD = _rows_at(y_PD, place_TK).astype(jnp.float32)
     return jnp.sum(y_TKD * gates_TK[:, :, None], axis=1).astype(y_PD.dtype)
 
 
@@ -250,7 +324,8 @@ def _combine_forward(y_PD, gates_TK, slot, place_TK):
 
 def _combine_backward(residuals, gradient_TD):
     y_PD, gates_TK, slot, place_TK = residuals
-    gradient_gates = jnp.sum(y_PD[place_TK].astype(jnp.float32) * gradient_TD.astype(jnp.float32)[:, None, :], axis=2)
+    y_TKD = _rows_at(y_PD, place_TK).astype(jnp.float32)
+    gradient_gates = jnp.sum(y_TKD * gradient_TD.astype(jnp.float32)[:, None, :], axis=2)
     gate_at_place = gates_TK.reshape(-1).at[slot].get(mode="fill", fill_value=0)
     rows = _rows_of_tokens(gradient_TD, slot, gates_TK.shape[1]).astype(jnp.float32)
     return (rows * gate_at_place[:, None]).astype(y_PD.dtype), gradient_gates, None, None

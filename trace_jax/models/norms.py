@@ -6,12 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from trace_jax.models.config import ModelConfig
+from trace_jax.parallel.mesh import TENSOR, sum_over
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-    """x [..., D] over its root mean square, times weight [D]."""
+def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float, *, width: int | None = None) -> jax.Array:
+    """x [..., D] over its root mean square, times weight [D]. `width`: of x on all devices, if split."""
     x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    if width is None or width == x.shape[-1]:
+        mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    else:
+        mean = sum_over(jnp.sum(jnp.square(x32), axis=-1, keepdims=True), TENSOR) / width
+    x32 = x32 * jax.lax.rsqrt(mean + epsilon)
     return x32.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 

@@ -1,44 +1,50 @@
-"""Devices as a mesh, and functions run over it with the batch split.
+"""Devices as a mesh of three axes, and what code that runs on every device of it needs to know.
 
-One axis, "data", for now: parameters are replicated and every device holds a share of the batch's rows.
+"data" and "expert" share the rows of a batch; "expert" also splits the experts, "tensor" heads, hidden units and the
+vocabulary; what is left of the parameters is cut over "data" (`trace_jax.parallel.sharding`). Everything runs inside
+one `jax.shard_map` over all three axes with its check of replication, so that a sum that is missing is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
-DATA = "data"
+from trace_jax.config import ConfigError
 
-
-def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh with the one axis "data" over `devices` (default: `jax.devices()`)."""
-    devices = jax.devices() if devices is None else list(devices)
-    return Mesh(np.asarray(devices), (DATA,), axis_types=(AxisType.Auto,))
+DATA, EXPERT, TENSOR = AXES = "data", "expert", "tensor"
+ROWS = (DATA, EXPERT)
 
 
-def data_parallel(fn: Callable, mesh: Mesh, *, replicated: int = 1, out_specs: Any = None) -> Callable:
-    """`fn` run on every device of `mesh` with its share of the batch (`jax.shard_map`, replication checked).
+def make_mesh(devices: Sequence[Any] | None = None, *, data: int = 0, expert: int = 1, tensor: int = 1) -> Mesh:
+    """Mesh over `devices` (default: `jax.devices()`). `data` = 0: what `expert` and `tensor` leave.
 
-    Args:
-      fn: sees its first `replicated` arguments whole and the rest (pytrees of arrays) cut along their first axis,
-        which must be a multiple of the device count. It sums over devices itself: `jax.lax.psum(value, "data")`.
-        The gradient of an argument that is replicated comes out of `jax.grad` inside `fn` already summed.
-      out_specs: `PartitionSpec()` for outputs that are equal on all devices (summed ones; the default),
-        `PartitionSpec("data")` for per-row outputs, or a pytree of both.
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
     """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = (data or max(1, len(devices) // (expert * tensor)), expert, tensor)
+    if np.prod(sizes) != len(devices):
+        raise ConfigError(
+            f"a mesh of data {sizes[0]} x expert {expert} x tensor {tensor} needs {np.prod(sizes)} devices; there are "
+            f"{len(devices)}. Change parallel.data, parallel.expert or parallel.tensor so that they multiply to it."
+        )
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
-    out_specs = PartitionSpec() if out_specs is None else out_specs
 
-    def call(*arguments):
-        in_specs = tuple(PartitionSpec() if i < replicated else PartitionSpec(DATA) for i in range(len(arguments)))
-        return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True)(*arguments)
+def row_shards(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are split; a batch is padded to a multiple of it."""
+    return mesh.shape[DATA] * mesh.shape[EXPERT]
 
-    return call
+
+def axis_sizes() -> dict[str, int]:
+    """Sizes of the mesh axes that the code being traced is split over; empty outside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name: mesh.shape[name] for name in mesh.manual_axes}
 
 
 def varying_axes(*trees) -> frozenset:
@@ -58,3 +64,9 @@ def as_varying(tree, axes: frozenset):
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree)
+
+
+def sum_over(x, *axes: str):
+    """`x` summed over those of `axes` that it differs over; over the others it is the whole sum already."""
+    differing = tuple(axis for axis in axes if axis in varying_axes(x))
+    return jax.lax.psum(x, differing) if differing else x

@@ -19,7 +19,9 @@ from trace_jax.files import replacing
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
-from trace_jax.parallel.mesh import DATA, data_parallel, make_mesh
+from trace_jax.models.sharding import on_mesh, placed_params
+from trace_jax.parallel.hosts import place, to_host
+from trace_jax.parallel.mesh import ROWS, make_mesh, row_shards
 
 MIN_ACTIVATIONS = 10  # activations per expert that a corpus must hold on average (T * K / E)
 
@@ -135,7 +137,7 @@ def expert_assignments(model: Model, batches: Iterable[Batch], *, mesh: Mesh | N
     dtype = np.uint8 if config.num_experts <= 256 else np.uint16
     indices, rows, positions, first_row = [], [], [], 0
     for batch, (batch_indices, batch_load) in run_batches(
-        model, batches, _assign, out_specs=(PartitionSpec(DATA), PartitionSpec()), mesh=mesh
+        model, batches, _assign, out_specs=(PartitionSpec(ROWS), PartitionSpec()), mesh=mesh
     ):
         valid = np.asarray(batch.valid)
         chosen = np.asarray(batch_indices)[: len(valid)][valid]  # [T, L, K]
@@ -155,19 +157,19 @@ def expert_assignments(model: Model, batches: Iterable[Batch], *, mesh: Mesh | N
 def _count(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array):
     """(counts i32 [L, E], sum of softmax f32 [L, E]) of the whole batch, from one device's rows."""
     router = forward(params, config, tokens, mask=segments, count_mask=valid, collect=("counts", "load")).router
-    return jax.lax.psum((router.counts, router.load), DATA)
+    return jax.lax.psum((router.counts, router.load), ROWS)
 
 
 def _assign(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array):
     """(chosen experts i32 [B, L, S, K] with the batch first, sum of softmax f32 [L, E])."""
     router = forward(params, config, tokens, mask=segments, count_mask=valid, collect=("indices", "load")).router
     assert router.indices is not None
-    return router.indices.transpose(1, 2, 0, 3), jax.lax.psum(router.load, DATA)
+    return router.indices.transpose(1, 2, 0, 3), jax.lax.psum(router.load, ROWS)
 
 
 @lru_cache(maxsize=32)
 def _compiled(fn, out_specs, config: ModelConfig, mesh: Mesh):
-    return jax.jit(data_parallel(lambda params, *arrays: fn(params, config, *arrays), mesh, out_specs=out_specs))
+    return jax.jit(on_mesh(lambda params, *arrays: fn(params, config, *arrays), config, mesh, out_specs=out_specs))
 
 
 def run_batches(
@@ -175,20 +177,21 @@ def run_batches(
 ) -> Iterator[tuple]:
     """(batch, output of `fn(params, config, tokens, segments, valid)`) for every batch.
 
-    `fn` runs on all devices, each with its rows; `out_specs` as in `data_parallel`. Outputs per row are longer than
+    `fn` runs on all devices, each with its rows; `out_specs` as in `on_mesh`. Outputs per row are longer than
     the batch where it had to be padded. The next batch is already running when one is handed out.
     """
     mesh = make_mesh() if mesh is None else mesh
-    run = _compiled(fn, out_specs, model.config, mesh)
+    run, params = _compiled(fn, out_specs, model.config, mesh), placed_params(model.params, model.config, mesh)
     size, waiting = 0, None
     for batch in batches:
-        size = max(size, _round_up(len(batch.tokens), mesh.size))  # smaller batches are padded: one compilation
-        output = run(model.params, *(_padded(x, size) for x in (batch.tokens, batch.segments, batch.valid)))
+        size = max(size, _round_up(len(batch.tokens), row_shards(mesh)))  # smaller batches are padded: one compilation
+        rows = (_padded(x, size) for x in (batch.tokens, batch.segments, batch.valid))
+        output = run(params, *place(tuple(rows), mesh, PartitionSpec(ROWS)))
         if waiting is not None:
-            yield waiting
+            yield waiting[0], to_host(waiting[1])
         waiting = batch, output
     if waiting is not None:
-        yield waiting
+        yield waiting[0], to_host(waiting[1])
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -1,7 +1,8 @@
 """One optimizer step, for training a target model and for unlearning from it.
 
-Both run inside `jax.shard_map` over the mesh axis "data": parameters replicated, rows split, losses as sums and counts
-added over devices, so that the numbers do not depend on the number of devices.
+Loss and gradient are computed inside `jax.shard_map` over the whole mesh: parameters as they are stored, rows split,
+losses as sums and counts added over devices, so that the numbers do not depend on the mesh. Then the optimizer updates
+every stored number where it is.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import DictKey
 
 from trace_jax.data.rows import Batch
 from trace_jax.models.arrays import abstract_params, flatten, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_kl, token_nll
+from trace_jax.models.sharding import param_specs
+from trace_jax.parallel.config import PLAIN, ParallelConfig
+from trace_jax.parallel.hosts import place
+from trace_jax.parallel.mesh import ROWS, as_varying, row_shards, varying_axes
 from trace_jax.unlearning.config import OptimizerConfig, UnlearningConfig
 from trace_jax.unlearning.objectives import OBJECTIVES, Coefficients, ForgetInputs
 from trace_jax.unlearning.optimizer import make_optimizer
@@ -53,6 +60,7 @@ class StepSettings:
     objective: str = ""
     retain_loss: str | None = None
     layer: int | None = None
+    parallel: ParallelConfig = PLAIN
 
 
 class Constants(NamedTuple):
@@ -65,11 +73,11 @@ class Constants(NamedTuple):
     direction: jax.Array | None
 
 
-def unlearning_settings(config: UnlearningConfig, model: ModelConfig) -> StepSettings:
+def unlearning_settings(config: UnlearningConfig, model: ModelConfig, parallel: ParallelConfig = PLAIN) -> StepSettings:
     """The static part of an unlearning step."""
     # A constant rate does not depend on the number of steps; leaving it out saves a compilation per number.
     steps = 0 if config.schedule == "constant" else config.steps
-    return StepSettings(model, config.optimizer, steps, config.objective, config.retain_loss, config.layer)
+    return StepSettings(model, config.optimizer, steps, config.objective, config.retain_loss, config.layer, parallel)
 
 
 def coefficients(config: UnlearningConfig) -> Coefficients:
@@ -79,15 +87,28 @@ def coefficients(config: UnlearningConfig) -> Coefficients:
 
 
 def initial_state(trainable: Flat, settings: StepSettings, mesh: Mesh, masks: Flat | None = None) -> TrainState:
-    """Fresh state on every device of `mesh`. Arrays are copied, so that donating it never frees the reference model."""
-    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
-    optimizer = make_optimizer(settings.optimizer, settings.steps, masks).init(trainable)
-    return replicate(TrainState(jnp.zeros((), jnp.int32), trainable, optimizer), mesh)
+    """Fresh state on `mesh`. Arrays are copied, so that donating it never frees the reference model."""
+
+    def start(trainable):
+        trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
+        optimizer = make_optimizer(settings.optimizer, settings.steps, masks).init(trainable)
+        return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer)
+
+    specs = param_specs(settings.model, mesh)
+    trainable = place(trainable, mesh, {path: specs[path] for path in trainable})
+    shardings = state_shardings(jax.eval_shape(start, trainable), settings, mesh)
+    return jax.jit(start, out_shardings=shardings)(trainable)
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """`tree` on every device of `mesh`; arrays that are there already are not copied."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+def state_shardings(state: Any, settings: StepSettings, mesh: Mesh) -> Any:
+    """How a `TrainState` is stored: whatever is kept for a parameter lies where the parameter does."""
+    specs = param_specs(settings.model, mesh)
+
+    def one(path, _):
+        names = [key.key for key in path if isinstance(key, DictKey) and key.key in specs]
+        return NamedSharding(mesh, specs[names[-1]] if names else P())
+
+    return jax.tree_util.tree_map_with_path(one, state)
 
 
 def as_stored(trainable: Flat, like: Any) -> Flat:
@@ -96,13 +117,14 @@ def as_stored(trainable: Flat, like: Any) -> Flat:
 
 
 def _apply(
-    state: TrainState, gradients: Flat, settings: StepSettings, masks: Flat | None
+    state: TrainState, gradients: Flat, settings: StepSettings, masks: Flat | None, mesh: Mesh
 ) -> tuple[TrainState, jax.Array]:
     optimizer = make_optimizer(settings.optimizer, settings.steps, masks)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer count
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, updates)
-    return TrainState(state.step + 1, trainable, optimizer_state), optax.tree.norm(gradients)
+    state = TrainState(state.step + 1, trainable, optimizer_state)
+    return jax.lax.with_sharding_constraint(state, state_shardings(state, settings, mesh)), optax.tree.norm(gradients)
 
 
 def _targets(tokens: jax.Array) -> jax.Array:
@@ -110,9 +132,9 @@ def _targets(tokens: jax.Array) -> jax.Array:
     return jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
 
 
-def _ratio(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-    total, count = jax.lax.psum(pair, "data")
-    return total / jnp.maximum(count, 1.0)
+def _share(total: jax.Array, count: jax.Array) -> jax.Array:
+    """The sum over all devices, over the whole batch's count."""
+    return jax.lax.psum(total, ROWS) / jnp.maximum(count, 1.0)
 
 
 # --- training a target model
@@ -123,12 +145,11 @@ def _training_loss(params, batch: Batch, *, model: ModelConfig, load_balance: fl
         params, model, batch.tokens, mask=batch.segments, count_mask=batch.valid, collect=("hidden", "counts", "load")
     )
     nll = token_nll(params, model, out.hidden, _targets(batch.tokens))
-    count = batch.valid.sum(dtype=jnp.float32)
-    loss = _ratio((jnp.where(batch.valid, nll, 0.0).sum(), count))
+    tokens = jnp.maximum(jax.lax.psum(batch.valid.sum(dtype=jnp.float32), ROWS), 1.0)
+    loss = _share(jnp.where(batch.valid, nll, 0.0).sum(), tokens)
     # Switch-style balance: E sum_e (share of activations) (mean probability), 1 when perfectly even.
-    tokens = jnp.maximum(jax.lax.psum(count, "data"), 1.0)
-    share = jax.lax.psum(out.router.counts, "data").astype(jnp.float32) / (tokens * model.experts_per_token)
-    probability = jax.lax.psum(out.router.load, "data") / tokens
+    share = jax.lax.psum(out.router.counts, ROWS).astype(jnp.float32) / (tokens * model.experts_per_token)
+    probability = jax.lax.psum(out.router.load, ROWS) / tokens
     balance = model.num_experts * (share * probability).sum(-1).mean()
     return loss + load_balance * balance, {"loss": loss, "balance": balance}
 
@@ -139,74 +160,128 @@ def training_step(state: TrainState, batch: Batch, *, settings: StepSettings, lo
 
     like = flatten(abstract_params(settings.model))
 
-    def loss(trainable, batch):
-        params = unflatten(as_stored(trainable, like))
-        return _training_loss(params, batch, model=settings.model, load_balance=load_balance)
+    def gradient(trainable, batch):
+        def loss(trainable):
+            params = unflatten(as_stored(trainable, like))
+            return _training_loss(params, batch, model=settings.model, load_balance=load_balance)
 
-    sharded = jax.shard_map(loss, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
-    (_, metrics), gradients = jax.value_and_grad(sharded, has_aux=True)(state.trainable, batch)
-    state, norm = _apply(state, gradients, settings, None)
+        return jax.grad(loss, has_aux=True)(trainable)
+
+    specs = param_specs(settings.model, mesh)
+    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(specs, P(ROWS)), out_specs=(specs, P()))
+    gradients, metrics = sharded(state.trainable, batch)
+    state, norm = _apply(state, gradients, settings, None, mesh)
     return state, {**metrics, "gradient_norm": norm}
 
 
 # --- unlearning
 
 
-def _hidden(params, model: ModelConfig, batch: Batch, *, whole: bool, layer: int | None) -> tuple[Any, Any]:
-    """(hidden states before the output head, output of `layer`); None for what isn't needed.
+def _hidden(params, settings: StepSettings, batch: Batch, *, whole: bool, layer: int | None) -> tuple[Any, Any, Any]:
+    """(hidden states before the output head, output of `layer`, choices of experts without room i32 [] or 0).
 
-    Unless `whole`, nothing above `layer` is computed.
+    None for what isn't needed. Unless `whole`, nothing above `layer` is computed.
     """
+    parallel = settings.parallel
+    layers, dropped = ("layers",) if whole and layer else (), ("dropped",) if parallel.expert_buffer else ()
+    out: Any = forward(
+        params, settings.model, batch.tokens, mask=batch.segments, collect=("hidden", *layers, *dropped),
+        num_layers=None if whole else layer, remat=parallel.remat, expert_buffer=parallel.expert_buffer,
+    )  # fmt: skip
+    lost = out.router.dropped.sum() if dropped else 0
     if not whole:
-        return None, forward(
-            params, model, batch.tokens, mask=batch.segments, collect=("hidden",), num_layers=layer
-        ).hidden
-    collect = ("hidden", "layers") if layer else ("hidden",)
-    out: Any = forward(params, model, batch.tokens, mask=batch.segments, collect=collect)
-    return out.hidden, out.layers[layer - 1] if layer else None
+        return None, out.hidden, lost
+    return out.hidden, out.layers[layer - 1] if layer else None, lost
 
 
-def _reference_parts(params, forget: Batch, retain: Batch | None, settings: StepSettings) -> tuple[Any, Any]:
-    """(reference nll of forget rows, reference hidden states of retain rows), None for what isn't needed."""
-    model, nll, hidden = settings.model, None, None
+def _reference_parts(params, forget: Batch, retain: Batch | None, settings: StepSettings) -> tuple[Any, Any, Any]:
+    """(reference nll of forget rows, reference hidden states of retain rows, dropped), None for what isn't needed."""
+    nll, hidden, lost = None, None, 0
     if OBJECTIVES[settings.objective].needs_reference:
-        final, _ = _hidden(params, model, forget, whole=True, layer=None)
-        nll = token_nll(params, model, final, _targets(forget.tokens))
+        final, _, dropped = _hidden(params, settings, forget, whole=True, layer=None)
+        nll, lost = token_nll(params, settings.model, final, _targets(forget.tokens)), lost + dropped
     if retain is not None and settings.retain_loss == "kl":
-        hidden, _ = _hidden(params, model, retain, whole=True, layer=None)
+        hidden, _, dropped = _hidden(params, settings, retain, whole=True, layer=None)
+        lost = lost + dropped
     if retain is not None and settings.retain_loss == "hidden":
-        _, hidden = _hidden(params, model, retain, whole=False, layer=settings.layer)
-    return nll, hidden
+        _, hidden, dropped = _hidden(params, settings, retain, whole=False, layer=settings.layer)
+        lost = lost + dropped
+    return nll, hidden, lost
 
 
-def _unlearning_loss(
-    trainable: Flat, constants: Constants, forget: Batch, retain: Batch | None, weights, *, settings: StepSettings
-):
+def _losses(
+    trainable: Flat, constants: Constants, rows: Any, settings: StepSettings
+) -> tuple[jax.Array, jax.Array | None, Any]:
+    """(sum of forget losses, sum of weighted retain losses or None, dropped), over this device's rows.
+
+    rows: (forget, retain, weights).
+    """
+    forget, retain, weights = rows
     model, objective, c = settings.model, OBJECTIVES[settings.objective], constants.coefficients
     reference = unflatten({**constants.frozen, **constants.reference})
-    reference_nll, reference_hidden = _reference_parts(reference, forget, retain, settings)
+    reference_nll, reference_hidden, dropped_before = _reference_parts(reference, forget, retain, settings)
     params = unflatten({**constants.frozen, **as_stored(trainable, constants.reference)})
-    rows = forget.tokens.shape[0]
+    number = forget.tokens.shape[0]
     both = forget if retain is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), forget, retain)
     # RMU with its own retain term looks at no more than the layer it steers.
     whole = not (objective.needs_hidden and settings.retain_loss in (None, "hidden"))
-    final, middle = _hidden(params, model, both, whole=whole, layer=settings.layer)
+    final, middle, dropped = _hidden(params, settings, both, whole=whole, layer=settings.layer)
 
-    nll = None if objective.needs_hidden else token_nll(params, model, final[:rows], _targets(forget.tokens))
-    steered = jax.tree.map(lambda x: x[:rows], middle)  # None stays None
-    inputs = ForgetInputs(forget.valid, nll, reference_nll, steered, constants.direction)
-    forget_loss = _ratio(objective.loss(inputs, c))
+    nll = None if objective.needs_hidden else token_nll(params, model, final[:number], _targets(forget.tokens))
+    steered = jax.tree.map(lambda x: x[:number], middle)  # None stays None
+    forget_sum, _ = objective.loss(ForgetInputs(forget.valid, nll, reference_nll, steered, constants.direction), c)
+    dropped = dropped + dropped_before
     if retain is None:
-        return c.gamma * forget_loss, {"forget_loss": forget_loss}
+        return forget_sum, None, dropped
     if settings.retain_loss == "nll":
-        per_token = token_nll(params, model, final[rows:], _targets(retain.tokens))
+        per_token = token_nll(params, model, final[number:], _targets(retain.tokens))
     elif settings.retain_loss == "kl":
-        per_token = token_kl(reference, reference_hidden, params, final[rows:], model)
+        per_token = token_kl(reference, reference_hidden, params, final[number:], model)
     else:
-        per_token = hidden_distance(middle[rows:], reference_hidden)
-    retain_loss = _ratio(weighted_retain(per_token, weights, retain.valid))
-    loss = c.gamma * forget_loss + c.alpha * retain_loss
-    return loss, {"loss": loss, "forget_loss": forget_loss, "retain_loss": retain_loss}
+        per_token = hidden_distance(middle[number:], reference_hidden)
+    return forget_sum, weighted_retain(per_token, weights, retain.valid)[0], dropped
+
+
+def _forget_count(forget: Batch, settings: StepSettings, c: Coefficients) -> jax.Array:
+    """What the sum of forget losses is divided by: of tokens or rows, it does not depend on what the model says."""
+    zeros = jnp.zeros(forget.valid.shape, jnp.float32)
+    inputs = ForgetInputs(forget.valid, zeros, zeros, zeros[..., None], jnp.zeros((1,), jnp.float32))
+    return OBJECTIVES[settings.objective].loss(inputs, c)[1]
+
+
+def _gradient(trainable: Flat, constants: Constants, rows: Any, settings: StepSettings) -> tuple[Flat, dict]:
+    """(gradient of the loss over the whole batch, metrics), from this device's rows, one microbatch after another.
+
+    rows: (forget, retain, weights).
+    """
+    forget, retain, _ = rows
+    c = constants.coefficients
+    forget_count = jax.lax.psum(_forget_count(forget, settings, c), ROWS)
+    retain_count = jax.lax.psum((forget if retain is None else retain).valid.sum(dtype=jnp.float32), ROWS)
+
+    def loss(trainable, part):
+        forget_sum, retain_sum, dropped = _losses(trainable, constants, part, settings)
+        metrics = {"forget_loss": _share(forget_sum, forget_count)}
+        total = c.gamma * metrics["forget_loss"]
+        if retain_sum is not None:
+            metrics["retain_loss"] = _share(retain_sum, retain_count)
+            total = total + c.alpha * metrics["retain_loss"]
+        if settings.parallel.expert_buffer:
+            metrics["dropped"] = jax.lax.psum(as_varying(jnp.float32(dropped), frozenset(ROWS)), ROWS)
+        return total, {"loss": total, **metrics}
+
+    gradient, number = jax.grad(loss, has_aux=True), settings.parallel.microbatches
+    if number == 1:
+        return gradient(trainable, rows)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient(trainable, part)), None
+
+    parts = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), rows)
+    shapes = jax.eval_shape(gradient, trainable, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros = ({path: as_varying(zero, varying_axes(trainable[path])) for path, zero in zeros[0].items()}, zeros[1])
+    return jax.lax.scan(add, zeros, parts)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "mesh"), donate_argnums=0)
@@ -222,16 +297,25 @@ def unlearning_step(
 ):
     """One step of gamma L_forget + alpha L_retain. `weights` f32 [B, S] multiplies the retain losses.
 
+    Rows are a multiple of the devices that split them times the microbatches (`pad_rows`).
     Returns (state, metrics: f32 scalars).
     """
-    loss = functools.partial(_unlearning_loss, settings=settings)
-    specs = (P(), P(), P("data"), P("data"), P("data"))
-    sharded = jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=P())
-    (_, metrics), gradients = jax.value_and_grad(sharded, has_aux=True)(
-        state.trainable, constants, forget, retain, weights
+    specs = param_specs(settings.model, mesh)
+    trains = {path: specs[path] for path in state.trainable}
+    frozen = {path: specs[path] for path in constants.frozen}
+    kept: Any = (frozen, trains, P(), P(), P())  # of the constants, in their order
+    gradient = functools.partial(_gradient, settings=settings)
+    sharded = jax.shard_map(
+        gradient, mesh=mesh, in_specs=(trains, Constants(*kept), (P(ROWS), P(ROWS), P(ROWS))), out_specs=(trains, P())
     )
-    state, norm = _apply(state, gradients, settings, constants.masks)
+    gradients, metrics = sharded(state.trainable, constants._replace(masks=None), (forget, retain, weights))
+    state, norm = _apply(state, gradients, settings, constants.masks, mesh)
     return state, {**metrics, "gradient_norm": norm}
+
+
+def row_multiple(settings: StepSettings, mesh: Mesh) -> int:
+    """What the rows of a batch must be a multiple of."""
+    return row_shards(mesh) * settings.parallel.microbatches
 
 
 def pad_rows(batch: Batch, multiple: int) -> Batch:
@@ -239,4 +323,4 @@ def pad_rows(batch: Batch, multiple: int) -> Batch:
     missing = -batch.tokens.shape[0] % multiple
     if not missing:
         return batch
-    return jax.tree.map(lambda x: jnp.concatenate([jnp.asarray(x), jnp.zeros((missing, *x.shape[1:]), x.dtype)]), batch)
+    return jax.tree.map(lambda x: np.concatenate([np.asarray(x), np.zeros((missing, *x.shape[1:]), x.dtype)]), batch)

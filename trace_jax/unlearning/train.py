@@ -14,7 +14,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.unlearning.config import TrainingConfig
 from trace_jax.unlearning.loop import Loop, LoopResult
-from trace_jax.unlearning.step import StepSettings, as_stored, initial_state, pad_rows, training_step
+from trace_jax.unlearning.step import StepSettings, as_stored, initial_state, pad_rows, row_multiple, training_step
 
 
 def train_model(
@@ -40,7 +40,7 @@ def train_model(
         return initial_state(flatten(init_params(model_config, jax.random.key(seed))), settings, mesh)
 
     def step(state, index):
-        batch = pad_rows(batch_at(index), mesh.size)
+        batch = pad_rows(batch_at(index), row_multiple(settings, mesh))
         return training_step(state, batch, settings=settings, load_balance=config.load_balance, mesh=mesh)
 
     loop = Loop(directory, identity, config.steps, config.checkpoint_every, title)

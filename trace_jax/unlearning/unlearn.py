@@ -19,6 +19,9 @@ from trace_jax.data.batches import forget_batches, retain_batches
 from trace_jax.data.rows import Batch, Rows
 from trace_jax.models.arrays import unflatten
 from trace_jax.models.model import Model
+from trace_jax.models.sharding import param_specs
+from trace_jax.parallel.config import PLAIN, ParallelConfig
+from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.unlearning.config import UnlearningConfig
@@ -30,7 +33,7 @@ from trace_jax.unlearning.step import (
     coefficients,
     initial_state,
     pad_rows,
-    replicate,
+    row_multiple,
     unlearning_settings,
     unlearning_step,
 )
@@ -57,6 +60,7 @@ def unlearn(
     weights: RetainWeights | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
+    parallel: ParallelConfig = PLAIN,
     directory: str | os.PathLike | None = None,
     identity: str | None = None,
     evaluate: Callable[[Any], Any] | None = None,
@@ -70,6 +74,7 @@ def unlearn(
       weights: of retain tokens, and how often each row is drawn (`trace_jax.routing`); None = uniform. Its selected
         experts are what trains when `config.trainable` is "selected_experts".
       seed: of batch order and of RMU's direction.
+      mesh, parallel: the devices, and how the step is laid out on them; no mesh: one as `parallel` says.
       directory: where metrics.jsonl and resumable state go; None keeps nothing.
       identity: hash of everything that made this run; state of another one in `directory` is not continued.
       evaluate: called with parameters at step 0, every `config.evaluate_every` steps and at the end.
@@ -81,16 +86,18 @@ def unlearn(
     """
     selected = weights.selected if weights is not None and config.trainable == "selected_experts" else None
     _check(model, forget, retain, config, selected)
-    mesh = mesh or make_mesh()
-    trainable = config.trainable or "all"
-    training, frozen = replicate(partition(model.params, trainable), mesh)
-    masks = replicate(update_masks(training, model.config, selected=selected, layers=_layers(config)), mesh)
-    settings = unlearning_settings(config, model.config)
+    mesh = mesh or make_mesh(data=parallel.data, expert=parallel.expert, tensor=parallel.tensor)
+    trainable, specs = config.trainable or "all", param_specs(model.config, mesh)
+    training, frozen = (
+        place(part, mesh, {path: specs[path] for path in part}) for part in partition(model.params, trainable)
+    )
+    masks = place(update_masks(training, model.config, selected=selected, layers=_layers(config)), mesh)
+    settings = unlearning_settings(config, model.config, parallel)
     direction = (
         steering_direction(jax.random.key(seed), model.config.hidden_size) if config.objective == "rmu" else None
     )
-    constants = Constants(frozen, training, masks, coefficients(config), direction)
-    inputs = _Inputs(forget, retain, weights, config, seed, mesh.size)
+    constants = Constants(frozen, training, masks, *place((coefficients(config), direction), mesh))
+    inputs = _Inputs(forget, retain, weights, config, seed, row_multiple(settings, mesh))
 
     def step(state, index):
         return unlearning_step(state, constants, *inputs.at(index), settings=settings, mesh=mesh)
@@ -149,9 +156,9 @@ class _Inputs:
         weights: RetainWeights | None,
         config: UnlearningConfig,
         seed: int,
-        devices: int,
+        multiple: int,
     ):
-        self._devices = devices
+        self._multiple = multiple
         self._forget = forget_batches(forget, config.forget_batch_size, seed=seed)
         self._retain = None
         if retain is None or not OBJECTIVES[config.objective].retains:
@@ -162,10 +169,10 @@ class _Inputs:
         self._weights = retain.valid.astype(np.float32) if weights is None else weights.loss_weights
 
     def at(self, index: int) -> tuple[Batch, Batch | None, jax.Array | None]:
-        forget = pad_rows(self._forget[index], self._devices)
+        forget = pad_rows(self._forget[index], self._multiple)
         if self._retain is None:
             return forget, None, None
         rows = self._retain.indices(index)
-        retain = pad_rows(self._retain.rows.batch(rows), self._devices)
+        retain = pad_rows(self._retain.rows.batch(rows), self._multiple)
         missing = retain.tokens.shape[0] - len(rows)
         return forget, retain, jnp.asarray(np.pad(self._weights[rows], ((0, missing), (0, 0))))

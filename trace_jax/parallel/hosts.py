@@ -1,0 +1,49 @@
+"""Arrays between the memory of processes and the devices of all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+REPLICATED = P()
+
+
+def is_main() -> bool:
+    """Whether this is the one process that writes and reports."""
+    return jax.process_index() == 0
+
+
+def place(tree: Any, mesh: Mesh, specs: Any = REPLICATED) -> Any:
+    """Host arrays, the same in every process, as arrays on the mesh.
+
+    Args:
+      specs: one `PartitionSpec` for all arrays, or a pytree of them like `tree`. Arrays that are placed so already
+        are not copied.
+    """
+
+    def one(x, spec):
+        sharding = NamedSharding(mesh, spec)
+        if isinstance(x, jax.Array) and (sharding.is_fully_addressable or not x.is_fully_addressable):
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    if isinstance(specs, P):
+        return jax.tree.map(lambda x: one(x, specs), tree)
+    return jax.tree.map(one, tree, specs)
+
+
+def to_host(tree: Any) -> Any:
+    """The arrays as numpy, whole, in every process; all processes must call it."""
+
+    def one(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(one, tree)
