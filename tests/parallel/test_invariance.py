@@ -108,7 +108,7 @@ def trajectory(config, sizes, steps, parallel=PLAIN):
     settings = unlearning_settings(unlearning, config, parallel)
     placed = place(start, mesh, param_specs(config, mesh))
     numbers, _ = place((coefficients(unlearning), jnp.zeros(())), mesh)
-    constants, multiple = Constants({}, placed, None, numbers, None), row_multiple(settings, mesh)
+    constants, multiple = Constants({}, placed, None, None, numbers, None), row_multiple(settings, mesh)
     state = initial_state({path: leaf * 1.05 for path, leaf in placed.items()}, settings, mesh)
     forget, retain = (pad_rows(rows(config, count, count), multiple) for count in (6, 8))
     weights = np.random.default_rng(0).exponential(size=(8, 12)).astype(np.float32)

@@ -82,7 +82,7 @@ def gradient_of_step(config, model, forget, retain, weights, devices=1):
     training, frozen = partition(model.params, "all")
     settings = unlearning_settings(config, model.config)
     direction = steering_direction(jax.random.key(0), 16) if config.objective == "rmu" else None
-    constants = Constants(frozen, training, None, coefficients(config), direction)
+    constants = Constants(frozen, training, None, None, coefficients(config), direction)
     mesh = make_mesh(jax.devices()[:devices])
     state = initial_state(moved(training), settings, mesh)
     batches = [pad_rows(rows.batch(np.arange(len(rows))), devices) for rows in (forget, retain)]

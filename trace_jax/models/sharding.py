@@ -1,22 +1,49 @@
-"""A model's parameters on a mesh: how each is stored, how it is brought together, and functions run on every device."""
+"""A model's parameters on a mesh: how each is stored, how it is brought together, and functions run on every device.
+
+An array of experts may also be given as `Replaced`: some experts stand in an array of their own, which is how a few
+train without a gradient or optimizer state for the others.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trace_jax.models.arrays import flat_specs, flatten, unflatten
+from trace_jax.models.arrays import ArraySpec, flat_specs, flatten, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.hosts import place
-from trace_jax.parallel.mesh import ROWS, axis_sizes
+from trace_jax.parallel.mesh import EXPERT, ROWS, axis_sizes
 from trace_jax.parallel.sharding import assemble, storage_spec
 
 STACKS = ("layers", "dense")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array", "rows", "index"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Replaced:
+    """`array` [L,E,...] with `rows` [L,N,...] in the places of the experts `index` i32 [L,N] (E: in none)."""
+
+    array: jax.Array
+    rows: jax.Array
+    index: jax.Array
+
+
+def rows_spec(config: ModelConfig, path: str, number: int, mesh: Mesh) -> P:
+    """How `number` experts a layer of the parameter at `path` are stored on `mesh`, apart from the others."""
+    shape, axes = _rows(_declared(config)[path], number)
+    return storage_spec(shape, axes, mesh.shape)
+
+
+def _rows(spec: ArraySpec, number: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """(shape, axes) of the rows of a `Replaced`. They are no "experts": every device gets those of all."""
+    return (spec.shape[0], number, *spec.shape[2:]), (spec.axes[0], "rows", *spec.axes[2:])
 
 
 def param_specs(config: ModelConfig, mesh: Mesh) -> dict[str, P]:
@@ -47,15 +74,25 @@ def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
       tree: nested parameters, or those of one layer, below the path `prefix` ("layers/").
     """
     sizes, declared = axis_sizes(), _declared(config)
-    if not any(size > 1 for size in sizes.values()):
-        return tree
 
-    def one(path: str, array: jax.Array) -> jax.Array:
-        spec = declared[path]
-        first = 1 if path.partition("/")[0] in STACKS else 0
-        return assemble(array, spec.shape[first:], spec.axes[first:], sizes)
+    def one(path: str, array: jax.Array | Replaced) -> jax.Array:
+        spec, first = declared[path], 1 if path.partition("/")[0] in STACKS else 0
+        if not isinstance(array, Replaced):
+            return assemble(array, spec.shape[first:], spec.axes[first:], sizes)
+        shape, axes = _rows(spec, array.index.shape[-1])
+        rows = assemble(array.rows, shape[1:], axes[1:], sizes)
+        experts = assemble(array.array, spec.shape[1:], spec.axes[1:], sizes)
+        first = jax.lax.axis_index(EXPERT) * experts.shape[0] if sizes.get(EXPERT, 1) > 1 else 0
+        return put_rows(experts, rows, array.index, first=first)
 
     return unflatten({path: one(prefix + path, array) for path, array in flatten(tree).items()})
+
+
+def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array, *, first: jax.Array | int = 0) -> jax.Array:
+    """Experts from `first` on [E,...] with `rows` [N,...] in the places of those of `index` i32 [N] that are here."""
+    here = array.shape[0]
+    own = (index >= first) & (index < first + here)
+    return array.at[jnp.where(own, index - first, here)].set(rows, mode="drop")
 
 
 def on_mesh(fn: Callable, config: ModelConfig, mesh: Mesh, *, out_specs: Any) -> Callable:

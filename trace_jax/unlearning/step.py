@@ -25,7 +25,7 @@ from trace_jax.models.arrays import abstract_params, flatten, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_kl, token_nll
-from trace_jax.models.sharding import param_specs
+from trace_jax.models.sharding import Replaced, param_specs, rows_spec
 from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import ROWS, as_varying, row_shards, varying_axes
@@ -61,13 +61,18 @@ class StepSettings:
     retain_loss: str | None = None
     layer: int | None = None
     parallel: ParallelConfig = PLAIN
+    rows: bool = False  # what trains are rows of arrays of experts
 
 
 class Constants(NamedTuple):
-    """Arrays that a run never changes. `reference` holds the original values of what trains; `frozen` both models'."""
+    """Arrays that a run never changes. `reference` holds the original values of what trains; `frozen` both models'.
+
+    Where a few experts train, `frozen` holds all experts, and `index` i32 [L, N] says which are the trainable rows.
+    """
 
     frozen: Flat
     reference: Flat
+    index: jax.Array | None
     masks: Flat | None
     coefficients: Coefficients
     direction: jax.Array | None
@@ -77,7 +82,10 @@ def unlearning_settings(config: UnlearningConfig, model: ModelConfig, parallel: 
     """The static part of an unlearning step."""
     # A constant rate does not depend on the number of steps; leaving it out saves a compilation per number.
     steps = 0 if config.schedule == "constant" else config.steps
-    return StepSettings(model, config.optimizer, steps, config.objective, config.retain_loss, config.layer, parallel)
+    return StepSettings(
+        model, config.optimizer, steps, config.objective, config.retain_loss, config.layer, parallel,
+        rows=config.trainable == "selected_experts",
+    )  # fmt: skip
 
 
 def coefficients(config: UnlearningConfig) -> Coefficients:
@@ -94,15 +102,22 @@ def initial_state(trainable: Flat, settings: StepSettings, mesh: Mesh, masks: Fl
         optimizer = make_optimizer(settings.optimizer, settings.steps, masks).init(trainable)
         return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer)
 
-    specs = param_specs(settings.model, mesh)
-    trainable = place(trainable, mesh, {path: specs[path] for path in trainable})
+    trainable = place(trainable, mesh, trainable_specs(trainable, settings, mesh))
     shardings = state_shardings(jax.eval_shape(start, trainable), settings, mesh)
     return jax.jit(start, out_shardings=shardings)(trainable)
 
 
+def trainable_specs(trainable: Flat, settings: StepSettings, mesh: Mesh) -> dict[str, P]:
+    """How what trains is stored on `mesh`."""
+    if settings.rows:
+        return {path: rows_spec(settings.model, path, leaf.shape[1], mesh) for path, leaf in trainable.items()}
+    specs = param_specs(settings.model, mesh)
+    return {path: specs[path] for path in trainable}
+
+
 def state_shardings(state: Any, settings: StepSettings, mesh: Mesh) -> Any:
     """How a `TrainState` is stored: whatever is kept for a parameter lies where the parameter does."""
-    specs = param_specs(settings.model, mesh)
+    specs = trainable_specs(state.trainable, settings, mesh)
 
     def one(path, _):
         names = [key.key for key in path if isinstance(key, DictKey) and key.key in specs]
@@ -218,9 +233,13 @@ def _losses(
     """
     forget, retain, weights = rows
     model, objective, c = settings.model, OBJECTIVES[settings.objective], constants.coefficients
-    reference = unflatten({**constants.frozen, **constants.reference})
+    frozen, index = constants.frozen, constants.index
+    reference = unflatten({**frozen, **constants.reference})
     reference_nll, reference_hidden, dropped_before = _reference_parts(reference, forget, retain, settings)
-    params = unflatten({**constants.frozen, **as_stored(trainable, constants.reference)})
+    changed: dict[str, Any] = dict(as_stored(trainable, {**frozen, **constants.reference}))
+    if index is not None:
+        changed = {path: Replaced(frozen[path], rows, index) for path, rows in changed.items()}
+    params = unflatten({**frozen, **changed})
     number = forget.tokens.shape[0]
     both = forget if retain is None else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), forget, retain)
     # RMU with its own retain term looks at no more than the layer it steers.
@@ -300,10 +319,9 @@ def unlearning_step(
     Rows are a multiple of the devices that split them times the microbatches (`pad_rows`).
     Returns (state, metrics: f32 scalars).
     """
-    specs = param_specs(settings.model, mesh)
-    trains = {path: specs[path] for path in state.trainable}
-    frozen = {path: specs[path] for path in constants.frozen}
-    kept: Any = (frozen, trains, P(), P(), P())  # of the constants, in their order
+    specs, trains = param_specs(settings.model, mesh), trainable_specs(state.trainable, settings, mesh)
+    whole = ({path: specs[path] for path in part} for part in (constants.frozen, constants.reference))
+    kept: Any = (*whole, P(), P(), P(), P())  # of the constants, in their order
     gradient = functools.partial(_gradient, settings=settings)
     sharded = jax.shard_map(
         gradient, mesh=mesh, in_specs=(trains, Constants(*kept), (P(ROWS), P(ROWS), P(ROWS))), out_specs=(trains, P())

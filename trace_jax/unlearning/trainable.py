@@ -53,49 +53,51 @@ def partition(params: Any, trainable: str | tuple[str, ...]) -> tuple[dict[str, 
 
 
 def update_masks(
-    training: dict[str, jax.Array],
-    config: ModelConfig,
-    *,
-    selected: np.ndarray | None = None,
-    layers: tuple[int, int] | None = None,
+    training: dict[str, jax.Array], config: ModelConfig, *, layers: tuple[int, int] | None = None
 ) -> dict[str, jax.Array] | None:
     """Masks that multiply the updates of stacked arrays, or None when all of every array trains.
 
     Args:
       training: flat trainable parameters.
-      selected: bool [L, E], a row per layer with experts; only these experts train.
       layers: (first, last), layers of the network counted from 1, inclusive; only these train.
     Returns:
       {path: f32 mask that broadcasts to the parameter} for every trainable path.
     Raises:
       ConfigError: nothing is left to train.
     """
-    if selected is None and layers is None:
+    if layers is None:
         return None
     stacks = {"layers": config.moe_layers, "dense": config.dense_layers}
     masks = {}
     for path, leaf in training.items():
         mask = np.ones((1,) * leaf.ndim, np.float32)
         stack = path.partition("/")[0]
-        if stack in stacks and layers is not None:
+        if stack in stacks:
             inside = [layers[0] <= layer + 1 <= layers[1] for layer in stacks[stack]]
             mask = mask * np.reshape(inside, (-1, *(1,) * (leaf.ndim - 1)))
-        if path.startswith("layers/experts/") and selected is not None:
-            mask = mask * selected.reshape(*selected.shape, *(1,) * (leaf.ndim - 2))
         masks[path] = jnp.asarray(mask, jnp.float32)
     if not any(mask.any() for mask in masks.values()):
         raise ConfigError(f"nothing of {', '.join(masks)} would train: no part of it is in layers {layers}.")
     return masks
 
 
-def trainable_table(params: Any, trainable: str | tuple[str, ...], masks: dict[str, jax.Array] | None) -> list[dict]:
-    """One row per parameter: path, shape, how many numbers it has and how many of them train under the masks."""
+def trainable_table(
+    params: Any,
+    trainable: str | tuple[str, ...],
+    masks: dict[str, jax.Array] | None = None,
+    selected: np.ndarray | None = None,
+) -> list[dict]:
+    """One row per parameter: path, shape, how many numbers it has and how many train.
+
+    masks: of updates, from `update_masks`. selected: bool [L, E], the experts that train where not all do.
+    """
     training, frozen = partition(params, trainable)
     rows = []
     for path, leaf in sorted({**training, **frozen}.items()):
         count = 0
         if path in training:
             share = 1.0 if masks is None else float(np.mean(masks[path]))
+            share = share if selected is None else float(np.mean(selected))
             count = round(leaf.size * share)
         rows.append({"path": path, "shape": list(leaf.shape), "parameters": leaf.size, "trained": count})
     return rows

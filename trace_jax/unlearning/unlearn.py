@@ -27,6 +27,7 @@ from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.loop import Loop
 from trace_jax.unlearning.objectives import OBJECTIVES, steering_direction
+from trace_jax.unlearning.selected import cut_rows, put_back, selected_index
 from trace_jax.unlearning.step import (
     Constants,
     as_stored,
@@ -91,19 +92,27 @@ def unlearn(
     training, frozen = (
         place(part, mesh, {path: specs[path] for path in part}) for part in partition(model.params, trainable)
     )
-    masks = place(update_masks(training, model.config, selected=selected, layers=_layers(config)), mesh)
+    masks = place(update_masks(training, model.config, layers=_layers(config)), mesh)
     settings = unlearning_settings(config, model.config, parallel)
     direction = (
         steering_direction(jax.random.key(seed), model.config.hidden_size) if config.objective == "rmu" else None
     )
-    constants = Constants(frozen, training, masks, *place((coefficients(config), direction), mesh))
+    numbers, index = place((coefficients(config), direction), mesh), None
+    everything = {**frozen, **training}
+    if selected is not None:
+        index = place(selected_index(selected), mesh)
+        training, frozen = cut_rows(training, index, model.config, mesh), everything
+    constants = Constants(frozen, {} if selected is not None else training, index, masks, *numbers)
     inputs = _Inputs(forget, retain, weights, config, seed, row_multiple(settings, mesh))
 
     def step(state, index):
         return unlearning_step(state, constants, *inputs.at(index), settings=settings, mesh=mesh)
 
     def whole(trainable):
-        return unflatten({**frozen, **as_stored(trainable, training)})
+        changed = as_stored(trainable, everything)
+        if index is not None:
+            changed = put_back({path: everything[path] for path in changed}, changed, index, model.config, mesh)
+        return unflatten({**everything, **changed})
 
     with tempfile.TemporaryDirectory() as scratch:
         loop = Loop(
@@ -116,7 +125,7 @@ def unlearn(
             config.evaluate_every,
         )
         result = loop.run(lambda: initial_state(training, settings, mesh, masks), step)
-    table = trainable_table(model.params, trainable, masks)
+    table = trainable_table(model.params, trainable, masks, selected)
     return Unlearned(
         model.replace(params=whole(result.trainable)), result.step, result.stopped, table, result.seconds_per_step
     )

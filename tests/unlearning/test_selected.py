@@ -1,0 +1,101 @@
+"""Training a few experts is training all of them with the updates of the others masked, at a fraction of the memory."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from trace_jax.models.arrays import flatten, init_params
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.sharding import param_specs
+from trace_jax.parallel.hosts import place, to_host
+from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.selected import cut_rows, put_back, selected_index
+from trace_jax.unlearning.step import (
+    Constants,
+    coefficients,
+    initial_state,
+    pad_rows,
+    row_multiple,
+    unlearning_settings,
+    unlearning_step,
+)
+from trace_jax.unlearning.trainable import partition
+
+MODEL = ModelConfig(
+    vocab_size=61, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2, head_size=8, num_experts=6,
+    experts_per_token=2, expert_hidden_size=6,
+)  # fmt: skip
+SELECTED = np.array([[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]], bool)
+CONFIG = UnlearningConfig(
+    retain_loss="kl", alpha=2.0, learning_rate=0.01, weight_decay=0.1, clip_norm=0.5, trainable="selected_experts"
+)
+
+
+def test_index_has_as_many_places_as_the_fullest_layer():
+    assert selected_index(SELECTED).tolist() == [[1, 4], [5, 6]]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (3, 1), (4, 2)])
+def test_rows_cut_out_and_put_back_are_where_they_were(sizes):
+    expert, tensor = sizes
+    mesh = make_mesh(jax.devices()[: expert * tensor], expert=expert, tensor=tensor)
+    arrays, _ = partition(init_params(MODEL, jax.random.key(0)), "experts")
+    placed = place(arrays, mesh, {path: param_specs(MODEL, mesh)[path] for path in arrays})
+    index = place(selected_index(SELECTED), mesh)
+    rows = cut_rows(placed, index, MODEL, mesh)
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(rows[path][0], array[0][np.array([1, 4])])
+        np.testing.assert_array_equal(rows[path][1, 0], array[1][5])
+    changed = {path: 2 * array for path, array in rows.items()}
+    back = to_host(put_back(placed, changed, index, MODEL, mesh))
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(back[path][SELECTED], 2 * np.asarray(array)[SELECTED])
+        np.testing.assert_array_equal(back[path][~SELECTED], np.asarray(array)[~SELECTED])
+
+
+def steps(forget, retain, mesh, *, masked):
+    """Arrays of experts after 5 steps: rows trained, or everything with masked updates."""
+    config = dataclasses.replace(CONFIG, trainable="experts") if masked else CONFIG
+    settings, specs = unlearning_settings(config, MODEL), param_specs(MODEL, mesh)
+    start = place(flatten(init_params(MODEL, jax.random.key(0))), mesh, specs)
+    training, frozen = (
+        {p: start[p] for p in part} for part in partition(init_params(MODEL, jax.random.key(0)), "experts")
+    )
+    index = place(selected_index(SELECTED), mesh)
+    numbers = place(coefficients(config), mesh)
+    if masked:
+        masks = {p: SELECTED.reshape(2, 6, *(1,) * (a.ndim - 2)).astype(np.float32) for p, a in training.items()}
+        masks = place(masks, mesh)
+        constants, trained = Constants(frozen, training, None, masks, numbers, None), training
+    else:
+        constants, masks = Constants(start, {}, index, None, numbers, None), None
+        trained = cut_rows(training, index, MODEL, mesh)
+    state, multiple = initial_state(trained, settings, mesh, masks), row_multiple(settings, mesh)
+    batches = [pad_rows(rows.batch(np.arange(8)), multiple) for rows in (forget, retain)]
+    inputs = place((*batches, batches[1].valid.astype(np.float32)), mesh, PartitionSpec(ROWS))
+    for _ in range(5):
+        state, _ = unlearning_step(state, constants, *inputs, settings=settings, mesh=mesh)
+    if not masked:
+        assert jax.tree.leaves(state.optimizer)[1].size < sum(a.size for a in training.values())
+        return to_host(put_back(training, state.trainable, index, MODEL, mesh)), to_host(training)
+    return to_host(state.trainable), to_host(training)
+
+
+@pytest.fixture(scope="module")
+def masked(forget, retain):
+    return steps(forget, retain, make_mesh(jax.devices()[:1]), masked=True)[0]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 4, 1)])
+def test_training_rows_is_training_all_with_masked_updates(forget, retain, masked, sizes):
+    data, expert, tensor = sizes
+    mesh = make_mesh(jax.devices()[: data * expert * tensor], expert=expert, tensor=tensor)
+    after, before = steps(forget, retain, mesh, masked=False)
+    for path, wanted in masked.items():
+        np.testing.assert_allclose(after[path], wanted, atol=2e-5, err_msg=path)
+        np.testing.assert_array_equal(after[path][~SELECTED], before[path][~SELECTED])
+        assert (after[path][SELECTED] != before[path][SELECTED]).mean() > 0.9
