@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +50,23 @@ class Loop:
     evaluate_every: int = 0
 
     def run(
-        self, start: Callable[[], TrainState], step: Callable[[TrainState, int], tuple[TrainState, dict]]
+        self,
+        start: Callable[[], TrainState],
+        inputs: Callable[[int], Any],
+        step: Callable[[TrainState, Any], tuple[TrainState, dict]],
     ) -> LoopResult:
-        """Runs `step(state, i)` for i = 0..steps-1 from the newest saved state on, or from `start()`.
+        """Runs `step(state, inputs(i))` for i = 0..steps-1 from the newest saved state on, or from `start()`.
 
-        The step's inputs depend on i alone, so that a resumed run repeats the uninterrupted one. Step i+1 is
-        dispatched before the metrics of step i are read.
+        `inputs` depends on i alone, so that a resumed run repeats the uninterrupted one. It runs in a thread of its
+        own, one step ahead, and returns arrays that are where the step wants them: the step itself is not allowed to
+        move any. Step i+1 is dispatched before the metrics of step i are read.
         """
         with StateStore(self.directory / "checkpoints", identity=self.identity) as store:
             done, state = self._newest(store, start)
             self._trim_metrics(done)
             if done:
                 say(f"{self.title}: continuing after step {done} of {self.steps}")
-            result = self._steps(store, state, step, done)
+            result = self._steps(store, state, inputs, step, done)
             if not result.stopped:
                 return result
             # What was saved is the good state; no copy of it was held in memory.
@@ -95,14 +101,16 @@ class Loop:
             for row in rows:
                 append_line(temporary, row)
 
-    def _steps(self, store: StateStore, state: TrainState, step, done: int) -> LoopResult:
+    def _steps(self, store: StateStore, state: TrainState, inputs, step, done: int) -> LoopResult:
         stopped, pending = "", None
         began, evaluating = time.monotonic(), 0.0
-        with progress(self.title, self.steps, start=done) as advance:
+        ahead = contextlib.closing(_one_ahead(inputs, range(done, self.steps)))
+        with progress(self.title, self.steps, start=done) as advance, ahead as prepared:
             if done == 0:
                 self._evaluate(state, 0)
-            for index in range(done, self.steps):
-                state, metrics = step(state, index)
+            for index, placed in prepared:
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step(state, placed)
                 if index == done:  # the first step compiles; the rate is that of the others
                     jax.block_until_ready(state.step)
                     began = time.monotonic()
@@ -139,7 +147,7 @@ class Loop:
         if pending is None:
             return ""
         index, metrics = pending
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             return f"{', '.join(bad)} is not finite at step {index}; lower the learning rate or the coefficients"
@@ -150,6 +158,19 @@ class Loop:
         if self.evaluate is not None:
             row = {"step": index, "identity": self.identity, "evaluation": self.evaluate(state.trainable)}
             append_line(self._metrics, row)
+
+
+def _one_ahead(inputs: Callable[[int], Any], indices: range) -> Generator[tuple[int, Any]]:
+    """(i, inputs(i)) in order; a thread makes the next while the caller works on one. Its errors are raised here.
+
+    The thread ends with the generator: close it where the loop may end early.
+    """
+    with ThreadPoolExecutor(1, "inputs") as pool:
+        following = None
+        for index in indices:
+            current = following or pool.submit(inputs, index)
+            following = pool.submit(inputs, index + 1) if index + 1 in indices else None
+            yield index, current.result()
 
 
 def front_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from trace_jax.data.rows import Batch
 from trace_jax.models.arrays import abstract_params, flatten, init_params, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
+from trace_jax.parallel.hosts import place
+from trace_jax.parallel.mesh import ROWS
 from trace_jax.unlearning.config import TrainingConfig
 from trace_jax.unlearning.loop import Loop, LoopResult
 from trace_jax.unlearning.step import StepSettings, as_stored, initial_state, pad_rows, row_multiple, training_step
@@ -39,12 +42,14 @@ def train_model(
     def start():
         return initial_state(flatten(init_params(model_config, jax.random.key(seed))), settings, mesh)
 
-    def step(state, index):
-        batch = pad_rows(batch_at(index), row_multiple(settings, mesh))
+    def inputs(index):
+        return place(pad_rows(batch_at(index), row_multiple(settings, mesh)), mesh, P(ROWS))
+
+    def step(state, batch):
         return training_step(state, batch, settings=settings, load_balance=config.load_balance, mesh=mesh)
 
     loop = Loop(directory, identity, config.steps, config.checkpoint_every, title)
-    result = loop.run(start, step)
+    result = loop.run(start, inputs, step)
     if result.stopped:
         raise FloatingPointError(f"{title}: {result.stopped}.")
     params = unflatten(as_stored(result.trainable, flatten(abstract_params(model_config))))

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.batches import forget_batches, retain_batches
@@ -22,7 +22,7 @@ from trace_jax.models.model import Model
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place
-from trace_jax.parallel.mesh import make_mesh
+from trace_jax.parallel.mesh import ROWS, make_mesh
 from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.loop import Loop
@@ -103,10 +103,13 @@ def unlearn(
         index = place(selected_index(selected), mesh)
         training, frozen = cut_rows(training, index, model.config, mesh), everything
     constants = Constants(frozen, {} if selected is not None else training, index, masks, *numbers)
-    inputs = _Inputs(forget, retain, weights, config, seed, row_multiple(settings, mesh))
+    batches = _Inputs(forget, retain, weights, config, seed, row_multiple(settings, mesh))
 
-    def step(state, index):
-        return unlearning_step(state, constants, *inputs.at(index), settings=settings, mesh=mesh)
+    def inputs(step_index):
+        return place(batches.at(step_index), mesh, P(ROWS))
+
+    def step(state, placed):
+        return unlearning_step(state, constants, *placed, settings=settings, mesh=mesh)
 
     def whole(trainable):
         changed = as_stored(trainable, everything)
@@ -124,7 +127,7 @@ def unlearn(
             (lambda trainable: evaluate(whole(trainable))) if evaluate else None,
             config.evaluate_every,
         )
-        result = loop.run(lambda: initial_state(training, settings, mesh, masks), step)
+        result = loop.run(lambda: initial_state(training, settings, mesh, masks), inputs, step)
     table = trainable_table(model.params, trainable, masks, selected)
     return Unlearned(
         model.replace(params=whole(result.trainable)), result.step, result.stopped, table, result.seconds_per_step
@@ -177,11 +180,11 @@ class _Inputs:
         self._retain = retain_batches(retain, config.retain_batch_size, seed=seed + 1, probability=probability)
         self._weights = retain.valid.astype(np.float32) if weights is None else weights.loss_weights
 
-    def at(self, index: int) -> tuple[Batch, Batch | None, jax.Array | None]:
+    def at(self, index: int) -> tuple[Batch, Batch | None, np.ndarray | None]:
         forget = pad_rows(self._forget[index], self._multiple)
         if self._retain is None:
             return forget, None, None
         rows = self._retain.indices(index)
         retain = pad_rows(self._retain.rows.batch(rows), self._multiple)
         missing = retain.tokens.shape[0] - len(rows)
-        return forget, retain, jnp.asarray(np.pad(self._weights[rows], ((0, missing), (0, 0))))
+        return forget, retain, np.pad(self._weights[rows], ((0, missing), (0, 0)))
