@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_jax.config import ConfigError, resolve
+from trace_jax.interruption import Interrupted, interrupt
 
 COMMANDS = ("run", "study", "report", "export", "verify", "doctor")
 _EPILOG = """any setting can be overridden: --config.unlearning.learning_rate=1e-5 (values are Python literals or text).
@@ -24,12 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m trace_jax.main` and of `trace-jax`. Returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "run"
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         return globals()[f"_{command}"](arguments)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\ninterrupted; the same command continues where it stopped.", file=sys.stderr)
-        return 130
+        return 128 + (error.signal if isinstance(error, Interrupted) else signal.SIGINT)
     except (ConfigError, ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("TRACE_JAX_TRACEBACK"):
             raise

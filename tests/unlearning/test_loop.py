@@ -93,7 +93,7 @@ def test_a_damaged_state_is_skipped_for_the_one_before(tmp_path, caplog):
     for file in newest.rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    with StateStore(tmp_path / "checkpoints", identity="a") as store:
+    with StateStore(tmp_path / "checkpoints", {"identity": "a", "seed": 0}) as store:
         step, _ = store.restore(fresh())
     assert step == 9
     assert "step 10 can't be restored" in caplog.text

@@ -1,73 +1,138 @@
-"""Training state on disk (Orbax): saved every few steps, restored after any interruption."""
+"""Training state on disk (Orbax): saved every few steps, restored after any interruption, on any mesh."""
 
 from __future__ import annotations
 
+import gc
+import json
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.options import MultiprocessingOptions
+
+from trace_jax.parallel.agreement import everywhere, main_says
 
 logger = logging.getLogger("trace_jax")
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager reports its own steps to the preemption service, also from its threads; the loop counts there."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class StateStore:
     """Saved states of one run in one directory, named by their step; the two newest are kept.
 
     A state is written under a temporary name and renamed by Orbax, so that an interruption leaves the previous one.
-    Use as a context manager; leaving it waits for the last write.
+    Of several processes each writes and reads its own shards in a directory that all of them see; all make the same
+    calls, and agree on what is restored. Use as a context manager; leaving it waits for the last write.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, identity: str):
-        """`identity` is the hash of the settings that made the states; states of another one are not restored."""
-        self._identity = identity
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+    def __init__(self, directory: str | os.PathLike, about: dict[str, Any]):
+        """`about` (JSON) says what made the states: the hash of the settings and the seed. States of another are not
+        restored."""
+        self._about = about
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+        self._manager = _Manager(epath.Path(directory).absolute(), options=options)
 
     def save(self, step: int, state: Any) -> None:
-        """Starts writing `state` (a pytree of arrays) from a copy on the host; its arrays may be donated at once."""
+        """Starts writing `state` (a pytree of arrays of any sharding); its arrays may be donated at once.
+
+        Orbax waits until they are on the host; on a CPU it writes from the arrays themselves, and JAX does not donate
+        an array that is read so.
+        """
         if step in self._manager.all_steps():
             return
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(jax.tree.map(np.array, state)),
-            about=ocp.args.JsonSave({"identity": self._identity, "step": step}),
-        )
+        about = {**self._described(step), "sums": jax.device_get(_sums(state)).tolist()}
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
         self._manager.save(step, args=arguments)
+
+    def wait(self) -> None:
+        """Returns once everything is written; raises what went wrong with writing."""
+        self._manager.wait_until_finished()
+
+    def remove(self, step: int) -> None:
+        """Removes the state of a step."""
+        self._manager.delete(step)
 
     @property
     def empty(self) -> bool:
         """Whether no state has been saved, of whatever settings."""
-        self._manager.wait_until_finished()
-        return not self._manager.all_steps()
+        self.wait()
+        return main_says(max(self._manager.all_steps(), default=-1)) < 0
 
     def restore(self, like: Any) -> tuple[int, Any]:
-        """(step, state) of the newest readable state of this identity, or (0, None) if there is none.
+        """(step, state) of the newest readable state of this run, or (0, None) if there is none.
 
-        `like` (arrays or `jax.ShapeDtypeStruct`) gives structure, shapes, types and shardings. A state that can't be
-        read is skipped with a warning; it and states of other settings are removed, so that they can't be mistaken
-        for this run's later.
+        `like` (arrays or `jax.ShapeDtypeStruct`) gives structure, shapes, types and shardings, which need not be those
+        that were saved. A state that any process can't read is skipped with a warning; it and states of other settings
+        are removed, so that they can't be mistaken for this run's later.
         """
-        self._manager.wait_until_finished()
+        self.wait()
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-                if about == {"identity": self._identity, "step": step}:
-                    found = self._manager.restore(
-                        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                    )
-                    return step, found["state"]
-            except Exception as error:  # Orbax raises many types; any unreadable state means: use the one before.
-                logger.warning("state of step %d can't be restored (%s: %s)", step, type(error).__name__, error)
-            self._manager.delete(step)
+        unreadable = False
+        while (step := main_says(max(self._manager.all_steps(), default=-1))) >= 0:
+            state, sums, problem = self._read(step, abstract)
+            if everywhere(state is not None):
+                if everywhere(jax.device_get(_sums(state)).tolist() == sums):
+                    return step, state
+                problem = "its values are not those that were saved"
+            del state
+            gc.collect()  # what was read of it hangs in cycles of Orbax's, and memory is for one state
+            if problem:
+                logger.warning("the state of step %d can't be restored and is skipped: %s", step, problem)
+            unreadable |= not everywhere(not problem)
+            self.remove(step)
+        if unreadable:
+            logger.warning("no saved state can be restored; starting from the beginning")
         return 0, None
+
+    def _described(self, step: int) -> dict[str, Any]:
+        """Batches and all that is random depend on the seed and the step alone; there is no other position to keep."""
+        return {**self._about, "step": step, "data_position": step}
+
+    def _read(self, step: int, abstract: Any) -> tuple[Any, list[int], str]:
+        """(state, its sums, "") or (None, [], what is wrong with it; nothing if it is of other settings).
+
+        Without any waiting for other processes, which may fail where this one does not.
+        """
+        folder = self._manager.directory / str(step)
+        me = jax.process_index()
+        alone = MultiprocessingOptions(primary_host=me, active_processes={me})
+        try:
+            about = json.loads((folder / "about" / "metadata").read_text())
+            sums = about.pop("sums", [])
+            if about != self._described(step):
+                return None, [], ""
+            reader = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+            return reader.restore(folder / "state", args=ocp.args.StandardRestore(abstract)), sums, ""
+        except Exception as error:  # Orbax raises many types; any unreadable state means: use the one before.
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise  # the state is good, and would be removed
+            return None, [], f"{type(error).__name__}: {str(error)[:200]}"
 
     def __enter__(self) -> StateStore:
         return self
 
     def __exit__(self, *_) -> None:
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
+
+
+@jax.jit
+def _sums(state: Any) -> jax.Array:
+    """Sum u32 [arrays] of the bits of every array: the same on every mesh, and another if any one bit is.
+
+    The files hold no checksum of the values: a flipped bit would be restored without notice.
+    """
+
+    def total(x):
+        return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).sum(dtype=jnp.uint32)
+
+    return jnp.stack([total(x) for x in jax.tree.leaves(state)])

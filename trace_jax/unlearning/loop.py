@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ import jax
 
 from trace_jax.checkpoints.state import StateStore
 from trace_jax.files import append_line, read_lines, replacing
+from trace_jax.interruption import Interrupted, Interruption
+from trace_jax.parallel.agreement import main_says
 from trace_jax.progress import progress, say
 from trace_jax.unlearning.step import TrainState
 
@@ -36,7 +39,7 @@ class LoopResult:
 class Loop:
     """What surrounds the step.
 
-    directory: holds `checkpoints/` and `metrics.jsonl`. identity: hash of the settings, see `StateStore`.
+    directory: holds `checkpoints/` and `metrics.jsonl`. identity, seed: of what is run, see `StateStore`.
     evaluate: called with the trainable parameters at step 0, every `evaluate_every` steps and at the end; what
       it returns goes into metrics.jsonl under "evaluation". A FloatingPointError from it ends the run like a NaN loss.
     """
@@ -48,6 +51,7 @@ class Loop:
     title: str
     evaluate: Evaluate | None = None
     evaluate_every: int = 0
+    seed: int = 0
 
     def run(
         self,
@@ -60,13 +64,13 @@ class Loop:
         `inputs` depends on i alone, so that a resumed run repeats the uninterrupted one. It runs in a thread of its
         own, one step ahead, and returns arrays that are where the step wants them: the step itself is not allowed to
         move any. Step i+1 is dispatched before the metrics of step i are read.
+
+        Raises:
+          Interrupted: a signal asked to stop. What was done until then is saved, and the same call continues.
         """
-        with StateStore(self.directory / "checkpoints", identity=self.identity) as store:
-            done, state = self._newest(store, start)
-            self._trim_metrics(done)
-            if done:
-                say(f"{self.title}: continuing after step {done} of {self.steps}")
-            result = self._steps(store, state, inputs, step, done)
+        about = {"identity": self.identity, "seed": self.seed}
+        with Interruption() as interruption, StateStore(self.directory / "checkpoints", about) as store:
+            result = self._steps(*self._newest(store, start), inputs, step, store, interruption)
             if not result.stopped:
                 return result
             # What was saved is the good state; no copy of it was held in memory.
@@ -89,58 +93,89 @@ class Loop:
     def _metrics(self) -> Path:
         return self.directory / "metrics.jsonl"
 
-    def _trim_metrics(self, done: int) -> None:
-        """Drops lines of steps after the restored state; they are about to be written again."""
-        rows = [
-            row for row in read_lines(self._metrics) if row.get("identity") == self.identity and row["step"] <= done
-        ]
-        if done == 0:
-            rows = []
-        with replacing(self._metrics) as temporary:
-            temporary.touch()
-            for row in rows:
-                append_line(temporary, row)
+    def _trim_metrics(self, done: int) -> bool:
+        """Drops lines of steps after the restored state; they are about to be written again.
 
-    def _steps(self, store: StateStore, state: TrainState, inputs, step, done: int) -> LoopResult:
+        Returns whether the restored state has been evaluated: a run may end between its save and its evaluation.
+        """
+        rows = []
+        if jax.process_index() == 0:
+            if done:
+                of_this_run = (r for r in read_lines(self._metrics) if r.get("identity") == self.identity)
+                rows = [r for r in of_this_run if r["step"] <= done]
+            with replacing(self._metrics) as temporary:
+                temporary.touch()
+                for row in rows:
+                    append_line(temporary, row)
+        return bool(main_says(any(row["step"] == done and "evaluation" in row for row in rows)))
+
+    def _saves(self, step: int) -> bool:
+        return step % self.checkpoint_every == 0 or step == self.steps
+
+    def _evaluates(self, step: int) -> bool:
+        often = self.evaluate_every
+        due = step == 0 or (often > 0 and (step % often == 0 or step == self.steps))
+        return due and self.evaluate is not None
+
+    def _steps(
+        self, done: int, state: TrainState, inputs, step, store: StateStore, interruption: Interruption
+    ) -> LoopResult:
+        evaluated = self._trim_metrics(done)
+        if done:
+            say(f"{self.title}: continuing after step {done} of {self.steps}")
+        if self._evaluates(done) and not evaluated and (stopped := self._evaluate(state, done)):
+            store.remove(done)
+            return LoopResult({}, done, stopped, math.nan)
         stopped, pending = "", None
-        began, evaluating = time.monotonic(), 0.0
+        began, aside = time.monotonic(), 0.0
         ahead = contextlib.closing(_one_ahead(inputs, range(done, self.steps)))
         with progress(self.title, self.steps, start=done) as advance, ahead as prepared:
-            if done == 0:
-                self._evaluate(state, 0)
             for index, placed in prepared:
                 with jax.transfer_guard("disallow"):
                     state, metrics = step(state, placed)
+                interruption.unsaved = True
                 if index == done:  # the first step compiles; the rate is that of the others
                     jax.block_until_ready(state.step)
                     began = time.monotonic()
+                asked = interruption.asked()
                 stopped = self._log(pending)
+                pending = (index + 1, metrics)
+                if not stopped and (asked or self._saves(index + 1) or self._evaluates(index + 1)):
+                    stopped, pending = self._log(pending), None
+                    start = time.monotonic()
+                    stopped = stopped or self._keep(index + 1, state, store, interruption, asked)
+                    aside += time.monotonic() - start
                 if stopped:
                     break
-                pending = (index + 1, metrics)
-                saving = (index + 1) % self.checkpoint_every == 0 or index + 1 == self.steps
-                evaluates = self.evaluate_every and ((index + 1) % self.evaluate_every == 0 or index + 1 == self.steps)
-                if saving or evaluates:
-                    stopped, pending = self._log(pending), None
-                    if stopped:
-                        break
-                    start = time.monotonic()
-                    if evaluates:
-                        try:
-                            self._evaluate(state, index + 1)
-                        except FloatingPointError as error:
-                            stopped = f"the evaluation at step {index + 1} failed: {error}"
-                            break
-                    if saving:
-                        store.save(index + 1, state)
-                    evaluating += time.monotonic() - start
                 advance(index + 1, "")
-            else:
-                stopped = self._log(pending)
+        interruption.unsaved = False
         if stopped:
             return LoopResult({}, done, stopped, math.nan)
-        seconds = (time.monotonic() - began - evaluating) / max(1, self.steps - done - 1)
+        seconds = (time.monotonic() - began - aside) / max(1, self.steps - done - 1)
         return LoopResult(state.trainable, self.steps, "", seconds if self.steps > done + 1 else math.nan)
+
+    def _keep(self, step: int, state: TrainState, store: StateStore, interruption: Interruption, asked: int) -> str:
+        """Evaluates and saves what is due after a step; returns a reason to stop, or nothing.
+
+        Raises:
+          Interrupted: `asked`, or a signal came while evaluating. The state is saved; it is evaluated on continuing.
+        """
+        if self._evaluates(step) and not asked:
+            try:
+                with interruption.at_once():
+                    stopped = self._evaluate(state, step)
+            except Interrupted as error:
+                stopped, asked = "", error.signal
+            if stopped:
+                return stopped
+        if asked or self._saves(step):
+            store.save(step, state)
+            interruption.unsaved = False
+        if asked:
+            store.wait()
+            say(f"{self.title}: stopped by {signal.Signals(asked).name}; the state after step {step} is saved")
+            raise Interrupted(asked)
+        return ""
 
     def _log(self, pending: tuple[int, dict] | None) -> str:
         """Writes the metrics of a step; returns a reason to stop, or nothing."""
@@ -151,12 +186,23 @@ class Loop:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             return f"{', '.join(bad)} is not finite at step {index}; lower the learning rate or the coefficients"
-        append_line(self._metrics, {"step": index, "identity": self.identity, **values})
+        self._write({"step": index, "identity": self.identity, **values})
         return ""
 
-    def _evaluate(self, state: TrainState, index: int) -> None:
-        if self.evaluate is not None:
-            row = {"step": index, "identity": self.identity, "evaluation": self.evaluate(state.trainable)}
+    def _evaluate(self, state: TrainState, index: int) -> str:
+        """Writes the evaluation of a state; returns a reason to stop, or nothing. At step 0 the reason is raised."""
+        assert self.evaluate is not None
+        try:
+            evaluation = self.evaluate(state.trainable)
+        except FloatingPointError as error:
+            if index == 0:
+                raise
+            return f"the evaluation at step {index} failed: {error}"
+        self._write({"step": index, "identity": self.identity, "evaluation": evaluation})
+        return ""
+
+    def _write(self, row: dict) -> None:
+        if jax.process_index() == 0:
             append_line(self._metrics, row)
 
 

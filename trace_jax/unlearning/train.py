@@ -48,7 +48,7 @@ def train_model(
     def step(state, batch):
         return training_step(state, batch, settings=settings, load_balance=config.load_balance, mesh=mesh)
 
-    loop = Loop(directory, identity, config.steps, config.checkpoint_every, title)
+    loop = Loop(directory, identity, config.steps, config.checkpoint_every, title, seed=seed)
     result = loop.run(start, inputs, step)
     if result.stopped:
         raise FloatingPointError(f"{title}: {result.stopped}.")

@@ -126,6 +126,7 @@ def unlearn(
             title,
             (lambda trainable: evaluate(whole(trainable))) if evaluate else None,
             config.evaluate_every,
+            seed,
         )
         result = loop.run(lambda: initial_state(training, settings, mesh, masks), inputs, step)
     table = trainable_table(model.params, trainable, masks, selected)

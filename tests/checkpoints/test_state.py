@@ -1,0 +1,189 @@
+"""Saved states: exact on any mesh although their arrays are donated at once, and never a damaged one."""
+
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from trace_jax.checkpoints import state as state_module
+from trace_jax.checkpoints.state import StateStore
+
+ABOUT = {"identity": "a", "seed": 7}
+SPECS = {"step": P(), "embedding": P("x"), "moments": {"m": P(None, "x"), "half": P()}}
+
+
+def shardings(mesh, specs=SPECS):
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def line(devices):
+    return Mesh(np.array(jax.devices()[:devices]), ("x",), axis_types=(AxisType.Auto,))
+
+
+def values(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "step": np.int32(seed),
+        "embedding": rng.normal(size=(64, 33)).astype(np.float32),
+        "moments": {
+            "m": rng.normal(size=(3, 16, 5)).astype(np.float32),
+            "half": rng.normal(size=9).astype(jnp.bfloat16),
+        },
+    }
+
+
+def placed(seed, mesh=None):
+    return jax.device_put(values(seed), shardings(mesh or line(4)))
+
+
+def assert_same(state, expected):
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Three states saved on four devices, the oldest of which is gone."""
+    path = tmp_path_factory.mktemp("states")
+    with StateStore(path, ABOUT) as store:
+        for step in (1, 2, 3):
+            store.save(step, placed(step))
+    return path
+
+
+@pytest.fixture
+def states(saved, tmp_path):
+    """A copy of them to damage."""
+    return shutil.copytree(saved, tmp_path / "states")
+
+
+def restore(path, like=None, about=ABOUT):
+    with StateStore(path, about) as store:
+        return store.restore(placed(0) if like is None else like)
+
+
+def data_files(path):
+    """What holds the values, largest first."""
+    files = [file for file in (path / "state").rglob("*") if file.is_file()]
+    return sorted(files, key=lambda file: -file.stat().st_size)
+
+
+def test_the_two_newest_are_kept_and_say_what_they_are(saved):
+    assert sorted(folder.name for folder in saved.iterdir()) == ["2", "3"]
+    about = json.loads((saved / "3/about/metadata").read_text())
+    assert {k: about[k] for k in ("identity", "seed", "step", "data_position")} == {
+        **ABOUT,
+        "step": 3,
+        "data_position": 3,
+    }
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_state_of_four_devices_is_restored_on_fewer(states, devices):
+    like = placed(0, line(devices))
+    step, state = restore(states, like)
+    assert step == 3
+    assert_same(state, values(3))
+    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, like)
+
+
+def test_a_state_is_restored_on_a_mesh_of_another_shape(states):
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 1), ("data", "expert", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    specs = {"step": P(), "embedding": P(("data", "expert")), "moments": {"m": P("tensor", "expert"), "half": P()}}
+    like = jax.device_put(values(0), shardings(mesh, specs))
+    step, state = restore(states, like)
+    assert step == 3
+    assert_same(state, values(3))
+    assert state["moments"]["m"].sharding.spec == P("tensor", "expert")
+
+
+@pytest.mark.parametrize("spec", [P(), P("x")])
+def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, spec):
+    """32 MiB take the writer longer than the steps that overwrite them."""
+    step = functools.partial(jax.jit, donate_argnums=0)(lambda x: x + jnp.float32(1))
+    x = jax.device_put(np.zeros((1 << 21,), np.float32), NamedSharding(line(4), spec))
+    with StateStore(tmp_path, ABOUT) as store:
+        store.save(1, {"x": x})
+        for _ in range(5):
+            x = step(x)
+        jax.block_until_ready(x)
+    with StateStore(tmp_path, ABOUT) as store:
+        _, state = store.restore({"x": x})
+    assert float(state["x"].max()) == 0.0 and float(x.min()) == 5.0
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(bytes(data))
+
+
+# Orbax leaves coroutines of failed reads behind.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", [truncate, flip, lambda file: file.unlink(), lambda file: file.write_bytes(b"")])
+@pytest.mark.parametrize("which", ["values", "manifest.ocdbt", "about/metadata"])
+def test_a_damaged_state_is_skipped_for_the_one_before(states, damage, which, caplog):
+    damage(
+        data_files(states / "3")[0] if which == "values" else next((states / "3").rglob(which), states / "3" / which)
+    )
+    step, state = restore(states)
+    assert step == 2
+    assert_same(state, values(2))
+    assert "the state of step 3 can't be restored and is skipped" in caplog.text or which == "about/metadata"
+    assert not (states / "3").exists()
+
+
+def test_what_a_kill_leaves_while_saving_is_no_state_and_is_cleared_away(states):
+    (states / "4.orbax-checkpoint-tmp").mkdir()
+    (states / "3/state").rename(states / "4.orbax-checkpoint-tmp/state")
+    (states / "3").rename(states / "3.orbax-checkpoint-tmp")
+    with StateStore(states, ABOUT) as store:
+        step, _ = store.restore(placed(0))
+        store.save(3, placed(3))
+    assert step == 2
+    assert sorted(folder.name for folder in states.iterdir()) == ["2", "3"]
+    assert restore(states)[0] == 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_where_none_can_be_restored_the_run_starts_from_the_beginning_and_says_so(states, caplog):
+    for step in ("2", "3"):
+        truncate(data_files(states / step)[0])
+    assert restore(states) == (0, None)
+    assert "no saved state can be restored; starting from the beginning" in caplog.text
+    with StateStore(states, ABOUT) as store:
+        assert store.empty
+        store.save(1, placed(1))
+    assert restore(states)[0] == 1
+
+
+@pytest.mark.parametrize("about", [{"identity": "b", "seed": 7}, {"identity": "a", "seed": 8}])
+def test_states_of_other_settings_are_removed(states, about, caplog):
+    assert restore(states, about=about) == (0, None)
+    assert not caplog.text and not list(states.iterdir())
+
+
+def test_too_little_memory_does_not_cost_the_state(states, monkeypatch):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state_module.ocp.StandardCheckpointHandler, "restore", full)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+            restore(states)
+    assert restore(states)[0] == 3
+
+
+def test_shapes_alone_are_enough_to_restore(states):
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), values(0), shardings(line(2)))
+    assert_same(restore(states, like)[1], values(3))

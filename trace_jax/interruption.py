@@ -1,0 +1,95 @@
+"""Ctrl-C, SIGTERM and the notice before a preemption: the step in flight is finished and saved, then the run ends.
+
+Nothing here imports JAX before a loop runs: the command line uses it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+from trace_jax.progress import say
+
+# Steps of this process over all its loops: every process counts alike, and a notice between two loops is not missed.
+_counted = itertools.count(1)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to end. `signal` is its number; 128 more is the exit code (130 Ctrl-C, 143 SIGTERM)."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+def interrupt(number: int, _frame: object = None) -> None:
+    """Signal handler for work that has nothing to save: raises `Interrupted`."""
+    raise Interrupted(number)
+
+
+class Interruption:
+    """Context in which a first signal waits for the loop to save, and ends it at once where `unsaved` is False.
+
+    A second Ctrl-C ends the process without saving. Outside of the main thread, where Python allows no handlers,
+    signals do what they did before. Of several processes all end at the same step: whatever signal any of them gets
+    goes to JAX's preemption service (SIGTERM is its notice), which agrees on that step.
+    """
+
+    def __init__(self):
+        self.unsaved = False
+        self._number = 0
+        self._before = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            numbers = (signal.SIGINT,) if _several() else (signal.SIGINT, signal.SIGTERM)
+            self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if kind is None and self._number and not _several():  # it came after the last step
+            raise Interrupted(self._number)
+
+    def asked(self) -> int:
+        """The signal that asked to end, or 0. To be called once after each step, by all processes."""
+        if not _several():
+            return self._number
+        from jax.experimental import multihost_utils
+
+        if not multihost_utils.reached_preemption_sync_point(next(_counted)):
+            return 0
+        return self._number or signal.SIGTERM
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it a signal raises `Interrupted`, for work that takes long and can be done again."""
+        if self._number and not _several():
+            raise Interrupted(self._number)
+        unsaved, self.unsaved = self.unsaved, False
+        try:
+            yield
+        finally:
+            self.unsaved = unsaved
+
+    def _receive(self, number: int, _frame: object) -> None:
+        if self._number:  # a repeated SIGTERM changes nothing: the state is being saved
+            return
+        self._number = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if _several():
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif not self.unsaved:
+            raise Interrupted(number)
+        say("stopping: the step in flight is finished and saved (Ctrl-C again ends at once, without saving)")
+
+
+def _several() -> bool:
+    import jax
+
+    return jax.process_count() > 1
