@@ -1,8 +1,10 @@
 """Saved states: exact on any mesh although their arrays are donated at once, and never a damaged one."""
 
 import functools
+import gc
 import json
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,18 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.checkpoints import state as state_module
 from trace_jax.checkpoints.state import StateStore
 
+# Orbax leaves the coroutines of failed reads behind; they end when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 ABOUT = {"identity": "a", "seed": 7}
 SPECS = {"step": P(), "embedding": P("x"), "moments": {"m": P(None, "x"), "half": P()}}
+
+
+@pytest.fixture(autouse=True)
+def failed_reads():
+    yield
+    time.sleep(0.05)
+    gc.collect()
 
 
 def shardings(mesh, specs=SPECS):
@@ -128,8 +140,6 @@ def flip(file):
     file.write_bytes(bytes(data))
 
 
-# Orbax leaves coroutines of failed reads behind.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [truncate, flip, lambda file: file.unlink(), lambda file: file.write_bytes(b"")])
 @pytest.mark.parametrize("which", ["values", "manifest.ocdbt", "about/metadata"])
 def test_a_damaged_state_is_skipped_for_the_one_before(states, damage, which, caplog):
@@ -155,7 +165,6 @@ def test_what_a_kill_leaves_while_saving_is_no_state_and_is_cleared_away(states)
     assert restore(states)[0] == 3
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_where_none_can_be_restored_the_run_starts_from_the_beginning_and_says_so(states, caplog):
     for step in ("2", "3"):
         truncate(data_files(states / step)[0])

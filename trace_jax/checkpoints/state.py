@@ -38,8 +38,14 @@ class StateStore:
         """`about` (JSON) says what made the states: the hash of the settings and the seed. States of another are not
         restored."""
         self._about = about
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
-        self._manager = _Manager(epath.Path(directory).absolute(), options=options)
+        # With its processes named Orbax waits for them without the devices, which may be in the middle of a step.
+        everyone = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, cleanup_tmp_directories=True, multiprocessing_options=everyone, create=False
+        )
+        path = epath.Path(directory).absolute()
+        path.mkdir(parents=True, exist_ok=True)
+        self._manager = _Manager(path, options=options)
 
     def save(self, step: int, state: Any) -> None:
         """Starts writing `state` (a pytree of arrays of any sharding); its arrays may be donated at once.

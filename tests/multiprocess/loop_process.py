@@ -1,0 +1,55 @@
+"""One of several processes that run a toy loop on a mesh over all of them: `python loop_process.py PORT INDEX DIR`."""
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from trace_jax.interruption import Interrupted
+from trace_jax.unlearning.loop import Loop
+from trace_jax.unlearning.step import TrainState
+
+STEPS = 60
+
+
+def main(port: str, index: str, directory: str, pause: str) -> int:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(index))
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+
+    def place(x, spec):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
+
+    def start():
+        w = np.random.default_rng(0).normal(size=1 << 12).astype(np.float32)  # large enough for files of its own
+        return TrainState(place(np.int32(0), P()), {"w": place(w, P("data"))}, {"m": place(w * 0, P("data"))})
+
+    @jax.jit
+    def step(state, x):
+        m = state.optimizer["m"] * 0.9 + state.trainable["w"] * x
+        w = state.trainable["w"] - 0.1 * m
+        return TrainState(state.step + 1, {"w": w}, {"m": m}), {"loss": jnp.sum(w)}
+
+    def inputs(i):
+        time.sleep(float(pause))
+        return place(np.float32(0.01 * i), P())
+
+    try:
+        result = Loop(Path(directory), "a", STEPS, 5, "toy").run(start, inputs, step)
+    except Interrupted as error:
+        return 128 + error.signal
+    for shard in result.trainable["w"].addressable_shards:
+        print("RESULT", shard.index[0].start, hashlib.sha256(np.asarray(shard.data)).hexdigest(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
