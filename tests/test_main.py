@@ -1,5 +1,7 @@
 """The command line: overrides reach the settings, and every mistake ends in one sentence and a non-zero exit code."""
 
+import signal
+
 import pytest
 
 import trace_jax
@@ -75,6 +77,18 @@ def test_an_unknown_argument_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--config", QUICKSTART, "--workdir", str(tmp_path / "w"), "--learning_rate=3"])
     assert "unknown argument '--learning_rate=3'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_with_its_own_exit_code(monkeypatch, capsys, number, code):
+    """Ctrl-C arrives as Python's own KeyboardInterrupt, unless a loop makes it wait."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("trace_jax.main._doctor", lambda _: signal.raise_signal(number))
+    try:
+        assert main(["doctor"]) == code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "the same command continues" in capsys.readouterr().err
 
 
 def test_values_are_literals_or_text(tmp_path):

@@ -1,5 +1,9 @@
 """The loop: interrupted anywhere and started again it ends in the same numbers; it never ends in NaN."""
 
+import contextlib
+import signal
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +11,7 @@ import pytest
 
 from trace_jax.checkpoints.state import StateStore
 from trace_jax.files import read_lines
+from trace_jax.interruption import Interrupted
 from trace_jax.unlearning.loop import Loop, front_rows
 from trace_jax.unlearning.step import TrainState
 
@@ -109,3 +114,169 @@ def test_a_model_that_can_not_be_scored_any_more_stops_the_run(tmp_path):
     result = loop.run(fresh, placed, step_until())
     assert result.stopped == "the evaluation at step 4 failed: likelihoods are NaN"
     assert result.step == 3
+
+
+# --- signals
+
+
+def signalling(number, at, repeat=1):
+    """A step during which `number` arrives; Python runs its handler at the next chance."""
+    plain = step_until()
+
+    def step(state, inputs):
+        if inputs[0] == at:
+            for _ in range(repeat):
+                signal.raise_signal(number)
+        return plain(state, inputs)
+
+    return step
+
+
+def assert_continues_like_a_whole_run(path, tmp_path, interrupted_at):
+    with StateStore(path / "checkpoints", {"identity": "a", "seed": 0}) as store:
+        assert store.restore(fresh())[0] == interrupted_at
+    whole = make_loop(tmp_path / "whole").run(fresh, placed, step_until())
+    resumed = make_loop(path).run(fresh, placed, step_until())
+    np.testing.assert_array_equal(resumed.trainable["w"], whole.trainable["w"])
+    assert (path / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("number", "repeat"), [(signal.SIGTERM, 1), (signal.SIGTERM, 3), (signal.SIGINT, 1)])
+@pytest.mark.parametrize("at", [1, 4, 8])
+def test_a_signal_ends_the_run_once_the_step_in_flight_is_saved(tmp_path, number, repeat, at, capsys):
+    """Also at step 5 (`at` 4) that nothing was due at, and after step 9, where a state is saved anyway."""
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted) as caught:
+        make_loop(tmp_path / "cut").run(fresh, placed, signalling(number, at, repeat))
+    assert caught.value.signal == number
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert f"the state after step {at + 1} is saved" in capsys.readouterr().err
+    assert_continues_like_a_whole_run(tmp_path / "cut", tmp_path, at + 1)
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path):
+    step = signalling(signal.SIGTERM, 0)
+    with pytest.raises(Interrupted):
+        make_loop(tmp_path / "cut").run(fresh, placed, step)
+    assert_continues_like_a_whole_run(tmp_path / "cut", tmp_path, 0)
+
+
+@pytest.mark.parametrize("step", [0, 4, 8, 10])
+def test_a_signal_while_evaluating_saves_first_and_evaluates_on_continuing(tmp_path, step):
+    def evaluate(trainable):
+        evaluations.append(None)
+        if len(evaluations) == 1 + [0, 4, 8, 10].index(step):
+            signal.raise_signal(signal.SIGTERM)
+        return {"w": float(trainable["w"][0])}
+
+    evaluations = []
+    loop = Loop(tmp_path / "cut", "a", 10, 3, "test", evaluate, 4)
+    with pytest.raises(Interrupted):
+        loop.run(fresh, placed, step_until())
+    assert_continues_like_a_whole_run(tmp_path / "cut", tmp_path, step)
+
+
+def test_a_state_that_fails_its_late_evaluation_is_not_kept(tmp_path):
+    with pytest.raises(Interrupted):
+        make_loop(tmp_path).run(fresh, placed, signalling(signal.SIGTERM, 3))
+
+    def evaluate(_):
+        raise FloatingPointError("likelihoods are NaN")
+
+    result = Loop(tmp_path, "a", 10, 3, "test", evaluate, 4).run(fresh, placed, step_until())
+    assert (result.step, result.stopped) == (3, "the evaluation at step 4 failed: likelihoods are NaN")
+
+
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
+    def last(trainable):
+        signal.raise_signal(signal.SIGTERM)
+
+    make_loop(tmp_path).run(fresh, placed, step_until())
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(Interrupted):
+        Loop(tmp_path, "a", 10, 3, "test", last, 4).run(fresh, placed, step_until())
+
+
+# --- the host works ahead of the device, and the device does not wait for it
+
+
+def test_the_next_inputs_are_made_while_a_step_runs(tmp_path):
+    made = [threading.Event() for _ in range(10)]
+    plain = step_until()
+
+    def inputs(index):
+        made[index].set()
+        return placed(index)
+
+    def step(state, given):
+        ahead = given[0] + 1
+        assert ahead == 10 or made[ahead].wait(30)
+        assert ahead >= 9 or not made[ahead + 1].is_set()
+        return plain(state, given)
+
+    assert make_loop(tmp_path).run(fresh, inputs, step).step == 10
+
+
+def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_are_read(tmp_path):
+    order, plain = [], step_until()
+
+    class Metric:
+        def __init__(self, index):
+            self.index = index
+
+        def __array__(self, *_, **__):
+            order.append(f"read {self.index}")
+            return np.float32(0)
+
+    def step(state, inputs):
+        order.append(f"step {inputs[0]}")
+        return plain(state, inputs)[0], {"loss": Metric(inputs[0])}
+
+    Loop(tmp_path, "a", 4, 100, "test").run(fresh, placed, step)
+    assert order == ["step 0", "step 1", "read 0", "step 2", "read 1", "step 3", "read 2", "read 3"]
+
+
+def input_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("inputs")]
+
+
+@pytest.mark.parametrize("failure", ["inputs", "step", None])
+def test_errors_of_the_inputs_surface_and_their_thread_ends_with_the_loop(tmp_path, failure):
+    def inputs(index):
+        assert input_threads() == [threading.current_thread()]
+        if failure == "inputs" and index == 5:
+            raise OSError("the disk is gone")
+        return placed(index)
+
+    step = step_until(stop=5 if failure == "step" else None)
+    expected = {"inputs": pytest.raises(OSError, match="the disk is gone"), "step": pytest.raises(Stop)}
+    with expected.get(failure, contextlib.nullcontext()):
+        make_loop(tmp_path).run(fresh, inputs, step)
+    assert not input_threads()
+
+
+def test_a_step_may_not_move_arrays_from_the_host(tmp_path):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        make_loop(tmp_path).run(fresh, lambda index: (index, np.float32(index)), step_until())
+
+
+def test_no_two_states_are_in_memory_while_one_is_restored(tmp_path, monkeypatch):
+    """Counted by the arrays of 64 KiB: the trainable half and the moments."""
+
+    def start():
+        return TrainState(jnp.zeros((), jnp.int32), {"w": jnp.ones(1 << 14)}, {"m": jnp.zeros(1 << 14)})
+
+    def large():
+        return sum(x.nbytes >= 1 << 16 for x in jax.live_arrays())
+
+    loop = Loop(tmp_path, "a", 4, 2, "test")
+    loop.run(start, placed, step_until())
+    before, seen, restore = large(), [], StateStore.restore
+
+    def watched(store, like):
+        seen.append(large())
+        return restore(store, like)
+
+    monkeypatch.setattr(StateStore, "restore", watched)
+    result = loop.run(start, placed, step_until())
+    assert seen == [before] and large() == before + 1 and result.step == 4

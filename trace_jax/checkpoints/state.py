@@ -45,7 +45,8 @@ class StateStore:
         )
         path = epath.Path(directory).absolute()
         path.mkdir(parents=True, exist_ok=True)
-        self._manager = _Manager(path, options=options)
+        handlers = {"state": _writer(everyone), "about": ocp.JsonCheckpointHandler()}
+        self._manager = _Manager(path, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any) -> None:
         """Starts writing `state` (a pytree of arrays of any sharding); its arrays may be donated at once.
@@ -56,7 +57,7 @@ class StateStore:
         if step in self._manager.all_steps():
             return
         about = {**self._described(step), "sums": jax.device_get(_sums(state)).tolist()}
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
+        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about))
         self._manager.save(step, args=arguments)
 
     def wait(self) -> None:
@@ -129,6 +130,13 @@ class StateStore:
     def __exit__(self, *_) -> None:
         self.wait()
         self._manager.close()
+
+
+def _writer(processes: MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
+    """Writes one copy of every shard. Orbax would cut copies into parts: programs to compile, and memory on devices."""
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=processes)
 
 
 @jax.jit

@@ -1,0 +1,116 @@
+"""Unlearning as a process that is killed, and as one that must not stall: the real step inside the loop."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from trace_jax.data.batches import forget_batches
+from trace_jax.files import read_lines
+from trace_jax.models.arrays import flatten, init_params
+from trace_jax.models.model import Model
+from trace_jax.parallel.mesh import make_mesh
+from trace_jax.unlearning import train as train_module
+from trace_jax.unlearning import unlearn as unlearn_module
+from trace_jax.unlearning.config import TrainingConfig, UnlearningConfig
+from trace_jax.unlearning.train import train_model
+from trace_jax.unlearning.unlearn import unlearn
+
+STEPS = 7
+
+
+def unlearn_in(path):
+    from tests.unlearning.conftest import TINY, make_rows
+
+    model = Model(TINY, init_params(TINY, jax.random.key(0)))
+    config = UnlearningConfig(
+        steps=STEPS, forget_batch_size=3, retain_batch_size=3, learning_rate=0.01, alpha=1.0, checkpoint_every=2,
+        evaluate_every=3,
+    )  # fmt: skip
+    rows = make_rows(8, seed=1), make_rows(16, seed=2)
+    evaluate = lambda params: {"head": float(np.asarray(params["head"]).sum())}  # noqa: E731
+    return unlearn(model, *rows, config=config, directory=path, evaluate=evaluate)
+
+
+# When a process kills itself, by what it finds in its directory.
+MOMENTS = {
+    "while saving": lambda path: any((path / "checkpoints").glob("*tmp*")),
+    "just saved": lambda path: (path / "checkpoints" / "4").exists(),
+    "between saves": lambda path: any(row["step"] == 5 for row in read_lines(path / "metrics.jsonl")),
+}
+
+
+def _killed(path, moment):
+    import tests.conftest  # noqa: F401  (the same devices as this process)
+
+    def watch():
+        while not MOMENTS[moment](path):
+            time.sleep(0.0005)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    unlearn_in(path)
+
+
+def test_killed_again_and_again_it_ends_in_the_same_numbers(tmp_path):
+    """kill -9 while a state is written, right after, and between two; each time what is left is continued."""
+    whole, cut = unlearn_in(tmp_path / "whole"), tmp_path / "cut"
+    for moment in MOMENTS:
+        process = multiprocessing.get_context("spawn").Process(target=_killed, args=(cut, moment))
+        process.start()
+        process.join(240)
+        assert process.exitcode == -signal.SIGKILL, moment
+    resumed = unlearn_in(cut)
+    assert resumed.step == whole.step == STEPS
+    for path, leaf in flatten(resumed.model.params).items():
+        np.testing.assert_array_equal(leaf, flatten(whole.model.params)[path], err_msg=path)
+    assert (cut / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+@pytest.fixture
+def compilations():
+    """Grows by one with every program that XLA compiles."""
+    seen = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("kind", ["unlearning", "training"])
+def test_nothing_is_compiled_after_the_first_step_and_no_step_moves_arrays(tmp_path, monkeypatch, compilations, kind):
+    """The loop runs each step under `jax.transfer_guard("disallow")`. Its first save compiles the sum of the bits."""
+    jax.clear_caches()
+    module, name = (unlearn_module, "unlearning_step") if kind == "unlearning" else (train_module, "training_step")
+    step, counts = getattr(module, name), []
+
+    def counted(*arguments, **settings):
+        assert jax.config.jax_transfer_guard_host_to_device == "disallow"
+        counts.append(len(compilations))
+        result = step(*arguments, **settings)
+        counts.append(len(compilations))
+        return result
+
+    monkeypatch.setattr(module, name, counted)
+    if kind == "unlearning":
+        unlearn_in(tmp_path)
+    else:
+        from tests.unlearning.conftest import TINY, make_rows
+
+        batches = forget_batches(make_rows(8, seed=1), 3, seed=0)
+        config = TrainingConfig(steps=STEPS, checkpoint_every=2)
+        train_model(
+            TINY, config, batches.__getitem__, seed=0, mesh=make_mesh(), directory=tmp_path, identity="a", title="test"
+        )
+    assert len(counts) == 2 * STEPS
+    first_step, first_save, rest = counts[1] - counts[0], counts[4] - counts[3], counts[-1] - counts[4]
+    assert first_step > 0 and counts[3] == counts[1] and first_save <= 1 and rest == 0
