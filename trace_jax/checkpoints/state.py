@@ -128,8 +128,10 @@ class StateStore:
         return self
 
     def __exit__(self, *_) -> None:
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()  # waits as well, where a signal ended the first waiting
 
 
 def _writer(processes: MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
