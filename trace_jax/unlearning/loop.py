@@ -19,6 +19,7 @@ from trace_jax.checkpoints.state import StateStore
 from trace_jax.files import append_line, read_lines, replacing
 from trace_jax.interruption import Interrupted, Interruption
 from trace_jax.parallel.agreement import main_says
+from trace_jax.parallel.hosts import is_main
 from trace_jax.progress import progress, say
 from trace_jax.unlearning.step import TrainState
 
@@ -99,7 +100,7 @@ class Loop:
         Returns whether the restored state has been evaluated: a run may end between its save and its evaluation.
         """
         rows = []
-        if jax.process_index() == 0:
+        if is_main():
             if done:
                 of_this_run = (r for r in read_lines(self._metrics) if r.get("identity") == self.identity)
                 rows = [r for r in of_this_run if r["step"] <= done]
@@ -202,7 +203,7 @@ class Loop:
         return ""
 
     def _write(self, row: dict) -> None:
-        if jax.process_index() == 0:
+        if is_main():
             append_line(self._metrics, row)
 
 
