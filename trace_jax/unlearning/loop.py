@@ -187,6 +187,10 @@ class Loop:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             return f"{', '.join(bad)} is not finite at step {index}; lower the learning rate or the coefficients"
+        if values.get("dropped"):
+            return (
+                f"{values['dropped']:.0f} choices of experts had no room at step {index}; raise parallel.expert_buffer"
+            )
         self._write({"step": index, "identity": self.identity, **values})
         return ""
 
