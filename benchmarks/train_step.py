@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import optax
 
 from trace_jax.models.arrays import init_params
-from trace_jax.models.config import GROUPED_MATMULS, ModelConfig
+from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
-from trace_jax.models.grouped_matmul import default_implementation
+from trace_jax.models.grouped_matmul import default_implementation, implementations, program_platform
 from trace_jax.models.loss import token_nll
 from trace_jax.parallel.memory import keep_freed_memory
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="quickstart")
     parser.add_argument("--seconds", type=float, default=5.0, help="of measuring, per number")
-    names = [name for name in GROUPED_MATMULS if name != "auto"]
+    names = [name for name in implementations(program_platform()) if name != "auto"]
     parser.add_argument("--implementations", nargs="+", choices=names, default=names)
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--plain-malloc", action="store_true", help="without keep_freed_memory")

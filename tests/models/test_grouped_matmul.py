@@ -1,17 +1,25 @@
 """Every grouped_matmul is the same function: a plain loop over groups in numpy, in value and in both gradients."""
 
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from trace_jax.models import grouped_matmul_gpu, grouped_matmul_tpu
 from trace_jax.models.config import GROUPED_MATMULS
 from trace_jax.models.grouped_matmul import (
+    KERNELS,
     block_layout,
     block_size,
     default_implementation,
     group_of_row,
     grouped_matmul,
+    implementations,
+    program_platform,
     resolve_implementation,
 )
 
@@ -48,34 +56,77 @@ def loop_over_groups(x, w, cotangent, sizes):
     return y, gradient_x, gradient_w
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_conformance(implementation):
-    def value_and_gradients(x, w, cotangent, sizes):
-        y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation), x, w)
-        return y, *pullback(cotangent)
+def value_and_gradients(x, w, cotangent, sizes, implementation):
+    interpret = implementation in KERNELS
+    y, pullback = jax.vjp(
+        lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation, interpret=interpret), x, w
+    )
+    return y, *pullback(cotangent)
 
-    compiled = jax.jit(value_and_gradients)
+
+@cache
+def compiled(implementation):
+    return jax.jit(partial(value_and_gradients, implementation=implementation))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_conformance(implementation, dtype):
     for name, sizes in GROUPS.items():
-        x, w, cotangent = arrays(len(sizes))
-        got = compiled(x, w, cotangent, jnp.asarray(sizes, jnp.int32))
-        for part, actual, wanted in zip(("y", "dx", "dw"), got, loop_over_groups(x, w, cotangent, sizes), strict=True):
-            np.testing.assert_allclose(actual, wanted, atol=2e-5, err_msg=f"{implementation}, {name}: {part}")
+        arguments = [a.astype(dtype) for a in arrays(len(sizes))]
+        got = compiled(implementation)(*arguments, jnp.asarray(sizes, jnp.int32))
+        for part, actual, wanted in zip(("y", "dx", "dw"), got, loop_over_groups(*arguments, sizes), strict=True):
+            assert actual.dtype == dtype
+            tolerance = 2e-5 if dtype == "float32" else 2**-6 * max(1, np.max(np.abs(wanted)))
+            np.testing.assert_allclose(
+                actual.astype(jnp.float32), wanted, atol=tolerance, err_msg=f"{implementation}, {name}: {part}"
+            )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_beyond_the_groups_are_ignored_whatever_they_hold(implementation):
-    x, w, _ = arrays(3)
-    sizes = jnp.asarray([5, 0, 8], jnp.int32)
+    x, w, cotangent = arrays(5)
     x[13:] = np.inf
-
-    def total(x, w):
-        y = grouped_matmul(x, w, sizes, implementation=implementation)
-        return jnp.sum(y), y
-
-    (gradient_x, gradient_w), y = jax.grad(total, argnums=(0, 1), has_aux=True)(jnp.asarray(x), jnp.asarray(w))
+    sizes = jnp.asarray([5, 0, 8, 0, 0], jnp.int32)
+    y, gradient_x, gradient_w = compiled(implementation)(x, w, cotangent, sizes)
     assert np.all(np.asarray(y[13:]) == 0)
     assert np.all(np.asarray(gradient_x[13:]) == 0)
     assert np.all(np.isfinite(gradient_w))
+
+
+def plain_product(x, w, group_sizes, *, transposed=False, interpret=False):
+    return jax.lax.ragged_dot(x, w.swapaxes(1, 2) if transposed else w, group_sizes)
+
+
+def plain_weight_gradient(x, dy, group_sizes, *, interpret=False):
+    group = group_of_row(group_sizes, x.shape[0])
+    own = jax.nn.one_hot(group, group_sizes.shape[0], dtype=x.dtype)
+    return jnp.einsum("ne,nd,nf->edf", own, x, dy)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradient_of_replicated_weights_is_the_sum_over_devices(implementation, monkeypatch):
+    for kernels in (grouped_matmul_gpu, grouped_matmul_tpu):
+        # Pallas can't interpret a kernel inside shard_map (jax 0.10.2 to 0.12.0); around the kernels all is real.
+        monkeypatch.setattr(kernels, "product", plain_product)
+        monkeypatch.setattr(kernels, "weight_gradient", plain_weight_gradient)
+    mesh = Mesh(jax.devices()[:2], ("data",), axis_types=(AxisType.Auto,))
+    sizes = np.asarray([GROUPS["uneven tail"], GROUPS["empty group"]], np.int32)
+    x, w, cotangent = arrays(5)
+    wanted = [loop_over_groups(x, w, cotangent, sizes[0]), loop_over_groups(x[::-1], w, cotangent[::-1], sizes[1])]
+    spread = jax.shard_map(
+        partial(value_and_gradients, implementation=implementation),
+        mesh=mesh,
+        in_specs=(P("data"), P(), P("data"), P("data")),
+        out_specs=(P("data"), P("data"), P()),
+        check_vma=True,
+    )
+    y, gradient_x, gradient_w = jax.jit(spread)(
+        np.concatenate([x, x[::-1]]), w, np.concatenate([cotangent, cotangent[::-1]]), sizes.reshape(-1)
+    )
+    np.testing.assert_allclose(y, np.concatenate([wanted[0][0], wanted[1][0]]), atol=2e-5)
+    np.testing.assert_allclose(gradient_x, np.concatenate([wanted[0][1], wanted[1][1]]), atol=2e-5)
+    np.testing.assert_allclose(gradient_w, wanted[0][2] + wanted[1][2], atol=4e-5)
 
 
 def test_group_of_row_counts_like_repeat():
@@ -101,11 +152,87 @@ def test_block_size_follows_the_mean_group():
     assert block_size(4, 64) == 8
 
 
-def test_auto_is_never_ragged_on_a_cpu():
+def test_every_platform_has_a_default_that_it_can_run():
     assert default_implementation("cpu") not in ("ragged", "auto")
     assert resolve_implementation("auto") == default_implementation(jax.default_backend())
     for platform in ("cpu", "gpu", "tpu", "unheard-of"):
-        assert default_implementation(platform) in IMPLEMENTATIONS
+        assert default_implementation(platform) in implementations(platform)
+        assert resolve_implementation("auto", platform) == default_implementation(platform) in IMPLEMENTATIONS
+    assert set(implementations("cpu")) == set(GROUPED_MATMULS) - {"mosaic", "triton"}
+    assert set(implementations("gpu")) == set(GROUPED_MATMULS) - {"mosaic"}
+    assert set(implementations("tpu")) == set(GROUPED_MATMULS) - {"triton"}
+
+
+@pytest.mark.parametrize("name, platform", [("cpu", "cpu"), ("gpu", "gpu"), ("cuda", "gpu"), ("tpu", "tpu")])
+def test_the_platform_is_that_of_the_mesh_where_there_is_one(name, platform):
+    device = AbstractDevice(device_kind="any", num_cores=1, platform=name)
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    assert program_platform() == jax.devices()[0].platform == "cpu"
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert program_platform() == platform
+        assert resolve_implementation("auto") == default_implementation(platform)
+
+
+def test_a_kernel_of_another_platform_is_refused_with_what_there_is():
+    x, w, _ = arrays(3)
+    with pytest.raises(
+        ValueError, match=r"'triton', which runs on gpu only, .* for cpu; expected one of auto, blocked"
+    ):
+        grouped_matmul(x, w, jnp.zeros(3, jnp.int32), implementation="triton")
+    with pytest.raises(ValueError, match="'mosaic', which runs on tpu only"):
+        resolve_implementation("mosaic", "gpu")
+
+
+def on_devices_that_are_not_here(platform, *shapes, dtype):
+    """StableHLO of value and gradients with "auto", rows split over two devices of `platform`: text."""
+    device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    specs = (P("data"), P(), P("data"), P())
+    arguments = [
+        jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
+        for shape, kind, spec in zip(shapes, (dtype, dtype, dtype, jnp.int32), specs, strict=True)
+    ]
+
+    def step(x, w, cotangent, sizes):
+        y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
+        return y, *pullback(cotangent)
+
+    spread = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(P("data"), P("data"), P()), check_vma=True)
+    lowering = "cuda" if platform == "gpu" else platform
+    return jax.jit(spread).trace(*arguments).lower(lowering_platforms=(lowering,)).as_text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("N, D, F, E", [(8192, 2048, 1408, 60), (2000, 300, 100, 7)])  # a real layer; no tile divides
+def test_kernels_lower_inside_shard_map_for_devices_that_are_not_here(N, D, F, E, dtype):
+    shapes = (N, D), (E, D, F), (N, F), (E,)
+    gpu = on_devices_that_are_not_here("gpu", *shapes, dtype=dtype)
+    assert gpu.count("custom_call @__gpu$xla.gpu.triton") == 3  # the product, both gradients
+    tpu = on_devices_that_are_not_here("tpu", *shapes, dtype=dtype)
+    assert tpu.count("custom_call @tpu_custom_call") == 1 and tpu.count('"chlo.ragged_dot"(') == 2
+
+
+@pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
+def test_every_tile_is_visited_once_for_each_group_in_it(sizes):
+    for rows in (4, 8, 64):
+        num_tiles = -(-NUM_ROWS // rows)
+        group, tile = grouped_matmul_tpu.visits(jnp.asarray(sizes, jnp.int32), num_tiles, rows)
+        visited = list(zip(group.tolist(), tile.tolist(), strict=True))
+        distinct = list(dict.fromkeys(visited))
+        assert visited == distinct + distinct[-1:] * (len(visited) - len(distinct))
+        ends = np.cumsum(sizes)
+        wanted = {(e, n // rows) for e, end in enumerate(ends) for n in range(end - sizes[e], end)}
+        assert wanted <= set(distinct) and {e for e, _ in distinct} == set(range(len(sizes)))
+        assert len(distinct) == len(wanted) + sizes.count(0)
+        assert [e for e, _ in distinct] == sorted(e for e, _ in distinct)
+        assert all(0 <= t < num_tiles for t in tile.tolist())
+
+
+def test_tiles_of_the_weight_gradient_follow_group_width_and_type():
+    assert grouped_matmul_tpu.tiles(32768, 64, 2048, 1408, 2) == (128, 1024, 768)
+    assert grouped_matmul_tpu.tiles(8192, 8, 4096, 7168, 2) == (256, 1024, 1024)
+    assert grouped_matmul_tpu.tiles(32768, 8, 2048, 704, 4) == (512, 512, 384)
+    assert grouped_matmul_tpu.tiles(64, 16, 64, 300, 4) == (128, 64, 300)
 
 
 def test_wrong_arguments_are_named():

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_jax.models.config import GROUPED_MATMULS, ModelConfig
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.grouped_matmul import implementations
 from trace_jax.models.moe import count_and_rank, experts, moe_layer, route
 
 T, D, E, F = 23, 6, 5, 4
-IMPLEMENTATIONS = [name for name in GROUPED_MATMULS if name != "auto"]
+IMPLEMENTATIONS = [name for name in implementations("cpu") if name != "auto"]
 BASE = ModelConfig(hidden_size=D, num_experts=E, experts_per_token=2, expert_hidden_size=F, grouped_matmul="blocked")
 CASES = {
     **{name: dataclasses.replace(BASE, grouped_matmul=name) for name in IMPLEMENTATIONS},

@@ -14,7 +14,7 @@ import dataclasses
 
 from trace_jax.config import ConfigError, Section, option
 
-GROUPED_MATMULS = ("auto", "blocked", "scan", "dense", "ragged")
+GROUPED_MATMULS = ("auto", "blocked", "scan", "dense", "ragged", "mosaic", "triton")
 _GROUPED = {"attention": ("grouped",)}
 _LATENT = {"attention": ("latent",)}
 

@@ -1,10 +1,24 @@
 """Matrix multiplication of groups of rows, each with its own weights: the one seam to the hardware.
 
 `y[n] = x[n] @ w[g(n)]`, where rows are sorted by group and `group_sizes` says how many each group has. Every
-implementation passes the same conformance test. Which one `auto` means is the table `DEFAULTS`.
+implementation passes the same conformance test.
+
+| implementation | runs on | product | gradient of w |
+|---|---|---|---|
+| `blocked` | everywhere | rows copied into blocks of one group each, one batched matmul | so too, then a sum |
+| `scan` | everywhere | all rows times one group after the other: E times the work, least memory | so too |
+| `dense` | everywhere | all rows times all groups at once: E times the work | so too |
+| `ragged` | everywhere | `jax.lax.ragged_dot`: a kernel on TPU, E times the work elsewhere | E times the work |
+| `mosaic` | TPU | the kernel of `ragged_dot` | a Pallas kernel |
+| `triton` | GPU | a Pallas kernel | a Pallas kernel |
+
+`auto` is `DEFAULTS`. docs/scaling.md, "Grouped matmul", says what each choice rests on.
 """
 
 from __future__ import annotations
+
+from functools import partial
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -13,39 +27,64 @@ from trace_jax.models.config import GROUPED_MATMULS
 from trace_jax.parallel.mesh import as_varying, varying_axes
 
 # CPU: as measured by benchmarks/train_step.py; never `ragged` there, which XLA expands to every group times every row.
-DEFAULTS = {"cpu": "blocked", "gpu": "blocked", "tpu": "ragged"}
+DEFAULTS = {"cpu": "blocked", "gpu": "triton", "tpu": "mosaic"}
+KERNELS = {"mosaic": "tpu", "triton": "gpu"}  # the platform that each is written for
+
+
+def program_platform() -> str:
+    """ "cpu", "gpu" or "tpu": of the mesh's devices where there is a mesh (present or not), else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def implementations(platform: str) -> tuple[str, ...]:
+    """The names that `platform` can run, "auto" included."""
+    return tuple(name for name in GROUPED_MATMULS if KERNELS.get(name, platform) == platform)
 
 
 def default_implementation(platform: str | None = None) -> str:
-    """The implementation that "auto" stands for on `platform` (default: JAX's default backend)."""
-    return DEFAULTS.get(platform or jax.default_backend(), "blocked")
+    """The implementation that "auto" stands for on `platform` (default: `program_platform`)."""
+    return DEFAULTS.get(platform or program_platform(), "blocked")
 
 
-def resolve_implementation(implementation: str) -> str:
-    """A concrete name for `implementation`; ValueError if there is none of this name."""
+def resolve_implementation(implementation: str, platform: str | None = None) -> str:
+    """A concrete name for `implementation`; ValueError if there is none of this name, or `platform` can't run it."""
+    platform = platform or program_platform()
     if implementation not in GROUPED_MATMULS:
         raise ValueError(f"implementation is {implementation!r}; expected one of {', '.join(GROUPED_MATMULS)}.")
-    return default_implementation() if implementation == "auto" else implementation
+    if implementation not in implementations(platform):
+        raise ValueError(
+            f"grouped_matmul is {implementation!r}, which runs on {KERNELS[implementation]} only, and the program is "
+            f"for {platform}; expected one of {', '.join(implementations(platform))}."
+        )
+    return default_implementation(platform) if implementation == "auto" else implementation
 
 
-def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, implementation: str = "auto") -> jax.Array:
+def grouped_matmul(
+    x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, implementation: str = "auto", interpret: bool = False
+) -> jax.Array:
     """Rows times the weights of their group.
 
     Args:
       x: [N, D], rows of group 0 first, then group 1, and so on.
-      w: [E, D, F].
+      w: [E, D, F], of the type of x. Products are added up in float32 by the kernels.
       group_sizes: i32 [E], sum at most N. Rows beyond the sum give zeros and take no gradient.
-      implementation: "blocked", "scan", "dense", "ragged" or "auto" (`default_implementation`).
+      implementation: one of `implementations` of the platform; "auto" is `default_implementation`.
+      interpret: run a kernel on a platform it isn't for, step by step in XLA; only for tests.
 
     Returns:
       [N, F].
     """
-    implementation = resolve_implementation(implementation)
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1] or group_sizes.shape != w.shape[:1]:
         raise ValueError(
             f"expected x [N,D], w [E,D,F], group_sizes [E]; got {x.shape}, {w.shape}, {group_sizes.shape}."
         )
-    return _IMPLEMENTATIONS[implementation](x, w, group_sizes)
+    name = resolve_implementation(implementation, KERNELS.get(implementation) if interpret else None)
+    if name not in KERNELS:
+        return _IMPLEMENTATIONS[name](x, w, group_sizes)
+    x, w, group_sizes = as_varying((x, w, group_sizes), varying_axes(x, w, group_sizes))
+    return _by_kernels(x, w, group_sizes, _kernels(name), interpret)
 
 
 def group_of_row(group_sizes: jax.Array, num_rows: int) -> jax.Array:
@@ -121,6 +160,38 @@ def _blocked(x, w, group_sizes):
     padded = jnp.zeros((padded_rows, x.shape[1]), x.dtype).at[place].set(x, mode="drop", unique_indices=True)
     y = block_matmul(padded.reshape(-1, size, x.shape[1]), w, block_group).reshape(padded_rows, w.shape[2])
     return y.at[place].get(mode="fill", fill_value=0)
+
+
+def _kernels(name: str) -> ModuleType:
+    """The module with `product` and `weight_gradient`; Pallas is imported where it is used only."""
+    if name == "triton":
+        from trace_jax.models import grouped_matmul_gpu as kernels
+    else:
+        from trace_jax.models import grouped_matmul_tpu as kernels
+    return kernels
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _by_kernels(x, w, group_sizes, kernels, interpret):
+    return _without_tail(kernels.product(x, w, group_sizes, interpret=interpret), group_sizes)
+
+
+def _by_kernels_forward(x, w, group_sizes, kernels, interpret):
+    return _by_kernels(x, w, group_sizes, kernels, interpret), (x, w, group_sizes)
+
+
+def _by_kernels_backward(kernels, interpret, residuals, dy):
+    x, w, group_sizes = residuals
+    dx = kernels.product(dy, w, group_sizes, transposed=True, interpret=interpret)
+    return _without_tail(dx, group_sizes), kernels.weight_gradient(x, dy, group_sizes, interpret=interpret), None
+
+
+_by_kernels.defvjp(_by_kernels_forward, _by_kernels_backward)
+
+
+def _without_tail(y, group_sizes):
+    """Zeros in the rows beyond the groups, which kernels don't write."""
+    return jnp.where((jnp.arange(y.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes))[:, None], y, 0)
 
 
 _IMPLEMENTATIONS = {"dense": _dense, "scan": _scan, "ragged": _ragged, "blocked": _blocked}
