@@ -1,9 +1,10 @@
-"""`grouped_matmul` on TPU ("mosaic"): XLA's own kernel for what it has one for, a Pallas kernel for the rest.
+"""`grouped_matmul` on TPU ("mosaic"): XLA's own kernel for the products, a Pallas kernel for the gradient of w.
 
-XLA has a TPU kernel for `jax.lax.ragged_dot` (the product and the gradient of x), but expands the gradient of w to
-every group times every row (see docs/scaling.md). That one is here: rows are read in aligned tiles, a tile
-that several groups share is visited once for each, and a group's visits add up in one accumulator. The kernels that
-JAX ships (`pallas.ops.tpu.megablox`) do the same, but can't be traced inside `jax.shard_map` with `check_vma=True`.
+XLA has a TPU kernel for `jax.lax.ragged_dot`, which serves the product and the gradient of x. The gradient of w it
+expands to every group times every row with jax 0.10.2 (docs/scaling.md). The kernel here reads rows in aligned tiles,
+visits a tile that several groups share once for each, and adds a group's visits up in one accumulator. The kernels
+that JAX ships (`pallas.ops.tpu.megablox`) do the same, but can't be traced inside `jax.shard_map` with
+`check_vma=True`.
 """
 
 from __future__ import annotations
