@@ -10,6 +10,8 @@ import pytest
 from trace_jax.data.batches import sequential_batches
 from trace_jax.models.decoder import forward
 from trace_jax.parallel.mesh import make_mesh
+from trace_jax.routing.calibration import calibrate
+from trace_jax.routing.selection import select_experts
 from trace_jax.routing.statistics import ExpertStatistics, expert_assignments, expert_statistics
 
 
@@ -30,10 +32,17 @@ def reference(tiny_model, rows):
     return np.argsort(-scores, axis=-1)[..., :2], softmax.sum(1)
 
 
-@pytest.mark.parametrize("devices,batch_size", [(1, 14), (1, 5), (2, 5), (4, 4), (4, 7)])
-def test_counts_are_exact_at_any_batch_size_and_device_count(tiny_model, rows, reference, devices, batch_size):
+def mesh_of(data, expert=1, tensor=1):
+    return make_mesh(jax.devices()[: data * expert * tensor], data=data, expert=expert, tensor=tensor)
+
+
+MESHES = [((1,), 14), ((1,), 5), ((8,), 4), ((2, 4), 7), ((2, 2, 2), 5), ((1, 8), 7)]
+
+
+@pytest.mark.parametrize("sizes,batch_size", MESHES)
+def test_counts_are_exact_at_any_batch_size_and_on_any_mesh(tiny_model, rows, reference, sizes, batch_size):
     indices, gate_mass = reference
-    mesh = make_mesh(jax.devices()[:devices])
+    mesh = mesh_of(*sizes)
     found = expert_statistics(tiny_model, sequential_batches(rows, batch_size), mesh=mesh)
     expected = np.stack([np.bincount(layer.ravel(), minlength=8) for layer in indices])
     assert found.counts.dtype == np.int64
@@ -56,15 +65,30 @@ def test_padding_and_masked_positions_are_not_counted(tiny_model, rows):
     assert (found.counts.sum(axis=1) == 2 * found.tokens).all()
 
 
-@pytest.mark.parametrize("devices,batch_size", [(1, 14), (4, 5)])
-def test_assignments_are_the_top_k_of_every_valid_token_in_row_order(tiny_model, rows, reference, devices, batch_size):
-    mesh = make_mesh(jax.devices()[:devices])
+@pytest.mark.parametrize("sizes,batch_size", [((1,), 14), ((2, 2, 2), 5)])
+def test_assignments_are_the_top_k_of_every_valid_token_in_row_order(tiny_model, rows, reference, sizes, batch_size):
+    mesh = mesh_of(*sizes)
     found = expert_assignments(tiny_model, sequential_batches(rows, batch_size), mesh=mesh)
     assert found.indices.dtype == np.uint8
     assert np.array_equal(found.indices, reference[0])
     row, position = np.nonzero(rows.valid)
     assert np.array_equal(found.rows, row)
     assert np.array_equal(found.positions, position)
+
+
+def test_calibration_is_the_same_on_any_mesh(tiny_model, rows, random_rows):
+    found = []
+    for sizes in ((1,), (2, 4), (2, 2, 2)):
+        forget, retain = (
+            expert_statistics(tiny_model, sequential_batches(r, 7), mesh=mesh_of(*sizes))
+            for r in (random_rows(5), rows)
+        )
+        chosen = select_experts(forget, retain, rule="difference", top=2)
+        assignments = expert_assignments(tiny_model, sequential_batches(rows, 7), mesh=mesh_of(*sizes))
+        found.append(calibrate(assignments, selected=chosen, target=forget.frequency))
+    assert (found[0].multipliers > 0).any()
+    for other in found[1:]:
+        np.testing.assert_allclose(other.multipliers, found[0].multipliers, atol=1e-9)
 
 
 def test_statistics_are_the_same_after_saving(tiny_model, rows, tmp_path):
