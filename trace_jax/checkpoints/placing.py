@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from trace_jax.checkpoints.streaming import Part, mesh_axes
+from trace_jax.parallel.hosts import to_host
 
 
 def empty(shape: tuple[int, ...], dtype: str, sharding: NamedSharding | None) -> jax.Array:
@@ -42,7 +43,7 @@ def equal(parameter: jax.Array, numbers: jax.Array, part: Part) -> np.ndarray:
     kept = tuple(axis for axis, letter in enumerate(layout.order) if letter < layout.separate)
     program = _comparing(part.sharding, part.axis, part.slot.row is not None, kept)
     letters = [layout.order[axis] for axis in kept]
-    return np.asarray(program(parameter, numbers, *_where(part))).astype(bool).transpose(np.argsort(letters))
+    return to_host(program(parameter, numbers, *_where(part))).astype(bool).transpose(np.argsort(letters))
 
 
 def take(parameter: jax.Array, part: Part, dtype: np.dtype) -> np.ndarray:
@@ -51,7 +52,7 @@ def take(parameter: jax.Array, part: Part, dtype: np.dtype) -> np.ndarray:
     shape[part.axis] //= part.shards
     on_device = jnp.dtype(jax.dtypes.canonicalize_dtype(dtype))
     program = _taking(part.sharding, part.axis, part.slot.row is not None, part.count, on_device)
-    return np.asarray(program(parameter, *_where(part))).astype(dtype, copy=False)
+    return to_host(program(parameter, *_where(part))).astype(dtype, copy=False)
 
 
 def _where(part: Part) -> tuple[np.int32, np.int32]:
