@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, models
 from trace_jax.checkpoints import pretrained, streaming
 from trace_jax.checkpoints.pretrained import load_pretrained, special_tokens
 from trace_jax.checkpoints.tensor_file import CheckpointError
-from trace_jax.models.arrays import abstract_params, logical_axes
+from trace_jax.models.arrays import abstract_params, flatten, logical_axes
 from trace_jax.models.model import Source, SpecialTokens
+from trace_jax.models.sharding import param_shardings
 from trace_jax.parallel.mesh import make_mesh
 
 
@@ -122,11 +123,11 @@ def test_sharded_on_four_devices(rules, layout, tiny_checkpoint):
     assert jax.tree.all(jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding, got.params, shardings))
 
 
-def test_replicated_over_a_mesh(tiny_checkpoint):
-    mesh = make_mesh()
+def test_shared_by_the_devices_of_a_mesh(tiny_checkpoint):
+    mesh = make_mesh(expert=2, tensor=2)
     got = load_pretrained(tiny_checkpoint("mixtral"), mesh=mesh)
     assert_equal(got.params, load_pretrained(tiny_checkpoint("mixtral")).params)
-    assert all(leaf.sharding == NamedSharding(mesh, PartitionSpec()) for leaf in jax.tree.leaves(got.params))
+    assert {path: leaf.sharding for path, leaf in flatten(got.params).items()} == param_shardings(got.config, mesh)
 
 
 def test_sharded_layers_are_refused(tiny_checkpoint):
