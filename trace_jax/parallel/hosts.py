@@ -14,8 +14,8 @@ REPLICATED = P()
 
 
 def is_main() -> bool:
-    """Whether this is the one process that writes and reports."""
-    return jax.process_index() == 0
+    """Whether this process writes files and speaks: process 0, or the only one. Starts no device when it is alone."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def place(tree: Any, mesh: Mesh, specs: Any = REPLICATED) -> Any:

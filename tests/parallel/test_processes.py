@@ -1,0 +1,134 @@
+"""Two real processes on this machine sum a number and agree; what can't start says why."""
+
+import http.server
+import subprocess
+import sys
+import threading
+
+import jax
+import pytest
+
+from tests.two_processes import CLUSTERS, DEVICES, free_port, run_processes
+from trace_jax.config import ConfigError
+from trace_jax.parallel import processes
+from trace_jax.parallel.hosts import is_main
+from trace_jax.parallel.processes import VARIABLES, agreed, barrier, everywhere, start_processes
+
+ALL = [*VARIABLES, *CLUSTERS, "TPU_SKIP_MDS_QUERY", "GCE_METADATA_IP"]
+
+SUM = (
+    DEVICES
+    + """
+import sys
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from trace_jax.parallel.hosts import is_main
+from trace_jax.parallel.processes import agreed, barrier, everywhere, start_processes
+count = start_processes(*sys.argv[1:4], timeout=60)
+index = jax.process_index()
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+numbers = jax.make_array_from_callback((4,), jax.NamedSharding(mesh, P("data")), lambda i: jnp.arange(1.0, 5.0)[i])
+total = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x[0], "data"), mesh=mesh, in_specs=P("data"), out_specs=P()))
+barrier("together")
+print(count, index, is_main(), float(total(numbers)), agreed(7 + index), everywhere(True), everywhere(index == 0))
+"""
+)
+
+
+@pytest.mark.parametrize("variables", [False, True])
+def test_two_processes_sum_a_number_and_agree(variables):
+    found = run_processes(SUM, [(), ()], variables=variables)
+    assert [code for code, _, _ in found] == [0, 0], found
+    assert [out[-1].split() for _, out, _ in found] == [
+        ["2", "0", "True", "10.0", "7", "True", "False"],
+        ["2", "1", "False", "10.0", "7", "True", "False"],
+    ]
+
+
+@pytest.mark.parametrize(("index", "words"), [("0", "not all of the other 1 came"), ("1", "got no answer from the")])
+def test_a_process_whose_others_do_not_come_ends_and_says_so(index, words):
+    program = "import sys; from trace_jax.parallel.processes import start_processes as s; "
+    program += "s(sys.argv[1], 2, int(sys.argv[2]), timeout=2)"
+    address = f"127.0.0.1:{free_port()}"
+    child = subprocess.run([sys.executable, "-c", program, address, index], capture_output=True, text=True, timeout=60)
+    assert child.returncode == 2
+    assert f"trace_jax: process {index}" in child.stderr
+    assert words in child.stderr
+    assert address in child.stderr
+    assert "(waited 2 s)" in child.stderr
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No variable of a cluster is set; starting for real would be a mistake."""
+    for name in ALL:
+        monkeypatch.delenv(name, raising=False)
+    started = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: started.append(given))
+    return started
+
+
+def test_a_single_process_starts_nothing(alone, monkeypatch):
+    assert start_processes() == 1
+    assert start_processes("10.0.0.1:99", 1, 0) == 1
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # of a batch script, outside srun
+    assert start_processes() == 1
+    assert alone == []
+    assert is_main()
+    assert (agreed(3), everywhere(False)) == (3, False)
+    barrier("nobody to wait for")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-2]"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"TPU_WORKER_HOSTNAMES": "a,b"},
+    ],
+)
+def test_clusters_are_recognised(alone, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    start_processes()
+    assert alone == [()]
+
+
+@pytest.mark.parametrize(("workers", "started"), [("w:0:10.0.0.1,w:1:10.0.0.2", [()]), ("w:0:10.0.0.1", [])])
+def test_a_cloud_tpu_slice_is_recognised_by_its_metadata(alone, monkeypatch, workers, started):
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.headers["Metadata-Flavor"] == "Google" else 403)
+            self.end_headers()
+            self.wfile.write(workers.encode())
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        start_processes()
+    assert alone == started
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("10.0.0.1:99", 2, 2), "--process-id is 2 of 2 processes; expected a number from 0 to 1"),
+        (("10.0.0.1:99", 2, -1), "--process-id is -1"),
+        (("10.0.0.1:99", 0, 0), "of 0 processes"),
+        (("10.0.0.1:99", 2, None), "--process-id I: missing; the three are given together"),
+        ((None, 2, 1), "--coordinator HOST:PORT: missing"),
+        (("10.0.0.1", 2, 1), "expected HOST:PORT"),
+        (("10.0.0.1:99", "two", 1), "expected whole numbers"),
+    ],
+)
+def test_contradictions_are_refused(alone, given, message):
+    with pytest.raises(ConfigError, match=message):
+        start_processes(*given)
+    assert alone == []

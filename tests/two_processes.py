@@ -1,0 +1,51 @@
+"""Programs run as two real processes on this machine, joined over gloo, with two simulated devices each."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from trace_jax.parallel.processes import VARIABLES
+
+CLUSTERS = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
+DEVICES = """
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+"""
+JOIN = f"""{DEVICES}
+from trace_jax.parallel.processes import start_processes
+start_processes(timeout=60)
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_processes(program, arguments, *, variables=True, seconds=120):
+    """[(exit code, lines of stdout, stderr)] of one process for each list of arguments.
+
+    Args:
+      variables: whether the environment says which process it is (`VARIABLES`); otherwise `program` has to.
+    """
+    clean = {name: value for name, value in os.environ.items() if name not in (*VARIABLES, *CLUSTERS)}
+    clean["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), clean.get("PYTHONPATH", "")])
+    address, children = f"127.0.0.1:{free_port()}", []
+    try:
+        for index, given in enumerate(arguments):
+            values = (address, str(len(arguments)), str(index))
+            more = dict(zip(VARIABLES, values, strict=True)) if variables else {}
+            command = [sys.executable, "-c", program, *(() if variables else values), *map(str, given)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            children.append(subprocess.Popen(command, env=clean | more, **pipes))
+        found = [child.communicate(timeout=seconds) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    # Gloo has its say on stdout too.
+    lines = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in found]
+    return [(child.returncode, *rest) for child, *rest in zip(children, lines, (err for _, err in found), strict=True)]

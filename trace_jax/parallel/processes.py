@@ -1,0 +1,163 @@
+"""Several processes, one computation: how they find each other, wait for each other and agree."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from trace_jax.config import ConfigError
+
+# What --coordinator, --num-processes and --process-id say, for launchers that set variables.
+VARIABLES = ("TRACE_JAX_COORDINATOR", "TRACE_JAX_NUM_PROCESSES", "TRACE_JAX_PROCESS_ID")
+_METADATA = "http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+
+
+def start_processes(
+    coordinator: str | None = None,
+    num_processes: int | str | None = None,
+    process_id: int | str | None = None,
+    *,
+    timeout: float = 300.0,
+) -> int:
+    """Joins the other processes of a run, if there are any. Returns their number. Call before any device is used.
+
+    Without arguments the environment decides: `VARIABLES`, Slurm (srun), Open MPI (mpirun), a TPU slice on Google
+    Kubernetes Engine or on Cloud TPU. A single process does nothing. After `timeout` seconds without the others the
+    process ends with exit code 2 and says whom it waited for.
+
+    Args:
+      coordinator: HOST:PORT of process 0, reachable from all. The three arguments are given together or not at all.
+
+    Raises:
+      ConfigError: only some of the three are given, or they contradict each other.
+    """
+    if coordinator is None and num_processes is None and process_id is None:
+        coordinator, num_processes, process_id = (os.environ.get(name) for name in VARIABLES)
+    if not (coordinator is None and num_processes is None and process_id is None):
+        return _start_as(*_checked(coordinator, num_processes, process_id), timeout=timeout)
+    found, count = expected_processes()
+    if count == 1:
+        return 1
+    waiting = f"{found} says that there are {count} processes, but they have not all come"
+    advice = "Start one on every host (srun, mpirun, or the launcher of scripts/); see docs/scaling.md."
+    _within(timeout, f"{waiting}. {advice}", jax.distributed.initialize)
+    return jax.process_count()
+
+
+def _checked(coordinator: str | None, num_processes: int | str | None, process_id: int | str | None):
+    """The three as (text, int, int)."""
+    names = ("--coordinator HOST:PORT", "--num-processes N", "--process-id I")
+    values = (coordinator, num_processes, process_id)
+    if coordinator is None or num_processes is None or process_id is None:
+        missing = [name for name, value in zip(names, values, strict=True) if value is None]
+        raise ConfigError(f"{', '.join(missing)}: missing; the three are given together ({', '.join(VARIABLES)}).")
+    try:
+        count, index = int(num_processes), int(process_id)
+    except ValueError:
+        raise ConfigError(
+            f"--num-processes is {num_processes!r} and --process-id {process_id!r}; expected whole numbers."
+        ) from None
+    if count < 1 or not 0 <= index < count:
+        raise ConfigError(f"--process-id is {index} of {count} processes; expected a number from 0 to {count - 1}.")
+    host, colon, port = coordinator.rpartition(":")
+    if not (host and colon and port.isdigit()):
+        raise ConfigError(f"--coordinator is {coordinator!r}; expected HOST:PORT of process 0, such as 10.0.0.1:8476.")
+    return coordinator, count, index
+
+
+def _start_as(coordinator: str, count: int, index: int, *, timeout: float) -> int:
+    if count == 1:
+        return 1
+    if index:
+        waiting = f"process {index} of {count} got no answer from the coordinator {coordinator}"
+        advice = "Process 0 must be running there with the same --coordinator, and the port must be open."
+    else:
+        waiting = f"process 0 waited at {coordinator}, and not all of the other {count - 1} came"
+        advice = "Start each with the same --coordinator and --num-processes and its own --process-id."
+    _within(
+        timeout,
+        f"{waiting}. {advice}",
+        lambda: jax.distributed.initialize(coordinator, count, index, initialization_timeout=round(timeout) + 60),
+    )
+    return count
+
+
+def _within(timeout: float, failure: str, start: Callable[[], None]) -> None:
+    """JAX ends the process without a word for people when the others don't come; this is faster and has one."""
+
+    def end() -> None:
+        print(f"trace_jax: {failure} (waited {timeout:g} s)", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    alarm = threading.Timer(timeout, end)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        start()
+    finally:
+        alarm.cancel()
+
+
+def expected_processes() -> tuple[str, int]:
+    """(who says so, how many processes) as the environment has it that started this one."""
+    variables = os.environ
+    if "SLURM_STEP_NODELIST" in variables and "SLURM_PROCID" in variables:
+        return "Slurm", int(variables.get("SLURM_NTASKS", "1"))
+    if "OMPI_COMM_WORLD_SIZE" in variables:
+        return "Open MPI", int(variables["OMPI_COMM_WORLD_SIZE"])
+    if hosts := variables.get("TPU_WORKER_HOSTNAMES"):
+        return "TPU_WORKER_HOSTNAMES", len(hosts.split(","))
+    return "the metadata of the Cloud TPU", _cloud_tpu_workers()
+
+
+def _cloud_tpu_workers() -> int:
+    """Hosts of the slice that this virtual machine is one of; 1 where there is no TPU."""
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    skip = "TPU_SKIP_MDS_QUERY" in os.environ or os.environ.get("JAX_PLATFORMS", "tpu") == "cpu"
+    if not chips or skip or importlib.util.find_spec("libtpu") is None:
+        return 1
+    address = _METADATA.format(os.environ.get("GCE_METADATA_IP", "metadata.google.internal"))
+    request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return len(answer.read().decode().split(","))
+    except OSError:
+        return 1
+
+
+def check_joined() -> None:
+    """Raises ConfigError if the devices belong to several processes that were not started as one."""
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ConfigError(
+            f"there are {jax.process_count()} processes that don't know of each other; start them with a launcher of "
+            "scripts/, or with --coordinator, --num-processes and --process-id (docs/scaling.md)."
+        )
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here: what process 0 wrote before it, the others can read after it."""
+    if jax.distributed.is_initialized():
+        multihost_utils.sync_global_devices(name)
+
+
+def agreed(value: bool | int) -> int:
+    """Process 0's `value`, on every process: they must not decide differently by what they see on disk."""
+    if not jax.distributed.is_initialized():
+        return int(value)
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def everywhere(value: bool) -> bool:
+    """Whether `value` holds on every process."""
+    if not jax.distributed.is_initialized():
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(value))))
