@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.two_processes import JOIN, run_processes
 from trace_jax.config import ConfigError, resolve
 from trace_jax.experiment import ExperimentConfig
 from trace_jax.files import read_json, write_json
@@ -39,7 +40,7 @@ def test_a_directory_that_is_no_run_is_never_touched(tmp_path):
 
 
 def test_a_full_disk_is_said_before_work_begins(tmp_path, monkeypatch):
-    monkeypatch.setattr("trace_jax.stages.shutil.disk_usage", lambda _: type("Usage", (), {"free": 5 << 20}))
+    monkeypatch.setattr("trace_jax.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 5 << 20}))
     with pytest.raises(ConfigError, match="only 5 MiB are free"):
         open_workdir(experiment(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -58,3 +59,59 @@ def test_a_stage_that_failed_is_not_done(tmp_path):
     with pytest.raises(ZeroDivisionError):
         stage.run(lambda: 1 / 0, lambda: None, "counting")
     assert not stage.done()
+
+
+WORKDIR = (
+    JOIN
+    + """
+import sys
+from pathlib import Path
+from tests.test_stages import experiment
+from trace_jax import stages
+from trace_jax.config import ConfigError
+from trace_jax.files import append_line, read_json, remove, write_json
+from trace_jax.progress import progress, say
+stages._SECONDS_TO_SEE = 2.0
+index, path = jax.process_index(), Path(sys.argv[1])
+try:
+    path = stages.open_workdir(experiment(), path)
+except ConfigError as error:
+    print(error)
+    sys.exit()
+say(f"from {index}")
+with progress("work", 1) as advance:
+    advance(1, "")
+append_line(path / "lines.jsonl", {"process": index})
+stage = stages.Stage("made", path, "x")
+made = stage.run(lambda: write_json(path / "made.json", index), lambda: "loaded", "making")
+print(made, read_json(path / "made.json"))
+if index == 1:  # what one process alone sees decides nothing
+    stages.read_json = lambda file: None
+print(stage.run(lambda: "made again", lambda: "loaded", "making"))
+if index == 1:
+    remove(path / "made.json")
+"""
+)
+
+
+def test_of_two_processes_one_writes_and_both_take_the_same_way(tmp_path):
+    (code, out, err), (other_code, other_out, other_err) = run_processes(WORKDIR, [[tmp_path / "run"]] * 2)
+    assert (code, other_code) == (0, 0), err + other_err
+    assert out == other_out == ["None 0", "loaded"]
+    assert "from 0" in err and "making: already done" in err
+    assert "from 1" not in other_err and "making" not in other_err
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "lines.jsonl",
+        "made.json",
+        "made.stage.json",
+    }
+    assert (tmp_path / "run" / "lines.jsonl").read_text() == '{"process": 0}\n'
+
+
+def test_a_workdir_that_one_process_does_not_see_is_refused(tmp_path):
+    found = run_processes(WORKDIR, [[tmp_path / "of-one-host"], [tmp_path / "of-the-other"]])
+    for code, out, err in found:
+        assert code == 0, err
+        assert "not every process sees what process 0 writes there" in out[0]
+    assert not (tmp_path / "of-the-other").exists()

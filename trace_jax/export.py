@@ -18,6 +18,7 @@ from trace_jax.config import ConfigError, resolve
 from trace_jax.data.config import DataConfig
 from trace_jax.data.sources import HUGGINGFACE
 from trace_jax.experiment import METHODS, ExperimentConfig
+from trace_jax.files import as_path, local_copy, replacing
 from trace_jax.models.arrays import abstract_params, flatten, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
@@ -31,14 +32,16 @@ _FILE, _TOKENIZER = "model.safetensors", "tokenizer.json"
 
 def save_trained(directory: Path, model: Model, identity: str) -> None:
     """Keeps a model that was trained here, with its tokenizer."""
-    model.tokenizer.save(str(directory / _TOKENIZER))
+    with replacing(directory / _TOKENIZER) as temporary:
+        model.tokenizer.save(str(temporary))
     save_params(directory / _FILE, model.params, {"identity": identity})
 
 
 def load_trained(directory: Path, config: ModelConfig) -> Model:
     """The inverse of `save_trained`."""
     params, _ = load_params(directory / _FILE, abstract_params(config))
-    return Model(config, params, Tokenizer.from_file(str(directory / _TOKENIZER)))
+    with local_copy(directory / _TOKENIZER) as local:
+        return Model(config, params, Tokenizer.from_file(str(local)))
 
 
 def load_target(config: ExperimentConfig, workdir: Path, mesh: Mesh | None = None) -> Model:
@@ -79,12 +82,14 @@ def export_run(
     Raises:
       ConfigError: no such run or method; the checkpoint that the run started from has changed.
     """
-    path = Path(workdir)
+    path = as_path(workdir)
     saved = needed(path / "config.json")
     config = resolve(ExperimentConfig, saved["config"])
     if config.identity() != saved["identity"]:
         raise ConfigError(f"{path}: the checkpoint that this run started from has changed; run it again.")
-    finished = sorted(file.parent.name for file in path.glob("methods/*/results.json"))
+    methods = path / "methods"
+    there = methods.iterdir() if methods.is_dir() else ()
+    finished = sorted(d.name for d in there if (d / "results.json").exists())
     if label is None and len(finished) == 1:
         label = finished[0]
     if label not in finished:

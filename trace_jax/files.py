@@ -1,19 +1,83 @@
-"""Small artefacts on disk: written whole under a temporary name, then renamed."""
+"""Files of a run: small ones, written whole under a temporary name and then renamed, by process 0 alone.
+
+A path may be an address such as gs://bucket/runs/a. It is then an `etils.epath` path, which behaves like a `pathlib`
+one; numbers and tensors are read and written through a local copy (`local_copy`, `replacing`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from trace_jax.config import ConfigError
+from trace_jax.parallel.hosts import is_main
+
+_SCHEME = "gs://"
+_SECONDS_BETWEEN_WRITES = 30.0
+
+
+def as_path(path: str | os.PathLike) -> Path:
+    """`path` as a `pathlib` path, or as the path that stands for an address gs://BUCKET/NAME.
+
+    Raises:
+      ConfigError: an address of another kind, without a bucket, or without the package that reads it.
+    """
+    text = os.fspath(path)
+    scheme, mark, rest = text.partition("://")
+    if not mark:
+        return Path(text)
+    if scheme + mark != _SCHEME or not rest.strip("/"):
+        raise ConfigError(f"{text}: expected a local path, or an address {_SCHEME}BUCKET/NAME.")
+    import fsspec
+    from etils import epath
+
+    try:
+        fsspec.get_filesystem_class("gs")
+    except ImportError:
+        raise ConfigError(f"{text}: needs a package that reads {_SCHEME}: pip install 'trace-jax[gcs]'.") from None
+    return cast(Path, epath.Path(text))
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether `path` is an address in an object store: nothing there is renamed, extended or mapped into memory."""
+    return "://" in os.fspath(path)
+
+
+def shown(path: str | os.PathLike) -> str:
+    """The full path or address, for people."""
+    return os.fspath(path) if is_remote(path) else str(Path(path).resolve())
+
+
+def free_bytes(path: str | os.PathLike) -> float:
+    """Space left where `path` is or will be; endless in an object store."""
+    if is_remote(path):
+        return float("inf")
+    there = Path(path).absolute()
+    return shutil.disk_usage(next(p for p in (there, *there.parents) if p.exists())).free
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it takes the place of `path`, on any error it vanishes."""
-    path = Path(path)
+    """Yields a temporary local path; on success it takes the place of `path`, on any error it vanishes.
+
+    In other processes than 0 it always vanishes.
+    """
+    path = as_path(path)
+    if not is_main() or is_remote(path):
+        with tempfile.TemporaryDirectory() as scratch:
+            temporary = Path(scratch) / path.name
+            yield temporary
+            if is_main():
+                _LOGS.pop(os.fspath(path), None)
+                upload(temporary, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -21,6 +85,39 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def upload(source: Path, path: Path) -> None:
+    """Copies a local file to an address, where it appears whole."""
+    with source.open("rb") as file, path.open("wb") as remote:
+        shutil.copyfileobj(file, remote, 16 << 20)
+
+
+@contextlib.contextmanager
+def local_copy(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields `path` itself, or a local copy of what is at the address."""
+    path = as_path(path)
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / path.name
+        with path.open("rb") as remote, copy.open("wb") as file:
+            shutil.copyfileobj(remote, file, 16 << 20)
+        yield copy
+
+
+def remove(path: str | os.PathLike) -> None:
+    """Removes a file, or a directory with all that is in it, if it is there. Process 0 alone does."""
+    path = as_path(path)
+    if not is_main():
+        return
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+    elif is_remote(path):
+        cast(Any, path).rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -35,22 +132,23 @@ def read_json(path: str | os.PathLike) -> Any | None:
     Raises:
       ValueError: the file is not JSON (names the file).
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes().decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}). Remove it to make it anew.") from error
 
 
 def read_lines(path: str | os.PathLike) -> list[dict]:
     """The JSON objects of a line-delimited file; a last line cut short by an interruption is dropped."""
-    path = Path(path)
+    flush_lines()
+    path = as_path(path)
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().decode("utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -59,8 +157,47 @@ def read_lines(path: str | os.PathLike) -> list[dict]:
 
 
 def append_line(path: str | os.PathLike, row: dict) -> None:
-    """Adds one JSON object to a line-delimited file and flushes it."""
-    path = Path(path)
+    """Adds one JSON object to a line-delimited file.
+
+    A local file has it at once. An address can only be written anew, so that it gets new lines every 30 seconds and
+    by `flush_lines`.
+    """
+    if not is_main():
+        return
+    path, line = as_path(path), json.dumps(row) + "\n"
+    if is_remote(path):
+        log = _LOGS.get(os.fspath(path))
+        if log is None:
+            log = _LOGS[os.fspath(path)] = _Log(path)
+        log.add(line)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(line)
+
+
+def flush_lines() -> None:
+    """Writes what `append_line` still holds; needed before a state is saved that the lines belong to."""
+    for log in _LOGS.values():
+        log.write()
+
+
+class _Log:
+    """The lines at an address, whole, and whether some are not there yet."""
+
+    def __init__(self, path: Path):
+        self._path, self._written, self._changed = path, time.monotonic(), False
+        self._text = path.read_bytes().decode("utf-8") if path.exists() else ""
+
+    def add(self, line: str) -> None:
+        self._text, self._changed = self._text + line, True
+        if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
+            self.write()
+
+    def write(self) -> None:
+        if self._changed:
+            self._path.write_bytes(self._text.encode("utf-8"))
+            self._written, self._changed = time.monotonic(), False
+
+
+_LOGS: dict[str, _Log] = {}

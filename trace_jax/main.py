@@ -34,8 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("TRACE_JAX_TRACEBACK"):
             raise
-        print(f"trace_jax: {error}", file=sys.stderr)
-        return 2
+        print(f"trace_jax: {error}", file=sys.stderr, flush=True)
+        return _ended(2)
+
+
+def _ended(code: int) -> int:
+    """The exit code of a run that failed. One of several processes ends at once: the others must not wait for it."""
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        os._exit(code)
+    return code
 
 
 def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
@@ -75,21 +82,26 @@ def _literal(text: str) -> Any:
     return text
 
 
-def _parser(command: str, *, config: bool) -> argparse.ArgumentParser:
+def _parser(command: str, *, config: bool, parents: Sequence[argparse.ArgumentParser] = ()) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     about = f"commands: {', '.join(COMMANDS)} (run if none is named)"
     parser = argparse.ArgumentParser(
-        f"trace_jax.main {command}", description=about, epilog=_EPILOG, formatter_class=formatter
+        f"trace_jax.main {command}", description=about, epilog=_EPILOG, formatter_class=formatter, parents=parents
     )
     if config:
         parser.add_argument("--config", required=True, metavar="FILE[:variant]", help="experiment to run")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where its artefacts are; made if missing")
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="where its artefacts are (a directory, or gs://BUCKET/NAME); made if missing",
+    )
     return parser
 
 
-def _parse(command: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, Any]:
+def _parse(command: str, arguments: Sequence[str], *parents: argparse.ArgumentParser) -> tuple[argparse.Namespace, Any]:
     """Options, and the experiment with its `--config.a.b=value` overrides."""
-    parser = _parser(command, config=True)
+    parser = _parser(command, config=True, parents=parents)
     parser.add_argument("--overwrite", action="store_true", help="replace a workdir of another corpus or model")
     options, rest = parser.parse_known_args(arguments)
     overrides = {}
@@ -105,12 +117,21 @@ def _parse(command: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, 
 
 
 def _run(arguments: Sequence[str]) -> int:
-    options, config = _parse("run", arguments)
+    several = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    group = several.add_argument_group("several processes", "found by itself on Cloud TPU, GKE, Slurm and Open MPI")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is reached")
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    options, config = _parse("run", arguments, several)
     from trace_jax.parallel.memory import keep_freed_memory
-    from trace_jax.pipeline import run
+    from trace_jax.parallel.processes import start_processes
 
     keep_freed_memory()
-    print(run(config, options.workdir, overwrite=options.overwrite))
+    start_processes(options.coordinator, options.num_processes, options.process_id)
+    from trace_jax.pipeline import run
+
+    if text := run(config, options.workdir, overwrite=options.overwrite):
+        print(text)
     return 0
 
 

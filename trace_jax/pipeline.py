@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +36,13 @@ from trace_jax.export import (
     save_trained,
     save_unlearned,
 )
-from trace_jax.files import write_json
+from trace_jax.files import free_bytes, remove, shown, write_json
 from trace_jax.models.arrays import count_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
+from trace_jax.parallel.hosts import is_main
 from trace_jax.parallel.mesh import make_mesh
+from trace_jax.parallel.processes import barrier, check_joined
 from trace_jax.progress import say, tracked
 from trace_jax.routing.retain_weights import RetainWeights, retain_weights
 from trace_jax.routing.statistics import ExpertStatistics, expert_statistics
@@ -73,18 +74,21 @@ class Prepared:
 def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> str:
     """Runs, or continues, every stage of an experiment. Returns the table and where the report is, as text.
 
+    With several processes (`start_processes`) each runs this; process 0 writes and has the table.
+
     Raises:
       ConfigError, ValueError: something given can't be used; the message says what, and what to do.
     """
     prepared = prepare(config, workdir, overwrite=overwrite)
     known = {name: run_method(prepared, config.method(name), label=name) for name in config.methods}
-    text = refresh(prepared.workdir, config.methods)
+    text = refresh(prepared.workdir, config.methods) if is_main() else ""
     return f"{text}\n{_export_stage(prepared, config.export, known[config.export])}" if config.export else text
 
 
 def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Prepared:
     """Data, target model (and retrained model), statistics and the evaluator: what every method starts from."""
     check_workdir(config, workdir, overwrite=overwrite)
+    check_joined()
     layout = config.parallel
     mesh = make_mesh(data=layout.data, expert=layout.expert, tensor=layout.tensor)
     corpora = read_corpora(config)  # before anything is written: data may be refused
@@ -156,7 +160,7 @@ def _model_stage(
         return model
 
     model = stage.run(make, lambda: load_trained(stage.directory, shape), f"{name} model")
-    shutil.rmtree(stage.directory / "checkpoints", ignore_errors=True)  # of use while it trains only
+    remove(stage.directory / "checkpoints")  # of use while it trains only
     return model
 
 
@@ -168,7 +172,7 @@ def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
             training, _ = partition(target.params, config.method(name).unlearning.trainable or "all")
             sizes[name] = parameter_bytes(training)
             sizes["states"] = max(sizes.get("states", 0), 3 * 3 * 4 * parameter_count(training))  # weights, Adam's two
-    needed, free = sum(sizes.values()), shutil.disk_usage(path).free
+    needed, free = sum(sizes.values()), free_bytes(path)
     if free < needed:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sizes.items())
         raise ConfigError(
@@ -261,6 +265,7 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
             batch_size=config.evaluation.batch_size,
             max_rows=config.evaluation.max_rows,
         )
+        barrier(f"{label}: evaluations")  # process 0 has written them
         fronts = {split: _front(prepared, directory, known, split).to_json() for split in SPLITS}
         write_json(
             directory / "results.json",
@@ -281,7 +286,7 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
         )
 
     stage.run(make, lambda: None, f"unlearning with {label}")
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    remove(directory / "checkpoints")
     return known
 
 
@@ -297,7 +302,7 @@ def _export_stage(prepared: Prepared, label: str, known: str) -> str:
         export_model(prepared.config, prepared.workdir, label, model, output, overwrite=True)
 
     stage.run(make, lambda: None, f"export of {label}")
-    return f"export: {output.resolve()}"
+    return f"export: {shown(output)}"
 
 
 def _finite(value: float) -> float | None:

@@ -11,19 +11,22 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from trace_jax.parallel.hosts import is_main
+
 T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 15.0
 
 
 def say(text: str) -> None:
-    """One line for the person at the keyboard (stderr, so that results on stdout stay clean)."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for the person at the keyboard (stderr, so that results on stdout stay clean), from process 0."""
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def progress(title: str, total: int, *, start: int = 0, unit: str = "step") -> Iterator[Callable[[int, str], None]]:
     """Yields `advance(done, note)`. `start` is what an earlier, interrupted run had done already."""
-    if not sys.stderr.isatty():
+    if not (sys.stderr.isatty() and is_main()):
         yield _plain(title, total, start, unit)
         return
     columns = (

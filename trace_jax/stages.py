@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import jax
+
 from trace_jax.config import ConfigError, as_dict
 from trace_jax.experiment import ExperimentConfig
-from trace_jax.files import read_json, write_json
+from trace_jax.files import as_path, free_bytes, is_remote, read_json, remove, write_json
+from trace_jax.parallel.processes import agreed, barrier, everywhere
 from trace_jax.progress import say
 
 T = TypeVar("T")
 _FREE_BYTES = 1 << 30
+_SECONDS_TO_SEE = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +36,13 @@ class Stage:
         return self.directory / f"{self.name}.stage.json"
 
     def done(self) -> bool:
-        """Whether the artefact of exactly these settings is there."""
+        """Whether the artefact of exactly these settings is there; the same on every process."""
         marker = read_json(self._marker)
-        return marker is not None and marker.get("identity") == self.identity
+        return bool(agreed(marker is not None and marker.get("identity") == self.identity))
 
     def forget(self) -> None:
         """Makes the stage run again."""
-        self._marker.unlink(missing_ok=True)
+        remove(self._marker)
 
     def run(self, make: Callable[[], T], load: Callable[[], T], title: str) -> T:
         """What `load` reads if the stage is done, else what `make` makes (and writes)."""
@@ -50,6 +54,7 @@ class Stage:
             self.forget()
         result = make()
         write_json(self._marker, {"identity": self.identity})
+        barrier(f"{title}: written")  # later stages read it, on every process
         return result
 
 
@@ -59,12 +64,31 @@ def open_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwr
     Raises:
       ConfigError: see `check_workdir`.
     """
-    path = Path(workdir)
+    path = as_path(workdir)
     if check_workdir(config, path, overwrite=overwrite):
-        shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
+        remove(path)
     write_json(path / "config.json", {"identity": config.identity(), "config": as_dict(config)})
+    _check_shared(path)
     return path
+
+
+def _check_shared(path: Path) -> None:
+    """Every process must see what process 0 writes: a run continues from its files, and states are written by all."""
+    if not jax.distributed.is_initialized():
+        return
+    file, token = path / "shared.json", agreed(int.from_bytes(os.urandom(3)))
+    write_json(file, token)
+    barrier("a token in the workdir")
+    end = time.monotonic() + _SECONDS_TO_SEE
+    while not (seen := read_json(file) == token) and time.monotonic() < end:
+        time.sleep(0.5)  # network file systems take a while
+    shared = everywhere(seen)
+    remove(file)
+    if not shared:
+        raise ConfigError(
+            f"{path}: not every process sees what process 0 writes there; each host has a disk of its own. Give "
+            "--workdir a directory that all hosts mount, or an address gs://BUCKET/NAME."
+        )
 
 
 def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> bool:
@@ -74,7 +98,7 @@ def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overw
       ConfigError: the directory belongs to another corpus or model (and `overwrite` is not given), holds something
         that is not a run, or is on a disk without space.
     """
-    path = Path(workdir)
+    path = as_path(workdir)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: is a file; --workdir needs a directory.")
     earlier = read_json(path / "config.json") if path.is_dir() else None
@@ -87,8 +111,12 @@ def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overw
                 f"{path}: holds a run of another configuration ({'; '.join(changed)}). Choose another --workdir, or "
                 "pass --overwrite to replace that run."
             )
-    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
+    if config.export and is_remote(path):
+        raise ConfigError(
+            f"{path}: a checkpoint is exported to a local disk. Leave `export` unset, and afterwards, on one machine: "
+            f"python -m trace_jax.main export --workdir {path} --output DIR."
+        )
+    free = free_bytes(path)
     if free < _FREE_BYTES:
         raise ConfigError(f"{path}: only {free / 2**20:.0f} MiB are free there; a run needs 1 GiB.")
     return earlier is not None and earlier.get("identity") != config.identity()

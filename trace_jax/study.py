@@ -25,7 +25,7 @@ from trace_jax.evaluation.comparison import READINGS, Comparison, Run, check_equ
 from trace_jax.evaluation.fronts import Front
 from trace_jax.evaluation.tables import comparison_markdown, comparison_text
 from trace_jax.experiment import METHODS, ExperimentConfig, Method
-from trace_jax.files import read_json, replacing, write_json
+from trace_jax.files import read_json, replacing, shown, write_json
 from trace_jax.parallel.memory import keep_freed_memory
 from trace_jax.progress import progress, say
 from trace_jax.report import Number, ReportData, SummaryRow, report_front, write_report
@@ -201,7 +201,7 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
         temporary.write_text("\n\n".join(map(comparison_markdown, comparisons)) + "\n", encoding="utf-8")
     report = write_report(_report_data(config, path, runs, comparisons), path / "report.html")
     text = "\n\n".join(comparison_text(comparison) for comparison in comparisons)
-    return f"{text}\n\nstudy: {(path / 'study.json').resolve()}\nreport: {report.resolve()}"
+    return f"{text}\n\nstudy: {shown(path / 'study.json')}\nreport: {shown(report)}"
 
 
 def _seconds(path: Path, jobs: Sequence[Trial]) -> dict[str, float]:

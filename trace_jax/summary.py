@@ -15,7 +15,7 @@ from trace_jax.evaluation.benchmarks import Scoreboard, scoreboard
 from trace_jax.evaluation.fronts import Front, crossing
 from trace_jax.evaluation.tables import equal_forgetting
 from trace_jax.experiment import METHODS
-from trace_jax.files import read_json, read_lines, write_json
+from trace_jax.files import as_path, local_copy, read_json, read_lines, shown, write_json
 from trace_jax.report import Number, ReportData, Routing, SummaryRow, report_front, write_report
 from trace_jax.routing.statistics import ExpertStatistics
 
@@ -30,7 +30,7 @@ FORGOTTEN = {
 
 def summarise(workdir: str | os.PathLike, labels: Iterable[str]) -> dict[str, Any]:
     """The content of results.json: references, every method's measurements and front, and the tables."""
-    path = Path(workdir)
+    path = as_path(workdir)
     config, references = needed(path / "config.json")["config"], needed(path / "references.json")
     methods = {label: needed(path / "methods" / label / "results.json") for label in labels}
     fronts = {label: Front.from_json(result["fronts"][SPLIT]) for label, result in methods.items()}
@@ -60,10 +60,10 @@ def needed(file: Path) -> dict[str, Any]:
 
 def write_run_report(workdir: str | os.PathLike) -> str:
     """Writes report.html of a finished run from its files. Returns where it is, as a sentence."""
-    path = Path(workdir)
+    path = as_path(workdir)
     results = needed(path / "results.json")
     file = write_report(_report_data(path, results), path / "report.html")
-    return f"report: {file.resolve()}"
+    return f"report: {shown(file)}"
 
 
 def _report_data(path: Path, results: dict[str, Any]) -> ReportData:
@@ -166,7 +166,10 @@ def _routing(path: Path, results: dict[str, Any]) -> Routing | None:
     forget, retain = (ExpertStatistics.load(file) for file in statistics.values())
     calibrated, selected = {}, {}
     for label in results["methods"]:
-        with np.load(path / "methods" / label / "weights.npz", allow_pickle=False) as file:
+        with (
+            local_copy(path / "methods" / label / "weights.npz") as local,
+            np.load(local, allow_pickle=False) as file,
+        ):
             if "frequency" in file and file["selected"].any():
                 calibrated[label], selected[label] = file["frequency"], file["selected"]
     uniform = forget.top_k / forget.counts.shape[1]
@@ -175,7 +178,7 @@ def _routing(path: Path, results: dict[str, Any]) -> Routing | None:
 
 def refresh(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
     """Rewrites results.json and report.html; returns the table and where the report is."""
-    path = Path(workdir)
+    path = as_path(workdir)
     results = summarise(path, labels)
     write_json(path / "results.json", results)
     return f"{results['table']}\n\n{write_run_report(path)}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_jax.checkpoints.tensor_file import CheckpointError, Tensor, TensorFile
+from trace_jax.files import is_remote
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -32,6 +33,11 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     Raises:
       CheckpointError: `path` is no directory with a complete safetensors checkpoint; the message says what to do.
     """
+    if is_remote(path):
+        raise CheckpointError(
+            f"{os.fspath(path)}: tensors are read from a local disk. Copy the checkpoint to every host first: "
+            f"gcloud storage cp -r {os.fspath(path).rstrip('/')} DIRECTORY."
+        )
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.config import ConfigError, Section, fingerprint, option
+from trace_jax.files import is_remote
 from trace_jax.models.config import GROUPED_MATMULS
 
 _SAMPLE, _STRIDE = 1 << 12, 1 << 18  # bytes
@@ -29,6 +30,8 @@ class PretrainedConfig(Section):
         super().__post_init__()
         if not self.path:
             raise ConfigError("path is empty; give the directory of a checkpoint: --config.model.path=DIR.")
+        if is_remote(self.path):
+            return
         object.__setattr__(self, "path", os.path.abspath(os.path.expanduser(self.path)))  # `export` may run elsewhere
 
     def identity(self) -> str:

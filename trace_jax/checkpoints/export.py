@@ -32,7 +32,8 @@ from trace_jax.checkpoints.shards import (
     writing_shards,
 )
 from trace_jax.checkpoints.streaming import PIECE_BYTES, Part, parts_of, pieces, stream
-from trace_jax.checkpoints.tensor_file import DTYPES, Tensor, TensorWriter
+from trace_jax.checkpoints.tensor_file import DTYPES, CheckpointError, Tensor, TensorWriter
+from trace_jax.files import is_remote
 from trace_jax.models.arrays import flat_specs, flatten
 from trace_jax.models.families import FAMILIES, family_of
 from trace_jax.models.model import Model
@@ -70,6 +71,8 @@ def save_pretrained(
       CheckpointError: `path` exists or has too little space; the source is gone or doesn't fit the model.
       ConfigError: a model without a source that no `mixtral` config.json describes.
     """
+    if is_remote(path):
+        raise CheckpointError(f"{os.fspath(path)}: a checkpoint is exported to a local disk. Copy it there afterwards.")
     destination = Path(path).absolute()
     check_destination(destination, overwrite=overwrite, source=model.source.directory if model.source else None)
     params = _checked_params(model)

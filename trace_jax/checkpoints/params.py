@@ -12,6 +12,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
 from trace_jax.checkpoints.tensor_file import writing_tensors
+from trace_jax.files import local_copy
 
 
 def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = None) -> None:
@@ -31,7 +32,7 @@ def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:
     """
     flat = _dotted(abstract)
     try:
-        with safe_open(path, framework="flax") as file:
+        with local_copy(path) as local, safe_open(local, framework="flax") as file:
             names = set(file.keys())
             if names != set(flat):
                 raise ValueError(

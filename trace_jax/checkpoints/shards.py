@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from trace_jax.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
 from trace_jax.checkpoints.tensor_file import CheckpointError, TensorWriter, writing_tensors
+from trace_jax.parallel.hosts import is_main
 
 Specs = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # type and shape by name
 
@@ -95,7 +97,14 @@ def check_space(path: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """Yields a new directory beside `path`; on success it takes the place of `path`, on any error it vanishes."""
+    """Yields a new directory beside `path`; on success it takes the place of `path`, on any error it vanishes.
+
+    In other processes than 0 it always vanishes.
+    """
+    if not is_main():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.options import MultiprocessingOptions
 
+from trace_jax.files import is_remote
 from trace_jax.parallel.agreement import everywhere, main_says
 
 logger = logging.getLogger("trace_jax")
@@ -43,7 +44,7 @@ class StateStore:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2, cleanup_tmp_directories=True, multiprocessing_options=everyone, create=False
         )
-        path = epath.Path(directory).absolute()
+        path = epath.Path(directory) if is_remote(directory) else epath.Path(directory).absolute()
         path.mkdir(parents=True, exist_ok=True)
         handlers = {"state": _writer(everyone), "about": ocp.JsonCheckpointHandler()}
         self._manager = _Manager(path, options=options, item_handlers=handlers)

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from trace_jax.files import replacing
+from trace_jax.parallel.hosts import is_main
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -155,9 +156,11 @@ def _parse_header(path: Path, text: bytes) -> dict:
 
 
 class TensorWriter:
-    """A safetensors file being written; see `writing_tensors`."""
+    """A safetensors file being written; see `writing_tensors`. Without a descriptor it only checks its input."""
 
-    def __init__(self, descriptor: int, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping):
+    def __init__(
+        self, descriptor: int | None, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping
+    ):
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         end, self._begin = 0, {}
         for name, (dtype, shape) in specs.items():
@@ -168,7 +171,8 @@ class TensorWriter:
         text += b" " * (-len(text) % 8)
         self._descriptor, self._specs, self._data = descriptor, specs, 8 + len(text)
         self.missing = set(specs)
-        os.ftruncate(descriptor, self._data + end)
+        if descriptor is not None:
+            os.ftruncate(descriptor, self._data + end)
         self._put(len(text).to_bytes(8, "little") + text, 0)
 
     def write(self, name: str, array: np.ndarray, start: int = 0) -> None:
@@ -187,6 +191,8 @@ class TensorWriter:
             self.write(name, tensor.read(start, min(start + step, math.prod(tensor.shape))), start)
 
     def _put(self, data: Any, position: int) -> None:
+        if self._descriptor is None:
+            return
         left = memoryview(data)
         while left:
             count = os.pwrite(self._descriptor, left, position)
@@ -202,16 +208,18 @@ def writing_tensors(
     """Yields a `TensorWriter` for a file with the tensors `specs` (dtype and shape by name), in this order.
 
     Tensors may be written in any order and in parts. The file gets its name at the end, when all have been written.
+    Other processes than 0 write no byte.
 
     Raises:
       CheckpointError: a tensor has not been written.
     """
-    with replacing(path) as temporary:
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            writer = TensorWriter(descriptor, specs, metadata)
-            yield writer
-        finally:
-            os.close(descriptor)
+    with contextlib.ExitStack() as stack:
+        descriptor = None
+        if is_main():
+            temporary = stack.enter_context(replacing(path))
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            stack.callback(os.close, descriptor)
+        writer = TensorWriter(descriptor, specs, metadata)
+        yield writer
         if writer.missing:
             raise CheckpointError(f"{path}: {sorted(writer.missing)[0]} and maybe others have not been written.")

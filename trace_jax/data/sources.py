@@ -9,6 +9,8 @@ import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
+from trace_jax.files import as_path, is_remote
+
 
 @dataclasses.dataclass(frozen=True)
 class Document:
@@ -32,7 +34,8 @@ def load_documents(path: str) -> list[Document]:
     """Documents of a JSONL file (one a line), a text file (one document) or a directory of such files, by name.
 
     A line of JSONL is an object with "text", or with "question" and "answer"; other keys are refused.
-    `huggingface:NAME[/CONFIG][:SPLIT]` is a data set with such columns (`load_dataset`).
+    `huggingface:NAME[/CONFIG][:SPLIT]` is a data set with such columns (`load_dataset`). Files may be at
+    gs://BUCKET/NAME.
 
     Raises:
       DataError: nothing there, unreadable, not UTF-8, empty, or a line of another form.
@@ -41,7 +44,8 @@ def load_documents(path: str) -> list[Document]:
         raise DataError("The path is empty; expected a JSONL file, a text file or a directory of such files.")
     if path.startswith(HUGGINGFACE):
         return load_dataset(path.removeprefix(HUGGINGFACE))
-    root = pathlib.Path(path).expanduser()
+    root = as_path(path)
+    root = root if is_remote(root) else root.expanduser()
     if not root.exists():
         raise DataError(f"{root}: there is no such file or directory.")
     documents = [d for file in _files(root) for d in _read(file)]
@@ -92,7 +96,7 @@ def _files(root: pathlib.Path) -> list[pathlib.Path]:
     try:
         files = sorted(p for p in root.iterdir() if p.is_file() and p.suffix in _SUFFIXES)
     except OSError as error:
-        raise DataError(f"{root}: can't be read ({error.strerror}).") from None
+        raise DataError(f"{root}: can't be read ({error.strerror or error}).") from None
     if not files:
         raise DataError(f"{root}: the directory holds no file that ends in {', '.join(_SUFFIXES)}.")
     return files
@@ -104,7 +108,7 @@ def _read(file: pathlib.Path) -> Iterator[Document]:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise DataError(f"{file}: can't be read ({error.strerror}).") from None
+        raise DataError(f"{file}: can't be read ({error.strerror or error}).") from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from trace_jax.files import replacing
+from trace_jax.files import as_path, replacing
 from trace_jax.report import figures, words
 from trace_jax.report.certificates import certificate_table
 from trace_jax.report.data import Number, ReportData, known, report_data
@@ -34,7 +34,7 @@ def write_report(data: ReportData | Mapping[str, Any], path: str | os.PathLike) 
     page = render_report(data)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    return Path(path)
+    return as_path(path)
 
 
 def render_report(data: ReportData | Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from trace_jax.config import ConfigError
-from trace_jax.files import read_json, replacing, write_json
+from trace_jax.files import local_copy, read_json, replacing, write_json
 from trace_jax.routing.certificate import Certificate
 from trace_jax.routing.config import UNITS
 from trace_jax.routing.entropy_balancing import Balance, entropy_balance
@@ -63,7 +63,7 @@ class Calibration:
         if saved is None:
             raise FileNotFoundError(f"{path}.json: there is no calibration here.")
         plain = {name: saved[name] for name in _PLAIN}
-        with np.load(f"{path}.npz", allow_pickle=False) as file:
+        with local_copy(f"{path}.npz") as local, np.load(local, allow_pickle=False) as file:
             multipliers, selected = file["multipliers"], file["selected"]
         return cls(multipliers, selected, **plain, certificate=Certificate.from_dict(saved["certificate"]))
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
@@ -23,7 +22,7 @@ from jax.sharding import Mesh
 from trace_jax.config import ConfigError
 from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
-from trace_jax.files import replacing
+from trace_jax.files import as_path, local_copy, remove, replacing
 from trace_jax.models.model import Model
 from trace_jax.progress import tracked
 from trace_jax.routing import controls
@@ -68,22 +67,22 @@ class RetainWeights:
         """Writes weights.npz and, where experts were matched, calibration.npz and calibration.json."""
         names = ("weights", "row_probability", "loss_weights", "selected", "effective_sample_size", "frequency")
         arrays = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        with replacing(Path(directory) / "weights.npz") as temporary:
+        with replacing(as_path(directory) / "weights.npz") as temporary:
             np.savez_compressed(temporary, **arrays)
         for suffix in (".npz", ".json"):  # of another weighting, saved here before
-            (Path(directory) / f"calibration{suffix}").unlink(missing_ok=True)
+            remove(as_path(directory) / f"calibration{suffix}")
         if self.calibration is not None:
-            self.calibration.save(Path(directory) / "calibration")
+            self.calibration.save(as_path(directory) / "calibration")
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> RetainWeights:
         """The inverse of `save`."""
-        with np.load(Path(directory) / "weights.npz", allow_pickle=False) as file:
+        with local_copy(as_path(directory) / "weights.npz") as local, np.load(local, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         arrays["effective_sample_size"] = float(arrays["effective_sample_size"])
-        if not (Path(directory) / "calibration.json").exists():
+        if not (as_path(directory) / "calibration.json").exists():
             return cls(**arrays)
-        calibration = Calibration.load(Path(directory) / "calibration")
+        calibration = Calibration.load(as_path(directory) / "calibration")
         return cls(**arrays, calibration=calibration, certificate=calibration.certificate)
 
 

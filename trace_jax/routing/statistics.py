@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from trace_jax.data.rows import Batch
-from trace_jax.files import replacing
+from trace_jax.files import local_copy, replacing
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
@@ -55,7 +55,7 @@ class ExpertStatistics:
 
     @classmethod
     def load(cls, path) -> ExpertStatistics:
-        with np.load(path, allow_pickle=False) as file:
+        with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
             layers = tuple(int(layer) for layer in file["layers"]) if "layers" in file else ()
             return cls(file["counts"], file["gate_mass"], int(file["tokens"]), int(file["top_k"]), layers)
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from trace_jax.checkpoints.state import StateStore
-from trace_jax.files import append_line, read_lines, replacing
+from trace_jax.files import append_line, as_path, flush_lines, read_lines, replacing
 from trace_jax.interruption import Interrupted, Interruption
 from trace_jax.parallel.agreement import main_says
 from trace_jax.parallel.hosts import is_main
@@ -170,6 +170,7 @@ class Loop:
             if stopped:
                 return stopped
         if asked or self._saves(step):
+            flush_lines()
             store.save(step, state)
             interruption.unsaved = False
         if asked:
@@ -226,5 +227,5 @@ def _one_ahead(inputs: Callable[[int], Any], indices: range) -> Generator[tuple[
 
 def front_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:
     """Evaluations of a run in the order of its steps: [{"step", "evaluation": {...}}]."""
-    rows = read_lines(Path(directory) / "metrics.jsonl")
+    rows = read_lines(as_path(directory) / "metrics.jsonl")
     return [row for row in rows if "evaluation" in row and identity in (None, row.get("identity"))]

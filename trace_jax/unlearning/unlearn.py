@@ -6,7 +6,6 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.batches import forget_batches, retain_batches
 from trace_jax.data.rows import Batch, Rows
+from trace_jax.files import as_path
 from trace_jax.models.arrays import unflatten
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import param_specs
@@ -119,7 +119,7 @@ def unlearn(
 
     with tempfile.TemporaryDirectory() as scratch:
         loop = Loop(
-            Path(directory or scratch),
+            as_path(directory or scratch),
             identity or fingerprint(config, model.config, seed),
             config.steps,
             config.checkpoint_every,
