@@ -102,7 +102,17 @@ def test_values_are_literals_or_text(tmp_path):
 def test_doctor_reports_versions(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert trace_jax.__version__ in out and "cpu" in out and "ready." in out
+    assert trace_jax.__version__ in out and "ready." in out
+    assert "4 x cpu:cpu" in out and "processes          1; a mesh has 4 devices\n" in out
+
+
+def test_a_process_that_can_not_be_is_refused_before_anything_is_written(tmp_path, capsys):
+    run = ["run", "--config", "configs/quickstart.py", "--workdir", str(tmp_path / "run")]
+    assert main([*run, "--coordinator", "10.0.0.1:99", "--num-processes", "2", "--process-id", "2"]) == 2
+    assert "--process-id is 2 of 2 processes; expected a number from 0 to 1" in capsys.readouterr().err
+    assert main([*run, "--num-processes", "2"]) == 2
+    assert "--coordinator HOST:PORT, --process-id I: missing" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_public_name_can_be_imported():

@@ -76,7 +76,7 @@ index, path = jax.process_index(), Path(sys.argv[1])
 try:
     path = stages.open_workdir(experiment(), path)
 except ConfigError as error:
-    print(error)
+    print(f"<{error}>")
     sys.exit()
 say(f"from {index}")
 with progress("work", 1) as advance:
@@ -84,10 +84,10 @@ with progress("work", 1) as advance:
 append_line(path / "lines.jsonl", {"process": index})
 stage = stages.Stage("made", path, "x")
 made = stage.run(lambda: write_json(path / "made.json", index), lambda: "loaded", "making")
-print(made, read_json(path / "made.json"))
+print(f"<{made} {read_json(path / 'made.json')}>")
 if index == 1:  # what one process alone sees decides nothing
     stages.read_json = lambda file: None
-print(stage.run(lambda: "made again", lambda: "loaded", "making"))
+print(f"<{stage.run(lambda: 'made again', lambda: 'loaded', 'making')}>")
 if index == 1:
     remove(path / "made.json")
 """

@@ -1,6 +1,7 @@
 """Programs run as two real processes on this machine, joined over gloo, with two simulated devices each."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -27,7 +28,9 @@ def free_port():
 
 
 def run_processes(program, arguments, *, variables=True, seconds=120):
-    """[(exit code, lines of stdout, stderr)] of one process for each list of arguments.
+    """[(exit code, what it printed between < and >, stderr)] of one process for each list of arguments.
+
+    Gloo prints too, from several threads at once, so that whole lines can't be told apart.
 
     Args:
       variables: whether the environment says which process it is (`VARIABLES`); otherwise `program` has to.
@@ -46,6 +49,6 @@ def run_processes(program, arguments, *, variables=True, seconds=120):
     finally:
         for child in children:
             child.kill()
-    # Gloo has its say on stdout too.
-    lines = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in found]
-    return [(child.returncode, *rest) for child, *rest in zip(children, lines, (err for _, err in found), strict=True)]
+    return [
+        (child.returncode, re.findall("<(.*?)>", out), err) for child, (out, err) in zip(children, found, strict=True)
+    ]

@@ -111,15 +111,20 @@ def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overw
                 f"{path}: holds a run of another configuration ({'; '.join(changed)}). Choose another --workdir, or "
                 "pass --overwrite to replace that run."
             )
-    if config.export and is_remote(path):
-        raise ConfigError(
-            f"{path}: a checkpoint is exported to a local disk. Leave `export` unset, and afterwards, on one machine: "
-            f"python -m trace_jax.main export --workdir {path} --output DIR."
-        )
+    check_export(config, path)
     free = free_bytes(path)
     if free < _FREE_BYTES:
         raise ConfigError(f"{path}: only {free / 2**20:.0f} MiB are free there; a run needs 1 GiB.")
     return earlier is not None and earlier.get("identity") != config.identity()
+
+
+def check_export(config: ExperimentConfig, workdir: str | os.PathLike) -> None:
+    """Raises ConfigError if the run would export a checkpoint to an address."""
+    if config.export and is_remote(workdir):
+        raise ConfigError(
+            f"{os.fspath(workdir)}: checkpoints are exported to a local disk. Pass --config.export=None; afterwards, "
+            f"on one machine: python -m trace_jax.main export --workdir {os.fspath(workdir)} --output DIR."
+        )
 
 
 def _changes(before: dict, after: dict, sections: tuple[str, ...]) -> list[str]:

@@ -30,7 +30,8 @@ mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 numbers = jax.make_array_from_callback((4,), jax.NamedSharding(mesh, P("data")), lambda i: jnp.arange(1.0, 5.0)[i])
 total = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x[0], "data"), mesh=mesh, in_specs=P("data"), out_specs=P()))
 barrier("together")
-print(count, index, is_main(), float(total(numbers)), agreed(7 + index), everywhere(True), everywhere(index == 0))
+said = count, index, is_main(), float(total(numbers)), agreed(7 + index), everywhere(True), everywhere(index == 0)
+print("<", *said, ">")
 """
 )
 
@@ -39,7 +40,7 @@ print(count, index, is_main(), float(total(numbers)), agreed(7 + index), everywh
 def test_two_processes_sum_a_number_and_agree(variables):
     found = run_processes(SUM, [(), ()], variables=variables)
     assert [code for code, _, _ in found] == [0, 0], found
-    assert [out[-1].split() for _, out, _ in found] == [
+    assert [out[0].split() for _, out, _ in found] == [
         ["2", "0", "True", "10.0", "7", "True", "False"],
         ["2", "1", "False", "10.0", "7", "True", "False"],
     ]
