@@ -13,15 +13,19 @@ from safetensors import SafetensorError, safe_open
 
 from trace_jax.checkpoints.tensor_file import writing_tensors
 from trace_jax.files import local_copy
+from trace_jax.parallel.hosts import to_host
 
 
 def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = None) -> None:
-    """Writes nested parameters to `path`, one at a time, under a temporary name. `metadata` must be JSON."""
+    """Writes nested parameters to `path`, one at a time, under a temporary name. `metadata` must be JSON.
+
+    With several processes all must call it; process 0 writes.
+    """
     flat = _dotted(params)
     specs = {name: (np.dtype(leaf.dtype), leaf.shape) for name, leaf in flat.items()}
     with writing_tensors(path, specs, {"trace_jax": json.dumps(metadata or {})}) as writer:
         for name, leaf in flat.items():
-            writer.write(name, np.asarray(leaf))
+            writer.write(name, to_host(leaf))
 
 
 def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from trace_jax.models.model import Model
+from trace_jax.parallel.hosts import to_host
 from trace_jax.routing.statistics import Assignments, ExpertStatistics
 
 
@@ -120,7 +121,7 @@ def overlap(original: Assignments, current: Assignments) -> Overlap:
 
 def router_drift(original: Model, current: Model) -> np.ndarray:
     """f64 [L]: |R - R_0| / |R_0| of each layer's router weights [D, E] (Frobenius norm)."""
-    before = np.asarray(original.params["layers"]["router"], np.float64)
-    after = np.asarray(current.params["layers"]["router"], np.float64)
+    before = to_host(original.params["layers"]["router"]).astype(np.float64)
+    after = to_host(current.params["layers"]["router"]).astype(np.float64)
     norm = np.sqrt((before**2).sum(axis=(1, 2)))
     return np.sqrt(((after - before) ** 2).sum(axis=(1, 2))) / np.where(norm > 0, norm, 1.0)
