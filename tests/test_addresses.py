@@ -4,16 +4,15 @@ import json
 
 import fsspec
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.test_pipeline import experiment, numbers
 from trace_jax import files
+from trace_jax.checkpoints import state
 from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.checkpoints.params import load_params, save_params
-from trace_jax.checkpoints.state import StateStore
 from trace_jax.checkpoints.tensor_file import CheckpointError
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import DataError, load_documents
@@ -106,8 +105,8 @@ def test_tensors_and_states_go_through_the_address(bucket, monkeypatch):
     found, about = load_params(f"{bucket}/run/model.safetensors", params)
     assert about == {"identity": "x"} and np.array_equal(found["a"]["b"], params["a"]["b"])
     given = []
-    monkeypatch.setattr(ocp, "CheckpointManager", lambda directory, options: given.append(directory))
-    StateStore(as_path(bucket) / "run" / "checkpoints", identity="x")
+    monkeypatch.setattr(state, "_Manager", lambda directory, **_: given.append(directory))
+    state.StateStore(as_path(bucket) / "run" / "checkpoints", {"identity": "x"})
     assert [str(directory) for directory in given] == ["gs://bucket/run/checkpoints"]
 
 
@@ -123,13 +122,15 @@ def test_text_is_read_from_a_file_or_a_directory(bucket):
 def test_a_run_at_an_address_equals_the_one_on_disk_and_continues(bucket, data, tmp_path, monkeypatch, capsys):
     config = experiment(data, methods=["trace_rows"])
     run(config, tmp_path / "local")
-    manager = ocp.CheckpointManager
+    manager = state._Manager
 
-    def on_disk(directory, options):
+    def on_disk(directory, **more):
         assert str(directory).startswith("gs://bucket/runs/a/")
-        return manager(tmp_path / str(directory).removeprefix("gs://"), options=options)
+        local = tmp_path / str(directory).removeprefix("gs://")
+        local.mkdir(parents=True, exist_ok=True)
+        return manager(local, **more)
 
-    monkeypatch.setattr(ocp, "CheckpointManager", on_disk)
+    monkeypatch.setattr(state, "_Manager", on_disk)
     text = run(config, f"{bucket}/runs/a")
     assert "report: gs://bucket/runs/a/report.html" in text
     address = as_path(f"{bucket}/runs/a")

@@ -36,7 +36,7 @@ from trace_jax.export import (
     save_trained,
     save_unlearned,
 )
-from trace_jax.files import free_bytes, remove, shown, write_json
+from trace_jax.files import flush_lines, free_bytes, remove, shown, write_json
 from trace_jax.models.arrays import count_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
@@ -265,6 +265,7 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
             batch_size=config.evaluation.batch_size,
             max_rows=config.evaluation.max_rows,
         )
+        flush_lines()
         barrier(f"{label}: evaluations")  # process 0 has written them
         fronts = {split: _front(prepared, directory, known, split).to_json() for split in SPLITS}
         write_json(

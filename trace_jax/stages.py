@@ -15,7 +15,8 @@ import jax
 from trace_jax.config import ConfigError, as_dict
 from trace_jax.experiment import ExperimentConfig
 from trace_jax.files import as_path, free_bytes, is_remote, read_json, remove, write_json
-from trace_jax.parallel.processes import agreed, barrier, everywhere
+from trace_jax.parallel.agreement import everywhere, main_says
+from trace_jax.parallel.processes import barrier
 from trace_jax.progress import say
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Stage:
     def done(self) -> bool:
         """Whether the artefact of exactly these settings is there; the same on every process."""
         marker = read_json(self._marker)
-        return bool(agreed(marker is not None and marker.get("identity") == self.identity))
+        return bool(main_says(marker is not None and marker.get("identity") == self.identity))
 
     def forget(self) -> None:
         """Makes the stage run again."""
@@ -76,7 +77,7 @@ def _check_shared(path: Path) -> None:
     """Every process must see what process 0 writes: a run continues from its files, and states are written by all."""
     if not jax.distributed.is_initialized():
         return
-    file, token = path / "shared.json", agreed(int.from_bytes(os.urandom(3)))
+    file, token = path / "shared.json", main_says(int.from_bytes(os.urandom(3)))
     write_json(file, token)
     barrier("a token in the workdir")
     end = time.monotonic() + _SECONDS_TO_SEE

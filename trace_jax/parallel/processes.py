@@ -1,4 +1,4 @@
-"""Several processes, one computation: how they find each other, wait for each other and agree."""
+"""Several processes, one computation: how they find each other and wait for each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import urllib.request
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from trace_jax.config import ConfigError
@@ -147,17 +146,3 @@ def barrier(name: str) -> None:
     """Waits until every process is here: what process 0 wrote before it, the others can read after it."""
     if jax.distributed.is_initialized():
         multihost_utils.sync_global_devices(name)
-
-
-def agreed(value: bool | int) -> int:
-    """Process 0's `value`, on every process: they must not decide differently by what they see on disk."""
-    if not jax.distributed.is_initialized():
-        return int(value)
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def everywhere(value: bool) -> bool:
-    """Whether `value` holds on every process."""
-    if not jax.distributed.is_initialized():
-        return value
-    return bool(np.all(multihost_utils.process_allgather(np.bool_(value))))
