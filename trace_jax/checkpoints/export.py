@@ -60,7 +60,8 @@ def save_pretrained(
     Tensors keep the source's names, layout and type. One whose values are those that the import had is copied byte by
     byte; so is what the import ignored. If a quantised tensor has changed, all quantised ones are written as bfloat16
     and config.json loses its quantization_config. A model without a source (trained here) becomes a `mixtral`.
-    Everything is written under a temporary name and renamed at the end. Memory is as in `load_pretrained`.
+    Everything is written under a temporary name and renamed at the end. Memory is as in `load_pretrained`. Of several
+    processes all must call it, and process 0 writes.
 
     Args:
       card: what README.md says was done; without it, only how the tensors differ from the source's.
@@ -108,7 +109,7 @@ def _checked_params(model: Model) -> dict[str, jax.Array]:
     """The parameters by path.
 
     Raises:
-      ValueError: they aren't those of the configuration, or not all on this process's devices.
+      ValueError: they aren't those of the configuration.
     """
     params, specs = flatten(model.params), flat_specs(model.config)
     if set(params) != set(specs):
@@ -117,8 +118,6 @@ def _checked_params(model: Model) -> dict[str, jax.Array]:
         want = specs[path]
         if leaf.shape != want.shape or leaf.dtype != want.dtype:
             raise ValueError(f"{path} is {leaf.dtype}{list(leaf.shape)}, expected {want.dtype}{list(want.shape)}.")
-        if not leaf.is_fully_addressable:
-            raise ValueError(f"{path} is spread over processes; one process must hold a model to export it.")
     return params
 
 

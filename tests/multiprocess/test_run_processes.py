@@ -1,0 +1,78 @@
+"""Two processes run the whole pipeline on one mesh, statistics to export, and end in the numbers of one process."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_checkpoints
+from safetensors.numpy import load_file
+
+from tests.two_processes import DEVICES, run_processes
+from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.files import read_lines
+from trace_jax.main import main
+from trace_jax.routing.retain_weights import RetainWeights
+from trace_jax.routing.statistics import ExpertStatistics
+
+RUN = f"{DEVICES}\nimport sys; from trace_jax.main import main; sys.exit(main(sys.argv[1:]))"
+SMALL = {
+    "model.dtype": "float32",
+    "methods": "('trace_rows',)",
+    "data.row_length": 32,
+    "unlearning.steps": 4,
+    "unlearning.nll_ceiling": 20.0,
+    "unlearning.trainable": "selected_experts",
+    "unlearning.learning_rate": 1e-2,
+    "unlearning.warmup_steps": 0,
+    "unlearning.evaluate_every": 2,
+    "unlearning.checkpoint_every": 2,
+    "evaluation.max_rows": 8,
+    "evaluation.max_prompts": 4,
+    "evaluation.bootstrap": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def arguments(data, tmp_path_factory):
+    """arguments(workdir, **more): the command line of a run on a tiny checkpoint with 5 experts."""
+    directory = tmp_path_factory.mktemp("olmoe")
+    model = tiny_checkpoints.build("olmoe", vocab_size=320, bos_token_id=None, eos_token_id=1, pad_token_id=1)
+    tiny_checkpoints.save(model, "olmoe", directory)
+    train_tokenizer(["river stone apple cloud lamp tiger violin harbour window"] * 3, 320).save(
+        str(directory / "tokenizer.json")
+    )
+    files = {f"data.{name}": data / f"{name}.jsonl" for name in ("forget", "retain")}
+    values = {**SMALL, "model.path": directory, **files}
+
+    def line(workdir, **more):
+        chosen = {**values, **{f"parallel.{name}": number for name, number in more.items()}}
+        options = [f"--config.{name}={value}" for name, value in chosen.items()]
+        return ["--config", "configs/huggingface.py", "--workdir", str(workdir), *options]
+
+    return line
+
+
+def test_two_processes_end_in_the_numbers_of_one(arguments, tmp_path, pytestconfig, monkeypatch):
+    monkeypatch.chdir(pytestconfig.rootpath)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(arguments(one)) == 0
+    found = run_processes(RUN, [arguments(two, expert=2, tensor=1)] * 2, seconds=400)
+    assert [code for code, _, _ in found] == [0, 0], found[0][2][-3000:] + found[1][2][-3000:]
+
+    for name in ("forget", "retain"):
+        counts = [ExpertStatistics.load(path / "statistics" / f"{name}.npz").counts for path in (one, two)]
+        np.testing.assert_array_equal(*counts)
+    method = "methods/trace_rows"
+    weights = [RetainWeights.load(path / method) for path in (one, two)]
+    assert weights[0].selected.any() and np.array_equal(weights[0].selected, weights[1].selected)
+    np.testing.assert_allclose(weights[1].row_probability, weights[0].row_probability, atol=1e-9)
+    steps = [[row for row in read_lines(path / method / "metrics.jsonl") if "loss" in row] for path in (one, two)]
+    assert [row["step"] for row in steps[1]] == [1, 2, 3, 4], "one process writes each line once"
+    for mine, other in zip(*steps, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-5)
+    tensors = [load_file(path / "export" / "model.safetensors") for path in (one, two)]
+    for name, array in tensors[0].items():
+        np.testing.assert_allclose(tensors[1][name], array, atol=1e-3, err_msg=name)
+    before = load_file(next(Path(a.split("=")[1]) for a in arguments(one) if "model.path" in a) / "model.safetensors")
+    assert any(not np.allclose(tensors[0][name], array, atol=1e-2) for name, array in before.items())
+    assert (two / "report.html").exists() and not list(two.rglob("*.tmp*"))
