@@ -11,16 +11,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
-import os
-import pathlib
-import platform
 import time
 
 import jax
 import jax.numpy as jnp
 import optax
+from sides import RESULTS, environment, processor, write_row
 
 from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
@@ -28,8 +24,6 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.grouped_matmul import default_implementation, implementations, program_platform
 from trace_jax.models.loss import token_nll
 from trace_jax.parallel.memory import keep_freed_memory
-
-RESULTS = pathlib.Path(__file__).parent / "results" / "train_step.json"
 
 # name: (model, batch rows, tokens a row)
 SHAPES = {
@@ -109,30 +103,6 @@ def measure(config: ModelConfig, rows: int, length: int, seconds: float) -> dict
     }
 
 
-def environment() -> dict:
-    """Where the numbers hold."""
-    device = jax.devices()[0]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": device.device_kind,
-        "platform": device.platform,
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),  # above 1: other programs took part of the cores
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="quickstart")
@@ -147,7 +117,7 @@ def main() -> None:
     config, rows, length = SHAPES[arguments.shape]
     default = default_implementation()
     cores = environment()["cores"]
-    print(f"{arguments.shape}: {rows} x {length} tokens, {_processor()}, {cores} cores, jax {jax.__version__}")
+    print(f"{arguments.shape}: {rows} x {length} tokens, {processor()}, {cores} cores, jax {jax.__version__}")
     print(f"{'grouped_matmul':16}{'forward tok/s':>15}{'step tok/s':>12}{'compile s':>11}")
     results = {}
     for name in arguments.implementations:
@@ -157,10 +127,8 @@ def main() -> None:
         note = "  (default here)" if name == default else ""
         print(f"{name:16}{forward_rate:15,}{step_rate:12,}{compile_seconds:11}{note}", flush=True)
     if not arguments.no_write:
-        written = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        written[arguments.shape] = {"environment": environment(), "rows": rows, "length": length, "results": results}
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(written, indent=2) + "\n")
+        row = {"environment": environment(), "rows": rows, "length": length, "results": results}
+        write_row(RESULTS / "train_step.json", arguments.shape, row)
 
 
 if __name__ == "__main__":
