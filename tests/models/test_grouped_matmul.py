@@ -146,10 +146,11 @@ def test_block_layout_gives_each_group_whole_blocks_of_its_own(size):
             assert np.all(owner[rows // size] == group)
 
 
-def test_block_size_follows_the_mean_group():
-    assert block_size(8192, 16) == 64
-    assert block_size(320, 16) == 16
+def test_block_size_grows_with_the_root_of_the_mean_group():
+    assert block_size(8192, 16) == 128
+    assert block_size(320, 16) == 32
     assert block_size(4, 64) == 8
+    assert block_size(2**20, 8) == 256
 
 
 def test_every_platform_has_a_default_that_it_can_run():

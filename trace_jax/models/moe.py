@@ -14,10 +14,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from trace_jax.models.blocked_experts import blocked_experts, make_blocks
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.grouped_matmul import (
     block_layout,
-    block_matmul,
     block_size,
     grouped_matmul,
     resolve_implementation,
@@ -178,7 +178,7 @@ def experts(
     # The backward passes below mix tokens with weights: what is equal on some devices must be known to be summed.
     given = (weights, x_TD, indices_TK, gates_TK)
     weights, x_TD, indices_TK, gates_TK = as_varying(given, varying_axes(*given))
-    num_experts, D = weights["gate_up"].shape[:2]
+    num_experts = weights["gate_up"].shape[0]
     num_slots = indices_TK.size if room is None else room
     size = block_size(num_slots, num_experts) if implementation == "blocked" else 1
     group_sizes, rank = count_and_rank(indices_TK.reshape(-1), num_experts)
@@ -187,20 +187,19 @@ def experts(
     if room is not None:  # groups end where the room ends
         group_sizes = jnp.clip(num_slots - (jnp.cumsum(group_sizes) - group_sizes), 0, group_sizes)
     slot = _slot_at_place(place_TK, block_group.shape[0] * size)
+    if "down_bias" in weights:
+        weights = {**weights, "down_bias": _added_once(weights["down_bias"])}
+    if implementation == "blocked":
+        blocks = make_blocks(slot, block_group, jnp.sum((group_sizes + (size - 1)) // size), place_TK, weights)
+        return blocked_experts(weights, activate, x_TD, gates_TK, blocks), dropped
 
     def multiply(x, name):
         w = weights[name].reshape(num_experts, x.shape[-1], -1)
-        if implementation == "blocked":
-            y = block_matmul(x, w, block_group)
-        else:
-            y = grouped_matmul(x.reshape(-1, x.shape[-1]), w, group_sizes, implementation=implementation)[:, None]
+        y = grouped_matmul(x, w, group_sizes, implementation=implementation)
         bias = weights.get(f"{name}_bias")
-        if bias is not None and name == "down":
-            bias = _added_once(bias)
-        return y if bias is None else y + bias.reshape(num_experts, 1, -1)[block_group]
+        return y if bias is None else y + bias.reshape(num_experts, -1)[block_group]
 
-    x_PD = _dispatch(x_TD, slot, place_TK).reshape(-1, size, D)
-    y_PD = multiply(activate(multiply(x_PD, "gate_up")), "down").reshape(-1, D)
+    y_PD = multiply(activate(multiply(_dispatch(x_TD, slot, place_TK), "gate_up")), "down")
     return _combine(y_PD, gates_TK, slot, place_TK), dropped
 
 

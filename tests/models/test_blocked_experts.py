@@ -1,0 +1,77 @@
+"""The loop over blocks against the general path, over biases, activations, types, empty experts and missing slots."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trace_jax.models import blocked_experts
+from trace_jax.models.blocked_experts import make_blocks
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.moe import experts
+
+T, D, E, F, K = 150, 24, 6, 20, 3
+BASE = ModelConfig(hidden_size=D, num_experts=E, experts_per_token=K, expert_hidden_size=F)
+CASES = {
+    "plain": BASE,
+    "biases and limits": dataclasses.replace(BASE, activation="clamped_swiglu", expert_bias=True, swiglu_limit=0.7),
+    "bfloat16": dataclasses.replace(BASE, dtype="bfloat16"),
+}
+
+
+def make_inputs(config):
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    shapes = {"gate_up": (E, D, 2, F), "down": (E, F, D)}
+    if config.expert_bias:
+        shapes |= {"gate_up_bias": (E, 2, F), "down_bias": (E, D)}
+    weights = {name: (jax.random.normal(next(keys), s) * 0.3).astype(config.dtype) for name, s in shapes.items()}
+    x, cotangent = (jax.random.normal(next(keys), (T, D)).astype(config.dtype) for _ in range(2))
+    scores = jax.random.normal(next(keys), (T, E)) + jnp.asarray(
+        [[0.0, 2.0, 0.0, 0.0, -99.0, 0.0]]
+    )  # expert 4 is empty
+    gates, indices = jax.lax.top_k(scores, K)
+    return weights, x, jax.nn.sigmoid(gates), indices, cotangent
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_every_gradient_equal_those_of_every_expert_on_every_token(case, blocks, monkeypatch):
+    monkeypatch.setattr(blocked_experts, "MOST_BLOCKS", blocks)
+    weights, x, gates, indices, cotangent = make_inputs(CASES[case])
+
+    def result(implementation):
+        config = dataclasses.replace(CASES[case], grouped_matmul=implementation)
+        y, pull = jax.vjp(
+            lambda *operands: experts(operands[0], config, operands[1], indices, operands[2]), weights, x, gates
+        )
+        return y, pull(cotangent)
+
+    tolerance = 0.1 if case == "bfloat16" else 2e-5
+
+    def check(got, wanted):
+        assert got.dtype == wanted.dtype
+        np.testing.assert_allclose(got.astype(jnp.float32), wanted.astype(jnp.float32), atol=tolerance, rtol=tolerance)
+
+    jax.tree.map(check, result("blocked"), result("dense"))
+
+
+def test_slots_without_a_place_count_as_zero_and_take_no_gradient():
+    weights, x, gates, _, cotangent = make_inputs(CASES["biases and limits"])
+    place = jnp.arange(T * K, dtype=jnp.int32).reshape(T, K)
+    here = jnp.arange(T) < 70
+    slot = jnp.where(place.reshape(-1) < 70 * K, place.reshape(-1), T * K)
+    group = jnp.repeat(jnp.arange(E, dtype=jnp.int32), T * K // E // 15)
+    activate = lambda gate_up: gate_up[..., :F] * gate_up[..., F:]  # noqa: E731
+
+    def total(gates):
+        places = jnp.where(here[:, None], place, T * K)
+        blocks = make_blocks(slot, group, jnp.int32(70 * K // 15), places, weights)
+        return jnp.sum(blocked_experts.blocked_experts(weights, activate, x, gates, blocks) * cotangent)
+
+    gradient = jax.grad(total)(gates)
+    assert np.all(gradient[70:] == 0)
+    assert np.all(gradient[:70] != 0)
+    y, _ = jax.vjp(total, gates.at[70:].set(99.0))
+    np.testing.assert_allclose(y, total(gates), rtol=1e-6)

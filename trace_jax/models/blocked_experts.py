@@ -1,0 +1,143 @@
+"""The experts of a layer as a loop over blocks of slots: dispatch, both matmuls, combine. Its gradient is another loop.
+
+Slots are sorted by expert, experts start at multiples of a block (`grouped_matmul.block_layout`), and a turn of the
+loop takes some blocks through everything, so that rows and weights stay in the processor's cache from one matmul to
+the next. The loop ends with the last block in use: room that no slot needs costs no time. Backward, gradients of
+weights are added up in place, and a gate's gradient is found from the hidden values (g . (h W) = (g W^T) . h), so that
+neither copies of the weights nor outputs of experts are kept.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from trace_jax.parallel.mesh import as_varying, varying_axes
+
+MOST_BLOCKS = 8  # a turn's
+MOST_WEIGHTS = 2**18  # numbers of gate_up that a turn copies: more leave the cache
+
+
+class Blocks(NamedTuple):
+    """Where slots go. A turn takes N blocks of R rows; C turns would take the longest layout that can be."""
+
+    slot: jax.Array  # i32 [C, N, R] slot (t*K + k) of each row; T*K where there is none
+    group: jax.Array  # i32 [C, N] expert of each block
+    turns: jax.Array  # i32 [] turns that have a slot
+    place: jax.Array  # i32 [T, K] row of each slot, in the order of `slot`; C*N*R where it has none
+
+
+def make_blocks(slot: jax.Array, block_group: jax.Array, used: jax.Array, place_TK: jax.Array, weights: dict) -> Blocks:
+    """Blocks of the rows of a layout.
+
+    Args:
+      slot: i32 [P] slot of each row, T*K where there is none.
+      block_group: i32 [B] expert of each block of P/B rows, of which the first `used` i32 [] hold slots.
+      place_TK: i32 row of each slot; any number from P on = it is not here, and counts as zero.
+    """
+    num_blocks, num_rows = block_group.shape[0], slot.shape[0]
+    per_turn = max(1, min(MOST_BLOCKS, num_blocks, MOST_WEIGHTS // weights["gate_up"][0].size))
+    missing = -num_blocks % per_turn
+    rows = num_rows // num_blocks
+    slot = jnp.pad(slot, (0, missing * rows), constant_values=place_TK.size).reshape(-1, per_turn, rows)
+    group = jnp.pad(block_group, (0, missing), mode="edge").reshape(-1, per_turn)
+    place_TK = jnp.where(place_TK < num_rows, place_TK, slot.size)
+    return Blocks(slot, group, (jnp.minimum(used, num_blocks) + (per_turn - 1)) // per_turn, place_TK)
+
+
+def blocked_experts(weights: dict, activate, x_TD: jax.Array, gates_TK: jax.Array, blocks: Blocks) -> jax.Array:
+    """Sum over a token's slots of gate times expert: [T,D].
+
+    Args:
+      weights: gate_up [E,D,2,F], down [E,F,D] and, where there are, gate_up_bias [E,2,F], down_bias [E,D].
+      activate: [..., 2F] -> [..., F].
+      gates_TK: f32 [T,K].
+    """
+    operands = weights, x_TD, gates_TK, blocks
+    return _experts(activate, *as_varying(operands, varying_axes(operands)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _experts(activate, weights, x_TD, gates_TK, blocks):
+    return _forward(activate, weights, x_TD, gates_TK, blocks)[0]
+
+
+def _forward(activate, weights, x_TD, gates_TK, blocks: Blocks):
+    token = blocks.slot // gates_TK.shape[1]
+
+    def turn(c, found):
+        inside = _multiply(weights, "gate_up", _rows(x_TD, token[c]), blocks.group[c])
+        y = _multiply(weights, "down", activate(inside), blocks.group[c])
+        return found[0].at[c].set(inside), found[1].at[c].set(y)
+
+    empty = (
+        jnp.empty((*token.shape, weights["down"].shape[1] * 2), x_TD.dtype),
+        jnp.empty((*token.shape, x_TD.shape[1]), x_TD.dtype),
+    )
+    inside, y = jax.lax.fori_loop(0, blocks.turns, turn, as_varying(empty, varying_axes(x_TD)))
+    y_TKD = _rows(y.reshape(-1, x_TD.shape[1]), blocks.place).astype(jnp.float32)
+    mixed = jnp.sum(y_TKD * gates_TK[:, :, None], axis=1).astype(x_TD.dtype)
+    return mixed, (weights, x_TD, gates_TK, blocks, inside)
+
+
+def _backward(activate, residuals, gradient_TD):
+    weights, x_TD, gates_TK, blocks, inside = residuals
+    token = blocks.slot // gates_TK.shape[1]
+    gates = gates_TK.reshape(-1).at[blocks.slot].get(mode="fill", fill_value=0)
+
+    def turn(c, found):
+        of_weights, of_x, of_gates = found
+        group, gate = blocks.group[c], gates[c][..., None]
+        hidden, activation_gradient = jax.vjp(activate, inside[c])
+        x, gradient = _rows(x_TD, token[c]), _rows(gradient_TD, token[c])
+        product = jnp.einsum("nrd,nfd->nrf", gradient, weights["down"][group], preferred_element_type=jnp.float32)
+        of_gate = jnp.sum(product * hidden.astype(jnp.float32), axis=-1)
+        if "down_bias" in weights:
+            of_gate = of_gate + jnp.sum((gradient * weights["down_bias"][group][:, None]).astype(jnp.float32), axis=-1)
+        (of_inside,) = activation_gradient((product * gate).astype(hidden.dtype))
+        gradient = (gradient.astype(jnp.float32) * gate).astype(gradient.dtype)
+        of_weights = dict(of_weights)
+        for name, left, right in (("gate_up", x, of_inside), ("down", hidden, gradient)):
+            add(of_weights, name, jnp.einsum("nrd,nrf->ndf", left, right, preferred_element_type=jnp.float32), group)
+            if f"{name}_bias" in weights:
+                add(of_weights, f"{name}_bias", jnp.sum(right.astype(jnp.float32), axis=1), group)
+        of_x = of_x.at[c].set(jnp.einsum("nrf,ndf->nrd", of_inside, _flat("gate_up", weights["gate_up"][group])))
+        return of_weights, of_x, of_gates.at[c].set(of_gate)
+
+    def add(of_weights, name, more, group):
+        total = of_weights[name]
+        of_weights[name] = total.at[group].add(more, indices_are_sorted=True)
+
+    start = (
+        {name: jnp.zeros(_flat(name, w).shape, jnp.float32) for name, w in weights.items()},
+        jnp.empty((*token.shape, x_TD.shape[1]), x_TD.dtype),
+        jnp.empty(token.shape, jnp.float32),
+    )
+    found = jax.lax.fori_loop(0, blocks.turns, turn, as_varying(start, varying_axes(gradient_TD)))
+    of_weights = {name: found[0][name].reshape(w.shape).astype(w.dtype) for name, w in weights.items()}
+    of_x = jnp.sum(_rows(found[1].reshape(-1, x_TD.shape[1]), blocks.place).astype(jnp.float32), axis=1)
+    of_gates = found[2].reshape(-1).at[blocks.place].get(mode="fill", fill_value=0)
+    return of_weights, of_x.astype(x_TD.dtype), of_gates, None
+
+
+_experts.defvjp(_forward, _backward)
+
+
+def _rows(x, index):
+    """x[index], zeros where there is no such row."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _multiply(weights: dict, name: str, x_NRD, group_N):
+    """Blocks of rows times the weights of their expert, plus its bias where there is one."""
+    y = jnp.einsum("nrd,ndf->nrf", x_NRD, _flat(name, weights[name][group_N]))
+    bias = weights.get(f"{name}_bias")
+    return y if bias is None else y + _flat(name, bias[group_N])[:, None]
+
+
+def _flat(name: str, w):
+    """gate_up [E,D,2,F] as [E,D,2F], its bias [E,2,F] as [E,2F], down and its bias as they are."""
+    return w.reshape(*w.shape[:-2], -1) if name.startswith("gate_up") else w
