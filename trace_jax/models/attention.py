@@ -240,7 +240,8 @@ def _causal_forward(q, k, v, mask, sinks):
 
 def _causal_backward(residuals, gradient):
     q, k, v, mask, sinks, mixed, normalizer = residuals
-    dot = jnp.sum(gradient.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1)
+    # As a product of matrices: XLA on a CPU takes eight times as long for the sum over so short an axis.
+    dot = jnp.einsum("bgrsc,bgrsc->bgrs", gradient, mixed, preferred_element_type=jnp.float32)
     gradients_q, gradient_k, gradient_v = [], jnp.zeros_like(k), jnp.zeros_like(v)
     for b in reversed(_query_blocks(q.shape[3])):
         arrays = q[:, :, :, b], k[:, :, : b.stop], v[:, :, : b.stop], mask[:, b, : b.stop]

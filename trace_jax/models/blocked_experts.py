@@ -27,7 +27,8 @@ class Blocks(NamedTuple):
     slot: jax.Array  # i32 [C, N, R] slot (t*K + k) of each row; T*K where there is none
     group: jax.Array  # i32 [C, N] expert of each block
     turns: jax.Array  # i32 [] turns that have a slot
-    place: jax.Array  # i32 [T, K] row of each slot, in the order of `slot`; C*N*R where it has none
+    place: jax.Array  # i32 [T, K] row of each slot, in the order of `slot`; 0 where it has none
+    here: jax.Array  # bool [T, K] whether it has one
 
 
 def make_blocks(slot: jax.Array, block_group: jax.Array, used: jax.Array, place_TK: jax.Array, weights: dict) -> Blocks:
@@ -35,7 +36,8 @@ def make_blocks(slot: jax.Array, block_group: jax.Array, used: jax.Array, place_
 
     Args:
       slot: i32 [P] slot of each row, T*K where there is none.
-      block_group: i32 [B] expert of each block of P/B rows, of which the first `used` i32 [] hold slots.
+      block_group: i32 [B] expert of each block of P/B rows, of which the first `used` i32 [] hold slots (all
+        of them where `used` is more).
       place_TK: i32 row of each slot; any number from P on = it is not here, and counts as zero.
     """
     num_blocks, num_rows = block_group.shape[0], slot.shape[0]
@@ -44,8 +46,9 @@ def make_blocks(slot: jax.Array, block_group: jax.Array, used: jax.Array, place_
     rows = num_rows // num_blocks
     slot = jnp.pad(slot, (0, missing * rows), constant_values=place_TK.size).reshape(-1, per_turn, rows)
     group = jnp.pad(block_group, (0, missing), mode="edge").reshape(-1, per_turn)
-    place_TK = jnp.where(place_TK < num_rows, place_TK, slot.size)
-    return Blocks(slot, group, (jnp.minimum(used, num_blocks) + (per_turn - 1)) // per_turn, place_TK)
+    here = place_TK < num_rows
+    turns = (jnp.minimum(used, num_blocks) + (per_turn - 1)) // per_turn
+    return Blocks(slot, group, turns, jnp.where(here, place_TK, 0), here)
 
 
 def blocked_experts(weights: dict, activate, x_TD: jax.Array, gates_TK: jax.Array, blocks: Blocks) -> jax.Array:
@@ -57,7 +60,7 @@ def blocked_experts(weights: dict, activate, x_TD: jax.Array, gates_TK: jax.Arra
       gates_TK: f32 [T,K].
     """
     operands = weights, x_TD, gates_TK, blocks
-    return _experts(activate, *as_varying(operands, varying_axes(operands)))
+    return _experts(activate, *as_varying(operands, varying_axes(*operands)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -66,26 +69,22 @@ def _experts(activate, weights, x_TD, gates_TK, blocks):
 
 
 def _forward(activate, weights, x_TD, gates_TK, blocks: Blocks):
-    token = blocks.slot // gates_TK.shape[1]
+    token = _token(blocks)
 
     def turn(c, found):
         inside = _multiply(weights, "gate_up", _rows(x_TD, token[c]), blocks.group[c])
         y = _multiply(weights, "down", activate(inside), blocks.group[c])
         return found[0].at[c].set(inside), found[1].at[c].set(y)
 
-    empty = (
-        jnp.empty((*token.shape, weights["down"].shape[1] * 2), x_TD.dtype),
-        jnp.empty((*token.shape, x_TD.shape[1]), x_TD.dtype),
-    )
-    inside, y = jax.lax.fori_loop(0, blocks.turns, turn, as_varying(empty, varying_axes(x_TD)))
-    y_TKD = _rows(y.reshape(-1, x_TD.shape[1]), blocks.place).astype(jnp.float32)
-    mixed = jnp.sum(y_TKD * gates_TK[:, :, None], axis=1).astype(x_TD.dtype)
-    return mixed, (weights, x_TD, gates_TK, blocks, inside)
+    start = tuple(jnp.zeros((*token.shape, n), x_TD.dtype) for n in (2 * weights["down"].shape[1], x_TD.shape[1]))
+    inside, y = jax.lax.fori_loop(0, blocks.turns, turn, as_varying(start, varying_axes(x_TD)))
+    mixed = _sum_of_slots(y, jnp.where(blocks.here, gates_TK, 0), blocks.place)
+    return mixed.astype(x_TD.dtype), (weights, x_TD, gates_TK, blocks, inside)
 
 
 def _backward(activate, residuals, gradient_TD):
     weights, x_TD, gates_TK, blocks, inside = residuals
-    token = blocks.slot // gates_TK.shape[1]
+    token = _token(blocks)
     gates = gates_TK.reshape(-1).at[blocks.slot].get(mode="fill", fill_value=0)
 
     def turn(c, found):
@@ -108,27 +107,37 @@ def _backward(activate, residuals, gradient_TD):
         return of_weights, of_x, of_gates.at[c].set(of_gate)
 
     def add(of_weights, name, more, group):
-        total = of_weights[name]
-        of_weights[name] = total.at[group].add(more, indices_are_sorted=True)
+        of_weights[name] = of_weights[name].at[group].add(more, indices_are_sorted=True)
 
     start = (
         {name: jnp.zeros(_flat(name, w).shape, jnp.float32) for name, w in weights.items()},
-        jnp.empty((*token.shape, x_TD.shape[1]), x_TD.dtype),
-        jnp.empty(token.shape, jnp.float32),
+        jnp.zeros((*token.shape, x_TD.shape[1]), x_TD.dtype),
+        jnp.zeros(token.shape, jnp.float32),
     )
     found = jax.lax.fori_loop(0, blocks.turns, turn, as_varying(start, varying_axes(gradient_TD)))
     of_weights = {name: found[0][name].reshape(w.shape).astype(w.dtype) for name, w in weights.items()}
-    of_x = jnp.sum(_rows(found[1].reshape(-1, x_TD.shape[1]), blocks.place).astype(jnp.float32), axis=1)
-    of_gates = found[2].reshape(-1).at[blocks.place].get(mode="fill", fill_value=0)
-    return of_weights, of_x.astype(x_TD.dtype), of_gates, None
+    of_x = _sum_of_slots(found[1], blocks.here.astype(jnp.float32), blocks.place).astype(x_TD.dtype)
+    return of_weights, of_x, jnp.where(blocks.here, found[2].reshape(-1)[blocks.place], 0.0), None
 
 
 _experts.defvjp(_forward, _backward)
 
 
+def _token(blocks: Blocks):
+    """i32 [C,N,R] token of each row. Rows without a slot may take any: their gate is zero, their output is not read."""
+    tokens, chosen = blocks.place.shape
+    return jnp.minimum(blocks.slot // chosen, tokens - 1)
+
+
 def _rows(x, index):
-    """x[index], zeros where there is no such row."""
-    return x.at[index].get(mode="fill", fill_value=0)
+    return x.at[index].get(mode="promise_in_bounds")
+
+
+def _sum_of_slots(rows, gates_TK, place_TK):
+    """f32 [T,D]: every token's rows times their gates, as a sum of K gathers, of which XLA makes one pass."""
+    rows = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32)
+    parts = [_rows(rows, place_TK[:, k]) * gates_TK[:, k, None] for k in range(place_TK.shape[1])]
+    return sum(parts[1:], parts[0])
 
 
 def _multiply(weights: dict, name: str, x_NRD, group_N):
