@@ -24,6 +24,7 @@ from sides import RESULTS, both_sides, environment, quickest_experts, timed, wri
 from trace_jax.data.rows import Batch
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
+from trace_jax.parallel.hosts import place
 from trace_jax.parallel.memory import keep_freed_memory
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
@@ -31,7 +32,6 @@ from trace_jax.unlearning.step import (
     Constants,
     coefficients,
     initial_state,
-    replicate,
     unlearning_settings,
     unlearning_step,
 )
@@ -45,10 +45,10 @@ def our_step(model, forget: np.ndarray, retain: np.ndarray):
     """A function that takes one step and returns its metrics."""
     config = UnlearningConfig(retain_loss="nll", alpha=1.0, learning_rate=LEARNING_RATE)
     mesh, settings = make_mesh(jax.devices()[:1]), unlearning_settings(config, model.config)
-    training, frozen = replicate(partition(model.params, "all"), mesh)
-    constants = Constants(frozen, training, None, coefficients(config), None)
-    batches = replicate([_batch(forget), _batch(retain)], mesh)
-    weights = replicate(_batch(retain).valid.astype(np.float32), mesh)
+    training, frozen = place(partition(model.params, "all"), mesh)
+    constants = Constants(frozen, training, None, None, place(coefficients(config), mesh), None)
+    rows = _batch(forget), _batch(retain), _batch(retain).valid.astype(np.float32)
+    *batches, weights = place(rows, mesh)
     holder = [initial_state(training, settings, mesh)]
 
     def step():

@@ -44,7 +44,7 @@ def test_output_and_every_gradient_equal_those_of_every_expert_on_every_token(ca
     def result(implementation):
         config = dataclasses.replace(CASES[case], grouped_matmul=implementation)
         y, pull = jax.vjp(
-            lambda *operands: experts(operands[0], config, operands[1], indices, operands[2]), weights, x, gates
+            lambda *operands: experts(operands[0], config, operands[1], indices, operands[2])[0], weights, x, gates
         )
         return y, pull(cotangent)
 
