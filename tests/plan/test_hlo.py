@@ -1,0 +1,163 @@
+# ruff: noqa: E501 (the text of a program is what it is)
+"""What a program moves, counted on its text: small programs whose collectives and traffic are known by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from trace_jax.plan.hlo import arrays, traffic
+
+LAYERS, D, F, B = 5, 64, 128, 32
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def text_of(fn, mesh, in_specs, out_specs, *shapes):
+    """The compiled text of `fn` inside shard_map, on float32 arrays of these global shapes."""
+    run = jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
+    arguments = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, in_specs, strict=True)
+    ]
+    return run.lower(*arguments).compile().as_text()
+
+
+def found(text, devices=4):
+    return {(c.kind, len(c.groups[0])): (c.count, c.bytes) for c in traffic(text, devices).collectives}
+
+
+def test_collectives_in_a_loop_count_once_per_round(mesh):
+    def layers(x, w):
+        def layer(x, w):
+            w = jax.lax.all_gather(w, "data", axis=0, tiled=True)
+            return jax.lax.psum(jnp.tanh(x @ w) @ w.T, "tensor"), None
+
+        return jax.lax.scan(layer, x, w)[0]
+
+    text = text_of(layers, mesh, (P("data"), P(None, "data", "tensor")), P("data"), (B, D), (LAYERS, D, F))
+    sent = found(text)
+    # A device gathers the other half of w [D, F/2] and, in a ring of two, sends half of x [B/2, D] twice.
+    assert sent[("all-gather", 2)] == (LAYERS, LAYERS * 4 * D * F / 4)
+    assert sent[("all-reduce", 2)] == (LAYERS, LAYERS * 4 * B / 2 * D)
+    assert set(sent) == {("all-gather", 2), ("all-reduce", 2)}
+
+
+def test_every_kind_of_collective_and_its_group(mesh):
+    def fn(x):
+        x = jax.lax.psum_scatter(x, ("data", "tensor"), scatter_dimension=0, tiled=True)
+        x = jax.lax.all_to_all(x, "tensor", 1, 0, tiled=True)
+        return jax.lax.ppermute(x, "data", [(0, 1), (1, 0)])
+
+    sent = found(text_of(fn, mesh, (P(None, None),), P(("data", "tensor"), None), (B, D)))
+    assert sent[("reduce-scatter", 4)] == (1, 4 * B * D * 3 / 4)
+    assert sent[("all-to-all", 2)] == (1, 4 * B / 4 * D / 2)
+    assert sent[("collective-permute", 2)][0] == 1
+    assert sent[("collective-permute", 2)][1] == 4 * B / 4 * D
+
+
+def test_nested_loops_multiply(mesh):
+    def fn(x):
+        def inner(_, x):
+            return jax.lax.pcast(jax.lax.psum(x, "tensor"), "tensor", to="varying")
+
+        return jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.fori_loop(0, 4, inner, x) * 0.5, x)
+
+    text = text_of(fn, mesh, (P("data", "tensor"),), P("data", "tensor"), (B, D))
+    assert found(text)[("all-reduce", 2)][0] == 12
+
+
+def test_a_loop_that_data_ends_counts_once_and_is_reported(mesh):
+    def fn(x):
+        def step(state):
+            n, x = state
+            return n + 1, jnp.tanh(jax.lax.psum(x, ("data", "tensor")) + x)
+
+        return jax.lax.while_loop(
+            lambda s: (s[0] < 100) & (jnp.max(jax.lax.pmax(s[1], ("data", "tensor"))) < 9), step, (0, x)
+        )[1]
+
+    text = text_of(fn, mesh, (P("data", "tensor"),), P("data", "tensor"), (B, D))
+    measured = traffic(text, 4)
+    assert measured.unknown_loops == 1
+    assert sum(c.count for c in measured.collectives if c.kind == "all-reduce") >= 1
+
+
+def test_memory_traffic_of_a_loop_is_that_of_its_slices():
+    """Scanning over stacked weights reads each layer's weights once, not the stack once per layer."""
+    layers, width = 16, 256
+
+    def fn(x, w):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+    text = jax.jit(fn).lower(jnp.zeros((1, width)), jnp.zeros((layers, width, width))).compile().as_text()
+    stack = 4 * layers * width * width
+    assert stack <= traffic(text, 1).memory_bytes < 4 * stack
+
+
+def test_memory_traffic_agrees_with_xla_where_there_is_no_loop():
+    def fn(x, w):
+        return jnp.tanh(x @ w) @ w.T
+
+    compiled = jax.jit(fn).lower(jnp.zeros((256, 512)), jnp.zeros((512, 1024))).compile()
+    costs = compiled.cost_analysis()
+    assert traffic(compiled.as_text(), 1).memory_bytes == pytest.approx(costs["bytes accessed"], rel=0.05)
+
+
+TPU = """HloModule jit_f
+
+%cond (p: (s32[], bf16[8,128])) -> pred[] {
+  %p = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %bound = s32[]{:T(128)} constant(7)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT, metadata={op_name="while/cond"}
+}
+
+%all-reduce-scatter.1 (input: bf16[8,128]) -> bf16[2,128] {
+  %input = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.9 = bf16[8,128]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%sum
+  %zero = s32[] constant(0)
+  ROOT %part = bf16[2,128]{1,0:T(2,128)(2,1)} dynamic-slice(%all-reduce.9, %zero, %zero), dynamic_slice_sizes={2,128}
+}
+
+%body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %p = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %shard = bf16[2,128]{1,0:T(2,128)(2,1)S(1)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %ag = (bf16[2,128]{1,0:T(2,128)(2,1)S(1)}, bf16[8,128]{1,0:T(8,128)(2,1)}) all-gather-start(%shard), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+  %whole = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather-done(%ag)
+  ROOT %state = (s32[]{:T(128)}, /*index=1*/bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%next, %whole)
+}
+
+ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %zero = s32[]{:T(128)} constant(1)
+  %start = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%zero, %x)
+  %loop = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) while(%start), condition=%cond, body=%body
+  ROOT %result = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_the_tpu_compilers_text_is_read():
+    """Loops without a written count, from 1 to 7; a fused reduce-scatter; an exchange in two parts."""
+    measured = traffic(TPU, 8)
+    assert [(c.kind, c.groups, c.count, c.bytes) for c in measured.collectives] == [
+        ("all-gather", ((0, 2, 4, 6), (1, 3, 5, 7)), 6, 6 * 3 * 512),
+        ("reduce-scatter", ((0, 2, 4, 6), (1, 3, 5, 7)), 6, 6 * 2048 * 3 / 4),
+    ]
+    # Memory: the fusion reads x, the gather writes it whole; the shard stays in the compiler's cache. And the counter.
+    assert measured.memory_bytes == 6 * (2048 + 2048 + 3 * 4)
+
+
+def test_arrays_of_a_type():
+    found = arrays("(bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, pred[3]{0}, s4[5]{0}, f32[])")
+    assert [(a.bytes, a.in_memory) for a in found] == [(2048, False), (3, True), (3, True), (4, True)]
