@@ -16,7 +16,7 @@ from typing import Any
 from trace_jax.config import ConfigError, resolve
 from trace_jax.interruption import Interrupted, interrupt
 
-COMMANDS = ("run", "study", "report", "export", "verify", "doctor")
+COMMANDS = ("run", "study", "report", "export", "verify", "plan", "doctor")
 _EPILOG = """any setting can be overridden: --config.unlearning.learning_rate=1e-5 (values are Python literals or text).
 --config FILE:variant passes the variant to the file's get_config."""
 
@@ -89,20 +89,22 @@ def _parser(command: str, *, config: bool, parents: Sequence[argparse.ArgumentPa
         f"trace_jax.main {command}", description=about, epilog=_EPILOG, formatter_class=formatter, parents=parents
     )
     if config:
-        parser.add_argument("--config", required=True, metavar="FILE[:variant]", help="experiment to run")
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        metavar="DIR",
-        help="where its artefacts are (a directory, or gs://BUCKET/NAME); made if missing",
-    )
+        parser.add_argument("--config", required=True, metavar="FILE[:variant]", help="the experiment")
+    if command != "plan":
+        parser.add_argument(
+            "--workdir",
+            required=True,
+            metavar="DIR",
+            help="where its artefacts are (a directory, or gs://BUCKET/NAME); made if missing",
+        )
     return parser
 
 
 def _parse(command: str, arguments: Sequence[str], *parents: argparse.ArgumentParser) -> tuple[argparse.Namespace, Any]:
     """Options, and the experiment with its `--config.a.b=value` overrides."""
     parser = _parser(command, config=True, parents=parents)
-    parser.add_argument("--overwrite", action="store_true", help="replace a workdir of another corpus or model")
+    if command != "plan":
+        parser.add_argument("--overwrite", action="store_true", help="replace a workdir of another corpus or model")
     options, rest = parser.parse_known_args(arguments)
     overrides = {}
     while rest:
@@ -167,6 +169,31 @@ def _verify(arguments: Sequence[str]) -> int:
     from trace_jax.verify import verify_main
 
     return verify_main(arguments)
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    where = own.add_mutually_exclusive_group(required=True)
+    where.add_argument("--topology", metavar="NAME", help="a slice of TPU chips: v5e:4x4, v5p:2x2x4, v6e:4x4")
+    where.add_argument("--gpus", type=int, metavar="N", help="so many GPUs")
+    where.add_argument("--cpu", type=int, metavar="N", help="this machine, as N simulated devices")
+    own.add_argument("--gpu", default="h100", metavar="NAME", help="which GPUs: a100, h100 (default), h200, b200")
+    own.add_argument("--price", type=float, metavar="P", help="of one chip for an hour, for the cost of 1,000 steps")
+    own.add_argument("--search", action="store_true", help="try all meshes and microbatches; rank those that fit")
+    own.add_argument("--json", metavar="FILE", help="write every number there")
+    options, config = _parse("plan", arguments, own)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # devices that are planned for are described, not opened
+    from trace_jax.plan.plan import plan
+    from trace_jax.plan.target import cpus, gpus, tpu_slice
+
+    if options.topology:
+        target = tpu_slice(options.topology)
+    else:
+        target = gpus(options.gpus, options.gpu) if options.gpus else cpus(options.cpu, config.model.dtype)
+    print(plan(config, target, price=options.price, search=options.search, output=options.json))
+    return 0
 
 
 def _doctor(arguments: Sequence[str]) -> int:

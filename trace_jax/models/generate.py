@@ -219,6 +219,27 @@ def _compiled(config: ModelConfig, kind: str, mesh: Mesh | None):
     )
 
 
+def greedy_step(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> tuple[Any, tuple]:
+    """(the compiled function that writes tokens greedily, its inputs after the parameters as shapes on `mesh`).
+
+    The cache holds `length` tokens of each of `rows` rows, padded as `generate` does.
+    """
+    size = -(-padded_size(rows, least=1, steps=8) // row_shards(mesh)) * row_shards(mesh)
+
+    def inputs():
+        number, real, keys = jnp.int32(0), jnp.float32(0), jax.random.split(jax.random.key(0), size)
+        settings = {"eos": jnp.zeros(1, jnp.int32), "temperature": real, "top_k": number, "top_p": real, "keys": keys}
+        last, done = jnp.zeros(size, jnp.int32), jnp.zeros(size, bool)
+        return settings, last, done, number, number, init_cache(config, size, padded_size(length))
+
+    specs = (_SETTINGS, P(ROWS), P(ROWS), P(), P(), _cache_specs(config, mesh))
+    shapes = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        jax.eval_shape(inputs), specs,
+    )  # fmt: skip
+    return _compiled(config, "greedy", mesh)[2], shapes
+
+
 def _read(config: ModelConfig, params, tokens, real, positions, cache):
     return forward(params, config, tokens, mask=real, positions=positions, collect=(), cache=cache).cache
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import jax
 import numpy as np
@@ -170,6 +171,11 @@ def _assign(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array,
 @lru_cache(maxsize=32)
 def _compiled(fn, out_specs, config: ModelConfig, mesh: Mesh):
     return jax.jit(on_mesh(lambda params, *arrays: fn(params, config, *arrays), config, mesh, out_specs=out_specs))
+
+
+def counting_pass(config: ModelConfig, mesh: Mesh) -> Any:
+    """The compiled function of `expert_statistics`: (params, tokens, segments, valid) -> (counts, sums of softmax)."""
+    return _compiled(_count, PartitionSpec(), config, mesh)
 
 
 def run_batches(

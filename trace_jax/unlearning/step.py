@@ -96,13 +96,8 @@ def coefficients(config: UnlearningConfig) -> Coefficients:
 
 def initial_state(trainable: Flat, settings: StepSettings, mesh: Mesh, masks: Flat | None = None) -> TrainState:
     """Fresh state on `mesh`. Arrays are copied, so that donating it never frees the reference model."""
-
-    def start(trainable):
-        trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
-        optimizer = make_optimizer(settings.optimizer, settings.steps, masks).init(trainable)
-        return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer)
-
     trainable = place(trainable, mesh, trainable_specs(trainable, settings, mesh))
+    start = functools.partial(fresh_state, settings=settings, masks=masks)
     shardings = state_shardings(jax.eval_shape(start, trainable), settings, mesh)
     return jax.jit(start, out_shardings=shardings)(trainable)
 
@@ -113,6 +108,13 @@ def trainable_specs(trainable: Flat, settings: StepSettings, mesh: Mesh) -> dict
         return {path: rows_spec(settings.model, path, leaf.shape[1], mesh) for path, leaf in trainable.items()}
     specs = param_specs(settings.model, mesh)
     return {path: specs[path] for path in trainable}
+
+
+def fresh_state(trainable: Flat, settings: StepSettings, masks: Flat | None = None) -> TrainState:
+    """The state before the first step, wherever its arrays lie; also of shapes alone (`jax.eval_shape`)."""
+    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
+    optimizer = make_optimizer(settings.optimizer, settings.steps, masks).init(trainable)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer)
 
 
 def state_shardings(state: Any, settings: StepSettings, mesh: Mesh) -> Any:

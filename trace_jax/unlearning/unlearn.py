@@ -92,7 +92,7 @@ def unlearn(
     training, frozen = (
         place(part, mesh, {path: specs[path] for path in part}) for part in partition(model.params, trainable)
     )
-    masks = place(update_masks(training, model.config, layers=_layers(config)), mesh)
+    masks = place(update_masks(training, model.config, layers=trained_layers(config)), mesh)
     settings = unlearning_settings(config, model.config, parallel)
     direction = (
         steering_direction(jax.random.key(seed), model.config.hidden_size) if config.objective == "rmu" else None
@@ -135,7 +135,7 @@ def unlearn(
     )
 
 
-def _layers(config: UnlearningConfig) -> tuple[int, int] | None:
+def trained_layers(config: UnlearningConfig) -> tuple[int, int] | None:
     """RMU trains the steered layer and the two below it, as its authors do."""
     if config.objective == "rmu" and config.trainable == "down_projections" and config.layer is not None:
         return max(1, config.layer - 2), config.layer

@@ -1,0 +1,179 @@
+"""A shrunken model planned for CPU devices, and for a TPU slice where its compiler is installed."""
+
+import dataclasses
+import importlib.util
+import json
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from trace_jax.config import as_dict, resolve
+from trace_jax.data.rows import Rows
+from trace_jax.experiment import ExperimentConfig
+from trace_jax.main import load_config, main
+from trace_jax.models.arrays import count_params, init_params
+from trace_jax.models.model import Model
+from trace_jax.plan.chips import place
+from trace_jax.plan.plan import mesh_of, meshes, model_of, plan, programs, ranked
+from trace_jax.plan.prediction import Prediction, _needed, predict
+from trace_jax.plan.target import cpus, tpu_slice
+from trace_jax.unlearning import unlearn as unlearning
+
+MODELS = Path(__file__).parents[2] / "configs" / "plan.py"
+CONFIG = {
+    "name": "shrunken",
+    "model": {
+        "vocab_size": 512, "hidden_size": 32, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "head_size": 8,
+        "num_experts": 8, "experts_per_token": 2, "expert_hidden_size": 24,
+    },
+    "data": {"row_length": 16},
+    "unlearning": {"forget_batch_size": 8, "retain_batch_size": 8, "trainable": "down_projections"},
+    "evaluation": {"batch_size": 8},
+    "parallel": {"expert": 2, "tensor": 2, "remat": "layer"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config():
+    return resolve(ExperimentConfig, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return cpus(8, "float32")
+
+
+def predicted(program, target, mesh):
+    return predict(program, target.chip, [place(target.chip, device) for device in mesh.devices.flat])
+
+
+def test_the_command_prints_and_writes_every_number(tmp_path, capsys):
+    file = tmp_path / "config.py"
+    file.write_text(f"def get_config():\n    return {CONFIG!r}\n")
+    output = tmp_path / "plan.json"
+    assert main(["plan", "--config", str(file), "--cpu", "8", "--price", "2", "--json", str(output)]) == 0
+    text = capsys.readouterr().out
+    for words in ("unlearning step", "statistics pass", "decoding step", "peak memory", "all-gather", "bound by"):
+        assert words in text
+    written = json.loads(output.read_text())
+    assert [p["program"] for p in written["programs"]] == ["unlearning step", "statistics pass", "decoding step"]
+    assert written["parallel"] == {**as_dict(resolve(ExperimentConfig, CONFIG).parallel), "data": 2}
+    for p in written["programs"]:
+        assert p["peak"] == p["parameters"] + p["optimizer"] + p["inputs"] + p["temporaries"] and p["fits"]
+        assert p["least"] == p["seconds"][p["bound"]] <= p["most"] and p["flops"] > 0 and p["memory_bytes"] > 0
+    gathers = next(e for e in written["programs"][0]["exchanges"] if e["kind"] == "all-gather")
+    assert gathers["count"] > 6 and gathers["bytes"] > 0  # at least one per layer, though layers stand in a loop
+
+
+def test_the_step_that_is_planned_is_the_one_that_runs(config, target, monkeypatch):
+    """To the letter of what is compiled; so its peak memory is what XLA reports for the step of a run."""
+    model, mesh = model_of(config), mesh_of(target, config.parallel)
+    program, seen = next(programs(config, model, config.parallel, mesh)), []
+
+    def record(*arguments, step=unlearning.unlearning_step, **settings):
+        seen.append(step.trace(*arguments, **settings))
+        raise InterruptedError
+
+    rows = Rows(*(np.ones((8, 16), dtype) for dtype in (np.int32, np.int32, bool)), np.zeros(8, np.int32))
+    monkeypatch.setattr(unlearning, "unlearning_step", record)
+    with pytest.raises(InterruptedError):
+        unlearning.unlearn(
+            Model(model, init_params(model, jax.random.key(0))), rows, rows, config=config.unlearning, mesh=mesh,
+            parallel=config.parallel,
+        )  # fmt: skip
+    assert str(program.traced.jaxpr) == str(seen[0].jaxpr)
+    memory, prediction = seen[0].lower().compile().memory_analysis(), predicted(program, target, mesh)
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert prediction.peak == pytest.approx(used + memory.temp_size_in_bytes, rel=0.1)
+
+
+def test_more_devices_hold_less_each(config, target):
+    model, found = model_of(config), []
+    for data, expert, tensor in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)):
+        small = cpus(data * expert * tensor, "float32")
+        parallel = resolve(type(config.parallel), {"data": data, "expert": expert, "tensor": tensor})
+        found.append(next(programs(config, model, parallel, mesh_of(small, parallel))))
+    whole = 4 * count_params(model)[0]
+    assert found[0].parameters == pytest.approx(whole, rel=0.001)
+    for program in found[1:]:
+        assert program.parameters == pytest.approx(whole / 8, rel=0.1)
+        assert program.optimizer == pytest.approx(found[0].optimizer / 8, rel=0.01)
+
+
+def test_what_the_compiler_refuses_says_what_it_needs():
+    refused = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.54G of 15.75G hbm."
+    assert _needed(RuntimeError(refused)) == int(22.54 * 2**30)
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        _needed(RuntimeError("INTERNAL: Used 1G of 2G"))
+
+
+def test_inputs_that_do_not_fit_are_not_compiled(config, target):
+    small = dataclasses.replace(target.chip, memory=1000.0)
+    parallel, mesh = config.parallel, mesh_of(target, config.parallel)
+    prediction = predicted(
+        next(programs(config, config.model, parallel, mesh)), dataclasses.replace(target, chip=small), mesh
+    )
+    assert not prediction.fits and prediction.peak > 100_000 and prediction.temporaries is None
+
+
+def test_search_takes_the_fewest_microbatches_that_fit_and_ranks_by_time(config, target, monkeypatch):
+    """With a compiler that says: two rows a device fit at a time, experts cost time, and two of them are too large."""
+    tried = []
+
+    def compiled(config, model, target, parallel):
+        tried.append(parallel)
+        rows = config.unlearning.forget_batch_size / (parallel.data * parallel.expert * parallel.microbatches)
+        peak = 200 if parallel.expert == 2 else 50 * rows
+        seconds = {"compute": float(parallel.expert), "memory": 0.5}
+        return Prediction("step", 1, 100.0, 0.0, 20, 10, 1, 1, int(peak), 1.0, 1.0, seconds=seconds)
+
+    monkeypatch.setattr("trace_jax.plan.plan._step", compiled)
+    monkeypatch.setattr("trace_jax.plan.plan.meshes", lambda *_: [(1, 4, 2), (1, 2, 4), (1, 1, 8)])
+    found = ranked(config, config.model, target)
+    assert [(p.expert, p.microbatches, q.fits) for p, q in found] == [(1, 4, True), (4, 1, True), (2, 4, False)]
+    assert len(tried) == 3 + 1 + 3  # until two rows fit; at once; until no rows are left to divide
+
+
+def test_meshes_divide_experts_and_heads(config):
+    assert (2, 2, 2) in meshes(8, config.model) and (1, 8, 1) in meshes(8, config.model)
+    assert all(np.prod(mesh) == 8 and mesh[2] <= 4 for mesh in meshes(8, config.model))
+
+
+@pytest.mark.parametrize(
+    ("variant", "billions"),
+    [
+        ("olmoe-1b-7b", 6.92),
+        ("qwen1.5-moe-a2.7b", 14.3),
+        ("deepseek-v2-lite", 15.7),
+        ("mixtral-8x7b", 46.7),
+        ("qwen3-30b-a3b", 30.5),
+        ("gpt-oss-20b", 20.9),
+    ],
+)
+def test_published_models_have_their_published_size(variant, billions):
+    total, _ = count_params(load_config(f"{MODELS}:{variant}").model)
+    assert total / 1e9 == pytest.approx(billions, rel=0.004)
+
+
+def test_a_config_json_alone_is_enough(config, target, tmp_path):
+    fields = runpy.run_path(str(MODELS))["MODELS"]["olmoe-1b-7b"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    changed = resolve(ExperimentConfig, {**CONFIG, "model": {"path": str(tmp_path)}})
+    assert model_of(changed).num_experts == 64
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is not installed")
+def test_a_tpu_slice_is_planned_without_one(config, target):
+    text = plan(config, tpu_slice("v5e:2x4"))
+    assert "TPU v5e" in text and "DOESN'T FIT" not in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler (libtpu) is installed")
+def test_without_the_tpu_compiler_it_says_what_to_install(capsys, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(f"def get_config():\n    return {CONFIG!r}\n")
+    assert main(["plan", "--config", str(file), "--topology", "v5e:2x4"]) == 2
+    assert f'pip install "jax[tpu]=={jax.__version__}"' in capsys.readouterr().err

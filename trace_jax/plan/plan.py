@@ -1,0 +1,170 @@
+"""`plan`: what an experiment takes on a machine, found by compiling for it without having it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from trace_jax.checkpoints.checkpoint import read_object
+from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.experiment import ExperimentConfig
+from trace_jax.files import write_json
+from trace_jax.models.arrays import count_params
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.families import model_config
+from trace_jax.parallel.config import ParallelConfig
+from trace_jax.parallel.mesh import DATA, make_mesh
+from trace_jax.plan.chips import place
+from trace_jax.plan.prediction import Prediction, predict
+from trace_jax.plan.programs import SELECTED, Program, decoding_program, statistics_program, step_program
+from trace_jax.plan.table import duration, program_table, search_table, size
+from trace_jax.plan.target import Target
+from trace_jax.progress import say
+
+
+def plan(
+    config: ExperimentConfig,
+    target: Target,
+    *,
+    price: float | None = None,
+    search: bool = False,
+    output: str | os.PathLike | None = None,
+) -> str:
+    """Compiles the unlearning step, the statistics pass and the decoding step of an experiment for `target`.
+
+    Args:
+      price: of one chip for one hour, in any currency; None leaves costs out.
+      search: compile the step for every mesh and the fewest microbatches that fit there, rank them by predicted
+        time, and plan all three programs for the first.
+      output: where everything is written as JSON.
+    Returns:
+      The tables as text.
+    """
+    model = model_of(config)
+    chips, found = len(target.devices), ranked(config, model, target) if search else []
+    parallel = found[0][0] if found else config.parallel
+    mesh = mesh_of(target, parallel)
+    parallel = dataclasses.replace(parallel, data=mesh.shape[DATA])
+    predictions = [_predicted(program, target, mesh) for program in programs(config, model, parallel, mesh)]
+    head = _head(config, model, target, parallel)
+    parts = [head, program_table(predictions, chips=chips, price=price)]
+    if found:
+        rows = [(_words(each), prediction) for each, prediction in found]
+        parts.insert(1, search_table(rows, chips=chips, price=price))
+    if output is not None:
+        write_json(Path(output), _json(config, model, target, parallel, predictions, found, price))
+    return "\n\n".join(parts)
+
+
+def model_of(config: ExperimentConfig) -> ModelConfig:
+    """The shapes of the experiment's model; of a checkpoint, config.json is all that is read."""
+    model = config.model
+    if isinstance(model, PretrainedConfig):
+        read = model_config(read_object(Path(model.path) / "config.json"), dtype=model.dtype)
+        return dataclasses.replace(read, grouped_matmul=model.grouped_matmul)
+    return model
+
+
+def mesh_of(target: Target, parallel: ParallelConfig) -> Mesh:
+    """The target's devices as a mesh."""
+    return make_mesh(target.devices, data=parallel.data, expert=parallel.expert, tensor=parallel.tensor)
+
+
+def programs(config: ExperimentConfig, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> Iterator[Program]:
+    """The three programs of a run, each traced when it is asked for."""
+    rows, row_length = config.evaluation.batch_size, config.data.row_length
+    yield step_program(config.unlearning, model, parallel, mesh, row_length)
+    yield statistics_program(model, mesh, rows, row_length)
+    yield decoding_program(model, mesh, rows, row_length)
+
+
+def _predicted(program: Program, target: Target, mesh: Mesh) -> Prediction:
+    say(f"compiling the {program.name} for {target.name}")
+    prediction = predict(program, target.chip, [place(target.chip, device) for device in mesh.devices.flat])
+    say(f"  {size(prediction.peak)} of {size(prediction.capacity)}, in {duration(prediction.compile_seconds)}")
+    return prediction
+
+
+# --- search
+
+
+def ranked(config: ExperimentConfig, model: ModelConfig, target: Target) -> list[tuple[ParallelConfig, Prediction]]:
+    """Every mesh with the fewest microbatches that fit there, quickest first; then those that don't fit."""
+    found, rows = [], config.unlearning.forget_batch_size
+    for data, expert, tensor in meshes(len(target.devices), model):
+        microbatches = 1
+        while True:
+            sizes = {"data": data, "expert": expert, "tensor": tensor, "microbatches": microbatches}
+            parallel = dataclasses.replace(config.parallel, **sizes)
+            prediction = _step(config, model, target, parallel)
+            stays = prediction.parameters + prediction.optimizer
+            if prediction.fits or stays > prediction.capacity or rows % (2 * microbatches * data * expert):
+                found.append((parallel, prediction))
+                break
+            microbatches *= 2
+    return sorted(found, key=lambda each: (not each[1].fits, each[1].least if each[1].seconds else each[1].peak))
+
+
+def _step(config: ExperimentConfig, model: ModelConfig, target: Target, parallel: ParallelConfig) -> Prediction:
+    mesh = mesh_of(target, parallel)
+    say(_words(parallel))
+    return _predicted(next(programs(config, model, parallel, mesh)), target, mesh)
+
+
+def meshes(devices: int, model: ModelConfig) -> list[tuple[int, int, int]]:
+    """(data, expert, tensor) whose product is `devices`, where experts and heads divide evenly."""
+    return [
+        (devices // expert // tensor, expert, tensor)
+        for tensor in range(1, devices + 1)
+        for expert in range(1, devices // tensor + 1)
+        if devices % (expert * tensor) == 0 and model.num_experts % expert == 0 and model.num_heads % tensor == 0
+    ]
+
+
+# --- words
+
+
+def _words(parallel: ParallelConfig) -> str:
+    number = parallel.microbatches
+    parts = f", {number} microbatches" if number > 1 else ""
+    return f"data {parallel.data} x expert {parallel.expert} x tensor {parallel.tensor}{parts}"
+
+
+def _head(config: ExperimentConfig, model: ModelConfig, target: Target, parallel: ParallelConfig) -> str:
+    total, active = count_params(model)
+    unlearning, rows = config.unlearning, f"{config.unlearning.forget_batch_size} forget"
+    rows += f" and {unlearning.retain_batch_size} retain" if unlearning.retain_batch_size else ""
+    chip, trains = target.chip, f"{unlearning.trainable} train"
+    trains += f" (1 of {SELECTED} assumed)" if unlearning.trainable == "selected_experts" else ""
+    return (
+        f"{config.name}: {total:,} parameters in {model.dtype}, {active:,} active per token; {unlearning.objective}, "
+        f"{trains}\n"
+        f"{target.name}: {len(target.devices)} of {chip.name}, each {size(chip.memory)}, {chip.flops / 1e12:.4g} "
+        f"TFLOP/s, {chip.bandwidth / 1e9:.4g} GB/s\n"
+        f"{_words(parallel)}; remat {parallel.remat}; a step takes {rows} rows of {config.data.row_length} tokens"
+    )
+
+
+def _json(config, model, target, parallel, predictions, found, price) -> dict[str, Any]:
+    def plain(prediction: Prediction) -> dict:
+        derived = {"fits": prediction.fits}
+        if prediction.seconds:
+            derived |= {"bound": prediction.bound, "least": prediction.least, "most": prediction.most}
+        return {**dataclasses.asdict(prediction), **derived}
+
+    return {
+        "experiment": config.name,
+        "parameters": count_params(model)[0],
+        "target": target.name,
+        "chip": dataclasses.asdict(target.chip),
+        "chips": len(target.devices),
+        "parallel": dataclasses.asdict(parallel),
+        "price_per_chip_hour": price,
+        "programs": [plain(prediction) for prediction in predictions],
+        "search": [{**dataclasses.asdict(each), **plain(prediction)} for each, prediction in found],
+    }

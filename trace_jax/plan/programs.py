@@ -1,0 +1,135 @@
+"""The programs that a run spends its time in, traced on shapes alone: nothing is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from trace_jax.data.rows import Batch
+from trace_jax.models.arrays import abstract_params, flatten, unflatten
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.generate import greedy_step
+from trace_jax.models.sharding import param_specs
+from trace_jax.parallel.config import ParallelConfig
+from trace_jax.parallel.mesh import EXPERT, ROWS, row_shards
+from trace_jax.routing.statistics import counting_pass
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.objectives import OBJECTIVES
+from trace_jax.unlearning.selected import cut_rows, selected_index
+from trace_jax.unlearning.step import (
+    Constants,
+    coefficients,
+    fresh_state,
+    row_multiple,
+    state_shardings,
+    unlearning_settings,
+    unlearning_step,
+)
+from trace_jax.unlearning.trainable import partition, update_masks
+from trace_jax.unlearning.unlearn import trained_layers
+
+SELECTED = 8  # of so many experts one is taken to be selected, where selected experts train
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced program and what it works on, in bytes on each device.
+
+    filled: share of the room for tokens of a device's experts that a balanced load fills.
+    """
+
+    name: str
+    traced: Any  # jax.stages.Traced
+    parameters: int
+    optimizer: int
+    inputs: int
+    tokens: int  # that one run of it processes, over all devices
+    filled: float
+
+
+def step_program(
+    unlearning: UnlearningConfig, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, row_length: int
+) -> Program:
+    """One unlearning step."""
+    settings, params = unlearning_settings(unlearning, model, parallel), _params(model, mesh)
+    training, frozen = partition(unflatten(params), unlearning.trainable or "all")
+    masks, reference, index = update_masks(training, model, layers=trained_layers(unlearning)), training, None
+    if settings.rows:
+        chosen = np.arange(model.num_experts) < max(1, model.num_experts // SELECTED)  # which ones is all the same
+        index = selected_index(np.broadcast_to(chosen, (len(model.moe_layers), model.num_experts)))
+        training = jax.eval_shape(partial(cut_rows, config=model, mesh=mesh), training, index)
+        reference, frozen = {}, params
+    state = jax.eval_shape(partial(fresh_state, settings=settings, masks=masks), training)
+    state = jax.tree.map(_array, state, state_shardings(state, settings, mesh))
+    direction = jax.ShapeDtypeStruct((model.hidden_size,), jnp.float32) if unlearning.objective == "rmu" else None
+    constants = Constants(frozen, reference, *_placed((index, masks, coefficients(unlearning), direction), mesh, P()))
+    multiple, retains = row_multiple(settings, mesh), OBJECTIVES[unlearning.objective].retains
+    forget = _batch(unlearning.forget_batch_size, multiple, row_length, mesh)
+    retain = _batch(unlearning.retain_batch_size or 0, multiple, row_length, mesh) if retains else None
+    weights = None if retain is None else _placed(jax.ShapeDtypeStruct(retain.tokens.shape, jnp.float32), mesh, P(ROWS))
+    rows = forget, retain, weights
+    traced = unlearning_step.trace(state, constants, *rows, settings=settings, mesh=mesh)
+    tokens = forget.tokens.size + (0 if retain is None else retain.tokens.size)
+    sizes = local_bytes(constants), local_bytes(state), local_bytes(rows)
+    return Program("unlearning step", traced, *sizes, tokens, _filled(model, mesh, parallel.expert_buffer))
+
+
+def statistics_program(model: ModelConfig, mesh: Mesh, rows: int, row_length: int) -> Program:
+    """The pass that counts how often each expert is used, on one batch."""
+    params, batch = unflatten(_params(model, mesh)), _batch(rows, row_shards(mesh), row_length, mesh)
+    traced = counting_pass(model, mesh).trace(params, batch.tokens, batch.segments, batch.valid)
+    return Program(
+        "statistics pass", traced, local_bytes(params), 0, local_bytes(batch), batch.tokens.size, _filled(model, mesh)
+    )
+
+
+def decoding_program(model: ModelConfig, mesh: Mesh, rows: int, row_length: int) -> Program:
+    """Writing one token to every row greedily, with a cache that holds `row_length` tokens of each."""
+    params, (write, inputs) = unflatten(_params(model, mesh)), greedy_step(model, mesh, rows, row_length)
+    traced = write.trace(params, *inputs)
+    return Program("decoding step", traced, local_bytes(params), 0, local_bytes(inputs), rows, _filled(model, mesh))
+
+
+def _filled(model: ModelConfig, mesh: Mesh, buffer: float = 0.0) -> float:
+    """1 over the room for tokens of a device's experts, as a multiple of the balanced load (`models.moe`)."""
+    devices = mesh.shape[EXPERT]
+    if devices == 1:
+        return 1.0
+    worst = devices * min(-(-model.num_experts // devices), model.experts_per_token) / model.experts_per_token
+    return 1 / min(worst, buffer or worst)
+
+
+def _params(model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """Every parameter by path: shape, type and where it lies."""
+    specs = param_specs(model, mesh)
+    return {path: _placed(leaf, mesh, specs[path]) for path, leaf in flatten(abstract_params(model)).items()}
+
+
+def _array(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _placed(tree: Any, mesh: Mesh, spec: P) -> Any:
+    """Shapes of arrays that all lie on the mesh as `spec` says."""
+    return jax.tree.map(lambda leaf: _array(leaf, NamedSharding(mesh, spec)), tree)
+
+
+def _batch(rows: int, multiple: int, row_length: int, mesh: Mesh) -> Batch:
+    """A batch, padded to a multiple of rows."""
+    shape = (-(-rows // multiple) * multiple, row_length)
+    return _placed(
+        Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.int32, bool))), mesh, P(ROWS)
+    )
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes on one device of abstract arrays that carry shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
