@@ -30,6 +30,8 @@ _PUBLIC = {
     "unlearn": "trace_jax.unlearning.unlearn",
     "UnlearningConfig": "trace_jax.unlearning.config",
     "CalibrationConfig": "trace_jax.routing.config",
+    "make_mesh": "trace_jax.parallel.mesh",
+    "ParallelConfig": "trace_jax.parallel.config",
     "ConfigError": "trace_jax.config",
     "load_config": "trace_jax.main",
     "run": "trace_jax.pipeline",
