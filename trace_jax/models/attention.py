@@ -90,6 +90,7 @@ def attention(layer: dict, config: ModelConfig, x: jax.Array, *, turn: jax.Array
 
 def _grouped_attention(layer, config: ModelConfig, x, turn, mask, cache):
     """(mixed values [B,S,H,C], (k, v) [B,M,G,C])."""
+    x = as_varying(x, varying_axes(layer["q"]) & varying_axes(layer["k"]))  # one sum of three gradients, not three
     q, k, v = (_projection(layer, config, x, name) for name in ("q", "k", "v"))
     q, k = (rotate(a, turn, interleaved=config.rope_interleaved) for a in (q, k))
     if config.qk_norm == "head_after_rope":

@@ -148,6 +148,7 @@ def _experts_of_all_devices(weights: dict, config: ModelConfig, x_TD, routing: R
     if size == 1:
         y, dropped = experts(weights, config, *operands)
         return sum_over(y, TENSOR), dropped
+    operands = as_varying(operands, varying_axes(weights))  # gradients are scattered first, then summed over "tensor"
     operands = (jax.lax.all_gather(a, EXPERT, axis=0, tiled=True) for a in operands)
     here = weights["gate_up"].shape[0]
     x_TD, indices, gates = operands
