@@ -1,8 +1,9 @@
 """Tokens per second of the forward pass and of a training step, for each grouped_matmul implementation.
 
     python benchmarks/train_step.py --shape quickstart --seconds 5
+    python benchmarks/train_step.py --shape 1b --dtype bfloat16 --implementations triton  # needs a GPU of 80 GB
 
-A training step is the forward pass, the mean NLL, its gradient and Adam, float32, one device. The forward pass ends in
+A training step is the forward pass, the mean NLL, its gradient and Adam, one device. The forward pass ends in
 the NLL of every token. Prints one line per implementation and writes benchmarks/results/train_step.json (a shape's
 rows replace the earlier ones of that shape), with device, cores and versions.
 """
@@ -43,6 +44,23 @@ SHAPES = {
         ),
         8,
         256,
+    ),
+    "1b": (  # that of OLMoE-1B-7B: 1.3 of 6.9 billion parameters are active
+        ModelConfig(
+            vocab_size=50_304,
+            hidden_size=2048,
+            num_layers=16,
+            num_heads=16,
+            num_kv_heads=16,
+            head_size=128,
+            num_experts=64,
+            experts_per_token=8,
+            expert_hidden_size=1024,
+            normalize_top_k=False,
+            qk_norm="full",
+        ),
+        8,
+        1024,
     ),
 }
 
@@ -106,6 +124,7 @@ def measure(config: ModelConfig, rows: int, length: int, seconds: float) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="quickstart")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and moments")
     parser.add_argument("--seconds", type=float, default=5.0, help="of measuring, per number")
     names = [name for name in implementations(program_platform()) if name != "auto"]
     parser.add_argument("--implementations", nargs="+", choices=names, default=names)
@@ -115,9 +134,11 @@ def main() -> None:
     if not arguments.plain_malloc:
         keep_freed_memory()
     config, rows, length = SHAPES[arguments.shape]
+    config = dataclasses.replace(config, dtype=arguments.dtype)
+    shape = arguments.shape if arguments.dtype == "float32" else f"{arguments.shape}, {arguments.dtype}"
     default = default_implementation()
     cores = environment()["cores"]
-    print(f"{arguments.shape}: {rows} x {length} tokens, {processor()}, {cores} cores, jax {jax.__version__}")
+    print(f"{shape}: {rows} x {length} tokens, {processor()}, {cores} cores, jax {jax.__version__}")
     print(f"{'grouped_matmul':16}{'forward tok/s':>15}{'step tok/s':>12}{'compile s':>11}")
     results = {}
     for name in arguments.implementations:
@@ -128,7 +149,7 @@ def main() -> None:
         print(f"{name:16}{forward_rate:15,}{step_rate:12,}{compile_seconds:11}{note}", flush=True)
     if not arguments.no_write:
         row = {"environment": environment(), "rows": rows, "length": length, "results": results}
-        write_row(RESULTS / "train_step.json", arguments.shape, row)
+        write_row(RESULTS / "train_step.json", shape, row)
 
 
 if __name__ == "__main__":

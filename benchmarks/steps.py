@@ -1,0 +1,87 @@
+"""An unlearning step with random weights and tokens, ready to be compiled and run: what several benchmarks measure."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from trace_jax.data.rows import Batch
+from trace_jax.models.arrays import init_params
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.sharding import param_specs
+from trace_jax.parallel.config import PLAIN, ParallelConfig
+from trace_jax.parallel.hosts import place
+from trace_jax.parallel.mesh import ROWS
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.selected import cut_rows, selected_index
+from trace_jax.unlearning.step import (
+    Constants,
+    StepSettings,
+    TrainState,
+    coefficients,
+    initial_state,
+    unlearning_settings,
+    unlearning_step,
+)
+from trace_jax.unlearning.trainable import partition
+
+
+class Step(NamedTuple):
+    """A step's arguments. `state` is donated when it runs."""
+
+    state: TrainState
+    arguments: tuple
+    settings: StepSettings
+    mesh: Mesh
+
+    def lower(self) -> Any:
+        return unlearning_step.lower(self.state, *self.arguments, settings=self.settings, mesh=self.mesh)
+
+    def run(self) -> Step:
+        """The step taken; its metrics are read, so that it has ended."""
+        state, metrics = unlearning_step(self.state, *self.arguments, settings=self.settings, mesh=self.mesh)
+        jax.block_until_ready(metrics)
+        return self._replace(state=state)
+
+
+def prepared_step(
+    config: UnlearningConfig,
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    rows: int,
+    length: int,
+    parallel: ParallelConfig = PLAIN,
+    selected: np.ndarray | None = None,
+) -> Step:
+    """`rows` forget and as many retain rows of `length` tokens on the mesh.
+
+    selected: bool [L, E], for trainable="selected_experts".
+    """
+    specs, params = param_specs(model, mesh), init_params(model, jax.random.key(0))
+    training, frozen = (
+        place(part, mesh, {path: specs[path] for path in part}) for part in partition(params, config.trainable or "all")
+    )
+    reference, index = training, None
+    if selected is not None:
+        index = place(selected_index(selected), mesh)
+        frozen, reference = {**frozen, **training}, {}
+        training = cut_rows(training, index, model, mesh)
+    settings = unlearning_settings(config, model, parallel)
+    constants = Constants(frozen, reference, index, None, *place((coefficients(config), None), mesh))
+    rng = np.random.default_rng(0)
+    forget, retain = (random_batch(rows, length, model.vocab_size, rng) for _ in range(2))
+    placed = place((forget, retain, retain.valid.astype(np.float32)), mesh, P(ROWS))
+    return Step(initial_state(training, settings, mesh), (constants, *placed), settings, mesh)
+
+
+def random_batch(rows: int, length: int, vocab_size: int, rng: np.random.Generator) -> Batch:
+    """Rows of one document each."""
+    tokens = rng.integers(3, vocab_size, (rows, length)).astype(np.int32)
+    valid = np.ones(tokens.shape, bool)
+    valid[:, -1] = False
+    return Batch(tokens, np.ones_like(tokens), valid)
