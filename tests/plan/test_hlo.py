@@ -158,6 +158,27 @@ def test_the_tpu_compilers_text_is_read():
     assert measured.memory_bytes == 6 * (2048 + 2048 + 3 * 4)
 
 
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("mesh['a'=1,'b'=4,'c'=2] {'c'}", ((0, 1), (2, 3), (4, 5), (6, 7))),
+        ("mesh['a'=1,'b'=4,'c'=2] {'b'}", ((0, 2, 4, 6), (1, 3, 5, 7))),
+        ("mesh['a'=2,'b'=2,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", ((0, 4), (1, 5), (2, 6), (3, 7))),
+        ("mesh['a'=2,'b'=2,'c'=2] {'a','c'}", ((0, 1, 4, 5), (2, 3, 6, 7))),
+    ],
+)
+def test_groups_written_as_axes_of_a_mesh(written, groups):
+    text = f"""
+ENTRY %main (input: f32[8]) -> f32[8] {{
+  %input = f32[8]{{0}} parameter(0)
+  ROOT %sum = f32[8]{{0}} all-reduce(%input), channel_id=1, replica_groups={written}, use_global_device_ids=true, to_apply=%add
+}}
+"""
+    (found,) = traffic(text, 8).collectives
+    assert found.groups == groups
+    assert found.bytes == 2 * (1 - 1 / len(groups[0])) * 32
+
+
 def test_arrays_of_a_type():
     found = arrays("(bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, pred[3]{0}, s4[5]{0}, f32[])")
     assert [(a.bytes, a.in_memory) for a in found] == [(2048, False), (3, True), (3, True), (4, True)]

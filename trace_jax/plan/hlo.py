@@ -246,6 +246,17 @@ def _groups(instruction: Instruction, num_devices: int) -> tuple[tuple[int, ...]
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}?(?:,|$)", attributes)
     listed = re.search(r"replica_groups=\{(\{.*?\})\}", attributes)
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    named = re.search(
+        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{(.*?)\}", attributes
+    )
+    if named:  # the axes of a mesh along which devices exchange
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        numbers = np.arange(num_devices).reshape(_numbers(named[2]) if named[2] else num_devices)
+        numbers = numbers.transpose(_numbers(named[3])) if named[3] else numbers
+        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[4])]
+        grid = np.moveaxis(numbers.reshape(tuple(sizes.values())), along, range(-len(along), 0))
+        groups = grid.reshape(-1, math.prod(grid.shape[-len(along) :]))
+        return tuple(tuple(int(n) for n in group) for group in groups)
     if pairs:
         return tuple(_numbers(pair) for pair in re.findall(r"\{?(\d+,\d+)\}?", pairs[1]))
     if listed:
