@@ -100,8 +100,7 @@ def unlearn(
     numbers, index = place((coefficients(config), direction), mesh), None
     everything = {**frozen, **training}
     if selected is not None:
-        index = place(selected_index(selected), mesh)
-        training, frozen = cut_rows(training, index, model.config, mesh), everything
+        index, frozen = place(selected_index(selected), mesh), everything
     constants = Constants(frozen, {} if selected is not None else training, index, masks, *numbers)
     batches = _Inputs(forget, retain, weights, config, seed, row_multiple(settings, mesh))
 
@@ -110,6 +109,10 @@ def unlearn(
 
     def step(state, placed):
         return unlearning_step(state, constants, *placed, settings=settings, mesh=mesh)
+
+    def start():
+        rows = training if index is None else cut_rows(training, index, model.config, mesh)
+        return initial_state(rows, settings, mesh, masks)
 
     def whole(trainable):
         changed = as_stored(trainable, everything)
@@ -128,7 +131,7 @@ def unlearn(
             config.evaluate_every,
             seed,
         )
-        result = loop.run(lambda: initial_state(training, settings, mesh, masks), inputs, step)
+        result = loop.run(start, inputs, step)
     table = trainable_table(model.params, trainable, masks, selected)
     return Unlearned(
         model.replace(params=whole(result.trainable)), result.step, result.stopped, table, result.seconds_per_step
