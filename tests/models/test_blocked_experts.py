@@ -75,3 +75,14 @@ def test_slots_without_a_place_count_as_zero_and_take_no_gradient():
     assert np.all(gradient[:70] != 0)
     y, _ = jax.vjp(total, gates.at[70:].set(99.0))
     np.testing.assert_allclose(y, total(gates), rtol=1e-6)
+
+
+def test_with_less_room_than_slots_nothing_is_lost_uncounted():
+    weights, x, gates, indices, _ = make_inputs(BASE)
+    blocked = dataclasses.replace(BASE, grouped_matmul="blocked")
+    whole, kept = experts(weights, blocked, x, indices, gates)[0], []
+    for room in range(indices.size - 1, indices.size - 120, -17):
+        y, dropped = experts(weights, blocked, x, indices, gates, room=room)
+        kept.append(int(dropped) == 0)
+        assert np.allclose(y, whole, atol=1e-5) == kept[-1]
+    assert kept[0] and not kept[-1]

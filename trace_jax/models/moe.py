@@ -185,14 +185,15 @@ def experts(
     group_sizes, rank = count_and_rank(indices_TK.reshape(-1), num_experts)
     first, block_group = block_layout(group_sizes, num_slots, size)
     place_TK, dropped = _places(indices_TK, rank, first, block_group.shape[0] * size, some_elsewhere=room is not None)
-    if room is not None:  # groups end where the room ends
-        group_sizes = jnp.clip(num_slots - (jnp.cumsum(group_sizes) - group_sizes), 0, group_sizes)
     slot = _slot_at_place(place_TK, block_group.shape[0] * size)
     if "down_bias" in weights:
         weights = {**weights, "down_bias": _added_once(weights["down_bias"])}
     if implementation == "blocked":
         blocks = make_blocks(slot, block_group, jnp.sum((group_sizes + (size - 1)) // size), place_TK, weights)
         return blocked_experts(weights, activate, x_TD, gates_TK, blocks), dropped
+
+    if room is not None:  # groups end where the room ends
+        group_sizes = jnp.clip(num_slots - (jnp.cumsum(group_sizes) - group_sizes), 0, group_sizes)
 
     def multiply(x, name):
         w = weights[name].reshape(num_experts, x.shape[-1], -1)
