@@ -86,3 +86,26 @@ def test_with_less_room_than_slots_nothing_is_lost_uncounted():
         kept.append(int(dropped) == 0)
         assert np.allclose(y, whole, atol=1e-5) == kept[-1]
     assert kept[0] and not kept[-1]
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_of_experts_that_do_not_train_only_the_weights_take_no_gradient(case, blocks, monkeypatch):
+    monkeypatch.setattr(blocked_experts, "MOST_BLOCKS", blocks)
+    weights, x, gates, indices, cotangent = make_inputs(CASES[case])
+    config, trained = dataclasses.replace(CASES[case], grouped_matmul="blocked"), np.array([0, 0, 0, 1, 0, 1], bool)
+
+    def result(**more):
+        def y(weights, x, gates):
+            return experts({**weights, **more}, config, x, indices, gates)[0]
+
+        y, pull = jax.vjp(y, weights, x, gates)
+        return y, *pull(cotangent)
+
+    (y, of_weights, *others), (expected, all_weights, *all_others) = result(trained=jnp.asarray(trained)), result()
+    tolerance = 0.1 if case == "bfloat16" else 2e-5
+    for got, wanted in zip((y, *others), (expected, *all_others), strict=True):
+        np.testing.assert_allclose(got.astype(jnp.float32), wanted.astype(jnp.float32), atol=tolerance)
+    for name, wanted in all_weights.items():
+        got, wanted = (np.asarray(a.astype(jnp.float32)) for a in (of_weights[name], wanted))
+        np.testing.assert_allclose(got[trained], wanted[trained], atol=tolerance, err_msg=name)

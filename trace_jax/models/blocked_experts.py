@@ -27,11 +27,19 @@ class Blocks(NamedTuple):
     slot: jax.Array  # i32 [C, N, R] slot (t*K + k) of each row; T*K where there is none
     group: jax.Array  # i32 [C, N] expert of each block
     turns: jax.Array  # i32 [] turns that have a slot
+    trained: jax.Array | None  # i32 [] turns, the first, whose weights take a gradient; None: all
     place: jax.Array  # i32 [T, K] row of each slot, in the order of `slot`; 0 where it has none
     here: jax.Array  # bool [T, K] whether it has one
 
 
-def make_blocks(slot: jax.Array, block_group: jax.Array, used: jax.Array, place_TK: jax.Array, weights: dict) -> Blocks:
+def make_blocks(
+    slot: jax.Array,
+    block_group: jax.Array,
+    used: jax.Array,
+    place_TK: jax.Array,
+    weights: dict,
+    trained: jax.Array | None = None,
+) -> Blocks:
     """Blocks of the rows of a layout.
 
     Args:
@@ -39,6 +47,7 @@ def make_blocks(slot: jax.Array, block_group: jax.Array, used: jax.Array, place_
       block_group: i32 [B] expert of each block of P/B rows, of which the first `used` i32 [] hold slots (all
         of them where `used` is more).
       place_TK: i32 row of each slot; any number from P on = it is not here, and counts as zero.
+      trained: i32 [] how many blocks, the first, have weights that take a gradient; None: all.
     """
     num_blocks, num_rows = block_group.shape[0], slot.shape[0]
     per_turn = max(1, min(MOST_BLOCKS, num_blocks, MOST_WEIGHTS // weights["gate_up"][0].size))
@@ -47,8 +56,12 @@ def make_blocks(slot: jax.Array, block_group: jax.Array, used: jax.Array, place_
     slot = jnp.pad(slot, (0, missing * rows), constant_values=place_TK.size).reshape(-1, per_turn, rows)
     group = jnp.pad(block_group, (0, missing), mode="edge").reshape(-1, per_turn)
     here = place_TK < num_rows
-    turns = (jnp.minimum(used, num_blocks) + (per_turn - 1)) // per_turn
-    return Blocks(slot, group, turns, jnp.where(here, place_TK, 0), here)
+    turns, of_trained = (
+        None if blocks is None else (jnp.minimum(blocks, num_blocks) + (per_turn - 1)) // per_turn
+        for blocks in (used, trained)
+    )
+    assert turns is not None
+    return Blocks(slot, group, turns, of_trained, jnp.where(here, place_TK, 0), here)
 
 
 def blocked_experts(weights: dict, activate, x_TD: jax.Array, gates_TK: jax.Array, blocks: Blocks) -> jax.Array:
@@ -87,7 +100,7 @@ def _backward(activate, residuals, gradient_TD):
     token = _token(blocks)
     gates = gates_TK.reshape(-1).at[blocks.slot].get(mode="fill", fill_value=0)
 
-    def turn(c, found):
+    def turn(c, found, *, trained: bool):
         of_weights, of_x, of_gates = found
         group, gate = blocks.group[c], gates[c][..., None]
         hidden, activation_gradient = jax.vjp(activate, inside[c])
@@ -99,7 +112,7 @@ def _backward(activate, residuals, gradient_TD):
         (of_inside,) = activation_gradient((product * gate).astype(hidden.dtype))
         gradient = (gradient.astype(jnp.float32) * gate).astype(gradient.dtype)
         of_weights = dict(of_weights)
-        for name, left, right in (("gate_up", x, of_inside), ("down", hidden, gradient)):
+        for name, left, right in (("gate_up", x, of_inside), ("down", hidden, gradient)) if trained else ():
             add(of_weights, name, jnp.einsum("nrd,nrf->ndf", left, right, preferred_element_type=jnp.float32), group)
             if f"{name}_bias" in weights:
                 add(of_weights, f"{name}_bias", jnp.sum(right.astype(jnp.float32), axis=1), group)
@@ -107,20 +120,29 @@ def _backward(activate, residuals, gradient_TD):
         return of_weights, of_x, of_gates.at[c].set(of_gate)
 
     def add(of_weights, name, more, group):
-        of_weights[name] = of_weights[name].at[group].add(more, indices_are_sorted=True)
+        of_weights[name] = of_weights[name].at[group].add(more, indices_are_sorted=blocks.trained is None)
 
     start = (
         {name: jnp.zeros(_flat(name, w).shape, jnp.float32) for name, w in weights.items()},
         jnp.zeros((*token.shape, x_TD.shape[1]), x_TD.dtype),
         jnp.zeros(token.shape, jnp.float32),
     )
-    found = jax.lax.fori_loop(0, blocks.turns, turn, as_varying(start, varying_axes(gradient_TD)))
+    found = as_varying(start, varying_axes(gradient_TD))
+    first = blocks.turns if blocks.trained is None else blocks.trained
+    found = jax.lax.fori_loop(0, first, partial(turn, trained=True), found)
+    if blocks.trained is not None:
+        found = (found[0], *jax.lax.fori_loop(first, blocks.turns, _without_weights(turn), found[1:]))
     of_weights = {name: found[0][name].reshape(w.shape).astype(w.dtype) for name, w in weights.items()}
     of_x = _sum_of_slots(found[1], blocks.here.astype(jnp.float32), blocks.place).astype(x_TD.dtype)
     return of_weights, of_x, jnp.where(blocks.here, found[2].reshape(-1)[blocks.place], 0.0), None
 
 
 _experts.defvjp(_forward, _backward)
+
+
+def _without_weights(turn):
+    """A turn of the backward loop that has no gradients of weights, nor carries them along."""
+    return lambda c, found: turn(c, ({}, *found), trained=False)[1:]
 
 
 def _token(blocks: Blocks):

@@ -176,6 +176,8 @@ def experts(
       room: for how many choices there is room at least; default: all of them.
     """
     implementation, activate = resolve_implementation(config.grouped_matmul), _activation(config)
+    trained = weights.get("trained")
+    weights = {name: array for name, array in weights.items() if name != "trained"}
     # The backward passes below mix tokens with weights: what is equal on some devices must be known to be summed.
     given = (weights, x_TD, indices_TK, gates_TK)
     weights, x_TD, indices_TK, gates_TK = as_varying(given, varying_axes(*given))
@@ -183,13 +185,16 @@ def experts(
     num_slots = indices_TK.size if room is None else room
     size = block_size(num_slots, num_experts) if implementation == "blocked" else 1
     group_sizes, rank = count_and_rank(indices_TK.reshape(-1), num_experts)
-    first, block_group = block_layout(group_sizes, num_slots, size)
+    order = _trained_first(trained, num_experts) if implementation == "blocked" else None
+    first, block_group = _layout(group_sizes, num_slots, size, order)
     place_TK, dropped = _places(indices_TK, rank, first, block_group.shape[0] * size, some_elsewhere=room is not None)
     slot = _slot_at_place(place_TK, block_group.shape[0] * size)
     if "down_bias" in weights:
         weights = {**weights, "down_bias": _added_once(weights["down_bias"])}
     if implementation == "blocked":
-        blocks = make_blocks(slot, block_group, jnp.sum((group_sizes + (size - 1)) // size), place_TK, weights)
+        used = (group_sizes + (size - 1)) // size
+        of_trained = None if trained is None else jnp.sum(jnp.where(trained, used, 0))
+        blocks = make_blocks(slot, block_group, jnp.sum(used), place_TK, weights, of_trained)
         return blocked_experts(weights, activate, x_TD, gates_TK, blocks), dropped
 
     if room is not None:  # groups end where the room ends
@@ -203,6 +208,22 @@ def experts(
 
     y_PD = multiply(activate(multiply(_dispatch(x_TD, slot, place_TK), "gate_up")), "down")
     return _combine(y_PD, gates_TK, slot, place_TK), dropped
+
+
+def _trained_first(trained: jax.Array | None, num_experts: int) -> jax.Array | None:
+    """i32 [E]: experts in the order in which they are laid out, those of `trained` bool [E] before the others."""
+    if trained is None:
+        return None
+    expert = jnp.arange(num_experts, dtype=jnp.int32)
+    return jax.lax.sort((jnp.where(trained, 0, 1).astype(jnp.int32), expert), num_keys=1)[1]
+
+
+def _layout(group_sizes, num_slots: int, size: int, order) -> tuple[jax.Array, jax.Array]:
+    """`block_layout` with the experts in an order: (first row of each expert, expert of each block)."""
+    if order is None:
+        return block_layout(group_sizes, num_slots, size)
+    first, place = block_layout(group_sizes[order], num_slots, size)
+    return jnp.zeros_like(first).at[order].set(first, unique_indices=True), order[place]
 
 
 def _added_once(bias: jax.Array) -> jax.Array:

@@ -72,6 +72,8 @@ def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
 
     Args:
       tree: nested parameters, or those of one layer, below the path `prefix` ("layers/").
+
+    Beside experts of which some are `Replaced`, "trained" bool [E] says which: the others need no gradient.
     """
     sizes, declared = axis_sizes(), _declared(config)
 
@@ -85,7 +87,18 @@ def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
         first = jax.lax.axis_index(EXPERT) * experts.shape[0] if sizes.get(EXPERT, 1) > 1 else 0
         return put_rows(experts, rows, array.index, first=first)
 
-    return unflatten({path: one(prefix + path, array) for path, array in flatten(tree).items()})
+    result = {path: one(prefix + path, array) for path, array in flatten(tree).items()}
+    for path, array in flatten(tree).items():
+        if isinstance(array, Replaced):
+            experts, _, _ = path.rpartition("/")
+            result[f"{experts}/trained"] = _trained(array.index, result[path].shape[0], sizes)
+    return unflatten(result)
+
+
+def _trained(index: jax.Array, here: int, sizes: Mapping[str, int]) -> jax.Array:
+    """bool [E]: which experts of this device are among `index` i32 [N]."""
+    first = jax.lax.axis_index(EXPERT) * here if sizes.get(EXPERT, 1) > 1 else 0
+    return jnp.any(index[:, None] == first + jnp.arange(here, dtype=jnp.int32)[None], axis=0)
 
 
 def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array, *, first: jax.Array | int = 0) -> jax.Array:
