@@ -60,13 +60,13 @@ def test_stopped_by_a_notice_to_one_and_damaged_where_one_sees_it_the_run_ends_i
     _, output = finish(pair, 128 + signal.SIGTERM)
     step = read_lines(cut / "metrics.jsonl")[-1]["step"]
     assert 12 <= step < 60
-    assert all(f"the state after step {step} is saved" in error for _, error in output)
+    assert [f"the state after step {step} is saved" in error for _, error in output] == [True, False], "one speaks"
 
     saved = sorted(int(folder.name) for folder in (cut / "checkpoints").iterdir())
     assert saved[-1] == step and len(saved) == 2
     for file in (cut / "checkpoints" / str(step)).rglob("ocdbt.process_1/d/*"):
         file.write_bytes(b"")
     resumed, output = finish(start(cut), 0)
-    assert all(f"continuing after step {saved[0]} of 60" in error for _, error in output)
+    assert f"continuing after step {saved[0]} of 60" in output[0][1]
     assert resumed == expected and all(expected)
     assert (cut / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()

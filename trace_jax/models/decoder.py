@@ -79,10 +79,11 @@ def output_logits(params: dict, config: ModelConfig, hidden: jax.Array) -> jax.A
     """f32 [..., V]: logits of final hidden states [..., D]."""
     operands = output_operands(params, config, hidden)
     logits = jnp.einsum("...d,dv->...v", *operands, preferred_element_type=jnp.float32)
-    if logits.shape[-1] == config.vocab_size:
+    devices = axis_sizes().get(TENSOR, 1)
+    if devices == 1:
         return logits
     # Each device puts its share in its place, and the sum of all is known to be equal on them.
-    width = logits.shape[-1] * axis_sizes()[TENSOR]
+    width = logits.shape[-1] * devices
     whole = jnp.zeros((*logits.shape[:-1], width), jnp.float32)
     start = jax.lax.axis_index(TENSOR) * logits.shape[-1]
     whole = jax.lax.dynamic_update_slice_in_dim(as_varying(whole, varying_axes(logits)), logits, start, axis=-1)
@@ -92,7 +93,7 @@ def output_logits(params: dict, config: ModelConfig, hidden: jax.Array) -> jax.A
 def _embedded(params: dict, config: ModelConfig, tokens: jax.Array) -> jax.Array:
     """[B, S, D]: the embeddings of tokens."""
     table = assembled({"embed": params["embed"]}, config)["embed"]
-    if table.shape[0] == config.vocab_size:
+    if axis_sizes().get(TENSOR, 1) == 1:
         x = table[tokens]
     else:
         local = tokens - jax.lax.axis_index(TENSOR) * table.shape[0]

@@ -72,9 +72,9 @@ class _Pieces(NamedTuple):
 
 def _pieces(config: ModelConfig, num_tokens: int, head_DV: jax.Array, chunk_size: int | None) -> _Pieces:
     chunk_size = chunk_size or max(1, MAX_CHUNK_ELEMENTS // head_DV.shape[1])
-    split = head_DV.shape[1] != config.vocab_size
-    padded = split and head_DV.shape[1] * axis_sizes()[TENSOR] != config.vocab_size
-    return _Pieces(-(-num_tokens // chunk_size), config.vocab_size, split, padded)
+    devices = axis_sizes().get(TENSOR, 1)
+    padded = devices > 1 and head_DV.shape[1] * devices != config.vocab_size
+    return _Pieces(-(-num_tokens // chunk_size), config.vocab_size, devices > 1, padded)
 
 
 def _first(pieces: _Pieces, head_DV) -> jax.Array | int:
