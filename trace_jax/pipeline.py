@@ -41,7 +41,6 @@ from trace_jax.models.arrays import count_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.parallel.hosts import is_main
-from trace_jax.parallel.mesh import make_mesh
 from trace_jax.parallel.processes import barrier, check_joined
 from trace_jax.progress import say, tracked
 from trace_jax.routing.retain_weights import RetainWeights, retain_weights
@@ -89,8 +88,7 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
     """Data, target model (and retrained model), statistics and the evaluator: what every method starts from."""
     check_workdir(config, workdir, overwrite=overwrite)
     check_joined()
-    layout = config.parallel
-    mesh = make_mesh(data=layout.data, expert=layout.expert, tensor=layout.tensor)
+    mesh = config.parallel.mesh()
     corpora = read_corpora(config)  # before anything is written: data may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
     write_json(path / "environment.json", describe())

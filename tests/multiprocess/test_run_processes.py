@@ -7,6 +7,7 @@ import pytest
 import tiny_checkpoints
 from safetensors.numpy import load_file
 
+from tests.test_pretrained_run import SMALL
 from tests.two_processes import DEVICES, run_processes
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.files import read_lines
@@ -15,20 +16,11 @@ from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.routing.statistics import ExpertStatistics
 
 RUN = f"{DEVICES}\nimport sys; from trace_jax.main import main; sys.exit(main(sys.argv[1:]))"
-SMALL = {
-    "model.dtype": "float32",
+SETTINGS = {
+    **SMALL,
     "methods": "('trace_rows',)",
-    "data.row_length": 32,
-    "unlearning.steps": 4,
     "unlearning.nll_ceiling": 20.0,
     "unlearning.trainable": "selected_experts",
-    "unlearning.learning_rate": 1e-2,
-    "unlearning.warmup_steps": 0,
-    "unlearning.evaluate_every": 2,
-    "unlearning.checkpoint_every": 2,
-    "evaluation.max_rows": 8,
-    "evaluation.max_prompts": 4,
-    "evaluation.bootstrap": 100,
 }
 
 
@@ -42,7 +34,7 @@ def arguments(data, tmp_path_factory):
         str(directory / "tokenizer.json")
     )
     files = {f"data.{name}": data / f"{name}.jsonl" for name in ("forget", "retain")}
-    values = {**SMALL, "model.path": directory, **files}
+    values = {**SETTINGS, "model.path": directory, **files}
 
     def line(workdir, **more):
         chosen = {**values, **{f"parallel.{name}": number for name, number in more.items()}}

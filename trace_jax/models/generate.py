@@ -70,8 +70,7 @@ def generate(
     """
     lengths = _check(prompt, lengths, max_new_tokens, temperature, top_k, top_p, rows)
     prompt = _right_aligned(np.asarray(prompt, np.int32), lengths)
-    B, shards = len(prompt), 1 if mesh is None else row_shards(mesh)
-    size = -(-padded_size(B, least=1, steps=8) // shards) * shards
+    B, size = len(prompt), _padded_rows(len(prompt), mesh)
     kind = "greedy" if temperature == 0 else "filtered" if top_k or top_p < 1 else "drawn"
     numbers = np.zeros(size, np.int32)
     numbers[:B] = np.arange(B) if rows is None else rows
@@ -107,6 +106,12 @@ def padded_size(n: int, *, least: int = _SHORTEST, steps: int = 4) -> int:
         return least
     step = max(1, (1 << ((n - 1).bit_length() - 1)) // steps)
     return -(-n // step) * step
+
+
+def _padded_rows(rows: int, mesh: Mesh | None) -> int:
+    """The next of few sizes that the devices of a mesh share evenly."""
+    shards = 1 if mesh is None else row_shards(mesh)
+    return -(-padded_size(rows, least=1, steps=8) // shards) * shards
 
 
 def _check(prompt, lengths, max_new_tokens, temperature, top_k, top_p, rows) -> np.ndarray:
@@ -204,19 +209,16 @@ def _cache_specs(config: ModelConfig, mesh: Mesh) -> Cache:
 def _compiled(config: ModelConfig, kind: str, mesh: Mesh | None):
     """(empty, read, write), jitted."""
     read, write = partial(_read, config), partial(_write, config, kind)
-    empty = partial(init_cache, config)
+    empty, stored = partial(init_cache, config), None
     if mesh is not None:
         params, cache, rows = unflatten(param_specs(config, mesh)), _cache_specs(config, mesh), P(ROWS)
         read = jax.shard_map(read, mesh=mesh, in_specs=(params, rows, rows, rows, cache), out_specs=cache)
         inputs = (params, _SETTINGS, rows, rows, P(), P(), cache)
         write = jax.shard_map(write, mesh=mesh, in_specs=inputs, out_specs=(rows, rows, rows, cache))
+        stored = jax.tree.map(partial(NamedSharding, mesh), cache)
     # In one program no two arrays of the cache share memory: donation needs that.
-    stored = None if mesh is None else jax.tree.map(partial(NamedSharding, mesh), _cache_specs(config, mesh))
-    return (
-        jax.jit(empty, static_argnums=(0, 1), out_shardings=stored),
-        jax.jit(read, donate_argnums=4),
-        jax.jit(write, donate_argnums=6),
-    )
+    empty = jax.jit(empty, static_argnums=(0, 1), out_shardings=stored)
+    return empty, jax.jit(read, donate_argnums=4), jax.jit(write, donate_argnums=6)
 
 
 def greedy_step(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> tuple[Any, tuple]:
@@ -224,7 +226,7 @@ def greedy_step(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> tupl
 
     The cache holds `length` tokens of each of `rows` rows, padded as `generate` does.
     """
-    size = -(-padded_size(rows, least=1, steps=8) // row_shards(mesh)) * row_shards(mesh)
+    size = _padded_rows(rows, mesh)
 
     def inputs():
         number, real, keys = jnp.int32(0), jnp.float32(0), jax.random.split(jax.random.key(0), size)

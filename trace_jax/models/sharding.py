@@ -70,10 +70,10 @@ def _declared(config: ModelConfig) -> Mapping[str, Any]:
 def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
     """Parameters as a device computes with them (`trace_jax.parallel.sharding.assemble`).
 
+    Beside experts of which some are `Replaced`, "trained" bool [E] says which: the others need no gradient.
+
     Args:
       tree: nested parameters, or those of one layer, below the path `prefix` ("layers/").
-
-    Beside experts of which some are `Replaced`, "trained" bool [E] says which: the others need no gradient.
     """
     sizes, declared = axis_sizes(), _declared(config)
 
@@ -84,8 +84,7 @@ def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
         shape, axes = _rows(spec, array.index.shape[-1])
         rows = assemble(array.rows, shape[1:], axes[1:], sizes)
         experts = assemble(array.array, spec.shape[1:], spec.axes[1:], sizes)
-        first = jax.lax.axis_index(EXPERT) * experts.shape[0] if sizes.get(EXPERT, 1) > 1 else 0
-        return put_rows(experts, rows, array.index, first=first)
+        return put_rows(experts, rows, array.index, first=_first_expert(experts.shape[0], sizes))
 
     result = {path: one(prefix + path, array) for path, array in flatten(tree).items()}
     for path, array in flatten(tree).items():
@@ -97,8 +96,13 @@ def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
 
 def _trained(index: jax.Array, here: int, sizes: Mapping[str, int]) -> jax.Array:
     """bool [E]: which experts of this device are among `index` i32 [N]."""
-    first = jax.lax.axis_index(EXPERT) * here if sizes.get(EXPERT, 1) > 1 else 0
-    return jnp.any(index[:, None] == first + jnp.arange(here, dtype=jnp.int32)[None], axis=0)
+    expert = _first_expert(here, sizes) + jnp.arange(here, dtype=jnp.int32)
+    return jnp.any(index[:, None] == expert[None], axis=0)
+
+
+def _first_expert(here: int, sizes: Mapping[str, int]) -> jax.Array | int:
+    """The first of the `here` experts that this device computes with."""
+    return jax.lax.axis_index(EXPERT) * here if sizes.get(EXPERT, 1) > 1 else 0
 
 
 def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array, *, first: jax.Array | int = 0) -> jax.Array:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from jax.sharding import Mesh
+
 from trace_jax.config import Section, option
+from trace_jax.parallel.mesh import make_mesh
 
 REMATS = ("none", "dots", "layer")
 
@@ -28,6 +31,14 @@ class ParallelConfig(Section):
         "Too little is an error of the step, never a dropped token",
         minimum=0.0,
     )
+
+    def mesh(self) -> Mesh:
+        """The mesh over all devices.
+
+        Raises:
+          ConfigError: the sizes do not multiply to the number of devices.
+        """
+        return make_mesh(data=self.data, expert=self.expert, tensor=self.tensor)
 
 
 PLAIN = ParallelConfig()

@@ -22,7 +22,7 @@ from trace_jax.models.model import Model
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place
-from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.parallel.mesh import ROWS
 from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.loop import Loop
@@ -87,7 +87,7 @@ def unlearn(
     """
     selected = weights.selected if weights is not None and config.trainable == "selected_experts" else None
     _check(model, forget, retain, config, selected)
-    mesh = mesh or make_mesh(data=parallel.data, expert=parallel.expert, tensor=parallel.tensor)
+    mesh = mesh or parallel.mesh()
     trainable, specs = config.trainable or "all", param_specs(model.config, mesh)
     training, frozen = (
         place(part, mesh, {path: specs[path] for path in part}) for part in partition(model.params, trainable)
