@@ -28,13 +28,10 @@ from trace_jax.parallel.hosts import place
 from trace_jax.parallel.memory import keep_freed_memory
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.step import (
-    Constants,
-    coefficients,
-    initial_state,
-    unlearning_settings,
-    unlearning_step,
-)
+from trace_jax.unlearning.inputs import StepRows
+from trace_jax.unlearning.losses import Constants, coefficients
+from trace_jax.unlearning.state import initial_state, unlearning_settings
+from trace_jax.unlearning.step import unlearning_step
 from trace_jax.unlearning.trainable import partition
 
 ROWS, LENGTH, LEARNING_RATE = 8, 256, 1e-5
@@ -46,13 +43,12 @@ def our_step(model, forget: np.ndarray, retain: np.ndarray):
     config = UnlearningConfig(retain_loss="nll", alpha=1.0, learning_rate=LEARNING_RATE)
     mesh, settings = make_mesh(jax.devices()[:1]), unlearning_settings(config, model.config)
     training, frozen = place(partition(model.params, "all"), mesh)
-    constants = Constants(frozen, training, None, None, place(coefficients(config), mesh), None)
-    rows = _batch(forget), _batch(retain), _batch(retain).valid.astype(np.float32)
-    *batches, weights = place(rows, mesh)
+    constants = Constants(frozen, training, None, None, place(coefficients(config), mesh))
+    rows = place(StepRows(_batch(forget), _batch(retain), _batch(retain).valid.astype(np.float32)), mesh)
     holder = [initial_state(training, settings, mesh)]
 
     def step():
-        holder[0], metrics = unlearning_step(holder[0], constants, *batches, weights, settings=settings, mesh=mesh)
+        holder[0], metrics = unlearning_step(holder[0], constants, rows, settings=settings, mesh=mesh)
         return metrics
 
     return step

@@ -17,16 +17,11 @@ from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import ROWS
 from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.inputs import StepRows
+from trace_jax.unlearning.losses import Constants, coefficients
 from trace_jax.unlearning.selected import cut_rows, selected_index
-from trace_jax.unlearning.step import (
-    Constants,
-    StepSettings,
-    TrainState,
-    coefficients,
-    initial_state,
-    unlearning_settings,
-    unlearning_step,
-)
+from trace_jax.unlearning.state import StepSettings, TrainState, initial_state, unlearning_settings
+from trace_jax.unlearning.step import unlearning_step
 from trace_jax.unlearning.trainable import partition
 
 
@@ -72,11 +67,11 @@ def prepared_step(
         frozen, reference = {**frozen, **training}, {}
         training = cut_rows(training, index, model, mesh)
     settings = unlearning_settings(config, model, parallel)
-    constants = Constants(frozen, reference, index, None, *place((coefficients(config), None), mesh))
+    constants = Constants(frozen, reference, index, None, place(coefficients(config), mesh))
     rng = np.random.default_rng(0)
     forget, retain = (random_batch(rows, length, model.vocab_size, rng) for _ in range(2))
-    placed = place((forget, retain, retain.valid.astype(np.float32)), mesh, P(ROWS))
-    return Step(initial_state(training, settings, mesh), (constants, *placed), settings, mesh)
+    placed = place(StepRows(forget, retain, retain.valid.astype(np.float32)), mesh, P(ROWS))
+    return Step(initial_state(training, settings, mesh), (constants, placed), settings, mesh)
 
 
 def random_batch(rows: int, length: int, vocab_size: int, rng: np.random.Generator) -> Batch:

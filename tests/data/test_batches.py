@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from trace_jax.data.batches import (
+    Batches,
     EpochSampler,
     WeightedSampler,
     batch_counts,
-    forget_batches,
     mixture_batches,
     retain_batches,
     sequential_batches,
@@ -26,7 +26,7 @@ def rows_of(count, first=0, length=4):
 def samplers():
     train = {"general": rows_of(11), "forget": rows_of(5, first=100)}
     return {
-        "epochs": forget_batches(rows_of(11), 4, seed=3),
+        "epochs": Batches(rows_of(11), EpochSampler(11, 4, seed=3)),
         "weighted": retain_batches(rows_of(11), 4, seed=3, probability=np.arange(11) / 55),
         "mixture": mixture_batches(train, {"general": 0.6, "forget": 0.4}, 5, seed=3),
     }

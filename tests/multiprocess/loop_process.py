@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from trace_jax.interruption import Interrupted
 from trace_jax.unlearning.loop import Loop
-from trace_jax.unlearning.step import TrainState
+from trace_jax.unlearning.state import TrainState
 
 STEPS = 60
 

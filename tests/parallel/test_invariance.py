@@ -17,15 +17,10 @@ from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import ROWS, make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.step import (
-    Constants,
-    coefficients,
-    initial_state,
-    pad_rows,
-    row_multiple,
-    unlearning_settings,
-    unlearning_step,
-)
+from trace_jax.unlearning.inputs import StepRows, pad_rows
+from trace_jax.unlearning.losses import Constants, coefficients
+from trace_jax.unlearning.state import initial_state, unlearning_settings
+from trace_jax.unlearning.step import row_multiple, unlearning_step
 
 EVEN = {
     "vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_size": 8,
@@ -107,16 +102,16 @@ def trajectory(config, sizes, steps, parallel=PLAIN):
     unlearning = UnlearningConfig(objective="npo", retain_loss="kl", alpha=3.0, learning_rate=3e-3, clip_norm=1.0)
     settings = unlearning_settings(unlearning, config, parallel)
     placed = place(start, mesh, param_specs(config, mesh))
-    numbers, _ = place((coefficients(unlearning), jnp.zeros(())), mesh)
-    constants, multiple = Constants({}, placed, None, None, numbers, None), row_multiple(settings, mesh)
+    constants = Constants({}, placed, None, None, place(coefficients(unlearning), mesh))
+    multiple = row_multiple(settings, mesh)
     state = initial_state({path: leaf * 1.05 for path, leaf in placed.items()}, settings, mesh)
     forget, retain = (pad_rows(rows(config, count, count), multiple) for count in (6, 8))
     weights = np.random.default_rng(0).exponential(size=(8, 12)).astype(np.float32)
     weights = np.pad(weights, ((0, len(retain.tokens) - 8), (0, 0)))
-    inputs, metrics = place((forget, retain, weights), mesh, P(ROWS)), []
+    inputs, metrics = place(StepRows(forget, retain, weights), mesh, P(ROWS)), []
     compiled = unlearning_step._cache_size()
     for _ in range(steps):
-        state, now = unlearning_step(state, constants, *inputs, settings=settings, mesh=mesh)
+        state, now = unlearning_step(state, constants, inputs, settings=settings, mesh=mesh)
         metrics.append([float(now["loss"]), float(now["gradient_norm"])])
     assert unlearning_step._cache_size() == compiled + 1
     return np.array(metrics), to_host(state.trainable), now

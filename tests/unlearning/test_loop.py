@@ -13,7 +13,7 @@ from trace_jax.checkpoints.state import StateStore
 from trace_jax.files import read_lines
 from trace_jax.interruption import Interrupted
 from trace_jax.unlearning.loop import Loop, front_rows
-from trace_jax.unlearning.step import TrainState
+from trace_jax.unlearning.state import TrainState
 
 
 class Stop(Exception):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from trace_jax.data.batches import forget_batches
+from trace_jax.data.batches import Batches, EpochSampler
 from trace_jax.files import read_lines
 from trace_jax.models.arrays import flatten, init_params
 from trace_jax.models.model import Model
@@ -106,7 +106,7 @@ def test_nothing_is_compiled_after_the_first_step_and_no_step_moves_arrays(tmp_p
     else:
         from tests.unlearning.conftest import TINY, make_rows
 
-        batches = forget_batches(make_rows(8, seed=1), 3, seed=0)
+        batches = Batches(make_rows(8, seed=1), EpochSampler(8, 3, seed=0))
         config = TrainingConfig(steps=STEPS, checkpoint_every=2)
         train_model(
             TINY, config, batches.__getitem__, seed=0, mesh=make_mesh(), directory=tmp_path, identity="a", title="test"

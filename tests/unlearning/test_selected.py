@@ -13,16 +13,11 @@ from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import ROWS, make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.inputs import StepRows, pad_rows
+from trace_jax.unlearning.losses import Constants, coefficients
 from trace_jax.unlearning.selected import cut_rows, put_back, selected_index
-from trace_jax.unlearning.step import (
-    Constants,
-    coefficients,
-    initial_state,
-    pad_rows,
-    row_multiple,
-    unlearning_settings,
-    unlearning_step,
-)
+from trace_jax.unlearning.state import initial_state, unlearning_settings
+from trace_jax.unlearning.step import row_multiple, unlearning_step
 from trace_jax.unlearning.trainable import partition
 
 MODEL = ModelConfig(
@@ -70,15 +65,15 @@ def steps(forget, retain, mesh, *, masked):
     if masked:
         masks = {p: SELECTED.reshape(2, 6, *(1,) * (a.ndim - 2)).astype(np.float32) for p, a in training.items()}
         masks = place(masks, mesh)
-        constants, trained = Constants(frozen, training, None, masks, numbers, None), training
+        constants, trained = Constants(frozen, training, None, masks, numbers), training
     else:
-        constants, masks = Constants(start, {}, index, None, numbers, None), None
+        constants, masks = Constants(start, {}, index, None, numbers), None
         trained = cut_rows(training, index, MODEL, mesh)
     state, multiple = initial_state(trained, settings, mesh, masks), row_multiple(settings, mesh)
     batches = [pad_rows(rows.batch(np.arange(8)), multiple) for rows in (forget, retain)]
-    inputs = place((*batches, batches[1].valid.astype(np.float32)), mesh, PartitionSpec(ROWS))
+    inputs = place(StepRows(*batches, batches[1].valid.astype(np.float32)), mesh, PartitionSpec(ROWS))
     for _ in range(5):
-        state, _ = unlearning_step(state, constants, *inputs, settings=settings, mesh=mesh)
+        state, _ = unlearning_step(state, constants, inputs, settings=settings, mesh=mesh)
     if not masked:
         assert jax.tree.leaves(state.optimizer)[1].size < sum(a.size for a in training.values())
         return to_host(put_back(training, state.trainable, index, MODEL, mesh)), to_host(training)

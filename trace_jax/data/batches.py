@@ -113,11 +113,6 @@ class Batches:
         return self.rows.batch(self.indices(step))
 
 
-def forget_batches(rows: Rows, batch_size: int, *, seed: int) -> Batches:
-    """Batches that visit every row once per epoch, reshuffled each epoch."""
-    return Batches(rows, EpochSampler(len(rows), batch_size, seed=seed))
-
-
 def retain_batches(rows: Rows, batch_size: int, *, seed: int, probability: np.ndarray | None = None) -> Batches:
     """Batches of rows drawn with `probability` [N].
 

@@ -67,6 +67,15 @@ def rows_of_chunks(
     return _fill(pieces, list(range(len(pieces))), row_length, 0, special.pad)
 
 
+def pack_pairs(
+    pairs: Sequence[tuple[Chunk, Chunk]], row_length: int, *, domain: int = 0, pad: int = _OWN.pad
+) -> tuple[Rows, Rows]:
+    """(rows of the first chunks, rows of the second ones); both chunks of a pair stand in rows of the same number."""
+    rows = _first_fit([max(len(a.tokens), len(b.tokens)) for a, b in pairs], row_length)
+    first, second = ([pair[side] for pair in pairs] for side in (0, 1))
+    return _fill(first, rows, row_length, domain, pad), _fill(second, rows, row_length, domain, pad)
+
+
 def _first_fit(lengths: Sequence[int], row_length: int) -> list[int]:
     """Row number of each length. Rows too full for the shortest length are closed, and the oldest of too many."""
     smallest = min(lengths, default=0)

@@ -7,6 +7,7 @@ Where a mesh splits the vocabulary, each device has the logits of its share, and
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -16,8 +17,10 @@ import jax.numpy as jnp
 from trace_jax.models.attention import MASKED
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import output_operands
+from trace_jax.models.vocabulary import Vocabulary
 from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, varying_axes
 
+VocabularyFunction = Callable[[Vocabulary, Vocabulary | None, Mapping[str, jax.Array]], jax.Array]
 MAX_CHUNK_ELEMENTS = 2**24  # of one chunk's logits: 64 MiB in float32
 
 
@@ -59,6 +62,35 @@ def token_kl(
     pieces = _pieces(config, hidden.shape[0], head, chunk_size)
     operands = as_varying((head_ref, hidden_ref, head, hidden), varying_axes(head_ref, hidden_ref, head, hidden))
     return jnp.reshape(_kl(pieces, *operands), shape)
+
+
+def vocabulary_loss(
+    fn: VocabularyFunction,
+    numbers: Mapping[str, jax.Array],
+    params: dict,
+    config: ModelConfig,
+    hidden: jax.Array,
+    targets: jax.Array,
+    *,
+    params_ref: dict | None = None,
+    hidden_ref: jax.Array | None = None,
+    chunk_size: int | None = None,
+) -> jax.Array:
+    """What `fn` makes of the logits at every position: f32 [B, S].
+
+    Args:
+      fn: (vocabulary of the model, of the reference or None, numbers) -> f32 [T], for any number of tokens T.
+      numbers: f32 [], by name. They and the reference take no gradient.
+      hidden, targets, chunk_size: as in `token_nll`; params_ref, hidden_ref: of the reference, where `fn` reads it.
+    """
+    hidden, head = output_operands(params, config, hidden)
+    operands = [head, hidden.reshape(-1, head.shape[0]), targets.reshape(-1)]
+    if params_ref is not None and hidden_ref is not None:
+        hidden_ref, head_ref = output_operands(params_ref, config, hidden_ref)
+        operands += [head_ref, hidden_ref.reshape(-1, head_ref.shape[0])]
+    operands = as_varying(tuple(operands), varying_axes(*operands))
+    pieces = _pieces(config, targets.size, head, chunk_size)
+    return jnp.reshape(_of_vocabulary(pieces, fn, dict(numbers), *operands), targets.shape)
 
 
 class _Pieces(NamedTuple):
@@ -215,3 +247,57 @@ def _kl_backward(pieces, residuals, gradient_T):
 
 
 _kl.defvjp(_kl_forward, _kl_backward)
+
+
+# --- any function of the logits ---
+
+
+def _vocabulary(pieces: _Pieces, head_DV, logits_TV, targets_T) -> Vocabulary:
+    token = _first(pieces, head_DV) + jnp.arange(head_DV.shape[1], dtype=jnp.int32)
+    real = (token < pieces.vocab_size)[None]
+    return Vocabulary(logits_TV, targets_T[:, None] == token[None], real, pieces.vocab_size, pieces.split)
+
+
+def _vocabulary_chunk(pieces, fn, numbers, head_DV, head_ref_DV, logits_TV, targets_T, *hidden_ref):
+    """`fn` at one chunk's logits [T, V']."""
+    reference = None
+    if hidden_ref:
+        logits_ref = jax.lax.stop_gradient(_logits(pieces, hidden_ref[0], head_ref_DV))
+        reference = _vocabulary(pieces, head_DV, logits_ref, targets_T)
+    return fn(_vocabulary(pieces, head_DV, logits_TV, targets_T), reference, numbers)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _of_vocabulary(pieces, fn, numbers, head_DV, hidden_TD, targets_T, *reference):
+    return _of_vocabulary_forward(pieces, fn, numbers, head_DV, hidden_TD, targets_T, *reference)[0]
+
+
+def _of_vocabulary_forward(pieces, fn, numbers, head_DV, hidden_TD, targets_T, *reference):
+    head_ref_DV, hidden_ref = (reference[0], reference[1:]) if reference else (None, ())
+
+    def chunk(parts):
+        hidden, *others = parts
+        return _vocabulary_chunk(pieces, fn, numbers, head_DV, head_ref_DV, _logits(pieces, hidden, head_DV), *others)
+
+    chunks = _split(pieces.chunks, hidden_TD, targets_T, *hidden_ref)
+    values = jax.lax.map(chunk, chunks).reshape(-1)[: hidden_TD.shape[0]]
+    return values, (numbers, head_DV, hidden_TD, targets_T, reference)
+
+
+def _of_vocabulary_backward(pieces, fn, residuals, gradient_T):
+    numbers, head_DV, hidden_TD, targets_T, reference = residuals
+    head_ref_DV, hidden_ref = (reference[0], reference[1:]) if reference else (None, ())
+
+    def logit_gradient(hidden, gradient, *others):
+        def of_logits(logits):
+            return _vocabulary_chunk(pieces, fn, numbers, head_DV, head_ref_DV, logits, *others)
+
+        return jax.vjp(of_logits, _logits(pieces, hidden, head_DV))[1](gradient)[0]
+
+    gradients = _backward(pieces, head_DV, hidden_TD, gradient_T, (targets_T, *hidden_ref), logit_gradient)
+    zeros = (jax.tree.map(jnp.zeros_like, part) for part in (numbers, reference))
+    zero_numbers, zero_reference = zeros
+    return zero_numbers, *gradients, None, *zero_reference
+
+
+_of_vocabulary.defvjp(_of_vocabulary_forward, _of_vocabulary_backward)

@@ -22,17 +22,11 @@ from trace_jax.parallel.config import ParallelConfig
 from trace_jax.parallel.mesh import EXPERT, ROWS, row_shards
 from trace_jax.routing.statistics import counting_pass
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.objectives import OBJECTIVES
+from trace_jax.unlearning.inputs import StepRows
+from trace_jax.unlearning.losses import Constants, coefficients
 from trace_jax.unlearning.selected import cut_rows, selected_index
-from trace_jax.unlearning.step import (
-    Constants,
-    coefficients,
-    fresh_state,
-    row_multiple,
-    state_shardings,
-    unlearning_settings,
-    unlearning_step,
-)
+from trace_jax.unlearning.state import fresh_state, state_shardings, unlearning_settings
+from trace_jax.unlearning.step import row_multiple, unlearning_step
 from trace_jax.unlearning.trainable import partition, update_masks
 from trace_jax.unlearning.unlearn import trained_layers
 
@@ -67,17 +61,20 @@ def step_program(
         index = selected_index(np.broadcast_to(chosen, (len(model.moe_layers), model.num_experts)))
         training = jax.eval_shape(partial(cut_rows, config=model, mesh=mesh), training, index)
         reference, frozen = {}, params
-    state = jax.eval_shape(partial(fresh_state, settings=settings, masks=masks), training)
+    alpha = unlearning.alpha if unlearning.row.dual else None
+    state = jax.eval_shape(partial(fresh_state, settings=settings, masks=masks, alpha=alpha), training)
     state = jax.tree.map(_array, state, state_shardings(state, settings, mesh))
-    direction = jax.ShapeDtypeStruct((model.hidden_size,), jnp.float32) if unlearning.objective == "rmu" else None
-    constants = Constants(frozen, reference, *_placed((index, masks, coefficients(unlearning), direction), mesh, P()))
-    multiple, retains = row_multiple(settings, mesh), OBJECTIVES[unlearning.objective].retains
+    target = jax.ShapeDtypeStruct((1, model.hidden_size), jnp.float32) if "hidden" in unlearning.row.needs else None
+    constants = Constants(frozen, reference, *_placed((index, masks, coefficients(unlearning), target), mesh, P()))
+    multiple = row_multiple(settings, mesh)
     forget = _batch(unlearning.forget_batch_size, multiple, row_length, mesh)
-    retain = _batch(unlearning.retain_batch_size or 0, multiple, row_length, mesh) if retains else None
+    retain = _batch(unlearning.retain_batch_size or 0, multiple, row_length, mesh) if unlearning.retains else None
     weights = None if retain is None else _placed(jax.ShapeDtypeStruct(retain.tokens.shape, jnp.float32), mesh, P(ROWS))
-    rows = forget, retain, weights
-    traced = unlearning_step.trace(state, constants, *rows, settings=settings, mesh=mesh)
-    tokens = forget.tokens.size + (0 if retain is None else retain.tokens.size)
+    topic = _placed(jax.ShapeDtypeStruct(forget.tokens.shape[:1], jnp.int32), mesh, P(ROWS))
+    refusals = forget if "refusals" in unlearning.row.needs else None
+    rows = StepRows(forget, retain, weights, topic, refusals)
+    traced = unlearning_step.trace(state, constants, rows, settings=settings, mesh=mesh)
+    tokens = sum(batch.tokens.size for batch in (forget, retain, refusals) if batch is not None)
     sizes = local_bytes(constants), local_bytes(state), local_bytes(rows)
     return Program("unlearning step", traced, *sizes, tokens, _filled(model, mesh, parallel.expert_buffer))
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import dataclasses
 
 from trace_jax.config import ConfigError, Section, option
+from trace_jax.unlearning.objectives import OBJECTIVES, PAPER, Objective
 
-OBJECTIVES = ("gradient_ascent", "gradient_difference", "npo", "simnpo", "rmu")
-RETAIN_LOSSES = ("nll", "kl", "hidden")
+RETAIN_LOSSES = ("none", "nll", "kl", "hidden")
+NORMALIZE = ("count", "batch")
+TOPICS = ("mixed", "alternating")
 TRAINABLE = ("all", "experts", "selected_experts", "routers_frozen", "down_projections")
 SCHEDULES = ("constant", "cosine", "linear")
-_RETAINING = ("gradient_difference", "npo", "simnpo", "rmu")
+STEERING = tuple(name for name, row in OBJECTIVES.items() if "hidden" in row.needs)
+REFUSALS = ("I do not know.", "I can't help with that.", "That is something I have no knowledge of.")
+_RETAINING = tuple(name for name, row in OBJECTIVES.items() if row.retains)
+_REFUSING = tuple(name for name, row in OBJECTIVES.items() if "refusals" in row.needs)
+_REFERRING = tuple(name for name, row in OBJECTIVES.items() if "reference_nll" in row.needs)
+_FORMS = (PAPER, *sorted({form for row in OBJECTIVES.values() for form in row.forms}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,40 +54,80 @@ class TrainingConfig(OptimizerConfig):
     retrained: bool = option(False, help="also train a model on retain data alone, as reference for membership")
 
 
+def _reads(number: str) -> dict[str, float]:
+    """The objectives that have a number, with its usual value."""
+    return {name: row.numbers[number] for name, row in OBJECTIVES.items() if number in row.numbers}
+
+
+def _number(number: str, help: str, minimum: float | None = 0.0):
+    usual = _reads(number)
+    return option(usual, help=help, minimum=minimum, when={"objective": tuple(usual)})
+
+
 @dataclasses.dataclass(frozen=True)
 class UnlearningConfig(OptimizerConfig):
-    """One unlearning run: gamma * L_forget + alpha * L_retain (docs/method.md)."""
+    """One unlearning run: gamma * L_forget + alpha * L_retain (docs/methods.md)."""
 
-    objective: str = option("gradient_difference", help="forget loss", choices=OBJECTIVES)
-    gamma: float = option(1.0, help="coefficient of the forget loss", minimum=0.0)
-    alpha: float | None = option(
-        16.0, help="coefficient of the retain loss", minimum=0.0, when={"objective": _RETAINING}
+    objective: str = option("gradient_difference", help="forget loss", choices=tuple(OBJECTIVES))
+    form: str = option(PAPER, help="the paper's forget loss, or that of a released code by name", choices=_FORMS)
+    gamma: float | None = option(
+        {name: row.gamma for name, row in OBJECTIVES.items()},
+        help="coefficient of the forget loss",
+        minimum=0.0,
+        when={"objective": tuple(OBJECTIVES)},
     )
     retain_loss: str | None = option(
-        {"gradient_difference": "kl", "npo": "kl", "simnpo": "kl", "rmu": "hidden"},
-        help="loss of a retain token",
+        {name: "hidden" if name in STEERING else "kl" for name in _RETAINING},
+        help="loss of a retain token; none leaves the retain set out",
         choices=RETAIN_LOSSES,
         when={"objective": _RETAINING},
     )
-    nll_ceiling: float | None = option(
-        0.0,
-        help="a forget row whose mean NLL passes this (nats) is no longer pushed; 0 = no ceiling",
+    alpha: float | None = option(
+        16.0,
+        help="coefficient of the retain loss (pdu: before the first step)",
         minimum=0.0,
-        when={"objective": ("gradient_ascent", "gradient_difference")},
+        when={"retain_loss": RETAIN_LOSSES[1:]},
     )
-    beta: float | None = option(
-        {"npo": 0.1, "simnpo": 4.5},
-        help="inverse temperature of the preference loss",
-        minimum=1e-6,
-        when={"objective": ("npo", "simnpo")},
+    normalize: str | None = option(
+        "count",
+        help="what weighted retain losses are divided by: the valid positions of a batch, or (batch) their weights",
+        choices=NORMALIZE,
+        when={"retain_loss": RETAIN_LOSSES[1:]},
     )
-    delta: float | None = option(0.0, help="margin of SimNPO (nats per token)", when={"objective": ("simnpo",)})
-    steering: float | None = option(
-        20.0, help="length of RMU's target direction, c", minimum=0.0, when={"objective": ("rmu",)}
+    nll_ceiling: float | None = _number(
+        "nll_ceiling", "a forget row whose mean NLL passes this (nats) is no longer pushed; 0 = no ceiling"
+    )
+    beta: float | None = _number("beta", "inverse temperature or exponent of the objective (docs/methods.md)", 1e-6)
+    beta1: float | None = _number("beta1", "exponent of a token's probability, saturation")
+    beta2: float | None = _number("beta2", "exponent of one minus a token's probability, importance")
+    delta: float | None = _number("delta", "margin of SimNPO (nats per token)", None)
+    steering: float | None = _number("steering", "length of RMU's target, c")
+    steering_scale: float | None = _number(
+        "steering_scale", "length of the target in mean lengths of the layer's output on the first forget batch"
+    )
+    task_scale: float | None = _number("task_scale", "how often what was learnt is subtracted")
+    dual_rate: float | None = _number("dual_rate", "step size of the coefficient that holds the retain loss down")
+    retain_bound: float | None = option(
+        {"pdu": None},
+        help="largest retain loss that is accepted; 0.05 for kl",
+        minimum=0.0,
+        when={"objective": ("pdu",)},
+    )
+    dual_warmup: int | None = option(
+        0, help="steps before that coefficient moves", minimum=0, when={"objective": ("pdu",)}
     )
     layer: int | None = option(
         None, help="layer (from 1) whose output RMU steers and `hidden` compares; 1 when one of them is used", minimum=1
     )
+    refusals: tuple[str, ...] | None = option(
+        REFUSALS, help="answers that the forget set is to get instead; taken in turn", when={"objective": _REFUSING}
+    )
+    cache_reference: bool | None = option(
+        False,
+        help="compute the original model's log-probabilities of the forget rows once, and keep them on disk",
+        when={"objective": _REFERRING},
+    )
+    topics: str = option("mixed", help="how several forget topics share the steps", choices=TOPICS)
     trainable: str | tuple[str, ...] | None = option(
         None,
         help="preset, or path patterns of what trains (first match wins; a leading ! freezes); "
@@ -88,19 +135,52 @@ class UnlearningConfig(OptimizerConfig):
     )
     steps: int = option(60, help="optimizer steps", minimum=1)
     forget_batch_size: int = option(8, help="forget rows per step", minimum=1)
-    retain_batch_size: int | None = option(16, help="retain rows per step", minimum=1, when={"objective": _RETAINING})
+    retain_batch_size: int | None = option(
+        16, help="retain rows per step", minimum=1, when={"retain_loss": RETAIN_LOSSES[1:]}
+    )
     evaluate_every: int = option(4, help="steps between evaluations", minimum=1)
     checkpoint_every: int = option(20, help="steps between saved training states", minimum=1)
 
     def __post_init__(self):
         super().__post_init__()
-        looks_inside = self.objective == "rmu" or self.retain_loss == "hidden"
+        forms = (PAPER, *OBJECTIVES[self.objective].forms)
+        if self.form not in forms:
+            raise ConfigError(f"form is {self.form!r}; objective {self.objective!r} has {', '.join(forms)}.")
+        looks_inside = self.objective in STEERING or self.retain_loss == "hidden"
         if self.layer is not None and not looks_inside:
             raise ConfigError(
-                f"layer = {self.layer} would have no effect: only objective 'rmu' and retain_loss 'hidden' read it. "
-                "Remove it, or change one of them."
+                f"layer = {self.layer} would have no effect: only objectives {' and '.join(STEERING)} and retain_loss "
+                "'hidden' read it. Remove it, or change one of them."
             )
         if self.layer is None and looks_inside:
             object.__setattr__(self, "layer", 1)
         if self.trainable is None:
-            object.__setattr__(self, "trainable", "down_projections" if self.objective == "rmu" else "all")
+            object.__setattr__(self, "trainable", "down_projections" if self.objective in STEERING else "all")
+        if self.refusals is not None and not all(text.strip() for text in self.refusals or ("",)):
+            raise ConfigError("refusals holds no text, or an empty one; give at least one sentence.")
+        self._check_dual()
+
+    def _check_dual(self) -> None:
+        if self.objective != "pdu":
+            return
+        if self.retain_loss == "none":
+            raise ConfigError(
+                "retain_loss is 'none'; objective 'pdu' holds the retain loss below a bound and needs one."
+            )
+        if self.retain_bound is None and self.retain_loss != "kl":
+            raise ConfigError(
+                f"retain_bound is needed when retain_loss is {self.retain_loss!r}: the largest mean retain loss that "
+                "is accepted, for example the original model's plus 0.05."
+            )
+        if self.retain_bound is None:
+            object.__setattr__(self, "retain_bound", 0.05)
+
+    @property
+    def row(self) -> Objective:
+        """The objective in the form that is asked for."""
+        return OBJECTIVES[self.objective].form(self.form)
+
+    @property
+    def retains(self) -> bool:
+        """Whether there is a retain term."""
+        return self.retain_loss not in (None, "none")

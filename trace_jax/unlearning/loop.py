@@ -21,7 +21,7 @@ from trace_jax.interruption import Interrupted, Interruption
 from trace_jax.parallel.agreement import main_says
 from trace_jax.parallel.hosts import is_main
 from trace_jax.progress import progress, say
-from trace_jax.unlearning.step import TrainState
+from trace_jax.unlearning.state import TrainState
 
 Evaluate = Callable[[dict[str, jax.Array]], Any]
 

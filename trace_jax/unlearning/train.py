@@ -16,8 +16,11 @@ from trace_jax.models.model import Model
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import ROWS
 from trace_jax.unlearning.config import TrainingConfig
+from trace_jax.unlearning.inputs import pad_rows
 from trace_jax.unlearning.loop import Loop, LoopResult
-from trace_jax.unlearning.step import StepSettings, as_stored, initial_state, pad_rows, row_multiple, training_step
+from trace_jax.unlearning.parameters import as_stored
+from trace_jax.unlearning.state import StepSettings, initial_state
+from trace_jax.unlearning.step import row_multiple, training_step
 
 
 def train_model(

@@ -1,0 +1,237 @@
+"""What a device computes from its rows: forward passes of both models, forget and retain losses, their gradient.
+
+Every loss is a sum that is added over devices and divided by a count of the whole batch, so that the numbers do not
+depend on how rows are split.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from trace_jax.data.rows import Batch
+from trace_jax.models.decoder import forward
+from trace_jax.models.loss import token_kl, token_nll, vocabulary_loss
+from trace_jax.parallel.mesh import ROWS, as_varying, varying_axes
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.inputs import StepRows
+from trace_jax.unlearning.objectives import OBJECTIVES, ForgetInputs, Objective
+from trace_jax.unlearning.parameters import Flat, model_params
+from trace_jax.unlearning.retain import hidden_distance, weighted_retain
+from trace_jax.unlearning.state import StepSettings
+
+
+class Constants(NamedTuple):
+    """Arrays that a run never changes. `reference` holds the original values of what trains; `frozen` both models'.
+
+    Where a few experts train, `frozen` holds all experts, and `index` i32 [L, N] says which are the trainable rows.
+    numbers: coefficients and numbers of the objective, f32 [] by name. target f32 [topics, D]: where RMU steers.
+    """
+
+    frozen: Flat
+    reference: Flat
+    index: jax.Array | None
+    masks: Flat | None
+    numbers: Flat
+    target: jax.Array | None = None
+
+
+def coefficients(config: UnlearningConfig) -> Flat:
+    """The traced numbers of a run (`Constants.numbers`)."""
+    names = ("gamma", *(("alpha",) if config.retains else ()), *OBJECTIVES[config.objective].numbers)
+    names += ("retain_bound", "dual_warmup") if config.row.dual else ()
+    return {name: jnp.float32(getattr(config, name)) for name in names}
+
+
+def targets(tokens: jax.Array) -> jax.Array:
+    """Token t+1 at position t; the last position's target is never valid."""
+    return jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
+
+
+def share(total: jax.Array, count: jax.Array) -> jax.Array:
+    """The sum over all devices, over the whole batch's count."""
+    return jax.lax.psum(total, ROWS) / jnp.maximum(count, 1.0)
+
+
+def _row(settings: StepSettings) -> Objective:
+    return OBJECTIVES[settings.objective].form(settings.form or "")
+
+
+def _retains(settings: StepSettings) -> bool:
+    return settings.retain_loss not in (None, "none")
+
+
+class _Seen(NamedTuple):
+    """What a forward pass gave for some rows; None for what wasn't asked for."""
+
+    final: Any = None  # [B, S, D], before the output head
+    middle: Any = None  # [B, S, D], of the layer that RMU and `hidden` look at
+
+
+def _together(batches: list[Batch]) -> Batch:
+    return batches[0] if len(batches) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
+
+
+def _look(
+    params, settings: StepSettings, batches: list[Batch], *, whole: bool, inside: bool
+) -> tuple[list[_Seen], Any]:
+    """One forward pass over several batches: (what each gave, choices of experts without room i32 [] or 0).
+
+    Unless `whole`, nothing above the layer that is looked at is computed.
+    """
+    if not batches:
+        return [], 0
+    parallel, batch = settings.parallel, _together(batches)
+    layers, dropped = ("layers",) if whole and inside else (), ("dropped",) if parallel.expert_buffer else ()
+    out: Any = forward(
+        params, settings.model, batch.tokens, mask=batch.segments, collect=("hidden", *layers, *dropped),
+        num_layers=None if whole else settings.layer, remat=parallel.remat, expert_buffer=parallel.expert_buffer,
+    )  # fmt: skip
+    lost = out.router.dropped.sum() if dropped else 0
+    middle = None if not inside else out.hidden if not whole else out.layers[(settings.layer or 1) - 1]
+    seen, start = [], 0
+    for size in (len(b.tokens) for b in batches):
+        of_batch = [None if x is None else x[start : start + size] for x in (out.hidden if whole else None, middle)]
+        seen.append(_Seen(*of_batch))
+        start += size
+    return seen, lost
+
+
+def _original(params, rows: StepRows, settings: StepSettings) -> tuple[_Seen, _Seen, _Seen, Any]:
+    """What the original model gives: (forget rows, refusals, retain rows, dropped), for what is needed of each."""
+    row, parts = _row(settings), {}
+    if row.against or ("reference_nll" in row.needs and rows.reference_nll is None):
+        parts["forget"] = rows.forget
+    if "refusals_reference" in row.needs and rows.refusal_reference_nll is None:
+        parts["refusals"] = rows.refusals
+    if settings.retain_loss == "kl":
+        parts["retain"] = rows.retain
+    seen, dropped = _look(params, settings, list(parts.values()), whole=True, inside=False)
+    seen = dict(zip(parts, seen, strict=True))
+    if settings.retain_loss == "hidden":
+        inside, lost = _look(params, settings, [_given(rows.retain)], whole=False, inside=True)
+        seen["retain"], dropped = inside[0], dropped + lost
+    forget, refusals, retain = (seen.get(name, _Seen()) for name in ("forget", "refusals", "retain"))
+    return forget, refusals, retain, dropped
+
+
+def _given(batch: Batch | None) -> Batch:
+    assert batch is not None
+    return batch
+
+
+def _losses(
+    trainable: Flat, constants: Constants, rows: StepRows, settings: StepSettings
+) -> tuple[jax.Array, jax.Array | None, Any]:
+    """(sum of forget losses, sum of weighted retain losses or None, dropped), over this device's rows."""
+    row, model, retains = _row(settings), settings.model, _retains(settings)
+    params, original = model_params(trainable, constants.frozen, constants.reference, constants.index)
+    forget_ref, refusals_ref, retain_ref, dropped_ref = _original(original, rows, settings)
+    parts = {"forget": rows.forget}
+    if "refusals" in row.needs:
+        parts["refusals"] = _given(rows.refusals)
+    if retains:
+        parts["retain"] = _given(rows.retain)
+    # RMU with its own retain term looks at no more than the layer it steers.
+    steers = "hidden" in row.needs
+    whole, inside = (
+        not (steers and settings.retain_loss in ("none", "hidden")),
+        steers or settings.retain_loss == "hidden",
+    )
+    seen, dropped = _look(params, settings, list(parts.values()), whole=whole, inside=inside)
+    seen = dict(zip(parts, seen, strict=True))
+
+    def nll(params, final, batch: Batch | None):
+        return token_nll(params, model, final, targets(_given(batch).tokens))
+
+    inputs = ForgetInputs(rows.forget.valid)
+    if "nll" in row.needs:
+        inputs = inputs._replace(nll=nll(params, seen["forget"].final, rows.forget))
+    if "reference_nll" in row.needs:
+        known = rows.reference_nll
+        known = nll(original, forget_ref.final, rows.forget) if known is None else known
+        inputs = inputs._replace(reference_nll=known)
+    if "refusals" in row.needs:
+        answered = nll(params, seen["refusals"].final, rows.refusals)
+        inputs = inputs._replace(refusal_valid=_given(rows.refusals).valid, refusal_nll=answered)
+    if "refusals_reference" in row.needs:
+        known = rows.refusal_reference_nll
+        known = nll(original, refusals_ref.final, rows.refusals) if known is None else known
+        inputs = inputs._replace(refusal_reference_nll=known)
+    if steers:
+        assert constants.target is not None
+        inputs = inputs._replace(hidden=seen["forget"].middle, target=constants.target[rows.topic])
+    if row.vocabulary is not None:
+        against = {"params_ref": original, "hidden_ref": forget_ref.final} if row.against else {}
+        arguments = params, model, seen["forget"].final, targets(rows.forget.tokens)
+        inputs = inputs._replace(vocabulary=vocabulary_loss(row.vocabulary, constants.numbers, *arguments, **against))
+    forget_sum, _ = row.loss(inputs, constants.numbers)
+    dropped = dropped + dropped_ref
+    if not retains:
+        return forget_sum, None, dropped
+    retain = _given(rows.retain)
+    if settings.retain_loss == "nll":
+        per_token = nll(params, seen["retain"].final, retain)
+    elif settings.retain_loss == "kl":
+        per_token = token_kl(original, retain_ref.final, params, seen["retain"].final, model)
+    else:
+        per_token = hidden_distance(seen["retain"].middle, retain_ref.middle)
+    return forget_sum, weighted_retain(per_token, rows.weights, retain.valid)[0], dropped
+
+
+def _forget_count(rows: StepRows, settings: StepSettings, constants: Constants) -> jax.Array:
+    """What the sum of forget losses is divided by: of tokens or rows, it does not depend on what the model says."""
+    zeros = jnp.zeros(rows.forget.valid.shape, jnp.float32)
+    refused = None if rows.refusals is None else rows.refusals.valid
+    none = None if refused is None else jnp.zeros(refused.shape, jnp.float32)
+    inputs = ForgetInputs(
+        rows.forget.valid, zeros, zeros, zeros[..., None], zeros[:, :1], zeros, refused, none, none
+    )  # fmt: skip
+    return _row(settings).loss(inputs, constants.numbers)[1]
+
+
+def _retain_count(rows: StepRows, settings: StepSettings) -> jax.Array:
+    """What the sum of weighted retain losses is divided by."""
+    retain = _given(rows.retain)
+    if settings.normalize == "batch":
+        return jnp.where(retain.valid, rows.weights, 0.0).sum()
+    return retain.valid.sum(dtype=jnp.float32)
+
+
+def gradient(
+    trainable: Flat, alpha: jax.Array | None, constants: Constants, rows: StepRows, settings: StepSettings
+) -> tuple[Flat, dict]:
+    """(gradient of the loss over the whole batch, metrics), from this device's rows, one microbatch after another.
+
+    alpha: the coefficient of the retain loss where it changes; None: that of `constants`.
+    """
+    n = constants.numbers
+    forget_count = jax.lax.psum(_forget_count(rows, settings, constants), ROWS)
+    retain_count = jax.lax.psum(_retain_count(rows, settings), ROWS) if _retains(settings) else None
+
+    def loss(trainable, part):
+        forget_sum, retain_sum, dropped = _losses(trainable, constants, part, settings)
+        metrics = {"forget_loss": share(forget_sum, forget_count)}
+        total = n["gamma"] * metrics["forget_loss"]
+        if retain_sum is not None:
+            assert retain_count is not None
+            metrics["retain_loss"] = share(retain_sum, retain_count)
+            total = total + (n["alpha"] if alpha is None else alpha) * metrics["retain_loss"]
+        if settings.parallel.expert_buffer:
+            metrics["dropped"] = jax.lax.psum(as_varying(jnp.float32(dropped), frozenset(ROWS)), ROWS)
+        return total, {"loss": total, **metrics}
+
+    of_part, number = jax.grad(loss, has_aux=True), settings.parallel.microbatches
+    if number == 1:
+        return of_part(trainable, rows)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, of_part(trainable, part)), None
+
+    parts = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), rows)
+    shapes = jax.eval_shape(of_part, trainable, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros = ({path: as_varying(zero, varying_axes(trainable[path])) for path, zero in zeros[0].items()}, zeros[1])
+    return jax.lax.scan(add, zeros, parts)[0]

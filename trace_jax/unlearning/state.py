@@ -1,0 +1,108 @@
+"""What changes while training, where it lies on a mesh, and how gradients change it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import DictKey
+
+from trace_jax.models.config import ModelConfig
+from trace_jax.parallel.config import PLAIN, ParallelConfig
+from trace_jax.parallel.hosts import place
+from trace_jax.unlearning.config import OptimizerConfig, UnlearningConfig
+from trace_jax.unlearning.optimizer import make_optimizer
+from trace_jax.unlearning.parameters import Flat, trainable_specs
+
+
+@struct.dataclass
+class TrainState:
+    """What changes while training: step i32 [], flat trainable parameters in float32, optax state.
+
+    A bfloat16 weight has 8 significant bits: a usual step, 1e-5 on a weight of 0.02, would be rounded away. So the
+    optimizer keeps float32, and the loss sees it rounded to the model's type.
+
+    `alpha` f32 []: the coefficient of the retain loss, for objectives that adapt it (`Objective.dual`), else None.
+    """
+
+    step: jax.Array
+    trainable: Flat
+    optimizer: Any
+    alpha: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """Everything that shapes the compiled step; two runs that share it share one compilation."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    steps: int
+    objective: str = ""
+    form: str | None = None
+    retain_loss: str | None = None
+    normalize: str | None = None
+    layer: int | None = None
+    parallel: ParallelConfig = PLAIN
+    rows: bool = False  # what trains are rows of arrays of experts
+
+
+def unlearning_settings(config: UnlearningConfig, model: ModelConfig, parallel: ParallelConfig = PLAIN) -> StepSettings:
+    """The static part of an unlearning step."""
+    # A constant rate does not depend on the number of steps; leaving it out saves a compilation per number.
+    steps = 0 if config.schedule == "constant" else config.steps
+    return StepSettings(
+        model, config.optimizer, steps, config.objective, config.form, config.retain_loss, config.normalize,
+        config.layer, parallel, rows=config.trainable == "selected_experts",
+    )  # fmt: skip
+
+
+def initial_state(
+    trainable: Flat, settings: StepSettings, mesh: Mesh, masks: Flat | None = None, alpha: float | None = None
+) -> TrainState:
+    """Fresh state on `mesh`. Arrays are copied, so that donating it never frees the reference model."""
+    trainable = place(trainable, mesh, trainable_specs(trainable, settings.model, mesh, rows=settings.rows))
+    start = functools.partial(fresh_state, settings=settings, masks=masks, alpha=alpha)
+    shardings = state_shardings(jax.eval_shape(start, trainable), settings, mesh)
+    return jax.jit(start, out_shardings=shardings)(trainable)
+
+
+def fresh_state(
+    trainable: Flat, settings: StepSettings, masks: Flat | None = None, alpha: float | None = None
+) -> TrainState:
+    """The state before the first step, wherever its arrays lie; also of shapes alone (`jax.eval_shape`)."""
+    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
+    optimizer = make_optimizer(settings.optimizer, settings.steps, masks).init(trainable)
+    return TrainState(
+        jnp.zeros((), jnp.int32), trainable, optimizer, None if alpha is None else jnp.asarray(alpha, jnp.float32)
+    )
+
+
+def state_shardings(state: Any, settings: StepSettings, mesh: Mesh) -> Any:
+    """How a `TrainState` is stored: whatever is kept for a parameter lies where the parameter does."""
+    specs = trainable_specs(state.trainable, settings.model, mesh, rows=settings.rows)
+
+    def one(path, _):
+        names = [key.key for key in path if isinstance(key, DictKey) and key.key in specs]
+        return NamedSharding(mesh, specs[names[-1]] if names else P())
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def apply_gradients(
+    state: TrainState, gradients: Flat, settings: StepSettings, masks: Flat | None, mesh: Mesh
+) -> tuple[TrainState, jax.Array]:
+    """(the state after the optimizer's update, norm of the gradients f32 [])."""
+    optimizer = make_optimizer(settings.optimizer, settings.steps, masks)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer count
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+    trainable: Any = optax.apply_updates(state.trainable, updates)
+    state = TrainState(state.step + 1, trainable, optimizer_state, state.alpha)
+    return jax.lax.with_sharding_constraint(state, state_shardings(state, settings, mesh)), optax.tree.norm(gradients)
