@@ -5,70 +5,129 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.unlearning.objectives import OBJECTIVES, Coefficients, ForgetInputs, steering_direction
+from trace_jax.unlearning.objectives import OBJECTIVES, PAPER, ForgetInputs, steering_directions
 from trace_jax.unlearning.retain import hidden_distance, weighted_retain
 
 VALID = np.array([[1, 1, 1, 0], [1, 0, 1, 0], [0, 0, 0, 0]], bool)
 NLL = np.array([[0.5, 2.0, 1.0, 9.0], [3.0, 9.0, 0.25, 9.0], [9.0, 9.0, 9.0, 9.0]], np.float32)
 REFERENCE = np.array([[0.4, 1.0, 1.5, 7.0], [2.0, 7.0, 0.5, 7.0], [7.0, 7.0, 7.0, 7.0]], np.float32)
+REFUSED = np.array([[0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
+REFUSAL_NLL = np.array([[8.0, 1.5, 2.5, 0.75], [8.0, 4.0, 8.0, 8.0], [8.0, 8.0, 8.0, 8.0]], np.float32)
+REFUSAL_REFERENCE = np.array([[6.0, 2.0, 3.0, 1.0], [6.0, 3.5, 6.0, 6.0], [6.0, 6.0, 6.0, 6.0]], np.float32)
+NUMBERS = {"beta": 0.5, "delta": 0.3, "nll_ceiling": 0.0, "beta1": 2.0, "beta2": 1.5}
+OF_LIKELIHOOD = [
+    *((name, PAPER) for name, row in OBJECTIVES.items() if "nll" in row.needs or "refusals" in row.needs),
+    ("npo", "gemma"),
+]
+GOLDEN = {
+    ("gradient_ascent", PAPER): -1.35000000,
+    ("gradient_difference", PAPER): -1.35000000,
+    ("npo", PAPER): 2.15495702,
+    ("simnpo", PAPER): 1.83111381,
+    ("dpo", PAPER): 1.93318128,
+    ("idk", PAPER): 2.18750000,
+    ("wga", PAPER): -0.52434093,
+    ("tnpo", PAPER): -1.13057340,
+    ("satimp", PAPER): -0.03310599,
+    ("flat", PAPER): 0.11854375,
+    ("task_vector", PAPER): 1.35000000,
+    ("npo", "gemma"): 0.53873925,
+}
 
 
-def numbers(**values) -> Coefficients:
-    base = {"gamma": 1.0, "alpha": 1.0, "beta": 0.5, "delta": 0.3, "nll_ceiling": 0.0, "steering": 4.0}
-    return Coefficients(**{k: jnp.float32(v) for k, v in (base | values).items()})
-
-
-def ratio(name, nll, **values):
-    inputs = ForgetInputs(jnp.asarray(VALID), nll, jnp.asarray(REFERENCE))
-    total, count = OBJECTIVES[name].loss(inputs, numbers(**values))
+def ratio(name, nll, form=PAPER, refusal_nll=REFUSAL_NLL, **values):
+    inputs = ForgetInputs(
+        jnp.asarray(VALID), nll, jnp.asarray(REFERENCE), refusal_valid=jnp.asarray(REFUSED),
+        refusal_nll=jnp.asarray(refusal_nll), refusal_reference_nll=jnp.asarray(REFUSAL_REFERENCE),
+    )  # fmt: skip
+    numbers = {k: jnp.float32(v) for k, v in (NUMBERS | values).items()}
+    total, count = OBJECTIVES[name].form(form).loss(inputs, numbers)
     return total / count
 
 
-def rows(nll):
-    """(summed nll, summed reference, length) of every row that has a valid token."""
-    return [(nll[i][m].sum(), REFERENCE[i][m].sum(), m.sum()) for i, m in enumerate(VALID) if m.any()]
+def rows(values, valid=VALID):
+    """The values at valid positions of every row that has one."""
+    return [values[i][m] for i, m in enumerate(valid) if m.any()]
 
 
-def log_sigmoid(x):
-    return -np.log1p(np.exp(-x))
+def softened(x, beta):
+    return 2 / beta * np.log1p(np.exp(-beta * x))
 
 
-def slow(name, nll, beta=0.5, delta=0.3, ceiling=0.0):
-    nll = np.asarray(nll, np.float64)
-    if name == "gradient_ascent" and ceiling:
-        return np.mean([max(0.0, ceiling - total / n) for total, _, n in rows(nll)])
-    if name == "gradient_ascent":
-        return -nll[VALID].mean()
+def slow(name, form, nll, refusal, *, beta=0.5, delta=0.3, beta1=2.0, beta2=1.5, weights_at=None, ceiling=0.0):
+    """method.md's formulas. Weights that take no gradient are computed at `weights_at`."""
+    at = nll if weights_at is None else weights_at
+    ours, reference, before = rows(nll), rows(REFERENCE.astype(np.float64)), rows(at)
+    refused, refused_reference = rows(refusal, REFUSED), rows(REFUSAL_REFERENCE.astype(np.float64), REFUSED)
+    pairs = list(zip(ours, reference, strict=True))
+    if name in ("gradient_ascent", "gradient_difference"):
+        if ceiling:
+            return np.mean([max(0.0, ceiling - row.mean()) for row in ours])
+        return -np.concatenate(ours).mean()
     if name == "npo":
-        return -2 / beta * np.mean([log_sigmoid(beta * (total - ref)) for total, ref, _ in rows(nll)])
-    return -2 / beta * np.mean([log_sigmoid(beta * (total / n - delta)) for total, _, n in rows(nll)])
+        losses = [softened(row.sum() - ref.sum(), beta) for row, ref in pairs]
+        return np.mean(losses) * (beta / 2 if form == "gemma" else 1)
+    if name == "simnpo":
+        return np.mean([softened(row.mean() - delta, beta) for row in ours])
+    if name == "dpo":
+        won = [ref.sum() - row.sum() for row, ref in zip(refused, refused_reference, strict=True)]
+        lost = [ref.sum() - row.sum() for row, ref in pairs]
+        return np.mean([softened(w - x, beta) for w, x in zip(won, lost, strict=True)])
+    if name == "idk":
+        return np.concatenate(refused).mean()
+    if name == "flat":
+        forget, answer = (np.array([np.exp(-row).mean() for row in part]) for part in (ours, refused))
+        return np.mean(np.tanh(forget) / 2 - np.tanh(answer) / 2)
+    if name == "task_vector":
+        return np.concatenate(ours).mean()
+    p, p_ref = np.exp(-np.concatenate(before)), np.exp(-np.concatenate(reference))
+    weights = {
+        "wga": p**beta,
+        "tnpo": 2 * p**beta / (p**beta + p_ref**beta),
+        "satimp": p**beta1 * (1 - p) ** beta2,
+    }[name]
+    return -np.mean(weights * np.concatenate(ours))
 
 
-@pytest.mark.parametrize("name", ["gradient_ascent", "npo", "simnpo"])
-def test_equals_plain_reference_in_value_and_gradient(name):
-    value, gradient = jax.value_and_grad(lambda nll: ratio(name, nll))(jnp.asarray(NLL))
-    assert value == pytest.approx(slow(name, NLL), rel=1e-6)
-    for index in np.ndindex(NLL.shape):
-        step = np.zeros_like(NLL, np.float64)
-        step[index] = 1e-5
-        numeric = (slow(name, NLL + step) - slow(name, NLL - step)) / 2e-5
-        assert gradient[index] == pytest.approx(numeric, abs=2e-5)
+@pytest.mark.parametrize(("name", "form"), OF_LIKELIHOOD)
+def test_equals_plain_reference_in_value_and_gradient(name, form):
+    value, gradients = jax.value_and_grad(lambda nll, refusal: ratio(name, nll, form, refusal), argnums=(0, 1))(
+        jnp.asarray(NLL), jnp.asarray(REFUSAL_NLL)
+    )
+    point = [NLL.astype(np.float64), REFUSAL_NLL.astype(np.float64)]
+    assert value == pytest.approx(slow(name, form, *point), rel=1e-5)
+    for side, gradient in enumerate(gradients):
+        for index in np.ndindex(NLL.shape):
+            moved = []
+            for sign in (1, -1):
+                shifted = [x.copy() for x in point]
+                shifted[side][index] += sign * 1e-5
+                moved.append(slow(name, form, *shifted, weights_at=point[0]))
+            assert gradient[index] == pytest.approx((moved[0] - moved[1]) / 2e-5, abs=2e-5)
 
 
-@pytest.mark.parametrize(("name", "golden"), [("gradient_ascent", -1.35), ("npo", 2.15495702), ("simnpo", 1.83111381)])
-def test_golden_value(name, golden):
-    assert ratio(name, jnp.asarray(NLL)) == pytest.approx(golden, abs=1e-6)
+@pytest.mark.parametrize(("name", "form"), OF_LIKELIHOOD)
+def test_golden_value(name, form):
+    assert ratio(name, jnp.asarray(NLL), form) == pytest.approx(GOLDEN[name, form], abs=1e-6)
 
 
-def test_padding_carries_no_loss():
-    for name in ("gradient_ascent", "npo", "simnpo"):
-        changed = np.where(VALID, NLL, 1e3).astype(np.float32)
-        assert ratio(name, jnp.asarray(changed)) == ratio(name, jnp.asarray(NLL))
+@pytest.mark.parametrize(("name", "form"), OF_LIKELIHOOD)
+def test_padding_carries_no_loss(name, form):
+    changed = np.where(VALID, NLL, 1e3).astype(np.float32)
+    refusal = np.where(REFUSED, REFUSAL_NLL, 1e3).astype(np.float32)
+    assert ratio(name, jnp.asarray(changed), form, refusal) == ratio(name, jnp.asarray(NLL), form)
+
+
+@pytest.mark.parametrize(("name", "form"), OF_LIKELIHOOD)
+@pytest.mark.parametrize("extreme", [0.0, 1e-8, 80.0])
+def test_finite_where_tokens_are_certain_or_impossible(name, form, extreme):
+    value, gradient = jax.value_and_grad(lambda nll: ratio(name, nll, form))(jnp.full(NLL.shape, extreme))
+    assert np.isfinite(value) and np.isfinite(np.asarray(gradient)).all()
 
 
 def test_ceiling_stops_pushing_rows_that_are_forgotten():
     value, gradient = jax.value_and_grad(lambda nll: ratio("gradient_ascent", nll, nll_ceiling=1.5))(jnp.asarray(NLL))
-    assert value == pytest.approx(slow("gradient_ascent", NLL, ceiling=1.5), rel=1e-6)
+    assert value == pytest.approx(slow("gradient_ascent", PAPER, NLL, REFUSAL_NLL, ceiling=1.5), rel=1e-6)
     assert not np.asarray(gradient[1]).any(), "row 1 is above the ceiling"
     assert (np.asarray(gradient[0])[VALID[0]] < 0).all(), "row 0 is still pushed up"
 
@@ -80,17 +139,43 @@ def test_npo_tends_to_gradient_ascent_as_beta_vanishes():
     np.testing.assert_allclose(gradient, ascent, rtol=1e-4)
 
 
-def test_rmu_pulls_hidden_states_to_the_scaled_direction():
+def test_flat_is_bounded_and_prefers_the_refusal():
+    forgotten = ratio("flat", jnp.full(NLL.shape, 50.0), refusal_nll=np.zeros_like(NLL))
+    assert forgotten == pytest.approx(-np.tanh(1.0) / 2, abs=1e-6)
+    assert -forgotten == pytest.approx(ratio("flat", jnp.zeros(NLL.shape), refusal_nll=np.full_like(NLL, 50.0)))
+
+
+@pytest.mark.parametrize("name", ["rmu", "adaptive_rmu"])
+def test_rmu_pulls_hidden_states_to_the_direction_of_their_topic(name):
     hidden = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)
-    direction = steering_direction(jax.random.key(3), 6)
-    assert np.linalg.norm(direction) == pytest.approx(1.0, rel=1e-6)
-    assert (np.asarray(direction) >= 0).all()
-    inputs = ForgetInputs(jnp.asarray(VALID), hidden=jnp.asarray(hidden), direction=direction)
-    total, count = OBJECTIVES["rmu"].loss(inputs, numbers(steering=4.0))
-    expected = np.mean(
-        [((hidden[i, t] - 4.0 * np.asarray(direction)) ** 2).mean() for i, t in zip(*np.nonzero(VALID), strict=True)]
-    )
-    assert total / count == pytest.approx(expected, rel=1e-6)
+    directions = np.asarray(steering_directions(jax.random.key(3), 2, 6))
+    np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1.0, rtol=1e-6)
+    assert (directions >= 0).all() and (directions[0] != directions[1]).all()
+    target = 4.0 * directions[[0, 1, 1]]
+    error = ((hidden - target[:, None]) ** 2).mean(-1)
+    inputs = ForgetInputs(jnp.asarray(VALID), hidden=jnp.asarray(hidden), target=jnp.asarray(target))
+    expected = {
+        PAPER: error[VALID].mean(),
+        "wmdp": error[:2].mean(),  # padding counts; the row without a token only fills up the batch
+        "open_unlearning": np.mean([error[0][VALID[0]].mean(), error[1][VALID[1]].mean()]),
+    }
+    for form, wanted in expected.items():
+        total, count = OBJECTIVES[name].form(form).loss(inputs, {})
+        assert total / count == pytest.approx(wanted, rel=1e-6), form
+
+
+def test_ceu_leaves_out_the_first_token_that_a_document_predicts():
+    valid = np.array([[0, 1, 1, 1, 0, 1, 1]], bool)
+    inputs = ForgetInputs(jnp.asarray(valid), vocabulary=jnp.arange(7, dtype=jnp.float32)[None])
+    total, count = OBJECTIVES["ceu"].loss(inputs, {})
+    assert (float(total), float(count)) == (2 + 3 + 6, 3)
+
+
+def test_every_row_names_its_source_and_numbers_that_are_settings():
+    for name, row in OBJECTIVES.items():
+        assert row.source.count(".") == 1 and len(row.source) == 10, name
+        for form in row.forms.values():
+            assert form.numbers == row.numbers and form.gamma == row.gamma and form.retains == row.retains
 
 
 def test_weighted_retain_loss_equals_duplicated_tokens():

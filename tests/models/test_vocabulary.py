@@ -1,0 +1,145 @@
+"""Losses of the whole vocabulary equal plain formulas, in any chunks and on any mesh, and are finite in bfloat16."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from trace_jax.models.arrays import flatten, init_params, unflatten
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.loss import vocabulary_loss
+from trace_jax.models.sharding import on_mesh, param_specs, placed_params
+from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.unlearning.objectives import OBJECTIVES, PAPER
+
+MODEL = ModelConfig(
+    vocab_size=37, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_size=4, num_experts=4,
+    experts_per_token=2, expert_hidden_size=8,
+)  # fmt: skip
+CASES = [
+    (name, form)
+    for name, row in OBJECTIVES.items()
+    for form in (PAPER, *row.forms)
+    if row.form(form).vocabulary is not None
+]
+NUMBERS = {"beta": np.float32(1.5), "delta": np.float32(0.3)}
+
+
+@pytest.fixture(scope="module")
+def given():
+    rng = np.random.default_rng(0)
+    ours, original = init_params(MODEL, jax.random.key(0)), init_params(MODEL, jax.random.key(1))
+    hidden, before = (rng.normal(size=(4, 6, 8)).astype(np.float32) * 2 for _ in range(2))
+    return ours, original, hidden, before, rng.integers(0, 37, (4, 6)).astype(np.int32)
+
+
+def plain(name, form, logits, reference, targets):
+    """float64 of the formulas, logits [..., V]."""
+    onehot = np.eye(37)[targets]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    beta, delta = 1.5, float(np.float32(0.3))
+
+    def cross_entropy(scores):
+        q = np.exp(scores)
+        return -(q / q.sum(-1, keepdims=True) * log_p).sum(-1)
+
+    if form == "muse_logits":
+        margin = reference - logits if name == "npo" else -logits - delta
+        return (2 / beta * np.log1p(np.exp(-beta * margin))).mean(-1)
+    if name == "undial":
+        return cross_entropy(reference - beta * onehot)
+    if name == "ceu":
+        return cross_entropy(np.where(onehot > 0, -np.inf, logits))
+    assert name == "pdu"
+    return (logits.max(-1) - logits.mean(-1)) ** 2
+
+
+def loss(params, hidden, targets, original, before, *, name, form, config=MODEL, chunk_size=None):
+    row = OBJECTIVES[name].form(form)
+    against = {"params_ref": original, "hidden_ref": before} if row.against else {}
+    numbers = {name: jnp.asarray(value) for name, value in NUMBERS.items()}
+    return vocabulary_loss(
+        row.vocabulary, numbers, params, config, hidden, targets, chunk_size=chunk_size, **against
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_equals_the_plain_formula_in_value_and_gradient(given, name, form):
+    ours, original, hidden, before, targets = given
+    head, old_head = (np.asarray(p["head"], np.float64) for p in (ours, original))
+    logits, reference = hidden.astype(np.float64) @ head, before.astype(np.float64) @ old_head
+    found = loss(ours, hidden, targets, original, before, name=name, form=form)
+    np.testing.assert_allclose(found, plain(name, form, logits, reference, targets), rtol=2e-5)
+    gradient = jax.grad(lambda h: loss(ours, h, targets, original, before, name=name, form=form).sum())(hidden)
+    target_of = logits  # what takes no gradient stays where it is
+    for d in range(3):
+        moved = []
+        for sign in (1, -1):
+            shifted = hidden.astype(np.float64).copy()
+            shifted[..., d] += sign * 1e-6
+            at = shifted @ head
+            if name == "ceu":
+                fixed = np.where(np.eye(37)[targets] > 0, -np.inf, target_of)
+                log_p = at - np.log(np.exp(at).sum(-1, keepdims=True))
+                q = np.exp(fixed) / np.exp(fixed).sum(-1, keepdims=True)
+                moved.append(-(q * log_p).sum(-1))
+            else:
+                moved.append(plain(name, form, at, reference, targets))
+        np.testing.assert_allclose(gradient[..., d], (moved[0] - moved[1]) / 2e-6, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_chunks_change_neither_values_nor_gradients(given, name, form):
+    ours, original, hidden, before, targets = given
+
+    def total(params, hidden, chunk_size):
+        return loss(params, hidden, targets, original, before, name=name, form=form, chunk_size=chunk_size).sum()
+
+    whole = jax.value_and_grad(total, argnums=(0, 1))(ours, hidden, None)
+    cut = jax.value_and_grad(total, argnums=(0, 1))(ours, hidden, 7)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), cut, whole)
+
+
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_a_split_vocabulary_gives_the_same(given, name, form):
+    """37 tokens over 2 devices: the second one's last column is padding."""
+    ours, _, hidden, before, targets = given
+    mesh = make_mesh(jax.devices()[:4], tensor=2)
+
+    def on_device(params, hidden, targets, before):
+        def total(params):
+            values = loss(params, hidden, targets, unflatten(original_here), before, name=name, form=form)
+            return jax.lax.psum(values.sum(), ROWS)
+
+        original_here = flatten(jax.tree.map(lambda x: x * 0.7, params))
+        return jax.value_and_grad(total)(params)
+
+    def alone(params):
+        older = jax.tree.map(lambda x: jax.lax.stop_gradient(x) * 0.7, params)
+        return loss(params, hidden, targets, older, before, name=name, form=form).sum()
+
+    specs = unflatten(param_specs(MODEL, mesh))
+    spread = on_mesh(on_device, MODEL, mesh, out_specs=(P(), specs))
+    value, gradient = jax.jit(spread)(placed_params(ours, MODEL, mesh), hidden, targets, before)
+    expected, wanted = jax.value_and_grad(alone)(ours)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    np.testing.assert_allclose(gradient["head"], wanted["head"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_finite_in_bfloat16(given, name, form):
+    ours, original, hidden, before, targets = given
+    config = dataclasses.replace(MODEL, dtype="bfloat16")
+    halved = [jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), x) for x in (ours, original, hidden * 30, before)]
+    ours, original, hidden, before = halved
+
+    def total(params):
+        return loss(params, hidden, targets, original, before, name=name, form=form, config=config).sum()
+
+    value, gradient = jax.value_and_grad(total)(ours)
+    assert value.dtype == jnp.float32 and np.isfinite(value)
+    assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in jax.tree.leaves(gradient))
