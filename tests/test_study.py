@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.test_pipeline import experiment
+from trace_jax.config import ConfigError
 from trace_jax.evaluation.comparison import UnequalBudget
 from trace_jax.files import read_json
 from trace_jax.study import Trial, load_runs, run_study, seed_config, trial_method, trials, write_study
@@ -20,6 +21,49 @@ def test_trials_give_every_method_the_same_budget(config):
     found = list(trials(config))
     assert len(found) == 2 * 2 * 2 and len({(t.seed, t.label) for t in found}) == 8
     assert trial_method(config, found[0]).unlearning.alpha == 1.0
+
+
+def test_every_objective_has_its_own_grid_and_only_settings_that_it_reads(data):
+    objectives = {
+        "npo": {"beta": [0.1, 0.5], "learning_rate": 0.02},
+        "gradient_ascent": {"learning_rate": [1e-3, 2e-3], "nll_ceiling": 5.0},
+        "rmu": {"alpha": 2.0, "layer": 2},
+    }
+    study = {"methods": ["uniform", "trace_rows"], "seeds": [0], "alphas": [1.0, 4.0], "objectives": objectives}
+    config = experiment(data, study=study)
+    found = list(trials(config))
+    labels = {t.label for t in found if t.method == "uniform"}
+    assert labels == {
+        *(f"npo+uniform@beta={b:g},alpha={a}" for b in (0.1, 0.5) for a in (1, 4)),
+        *(f"gradient_ascent+uniform@lr={rate:g}" for rate in (1e-3, 2e-3)),
+        "rmu+uniform@only",
+    }
+    assert len(found) == 2 * len(labels)
+    methods = {t.label: trial_method(config, t).unlearning for t in found}
+    assert methods["npo+uniform@beta=0.5,alpha=4"].learning_rate == 0.02
+    assert methods["gradient_ascent+uniform@lr=0.002"].nll_ceiling == 5.0
+    rmu = methods["rmu+trace_rows@only"]
+    assert (rmu.alpha, rmu.layer, rmu.retain_loss, rmu.trainable) == (2.0, 2, "hidden", "down_projections")
+    assert rmu.steps == config.unlearning.steps
+
+
+@pytest.mark.parametrize("objectives", [{"npoo": {}}, {"npo": 3}])
+def test_unknown_objectives_are_refused(data, objectives):
+    with pytest.raises(ConfigError, match="expected settings by name, for objectives of gradient_ascent, "):
+        experiment(data, study={"objectives": objectives})
+
+
+def test_study_of_objectives_has_a_table_with_a_line_for_each(data, tmp_path):
+    study = {"methods": ["uniform", "trace_rows"], "seeds": [0], "alphas": [1.0], "workers": 2}
+    config = experiment(data, study={**study, "objectives": {"gradient_difference": {}, "npo": {}}})
+    text = run_study(config, tmp_path / "study")
+    assert text.startswith("gradient_difference\n\nTest split")
+    saved = read_json(tmp_path / "study" / "study.json")
+    assert list(dict.fromkeys(c["objective"] for c in saved["comparisons"])) == ["gradient_difference", "npo"]
+    table = (tmp_path / "study" / "tables.md").read_text().split("\n\n")[1].splitlines()
+    assert table[0].startswith("| objective | uniform | trace_rows | gain of trace_rows |")
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["`gradient_difference`", "`npo`"]
+    assert "npo: trace_rows" in (tmp_path / "study" / "report.html").read_text()
 
 
 def test_a_seed_draws_data_and_model_anew(config):

@@ -14,6 +14,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.unlearning.config import TrainingConfig, UnlearningConfig
+from trace_jax.unlearning.objectives import OBJECTIVES
 
 _ROWS = {"weighting": "entropy", "unit": "row", "apply": "sampling", "strength": 0.75, "min_effective_sample_size": 0.2}
 _TOKENS = {"weighting": "entropy", "unit": "token", "apply": "both"}
@@ -70,6 +71,17 @@ class StudyConfig(Section):
         (1e-3,), help="learning rates of unlearning; tuned likewise", minimum=0.0
     )
     workers: int = option(0, help="runs side by side; 0 = one per core", minimum=0)
+    # Objectives compared, each with settings of its own (a list of numbers is tuned over); none: that of `unlearning`.
+    objectives: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, given in self.objectives.items():
+            if name not in OBJECTIVES or not isinstance(given, Mapping):
+                raise ConfigError(
+                    f"objectives has {name!r}: {given!r}; expected settings by name, for objectives of "
+                    f"{', '.join(OBJECTIVES)}."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +149,12 @@ class ExperimentConfig(Section):
         chosen = {**preset.calibration}
         chosen.update({k: v for k, v in self.calibration.items() if _reads(chosen, self.calibration, k)})
         calibration = resolve(CalibrationConfig, chosen, path="calibration")
-        changes = {**as_dict(self.unlearning), **unlearning}
+        # Defaults depend on the objective: of another one only what differs from them is kept.
+        changes = as_dict(self.unlearning)
+        if unlearning.get("objective", self.unlearning.objective) != self.unlearning.objective:
+            usual = as_dict(UnlearningConfig(objective=self.unlearning.objective))
+            changes = {name: value for name, value in changes.items() if value != usual[name] or name == "steps"}
+        changes |= unlearning
         changes["steps"] = changes["steps"] * preset.steps
         return Method(name, calibration, resolve(UnlearningConfig, changes, path="unlearning"))
 

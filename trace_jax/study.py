@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,15 @@ from trace_jax.environment import describe
 from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.comparison import READINGS, Comparison, Run, check_equal_budgets, compare
 from trace_jax.evaluation.fronts import Front
-from trace_jax.evaluation.tables import comparison_markdown, comparison_text
-from trace_jax.experiment import METHODS, ExperimentConfig, Method
+from trace_jax.evaluation.tables import comparison_markdown, comparison_text, objectives_markdown
+from trace_jax.experiment import METHODS, ExperimentConfig, Method, StudyConfig
 from trace_jax.files import read_json, replacing, shown, write_json
 from trace_jax.parallel.memory import keep_freed_memory
 from trace_jax.progress import progress, say
 from trace_jax.report import Number, ReportData, SummaryRow, report_front, write_report
 from trace_jax.stages import check_workdir, open_workdir
 from trace_jax.summary import CONTROLS, FORGOTTEN, now
+from trace_jax.unlearning.objectives import OBJECTIVES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,21 +43,41 @@ class Trial:
     seed: int
     setting: str
     unlearning: Mapping[str, Any]
+    objective: str = ""  # where the study compares several
 
     @property
     def label(self) -> str:
-        return f"{self.method}@{self.setting}"
+        return f"{self.objective + '+' if self.objective else ''}{self.method}@{self.setting}"
 
 
 def trials(config: ExperimentConfig) -> Iterator[Trial]:
     """Every run of the study, cheapest information first: all methods of a seed and setting before the next."""
     study = config.study
     for seed in study.seeds:
-        for rate in study.learning_rates:
-            for alpha in study.alphas:
-                setting = f"alpha={alpha:g}" + (f",lr={rate:g}" if len(study.learning_rates) > 1 else "")
+        for objective, given in (study.objectives or {"": {}}).items():
+            for setting, values in _grid(study, objective or config.unlearning.objective, given):
+                unlearning = {**values, "objective": objective} if objective else values
                 for method in study.methods:
-                    yield Trial(method, seed, setting, {"alpha": alpha, "learning_rate": rate})
+                    yield Trial(method, seed, setting, unlearning, objective)
+
+
+def _grid(study: StudyConfig, objective: str, given: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, settings) of everything that an objective is tuned over, the learning rate first."""
+    tuned: dict[str, Sequence[Any]] = {"learning_rate": study.learning_rates}
+    if OBJECTIVES[objective].retains and given.get("retain_loss") != "none":
+        tuned["alpha"] = study.alphas
+    tuned |= {name: value for name, value in given.items() if _is_list_of_numbers(value)}
+    fixed = {name: value for name, value in given.items() if name not in tuned}
+    tuned = {name: values for name, values in tuned.items() if name not in fixed}
+    short = {"learning_rate": "lr"}
+    for values in itertools.product(*tuned.values()):
+        chosen = dict(zip(tuned, values, strict=True))
+        named = [f"{short.get(n, n)}={v:g}" for n, v in chosen.items() if len(tuned[n]) > 1 or n == "alpha"]
+        yield ",".join(reversed(named)) or "only", {**fixed, **chosen}
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(isinstance(item, (int, float)) for item in value)
 
 
 def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> str:
@@ -71,9 +93,10 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
     path = open_workdir(config, workdir, overwrite=overwrite)
     jobs = list(trials(config))
     workers = config.study.workers or _cores()
+    study = config.study
     say(
-        f"study: {len(jobs)} runs ({len(config.study.methods)} methods, {len(config.study.seeds)} seeds), "
-        f"{min(workers, len(jobs))} side by side"
+        f"study: {len(jobs)} runs ({len(study.objectives) or 1} objectives, {len(study.methods)} methods, "
+        f"{len(study.seeds)} seeds), {min(workers, len(jobs))} side by side"
     )
     with ProcessPoolExecutor(
         workers,
@@ -180,28 +203,53 @@ def load_runs(path: Path, jobs: Sequence[Trial]) -> list[Run]:
 
 def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> str:
     """Compares finished runs at every level; writes study.json and returns the tables as text."""
-    runs = load_runs(path, jobs)
     exempt = [method for method in config.study.methods if METHODS[method].steps != 1]
-    check_equal_budgets(runs, exempt=exempt)
-    levels = config.evaluation.levels
-    comparisons = [compare(runs, level=x, exempt=exempt, reading=r) for x in levels for r in READINGS]
+    found: dict[str, list[Comparison]] = {}  # per objective
+    runs = {objective: load_runs(path, group) for objective, group in _by_objective(jobs).items()}
+    for objective, group in runs.items():
+        check_equal_budgets(group, exempt=exempt)
+        levels = config.evaluation.levels
+        found[objective] = [compare(group, level=x, exempt=exempt, reading=r) for x in levels for r in READINGS]
     write_json(
         path / "study.json",
         {
             "name": config.name,
             "benchmark": config.data.benchmark,
-            "comparisons": [comparison.to_json() for comparison in comparisons],
+            "comparisons": [
+                {**({"objective": objective} if objective else {}), **comparison.to_json()}
+                for objective, comparisons in found.items()
+                for comparison in comparisons
+            ],
             "seconds_per_step": _seconds(path, jobs),
             "runs": [
-                {"method": r.method, "setting": r.setting, "seed": r.seed, "test": r.test.to_json()} for r in runs
+                {**({"objective": objective} if objective else {}),
+                 "method": r.method, "setting": r.setting, "seed": r.seed, "test": r.test.to_json()}
+                for objective, group in runs.items()
+                for r in group
             ],
         },
-    )
+    )  # fmt: skip
+    tables = [_headed(objective, map(comparison_markdown, c), "## ") for objective, c in found.items()]
+    texts = [_headed(objective, map(comparison_text, c), "") for objective, c in found.items()]
+    if config.study.objectives:
+        first = {objective: comparisons[0] for objective, comparisons in found.items()}
+        tables.insert(0, objectives_markdown(first))
     with replacing(path / "tables.md") as temporary:
-        temporary.write_text("\n\n".join(map(comparison_markdown, comparisons)) + "\n", encoding="utf-8")
-    report = write_report(_report_data(config, path, runs, comparisons), path / "report.html")
-    text = "\n\n".join(comparison_text(comparison) for comparison in comparisons)
+        temporary.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+    report = write_report(_report_data(config, path, runs, found), path / "report.html")
+    text = "\n\n".join(texts)
     return f"{text}\n\nstudy: {shown(path / 'study.json')}\nreport: {shown(report)}"
+
+
+def _by_objective(jobs: Sequence[Trial]) -> dict[str, list[Trial]]:
+    groups: dict[str, list[Trial]] = {}
+    for trial in jobs:
+        groups.setdefault(trial.objective, []).append(trial)
+    return groups
+
+
+def _headed(objective: str, tables: Iterable[str], mark: str) -> str:
+    return "\n\n".join([*([mark + objective] if objective else []), *tables])
 
 
 def _seconds(path: Path, jobs: Sequence[Trial]) -> dict[str, float]:
@@ -215,37 +263,41 @@ def _seconds(path: Path, jobs: Sequence[Trial]) -> dict[str, float]:
 
 
 def _report_data(
-    config: ExperimentConfig, path: Path, runs: Sequence[Run], comparisons: Sequence[Comparison]
+    config: ExperimentConfig,
+    path: Path,
+    runs: Mapping[str, Sequence[Run]],
+    comparisons: Mapping[str, Sequence[Comparison]],
 ) -> ReportData:
     """The page of a study: every method with its chosen setting at the first level, all seeds."""
-    comparison, board = comparisons[0], scoreboard(config.data.benchmark)
-    chosen = {result.method: result for result in comparison.results}
-    rows = []
-    for method, result in chosen.items():
-        utilities = {n: Number(i.value, i.n, i.low, i.high) for n, i in result.utilities.items()}
-        note = f"{METHODS[method].summary}; {result.setting} chosen of {result.settings}"
-        missed = f"; seeds {', '.join(map(str, result.missed))} never got there" if result.missed else ""
-        rows.append(
-            SummaryRow(
-                method,
-                "control" if method in CONTROLS else "method",
-                Number(comparison.level if result.seeds else None),
-                utilities,
-                reached=bool(result.seeds),
-                seeds=len(result.seeds),
-                note=note + missed,
+    board, level = scoreboard(config.data.benchmark), config.evaluation.levels[0]
+    rows, fronts = [], {}
+    for objective, found in comparisons.items():
+        for result in found[0].results:
+            name = f"{objective}: {result.method}" if objective else result.method
+            utilities = {n: Number(i.value, i.n, i.low, i.high) for n, i in result.utilities.items()}
+            note = f"{METHODS[result.method].summary}; {result.setting} chosen of {result.settings}"
+            missed = f"; seeds {', '.join(map(str, result.missed))} never got there" if result.missed else ""
+            kind = "control" if result.method in CONTROLS else "method"
+            forgetting = Number(level if result.seeds else None)
+            rows.append(
+                SummaryRow(
+                    name,
+                    kind,
+                    forgetting,
+                    utilities,
+                    reached=bool(result.seeds),
+                    seeds=len(result.seeds),
+                    note=note + missed,
+                )
             )
-        )
-    fronts = {
-        method: [report_front(r.seed, r.test) for r in runs if (r.method, r.setting) == (method, result.setting)]
-        for method, result in chosen.items()
-    }
+            chosen = [r for r in runs[objective] if (r.method, r.setting) == (result.method, result.setting)]
+            fronts[name] = [report_front(r.seed, r.test) for r in chosen]
     return ReportData(
         title=f"Study: unlearning {FORGOTTEN[config.data.benchmark]}",
         benchmark=config.data.benchmark,
         forgotten=FORGOTTEN[config.data.benchmark],
         forgetting=board.forgetting,
-        level=comparison.level,
+        level=level,
         chance=board.chance,
         rows=rows,
         fronts=fronts,

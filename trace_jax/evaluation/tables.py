@@ -85,6 +85,24 @@ def comparison_markdown(comparison: Comparison) -> str:
     return f"{_caption(comparison)}:\n\n{table}"
 
 
+def objectives_markdown(comparisons: Mapping[str, Comparison]) -> str:
+    """One line an objective: mean utility of every method at one level with its setting, gains over the baseline."""
+    first = next(iter(comparisons.values()))
+    methods = [result.method for result in first.results]
+    others = [method for method in methods if method != first.baseline]
+    header = ["objective", *methods, *(f"gain of {method}" for method in others), "settings chosen"]
+    lines = []
+    for objective, comparison in comparisons.items():
+        results = {result.method: result for result in comparison.results}
+        utilities = [_interval(results[m].utilities.get(MEAN)) for m in methods]
+        gains = [_interval(results[m].gains.get(MEAN), percent=True) for m in others]
+        settings = "; ".join(f"{m} {results[m].setting}" for m in methods)
+        lines.append([f"`{objective}`", *utilities, *gains, settings])
+    rule = ["---", *["---:"] * (len(header) - 2), "---"]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+    return f"{_caption(first)}; mean utility:\n\n{table}"
+
+
 def _caption(comparison: Comparison) -> str:
     where = {"first": "where a run first comes down to", "best": "at the best evaluation at or below"}
     return (

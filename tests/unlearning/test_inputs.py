@@ -1,0 +1,87 @@
+"""Which rows a step reads: topics in turn or mixed, pairs kept together, and nothing but the step decides."""
+
+import numpy as np
+import pytest
+
+from trace_jax.data.rows import Rows
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.inputs import Inputs, Reference, pad_rows
+
+
+def numbered(count, *, topics=(0,), length=4):
+    """Rows whose first token is their number."""
+    tokens = np.tile(np.arange(count, dtype=np.int32)[:, None], (1, length))
+    domain = np.array([topics[i % len(topics)] for i in range(count)], np.int32)
+    return Rows(tokens, np.ones_like(tokens), np.ones(tokens.shape, bool), domain)
+
+
+def read(inputs, steps):
+    return [inputs.at(step) for step in range(steps)]
+
+
+def test_topics_take_turns_and_each_goes_through_its_own_epochs():
+    config = UnlearningConfig(forget_batch_size=2, retain_batch_size=3, topics="alternating")
+    steps = read(Inputs(numbered(10, topics=(0, 1)), numbered(9), None, config, seed=0, multiple=1), 10)
+    assert [set(step.topic.tolist()) for step in steps] == [{0}, {1}] * 5
+    for topic in (0, 1):
+        seen = np.concatenate([step.forget.tokens[:, 0] for step in steps[topic::2]])
+        of_topic = [i for i in range(10) if i % 2 == topic]
+        assert sorted(seen[:5]) == sorted(seen[5:]) == of_topic, "five batches of two rows are two epochs"
+
+
+def test_mixed_topics_share_the_batches():
+    config = UnlearningConfig(forget_batch_size=4)
+    steps = read(Inputs(numbered(40, topics=(0, 1)), numbered(9), None, config, seed=0, multiple=1), 10)
+    assert len(np.unique(np.concatenate([step.forget.tokens[:, 0] for step in steps]))) == 40
+    assert any(len(set(step.topic.tolist())) == 2 for step in steps)
+    for step in steps:
+        np.testing.assert_array_equal(step.topic, step.forget.tokens[:, 0] % 2)
+
+
+def test_one_topic_is_read_the_same_way_under_both_settings():
+    both = [
+        Inputs(numbered(7), None, None, UnlearningConfig(retain_loss="none", topics=topics), seed=3, multiple=1).at(5)
+        for topics in ("mixed", "alternating")
+    ]
+    np.testing.assert_array_equal(both[0].forget.tokens, both[1].forget.tokens)
+
+
+def test_what_belongs_to_a_forget_row_comes_with_it():
+    forget = numbered(12)
+    known = np.arange(12, dtype=np.float32)[:, None] * np.ones((1, 4), np.float32)
+    config = UnlearningConfig(objective="dpo", forget_batch_size=5)
+    step = Inputs(
+        forget, numbered(9), None, config, seed=0, multiple=4,
+        refusals=numbered(12), reference=Reference(known, known + 100),
+    ).at(3)  # fmt: skip
+    assert len(step.forget.tokens) == len(step.refusals.tokens) == len(step.reference_nll) == 8
+    np.testing.assert_array_equal(step.refusals.tokens[:5], step.forget.tokens[:5])
+    np.testing.assert_array_equal(step.reference_nll[:5], step.forget.tokens[:5].astype(np.float32))
+    np.testing.assert_array_equal(step.refusal_reference_nll[:5], step.reference_nll[:5] + 100)
+    for batch in (step.forget, step.refusals, step.retain):
+        real = 16 if batch is step.retain else 5
+        assert batch.valid[:real].all() and not batch.valid[real:].any() and not batch.segments[real:].any()
+
+
+def test_a_step_is_the_same_whichever_was_read_before():
+    config = UnlearningConfig(forget_batch_size=3, retain_batch_size=2)
+    one, other = (Inputs(numbered(11), numbered(9), None, config, seed=1, multiple=2) for _ in range(2))
+    read(one, 6)
+    for field in ("forget", "retain", "weights", "topic"):
+        first, second = (getattr(inputs.at(6), field) for inputs in (one, other))
+        parts = [(first, second)] if isinstance(first, np.ndarray) else [(first.tokens, second.tokens)]
+        for a, b in parts:
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("objective", ["gradient_ascent", "task_vector"])
+def test_without_a_retain_term_no_retain_row_is_read(objective):
+    step = Inputs(numbered(5), numbered(9), None, UnlearningConfig(objective=objective), seed=0, multiple=1).at(0)
+    assert step.retain is None and step.weights is None
+
+
+def test_padding_keeps_types_and_leaves_full_batches_alone():
+    rows = {"a": np.ones((3, 2), np.int32), "b": np.ones(3, bool)}
+    padded = pad_rows(rows, 4)
+    assert padded["a"].dtype == np.int32 and padded["b"].tolist() == [True, True, True, False]
+    assert pad_rows(rows, 3)["a"] is rows["a"]
