@@ -7,7 +7,8 @@ import pytest
 
 import trace_jax
 from trace_jax.config import ConfigError
-from trace_jax.main import load_config, main
+from trace_jax.main import _COMMANDS, load_config, main
+from trace_jax.models.families.published import PUBLISHED
 
 QUICKSTART = "configs/quickstart.py"
 TEXT = ["--config", "configs/huggingface.py", "--workdir", "w", "--config.data.forget=a", "--config.data.retain=b"]
@@ -37,6 +38,11 @@ def test_the_checkpoint_config_asks_for_a_checkpoint_and_exports_what_it_unlearn
     assert config.export in config.methods and config.model.dtype == "bfloat16" and config.target is None
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_plan_knows_every_published_model(name):
+    assert load_config(f"configs/plan.py:{name}").name == name
+
+
 def test_the_study_methods_have_one_budget_and_bracket_alpha():
     study = load_config("configs/handbook_study.py").study
     assert {
@@ -58,6 +64,8 @@ BAD = [
     (["--config", QUICKSTART, "--workdir", "w", "--config.unlearning.stepz=3"], "did you mean 'steps'"),
     (["--config", QUICKSTART, "--workdir", "w", "--config.name.x=3"], "name is a single setting"),
     (["--config", QUICKSTART, "--workdir", "w", "--config.model.experts_per_token=99"], "only 16 experts"),
+    (["--config", f"{QUICKSTART}:big", "--workdir", "w"], "has no variants, and 'big' is given"),
+    (["--config", "configs/plan.py:big", "--workdir", "w"], "'big' is not a model whose shape is known here"),
     (["report", "--workdir", "w"], "the run is not finished"),
     (["export", "--workdir", "w", "--output", "w"], "the run is not finished"),
     (["verify", "--checkpoint", "w"], "is no directory"),
@@ -84,7 +92,7 @@ def test_an_unknown_argument_is_named(tmp_path, capsys):
 def test_a_signal_ends_with_its_own_exit_code(monkeypatch, capsys, number, code):
     """Ctrl-C arrives as Python's own KeyboardInterrupt, unless a loop makes it wait."""
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("trace_jax.main._doctor", lambda _: signal.raise_signal(number))
+    monkeypatch.setitem(_COMMANDS, "doctor", lambda _: signal.raise_signal(number))
     try:
         assert main(["doctor"]) == code
     finally:

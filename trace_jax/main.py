@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import inspect
 import os
 import runpy
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trace_jax.config import ConfigError, resolve
 from trace_jax.interruption import Interrupted, interrupt
 
-COMMANDS = ("run", "study", "report", "export", "verify", "plan", "doctor")
 _EPILOG = """any setting can be overridden: --config.unlearning.learning_rate=1e-5 (values are Python literals or text).
 --config FILE:variant passes the variant to the file's get_config."""
 
@@ -24,10 +24,10 @@ _EPILOG = """any setting can be overridden: --config.unlearning.learning_rate=1e
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m trace_jax.main` and of `trace-jax`. Returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "run"
+    command = arguments.pop(0) if arguments and arguments[0] in _COMMANDS else "run"
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        return globals()[f"_{command}"](arguments)
+        return _COMMANDS[command](arguments)
     except KeyboardInterrupt as error:
         print("\ninterrupted; the same command continues where it stopped.", file=sys.stderr)
         return 128 + (error.signal if isinstance(error, Interrupted) else signal.SIGINT)
@@ -60,11 +60,22 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
         get_config = runpy.run_path(file)["get_config"]
     except KeyError:
         raise ConfigError(f"{file}: has no get_config function.") from None
-    values = get_config(variant) if variant else get_config()
+    values = _values(get_config, file, variant)
     values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
     for path, value in (overrides or {}).items():
         _override(values, path, value)
     return resolve(ExperimentConfig, values)
+
+
+def _values(get_config: Callable, file: str, variant: str) -> Any:
+    """What the file's get_config returns; it takes the variant if the file has any."""
+    given = [variant] if variant else []
+    try:
+        inspect.signature(get_config).bind(*given)
+    except TypeError:
+        expected = "needs a variant: FILE:variant" if not given else f"has no variants, and {variant!r} is given"
+        raise ConfigError(f"{file}: {expected}.") from None
+    return get_config(*given)
 
 
 def _override(values: dict, path: str, value: Any) -> None:
@@ -84,7 +95,7 @@ def _literal(text: str) -> Any:
 
 def _parser(command: str, *, config: bool, parents: Sequence[argparse.ArgumentParser] = ()) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    about = f"commands: {', '.join(COMMANDS)} (run if none is named)"
+    about = f"commands: {', '.join(_COMMANDS)} (run if none is named)"
     parser = argparse.ArgumentParser(
         f"trace_jax.main {command}", description=about, epilog=_EPILOG, formatter_class=formatter, parents=parents
     )
@@ -206,6 +217,16 @@ def _doctor(arguments: Sequence[str]) -> int:
     print(text)
     return 0 if healthy else 1
 
+
+_COMMANDS = {
+    "run": _run,
+    "study": _study,
+    "report": _report,
+    "export": _export,
+    "verify": _verify,
+    "plan": _plan,
+    "doctor": _doctor,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -86,6 +86,8 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
 
 def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Prepared:
     """Data, target model (and retrained model), statistics and the evaluator: what every method starts from."""
+    if isinstance(config.model, PretrainedConfig):
+        config.model.check()
     check_workdir(config, workdir, overwrite=overwrite)
     check_joined()
     mesh = config.parallel.mesh()

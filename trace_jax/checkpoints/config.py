@@ -8,11 +8,14 @@ import hashlib
 import os
 from pathlib import Path
 
-from trace_jax.checkpoints.checkpoint import open_checkpoint
+from trace_jax.checkpoints.checkpoint import open_checkpoint, read_object
 from trace_jax.config import ConfigError, Section, fingerprint, option
 from trace_jax.files import is_remote
-from trace_jax.models.config import GROUPED_MATMULS
+from trace_jax.models.config import GROUPED_MATMULS, ModelConfig
+from trace_jax.models.families import model_config
+from trace_jax.models.families.published import PUBLISHED, published_config, shape_differences
 
+_NO_PATH = "path is empty; give the directory of a checkpoint: --config.model.path=DIR."
 _SAMPLE, _STRIDE = 1 << 12, 1 << 18  # bytes
 
 
@@ -20,7 +23,10 @@ _SAMPLE, _STRIDE = 1 << 12, 1 << 18  # bytes
 class PretrainedConfig(Section):
     """A model that is imported (`load_pretrained`) instead of trained."""
 
-    path: str = option(help="directory of a Hugging Face checkpoint")
+    path: str = option(help="directory of a Hugging Face checkpoint; may be empty where `published` is given")
+    published: str | None = option(
+        None, help="published model whose shape the checkpoint must have", choices=tuple(PUBLISHED)
+    )
     dtype: str = option("bfloat16", help="type of weights and activations", choices=("float32", "bfloat16"))
     grouped_matmul: str = option(
         "auto", help="how experts are multiplied; auto chooses by platform", choices=GROUPED_MATMULS
@@ -28,11 +34,40 @@ class PretrainedConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.path:
-            raise ConfigError("path is empty; give the directory of a checkpoint: --config.model.path=DIR.")
-        if is_remote(self.path):
+        if not self.path and self.published is None:
+            raise ConfigError(_NO_PATH)
+        if not self.path or is_remote(self.path):
             return
         object.__setattr__(self, "path", os.path.abspath(os.path.expanduser(self.path)))  # `export` may run elsewhere
+
+    def shape(self) -> ModelConfig:
+        """The model that config.json describes or, without a path, the published one. Weights are not read.
+
+        Raises:
+          CheckpointError, ConfigError: config.json is missing, can't be read, or is of another shape than `published`.
+        """
+        published = None if self.published is None else published_config(self.published, dtype=self.dtype)
+        if published is not None and not self.path:
+            return dataclasses.replace(published, grouped_matmul=self.grouped_matmul)
+        found = model_config(read_object(Path(self.path) / "config.json"), dtype=self.dtype)
+        if published is not None and (differences := shape_differences(found, published)):
+            raise ConfigError(
+                f"{self.path}: this is no {self.published} (model.published): {'; '.join(differences)}. Give the "
+                f"directory of {PUBLISHED[self.published or ''].repository} or a model trained from it, or "
+                "--config.model.published=None."
+            )
+        return dataclasses.replace(found, grouped_matmul=self.grouped_matmul)
+
+    def check(self) -> None:
+        """Refuses what a run can't start from, before anything is read or written.
+
+        Raises:
+          CheckpointError, ConfigError: no path, no complete checkpoint there, or `shape`.
+        """
+        if not self.path:
+            raise ConfigError(_NO_PATH)
+        open_checkpoint(self.path)
+        self.shape()
 
     def identity(self) -> str:
         """Hash of what is in the checkpoint, wherever it lies, and of how it is read.

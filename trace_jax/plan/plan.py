@@ -10,13 +10,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from trace_jax.checkpoints.checkpoint import read_object
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.experiment import ExperimentConfig
 from trace_jax.files import write_json
 from trace_jax.models.arrays import count_params
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.families import model_config
 from trace_jax.parallel.config import ParallelConfig
 from trace_jax.parallel.mesh import DATA, make_mesh
 from trace_jax.plan.chips import place
@@ -63,11 +61,7 @@ def plan(
 
 def model_of(config: ExperimentConfig) -> ModelConfig:
     """The shapes of the experiment's model; of a checkpoint, config.json is all that is read."""
-    model = config.model
-    if isinstance(model, PretrainedConfig):
-        read = model_config(read_object(Path(model.path) / "config.json"), dtype=model.dtype)
-        return dataclasses.replace(read, grouped_matmul=model.grouped_matmul)
-    return model
+    return config.model.shape() if isinstance(config.model, PretrainedConfig) else config.model
 
 
 def mesh_of(target: Target, parallel: ParallelConfig) -> Mesh:

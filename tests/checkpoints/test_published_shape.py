@@ -1,0 +1,45 @@
+"""A checkpoint that must be a published model is refused when its config.json describes another."""
+
+import json
+
+import pytest
+
+from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.checkpoints.tensor_file import CheckpointError
+from trace_jax.config import ConfigError
+from trace_jax.models.families.published import PUBLISHED, published_config
+
+
+def written(directory, **changes):
+    (directory / "config.json").write_text(json.dumps({**PUBLISHED["mixtral-8x7b"].config, **changes}))
+    return str(directory)
+
+
+def test_without_a_path_the_shape_is_the_published_one_and_a_run_is_refused():
+    model = PretrainedConfig(path="", published="mixtral-8x7b", dtype="float32", grouped_matmul="scan")
+    assert (model.shape().num_experts, model.shape().dtype, model.shape().grouped_matmul) == (8, "float32", "scan")
+    with pytest.raises(ConfigError, match=r"path is empty; .*--config\.model\.path=DIR"):
+        model.check()
+
+
+def test_a_path_must_have_that_shape(tmp_path):
+    same = PretrainedConfig(path=written(tmp_path), published="mixtral-8x7b")
+    assert same.shape() == published_config("mixtral-8x7b", dtype="bfloat16")
+    written(tmp_path, num_local_experts=16, num_experts_per_tok=1, rms_norm_eps=1e-6)
+    with pytest.raises(
+        ConfigError,
+        match=r"is no mixtral-8x7b \(model\.published\): num_experts is 16, expected 8; experts_per_token is 1, "
+        r"expected 2\. Give the directory of mistralai/Mixtral-8x7B-Instruct-v0\.1",
+    ):
+        same.shape()
+    assert PretrainedConfig(path=str(tmp_path)).shape().num_experts == 16
+
+
+def test_a_checkpoint_without_tensors_is_refused_before_the_run(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
+        PretrainedConfig(path=written(tmp_path), published="mixtral-8x7b").check()
+
+
+def test_an_unknown_model_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"published is 'mixtral'; expected one of .*; did you mean 'mixtral-8x7b'\?"):
+        PretrainedConfig(path="", published="mixtral")
