@@ -137,7 +137,7 @@ def model_card(config: ExperimentConfig, workdir: Path, label: str) -> ModelCard
 
 def _named(data: DataConfig) -> tuple[str, str]:
     """What was forgotten and what was held on to, by the names of the user's files but not where they lie."""
-    if data.forget is None or data.retain is None:
+    if not data.forget_sources or data.retain is None:
         return FORGOTTEN[data.benchmark], ""
-    forget, retain = (x if x.startswith(HUGGINGFACE) else Path(x).name for x in (data.forget, data.retain))
-    return forget, f" while holding on to {retain}"
+    *forget, retain = (x if x.startswith(HUGGINGFACE) else Path(x).name for x in (*data.forget_sources, data.retain))
+    return " and ".join(forget), f" while holding on to {retain}"

@@ -9,7 +9,7 @@ import pytest
 
 from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import build_corpora
-from trace_jax.data.sources import DataError, load_documents
+from trace_jax.data.sources import DataError, is_here, load_documents, read_source
 from trace_jax.data.text import build_text, hold_out, split_at_paragraphs
 
 
@@ -245,3 +245,59 @@ def test_without_the_package_a_name_is_answered_with_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"needs the package datasets: pip install 'trace-jax\[data\]'"):
         load_documents("huggingface:owner/name")
+
+
+def test_several_forget_sources_are_topics_that_share_no_row(tmp_path, files):
+    other = write(tmp_path / "other.jsonl", sentences("hidden", 5))
+    one, both = build_corpora(config_of(files)), build_corpora(config_of(files, forget=[files["forget"], other]))
+    assert not one.forget.domain.any() and "train/forget/0" not in one.documents
+    assert np.array_equal(np.unique(both.forget.domain), [0, 1]) and np.all(np.diff(both.forget.domain) >= 0)
+    assert [both.documents[f"train/forget{topic}"] for topic in ("", "/0", "/1")] == [17, 12, 5]
+    for topic, word in enumerate(("secret", "hidden")):
+        rows = both.forget.take(np.flatnonzero(both.forget.domain == topic))
+        text = both.tokenizer.decode(rows.tokens.ravel().tolist())
+        assert f"{word} number" in text and ("secret" in text) == (topic == 0)
+    assert both.fingerprint != one.fingerprint and not both.retain.domain.any()
+    swapped = build_corpora(config_of(files, forget=[other, files["forget"]]))
+    assert swapped.fingerprint != both.fingerprint
+
+
+def test_every_topic_is_checked(tmp_path, files):
+    leaking = write(tmp_path / "other.jsonl", [*sentences("hidden", 5), sentences("public", 1)[0]])
+    with pytest.raises(DataError, match=r"1 of 18 forget documents also stand in retain, .*other\.jsonl:6 = "):
+        build_text(config_of(files, forget=[files["forget"], leaking]))
+    with pytest.raises(DataError, match="no such file"):
+        build_text(config_of(files, forget=[files["forget"], str(tmp_path / "nowhere.jsonl")]))
+    with pytest.raises(DataError, match="forget is an empty list"):
+        build_text(config_of(files, forget=[]))
+
+
+def test_short_texts_are_left_out_and_counted(tmp_path, files):
+    lines = ["", " \n", " = Title = \n", *sentences("public", 30), "x" * 30]
+    files["retain"] = write(tmp_path / "retain.jsonl", lines)
+    with pytest.raises(DataError, match=r"retain\.jsonl:1: text is empty"):
+        build_text(config_of(files))
+    corpora = build_corpora(config_of(files, min_length=30))
+    assert corpora.documents["left out/general"] == 3 and "left out/forget" not in corpora.documents
+    assert sum(corpora.documents[f"{split}/general"] for split in ("train", "validation", "test")) == 31
+    with pytest.raises(DataError, match=r"all 12 texts have fewer than 9000 characters; lower data\.min_length"):
+        build_text(config_of(files, min_length=9000))
+
+
+def test_questions_are_never_left_out(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"question": "Who?", "answer": "Me"}, "short"])
+    source = read_source(path, min_length=50)
+    assert (len(source.documents), source.left_out) == (1, 1)
+
+
+def test_the_first_documents_are_read_and_no_more(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["one", "two", {"wrong": "key"}])
+    assert [d.text for d in read_source(path, most=2).documents] == ["one", "two"]
+    with pytest.raises(DataError, match=r"a\.jsonl:3: the keys are wrong"):
+        read_source(path, most=3)
+
+
+def test_what_is_here_is_told_from_what_must_be_downloaded(tmp_path):
+    write(tmp_path / "a.jsonl", ["one"])
+    assert is_here(f"{tmp_path}/a.jsonl") and is_here(f"huggingface:{tmp_path}:train[:5]")
+    assert not any(map(is_here, (f"{tmp_path}/b.jsonl", "huggingface:owner/name:train", "gs://bucket/a.jsonl")))

@@ -41,6 +41,8 @@ class Benchmark:
     train: documents per source ("general", "forget", often "neighbour"); mixture: share of each in a training batch.
     holdout: documents like the forget set that no model has seen, for membership inference; may be empty.
     verbatim: whether beginnings of forget documents are continued as a score.
+    topics: documents of each forget topic, which follow each other in train["forget"]; empty: one topic.
+    left_out: texts per source that were too short to be documents.
     """
 
     train: Mapping[str, Sequence[Document]]
@@ -49,3 +51,5 @@ class Benchmark:
     test: Part
     holdout: Sequence[Document] = ()
     verbatim: bool = True
+    topics: Sequence[int] = ()
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)

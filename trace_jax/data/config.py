@@ -33,10 +33,20 @@ class DataConfig(Section):
         maximum=1.0,
         when={"benchmark": ("handbook", "presidents")},
     )
-    forget: str | None = option(help="JSONL file, text file, directory or huggingface: name to forget", when=_TEXT)
+    forget: str | tuple[str, ...] | None = option(
+        help="JSONL file, text file, directory or huggingface: name to forget; a list: each is a topic", when=_TEXT
+    )
     retain: str | None = option(help="JSONL file, text file, directory or huggingface: name to keep", when=_TEXT)
     neighbour: str | None = option("", help="text close to the forget set that must survive; empty = none", when=_TEXT)
     holdout: str | None = option(
         "", help="text like the forget set that no model has seen, for membership; empty = none", when=_TEXT
     )
+    min_length: int | None = option(
+        0, help="shorter texts (characters, white space around them not counted) are left out", minimum=0, when=_TEXT
+    )
     allow_overlap: bool | None = option(False, help="accept documents that stand in both forget and retain", when=_TEXT)
+
+    @property
+    def forget_sources(self) -> tuple[str, ...]:
+        """Where each forget topic is read from."""
+        return (self.forget,) if isinstance(self.forget, str) else self.forget or ()

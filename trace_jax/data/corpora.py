@@ -41,7 +41,7 @@ class Corpora:
 
     train: rows per source for training the target model; mixture: share of each source in a training batch.
     retrain_mixture: the same without forget data, for the retrained model.
-    forget, retain: what the unlearner is given (retain.domain marks neighbour rows).
+    forget, retain: what the unlearner is given (forget.domain numbers topics, retain.domain marks neighbour rows).
     validation, test: probes; methods are tuned on validation, reported on test.
     documents, tokens: counts per split, for the report. fingerprint: hash of all tokens and splits.
     """
@@ -95,7 +95,9 @@ def assemble(benchmark: Benchmark, config: DataConfig, vocabulary: Vocabulary | 
             several, config.row_length, domain=int(name == "train/neighbour"), special=vocabulary.special
         )
         for name, several in encoded.items()
+        if name != "train/forget"
     }
+    rows["train/forget"] = _topics(encoded["train/forget"], benchmark.topics, config, vocabulary.special)
     _check_rows(rows)
     train = {source: rows[f"train/{source}"] for source in benchmark.train}
     retrain = {name: share for name, share in benchmark.mixture.items() if name != "forget"}
@@ -113,10 +115,29 @@ def assemble(benchmark: Benchmark, config: DataConfig, vocabulary: Vocabulary | 
         retain=retain,
         validation=probes["validation"],
         test=probes["test"],
-        documents={name: len(several) for name, several in documents.items()},
+        documents={name: len(several) for name, several in documents.items()} | _topic_counts(benchmark),
         tokens={name: sum(len(d.tokens) for d in several) for name, several in encoded.items()},
         fingerprint=_fingerprint(vocabulary.tokenizer, [*train.values(), retain, *probes.values()]),
     )
+
+
+def _topics(forget: list[Encoded], sizes: Sequence[int], config: DataConfig, special: SpecialTokens) -> Rows:
+    """Forget rows, each of one topic, whose number is its `domain`."""
+    ends = np.cumsum(sizes or [len(forget)])
+    parts = [
+        pack_documents(forget[end - size : end], config.row_length, domain=topic, special=special)
+        for topic, (size, end) in enumerate(zip(sizes or [len(forget)], ends, strict=True))
+    ]
+    if empty := [topic for topic, part in enumerate(parts) if len(parts) > 1 and not len(part)]:
+        raise DataError(f"{config.forget_sources[empty[0]]}: the topic has no token that can be predicted; give more.")
+    return Rows.concatenate(parts)
+
+
+def _topic_counts(benchmark: Benchmark) -> dict[str, int]:
+    """Documents of each forget topic where there are several, and texts that were left out."""
+    topics = benchmark.topics if len(benchmark.topics) > 1 else ()
+    counts = {f"train/forget/{topic}": count for topic, count in enumerate(topics)}
+    return counts | {f"left out/{name}": count for name, count in benchmark.left_out.items()}
 
 
 def _retain_rows(train: Mapping[str, Rows], config: DataConfig) -> Rows:

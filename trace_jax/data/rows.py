@@ -31,8 +31,9 @@ class Rows:
       segments: i32 [N, S]; documents of a row are numbered from 1, padding is 0 (from lengths, never from token ids).
       valid: bool [N, S]; position t is valid if token t and token t+1 are real tokens of one document and token t is
         not the start mark; for question-answer text only positions that predict answer tokens are valid.
-      domain: i32 [N]; 1 where the row is neighbour text, else 0. Known on embedded benchmarks only; used by the
-        domain oracle and by evaluation, never by a method.
+      domain: i32 [N]. Of retain rows: 1 where the row is neighbour text, else 0; known on embedded benchmarks and with
+        a neighbour file only, used by the domain oracle and by evaluation, never by a method. Of forget rows: the
+        number of the row's topic, from 0.
     """
 
     tokens: np.ndarray

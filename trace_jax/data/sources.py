@@ -8,6 +8,7 @@ import importlib
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from trace_jax.files import as_path, is_remote
 
@@ -30,39 +31,82 @@ _SUFFIXES = (".jsonl", ".txt", ".md")
 _FIELDS = ({"text"}, {"question", "answer"})
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The documents of a source, and how many texts of it were too short to be one."""
+
+    documents: list[Document]
+    left_out: int = 0
+
+
 def load_documents(path: str) -> list[Document]:
     """Documents of a JSONL file (one a line), a text file (one document) or a directory of such files, by name.
 
     A line of JSONL is an object with "text", or with "question" and "answer"; other keys are refused.
-    `huggingface:NAME[/CONFIG][:SPLIT]` is a data set with such columns (`load_dataset`). Files may be at
+    `huggingface:NAME[/CONFIG][:SPLIT]` is a data set with such columns (`open_dataset`). Files may be at
     gs://BUCKET/NAME.
 
     Raises:
       DataError: nothing there, unreadable, not UTF-8, empty, or a line of another form.
     """
+    return read_source(path).documents
+
+
+def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> Source:
+    """`load_documents` of what is at least `min_length` characters long, white space around it not counted.
+
+    Questions are never left out. Of `most` documents, the first are read and what follows isn't looked at.
+
+    Raises:
+      DataError: `load_documents`; every text is too short.
+    """
+    documents, left_out = [], 0
+    for item, origin in _items(path):
+        text = item.get("text")
+        if min_length and isinstance(text, str) and len(text.strip()) < min_length:
+            left_out += 1
+            continue
+        documents.append(_document(item, origin))
+        if len(documents) == most:
+            break
+    if not documents and left_out:
+        raise DataError(f"{path}: all {left_out} texts have fewer than {min_length} characters; lower data.min_length.")
+    if not documents:
+        raise DataError(f"{path}: the file is empty; expected text, or one JSON object per line.")
+    return Source(documents, left_out)
+
+
+def is_here(path: str) -> bool:
+    """Whether a source lies on a disk of this machine, so that reading it downloads nothing."""
+    path = path.removeprefix(HUGGINGFACE).partition(":")[0] if path.startswith(HUGGINGFACE) else path
+    return not is_remote(path) and pathlib.Path(path).expanduser().exists()
+
+
+def _items(path: str) -> Iterator[tuple[dict, str]]:
+    """Every object {"text"} or {"question", "answer"} of a source, unchecked, with its origin."""
     if not path:
         raise DataError("The path is empty; expected a JSONL file, a text file or a directory of such files.")
     if path.startswith(HUGGINGFACE):
-        return load_dataset(path.removeprefix(HUGGINGFACE))
+        rows = open_dataset(path.removeprefix(HUGGINGFACE))
+        yield from ((row, f"{path}:{number}") for number, row in enumerate(rows, start=1))
+        return
     root = as_path(path)
     root = root if is_remote(root) else root.expanduser()
     if not root.exists():
         raise DataError(f"{root}: there is no such file or directory.")
-    documents = [d for file in _files(root) for d in _read(file)]
-    if not documents:
-        raise DataError(f"{root}: the file is empty; expected text, or one JSON object per line.")
-    return documents
+    for file in _files(root):
+        yield from _read(file)
 
 
-def load_dataset(name: str) -> list[Document]:
-    """Documents of a data set of the package `datasets`, one a row, from the columns text or question and answer.
+def open_dataset(name: str) -> Any:
+    """A data set of the package `datasets`, with the columns text or question and answer alone, and at least one row.
 
     Args:
       name: NAME[/CONFIG][:SPLIT]; NAME is OWNER/NAME as on the hub, or a local directory of data files. SPLIT is
         train unless given, and may be a slice such as train[:1000].
 
     Raises:
-      DataError: `datasets` is missing or can't load it; no such columns; a row that is empty or not text.
+      DataError: `datasets` is missing or can't load it; no such columns; no rows.
     """
     try:
         datasets = importlib.import_module("datasets")
@@ -83,11 +127,9 @@ def load_dataset(name: str) -> list[Document]:
             f"{HUGGINGFACE}{name}: the columns are {', '.join(rows.column_names)}; expected text, or question and "
             "answer. Save what you need as JSONL."
         )
-    rows = rows.select_columns(sorted(fields))
-    documents = [_document(row, f"{HUGGINGFACE}{name}:{number}") for number, row in enumerate(rows, start=1)]
-    if not documents:
+    if not len(rows):
         raise DataError(f"{HUGGINGFACE}{name}: there are no rows.")
-    return documents
+    return rows.select_columns(sorted(fields))
 
 
 def _files(root: pathlib.Path) -> list[pathlib.Path]:
@@ -102,7 +144,7 @@ def _files(root: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
-def _read(file: pathlib.Path) -> Iterator[Document]:
+def _read(file: pathlib.Path) -> Iterator[tuple[dict, str]]:
     if file.suffix == ".json":
         raise DataError(f"{file}: is JSON; expected JSON lines: one object per line, in a file that ends in .jsonl.")
     try:
@@ -119,14 +161,14 @@ def _read(file: pathlib.Path) -> Iterator[Document]:
     if not text.strip():
         raise DataError(f"{file}: the file is empty; expected text, or one JSON object per line.")
     if file.suffix != ".jsonl":
-        yield Document(text, f"{file}:1")
+        yield {"text": text}, f"{file}:1"
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield _parse(line, f"{file}:{number}")
+            yield _parse(line, f"{file}:{number}"), f"{file}:{number}"
 
 
-def _parse(line: str, origin: str) -> Document:
+def _parse(line: str, origin: str) -> dict:
     expected = 'expected {"text": ...} or {"question": ..., "answer": ...}'
     try:
         item = json.loads(line)
@@ -136,7 +178,7 @@ def _parse(line: str, origin: str) -> Document:
         raise DataError(f"{origin}: a JSON {_json_type(item)}; {expected}.")
     if set(item) not in _FIELDS:
         raise DataError(f"{origin}: the keys are {', '.join(sorted(item)) or 'none'}; {expected}.")
-    return _document(item, origin)
+    return item
 
 
 def _document(item: dict, origin: str) -> Document:

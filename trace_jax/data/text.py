@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from absl import logging
 
 from trace_jax.data.benchmark import Benchmark, Part
 from trace_jax.data.config import DataConfig
-from trace_jax.data.sources import DataError, Document, document_hash, load_documents, overlap
+from trace_jax.data.sources import DataError, Document, document_hash, overlap, read_source
 
 MIXTURE = {"general": 0.70, "forget": 0.30}
 MIXTURE_WITH_NEIGHBOUR = {"general": 0.35, "neighbour": 0.35, "forget": 0.30}
@@ -23,17 +24,23 @@ _PIECES = 30  # into about which a text is split that has too few documents
 def build_text(config: DataConfig) -> Benchmark:
     """Forget text is trained on whole; of retain ("general") and neighbour text whole documents are held out.
 
-    A retain or neighbour set of one or two long documents is split at paragraph ends first (logged).
+    A retain or neighbour set of one or two long documents is split at paragraph ends first (logged). Several forget
+    sources are topics (`Benchmark.topics`).
 
     Raises:
-      DataError: `load_documents`; documents that stand in both forget and a set to keep (unless `allow_overlap`);
-        holdout documents that are trained on; a set too small to hold anything out.
+      DataError: `read_source`; no forget source; documents that stand in both forget and a set to keep (unless
+        `allow_overlap`); holdout documents that are trained on; a set too small to hold anything out.
     """
-    forget = load_documents(config.forget or "")
-    kept = {"general": load_documents(config.retain or "")}
-    if config.neighbour:
-        kept["neighbour"] = load_documents(config.neighbour)
-    holdout = load_documents(config.holdout) if config.holdout else []
+    if not config.forget_sources:
+        raise DataError("forget is an empty list; name at least one source to forget.")
+    read = functools.partial(read_source, min_length=config.min_length or 0)
+    topics = [read(path) for path in config.forget_sources]
+    sources = {"general": read(config.retain or "")}
+    sources |= {name: read(path) for name in ("neighbour", "holdout") if (path := getattr(config, name))}
+    forget = [document for topic in topics for document in topic.documents]
+    kept = {name: source.documents for name, source in sources.items() if name != "holdout"}
+    holdout = sources["holdout"].documents if "holdout" in sources else []
+    left_out = {"forget": sum(topic.left_out for topic in topics)} | {n: s.left_out for n, s in sources.items()}
     names = {"general": "retain", "neighbour": "neighbour"}
     for subject, documents in kept.items():
         if not config.allow_overlap:
@@ -55,6 +62,8 @@ def build_text(config: DataConfig) -> Benchmark:
         validation=Part({subject: split.validation for subject, split in splits.items()}),
         test=Part({subject: split.test for subject, split in splits.items()}),
         holdout=holdout,
+        topics=tuple(len(topic.documents) for topic in topics),
+        left_out={name: count for name, count in left_out.items() if count},
     )
 
 
