@@ -93,7 +93,9 @@ def _literal(text: str) -> Any:
     return text
 
 
-def _parser(command: str, *, config: bool, parents: Sequence[argparse.ArgumentParser] = ()) -> argparse.ArgumentParser:
+def _parser(
+    command: str, *, config: bool, workdir: bool = True, parents: Sequence[argparse.ArgumentParser] = ()
+) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     about = f"commands: {', '.join(_COMMANDS)} (run if none is named)"
     parser = argparse.ArgumentParser(
@@ -104,16 +106,18 @@ def _parser(command: str, *, config: bool, parents: Sequence[argparse.ArgumentPa
     if command != "plan":
         parser.add_argument(
             "--workdir",
-            required=True,
+            required=workdir,
             metavar="DIR",
             help="where its artefacts are (a directory, or gs://BUCKET/NAME); made if missing",
         )
     return parser
 
 
-def _parse(command: str, arguments: Sequence[str], *parents: argparse.ArgumentParser) -> tuple[argparse.Namespace, Any]:
+def _parse(
+    command: str, arguments: Sequence[str], *parents: argparse.ArgumentParser, workdir: bool = True
+) -> tuple[argparse.Namespace, Any]:
     """Options, and the experiment with its `--config.a.b=value` overrides."""
-    parser = _parser(command, config=True, parents=parents)
+    parser = _parser(command, config=True, workdir=workdir, parents=parents)
     if command != "plan":
         parser.add_argument("--overwrite", action="store_true", help="replace a workdir of another corpus or model")
     options, rest = parser.parse_known_args(arguments)
@@ -135,7 +139,10 @@ def _run(arguments: Sequence[str]) -> int:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is reached")
     group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
     group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
-    options, config = _parse("run", arguments, several)
+    several.add_argument("--dry-run", action="store_true", help="check everything that needs no weights; no --workdir")
+    options, config = _parse("run", arguments, several, workdir="--dry-run" not in arguments)
+    if options.dry_run:
+        return _dry_run(config)
     from trace_jax.parallel.memory import keep_freed_memory
     from trace_jax.parallel.processes import start_processes
 
@@ -146,6 +153,17 @@ def _run(arguments: Sequence[str]) -> int:
     if text := run(config, options.workdir, overwrite=options.overwrite):
         print(text)
     return 0
+
+
+def _dry_run(config: Any) -> int:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed
+    from trace_jax.dry_run import dry_run
+
+    found = dry_run(config)
+    print(found.text)
+    return 2 if found.wrong else 0
 
 
 def _study(arguments: Sequence[str]) -> int:

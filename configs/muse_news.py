@@ -1,0 +1,65 @@
+"""MUSE-News: unlearn BBC news articles from a model that has learnt them.
+
+Command:   python -m trace_jax.main --config configs/muse_news.py:qwen1.5-moe-a2.7b --workdir runs/news \\
+             --config.model.path=DIR
+           Add --dry-run to check everything that needs neither weights nor data (no --workdir then).
+Target:    DIR must be a checkpoint of the model that was trained on the config train of the data set (forget, retain1,
+           retain2) first: what is forgotten must be known. MUSE's own targets are dense. open-unlearning's recipe:
+           learning rate 1e-5, weight decay 0.01, one epoch of warm-up, 10 epochs; any trainer that writes safetensors
+           will do, and it must read no holdout text.
+Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
+           qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu.
+           The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
+Data:      muse-bench/MUSE-News, config raw, column text: forget 889 rows, retain1
+           1,777 rows, holdout 3,043 rows (for membership).
+           The hub's revisions aren't pinned: note the counts that the run prints.
+Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
+           activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
+           about 20 bytes a parameter.
+Time:      not measured. Arithmetic: 12 rows of 2,048 tokens through 2.7 billion active parameters are about 0.5 PFLOP a
+           step, 1.3 seconds at 40 % of an H100's dense bfloat16 rate; 1,020 steps, so half an hour, and
+           evaluations.
+Result:    nobody has run this file. Published on dense models (VerbMem on forget, KnowMem on forget, PrivLeak, KnowMem
+           on retain), with MUSE's evaluator: target 58.4, 63.9, -99.8, 55.2; retrained 20.8,
+           33.1, 0, 55.0; GradDiff (7 epochs) 4.9, 31.0, 108.1, 27.3; NPO with GradDiff's retain loss 1.2, 54.6, 105.8,
+           40.5; NPO with KL 26.9, 49.0, -95.8, 45.4 (the leaderboard in github.com/swj0419/muse_bench).
+           No Mixture of Experts is among them, and PrivLeak needs a model retrained without the forget set.
+"""
+
+import ml_collections
+
+from trace_jax.recipes import benchmark_config
+
+DATA = {
+    "forget": "huggingface:muse-bench/MUSE-News/raw:forget",
+    "retain": "huggingface:muse-bench/MUSE-News/raw:retain1",
+    "holdout": "huggingface:muse-bench/MUSE-News/raw:holdout",
+    "row_length": 2048,
+}
+# MUSE (arXiv 2407.06460; github.com/swj0419/muse_bench): chunks of 2048 tokens, 4 a step, AdamW at a constant 1e-5, 10
+# epochs; the best epoch is chosen afterwards. An epoch was 102 steps with
+# Llama's tokens.
+COMMON = {
+    "learning_rate": 1e-5,
+    "steps": 1020,
+    "forget_batch_size": 4,
+    "retain_batch_size": 4,
+    "evaluate_every": 102,
+    "checkpoint_every": 102,
+}
+METHODS = {
+    # TRACE's own settings aren't published: MUSE's rate, and this package's other defaults. Not tuned at this size.
+    "trace": {"retain_batch_size": 8},
+    "graddiff": {"alpha": 1.0},
+    # MUSE's code applies NPO to logits; this is the paper's loss on log-probabilities, summed over a row.
+    "npo": {"alpha": 1.0, "beta": 0.1},
+    # github.com/OPTML-Group/Unlearn-Simple, MUSE: beta, delta 0 and the retain coefficient 0.1.
+    "simnpo": {"alpha": 0.1, "beta": 0.7, "delta": 0.0},
+    # Not published for this benchmark on such models: layer and alpha of arXiv 2403.03218 (counted from 1 here).
+    "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "layer": 8},
+}
+
+
+def get_config(variant: str = "qwen1.5-moe-a2.7b") -> ml_collections.ConfigDict:
+    """One model and one method; `--config.unlearning.NAME=VALUE` changes a number."""
+    return benchmark_config("muse_news", variant, data=DATA, common=COMMON, methods=METHODS)

@@ -1,0 +1,63 @@
+"""TOFU: unlearn a tenth of 200 fictitious authors from a model that has learnt all of them.
+
+Command:   python -m trace_jax.main --config configs/tofu.py:qwen1.5-moe-a2.7b --workdir runs/tofu \\
+             --config.model.path=DIR
+           Add --dry-run to check everything that needs neither weights nor data (no --workdir then).
+Target:    DIR must be a checkpoint of the model that was trained on locuslab/TOFU, config full, first: no published
+           model knows authors that were made up. TOFU's recipe: learning rate 1e-5, weight decay 0.01, one epoch of
+           warm-up, 5 epochs of 32 pairs a step; any trainer that writes safetensors will do. The form of a pair is
+           "Question: ...\\nAnswer: ...", as this package writes it.
+Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
+           qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu.
+           The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
+Data:      locuslab/TOFU, configs forget10 (400 pairs) and retain90 (3,600 pairs), columns question and answer, split
+           train; forget01 and retain99, forget05 and retain95 likewise. The hub's revisions aren't pinned: note the
+           counts that the run prints.
+Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
+           activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
+           about 20 bytes a parameter.
+Time:      not measured. Arithmetic: 48 rows of 256 tokens through 2.7 billion active parameters are about 0.25 PFLOP a
+           step, 0.6 seconds at 40 % of an H100's dense bfloat16 rate; 125 steps, so minutes, and evaluations.
+Result:    nobody has run this file, and no result on a Mixture of Experts is known to us (the authors of SEUF, arXiv
+           2411.18797, left TOFU out because it needs training first).
+"""
+
+import ml_collections
+
+from trace_jax.recipes import benchmark_config
+
+# Only answers carry loss. A row holds the pairs that fit it, two or three, and NPO and SimNPO take a row as one sample;
+# their authors take one pair.
+DATA = {
+    "forget": "huggingface:locuslab/TOFU/forget10:train",
+    "retain": "huggingface:locuslab/TOFU/retain90:train",
+    "row_length": 256,
+}
+# open-unlearning (github.com/locuslab/open-unlearning, arXiv 2506.12618): 32 pairs a step, 10 epochs of 12.5 steps, one
+# of them warm-up, linear decay, weight decay 0.01. 16 rows hold about 32 pairs or more.
+COMMON = {
+    "learning_rate": 1e-5,
+    "weight_decay": 0.01,
+    "warmup_steps": 12,
+    "schedule": "linear",
+    "steps": 125,
+    "forget_batch_size": 16,
+    "retain_batch_size": 16,
+    "evaluate_every": 12,
+    "checkpoint_every": 50,
+}
+METHODS = {
+    # TRACE's own settings aren't published: the others' rate, and this package's defaults. Not tuned at this size.
+    "trace": {"retain_batch_size": 32},
+    "graddiff": {"alpha": 1.0},
+    "npo": {"alpha": 1.0, "beta": 0.1},
+    # open-unlearning's; github.com/OPTML-Group/Unlearn-Simple has beta 2.5 and gamma 0.1375.
+    "simnpo": {"alpha": 1.0, "beta": 4.5, "delta": 0.0, "gamma": 0.125},
+    # open-unlearning's RMU has c 2 and alpha 1 on dense models; here layer and alpha of arXiv 2403.03218 (from 1).
+    "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "layer": 8},
+}
+
+
+def get_config(variant: str = "qwen1.5-moe-a2.7b") -> ml_collections.ConfigDict:
+    """One model and one method; `--config.unlearning.NAME=VALUE` changes a number."""
+    return benchmark_config("tofu", variant, data=DATA, common=COMMON, methods=METHODS)

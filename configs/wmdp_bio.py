@@ -1,0 +1,81 @@
+"""WMDP-Bio: unlearn hazardous knowledge of biology from a published model; or biology and cybersecurity at once.
+
+Command:   hf download Qwen/Qwen1.5-MoE-A2.7B-Chat --local-dir qwen
+           python -m trace_jax.main --config configs/wmdp_bio.py:qwen1.5-moe-a2.7b --workdir runs/bio \\
+             --config.model.path=qwen
+           Add --dry-run to check everything that needs neither weights nor data (no --workdir then).
+Both:      two topics, as RMU's authors unlearn them; each source is one:
+             --config.data.forget='["huggingface:cais/wmdp-bio-forget-corpus:train",
+                                    "huggingface:cais/wmdp-corpora/cyber-forget-corpus:train"]'
+Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
+           qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu.
+           The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
+Data:      the forget corpus is gated: ask for access at huggingface.co/datasets/cais/wmdp-bio-forget-corpus, signed in
+           (WMDP's authors grant it), then `hf auth login`. Column text (title, abstract and doi are not read), split
+           train. Retain: the test split of wikitext-2-raw-v1, as RMU's authors do; for text nearer to the forget set,
+           60,887 papers (1.9 GB), of which the first 5,000:
+             --config.data.neighbour='huggingface:cais/wmdp-corpora/bio-retain-corpus:train[:5000]'
+           The hub's revisions aren't pinned: note the counts that the run prints.
+Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
+           activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
+           about 20 bytes a parameter.
+Time:      not measured. Arithmetic: 12 rows of 512 tokens through 2.7 billion active parameters are about 0.12 PFLOP a
+           step, a third of a second at 40 % of an H100's dense bfloat16 rate; 500 steps, so minutes, and evaluations.
+Result:    nobody has run this file. Published, WMDP-Bio accuracy (chance .25) / MMLU: Mixtral-8x7B-Instruct .748 / .682
+           before, .340 / .671 after RMU on bio and cyber (model card cais/Mixtral-8x7B-Instruct_RMU); Zephyr-7B, which
+           is dense, .637 / .581 before, RMU .312 / .571. No other result on a Mixture of Experts with this forget set
+           is known to us.
+           The report here measures the loss of the texts. For accuracies, on the exported checkpoint:
+           lm_eval --model hf --model_args pretrained=runs/bio/export --tasks wmdp_bio,mmlu
+"""
+
+import ml_collections
+
+from trace_jax.recipes import benchmark_config
+
+FORGET = "huggingface:cais/wmdp-bio-forget-corpus:train"
+RETAIN = "huggingface:Salesforce/wikitext/wikitext-2-raw-v1:test"
+# RMU's authors cut texts at 512 tokens (github.com/centerforaisafety/wmdp); here a text is cut into rows of 512 and
+# read whole. Their shortest text is 0 characters, or 200 for Mixtral; here empty lines and headings of wikitext go.
+DATA = {"forget": FORGET, "retain": RETAIN, "row_length": 512, "min_length": 50}
+COMMON = {
+    "steps": 500,  # github.com/OPTML-Group/Unlearn-Simple, WMDP; the best evaluation along the way is theirs too
+    "forget_batch_size": 4,
+    "retain_batch_size": 4,
+    "evaluate_every": 50,
+    "checkpoint_every": 100,
+}
+METHODS = {
+    # TRACE's own settings aren't published: GradDiff's rate, and this package's other defaults. Not tuned at this size.
+    "trace": {"learning_rate": 5e-6, "retain_batch_size": 8},
+    # Zephyr-7B on this benchmark (github.com/OPTML-Group/Unlearn-Simple): rates, beta, 1 x 4 rows. NPO there takes the
+    # mean over tokens; here the sum over a row (docs/method.md), so its beta is too large by the length of a row.
+    "graddiff": {"learning_rate": 5e-6, "alpha": 1.0},
+    "npo": {"learning_rate": 5e-6, "alpha": 1.0, "beta": 0.0225},
+    "simnpo": {"learning_rate": 9.5e-6, "alpha": 1.0, "beta": 0.1, "delta": 0.0},
+    # Zephyr-7B (arXiv 2403.03218 and its notebook): the output of layer 7, counted from 0, and the down projections of
+    # layers 5 to 7; 150 batches of 4, by turns of bio and cyber. Here of all routed experts. c depends on the model;
+    # where none is published, 20 is the command line's default.
+    "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "layer": 8, "steps": 150, "evaluate_every": 15},
+}
+MODELS = {
+    # arXiv 2411.18797, appendix A, for WMDP-Cyber; RMU trains all three matrices there.
+    ("rmu", "qwen1.5-moe-a2.7b"): {"steering": 3000.0},
+    ("rmu", "deepseek-v2-lite"): {"steering": 30000.0},
+    # run_rmu_mixtral.ipynb of github.com/centerforaisafety/wmdp, which trains one matrix of one expert per layer.
+    ("rmu", "mixtral-8x7b"): {
+        "steering": 300.0,
+        "alpha": 1600.0,
+        "steps": 400,
+        "forget_batch_size": 2,
+        "retain_batch_size": 2,
+    },
+}
+
+
+def get_config(variant: str = "qwen1.5-moe-a2.7b") -> ml_collections.ConfigDict:
+    """One model and one method; `--config.unlearning.NAME=VALUE` changes a number."""
+    config = benchmark_config("wmdp_bio", variant, data=DATA, common=COMMON, methods=METHODS, models=MODELS)
+    if variant == "mixtral-8x7b,rmu":
+        config.data.min_length = 200
+    return config

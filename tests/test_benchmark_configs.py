@@ -1,0 +1,98 @@
+"""Configurations of published benchmarks: every variant resolves, and every model passes a dry run at full size.
+
+There are no weights, data are small directories of the same columns, and nothing is downloaded.
+"""
+
+import pytest
+
+from trace_jax.config import ConfigError
+from trace_jax.dry_run import dry_run
+from trace_jax.main import load_config
+from trace_jax.models.families.published import PUBLISHED
+from trace_jax.recipes import METHODS
+
+CONFIGS = ("wmdp_cyber", "wmdp_bio", "muse_books", "muse_news", "tofu")
+TEXT, PAIR = {"text": "a text of some length, " * 10}, {"question": "Who was it?", "answer": "Nobody"}
+# What the sets have beside the columns that are read.
+EXTRA = {"wmdp_bio": {"title": "a title", "abstract": "an abstract", "doi": "10.1/1"}}
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+@pytest.fixture
+def local(tmp_path, monkeypatch):
+    """Overrides that put a small data set of the right columns in the place of every source of a config."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def replaced(name):
+        data, overrides = load_config(f"configs/{name}.py").data, {}
+        for use in ("forget", "retain", "holdout"):
+            if getattr(data, use):
+                folder = tmp_path / f"{name}-{use}"
+                folder.mkdir()
+                row = {**(PAIR if name == "tofu" else TEXT), **EXTRA.get(name, {})}
+                datasets.Dataset.from_list([row] * 5).to_parquet(folder / "train.parquet")
+                overrides[f"data.{use}"] = f"huggingface:{folder}"
+        return overrides
+
+    return replaced
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_variant_resolves(name, model, method):
+    config = load_config(f"configs/{name}.py:{model},{method}")
+    assert config.name == f"{name}-{model}-{method}" and config.model.published == model
+    assert config.methods == (("trace_rows",) if method == "trace" else ("uniform",)) == (config.export,)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "method"),
+    [
+        *((name, model, "trace") for name in CONFIGS for model in PUBLISHED),
+        *(("wmdp_cyber", "qwen1.5-moe-a2.7b", method) for method in METHODS if method != "trace"),
+    ],
+)
+def test_a_dry_run_finds_nothing_missing_but_the_weights(name, model, method, local):
+    found = dry_run(load_config(f"configs/{name}.py:{model},{method}", local(name)))
+    assert found.wrong == () and len(found.missing) == 1
+    assert f"weights: hf download {PUBLISHED[model].repository} --local-dir DIR" in found.missing[0]
+    assert ("questions and answers" if name == "tofu" else "5 texts") in found.text
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_default_variant_is_the_one_that_its_command_names(name):
+    assert load_config(f"configs/{name}.py").name == f"{name}-qwen1.5-moe-a2.7b-trace"
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ("mixtral", r"wmdp_cyber\.py has no model 'mixtral'\. Did you mean 'mixtral-8x7b'\? .* known models: olmoe-1b"),
+        ("mixtral-8x7b,rmo", r"has no method 'rmo'\. Did you mean 'rmu'\? .* known methods: trace, graddiff, npo"),
+    ],
+)
+def test_an_unknown_variant_is_answered_with_the_known_ones(variant, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(f"configs/wmdp_cyber.py:{variant}")
+
+
+def test_published_numbers_reach_the_settings():
+    def unlearning(variant):
+        return load_config(f"configs/wmdp_cyber.py:{variant}").unlearning
+
+    mixtral, qwen = unlearning("mixtral-8x7b,rmu"), unlearning("qwen1.5-moe-a2.7b,rmu")
+    assert (mixtral.steering, mixtral.alpha, mixtral.steps, mixtral.layer) == (300.0, 1600.0, 400, 8)
+    assert (qwen.steering, qwen.alpha, qwen.retain_loss) == (3000.0, 1200.0, "hidden")
+    assert (unlearning("deepseek-v2-lite,npo").beta, unlearning("olmoe-1b-7b,npo").beta) == (0.001, 0.0225)
+    assert load_config("configs/wmdp_cyber.py:mixtral-8x7b,rmu").data.min_length == 200
+
+
+def test_two_topics_are_given_as_a_list():
+    both = load_config("configs/wmdp_bio.py", {"data.forget": ["a", "b"]}).data
+    assert both.forget_sources == ("a", "b")

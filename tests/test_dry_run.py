@@ -1,0 +1,75 @@
+"""A dry run says what is missing, refuses what is there and wrong, and needs no workdir."""
+
+import json
+
+import pytest
+
+from trace_jax.config import ConfigError, resolve
+from trace_jax.dry_run import FIRST, dry_run
+from trace_jax.experiment import ExperimentConfig
+from trace_jax.main import main
+from trace_jax.models.families.published import PUBLISHED
+
+
+def write(path, items):
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return str(path)
+
+
+def config_of(tmp_path, *, model=None, unlearning=None, **data):
+    retain = write(tmp_path / "retain.jsonl", [{"text": f"public {i}"} for i in range(3)])
+    settings = {"benchmark": "text", "retain": retain, "forget": str(tmp_path / "forget.jsonl"), **data}
+    model = model or {"path": "", "published": "olmoe-1b-7b"}
+    sections = {"name": "x", "methods": ["uniform"], "data": settings, "model": model}
+    return resolve(ExperimentConfig, {**sections, "unlearning": unlearning or {"trainable": "down_projections"}})
+
+
+def test_what_is_missing_is_reported_with_what_it_must_be(tmp_path):
+    found = dry_run(config_of(tmp_path))
+    weights, forget = found.missing
+    assert "hf download allenai/OLMoE-1B-7B-0924" in weights and forget.endswith("forget.jsonl is not there")
+    assert found.wrong == ()
+    for words in ("6,919,161,856 parameters", "1,282,017,280 active", "2,147,483,648 of 6,919,161,856 (31.04%)"):
+        assert words in found.text
+    assert "8 forget rows and 16 retain rows of 128 tokens: 3,072 tokens" in found.text
+    assert "must have the columns text, or question and answer" in found.text
+    assert "the first 3 documents are 3 texts" in found.text
+
+
+def test_everything_that_is_wrong_is_found_at_once(tmp_path):
+    forget = write(tmp_path / "forget.jsonl", [{"txt": "x"}])
+    holdout = write(tmp_path / "holdout.jsonl", [{"question": "x"}])
+    found = dry_run(config_of(tmp_path, forget=forget, holdout=holdout))
+    assert [line.partition(":")[0] for line in found.wrong] == ["forget data", "holdout data"]
+    assert "forget.jsonl:1: the keys are txt" in found.wrong[0] and "the keys are question" in found.text
+
+
+def test_the_first_documents_are_looked_at_and_no_more(tmp_path):
+    forget = write(tmp_path / "forget.jsonl", [{"text": f"secret {i}"} for i in range(FIRST)] + [{"wrong": "key"}])
+    text = dry_run(config_of(tmp_path, forget=[forget, forget])).text
+    assert f"forget, topic 1: {forget}: the first {FIRST} documents are {FIRST} texts" in text
+
+
+def test_a_checkpoint_that_is_here_is_looked_at(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(PUBLISHED["olmoe-1b-7b"].config))
+    found = dry_run(config_of(tmp_path, model={"path": str(folder)}))
+    assert len(found.wrong) == 1 and "has neither model.safetensors" in found.wrong[0]
+    with pytest.raises(ConfigError, match=r"is no mixtral-8x7b \(model\.published\)"):
+        dry_run(config_of(tmp_path, model={"path": str(folder), "published": "mixtral-8x7b"}))
+
+
+def test_settings_that_do_not_fit_the_model_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="neither a preset"):
+        dry_run(config_of(tmp_path, unlearning={"trainable": "no/such/parameter"}))
+
+
+def test_the_command_needs_no_workdir_and_ends_with_2_for_wrong_data(tmp_path, capsys, request, monkeypatch):
+    monkeypatch.chdir(request.config.rootpath)
+    text = ["--config", "configs/text.py", "--dry-run", f"--config.data.retain={write(tmp_path / 'r.jsonl', [])}"]
+    assert main([*text, "--config.data.forget=nowhere.jsonl"]) == 2
+    out = capsys.readouterr().out
+    assert "wrong:\n  retain data:" in out and "missing to run:\n  forget data: nowhere.jsonl is not there" in out
+    assert main(["--config", "configs/quickstart.py", "--dry-run"]) == 0
+    assert "nothing is missing to run" in capsys.readouterr().out

@@ -1,0 +1,82 @@
+"""What the configurations of published benchmarks share: a variant names a model and a method.
+
+`MODEL` or `MODEL,METHOD`; the method is TRACE unless named. Numbers stand in the configurations, with their sources.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_collections
+
+from trace_jax.config import ConfigError
+from trace_jax.models.families.published import PUBLISHED
+
+# What each method is; how strongly and how fast it works is the benchmark's to say. TRACE's base follows
+# configs/huggingface.py, the others train what their authors train.
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "trace": {
+        "objective": "gradient_difference",
+        "retain_loss": "kl",
+        "nll_ceiling": 6.0,
+        "trainable": "down_projections",
+    },
+    "graddiff": {"objective": "gradient_difference", "retain_loss": "nll", "trainable": "all"},
+    "npo": {"objective": "npo", "retain_loss": "nll", "trainable": "all"},
+    "simnpo": {"objective": "simnpo", "retain_loss": "nll", "trainable": "all"},
+    "rmu": {"objective": "rmu", "clip_norm": 0.0, "trainable": "down_projections"},
+}
+_DEFAULT = "trace"
+
+
+def benchmark_config(
+    name: str,
+    variant: str,
+    *,
+    data: Mapping[str, Any],
+    common: Mapping[str, Any],
+    methods: Mapping[str, Mapping[str, Any]],
+    models: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+) -> ml_collections.ConfigDict:
+    """The experiment of a variant of a benchmark.
+
+    Args:
+      data: settings of `data` beside the benchmark's name.
+      common, methods, models: settings of `unlearning`: of every variant, by method, and by (method, model). Later ones
+        replace earlier ones, which replace those of `METHODS`; None takes one back.
+
+    Raises:
+      ConfigError: a variant that names no model or method of these.
+    """
+    model, _, method = variant.partition(",")
+    _check("model", model, PUBLISHED, name)
+    _check("method", method := method or _DEFAULT, methods, name)
+    weighting = "trace_rows" if method == "trace" else "uniform"
+    config = ml_collections.ConfigDict()
+    config.name = f"{name}-{model}-{method}"
+    config.methods = (weighting,)
+    config.export = weighting
+    config.model = {"path": "", "published": model}
+    config.data = {"benchmark": "text", **data}
+    config.unlearning = {
+        "b2": 0.999,
+        **METHODS[method],
+        **common,
+        **methods[method],
+        **(models or {}).get((method, model), {}),
+    }
+    config.evaluation = {"batch_size": 8}
+    config.parallel = {"remat": "layer"}
+    return config
+
+
+def _check(what: str, given: str, known: Iterable[str], name: str) -> None:
+    if given not in (known := list(known)):
+        near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"configs/{name}.py has no {what} {given!r}.{hint} A variant is MODEL or MODEL,METHOD; known "
+            f"{what}s: {', '.join(known)}."
+        )
