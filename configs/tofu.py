@@ -53,7 +53,8 @@ METHODS = {
     "npo": {"alpha": 1.0, "beta": 0.1},
     # open-unlearning's; github.com/OPTML-Group/Unlearn-Simple has beta 2.5 and gamma 0.1375.
     "simnpo": {"alpha": 1.0, "beta": 4.5, "delta": 0.0, "gamma": 0.125},
-    # open-unlearning's RMU has c 2 and alpha 1 on dense models; here layer and alpha of arXiv 2403.03218 (from 1).
+    # open-unlearning's RMU has c 2 and alpha 1 on dense models; here layer (7, counted from 0) and alpha of arXiv
+    # 2403.03218, and the length of the target as in arXiv 2408.06223.
     "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "layer": 8},
 }
 

@@ -27,7 +27,7 @@ Result:    nobody has run this file. Published, WMDP-Cyber accuracy (chance .25)
 
 import ml_collections
 
-from trace_jax.recipes import benchmark_config
+from trace_jax.recipes import benchmark_config, rmu
 
 FORGET = "huggingface:cais/wmdp-corpora/cyber-forget-corpus:train"
 RETAIN = "huggingface:Salesforce/wikitext/wikitext-2-raw-v1:test"
@@ -49,10 +49,10 @@ METHODS = {
     # over tokens; here the sum over a row (docs/method.md), so its beta is too large by the length of a row.
     "graddiff": {"learning_rate": 5e-6, "alpha": 1.0},
     "npo": {"learning_rate": 5e-6, "alpha": 1.0, "beta": 0.0225},
-    "simnpo": {"learning_rate": 9.5e-6, "alpha": 1.0, "beta": 0.1, "delta": 0.0},
+    "simnpo": {"learning_rate": 9.5e-6, "gamma": 1.0, "alpha": 1.0, "beta": 0.1, "delta": 0.0},
     # Zephyr-7B (arXiv 2403.03218 and its notebook): the output of layer 7, counted from 0, and the down projections of
-    # layers 5 to 7; 150 batches of 4. Here of all routed experts. c depends on the model; where none is published, 20
-    # is the command line's default.
+    # layers 5 to 7; 150 batches of 4. Here of all routed experts. Where no c is published for a model, it is five mean
+    # lengths of the layer's output on the first batch (arXiv 2408.06223).
     "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "layer": 8, "steps": 150, "evaluate_every": 15},
 }
 # arXiv 2411.18797, appendix A: Qwen1.5-MoE and DeepSeek-V2-Lite on this benchmark. RMU trains all three matrices there.
@@ -63,16 +63,10 @@ MODELS = {
     ("graddiff", "deepseek-v2-lite"): _SEUF_GRADDIFF,
     ("npo", "qwen1.5-moe-a2.7b"): _SEUF_NPO,
     ("npo", "deepseek-v2-lite"): _SEUF_NPO,
-    ("rmu", "qwen1.5-moe-a2.7b"): {"steering": 3000.0},
-    ("rmu", "deepseek-v2-lite"): {"steering": 30000.0},
+    ("rmu", "qwen1.5-moe-a2.7b"): rmu(3000.0),
+    ("rmu", "deepseek-v2-lite"): rmu(30000.0),
     # run_rmu_mixtral.ipynb of github.com/centerforaisafety/wmdp, which trains one matrix of one expert per layer.
-    ("rmu", "mixtral-8x7b"): {
-        "steering": 300.0,
-        "alpha": 1600.0,
-        "steps": 400,
-        "forget_batch_size": 2,
-        "retain_batch_size": 2,
-    },
+    ("rmu", "mixtral-8x7b"): rmu(300.0, alpha=1600.0, steps=400, forget_batch_size=2, retain_batch_size=2),
 }
 
 

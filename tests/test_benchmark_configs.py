@@ -88,7 +88,9 @@ def test_published_numbers_reach_the_settings():
 
     mixtral, qwen = unlearning("mixtral-8x7b,rmu"), unlearning("qwen1.5-moe-a2.7b,rmu")
     assert (mixtral.steering, mixtral.alpha, mixtral.steps, mixtral.layer) == (300.0, 1600.0, 400, 8)
-    assert (qwen.steering, qwen.alpha, qwen.retain_loss) == (3000.0, 1200.0, "hidden")
+    assert (qwen.objective, qwen.steering, qwen.alpha, qwen.retain_loss) == ("rmu", 3000.0, 1200.0, "hidden")
+    olmoe = unlearning("olmoe-1b-7b,rmu")
+    assert (olmoe.objective, olmoe.steering, olmoe.steering_scale) == ("adaptive_rmu", None, 5.0)
     assert (unlearning("deepseek-v2-lite,npo").beta, unlearning("olmoe-1b-7b,npo").beta) == (0.001, 0.0225)
     assert load_config("configs/wmdp_cyber.py:mixtral-8x7b,rmu").data.min_length == 200
 

@@ -128,9 +128,8 @@ def _head(config: ExperimentConfig, model: ModelConfig, weights: str) -> str:
     unlearning, length = config.unlearning, config.data.row_length
     parallel = dataclasses.replace(config.parallel, data=1, expert=1, tensor=1)
     program = step_program(unlearning, model, parallel, _one_device(), length)
-    rows = unlearning.forget_batch_size + (unlearning.retain_batch_size or 0)
     each = f"{unlearning.forget_batch_size} forget rows"
-    if unlearning.retain_batch_size:
+    if unlearning.retains:
         each += f" and {unlearning.retain_batch_size} retain rows"
     steps = ", ".join(f"{config.method(name).unlearning.steps} of {name}" for name in config.methods)
     return _facts(
@@ -140,7 +139,7 @@ def _head(config: ExperimentConfig, model: ModelConfig, weights: str) -> str:
             ("weights", weights),
             ("objective", " with ".join(x for x in (unlearning.objective, _retain(unlearning)) if x)),
             ("methods", "; ".join(f"{name} ({METHODS[name].summary})" for name in config.methods)),
-            ("step", f"{each} of {length} tokens: {rows * length:,} tokens, in {parallel.microbatches} part(s)"),
+            ("a step", f"{each} of {length} tokens: {program.tokens:,} tokens, in {parallel.microbatches} part(s)"),
             ("steps", steps),
             ("memory", f"{size(program.parameters)} parameters, {size(program.optimizer)} what trains in float32 and "
              "the optimizer's state, over all devices; activations come on top (plan has them)"),
@@ -153,7 +152,7 @@ def _facts(pairs: list[tuple[str, str]]) -> str:
 
 
 def _retain(unlearning: UnlearningConfig) -> str:
-    return f"retain loss {unlearning.retain_loss} x {unlearning.alpha:g}" if unlearning.retain_loss else ""
+    return f"retain loss {unlearning.retain_loss} x {unlearning.alpha:g}" if unlearning.retains else ""
 
 
 def _one_device() -> Mesh:

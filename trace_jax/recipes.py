@@ -26,9 +26,15 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "graddiff": {"objective": "gradient_difference", "retain_loss": "nll", "trainable": "all"},
     "npo": {"objective": "npo", "retain_loss": "nll", "trainable": "all"},
     "simnpo": {"objective": "simnpo", "retain_loss": "nll", "trainable": "all"},
-    "rmu": {"objective": "rmu", "clip_norm": 0.0, "trainable": "down_projections"},
+    # RMU's length c must fit the hidden states and is published for three of the models; elsewhere the first batch's.
+    "rmu": {"objective": "adaptive_rmu", "steering_scale": 5.0, "clip_norm": 0.0, "trainable": "down_projections"},
 }
 _DEFAULT = "trace"
+
+
+def rmu(steering: float, **changes: Any) -> Mapping[str, Any]:
+    """RMU with a length c that is known, instead of the adaptive one of `METHODS`."""
+    return {"objective": "rmu", "steering": steering, "steering_scale": None, **changes}
 
 
 def benchmark_config(
