@@ -17,7 +17,7 @@ Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe
            activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
            about 20 bytes a parameter.
 Time:      not measured. Arithmetic: 12 rows of 2,048 tokens through 2.7 billion active parameters are about 0.5 PFLOP a
-           step, 1.3 seconds at 40 % of an H100's dense bfloat16 rate; 1,020 steps, so half an hour, and
+           step, 1.3 seconds at 40 % of an H100's dense bfloat16 rate; 1,020 steps, so 25 minutes, and
            evaluations.
 Result:    nobody has run this file. Published on dense models (VerbMem on forget, KnowMem on forget, PrivLeak, KnowMem
            on retain), with MUSE's evaluator: target 58.4, 63.9, -99.8, 55.2; retrained 20.8,

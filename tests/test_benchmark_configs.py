@@ -3,12 +3,18 @@
 There are no weights, data are small directories of the same columns, and nothing is downloaded.
 """
 
+import json
+
 import pytest
+import tiny_checkpoints
 
 from trace_jax.config import ConfigError
+from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.dry_run import dry_run
+from trace_jax.files import read_json
 from trace_jax.main import load_config
 from trace_jax.models.families.published import PUBLISHED
+from trace_jax.pipeline import run
 from trace_jax.recipes import METHODS
 
 CONFIGS = ("wmdp_cyber", "wmdp_bio", "muse_books", "muse_news", "tofu")
@@ -98,3 +104,34 @@ def test_published_numbers_reach_the_settings():
 def test_two_topics_are_given_as_a_list():
     both = load_config("configs/wmdp_bio.py", {"data.forget": ["a", "b"]}).data
     assert both.forget_sources == ("a", "b")
+
+
+def test_two_topics_are_unlearned_by_turns_from_a_tiny_checkpoint(tmp_path):
+    """The settings of a benchmark, at another size: a run, its export, and the card that names both topics."""
+    pytest.importorskip("transformers")
+    checkpoint = tmp_path / "tiny"
+    checkpoint.mkdir()
+    tiny_checkpoints.save(tiny_checkpoints.build("olmoe", vocab_size=300), "olmoe", checkpoint)
+    words = ["river", "stone", "apple", "cloud", "lamp", "tiger", "violin", "harbour", "window"]
+    train_tokenizer([" ".join(words)] * 3, 300).save(str(checkpoint / "tokenizer.json"))
+    files = {}
+    for order, name in enumerate(("bio", "cyber", "retain")):
+        texts = [" ".join(words[(i + j * (order + 2)) % 9] for j in range(30 + i)) for i in range(12)]
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    overrides = {
+        "model": {"path": str(checkpoint), "dtype": "float32"},
+        "data.forget": [str(files["bio"]), str(files["cyber"])],
+        "data.retain": str(files["retain"]),
+        "data.row_length": 32,
+        "unlearning.topics": "alternating",
+        "unlearning.steps": 2,
+        "evaluation.max_rows": 8,
+        "evaluation.max_prompts": 4,
+        "evaluation.bootstrap": 100,
+    }
+    assert "export" in run(load_config("configs/wmdp_bio.py", overrides), tmp_path / "run")
+    counts = read_json(tmp_path / "run" / "references.json")["data"]["documents"]
+    assert [counts[f"train/forget{topic}"] for topic in ("", "/0", "/1")] == [24, 12, 12]
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert "bio.jsonl and cyber.jsonl (24 documents" in card and "while holding on to retain.jsonl" in card
