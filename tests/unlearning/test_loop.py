@@ -280,3 +280,73 @@ def test_no_two_states_are_in_memory_while_one_is_restored(tmp_path, monkeypatch
     monkeypatch.setattr(StateStore, "restore", watched)
     result = loop.run(start, placed, step_until())
     assert seen == [before] and large() == before + 1 and result.step == 4
+
+
+# --- what inputs depend on is refreshed from the model as it is
+
+
+class Refreshing:
+    """Inputs that depend on a number which each refresh takes from the model and leaves on disk, as a file would."""
+
+    def __init__(self):
+        self.disk, self.scale, self.made, self.calls = {0: 1.0}, 1.0, [], []
+
+    def refresh(self, step, trainable):
+        self.calls.append(("refresh", step))
+        self.scale = self.disk[step] = float(trainable["w"][0])
+
+    def resumed(self, step):
+        self.calls.append(("resumed", step))
+        self.scale = self.disk[max(n for n in self.disk if n <= step)]
+
+    def inputs(self, index):
+        self.made.append(index)
+        assert max(n for n in (0, 3, 6, 9) if n <= index) == max(n for n in self.disk if n <= index)
+        return index, jax.device_put(np.float32(self.scale * index))
+
+    def loop(self, path, **more):
+        settings = {"steps": 10, "checkpoint_every": 4, "title": "test", "evaluate_every": 4, **more}
+        return Loop(
+            path, "a", evaluate=lambda trainable: {"w": float(trainable["w"][0])}, refresh_every=3,
+            refresh=self.refresh, resumed=self.resumed, **settings,
+        )  # fmt: skip
+
+
+def test_it_refreshes_before_the_inputs_of_the_step_are_made_and_never_at_the_start_or_the_end(tmp_path):
+    run = Refreshing()
+    run.loop(tmp_path, steps=9).run(fresh, run.inputs, step_until())
+    assert run.calls == [("refresh", 3), ("refresh", 6)]
+    assert run.made == list(range(9)) and len(set(run.disk.values())) == 3
+
+
+@pytest.mark.parametrize(("stop", "calls"), [(2, []), (5, [("resumed", 4)]), (9, [("resumed", 8)])])
+def test_a_resumed_run_reads_what_an_earlier_refresh_left_and_repeats_later_ones(tmp_path, stop, calls):
+    whole, cut = Refreshing(), Refreshing()
+    expected = whole.loop(tmp_path / "whole").run(fresh, whole.inputs, step_until())
+    with pytest.raises(Stop):
+        cut.loop(tmp_path / "cut").run(fresh, cut.inputs, step_until(stop=stop))
+    cut.calls.clear()
+    cut.scale = None
+    if not calls:  # nothing was saved
+        cut.scale, cut.disk = 1.0, {0: 1.0}
+    found = cut.loop(tmp_path / "cut").run(fresh, cut.inputs, step_until())
+    np.testing.assert_array_equal(found.trainable["w"], expected.trainable["w"])
+    assert cut.calls == calls + [("refresh", n) for n in (3, 6, 9) if not calls or n > calls[0][1]]
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_a_signal_while_refreshing_saves_first_and_refreshes_again_on_continuing(tmp_path):
+    whole, cut = Refreshing(), Refreshing()
+    expected = whole.loop(tmp_path / "whole").run(fresh, whole.inputs, step_until())
+
+    def refresh(step, trainable):
+        if step == 6:
+            signal.raise_signal(signal.SIGTERM)
+        cut.refresh(step, trainable)
+
+    with pytest.raises(Interrupted):
+        Loop(tmp_path, "a", 10, 4, "test", refresh_every=3, refresh=refresh).run(fresh, cut.inputs, step_until())
+    cut.calls.clear()
+    found = cut.loop(tmp_path).run(fresh, cut.inputs, step_until())
+    assert cut.calls == [("resumed", 6), ("refresh", 6), ("refresh", 9)]
+    np.testing.assert_array_equal(found.trainable["w"], expected.trainable["w"])

@@ -43,6 +43,11 @@ class Loop:
     directory: holds `checkpoints/` and `metrics.jsonl`. identity, seed: of what is run, see `StateStore`.
     evaluate: called with the trainable parameters at step 0, every `evaluate_every` steps and at the end; what
       it returns goes into metrics.jsonl under "evaluation". A FloatingPointError from it ends the run like a NaN loss.
+    refresh: called as `refresh(n, trainable)` before step n is taken and before its inputs are made, for every multiple
+      n of `refresh_every` in 1..steps-1: for what inputs depend on and the model changes. It may not hold on to the
+      arrays. A run that continues after step n calls it again with the same arrays.
+    resumed: called as `resumed(n)` before anything else when a run continues after step n, so that what `refresh` left
+      at an earlier step is read again.
     """
 
     directory: Path
@@ -53,6 +58,9 @@ class Loop:
     evaluate: Evaluate | None = None
     evaluate_every: int = 0
     seed: int = 0
+    refresh_every: int = 0
+    refresh: Callable[[int, dict[str, jax.Array]], None] | None = None
+    resumed: Callable[[int], None] | None = None
 
     def run(
         self,
@@ -118,18 +126,26 @@ class Loop:
         due = step == 0 or (often > 0 and (step % often == 0 or step == self.steps))
         return due and self.evaluate is not None
 
+    def _refreshes(self, step: int) -> bool:
+        due = self.refresh_every > 0 and step % self.refresh_every == 0 and 0 < step < self.steps
+        return due and self.refresh is not None
+
     def _steps(
         self, done: int, state: TrainState, inputs, step, store: StateStore, interruption: Interruption
     ) -> LoopResult:
         evaluated = self._trim_metrics(done)
         if done:
             say(f"{self.title}: continuing after step {done} of {self.steps}")
+            if self.resumed is not None:
+                self.resumed(done)
         if self._evaluates(done) and not evaluated and (stopped := self._evaluate(state, done)):
             store.remove(done)
             return LoopResult({}, done, stopped, math.nan)
+        if self._refreshes(done):
+            self._refresh(done, state, store, interruption)
         stopped, pending = "", None
         began, aside = time.monotonic(), 0.0
-        ahead = contextlib.closing(_one_ahead(inputs, range(done, self.steps)))
+        ahead = contextlib.closing(_one_ahead(inputs, range(done, self.steps), self._refreshes))
         with progress(self.title, self.steps, start=done) as advance, ahead as prepared:
             for index, placed in prepared:
                 with jax.transfer_guard("disallow"):
@@ -141,7 +157,8 @@ class Loop:
                 asked = interruption.asked()
                 stopped = self._log(pending)
                 pending = (index + 1, metrics)
-                if not stopped and (asked or self._saves(index + 1) or self._evaluates(index + 1)):
+                due = self._saves(index + 1) or self._evaluates(index + 1) or self._refreshes(index + 1)
+                if not stopped and (asked or due):
                     stopped, pending = self._log(pending), None
                     start = time.monotonic()
                     stopped = stopped or self._keep(index + 1, state, store, interruption, asked)
@@ -156,7 +173,7 @@ class Loop:
         return LoopResult(state.trainable, self.steps, "", seconds if self.steps > done + 1 else math.nan)
 
     def _keep(self, step: int, state: TrainState, store: StateStore, interruption: Interruption, asked: int) -> str:
-        """Evaluates and saves what is due after a step; returns a reason to stop, or nothing.
+        """Evaluates, saves and refreshes what is due after a step; returns a reason to stop, or nothing.
 
         Raises:
           Interrupted: `asked`, or a signal came while evaluating. The state is saved; it is evaluated on continuing.
@@ -169,15 +186,32 @@ class Loop:
                 stopped, asked = "", error.signal
             if stopped:
                 return stopped
-        if asked or self._saves(step):
-            flush_lines()
-            store.save(step, state)
-            interruption.unsaved = False
         if asked:
-            store.wait()
-            say(f"{self.title}: stopped by {signal.Signals(asked).name}; the state after step {step} is saved")
-            raise Interrupted(asked)
+            self._end(step, state, store, interruption, asked)
+        if self._saves(step):
+            self._save(step, state, store, interruption)
+        if self._refreshes(step):
+            self._refresh(step, state, store, interruption)
         return ""
+
+    def _save(self, step: int, state: TrainState, store: StateStore, interruption: Interruption) -> None:
+        flush_lines()
+        store.save(step, state)
+        interruption.unsaved = False
+
+    def _end(self, step: int, state: TrainState, store: StateStore, interruption: Interruption, asked: int) -> None:
+        self._save(step, state, store, interruption)
+        store.wait()
+        say(f"{self.title}: stopped by {signal.Signals(asked).name}; the state after step {step} is saved")
+        raise Interrupted(asked)
+
+    def _refresh(self, step: int, state: TrainState, store: StateStore, interruption: Interruption) -> None:
+        assert self.refresh is not None
+        try:
+            with interruption.at_once():
+                self.refresh(step, state.trainable)
+        except Interrupted as error:
+            self._end(step, state, store, interruption, error.signal)
 
     def _log(self, pending: tuple[int, dict] | None) -> str:
         """Writes the metrics of a step; returns a reason to stop, or nothing."""
@@ -212,16 +246,18 @@ class Loop:
             append_line(self._metrics, row)
 
 
-def _one_ahead(inputs: Callable[[int], Any], indices: range) -> Generator[tuple[int, Any]]:
+def _one_ahead(inputs: Callable[[int], Any], indices: range, held: Callable[[int], bool]) -> Generator[tuple[int, Any]]:
     """(i, inputs(i)) in order; a thread makes the next while the caller works on one. Its errors are raised here.
 
-    The thread ends with the generator: close it where the loop may end early.
+    Inputs of which `held(i)` is true are not made ahead, but when the caller asks for them. The thread ends with the
+    generator: close it where the loop may end early.
     """
     with ThreadPoolExecutor(1, "inputs") as pool:
         following = None
         for index in indices:
             current = following or pool.submit(inputs, index)
-            following = pool.submit(inputs, index + 1) if index + 1 in indices else None
+            ahead = index + 1 in indices and not held(index + 1)
+            following = pool.submit(inputs, index + 1) if ahead else None
             yield index, current.result()
 
 
