@@ -47,7 +47,7 @@ from trace_jax.routing.retain_weights import RetainWeights, retain_weights
 from trace_jax.routing.statistics import ExpertStatistics, expert_statistics
 from trace_jax.stages import Stage, check_workdir, open_workdir
 from trace_jax.summary import refresh
-from trace_jax.unlearning.loop import front_rows
+from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.train import train_model
 from trace_jax.unlearning.trainable import partition
 from trace_jax.unlearning.unlearn import unlearn

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from orbax.checkpoint.options import MultiprocessingOptions
 
 from trace_jax.files import is_remote
@@ -27,8 +28,18 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
+class _Kept(PreservationPolicy):
+    """The two newest states stay, and the protected one."""
+
+    protected = -1
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        newest = len(checkpoints) - 2
+        return [index >= newest or one.step == self.protected for index, one in enumerate(checkpoints)]
+
+
 class StateStore:
-    """Saved states of one run in one directory, named by their step; the two newest are kept.
+    """Saved states of one run in one directory, named by their step; the two newest are kept, and a protected one.
 
     A state is written under a temporary name and renamed by Orbax, so that an interruption leaves the previous one.
     Of several processes each writes and reads its own shards in a directory that all of them see; all make the same
@@ -38,11 +49,14 @@ class StateStore:
     def __init__(self, directory: str | os.PathLike, about: dict[str, Any]):
         """`about` (JSON) says what made the states: the hash of the settings and the seed. States of another are not
         restored."""
-        self._about = about
+        self._about, self._kept = about, _Kept()
         # With its processes named Orbax waits for them without the devices, which may be in the middle of a step.
         everyone = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, cleanup_tmp_directories=True, multiprocessing_options=everyone, create=False
+            preservation_policy=self._kept,
+            cleanup_tmp_directories=True,
+            multiprocessing_options=everyone,
+            create=False,
         )
         path = epath.Path(directory) if is_remote(directory) else epath.Path(directory).absolute()
         path.mkdir(parents=True, exist_ok=True)
@@ -60,6 +74,15 @@ class StateStore:
         about = {**self._described(step), "sums": jax.device_get(_sums(state)).tolist()}
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about))
         self._manager.save(step, args=arguments)
+
+    @property
+    def protected(self) -> int:
+        """The step whose state stays whatever is saved after it; -1: none."""
+        return self._kept.protected
+
+    def protect(self, step: int) -> None:
+        """Lets the state of `step` stay, saved or about to be; the one protected before no longer does."""
+        self._kept.protected = step
 
     def wait(self) -> None:
         """Returns once everything is written; raises what went wrong with writing."""
@@ -83,23 +106,35 @@ class StateStore:
         are removed, so that they can't be mistaken for this run's later.
         """
         self.wait()
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         unreadable = False
         while (step := main_says(max(self._manager.all_steps(), default=-1))) >= 0:
-            state, sums, problem = self._read(step, abstract)
-            if everywhere(state is not None):
-                if everywhere(jax.device_get(_sums(state)).tolist() == sums):
-                    return step, state
-                problem = "its values are not those that were saved"
-            del state
-            gc.collect()  # what was read of it hangs in cycles of Orbax's, and memory is for one state
-            if problem:
-                logger.warning("the state of step %d can't be restored and is skipped: %s", step, problem)
+            state, problem = self._checked(step, like)
+            if state is not None:
+                return step, state
             unreadable |= not everywhere(not problem)
             self.remove(step)
         if unreadable:
             logger.warning("no saved state can be restored; starting from the beginning")
         return 0, None
+
+    def restore_step(self, step: int, like: Any) -> Any | None:
+        """The state of that step, as `restore` would give it; None, with a warning, if it can't be read."""
+        self.wait()
+        return self._checked(step, like)[0]
+
+    def _checked(self, step: int, like: Any) -> tuple[Any | None, str]:
+        """(state, "") once every process has read what was saved, or (None, what is wrong, as `_read` says it)."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        state, sums, problem = self._read(step, abstract)
+        if everywhere(state is not None):
+            if everywhere(jax.device_get(_sums(state)).tolist() == sums):
+                return state, ""
+            problem = "its values are not those that were saved"
+        del state
+        gc.collect()  # what was read of it hangs in cycles of Orbax's, and memory is for one state
+        if problem:
+            logger.warning("the state of step %d can't be restored and is skipped: %s", step, problem)
+        return None, problem
 
     def _described(self, step: int) -> dict[str, Any]:
         """Batches and all that is random depend on the seed and the step alone; there is no other position to keep."""

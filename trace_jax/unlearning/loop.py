@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Generator
@@ -16,24 +15,34 @@ from typing import Any
 import jax
 
 from trace_jax.checkpoints.state import StateStore
-from trace_jax.files import append_line, as_path, flush_lines, read_lines, replacing
+from trace_jax.files import flush_lines
 from trace_jax.interruption import Interrupted, Interruption
 from trace_jax.parallel.agreement import main_says
-from trace_jax.parallel.hosts import is_main
 from trace_jax.progress import progress, say
+from trace_jax.unlearning.metrics import Metrics
+from trace_jax.unlearning.rules import NO_RULES, Evaluated, Point, Rules, Stop
 from trace_jax.unlearning.state import TrainState
 
-Evaluate = Callable[[dict[str, jax.Array]], Any]
+Flat = dict[str, jax.Array]
+Evaluate = Callable[[Flat], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopResult:
-    """`trainable` (float32) at the last good step; `stopped` says why the loop ended early, or is empty."""
+    """The outcome of a run.
 
-    trainable: dict[str, jax.Array]
+    Attributes:
+      trainable: float32, of the state that is kept.
+      step: the step after which it was in that state.
+      stopped: why the run ended before its last step, or "".
+      failed: whether that was an error; then the state is the last good one, or the best one where the best is kept.
+    """
+
+    trainable: Flat
     step: int
     stopped: str
     seconds_per_step: float
+    failed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +51,14 @@ class Loop:
 
     directory: holds `checkpoints/` and `metrics.jsonl`. identity, seed: of what is run, see `StateStore`.
     evaluate: called with the trainable parameters at step 0, every `evaluate_every` steps and at the end; what
-      it returns goes into metrics.jsonl under "evaluation". A FloatingPointError from it ends the run like a NaN loss.
+      it returns, or the `rows` of the `Evaluated` that it returns, goes into metrics.jsonl under "evaluation". A
+      FloatingPointError from it ends the run like a NaN loss.
     refresh: called as `refresh(n, trainable)` before step n is taken and before its inputs are made, for every multiple
       n of `refresh_every` in 1..steps-1: for what inputs depend on and the model changes. It may not hold on to the
       arrays. A run that continues after step n calls it again with the same arrays.
     resumed: called as `resumed(n)` before anything else when a run continues after step n, so that what `refresh` left
       at an earlier step is read again.
+    rules: when the run ends early, and which evaluated state is its result.
     """
 
     directory: Path
@@ -59,8 +70,9 @@ class Loop:
     evaluate_every: int = 0
     seed: int = 0
     refresh_every: int = 0
-    refresh: Callable[[int, dict[str, jax.Array]], None] | None = None
+    refresh: Callable[[int, Flat], None] | None = None
     resumed: Callable[[int], None] | None = None
+    rules: Rules = NO_RULES
 
     def run(
         self,
@@ -79,171 +91,222 @@ class Loop:
         """
         about = {"identity": self.identity, "seed": self.seed}
         with Interruption() as interruption, StateStore(self.directory / "checkpoints", about) as store:
-            result = self._steps(*self._newest(store, start), inputs, step, store, interruption)
-            if not result.stopped:
-                return result
-            # What was saved is the good state; no copy of it was held in memory.
-            good, state = self._newest(store, start)
-            say(f"{self.title}: {result.stopped}. The state after step {good} is kept.")
-            return dataclasses.replace(result, trainable=state.trainable, step=good)
+            return _Run(self, start, store, interruption).result(inputs, step)
 
-    @staticmethod
-    def _newest(store: StateStore, start: Callable[[], TrainState]) -> tuple[int, TrainState]:
-        """(step, state) of the newest saved state, or (0, start()); never two states in memory."""
-        first = start()
-        if store.empty:
-            return 0, first
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first)
-        del first
-        done, state = store.restore(like)
-        return done, start() if state is None else state
-
-    @property
-    def _metrics(self) -> Path:
-        return self.directory / "metrics.jsonl"
-
-    def _trim_metrics(self, done: int) -> bool:
-        """Drops lines of steps after the restored state; they are about to be written again.
-
-        Returns whether the restored state has been evaluated: a run may end between its save and its evaluation.
-        """
-        rows = []
-        if is_main():
-            if done:
-                of_this_run = (r for r in read_lines(self._metrics) if r.get("identity") == self.identity)
-                rows = [r for r in of_this_run if r["step"] <= done]
-            with replacing(self._metrics) as temporary:
-                temporary.touch()
-                for row in rows:
-                    append_line(temporary, row)
-        return bool(main_says(any(row["step"] == done and "evaluation" in row for row in rows)))
-
-    def _saves(self, step: int) -> bool:
+    def saves(self, step: int) -> bool:
+        """Whether a state is saved after so many steps, whatever is found there."""
         return step % self.checkpoint_every == 0 or step == self.steps
 
-    def _evaluates(self, step: int) -> bool:
+    def evaluates(self, step: int) -> bool:
+        """Whether the state after so many steps is evaluated."""
         often = self.evaluate_every
         due = step == 0 or (often > 0 and (step % often == 0 or step == self.steps))
         return due and self.evaluate is not None
 
-    def _refreshes(self, step: int) -> bool:
+    def refreshes(self, step: int) -> bool:
+        """Whether `refresh` is called after so many steps."""
         due = self.refresh_every > 0 and step % self.refresh_every == 0 and 0 < step < self.steps
         return due and self.refresh is not None
 
-    def _steps(
-        self, done: int, state: TrainState, inputs, step, store: StateStore, interruption: Interruption
-    ) -> LoopResult:
-        evaluated = self._trim_metrics(done)
-        if done:
-            say(f"{self.title}: continuing after step {done} of {self.steps}")
-            if self.resumed is not None:
-                self.resumed(done)
-        if self._evaluates(done) and not evaluated and (stopped := self._evaluate(state, done)):
-            store.remove(done)
-            return LoopResult({}, done, stopped, math.nan)
-        if self._refreshes(done):
-            self._refresh(done, state, store, interruption)
-        stopped, pending = "", None
+
+class _Run:
+    """One call of `Loop.run`."""
+
+    def __init__(self, loop: Loop, start: Callable[[], TrainState], store: StateStore, interruption: Interruption):
+        self._loop, self._start, self._store, self._interruption = loop, start, store, interruption
+        self._metrics = Metrics(loop.directory, loop.identity)
+        self._points: list[Point] = []  # evaluations so far; on continuing only process 0 knows the earlier ones
+
+    def result(self, inputs, step) -> LoopResult:
+        done, state, stop, seconds = self._steps(*self._newest(), inputs, step)
+        failed = stop is not None and stop.failed
+        best = self._best()
+        if state is None or best not in (None, done):
+            del state  # memory is for one
+            done, state = self._newest() if best is None else self._saved(best)
+        reason = stop.reason if stop else ""
+        if stop or best is not None:
+            say(f"{self._loop.title}: {reason or 'finished'}. The state after step {done} is kept.")
+        return LoopResult(state.trainable, done, reason, seconds, failed)
+
+    # --- states
+
+    def _newest(self) -> tuple[int, TrainState]:
+        """(step, state) of the newest saved state, or (0, start()); never two states in memory."""
+        first = self._start()
+        if self._store.empty:
+            return 0, first
+        like = _shapes(first)
+        del first
+        done, state = self._store.restore(like)
+        return done, self._start() if state is None else state
+
+    def _saved(self, step: int) -> tuple[int, TrainState]:
+        """(step, state) after that step, or of the newest saved state if it can't be read."""
+        state = self._start()
+        if step:
+            like = _shapes(state)
+            del state
+            state = self._store.restore_step(step, like)
+        return self._newest() if state is None else (step, state)
+
+    def _best(self) -> int | None:
+        """The evaluated step whose state is the result, or None if that is the last state."""
+        if not self._loop.rules.keeps_best:
+            return None
+        return main_says(self._loop.rules.best(self._points) if self._points else 0)
+
+    # --- the steps
+
+    def _steps(self, done: int, state: TrainState, inputs, step) -> tuple[int, TrainState | None, Stop | None, float]:
+        """(steps done, state, why it ended early, seconds per step); no state if it ended by an error."""
+        loop, interruption = self._loop, self._interruption
+        evaluated = self._continue(done)
+        stop = self._evaluate(state, done) if loop.evaluates(done) and not evaluated else self._reached(done)
+        if stop:
+            if stop.failed:
+                self._store.remove(done)
+            return done, None if stop.failed else state, stop, math.nan
+        if loop.refreshes(done):
+            self._refresh(done, state)
+        first, pending = done, None
         began, aside = time.monotonic(), 0.0
-        ahead = contextlib.closing(_one_ahead(inputs, range(done, self.steps), self._refreshes))
-        with progress(self.title, self.steps, start=done) as advance, ahead as prepared:
+        ahead = contextlib.closing(_one_ahead(inputs, range(first, loop.steps), loop.refreshes))
+        with progress(loop.title, loop.steps, start=first) as advance, ahead as prepared:
             for index, placed in prepared:
                 with jax.transfer_guard("disallow"):
                     state, metrics = step(state, placed)
                 interruption.unsaved = True
-                if index == done:  # the first step compiles; the rate is that of the others
+                done = index + 1
+                if index == first:  # the first step compiles; the rate is that of the others
                     jax.block_until_ready(state.step)
                     began = time.monotonic()
                 asked = interruption.asked()
-                stopped = self._log(pending)
-                pending = (index + 1, metrics)
-                due = self._saves(index + 1) or self._evaluates(index + 1) or self._refreshes(index + 1)
-                if not stopped and (asked or due):
-                    stopped, pending = self._log(pending), None
+                stop = self._log(pending)
+                pending = (done, metrics)
+                if not stop and (asked or loop.saves(done) or loop.evaluates(done) or loop.refreshes(done)):
+                    stop, pending = self._log(pending), None
                     start = time.monotonic()
-                    stopped = stopped or self._keep(index + 1, state, store, interruption, asked)
+                    stop = stop or self._after(done, state, asked)
                     aside += time.monotonic() - start
-                if stopped:
+                if stop:
                     break
-                advance(index + 1, "")
+                advance(done, "")
         interruption.unsaved = False
-        if stopped:
-            return LoopResult({}, done, stopped, math.nan)
-        seconds = (time.monotonic() - began - aside) / max(1, self.steps - done - 1)
-        return LoopResult(state.trainable, self.steps, "", seconds if self.steps > done + 1 else math.nan)
+        if stop and stop.failed:
+            return done, None, stop, math.nan
+        timed = done - first - 1
+        return done, state, stop, (time.monotonic() - began - aside) / timed if timed > 0 else math.nan
 
-    def _keep(self, step: int, state: TrainState, store: StateStore, interruption: Interruption, asked: int) -> str:
-        """Evaluates, saves and refreshes what is due after a step; returns a reason to stop, or nothing.
+    def _continue(self, done: int) -> bool:
+        """Takes up the lines of the run so far. Returns whether the state has been evaluated, or the run ended there.
+
+        A run may end between the save of a state and its evaluation.
+        """
+        loop = self._loop
+        evaluations = [row for row in self._metrics.trim(done) if "evaluation" in row]
+        for row in evaluations:
+            point = loop.rules.point(row["step"], Evaluated(None, row.get("forgetting"), row.get("utility")))
+            self._points += [point] if point else []
+        if done:
+            say(f"{loop.title}: continuing after step {done} of {loop.steps}")
+            if loop.resumed is not None:
+                loop.resumed(done)
+        best = self._best()
+        if best is not None:
+            self._store.protect(best)
+        return bool(main_says(any(row["step"] == done for row in evaluations)))
+
+    def _after(self, step: int, state: TrainState, asked: int) -> Stop | None:
+        """Evaluates, saves and refreshes what is due after a step; returns why the run ends here, or None.
 
         Raises:
           Interrupted: `asked`, or a signal came while evaluating. The state is saved; it is evaluated on continuing.
         """
-        if self._evaluates(step) and not asked:
+        loop, stop = self._loop, None
+        if loop.evaluates(step) and not asked:
             try:
-                with interruption.at_once():
-                    stopped = self._evaluate(state, step)
+                with self._interruption.at_once():
+                    stop = self._evaluate(state, step)
             except Interrupted as error:
-                stopped, asked = "", error.signal
-            if stopped:
-                return stopped
+                asked = error.signal
+            if stop and stop.failed:
+                return stop
         if asked:
-            self._end(step, state, store, interruption, asked)
-        if self._saves(step):
-            self._save(step, state, store, interruption)
-        if self._refreshes(step):
-            self._refresh(step, state, store, interruption)
-        return ""
+            self._end(step, state, asked)
+        if stop or loop.saves(step) or step == self._store.protected:
+            self._save(step, state)
+        if not stop and loop.refreshes(step):
+            self._refresh(step, state)
+        return stop
 
-    def _save(self, step: int, state: TrainState, store: StateStore, interruption: Interruption) -> None:
+    def _save(self, step: int, state: TrainState) -> None:
         flush_lines()
-        store.save(step, state)
-        interruption.unsaved = False
+        self._store.save(step, state)
+        self._interruption.unsaved = False
 
-    def _end(self, step: int, state: TrainState, store: StateStore, interruption: Interruption, asked: int) -> None:
-        self._save(step, state, store, interruption)
-        store.wait()
-        say(f"{self.title}: stopped by {signal.Signals(asked).name}; the state after step {step} is saved")
+    def _end(self, step: int, state: TrainState, asked: int) -> None:
+        self._save(step, state)
+        self._store.wait()
+        name = signal.Signals(asked).name
+        say(f"{self._loop.title}: stopped by {name}; the state after step {step} is saved")
         raise Interrupted(asked)
 
-    def _refresh(self, step: int, state: TrainState, store: StateStore, interruption: Interruption) -> None:
-        assert self.refresh is not None
+    def _refresh(self, step: int, state: TrainState) -> None:
+        assert self._loop.refresh is not None
         try:
-            with interruption.at_once():
-                self.refresh(step, state.trainable)
+            with self._interruption.at_once():
+                self._loop.refresh(step, state.trainable)
         except Interrupted as error:
-            self._end(step, state, store, interruption, error.signal)
+            self._end(step, state, error.signal)
 
-    def _log(self, pending: tuple[int, dict] | None) -> str:
-        """Writes the metrics of a step; returns a reason to stop, or nothing."""
+    def _log(self, pending: tuple[int, dict] | None) -> Stop | None:
+        """Writes the metrics of a step; returns why they end the run, or None."""
         if pending is None:
-            return ""
+            return None
         index, metrics = pending
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            return f"{', '.join(bad)} is not finite at step {index}; lower the learning rate or the coefficients"
-        if values.get("dropped"):
-            return (
-                f"{values['dropped']:.0f} choices of experts had no room at step {index}; raise parallel.expert_buffer"
-            )
-        self._write({"step": index, "identity": self.identity, **values})
-        return ""
+            names = ", ".join(bad)
+            return Stop(f"{names} is not finite at step {index}; lower the learning rate or the coefficients", True)
+        if dropped := values.get("dropped"):
+            lost = f"{dropped:.0f} choices of experts had no room at step {index}"
+            return Stop(f"{lost}; raise parallel.expert_buffer", True)
+        self._metrics.write(index, **values)
+        return None
 
-    def _evaluate(self, state: TrainState, index: int) -> str:
-        """Writes the evaluation of a state; returns a reason to stop, or nothing. At step 0 the reason is raised."""
-        assert self.evaluate is not None
+    def _evaluate(self, state: TrainState, step: int) -> Stop | None:
+        """Writes the evaluation of a state; returns why it ends the run, or None. At step 0 an error is raised."""
+        loop = self._loop
+        assert loop.evaluate is not None
         try:
-            evaluation = self.evaluate(state.trainable)
+            found = loop.evaluate(state.trainable)
         except FloatingPointError as error:
-            if index == 0:
+            if step == 0:
                 raise
-            return f"the evaluation at step {index} failed: {error}"
-        self._write({"step": index, "identity": self.identity, "evaluation": evaluation})
-        return ""
+            return Stop(f"the evaluation at step {step} failed: {error}", True)
+        found = found if isinstance(found, Evaluated) else Evaluated(found)
+        numbers = {"forgetting": found.forgetting, "utility": found.utility}
+        known = {name: value for name, value in numbers.items() if value is not None}
+        if point := loop.rules.point(step, found):
+            self._points.append(point)
+        self._metrics.write(step, evaluation=found.rows, **known)
+        if self._best() == step:
+            self._store.protect(step)
+        return self._reached(step)
 
-    def _write(self, row: dict) -> None:
-        if is_main():
-            append_line(self._metrics, row)
+    def _reached(self, step: int) -> Stop | None:
+        """Why the evaluation after `step` steps ends the run; None if it does not, or there was none."""
+        if not self._loop.rules.asks:
+            return None
+        here = self._points and self._points[-1].step == step
+        reason = self._loop.rules.stops(self._points[-1]) if here else ""
+        return Stop(reason or "a rule ended the run", False) if main_says(bool(reason)) else None
+
+
+def _shapes(state: TrainState) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def _one_ahead(inputs: Callable[[int], Any], indices: range, held: Callable[[int], bool]) -> Generator[tuple[int, Any]]:
@@ -259,9 +322,3 @@ def _one_ahead(inputs: Callable[[int], Any], indices: range, held: Callable[[int
             ahead = index + 1 in indices and not held(index + 1)
             following = pool.submit(inputs, index + 1) if ahead else None
             yield index, current.result()
-
-
-def front_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:
-    """Evaluations of a run in the order of its steps: [{"step", "evaluation": {...}}]."""
-    rows = read_lines(as_path(directory) / "metrics.jsonl")
-    return [row for row in rows if "evaluation" in row and identity in (None, row.get("identity"))]
