@@ -90,7 +90,7 @@ def test_config_dict_and_json_give_the_same_settings():
     direct, wrapped = experiment(**values), resolve(ExperimentConfig, ml_collections.ConfigDict(values))
     again = resolve(ExperimentConfig, json.loads(json.dumps(as_dict(direct))))
     assert direct == wrapped == again
-    assert direct.unlearning.optimizer.b2 == 0.9 and direct.target.optimizer.learning_rate == 5e-3
+    assert direct.unlearning.optimization.b2 == 0.9 and direct.target.optimization.learning_rate == 5e-3
 
 
 def test_conditional_defaults_follow_the_deciding_setting():

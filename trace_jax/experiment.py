@@ -155,7 +155,9 @@ class ExperimentConfig(Section):
             usual = as_dict(UnlearningConfig(objective=self.unlearning.objective))
             changes = {name: value for name, value in changes.items() if value != usual[name] or name == "steps"}
         changes |= unlearning
-        changes["steps"] = changes["steps"] * preset.steps
+        for length in ("steps", "epochs"):
+            if changes.get(length) is not None:
+                changes[length] *= preset.steps
         return Method(name, calibration, resolve(UnlearningConfig, changes, path="unlearning"))
 
     def _read_by(self, methods: tuple[str, ...]) -> set[str]:

@@ -130,7 +130,8 @@ def model_card(config: ExperimentConfig, workdir: Path, label: str) -> ModelCard
     ]
     forgotten, kept = _named(config.data)
     what = f"Unlearned: {forgotten} ({documents:,} documents, {tokens:,} tokens){kept}"
-    stopped = f" The run ended early: {result['stopped']}." if result["stopped"] else ""
+    why = "failed, and this is a state from before" if result["failed"] else "was ended by a rule"
+    stopped = f" The run {why}: {result['stopped']}." if result["stopped"] else ""
     method = f"{result['method']} ({METHODS[result['method']].summary})"
     return ModelCard(f"{what}.{stopped}", method, settings, measured)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import Corpora, build_corpora
 from trace_jax.data.tokenizer import read_vocabulary
 from trace_jax.environment import describe
-from trace_jax.evaluation.fronts import Front, front_from_history
+from trace_jax.evaluation.fronts import Front, front_from_history, standing
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.routing import measure_routing
 from trace_jax.evaluation.suite import Evaluator, make_evaluator
@@ -48,6 +49,8 @@ from trace_jax.routing.statistics import ExpertStatistics, expert_statistics
 from trace_jax.stages import Stage, check_workdir, open_workdir
 from trace_jax.summary import refresh
 from trace_jax.unlearning.metrics import front_rows
+from trace_jax.unlearning.optimizer import moments
+from trace_jax.unlearning.rules import Evaluated
 from trace_jax.unlearning.train import train_model
 from trace_jax.unlearning.trainable import partition
 from trace_jax.unlearning.unlearn import unlearn
@@ -165,13 +168,18 @@ def _model_stage(
 
 
 def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
-    """Refuses a run whose files would not fit. While a method trains, three of its states are on disk."""
+    """Refuses a run whose files would not fit.
+
+    While a method trains, three of its states are on disk, and a fourth where the best is kept.
+    """
     sizes = {"export": parameter_bytes(target.params)} if config.export and not (path / "export").exists() else {}
     for name in config.methods:
         if not (path / "methods" / name / "results.json").exists():
-            training, _ = partition(target.params, config.method(name).unlearning.trainable or "all")
+            unlearning = config.method(name).unlearning
+            training, _ = partition(target.params, unlearning.trainable or "all")
             sizes[name] = parameter_bytes(training)
-            sizes["states"] = max(sizes.get("states", 0), 3 * 3 * 4 * parameter_count(training))  # weights, Adam's two
+            states, numbers = 3 + unlearning.rules.keeps_best, 1 + moments(unlearning)
+            sizes["states"] = max(sizes.get("states", 0), states * numbers * 4 * parameter_count(training))
     needed, free = sum(sizes.values()), free_bytes(path)
     if free < needed:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sizes.items())
@@ -252,7 +260,7 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
             directory=directory,
             identity=known,
             title=f"unlearning with {label}",
-            evaluate=lambda params: [m.to_json() for m in prepared.evaluator(params)],
+            evaluate=_evaluation(prepared, method),
         )
         save_unlearned(directory, unlearned, known)
         measured = prepared.evaluator.full(unlearned.model.params)
@@ -277,7 +285,9 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
                 "calibration": dataclasses.asdict(method.calibration),
                 "unlearning": dataclasses.asdict(method.unlearning),
                 "step": unlearned.step,
+                "steps": unlearned.steps,
                 "stopped": unlearned.stopped,
+                "failed": unlearned.failed,
                 "seconds_per_step": _finite(unlearned.seconds_per_step),
                 "trained": unlearned.trained,
                 "fronts": fronts,
@@ -289,6 +299,22 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
     stage.run(make, lambda: None, f"unlearning with {label}")
     remove(directory / "checkpoints")
     return known
+
+
+def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated]:
+    """What is measured while unlearning. The numbers that rules read are those of the validation split."""
+    evaluator = prepared.evaluator
+    original = evaluator.measure(evaluator.original) if evaluator.original and method.unlearning.rules.asks else None
+
+    def evaluate(params: Any) -> Evaluated:
+        found = evaluator(params)
+        rows = [m.to_json() for m in found]
+        if original is None:
+            return Evaluated(rows)
+        benchmark = prepared.config.data.benchmark
+        return Evaluated(rows, *standing(found, benchmark=benchmark, split="validation", original=original))
+
+    return evaluate
 
 
 def _export_stage(prepared: Prepared, label: str, known: str) -> str:

@@ -134,7 +134,7 @@ def _rows(path: Path, results: dict[str, Any], board: Scoreboard, level: float) 
                 reached=at is not None,
                 step=None if at is None else round(at.step),
                 seeds=1,
-                note=METHODS[result["method"]].summary,
+                note=METHODS[result["method"]].summary + (f"; failed: {result['stopped']}" if result["failed"] else ""),
             )
         )
     return rows

@@ -16,6 +16,7 @@ from trace_jax.models.sharding import on_mesh, param_specs, placed_params
 from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.unlearning import optimizer as optimizer_module
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants, coefficients
@@ -96,10 +97,12 @@ def test_every_gradient_is_that_of_one_device(name, sizes):
         np.testing.assert_allclose(flatten(got)[path], wanted, atol=2e-5 * scale, err_msg=path)
 
 
-def trajectory(config, sizes, steps, parallel=PLAIN):
+def trajectory(config, sizes, steps, parallel=PLAIN, **optimizer):
     """(losses and gradient norms [steps, 2], parameters after the last step) of unlearning on a mesh."""
     mesh, start = mesh_of(sizes), flatten(parameters(config))
-    unlearning = UnlearningConfig(objective="npo", retain_loss="kl", alpha=3.0, learning_rate=3e-3, clip_norm=1.0)
+    unlearning = UnlearningConfig(
+        objective="npo", retain_loss="kl", alpha=3.0, learning_rate=3e-3, clip_norm=1.0, **optimizer
+    )
     settings = unlearning_settings(unlearning, config, parallel)
     placed = place(start, mesh, param_specs(config, mesh))
     constants = Constants({}, placed, None, None, place(coefficients(unlearning), mesh))
@@ -143,6 +146,18 @@ def test_memory_saved_changes_no_number(sizes, parallel, dense_on_one_device):
     metrics, _, last = trajectory(MODELS["even"], sizes, 6, parallel)
     np.testing.assert_allclose(metrics, dense_on_one_device[0][:6], rtol=1e-4)
     assert not parallel.expert_buffer or float(last["dropped"]) == 0
+
+
+@pytest.mark.parametrize("name", ["adafactor", "sgd", "muon"])
+def test_every_optimizer_takes_the_same_steps_on_four_devices(name, monkeypatch):
+    """Factored means and orthogonal updates are of whole matrices, wherever their parts lie."""
+    monkeypatch.setattr(optimizer_module, "_FACTORED_FROM", 8)
+    one, many = (
+        trajectory(MODELS["even"], sizes, 4, optimizer=name, weight_decay=0.1) for sizes in ((1, 1, 1), (2, 1, 2))
+    )
+    np.testing.assert_allclose(many[0], one[0], rtol=1e-3)
+    for path, wanted in one[1].items():
+        np.testing.assert_allclose(many[1][path], wanted, atol=3e-4, err_msg=path)
 
 
 def test_choices_without_room_are_counted():

@@ -179,7 +179,7 @@ def test_empty_rows_change_nothing(model, rows):
 
 def test_training_step_learns_and_is_the_same_on_four_devices(model, retain):
     config = TrainingConfig(steps=20, learning_rate=0.01, warmup_steps=0, schedule="constant")
-    settings, losses = StepSettings(model.config, config.optimizer, config.steps), {}
+    settings, losses = StepSettings(model.config, config.optimization, config.steps), {}
     for devices in (1, 4):
         mesh = make_mesh(jax.devices()[:devices])
         state = initial_state(flatten(model.params), settings, mesh)

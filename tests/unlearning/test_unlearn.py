@@ -19,6 +19,7 @@ from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.retain_weights import retain_weights
 from trace_jax.routing.statistics import expert_statistics
 from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.rules import Evaluated
 from trace_jax.unlearning.unlearn import unlearn
 
 CONFIG = UnlearningConfig(
@@ -137,3 +138,63 @@ def test_missing_or_empty_data_is_refused(model, forget, retain):
     empty = dataclasses.replace(forget, valid=np.zeros_like(forget.valid))
     with pytest.raises(ValueError, match="forget rows hold no token"):
         unlearn(model, empty, retain, config=CONFIG)
+
+
+# --- rules about evaluations
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"stop_forgetting": 0.1}, {"stop_utility": 0.9}, {"keep": "best_utility", "keep_forgetting": 0.2}],
+)
+def test_a_rule_without_an_evaluation_is_refused(model, forget, retain, rule):
+    with pytest.raises(ConfigError, match="are about evaluations, and there are none"):
+        unlearn(model, forget, retain, config=dataclasses.replace(CONFIG, **rule))
+
+
+def test_keeping_the_best_needs_to_know_how_much_is_forgotten():
+    with pytest.raises(ConfigError, match="keep_forgetting is needed when keep is 'best_utility'"):
+        UnlearningConfig(keep="best_utility")
+    with pytest.raises(ConfigError, match=r"keep_forgetting = 0\.2 would have no effect"):
+        UnlearningConfig(keep_forgetting=0.2)
+    with pytest.raises(ConfigError, match="keep is 'best'; expected one of last, best_utility"):
+        UnlearningConfig(keep="best")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd", "muon"])
+def test_a_run_that_reaches_its_target_is_a_success_and_its_best_state_is_a_model(
+    model, forget, retain, tmp_path, optimizer
+):
+    """Interrupted between two saves, with the state of every optimizer."""
+    numbers = {0: (1.0, 1.0), 2: (0.4, 0.9), 4: (0.3, 0.6), 6: (0.05, 0.7)}
+
+    def run(directory, stop_at=None, **more):
+        seen = []
+
+        def evaluate(params):
+            step = 2 * len(seen) if directory not in resumed else resumed[directory] + 2 * len(seen)
+            seen.append(np.asarray(params["head"]))
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return Evaluated({"step": step}, *numbers[step])
+
+        config = dataclasses.replace(
+            CONFIG, steps=8, evaluate_every=2, checkpoint_every=3, stop_forgetting=0.1, optimizer=optimizer,
+            **{"b1": None, "b2": None, "eps": None} if optimizer != "adamw" else {}, **more,
+        )  # fmt: skip
+        return unlearn(model, forget, retain, config=config, directory=directory, evaluate=evaluate), seen
+
+    resumed = {}
+    keep = {"keep": "best_utility", "keep_forgetting": 0.5}
+    last, seen = run(tmp_path / "last")
+    assert (last.step, last.failed) == (6, False) and "reached stop_forgetting 0.1 at step 6" in last.stopped
+    np.testing.assert_array_equal(last.model.params["head"], seen[3])
+    best, seen = run(tmp_path / "best", **keep)
+    assert (best.step, best.failed) == (2, False)
+    np.testing.assert_array_equal(best.model.params["head"], seen[1])
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", stop_at=6, **keep)
+    resumed[tmp_path / "cut"] = 4
+    again, _ = run(tmp_path / "cut", **keep)
+    assert (again.step, again.stopped) == (best.step, best.stopped)
+    assert_same(again.model.params, best.model.params)

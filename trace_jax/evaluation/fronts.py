@@ -98,6 +98,15 @@ def front_from_history(
     return Front(steps, measured[board.forgetting], utilities, measured)
 
 
+def standing(
+    measurements: Sequence[Measurement], *, benchmark: str, split: str, original: Sequence[Measurement]
+) -> tuple[float, float]:
+    """(forgetting, mean utility) of one evaluation, as a front has them; `original`: those of the original model."""
+    before = {m.name: m.value for m in original if m.split == split}
+    front = front_from_history([(0, measurements)], benchmark=benchmark, split=split, original=before)
+    return float(front.forgetting[0]), float(front.utilities[MEAN][0])
+
+
 @dataclasses.dataclass(frozen=True)
 class Crossing:
     """Where a front first comes down to a level: between evaluations `index - 1` and `index`.

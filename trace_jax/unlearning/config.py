@@ -6,11 +6,14 @@ import dataclasses
 
 from trace_jax.config import ConfigError, Section, option
 from trace_jax.unlearning.objectives import OBJECTIVES, PAPER, Objective
+from trace_jax.unlearning.rules import KEEP, Rules
 
 RETAIN_LOSSES = ("none", "nll", "kl", "hidden")
 NORMALIZE = ("count", "batch")
 TOPICS = ("mixed", "alternating")
 TRAINABLE = ("all", "experts", "selected_experts", "routers_frozen", "down_projections")
+OPTIMIZERS = ("adamw", "adafactor", "sgd", "muon")
+ANCHORS = ("forget", "retain")
 SCHEDULES = ("constant", "cosine", "linear")
 STEERING = tuple(name for name, row in OBJECTIVES.items() if "hidden" in row.needs)
 REFUSALS = ("I do not know.", "I can't help with that.", "That is something I have no knowledge of.")
@@ -18,22 +21,32 @@ _RETAINING = tuple(name for name, row in OBJECTIVES.items() if row.retains)
 _REFUSING = tuple(name for name, row in OBJECTIVES.items() if "refusals" in row.needs)
 _REFERRING = tuple(name for name, row in OBJECTIVES.items() if "reference_nll" in row.needs)
 _FORMS = (PAPER, *sorted({form for row in OBJECTIVES.values() for form in row.forms}))
+_ADAM = {"optimizer": ("adamw", "muon")}  # Muon leaves to Adam what is no matrix
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Section):
-    """AdamW, its schedule and clipping (optax)."""
+    """The optimizer, its schedule and clipping (optax)."""
 
+    optimizer: str = option("adamw", help="how gradients become updates", choices=OPTIMIZERS)
     learning_rate: float = option(1e-3, help="peak learning rate", minimum=0.0)
-    b1: float = option(0.9, help="decay of the first moment", minimum=0.0, maximum=1.0)
-    b2: float = option(0.98, help="decay of the second moment", minimum=0.0, maximum=1.0)
+    b1: float | None = option(0.9, help="decay of Adam's first moment", minimum=0.0, maximum=1.0, when=_ADAM)
+    b2: float | None = option(0.98, help="decay of Adam's second moment", minimum=0.0, maximum=1.0, when=_ADAM)
+    eps: float | None = option(1e-8, help="added to the root of Adam's second moment", minimum=0.0, when=_ADAM)
+    momentum: float | None = option(
+        {"sgd": 0.9, "muon": 0.95},
+        help="decay of the momentum; 0 = none",
+        minimum=0.0,
+        maximum=1.0,
+        when={"optimizer": ("sgd", "muon")},
+    )
     weight_decay: float = option(0.0, help="decoupled weight decay", minimum=0.0)
     clip_norm: float = option(1.0, help="largest global gradient norm; 0 = no clipping", minimum=0.0)
     warmup_steps: int = option(0, help="steps of linear warm-up", minimum=0)
     schedule: str = option("constant", help="learning rate after warm-up", choices=SCHEDULES)
 
     @property
-    def optimizer(self) -> OptimizerConfig:
+    def optimization(self) -> OptimizerConfig:
         """The optimizer's settings alone."""
         return OptimizerConfig(
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(OptimizerConfig)}
@@ -133,12 +146,27 @@ class UnlearningConfig(OptimizerConfig):
         help="preset, or path patterns of what trains (first match wins; a leading ! freezes); "
         "down_projections for RMU, else all",
     )
-    steps: int = option(60, help="optimizer steps", minimum=1)
+    steps: int | None = option(None, help="optimizer steps; 60 unless epochs is given", minimum=1)
+    epochs: float | None = option(
+        None, help="instead of steps: how often the rows of epoch_anchor are gone through", minimum=1e-6
+    )
+    epoch_anchor: str | None = option(None, help="whose rows epochs counts; forget if unset", choices=ANCHORS)
     forget_batch_size: int = option(8, help="forget rows per step", minimum=1)
     retain_batch_size: int | None = option(
         16, help="retain rows per step", minimum=1, when={"retain_loss": RETAIN_LOSSES[1:]}
     )
     evaluate_every: int = option(4, help="steps between evaluations", minimum=1)
+    stop_forgetting: float | None = option(
+        None, help="end the run once forgetting, measured on validation, is at or below this"
+    )
+    stop_utility: float | None = option(None, help="end the run once mean utility on validation is below this")
+    keep: str = option(
+        "last", help="the state that is the result: the last, or the evaluated one of highest utility", choices=KEEP
+    )
+    keep_forgetting: float | None = option(
+        help="forgetting on validation that a state must be at or below to be kept for its utility",
+        when={"keep": ("best_utility",)},
+    )
     checkpoint_every: int = option(20, help="steps between saved training states", minimum=1)
 
     def __post_init__(self):
@@ -159,6 +187,7 @@ class UnlearningConfig(OptimizerConfig):
         if self.refusals is not None and not all(text.strip() for text in self.refusals or ("",)):
             raise ConfigError("refusals holds no text, or an empty one; give at least one sentence.")
         self._check_dual()
+        self._check_length()
 
     def _check_dual(self) -> None:
         if self.objective != "pdu":
@@ -174,6 +203,25 @@ class UnlearningConfig(OptimizerConfig):
             )
         if self.retain_bound is None:
             object.__setattr__(self, "retain_bound", 0.05)
+
+    def _check_length(self) -> None:
+        if self.epochs is None:
+            if self.epoch_anchor is not None:
+                raise ConfigError(f"epoch_anchor = {self.epoch_anchor!r} would have no effect: epochs is not set.")
+            object.__setattr__(self, "steps", self.steps or 60)
+            return
+        if self.steps is not None:
+            raise ConfigError(
+                f"steps is {self.steps} and epochs is {self.epochs:g}; a run has one length. Set one of them to None."
+            )
+        object.__setattr__(self, "epoch_anchor", self.epoch_anchor or "forget")
+        if self.epoch_anchor == "retain" and not self.retains:
+            raise ConfigError("epoch_anchor is 'retain', but there is no retain term; set it to 'forget'.")
+
+    @property
+    def rules(self) -> Rules:
+        """When the run ends early, and which state it keeps."""
+        return Rules(self.stop_forgetting, self.stop_utility, self.keep, self.keep_forgetting)
 
     @property
     def row(self) -> Objective:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey
 
+from trace_jax.models.arrays import flat_specs
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place
@@ -57,9 +58,10 @@ class StepSettings:
 def unlearning_settings(config: UnlearningConfig, model: ModelConfig, parallel: ParallelConfig = PLAIN) -> StepSettings:
     """The static part of an unlearning step."""
     # A constant rate does not depend on the number of steps; leaving it out saves a compilation per number.
-    steps = 0 if config.schedule == "constant" else config.steps
+    # Where the rows of an epoch are not known (a plan), their number is not either.
+    steps = 0 if config.schedule == "constant" else config.steps or 0
     return StepSettings(
-        model, config.optimizer, steps, config.objective, config.form, config.retain_loss, config.normalize,
+        model, config.optimization, steps, config.objective, config.form, config.retain_loss, config.normalize,
         config.layer, parallel, rows=config.trainable == "selected_experts",
     )  # fmt: skip
 
@@ -79,28 +81,51 @@ def fresh_state(
 ) -> TrainState:
     """The state before the first step, wherever its arrays lie; also of shapes alone (`jax.eval_shape`)."""
     trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
-    optimizer = make_optimizer(settings.optimizer, settings.steps, masks).init(trainable)
+    optimizer = _optimizer(settings, masks).init(trainable)
     return TrainState(
         jnp.zeros((), jnp.int32), trainable, optimizer, None if alpha is None else jnp.asarray(alpha, jnp.float32)
     )
 
 
+def _optimizer(settings: StepSettings, masks: Flat | None) -> optax.GradientTransformation:
+    axes = {path: spec.axes for path, spec in flat_specs(settings.model).items()}
+    return make_optimizer(settings.optimizer, settings.steps, masks, axes=axes)
+
+
 def state_shardings(state: Any, settings: StepSettings, mesh: Mesh) -> Any:
-    """How a `TrainState` is stored: whatever is kept for a parameter lies where the parameter does."""
+    """How a `TrainState` is stored: whatever is kept for a parameter lies where the parameter does.
+
+    An array of another shape, such as a mean over the rows of a matrix, does so in the first dimensions that it has in
+    common with the parameter: layers and experts.
+    """
     specs = trainable_specs(state.trainable, settings.model, mesh, rows=settings.rows)
 
-    def one(path, _):
+    def one(path, leaf):
         names = [key.key for key in path if isinstance(key, DictKey) and key.key in specs]
-        return NamedSharding(mesh, specs[names[-1]] if names else P())
+        if not names:
+            return NamedSharding(mesh, P())
+        spec, shape = specs[names[-1]], state.trainable[names[-1]].shape
+        if leaf.shape != shape:
+            spec = _common(spec, leaf.shape, shape)
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, state)
+
+
+def _common(spec: P, shape: tuple[int, ...], like: tuple[int, ...]) -> P:
+    """The spec of an array of `shape` that is stored as one of shape `like` is, as far as the shapes agree."""
+    same = next((d for d, pair in enumerate(zip(shape, like, strict=False)) if pair[0] != pair[1]), len(shape))
+    entries = list(spec[: min(same, len(like))])
+    while entries and entries[-1] is None:
+        entries.pop()
+    return P(*entries)
 
 
 def apply_gradients(
     state: TrainState, gradients: Flat, settings: StepSettings, masks: Flat | None, mesh: Mesh
 ) -> tuple[TrainState, jax.Array]:
     """(the state after the optimizer's update, norm of the gradients f32 [])."""
-    optimizer = make_optimizer(settings.optimizer, settings.steps, masks)
+    optimizer = _optimizer(settings, masks)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer count
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, updates)

@@ -40,7 +40,7 @@ def train_model(
     Raises:
       FloatingPointError: the loss stopped being finite; a target model that diverged is of no use to anyone.
     """
-    settings = StepSettings(model_config, config.optimizer, config.steps)
+    settings = StepSettings(model_config, config.optimization, config.steps)
 
     def start():
         return initial_state(flatten(init_params(model_config, jax.random.key(seed))), settings, mesh)

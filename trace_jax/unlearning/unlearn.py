@@ -23,9 +23,11 @@ from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import ROWS
+from trace_jax.progress import say
 from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.unlearning.config import STEERING, UnlearningConfig
 from trace_jax.unlearning.inputs import Inputs, forget_sampler
+from trace_jax.unlearning.length import batch_text, with_steps
 from trace_jax.unlearning.loop import Loop
 from trace_jax.unlearning.losses import Constants, coefficients
 from trace_jax.unlearning.objectives import steering_directions
@@ -39,11 +41,20 @@ from trace_jax.unlearning.trainable import partition, trainable_table, update_ma
 
 @dataclasses.dataclass(frozen=True)
 class Unlearned:
-    """The model after unlearning, the step it is from, why it stopped early (or ""), what trained, and the speed."""
+    """The outcome of unlearning.
+
+    Attributes:
+      model: the model after unlearning; step: how many steps it is away from the target model.
+      steps: how many the run was to take.
+      stopped: why the run ended before that, or "". failed: whether by an error, not by a rule that was asked for.
+      trained: table of what trained (`trainable_table`).
+    """
 
     model: Model
     step: int
+    steps: int
     stopped: str
+    failed: bool
     trained: list[dict]
     seconds_per_step: float
 
@@ -77,18 +88,27 @@ def unlearn(
       mesh, parallel: the devices, and how the step is laid out on them; no mesh: one as `parallel` says.
       directory: where metrics.jsonl and resumable state go; None keeps nothing.
       identity: hash of everything that made this run; state of another one in `directory` is not continued.
-      evaluate: called with parameters at step 0, every `config.evaluate_every` steps and at the end.
+      evaluate: called with parameters at step 0, every `config.evaluate_every` steps and at the end. What it returns
+        (JSON) goes into metrics.jsonl; rules about when to stop and what to keep need an `Evaluated`.
     Returns:
       `Unlearned`; after a NaN, the last good state and the reason.
     Raises:
       ConfigError: retain data missing for an objective that needs it; a layer the model doesn't have; selected
-        experts missing; refusals without a tokenizer.
+        experts missing; refusals without a tokenizer; a rule without an evaluation to read.
     """
     if selected is None and weights is not None:
         selected = weights.selected
     selected = selected if config.trainable == "selected_experts" else None
     _check(model, forget, retain, config, selected)
+    if config.rules.asks and evaluate is None:
+        raise ConfigError(
+            "stop_forgetting, stop_utility and keep are about evaluations, and there are none; give `evaluate`, or "
+            "leave them out."
+        )
     mesh = mesh or parallel.mesh()
+    config = with_steps(config, forget, retain)
+    assert config.steps is not None
+    say(f"{title}: {batch_text(config, forget, retain, mesh, parallel.microbatches)}")
     trainable, specs = config.trainable or "all", param_specs(model.config, mesh)
     training, frozen = (
         place(part, mesh, {path: specs[path] for path in part}) for part in partition(model.params, trainable)
@@ -134,12 +154,14 @@ def unlearn(
             (lambda trainable: evaluate(whole(trainable))) if evaluate else None,
             config.evaluate_every,
             seed,
+            rules=config.rules,
         )
         result = loop.run(start, lambda i: place(batches.at(i), mesh, P(ROWS)), step)
     table = trainable_table(model.params, trainable, masks, selected)
     return Unlearned(
-        model.replace(params=whole(result.trainable)), result.step, result.stopped, table, result.seconds_per_step
-    )
+        model.replace(params=whole(result.trainable)), result.step, config.steps, result.stopped, result.failed, table,
+        result.seconds_per_step,
+    )  # fmt: skip
 
 
 def trained_layers(config: UnlearningConfig) -> tuple[int, int] | None:
