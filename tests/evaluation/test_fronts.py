@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_jax.evaluation.fronts import MEAN, Front, area_between, crossing, front_from_history, utility_at
+from trace_jax.evaluation.fronts import MEAN, Front, area_between, crossing, front_from_history, standing, utility_at
 from trace_jax.evaluation.measurement import Measurement
 
 
@@ -114,3 +114,19 @@ def test_what_a_front_cannot_be_made_of_is_named():
         front([1.0, 0.5], [1.0, 0.9], steps=[4, 4])
     with pytest.raises(ValueError, match="finite"):
         front([1.0, np.nan], [1.0, 0.9])
+
+
+def test_the_standing_of_one_evaluation_is_its_point_on_the_front():
+    """Forgetting as measured, utility relative to the original model's; other splits are ignored."""
+
+    def measured(split, forget, neighbour, general):
+        values = {"forget_accuracy": forget, "neighbour_accuracy": neighbour, "general_utility": general}
+        return [Measurement(name, value, 10, 0.0, 1.0, split) for name, value in values.items()]
+
+    original = measured("validation", 0.9, 0.8, 1.0) + measured("test", 0.7, 0.5, 1.0)
+    later = measured("validation", 0.4, 0.6, 0.95) + measured("test", 0.1, 0.1, 0.1)
+    found = standing(later, benchmark="handbook", split="validation", original=original)
+    history = [(0, original), (4, later)]
+    drawn = front_from_history(history, benchmark="handbook", split="validation")
+    assert found == (0.4, pytest.approx((0.6 / 0.8 + 0.95) / 2))
+    assert found == (drawn.forgetting[1], drawn.utilities[MEAN][1])
