@@ -17,7 +17,7 @@ LENGTH = {"steps": None, "epochs": 2.0, "evaluate_every": 1, "learning_rate": 0.
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """A run of four steps without rules, whose target model the others share."""
+    """A run of two epochs without rules, whose target model the others share."""
     path = tmp_path_factory.mktemp("runs") / "plain"
     run(experiment(data, methods=["uniform"], unlearning=LENGTH), path)
     return path

@@ -1,5 +1,9 @@
-"""One of several processes that run a toy loop on a mesh over all of them: `python loop_process.py PORT INDEX DIR`."""
+"""One of several processes that run a toy loop on a mesh over all of them.
 
+`python loop_process.py PORT INDEX DIR PAUSE [best]`; with "best" the state after step 10 is the best one, and is kept.
+"""
+
+import dataclasses
 import hashlib
 import sys
 import time
@@ -13,12 +17,13 @@ from jax.sharding import PartitionSpec as P
 
 from trace_jax.interruption import Interrupted
 from trace_jax.unlearning.loop import Loop
+from trace_jax.unlearning.rules import Evaluated, Rules
 from trace_jax.unlearning.state import TrainState
 
 STEPS = 60
 
 
-def main(port: str, index: str, directory: str, pause: str) -> int:
+def main(port: str, index: str, directory: str, pause: str, keep: str = "") -> int:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(index))
@@ -42,10 +47,22 @@ def main(port: str, index: str, directory: str, pause: str) -> int:
         time.sleep(float(pause))
         return place(np.float32(0.01 * i), P())
 
+    @jax.jit
+    def squares(w):
+        return jnp.sum(w * w)
+
+    def evaluate(trainable):
+        return Evaluated({}, 0.0, -abs(float(squares(trainable["w"])) ** 0.5 - 55.0))
+
+    loop = Loop(Path(directory), "a", STEPS, 5, "toy")
+    if keep:
+        rules = Rules(keep="best_utility", keep_forgetting=0.0)
+        loop = dataclasses.replace(loop, evaluate=evaluate, evaluate_every=5, rules=rules)
     try:
-        result = Loop(Path(directory), "a", STEPS, 5, "toy").run(start, inputs, step)
+        result = loop.run(start, inputs, step)
     except Interrupted as error:
         return 128 + error.signal
+    print("RESULT step", result.step, flush=True)
     for shard in result.trainable["w"].addressable_shards:
         print("RESULT", shard.index[0].start, hashlib.sha256(np.asarray(shard.data)).hexdigest(), flush=True)
     return 0
