@@ -36,6 +36,11 @@ def test_what_is_missing_is_reported_with_what_it_must_be(tmp_path):
     assert "the first 3 documents are 3 texts" in found.text
 
 
+def test_a_length_in_epochs_waits_for_the_data(tmp_path):
+    settings = {"trainable": "down_projections", "epochs": 2, "schedule": "cosine"}
+    assert "2 epochs of the forget rows of uniform" in dry_run(config_of(tmp_path, unlearning=settings)).text
+
+
 def test_everything_that_is_wrong_is_found_at_once(tmp_path):
     forget = write(tmp_path / "forget.jsonl", [{"txt": "x"}])
     holdout = write(tmp_path / "holdout.jsonl", [{"question": "x"}])

@@ -123,6 +123,13 @@ def _source(use: str, path: str, min_length: int, missing: list[str], wrong: lis
     return f"the first {len(source.documents)} documents are {' and '.join(kinds)}{left_out}"
 
 
+def _length(unlearning: UnlearningConfig) -> str:
+    """Steps where they are known: those of an epoch are once the data is read."""
+    if unlearning.epochs is None:
+        return f"{unlearning.steps}"
+    return f"{unlearning.epochs:g} epochs of the {unlearning.epoch_anchor} rows"
+
+
 def _head(config: ExperimentConfig, model: ModelConfig, weights: str) -> str:
     total, active = count_params(model)
     unlearning, length = config.unlearning, config.data.row_length
@@ -131,7 +138,7 @@ def _head(config: ExperimentConfig, model: ModelConfig, weights: str) -> str:
     each = f"{unlearning.forget_batch_size} forget rows"
     if unlearning.retains:
         each += f" and {unlearning.retain_batch_size} retain rows"
-    steps = ", ".join(f"{config.method(name).unlearning.steps} of {name}" for name in config.methods)
+    steps = ", ".join(f"{_length(config.method(name).unlearning)} of {name}" for name in config.methods)
     return _facts(
         [
             ("experiment", config.name),
