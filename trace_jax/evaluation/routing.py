@@ -15,7 +15,7 @@ from trace_jax.data.rows import Rows
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.models.model import Model
 from trace_jax.routing.diagnostics import load, mismatch, overlap, router_drift
-from trace_jax.routing.statistics import Assignments, ExpertStatistics, expert_assignments
+from trace_jax.routing.statistics import expert_routing
 
 SUBJECTS = ("forget", "retain")
 
@@ -74,12 +74,12 @@ def measure_routing(
       forget, retain: the text; more than `max_rows` rows are thinned evenly.
       batch_size, mesh: rows per batch, and the devices that share it (None: all).
     """
-    before, after = {}, {}
+    before, after, old, new = {}, {}, {}, {}
     for subject, rows in zip(SUBJECTS, (forget, retain), strict=True):
         rows = rows.take(spread_indices(len(rows), max_rows))
-        for model, found in ((original, before), (current, after)):
-            found[subject] = expert_assignments(model, sequential_batches(rows, batch_size), mesh=mesh)
-    old, new = ({s: _statistics(a, original.config.num_experts) for s, a in found.items()} for found in (before, after))
+        for model, counted, found in ((original, old, before), (current, new, after)):
+            batches = sequential_batches(rows, batch_size)
+            counted[subject], found[subject] = expert_routing(model, batches, mesh=mesh)
     kept = {s: overlap(before[s], after[s]) for s in SUBJECTS}
     loads = {s: load(new[s]) for s in SUBJECTS}
     apart, originally = mismatch(new["forget"], new["retain"]), mismatch(old["forget"], old["retain"])
@@ -99,13 +99,6 @@ def measure_routing(
         original_js=originally.js,
         drift=router_drift(original, current),
     )
-
-
-def _statistics(assignments: Assignments, num_experts: int) -> ExpertStatistics:
-    """Counts of kept assignments: exactly what a counting pass over the same rows gives. Gate mass is not known."""
-    _, tokens, top_k = assignments.indices.shape
-    counts = np.stack([np.bincount(layer.ravel(), minlength=num_experts) for layer in assignments.indices])
-    return ExpertStatistics(counts.astype(np.int64), np.full(counts.shape, np.nan), tokens, top_k)
 
 
 def _plain(value: Any) -> Any:

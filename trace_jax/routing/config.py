@@ -10,9 +10,12 @@ RULES = ("ratio", "difference", "log_odds", "cumulative", "affinity", "random", 
 WEIGHTINGS = ("uniform", "entropy", "ratio", "permuted", "random_experts", "ngram", "hidden", "loss", "domain")
 UNITS = ("token", "row", "window")
 APPLICATIONS = ("weights", "sampling", "both")
+SCOPES = ("layer", "model")
+ROUTINGS = ("offline", "online", "recalibrated")
 
 _SELECTING = ("entropy", "ratio", "permuted", "random_experts")  # weightings that look at selected experts
 _MATCHING = ("entropy", "permuted", "random_experts", "hidden")  # weightings that solve for multipliers
+_ONLINE = ("entropy", "random_experts")  # weightings with multipliers that weigh any token by its experts
 _WEIGHTED = tuple(w for w in WEIGHTINGS if w != "uniform")
 
 
@@ -31,7 +34,13 @@ class CalibrationConfig(Section):
         1.2, help="least ratio of forget to retain frequency", minimum=0.0, when={"rule": ("ratio",)}
     )
     top: int | None = option(
-        4, help="experts selected per layer", minimum=1, when={"rule": ("difference", "affinity", "random")}
+        4, help="experts selected, per `scope`", minimum=1, when={"rule": ("difference", "affinity", "random")}
+    )
+    scope: str | None = option(
+        "layer",
+        help="whether `top` experts are taken in each layer or over the whole model",
+        choices=SCOPES,
+        when={"rule": ("difference", "affinity", "random")},
     )
     z: float | None = option(5.0, help="least two-proportion z-score", minimum=0.0, when={"rule": ("log_odds",)})
     mass: float | None = option(
@@ -78,9 +87,30 @@ class CalibrationConfig(Section):
         choices=APPLICATIONS,
         when={"weighting": _WEIGHTED},
     )
+    routing: str | None = option(
+        "offline",
+        help="whose routing gives a token its weight: the original model's, the current model's, or the current "
+        "model's with everything solved anew every few steps",
+        choices=ROUTINGS,
+        when={"weighting": _SELECTING},
+    )
+    recalibrate_every: int | None = option(
+        20, help="steps between recalibrations", minimum=1, when={"routing": ("recalibrated",)}
+    )
     seed: int = option(0, help="seed of random experts and of the permutation", minimum=0)
 
     def __post_init__(self):
         super().__post_init__()
         if self.weighting == "hidden" and self.unit != "row":
             raise ConfigError(f"unit is {self.unit!r}; weighting 'hidden' compares rows, so unit must be 'row'.")
+        if self.routing == "online" and self.weighting not in _ONLINE:
+            raise ConfigError(
+                f"routing is 'online' and weighting {self.weighting!r}, which has no multipliers that weigh a token by "
+                f"the experts it uses now. Set weighting to {' or '.join(map(repr, _ONLINE))}, or routing to "
+                "'recalibrated', which solves any weighting of experts anew."
+            )
+        if self.routing == "online" and self.apply == "sampling":
+            raise ConfigError(
+                "routing is 'online' and apply 'sampling', where rows are drawn before the current model sees them and "
+                "their losses are not weighted; set apply to 'both' or 'weights', or routing to 'recalibrated'."
+            )

@@ -119,6 +119,11 @@ def overlap(original: Assignments, current: Assignments) -> Overlap:
     )
 
 
+def frequency_change(original: ExpertStatistics, current: ExpertStatistics) -> np.ndarray:
+    """f64 [L]: sum over experts of |f_current - f_original| of one corpus under two models, 0 to 2K."""
+    return np.abs(current.frequency - original.frequency).sum(axis=1)
+
+
 def router_drift(original: Model, current: Model) -> np.ndarray:
     """f64 [L]: |R - R_0| / |R_0| of each layer's router weights [D, E] (Frobenius norm)."""
     before = to_host(original.params["layers"]["router"]).astype(np.float64)

@@ -9,6 +9,9 @@ mean of w_t r_t:
   different numbers of valid positions (drawing by the row's summed weight would count long rows twice, and would not
   be uniform for equal weights).
 - "sampling": rows drawn the same way, v = 1. For unit "row" this is "both".
+
+With routing "online" v is known only once the model that trains has routed the row: it is the weight by that routing
+times a factor of the row, 1 for "weights" and 1 / (the row's mean weight by the original routing) for "both".
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from trace_jax.routing import controls
 from trace_jax.routing.calibration import Calibration, calibrate
 from trace_jax.routing.certificate import Certificate
 from trace_jax.routing.config import CalibrationConfig
+from trace_jax.routing.online import OnlineWeights
 from trace_jax.routing.selection import random_like, select_experts
 from trace_jax.routing.statistics import Assignments, ExpertStatistics, expert_assignments
 from trace_jax.routing.weights import (
@@ -52,6 +56,7 @@ class RetainWeights:
       effective_sample_size: (sum w)^2 / (T sum w^2).
       frequency: f64 [L, E], weighted retain frequency sum_t w_t a_t / sum_t w_t; None for weightings without experts.
       calibration, certificate: for weightings that match experts, else None.
+      row_factor: f32 [N], for routing "online", else None: see above.
     """
 
     weights: np.ndarray
@@ -62,10 +67,29 @@ class RetainWeights:
     frequency: np.ndarray | None = None
     calibration: Calibration | None = None
     certificate: Certificate | None = None
+    row_factor: np.ndarray | None = None
+
+    @property
+    def online(self) -> OnlineWeights | None:
+        """What a step weighs tokens with by their present routing; None where weights are fixed."""
+        if self.row_factor is None:
+            return None
+        assert self.calibration is not None
+        return OnlineWeights.of(self.calibration)
+
+    @property
+    def step_weights(self) -> np.ndarray:
+        """f32 [N, S]: what a step gets for a row: its loss weights, or, online, the factor of its weights to come."""
+        if self.row_factor is None:
+            return self.loss_weights
+        return np.broadcast_to(self.row_factor[:, None], self.loss_weights.shape)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes weights.npz and, where experts were matched, calibration.npz and calibration.json."""
-        names = ("weights", "row_probability", "loss_weights", "selected", "effective_sample_size", "frequency")
+        names = (
+            "weights", "row_probability", "loss_weights", "selected", "effective_sample_size", "frequency",
+            "row_factor",
+        )  # fmt: skip
         arrays = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         with replacing(as_path(directory) / "weights.npz") as temporary:
             np.savez_compressed(temporary, **arrays)
@@ -94,6 +118,7 @@ def retain_weights(
     retain: Rows,
     forget_statistics: ExpertStatistics,
     retain_statistics: ExpertStatistics,
+    assignments: Assignments | None = None,
     mesh: Mesh | None = None,
     batch_size: int = 32,
 ) -> RetainWeights:
@@ -102,6 +127,7 @@ def retain_weights(
     Args:
       model: the frozen original model, whose routing, hidden states or losses are used.
       forget, retain: the two corpora; `*_statistics` their `expert_statistics` under `model`.
+      assignments: the `expert_assignments` of the retain corpus under `model`, where they are known already.
       batch_size: rows per forward pass; changes no result.
 
     Raises:
@@ -116,21 +142,19 @@ def retain_weights(
             "statistics of another corpus were given."
         )
     selected = np.zeros(forget_statistics.counts.shape, bool)
-    calibration, assignments = None, None
+    calibration = None
     if config.rule is not None:
         selected = _selected(config, forget_statistics, retain_statistics)
-        assignments = expert_assignments(
-            model,
-            tracked(sequential_batches(retain, batch_size), "routing of retain tokens", -(-len(retain) // batch_size)),
-            mesh=mesh,
-        )
+        if assignments is None:
+            batches, number = sequential_batches(retain, batch_size), -(-len(retain) // batch_size)
+            assignments = expert_assignments(model, tracked(batches, "routing of retain tokens", number), mesh=mesh)
         tokens, calibration = _from_experts(config, assignments, selected, forget_statistics, retain_statistics)
     else:
         tokens = _without_experts(config, model, forget, retain, mesh, batch_size)
     if config.max_weight is not None and config.weighting not in ("entropy", "random_experts"):  # those are clipped
         tokens, _ = clipped_to_mean_one(tokens / tokens.mean(), config.max_weight)
     frequency = None
-    if assignments is not None:
+    if config.rule is not None and assignments is not None:
         frequency = weighted_frequency(assignments.indices, tokens, model.config.num_experts)
     weights = np.zeros(valid.shape)
     weights[valid] = tokens
@@ -144,6 +168,7 @@ def retain_weights(
         frequency=frequency,
         calibration=calibration,
         certificate=None if calibration is None else calibration.certificate,
+        row_factor=row_factor(weights, valid, config.apply or "weights") if config.routing == "online" else None,
     )
 
 
@@ -152,15 +177,25 @@ def apply_weights(weights: np.ndarray, valid: np.ndarray, apply: str) -> tuple[n
     rows = len(weights)
     if apply == "weights":
         return np.full(rows, 1 / rows), weights
-    row_mean = weights.sum(axis=1) / np.maximum(valid.sum(axis=1), 1)
+    row_mean = _row_means(weights, valid)
     probability = row_mean / row_mean.sum()
     if apply == "sampling":
         return probability, valid.astype(np.float64)
     return probability, weights / np.where(row_mean > 0, row_mean, 1.0)[:, None]
 
 
+def row_factor(weights: np.ndarray, valid: np.ndarray, apply: str) -> np.ndarray:
+    """f32 [N]: what the weight of a token is multiplied by because of how its row was drawn ("weights" or "both")."""
+    row_mean = np.ones(len(weights)) if apply == "weights" else _row_means(weights, valid)
+    return (1.0 / np.where(row_mean > 0, row_mean, 1.0)).astype(np.float32)
+
+
+def _row_means(weights: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    return weights.sum(axis=1) / np.maximum(valid.sum(axis=1), 1)
+
+
 def _selected(config: CalibrationConfig, forget: ExpertStatistics, retain: ExpertStatistics) -> np.ndarray:
-    names = ("kappa", "tau", "top", "z", "mass")
+    names = ("kappa", "tau", "top", "z", "mass", "scope")
     settings = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     selected = select_experts(forget, retain, rule=config.rule or "ratio", seed=config.seed, **settings)
     return random_like(selected, seed=config.seed) if config.weighting == "random_experts" else selected

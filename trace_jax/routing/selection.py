@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from trace_jax.config import ConfigError
-from trace_jax.routing.config import RULES
+from trace_jax.routing.config import RULES, SCOPES
 from trace_jax.routing.statistics import ExpertStatistics
 
 EPSILON = 1e-12  # in the ratio rule, so that an expert the retain corpus never uses has a ratio
@@ -68,8 +68,8 @@ def select_experts(
 
 def highest(score: np.ndarray, top: int, scope: str = "layer") -> np.ndarray:
     """bool [L, E]: the `top` highest scores of each layer, or of the model (scope "model")."""
-    if scope not in ("layer", "model"):
-        raise ConfigError(f"scope is {scope!r}; expected 'layer' or 'model'.")
+    if scope not in SCOPES:
+        raise ConfigError(f"scope is {scope!r}; expected one of {', '.join(SCOPES)}.")
     groups = score if scope == "layer" else score.reshape(1, -1)
     if not 1 <= top <= groups.shape[1]:
         raise ConfigError(f"top is {top}; expected 1 to {groups.shape[1]}, the experts there are per {scope}.")

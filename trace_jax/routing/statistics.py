@@ -134,25 +134,43 @@ def expert_assignments(model: Model, batches: Iterable[Batch], *, mesh: Mesh | N
     Raises:
       ValueError: no valid position, or NaN or infinite router scores.
     """
+    return expert_routing(model, batches, mesh=mesh)[1]
+
+
+def expert_routing(
+    model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None
+) -> tuple[ExpertStatistics, Assignments]:
+    """Both from one pass: `expert_statistics` (of however few activations) and `expert_assignments`.
+
+    Raises:
+      ValueError: no valid position, or NaN or infinite router scores.
+    """
     config = model.config
     dtype = np.uint8 if config.num_experts <= 256 else np.uint16
+    counts = np.zeros((len(config.moe_layers), config.num_experts), np.int64)
+    gate_mass = np.zeros(counts.shape, np.float64)
     indices, rows, positions, first_row = [], [], [], 0
     for batch, (batch_indices, batch_load) in run_batches(
         model, batches, _assign, out_specs=(PartitionSpec(ROWS), PartitionSpec()), mesh=mesh
     ):
         valid = np.asarray(batch.valid)
         chosen = np.asarray(batch_indices)[: len(valid)][valid]  # [T, L, K]
-        counts = np.stack([np.bincount(c.ravel(), minlength=config.num_experts) for c in chosen.swapaxes(0, 1)])
-        _check_routing(config, counts, np.asarray(batch_load), int(valid.sum()))
+        found = np.stack([np.bincount(c.ravel(), minlength=config.num_experts) for c in chosen.swapaxes(0, 1)])
+        _check_routing(config, found, np.asarray(batch_load), int(valid.sum()))
+        counts += found
+        gate_mass += np.asarray(batch_load).astype(np.float64)
         row, position = np.nonzero(valid)
         indices.append(chosen.astype(dtype))
         rows.append((row + first_row).astype(np.int32))
         positions.append(position.astype(np.int32))
         first_row += len(valid)
-    if not sum(map(len, rows)):
+    if not (tokens := sum(map(len, rows))):
         raise ValueError("the corpus has no valid token; there is no routing to look at.")
     stacked = np.ascontiguousarray(np.concatenate(indices).swapaxes(0, 1))
-    return Assignments(stacked, np.concatenate(rows), np.concatenate(positions), config.moe_layers)
+    return (
+        ExpertStatistics(counts, gate_mass, tokens, config.experts_per_token, config.moe_layers),
+        Assignments(stacked, np.concatenate(rows), np.concatenate(positions), config.moe_layers),
+    )
 
 
 def _count(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array):

@@ -17,15 +17,18 @@ from trace_jax.routing.statistics import Assignments, as_assignments
 
 if TYPE_CHECKING:
     from trace_jax.routing.calibration import Calibration
+    from trace_jax.routing.online import OnlineWeights
 
 
-def token_weights(indices: jax.Array, calibration: Calibration, *, mask: jax.Array | None = None) -> jax.Array:
+def token_weights(
+    indices: jax.Array, calibration: Calibration | OnlineWeights, *, mask: jax.Array | None = None
+) -> jax.Array:
     """Weights of tokens from their chosen experts, in float32; usable under `jax.jit`.
 
     Args:
       indices: i32 [L, ..., K], `forward(..., collect=("indices",)).router.indices`. For unit "row" and "window" the
         shape is [L, B, S, K] and a row of the batch is a row of the corpus.
-      calibration: the result of `calibrate` (a constant of the jitted function).
+      calibration: the result of `calibrate` (a constant of the jitted function), or its `OnlineWeights` (arguments).
       mask: bool [...], the valid positions; others get weight zero and are left out of rows and windows. Default: all.
 
     Returns:
@@ -43,8 +46,10 @@ def token_weights(indices: jax.Array, calibration: Calibration, *, mask: jax.Arr
         scores = jnp.broadcast_to(jnp.where(valid, scores, 0.0).sum(axis=1, keepdims=True) / tokens, scores.shape)
     elif calibration.unit == "window":
         scores = jax.vmap(lambda s, v: _window_mean(s, v, calibration.window or 1))(scores, valid)
-    raw = jnp.exp(scores - jnp.float32(calibration.log_normalizer))
-    weights = jnp.minimum(raw, jnp.float32(calibration.max_weight)) * jnp.float32(calibration.scale)
+    raw = jnp.exp(scores - jnp.asarray(calibration.log_normalizer, jnp.float32))
+    weights = jnp.minimum(raw, jnp.asarray(calibration.max_weight, jnp.float32)) * jnp.asarray(
+        calibration.scale, jnp.float32
+    )
     return jnp.where(valid, weights, 0.0)
 
 
