@@ -100,7 +100,7 @@ class Recalibration:
         Where nothing is selected any more, the weights from now on are `last`.
 
         Raises:
-          ValueError: the current model's router gives NaN or infinite scores.
+          DamagedRouting: the current model's router gives NaN or infinite scores.
         """
         now = self._routing(current)
         found = retain_weights(

@@ -27,6 +27,10 @@ from trace_jax.parallel.mesh import ROWS, make_mesh, row_shards
 MIN_ACTIVATIONS = 10  # activations per expert that a corpus must hold on average (T * K / E)
 
 
+class DamagedRouting(ValueError):
+    """A router gave NaN or infinite scores; no statistics can be taken from its model."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ExpertStatistics:
     """Use of the experts over the valid positions of a corpus.
@@ -143,7 +147,7 @@ def expert_routing(
     """Both from one pass: `expert_statistics` (of however few activations) and `expert_assignments`.
 
     Raises:
-      ValueError: no valid position, or NaN or infinite router scores.
+      DamagedRouting: NaN or infinite router scores.  ValueError: no valid position.
     """
     config = model.config
     dtype = np.uint8 if config.num_experts <= 256 else np.uint16
@@ -231,7 +235,7 @@ def _check_routing(config: ModelConfig, counts: np.ndarray, load: np.ndarray, va
     """The invariants of every pass: finite scores, and K activations per valid position in every layer."""
     bad = ~np.isfinite(load).all(axis=1)
     if bad.any():
-        raise ValueError(
+        raise DamagedRouting(
             f"the router of layer {config.moe_layers[int(np.argmax(bad))]} gave NaN or infinite scores; the model is "
             "damaged (diverged training, or a wrong checkpoint), and no statistics can be taken from it."
         )
