@@ -14,7 +14,7 @@ from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError, resolve
 from trace_jax.experiment import ExperimentConfig
 from trace_jax.export import export_run, load_target, load_unlearned
-from trace_jax.files import read_json
+from trace_jax.files import read_json, read_lines
 from trace_jax.models.arrays import flatten
 from trace_jax.pipeline import run
 from trace_jax.summary import write_run_report
@@ -122,6 +122,24 @@ def test_a_changed_setting_reruns_its_stage_and_those_after_it(data, finished, t
     assert kept == {name: (path / name).stat().st_mtime_ns for name in kept}
     assert numbers(path)["methods"]["trace_rows"]["unlearning"]["alpha"] == 2.0
     assert numbers(path)["methods"]["trace_rows"]["measurements"] != before["methods"]["trace_rows"]["measurements"]
+
+
+def test_weights_follow_the_model_where_a_run_asks_for_it(data, finished, tmp_path):
+    path = shutil.copytree(finished[0], tmp_path / "copy")
+    settings = {"rule": "difference", "top": 1, "strength": 0.5}
+    recalibrated = {**settings, "routing": "recalibrated", "recalibrate_every": 2}
+    run(experiment(data, methods=["trace"], calibration=recalibrated), path)
+    directory = path / "methods" / "trace"
+    rows = [row for row in read_lines(directory / "metrics.jsonl") if "recalibration" in row]
+    assert [row["step"] for row in rows] == [2, 4]
+    for row in rows:
+        where = directory / "recalibration" / f"step-{row['step']:06d}"
+        assert read_json(where / "drift.json")["gap"] == row["recalibration"]["gap"]
+        assert (where / "weights.npz").exists() and (where / "calibration.json").exists()
+    run(experiment(data, methods=["trace"], calibration={**settings, "routing": "online"}), path)
+    steps = [row for row in read_lines(directory / "metrics.jsonl") if "loss" in row]
+    assert len(steps) == 6 and all(row["weight_mean"] > 0 for row in steps)
+    assert not (directory / "recalibration").exists()
 
 
 def test_the_report_is_rebuilt_from_files(finished):

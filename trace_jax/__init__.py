@@ -27,6 +27,7 @@ _PUBLIC = {
     "calibrate": "trace_jax.routing.calibration",
     "token_weights": "trace_jax.routing.weights",
     "retain_weights": "trace_jax.routing.retain_weights",
+    "Recalibration": "trace_jax.routing.recalibration",
     "unlearn": "trace_jax.unlearning.unlearn",
     "UnlearningConfig": "trace_jax.unlearning.config",
     "CalibrationConfig": "trace_jax.routing.config",

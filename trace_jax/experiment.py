@@ -57,6 +57,10 @@ class Method:
     calibration: CalibrationConfig
     unlearning: UnlearningConfig
 
+    def __post_init__(self):
+        if self.calibration.routing == "online":
+            self.unlearning.check_online()
+
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig(Section):

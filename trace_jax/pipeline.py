@@ -44,6 +44,7 @@ from trace_jax.models.model import Model
 from trace_jax.parallel.hosts import is_main
 from trace_jax.parallel.processes import barrier, check_joined
 from trace_jax.progress import say, tracked
+from trace_jax.routing.recalibration import Recalibration
 from trace_jax.routing.retain_weights import RetainWeights, retain_weights
 from trace_jax.routing.statistics import ExpertStatistics, expert_statistics
 from trace_jax.stages import Stage, check_workdir, open_workdir
@@ -247,13 +248,16 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
     stage = Stage("unlearning", directory, known)
 
     def make() -> None:
-        config, corpora = prepared.config, prepared.corpora
+        config, corpora, recalibrate = prepared.config, prepared.corpora, _recalibration(prepared, method)
+        if recalibrate is None:
+            remove(directory / "recalibration")  # of other settings
         unlearned = unlearn(
             prepared.target,
             corpora.forget,
             corpora.retain,
             config=method.unlearning,
             weights=weights,
+            recalibrate=recalibrate,
             seed=config.seed,
             mesh=prepared.mesh,
             parallel=config.parallel,
@@ -315,6 +319,14 @@ def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated
         return Evaluated(rows, *standing(found, benchmark=benchmark, split="validation", original=original))
 
     return evaluate
+
+
+def _recalibration(prepared: Prepared, method: Method) -> Recalibration | None:
+    """What solves the weights of a method anew while it unlearns, if it is to."""
+    if method.calibration.routing != "recalibrated":
+        return None
+    corpora, size = prepared.corpora, prepared.config.evaluation.batch_size
+    return Recalibration(method.calibration, prepared.target, corpora.forget, corpora.retain, prepared.mesh, size)
 
 
 def _export_stage(prepared: Prepared, label: str, known: str) -> str:

@@ -223,6 +223,14 @@ class UnlearningConfig(OptimizerConfig):
         """When the run ends early, and which state it keeps."""
         return Rules(self.stop_forgetting, self.stop_utility, self.keep, self.keep_forgetting)
 
+    def check_online(self) -> None:
+        """Raises ConfigError where retain tokens can't be weighed by their present routing."""
+        if self.normalize == "batch":
+            raise ConfigError(
+                "normalize is 'batch', and routing 'online': what a batch would be divided by is known only once all "
+                "of it has been routed. Set normalize to 'count', or routing to 'offline' or 'recalibrated'."
+            )
+
     @property
     def row(self) -> Objective:
         """The objective in the form that is asked for."""

@@ -19,7 +19,8 @@ from trace_jax.unlearning.config import UnlearningConfig
 class StepRows:
     """What one step reads; parts that the objective doesn't read are None. Every leaf has the rows first.
 
-    weights f32 [B, S]: multiply the retain losses. topic i32 [B]: which topic a forget row is of. refusals: for each
+    weights f32 [B, S]: multiply the retain losses (or their weights, where the step weighs tokens by their present
+    routing). topic i32 [B]: which topic a forget row is of. refusals: for each
     forget row, its beginnings with a refusal after each. reference_nll, refusal_reference_nll f32 [B, S]: of both under
     the original model, where they were computed before.
     """
@@ -78,12 +79,17 @@ class Inputs:
         self._multiple, self._refusals, self._reference = multiple, refusals, reference or Reference()
         self.forget = Batches(forget, forget_sampler(forget.domain, config, seed=seed))
         self._retain, self._weights = None, None
-        if retain is None or not config.retains:
+        self._retained, self._size, self._seed = retain if config.retains else None, config.retain_batch_size, seed
+        self.weigh(weights)
+
+    def weigh(self, weights: RetainWeights | None) -> None:
+        """Draws and weighs retain rows with `weights` from now on; None: all the same."""
+        if self._retained is None:
             return
-        assert config.retain_batch_size is not None
+        assert self._size is not None
         probability = weights.row_probability if weights is not None else None
-        self._retain = retain_batches(retain, config.retain_batch_size, seed=seed + 1, probability=probability)
-        self._weights = retain.valid.astype(np.float32) if weights is None else weights.loss_weights
+        self._retain = retain_batches(self._retained, self._size, seed=self._seed + 1, probability=probability)
+        self._weights = self._retained.valid.astype(np.float32) if weights is None else weights.step_weights
 
     def at(self, step: int) -> StepRows:
         chosen = self.forget.indices(step)

@@ -15,6 +15,7 @@ from trace_jax.data.rows import Batch
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_kl, token_nll, vocabulary_loss
 from trace_jax.parallel.mesh import ROWS, as_varying, varying_axes
+from trace_jax.routing.online import OnlineWeights, online_loss_weights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.objectives import OBJECTIVES, ForgetInputs, Objective
@@ -28,6 +29,7 @@ class Constants(NamedTuple):
 
     Where a few experts train, `frozen` holds all experts, and `index` i32 [L, N] says which are the trainable rows.
     numbers: coefficients and numbers of the objective, f32 [] by name. target f32 [topics, D]: where RMU steers.
+    online: what retain tokens are weighed with by their present routing; None: their weights come with the rows.
     """
 
     frozen: Flat
@@ -36,6 +38,7 @@ class Constants(NamedTuple):
     masks: Flat | None
     numbers: Flat
     target: jax.Array | None = None
+    online: OnlineWeights | None = None
 
 
 def coefficients(config: UnlearningConfig) -> Flat:
@@ -68,6 +71,7 @@ class _Seen(NamedTuple):
 
     final: Any = None  # [B, S, D], before the output head
     middle: Any = None  # [B, S, D], of the layer that RMU and `hidden` look at
+    indices: Any = None  # [L, B, S, K], the chosen experts
 
 
 def _together(batches: list[Batch]) -> Batch:
@@ -75,7 +79,7 @@ def _together(batches: list[Batch]) -> Batch:
 
 
 def _look(
-    params, settings: StepSettings, batches: list[Batch], *, whole: bool, inside: bool
+    params, settings: StepSettings, batches: list[Batch], *, whole: bool, inside: bool, routed: bool = False
 ) -> tuple[list[_Seen], Any]:
     """One forward pass over several batches: (what each gave, choices of experts without room i32 [] or 0).
 
@@ -85,8 +89,9 @@ def _look(
         return [], 0
     parallel, batch = settings.parallel, _together(batches)
     layers, dropped = ("layers",) if whole and inside else (), ("dropped",) if parallel.expert_buffer else ()
+    indices = ("indices",) if routed else ()
     out: Any = forward(
-        params, settings.model, batch.tokens, mask=batch.segments, collect=("hidden", *layers, *dropped),
+        params, settings.model, batch.tokens, mask=batch.segments, collect=("hidden", *layers, *dropped, *indices),
         num_layers=None if whole else settings.layer, remat=parallel.remat, expert_buffer=parallel.expert_buffer,
     )  # fmt: skip
     lost = out.router.dropped.sum() if dropped else 0
@@ -94,7 +99,7 @@ def _look(
     seen, start = [], 0
     for size in (len(b.tokens) for b in batches):
         of_batch = [None if x is None else x[start : start + size] for x in (out.hidden if whole else None, middle)]
-        seen.append(_Seen(*of_batch))
+        seen.append(_Seen(*of_batch, indices=out.router.indices[:, start : start + size] if routed else None))
         start += size
     return seen, lost
 
@@ -124,8 +129,11 @@ def _given(batch: Batch | None) -> Batch:
 
 def _losses(
     trainable: Flat, constants: Constants, rows: StepRows, settings: StepSettings
-) -> tuple[jax.Array, jax.Array | None, Any]:
-    """(sum of forget losses, sum of weighted retain losses or None, dropped), over this device's rows."""
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, Any]:
+    """(sum of forget losses, sum of weighted retain losses, sum of online weights, dropped), of this device's rows.
+
+    None for a term that there isn't.
+    """
     row, model, retains = _row(settings), settings.model, _retains(settings)
     params, original = model_params(trainable, constants.frozen, constants.reference, constants.index)
     forget_ref, refusals_ref, retain_ref, dropped_ref = _original(original, rows, settings)
@@ -134,13 +142,13 @@ def _losses(
         parts["refusals"] = _given(rows.refusals)
     if retains:
         parts["retain"] = _given(rows.retain)
-    # RMU with its own retain term looks at no more than the layer it steers.
-    steers = "hidden" in row.needs
+    # RMU with its own retain term looks at no more than the layer it steers; online weights, at the experts of all.
+    steers, online = "hidden" in row.needs, constants.online if retains else None
     whole, inside = (
-        not (steers and settings.retain_loss in ("none", "hidden")),
+        online is not None or not (steers and settings.retain_loss in ("none", "hidden")),
         steers or settings.retain_loss == "hidden",
     )
-    seen, dropped = _look(params, settings, list(parts.values()), whole=whole, inside=inside)
+    seen, dropped = _look(params, settings, list(parts.values()), whole=whole, inside=inside, routed=online is not None)
     seen = dict(zip(parts, seen, strict=True))
 
     def nll(params, final, batch: Batch | None):
@@ -170,15 +178,18 @@ def _losses(
     forget_sum, _ = row.loss(inputs, constants.numbers)
     dropped = dropped + dropped_ref
     if not retains:
-        return forget_sum, None, dropped
-    retain = _given(rows.retain)
+        return forget_sum, None, None, dropped
+    retain, weights, weight_sum = _given(rows.retain), rows.weights, None
+    if online is not None:
+        weights = online_loss_weights(online, seen["retain"].indices, retain.valid, weights)
+        weight_sum = weights.sum()
     if settings.retain_loss == "nll":
         per_token = nll(params, seen["retain"].final, retain)
     elif settings.retain_loss == "kl":
         per_token = token_kl(original, retain_ref.final, params, seen["retain"].final, model)
     else:
         per_token = hidden_distance(seen["retain"].middle, retain_ref.middle)
-    return forget_sum, weighted_retain(per_token, rows.weights, retain.valid)[0], dropped
+    return forget_sum, weighted_retain(per_token, weights, retain.valid)[0], weight_sum, dropped
 
 
 def _forget_count(rows: StepRows, settings: StepSettings, constants: Constants) -> jax.Array:
@@ -212,13 +223,15 @@ def gradient(
     retain_count = jax.lax.psum(_retain_count(rows, settings), ROWS) if _retains(settings) else None
 
     def loss(trainable, part):
-        forget_sum, retain_sum, dropped = _losses(trainable, constants, part, settings)
+        forget_sum, retain_sum, weight_sum, dropped = _losses(trainable, constants, part, settings)
         metrics = {"forget_loss": share(forget_sum, forget_count)}
         total = n["gamma"] * metrics["forget_loss"]
         if retain_sum is not None:
             assert retain_count is not None
             metrics["retain_loss"] = share(retain_sum, retain_count)
             total = total + (n["alpha"] if alpha is None else alpha) * metrics["retain_loss"]
+            if weight_sum is not None:
+                metrics["weight_mean"] = share(weight_sum, retain_count)
         if settings.parallel.expert_buffer:
             metrics["dropped"] = jax.lax.psum(as_varying(jnp.float32(dropped), frozenset(ROWS)), ROWS)
         return total, {"loss": total, **metrics}

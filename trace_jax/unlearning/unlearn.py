@@ -24,6 +24,7 @@ from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import ROWS
 from trace_jax.progress import say
+from trace_jax.routing.recalibration import Recalibration
 from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.unlearning.config import STEERING, UnlearningConfig
 from trace_jax.unlearning.inputs import Inputs, forget_sampler
@@ -32,6 +33,7 @@ from trace_jax.unlearning.loop import Loop
 from trace_jax.unlearning.losses import Constants, coefficients
 from trace_jax.unlearning.objectives import steering_directions
 from trace_jax.unlearning.parameters import first_trainable, whole_params
+from trace_jax.unlearning.recalibrated import Recalibrated
 from trace_jax.unlearning.reference import cached_reference, mean_lengths
 from trace_jax.unlearning.selected import selected_index
 from trace_jax.unlearning.state import initial_state, unlearning_settings
@@ -67,6 +69,7 @@ def unlearn(
     config: UnlearningConfig,
     weights: RetainWeights | None = None,
     selected: np.ndarray | None = None,
+    recalibrate: Recalibration | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
     parallel: ParallelConfig = PLAIN,
@@ -83,7 +86,8 @@ def unlearn(
         without a retain term.
       weights: of retain tokens, and how often each row is drawn (`trace_jax.routing`); None = uniform.
       selected: bool [L, E], the experts that train when `config.trainable` is "selected_experts"; default: those of
-        `weights`.
+        `weights`. Recalibration does not change them.
+      recalibrate: solves `weights` anew every few steps, under the model as it is then; they are kept in `directory`.
       seed: of batch order and of RMU's directions.
       mesh, parallel: the devices, and how the step is laid out on them; no mesh: one as `parallel` says.
       directory: where metrics.jsonl and resumable state go; None keeps nothing.
@@ -94,7 +98,8 @@ def unlearn(
       `Unlearned`; after a NaN, the last good state and the reason.
     Raises:
       ConfigError: retain data missing for an objective that needs it; a layer the model doesn't have; selected
-        experts missing; refusals without a tokenizer; a rule without an evaluation to read.
+        experts missing; refusals without a tokenizer; a rule without an evaluation to read; online weights that a
+        batch would have to be divided by; recalibration without weights to start from.
     """
     if selected is None and weights is not None:
         selected = weights.selected
@@ -105,6 +110,7 @@ def unlearn(
             "stop_forgetting, stop_utility and keep are about evaluations, and there are none; give `evaluate`, or "
             "leave them out."
         )
+    _check_weights(config, weights, recalibrate)
     mesh = mesh or parallel.mesh()
     config = with_steps(config, forget, retain)
     assert config.steps is not None
@@ -123,7 +129,8 @@ def unlearn(
     reference = training
     if selected is not None:
         index, frozen, reference = place(selected_index(selected), mesh), everything, {}
-    constants = Constants(frozen, reference, index, masks, *numbers)
+    online = place(weights.online, mesh) if weights is not None and config.retains else None
+    constants = Constants(frozen, reference, index, masks, *numbers, online=online)
 
     def step(state, placed):
         return unlearning_step(state, constants, placed, settings=settings, mesh=mesh)
@@ -145,6 +152,17 @@ def unlearn(
             forget, retain, weights, config,
             seed=seed, multiple=row_multiple(settings, mesh), refusals=refusals, reference=known,
         )  # fmt: skip
+        recalibrated = None
+        if recalibrate is not None and weights is not None and config.retains:
+            recalibrated = Recalibrated(
+                recalibrate, weights, batches.weigh, directory=where, identity=identity, title=title
+            )
+
+        def refresh(step, trainable):
+            assert recalibrated is not None
+            params = whole_params(trainable, everything, index, model.config, mesh)
+            recalibrated.refresh(step, model.replace(params=params))
+
         loop = Loop(
             where,
             identity,
@@ -155,6 +173,9 @@ def unlearn(
             config.evaluate_every,
             seed,
             rules=config.rules,
+            refresh_every=recalibrate.every if recalibrate and recalibrated else 0,
+            refresh=refresh,
+            resumed=recalibrated.resumed if recalibrated else None,
         )
         result = loop.run(start, lambda i: place(batches.at(i), mesh, P(ROWS)), step)
     table = trainable_table(model.params, trainable, masks, selected)
@@ -182,6 +203,13 @@ def _target(model: Model, forget: Rows, config: UnlearningConfig, seed: int, mes
     indices = forget_sampler(forget.domain, config, seed=seed).__getitem__
     lengths = mean_lengths(model, forget, indices, layer=config.layer, mesh=mesh)
     return directions * (config.steering_scale * jnp.asarray(lengths))[:, None]
+
+
+def _check_weights(config: UnlearningConfig, weights: RetainWeights | None, recalibrate: Recalibration | None) -> None:
+    if weights is not None and weights.row_factor is not None:
+        config.check_online()
+    if recalibrate is not None and weights is None:
+        raise ConfigError("recalibrate is given without weights; the steps before the first recalibration need some.")
 
 
 def _check(model: Model, forget: Rows, retain: Rows | None, config: UnlearningConfig, selected) -> None:
