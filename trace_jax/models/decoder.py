@@ -21,20 +21,21 @@ from trace_jax.models.rotary import rotary
 from trace_jax.models.sharding import assembled
 from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
-ROUTER_PARTS = ("router_logits", "indices", "weights", "counts", "load", "dropped")
+ROUTER_PARTS = ("indices", "weights", "counts", "load", "dropped")
 UNROLLED_LAYERS = 4
-COLLECT = ("logits", "hidden", "layers", "router", *ROUTER_PARTS)
+COLLECT = ("logits", "hidden", "layers", "router", "router_inputs", "router_logits", *ROUTER_PARTS)
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["logits", "indices", "weights", "counts", "load", "dropped"],
+    data_fields=["inputs", "logits", "indices", "weights", "counts", "load", "dropped"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class RouterOutput:
     """The routers of the layers that have one (`config.moe_layers`, L of them); what wasn't asked for is None."""
 
+    inputs: jax.Array | None = None  # [L, B, S, D] what the router reads, after the norm, in the model's type
     logits: jax.Array | None = None  # f32 [L, B, S, E] raw scores
     indices: jax.Array | None = None  # i32 [L, B, S, K] chosen experts by descending score
     weights: jax.Array | None = None  # f32 [L, B, S, K] gate weight of each chosen expert
@@ -123,7 +124,8 @@ def forward(
         of its document in its row, and its rotary position is their number. None: all real, one document a row.
       count_mask: bool [B, S], the positions that "counts" and "load" sum over; default: what isn't padding.
       collect: what to return, of "logits" f32 [B,S,V]; "hidden" [B,S,D] after the final norm (what the loss takes);
-        "layers" [L,B,S,D]; "router_logits", "indices", "weights" (together: "router"); "counts"; "load"; "dropped".
+        "layers" [L,B,S,D]; "router_logits", "indices", "weights" (together: "router"); "router_inputs" [L,B,S,D];
+        "counts"; "load"; "dropped".
       num_layers: run the first `num_layers` layers only; "hidden" is then that layer's output, without final norm,
         and there are no logits.
       cache: keys and values of earlier tokens (`init_cache`); the result's `cache` also holds the new ones.
@@ -199,7 +201,8 @@ def forward(
     out = {name: _joined([o[name] for o in outs if name in o]) for name in sorted({key for o in outs for key in o})}
     if cache is not None:
         cache = _with_layers(cache, *out["cache"])
-    router = RouterOutput(logits=out.get("router_logits"), **{name: out.get(name) for name in ROUTER_PARTS[1:]})
+    parts = {name: out.get(name) for name in ROUTER_PARTS}
+    router = RouterOutput(out.get("router_inputs"), out.get("router_logits"), **parts)
     return ModelOutput(logits, x if "hidden" in wanted else None, out.get("layers"), router, cache)
 
 
@@ -286,10 +289,13 @@ def _router_parts(routing: Routing, wanted: frozenset, count_mask: jax.Array) ->
     """The parts of one layer's routing that were asked for; counts and load are sums over the count mask."""
     B, S = count_mask.shape
     num_experts = routing.logits.shape[-1]
-    parts = {}
-    for name, value in (("router_logits", routing.logits), ("indices", routing.indices), ("weights", routing.weights)):
-        if name in wanted:
-            parts[name] = value.reshape(B, S, -1)
+    per_token = {
+        "router_inputs": routing.inputs,
+        "router_logits": routing.logits,
+        "indices": routing.indices,
+        "weights": routing.weights,
+    }
+    parts = {name: value.reshape(B, S, -1) for name, value in per_token.items() if name in wanted}
     counted = count_mask.reshape(-1)
     if "counts" in wanted:
         chosen = routing.indices[:, :, None] == jnp.arange(num_experts, dtype=jnp.int32)[None, None, :]

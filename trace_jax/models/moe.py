@@ -30,13 +30,14 @@ COUNTING_BLOCK = 128
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["logits", "probabilities", "indices", "weights", "dropped"],
+    data_fields=["inputs", "logits", "probabilities", "indices", "weights", "dropped"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """What the router of one layer said about T tokens. It means the same for every family (docs/models.md)."""
 
+    inputs: jax.Array  # [T, D] what it was asked about
     logits: jax.Array  # f32 [T, E] raw scores, bias included: before softmax, sigmoid and correction
     probabilities: jax.Array  # f32 [T, E] softmax of the logits, or sigmoids over their sum
     indices: jax.Array  # i32 [T, K] chosen experts by descending score
@@ -73,7 +74,7 @@ def route(layer: dict, config: ModelConfig, x_TD: jax.Array) -> Routing:
         weights = weights / (jnp.maximum(total, config.normalize_minimum) if config.normalize_minimum else total)
     if config.routing_scale != 1.0:
         weights = weights * config.routing_scale
-    return Routing(logits, probabilities, indices, weights)
+    return Routing(x_TD, logits, probabilities, indices, weights)
 
 
 def _chosen(scores_TE: jax.Array, indices_TK: jax.Array) -> jax.Array:
