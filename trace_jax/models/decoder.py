@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -295,7 +296,7 @@ def _router_parts(routing: Routing, wanted: frozenset, count_mask: jax.Array) ->
         "indices": routing.indices,
         "weights": routing.weights,
     }
-    parts = {name: value.reshape(B, S, -1) for name, value in per_token.items() if name in wanted}
+    parts: dict[str, Any] = {name: value.reshape(B, S, -1) for name, value in per_token.items() if name in wanted}
     counted = count_mask.reshape(-1)
     if "counts" in wanted:
         chosen = routing.indices[:, :, None] == jnp.arange(num_experts, dtype=jnp.int32)[None, None, :]
