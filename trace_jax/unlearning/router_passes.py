@@ -1,0 +1,159 @@
+"""Passes over retain text for GRIP: what routers read of it, and how that has moved (`trace_jax.unlearning.grip`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from trace_jax.config import ConfigError
+from trace_jax.data.batches import sequential_batches
+from trace_jax.data.rows import Rows
+from trace_jax.models.arrays import flatten, unflatten
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.decoder import forward
+from trace_jax.models.model import Model
+from trace_jax.models.sharding import param_specs, placed_params
+from trace_jax.parallel.hosts import place, to_host
+from trace_jax.parallel.mesh import ROWS, row_shards
+from trace_jax.routing.statistics import run_batches
+from trace_jax.unlearning.grip import LEAST_COSINE, Moments, cosine, realigned
+
+ROUTER, BIAS, CORRECTION = "layers/router", "layers/router_bias", "layers/router_correction"
+
+
+def spread_tokens(rows: Rows, most: int) -> Rows:
+    """Rows in which at most `most` valid tokens are left valid, evenly spread over all; those without any are gone."""
+    places = np.flatnonzero(rows.valid)
+    number = min(most, len(places))
+    valid = np.zeros(rows.valid.shape, bool)
+    valid.flat[places[np.arange(number) * len(places) // number]] = True
+    return dataclasses.replace(rows, valid=valid).take(np.flatnonzero(valid.any(axis=1)))
+
+
+def read_routers(model: Model, rows: Rows, *, mesh: Mesh) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the routers do with the n valid tokens of `rows`: (inputs [L,n,D], scores f32 [L,n,E], choices i32 [L,n,K]).
+
+    Raises:
+      ValueError: NaN or infinite scores.
+    """
+    read = partial(_read, most=int(rows.valid.sum(axis=1).max()))
+    found = []
+    for batch, outputs in run_batches(
+        model, sequential_batches(rows, row_shards(mesh)), read, out_specs=P(ROWS), mesh=mesh
+    ):
+        for row, valid in enumerate(np.asarray(batch.valid)):
+            found.append([output[row, :, : valid.sum()] for output in outputs])
+    inputs, scores, indices = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    if not np.isfinite(scores).all():
+        raise ValueError("a router gave NaN or infinite scores for retain text; the model is damaged.")
+    return inputs, scores, indices
+
+
+def _read(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, chosen: jax.Array, *, most: int):
+    """Inputs, scores and choices [B, L, most, ...] at the first `most` chosen positions of each row."""
+    collect = ("router_inputs", "router_logits", "indices")
+    router = forward(params, config, tokens, mask=segments, collect=collect).router
+    order = jnp.argsort(~chosen, axis=1, stable=True)[:, :most]
+
+    def pick(x):
+        return jnp.take_along_axis(x, order[None, :, :, None], axis=2).swapaxes(0, 1)
+
+    return pick(router.inputs), pick(router.logits), pick(router.indices)
+
+
+def realign(
+    original: Model, current: Model, retain: Rows, *, tokens: int, ridge: float, mesh: Mesh
+) -> tuple[Model, list[dict]]:
+    """`current` with routers that score retain text as those of `original` do, and one row per layer about it.
+
+    From the first layer with a router to the last: each is realigned to inputs that corrected routers have made. A
+    layer costs one pass of both models over the tokens. Biases of routers are realigned with them. A correction is kept
+    if the cosine of scores before and after is at least `LEAST_COSINE`.
+
+    Args:
+      tokens: how many valid retain tokens are read, evenly spread; at least D, below which directions would be unknown.
+      ridge: see `grip.realigned`.
+    Returns:
+      (model, rows of {layer (of the network, from 0), kept, cosine, cosine_before}), cosines of the original's scores
+      with those after and before the correction.
+    Raises:
+      ConfigError: too few tokens.
+    """
+    config = original.config
+    rows = spread_tokens(retain, tokens)
+    if rows.valid.sum() < config.hidden_size:
+        raise ConfigError(
+            f"grip 'realign' has {rows.valid.sum()} retain tokens for routers of {config.hidden_size} inputs, which do "
+            f"not determine them; raise grip_tokens (it is {tokens}) or give more retain text."
+        )
+    theta, new = _routers(original.params, config), _routers(current.params, config)
+    before, table = placed_params(original.params, config, mesh), []
+    for layer, of_network in enumerate(config.moe_layers):
+        after = placed_params(_with_routers(current.params, new, config), config, mesh)
+        moments = _moments(before, after, rows, layer, config, mesh)
+        found = realigned(theta[layer], moments, ridge)
+        reached = cosine(theta[layer], found, moments)
+        row = {"layer": of_network, "kept": reached >= LEAST_COSINE, "cosine": reached}
+        table.append(row | {"cosine_before": cosine(theta[layer], new[layer], moments)})
+        new[layer] = found if row["kept"] else new[layer]
+    params = placed_params(_with_routers(current.params, new, config), config, mesh)
+    return current.replace(params=params), table
+
+
+def _routers(params: Any, config: ModelConfig) -> np.ndarray:
+    """f64 [L, W, E]: routers, their biases below them where they have some."""
+    flat = flatten(params)
+    router = to_host(flat[ROUTER]).astype(np.float64)
+    if not config.router_bias:
+        return router
+    return np.concatenate([router, to_host(flat[BIAS]).astype(np.float64)[:, None]], axis=1)
+
+
+def _with_routers(params: Any, routers: np.ndarray, config: ModelConfig) -> Any:
+    D, routers = config.hidden_size, routers.astype(np.float32)
+    changed = {ROUTER: routers[:, :D]} | ({BIAS: routers[:, D]} if config.router_bias else {})
+    return unflatten({**flatten(params), **changed})
+
+
+def _moments(before: Any, after: Any, rows: Rows, layer: int, config: ModelConfig, mesh: Mesh) -> Moments:
+    """Moments of a layer's router inputs over the valid tokens: in float32 on devices, in float64 over batches."""
+    run, size = _moments_pass(config, mesh), row_shards(mesh)
+    total = None
+    for batch in sequential_batches(rows, size):
+        missing = size - len(batch.tokens)
+        arrays = tuple(np.pad(x, ((0, missing), (0, 0))) for x in (batch.tokens, batch.segments, batch.valid))
+        sums = run(before, after, *place(arrays, mesh, P(ROWS)), place(np.int32(layer), mesh))
+        sums = [x.astype(np.float64) for x in to_host(sums)]
+        total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
+    assert total is not None
+    return Moments(*total)
+
+
+@lru_cache(maxsize=8)
+def _moments_pass(config: ModelConfig, mesh: Mesh) -> Any:
+    """The compiled function (both models' parameters, tokens, segments, valid, layer) -> three sums f32 [W, W]."""
+
+    def inputs(params, tokens, segments, valid, layer):
+        out: Any = forward(params, config, tokens, mask=segments, collect=("router_inputs",))
+        x = out.router.inputs[layer].astype(jnp.float32)
+        if config.router_bias:
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, 1)), constant_values=1.0)
+        return jnp.where(valid[..., None], x, 0.0)
+
+    def moments(before, after, *arrays):
+        x, y = inputs(before, *arrays), inputs(after, *arrays)
+        products = [
+            jnp.einsum("bsd,bse->de", a, b, precision=jax.lax.Precision.HIGHEST) for a, b in ((x, x), (x, y), (y, y))
+        ]
+        return jax.lax.psum(products, ROWS)
+
+    specs = unflatten(param_specs(config, mesh))
+    in_specs = (specs, specs, P(ROWS), P(ROWS), P(ROWS), P())
+    return jax.jit(jax.shard_map(moments, mesh=mesh, in_specs=in_specs, out_specs=P()))
