@@ -166,6 +166,19 @@ def test_a_method_keeps_what_it_trained_and_its_model_can_be_exported(finished, 
         export_run(path, tmp_path / "out")
 
 
+def test_routers_that_were_realigned_are_kept_with_what_trained(finished, data, tmp_path):
+    path = shutil.copytree(finished[0], tmp_path / "run")
+    changes = {"trainable": "routers_frozen", "grip": "realign", "grip_tokens": 200}
+    run(experiment(data, methods=["uniform"], unlearning=changes), path)
+    results = read_json(path / "methods/uniform/results.json")
+    assert all(row["kept"] and row["cosine"] > 0.95 for row in results["grip"])
+    config = resolve(ExperimentConfig, read_json(path / "config.json")["config"])
+    target = load_target(config, path)
+    routers = [m.params["layers"]["router"] for m in (target, load_unlearned(path, "uniform", target))]
+    assert not np.array_equal(*routers)
+    np.testing.assert_allclose(*routers, atol=0.3)
+
+
 def _run_in_process(data, path):
     import tests.conftest  # noqa: F401  (the same devices as this process: other counts round differently)
 

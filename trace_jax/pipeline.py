@@ -294,6 +294,7 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
                 "failed": unlearned.failed,
                 "seconds_per_step": _finite(unlearned.seconds_per_step),
                 "trained": unlearned.trained,
+                "grip": unlearned.grip,
                 "fronts": fronts,
                 "measurements": [m.to_json() for m in measured],
                 "routing": routing.to_json(),

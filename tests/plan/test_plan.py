@@ -88,6 +88,19 @@ def test_the_step_that_is_planned_is_the_one_that_runs(config, target, monkeypat
     assert prediction.peak == pytest.approx(used + memory.temp_size_in_bytes, rel=0.1)
 
 
+def test_what_holds_routers_is_counted(config, target):
+    """Inputs on every device, and its share of the experts' bases and bounds: one expert on each of eight devices."""
+    model, mesh = model_of(config), mesh_of(target, config.parallel)
+    free = dataclasses.replace(config.unlearning, trainable="all")
+    held = dataclasses.replace(free, grip="project", grip_tokens=16)
+    plain, protected = (
+        next(programs(dataclasses.replace(config, unlearning=u), model, config.parallel, mesh)) for u in (free, held)
+    )
+    D, tokens, rank = 32, 16, 8  # twice the average expert's share of the tokens
+    assert protected.parameters - plain.parameters == 4 * 6 * (tokens * D + D * rank + tokens) + 8
+    assert "while" in str(protected.traced.jaxpr)
+
+
 def test_more_devices_hold_less_each(config, target):
     model, found = model_of(config), []
     for data, expert, tensor in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)):

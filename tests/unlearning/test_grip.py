@@ -194,7 +194,7 @@ def test_what_is_not_protected_against_leaves_routers_alone():
 )
 def test_routers_whose_choice_is_no_matter_of_single_scores_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        grip.check_router(dataclasses.replace(CONFIG, **changes))
+        grip.check_router(dataclasses.replace(CONFIG, **changes), {grip.ROUTER})
 
 
 def test_realignment_is_the_closed_form_and_gives_the_old_scores_on_new_inputs():

@@ -22,6 +22,7 @@ from trace_jax.parallel.config import ParallelConfig
 from trace_jax.parallel.mesh import EXPERT, ROWS, row_shards
 from trace_jax.routing.statistics import counting_pass
 from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.grip import Protection, check_router, protection_specs
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants, coefficients
 from trace_jax.unlearning.selected import cut_rows, selected_index
@@ -66,6 +67,9 @@ def step_program(
     state = jax.tree.map(_array, state, state_shardings(state, settings, mesh))
     target = jax.ShapeDtypeStruct((1, model.hidden_size), jnp.float32) if "hidden" in unlearning.row.needs else None
     constants = Constants(frozen, reference, *_placed((index, masks, coefficients(unlearning), target), mesh, P()))
+    if unlearning.grip == "project":
+        check_router(model, reference)
+        constants = constants._replace(protection=_protection(unlearning, model, mesh))
     multiple = row_multiple(settings, mesh)
     forget = _batch(unlearning.forget_batch_size, multiple, row_length, mesh)
     retain = _batch(unlearning.retain_batch_size or 0, multiple, row_length, mesh) if unlearning.retains else None
@@ -117,6 +121,22 @@ def _array(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 def _placed(tree: Any, mesh: Mesh, spec: P) -> Any:
     """Shapes of arrays that all lie on the mesh as `spec` says."""
     return jax.tree.map(lambda leaf: _array(leaf, NamedSharding(mesh, spec)), tree)
+
+
+def _protection(unlearning: UnlearningConfig, model: ModelConfig, mesh: Mesh) -> Protection:
+    """What holds routers, if the busiest expert is chosen twice as often as the average one."""
+    layers, tokens, experts = len(model.moe_layers), unlearning.grip_tokens or 0, model.num_experts
+    rank = min(model.hidden_size, tokens, -(-2 * tokens * model.experts_per_token // experts))
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    shapes = Protection(
+        jax.ShapeDtypeStruct((layers, tokens, model.hidden_size), model.dtype),
+        jax.ShapeDtypeStruct((layers, experts, model.hidden_size, rank), jnp.float32),
+        jax.ShapeDtypeStruct((layers, experts, tokens), jnp.float32),
+        scalar,
+        scalar,
+    )
+    specs = protection_specs(experts, mesh)
+    return jax.tree.map(lambda leaf, spec: _array(leaf, NamedSharding(mesh, spec)), shapes, specs)
 
 
 def _batch(rows: int, multiple: int, row_length: int, mesh: Mesh) -> Batch:

@@ -15,6 +15,7 @@ TRAINABLE = ("all", "experts", "selected_experts", "routers_frozen", "down_proje
 OPTIMIZERS = ("adamw", "adafactor", "sgd", "muon")
 ANCHORS = ("forget", "retain")
 SCHEDULES = ("constant", "cosine", "linear")
+GRIP = ("none", "project", "realign")
 STEERING = tuple(name for name, row in OBJECTIVES.items() if "hidden" in row.needs)
 REFUSALS = ("I do not know.", "I can't help with that.", "That is something I have no knowledge of.")
 _RETAINING = tuple(name for name, row in OBJECTIVES.items() if row.retains)
@@ -145,6 +146,38 @@ class UnlearningConfig(OptimizerConfig):
         None,
         help="preset, or path patterns of what trains (first match wins; a leading ! freezes); "
         "down_projections for RMU, else all",
+    )
+    grip: str = option(
+        "none",
+        help="GRIP holds routers to retain routing: a projection after every step, or a realignment at the end",
+        choices=GRIP,
+    )
+    grip_tokens: int | None = option(
+        {"project": 1024, "realign": 16_384},
+        help="retain tokens whose routing is protected",
+        minimum=1,
+        when={"grip": GRIP[1:]},
+    )
+    grip_null: float | None = option(
+        1e-2,
+        help="directions of protected inputs with a smaller squared singular value are not protected",
+        minimum=0.0,
+        when={"grip": ("project",)},
+    )
+    grip_margin: float | None = option(
+        1e-2,
+        help="by how much the score of an expert that was not chosen stays below those that were",
+        minimum=0.0,
+        when={"grip": ("project",)},
+    )
+    grip_sweeps: int | None = option(
+        100, help="most sweeps over protected inputs after a step", minimum=0, when={"grip": ("project",)}
+    )
+    grip_ridge: float | None = option(
+        1e-6,
+        help="ridge of the realignment, relative to the mean square of a router's inputs",
+        minimum=0.0,
+        when={"grip": ("realign",)},
     )
     steps: int | None = option(None, help="optimizer steps; 60 unless epochs is given", minimum=1)
     epochs: float | None = option(

@@ -20,6 +20,7 @@ margin, tau_i < margin, the bound is 0 (j may come no closer), and an input in t
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,7 @@ from trace_jax.config import ConfigError
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.mesh import AXES, as_varying
 
+ROUTER, BIAS, CORRECTION = "layers/router", "layers/router_bias", "layers/router_correction"
 TOLERANCE = 1e-4  # a bound on a score that is missed by less is met
 LEAST_COSINE = 0.95  # of a layer's scores before and after, for its realignment to be kept
 
@@ -77,10 +79,8 @@ def protect(
       correction: f32 [L, E], added to scores for choosing, where the model has it.
       null: directions of a smaller squared singular value are not kept. margin: in units of the scores.
 
-    Raises:
-      ConfigError: the model chooses experts by more than their own scores (`check_router`).
+    The model must pass `check_router`.
     """
-    check_router(config)
     bases, bounds = [], []
     for layer, x in enumerate(inputs.astype(np.float64)):
         of_layer = None if correction is None else correction[layer].astype(np.float64)
@@ -98,8 +98,16 @@ def protect(
     )
 
 
-def check_router(config: ModelConfig) -> None:
-    """Raises a ConfigError where margins between two scores don't tell which experts are chosen."""
+def check_router(config: ModelConfig, training: Collection[str]) -> None:
+    """Raises a ConfigError where there is nothing to project, or margins don't tell which experts are chosen.
+
+    training: paths of what trains.
+    """
+    if ROUTER not in training:
+        raise ConfigError(
+            "grip is 'project', but trainable leaves the routers as they are, so there is nothing to project; use grip "
+            "'realign' (experts that change also change what later routers read), or let routers train."
+        )
     why = ""
     if config.num_groups > 1:
         why = f"chooses among {config.num_groups} groups of experts first (num_groups)"
@@ -159,6 +167,21 @@ def _expert_axes(num_experts: int, mesh: Mesh) -> tuple[str, ...]:
         if num_experts % (devices * mesh.shape[name]) == 0:
             axes, devices = (*axes, name), devices * mesh.shape[name]
     return axes
+
+
+def keep_routers(
+    arrays: Mapping[str, jax.Array], original: Mapping[str, jax.Array], protection: Protection, step, *, mesh: Mesh
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Flat parameters with their routers `constrained`, and by how much a bound is still missed."""
+    paths = [ROUTER] if protection.inputs.shape[-1] == original[ROUTER].shape[1] else [ROUTER, BIAS]
+
+    def joined(flat):
+        rows = [flat[path].reshape(len(flat[path]), -1, flat[path].shape[-1]) for path in paths]  # a bias: one row
+        return jnp.concatenate(rows, axis=1)
+
+    kept, missed = constrained(joined(arrays), joined(original), protection, step, mesh=mesh)
+    parts = zip(paths, (kept[:, : arrays[ROUTER].shape[1]], kept[:, -1]), strict=False)
+    return {**arrays, **dict(parts)}, missed
 
 
 def constrained(
@@ -248,7 +271,7 @@ def realigned(router: np.ndarray, moments: Moments, ridge: float) -> np.ndarray:
     """f64 [W, E]: the router that scores the current inputs as `router` [W, E] scored the original ones.
 
     The ridge is relative to the mean diagonal of X~ X~', so that it means the same at any number of tokens and any
-    scale of inputs; 1e-6 of it is far above float32's rounding of the sums.
+    scale of inputs.
     """
     size = len(moments.current)
     penalty = ridge * np.trace(moments.current) / size * np.eye(size)

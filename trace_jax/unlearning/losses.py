@@ -30,6 +30,7 @@ class Constants(NamedTuple):
     Where a few experts train, `frozen` holds all experts, and `index` i32 [L, N] says which are the trainable rows.
     numbers: coefficients and numbers of the objective, f32 [] by name. target f32 [topics, D]: where RMU steers.
     online: what retain tokens are weighed with by their present routing; None: their weights come with the rows.
+    protection: `trace_jax.unlearning.grip.Protection` of the routers.
     """
 
     frozen: Flat
@@ -39,6 +40,7 @@ class Constants(NamedTuple):
     numbers: Flat
     target: jax.Array | None = None
     online: OnlineWeights | None = None
+    protection: Any = None
 
 
 def coefficients(config: UnlearningConfig) -> Flat:

@@ -22,10 +22,22 @@ from trace_jax.models.model import Model
 from trace_jax.models.sharding import param_specs, placed_params
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import ROWS, row_shards
+from trace_jax.progress import say
 from trace_jax.routing.statistics import run_batches
-from trace_jax.unlearning.grip import LEAST_COSINE, Moments, cosine, realigned
-
-ROUTER, BIAS, CORRECTION = "layers/router", "layers/router_bias", "layers/router_correction"
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.grip import (
+    BIAS,
+    CORRECTION,
+    LEAST_COSINE,
+    ROUTER,
+    Moments,
+    Protection,
+    cosine,
+    protect,
+    protection_specs,
+    realigned,
+    with_one,
+)
 
 
 def spread_tokens(rows: Rows, most: int) -> Rows:
@@ -68,6 +80,40 @@ def _read(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, c
     return pick(router.inputs), pick(router.logits), pick(router.indices)
 
 
+def retain_protection(
+    model: Model, retain: Rows, config: UnlearningConfig, *, bias: bool, seed: int, mesh: Mesh
+) -> tuple[Protection, list[dict]]:
+    """(the protection of the original model's routers on retain text, on the mesh; one row per layer about it).
+
+    Args:
+      bias: the routers' bias trains as well.
+    Returns:
+      rows of {layer (of the network, from 0), tokens, free}: how many tokens are protected, and the share of its
+      directions in which an expert's router row may still move, mean over experts. Where nothing is free, the routers
+      are frozen: fewer tokens (`grip_tokens`) leave room.
+    """
+    assert config.grip_tokens is not None and config.grip_sweeps is not None
+    assert config.grip_null is not None and config.grip_margin is not None
+    inputs, scores, indices = read_routers(model, spread_tokens(retain, config.grip_tokens), mesh=mesh)
+    correction = flatten(model.params).get(CORRECTION)
+    protection = protect(
+        with_one(inputs) if bias else inputs, scores, indices, model.config,
+        correction=None if correction is None else to_host(correction), null=config.grip_null,
+        margin=config.grip_margin, sweeps=config.grip_sweeps, seed=seed,
+    )  # fmt: skip
+    kept = protection.basis.any(axis=2).sum(axis=2) / protection.basis.shape[2]  # [L, E]
+    table = [
+        {"layer": layer, "tokens": inputs.shape[1], "free": float(1 - of_layer.mean())}
+        for layer, of_layer in zip(model.config.moe_layers, kept, strict=True)
+    ]
+    free = sum(row["free"] for row in table) / len(table)
+    say(
+        f"GRIP: {inputs.shape[1]} retain tokens leave the routers {free:.1%} of their directions"
+        + ("; they are frozen. Lower grip_tokens to let them move." if free == 0 else "")
+    )
+    return place(protection, mesh, protection_specs(model.config.num_experts, mesh)), table
+
+
 def realign(
     original: Model, current: Model, retain: Rows, *, tokens: int, ridge: float, mesh: Mesh
 ) -> tuple[Model, list[dict]]:
@@ -105,6 +151,17 @@ def realign(
         new[layer] = found if row["kept"] else new[layer]
     params = placed_params(_with_routers(current.params, new, config), config, mesh)
     return current.replace(params=params), table
+
+
+def with_realigned(trained: list[dict], table: list[dict]) -> list[dict]:
+    """`trainable_table` rows in which realigned routers count as trained: they are kept and exported like these."""
+    share = sum(row["kept"] for row in table) / len(table)
+
+    def one(row):
+        changed = round(row["parameters"] * share) if row["path"] in (ROUTER, BIAS) else 0
+        return row | {"trained": max(row["trained"], changed)}
+
+    return [one(row) for row in trained]
 
 
 def _routers(params: Any, config: ModelConfig) -> np.ndarray:

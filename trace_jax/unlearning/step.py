@@ -22,10 +22,11 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.mesh import ROWS, row_shards
+from trace_jax.unlearning.grip import keep_routers
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants, gradient, share, targets
 from trace_jax.unlearning.parameters import as_stored, trainable_specs
-from trace_jax.unlearning.state import StepSettings, TrainState, apply_gradients
+from trace_jax.unlearning.state import StepSettings, TrainState, apply_gradients, state_shardings
 
 
 def _training_loss(params, batch: Batch, *, model: ModelConfig, load_balance: float):
@@ -78,8 +79,16 @@ def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, 
         in_specs=(trains, P(), kept, P(ROWS)),
         out_specs=(trains, P()),
     )
-    gradients, metrics = sharded(state.trainable, state.alpha, constants._replace(masks=None), rows)
+    read = constants._replace(masks=None, protection=None)
+    gradients, metrics = sharded(state.trainable, state.alpha, read, rows)
     state, norm = apply_gradients(state, gradients, settings, constants.masks, mesh)
+    if constants.protection is not None:
+        original = {**constants.frozen, **constants.reference}
+        trainable, metrics["grip_missed"] = keep_routers(
+            state.trainable, original, constants.protection, state.step, mesh=mesh
+        )
+        state = dataclasses.replace(state, trainable=trainable)
+        state = jax.lax.with_sharding_constraint(state, state_shardings(state, settings, mesh))
     if state.alpha is not None:
         metrics["alpha"] = state.alpha
         alpha = _constrained(state, constants.numbers, metrics["retain_loss"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.refusals import encode_refusals, with_refusals
 from trace_jax.data.rows import Rows
 from trace_jax.files import as_path
+from trace_jax.models.arrays import flatten, unflatten
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.config import PLAIN, ParallelConfig
@@ -27,6 +29,7 @@ from trace_jax.progress import say
 from trace_jax.routing.recalibration import Recalibration
 from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.unlearning.config import STEERING, UnlearningConfig
+from trace_jax.unlearning.grip import BIAS, ROUTER, check_router, keep_routers
 from trace_jax.unlearning.inputs import Inputs, forget_sampler
 from trace_jax.unlearning.length import batch_text, with_steps
 from trace_jax.unlearning.loop import Loop
@@ -35,6 +38,7 @@ from trace_jax.unlearning.objectives import steering_directions
 from trace_jax.unlearning.parameters import first_trainable, whole_params
 from trace_jax.unlearning.recalibrated import Recalibrated
 from trace_jax.unlearning.reference import cached_reference, mean_lengths
+from trace_jax.unlearning.router_passes import realign, retain_protection, with_realigned
 from trace_jax.unlearning.selected import selected_index
 from trace_jax.unlearning.state import initial_state, unlearning_settings
 from trace_jax.unlearning.step import row_multiple, unlearning_step
@@ -50,6 +54,7 @@ class Unlearned:
       steps: how many the run was to take.
       stopped: why the run ended before that, or "". failed: whether by an error, not by a rule that was asked for.
       trained: table of what trained (`trainable_table`).
+      grip: what was protected in each layer, or how its router was realigned (`trace_jax.unlearning.router_passes`).
     """
 
     model: Model
@@ -59,6 +64,7 @@ class Unlearned:
     failed: bool
     trained: list[dict]
     seconds_per_step: float
+    grip: list[dict] | None = None
 
 
 def unlearn(
@@ -99,7 +105,7 @@ def unlearn(
     Raises:
       ConfigError: retain data missing for an objective that needs it; a layer the model doesn't have; selected
         experts missing; refusals without a tokenizer; a rule without an evaluation to read; online weights that a
-        batch would have to be divided by; recalibration without weights to start from.
+        batch would have to be divided by; recalibration without weights to start from; routers that GRIP can't hold.
     """
     if selected is None and weights is not None:
         selected = weights.selected
@@ -119,6 +125,8 @@ def unlearn(
     training, frozen = (
         place(part, mesh, {path: specs[path] for path in part}) for part in partition(model.params, trainable)
     )
+    if config.grip == "project":
+        check_router(model.config, training)
     masks = place(update_masks(training, model.config, layers=trained_layers(config)), mesh)
     settings, everything = unlearning_settings(config, model.config, parallel), {**frozen, **training}
     identity, refusals = identity or fingerprint(config, model.config, seed), None
@@ -130,7 +138,12 @@ def unlearn(
     if selected is not None:
         index, frozen, reference = place(selected_index(selected), mesh), everything, {}
     online = place(weights.online, mesh) if weights is not None and config.retains else None
-    constants = Constants(frozen, reference, index, masks, *numbers, online=online)
+    original = model.replace(params=unflatten(everything))
+    protection, table = None, None
+    if config.grip == "project":
+        assert retain is not None
+        protection, table = retain_protection(original, retain, config, bias=BIAS in training, seed=seed, mesh=mesh)
+    constants = Constants(frozen, reference, index, masks, *numbers, online=online, protection=protection)
 
     def step(state, placed):
         return unlearning_step(state, constants, placed, settings=settings, mesh=mesh)
@@ -139,9 +152,25 @@ def unlearn(
         alpha = config.alpha if config.row.dual else None
         return initial_state(first_trainable(training, index, model.config, mesh), settings, mesh, masks, alpha)
 
+    keep = jax.jit(functools.partial(keep_routers, mesh=mesh))
+
     def whole(trainable):
         negated = (config.task_scale or 0.0) if config.row.negates else 0.0
-        return whole_params(trainable, everything, index, model.config, mesh, negated=negated)
+        params = whole_params(trainable, everything, index, model.config, mesh, negated=negated)
+        if protection is None or not negated:
+            return params
+        # The margins held for what was learnt; now they must for what that was subtracted from.
+        flat = flatten(params)
+        routers = {path: flat[path] for path in (ROUTER, BIAS) if path in flat}
+        return unflatten({**flat, **keep(routers, reference, protection, place(np.int32(0), mesh))[0]})
+
+    def finished(trainable):
+        """(what a run that ends here gives, rows about what GRIP did)."""
+        unlearned = model.replace(params=whole(trainable))
+        if config.grip != "realign":
+            return unlearned, table
+        assert retain is not None and config.grip_tokens is not None and config.grip_ridge is not None
+        return realign(original, unlearned, retain, tokens=config.grip_tokens, ridge=config.grip_ridge, mesh=mesh)
 
     with tempfile.TemporaryDirectory() as scratch:
         where, known = as_path(directory or scratch), None
@@ -169,7 +198,7 @@ def unlearn(
             config.steps,
             config.checkpoint_every,
             title,
-            (lambda trainable: evaluate(whole(trainable))) if evaluate else None,
+            (lambda trainable: evaluate(finished(trainable)[0].params)) if evaluate else None,
             config.evaluate_every,
             seed,
             rules=config.rules,
@@ -178,11 +207,13 @@ def unlearn(
             resumed=recalibrated.resumed if recalibrated else None,
         )
         result = loop.run(start, lambda i: place(batches.at(i), mesh, P(ROWS)), step)
-    table = trainable_table(model.params, trainable, masks, selected)
+    unlearned, table = finished(result.trainable)
+    trained = trainable_table(model.params, trainable, masks, selected)
+    if config.grip == "realign" and table is not None:
+        trained = with_realigned(trained, table)
     return Unlearned(
-        model.replace(params=whole(result.trainable)), result.step, config.steps, result.stopped, result.failed, table,
-        result.seconds_per_step,
-    )  # fmt: skip
+        unlearned, result.step, config.steps, result.stopped, result.failed, trained, result.seconds_per_step, table
+    )
 
 
 def trained_layers(config: UnlearningConfig) -> tuple[int, int] | None:
@@ -224,6 +255,8 @@ def _check(model: Model, forget: Rows, retain: Rows | None, config: UnlearningCo
             "trainable is 'selected_experts', but no expert is selected; use a weighting that selects experts, or "
             "lower tau."
         )
+    if config.grip != "none" and retain is None:
+        raise ConfigError(f"grip {config.grip!r} holds on to the routing of retain text; give retain rows.")
     for name, rows in (("forget", forget), ("retain", retain)):
         if rows is not None and not rows.valid.any():
             raise ValueError(f"the {name} rows hold no token that can be predicted; the data is too short.")
