@@ -153,11 +153,14 @@ class ExperimentConfig(Section):
         chosen = {**preset.calibration}
         chosen.update({k: v for k, v in self.calibration.items() if _reads(chosen, self.calibration, k)})
         calibration = resolve(CalibrationConfig, chosen, path="calibration")
-        # Defaults depend on the objective: of another one only what differs from them is kept.
-        changes = as_dict(self.unlearning)
-        if unlearning.get("objective", self.unlearning.objective) != self.unlearning.objective:
+        changes, objective = as_dict(self.unlearning), unlearning.get("objective", self.unlearning.objective)
+        if objective != self.unlearning.objective:  # of which only what it reads and was set is kept
             usual = as_dict(UnlearningConfig(objective=self.unlearning.objective))
-            changes = {name: value for name, value in changes.items() if value != usual[name] or name == "steps"}
+            changes = {
+                name: value
+                for name, value in changes.items()
+                if (value != usual[name] or name == "steps") and _read_by_objective(name, objective)
+            }
         changes |= unlearning
         for length in ("steps", "epochs"):
             if changes.get(length) is not None:
@@ -175,6 +178,15 @@ class ExperimentConfig(Section):
     def model_identity(self) -> Any:
         """What tells the model apart: its settings, or the content of its checkpoint."""
         return self.model.identity() if isinstance(self.model, PretrainedConfig) else as_dict(self.model)
+
+
+def _read_by_objective(name: str, objective: str) -> bool:
+    """Whether runs with an objective may read the setting `name` of `UnlearningConfig`."""
+    field = next(f for f in dataclasses.fields(UnlearningConfig) if f.name == name)
+    when = field.metadata.get("when") or {}
+    return objective in when.get("objective", (objective,)) and (
+        OBJECTIVES[objective].retains or "retain_loss" not in when
+    )
 
 
 def _calibration_fields() -> dict[str, dataclasses.Field]:

@@ -66,8 +66,8 @@ def _grid(study: StudyConfig, objective: str, given: Mapping[str, Any]) -> Itera
     tuned: dict[str, Sequence[Any]] = {"learning_rate": study.learning_rates}
     if OBJECTIVES[objective].retains and given.get("retain_loss") != "none":
         tuned["alpha"] = study.alphas
-    tuned |= {name: value for name, value in given.items() if _is_list_of_numbers(value)}
-    fixed = {name: value for name, value in given.items() if name not in tuned}
+    lists = {name: value for name, value in given.items() if _is_list_of_numbers(value)}
+    fixed, tuned = {name: value for name, value in given.items() if name not in lists}, {**tuned, **lists}
     tuned = {name: values for name, values in tuned.items() if name not in fixed}
     short = {"learning_rate": "lr"}
     for values in itertools.product(*tuned.values()):
