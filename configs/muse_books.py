@@ -17,8 +17,8 @@ Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe
            activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
            about 20 bytes a parameter.
 Time:      not measured. Arithmetic: 12 rows of 2,048 tokens through 2.7 billion active parameters are about 0.5 PFLOP a
-           step, 1.3 seconds at 40 % of an H100's dense bfloat16 rate; 1,390 steps, so half an hour, and
-           evaluations.
+           step, 1.3 seconds at 40 % of an H100's dense bfloat16 rate; 10 epochs of about 139 steps, so half an
+           hour, and evaluations.
 Result:    nobody has run this file. Published on dense models (VerbMem on forget, KnowMem on forget, PrivLeak, KnowMem
            on retain), with MUSE's evaluator: target 99.8, 59.4, -57.5, 66.9; retrained 14.3,
            28.9, 0, 74.5; GradDiff 0.0, 2.9, -56.5, 44.2; NPO with KL 22.6, 22.7, -54.9, 50.9 (arXiv 2410.16454);
@@ -41,7 +41,7 @@ DATA = {
 # Llama's tokens.
 COMMON = {
     "learning_rate": 1e-5,
-    "steps": 1390,
+    "epochs": 10.0,
     "forget_batch_size": 4,
     "retain_batch_size": 4,
     "evaluate_every": 139,

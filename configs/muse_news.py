@@ -17,8 +17,8 @@ Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe
            activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
            about 20 bytes a parameter.
 Time:      not measured. Arithmetic: 12 rows of 2,048 tokens through 2.7 billion active parameters are about 0.5 PFLOP a
-           step, 1.3 seconds at 40 % of an H100's dense bfloat16 rate; 1,020 steps, so 25 minutes, and
-           evaluations.
+           step, 1.3 seconds at 40 % of an H100's dense bfloat16 rate; 10 epochs of about 102 steps, so 25
+           minutes, and evaluations.
 Result:    nobody has run this file. Published on dense models (VerbMem on forget, KnowMem on forget, PrivLeak, KnowMem
            on retain), with MUSE's evaluator: target 58.4, 63.9, -99.8, 55.2; retrained 20.8,
            33.1, 0, 55.0; GradDiff (7 epochs) 4.9, 31.0, 108.1, 27.3; NPO with GradDiff's retain loss 1.2, 54.6, 105.8,
@@ -41,7 +41,7 @@ DATA = {
 # Llama's tokens.
 COMMON = {
     "learning_rate": 1e-5,
-    "steps": 1020,
+    "epochs": 10.0,
     "forget_batch_size": 4,
     "retain_batch_size": 4,
     "evaluate_every": 102,

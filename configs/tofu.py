@@ -17,7 +17,8 @@ Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe
            activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
            about 20 bytes a parameter.
 Time:      not measured. Arithmetic: 48 rows of 256 tokens through 2.7 billion active parameters are about 0.25 PFLOP a
-           step, 0.6 seconds at 40 % of an H100's dense bfloat16 rate; 125 steps, so minutes, and evaluations.
+           step, 0.6 seconds at 40 % of an H100's dense bfloat16 rate; 10 epochs of about 12 steps, so minutes, and
+           evaluations.
 Result:    nobody has run this file, and no result on a Mixture of Experts is known to us (the authors of SEUF, arXiv
            2411.18797, left TOFU out because it needs training first).
 """
@@ -40,7 +41,7 @@ COMMON = {
     "weight_decay": 0.01,
     "warmup_steps": 12,
     "schedule": "linear",
-    "steps": 125,
+    "epochs": 10.0,
     "forget_batch_size": 16,
     "retain_batch_size": 16,
     "evaluate_every": 12,

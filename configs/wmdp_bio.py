@@ -40,7 +40,7 @@ RETAIN = "huggingface:Salesforce/wikitext/wikitext-2-raw-v1:test"
 # read whole. Their shortest text is 0 characters, or 200 for Mixtral; here empty lines and headings of wikitext go.
 DATA = {"forget": FORGET, "retain": RETAIN, "row_length": 512, "min_length": 50}
 COMMON = {
-    "steps": 500,  # github.com/OPTML-Group/Unlearn-Simple, WMDP; the best evaluation along the way is theirs too
+    "steps": 500,  # github.com/OPTML-Group/Unlearn-Simple, WMDP: at most so many
     "forget_batch_size": 4,
     "retain_batch_size": 4,
     "evaluate_every": 50,
