@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from trace_jax.config import ConfigError
 from trace_jax.models.config import ModelConfig
+
+STACKED = ("layers", "experts")  # along these an array holds many matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,37 @@ class ArraySpec:
         if self.scale is None:
             return jnp.ones(self.shape, self.dtype)
         return (self.scale * jax.random.normal(key, self.shape, jnp.float32)).astype(self.dtype)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(first axis that its matrices read from, first axis that they write to).
+
+        Matrices are stored inputs first. Those that write to the residual stream end in "embed" and read from all axes
+        before it; every other reads from one axis.
+        """
+        first = sum(axis in STACKED for axis in self.axes)
+        return first, len(self.axes) - 1 if self.axes[-1] == "embed" else first + 1
+
+
+def low_rank(spec: ArraySpec, rank: int) -> tuple[ArraySpec, ArraySpec]:
+    """Two factors a [..., inputs, rank] and b [..., rank, outputs] in float32, whose product is shaped like `spec`.
+
+    First values of a are N(0, 1/inputs), those of b zero.
+
+    Raises:
+      ConfigError: `rank` is more than the smaller side of the matrix.
+    """
+    first, second = spec.sides
+    inputs, outputs = math.prod(spec.shape[first:second]), math.prod(spec.shape[second:])
+    if not 1 <= rank <= min(inputs, outputs):
+        raise ConfigError(
+            f"rank is {rank}; a matrix of {inputs} x {outputs} ({', '.join(spec.axes[first:])}) takes 1 to "
+            f"{min(inputs, outputs)}."
+        )
+    a = ArraySpec((*spec.shape[:second], rank), "float32", (*spec.axes[:second], "rank"), inputs**-0.5)
+    stacked = spec.shape[:first], spec.axes[:first]
+    b = ArraySpec((*stacked[0], rank, *spec.shape[second:]), "float32", (*stacked[1], "rank", *spec.axes[second:]), 0.0)
+    return a, b
 
 
 def parameter_specs(config: ModelConfig) -> dict:

@@ -193,7 +193,7 @@ def forward(
         depth = layers.stop - layers.start
         # Few layers are unrolled: then what the backward pass keeps isn't copied into and out of stacks.
         unroll = depth if depth <= UNROLLED_LAYERS else 1
-        step = rematerialized(partial(layer_step, stack), remat, arrays)
+        step = rematerialized(partial(layer_step, stack), remat, arrays, config, f"{stack}/")
         x, out = jax.lax.scan(step, x, (arrays, caches, per_layer.kinds(layers)), unroll=unroll)
         outs.append(out)
     if num_layers is None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from trace_jax.models.sharding import Replaced
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.sharding import Adapted, Replaced, merging_shapes
 from trace_jax.parallel.mesh import axis_sizes
 
 # Primitives that move numbers without computing any. Keeping their results would keep gathered weights.
@@ -17,26 +18,31 @@ _MOVES = frozenset(
 )  # fmt: skip
 
 
-def _is_replaced(node: Any) -> bool:
-    return isinstance(node, Replaced)
+def _is_in_pieces(node: Any) -> bool:
+    return isinstance(node, (Replaced, Adapted))
 
 
 def _keep_computed(primitive, *_, **__) -> bool:
     return primitive.name not in _MOVES
 
 
-def rematerialized(layer: Callable, policy: str, params: Any) -> Callable:
+def rematerialized(layer: Callable, policy: str, params: Any, config: ModelConfig, prefix: str) -> Callable:
     """`layer(x, (params, ...))` with what its backward pass computes again.
 
     Args:
-      policy: "none": nothing, except that weights in pieces (cut by a mesh, or `Replaced`) are put together again;
-        "dots": everything but matrix products without batch dimensions; "layer": everything, from its input on.
+      policy: "none": nothing, except that weights in pieces (cut by a mesh, `Replaced` or `Adapted`) are put together
+        again; "dots": everything but matrix products without batch dimensions; "layer": everything, from its input on.
+      params: of a stack of layers, below the path `prefix`.
     """
     if policy == "layer":
         return jax.checkpoint(layer)
-    if policy == "dots":
-        return jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    in_pieces = any(isinstance(leaf, Replaced) for leaf in jax.tree.leaves(params, is_leaf=_is_replaced))
-    if in_pieces or any(size > 1 for size in axis_sizes().values()):
-        return jax.checkpoint(layer, policy=_keep_computed)
-    return layer
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else _keep_computed
+    in_pieces = any(isinstance(leaf, (Replaced, Adapted)) for leaf in jax.tree.leaves(params, is_leaf=_is_in_pieces))
+    if policy == "none" and not in_pieces and all(size == 1 for size in axis_sizes().values()):
+        return layer
+    merging = merging_shapes(params, config, prefix)
+
+    def keep_but_weights(primitive, *operands, **settings) -> bool:
+        return keep(primitive, *operands, **settings) and tuple(x.shape for x in operands) not in merging
+
+    return jax.checkpoint(layer, policy=keep_but_weights)

@@ -1,13 +1,15 @@
 """A model's parameters on a mesh: how each is stored, how it is brought together, and functions run on every device.
 
 An array of experts may also be given as `Replaced`: some experts stand in an array of their own, which is how a few
-train without a gradient or optimizer state for the others.
+train without a gradient or optimizer state for the others. Any array of matrices may be given as `Adapted`: with the
+product of two small factors to be added to it. Both become plain arrays layer by layer, where they are used.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,11 +18,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trace_jax.models.arrays import ArraySpec, flat_specs, flatten, unflatten
+from trace_jax.models.arrays import ArraySpec, flat_specs, flatten, low_rank, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import EXPERT, ROWS, axis_sizes
-from trace_jax.parallel.sharding import assemble, storage_spec
+from trace_jax.parallel.sharding import assemble, assembled_shape, storage_spec
 
 STACKS = ("layers", "dense")
 
@@ -33,6 +35,56 @@ class Replaced:
     array: jax.Array
     rows: jax.Array
     index: jax.Array
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array", "a", "b"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """`array` [..., inputs, outputs], plus the product of `a` [..., inputs, R] and `b` [..., R, outputs]."""
+
+    array: jax.Array
+    a: jax.Array
+    b: jax.Array
+
+
+def factor_specs(config: ModelConfig, path: str, rank: int, mesh: Mesh) -> tuple[P, P]:
+    """How the two factors of an `Adapted` parameter are stored on `mesh`: where the parameter's own axes are."""
+    a, b = (storage_spec(s.shape, s.axes, mesh.shape) for s in low_rank(_declared(config)[path], rank))
+    return a, b
+
+
+def merged(array: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`array` + `a` `b` in the type of `array`: [..., inputs, outputs] and factors, without layers. The sum is float32.
+
+    Which axes are inputs follows from the shapes: those that `a` has before its last. Where there are experts, both
+    factors have them in front.
+    """
+    stacked = a.ndim + b.ndim - 2 - array.ndim  # 1 where there are experts: counted in both factors
+    left, right = (*a.shape[:stacked], -1, a.shape[-1]), (*b.shape[: stacked + 1], -1)
+    batch = tuple(range(stacked))
+    product = jax.lax.dot_general(
+        a.reshape(left), b.reshape(right), (((stacked + 1,), (stacked,)), (batch, batch)),
+        precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return (array.astype(jnp.float32) + product.reshape(array.shape)).astype(array.dtype)
+
+
+def merging_shapes(tree: Any, config: ModelConfig, prefix: str = "") -> frozenset[tuple[tuple[int, ...], ...]]:
+    """The shapes of what is multiplied, and of what is added, where parameters are merged on a device (one layer).
+
+    tree, prefix: as for `assembled`; a backward pass need not keep results of these operations.
+    """
+    sizes, declared, shapes = axis_sizes(), _declared(config), set()
+    for path, leaf in flatten(tree).items():
+        if isinstance(leaf, Adapted):
+            spec = declared[prefix + path]
+            pair = (*low_rank(spec, leaf.a.shape[-1]), spec)
+            a, b, array = (assembled_shape(s.shape[1:], s.axes[1:], sizes) for s in pair)
+            stacked = spec.sides[0] - 1
+            left = (*a[:stacked], math.prod(a[stacked:-1]), a[-1])
+            right = (*b[: stacked + 1], math.prod(b[stacked + 1 :]))
+            shapes |= {(left, right), (array, array)}
+    return frozenset(shapes)
 
 
 def rows_spec(config: ModelConfig, path: str, number: int, mesh: Mesh) -> P:
@@ -77,8 +129,11 @@ def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
     """
     sizes, declared = axis_sizes(), _declared(config)
 
-    def one(path: str, array: jax.Array | Replaced) -> jax.Array:
+    def one(path: str, array: jax.Array | Replaced | Adapted) -> jax.Array:
         spec, first = declared[path], 1 if path.partition("/")[0] in STACKS else 0
+        if isinstance(array, Adapted):
+            whole, parts = (spec, *low_rank(spec, array.a.shape[-1])), (array.array, array.a, array.b)
+            return merged(*(assemble(x, s.shape[1:], s.axes[1:], sizes) for x, s in zip(parts, whole, strict=True)))
         if not isinstance(array, Replaced):
             return assemble(array, spec.shape[first:], spec.axes[first:], sizes)
         shape, axes = _rows(spec, array.index.shape[-1])

@@ -27,6 +27,7 @@ RULES: Mapping[str, str] = {
     "dense_hidden": TENSOR,
 }
 NEVER_PADDED = ("kv_heads",)  # fewer of them than devices: every device needs those that its query heads read
+WHOLE = ("layers", "rank")  # scanned over, and too short: never cut
 GATHERED = "gathered"  # name of gathered arrays, which are not worth keeping for a backward pass
 
 
@@ -39,7 +40,7 @@ def storage_spec(shape: tuple[int, ...], axes: tuple[str, ...], sizes: Mapping[s
         if axis is not None and sizes.get(axis, 1) > 1 and shape[dimension] % sizes[axis] == 0:
             entries[dimension] = (axis,)
             free = [other for other in free if other != axis]
-    inner = [d for d, name in enumerate(axes) if name != "layers"]
+    inner = [d for d, name in enumerate(axes) if name not in WHOLE]
     if len(inner) > 1:  # vectors are too small to be worth gathering
         # "embed" first: nearly every matrix has it, and no rule splits it. Else the largest that divides.
         order = sorted(inner, key=lambda d: (axes[d] != "embed", bool(entries[d]), -shape[d]))
@@ -81,6 +82,11 @@ def assemble(array: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], si
         if whole and name not in NEVER_PADDED:
             array = own_share(array, dimension, axis, sizes[axis])
     return array
+
+
+def assembled_shape(shape: tuple[int, ...], axes: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of what `assemble` returns."""
+    return tuple(share(n, name, sizes) if name in RULES else n for n, name in zip(shape, axes, strict=True))
 
 
 def share(length: int, name: str, sizes: Mapping[str, int]) -> int:

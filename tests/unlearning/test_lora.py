@@ -1,0 +1,225 @@
+"""Low-rank adapters compute what merged weights compute, in pieces and on any mesh, and become an ordinary model."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from trace_jax.config import ConfigError
+from trace_jax.models.arrays import abstract_params, flat_specs, flatten, init_params, low_rank, unflatten
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.decoder import forward
+from trace_jax.models.loss import token_nll
+from trace_jax.models.sharding import param_specs
+from trace_jax.parallel.hosts import place, to_host
+from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.unlearning.lora import adapted, adapted_path, factor_storage, factors, initial_factors, merge
+
+GROUPED = ModelConfig(
+    vocab_size=61, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8, num_experts=4,
+    experts_per_token=2, expert_hidden_size=12, tie_embeddings=True,
+)  # fmt: skip
+MODELS = {
+    "blocked": dataclasses.replace(GROUPED, grouped_matmul="blocked"),
+    "odd": dataclasses.replace(
+        GROUPED, grouped_matmul="scan", num_experts=5, num_heads=3, num_kv_heads=1, expert_hidden_size=9
+    ),
+    "latent": ModelConfig(
+        vocab_size=61, hidden_size=16, num_layers=2, num_heads=4, num_experts=4, experts_per_token=2,
+        expert_hidden_size=12, attention="latent", latent_size=8, rotary_size=4, query_latent_size=8, value_size=6,
+        head_size=8, dense_layers=(0,), dense_hidden_size=10,
+    ),
+}  # fmt: skip
+ATTENTION = {"grouped": ("q", "k", "v", "o"), "latent": ("q_down", "q_up", "kv_down", "kv_up", "o")}
+first_values = jax.jit(init_params, static_argnums=0)
+RANK, SCALE = 3, jnp.float32(2.0)
+
+
+def adapted_paths(config):
+    """Every attention projection and both matrices of the experts."""
+    stacks = ("layers", "dense") if config.dense_layers else ("layers",)
+    attention = [f"{stack}/{name}" for stack in stacks for name in ATTENTION[config.attention]]
+    return [*attention, "layers/experts/gate_up", "layers/experts/down"]
+
+
+def setting(config, dtype="float32"):
+    """(parameters by path, factors with nothing zero in them)."""
+    params = flatten(first_values(dataclasses.replace(config, dtype=dtype), jax.random.key(0)))
+    mesh = make_mesh(jax.devices()[:1])
+    start = initial_factors(config, adapted_paths(config), RANK, seed=3, mesh=mesh)
+    keys = {path: jax.random.fold_in(jax.random.key(1), i) for i, path in enumerate(start)}
+    return params, {path: x + 0.1 * jax.random.normal(keys[path], x.shape) for path, x in to_host(start).items()}
+
+
+def sides(spec):
+    """(shape of the stack, inputs, outputs) of an array of matrices."""
+    first, second = spec.sides
+    return spec.shape[:first], math.prod(spec.shape[first:second]), math.prod(spec.shape[second:])
+
+
+def plainly_merged(config, params, trainable):
+    """W + scale a b in float64, one matrix at a time."""
+    result = dict(params)
+    for path in adapted_paths(config):
+        spec = flat_specs(config)[path]
+        stack, inputs, outputs = sides(spec)
+        a, b = (np.asarray(trainable[f"{path}/{name}"], np.float64) for name in ("lora_a", "lora_b"))
+        product = a.reshape(*stack, inputs, RANK) @ b.reshape(*stack, RANK, outputs)
+        result[path] = jnp.asarray(np.asarray(params[path]) + float(SCALE) * product.reshape(spec.shape), jnp.float32)
+    return result
+
+
+def batch(config, count=8, length=10):
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (count, length)).astype(np.int32)
+    segments = np.ones(tokens.shape, np.int32)
+    segments[0, 7:], segments[1, 4:] = 0, 2
+    return tokens, segments
+
+
+@partial(jax.jit, static_argnums=(1, 4))
+def loss(params, config, tokens, segments, remat="none"):
+    out = forward(unflatten(params), config, tokens, mask=segments, collect=("hidden",), remat=remat)
+    nll = token_nll(unflatten(params), config, out.hidden, jnp.roll(tokens, -1, axis=1))
+    return jnp.where(segments > 0, nll, 0.0).sum()
+
+
+@partial(jax.jit, static_argnames=("config", "remat"))
+def adapted_loss(trainable, params, config, tokens, segments, remat="none"):
+    return loss({**params, **adapted(params, trainable, SCALE)}, config, tokens, segments, remat)
+
+
+gradient = jax.jit(jax.value_and_grad(adapted_loss), static_argnames=("config", "remat"))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def plain(request):
+    """(config, parameters, factors, loss and gradients of the factors by hand from those of the merged weights)."""
+    config = MODELS[request.param]
+    params, trainable = setting(config)
+    of_loss = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    value, of_weights = of_loss(plainly_merged(config, params, trainable), config, *batch(config))
+    gradients = {}
+    for path in adapted_paths(config):
+        stack, inputs, outputs = sides(flat_specs(config)[path])
+        names = [f"{path}/{name}" for name in ("lora_a", "lora_b")]
+        a, b = (np.asarray(trainable[name], np.float64) for name in names)
+        of_weight = float(SCALE) * np.asarray(of_weights[path], np.float64).reshape(*stack, inputs, outputs)
+        of_a = of_weight @ b.reshape(*stack, RANK, outputs).swapaxes(-1, -2)
+        of_b = a.reshape(*stack, inputs, RANK).swapaxes(-1, -2) @ of_weight
+        gradients |= zip(names, (of_a.reshape(a.shape), of_b.reshape(b.shape)), strict=True)
+    return config, params, trainable, value, gradients
+
+
+def test_adapters_are_merged_weights_in_value_and_gradient(plain):
+    config, params, trainable, value, gradients = plain
+    got, of_factors = gradient(trainable, params, config, *batch(config))
+    np.testing.assert_allclose(got, value, rtol=1e-6)
+    for path, wanted in gradients.items():
+        np.testing.assert_allclose(of_factors[path], wanted, rtol=2e-4, atol=2e-5, err_msg=path)
+
+
+def test_a_mesh_gives_the_same_numbers(plain):
+    config, params, trainable, value, gradients = plain
+    mesh = make_mesh(jax.devices(), data=2, expert=2, tensor=2)
+    specs, storage = param_specs(config, mesh), factor_storage(config, trainable, mesh)
+
+    def of_device(trainable, params, tokens, segments):
+        def total(trainable):
+            return jax.lax.psum(adapted_loss(trainable, params, config, tokens, segments), ROWS)
+
+        return jax.value_and_grad(total)(trainable)
+
+    run = jax.shard_map(of_device, mesh=mesh, in_specs=(storage, specs, P(ROWS), P(ROWS)), out_specs=(P(), storage))
+    placed = place(trainable, mesh, storage), place(params, mesh, specs)
+    got, of_factors = jax.jit(run)(*placed, *place(batch(config), mesh, P(ROWS)))
+    np.testing.assert_allclose(got, value, rtol=1e-5)
+    for path, wanted in gradients.items():
+        np.testing.assert_allclose(of_factors[path], wanted, rtol=5e-4, atol=5e-5, err_msg=path)
+    back = merge(placed[1], placed[0], SCALE, config, mesh)
+    for path, wanted in plainly_merged(config, params, trainable).items():
+        if path in back:
+            np.testing.assert_allclose(to_host(back[path]), wanted, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_step_sees_the_original_bit_for_bit(dtype):
+    config = dataclasses.replace(GROUPED, dtype=dtype)
+    params, mesh = flatten(first_values(config, jax.random.key(0))), make_mesh(jax.devices()[:1])
+    start = initial_factors(config, adapted_paths(config), RANK, seed=0, mesh=mesh)
+    for path, array in merge(params, start, SCALE, config, mesh).items():
+        assert array.dtype == params[path].dtype
+        np.testing.assert_array_equal(np.asarray(array, np.float32), np.asarray(params[path], np.float32))
+    rows = batch(config)
+    np.testing.assert_array_equal(adapted_loss(start, params, config, *rows), loss(params, config, *rows))
+
+
+def test_in_bfloat16_the_merged_model_computes_what_the_adapted_one_did():
+    config = dataclasses.replace(GROUPED, dtype="bfloat16")
+    params, trainable = setting(GROUPED, "bfloat16")
+    mesh, rows = make_mesh(jax.devices()[:1]), batch(config)
+    back = {**params, **merge(params, trainable, SCALE, config, mesh)}
+    assert loss(back, config, *rows) != loss(params, config, *rows)
+    np.testing.assert_allclose(loss(back, config, *rows), adapted_loss(trainable, params, config, *rows), rtol=1e-5)
+
+
+def test_first_factors_depend_on_seed_and_name_alone():
+    paths, one = adapted_paths(GROUPED), make_mesh(jax.devices()[:1])
+    start = to_host(initial_factors(GROUPED, paths, RANK, seed=0, mesh=one))
+    again = to_host(
+        initial_factors(GROUPED, paths[1:], RANK, seed=0, mesh=make_mesh(jax.devices(), expert=2, tensor=2))
+    )
+    for path, array in again.items():
+        np.testing.assert_array_equal(array, start[path])
+    other = to_host(initial_factors(GROUPED, paths, RANK, seed=1, mesh=one))
+    a = [path for path in start if path.endswith("lora_a")]
+    assert len({start[path].tobytes() for path in a} | {other[path].tobytes() for path in a}) == 2 * len(a)
+    assert not any(start[path].any() for path in start if path not in a)
+    wide = to_host(initial_factors(GROUPED, ["layers/experts/gate_up"], 8, seed=0, mesh=one))
+    assert np.std(wide["layers/experts/gate_up/lora_a"]) == pytest.approx(16**-0.5, rel=0.05)
+
+
+def test_only_factors_train_and_they_are_small():
+    _, trainable = setting(GROUPED)
+    D, H, G, C, E, F, L = 16, 4, 2, 8, 4, 12, 2
+    sizes = {"q": D + H * C, "k": D + G * C, "v": D + G * C, "o": H * C + D}
+    experts = E * (D + 2 * F) + E * (F + D)
+    assert sum(x.size for x in trainable.values()) == L * RANK * (sum(sizes.values()) + experts)
+    assert {adapted_path(path) for path in trainable} == set(adapted_paths(GROUPED))
+    assert adapted_path("layers/q") is None
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "layer"])
+def test_neither_merged_weights_nor_their_gradients_exist_for_all_layers(remat):
+    """In the program of a gradient nothing but the frozen weights themselves is as large as all layers of one array."""
+    config = dataclasses.replace(GROUPED, num_layers=6)
+    params, paths = flatten(abstract_params(config)), adapted_paths(config)
+    trainable = {path: spec.abstract() for path, spec in factors(config, paths, RANK).items()}
+    rows = [jax.ShapeDtypeStruct((8, 10), jnp.int32)] * 2
+    of_loss = jax.grad(partial(adapted_loss, config=config, remat=remat))
+    program = jax.make_jaxpr(lambda factors, params, a, b: of_loss(factors, params, tokens=a, segments=b))(
+        trainable, params, *rows
+    )
+    shapes = [params[path].shape for path in paths]
+    stacked = [v.aval.shape for eqn in every_equation(program.jaxpr) for v in eqn.outvars]
+    assert any(shape[0] == 6 for shape in stacked if shape)  # what the backward pass keeps is stacked
+    assert not set(stacked) & set(shapes)
+
+
+def every_equation(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from every_equation(inner)
+
+
+def test_a_rank_beyond_the_matrix_is_refused():
+    with pytest.raises(ConfigError, match=r"lora_rank: layers/experts/down: rank is 13; a matrix of 12 x 16 .*1 to 12"):
+        factors(GROUPED, adapted_paths(GROUPED), 13)
+    assert low_rank(flat_specs(GROUPED)["layers/o"], 5)[0].shape == (2, 4, 8, 5)
