@@ -238,9 +238,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 MODEL_TYPES = tuple(CONFIGS)
 
 
+def fields_of(model_type: str) -> dict[str, Any]:
+    """What config.json says of a family's tiny model, beside the class's defaults."""
+    return copy.deepcopy({**_COMMON, **CONFIGS[model_type]})
+
+
 def build(model_type: str, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
     """A tiny model of the family in float32, eager attention, evaluation mode. `changes` are config.json's fields."""
-    fields = copy.deepcopy({**_COMMON, **CONFIGS[model_type], **changes})
+    fields = {**fields_of(model_type), **changes}
     config = transformers.AutoConfig.for_model("deepseek_v3" if model_type == KIMI else model_type, **fields)
     config._attn_implementation = config._experts_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

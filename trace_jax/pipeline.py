@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -49,9 +50,11 @@ from trace_jax.routing.retain_weights import RetainWeights, retain_weights
 from trace_jax.routing.statistics import ExpertStatistics, expert_statistics
 from trace_jax.stages import Stage, check_workdir, open_workdir
 from trace_jax.summary import refresh
+from trace_jax.unlearning.lora import factors
 from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.optimizer import moments
 from trace_jax.unlearning.rules import Evaluated
+from trace_jax.unlearning.selected import chosen_experts
 from trace_jax.unlearning.train import train_model
 from trace_jax.unlearning.trainable import partition
 from trace_jax.unlearning.unlearn import unlearn
@@ -178,9 +181,12 @@ def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
         if not (path / "methods" / name / "results.json").exists():
             unlearning = config.method(name).unlearning
             training, _ = partition(target.params, unlearning.trainable or "all")
-            sizes[name] = parameter_bytes(training)
+            sizes[name], count = parameter_bytes(training), parameter_count(training)
+            if unlearning.lora_rank is not None:
+                own = factors(target.config, training, unlearning.lora_rank).values()
+                count = sum(math.prod(spec.shape) for spec in own)
             states, numbers = 3 + unlearning.rules.keeps_best, 1 + moments(unlearning)
-            sizes["states"] = max(sizes.get("states", 0), states * numbers * 4 * parameter_count(training))
+            sizes["states"] = max(sizes.get("states", 0), states * numbers * 4 * count)
     needed, free = sum(sizes.values()), free_bytes(path)
     if free < needed:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sizes.items())
@@ -258,6 +264,9 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
             config=method.unlearning,
             weights=weights,
             recalibrate=recalibrate,
+            selected=chosen_experts(
+                method.unlearning, weights.selected, prepared.forget, prepared.retain, seed=config.seed
+            ),
             seed=config.seed,
             mesh=prepared.mesh,
             parallel=config.parallel,

@@ -18,7 +18,11 @@ from trace_jax.models.loss import token_nll
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.lora import adapted, adapted_path, factor_storage, factors, initial_factors, merge
+from trace_jax.unlearning.parameters import whole_params
+from trace_jax.unlearning.state import initial_state, unlearning_settings
+from trace_jax.unlearning.unlearn import unlearn
 
 GROUPED = ModelConfig(
     vocab_size=61, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8, num_experts=4,
@@ -196,18 +200,18 @@ def test_only_factors_train_and_they_are_small():
 @pytest.mark.parametrize("remat", ["none", "dots", "layer"])
 def test_neither_merged_weights_nor_their_gradients_exist_for_all_layers(remat):
     """In the program of a gradient nothing but the frozen weights themselves is as large as all layers of one array."""
-    config = dataclasses.replace(GROUPED, num_layers=6)
+    config = dataclasses.replace(GROUPED, num_layers=6, head_size=10)
     params, paths = flatten(abstract_params(config)), adapted_paths(config)
     trainable = {path: spec.abstract() for path, spec in factors(config, paths, RANK).items()}
-    rows = [jax.ShapeDtypeStruct((8, 10), jnp.int32)] * 2
+    rows = [jax.ShapeDtypeStruct((7, 11), jnp.int32)] * 2  # no activation is as large as an array by chance
     of_loss = jax.grad(partial(adapted_loss, config=config, remat=remat))
     program = jax.make_jaxpr(lambda factors, params, a, b: of_loss(factors, params, tokens=a, segments=b))(
         trainable, params, *rows
     )
-    shapes = [params[path].shape for path in paths]
-    stacked = [v.aval.shape for eqn in every_equation(program.jaxpr) for v in eqn.outvars]
-    assert any(shape[0] == 6 for shape in stacked if shape)  # what the backward pass keeps is stacked
-    assert not set(stacked) & set(shapes)
+    sizes = {params[path].size for path in paths}
+    shapes = [v.aval.shape for eqn in every_equation(program.jaxpr) for v in eqn.outvars]
+    stacked = [shape for shape in shapes if shape[:1] == (6,)]  # what the backward pass keeps is stacked
+    assert stacked and not [shape for shape in stacked if math.prod(shape) in sizes]
 
 
 def every_equation(jaxpr):
@@ -217,6 +221,57 @@ def every_equation(jaxpr):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from every_equation(inner)
+
+
+CONFIG = UnlearningConfig(
+    trainable="lora", objective="gradient_difference", retain_loss="nll", alpha=0.0, steps=10, learning_rate=0.01,
+    weight_decay=0.1, forget_batch_size=4, retain_batch_size=4, evaluate_every=10, checkpoint_every=10,
+)  # fmt: skip
+
+
+def run(model, forget, retain, mesh=None, **changes):
+    mesh, seen = mesh or make_mesh(jax.devices()[:1]), []
+    config = dataclasses.replace(CONFIG, **changes)
+    result = unlearn(model, forget, retain, config=config, mesh=mesh, evaluate=lambda params: seen.append(params) or [])
+    return result, seen
+
+
+def test_unlearning_with_adapters_ends_in_an_ordinary_model(model, forget, retain):
+    result, (first, *_, last) = run(model, forget, retain)
+    before, start, end, after = (flatten(params) for params in (model.params, first, last, result.model.params))
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert changed == set(adapted_paths(model.config)) == {row["path"] for row in result.trained if row["trained"]}
+    for path, array in before.items():
+        assert after[path].dtype == array.dtype and after[path].shape == array.shape
+        np.testing.assert_array_equal(start[path], array)  # step 0 is the original
+        np.testing.assert_array_equal(end[path], after[path])
+    rows = forget.tokens, forget.segments
+    assert loss(after, model.config, *rows) > loss(before, model.config, *rows) + 1.0
+
+
+def test_a_mesh_adapts_the_same(model, forget, retain):
+    mesh = make_mesh(jax.devices(), data=2, expert=2, tensor=2)
+    (one, _), (many, _) = (run(model, forget, retain, m, steps=3) for m in (None, mesh))
+    for path, array in flatten(one.model.params).items():
+        np.testing.assert_allclose(to_host(flatten(many.model.params)[path]), array, atol=1e-4, err_msg=path)
+
+
+def test_optimizer_state_exists_for_factors_alone(model):
+    settings, mesh = unlearning_settings(CONFIG, model.config), make_mesh(jax.devices()[:1])
+    start = initial_factors(model.config, adapted_paths(model.config), 8, seed=0, mesh=mesh)
+    state = initial_state(start, settings, mesh)
+    moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
+    assert sum(x.size for x in moments) == 2 * sum(x.size for x in start.values())
+
+
+def test_a_task_vector_of_adapters_is_subtracted():
+    params, trainable = setting(GROUPED)
+    mesh = make_mesh(jax.devices()[:1])
+    there, back = (
+        flatten(whole_params(trainable, params, None, GROUPED, mesh, scale=SCALE, negated=n)) for n in (0.0, 0.5)
+    )
+    for path, array in params.items():
+        np.testing.assert_allclose(back[path], array - 0.5 * (there[path] - array), atol=1e-5, err_msg=path)
 
 
 def test_a_rank_beyond_the_matrix_is_refused():

@@ -25,9 +25,8 @@ MODEL = ModelConfig(
     experts_per_token=2, expert_hidden_size=6,
 )  # fmt: skip
 SELECTED = np.array([[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]], bool)
-CONFIG = UnlearningConfig(
-    retain_loss="kl", alpha=2.0, learning_rate=0.01, weight_decay=0.1, clip_norm=0.5, trainable="selected_experts"
-)
+SHARED = UnlearningConfig(retain_loss="kl", alpha=2.0, learning_rate=0.01, weight_decay=0.1, clip_norm=0.5)
+CONFIG = dataclasses.replace(SHARED, trainable="selected_experts")
 
 
 def test_index_has_as_many_places_as_the_fullest_layer():
@@ -54,7 +53,7 @@ def test_rows_cut_out_and_put_back_are_where_they_were(sizes):
 
 def steps(forget, retain, mesh, *, masked):
     """Arrays of experts after 5 steps: rows trained, or everything with masked updates."""
-    config = dataclasses.replace(CONFIG, trainable="experts") if masked else CONFIG
+    config = dataclasses.replace(SHARED, trainable="experts") if masked else CONFIG
     settings, specs = unlearning_settings(config, MODEL), param_specs(MODEL, mesh)
     start = place(flatten(init_params(MODEL, jax.random.key(0))), mesh, specs)
     training, frozen = (

@@ -26,8 +26,10 @@ def test_presets(model, preset):
         "all": everything,
         "experts": EXPERTS,
         "selected_experts": EXPERTS,
+        "seuf": EXPERTS | {"layers/router"},
         "routers_frozen": everything - {"layers/router"},
         "down_projections": {"layers/experts/down"},
+        "lora": EXPERTS | {f"layers/{name}" for name in "qkvo"},
     }[preset]
     assert set(training) == expected
     assert set(training) | set(frozen) == everything and not set(training) & set(frozen)
@@ -95,6 +97,18 @@ def test_a_layer_range_counts_the_layers_of_the_network_in_both_stacks():
     only_experts, _ = partition(abstract_params(MIXED), "experts")
     with pytest.raises(ConfigError, match=r"nothing of layers/experts/down, .* no part of it is in layers \(1, 1\)"):
         update_masks(only_experts, MIXED, layers=(1, 1))
+
+
+def test_routers_train_in_the_layers_of_selected_experts_and_whole_arrays_of_experts_need_no_mask():
+    selected = np.zeros((2, 4), bool)
+    selected[1, 3] = True
+    training, _ = partition(abstract_params(MIXED), "seuf")
+    masks = update_masks(training, MIXED, selected=selected)
+    found = {path: mask.reshape(-1).tolist() for path, mask in masks.items()}
+    of_router = {"layers/router": [0.0, 1.0], "layers/router_bias": [0.0, 1.0]}
+    assert found == {path: [1.0] for path in EXPERTS} | of_router
+    only_experts, _ = partition(abstract_params(MIXED), "selected_experts")
+    assert update_masks(only_experts, MIXED, selected=selected) is None
 
 
 def test_the_correction_never_trains_and_frozen_routers_are_whole():

@@ -54,11 +54,8 @@ def route(layer: dict, config: ModelConfig, x_TD: jax.Array) -> Routing:
     logits = jnp.dot(x_TD.astype(jnp.float32), layer["router"], precision=jax.lax.Precision.HIGHEST)
     if config.router_bias:
         logits = logits + layer["router_bias"][None]
-    if config.router_score == "sigmoid":
-        scores = jax.nn.sigmoid(logits)
-        probabilities = scores / jnp.maximum(jnp.sum(scores, axis=-1, keepdims=True), 1e-20)
-    else:
-        scores = probabilities = jax.nn.softmax(logits, axis=-1)
+    probabilities = router_probabilities(logits, config)
+    scores = jax.nn.sigmoid(logits) if config.router_score == "sigmoid" else probabilities
     if config.router_score == "sparsemixer":
         indices, weights = _sparse_mixer(logits, config.router_jitter)
     else:
@@ -75,6 +72,14 @@ def route(layer: dict, config: ModelConfig, x_TD: jax.Array) -> Routing:
     if config.routing_scale != 1.0:
         weights = weights * config.routing_scale
     return Routing(x_TD, logits, probabilities, indices, weights)
+
+
+def router_probabilities(logits: jax.Array, config: ModelConfig) -> jax.Array:
+    """[..., E]: softmax of the logits, or sigmoids over their sum, as the family scores experts."""
+    if config.router_score != "sigmoid":
+        return jax.nn.softmax(logits, axis=-1)
+    scores = jax.nn.sigmoid(logits)
+    return scores / jnp.maximum(jnp.sum(scores, axis=-1, keepdims=True), 1e-20)
 
 
 def _chosen(scores_TE: jax.Array, indices_TK: jax.Array) -> jax.Array:

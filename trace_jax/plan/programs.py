@@ -25,7 +25,8 @@ from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.grip import Protection, check_router, protection_specs
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants, coefficients
-from trace_jax.unlearning.selected import cut_rows, selected_index
+from trace_jax.unlearning.parameters import first_trainable, held_by_both
+from trace_jax.unlearning.selected import selected_index
 from trace_jax.unlearning.state import fresh_state, state_shardings, unlearning_settings
 from trace_jax.unlearning.step import row_multiple, unlearning_step
 from trace_jax.unlearning.trainable import partition, update_masks
@@ -56,19 +57,21 @@ def step_program(
     """One unlearning step."""
     settings, params = unlearning_settings(unlearning, model, parallel), _params(model, mesh)
     training, frozen = partition(unflatten(params), unlearning.trainable or "all")
-    masks, reference, index = update_masks(training, model, layers=trained_layers(unlearning)), training, None
+    index, chosen, rank = None, None, unlearning.lora_rank
     if settings.rows:
-        chosen = np.arange(model.num_experts) < max(1, model.num_experts // SELECTED)  # which ones is all the same
-        index = selected_index(np.broadcast_to(chosen, (len(model.moe_layers), model.num_experts)))
-        training = jax.eval_shape(partial(cut_rows, config=model, mesh=mesh), training, index)
-        reference, frozen = {}, params
+        some = np.arange(model.num_experts) < max(1, model.num_experts // SELECTED)  # which ones is all the same
+        chosen = np.broadcast_to(some, (len(model.moe_layers), model.num_experts))
+        index = selected_index(chosen)
+    masks = update_masks(training, model, layers=trained_layers(unlearning), selected=chosen)
+    held = held_by_both(training, frozen, index, rank)
+    training = jax.eval_shape(partial(first_trainable, config=model, mesh=mesh, rank=rank), training, index)
     alpha = unlearning.alpha if unlearning.row.dual else None
     state = jax.eval_shape(partial(fresh_state, settings=settings, masks=masks, alpha=alpha), training)
     state = jax.tree.map(_array, state, state_shardings(state, settings, mesh))
     target = jax.ShapeDtypeStruct((1, model.hidden_size), jnp.float32) if "hidden" in unlearning.row.needs else None
-    constants = Constants(frozen, reference, *_placed((index, masks, coefficients(unlearning), target), mesh, P()))
+    constants = Constants(*held, *_placed((index, masks, coefficients(unlearning), target), mesh, P()))
     if unlearning.grip == "project":
-        check_router(model, reference)
+        check_router(model, held[1])
         constants = constants._replace(protection=_protection(unlearning, model, mesh))
     multiple = row_multiple(settings, mesh)
     forget = _batch(unlearning.forget_batch_size, multiple, row_length, mesh)

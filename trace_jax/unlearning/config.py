@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 
 from trace_jax.config import ConfigError, Section, option
+from trace_jax.routing.config import RULES
 from trace_jax.unlearning.objectives import OBJECTIVES, PAPER, Objective
 from trace_jax.unlearning.rules import KEEP, Rules
+from trace_jax.unlearning.seuf import FORMS
 
 RETAIN_LOSSES = ("none", "nll", "kl", "hidden")
 NORMALIZE = ("count", "batch")
 TOPICS = ("mixed", "alternating")
-TRAINABLE = ("all", "experts", "selected_experts", "routers_frozen", "down_projections")
 OPTIMIZERS = ("adamw", "adafactor", "sgd", "muon")
 ANCHORS = ("forget", "retain")
+TRAINABLE = ("all", "experts", "selected_experts", "seuf", "routers_frozen", "down_projections", "lora")
+CHOOSING = ("selected_experts", "seuf")  # presets that train some experts of each layer
+_RANKING = ("difference", "affinity", "random")  # rules that take a number of experts
 SCHEDULES = ("constant", "cosine", "linear")
 GRIP = ("none", "project", "realign")
 STEERING = tuple(name for name, row in OBJECTIVES.items() if "hidden" in row.needs)
@@ -178,6 +182,49 @@ class UnlearningConfig(OptimizerConfig):
         help="ridge of the realignment, relative to the mean square of a router's inputs",
         minimum=0.0,
         when={"grip": ("realign",)},
+    )
+    experts: str | None = option(
+        {"selected_experts": "calibration", "seuf": "affinity"},
+        help="which experts train: the calibration's, or those of a rule of its own (docs/methods.md)",
+        choices=("calibration", *RULES),
+        when={"trainable": CHOOSING},
+    )
+    experts_top: int | None = option(
+        {"selected_experts": 4, "seuf": 1},
+        help="how many experts the rule takes",
+        minimum=1,
+        when={"trainable": CHOOSING, "experts": _RANKING},
+    )
+    experts_scope: str | None = option(
+        {"selected_experts": "layer", "seuf": "model"},
+        help="whether that is of each layer or of the model",
+        choices=("layer", "model"),
+        when={"trainable": CHOOSING, "experts": _RANKING},
+    )
+    experts_mass: float | None = option(
+        0.15,
+        help="share p of the forget activations to cover; 0.15 is SEUF's ESFT baseline",
+        minimum=0.0,
+        maximum=1.0,
+        when={"experts": ("cumulative",)},
+    )
+    lora_rank: int | None = option(
+        8, help="columns of a low-rank adapter's first factor", minimum=1, when={"trainable": ("lora",)}
+    )
+    lora_alpha: float | None = option(
+        16.0, help="adapters are multiplied by lora_alpha / lora_rank", minimum=0.0, when={"trainable": ("lora",)}
+    )
+    anchor: float | None = option(
+        {"selected_experts": 0.0, "seuf": 1.0},
+        help="coefficient of SEUF's loss that keeps forget tokens on the experts that train; 0 = off",
+        minimum=0.0,
+        when={"trainable": CHOOSING},
+    )
+    anchor_form: str | None = option(
+        "sum",
+        help="over experts: the sum of the paper's equation, or the mean of its code",
+        choices=FORMS,
+        when={"trainable": CHOOSING},
     )
     steps: int | None = option(None, help="optimizer steps; 60 unless epochs is given", minimum=1)
     epochs: float | None = option(

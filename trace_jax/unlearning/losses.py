@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from trace_jax.data.rows import Batch
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_kl, token_nll, vocabulary_loss
+from trace_jax.models.moe import router_probabilities
 from trace_jax.parallel.mesh import ROWS, as_varying, varying_axes
 from trace_jax.routing.online import OnlineWeights, online_loss_weights
 from trace_jax.unlearning.config import UnlearningConfig
@@ -21,13 +22,15 @@ from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.objectives import OBJECTIVES, ForgetInputs, Objective
 from trace_jax.unlearning.parameters import Flat, model_params
 from trace_jax.unlearning.retain import hidden_distance, weighted_retain
+from trace_jax.unlearning.seuf import anchor_loss, target_experts
 from trace_jax.unlearning.state import StepSettings
 
 
 class Constants(NamedTuple):
     """Arrays that a run never changes. `reference` holds the original values of what trains; `frozen` both models'.
 
-    Where a few experts train, `frozen` holds all experts, and `index` i32 [L, N] says which are the trainable rows.
+    Where a few experts train, `frozen` holds all experts, and `index` i32 [L, N] says which are the trainable rows;
+    where low-rank factors train, it holds all parameters.
     numbers: coefficients and numbers of the objective, f32 [] by name. target f32 [topics, D]: where RMU steers.
     online: what retain tokens are weighed with by their present routing; None: their weights come with the rows.
     protection: `trace_jax.unlearning.grip.Protection` of the routers.
@@ -47,7 +50,11 @@ def coefficients(config: UnlearningConfig) -> Flat:
     """The traced numbers of a run (`Constants.numbers`)."""
     names = ("gamma", *(("alpha",) if config.retains else ()), *OBJECTIVES[config.objective].numbers)
     names += ("retain_bound", "dual_warmup") if config.row.dual else ()
-    return {name: jnp.float32(getattr(config, name)) for name in names}
+    names += ("anchor",) if config.anchor else ()
+    numbers = {name: jnp.float32(getattr(config, name)) for name in names}
+    if config.lora_rank is not None:
+        numbers["lora_scale"] = jnp.float32((config.lora_alpha or 0.0) / config.lora_rank)
+    return numbers
 
 
 def targets(tokens: jax.Array) -> jax.Array:
@@ -74,6 +81,7 @@ class _Seen(NamedTuple):
     final: Any = None  # [B, S, D], before the output head
     middle: Any = None  # [B, S, D], of the layer that RMU and `hidden` look at
     indices: Any = None  # [L, B, S, K], the chosen experts
+    logits: Any = None  # f32 [L, B, S, E], raw scores of the routers
 
 
 def _together(batches: list[Batch]) -> Batch:
@@ -81,7 +89,7 @@ def _together(batches: list[Batch]) -> Batch:
 
 
 def _look(
-    params, settings: StepSettings, batches: list[Batch], *, whole: bool, inside: bool, routed: bool = False
+    params, settings: StepSettings, batches: list[Batch], *, whole: bool, inside: bool, routers: tuple[str, ...] = ()
 ) -> tuple[list[_Seen], Any]:
     """One forward pass over several batches: (what each gave, choices of experts without room i32 [] or 0).
 
@@ -91,9 +99,8 @@ def _look(
         return [], 0
     parallel, batch = settings.parallel, _together(batches)
     layers, dropped = ("layers",) if whole and inside else (), ("dropped",) if parallel.expert_buffer else ()
-    indices = ("indices",) if routed else ()
     out: Any = forward(
-        params, settings.model, batch.tokens, mask=batch.segments, collect=("hidden", *layers, *dropped, *indices),
+        params, settings.model, batch.tokens, mask=batch.segments, collect=("hidden", *layers, *dropped, *routers),
         num_layers=None if whole else settings.layer, remat=parallel.remat, expert_buffer=parallel.expert_buffer,
     )  # fmt: skip
     lost = out.router.dropped.sum() if dropped else 0
@@ -101,7 +108,8 @@ def _look(
     seen, start = [], 0
     for size in (len(b.tokens) for b in batches):
         of_batch = [None if x is None else x[start : start + size] for x in (out.hidden if whole else None, middle)]
-        seen.append(_Seen(*of_batch, indices=out.router.indices[:, start : start + size] if routed else None))
+        parts = (None if x is None else x[:, start : start + size] for x in (out.router.indices, out.router.logits))
+        seen.append(_Seen(*of_batch, *parts))
         start += size
     return seen, lost
 
@@ -129,28 +137,35 @@ def _given(batch: Batch | None) -> Batch:
     return batch
 
 
-def _losses(
-    trainable: Flat, constants: Constants, rows: StepRows, settings: StepSettings
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None, Any]:
-    """(sum of forget losses, sum of weighted retain losses, sum of online weights, dropped), of this device's rows.
+class _Sums(NamedTuple):
+    """What a device adds up; None for a term that there isn't."""
 
-    None for a term that there isn't.
-    """
+    forget: jax.Array
+    retain: Any = None  # weighted retain losses
+    weights: Any = None  # online weights
+    anchor: Any = None
+    dropped: Any = 0  # choices of experts without room
+
+
+def _losses(trainable: Flat, constants: Constants, rows: StepRows, settings: StepSettings) -> _Sums:
+    """Sums over this device's rows."""
     row, model, retains = _row(settings), settings.model, _retains(settings)
-    params, original = model_params(trainable, constants.frozen, constants.reference, constants.index)
+    held = constants.frozen, constants.reference, constants.index
+    params, original = model_params(trainable, *held, scale=constants.numbers.get("lora_scale"))
     forget_ref, refusals_ref, retain_ref, dropped_ref = _original(original, rows, settings)
     parts = {"forget": rows.forget}
     if "refusals" in row.needs:
         parts["refusals"] = _given(rows.refusals)
     if retains:
         parts["retain"] = _given(rows.retain)
-    # RMU with its own retain term looks at no more than the layer it steers; online weights, at the experts of all.
-    steers, online = "hidden" in row.needs, constants.online if retains else None
+    # RMU with its own retain term looks at no more than the layer it steers; online weights and anchors look at all.
+    steers, online, anchored = "hidden" in row.needs, constants.online if retains else None, settings.anchor_form
     whole, inside = (
-        online is not None or not (steers and settings.retain_loss in ("none", "hidden")),
+        online is not None or anchored is not None or not (steers and settings.retain_loss in ("none", "hidden")),
         steers or settings.retain_loss == "hidden",
     )
-    seen, dropped = _look(params, settings, list(parts.values()), whole=whole, inside=inside, routed=online is not None)
+    routers = ("router_logits", "indices") if anchored else ("indices",) if online is not None else ()
+    seen, dropped = _look(params, settings, list(parts.values()), whole=whole, inside=inside, routers=routers)
     seen = dict(zip(parts, seen, strict=True))
 
     def nll(params, final, batch: Batch | None):
@@ -178,9 +193,11 @@ def _losses(
         arguments = params, model, seen["forget"].final, targets(rows.forget.tokens)
         inputs = inputs._replace(vocabulary=vocabulary_loss(row.vocabulary, constants.numbers, *arguments, **against))
     forget_sum, _ = row.loss(inputs, constants.numbers)
-    dropped = dropped + dropped_ref
+    dropped, anchor_sum = dropped + dropped_ref, None
+    if anchored:
+        anchor_sum = _anchor(seen["forget"], rows.forget.valid, constants.index, settings)
     if not retains:
-        return forget_sum, None, None, dropped
+        return _Sums(forget_sum, anchor=anchor_sum, dropped=dropped)
     retain, weights, weight_sum = _given(rows.retain), rows.weights, None
     if online is not None:
         weights = online_loss_weights(online, seen["retain"].indices, retain.valid, weights)
@@ -191,7 +208,16 @@ def _losses(
         per_token = token_kl(original, retain_ref.final, params, seen["retain"].final, model)
     else:
         per_token = hidden_distance(seen["retain"].middle, retain_ref.middle)
-    return forget_sum, weighted_retain(per_token, weights, retain.valid)[0], weight_sum, dropped
+    retain_sum = weighted_retain(per_token, weights, retain.valid)[0]
+    return _Sums(forget_sum, retain_sum, weight_sum, anchor_sum, dropped)
+
+
+def _anchor(seen: _Seen, valid: jax.Array, index: jax.Array | None, settings: StepSettings) -> jax.Array:
+    """Sum of SEUF's anchor losses over the forget rows."""
+    assert index is not None
+    probabilities = router_probabilities(seen.logits, settings.model)
+    target = target_experts(index, settings.model.num_experts)
+    return anchor_loss(probabilities, seen.indices, target, valid, form=settings.anchor_form or "sum")[0]
 
 
 def _forget_count(rows: StepRows, settings: StepSettings, constants: Constants) -> jax.Array:
@@ -222,20 +248,24 @@ def gradient(
     """
     n = constants.numbers
     forget_count = jax.lax.psum(_forget_count(rows, settings, constants), ROWS)
+    forget_tokens = jax.lax.psum(rows.forget.valid.sum(dtype=jnp.float32), ROWS)
     retain_count = jax.lax.psum(_retain_count(rows, settings), ROWS) if _retains(settings) else None
 
     def loss(trainable, part):
-        forget_sum, retain_sum, weight_sum, dropped = _losses(trainable, constants, part, settings)
-        metrics = {"forget_loss": share(forget_sum, forget_count)}
+        sums = _losses(trainable, constants, part, settings)
+        metrics = {"forget_loss": share(sums.forget, forget_count)}
         total = n["gamma"] * metrics["forget_loss"]
-        if retain_sum is not None:
+        if sums.retain is not None:
             assert retain_count is not None
-            metrics["retain_loss"] = share(retain_sum, retain_count)
+            metrics["retain_loss"] = share(sums.retain, retain_count)
             total = total + (n["alpha"] if alpha is None else alpha) * metrics["retain_loss"]
-            if weight_sum is not None:
-                metrics["weight_mean"] = share(weight_sum, retain_count)
+            if sums.weights is not None:
+                metrics["weight_mean"] = share(sums.weights, retain_count)
+        if sums.anchor is not None:
+            metrics["anchor_loss"] = share(sums.anchor, forget_tokens)
+            total = total + n["anchor"] * metrics["anchor_loss"]
         if settings.parallel.expert_buffer:
-            metrics["dropped"] = jax.lax.psum(as_varying(jnp.float32(dropped), frozenset(ROWS)), ROWS)
+            metrics["dropped"] = jax.lax.psum(as_varying(jnp.float32(sums.dropped), frozenset(ROWS)), ROWS)
         return total, {"loss": total, **metrics}
 
     of_part, number = jax.grad(loss, has_aux=True), settings.parallel.microbatches

@@ -7,6 +7,7 @@ layer with fewer is filled up with rows that belong nowhere.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from trace_jax.config import ConfigError
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.sharding import param_specs, put_rows
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import EXPERT, sum_over
 from trace_jax.parallel.sharding import spec_axes
+from trace_jax.routing.selection import select_experts
+from trace_jax.routing.statistics import ExpertStatistics
+from trace_jax.unlearning.config import UnlearningConfig
 
 Flat = dict[str, jax.Array]
 
@@ -28,6 +33,25 @@ def selected_index(selected: np.ndarray) -> np.ndarray:
     number = int(selected.sum(axis=1).max())
     order = np.argsort(~selected, axis=1, kind="stable")[:, :number].astype(np.int32)
     return np.where(np.take_along_axis(selected, order, axis=1), order, np.int32(selected.shape[1]))
+
+
+def chosen_experts(
+    config: UnlearningConfig, calibrated: np.ndarray, forget: ExpertStatistics, retain: ExpertStatistics, *, seed: int
+) -> np.ndarray | None:
+    """bool [L, E], the experts that train as `config.experts` says; None where not only some experts train.
+
+    Args:
+      calibrated: bool [L, E], the experts that the calibration of the retain weights selected.
+      seed: of the rule "random".
+    """
+    if config.experts in (None, "calibration"):
+        return None if config.experts is None else calibrated
+    given = {"top": config.experts_top, "scope": config.experts_scope, "mass": config.experts_mass}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    try:
+        return select_experts(forget, retain, rule=config.experts, seed=seed, **settings)
+    except ConfigError as error:
+        raise ConfigError(f"unlearning.experts is {config.experts!r}: {error}") from None
 
 
 def cut_rows(arrays: Flat, index: jax.Array, config: ModelConfig, mesh: Mesh) -> Flat:

@@ -18,7 +18,7 @@ from trace_jax.models.arrays import flat_specs
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place
-from trace_jax.unlearning.config import OptimizerConfig, UnlearningConfig
+from trace_jax.unlearning.config import CHOOSING, OptimizerConfig, UnlearningConfig
 from trace_jax.unlearning.optimizer import make_optimizer
 from trace_jax.unlearning.parameters import Flat, trainable_specs
 
@@ -52,7 +52,8 @@ class StepSettings:
     normalize: str | None = None
     layer: int | None = None
     parallel: ParallelConfig = PLAIN
-    rows: bool = False  # what trains are rows of arrays of experts
+    rows: bool = False  # of arrays of experts a few rows train
+    anchor_form: str | None = None  # None: no anchor loss
 
 
 def unlearning_settings(config: UnlearningConfig, model: ModelConfig, parallel: ParallelConfig = PLAIN) -> StepSettings:
@@ -62,7 +63,8 @@ def unlearning_settings(config: UnlearningConfig, model: ModelConfig, parallel: 
     steps = 0 if config.schedule == "constant" else config.steps or 0
     return StepSettings(
         model, config.optimization, steps, config.objective, config.form, config.retain_loss, config.normalize,
-        config.layer, parallel, rows=config.trainable == "selected_experts",
+        config.layer, parallel, rows=config.trainable in CHOOSING,
+        anchor_form=config.anchor_form if config.anchor else None,
     )  # fmt: skip
 
 

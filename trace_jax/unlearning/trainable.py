@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,15 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from trace_jax.config import ConfigError
-from trace_jax.models.arrays import flatten
+from trace_jax.models.arrays import ArraySpec, flatten
 from trace_jax.models.config import ModelConfig
+from trace_jax.unlearning.lora import factor_paths
+from trace_jax.unlearning.parameters import is_of_experts
 
+_GROUPED, _LATENT = ("q", "k", "v"), ("q_down", "q_up", "kv_down", "kv_up")
 PRESETS: dict[str, tuple[str, ...]] = {
     "all": ("*",),
     "experts": ("layers/experts/*",),
     "selected_experts": ("layers/experts/*",),
+    "seuf": ("layers/experts/*", "layers/router*"),
     "routers_frozen": ("!layers/router*", "*"),
     "down_projections": ("layers/experts/down", "dense/mlp/down"),
+    # What low-rank factors are added to: every projection of attention, and the matrices of the experts.
+    "lora": (
+        *(f"{stack}/{name}" for stack in ("layers", "dense") for name in (*_GROUPED, *_LATENT, "o")),
+        "layers/experts/gate_up",
+        "layers/experts/down",
+    ),
 }
 # Only chooses experts, so that no loss has a gradient for it; weight decay alone would move it.
 _NEVER = "layers/router_correction"
@@ -53,28 +65,35 @@ def partition(params: Any, trainable: str | tuple[str, ...]) -> tuple[dict[str, 
 
 
 def update_masks(
-    training: dict[str, jax.Array], config: ModelConfig, *, layers: tuple[int, int] | None = None
+    training: Mapping[str, Any],
+    config: ModelConfig,
+    *,
+    layers: tuple[int, int] | None = None,
+    selected: np.ndarray | None = None,
 ) -> dict[str, jax.Array] | None:
     """Masks that multiply the updates of stacked arrays, or None when all of every array trains.
 
     Args:
-      training: flat trainable parameters.
+      training: flat parameters of which something trains.
       layers: (first, last), layers of the network counted from 1, inclusive; only these train.
+      selected: bool [L, E], the experts whose rows alone train; of all else (routers) only their layers train.
     Returns:
       {path: f32 mask that broadcasts to the parameter} for every trainable path.
     Raises:
       ConfigError: nothing is left to train.
     """
-    if layers is None:
+    if layers is None and (selected is None or all(is_of_experts(path) for path in training)):
         return None
     stacks = {"layers": config.moe_layers, "dense": config.dense_layers}
     masks = {}
     for path, leaf in training.items():
-        mask = np.ones((1,) * leaf.ndim, np.float32)
+        mask, along = np.ones((1,) * leaf.ndim, np.float32), (-1, *(1,) * (leaf.ndim - 1))
         stack = path.partition("/")[0]
-        if stack in stacks:
+        if layers is not None and stack in stacks:
             inside = [layers[0] <= layer + 1 <= layers[1] for layer in stacks[stack]]
-            mask = mask * np.reshape(inside, (-1, *(1,) * (leaf.ndim - 1)))
+            mask = mask * np.reshape(inside, along)
+        if selected is not None and not is_of_experts(path):
+            mask = mask * np.reshape(selected.any(axis=1), along)
         masks[path] = jnp.asarray(mask, jnp.float32)
     if not any(mask.any() for mask in masks.values()):
         raise ConfigError(f"nothing of {', '.join(masks)} would train: no part of it is in layers {layers}.")
@@ -84,20 +103,60 @@ def update_masks(
 def trainable_table(
     params: Any,
     trainable: str | tuple[str, ...],
-    masks: dict[str, jax.Array] | None = None,
+    masks: Mapping[str, jax.Array] | None = None,
     selected: np.ndarray | None = None,
+    factors: Mapping[str, ArraySpec] | None = None,
 ) -> list[dict]:
-    """One row per parameter: path, shape, how many numbers it has and how many train.
+    """One row per parameter: path, shape, how many numbers it has, how many train, and which ("" where none do).
 
-    masks: of updates, from `update_masks`. selected: bool [L, E], the experts that train where not all do.
+    Args:
+      masks: of updates, from `update_masks`.
+      selected: bool [L, E], the experts that train where not all do.
+      factors: low-rank factors by path (`trace_jax.unlearning.lora.factors`) that train instead of their parameters.
     """
     training, frozen = partition(params, trainable)
     rows = []
     for path, leaf in sorted({**training, **frozen}.items()):
-        count = 0
-        if path in training:
-            share = 1.0 if masks is None else float(np.mean(masks[path]))
-            share = share if selected is None else float(np.mean(selected))
-            count = round(leaf.size * share)
-        rows.append({"path": path, "shape": list(leaf.shape), "parameters": leaf.size, "trained": count})
+        count, which = 0, ""
+        if path in training and factors is not None:
+            own = [factors[name].shape for name in factor_paths(path)]
+            count, which = sum(math.prod(shape) for shape in own), f"rank {own[0][-1]}"
+        elif path in training and selected is not None and is_of_experts(path):
+            count, which = _part(leaf.size, selected, "experts")
+        elif path in training:
+            count, which = _part(leaf.size, np.ones(1) if masks is None else np.asarray(masks[path]), "layers")
+        rows.append(
+            {"path": path, "shape": list(leaf.shape), "parameters": leaf.size, "trained": count, "which": which}
+        )
     return rows
+
+
+def _part(size: int, mask: np.ndarray, of: str) -> tuple[int, str]:
+    """(numbers that train, which they are) of an array with an even share for every entry of a mask."""
+    number = int(mask.sum())
+    which = "all" if number == mask.size else f"{number} of {mask.size} {of}" if number else ""
+    return size // mask.size * number, which
+
+
+def table_text(table: Sequence[Mapping[str, Any]]) -> str:
+    """A trainable table as a person reads it: a line for each parameter that trains, one for all that don't."""
+    trained, total = (sum(row[key] for row in table) for key in ("trained", "parameters"))
+    training = [row for row in table if row["trained"]]
+    frozen = [row for row in table if not row["trained"]]
+    lines = [f"what trains: {trained:,} numbers; the model has {total:,} ({trained / total:.2%})"]
+    columns = [
+        (row["path"], " x ".join(map(str, row["shape"])), f"{row['trained']:,}", f"({row['which']})")
+        for row in training
+    ]
+    columns.append(
+        (
+            "frozen",
+            f"{len(frozen)} array{'s' * (len(frozen) != 1)}",
+            f"{sum(row['parameters'] for row in frozen):,}",
+            "",
+        )
+    )
+    widths = [max(len(line[i]) for line in columns) for i in range(3)]
+    for path, shape, count, which in columns:
+        lines.append(f"  {path:{widths[0]}}  {shape:{widths[1]}}  {count:>{widths[2]}}  {which}".rstrip())
+    return "\n".join(lines)

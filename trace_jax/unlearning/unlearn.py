@@ -28,21 +28,22 @@ from trace_jax.parallel.mesh import ROWS
 from trace_jax.progress import say
 from trace_jax.routing.recalibration import Recalibration
 from trace_jax.routing.retain_weights import RetainWeights
-from trace_jax.unlearning.config import STEERING, UnlearningConfig
+from trace_jax.unlearning.config import CHOOSING, STEERING, UnlearningConfig
 from trace_jax.unlearning.grip import BIAS, ROUTER, check_router, keep_routers
 from trace_jax.unlearning.inputs import Inputs, forget_sampler
 from trace_jax.unlearning.length import batch_text, with_steps
 from trace_jax.unlearning.loop import Loop
+from trace_jax.unlearning.lora import factors
 from trace_jax.unlearning.losses import Constants, coefficients
 from trace_jax.unlearning.objectives import steering_directions
-from trace_jax.unlearning.parameters import first_trainable, whole_params
+from trace_jax.unlearning.parameters import first_trainable, held_by_both, whole_params
 from trace_jax.unlearning.recalibrated import Recalibrated
 from trace_jax.unlearning.reference import cached_reference, mean_lengths
 from trace_jax.unlearning.router_passes import realign, retain_protection, with_realigned
 from trace_jax.unlearning.selected import selected_index
 from trace_jax.unlearning.state import initial_state, unlearning_settings
 from trace_jax.unlearning.step import row_multiple, unlearning_step
-from trace_jax.unlearning.trainable import partition, trainable_table, update_masks
+from trace_jax.unlearning.trainable import partition, table_text, trainable_table, update_masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +92,11 @@ def unlearn(
       forget, retain: packed rows. `forget.domain` numbers the topics to forget. `retain` may be None for objectives
         without a retain term.
       weights: of retain tokens, and how often each row is drawn (`trace_jax.routing`); None = uniform.
-      selected: bool [L, E], the experts that train when `config.trainable` is "selected_experts"; default: those of
-        `weights`. Recalibration does not change them.
+      selected: bool [L, E], the experts that train when `config.trainable` is "selected_experts" or "seuf"
+        (`trace_jax.unlearning.selected.chosen_experts`); default: those of `weights` where `config.experts` is
+        "calibration". Recalibration does not change them.
       recalibrate: solves `weights` anew every few steps, under the model as it is then; they are kept in `directory`.
-      seed: of batch order and of RMU's directions.
+      seed: of batch order, of RMU's directions and of low-rank factors.
       mesh, parallel: the devices, and how the step is laid out on them; no mesh: one as `parallel` says.
       directory: where metrics.jsonl and resumable state go; None keeps nothing.
       identity: hash of everything that made this run; state of another one in `directory` is not continued.
@@ -107,9 +109,9 @@ def unlearn(
         experts missing; refusals without a tokenizer; a rule without an evaluation to read; online weights that a
         batch would have to be divided by; recalibration without weights to start from; routers that GRIP can't hold.
     """
-    if selected is None and weights is not None:
+    if selected is None and weights is not None and config.experts == "calibration":
         selected = weights.selected
-    selected = selected if config.trainable == "selected_experts" else None
+    selected = selected if config.trainable in CHOOSING else None
     _check(model, forget, retain, config, selected)
     if config.rules.asks and evaluate is None:
         raise ConfigError(
@@ -127,36 +129,42 @@ def unlearn(
     )
     if config.grip == "project":
         check_router(model.config, training)
-    masks = place(update_masks(training, model.config, layers=trained_layers(config)), mesh)
+    rank, model_layers = config.lora_rank, trained_layers(config)
+    masks = place(update_masks(training, model.config, layers=model_layers, selected=selected), mesh)
+    own = None if rank is None else factors(model.config, training, rank)
+    trained = trainable_table(model.params, trainable, masks, selected, own)
+    say(table_text(trained))
     settings, everything = unlearning_settings(config, model.config, parallel), {**frozen, **training}
     identity, refusals = identity or fingerprint(config, model.config, seed), None
     if "refusals" in config.row.needs:
         encoded = encode_refusals(config.refusals or (), model.tokenizer, model.special)
         forget, refusals = with_refusals(forget, encoded, pad=model.special.pad)
-    numbers, index = place((coefficients(config), _target(model, forget, config, seed, mesh)), mesh), None
-    reference = training
-    if selected is not None:
-        index, frozen, reference = place(selected_index(selected), mesh), everything, {}
+    numbers, target = place((coefficients(config), _target(model, forget, config, seed, mesh)), mesh)
+    index = None if selected is None else place(selected_index(selected), mesh)
+    frozen, reference = held_by_both(training, frozen, index, rank)
     online = place(weights.online, mesh) if weights is not None and config.retains else None
     original = model.replace(params=unflatten(everything))
     protection, table = None, None
     if config.grip == "project":
         assert retain is not None
         protection, table = retain_protection(original, retain, config, bias=BIAS in training, seed=seed, mesh=mesh)
-    constants = Constants(frozen, reference, index, masks, *numbers, online=online, protection=protection)
+    constants = Constants(frozen, reference, index, masks, numbers, target, online=online, protection=protection)
 
     def step(state, placed):
         return unlearning_step(state, constants, placed, settings=settings, mesh=mesh)
 
     def start():
         alpha = config.alpha if config.row.dual else None
-        return initial_state(first_trainable(training, index, model.config, mesh), settings, mesh, masks, alpha)
+        first = first_trainable(training, index, model.config, mesh, rank=rank, seed=seed)
+        return initial_state(first, settings, mesh, masks, alpha)
 
     keep = jax.jit(functools.partial(keep_routers, mesh=mesh))
 
+    scale = numbers.get("lora_scale")
+
     def whole(trainable):
         negated = (config.task_scale or 0.0) if config.row.negates else 0.0
-        params = whole_params(trainable, everything, index, model.config, mesh, negated=negated)
+        params = whole_params(trainable, everything, index, model.config, mesh, scale=scale, negated=negated)
         if protection is None or not negated:
             return params
         # The margins held for what was learnt; now they must for what that was subtracted from.
@@ -189,7 +197,7 @@ def unlearn(
 
         def refresh(step, trainable):
             assert recalibrated is not None
-            params = whole_params(trainable, everything, index, model.config, mesh)
+            params = whole_params(trainable, everything, index, model.config, mesh, scale=scale)
             recalibrated.refresh(step, model.replace(params=params))
 
         loop = Loop(
@@ -208,7 +216,6 @@ def unlearn(
         )
         result = loop.run(start, lambda i: place(batches.at(i), mesh, P(ROWS)), step)
     unlearned, table = finished(result.trainable)
-    trained = trainable_table(model.params, trainable, masks, selected)
     if config.grip == "realign" and table is not None:
         trained = with_realigned(trained, table)
     return Unlearned(
@@ -250,13 +257,15 @@ def _check(model: Model, forget: Rows, retain: Rows | None, config: UnlearningCo
         )
     if config.layer is not None and config.layer > model.config.num_layers:
         raise ConfigError(f"layer is {config.layer}, but the model has {model.config.num_layers} layers.")
-    if config.trainable == "selected_experts" and (selected is None or not selected.any()):
+    if config.trainable in CHOOSING and (selected is None or not selected.any()):
         raise ConfigError(
-            "trainable is 'selected_experts', but no expert is selected; use a weighting that selects experts, or "
-            "lower tau."
+            f"trainable is {config.trainable!r}, but no expert is selected (experts is {config.experts!r}): use a "
+            "weighting that selects experts, lower its tau, or name another rule in unlearning.experts."
         )
     if config.grip != "none" and retain is None:
         raise ConfigError(f"grip {config.grip!r} holds on to the routing of retain text; give retain rows.")
+    if selected is not None and selected.shape != (shape := (len(model.config.moe_layers), model.config.num_experts)):
+        raise ValueError(f"selected is {selected.shape}; the model has {shape} (layers with experts, experts).")
     for name, rows in (("forget", forget), ("retain", retain)):
         if rows is not None and not rows.valid.any():
             raise ValueError(f"the {name} rows hold no token that can be predicted; the data is too short.")
