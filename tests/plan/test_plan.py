@@ -12,7 +12,7 @@ from trace_jax.config import as_dict, resolve
 from trace_jax.data.rows import Rows
 from trace_jax.experiment import ExperimentConfig
 from trace_jax.main import main
-from trace_jax.models.arrays import count_params, init_params
+from trace_jax.models.arrays import abstract_params, count_params, init_params
 from trace_jax.models.families.published import PUBLISHED
 from trace_jax.models.model import Model
 from trace_jax.plan.chips import place
@@ -20,6 +20,10 @@ from trace_jax.plan.plan import mesh_of, meshes, model_of, plan, programs, ranke
 from trace_jax.plan.prediction import Prediction, _needed, predict
 from trace_jax.plan.target import cpus, tpu_slice
 from trace_jax.unlearning import unlearn as unlearning
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.lora import factors
+from trace_jax.unlearning.parameters import is_of_experts
+from trace_jax.unlearning.trainable import partition
 
 CONFIG = {
     "name": "shrunken",
@@ -112,6 +116,20 @@ def test_more_devices_hold_less_each(config, target):
     for program in found[1:]:
         assert program.parameters == pytest.approx(whole / 8, rel=0.1)
         assert program.optimizer == pytest.approx(found[0].optimizer / 8, rel=0.01)
+
+
+@pytest.mark.parametrize("trainable", ["seuf", "lora"])
+def test_a_plan_of_a_part_counts_the_numbers_of_the_part(config, target, trainable):
+    """On one device, where nothing is split: weights and two moments in float32 of what trains."""
+    model, parallel = config.model, resolve(type(config.parallel), {"data": 1})
+    changed = dataclasses.replace(config, unlearning=UnlearningConfig(trainable=trainable, forget_batch_size=8))
+    program = next(programs(changed, model, parallel, mesh_of(cpus(1, "float32"), parallel)))
+    training, _ = partition(abstract_params(model), trainable)
+    if trainable == "lora":
+        numbers = sum(np.prod(spec.shape) for spec in factors(model, training, 8).values())
+    else:  # one of the eight experts of every layer, and the routers
+        numbers = sum(leaf.size // (8 if is_of_experts(path) else 1) for path, leaf in training.items())
+    assert program.optimizer == pytest.approx(3 * 4 * numbers, rel=0.001)
 
 
 def test_what_the_compiler_refuses_says_what_it_needs():
