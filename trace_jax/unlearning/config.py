@@ -185,7 +185,7 @@ class UnlearningConfig(OptimizerConfig):
     )
     experts: str | None = option(
         {"selected_experts": "calibration", "seuf": "affinity"},
-        help="which experts train: the calibration's, or those of a rule of its own (docs/methods.md)",
+        help="which experts train: the calibration's, or those of a rule with its usual numbers",
         choices=("calibration", *RULES),
         when={"trainable": CHOOSING},
     )

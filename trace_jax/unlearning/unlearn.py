@@ -264,8 +264,20 @@ def _check(model: Model, forget: Rows, retain: Rows | None, config: UnlearningCo
         )
     if config.grip != "none" and retain is None:
         raise ConfigError(f"grip {config.grip!r} holds on to the routing of retain text; give retain rows.")
-    if selected is not None and selected.shape != (shape := (len(model.config.moe_layers), model.config.num_experts)):
-        raise ValueError(f"selected is {selected.shape}; the model has {shape} (layers with experts, experts).")
+    if selected is not None:
+        _check_selected(model, config, selected)
     for name, rows in (("forget", forget), ("retain", retain)):
         if rows is not None and not rows.valid.any():
             raise ValueError(f"the {name} rows hold no token that can be predicted; the data is too short.")
+
+
+def _check_selected(model: Model, config: UnlearningConfig, selected: np.ndarray) -> None:
+    shape = len(model.config.moe_layers), model.config.num_experts
+    if selected.shape != shape:
+        raise ValueError(f"selected is {selected.shape}; the model has {shape} (layers with experts, experts).")
+    layers = [layer + 1 for layer, some in zip(model.config.moe_layers, selected.any(axis=1), strict=True) if some]
+    if config.objective in STEERING and config.layer is not None and layers[0] > config.layer:
+        raise ConfigError(
+            f"objective {config.objective!r} steers the output of layer {config.layer}, and the selected experts are in "
+            f"layers {', '.join(map(str, layers))}, above it: they would learn nothing. Set layer to {layers[0]} or more."
+        )
