@@ -21,7 +21,7 @@ from trace_jax.parallel.mesh import ROWS, make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.lora import adapted, adapted_path, factor_storage, factors, initial_factors, merge
 from trace_jax.unlearning.parameters import whole_params
-from trace_jax.unlearning.state import initial_state, unlearning_settings
+from trace_jax.unlearning.state import apply_gradients, initial_state, unlearning_settings
 from trace_jax.unlearning.unlearn import unlearn
 
 GROUPED = ModelConfig(
@@ -278,3 +278,25 @@ def test_a_rank_beyond_the_matrix_is_refused():
     with pytest.raises(ConfigError, match=r"lora_rank: layers/experts/down: rank is 13; a matrix of 12 x 16 .*1 to 12"):
         factors(GROUPED, adapted_paths(GROUPED), 13)
     assert low_rank(flat_specs(GROUPED)["layers/o"], 5)[0].shape == (2, 4, 8, 5)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_optimizers_of_matrices_know_the_sides_of_factors(model, optimizer):
+    """Each factor [.., 16, 4] or [.., 4, 8] is one matrix for every layer and expert; heads are one side of it."""
+    config = dataclasses.replace(UnlearningConfig(trainable="lora", optimizer=optimizer), learning_rate=1.0)
+    settings, mesh = unlearning_settings(config, model.config), make_mesh(jax.devices()[:1])
+    start = initial_factors(model.config, ["layers/q", "layers/experts/down"], 4, seed=0, mesh=mesh)
+    state = initial_state(start, settings, mesh)
+    gradients = {path: jnp.asarray(np.random.default_rng(0).normal(size=x.shape), x.dtype) for path, x in start.items()}
+    after, _ = jax.jit(apply_gradients, static_argnums=(2, 4))(state, gradients, settings, None, mesh)
+    one = {path: x[1:] for path, x in gradients.items()}
+    alone, _ = jax.jit(apply_gradients, static_argnums=(2, 4))(
+        initial_state({path: x[1:] for path, x in start.items()}, settings, mesh), one, settings, None, mesh
+    )
+    for path, array in after.trainable.items():
+        assert np.isfinite(array).all()
+        np.testing.assert_allclose(array[1:], alone.trainable[path], atol=1e-5, err_msg=path)
+    if optimizer == "muon":
+        moved = np.asarray(after.trainable["layers/q/lora_b"] - state.trainable["layers/q/lora_b"])
+        singular = np.linalg.svd(moved.reshape(2, 4, -1), compute_uv=False)
+        assert singular.max() / singular.min() < 2.0

@@ -186,7 +186,9 @@ def test_unusable_choices_of_experts_are_refused(model, forget, retain, statisti
     with pytest.raises(ConfigError, match="but no expert is selected"):
         unlearn(model, forget, retain, config=CONFIG, selected=np.zeros((2, 4), bool))
     steered = UnlearningConfig(objective="rmu", layer=1, trainable="seuf")
-    with pytest.raises(ConfigError, match=r"layer 1, and the selected experts are in layers 2, above it.*layer to 2"):
+    with pytest.raises(
+        ConfigError, match=r"layer 1, and the selected experts are in layers 2, above it.*unlearning.layer to 2"
+    ):
         unlearn(model, forget, retain, config=steered, selected=ONE)
     with pytest.raises(ValueError, match=r"selected is \(1, 4\); the model has \(2, 4\)"):
         unlearn(model, forget, retain, config=CONFIG, selected=ONE[1:])

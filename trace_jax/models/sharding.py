@@ -47,12 +47,6 @@ class Adapted:
     b: jax.Array
 
 
-def factor_specs(config: ModelConfig, path: str, rank: int, mesh: Mesh) -> tuple[P, P]:
-    """How the two factors of an `Adapted` parameter are stored on `mesh`: where the parameter's own axes are."""
-    a, b = (storage_spec(s.shape, s.axes, mesh.shape) for s in low_rank(_declared(config)[path], rank))
-    return a, b
-
-
 def merged(array: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """`array` + `a` `b` in the type of `array`: [..., inputs, outputs] and factors, without layers. The sum is float32.
 

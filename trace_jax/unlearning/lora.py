@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.config import ConfigError
 from trace_jax.models.arrays import ArraySpec, flat_specs, low_rank
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.sharding import Adapted, factor_specs, merged, param_shardings
+from trace_jax.models.sharding import Adapted, merged, param_shardings
+from trace_jax.parallel.sharding import storage_spec
 
 Flat = dict[str, Any]
 FACTORS = ("lora_a", "lora_b")
@@ -50,14 +51,16 @@ def factors(config: ModelConfig, paths: Iterable[str], rank: int) -> dict[str, A
     return found
 
 
+def factors_among(config: ModelConfig, trainable: Mapping[str, Any]) -> dict[str, ArraySpec]:
+    """Declarations of the factors among `trainable` (arrays or shapes by path), by path."""
+    ranks = {adapted_path(path): leaf.shape[-1] for path, leaf in trainable.items() if path.endswith(FACTORS[0])}
+    return {name: spec for path, rank in ranks.items() if path for name, spec in factors(config, [path], rank).items()}
+
+
 def factor_storage(config: ModelConfig, trainable: Mapping[str, Any], mesh: Mesh) -> dict[str, P]:
-    """How the factors among `trainable` (arrays or shapes by path) are stored on `mesh`."""
-    specs = {}
-    for path, leaf in trainable.items():
-        if path.endswith(FACTORS[0]):
-            parameter = adapted_path(path) or ""
-            specs |= zip(factor_paths(parameter), factor_specs(config, parameter, leaf.shape[-1], mesh), strict=True)
-    return specs
+    """How the factors among `trainable` are stored on `mesh`: where their parameter's own axes are."""
+    declared = factors_among(config, trainable)
+    return {path: storage_spec(spec.shape, spec.axes, mesh.shape) for path, spec in declared.items()}
 
 
 def initial_factors(config: ModelConfig, paths: Iterable[str], rank: int, *, seed: int, mesh: Mesh) -> Flat:

@@ -19,6 +19,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place
 from trace_jax.unlearning.config import CHOOSING, OptimizerConfig, UnlearningConfig
+from trace_jax.unlearning.lora import factors_among
 from trace_jax.unlearning.optimizer import make_optimizer
 from trace_jax.unlearning.parameters import Flat, trainable_specs
 
@@ -83,14 +84,15 @@ def fresh_state(
 ) -> TrainState:
     """The state before the first step, wherever its arrays lie; also of shapes alone (`jax.eval_shape`)."""
     trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
-    optimizer = _optimizer(settings, masks).init(trainable)
+    optimizer = _optimizer(settings, masks, trainable).init(trainable)
     return TrainState(
         jnp.zeros((), jnp.int32), trainable, optimizer, None if alpha is None else jnp.asarray(alpha, jnp.float32)
     )
 
 
-def _optimizer(settings: StepSettings, masks: Flat | None) -> optax.GradientTransformation:
-    axes = {path: spec.axes for path, spec in flat_specs(settings.model).items()}
+def _optimizer(settings: StepSettings, masks: Flat | None, trainable: Flat) -> optax.GradientTransformation:
+    declared = flat_specs(settings.model) | factors_among(settings.model, trainable)
+    axes = {path: spec.axes for path, spec in declared.items()}
     return make_optimizer(settings.optimizer, settings.steps, masks, axes=axes)
 
 
@@ -127,7 +129,7 @@ def apply_gradients(
     state: TrainState, gradients: Flat, settings: StepSettings, masks: Flat | None, mesh: Mesh
 ) -> tuple[TrainState, jax.Array]:
     """(the state after the optimizer's update, norm of the gradients f32 [])."""
-    optimizer = _optimizer(settings, masks)
+    optimizer = _optimizer(settings, masks, state.trainable)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer count
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, updates)

@@ -275,9 +275,10 @@ def _check_selected(model: Model, config: UnlearningConfig, selected: np.ndarray
     shape = len(model.config.moe_layers), model.config.num_experts
     if selected.shape != shape:
         raise ValueError(f"selected is {selected.shape}; the model has {shape} (layers with experts, experts).")
-    layers = [layer + 1 for layer, some in zip(model.config.moe_layers, selected.any(axis=1), strict=True) if some]
+    layers = [model.config.moe_layers[i] + 1 for i in np.flatnonzero(selected.any(axis=1))]
     if config.objective in STEERING and config.layer is not None and layers[0] > config.layer:
+        where = ", ".join(map(str, layers))
         raise ConfigError(
-            f"objective {config.objective!r} steers the output of layer {config.layer}, and the selected experts are in "
-            f"layers {', '.join(map(str, layers))}, above it: they would learn nothing. Set layer to {layers[0]} or more."
+            f"objective {config.objective!r} steers the output of layer {config.layer}, and the selected experts are "
+            f"in layers {where}, above it: they would learn nothing. Set unlearning.layer to {layers[0]} or more."
         )
