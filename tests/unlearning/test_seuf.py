@@ -119,6 +119,12 @@ def test_a_strong_anchor_holds_forget_tokens_on_the_target(model, forget, retain
     assert share(100.0) > share(0.0)
 
 
+def test_a_margin_moves_no_router_that_does_not_train(model, forget, retain):
+    """GRIP beside SEUF: the margin is wider than the scores of the original are apart, in every layer."""
+    after = run(model, forget, retain, ONE, steps=2, grip="project", grip_tokens=4, grip_margin=2.0).model
+    assert_only(model, after, ONE)
+
+
 def test_a_mesh_trains_the_same(model, forget, retain):
     """Rows, experts and routers lie in pieces; forget rows are padded to a multiple of the devices."""
     meshes = make_mesh(jax.devices()[:1]), make_mesh(jax.devices(), data=2, expert=2, tensor=2)

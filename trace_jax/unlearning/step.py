@@ -87,9 +87,6 @@ def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, 
         trainable, metrics["grip_missed"] = keep_routers(
             state.trainable, original, constants.protection, state.step, mesh=mesh
         )
-        if constants.masks is not None:  # routers that do not train are not moved for a margin either
-            pairs = {path: (trainable[path], state.trainable[path], mask) for path, mask in constants.masks.items()}
-            trainable = {path: jnp.where(mask != 0, kept, before) for path, (kept, before, mask) in pairs.items()}
         state = dataclasses.replace(state, trainable=trainable)
         state = jax.lax.with_sharding_constraint(state, state_shardings(state, settings, mesh))
     if state.alpha is not None:
