@@ -8,7 +8,8 @@ Target:    DIR must be a checkpoint of the model that was trained on the config 
            open-unlearning's recipe: learning rate 1e-5, weight decay 0.01, one epoch of warm-up, 10 epochs; any trainer
            that writes safetensors will do, and it must read no holdout text.
 Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
-           qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu.
+           qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu,
+           seuf.
            The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
 Data:      muse-bench/MUSE-Books, config raw, column text: forget 4 rows (4.1 MB),
            retain1 12 rows (0.8 MB), holdout 3 rows (for membership).
@@ -58,6 +59,9 @@ METHODS = {
     # Not published for this benchmark on such models: layer (7, counted from 0) and alpha of arXiv 2403.03218, the
     # target's length as in arXiv 2408.06223.
     "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "layer": 8},
+    # Not published for this benchmark: what arXiv 2411.18797, appendix A, has for WMDP-Cyber. Its paper sums over the
+    # experts in the anchor loss, its code takes the mean (--config.unlearning.anchor_form=mean) and a rate of 2e-4.
+    "seuf": {"learning_rate": 1e-4, "alpha": 1.0, "forget_batch_size": 16, "retain_batch_size": 16},
 }
 
 

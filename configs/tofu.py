@@ -8,7 +8,8 @@ Target:    DIR must be a checkpoint of the model that was trained on locuslab/TO
            warm-up, 5 epochs of 32 pairs a step; any trainer that writes safetensors will do. The form of a pair is
            "Question: ...\\nAnswer: ...", as this package writes it.
 Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
-           qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu.
+           qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu,
+           seuf.
            The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
 Data:      locuslab/TOFU, configs forget10 (400 pairs) and retain90 (3,600 pairs), columns question and answer, split
            train; forget01 and retain99, forget05 and retain95 likewise. The hub's revisions aren't pinned: note the
@@ -57,6 +58,17 @@ METHODS = {
     # open-unlearning's RMU has c 2 and alpha 1 on dense models; here layer (7, counted from 0) and alpha of arXiv
     # 2403.03218, and the length of the target as in arXiv 2408.06223.
     "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "layer": 8},
+    # Not published for this benchmark: what arXiv 2411.18797, appendix A, has for WMDP-Cyber. Its paper sums over the
+    # experts in the anchor loss, its code takes the mean (--config.unlearning.anchor_form=mean) and a rate of 2e-4.
+    "seuf": {
+        "learning_rate": 1e-4,
+        "alpha": 1.0,
+        "forget_batch_size": 16,
+        "retain_batch_size": 16,
+        "weight_decay": 0.0,
+        "warmup_steps": 0,
+        "schedule": "constant",
+    },
 }
 
 

@@ -9,7 +9,8 @@ Both:      two topics, as RMU's authors unlearn them; each source is one:
                                     "huggingface:cais/wmdp-corpora/cyber-forget-corpus:train"]' \\
              --config.unlearning.topics=alternating
 Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
-           qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu.
+           qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu,
+           seuf.
            The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
 Data:      the forget corpus is gated: ask for access at huggingface.co/datasets/cais/wmdp-bio-forget-corpus, signed in
            (WMDP's authors grant it), then `hf auth login`. Column text (title, abstract and doi are not read), split
@@ -58,6 +59,9 @@ METHODS = {
     # layers 5 to 7; 150 batches of 4, by turns of bio and cyber. Here of all routed experts. Where no c is published
     # for a model, it is five mean lengths of the layer's output on the first batch (arXiv 2408.06223).
     "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "layer": 8, "steps": 150, "evaluate_every": 15},
+    # Not published for this benchmark: what arXiv 2411.18797, appendix A, has for WMDP-Cyber. Its paper sums over the
+    # experts in the anchor loss, its code takes the mean (--config.unlearning.anchor_form=mean) and a rate of 2e-4.
+    "seuf": {"learning_rate": 1e-4, "alpha": 1.0, "forget_batch_size": 16, "retain_batch_size": 16},
 }
 MODELS = {
     # arXiv 2411.18797, appendix A, for WMDP-Cyber; RMU trains all three matrices there.

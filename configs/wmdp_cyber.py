@@ -5,7 +5,8 @@ Command:   hf download Qwen/Qwen1.5-MoE-A2.7B-Chat --local-dir qwen
              --config.model.path=qwen
            Add --dry-run to check everything that needs neither weights nor data (no --workdir then).
 Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
-           qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu.
+           qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu,
+           seuf.
            The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
 Data:      cais/wmdp-corpora, cyber-forget-corpus: 1,000 texts, column text, split train. Retain: the test split of
            wikitext-2-raw-v1, as RMU's authors do; for text nearer to the forget set, cyber-retain-corpus (4,473 texts):
@@ -54,6 +55,9 @@ METHODS = {
     # layers 5 to 7; 150 batches of 4. Here of all routed experts. Where no c is published for a model, it is five mean
     # lengths of the layer's output on the first batch (arXiv 2408.06223).
     "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "layer": 8, "steps": 150, "evaluate_every": 15},
+    # arXiv 2411.18797, appendix A: one expert of the whole model, anchor 1, 16 rows a step. Its paper sums over experts
+    # in the anchor loss, its code takes the mean (--config.unlearning.anchor_form=mean) and a rate of 2e-4.
+    "seuf": {"learning_rate": 1e-4, "alpha": 1.0, "forget_batch_size": 16, "retain_batch_size": 16},
 }
 # arXiv 2411.18797, appendix A: Qwen1.5-MoE and DeepSeek-V2-Lite on this benchmark. RMU trains all three matrices there.
 _SEUF_GRADDIFF = {"learning_rate": 5e-5}

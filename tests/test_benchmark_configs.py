@@ -135,3 +135,10 @@ def test_two_topics_are_unlearned_by_turns_from_a_tiny_checkpoint(tmp_path):
     assert [counts[f"train/forget{topic}"] for topic in ("", "/0", "/1")] == [24, 12, 12]
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert "bio.jsonl and cyber.jsonl (24 documents" in card and "while holding on to retain.jsonl" in card
+
+
+@pytest.mark.parametrize("model", ["qwen1.5-moe-a2.7b", "deepseek-v2-lite"])
+def test_seuf_trains_the_share_of_parameters_that_its_paper_reports(model):
+    """Table 9 of arXiv 2411.18797: 0.06 % of both models, which is one expert and the router of its layer."""
+    text = dry_run(load_config(f"configs/wmdp_cyber.py:{model},seuf")).text
+    assert "(0.06%)" in text and "assumed: 1 of " in text

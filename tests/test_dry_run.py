@@ -29,7 +29,8 @@ def test_what_is_missing_is_reported_with_what_it_must_be(tmp_path):
     weights, forget = found.missing
     assert "hf download allenai/OLMoE-1B-7B-0924" in weights and forget.endswith("forget.jsonl is not there")
     assert found.wrong == ()
-    for words in ("6,919,161,856 parameters", "1,282,017,280 active", "2,147,483,648 of 6,919,161,856 (31.04%)"):
+    trained = "what trains: 2,147,483,648 numbers; the model has 6,919,161,856 (31.04%)"
+    for words in ("6,919,161,856 parameters", "1,282,017,280 active", trained):
         assert words in found.text
     assert "8 forget rows and 16 retain rows of 128 tokens: 3,072 tokens" in found.text
     assert "must have the columns text, or question and answer" in found.text
@@ -78,3 +79,15 @@ def test_the_command_needs_no_workdir_and_ends_with_2_for_wrong_data(tmp_path, c
     assert "wrong:\n  retain data:" in out and "missing to run:\n  forget data: nowhere.jsonl is not there" in out
     assert main(["--config", "configs/quickstart.py", "--dry-run"]) == 0
     assert "nothing is missing to run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [
+        ({"trainable": "seuf"}, 1),
+        ({"trainable": "selected_experts", "experts": "affinity", "experts_top": 3, "experts_scope": "layer"}, 48),
+        ({"trainable": "selected_experts"}, 128),  # the calibration's: 1 of 8 is assumed
+    ],
+)
+def test_as_many_experts_are_assumed_to_train_as_the_rule_takes(tmp_path, settings, chosen):
+    assert f"assumed: {chosen} of 1,024 experts are chosen" in dry_run(config_of(tmp_path, unlearning=settings)).text

@@ -9,7 +9,6 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from trace_jax.checkpoints.accounting import account
@@ -25,11 +24,12 @@ from trace_jax.models.families import family_of
 from trace_jax.models.families.published import PUBLISHED
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.plan.plan import model_of
-from trace_jax.plan.programs import SELECTED, step_program
-from trace_jax.plan.table import aligned, size
+from trace_jax.plan.programs import assumed_experts, step_program
+from trace_jax.plan.table import size
 from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.lora import factors
 from trace_jax.unlearning.trainable import partition as split_parameters
-from trace_jax.unlearning.trainable import trainable_table, update_masks
+from trace_jax.unlearning.trainable import table_text, trainable_table, update_masks
 from trace_jax.unlearning.unlearn import trained_layers
 
 FIRST = 100  # documents that are read of a source
@@ -170,18 +170,12 @@ def _trained(unlearning: UnlearningConfig, model: ModelConfig) -> str:
     """What trains of every parameter."""
     params, trainable = abstract_params(model), unlearning.trainable or "all"
     training, _ = split_parameters(params, trainable)
-    selected, note = None, ""
-    if trainable == "selected_experts":
-        chosen = np.arange(model.num_experts) < max(1, model.num_experts // SELECTED)
-        selected = np.broadcast_to(chosen, (len(model.moe_layers), model.num_experts))
-        note = f"; 1 of {SELECTED} experts is assumed to be selected"
-    masks = update_masks(training, model, layers=trained_layers(unlearning))
-    table = trainable_table(params, trainable, masks, selected)
-    total, trained = (sum(row[key] for row in table) for key in ("parameters", "trained"))
-    rows = [("parameter", "shape", "numbers", "trained")]
-    rows += [(r["path"], " x ".join(map(str, r["shape"])), f"{r['parameters']:,}", f"{r['trained']:,}") for r in table]
-    name = trainable if isinstance(trainable, str) else ", ".join(trainable)
-    return f"{aligned(rows)}\ntrained: {trained:,} of {total:,} ({trained / total:.2%}), trainable {name}{note}"
+    selected, rank = assumed_experts(unlearning, model), unlearning.lora_rank
+    masks = update_masks(training, model, layers=trained_layers(unlearning), selected=selected)
+    own = None if rank is None else factors(model, training, rank)
+    text = table_text(trainable_table(params, trainable, masks, selected, own))
+    note = "" if selected is None else f"\n  assumed: {selected.sum():,} of {selected.size:,} experts are chosen"
+    return f"{text}{note}"
 
 
 def _list(title: str, lines: list[str]) -> str:

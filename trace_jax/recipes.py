@@ -26,6 +26,17 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "graddiff": {"objective": "gradient_difference", "retain_loss": "nll", "trainable": "all"},
     "npo": {"objective": "npo", "retain_loss": "nll", "trainable": "all"},
     "simnpo": {"objective": "simnpo", "retain_loss": "nll", "trainable": "all"},
+    # GradDiff on the one expert of the whole model with the largest gate on forget tokens, and its layer's router.
+    "seuf": {
+        "objective": "gradient_difference",
+        "retain_loss": "nll",
+        "trainable": "seuf",
+        "experts": "affinity",
+        "experts_scope": "model",
+        "experts_top": 1,
+        "anchor": 1.0,
+        "anchor_form": "sum",
+    },
     # RMU's length c must fit the hidden states and is published for three of the models; elsewhere the first batch's.
     "rmu": {"objective": "adaptive_rmu", "steering_scale": 5.0, "clip_norm": 0.0, "trainable": "down_projections"},
 }

@@ -19,7 +19,7 @@ from trace_jax.parallel.config import ParallelConfig
 from trace_jax.parallel.mesh import DATA, make_mesh
 from trace_jax.plan.chips import place
 from trace_jax.plan.prediction import Prediction, predict
-from trace_jax.plan.programs import SELECTED, Program, decoding_program, statistics_program, step_program
+from trace_jax.plan.programs import Program, assumed_experts, decoding_program, statistics_program, step_program
 from trace_jax.plan.table import duration, program_table, search_table, size
 from trace_jax.plan.target import Target
 from trace_jax.progress import say
@@ -134,7 +134,8 @@ def _head(config: ExperimentConfig, model: ModelConfig, target: Target, parallel
     unlearning, rows = config.unlearning, f"{config.unlearning.forget_batch_size} forget"
     rows += f" and {unlearning.retain_batch_size} retain" if unlearning.retain_batch_size else ""
     chip, trains = target.chip, f"{unlearning.trainable} train"
-    trains += f" (1 of {SELECTED} assumed)" if unlearning.trainable == "selected_experts" else ""
+    if (chosen := assumed_experts(unlearning, model)) is not None:
+        trains += f" ({chosen.sum():,} of {chosen.size:,} experts assumed)"
     return (
         f"{config.name}: {total:,} parameters in {model.dtype}, {active:,} active per token; {unlearning.objective}, "
         f"{trains}\n"

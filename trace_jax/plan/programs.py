@@ -21,7 +21,7 @@ from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.config import ParallelConfig
 from trace_jax.parallel.mesh import EXPERT, ROWS, row_shards
 from trace_jax.routing.statistics import counting_pass
-from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.config import CHOOSING, UnlearningConfig
 from trace_jax.unlearning.grip import Protection, check_router, protection_specs
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants, coefficients
@@ -57,11 +57,8 @@ def step_program(
     """One unlearning step."""
     settings, params = unlearning_settings(unlearning, model, parallel), _params(model, mesh)
     training, frozen = partition(unflatten(params), unlearning.trainable or "all")
-    index, chosen, rank = None, None, unlearning.lora_rank
-    if settings.rows:
-        some = np.arange(model.num_experts) < max(1, model.num_experts // SELECTED)  # which ones is all the same
-        chosen = np.broadcast_to(some, (len(model.moe_layers), model.num_experts))
-        index = selected_index(chosen)
+    rank, chosen = unlearning.lora_rank, assumed_experts(unlearning, model)
+    index = None if chosen is None else selected_index(chosen)
     masks = update_masks(training, model, layers=trained_layers(unlearning), selected=chosen)
     held = held_by_both(training, frozen, index, rank)
     training = jax.eval_shape(partial(first_trainable, config=model, mesh=mesh, rank=rank), training, index)
@@ -84,6 +81,22 @@ def step_program(
     tokens = sum(batch.tokens.size for batch in (forget, retain, refusals) if batch is not None)
     sizes = local_bytes(constants), local_bytes(state), local_bytes(rows)
     return Program("unlearning step", traced, *sizes, tokens, _filled(model, mesh, parallel.expert_buffer))
+
+
+def assumed_experts(unlearning: UnlearningConfig, model: ModelConfig) -> np.ndarray | None:
+    """bool [L, E], experts that are taken to train where some do; which ones is all the same to a program.
+
+    As many as the rule takes or, where that depends on the data, 1 of `SELECTED` in each layer.
+    """
+    if unlearning.trainable not in CHOOSING:
+        return None
+    layers, experts = len(model.moe_layers), model.num_experts
+    if unlearning.experts_top is None:
+        return np.broadcast_to(np.arange(experts) < max(1, experts // SELECTED), (layers, experts))
+    if unlearning.experts_scope == "layer":
+        return np.broadcast_to(np.arange(experts) < unlearning.experts_top, (layers, experts))
+    in_turn = np.arange(layers * experts).reshape(experts, layers).T  # one of each layer, then the next of each
+    return in_turn < unlearning.experts_top
 
 
 def statistics_program(model: ModelConfig, mesh: Mesh, rows: int, row_length: int) -> Program:
