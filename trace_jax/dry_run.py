@@ -28,9 +28,9 @@ from trace_jax.plan.programs import assumed_experts, step_program
 from trace_jax.plan.table import size
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.lora import factors
+from trace_jax.unlearning.parts import trained_layers
 from trace_jax.unlearning.trainable import partition as split_parameters
 from trace_jax.unlearning.trainable import table_text, trainable_table, update_masks
-from trace_jax.unlearning.unlearn import trained_layers
 
 FIRST = 100  # documents that are read of a source
 _COLUMNS = "text, or question and answer"

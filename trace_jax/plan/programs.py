@@ -26,11 +26,11 @@ from trace_jax.unlearning.grip import Protection, check_router, protection_specs
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants, coefficients
 from trace_jax.unlearning.parameters import first_trainable, held_by_both
+from trace_jax.unlearning.parts import trained_layers
 from trace_jax.unlearning.selected import selected_index
 from trace_jax.unlearning.state import fresh_state, state_shardings, unlearning_settings
 from trace_jax.unlearning.step import row_multiple, unlearning_step
 from trace_jax.unlearning.trainable import partition, update_masks
-from trace_jax.unlearning.unlearn import trained_layers
 
 SELECTED = 8  # of so many experts one is taken to be selected, where selected experts train
 

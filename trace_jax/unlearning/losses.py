@@ -147,69 +147,92 @@ class _Sums(NamedTuple):
     dropped: Any = 0  # choices of experts without room
 
 
+class _Models(NamedTuple):
+    """Parameters of the model that trains and of the original one, nested."""
+
+    current: Any
+    original: Any
+
+
 def _losses(trainable: Flat, constants: Constants, rows: StepRows, settings: StepSettings) -> _Sums:
     """Sums over this device's rows."""
-    row, model, retains = _row(settings), settings.model, _retains(settings)
+    row, retains, anchored = _row(settings), _retains(settings), settings.anchor_form is not None
     held = constants.frozen, constants.reference, constants.index
-    params, original = model_params(trainable, *held, scale=constants.numbers.get("lora_scale"))
-    forget_ref, refusals_ref, retain_ref, dropped_ref = _original(original, rows, settings)
+    models = _Models(*model_params(trainable, *held, scale=constants.numbers.get("lora_scale")))
+    forget_ref, refusals_ref, retain_ref, dropped_before = _original(models.original, rows, settings)
     parts = {"forget": rows.forget}
     if "refusals" in row.needs:
         parts["refusals"] = _given(rows.refusals)
     if retains:
         parts["retain"] = _given(rows.retain)
     # RMU with its own retain term looks at no more than the layer it steers; online weights and anchors look at all.
-    steers, online, anchored = "hidden" in row.needs, constants.online if retains else None, settings.anchor_form
-    whole, inside = (
-        online is not None or anchored is not None or not (steers and settings.retain_loss in ("none", "hidden")),
-        steers or settings.retain_loss == "hidden",
-    )
+    steers, online = "hidden" in row.needs, constants.online if retains else None
+    inside = steers or settings.retain_loss == "hidden"
+    whole = online is not None or anchored or not (steers and settings.retain_loss in ("none", "hidden"))
     routers = ("router_logits", "indices") if anchored else ("indices",) if online is not None else ()
-    seen, dropped = _look(params, settings, list(parts.values()), whole=whole, inside=inside, routers=routers)
-    seen = dict(zip(parts, seen, strict=True))
+    found, dropped = _look(models.current, settings, list(parts.values()), whole=whole, inside=inside, routers=routers)
+    seen = dict(zip(parts, found, strict=True))
 
-    def nll(params, final, batch: Batch | None):
-        return token_nll(params, model, final, targets(_given(batch).tokens))
+    inputs = _forget_inputs(models, seen, forget_ref, refusals_ref, rows, constants, settings)
+    sums = _Sums(row.loss(inputs, constants.numbers)[0], dropped=dropped + dropped_before)
+    if anchored:
+        sums = sums._replace(anchor=_anchor(seen["forget"], rows.forget.valid, constants.index, settings))
+    if not retains:
+        return sums
+    valid, weights = _given(rows.retain).valid, rows.weights
+    if online is not None:
+        weights = online_loss_weights(online, seen["retain"].indices, valid, weights)
+        sums = sums._replace(weights=weights.sum())
+    per_token = _retain_losses(models, seen["retain"], retain_ref, _given(rows.retain), settings)
+    return sums._replace(retain=weighted_retain(per_token, weights, valid)[0])
 
-    inputs = ForgetInputs(rows.forget.valid)
+
+def _nll(params: Any, final: jax.Array, batch: Batch, settings: StepSettings) -> jax.Array:
+    return token_nll(params, settings.model, final, targets(batch.tokens))
+
+
+def _forget_inputs(
+    models: _Models,
+    seen: dict[str, _Seen],
+    forget_ref: _Seen,
+    refusals_ref: _Seen,
+    rows: StepRows,
+    constants: Constants,
+    settings: StepSettings,
+) -> ForgetInputs:
+    """What the objective looks at, and no more."""
+    row, forget, parts = _row(settings), rows.forget, {}
     if "nll" in row.needs:
-        inputs = inputs._replace(nll=nll(params, seen["forget"].final, rows.forget))
+        parts["nll"] = _nll(models.current, seen["forget"].final, forget, settings)
     if "reference_nll" in row.needs:
         known = rows.reference_nll
-        known = nll(original, forget_ref.final, rows.forget) if known is None else known
-        inputs = inputs._replace(reference_nll=known)
+        parts["reference_nll"] = _nll(models.original, forget_ref.final, forget, settings) if known is None else known
     if "refusals" in row.needs:
-        answered = nll(params, seen["refusals"].final, rows.refusals)
-        inputs = inputs._replace(refusal_valid=_given(rows.refusals).valid, refusal_nll=answered)
+        refusals = _given(rows.refusals)
+        parts["refusal_valid"] = refusals.valid
+        parts["refusal_nll"] = _nll(models.current, seen["refusals"].final, refusals, settings)
     if "refusals_reference" in row.needs:
         known = rows.refusal_reference_nll
-        known = nll(original, refusals_ref.final, rows.refusals) if known is None else known
-        inputs = inputs._replace(refusal_reference_nll=known)
-    if steers:
+        parts["refusal_reference_nll"] = (
+            _nll(models.original, refusals_ref.final, _given(rows.refusals), settings) if known is None else known
+        )
+    if "hidden" in row.needs:
         assert constants.target is not None
-        inputs = inputs._replace(hidden=seen["forget"].middle, target=constants.target[rows.topic])
+        parts["hidden"], parts["target"] = seen["forget"].middle, constants.target[rows.topic]
     if row.vocabulary is not None:
-        against = {"params_ref": original, "hidden_ref": forget_ref.final} if row.against else {}
-        arguments = params, model, seen["forget"].final, targets(rows.forget.tokens)
-        inputs = inputs._replace(vocabulary=vocabulary_loss(row.vocabulary, constants.numbers, *arguments, **against))
-    forget_sum, _ = row.loss(inputs, constants.numbers)
-    dropped, anchor_sum = dropped + dropped_ref, None
-    if anchored:
-        anchor_sum = _anchor(seen["forget"], rows.forget.valid, constants.index, settings)
-    if not retains:
-        return _Sums(forget_sum, anchor=anchor_sum, dropped=dropped)
-    retain, weights, weight_sum = _given(rows.retain), rows.weights, None
-    if online is not None:
-        weights = online_loss_weights(online, seen["retain"].indices, retain.valid, weights)
-        weight_sum = weights.sum()
+        against = {"params_ref": models.original, "hidden_ref": forget_ref.final} if row.against else {}
+        given = models.current, settings.model, seen["forget"].final, targets(forget.tokens)
+        parts["vocabulary"] = vocabulary_loss(row.vocabulary, constants.numbers, *given, **against)
+    return ForgetInputs(forget.valid, **parts)
+
+
+def _retain_losses(models: _Models, seen: _Seen, reference: _Seen, retain: Batch, settings: StepSettings) -> jax.Array:
+    """f32 [B, S]: the loss of every retain token."""
     if settings.retain_loss == "nll":
-        per_token = nll(params, seen["retain"].final, retain)
-    elif settings.retain_loss == "kl":
-        per_token = token_kl(original, retain_ref.final, params, seen["retain"].final, model)
-    else:
-        per_token = hidden_distance(seen["retain"].middle, retain_ref.middle)
-    retain_sum = weighted_retain(per_token, weights, retain.valid)[0]
-    return _Sums(forget_sum, retain_sum, weight_sum, anchor_sum, dropped)
+        return _nll(models.current, seen.final, retain, settings)
+    if settings.retain_loss == "kl":
+        return token_kl(models.original, reference.final, models.current, seen.final, settings.model)
+    return hidden_distance(seen.middle, reference.middle)
 
 
 def _anchor(seen: _Seen, valid: jax.Array, index: jax.Array | None, settings: StepSettings) -> jax.Array:

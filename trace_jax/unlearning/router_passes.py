@@ -32,12 +32,62 @@ from trace_jax.unlearning.grip import (
     ROUTER,
     Moments,
     Protection,
+    check_router,
     cosine,
+    keep_routers,
     protect,
     protection_specs,
     realigned,
     with_one,
 )
+from trace_jax.unlearning.parameters import Flat
+from trace_jax.unlearning.parts import Parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """GRIP around a run; without it, what is here does nothing. `table`: what was protected in each layer."""
+
+    parts: Parts
+    retain: Rows | None
+    protection: Protection | None = None
+    table: list[dict] | None = None
+
+    def finished(self, trainable: Flat) -> tuple[Model, list[dict] | None]:
+        """(what a run that ends with these trainable parameters gives, rows about each layer or None)."""
+        parts, config = self.parts, self.parts.config
+        model = parts.result(trainable)
+        if config.grip == "realign":
+            assert self.retain is not None and config.grip_tokens is not None and config.grip_ridge is not None
+            tokens, ridge = config.grip_tokens, config.grip_ridge
+            return realign(parts.model, model, self.retain, tokens=tokens, ridge=ridge, mesh=parts.mesh)
+        if self.protection is None or not parts.negated:
+            return model, self.table
+        # The margins held for what was learnt; now they must for what that was subtracted from.
+        flat = flatten(model.params)
+        routers = {path: flat[path] for path in (ROUTER, BIAS) if path in flat}
+        kept, _ = _keeping(parts.mesh)(routers, parts.reference, self.protection, place(np.int32(0), parts.mesh))
+        return model.replace(params=unflatten({**flat, **kept})), self.table
+
+
+@lru_cache(maxsize=8)
+def _keeping(mesh: Mesh) -> Any:
+    return jax.jit(partial(keep_routers, mesh=mesh))
+
+
+def hold_routers(parts: Parts, retain: Rows | None) -> Held:
+    """What GRIP, as the settings ask for it, does around a run.
+
+    Raises:
+      ConfigError: routers that GRIP can't hold (`grip.check_router`).
+    """
+    if parts.config.grip != "project":
+        return Held(parts, retain)
+    assert retain is not None
+    check_router(parts.model.config, parts.training)
+    bias = BIAS in parts.training
+    found = retain_protection(parts.model, retain, parts.config, bias=bias, seed=parts.seed, mesh=parts.mesh)
+    return Held(parts, retain, *found)
 
 
 def spread_tokens(rows: Rows, most: int) -> Rows:
