@@ -6,9 +6,11 @@ import jax
 import pytest
 
 import trace_jax
+from trace_jax import pipeline
 from trace_jax.config import ConfigError
 from trace_jax.main import _COMMANDS, load_config, main
 from trace_jax.models.families.published import PUBLISHED
+from trace_jax.unlearning.objectives import OBJECTIVES
 
 QUICKSTART = "configs/quickstart.py"
 TEXT = ["--config", "configs/huggingface.py", "--workdir", "w", "--config.data.forget=a", "--config.data.retain=b"]
@@ -130,3 +132,31 @@ def test_every_public_name_can_be_imported():
         assert getattr(trace_jax, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = trace_jax.nothing
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_quickstart_takes_any_objective(objective, capsys):
+    config = load_config(QUICKSTART, {"unlearning.objective": objective})
+    assert config.unlearning.objective == objective and config.unlearning.learning_rate == 2e-3
+    reads = "nll_ceiling" in OBJECTIVES[objective].numbers
+    assert config.unlearning.nll_ceiling == (5.0 if reads else None)
+    assert ("nll_ceiling = 5.0 is not read" in capsys.readouterr().err) == (not reads)
+
+
+def test_only_settings_of_the_file_that_an_override_turns_off_are_left_out(tmp_path):
+    both = {"unlearning.objective": "npo", "unlearning.nll_ceiling": 3.0}
+    with pytest.raises(ConfigError, match=r"nll_ceiling = 3\.0 would have no effect"):
+        load_config(QUICKSTART, both)
+    file = tmp_path / "wrong.py"
+    file.write_text(
+        "def get_config():\n    return {'name': 'a', 'unlearning': {'objective': 'npo', 'nll_ceiling': 5.0}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"nll_ceiling = 5\.0 would have no effect"):
+        load_config(str(file), {"unlearning.steps": 3})
+
+
+def test_a_run_without_a_workdir_goes_where_its_name_says(monkeypatch):
+    seen = []
+    monkeypatch.setattr(pipeline, "run", lambda config, workdir, *, overwrite: seen.append(workdir) or "done")
+    assert main(["--config", QUICKSTART, "--config.name=mine"]) == 0
+    assert seen == ["runs/mine"]

@@ -195,6 +195,24 @@ def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: s
         raise ConfigError(f"{path}.{error}" if path else str(error)) from None
 
 
+def is_read(cls: type[Section], values: Mapping[str, Any], name: str) -> bool:
+    """Whether a section with these values, and defaults for the rest, reads the setting `name` (`when` of `option`)."""
+    when = {f.name: f for f in dataclasses.fields(cls)}[name].metadata.get("when") or {}
+    return all(_effective(cls, values, other) in allowed for other, allowed in when.items())
+
+
+def _effective(cls: type[Section], values: Mapping[str, Any], name: str) -> Any:
+    """The value that a setting has: what is given, or its default; None where nothing reads it."""
+    field = {f.name: f for f in dataclasses.fields(cls)}[name]
+    when = field.metadata.get("when")
+    if when and not is_read(cls, values, name):
+        return None
+    if values.get(name) is not None or not when:
+        return values.get(name, field.default)
+    default = field.metadata["conditional_default"]
+    return default[_effective(cls, values, next(iter(when)))] if isinstance(default, Mapping) else default
+
+
 def _required(cls: type[Section]) -> dict[str, dataclasses.Field]:
     missing = dataclasses.MISSING
     return {f.name: f for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}

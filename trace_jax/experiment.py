@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
+from trace_jax.config import ConfigError, Section, as_dict, fingerprint, is_read, option, resolve
 from trace_jax.data.config import DataConfig
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.models.config import ModelConfig
@@ -156,11 +156,9 @@ class ExperimentConfig(Section):
         changes, objective = as_dict(self.unlearning), unlearning.get("objective", self.unlearning.objective)
         if objective != self.unlearning.objective:  # of which only what it reads and was set is kept
             usual = as_dict(UnlearningConfig(objective=self.unlearning.objective))
-            changes = {
-                name: value
-                for name, value in changes.items()
-                if (value != usual[name] or name == "steps") and _read_by_objective(name, objective)
-            }
+            given = {name: value for name, value in changes.items() if value != usual[name] or name == "steps"}
+            after = {**given, **unlearning}
+            changes = {name: value for name, value in given.items() if is_read(UnlearningConfig, after, name)}
         changes |= unlearning
         for length in ("steps", "epochs"):
             if changes.get(length) is not None:
@@ -180,31 +178,13 @@ class ExperimentConfig(Section):
         return self.model.identity() if isinstance(self.model, PretrainedConfig) else as_dict(self.model)
 
 
-def _read_by_objective(name: str, objective: str) -> bool:
-    """Whether runs with an objective may read the setting `name` of `UnlearningConfig`."""
-    field = next(f for f in dataclasses.fields(UnlearningConfig) if f.name == name)
-    when = field.metadata.get("when") or {}
-    return objective in when.get("objective", (objective,)) and (
-        OBJECTIVES[objective].retains or "retain_loss" not in when
-    )
-
-
 def _calibration_fields() -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(CalibrationConfig)}
 
 
 def _reads(preset: Mapping[str, Any], overrides: Mapping[str, Any], key: str) -> bool:
     """Whether a method with this preset reads the setting `key` once `overrides` are in place."""
-    field = _calibration_fields().get(key)
-    if field is None or key == "weighting":
+    weighting = {"weighting": preset["weighting"]}
+    if key not in _calibration_fields() or key in weighting or preset["weighting"] == "uniform":
         return False
-    if preset.get("weighting") == "uniform":
-        return False
-    for other, values in (field.metadata.get("when") or {}).items():
-        value = overrides.get(other, preset.get(other))
-        if value is None:
-            deciding = _calibration_fields()[other]
-            value = deciding.metadata.get("conditional_default") if _reads(preset, overrides, other) else None
-        if value not in values:
-            return False
-    return all(_reads(preset, overrides, other) or other == "weighting" for other in (field.metadata.get("when") or {}))
+    return is_read(CalibrationConfig, {**preset, **overrides, **weighting}, key)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import copy
+import dataclasses
 import inspect
 import os
 import runpy
@@ -14,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax.config import ConfigError, resolve
+from trace_jax.config import ConfigError, Section, is_read, resolve
 from trace_jax.interruption import Interrupted, interrupt
+from trace_jax.progress import say
 
 _EPILOG = """any setting can be overridden: --config.unlearning.learning_rate=1e-5 (values are Python literals or text).
 --config FILE:variant passes the variant to the file's get_config."""
@@ -48,6 +51,8 @@ def _ended(code: int) -> int:
 def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
     """The `ExperimentConfig` of a config file (`FILE` or `FILE:variant`), with dotted overrides applied.
 
+    What the file sets and an override leaves without effect, such as a number of another objective, is left out.
+
     Raises:
       ConfigError: no such file, no `get_config` in it, an unknown setting or a wrong value.
     """
@@ -62,9 +67,29 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
         raise ConfigError(f"{file}: has no get_config function.") from None
     values = _values(get_config, file, variant)
     values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
+    before = copy.deepcopy(values)
     for path, value in (overrides or {}).items():
         _override(values, path, value)
+    for path in _left_unread(before, values, overrides or {}):
+        section, key = path.split(".")
+        say(f"{file}: {path} = {values[section].pop(key)!r} is not read with these settings, and left out")
     return resolve(ExperimentConfig, values)
+
+
+def _left_unread(before: Mapping[str, Any], values: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
+    """Settings of the file that are read without the overrides, and are not with them."""
+    from trace_jax.experiment import ExperimentConfig
+
+    sections = {f.name: f.default_factory for f in dataclasses.fields(ExperimentConfig)}
+    found = []
+    for section in {path.partition(".")[0] for path in overrides}:
+        cls, given = sections.get(section), before.get(section)
+        if isinstance(cls, type) and issubclass(cls, Section) and isinstance(given, Mapping):
+            known = {f.name for f in dataclasses.fields(cls)}
+            for key in set(given) & known - {path.partition(".")[2] for path in overrides}:
+                if is_read(cls, given, key) and not is_read(cls, values[section], key):
+                    found.append(f"{section}.{key}")
+    return sorted(found)
 
 
 def _values(get_config: Callable, file: str, variant: str) -> Any:
@@ -93,9 +118,7 @@ def _literal(text: str) -> Any:
     return text
 
 
-def _parser(
-    command: str, *, config: bool, workdir: bool = True, parents: Sequence[argparse.ArgumentParser] = ()
-) -> argparse.ArgumentParser:
+def _parser(command: str, *, config: bool, parents: Sequence[argparse.ArgumentParser] = ()) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     about = f"commands: {', '.join(_COMMANDS)} (run if none is named)"
     parser = argparse.ArgumentParser(
@@ -106,18 +129,17 @@ def _parser(
     if command != "plan":
         parser.add_argument(
             "--workdir",
-            required=workdir,
+            required=not config,
             metavar="DIR",
-            help="where its artefacts are (a directory, or gs://BUCKET/NAME); made if missing",
+            help="where its artefacts are (a directory, or gs://BUCKET/NAME)"
+            + ("; made if missing. Default: runs/ and the experiment's name" if config else ""),
         )
     return parser
 
 
-def _parse(
-    command: str, arguments: Sequence[str], *parents: argparse.ArgumentParser, workdir: bool = True
-) -> tuple[argparse.Namespace, Any]:
+def _parse(command: str, arguments: Sequence[str], *parents: argparse.ArgumentParser) -> tuple[argparse.Namespace, Any]:
     """Options, and the experiment with its `--config.a.b=value` overrides."""
-    parser = _parser(command, config=True, workdir=workdir, parents=parents)
+    parser = _parser(command, config=True, parents=parents)
     if command != "plan":
         parser.add_argument("--overwrite", action="store_true", help="replace a workdir of another corpus or model")
     options, rest = parser.parse_known_args(arguments)
@@ -130,7 +152,10 @@ def _parse(
         if not equals and not rest:
             parser.error(f"--config.{name} needs a value: --config.{name}=value")
         overrides[name] = _literal(value if equals else rest.pop(0))
-    return options, load_config(options.config, overrides)
+    config = load_config(options.config, overrides)
+    if command != "plan":
+        options.workdir = options.workdir or f"runs/{config.name}"
+    return options, config
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -140,7 +165,7 @@ def _run(arguments: Sequence[str]) -> int:
     group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
     group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
     several.add_argument("--dry-run", action="store_true", help="check everything that needs no weights; no --workdir")
-    options, config = _parse("run", arguments, several, workdir="--dry-run" not in arguments)
+    options, config = _parse("run", arguments, several)
     if options.dry_run:
         return _dry_run(config)
     from trace_jax.parallel.memory import keep_freed_memory
