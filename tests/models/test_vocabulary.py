@@ -13,6 +13,7 @@ from trace_jax.models.arrays import flatten, init_params, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.loss import vocabulary_loss
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
+from trace_jax.models.vocabulary import Vocabulary
 from trace_jax.parallel.mesh import ROWS, make_mesh
 from trace_jax.unlearning.objectives import OBJECTIVES, PAPER
 
@@ -90,6 +91,33 @@ def test_equals_the_plain_formula_in_value_and_gradient(given, name, form):
             else:
                 moved.append(plain(name, form, at, reference, targets))
         np.testing.assert_allclose(gradient[..., d], (moved[0] - moved[1]) / 2e-6, rtol=1e-3, atol=1e-4)
+
+
+GOLDEN = {
+    ("npo", "muse_logits"): 3.537808,
+    ("simnpo", "muse_logits"): 2.908344,
+    ("undial", PAPER): 5.120979,
+    ("ceu", PAPER): 2.143737,
+    ("pdu", PAPER): 26.358952,
+}
+
+
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_golden_value(name, form):
+    """Mean over five tokens of fixed logits."""
+    rng = np.random.default_rng(0)
+    logits, reference = (3 * rng.normal(size=(5, 37)) for _ in range(2))
+    targets = np.array([0, 36, 7, 7, 20])
+    own, other = (
+        Vocabulary(
+            jnp.asarray(x, jnp.float32), jnp.asarray(np.eye(37)[targets] > 0), jnp.ones((1, 37), bool), 37, False
+        )
+        for x in (logits, reference)
+    )
+    numbers = {key: jnp.asarray(value) for key, value in NUMBERS.items()}
+    assert OBJECTIVES[name].form(form).vocabulary(own, other, numbers).mean() == pytest.approx(
+        GOLDEN[name, form], abs=2e-5
+    )
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)

@@ -159,9 +159,11 @@ def test_rmu_pulls_hidden_states_to_the_direction_of_their_topic(name):
         "wmdp": error[:2].mean(),  # padding counts; the row without a token only fills up the batch
         "open_unlearning": np.mean([error[0][VALID[0]].mean(), error[1][VALID[1]].mean()]),
     }
+    golden = {PAPER: 4.1505294, "wmdp": 3.292594, "open_unlearning": 4.1500845}
     for form, wanted in expected.items():
         total, count = OBJECTIVES[name].form(form).loss(inputs, {})
         assert total / count == pytest.approx(wanted, rel=1e-6), form
+        assert total / count == pytest.approx(golden[form], abs=1e-5), form
 
 
 def test_ceu_leaves_out_the_first_token_that_a_document_predicts():
