@@ -93,12 +93,14 @@ def test_an_unknown_argument_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_with_its_own_exit_code(monkeypatch, capsys, number, code):
     """Ctrl-C arrives as Python's own KeyboardInterrupt, unless a loop makes it wait."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     monkeypatch.setitem(_COMMANDS, "doctor", lambda _: signal.raise_signal(number))
     try:
         assert main(["doctor"]) == code
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     assert "the same command continues" in capsys.readouterr().err
 
 

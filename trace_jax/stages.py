@@ -66,7 +66,9 @@ def open_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwr
       ConfigError: see `check_workdir`.
     """
     path = as_path(workdir)
-    if check_workdir(config, path, overwrite=overwrite):
+    replaces = check_workdir(config, path, overwrite=overwrite)
+    barrier("the workdir as it was found")  # a process that is late must not see what is written now
+    if replaces:
         remove(path)
     write_json(path / "config.json", {"identity": config.identity(), "config": as_dict(config)})
     _check_shared(path)
