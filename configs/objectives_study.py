@@ -8,6 +8,7 @@ Run time and result: docs/methods.md.
 import ml_collections
 
 RATES = (1e-3, 2e-3, 4e-3)
+WEAKER, WEAKEST = (1.0, 4.0, 16.0), (0.25, 1.0, 4.0)  # of objectives that push less
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -28,17 +29,17 @@ def get_config() -> ml_collections.ConfigDict:
             "gradient_difference": {"nll_ceiling": 5.0},
             "npo": {"beta": 0.02},
             "simnpo": {"gamma": 1.0, "delta": 5.0},
-            "dpo": {"beta": 0.02},
-            "idk": {},
-            "rmu": {"alpha": (1.0, 4.0, 16.0), "layer": 2, "steering": 20.0},
-            "adaptive_rmu": {"alpha": (1.0, 4.0, 16.0), "layer": 2},
+            "dpo": {"beta": 0.02, "alpha": WEAKER},
+            "idk": {"alpha": WEAKER},
+            "rmu": {"alpha": WEAKEST, "layer": 2, "steering": 20.0},
+            "adaptive_rmu": {"alpha": WEAKEST, "layer": 2},
             "undial": {"learning_rate": 4e-3},
-            "wga": {},
-            "tnpo": {},
-            "satimp": {"gamma": 1.0, "beta1": 1.0},
-            "ceu": {},
+            "wga": {"alpha": WEAKER},
+            "tnpo": {"alpha": WEAKER},
+            "satimp": {"alpha": WEAKER, "gamma": 1.0, "beta1": 1.0},
+            "ceu": {"alpha": WEAKER},
             "pdu": {},
-            "flat": {},
+            "flat": {"alpha": WEAKER},
             "task_vector": {"task_scale": (1.0, 2.5, 5.0), "learning_rate": 1e-3},
         },
     }

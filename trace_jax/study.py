@@ -232,8 +232,8 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
     tables = [_headed(objective, map(comparison_markdown, c), "## ") for objective, c in found.items()]
     texts = [_headed(objective, map(comparison_text, c), "") for objective, c in found.items()]
     if config.study.objectives:
-        first = {objective: comparisons[0] for objective, comparisons in found.items()}
-        tables.insert(0, objectives_markdown(first))
+        of_reading = ({o: comparisons[i] for o, comparisons in found.items()} for i in range(len(READINGS)))
+        tables = [*map(objectives_markdown, of_reading), *tables]
     with replacing(path / "tables.md") as temporary:
         temporary.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     report = write_report(_report_data(config, path, runs, found), path / "report.html")
