@@ -10,6 +10,7 @@ import pytest
 
 from tests.unlearning.conftest import make_rows
 from trace_jax.config import ConfigError
+from trace_jax.data.refusals import encode_refusals, with_refusals
 from trace_jax.files import read_lines
 from trace_jax.models.arrays import flatten, unflatten
 from trace_jax.models.decoder import forward
@@ -155,3 +156,16 @@ def test_settings_that_contradict_each_other_are_refused(model, forget, retain):
         unlearn(model, forget, retain, config=setting("idk"))
     with pytest.raises(ConfigError, match="has a retain term"):
         unlearn(model, forget, None, config=setting("npo"))
+
+
+def test_an_epoch_is_of_the_rows_that_the_objective_reads(model, retain, capsys):
+    """Documents paired with refusals need room for the longer side, so there may be more rows than before."""
+    forget = make_rows(9, seed=5)
+    model = dataclasses.replace(model, tokenizer=Words())
+    longer = ("No no no no no.",)  # six tokens with the end mark, half a row
+    paired, _ = with_refusals(forget, encode_refusals(longer, model.tokenizer, model.special))
+    assert len(paired) > len(forget)
+    config = setting("idk", steps=None, epochs=1.0, refusals=longer, retain_loss="none", forget_batch_size=4)
+    unlearned = unlearn(model, forget, retain, config=config)
+    assert unlearned.step == unlearned.steps == -(-len(paired) // 4)
+    assert "4 forget rows x 12 + 4 refusal rows x 12 = 96 tokens each" in capsys.readouterr().err

@@ -23,9 +23,14 @@ def with_steps(config: UnlearningConfig, forget: Rows, retain: Rows | None) -> U
     return dataclasses.replace(config, steps=max(1, steps), epochs=None, epoch_anchor=None)
 
 
-def batch_text(config: UnlearningConfig, forget: Rows, retain: Rows | None, mesh: Mesh, microbatches: int) -> str:
+def batch_text(
+    config: UnlearningConfig, forget: Rows, retain: Rows | None, mesh: Mesh, microbatches: int,
+    refusals: Rows | None = None,
+) -> str:  # fmt: skip
     """What a step reads, and how many steps go through each side once, as a sentence."""
     sides = [("forget", forget, config.forget_batch_size)]
+    if refusals is not None:
+        sides.append(("refusal", refusals, config.forget_batch_size))
     if config.retains and retain is not None and config.retain_batch_size is not None:
         sides.append(("retain", retain, config.retain_batch_size))
     rows = " + ".join(f"{batch} {name} rows x {rows.tokens.shape[1]}" for name, rows, batch in sides)

@@ -108,12 +108,12 @@ def unlearn(
     selected = selected if config.trainable in CHOOSING else None
     about = {"weights": weights, "recalibrate": recalibrate, "evaluate": evaluate}
     check_run(model, forget, retain, config, selected=selected, **about)
+    forget, refusals = _paired(model, forget, config)
     mesh, config = mesh or parallel.mesh(), with_steps(config, forget, retain)
-    say(f"{title}: {batch_text(config, forget, retain, mesh, parallel.microbatches)}")
+    say(f"{title}: {batch_text(config, forget, retain, mesh, parallel.microbatches, refusals)}")
     parts = take_apart(model, config, selected=selected, parallel=parallel, mesh=mesh, seed=seed)
     say(table_text(parts.table))
     identity = identity or fingerprint(config, model.config, None if selected is None else selected.tolist(), seed)
-    forget, refusals = _paired(model, forget, config)
     grip = hold_routers(parts, retain)
     constants = Constants(
         parts.frozen, parts.reference, parts.index, parts.masks, parts.numbers,
