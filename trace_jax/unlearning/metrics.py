@@ -30,6 +30,10 @@ class Metrics:
                 append_line(temporary, row)
         return rows
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether there is a line of `step` with a value of that name, of whichever run; process 0 alone knows."""
+        return is_main() and any(row["step"] == step and name in row for row in read_lines(self._path))
+
     def write(self, step: int, **values) -> None:
         """Adds a line."""
         if is_main():

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from trace_jax.files import append_line, read_json, read_lines, remove, write_json
+from trace_jax.files import read_json, remove, write_json
 from trace_jax.models.model import Model
-from trace_jax.parallel.hosts import is_main
 from trace_jax.progress import say
 from trace_jax.routing.recalibration import Recalibration
 from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.routing.statistics import DamagedRouting
+from trace_jax.unlearning.metrics import Metrics
 
 
 class Recalibrated:
@@ -40,6 +40,7 @@ class Recalibrated:
         self._solve, self._use = solve, use
         self._first = self._last = weights
         self._directory, self._identity, self._title = directory, identity, title
+        self._metrics = Metrics(directory, identity)
 
     def refresh(self, step: int, current: Model) -> None:
         """Solves for the weights of the steps from `step` on, under the model before that step."""
@@ -53,7 +54,8 @@ class Recalibrated:
             weights, found, words = self._last, {"problem": str(error)}, f"{error} The last weights are kept."
         weights.save(where)
         write_json(where / "drift.json", {"step": step, "identity": self._identity, **found})
-        self._note(step, found)
+        if not self._metrics.has(step, "recalibration"):  # a run that continues after this very step has it
+            self._metrics.write(step, recalibration=found)
         say(f"{self._title}: recalibration after step {step}: {words}")
         self._replace(weights)
 
@@ -82,9 +84,3 @@ class Recalibrated:
 
     def _at(self, step: int) -> Path:
         return self._directory / "recalibration" / f"step-{step:06d}"
-
-    def _note(self, step: int, found: dict) -> None:
-        """Adds the line of this recalibration, unless a run that continues after this very step has it."""
-        path = self._directory / "metrics.jsonl"
-        if is_main() and not any(row["step"] == step and "recalibration" in row for row in read_lines(path)):
-            append_line(path, {"step": step, "identity": self._identity, "recalibration": found})
