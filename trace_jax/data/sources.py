@@ -76,6 +76,35 @@ def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> S
     return Source(documents, left_out)
 
 
+def read_records(source: str) -> list[dict[str, Any]]:
+    """Every row of a data set with all its columns.
+
+    Args:
+      source: a file that ends in .jsonl, or huggingface:NAME[/CONFIG][:SPLIT] (`open_dataset`).
+
+    Raises:
+      DataError: nothing there, another kind of file, a line that is no JSON object, or no rows. No text is quoted.
+    """
+    if source.startswith(HUGGINGFACE):
+        return [dict(row) for row in _load_dataset(source.removeprefix(HUGGINGFACE))]
+    file = as_path(source)
+    file = file if is_remote(file) else file.expanduser()
+    if not file.exists():
+        raise DataError(f"{file}: there is no such file.")
+    if file.suffix != ".jsonl":
+        raise DataError(f"{file}: expected JSON lines: one object per line, in a file that ends in .jsonl.")
+    lines = _text(file).split("\n")
+    return [_object(line, f"{file}:{number}", "a JSON object") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def part(base: str, config: str, split: str) -> str:
+    """The source of one configuration and split of a data set: huggingface:OWNER/NAME/CONFIG:SPLIT, or the file
+    DIRECTORY/CONFIG/SPLIT.jsonl."""
+    if base.startswith(HUGGINGFACE):
+        return f"{base}/{config}:{split}"
+    return f"{base}/{config}/{split}.jsonl"
+
+
 def is_here(path: str) -> bool:
     """Whether a source lies on a disk of this machine, so that reading it downloads nothing."""
     path = path.removeprefix(HUGGINGFACE).partition(":")[0] if path.startswith(HUGGINGFACE) else path
@@ -108,6 +137,18 @@ def open_dataset(name: str) -> Any:
     Raises:
       DataError: `datasets` is missing or can't load it; no such columns; no rows.
     """
+    rows = _load_dataset(name)
+    fields = next((f for f in _FIELDS if f <= set(rows.column_names)), None)
+    if fields is None:
+        raise DataError(
+            f"{HUGGINGFACE}{name}: the columns are {', '.join(rows.column_names)}; expected text, or question and "
+            "answer. Save what you need as JSONL."
+        )
+    return rows.select_columns(sorted(fields))
+
+
+def _load_dataset(name: str) -> Any:
+    """The same with all columns."""
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
@@ -121,15 +162,9 @@ def open_dataset(name: str) -> Any:
         rows = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
     except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{HUGGINGFACE}{name}: can't be loaded ({error}).") from error
-    fields = next((f for f in _FIELDS if f <= set(rows.column_names)), None)
-    if fields is None:
-        raise DataError(
-            f"{HUGGINGFACE}{name}: the columns are {', '.join(rows.column_names)}; expected text, or question and "
-            "answer. Save what you need as JSONL."
-        )
     if not len(rows):
         raise DataError(f"{HUGGINGFACE}{name}: there are no rows.")
-    return rows.select_columns(sorted(fields))
+    return rows
 
 
 def _files(root: pathlib.Path) -> list[pathlib.Path]:
@@ -147,6 +182,16 @@ def _files(root: pathlib.Path) -> list[pathlib.Path]:
 def _read(file: pathlib.Path) -> Iterator[tuple[dict, str]]:
     if file.suffix == ".json":
         raise DataError(f"{file}: is JSON; expected JSON lines: one object per line, in a file that ends in .jsonl.")
+    text = _text(file)
+    if file.suffix != ".jsonl":
+        yield {"text": text}, f"{file}:1"
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _parse(line, f"{file}:{number}"), f"{file}:{number}"
+
+
+def _text(file: pathlib.Path) -> str:
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -160,24 +205,26 @@ def _read(file: pathlib.Path) -> Iterator[tuple[dict, str]]:
         ) from None
     if not text.strip():
         raise DataError(f"{file}: the file is empty; expected text, or one JSON object per line.")
-    if file.suffix != ".jsonl":
-        yield {"text": text}, f"{file}:1"
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _parse(line, f"{file}:{number}"), f"{file}:{number}"
+    return text
 
 
 def _parse(line: str, origin: str) -> dict:
-    expected = 'expected {"text": ...} or {"question": ..., "answer": ...}'
+    expected = '{"text": ...} or {"question": ..., "answer": ...}'
+    item = _object(line, origin, expected)
+    if set(item) not in _FIELDS:
+        raise DataError(f"{origin}: the keys are {', '.join(sorted(item)) or 'none'}; expected {expected}.")
+    return item
+
+
+def _object(line: str, origin: str, expected: str) -> dict:
     try:
         item = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{origin}: not JSON ({error.msg}, column {error.colno}); {expected} on each line.") from None
+        raise DataError(
+            f"{origin}: not JSON ({error.msg}, column {error.colno}); expected {expected} on each line."
+        ) from None
     if not isinstance(item, dict):
-        raise DataError(f"{origin}: a JSON {_json_type(item)}; {expected}.")
-    if set(item) not in _FIELDS:
-        raise DataError(f"{origin}: the keys are {', '.join(sorted(item)) or 'none'}; {expected}.")
+        raise DataError(f"{origin}: a JSON {_json_type(item)}; expected {expected}.")
     return item
 
 

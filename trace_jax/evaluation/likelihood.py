@@ -79,7 +79,7 @@ def score_rows(
     positions = np.broadcast_to(np.arange(rows.tokens.shape[1], dtype=np.int32), rows.tokens.shape)
     nll = _score(params, config, rows.tokens, rows.segments, positions, batch_size=batch_size, mesh=mesh)
     nll = np.where(rows.valid, nll, np.float32(0))
-    _check_finite(nll)
+    check_finite(nll)
     return RowScores(nll, np.asarray(rows.valid, bool))
 
 
@@ -98,7 +98,7 @@ def score_questions(
     positions, real = _scored_positions(scored)
     nll = _score(params, config, tokens, segments, positions, batch_size=batch_size * options, mesh=mesh)
     nll = np.where(real, nll, np.float32(0))
-    _check_finite(nll)
+    check_finite(nll)
     totals = -nll.sum(axis=1, dtype=np.float64).reshape(count, options)
     return QuestionScores(totals, np.asarray(questions.answer), np.asarray(questions.group))
 
@@ -155,7 +155,8 @@ def _scored_positions(scored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return positions, np.take_along_axis(scored, positions, axis=1)
 
 
-def _check_finite(nll: np.ndarray) -> None:
+def check_finite(nll: np.ndarray) -> None:
+    """Raises `NonFiniteScore` if a likelihood of a model is NaN or infinite."""
     bad = int((~np.isfinite(nll)).sum())
     if bad:
         raise NonFiniteScore(

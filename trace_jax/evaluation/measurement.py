@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+_OPTIONAL = {"note", "profile", "revision"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
@@ -19,6 +21,8 @@ class Measurement:
       low, high: ends of the 95 % interval over items; NaN when there are too few items to give one (JSON: null).
       split: "validation" or "test".
       note: what a reader must know beside the number, in a few words; often empty.
+      profile: whose protocol was followed to the letter, where there are several, such as "open_unlearning".
+      revision: of the data set, where it is known.
     """
 
     name: str
@@ -28,21 +32,21 @@ class Measurement:
     high: float
     split: str
     note: str = ""
+    profile: str = ""
+    revision: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict that `json.dumps` takes; NaN becomes None, since JSON has no NaN."""
         plain = dataclasses.asdict(self)
         for key in ("value", "low", "high"):
             plain[key] = plain[key] if math.isfinite(plain[key]) else None
-        if not self.note:
-            del plain["note"]
-        return plain
+        return {key: value for key, value in plain.items() if key not in _OPTIONAL or value}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Measurement:
         """The inverse of `to_json`. Raises ValueError if a field is missing or unknown."""
         names = {f.name for f in dataclasses.fields(cls)}
-        unknown, missing = set(plain) - names, names - {"note"} - set(plain)
+        unknown, missing = set(plain) - names, names - _OPTIONAL - set(plain)
         if unknown or missing:
             raise ValueError(
                 f"not a measurement: missing {sorted(missing)}, unknown {sorted(unknown)}; expected {sorted(names)}."

@@ -93,6 +93,47 @@ def vocabulary_loss(
     return jnp.reshape(_of_vocabulary(pieces, fn, dict(numbers), *operands), targets.shape)
 
 
+def token_scores(
+    params: dict,
+    config: ModelConfig,
+    hidden: jax.Array,
+    targets: jax.Array,
+    *,
+    moments: bool = False,
+    chunk_size: int | None = None,
+) -> dict[str, jax.Array]:
+    """What is told of a target by the distribution at its place, without gradients; each [B, S].
+
+    Args:
+      hidden, targets, chunk_size: as in `token_nll`.
+      moments: whether the mean and the variance of the log-probability are wanted.
+
+    Returns:
+      log_prob f32, nats; greedy bool: no other token is likelier; with `moments` also mean and variance f32 of
+      log p(v) over tokens v drawn from the model's own distribution p.
+    """
+    hidden, head = output_operands(params, config, hidden)
+    operands = as_varying(
+        (head, hidden.reshape(-1, head.shape[0]), targets.reshape(-1)), varying_axes(head, hidden, targets)
+    )
+    head, hidden, flat = operands
+    pieces = _pieces(config, targets.size, head, chunk_size)
+
+    def chunk(parts):
+        hidden, targets = parts
+        vocabulary = _vocabulary(pieces, head, _logits(pieces, hidden, head), targets)
+        log_probs = vocabulary.logits - vocabulary.log_normalizer(vocabulary.logits)[:, None]
+        found = {"log_prob": vocabulary.of_target(log_probs), "greedy": vocabulary.is_likeliest()}
+        if moments:
+            p = jnp.exp(log_probs)
+            found["mean"] = vocabulary.total(p * log_probs)
+            found["variance"] = vocabulary.total(p * jnp.square(log_probs - found["mean"][:, None]))
+        return found
+
+    found = jax.lax.map(chunk, _split(pieces.chunks, hidden, flat))
+    return {name: x.reshape(-1)[: flat.shape[0]].reshape(targets.shape) for name, x in found.items()}
+
+
 class _Pieces(NamedTuple):
     """How the logits [T, V] are cut: T into chunks one after the other, V over devices or not, with padding or not."""
 

