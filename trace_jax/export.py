@@ -27,6 +27,7 @@ from trace_jax.report.words import format_interval, format_number, plain_name
 from trace_jax.summary import FORGOTTEN, SPLIT, needed
 from trace_jax.unlearning.unlearn import Unlearned
 
+UNLEARNED = "unlearned.json"  # how a method made its model
 _FILE, _TOKENIZER = "model.safetensors", "tokenizer.json"
 
 
@@ -62,7 +63,7 @@ def save_unlearned(directory: Path, unlearned: Unlearned, identity: str) -> None
 def load_unlearned(workdir: Path, label: str, target: Model) -> Model:
     """The model that `methods/LABEL` of a run made from `target`, with which it shares what did not train."""
     directory, flat = workdir / "methods" / label, flatten(target.params)
-    like = {path: flat[path] for path in _trained(needed(directory / "results.json")["trained"])}
+    like = {path: flat[path] for path in _trained(needed(directory / UNLEARNED)["trained"])}
     trained, _ = load_params(directory / _FILE, like)
     return target.replace(params=unflatten({**flat, **trained}))
 

@@ -28,9 +28,13 @@ from trace_jax.environment import describe
 from trace_jax.evaluation.fronts import Front, front_from_history, standing
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.routing import measure_routing
+from trace_jax.evaluation.store import ScoreStore
 from trace_jax.evaluation.suite import Evaluator, make_evaluator
+from trace_jax.evaluation.task import Task
+from trace_jax.evaluation.tasks import build_tasks
 from trace_jax.experiment import ExperimentConfig, Method
 from trace_jax.export import (
+    UNLEARNED,
     export_model,
     load_target,
     load_trained,
@@ -43,13 +47,13 @@ from trace_jax.models.arrays import count_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.parallel.hosts import is_main
-from trace_jax.parallel.processes import barrier, check_joined
+from trace_jax.parallel.processes import check_joined
 from trace_jax.progress import say, tracked
 from trace_jax.routing.recalibration import Recalibration
 from trace_jax.routing.retain_weights import RetainWeights, retain_weights
 from trace_jax.routing.statistics import ExpertStatistics, expert_statistics
 from trace_jax.stages import Stage, check_workdir, open_workdir
-from trace_jax.summary import refresh
+from trace_jax.summary import needed, refresh
 from trace_jax.unlearning.lora import factors
 from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.optimizer import moments
@@ -98,7 +102,7 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
     check_workdir(config, workdir, overwrite=overwrite)
     check_joined()
     mesh = config.parallel.mesh()
-    corpora = read_corpora(config)  # before anything is written: data may be refused
+    corpora, tasks = read_corpora(config), build_tasks(config.evaluation)  # before anything is written: may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
     write_json(path / "environment.json", describe())
     say(
@@ -117,7 +121,7 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
                 config, path, corpora, mesh, "retrained", corpora.retrain_mixture, fingerprint(known, "retrained")
             )
     forget, retain = _statistics_stage(config, path, corpora, target, mesh, fingerprint(known, "statistics"))
-    evaluator = _evaluator_stage(config, path, corpora, target, retrained, mesh)
+    evaluator = _evaluator_stage(config, path, corpora, tasks, target, retrained, mesh, known)
     return Prepared(config, path, mesh, corpora, target, forget, retain, evaluator, known)
 
 
@@ -217,22 +221,34 @@ def _statistics_stage(config, path: Path, corpora: Corpora, target: Model, mesh:
 
 
 def _evaluator_stage(
-    config, path: Path, corpora: Corpora, target: Model, retrained: Model | None, mesh: Mesh
+    config: ExperimentConfig,
+    path: Path,
+    corpora: Corpora,
+    tasks: tuple[Task, ...],
+    target: Model,
+    retrained: Model | None,
+    mesh: Mesh,
+    known: str,
 ) -> Evaluator:
     """The evaluator with the scores of the original (and retrained) model; their measurements are written down."""
-    probes = {"validation": corpora.validation, "test": corpora.test}
     evaluator = make_evaluator(
         config.evaluation,
         target.config,
-        probes,
+        {"validation": corpora.validation, "test": corpora.test},
         corpora.tokenizer,
         benchmark=config.data.benchmark,
         mesh=mesh,
         seed=config.seed,
+        special=target.special,
+        tasks=tasks,
+        identity=fingerprint(corpora.fingerprint, config.evaluation.along_the_way(), config.evaluation.max_prompts),
     )
     say("evaluation of the target model" + (" and of the retrained model" if retrained is not None else ""))
     models = {"target": target} | ({} if retrained is None else {"retrained": retrained})
-    scores = {name: evaluator.score(model.params, full=True) for name, model in models.items()}
+    scores = {
+        name: evaluator.full_scores(model.params, store=ScoreStore(path / "scores" / name, fingerprint(known, name)))
+        for name, model in models.items()
+    }
     evaluator = evaluator.with_references(original=scores["target"], retrained=scores.get("retrained"))
     measured = {name: [m.to_json() for m in evaluator.measure(score)] for name, score in scores.items()}
     counts = {"documents": dict(corpora.documents), "tokens": dict(corpora.tokens), "fingerprint": corpora.fingerprint}
@@ -246,73 +262,92 @@ def _evaluator_stage(
 def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
     """Calibrates, unlearns and evaluates with one method in `methods/LABEL`, or keeps what is there.
 
-    Returns the hash of everything that made the result.
+    Returns the hash of everything that made the model.
     """
-    directory = prepared.workdir / "methods" / label
+    directory, config = prepared.workdir / "methods" / label, prepared.config
     weights, known = _calibration_stage(prepared, method, directory, label)
-    known = fingerprint(known, method.unlearning, prepared.config.evaluation)
+    quick = [task.identity for task in prepared.evaluator.tasks if task.quick]
+    known = fingerprint(known, method.unlearning, config.evaluation.along_the_way(), quick)
     stage = Stage("unlearning", directory, known)
+    made = stage.run(
+        lambda: _unlearn(prepared, method, weights, label, known), lambda: None, f"unlearning with {label}"
+    )
+    tasks = [task.identity for task in prepared.evaluator.tasks]
+    stage = Stage("evaluation", directory, fingerprint(known, config.evaluation, tasks))
 
-    def make() -> None:
-        config, corpora, recalibrate = prepared.config, prepared.corpora, _recalibration(prepared, method)
-        if recalibrate is None:
-            remove(directory / "recalibration")  # of other settings
-        unlearned = unlearn(
-            prepared.target,
-            corpora.forget,
-            corpora.retain,
-            config=method.unlearning,
-            weights=weights,
-            recalibrate=recalibrate,
-            selected=chosen_experts(
-                method.unlearning, weights.selected, prepared.forget, prepared.retain, seed=config.seed
-            ),
-            seed=config.seed,
-            mesh=prepared.mesh,
-            parallel=config.parallel,
-            directory=directory,
-            identity=known,
-            title=f"unlearning with {label}",
-            evaluate=_evaluation(prepared, method),
-        )
-        save_unlearned(directory, unlearned, known)
-        measured = prepared.evaluator.full(unlearned.model.params)
-        routing = measure_routing(
-            prepared.target,
-            unlearned.model,
-            forget=corpora.forget,
-            retain=corpora.retain,
-            mesh=prepared.mesh,
-            batch_size=config.evaluation.batch_size,
-            max_rows=config.evaluation.max_rows,
-        )
-        flush_lines()
-        barrier(f"{label}: evaluations")  # process 0 has written them
-        fronts = {split: _front(prepared, directory, known, split).to_json() for split in SPLITS}
-        write_json(
-            directory / "results.json",
-            {
-                "method": method.name,
-                "label": label,
-                "seed": config.seed,
-                "calibration": dataclasses.asdict(method.calibration),
-                "unlearning": dataclasses.asdict(method.unlearning),
-                "step": unlearned.step,
-                "steps": unlearned.steps,
-                "stopped": unlearned.stopped,
-                "failed": unlearned.failed,
-                "seconds_per_step": _finite(unlearned.seconds_per_step),
-                "trained": unlearned.trained,
-                "grip": unlearned.grip,
-                "fronts": fronts,
-                "measurements": [m.to_json() for m in measured],
-                "routing": routing.to_json(),
-            },
-        )
+    def evaluate() -> None:
+        model = made or load_unlearned(prepared.workdir, label, prepared.target)
+        _evaluate(prepared, model, directory, known)
 
-    stage.run(make, lambda: None, f"unlearning with {label}")
+    stage.run(evaluate, lambda: None, f"evaluation of {label}")
     remove(directory / "checkpoints")
     return known
+
+
+def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: str, known: str) -> Model:
+    """Unlearns, and keeps the model and how it was made (unlearned.json)."""
+    config, corpora, recalibrate = prepared.config, prepared.corpora, _recalibration(prepared, method)
+    directory = prepared.workdir / "methods" / label
+    if recalibrate is None:
+        remove(directory / "recalibration")  # of other settings
+    unlearned = unlearn(
+        prepared.target,
+        corpora.forget,
+        corpora.retain,
+        config=method.unlearning,
+        weights=weights,
+        recalibrate=recalibrate,
+        selected=chosen_experts(
+            method.unlearning, weights.selected, prepared.forget, prepared.retain, seed=config.seed
+        ),
+        seed=config.seed,
+        mesh=prepared.mesh,
+        parallel=config.parallel,
+        directory=directory,
+        identity=known,
+        title=f"unlearning with {label}",
+        evaluate=_evaluation(prepared, method),
+    )
+    save_unlearned(directory, unlearned, known)
+    flush_lines()
+    how = {
+        "method": method.name,
+        "label": label,
+        "seed": config.seed,
+        "calibration": dataclasses.asdict(method.calibration),
+        "unlearning": dataclasses.asdict(method.unlearning),
+        "step": unlearned.step,
+        "steps": unlearned.steps,
+        "stopped": unlearned.stopped,
+        "failed": unlearned.failed,
+        "seconds_per_step": _finite(unlearned.seconds_per_step),
+        "trained": unlearned.trained,
+        "grip": unlearned.grip,
+    }
+    write_json(directory / UNLEARNED, how)
+    return unlearned.model
+
+
+def _evaluate(prepared: Prepared, model: Model, directory: Path, known: str) -> None:
+    """Everything that is measured on an unlearned model: results.json."""
+    evaluation, corpora = prepared.config.evaluation, prepared.corpora
+    measured = prepared.evaluator.full(model.params, store=ScoreStore(directory / "scores", known))
+    routing = measure_routing(
+        prepared.target,
+        model,
+        forget=corpora.forget,
+        retain=corpora.retain,
+        mesh=prepared.mesh,
+        batch_size=evaluation.batch_size,
+        max_rows=evaluation.max_rows,
+    )
+    results = {
+        **needed(directory / UNLEARNED),
+        "fronts": {split: _front(prepared, directory, known, split).to_json() for split in SPLITS},
+        "measurements": [m.to_json() for m in measured],
+        "routing": routing.to_json(),
+    }
+    write_json(directory / "results.json", results)
 
 
 def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated]:

@@ -63,8 +63,8 @@ def test_any_mesh_gives_the_same(model, sequences, shape):
     alone = score_sequences(model, sequences, moments=True, batch_size=7)
     shared = score_sequences(model, sequences, moments=True, batch_size=2, mesh=mesh)
     for one, other in zip(alone, shared, strict=True):
-        np.testing.assert_allclose(one.log_prob, other.log_prob, rtol=2e-6, atol=1e-5)
-        np.testing.assert_allclose(one.variance, other.variance, atol=1e-4)
+        np.testing.assert_allclose(one.log_prob, other.log_prob, rtol=2e-5, atol=1e-5)
+        np.testing.assert_allclose(one.variance, other.variance, rtol=1e-3, atol=1e-3)
         assert (one.greedy == other.greedy).all()
 
 

@@ -6,6 +6,8 @@ import dataclasses
 
 from trace_jax.config import Section, option
 
+_AFTERWARDS = ("max_prompts", "levels")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig(Section):
@@ -18,3 +20,8 @@ class EvaluationConfig(Section):
     levels: tuple[float, ...] = option(
         (0.5,), help="forgetting levels at which utility is compared (on the benchmark's own forgetting scale)"
     )
+
+    def along_the_way(self) -> EvaluationConfig:
+        """The same without settings that change nothing of what is measured while unlearning."""
+        usual = EvaluationConfig()
+        return dataclasses.replace(self, **{name: getattr(usual, name) for name in _AFTERWARDS})

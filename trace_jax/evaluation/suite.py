@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,8 +25,11 @@ from trace_jax.evaluation.intervals import Interval
 from trace_jax.evaluation.likelihood import QuestionScores, RowScores, score_questions, score_rows, spread_indices
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.membership import MemberScores
+from trace_jax.evaluation.store import ScoreStore, flat_arrays, grouped_arrays
+from trace_jax.evaluation.task import Task, TaskScores
 from trace_jax.evaluation.verbatim import verbatim_scores
 from trace_jax.models.config import ModelConfig
+from trace_jax.models.model import Model, SpecialTokens
 
 Key = tuple[str, str]  # (split, subject)
 KeyT = TypeVar("KeyT", bound=Hashable)
@@ -35,13 +38,33 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """What one model gave on every probe, per (split, subject). `verbatim` f64 [N] and `members` per split; both are
-    empty unless the scoring was full. `seconds` is the time that scoring took."""
+    empty unless the scoring was full. `tasks` by name; unless it was full, the quick ones alone. `seconds` is the time
+    that scoring took."""
 
     questions: Mapping[Key, QuestionScores]
     text: Mapping[Key, RowScores]
     verbatim: Mapping[str, np.ndarray]
     members: Mapping[str, MemberScores]
     seconds: float
+    tasks: Mapping[str, TaskScores] = dataclasses.field(default_factory=dict)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """All scores but those of tasks, by path."""
+        return flat_arrays({f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tasks"})
+
+    @classmethod
+    def from_arrays(cls, flat: Mapping[str, np.ndarray]) -> Scores:
+        """The inverse of `to_arrays`."""
+        questions = grouped_arrays(flat, "questions", 2)
+        text = grouped_arrays(flat, "text", 2)
+        members = grouped_arrays(flat, "members", 1)
+        return cls(
+            questions={(split, subject): QuestionScores(**a) for (split, subject), a in questions.items()},
+            text={(split, subject): RowScores(**a) for (split, subject), a in text.items()},
+            verbatim={split: arrays[""] for (split,), arrays in grouped_arrays(flat, "verbatim", 1).items()},
+            members={split: MemberScores(**arrays) for (split,), arrays in members.items()},
+            seconds=float(flat["seconds"]),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,25 +83,52 @@ class Evaluator:
     retrained: Scores | None
     mesh: Mesh | None
     seed: int
+    special: SpecialTokens
+    tasks: tuple[Task, ...]
+    identity: str
 
     def __call__(self, params: Any) -> list[Measurement]:
         """The quick measurements, for use while unlearning: accuracies, NLLs and utilities on every split."""
         return self.measure(self.score(params))
 
-    def full(self, params: Any) -> list[Measurement]:
-        """All measurements: the quick ones, then verbatim memorisation and membership inference."""
-        return self.measure(self.score(params, full=True))
+    def full(self, params: Any, *, store: ScoreStore | None = None) -> list[Measurement]:
+        """All measurements: the quick ones, then verbatim memorisation, membership inference and the other tasks."""
+        return self.measure(self.full_scores(params, store=store))
+
+    def full_scores(self, params: Any, *, store: ScoreStore | None = None) -> Scores:
+        """What `full` measures. With a store, what is kept there of this model is not scored again.
+
+        Raises:
+          NonFiniteScore: see `score`.
+        """
+        if store is None:
+            return self.score(params, full=True)
+        probes = store.keep(
+            "probes", self.identity, lambda: TaskScores(self._score_probes(params, full=True).to_arrays())
+        )
+        tasks = {task.name: store.keep(task.name, task.identity, self._scoring(task, params)) for task in self.tasks}
+        return dataclasses.replace(Scores.from_arrays(probes.arrays), tasks=tasks)
 
     def with_references(self, *, original: Scores | None = None, retrained: Scores | None = None) -> Evaluator:
         """The same evaluator measuring relative to these models; None leaves a reference as it is."""
         return dataclasses.replace(self, original=original or self.original, retrained=retrained or self.retrained)
 
     def score(self, params: Any, *, full: bool = False) -> Scores:
-        """Runs the model over the probes.
+        """Runs the model over the probes and tasks.
 
         Raises:
           NonFiniteScore: the model gives NaN or infinite likelihoods.
         """
+        start = time.perf_counter()
+        probes = self._score_probes(params, full=full)
+        tasks = {task.name: self._scoring(task, params)() for task in self.tasks if full or task.quick}
+        return dataclasses.replace(probes, tasks=tasks, seconds=time.perf_counter() - start)
+
+    def _scoring(self, task: Task, params: Any) -> Callable[[], TaskScores]:
+        model = Model(self.model_config, params, self.tokenizer, self.special)
+        return lambda: task.score(model, batch_size=self.config.batch_size, mesh=self.mesh)
+
+    def _score_probes(self, params: Any, *, full: bool) -> Scores:
         start, batch = time.perf_counter(), self.config.batch_size
         rows: dict[tuple[str, ...], Rows] = {**self.text}
         if full:
@@ -113,6 +163,11 @@ class Evaluator:
         for split, members in scores.members.items():
             if members.enough:
                 found += self._measure_membership(split, members)
+        for task in self.tasks:
+            if task.name in scores.tasks:
+                original, retrained = (m and m.tasks.get(task.name) for m in (self.original, self.retrained))
+                given = {"original": original, "retrained": retrained, **self._resampling}
+                found += task.measure(scores.tasks[task.name], **given)
         return sorted(found, key=lambda m: m.split != "validation")
 
     def _measure_text(self, key: Key, rows: RowScores) -> list[Measurement]:
@@ -157,19 +212,24 @@ def make_evaluator(
     retrained: Scores | None = None,
     mesh: Mesh | None = None,
     seed: int = 0,
+    special: SpecialTokens | None = None,
+    tasks: Sequence[Task] = (),
+    identity: str = "",
 ) -> Evaluator:
     """Builds the evaluator of one run.
 
     Args:
       config: sizes of the evaluation sets; larger sets are thinned evenly, the same way every time.
       probes: per split ("validation", "test"). Empty sets are left out.
-      tokenizer: decodes generated text; needed only for the verbatim score.
+      tokenizer, special: read and write the text of tasks; the verbatim score needs the tokenizer too.
       benchmark: its scoreboard names the measurements.
       original: `Evaluator.score` of the model before unlearning; without it there is no utility and no probability
         ratio, only NLL.
       retrained: full `Evaluator.score` of the model trained without forget data; without it there is no PrivLeak.
       mesh: devices that share each batch; None: the default device.
       seed: of the bootstrap.
+      tasks: external benchmarks that are measured as well (`build_tasks`).
+      identity: hash of `config` and `probes`, by which kept scores are recognised.
     """
     questions, text, prompts, members = {}, {}, {}, {}
     for split, probe in probes.items():
@@ -184,7 +244,7 @@ def make_evaluator(
             members[split] = tuple(sides)
     return Evaluator(
         config, model_config, tokenizer, scoreboard(benchmark), questions, text, prompts, members,
-        original, retrained, mesh, seed,
+        original, retrained, mesh, seed, special or SpecialTokens(), tuple(tasks), identity,
     )  # fmt: skip
 
 
