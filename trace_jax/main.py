@@ -20,6 +20,7 @@ from trace_jax.config import ConfigError, Section, is_read, resolve
 from trace_jax.interruption import Interrupted, interrupt
 from trace_jax.progress import say
 
+_WITHOUT_WORKDIR = ("plan", "evaluate")
 _EPILOG = """any setting can be overridden: --config.unlearning.learning_rate=1e-5 (values are Python literals or text).
 --config FILE:variant passes the variant to the file's get_config."""
 
@@ -126,7 +127,7 @@ def _parser(command: str, *, config: bool, parents: Sequence[argparse.ArgumentPa
     )
     if config:
         parser.add_argument("--config", required=True, metavar="FILE[:variant]", help="the experiment")
-    if command != "plan":
+    if command not in _WITHOUT_WORKDIR:
         parser.add_argument(
             "--workdir",
             required=not config,
@@ -140,7 +141,7 @@ def _parser(command: str, *, config: bool, parents: Sequence[argparse.ArgumentPa
 def _parse(command: str, arguments: Sequence[str], *parents: argparse.ArgumentParser) -> tuple[argparse.Namespace, Any]:
     """Options, and the experiment with its `--config.a.b=value` overrides."""
     parser = _parser(command, config=True, parents=parents)
-    if command != "plan":
+    if command not in _WITHOUT_WORKDIR:
         parser.add_argument("--overwrite", action="store_true", help="replace a workdir of another corpus or model")
     options, rest = parser.parse_known_args(arguments)
     overrides = {}
@@ -153,7 +154,7 @@ def _parse(command: str, arguments: Sequence[str], *parents: argparse.ArgumentPa
             parser.error(f"--config.{name} needs a value: --config.{name}=value")
         overrides[name] = _literal(value if equals else rest.pop(0))
     config = load_config(options.config, overrides)
-    if command != "plan":
+    if command not in _WITHOUT_WORKDIR:
         options.workdir = options.workdir or f"runs/{config.name}"
     return options, config
 
@@ -219,6 +220,23 @@ def _export(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _evaluate(arguments: Sequence[str]) -> int:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--checkpoint", required=True, metavar="DIR", help="the Hugging Face checkpoint that is measured")
+    own.add_argument("--original", metavar="DIR", help="the model before unlearning, to compare with")
+    own.add_argument("--retrained", metavar="DIR", help="a model trained without the forget set, to compare with")
+    own.add_argument("--output", required=True, metavar="DIR", help="where results.json and scores go; made if missing")
+    checkpoint = own.parse_known_args(arguments)[0].checkpoint
+    options, config = _parse("evaluate", [*arguments, f"--config.model.path={checkpoint}"], own)
+    from trace_jax.evaluate import evaluate_checkpoints
+
+    found = evaluate_checkpoints(
+        config, options.checkpoint, options.output, original=options.original, retrained=options.retrained
+    )
+    print(found)
+    return 0
+
+
 def _verify(arguments: Sequence[str]) -> int:
     from trace_jax.verify import verify_main
 
@@ -265,6 +283,7 @@ _COMMANDS = {
     "run": _run,
     "study": _study,
     "report": _report,
+    "evaluate": _evaluate,
     "export": _export,
     "verify": _verify,
     "plan": _plan,

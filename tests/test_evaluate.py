@@ -1,0 +1,100 @@
+"""`evaluate`: the configured tasks on any checkpoint, relative to others, once per checkpoint."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny_checkpoints
+
+import trace_jax.evaluate
+from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.evaluation.measurement import Measurement
+from trace_jax.evaluation.sequences import score_sequences
+from trace_jax.evaluation.task import TaskScores
+from trace_jax.files import read_json
+from trace_jax.main import main
+
+
+@dataclasses.dataclass
+class Likelihood:
+    """The likelihood of one sentence, and by how much it differs from the references'."""
+
+    name: str = "sentence"
+    quick: bool = True
+    identity: str = "one"
+    calls: int = 0
+
+    def score(self, model, *, batch_size, mesh):
+        self.calls += 1
+        ids = model.tokenizer.encode("river stone apple").ids
+        return TaskScores({"nll": -score_sequences(model, [ids], batch_size=batch_size, mesh=mesh)[0].log_prob})
+
+    def measure(self, scores, *, original, retrained, resamples, seed):
+        value, n = float(scores.arrays["nll"].mean()), len(scores.arrays["nll"])
+        found = [Measurement("sentence_nll", value, n, value, value, "test")]
+        for name, other in (("original", original), ("retrained", retrained)):
+            if other is not None:
+                change = value - float(other.arrays["nll"].mean())
+                found.append(Measurement(f"sentence_against_{name}", change, n, change, change, "test"))
+        return found
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    found = {}
+    for name, seed in (("olmoe", 0), ("other", 1)):
+        directory = tmp_path_factory.mktemp(name)
+        model = tiny_checkpoints.build("olmoe", vocab_size=320)
+        if seed:
+            for parameter in model.parameters():
+                parameter.data.mul_(1.05)
+        tiny_checkpoints.save(model, "olmoe", directory)
+        train_tokenizer(["river stone apple cloud"] * 3, 320).save(str(directory / "tokenizer.json"))
+        found[name] = directory
+    return found
+
+
+@pytest.fixture
+def task(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    task = Likelihood()
+    monkeypatch.setattr(trace_jax.evaluate, "build_tasks", lambda config: (task,))
+    return task
+
+
+def evaluate(checkpoint, output, **references):
+    more = [f"--{name}={where}" for name, where in references.items()]
+    return main(
+        ["evaluate", "--config", "configs/huggingface.py", "--config.model.dtype=float32", "--config.data.forget=x",
+         "--config.data.retain=y", "--checkpoint", str(checkpoint), "--output", str(output), *more]
+    )  # fmt: skip
+
+
+def test_a_checkpoint_is_measured_against_others_and_once(task, checkpoints, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert evaluate(checkpoints["other"], output, original=checkpoints["olmoe"]) == 0
+    assert "sentence_against_original" in capsys.readouterr().out
+    results = read_json(output / "results.json")
+    values = {model: {m["name"]: m["value"] for m in found} for model, found in results["measurements"].items()}
+    assert values["original"]["sentence_against_original"] == 0
+    change = values["checkpoint"]["sentence_nll"] - values["original"]["sentence_nll"]
+    assert values["checkpoint"]["sentence_against_original"] == pytest.approx(change) and change != 0
+    assert task.calls == 2
+    assert evaluate(checkpoints["other"], output, original=checkpoints["olmoe"]) == 0
+    assert task.calls == 2
+    assert read_json(output / "results.json")["measurements"] == results["measurements"]
+    assert evaluate(checkpoints["olmoe"], output, original=checkpoints["olmoe"]) == 0
+    assert task.calls == 3  # the checkpoint is another, the original is not
+    now = {m["name"]: m["value"] for m in read_json(output / "results.json")["measurements"]["checkpoint"]}
+    np.testing.assert_allclose(now["sentence_nll"], values["original"]["sentence_nll"])
+
+
+def test_what_cannot_be_evaluated_is_said(task, checkpoints, tmp_path, capsys, monkeypatch):
+    assert evaluate(tmp_path / "nothing", tmp_path / "out") == 2
+    assert "nothing" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    assert evaluate(checkpoints["olmoe"], tmp_path / "file") == 2
+    assert "--output needs a directory" in capsys.readouterr().err
+    monkeypatch.setattr(trace_jax.evaluate, "build_tasks", lambda config: ())
+    assert evaluate(checkpoints["olmoe"], tmp_path / "out") == 2
+    assert "names no task" in capsys.readouterr().err

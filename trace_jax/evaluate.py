@@ -1,0 +1,94 @@
+"""Published benchmarks on a checkpoint, whoever made it: `python -m trace_jax.main evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.config import ConfigError, as_dict, fingerprint
+from trace_jax.environment import describe
+from trace_jax.evaluation.measurement import Measurement
+from trace_jax.evaluation.store import ScoreStore
+from trace_jax.evaluation.suite import Evaluator, Scores, make_evaluator
+from trace_jax.evaluation.tasks import build_tasks
+from trace_jax.experiment import ExperimentConfig
+from trace_jax.files import as_path, is_remote, shown, write_json
+from trace_jax.progress import say
+
+
+def evaluate_checkpoints(
+    config: ExperimentConfig,
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    original: str | os.PathLike | None = None,
+    retrained: str | os.PathLike | None = None,
+) -> str:
+    """Measures a checkpoint on the tasks of `config.evaluation`. Returns the measurements, and where they are, as text.
+
+    Models are loaded one after the other. Their scores are kept in `output`, so that a second call scores only what
+    changed: another checkpoint, another task or another setting of it.
+
+    Args:
+      config: its `evaluation`, `parallel` and `seed` are read, and of `model` how weights are read.
+      checkpoint: directory of a Hugging Face checkpoint.
+      output: directory for results.json and scores; made if missing.
+      original, retrained: checkpoints that some measurements are relative to: the model before unlearning, and one that
+        was trained without the forget set.
+
+    Raises:
+      ConfigError: no task is configured; CheckpointError, DataError: something given can't be read.
+    """
+    tasks, path = build_tasks(config.evaluation), as_path(output)
+    if not tasks:
+        raise ConfigError("the configuration names no task to evaluate; set evaluation.muse or another of its tasks.")
+    if not is_remote(path) and path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: is a file; --output needs a directory.")
+    given = {"original": original, "retrained": retrained, "checkpoint": checkpoint}
+    how = {"dtype": "bfloat16"}
+    if isinstance(config.model, PretrainedConfig):
+        how = {"dtype": config.model.dtype, "grouped_matmul": config.model.grouped_matmul}
+    models = {name: PretrainedConfig(path=os.fspath(where), **how) for name, where in given.items() if where}
+    for model in models.values():
+        model.check()
+    mesh, scores, evaluator = config.parallel.mesh(), {}, None
+    for name, model in models.items():
+        say(f"evaluation of the {name}, {model.path}" if name == "checkpoint" else f"evaluation of the {name} model")
+        loaded = load_pretrained(model.path, mesh=mesh, **how)
+        evaluator = make_evaluator(
+            config.evaluation,
+            loaded.config,
+            {},
+            loaded.tokenizer,
+            benchmark="text",
+            mesh=mesh,
+            seed=config.seed,
+            special=loaded.special,
+            tasks=tasks,
+        )
+        store = ScoreStore(path / "scores" / name, fingerprint(model.identity(), "evaluate"))
+        scores[name] = evaluator.full_scores(loaded.params, store=store)
+        del loaded
+    assert evaluator is not None  # there is a checkpoint
+    measured = _measured(evaluator, scores)
+    write_json(
+        path / "results.json",
+        {
+            "models": {name: as_dict(model) for name, model in models.items()},
+            "evaluation": dataclasses.asdict(config.evaluation),
+            "measurements": {name: [m.to_json() for m in found] for name, found in measured.items()},
+            "environment": describe(),
+        },
+    )
+    text = "\n".join(f"{name:<12}{m}" for name, found in measured.items() for m in found)
+    return f"{text}\nresults: {shown(path / 'results.json')}"
+
+
+def _measured(evaluator: Evaluator, scores: Mapping[str, Scores]) -> dict[str, list[Measurement]]:
+    references: dict[str, Any] = {name: scores.get(name) for name in ("original", "retrained")}
+    evaluator = evaluator.with_references(**references)
+    return {name: evaluator.measure(found) for name, found in scores.items()}
