@@ -124,6 +124,23 @@ def test_a_changed_setting_reruns_its_stage_and_those_after_it(data, finished, t
     assert numbers(path)["methods"]["trace_rows"]["measurements"] != before["methods"]["trace_rows"]["measurements"]
 
 
+def test_another_way_to_evaluate_does_not_unlearn_again(data, finished, tmp_path):
+    path = shutil.copytree(finished[0], tmp_path / "copy")
+    kept = ("target/model.safetensors", "methods/trace_rows/model.safetensors", "methods/trace_rows/metrics.jsonl")
+    before = {name: (path / name).stat().st_mtime_ns for name in kept}
+    results = numbers(path)["methods"]["trace_rows"]
+    run(experiment(data, evaluation={"max_prompts": 2}), path)
+    assert before == {name: (path / name).stat().st_mtime_ns for name in kept}
+    again = numbers(path)["methods"]["trace_rows"]
+    counts = {
+        name: next(m["n"] for m in r["measurements"] if m["name"] == "verbatim")
+        for name, r in (("before", results), ("after", again))
+    }
+    assert counts == {"before": 4, "after": 2}
+    others = [[m for m in r["measurements"] if m["name"] != "verbatim"] for r in (results, again)]
+    assert others[0] == others[1] and results["fronts"] == again["fronts"]
+
+
 def test_weights_follow_the_model_where_a_run_asks_for_it(data, finished, tmp_path):
     path = shutil.copytree(finished[0], tmp_path / "copy")
     settings = {"rule": "difference", "top": 1, "strength": 0.5}
