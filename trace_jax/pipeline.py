@@ -25,6 +25,7 @@ from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import Corpora, build_corpora
 from trace_jax.data.tokenizer import read_vocabulary
 from trace_jax.environment import describe
+from trace_jax.evaluation.calibration import measure_calibration
 from trace_jax.evaluation.fronts import Front, front_from_history, standing
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.routing import measure_routing
@@ -268,18 +269,17 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
     weights, known = _calibration_stage(prepared, method, directory, label)
     quick = [task.identity for task in prepared.evaluator.tasks if task.quick]
     known = fingerprint(known, method.unlearning, config.evaluation.along_the_way(), quick)
-    stage = Stage("unlearning", directory, known)
-    made = stage.run(
+    made = Stage("unlearning", directory, known).run(
         lambda: _unlearn(prepared, method, weights, label, known), lambda: None, f"unlearning with {label}"
     )
     tasks = [task.identity for task in prepared.evaluator.tasks]
-    stage = Stage("evaluation", directory, fingerprint(known, config.evaluation, tasks))
 
     def evaluate() -> None:
         model = made or load_unlearned(prepared.workdir, label, prepared.target)
-        _evaluate(prepared, model, directory, known)
+        _evaluate(prepared, model, weights, directory, known)
 
-    stage.run(evaluate, lambda: None, f"evaluation of {label}")
+    evaluation = Stage("evaluation", directory, fingerprint(known, config.evaluation, tasks))
+    evaluation.run(evaluate, lambda: None, f"evaluation of {label}")
     remove(directory / "checkpoints")
     return known
 
@@ -328,8 +328,8 @@ def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: 
     return unlearned.model
 
 
-def _evaluate(prepared: Prepared, model: Model, directory: Path, known: str) -> None:
-    """Everything that is measured on an unlearned model: results.json."""
+def _evaluate(prepared: Prepared, model: Model, weights: RetainWeights, directory: Path, known: str) -> None:
+    """Everything that is measured on an unlearned model, and on the weights it was made with: results.json."""
     evaluation, corpora = prepared.config.evaluation, prepared.corpora
     measured = prepared.evaluator.full(model.params, store=ScoreStore(directory / "scores", known))
     routing = measure_routing(
@@ -340,12 +340,16 @@ def _evaluate(prepared: Prepared, model: Model, directory: Path, known: str) -> 
         mesh=prepared.mesh,
         batch_size=evaluation.batch_size,
         max_rows=evaluation.max_rows,
+        resamples=evaluation.bootstrap,
+        seed=prepared.config.seed,
     )
+    calibration = measure_calibration(weights, prepared.forget, prepared.retain)
+    measured = [*measured, *routing.measurements(), *calibration.measurements()]
     results = {
         **needed(directory / UNLEARNED),
         "fronts": {split: _front(prepared, directory, known, split).to_json() for split in SPLITS},
         "measurements": [m.to_json() for m in measured],
-        "routing": routing.to_json(),
+        "routing": routing.to_json() | {"calibration": calibration.to_json()},
     }
     write_json(directory / "results.json", results)
 

@@ -1,14 +1,24 @@
-"""Routing metrics of an unlearned model are counted on the same tokens as the original's."""
+"""Routing metrics are counted on the same tokens as the original's, and equal plain loops and scipy."""
 
+import dataclasses
 import json
+import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import entropy
 
-from trace_jax.evaluation.routing import measure_routing
+from trace_jax.evaluation.calibration import measure_calibration
+from trace_jax.evaluation.routing import corpus_routing, measure_routing, routing_quantities
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
+from trace_jax.routing.config import CalibrationConfig
+from trace_jax.routing.retain_weights import retain_weights
+from trace_jax.routing.statistics import Assignments, ExpertStatistics
+
+L, E, K = 3, 6, 2
 
 
 @pytest.fixture(scope="module")
@@ -16,19 +26,134 @@ def corpora(tiny):
     return {"forget": tiny.make_rows(8, seed=1), "retain": tiny.make_rows(8, seed=2)}
 
 
+def assign(seed, lengths, *, favourite=None):
+    """Random experts for rows of these lengths; expert 5 is never chosen, `favourite` often."""
+    rng, tokens = np.random.default_rng(seed), sum(lengths)
+    scores = rng.random((L, tokens, E))
+    scores[..., 5] = -1
+    if favourite is not None:
+        scores[..., favourite] += 0.6
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    return Assignments(np.argsort(-scores, axis=-1)[..., :K].astype(np.uint8), rows, positions)
+
+
+LENGTHS = {"forget": (5, 0, 9, 7, 4, 8), "retain": (6, 6, 3, 9, 0, 7, 5)}
+
+
+@pytest.fixture(scope="module")
+def random_corpora():
+    found = {}
+    for number, (subject, lengths) in enumerate(LENGTHS.items()):
+        pair = assign(number, lengths, favourite=number), assign(10 + number, lengths, favourite=2)
+        found[subject] = pair
+    return found
+
+
+def summed(random_corpora):
+    return {s: corpus_routing(*pair, E) for s, pair in random_corpora.items()}
+
+
+def test_every_quantity_equals_a_plain_loop_and_scipy(random_corpora):
+    found = routing_quantities(summed(random_corpora), top_k=K, resamples=100)
+    for layer in range(L):
+        used = {}
+        for subject, (before, after) in random_corpora.items():
+            pairs = [(set(b), set(a)) for b, a in zip(before.indices[layer], after.indices[layer], strict=True)]
+            jaccard = np.mean([len(b & a) / len(b | a) for b, a in pairs])
+            assert found[f"jaccard_{subject}"].value[layer] == pytest.approx(jaccard)
+            assert found[f"stability_{subject}"].value[layer] == pytest.approx(np.mean([b == a for b, a in pairs]))
+            for model, number in (("original", 0), ("", 1)):
+                used[subject, model] = np.array([sum(e in pair[number] for pair in pairs) for e in range(E)])
+            now, then = used[subject, ""], used[subject, "original"]
+            assert found[f"newly_dead_{subject}"].value[layer] == sum(
+                t > 0 and n == 0 for n, t in zip(now, then, strict=True)
+            )
+        for model, end in (("original", "_original"), ("", "")):
+            p, q = used["forget", model], used["retain", model]
+            tokens = [sum(LENGTHS[s]) for s in ("forget", "retain")]
+            gap = sum(abs(a / tokens[0] - b / tokens[1]) for a, b in zip(p, q, strict=True))
+            assert found[f"gap{end}"].value[layer] == pytest.approx(gap)
+            assert found[f"kl{end}"].value[layer] == pytest.approx(entropy(p + 0.5, q + 0.5))  # scipy normalises
+            assert found[f"js{end}"].value[layer] == pytest.approx(jensenshannon(p, q) ** 2)
+            for subject in LENGTHS:
+                counts = used[subject, model]
+                assert found[f"load_entropy_{subject}{end}"].value[layer] == pytest.approx(entropy(counts) / np.log(E))
+                assert found[f"dead_experts_{subject}{end}"].value[layer] == (counts == 0).sum() >= 1
+
+
+def test_intervals_equal_a_plain_bootstrap_over_rows(random_corpora):
+    """Another stream of draws, so the ends agree within what 4000 resamples leave."""
+    found, rng = routing_quantities(summed(random_corpora), top_k=K, resamples=4000, seed=1), np.random.default_rng(7)
+    rows = {s: [r for r, n in enumerate(lengths) if n] for s, lengths in LENGTHS.items()}
+    kept, gaps = [], []
+    for _ in range(4000):
+        drawn = {s: rng.choice(rows[s], len(rows[s])) for s in rows}
+        where = {s: np.concatenate([np.flatnonzero(random_corpora[s][1].rows == r) for r in drawn[s]]) for s in rows}
+        before, after = (a.indices[:, where["forget"]] for a in random_corpora["forget"])
+        kept.append((np.sort(before) == np.sort(after)).all(-1).mean(1))
+        frequency = [
+            np.stack([np.bincount(layer.ravel(), minlength=E) for layer in random_corpora[s][1].indices[:, where[s]]])
+            / len(where[s])
+            for s in ("forget", "retain")
+        ]
+        gaps.append(np.abs(frequency[0] - frequency[1]).sum(1))
+    for name, resampled in (("stability_forget", np.stack(kept)), ("gap", np.stack(gaps))):
+        quantity = found[name]
+        shifted = resampled - resampled.mean(0) + quantity.value
+        low, high = np.quantile(shifted, (0.025, 0.975), axis=0)
+        np.testing.assert_allclose(quantity.low, np.clip(low, 0, None), atol=0.03)
+        np.testing.assert_allclose(quantity.high, high, atol=0.03)
+        np.testing.assert_allclose(quantity.bias, resampled.mean(0) - quantity.value, atol=0.01)
+        means = shifted.mean(1)
+        assert quantity.mean.value == pytest.approx(quantity.value.mean())
+        np.testing.assert_allclose(
+            (quantity.mean.low, quantity.mean.high), np.quantile(means, (0.025, 0.975)), atol=0.03
+        )
+    assert found["gap"].mean_bias > 0  # resampling makes corpora look more different than they are
+    assert found["stability_forget"].mean.n == 5 and found["gap"].mean.n == 11
+
+
+def test_jaccard_stability_and_dead_experts_by_hand():
+    """Two tokens, three experts: the first token keeps both experts in other order, the second keeps one of two."""
+    rows, positions = np.array([0, 1]), np.zeros(2, np.int32)
+    before = Assignments(np.array([[[0, 1], [0, 2]]]), rows, positions)
+    after = Assignments(np.array([[[1, 0], [1, 0]]]), rows, positions)
+    corpus = corpus_routing(before, after, 3)
+    found = routing_quantities({"forget": corpus, "retain": corpus}, top_k=2, resamples=100)
+    assert found["jaccard_forget"].value == pytest.approx([(1 + 1 / 3) / 2])
+    assert found["stability_forget"].value == pytest.approx([0.5])
+    assert found["dead_experts_forget"].value.tolist() == [1] == found["newly_dead_forget"].value.tolist()
+    assert found["dead_experts_forget_original"].value.tolist() == [0]
+    assert found["load_entropy_forget"].value == pytest.approx([math.log(2) / math.log(3)])
+    assert found["gap"].value == pytest.approx([0]) and found["kl"].value == pytest.approx([0])
+
+
+def test_one_row_a_side_has_values_and_no_intervals():
+    one = assign(0, (9,))
+    corpus = corpus_routing(one, one, E)
+    found = routing_quantities({"forget": corpus, "retain": corpus}, top_k=K, resamples=100)
+    assert found["jaccard_forget"].value.tolist() == [1] * L
+    assert all(np.isnan(q.low).all() and math.isnan(q.mean.high) for q in found.values())
+
+
 def test_a_model_next_to_itself_has_not_moved(tiny, corpora):
     model = Model(tiny.config, tiny.params)
-    found = measure_routing(model, model, **corpora, batch_size=8)
+    found = measure_routing(model, model, **corpora, batch_size=8, resamples=100)
     for subject in ("forget", "retain"):
-        assert (found.jaccard[subject] == 1).all() and (found.unchanged[subject] == 1).all()
-        assert found.tokens[subject] == corpora[subject].valid.sum()
-    assert (found.drift == 0).all()
-    assert (found.gap == found.original_gap).all()
+        assert (found.quantities[f"jaccard_{subject}"].value == 1).all()
+        assert (found.quantities[f"stability_{subject}"].low == 1).all()
+        assert found.tokens[subject] == corpora[subject].valid.sum() and found.rows[subject] == 8
+        np.testing.assert_array_equal(found.frequency["original"][subject], found.frequency["unlearned"][subject])
+    assert (found.quantities["router_drift"].value == 0).all() and (found.expert_drift == 0).all()
+    np.testing.assert_array_equal(found.quantities["gap"].low, found.quantities["gap_original"].low)  # same resamples
 
 
-def test_metrics_equal_a_plain_count(tiny, corpora):
+def test_what_is_measured_on_a_model_equals_its_own_router(tiny, corpora):
     other = tiny.make_params(3)
-    found = measure_routing(Model(tiny.config, tiny.params), Model(tiny.config, other), **corpora, batch_size=8)
+    found = measure_routing(
+        Model(tiny.config, tiny.params), Model(tiny.config, other), **corpora, batch_size=8, resamples=100
+    )
     rows = corpora["forget"]
     before, after = (
         np.asarray(forward(p, tiny.config, rows.tokens, mask=rows.segments, collect=("indices",)).router.indices)
@@ -36,19 +161,88 @@ def test_metrics_equal_a_plain_count(tiny, corpora):
     )
     for layer in range(2):
         pairs = [(set(b), set(a)) for b, a in zip(before[layer][rows.valid], after[layer][rows.valid], strict=True)]
-        assert found.jaccard["forget"][layer] == pytest.approx(np.mean([len(a & b) / len(a | b) for b, a in pairs]))
-        assert found.unchanged["forget"][layer] == pytest.approx(np.mean([a == b for b, a in pairs]))
-        used = np.mean([[e in a for e in range(4)] for _, a in pairs], axis=0)
-        assert found.frequency["forget"][layer] == pytest.approx(used)
-        assert found.dead["forget"][layer] == (used == 0).sum()
-    assert (found.drift > 0.1).all()
-    json.dumps(found.to_json(), allow_nan=False)
+        jaccard = np.mean([len(a & b) / len(a | b) for b, a in pairs])
+        assert found.quantities["jaccard_forget"].value[layer] == pytest.approx(jaccard)
+        for model, number in (("original", 0), ("unlearned", 1)):
+            used = np.mean([[e in pair[number] for e in range(4)] for pair in pairs], axis=0)
+            assert found.frequency[model]["forget"][layer] == pytest.approx(used)
+        old, new = (np.asarray(p["layers"]["router"])[layer] for p in (tiny.params, other))
+        expected = [np.linalg.norm(new[:, e] - old[:, e]) / np.linalg.norm(old[:, e]) for e in range(4)]
+        assert found.expert_drift[layer] == pytest.approx(expected)
+        drift = np.linalg.norm(new - old) / np.linalg.norm(old)
+        assert found.quantities["router_drift"].value[layer] == pytest.approx(drift)
 
 
 def test_a_router_that_sends_everything_one_way_leaves_experts_dead(tiny, corpora):
     layers = tiny.params["layers"]
     biased = {**tiny.params, "layers": {**layers, "router": jnp.zeros_like(layers["router"])}}  # ties: the first K
-    found = measure_routing(Model(tiny.config, tiny.params), Model(tiny.config, biased), **corpora, batch_size=8)
-    assert found.dead["retain"].tolist() == [2, 2]
-    assert found.load_entropy["retain"] == pytest.approx([np.log(2) / np.log(4)] * 2)
-    assert (found.gap == 0).all() and found.drift == pytest.approx([1, 1])
+    found = measure_routing(
+        Model(tiny.config, tiny.params), Model(tiny.config, biased), **corpora, batch_size=8, resamples=100
+    ).quantities
+    assert found["dead_experts_retain"].value.tolist() == [2, 2]
+    assert found["newly_dead_retain"].mean.value == 2
+    assert found["load_entropy_retain"].value == pytest.approx([np.log(2) / np.log(4)] * 2)
+    assert (found["gap"].value == 0).all() and found["router_drift"].value == pytest.approx([1, 1])
+
+
+def test_means_over_layers_stand_among_the_measurements(tiny, corpora):
+    found = measure_routing(
+        Model(tiny.config, tiny.params), Model(tiny.config, tiny.make_params(3)), **corpora, batch_size=8, resamples=100
+    )
+    measured = {m.name: m for m in found.measurements()}
+    both = {f"{name}_{s}" for name in ("jaccard", "stability", "load_entropy", "dead_experts", "newly_dead")
+            for s in ("forget", "retain")}  # fmt: skip
+    assert set(measured) == {f"routing_{name}" for name in both | {"gap", "kl", "js"}} | {"router_drift"}
+    for m in measured.values():
+        assert m.low <= m.value <= m.high and m.split == "train"
+    assert measured["routing_jaccard_forget"].n == 8 and measured["routing_gap"].n == 16
+    assert f"{found.tokens['forget']:,} forget tokens" in measured["routing_jaccard_forget"].note
+    assert f"original model {found.quantities['gap_original'].mean.value:.4g}" in measured["routing_gap"].note
+    plain = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert np.shape(plain["frequency"]["unlearned"]["retain"]) == np.shape(plain["expert_drift"]) == (2, 4)
+    assert plain["quantities"]["js"]["value"] == pytest.approx(found.quantities["js"].value, rel=1e-5)
+    assert plain["quantities"]["js"]["mean"]["low"] == pytest.approx(measured["routing_js"].low, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def statistics(tiny, corpora):
+    """Of both corpora under the tiny model, by hand."""
+    found = {}
+    for subject, rows in corpora.items():
+        indices = forward(
+            tiny.params, tiny.config, rows.tokens, mask=rows.segments, collect=("indices",)
+        ).router.indices
+        chosen = np.asarray(indices)[:, rows.valid]
+        counts = np.stack([np.bincount(layer.ravel(), minlength=4) for layer in chosen])
+        found[subject] = ExpertStatistics(counts, np.zeros((2, 4)), int(rows.valid.sum()), 2)
+    return found
+
+
+def calibrated(tiny, corpora, statistics, **settings):
+    weights = retain_weights(
+        CalibrationConfig(**settings),
+        model=Model(tiny.config, tiny.params),
+        **corpora,
+        forget_statistics=statistics["forget"],
+        retain_statistics=statistics["retain"],
+    )
+    return weights, measure_calibration(weights, **statistics)
+
+
+def test_gaps_of_the_calibration_sum_to_those_of_its_certificate(tiny, corpora, statistics):
+    weights, found = calibrated(tiny, corpora, statistics, weighting="entropy", rule="difference", top=3, strength=0.5)
+    certificate = weights.certificate
+    for name in ("gap_before", "gap_after", "gap_elsewhere_before", "gap_elsewhere_after"):
+        assert getattr(found, name).sum() == pytest.approx(getattr(certificate, name))
+    assert found.selected.sum() == len(certificate.layer) > 0
+    measured = {m.name: m for m in found.measurements()}
+    assert measured["calibration_gap_after"].value < measured["calibration_gap_before"].value
+    ess = measured["calibration_effective_sample_size"]
+    assert ess.value == ess.low == certificate.effective_sample_size < 1 and ess.n == corpora["retain"].valid.sum()
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_weights_that_look_at_no_expert_have_a_sample_size_only(tiny, corpora, statistics):
+    _, found = calibrated(tiny, corpora, statistics, weighting="uniform")
+    assert [m.name for m in found.measurements()] == ["calibration_effective_sample_size"]
+    assert found.effective_sample_size == pytest.approx(1) and dataclasses.asdict(found)["gap_after"] is None

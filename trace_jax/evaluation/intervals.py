@@ -69,7 +69,7 @@ def bootstrap_mean(
     if len(values) < 2:
         return Interval(estimate, math.nan, math.nan, n)
     means = []
-    for counts in _resample_counts(len(values), resamples=resamples, rng=np.random.default_rng(seed)):
+    for counts in resample_counts(len(values), resamples=resamples, rng=np.random.default_rng(seed)):
         totals = counts @ weights
         means.append((counts @ values)[totals > 0] / totals[totals > 0])
     low, high = np.quantile(np.concatenate(means), _tails())
@@ -146,7 +146,7 @@ def auc_resamples(positive: np.ndarray, negative: np.ndarray, *, resamples: int 
     rng_positive, rng_negative = (np.random.default_rng((seed, side)) for side in (0, 1))
     sides = ((len(positive), rng_positive), (len(negative), rng_negative))
     size = max(len(positive), len(negative))  # equal chunks on both sides
-    draws = (_resample_counts(items, resamples=resamples, rng=rng, size=size) for items, rng in sides)
+    draws = (resample_counts(items, resamples=resamples, rng=rng, size=size) for items, rng in sides)
     return np.concatenate([_weighted_auc(positive, negative, p, n) for p, n in zip(*draws, strict=True)])
 
 
@@ -175,7 +175,7 @@ def _weighted_auc(positive: np.ndarray, negative: np.ndarray, counts_p: np.ndarr
     return (counts_p * wins).sum(axis=1) / (counts_p.sum(axis=1) * counts_n.sum(axis=1))
 
 
-def _resample_counts(
+def resample_counts(
     items: int, *, resamples: int, rng: np.random.Generator, size: int | None = None
 ) -> Iterator[np.ndarray]:
     """How often each item is drawn, f64 [R, items], in chunks of resamples."""

@@ -1,4 +1,8 @@
-"""Routing of an unlearned model next to the original's: per layer, on forget and on retain text."""
+"""Routing of an unlearned model next to the original's: per layer, on forget and on retain text.
+
+Every quantity is defined in docs/evaluation.md. Intervals are over rows: forget rows and retain rows are resampled
+separately, and both models are counted on the same resample.
+"""
 
 from __future__ import annotations
 
@@ -12,49 +16,122 @@ from jax.sharding import Mesh
 
 from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
+from trace_jax.evaluation.intervals import LEVEL, Interval, resample_counts
 from trace_jax.evaluation.likelihood import spread_indices
+from trace_jax.evaluation.measurement import Measurement
 from trace_jax.models.model import Model
-from trace_jax.routing.diagnostics import load, mismatch, overlap, router_drift
-from trace_jax.routing.statistics import expert_routing
+from trace_jax.routing import diagnostics
+from trace_jax.routing.statistics import Assignments, expert_assignments
 
 SUBJECTS = ("forget", "retain")
+MODELS = ("original", "unlearned")
+TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+SPLIT = "train"  # routing is measured on the rows that were unlearned with
+
+Corpora = Mapping[str, "CorpusRouting"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusRouting:
+    """What both models' routing of one corpus sums up to, per row (N rows that have tokens) or over rows.
+
+    Attributes:
+      tokens: [N] or [R].
+      counts: per model ("original", "unlearned"), activations [N, L, E] or [R, L, E].
+      jaccard, unchanged: sums over tokens [N, L] or [R, L] (`routing.diagnostics.Overlap`).
+    """
+
+    tokens: np.ndarray
+    counts: Mapping[str, np.ndarray]
+    jaccard: np.ndarray
+    unchanged: np.ndarray
+
+    def summed(self, draws: np.ndarray) -> CorpusRouting:
+        """Sums over rows, each row counted `draws` f64 [R, N] times."""
+
+        def total(values: np.ndarray) -> np.ndarray:
+            return (draws @ values.reshape(len(values), -1)).reshape(len(draws), *values.shape[1:])
+
+        counts = {model: total(values) for model, values in self.counts.items()}
+        return CorpusRouting(total(self.tokens), counts, total(self.jaccard), total(self.unchanged))
+
+    def frequency(self, model: str) -> np.ndarray:
+        """f64 [..., L, E], share of tokens that use the expert."""
+        return self.counts[model] / self.tokens[..., None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+    """One quantity per layer with its 95 % intervals, and its mean over layers.
+
+    Attributes:
+      value, low, high: f64 [L]; NaN ends where there are too few rows to say.
+      bias: f64 [L], how much of `value` is there because the sample is finite, as the bootstrap estimates it (the mean
+        over resamples less `value`). It has not been taken off.
+      mean: of `value` over layers; its interval resamples all layers together. `mean_bias`: of `bias`.
+    """
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    bias: np.ndarray
+    mean: Interval
+    mean_bias: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict for results.json."""
+        plain = {name: _plain(getattr(self, name)) for name in ("value", "low", "high", "bias")}
+        mean = {name: _plain(getattr(self.mean, name)) for name in ("value", "low", "high")}
+        return plain | {"mean": mean | {"bias": _plain(self.mean_bias)}}
 
 
 @dataclasses.dataclass(frozen=True)
 class RoutingMetrics:
-    """Routing metrics; every array is f64 [L]. Keys of mappings are "forget" and "retain".
+    """Routing metrics. Keys of mappings by subject are "forget" and "retain", by model "original" and "unlearned".
 
     Attributes:
-      layers: which layer of the network each row is of, counted from 0.
-      tokens: positions that each corpus was measured on.
-      frequency: f64 [L, E], expert frequencies under the unlearned model.
-      jaccard: mean overlap of a token's chosen experts with those under the original model, 0 to 1.
-      unchanged: share of tokens with the very same experts (routing stability).
-      load_entropy: entropy of the experts' load over log E; 1 is even.
-      dead: experts that were never used, per layer.
-      gap, kl, js: how differently the unlearned model routes forget and retain text (`routing.diagnostics.mismatch`);
-        `original_gap`, `original_kl`, `original_js`: the same under the original model.
-      drift: relative change of the router weights.
+      layers: which layer of the network each row of an array is of, counted from 0.
+      top_k, experts: chosen per token, and there are, in a layer.
+      tokens, rows: that each corpus was measured on.
+      frequency: by model and subject, f64 [L, E].
+      expert_drift: f64 [L, E], relative change of each expert's router weights.
+      quantities: by name. Those of both subjects end in "_forget" and "_retain"; what the original model gives on the
+        same rows ends in "_original".
     """
 
     layers: Sequence[int]
+    top_k: int
+    experts: int
     tokens: Mapping[str, int]
-    frequency: Mapping[str, np.ndarray]
-    jaccard: Mapping[str, np.ndarray]
-    unchanged: Mapping[str, np.ndarray]
-    load_entropy: Mapping[str, np.ndarray]
-    dead: Mapping[str, np.ndarray]
-    gap: np.ndarray
-    kl: np.ndarray
-    js: np.ndarray
-    original_gap: np.ndarray
-    original_kl: np.ndarray
-    original_js: np.ndarray
-    drift: np.ndarray
+    rows: Mapping[str, int]
+    frequency: Mapping[str, Mapping[str, np.ndarray]]
+    expert_drift: np.ndarray
+    quantities: Mapping[str, Quantity]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dict for results.json; an infinite divergence becomes None."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        """Plain dict for results.json; numbers have 6 significant digits."""
+        plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "quantities"}
+        return plain | {"quantities": {name: quantity.to_json() for name, quantity in self.quantities.items()}}
+
+    def measurements(self) -> list[Measurement]:
+        """Means over layers, named "routing_..." and "router_drift"; the original model's value is in the note."""
+        found = []
+        for name, quantity in self.quantities.items():
+            if name.endswith("_original"):
+                continue
+            exact = name == "router_drift"
+            subjects = [s for s in SUBJECTS if name.endswith(f"_{s}")] or SUBJECTS
+            notes = [f"mean over {len(self.layers)} layers"]
+            if not exact:
+                notes.append(" + ".join(f"{self.tokens[s]:,} {s} tokens" for s in subjects))
+            if (original := self.quantities.get(f"{name}_original")) is not None:
+                notes.append(f"original model {original.mean.value:.4g}")
+            if abs(quantity.mean_bias) > 0.05 * abs(quantity.mean.value):
+                notes.append(f"about {quantity.mean_bias:+.2g} of it from the finite sample")
+            interval, label = quantity.mean, name if exact else f"routing_{name}"
+            numbers = (interval.value, interval.n, interval.low, interval.high)
+            found.append(Measurement(label, *numbers, SPLIT, "; ".join(notes)))
+        return found
 
 
 def measure_routing(
@@ -65,6 +142,8 @@ def measure_routing(
     retain: Rows,
     max_rows: int = 512,
     batch_size: int = 64,
+    resamples: int = 1000,
+    seed: int = 0,
     mesh: Mesh | None = None,
 ) -> RoutingMetrics:
     """Routes the same forget and retain rows through both models and compares.
@@ -73,39 +152,133 @@ def measure_routing(
       original, current: the model before and after unlearning.
       forget, retain: the text; more than `max_rows` rows are thinned evenly.
       batch_size, mesh: rows per batch, and the devices that share it (None: all).
+      resamples, seed: of the bootstrap.
+
+    Raises:
+      DamagedRouting: NaN or infinite router scores.  ValueError: a corpus has no valid position.
     """
-    before, after, old, new = {}, {}, {}, {}
+    experts, corpora = current.config.num_experts, {}
     for subject, rows in zip(SUBJECTS, (forget, retain), strict=True):
         rows = rows.take(spread_indices(len(rows), max_rows))
-        for model, counted, found in ((original, old, before), (current, new, after)):
-            batches = sequential_batches(rows, batch_size)
-            counted[subject], found[subject] = expert_routing(model, batches, mesh=mesh)
-    kept = {s: overlap(before[s], after[s]) for s in SUBJECTS}
-    loads = {s: load(new[s]) for s in SUBJECTS}
-    apart, originally = mismatch(new["forget"], new["retain"]), mismatch(old["forget"], old["retain"])
+        found = {
+            name: expert_assignments(model, sequential_batches(rows, batch_size), mesh=mesh)
+            for name, model in zip(MODELS, (original, current), strict=True)
+        }
+        corpora[subject] = corpus_routing(found["original"], found["unlearned"], experts)
+    whole = {s: corpus.summed(_once(corpus)) for s, corpus in corpora.items()}
+    top_k = current.config.experts_per_token
+    quantities = routing_quantities(corpora, top_k=top_k, resamples=resamples, seed=seed)
     return RoutingMetrics(
         layers=list(current.config.moe_layers),
-        tokens={s: new[s].tokens for s in SUBJECTS},
-        frequency={s: new[s].frequency for s in SUBJECTS},
-        jaccard={s: kept[s].jaccard for s in SUBJECTS},
-        unchanged={s: kept[s].unchanged for s in SUBJECTS},
-        load_entropy={s: loads[s].entropy for s in SUBJECTS},
-        dead={s: (new[s].counts == 0).sum(axis=1).astype(np.float64) for s in SUBJECTS},
-        gap=apart.gap,
-        kl=apart.kl,
-        js=apart.js,
-        original_gap=originally.gap,
-        original_kl=originally.kl,
-        original_js=originally.js,
-        drift=router_drift(original, current),
+        top_k=top_k,
+        experts=experts,
+        tokens={s: int(corpora[s].tokens.sum()) for s in SUBJECTS},
+        rows={s: len(corpora[s].tokens) for s in SUBJECTS},
+        frequency={m: {s: whole[s].frequency(m)[0] for s in SUBJECTS} for m in MODELS},
+        expert_drift=diagnostics.expert_drift(original, current),
+        quantities=quantities | {"router_drift": _exact(diagnostics.router_drift(original, current))},
     )
 
 
+def corpus_routing(original: Assignments, current: Assignments, num_experts: int) -> CorpusRouting:
+    """What `routing_quantities` needs of a corpus, per row, from both models' assignments of its tokens."""
+    kept = diagnostics.overlap_by_row(original, current)
+    both = zip(MODELS, (original, current), strict=True)
+    counts = {name: diagnostics.counts_by_row(found, num_experts).astype(np.float64) for name, found in both}
+    return CorpusRouting(kept.tokens.astype(np.float64), counts, kept.jaccard, kept.unchanged)
+
+
+def routing_quantities(corpora: Corpora, *, top_k: int, resamples: int = 1000, seed: int = 0) -> dict[str, Quantity]:
+    """Every quantity of two corpora that comes from text, with intervals from a bootstrap over rows.
+
+    Gaps, divergences and entropies of counts are biased: a finite sample makes corpora look more different, and loads
+    less even, than they are; resampling adds the same bias once more. So the percentile interval is moved to have the
+    mean over resamples at the value, and `bias` says by how much.
+    """
+    rows = [len(corpora[s].tokens) for s in SUBJECTS]
+    value = {name: v[0] for name, v in _measured({s: c.summed(_once(c)) for s, c in corpora.items()}).items()}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in value}
+    if min(rows) > 1:
+        cells = corpora["forget"].counts["original"][0].size
+        draws = (
+            resample_counts(n, resamples=resamples, rng=np.random.default_rng((seed, side)), size=max(*rows, cells))
+            for side, n in enumerate(rows)
+        )
+        for drawn in zip(*draws, strict=True):
+            sums = {s: corpora[s].summed(counts) for s, counts in zip(SUBJECTS, drawn, strict=True)}
+            for name, resampled in _measured(sums).items():
+                parts[name].append(resampled)
+    experts = corpora["forget"].counts["original"].shape[-1]
+    quantities = {}
+    for name, values in value.items():
+        n = sum(rows[i] for i, s in enumerate(SUBJECTS) if f"_{s}" in name) or sum(rows)
+        resampled = np.concatenate(parts[name]) if parts[name] else None
+        quantities[name] = _quantity(values, resampled, n=n, most=_largest(name, experts, top_k))
+    return quantities
+
+
+def _measured(sums: Corpora) -> dict[str, np.ndarray]:
+    """Every quantity [R, L] from sums over rows."""
+    found: dict[str, np.ndarray] = {}
+    for s in SUBJECTS:
+        tokens = sums[s].tokens[:, None]
+        found |= {f"jaccard_{s}": sums[s].jaccard / tokens, f"stability_{s}": sums[s].unchanged / tokens}
+    for model, end in zip(MODELS, ("_original", ""), strict=True):
+        frequency = [sums[s].frequency(model) for s in SUBJECTS]
+        counts = [sums[s].counts[model] for s in SUBJECTS]
+        found |= {
+            f"gap{end}": diagnostics.frequency_gap(*frequency),
+            f"kl{end}": diagnostics.kl_divergence(*map(diagnostics.smoothed_shares, counts)),
+            f"js{end}": diagnostics.js_divergence(*(f / f.sum(axis=-1, keepdims=True) for f in frequency)),
+        }
+        for s, f in zip(SUBJECTS, frequency, strict=True):
+            found |= {f"load_entropy_{s}{end}": diagnostics.load_entropy(f)}
+            found |= {f"dead_experts_{s}{end}": (f == 0).sum(axis=-1).astype(np.float64)}
+    for s in SUBJECTS:
+        before, after = (sums[s].counts[model] for model in MODELS)
+        found[f"newly_dead_{s}"] = ((before > 0) & (after == 0)).sum(axis=-1).astype(np.float64)
+    return found
+
+
+def _quantity(value: np.ndarray, resampled: np.ndarray | None, *, n: int, most: float) -> Quantity:
+    """`value` [L] with intervals from `resampled` [R, L], which lie in 0 to `most`."""
+    mean = float(value.mean())
+    if resampled is None:
+        unknown = np.full(value.shape, np.nan)
+        return Quantity(value, unknown, unknown, unknown, Interval(mean, math.nan, math.nan, n), math.nan)
+    together = np.concatenate([resampled, resampled.mean(axis=1, keepdims=True)], axis=1)  # [R, L + 1]
+    values = np.append(value, mean)
+    bias = together.mean(axis=0) - values
+    low, high = np.clip(np.quantile(together - bias, TAILS, axis=0), 0.0, most)
+    low, high = np.minimum(low, values), np.maximum(high, values)  # rounding
+    interval = Interval(mean, float(low[-1]), float(high[-1]), n)
+    return Quantity(value, low[:-1], high[:-1], bias[:-1], interval, float(bias[-1]))
+
+
+def _exact(value: np.ndarray) -> Quantity:
+    """A quantity that no text is drawn for; n counts the layers."""
+    mean = float(value.mean())
+    return Quantity(value, value, value, np.zeros(value.shape), Interval(mean, mean, mean, len(value)), 0.0)
+
+
+def _largest(name: str, experts: int, top_k: int) -> float:
+    """Upper end of a quantity's range."""
+    ranges = {"gap": 2.0 * top_k, "kl": math.inf, "js": math.log(2), "dead": experts, "newly": experts}
+    return ranges.get(name.split("_")[0], 1.0)
+
+
+def _once(corpus: CorpusRouting) -> np.ndarray:
+    return np.ones((1, len(corpus.tokens)))
+
+
 def _plain(value: Any) -> Any:
+    """As JSON has it: 6 significant digits, None for NaN and infinity."""
     if isinstance(value, Mapping):
         return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, np.ndarray):
-        return [_plain(v) for v in value.tolist()]
+        value = value.tolist()
     if isinstance(value, list):
         return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -1,4 +1,7 @@
-"""Routing in numbers: how differently two corpora use the experts, and how far a model's routing has moved."""
+"""Routing in numbers: how differently two corpora use the experts, and how far a model's routing has moved.
+
+Functions of plain arrays take experts on the last axis and any axes before it (layers; resamples and layers).
+"""
 
 from __future__ import annotations
 
@@ -11,43 +14,13 @@ from trace_jax.parallel.hosts import to_host
 from trace_jax.routing.statistics import Assignments, ExpertStatistics
 
 
-@dataclasses.dataclass(frozen=True)
-class Mismatch:
-    """How differently two corpora use the experts, per layer (f64 [L]).
-
-    Attributes:
-      gap: sum over experts of |f^F - f^R| (0 to 2K).
-      kl: Kullback-Leibler divergence, forget from retain, of the activation shares f / K, in nats (inf where the forget
-        corpus uses an expert that the retain corpus doesn't).
-      js: Jensen-Shannon divergence of the same, in nats (0 to log 2).
-      largest_ratio: largest f^F / f^R (inf where f^R = 0 < f^F).
-      above_two: share of experts with f^F > 2 f^R.
-    """
-
-    gap: np.ndarray
-    kl: np.ndarray
-    js: np.ndarray
-    largest_ratio: np.ndarray
-    above_two: np.ndarray
-
-
-def mismatch(forget: ExpertStatistics, retain: ExpertStatistics) -> Mismatch:
-    """Compares the expert frequencies of a forget and a retain corpus under one model."""
-    f_forget, f_retain = forget.frequency, retain.frequency
-    p, q = f_forget / forget.top_k, f_retain / retain.top_k
-    ratio = np.where(f_forget > 0, np.inf, 0.0)
-    np.divide(f_forget, f_retain, out=ratio, where=f_retain > 0)
-    return Mismatch(
-        gap=np.abs(f_forget - f_retain).sum(axis=1),
-        kl=kl_divergence(p, q),
-        js=js_divergence(p, q),
-        largest_ratio=ratio.max(axis=1),
-        above_two=(f_forget > 2 * f_retain).mean(axis=1),
-    )
+def frequency_gap(f: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """sum_e |f_e - g_e| of two frequency vectors, which sum to K each: 0 to 2K (TRACE's mismatch, 2606.10338)."""
+    return np.abs(f - g).sum(axis=-1)
 
 
 def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """sum_e p log(p / q) over the last axis, in nats; 0 log 0 = 0, and inf where p > 0 = q."""
+    """sum_e p log(p / q), in nats (Kullback & Leibler 1951); 0 log 0 = 0, and inf where p > 0 = q."""
     used = p > 0
     ratio = np.ones_like(p)
     np.divide(p, q, out=ratio, where=used & (q > 0))
@@ -56,31 +29,31 @@ def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def js_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Jensen-Shannon divergence over the last axis, in nats: symmetric, finite, at most log 2."""
+    """Jensen-Shannon divergence in nats (Lin 1991): the mean of KL(p | m) and KL(q | m), m = (p + q) / 2.
+
+    Symmetric, finite, at most log 2.
+    """
     middle = (p + q) / 2
     return (kl_divergence(p, middle) + kl_divergence(q, middle)) / 2
 
 
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """How evenly a corpus uses the experts. entropy: f64 [L], of the activation shares over log E (1 is even).
-    largest: f64 [L], frequency of the busiest expert in units of K/E. dead: (layer, expert) never used, from 0."""
+def smoothed_shares(counts: np.ndarray) -> np.ndarray:
+    """Shares of activations with half an activation added to every expert: (c_e + 1/2) / (sum c + E/2).
 
-    entropy: np.ndarray
-    largest: np.ndarray
-    dead: tuple[tuple[int, int], ...]
+    This is the posterior mean under Jeffreys' prior (Krichevsky & Trofimov 1981). No share is zero, so that a KL
+    divergence between two corpora is finite where one of them never uses an expert that the other uses.
+    """
+    padded = counts + 0.5
+    return padded / padded.sum(axis=-1, keepdims=True)
 
 
-def load(statistics: ExpertStatistics) -> Load:
-    """The balance of the experts' load over a corpus."""
-    frequency = statistics.frequency
-    experts = frequency.shape[1]
-    share = frequency / statistics.top_k
-    uniform = np.full_like(share, 1 / experts)
-    entropy = 1 - kl_divergence(share, uniform) / np.log(experts) if experts > 1 else np.ones(len(share))
-    names = statistics.layers or range(len(share))
-    dead = tuple((int(names[row]), int(expert)) for row, expert in np.argwhere(statistics.counts == 0))
-    return Load(entropy, frequency.max(axis=1) * experts / statistics.top_k, dead)
+def load_entropy(frequency: np.ndarray) -> np.ndarray:
+    """Entropy of the experts' shares of the load over log E: 1 is even, 0 is a single expert. One expert gives 1."""
+    experts = frequency.shape[-1]
+    if experts == 1:
+        return np.ones(frequency.shape[:-1])
+    share = frequency / frequency.sum(axis=-1, keepdims=True)
+    return 1 - kl_divergence(share, np.full_like(share, 1 / experts)) / np.log(experts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +61,25 @@ class Overlap:
     """Agreement of two models' routing on the same tokens, f64 [L]: 1 means that nothing has changed.
 
     Attributes:
-      jaccard: mean over tokens of |A and B| / |A or B|, A and B the chosen experts.
+      jaccard: mean over tokens of |A and B| / |A or B|, A and B the chosen experts (Jaccard 1912).
       unchanged: share of tokens with the same set of experts.
-      same_first: share of tokens with the same first expert.
     """
 
     jaccard: np.ndarray
     unchanged: np.ndarray
-    same_first: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class RowOverlap:
+    """The same, summed over the tokens of each row that has any.
+
+    Attributes:
+      tokens: i64 [N].  jaccard, unchanged: f64 [N, L], sums over the row's tokens.
+    """
+
+    tokens: np.ndarray
+    jaccard: np.ndarray
+    unchanged: np.ndarray
 
 
 def overlap(original: Assignments, current: Assignments) -> Overlap:
@@ -104,29 +88,60 @@ def overlap(original: Assignments, current: Assignments) -> Overlap:
     Raises:
       ValueError: the assignments are of different tokens.
     """
+    by_row = overlap_by_row(original, current)
+    tokens = by_row.tokens.sum()
+    return Overlap(by_row.jaccard.sum(axis=0) / tokens, by_row.unchanged.sum(axis=0) / tokens)
+
+
+def overlap_by_row(original: Assignments, current: Assignments) -> RowOverlap:
+    """`overlap` before the mean over tokens. Raises ValueError if the assignments are of different tokens."""
     before, after = original.indices, current.indices
     same_tokens = np.array_equal(original.rows, current.rows) and np.array_equal(original.positions, current.positions)
     if before.shape != after.shape or not same_tokens:
         raise ValueError(
             f"assignments {before.shape} and {after.shape} are not of the same tokens; make both from the same rows."
         )
-    top_k = before.shape[2]
-    shared = (before[..., :, None] == after[..., None, :]).any(axis=-1).sum(axis=-1)  # [L, T]
-    return Overlap(
-        jaccard=(shared / (2 * top_k - shared)).mean(axis=1),
-        unchanged=(shared == top_k).mean(axis=1),
-        same_first=(before[..., 0] == after[..., 0]).mean(axis=1),
-    )
+    _, row = np.unique(original.rows, return_inverse=True)
+    top_k, jaccard, unchanged = before.shape[2], [], []
+    for old, new in zip(before, after, strict=True):
+        shared = (old[:, :, None] == new[:, None, :]).any(axis=2).sum(axis=1)  # [T]
+        jaccard.append(np.bincount(row, shared / (2 * top_k - shared)))
+        unchanged.append(np.bincount(row, shared == top_k))
+    return RowOverlap(np.bincount(row), np.stack(jaccard, axis=1), np.stack(unchanged, axis=1))
+
+
+def counts_by_row(assignments: Assignments, num_experts: int) -> np.ndarray:
+    """i64 [N, L, E]: how often each row that has tokens uses each expert."""
+    rows, row = np.unique(assignments.rows, return_inverse=True)
+    cell = row[:, None] * num_experts
+    counts = [
+        np.bincount((cell + layer).ravel(), minlength=len(rows) * num_experts).reshape(len(rows), num_experts)
+        for layer in assignments.indices
+    ]
+    return np.stack(counts, axis=1)
 
 
 def frequency_change(original: ExpertStatistics, current: ExpertStatistics) -> np.ndarray:
     """f64 [L]: sum over experts of |f_current - f_original| of one corpus under two models, 0 to 2K."""
-    return np.abs(current.frequency - original.frequency).sum(axis=1)
+    return frequency_gap(current.frequency, original.frequency)
 
 
 def router_drift(original: Model, current: Model) -> np.ndarray:
     """f64 [L]: |R - R_0| / |R_0| of each layer's router weights [D, E] (Frobenius norm)."""
-    before = to_host(original.params["layers"]["router"]).astype(np.float64)
-    after = to_host(current.params["layers"]["router"]).astype(np.float64)
-    norm = np.sqrt((before**2).sum(axis=(1, 2)))
-    return np.sqrt(((after - before) ** 2).sum(axis=(1, 2))) / np.where(norm > 0, norm, 1.0)
+    return _relative_change(*_routers(original, current), axes=(1, 2))
+
+
+def expert_drift(original: Model, current: Model) -> np.ndarray:
+    """f64 [L, E]: |r - r_0| / |r_0| of each expert's column r [D] of the router (Euclidean norm)."""
+    return _relative_change(*_routers(original, current), axes=(1,))
+
+
+def _routers(original: Model, current: Model) -> tuple[np.ndarray, np.ndarray]:
+    """Router weights f64 [L, D, E] of both; biases and corrections are left out."""
+    before, after = (to_host(model.params["layers"]["router"]).astype(np.float64) for model in (original, current))
+    return before, after
+
+
+def _relative_change(before: np.ndarray, after: np.ndarray, *, axes: tuple[int, ...]) -> np.ndarray:
+    norm = np.sqrt((before**2).sum(axis=axes))
+    return np.sqrt(((after - before) ** 2).sum(axis=axes)) / np.where(norm > 0, norm, 1.0)
