@@ -91,6 +91,6 @@ def test_a_missing_run_is_an_unequal_budget(config, tmp_path):
         (run_directory / trial.label / "results.json").write_text(
             json.dumps({"fronts": {"validation": front, "test": front}, "seconds_per_step": 1.0})
         )
-    assert len(load_runs(tmp_path, jobs)) == 3
+    assert len(load_runs(tmp_path, jobs, benchmark="text")) == 3
     with pytest.raises(UnequalBudget, match="unequal budgets"):
         write_study(config, tmp_path, jobs)

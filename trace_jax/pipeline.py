@@ -27,6 +27,7 @@ from trace_jax.data.tokenizer import read_vocabulary
 from trace_jax.environment import describe
 from trace_jax.evaluation.calibration import measure_calibration
 from trace_jax.evaluation.fronts import Front, front_from_history, standing
+from trace_jax.evaluation.items import item_outcomes
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.routing import measure_routing
 from trace_jax.evaluation.store import ScoreStore
@@ -360,12 +361,14 @@ def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated
     original = evaluator.measure(evaluator.original) if evaluator.original and method.unlearning.rules.asks else None
 
     def evaluate(params: Any) -> Evaluated:
-        found = evaluator(params)
+        scores = evaluator.score(params)
+        found, items = evaluator.measure(scores), item_outcomes(evaluator, scores)
         rows = [m.to_json() for m in found]
         if original is None:
-            return Evaluated(rows)
+            return Evaluated(rows, items=items)
         benchmark = prepared.config.data.benchmark
-        return Evaluated(rows, *standing(found, benchmark=benchmark, split="validation", original=original))
+        numbers = standing(found, benchmark=benchmark, split="validation", original=original)
+        return Evaluated(rows, *numbers, items)
 
     return evaluate
 

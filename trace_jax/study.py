@@ -24,6 +24,7 @@ from trace_jax.environment import describe
 from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.comparison import READINGS, Comparison, Run, check_equal_budgets, compare
 from trace_jax.evaluation.fronts import Front
+from trace_jax.evaluation.items import load_run_items
 from trace_jax.evaluation.tables import comparison_markdown, comparison_text, objectives_markdown
 from trace_jax.experiment import METHODS, ExperimentConfig, Method, StudyConfig
 from trace_jax.files import read_json, replacing, shown, write_json
@@ -190,14 +191,16 @@ def trial_method(config: ExperimentConfig, trial: Trial) -> Method:
 # --- reading the runs
 
 
-def load_runs(path: Path, jobs: Sequence[Trial]) -> list[Run]:
-    """The fronts of finished runs, in the order of `jobs`."""
-    runs = []
+def load_runs(path: Path, jobs: Sequence[Trial], *, benchmark: str) -> list[Run]:
+    """The fronts of finished runs and what their items gave, in the order of `jobs`."""
+    runs, board = [], scoreboard(benchmark)
     for trial in jobs:
-        result = read_json(path / f"seed-{trial.seed}" / "methods" / trial.label / "results.json")
+        directory = path / f"seed-{trial.seed}" / "methods" / trial.label
+        result = read_json(directory / "results.json")
         if result is not None:
             validation, test = (Front.from_json(result["fronts"][split]) for split in ("validation", "test"))
-            runs.append(Run(trial.method, trial.setting, trial.seed, validation, test))
+            items = load_run_items(directory, test, board, split="test")
+            runs.append(Run(trial.method, trial.setting, trial.seed, validation, test, items))
     return runs
 
 
@@ -205,11 +208,13 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
     """Compares finished runs at every level; writes study.json and returns the tables as text."""
     exempt = [method for method in config.study.methods if METHODS[method].steps != 1]
     found: dict[str, list[Comparison]] = {}  # per objective
-    runs = {objective: load_runs(path, group) for objective, group in _by_objective(jobs).items()}
+    groups, benchmark = _by_objective(jobs), config.data.benchmark
+    runs = {objective: load_runs(path, group, benchmark=benchmark) for objective, group in groups.items()}
     for objective, group in runs.items():
         check_equal_budgets(group, exempt=exempt)
-        levels = config.evaluation.levels
-        found[objective] = [compare(group, level=x, exempt=exempt, reading=r) for x in levels for r in READINGS]
+        kinds = [(level, reading) for level in config.evaluation.levels for reading in READINGS]
+        resamples = config.evaluation.bootstrap
+        found[objective] = [compare(group, level=x, exempt=exempt, reading=r, resamples=resamples) for x, r in kinds]
     write_json(
         path / "study.json",
         {

@@ -1,22 +1,27 @@
 """Comparing methods fairly: equal budgets, settings chosen on validation, numbers reported on test.
 
 For every method and forgetting level the setting (such as alpha) with the best mean validation utility over seeds is
-chosen, and its test utility is reported over seeds, next to the gain over a baseline paired by seed.
+chosen, and its test utility is reported, next to the gain over a baseline paired by seed and item. Intervals are over
+seeds and items: where a run comes down to the level is estimated from its items, so it is found anew on every resample
+of them; the setting stays.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import math
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from trace_jax.evaluation.fronts import MEAN, Front, area_between, best_point, utility_at
-from trace_jax.evaluation.intervals import Interval, t_interval
+from trace_jax.evaluation.fronts import MEAN, Front, area_between, best_point, resampled_utility_at, utility_at
+from trace_jax.evaluation.intervals import Interval, seeds_and_items, t_interval
+from trace_jax.evaluation.items import Draws, RunItems
 
 READINGS = ("first", "best")
 
@@ -27,13 +32,17 @@ class UnequalBudget(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One unlearning run of a study: `setting` names the tuned values, such as "alpha=16"."""
+    """One unlearning run of a study: `setting` names the tuned values, such as "alpha=16".
+
+    `items`: what each item of the test split gave, where that was kept.
+    """
 
     method: str
     setting: str
     seed: int
     validation: Front
     test: Front
+    items: RunItems | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +53,11 @@ class MethodResult:
       method, setting: the setting chosen on validation.
       settings: how many were tried.
       seeds: seeds that reached the level on test; only these are averaged. `missed`: those that did not.
-      utilities: mean over seeds with Student's interval, per utility; empty if no seed reached the level.
-      gains: relative gain over the baseline, utility / baseline - 1, paired by seed; likewise.
+      utilities: mean over seeds with its interval, per utility; empty if no seed reached the level.
+      gains: relative gain over the baseline, utility / baseline - 1, paired by seed and item; likewise.
+      over_seeds: {"utilities", "gains"}, the same with Student's intervals over seeds.
       area: how much higher the mean utility is than the baseline's on average over the forgetting levels that both
-        reach (`area_between`), paired by seed; None where no seed has such a range.
+        reach (`area_between`), paired by seed, with Student's interval; None where no seed has such a range.
     """
 
     method: str
@@ -57,6 +67,7 @@ class MethodResult:
     missed: tuple[int, ...]
     utilities: Mapping[str, Interval]
     gains: Mapping[str, Interval]
+    over_seeds: Mapping[str, Mapping[str, Interval]]
     area: Interval | None
 
 
@@ -64,11 +75,14 @@ class MethodResult:
 class Comparison:
     """All methods at one forgetting level; `exempt` methods had a budget of their own.
 
-    `reading` says which point of a run counts (see `compare`).
+    `reading` says which point of a run counts (see `compare`), and `over` what the intervals are over: "seeds and
+    items" (`seeds_and_items`; their n counts items), "items" where there is one seed, or "seeds" (Student's; n counts
+    seeds) where a run kept no items.
     """
 
     level: float
     reading: str
+    over: str
     baseline: str
     exempt: tuple[str, ...]
     results: tuple[MethodResult, ...]
@@ -144,6 +158,7 @@ def compare(
     exempt: Collection[str] = (),
     choose_by: str = MEAN,
     reading: str = "first",
+    resamples: int = 1000,
 ) -> Comparison:
     """All methods of a study at one forgetting level, each with its best setting, against a tuned baseline.
 
@@ -155,6 +170,7 @@ def compare(
       choose_by: validation utility by which settings are chosen.
       reading: "first" reads a run where it first comes down to the level, interpolated; "best" reads it at the
         evaluation with the best validation utility among those at or below the level on validation.
+      resamples: of the items of every run.
 
     Raises:
       UnequalBudget: see `check_equal_budgets`.
@@ -168,10 +184,14 @@ def compare(
     if reading not in READINGS:
         raise ValueError(f"reading is {reading!r}; expected one of {', '.join(READINGS)}.")
     chosen = {m: choose_setting(g, level=level, utility=choose_by, reading=reading) for m, g in by_method.items()}
-    at_level = {m: _test_utilities(g, chosen[m], level, choose_by, reading) for m, g in by_method.items()}
+    kept = all(run.items is not None for run in runs)
+    over = "seeds" if not kept else "seeds and items" if len({run.seed for run in runs}) > 1 else "items"
+    draws = Draws(resamples=resamples, seed=0) if kept else None
+    at_level = {m: _read(g, chosen[m], level, choose_by, reading, draws) for m, g in by_method.items()}
     results = []
     for method, group in by_method.items():
         reached, all_seeds = at_level[method], sorted({run.seed for run in group})
+        gains = _relative_gains(reached, at_level[baseline])
         results.append(
             MethodResult(
                 method=method,
@@ -179,38 +199,83 @@ def compare(
                 settings=len({run.setting for run in group}),
                 seeds=tuple(sorted(reached)),
                 missed=tuple(s for s in all_seeds if s not in reached),
-                utilities=_over_seeds(reached),
-                gains=_over_seeds(_relative_gains(reached, at_level[baseline])),
+                utilities=_combined(reached),
+                gains=_combined(gains),
+                over_seeds={"utilities": _over_seeds(reached), "gains": _over_seeds(gains)},
                 area=_mean_area(group, chosen[method], by_method[baseline], chosen[baseline]),
             )
         )
-    return Comparison(level, reading, baseline, tuple(m for m in by_method if m in exempt), tuple(results))
+    return Comparison(level, reading, over, baseline, tuple(m for m in by_method if m in exempt), tuple(results))
 
 
-Utilities = dict[int, dict[str, float]]  # per seed, per name
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """Values of one seed by name; the same on every resample of its items, f64 [R], and how many items each group has.
+
+    Both are empty unless every run kept its items.
+    """
+
+    values: Mapping[str, float]
+    resampled: Mapping[str, np.ndarray]
+    items: Mapping[str, Mapping[int, int]]
 
 
-def _test_utilities(runs: Sequence[Run], setting: str, level: float, choose_by: str, reading: str) -> Utilities:
-    found: Utilities = {}
+Readings = dict[int, _Reading]  # per seed
+
+
+def _read(
+    runs: Sequence[Run], setting: str, level: float, choose_by: str, reading: str, draws: Draws | None
+) -> Readings:
+    """Test utilities of the seeds that reach the level."""
+    found: Readings = {}
     for run in runs:
         if run.setting != setting:
             continue
+        index = best_point(run.validation, level, choose_by) if reading == "best" else None
         if reading == "first":
             values = {name: utility_at(run.test, level, name) for name in run.test.utilities}
         else:
-            index = best_point(run.validation, level, choose_by)
             values = {n: None if index is None else float(v[index]) for n, v in run.test.utilities.items()}
-        if all(value is not None for value in values.values()):
-            found[run.seed] = {name: value for name, value in values.items() if value is not None}
+        known = {name: value for name, value in values.items() if value is not None}
+        if len(known) == len(values):
+            resampled, items = {}, {}
+            if run.items is not None and draws is not None:
+                resampled = _resampled(run.items, level, index, draws)
+                items = {name: run.items.counts(name) for name in known}
+            found[run.seed] = _Reading(known, resampled, items)
     return found
 
 
-def _relative_gains(ours: Utilities, baseline: Utilities) -> Utilities:
-    return {
-        seed: {name: value / baseline[seed][name] - 1 for name, value in values.items() if baseline[seed][name] > 0}
-        for seed, values in ours.items()
-        if seed in baseline
-    }
+def _resampled(items: RunItems, level: float, index: int | None, draws: Draws) -> dict[str, np.ndarray]:
+    """Utilities f64 [R] at evaluation `index`, or where each resample first comes down to the level."""
+    forgetting, utilities = items.resampled(draws)
+    if index is not None:
+        return {name: values[:, index] for name, values in utilities.items()}
+    return {name: resampled_utility_at(forgetting, values, level) for name, values in utilities.items()}
+
+
+def _relative_gains(ours: Readings, baseline: Readings) -> Readings:
+    found: Readings = {}
+    for seed, mine in ours.items():
+        if seed in baseline:
+            theirs = baseline[seed]
+            values = {n: v / theirs.values[n] - 1 for n, v in mine.values.items() if theirs.values[n] > 0}
+            with np.errstate(divide="ignore", invalid="ignore"):  # a resample on which the baseline has nothing left
+                resampled = {n: v / theirs.resampled[n] - 1 for n, v in mine.resampled.items()}
+            found[seed] = _Reading(values, resampled, mine.items)
+    return found
+
+
+def _combined(readings: Readings) -> dict[str, Interval]:
+    """Means over seeds with intervals over seeds and items; over seeds alone if no items were kept."""
+    found = _over_seeds(readings)
+    for name in found:
+        having = [r for r in readings.values() if name in r.values]
+        if all(name in r.resampled for r in having):
+            items = functools.reduce(operator.or_, (dict(r.items[name]) for r in having))  # shared ones count once
+            resampled = np.stack([r.resampled[name] for r in having], axis=1)
+            found[name] = seeds_and_items(np.array([r.values[name] for r in having]), resampled, sum(items.values()))
+    return found
 
 
 def _mean_area(
@@ -222,9 +287,11 @@ def _mean_area(
     return t_interval(np.array([area.mean_difference for area in areas])) if areas else None
 
 
-def _over_seeds(values: Utilities) -> dict[str, Interval]:
-    names = dict.fromkeys(name for by_name in values.values() for name in by_name)
-    return {n: t_interval(np.array([v[n] for v in values.values() if n in v])) for n in names}
+def _over_seeds(readings: Readings) -> dict[str, Interval]:
+    """Means over seeds with Student's intervals."""
+    names = dict.fromkeys(name for reading in readings.values() for name in reading.values)
+    having = {n: [r.values[n] for r in readings.values() if n in r.values] for n in names}
+    return {name: t_interval(np.array(values)) for name, values in having.items()}
 
 
 def _by_key(by_setting: Mapping[str, Sequence[int]]) -> str:

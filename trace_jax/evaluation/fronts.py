@@ -145,6 +145,20 @@ def utility_at(front: Front, level: float, utility: str = MEAN) -> float | None:
     return None if at is None else at.value(front.utilities[utility])
 
 
+def resampled_utility_at(forgetting: np.ndarray, utility: np.ndarray, level: float) -> np.ndarray:
+    """Utility f64 [R] at the first crossing of a level by each of many fronts, forgetting and utility f64 [R, N].
+
+    A front that stays above the level is read at its lowest evaluation.
+    """
+    reached = forgetting <= level
+    index = np.where(reached.any(axis=1), reached.argmax(axis=1), forgetting.argmin(axis=1))
+    rows, before = np.arange(len(index)), np.maximum(index - 1, 0)
+    start, end = forgetting[rows, before], forgetting[rows, index]
+    inside = reached[rows, index] & (index > 0)
+    share = np.where(inside, (start - level) / np.where(inside, start - end, 1.0), 1.0)
+    return utility[rows, before] * (1 - share) + utility[rows, index] * share
+
+
 def best_point(front: Front, level: float, utility: str = MEAN) -> int | None:
     """Index of the evaluation with the highest utility among those with forgetting <= level; None if there is none.
 

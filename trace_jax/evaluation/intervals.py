@@ -130,6 +130,43 @@ def t_interval(values: np.ndarray) -> Interval:
     return Interval(mean, mean - half, mean + half, n)
 
 
+def seeds_and_items(values: np.ndarray, resampled: np.ndarray, n: int) -> Interval:
+    """Mean over seeds [S] with its interval over other seeds and other items.
+
+    The spread of the seeds holds whatever differs between them, items of their own included, but not what they share:
+    where several were measured on the same items, a resample moves them together. With `s` the standard deviation of
+    the values, and K the covariance of the resampled ones, the half width is
+
+        sqrt(t² s² / S + z² c), at least z sqrt(k),    c: mean of K off its diagonal, k: mean of all of K
+
+    with Student's t of S - 1 degrees and the normal z: exact if every seed has its own items, and never narrower than
+    the items alone allow, however close the seeds happen to lie. For one seed it is the percentile interval of its
+    resamples. docs/evaluation.md has the coverage; percentiles of resampled seeds cover too rarely.
+
+    Args:
+      values: f64 [S], one estimate a seed.
+      resampled: f64 [R, S], the estimates on resampled items; resamples with a NaN are left out.
+      n: items, for the result.
+
+    Raises:
+      ValueError: no value, or another number of seeds in the two.
+    """
+    values = np.asarray(values, np.float64)
+    if not len(values) or resampled.shape[1:] != values.shape:
+        raise ValueError(f"{len(values)} values can't be combined with resamples {resampled.shape}; expected [R, S].")
+    resampled, seeds, mean = resampled[np.isfinite(resampled).all(axis=1)], len(values), float(values.mean())
+    if len(resampled) < 2:
+        return Interval(mean, math.nan, math.nan, n)
+    if seeds == 1:
+        return quantile_interval(mean, resampled[:, 0], n)
+    covariance = np.cov(resampled, rowvar=False)
+    together = float(covariance.mean())
+    shared = max(0.0, float((covariance.sum() - np.trace(covariance)) / (seeds * (seeds - 1))))
+    t, z = stats.t.ppf(0.5 + LEVEL / 2, seeds - 1), stats.norm.ppf(0.5 + LEVEL / 2)
+    half = math.sqrt(max(t**2 * values.var(ddof=1) / seeds + z**2 * shared, z**2 * together))
+    return Interval(mean, mean - half, mean + half, n)
+
+
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
     """Probability that a positive scores above a negative, ties counted as one half; scores [P] and [N]."""
     positive, negative = _scores(positive), _scores(negative)

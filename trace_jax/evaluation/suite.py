@@ -154,8 +154,7 @@ class Evaluator:
         """Measurements of scores. Probes with nothing to score give no measurement."""
         found = []
         for (split, subject), questions in scores.questions.items():
-            name = self.board.questions.get(subject, f"{subject}_accuracy")
-            found.append(_named(name, split, knowledge.accuracy(questions, **self._resampling)))
+            found.append(_named(self.board.accuracy(subject), split, knowledge.accuracy(questions, **self._resampling)))
         for key in scores.text:
             found += self._measure_text(key, scores.text[key])
         for split, values in scores.verbatim.items():
@@ -176,9 +175,8 @@ class Evaluator:
             return []
         found = [_named(f"{subject}_nll", split, utility.mean_nll(rows, **self._resampling))]
         if self.original is not None and key in self.original.text:
-            forget = subject == "forget"
-            name = "forget_probability_ratio" if forget else f"{subject}_utility"
-            relative = utility.probability_ratio if forget else utility.utility
+            relative = utility.probability_ratio if subject == "forget" else utility.utility
+            name = self.board.likelihood(subject)
             found.append(_named(name, split, relative(rows, self.original.text[key], **self._resampling)))
         return found
 

@@ -73,7 +73,7 @@ def equal_forgetting(
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """A study's comparison as plain text: mean over seeds with 95 % interval, and gain over the baseline in percent."""
+    """A study's comparison as plain text: means over seeds with intervals, and gains over the baseline in percent."""
     return "\n".join([_caption(comparison), *_aligned(_comparison_cells(comparison))])
 
 
@@ -105,9 +105,11 @@ def objectives_markdown(comparisons: Mapping[str, Comparison]) -> str:
 
 def _caption(comparison: Comparison) -> str:
     where = {"first": "where a run first comes down to", "best": "at the best evaluation at or below"}
+    paired = {"seeds and items": "seed and item", "items": "item", "seeds": "seed"}[comparison.over]
+    note = {"seeds and items": "", "items": " (one seed)", "seeds": " (no items were kept)"}[comparison.over]
     return (
-        f"Test split, {where[comparison.reading]} forgetting {comparison.level:g}; "
-        f"gains over tuned {comparison.baseline}, paired by seed"
+        f"Test split, {where[comparison.reading]} forgetting {comparison.level:g}; means over seeds, 95 % intervals "
+        f"over {comparison.over}{note}; gains over tuned {comparison.baseline}, paired by {paired}"
     )
 
 

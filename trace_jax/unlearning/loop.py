@@ -49,10 +49,10 @@ class LoopResult:
 class Loop:
     """What surrounds the step.
 
-    directory: holds `checkpoints/` and `metrics.jsonl`. identity, seed: of what is run, see `StateStore`.
+    directory: holds `checkpoints/`, `metrics.jsonl` and `items.npz`. identity, seed: of what is run, see `StateStore`.
     evaluate: called with the trainable parameters at step 0, every `evaluate_every` steps and at the end; what
-      it returns, or the `rows` of the `Evaluated` that it returns, goes into metrics.jsonl under "evaluation". A
-      FloatingPointError from it ends the run like a NaN loss.
+      it returns, or the `rows` of the `Evaluated` that it returns, goes into metrics.jsonl under "evaluation", and
+      the `items` into items.npz. A FloatingPointError from it ends the run like a NaN loss.
     refresh: called as `refresh(n, trainable)` before step n is taken and before its inputs are made, for every multiple
       n of `refresh_every` in 1..steps-1: for what inputs depend on and the model changes. It may not hold on to the
       arrays. A run that continues after step n calls it again with the same arrays.
@@ -291,6 +291,8 @@ class _Run:
         known = {name: value for name, value in numbers.items() if value is not None}
         if point := loop.rules.point(step, found):
             self._points.append(point)
+        if found.items:
+            self._metrics.write_items(step, found.items)
         self._metrics.write(step, evaluation=found.rows, **known)
         if self._best() == step:
             self._store.protect(step)

@@ -1,26 +1,33 @@
-"""metrics.jsonl: a line for each step and each evaluation of a run."""
+"""What is written along a run: metrics.jsonl, a line for each step and each evaluation, and items.npz.
+
+items.npz holds what each item of an evaluation gave: "steps" i64 [T], "identity", and arrays [T, N] by name.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from trace_jax.files import append_line, as_path, read_lines, replacing
+import numpy as np
+
+from trace_jax.files import append_line, as_path, local_copy, read_lines, remove, replacing
 from trace_jax.parallel.hosts import is_main
 
-_FILE = "metrics.jsonl"
+_FILE, _ITEMS = "metrics.jsonl", "items.npz"
 
 
 class Metrics:
-    """The lines of one run, `identity`, in `directory`. Process 0 alone reads and writes them."""
+    """The lines and items of one run, `identity`, in `directory`. Process 0 alone reads and writes them."""
 
     def __init__(self, directory: Path, identity: str):
-        self._path, self._identity = directory / _FILE, identity
+        self._directory, self._path, self._identity = directory, directory / _FILE, identity
 
     def trim(self, done: int) -> list[dict]:
-        """Drops lines of other runs, and of steps after `done`, which are written again. Returns the rest."""
+        """Drops what other runs wrote, and what belongs to steps after `done`, which comes again. Returns the lines."""
         if not is_main():
             return []
+        self._write_items(*(self._items_until(done) if done else ([], {})))
         rows = []
         if done:
             rows = [r for r in read_lines(self._path) if r.get("identity") == self._identity and r["step"] <= done]
@@ -38,6 +45,44 @@ class Metrics:
         """Adds a line."""
         if is_main():
             append_line(self._path, {"step": step, "identity": self._identity, **values})
+
+    def write_items(self, step: int, items: Mapping[str, np.ndarray]) -> None:
+        """Adds what each item gave at `step`, arrays [N] of the same names and lengths every time."""
+        if not is_main():
+            return
+        steps, before = self._items_until(step - 1)
+        after = {name: [*before.get(name, ()), np.asarray(values)] for name, values in items.items()}
+        self._write_items([*steps, step], {name: np.stack(rows) for name, rows in after.items()})
+
+    def _items_until(self, step: int) -> tuple[list[int], dict[str, np.ndarray]]:
+        steps, items = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
+        kept = steps <= step
+        return steps[kept].tolist(), {name: values[kept] for name, values in items.items()}
+
+    def _write_items(self, steps: list[int], items: Mapping[str, np.ndarray]) -> None:
+        path = self._directory / _ITEMS
+        if not steps:
+            remove(path)
+            return
+        with replacing(path) as temporary:
+            identity = np.array(self._identity)
+            np.savez_compressed(temporary, **{"steps": np.array(steps), "identity": identity, **items})
+
+
+def read_items(
+    directory: str | os.PathLike, identity: str | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
+    """Steps i64 [T] of a run's evaluations, and what each item gave at them, [T, N] by name; None if that is not kept.
+
+    With an `identity`, what another run left is taken for nothing.
+    """
+    path = as_path(directory) / _ITEMS
+    if not path.exists():
+        return None
+    with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
+        items = dict(file)
+    steps, found = items.pop("steps"), str(items.pop("identity"))
+    return (steps, items) if identity in (None, found) else None
 
 
 def front_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 KEEP = ("last", "best_utility")
 
@@ -14,11 +16,13 @@ class Evaluated:
     """What an evaluation found: `rows` (JSON) for metrics.jsonl, and the two numbers that rules read.
 
     forgetting: lower means more forgotten. utility: higher is better. None: not measured.
+    items: what each item gave, arrays [N] by name for items.npz.
     """
 
     rows: Any
     forgetting: float | None = None
     utility: float | None = None
+    items: Mapping[str, np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
