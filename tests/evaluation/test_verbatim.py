@@ -4,19 +4,9 @@ import numpy as np
 import pytest
 
 from trace_jax.data.probes import Prompts
-from trace_jax.evaluation.verbatim import rouge_l, verbatim_scores
+from trace_jax.evaluation.rouge import rouge_l
+from trace_jax.evaluation.verbatim import verbatim_scores
 from trace_jax.models.generate import generate
-
-
-def test_rouge_l_golden_values():
-    references = ["the people of the United States", "the people of the United States", "one two three"]
-    predictions = ["the people of Texas", "the people of the United States", "four five"]
-    # Longest common subsequence "the people of" (3 words), precision 3/4, recall 3/6: F = 0.6.
-    assert rouge_l(predictions, references) == pytest.approx([0.6, 1.0, 0.0])
-
-
-def test_rouge_l_does_not_stem():
-    assert rouge_l(["nations"], ["nation"]).tolist() == [0.0]
 
 
 def test_a_continuation_that_the_model_would_write_scores_one(tiny):

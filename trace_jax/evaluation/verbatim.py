@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from rouge_score import rouge_scorer
 from tokenizers import Tokenizer
 
 from trace_jax.data.probes import Prompts
+from trace_jax.evaluation.rouge import rouge_l
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.generate import generate
 
@@ -27,12 +27,6 @@ def verbatim_scores(
     several[-1] = np.resize(several[-1], (min(batch_size, count), prompts.prompt.shape[1]))  # one shape for all
     generated = np.concatenate([generate(params, config, batch, max_new_tokens=length) for batch in several])[:count]
     return rouge_l(_decode(tokenizer, generated), _decode(tokenizer, prompts.continuation))
-
-
-def rouge_l(predictions: list[str], references: list[str]) -> np.ndarray:
-    """ROUGE-L F-measure of each prediction against its reference, f64 [N] in 0..1, without stemming."""
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
-    return np.array([scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references, strict=True)])
 
 
 def _decode(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:

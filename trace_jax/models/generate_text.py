@@ -49,7 +49,38 @@ def generate_text(
     Raises:
       ValueError: a model without tokenizer, an empty prompt without BOS, an empty stop string, or see `generate`.
     """
-    ids = _encode(model, prompts)
+    return continue_tokens(
+        model,
+        _encode(model, prompts),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        batch_size=batch_size,
+        mesh=mesh,
+    )
+
+
+def continue_tokens(
+    model: Model,
+    ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
+    mesh: Mesh | None = None,
+) -> list[Generated]:
+    """The same for prompts that are token ids already, none of them empty: nothing is put before them.
+
+    Raises:
+      ValueError: an empty stop string, or see `generate`.
+    """
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop is {stop!r}; expected a sequence of texts that are not empty.")
     if batch_size < 1:

@@ -1,0 +1,20 @@
+"""ROUGE-L between texts, by the package `rouge-score` (Google's, which MUSE and open-unlearning use)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from rouge_score import rouge_scorer
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[str], *, stem: bool = False) -> np.ndarray:
+    """ROUGE-L F-measure of each prediction against its reference, f64 [N] in 0..1; 0 where one of them has no word.
+
+    Words are runs of a-z and 0-9 in lower case, so that white space and punctuation don't count.
+
+    Args:
+      stem: whether Porter's stemmer shortens words of more than three letters first.
+    """
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stem)
+    return np.array([scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references, strict=True)])
