@@ -6,7 +6,20 @@ import dataclasses
 
 from trace_jax.config import Section, option
 
-_AFTERWARDS = ("max_prompts", "levels")
+_AFTERWARDS = ("max_prompts", "levels", "muse")
+
+
+@dataclasses.dataclass(frozen=True)
+class MuseConfig(Section):
+    """MUSE's scores (`evaluation.muse_task`)."""
+
+    data: str = option(
+        help="the corpus: huggingface:muse-bench/MUSE-Books, huggingface:muse-bench/MUSE-News, or a directory with "
+        "verbmem/forget.jsonl, knowmem/{forget,retain}_qa{,_icl}.jsonl and privleak/{forget,holdout}.jsonl"
+    )
+    profiles: tuple[str, ...] = option(
+        ("muse", "open_unlearning"), help="whose evaluator is followed", choices=("muse", "open_unlearning")
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +33,7 @@ class EvaluationConfig(Section):
     levels: tuple[float, ...] = option(
         (0.5,), help="forgetting levels at which utility is compared (on the benchmark's own forgetting scale)"
     )
+    muse: MuseConfig | None = None
 
     def along_the_way(self) -> EvaluationConfig:
         """The same without settings that change nothing of what is measured while unlearning."""

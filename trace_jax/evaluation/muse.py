@@ -157,7 +157,7 @@ def privleak(
         return None
     models = [_oriented(*scores, profile)] + ([_oriented(*retrained, profile)] if retrained is not None else [])
     values = [intervals.auc(*sides) for sides in models] + [AUC_UNTRAINED]
-    value = float(_relative(np.float64(values[0]), np.float64(values[1]), profile))
+    value = float(_relative(np.array(values[0]), np.array(values[1]), profile))
     if not math.isfinite(value):
         return None
     n = sum(len(x) for x in scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trace_jax.evaluation.config import EvaluationConfig
+from trace_jax.evaluation.muse_task import muse_task
 from trace_jax.evaluation.task import Task
 
 
@@ -13,4 +14,6 @@ def build_tasks(config: EvaluationConfig) -> tuple[Task, ...]:
       DataError: data that isn't there or has another form.
     """
     tasks: list[Task] = []
+    if config.muse is not None:
+        tasks.append(muse_task(config.muse))
     return tuple(tasks)
