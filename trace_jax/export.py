@@ -49,8 +49,16 @@ def load_target(config: ExperimentConfig, workdir: Path, mesh: Mesh | None = Non
     """The model that a run unlearns from: the checkpoint, or the one that was trained in `workdir`."""
     if not isinstance(config.model, PretrainedConfig):
         return load_trained(workdir / "target", config.model)
-    checkpoint = config.model
-    return load_pretrained(checkpoint.path, dtype=checkpoint.dtype, grouped_matmul=checkpoint.grouped_matmul, mesh=mesh)
+    return _load(config.model, config.model.path, mesh)
+
+
+def load_retrained(checkpoint: PretrainedConfig, mesh: Mesh | None = None) -> Model | None:
+    """The retrained model that an imported one is compared with, if there is one."""
+    return _load(checkpoint, checkpoint.retrained, mesh) if checkpoint.retrained else None
+
+
+def _load(checkpoint: PretrainedConfig, path: str, mesh: Mesh | None) -> Model:
+    return load_pretrained(path, dtype=checkpoint.dtype, grouped_matmul=checkpoint.grouped_matmul, mesh=mesh)
 
 
 def save_unlearned(directory: Path, unlearned: Unlearned, identity: str) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from trace_jax.experiment import ExperimentConfig, Method
 from trace_jax.export import (
     UNLEARNED,
     export_model,
+    load_retrained,
     load_target,
     load_trained,
     load_unlearned,
@@ -112,18 +113,19 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
         f"{len(corpora.retain)} retain rows"
     )
     known = fingerprint(corpora.fingerprint, config.model_identity(), config.target, config.seed)
-    retrained = None
+    retrained, reference = None, fingerprint(known, "retrained", _retrained_identity(config))
     if isinstance(config.model, PretrainedConfig):
         target = load_target(config, path, mesh)
         _check_disk(config, path, target)
     else:
         target = _model_stage(config, path, corpora, mesh, "target", corpora.mixture, known)
         if config.target and config.target.retrained:
-            retrained = _model_stage(
-                config, path, corpora, mesh, "retrained", corpora.retrain_mixture, fingerprint(known, "retrained")
-            )
+            retrained = _model_stage(config, path, corpora, mesh, "retrained", corpora.retrain_mixture, reference)
     forget, retain = _statistics_stage(config, path, corpora, target, mesh, fingerprint(known, "statistics"))
-    evaluator = _evaluator_stage(config, path, corpora, tasks, target, retrained, mesh, known)
+    if isinstance(config.model, PretrainedConfig):
+        retrained = load_retrained(config.model, mesh)  # only while it is evaluated: it takes as much as the target
+    models = {fingerprint(known, "target"): target} | ({reference: retrained} if retrained is not None else {})
+    evaluator = _evaluator_stage(config, path, corpora, tasks, models, mesh)
     return Prepared(config, path, mesh, corpora, target, forget, retain, evaluator, known)
 
 
@@ -177,6 +179,11 @@ def _model_stage(
     return model
 
 
+def _retrained_identity(config: ExperimentConfig) -> str:
+    """Hash of a retrained model that is imported. One that is trained here follows from the rest."""
+    return config.model.retrained_identity() if isinstance(config.model, PretrainedConfig) else ""
+
+
 def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
     """Refuses a run whose files would not fit.
 
@@ -227,12 +234,14 @@ def _evaluator_stage(
     path: Path,
     corpora: Corpora,
     tasks: tuple[Task, ...],
-    target: Model,
-    retrained: Model | None,
+    models: Mapping[str, Model],
     mesh: Mesh,
-    known: str,
 ) -> Evaluator:
-    """The evaluator with the scores of the original (and retrained) model; their measurements are written down."""
+    """The evaluator with the scores of the original (and retrained) model; their measurements are written down.
+
+    `models` are the target and, if there is one, the retrained model, by the hash of what made them.
+    """
+    target = next(iter(models.values()))
     evaluator = make_evaluator(
         config.evaluation,
         target.config,
@@ -245,11 +254,10 @@ def _evaluator_stage(
         tasks=tasks,
         identity=fingerprint(corpora.fingerprint, config.evaluation.along_the_way(), config.evaluation.max_prompts),
     )
-    say("evaluation of the target model" + (" and of the retrained model" if retrained is not None else ""))
-    models = {"target": target} | ({} if retrained is None else {"retrained": retrained})
+    say("evaluation of the target model" + (" and of the retrained model" if len(models) > 1 else ""))
     scores = {
-        name: evaluator.full_scores(model.params, store=ScoreStore(path / "scores" / name, fingerprint(known, name)))
-        for name, model in models.items()
+        name: evaluator.full_scores(model.params, store=ScoreStore(path / "scores" / name, identity))
+        for name, (identity, model) in zip(("target", "retrained"), models.items(), strict=False)
     }
     evaluator = evaluator.with_references(original=scores["target"], retrained=scores.get("retrained"))
     measured = {name: [m.to_json() for m in evaluator.measure(score)] for name, score in scores.items()}
@@ -279,7 +287,8 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
         model = made or load_unlearned(prepared.workdir, label, prepared.target)
         _evaluate(prepared, model, weights, directory, known)
 
-    evaluation = Stage("evaluation", directory, fingerprint(known, config.evaluation, tasks))
+    everything = fingerprint(known, config.evaluation, tasks, _retrained_identity(config))
+    evaluation = Stage("evaluation", directory, everything)
     evaluation.run(evaluate, lambda: None, f"evaluation of {label}")
     remove(directory / "checkpoints")
     return known

@@ -31,14 +31,17 @@ class PretrainedConfig(Section):
     grouped_matmul: str = option(
         "auto", help="how experts are multiplied; auto chooses by platform", choices=GROUPED_MATMULS
     )
+    retrained: str = option(
+        "", help="directory of the same model trained without the forget set, which PrivLeak and others compare with"
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if not self.path and self.published is None:
             raise ConfigError(_NO_PATH)
-        if not self.path or is_remote(self.path):
-            return
-        object.__setattr__(self, "path", os.path.abspath(os.path.expanduser(self.path)))  # `export` may run elsewhere
+        for name in ("path", "retrained"):
+            if (given := getattr(self, name)) and not is_remote(given):
+                object.__setattr__(self, name, os.path.abspath(os.path.expanduser(given)))  # `export` may run elsewhere
 
     def shape(self) -> ModelConfig:
         """The model that config.json describes or, without a path, the published one. Weights are not read.
@@ -62,22 +65,38 @@ class PretrainedConfig(Section):
         """Refuses what a run can't start from, before anything is read or written.
 
         Raises:
-          CheckpointError, ConfigError: no path, no complete checkpoint there, or `shape`.
+          CheckpointError, ConfigError: no path, no complete checkpoint there, a retrained one of another shape, or
+            `shape`.
         """
         if not self.path:
             raise ConfigError(_NO_PATH)
         open_checkpoint(self.path)
-        self.shape()
+        shape = self.shape()
+        if not self.retrained:
+            return
+        found = model_config(open_checkpoint(self.retrained).config, dtype=self.dtype)
+        if differences := shape_differences(found, shape):
+            raise ConfigError(
+                f"{self.retrained} (model.retrained) is another model than {self.path}: {'; '.join(differences)}. It "
+                "must be the same one, trained on the same text without the forget set."
+            )
 
     def identity(self) -> str:
-        """Hash of what is in the checkpoint, wherever it lies, and of how it is read.
+        """Hash of what is in the checkpoint `path`, wherever it lies, and of how it is read.
 
         Raises:
           CheckpointError: there is no such checkpoint.
         """
-        files = tuple(sorted(Path(self.path).glob("*.safetensors")))
+        return self._identity(self.path)
+
+    def retrained_identity(self) -> str:
+        """The same of the checkpoint `retrained`; empty where there is none."""
+        return self._identity(self.retrained) if self.retrained else ""
+
+    def _identity(self, path: str) -> str:
+        files = tuple(sorted(Path(path).glob("*.safetensors")))
         stamps = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-        return fingerprint(_content(self.path, stamps), self.dtype, self.grouped_matmul)
+        return fingerprint(_content(path, stamps), self.dtype, self.grouped_matmul)
 
 
 @functools.lru_cache(maxsize=4)

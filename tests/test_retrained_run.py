@@ -1,0 +1,112 @@
+"""A run from a checkpoint whose retrained twin is given: MUSE's scores from files to results.json."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny_checkpoints
+
+from trace_jax.config import ConfigError
+from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.files import read_json, read_lines
+from trace_jax.main import load_config
+from trace_jax.pipeline import run
+
+WORDS = ["river", "stone", "apple", "cloud", "lamp", "tiger", "violin", "harbour", "window"]
+VOCABULARY = 320
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The target, another of the same shape in the place of the retrained one, and one of another shape."""
+    found = {}
+    for name, changes in (("target", {}), ("retrained", {"seed": 1}), ("other", {"num_hidden_layers": 2})):
+        directory = found[name] = tmp_path_factory.mktemp(name)
+        tiny_checkpoints.save(
+            tiny_checkpoints.build("olmoe", **{"vocab_size": VOCABULARY, "num_hidden_layers": 1, **changes}),
+            "olmoe",
+            directory,
+        )
+        train_tokenizer([" ".join(WORDS)] * 3, VOCABULARY).save(str(directory / "tokenizer.json"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def muse(tmp_path_factory):
+    directory, rng = tmp_path_factory.mktemp("muse"), np.random.default_rng(1)
+
+    def words(count):
+        return " ".join(rng.choice(WORDS, count))
+
+    def write(name, make, count):
+        file = directory / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(make()) + "\n" for _ in range(count)))
+
+    for s in ("forget", "retain"):
+        write(f"knowmem/{s}_qa.jsonl", lambda: {"question": words(3), "answer": words(1)}, 2)
+        write(f"knowmem/{s}_qa_icl.jsonl", lambda: {"question": words(3), "answer": words(1)}, 2)
+    write("verbmem/forget.jsonl", lambda: {"prompt": words(5), "gt": words(9)}, 2)
+    for side in ("forget", "holdout"):
+        write(f"privleak/{side}.jsonl", lambda: {"text": words(10)}, 4)
+    return directory
+
+
+@pytest.fixture
+def config(checkpoints, muse, data, monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    settings = {
+        "model.path": str(checkpoints["target"]),
+        "model.dtype": "float32",
+        "methods": ["uniform"],
+        "export": None,
+        "data.row_length": 32,
+        **{f"data.{name}": str(data / f"{name}.jsonl") for name in ("forget", "retain", "holdout")},
+        "unlearning.steps": 2,
+        "unlearning.evaluate_every": 2,
+        "evaluation.max_rows": 8,
+        "evaluation.max_prompts": 4,
+        "evaluation.bootstrap": 100,
+        "evaluation.muse.data": str(muse),
+    }
+    return lambda **changes: load_config("configs/huggingface.py", {**settings, **changes})
+
+
+def measured(path, name):
+    results = read_json(path / "results.json")
+    found = results["references"].get(name) or results["methods"][name]["measurements"]
+    return {m["name"]: m for m in found if m["split"] == "test"}
+
+
+def test_a_retrained_model_makes_privleak_and_no_method_unlearns_again(config, checkpoints, tmp_path):
+    path = tmp_path / "run"
+    run(config(), path)
+    before = measured(path, "uniform")
+    assert before["muse_verbmem"]["n"] == 2 and before["muse_ou_verbmem"]["profile"] == "open_unlearning"
+    assert (
+        not {"muse_privleak", "privleak"} & set(before) and "no retrained model" in before["muse_privleak_auc"]["note"]
+    )
+    unlearned = path / "methods" / "uniform" / "model.safetensors"
+    made = unlearned.stat().st_mtime_ns
+
+    run(config(**{"model.retrained": str(checkpoints["retrained"])}), path)
+    after, reference = measured(path, "uniform"), measured(path, "retrained")
+    auc, auc_retrained = (m["muse_privleak_auc"]["value"] for m in (after, reference))
+    assert after["muse_privleak"]["value"] == pytest.approx((auc - auc_retrained) / auc_retrained * 100)
+    assert reference["muse_privleak"]["value"] == reference["privleak"]["value"] == 0.0
+    assert "privleak" in after and after["muse_verbmem"] == before["muse_verbmem"]
+    assert unlearned.stat().st_mtime_ns == made
+    items = read_lines(path / "methods" / "uniform" / "scores" / "muse.ou_verbmem.jsonl")
+    assert np.mean([item["rouge_l"] for item in items]) == pytest.approx(after["muse_ou_verbmem"]["value"])
+
+    shutil.copytree(checkpoints["target"], tmp_path / "same")
+    run(config(**{"model.retrained": str(tmp_path / "same")}), path)
+    again = measured(path, "retrained")["muse_privleak_auc"]["value"]
+    assert again == measured(path, "target")["muse_privleak_auc"]["value"] != auc_retrained
+
+
+def test_another_shape_is_refused_before_anything_is_written(config, checkpoints, tmp_path):
+    with pytest.raises(ConfigError, match=r"\(model\.retrained\) is another model than .*num_layers is 2, expected 1"):
+        run(config(**{"model.retrained": str(checkpoints["other"])}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
