@@ -44,8 +44,9 @@ class ScoreStore:
         for part, lines in scores.items.items():
             with replacing(self.directory / f"{name}.{part}.jsonl") as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        named: dict[str, Any] = {**scores.arrays, _IDENTITY: np.array(identity)}
         with replacing(file) as temporary:
-            np.savez_compressed(temporary, **{**scores.arrays, _IDENTITY: np.array(identity)})  # pyright: ignore
+            np.savez_compressed(temporary, **named)
         barrier(f"{name}: scores")  # all processes read them later
         return scores
 

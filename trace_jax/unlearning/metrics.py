@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,9 +65,9 @@ class Metrics:
         if not steps:
             remove(path)
             return
+        named: dict[str, Any] = {"steps": np.array(steps), "identity": np.array(self._identity), **items}
         with replacing(path) as temporary:
-            identity = np.array(self._identity)
-            np.savez_compressed(temporary, **{"steps": np.array(steps), "identity": identity, **items})
+            np.savez_compressed(temporary, **named)
 
 
 def read_items(
