@@ -15,7 +15,7 @@ from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.data.config import DataConfig
-from trace_jax.data.sources import HUGGINGFACE, is_here, read_source
+from trace_jax.data.sources import HUGGINGFACE, TFDS, is_here, read_source
 from trace_jax.data.tokenizer import read_vocabulary
 from trace_jax.experiment import METHODS, ExperimentConfig
 from trace_jax.models.arrays import abstract_params, count_params
@@ -109,6 +109,8 @@ def _sources(data: DataConfig, missing: list[str], wrong: list[str]) -> list[tup
 def _source(use: str, path: str, min_length: int, missing: list[str], wrong: list[str]) -> str:
     if not is_here(path):
         where = "is downloaded by the run" if path.startswith(HUGGINGFACE) else "is not there"
+        if path.startswith(TFDS):
+            where = f"is not built: python -m trace_jax.main data --name {path.removeprefix(TFDS).partition(':')[0]}"
         missing.append(f"{use} data: {path} {where}")
         return f"must have the columns {_COLUMNS}"
     try:

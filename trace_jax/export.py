@@ -16,7 +16,7 @@ from trace_jax.checkpoints.params import load_params, save_params
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.config import DataConfig
-from trace_jax.data.sources import HUGGINGFACE
+from trace_jax.data.sources import HUGGINGFACE, TFDS
 from trace_jax.experiment import METHODS, ExperimentConfig
 from trace_jax.files import as_path, local_copy, replacing
 from trace_jax.models.arrays import abstract_params, flatten, unflatten
@@ -149,5 +149,7 @@ def _named(data: DataConfig) -> tuple[str, str]:
     """What was forgotten and what was held on to, by the names of the user's files but not where they lie."""
     if not data.forget_sources or data.retain is None:
         return FORGOTTEN[data.benchmark], ""
-    *forget, retain = (x if x.startswith(HUGGINGFACE) else Path(x).name for x in (*data.forget_sources, data.retain))
+    *forget, retain = (
+        x if x.startswith((HUGGINGFACE, TFDS)) else Path(x).name for x in (*data.forget_sources, data.retain)
+    )
     return " and ".join(forget), f" while holding on to {retain}"

@@ -268,6 +268,24 @@ def _plan(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _data(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("trace_jax.main data", description="builds published data sets; no TensorFlow")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="print which there are: rows, revision, licence, gated")
+    what.add_argument("--name", metavar="NAME[/CONFIG]", help="build this one, or one configuration of it")
+    parser.add_argument("--source", default="hub", metavar="DIR", help="its files as downloaded; default: the hub")
+    parser.add_argument("--revision", metavar="R", help="commit, branch or tag of the hub, instead of the pinned one")
+    parser.add_argument("--data-dir", metavar="DIR", help="where it goes; default: TFDS_DATA_DIR or tfds' own")
+    parser.add_argument("--accept-counts", action="store_true", help="build with other numbers of rows than recorded")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    options = vars(parser.parse_args(arguments))
+    from trace_jax.data.published.build import build
+    from trace_jax.data.published.table import overview
+
+    print(overview() if options.pop("list") else build(**options))
+    return 0
+
+
 def _doctor(arguments: Sequence[str]) -> int:
     argparse.ArgumentParser("trace_jax.main doctor", description="versions, devices, what is missing").parse_args(
         arguments
@@ -287,6 +305,7 @@ _COMMANDS = {
     "export": _export,
     "verify": _verify,
     "plan": _plan,
+    "data": _data,
     "doctor": _doctor,
 }
 

@@ -34,9 +34,10 @@ class DataConfig(Section):
         when={"benchmark": ("handbook", "presidents")},
     )
     forget: str | tuple[str, ...] | None = option(
-        help="JSONL file, text file, directory or huggingface: name to forget; a list: each is a topic", when=_TEXT
+        help="JSONL file, text file, directory, huggingface: or tfds: name to forget; a list: each is a topic",
+        when=_TEXT,
     )
-    retain: str | None = option(help="JSONL file, text file, directory or huggingface: name to keep", when=_TEXT)
+    retain: str | None = option(help="JSONL file, text file, directory, huggingface: or tfds: name to keep", when=_TEXT)
     neighbour: str | None = option("", help="text close to the forget set that must survive; empty = none", when=_TEXT)
     holdout: str | None = option(
         "", help="text like the forget set that no model has seen, for membership; empty = none", when=_TEXT

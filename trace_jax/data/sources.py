@@ -7,9 +7,13 @@ import hashlib
 import importlib
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from trace_jax.data.errors import DataError
+from trace_jax.data.published.table import PUBLISHED
+from trace_jax.data.tfds import TFDS, is_prepared, open_tfds, revision
 from trace_jax.files import as_path, is_remote
 
 
@@ -20,10 +24,6 @@ class Document:
     text: str
     origin: str
     answer: str | None = None
-
-
-class DataError(ValueError):
-    """Text that can't be used. The message names file and line, what was expected, and what to do."""
 
 
 HUGGINGFACE = "huggingface:"
@@ -43,8 +43,8 @@ def load_documents(path: str) -> list[Document]:
     """Documents of a JSONL file (one a line), a text file (one document) or a directory of such files, by name.
 
     A line of JSONL is an object with "text", or with "question" and "answer"; other keys are refused.
-    `huggingface:NAME[/CONFIG][:SPLIT]` is a data set with such columns (`open_dataset`). Files may be at
-    gs://BUCKET/NAME.
+    `huggingface:NAME[/CONFIG][:SPLIT]` and `tfds:NAME[/CONFIG][:SPLIT]` are data sets with such columns
+    (`open_dataset`, `open_tfds`). Files may be at gs://BUCKET/NAME.
 
     Raises:
       DataError: nothing there, unreadable, not UTF-8, empty, or a line of another form.
@@ -80,13 +80,16 @@ def read_records(source: str) -> list[dict[str, Any]]:
     """Every row of a data set with all its columns.
 
     Args:
-      source: a file that ends in .jsonl, or huggingface:NAME[/CONFIG][:SPLIT] (`open_dataset`).
+      source: a file that ends in .jsonl, huggingface:NAME[/CONFIG][:SPLIT] (`open_dataset`), or
+        tfds:NAME[/CONFIG][:SPLIT] (`open_tfds`).
 
     Raises:
       DataError: nothing there, another kind of file, a line that is no JSON object, or no rows. No text is quoted.
     """
     if source.startswith(HUGGINGFACE):
         return [dict(row) for row in _load_dataset(source.removeprefix(HUGGINGFACE))]
+    if source.startswith(TFDS):
+        return list(open_tfds(source.removeprefix(TFDS)))
     file = as_path(source)
     file = file if is_remote(file) else file.expanduser()
     if not file.exists():
@@ -98,17 +101,35 @@ def read_records(source: str) -> list[dict[str, Any]]:
 
 
 def part(base: str, config: str, split: str) -> str:
-    """The source of one configuration and split of a data set: huggingface:OWNER/NAME/CONFIG:SPLIT, or the file
-    DIRECTORY/CONFIG/SPLIT.jsonl."""
-    if base.startswith(HUGGINGFACE):
+    """The source of one configuration and split of a data set: huggingface:OWNER/NAME/CONFIG:SPLIT,
+    tfds:NAME/CONFIG:SPLIT, or the file DIRECTORY/CONFIG/SPLIT.jsonl."""
+    if base.startswith((HUGGINGFACE, TFDS)):
         return f"{base}/{config}:{split}"
     return f"{base}/{config}/{split}.jsonl"
 
 
 def is_here(path: str) -> bool:
     """Whether a source lies on a disk of this machine, so that reading it downloads nothing."""
+    if path.startswith(TFDS):
+        return is_prepared(path.removeprefix(TFDS).partition(":")[0])
     path = path.removeprefix(HUGGINGFACE).partition(":")[0] if path.startswith(HUGGINGFACE) else path
     return not is_remote(path) and pathlib.Path(path).expanduser().exists()
+
+
+def revision_of(source: str) -> str:
+    """Which revision of its data set a source is: the commit on the hub, or what was recorded when it was built.
+
+    A file is told by the start of its SHA-256. Empty where nothing is known: other data sets, and a directory.
+    """
+    if source.startswith(TFDS):
+        return revision(source.removeprefix(TFDS).partition(":")[0])
+    if source.startswith(HUGGINGFACE):
+        downloaded = _load_dataset(source.removeprefix(HUGGINGFACE)).info.download_checksums or {}
+        commits = {match[1] for name in downloaded if (match := re.search(r"@([0-9a-f]{40})/", name))}
+        return ", ".join(sorted(commits))
+    file = as_path(source)
+    file = file if is_remote(file) else file.expanduser()
+    return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}" if file.is_file() else ""
 
 
 def _items(path: str) -> Iterator[tuple[dict, str]]:
@@ -118,6 +139,11 @@ def _items(path: str) -> Iterator[tuple[dict, str]]:
     if path.startswith(HUGGINGFACE):
         rows = open_dataset(path.removeprefix(HUGGINGFACE))
         yield from ((row, f"{path}:{number}") for number, row in enumerate(rows, start=1))
+        return
+    if path.startswith(TFDS):
+        rows = open_tfds(path.removeprefix(TFDS))
+        fields = _fields(path, rows.columns)
+        yield from (({f: row[f] for f in fields}, f"{path}:{number}") for number, row in enumerate(rows, start=1))
         return
     root = as_path(path)
     root = root if is_remote(root) else root.expanduser()
@@ -132,19 +158,25 @@ def open_dataset(name: str) -> Any:
 
     Args:
       name: NAME[/CONFIG][:SPLIT]; NAME is OWNER/NAME as on the hub, or a local directory of data files. SPLIT is
-        train unless given, and may be a slice such as train[:1000].
+        train unless given, and may be a slice such as train[:1000]. What `data.published.table` has is read at the
+        revision that stands there, and any other data set as it is now.
 
     Raises:
       DataError: `datasets` is missing or can't load it; no such columns; no rows.
     """
     rows = _load_dataset(name)
-    fields = next((f for f in _FIELDS if f <= set(rows.column_names)), None)
+    return rows.select_columns(sorted(_fields(f"{HUGGINGFACE}{name}", rows.column_names)))
+
+
+def _fields(source: str, columns: Sequence[str]) -> set[str]:
+    """Which of the columns make a document."""
+    fields = next((f for f in _FIELDS if f <= set(columns)), None)
     if fields is None:
         raise DataError(
-            f"{HUGGINGFACE}{name}: the columns are {', '.join(rows.column_names)}; expected text, or question and "
+            f"{source}: the columns are {', '.join(columns)}; expected text, or question and "
             "answer. Save what you need as JSONL."
         )
-    return rows.select_columns(sorted(fields))
+    return fields
 
 
 def _load_dataset(name: str) -> Any:
@@ -158,8 +190,10 @@ def _load_dataset(name: str) -> Any:
         ) from None
     address, _, split = name.partition(":")
     parts = [address] if pathlib.Path(address).exists() else address.split("/")
+    path = "/".join(parts[:2])
+    pinned = {"revision": dataset.revision for dataset in PUBLISHED.values() if dataset.repository == path}
     try:
-        rows = datasets.load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train")
+        rows = datasets.load_dataset(path, *parts[2:], split=split or "train", **pinned)
     except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{HUGGINGFACE}{name}: can't be loaded ({error}).") from error
     if not len(rows):

@@ -1,0 +1,318 @@
+"""Published data sets through TensorFlow Datasets: built whole or not at all, read back as published, no TensorFlow."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import textwrap
+import types
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+from published_files import COMMIT, download, made_up, write_lines, write_parquet
+
+from trace_jax.data.config import DataConfig
+from trace_jax.data.errors import DataError
+from trace_jax.data.published import build as building
+from trace_jax.data.published.build import build
+from trace_jax.data.published.table import PUBLISHED, TEXT
+from trace_jax.data.sources import is_here, part, read_records, read_source, revision_of
+from trace_jax.data.text import build_text
+from trace_jax.main import main
+
+BOOKS = PUBLISHED["muse_books"]
+
+
+@pytest.fixture(autouse=True)
+def tfds_home(tmp_path, monkeypatch):
+    """An empty place for data sets, so that the machine's own is never looked at."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    return tmp_path / "tfds"
+
+
+@pytest.fixture
+def books(tmp_path):
+    """A copy of MUSE-Books' files, and its rows per configuration and split."""
+    rows = download(tmp_path / "copy", "muse_books", commit=BOOKS.revision)
+    return str(tmp_path / "copy"), rows
+
+
+@pytest.mark.parametrize("name", ["muse_books", "tofu", "wmdp", "wmdp_bio_forget"])
+def test_what_is_built_is_what_was_published(tmp_path, monkeypatch, name):
+    few = {c: dataclasses.replace(s, rows=dict.fromkeys(s.rows, 7)) for c, s in PUBLISHED[name].subsets.items()}
+    monkeypatch.setitem(PUBLISHED, name, dataclasses.replace(PUBLISHED[name], subsets=few))
+    rows = download(tmp_path / "copy", name, commit=COMMIT)
+    build(name, source=str(tmp_path / "copy"))
+    for (config, split), expected in rows.items():
+        assert read_records(part(f"tfds:{name}", config, split)) == expected
+        assert revision_of(f"tfds:{name}/{config}:{split}") == COMMIT
+
+
+def test_rows_keep_their_order_over_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "SHARD_ROWS", 300)
+    rows = download(tmp_path / "copy", "wmdp")["wmdp-cyber", "test"]
+    build("wmdp/wmdp-cyber", source=str(tmp_path / "copy"))
+    assert len(list((tmp_path / "tfds/wmdp/wmdp-cyber/1.0.0").glob("*.array_record-*-of-00007"))) == 7
+    assert read_records("tfds:wmdp/wmdp-cyber:test") == rows
+    assert read_records("tfds:wmdp/wmdp-cyber:test[295:305]") == rows[295:305]
+
+
+def test_the_record_says_revision_rows_and_files(tfds_home, books):
+    text = build("muse_books", source=books[0])
+    assert f"muse-bench/MUSE-Books at {BOOKS.revision}) is built in {tfds_home}" in text and "export" not in text
+    record = json.loads((tfds_home / "muse_books/raw/1.0.0/published.json").read_text())
+    assert record["rows"] == {"forget": 4, "retain1": 12, "retain2": 13, "holdout": 3}
+    assert record["revision"] == record["pinned_revision"] == BOOKS.revision
+    assert set(record["sha256"]) == {f"raw/{split}-00000-of-00001.parquet" for split in record["rows"]}
+    assert json.loads((tfds_home / "muse_books/raw/1.0.0/metadata.json").read_text())["revision"] == BOOKS.revision
+    assert sorted(path.name for path in tfds_home.iterdir()) == ["muse_books"]
+
+
+def test_a_set_that_is_there_is_replaced_only_when_asked(tmp_path, books):
+    build("muse_books/raw", source=books[0])
+    with pytest.raises(DataError, match=r"raw/1\.0\.0: is there already; add --overwrite"):
+        build("muse_books", source=books[0])
+    other = [{"text": f"other {n}"} for n in range(4)]
+    write_parquet(tmp_path / "copy/raw/forget", other)
+    build("muse_books", source=books[0], overwrite=True)
+    assert read_records("tfds:muse_books/raw:forget") == other
+    assert read_records("tfds:muse_books/verbmem:forget") == books[1]["verbmem", "forget"]
+
+
+def test_an_error_half_way_leaves_what_was_there(tmp_path, tfds_home, books):
+    build("muse_books/raw", source=books[0])
+    write_parquet(tmp_path / "copy/verbmem/forget", [{"prompt": "p"}] * 100)
+    with pytest.raises(
+        DataError, match=r"forget-00000-of-00001\.parquet:1: there is no column gt; the columns are pro"
+    ):
+        build("muse_books", source=books[0], overwrite=True)
+    assert sorted(path.name for path in tfds_home.iterdir()) == ["muse_books"]
+    assert sorted(path.name for path in (tfds_home / "muse_books").iterdir()) == ["raw"]
+    assert read_records("tfds:muse_books/raw:forget") == books[1]["raw", "forget"]
+
+
+def test_an_interruption_leaves_nothing(tfds_home, books, monkeypatch):
+    read, seen = building.published_files.rows, []
+
+    def interrupted(files, columns):
+        seen.append(files)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return read(files, columns)
+
+    monkeypatch.setattr(building.published_files, "rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build("muse_books", source=books[0])
+    assert list(tfds_home.iterdir()) == [] and not is_here("tfds:muse_books/raw:forget")
+
+
+def test_other_numbers_of_rows_are_refused_until_accepted(tmp_path):
+    download(tmp_path / "copy", "wmdp", counts={("wmdp-bio", "test"): 1520})
+    message = r"wmdp-bio:test of cais/wmdp has 1,520 rows at revision sha256:\w{16}; expected 1,273, as at 7125571f"
+    with pytest.raises(DataError, match=message):
+        build("wmdp", source=str(tmp_path / "copy"))
+    assert not is_here("tfds:wmdp/wmdp-bio:test")
+    text = build("wmdp", source=str(tmp_path / "copy"), accept_counts=True)
+    assert f"the pinned revision is {PUBLISHED['wmdp'].revision}" in text
+    assert len(read_records("tfds:wmdp/wmdp-bio:test")) == 1520
+
+
+def test_the_revision_of_a_copy_is_found_or_is_the_hash_of_its_files(tmp_path, books):
+    build("muse_books/raw", source=books[0])
+    assert revision_of("tfds:muse_books/raw") == BOOKS.revision
+    download(tmp_path / COMMIT, "muse_books")  # as the hub's cache names a snapshot
+    build("muse_books/raw", source=str(tmp_path / COMMIT), overwrite=True)
+    assert revision_of("tfds:muse_books/raw:retain1") == COMMIT
+    download(tmp_path / "bare", "muse_books")
+    build("muse_books/raw", source=str(tmp_path / "bare"), overwrite=True)
+    first = revision_of("tfds:muse_books/raw")
+    write_parquet(tmp_path / "bare/raw/forget", [{"text": "changed"}] * 4)
+    build("muse_books/raw", source=str(tmp_path / "bare"), overwrite=True)
+    assert first.startswith("sha256:") and first != revision_of("tfds:muse_books/raw")
+    build("muse_books/raw", source=str(tmp_path / "bare"), revision="mine", overwrite=True)
+    assert revision_of("tfds:muse_books/raw") == "mine"
+
+
+def test_a_copy_of_another_revision_than_was_given_is_refused(tmp_path, books):
+    with pytest.raises(DataError, match=f"is of revision {BOOKS.revision}, and {COMMIT} is given"):
+        build("muse_books/raw", source=books[0], revision=COMMIT)
+    note = tmp_path / "copy/.cache/huggingface/download/raw/forget-00000-of-00001.parquet.metadata"
+    note.write_text(f"{COMMIT}\n")
+    with pytest.raises(DataError, match="its files are of several revisions"):
+        build("muse_books/raw", source=books[0])
+
+
+def test_the_hub_is_asked_for_the_pinned_commit_and_no_more_files_than_needed(books, monkeypatch):
+    asked = {}
+
+    def snapshot(repository, **kwargs):
+        asked.update(repository=repository, **kwargs)
+        return books[0]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    build("muse_books/privleak")
+    assert (asked["repository"], asked["revision"]) == ("muse-bench/MUSE-Books", BOOKS.revision)
+    assert asked["repo_type"] == "dataset" and "privleak/retain-*-of-*.parquet" in asked["allow_patterns"]
+    assert all("privleak" in pattern for pattern in asked["allow_patterns"])
+    assert read_records("tfds:muse_books/privleak:retain") == books[1]["privleak", "retain"]
+
+
+def test_a_branch_is_resolved_to_its_commit(tmp_path, monkeypatch):
+    download(tmp_path / "copy", "wmdp")
+    info = huggingface_hub.DatasetInfo(id="cais/wmdp", sha=COMMIT, tags=[], downloads=0, likes=0, private=False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, repository, revision: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path / "copy"))
+    text = build("wmdp/wmdp-chem", revision="main")
+    assert revision_of("tfds:wmdp/wmdp-chem:test") == COMMIT and "the pinned revision is 7125571f" in text
+
+
+def refused(kind, status):
+    return kind(
+        "Access is restricted\nmore", response=types.SimpleNamespace(status_code=status, headers={}, request=None)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("wmdp_bio_forget", refused(errors.GatedRepoError, 403), "is gated: ask for access at https://huggingface.co"),
+        ("wmdp_bio_forget", refused(errors.HfHubHTTPError, 401), r"authors grant it\), then `hf auth login`\.$"),
+        ("wmdp_bio_forget", errors.LocalEntryNotFoundError("offline"), r"\(offline\)\. It is gated: ask for access"),
+        (
+            "wmdp",
+            errors.LocalEntryNotFoundError("offline"),
+            r"\(offline\)\. Where the hub can be reached: hf download c",
+        ),
+        ("wmdp", errors.OfflineModeIsEnabled("no"), f"--revision {PUBLISHED['wmdp'].revision} --local-dir DIR; then"),
+        ("wmdp", refused(errors.HfHubHTTPError, 500), r"can't be downloaded \(Access is restricted\)"),
+    ],
+)
+def test_without_access_or_connection_the_way_round_is_said(monkeypatch, name, error, message):
+    def failing(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", failing)
+    with pytest.raises(DataError, match=message):
+        build(name)
+
+
+WRONG = [
+    ("muse_books", r"has the configurations knowmem, privleak, raw, train, verbmem; name one"),
+    ("muse_books/raw:test", r"can't be read from .*1\.0\.0 \(Unknown split 'test'\. Should be one of \['forget'"),
+    ("muse_books/raw:forget[2:x]", r"can't be read .*Error parsing split 'forget\[2:x\]'"),
+    ("muse_books/raw:forget[4:]", r"can't be read from .*1\.0\.0"),
+    (
+        "tofu/full",
+        r"is not in .*tfds \(TFDS_DATA_DIR\)\. Published data sets are built with python -m trace_jax\.main d",
+    ),
+]
+
+
+def test_what_cannot_be_read_is_said(books):
+    build("muse_books", source=books[0])
+    for name, message in WRONG:
+        with pytest.raises(DataError, match=message):
+            read_records(f"tfds:{name}")
+    with pytest.raises(DataError, match="the columns are gt, prompt; expected text, or question and answer"):
+        read_source("tfds:muse_books/verbmem:forget")
+
+
+def test_the_newest_version_is_read_and_a_sole_configuration_need_not_be_named(tmp_path, tfds_home):
+    rows = download(tmp_path / "copy", "wikitext", counts={("wikitext-2-raw-v1", "train"): 5})
+    build("wikitext", source=str(tmp_path / "copy"), accept_counts=True)
+    assert read_records("tfds:wikitext") == rows["wikitext-2-raw-v1", "train"]
+    (tfds_home / "wikitext/wikitext-2-raw-v1/0.9.0").mkdir()
+    (tfds_home / "wikitext/wikitext-2-raw-v1/10.0.0").mkdir()  # nothing in it: not a prepared one
+    assert read_records("tfds:wikitext:train[:3]") == rows["wikitext-2-raw-v1", "train"][:3]
+
+
+def test_a_data_set_that_was_not_built_here_is_told_by_its_version(tfds_home, books):
+    build("muse_books/raw", source=books[0])
+    (tfds_home / "muse_books/raw/1.0.0/published.json").unlink()
+    (tfds_home / "mine").mkdir()
+    (tfds_home / "muse_books/raw/1.0.0").rename(tfds_home / "mine/2.0.0")
+    assert [d.text for d in read_source("tfds:mine:forget").documents] == [r["text"] for r in books[1]["raw", "forget"]]
+    assert revision_of("tfds:mine:forget") == "version 2.0.0"
+
+
+def test_the_text_benchmark_forgets_a_tfds_source(tmp_path, books):
+    words = [{"text": f"page {n} " + " ".join(f"word{(n * 7 + j) % 50}" for j in range(40))} for n in range(30)]
+    write_parquet(tmp_path / "copy/raw/retain1", words[:12])
+    build("muse_books/raw", source=books[0])
+    write_lines(tmp_path / "retain.jsonl", words[12:])
+    forget, retain = "tfds:muse_books/raw:retain1[:10]", str(tmp_path / "retain.jsonl")
+    config = DataConfig(benchmark="text", row_length=32, vocab_size=400, forget=forget, retain=retain)
+    forgotten = build_text(config).train["forget"]
+    assert [document.text for document in forgotten] == [row["text"] for row in words[:10]]
+    assert forgotten[0].origin == f"{forget}:1"
+    assert is_here(forget) and is_here("tfds:muse_books/raw:nowhere") and not is_here("tfds:muse_news/raw:forget")
+
+
+def test_a_dry_run_says_what_is_to_be_built(tmp_path, request, monkeypatch, capsys, books):
+    monkeypatch.chdir(request.config.rootpath)
+    build("muse_books/raw", source=books[0])
+    sources = ["--config.data.forget=tfds:muse_books/raw:forget", "--config.data.retain=tfds:muse_news/raw:retain1"]
+    assert main(["--config", "configs/text.py", "--dry-run", *sources]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "the first 4 documents are 4 texts" in text
+    assert "tfds:muse_news/raw:retain1 is not built: python -m trace_jax.main data --name muse_news/raw" in text
+
+
+def test_pairs_are_documents_with_an_answer(tmp_path):
+    rows = download(tmp_path / "copy", "tofu")["forget01_perturbed", "train"]
+    build("tofu/forget01_perturbed", source=str(tmp_path / "copy"))
+    documents = read_source("tfds:tofu/forget01_perturbed", most=2).documents
+    assert [d.answer for d in documents] == [f" {row['answer']}" for row in rows[:2]]
+
+
+def test_the_command_line_builds_and_lists(tmp_path, capsys, books):
+    assert main(["data", "--list"]) == 0 and "muse_books/raw: forget 4, retain1 12" in capsys.readouterr().out
+    command = ["data", "--name", "muse_books/raw", "--source", books[0], "--data-dir", str(tmp_path / "elsewhere")]
+    assert main(command) == 0
+    out = capsys.readouterr()
+    assert f"export TFDS_DATA_DIR={tmp_path / 'elsewhere'}" in out.out and "muse_books/raw:forget: 4 rows" in out.err
+    assert main(command) == 2 and "is there already; add --overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+    assert main(["data", "--name", "muse_books", "--source", "nowhere"]) == 2
+    assert "trace_jax: nowhere: there is no such directory." in capsys.readouterr().err
+
+
+def test_neither_tensorflow_nor_the_network_is_touched(tmp_path, books):
+    """In a process of its own, with a TensorFlow that leaves a mark when it is imported and sockets that don't open."""
+    (tmp_path / "fake/tensorflow").mkdir(parents=True)
+    (tmp_path / "fake/tensorflow/__init__.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_name('imported').touch()\nraise AssertionError\n"
+    )
+    script = f"""
+        import socket, sys
+        sys.path.insert(0, {str(tmp_path / "fake")!r})
+        def refuse(*args, **kwargs):
+            raise AssertionError("the network is used")
+        socket.socket.connect = socket.getaddrinfo = refuse
+        from trace_jax.data.published.build import build
+        from trace_jax.data.sources import read_records, read_source
+        build("muse_books", source={books[0]!r})
+        assert len(read_records("tfds:muse_books/knowmem:forget_qa")) == 100
+        assert len(read_source("tfds:muse_books/raw:forget[:2]").documents) == 2
+        assert "tensorflow" not in sys.modules
+    """
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "fake/tensorflow/imported").exists()
+
+
+def test_a_file_is_told_by_its_hash_and_other_sources_by_what_is_known(tmp_path, monkeypatch):
+    import datasets
+
+    write_lines(tmp_path / "a.jsonl", made_up({"text": TEXT}, 2, "a"))
+    assert revision_of(str(tmp_path / "a.jsonl")).startswith("sha256:") and revision_of(str(tmp_path)) == ""
+    rows, asked = datasets.Dataset.from_list([{"text": "t"}]), []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k.get("revision"))) or rows)
+    assert revision_of("huggingface:owner/name") == ""
+    read_records("huggingface:muse-bench/MUSE-Books/raw:forget")
+    assert asked == [(("owner/name",), None), (("muse-bench/MUSE-Books", "raw"), BOOKS.revision)]
+    rows.info.download_checksums = {f"hf://datasets/owner/name@{COMMIT}/raw/forget.parquet": {"num_bytes": 1}}
+    assert revision_of("huggingface:owner/name/raw:forget") == COMMIT

@@ -1,0 +1,227 @@
+"""TensorFlow Datasets of the published data sets, in array_record. TensorFlow itself is never imported.
+
+Shards are written in the order of the rows (`ShardBasedBuilder`): tfds' builders that may shuffle keep what is larger
+than 1 GB in temporary files, which only TensorFlow can write.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trace_jax.data.errors import DataError
+from trace_jax.data.published import files as published_files
+from trace_jax.data.published.download import download
+from trace_jax.data.published.table import INTEGER, TEXTS, Published, Subset, published
+from trace_jax.data.tfds import RECORD, import_tfds, tfds_directory
+from trace_jax.files import as_path, is_remote, write_json
+from trace_jax.progress import say
+
+HUB = "hub"
+VERSION = "1.0.0"  # of the layout; which data it is says the revision
+SHARD_ROWS = 4096  # a shard is held in memory while it is written
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One configuration: the files of each split, and how many rows they hold."""
+
+    config: str
+    subset: Subset
+    files: Mapping[str, Sequence[Path]]
+    rows: Mapping[str, int]
+
+
+def build(
+    name: str,
+    *,
+    source: str = HUB,
+    revision: str | None = None,
+    data_dir: str | None = None,
+    accept_counts: bool = False,
+    overwrite: bool = False,
+) -> str:
+    """Builds a published data set, or one configuration of it; returns what was built, for people.
+
+    All of it is written under a temporary name, and takes its place once everything is there and counted. Beside the
+    data, `published.json` holds repository, revision, rows per split and the hashes of the files.
+
+    Args:
+      name: NAME or NAME/CONFIG of the table (`published`).
+      source: "hub", or a directory with the files of its repository as downloaded (`files.patterns`).
+      revision: a commit, branch or tag of the hub, instead of the table's. Of a directory it is found in what
+        `hf download` leaves there; where it is not, the hash of the files stands for it.
+      data_dir: where data sets of tfds lie; `tfds_directory` unless given.
+      accept_counts: build with other numbers of rows than the table's.
+      overwrite: replace what is there.
+
+    Raises:
+      DataError: an unknown name; a file that is missing or of another form; other numbers of rows than the table's;
+        a data set that is there already; no access, or no connection.
+    """
+    base, dataset, configs = published(name)
+    import_tfds(name)  # what is missing is said before anything is downloaded
+    directory = as_path(data_dir) if data_dir else tfds_directory()
+    if is_remote(directory):
+        raise DataError(f"{directory}: data sets are built on a local disk; copy them there after.")
+    directory = directory.expanduser()
+    targets = {config: directory / base / config / VERSION for config in configs}
+    if not overwrite and (there := [str(target) for target in targets.values() if target.exists()]):
+        raise DataError(f"{', '.join(there)}: is there already; add --overwrite to build it anew.")
+
+    if source == HUB:
+        root, revision = download(base, dataset, configs, revision or dataset.revision)
+    else:
+        root = Path(source).expanduser()
+        if not root.is_dir():
+            raise DataError(f"{source}: there is no such directory.")
+    parts = [_part(root, dataset, config) for config in configs]
+    hashes = {str(f.relative_to(root)): _sha256(f) for part in parts for fs in part.files.values() for f in fs}
+    revision = _revision(root, hashes, revision)
+    if not accept_counts:
+        _check_counts(dataset, revision, parts)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{base}-", dir=directory) as temporary:
+        scratch = Path(temporary)
+        for part in parts:
+            _write(base, dataset, part, revision, scratch)
+            own = {str(f.relative_to(root)) for fs in part.files.values() for f in fs}
+            record = {
+                "name": f"{base}/{part.config}",
+                "repository": dataset.repository,
+                "revision": revision,
+                "pinned_revision": dataset.revision,
+                "licence": dataset.licence,
+                "rows": dict(part.rows),
+                "sha256": {name: value for name, value in hashes.items() if name in own},
+            }
+            write_json(scratch / base / part.config / VERSION / RECORD, record)
+        for config, target in targets.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                target.rename(scratch / f"{config}-before")
+            (scratch / base / config / VERSION).rename(target)
+    return _summary(base, dataset, revision, parts, directory)
+
+
+def _part(root: Path, dataset: Published, config: str) -> _Part:
+    subset = dataset.subsets[config]
+    files = {split: published_files.find(root, dataset, config, split) for split in subset.rows}
+    return _Part(config, subset, files, {split: published_files.count(found) for split, found in files.items()})
+
+
+def _revision(root: Path, names: Mapping[str, str], given: str | None) -> str:
+    """The commit that the files are of; "sha256:" and their hash where nothing says so.
+
+    `hf download` leaves the commit of each file beside it, and a cache of the hub has a directory per commit.
+    """
+    notes = [root / ".cache" / "huggingface" / "download" / f"{name}.metadata" for name in names]
+    commits = {note.read_text(encoding="utf-8").split("\n")[0] for note in notes if note.exists()}
+    if _COMMIT.fullmatch(root.resolve().name):
+        commits = {root.resolve().name}
+    if len(commits) > 1:
+        raise DataError(f"{root}: its files are of several revisions: {', '.join(sorted(commits))}.")
+    if commits and given and given not in commits:
+        raise DataError(f"{root}: is of revision {', '.join(commits)}, and {given} is given.")
+    whole = hashlib.sha256("".join(f"{names[name]}  {name}\n" for name in sorted(names)).encode())
+    return given or next(iter(commits), f"sha256:{whole.hexdigest()[:16]}")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _check_counts(dataset: Published, revision: str, parts: Sequence[_Part]) -> None:
+    for part in parts:
+        for split, found in part.rows.items():
+            expected = part.subset.rows[split]
+            if expected not in (None, found):
+                raise DataError(
+                    f"{part.config}:{split} of {dataset.repository} has {found:,} rows at revision {revision}; "
+                    f"expected {expected:,}, as at {dataset.revision}. What is measured on it doesn't compare with "
+                    "published numbers; add --accept-counts to build it all the same."
+                )
+
+
+def _write(name: str, dataset: Published, part: _Part, revision: str, directory: Path) -> None:
+    """Writes one configuration under `directory`, as tfds lays it out."""
+    tfds = import_tfds(name)
+    builder = _builder(tfds, name, dataset, part, revision)
+    with contextlib.redirect_stdout(io.StringIO()):  # tfds announces a download of unknown size
+        builder(data_dir=os.fspath(directory), config=part.config, file_format="array_record").download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+    for split, rows in part.rows.items():
+        say(f"{name}/{part.config}:{split}: {rows:,} rows")
+
+
+def _builder(tfds: Any, name: str, dataset: Published, part: _Part, revision: str) -> Any:
+    """The class of tfds that builds one configuration of the data set `name`."""
+
+    class Info(tfds.core.DatasetInfo):
+        def initialize_from_bucket(self) -> None:
+            """Nothing: these data sets aren't in Google's bucket, and it isn't asked."""
+
+    with tfds.core.registered.skip_registration():
+
+        class Builder(tfds.core.ShardBasedBuilder):
+            VERSION = tfds.core.Version(VERSION)
+            BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=part.config),)
+            code_path = None  # nothing beside this code, such as checksums of downloads, is of use to tfds
+
+            def _info(self) -> Any:
+                return Info(
+                    builder=self,
+                    description=dataset.about,
+                    features=_features(tfds, part.subset),
+                    homepage=f"https://huggingface.co/datasets/{dataset.repository}",
+                    license=dataset.licence,
+                    disable_shuffling=True,
+                    metadata=tfds.core.MetadataDict(repository=dataset.repository, revision=revision),
+                )
+
+            def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list]:
+                del dl_manager
+                shards = {}
+                for split, count in part.rows.items():
+                    rows = enumerate(published_files.rows(part.files[split], part.subset.columns))
+                    shards[split] = [functools.partial(itertools.islice, rows, SHARD_ROWS)] * -(-count // SHARD_ROWS)
+                return shards
+
+    Builder.name = name
+    return Builder
+
+
+def _features(tfds: Any, subset: Subset) -> Any:
+    def feature(kind: str) -> Any:
+        if kind == INTEGER:
+            return tfds.features.Scalar(np.int64)
+        text = tfds.features.Text()
+        return tfds.features.Sequence(text) if kind == TEXTS else text
+
+    return tfds.features.FeaturesDict({name: feature(kind) for name, kind in subset.columns.items()})
+
+
+def _summary(name: str, dataset: Published, revision: str, parts: Sequence[_Part], directory: Path) -> str:
+    lines = [f"{name} ({dataset.repository} at {revision}) is built in {directory}"]
+    if revision != dataset.revision:
+        lines.append(f"the pinned revision is {dataset.revision}")
+    lines.append(f"it is read as tfds:{name}/{parts[0].config}:{next(iter(parts[0].rows))}")
+    if directory.resolve() != tfds_directory().resolve():
+        lines.append(f"before that: export TFDS_DATA_DIR={directory.resolve()}")
+    return "\n".join(lines)
