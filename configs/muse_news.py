@@ -13,7 +13,8 @@ Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepse
            The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
 Data:      muse-bench/MUSE-News, config raw, column text: forget 889 rows, retain1
            1,777 rows, holdout 3,043 rows (for membership).
-           The hub's revisions aren't pinned: note the counts that the run prints.
+           The hub is read at a pinned revision. Built once (docs/data.md), it is read without the hub:
+           tfds:muse_news/raw:forget and so on.
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
            activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
            about 20 bytes a parameter.

@@ -12,8 +12,8 @@ Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepse
            seuf.
            The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
 Data:      locuslab/TOFU, configs forget10 (400 pairs) and retain90 (3,600 pairs), columns question and answer, split
-           train; forget01 and retain99, forget05 and retain95 likewise. The hub's revisions aren't pinned: note the
-           counts that the run prints.
+           train; forget01 and retain99, forget05 and retain95 likewise. The hub is read at a pinned
+           revision. Built once (docs/data.md), it is read without the hub: tfds:tofu/forget10 and so on.
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
            activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
            about 20 bytes a parameter.

@@ -17,7 +17,8 @@ Data:      the forget corpus is gated: ask for access at huggingface.co/datasets
            train. Retain: the test split of wikitext-2-raw-v1, as RMU's authors do; for text nearer to the forget set,
            60,887 papers (1.9 GB), of which the first 5,000:
              --config.data.neighbour='huggingface:cais/wmdp-corpora/bio-retain-corpus:train[:5000]'
-           The hub's revisions aren't pinned: note the counts that the run prints.
+           The hub is read at pinned revisions. Built once (docs/data.md), these are read without the hub:
+           tfds:wmdp_bio_forget:train, tfds:wikitext/wikitext-2-raw-v1:test, tfds:wmdp_corpora/bio-retain-corpus:train.
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
            activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
            about 20 bytes a parameter.

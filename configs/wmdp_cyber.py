@@ -10,8 +10,9 @@ Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepse
            The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
 Data:      cais/wmdp-corpora, cyber-forget-corpus: 1,000 texts, column text, split train. Retain: the test split of
            wikitext-2-raw-v1, as RMU's authors do; for text nearer to the forget set, cyber-retain-corpus (4,473 texts):
-           --config.data.neighbour=huggingface:cais/wmdp-corpora/cyber-retain-corpus. The hub's revisions aren't pinned:
-           note the counts that the run prints.
+           --config.data.neighbour=huggingface:cais/wmdp-corpora/cyber-retain-corpus. The hub is read at pinned
+           revisions. Built once (docs/data.md), these are read without the hub: tfds:wmdp_corpora/cyber-forget-corpus
+           and so on.
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
            activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
            about 20 bytes a parameter.
