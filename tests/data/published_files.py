@@ -1,5 +1,6 @@
 """Files in the published schemas, with made-up rows: as `hf download` lays them out."""
 
+import hashlib
 import json
 
 import pyarrow
@@ -55,5 +56,6 @@ def download(root, name, *, counts=None, commit=None):
         for file in [f for f in root.rglob("*") if f.is_file()]:
             note = root / ".cache" / "huggingface" / "download" / f"{file.relative_to(root)}.metadata"
             note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(f"{commit}\nabcdef\n1712656091.123\n")
+            etag = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".parquet" else COMMIT
+            note.write_text(f"{commit}\n{etag}\n1712656091.123\n")
     return written

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -74,6 +75,7 @@ def test_a_set_that_is_there_is_replaced_only_when_asked(tmp_path, books):
     with pytest.raises(DataError, match=r"raw/1\.0\.0: is there already; add --overwrite"):
         build("muse_books", source=books[0])
     other = [{"text": f"other {n}"} for n in range(4)]
+    shutil.rmtree(tmp_path / "copy/.cache")
     write_parquet(tmp_path / "copy/raw/forget", other)
     build("muse_books", source=books[0], overwrite=True)
     assert read_records("tfds:muse_books/raw:forget") == other
@@ -82,6 +84,7 @@ def test_a_set_that_is_there_is_replaced_only_when_asked(tmp_path, books):
 
 def test_an_error_half_way_leaves_what_was_there(tmp_path, tfds_home, books):
     build("muse_books/raw", source=books[0])
+    shutil.rmtree(tmp_path / "copy/.cache")
     write_parquet(tmp_path / "copy/verbmem/forget", [{"prompt": "p"}] * 100)
     with pytest.raises(
         DataError, match=r"forget-00000-of-00001\.parquet:1: there is no column gt; the columns are pro"
@@ -138,8 +141,17 @@ def test_a_copy_of_another_revision_than_was_given_is_refused(tmp_path, books):
     with pytest.raises(DataError, match=f"is of revision {BOOKS.revision}, and {COMMIT} is given"):
         build("muse_books/raw", source=books[0], revision=COMMIT)
     note = tmp_path / "copy/.cache/huggingface/download/raw/forget-00000-of-00001.parquet.metadata"
-    note.write_text(f"{COMMIT}\n")
+    note.write_text(f"{COMMIT}\n\n")
     with pytest.raises(DataError, match="its files are of several revisions"):
+        build("muse_books/raw", source=books[0])
+    note.unlink()
+    with pytest.raises(DataError, match=r"its files are of several revisions: unknown, 0"):
+        build("muse_books/raw", source=books[0])
+
+
+def test_a_file_that_was_changed_after_its_download_is_refused(tmp_path, books):
+    write_parquet(tmp_path / "copy/raw/forget", [{"text": "changed"}] * 4)
+    with pytest.raises(DataError, match=r"forget-00000-of-00001\.parquet: is not what was downloaded; download it aga"):
         build("muse_books/raw", source=books[0])
 
 
@@ -238,6 +250,7 @@ def test_a_data_set_that_was_not_built_here_is_told_by_its_version(tfds_home, bo
 
 def test_the_text_benchmark_forgets_a_tfds_source(tmp_path, books):
     words = [{"text": f"page {n} " + " ".join(f"word{(n * 7 + j) % 50}" for j in range(40))} for n in range(30)]
+    shutil.rmtree(tmp_path / "copy/.cache")
     write_parquet(tmp_path / "copy/raw/retain1", words[:12])
     build("muse_books/raw", source=books[0])
     write_lines(tmp_path / "retain.jsonl", words[12:])

@@ -191,7 +191,7 @@ def _load_dataset(name: str) -> Any:
     address, _, split = name.partition(":")
     parts = [address] if pathlib.Path(address).exists() else address.split("/")
     path = "/".join(parts[:2])
-    pinned = {"revision": dataset.revision for dataset in PUBLISHED.values() if dataset.repository == path}
+    pinned = next(({"revision": known.revision} for known in PUBLISHED.values() if known.repository == path), {})
     try:
         rows = datasets.load_dataset(path, *parts[2:], split=split or "train", **pinned)
     except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:

@@ -71,7 +71,7 @@ def open_tfds(name: str) -> Rows:
         raise DataError(f"{TFDS}{name}: can't be read from {directory} ({str(error).splitlines()[0]}).") from error
     if not len(source):
         raise DataError(f"{TFDS}{name}: there are no rows.")
-    return Rows(tuple(builder.info.features), source)
+    return Rows(tuple(sorted(builder.info.features)), source)
 
 
 def prepared(address: str) -> Path:

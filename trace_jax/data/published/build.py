@@ -95,26 +95,16 @@ def build(
         _check_counts(dataset, revision, parts)
 
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{base}-", dir=directory) as temporary:
-        scratch = Path(temporary)
+    with tempfile.TemporaryDirectory(prefix=f".{base}-", dir=directory) as scratch:
         for part in parts:
-            _write(base, dataset, part, revision, scratch)
-            own = {str(f.relative_to(root)) for fs in part.files.values() for f in fs}
-            record = {
-                "name": f"{base}/{part.config}",
-                "repository": dataset.repository,
-                "revision": revision,
-                "pinned_revision": dataset.revision,
-                "licence": dataset.licence,
-                "rows": dict(part.rows),
-                "sha256": {name: value for name, value in hashes.items() if name in own},
-            }
-            write_json(scratch / base / part.config / VERSION / RECORD, record)
+            _write(base, dataset, part, revision, Path(scratch))
+            record = _record(base, dataset, part, revision, root, hashes)
+            write_json(Path(scratch) / base / part.config / VERSION / RECORD, record)
         for config, target in targets.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
-                target.rename(scratch / f"{config}-before")
-            (scratch / base / config / VERSION).rename(target)
+                target.rename(Path(scratch) / f"{config}-before")
+            (Path(scratch) / base / config / VERSION).rename(target)
     return _summary(base, dataset, revision, parts, directory)
 
 
@@ -124,21 +114,49 @@ def _part(root: Path, dataset: Published, config: str) -> _Part:
     return _Part(config, subset, files, {split: published_files.count(found) for split, found in files.items()})
 
 
-def _revision(root: Path, names: Mapping[str, str], given: str | None) -> str:
+def _revision(root: Path, hashes: Mapping[str, str], given: str | None) -> str:
     """The commit that the files are of; "sha256:" and their hash where nothing says so.
 
-    `hf download` leaves the commit of each file beside it, and a cache of the hub has a directory per commit.
+    `hf download` leaves the commit of each file beside it, and the SHA-256 of large ones. A cache of the hub has a
+    directory per commit.
+
+    Raises:
+      DataError: files of several commits, or of another than is given; a file that was changed.
     """
-    notes = [root / ".cache" / "huggingface" / "download" / f"{name}.metadata" for name in names]
-    commits = {note.read_text(encoding="utf-8").split("\n")[0] for note in notes if note.exists()}
+    commits = set()
+    for name, value in hashes.items():
+        note = root / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+        commit, etag = note.read_text(encoding="utf-8").split("\n")[:2] if note.exists() else ("", "")
+        if len(etag) == len(value) and etag != value:
+            raise DataError(f"{root / name}: is not what was downloaded; download it again.")
+        commits.add(commit)
     if _COMMIT.fullmatch(root.resolve().name):
         commits = {root.resolve().name}
     if len(commits) > 1:
-        raise DataError(f"{root}: its files are of several revisions: {', '.join(sorted(commits))}.")
-    if commits and given and given not in commits:
-        raise DataError(f"{root}: is of revision {', '.join(commits)}, and {given} is given.")
-    whole = hashlib.sha256("".join(f"{names[name]}  {name}\n" for name in sorted(names)).encode())
-    return given or next(iter(commits), f"sha256:{whole.hexdigest()[:16]}")
+        raise DataError(
+            f"{root}: its files are of several revisions: {', '.join(c or 'unknown' for c in sorted(commits))}."
+        )
+    (commit,) = commits
+    if commit and given and given != commit:
+        raise DataError(f"{root}: is of revision {commit}, and {given} is given.")
+    whole = hashlib.sha256("".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode())
+    return given or commit or f"sha256:{whole.hexdigest()[:16]}"
+
+
+def _record(
+    name: str, dataset: Published, part: _Part, revision: str, root: Path, hashes: Mapping[str, str]
+) -> dict[str, Any]:
+    """What stands beside the data."""
+    files = [str(file.relative_to(root)) for several in part.files.values() for file in several]
+    return {
+        "name": f"{name}/{part.config}",
+        "repository": dataset.repository,
+        "revision": revision,
+        "pinned_revision": dataset.revision,
+        "licence": dataset.licence,
+        "rows": dict(part.rows),
+        "sha256": {file: hashes[file] for file in files},
+    }
 
 
 def _sha256(file: Path) -> str:
