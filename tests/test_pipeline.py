@@ -102,6 +102,7 @@ def test_every_measurement_has_n_and_interval(finished):
             names.add(measured["name"])
             assert measured["n"] > 0 and measured["low"] <= measured["value"] <= measured["high"]
     assert {"general_utility", "neighbour_utility", "forget_probability_ratio", "verbatim", "membership_auc"} <= names
+    assert {"routing_jaccard_forget", "routing_gap", "router_drift", "calibration_gap_after"} <= names
 
 
 def test_a_second_run_changes_nothing(finished, data):
@@ -163,7 +164,8 @@ def test_the_report_is_rebuilt_from_files(finished):
     path = finished[0]
     (path / "report.html").unlink()
     assert str(path / "report.html") in write_run_report(path)
-    assert (path / "report.html").read_text().lower().startswith("<!doctype html>")
+    page = (path / "report.html").read_text()
+    assert page.lower().startswith("<!doctype html>") and "Routing after unlearning" in page
 
 
 def test_a_method_keeps_what_it_trained_and_its_model_can_be_exported(finished, data, tmp_path):

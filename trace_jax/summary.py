@@ -173,7 +173,8 @@ def _routing(path: Path, results: dict[str, Any]) -> Routing | None:
             if "frequency" in file and file["selected"].any():
                 calibrated[label], selected[label] = file["frequency"], file["selected"]
     uniform = forget.top_k / forget.counts.shape[1]
-    return Routing(forget.frequency, retain.frequency, uniform, calibrated, selected, forget.layers)
+    measured = {label: r["routing"] for label, r in results["methods"].items() if "quantities" in r["routing"]}
+    return Routing(forget.frequency, retain.frequency, uniform, calibrated, selected, forget.layers, measured)
 
 
 def refresh(workdir: str | os.PathLike, labels: Iterable[str]) -> str:

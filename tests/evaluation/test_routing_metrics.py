@@ -100,16 +100,15 @@ def test_intervals_equal_a_plain_bootstrap_over_rows(random_corpora):
         gaps.append(np.abs(frequency[0] - frequency[1]).sum(1))
     for name, resampled in (("stability_forget", np.stack(kept)), ("gap", np.stack(gaps))):
         quantity = found[name]
-        shifted = resampled - resampled.mean(0) + quantity.value
-        low, high = np.quantile(shifted, (0.025, 0.975), axis=0)
-        np.testing.assert_allclose(quantity.low, np.clip(low, 0, None), atol=0.03)
-        np.testing.assert_allclose(quantity.high, high, atol=0.03)
-        np.testing.assert_allclose(quantity.bias, resampled.mean(0) - quantity.value, atol=0.01)
-        means = shifted.mean(1)
-        assert quantity.mean.value == pytest.approx(quantity.value.mean())
-        np.testing.assert_allclose(
-            (quantity.mean.low, quantity.mean.high), np.quantile(means, (0.025, 0.975)), atol=0.03
-        )
+        ends = np.append(quantity.low, quantity.mean.low), np.append(quantity.high, quantity.mean.high)
+        values = np.append(quantity.value, quantity.value.mean())
+        resampled = np.concatenate([resampled, resampled.mean(1, keepdims=True)], axis=1)
+        low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
+        np.testing.assert_allclose(ends[0], np.clip(2 * values - high, 0, values), atol=0.03)
+        np.testing.assert_allclose(ends[1], np.maximum(2 * values - low, values), atol=0.03)
+        bias = resampled.mean(0) - values
+        np.testing.assert_allclose(np.append(quantity.bias, quantity.mean_bias), bias, atol=0.01)
+        assert quantity.mean.value == pytest.approx(values[-1])
     assert found["gap"].mean_bias > 0  # resampling makes corpora look more different than they are
     assert found["stability_forget"].mean.n == 5 and found["gap"].mean.n == 11
 

@@ -191,9 +191,10 @@ def corpus_routing(original: Assignments, current: Assignments, num_experts: int
 def routing_quantities(corpora: Corpora, *, top_k: int, resamples: int = 1000, seed: int = 0) -> dict[str, Quantity]:
     """Every quantity of two corpora that comes from text, with intervals from a bootstrap over rows.
 
-    Gaps, divergences and entropies of counts are biased: a finite sample makes corpora look more different, and loads
-    less even, than they are; resampling adds the same bias once more. So the percentile interval is moved to have the
-    mean over resamples at the value, and `bias` says by how much.
+    Gaps, divergences, entropies and dead experts of a finite sample are biased: corpora look more different, loads less
+    even and more experts dead than on endless text. A percentile interval would add the bias once more, so this is the
+    basic bootstrap interval, 2 value - (resampled quantiles) (Davison & Hinkley 1997, 5.2), which takes it off; it is
+    widened to hold the value itself, and `bias` says how large the bias is.
     """
     rows = [len(corpora[s].tokens) for s in SUBJECTS]
     value = {name: v[0] for name, v in _measured({s: c.summed(_once(c)) for s, c in corpora.items()}).items()}
@@ -249,8 +250,8 @@ def _quantity(value: np.ndarray, resampled: np.ndarray | None, *, n: int, most: 
     together = np.concatenate([resampled, resampled.mean(axis=1, keepdims=True)], axis=1)  # [R, L + 1]
     values = np.append(value, mean)
     bias = together.mean(axis=0) - values
-    low, high = np.clip(np.quantile(together - bias, TAILS, axis=0), 0.0, most)
-    low, high = np.minimum(low, values), np.maximum(high, values)  # rounding
+    low, high = np.clip(2 * values - np.quantile(together, TAILS, axis=0)[::-1], 0.0, most)
+    low, high = np.minimum(low, values), np.maximum(high, values)
     interval = Interval(mean, float(low[-1]), float(high[-1]), n)
     return Quantity(value, low[:-1], high[:-1], bias[:-1], interval, float(bias[-1]))
 

@@ -76,6 +76,7 @@ class Routing:
     """Activation frequencies, nested lists or arrays [L, E], and what was selected per method, bool [L, E].
 
     `uniform` is K/E, the frequency of an expert under uniform routing. `layers` numbers the rows; () = from 0.
+    `measured`: by method, what results.json has under "routing" (trace_jax.evaluation.routing).
     """
 
     forget_frequency: Any
@@ -84,6 +85,7 @@ class Routing:
     calibrated_frequency: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     selected: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layers: Sequence[int] = ()
+    measured: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,11 @@ import numpy as np
 from markupsafe import Markup
 
 from trace_jax.files import as_path, replacing
-from trace_jax.report import figures, words
+from trace_jax.report import figures, routing_figures, words
 from trace_jax.report.certificates import certificate_table
 from trace_jax.report.data import Number, ReportData, known, report_data
+from trace_jax.report.drawing import Figure
+from trace_jax.report.heat_maps import TIMES_UNIFORM
 
 MOST_MEASUREMENTS = 400  # rows per method in the list of measurements
 
@@ -51,8 +53,9 @@ def render_report(data: ReportData | Mapping[str, Any]) -> str:
         summary=_summary(data),
         fronts=[_safe(figure) for figure in figures.front_figures(data)],
         legend=_legend(data),
-        heat_maps=[_safe(figure) for figure in figures.routing_figures(data.routing)] if data.routing else [],
-        colour_scale=figures.colour_scale() if data.routing else [],
+        heat_maps=[_safe(figure) for figure in routing_figures.corpus_figures(data.routing)] if data.routing else [],
+        colour_scale=TIMES_UNIFORM.legend() if data.routing else [],
+        routing=_routing(data) if data.routing and data.routing.measured else None,
         certificates=certificate_table(data.certificates),
         measurements={method: _measurements(rows) for method, rows in data.measurements.items()},
         config=words.flatten(data.config),
@@ -61,7 +64,7 @@ def render_report(data: ReportData | Mapping[str, Any]) -> str:
     )
 
 
-def _safe(figure: figures.Figure) -> dict[str, Any]:
+def _safe(figure: Figure) -> dict[str, Any]:
     return {"caption": figure.caption, "svg": Markup(figure.svg)}
 
 
@@ -69,6 +72,26 @@ def _legend(data: ReportData) -> list[dict[str, Any]]:
     styles = figures.method_styles(list(data.fronts), data.baseline)
     runs = {method: len(fronts) for method, fronts in data.fronts.items()}
     return [{"method": m, "runs": runs[m], "swatch": Markup(figures.legend_swatch(s))} for m, s in styles.items()]
+
+
+def _routing(data: ReportData) -> dict[str, Any]:
+    """Groups of routing figures, their legend, and what was measured."""
+    assert data.routing is not None
+    measured = data.routing.measured
+    styles = figures.method_styles(list(dict.fromkeys([*data.fronts, *measured])), data.baseline)
+    groups = [
+        {**vars(group), "panels": [_safe(f) for f in group.panels], "maps": [_safe(f) for f in group.maps]}
+        for group in routing_figures.routing_groups(data.routing, styles)
+    ]
+    legend = [{"method": m, "swatch": Markup(figures.legend_swatch(styles[m], "routing-swatch"))} for m in measured]
+    first = next(iter(measured.values()))
+    return {
+        "groups": groups,
+        "legend": legend,
+        "tokens": first.get("tokens", {}),
+        "rows": first.get("rows", {}),
+        "without_maps": max(0, len(measured) - routing_figures.MOST_METHODS),
+    }
 
 
 def _summary(data: ReportData) -> dict[str, Any]:
