@@ -25,6 +25,7 @@ from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import Corpora, build_corpora
 from trace_jax.data.tokenizer import read_vocabulary
 from trace_jax.environment import describe
+from trace_jax.evaluation.audit import hazardous
 from trace_jax.evaluation.calibration import measure_calibration
 from trace_jax.evaluation.fronts import Front, front_from_history, standing
 from trace_jax.evaluation.items import item_outcomes
@@ -242,8 +243,11 @@ def _evaluator_stage(
     `models` are the target and, if there is one, the retrained model, by the hash of what made them.
     """
     target = next(iter(models.values()))
+    settings = config.evaluation
+    if hazardous(config.data.forget_sources):
+        settings = dataclasses.replace(settings, audit_text=False)
     evaluator = make_evaluator(
-        config.evaluation,
+        settings,
         target.config,
         {"validation": corpora.validation, "test": corpora.test},
         corpora.tokenizer,
@@ -252,7 +256,7 @@ def _evaluator_stage(
         seed=config.seed,
         special=target.special,
         tasks=tasks,
-        identity=fingerprint(corpora.fingerprint, config.evaluation.along_the_way(), config.evaluation.max_prompts),
+        identity=fingerprint(corpora.fingerprint, settings.along_the_way(), settings.max_prompts, settings.audit_text),
     )
     say("evaluation of the target model" + (" and of the retrained model" if len(models) > 1 else ""))
     scores = {

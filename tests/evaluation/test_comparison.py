@@ -1,5 +1,6 @@
 """Methods are compared at equal budgets, with settings chosen on validation and numbers from test."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ from scipy import stats
 
 from trace_jax.evaluation.comparison import Run, UnequalBudget, check_equal_budgets, choose_setting, compare
 from trace_jax.evaluation.fronts import MEAN, Front
+from trace_jax.evaluation.items import RunItems, Series
 from trace_jax.evaluation.tables import comparison_text, equal_forgetting
 
 
@@ -128,6 +130,73 @@ def test_the_best_reading_takes_the_step_from_validation_and_the_value_from_test
     assert best.value == pytest.approx(0.75)
     with pytest.raises(ValueError, match="reading is 'last'"):
         compare(runs, level=0.5, reading="last")
+
+
+# --- with items
+
+QUESTIONS, ROWS = 40, 30
+
+
+def run_with_items(method, seed, kept, *, names=0, luck=0.0):
+    """A run whose forgetting crosses 0.5, with `kept` of the log-probability of its rows; items named from `names`."""
+    rng = np.random.default_rng(seed)
+    right = (rng.uniform(size=QUESTIONS)[:, None] < np.array([1.0, 0.7, 0.4, 0.1])).astype(float)
+    above = -kept * np.arange(4.0) * rng.uniform(50, 150, (ROWS, 1)) * (1 + luck)
+    forgetting = Series(np.arange(QUESTIONS) + names, right, np.ones(QUESTIONS), np.ones(QUESTIONS, int), "share")
+    general = Series(np.arange(ROWS) + names + 500, above, np.full(ROWS, 100.0), np.ones(ROWS, int), "utility")
+    items = RunItems(np.arange(4), forgetting, {"general_utility": general}, frozenset())
+    utility = np.exp(above.sum(axis=0) / (100 * ROWS))
+    line = Front(np.arange(4), right.mean(axis=0), {"general_utility": utility, MEAN: utility}, {})
+    return Run(method, "alpha=4", seed, line, line, items)
+
+
+def pairs(seeds, *, shared=False):
+    return [
+        run_with_items(method, seed, kept, names=0 if shared else 1000 * seed, luck=0.1 * seed)
+        for method, kept in (("uniform", 0.10), ("trace_rows", 0.08))
+        for seed in seeds
+    ]
+
+
+def test_intervals_are_over_seeds_and_items_and_count_items():
+    found = compare(pairs(range(3)), level=0.5)
+    assert found.over == "seeds and items"
+    result = found.results[1]
+    interval, student = result.utilities[MEAN], result.over_seeds["utilities"][MEAN]
+    assert interval.n == 3 * ROWS and student.n == 3
+    assert interval.value == student.value and interval.low < interval.value < interval.high
+    assert compare(pairs(range(3), shared=True), level=0.5).results[1].utilities[MEAN].n == ROWS
+    text = comparison_text(found)
+    assert "95 % intervals over seeds and items; gains over tuned uniform, paired by seed and item" in text
+
+
+def test_the_gain_is_paired_by_item():
+    """Both methods do the same to every item, up to a factor: their difference is far more certain than either."""
+    gain, utility = (getattr(compare(pairs([0]), level=0.5).results[1], f)[MEAN] for f in ("gains", "utilities"))
+    assert gain.high - gain.low < 0.4 * (utility.high - utility.low) / utility.value
+    assert 0 < gain.low < gain.value < gain.high
+    baseline = compare(pairs([0]), level=0.5).results[0].gains[MEAN]
+    assert (baseline.value, baseline.low, baseline.high) == (0, 0, 0)
+
+
+def test_the_crossing_is_found_anew_on_every_resample():
+    """Utility at a fixed step would not move with the forget questions; at a level of forgetting it does."""
+    first, best = (compare(pairs([0]), level=0.5, reading=r).results[0].utilities[MEAN] for r in ("first", "best"))
+    assert first.high - first.low > 1.5 * (best.high - best.low)
+
+
+def test_one_seed_has_an_interval_over_its_items_and_says_so():
+    found = compare(pairs([0]), level=0.5)
+    assert found.over == "items" and "over items (one seed)" in comparison_text(found)
+    assert np.isnan(found.results[1].over_seeds["gains"][MEAN].low)
+
+
+def test_without_the_items_of_every_run_intervals_are_over_seeds():
+    runs = [*pairs(range(3))[:-1], dataclasses.replace(pairs(range(3))[-1], items=None)]
+    found = compare(runs, level=0.5)
+    assert found.over == "seeds" and "over seeds (no items were kept)" in comparison_text(found)
+    for result in found.results:
+        assert result.utilities == result.over_seeds["utilities"] and result.gains == result.over_seeds["gains"]
 
 
 def test_a_missing_baseline_is_refused():

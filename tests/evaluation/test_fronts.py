@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_jax.evaluation.fronts import MEAN, Front, area_between, crossing, front_from_history, standing, utility_at
+from trace_jax.evaluation.fronts import (
+    MEAN,
+    Front,
+    area_between,
+    crossing,
+    front_from_history,
+    resampled_utility_at,
+    standing,
+    utility_at,
+)
 from trace_jax.evaluation.measurement import Measurement
 
 
@@ -44,6 +53,15 @@ def test_the_first_crossing_counts_even_if_knowledge_comes_back():
     assert utility_at(run, 0.4) == 0.8
     assert utility_at(run, 0.3) == pytest.approx(0.2)
     assert utility_at(run, 0.35) == pytest.approx(0.95 + (0.9 - 0.35) / 0.6 * (0.2 - 0.95))
+
+
+def test_many_fronts_are_read_at_once_as_each_alone_would_be():
+    rng = np.random.default_rng(0)
+    forgetting, utility = rng.uniform(size=(200, 6)).round(1), rng.uniform(size=(200, 6))
+    found = resampled_utility_at(forgetting, utility, 0.2)
+    for f, u, value in zip(forgetting, utility, found, strict=True):
+        expected = utility_at(front(f, u), 0.2)
+        assert value == pytest.approx(u[f.argmin()] if expected is None else expected)
 
 
 def test_area_between_parallel_fronts_is_their_distance():

@@ -94,6 +94,72 @@ def test_t_interval_equals_scipy():
     assert math.isnan(intervals.t_interval(values[:1]).low)
 
 
+def resampled_means(items, rng, *, shared, resamples=400):
+    """Means [R, S] of items [S, N]; `shared`: every seed draws the same ones."""
+    seeds, count = items.shape
+    drawn = rng.poisson(1.0, (1 if shared else seeds, resamples, count))
+    return np.stack(
+        [(drawn[s % len(drawn)] @ items[s]) / drawn[s % len(drawn)].sum(axis=1) for s in range(seeds)], axis=1
+    )
+
+
+def test_seeds_with_items_of_their_own_have_students_interval_unless_they_agree_by_chance():
+    rng = np.random.default_rng(8)
+    items = rng.normal(size=(5, 400)) + np.array([0.0, 0.5, -0.6, 1.0, 0.2])[:, None]
+    values, resampled = items.mean(axis=1), resampled_means(items, rng, shared=False)
+    found, student = intervals.seeds_and_items(values, resampled, 2000), intervals.t_interval(values)
+    assert (found.value, found.n) == (student.value, 2000)
+    assert found.high - found.low == pytest.approx(student.high - student.low, rel=0.01)
+    agreeing = items - values[:, None]  # five equal estimates of 400 items each are no better than 2000 items
+    found = intervals.seeds_and_items(np.zeros(5), resampled_means(agreeing, rng, shared=False), 2000)
+    alone = intervals.bootstrap_mean(agreeing.ravel())
+    assert found.high - found.low == pytest.approx(alone.high - alone.low, rel=0.15)
+
+
+def test_seeds_on_the_same_items_say_nothing_about_other_items():
+    """Every seed gives the same: the interval is that of the items, once."""
+    rng = np.random.default_rng(9)
+    items = np.repeat(rng.normal(size=(1, 300)), 4, axis=0)
+    found = intervals.seeds_and_items(items.mean(axis=1), resampled_means(items, rng, shared=True), 300)
+    alone = intervals.bootstrap_mean(items[0])
+    assert found.high - found.low == pytest.approx(alone.high - alone.low, rel=0.12)
+
+
+def test_one_seed_has_the_percentile_interval_of_its_items():
+    resampled = np.linspace(0, 1, 101)[:, None]
+    found = intervals.seeds_and_items(np.array([0.4]), resampled, 7)
+    assert (found.value, found.low, found.high, found.n) == (0.4, pytest.approx(0.025), pytest.approx(0.975), 7)
+
+
+def test_resamples_without_a_value_are_left_out():
+    resampled = np.array([[0.1, 0.3], [0.2, np.nan], [0.3, 0.2], [np.inf, 0.2]])
+    values = np.array([0.2, 0.25])
+    found = intervals.seeds_and_items(values, resampled, 9)
+    assert found == intervals.seeds_and_items(values, resampled[[0, 2]], 9)
+    assert math.isnan(intervals.seeds_and_items(values, resampled[:2], 9).low)
+    with pytest.raises(ValueError, match=r"expected \[R, S\]"):
+        intervals.seeds_and_items(values, resampled[:, :1], 9)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("spread", [0.0, 0.2])
+def test_intervals_over_seeds_and_items_cover(shared, seeds, spread):
+    """Items of standard error 0.1, seeds that differ by as much or not at all; percentiles would cover .8 to .98."""
+    rng, covered, students = np.random.default_rng(10), 0, 0
+    for _ in range(300):
+        both, own = rng.normal(size=(1, 100)), rng.normal(size=(seeds, 100))
+        items = rng.normal(0, spread, (seeds, 1)) + (math.sqrt(0.5) * (both + own) if shared else own)
+        values = items.mean(axis=1)
+        found = intervals.seeds_and_items(values, resampled_means(items, rng, shared=shared, resamples=150), 1)
+        student = intervals.t_interval(values)
+        covered += found.low <= 0 <= found.high
+        students += student.low <= 0 <= student.high
+    assert 0.92 <= covered / 300 <= 1.0
+    if shared and not spread:
+        assert students / 300 < 0.9  # what the seeds share, their spread does not show
+
+
 scores = st.lists(st.integers(0, 5).map(float), min_size=1, max_size=12)
 
 

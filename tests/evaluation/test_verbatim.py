@@ -18,6 +18,7 @@ def test_a_continuation_that_the_model_would_write_scores_one(tiny):
         tiny.params, tiny.config, tiny.make_tokenizer(), Prompts(prompts.prompt, truth), batch_size=2
     )
     words = [[" ".join(f"w{i}" for i in row) for row in rows] for rows in (greedy, truth)]
-    assert found[0] == 1.0
-    assert found == pytest.approx(rouge_l(*words))
-    assert (found[1:] < 1).all()
+    assert found.score[0] == 1.0
+    assert found.score == pytest.approx(rouge_l(*words))
+    np.testing.assert_array_equal(found.generated, greedy)
+    assert (found.score[1:] < 1).all()

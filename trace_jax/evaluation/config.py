@@ -6,7 +6,7 @@ import dataclasses
 
 from trace_jax.config import Section, option
 
-_AFTERWARDS = ("max_prompts", "levels", "muse")
+_AFTERWARDS = ("max_prompts", "levels", "audit_text", "muse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,9 @@ class EvaluationConfig(Section):
     bootstrap: int = option(1000, help="bootstrap resamples for intervals", minimum=100)
     levels: tuple[float, ...] = option(
         (0.5,), help="forgetting levels at which utility is compared (on the benchmark's own forgetting scale)"
+    )
+    audit_text: bool = option(
+        True, help="keep what was generated, with the true text, beside the scores; never done for text of WMDP"
     )
     muse: MuseConfig | None = None
 

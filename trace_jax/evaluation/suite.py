@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from trace_jax.data.probes import Probes, Prompts, Questions
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation import intervals, knowledge, membership, utility
+from trace_jax.evaluation.audit import audit_items, without_texts
 from trace_jax.evaluation.benchmarks import Scoreboard, scoreboard
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.intervals import Interval
@@ -27,7 +28,7 @@ from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.membership import MemberScores
 from trace_jax.evaluation.store import ScoreStore, flat_arrays, grouped_arrays
 from trace_jax.evaluation.task import Task, TaskScores
-from trace_jax.evaluation.verbatim import verbatim_scores
+from trace_jax.evaluation.verbatim import VerbatimScores, verbatim_scores
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model, SpecialTokens
 
@@ -43,7 +44,7 @@ class Scores:
 
     questions: Mapping[Key, QuestionScores]
     text: Mapping[Key, RowScores]
-    verbatim: Mapping[str, np.ndarray]
+    verbatim: Mapping[str, VerbatimScores]
     members: Mapping[str, MemberScores]
     seconds: float
     tasks: Mapping[str, TaskScores] = dataclasses.field(default_factory=dict)
@@ -57,11 +58,11 @@ class Scores:
         """The inverse of `to_arrays`."""
         questions = grouped_arrays(flat, "questions", 2)
         text = grouped_arrays(flat, "text", 2)
-        members = grouped_arrays(flat, "members", 1)
+        verbatim, members = (grouped_arrays(flat, name, 1) for name in ("verbatim", "members"))
         return cls(
             questions={(split, subject): QuestionScores(**a) for (split, subject), a in questions.items()},
             text={(split, subject): RowScores(**a) for (split, subject), a in text.items()},
-            verbatim={split: arrays[""] for (split,), arrays in grouped_arrays(flat, "verbatim", 1).items()},
+            verbatim={split: VerbatimScores(**arrays) for (split,), arrays in verbatim.items()},
             members={split: MemberScores(**arrays) for (split,), arrays in members.items()},
             seconds=float(flat["seconds"]),
         )
@@ -103,10 +104,16 @@ class Evaluator:
         """
         if store is None:
             return self.score(params, full=True)
-        probes = store.keep(
-            "probes", self.identity, lambda: TaskScores(self._score_probes(params, full=True).to_arrays())
-        )
-        tasks = {task.name: store.keep(task.name, task.identity, self._scoring(task, params)) for task in self.tasks}
+
+        def score_probes() -> TaskScores:
+            scores = self._score_probes(params, full=True)
+            return TaskScores(scores.to_arrays(), audit_items(scores, self.prompts, self.tokenizer))
+
+        def kept(name: str, identity: str, make: Callable[[], TaskScores]) -> TaskScores:
+            return store.keep(name, identity, make if self.config.audit_text else lambda: without_texts(make()))
+
+        probes = kept("probes", self.identity, score_probes)
+        tasks = {task.name: kept(task.name, task.identity, self._scoring(task, params)) for task in self.tasks}
         return dataclasses.replace(Scores.from_arrays(probes.arrays), tasks=tasks)
 
     def with_references(self, *, original: Scores | None = None, retrained: Scores | None = None) -> Evaluator:
@@ -142,7 +149,7 @@ class Evaluator:
         if full:
             for split, prompts in self.prompts.items():
                 verbatim[split] = verbatim_scores(
-                    params, self.model_config, _needed(self.tokenizer), prompts, batch_size=batch
+                    params, self.model_config, _needed(self.tokenizer), prompts, batch_size=batch, mesh=self.mesh
                 )
             for split in self.members:
                 sides = (row_scores.pop((split, "members", side)) for side in ("forget", "holdout"))
@@ -157,8 +164,8 @@ class Evaluator:
             found.append(_named(self.board.accuracy(subject), split, knowledge.accuracy(questions, **self._resampling)))
         for key in scores.text:
             found += self._measure_text(key, scores.text[key])
-        for split, values in scores.verbatim.items():
-            found.append(_named("verbatim", split, intervals.bootstrap_mean(values, **self._resampling)))
+        for split, texts in scores.verbatim.items():
+            found.append(_named("verbatim", split, intervals.bootstrap_mean(texts.score, **self._resampling)))
         for split, members in scores.members.items():
             if members.enough:
                 found += self._measure_membership(split, members)

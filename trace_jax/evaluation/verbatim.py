@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from trace_jax.data.probes import Prompts
@@ -13,20 +15,37 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.generate import generate
 
 
+@dataclasses.dataclass(frozen=True)
+class VerbatimScores:
+    """ROUGE-L F of each prompt's continuation against the truth, `score` f64 [N] in 0..1, and what was `generated`,
+    token ids i32 [N, C]."""
+
+    score: np.ndarray
+    generated: np.ndarray
+
+
 def verbatim_scores(
-    params: Any, config: ModelConfig, tokenizer: Tokenizer, prompts: Prompts, *, batch_size: int = 64
-) -> np.ndarray:
-    """ROUGE-L F of the greedy continuation against the truth, f64 [N] in 0..1 (MUSE's VerbMem, 2407.06460).
+    params: Any,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    *,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
+) -> VerbatimScores:
+    """Continues prompts greedily and compares with how they go on (MUSE's VerbMem, 2407.06460).
 
     As many new tokens are generated as the true continuation has; there are no stop strings and no stemmer.
     """
-    length, count = prompts.continuation.shape[1], len(prompts)
+    (count, length), several = prompts.continuation.shape, []
     if not count:
-        return np.zeros(0)
-    several = [prompts.prompt[start : start + batch_size] for start in range(0, count, batch_size)]
-    several[-1] = np.resize(several[-1], (min(batch_size, count), prompts.prompt.shape[1]))  # one shape for all
-    generated = np.concatenate([generate(params, config, batch, max_new_tokens=length) for batch in several])[:count]
-    return rouge_l(_decode(tokenizer, generated), _decode(tokenizer, prompts.continuation))
+        return VerbatimScores(np.zeros(0), np.zeros((0, length), np.int32))
+    for start in range(0, count, batch_size):
+        batch = prompts.prompt[start : start + batch_size]
+        batch = np.resize(batch, (min(batch_size, count), batch.shape[1]))  # one shape for all
+        several.append(generate(params, config, batch, max_new_tokens=length, mesh=mesh))
+    generated = np.concatenate(several)[:count]
+    return VerbatimScores(rouge_l(_decode(tokenizer, generated), _decode(tokenizer, prompts.continuation)), generated)
 
 
 def _decode(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:

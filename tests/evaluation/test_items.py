@@ -1,0 +1,143 @@
+"""Items of a run are kept at every evaluation; resampled, they give the fronts that other items would have given."""
+
+import numpy as np
+import pytest
+
+from trace_jax.evaluation import knowledge, utility
+from trace_jax.evaluation.config import EvaluationConfig
+from trace_jax.evaluation.fronts import MEAN, front_from_history
+from trace_jax.evaluation.items import Draws, RunItems, Series, item_outcomes, load_run_items
+from trace_jax.evaluation.likelihood import QuestionScores, RowScores
+from trace_jax.evaluation.suite import make_evaluator
+from trace_jax.unlearning.metrics import Metrics, read_items
+
+SETTINGS = EvaluationConfig(batch_size=8, max_rows=5, max_prompts=3, bootstrap=100)
+STEPS = (0, 4, 8)
+
+
+@pytest.fixture(scope="module", params=["handbook", "text"])
+def run(request, tiny, tmp_path_factory):
+    """(directory, evaluator, scores at each step, front on test) of three models in place of a run."""
+    text = ("general",) if request.param == "handbook" else ("forget", "neighbour", "general")
+    probes = {"validation": tiny.make_probes(0, text=text), "test": tiny.make_probes(5, text=text)}
+    evaluator = make_evaluator(SETTINGS, tiny.config, probes, tiny.make_tokenizer(), benchmark=request.param)
+    evaluator = evaluator.with_references(original=evaluator.score(tiny.params))
+    scores = [evaluator.score(tiny.params if step == 0 else tiny.make_params(step)) for step in STEPS]
+    directory = tmp_path_factory.mktemp(request.param)
+    for step, given in zip(STEPS, scores, strict=True):
+        Metrics(directory, "a").write_items(step, item_outcomes(evaluator, given))
+    history = [(step, evaluator.measure(given)) for step, given in zip(STEPS, scores, strict=True)]
+    return directory, evaluator, scores, front_from_history(history, benchmark=request.param, split="test")
+
+
+class Once(Draws):
+    """Every item once: the sample itself."""
+
+    def __init__(self):
+        super().__init__(resamples=1, seed=0)
+
+    def _item(self, name):
+        return np.ones(1)
+
+
+def test_the_items_of_a_run_have_its_front(run):
+    directory, evaluator, _, front = run
+    items = load_run_items(directory, front, evaluator.board, split="test")
+    forgetting, utilities = items.resampled(Once())
+    np.testing.assert_allclose(forgetting[0], front.forgetting, rtol=1e-6)
+    assert set(utilities) == set(front.utilities)
+    for name, values in utilities.items():
+        np.testing.assert_allclose(values[0], front.utilities[name], rtol=1e-6, err_msg=name)
+
+
+def test_a_resample_is_the_run_on_items_that_are_repeated(run):
+    """Against the scores of explicitly repeated items, measured as everything else is."""
+    directory, evaluator, scores, front = run
+    items = load_run_items(directory, front, evaluator.board, split="test")
+    draws = Draws(resamples=3, seed=1)
+    forgetting, utilities = items.resampled(draws)
+    found = {evaluator.board.forgetting: forgetting, **utilities}
+    saved = read_items(directory)[1]
+
+    def repeated(subject, name, resample):
+        known, group = np.unique(saved[f"test/{subject}/{name}"][0], return_inverse=True)
+        return np.repeat(np.arange(len(group)), draws.of(known)[resample].astype(int)[group])
+
+    checked = set()
+    for at, given in enumerate(scores):
+        for resample in range(3):
+            for (split, subject), q in given.questions.items():
+                rows = repeated(subject, "question", resample) if split == "test" else []
+                name = evaluator.board.accuracy(subject)
+                if name in found and len(rows):
+                    values = []
+                    for x in (q, scores[0].questions[split, subject]):
+                        taken = QuestionScores(x.log_likelihood[rows], x.answer[rows], x.group[rows])
+                        values.append(knowledge.accuracy(taken, resamples=100).value)
+                    expected = values[0] / values[1] if name in items.relative else values[0]
+                    assert found[name][resample, at] == pytest.approx(expected)
+                    checked.add(name)
+            for (split, subject), r in given.text.items():
+                rows = repeated(subject, "row", resample) if split == "test" else []
+                if len(rows):
+                    ours, theirs = (
+                        RowScores(x.token_nll[rows], x.valid[rows])
+                        for x in (r, evaluator.original.text[split, subject])
+                    )
+                    score = utility.probability_ratio if subject == "forget" else utility.utility
+                    name = evaluator.board.likelihood(subject)
+                    assert found[name][resample, at] == pytest.approx(
+                        score(ours, theirs, resamples=100).value, rel=1e-5
+                    )
+                    checked.add(name)
+    assert checked == set(found) - {MEAN}
+
+
+def test_questions_of_a_group_are_one_name_and_equal_rows_too(tiny):
+    evaluator = make_evaluator(SETTINGS, tiny.config, {"test": tiny.make_probes(5)}, benchmark="handbook")
+    scores = evaluator.score(tiny.params)
+    saved = item_outcomes(evaluator, scores)
+    groups = evaluator.questions["test", "forget"].group
+    names = saved["test/forget/question"]
+    assert [len(set(names[groups == g])) for g in set(groups)] == [1] * 3 and len(set(names)) == 3
+    other = item_outcomes(
+        make_evaluator(SETTINGS, tiny.config, {"test": tiny.make_probes(6)}, benchmark="handbook"), scores
+    )
+    assert not set(other["test/forget/question"]) & set(names)
+    assert "test/general/original" not in saved
+
+
+def test_one_item_is_drawn_as_often_wherever_it_comes_up():
+    one, other = Draws(resamples=50, seed=0), Draws(resamples=50, seed=0)
+    first, second = one.of(np.arange(20)), other.of(np.arange(12)[::-1])
+    np.testing.assert_array_equal(first[:, 11::-1], second)
+    assert (first[:, 0] != first[:, 1]).any()
+    many = Draws(resamples=4000, seed=1).of(np.arange(20))
+    assert many.mean() == pytest.approx(1, abs=0.02) and many.var() == pytest.approx(1, abs=0.03)
+    assert (Draws(resamples=200, seed=0).of(np.arange(1)).sum(axis=1) > 0).all()
+
+
+def test_the_draws_are_the_bootstrap_of_a_mean():
+    """The spread over resamples is the standard error of the mean."""
+    values = np.random.default_rng(0).normal(size=(1, 200))
+    series = Series(np.arange(200, dtype=np.uint32), values.T, np.ones(200), np.ones(200, int), "share")
+    found = series.values(Draws(resamples=4000, seed=0).of(series.names))[:, 0]
+    assert found.std() == pytest.approx(values.std(ddof=1) / np.sqrt(200), rel=0.05)
+    assert found.mean() == pytest.approx(values.mean(), abs=0.005)
+
+
+def test_without_items_at_every_step_of_the_front_there_are_none(run, tmp_path):
+    directory, evaluator, scores, front = run
+    assert load_run_items(tmp_path, front, evaluator.board, split="test") is None
+    for step, given in list(zip(STEPS, scores, strict=True))[:2]:
+        Metrics(tmp_path, "a").write_items(step, item_outcomes(evaluator, given))
+    assert load_run_items(tmp_path, front, evaluator.board, split="test") is None
+    assert isinstance(load_run_items(directory, front, evaluator.board, split="test"), RunItems)
+
+
+def test_mean_utility_stands_on_the_items_of_every_utility(run):
+    directory, evaluator, _, front = run
+    items = load_run_items(directory, front, evaluator.board, split="test")
+    counted = {name: sum(items.counts(name).values()) for name in front.utilities}
+    assert counted[MEAN] == sum(n for name, n in counted.items() if name != MEAN)
+    assert counted["general_utility"] == 5

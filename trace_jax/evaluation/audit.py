@@ -1,0 +1,98 @@
+"""What every item of the built-in probes gave, as lines of JSON for whoever wants to check a number.
+
+Items are numbered as they are scored. Where a model wrote something, a line has that and the truth as well: only so can
+one see that a score is right. It is text of the forget set, and left out where it may not be copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from trace_jax.data.probes import Prompts
+from trace_jax.evaluation.task import TaskScores
+
+if TYPE_CHECKING:
+    from trace_jax.evaluation.suite import Scores
+
+TEXTS = ("generation", "ground_truth")  # fields that hold text, in the lines of tasks too
+Lines = list[dict[str, Any]]
+
+
+def audit_items(scores: Scores, prompts: Mapping[str, Prompts], tokenizer: Tokenizer | None) -> dict[str, Lines]:
+    """Lines per part: "questions", "rows", "verbatim" and "members"; parts without items are left out.
+
+    Args:
+      prompts: that the verbatim scores are of, per split.
+      tokenizer: reads what was generated; without one, the lines of the verbatim score have no text.
+    """
+    parts = {
+        "questions": _questions(scores),
+        "rows": _rows(scores),
+        "verbatim": _verbatim(scores, prompts, tokenizer),
+        "members": _members(scores),
+    }
+    return {part: lines for part, lines in parts.items() if lines}
+
+
+def without_texts(scores: TaskScores) -> TaskScores:
+    """The same with audit lines that hold no text."""
+    items = {
+        part: [{name: value for name, value in line.items() if name not in TEXTS} for line in lines]
+        for part, lines in scores.items.items()
+    }
+    return TaskScores(scores.arrays, items)
+
+
+def hazardous(sources: Sequence[str]) -> bool:
+    """Whether text of these sources must not be copied anywhere: the corpora of WMDP (2403.03218)."""
+    return any("wmdp" in source.lower() for source in sources)
+
+
+def _questions(scores: Scores) -> Lines:
+    return [
+        {
+            "split": split,
+            "subject": subject,
+            "item": i,
+            "group": int(questions.group[i]),
+            "log_likelihood": questions.log_likelihood[i].tolist(),
+            "answer": int(questions.answer[i]),
+            "correct": bool(correct),
+        }
+        for (split, subject), questions in scores.questions.items()
+        for i, correct in enumerate(questions.correct)
+    ]
+
+
+def _rows(scores: Scores) -> Lines:
+    return [
+        {"split": split, "subject": subject, "item": i, "nll": float(nll), "tokens": int(tokens)}
+        for (split, subject), rows in scores.text.items()
+        for i, (nll, tokens) in enumerate(zip(rows.nll, rows.tokens, strict=True))
+    ]
+
+
+def _verbatim(scores: Scores, prompts: Mapping[str, Prompts], tokenizer: Tokenizer | None) -> Lines:
+    lines = []
+    for split, found in scores.verbatim.items():
+        texts: list[dict[str, str]] = [{}] * len(found.score)
+        if tokenizer is not None:
+            both = (tokenizer.decode_batch(x.tolist()) for x in (found.generated, prompts[split].continuation))
+            texts = [dict(zip(TEXTS, pair, strict=True)) for pair in zip(*both, strict=True)]
+        for i, (score, text) in enumerate(zip(found.score, texts, strict=True)):
+            lines.append({"split": split, "item": i, "score": float(score), **text})
+    return lines
+
+
+def _members(scores: Scores) -> Lines:
+    lines = []
+    for split, members in scores.members.items():
+        for side in ("forget", "holdout"):
+            both: list[np.ndarray] = [getattr(members, f"{side}_{name}") for name in ("min_k", "loss")]
+            for i, (min_k, loss) in enumerate(zip(*both, strict=True)):
+                lines.append({"split": split, "side": side, "item": i, "min_k": float(min_k), "loss": float(loss)})
+    return lines
