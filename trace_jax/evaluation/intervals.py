@@ -180,11 +180,8 @@ def auc_resamples(positive: np.ndarray, negative: np.ndarray, *, resamples: int 
     resample.
     """
     positive, negative = _scores(positive), _scores(negative)
-    rng_positive, rng_negative = (np.random.default_rng((seed, side)) for side in (0, 1))
-    sides = ((len(positive), rng_positive), (len(negative), rng_negative))
-    size = max(len(positive), len(negative))  # equal chunks on both sides
-    draws = (resample_counts(items, resamples=resamples, rng=rng, size=size) for items, rng in sides)
-    return np.concatenate([_weighted_auc(positive, negative, p, n) for p, n in zip(*draws, strict=True)])
+    draws = _two_sides(len(positive), len(negative), resamples=resamples, seed=seed)
+    return np.concatenate([_weighted_auc(positive, negative, *counts) for counts in draws])
 
 
 def bootstrap_auc(positive: np.ndarray, negative: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Interval:
@@ -194,6 +191,37 @@ def bootstrap_auc(positive: np.ndarray, negative: np.ndarray, *, resamples: int 
         return Interval(value, math.nan, math.nan, n)
     low, high = np.quantile(auc_resamples(positive, negative, resamples=resamples, seed=seed), _tails())
     return Interval(value, float(low), float(high), n)
+
+
+def true_positive_rate(positive: np.ndarray, negative: np.ndarray, *, false_positive_rate: float) -> float:
+    """Share of positives above the lowest threshold that lets at most that share (below 1) of the negatives through.
+
+    Scores equal to the threshold stay below it. With fewer than 1 / `false_positive_rate` negatives none may pass.
+    """
+    positive, negative = _scores(positive), _scores(negative)
+    ones = np.ones((1, len(positive))), np.ones((1, len(negative)))
+    return float(_weighted_rate(positive, negative, *ones, false_positive_rate)[0])
+
+
+def bootstrap_true_positive_rate(
+    positive: np.ndarray, negative: np.ndarray, *, false_positive_rate: float, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """`true_positive_rate` with a bootstrap interval over both sides, each resample with a threshold of its own."""
+    value = true_positive_rate(positive, negative, false_positive_rate=false_positive_rate)
+    positive, negative = _scores(positive), _scores(negative)
+    n = len(positive) + len(negative)
+    if min(len(positive), len(negative)) < 2:
+        return Interval(value, math.nan, math.nan, n)
+    draws = _two_sides(len(positive), len(negative), resamples=resamples, seed=seed)
+    rates = [_weighted_rate(positive, negative, *counts, false_positive_rate) for counts in draws]
+    return quantile_interval(value, np.concatenate(rates), n)
+
+
+def mean_resamples(values: np.ndarray, *, resamples: int = 1000, seed: int | tuple[int, ...] = 0) -> np.ndarray:
+    """Bootstrap distribution f64 [resamples, K] of the means of K values measured on the same items [N, K]."""
+    values = np.asarray(values, np.float64)
+    draws = resample_counts(len(values), resamples=resamples, rng=np.random.default_rng(seed))
+    return np.concatenate([counts @ values / len(values) for counts in draws])
 
 
 def quantile_interval(value: float, resampled: np.ndarray, n: int) -> Interval:
@@ -210,6 +238,25 @@ def _weighted_auc(positive: np.ndarray, negative: np.ndarray, counts_p: np.ndarr
     up_to = np.searchsorted(negative[order], positive, side="right")
     wins = (cumulative[:, below] + cumulative[:, up_to]) / 2
     return (counts_p * wins).sum(axis=1) / (counts_p.sum(axis=1) * counts_n.sum(axis=1))
+
+
+def _weighted_rate(
+    positive: np.ndarray, negative: np.ndarray, counts_p: np.ndarray, counts_n: np.ndarray, rate: float
+) -> np.ndarray:
+    """True positive rate at a false positive rate of repeated items, as in `_weighted_auc`, per resample [R]."""
+    order = np.argsort(negative)[::-1]
+    allowed = int(rate * len(negative) + 1e-9)
+    threshold = negative[order][np.argmax(np.cumsum(counts_n[:, order], axis=1) > allowed, axis=1)]
+    return (counts_p * (positive > threshold[:, None])).sum(axis=1) / counts_p.sum(axis=1)
+
+
+def _two_sides(positives: int, negatives: int, *, resamples: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Counts of both sides, drawn separately, in equal chunks of resamples."""
+    rng_positive, rng_negative = (np.random.default_rng((seed, side)) for side in (0, 1))
+    size = max(positives, negatives)
+    first = resample_counts(positives, resamples=resamples, rng=rng_positive, size=size)
+    second = resample_counts(negatives, resamples=resamples, rng=rng_negative, size=size)
+    return zip(first, second, strict=True)
 
 
 def resample_counts(

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from trace_jax.evaluation.intervals import Interval
+
 _OPTIONAL = {"note", "profile", "revision"}
 
 
@@ -57,6 +59,11 @@ class Measurement:
     def __str__(self) -> str:
         note = f" ({self.note})" if self.note else ""
         return f"{self.name} {self.split}: {self.value:.4f} [{self.low:.4f}, {self.high:.4f}] n={self.n}{note}"
+
+
+def named(name: str, split: str, interval: Interval, note: str = "", profile: str = "") -> Measurement:
+    """The measurement of an estimate with its interval."""
+    return Measurement(name, interval.value, interval.n, interval.low, interval.high, split, note, profile)
 
 
 def find(measurements: Iterable[Measurement], name: str, split: str) -> Measurement | None:

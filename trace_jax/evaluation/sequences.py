@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from trace_jax.data.rows import Rows
 from trace_jax.evaluation.likelihood import check_finite
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
@@ -123,3 +124,18 @@ def _scoring_function(config: ModelConfig, moments: bool, mesh: Mesh | None):
     if mesh is not None:
         function = on_mesh(function, config, mesh, out_specs=PartitionSpec(ROWS))
     return jax.jit(function)
+
+
+def row_texts(rows: Rows) -> tuple[list[list[int]], list[int]]:
+    """Sequences of tokens and their `first`, for `score_sequences`: every document of `rows` that has a scored token.
+
+    From the first token that a valid position predicts, all are scored.
+    """
+    texts, first = [], []
+    for tokens, segments, valid in zip(rows.tokens, rows.segments, rows.valid, strict=True):
+        for document in range(1, int(segments.max(initial=0)) + 1):
+            own = segments == document
+            if valid[own].any():
+                texts.append(tokens[own].tolist())
+                first.append(1 + int(np.argmax(valid[own])))
+    return texts, first
