@@ -101,7 +101,7 @@ def test_every_measurement_has_n_and_interval(finished):
         for measured in method["measurements"]:
             names.add(measured["name"])
             assert measured["n"] > 0 and measured["low"] <= measured["value"] <= measured["high"]
-    assert {"general_utility", "neighbour_utility", "forget_probability_ratio", "verbatim", "membership_auc"} <= names
+    assert {"general_utility", "neighbour_utility", "forget_probability_ratio", "verbatim", "privleak_auc"} <= names
     assert {"routing_jaccard_forget", "routing_gap", "router_drift", "calibration_gap_after"} <= names
 
 

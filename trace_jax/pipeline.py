@@ -256,7 +256,7 @@ def _evaluator_stage(
         seed=config.seed,
         special=target.special,
         tasks=tasks,
-        identity=fingerprint(corpora.fingerprint, settings.along_the_way(), settings.max_prompts, settings.audit_text),
+        identity=fingerprint(corpora.fingerprint, *settings.of_probes()),
     )
     say("evaluation of the target model" + (" and of the retrained model" if len(models) > 1 else ""))
     scores = {

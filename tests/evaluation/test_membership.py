@@ -1,101 +1,209 @@
-"""Membership inference in MUSE's convention, on rows whose likelihoods are written by hand."""
+"""Six attacks on texts whose likelihoods are written by hand, and PrivLeak in MUSE's convention."""
 
 import math
+import zlib
 
+import jax
 import numpy as np
 import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from trace_jax.evaluation import membership
-from trace_jax.evaluation.likelihood import RowScores
-from trace_jax.evaluation.membership import MemberScores
+from trace_jax.evaluation.membership import MemberScores, TextScores
+from trace_jax.evaluation.sequences import TokenScores
+from trace_jax.models.decoder import forward
+from trace_jax.models.model import Model
 
 
-def rows(*texts):
-    """RowScores from lists of NLLs; positions beyond a text are invalid and hold a value that must not count."""
-    length = max(len(t) for t in texts)
-    nll, valid = np.full((len(texts), length), 99.0, np.float32), np.zeros((len(texts), length), bool)
-    for i, text in enumerate(texts):
-        nll[i, : len(text)], valid[i, : len(text)] = text, True
-    return RowScores(np.where(valid, nll, 0).astype(np.float32), valid)
+def array(*values):
+    return np.array(values, np.float64)
 
 
-def scores(forget, holdout):
-    forget, holdout = np.asarray(forget, float), np.asarray(holdout, float)
-    return MemberScores(forget, holdout, forget, holdout)
+def log_probs(*texts):
+    return [-np.array(text, np.float32) for text in texts]
+
+
+def text_scores(values, **others):
+    values = np.asarray(values, np.float64)
+    return TextScores(**{attack: np.asarray(others.get(attack, values), np.float64) for attack in membership.ATTACKS})
+
+
+def by_name(scores, retrained=None, **resampling):
+    found = membership.measure_membership(scores, retrained, split="test", **{"resamples": 200, **resampling})
+    return {m.name: m for m in found}
 
 
 def test_min_k_is_the_mean_of_the_40_percent_least_likely_tokens():
-    found = membership.min_k_scores(rows([1, 5, 2, 8, 3], [4, 1, 1, 1, 1, 6, 1, 1, 1, 2]))
+    found = membership.min_k_scores(log_probs([1, 5, 2, 8, 3], [4, 1, 1, 1, 1, 6, 1, 1, 1, 2]))
     assert found == pytest.approx([(8 + 5) / 2, (6 + 4 + 2 + 1) / 4])  # int(0.4 * 5) = 2, int(0.4 * 10) = 4
 
 
-def test_a_text_too_short_for_40_percent_counts_its_least_likely_token_and_an_empty_one_is_left_out():
-    assert membership.min_k_scores(rows([3, 7], [2], [])) == pytest.approx([7, 2])
+def test_a_text_too_short_for_40_percent_counts_its_least_likely_token():
+    assert membership.min_k_scores(log_probs([3, 7], [2])) == pytest.approx([7, 2])
 
 
-def test_a_likely_token_in_a_padded_row_is_not_mistaken_for_padding():
-    assert membership.min_k_scores(rows([0, 0, 0], [1, 1, 1, 1, 1]))[0] == 0.0
+def test_min_k_plus_plus_by_hand():
+    scores = TokenScores(-array(4, 2, 1, 1, 1), np.zeros(5, bool), -array(2, 2, 2, 2, 2), array(4, 4, 4, 4, 4))
+    assert membership.min_k_plus_plus_scores([scores]) == pytest.approx([(1 + 0) / 2])  # (-1, 0, .5, .5, .5)
 
 
-def test_a_model_that_memorised_the_forget_texts_has_auc_0_and_one_pushed_too_far_1():
-    remembered = membership.member_scores(rows([0.1] * 6, [0.2] * 6), rows([3.0] * 6, [4.0] * 6))
-    assert membership.membership_auc(remembered).value == 0.0
-    assert membership.loss_auc(remembered).value == 0.0
-    pushed = membership.member_scores(rows([9.0] * 6, [8.0] * 6), rows([3.0] * 6, [4.0] * 6))
-    assert membership.membership_auc(pushed).value == 1.0
+def test_min_k_plus_plus_where_the_model_is_certain():
+    """Its variance is 0 there, and counts as 1e-6: the certain token tells nothing, any other very much."""
+    certain = TokenScores(array(0), np.ones(1, bool), array(0), array(0))
+    surprised = TokenScores(array(-3), np.ones(1, bool), array(0), array(0))
+    assert membership.min_k_plus_plus_scores([certain, surprised]) == pytest.approx([0, 3 / 1e-3])
 
 
-def test_equal_scores_are_half_a_win():
-    assert membership.membership_auc(scores([1, 1], [1, 1])).value == 0.5
+def test_min_k_plus_plus_needs_moments():
+    with pytest.raises(ValueError, match="moments=True"):
+        membership.min_k_plus_plus_scores([TokenScores(array(-1), np.ones(1, bool))])
 
 
-def test_min_k_and_loss_can_disagree():
-    """Familiar but for two rare words: unfamiliar by Min-K, familiar by mean loss."""
-    found = membership.member_scores(rows([0, 0, 0, 7, 7]), rows([3, 3, 3, 3, 3]))
-    assert membership.membership_auc(found).value == 1.0
-    assert membership.loss_auc(found).value == 0.0
+def test_compressed_sizes_are_of_the_text_without_marks(tiny):
+    tokenizer = tiny.make_tokenizer()
+    found = membership.compressed_sizes(tokenizer, [[4, 5, 6], [4] * 30])
+    assert found.tolist() == [len(zlib.compress(text.encode())) for text in ("w4 w5 w6", " ".join(["w4"] * 30))]
+    tokenizer.add_special_tokens(["w0"])
+    assert membership.compressed_sizes(tokenizer, [[4, 5, 6, 0]]).tolist() == found[:1].tolist()
+    assert np.isnan(membership.compressed_sizes(None, [[4]])).all()
+
+
+def test_an_attacker_finds_what_was_memorised_and_is_misled_by_what_was_pushed_too_far():
+    unknown = text_scores([3.0, 4.0, 5.0])
+    for seen, auc, rate in ((text_scores([0.1, 0.2]), 1, 1), (text_scores([8.0, 9.0]), 0, 0)):
+        found = by_name(MemberScores(seen, unknown))
+        for attack in membership.ATTACKS:
+            measured = found[f"membership_{attack}_auc"], found[f"membership_{attack}_tpr_at_fpr_1"]
+            assert [(m.value, m.low, m.high, m.n) for m in measured] == [(auc, auc, auc, 5), (rate, rate, rate, 5)]
+
+
+def test_equal_scores_are_half_a_win_and_nothing_is_found():
+    found = by_name(MemberScores(text_scores([1, 1]), text_scores([1, 1, 1])))
+    assert found["membership_min_k_auc"].value == 0.5
+    assert found["membership_min_k_tpr_at_fpr_1"].value == 0
+
+
+def test_attacks_can_disagree():
+    forget, holdout = text_scores([1, 2], zlib=[5, 6]), text_scores([3, 4])
+    found = by_name(MemberScores(forget, holdout))
+    assert found["membership_loss_auc"].value == 1 and found["membership_zlib_auc"].value == 0
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_aucs_are_those_of_scikit_learn_and_their_intervals_those_of_a_naive_bootstrap(ties):
+    rng = np.random.default_rng(1)
+    forget, holdout = rng.normal(0, 1, 40), rng.normal(0.6, 1, 30)
+    if ties:
+        forget, holdout = np.round(forget), np.round(holdout)
+
+    def naive(forget, holdout):
+        return roc_auc_score([1] * len(forget) + [0] * len(holdout), -np.concatenate([forget, holdout]))
+
+    found = by_name(MemberScores(text_scores(forget), text_scores(holdout)), resamples=1000)["membership_loss_auc"]
+    assert found.value == pytest.approx(naive(forget, holdout))
+    assert found.value == pytest.approx(stats.mannwhitneyu(-forget, -holdout).statistic / 1200)
+    drawn = [naive(rng.choice(forget, 40), rng.choice(holdout, 30)) for _ in range(1000)]
+    assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
+
+
+def test_the_reference_attack_compares_two_models_text_by_text():
+    ours = MemberScores(text_scores([5, 6]), text_scores([1, 2]))  # the forget texts are hard ones
+    theirs = MemberScores(text_scores([7, 8]), text_scores([1, 2]))
+    found = by_name(ours, theirs)
+    assert found["membership_loss_auc"].value == 0
+    assert found["membership_reference_auc"].value == found["membership_reference_tpr_at_fpr_1"].value == 1
+    without = by_name(ours)
+    assert "membership_reference_auc" not in without and "privleak" not in without
+    assert "no reference attack" in without["membership_loss_auc"].note
+    assert "no PrivLeak" in without["privleak_auc"].note
+
+
+def test_the_reference_must_be_scored_on_the_same_texts():
+    scores = MemberScores(text_scores([5, 6]), text_scores([1, 2]))
+    with pytest.raises(ValueError, match="same texts"):
+        by_name(scores, MemberScores(text_scores([5]), text_scores([1, 2])))
+
+
+def test_what_was_not_scored_is_left_out():
+    nothing = [np.nan, np.nan]
+    forget = text_scores([1, 2], zlib=nothing, gradient_norm=[np.nan, 3])
+    holdout = text_scores([3, 4, 5], zlib=[np.nan] * 3, gradient_norm=[5, np.nan, 4])
+    found = by_name(MemberScores(forget, holdout))
+    assert not any("zlib" in name for name in found)
+    gradient = found["membership_gradient_norm_auc"]
+    assert (gradient.value, gradient.n, gradient.note) == (1, 3, "1 forget, 2 holdout texts")
+    assert math.isnan(gradient.low)
+    assert by_name(MemberScores(forget, text_scores([]))) == {}
+
+
+def test_few_holdout_texts_are_pointed_out():
+    few = by_name(MemberScores(text_scores([1, 2]), text_scores(range(99))))
+    assert "fewer than 100" in few["membership_loss_tpr_at_fpr_1"].note
+    enough = by_name(MemberScores(text_scores([1, 2]), text_scores(range(100))))
+    assert "fewer" not in enough["membership_loss_tpr_at_fpr_1"].note
+
+
+# --- from a model
+
+
+def test_scores_of_a_model(tiny):
+    """Each attack from the logits of a text alone, by its definition."""
+    forget, holdout = tiny.make_rows(3, seed=1), tiny.make_rows(4, seed=2)
+    model = Model(tiny.config, tiny.params, tiny.make_tokenizer())
+    found = membership.score_members(model, forget, holdout, gradients=2, batch_size=4)
+    assert (len(found.forget), len(found.holdout)) == (6, 8)  # two documents a row
+    row, segment = 1, 2  # the fourth text
+    ids = forget.tokens[row][forget.segments[row] == segment]
+    logits = jax.jit(forward, static_argnums=1)(tiny.params, tiny.config, ids[None]).logits[0]
+    logits = np.asarray(logits, np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    mean = (np.exp(log_p) * log_p).sum(-1)
+    deviation = np.sqrt((np.exp(log_p) * log_p**2).sum(-1) - mean**2)
+    of_token = log_p[np.arange(len(ids) - 1), ids[1:]]
+    most = max(1, int(0.4 * len(of_token)))
+    assert found.forget.loss[3] == pytest.approx(-of_token.mean(), rel=1e-4)
+    assert found.forget.min_k[3] == pytest.approx(-np.sort(of_token)[:most].mean(), rel=1e-4)
+    standardised = np.sort((of_token - mean[:-1]) / deviation[:-1])
+    assert found.forget.min_k_plus_plus[3] == pytest.approx(-standardised[:most].mean(), rel=1e-3)
+    text = " ".join(f"w{i}" for i in ids[1:])
+    assert found.forget.zlib[3] == pytest.approx(-of_token.mean() / len(zlib.compress(text.encode())), rel=1e-4)
+    assert np.isfinite(found.forget.gradient_norm).tolist() == [True, False, False, True, False, False]
+
+
+# --- PrivLeak
+
+
+def test_in_muses_convention_a_model_that_remembers_has_auc_0():
+    assert membership.privleak_auc(array(1, 2), array(3, 4)).value == 0
+    assert membership.privleak_auc(array(8, 9), array(3, 4)).value == 1
 
 
 def test_privleak_is_the_relative_distance_from_the_retrained_model_in_percent():
-    """MUSE-Books: the target's AUC 0.229 against 0.5393 of the retrained model is -57.5."""
-    unlearned, retrained = scores([1, 3], [2, 4]), scores([1, 2, 5, 3][:2], [3, 1])
-    a = membership.membership_auc(unlearned).value  # pairs (1,2) (1,4) (3,2) (3,4): one of four has holdout lower
-    r = membership.membership_auc(retrained).value  # (1,3) no (1,1) tie (2,3) no (2,1) yes: 1.5 of 4
+    unlearned, retrained = (array(1, 3), array(2, 4)), (array(1, 2), array(3, 1))
+    a = membership.privleak_auc(*unlearned).value  # pairs (1,2) (1,4) (3,2) (3,4): one of four has holdout lower
+    r = membership.privleak_auc(*retrained).value  # (1,3) no (1,1) tie (2,3) no (2,1) yes: 1.5 of 4
     assert (a, r) == (0.25, 0.375)
-    assert membership.privleak(unlearned, retrained).value == pytest.approx((0.25 - 0.375) / 0.375 * 100)
+    assert membership.privleak(*unlearned, retrained).value == pytest.approx((0.25 - 0.375) / 0.375 * 100)
 
 
 def test_privleak_of_the_retrained_model_itself_is_zero_in_every_resample():
     rng = np.random.default_rng(0)
-    retrained = scores(rng.normal(size=30), rng.normal(size=30))
-    found = membership.privleak(retrained, retrained)
+    retrained = rng.normal(size=30), rng.normal(size=30)
+    found = membership.privleak(*retrained, retrained)
     assert (found.value, found.low, found.high, found.n) == (0, 0, 0, 60)
 
 
 def test_privleak_does_not_exist_where_the_retrained_model_has_auc_0():
-    assert membership.privleak(scores([1, 2], [2, 1]), scores([1, 1], [2, 2])) is None
+    assert membership.privleak(array(1, 2), array(2, 1), (array(1, 1), array(2, 2))) is None
 
 
 def test_privleak_refuses_models_scored_on_different_texts():
     with pytest.raises(ValueError, match="same texts"):
-        membership.privleak(scores([1, 2], [2, 1]), scores([1], [2, 1]))
+        membership.privleak(array(1, 2), array(2, 1), (array(1), array(2, 1)))
 
 
 def test_one_text_a_side_gives_a_value_without_an_interval():
-    found = membership.membership_auc(scores([1], [2]))
+    found = membership.privleak_auc(array(1), array(2))
     assert found.value == 0.0 and math.isnan(found.low)
-    assert math.isnan(membership.privleak(scores([1], [2]), scores([2], [1])).low)
-
-
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5])
-def test_true_positive_rate_is_the_best_over_all_thresholds(rate, ties):
-    rng = np.random.default_rng(3)
-    forget, holdout = rng.normal(0, 1, 40), rng.normal(0.7, 1, 30)
-    if ties:
-        forget, holdout = np.round(forget), np.round(holdout)
-    best = 0.0
-    for threshold in np.concatenate([forget, holdout]):
-        if (holdout <= threshold).mean() <= rate + 1e-12:  # less unfamiliar than the threshold: taken for a member
-            best = max(best, (forget <= threshold).mean())
-    assert membership.true_positive_rate(scores(forget, holdout), false_positive_rate=rate).value == best
+    assert math.isnan(membership.privleak(array(1), array(2), (array(2), array(1))).low)

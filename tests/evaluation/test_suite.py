@@ -15,7 +15,7 @@ from trace_jax.evaluation.likelihood import QuestionScores, RowScores, score_que
 from trace_jax.evaluation.measurement import find
 from trace_jax.evaluation.suite import make_evaluator
 
-SETTINGS = EvaluationConfig(batch_size=8, max_rows=5, max_prompts=3, bootstrap=100)
+SETTINGS = EvaluationConfig(batch_size=8, max_rows=5, max_prompts=3, max_members=5, max_gradients=3, bootstrap=100)
 
 
 def names(measurements, split):
@@ -66,6 +66,7 @@ def test_full_measurements_of_a_text_benchmark(tiny):
     original = evaluator.score(tiny.params)
     retrained = evaluator.score(tiny.make_params(2), full=True)
     found = evaluator.with_references(original=original, retrained=retrained).full(tiny.make_params(1))
+    attacks = ("loss", "min_k", "min_k_plus_plus", "zlib", "gradient_norm", "reference")
     assert names(found, "test") == [
         "cloze_accuracy",
         "forget_nll",
@@ -75,9 +76,10 @@ def test_full_measurements_of_a_text_benchmark(tiny):
         "general_nll",
         "general_utility",
         "verbatim",
-        "membership_auc",
-        "membership_loss_auc",
-        "membership_tpr_at_fpr_1",
+        "extraction_strength",
+        "exact_memorization",
+        *(f"membership_{attack}_{score}" for attack in attacks for score in ("auc", "tpr_at_fpr_1")),
+        "privleak_auc",
         "privleak",
     ]
     ratio = find(found, "forget_probability_ratio", "test").value
@@ -85,13 +87,17 @@ def test_full_measurements_of_a_text_benchmark(tiny):
     original_nll = original.text["test", "forget"].nll.sum() / original.text["test", "forget"].tokens.sum()
     assert ratio == pytest.approx(math.exp(original_nll - nll), rel=1e-5)
     assert find(found, "verbatim", "test").n == 3
-    assert find(found, "membership_auc", "test").n == 12
+    assert find(found, "extraction_strength", "test").n == 10  # two documents in each of five rows
+    assert find(found, "membership_loss_auc", "test").n == 20
+    assert find(found, "membership_gradient_norm_auc", "test").n == 6
     assert all(m.low <= m.value + 1e-9 and m.value <= m.high + 1e-9 for m in found)
 
 
 def test_without_a_retrained_model_the_auc_says_that_there_is_no_privleak(tiny, handbook):
     found = handbook[1].full(tiny.params)
-    assert "no retrained model" in find(found, "membership_auc", "test").note
+    assert "no retrained model" in find(found, "privleak_auc", "test").note
+    assert "no reference attack" in find(found, "membership_loss_auc", "test").note
+    assert find(found, "membership_reference_auc", "test") is None
     assert find(found, "privleak", "test") is None
 
 

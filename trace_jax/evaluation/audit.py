@@ -6,10 +6,11 @@ one see that a score is right. It is text of the forget set, and left out where 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from trace_jax.data.probes import Prompts
@@ -23,7 +24,7 @@ Lines = list[dict[str, Any]]
 
 
 def audit_items(scores: Scores, prompts: Mapping[str, Prompts], tokenizer: Tokenizer | None) -> dict[str, Lines]:
-    """Lines per part: "questions", "rows", "verbatim" and "members"; parts without items are left out.
+    """Lines per part: "questions", "rows", "verbatim", "memorization" and "members"; parts without items are left out.
 
     Args:
       prompts: that the verbatim scores are of, per split.
@@ -33,6 +34,7 @@ def audit_items(scores: Scores, prompts: Mapping[str, Prompts], tokenizer: Token
         "questions": _questions(scores),
         "rows": _rows(scores),
         "verbatim": _verbatim(scores, prompts, tokenizer),
+        "memorization": _memorization(scores),
         "members": _members(scores),
     }
     return {part: lines for part, lines in parts.items() if lines}
@@ -88,11 +90,27 @@ def _verbatim(scores: Scores, prompts: Mapping[str, Prompts], tokenizer: Tokeniz
     return lines
 
 
+def _memorization(scores: Scores) -> Lines:
+    return [
+        {"split": split, "item": i, **line}
+        for split, found in scores.memorization.items()
+        for i, line in enumerate(_by_item(found))
+    ]
+
+
 def _members(scores: Scores) -> Lines:
-    lines = []
-    for split, members in scores.members.items():
-        for side in ("forget", "holdout"):
-            both: list[np.ndarray] = [getattr(members, f"{side}_{name}") for name in ("min_k", "loss")]
-            for i, (min_k, loss) in enumerate(zip(*both, strict=True)):
-                lines.append({"split": split, "side": side, "item": i, "min_k": float(min_k), "loss": float(loss)})
-    return lines
+    return [
+        {"split": split, "side": side, "item": i, **line}
+        for split, members in scores.members.items()
+        for side, texts in (("forget", members.forget), ("holdout", members.holdout))
+        for i, line in enumerate(_by_item(texts))
+    ]
+
+
+def _by_item(scores: Any) -> Lines:
+    """The numbers of each item from a dataclass of arrays [N]; those that weren't taken (NaN) are left out."""
+    columns = {field.name: getattr(scores, field.name) for field in dataclasses.fields(scores)}
+    return [
+        {name: float(value) for name, value in zip(columns, values, strict=True) if not math.isnan(value)}
+        for values in zip(*columns.values(), strict=True)
+    ]

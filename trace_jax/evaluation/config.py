@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import string
 
-from trace_jax.config import Section, option
+from trace_jax.config import ConfigError, Section, option
 
-_AFTERWARDS = ("max_prompts", "levels", "audit_text", "muse")
+_FULL = ("max_prompts", "max_members", "max_gradients", "audit_text")  # of probes scored at the beginning and the end
+_AFTERWARDS = (*_FULL, "levels", "muse", "tofu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +25,50 @@ class MuseConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class TofuConfig(Section):
+    """TOFU (2401.06121): on which of its forget sets, and in which form questions and answers are given."""
+
+    data: str = option(
+        "huggingface:locuslab/TOFU",
+        help="the data set; a directory has CONFIG/train.jsonl, such as forget10_perturbed/train.jsonl",
+    )
+    forget: str = option("forget10", help="the forget set", choices=("forget01", "forget05", "forget10"))
+    prompt: str = option(
+        "Question: {question}\nAnswer:", help="what stands before an answer; the default is the form of training"
+    )
+    answer: str = option(" {answer}", help="an answer as it follows the prompt")
+    max_new_tokens: int = option(200, help="longest answer that is written, tokens", minimum=1)
+    max_questions: int | None = option(None, help="most questions of a set, spread evenly; None = all", minimum=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, field in (("prompt", "question"), ("answer", "answer")):
+            _check_form(name, getattr(self, name), field)
+
+
+def _check_form(name: str, form: str, field: str) -> None:
+    """Raises ConfigError unless the text has one place to fill in, {field}."""
+    try:
+        places = [place for _, place, _, _ in string.Formatter().parse(form) if place is not None]
+    except ValueError:
+        places = []
+    if places != [field]:
+        raise ConfigError(f"{name} is {form!r}; expected a text with {{{field}}} once (other braces doubled).")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig(Section):
     """Sizes of the evaluation sets and the levels at which methods are compared."""
 
     batch_size: int = option(64, help="rows per evaluation batch", minimum=1)
     max_rows: int = option(96, help="most rows of held-out text per score, spread evenly over the documents", minimum=1)
     max_prompts: int = option(48, help="most prompts continued in the verbatim score", minimum=1)
+    max_members: int = option(
+        200, help="most texts a side in membership attacks, spread evenly over the documents", minimum=2
+    )
+    max_gradients: int = option(
+        32, help="most texts a side in the gradient-norm attack, one backward pass each; 0 = leave it out", minimum=0
+    )
     bootstrap: int = option(1000, help="bootstrap resamples for intervals", minimum=100)
     levels: tuple[float, ...] = option(
         (0.5,), help="forgetting levels at which utility is compared (on the benchmark's own forgetting scale)"
@@ -37,8 +77,13 @@ class EvaluationConfig(Section):
         True, help="keep what was generated, with the true text, beside the scores; never done for text of WMDP"
     )
     muse: MuseConfig | None = None
+    tofu: TofuConfig | None = None
 
     def along_the_way(self) -> EvaluationConfig:
         """The same without settings that change nothing of what is measured while unlearning."""
         usual = EvaluationConfig()
         return dataclasses.replace(self, **{name: getattr(usual, name) for name in _AFTERWARDS})
+
+    def of_probes(self) -> tuple[object, ...]:
+        """The settings that change something of what is measured apart from tasks."""
+        return self.along_the_way(), *(getattr(self, name) for name in _FULL)

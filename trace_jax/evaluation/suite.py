@@ -18,14 +18,14 @@ from tokenizers import Tokenizer
 
 from trace_jax.data.probes import Probes, Prompts, Questions
 from trace_jax.data.rows import Rows
-from trace_jax.evaluation import intervals, knowledge, membership, utility
+from trace_jax.evaluation import intervals, knowledge, utility
 from trace_jax.evaluation.audit import audit_items, without_texts
 from trace_jax.evaluation.benchmarks import Scoreboard, scoreboard
 from trace_jax.evaluation.config import EvaluationConfig
-from trace_jax.evaluation.intervals import Interval
 from trace_jax.evaluation.likelihood import QuestionScores, RowScores, score_questions, score_rows, spread_indices
-from trace_jax.evaluation.measurement import Measurement
-from trace_jax.evaluation.membership import MemberScores
+from trace_jax.evaluation.measurement import Measurement, named
+from trace_jax.evaluation.membership import MemberScores, TextScores, measure_membership, score_members
+from trace_jax.evaluation.memorization import MemorizationScores, measure_memorization, score_memorization
 from trace_jax.evaluation.store import ScoreStore, flat_arrays, grouped_arrays
 from trace_jax.evaluation.task import Task, TaskScores
 from trace_jax.evaluation.verbatim import VerbatimScores, verbatim_scores
@@ -38,13 +38,14 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What one model gave on every probe, per (split, subject). `verbatim` f64 [N] and `members` per split; both are
-    empty unless the scoring was full. `tasks` by name; unless it was full, the quick ones alone. `seconds` is the time
-    that scoring took."""
+    """What one model gave on every probe, per (split, subject). `verbatim` f64 [N], `memorization` and `members` per
+    split; they are empty unless the scoring was full. `tasks` by name; unless it was full, the quick ones alone.
+    `seconds` is the time that scoring took."""
 
     questions: Mapping[Key, QuestionScores]
     text: Mapping[Key, RowScores]
     verbatim: Mapping[str, VerbatimScores]
+    memorization: Mapping[str, MemorizationScores]
     members: Mapping[str, MemberScores]
     seconds: float
     tasks: Mapping[str, TaskScores] = dataclasses.field(default_factory=dict)
@@ -58,12 +59,14 @@ class Scores:
         """The inverse of `to_arrays`."""
         questions = grouped_arrays(flat, "questions", 2)
         text = grouped_arrays(flat, "text", 2)
-        verbatim, members = (grouped_arrays(flat, name, 1) for name in ("verbatim", "members"))
+        verbatim, memorization = (grouped_arrays(flat, name, 1) for name in ("verbatim", "memorization"))
+        sides = {key: TextScores(**arrays) for key, arrays in grouped_arrays(flat, "members", 2).items()}
         return cls(
             questions={(split, subject): QuestionScores(**a) for (split, subject), a in questions.items()},
             text={(split, subject): RowScores(**a) for (split, subject), a in text.items()},
             verbatim={split: VerbatimScores(**arrays) for (split,), arrays in verbatim.items()},
-            members={split: MemberScores(**arrays) for (split,), arrays in members.items()},
+            memorization={split: MemorizationScores(**arrays) for (split,), arrays in memorization.items()},
+            members={split: MemberScores(sides[split, "forget"], sides[split, "holdout"]) for split, _ in sides},
             seconds=float(flat["seconds"]),
         )
 
@@ -93,7 +96,7 @@ class Evaluator:
         return self.measure(self.score(params))
 
     def full(self, params: Any, *, store: ScoreStore | None = None) -> list[Measurement]:
-        """All measurements: the quick ones, then verbatim memorisation, membership inference and the other tasks."""
+        """All measurements: the quick ones, then memorisation, membership inference and the other tasks."""
         return self.measure(self.full_scores(params, store=store))
 
     def full_scores(self, params: Any, *, store: ScoreStore | None = None) -> Scores:
@@ -132,43 +135,46 @@ class Evaluator:
         return dataclasses.replace(probes, tasks=tasks, seconds=time.perf_counter() - start)
 
     def _scoring(self, task: Task, params: Any) -> Callable[[], TaskScores]:
-        model = Model(self.model_config, params, self.tokenizer, self.special)
+        model = self._model(params)
         return lambda: task.score(model, batch_size=self.config.batch_size, mesh=self.mesh)
+
+    def _model(self, params: Any) -> Model:
+        return Model(self.model_config, params, self.tokenizer, self.special)
 
     def _score_probes(self, params: Any, *, full: bool) -> Scores:
         start, batch = time.perf_counter(), self.config.batch_size
-        rows: dict[tuple[str, ...], Rows] = {**self.text}
-        if full:
-            for split, (forget, holdout) in self.members.items():
-                rows |= {(split, "members", "forget"): forget, (split, "members", "holdout"): holdout}
-        row_scores = _score_all_rows(params, self.model_config, rows, batch_size=batch, mesh=self.mesh)
+        text = _score_all_rows(params, self.model_config, self.text, batch_size=batch, mesh=self.mesh)
         question_scores = _score_all_questions(
             params, self.model_config, self.questions, batch_size=batch, mesh=self.mesh
         )
-        verbatim, members = {}, {}
+        verbatim, memorization, members = {}, {}, {}
         if full:
             for split, prompts in self.prompts.items():
                 verbatim[split] = verbatim_scores(
                     params, self.model_config, _needed(self.tokenizer), prompts, batch_size=batch, mesh=self.mesh
                 )
-            for split in self.members:
-                sides = (row_scores.pop((split, "members", side)) for side in ("forget", "holdout"))
-                members[split] = membership.member_scores(*sides)
-        text = {key: row_scores[key] for key in self.text}
-        return Scores(question_scores, text, verbatim, members, time.perf_counter() - start)
+            model, share = self._model(params), {"batch_size": batch, "mesh": self.mesh}
+            for (split, subject), rows in self.text.items():
+                if subject == "forget":
+                    memorization[split] = score_memorization(model, rows, **share)
+            for split, sides in self.members.items():
+                members[split] = score_members(model, *sides, gradients=self.config.max_gradients, **share)
+        return Scores(question_scores, text, verbatim, memorization, members, time.perf_counter() - start)
 
     def measure(self, scores: Scores) -> list[Measurement]:
         """Measurements of scores. Probes with nothing to score give no measurement."""
         found = []
         for (split, subject), questions in scores.questions.items():
-            found.append(_named(self.board.accuracy(subject), split, knowledge.accuracy(questions, **self._resampling)))
+            found.append(named(self.board.accuracy(subject), split, knowledge.accuracy(questions, **self._resampling)))
         for key in scores.text:
             found += self._measure_text(key, scores.text[key])
         for split, texts in scores.verbatim.items():
-            found.append(_named("verbatim", split, intervals.bootstrap_mean(texts.score, **self._resampling)))
+            found.append(named("verbatim", split, intervals.bootstrap_mean(texts.score, **self._resampling)))
+        for split, memorised in scores.memorization.items():
+            found += measure_memorization(memorised, split=split, **self._resampling)
         for split, members in scores.members.items():
-            if members.enough:
-                found += self._measure_membership(split, members)
+            retrained = self.retrained.members.get(split) if self.retrained is not None else None
+            found += measure_membership(members, retrained, split=split, **self._resampling)
         for task in self.tasks:
             if task.name in scores.tasks:
                 original, retrained = (m and m.tasks.get(task.name) for m in (self.original, self.retrained))
@@ -180,25 +186,11 @@ class Evaluator:
         split, subject = key
         if not rows.tokens.sum():
             return []
-        found = [_named(f"{subject}_nll", split, utility.mean_nll(rows, **self._resampling))]
+        found = [named(f"{subject}_nll", split, utility.mean_nll(rows, **self._resampling))]
         if self.original is not None and key in self.original.text:
             relative = utility.probability_ratio if subject == "forget" else utility.utility
             name = self.board.likelihood(subject)
-            found.append(_named(name, split, relative(rows, self.original.text[key], **self._resampling)))
-        return found
-
-    def _measure_membership(self, split: str, members: MemberScores) -> list[Measurement]:
-        reference = self.retrained.members.get(split) if self.retrained is not None else None
-        note = f"{len(members.forget_loss)} forget, {len(members.holdout_loss)} holdout texts"
-        missing = "" if reference else "; no retrained model to compare with, so no PrivLeak"
-        found = [
-            _named("membership_auc", split, membership.membership_auc(members, **self._resampling), note + missing),
-            _named("membership_loss_auc", split, membership.loss_auc(members, **self._resampling), note),
-            _named("membership_tpr_at_fpr_1", split, membership.true_positive_rate(members), note),
-        ]
-        leak = membership.privleak(members, reference, **self._resampling) if reference else None
-        if leak is not None:
-            found.append(_named("privleak", split, leak, note))
+            found.append(named(name, split, relative(rows, self.original.text[key], **self._resampling)))
         return found
 
     @property
@@ -244,9 +236,9 @@ def make_evaluator(
         if beginnings is not None and len(beginnings):
             kept = spread_indices(len(beginnings), config.max_prompts)
             prompts[split] = Prompts(beginnings.prompt[kept], beginnings.continuation[kept])
-        sides = [probe.members.get(side) for side in ("forget", "holdout")]
-        if all(side is not None and len(side) for side in sides):
-            members[split] = tuple(sides)
+        sides = [probe.members[side] for side in ("forget", "holdout") if side in probe.members]
+        if len(sides) == 2 and all(len(side) for side in sides):
+            members[split] = tuple(_thinned(side, config.max_members) for side in sides)
     return Evaluator(
         config, model_config, tokenizer, scoreboard(benchmark), questions, text, prompts, members,
         original, retrained, mesh, seed, special or SpecialTokens(), tuple(tasks), identity,
@@ -303,10 +295,6 @@ def _padded(questions: Questions, length: int) -> Questions:
 
 def _thinned(rows: Rows, most: int) -> Rows:
     return rows.take(spread_indices(len(rows), most))
-
-
-def _named(name: str, split: str, interval: Interval, note: str = "") -> Measurement:
-    return Measurement(name, interval.value, interval.n, interval.low, interval.high, split, note)
 
 
 def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
