@@ -5,6 +5,7 @@ from __future__ import annotations
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.muse_task import muse_task
 from trace_jax.evaluation.task import Task
+from trace_jax.evaluation.tofu_task import tofu_task
 
 
 def build_tasks(config: EvaluationConfig) -> tuple[Task, ...]:
@@ -16,4 +17,6 @@ def build_tasks(config: EvaluationConfig) -> tuple[Task, ...]:
     tasks: list[Task] = []
     if config.muse is not None:
         tasks.append(muse_task(config.muse))
+    if config.tofu is not None:
+        tasks.append(tofu_task(config.tofu))
     return tuple(tasks)

@@ -1,0 +1,256 @@
+"""TOFU end to end: four local sets, a tiny model, and numbers computed again from its logits."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from rouge_score import rouge_scorer
+from scipy import stats
+
+from trace_jax.config import ConfigError, resolve
+from trace_jax.data.sources import DataError
+from trace_jax.evaluation.config import EvaluationConfig, TofuConfig
+from trace_jax.evaluation.measurement import find
+from trace_jax.evaluation.store import ScoreStore
+from trace_jax.evaluation.suite import make_evaluator
+from trace_jax.evaluation.task import TaskScores
+from trace_jax.evaluation.tasks import build_tasks
+from trace_jax.evaluation.tofu_task import SETS, tofu_task
+from trace_jax.models.decoder import forward
+from trace_jax.models.model import Model, SpecialTokens
+
+COUNTS = {"forget": 5, "retain": 4, "real_authors": 3, "world_facts": 3}
+RESAMPLING = {"resamples": 100, "seed": 0}
+
+
+def words(rng, count):
+    return " ".join(f"w{i}" for i in rng.integers(3, 37, count))
+
+
+def write_sets(directory, *, forget="forget10", change=None):
+    rng = np.random.default_rng(0)
+    for name, count in COUNTS.items():
+        rows = []
+        for _ in range(count):
+            row = {"question": words(rng, 4), "answer": words(rng, 3), "option1": "w3"}
+            row["perturbed_answer"] = [words(rng, rng.integers(1, 4)) for _ in range(3)]
+            if name in ("forget", "retain"):
+                row["paraphrased_answer"] = words(rng, 4)
+            rows.append(row)
+        if name == "forget":
+            rows[0]["answer"] = "w7"  # one token
+            rows[1]["perturbed_answer"] = rows[1]["perturbed_answer"][:1]
+        if change is not None and name == change[0]:
+            change[1](rows)
+        file = directory / f"{forget if name == 'forget' else name}_perturbed" / "train.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return TofuConfig(data=write_sets(tmp_path_factory.mktemp("tofu")), max_new_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return Model(tiny.config, tiny.params, tiny.make_tokenizer(), SpecialTokens(bos=1, eos=(2,)))
+
+
+@pytest.fixture(scope="module")
+def scores(config, model):
+    return tofu_task(config).score(model, batch_size=4, mesh=None)
+
+
+@pytest.fixture(scope="module")
+def log_probs(tiny):
+    """log_probs(ids): f64 [n, V] after each of `ids`."""
+    program = jax.jit(lambda ids: jax.nn.log_softmax(forward(tiny.params, tiny.config, ids[None]).logits[0]))
+
+    def of(ids):
+        padded = np.zeros(32, np.int32)  # causal: what follows changes nothing
+        padded[: len(ids)] = ids
+        return np.asarray(program(padded), np.float64)[: len(ids)]
+
+    return of
+
+
+def prompt_ids(model, question):
+    return [1, *model.tokenizer.encode(f"Question: {question}\nAnswer:").ids]
+
+
+def answer_log_probs(model, log_probs, question, answer):
+    prompt = prompt_ids(model, question)
+    ids = [*prompt, *model.tokenizer.encode(answer).ids, 2]
+    found = log_probs(ids)
+    places = np.arange(len(prompt) - 1, len(ids) - 1)
+    return found[places, ids[len(prompt) :]], found[places].argmax(-1) == ids[len(prompt) :]
+
+
+def test_answers_are_scored_after_the_question_with_their_end_token(config, model, scores, log_probs):
+    task = tofu_task(config)
+    for name in SETS:
+        for i, q in enumerate(task.sets[name]):
+            for key, answers in (("answer", [q.answer]), ("correct", [q.correct]), ("wrong", q.wrong)):
+                expected = [answer_log_probs(model, log_probs, q.question, a)[0].mean() for a in answers]
+                found = np.ravel(scores.arrays[f"{name}/{key}"][i])
+                assert found[: len(expected)] == pytest.approx(expected, abs=1e-4)
+                assert np.isnan(found[len(expected) :]).all()
+    assert scores.arrays["forget/wrong"].shape == (5, 3)
+    assert np.isnan(scores.arrays["forget/wrong"]).sum() == 2
+
+
+def test_the_right_answer_of_the_truth_ratio_is_a_paraphrase_where_there_is_one(config):
+    task = tofu_task(config)
+    assert all(q.correct != q.answer for name in ("forget", "retain") for q in task.sets[name])
+    assert all(q.correct == q.answer for name in ("real_authors", "world_facts") for q in task.sets[name])
+
+
+def test_what_is_written_is_greedy_and_ends_at_the_end_token(config, model, scores, log_probs):
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    for name in SETS:
+        for i, q in enumerate(tofu_task(config).sets[name]):
+            ids, written = prompt_ids(model, q.question), []
+            while len(written) < 5 and (token := int(log_probs([*ids, *written])[-1].argmax())) != 2:
+                written.append(token)
+            text = model.tokenizer.decode(written)
+            assert scores.items[name][i]["written"] == text
+            expected = scorer.score(q.answer, text)
+            recalls = [expected["rouge1"].recall, expected["rougeL"].recall]
+            assert scores.arrays[f"{name}/rouge"][i] == pytest.approx(recalls)
+
+
+def test_memorisation_of_the_forget_answers(config, model, scores, log_probs):
+    for i, q in enumerate(tofu_task(config).sets["forget"]):
+        greedy = answer_log_probs(model, log_probs, q.question, q.answer)[1]
+        assert scores.arrays["forget/exact_memorization"][i] == pytest.approx(greedy.mean())
+        strength = next(1 - k / len(greedy) for k in range(len(greedy) + 1) if greedy[k:].all())
+        assert scores.arrays["forget/extraction_strength"][i] == pytest.approx(strength)
+
+
+def test_measurements_follow_from_the_scores(config, scores):
+    changed = {k: v - 0.3 if k == "forget/correct" else v for k, v in scores.arrays.items()}
+    retrained = TaskScores(changed)
+    found = tofu_task(config).measure(scores, original=None, retrained=retrained, **RESAMPLING)
+    assert len({m.name for m in found}) == len(found)
+    assert {m.split for m in found} == {"test"} and all(m.name.startswith("tofu_") for m in found)
+    a = scores.arrays
+
+    def value(name):
+        return find(found, name, "test").value
+
+    wrong = {name: np.exp(np.nanmean(a[f"{name}/wrong"], axis=1)) for name in SETS}
+    ratio = {name: wrong[name] / np.exp(a[f"{name}/correct"]) for name in SETS}
+    nine = []
+    for name in SETS[1:]:
+        p = np.exp(a[f"{name}/answer"])
+        if name != "retain":
+            p = p / (p + np.nansum(np.exp(a[f"{name}/wrong"]), axis=1))
+        nine += [p.mean(), a[f"{name}/rouge"][:, 1].mean(), np.maximum(0, 1 - ratio[name]).mean()]
+        parts = [f"tofu_{name}_{part}" for part in ("probability", "rougeL_recall", "truth_ratio")]
+        assert [value(part) for part in parts] == pytest.approx(nine[-3:])
+        assert find(found, parts[0], "test").n == COUNTS[name]
+    assert value("tofu_model_utility") == pytest.approx(stats.hmean(nine))
+    assert find(found, "tofu_model_utility", "test").n == sum(COUNTS[name] for name in SETS[1:])
+    assert value("tofu_forget_truth_ratio") == pytest.approx(np.minimum(ratio["forget"], 1 / ratio["forget"]).mean())
+    assert value("tofu_forget_truth_ratio_prob_mean") == pytest.approx((1 / (1 + ratio["forget"])).mean())
+    averaged = np.nanmean(np.exp(a["retain/wrong"]), axis=1) / np.exp(a["retain/correct"])
+    assert value("tofu_retain_truth_ratio_arithmetic") == pytest.approx(np.maximum(0, 1 - averaged).mean())
+    test = stats.ks_2samp(ratio["forget"], ratio["forget"] * np.exp(0.3))
+    quality = find(found, "tofu_forget_quality", "test")
+    assert (quality.value, value("tofu_forget_ks")) == pytest.approx((test.pvalue, test.statistic))
+    assert np.isnan(quality.low) and "no interval" in quality.note and quality.n == 5
+
+
+def test_without_a_retrained_model_there_is_no_forget_quality_and_a_note_on_what_is_missing(config, scores):
+    found = tofu_task(config).measure(scores, original=None, retrained=None, **RESAMPLING)
+    assert find(found, "tofu_forget_quality", "test") is None
+    assert "--retrained" in find(found, "tofu_forget_truth_ratio", "test").note
+
+
+def test_a_model_without_a_beginning_mark_starts_with_the_end_mark_as_in_training(config, model, tiny, log_probs):
+    markless = model.replace(special=SpecialTokens(bos=None, eos=(2,)))
+    small = dataclasses.replace(config, max_questions=1)
+    found = tofu_task(small).score(markless, batch_size=4, mesh=None)
+    (question,) = tofu_task(small).sets["forget"]
+    ids = [2, *prompt_ids(model, question.question)[1:]]
+    first = int(log_probs(ids)[-1].argmax())
+    written = found.items["forget"][0]["written"]
+    assert written.split()[:1] == ([] if first == 2 else [f"w{first}"])
+
+
+def test_items_are_json_and_have_no_nan(scores):
+    assert {name: len(lines) for name, lines in scores.items.items()} == COUNTS
+    line = json.loads(json.dumps(scores.items["forget"][1], allow_nan=False))
+    assert line["wrong"][1:] == [None, None]
+    assert {"question", "answer", "written", "rouge", "extraction_strength"} <= line.keys()
+
+
+def test_it_is_a_task_of_an_evaluator(config, tiny, model, tmp_path):
+    settings = EvaluationConfig(batch_size=8, bootstrap=100, tofu=dataclasses.replace(config, max_questions=2))
+    evaluator = make_evaluator(
+        settings, tiny.config, {}, model.tokenizer, benchmark="text", tasks=build_tasks(settings), special=model.special
+    )
+    assert evaluator(tiny.params) == []  # it writes answers, and is left out along the way
+    store = ScoreStore(tmp_path, "model")
+    scores = evaluator.full_scores(tiny.params, store=store)
+    kept = evaluator.full_scores(None, store=store)
+    found = [m.to_json() for m in evaluator.with_references(retrained=scores).measure(kept)]
+    assert found[0]["name"] == "tofu_forget_quality" and found[0]["value"] == 1
+    assert len((tmp_path / "tofu.forget.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_hash_changes_with_every_setting_and_every_answer(config, tmp_path):
+    def reverse(rows):
+        rows[0]["perturbed_answer"].reverse()
+
+    others = [
+        dataclasses.replace(config, max_new_tokens=6),
+        dataclasses.replace(config, prompt="Q: {question}\nA:"),
+        dataclasses.replace(config, max_questions=2),
+        dataclasses.replace(config, data=write_sets(tmp_path, change=("retain", reverse))),
+    ]
+    hashes = {tofu_task(c).identity for c in [config, *others]}
+    assert len(hashes) == 5 and tofu_task(config).identity in hashes
+
+
+def test_the_forget_set_and_the_number_of_questions_can_be_chosen(tmp_path):
+    data = write_sets(tmp_path, forget="forget01")
+    task = tofu_task(TofuConfig(data=data, forget="forget01", max_questions=2))
+    assert [len(task.sets[name]) for name in SETS] == [2] * 4
+    with pytest.raises(DataError, match="forget10_perturbed"):
+        tofu_task(TofuConfig(data=data))
+
+
+@pytest.mark.parametrize(
+    "name, key, value, message",
+    [
+        ("retain", "paraphrased_answer", None, "retain_perturbed.*:2: paraphrased_answer"),
+        ("forget", "answer", "  ", "forget10_perturbed.*:2: answer"),
+        ("world_facts", "perturbed_answer", [], "world_facts.*:2: perturbed_answer"),
+        ("real_authors", "perturbed_answer", [3], "real_authors.*:2: perturbed_answer"),
+    ],
+)
+def test_rows_of_another_form_are_refused_by_their_place(tmp_path, name, key, value, message):
+    def spoil(rows):
+        rows[1][key] = value
+
+    with pytest.raises(DataError, match=message):
+        tofu_task(TofuConfig(data=write_sets(tmp_path, change=(name, spoil))))
+
+
+def test_one_wrong_answer_may_be_a_plain_text(tmp_path):
+    def single(rows):
+        rows[0]["perturbed_answer"] = "w3 w4"
+
+    task = tofu_task(TofuConfig(data=write_sets(tmp_path, change=("retain", single))))
+    assert task.sets["retain"][0].wrong == ("w3 w4",)
+
+
+@pytest.mark.parametrize("form", ["Question: ", "{question} {question}", "{0}", "{question", "{answer}"])
+def test_a_prompt_without_its_question_is_refused(form):
+    with pytest.raises(ConfigError, match="prompt is"):
+        resolve(EvaluationConfig, {"tofu": {"prompt": form}}, path="evaluation")

@@ -1,0 +1,227 @@
+"""TOFU (2401.06121) as a task: four sets of questions, what a model says to them, and the benchmark's numbers.
+
+An answer is scored as it was trained on, "Question: ...\\nAnswer: ..." unless the settings say otherwise, with the end
+token as its last one. What is written is greedy, and ends at an end token or after `max_new_tokens`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from trace_jax.config import fingerprint
+from trace_jax.data.sources import DataError, part, read_records
+from trace_jax.data.tokenizer import Vocabulary, encode_pairs, for_plain_text, start_and_end
+from trace_jax.evaluation import intervals, tofu
+from trace_jax.evaluation.config import TofuConfig
+from trace_jax.evaluation.likelihood import spread_indices
+from trace_jax.evaluation.measurement import Measurement, named
+from trace_jax.evaluation.memorization import exact_memorization, extraction_strength
+from trace_jax.evaluation.sequences import TokenScores, score_sequences
+from trace_jax.evaluation.task import SPLIT, TaskScores
+from trace_jax.models.generate_text import continue_tokens
+from trace_jax.models.model import Model
+
+SETS = ("forget", "retain", "real_authors", "world_facts")
+_PARAPHRASED = ("forget", "retain")  # sets whose truth ratio is about a paraphrase of the answer
+_UTILITY = SETS[1:]
+_WRONG_MEANS: tuple[tuple[tofu.WrongMean, str], ...] = (("geometric", ""), ("arithmetic", "_arithmetic"))
+_MEMORISED = {"extraction_strength": extraction_strength, "exact_memorization": exact_memorization}
+_NO_RETRAINED = (
+    "no forget quality: it compares with the truth ratios of a model that was trained without the forget set "
+    "(target.retrained, model.retrained, or evaluate --retrained)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question with its answer, the right answer of the truth ratio, and wrong answers (at least one)."""
+
+    question: str
+    answer: str
+    correct: str
+    wrong: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TofuTask:
+    """TOFU's four sets. Make one with `tofu_task`."""
+
+    config: TofuConfig
+    sets: Mapping[str, Sequence[Question]]
+    name: str = "tofu"
+    quick: bool = False  # it writes answers
+
+    @property
+    def identity(self) -> str:
+        """Hash of every question and answer and of the settings."""
+        return fingerprint(self.config, {name: [dataclasses.astuple(q) for q in s] for name, s in self.sets.items()})
+
+    def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
+        """Arrays by "SET/NAME", f64 over the N questions of a set: answer [N], correct [N], wrong [N, W] (mean
+        log-probabilities, NaN where a question has fewer than W wrong answers), rouge [N, 2] (`rouge_recalls`), and of
+        the forget set extraction_strength [N] and exact_memorization [N]."""
+        arrays, items = {}, {}
+        for name, questions in self.sets.items():
+            arrays |= {f"{name}/{key}": v for key, v in self._likelihoods(model, name, batch_size, mesh).items()}
+            written = self._written(model, questions, batch_size, mesh)
+            arrays[f"{name}/rouge"] = tofu.rouge_recalls(written, [q.answer for q in questions])
+            items[name] = _lines(questions, written, {k: v for k, v in arrays.items() if k.startswith(f"{name}/")})
+        return TaskScores(arrays, items)
+
+    def measure(
+        self,
+        scores: TaskScores,
+        *,
+        original: TaskScores | None,
+        retrained: TaskScores | None,
+        resamples: int,
+        seed: int,
+    ) -> list[Measurement]:
+        """Forget quality first (it needs the retrained model), model utility, then what they are made of."""
+        del original
+        resampling: dict[str, Any] = {"resamples": resamples, "seed": seed}
+        ratio = tofu.log_truth_ratio(scores.arrays["forget/correct"], scores.arrays["forget/wrong"])
+        found = [] if retrained is None else _forget_quality(ratio, retrained)
+        for wrong_mean, suffix in _WRONG_MEANS:
+            parts = {name: _utility_parts(scores, name, wrong_mean) for name in _UTILITY}
+            found.append(named(f"tofu_model_utility{suffix}", SPLIT, tofu.model_utility(parts, **resampling)))
+        note = _NO_RETRAINED if retrained is None else ""
+        means = [
+            (f"tofu_{name}", values, note if name == "forget_truth_ratio" else "") for name, values in _means(scores)
+        ]
+        return found + [
+            named(name, SPLIT, intervals.bootstrap_mean(values, **resampling), note) for name, values, note in means
+        ]
+
+    def _likelihoods(self, model: Model, name: str, batch_size: int, mesh: Mesh | None) -> dict[str, np.ndarray]:
+        questions, most = self.sets[name], max(len(q.wrong) for q in self.sets[name])
+        pairs = [(q, text) for q in questions for text in (q.answer, q.correct, *q.wrong)]
+        sequences, first = self._encoded(model, pairs)
+        scores = iter(score_sequences(model, sequences, first, batch_size=batch_size, mesh=mesh))
+        answers, correct, wrong = [], [], np.full((len(questions), most), np.nan)
+        for row, question in enumerate(questions):
+            answers.append(next(scores))
+            correct.append(next(scores))
+            wrong[row, : len(question.wrong)] = _log_probs([next(scores) for _ in question.wrong])
+        arrays = {"answer": _log_probs(answers), "correct": _log_probs(correct), "wrong": wrong}
+        if name == "forget":
+            arrays |= {key: function([s.greedy for s in answers]) for key, function in _MEMORISED.items()}
+        return arrays
+
+    def _encoded(self, model: Model, pairs: Sequence[tuple[Question, str]]) -> tuple[list[list[int]], list[int]]:
+        """Start, prompt, answer and end of each pair, and where the answer starts."""
+        start, end = start_and_end(model.special)
+        texts = [(self._prompt(q), self.config.answer.format(answer=answer)) for q, answer in pairs]
+        encoded = encode_pairs(_vocabulary(model), texts)
+        return [[start, *e.tokens.tolist(), end] for e in encoded], [1 + e.first_target for e in encoded]
+
+    def _written(self, model: Model, questions: Sequence[Question], batch_size: int, mesh: Mesh | None) -> list[str]:
+        """What the model says to each question, without white space around it."""
+        start, _ = start_and_end(model.special)
+        encoded = encode_pairs(_vocabulary(model), [(self._prompt(q), "") for q in questions])
+        prompts = [[start, *e.tokens.tolist()] for e in encoded]
+        written = continue_tokens(
+            model, prompts, max_new_tokens=self.config.max_new_tokens, batch_size=batch_size, mesh=mesh
+        )
+        return [one.text.strip() for one in written]
+
+    def _prompt(self, question: Question) -> str:
+        return self.config.prompt.format(question=question.question)
+
+
+def tofu_task(config: TofuConfig) -> TofuTask:
+    """Reads the four sets.
+
+    Raises:
+      DataError: a set isn't there, or a row lacks a column; the message names the row.
+    """
+    sets = {}
+    for name in SETS:
+        folder = f"{config.forget if name == 'forget' else name}_perturbed"
+        source = part(config.data, folder, "train")
+        rows = read_records(source)
+        kept = spread_indices(len(rows), config.max_questions or len(rows))
+        sets[name] = tuple(_question(rows[i], name, f"{source}:{i + 1}") for i in kept)
+    return TofuTask(config, sets)
+
+
+def _vocabulary(model: Model) -> Vocabulary:
+    return Vocabulary(for_plain_text(model.tokenizer), model.special, model.config.vocab_size)
+
+
+def _question(row: Mapping[str, Any], name: str, origin: str) -> Question:
+    column = "paraphrased_answer" if name in _PARAPHRASED else "answer"
+    for key in ("question", "answer", column):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise DataError(
+                f"{origin}: {key} is missing or no text; expected TOFU's columns, for {name} with {column}."
+            )
+    wrong = row.get("perturbed_answer")
+    wrong = [wrong] if isinstance(wrong, str) else wrong
+    if not isinstance(wrong, Sequence) or not wrong or not all(isinstance(one, str) and one.strip() for one in wrong):
+        raise DataError(f"{origin}: perturbed_answer is missing or no list of texts; expected the wrong answers.")
+    return Question(row["question"], row["answer"], row[column], tuple(wrong))
+
+
+def _log_probs(scores: Sequence[TokenScores]) -> np.ndarray:
+    return np.array([one.log_prob.mean(dtype=np.float64) for one in scores])
+
+
+def _forget_quality(ratio: np.ndarray, retrained: TaskScores) -> list[Measurement]:
+    theirs = tofu.log_truth_ratio(retrained.arrays["forget/correct"], retrained.arrays["forget/wrong"])
+    pvalue, statistic = tofu.forget_quality(ratio, theirs)
+    note = f"Kolmogorov-Smirnov test of {len(ratio)} truth ratios against the retrained model's; no interval"
+    both = (("tofu_forget_quality", pvalue, f"p-value, {note}"), ("tofu_forget_ks", statistic, f"statistic, {note}"))
+    return [Measurement(name, value, len(ratio), np.nan, np.nan, SPLIT, note) for name, value, note in both]
+
+
+def _probability(scores: TaskScores, name: str) -> np.ndarray:
+    if name in _PARAPHRASED:
+        return tofu.probability(scores.arrays[f"{name}/answer"])
+    return tofu.probability_among(scores.arrays[f"{name}/answer"], scores.arrays[f"{name}/wrong"])
+
+
+def _truth(scores: TaskScores, name: str, aggregator: tofu.Aggregator, wrong_mean: tofu.WrongMean) -> np.ndarray:
+    correct, wrong = (scores.arrays[f"{name}/{key}"] for key in ("correct", "wrong"))
+    return tofu.aggregated(tofu.log_truth_ratio(correct, wrong, wrong_mean=wrong_mean), aggregator)
+
+
+def _utility_parts(scores: TaskScores, name: str, wrong_mean: tofu.WrongMean) -> np.ndarray:
+    """f64 [N, 3]: probability, ROUGE-L recall and truth ratio of each question."""
+    truth = _truth(scores, name, "true_better", wrong_mean)
+    return np.stack([_probability(scores, name), scores.arrays[f"{name}/rouge"][:, 1], truth], axis=1)
+
+
+def _means(scores: TaskScores) -> list[tuple[str, np.ndarray]]:
+    """What is averaged over the questions of a set, by name."""
+    found = []
+    for name in SETS:
+        aggregator = "closer_to_1_better" if name == "forget" else "true_better"
+        found += [(f"{name}_probability", _probability(scores, name))]
+        found += [(f"{name}_rouge{kind}_recall", scores.arrays[f"{name}/rouge"][:, i]) for i, kind in enumerate("1L")]
+        found += [(f"{name}_truth_ratio", _truth(scores, name, aggregator, "geometric"))]
+        found += [(f"{name}_truth_ratio_arithmetic", _truth(scores, name, aggregator, "arithmetic"))]
+    found += [("forget_truth_ratio_prob_mean", _truth(scores, "forget", "prob_mean", "geometric"))]
+    return found + [(f"forget_{key}", scores.arrays[f"forget/{key}"]) for key in _MEMORISED]
+
+
+def _lines(
+    questions: Sequence[Question], written: Sequence[str], arrays: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """One line a question: what was asked and said, and its numbers."""
+    numbers = {key.partition("/")[2]: values for key, values in arrays.items()}
+    return [
+        {"question": q.question, "answer": q.answer, "written": text}
+        | {key: _plain(values[i]) for key, values in numbers.items()}
+        for i, (q, text) in enumerate(zip(questions, written, strict=True))
+    ]
+
+
+def _plain(value: np.ndarray) -> Any:
+    """Numbers as JSON has them; what is missing as None."""
+    return [None if np.isnan(x) else float(x) for x in value] if np.ndim(value) else float(value)
