@@ -68,6 +68,7 @@ def evaluate_checkpoints(
             mesh=mesh,
             seed=config.seed,
             special=loaded.special,
+            source=loaded.source,
             tasks=tasks,
         )
         store = ScoreStore(path / "scores" / name, fingerprint(model.identity(), "evaluate"))

@@ -255,6 +255,7 @@ def _evaluator_stage(
         mesh=mesh,
         seed=config.seed,
         special=target.special,
+        source=target.source,
         tasks=tasks,
         identity=fingerprint(corpora.fingerprint, *settings.of_probes()),
     )

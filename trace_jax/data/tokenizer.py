@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.pretrained import read_tokenizer, special_tokens
@@ -75,7 +75,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE; the same texts in the same order give the same vocabulary.
 
     Ids 0, 1, 2 are padding, BOS and EOS and the next 256 the bytes, so that every text can be encoded and decoded
-    without loss. The vocabulary is smaller than `vocab_size` where the texts hold too few different words.
+    without loss. The vocabulary is smaller than `vocab_size` where the texts hold too few different words. Whoever
+    lets the tokenizer add marks gets BOS before a text, as in training.
 
     Raises:
       ConfigError: `vocab_size` has no room for the bytes and the special tokens.
@@ -92,6 +93,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    start = SPECIAL_TOKENS[BOS]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, BOS)])
     return for_plain_text(tokenizer)
 
 

@@ -8,7 +8,8 @@ import string
 from trace_jax.config import ConfigError, Section, option
 
 _FULL = ("max_prompts", "max_members", "max_gradients", "audit_text")  # of probes scored at the beginning and the end
-_AFTERWARDS = (*_FULL, "levels", "muse", "tofu")
+# Quick tasks have an identity of their own, by which a run knows them.
+_AFTERWARDS = (*_FULL, "levels", "muse", "tofu", "multiple_choice")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,24 @@ def _check_form(name: str, form: str, field: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class MultipleChoiceConfig(Section):
+    """Four-option questions in lm-eval's words (`trace_jax.evaluation.multiple_choice`)."""
+
+    # By name ("wmdp_bio", "mmlu", "mmlu_virology", ...) where the questions are: `trace_jax.data.sources.read_records`.
+    sources: dict = dataclasses.field(default_factory=dict)
+    max_questions: int | None = option(
+        None, help="most questions of a source, spread evenly over it; None: all", minimum=1
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if wrong := [name for name, source in self.sources.items() if not isinstance(source, str)]:
+            raise ConfigError(
+                f"sources.{wrong[0]} is {self.sources[wrong[0]]!r}; expected a file or huggingface: name."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig(Section):
     """Sizes of the evaluation sets and the levels at which methods are compared."""
 
@@ -78,6 +97,7 @@ class EvaluationConfig(Section):
     )
     muse: MuseConfig | None = None
     tofu: TofuConfig | None = None
+    multiple_choice: MultipleChoiceConfig | None = None
 
     def along_the_way(self) -> EvaluationConfig:
         """The same without settings that change nothing of what is measured while unlearning."""

@@ -45,6 +45,7 @@ def score_sequences(
     sequences: Sequence[Sequence[int]],
     first: Sequence[int] | None = None,
     *,
+    alternatives: Sequence[Sequence[int]] | None = None,
     moments: bool = False,
     batch_size: int = 16,
     mesh: Mesh | None = None,
@@ -57,11 +58,13 @@ def score_sequences(
       sequences: token ids, N sequences of at least one token.
       first: index of the first token that is scored, at least 1 (the default). Where a sequence ends before it,
         nothing is scored.
+      alternatives: N lists of tokens that are scored in the place of a sequence's last one as well, after the others.
+        So the options of a question that are one token each take one pass.
       moments: whether `mean` and `variance` are wanted.
       batch_size, mesh: sequences per batch, and the devices that share it (None: the default device).
 
     Raises:
-      ValueError: an empty sequence, or a `first` below 1.
+      ValueError: an empty sequence, a `first` below 1, or alternatives to a last token that isn't scored.
       NonFiniteScore: the model gives NaN or infinite likelihoods.
     """
     starts = [1] * len(sequences) if first is None else [int(f) for f in first]
@@ -70,7 +73,10 @@ def score_sequences(
             "a sequence is scored from its second token or a later one; got an empty sequence, a first below 1, or "
             f"{len(starts)} firsts for {len(sequences)} sequences."
         )
-    counts = [max(0, len(s) - f) for s, f in zip(sequences, starts, strict=True)]
+    others = [()] * len(sequences) if alternatives is None else list(alternatives)
+    if any(len(o) and len(s) <= f for s, f, o in zip(sequences, starts, others, strict=True)):
+        raise ValueError("alternatives to the last token of a sequence are given, and that token isn't scored.")
+    counts = [max(0, len(s) - f) + len(o) for s, f, o in zip(sequences, starts, others, strict=True)]
     nothing = np.zeros(0, np.float32)
     empty = TokenScores(nothing, nothing.astype(bool), *((nothing, nothing) if moments else ()))
     results = [empty] * len(sequences)
@@ -82,7 +88,7 @@ def score_sequences(
     pending = []
     for begin in range(0, len(order), size):
         rows = order[begin : begin + size]
-        arrays = _batch([sequences[i] for i in rows], [starts[i] for i in rows], size)
+        arrays = _batch([sequences[i] for i in rows], [starts[i] for i in rows], [others[i] for i in rows], size)
         pending.append(
             (rows, function(params, *(arrays if mesh is None else place(arrays, mesh, PartitionSpec(ROWS)))))
         )
@@ -94,22 +100,25 @@ def score_sequences(
     return results
 
 
-def _batch(sequences: Sequence[Sequence[int]], starts: Sequence[int], size: int) -> tuple[np.ndarray, ...]:
+def _batch(
+    sequences: Sequence[Sequence[int]], starts: Sequence[int], others: Sequence[Sequence[int]], size: int
+) -> tuple[np.ndarray, ...]:
     """(tokens, mask [size, S]; positions that predict a scored token, and that token [size, M]), all i32.
 
     Padding is at the end; missing rows repeat the first.
     """
     width = padded_size(max(len(s) for s in sequences))
-    most = padded_size(max(len(s) - f for s, f in zip(sequences, starts, strict=True)), least=1)
+    most = padded_size(max(len(s) - f + len(o) for s, f, o in zip(sequences, starts, others, strict=True)))
     tokens, mask = np.zeros((size, width), np.int32), np.zeros((size, width), np.int32)
     positions, targets = np.zeros((size, most), np.int32), np.zeros((size, most), np.int32)
     for row in range(size):
         source = row if row < len(sequences) else 0
-        sequence, start = sequences[source], starts[source]
+        sequence, start, other = sequences[source], starts[source], others[source]
         tokens[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
         scored = len(sequence) - start
-        positions[row, :scored] = np.arange(start - 1, len(sequence) - 1)
-        targets[row, :scored] = sequence[start:]
+        end = scored + len(other)
+        positions[row, :scored], targets[row, :scored] = np.arange(start - 1, len(sequence) - 1), sequence[start:]
+        positions[row, scored:end], targets[row, scored:end] = len(sequence) - 2, other
     return tokens, mask, positions, targets
 
 

@@ -30,7 +30,7 @@ from trace_jax.evaluation.store import ScoreStore, flat_arrays, grouped_arrays
 from trace_jax.evaluation.task import Task, TaskScores
 from trace_jax.evaluation.verbatim import VerbatimScores, verbatim_scores
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.model import Model, SpecialTokens
+from trace_jax.models.model import Model, Source, SpecialTokens
 
 Key = tuple[str, str]  # (split, subject)
 KeyT = TypeVar("KeyT", bound=Hashable)
@@ -88,6 +88,7 @@ class Evaluator:
     mesh: Mesh | None
     seed: int
     special: SpecialTokens
+    source: Source | None
     tasks: tuple[Task, ...]
     identity: str
 
@@ -139,7 +140,7 @@ class Evaluator:
         return lambda: task.score(model, batch_size=self.config.batch_size, mesh=self.mesh)
 
     def _model(self, params: Any) -> Model:
-        return Model(self.model_config, params, self.tokenizer, self.special)
+        return Model(self.model_config, params, self.tokenizer, self.special, self.source)
 
     def _score_probes(self, params: Any, *, full: bool) -> Scores:
         start, batch = time.perf_counter(), self.config.batch_size
@@ -210,6 +211,7 @@ def make_evaluator(
     mesh: Mesh | None = None,
     seed: int = 0,
     special: SpecialTokens | None = None,
+    source: Source | None = None,
     tasks: Sequence[Task] = (),
     identity: str = "",
 ) -> Evaluator:
@@ -218,7 +220,8 @@ def make_evaluator(
     Args:
       config: sizes of the evaluation sets; larger sets are thinned evenly, the same way every time.
       probes: per split ("validation", "test"). Empty sets are left out.
-      tokenizer, special: read and write the text of tasks; the verbatim score needs the tokenizer too.
+      tokenizer, special, source: of the model, by which tasks read and write text; the verbatim score needs the
+        tokenizer too.
       benchmark: its scoreboard names the measurements.
       original: `Evaluator.score` of the model before unlearning; without it there is no utility and no probability
         ratio, only NLL.
@@ -241,7 +244,7 @@ def make_evaluator(
             members[split] = tuple(_thinned(side, config.max_members) for side in sides)
     return Evaluator(
         config, model_config, tokenizer, scoreboard(benchmark), questions, text, prompts, members,
-        original, retrained, mesh, seed, special or SpecialTokens(), tuple(tasks), identity,
+        original, retrained, mesh, seed, special or SpecialTokens(), source, tuple(tasks), identity,
     )  # fmt: skip
 
 

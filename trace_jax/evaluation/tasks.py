@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trace_jax.evaluation.config import EvaluationConfig
+from trace_jax.evaluation.multiple_choice import read_multiple_choice
 from trace_jax.evaluation.muse_task import muse_task
 from trace_jax.evaluation.task import Task
 from trace_jax.evaluation.tofu_task import tofu_task
@@ -19,4 +20,6 @@ def build_tasks(config: EvaluationConfig) -> tuple[Task, ...]:
         tasks.append(muse_task(config.muse))
     if config.tofu is not None:
         tasks.append(tofu_task(config.tofu))
+    if config.multiple_choice is not None and config.multiple_choice.sources:
+        tasks.append(read_multiple_choice(config.multiple_choice))
     return tuple(tasks)

@@ -1,0 +1,287 @@
+"""lm-eval on our models: the same numbers and texts as lm-eval's own class for transformers gives, item by item."""
+
+import json
+import shutil
+import types
+
+import numpy as np
+import pytest
+import tiny_checkpoints
+from tokenizers import processors
+
+from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.config import ConfigError
+from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.files import read_json
+
+lm_eval = pytest.importorskip("lm_eval")
+pytest.importorskip("accelerate")
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from trace_jax.evaluation.continuations import make_reader  # noqa: E402
+from trace_jax.evaluation.lm_eval import TraceLM, evaluate_tasks, read_decoding, table  # noqa: E402
+
+VOCABULARY = 320
+WORDS = "river stone apple cloud lamp tiger violin harbour window garden candle forest mirror ladder".split()
+# By name: family, marks of config.json, marks of the tokenizer, whether it puts BOS before a text.
+KINDS = {
+    "with_bos": ("mixtral", {}, {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}, True),
+    "without_bos": (
+        "olmoe",
+        {"eos_token_id": [2, 1], "pad_token_id": 0},
+        {"bos_token": None, "eos_token": "<eos>"},
+        False,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def checkpoint(request, tmp_path_factory):
+    """A tiny checkpoint as published ones are: with a tokenizer, and 64 tokens as the most that it reads."""
+    family, marks, tokens, bos = KINDS[request.param]
+    directory = tmp_path_factory.mktemp(request.param)
+    tiny_checkpoints.save(tiny_checkpoints.build(family, vocab_size=VOCABULARY, **marks), family, directory)
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 3, VOCABULARY)
+    if not bos:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint):
+    return TraceLM(load_pretrained(checkpoint), batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint):
+    return HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=3)
+
+
+def requests(*arguments):
+    return [types.SimpleNamespace(args=a, task_name="t") for a in arguments]
+
+
+def text(rng, count):
+    return " ".join(rng.choice(WORDS, count))
+
+
+CONTEXTS = ["river stone", "river stone ", "apple\n\n", "", "Answer:", "x" * 90, "<bos>river", "<eos>river"]
+CONTINUATIONS = [" A", " B", " C", " D", "A", " cloud lamp", " cloud tiger", "\n", " <eos>"]
+
+
+def test_log_likelihoods_and_greediness_are_those_of_hf(ours, theirs):
+    pairs = [(a, b) for a in CONTEXTS for b in CONTINUATIONS]
+    rng = np.random.default_rng(0)
+    pairs += [(text(rng, int(n)), " " + text(rng, int(m))) for n, m in rng.integers(1, 30, (12, 2))]
+    ll, greedy = zip(*ours.loglikelihood(requests(*pairs)), strict=True)
+    expected_ll, expected_greedy = zip(*theirs.loglikelihood(requests(*pairs), disable_tqdm=True), strict=True)
+    np.testing.assert_allclose(ll, expected_ll, atol=1e-4)
+    assert greedy == expected_greedy
+
+
+def test_letters_of_one_question_take_one_pass(ours, monkeypatch):
+    passed = []
+    import trace_jax.evaluation.continuations as module
+
+    def counted(model, sequences, *rest, **options):
+        passed.extend(sequences)
+        return score_sequences(model, sequences, *rest, **options)
+
+    score_sequences = module.score_sequences
+    monkeypatch.setattr(module, "score_sequences", counted)
+    four = ours.loglikelihood(requests(*(("river stone", f" {letter}") for letter in "ABCD")))
+    assert len(passed) == 1
+    one_by_one = [ours.loglikelihood(requests(("river stone", f" {letter}")))[0] for letter in "ABCD"]
+    np.testing.assert_allclose([ll for ll, _ in four], [ll for ll, _ in one_by_one], atol=1e-5)
+    assert len({ll for ll, _ in four}) == 4
+
+
+def test_rolling_log_likelihoods_are_those_of_hf(ours, theirs):
+    rng = np.random.default_rng(1)
+    texts = [(text(rng, n),) for n in (1, 5, 40, 90, 200)] + [("",), ("<bos>river",)]
+    expected = theirs.loglikelihood_rolling(requests(*texts), disable_tqdm=True)
+    np.testing.assert_allclose(ours.loglikelihood_rolling(requests(*texts)), expected, rtol=1e-5, atol=1e-4)
+
+
+GENERATION = [
+    {},
+    {"until": ["\n"], "max_gen_toks": 20},
+    {"until": " stone", "max_gen_toks": 24, "do_sample": False, "temperature": 0.0},
+    {"until": ["e", "<pad>"], "max_new_tokens": 12},
+    {"until": [], "max_gen_toks": 1},
+]
+
+
+def test_written_texts_are_those_of_hf(checkpoint, ours, theirs):
+    """One text at a time on their side: in a batch, they write on after a special token until all texts are done."""
+    rng = np.random.default_rng(2)
+    contexts = [text(rng, n) for n in (1, 3, 8, 30, 70)] + ["<bos>river"]
+    asked = [(context, dict(kind)) for context in contexts for kind in GENERATION[1:]]
+    lone = HFLM(pretrained=theirs.model, tokenizer=theirs.tokenizer, batch_size=1)
+    assert ours.generate_until(requests(*asked)) == lone.generate_until(requests(*asked), disable_tqdm=True)
+
+
+def test_what_no_task_may_ask_for_is_said():
+    assert read_decoding({}, max_new_tokens=256) == read_decoding(
+        {"do_sample": False, "temperature": 1}, max_new_tokens=256
+    )
+    assert read_decoding({"temperature": 0.5, "top_p": 0.9}, max_new_tokens=7).temperature == 0.5
+    with pytest.raises(ValueError, match="num_beams"):
+        read_decoding({"num_beams": 4}, max_new_tokens=1)
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        read_decoding({"repetition_penalty": 1.1}, max_new_tokens=1)
+
+
+def test_more_than_the_model_can_read_is_said(ours):
+    with pytest.raises(ConfigError, match=r"writes 256 tokens, and the model reads 64 at once"):
+        ours.generate_until(requests(("river", {})))
+    with pytest.raises(ValueError, match="at most max_length = 64 after"):
+        ours.loglikelihood(requests(("river", " x" * 100)))
+    with pytest.raises(ConfigError, match="chat templates aren't supported"):
+        ours.apply_chat_template([])
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        make_reader(ours._model.replace(tokenizer=None))
+
+
+TASKS = {
+    "quiz": """
+output_type: multiple_choice
+doc_to_text: "{{question.strip()}}\\nA. {{choices[0]}}\\nB. {{choices[1]}}\\nC. {{choices[2]}}\\nD. {{choices[3]}}\\nAnswer:"
+doc_to_choice: ["A", "B", "C", "D"]
+doc_to_target: answer
+fewshot_split: test
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+""",
+    "cloze": """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+""",
+    "prose": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list:
+  - metric: word_perplexity
+  - metric: bits_per_byte
+""",
+    "story": """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs:
+  until: ["e"]
+  max_gen_toks: 8
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Local task files on one data file of 24 questions, and a group of two of them."""
+    folder, rng = tmp_path_factory.mktemp("tasks"), np.random.default_rng(3)
+    with (folder / "questions.jsonl").open("w") as file:
+        for number in range(24):
+            choices = [text(rng, int(n)) for n in rng.integers(1, 4, 4)]
+            file.write(json.dumps({"question": text(rng, 6), "choices": choices, "answer": number % 4}) + "\n")
+    for name, settings in TASKS.items():
+        data = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'questions.jsonl'}\n"
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{data}test_split: test\n{settings}")
+    group = "group: both\ntask: [quiz, cloze]\naggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n"
+    (folder / "both.yaml").write_text(group)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _data_cache(tmp_path_factory, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def evaluated(model, folder, tasks, **options):
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    return lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=10, **options)
+
+
+def test_every_task_gives_what_it_gives_with_hf(ours, theirs, folder):
+    mine, other = (evaluated(model, folder, list(TASKS)) for model in (ours, theirs))
+    for name in TASKS:
+        for one, two in zip(mine["samples"][name], other["samples"][name], strict=True):
+            assert one["arguments"] == two["arguments"]
+            if name == "story":
+                assert one["resps"] == two["resps"]
+            else:
+                np.testing.assert_allclose(
+                    np.ravel(one["filtered_resps"])[..., None].astype(float),
+                    np.ravel(two["filtered_resps"])[..., None].astype(float),
+                    rtol=1e-5,
+                    atol=1e-4,
+                )
+        for metric, value in other["results"][name].items():
+            if isinstance(value, float):
+                assert mine["results"][name][metric] == pytest.approx(value, rel=1e-5), metric
+
+
+def test_finished_tasks_are_kept_until_something_changes(ours, folder, tmp_path, monkeypatch):
+    counts, simple_evaluate = [], lm_eval.simple_evaluate
+
+    def counted(**options):
+        counts.append(options["tasks"])
+        return simple_evaluate(**options)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", counted)
+    copy = tmp_path / "tasks"
+    shutil.copytree(folder, copy)
+    output = tmp_path / "results.json"
+    options = {"identity": "a", "output": output, "include_path": copy, "bootstrap": 10}
+    model = ours._model
+    first = evaluate_tasks(model, ["both"], **options)
+    assert list(first) == ["both"] and counts == [["both"]]
+    assert evaluate_tasks(model, ["both", "prose"], **options)["both"] == first["both"] == read_json(output)["both"]
+    assert counts == [["both"], ["prose"]]
+    evaluate_tasks(model, ["both"], **{**options, "identity": "b"})
+    evaluate_tasks(model, ["both"], limit=4, **{**options, "identity": "b"})
+    (copy / "quiz.yaml").write_text((copy / "quiz.yaml").read_text() + "\n")
+    evaluate_tasks(model, ["prose"], **options)
+    assert counts[2:] == [["both"], ["both"], ["prose"]]
+    kept = read_json(output)
+    assert kept["both"]["n-samples"]["quiz"] == {"original": 24, "effective": 4}
+    text = table(first)
+    assert "|both" in text and "acc_norm" in text and "Stderr" in text and "n: quiz 24, cloze 24" in text
+    assert "river" not in output.read_text() + text, "no question is written"
+
+
+def test_an_interruption_costs_one_task(ours, folder, tmp_path, monkeypatch):
+    simple_evaluate = lm_eval.simple_evaluate
+
+    def interrupted(**options):
+        if options["tasks"] == ["prose"]:
+            raise KeyboardInterrupt
+        return simple_evaluate(**options)
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", interrupted)
+    output = tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_tasks(ours._model, ["quiz", "prose"], identity="a", output=output, include_path=folder)
+    assert list(read_json(output)) == ["quiz"]
+
+
+def test_an_unknown_task_is_answered_with_near_ones(ours, folder):
+    with pytest.raises(ConfigError, match=r"no task 'wmdb_bio'\. Did you mean wmdp_bio.*include-path"):
+        evaluate_tasks(ours._model, ["wmdb_bio"], identity="a", include_path=folder)

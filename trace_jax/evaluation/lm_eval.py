@@ -1,0 +1,313 @@
+"""lm-eval on models of this package: any task of lm-eval, or a local task file.
+
+`TraceLM` is an lm-eval `LM`: `lm_eval.simple_evaluate(model=TraceLM(model), tasks=[...])`. `evaluate_tasks` runs tasks
+one after another and keeps what is finished.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import difflib
+import hashlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from trace_jax.config import ConfigError, fingerprint
+from trace_jax.evaluation.continuations import make_reader, score_texts, score_tokens
+from trace_jax.files import read_json, write_json
+from trace_jax.models.generate import generate
+from trace_jax.models.model import Model
+from trace_jax.progress import progress, say
+
+try:
+    import lm_eval
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+except ImportError as error:
+    raise ConfigError(f"lm-eval is needed for this ({error}): pip install 'trace-jax[eval]'.") from error
+
+MAX_NEW_TOKENS = 256  # where a task sets no limit, as in lm-eval's class for transformers
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How a task wants text written (`generation_kwargs` of its file)."""
+
+    stop: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def read_decoding(settings: Mapping[str, Any], *, max_new_tokens: int) -> Decoding:
+    """Settings by lm-eval's rules: greedy unless `do_sample`, or a temperature and no `do_sample`.
+
+    Raises:
+      ValueError: a setting that isn't implemented, such as several beams.
+    """
+    given = dict(settings)
+    until = given.pop("until", None) or []
+    limits = [value for name in _LIMITS if (value := given.pop(name, None)) is not None]
+    temperature = float(given.pop("temperature", None) or 0.0)
+    sampled = given.pop("do_sample", None)
+    top_k, top_p = given.pop("top_k", None) or 0, given.pop("top_p", None)
+    if given.pop("num_beams", 1) != 1 or given:
+        named = ", ".join(given) or "num_beams"
+        raise ValueError(f"a task asks for text written with {named}; this model writes greedily, or by temperature, "
+                         "top_k and top_p.")  # fmt: skip
+    return Decoding(
+        stop=(until,) if isinstance(until, str) else tuple(until),
+        max_new_tokens=int(limits[0]) if limits else max_new_tokens,
+        temperature=0.0 if sampled is False else temperature,
+        top_k=int(top_k),
+        top_p=1.0 if top_p is None else float(top_p),
+    )
+
+
+class TraceLM(LM):
+    """A model as lm-eval sees it: texts in, log-likelihoods and texts out.
+
+    It reads, scores and writes as lm-eval's own class for transformers (`hf`) does with the same checkpoint, but for
+    these: there are no chat templates, text is drawn with other random numbers, and greedy decoding knows no
+    repetition penalty, which a generation_config.json may ask for.
+
+    Args:
+      model: with its tokenizer.
+      batch_size, mesh: texts per batch, and the devices that share it.
+      max_length: most tokens read at once; longer texts are cut from the left (default: `make_reader`).
+      max_new_tokens: written for a task that sets no limit.
+      seed: of drawn text.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        batch_size: int = 16,
+        mesh: Mesh | None = None,
+        max_length: int | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self._model, self._mesh, self._seed = model, mesh, seed
+        self._reader = make_reader(model, max_length=max_length)
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that are read at once."""
+        return self._reader.max_length
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether it is greedy) of each request's continuation after its context."""
+        texts = [request.args for request in requests]
+        scored = score_texts(self._model, self._reader, texts, batch_size=self.batch_size, mesh=self._mesh)
+        results = [(found.log_likelihood, found.greedy) for found in scored]
+        for text, result in zip(texts, results, strict=True):
+            self.cache_hook.add_partial("loglikelihood", text, result)
+        return results
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each request's text, in windows of `max_length` tokens that share one token."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            ids = self._reader.encode(request.args[0])
+            several = get_rolling_token_windows(ids, self._reader.prefix, self.max_length, 1)
+            own = [make_disjoint_window(window) for window in several]
+            windows += own
+            owners += [number] * len(own)
+        scored = score_tokens(
+            self._model, windows, max_length=self.max_length, batch_size=self.batch_size, mesh=self._mesh
+        )
+        totals = np.zeros(len(requests))
+        np.add.at(totals, owners, [found.log_likelihood for found in scored])
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, float(total))
+        return totals.tolist()
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each request's context, up to the first of the request's stop strings."""
+        groups: dict[Decoding, list[int]] = {}
+        for number, request in enumerate(requests):
+            decoding = read_decoding(request.args[1], max_new_tokens=self.max_new_tokens)
+            groups.setdefault(decoding, []).append(number)
+        results: dict[int, str] = {}
+        with progress("writing", len(requests), unit="text") as advance:
+            for decoding, numbers in groups.items():
+                prompts = {number: self._prompt(requests[number].args[0], decoding) for number in numbers}
+                order = sorted(numbers, key=lambda number: len(prompts[number]), reverse=True)
+                for start in range(0, len(order), self.batch_size):
+                    rows = order[start : start + self.batch_size]
+                    results |= self._write({row: prompts[row] for row in rows}, decoding)
+                    advance(len(results), "")
+        for number, request in enumerate(requests):
+            self.cache_hook.add_partial("generate_until", request.args, results[number])
+        return [results[number] for number in range(len(requests))]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        raise ConfigError("chat templates aren't supported: leave apply_chat_template away.")
+
+    @property
+    def tokenizer_name(self) -> str:
+        raise ConfigError("chat templates aren't supported: leave apply_chat_template away.")
+
+    def _prompt(self, context: str, decoding: Decoding) -> list[int]:
+        """Ids of a context, cut from the left so that what is written still fits."""
+        room = self.max_length - decoding.max_new_tokens
+        if room < 1:
+            raise ConfigError(
+                f"a task writes {decoding.max_new_tokens} tokens, and the model reads {self.max_length} at "
+                "once; give a larger max_length."
+            )
+        return self._reader.encode(context)[-room:] or [self._reader.prefix]
+
+    def _write(self, prompts: Mapping[int, list[int]], decoding: Decoding) -> dict[int, str]:
+        """What follows each prompt, by the number of its request."""
+        lengths = [len(ids) for ids in prompts.values()]
+        padded = np.zeros((len(prompts), max(lengths)), np.int32)
+        for row, ids in enumerate(prompts.values()):
+            padded[row, : len(ids)] = ids
+        ends = tuple(dict.fromkeys((*self._model.special.eos, self._reader.end)))
+
+        def watch(tokens: np.ndarray, done: np.ndarray) -> np.ndarray:
+            return np.array([bool(d) or self._stops(t, decoding) for t, d in zip(tokens, done, strict=True)])
+
+        tokens = generate(
+            self._model.params,
+            self._model.config,
+            padded,
+            lengths=np.array(lengths),
+            max_new_tokens=decoding.max_new_tokens,
+            eos_ids=ends,
+            temperature=decoding.temperature,
+            top_k=decoding.top_k,
+            top_p=decoding.top_p,
+            seed=self._seed,
+            rows=list(prompts),
+            watch=watch,
+            mesh=self._mesh,
+        )
+        return {number: self._text(row, ends, decoding) for number, row in zip(prompts, tokens, strict=True)}
+
+    def _stops(self, tokens: np.ndarray, decoding: Decoding) -> bool:
+        """Whether a stop string was written; it may be a special token's text."""
+        text = self._reader.tokenizer.decode(tokens.tolist(), skip_special_tokens=False) if decoding.stop else ""
+        return any(stop and stop in text for stop in decoding.stop)
+
+    def _text(self, tokens: np.ndarray, ends: tuple[int, ...], decoding: Decoding) -> str:
+        """What was written, without special tokens, up to an end token or the first stop string."""
+        found = np.flatnonzero(np.isin(tokens, ends))
+        tokens = tokens[: found[0]] if len(found) else tokens
+        if self._stops(tokens, decoding):
+            last = bisect.bisect_left(range(len(tokens)), True, key=lambda n: self._stops(tokens[:n], decoding))
+            tokens = tokens[:last]
+        text = self._reader.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+        return text[: min([len(text), *(text.find(stop) for stop in decoding.stop if stop and stop in text)])]
+
+
+def evaluate_tasks(
+    model: Model,
+    tasks: Sequence[str],
+    *,
+    identity: str,
+    output: str | os.PathLike | None = None,
+    include_path: str | os.PathLike | None = None,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    bootstrap: int = 100_000,
+    mesh: Mesh | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Runs lm-eval's tasks, one after another, by `lm_eval.simple_evaluate` with its own seeds.
+
+    Args:
+      tasks: names of tasks, groups or tags.
+      identity: hash of the model.
+      output: a JSON file; each task is written there when it is finished, and is not run again as long as model,
+        settings and the files of `include_path` stay the same. None: nothing is kept.
+      include_path: a directory of local task files.
+      num_fewshot: examples in the prompt (default: the task's own number).
+      limit: questions of each task, or a share of them if below 1 (default: all); for a first look.
+      bootstrap: resamples of standard errors that have no formula.
+
+    Returns:
+      By task: "results" and "groups" as lm-eval gives them, and what else its table needs. Texts are not in it.
+
+    Raises:
+      ConfigError: a task that lm-eval doesn't know.
+    """
+    known = TaskManager(include_path=None if include_path is None else os.fspath(include_path))
+    names = set(known.all_tasks)
+    if unknown := [task for task in tasks if task not in names]:
+        close = difflib.get_close_matches(unknown[0], names, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(
+            f"lm-eval has no task {unknown[0]!r}.{hint} All of them: lm_eval ls tasks; your own: --include-path DIR."
+        )
+    kept = {} if output is None else (read_json(output) or {})
+    harness = TraceLM(model, batch_size=batch_size, mesh=mesh, max_length=max_length)
+    found = {}
+    for task in tasks:
+        made_by = fingerprint(
+            identity, task, num_fewshot, limit, harness.max_length, lm_eval.__version__, _content(include_path)
+        )
+        if kept.get(task, {}).get("identity") != made_by:
+            say(f"lm-eval: {task}")
+            start = time.perf_counter()
+            evaluate: Any = lm_eval.simple_evaluate
+            result = evaluate(
+                model=harness,
+                tasks=[task],
+                num_fewshot=num_fewshot,
+                limit=limit,
+                bootstrap_iters=bootstrap,
+                log_samples=False,
+                task_manager=known,
+                torch_random_seed=None,  # nothing here is drawn by torch
+            )
+            assert result is not None  # it is where this is process 0, and there is no other
+            kept[task] = {"identity": made_by, "lm_eval": lm_eval.__version__, "seconds": time.perf_counter() - start}
+            kept[task] |= {key: result[key] for key in _KEPT if key in result}
+            if output is not None:
+                write_json(output, kept)
+        found[task] = kept[task]
+    return found
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """lm-eval's own tables of what `evaluate_tasks` returns, and how many items each task has."""
+    lines = []
+    for result in results.values():
+        lines.append(make_table(result))
+        if result.get("groups"):
+            lines.append(make_table(result, "groups"))
+        counts = result["n-samples"]
+        lines.append("n: " + ", ".join(f"{name} {count['effective']:,}" for name, count in counts.items()) + "\n")
+    return "\n".join(lines)
+
+
+_KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
+
+
+def _content(include_path: str | os.PathLike | None) -> str:
+    """Hash of the task files in a directory, which may change under the same name."""
+    digest = hashlib.sha256()
+    if include_path is not None:
+        for file in sorted(path for path in Path(include_path).rglob("*") if path.suffix in _TASK_FILES):
+            digest.update(str(file.relative_to(include_path)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+_TASK_FILES = (".yaml", ".jsonl", ".py")
