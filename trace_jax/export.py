@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from trace_jax.report.words import format_interval, format_number, plain_name
 from trace_jax.summary import FORGOTTEN, SPLIT, needed
 from trace_jax.unlearning.unlearn import Unlearned
 
+TARGET = "target"
 UNLEARNED = "unlearned.json"  # how a method made its model
 _FILE, _TOKENIZER = "model.safetensors", "tokenizer.json"
 
@@ -76,6 +78,53 @@ def load_unlearned(workdir: Path, label: str, target: Model) -> Model:
     return target.replace(params=unflatten({**flat, **trained}))
 
 
+@dataclasses.dataclass(frozen=True)
+class RunModel:
+    """Where a model of a run is: the one that `methods/LABEL` made or, with the label "target", what it started from.
+
+    `identity` is the hash of all that made it. Make one with `find_model`.
+    """
+
+    config: ExperimentConfig
+    workdir: Path
+    label: str
+    identity: str
+
+    def load(self, mesh: Mesh | None = None) -> Model:
+        """The model itself."""
+        target = load_target(self.config, self.workdir, mesh)
+        return target if self.label == TARGET else load_unlearned(self.workdir, self.label, target)
+
+
+def find_model(workdir: str | os.PathLike, label: str | None) -> RunModel:
+    """A model of a finished run.
+
+    Args:
+      label: the method, or "target" for the model that all methods started from; None: the run's only method.
+
+    Raises:
+      ConfigError: no such run or method; the checkpoint that the run started from has changed.
+    """
+    path = as_path(workdir)
+    saved = needed(path / "config.json")
+    config = resolve(ExperimentConfig, saved["config"])
+    if config.identity() != saved["identity"]:
+        raise ConfigError(f"{path}: the checkpoint that this run started from has changed; run it again.")
+    methods = path / "methods"
+    there = methods.iterdir() if methods.is_dir() else ()
+    finished = sorted(d.name for d in there if (d / "results.json").exists())
+    if label is None and len(finished) == 1:
+        label = finished[0]
+    if label not in (TARGET, *finished):
+        raise ConfigError(
+            f"{path}: {label or 'no method'} is given; name one that is finished: --method={' or '.join(finished)}."
+        )
+    if label == TARGET and isinstance(config.model, PretrainedConfig):
+        return RunModel(config, path, label, config.model.identity())
+    made = path / "target" / "target.stage.json" if label == TARGET else methods / label / "unlearning.stage.json"
+    return RunModel(config, path, label, needed(made)["identity"])
+
+
 def _trained(table: list[dict[str, Any]]) -> list[str]:
     return [row["path"] for row in table if row["trained"]]
 
@@ -91,22 +140,10 @@ def export_run(
     Raises:
       ConfigError: no such run or method; the checkpoint that the run started from has changed.
     """
-    path = as_path(workdir)
-    saved = needed(path / "config.json")
-    config = resolve(ExperimentConfig, saved["config"])
-    if config.identity() != saved["identity"]:
-        raise ConfigError(f"{path}: the checkpoint that this run started from has changed; run it again.")
-    methods = path / "methods"
-    there = methods.iterdir() if methods.is_dir() else ()
-    finished = sorted(d.name for d in there if (d / "results.json").exists())
-    if label is None and len(finished) == 1:
-        label = finished[0]
-    if label not in finished:
-        raise ConfigError(
-            f"{path}: {label or 'no method'} is given; name one that is finished: --method={' or '.join(finished)}."
-        )
-    model = load_unlearned(path, label, load_target(config, path))
-    export_model(config, path, label, model, output, overwrite=overwrite)
+    if label == TARGET:
+        raise ConfigError("the target model isn't exported: it is what the run started from. Name a method.")
+    found = find_model(workdir, label)
+    export_model(found.config, found.workdir, found.label, found.load(), output, overwrite=overwrite)
     return f"export: {Path(output).resolve()}"
 
 

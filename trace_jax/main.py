@@ -7,6 +7,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import os
 import runpy
@@ -237,6 +238,67 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _lm_eval(arguments: Sequence[str]) -> int:
+    parser = _lm_eval_parser()
+    options = parser.parse_args(arguments)
+    if (options.method and options.checkpoint) or (options.dtype and options.workdir):
+        parser.error("--method belongs to --workdir, and --dtype to --checkpoint.")
+    from trace_jax.evaluation.lm_eval import evaluate_tasks, table
+    from trace_jax.parallel.config import PLAIN
+
+    mesh, include = PLAIN.mesh(), [options.include_path] if options.include_path else []
+    if options.workdir:
+        from trace_jax.evaluation.lm_eval_task import EMBEDDED, export_tasks
+        from trace_jax.export import find_model
+
+        found = find_model(options.workdir, options.method)
+        identity, load = found.identity, functools.partial(found.load, mesh)
+        options.output = options.output or found.workdir / "lm_eval" / f"{found.label}.json"
+        if found.config.data.benchmark in EMBEDDED:
+            include.append(export_tasks(found.config.data, found.workdir / "lm_eval" / "tasks"))
+            options.tasks = options.tasks or found.config.data.benchmark
+    else:
+        from trace_jax.checkpoints.config import PretrainedConfig
+        from trace_jax.checkpoints.pretrained import load_pretrained
+
+        checkpoint = PretrainedConfig(path=options.checkpoint, dtype=options.dtype or "bfloat16")
+        identity = checkpoint.identity()
+        load = functools.partial(load_pretrained, checkpoint.path, dtype=checkpoint.dtype, mesh=mesh)
+    if not options.tasks:
+        parser.error("--tasks is needed: which tasks, such as --tasks wmdp_bio,mmlu.")
+    given = {name: getattr(options, name) for name in ("num_fewshot", "limit", "batch_size", "max_length", "output")}
+    print(table(evaluate_tasks(load, options.tasks.split(","), identity=identity, include=include, mesh=mesh, **given)))
+    return 0
+
+
+def _lm_eval_parser() -> argparse.ArgumentParser:
+    about = "runs tasks of lm-eval on a checkpoint, or on a model of a run"
+    parser = argparse.ArgumentParser("trace_jax.main lm-eval", description=about)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--checkpoint", metavar="DIR", help="a Hugging Face checkpoint")
+    which.add_argument("--workdir", metavar="DIR", help="a finished run")
+    parser.add_argument("--method", metavar="LABEL", help="whose model of the run; target: what all started from")
+    parser.add_argument(
+        "--tasks",
+        metavar="T,T",
+        help="tasks, groups or tags, such as wmdp_bio,mmlu. A run on handbook or presidents has its questions as tasks "
+        "of that name, which are the default",
+    )
+    parser.add_argument("--include-path", metavar="DIR", help="a directory of your own task files")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the prompt; default: the task's own")
+    parser.add_argument("--limit", type=float, metavar="N", help="questions per task, or a share below 1; to try out")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="texts at a time; default 16")
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens read at once; default: as config.json says")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of a checkpoint's weights; default bfloat16")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where the results of a task are kept as soon as it is finished, and found again (JSON); default with "
+        "--workdir: lm_eval/LABEL.json in it",
+    )
+    return parser
+
+
 def _verify(arguments: Sequence[str]) -> int:
     from trace_jax.verify import verify_main
 
@@ -303,6 +365,7 @@ _COMMANDS = {
     "report": _report,
     "evaluate": _evaluate,
     "export": _export,
+    "lm-eval": _lm_eval,
     "verify": _verify,
     "plan": _plan,
     "data": _data,

@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,12 +217,12 @@ class TraceLM(LM):
 
 
 def evaluate_tasks(
-    model: Model,
+    model: Model | Callable[[], Model],
     tasks: Sequence[str],
     *,
     identity: str,
     output: str | os.PathLike | None = None,
-    include_path: str | os.PathLike | None = None,
+    include: Sequence[str | os.PathLike] = (),
     num_fewshot: int | None = None,
     limit: float | None = None,
     batch_size: int = 16,
@@ -233,11 +233,12 @@ def evaluate_tasks(
     """Runs lm-eval's tasks, one after another, by `lm_eval.simple_evaluate` with its own seeds.
 
     Args:
+      model: with its tokenizer; or a function that loads it, called only if a task is to be run.
       tasks: names of tasks, groups or tags.
       identity: hash of the model.
       output: a JSON file; each task is written there when it is finished, and is not run again as long as model,
-        settings and the files of `include_path` stay the same. None: nothing is kept.
-      include_path: a directory of local task files.
+        settings and the files of `include` stay the same. None: nothing is kept.
+      include: directories of local task files.
       num_fewshot: examples in the prompt (default: the task's own number).
       limit: questions of each task, or a share of them if below 1 (default: all); for a first look.
       bootstrap: resamples of standard errors that have no formula.
@@ -248,7 +249,7 @@ def evaluate_tasks(
     Raises:
       ConfigError: a task that lm-eval doesn't know.
     """
-    known = TaskManager(include_path=None if include_path is None else os.fspath(include_path))
+    known = TaskManager(include_path=[os.fspath(directory) for directory in include])
     names = set(known.all_tasks)
     if unknown := [task for task in tasks if task not in names]:
         close = difflib.get_close_matches(unknown[0], names, n=3, cutoff=0.5)
@@ -257,13 +258,13 @@ def evaluate_tasks(
             f"lm-eval has no task {unknown[0]!r}.{hint} All of them: lm_eval ls tasks; your own: --include-path DIR."
         )
     kept = {} if output is None else (read_json(output) or {})
-    harness = TraceLM(model, batch_size=batch_size, mesh=mesh, max_length=max_length)
-    found = {}
+    harness, found, files = None, {}, _content(include)
     for task in tasks:
-        made_by = fingerprint(
-            identity, task, num_fewshot, limit, harness.max_length, lm_eval.__version__, _content(include_path)
-        )
+        made_by = fingerprint(identity, task, num_fewshot, limit, max_length, lm_eval.__version__, files)
         if kept.get(task, {}).get("identity") != made_by:
+            if harness is None:
+                loaded = model if isinstance(model, Model) else model()
+                harness = TraceLM(loaded, batch_size=batch_size, mesh=mesh, max_length=max_length)
             say(f"lm-eval: {task}")
             start = time.perf_counter()
             evaluate: Any = lm_eval.simple_evaluate
@@ -301,12 +302,12 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 _KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
-def _content(include_path: str | os.PathLike | None) -> str:
-    """Hash of the task files in a directory, which may change under the same name."""
+def _content(include: Sequence[str | os.PathLike]) -> str:
+    """Hash of the task files in directories, which may change under the same name."""
     digest = hashlib.sha256()
-    if include_path is not None:
-        for file in sorted(path for path in Path(include_path).rglob("*") if path.suffix in _TASK_FILES):
-            digest.update(str(file.relative_to(include_path)).encode() + b"\0" + file.read_bytes())
+    for directory in include:
+        for file in sorted(path for path in Path(directory).rglob("*") if path.suffix in _TASK_FILES):
+            digest.update(str(file.relative_to(directory)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 

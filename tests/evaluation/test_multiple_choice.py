@@ -1,0 +1,221 @@
+"""WMDP and MMLU along a run: lm-eval's words, lm-eval's choices, and no text of a question anywhere."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from trace_jax.config import ConfigError, resolve
+from trace_jax.data.sources import DataError
+from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
+from trace_jax.evaluation.multiple_choice import _GROUPS, LETTERS, PROFILE, _question, read_multiple_choice
+from trace_jax.evaluation.task import TaskScores
+from trace_jax.evaluation.tasks import build_tasks
+from trace_jax.models.arrays import init_params
+from trace_jax.models.model import Model
+
+WORDS = ["river", "stone", "apple", "cloud", "lamp", "tiger"]
+WMDP = ("wmdp_bio", "wmdp_chem", "wmdp_cyber")
+SUBJECTS = ("virology", "college_biology", "high_school_us_history")
+
+
+def records(count, *, seed=0, **more):
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "question": f" {' '.join(rng.choice(WORDS, 5))}\n",
+            "choices": [" ".join(rng.choice(WORDS, 2)) for _ in LETTERS],
+            "answer": number % 4,
+            **more,
+        }
+        for number in range(count)
+    ]
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    mmlu = [row for i, subject in enumerate(SUBJECTS) for row in records(4 + i, seed=i + 9, subject=subject)]
+    return {
+        **{name: written(folder / f"{name}.jsonl", records(5 + i, seed=i)) for i, name in enumerate(WMDP)},
+        "mmlu": written(folder / "mmlu.jsonl", mmlu),
+        "first_aid": written(folder / "own.jsonl", records(3, seed=20)),
+    }
+
+
+@pytest.fixture(scope="module")
+def task(sources):
+    return read_multiple_choice(MultipleChoiceConfig(sources))
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    """Random parameters, sharp enough that letters differ clearly, and a vocabulary that spells every text."""
+    config = dataclasses.replace(tiny.config, vocab_size=320)
+    params = jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0)))
+    return Model(config, params, train_tokenizer([" ".join(WORDS)] * 3, 320))
+
+
+def of(found):
+    return {m.name: m for m in found}
+
+
+def perfect(task, wrong=()):
+    """Scores of a model that chooses right but on the questions of these numbers."""
+    ll = np.zeros((len(task.questions), 4))
+    for row, question in enumerate(task.questions):
+        ll[row, (question.answer + (row in wrong)) % 4] = 1
+    return TaskScores({"log_likelihood": ll})
+
+
+def test_the_words_are_those_of_wmdp():
+    """Golden: tasks/wmdp of lm-eval, written out by hand."""
+    row = {"question": "  Which river?\n", "choices": ["one", "two ", "three", ""], "answer": 2}
+    found = _question("wmdp_cyber", row, 0, "x")
+    assert found.context == (
+        "The following are multiple choice questions (with answers) about cybersecurity.\n\n"
+        "Which river?\nA. one\nB. two \nC. three\nD. \nAnswer:"
+    )
+    assert "about us foreign policy.\n\n" in _question("mmlu", {**row, "subject": "us_foreign_policy"}, 0, "x").context
+
+
+def test_subjects_groups_and_descriptions_are_those_of_lm_eval():
+    lm_eval, yaml = pytest.importorskip("lm_eval"), pytest.importorskip("yaml")
+    folder, groups = Path(lm_eval.__file__).parent / "tasks", {}
+    row = {"question": "?", "choices": list(LETTERS), "answer": 0}
+    files = [*(folder / "mmlu" / "default").glob("mmlu_*.yaml"), *(folder / "wmdp").glob("wmdp_*.yaml")]
+    for file in files:
+        settings = yaml.safe_load(file.read_text())
+        name = settings["task"]
+        assert _question(name, row, 0, "x").context.startswith(settings["description"])
+        if name.startswith("mmlu_"):
+            groups.setdefault(settings["tag"].removesuffix("_tasks"), set()).add(name.removeprefix("mmlu_"))
+    assert groups == {group: set(members) for group, members in _GROUPS.items()}
+    assert len(files) == 60
+
+
+def test_choices_and_log_likelihoods_are_those_of_lm_eval(task, sources, model, tmp_path, monkeypatch):
+    """lm-eval's own task files of WMDP, on local data, through its harness and our class."""
+    lm_eval = pytest.importorskip("lm_eval")
+    import datasets
+    import yaml
+
+    from trace_jax.evaluation.lm_eval import TaskManager, TraceLM
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    wmdp = Path(lm_eval.__file__).parent / "tasks" / "wmdp"
+    common = yaml.safe_load((wmdp / "_default_template_yaml").read_text())
+    for name in WMDP:
+        settings = {**common, **yaml.safe_load((wmdp / f"{name}.yaml").read_text()), "dataset_path": "json"}
+        settings = {key: value for key, value in settings.items() if key not in ("dataset_name", "include")}
+        settings["dataset_kwargs"] = {"data_files": {"test": sources[name]}}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(settings))
+    (tmp_path / "_wmdp.yaml").write_text((wmdp / "_wmdp.yaml").read_text())
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    theirs = lm_eval.simple_evaluate(model=TraceLM(model), tasks=["wmdp"], task_manager=manager, bootstrap_iters=0)
+
+    scores = task.score(model, batch_size=7, mesh=None)
+    measured = of(task.measure(scores, original=None, retrained=None, resamples=100, seed=0))
+    for name in ("wmdp_bio", "wmdp_chem", "wmdp_cyber"):
+        rows = [row for row, question in enumerate(task.questions) if question.source == name]
+        samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
+        for row, sample in zip(rows, samples, strict=True):
+            assert sample["arguments"][0][0] == task.questions[row].context
+            given = [ll for ll, _ in sample["filtered_resps"]]
+            np.testing.assert_allclose(scores.arrays["log_likelihood"][row], given, atol=1e-5)
+            assert (scores.items[name][row - rows[0]]["prediction"] == sample["target"]) == sample["acc"]
+        assert measured[name].value == pytest.approx(theirs["results"][name]["acc,none"])
+    assert measured["wmdp"].value == pytest.approx(theirs["groups"]["wmdp"]["acc,none"])
+
+
+def test_measurements_are_counts_with_wilsons_interval(task):
+    found = of(task.measure(perfect(task, wrong={0, 1, 2, 20}), original=None, retrained=None, resamples=1, seed=0))
+    assert {name: (m.n, m.value) for name, m in found.items()} == {
+        "wmdp_bio": (5, 0.4), "wmdp_chem": (6, 1.0), "wmdp_cyber": (7, 1.0), "wmdp": (18, 15 / 18),
+        "mmlu": (15, 14 / 15), "mmlu_virology": (4, 0.75), "mmlu_college_biology": (5, 1.0), "first_aid": (3, 1.0),
+    }  # fmt: skip
+    # Wilson's interval of 2 of 5 (R: prop.test(2, 5, correct = FALSE)).
+    assert (found["wmdp_bio"].low, found["wmdp_bio"].high) == pytest.approx((0.1176, 0.7693), abs=1e-4)
+    assert {m.profile for m in found.values()} == {PROFILE} and {m.split for m in found.values()} == {"test"}
+    assert all(m.revision.startswith("sha256:") and not m.note for m in found.values())
+    assert len(found["wmdp"].revision.split()) == 3
+
+
+def test_a_group_of_mmlu_is_measured_where_it_is_whole(tmp_path):
+    rows = [records(1, seed=i, subject=s)[0] for i, s in enumerate(_GROUPS["mmlu_other"])]
+    task = read_multiple_choice(MultipleChoiceConfig({"mmlu": written(tmp_path / "m.jsonl", rows)}))
+    found = of(task.measure(perfect(task), original=None, retrained=None, resamples=1, seed=0))
+    assert set(found) == {"mmlu", "mmlu_other", "mmlu_virology"} and found["mmlu_other"].n == 13
+
+
+def test_fewer_questions_are_spread_evenly_and_counted(sources):
+    config = MultipleChoiceConfig({name: sources[name] for name in ("mmlu", "first_aid")}, max_questions=5)
+    task = read_multiple_choice(config)
+    assert [q.number for q in task.questions] == [0, 3, 6, 9, 12, 0, 1, 2]
+    found = of(task.measure(perfect(task), original=None, retrained=None, resamples=1, seed=0))
+    assert (found["mmlu"].n, found["mmlu"].note) == (5, "a part of the questions, spread evenly")
+    assert (found["first_aid"].n, found["first_aid"].note) == (3, "")
+
+
+def test_the_audit_names_questions_by_hash_alone(task, model):
+    scores = task.score(model, batch_size=64, mesh=None)
+    text = json.dumps(scores.items)
+    assert not any(word in text for word in WORDS)
+    lines = [line for name in scores.items for line in scores.items[name]]
+    assert list(scores.items) == ["wmdp_bio", "wmdp_chem", "wmdp_cyber", "mmlu", "first_aid"]
+    assert lines[0]["sha256"] == hashlib.sha256(task.questions[0].context.encode()).hexdigest()
+    assert [line["log_likelihood"] for line in lines] == scores.arrays["log_likelihood"].tolist()
+    assert lines[-1]["subject"] == "first_aid" and lines[-3 - 15]["subject"] == "mmlu_virology"
+
+
+def test_the_identity_follows_the_questions_not_their_place(sources, tmp_path):
+    def identity(**options):
+        return read_multiple_choice(MultipleChoiceConfig(**options)).identity
+
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text(Path(sources["mmlu"]).read_text())
+    kept = identity(sources={"mmlu": sources["mmlu"]})
+    assert kept == identity(sources={"mmlu": str(moved)}) != identity(sources={"mmlu": str(moved)}, max_questions=3)
+    rows = moved.read_text().splitlines()
+    rows[0] = rows[0].replace('"answer": 0', '"answer": 1')
+    moved.write_text("\n".join(rows))
+    assert identity(sources={"mmlu": str(moved)}) != kept
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("wmdp_bio", {"choices": ["a", "b"]}, r"rows\.jsonl:2: expected question, choices, answer: four choices"),
+        ("wmdp_bio", {"answer": 4}, r"rows\.jsonl:2: .* 0 to 3\."),
+        ("wmdp_bio", {"answer": "B"}, r"answer is missing or of another type"),
+        ("mmlu", {}, r"subject is missing or of another type"),
+        ("wmdp", {}, r"sources\.wmdp: is the mean of several others"),
+    ],
+)
+def test_what_is_no_question_is_refused_without_its_text(tmp_path, name, change, message):
+    rows = records(2)
+    rows[1] |= change
+    if name == "mmlu":
+        rows[0]["subject"] = "virology"
+    with pytest.raises(DataError, match=message) as error:
+        read_multiple_choice(MultipleChoiceConfig({name: written(tmp_path / "rows.jsonl", rows)}))
+    assert not any(word in str(error.value) for word in WORDS)
+
+
+def test_the_section_of_a_configuration_makes_the_task(sources):
+    values = {"multiple_choice": {"sources": {"wmdp_bio": sources["wmdp_bio"]}}}
+    (task,) = build_tasks(resolve(EvaluationConfig, values))
+    assert task.name == "multiple_choice" and task.quick and len(task.questions) == 5
+    assert build_tasks(EvaluationConfig()) == build_tasks(resolve(EvaluationConfig, {"multiple_choice": {}})) == ()
+    with pytest.raises(ConfigError, match=r"sources\.mmlu is 3; expected a file"):
+        MultipleChoiceConfig({"mmlu": 3})
