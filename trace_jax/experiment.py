@@ -89,6 +89,22 @@ class StudyConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class SeriesConfig(Section):
+    """Several requests to forget on one model, for the command `series`."""
+
+    kind: str = option(
+        help="scalability: every set is unlearned from the target; sustainability: from the model before",
+        choices=("scalability", "sustainability"),
+    )
+    forget: tuple[str, ...] = option(help="the forget source of each step, in order (in place of data.forget)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.forget:
+            raise ConfigError("forget is an empty list; name the forget source of each step.")
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig(Section):
     """Everything that decides a result. `resolve(ExperimentConfig, config_dict)` builds it."""
 
@@ -105,6 +121,7 @@ class ExperimentConfig(Section):
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     parallel: ParallelConfig = PLAIN
     study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
+    series: SeriesConfig | None = None
     export: str | None = option(None, help="method whose model is exported into WORKDIR/export at the end")
 
     def __post_init__(self):

@@ -201,6 +201,17 @@ def _study(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _series(arguments: Sequence[str]) -> int:
+    options, config = _parse("series", arguments)
+    from trace_jax.parallel.memory import keep_freed_memory
+
+    keep_freed_memory()
+    from trace_jax.series import run_series
+
+    print(run_series(config, options.workdir, overwrite=options.overwrite))
+    return 0
+
+
 def _report(arguments: Sequence[str]) -> int:
     options = _parser("report", config=False).parse_args(arguments)
     from trace_jax.summary import write_run_report
@@ -362,6 +373,7 @@ def _doctor(arguments: Sequence[str]) -> int:
 _COMMANDS = {
     "run": _run,
     "study": _study,
+    "series": _series,
     "report": _report,
     "evaluate": _evaluate,
     "export": _export,

@@ -42,10 +42,10 @@ class EqualForgetting:
         lines = [["", *(c.replace("_", " ") for c in self.columns), "step"]]
         for row in self.rows:
             step = f"lowest {row.lowest:.3f}" if not row.reached else "-" if row.step is None else f"{row.step:.1f}"
-            lines.append([row.name, *(_number(row.values.get(c)) for c in self.columns), step])
+            lines.append([row.name, *(number_text(row.values.get(c)) for c in self.columns), step])
         caption = f"At equal forgetting ({self.columns[0].replace('_', ' ')} <= {self.level:g}), {self.split} split"
         note = [] if all(row.reached for row in self.rows) else ["-: never forgot that much; its lowest is given"]
-        return "\n".join([caption, *_aligned(lines), *note])
+        return "\n".join([caption, *aligned(lines), *note])
 
 
 def equal_forgetting(
@@ -74,7 +74,7 @@ def equal_forgetting(
 
 def comparison_text(comparison: Comparison) -> str:
     """A study's comparison as plain text: means over seeds with intervals, and gains over the baseline in percent."""
-    return "\n".join([_caption(comparison), *_aligned(_comparison_cells(comparison))])
+    return "\n".join([_caption(comparison), *aligned(_comparison_cells(comparison))])
 
 
 def comparison_markdown(comparison: Comparison) -> str:
@@ -132,7 +132,8 @@ def _values(front: Front, columns: Sequence[str], *, at: Crossing | None) -> dic
     return {c: float(v[0]) if at is None else at.value(v) for c, v in series.items()}
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
+    """Three decimals; a dash where there is no value."""
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
@@ -146,11 +147,11 @@ def _interval(interval: Interval | None, *, percent: bool = False) -> str:
     return value if math.isnan(interval.low) else f"{value} [{interval.low:.3f}, {interval.high:.3f}]"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """First column to the left, the others to the right; a rule under the header."""
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Lines of a table: the first `left` columns to the left, the others to the right; a rule under the header."""
     width = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join([row[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(row[1:], width[1:], strict=True))])
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, width, strict=True)))
         for row in rows
     ]
     rule = "-" * max(len(line) for line in lines)

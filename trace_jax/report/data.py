@@ -101,6 +101,7 @@ class ReportData:
       rows: the comparison, references first.
       baseline: the method that the verdict compares the others with.
       fronts: runs by method.
+      steps: of a series, values by measurement and method: before the first step, then after each; None: not known.
       bands: 95 % bands by method and utility, each a list of {"forgetting", "low", "high"}.
       routing: frequencies for the heat maps.
       certificates: what the calibration says of itself, by method (the JSON of a calibration's certificate).
@@ -120,6 +121,7 @@ class ReportData:
     rows: Sequence[SummaryRow] = ()
     baseline: str = "uniform"
     fronts: Mapping[str, Sequence[Front]] = dataclasses.field(default_factory=dict)
+    steps: Mapping[str, Mapping[str, Sequence[float | None]]] = dataclasses.field(default_factory=dict)
     bands: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]] = dataclasses.field(default_factory=dict)
     routing: Routing | None = None
     certificates: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)

@@ -84,6 +84,25 @@ def _front_panel(data: ReportData, utility: str, styles: Mapping[str, Style], pr
     return inline(figure, prefix, f"{plain_name(utility)} against {plain_name(data.forgetting)}, one line per method")
 
 
+def step_figures(data: ReportData) -> list[Figure]:
+    """A measurement after each step of a series, one panel per measurement and one line per method."""
+    styles = method_styles(list(dict.fromkeys(m for methods in data.steps.values() for m in methods)), data.baseline)
+    figures = []
+    for number, (name, methods) in enumerate(data.steps.items()):
+        figure, axes = _panel(_WIDTH, 2.4, margins=(0.16, 0.98, 0.2, 0.94))
+        axes.grid(color=_GRID, linewidth=0.8)
+        for method, values in methods.items():
+            y = [math.nan if value is None else value for value in values]
+            style = styles[method]
+            axes.plot(y, color=style.colour, linestyle=style.dash, linewidth=1.8, marker=style.marker, markersize=4.5)
+        count = max(len(values) for values in methods.values())
+        axes.set_xticks(range(count), ["start", *map(str, range(1, count))])
+        axes.set_xlabel("step")
+        label = f"{plain_name(name)} after each step, one line per method"
+        figures.append(Figure(plain_name(name), _inline(figure, f"steps{number}", label)))
+    return figures
+
+
 def _reference_lines(axes: Any, data: ReportData, utility: str) -> None:
     if data.level is not None:
         axes.axvline(data.level, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))

@@ -52,6 +52,7 @@ def render_report(data: ReportData | Mapping[str, Any]) -> str:
         verdict=words.write_verdict(data),
         summary=_summary(data),
         fronts=[_safe(figure) for figure in figures.front_figures(data)],
+        steps=[_safe(figure) for figure in figures.step_figures(data)],
         legend=_legend(data),
         heat_maps=[_safe(figure) for figure in routing_figures.corpus_figures(data.routing)] if data.routing else [],
         colour_scale=TIMES_UNIFORM.legend() if data.routing else [],
@@ -69,9 +70,12 @@ def _safe(figure: Figure) -> dict[str, Any]:
 
 
 def _legend(data: ReportData) -> list[dict[str, Any]]:
-    styles = figures.method_styles(list(data.fronts), data.baseline)
+    methods = list(data.fronts) or list(dict.fromkeys(m for values in data.steps.values() for m in values))
+    styles = figures.method_styles(methods, data.baseline)
     runs = {method: len(fronts) for method, fronts in data.fronts.items()}
-    return [{"method": m, "runs": runs[m], "swatch": Markup(figures.legend_swatch(s))} for m, s in styles.items()]
+    return [
+        {"method": m, "runs": runs.get(m, 1), "swatch": Markup(figures.legend_swatch(s))} for m, s in styles.items()
+    ]
 
 
 def _routing(data: ReportData) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""Series of forget sets: each step starts where it should, and the scores stand together."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.test_pipeline import experiment
+from trace_jax.config import ConfigError, resolve
+from trace_jax.data.sources import DataError
+from trace_jax.experiment import ExperimentConfig
+from trace_jax.files import read_json
+from trace_jax.main import main
+from trace_jax.series import run_series
+
+SMALL = {"steps": 2, "evaluate_every": 2, "checkpoint_every": 2, "learning_rate": 1e-2, "warmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def parts(data):
+    """The forget set in two folds, and as sets that grow."""
+    lines = (data / "forget.jsonl").read_text().split("\n")[:-1]
+    found = {"fold-1": lines[:6], "fold-2": lines[6:], "all": lines}
+    for name, several in found.items():
+        (data / f"{name}.jsonl").write_text("".join(line + "\n" for line in several))
+    return {name: str(data / f"{name}.jsonl") for name in found}
+
+
+def settings(data, forget, **changes):
+    series = {"kind": "sustainability", "forget": forget}
+    return experiment(data, methods=["uniform"], unlearning=SMALL, series=series, **changes)
+
+
+@pytest.fixture(scope="module")
+def in_sequence(data, parts, tmp_path_factory):
+    """A model that is trained here unlearns one fold after the other."""
+    path = tmp_path_factory.mktemp("series") / "run"
+    config = settings(data, [parts["fold-1"], parts["fold-2"]], target={"retrained": True})
+    return config, path, run_series(config, path)
+
+
+def measured(directory, name, method="uniform"):
+    """(at the start, at the end) of a step."""
+    results = read_json(directory / "results.json")
+    both = results["references"]["target"], results["methods"][method]["measurements"]
+    return [next(m["value"] for m in found if (m["name"], m["split"]) == (name, "test")) for found in both]
+
+
+def test_every_step_of_a_sequence_starts_where_the_one_before_ended(in_sequence, parts):
+    _, path, _ = in_sequence
+    first, second = (path / "uniform" / f"step-{n}" for n in (1, 2))
+    trained = {m["name"]: m["value"] for m in read_json(path / "target/references.json")["measurements"]["target"]}
+    (start, after_first), (before_second, end) = (measured(step, "general_nll") for step in (first, second))
+    assert start == pytest.approx(trained["general_nll"], rel=1e-6)
+    assert before_second == pytest.approx(after_first, rel=1e-6)
+    assert len({start, after_first, end}) == 3
+    configs = [read_json(step / "config.json")["config"] for step in (first, second)]
+    assert [c["data"]["forget"] for c in configs] == [parts["fold-1"], parts["fold-2"]]
+    assert configs[1]["model"]["path"] == str(first / "export") and (second / "export").is_dir()
+
+
+def test_the_retrained_model_is_the_same_in_every_step(in_sequence):
+    _, path, _ = in_sequence
+    references = [read_json(path / f"uniform/step-{n}/references.json")["measurements"]["retrained"] for n in (1, 2)]
+    general = [next(m["value"] for m in found if m["name"] == "general_nll") for found in references]
+    assert general[0] == general[1]
+
+
+def test_scores_of_all_steps_stand_in_one_table(in_sequence):
+    _, path, text = in_sequence
+    series = read_json(path / "series.json")
+    assert series["table"] in text and [step["directory"] for step in series["steps"]] == [
+        "uniform/step-1",
+        "uniform/step-2",
+    ]
+    (line,) = (line for line in text.split("\n") if line.startswith("general nll"))
+    values = [measured(path / f"uniform/step-{n}", "general_nll") for n in (1, 2)]
+    assert line.split()[2:] == ["uniform", *(f"{x:.3f}" for x in (values[0][0], values[0][1], values[1][1]))]
+    assert "utility" not in text and "probability ratio" not in text, "they are relative to each step's own start"
+    page = (path / "report.html").read_text()
+    assert "Step by step" in page and page.count("after each step, one line per method") > 3
+
+
+def test_a_series_continues_with_the_step_that_is_missing(in_sequence):
+    config, path, text = in_sequence
+    kept = {file: file.stat().st_mtime_ns for file in path.rglob("model.safetensors") if "step-2" not in str(file)}
+    before = measured(path / "uniform/step-2", "general_nll")
+    shutil.rmtree(path / "uniform" / "step-2")
+    assert run_series(config, path) == text
+    assert kept == {file: file.stat().st_mtime_ns for file in kept}
+    assert measured(path / "uniform/step-2", "general_nll") == before
+
+
+def test_growing_sets_are_each_unlearned_from_the_target(in_sequence, data, parts, tmp_path, monkeypatch, request):
+    """By the command line, from a checkpoint, with two methods in every run."""
+    monkeypatch.chdir(request.config.rootpath)
+    overrides = {
+        "model.path": in_sequence[1] / "target" / "target-checkpoint",
+        "model.dtype": "float32",
+        "methods": ["uniform", "trace_rows"],
+        "export": None,
+        "data.row_length": 32,
+        "data.forget": parts["all"],
+        "data.retain": data / "retain.jsonl",
+        **{f"unlearning.{name}": value for name, value in SMALL.items()},
+        "evaluation.max_rows": 8,
+        "evaluation.max_prompts": 4,
+        "evaluation.bootstrap": 100,
+        "series.kind": "scalability",
+        "series.forget": [parts["fold-1"], parts["all"]],
+    }
+    arguments = [f"--config.{name}={value}" for name, value in overrides.items()]
+    assert main(["series", "--config", "configs/huggingface.py", "--workdir", str(tmp_path / "run"), *arguments]) == 0
+    first, second = (tmp_path / "run" / f"step-{n}" for n in (1, 2))
+    for method in ("uniform", "trace_rows"):
+        (one, after_one), (two, after_two) = (measured(step, "general_nll", method) for step in (first, second))
+        assert one == two and after_one != after_two
+    counts = [read_json(step / "references.json")["data"]["documents"]["train/forget"] for step in (first, second)]
+    assert counts == [6, 12] and not (second / "export").exists()
+    assert json.loads((tmp_path / "run/series.json").read_text())["kind"] == "scalability"
+
+
+def test_what_is_no_series_is_refused_before_anything_is_written(data, parts, tmp_path):
+    with pytest.raises(ConfigError, match=r"has no series: set --config\.series\.kind=scalability"):
+        run_series(experiment(data), tmp_path / "run")
+    with pytest.raises(DataError, match="no such file"):
+        run_series(settings(data, [parts["fold-1"], str(tmp_path / "none.jsonl")]), tmp_path / "run")
+    with pytest.raises(ConfigError, match="forget is an empty list"):
+        settings(data, [])
+    series = {"kind": "scalability", "forget": [parts["fold-1"]]}
+    handbook = resolve(ExperimentConfig, {"name": "toy", "series": series})
+    with pytest.raises(ConfigError, match="not handbook"):
+        run_series(handbook, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
