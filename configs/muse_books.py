@@ -1,18 +1,21 @@
 """MUSE-Books: unlearn the Harry Potter books from a model that has learnt them.
 
 Command:   python -m trace_jax.main --config configs/muse_books.py:qwen1.5-moe-a2.7b --workdir runs/books \\
-             --config.model.path=DIR
+             --config.model.path=DIR --config.model.retrained=RETRAINED
            Add --dry-run to check everything that needs neither weights nor data (no --workdir then).
 Target:    DIR must be a checkpoint of the model that was trained on the config train of the data set (forget, retain1,
            retain2) first: a published model may know the books, but not to the letter. MUSE's own targets are dense.
            open-unlearning's recipe: learning rate 1e-5, weight decay 0.01, one epoch of warm-up, 10 epochs; any trainer
-           that writes safetensors will do, and it must read no holdout text.
+           that writes safetensors will do, and it must read no holdout text. RETRAINED is the same without forget
+           (optional): PrivLeak is relative to its AUC. MUSE's constants are of its own dense models, and are not used.
 Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
            qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu,
            seuf.
            The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
 Data:      muse-bench/MUSE-Books, config raw, column text: forget 4 rows (4.1 MB),
-           retain1 12 rows (0.8 MB), holdout 3 rows (for membership).
+           retain1 12 rows (0.8 MB), holdout 3 rows (for membership). Evaluation reads the configs verbmem (100
+           prompts), knowmem (100 questions and 10 examples on forget and on retain) and privleak (100 forget, 100
+           holdout). There are no sets for series; MUSE-News has them.
            The hub is read at a pinned revision. Built once (docs/data.md), it is read without the hub:
            tfds:muse_books/raw:forget and so on.
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
@@ -25,17 +28,18 @@ Result:    nobody has run this file. Published on dense models (VerbMem on forge
            on retain), with MUSE's evaluator: target 99.8, 59.4, -57.5, 66.9; retrained 14.3,
            28.9, 0, 74.5; GradDiff 0.0, 2.9, -56.5, 44.2; NPO with KL 22.6, 22.7, -54.9, 50.9 (arXiv 2410.16454);
            SimNPO 0, 0, -19.8, 48.3 (model card OPTML-Group/SimNPO-MUSE-Books-iclm-7b).
-           No Mixture of Experts is among them, and PrivLeak needs a model retrained without the forget set.
+           No Mixture of Experts is among them.
 """
 
 import ml_collections
 
 from trace_jax.recipes import benchmark_config
 
+BENCHMARK = "huggingface:muse-bench/MUSE-Books"
 DATA = {
-    "forget": "huggingface:muse-bench/MUSE-Books/raw:forget",
-    "retain": "huggingface:muse-bench/MUSE-Books/raw:retain1",
-    "holdout": "huggingface:muse-bench/MUSE-Books/raw:holdout",
+    "forget": f"{BENCHMARK}/raw:forget",
+    "retain": f"{BENCHMARK}/raw:retain1",
+    "holdout": f"{BENCHMARK}/raw:holdout",
     "row_length": 2048,
 }
 # MUSE (arXiv 2407.06460; github.com/swj0419/muse_bench): chunks of 2048 tokens, 4 a step, AdamW at a constant 1e-5, 10
@@ -68,4 +72,6 @@ METHODS = {
 
 def get_config(variant: str = "qwen1.5-moe-a2.7b") -> ml_collections.ConfigDict:
     """One model and one method; `--config.unlearning.NAME=VALUE` changes a number."""
-    return benchmark_config("muse_books", variant, data=DATA, common=COMMON, methods=METHODS)
+    config = benchmark_config("muse_books", variant, data=DATA, common=COMMON, methods=METHODS)
+    config.evaluation.muse = {"data": BENCHMARK}
+    return config

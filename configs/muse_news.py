@@ -1,18 +1,25 @@
 """MUSE-News: unlearn BBC news articles from a model that has learnt them.
 
 Command:   python -m trace_jax.main --config configs/muse_news.py:qwen1.5-moe-a2.7b --workdir runs/news \\
-             --config.model.path=DIR
+             --config.model.path=DIR --config.model.retrained=RETRAINED
            Add --dry-run to check everything that needs neither weights nor data (no --workdir then).
 Target:    DIR must be a checkpoint of the model that was trained on the config train of the data set (forget, retain1,
            retain2) first: what is forgotten must be known. MUSE's own targets are dense. open-unlearning's recipe:
            learning rate 1e-5, weight decay 0.01, one epoch of warm-up, 10 epochs; any trainer that writes safetensors
-           will do, and it must read no holdout text.
-Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
-           qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu,
-           seuf.
+           will do, and it must read no holdout text. RETRAINED is the same without forget (optional): PrivLeak is
+           relative to its AUC. MUSE's constants for it are of its own dense models, and are not used.
+Series:    python -m trace_jax.main series --config configs/muse_news.py:qwen1.5-moe-a2.7b,trace,sustainability \\
+             --workdir runs/news-sustainability --config.model.path=DIR --config.model.retrained=RETRAINED
+           Sustainability unlearns the four folds of the config sust (889 rows each) in sequence, scalability the four
+           sets of the config scal (889 to 3,554 rows) each from the target. Every step of a sequence leaves a
+           checkpoint of the model's size.
+Variants:  MODEL, MODEL,METHOD or, for series, MODEL,METHOD,KIND. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b,
+           deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe, qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff,
+           the default), graddiff, npo, simnpo, rmu, seuf. Kinds: scalability, sustainability.
            The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
 Data:      muse-bench/MUSE-News, config raw, column text: forget 889 rows, retain1
-           1,777 rows, holdout 3,043 rows (for membership).
+           1,777 rows, holdout 3,043 rows (for membership). Evaluation reads the configs verbmem (100 prompts),
+           knowmem (100 questions and 10 examples on forget and on retain) and privleak (100 forget, 100 holdout).
            The hub is read at a pinned revision. Built once (docs/data.md), it is read without the hub:
            tfds:muse_news/raw:forget and so on.
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
@@ -25,17 +32,18 @@ Result:    nobody has run this file. Published on dense models (VerbMem on forge
            on retain), with MUSE's evaluator: target 58.4, 63.9, -99.8, 55.2; retrained 20.8,
            33.1, 0, 55.0; GradDiff (7 epochs) 4.9, 31.0, 108.1, 27.3; NPO with GradDiff's retain loss 1.2, 54.6, 105.8,
            40.5; NPO with KL 26.9, 49.0, -95.8, 45.4 (the leaderboard in github.com/swj0419/muse_bench).
-           No Mixture of Experts is among them, and PrivLeak needs a model retrained without the forget set.
+           No Mixture of Experts is among them.
 """
 
 import ml_collections
 
-from trace_jax.recipes import benchmark_config
+from trace_jax.recipes import benchmark_config, check_name
 
+BENCHMARK = "huggingface:muse-bench/MUSE-News"
 DATA = {
-    "forget": "huggingface:muse-bench/MUSE-News/raw:forget",
-    "retain": "huggingface:muse-bench/MUSE-News/raw:retain1",
-    "holdout": "huggingface:muse-bench/MUSE-News/raw:holdout",
+    "forget": f"{BENCHMARK}/raw:forget",
+    "retain": f"{BENCHMARK}/raw:retain1",
+    "holdout": f"{BENCHMARK}/raw:holdout",
     "row_length": 2048,
 }
 # MUSE (arXiv 2407.06460; github.com/swj0419/muse_bench): chunks of 2048 tokens, 4 a step, AdamW at a constant 1e-5, 10
@@ -66,6 +74,18 @@ METHODS = {
 }
 
 
+# MUSE's scripts unlearn_news_scal.sh and unlearn_news_sust.sh; the first set of both is raw/forget.
+SERIES = {"scalability": "scal", "sustainability": "sust"}
+
+
 def get_config(variant: str = "qwen1.5-moe-a2.7b") -> ml_collections.ConfigDict:
-    """One model and one method; `--config.unlearning.NAME=VALUE` changes a number."""
-    return benchmark_config("muse_news", variant, data=DATA, common=COMMON, methods=METHODS)
+    """One model and one method, and what a series is made of; `--config.unlearning.NAME=VALUE` changes a number."""
+    model, method, kind = [*variant.split(",", 2), "", ""][:3]
+    name = f"{model},{method}" if method else model
+    config = benchmark_config("muse_news", name, data=DATA, common=COMMON, methods=METHODS)
+    config.evaluation.muse = {"data": BENCHMARK}
+    if kind:
+        check_name("kind", kind, SERIES, "muse_news")
+        config.name += f"-{kind}"
+        config.series = {"kind": kind, "forget": [f"{BENCHMARK}/{SERIES[kind]}:forget_{n}" for n in (1, 2, 3, 4)]}
+    return config

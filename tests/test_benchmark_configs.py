@@ -88,6 +88,18 @@ def test_an_unknown_variant_is_answered_with_the_known_ones(variant, message):
         load_config(f"configs/wmdp_cyber.py:{variant}")
 
 
+def test_muse_is_evaluated_and_news_has_both_series():
+    assert load_config("configs/muse_books.py").evaluation.muse.data == "huggingface:muse-bench/MUSE-Books"
+    assert load_config("configs/muse_news.py").series is None
+    for kind, name in (("scalability", "scal"), ("sustainability", "sust")):
+        config = load_config(f"configs/muse_news.py:olmoe-1b-7b,npo,{kind}")
+        assert (config.name, config.series.kind) == (f"muse_news-olmoe-1b-7b-npo-{kind}", kind)
+        assert config.series.forget[3] == f"huggingface:muse-bench/MUSE-News/{name}:forget_4"
+        assert config.unlearning == load_config("configs/muse_news.py:olmoe-1b-7b,npo").unlearning
+    with pytest.raises(ConfigError, match=r"no kind 'sust'\. .*known kinds: scalability"):
+        load_config("configs/muse_news.py:olmoe-1b-7b,npo,sust")
+
+
 def test_published_numbers_reach_the_settings():
     def unlearning(variant):
         return load_config(f"configs/wmdp_cyber.py:{variant}").unlearning

@@ -68,8 +68,8 @@ def benchmark_config(
       ConfigError: a variant that names no model or method of these.
     """
     model, _, method = variant.partition(",")
-    _check("model", model, PUBLISHED, name)
-    _check("method", method := method or _DEFAULT, methods, name)
+    check_name("model", model, PUBLISHED, name)
+    check_name("method", method := method or _DEFAULT, methods, name)
     weighting = "trace_rows" if method == "trace" else "uniform"
     config = ml_collections.ConfigDict()
     config.name = f"{name}-{model}-{method}"
@@ -89,7 +89,8 @@ def benchmark_config(
     return config
 
 
-def _check(what: str, given: str, known: Iterable[str], name: str) -> None:
+def check_name(what: str, given: str, known: Iterable[str], name: str) -> None:
+    """Refuses a part of a variant of configs/NAME.py that is none of `known`, with the nearest of them."""
     if given not in (known := list(known)):
         near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
