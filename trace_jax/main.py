@@ -160,21 +160,32 @@ def _parse(command: str, arguments: Sequence[str], *parents: argparse.ArgumentPa
     return options, config
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _several() -> argparse.ArgumentParser:
+    """Options of a command that runs on several hosts."""
     several = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     group = several.add_argument_group("several processes", "found by itself on Cloud TPU, GKE, Slurm and Open MPI")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is reached")
     group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
     group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
-    several.add_argument("--dry-run", action="store_true", help="check everything that needs no weights; no --workdir")
-    options, config = _parse("run", arguments, several)
-    if options.dry_run:
-        return _dry_run(config)
+    return several
+
+
+def _start(options: argparse.Namespace) -> None:
+    """What comes before the first use of a device."""
     from trace_jax.parallel.memory import keep_freed_memory
     from trace_jax.parallel.processes import start_processes
 
     keep_freed_memory()
     start_processes(options.coordinator, options.num_processes, options.process_id)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    several = _several()
+    several.add_argument("--dry-run", action="store_true", help="check everything that needs no weights; no --workdir")
+    options, config = _parse("run", arguments, several)
+    if options.dry_run:
+        return _dry_run(config)
+    _start(options)
     from trace_jax.pipeline import run
 
     if text := run(config, options.workdir, overwrite=options.overwrite):
@@ -202,13 +213,12 @@ def _study(arguments: Sequence[str]) -> int:
 
 
 def _series(arguments: Sequence[str]) -> int:
-    options, config = _parse("series", arguments)
-    from trace_jax.parallel.memory import keep_freed_memory
-
-    keep_freed_memory()
+    options, config = _parse("series", arguments, _several())
+    _start(options)
     from trace_jax.series import run_series
 
-    print(run_series(config, options.workdir, overwrite=options.overwrite))
+    if text := run_series(config, options.workdir, overwrite=options.overwrite):
+        print(text)
     return 0
 
 
