@@ -90,7 +90,7 @@ def task(data):
 
 @pytest.fixture(scope="module")
 def scores(task, checkpoint):
-    return task.score(load_pretrained(checkpoint), batch_size=4, mesh=None)
+    return task.score(load_pretrained(checkpoint), batch_size=2, mesh=None)
 
 
 def measured(task, scores, retrained=None):
@@ -240,7 +240,8 @@ def test_measurements_name_their_profile_and_what_they_lack(task, scores):
     found = measured(task, scores)
     assert {m.profile for name, m in found.items() if name.startswith("muse_ou_")} == {"open_unlearning"}
     assert {m.profile for name, m in found.items() if not name.startswith("muse_ou_")} == {"muse"}
-    assert all(m.split == "test" and m.n > 0 for m in found.values())
+    assert all(m.split == "test" and m.n > 0 and m.revision == task.revision for m in found.values())
+    assert task.revision.startswith("sha256:")
     assert "muse_privleak" not in found and "no retrained model" in found["muse_privleak_auc"].note
     assert "0.5 assumed" in found["muse_ou_privleak"].note
     with_itself = measured(task, scores, retrained=scores)
@@ -250,9 +251,9 @@ def test_measurements_name_their_profile_and_what_they_lack(task, scores):
 
 def test_one_profile_alone_gives_the_same(data, task, scores, checkpoint):
     one = muse_task(MuseConfig(str(data), profiles=("open_unlearning",)))
-    found = measured(one, one.score(load_pretrained(checkpoint), batch_size=4, mesh=None))
+    found = measured(one, one.score(load_pretrained(checkpoint), batch_size=2, mesh=None))
     assert all(m == measured(task, scores)[name] for name, m in found.items()) and len(found) == 5
-    assert one.identity != task.identity
+    assert one.identity != task.identity and one.revision == task.revision
 
 
 # --- how texts start
@@ -294,7 +295,8 @@ def test_the_identity_follows_the_data(data, task, tmp_path):
     assert muse_task(MuseConfig(str(data))).identity == task.identity
     other = make_data(tmp_path)
     write(other, "verbmem", "forget", [{"prompt": "a", "gt": "b"}])
-    assert muse_task(MuseConfig(str(other))).identity != task.identity
+    changed = muse_task(MuseConfig(str(other)))
+    assert changed.identity != task.identity and changed.revision != task.revision
 
 
 def test_data_of_another_form_is_refused(data, tmp_path):

@@ -17,8 +17,8 @@ class MuseConfig(Section):
     """MUSE's scores (`evaluation.muse_task`)."""
 
     data: str = option(
-        help="the corpus: huggingface:muse-bench/MUSE-Books, huggingface:muse-bench/MUSE-News, or a directory with "
-        "verbmem/forget.jsonl, knowmem/{forget,retain}_qa{,_icl}.jsonl and privleak/{forget,holdout}.jsonl"
+        help="the corpus: huggingface:muse-bench/MUSE-Books or MUSE-News, tfds:muse_books or muse_news, or a directory "
+        "with verbmem/forget.jsonl, knowmem/{forget,retain}_qa{,_icl}.jsonl and privleak/{forget,holdout}.jsonl"
     )
     profiles: tuple[str, ...] = option(
         ("muse", "open_unlearning"), help="whose evaluator is followed", choices=("muse", "open_unlearning")

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from trace_jax.config import fingerprint
-from trace_jax.data.sources import DataError, part, read_records
+from trace_jax.data.sources import DataError, part, read_records, revision_of
 from trace_jax.evaluation import intervals, muse
 from trace_jax.evaluation.config import MuseConfig
 from trace_jax.evaluation.intervals import Interval
@@ -80,11 +80,15 @@ def _fields(record: Mapping[str, Any], columns: Sequence[str], origin: str) -> t
 
 @dataclasses.dataclass(frozen=True)
 class MuseTask:
-    """MUSE with the profiles of `config`. Make one with `muse_task`."""
+    """MUSE with the profiles of `config`. Make one with `muse_task`.
+
+    `revision` is that of the published data set, or the hash of all that was read from files.
+    """
 
     config: MuseConfig
     data: MuseData
     identity: str
+    revision: str
     name: str = "muse"
     quick: bool = False
 
@@ -123,11 +127,17 @@ class MuseTask:
     ) -> list[Measurement]:
         """The scores of each profile with their intervals. The original model's are not needed."""
         sampling: dict[str, Any] = {"resamples": resamples, "seed": seed}
-        found = []
+        found: list[Measurement] = []
+
+        def add(name: str, interval: Interval, note: str = "") -> None:
+            numbers = (interval.value, interval.n, interval.low, interval.high)
+            full = f"{profile.prefix}{name}"
+            found.append(Measurement(full, *numbers, SPLIT, note, profile=profile.name, revision=self.revision))
+
         for profile in (PROFILES[name] for name in self.config.profiles):
             for name in ("verbmem", *(f"knowmem_{s}" for s in _SETS)):
                 values = scores.arrays[f"{profile.prefix}{name}"]
-                found.append(_measurement(profile, name, intervals.bootstrap_mean(values, **sampling)))
+                add(name, intervals.bootstrap_mean(values, **sampling))
             sides, reference = _sides(scores, profile), _sides(retrained, profile) if retrained else None
             note = f"near {int(profile.member_is_high)} the forget texts are remembered"
             leak = muse.privleak(sides, reference, profile, **sampling)
@@ -136,17 +146,20 @@ class MuseTask:
             elif leak is None:
                 note += "; the retrained model's AUC is zero, so no PrivLeak"
             auc = muse.privleak_auc(*sides, profile, **sampling)
-            found.append(_measurement(profile, "privleak_auc", auc, note))
+            add("privleak_auc", auc, note)
             if leak is not None:
                 assumed = f"AUC_retrain = {muse.AUC_UNTRAINED} assumed: no retrained model" if reference is None else ""
-                found.append(_measurement(profile, "privleak", leak, assumed))
+                add("privleak", leak, assumed)
         return found
 
 
 def muse_task(config: MuseConfig) -> MuseTask:
     """Reads the data. Raises `DataError` (`read_muse`)."""
     data = read_muse(config.data)
-    return MuseTask(config, data, fingerprint("muse", config.profiles, dataclasses.asdict(data)))
+    content = fingerprint(dataclasses.asdict(data))
+    source = part(config.data, "verbmem", "forget")
+    revision = f"sha256:{content}" if source.endswith(".jsonl") else revision_of(source)
+    return MuseTask(config, data, fingerprint("muse", config.profiles, content), revision)
 
 
 class Reader:
@@ -277,8 +290,3 @@ def _log_probs(model: Model, texts: Sequence[Ids], *, batch_size: int, mesh: Mes
 def _sides(scores: TaskScores, profile: Profile) -> tuple[np.ndarray, np.ndarray]:
     forget, holdout = (scores.arrays[f"{profile.prefix}{side}_min_k"] for side in _SIDES)
     return forget, holdout
-
-
-def _measurement(profile: Profile, name: str, interval: Interval, note: str = "") -> Measurement:
-    numbers = (interval.value, interval.n, interval.low, interval.high)
-    return Measurement(f"{profile.prefix}{name}", *numbers, SPLIT, note, profile.name)
