@@ -89,8 +89,8 @@ def step_figures(data: ReportData) -> list[Figure]:
     styles = method_styles(list(dict.fromkeys(m for methods in data.steps.values() for m in methods)), data.baseline)
     figures = []
     for number, (name, methods) in enumerate(data.steps.items()):
-        figure, axes = _panel(_WIDTH, 2.4, margins=(0.16, 0.98, 0.2, 0.94))
-        axes.grid(color=_GRID, linewidth=0.8)
+        figure, axes = panel(WIDTH, 2.4, margins=(0.16, 0.98, 0.2, 0.94))
+        axes.grid(color=GRID, linewidth=0.8)
         for method, values in methods.items():
             y = [math.nan if value is None else value for value in values]
             style = styles[method]
@@ -99,7 +99,7 @@ def step_figures(data: ReportData) -> list[Figure]:
         axes.set_xticks(range(count), ["start", *map(str, range(1, count))])
         axes.set_xlabel("step")
         label = f"{plain_name(name)} after each step, one line per method"
-        figures.append(Figure(plain_name(name), _inline(figure, f"steps{number}", label)))
+        figures.append(Figure(plain_name(name), inline(figure, f"steps{number}", label)))
     return figures
 
 
