@@ -1,6 +1,8 @@
 """Unlearn one topic of a handbook: the uniform retain loss against TRACE, side by side, in minutes.
 
 Command:   python -m trace_jax.main --config configs/quickstart.py --workdir runs/quickstart
+           python -m trace_jax.main --config configs/quickstart.py:attacks --workdir runs/quickstart
+           (the same, then attacks on what each method made; continues the first)
 Hardware:  2 CPU cores, 4 GB of memory; nothing is downloaded.
 Run time and result: README.md.
 """
@@ -8,7 +10,7 @@ Run time and result: README.md.
 import ml_collections
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """A tiny MoE is trained on presidential addresses and a generated handbook, then unlearns one of its two topics."""
     config = ml_collections.ConfigDict()
     config.name = "quickstart"
@@ -17,4 +19,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.target = {"steps": 600}
     config.unlearning = {"nll_ceiling": 5.0, "evaluate_every": 5, "learning_rate": 2e-3}
     config.evaluation = {"max_rows": 48}
+    if variant == "attacks":
+        training = {"steps": 100, "evaluate_every": 25, "learning_rate": 1e-3}  # 1e-5 would not move a model so small
+        config.attacks = {
+            "relearning": training,
+            "benign_relearning": training,
+            "quantization": {},
+            "router_swap": {},
+            "expert_forcing": {},
+            "prompting": {},
+        }
+    elif variant:
+        raise ValueError(f"configs/quickstart.py has the variant 'attacks'; got {variant!r}.")
     return config

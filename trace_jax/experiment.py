@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from trace_jax.attacks.config import AttacksConfig
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.config import ConfigError, Section, as_dict, fingerprint, is_read, option, resolve
 from trace_jax.data.config import DataConfig
@@ -119,6 +120,7 @@ class ExperimentConfig(Section):
     calibration: dict = dataclasses.field(default_factory=dict)
     unlearning: UnlearningConfig = dataclasses.field(default_factory=UnlearningConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    attacks: AttacksConfig | None = None
     parallel: ParallelConfig = PLAIN
     study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
     series: SeriesConfig | None = None

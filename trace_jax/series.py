@@ -24,7 +24,8 @@ from trace_jax.export import load_trained
 from trace_jax.files import shown, write_json
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.hosts import is_main
-from trace_jax.pipeline import prepare, run
+from trace_jax.pipeline import run
+from trace_jax.preparation import prepare
 from trace_jax.progress import say
 from trace_jax.report import ReportData, write_report
 from trace_jax.stages import Stage, check_export, open_workdir

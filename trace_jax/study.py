@@ -88,7 +88,7 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
     """
     check_workdir(config, workdir, overwrite=overwrite)
     if config.data.benchmark == "text":
-        from trace_jax.pipeline import read_corpora
+        from trace_jax.preparation import read_corpora
 
         read_corpora(config)  # before anything is written: the user's files may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
@@ -167,7 +167,7 @@ _READY: dict[tuple[Path, int], Any] = {}
 
 def _prepared(config: ExperimentConfig, path: Path, seed: int):
     """The seed's target model, statistics and evaluator; kept for the next run of the seed in this process."""
-    from trace_jax.pipeline import prepare
+    from trace_jax.preparation import prepare
 
     key = (path, seed)
     if key not in _READY:

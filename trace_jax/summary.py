@@ -16,7 +16,7 @@ from trace_jax.evaluation.fronts import Front, crossing
 from trace_jax.evaluation.tables import equal_forgetting
 from trace_jax.experiment import METHODS
 from trace_jax.files import as_path, local_copy, read_json, read_lines, shown, write_json
-from trace_jax.report import Number, ReportData, Routing, SummaryRow, report_front, write_report
+from trace_jax.report import Number, ReportData, Routing, SummaryRow, attack_rows, report_front, write_report
 from trace_jax.routing.statistics import ExpertStatistics
 
 SPLIT = "test"
@@ -33,6 +33,9 @@ def summarise(workdir: str | os.PathLike, labels: Iterable[str]) -> dict[str, An
     path = as_path(workdir)
     config, references = needed(path / "config.json")["config"], needed(path / "references.json")
     methods = {label: needed(path / "methods" / label / "results.json") for label in labels}
+    attacks = [name for name, settings in (config.get("attacks") or {}).items() if settings is not None]
+    for label, result in methods.items():
+        result["attacks"] = {name: needed(path / "methods" / label / "attacks" / f"{name}.json") for name in attacks}
     fronts = {label: Front.from_json(result["fronts"][SPLIT]) for label, result in methods.items()}
     benchmark = config["data"]["benchmark"]
     tables = [
@@ -76,6 +79,7 @@ def _report_data(path: Path, results: dict[str, Any]) -> ReportData:
         if saved is not None:
             certificates[label] = saved["certificate"]
     return ReportData(
+        attacks=attack_rows(results),
         title=f"Unlearning {FORGOTTEN[results['benchmark']]}",
         benchmark=results["benchmark"],
         forgotten=FORGOTTEN[results["benchmark"]],
@@ -92,6 +96,12 @@ def _report_data(path: Path, results: dict[str, Any]) -> ReportData:
         measurements={
             **{f"{name} model": measured for name, measured in results["references"].items()},
             **{label: result["measurements"] for label, result in methods.items()},
+            **{
+                f"{label}, {name.replace('_', ' ')}, {point['at']}": point["measurements"]
+                for label, result in methods.items()
+                for name, attack in result["attacks"].items()
+                for point in attack["points"]
+            },
         },
         trained={label: _trained(result["trained"]) for label, result in methods.items()},
         config=config,

@@ -89,6 +89,27 @@ class Routing:
 
 
 @dataclasses.dataclass(frozen=True)
+class AttackRow:
+    """The forgetting measure in one form of an attack.
+
+    Attributes:
+      attack, at: its name and form ("quantization", "4 bits"); both empty for the model as it was unlearned.
+      value: of the attacked model. original: of the model before unlearning, asked in the same way.
+      recovered: share of what unlearning took away that is back; None where it took nothing.
+      strongest: whether this is the form of the attack at which most came back.
+      note: why there is no value.
+    """
+
+    attack: str
+    at: str
+    value: Number
+    original: Number
+    recovered: float | None = None
+    strongest: bool = False
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class ReportData:
     """Everything on the page. Every part but the title may be missing; its section then says so or is left out.
 
@@ -103,6 +124,7 @@ class ReportData:
       fronts: runs by method.
       steps: of a series, values by measurement and method: before the first step, then after each; None: not known.
       bands: 95 % bands by method and utility, each a list of {"forgetting", "low", "high"}.
+      attacks: by method, what came back under attack; first the model as it was unlearned.
       routing: frequencies for the heat maps.
       certificates: what the calibration says of itself, by method (the JSON of a calibration's certificate).
       measurements: by method, mappings with name, value, n, low, high, split, step (absent or None: at the end), note.
@@ -123,6 +145,7 @@ class ReportData:
     fronts: Mapping[str, Sequence[Front]] = dataclasses.field(default_factory=dict)
     steps: Mapping[str, Mapping[str, Sequence[float | None]]] = dataclasses.field(default_factory=dict)
     bands: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]] = dataclasses.field(default_factory=dict)
+    attacks: Mapping[str, Sequence[AttackRow]] = dataclasses.field(default_factory=dict)
     routing: Routing | None = None
     certificates: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     measurements: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
@@ -158,6 +181,9 @@ def report_data(values: Mapping[str, Any]) -> ReportData:
     plain["fronts"] = {
         method: [_build(Front, front) for front in fronts] for method, fronts in (plain.get("fronts") or {}).items()
     }
+    plain["attacks"] = {
+        method: [_build(AttackRow, row) for row in rows] for method, rows in (plain.get("attacks") or {}).items()
+    }
     if isinstance(plain.get("routing"), Mapping):
         plain["routing"] = _build(Routing, plain["routing"])
     return _build(ReportData, {k: v for k, v in plain.items() if v is not None})
@@ -175,6 +201,8 @@ def _build(cls: type[T], value: Any) -> T:
         if isinstance(arguments.get("forgetting"), Mapping):
             arguments["forgetting"] = _build(Number, arguments["forgetting"])
         arguments["utilities"] = {k: _build(Number, v) for k, v in (arguments.get("utilities") or {}).items()}
+    if cls is AttackRow:
+        arguments |= {name: _build(Number, arguments[name]) for name in ("value", "original")}
     if cls is Front:
         arguments["points"] = [_build(Point, point) for point in arguments.get("points", ())]
     try:

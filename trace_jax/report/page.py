@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from trace_jax.files import as_path, replacing
-from trace_jax.report import figures, routing_figures, words
+from trace_jax.report import attacks, figures, routing_figures, words
 from trace_jax.report.certificates import certificate_table
 from trace_jax.report.data import Number, ReportData, known, report_data
 from trace_jax.report.drawing import Figure
@@ -53,6 +53,7 @@ def render_report(data: ReportData | Mapping[str, Any]) -> str:
         summary=_summary(data),
         fronts=[_safe(figure) for figure in figures.front_figures(data)],
         steps=[_safe(figure) for figure in figures.step_figures(data)],
+        attacks=_attacks(data),
         legend=_legend(data),
         heat_maps=[_safe(figure) for figure in routing_figures.corpus_figures(data.routing)] if data.routing else [],
         colour_scale=TIMES_UNIFORM.legend() if data.routing else [],
@@ -76,6 +77,17 @@ def _legend(data: ReportData) -> list[dict[str, Any]]:
     return [
         {"method": m, "runs": runs.get(m, 1), "swatch": Markup(figures.legend_swatch(s))} for m, s in styles.items()
     ]
+
+
+def _attacks(data: ReportData) -> dict[str, Any] | None:
+    """Table, figure and legend of the attacks; None where there were none."""
+    table, figure = attacks.attack_table(data), attacks.attack_figure(data)
+    if table is None:
+        return None
+    styles = figures.method_styles(list(dict.fromkeys([*data.fronts, *data.attacks])), data.baseline)
+    swatches = {m: Markup(figures.legend_swatch(styles[m], "attack-swatch")) for m in data.attacks}
+    legend = [{"method": method, "swatch": swatch} for method, swatch in swatches.items()]
+    return {**table, "figures": [_safe(figure)] if figure else [], "legend": legend}
 
 
 def _routing(data: ReportData) -> dict[str, Any]:

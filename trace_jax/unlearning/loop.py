@@ -50,9 +50,9 @@ class Loop:
     """What surrounds the step.
 
     directory: holds `checkpoints/`, `metrics.jsonl` and `items.npz`. identity, seed: of what is run, see `StateStore`.
-    evaluate: called with the trainable parameters at step 0, every `evaluate_every` steps and at the end; what
-      it returns, or the `rows` of the `Evaluated` that it returns, goes into metrics.jsonl under "evaluation", and
-      the `items` into items.npz. A FloatingPointError from it ends the run like a NaN loss.
+    evaluate: called with the trainable parameters at step 0 (if `evaluate_first`), every `evaluate_every` steps and at
+      the end; what it returns, or the `rows` of the `Evaluated` that it returns, goes into metrics.jsonl under
+      "evaluation", and the `items` into items.npz. A FloatingPointError from it ends the run like a NaN loss.
     refresh: called as `refresh(n, trainable)` before step n is taken and before its inputs are made, for every multiple
       n of `refresh_every` in 1..steps-1: for what inputs depend on and the model changes. It may not hold on to the
       arrays. A run that continues after step n calls it again with the same arrays.
@@ -73,6 +73,7 @@ class Loop:
     refresh: Callable[[int, Flat], None] | None = None
     resumed: Callable[[int], None] | None = None
     rules: Rules = NO_RULES
+    evaluate_first: bool = True
 
     def run(
         self,
@@ -100,7 +101,9 @@ class Loop:
     def evaluates(self, step: int) -> bool:
         """Whether the state after so many steps is evaluated."""
         often = self.evaluate_every
-        due = step == 0 or (often > 0 and (step % often == 0 or step == self.steps))
+        due = (step == 0 and self.evaluate_first) or (
+            step > 0 and often > 0 and (step % often == 0 or step == self.steps)
+        )
         return due and self.evaluate is not None
 
     def refreshes(self, step: int) -> bool:

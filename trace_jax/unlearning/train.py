@@ -1,9 +1,10 @@
-"""Training a model from scratch: the target model, and the retrained model that never saw the forget set."""
+"""Next-token training: the target model from scratch, the retrained one, and models that are trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -15,10 +16,10 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import ROWS
-from trace_jax.unlearning.config import TrainingConfig
+from trace_jax.unlearning.config import OptimizerConfig, TrainingConfig
 from trace_jax.unlearning.inputs import pad_rows
 from trace_jax.unlearning.loop import Loop, LoopResult
-from trace_jax.unlearning.parameters import as_stored
+from trace_jax.unlearning.parameters import Flat, as_stored
 from trace_jax.unlearning.state import StepSettings, initial_state
 from trace_jax.unlearning.step import row_multiple, training_step
 
@@ -41,19 +42,69 @@ def train_model(
       FloatingPointError: the loss stopped being finite; a target model that diverged is of no use to anyone.
     """
     settings = StepSettings(model_config, config.optimization, config.steps)
-
-    def start():
-        return initial_state(flatten(init_params(model_config, jax.random.key(seed))), settings, mesh)
-
-    def inputs(index):
-        return place(pad_rows(batch_at(index), row_multiple(settings, mesh)), mesh, P(ROWS))
-
-    def step(state, batch):
-        return training_step(state, batch, settings=settings, load_balance=config.load_balance, mesh=mesh)
-
     loop = Loop(directory, identity, config.steps, config.checkpoint_every, title, seed=seed)
-    result = loop.run(start, inputs, step)
+    result = _run(
+        loop,
+        lambda: init_params(model_config, jax.random.key(seed)),
+        batch_at,
+        settings,
+        load_balance=config.load_balance,
+        mesh=mesh,
+    )
     if result.stopped:
         raise FloatingPointError(f"{title}: {result.stopped}.")
-    params = unflatten(as_stored(result.trainable, flatten(abstract_params(model_config))))
-    return Model(model_config, params, tokenizer), result
+    return Model(model_config, _params(result.trainable, model_config), tokenizer), result
+
+
+def train_on(
+    model: Model,
+    config: OptimizerConfig,
+    batch_at: Callable[[int], Batch],
+    *,
+    steps: int,
+    evaluate: Callable[[Any], Any],
+    evaluate_every: int,
+    seed: int,
+    mesh: Mesh,
+    directory: Path,
+    identity: str,
+    title: str,
+) -> LoopResult:
+    """Trains all parameters of a model, which is not changed, on `batch_at(step)`; continues if it was interrupted.
+
+    `evaluate` is called with the parameters after every `evaluate_every` steps and at the end; what it returns is in
+    `directory` (`trace_jax.unlearning.metrics.front_rows`). A run that diverges ends, and the result says so.
+    """
+    settings = StepSettings(model.config, config, steps)
+    loop = Loop(
+        directory,
+        identity,
+        steps,
+        evaluate_every,
+        title,
+        lambda trainable: evaluate(_params(trainable, model.config)),
+        evaluate_every,
+        seed,
+        evaluate_first=False,
+    )
+    return _run(loop, lambda: model.params, batch_at, settings, load_balance=0.0, mesh=mesh)
+
+
+def _run(
+    loop: Loop,
+    start: Callable[[], Any],
+    batch_at: Callable[[int], Batch],
+    settings: StepSettings,
+    *,
+    load_balance: float,
+    mesh: Mesh,
+) -> LoopResult:
+    return loop.run(
+        lambda: initial_state(flatten(start()), settings, mesh),
+        lambda index: place(pad_rows(batch_at(index), row_multiple(settings, mesh)), mesh, P(ROWS)),
+        lambda state, batch: training_step(state, batch, settings=settings, load_balance=load_balance, mesh=mesh),
+    )
+
+
+def _params(trainable: Flat, config: ModelConfig) -> Any:
+    return unflatten(as_stored(trainable, flatten(abstract_params(config))))

@@ -1,0 +1,1 @@
+"""Attacks on an unlearned model: what it gives back has not been unlearned."""

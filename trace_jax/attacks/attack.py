@@ -1,0 +1,82 @@
+"""What an attack is given, and what it gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from jax.sharding import Mesh
+
+from trace_jax.data.config import DataConfig
+from trace_jax.data.corpora import Corpora
+from trace_jax.evaluation.measurement import Measurement, find
+from trace_jax.evaluation.store import ScoreStore
+from trace_jax.evaluation.suite import Evaluator
+from trace_jax.models.model import Model
+from trace_jax.parallel.config import ParallelConfig
+
+SPLIT = "test"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An unlearned model under attack, and what it is measured with.
+
+    Attributes:
+      original: the model before unlearning. unlearned: the model that is attacked; neither is changed.
+      evaluator: measures relative to the original (and the retrained) model.
+      directory: of this attack's files. identity: hash of everything that made the unlearned model and of the settings.
+    """
+
+    original: Model
+    unlearned: Model
+    corpora: Corpora
+    data: DataConfig
+    evaluator: Evaluator
+    mesh: Mesh
+    parallel: ParallelConfig
+    seed: int
+    directory: Path
+    identity: str
+
+    def measure(self, params: Any, name: str) -> list[Measurement]:
+        """Everything that is measured on a model, with its scores kept under `name`."""
+        return self.evaluator.full(params, store=ScoreStore(self.directory / name, self.identity))
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What was measured in one form of an attack.
+
+    Attributes:
+      at: the form in words, such as "4 bits" or "50 steps".
+      measurements: of the attacked model.
+      original: of the original model in the same form, where the attack changes what is asked.
+    """
+
+    at: str
+    measurements: Sequence[Measurement]
+    original: Sequence[Measurement] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict for NAME.json."""
+        plain = {"at": self.at, "measurements": [m.to_json() for m in self.measurements]}
+        return plain | ({"original": [m.to_json() for m in self.original]} if self.original else {})
+
+
+class Attack(Protocol):
+    """A function that attacks a model in one or several forms."""
+
+    def __call__(self, settings: Any, case: Case) -> list[Point]: ...
+
+
+def strongest(points: Sequence[Point], measure: str) -> int | None:
+    """Place of the point at which most came back: the largest value of `measure` on test; the first of equal ones.
+
+    None where no point has that measurement.
+    """
+    found = [find(point.measurements, measure, SPLIT) for point in points]
+    places = [place for place, measurement in enumerate(found) if measurement is not None]
+    return max(places, key=lambda place: found[place].value, default=None)  # pyright: ignore[reportOptionalMemberAccess]

@@ -1,0 +1,68 @@
+"""Training goes on: on some of the forget rows, or on benign text. What comes back was hidden, not unlearned."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trace_jax.attacks.attack import Case, Point
+from trace_jax.attacks.config import BenignRelearningConfig, RelearningConfig
+from trace_jax.data.batches import Batches, EpochSampler
+from trace_jax.data.packing import pack_documents
+from trace_jax.data.rows import Rows
+from trace_jax.data.sources import read_source
+from trace_jax.data.tokenizer import Vocabulary, encode_documents
+from trace_jax.evaluation.measurement import Measurement
+from trace_jax.files import remove
+from trace_jax.unlearning.metrics import front_rows
+from trace_jax.unlearning.train import train_on
+
+
+def relearning(settings: RelearningConfig, case: Case) -> list[Point]:
+    """Trains on a share of the forget rows, drawn by the run's seed; a point for every evaluation."""
+    rows = case.corpora.forget
+    number = max(1, round(settings.share * len(rows)))
+    drawn = np.random.default_rng([case.seed, 5]).permutation(len(rows))[:number]
+    return _trained(settings, case, rows.take(np.sort(drawn)), "relearning")
+
+
+def benign_relearning(settings: BenignRelearningConfig, case: Case) -> list[Point]:
+    """Trains on text that has nothing to do with the forget set; a point for every evaluation.
+
+    Raises:
+      DataError: the source can't be read.
+    """
+    return _trained(settings, case, benign_rows(settings, case), "benign relearning")
+
+
+def benign_rows(settings: BenignRelearningConfig, case: Case) -> Rows:
+    """The source's text in rows like those of the run; without one, retain rows that are not of neighbours."""
+    if settings.source is None:
+        retain = case.corpora.retain
+        return retain.take(np.flatnonzero(retain.domain == 0)) if (retain.domain == 0).any() else retain
+    model = case.unlearned
+    vocabulary = Vocabulary(case.corpora.tokenizer, model.special, model.config.vocab_size)
+    documents = encode_documents(vocabulary, read_source(settings.source).documents)
+    return pack_documents(documents, case.data.row_length, special=model.special)
+
+
+def _trained(settings: RelearningConfig | BenignRelearningConfig, case: Case, rows: Rows, title: str) -> list[Point]:
+    """A diverging run ends early, and what was measured until then is the result."""
+    batches = Batches(rows, EpochSampler(len(rows), settings.batch_size, seed=case.seed))
+    train_on(
+        case.unlearned,
+        settings.optimization,
+        batches.__getitem__,
+        steps=settings.steps,
+        evaluate=lambda params: [m.to_json() for m in case.evaluator.full(params)],
+        evaluate_every=settings.evaluate_every,
+        seed=case.seed,
+        mesh=case.mesh,
+        directory=case.directory,
+        identity=case.identity,
+        title=title,
+    )
+    remove(case.directory / "checkpoints")
+    return [
+        Point(f"{row['step']} steps", [Measurement.from_json(m) for m in row["evaluation"]])
+        for row in front_rows(case.directory, case.identity)
+    ]

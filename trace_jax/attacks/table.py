@@ -1,0 +1,53 @@
+"""The attacks by name, as `AttacksConfig` has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trace_jax.attacks.attack import Attack, Case, strongest
+from trace_jax.attacks.config import AttacksConfig
+from trace_jax.attacks.quantization import quantization
+from trace_jax.attacks.relearning import benign_relearning, relearning
+from trace_jax.attacks.router_swap import router_swap
+from trace_jax.config import Section, as_dict
+from trace_jax.data.sources import read_source
+from trace_jax.evaluation.likelihood import NonFiniteScore
+
+ATTACKS: Mapping[str, Attack] = {
+    "relearning": relearning,
+    "benign_relearning": benign_relearning,
+    "quantization": quantization,
+    "router_swap": router_swap,
+}
+
+
+def check_attacks(config: AttacksConfig | None) -> None:
+    """Looks whether the text that attacks are to read is there, long before they do.
+
+    Raises:
+      DataError: it isn't, or has another form.
+    """
+    if config is not None and config.benign_relearning is not None and config.benign_relearning.source is not None:
+        read_source(config.benign_relearning.source)
+
+
+def attack(name: str, settings: Section, case: Case) -> dict[str, Any]:
+    """Attacks a model. Returns the content of NAME.json.
+
+    Its "points" are the forms of the attack; "strongest" is the place of the one at which `measure`, the forgetting
+    measure, is largest on test, or None. An attack that breaks the model has no points, and "failed" says why.
+    """
+    failed = ""
+    try:
+        points = ATTACKS[name](settings, case)
+    except NonFiniteScore as error:
+        points, failed = [], str(error)
+    measure = case.evaluator.board.forgetting
+    return {
+        "settings": as_dict(settings),
+        "points": [point.to_json() for point in points],
+        "measure": measure,
+        "strongest": strongest(points, measure),
+        "failed": failed,
+    }

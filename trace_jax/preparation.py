@@ -1,0 +1,243 @@
+"""What the methods of a run share: data, target model (and retrained model), routing statistics, evaluator.
+
+Each stage leaves an artefact with the hash of everything that made it, and is skipped when that artefact is there; so a
+run that was interrupted, or whose later settings changed, continues from what it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from trace_jax.attacks.table import check_attacks
+from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.checkpoints.params import parameter_bytes, parameter_count
+from trace_jax.config import ConfigError, fingerprint
+from trace_jax.data.batches import mixture_batches, sequential_batches
+from trace_jax.data.config import DataConfig
+from trace_jax.data.corpora import Corpora, build_corpora
+from trace_jax.data.tokenizer import read_vocabulary
+from trace_jax.environment import describe
+from trace_jax.evaluation.audit import hazardous
+from trace_jax.evaluation.store import ScoreStore
+from trace_jax.evaluation.suite import Evaluator, make_evaluator
+from trace_jax.evaluation.task import Task
+from trace_jax.evaluation.tasks import build_tasks
+from trace_jax.experiment import ExperimentConfig
+from trace_jax.export import (
+    load_retrained,
+    load_target,
+    load_trained,
+    save_trained,
+)
+from trace_jax.files import free_bytes, remove, write_json
+from trace_jax.models.arrays import count_params, flatten
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.model import Model
+from trace_jax.parallel.processes import check_joined
+from trace_jax.progress import say, tracked
+from trace_jax.routing.statistics import ExpertStatistics, expert_statistics
+from trace_jax.stages import Stage, check_workdir, open_workdir
+from trace_jax.unlearning.lora import factors
+from trace_jax.unlearning.optimizer import moments
+from trace_jax.unlearning.train import train_model
+from trace_jax.unlearning.trainable import partition
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Everything that the methods of a run share."""
+
+    config: ExperimentConfig
+    workdir: Path
+    mesh: Mesh
+    corpora: Corpora
+    target: Model
+    forget: ExpertStatistics
+    retain: ExpertStatistics
+    evaluator: Evaluator
+    identity: str
+
+
+def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Prepared:
+    """Data, target model (and retrained model), statistics and the evaluator: what every method starts from."""
+    if isinstance(config.model, PretrainedConfig):
+        config.model.check()
+    check_workdir(config, workdir, overwrite=overwrite)
+    check_joined()
+    mesh = config.parallel.mesh()
+    corpora, tasks = read_corpora(config), build_tasks(config.evaluation)  # before anything is written: may be refused
+    check_attacks(config.attacks)
+    path = open_workdir(config, workdir, overwrite=overwrite)
+    write_json(path / "environment.json", describe())
+    say(
+        f"data: {_counts(corpora.documents, 'documents')}; unlearning with {len(corpora.forget)} forget rows and "
+        f"{len(corpora.retain)} retain rows"
+    )
+    known = fingerprint(corpora.fingerprint, config.model_identity(), config.target, config.seed)
+    retrained, reference = None, fingerprint(known, "retrained", retrained_identity(config))
+    if isinstance(config.model, PretrainedConfig):
+        target = load_target(config, path, mesh)
+        _check_disk(config, path, target)
+    else:
+        target = _model_stage(config, path, corpora, mesh, "target", corpora.mixture, known)
+        if config.target and config.target.retrained:
+            retrained = _model_stage(config, path, corpora, mesh, "retrained", corpora.retrain_mixture, reference)
+    forget, retain = _statistics_stage(config, path, corpora, target, mesh, fingerprint(known, "statistics"))
+    if isinstance(config.model, PretrainedConfig):
+        retrained = load_retrained(config.model, mesh)  # only while it is evaluated: it takes as much as the target
+    models = {fingerprint(known, "target"): target} | ({reference: retrained} if retrained is not None else {})
+    evaluator = _evaluator_stage(config, path, corpora, tasks, models, mesh)
+    return Prepared(config, path, mesh, corpora, target, forget, retain, evaluator, known)
+
+
+def read_corpora(config: ExperimentConfig) -> Corpora:
+    """The corpora of an experiment, in the tokens of its model."""
+    say("data: reading and tokenizing")
+    return _corpora(config.data, config.model.path if isinstance(config.model, PretrainedConfig) else None)
+
+
+@functools.lru_cache(maxsize=4)
+def _corpora(config: DataConfig, checkpoint: str | None) -> Corpora:
+    """Kept, because a study prepares several runs on the same ones."""
+    return build_corpora(config, None if checkpoint is None else read_vocabulary(checkpoint))
+
+
+def _counts(numbers: Any, what: str) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in numbers.items()) + f" {what}"
+
+
+def _model_stage(
+    config: ExperimentConfig, path: Path, corpora: Corpora, mesh: Mesh, name: str, mixture, known: str
+) -> Model:
+    """Trains a model on a mixture of the corpora, or loads it."""
+    stage = Stage(name, path / name, known)
+    shape, training = config.model, config.target
+    assert isinstance(shape, ModelConfig) and training is not None
+
+    def make() -> Model:
+        total, active = count_params(shape)
+        say(
+            f"{name} model: {total:,} parameters, {active:,} active per token; {training.steps} steps of "
+            f"{training.batch_size} x {config.data.row_length} tokens"
+        )
+        batches = mixture_batches(corpora.train, mixture, training.batch_size, seed=config.seed)
+        model, _ = train_model(
+            shape,
+            training,
+            batches.__getitem__,
+            seed=config.seed,
+            mesh=mesh,
+            directory=stage.directory,
+            identity=known,
+            title=f"training the {name} model",
+            tokenizer=corpora.tokenizer,
+        )
+        save_trained(stage.directory, model, known)
+        return model
+
+    model = stage.run(make, lambda: load_trained(stage.directory, shape), f"{name} model")
+    remove(stage.directory / "checkpoints")  # of use while it trains only
+    return model
+
+
+def retrained_identity(config: ExperimentConfig) -> str:
+    """Hash of a retrained model that is imported. One that is trained here follows from the rest."""
+    return config.model.retrained_identity() if isinstance(config.model, PretrainedConfig) else ""
+
+
+def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
+    """Refuses a run whose files would not fit.
+
+    While a method trains, three of its states are on disk, and a fourth where the best is kept. Relearning trains all.
+    """
+    sizes = {"export": parameter_bytes(target.params)} if config.export and not (path / "export").exists() else {}
+    for name in config.methods:
+        if not (path / "methods" / name / "results.json").exists():
+            unlearning = config.method(name).unlearning
+            training, _ = partition(target.params, unlearning.trainable or "all")
+            sizes[name], count = parameter_bytes(training), parameter_count(training)
+            if unlearning.lora_rank is not None:
+                own = factors(target.config, training, unlearning.lora_rank).values()
+                count = sum(math.prod(spec.shape) for spec in own)
+            states, numbers = 3 + unlearning.rules.keeps_best, 1 + moments(unlearning)
+            sizes["states"] = max(sizes.get("states", 0), states * numbers * 4 * count)
+    for attack in (config.attacks.relearning, config.attacks.benign_relearning) if config.attacks else ():
+        if attack is not None:
+            numbers = 1 + moments(attack.optimization)
+            sizes["states"] = max(sizes.get("states", 0), 3 * numbers * 4 * parameter_count(flatten(target.params)))
+    needed, free = sum(sizes.values()), free_bytes(path)
+    if free < needed:
+        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sizes.items())
+        raise ConfigError(
+            f"{path}: {free / 2**30:.1f} GiB are free there; this run needs {needed / 2**30:.1f} GiB ({parts}). Let "
+            "less train (unlearning.trainable), or choose another --workdir."
+        )
+
+
+def _statistics_stage(config, path: Path, corpora: Corpora, target: Model, mesh: Mesh, known: str):
+    """Expert frequencies of the original model on forget and retain data."""
+    stage = Stage("statistics", path / "statistics", known)
+
+    def make():
+        found = []
+        for name, rows in (("forget", corpora.forget), ("retain", corpora.retain)):
+            size = config.evaluation.batch_size
+            batches = tracked(sequential_batches(rows, size), f"routing of the {name} corpus", -(-len(rows) // size))
+            statistics = expert_statistics(target, batches, mesh=mesh)
+            statistics.save(stage.directory / f"{name}.npz")
+            found.append(statistics)
+        return tuple(found)
+
+    def load():
+        return tuple(ExpertStatistics.load(stage.directory / f"{name}.npz") for name in ("forget", "retain"))
+
+    return stage.run(make, load, "routing statistics")
+
+
+def _evaluator_stage(
+    config: ExperimentConfig,
+    path: Path,
+    corpora: Corpora,
+    tasks: tuple[Task, ...],
+    models: Mapping[str, Model],
+    mesh: Mesh,
+) -> Evaluator:
+    """The evaluator with the scores of the original (and retrained) model; their measurements are written down.
+
+    `models` are the target and, if there is one, the retrained model, by the hash of what made them.
+    """
+    target = next(iter(models.values()))
+    settings = config.evaluation
+    if hazardous(config.data.forget_sources):
+        settings = dataclasses.replace(settings, audit_text=False)
+    evaluator = make_evaluator(
+        settings,
+        target.config,
+        {"validation": corpora.validation, "test": corpora.test},
+        corpora.tokenizer,
+        benchmark=config.data.benchmark,
+        mesh=mesh,
+        seed=config.seed,
+        special=target.special,
+        source=target.source,
+        tasks=tasks,
+        identity=fingerprint(corpora.fingerprint, *settings.of_probes()),
+    )
+    say("evaluation of the target model" + (" and of the retrained model" if len(models) > 1 else ""))
+    scores = {
+        name: evaluator.full_scores(model.params, store=ScoreStore(path / "scores" / name, identity))
+        for name, (identity, model) in zip(("target", "retrained"), models.items(), strict=False)
+    }
+    evaluator = evaluator.with_references(original=scores["target"], retrained=scores.get("retrained"))
+    measured = {name: [m.to_json() for m in evaluator.measure(score)] for name, score in scores.items()}
+    counts = {"documents": dict(corpora.documents), "tokens": dict(corpora.tokens), "fingerprint": corpora.fingerprint}
+    write_json(path / "references.json", {"measurements": measured, "data": counts})
+    return evaluator
