@@ -13,7 +13,7 @@ from trace_jax.attacks.config import QuantizationConfig
 from trace_jax.models.arrays import ArraySpec, flat_specs, flatten, unflatten
 from trace_jax.models.config import ModelConfig
 
-_KEPT = ("embed", "head", "layers/router")  # as the usual tools leave them
+_MATRICES = ("q", "k", "v", "o", "attention_gate", "kv_down", "kv_up", "q_down", "q_up", "gate_up", "down")
 
 
 def quantization(settings: QuantizationConfig, case: Case) -> list[Point]:
@@ -28,15 +28,14 @@ def quantization(settings: QuantizationConfig, case: Case) -> list[Point]:
 def quantized(params: Any, config: ModelConfig, *, bits: int) -> Any:
     """Parameters with every matrix of attention, experts and dense layers rounded to `bits` bits and back.
 
-    Embedding, output head, routers, norms and biases stay as they are. See `round_to_nearest`.
+    Embedding, output head, routers, norms and biases stay as they are, as the usual tools leave them. See
+    `round_to_nearest`.
     """
     specs = flat_specs(config)
 
     def one(path: str, array: jax.Array) -> jax.Array:
-        first, second = specs[path].sides
-        if path in _KEPT or not first < second < array.ndim:
-            return array
-        return _rounded(array, spec=specs[path], bits=bits)
+        name = path.rpartition("/")[2]
+        return _rounded(array, spec=specs[path], bits=bits) if name in _MATRICES else array
 
     return unflatten({path: one(path, array) for path, array in flatten(params).items()})
 

@@ -1,0 +1,99 @@
+"""Attacks as stages of a run: each leaves its lines, and is made anew only where it changed."""
+
+import shutil
+
+import pytest
+
+from tests.test_pipeline import experiment, numbers
+from trace_jax.config import ConfigError
+from trace_jax.data.sources import DataError
+from trace_jax.evaluation.likelihood import NonFiniteScore
+from trace_jax.files import read_json
+from trace_jax.pipeline import run
+
+TRAINING = {"steps": 2, "evaluate_every": 1, "batch_size": 2, "learning_rate": 1e-2}
+ATTACKS = {"relearning": TRAINING, "benign_relearning": TRAINING, "quantization": {"bits": [4]}, "router_swap": {}}
+
+
+@pytest.fixture(scope="module")
+def attacked(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "attacked"
+    run(experiment(data, methods=["uniform"], attacks=ATTACKS), path)
+    return path
+
+
+def test_every_attack_is_a_line_of_the_results(attacked):
+    results = numbers(attacked)["methods"]["uniform"]
+    assert {name: [p["at"] for p in a["points"]] for name, a in results["attacks"].items()} == {
+        "relearning": ["1 steps", "2 steps"],
+        "benign_relearning": ["1 steps", "2 steps"],
+        "quantization": ["4 bits"],
+        "router_swap": ["original routers"],
+    }
+    usual = {(m["name"], m["split"]) for m in results["measurements"] if not m["name"].startswith(("routing", "cal"))}
+    usual -= {("router_drift", "train")}
+    for name, attack in results["attacks"].items():
+        assert attack["measure"] == "forget_probability_ratio" and not attack["failed"]
+        values = []
+        for point in attack["points"]:
+            assert {(m["name"], m["split"]) for m in point["measurements"]} == usual
+            assert all(m["n"] > 0 and m["low"] <= m["value"] <= m["high"] for m in point["measurements"])
+            (value,) = (
+                m["value"] for m in point["measurements"] if m["name"] == attack["measure"] and m["split"] == "test"
+            )
+            values.append(value)
+        assert values[attack["strongest"]] == max(values)
+        assert attack == read_json(attacked / "methods/uniform/attacks" / f"{name}.json")
+    assert results["attacks"]["quantization"]["settings"] == {"bits": [4]}
+
+
+def test_the_report_shows_before_after_and_every_attack(attacked):
+    page = (attacked / "report.html").read_text()
+    section = page[page.index("Under attack") :]
+    section = section[: section.index("</section>")]
+    for words in ("before unlearning", "after unlearning", "benign relearning", "4 bits", "original routers", "back"):
+        assert words in section
+    assert section.count("<svg") >= 2 and "uniform, relearning, 2 steps" in page
+
+
+def test_only_what_changed_is_attacked_again(data, attacked, tmp_path):
+    path = shutil.copytree(attacked, tmp_path / "run")
+    files = {
+        name: path / "methods/uniform" / name
+        for name in ("model.safetensors", "results.json", "attacks/relearning.json", "attacks/quantization.json")
+    }
+    before = {name: file.stat().st_mtime_ns for name, file in files.items()}
+    changed = {**ATTACKS, "quantization": {"bits": [8, 4]}}
+    run(experiment(data, methods=["uniform"], attacks=changed), path)
+    after = {name: file.stat().st_mtime_ns for name, file in files.items()}
+    assert {name for name in files if before[name] != after[name]} == {"attacks/quantization.json"}
+    run(experiment(data, methods=["uniform"]), path)  # none is asked for: none is reported
+    assert numbers(path)["methods"]["uniform"]["attacks"] == {}
+    assert "Under attack" not in (path / "report.html").read_text()
+
+
+def test_an_attack_that_breaks_the_model_says_so(data, attacked, tmp_path, monkeypatch):
+    from trace_jax.attacks import table
+
+    def broken(settings, case):
+        raise NonFiniteScore("the model gives NaN")
+
+    path = shutil.copytree(attacked, tmp_path / "run")
+    monkeypatch.setattr(table, "ATTACKS", {**table.ATTACKS, "router_swap": broken})
+    (path / "methods/uniform/attacks/router_swap.stage.json").unlink()
+    run(experiment(data, methods=["uniform"], attacks=ATTACKS), path)
+    attack = numbers(path)["methods"]["uniform"]["attacks"]["router_swap"]
+    assert (attack["points"], attack["strongest"], attack["failed"]) == ([], None, "the model gives NaN")
+    assert "the model gives NaN" in (path / "report.html").read_text()
+
+
+def test_text_that_is_missing_is_known_before_anything_is_trained(data, tmp_path):
+    config = experiment(data, attacks={"benign_relearning": {"source": str(tmp_path / "none.jsonl")}})
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_attack_is_named(data):
+    with pytest.raises(ConfigError, match="did you mean 'router_swap'"):
+        experiment(data, attacks={"routerswap": {}})
