@@ -117,6 +117,7 @@ def forward(
     positions: jax.Array | None = None,
     remat: str = "none",
     expert_buffer: float = 0.0,
+    experts: jax.Array | None = None,
 ) -> ModelOutput:
     """Runs the decoder on `tokens` i32 [B, S].
 
@@ -132,15 +133,19 @@ def forward(
       cache: keys and values of earlier tokens (`init_cache`); the result's `cache` also holds the new ones.
       positions: i32 [B, S] rotary positions, where the ones that follow from `mask` aren't wanted.
       remat: what the backward pass computes again (`trace_jax.models.remat`).
+      experts: i32 [L, B, S, K], K different experts of every token in every layer of `config.moe_layers` that it uses
+        in place of the K best. Their gate weights are what the router makes of its own scores of these experts.
       expert_buffer: room for the tokens of a device's experts, as a multiple of the balanced load; 0 = for the worst
         case. It matters where experts are split over devices only. What finds no room is counted in "dropped".
 
     On every device of a mesh (inside `jax.shard_map`, see `on_mesh`), tokens are the device's rows, and outputs theirs.
 
     Raises:
-      ValueError: an unknown name in `collect`, logits of a part of the layers, or shapes that don't fit.
+      ValueError: an unknown name in `collect`, logits of a part of the layers, shapes that don't fit, or `experts` with
+        a cache.
     """
     wanted = _check(config, tokens, mask, count_mask, collect, num_layers)
+    experts = _checked_experts(experts, config, tokens, cache)
     B, S = tokens.shape
     documents = None if mask is None else mask.astype(jnp.int32)
     if cache is not None:
@@ -160,7 +165,7 @@ def forward(
     start = None if cache is None else cache.index - S
 
     def layer_step(stack, x, inputs):
-        layer, layer_cache, kind = inputs
+        layer, layer_cache, kind, chosen = inputs
         layer = assembled(layer, config, f"{stack}/")
         if cache is not None:
             layer_cache = (*layer_cache, start)
@@ -172,7 +177,8 @@ def forward(
             flat = x.reshape(B * S, -1)
             if "mlp" in layer:
                 return gated_mlp(layer["mlp"], config, flat).reshape(x.shape), None
-            y, routing = moe_layer(layer, config, flat, buffer=expert_buffer)
+            chosen_TK = None if chosen is None else chosen.reshape(B * S, -1)
+            y, routing = moe_layer(layer, config, flat, buffer=expert_buffer, chosen_TK=chosen_TK)
             return y.reshape(x.shape), routing
 
         x, keys_values = _residual(layer, config, x, "attention", mix)
@@ -190,11 +196,12 @@ def forward(
     for stack, inside, layers in _runs(config, num_layers or config.num_layers):
         arrays = _cut(params[stack], inside)
         caches = None if cache is None else _cut((cache.k, cache.v), layers)
+        chosen = None if experts is None or stack == "dense" else experts[inside]
         depth = layers.stop - layers.start
         # Few layers are unrolled: then what the backward pass keeps isn't copied into and out of stacks.
         unroll = depth if depth <= UNROLLED_LAYERS else 1
         step = rematerialized(partial(layer_step, stack), remat, arrays, config, f"{stack}/")
-        x, out = jax.lax.scan(step, x, (arrays, caches, per_layer.kinds(layers)), unroll=unroll)
+        x, out = jax.lax.scan(step, x, (arrays, caches, per_layer.kinds(layers), chosen), unroll=unroll)
         outs.append(out)
     if num_layers is None:
         x = norm(params, "final_norm", config, x)  # vectors are not cut
@@ -284,6 +291,21 @@ def _check(config, tokens, mask, count_mask, collect, num_layers) -> frozenset:
             raise ValueError('a part of the layers has no logits; ask for collect=("hidden",).')
     wanted = frozenset(collect)
     return wanted | {"router_logits", "indices", "weights"} if "router" in wanted else wanted
+
+
+def _checked_experts(experts, config: ModelConfig, tokens, cache: Cache | None) -> jax.Array | None:
+    """`experts` as i32, or a ValueError that says what is wrong."""
+    if experts is None:
+        return None
+    if cache is not None:
+        raise ValueError("experts are given together with a cache; routing can be forced on whole texts only.")
+    expected = (len(config.moe_layers), *tokens.shape, config.experts_per_token)
+    if experts.shape != expected or not jnp.issubdtype(experts.dtype, jnp.integer):
+        raise ValueError(
+            f"experts is {experts.dtype} of shape {experts.shape}; expected integers {expected}: for each layer that "
+            "has a router, row and position, the experts of the token."
+        )
+    return jnp.asarray(experts, jnp.int32)
 
 
 def _router_parts(routing: Routing, wanted: frozenset, count_mask: jax.Array) -> dict:

@@ -45,11 +45,12 @@ class Routing:
     dropped: jax.Array | None = None  # i32 [] choices of this device's experts that found no room
 
 
-def route(layer: dict, config: ModelConfig, x_TD: jax.Array) -> Routing:
+def route(layer: dict, config: ModelConfig, x_TD: jax.Array, *, chosen_TK: jax.Array | None = None) -> Routing:
     """Scores all experts, chooses K exactly and weighs them; in float32 whatever the type of `x`.
 
     Args:
       layer: router [D,E]; router_bias [E] and router_correction [E] where the model has them.
+      chosen_TK: i32, K different experts of each token that are weighed as if they had been the K best.
     """
     logits = jnp.dot(x_TD.astype(jnp.float32), layer["router"], precision=jax.lax.Precision.HIGHEST)
     if config.router_bias:
@@ -57,11 +58,9 @@ def route(layer: dict, config: ModelConfig, x_TD: jax.Array) -> Routing:
     probabilities = router_probabilities(logits, config)
     scores = jax.nn.sigmoid(logits) if config.router_score == "sigmoid" else probabilities
     if config.router_score == "sparsemixer":
-        indices, weights = _sparse_mixer(logits, config.router_jitter)
+        indices, weights = _sparse_mixer(logits, config.router_jitter, chosen_TK)
     else:
-        choosing = logits if config.router_score == "softmax_top_k" else scores
-        choosing = choosing + layer["router_correction"][None] if config.router_correction else choosing
-        indices = jax.lax.top_k(_best_groups(jax.lax.stop_gradient(choosing), config), config.experts_per_token)[1]
+        indices = _best(layer, config, logits, scores) if chosen_TK is None else chosen_TK
         if config.router_score == "softmax_top_k":
             weights = jax.nn.softmax(_chosen(logits, indices), axis=-1)
         else:
@@ -72,6 +71,13 @@ def route(layer: dict, config: ModelConfig, x_TD: jax.Array) -> Routing:
     if config.routing_scale != 1.0:
         weights = weights * config.routing_scale
     return Routing(x_TD, logits, probabilities, indices, weights)
+
+
+def _best(layer: dict, config: ModelConfig, logits_TE: jax.Array, scores_TE: jax.Array) -> jax.Array:
+    """i32 [T,K]: the K best experts, where a correction and groups have their say."""
+    choosing = logits_TE if config.router_score == "softmax_top_k" else scores_TE
+    choosing = choosing + layer["router_correction"][None] if config.router_correction else choosing
+    return jax.lax.top_k(_best_groups(jax.lax.stop_gradient(choosing), config), config.experts_per_token)[1]
 
 
 def router_probabilities(logits: jax.Array, config: ModelConfig) -> jax.Array:
@@ -99,15 +105,16 @@ def _best_groups(choosing_TE: jax.Array, config: ModelConfig) -> jax.Array:
     return jnp.where(is_best[:, :, None], grouped, -jnp.inf).reshape(choosing_TE.shape)
 
 
-def _sparse_mixer(logits_TE: jax.Array, jitter: float) -> tuple[jax.Array, jax.Array]:
+def _sparse_mixer(logits_TE: jax.Array, jitter: float, chosen_TK: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """(indices, weights) [T,2]: the best expert by a softmax over those close to it; again without it.
 
-    SparseMixer-v2 as Phi-3.5-MoE uses it in evaluation, arXiv 2409.12136.
+    SparseMixer-v2 as Phi-3.5-MoE uses it in evaluation, arXiv 2409.12136. A given expert stands where the best one
+    would: those that score more than it are close.
     """
     left, indices, weights = logits_TE, [], []
-    for _ in range(2):
-        largest = jnp.max(left, axis=-1, keepdims=True)
-        index = jnp.argmax(left, axis=-1).astype(jnp.int32)[:, None]
+    for k in range(2):
+        index = jnp.argmax(left, axis=-1).astype(jnp.int32)[:, None] if chosen_TK is None else chosen_TK[:, k : k + 1]
+        largest = _chosen(logits_TE, index)
         far = (largest - logits_TE) / jnp.maximum(jnp.abs(logits_TE), largest) > 2 * jitter
         probabilities = jax.nn.softmax(jnp.where(jax.lax.stop_gradient(far), -jnp.inf, left), axis=-1)
         indices.append(index)
@@ -125,14 +132,17 @@ def gated_mlp(weights: dict, config: ModelConfig, x: jax.Array) -> jax.Array:
     return y + weights["down_bias"][None] if "down_bias" in weights else y
 
 
-def moe_layer(layer: dict, config: ModelConfig, x_TD: jax.Array, *, buffer: float = 0.0) -> tuple[jax.Array, Routing]:
+def moe_layer(
+    layer: dict, config: ModelConfig, x_TD: jax.Array, *, buffer: float = 0.0, chosen_TK: jax.Array | None = None
+) -> tuple[jax.Array, Routing]:
     """Output [T,D] of the routed (and shared) experts of one layer, and what the router said.
 
     Args:
       layer: the arrays of one layer: router [D,E], experts {gate_up [E,D,2,F], down [E,F,D]}, optional shared.
       buffer: see `forward`, `expert_buffer`.
+      chosen_TK: see `route`.
     """
-    routing = route(layer, config, x_TD)
+    routing = route(layer, config, x_TD, chosen_TK=chosen_TK)
     y, dropped = _experts_of_all_devices(layer["experts"], config, x_TD, routing, buffer)
     if config.shared_hidden_size:
         shared = gated_mlp(layer["shared"], config, x_TD)
