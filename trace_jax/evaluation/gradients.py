@@ -34,7 +34,8 @@ def gradient_norms(
       sequences: token ids; `sequence[first:]` is scored, at least one token of each.
       mesh: devices that hold the parameters and the gradient; None: the default device.
     """
-    params = model.params if mesh is None else placed_params(model.params, model.config, mesh)
+    params = model.unguided("a gradient")
+    params = params if mesh is None else placed_params(params, model.config, mesh)
     rows = 1 if mesh is None else row_shards(mesh)
     function, norms = _norm_function(model.config, mesh), []
     for sequence, start in tracked(zip(sequences, first, strict=True), "gradient norms", len(sequences)):

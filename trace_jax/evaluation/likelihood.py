@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from trace_jax.data.probes import Questions
 from trace_jax.data.rows import Rows
+from trace_jax.models.arrays import flatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
@@ -69,26 +70,47 @@ class QuestionScores:
 
 
 def score_rows(
-    params: Any, config: ModelConfig, rows: Rows, *, batch_size: int = 64, mesh: Mesh | None = None
+    params: Any,
+    config: ModelConfig,
+    rows: Rows,
+    *,
+    guide: Any = None,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
 ) -> RowScores:
     """NLL of every valid position of `rows` [N, S], `batch_size` rows at a time, split over `mesh` if given.
 
+    Args:
+      guide: parameters of a model of the same shape; every token uses the experts that the guide chooses for it.
+
     Raises:
+      ValueError: a guide of another shape.
       NonFiniteScore: the model gives NaN or infinite likelihoods.
     """
     positions = np.broadcast_to(np.arange(rows.tokens.shape[1], dtype=np.int32), rows.tokens.shape)
-    nll = _score(params, config, rows.tokens, rows.segments, positions, batch_size=batch_size, mesh=mesh)
+    models = models_to_run(params, guide, config, mesh)
+    nll = _score(models, config, rows.tokens, rows.segments, positions, batch_size=batch_size, mesh=mesh)
     nll = np.where(rows.valid, nll, np.float32(0))
     check_finite(nll)
     return RowScores(nll, np.asarray(rows.valid, bool))
 
 
 def score_questions(
-    params: Any, config: ModelConfig, questions: Questions, *, batch_size: int = 64, mesh: Mesh | None = None
+    params: Any,
+    config: ModelConfig,
+    questions: Questions,
+    *,
+    guide: Any = None,
+    batch_size: int = 64,
+    mesh: Mesh | None = None,
 ) -> QuestionScores:
     """Log-likelihood of every option of `questions`, `batch_size` questions at a time.
 
+    Args:
+      guide: see `score_rows`.
+
     Raises:
+      ValueError: a guide of another shape.
       NonFiniteScore: the model gives NaN or infinite likelihoods.
     """
     count, options, _ = questions.tokens.shape
@@ -96,7 +118,8 @@ def score_questions(
         x.reshape(count * options, -1) for x in (questions.tokens, questions.segments, questions.scored)
     )
     positions, real = _scored_positions(scored)
-    nll = _score(params, config, tokens, segments, positions, batch_size=batch_size * options, mesh=mesh)
+    models = models_to_run(params, guide, config, mesh)
+    nll = _score(models, config, tokens, segments, positions, batch_size=batch_size * options, mesh=mesh)
     nll = np.where(real, nll, np.float32(0))
     check_finite(nll)
     totals = -nll.sum(axis=1, dtype=np.float64).reshape(count, options)
@@ -110,8 +133,42 @@ def spread_indices(count: int, most: int) -> np.ndarray:
     return (np.arange(most) * count) // most
 
 
+def models_to_run(params: Any, guide: Any, config: ModelConfig, mesh: Mesh | None) -> tuple[Any, ...]:
+    """What `final_hidden` takes: parameters alone or with those of a guide (None: there is none), on `mesh` if given.
+
+    Raises:
+      ValueError: the guide's parameters have other names or shapes.
+    """
+    if guide is None:
+        models = (params,)
+    else:
+        models = (params, guide)
+        own, other = ({path: array.shape for path, array in flatten(model).items()} for model in models)
+        for path in sorted(own.keys() | other.keys()):
+            if own.get(path) != other.get(path):
+                raise ValueError(
+                    f"{path} has shape {other.get(path)} in the guide and {own.get(path)} in the model that it guides; "
+                    "expected the parameters of a model of the same shape."
+                )
+    return models if mesh is None else tuple(placed_params(model, config, mesh) for model in models)
+
+
+def final_hidden(models: tuple[Any, ...], config: ModelConfig, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, S, D]: final hidden states of the first of `models` (`models_to_run`) on `tokens` i32 [B, S].
+
+    If there is a second, the guide, every token uses the experts that the guide chooses for it.
+    """
+    params, *guides = models
+    experts = None
+    for guide in guides:
+        experts = forward(guide, config, tokens, mask=mask, collect=("indices",)).router.indices
+    hidden = forward(params, config, tokens, mask=mask, collect=("hidden",), experts=experts).hidden
+    assert hidden is not None  # it was asked for
+    return hidden
+
+
 def _score(
-    params: Any,
+    models: tuple[Any, ...],
     config: ModelConfig,
     tokens: np.ndarray,
     segments: np.ndarray,
@@ -122,7 +179,6 @@ def _score(
 ) -> np.ndarray:
     """NLL f32 [N, M] of the token after each of `positions` i32 [N, M] in `tokens` [N, S]."""
     devices, count = 1 if mesh is None else row_shards(mesh), len(tokens)
-    params = params if mesh is None else placed_params(params, config, mesh)
     batch_size = -(-min(batch_size, count) // devices) * devices
     targets = np.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
     targets = np.take_along_axis(targets, positions, axis=1)
@@ -131,17 +187,16 @@ def _score(
         batch = np.arange(start, start + batch_size)
         batch[batch >= count] = 0
         arrays = tuple(x[batch].astype(np.int32) for x in (tokens, segments, positions, targets))
-        pending.append(function(params, *(arrays if mesh is None else place(arrays, mesh, PartitionSpec(ROWS)))))
+        pending.append(function(models, *(arrays if mesh is None else place(arrays, mesh, PartitionSpec(ROWS)))))
     return np.concatenate([to_host(x) for x in pending])[:count]
 
 
 @functools.lru_cache(maxsize=16)
 def _scoring_function(config: ModelConfig, mesh: Mesh | None):
-    def function(params, tokens, segments, positions, targets):
-        hidden = forward(params, config, tokens, mask=segments, collect=("hidden",)).hidden
-        assert hidden is not None  # it was asked for
+    def function(models, tokens, segments, positions, targets):
+        hidden = final_hidden(models, config, tokens, segments)
         hidden = jnp.take_along_axis(hidden, positions[:, :, None], axis=1)
-        return token_nll(params, config, hidden, targets)
+        return token_nll(models[0], config, hidden, targets)
 
     if mesh is not None:
         function = on_mesh(function, config, mesh, out_specs=PartitionSpec(ROWS))

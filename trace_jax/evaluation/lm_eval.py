@@ -184,7 +184,7 @@ class TraceLM(LM):
             return np.array([bool(d) or self._stops(t, decoding) for t, d in zip(tokens, done, strict=True)])
 
         tokens = generate(
-            self._model.params,
+            self._model.unguided("generation"),
             self._model.config,
             padded,
             lengths=np.array(lengths),

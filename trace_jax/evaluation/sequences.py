@@ -12,13 +12,12 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from trace_jax.data.rows import Rows
-from trace_jax.evaluation.likelihood import check_finite
+from trace_jax.evaluation.likelihood import check_finite, final_hidden, models_to_run
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.decoder import forward
 from trace_jax.models.generate import padded_size
 from trace_jax.models.loss import token_scores
 from trace_jax.models.model import Model
-from trace_jax.models.sharding import on_mesh, placed_params
+from trace_jax.models.sharding import on_mesh
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import ROWS, row_shards
 
@@ -55,6 +54,7 @@ def score_sequences(
     Sequences of like length go through the model together, padded to few lengths; the result is in the order given.
 
     Args:
+      model: with a guide, its routing is forced on the model.
       sequences: token ids, N sequences of at least one token.
       first: index of the first token that is scored, at least 1 (the default). Where a sequence ends before it,
         nothing is scored.
@@ -64,7 +64,8 @@ def score_sequences(
       batch_size, mesh: sequences per batch, and the devices that share it (None: the default device).
 
     Raises:
-      ValueError: an empty sequence, a `first` below 1, or alternatives to a last token that isn't scored.
+      ValueError: an empty sequence, a `first` below 1, alternatives to a last token that isn't scored, or a guide of
+        another shape.
       NonFiniteScore: the model gives NaN or infinite likelihoods.
     """
     starts = [1] * len(sequences) if first is None else [int(f) for f in first]
@@ -81,7 +82,7 @@ def score_sequences(
     empty = TokenScores(nothing, nothing.astype(bool), *((nothing, nothing) if moments else ()))
     results = [empty] * len(sequences)
     devices = 1 if mesh is None else row_shards(mesh)
-    params = model.params if mesh is None else placed_params(model.params, model.config, mesh)
+    models = models_to_run(model.params, model.guide, model.config, mesh)
     function = _scoring_function(model.config, moments, mesh)
     order = sorted((i for i, n in enumerate(counts) if n), key=lambda i: (len(sequences[i]), counts[i]))
     size = -(-min(batch_size, max(1, len(order))) // devices) * devices
@@ -90,7 +91,7 @@ def score_sequences(
         rows = order[begin : begin + size]
         arrays = _batch([sequences[i] for i in rows], [starts[i] for i in rows], [others[i] for i in rows], size)
         pending.append(
-            (rows, function(params, *(arrays if mesh is None else place(arrays, mesh, PartitionSpec(ROWS)))))
+            (rows, function(models, *(arrays if mesh is None else place(arrays, mesh, PartitionSpec(ROWS)))))
         )
     for rows, found in pending:
         columns = {name: to_host(values) for name, values in found.items()}
@@ -124,11 +125,10 @@ def _batch(
 
 @functools.lru_cache(maxsize=16)
 def _scoring_function(config: ModelConfig, moments: bool, mesh: Mesh | None):
-    def function(params, tokens, mask, positions, targets):
-        hidden = forward(params, config, tokens, mask=mask, collect=("hidden",)).hidden
-        assert hidden is not None  # it was asked for
+    def function(models, tokens, mask, positions, targets):
+        hidden = final_hidden(models, config, tokens, mask)
         hidden = jnp.take_along_axis(hidden, positions[:, :, None], axis=1)
-        return token_scores(params, config, hidden, targets, moments=moments)
+        return token_scores(models[0], config, hidden, targets, moments=moments)
 
     if mesh is not None:
         function = on_mesh(function, config, mesh, out_specs=PartitionSpec(ROWS))

@@ -124,37 +124,42 @@ class Evaluator:
         """The same evaluator measuring relative to these models; None leaves a reference as it is."""
         return dataclasses.replace(self, original=original or self.original, retrained=retrained or self.retrained)
 
-    def score(self, params: Any, *, full: bool = False) -> Scores:
+    def score(self, params: Any, *, full: bool = False, guide: Any = None) -> Scores:
         """Runs the model over the probes and tasks.
+
+        Args:
+          guide: parameters of a model of the same shape; every token uses the experts that the guide chooses for it.
 
         Raises:
           NonFiniteScore: the model gives NaN or infinite likelihoods.
+          ValueError: a guide with `full`, or of another shape.
         """
+        if full and guide is not None:
+            raise ValueError("a full scoring generates text, which can't follow a guide; score with full=False.")
         start = time.perf_counter()
-        probes = self._score_probes(params, full=full)
-        tasks = {task.name: self._scoring(task, params)() for task in self.tasks if full or task.quick}
+        probes = self._score_probes(params, full=full, guide=guide)
+        tasks = {task.name: self._scoring(task, params, guide)() for task in self.tasks if full or task.quick}
         return dataclasses.replace(probes, tasks=tasks, seconds=time.perf_counter() - start)
 
-    def _scoring(self, task: Task, params: Any) -> Callable[[], TaskScores]:
-        model = self._model(params)
+    def _scoring(self, task: Task, params: Any, guide: Any = None) -> Callable[[], TaskScores]:
+        model = self._model(params).replace(guide=guide)
         return lambda: task.score(model, batch_size=self.config.batch_size, mesh=self.mesh)
 
     def _model(self, params: Any) -> Model:
         return Model(self.model_config, params, self.tokenizer, self.special, self.source)
 
-    def _score_probes(self, params: Any, *, full: bool) -> Scores:
+    def _score_probes(self, params: Any, *, full: bool, guide: Any = None) -> Scores:
         start, batch = time.perf_counter(), self.config.batch_size
-        text = _score_all_rows(params, self.model_config, self.text, batch_size=batch, mesh=self.mesh)
-        question_scores = _score_all_questions(
-            params, self.model_config, self.questions, batch_size=batch, mesh=self.mesh
-        )
+        model = self._model(params).replace(guide=guide)
+        text = _score_all_rows(model, self.text, batch_size=batch, mesh=self.mesh)
+        question_scores = _score_all_questions(model, self.questions, batch_size=batch, mesh=self.mesh)
         verbatim, memorization, members = {}, {}, {}
         if full:
             for split, prompts in self.prompts.items():
                 verbatim[split] = verbatim_scores(
                     params, self.model_config, _needed(self.tokenizer), prompts, batch_size=batch, mesh=self.mesh
                 )
-            model, share = self._model(params), {"batch_size": batch, "mesh": self.mesh}
+            share = {"batch_size": batch, "mesh": self.mesh}
             for (split, subject), rows in self.text.items():
                 if subject == "forget":
                     memorization[split] = score_memorization(model, rows, **share)
@@ -249,20 +254,21 @@ def make_evaluator(
 
 
 def _score_all_rows(
-    params: Any, config: ModelConfig, sets: Mapping[KeyT, Rows], *, batch_size: int, mesh: Mesh | None
+    model: Model, sets: Mapping[KeyT, Rows], *, batch_size: int, mesh: Mesh | None
 ) -> dict[KeyT, RowScores]:
     """Scores of every set; sets of equal row length share their batches."""
     scores = {}
     for keys in _by_shape({key: rows.tokens.shape[1:] for key, rows in sets.items()}):
         parts = [sets[key] for key in keys]
-        result = score_rows(params, config, Rows.concatenate(parts), batch_size=batch_size, mesh=mesh)
+        rows, share = Rows.concatenate(parts), {"batch_size": batch_size, "mesh": mesh}
+        result = score_rows(model.params, model.config, rows, guide=model.guide, **share)
         for key, part in zip(keys, _parts(parts), strict=True):
             scores[key] = RowScores(result.token_nll[part], result.valid[part])
     return {key: scores[key] for key in sets}
 
 
 def _score_all_questions(
-    params: Any, config: ModelConfig, sets: Mapping[KeyT, Questions], *, batch_size: int, mesh: Mesh | None
+    model: Model, sets: Mapping[KeyT, Questions], *, batch_size: int, mesh: Mesh | None
 ) -> dict[KeyT, QuestionScores]:
     """The same for questions; sets of equal option count share their batches, padded to the longest."""
     scores = {}
@@ -271,7 +277,8 @@ def _score_all_questions(
         parts = [_padded(sets[key], length) for key in keys]
         fields = dataclasses.fields(Questions)
         together = Questions(*(np.concatenate([getattr(q, f.name) for q in parts]) for f in fields))
-        result = score_questions(params, config, together, batch_size=batch_size, mesh=mesh)
+        share = {"batch_size": batch_size, "mesh": mesh}
+        result = score_questions(model.params, model.config, together, guide=model.guide, **share)
         for key, part in zip(keys, _parts(parts), strict=True):
             scores[key] = QuestionScores(result.log_likelihood[part], result.answer[part], result.group[part])
     return {key: scores[key] for key in sets}

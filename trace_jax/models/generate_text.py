@@ -79,12 +79,13 @@ def continue_tokens(
     """The same for prompts that are token ids already, none of them empty: nothing is put before them.
 
     Raises:
-      ValueError: an empty stop string, or see `generate`.
+      ValueError: an empty stop string, a model with a guide, or see `generate`.
     """
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop is {stop!r}; expected a sequence of texts that are not empty.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+    params = model.unguided("generation")
     results: dict[int, Generated] = {}
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     with progress("generating", len(ids) * max_new_tokens, unit="token") as advance:
@@ -100,7 +101,7 @@ def continue_tokens(
             for place, row in enumerate(rows):
                 prompt[place, : len(ids[row])] = ids[row]
             tokens = generate(
-                model.params,
+                params,
                 model.config,
                 prompt,
                 lengths=np.array([len(ids[row]) for row in rows]),

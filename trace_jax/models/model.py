@@ -28,13 +28,27 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """`params` is a plain nested dict of arrays; `tokenizer` is a `tokenizers.Tokenizer` (or None)."""
+    """`params` is a plain nested dict of arrays; `tokenizer` is a `tokenizers.Tokenizer` (or None).
+
+    `guide`: parameters of a model of the same shape whose routing is forced on this one when it is scored by
+    likelihood: every token uses the experts that the guide chooses for it.
+    """
 
     config: ModelConfig
     params: Any
     tokenizer: Any = None
     special: SpecialTokens = SpecialTokens()
     source: Source | None = None
+    guide: Any = None
 
     def replace(self, **changes) -> Model:
         return dataclasses.replace(self, **changes)
+
+    def unguided(self, task: str) -> Any:
+        """`params`, for a `task` that would not follow a guide. Raises ValueError if there is one."""
+        if self.guide is not None:
+            raise ValueError(
+                f"the model has a guide, whose routing is forced on it, and {task} can't be; only scores by likelihood "
+                "can. Use model.replace(guide=None) to go without."
+            )
+        return self.params

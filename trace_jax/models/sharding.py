@@ -164,6 +164,8 @@ def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array, *, first: jax.
 def on_mesh(fn: Callable, config: ModelConfig, mesh: Mesh, *, out_specs: Any) -> Callable:
     """`fn(params, *arrays)` run on every device with its part of the parameters and its rows of the arrays.
 
+    `params` may also be a tuple: the parameters of several models of this configuration.
+
     Args:
       fn: sums over devices itself: `jax.lax.psum(value, ROWS)`.
       out_specs: `PartitionSpec()` for outputs that are equal on all devices, `PartitionSpec(ROWS)` for per-row ones, or
@@ -171,7 +173,9 @@ def on_mesh(fn: Callable, config: ModelConfig, mesh: Mesh, *, out_specs: Any) ->
     """
 
     def call(params, *arrays):
-        in_specs = (unflatten(param_specs(config, mesh)), *(P(ROWS) for _ in arrays))
+        specs = unflatten(param_specs(config, mesh))
+        specs = tuple(specs for _ in params) if isinstance(params, tuple) else specs
+        in_specs = (specs, *(P(ROWS) for _ in arrays))
         return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(params, *arrays)
 
     return call
