@@ -7,6 +7,7 @@ from typing import Any
 
 from trace_jax.attacks.attack import Attack, Case, strongest
 from trace_jax.attacks.config import AttacksConfig
+from trace_jax.attacks.expert_forcing import expert_forcing
 from trace_jax.attacks.quantization import quantization
 from trace_jax.attacks.relearning import benign_relearning, relearning
 from trace_jax.attacks.router_swap import router_swap
@@ -19,6 +20,7 @@ ATTACKS: Mapping[str, Attack] = {
     "benign_relearning": benign_relearning,
     "quantization": quantization,
     "router_swap": router_swap,
+    "expert_forcing": expert_forcing,
 }
 
 
