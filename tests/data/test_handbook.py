@@ -1,6 +1,7 @@
 """The two topics have one form, and a question can be answered from the pages and from nothing else."""
 
 import collections
+import dataclasses
 import re
 
 import numpy as np
@@ -84,6 +85,32 @@ def test_questions_are_well_formed(benchmark, subject):
             assert any(item.options[0].strip() in r.values and item.options[3].strip() in r.values for r in RELATIONS)
         places = np.bincount([item.answer for item in items], minlength=OPTIONS)
         assert np.ptp(places) <= 1
+
+
+def test_paraphrased_questions_differ_in_their_words_alone(benchmark):
+    other = build_handbook(DataConfig(), paraphrased=True)
+    for before, after in ((benchmark.validation, other.validation), (benchmark.test, other.test)):
+        for subject, items in before.questions.items():
+            asked = after.questions[subject]
+            assert [dataclasses.replace(a, prompt=i.prompt) for a, i in zip(asked, items, strict=True)] == items
+            assert not {a.prompt for a in asked} & {i.prompt for i in items}
+    assert (other.train, other.test.held_out, other.test.memorised) == (
+        benchmark.train, benchmark.test.held_out, benchmark.test.memorised,
+    )  # fmt: skip
+
+
+def test_no_page_has_the_words_of_a_paraphrase(benchmark):
+    pages = "\n".join(d.text for topic in ("forget", "neighbour") for d in benchmark.train[topic])
+    asked = build_handbook(DataConfig(), paraphrased=True)
+    prompts = {i.prompt for p in (asked.validation, asked.test) for items in p.questions.values() for i in items}
+    assert len(prompts) == 210 * len(RELATIONS)
+    for prompt in prompts:
+        name = re.findall(r"[A-Z][a-z]+", prompt)[-1]
+        assert name in pages and prompt not in pages
+    forms = {form for r in RELATIONS for form in r.templates}
+    for relation in RELATIONS:
+        assert len(set(relation.paraphrases)) == 4 and not forms & set(relation.paraphrases)
+        assert all(re.fullmatch(r"\w.*\{name\}.* \{value\}\.", t) for t in relation.paraphrases)
 
 
 def test_right_answers_are_no_likelier_values_than_wrong_ones(benchmark):

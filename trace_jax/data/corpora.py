@@ -71,7 +71,12 @@ def build_corpora(config: DataConfig, vocabulary: Vocabulary | None = None) -> C
       ConfigError: settings that ask for more than the benchmark has; a token that the model doesn't know.
       DataError: text of the user that can't be used (`trace_jax.data.text`), or is too small.
     """
-    return assemble(_BUILDERS[config.benchmark](config), config, vocabulary)
+    return assemble(build_benchmark(config), config, vocabulary)
+
+
+def build_benchmark(config: DataConfig) -> Benchmark:
+    """The documents and questions of a configuration in plain text; errors as `build_corpora`."""
+    return _BUILDERS[config.benchmark](config)
 
 
 def assemble(benchmark: Benchmark, config: DataConfig, vocabulary: Vocabulary | None = None) -> Corpora:

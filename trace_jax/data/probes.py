@@ -36,13 +36,28 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Beginnings of documents and how they go on: prompt i32 [N, P] (with start mark), continuation i32 [N, C]."""
+    """Beginnings of documents and how they go on: prompt i32 [N, P] (with start mark), continuation i32 [N, C].
+
+    lengths: i32 [N, 2], tokens of each prompt and each continuation, from the left of its row; None: all are full.
+    """
 
     prompt: np.ndarray
     continuation: np.ndarray
+    lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompt)
+
+    def take(self, indices: np.ndarray) -> Prompts:
+        """The prompts at `indices`, in that order."""
+        return Prompts(
+            self.prompt[indices], self.continuation[indices], None if self.lengths is None else self.lengths[indices]
+        )
+
+    def unpadded(self, tokens: np.ndarray) -> list[list[int]]:
+        """Of each row of `tokens` i32 [N, C], as many as the true continuation has."""
+        counts = np.full(len(self), tokens.shape[1]) if self.lengths is None else self.lengths[:, 1]
+        return [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +111,15 @@ def verbatim_prompts(
         if len(tokens) >= 16:
             break
     return Prompts(tokens[:, :length], tokens[:, length : 2 * length])
+
+
+def prompts_of(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int) -> Prompts:
+    """Prompts of (tokens of the prompt, tokens of the continuation), which may be of any length."""
+    lengths = np.array([[len(prompt), len(continuation)] for prompt, continuation in pairs], np.int32)
+    prompt, continuation = (np.full((len(pairs), longest), pad, np.int32) for longest in lengths.max(axis=0))
+    for row, pair in enumerate(pairs):
+        prompt[row, : len(pair[0])], continuation[row, : len(pair[1])] = pair
+    return Prompts(prompt, continuation, lengths)
 
 
 def member_rows(documents: Sequence[Encoded], row_length: int, special: SpecialTokens) -> Rows:

@@ -83,7 +83,8 @@ def _verbatim(scores: Scores, prompts: Mapping[str, Prompts], tokenizer: Tokeniz
     for split, found in scores.verbatim.items():
         texts: list[dict[str, str]] = [{}] * len(found.score)
         if tokenizer is not None:
-            both = (tokenizer.decode_batch(x.tolist()) for x in (found.generated, prompts[split].continuation))
+            asked = prompts[split]
+            both = (tokenizer.decode_batch(asked.unpadded(x)) for x in (found.generated, asked.continuation))
             texts = [dict(zip(TEXTS, pair, strict=True)) for pair in zip(*both, strict=True)]
         for i, (score, text) in enumerate(zip(found.score, texts, strict=True)):
             lines.append({"split": split, "item": i, "score": float(score), **text})

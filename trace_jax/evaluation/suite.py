@@ -242,8 +242,7 @@ def make_evaluator(
         text |= {(split, subject): _thinned(r, config.max_rows) for subject, r in probe.text.items() if len(r)}
         beginnings = probe.prompts.get("forget")
         if beginnings is not None and len(beginnings):
-            kept = spread_indices(len(beginnings), config.max_prompts)
-            prompts[split] = Prompts(beginnings.prompt[kept], beginnings.continuation[kept])
+            prompts[split] = beginnings.take(spread_indices(len(beginnings), config.max_prompts))
         sides = [probe.members[side] for side in ("forget", "holdout") if side in probe.members]
         if len(sides) == 2 and all(len(side) for side in sides):
             members[split] = tuple(_thinned(side, config.max_members) for side in sides)

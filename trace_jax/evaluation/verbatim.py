@@ -18,7 +18,7 @@ from trace_jax.models.generate import generate
 @dataclasses.dataclass(frozen=True)
 class VerbatimScores:
     """ROUGE-L F of each prompt's continuation against the truth, `score` f64 [N] in 0..1, and what was `generated`,
-    token ids i32 [N, C]."""
+    token ids i32 [N, C]; of a shorter continuation the first ones count."""
 
     score: np.ndarray
     generated: np.ndarray
@@ -41,12 +41,10 @@ def verbatim_scores(
     if not count:
         return VerbatimScores(np.zeros(0), np.zeros((0, length), np.int32))
     for start in range(0, count, batch_size):
-        batch = prompts.prompt[start : start + batch_size]
-        batch = np.resize(batch, (min(batch_size, count), batch.shape[1]))  # one shape for all
-        several.append(generate(params, config, batch, max_new_tokens=length, mesh=mesh))
+        rows = np.arange(start, min(start + batch_size, count))
+        batch = prompts.take(np.resize(rows, min(batch_size, count)))  # one shape for all
+        lengths = None if batch.lengths is None else batch.lengths[:, 0]
+        several.append(generate(params, config, batch.prompt, lengths=lengths, max_new_tokens=length, mesh=mesh))
     generated = np.concatenate(several)[:count]
-    return VerbatimScores(rouge_l(_decode(tokenizer, generated), _decode(tokenizer, prompts.continuation)), generated)
-
-
-def _decode(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
-    return tokenizer.decode_batch(ids.tolist())
+    written, truth = (tokenizer.decode_batch(prompts.unpadded(x)) for x in (generated, prompts.continuation))
+    return VerbatimScores(rouge_l(written, truth), generated)
