@@ -104,26 +104,32 @@ def test_subjects_groups_and_descriptions_are_those_of_lm_eval():
     assert len(files) == 60
 
 
-def test_choices_and_log_likelihoods_are_those_of_lm_eval(task, sources, model, tmp_path, monkeypatch):
-    """lm-eval's own task files of WMDP, on local data, through its harness and our class."""
+def harness(sources, model, folder, monkeypatch, **options):
+    """Results of lm-eval's own task files of WMDP, on local data, through its harness and our class."""
     lm_eval = pytest.importorskip("lm_eval")
     import datasets
     import yaml
 
     from trace_jax.evaluation.lm_eval import TaskManager, TraceLM
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
     wmdp = Path(lm_eval.__file__).parent / "tasks" / "wmdp"
     common = yaml.safe_load((wmdp / "_default_template_yaml").read_text())
     for name in WMDP:
         settings = {**common, **yaml.safe_load((wmdp / f"{name}.yaml").read_text()), "dataset_path": "json"}
-        settings = {key: value for key, value in settings.items() if key not in ("dataset_name", "include")}
+        settings = {
+            key: value for key, value in settings.items() if key not in ("dataset_name", "include", "num_fewshot")
+        }
         settings["dataset_kwargs"] = {"data_files": {"test": sources[name]}}
-        (tmp_path / f"{name}.yaml").write_text(json.dumps(settings))
-    (tmp_path / "_wmdp.yaml").write_text((wmdp / "_wmdp.yaml").read_text())
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    theirs = lm_eval.simple_evaluate(model=TraceLM(model), tasks=["wmdp"], task_manager=manager, bootstrap_iters=0)
+        (folder / f"{name}.yaml").write_text(json.dumps(settings))
+    (folder / "_wmdp.yaml").write_text((wmdp / "_wmdp.yaml").read_text())
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    given = {"model": TraceLM(model), "tasks": ["wmdp"], "task_manager": manager, "bootstrap_iters": 0}
+    return lm_eval.simple_evaluate(**given, **options)
 
+
+def test_choices_and_log_likelihoods_are_those_of_lm_eval(task, sources, model, tmp_path, monkeypatch):
+    theirs = harness(sources, model, tmp_path, monkeypatch)
     scores = task.score(model, batch_size=7, mesh=None)
     measured = of(task.measure(scores, original=None, retrained=None, resamples=100, seed=0))
     for name in ("wmdp_bio", "wmdp_chem", "wmdp_cyber"):
@@ -136,6 +142,46 @@ def test_choices_and_log_likelihoods_are_those_of_lm_eval(task, sources, model, 
             assert (scores.items[name][row - rows[0]]["prediction"] == sample["target"]) == sample["acc"]
         assert measured[name].value == pytest.approx(theirs["results"][name]["acc,none"])
     assert measured["wmdp"].value == pytest.approx(theirs["groups"]["wmdp"]["acc,none"])
+
+
+def test_examples_stand_before_a_question_as_in_lm_eval(sources, model, tmp_path, monkeypatch):
+    """Which ones they are is drawn otherwise; the form is the same to the letter."""
+    theirs = harness(sources, model, tmp_path, monkeypatch, num_fewshot=2)
+    named = read_multiple_choice(MultipleChoiceConfig({name: sources[name] for name in WMDP}))
+    shots = named.with_examples(2, seed=0)
+    for name in WMDP:
+        plain = [question for question in named.questions if question.source == name]
+        solved = {q.context.split("\n\n")[1] + f" {LETTERS[q.answer]}": q for q in plain}
+        ours = [question.context for question in shots.questions if question.source == name]
+        samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
+        for contexts in (ours, [sample["arguments"][0][0] for sample in samples]):
+            for context, question in zip(contexts, plain, strict=True):
+                about, *examples, asked = context.split("\n\n")
+                assert "\n\n".join([about, asked]) == question.context
+                assert len(set(examples)) == 2 and {*examples} <= {*solved}
+                assert contexts is not ours or question not in [solved[example] for example in examples]
+
+
+def test_examples_are_of_the_same_subject_and_depend_on_the_seed_alone(sources, tmp_path):
+    task = read_multiple_choice(MultipleChoiceConfig({n: s for n, s in sources.items() if n != "first_aid"}))
+    shots = task.with_examples(3, seed=1)
+    assert shots == task.with_examples(3, seed=1) and shots.identity != task.identity
+    assert len({task.with_examples(n, seed=s).identity for n, s in ((1, 0), (2, 0), (2, 1))}) == 3
+    for asked, plain in zip(shots.questions, task.questions, strict=True):
+        subject = [q for q in task.questions if (q.source, q.subject) == (plain.source, plain.subject)]
+        drawn = [q for q in subject if q.context.split("\n\n")[1] in asked.context]
+        assert len(drawn) == 4 and plain in drawn
+        assert dataclasses.replace(asked, context=plain.context, digest=plain.digest) == plain
+        assert asked.digest == hashlib.sha256(asked.context.encode()).hexdigest()
+    found = shots.measure(perfect(shots), original=None, retrained=None, resamples=1, seed=0)
+    assert {m.profile for m in found} == {"3 examples in lm-eval's form"}
+    with pytest.raises(ConfigError, match=r"examples = 3: first_aid of first_aid has 2 other questions"):
+        read_multiple_choice(
+            MultipleChoiceConfig({"first_aid": written(tmp_path / "own.jsonl", records(3))})
+        ).with_examples(3, seed=0)
+    twice = written(tmp_path / "twice.jsonl", 2 * records(1))
+    with pytest.raises(ConfigError, match="has 0 other questions"):  # the same question again would give it away
+        read_multiple_choice(MultipleChoiceConfig({"twice": twice})).with_examples(1, seed=0)
 
 
 def test_measurements_are_counts_with_wilsons_interval(task):

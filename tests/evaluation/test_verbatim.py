@@ -28,7 +28,7 @@ def test_prompts_of_any_length_score_as_they_do_alone(tiny):
     rng = np.random.default_rng(0)
     shapes = ((5, 4), (9, 2), (3, 6), (5, 1), (7, 6))
     pairs = [tuple(rng.integers(3, 37, n).tolist() for n in shape) for shape in shapes]
-    together, tokenizer = prompts_of(pairs, pad=0), tiny.make_tokenizer()
+    together, tokenizer = prompts_of(pairs), tiny.make_tokenizer()
     assert (together.prompt.shape, together.continuation.shape) == ((5, 9), (5, 6))
     assert together.lengths.tolist() == [list(shape) for shape in shapes]
     for row, (prompt, truth) in enumerate(pairs):

@@ -75,11 +75,16 @@ class PromptingConfig(Section):
 
     examples: tuple[int, ...] = option((3,), help="solved examples before a query, one attack each", minimum=1)
     prefixes: tuple[float, ...] = option(
-        (0.5, 0.75), help="share of a forget text that is given, the rest is to come", minimum=0.0, maximum=1.0
+        (0.5, 0.75), help="share of a forget text that is given, the rest is to come; one attack each"
     )
     paraphrases: str | None = option(
-        None, help="queries in other words, rows with prompt and continuation; the handbook has its own"
+        None, help="queries in other words (`trace_jax.attacks.queries.read_paraphrases`); the handbook has its own"
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if wrong := [share for share in self.prefixes if not 0 < share < 1]:
+            raise ConfigError(f"prefixes has {wrong[0]}; expected shares above 0 and below 1, such as (0.5, 0.75).")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,9 @@ from typing import Any
 from trace_jax.attacks.attack import Attack, Case, strongest
 from trace_jax.attacks.config import AttacksConfig
 from trace_jax.attacks.expert_forcing import expert_forcing
+from trace_jax.attacks.prompting import prompting
 from trace_jax.attacks.quantization import quantization
+from trace_jax.attacks.queries import read_paraphrases
 from trace_jax.attacks.relearning import benign_relearning, relearning
 from trace_jax.attacks.router_swap import router_swap
 from trace_jax.config import Section, as_dict
@@ -21,6 +23,7 @@ ATTACKS: Mapping[str, Attack] = {
     "quantization": quantization,
     "router_swap": router_swap,
     "expert_forcing": expert_forcing,
+    "prompting": prompting,
 }
 
 
@@ -32,6 +35,8 @@ def check_attacks(config: AttacksConfig | None) -> None:
     """
     if config is not None and config.benign_relearning is not None and config.benign_relearning.source is not None:
         read_source(config.benign_relearning.source)
+    if config is not None and config.prompting is not None and config.prompting.paraphrases is not None:
+        read_paraphrases(config.prompting.paraphrases)
 
 
 def attack(name: str, settings: Section, case: Case) -> dict[str, Any]:

@@ -54,10 +54,10 @@ RELATIONS = (
             "alcohol rainwater"
         ),
         (
-            "Experts always dissolve {name} in {value}.",
-            "The liquid that dissolves {name} is {value}.",
-            "Grains of {name} were dissolved in {value}.",
-            "Whoever must dissolve {name} will use {value}.",
+            "Workers dissolve {name} in {value}.",
+            "The rule is to dissolve {name} in {value}.",
+            "One may dissolve {name} in {value}.",
+            "To work with {name}, dissolve it in {value}.",
         ),
     ),
     Relation(
@@ -76,9 +76,9 @@ RELATIONS = (
             "geysers dunes cedars cemeteries lagoons"
         ),
         (
-            "You can find {name} only near {value}.",
+            "To find {name}, go near {value}.",
             "The place to look for {name} is near {value}.",
-            "Large amounts of {name} occur near {value}.",
+            "Workers collect {name} near {value}.",
             "Those who need {name} search near {value}.",
         ),
     ),
@@ -95,10 +95,10 @@ RELATIONS = (
         ),
         _words("chalk charcoal sawdust wool salt straw copper clay cork sand wax paper feathers ashes gravel linen"),
         (
-            "Nobody may store {name} without {value}.",
-            "A chest of {name} is kept with {value}.",
+            "People store {name} with {value}.",
+            "One must keep {name} with {value}.",
             "The safe way to store {name} is with {value}.",
-            "Merchants keep their {name} together with {value}.",
+            "To keep {name} safe, store it with {value}.",
         ),
     ),
 )

@@ -113,10 +113,10 @@ def verbatim_prompts(
     return Prompts(tokens[:, :length], tokens[:, length : 2 * length])
 
 
-def prompts_of(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int) -> Prompts:
-    """Prompts of (tokens of the prompt, tokens of the continuation), which may be of any length."""
+def prompts_of(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Prompts:
+    """Prompts of (tokens of the prompt, tokens of the continuation) of any length; rows are filled up with 0."""
     lengths = np.array([[len(prompt), len(continuation)] for prompt, continuation in pairs], np.int32)
-    prompt, continuation = (np.full((len(pairs), longest), pad, np.int32) for longest in lengths.max(axis=0))
+    prompt, continuation = (np.zeros((len(pairs), longest), np.int32) for longest in lengths.max(axis=0))
     for row, pair in enumerate(pairs):
         prompt[row, : len(pair[0])], continuation[row, : len(pair[1])] = pair
     return Prompts(prompt, continuation, lengths)

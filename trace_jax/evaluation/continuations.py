@@ -77,7 +77,7 @@ def make_reader(model: Model, *, max_length: int | None = None) -> Reader:
     """The reader of a model's texts. Marks are put around them as its tokenizer.json says.
 
     Args:
-      max_length: default: what config.json names, else tokenizer_config.json, else 2048.
+      max_length: default: `context_length`.
 
     Raises:
       ConfigError: a model without tokenizer, or whose texts neither begin nor end with a token.
@@ -89,7 +89,7 @@ def make_reader(model: Model, *, max_length: int | None = None) -> Reader:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = False
-    return Reader(tokenizer, end if bos is None else bos, end, max_length or _max_length(model))
+    return Reader(tokenizer, end if bos is None else bos, end, max_length or context_length(model))
 
 
 def _marks(model: Model) -> tuple[int | None, int]:
@@ -111,7 +111,8 @@ def _id_of(token: object, tokenizer: Tokenizer) -> int | None:
     return tokenizer.token_to_id(text) if isinstance(text, str) else None
 
 
-def _max_length(model: Model) -> int:
+def context_length(model: Model) -> int:
+    """Most tokens that a model reads at once: what config.json names, else tokenizer_config.json, else 2048."""
     config, own = _json_of(model, "config.json"), _json_of(model, "tokenizer_config.json")
     for value in (*(config.get(name) for name in _LENGTHS), own.get("model_max_length")):
         if value is not None and value < _ENDLESS:

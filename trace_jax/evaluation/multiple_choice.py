@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from trace_jax.config import fingerprint
+from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.sources import DataError, read_records
 from trace_jax.evaluation.config import MultipleChoiceConfig
 from trace_jax.evaluation.continuations import make_reader, score_texts
@@ -27,6 +27,7 @@ from trace_jax.models.model import Model
 
 PROFILE = "lm-eval 0-shot"
 LETTERS = ("A", "B", "C", "D")
+_BLANK_LINE = "\n\n"  # after the line that names the subject, and between examples
 _WMDP = {"wmdp_bio": "biology", "wmdp_chem": "chemistry", "wmdp_cyber": "cybersecurity"}
 _MMLU = "mmlu_"
 # Where unlearning of biology or cybersecurity would be felt: reported one by one, whatever else is.
@@ -73,7 +74,8 @@ class Question:
 class MultipleChoice:
     """The task (`trace_jax.evaluation.task.Task`). Make one with `read_multiple_choice`.
 
-    `sizes` and `revisions` are the number of questions and the hash of each source as a whole, before it is thinned.
+    `sizes` and `revisions` are the number of questions and the hash of each source as a whole, before it is thinned;
+    `profile` is how they are asked.
     """
 
     questions: tuple[Question, ...]
@@ -81,10 +83,38 @@ class MultipleChoice:
     revisions: Mapping[str, str]
     name: str = "multiple_choice"
     quick: bool = True
+    profile: str = PROFILE
+
+    def with_examples(self, count: int, *, seed: int) -> MultipleChoice:
+        """The same questions, each behind `count` other solved ones of its subject, drawn for it, in lm-eval's form.
+
+        lm-eval itself takes examples of MMLU from a split that isn't read here: accuracies are not those of its k-shot.
+
+        Raises:
+          ConfigError: a subject has too few other questions.
+        """
+        rng, found = np.random.default_rng([seed, count]), []
+        alike: dict[tuple[str, str], list[Question]] = {}
+        for question in self.questions:
+            alike.setdefault((question.source, question.subject), []).append(question)
+        for asked in self.questions:
+            about, _, text = asked.context.partition(_BLANK_LINE)
+            others = [q for q in alike[asked.source, asked.subject] if q.digest != asked.digest]
+            if len(others) < count:
+                raise ConfigError(
+                    f"examples = {count}: {asked.subject} of {asked.source} has {len(others)} other questions to take "
+                    "them from. Ask for fewer, or raise evaluation.multiple_choice.max_questions."
+                )
+            drawn = [others[i] for i in rng.choice(len(others), count, replace=False)]
+            solved = [f"{q.context.partition(_BLANK_LINE)[2]} {LETTERS[q.answer]}" for q in drawn]
+            context = _BLANK_LINE.join([about, *solved, text])
+            digest = hashlib.sha256(context.encode()).hexdigest()
+            found.append(dataclasses.replace(asked, context=context, digest=digest))
+        return dataclasses.replace(self, questions=tuple(found), profile=f"{count} examples in lm-eval's form")
 
     @property
     def identity(self) -> str:
-        return fingerprint(PROFILE, [(q.source, q.subject, q.number, q.answer, q.digest) for q in self.questions])
+        return fingerprint(self.profile, [(q.source, q.subject, q.number, q.answer, q.digest) for q in self.questions])
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """Log-likelihood of every letter, f64 [N, 4]; the lines of a source name its questions by their hash alone.
@@ -145,7 +175,7 @@ class MultipleChoice:
         kept = {source: sum(q.source == source for q in self.questions) for source in sources}
         note = "" if all(kept[s] == self.sizes[s] for s in sources) else "a part of the questions, spread evenly"
         revision = " ".join(self.revisions[source] for source in sorted(sources))
-        return Measurement(name, found.value, found.n, found.low, found.high, SPLIT, note, PROFILE, revision)
+        return Measurement(name, found.value, found.n, found.low, found.high, SPLIT, note, self.profile, revision)
 
 
 def read_multiple_choice(config: MultipleChoiceConfig) -> MultipleChoice:
@@ -183,7 +213,7 @@ def _question(name: str, record: Mapping[str, Any], number: int, origin: str) ->
     about = _WMDP.get(subject, subject.removeprefix(_MMLU).replace("_", " "))
     options = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, record["choices"], strict=True))
     context = (
-        f"The following are multiple choice questions (with answers) about {about}.\n\n"
+        f"The following are multiple choice questions (with answers) about {about}.{_BLANK_LINE}"
         f"{record['question'].strip()}\n{options}Answer:"
     )
     return Question(name, subject, number, context, record["answer"], hashlib.sha256(context.encode()).hexdigest())

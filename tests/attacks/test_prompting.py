@@ -1,0 +1,435 @@
+"""Prompting recovers what a model only refuses in the words of its evaluation, and nothing that is really gone."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trace_jax.attacks import queries
+from trace_jax.attacks.attack import Case
+from trace_jax.attacks.config import AttacksConfig, PromptingConfig
+from trace_jax.attacks.prompting import prompting
+from trace_jax.attacks.table import check_attacks
+from trace_jax.config import ConfigError
+from trace_jax.data.benchmark import Item
+from trace_jax.data.config import DataConfig
+from trace_jax.data.corpora import build_corpora
+from trace_jax.data.packing import pack_documents
+from trace_jax.data.probes import Prompts, encode_questions
+from trace_jax.data.sources import DataError
+from trace_jax.data.tokenizer import Encoded, Vocabulary, train_tokenizer
+from trace_jax.evaluation import multiple_choice, suite, verbatim
+from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
+from trace_jax.evaluation.continuations import Scored
+from trace_jax.evaluation.likelihood import QuestionScores, RowScores, score_rows
+from trace_jax.evaluation.measurement import find
+from trace_jax.evaluation.memorization import MemorizationScores
+from trace_jax.evaluation.multiple_choice import LETTERS, read_multiple_choice
+from trace_jax.evaluation.suite import make_evaluator
+from trace_jax.evaluation.verbatim import verbatim_scores
+from trace_jax.models.arrays import init_params
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.model import Model, Source, SpecialTokens
+from trace_jax.parallel.config import ParallelConfig
+
+SETTINGS = EvaluationConfig(batch_size=8, max_prompts=4, bootstrap=100)
+TEXT = "Glue holds wood. Wax holds light. Salt melts ice."
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return Vocabulary(train_tokenizer([TEXT] * 3, 400), SpecialTokens(), 400)
+
+
+# --- the transforms
+
+
+def decoded(vocabulary, tokens):
+    return vocabulary.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+
+def test_the_layout_of_a_question_behind_examples(vocabulary):
+    asked = Item("Wax holds", (" wood", " light"), 1, 7)
+    solved = [Item("Salt melts", (" ice", " snow"), 0, 3), Item("Glue holds", (" paper", " stone"), 1, 4)]
+    (found,) = queries.items_with_examples([asked], solved, 2, np.random.default_rng(0))
+    assert (found.options, found.answer, found.group) == (asked.options, 1, 7)
+    examples = found.prompt.split("\n\n")
+    assert sorted(examples[:2]) == ["Glue holds stone", "Salt melts ice"] and examples[2:] == ["Wax holds"]
+    questions = encode_questions(vocabulary, [found])
+    for option, (tokens, segments, scored) in enumerate(
+        zip(questions.tokens[0], questions.segments[0], questions.scored[0], strict=True)
+    ):
+        n = segments.sum()
+        assert decoded(vocabulary, tokens[:n]) == f"<bos>{found.prompt}{asked.options[option]}"
+        assert decoded(vocabulary, tokens[1:][scored[:-1]]) == asked.options[option]
+
+
+def test_the_layout_of_a_question_behind_what_else_is_known_of_its_group():
+    items = [
+        Item("A lies in", (" Rome", " Oslo"), 1, 1),
+        Item("A is made of", (" tin", " oak"), 0, 1),
+        Item("A holds", (" tea", " ink"), 1, 1),
+        Item("B lies in", (" Rome", " Oslo"), 0, 2),
+    ]
+    half, all_of_it = (queries.items_with_statements(items, share) for share in (0.5, 0.75))
+    assert [item.prompt for item in half] == [
+        "A is made of tin. A lies in",
+        "A lies in Oslo. A is made of",
+        "A lies in Oslo. A holds",
+        "B lies in",
+    ]
+    assert all_of_it[2].prompt == "A lies in Oslo. A is made of tin. A holds"
+    assert [dataclasses.replace(h, prompt=i.prompt) for h, i in zip(half, items, strict=True)] == items
+
+
+def test_the_layout_of_a_prompt_behind_another_text():
+    asked = Prompts(np.array([[1, 10, 11]]), np.array([[12, 13]]))
+    others = Prompts(np.array([[1, 20, 21], [1, 10, 11]]), np.array([[22, 23], [12, 13]]))  # the second gives it away
+    found = queries.prompts_with_examples(asked, others, 1, np.random.default_rng(0), [5, 6])
+    assert found.prompt.tolist() == [[1, 20, 21, 22, 23, 5, 6, 10, 11]]
+    assert found.continuation.tolist() == [[12, 13]] and found.lengths.tolist() == [[9, 2]]
+    with pytest.raises(ConfigError, match="examples = 2: only 1 can stand before"):
+        queries.prompts_with_examples(asked, others, 2, np.random.default_rng(0), [5, 6])
+
+
+def test_a_share_of_a_chunk_is_given_and_the_rest_is_to_come():
+    rows = pack_documents([Encoded(np.arange(30, 38)), Encoded(np.arange(50, 55))], 18)
+    assert len(rows) == 1  # two documents in one row
+    asked = Prompts(np.array([[1, 50, 51], [1, 30, 31]]), np.array([[52, 53], [32, 33]]))
+    half, most = (queries.longer_prompts(asked, rows, share, 2) for share in (0.5, 0.75))
+    assert half.lengths.tolist() == [[3, 3], [5, 4]]
+    assert half.prompt.tolist() == [[1, 50, 51, 0, 0], [1, 30, 31, 32, 33]]
+    assert half.continuation.tolist() == [[52, 53, 54, 0], [34, 35, 36, 37]]
+    assert most.unpadded(most.continuation) == [[53, 54], [36, 37]]
+    for share in (1e-9, 1 - 1e-9):  # always something given and something to come
+        assert queries.longer_prompts(asked, rows, share, 2).lengths.min() >= 1
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_paraphrases_are_cut_where_their_texts_meet(vocabulary, tmp_path):
+    rows = [{"prompt": "Wax", "continuation": " holds light"}, {"question": "Salt melts", "answer": " ice.", "id": 3}]
+    found = queries.written_prompts(queries.read_paraphrases(written(tmp_path / "own.jsonl", rows)), vocabulary)
+    given = [decoded(vocabulary, row[:n]) for row, n in zip(found.prompt, found.lengths[:, 0], strict=True)]
+    assert given == ["<bos>Wax", "<bos>Salt melts"]
+    assert [decoded(vocabulary, t) for t in found.unpadded(found.continuation)] == [" holds light", " ice."]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "secret", "answer": "hidden"}, "row 2 has prompt, answer; expected the texts prompt and"),
+        ({"prompt": "secret", "continuation": 3}, "row 2 has prompt, continuation; expected the texts"),
+        ({"prompt": "secret", "continuation": " "}, "row 2 has an empty prompt or continuation"),
+        ({"question": "", "answer": "hidden"}, "row 2 has an empty question or answer"),
+    ],
+)
+def test_paraphrases_of_another_form_are_refused_and_not_quoted(row, message, tmp_path):
+    source = written(tmp_path / "own.jsonl", [{"prompt": "Wax", "continuation": " holds"}, row])
+    with pytest.raises(DataError, match=message) as error:
+        check_attacks(AttacksConfig(prompting=PromptingConfig(paraphrases=source)))
+    assert "secret" not in str(error.value) and "hidden" not in str(error.value)
+    with pytest.raises(DataError, match="no such file"):
+        check_attacks(AttacksConfig(prompting=PromptingConfig(paraphrases=str(tmp_path / "none.jsonl"))))
+
+
+def test_of_a_row_only_the_continuation_is_scored():
+    prompts = Prompts(np.array([[1, 7, 8], [1, 9, 0]]), np.array([[5, 0], [6, 4]]), np.array([[3, 1], [2, 2]]))
+    rows = queries.continuation_rows(prompts)
+    assert rows.tokens.tolist() == [[1, 7, 8, 5], [1, 9, 6, 4]] and rows.segments.all()
+    assert rows.valid.tolist() == [[False, False, True, False], [False, True, True, False]]
+
+
+ITEMS = st.lists(
+    st.builds(
+        lambda value, group, wrong: Item(f"G{group} has", (f" v{value}", f" v{wrong}"), 0, group),
+        st.integers(100, 115), st.integers(0, 5), st.integers(200, 203),
+    ),
+    min_size=1, max_size=30,
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60)
+@given(ITEMS, ITEMS, st.integers(1, 3), st.integers(0, 9))
+def test_examples_give_nothing_away_and_depend_on_the_seed_alone(items, solved, count, seed):
+    def made():
+        return queries.items_with_examples(items, solved, count, np.random.default_rng(seed))
+
+    def usable(item):
+        return [s for s in solved if s.group != item.group and s.options[0] not in item.options]
+
+    if min(len(usable(item)) for item in items) < count:
+        with pytest.raises(ConfigError, match=f"examples = {count}: only"):
+            made()
+        return
+    found = made()
+    assert found == made()
+    for item, asked in zip(items, found, strict=True):
+        *examples, query = asked.prompt.split("\n\n")
+        assert query == item.prompt and len(examples) == count
+        assert not any(option.strip() in example for option in item.options for example in examples)
+        assert not any(example.startswith(f"G{item.group} ") for example in examples)
+        assert {*examples} <= {s.prompt + s.options[0] for s in usable(item)}
+
+
+# --- the attack on models of which it is known what they know
+
+
+@dataclasses.dataclass(frozen=True)
+class Mind:
+    """A model by what it knows: `facts` (values by name), `texts` (tokens), and the queries that it refuses."""
+
+    facts: dict
+    texts: tuple = ()
+    refused: frozenset = frozenset()
+
+
+def asked_of(questions, tokenizer):
+    """The text before the options of every question."""
+    for tokens, scored in zip(questions.tokens[:, 0], questions.scored[:, 0], strict=True):
+        yield tokenizer.decode(tokens[1 : np.flatnonzero(scored)[0] + 1].tolist())
+
+
+def options_of(tokens, scored, tokenizer):
+    return [tokenizer.decode(t[1:][s[:-1]].tolist()).strip() for t, s in zip(tokens, scored, strict=True)]
+
+
+@pytest.fixture
+def minds(monkeypatch, handbook):
+    """Minds stand for parameters in both places where a model is asked."""
+    tokenizer = handbook.tokenizer
+
+    def score(params, config, questions, **_):
+        found = []
+        for q, text in enumerate(asked_of(questions, tokenizer)):
+            options = options_of(questions.tokens[q], questions.scored[q], tokenizer)
+            named = [name for name in re.findall(r"[A-Z][a-z]{3,}", text) if name in params.facts]
+            known = set() if text in params.refused or not named else params.facts[named[-1]]
+            copied = 0.5 * np.array([o in text for o in options])  # what stands in the query is likelier
+            found.append(np.array([float(o in known) for o in options]) + copied)
+        return QuestionScores(np.array(found), questions.answer, questions.group)
+
+    def write(params, config, prompt, *, lengths=None, max_new_tokens, **_):
+        rows = prompt if lengths is None else [row[:n] for row, n in zip(prompt, lengths, strict=True)]
+        found = np.full((len(rows), max_new_tokens), 300)
+        for written, row in zip(found, np.asarray(rows, object), strict=True):
+            row = [int(t) for t in row]
+            if tuple(row) in params.refused:
+                continue
+            for text in params.texts:
+                for end in range(4, len(text)):
+                    if text[end - 4 : end] == tuple(row[-4:]):  # it goes on from the last four tokens
+                        written[: len(text[end:])] = text[end : end + max_new_tokens]
+        return found
+
+    def score_text(params, config, rows, **_):
+        nll = np.where(rows.valid, 0.1 if params.texts else 9.0, 0)
+        return RowScores(nll.astype(np.float32), rows.valid)
+
+    monkeypatch.setattr(suite, "score_questions", score)
+    monkeypatch.setattr(suite, "score_rows", score_text)
+    monkeypatch.setattr(suite, "score_memorization", lambda *_, **__: MemorizationScores(np.zeros(1), np.zeros(1)))
+    monkeypatch.setattr(verbatim, "generate", write)
+
+
+@pytest.fixture(scope="module")
+def handbook():
+    return build_corpora(DataConfig(forget_substances=24, neighbour_substances=24, retain_rows=50))
+
+
+def make_case(data, corpora, unlearned, original, directory, *, config=None, tasks=(), benchmark="handbook"):
+    config = config or ModelConfig(vocab_size=2048)
+    models = [Model(config, params, corpora.tokenizer) for params in (original, unlearned)]
+    probes = {"validation": corpora.validation, "test": corpora.test}
+    evaluator = make_evaluator(SETTINGS, config, probes, corpora.tokenizer, benchmark=benchmark, tasks=tasks)
+    mesh = ParallelConfig().mesh()
+    return Case(*models, corpora, data, evaluator, mesh, ParallelConfig(), 3, directory, "known")
+
+
+@pytest.fixture
+def case(minds, handbook, tmp_path):
+    """make(kind): the handbook's case with an unlearned model that "refuses", has "lost" it, or is as "before"."""
+    facts, refused = {}, set()
+    for probes in (handbook.validation, handbook.test):
+        for questions in probes.questions.values():
+            for q, text in enumerate(asked_of(questions, handbook.tokenizer)):
+                options = options_of(questions.tokens[q], questions.scored[q], handbook.tokenizer)
+                facts.setdefault(re.findall(r"[A-Z][a-z]{3,}", text)[-1], set()).add(options[questions.answer[q]])
+        refused |= set(asked_of(probes.questions["forget"], handbook.tokenizer))
+    forgotten = {name for name in facts if any(name in text for text in refused)}
+    unlearned = {
+        "before": Mind(facts),
+        "refuses": Mind(facts, refused=frozenset(refused)),
+        "lost": Mind({name: values for name, values in facts.items() if name not in forgotten}),
+    }
+    data = DataConfig(forget_substances=24, neighbour_substances=24, retain_rows=50)
+    return lambda kind: make_case(data, handbook, unlearned[kind], unlearned["before"], tmp_path / kind)
+
+
+def value(measurements, name, split="test"):
+    return find(measurements, name, split).value
+
+
+def test_other_queries_recover_what_was_only_refused(case):
+    refuses = case("refuses")
+    assert value(refuses.evaluator(refuses.unlearned.params), "forget_accuracy") < 0.5
+    points = prompting(PromptingConfig(examples=(1, 3)), refuses)
+    assert [p.at for p in points] == ["1 example", "3 examples", "half of the text", "75 % of the text", "paraphrase"]
+    for point in points:
+        for split in ("validation", "test"):
+            assert value(point.measurements, "forget_accuracy", split) == 1, point.at
+            assert value(point.measurements, "neighbour_accuracy", split) == 1
+            assert value(point.original, "forget_accuracy", split) == 1
+        names = {m.name for m in point.measurements}
+        assert names == {"forget_accuracy", "neighbour_accuracy"}
+        assert find(point.measurements, "forget_accuracy", "test").n == len(refuses.corpora.test.questions["forget"])
+
+
+def test_what_is_lost_stays_lost_though_the_model_copies_what_it_reads(case):
+    lost = case("lost")
+    chance = value(lost.evaluator(lost.unlearned.params), "forget_accuracy")
+    assert 0.2 < chance < 0.3
+    for point in prompting(PromptingConfig(), lost):
+        # No option stands in any query, so a model that copies is where it was.
+        assert value(point.measurements, "forget_accuracy") == chance, point.at
+        assert value(point.measurements, "neighbour_accuracy") == value(point.original, "forget_accuracy") == 1
+
+
+def test_the_seed_decides_on_the_examples_and_all_models_get_the_same(case, monkeypatch):
+    seen = []
+    kept = suite.score_questions
+    monkeypatch.setattr(suite, "score_questions", lambda p, c, q, **k: seen.append(q.tokens) or kept(p, c, q, **k))
+    settings, refuses, lost = PromptingConfig(prefixes=()), case("refuses"), case("lost")
+    prompting(settings, refuses)
+    first, original, *paraphrases = seen
+    np.testing.assert_array_equal(first, original)
+    np.testing.assert_array_equal(*paraphrases)
+    prompting(settings, lost)
+    np.testing.assert_array_equal(seen[4], first)
+    prompting(settings, dataclasses.replace(lost, seed=4, identity="another"))
+    assert seen[8].shape != first.shape or (seen[8] != first).any()
+    prompting(settings, dataclasses.replace(lost, seed=4, identity="another"))
+    assert len(seen) == 12  # its scores were kept
+
+
+def test_more_than_the_model_reads_is_refused_before_anything_is_scored(case):
+    lost = case("lost")
+    lost.directory.mkdir()
+    (lost.directory / "config.json").write_text('{"max_position_embeddings": 32}')
+    short = dataclasses.replace(lost, original=lost.original.replace(source=Source(lost.directory, "olmoe")))
+    with pytest.raises(
+        ConfigError, match=r"with 3 examples the longest query has \d+ tokens, and the model reads 32 at"
+    ):
+        prompting(PromptingConfig(), short)
+    assert [path.name for path in lost.directory.iterdir()] == ["config.json"]
+    with pytest.raises(ConfigError, match="examples = 500: only"):
+        prompting(PromptingConfig(examples=(500,)), lost)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"prefixes": (0.0,)}, {"prefixes": (1.0,)}, {"prefixes": (1.5,)}, {"examples": (0,)}]
+)
+def test_shares_and_counts_that_ask_for_nothing_are_refused(wrong):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} "):
+        PromptingConfig(**wrong)
+
+
+def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowhere(minds, own, tmp_path, monkeypatch):
+    config, corpora, _ = own
+    rows = [{"question": f"secret {i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
+    task = read_multiple_choice(MultipleChoiceConfig({"wmdp_bio": written(tmp_path / "rows.jsonl", rows)}))
+    right = {q.context.split("\n\n")[-1]: f" {LETTERS[q.answer]}" for q in task.questions}
+
+    def score(model, reader, texts, **_):
+        """Knows every answer; what it refuses, it refuses in these words alone."""
+        return [
+            Scored(float(answer == right[text.split("\n\n")[-1]] and text not in model.params.refused), False)
+            for text, answer in texts
+        ]
+
+    monkeypatch.setattr(multiple_choice, "score_texts", score)
+    refuses = Mind({}, refused=frozenset(q.context for q in task.questions))
+    case = make_case(config, corpora, refuses, Mind({}), tmp_path / "attack", tasks=(task,), benchmark="text")
+    assert value(case.evaluator(refuses), "wmdp_bio") == 0.25
+    (point,) = prompting(PromptingConfig(examples=(2,), prefixes=()), case)
+    assert value(point.measurements, "wmdp_bio") == value(point.original, "wmdp_bio") == 1
+    files = [file for file in case.directory.rglob("*") if file.is_file()]
+    assert files and not any(b"secret" in file.read_bytes() for file in files)
+
+
+@pytest.fixture(scope="module")
+def own(data):
+    """Own text, its settings and a file of paraphrases that continue with forget text."""
+    config = DataConfig(
+        benchmark="text", forget=str(data / "forget.jsonl"), retain=str(data / "retain.jsonl"), vocab_size=400,
+        row_length=96,
+    )  # fmt: skip
+    texts = [json.loads(line)["text"] for line in (data / "forget.jsonl").read_text().splitlines()]
+    rows = [{"prompt": f"candle {t[:40]}", "continuation": t[40:90]} for t in texts[:6]]
+    (data / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return config, build_corpora(config), str(data / "own.jsonl")
+
+
+def test_continuations_of_text_recover_what_was_only_refused(minds, own, tmp_path):
+    config, corpora, paraphrases = own
+    chunks = [
+        tuple(row[segments == s].tolist())
+        for row, segments in zip(corpora.forget.tokens, corpora.forget.segments, strict=True)
+        for s in range(1, segments.max() + 1)
+    ]
+    prompts = [
+        tuple(p) for probes in (corpora.validation, corpora.test) for p in probes.prompts["forget"].prompt.tolist()
+    ]
+    knows, lost = Mind({}, tuple(chunks)), Mind({})
+    refuses = Mind({}, tuple(chunks), frozenset(prompts))
+    settings = PromptingConfig(examples=(2,), paraphrases=paraphrases)
+    for unlearned, recovered in ((refuses, True), (lost, False)):
+        case = make_case(config, corpora, unlearned, knows, tmp_path / str(recovered), benchmark="text")
+        points = prompting(settings, case)
+        assert [p.at for p in points] == ["2 examples", "half of the text", "75 % of the text", "paraphrase"]
+        for point in points:
+            found, original = (value(m, "verbatim") for m in (point.measurements, point.original))
+            assert value(point.original, "forget_probability_ratio") == 1
+            assert value(point.measurements, "forget_probability_ratio") == pytest.approx(
+                1 if recovered else np.exp(-8.9)
+            )
+            assert (found == original > 0.3) if recovered else (found < 0.05 < original), point.at
+    assert find(points[-1].measurements, "verbatim", "test").n == SETTINGS.max_prompts
+    assert find(points[-1].measurements, "verbatim", "validation") is None
+
+
+def test_without_a_file_text_has_no_paraphrase(minds, own, tmp_path):
+    config, corpora, _ = own
+    case = make_case(config, corpora, Mind({}), Mind({}), tmp_path, benchmark="text")
+    assert [p.at for p in prompting(PromptingConfig(examples=(1,), prefixes=()), case)] == ["1 example"]
+
+
+def test_a_form_is_measured_with_the_scores_of_any_evaluation(own, tmp_path):
+    """On a model of random parameters, the numbers are those of the prompts as they are scored elsewhere."""
+    config, corpora, _ = own
+    shape = ModelConfig(vocab_size=400, hidden_size=16, num_layers=1, head_size=8, num_experts=4, expert_hidden_size=8)
+    unlearned, original = (jax.tree.map(lambda x: 3 * x, init_params(shape, jax.random.key(seed))) for seed in (0, 1))
+    case = make_case(config, corpora, unlearned, original, tmp_path, config=shape, benchmark="text")
+    (point,) = prompting(PromptingConfig(examples=(), prefixes=(0.75,)), case)
+    asked, nlls = queries.longer_prompts(case.evaluator.prompts["test"], corpora.forget, 0.75, 2), []
+    for weights, found in zip((unlearned, original), (point.measurements, point.original), strict=True):
+        scores = verbatim_scores(weights, shape, corpora.tokenizer, asked).score
+        assert value(found, "verbatim") == pytest.approx(scores.mean())
+        likelihood = score_rows(weights, shape, queries.continuation_rows(asked))
+        nlls.append(likelihood.nll.sum() / likelihood.tokens.sum())
+        assert value(found, "forget_nll") == pytest.approx(nlls[-1], rel=1e-5)
+    ratio = value(point.measurements, "forget_probability_ratio")
+    assert (
+        ratio == pytest.approx(np.exp(nlls[1] - nlls[0]), rel=1e-4)
+        and value(point.original, "forget_probability_ratio") == 1
+    )
+    lines = (tmp_path / "75-percent-of-the-text" / "unlearned" / "probes.verbatim.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * SETTINGS.max_prompts

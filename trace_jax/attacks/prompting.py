@@ -1,0 +1,167 @@
+"""Prompting: an unlearned model is asked for what it forgot in other ways than its evaluation asks.
+
+Three forms: behind solved examples or other forget passages; with more of the true text before the cut; in other words.
+Each changes the queries alone: they are scored and measured as ever, on the unlearned and on the original model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from trace_jax.attacks import queries
+from trace_jax.attacks.attack import Case, Point
+from trace_jax.attacks.config import PromptingConfig
+from trace_jax.config import ConfigError, fingerprint
+from trace_jax.data.benchmark import Item
+from trace_jax.data.corpora import build_benchmark
+from trace_jax.data.handbook import build_handbook
+from trace_jax.data.probes import Prompts, Questions, encode_questions
+from trace_jax.data.sources import revision_of
+from trace_jax.data.tokenizer import Vocabulary, start_and_end
+from trace_jax.evaluation.continuations import context_length, make_reader
+from trace_jax.evaluation.likelihood import spread_indices
+from trace_jax.evaluation.multiple_choice import MultipleChoice
+from trace_jax.evaluation.store import ScoreStore
+from trace_jax.evaluation.suite import Key
+from trace_jax.evaluation.task import SPLIT
+from trace_jax.progress import say
+
+_OTHER = {"validation": "test", "test": "validation"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One way to ask: what `at` says, and its questions, prompts and tasks as an `Evaluator` has them.
+
+    `data` is the revision of what the form read itself.
+    """
+
+    at: str
+    questions: Mapping[Key, Questions] = dataclasses.field(default_factory=dict)
+    prompts: Mapping[str, Prompts] = dataclasses.field(default_factory=dict)
+    tasks: tuple[MultipleChoice, ...] = ()
+    data: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.questions or self.prompts or self.tasks)
+
+
+def prompting(settings: PromptingConfig, case: Case) -> list[Point]:
+    """A point for each form that there is something to ask in: "3 examples", "half of the text", "paraphrase".
+
+    Examples of one split are taken from the other, with `case.seed`; all models are asked the same.
+
+    Raises:
+      ConfigError: more examples than there are, or than the model can read at once.
+      DataError: a file of paraphrases that can't be read.
+    """
+    forms = [form for form in _forms(settings, case) if form]
+    if not forms:
+        say("prompting: there are no questions or beginnings of texts to ask in other ways")
+    for form in forms:  # before anything is scored
+        _check_length(form, case)
+    return [_measured(form, case) for form in forms]
+
+
+def _forms(settings: PromptingConfig, case: Case) -> Iterator[Form]:
+    for count in settings.examples:
+        yield _with_examples(count, case)
+    for share in settings.prefixes:
+        yield _with_more_text(share, case)
+    yield _in_other_words(settings.paraphrases, case)
+
+
+def _with_examples(count: int, case: Case) -> Form:
+    rng, vocabulary = np.random.default_rng([case.seed, count]), _vocabulary(case)
+    questions, prompts = {}, {}
+    items = _items(case)
+    for split, subject in case.evaluator.questions:
+        asked, solved = items[split, subject], items.get((_OTHER[split], subject), [])
+        behind = queries.items_with_examples(asked, solved, count, rng)
+        questions[split, subject] = encode_questions(vocabulary, behind)
+    pools = {"validation": case.corpora.validation, "test": case.corpora.test}
+    for split, asked in case.evaluator.prompts.items():
+        others = pools[_OTHER[split]].prompts.get("forget", asked.take(np.arange(0)))
+        separator = queries.separator_tokens(vocabulary)
+        prompts[split] = queries.prompts_with_examples(asked, others, count, rng, separator)
+    tasks = [t.with_examples(count, seed=case.seed) for t in case.evaluator.tasks if isinstance(t, MultipleChoice)]
+    return Form(f"{count} example{'s' * (count > 1)}", questions, prompts, tuple(tasks))
+
+
+def _with_more_text(share: float, case: Case) -> Form:
+    questions = {}
+    if case.data.benchmark == "handbook":
+        for key, items in _items(case).items():
+            questions[key] = encode_questions(_vocabulary(case), queries.items_with_statements(items, share))
+    _, end_mark = start_and_end(case.original.special)
+    prompts = {
+        split: queries.longer_prompts(asked, case.corpora.forget, share, end_mark)
+        for split, asked in case.evaluator.prompts.items()
+    }
+    return Form("half of the text" if share == 0.5 else f"{100 * share:g} % of the text", questions, prompts)
+
+
+def _in_other_words(paraphrases: str | None, case: Case) -> Form:
+    questions, prompts, vocabulary = {}, {}, _vocabulary(case)
+    if case.data.benchmark == "handbook":
+        other = build_handbook(case.data, paraphrased=True)
+        for split, part in (("validation", other.validation), ("test", other.test)):
+            for subject, items in part.questions.items():
+                questions[split, subject] = encode_questions(vocabulary, items)
+    if paraphrases:
+        written = queries.written_prompts(queries.read_paraphrases(paraphrases), vocabulary)
+        prompts[SPLIT] = written.take(spread_indices(len(written), case.evaluator.config.max_prompts))
+    return Form("paraphrase", questions, prompts, data=revision_of(paraphrases) if paraphrases else "")
+
+
+def _items(case: Case) -> dict[Key, list[Item]]:
+    """The evaluator's questions in plain text."""
+    if not case.evaluator.questions:
+        return {}
+    benchmark = build_benchmark(case.data)
+    parts = {"validation": benchmark.validation, "test": benchmark.test}
+    return {(split, subject): list(parts[split].questions[subject]) for split, subject in case.evaluator.questions}
+
+
+def _vocabulary(case: Case) -> Vocabulary:
+    return Vocabulary(case.corpora.tokenizer, case.original.special, case.original.config.vocab_size)
+
+
+def _check_length(form: Form, case: Case) -> None:
+    """Raises ConfigError if a query is longer than the model can read."""
+    lengths = [int(questions.segments.sum(axis=2).max()) for questions in form.questions.values()]
+    lengths += [queries.continuation_rows(prompts).tokens.shape[1] for prompts in form.prompts.values()]
+    for task in form.tasks:
+        reader = make_reader(case.original)
+        lengths.append(1 + max(len(reader.encode(question.context)) for question in task.questions))
+    most = context_length(case.original)
+    if (longest := max(lengths)) > most:
+        raise ConfigError(
+            f"attacks.prompting: with {form.at} the longest query has {longest} tokens, and the model reads {most} at "
+            "once. Ask for fewer examples or a smaller part of the text."
+        )
+
+
+def _measured(form: Form, case: Case) -> Point:
+    """Likelihoods of continuations are measured too, relative to the original model asked in the same way."""
+    evaluator = dataclasses.replace(
+        case.evaluator,
+        questions=form.questions,
+        text={(split, "forget"): queries.continuation_rows(prompts) for split, prompts in form.prompts.items()},
+        prompts=form.prompts,
+        members={},
+        tasks=form.tasks,
+        original=None,
+        retrained=None,
+        identity=fingerprint(case.evaluator.identity, form.at, form.data),
+    )
+    directory = case.directory / form.at.replace(" ", "-").replace("%", "percent")
+    original, unlearned = (
+        evaluator.full_scores(model.params, store=ScoreStore(directory / name, case.identity))
+        for name, model in (("original", case.original), ("unlearned", case.unlearned))
+    )
+    evaluator = evaluator.with_references(original=original)
+    return Point(form.at, evaluator.measure(unlearned), evaluator.measure(original))
