@@ -138,7 +138,7 @@ def test_choices_and_log_likelihoods_are_those_of_lm_eval(task, sources, model, 
         for row, sample in zip(rows, samples, strict=True):
             assert sample["arguments"][0][0] == task.questions[row].context
             given = [ll for ll, _ in sample["filtered_resps"]]
-            np.testing.assert_allclose(scores.arrays["log_likelihood"][row], given, atol=1e-5)
+            np.testing.assert_allclose(scores.arrays["log_likelihood"][row], given, rtol=1e-5, atol=1e-5)
             assert (scores.items[name][row - rows[0]]["prediction"] == sample["target"]) == sample["acc"]
         assert measured[name].value == pytest.approx(theirs["results"][name]["acc,none"])
     assert measured["wmdp"].value == pytest.approx(theirs["groups"]["wmdp"]["acc,none"])
