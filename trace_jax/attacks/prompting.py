@@ -67,20 +67,19 @@ def prompting(settings: PromptingConfig, case: Case) -> list[Point]:
 
 
 def _forms(settings: PromptingConfig, case: Case) -> Iterator[Form]:
+    items = _items(case)
     for count in settings.examples:
-        yield _with_examples(count, case)
+        yield _with_examples(count, items, case)
     for share in settings.prefixes:
-        yield _with_more_text(share, case)
+        yield _with_more_text(share, items, case)
     yield _in_other_words(settings.paraphrases, case)
 
 
-def _with_examples(count: int, case: Case) -> Form:
+def _with_examples(count: int, items: Mapping[Key, list[Item]], case: Case) -> Form:
     rng, vocabulary = np.random.default_rng([case.seed, count]), _vocabulary(case)
     questions, prompts = {}, {}
-    items = _items(case)
-    for split, subject in case.evaluator.questions:
-        asked, solved = items[split, subject], items.get((_OTHER[split], subject), [])
-        behind = queries.items_with_examples(asked, solved, count, rng)
+    for (split, subject), asked in items.items():
+        behind = queries.items_with_examples(asked, items.get((_OTHER[split], subject), []), count, rng)
         questions[split, subject] = encode_questions(vocabulary, behind)
     pools = {"validation": case.corpora.validation, "test": case.corpora.test}
     for split, asked in case.evaluator.prompts.items():
@@ -91,11 +90,11 @@ def _with_examples(count: int, case: Case) -> Form:
     return Form(f"{count} example{'s' * (count > 1)}", questions, prompts, tuple(tasks))
 
 
-def _with_more_text(share: float, case: Case) -> Form:
+def _with_more_text(share: float, items: Mapping[Key, list[Item]], case: Case) -> Form:
     questions = {}
     if case.data.benchmark == "handbook":
-        for key, items in _items(case).items():
-            questions[key] = encode_questions(_vocabulary(case), queries.items_with_statements(items, share))
+        for key, asked in items.items():
+            questions[key] = encode_questions(_vocabulary(case), queries.items_with_statements(asked, share))
     _, end_mark = start_and_end(case.original.special)
     prompts = {
         split: queries.longer_prompts(asked, case.corpora.forget, share, end_mark)
@@ -109,8 +108,8 @@ def _in_other_words(paraphrases: str | None, case: Case) -> Form:
     if case.data.benchmark == "handbook":
         other = build_handbook(case.data, paraphrased=True)
         for split, part in (("validation", other.validation), ("test", other.test)):
-            for subject, items in part.questions.items():
-                questions[split, subject] = encode_questions(vocabulary, items)
+            for subject, asked in part.questions.items():
+                questions[split, subject] = encode_questions(vocabulary, asked)
     if paraphrases:
         written = queries.written_prompts(queries.read_paraphrases(paraphrases), vocabulary)
         prompts[SPLIT] = written.take(spread_indices(len(written), case.evaluator.config.max_prompts))
