@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from trace_jax.attacks import queries
 from trace_jax.attacks.attack import Case
 from trace_jax.attacks.config import PromptingConfig
-from trace_jax.attacks.prompting import prompting
+from trace_jax.attacks.prompting import _forms, prompting
 from trace_jax.config import ConfigError
 from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import build_corpora
@@ -174,6 +175,32 @@ def test_the_seed_decides_on_the_examples_and_all_models_get_the_same(case, monk
     assert len(seen) == 12  # its scores were kept
 
 
+def names_in(text):
+    return set(re.findall(r"[A-Z][a-z]{3,}", re.sub(r"(?m)^\w+", "", text)))
+
+
+def test_examples_of_one_split_are_from_the_other(case, own, tmp_path):
+    form = next(iter(_forms(PromptingConfig(examples=(2,)), case("lost"))))
+    corpora = case("lost").corpora
+    asked = {
+        key: [text.split("\n\n") for text in asked_of(questions, corpora.tokenizer)]
+        for key, questions in form.questions.items()
+    }
+    for split, other in (("test", "validation"), ("validation", "test")):
+        for subject in ("forget", "neighbour"):
+            there = {name for *_, query in asked[other, subject] for name in names_in(query)}
+            examples = [example for *examples, _ in asked[split, subject] for example in examples]
+            assert len(examples) == 2 * len(asked[split, subject])
+            assert all(names_in(example) and names_in(example) <= there for example in examples)
+    config, corpora, _ = own
+    form = next(
+        iter(_forms(PromptingConfig(examples=(1,)), make_case(config, corpora, 0, 0, tmp_path, benchmark="text")))
+    )
+    for split, other in (("test", corpora.validation), ("validation", corpora.test)):
+        beginnings = [row[1:].tobytes() for row in other.prompts["forget"].prompt]
+        assert all(any(b in row.tobytes() for b in beginnings) for row in form.prompts[split].prompt)
+
+
 def test_more_than_the_model_reads_is_refused_before_anything_is_scored(case):
     lost = case("lost")
     lost.directory.mkdir()
@@ -257,6 +284,16 @@ def test_continuations_of_text_recover_what_was_only_refused(minds, own, tmp_pat
             assert (found == original > 0.3) if recovered else (found < 0.05 < original), point.at
     assert find(points[-1].measurements, "verbatim", "test").n == SETTINGS.max_prompts
     assert find(points[-1].measurements, "verbatim", "validation") is None
+
+
+def test_other_paraphrases_are_scored_again(minds, own, tmp_path):
+    config, corpora, paraphrases = own
+    source, lines = tmp_path / "own.jsonl", Path(paraphrases).read_text().splitlines(keepends=True)
+    case = make_case(config, corpora, Mind({}), Mind({}), tmp_path / "attack", benchmark="text")
+    for count in (3, 2):
+        source.write_text("".join(lines[:count]))
+        (point,) = prompting(PromptingConfig(examples=(), prefixes=(), paraphrases=str(source)), case)
+        assert find(point.measurements, "verbatim", "test").n == count
 
 
 def test_without_a_file_text_has_no_paraphrase(minds, own, tmp_path):
