@@ -290,10 +290,16 @@ def test_other_paraphrases_are_scored_again(minds, own, tmp_path):
     config, corpora, paraphrases = own
     source, lines = tmp_path / "own.jsonl", Path(paraphrases).read_text().splitlines(keepends=True)
     case = make_case(config, corpora, Mind({}), Mind({}), tmp_path / "attack", benchmark="text")
+    kept = tmp_path / "attack" / "paraphrase" / "unlearned" / "probes.verbatim.jsonl"
     for count in (3, 2):
         source.write_text("".join(lines[:count]))
         (point,) = prompting(PromptingConfig(examples=(), prefixes=(), paraphrases=str(source)), case)
         assert find(point.measurements, "verbatim", "test").n == count
+        assert len(kept.read_text().splitlines()) == count and "ground_truth" in kept.read_text()
+    hazard = tmp_path / "wmdp.jsonl"  # text of WMDP is copied nowhere
+    hazard.write_text(lines[0])
+    prompting(PromptingConfig(examples=(), prefixes=(), paraphrases=str(hazard)), case)
+    assert len(kept.read_text().splitlines()) == 1 and "ground_truth" not in kept.read_text()
 
 
 def test_without_a_file_text_has_no_paraphrase(minds, own, tmp_path):

@@ -21,6 +21,7 @@ from trace_jax.data.handbook import build_handbook
 from trace_jax.data.probes import Prompts, Questions, encode_questions
 from trace_jax.data.sources import revision_of
 from trace_jax.data.tokenizer import Vocabulary, start_and_end
+from trace_jax.evaluation.audit import hazardous
 from trace_jax.evaluation.continuations import context_length, make_reader
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.multiple_choice import MultipleChoice
@@ -36,14 +37,14 @@ _OTHER = {"validation": "test", "test": "validation"}
 class Form:
     """One way to ask: what `at` says, and its questions, prompts and tasks as an `Evaluator` has them.
 
-    `data` is the revision of what the form read itself.
+    `source` is where its texts were read, if it has texts of its own.
     """
 
     at: str
     questions: Mapping[Key, Questions] = dataclasses.field(default_factory=dict)
     prompts: Mapping[str, Prompts] = dataclasses.field(default_factory=dict)
     tasks: tuple[MultipleChoice, ...] = ()
-    data: str = ""
+    source: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.questions or self.prompts or self.tasks)
@@ -113,7 +114,7 @@ def _in_other_words(paraphrases: str | None, case: Case) -> Form:
     if paraphrases:
         written = queries.written_prompts(queries.read_paraphrases(paraphrases), vocabulary)
         prompts[SPLIT] = written.take(spread_indices(len(written), case.evaluator.config.max_prompts))
-    return Form("paraphrase", questions, prompts, data=revision_of(paraphrases) if paraphrases else "")
+    return Form("paraphrase", questions, prompts, source=paraphrases or "")
 
 
 def _items(case: Case) -> dict[Key, list[Item]]:
@@ -146,8 +147,12 @@ def _check_length(form: Form, case: Case) -> None:
 
 def _measured(form: Form, case: Case) -> Point:
     """Likelihoods of continuations are measured too, relative to the original model asked in the same way."""
+    settings, data = case.evaluator.config, revision_of(form.source) if form.source else ""
+    if hazardous([form.source]):
+        settings = dataclasses.replace(settings, audit_text=False)
     evaluator = dataclasses.replace(
         case.evaluator,
+        config=settings,
         questions=form.questions,
         text={(split, "forget"): queries.continuation_rows(prompts) for split, prompts in form.prompts.items()},
         prompts=form.prompts,
@@ -155,7 +160,7 @@ def _measured(form: Form, case: Case) -> Point:
         tasks=form.tasks,
         original=None,
         retrained=None,
-        identity=fingerprint(case.evaluator.identity, form.at, form.data),
+        identity=fingerprint(case.evaluator.identity, form.at, data),
     )
     directory = case.directory / form.at.replace(" ", "-").replace("%", "percent")
     original, unlearned = (
