@@ -46,7 +46,8 @@ def test_measurements_can_be_made_of_the_lines(audited):
     assert find(found, "verbatim", "validation").value == pytest.approx(np.mean([v["score"] for v in verbatim]))
     sides = [of(lines["members"], split="test", side=side) for side in ("forget", "holdout")]
     wins = np.mean([[(h["min_k"] < f["min_k"]) + 0.5 * (h["min_k"] == f["min_k"]) for h in sides[1]] for f in sides[0]])
-    assert find(found, "membership_auc", "test").value == pytest.approx(wins)
+    assert find(found, "privleak_auc", "test").value == pytest.approx(wins)
+    assert find(found, "membership_min_k_auc", "test").value == pytest.approx(1 - wins)
 
 
 def test_verbatim_lines_hold_what_was_generated_and_the_truth(audited):

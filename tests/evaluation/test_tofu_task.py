@@ -11,6 +11,7 @@ from scipy import stats
 
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import DataError
+from trace_jax.evaluation.audit import without_texts
 from trace_jax.evaluation.config import EvaluationConfig, TofuConfig
 from trace_jax.evaluation.measurement import find
 from trace_jax.evaluation.store import ScoreStore
@@ -117,7 +118,7 @@ def test_what_is_written_is_greedy_and_ends_at_the_end_token(config, model, scor
             while len(written) < 5 and (token := int(log_probs([*ids, *written])[-1].argmax())) != 2:
                 written.append(token)
             text = model.tokenizer.decode(written)
-            assert scores.items[name][i]["written"] == text
+            assert scores.items[name][i]["generation"] == text
             expected = scorer.score(q.answer, text)
             recalls = [expected["rouge1"].recall, expected["rougeL"].recall]
             assert scores.arrays[f"{name}/rouge"][i] == pytest.approx(recalls)
@@ -178,7 +179,7 @@ def test_a_model_without_a_beginning_mark_starts_with_the_end_mark_as_in_trainin
     (question,) = tofu_task(small).sets["forget"]
     ids = [2, *prompt_ids(model, question.question)[1:]]
     first = int(log_probs(ids)[-1].argmax())
-    written = found.items["forget"][0]["written"]
+    written = found.items["forget"][0]["generation"]
     assert written.split()[:1] == ([] if first == 2 else [f"w{first}"])
 
 
@@ -186,7 +187,10 @@ def test_items_are_json_and_have_no_nan(scores):
     assert {name: len(lines) for name, lines in scores.items.items()} == COUNTS
     line = json.loads(json.dumps(scores.items["forget"][1], allow_nan=False))
     assert line["wrong"][1:] == [None, None]
-    assert {"question", "answer", "written", "rouge", "extraction_strength"} <= line.keys()
+    assert {"question", "generation", "ground_truth", "rouge", "extraction_strength"} <= line.keys()
+    assert not any(
+        isinstance(x, str) for part in without_texts(scores).items.values() for one in part for x in one.values()
+    )
 
 
 def test_it_is_a_task_of_an_evaluator(config, tiny, model, tmp_path):

@@ -19,7 +19,7 @@ from trace_jax.evaluation.task import TaskScores
 if TYPE_CHECKING:
     from trace_jax.evaluation.suite import Scores
 
-TEXTS = ("generation", "ground_truth")  # fields that hold text, in the lines of tasks too
+TEXTS = ("generation", "ground_truth", "question")  # fields that hold text, in the lines of tasks too
 Lines = list[dict[str, Any]]
 
 
@@ -85,7 +85,7 @@ def _verbatim(scores: Scores, prompts: Mapping[str, Prompts], tokenizer: Tokeniz
         if tokenizer is not None:
             asked = prompts[split]
             both = (tokenizer.decode_batch(asked.unpadded(x)) for x in (found.generated, asked.continuation))
-            texts = [dict(zip(TEXTS, pair, strict=True)) for pair in zip(*both, strict=True)]
+            texts = [{"generation": a, "ground_truth": b} for a, b in zip(*both, strict=True)]
         for i, (score, text) in enumerate(zip(found.score, texts, strict=True)):
             lines.append({"split": split, "item": i, "score": float(score), **text})
     return lines

@@ -21,7 +21,7 @@ class Measurement:
       value: the estimate.
       n: how many items (questions, rows or texts) it was measured on.
       low, high: ends of the 95 % interval over items; NaN when there are too few items to give one (JSON: null).
-      split: "validation" or "test".
+      split: "validation" or "test"; "train" where the rows that were unlearned with are looked at (routing).
       note: what a reader must know beside the number, in a few words; often empty.
       profile: whose protocol was followed to the letter, where there are several, such as "open_unlearning".
       revision: of the data set, where it is known.

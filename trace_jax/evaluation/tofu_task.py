@@ -216,7 +216,7 @@ def _lines(
     """One line a question: what was asked and said, and its numbers."""
     numbers = {key.partition("/")[2]: values for key, values in arrays.items()}
     return [
-        {"question": q.question, "answer": q.answer, "written": text}
+        {"question": q.question, "generation": text, "ground_truth": q.answer}
         | {key: _plain(values[i]) for key, values in numbers.items()}
         for i, (q, text) in enumerate(zip(questions, written, strict=True))
     ]
