@@ -141,7 +141,7 @@ def seeds_and_items(values: np.ndarray, resampled: np.ndarray, n: int) -> Interv
 
     with Student's t of S - 1 degrees and the normal z: exact if every seed has its own items, and never narrower than
     the items alone allow, however close the seeds happen to lie. For one seed it is the percentile interval of its
-    resamples. docs/evaluation.md has the coverage; percentiles of resampled seeds cover too rarely.
+    resamples. docs/evaluation.md has the coverage, which tests/evaluation/test_coverage.py simulates.
 
     Args:
       values: f64 [S], one estimate a seed.
