@@ -194,7 +194,7 @@ def test_measurements_are_counts_with_wilsons_interval(task):
     assert (found["wmdp_bio"].low, found["wmdp_bio"].high) == pytest.approx((0.1176, 0.7693), abs=1e-4)
     assert {m.profile for m in found.values()} == {PROFILE} and {m.split for m in found.values()} == {"test"}
     assert all(m.revision.startswith("sha256:") and not m.note for m in found.values())
-    assert len(found["wmdp"].revision.split()) == 3
+    assert found["wmdp"].revision == "; ".join(found[name].revision for name in WMDP)
 
 
 def test_a_group_of_mmlu_is_measured_where_it_is_whole(tmp_path):

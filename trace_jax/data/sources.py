@@ -132,6 +132,15 @@ def revision_of(source: str) -> str:
     return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}" if file.is_file() else ""
 
 
+def revision_and_content(source: str, content: str) -> str:
+    """`revision_of` a data set, where it is known, and the hash `content` of what was read of it.
+
+    A file has no revision: the hash of what was read is all there is to say.
+    """
+    known = "" if source.endswith(".jsonl") else revision_of(source)
+    return f"{known} sha256:{content}".strip()
+
+
 def _items(path: str) -> Iterator[tuple[dict, str]]:
     """Every object {"text"} or {"question", "answer"} of a source, unchecked, with its origin."""
     if not path:

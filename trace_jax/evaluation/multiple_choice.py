@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, fingerprint
-from trace_jax.data.sources import DataError, read_records
+from trace_jax.data.sources import DataError, read_records, revision_and_content
 from trace_jax.evaluation.config import MultipleChoiceConfig
 from trace_jax.evaluation.continuations import make_reader, score_texts
 from trace_jax.evaluation.intervals import wilson
@@ -74,8 +74,9 @@ class Question:
 class MultipleChoice:
     """The task (`trace_jax.evaluation.task.Task`). Make one with `read_multiple_choice`.
 
-    `sizes` and `revisions` are the number of questions and the hash of each source as a whole, before it is thinned;
-    `profile` is how they are asked.
+    `sizes` and `revisions` are of each source as a whole, before it is thinned: the number of its questions; the
+    revision of the published data set, if it is one, and the hash of its questions and answers. `profile` is how they
+    are asked.
     """
 
     questions: tuple[Question, ...]
@@ -174,7 +175,7 @@ class MultipleChoice:
         found = wilson(int(correct[chosen].sum()), int(chosen.sum()))
         kept = {source: sum(q.source == source for q in self.questions) for source in sources}
         note = "" if all(kept[s] == self.sizes[s] for s in sources) else "a part of the questions, spread evenly"
-        revision = " ".join(self.revisions[source] for source in sorted(sources))
+        revision = "; ".join(self.revisions[source] for source in sorted(sources))
         return Measurement(name, found.value, found.n, found.low, found.high, SPLIT, note, self.profile, revision)
 
 
@@ -196,7 +197,7 @@ def read_multiple_choice(config: MultipleChoiceConfig) -> MultipleChoice:
         found = [_question(name, record, number, f"{source}:{number + 1}") for number, record in enumerate(records)]
         sizes[name] = len(found)
         digests = "".join(f"{q.digest}{q.answer}" for q in found)
-        revisions[name] = f"sha256:{hashlib.sha256(digests.encode()).hexdigest()[:12]}"
+        revisions[name] = revision_and_content(source, hashlib.sha256(digests.encode()).hexdigest()[:12])
         questions += [found[i] for i in spread_indices(len(found), config.max_questions or len(found))]
     return MultipleChoice(tuple(questions), sizes, revisions)
 

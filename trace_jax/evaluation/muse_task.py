@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from trace_jax.config import fingerprint
-from trace_jax.data.sources import DataError, part, read_records, revision_of
+from trace_jax.data.sources import DataError, part, read_records, revision_and_content
 from trace_jax.evaluation import intervals, muse
 from trace_jax.evaluation.config import MuseConfig
 from trace_jax.evaluation.intervals import Interval
@@ -82,7 +82,7 @@ def _fields(record: Mapping[str, Any], columns: Sequence[str], origin: str) -> t
 class MuseTask:
     """MUSE with the profiles of `config`. Make one with `muse_task`.
 
-    `revision` is that of the published data set, or the hash of all that was read from files.
+    `revision` is that of the published data set, if it is one, and the hash of all that was read.
     """
 
     config: MuseConfig
@@ -157,8 +157,7 @@ def muse_task(config: MuseConfig) -> MuseTask:
     """Reads the data. Raises `DataError` (`read_muse`)."""
     data = read_muse(config.data)
     content = fingerprint(dataclasses.asdict(data))
-    source = part(config.data, "verbmem", "forget")
-    revision = f"sha256:{content}" if source.endswith(".jsonl") else revision_of(source)
+    revision = revision_and_content(part(config.data, "verbmem", "forget"), content)
     return MuseTask(config, data, fingerprint("muse", config.profiles, content), revision)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trace_jax.config import fingerprint
-from trace_jax.data.sources import DataError, part, read_records
+from trace_jax.data.sources import DataError, part, read_records, revision_and_content
 from trace_jax.data.tokenizer import Vocabulary, encode_pairs, for_plain_text, start_and_end
 from trace_jax.evaluation import intervals, tofu
 from trace_jax.evaluation.config import TofuConfig
@@ -49,17 +49,21 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class TofuTask:
-    """TOFU's four sets. Make one with `tofu_task`."""
+    """TOFU's four sets. Make one with `tofu_task`.
+
+    `revision` is that of the published data set, if it is one, and the hash of all that was read.
+    """
 
     config: TofuConfig
     sets: Mapping[str, Sequence[Question]]
+    revision: str
     name: str = "tofu"
     quick: bool = False  # it writes answers
 
     @property
     def identity(self) -> str:
         """Hash of every question and answer and of the settings."""
-        return fingerprint(self.config, {name: [dataclasses.astuple(q) for q in s] for name, s in self.sets.items()})
+        return fingerprint(self.config, _content(self.sets))
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """Arrays by "SET/NAME", f64 over the N questions of a set: answer [N], correct [N], wrong [N, W] (mean
@@ -94,9 +98,10 @@ class TofuTask:
         means = [
             (f"tofu_{name}", values, note if name == "forget_truth_ratio" else "") for name, values in _means(scores)
         ]
-        return found + [
+        found += [
             named(name, SPLIT, intervals.bootstrap_mean(values, **resampling), note) for name, values, note in means
         ]
+        return [dataclasses.replace(one, revision=self.revision) for one in found]
 
     def _likelihoods(self, model: Model, name: str, batch_size: int, mesh: Mesh | None) -> dict[str, np.ndarray]:
         questions, most = self.sets[name], max(len(q.wrong) for q in self.sets[name])
@@ -140,14 +145,20 @@ def tofu_task(config: TofuConfig) -> TofuTask:
     Raises:
       DataError: a set isn't there, or a row lacks a column; the message names the row.
     """
-    sets = {}
-    for name in SETS:
-        folder = f"{config.forget if name == 'forget' else name}_perturbed"
-        source = part(config.data, folder, "train")
-        rows = read_records(source)
-        kept = spread_indices(len(rows), config.max_questions or len(rows))
-        sets[name] = tuple(_question(rows[i], name, f"{source}:{i + 1}") for i in kept)
-    return TofuTask(config, sets)
+    sources = {
+        name: part(config.data, f"{config.forget if name == 'forget' else name}_perturbed", "train") for name in SETS
+    }
+    sets: dict[str, Sequence[Question]] = {}
+    for name, source in sources.items():
+        sets[name] = [_question(row, name, f"{source}:{i}") for i, row in enumerate(read_records(source), start=1)]
+    revision = revision_and_content(sources["forget"], fingerprint(_content(sets)))
+    most = config.max_questions
+    kept = {name: tuple(s[i] for i in spread_indices(len(s), most or len(s))) for name, s in sets.items()}
+    return TofuTask(config, kept, revision)
+
+
+def _content(sets: Mapping[str, Sequence[Question]]) -> dict[str, list[tuple[Any, ...]]]:
+    return {name: [dataclasses.astuple(question) for question in several] for name, several in sets.items()}
 
 
 def _vocabulary(model: Model) -> Vocabulary:

@@ -1,0 +1,65 @@
+"""Measurements on a published data set say at which commit of the hub it was read, and what was read of it."""
+
+import re
+
+import numpy as np
+import pytest
+
+from trace_jax.data.published.table import PUBLISHED
+from trace_jax.evaluation.config import MultipleChoiceConfig, MuseConfig, TofuConfig
+from trace_jax.evaluation.multiple_choice import read_multiple_choice
+from trace_jax.evaluation.muse_task import muse_task
+from trace_jax.evaluation.task import TaskScores
+from trace_jax.evaluation.tofu_task import tofu_task
+
+ROW = {
+    "question": "Which?", "answer": "w3", "paraphrased_answer": "w4", "perturbed_answer": ["w5", "w6"],
+    "prompt": "w7", "gt": "w8", "text": "w9", "choices": ["w1", "w2", "w3", "w4"], "subject": "virology",
+}  # fmt: skip
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub where every data set has four rows, of which column `changed` differs; it knows its commits."""
+    datasets = pytest.importorskip("datasets")
+    changed = {}
+
+    def load_dataset(path, *config, split, revision=None):
+        row = {**ROW, **changed} | ({"answer": 2} if path in ("cais/wmdp", "cais/mmlu") else {})
+        rows = datasets.Dataset.from_list([row] * 4)
+        rows.info.download_checksums = {f"hf://datasets/{path}@{revision}/{split}.parquet": {"num_bytes": 1}}
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return changed
+
+
+def multiple_choice(name, source):
+    task = read_multiple_choice(MultipleChoiceConfig({name: f"huggingface:{source}:test"}, max_questions=1))
+    return task.revisions[name]
+
+
+@pytest.mark.parametrize(
+    ("published", "revision"),
+    [
+        ("muse_books", lambda: muse_task(MuseConfig("huggingface:muse-bench/MUSE-Books")).revision),
+        ("tofu", lambda: tofu_task(TofuConfig(max_questions=1)).revision),
+        ("wmdp", lambda: multiple_choice("wmdp_bio", "cais/wmdp/wmdp-bio")),
+        ("mmlu", lambda: multiple_choice("mmlu", "cais/mmlu/all")),
+    ],
+)
+def test_a_task_knows_the_commit_and_the_content_of_its_data(hub, published, revision):
+    found = revision()
+    assert re.fullmatch(rf"{PUBLISHED[published].revision} sha256:[0-9a-f]{{12,16}}", found)
+    assert revision() == found
+    hub |= {"question": "Who?"}
+    assert revision() != found and revision().split()[0] == found.split()[0]
+
+
+def test_every_number_of_tofu_has_the_revision(hub):
+    task = tofu_task(TofuConfig())
+    ones = {"answer": [4], "correct": [4], "wrong": [4, 2], "rouge": [4, 2]}
+    ones |= {"extraction_strength": [4], "exact_memorization": [4]}
+    arrays = {f"{name}/{key}": -np.ones(shape) for name in task.sets for key, shape in ones.items()}
+    found = task.measure(TaskScores(arrays), original=None, retrained=TaskScores(arrays), resamples=100, seed=0)
+    assert len(found) > 20 and {m.revision for m in found} == {task.revision}
