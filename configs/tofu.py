@@ -1,25 +1,34 @@
 """TOFU: unlearn a tenth of 200 fictitious authors from a model that has learnt all of them.
 
 Command:   python -m trace_jax.main --config configs/tofu.py:qwen1.5-moe-a2.7b --workdir runs/tofu \\
-             --config.model.path=DIR
+             --config.model.path=DIR --config.model.retrained=RETRAINED
            Add --dry-run to check everything that needs neither weights nor data (no --workdir then).
 Target:    DIR must be a checkpoint of the model that was trained on locuslab/TOFU, config full, first: no published
            model knows authors that were made up. TOFU's recipe: learning rate 1e-5, weight decay 0.01, one epoch of
            warm-up, 5 epochs of 32 pairs a step; any trainer that writes safetensors will do. The form of a pair is
-           "Question: ...\\nAnswer: ...", as this package writes it.
+           "Question: ...\\nAnswer: ...", as this package writes it, with the end token after it. RETRAINED is the same
+           on retain90 alone (optional): without it there is no forget quality, which compares with its truth ratios.
 Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
            qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu,
            seuf.
            The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
 Data:      locuslab/TOFU, configs forget10 (400 pairs) and retain90 (3,600 pairs), columns question and answer, split
-           train; forget01 and retain99, forget05 and retain95 likewise. The hub is read at a pinned
-           revision. Built once (docs/data.md), it is read without the hub: tfds:tofu/forget10 and so on.
+           train. Evaluation reads the configs forget10_perturbed, retain_perturbed (400 questions each),
+           real_authors_perturbed (100) and world_facts_perturbed (117). Another forget set takes all three of:
+             --config.data.forget=huggingface:locuslab/TOFU/forget05:train
+             --config.data.retain=huggingface:locuslab/TOFU/retain95:train --config.evaluation.tofu.forget=forget05
+           and forget01 with retain99 likewise. The hub is read at a pinned revision. Built once (docs/data.md), it is
+           read without the hub: tfds:tofu/forget10:train, tfds:tofu/retain90:train, evaluation.tofu.data tfds:tofu.
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
            activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
            about 20 bytes a parameter.
 Time:      not measured. Arithmetic: 48 rows of 256 tokens through 2.7 billion active parameters are about 0.25 PFLOP a
            step, 0.6 seconds at 40 % of an H100's dense bfloat16 rate; 10 epochs of about 12 steps, so minutes, and
            evaluations.
+Measured:  tofu_forget_quality, tofu_model_utility and what they are made of (docs/evaluation.md), before and after.
+           A checkpoint that is already there is measured alone, without unlearning:
+           python -m trace_jax.main evaluate --config configs/tofu.py --checkpoint DIR --retrained RETRAINED \\
+             --output out
 Result:    nobody has run this file, and no result on a Mixture of Experts is known to us (the authors of SEUF, arXiv
            2411.18797, left TOFU out because it needs training first).
 """
@@ -28,11 +37,12 @@ import ml_collections
 
 from trace_jax.recipes import benchmark_config
 
+BENCHMARK = "huggingface:locuslab/TOFU"
 # Only answers carry loss. A row holds the pairs that fit it, two or three, and NPO and SimNPO take a row as one sample;
 # their authors take one pair.
 DATA = {
-    "forget": "huggingface:locuslab/TOFU/forget10:train",
-    "retain": "huggingface:locuslab/TOFU/retain90:train",
+    "forget": f"{BENCHMARK}/forget10:train",
+    "retain": f"{BENCHMARK}/retain90:train",
     "row_length": 256,
 }
 # open-unlearning (github.com/locuslab/open-unlearning, arXiv 2506.12618): 32 pairs a step, 10 epochs of 12.5 steps, one
@@ -74,4 +84,6 @@ METHODS = {
 
 def get_config(variant: str = "qwen1.5-moe-a2.7b") -> ml_collections.ConfigDict:
     """One model and one method; `--config.unlearning.NAME=VALUE` changes a number."""
-    return benchmark_config("tofu", variant, data=DATA, common=COMMON, methods=METHODS)
+    config = benchmark_config("tofu", variant, data=DATA, common=COMMON, methods=METHODS)
+    config.evaluation.tofu = {"data": BENCHMARK, "forget": "forget10"}
+    return config

@@ -7,7 +7,8 @@ Command:   hf download Qwen/Qwen1.5-MoE-A2.7B-Chat --local-dir qwen
 Both:      two topics, as RMU's authors unlearn them; each source is one:
              --config.data.forget='["huggingface:cais/wmdp-bio-forget-corpus:train",
                                     "huggingface:cais/wmdp-corpora/cyber-forget-corpus:train"]' \\
-             --config.unlearning.topics=alternating
+             --config.unlearning.topics=alternating \\
+             --config.evaluation.multiple_choice.sources.wmdp_cyber=huggingface:cais/wmdp/wmdp-cyber:test
 Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
            qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu,
            seuf.
@@ -18,18 +19,22 @@ Data:      the forget corpus is gated: ask for access at huggingface.co/datasets
            60,887 papers (1.9 GB), of which the first 5,000:
              --config.data.neighbour='huggingface:cais/wmdp-corpora/bio-retain-corpus:train[:5000]'
            The hub is read at pinned revisions. Built once (docs/data.md), these are read without the hub:
-           tfds:wmdp_bio_forget:train, tfds:wikitext/wikitext-2-raw-v1:test, tfds:wmdp_corpora/bio-retain-corpus:train.
+           tfds:wmdp_bio_forget:train, tfds:wikitext/wikitext-2-raw-v1:test, tfds:wmdp_corpora/bio-retain-corpus:train;
+           questions: tfds:wmdp/wmdp-bio:test, tfds:mmlu/all:test.
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
            activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
            about 20 bytes a parameter.
 Time:      not measured. Arithmetic: 12 rows of 512 tokens through 2.7 billion active parameters are about 0.12 PFLOP a
            step, a third of a second at 40 % of an H100's dense bfloat16 rate; 500 steps, so minutes, and evaluations.
+Measured:  accuracy on wmdp_bio and on MMLU in lm-eval's words, zero-shot, at every evaluation (docs/evaluation.md).
+           Both have 15 thousand questions, about 2 million tokens: half a minute each time by the same arithmetic.
+           --config.evaluation.multiple_choice.max_questions=500 takes a part of each, spread evenly.
+           Other tasks of lm-eval, afterwards:
+           python -m trace_jax.main lm-eval --workdir runs/bio --tasks hellaswag,winogrande
 Result:    nobody has run this file. Published, WMDP-Bio accuracy (chance .25) / MMLU: Mixtral-8x7B-Instruct .748 / .682
            before, .340 / .671 after RMU on bio and cyber (model card cais/Mixtral-8x7B-Instruct_RMU); Zephyr-7B, which
            is dense, .637 / .581 before, RMU .312 / .571. No other result on a Mixture of Experts with this forget set
            is known to us.
-           The report here measures the loss of the texts. For accuracies, on the exported checkpoint:
-           lm_eval --model hf --model_args pretrained=runs/bio/export --tasks wmdp_bio,mmlu
 """
 
 import ml_collections
@@ -41,6 +46,10 @@ RETAIN = "huggingface:Salesforce/wikitext/wikitext-2-raw-v1:test"
 # RMU's authors cut texts at 512 tokens (github.com/centerforaisafety/wmdp); here a text is cut into rows of 512 and
 # read whole. Their shortest text is 0 characters, or 200 for Mixtral; here empty lines and headings of wikitext go.
 DATA = {"forget": FORGET, "retain": RETAIN, "row_length": 512, "min_length": 50}
+QUESTIONS = {
+    "wmdp_bio": "huggingface:cais/wmdp/wmdp-bio:test",
+    "mmlu": "huggingface:cais/mmlu/all:test",
+}
 COMMON = {
     "steps": 500,  # github.com/OPTML-Group/Unlearn-Simple, WMDP: at most so many
     "forget_batch_size": 4,
@@ -76,6 +85,7 @@ MODELS = {
 def get_config(variant: str = "qwen1.5-moe-a2.7b") -> ml_collections.ConfigDict:
     """One model and one method; `--config.unlearning.NAME=VALUE` changes a number."""
     config = benchmark_config("wmdp_bio", variant, data=DATA, common=COMMON, methods=METHODS, models=MODELS)
+    config.evaluation.multiple_choice = {"sources": QUESTIONS}
     config.evaluation.audit_text = False  # what a model writes after a beginning of these texts is not kept
     if variant == "mixtral-8x7b,rmu":
         config.data.min_length = 200

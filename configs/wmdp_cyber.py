@@ -12,19 +12,22 @@ Data:      cais/wmdp-corpora, cyber-forget-corpus: 1,000 texts, column text, spl
            wikitext-2-raw-v1, as RMU's authors do; for text nearer to the forget set, cyber-retain-corpus (4,473 texts):
            --config.data.neighbour=huggingface:cais/wmdp-corpora/cyber-retain-corpus. The hub is read at pinned
            revisions. Built once (docs/data.md), these are read without the hub: tfds:wmdp_corpora/cyber-forget-corpus
-           and so on.
+           and so on; questions: tfds:wmdp/wmdp-cyber:test, tfds:mmlu/all:test.
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
            activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
            about 20 bytes a parameter.
 Time:      not measured. Arithmetic: 12 rows of 768 tokens through 2.7 billion active parameters are about 0.2 PFLOP a
            step, half a second at 40 % of an H100's dense bfloat16 rate; 500 steps, so minutes, and evaluations.
+Measured:  accuracy on wmdp_cyber and on MMLU in lm-eval's words, zero-shot, at every evaluation (docs/evaluation.md).
+           Both have 16 thousand questions, about 2 million tokens: half a minute each time by the same arithmetic.
+           --config.evaluation.multiple_choice.max_questions=500 takes a part of each, spread evenly.
+           Other tasks of lm-eval, afterwards:
+           python -m trace_jax.main lm-eval --workdir runs/cyber --tasks hellaswag,winogrande
 Result:    nobody has run this file. Published, WMDP-Cyber accuracy (chance .25) / MMLU (arXiv 2411.18797, table 3; one
            run each, no seeds): Qwen1.5-MoE .419 / .598 before; GradDiff .296 / .297, NPO .345 / .461, RMU .261 / .356;
            with SEUF .245 / .530, .320 / .547, .254 / .535. DeepSeek-V2-Lite .380 / .555 before; GradDiff .290 / .393,
            NPO .320 / .470, RMU .253 / .454; with SEUF .268 / .490, .290 / .479, .286 / .542. Mixtral-8x7B-Instruct
            .520 / .682 before, RMU on bio and cyber .308 / .671 (model card cais/Mixtral-8x7B-Instruct_RMU).
-           The report here measures the loss of the texts. For accuracies, on the exported checkpoint:
-           lm_eval --model hf --model_args pretrained=runs/cyber/export --tasks wmdp_cyber,mmlu
 """
 
 import ml_collections
@@ -37,6 +40,10 @@ RETAIN = "huggingface:Salesforce/wikitext/wikitext-2-raw-v1:test"
 # is cut into rows of 768 and read whole. Their shortest text is 0 characters, or 200 for Mixtral; here empty lines and
 # headings of wikitext go.
 DATA = {"forget": FORGET, "retain": RETAIN, "row_length": 768, "min_length": 50}
+QUESTIONS = {
+    "wmdp_cyber": "huggingface:cais/wmdp/wmdp-cyber:test",
+    "mmlu": "huggingface:cais/mmlu/all:test",
+}
 COMMON = {
     "steps": 500,  # github.com/OPTML-Group/Unlearn-Simple, WMDP: at most so many
     "forget_batch_size": 4,
@@ -78,6 +85,7 @@ MODELS = {
 def get_config(variant: str = "qwen1.5-moe-a2.7b") -> ml_collections.ConfigDict:
     """One model and one method; `--config.unlearning.NAME=VALUE` changes a number."""
     config = benchmark_config("wmdp_cyber", variant, data=DATA, common=COMMON, methods=METHODS, models=MODELS)
+    config.evaluation.multiple_choice = {"sources": QUESTIONS}
     config.evaluation.audit_text = False  # what a model writes after a beginning of these texts is not kept
     if variant == "mixtral-8x7b,rmu":
         config.data.min_length = 200

@@ -4,13 +4,16 @@ There are no weights, data are small directories of the same columns, and nothin
 """
 
 import json
+import re
 
 import pytest
 import tiny_checkpoints
 
 from trace_jax.config import ConfigError
+from trace_jax.data.published.table import PUBLISHED as DATASETS
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.dry_run import dry_run
+from trace_jax.evaluation.config import TofuConfig
 from trace_jax.files import read_json
 from trace_jax.main import load_config
 from trace_jax.models.families.published import PUBLISHED
@@ -21,6 +24,24 @@ CONFIGS = ("wmdp_cyber", "wmdp_bio", "muse_books", "muse_news", "tofu")
 TEXT, PAIR = {"text": "a text of some length, " * 10}, {"question": "Who was it?", "answer": "Nobody"}
 # What the sets have beside the columns that are read.
 EXTRA = {"wmdp_bio": {"title": "a title", "abstract": "an abstract", "doi": "10.1/1"}}
+CHOICES = {"question": "Which is it?", "choices": ["a", "b", "c", "d"], "answer": 2, "subject": "virology"}
+# Every column that MUSE and TOFU read.
+ASKED = {
+    **TEXT, **PAIR, "prompt": "It was", "gt": "nobody", "paraphrased_answer": "No one", "perturbed_answer": ["He"],
+}  # fmt: skip
+FILES = {
+    "muse": (
+        "verbmem/forget", "knowmem/forget_qa", "knowmem/forget_qa_icl", "knowmem/retain_qa", "knowmem/retain_qa_icl",
+        "privleak/forget", "privleak/holdout",
+    ),
+    "tofu": tuple(f"{s}_perturbed/train" for s in ("forget10", "retain", "real_authors", "world_facts")),
+}  # fmt: skip
+
+
+def write_rows(file, row, count=2):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for _ in range(count)))
+    return str(file)
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +64,19 @@ def local(tmp_path, monkeypatch):
                 row = {**(PAIR if name == "tofu" else TEXT), **EXTRA.get(name, {})}
                 datasets.Dataset.from_list([row] * 5).to_parquet(folder / "train.parquet")
                 overrides[f"data.{use}"] = f"huggingface:{folder}"
+        return overrides | asked(name)
+
+    def asked(name):
+        evaluation, overrides = load_config(f"configs/{name}.py").evaluation, {}
+        for task, files in FILES.items():
+            if getattr(evaluation, task) is not None:
+                for file in files:
+                    write_rows(tmp_path / task / f"{file}.jsonl", ASKED)
+                overrides[f"evaluation.{task}.data"] = str(tmp_path / task)
+        if evaluation.multiple_choice is not None:
+            for source in evaluation.multiple_choice.sources:
+                file = write_rows(tmp_path / f"{source}.jsonl", CHOICES)
+                overrides[f"evaluation.multiple_choice.sources.{source}"] = file
         return overrides
 
     return replaced
@@ -69,6 +103,27 @@ def test_a_dry_run_finds_nothing_missing_but_the_weights(name, model, method, lo
     assert found.wrong == () and len(found.missing) == 1
     assert f"weights: hf download {PUBLISHED[model].repository} --local-dir DIR" in found.missing[0]
     assert ("questions and answers" if name == "tofu" else "5 texts") in found.text
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "problem"),
+    [
+        ("tofu", "tofu.forget", "evaluation data: .*forget05_perturbed/train.jsonl is not there"),
+        ("muse_news", "muse.data", "evaluation data: other/verbmem/forget.jsonl is not there"),
+        ("wmdp_bio", "multiple_choice.sources.wmdp_bio", "evaluation data: other is not there"),
+    ],
+)
+def test_a_dry_run_finds_that_a_benchmark_is_not_there(name, setting, problem, local):
+    value = "forget05" if setting == "tofu.forget" else "other"
+    found = dry_run(load_config(f"configs/{name}.py", {**local(name), f"evaluation.{setting}": value}))
+    assert found.wrong == () and re.fullmatch(problem, found.missing[1])
+
+
+def test_a_dry_run_finds_what_is_no_question(local, tmp_path):
+    overrides = local("wmdp_cyber")
+    write_rows(tmp_path / "mmlu.jsonl", {**CHOICES, "answer": 4})
+    (wrong,) = dry_run(load_config("configs/wmdp_cyber.py", overrides)).wrong
+    assert re.match(r"evaluation data: .*mmlu\.jsonl:1: expected question, choices, answer", wrong)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -98,6 +153,22 @@ def test_muse_is_evaluated_and_news_has_both_series():
         assert config.unlearning == load_config("configs/muse_news.py:olmoe-1b-7b,npo").unlearning
     with pytest.raises(ConfigError, match=r"no kind 'sust'\. .*known kinds: scalability"):
         load_config("configs/muse_news.py:olmoe-1b-7b,npo,sust")
+
+
+def test_every_benchmark_is_evaluated_on_itself():
+    """At the addresses that the table of published data sets has."""
+    assert load_config("configs/tofu.py").evaluation.tofu == TofuConfig("huggingface:locuslab/TOFU", "forget10")
+    for topic in ("bio", "cyber"):
+        config = load_config(f"configs/wmdp_{topic}.py").evaluation
+        assert config.multiple_choice.sources == {
+            f"wmdp_{topic}": f"huggingface:cais/wmdp/wmdp-{topic}:test",
+            "mmlu": "huggingface:cais/mmlu/all:test",
+        }
+        assert not config.audit_text
+        for source in config.multiple_choice.sources.values():
+            owner, name, subset, split = re.fullmatch("huggingface:(.+)/(.+)/(.+):(.+)", source).groups()
+            (published,) = (p for p in DATASETS.values() if p.repository == f"{owner}/{name}")
+            assert split in published.subsets[subset].rows
 
 
 def test_published_numbers_reach_the_settings():
@@ -141,8 +212,16 @@ def test_two_topics_are_unlearned_by_turns_from_a_tiny_checkpoint(tmp_path):
         "evaluation.max_rows": 8,
         "evaluation.max_prompts": 4,
         "evaluation.bootstrap": 100,
+        **{
+            f"evaluation.multiple_choice.sources.{name}": write_rows(tmp_path / f"{name}.jsonl", CHOICES, 3)
+            for name in ("wmdp_bio", "wmdp_cyber", "mmlu")
+        },
     }
     assert "export" in run(load_config("configs/wmdp_bio.py", overrides), tmp_path / "run")
+    results = read_json(tmp_path / "run" / "results.json")["methods"]["trace_rows"]["measurements"]
+    assert {(m["name"], m["n"]) for m in results if m.get("profile") == "lm-eval 0-shot"} == {
+        ("wmdp_bio", 3), ("wmdp_cyber", 3), ("mmlu", 3), ("mmlu_virology", 3)
+    }  # fmt: skip
     counts = read_json(tmp_path / "run" / "references.json")["data"]["documents"]
     assert [counts[f"train/forget{topic}"] for topic in ("", "/0", "/1")] == [24, 12, 12]
     card = (tmp_path / "run" / "export" / "README.md").read_text()

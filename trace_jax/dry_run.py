@@ -15,8 +15,10 @@ from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.data.config import DataConfig
-from trace_jax.data.sources import HUGGINGFACE, TFDS, is_here, read_source
+from trace_jax.data.sources import HUGGINGFACE, TFDS, is_here, part, read_source
 from trace_jax.data.tokenizer import read_vocabulary
+from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
+from trace_jax.evaluation.tasks import build_tasks
 from trace_jax.experiment import METHODS, ExperimentConfig
 from trace_jax.models.arrays import abstract_params, count_params
 from trace_jax.models.config import ModelConfig
@@ -59,6 +61,7 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     weights = _weights(config, missing, wrong)
     model = _shape(config)
     sources = _sources(config.data, missing, wrong)
+    sources += _tasks(config.evaluation, missing, wrong)
     data = _list("data", [": ".join(source) for source in sources])
     parts = [_head(config, model, weights), _trained(config.unlearning, model), data]
     parts += [_list("missing to run", missing)] if missing else ["nothing is missing to run"]
@@ -108,10 +111,7 @@ def _sources(data: DataConfig, missing: list[str], wrong: list[str]) -> list[tup
 
 def _source(use: str, path: str, min_length: int, missing: list[str], wrong: list[str]) -> str:
     if not is_here(path):
-        where = "is downloaded by the run" if path.startswith(HUGGINGFACE) else "is not there"
-        if path.startswith(TFDS):
-            where = f"is not built: python -m trace_jax.main data --name {path.removeprefix(TFDS).partition(':')[0]}"
-        missing.append(f"{use} data: {path} {where}")
+        missing.append(f"{use} data: {_absent(path)}")
         return f"must have the columns {_COLUMNS}"
     try:
         source = read_source(path, min_length=min_length, most=FIRST)
@@ -123,6 +123,41 @@ def _source(use: str, path: str, min_length: int, missing: list[str], wrong: lis
     kinds += [f"{answers} questions and answers"] * bool(answers)
     left_out = f", {source.left_out} left out as shorter than {min_length} characters" if source.left_out else ""
     return f"the first {len(source.documents)} documents are {' and '.join(kinds)}{left_out}"
+
+
+def _absent(path: str) -> str:
+    """Where a source that isn't here comes from, as words."""
+    if path.startswith(TFDS):
+        return f"{path} is not built: python -m trace_jax.main data --name {path.removeprefix(TFDS).partition(':')[0]}"
+    return f"{path} {'is downloaded by the run' if path.startswith(HUGGINGFACE) else 'is not there'}"
+
+
+def _tasks(evaluation: EvaluationConfig, missing: list[str], wrong: list[str]) -> list[tuple[str, ...]]:
+    """One row per benchmark, or source of questions, that the model is evaluated on. What is here is read whole."""
+    alone: dict[str, tuple[str, EvaluationConfig]] = {}  # by name: a source that stands for all of it, and its section
+    if evaluation.muse is not None:
+        source = part(evaluation.muse.data, "verbmem", "forget")
+        alone["muse"] = source, EvaluationConfig(muse=evaluation.muse)
+    if evaluation.tofu is not None:
+        source = part(evaluation.tofu.data, f"{evaluation.tofu.forget}_perturbed", "train")
+        alone["tofu"] = source, EvaluationConfig(tofu=evaluation.tofu)
+    if evaluation.multiple_choice is not None:
+        for name, source in evaluation.multiple_choice.sources.items():
+            alone[name] = source, EvaluationConfig(multiple_choice=MultipleChoiceConfig({name: source}))
+    rows = []
+    for name, (source, section) in alone.items():
+        found = "can be used"
+        try:
+            if is_here(source):
+                build_tasks(section)
+            else:
+                found = "not looked at"
+                missing.append(f"evaluation data: {_absent(source)}")
+        except (ValueError, OSError) as error:
+            found = "can't be used"
+            wrong.append(f"evaluation data: {error}")
+        rows.append((f"evaluation, {name}", source, found))
+    return rows
 
 
 def _length(unlearning: UnlearningConfig) -> str:

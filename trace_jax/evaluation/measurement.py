@@ -10,6 +10,7 @@ from typing import Any
 from trace_jax.evaluation.intervals import Interval
 
 _OPTIONAL = {"note", "profile", "revision"}
+_TOO_FEW = "too few items for an interval"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +62,14 @@ class Measurement:
         return f"{self.name} {self.split}: {self.value:.4f} [{self.low:.4f}, {self.high:.4f}] n={self.n}{note}"
 
 
-def named(name: str, split: str, interval: Interval, note: str = "", profile: str = "") -> Measurement:
-    """The measurement of an estimate with its interval."""
-    return Measurement(name, interval.value, interval.n, interval.low, interval.high, split, note, profile)
+def named(
+    name: str, split: str, interval: Interval, note: str = "", profile: str = "", revision: str = ""
+) -> Measurement:
+    """The measurement of an estimate with its interval; where that has no ends, the note says so."""
+    if math.isnan(interval.low) or math.isnan(interval.high):
+        note = f"{note}; {_TOO_FEW}" if note else _TOO_FEW
+    numbers = (interval.value, interval.n, interval.low, interval.high)
+    return Measurement(name, *numbers, split, note, profile, revision)
 
 
 def find(measurements: Iterable[Measurement], name: str, split: str) -> Measurement | None:

@@ -21,7 +21,7 @@ from trace_jax.evaluation.config import MultipleChoiceConfig
 from trace_jax.evaluation.continuations import make_reader, score_texts
 from trace_jax.evaluation.intervals import wilson
 from trace_jax.evaluation.likelihood import spread_indices
-from trace_jax.evaluation.measurement import Measurement
+from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.evaluation.task import SPLIT, TaskScores
 from trace_jax.models.model import Model
 
@@ -176,7 +176,7 @@ class MultipleChoice:
         kept = {source: sum(q.source == source for q in self.questions) for source in sources}
         note = "" if all(kept[s] == self.sizes[s] for s in sources) else "a part of the questions, spread evenly"
         revision = "; ".join(self.revisions[source] for source in sorted(sources))
-        return Measurement(name, found.value, found.n, found.low, found.high, SPLIT, note, self.profile, revision)
+        return named(name, SPLIT, found, note, self.profile, revision)
 
 
 def read_multiple_choice(config: MultipleChoiceConfig) -> MultipleChoice:

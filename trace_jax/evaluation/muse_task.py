@@ -15,7 +15,7 @@ from trace_jax.data.sources import DataError, part, read_records, revision_and_c
 from trace_jax.evaluation import intervals, muse
 from trace_jax.evaluation.config import MuseConfig
 from trace_jax.evaluation.intervals import Interval
-from trace_jax.evaluation.measurement import Measurement
+from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.evaluation.muse import PROFILES, Profile
 from trace_jax.evaluation.sequences import score_sequences
 from trace_jax.evaluation.task import SPLIT, TaskScores
@@ -130,9 +130,8 @@ class MuseTask:
         found: list[Measurement] = []
 
         def add(name: str, interval: Interval, note: str = "") -> None:
-            numbers = (interval.value, interval.n, interval.low, interval.high)
             full = f"{profile.prefix}{name}"
-            found.append(Measurement(full, *numbers, SPLIT, note, profile=profile.name, revision=self.revision))
+            found.append(named(full, SPLIT, interval, note, profile=profile.name, revision=self.revision))
 
         for profile in (PROFILES[name] for name in self.config.profiles):
             for name in ("verbmem", *(f"knowmem_{s}" for s in _SETS)):

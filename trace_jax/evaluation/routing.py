@@ -18,7 +18,7 @@ from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation.intervals import LEVEL, Interval, resample_counts
 from trace_jax.evaluation.likelihood import spread_indices
-from trace_jax.evaluation.measurement import Measurement
+from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.models.model import Model
 from trace_jax.routing import diagnostics
 from trace_jax.routing.statistics import Assignments, expert_assignments
@@ -128,9 +128,7 @@ class RoutingMetrics:
                 notes.append(f"original model {original.mean.value:.4g}")
             if abs(quantity.mean_bias) > 0.05 * abs(quantity.mean.value):
                 notes.append(f"about {quantity.mean_bias:+.2g} of it from the finite sample")
-            interval, label = quantity.mean, name if exact else f"routing_{name}"
-            numbers = (interval.value, interval.n, interval.low, interval.high)
-            found.append(Measurement(label, *numbers, SPLIT, "; ".join(notes)))
+            found.append(named(name if exact else f"routing_{name}", SPLIT, quantity.mean, "; ".join(notes)))
         return found
 
 
