@@ -105,6 +105,20 @@ def test_every_measurement_has_n_and_interval(finished):
     assert {"routing_jaccard_forget", "routing_gap", "router_drift", "calibration_gap_after"} <= names
 
 
+def test_the_last_evaluation_along_a_run_is_what_is_measured_afterwards(finished):
+    """The same state, once as it trains and once as the finished model."""
+    for name, method in numbers(finished[0])["methods"].items():
+        rows = read_lines(finished[0] / "methods" / name / "metrics.jsonl")
+        step, along = next((row["step"], row["evaluation"]) for row in reversed(rows) if "evaluation" in row)
+        assert (step, len(along)) == (6, 12)
+        after = {(m["name"], m["split"]): m for m in method["measurements"]}
+        for measured in along:
+            other = after[measured["name"], measured["split"]]
+            assert other["n"] == measured["n"]
+            for key in ("value", "low", "high"):
+                assert other[key] == pytest.approx(measured[key], rel=1e-6)
+
+
 def test_a_second_run_changes_nothing(finished, data):
     path, text = finished
     before = {file: file.stat().st_mtime_ns for file in path.rglob("model.safetensors")}
