@@ -17,7 +17,7 @@ import numpy as np
 
 from trace_jax.attacks.attack import Case
 from trace_jax.attacks.config import AttacksConfig
-from trace_jax.attacks.table import attack
+from trace_jax.attacks.table import attack, text_read_by
 from trace_jax.config import Section, fingerprint
 from trace_jax.evaluation.calibration import measure_calibration
 from trace_jax.evaluation.fronts import Front, front_from_history, standing
@@ -171,7 +171,7 @@ def _attack_stage(
 ) -> None:
     """Attacks the unlearned model of a method, and writes what came back into `attacks/NAME.json`."""
     config, directory = prepared.config, prepared.workdir / "methods" / label / "attacks"
-    identity = fingerprint(known, name, settings)
+    identity = fingerprint(known, name, settings, text_read_by(settings))
 
     def make() -> None:
         case = Case(

@@ -14,7 +14,7 @@ from trace_jax.attacks.queries import read_paraphrases
 from trace_jax.attacks.relearning import benign_relearning, relearning
 from trace_jax.attacks.router_swap import router_swap
 from trace_jax.config import Section, as_dict
-from trace_jax.data.sources import read_source
+from trace_jax.data.sources import read_source, revision_of
 from trace_jax.evaluation.likelihood import NonFiniteScore
 
 ATTACKS: Mapping[str, Attack] = {
@@ -37,6 +37,12 @@ def check_attacks(config: AttacksConfig | None) -> None:
         read_source(config.benign_relearning.source)
     if config is not None and config.prompting is not None and config.prompting.paraphrases is not None:
         read_paraphrases(config.prompting.paraphrases)
+
+
+def text_read_by(settings: Section) -> list[str]:
+    """Revisions of the texts of his own that a user has an attack read: those of another one make it anew."""
+    sources = (getattr(settings, name, None) for name in ("source", "paraphrases"))
+    return [revision_of(source) for source in sources if source]
 
 
 def attack(name: str, settings: Section, case: Case) -> dict[str, Any]:
