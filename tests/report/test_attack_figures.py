@@ -48,21 +48,25 @@ def test_rows_follow_the_results():
     assert (after.attack, after.value.value, after.original.value) == ("", 0.4, 0.9)
     assert (eight.recovered, eight.strongest) == (0, False)
     assert (four.at, four.recovered, four.strongest) == ("4 bits", 0.5, True)
-    assert examples.original.value == 0.6 and examples.recovered == pytest.approx(0.5)  # the original asked alike
+    assert (examples.original.value, examples.recovered, examples.asked_otherwise) == (0.6, None, True)
     assert (broken.value.value, broken.note) == (None, "the model gives NaN")
 
 
 def test_the_table_and_the_figure_hold_every_attack():
     data = ReportData("title", attacks=attack_rows(RESULTS), chance=0.25)
     table = attack_table(data)
-    assert [(line["name"], line["at"]) for line in table["lines"]] == [
-        ("before unlearning", ""), ("after unlearning", ""), ("quantization", "8 bits"), ("quantization", "4 bits"),
-        ("prompting", "3 examples"), ("relearning", ""),
+    assert [line["name"] for line in table["lines"]] == [
+        "before unlearning", "after unlearning", "quantization", "prompting", "relearning",
     ]  # fmt: skip
     cells = [line["cells"][0] for line in table["lines"]]
-    assert [cell["value"] for cell in cells] == ["0.900", "0.400", "0.400", "0.650", "0.500", "–"]
-    assert [cell["recovered"] for cell in cells] == ["", "", "0 % back", "50 % back", "50 % back", ""]
-    assert cells[3]["interval"] == "[0.550, 0.750]" and cells[5]["note"] == "the model gives NaN"
+    assert [cell["value"] for cell in cells] == ["0.900", "0.400", "0.650", "0.500", "–"]
+    assert [cell["about"] for cell in cells] == [
+        "", "", "4 bits, 50 % back", "3 examples, original asked so: 0.600", "the model gives NaN",
+    ]  # fmt: skip
+    assert cells[2]["interval"] == "[0.550, 0.750]"
+    forms = [(line["name"], line["at"], line["cells"][0]["about"]) for line in table["forms"]]
+    assert forms[:2] == [("quantization", "8 bits", "0 % back"), ("quantization", "4 bits", "50 % back")]
+    assert len(forms) == 4
     svg = attack_figure(data).svg
     assert all(name in svg for name in ("before unlearning", "after unlearning", "quantization", "prompting"))
     page = render_report(data)

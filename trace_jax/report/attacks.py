@@ -9,10 +9,10 @@ from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.report.data import AttackRow, Number, ReportData, known
 from trace_jax.report.drawing import GRID, INK, MUTED, Figure, inline, panel
 from trace_jax.report.figures import method_styles
-from trace_jax.report.words import format_interval, format_number, format_share, plain_name
+from trace_jax.report.words import format_interval, format_number, plain_name
 
 _SPLIT = "test"
-_WIDTH = 7.2  # inches; scaled down to the page
+_WIDTH = 5.6  # inches
 BEFORE, AFTER = "before unlearning", "after unlearning"
 
 
@@ -29,9 +29,11 @@ def attack_rows(results: Mapping[str, Any]) -> dict[str, list[AttackRow]]:
                 rows.append(AttackRow(name, "", Number(None), original, note=attack["failed"]))
             for place, point in enumerate(attack["points"]):
                 value = _number(point["measurements"], measure)
-                asked = _number(point["original"], measure) if "original" in point else original
-                back = recovered(value.value, after.value, asked.value)
-                rows.append(AttackRow(name, point["at"], value, asked, back, place == attack["strongest"]))
+                other = "original" in point  # asked in another way, so that before and after are not comparable
+                asked = _number(point["original"], measure) if other else original
+                back = None if other else recovered(value.value, after.value, original.value)
+                strongest = place == attack["strongest"]
+                rows.append(AttackRow(name, point["at"], value, asked, back, strongest, asked_otherwise=other))
         if len(rows) > 1:
             found[label] = rows
     return found
@@ -50,30 +52,42 @@ def _number(measurements: Sequence[Mapping[str, Any]], name: str) -> Number:
 
 
 def attack_table(data: ReportData) -> dict[str, Any] | None:
-    """Methods and lines of the table: before, after, and every form of every attack; None without attacks."""
+    """Methods, lines before, after, and of every attack at its strongest, and lines of all its forms; None without
+    attacks."""
     if not data.attacks:
         return None
-    keys = list(dict.fromkeys((row.attack, row.at) for rows in data.attacks.values() for row in rows))
-    by_method = {method: {(row.attack, row.at): row for row in rows} for method, rows in data.attacks.items()}
-    lines = [{"name": BEFORE, "at": "", "cells": [_cell(rows[0].original) for rows in data.attacks.values()]}]
-    for attack, at in keys:
-        cells = []
-        for rows in by_method.values():
-            row = rows.get((attack, at))
-            cells.append(_cell(Number(None)) if row is None else _cell(row.value, row))
-        lines.append({"name": plain_name(attack) if attack else AFTER, "at": at, "cells": cells})
-    return {"methods": list(data.attacks), "lines": lines}
+    first, names = next(iter(data.attacks.values()))[0], {}
+    for rows in data.attacks.values():
+        for row in rows[1:]:
+            names.setdefault(row.attack, {}).setdefault(row.at, None)
+    lines = [
+        {"name": BEFORE, "at": "", "cells": [_cell(first.original)] * len(data.attacks)},
+        {"name": AFTER, "at": "", "cells": [_cell(rows[0].value) for rows in data.attacks.values()]},
+    ]
+    forms = []
+    for attack, ats in names.items():
+        of_attack = [[row for row in rows if row.attack == attack] for rows in data.attacks.values()]
+        strongest = [next((row for row in rows if row.strongest or row.note), None) for rows in of_attack]
+        lines.append({"name": plain_name(attack), "at": "", "cells": [_row_cell(row, at=True) for row in strongest]})
+        for at in ats:
+            found = [next((row for row in rows if row.at == at), None) for rows in of_attack]
+            forms.append({"name": plain_name(attack), "at": at, "cells": [_row_cell(row) for row in found]})
+    return {"methods": list(data.attacks), "lines": lines, "forms": forms}
 
 
-def _cell(number: Number, row: AttackRow | None = None) -> dict[str, Any]:
-    share = None if row is None or not row.attack else row.recovered
-    return {
-        "value": format_number(number.value),
-        "interval": format_interval(number.low, number.high),
-        "recovered": "" if share is None else f"{format_share(share)} back",
-        "strongest": row is not None and row.strongest,
-        "note": row.note if row is not None else "",
-    }
+def _cell(number: Number, about: str = "") -> dict[str, str]:
+    return {"value": format_number(number.value), "interval": format_interval(number.low, number.high), "about": about}
+
+
+def _row_cell(row: AttackRow | None, *, at: bool = False) -> dict[str, str]:
+    if row is None:
+        return _cell(Number(None))
+    about = [row.at] if at and row.at else []
+    if row.recovered is not None:
+        about.append(f"{round(100 * row.recovered)} % back")
+    elif row.asked_otherwise:
+        about.append(f"original asked so: {format_number(row.original.value)}")
+    return _cell(row.value, ", ".join(about + [row.note] * bool(row.note)))
 
 
 def attack_figure(data: ReportData) -> Figure | None:

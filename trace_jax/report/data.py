@@ -95,9 +95,10 @@ class AttackRow:
     Attributes:
       attack, at: its name and form ("quantization", "4 bits"); both empty for the model as it was unlearned.
       value: of the attacked model. original: of the model before unlearning, asked in the same way.
-      recovered: share of what unlearning took away that is back; None where it took nothing.
+      recovered: share of what unlearning took away that is back; None where it took nothing, or was asked otherwise.
       strongest: whether this is the form of the attack at which most came back.
       note: why there is no value.
+      asked_otherwise: whether the attack changes what is asked.
     """
 
     attack: str
@@ -107,6 +108,7 @@ class AttackRow:
     recovered: float | None = None
     strongest: bool = False
     note: str = ""
+    asked_otherwise: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
