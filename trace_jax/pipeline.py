@@ -29,6 +29,7 @@ from trace_jax.experiment import ExperimentConfig, Method
 from trace_jax.export import (
     UNLEARNED,
     export_model,
+    load_retrained,
     load_unlearned,
     save_unlearned,
 )
@@ -171,7 +172,10 @@ def _attack_stage(
 ) -> None:
     """Attacks the unlearned model of a method, and writes what came back into `attacks/NAME.json`."""
     config, directory = prepared.config, prepared.workdir / "methods" / label / "attacks"
-    identity = fingerprint(known, name, settings, text_read_by(settings))
+    about = (name, settings, text_read_by(settings))
+    identity = fingerprint(known, *about)
+    tasks = [task.identity for task in prepared.evaluator.tasks]
+    shared = fingerprint(prepared.identity, retrained_identity(config), config.evaluation, tasks, *about)
 
     def make() -> None:
         case = Case(
@@ -185,6 +189,9 @@ def _attack_stage(
             config.seed,
             directory / name,
             identity,
+            functools.partial(load_retrained, config, prepared.workdir, prepared.mesh),
+            prepared.workdir / "attacks" / name,
+            shared,
         )
         write_json(directory / f"{name}.json", attack(name, settings, case))
 

@@ -81,7 +81,8 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
         f"data: {_counts(corpora.documents, 'documents')}; unlearning with {len(corpora.forget)} forget rows and "
         f"{len(corpora.retain)} retain rows"
     )
-    known = fingerprint(corpora.fingerprint, config.model_identity(), config.target, config.seed)
+    training = config.target and dataclasses.replace(config.target, retrained=False)  # the target is the same
+    known = fingerprint(corpora.fingerprint, config.model_identity(), training, config.seed)
     retrained, reference = None, fingerprint(known, "retrained", retrained_identity(config))
     if isinstance(config.model, PretrainedConfig):
         target = load_target(config, path, mesh)
@@ -92,7 +93,7 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
             retrained = _model_stage(config, path, corpora, mesh, "retrained", corpora.retrain_mixture, reference)
     forget, retain = _statistics_stage(config, path, corpora, target, mesh, fingerprint(known, "statistics"))
     if isinstance(config.model, PretrainedConfig):
-        retrained = load_retrained(config.model, mesh)  # only while it is evaluated: it takes as much as the target
+        retrained = load_retrained(config, path, mesh)  # only while it is evaluated: it takes as much as the target
     models = {fingerprint(known, "target"): target} | ({reference: retrained} if retrained is not None else {})
     evaluator = _evaluator_stage(config, path, corpora, tasks, models, mesh)
     return Prepared(config, path, mesh, corpora, target, forget, retain, evaluator, known)
@@ -150,7 +151,9 @@ def _model_stage(
 
 def retrained_identity(config: ExperimentConfig) -> str:
     """Hash of a retrained model that is imported. One that is trained here follows from the rest."""
-    return config.model.retrained_identity() if isinstance(config.model, PretrainedConfig) else ""
+    if isinstance(config.model, PretrainedConfig):
+        return config.model.retrained_identity()
+    return "trained here" if config.target is not None and config.target.retrained else ""
 
 
 def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:

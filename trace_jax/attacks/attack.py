@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,8 @@ class Case:
       original: the model before unlearning. unlearned: the model that is attacked; neither is changed.
       evaluator: measures relative to the original (and the retrained) model.
       directory: of this attack's files. identity: hash of everything that made the unlearned model and of the settings.
+      retrained: reads the model that never saw the forget set; gives None if there is none.
+      shared, shared_identity: the same as directory and identity, for what does not depend on the unlearned model.
     """
 
     original: Model
@@ -40,6 +42,9 @@ class Case:
     seed: int
     directory: Path
     identity: str
+    retrained: Callable[[], Model | None]
+    shared: Path
+    shared_identity: str
 
     def measure(self, params: Any, name: str) -> list[Measurement]:
         """Everything that is measured on a model, with its scores kept under `name`."""
@@ -54,16 +59,18 @@ class Point:
       at: the form in words, such as "4 bits" or "50 steps".
       measurements: of the attacked model.
       original: of the original model in the same form, where the attack changes what is asked.
+      retrained: of the model that never saw the forget set, where the attack teaches: what anyone learns from it.
     """
 
     at: str
     measurements: Sequence[Measurement]
     original: Sequence[Measurement] = ()
+    retrained: Sequence[Measurement] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for NAME.json."""
-        plain = {"at": self.at, "measurements": [m.to_json() for m in self.measurements]}
-        return plain | ({"original": [m.to_json() for m in self.original]} if self.original else {})
+        lists = {"measurements": self.measurements, "original": self.original, "retrained": self.retrained}
+        return {"at": self.at, **{name: [m.to_json() for m in found] for name, found in lists.items() if found}}
 
 
 class Attack(Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from trace_jax.attacks.attack import Case, Point
@@ -13,6 +15,9 @@ from trace_jax.data.sources import read_source
 from trace_jax.data.tokenizer import Vocabulary, encode_documents
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.files import remove
+from trace_jax.models.model import Model
+from trace_jax.parallel.agreement import main_says
+from trace_jax.parallel.processes import barrier
 from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.train import train_on
 
@@ -46,23 +51,46 @@ def benign_rows(settings: BenignRelearningConfig, case: Case) -> Rows:
 
 
 def _trained(settings: RelearningConfig | BenignRelearningConfig, case: Case, rows: Rows, title: str) -> list[Point]:
-    """A diverging run ends early, and what was measured until then is the result."""
-    batches = Batches(rows, EpochSampler(len(rows), settings.batch_size, seed=case.seed))
-    train_on(
-        case.unlearned,
-        settings.optimization,
-        batches.__getitem__,
-        steps=settings.steps,
-        evaluate=lambda params: [m.to_json() for m in case.evaluator.full(params)],
-        evaluate_every=settings.evaluate_every,
-        seed=case.seed,
-        mesh=case.mesh,
-        directory=case.directory,
-        identity=case.identity,
-        title=title,
-    )
-    remove(case.directory / "checkpoints")
-    return [
-        Point(f"{row['step']} steps", [Measurement.from_json(m) for m in row["evaluation"]])
-        for row in front_rows(case.directory, case.identity)
-    ]
+    """Trains the unlearned model, and the retrained one in the same way if there is one."""
+    found = _evaluations(settings, case, case.unlearned, rows, case.directory, case.identity, title)
+    retrained = case.retrained()
+    others = {}
+    if retrained is not None:
+        title = f"{title} of the retrained model"
+        others = _evaluations(settings, case, retrained, rows, case.shared, case.shared_identity, title)
+    return [Point(f"{step} steps", measured, retrained=others.get(step, ())) for step, measured in found.items()]
+
+
+def _evaluations(
+    settings: RelearningConfig | BenignRelearningConfig,
+    case: Case,
+    model: Model,
+    rows: Rows,
+    directory: Path,
+    identity: str,
+    title: str,
+) -> dict[int, list[Measurement]]:
+    """Measurements by step. A diverging run ends early, and what was measured until then is the result."""
+
+    def kept() -> dict[int, list[Measurement]]:
+        evaluated = front_rows(directory, identity)
+        return {row["step"]: [Measurement.from_json(m) for m in row["evaluation"]] for row in evaluated}
+
+    if not main_says(settings.steps in kept()):
+        batches = Batches(rows, EpochSampler(len(rows), settings.batch_size, seed=case.seed))
+        train_on(
+            model,
+            settings.optimization,
+            batches.__getitem__,
+            steps=settings.steps,
+            evaluate=lambda params: [m.to_json() for m in case.evaluator.full(params)],
+            evaluate_every=settings.evaluate_every,
+            seed=case.seed,
+            mesh=case.mesh,
+            directory=directory,
+            identity=identity,
+            title=title,
+        )
+        remove(directory / "checkpoints")
+        barrier(f"{title}: measured")  # all processes read it
+    return kept()

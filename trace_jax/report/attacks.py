@@ -13,6 +13,7 @@ from trace_jax.report.words import format_interval, format_number, plain_name
 
 _SPLIT = "test"
 _WIDTH = 5.6  # inches
+_CONTROL = ""  # in the place of a method: the retrained model
 BEFORE, AFTER = "before unlearning", "after unlearning"
 
 
@@ -33,7 +34,8 @@ def attack_rows(results: Mapping[str, Any]) -> dict[str, list[AttackRow]]:
                 asked = _number(point["original"], measure) if other else original
                 back = None if other else recovered(value.value, after.value, original.value)
                 strongest = place == attack["strongest"]
-                rows.append(AttackRow(name, point["at"], value, asked, back, strongest, asked_otherwise=other))
+                control = _number(point["retrained"], measure) if "retrained" in point else None
+                rows.append(AttackRow(name, point["at"], value, asked, back, strongest, "", other, control))
         if len(rows) > 1:
             found[label] = rows
     return found
@@ -87,6 +89,8 @@ def _row_cell(row: AttackRow | None, *, at: bool = False) -> dict[str, str]:
         about.append(f"{round(100 * row.recovered)} % back")
     elif row.asked_otherwise:
         about.append(f"original asked so: {format_number(row.original.value)}")
+    if row.retrained is not None:
+        about.append(f"retrained model so: {format_number(row.retrained.value)}")
     return _cell(row.value, ", ".join(about + [row.note] * bool(row.note)))
 
 
@@ -109,10 +113,11 @@ def attack_figure(data: ReportData) -> Figure | None:
                 continue
             y = -number + spread * ((len(numbers) - 1) / 2 - place)
             style = styles.get(method)
-            colour, marker = (INK, "*") if name == BEFORE or style is None else (style.colour, style.marker)
+            colour, marker = (INK, "*" if name == BEFORE else "o") if style is None else (style.colour, style.marker)
             if value.low is not None and value.high is not None and known(value.low) and known(value.high):
                 axes.plot([value.low, value.high], [y, y], color=colour, linewidth=1.4, alpha=0.7)
-            axes.plot([value.value], [y], color=colour, marker=marker, markersize=6, linestyle="none")
+            hollow = {"markerfacecolor": "none"} if method == _CONTROL else {}
+            axes.plot([value.value], [y], color=colour, marker=marker, markersize=6, linestyle="none", **hollow)
     axes.set_yticks([-i for i in range(len(lines))], list(lines))
     axes.set_ylim(-len(lines) + 0.4, 0.6)
     axes.set_xlabel(f"{plain_name(data.forgetting)} (right: more is back)")
@@ -130,5 +135,8 @@ def _lines(data: ReportData) -> dict[str, dict[str, Number]]:
         lines[AFTER][method] = rows[0].value
         for row in rows:
             if row.strongest:
-                lines.setdefault(plain_name(row.attack), {})[method] = row.value
+                numbers = lines.setdefault(plain_name(row.attack), {})
+                if row.retrained is not None:
+                    numbers.setdefault(_CONTROL, row.retrained)
+                numbers[method] = row.value
     return lines

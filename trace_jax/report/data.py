@@ -99,6 +99,7 @@ class AttackRow:
       strongest: whether this is the form of the attack at which most came back.
       note: why there is no value.
       asked_otherwise: whether the attack changes what is asked.
+      retrained: of the model that never saw the forget set under the same attack, where the attack teaches.
     """
 
     attack: str
@@ -109,6 +110,7 @@ class AttackRow:
     strongest: bool = False
     note: str = ""
     asked_otherwise: bool = False
+    retrained: Number | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +206,8 @@ def _build(cls: type[T], value: Any) -> T:
             arguments["forgetting"] = _build(Number, arguments["forgetting"])
         arguments["utilities"] = {k: _build(Number, v) for k, v in (arguments.get("utilities") or {}).items()}
     if cls is AttackRow:
-        arguments |= {name: _build(Number, arguments[name]) for name in ("value", "original")}
+        numbers = ("value", "original", "retrained")
+        arguments |= {name: _build(Number, arguments[name]) for name in numbers if arguments.get(name) is not None}
     if cls is Front:
         arguments["points"] = [_build(Point, point) for point in arguments.get("points", ())]
     try:

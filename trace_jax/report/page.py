@@ -87,7 +87,8 @@ def _attacks(data: ReportData) -> dict[str, Any] | None:
     styles = figures.method_styles(list(dict.fromkeys([*data.fronts, *data.attacks])), data.baseline)
     swatches = {m: Markup(figures.legend_swatch(styles[m], "attack-swatch")) for m in data.attacks}
     legend = [{"method": method, "swatch": swatch} for method, swatch in swatches.items()]
-    return {**table, "figures": [_safe(figure)] if figure else [], "legend": legend}
+    retrained = any(row.retrained is not None for rows in data.attacks.values() for row in rows)
+    return {**table, "retrained": retrained, "figures": [_safe(figure)] if figure else [], "legend": legend}
 
 
 def _routing(data: ReportData) -> dict[str, Any]:
