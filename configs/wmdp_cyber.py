@@ -19,7 +19,7 @@ Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe
 Time:      not measured. Arithmetic: 12 rows of 768 tokens through 2.7 billion active parameters are about 0.2 PFLOP a
            step, half a second at 40 % of an H100's dense bfloat16 rate; 500 steps, so minutes, and evaluations.
 Measured:  accuracy on wmdp_cyber and on MMLU in lm-eval's words, zero-shot, at every evaluation (docs/evaluation.md).
-           Both have 16 thousand questions, about 2 million tokens: half a minute each time by the same arithmetic.
+           Both have 16 thousand questions; at an estimated 130 tokens each, half a minute by the same arithmetic.
            --config.evaluation.multiple_choice.max_questions=500 takes a part of each, spread evenly.
            Other tasks of lm-eval, afterwards:
            python -m trace_jax.main lm-eval --workdir runs/cyber --tasks hellaswag,winogrande

@@ -258,6 +258,11 @@ def test_what_is_no_question_is_refused_without_its_text(tmp_path, name, change,
     assert not any(word in str(error.value) for word in WORDS)
 
 
+def test_a_subject_of_mmlu_beside_the_whole_of_it_is_refused(sources):
+    with pytest.raises(DataError, match=r"sources\.mmlu_virology: is a part of sources\.mmlu"):
+        read_multiple_choice(MultipleChoiceConfig({"mmlu": sources["mmlu"], "mmlu_virology": sources["mmlu"]}))
+
+
 def test_the_section_of_a_configuration_makes_the_task(sources):
     values = {"multiple_choice": {"sources": {"wmdp_bio": sources["wmdp_bio"]}}}
     (task,) = build_tasks(resolve(EvaluationConfig, values))

@@ -193,6 +193,8 @@ def read_multiple_choice(config: MultipleChoiceConfig) -> MultipleChoice:
     for name, source in config.sources.items():
         if name in _TAKEN:
             raise DataError(f"sources.{name}: is the mean of several others; name the sources that it is made of.")
+        if "mmlu" in config.sources and name.startswith(_MMLU):
+            raise DataError(f"sources.{name}: is a part of sources.mmlu, which reports it; name one of the two.")
         records = read_records(source)
         found = [_question(name, record, number, f"{source}:{number + 1}") for number, record in enumerate(records)]
         sizes[name] = len(found)
