@@ -16,11 +16,11 @@ def write(path, items):
     return str(path)
 
 
-def config_of(tmp_path, *, model=None, unlearning=None, **data):
+def config_of(tmp_path, *, model=None, unlearning=None, attacks=None, **data):
     retain = write(tmp_path / "retain.jsonl", [{"text": f"public {i}"} for i in range(3)])
     settings = {"benchmark": "text", "retain": retain, "forget": str(tmp_path / "forget.jsonl"), **data}
     model = model or {"path": "", "published": "olmoe-1b-7b"}
-    sections = {"name": "x", "methods": ["uniform"], "data": settings, "model": model}
+    sections = {"name": "x", "methods": ["uniform"], "data": settings, "model": model, "attacks": attacks}
     return resolve(ExperimentConfig, {**sections, "unlearning": unlearning or {"trainable": "down_projections"}})
 
 
@@ -54,6 +54,18 @@ def test_the_first_documents_are_looked_at_and_no_more(tmp_path):
     forget = write(tmp_path / "forget.jsonl", [{"text": f"secret {i}"} for i in range(FIRST)] + [{"wrong": "key"}])
     text = dry_run(config_of(tmp_path, forget=[forget, forget])).text
     assert f"forget, topic 1: {forget}: the first {FIRST} documents are {FIRST} texts" in text
+
+
+def test_text_that_attacks_read_is_looked_at(tmp_path):
+    benign = write(tmp_path / "benign.jsonl", [{"text": "harmless"}])
+    asked = write(tmp_path / "asked.jsonl", [{"prompt": "What is it?"}])
+    here = dry_run(config_of(tmp_path, attacks={"benign_relearning": {"source": benign}, "prompting": {}}))
+    assert f"attack, benign relearning: {benign}: can be used" in here.text and here.wrong == ()
+    found = dry_run(
+        config_of(tmp_path, attacks={"benign_relearning": {"source": "none"}, "prompting": {"paraphrases": asked}})
+    )
+    assert "attack data: none is not there" in found.missing
+    assert found.wrong[0].startswith("attack data: ") and "asked.jsonl: row 1 has prompt; expected" in found.wrong[0]
 
 
 def test_a_checkpoint_that_is_here_is_looked_at(tmp_path):

@@ -1,10 +1,12 @@
 """A study runs every method at every setting and seed, continues when it was interrupted, and compares on test."""
 
+import dataclasses
 import json
 
 import pytest
 
 from tests.test_pipeline import experiment
+from trace_jax.attacks.config import AttacksConfig, RouterSwapConfig
 from trace_jax.config import ConfigError
 from trace_jax.evaluation.comparison import UnequalBudget
 from trace_jax.files import read_json
@@ -64,6 +66,13 @@ def test_study_of_objectives_has_a_table_with_a_line_for_each(data, tmp_path):
     assert table[0].startswith("| objective | uniform | trace_rows | gain of trace_rows |")
     assert [line.split("|")[1].strip() for line in table[2:]] == ["`gradient_difference`", "`npo`"]
     assert "npo: trace_rows" in (tmp_path / "study" / "report.html").read_text()
+
+
+def test_attacks_are_no_part_of_a_study(config, tmp_path):
+    attacked = dataclasses.replace(config, attacks=AttacksConfig(router_swap=RouterSwapConfig()))
+    with pytest.raises(ConfigError, match="a study compares fronts"):
+        run_study(attacked, tmp_path / "study")
+    assert not (tmp_path / "study").exists()
 
 
 def test_a_seed_draws_data_and_model_anew(config):

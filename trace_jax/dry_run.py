@@ -6,11 +6,15 @@ The unlearning step is traced on shapes at full size: nothing is allocated, comp
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
+from trace_jax.attacks.config import AttacksConfig
+from trace_jax.attacks.table import check_attacks
 from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
@@ -62,6 +66,7 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     model = _shape(config)
     sources = _sources(config.data, missing, wrong)
     sources += _tasks(config.evaluation, missing, wrong)
+    sources += _attacks(config.attacks, missing, wrong)
     data = _list("data", [": ".join(source) for source in sources])
     parts = [_head(config, model, weights), _trained(config.unlearning, model), data]
     parts += [_list("missing to run", missing)] if missing else ["nothing is missing to run"]
@@ -144,20 +149,43 @@ def _tasks(evaluation: EvaluationConfig, missing: list[str], wrong: list[str]) -
     if evaluation.multiple_choice is not None:
         for name, source in evaluation.multiple_choice.sources.items():
             alone[name] = source, EvaluationConfig(multiple_choice=MultipleChoiceConfig({name: source}))
-    rows = []
-    for name, (source, section) in alone.items():
-        found = "can be used"
-        try:
-            if is_here(source):
-                build_tasks(section)
-            else:
-                found = "not looked at"
-                missing.append(f"evaluation data: {_absent(source)}")
-        except (ValueError, OSError) as error:
-            found = "can't be used"
-            wrong.append(f"evaluation data: {error}")
-        rows.append((f"evaluation, {name}", source, found))
-    return rows
+    return [
+        _looked_at(f"evaluation, {name}", source, functools.partial(build_tasks, section), missing, wrong)
+        for name, (source, section) in alone.items()
+    ]
+
+
+def _attacks(attacks: AttacksConfig | None, missing: list[str], wrong: list[str]) -> list[tuple[str, ...]]:
+    """One row per text of the user's own that an attack reads."""
+    alone = {}
+    if attacks is not None and attacks.benign_relearning is not None:
+        alone["benign relearning"] = (
+            attacks.benign_relearning.source,
+            AttacksConfig(benign_relearning=attacks.benign_relearning),
+        )
+    if attacks is not None and attacks.prompting is not None:
+        alone["paraphrases"] = attacks.prompting.paraphrases, AttacksConfig(prompting=attacks.prompting)
+    return [
+        _looked_at(f"attack, {name}", source, functools.partial(check_attacks, section), missing, wrong)
+        for name, (source, section) in alone.items()
+        if source
+    ]
+
+
+def _looked_at(
+    use: str, source: str, check: Callable[[], object], missing: list[str], wrong: list[str]
+) -> tuple[str, ...]:
+    """(use, source, what was found): `check` raises if data that is here can't be used."""
+    kind = f"{use.partition(',')[0]} data"
+    try:
+        if not is_here(source):
+            missing.append(f"{kind}: {_absent(source)}")
+            return use, source, "not looked at"
+        check()
+    except (ValueError, OSError) as error:
+        wrong.append(f"{kind}: {error}")
+        return use, source, "can't be used"
+    return use, source, "can be used"
 
 
 def _length(unlearning: UnlearningConfig) -> str:

@@ -54,12 +54,11 @@ def load_target(config: ExperimentConfig, workdir: Path, mesh: Mesh | None = Non
     return _load(config.model, config.model.path, mesh)
 
 
-def load_retrained(config: ExperimentConfig, workdir: Path, mesh: Mesh | None = None) -> Model | None:
-    """The model that never saw the forget set: a checkpoint, or trained in `workdir`. None if a run has none."""
+def load_retrained(config: ExperimentConfig, workdir: Path, mesh: Mesh | None = None) -> Model:
+    """The model that never saw the forget set, of a run that has one: a checkpoint, or trained in `workdir`."""
     if not isinstance(config.model, PretrainedConfig):
-        has = config.target is not None and config.target.retrained
-        return load_trained(workdir / "retrained", config.model) if has else None
-    return _load(config.model, config.model.retrained, mesh) if config.model.retrained else None
+        return load_trained(workdir / "retrained", config.model)
+    return _load(config.model, config.model.retrained, mesh)
 
 
 def _load(checkpoint: PretrainedConfig, path: str, mesh: Mesh | None) -> Model:

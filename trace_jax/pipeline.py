@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_jax.attacks.attack import Case
+from trace_jax.attacks.attack import Case, Control
 from trace_jax.attacks.config import AttacksConfig
 from trace_jax.attacks.table import attack, text_read_by
 from trace_jax.config import Section, fingerprint
@@ -175,7 +175,12 @@ def _attack_stage(
     about = (name, settings, text_read_by(settings))
     identity = fingerprint(known, *about)
     tasks = [task.identity for task in prepared.evaluator.tasks]
-    shared = fingerprint(prepared.identity, retrained_identity(config), config.evaluation, tasks, *about)
+    retrained = retrained_identity(config)
+    control = Control(
+        functools.partial(load_retrained, config, prepared.workdir, prepared.mesh),
+        prepared.workdir / "attacks" / name,
+        fingerprint(prepared.identity, retrained, config.evaluation, tasks, *about),
+    )
 
     def make() -> None:
         case = Case(
@@ -189,9 +194,7 @@ def _attack_stage(
             config.seed,
             directory / name,
             identity,
-            functools.partial(load_retrained, config, prepared.workdir, prepared.mesh),
-            prepared.workdir / "attacks" / name,
-            shared,
+            control if retrained else None,
         )
         write_json(directory / f"{name}.json", attack(name, settings, case))
 

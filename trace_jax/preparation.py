@@ -92,7 +92,7 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
         if config.target and config.target.retrained:
             retrained = _model_stage(config, path, corpora, mesh, "retrained", corpora.retrain_mixture, reference)
     forget, retain = _statistics_stage(config, path, corpora, target, mesh, fingerprint(known, "statistics"))
-    if isinstance(config.model, PretrainedConfig):
+    if isinstance(config.model, PretrainedConfig) and config.model.retrained:
         retrained = load_retrained(config, path, mesh)  # only while it is evaluated: it takes as much as the target
     models = {fingerprint(known, "target"): target} | ({reference: retrained} if retrained is not None else {})
     evaluator = _evaluator_stage(config, path, corpora, tasks, models, mesh)

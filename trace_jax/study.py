@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_jax.config import as_dict, resolve
+from trace_jax.config import ConfigError, as_dict, resolve
 from trace_jax.environment import describe
 from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.comparison import READINGS, Comparison, Run, check_equal_budgets, compare
@@ -85,7 +85,15 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
     """Runs what is missing of a study and compares. Returns the comparison as text.
 
     Writes study.json (fronts of every run, comparisons with intervals), tables.md and report.html into `workdir`.
+
+    Raises:
+      ConfigError: attacks are configured; see also `check_workdir`.
     """
+    if config.attacks is not None and config.attacks.chosen:
+        raise ConfigError(
+            "attacks would have no effect: a study compares fronts, and attacks none of its runs. Run the method with "
+            "the setting that the study chose, and attack that; here --config.attacks=None."
+        )
     check_workdir(config, workdir, overwrite=overwrite)
     if config.data.benchmark == "text":
         from trace_jax.preparation import read_corpora

@@ -86,8 +86,7 @@ def make_case(original, evaluator, tmp_path):
         corpora = types.SimpleNamespace(forget=evaluator.text["test", "forget"], retain=retain)
         case = Case(
             original, original.replace(params=params), corpora, DataConfig(), evaluator, evaluator.mesh, PLAIN,
-            seed=0, directory=tmp_path / "attack", identity="made for a test", retrained=lambda: None,
-            shared=tmp_path / "shared", shared_identity="shared",
+            seed=0, directory=tmp_path / "attack", identity="made for a test",
         )  # fmt: skip
         return dataclasses.replace(case, **changes)
 

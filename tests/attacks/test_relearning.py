@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.attacks.attack import strongest
+from trace_jax.attacks.attack import Control, strongest
 from trace_jax.attacks.config import BenignRelearningConfig, RelearningConfig
 from trace_jax.attacks.relearning import benign_relearning, benign_rows, relearning
 from trace_jax.config import ConfigError
@@ -99,14 +99,15 @@ def test_a_share_is_above_zero():
 
 
 def test_what_the_training_teaches_a_model_that_never_knew_stands_beside_it(original, make_case, tmp_path):
-    case = make_case(forgetful(original), retrained=lambda: original.replace(params=forgetful(original)))
+    control = Control(lambda: original.replace(params=forgetful(original)), tmp_path / "shared", "shared")
+    case = make_case(forgetful(original), control=control)
     settings = RelearningConfig(share=0.5, steps=2, evaluate_every=1, batch_size=2, learning_rate=1e-3)
     first = relearning(settings, case)
     assert all(point.retrained == point.measurements for point in first)  # the same model, trained in the same way
     assert all(set(point.to_json()) == {"at", "measurements", "retrained"} for point in first)
     # A second method of the run takes the control from before: it would fail if it were trained.
-    broken = original.replace(params=None)
-    other = make_case(original.params, retrained=lambda: broken, directory=tmp_path / "other", identity="other")
+    control = Control(lambda: original.replace(params=None), tmp_path / "shared", "shared")
+    other = make_case(original.params, control=control, directory=tmp_path / "other", identity="other")
     second = relearning(settings, other)
     assert [point.retrained for point in second] == [point.retrained for point in first]
     assert second[0].measurements != first[0].measurements

@@ -70,7 +70,7 @@ def test_the_table_and_the_figure_hold_every_attack():
     svg = attack_figure(data).svg
     assert all(name in svg for name in ("before unlearning", "after unlearning", "quantization", "prompting"))
     page = render_report(data)
-    assert "Under attack" in page and "dotted: chance" in page
+    assert "Under attack" in page and "dotted: chance" in page and "n = 40" in page
 
 
 def test_a_report_without_attacks_has_no_such_section():

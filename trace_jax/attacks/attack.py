@@ -21,6 +21,20 @@ SPLIT = "test"
 
 
 @dataclasses.dataclass(frozen=True)
+class Control:
+    """A model that never saw the forget set. What an attack makes of it is the same for all methods of a run.
+
+    Attributes:
+      load: reads it.
+      directory: of its files. identity: hash of everything that made it, and of the attack's settings.
+    """
+
+    load: Callable[[], Model]
+    directory: Path
+    identity: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """An unlearned model under attack, and what it is measured with.
 
@@ -28,8 +42,7 @@ class Case:
       original: the model before unlearning. unlearned: the model that is attacked; neither is changed.
       evaluator: measures relative to the original (and the retrained) model.
       directory: of this attack's files. identity: hash of everything that made the unlearned model and of the settings.
-      retrained: reads the model that never saw the forget set; gives None if there is none.
-      shared, shared_identity: the same as directory and identity, for what does not depend on the unlearned model.
+      control: the model that never saw the forget set, if there is one.
     """
 
     original: Model
@@ -42,9 +55,7 @@ class Case:
     seed: int
     directory: Path
     identity: str
-    retrained: Callable[[], Model | None]
-    shared: Path
-    shared_identity: str
+    control: Control | None = None
 
     def measure(self, params: Any, name: str) -> list[Measurement]:
         """Everything that is measured on a model, with its scores kept under `name`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,19 +53,18 @@ def benign_rows(settings: BenignRelearningConfig, case: Case) -> Rows:
 
 def _trained(settings: RelearningConfig | BenignRelearningConfig, case: Case, rows: Rows, title: str) -> list[Point]:
     """Trains the unlearned model, and the retrained one in the same way if there is one."""
-    found = _evaluations(settings, case, case.unlearned, rows, case.directory, case.identity, title)
-    retrained = case.retrained()
-    others = {}
-    if retrained is not None:
+    found = _evaluations(settings, case, lambda: case.unlearned, rows, case.directory, case.identity, title)
+    control, others = case.control, {}
+    if control is not None:
         title = f"{title} of the retrained model"
-        others = _evaluations(settings, case, retrained, rows, case.shared, case.shared_identity, title)
+        others = _evaluations(settings, case, control.load, rows, control.directory, control.identity, title)
     return [Point(f"{step} steps", measured, retrained=others.get(step, ())) for step, measured in found.items()]
 
 
 def _evaluations(
     settings: RelearningConfig | BenignRelearningConfig,
     case: Case,
-    model: Model,
+    load: Callable[[], Model],
     rows: Rows,
     directory: Path,
     identity: str,
@@ -79,7 +79,7 @@ def _evaluations(
     if not main_says(settings.steps in kept()):
         batches = Batches(rows, EpochSampler(len(rows), settings.batch_size, seed=case.seed))
         train_on(
-            model,
+            load(),
             settings.optimization,
             batches.__getitem__,
             steps=settings.steps,

@@ -88,7 +88,8 @@ def _attacks(data: ReportData) -> dict[str, Any] | None:
     swatches = {m: Markup(figures.legend_swatch(styles[m], "attack-swatch")) for m in data.attacks}
     legend = [{"method": method, "swatch": swatch} for method, swatch in swatches.items()]
     retrained = any(row.retrained is not None for rows in data.attacks.values() for row in rows)
-    return {**table, "retrained": retrained, "figures": [_safe(figure)] if figure else [], "legend": legend}
+    count = next(iter(data.attacks.values()))[0].value.n
+    return {**table, "n": count, "retrained": retrained, "figures": [_safe(figure)] if figure else [], "legend": legend}
 
 
 def _routing(data: ReportData) -> dict[str, Any]:
