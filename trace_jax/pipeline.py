@@ -17,7 +17,7 @@ import numpy as np
 
 from trace_jax.attacks.attack import Case, Control
 from trace_jax.attacks.config import AttacksConfig
-from trace_jax.attacks.table import attack, text_read_by
+from trace_jax.attacks.table import attack, check_case, text_read_by
 from trace_jax.config import Section, fingerprint
 from trace_jax.evaluation.calibration import measure_calibration
 from trace_jax.evaluation.fronts import Front, front_from_history, standing
@@ -59,6 +59,9 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
       ConfigError, ValueError: something given can't be used; the message says what, and what to do.
     """
     prepared = prepare(config, workdir, overwrite=overwrite)
+    attacks = (config.attacks or AttacksConfig()).chosen
+    for name, settings in attacks.items():  # while there is nothing to lose
+        check_case(settings, _case(prepared, prepared.target, name, settings, prepared.workdir, ""))
     known = {name: run_method(prepared, config.method(name), label=name) for name in config.methods}
     text = refresh(prepared.workdir, config.methods) if is_main() else ""
     return f"{text}\n{_export_stage(prepared, config.export, known[config.export])}" if config.export else text
@@ -171,34 +174,39 @@ def _attack_stage(
     prepared: Prepared, unlearned: Callable[[], Model], label: str, name: str, settings: Section, known: str
 ) -> None:
     """Attacks the unlearned model of a method, and writes what came back into `attacks/NAME.json`."""
-    config, directory = prepared.config, prepared.workdir / "methods" / label / "attacks"
-    about = (name, settings, text_read_by(settings))
-    identity = fingerprint(known, *about)
-    tasks = [task.identity for task in prepared.evaluator.tasks]
-    retrained = retrained_identity(config)
-    control = Control(
-        functools.partial(load_retrained, config, prepared.workdir, prepared.mesh),
-        prepared.workdir / "attacks" / name,
-        fingerprint(prepared.identity, retrained, config.evaluation, tasks, *about),
-    )
+    directory = prepared.workdir / "methods" / label / "attacks"
+    identity = fingerprint(known, name, settings, text_read_by(settings))
 
     def make() -> None:
-        case = Case(
-            prepared.target,
-            unlearned(),
-            prepared.corpora,
-            config.data,
-            prepared.evaluator,
-            prepared.mesh,
-            config.parallel,
-            config.seed,
-            directory / name,
-            identity,
-            control if retrained else None,
-        )
+        case = _case(prepared, unlearned(), name, settings, directory / name, identity)
         write_json(directory / f"{name}.json", attack(name, settings, case))
 
     Stage(name, directory, identity).run(make, lambda: None, f"{name.replace('_', ' ')} of {label}")
+
+
+def _case(prepared: Prepared, unlearned: Model, name: str, settings: Section, directory: Path, identity: str) -> Case:
+    config, control = prepared.config, None
+    if retrained := retrained_identity(config):
+        tasks = [task.identity for task in prepared.evaluator.tasks]
+        about = (name, settings, text_read_by(settings), config.evaluation, tasks)
+        control = Control(
+            functools.partial(load_retrained, config, prepared.workdir, prepared.mesh),
+            prepared.workdir / "attacks" / name,
+            fingerprint(prepared.identity, retrained, *about),
+        )
+    return Case(
+        prepared.target,
+        unlearned,
+        prepared.corpora,
+        config.data,
+        prepared.evaluator,
+        prepared.mesh,
+        config.parallel,
+        config.seed,
+        directory,
+        identity,
+        control,
+    )
 
 
 def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated]:

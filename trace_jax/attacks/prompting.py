@@ -59,12 +59,22 @@ def prompting(settings: PromptingConfig, case: Case) -> list[Point]:
       ConfigError: more examples than there are, or than the model can read at once.
       DataError: a file of paraphrases that can't be read.
     """
-    forms = [form for form in _forms(settings, case) if form]
+    forms = forms_of(settings, case)
     if not forms:
         say("prompting: there are no questions or beginnings of texts to ask in other ways")
-    for form in forms:  # before anything is scored
-        _check_length(form, case)
     return [_measured(form, case) for form in forms]
+
+
+def forms_of(settings: PromptingConfig, case: Case) -> list[Form]:
+    """The forms that there is something to ask in; the unlearned model doesn't matter to them.
+
+    Raises:
+      ConfigError, DataError: see `prompting`.
+    """
+    forms = [form for form in _forms(settings, case) if form]
+    for form in forms:
+        _check_length(form, case)
+    return forms
 
 
 def _forms(settings: PromptingConfig, case: Case) -> Iterator[Form]:

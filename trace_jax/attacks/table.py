@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from trace_jax.attacks.attack import Attack, Case, strongest
-from trace_jax.attacks.config import AttacksConfig
+from trace_jax.attacks.config import AttacksConfig, PromptingConfig
 from trace_jax.attacks.expert_forcing import expert_forcing
-from trace_jax.attacks.prompting import prompting
+from trace_jax.attacks.prompting import forms_of, prompting
 from trace_jax.attacks.quantization import quantization
 from trace_jax.attacks.queries import read_paraphrases
 from trace_jax.attacks.relearning import benign_relearning, relearning
@@ -37,6 +37,16 @@ def check_attacks(config: AttacksConfig | None) -> None:
         read_source(config.benign_relearning.source)
     if config is not None and config.prompting is not None and config.prompting.paraphrases is not None:
         read_paraphrases(config.prompting.paraphrases)
+
+
+def check_case(settings: Section, case: Case) -> None:
+    """Looks whether an attack can be made, before there is an unlearned model; the case may have the original's.
+
+    Raises:
+      ConfigError: it asks for more than the model reads at once, or than there is.
+    """
+    if isinstance(settings, PromptingConfig):
+        forms_of(settings, case)
 
 
 def text_read_by(settings: Section) -> list[str]:

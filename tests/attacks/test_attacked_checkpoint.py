@@ -1,0 +1,78 @@
+"""Every attack on an imported model in bfloat16, with dense layers, shared experts and a correction of its routers."""
+
+import math
+
+import pytest
+import tiny_checkpoints
+
+from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.files import read_json
+from trace_jax.main import main
+
+ATTACKS = {
+    "relearning": {"steps": 2, "evaluate_every": 2, "batch_size": 2, "share": 0.3},
+    "benign_relearning": {"steps": 1, "evaluate_every": 1, "batch_size": 2},
+    "quantization": {"bits": [4]},
+    "router_swap": {},
+    "expert_forcing": {},
+    "prompting": {"examples": [1], "prefixes": [0.5]},
+}
+MARKS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+SETTINGS = {
+    "model.dtype": "bfloat16",
+    "data.row_length": 32,
+    "unlearning.steps": 2,
+    "unlearning.learning_rate": 1e-2,
+    "unlearning.warmup_steps": 0,
+    "unlearning.evaluate_every": 2,
+    "evaluation.max_rows": 4,
+    "evaluation.max_prompts": 2,
+    "evaluation.max_members": 4,
+    "evaluation.max_gradients": 0,
+    "evaluation.bootstrap": 100,
+    "methods": ("uniform",),
+    "export": None,
+    "attacks": ATTACKS,
+}
+
+
+def saved(directory, **changes):
+    directory.mkdir()
+    model = tiny_checkpoints.build("deepseek_v3", vocab_size=320, **MARKS, **changes)
+    tiny_checkpoints.save(model, "deepseek_v3", directory)
+    train_tokenizer(["river stone apple cloud lamp tiger violin harbour window"] * 3, 320).save(
+        str(directory / "tokenizer.json")
+    )
+    return directory
+
+
+def attacked(checkpoint, data, workdir):
+    """The exit code of a run with all attacks; the checkpoint stands for the retrained model too."""
+    files = {f"data.{name}": str(data / f"{name}.jsonl") for name in ("forget", "retain")}
+    overrides = {**SETTINGS, "model.path": str(checkpoint), "model.retrained": str(checkpoint), **files}
+    arguments = [f"--config.{name}={value}" for name, value in overrides.items()]
+    return main(["--config", "configs/huggingface.py", "--workdir", str(workdir), *arguments])
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+def test_what_the_model_can_not_read_at_once_is_refused_before_it_unlearns(data, tmp_path, capsys):
+    assert attacked(saved(tmp_path / "model", max_position_embeddings=64), data, tmp_path / "run") == 2
+    assert "with 1 example the longest query has 65 tokens, and the model reads 64 at once" in capsys.readouterr().err
+    assert not (tmp_path / "run/methods").exists()
+
+
+def test_an_imported_model_is_attacked_in_every_way(data, tmp_path):
+    assert attacked(saved(tmp_path / "model", max_position_embeddings=128), data, tmp_path / "run") == 0
+    found = read_json(tmp_path / "run/results.json")["methods"]["uniform"]["attacks"]
+    assert set(found) == set(ATTACKS)
+    for attack in found.values():
+        assert attack["points"] and attack["strongest"] is not None and not attack["failed"]
+        for point in attack["points"]:
+            assert all(math.isfinite(m["value"]) and m["n"] > 0 for m in point["measurements"])
+    # The control is the checkpoint itself: it is trained as the unlearned model is, and measured beside it.
+    assert all(found[name]["points"][0]["retrained"] for name in ("relearning", "benign_relearning"))
+    assert [p["at"] for p in found["prompting"]["points"]] == ["1 example", "half of the text"]
