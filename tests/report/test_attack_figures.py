@@ -61,7 +61,7 @@ def test_the_table_and_the_figure_hold_every_attack():
     cells = [line["cells"][0] for line in table["lines"]]
     assert [cell["value"] for cell in cells] == ["0.900", "0.400", "0.650", "0.500", "–"]
     assert [cell["about"] for cell in cells] == [
-        "", "", "4 bits, 50 % back", "3 examples, original asked so: 0.600", "the model gives NaN",
+        "", "", "4 bits, 50 % back", "3 examples, original: 0.600", "the model gives NaN",
     ]  # fmt: skip
     assert cells[2]["interval"] == "[0.550, 0.750]"
     forms = [(line["name"], line["at"], line["cells"][0]["about"]) for line in table["forms"]]

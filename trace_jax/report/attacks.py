@@ -88,9 +88,9 @@ def _row_cell(row: AttackRow | None, *, at: bool = False) -> dict[str, str]:
     if row.recovered is not None:
         about.append(f"{round(100 * row.recovered)} % back")
     elif row.asked_otherwise:
-        about.append(f"original asked so: {format_number(row.original.value)}")
+        about.append(f"original: {format_number(row.original.value)}")
     if row.retrained is not None:
-        about.append(f"retrained model so: {format_number(row.retrained.value)}")
+        about.append(f"retrained: {format_number(row.retrained.value)}")
     return _cell(row.value, ", ".join(about + [row.note] * bool(row.note)))
 
 
