@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from tests.test_pretrained_run import SMALL
 from tests.two_processes import DEVICES, run_processes
 from trace_jax.data.tokenizer import train_tokenizer
-from trace_jax.files import read_lines
+from trace_jax.files import read_json, read_lines
 from trace_jax.main import main
 from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.routing.statistics import ExpertStatistics
@@ -21,6 +21,14 @@ SETTINGS = {
     "methods": "('trace_rows',)",
     "unlearning.nll_ceiling": 20.0,
     "unlearning.trainable": "selected_experts",
+    "evaluation.max_members": 4,
+    "evaluation.max_gradients": 2,
+    "attacks": {
+        "relearning": {"steps": 2, "evaluate_every": 1, "batch_size": 2, "learning_rate": 1e-3},
+        "quantization": {"bits": [4]},
+        "router_swap": {},
+        "expert_forcing": {},
+    },
 }
 
 
@@ -33,7 +41,7 @@ def arguments(data, tmp_path_factory):
     train_tokenizer(["river stone apple cloud lamp tiger violin harbour window"] * 3, 320).save(
         str(directory / "tokenizer.json")
     )
-    files = {f"data.{name}": data / f"{name}.jsonl" for name in ("forget", "retain")}
+    files = {f"data.{name}": data / f"{name}.jsonl" for name in ("forget", "retain", "holdout")}
     values = {**SETTINGS, "model.path": directory, **files}
 
     def line(workdir, **more):
@@ -42,6 +50,13 @@ def arguments(data, tmp_path_factory):
         return ["--config", "configs/huggingface.py", "--workdir", str(workdir), *options]
 
     return line
+
+
+def numbers_of(results):
+    """Values of all measurements, those of attacks too, but AUCs of four texts, which a rounding moves by a sixth."""
+    points = [{"measurements": results["measurements"]}, *(p for a in results["attacks"].values() for p in a)]
+    found = [(m["name"], m["value"]) for point in points for m in point["measurements"]]
+    return [value for name, value in found if not name.startswith(("membership", "privleak"))]
 
 
 def test_two_processes_end_in_the_numbers_of_one(arguments, tmp_path, pytestconfig, monkeypatch):
@@ -67,4 +82,15 @@ def test_two_processes_end_in_the_numbers_of_one(arguments, tmp_path, pytestconf
         np.testing.assert_allclose(tensors[1][name], array, atol=1e-3, err_msg=name)
     before = load_file(next(Path(a.split("=")[1]) for a in arguments(one) if "model.path" in a) / "model.safetensors")
     assert any(not np.allclose(tensors[0][name], array, atol=1e-2) for name, array in before.items())
+    results = [
+        read_json(path / method / "results.json")
+        | {
+            "attacks": {
+                name: read_json(path / method / "attacks" / f"{name}.json")["points"] for name in SETTINGS["attacks"]
+            }
+        }
+        for path in (one, two)
+    ]
+    for mine, other in zip(*(numbers_of(found) for found in results), strict=True):
+        assert mine == pytest.approx(other, rel=0.02, abs=0.02)
     assert (two / "report.html").exists() and not list(two.rglob("*.tmp*"))

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 REPLICATED = P()
+_as_keys = jax.jit(jax.random.wrap_key_data, static_argnames="impl")
 
 
 def is_main() -> bool:
@@ -30,6 +31,9 @@ def place(tree: Any, mesh: Mesh, specs: Any = REPLICATED) -> Any:
         sharding = NamedSharding(mesh, spec)
         if isinstance(x, jax.Array) and (sharding.is_fully_addressable or not x.is_fully_addressable):
             return jax.device_put(x, sharding)
+        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):  # numpy has no keys
+            data = one(np.asarray(jax.random.key_data(x)), spec)
+            return _as_keys(data, impl=str(jax.random.key_impl(x)))
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
