@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -31,7 +32,7 @@ def place(tree: Any, mesh: Mesh, specs: Any = REPLICATED) -> Any:
         sharding = NamedSharding(mesh, spec)
         if isinstance(x, jax.Array) and (sharding.is_fully_addressable or not x.is_fully_addressable):
             return jax.device_put(x, sharding)
-        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):  # numpy has no keys
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # numpy has no keys
             data = one(np.asarray(jax.random.key_data(x)), spec)
             return _as_keys(data, impl=str(jax.random.key_impl(x)))
         x = np.asarray(x)
