@@ -128,7 +128,7 @@ def test_statistics_and_certificate_name_the_layers_of_the_network(finished, che
     config = load_pretrained(checkpoint).config
     results = read_json(finished / "methods/trace_rows/results.json")
     assert results["routing"]["layers"] == list(config.moe_layers)
-    assert len(results["routing"]["drift"]) == len(config.moe_layers)
+    assert len(results["routing"]["expert_drift"]) == len(config.moe_layers)
     layers = set(read_json(finished / "methods/trace_rows/calibration.json")["certificate"]["layer"])
     assert layers <= set(config.moe_layers)
     assert "heat0" in (finished / "report.html").read_text()
@@ -242,7 +242,7 @@ def test_a_checkpoint_that_can_not_be_used_is_refused_before_anything_is_written
 
 def test_a_disk_that_is_too_small_is_said_before_the_work_begins(checkpoint, data, tmp_path, monkeypatch):
     monkeypatch.setattr("trace_jax.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 30}))
-    monkeypatch.setattr("trace_jax.pipeline.parameter_bytes", lambda _: 13 << 30)
+    monkeypatch.setattr("trace_jax.preparation.parameter_bytes", lambda _: 13 << 30)
     with pytest.raises(
         ConfigError, match=r"1\.0 GiB are free there; this run needs 26\.0 GiB \(export 13\.0, trace_rows"
     ):
