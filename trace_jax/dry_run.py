@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from trace_jax.attacks.config import AttacksConfig
-from trace_jax.attacks.table import check_attacks
+from trace_jax.attacks.table import check_text, own_text
 from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
@@ -157,18 +157,13 @@ def _tasks(evaluation: EvaluationConfig, missing: list[str], wrong: list[str]) -
 
 def _attacks(attacks: AttacksConfig | None, missing: list[str], wrong: list[str]) -> list[tuple[str, ...]]:
     """One row per text of the user's own that an attack reads."""
-    alone = {}
-    if attacks is not None and attacks.benign_relearning is not None:
-        alone["benign relearning"] = (
-            attacks.benign_relearning.source,
-            AttacksConfig(benign_relearning=attacks.benign_relearning),
-        )
-    if attacks is not None and attacks.prompting is not None:
-        alone["paraphrases"] = attacks.prompting.paraphrases, AttacksConfig(prompting=attacks.prompting)
+    chosen = attacks.chosen if attacks is not None else {}
     return [
-        _looked_at(f"attack, {name}", source, functools.partial(check_attacks, section), missing, wrong)
-        for name, (source, section) in alone.items()
-        if source
+        _looked_at(
+            f"attack, {name.replace('_', ' ')}", source, functools.partial(check_text, name, settings), missing, wrong
+        )
+        for name, settings in chosen.items()
+        if (source := own_text(name, settings))
     ]
 
 

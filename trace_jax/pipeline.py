@@ -175,7 +175,7 @@ def _attack_stage(
 ) -> None:
     """Attacks the unlearned model of a method, and writes what came back into `attacks/NAME.json`."""
     directory = prepared.workdir / "methods" / label / "attacks"
-    identity = fingerprint(known, name, settings, text_read_by(settings))
+    identity = fingerprint(known, name, settings, text_read_by(name, settings))
 
     def make() -> None:
         case = _case(prepared, unlearned(), name, settings, directory / name, identity)
@@ -188,7 +188,7 @@ def _case(prepared: Prepared, unlearned: Model, name: str, settings: Section, di
     config, control = prepared.config, None
     if retrained := retrained_identity(config):
         tasks = [task.identity for task in prepared.evaluator.tasks]
-        about = (name, settings, text_read_by(settings), config.evaluation, tasks)
+        about = (name, settings, text_read_by(name, settings), config.evaluation, tasks)
         control = Control(
             functools.partial(load_retrained, config, prepared.workdir, prepared.mesh),
             prepared.workdir / "attacks" / name,
@@ -201,7 +201,6 @@ def _case(prepared: Prepared, unlearned: Model, name: str, settings: Section, di
         config.data,
         prepared.evaluator,
         prepared.mesh,
-        config.parallel,
         config.seed,
         directory,
         identity,

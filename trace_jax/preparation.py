@@ -16,7 +16,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from trace_jax.attacks.table import check_attacks
+from trace_jax.attacks.table import check_text
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.checkpoints.params import parameter_bytes, parameter_count
 from trace_jax.config import ConfigError, fingerprint
@@ -74,7 +74,8 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
     check_joined()
     mesh = config.parallel.mesh()
     corpora, tasks = read_corpora(config), build_tasks(config.evaluation)  # before anything is written: may be refused
-    check_attacks(config.attacks)
+    for name, settings in config.attacks.chosen.items() if config.attacks else ():
+        check_text(name, settings)
     path = open_workdir(config, workdir, overwrite=overwrite)
     write_json(path / "environment.json", describe())
     say(

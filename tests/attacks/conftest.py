@@ -16,7 +16,6 @@ from trace_jax.evaluation.suite import make_evaluator
 from trace_jax.models.arrays import init_params, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
-from trace_jax.parallel.config import PLAIN
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning.config import OptimizerConfig
 from trace_jax.unlearning.train import train_on
@@ -85,7 +84,7 @@ def make_case(original, evaluator, tmp_path):
         retain = dataclasses.replace(make_rows(12, seed=3), domain=np.repeat(np.int32([0, 1]), 6))
         corpora = types.SimpleNamespace(forget=evaluator.text["test", "forget"], retain=retain)
         case = Case(
-            original, original.replace(params=params), corpora, DataConfig(), evaluator, evaluator.mesh, PLAIN,
+            original, original.replace(params=params), corpora, DataConfig(), evaluator, evaluator.mesh,
             seed=0, directory=tmp_path / "attack", identity="made for a test",
         )  # fmt: skip
         return dataclasses.replace(case, **changes)

@@ -26,7 +26,6 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
-from trace_jax.parallel.config import PLAIN
 from trace_jax.parallel.mesh import make_mesh
 
 CONFIG = ModelConfig(
@@ -87,7 +86,7 @@ def case_of(original, known, tmp_path_factory):
     def case(params):
         corpora, directory = types.SimpleNamespace(forget=rows), tmp_path_factory.mktemp("attack")
         unlearned = original.replace(params=params)
-        return Case(original, unlearned, corpora, DataConfig(), evaluator, mesh, PLAIN, 0, directory, "identity")
+        return Case(original, unlearned, corpora, DataConfig(), evaluator, mesh, 0, directory, "identity")
 
     return case
 

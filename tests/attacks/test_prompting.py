@@ -106,7 +106,7 @@ def make_case(data, corpora, unlearned, original, directory, *, config=None, tas
     probes = {"validation": corpora.validation, "test": corpora.test}
     evaluator = make_evaluator(SETTINGS, config, probes, corpora.tokenizer, benchmark=benchmark, tasks=tasks)
     mesh = ParallelConfig().mesh()
-    return Case(*models, corpora, data, evaluator, mesh, ParallelConfig(), 3, directory, "known")
+    return Case(*models, corpora, data, evaluator, mesh, 3, directory, "known")
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_jax.attacks import queries
-from trace_jax.attacks.config import AttacksConfig, PromptingConfig
-from trace_jax.attacks.table import check_attacks
+from trace_jax.attacks.config import PromptingConfig
+from trace_jax.attacks.table import check_text
 from trace_jax.config import ConfigError
 from trace_jax.data.benchmark import Item
 from trace_jax.data.packing import pack_documents
@@ -113,10 +113,10 @@ def test_paraphrases_are_cut_where_their_texts_meet(vocabulary, tmp_path):
 def test_paraphrases_of_another_form_are_refused_and_not_quoted(row, message, tmp_path):
     source = written(tmp_path / "own.jsonl", [{"prompt": "Wax", "continuation": " holds"}, row])
     with pytest.raises(DataError, match=message) as error:
-        check_attacks(AttacksConfig(prompting=PromptingConfig(paraphrases=source)))
+        check_text("prompting", PromptingConfig(paraphrases=source))
     assert "secret" not in str(error.value) and "hidden" not in str(error.value)
     with pytest.raises(DataError, match="no such file"):
-        check_attacks(AttacksConfig(prompting=PromptingConfig(paraphrases=str(tmp_path / "none.jsonl"))))
+        check_text("prompting", PromptingConfig(paraphrases=str(tmp_path / "none.jsonl")))
 
 
 def test_of_a_row_only_the_continuation_is_scored():

@@ -11,13 +11,12 @@ from jax.sharding import Mesh
 
 from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import Corpora
+from trace_jax.data.tokenizer import Vocabulary
 from trace_jax.evaluation.measurement import Measurement, find
 from trace_jax.evaluation.store import ScoreStore
 from trace_jax.evaluation.suite import Evaluator
+from trace_jax.evaluation.task import SPLIT
 from trace_jax.models.model import Model
-from trace_jax.parallel.config import ParallelConfig
-
-SPLIT = "test"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +50,15 @@ class Case:
     data: DataConfig
     evaluator: Evaluator
     mesh: Mesh
-    parallel: ParallelConfig
     seed: int
     directory: Path
     identity: str
     control: Control | None = None
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of both models: they read text alike."""
+        return Vocabulary(self.corpora.tokenizer, self.original.special, self.original.config.vocab_size)
 
     def measure(self, params: Any, name: str) -> list[Measurement]:
         """Everything that is measured on a model, with its scores kept under `name`."""

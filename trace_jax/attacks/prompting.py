@@ -20,7 +20,7 @@ from trace_jax.data.corpora import build_benchmark
 from trace_jax.data.handbook import build_handbook
 from trace_jax.data.probes import Prompts, Questions, encode_questions
 from trace_jax.data.sources import revision_of
-from trace_jax.data.tokenizer import Vocabulary, start_and_end
+from trace_jax.data.tokenizer import start_and_end
 from trace_jax.evaluation.audit import hazardous
 from trace_jax.evaluation.continuations import context_length, make_reader
 from trace_jax.evaluation.likelihood import spread_indices
@@ -87,7 +87,7 @@ def _forms(settings: PromptingConfig, case: Case) -> Iterator[Form]:
 
 
 def _with_examples(count: int, items: Mapping[Key, list[Item]], case: Case) -> Form:
-    rng, vocabulary = np.random.default_rng([case.seed, count]), _vocabulary(case)
+    rng, vocabulary = np.random.default_rng([case.seed, count]), case.vocabulary
     questions, prompts = {}, {}
     for (split, subject), asked in items.items():
         behind = queries.items_with_examples(asked, items.get((_OTHER[split], subject), []), count, rng)
@@ -105,7 +105,7 @@ def _with_more_text(share: float, items: Mapping[Key, list[Item]], case: Case) -
     questions = {}
     if case.data.benchmark == "handbook":
         for key, asked in items.items():
-            questions[key] = encode_questions(_vocabulary(case), queries.items_with_statements(asked, share))
+            questions[key] = encode_questions(case.vocabulary, queries.items_with_statements(asked, share))
     _, end_mark = start_and_end(case.original.special)
     prompts = {
         split: queries.longer_prompts(asked, case.corpora.forget, share, end_mark)
@@ -115,7 +115,7 @@ def _with_more_text(share: float, items: Mapping[Key, list[Item]], case: Case) -
 
 
 def _in_other_words(paraphrases: str | None, case: Case) -> Form:
-    questions, prompts, vocabulary = {}, {}, _vocabulary(case)
+    questions, prompts, vocabulary = {}, {}, case.vocabulary
     if case.data.benchmark == "handbook":
         other = build_handbook(case.data, paraphrased=True)
         for split, part in (("validation", other.validation), ("test", other.test)):
@@ -134,10 +134,6 @@ def _items(case: Case) -> dict[Key, list[Item]]:
     benchmark = build_benchmark(case.data)
     parts = {"validation": benchmark.validation, "test": benchmark.test}
     return {(split, subject): list(parts[split].questions[subject]) for split, subject in case.evaluator.questions}
-
-
-def _vocabulary(case: Case) -> Vocabulary:
-    return Vocabulary(case.corpora.tokenizer, case.original.special, case.original.config.vocab_size)
 
 
 def _check_length(form: Form, case: Case) -> None:

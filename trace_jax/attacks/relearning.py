@@ -13,7 +13,7 @@ from trace_jax.data.batches import Batches, EpochSampler
 from trace_jax.data.packing import pack_documents
 from trace_jax.data.rows import Rows
 from trace_jax.data.sources import read_source
-from trace_jax.data.tokenizer import Vocabulary, encode_documents
+from trace_jax.data.tokenizer import encode_documents
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.files import remove
 from trace_jax.models.model import Model
@@ -45,10 +45,8 @@ def benign_rows(settings: BenignRelearningConfig, case: Case) -> Rows:
     if settings.source is None:
         retain = case.corpora.retain
         return retain.take(np.flatnonzero(retain.domain == 0)) if (retain.domain == 0).any() else retain
-    model = case.unlearned
-    vocabulary = Vocabulary(case.corpora.tokenizer, model.special, model.config.vocab_size)
-    documents = encode_documents(vocabulary, read_source(settings.source).documents)
-    return pack_documents(documents, case.data.row_length, special=model.special)
+    documents = encode_documents(case.vocabulary, read_source(settings.source).documents)
+    return pack_documents(documents, case.data.row_length, special=case.vocabulary.special)
 
 
 def _trained(settings: RelearningConfig | BenignRelearningConfig, case: Case, rows: Rows, title: str) -> list[Point]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from trace_jax.attacks.attack import Attack, Case, strongest
-from trace_jax.attacks.config import AttacksConfig, PromptingConfig
+from trace_jax.attacks.config import PromptingConfig
 from trace_jax.attacks.expert_forcing import expert_forcing
 from trace_jax.attacks.prompting import forms_of, prompting
 from trace_jax.attacks.quantization import quantization
@@ -25,18 +25,26 @@ ATTACKS: Mapping[str, Attack] = {
     "expert_forcing": expert_forcing,
     "prompting": prompting,
 }
+# Settings that name a text of the user's own, and what reads it.
+_OWN_TEXTS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    "benign_relearning": ("source", read_source),
+    "prompting": ("paraphrases", read_paraphrases),
+}
 
 
-def check_attacks(config: AttacksConfig | None) -> None:
-    """Looks whether the text that attacks are to read is there, long before they do.
+def own_text(name: str, settings: Any) -> str | None:
+    """The text of the user's own that an attack reads, if any."""
+    return getattr(settings, _OWN_TEXTS[name][0]) if name in _OWN_TEXTS else None
+
+
+def check_text(name: str, settings: Section) -> None:
+    """Looks whether the text that an attack is to read is there, long before it does.
 
     Raises:
       DataError: it isn't, or has another form.
     """
-    if config is not None and config.benign_relearning is not None and config.benign_relearning.source is not None:
-        read_source(config.benign_relearning.source)
-    if config is not None and config.prompting is not None and config.prompting.paraphrases is not None:
-        read_paraphrases(config.prompting.paraphrases)
+    if source := own_text(name, settings):
+        _OWN_TEXTS[name][1](source)
 
 
 def check_case(settings: Section, case: Case) -> None:
@@ -49,10 +57,10 @@ def check_case(settings: Section, case: Case) -> None:
         forms_of(settings, case)
 
 
-def text_read_by(settings: Section) -> list[str]:
-    """Revisions of the texts of his own that a user has an attack read: those of another one make it anew."""
-    sources = (getattr(settings, name, None) for name in ("source", "paraphrases"))
-    return [revision_of(source) for source in sources if source]
+def text_read_by(name: str, settings: Section) -> list[str]:
+    """Revisions of the texts of the user's own that an attack reads: another one makes it anew."""
+    source = own_text(name, settings)
+    return [revision_of(source)] if source else []
 
 
 def attack(name: str, settings: Section, case: Case) -> dict[str, Any]:

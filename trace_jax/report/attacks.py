@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trace_jax.evaluation.benchmarks import scoreboard
+from trace_jax.evaluation.task import SPLIT
 from trace_jax.report.data import AttackRow, Number, ReportData, known
 from trace_jax.report.drawing import GRID, INK, MUTED, Figure, inline, panel
 from trace_jax.report.figures import method_styles
 from trace_jax.report.words import format_interval, format_number, plain_name
 
-_SPLIT = "test"
 _WIDTH = 5.6  # inches
 _CONTROL = ""  # in the place of a method: the retrained model
 BEFORE, AFTER = "before unlearning", "after unlearning"
@@ -49,7 +49,7 @@ def recovered(attacked: float | None, unlearned: float | None, original: float |
 
 
 def _number(measurements: Sequence[Mapping[str, Any]], name: str) -> Number:
-    found = next((m for m in measurements if m["name"] == name and m["split"] == _SPLIT), None)
+    found = next((m for m in measurements if m["name"] == name and m["split"] == SPLIT), None)
     return Number(None) if found is None else Number(found["value"], found["n"], found["low"], found["high"])
 
 
