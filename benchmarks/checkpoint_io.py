@@ -37,7 +37,7 @@ import numpy as np
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.checkpoints.tensor_file import writing_tensors
-from trace_jax.environment import describe
+from trace_jax.io.environment import describe
 from trace_jax.models.model import Model
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "checkpoint_io.json"

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from trace_jax.data.rows import Rows
-from trace_jax.environment import describe
-from trace_jax.files import write_json
+from trace_jax.io.environment import describe
+from trace_jax.io.files import write_json
 from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model

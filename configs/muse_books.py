@@ -32,8 +32,7 @@ Result:    nobody has run this file. Published on dense models (VerbMem on forge
 """
 
 import ml_collections
-
-from trace_jax.recipes import benchmark_config
+from published import benchmark_config
 
 BENCHMARK = "huggingface:muse-bench/MUSE-Books"
 DATA = {

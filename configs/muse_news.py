@@ -36,8 +36,7 @@ Result:    nobody has run this file. Published on dense models (VerbMem on forge
 """
 
 import ml_collections
-
-from trace_jax.recipes import benchmark_config, check_name
+from published import benchmark_config, check_name
 
 BENCHMARK = "huggingface:muse-bench/MUSE-News"
 DATA = {

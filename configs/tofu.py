@@ -34,8 +34,7 @@ Result:    nobody has run this file, and no result on a Mixture of Experts is kn
 """
 
 import ml_collections
-
-from trace_jax.recipes import benchmark_config
+from published import benchmark_config
 
 BENCHMARK = "huggingface:locuslab/TOFU"
 # Only answers carry loss. A row holds the pairs that fit it, two or three, and NPO and SimNPO take a row as one sample;

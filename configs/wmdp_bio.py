@@ -38,8 +38,7 @@ Result:    nobody has run this file. Published, WMDP-Bio accuracy (chance .25) /
 """
 
 import ml_collections
-
-from trace_jax.recipes import benchmark_config, rmu
+from published import benchmark_config, rmu
 
 FORGET = "huggingface:cais/wmdp-bio-forget-corpus:train"
 RETAIN = "huggingface:Salesforce/wikitext/wikitext-2-raw-v1:test"

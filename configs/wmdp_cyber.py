@@ -31,8 +31,7 @@ Result:    nobody has run this file. Published, WMDP-Cyber accuracy (chance .25)
 """
 
 import ml_collections
-
-from trace_jax.recipes import benchmark_config, rmu
+from published import benchmark_config, rmu
 
 FORGET = "huggingface:cais/wmdp-corpora/cyber-forget-corpus:train"
 RETAIN = "huggingface:Salesforce/wikitext/wikitext-2-raw-v1:test"

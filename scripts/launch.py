@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trace_jax.config import ConfigError
-from trace_jax.files import is_remote
+from trace_jax.io.files import is_remote
 from trace_jax.main import _parse as parse_run
 from trace_jax.parallel.topology import Topology, parse_topology
-from trace_jax.stages import check_export
+from trace_jax.run.stages import check_export
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("run", "study", "plan")

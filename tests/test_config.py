@@ -8,10 +8,10 @@ import ml_collections
 import pytest
 
 from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
-from trace_jax.experiment import METHODS, ExperimentConfig
+from trace_jax.config import ConfigError, Section, Variant, as_dict, fingerprint, option, resolve
 from trace_jax.models.config import ModelConfig
 from trace_jax.routing.config import CalibrationConfig
+from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.unlearning.config import TrainingConfig, UnlearningConfig
 
 
@@ -147,3 +147,61 @@ def test_the_two_presets_of_trace():
     assert (trace.unit, trace.apply, trace.strength, trace.rule, trace.kappa) == ("token", "both", 1.0, "ratio", 0.5)
     assert (rows.unit, rows.apply, rows.strength, rows.min_effective_sample_size) == ("row", "sampling", 0.75, 0.2)
     assert trace.ridge == rows.ridge == 1e-3 and trace.max_weight == rows.max_weight == 50.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape(Variant):
+    """A base of variants."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Circle(Shape, name="circle"):
+    radius: float = option(1.0, help="radius", minimum=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Box(Shape, name="box"):
+    width: float = option(2.0, help="width")
+    depth: float = option(3.0, help="depth")
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing(Section):
+    shape: Shape = option("circle", help="what is drawn")  # noqa: RUF009
+    scale: float = option(1.0, help="scale")
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, Circle(1.0)),
+        ({"shape": "box"}, Box()),
+        ({"shape": {"name": "box", "depth": 1}}, Box(depth=1.0)),
+        ({"shape": {"radius": 4}}, Circle(4.0)),  # of the default
+        ({"shape": Box(5.0)}, Box(5.0)),
+    ],
+)
+def test_a_variant_is_given_by_name_or_with_its_settings(given, expected):
+    drawing = resolve(Drawing, given)
+    assert drawing.shape == expected
+    assert as_dict(drawing)["shape"]["name"] == expected.name
+    assert resolve(Drawing, as_dict(drawing)) == drawing
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"shape": "bix"}, "shape is 'bix'.*did you mean 'box'"),
+        (
+            {"shape": {"name": "circle", "depth": 1}},
+            "shape.depth would have no effect: it belongs to box, not to circle",
+        ),
+        ({"shape": {"name": "box", "dept": 1}}, "shape.dept: there is no setting.*did you mean 'depth'"),
+        ({"radius": 2.0}, "radius: it belongs to shape; write shape.radius"),
+        ({"shape": 3}, "shape is 3 .int.; expected one of circle, box"),
+        ({"shape": {"radius": -1}}, "shape.radius is -1"),
+    ],
+)
+def test_a_variant_that_cannot_be_is_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(Drawing, given)

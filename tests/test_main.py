@@ -6,7 +6,6 @@ import jax
 import pytest
 
 import trace_jax
-from trace_jax import pipeline
 from trace_jax.config import ConfigError
 from trace_jax.main import _COMMANDS, load_config, main
 from trace_jax.models.families.published import PUBLISHED
@@ -160,6 +159,8 @@ def test_only_settings_of_the_file_that_an_override_turns_off_are_left_out(tmp_p
 
 def test_a_run_without_a_workdir_goes_where_its_name_says(monkeypatch):
     seen = []
-    monkeypatch.setattr(pipeline, "run", lambda config, workdir, *, overwrite: seen.append(workdir) or "done")
+    monkeypatch.setattr(
+        "trace_jax.run.methods.run", lambda config, workdir, *, overwrite: seen.append(workdir) or "done"
+    )
     assert main(["--config", QUICKSTART, "--config.name=mine"]) == 0
     assert seen == ["runs/mine"]

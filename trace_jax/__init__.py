@@ -35,7 +35,7 @@ _PUBLIC = {
     "ParallelConfig": "trace_jax.parallel.config",
     "ConfigError": "trace_jax.config",
     "load_config": "trace_jax.main",
-    "run": "trace_jax.pipeline",
+    "run": "trace_jax.run.methods",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,6 +1,6 @@
 """Settings: nested mappings in, checked and frozen dataclasses out.
 
-Each room declares its own settings as a `Section`; `trace_jax.experiment` composes them. A section checks itself
+Each room declares its own settings as a `Section`; `trace_jax.run.experiment` composes them. A section checks itself
 when it is made, so that a wrong value cannot travel: types, ranges, choices, and settings that the rest of the
 section would never read ("unused") are all errors that name the setting, what was given and what was expected.
 """
@@ -15,7 +15,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -60,7 +60,11 @@ class Section:
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value = _convert(getattr(self, field.name), hints[field.name], field.name)
+            value, hint = getattr(self, field.name), hints[field.name]
+            if isinstance(hint, type) and issubclass(hint, Variant):
+                value = _variant(value, hint, field.name, field.default)
+            else:
+                value = _convert(value, hint, field.name)
             object.__setattr__(self, field.name, value)
         for field in dataclasses.fields(self):
             self._check_condition(field)
@@ -87,6 +91,46 @@ class Section:
             if default is dataclasses.MISSING:
                 raise ConfigError(f"{field.name} is needed when {other} is {actual!r}: {field.metadata['help']}")
             object.__setattr__(self, field.name, default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant(Section):
+    """One of several kinds of a thing, each with settings of its own: an objective, an optimizer, a weighting.
+
+    A class without a name collects its kinds: `class Objective(Variant)`, `class NPO(Objective, name="npo")`. A setting
+    of type `Objective` is given by name, `"npo"`, or as a mapping, `{"name": "npo", "beta": 0.1}`.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[dict[str, type]]
+
+    def __init_subclass__(cls, name: str = "", **arguments):
+        super().__init_subclass__(**arguments)
+        if name:
+            cls.name = name
+            cls.kinds[name] = cls
+        else:
+            cls.kinds = {}
+
+
+def _variant(value: Any, base: type[Variant], name: str, default: Any) -> Variant:
+    """The kind that a name or a mapping names; a mapping without a name has settings of the default."""
+    if isinstance(value, base):
+        return value
+    if not isinstance(value, (str, Mapping)):
+        raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); expected one of {', '.join(base.kinds)}.")
+    given = {"name": value} if isinstance(value, str) else dict(value)
+    kind = given.pop("name", default.name if isinstance(default, Variant) else default)
+    if kind not in base.kinds:
+        names = ", ".join(base.kinds)
+        raise ConfigError(f"{name} is {kind!r}; expected one of {names}{_nearest(kind, base.kinds)}")
+    known = {f.name for f in dataclasses.fields(base.kinds[kind])}
+    for key in given.keys() - known:
+        if others := [k for k, cls in base.kinds.items() if key in {f.name for f in dataclasses.fields(cls)}]:
+            raise ConfigError(
+                f"{name}.{key} would have no effect: it belongs to {' and '.join(others)}, not to {kind}."
+            )
+    return resolve(base.kinds[kind], given, path=name)
 
 
 def _one_of(values: tuple) -> str:
@@ -177,14 +221,21 @@ def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: s
     for key in values:
         if key not in known:
             full = f"{path}.{key}" if path else str(key)
+            for field, base in _variants(cls).items():
+                if any(key in {f.name for f in dataclasses.fields(kind)} for kind in base.kinds.values()):
+                    there = f"{path}.{field}" if path else field
+                    raise ConfigError(f"{full}: it belongs to {there}; write {there}.{key}.")
             near, names = _nearest(key, sorted(known)), ", ".join(sorted(known))
             raise ConfigError(f"{full}: there is no setting of this name{near} Known here: {names}.")
     hints = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
         hint = hints[key]
-        if isinstance(hint, type) and issubclass(hint, Section) and isinstance(value, (Mapping, ConfigDict)):
-            value = resolve(hint, value, path=f"{path}.{key}" if path else key)
+        full = f"{path}.{key}" if path else key
+        if isinstance(hint, type) and issubclass(hint, Variant):
+            value = _variant(value, hint, full, {f.name: f.default for f in dataclasses.fields(cls)}[key])
+        elif isinstance(hint, type) and issubclass(hint, Section) and isinstance(value, (Mapping, ConfigDict)):
+            value = resolve(hint, value, path=full)
         arguments[key] = value
     for name, field in _required(cls).items():
         if name not in arguments:
@@ -213,6 +264,13 @@ def _effective(cls: type[Section], values: Mapping[str, Any], name: str) -> Any:
     return default[_effective(cls, values, next(iter(when)))] if isinstance(default, Mapping) else default
 
 
+def _variants(cls: type[Section]) -> dict[str, type[Variant]]:
+    """The settings of a section that are variants, by name."""
+    hints = typing.get_type_hints(cls)
+    found = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    return {name: hint for name, hint in found.items() if isinstance(hint, type) and issubclass(hint, Variant)}
+
+
 def _required(cls: type[Section]) -> dict[str, dataclasses.Field]:
     missing = dataclasses.MISSING
     return {f.name: f for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}
@@ -220,7 +278,16 @@ def _required(cls: type[Section]) -> dict[str, dataclasses.Field]:
 
 def as_dict(section: Section) -> dict:
     """Nested plain dict of a section, every default included; `resolve` takes it back."""
-    return dataclasses.asdict(section)
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Section):
+            return as_dict(value)
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return type(value)(map(plain, value)) if isinstance(value, (list, tuple)) else value
+
+    kind = {"name": section.name} if isinstance(section, Variant) else {}
+    return kind | {f.name: plain(getattr(section, f.name)) for f in dataclasses.fields(section)}
 
 
 def fingerprint(*parts: Any) -> str:

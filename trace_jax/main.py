@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from trace_jax.config import ConfigError, Section, is_read, resolve
-from trace_jax.interruption import Interrupted, interrupt
-from trace_jax.progress import say
+from trace_jax.io.progress import say
+from trace_jax.io.signals import Interrupted, interrupt
 
 _WITHOUT_WORKDIR = ("plan", "evaluate")
 _EPILOG = """any setting can be overridden: --config.unlearning.learning_rate=1e-5 (values are Python literals or text).
@@ -58,16 +58,19 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
     Raises:
       ConfigError: no such file, no `get_config` in it, an unknown setting or a wrong value.
     """
-    from trace_jax.experiment import ExperimentConfig
+    from trace_jax.run.experiment import ExperimentConfig
 
     file, _, variant = name.partition(":")
     if not Path(file).is_file():
         raise ConfigError(f"{file}: no such config file. Give --config a Python file with a get_config function.")
+    sys.path.insert(0, str(Path(file).resolve().parent))  # for what configs share, which lies beside them
     try:
         get_config = runpy.run_path(file)["get_config"]
+        values = _values(get_config, file, variant)
     except KeyError:
         raise ConfigError(f"{file}: has no get_config function.") from None
-    values = _values(get_config, file, variant)
+    finally:
+        del sys.path[0]
     values = values.to_dict() if hasattr(values, "to_dict") else dict(values)
     before = copy.deepcopy(values)
     for path, value in (overrides or {}).items():
@@ -80,7 +83,7 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
 
 def _left_unread(before: Mapping[str, Any], values: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
     """Settings of the file that are read without the overrides, and are not with them."""
-    from trace_jax.experiment import ExperimentConfig
+    from trace_jax.run.experiment import ExperimentConfig
 
     sections = {f.name: f.default_factory for f in dataclasses.fields(ExperimentConfig)}
     found = []
@@ -107,11 +110,16 @@ def _values(get_config: Callable, file: str, variant: str) -> Any:
 
 def _override(values: dict, path: str, value: Any) -> None:
     *sections, key = path.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
+    for depth, section in enumerate(sections):
+        inner = values.setdefault(section, {})
+        if depth and isinstance(inner, str):  # the name of a variant, such as an objective, that gets settings
+            inner = values[section] = {"name": inner}
+        if not isinstance(inner, dict):
             raise ConfigError(f"--config.{path}: {section} is a single setting, not a group of settings.")
-    values[key] = value
+        values = inner
+    known = values.get(key)
+    if not (isinstance(known, dict) and isinstance(value, str) and known.get("name") == value):
+        values[key] = value  # a variant that is named as in the file keeps its settings there
 
 
 def _literal(text: str) -> Any:
@@ -186,7 +194,7 @@ def _run(arguments: Sequence[str]) -> int:
     if options.dry_run:
         return _dry_run(config)
     _start(options)
-    from trace_jax.pipeline import run
+    from trace_jax.run.methods import run
 
     if text := run(config, options.workdir, overwrite=options.overwrite):
         print(text)
@@ -197,7 +205,7 @@ def _dry_run(config: Any) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
-    from trace_jax.dry_run import dry_run
+    from trace_jax.run.check import dry_run
 
     found = dry_run(config)
     print(found.text)
@@ -206,7 +214,7 @@ def _dry_run(config: Any) -> int:
 
 def _study(arguments: Sequence[str]) -> int:
     options, config = _parse("study", arguments)
-    from trace_jax.study import run_study
+    from trace_jax.run.study import run_study
 
     print(run_study(config, options.workdir, overwrite=options.overwrite))
     return 0
@@ -215,7 +223,7 @@ def _study(arguments: Sequence[str]) -> int:
 def _series(arguments: Sequence[str]) -> int:
     options, config = _parse("series", arguments, _several())
     _start(options)
-    from trace_jax.series import run_series
+    from trace_jax.run.series import run_series
 
     if text := run_series(config, options.workdir, overwrite=options.overwrite):
         print(text)
@@ -224,7 +232,7 @@ def _series(arguments: Sequence[str]) -> int:
 
 def _report(arguments: Sequence[str]) -> int:
     options = _parser("report", config=False).parse_args(arguments)
-    from trace_jax.summary import write_run_report
+    from trace_jax.run.results import write_run_report
 
     print(write_run_report(options.workdir))
     return 0
@@ -236,7 +244,7 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument("--method", metavar="LABEL", help="whose model; needed where the run has several methods")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     options = parser.parse_args(arguments)
-    from trace_jax.export import export_run
+    from trace_jax.run.export import export_run
 
     print(export_run(options.workdir, options.output, label=options.method, overwrite=options.overwrite))
     return 0
@@ -250,7 +258,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     own.add_argument("--output", required=True, metavar="DIR", help="where results.json and scores go; made if missing")
     checkpoint = own.parse_known_args(arguments)[0].checkpoint
     options, config = _parse("evaluate", [*arguments, f"--config.model.path={checkpoint}"], own)
-    from trace_jax.evaluate import evaluate_checkpoints
+    from trace_jax.run.evaluate import evaluate_checkpoints
 
     found = evaluate_checkpoints(
         config, options.checkpoint, options.output, original=options.original, retrained=options.retrained
@@ -270,7 +278,7 @@ def _lm_eval(arguments: Sequence[str]) -> int:
     mesh, include = PLAIN.mesh(), [options.include_path] if options.include_path else []
     if options.workdir:
         from trace_jax.evaluation.lm_eval_task import EMBEDDED, export_tasks
-        from trace_jax.export import find_model
+        from trace_jax.run.export import find_model
 
         found = find_model(options.workdir, options.method)
         identity, load = found.identity, functools.partial(found.load, mesh)
@@ -321,7 +329,7 @@ def _lm_eval_parser() -> argparse.ArgumentParser:
 
 
 def _verify(arguments: Sequence[str]) -> int:
-    from trace_jax.verify import verify_main
+    from trace_jax.checkpoints.verify import verify_main
 
     return verify_main(arguments)
 
@@ -373,7 +381,7 @@ def _doctor(arguments: Sequence[str]) -> int:
     argparse.ArgumentParser("trace_jax.main doctor", description="versions, devices, what is missing").parse_args(
         arguments
     )
-    from trace_jax.environment import diagnose
+    from trace_jax.io.environment import diagnose
 
     text, healthy = diagnose()
     print(text)

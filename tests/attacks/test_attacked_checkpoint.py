@@ -6,7 +6,7 @@ import pytest
 import tiny_checkpoints
 
 from trace_jax.data.tokenizer import train_tokenizer
-from trace_jax.files import read_json
+from trace_jax.io.files import read_json
 from trace_jax.main import main
 
 ATTACKS = {

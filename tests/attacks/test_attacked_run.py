@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 
-from tests.test_pipeline import experiment, numbers
+from tests.run.test_pipeline import experiment, numbers
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import DataError
 from trace_jax.evaluation.likelihood import NonFiniteScore
-from trace_jax.files import read_json
-from trace_jax.pipeline import run
+from trace_jax.io.files import read_json
+from trace_jax.run.methods import run
 
 TRAINING = {"steps": 2, "evaluate_every": 1, "batch_size": 2, "learning_rate": 1e-2}
 ATTACKS = {"relearning": TRAINING, "benign_relearning": TRAINING, "quantization": {"bits": [4]}, "router_swap": {}}

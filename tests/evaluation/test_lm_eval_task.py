@@ -15,13 +15,13 @@ from trace_jax.data.packing import pack_documents
 from trace_jax.data.probes import encode_questions
 from trace_jax.data.tokenizer import Vocabulary, encode_documents, train_tokenizer
 from trace_jax.evaluation.likelihood import score_questions
-from trace_jax.experiment import ExperimentConfig
-from trace_jax.export import save_trained
-from trace_jax.files import read_json, write_json
+from trace_jax.io.files import read_json, write_json
 from trace_jax.main import main
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import SpecialTokens
 from trace_jax.parallel.mesh import make_mesh
+from trace_jax.run.experiment import ExperimentConfig
+from trace_jax.run.export import save_trained
 from trace_jax.unlearning.config import TrainingConfig
 from trace_jax.unlearning.train import train_model
 

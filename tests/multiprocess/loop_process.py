@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trace_jax.interruption import Interrupted
+from trace_jax.io.signals import Interrupted
 from trace_jax.unlearning.loop import Loop
 from trace_jax.unlearning.rules import Evaluated, Rules
 from trace_jax.unlearning.state import TrainState

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trace_jax.files import read_lines
+from trace_jax.io.files import read_lines
 
 SCRIPT = Path(__file__).with_name("loop_process.py")
 

@@ -10,7 +10,6 @@ import pytest
 
 from trace_jax.config import as_dict, resolve
 from trace_jax.data.rows import Rows
-from trace_jax.experiment import ExperimentConfig
 from trace_jax.main import main
 from trace_jax.models.arrays import abstract_params, count_params, init_params
 from trace_jax.models.families.published import PUBLISHED
@@ -19,6 +18,7 @@ from trace_jax.plan.chips import place
 from trace_jax.plan.plan import mesh_of, meshes, model_of, plan, programs, ranked
 from trace_jax.plan.prediction import Prediction, _needed, predict
 from trace_jax.plan.target import cpus, tpu_slice
+from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.unlearning import unlearn as unlearning
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.lora import factors

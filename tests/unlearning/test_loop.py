@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from trace_jax.checkpoints.state import StateStore
-from trace_jax.files import read_lines
-from trace_jax.interruption import Interrupted
+from trace_jax.io.files import read_lines
+from trace_jax.io.signals import Interrupted
 from trace_jax.unlearning.loop import Loop
 from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.state import TrainState

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trace_jax.data.batches import sequential_batches
-from trace_jax.files import read_lines
+from trace_jax.io.files import read_lines
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.recalibration import Recalibration
 from trace_jax.routing.retain_weights import RetainWeights, retain_weights

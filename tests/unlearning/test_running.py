@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from trace_jax.data.batches import Batches, EpochSampler
-from trace_jax.files import read_lines
+from trace_jax.io.files import read_lines
 from trace_jax.models.arrays import flatten, init_params
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh

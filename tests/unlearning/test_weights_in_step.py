@@ -10,8 +10,7 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.config import ConfigError
 from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
-from trace_jax.experiment import Method
-from trace_jax.files import read_lines
+from trace_jax.io.files import read_lines
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place, to_host
@@ -20,6 +19,7 @@ from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.recalibration import Recalibration
 from trace_jax.routing.retain_weights import retain_weights
 from trace_jax.routing.statistics import expert_statistics
+from trace_jax.run.experiment import Method
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants, coefficients

@@ -28,7 +28,7 @@ from trace_jax.evaluation.multiple_choice import MultipleChoice
 from trace_jax.evaluation.store import ScoreStore
 from trace_jax.evaluation.suite import Key
 from trace_jax.evaluation.task import SPLIT
-from trace_jax.progress import say
+from trace_jax.io.progress import say
 
 _OTHER = {"validation": "test", "test": "validation"}
 

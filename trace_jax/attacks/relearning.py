@@ -15,7 +15,7 @@ from trace_jax.data.rows import Rows
 from trace_jax.data.sources import read_source
 from trace_jax.data.tokenizer import encode_documents
 from trace_jax.evaluation.measurement import Measurement
-from trace_jax.files import remove
+from trace_jax.io.files import remove
 from trace_jax.models.model import Model
 from trace_jax.parallel.agreement import main_says
 from trace_jax.parallel.processes import barrier

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_jax.checkpoints.tensor_file import CheckpointError, Tensor, TensorFile
-from trace_jax.files import is_remote
+from trace_jax.io.files import is_remote
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth")

@@ -33,11 +33,11 @@ from trace_jax.checkpoints.shards import (
 )
 from trace_jax.checkpoints.streaming import PIECE_BYTES, Part, parts_of, pieces, stream
 from trace_jax.checkpoints.tensor_file import DTYPES, CheckpointError, Tensor, TensorWriter
-from trace_jax.files import is_remote
+from trace_jax.io.files import is_remote
+from trace_jax.io.progress import progress
 from trace_jax.models.arrays import flat_specs, flatten
 from trace_jax.models.families import FAMILIES, family_of
 from trace_jax.models.model import Model
-from trace_jax.progress import progress
 
 SHARD_BYTES = 5 * 10**9
 _BFLOAT16 = DTYPES["BF16"]

@@ -12,7 +12,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
 from trace_jax.checkpoints.tensor_file import writing_tensors
-from trace_jax.files import local_copy
+from trace_jax.io.files import local_copy
 from trace_jax.parallel.hosts import to_host
 
 

@@ -17,11 +17,11 @@ from trace_jax.checkpoints.checkpoint import open_checkpoint, read_object
 from trace_jax.checkpoints.placing import empty, place
 from trace_jax.checkpoints.streaming import parts_of, stream
 from trace_jax.checkpoints.tensor_file import CheckpointError
+from trace_jax.io.progress import progress
 from trace_jax.models.arrays import flat_specs, flatten, unflatten
 from trace_jax.models.families import family_of, model_config
 from trace_jax.models.model import Model, Source, SpecialTokens
 from trace_jax.models.sharding import param_shardings
-from trace_jax.progress import progress
 
 
 def load_pretrained(

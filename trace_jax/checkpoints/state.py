@@ -15,7 +15,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from orbax.checkpoint.options import MultiprocessingOptions
 
-from trace_jax.files import is_remote
+from trace_jax.io.files import is_remote
 from trace_jax.parallel.agreement import everywhere, main_says
 
 logger = logging.getLogger("trace_jax")

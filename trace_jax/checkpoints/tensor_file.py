@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from trace_jax.files import replacing
+from trace_jax.io.files import replacing
 from trace_jax.parallel.hosts import is_main
 
 DTYPES = {

@@ -14,7 +14,7 @@ from typing import Any
 from trace_jax.data.errors import DataError
 from trace_jax.data.published.table import PUBLISHED
 from trace_jax.data.tfds import TFDS, is_prepared, open_tfds, revision
-from trace_jax.files import as_path, is_remote
+from trace_jax.io.files import as_path, is_remote
 
 
 @dataclasses.dataclass(frozen=True)

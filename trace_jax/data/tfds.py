@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from trace_jax.data.errors import DataError
-from trace_jax.files import as_path, read_json
+from trace_jax.io.files import as_path, read_json
 
 TFDS = "tfds:"
 RECORD = "published.json"  # beside the data of what was built here: its revision, rows and files

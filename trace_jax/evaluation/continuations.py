@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from trace_jax.checkpoints.checkpoint import read_object
 from trace_jax.config import ConfigError
 from trace_jax.evaluation.sequences import score_sequences
+from trace_jax.io.progress import progress
 from trace_jax.models.model import Model
-from trace_jax.progress import progress
 
 _LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")  # of config.json, in lm-eval's order
 _USUAL_LENGTH = 2048  # where a model names none, as in lm-eval

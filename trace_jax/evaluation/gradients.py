@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from trace_jax.io.progress import tracked
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.generate import padded_size
@@ -18,7 +19,6 @@ from trace_jax.models.model import Model
 from trace_jax.models.sharding import on_mesh, placed_params
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import ROWS, row_shards
-from trace_jax.progress import tracked
 
 
 def gradient_norms(

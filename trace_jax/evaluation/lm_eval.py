@@ -21,10 +21,10 @@ from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.evaluation.continuations import make_reader, score_texts, score_tokens
-from trace_jax.files import read_json, write_json
+from trace_jax.io.files import read_json, write_json
+from trace_jax.io.progress import progress, say
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
-from trace_jax.progress import progress, say
 
 try:
     import lm_eval

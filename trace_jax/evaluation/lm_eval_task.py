@@ -14,7 +14,7 @@ from trace_jax.config import ConfigError
 from trace_jax.data.config import DataConfig
 from trace_jax.data.handbook import build_handbook
 from trace_jax.data.presidents import build_presidents
-from trace_jax.files import is_remote, replacing, write_json
+from trace_jax.io.files import is_remote, replacing, write_json
 
 EMBEDDED = {"handbook": build_handbook, "presidents": build_presidents}
 _SPLIT = "test"

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from trace_jax.evaluation.task import TaskScores
-from trace_jax.files import local_copy, replacing
+from trace_jax.io.files import local_copy, replacing
+from trace_jax.io.progress import say
 from trace_jax.parallel.agreement import main_says
 from trace_jax.parallel.processes import barrier
-from trace_jax.progress import say
 
 _IDENTITY = "identity"
 

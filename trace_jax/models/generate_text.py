@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
+from trace_jax.io.progress import progress
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
-from trace_jax.progress import progress
 
 _CONTEXT = 8  # tokens of the prompt that a decoder gets to see, for the space before the first new word
 

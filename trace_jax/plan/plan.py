@@ -11,8 +11,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.experiment import ExperimentConfig
-from trace_jax.files import write_json
+from trace_jax.io.files import write_json
+from trace_jax.io.progress import say
 from trace_jax.models.arrays import count_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.config import ParallelConfig
@@ -22,7 +22,7 @@ from trace_jax.plan.prediction import Prediction, predict
 from trace_jax.plan.programs import Program, assumed_experts, decoding_program, statistics_program, step_program
 from trace_jax.plan.table import duration, program_table, search_table, size
 from trace_jax.plan.target import Target
-from trace_jax.progress import say
+from trace_jax.run.experiment import ExperimentConfig
 
 
 def plan(

@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from trace_jax.files import as_path, replacing
+from trace_jax.io.files import as_path, replacing
 from trace_jax.report import attacks, figures, routing_figures, words
 from trace_jax.report.certificates import certificate_table
 from trace_jax.report.data import Number, ReportData, known, report_data

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from trace_jax.config import ConfigError
-from trace_jax.files import local_copy, read_json, replacing, write_json
+from trace_jax.io.files import local_copy, read_json, replacing, write_json
 from trace_jax.routing.certificate import Certificate
 from trace_jax.routing.config import UNITS
 from trace_jax.routing.entropy_balancing import Balance, entropy_balance

@@ -25,9 +25,9 @@ from jax.sharding import Mesh
 from trace_jax.config import ConfigError
 from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
-from trace_jax.files import as_path, local_copy, remove, replacing
+from trace_jax.io.files import as_path, local_copy, remove, replacing
+from trace_jax.io.progress import tracked
 from trace_jax.models.model import Model
-from trace_jax.progress import tracked
 from trace_jax.routing import controls
 from trace_jax.routing.calibration import Calibration, calibrate
 from trace_jax.routing.certificate import Certificate

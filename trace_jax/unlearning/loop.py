@@ -15,10 +15,10 @@ from typing import Any
 import jax
 
 from trace_jax.checkpoints.state import StateStore
-from trace_jax.files import flush_lines
-from trace_jax.interruption import Interrupted, Interruption
+from trace_jax.io.files import flush_lines
+from trace_jax.io.progress import progress, say
+from trace_jax.io.signals import Interrupted, Interruption
 from trace_jax.parallel.agreement import main_says
-from trace_jax.progress import progress, say
 from trace_jax.unlearning.metrics import Metrics
 from trace_jax.unlearning.rules import NO_RULES, Evaluated, Point, Rules, Stop
 from trace_jax.unlearning.state import TrainState

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_jax.files import append_line, as_path, local_copy, read_lines, remove, replacing
+from trace_jax.io.files import append_line, as_path, local_copy, read_lines, remove, replacing
 from trace_jax.parallel.hosts import is_main
 
 _FILE, _ITEMS = "metrics.jsonl", "items.npz"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from trace_jax.files import read_json, remove, write_json
+from trace_jax.io.files import read_json, remove, write_json
+from trace_jax.io.progress import say
 from trace_jax.models.model import Model
-from trace_jax.progress import say
 from trace_jax.routing.recalibration import Recalibration
 from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.routing.statistics import DamagedRouting

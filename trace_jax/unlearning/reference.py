@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from trace_jax.data.rows import Rows
-from trace_jax.files import local_copy, replacing
+from trace_jax.io.files import local_copy, replacing
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.config import ConfigError
 from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
+from trace_jax.io.progress import say
 from trace_jax.models.arrays import flatten, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
@@ -22,7 +23,6 @@ from trace_jax.models.model import Model
 from trace_jax.models.sharding import param_specs, placed_params
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import ROWS, row_shards
-from trace_jax.progress import say
 from trace_jax.routing.statistics import run_batches
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.grip import (

@@ -17,12 +17,12 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.config import fingerprint
 from trace_jax.data.refusals import encode_refusals, with_refusals
 from trace_jax.data.rows import Rows
-from trace_jax.files import as_path
+from trace_jax.io.files import as_path
+from trace_jax.io.progress import say
 from trace_jax.models.model import Model
 from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import ROWS
-from trace_jax.progress import say
 from trace_jax.routing.recalibration import Recalibration
 from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.unlearning.checks import check_run

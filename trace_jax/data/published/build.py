@@ -26,8 +26,8 @@ from trace_jax.data.published import files as published_files
 from trace_jax.data.published.download import download
 from trace_jax.data.published.table import INTEGER, TEXTS, Published, Subset, published
 from trace_jax.data.tfds import RECORD, import_tfds, tfds_directory
-from trace_jax.files import as_path, is_remote, write_json
-from trace_jax.progress import say
+from trace_jax.io.files import as_path, is_remote, write_json
+from trace_jax.io.progress import say
 
 HUB = "hub"
 VERSION = "1.0.0"  # of the layout; which data it is says the revision

@@ -24,27 +24,27 @@ from trace_jax.data.batches import mixture_batches, sequential_batches
 from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import Corpora, build_corpora
 from trace_jax.data.tokenizer import read_vocabulary
-from trace_jax.environment import describe
 from trace_jax.evaluation.audit import hazardous
 from trace_jax.evaluation.store import ScoreStore
 from trace_jax.evaluation.suite import Evaluator, make_evaluator
 from trace_jax.evaluation.task import Task
 from trace_jax.evaluation.tasks import build_tasks
-from trace_jax.experiment import ExperimentConfig
-from trace_jax.export import (
+from trace_jax.io.environment import describe
+from trace_jax.io.files import free_bytes, remove, write_json
+from trace_jax.io.progress import say, tracked
+from trace_jax.models.arrays import count_params, flatten
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.model import Model
+from trace_jax.parallel.processes import check_joined
+from trace_jax.routing.statistics import ExpertStatistics, expert_statistics
+from trace_jax.run.experiment import ExperimentConfig
+from trace_jax.run.export import (
     load_retrained,
     load_target,
     load_trained,
     save_trained,
 )
-from trace_jax.files import free_bytes, remove, write_json
-from trace_jax.models.arrays import count_params, flatten
-from trace_jax.models.config import ModelConfig
-from trace_jax.models.model import Model
-from trace_jax.parallel.processes import check_joined
-from trace_jax.progress import say, tracked
-from trace_jax.routing.statistics import ExpertStatistics, expert_statistics
-from trace_jax.stages import Stage, check_workdir, open_workdir
+from trace_jax.run.stages import Stage, check_workdir, open_workdir
 from trace_jax.unlearning.lora import factors
 from trace_jax.unlearning.optimizer import moments
 from trace_jax.unlearning.train import train_model

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tiny_checkpoints
 
-import trace_jax.evaluate
+import trace_jax.run.evaluate
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.sequences import score_sequences
 from trace_jax.evaluation.task import TaskScores
-from trace_jax.files import read_json
+from trace_jax.io.files import read_json
 from trace_jax.main import main
 
 
@@ -58,7 +58,7 @@ def checkpoints(tmp_path_factory):
 def task(monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
     task = Likelihood()
-    monkeypatch.setattr(trace_jax.evaluate, "build_tasks", lambda config: (task,))
+    monkeypatch.setattr(trace_jax.run.evaluate, "build_tasks", lambda config: (task,))
     return task
 
 
@@ -95,6 +95,6 @@ def test_what_cannot_be_evaluated_is_said(task, checkpoints, tmp_path, capsys, m
     (tmp_path / "file").write_text("")
     assert evaluate(checkpoints["olmoe"], tmp_path / "file") == 2
     assert "--output needs a directory" in capsys.readouterr().err
-    monkeypatch.setattr(trace_jax.evaluate, "build_tasks", lambda config: ())
+    monkeypatch.setattr(trace_jax.run.evaluate, "build_tasks", lambda config: ())
     assert evaluate(checkpoints["olmoe"], tmp_path / "out") == 2
     assert "names no task" in capsys.readouterr().err

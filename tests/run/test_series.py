@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 
-from tests.test_pipeline import experiment
+from tests.run.test_pipeline import experiment
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import DataError
-from trace_jax.experiment import ExperimentConfig
-from trace_jax.files import read_json
+from trace_jax.io.files import read_json
 from trace_jax.main import main
-from trace_jax.series import run_series
+from trace_jax.run.experiment import ExperimentConfig
+from trace_jax.run.series import run_series
 
 SMALL = {"steps": 2, "evaluate_every": 2, "checkpoint_every": 2, "learning_rate": 1e-2, "warmup_steps": 0}
 

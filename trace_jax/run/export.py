@@ -18,14 +18,14 @@ from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.config import DataConfig
 from trace_jax.data.sources import HUGGINGFACE, TFDS
-from trace_jax.experiment import METHODS, ExperimentConfig
-from trace_jax.files import as_path, local_copy, replacing
+from trace_jax.io.files import as_path, local_copy, replacing
+from trace_jax.io.progress import say
 from trace_jax.models.arrays import abstract_params, flatten, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
-from trace_jax.progress import say
 from trace_jax.report.words import format_interval, format_number, plain_name
-from trace_jax.summary import FORGOTTEN, SPLIT, needed
+from trace_jax.run.experiment import METHODS, ExperimentConfig
+from trace_jax.run.results import FORGOTTEN, SPLIT, needed
 from trace_jax.unlearning.unlearn import Unlearned
 
 TARGET = "target"

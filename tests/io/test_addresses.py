@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.test_pipeline import experiment, numbers
-from trace_jax import files
+from tests.run.test_pipeline import experiment, numbers
 from trace_jax.checkpoints import state
 from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
@@ -16,8 +15,8 @@ from trace_jax.checkpoints.params import load_params, save_params
 from trace_jax.checkpoints.tensor_file import CheckpointError
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import DataError, load_documents
-from trace_jax.export import export_run
-from trace_jax.files import (
+from trace_jax.io import files
+from trace_jax.io.files import (
     append_line,
     as_path,
     flush_lines,
@@ -30,7 +29,8 @@ from trace_jax.files import (
     shown,
     write_json,
 )
-from trace_jax.pipeline import run
+from trace_jax.run.export import export_run
+from trace_jax.run.methods import run
 
 
 class Bucket(MemoryFileSystem):

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from trace_jax.progress import say
+from trace_jax.io.progress import say
 
 # Steps of this process over all its loops: every process counts alike, and a notice between two loops is not missed.
 _counted = itertools.count(1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from trace_jax import verify
+from trace_jax.checkpoints import verify
 from trace_jax.main import main
 from trace_jax.models.arrays import count_params
 from trace_jax.models.families import model_config
@@ -95,7 +95,7 @@ def test_a_pickle_is_refused(copy, capsys):
     ("patch", "reason"),
     [
         (("importlib.util.find_spec", lambda package: None), "torch is not installed"),
-        (("trace_jax.verify._available_bytes", lambda: 1000), "0.85 MB of memory, 0.00 MB are free"),
+        (("trace_jax.checkpoints.verify._available_bytes", lambda: 1000), "0.85 MB of memory, 0.00 MB are free"),
     ],
 )
 def test_the_comparison_is_skipped_where_it_cannot_be_made(patch, reason, tiny_checkpoint, capsys, monkeypatch):

@@ -20,19 +20,19 @@ from typing import Any
 import numpy as np
 
 from trace_jax.config import ConfigError, as_dict, resolve
-from trace_jax.environment import describe
 from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.comparison import READINGS, Comparison, Run, check_equal_budgets, compare
 from trace_jax.evaluation.fronts import Front
 from trace_jax.evaluation.items import load_run_items
 from trace_jax.evaluation.tables import comparison_markdown, comparison_text, objectives_markdown
-from trace_jax.experiment import METHODS, ExperimentConfig, Method, StudyConfig
-from trace_jax.files import read_json, replacing, shown, write_json
+from trace_jax.io.environment import describe
+from trace_jax.io.files import read_json, replacing, shown, write_json
+from trace_jax.io.progress import progress, say
 from trace_jax.parallel.memory import keep_freed_memory
-from trace_jax.progress import progress, say
 from trace_jax.report import Number, ReportData, SummaryRow, report_front, write_report
-from trace_jax.stages import check_workdir, open_workdir
-from trace_jax.summary import CONTROLS, FORGOTTEN, now
+from trace_jax.run.experiment import METHODS, ExperimentConfig, Method, StudyConfig
+from trace_jax.run.results import CONTROLS, FORGOTTEN, now
+from trace_jax.run.stages import check_workdir, open_workdir
 from trace_jax.unlearning.objectives import OBJECTIVES
 
 
@@ -96,7 +96,7 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
         )
     check_workdir(config, workdir, overwrite=overwrite)
     if config.data.benchmark == "text":
-        from trace_jax.preparation import read_corpora
+        from trace_jax.run.prepare import read_corpora
 
         read_corpora(config)  # before anything is written: the user's files may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
@@ -175,7 +175,7 @@ _READY: dict[tuple[Path, int], Any] = {}
 
 def _prepared(config: ExperimentConfig, path: Path, seed: int):
     """The seed's target model, statistics and evaluator; kept for the next run of the seed in this process."""
-    from trace_jax.preparation import prepare
+    from trace_jax.run.prepare import prepare
 
     key = (path, seed)
     if key not in _READY:
@@ -185,7 +185,7 @@ def _prepared(config: ExperimentConfig, path: Path, seed: int):
 
 
 def _run_trial(config: ExperimentConfig, path: Path, trial: Trial) -> None:
-    from trace_jax.pipeline import run_method
+    from trace_jax.run.methods import run_method
 
     prepared = _prepared(config, path, trial.seed)
     run_method(prepared, trial_method(config, trial), label=trial.label)

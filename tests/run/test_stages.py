@@ -4,9 +4,9 @@ import pytest
 
 from tests.two_processes import JOIN, run_processes
 from trace_jax.config import ConfigError, resolve
-from trace_jax.experiment import ExperimentConfig
-from trace_jax.files import read_json, write_json
-from trace_jax.stages import Stage, open_workdir
+from trace_jax.io.files import read_json, write_json
+from trace_jax.run.experiment import ExperimentConfig
+from trace_jax.run.stages import Stage, open_workdir
 
 
 def experiment(**values):
@@ -40,7 +40,7 @@ def test_a_directory_that_is_no_run_is_never_touched(tmp_path):
 
 
 def test_a_full_disk_is_said_before_work_begins(tmp_path, monkeypatch):
-    monkeypatch.setattr("trace_jax.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 5 << 20}))
+    monkeypatch.setattr("trace_jax.io.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 5 << 20}))
     with pytest.raises(ConfigError, match="only 5 MiB are free"):
         open_workdir(experiment(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -66,11 +66,11 @@ WORKDIR = (
     + """
 import sys
 from pathlib import Path
-from tests.test_stages import experiment
-from trace_jax import stages
+from tests.run.test_stages import experiment
+from trace_jax.run import stages
 from trace_jax.config import ConfigError
-from trace_jax.files import append_line, read_json, remove, write_json
-from trace_jax.progress import progress, say
+from trace_jax.io.files import append_line, read_json, remove, write_json
+from trace_jax.io.progress import progress, say
 stages._SECONDS_TO_SEE = 2.0
 index, path = jax.process_index(), Path(sys.argv[1])
 try:

@@ -14,10 +14,10 @@ from trace_jax.config import ConfigError
 from trace_jax.evaluation.benchmarks import Scoreboard, scoreboard
 from trace_jax.evaluation.fronts import Front, crossing
 from trace_jax.evaluation.tables import equal_forgetting
-from trace_jax.experiment import METHODS
-from trace_jax.files import as_path, local_copy, read_json, read_lines, shown, write_json
+from trace_jax.io.files import as_path, local_copy, read_json, read_lines, shown, write_json
 from trace_jax.report import Number, ReportData, Routing, SummaryRow, attack_rows, report_front, write_report
 from trace_jax.routing.statistics import ExpertStatistics
+from trace_jax.run.experiment import METHODS
 
 SPLIT = "test"
 CONTROLS = ("permuted", "random_experts", "ngram", "hidden", "loss", "oracle")

@@ -13,16 +13,16 @@ import transformers
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tests.test_pipeline import numbers
+from tests.run.test_pipeline import numbers
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.tokenizer import train_tokenizer
-from trace_jax.experiment import ExperimentConfig
-from trace_jax.export import export_run, load_target, load_unlearned
-from trace_jax.files import read_json, write_json
+from trace_jax.io.files import read_json, write_json
 from trace_jax.main import load_config, main
 from trace_jax.models.decoder import forward
-from trace_jax.pipeline import run
+from trace_jax.run.experiment import ExperimentConfig
+from trace_jax.run.export import export_run, load_target, load_unlearned
+from trace_jax.run.methods import run
 
 VOCABULARY = 320
 # Marks as they come: none for the beginning, several ends, padding that is an end.
@@ -241,8 +241,8 @@ def test_a_checkpoint_that_can_not_be_used_is_refused_before_anything_is_written
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_work_begins(checkpoint, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("trace_jax.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 30}))
-    monkeypatch.setattr("trace_jax.preparation.parameter_bytes", lambda _: 13 << 30)
+    monkeypatch.setattr("trace_jax.io.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 30}))
+    monkeypatch.setattr("trace_jax.run.prepare.parameter_bytes", lambda _: 13 << 30)
     with pytest.raises(
         ConfigError, match=r"1\.0 GiB are free there; this run needs 26\.0 GiB \(export 13\.0, trace_rows"
     ):

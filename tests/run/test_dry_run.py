@@ -5,10 +5,10 @@ import json
 import pytest
 
 from trace_jax.config import ConfigError, resolve
-from trace_jax.dry_run import FIRST, dry_run
-from trace_jax.experiment import ExperimentConfig
 from trace_jax.main import main
 from trace_jax.models.families.published import PUBLISHED
+from trace_jax.run.check import FIRST, dry_run
+from trace_jax.run.experiment import ExperimentConfig
 
 
 def write(path, items):

@@ -16,20 +16,20 @@ from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
 from trace_jax.data.sources import read_source
-from trace_jax.environment import describe
 from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.tables import aligned, number_text
-from trace_jax.experiment import ExperimentConfig, SeriesConfig
-from trace_jax.export import load_trained
-from trace_jax.files import shown, write_json
+from trace_jax.io.environment import describe
+from trace_jax.io.files import shown, write_json
+from trace_jax.io.progress import say
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.hosts import is_main
-from trace_jax.pipeline import run
-from trace_jax.preparation import prepare
-from trace_jax.progress import say
 from trace_jax.report import ReportData, write_report
-from trace_jax.stages import Stage, check_export, open_workdir
-from trace_jax.summary import SPLIT, needed, now
+from trace_jax.run.experiment import ExperimentConfig, SeriesConfig
+from trace_jax.run.export import load_trained
+from trace_jax.run.methods import run
+from trace_jax.run.prepare import prepare
+from trace_jax.run.results import SPLIT, needed, now
+from trace_jax.run.stages import Stage, check_export, open_workdir
 
 _TITLES = {
     "scalability": "Scalability: ever larger forget sets, each unlearned from the target",

@@ -13,11 +13,11 @@ from typing import TypeVar
 import jax
 
 from trace_jax.config import ConfigError, as_dict
-from trace_jax.experiment import ExperimentConfig
-from trace_jax.files import as_path, free_bytes, is_remote, read_json, remove, write_json
+from trace_jax.io.files import as_path, free_bytes, is_remote, read_json, remove, write_json
+from trace_jax.io.progress import say
 from trace_jax.parallel.agreement import everywhere, main_says
 from trace_jax.parallel.processes import barrier
-from trace_jax.progress import say
+from trace_jax.run.experiment import ExperimentConfig
 
 T = TypeVar("T")
 _FREE_BYTES = 1 << 30

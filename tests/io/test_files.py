@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from trace_jax.files import append_line, read_json, read_lines, replacing, write_json
+from trace_jax.io.files import append_line, read_json, read_lines, replacing, write_json
 
 
 def test_an_error_leaves_the_old_file_and_no_temporary(tmp_path):

@@ -25,23 +25,23 @@ from trace_jax.evaluation.items import item_outcomes
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.routing import measure_routing
 from trace_jax.evaluation.store import ScoreStore
-from trace_jax.experiment import ExperimentConfig, Method
-from trace_jax.export import (
+from trace_jax.io.files import flush_lines, remove, shown, write_json
+from trace_jax.io.progress import say
+from trace_jax.models.model import Model
+from trace_jax.parallel.hosts import is_main
+from trace_jax.routing.recalibration import Recalibration
+from trace_jax.routing.retain_weights import RetainWeights, retain_weights
+from trace_jax.run.experiment import ExperimentConfig, Method
+from trace_jax.run.export import (
     UNLEARNED,
     export_model,
     load_retrained,
     load_unlearned,
     save_unlearned,
 )
-from trace_jax.files import flush_lines, remove, shown, write_json
-from trace_jax.models.model import Model
-from trace_jax.parallel.hosts import is_main
-from trace_jax.preparation import Prepared, prepare, retrained_identity
-from trace_jax.progress import say
-from trace_jax.routing.recalibration import Recalibration
-from trace_jax.routing.retain_weights import RetainWeights, retain_weights
-from trace_jax.stages import Stage
-from trace_jax.summary import needed, refresh
+from trace_jax.run.prepare import Prepared, prepare, retrained_identity
+from trace_jax.run.results import needed, refresh
+from trace_jax.run.stages import Stage
 from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.rules import Evaluated
 from trace_jax.unlearning.selected import chosen_experts

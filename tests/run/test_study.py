@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from tests.test_pipeline import experiment
+from tests.run.test_pipeline import experiment
 from trace_jax.attacks.config import AttacksConfig, RouterSwapConfig
 from trace_jax.config import ConfigError
 from trace_jax.evaluation.comparison import UnequalBudget
-from trace_jax.files import read_json
-from trace_jax.study import Trial, load_runs, run_study, seed_config, trial_method, trials, write_study
+from trace_jax.io.files import read_json
+from trace_jax.run.study import Trial, load_runs, run_study, seed_config, trial_method, trials, write_study
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from safetensors import safe_open
 
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError, resolve
-from trace_jax.experiment import ExperimentConfig
-from trace_jax.export import export_run, load_target, load_unlearned
-from trace_jax.files import read_json, read_lines
+from trace_jax.io.files import read_json, read_lines
 from trace_jax.models.arrays import flatten
-from trace_jax.pipeline import run
-from trace_jax.summary import write_run_report
+from trace_jax.run.experiment import ExperimentConfig
+from trace_jax.run.export import export_run, load_target, load_unlearned
+from trace_jax.run.methods import run
+from trace_jax.run.results import write_run_report
 
 
 def experiment(data, **changes):

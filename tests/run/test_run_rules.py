@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 
-from tests.test_pipeline import experiment
+from tests.run.test_pipeline import experiment
 from trace_jax.evaluation.fronts import MEAN, Front
-from trace_jax.export import model_card
-from trace_jax.files import read_json, read_lines, write_json
-from trace_jax.pipeline import run
-from trace_jax.summary import write_run_report
+from trace_jax.io.files import read_json, read_lines, write_json
+from trace_jax.run.export import model_card
+from trace_jax.run.methods import run
+from trace_jax.run.results import write_run_report
 
 METRICS = "methods/uniform/metrics.jsonl"
 LENGTH = {"steps": None, "epochs": 2.0, "evaluate_every": 1, "learning_rate": 0.02, "alpha": 1.0}
