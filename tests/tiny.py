@@ -1,0 +1,61 @@
+"""One tiny world for every test that needs a forward pass: a shape, parameters, rows, a tokenizer.
+
+Rooms vary switches (`dataclasses.replace(tiny.CONFIG, router_bias=True)`), not sizes, so that they share compiled programs.
+"""
+
+import functools
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from trace_jax.data.rows import Rows
+from trace_jax.models.arrays import init_params
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.model import Model
+from trace_jax.parallel.mesh import make_mesh
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_size=8,
+    num_experts=4,
+    experts_per_token=2,
+    expert_hidden_size=8,
+)
+LENGTH = 12
+
+
+@functools.cache
+def make_model(config: ModelConfig = CONFIG, seed: int = 0) -> Model:
+    """Random parameters, larger than at initialisation, so that routing is decided."""
+    return Model(config, jax.tree.map(lambda x: x * 2.0, init_params(config, jax.random.key(seed))))
+
+
+def make_rows(count: int, *, seed: int = 0, length: int = LENGTH, vocab_size: int = CONFIG.vocab_size) -> Rows:
+    """Rows of unequal length with padding at the end; every third holds two documents and is a neighbour."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(3, vocab_size, (count, length)).astype(np.int32)
+    segments = np.ones((count, length), np.int32)
+    for row in range(count):
+        segments[row, rng.integers(length // 2, length + 1) :] = 0
+        if row % 3 == 0:
+            segments[row, length // 3 :] *= 2
+    same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    valid = np.pad(same, ((0, 0), (0, 1)))
+    return Rows(np.where(segments > 0, tokens, 0), segments, valid, (np.arange(count) % 3 == 0).astype(np.int32))
+
+
+def make_tokenizer(vocab_size: int = CONFIG.vocab_size) -> Tokenizer:
+    """Every id is a word of its own, w0 to w63."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def one_device() -> jax.sharding.Mesh:
+    """A mesh of a single device."""
+    return make_mesh(jax.devices()[:1])
