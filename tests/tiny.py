@@ -1,6 +1,6 @@
 """One tiny world for every test that needs a forward pass: a shape, parameters, rows, a tokenizer.
 
-Rooms vary switches (`dataclasses.replace(tiny.CONFIG, router_bias=True)`), not sizes, so that they share compiled programs.
+Rooms vary switches (`dataclasses.replace(tiny.CONFIG, router_bias=True)`), not sizes: compiled programs are shared so.
 """
 
 import functools
