@@ -11,6 +11,7 @@ from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.comparison import Comparison
 from trace_jax.evaluation.fronts import MEAN, Crossing, Front, crossing
 from trace_jax.evaluation.intervals import Interval
+from trace_jax.io.codec import encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class EqualForgetting:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for results.json."""
-        return dataclasses.asdict(self)
+        return encode(self)
 
     def text(self) -> str:
         """The table as plain text, columns aligned."""

@@ -1,0 +1,61 @@
+"""Dataclasses go to JSON and come back as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+
+from trace_jax.io.codec import decode, encode
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    value: float
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    count: int
+    array: np.ndarray
+    pairs: tuple[tuple[int, float], ...]
+    by_name: Mapping[str, Inner]
+    listed: Sequence[Inner]
+    rest: Inner | None = None
+    flag: bool | None = None
+
+
+def outer(**changes):
+    values = {
+        "count": 3,
+        "array": np.array([[0.5, math.nan], [math.inf, 2.0]]),
+        "pairs": ((1, 0.25), (2, math.nan)),
+        "by_name": {"a": Inner(math.nan)},
+        "listed": [Inner(1.0, "x")],
+    }
+    return Outer(**values | changes)
+
+
+def test_what_is_written_is_read_back():
+    plain = json.loads(json.dumps(encode(outer(rest=Inner(2.0))), allow_nan=False))
+    back = decode(Outer, plain)
+    assert (back.count, back.rest, back.listed, back.flag) == (3, Inner(2.0), [Inner(1.0, "x")], None)
+    np.testing.assert_array_equal(back.array, [[0.5, math.nan], [math.nan, 2.0]])
+    assert back.pairs[0] == (1, 0.25) and math.isnan(back.pairs[1][1]) and math.isnan(back.by_name["a"].value)
+    assert decode(Outer, encode(outer(array=np.arange(3)))).array.dtype == np.int64
+
+
+def test_numbers_may_be_shortened():
+    assert encode({"x": np.float64(0.123456789), "n": 123456789}, digits=3) == {"x": 0.123, "n": 123456789}
+
+
+@pytest.mark.parametrize("change, name", [({"valu": 1.0}, "valu"), ({"value": None}, "value")])
+def test_fields_that_do_not_fit_are_named(change, name):
+    plain = {k: v for k, v in ({"value": 1.0} | change).items() if v is not None}
+    with pytest.raises(ValueError, match=name):
+        decode(Inner, plain)
