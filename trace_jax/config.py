@@ -38,7 +38,8 @@ def option(
     """Declares one setting of a `Section`.
 
     Args:
-      default: the value when none is given. For a conditional setting it may be a dict from the value of the
+      default: the value when none is given, or a function of the section that gives it from the settings declared
+        before this one; None then stands for it. For a conditional setting it may be a dict from the value of the
         deciding setting to the default.
       help: one line on what the setting does, with its unit.
       choices: the values allowed.
@@ -50,6 +51,9 @@ def option(
     if when is not None:
         metadata["conditional_default"] = default
         default = None
+    elif callable(default):
+        metadata["usual"] = default
+        default = None
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -60,9 +64,12 @@ class Section:
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
+            value, hint, default = getattr(self, field.name), hints[field.name], field.default
+            if usual := field.metadata.get("usual"):
+                default = usual(self)
+                value = default if value is None else value
             if isinstance(hint, type) and issubclass(hint, Variant):
-                value = _variant(value, hint, field.name, field.default)
+                value = _variant(value, hint, field.name, default)
             else:
                 value = _convert(value, hint, field.name)
             object.__setattr__(self, field.name, value)
@@ -98,11 +105,17 @@ class Variant(Section):
     """One of several kinds of a thing, each with settings of its own: an objective, an optimizer, a weighting.
 
     A class without a name collects its kinds: `class Objective(Variant)`, `class NPO(Objective, name="npo")`. A setting
-    of type `Objective` is given by name, `"npo"`, or as a mapping, `{"name": "npo", "beta": 0.1}`.
+    of type `Objective` is given by name, `"npo"`, or as a mapping, `{"name": "npo", "beta": 0.1}`. What a mapping
+    leaves out is as in the default, if that is of the same kind.
     """
 
     name: ClassVar[str]
     kinds: ClassVar[dict[str, type]]
+
+    @classmethod
+    def spelled_out(cls, value: Any) -> Any:
+        """A name or a mapping in place of another short way to write a kind; here there is none."""
+        return value
 
     def __init_subclass__(cls, name: str = "", **arguments):
         super().__init_subclass__(**arguments)
@@ -117,6 +130,7 @@ def _variant(value: Any, base: type[Variant], name: str, default: Any) -> Varian
     """The kind that a name or a mapping names; a mapping without a name has settings of the default."""
     if isinstance(value, base):
         return value
+    value = base.spelled_out(value)
     if not isinstance(value, (str, Mapping)):
         raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); expected one of {', '.join(base.kinds)}.")
     given = {"name": value} if isinstance(value, str) else dict(value)
@@ -130,7 +144,21 @@ def _variant(value: Any, base: type[Variant], name: str, default: Any) -> Varian
             raise ConfigError(
                 f"{name}.{key} would have no effect: it belongs to {' and '.join(others)}, not to {kind}."
             )
-    return resolve(base.kinds[kind], given, path=name)
+    usual = as_dict(default) if isinstance(default, Variant) and default.name == kind else {}
+    return resolve(base.kinds[kind], {key: usual[key] for key in known & usual.keys()} | given, path=name)
+
+
+def _moved(cls: type[Section], key: str) -> str | None:
+    """Where a setting is that once was `key` of this section: "objective.beta" for "beta" or "objective_beta"."""
+    for field, base in _variants(cls).items():
+        for kind in base.kinds.values():
+            for prefix in ("", f"{field}_", f"{kind.name}_"):
+                inner = key.removeprefix(prefix)
+                if inner in {f.name for f in dataclasses.fields(kind)}:
+                    return f"{field}.{inner}"
+                if deeper := _moved(kind, inner):
+                    return f"{field}.{deeper}"
+    return None
 
 
 def _one_of(values: tuple) -> str:
@@ -221,10 +249,9 @@ def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: s
     for key in values:
         if key not in known:
             full = f"{path}.{key}" if path else str(key)
-            for field, base in _variants(cls).items():
-                if any(key in {f.name for f in dataclasses.fields(kind)} for kind in base.kinds.values()):
-                    there = f"{path}.{field}" if path else field
-                    raise ConfigError(f"{full}: it belongs to {there}; write {there}.{key}.")
+            if there := _moved(cls, key):
+                there = f"{path}.{there}" if path else there
+                raise ConfigError(f"{full}: it belongs to {there.rpartition('.')[0]}; write {there}.")
             near, names = _nearest(key, sorted(known)), ", ".join(sorted(known))
             raise ConfigError(f"{full}: there is no setting of this name{near} Known here: {names}.")
     hints = typing.get_type_hints(cls)
@@ -232,10 +259,8 @@ def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: s
     for key, value in values.items():
         hint = hints[key]
         full = f"{path}.{key}" if path else key
-        if isinstance(hint, type) and issubclass(hint, Variant):
-            value = _variant(value, hint, full, {f.name: f.default for f in dataclasses.fields(cls)}[key])
-        elif isinstance(hint, type) and issubclass(hint, Section) and isinstance(value, (Mapping, ConfigDict)):
-            value = resolve(hint, value, path=full)
+        if isinstance(hint, type) and issubclass(hint, Section) and not issubclass(hint, Variant):
+            value = resolve(hint, value, path=full) if isinstance(value, (Mapping, ConfigDict)) else value
         arguments[key] = value
     for name, field in _required(cls).items():
         if name not in arguments:
