@@ -22,7 +22,7 @@ from pathlib import Path
 
 from trace_jax.config import ConfigError
 from trace_jax.io.files import is_remote
-from trace_jax.main import _parse as parse_run
+from trace_jax.main import parse
 from trace_jax.parallel.topology import Topology, parse_topology
 from trace_jax.run.stages import check_export
 
@@ -95,9 +95,9 @@ def _checked(command: list[str], options: argparse.Namespace) -> list[str]:
     else:
         if not any(word.split("=")[0] == "--workdir" for word in rest):
             raise ConfigError(f"--workdir is missing: where the {name} goes, for example gs://BUCKET/RUN.")
-        given, config = parse_run(name, rest)
-        check_export(config, given.workdir)
-        workdir, file = given.workdir, given.config.partition(":")[0]
+        experiment = parse([name, *rest])
+        workdir, file = experiment.workdir, experiment.config.partition(":")[0]
+        check_export(experiment.load_config(), workdir)
         if not (ROOT / file).is_file() or (options.target != "slurm" and Path(file).is_absolute()):
             raise ConfigError(f"--config is {file}; expected a file of this checkout, relative to {ROOT}.")
         if options.target != "slurm" and not is_remote(workdir):

@@ -1,14 +1,17 @@
 """The command line: overrides reach the settings, and every mistake ends in one sentence and a non-zero exit code."""
 
 import signal
+import subprocess
+import sys
 
 import jax
 import pytest
 
 import trace_jax
 from trace_jax.config import ConfigError
-from trace_jax.main import _COMMANDS, load_config, main
+from trace_jax.main import COMMANDS, main, parse
 from trace_jax.models.families.published import PUBLISHED
+from trace_jax.run.config_file import load_config
 from trace_jax.unlearning.objectives import OBJECTIVES
 
 QUICKSTART = "configs/quickstart.py"
@@ -61,6 +64,7 @@ def test_the_study_methods_have_one_budget_and_bracket_alpha():
 
 
 BAD = [
+    (["stduy", "--config", QUICKSTART], "no command 'stduy'; did you mean 'study'?"),
     (["--config", "nowhere.py", "--workdir", "w"], "nowhere.py: no such config file"),
     (["--config", QUICKSTART, "--workdir", "w", "--config.unlearning.stepz=3"], "did you mean 'steps'"),
     (["--config", QUICKSTART, "--workdir", "w", "--config.name.x=3"], "name is a single setting"),
@@ -84,6 +88,23 @@ def test_mistakes_end_in_a_sentence(tmp_path, capsys, arguments, message):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("spelling", ["{} --help", "help {}"])
+def test_every_command_says_what_it_takes(command, spelling, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(spelling.format(command).split())
+    out = capsys.readouterr().out
+    assert ended.value.code == 0 and COMMANDS[command][1] in out.replace("\n", " ")
+    assert ("--config FILE[:variant]" in out) == (command in ("run", "study", "series", "evaluate", "plan"))
+
+
+def test_help_and_version_need_no_jax():
+    for flag, expected in (("help", "study "), ("--help", "doctor "), ("--version", trace_jax.__version__)):
+        program = f"import sys, trace_jax.main as m\ntry: m.main([{flag!r}])\nfinally: assert 'jax' not in sys.modules"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
+
+
 def test_an_unknown_argument_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--config", QUICKSTART, "--workdir", str(tmp_path / "w"), "--learning_rate=3"])
@@ -95,7 +116,7 @@ def test_a_signal_ends_with_its_own_exit_code(monkeypatch, capsys, number, code)
     """Ctrl-C arrives as Python's own KeyboardInterrupt, unless a loop makes it wait."""
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    monkeypatch.setitem(_COMMANDS, "doctor", lambda _: signal.raise_signal(number))
+    monkeypatch.setattr("trace_jax.io.environment.main", lambda _: signal.raise_signal(number))
     try:
         assert main(["doctor"]) == code
     finally:
@@ -105,10 +126,8 @@ def test_a_signal_ends_with_its_own_exit_code(monkeypatch, capsys, number, code)
 
 
 def test_values_are_literals_or_text(tmp_path):
-    from trace_jax.main import _parse
-
     arguments = ["--config", QUICKSTART, "--workdir", "w", "--config.methods=('uniform',)", "--config.name", "mine"]
-    _, config = _parse("run", arguments)
+    config = parse(arguments).load_config()
     assert (config.methods, config.name) == (("uniform",), "mine")
 
 

@@ -34,7 +34,7 @@ _PUBLIC = {
     "make_mesh": "trace_jax.parallel.mesh",
     "ParallelConfig": "trace_jax.parallel.config",
     "ConfigError": "trace_jax.config",
-    "load_config": "trace_jax.main",
+    "load_config": "trace_jax.run.config_file",
     "run": "trace_jax.run.methods",
 }
 

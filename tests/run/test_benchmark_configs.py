@@ -15,9 +15,9 @@ from trace_jax.data.published.table import PUBLISHED as DATASETS
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.evaluation.config import TofuConfig
 from trace_jax.io.files import read_json
-from trace_jax.main import load_config
 from trace_jax.models.families.published import PUBLISHED
 from trace_jax.run.check import dry_run
+from trace_jax.run.config_file import load_config
 from trace_jax.run.methods import run
 
 CONFIGS = ("wmdp_cyber", "wmdp_bio", "muse_books", "muse_news", "tofu")

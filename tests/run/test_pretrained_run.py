@@ -18,8 +18,9 @@ from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.io.files import read_json, write_json
-from trace_jax.main import load_config, main
+from trace_jax.main import main
 from trace_jax.models.decoder import forward
+from trace_jax.run.config_file import load_config
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import export_run, load_target, load_unlearned
 from trace_jax.run.methods import run

@@ -10,7 +10,7 @@ import tiny_checkpoints
 from trace_jax.config import ConfigError
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.io.files import read_json, read_lines
-from trace_jax.main import load_config
+from trace_jax.run.config_file import load_config
 from trace_jax.run.methods import run
 
 WORDS = ["river", "stone", "apple", "cloud", "lamp", "tiger", "violin", "harbour", "window"]

@@ -8,7 +8,7 @@ import dataclasses
 import gc
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,18 @@ _SIZES = {  # not switches
 _KINDS = ("embedding", "attention", "router", "routed experts", "shared expert", "dense layers", "norms")
 
 
-def verify_main(arguments: Sequence[str]) -> int:
-    """The command. Returns 0 if all is well and 1 if transformers computes something else.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command `verify`."""
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="config.json and safetensors")
+    parser.add_argument("--no-compare", action="store_true", help="without the comparison with transformers")
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `verify`. Returns 0 if all is well and 1 if transformers computes something else.
 
     Raises:
       ConfigError, CheckpointError: the checkpoint can't be read, or not by transformers.
     """
-    parser = argparse.ArgumentParser("trace_jax.main verify", description="accounts for every tensor of a checkpoint")
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="config.json and safetensors")
-    parser.add_argument("--no-compare", action="store_true", help="without the comparison with transformers")
-    options = parser.parse_args(arguments)
     directory = Path(options.checkpoint)
     checkpoint = open_checkpoint(directory)
     config_json = checkpoint.config

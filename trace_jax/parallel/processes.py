@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import glob
 import importlib.util
 import os
@@ -50,6 +51,14 @@ def start_processes(
     advice = "Start one on every host (srun, mpirun, or the launcher of scripts/); see docs/scaling.md."
     _within(timeout, f"{waiting}. {advice}", jax.distributed.initialize)
     return jax.process_count()
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options `coordinator`, `num_processes` and `process_id` of a command that runs on several hosts."""
+    group = parser.add_argument_group("several processes", "found by itself on Cloud TPU, GKE, Slurm and Open MPI")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is reached")
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
 
 
 def _checked(coordinator: str | None, num_processes: int | str | None, process_id: int | str | None):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from trace_jax.checkpoints.config import PretrainedConfig
@@ -21,7 +23,7 @@ from trace_jax.plan.chips import place
 from trace_jax.plan.prediction import Prediction, predict
 from trace_jax.plan.programs import Program, assumed_experts, decoding_program, statistics_program, step_program
 from trace_jax.plan.table import duration, program_table, search_table, size
-from trace_jax.plan.target import Target
+from trace_jax.plan.target import Target, cpus, gpus, tpu_slice
 from trace_jax.run.experiment import ExperimentConfig
 
 
@@ -163,3 +165,30 @@ def _json(config, model, target, parallel, predictions, found, price) -> dict[st
         "programs": [plain(prediction) for prediction in predictions],
         "search": [{**dataclasses.asdict(each), **plain(prediction)} for each, prediction in found],
     }
+
+
+# --- the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command `plan` beside --config."""
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--topology", metavar="NAME", help="a slice of TPU chips: v5e:4x4, v5p:2x2x4, v6e:4x4")
+    where.add_argument("--gpus", type=int, metavar="N", help="so many GPUs")
+    where.add_argument("--cpu", type=int, metavar="N", help="this machine, as N simulated devices")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="which GPUs: a100, h100 (default), h200, b200")
+    parser.add_argument("--price", type=float, metavar="P", help="of one chip for an hour, for the cost of 1,000 steps")
+    parser.add_argument("--search", action="store_true", help="try all meshes and microbatches; rank those that fit")
+    parser.add_argument("--json", metavar="FILE", help="write every number there")
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `plan`."""
+    config = options.load_config()
+    jax.config.update("jax_platforms", "cpu")  # devices that are planned for are described, not opened
+    if options.topology:
+        target = tpu_slice(options.topology)
+    else:
+        target = gpus(options.gpus, options.gpu) if options.gpus else cpus(options.cpu, config.model.dtype)
+    print(plan(config, target, price=options.price, search=options.search, output=options.json))
+    return 0

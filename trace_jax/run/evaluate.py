@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -93,3 +94,19 @@ def _measured(evaluator: Evaluator, scores: Mapping[str, Scores]) -> dict[str, l
     references: dict[str, Any] = {name: scores.get(name) for name in ("original", "retrained")}
     evaluator = evaluator.with_references(**references)
     return {name: evaluator.measure(found) for name, found in scores.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command `evaluate` beside --config."""
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the checkpoint that is measured")
+    parser.add_argument("--original", metavar="DIR", help="the model before unlearning, to compare with")
+    parser.add_argument("--retrained", metavar="DIR", help="a model trained without the forget set, to compare with")
+    parser.add_argument("--output", required=True, metavar="DIR", help="for results.json and scores; made if missing")
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `evaluate`."""
+    options.overrides["model.path"] = options.checkpoint
+    others = {"original": options.original, "retrained": options.retrained}
+    print(evaluate_checkpoints(options.load_config(), options.checkpoint, options.output, **others))
+    return 0

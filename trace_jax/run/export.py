@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from pathlib import Path
@@ -192,3 +193,17 @@ def _named(data: DataConfig) -> tuple[str, str]:
         x if x.startswith((HUGGINGFACE, TFDS)) else Path(x).name for x in (*data.forget_sources, data.retain)
     )
     return " and ".join(forget), f" while holding on to {retain}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command `export`."""
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a finished run, here or at gs://BUCKET/NAME")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the checkpoint goes; made")
+    parser.add_argument("--method", metavar="LABEL", help="whose model; needed where the run has several methods")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `export`."""
+    print(export_run(options.workdir, options.output, label=options.method, overwrite=options.overwrite))
+    return 0

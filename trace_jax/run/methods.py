@@ -6,6 +6,7 @@ run that was interrupted, or whose later settings changed, continues from what i
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from trace_jax.attacks.attack import Case, Control
@@ -29,6 +31,8 @@ from trace_jax.io.files import flush_lines, remove, shown, write_json
 from trace_jax.io.progress import say
 from trace_jax.models.model import Model
 from trace_jax.parallel.hosts import is_main
+from trace_jax.parallel.memory import keep_freed_memory
+from trace_jax.parallel.processes import add_process_arguments, start_processes
 from trace_jax.routing.recalibration import Recalibration
 from trace_jax.routing.retain_weights import RetainWeights, retain_weights
 from trace_jax.run.experiment import ExperimentConfig, Method
@@ -48,6 +52,29 @@ from trace_jax.unlearning.selected import chosen_experts
 from trace_jax.unlearning.unlearn import unlearn
 
 SPLITS = ("validation", "test")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command `run` beside --config and --workdir."""
+    add_process_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="check everything that needs no weights; no --workdir")
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `run`."""
+    config = options.load_config()
+    if options.dry_run:
+        from trace_jax.run.check import dry_run
+
+        jax.config.update("jax_platforms", "cpu")  # nothing is computed
+        found = dry_run(config)
+        print(found.text)
+        return 2 if found.wrong else 0
+    keep_freed_memory()
+    start_processes(options.coordinator, options.num_processes, options.process_id)
+    if text := run(config, options.workdir or f"runs/{config.name}", overwrite=options.overwrite):
+        print(text)
+    return 0
 
 
 def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> str:

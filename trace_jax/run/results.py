@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 from collections.abc import Iterable, Sequence
@@ -193,3 +194,14 @@ def refresh(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
     results = summarise(path, labels)
     write_json(path / "results.json", results)
     return f"{results['table']}\n\n{write_run_report(path)}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command `report`."""
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="a finished run, here or at gs://BUCKET/NAME")
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `report`."""
+    print(write_run_report(options.workdir))
+    return 0

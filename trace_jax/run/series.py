@@ -6,6 +6,7 @@ continues where it stopped, so a series does too.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from trace_jax.io.files import shown, write_json
 from trace_jax.io.progress import say
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.hosts import is_main
+from trace_jax.parallel.memory import keep_freed_memory
+from trace_jax.parallel.processes import add_process_arguments, start_processes
 from trace_jax.report import ReportData, write_report
 from trace_jax.run.experiment import ExperimentConfig, SeriesConfig
 from trace_jax.run.export import load_trained
@@ -213,3 +216,18 @@ def _test(measurements: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 def _kept(result: Mapping[str, Any]) -> dict[str, Any]:
     return {key: result[key] for key in ("step", "steps", "stopped", "failed", "measurements")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command `series` beside --config and --workdir."""
+    add_process_arguments(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `series`."""
+    config = options.load_config()
+    keep_freed_memory()
+    start_processes(options.coordinator, options.num_processes, options.process_id)
+    if text := run_series(config, options.workdir or f"runs/{config.name}", overwrite=options.overwrite):
+        print(text)
+    return 0

@@ -6,6 +6,7 @@ interrupted continues with the runs that are missing.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import dataclasses
 import itertools
@@ -318,3 +319,10 @@ def _report_data(
         environment=describe(),
         generated=now(),
     )
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `study`."""
+    config = options.load_config()
+    print(run_study(config, options.workdir or f"runs/{config.name}", overwrite=options.overwrite))
+    return 0

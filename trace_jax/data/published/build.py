@@ -6,6 +6,7 @@ than 1 GB in temporary files, which only TensorFlow can write.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -24,7 +25,7 @@ import numpy as np
 from trace_jax.data.errors import DataError
 from trace_jax.data.published import files as published_files
 from trace_jax.data.published.download import download
-from trace_jax.data.published.table import INTEGER, TEXTS, Published, Subset, published
+from trace_jax.data.published.table import INTEGER, TEXTS, Published, Subset, overview, published
 from trace_jax.data.tfds import RECORD, import_tfds, tfds_directory
 from trace_jax.io.files import as_path, is_remote, write_json
 from trace_jax.io.progress import say
@@ -243,3 +244,25 @@ def _summary(name: str, dataset: Published, revision: str, parts: Sequence[_Part
     if directory.resolve() != tfds_directory().resolve():
         lines.append(f"before that: export TFDS_DATA_DIR={directory.resolve()}")
     return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command `data`."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="print which there are: rows, revision, licence, gated")
+    what.add_argument("--name", metavar="NAME[/CONFIG]", help="build this one, or one configuration of it")
+    parser.add_argument("--source", default=HUB, metavar="DIR", help="its files as downloaded; default: the hub")
+    parser.add_argument("--revision", metavar="R", help="commit, branch or tag of the hub, instead of the pinned one")
+    parser.add_argument("--data-dir", metavar="DIR", help="where it goes; default: TFDS_DATA_DIR or tfds' own")
+    parser.add_argument("--accept-counts", action="store_true", help="build with other numbers of rows than recorded")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `data`."""
+    if options.list:
+        print(overview())
+        return 0
+    names = ("source", "revision", "data_dir", "accept_counts", "overwrite")
+    print(build(options.name, **{name: getattr(options, name) for name in names}))
+    return 0

@@ -1,0 +1,76 @@
+"""Tasks of lm-eval on a checkpoint, or on a model of a run: `python -m trace_jax.main lm-eval`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+
+from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.config import ConfigError
+from trace_jax.parallel.config import PLAIN
+from trace_jax.run.export import find_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command `lm-eval`."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--checkpoint", metavar="DIR", help="a Hugging Face checkpoint")
+    which.add_argument("--workdir", metavar="DIR", help="a finished run")
+    parser.add_argument("--method", metavar="LABEL", help="whose model of the run; target: what all started from")
+    parser.add_argument(
+        "--tasks",
+        metavar="T,T",
+        help="tasks, groups or tags, such as wmdp_bio,mmlu. A run on handbook or presidents has its questions as tasks "
+        "of that name, which are the default",
+    )
+    parser.add_argument("--include-path", metavar="DIR", help="a directory of your own task files")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the prompt; default: the task's own")
+    parser.add_argument("--limit", type=float, metavar="N", help="questions per task, or a share below 1; to try out")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="texts at a time; default 16")
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens read at once; default: as config.json says")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of a checkpoint's weights; default bfloat16")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where the results of a task are kept as soon as it is finished, and found again (JSON); default with "
+        "--workdir: lm_eval/LABEL.json in it",
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `lm-eval`."""
+    if (options.method and options.checkpoint) or (options.dtype and options.workdir):
+        raise ConfigError("--method belongs to --workdir, and --dtype to --checkpoint.")
+    from trace_jax.evaluation.lm_eval import evaluate_tasks, table  # needs lm-eval
+    from trace_jax.evaluation.lm_eval_task import EMBEDDED, export_tasks
+
+    mesh, tasks, output = PLAIN.mesh(), options.tasks, options.output
+    include = [options.include_path] if options.include_path else []
+    if options.workdir:
+        found = find_model(options.workdir, options.method)
+        identity, load = found.identity, functools.partial(found.load, mesh)
+        output = output or found.workdir / "lm_eval" / f"{found.label}.json"
+        if found.config.data.benchmark in EMBEDDED:
+            include.append(export_tasks(found.config.data, found.workdir / "lm_eval" / "tasks"))
+            tasks = tasks or found.config.data.benchmark
+    else:
+        checkpoint = PretrainedConfig(path=options.checkpoint, dtype=options.dtype or "bfloat16")
+        identity = checkpoint.identity()
+        load = functools.partial(load_pretrained, checkpoint.path, dtype=checkpoint.dtype, mesh=mesh)
+    if not tasks:
+        raise ConfigError("--tasks is needed: which tasks, such as --tasks wmdp_bio,mmlu.")
+    results = evaluate_tasks(
+        load,
+        tasks.split(","),
+        identity=identity,
+        output=output,
+        include=include,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        mesh=mesh,
+    )
+    print(table(results))
+    return 0
