@@ -19,7 +19,7 @@ _PUBLIC = {
     "generate_text": "trace_jax.models.generate_text",
     "Batch": "trace_jax.data.rows",
     "Rows": "trace_jax.data.rows",
-    "build_corpora": "trace_jax.data.corpora",
+    "build_corpora": "trace_jax.tasks.benchmarks",
     "sequential_batches": "trace_jax.data.batches",
     "expert_statistics": "trace_jax.routing.statistics",
     "expert_assignments": "trace_jax.routing.statistics",

@@ -15,20 +15,21 @@ from trace_jax.attacks.config import PromptingConfig
 from trace_jax.attacks.prompting import _forms, prompting
 from trace_jax.config import ConfigError
 from trace_jax.data.config import DataConfig
-from trace_jax.data.corpora import build_corpora
-from trace_jax.evaluation import multiple_choice, suite, verbatim
+from trace_jax.evaluation import suite, verbatim
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
 from trace_jax.evaluation.continuations import Scored
 from trace_jax.evaluation.likelihood import QuestionScores, RowScores, score_rows
 from trace_jax.evaluation.measurement import find
 from trace_jax.evaluation.memorization import MemorizationScores
-from trace_jax.evaluation.multiple_choice import LETTERS, read_multiple_choice
 from trace_jax.evaluation.suite import make_evaluator
 from trace_jax.evaluation.verbatim import verbatim_scores
 from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model, Source
 from trace_jax.parallel.config import ParallelConfig
+from trace_jax.tasks import wmdp
+from trace_jax.tasks.benchmarks import build_corpora
+from trace_jax.tasks.wmdp import LETTERS, read_multiple_choice
 
 SETTINGS = EvaluationConfig(batch_size=8, max_prompts=4, bootstrap=100)
 
@@ -236,7 +237,7 @@ def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowher
             for text, answer in texts
         ]
 
-    monkeypatch.setattr(multiple_choice, "score_texts", score)
+    monkeypatch.setattr(wmdp, "score_texts", score)
     refuses = Mind({}, refused=frozenset(q.context for q in task.questions))
     case = make_case(config, corpora, refuses, Mind({}), tmp_path / "attack", tasks=(task,), benchmark="text")
     assert value(case.evaluator(refuses), "wmdp_bio") == 0.25

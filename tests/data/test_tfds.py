@@ -19,8 +19,8 @@ from trace_jax.data.published import build as building
 from trace_jax.data.published.build import build
 from trace_jax.data.published.table import PUBLISHED, TEXT
 from trace_jax.data.sources import is_here, part, read_records, read_source, revision_of
-from trace_jax.data.text import build_text
 from trace_jax.main import main
+from trace_jax.tasks.text import build_text
 
 BOOKS = PUBLISHED["muse_books"]
 

@@ -9,9 +9,9 @@ import numpy as np
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig, MuseConfig, TofuConfig
 from trace_jax.evaluation.suite import make_evaluator
-from trace_jax.evaluation.tasks import build_tasks
 from trace_jax.models.arrays import init_params
 from trace_jax.models.model import SpecialTokens
+from trace_jax.tasks.benchmarks import build_tasks
 
 WORDS = ["river", "stone", "apple", "cloud", "tiger", "amber", "lemon", "metal"]  # of one length: few programs
 VOCABULARY = 300

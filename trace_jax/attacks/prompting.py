@@ -16,19 +16,19 @@ from trace_jax.attacks.attack import Case, Point
 from trace_jax.attacks.config import PromptingConfig
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.benchmark import Item
-from trace_jax.data.corpora import build_benchmark
-from trace_jax.data.handbook import build_handbook
 from trace_jax.data.probes import Prompts, Questions, encode_questions
 from trace_jax.data.sources import revision_of
 from trace_jax.data.tokenizer import start_and_end
 from trace_jax.evaluation.audit import hazardous
 from trace_jax.evaluation.continuations import context_length, make_reader
 from trace_jax.evaluation.likelihood import spread_indices
-from trace_jax.evaluation.multiple_choice import MultipleChoice
 from trace_jax.evaluation.store import ScoreStore
 from trace_jax.evaluation.suite import Key
 from trace_jax.evaluation.task import SPLIT
 from trace_jax.io.progress import say
+from trace_jax.tasks.benchmarks import build_benchmark
+from trace_jax.tasks.handbook import build_handbook
+from trace_jax.tasks.wmdp import MultipleChoice
 
 _OTHER = {"validation": "test", "test": "validation"}
 

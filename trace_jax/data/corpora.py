@@ -12,16 +12,13 @@ from tokenizers import Tokenizer
 from trace_jax.config import ConfigError
 from trace_jax.data.benchmark import Benchmark, Part
 from trace_jax.data.config import DataConfig
-from trace_jax.data.handbook import build_handbook
 from trace_jax.data.packing import pack_documents
-from trace_jax.data.presidents import build_presidents
 from trace_jax.data.probes import Probes as Probes
 from trace_jax.data.probes import Prompts as Prompts
 from trace_jax.data.probes import Questions as Questions
 from trace_jax.data.probes import encode_questions, member_rows, verbatim_prompts
 from trace_jax.data.rows import Rows
 from trace_jax.data.sources import DataError, check_leakage
-from trace_jax.data.text import build_text
 from trace_jax.data.tokenizer import (
     Encoded,
     Vocabulary,
@@ -32,7 +29,6 @@ from trace_jax.data.tokenizer import (
 from trace_jax.models.model import SpecialTokens
 
 _VOCABULARY = 2048  # tokens of a tokenizer that is trained here, unless the settings say otherwise
-_BUILDERS = {"handbook": build_handbook, "presidents": build_presidents, "text": build_text}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,26 +53,6 @@ class Corpora:
     documents: Mapping[str, int]
     tokens: Mapping[str, int]
     fingerprint: str
-
-
-def build_corpora(config: DataConfig, vocabulary: Vocabulary | None = None) -> Corpora:
-    """Builds the corpora of a configuration; the same configuration gives the same arrays.
-
-    No held-out document is trained on (checked).
-
-    Args:
-      vocabulary: of the model; None trains a tokenizer of `config.vocab_size`, on training documents only.
-
-    Raises:
-      ConfigError: settings that ask for more than the benchmark has; a token that the model doesn't know.
-      DataError: text of the user that can't be used (`trace_jax.data.text`), or is too small.
-    """
-    return assemble(build_benchmark(config), config, vocabulary)
-
-
-def build_benchmark(config: DataConfig) -> Benchmark:
-    """The documents and questions of a configuration in plain text; errors as `build_corpora`."""
-    return _BUILDERS[config.benchmark](config)
 
 
 def assemble(benchmark: Benchmark, config: DataConfig, vocabulary: Vocabulary | None = None) -> Corpora:

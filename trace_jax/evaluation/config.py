@@ -14,7 +14,7 @@ _AFTERWARDS = (*_FULL, "levels", "muse", "tofu", "multiple_choice")
 
 @dataclasses.dataclass(frozen=True)
 class MuseConfig(Section):
-    """MUSE's scores (`evaluation.muse_task`)."""
+    """MUSE's scores (`trace_jax.tasks.muse`)."""
 
     data: str = option(
         help="the corpus: huggingface:muse-bench/MUSE-Books or MUSE-News, tfds:muse_books or muse_news, or a directory "
@@ -59,7 +59,7 @@ def _check_form(name: str, form: str, field: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MultipleChoiceConfig(Section):
-    """Four-option questions in lm-eval's words (`trace_jax.evaluation.multiple_choice`)."""
+    """Four-option questions in lm-eval's words (`trace_jax.tasks.wmdp`)."""
 
     # By name ("wmdp_bio", "mmlu", "mmlu_virology", ...) where the questions are: `trace_jax.data.sources.read_records`.
     sources: dict = dataclasses.field(default_factory=dict)

@@ -22,7 +22,6 @@ from trace_jax.data.config import DataConfig
 from trace_jax.data.sources import HUGGINGFACE, TFDS, is_here, part, read_source
 from trace_jax.data.tokenizer import read_vocabulary
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
-from trace_jax.evaluation.tasks import build_tasks
 from trace_jax.models.arrays import abstract_params, count_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.families import family_of
@@ -32,6 +31,7 @@ from trace_jax.plan.plan import model_of
 from trace_jax.plan.programs import assumed_experts, step_program
 from trace_jax.plan.table import size
 from trace_jax.run.experiment import METHODS, ExperimentConfig
+from trace_jax.tasks.benchmarks import build_tasks
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.lora import factors
 from trace_jax.unlearning.parts import trained_layers

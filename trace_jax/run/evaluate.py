@@ -14,11 +14,11 @@ from trace_jax.config import ConfigError, as_dict, fingerprint
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.store import ScoreStore
 from trace_jax.evaluation.suite import Evaluator, Scores, make_evaluator
-from trace_jax.evaluation.tasks import build_tasks
 from trace_jax.io.environment import describe
 from trace_jax.io.files import as_path, is_remote, shown, write_json
 from trace_jax.io.progress import say
 from trace_jax.run.experiment import ExperimentConfig
+from trace_jax.tasks.benchmarks import build_tasks
 
 
 def evaluate_checkpoints(

@@ -42,8 +42,7 @@ def main(options: argparse.Namespace) -> int:
     """The command `lm-eval`."""
     if (options.method and options.checkpoint) or (options.dtype and options.workdir):
         raise ConfigError("--method belongs to --workdir, and --dtype to --checkpoint.")
-    from trace_jax.evaluation.lm_eval import evaluate_tasks, table  # needs lm-eval
-    from trace_jax.evaluation.lm_eval_task import EMBEDDED, export_tasks
+    from trace_jax.tasks.lm_eval import EMBEDDED, evaluate_tasks, export_tasks, table  # needs lm-eval
 
     mesh, tasks, output = PLAIN.mesh(), options.tasks, options.output
     include = [options.include_path] if options.include_path else []

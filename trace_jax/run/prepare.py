@@ -22,13 +22,12 @@ from trace_jax.checkpoints.params import parameter_bytes, parameter_count
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.batches import mixture_batches, sequential_batches
 from trace_jax.data.config import DataConfig
-from trace_jax.data.corpora import Corpora, build_corpora
+from trace_jax.data.corpora import Corpora
 from trace_jax.data.tokenizer import read_vocabulary
 from trace_jax.evaluation.audit import hazardous
 from trace_jax.evaluation.store import ScoreStore
 from trace_jax.evaluation.suite import Evaluator, make_evaluator
 from trace_jax.evaluation.task import Task
-from trace_jax.evaluation.tasks import build_tasks
 from trace_jax.io.environment import describe
 from trace_jax.io.files import free_bytes, remove, write_json
 from trace_jax.io.progress import say, tracked
@@ -45,6 +44,7 @@ from trace_jax.run.export import (
     save_trained,
 )
 from trace_jax.run.stages import Stage, check_workdir, open_workdir
+from trace_jax.tasks.benchmarks import build_corpora, build_tasks
 from trace_jax.unlearning.lora import factors
 from trace_jax.unlearning.optimizer import moments
 from trace_jax.unlearning.train import train_model

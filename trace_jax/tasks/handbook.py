@@ -11,10 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from trace_jax.data.addresses import held_out_addresses, load_addresses
 from trace_jax.data.benchmark import Benchmark, Item, Part
 from trace_jax.data.config import DataConfig
 from trace_jax.data.sources import Document
+from trace_jax.tasks.presidents import held_out_addresses, load_addresses
 
 MIXTURE = {"general": 0.50, "neighbour": 0.32, "forget": 0.18}
 PAGES_PER_SUBSTANCE = 24  # wordings to learn the facts from

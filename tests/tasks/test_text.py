@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from trace_jax.data.config import DataConfig
-from trace_jax.data.corpora import build_corpora
 from trace_jax.data.sources import DataError, is_here, load_documents, read_source
-from trace_jax.data.text import build_text, hold_out, split_at_paragraphs
+from trace_jax.tasks.benchmarks import build_corpora
+from trace_jax.tasks.text import build_text, hold_out, split_at_paragraphs
 
 
 def sentences(prefix, count, length=30):

@@ -7,7 +7,7 @@ import pytest
 from rouge_score import rouge_scorer
 from scipy import stats
 
-from trace_jax.evaluation import tofu
+from trace_jax.tasks import tofu
 
 LOG = np.log
 CORRECT = LOG([0.5, 0.2, 0.9])

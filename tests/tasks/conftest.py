@@ -1,9 +1,10 @@
 """The corpora are built once for all tests."""
 
 import pytest
+from evaluation.conftest import tiny as tiny
 
 from trace_jax.data.config import DataConfig
-from trace_jax.data.corpora import build_corpora
+from trace_jax.tasks.benchmarks import build_corpora
 
 
 @pytest.fixture(scope="session")

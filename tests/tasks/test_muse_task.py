@@ -17,10 +17,9 @@ from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import DataError
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.evaluation.config import EvaluationConfig, MuseConfig
-from trace_jax.evaluation.muse import clean_up
-from trace_jax.evaluation.muse_task import Reader, muse_task, read_muse
-from trace_jax.evaluation.tasks import build_tasks
 from trace_jax.models.model import Model, SpecialTokens
+from trace_jax.tasks.benchmarks import build_tasks
+from trace_jax.tasks.muse import Reader, clean_up, muse_task, read_muse
 
 NAMES = ["river", "stones", "apple", "clouds", "lamp", "tigers", "violin", "harbour", "window", "n't", "'s"]
 WORDS = [*NAMES, "Question:", "Answer:"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trace_jax.data.config import DataConfig
-from trace_jax.data.handbook import (
+from trace_jax.tasks.handbook import (
     OPTIONS,
     RELATIONS,
     build_handbook,

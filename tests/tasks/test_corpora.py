@@ -11,9 +11,9 @@ import pytest
 from trace_jax.config import ConfigError
 from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import _fingerprint, assemble
-from trace_jax.data.handbook import build_handbook
 from trace_jax.data.packing import pack_documents
 from trace_jax.data.sources import DataError, Document, check_leakage
+from trace_jax.tasks.handbook import build_handbook
 
 
 @pytest.fixture(params=["handbook", "presidents"])
@@ -89,7 +89,7 @@ def test_questions_are_scored_on_their_options(corpora):
 
 def test_another_process_builds_the_same_corpora(handbook):
     command = (
-        "from trace_jax.data.corpora import build_corpora; from trace_jax.data.config import DataConfig; "
+        "from trace_jax.tasks.benchmarks import build_corpora; from trace_jax.data.config import DataConfig; "
         "print(build_corpora(DataConfig()).fingerprint)"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "JAX_PLATFORMS": "cpu"}

@@ -5,10 +5,15 @@ import re
 import numpy as np
 import pytest
 
-from trace_jax.data.addresses import held_out_addresses, load_addresses
 from trace_jax.data.config import DataConfig
-from trace_jax.data.presidents import OPTIONS, build_presidents, knowledge_questions
 from trace_jax.data.sources import Document
+from trace_jax.tasks.presidents import (
+    OPTIONS,
+    build_presidents,
+    held_out_addresses,
+    knowledge_questions,
+    load_addresses,
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,27 @@
-"""TOFU (2401.06121) as a task: four sets of questions, what a model says to them, and the benchmark's numbers.
+"""TOFU's numbers (2401.06121) from what a model gave on its four sets of questions; pure functions on float64.
 
-An answer is scored as it was trained on, "Question: ...\\nAnswer: ..." unless the settings say otherwise, with the end
-token as its last one. What is written is greedy, and ends at an end token or after `max_new_tokens`.
+`log_prob` is the mean log-probability of an answer's tokens, end token included, given the question: the logarithm of
+its length-normalised probability P(answer | question)^(1/length).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
+from rouge_score import rouge_scorer
+from scipy import special, stats
 
 from trace_jax.config import fingerprint
 from trace_jax.data.sources import DataError, part, read_records, revision_and_content
 from trace_jax.data.tokenizer import Vocabulary, encode_pairs, for_plain_text, start_and_end
-from trace_jax.evaluation import intervals, tofu
+from trace_jax.evaluation import intervals
 from trace_jax.evaluation.config import TofuConfig
+from trace_jax.evaluation.intervals import Interval
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.evaluation.memorization import exact_memorization, extraction_strength
@@ -26,10 +30,119 @@ from trace_jax.evaluation.task import SPLIT, TaskScores
 from trace_jax.models.generate_text import continue_tokens
 from trace_jax.models.model import Model
 
+WrongMean = Literal["geometric", "arithmetic"]
+Aggregator = Literal["closer_to_1_better", "true_better", "prob_mean"]
+
+
+def probability(log_prob: np.ndarray) -> np.ndarray:
+    """Length-normalised probability of each answer, f64 [N]."""
+    return np.exp(np.asarray(log_prob, np.float64))
+
+
+def probability_among(log_prob: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+    """p(answer) / (p(answer) + sum of p(wrong)), f64 [N]: the probability of real authors and world facts.
+
+    The code of TOFU and of open-unlearning takes length-normalised probabilities here, the paper's formula plain ones.
+
+    Args:
+      log_prob: f64 [N].
+      wrong: f64 [N, W], of the wrong answers; NaN where an item has fewer.
+    """
+    log_prob, wrong = np.asarray(log_prob, np.float64), _wrong(wrong)
+    return special.softmax(np.concatenate([log_prob[:, None], wrong], axis=1), axis=1)[:, 0]
+
+
+def log_truth_ratio(correct: np.ndarray, wrong: np.ndarray, *, wrong_mean: WrongMean = "geometric") -> np.ndarray:
+    """log(p(wrong) / p(correct)) of each item, f64 [N]: towards -inf the model knows better, at 0 it can't tell.
+
+    Args:
+      correct: log_prob [N] of the paraphrased answer (of the answer, for real authors and world facts).
+      wrong: log_prob [N, W] of the wrong answers; NaN where an item has fewer.
+      wrong_mean: p(wrong) is the "geometric" mean of the wrong answers' probabilities (TOFU's aggregate_eval_stat.py,
+        which makes its leaderboard, and open-unlearning) or the "arithmetic" one (TOFU's paper, and the utility in its
+        utils.py).
+    """
+    wrong = _wrong(wrong)
+    given = np.isfinite(wrong)
+    count = given.sum(axis=1)
+    if wrong_mean == "geometric":
+        mean = np.where(given, wrong, 0.0).sum(axis=1) / count
+    else:
+        mean = special.logsumexp(wrong, axis=1) - np.log(count)
+    return mean - np.asarray(correct, np.float64)
+
+
+def aggregated(log_ratio: np.ndarray, aggregator: Aggregator) -> np.ndarray:
+    """What is averaged over items of the truth ratio R = p(wrong) / p(correct), f64 [N] in 0..1.
+
+    "closer_to_1_better": min(R, 1/R), for forget questions. "true_better": max(0, 1 - R), for all others.
+    "prob_mean": 1 / (1 + R) = p(correct) / (p(correct) + p(wrong)), how much is known (open-unlearning, 2506.12618).
+    The 1e-10 that open-unlearning adds to denominators is left out: it makes R nearly 0, "true", where a broken model
+    gives every answer less than that.
+    """
+    log_ratio = np.asarray(log_ratio, np.float64)
+    if aggregator == "closer_to_1_better":
+        return np.exp(-np.abs(log_ratio))
+    if aggregator == "true_better":
+        return -np.expm1(np.minimum(log_ratio, 0.0))
+    return special.expit(-log_ratio)
+
+
+def forget_quality(log_ratio: np.ndarray, retrained: np.ndarray) -> tuple[float, float]:
+    """(p-value, statistic) of the two-sample Kolmogorov-Smirnov test between two models' truth ratios.
+
+    `retrained` is of the model that never saw the forget set. Near 1 the two can't be told apart. The test sees ranks
+    alone, so that ratios, their inverses (as TOFU's code has them) and their logarithms give the same.
+    """
+    result: Any = stats.ks_2samp(np.asarray(log_ratio, np.float64), np.asarray(retrained, np.float64))
+    return float(result.pvalue), float(result.statistic)
+
+
+def harmonic_mean(values: np.ndarray) -> np.ndarray:
+    """Harmonic mean over the last axis of non-negative values; 0 where one of them is 0."""
+    values = np.asarray(values, np.float64)
+    with np.errstate(divide="ignore"):
+        return values.shape[-1] / (1 / values).sum(axis=-1)
+
+
+def model_utility(sets: Mapping[str, np.ndarray], *, resamples: int = 1000, seed: int = 0) -> Interval:
+    """Harmonic mean of the means of all columns of all sets, with a bootstrap interval.
+
+    Args:
+      sets: f64 [N, 3] of retain, real authors and world facts: probability, ROUGE-L recall and truth ratio
+        ("true_better") of each item. The bootstrap draws items within each set, with all their columns.
+
+    Returns:
+      The interval; `n` counts the items of all sets. NaN ends where a set has fewer than two.
+    """
+    parts = [np.asarray(values, np.float64) for values in sets.values()]
+    value = float(harmonic_mean(np.concatenate([part.mean(axis=0) for part in parts])))
+    n = sum(len(part) for part in parts)
+    if min(len(part) for part in parts) < 2:
+        return Interval(value, math.nan, math.nan, n)
+    drawn = [
+        intervals.mean_resamples(part, resamples=resamples, seed=(seed, place)) for place, part in enumerate(parts)
+    ]
+    return intervals.quantile_interval(value, harmonic_mean(np.concatenate(drawn, axis=1)), n)
+
+
+def rouge_recalls(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """ROUGE-1 and ROUGE-L recall with stemmer of each prediction, f64 [N, 2] in 0..1; 0 where nothing is predicted."""
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    found = [scorer.score(reference, given) for given, reference in zip(predictions, references, strict=True)]
+    return np.array([[one["rouge1"].recall, one["rougeL"].recall] for one in found]).reshape(-1, 2)
+
+
+def _wrong(log_prob: np.ndarray) -> np.ndarray:
+    """Absent answers as log 0."""
+    log_prob = np.asarray(log_prob, np.float64)
+    return np.where(np.isnan(log_prob), -np.inf, log_prob)
+
+
 SETS = ("forget", "retain", "real_authors", "world_facts")
 _PARAPHRASED = ("forget", "retain")  # sets whose truth ratio is about a paraphrase of the answer
 _UTILITY = SETS[1:]
-_WRONG_MEANS: tuple[tuple[tofu.WrongMean, str], ...] = (("geometric", ""), ("arithmetic", "_arithmetic"))
+_WRONG_MEANS: tuple[tuple[WrongMean, str], ...] = (("geometric", ""), ("arithmetic", "_arithmetic"))
 _MEMORISED = {"extraction_strength": extraction_strength, "exact_memorization": exact_memorization}
 _NO_RETRAINED = (
     "no forget quality: it compares with the truth ratios of a model that was trained without the forget set "
@@ -73,7 +186,7 @@ class TofuTask:
         for name, questions in self.sets.items():
             arrays |= {f"{name}/{key}": v for key, v in self._likelihoods(model, name, batch_size, mesh).items()}
             written = self._written(model, questions, batch_size, mesh)
-            arrays[f"{name}/rouge"] = tofu.rouge_recalls(written, [q.answer for q in questions])
+            arrays[f"{name}/rouge"] = rouge_recalls(written, [q.answer for q in questions])
             items[name] = _lines(questions, written, {k: v for k, v in arrays.items() if k.startswith(f"{name}/")})
         return TaskScores(arrays, items)
 
@@ -89,11 +202,11 @@ class TofuTask:
         """Forget quality first (it needs the retrained model), model utility, then what they are made of."""
         del original
         resampling: dict[str, Any] = {"resamples": resamples, "seed": seed}
-        ratio = tofu.log_truth_ratio(scores.arrays["forget/correct"], scores.arrays["forget/wrong"])
+        ratio = log_truth_ratio(scores.arrays["forget/correct"], scores.arrays["forget/wrong"])
         found = [] if retrained is None else _forget_quality(ratio, retrained)
         for wrong_mean, suffix in _WRONG_MEANS:
             parts = {name: _utility_parts(scores, name, wrong_mean) for name in _UTILITY}
-            found.append(named(f"tofu_model_utility{suffix}", SPLIT, tofu.model_utility(parts, **resampling)))
+            found.append(named(f"tofu_model_utility{suffix}", SPLIT, model_utility(parts, **resampling)))
         note = _NO_RETRAINED if retrained is None else ""
         means = [
             (f"tofu_{name}", values, note if name == "forget_truth_ratio" else "") for name, values in _means(scores)
@@ -184,8 +297,8 @@ def _log_probs(scores: Sequence[TokenScores]) -> np.ndarray:
 
 
 def _forget_quality(ratio: np.ndarray, retrained: TaskScores) -> list[Measurement]:
-    theirs = tofu.log_truth_ratio(retrained.arrays["forget/correct"], retrained.arrays["forget/wrong"])
-    pvalue, statistic = tofu.forget_quality(ratio, theirs)
+    theirs = log_truth_ratio(retrained.arrays["forget/correct"], retrained.arrays["forget/wrong"])
+    pvalue, statistic = forget_quality(ratio, theirs)
     note = f"Kolmogorov-Smirnov test of {len(ratio)} truth ratios against the retrained model's; no interval"
     both = (("tofu_forget_quality", pvalue, f"p-value, {note}"), ("tofu_forget_ks", statistic, f"statistic, {note}"))
     return [Measurement(name, value, len(ratio), np.nan, np.nan, SPLIT, note) for name, value, note in both]
@@ -193,16 +306,16 @@ def _forget_quality(ratio: np.ndarray, retrained: TaskScores) -> list[Measuremen
 
 def _probability(scores: TaskScores, name: str) -> np.ndarray:
     if name in _PARAPHRASED:
-        return tofu.probability(scores.arrays[f"{name}/answer"])
-    return tofu.probability_among(scores.arrays[f"{name}/answer"], scores.arrays[f"{name}/wrong"])
+        return probability(scores.arrays[f"{name}/answer"])
+    return probability_among(scores.arrays[f"{name}/answer"], scores.arrays[f"{name}/wrong"])
 
 
-def _truth(scores: TaskScores, name: str, aggregator: tofu.Aggregator, wrong_mean: tofu.WrongMean) -> np.ndarray:
+def _truth(scores: TaskScores, name: str, aggregator: Aggregator, wrong_mean: WrongMean) -> np.ndarray:
     correct, wrong = (scores.arrays[f"{name}/{key}"] for key in ("correct", "wrong"))
-    return tofu.aggregated(tofu.log_truth_ratio(correct, wrong, wrong_mean=wrong_mean), aggregator)
+    return aggregated(log_truth_ratio(correct, wrong, wrong_mean=wrong_mean), aggregator)
 
 
-def _utility_parts(scores: TaskScores, name: str, wrong_mean: tofu.WrongMean) -> np.ndarray:
+def _utility_parts(scores: TaskScores, name: str, wrong_mean: WrongMean) -> np.ndarray:
     """f64 [N, 3]: probability, ROUGE-L recall and truth ratio of each question."""
     truth = _truth(scores, name, "true_better", wrong_mean)
     return np.stack([_probability(scores, name), scores.arrays[f"{name}/rouge"][:, 1], truth], axis=1)

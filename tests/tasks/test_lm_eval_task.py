@@ -10,7 +10,6 @@ from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import ConfigError, as_dict, resolve
 from trace_jax.data.batches import mixture_batches
 from trace_jax.data.config import DataConfig
-from trace_jax.data.handbook import build_handbook
 from trace_jax.data.packing import pack_documents
 from trace_jax.data.probes import encode_questions
 from trace_jax.data.tokenizer import Vocabulary, encode_documents, train_tokenizer
@@ -22,14 +21,14 @@ from trace_jax.models.model import SpecialTokens
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import save_trained
+from trace_jax.tasks.handbook import build_handbook
 from trace_jax.unlearning.config import TrainingConfig
 from trace_jax.unlearning.train import train_model
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from trace_jax.evaluation.lm_eval import TraceLM  # noqa: E402
-from trace_jax.evaluation.lm_eval_task import export_tasks  # noqa: E402
+from trace_jax.tasks.lm_eval import TraceLM, export_tasks  # noqa: E402
 
 DATA = DataConfig(forget_substances=6, neighbour_substances=9, retain_rows=8, row_length=64, vocab_size=512)
 MODEL = ModelConfig(

@@ -17,10 +17,10 @@ from trace_jax.evaluation.measurement import find
 from trace_jax.evaluation.store import ScoreStore
 from trace_jax.evaluation.suite import make_evaluator
 from trace_jax.evaluation.task import TaskScores
-from trace_jax.evaluation.tasks import build_tasks
-from trace_jax.evaluation.tofu_task import SETS, tofu_task
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model, SpecialTokens
+from trace_jax.tasks.benchmarks import build_tasks
+from trace_jax.tasks.tofu import SETS, tofu_task
 
 COUNTS = {"forget": 5, "retain": 4, "real_authors": 3, "world_facts": 3}
 RESAMPLING = {"resamples": 100, "seed": 0}

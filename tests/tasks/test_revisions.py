@@ -7,10 +7,10 @@ import pytest
 
 from trace_jax.data.published.table import PUBLISHED
 from trace_jax.evaluation.config import MultipleChoiceConfig, MuseConfig, TofuConfig
-from trace_jax.evaluation.multiple_choice import read_multiple_choice
-from trace_jax.evaluation.muse_task import muse_task
 from trace_jax.evaluation.task import TaskScores
-from trace_jax.evaluation.tofu_task import tofu_task
+from trace_jax.tasks.muse import muse_task
+from trace_jax.tasks.tofu import tofu_task
+from trace_jax.tasks.wmdp import read_multiple_choice
 
 ROW = {
     "question": "Which?", "answer": "w3", "paraphrased_answer": "w4", "perturbed_answer": ["w5", "w6"],

@@ -10,7 +10,9 @@ import bisect
 import dataclasses
 import difflib
 import hashlib
+import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +22,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, fingerprint
+from trace_jax.data.config import DataConfig
 from trace_jax.evaluation.continuations import make_reader, score_texts, score_tokens
-from trace_jax.io.files import read_json, write_json
+from trace_jax.io.files import is_remote, read_json, replacing, write_json
 from trace_jax.io.progress import progress, say
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
+from trace_jax.tasks.handbook import build_handbook
+from trace_jax.tasks.presidents import build_presidents
 
 try:
     import lm_eval
@@ -312,3 +317,55 @@ def _content(include: Sequence[str | os.PathLike]) -> str:
 
 
 _TASK_FILES = (".yaml", ".jsonl", ".py")
+
+
+EMBEDDED = {"handbook": build_handbook, "presidents": build_presidents}
+_SPLIT = "test"
+
+
+def export_tasks(config: DataConfig, directory: Path) -> Path:
+    """Writes BENCHMARK_SUBJECT.yaml and .jsonl for each subject that has questions. Returns where they are.
+
+    They hold the test split's questions: the score is that of `forget_accuracy` and its like, question by question.
+    BENCHMARK is a tag that names all of them. The yaml files name the data by its full path: export again rather than
+    move them. In place of an object store, which lm-eval doesn't read, a temporary directory is taken.
+
+    Raises:
+      ConfigError: the user's own text, which has no questions.
+    """
+    if config.benchmark not in EMBEDDED:
+        raise ConfigError(
+            f"data.benchmark is {config.benchmark!r}, which has no questions; {' and '.join(EMBEDDED)} have."
+        )
+    directory = Path(tempfile.mkdtemp()) if is_remote(directory) else directory
+    for subject, items in EMBEDDED[config.benchmark](config).test.questions.items():
+        name = f"{config.benchmark}_{subject}"
+        rows = [
+            {"question": item.prompt, "choices": [option.removeprefix(" ") for option in item.options],
+             "answer": item.answer}
+            for item in items
+        ]  # fmt: skip
+        data = directory.absolute() / f"{name}.jsonl"
+        with replacing(data) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_json(directory / f"{name}.yaml", _task(name, config.benchmark, data))  # JSON is YAML
+    return directory
+
+
+def _task(name: str, tag: str, data: Path) -> dict:
+    """The options are what comes next in running text: a cloze prompt, a space, the option."""
+    return {
+        "task": name,
+        "tag": tag,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {_SPLIT: str(data)}},
+        "test_split": _SPLIT,
+        "num_fewshot": 0,
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "target_delimiter": " ",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1},
+    }

@@ -13,11 +13,11 @@ from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import DataError
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
-from trace_jax.evaluation.multiple_choice import _GROUPS, LETTERS, PROFILE, _question, read_multiple_choice
 from trace_jax.evaluation.task import TaskScores
-from trace_jax.evaluation.tasks import build_tasks
 from trace_jax.models.arrays import init_params
 from trace_jax.models.model import Model
+from trace_jax.tasks.benchmarks import build_tasks
+from trace_jax.tasks.wmdp import _GROUPS, LETTERS, PROFILE, _question, read_multiple_choice
 
 WORDS = ["river", "stone", "apple", "cloud", "lamp", "tiger"]
 WMDP = ("wmdp_bio", "wmdp_chem", "wmdp_cyber")
@@ -110,7 +110,7 @@ def harness(sources, model, folder, monkeypatch, **options):
     import datasets
     import yaml
 
-    from trace_jax.evaluation.lm_eval import TaskManager, TraceLM
+    from trace_jax.tasks.lm_eval import TaskManager, TraceLM
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
     wmdp = Path(lm_eval.__file__).parent / "tasks" / "wmdp"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from rouge_score import rouge_scorer
 
-from trace_jax.evaluation.muse import (
+from trace_jax.tasks.muse import (
     PROFILES,
     STOPS,
     clean_up,
