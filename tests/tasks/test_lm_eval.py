@@ -21,8 +21,8 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from trace_jax.evaluation import continuations  # noqa: E402
-from trace_jax.evaluation import lm_eval as module  # noqa: E402
 from trace_jax.evaluation.continuations import make_reader  # noqa: E402
+from trace_jax.tasks import lm_eval as module  # noqa: E402
 from trace_jax.tasks.lm_eval import TraceLM, evaluate_tasks, read_decoding, table  # noqa: E402
 
 VOCABULARY = 320

@@ -122,7 +122,7 @@ def test_so_does_the_class_for_transformers_on_the_exported_model(model, ours, t
 
 
 def test_the_command_evaluates_the_model_of_a_run(model, ours, tmp_path, capsys, monkeypatch):
-    from trace_jax.evaluation import lm_eval as module
+    from trace_jax.tasks import lm_eval as module
 
     monkeypatch.setattr(module, "TaskManager", functools.partial(TaskManager, include_defaults=False))  # quicker
     config = resolve(ExperimentConfig, {"name": "little", "data": as_dict(DATA), "model": as_dict(MODEL)})
