@@ -15,7 +15,7 @@ from trace_jax.models.arrays import abstract_params, count_params, init_params
 from trace_jax.models.families.published import PUBLISHED
 from trace_jax.models.model import Model
 from trace_jax.plan.chips import place
-from trace_jax.plan.plan import mesh_of, meshes, model_of, plan, programs, ranked
+from trace_jax.plan.plan import mesh_of, meshes, plan, programs, ranked, shape_of
 from trace_jax.plan.prediction import Prediction, _needed, predict
 from trace_jax.plan.target import cpus, tpu_slice
 from trace_jax.run.experiment import ExperimentConfig
@@ -72,7 +72,7 @@ def test_the_command_prints_and_writes_every_number(tmp_path, capsys):
 
 def test_the_step_that_is_planned_is_the_one_that_runs(config, target, monkeypatch):
     """To the letter of what is compiled; so its peak memory is what XLA reports for the step of a run."""
-    model, mesh = model_of(config), mesh_of(target, config.parallel)
+    model, mesh = shape_of(config.model), mesh_of(target, config.parallel)
     program, seen = next(programs(config, model, config.parallel, mesh)), []
 
     def record(*arguments, step=unlearning.unlearning_step, **settings):
@@ -94,7 +94,7 @@ def test_the_step_that_is_planned_is_the_one_that_runs(config, target, monkeypat
 
 def test_what_holds_routers_is_counted(config, target):
     """Inputs on every device, and its share of the experts' bases and bounds: one expert on each of eight devices."""
-    model, mesh = model_of(config), mesh_of(target, config.parallel)
+    model, mesh = shape_of(config.model), mesh_of(target, config.parallel)
     free = dataclasses.replace(config.unlearning, trainable="all")
     held = dataclasses.replace(free, grip="project", grip_tokens=16)
     plain, protected = (
@@ -106,7 +106,7 @@ def test_what_holds_routers_is_counted(config, target):
 
 
 def test_more_devices_hold_less_each(config, target):
-    model, found = model_of(config), []
+    model, found = shape_of(config.model), []
     for data, expert, tensor in ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)):
         small = cpus(data * expert * tensor, "float32")
         parallel = resolve(type(config.parallel), {"data": data, "expert": expert, "tensor": tensor})
@@ -174,7 +174,7 @@ def test_meshes_divide_experts_and_heads(config):
 def test_a_config_json_alone_is_enough(config, target, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["olmoe-1b-7b"].config))
     changed = resolve(ExperimentConfig, {**CONFIG, "model": {"path": str(tmp_path)}})
-    assert model_of(changed).num_experts == 64
+    assert shape_of(changed.model).num_experts == 64
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is not installed")

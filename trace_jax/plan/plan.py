@@ -7,12 +7,14 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
 
 from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.data.config import DataConfig
+from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.io.files import write_json
 from trace_jax.io.progress import say
 from trace_jax.models.arrays import count_params
@@ -24,11 +26,28 @@ from trace_jax.plan.prediction import Prediction, predict
 from trace_jax.plan.programs import Program, assumed_experts, decoding_program, statistics_program, step_program
 from trace_jax.plan.table import duration, program_table, search_table, size
 from trace_jax.plan.target import Target, cpus, gpus, tpu_slice
-from trace_jax.run.experiment import ExperimentConfig
+from trace_jax.unlearning.config import UnlearningConfig
+
+
+class Experiment(Protocol):
+    """What is read of the settings of an experiment."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def model(self) -> PretrainedConfig | ModelConfig: ...
+    @property
+    def unlearning(self) -> UnlearningConfig: ...
+    @property
+    def evaluation(self) -> EvaluationConfig: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
 
 
 def plan(
-    config: ExperimentConfig,
+    config: Experiment,
     target: Target,
     *,
     price: float | None = None,
@@ -45,7 +64,7 @@ def plan(
     Returns:
       The tables as text.
     """
-    model = model_of(config)
+    model = shape_of(config.model)
     chips, found = len(target.devices), ranked(config, model, target) if search else []
     parallel = found[0][0] if found else config.parallel
     mesh = mesh_of(target, parallel)
@@ -61,9 +80,9 @@ def plan(
     return "\n\n".join(parts)
 
 
-def model_of(config: ExperimentConfig) -> ModelConfig:
-    """The shapes of the experiment's model; of a checkpoint, config.json is all that is read."""
-    return config.model.shape() if isinstance(config.model, PretrainedConfig) else config.model
+def shape_of(model: PretrainedConfig | ModelConfig) -> ModelConfig:
+    """The model's shapes; of a checkpoint, config.json is all that is read."""
+    return model.shape() if isinstance(model, PretrainedConfig) else model
 
 
 def mesh_of(target: Target, parallel: ParallelConfig) -> Mesh:
@@ -71,7 +90,7 @@ def mesh_of(target: Target, parallel: ParallelConfig) -> Mesh:
     return make_mesh(target.devices, data=parallel.data, expert=parallel.expert, tensor=parallel.tensor)
 
 
-def programs(config: ExperimentConfig, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> Iterator[Program]:
+def programs(config: Experiment, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> Iterator[Program]:
     """The three programs of a run, each traced when it is asked for."""
     rows, row_length = config.evaluation.batch_size, config.data.row_length
     yield step_program(config.unlearning, model, parallel, mesh, row_length)
@@ -89,7 +108,7 @@ def _predicted(program: Program, target: Target, mesh: Mesh) -> Prediction:
 # --- search
 
 
-def ranked(config: ExperimentConfig, model: ModelConfig, target: Target) -> list[tuple[ParallelConfig, Prediction]]:
+def ranked(config: Experiment, model: ModelConfig, target: Target) -> list[tuple[ParallelConfig, Prediction]]:
     """Every mesh with the fewest microbatches that fit there, quickest first; then those that don't fit."""
     found, rows = [], config.unlearning.forget_batch_size
     for data, expert, tensor in meshes(len(target.devices), model):
@@ -106,7 +125,7 @@ def ranked(config: ExperimentConfig, model: ModelConfig, target: Target) -> list
     return sorted(found, key=lambda each: (not each[1].fits, each[1].least if each[1].seconds else each[1].peak))
 
 
-def _step(config: ExperimentConfig, model: ModelConfig, target: Target, parallel: ParallelConfig) -> Prediction:
+def _step(config: Experiment, model: ModelConfig, target: Target, parallel: ParallelConfig) -> Prediction:
     mesh = mesh_of(target, parallel)
     say(_words(parallel))
     return _predicted(next(programs(config, model, parallel, mesh)), target, mesh)
@@ -131,7 +150,7 @@ def _words(parallel: ParallelConfig) -> str:
     return f"data {parallel.data} x expert {parallel.expert} x tensor {parallel.tensor}{parts}"
 
 
-def _head(config: ExperimentConfig, model: ModelConfig, target: Target, parallel: ParallelConfig) -> str:
+def _head(config: Experiment, model: ModelConfig, target: Target, parallel: ParallelConfig) -> str:
     total, active = count_params(model)
     unlearning, rows = config.unlearning, f"{config.unlearning.forget_batch_size} forget"
     rows += f" and {unlearning.retain_batch_size} retain" if unlearning.retain_batch_size else ""

@@ -27,7 +27,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.families import family_of
 from trace_jax.models.families.published import PUBLISHED
 from trace_jax.parallel.mesh import make_mesh
-from trace_jax.plan.plan import model_of
+from trace_jax.plan.plan import shape_of
 from trace_jax.plan.programs import assumed_experts, step_program
 from trace_jax.plan.table import size
 from trace_jax.run.experiment import METHODS, ExperimentConfig
@@ -79,7 +79,7 @@ def _shape(config: ExperimentConfig) -> ModelConfig:
     model = config.model
     if isinstance(model, PretrainedConfig) and model.published and not Path(model.path).is_dir():
         return dataclasses.replace(model, path="").shape()
-    return model_of(config)
+    return shape_of(config.model)
 
 
 def _weights(config: ExperimentConfig, missing: list[str], wrong: list[str]) -> str:
