@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.evaluation.gradients import gradient_norms
+from trace_jax.evaluation.likelihood import gradient_norms
 from trace_jax.models.arrays import abstract_params
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model

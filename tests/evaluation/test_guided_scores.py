@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from trace_jax.evaluation.config import EvaluationConfig
-from trace_jax.evaluation.gradients import gradient_norms
-from trace_jax.evaluation.likelihood import score_questions, score_rows
+from trace_jax.evaluation.likelihood import gradient_norms, score_questions, score_rows, score_sequences
 from trace_jax.evaluation.measurement import find
-from trace_jax.evaluation.sequences import score_sequences
 from trace_jax.evaluation.suite import make_evaluator
 from trace_jax.evaluation.task import TaskScores
 from trace_jax.models.decoder import forward

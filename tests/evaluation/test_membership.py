@@ -10,8 +10,8 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from trace_jax.evaluation import membership
+from trace_jax.evaluation.likelihood import TokenScores
 from trace_jax.evaluation.membership import MemberScores, TextScores
-from trace_jax.evaluation.sequences import TokenScores
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 

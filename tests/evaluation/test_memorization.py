@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trace_jax.evaluation.likelihood import score_sequences
 from trace_jax.evaluation.memorization import exact_memorization, extraction_strength
-from trace_jax.evaluation.sequences import score_sequences
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
 

@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from trace_jax.evaluation.likelihood import NonFiniteScore
-from trace_jax.evaluation.sequences import score_sequences
+from trace_jax.evaluation.likelihood import NonFiniteScore, score_sequences
 from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward

@@ -8,8 +8,8 @@ import tiny_checkpoints
 
 import trace_jax.run.evaluate
 from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.evaluation.likelihood import score_sequences
 from trace_jax.evaluation.measurement import Measurement
-from trace_jax.evaluation.sequences import score_sequences
 from trace_jax.evaluation.task import TaskScores
 from trace_jax.io.files import read_json
 from trace_jax.main import main

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from trace_jax.checkpoints.checkpoint import read_object
 from trace_jax.config import ConfigError
-from trace_jax.evaluation.sequences import score_sequences
+from trace_jax.evaluation.likelihood import score_sequences
 from trace_jax.io.progress import progress
 from trace_jax.models.model import Model
 

@@ -22,11 +22,9 @@ from tokenizers import Tokenizer
 
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation import intervals
-from trace_jax.evaluation.gradients import gradient_norms
 from trace_jax.evaluation.intervals import Interval
-from trace_jax.evaluation.likelihood import spread_indices
+from trace_jax.evaluation.likelihood import TokenScores, gradient_norms, row_texts, score_sequences, spread_indices
 from trace_jax.evaluation.measurement import Measurement, named
-from trace_jax.evaluation.sequences import TokenScores, row_texts, score_sequences
 from trace_jax.models.model import Model
 
 MIN_K = 0.4  # share of a text's tokens that Min-K and Min-K++ look at, as in MUSE and open-unlearning

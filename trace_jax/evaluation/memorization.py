@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation.intervals import bootstrap_mean
+from trace_jax.evaluation.likelihood import row_texts, score_sequences
 from trace_jax.evaluation.measurement import Measurement, named
-from trace_jax.evaluation.sequences import row_texts, score_sequences
 from trace_jax.models.model import Model
 
 Profile = Literal["exact", "open_unlearning"]

@@ -25,9 +25,9 @@ from trace_jax.data.sources import DataError, part, read_records, revision_and_c
 from trace_jax.evaluation import intervals
 from trace_jax.evaluation.config import MuseConfig
 from trace_jax.evaluation.intervals import Interval
+from trace_jax.evaluation.likelihood import score_sequences
 from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.evaluation.rouge import rouge_l
-from trace_jax.evaluation.sequences import score_sequences
 from trace_jax.evaluation.task import SPLIT, TaskScores
 from trace_jax.models.generate_text import continue_tokens
 from trace_jax.models.model import Model
