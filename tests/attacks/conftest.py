@@ -12,7 +12,8 @@ from trace_jax.data.config import DataConfig
 from trace_jax.data.probes import Probes
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation.config import EvaluationConfig
-from trace_jax.evaluation.suite import make_evaluator
+from trace_jax.evaluation.probes import probe_tasks
+from trace_jax.evaluation.task import Evaluator
 from trace_jax.models.arrays import init_params, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
@@ -72,8 +73,8 @@ def original(text, tmp_path_factory):
 def evaluator(original, text):
     settings = EvaluationConfig(batch_size=8, bootstrap=100)
     probes = {"test": Probes({}, text, {}, {})}
-    made = make_evaluator(settings, CONFIG, probes, benchmark="text", mesh=make_mesh(jax.devices()[:1]))
-    return made.with_references(original=made.score(original.params, full=True))
+    made = Evaluator(settings, probe_tasks(probes, settings, accuracies={}, identity=""), make_mesh(jax.devices()[:1]))
+    return dataclasses.replace(made, original=made.score(original, full=True))
 
 
 @pytest.fixture
@@ -82,14 +83,21 @@ def make_case(original, evaluator, tmp_path):
 
     def make(params, **changes):
         retain = dataclasses.replace(make_rows(12, seed=3), domain=np.repeat(np.int32([0, 1]), 6))
-        corpora = types.SimpleNamespace(forget=evaluator.text["test", "forget"], retain=retain)
+        corpora = types.SimpleNamespace(forget=evaluator.tasks[0].data["test", "forget"], retain=retain)
         case = Case(
-            original, original.replace(params=params), corpora, DataConfig(), evaluator, evaluator.mesh,
+            original, original.replace(params=params), corpora, DataConfig(benchmark="presidents"), evaluator,
+            evaluator.mesh,
             seed=0, directory=tmp_path / "attack", identity="made for a test",
         )  # fmt: skip
         return dataclasses.replace(case, **changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def measured():
+    """measured(case, params): the quick measurements of a model with these parameters."""
+    return lambda case, params: case.evaluator.measure(case.evaluator.score(case.original.replace(params=params)))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ One expert per token with weight 1: then routing is all that a router does, and 
 knows must give everything back.
 """
 
+import dataclasses
 import types
 
 import jax
@@ -20,7 +21,8 @@ from trace_jax.data.probes import Probes, Questions
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.measurement import find
-from trace_jax.evaluation.suite import make_evaluator
+from trace_jax.evaluation.probes import probe_tasks
+from trace_jax.evaluation.task import Evaluator
 from trace_jax.models.arrays import abstract_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
@@ -80,8 +82,8 @@ def case_of(original, known, tmp_path_factory):
     """case_of(params): the case of an unlearned model with these parameters, on four devices."""
     mesh, (rows, probes) = make_mesh(jax.devices()[:4], data=2, expert=2), known
     settings = EvaluationConfig(batch_size=16, max_rows=ROWS, bootstrap=200)
-    evaluator = make_evaluator(settings, CONFIG, {"test": probes}, benchmark="handbook", mesh=mesh)
-    evaluator = evaluator.with_references(original=evaluator.score(original.params))
+    evaluator = Evaluator(settings, probe_tasks({"test": probes}, settings, accuracies={}, identity=""), mesh)
+    evaluator = dataclasses.replace(evaluator, original=evaluator.score(original))
 
     def case(params):
         corpora, directory = types.SimpleNamespace(forget=rows), tmp_path_factory.mktemp("attack")
@@ -103,9 +105,9 @@ def hidden(params, *layers):
     return with_layers(params, router=router)
 
 
-def test_what_was_only_routed_around_comes_back_whole(original, case_of):
+def test_what_was_only_routed_around_comes_back_whole(original, case_of, measured):
     case = case_of(hidden(original.params, 0, 1))
-    before, after = (values(case.evaluator(model.params)) for model in (case.original, case.unlearned))
+    before, after = (values(measured(case, model.params)) for model in (case.original, case.unlearned))
     assert before["forget_accuracy"] == 1 and after["forget_accuracy"] < 0.75
     assert after["forget_nll"] > before["forget_nll"] + 1 and after["forget_probability_ratio"] < 0.4
     [point] = expert_forcing(ExpertForcingConfig(), case)
@@ -116,12 +118,12 @@ def test_what_was_only_routed_around_comes_back_whole(original, case_of):
     assert forced["forget_probability_ratio"] == pytest.approx(1, rel=1e-5)
 
 
-def test_what_was_taken_out_of_the_experts_does_not_come_back(original, case_of):
+def test_what_was_taken_out_of_the_experts_does_not_come_back(original, case_of, measured):
     """Without experts, it can't matter which are used: forcing changes nothing."""
     params = hidden(original.params, 0, 1)
     nothing = jax.tree.map(jnp.zeros_like, params["layers"]["experts"])
     case = case_of(with_layers(params, experts=nothing))
-    after = values(case.evaluator(case.unlearned.params))
+    after = values(measured(case, case.unlearned.params))
     result = attack("expert_forcing", ExpertForcingConfig(), case)
     assert after["forget_accuracy"] < 0.75 and result["measure"] == "forget_accuracy" and result["strongest"] == 0
     found = {m["name"]: m["value"] for m in result["points"][0]["measurements"]}

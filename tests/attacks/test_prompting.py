@@ -15,14 +15,14 @@ from trace_jax.attacks.config import PromptingConfig
 from trace_jax.attacks.prompting import _forms, prompting
 from trace_jax.config import ConfigError
 from trace_jax.data.config import DataConfig
-from trace_jax.evaluation import suite, verbatim
+from trace_jax.evaluation import probes as builtin
+from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
 from trace_jax.evaluation.continuations import Scored
 from trace_jax.evaluation.likelihood import QuestionScores, RowScores, score_rows
 from trace_jax.evaluation.measurement import find
-from trace_jax.evaluation.memorization import MemorizationScores
-from trace_jax.evaluation.suite import make_evaluator
-from trace_jax.evaluation.verbatim import verbatim_scores
+from trace_jax.evaluation.probes import Memorization, Verbatim, probe_tasks
+from trace_jax.evaluation.task import Evaluator, TaskScores
 from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model, Source
@@ -90,10 +90,11 @@ def minds(monkeypatch, handbook):
         nll = np.where(rows.valid, 0.1 if params.texts else 9.0, 0)
         return RowScores(nll.astype(np.float32), rows.valid)
 
-    monkeypatch.setattr(suite, "score_questions", score)
-    monkeypatch.setattr(suite, "score_rows", score_text)
-    monkeypatch.setattr(suite, "score_memorization", lambda *_, **__: MemorizationScores(np.zeros(1), np.zeros(1)))
-    monkeypatch.setattr(verbatim, "generate", write)
+    monkeypatch.setattr(builtin, "score_questions", score)
+    monkeypatch.setattr(builtin, "score_rows", score_text)
+    monkeypatch.setattr(Memorization, "score", lambda *_, **__: TaskScores({}))
+    monkeypatch.setattr(Memorization, "measure", lambda *_, **__: [])
+    monkeypatch.setattr(builtin, "generate", write)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,8 @@ def make_case(data, corpora, unlearned, original, directory, *, config=None, tas
     config = config or ModelConfig(vocab_size=2048)
     models = [Model(config, params, corpora.tokenizer) for params in (original, unlearned)]
     probes = {"validation": corpora.validation, "test": corpora.test}
-    evaluator = make_evaluator(SETTINGS, config, probes, corpora.tokenizer, benchmark=benchmark, tasks=tasks)
+    probes = probe_tasks(probes, SETTINGS, accuracies=scoreboard(benchmark).questions, identity="probes")
+    evaluator = Evaluator(SETTINGS, (*probes, *tasks))
     mesh = ParallelConfig().mesh()
     return Case(*models, corpora, data, evaluator, mesh, 3, directory, "known")
 
@@ -134,9 +136,9 @@ def value(measurements, name, split="test"):
     return find(measurements, name, split).value
 
 
-def test_other_queries_recover_what_was_only_refused(case):
+def test_other_queries_recover_what_was_only_refused(case, measured):
     refuses = case("refuses")
-    assert value(refuses.evaluator(refuses.unlearned.params), "forget_accuracy") < 0.5
+    assert value(measured(refuses, refuses.unlearned.params), "forget_accuracy") < 0.5
     points = prompting(PromptingConfig(examples=(1, 3)), refuses)
     assert [p.at for p in points] == ["1 example", "3 examples", "half of the text", "75 % of the text", "paraphrase"]
     for point in points:
@@ -149,9 +151,9 @@ def test_other_queries_recover_what_was_only_refused(case):
         assert find(point.measurements, "forget_accuracy", "test").n == len(refuses.corpora.test.questions["forget"])
 
 
-def test_what_is_lost_stays_lost_though_the_model_copies_what_it_reads(case):
+def test_what_is_lost_stays_lost_though_the_model_copies_what_it_reads(case, measured):
     lost = case("lost")
-    chance = value(lost.evaluator(lost.unlearned.params), "forget_accuracy")
+    chance = value(measured(lost, lost.unlearned.params), "forget_accuracy")
     assert 0.2 < chance < 0.3
     for point in prompting(PromptingConfig(), lost):
         # No option stands in any query, so a model that copies is where it was.
@@ -161,8 +163,8 @@ def test_what_is_lost_stays_lost_though_the_model_copies_what_it_reads(case):
 
 def test_the_seed_decides_on_the_examples_and_all_models_get_the_same(case, monkeypatch):
     seen = []
-    kept = suite.score_questions
-    monkeypatch.setattr(suite, "score_questions", lambda p, c, q, **k: seen.append(q.tokens) or kept(p, c, q, **k))
+    kept = builtin.score_questions
+    monkeypatch.setattr(builtin, "score_questions", lambda p, c, q, **k: seen.append(q.tokens) or kept(p, c, q, **k))
     settings, refuses, lost = PromptingConfig(prefixes=()), case("refuses"), case("lost")
     prompting(settings, refuses)
     first, original, *paraphrases = seen
@@ -224,7 +226,9 @@ def test_shares_and_counts_that_ask_for_nothing_are_refused(wrong):
         PromptingConfig(**wrong)
 
 
-def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowhere(minds, own, tmp_path, monkeypatch):
+def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowhere(
+    minds, own, tmp_path, monkeypatch, measured
+):
     config, corpora, _ = own
     rows = [{"question": f"secret {i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
     task = read_multiple_choice(MultipleChoiceConfig({"wmdp_bio": written(tmp_path / "rows.jsonl", rows)}))
@@ -240,7 +244,7 @@ def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowher
     monkeypatch.setattr(wmdp, "score_texts", score)
     refuses = Mind({}, refused=frozenset(q.context for q in task.questions))
     case = make_case(config, corpora, refuses, Mind({}), tmp_path / "attack", tasks=(task,), benchmark="text")
-    assert value(case.evaluator(refuses), "wmdp_bio") == 0.25
+    assert value(measured(case, refuses), "wmdp_bio") == 0.25
     (point,) = prompting(PromptingConfig(examples=(2,), prefixes=()), case)
     assert value(point.measurements, "wmdp_bio") == value(point.original, "wmdp_bio") == 1
     files = [file for file in case.directory.rglob("*") if file.is_file()]
@@ -291,7 +295,7 @@ def test_other_paraphrases_are_scored_again(minds, own, tmp_path):
     config, corpora, paraphrases = own
     source, lines = tmp_path / "own.jsonl", Path(paraphrases).read_text().splitlines(keepends=True)
     case = make_case(config, corpora, Mind({}), Mind({}), tmp_path / "attack", benchmark="text")
-    kept = tmp_path / "attack" / "paraphrase" / "unlearned" / "probes.verbatim.jsonl"
+    kept = tmp_path / "attack" / "paraphrase" / "unlearned" / "verbatim.items.jsonl"
     for count in (3, 2):
         source.write_text("".join(lines[:count]))
         (point,) = prompting(PromptingConfig(examples=(), prefixes=(), paraphrases=str(source)), case)
@@ -316,9 +320,15 @@ def test_a_form_is_measured_with_the_scores_of_any_evaluation(own, tmp_path):
     unlearned, original = (jax.tree.map(lambda x: 3 * x, init_params(shape, jax.random.key(seed))) for seed in (0, 1))
     case = make_case(config, corpora, unlearned, original, tmp_path, config=shape, benchmark="text")
     (point,) = prompting(PromptingConfig(examples=(), prefixes=(0.75,)), case)
-    asked, nlls = queries.longer_prompts(case.evaluator.prompts["test"], corpora.forget, 0.75, 2), []
+    asked, nlls = (
+        queries.longer_prompts(
+            next(task for task in case.evaluator.tasks if task.name == "verbatim").data["test"], corpora.forget, 0.75, 2
+        ),
+        [],
+    )
     for weights, found in zip((unlearned, original), (point.measurements, point.original), strict=True):
-        scores = verbatim_scores(weights, shape, corpora.tokenizer, asked).score
+        model = Model(shape, weights, corpora.tokenizer)
+        scores = Verbatim({"test": asked}, "").score(model, batch_size=8, mesh=None).arrays["test/score"]
         assert value(found, "verbatim") == pytest.approx(scores.mean())
         likelihood = score_rows(weights, shape, queries.continuation_rows(asked))
         nlls.append(likelihood.nll.sum() / likelihood.tokens.sum())
@@ -328,5 +338,5 @@ def test_a_form_is_measured_with_the_scores_of_any_evaluation(own, tmp_path):
         ratio == pytest.approx(np.exp(nlls[1] - nlls[0]), rel=1e-4)
         and value(point.original, "forget_probability_ratio") == 1
     )
-    lines = (tmp_path / "75-percent-of-the-text" / "unlearned" / "probes.verbatim.jsonl").read_text().splitlines()
+    lines = (tmp_path / "75-percent-of-the-text" / "unlearned" / "verbatim.items.jsonl").read_text().splitlines()
     assert len(lines) == 2 * SETTINGS.max_prompts

@@ -1,5 +1,7 @@
 """Rounding to nearest by hand; a change below a step is undone, a larger one is not."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -61,10 +63,12 @@ def test_a_change_below_a_step_is_undone(original, make_case, value):
         largest = np.abs(array).max(axis=tuple(range(first, second)), keepdims=True) if matrix else None
         off_grid[path] = array if largest is None else np.where(np.abs(array) < largest, array + largest / 35, array)
     case = make_case(unflatten(off_grid))
-    evaluator = case.evaluator.with_references(original=case.evaluator.score(unflatten(on_grid), full=True))
+    evaluator = dataclasses.replace(
+        case.evaluator, original=case.evaluator.score(original.replace(params=unflatten(on_grid)), full=True)
+    )
     eight, four = quantization(QuantizationConfig(), make_case(unflatten(off_grid), evaluator=evaluator))
     assert (eight.at, four.at) == ("8 bits", "4 bits")
-    unlearned = value(evaluator(unflatten(off_grid)), RATIO)
+    unlearned = value(evaluator.measure(evaluator.score(case.unlearned)), RATIO)
     assert unlearned < 0.97
     assert value(four.measurements, RATIO) == pytest.approx(1, abs=1e-5)
     assert abs(value(eight.measurements, RATIO) - unlearned) < 0.2 * (1 - unlearned)  # too fine to undo it

@@ -42,13 +42,13 @@ def test_a_step_is_a_step_of_gradient_descent_on_the_forget_rows(original, make_
     assert value(point.measurements, "forget_nll") == pytest.approx(scores.nll.sum() / scores.tokens.sum(), rel=1e-4)
 
 
-def test_what_was_hidden_comes_back_with_training_and_the_worst_point_counts(original, make_case, value):
+def test_what_was_hidden_comes_back_with_training_and_the_worst_point_counts(original, make_case, value, measured):
     case = make_case(forgetful(original))
     settings = RelearningConfig(share=1.0, steps=6, evaluate_every=4, batch_size=4, learning_rate=2e-3)
     points = relearning(settings, case)
     assert [point.at for point in points] == ["4 steps", "6 steps"]
     ratios = [value(point.measurements, RATIO) for point in points]
-    assert value(case.evaluator(case.unlearned.params), RATIO) < min(ratios)
+    assert value(measured(case, case.unlearned.params), RATIO) < min(ratios)
     assert strongest(points, RATIO) == int(np.argmax(ratios))
     assert strongest(points, "verbatim") is None
     assert not (case.directory / "checkpoints").exists()

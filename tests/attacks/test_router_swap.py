@@ -32,9 +32,9 @@ def emptied_experts(path, array):
 
 
 @pytest.mark.parametrize("hide", [turned_routers, biased_routers])
-def test_knowledge_that_only_the_router_hid_is_back_exactly(original, make_case, value, hide):
+def test_knowledge_that_only_the_router_hid_is_back_exactly(original, make_case, value, hide, measured):
     case = make_case(changed(original.params, hide))
-    hidden = case.evaluator(case.unlearned.params)
+    hidden = measured(case, case.unlearned.params)
     assert value(hidden, RATIO) < 0.9
     (point,) = router_swap(RouterSwapConfig(), case)
     assert point.at == "original routers"
@@ -42,10 +42,10 @@ def test_knowledge_that_only_the_router_hid_is_back_exactly(original, make_case,
     assert value(point.measurements, RATIO) == 1
 
 
-def test_what_experts_have_lost_is_not_back(original, make_case, value):
+def test_what_experts_have_lost_is_not_back(original, make_case, value, measured):
     case = make_case(changed(original.params, emptied_experts))
     (point,) = router_swap(RouterSwapConfig(), case)
-    assert value(point.measurements, RATIO) == value(case.evaluator(case.unlearned.params), RATIO) < 0.9
+    assert value(point.measurements, RATIO) == value(measured(case, case.unlearned.params), RATIO) < 0.9
 
 
 def test_only_routers_are_swapped_and_nothing_is_copied(original):

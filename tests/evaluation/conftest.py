@@ -10,8 +10,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trace_jax.data.probes import Probes, Prompts, Questions
 from trace_jax.data.rows import Rows
+from trace_jax.evaluation.benchmarks import scoreboard
+from trace_jax.evaluation.probes import probe_tasks
+from trace_jax.evaluation.task import Evaluator
 from trace_jax.models.arrays import abstract_params
 from trace_jax.models.config import ModelConfig
+from trace_jax.models.model import Model
 
 V = 37
 CONFIG = ModelConfig(
@@ -90,8 +94,27 @@ def make_tokenizer():
     return tokenizer
 
 
+def make_model(seed=0):
+    return Model(CONFIG, make_params(seed), make_tokenizer())
+
+
+def make_evaluator(settings, probes, *, benchmark="text", tasks=(), identity="probes", mesh=None):
+    """An evaluator of probes per split and of other tasks."""
+    names = scoreboard(benchmark).questions
+    return Evaluator(settings, (*probe_tasks(probes, settings, accuracies=names, identity=identity), *tasks), mesh)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """The functions above, with the configuration and parameters that most tests use."""
-    makers = (make_params, make_rows, make_questions, make_prompts, make_probes, make_tokenizer)
+    makers = (
+        make_params,
+        make_rows,
+        make_questions,
+        make_prompts,
+        make_probes,
+        make_tokenizer,
+        make_model,
+        make_evaluator,
+    )
     return types.SimpleNamespace(config=CONFIG, params=make_params(), **{f.__name__: f for f in makers})

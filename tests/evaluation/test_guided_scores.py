@@ -8,7 +8,6 @@ import pytest
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.likelihood import gradient_norms, score_questions, score_rows, score_sequences
 from trace_jax.evaluation.measurement import find
-from trace_jax.evaluation.suite import make_evaluator
 from trace_jax.evaluation.task import TaskScores
 from trace_jax.models.decoder import forward
 from trace_jax.models.generate_text import continue_tokens
@@ -84,24 +83,25 @@ class _MeanLogProb:
 def test_the_evaluator_passes_the_guide_to_everything_quick(tiny, other):
     settings = EvaluationConfig(batch_size=8, bootstrap=100)
     probes, task = {"test": tiny.make_probes(text=("forget",), questions=("forget",), members=False)}, _MeanLogProb()
-    evaluator = make_evaluator(settings, tiny.config, probes, benchmark="handbook", tasks=(task,))
-    free, own, guided = (evaluator.score(tiny.params, guide=guide) for guide in (None, tiny.params, other))
+    evaluator, model = tiny.make_evaluator(settings, probes, benchmark="handbook", tasks=(task,)), tiny.make_model()
+    free, own, guided = (evaluator.score(model.replace(guide=guide)) for guide in (None, tiny.params, other))
     rows = score_rows(tiny.params, tiny.config, probes["test"].text["forget"], guide=other)
     asked = score_questions(tiny.params, tiny.config, probes["test"].questions["forget"], guide=other)
-    told = task.score(Model(tiny.config, tiny.params, guide=other), batch_size=8, mesh=None).arrays["log_prob"]
-    unguided = free.text["test", "forget"].token_nll
-    for scores, nll in ((own, unguided), (guided, rows.token_nll)):
-        np.testing.assert_allclose(scores.text["test", "forget"].token_nll, nll, rtol=1e-4, atol=1e-5)
-    found = guided.questions["test", "forget"].log_likelihood
+    told = task.score(model.replace(guide=other), batch_size=8, mesh=None).arrays["log_prob"]
+    unguided = free["text"].arrays["test/forget/nll"]
+    for scores, nll in ((own, unguided), (guided, rows.nll)):
+        np.testing.assert_allclose(scores["text"].arrays["test/forget/nll"], nll, rtol=1e-4)
+    path = "test/forget/log_likelihood"
+    found = guided["questions"].arrays[path]
     np.testing.assert_allclose(found, asked.log_likelihood, rtol=1e-4)
-    assert np.abs(found - free.questions["test", "forget"].log_likelihood).max() > 0.1
-    np.testing.assert_allclose(guided.tasks["mean_log_prob"].arrays["log_prob"], told, rtol=1e-5)
-    assert np.abs(free.tasks["mean_log_prob"].arrays["log_prob"] - told).max() > 0.05
+    assert np.abs(found - free["questions"].arrays[path]).max() > 0.1
+    np.testing.assert_allclose(guided["mean_log_prob"].arrays["log_prob"], told, rtol=1e-5)
+    assert np.abs(free["mean_log_prob"].arrays["log_prob"] - told).max() > 0.05
     nll = find(evaluator.measure(guided), "forget_nll", "test")
     assert nll.value == pytest.approx(rows.nll.sum() / rows.tokens.sum(), rel=1e-5)
     assert nll.value != pytest.approx(unguided.sum() / rows.tokens.sum(), rel=1e-3)
-    with pytest.raises(ValueError, match="full=False"):
-        evaluator.score(tiny.params, full=True, guide=other)
+    with pytest.raises(ValueError, match="generation can't be"):
+        evaluator.score(model.replace(guide=other), full=True)
 
 
 def test_what_cannot_follow_a_guide_is_refused(tiny, other):

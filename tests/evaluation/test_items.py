@@ -1,14 +1,15 @@
 """Items of a run are kept at every evaluation; resampled, they give the fronts that other items would have given."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from trace_jax.evaluation import knowledge, utility
+from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.fronts import MEAN, front_from_history
-from trace_jax.evaluation.items import Draws, RunItems, Series, item_outcomes, load_run_items
-from trace_jax.evaluation.likelihood import QuestionScores, RowScores
-from trace_jax.evaluation.suite import make_evaluator
+from trace_jax.evaluation.items import Draws, RunItems, Series, load_run_items
+from trace_jax.evaluation.probes import item_outcomes, relative_likelihood
 from trace_jax.unlearning.metrics import Metrics, read_items
 
 SETTINGS = EvaluationConfig(batch_size=8, max_rows=5, max_prompts=3, bootstrap=100)
@@ -17,17 +18,18 @@ STEPS = (0, 4, 8)
 
 @pytest.fixture(scope="module", params=["handbook", "text"])
 def run(request, tiny, tmp_path_factory):
-    """(directory, evaluator, scores at each step, front on test) of three models in place of a run."""
+    """(directory, scoreboard, evaluator, scores at each step, front on test) of three models in place of a run."""
     text = ("general",) if request.param == "handbook" else ("forget", "neighbour", "general")
     probes = {"validation": tiny.make_probes(0, text=text), "test": tiny.make_probes(5, text=text)}
-    evaluator = make_evaluator(SETTINGS, tiny.config, probes, tiny.make_tokenizer(), benchmark=request.param)
-    evaluator = evaluator.with_references(original=evaluator.score(tiny.params))
-    scores = [evaluator.score(tiny.params if step == 0 else tiny.make_params(step)) for step in STEPS]
+    evaluator = tiny.make_evaluator(SETTINGS, probes, benchmark=request.param)
+    scores = [evaluator.score(tiny.make_model(step)) for step in STEPS]
+    evaluator = dataclasses.replace(evaluator, original=scores[0])
     directory = tmp_path_factory.mktemp(request.param)
     for step, given in zip(STEPS, scores, strict=True):
         Metrics(directory, "a").write_items(step, item_outcomes(evaluator, given))
     history = [(step, evaluator.measure(given)) for step, given in zip(STEPS, scores, strict=True)]
-    return directory, evaluator, scores, front_from_history(history, benchmark=request.param, split="test")
+    front = front_from_history(history, benchmark=request.param, split="test")
+    return directory, scoreboard(request.param), evaluator, scores, front
 
 
 class Once(Draws):
@@ -41,8 +43,8 @@ class Once(Draws):
 
 
 def test_the_items_of_a_run_have_its_front(run):
-    directory, evaluator, _, front = run
-    items = load_run_items(directory, front, evaluator.board, split="test")
+    directory, board, _, _, front = run
+    items = load_run_items(directory, front, board, split="test")
     forgetting, utilities = items.resampled(Once())
     np.testing.assert_allclose(forgetting[0], front.forgetting, rtol=1e-6)
     assert set(utilities) == set(front.utilities)
@@ -52,11 +54,11 @@ def test_the_items_of_a_run_have_its_front(run):
 
 def test_a_resample_is_the_run_on_items_that_are_repeated(run):
     """Against the scores of explicitly repeated items, measured as everything else is."""
-    directory, evaluator, scores, front = run
-    items = load_run_items(directory, front, evaluator.board, split="test")
+    directory, board, evaluator, scores, front = run
+    items = load_run_items(directory, front, board, split="test")
     draws = Draws(resamples=3, seed=1)
     forgetting, utilities = items.resampled(draws)
-    found = {evaluator.board.forgetting: forgetting, **utilities}
+    found = {board.forgetting: forgetting, **utilities}
     saved = read_items(directory)[1]
 
     def repeated(subject, name, resample):
@@ -65,44 +67,37 @@ def test_a_resample_is_the_run_on_items_that_are_repeated(run):
 
     checked = set()
     for at, given in enumerate(scores):
+        arrays, first = ({**one["questions"].arrays, **one["text"].arrays} for one in (given, scores[0]))
         for resample in range(3):
-            for (split, subject), q in given.questions.items():
-                rows = repeated(subject, "question", resample) if split == "test" else []
-                name = evaluator.board.accuracy(subject)
-                if name in found and len(rows):
-                    values = []
-                    for x in (q, scores[0].questions[split, subject]):
-                        taken = QuestionScores(x.log_likelihood[rows], x.answer[rows], x.group[rows])
-                        values.append(knowledge.accuracy(taken, resamples=100).value)
-                    expected = values[0] / values[1] if name in items.relative else values[0]
+            for subject in {key[1] for task in evaluator.tasks[:2] for key in task.data}:
+                if f"test/{subject}/log_likelihood" in arrays and board.accuracy(subject) in found:
+                    rows, name = repeated(subject, "question", resample), board.accuracy(subject)
+                    answer = evaluator.tasks[0].data["test", subject].answer[rows]
+                    ours, before = (
+                        np.mean(x[f"test/{subject}/log_likelihood"][rows].argmax(axis=1) == answer)
+                        for x in (arrays, first)
+                    )
+                    expected = ours / before if name in items.relative else ours
                     assert found[name][resample, at] == pytest.approx(expected)
                     checked.add(name)
-            for (split, subject), r in given.text.items():
-                rows = repeated(subject, "row", resample) if split == "test" else []
-                if len(rows):
-                    ours, theirs = (
-                        RowScores(x.token_nll[rows], x.valid[rows])
-                        for x in (r, evaluator.original.text[split, subject])
-                    )
-                    score = utility.probability_ratio if subject == "forget" else utility.utility
-                    name = evaluator.board.likelihood(subject)
-                    assert found[name][resample, at] == pytest.approx(
-                        score(ours, theirs, resamples=100).value, rel=1e-5
-                    )
+                if f"test/{subject}/nll" in arrays:
+                    rows, name = repeated(subject, "row", resample), relative_likelihood(subject)
+                    ours, before = (x[f"test/{subject}/nll"][rows].sum() for x in (arrays, first))
+                    gain = np.exp((before - ours) / arrays[f"test/{subject}/tokens"][rows].sum())
+                    expected = gain if subject == "forget" else min(gain, 1)
+                    assert found[name][resample, at] == pytest.approx(expected, rel=1e-5)
                     checked.add(name)
     assert checked == set(found) - {MEAN}
 
 
 def test_questions_of_a_group_are_one_name_and_equal_rows_too(tiny):
-    evaluator = make_evaluator(SETTINGS, tiny.config, {"test": tiny.make_probes(5)}, benchmark="handbook")
-    scores = evaluator.score(tiny.params)
+    evaluator = tiny.make_evaluator(SETTINGS, {"test": tiny.make_probes(5)}, benchmark="handbook")
+    scores = evaluator.score(tiny.make_model())
     saved = item_outcomes(evaluator, scores)
-    groups = evaluator.questions["test", "forget"].group
+    groups = evaluator.tasks[0].data["test", "forget"].group
     names = saved["test/forget/question"]
     assert [len(set(names[groups == g])) for g in set(groups)] == [1] * 3 and len(set(names)) == 3
-    other = item_outcomes(
-        make_evaluator(SETTINGS, tiny.config, {"test": tiny.make_probes(6)}, benchmark="handbook"), scores
-    )
+    other = item_outcomes(tiny.make_evaluator(SETTINGS, {"test": tiny.make_probes(6)}, benchmark="handbook"), scores)
     assert not set(other["test/forget/question"]) & set(names)
     assert "test/general/original" not in saved
 
@@ -127,17 +122,17 @@ def test_the_draws_are_the_bootstrap_of_a_mean():
 
 
 def test_without_items_at_every_step_of_the_front_there_are_none(run, tmp_path):
-    directory, evaluator, scores, front = run
-    assert load_run_items(tmp_path, front, evaluator.board, split="test") is None
+    directory, board, evaluator, scores, front = run
+    assert load_run_items(tmp_path, front, board, split="test") is None
     for step, given in list(zip(STEPS, scores, strict=True))[:2]:
         Metrics(tmp_path, "a").write_items(step, item_outcomes(evaluator, given))
-    assert load_run_items(tmp_path, front, evaluator.board, split="test") is None
-    assert isinstance(load_run_items(directory, front, evaluator.board, split="test"), RunItems)
+    assert load_run_items(tmp_path, front, board, split="test") is None
+    assert isinstance(load_run_items(directory, front, board, split="test"), RunItems)
 
 
 def test_mean_utility_stands_on_the_items_of_every_utility(run):
-    directory, evaluator, _, front = run
-    items = load_run_items(directory, front, evaluator.board, split="test")
+    directory, board, _, _, front = run
+    items = load_run_items(directory, front, board, split="test")
     counted = {name: sum(items.counts(name).values()) for name in front.utilities}
     assert counted[MEAN] == sum(n for name, n in counted.items() if name != MEAN)
     assert counted["general_utility"] == 5

@@ -11,9 +11,9 @@ from sklearn.metrics import roc_auc_score
 
 from trace_jax.evaluation import membership
 from trace_jax.evaluation.likelihood import TokenScores
-from trace_jax.evaluation.membership import MemberScores, TextScores
+from trace_jax.evaluation.membership import ATTACKS, SIDES, Membership
+from trace_jax.evaluation.task import TaskScores
 from trace_jax.models.decoder import forward
-from trace_jax.models.model import Model
 
 
 def array(*values):
@@ -26,11 +26,18 @@ def log_probs(*texts):
 
 def text_scores(values, **others):
     values = np.asarray(values, np.float64)
-    return TextScores(**{attack: np.asarray(others.get(attack, values), np.float64) for attack in membership.ATTACKS})
+    return {attack: np.asarray(others.get(attack, values), np.float64) for attack in ATTACKS}
+
+
+def members(*sides):
+    """Scores of a task from those of its forget and holdout texts."""
+    both = zip(SIDES, sides, strict=True)
+    return TaskScores({f"test/{side}/{attack}": v for side, scores in both for attack, v in scores.items()})
 
 
 def by_name(scores, retrained=None, **resampling):
-    found = membership.measure_membership(scores, retrained, split="test", **{"resamples": 200, **resampling})
+    task = Membership({"test": (None, None)}, "", 0)
+    found = task.measure(scores, original=None, retrained=retrained, **{"resamples": 200, "seed": 0, **resampling})
     return {m.name: m for m in found}
 
 
@@ -72,21 +79,21 @@ def test_compressed_sizes_are_of_the_text_without_marks(tiny):
 def test_an_attacker_finds_what_was_memorised_and_is_misled_by_what_was_pushed_too_far():
     unknown = text_scores([3.0, 4.0, 5.0])
     for seen, auc, rate in ((text_scores([0.1, 0.2]), 1, 1), (text_scores([8.0, 9.0]), 0, 0)):
-        found = by_name(MemberScores(seen, unknown))
-        for attack in membership.ATTACKS:
+        found = by_name(members(seen, unknown))
+        for attack in ATTACKS:
             measured = found[f"membership_{attack}_auc"], found[f"membership_{attack}_tpr_at_fpr_1"]
             assert [(m.value, m.low, m.high, m.n) for m in measured] == [(auc, auc, auc, 5), (rate, rate, rate, 5)]
 
 
 def test_equal_scores_are_half_a_win_and_nothing_is_found():
-    found = by_name(MemberScores(text_scores([1, 1]), text_scores([1, 1, 1])))
+    found = by_name(members(text_scores([1, 1]), text_scores([1, 1, 1])))
     assert found["membership_min_k_auc"].value == 0.5
     assert found["membership_min_k_tpr_at_fpr_1"].value == 0
 
 
 def test_attacks_can_disagree():
     forget, holdout = text_scores([1, 2], zlib=[5, 6]), text_scores([3, 4])
-    found = by_name(MemberScores(forget, holdout))
+    found = by_name(members(forget, holdout))
     assert found["membership_loss_auc"].value == 1 and found["membership_zlib_auc"].value == 0
 
 
@@ -100,7 +107,7 @@ def test_aucs_are_those_of_scikit_learn_and_their_intervals_those_of_a_naive_boo
     def naive(forget, holdout):
         return roc_auc_score([1] * len(forget) + [0] * len(holdout), -np.concatenate([forget, holdout]))
 
-    found = by_name(MemberScores(text_scores(forget), text_scores(holdout)), resamples=1000)["membership_loss_auc"]
+    found = by_name(members(text_scores(forget), text_scores(holdout)), resamples=1000)["membership_loss_auc"]
     assert found.value == pytest.approx(naive(forget, holdout))
     assert found.value == pytest.approx(stats.mannwhitneyu(-forget, -holdout).statistic / 1200)
     drawn = [naive(rng.choice(forget, 40), rng.choice(holdout, 30)) for _ in range(1000)]
@@ -108,8 +115,8 @@ def test_aucs_are_those_of_scikit_learn_and_their_intervals_those_of_a_naive_boo
 
 
 def test_the_reference_attack_compares_two_models_text_by_text():
-    ours = MemberScores(text_scores([5, 6]), text_scores([1, 2]))  # the forget texts are hard ones
-    theirs = MemberScores(text_scores([7, 8]), text_scores([1, 2]))
+    ours = members(text_scores([5, 6]), text_scores([1, 2]))  # the forget texts are hard ones
+    theirs = members(text_scores([7, 8]), text_scores([1, 2]))
     found = by_name(ours, theirs)
     assert found["membership_loss_auc"].value == 0
     assert found["membership_reference_auc"].value == found["membership_reference_tpr_at_fpr_1"].value == 1
@@ -120,28 +127,28 @@ def test_the_reference_attack_compares_two_models_text_by_text():
 
 
 def test_the_reference_must_be_scored_on_the_same_texts():
-    scores = MemberScores(text_scores([5, 6]), text_scores([1, 2]))
+    scores = members(text_scores([5, 6]), text_scores([1, 2]))
     with pytest.raises(ValueError, match="same texts"):
-        by_name(scores, MemberScores(text_scores([5]), text_scores([1, 2])))
+        by_name(scores, members(text_scores([5]), text_scores([1, 2])))
 
 
 def test_what_was_not_scored_is_left_out():
     nothing = [np.nan, np.nan]
     forget = text_scores([1, 2], zlib=nothing, gradient_norm=[np.nan, 3])
     holdout = text_scores([3, 4, 5], zlib=[np.nan] * 3, gradient_norm=[5, np.nan, 4])
-    found = by_name(MemberScores(forget, holdout))
+    found = by_name(members(forget, holdout))
     assert not any("zlib" in name for name in found)
     gradient = found["membership_gradient_norm_auc"]
     assert (gradient.value, gradient.n) == (1, 3)
     assert gradient.note == "1 forget, 2 holdout texts; too few items for an interval"
     assert math.isnan(gradient.low)
-    assert by_name(MemberScores(forget, text_scores([]))) == {}
+    assert by_name(members(forget, text_scores([]))) == {}
 
 
 def test_few_holdout_texts_are_pointed_out():
-    few = by_name(MemberScores(text_scores([1, 2]), text_scores(range(99))))
+    few = by_name(members(text_scores([1, 2]), text_scores(range(99))))
     assert "fewer than 100" in few["membership_loss_tpr_at_fpr_1"].note
-    enough = by_name(MemberScores(text_scores([1, 2]), text_scores(range(100))))
+    enough = by_name(members(text_scores([1, 2]), text_scores(range(100))))
     assert "fewer" not in enough["membership_loss_tpr_at_fpr_1"].note
 
 
@@ -151,9 +158,9 @@ def test_few_holdout_texts_are_pointed_out():
 def test_scores_of_a_model(tiny):
     """Each attack from the logits of a text alone, by its definition."""
     forget, holdout = tiny.make_rows(3, seed=1), tiny.make_rows(4, seed=2)
-    model = Model(tiny.config, tiny.params, tiny.make_tokenizer())
-    found = membership.score_members(model, forget, holdout, gradients=2, batch_size=4)
-    assert (len(found.forget), len(found.holdout)) == (6, 8)  # two documents a row
+    scores = Membership({"test": (forget, holdout)}, "", 2).score(tiny.make_model(), batch_size=4, mesh=None)
+    found = {attack: scores.arrays[f"test/forget/{attack}"] for attack in ATTACKS}
+    assert (len(found["loss"]), len(scores.arrays["test/holdout/loss"])) == (6, 8)  # two documents a row
     row, segment = 1, 2  # the fourth text
     ids = forget.tokens[row][forget.segments[row] == segment]
     logits = jax.jit(forward, static_argnums=1)(tiny.params, tiny.config, ids[None]).logits[0]
@@ -163,48 +170,48 @@ def test_scores_of_a_model(tiny):
     deviation = np.sqrt((np.exp(log_p) * log_p**2).sum(-1) - mean**2)
     of_token = log_p[np.arange(len(ids) - 1), ids[1:]]
     most = max(1, int(0.4 * len(of_token)))
-    assert found.forget.loss[3] == pytest.approx(-of_token.mean(), rel=1e-4)
-    assert found.forget.min_k[3] == pytest.approx(-np.sort(of_token)[:most].mean(), rel=1e-4)
+    assert found["loss"][3] == pytest.approx(-of_token.mean(), rel=1e-4)
+    assert found["min_k"][3] == pytest.approx(-np.sort(of_token)[:most].mean(), rel=1e-4)
     standardised = np.sort((of_token - mean[:-1]) / deviation[:-1])
-    assert found.forget.min_k_plus_plus[3] == pytest.approx(-standardised[:most].mean(), rel=1e-3)
+    assert found["min_k_plus_plus"][3] == pytest.approx(-standardised[:most].mean(), rel=1e-3)
     text = " ".join(f"w{i}" for i in ids[1:])
-    assert found.forget.zlib[3] == pytest.approx(-of_token.mean() / len(zlib.compress(text.encode())), rel=1e-4)
-    assert np.isfinite(found.forget.gradient_norm).tolist() == [True, False, False, True, False, False]
+    assert found["zlib"][3] == pytest.approx(-of_token.mean() / len(zlib.compress(text.encode())), rel=1e-4)
+    assert np.isfinite(found["gradient_norm"]).tolist() == [True, False, False, True, False, False]
 
 
 # --- PrivLeak
 
 
 def test_in_muses_convention_a_model_that_remembers_has_auc_0():
-    assert membership.privleak_auc(array(1, 2), array(3, 4)).value == 0
-    assert membership.privleak_auc(array(8, 9), array(3, 4)).value == 1
+    assert membership.privleak_auc((array(1, 2), array(3, 4))).value == 0
+    assert membership.privleak_auc((array(8, 9), array(3, 4))).value == 1
 
 
 def test_privleak_is_the_relative_distance_from_the_retrained_model_in_percent():
     unlearned, retrained = (array(1, 3), array(2, 4)), (array(1, 2), array(3, 1))
-    a = membership.privleak_auc(*unlearned).value  # pairs (1,2) (1,4) (3,2) (3,4): one of four has holdout lower
-    r = membership.privleak_auc(*retrained).value  # (1,3) no (1,1) tie (2,3) no (2,1) yes: 1.5 of 4
+    a = membership.privleak_auc(unlearned).value  # pairs (1,2) (1,4) (3,2) (3,4): one of four has holdout lower
+    r = membership.privleak_auc(retrained).value  # (1,3) no (1,1) tie (2,3) no (2,1) yes: 1.5 of 4
     assert (a, r) == (0.25, 0.375)
-    assert membership.privleak(*unlearned, retrained).value == pytest.approx((0.25 - 0.375) / 0.375 * 100)
+    assert membership.privleak(unlearned, retrained).value == pytest.approx((0.25 - 0.375) / 0.375 * 100)
 
 
 def test_privleak_of_the_retrained_model_itself_is_zero_in_every_resample():
     rng = np.random.default_rng(0)
     retrained = rng.normal(size=30), rng.normal(size=30)
-    found = membership.privleak(*retrained, retrained)
+    found = membership.privleak(retrained, retrained)
     assert (found.value, found.low, found.high, found.n) == (0, 0, 0, 60)
 
 
 def test_privleak_does_not_exist_where_the_retrained_model_has_auc_0():
-    assert membership.privleak(array(1, 2), array(2, 1), (array(1, 1), array(2, 2))) is None
+    assert membership.privleak((array(1, 2), array(2, 1)), (array(1, 1), array(2, 2))) is None
 
 
 def test_privleak_refuses_models_scored_on_different_texts():
     with pytest.raises(ValueError, match="same texts"):
-        membership.privleak(array(1, 2), array(2, 1), (array(1), array(2, 1)))
+        membership.privleak((array(1, 2), array(2, 1)), (array(1), array(2, 1)))
 
 
 def test_one_text_a_side_gives_a_value_without_an_interval():
-    found = membership.privleak_auc(array(1), array(2))
+    found = membership.privleak_auc((array(1), array(2)))
     assert found.value == 0.0 and math.isnan(found.low)
-    assert math.isnan(membership.privleak(array(1), array(2), (array(2), array(1))).low)
+    assert math.isnan(membership.privleak((array(1), array(2)), (array(2), array(1))).low)

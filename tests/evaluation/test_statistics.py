@@ -1,9 +1,10 @@
 """Every number of a whole evaluation has its n and its interval, or says why it has none."""
 
+import dataclasses
 import math
 
 import pytest
-from whole_evaluation import parameters, whole_evaluator, write_benchmarks
+from whole_evaluation import make_model, whole_evaluator, write_benchmarks
 
 PREFIXES = (
     "muse_",
@@ -22,9 +23,9 @@ PREFIXES = (
 @pytest.mark.parametrize("count", [4, 1])
 def test_every_number_has_n_and_an_interval_or_says_why_not(tiny, tmp_path, count):
     evaluator = whole_evaluator(tiny, write_benchmarks(tmp_path, count=count))
-    original, unlearned, retrained = (evaluator.score(parameters(tiny, seed), full=True) for seed in range(3))
+    original, unlearned, retrained = (evaluator.score(make_model(tiny, seed), full=True) for seed in range(3))
     alone = evaluator.measure(unlearned)
-    found = evaluator.with_references(original=original, retrained=retrained).measure(unlearned)
+    found = dataclasses.replace(evaluator, original=original, retrained=retrained).measure(unlearned)
     assert all(any(m.name.startswith(prefix) for m in found) for prefix in PREFIXES)
     assert {m.name for m in found} - {m.name for m in alone} >= {"privleak", "muse_privleak", "tofu_forget_quality"}
     assert len({(m.name, m.split) for m in found}) == len(found), "no two numbers of a split have one name"

@@ -8,9 +8,8 @@ import numpy as np
 
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig, MuseConfig, TofuConfig
-from trace_jax.evaluation.suite import make_evaluator
 from trace_jax.models.arrays import init_params
-from trace_jax.models.model import SpecialTokens
+from trace_jax.models.model import Model
 from trace_jax.tasks.benchmarks import build_tasks
 
 WORDS = ["river", "stone", "apple", "cloud", "tiger", "amber", "lemon", "metal"]  # of one length: few programs
@@ -61,20 +60,11 @@ def whole_evaluator(tiny, sections, *, splits=("validation", "test"), mesh=None,
         for place, split in enumerate(splits)
     }
     settings = EvaluationConfig(batch_size=batch_size, max_gradients=2, bootstrap=200, **sections)
-    return make_evaluator(
-        settings,
-        dataclasses.replace(tiny.config, vocab_size=VOCABULARY),
-        probes,
-        train_tokenizer([" ".join(WORDS)] * 3, VOCABULARY),
-        benchmark="presidents",
-        mesh=mesh,
-        special=SpecialTokens(),
-        tasks=build_tasks(settings),
-        identity="whole",
-    )
+    return tiny.make_evaluator(settings, probes, benchmark="presidents", tasks=build_tasks(settings), mesh=mesh)
 
 
-def parameters(tiny, seed):
-    """Sharp enough that what is likeliest is so clearly."""
+def make_model(tiny, seed):
+    """Parameters sharp enough that what is likeliest is so clearly."""
     config = dataclasses.replace(tiny.config, vocab_size=VOCABULARY)
-    return jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(seed)))
+    params = jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(seed)))
+    return Model(config, params, train_tokenizer([" ".join(WORDS)] * 3, VOCABULARY))

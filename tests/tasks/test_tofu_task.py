@@ -11,12 +11,9 @@ from scipy import stats
 
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import DataError
-from trace_jax.evaluation.audit import without_texts
 from trace_jax.evaluation.config import EvaluationConfig, TofuConfig
 from trace_jax.evaluation.measurement import find
-from trace_jax.evaluation.store import ScoreStore
-from trace_jax.evaluation.suite import make_evaluator
-from trace_jax.evaluation.task import TaskScores
+from trace_jax.evaluation.task import Evaluator, ScoreStore, TaskScores, without_texts
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model, SpecialTokens
 from trace_jax.tasks.benchmarks import build_tasks
@@ -195,14 +192,12 @@ def test_items_are_json_and_have_no_nan(scores):
 
 def test_it_is_a_task_of_an_evaluator(config, tiny, model, tmp_path):
     settings = EvaluationConfig(batch_size=8, bootstrap=100, tofu=dataclasses.replace(config, max_questions=2))
-    evaluator = make_evaluator(
-        settings, tiny.config, {}, model.tokenizer, benchmark="text", tasks=build_tasks(settings), special=model.special
-    )
-    assert evaluator(tiny.params) == []  # it writes answers, and is left out along the way
+    evaluator, model = Evaluator(settings, build_tasks(settings)), model.replace(params=tiny.params)
+    assert evaluator.score(model) == {}  # it writes answers, and is left out along the way
     store = ScoreStore(tmp_path, "model")
-    scores = evaluator.full_scores(tiny.params, store=store)
-    kept = evaluator.full_scores(None, store=store)
-    found = [m.to_json() for m in evaluator.with_references(retrained=scores).measure(kept)]
+    scores = evaluator.score(model, full=True, store=store)
+    kept = evaluator.score(model.replace(params=None), full=True, store=store)
+    found = [m.to_json() for m in dataclasses.replace(evaluator, retrained=scores).measure(kept)]
     assert found[0]["name"] == "tofu_forget_quality" and found[0]["value"] == 1
     assert len((tmp_path / "tofu.forget.jsonl").read_text().splitlines()) == 2
 

@@ -13,9 +13,7 @@ from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import Corpora
 from trace_jax.data.tokenizer import Vocabulary
 from trace_jax.evaluation.measurement import Measurement, find
-from trace_jax.evaluation.store import ScoreStore
-from trace_jax.evaluation.suite import Evaluator
-from trace_jax.evaluation.task import SPLIT
+from trace_jax.evaluation.task import SPLIT, Evaluator, ScoreStore
 from trace_jax.models.model import Model
 
 
@@ -62,7 +60,8 @@ class Case:
 
     def measure(self, params: Any, name: str) -> list[Measurement]:
         """Everything that is measured on a model, with its scores kept under `name`."""
-        return self.evaluator.full(params, store=ScoreStore(self.directory / name, self.identity))
+        model, store = self.unlearned.replace(params=params), ScoreStore(self.directory / name, self.identity)
+        return self.evaluator.measure(self.evaluator.score(model, full=True, store=store))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ def expert_forcing(settings: ExpertForcingConfig, case: Case) -> list[Point]:
     """
     del settings
     evaluator = case.evaluator
-    scores = evaluator.score(case.unlearned.params, guide=case.original.params)
+    scores = evaluator.score(case.unlearned.replace(guide=case.original.params))
     return [Point("original's experts", [*evaluator.measure(scores), forced_share(case)])]
 
 

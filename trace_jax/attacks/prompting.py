@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +20,11 @@ from trace_jax.data.benchmark import Item
 from trace_jax.data.probes import Prompts, Questions, encode_questions
 from trace_jax.data.sources import revision_of
 from trace_jax.data.tokenizer import start_and_end
-from trace_jax.evaluation.audit import hazardous
+from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.continuations import context_length, make_reader
 from trace_jax.evaluation.likelihood import spread_indices
-from trace_jax.evaluation.store import ScoreStore
-from trace_jax.evaluation.suite import Key
-from trace_jax.evaluation.task import SPLIT
+from trace_jax.evaluation.probes import Key, Memorization, QuestionAccuracy, TextLikelihood, Verbatim
+from trace_jax.evaluation.task import SPLIT, Evaluator, ScoreStore, hazardous
 from trace_jax.io.progress import say
 from trace_jax.tasks.benchmarks import build_benchmark
 from trace_jax.tasks.handbook import build_handbook
@@ -93,7 +93,7 @@ def _with_examples(count: int, items: Mapping[Key, list[Item]], case: Case) -> F
         behind = queries.items_with_examples(asked, items.get((_OTHER[split], subject), []), count, rng)
         questions[split, subject] = encode_questions(vocabulary, behind)
     pools = {"validation": case.corpora.validation, "test": case.corpora.test}
-    for split, asked in case.evaluator.prompts.items():
+    for split, asked in _prompts(case).items():
         others = pools[_OTHER[split]].prompts.get("forget", asked.take(np.arange(0)))
         separator = queries.separator_tokens(vocabulary)
         prompts[split] = queries.prompts_with_examples(asked, others, count, rng, separator)
@@ -109,7 +109,7 @@ def _with_more_text(share: float, items: Mapping[Key, list[Item]], case: Case) -
     _, end_mark = start_and_end(case.original.special)
     prompts = {
         split: queries.longer_prompts(asked, case.corpora.forget, share, end_mark)
-        for split, asked in case.evaluator.prompts.items()
+        for split, asked in _prompts(case).items()
     }
     return Form("half of the text" if share == 0.5 else f"{100 * share:g} % of the text", questions, prompts)
 
@@ -127,13 +127,22 @@ def _in_other_words(paraphrases: str | None, case: Case) -> Form:
     return Form("paraphrase", questions, prompts, source=paraphrases or "")
 
 
+def _asked(case: Case, name: str) -> Mapping[Any, Any]:
+    """What a built-in task of the run asks."""
+    return next((task.data for task in case.evaluator.tasks if task.name == name), {})  # pyright: ignore
+
+
+def _prompts(case: Case) -> Mapping[str, Prompts]:
+    return _asked(case, "verbatim")
+
+
 def _items(case: Case) -> dict[Key, list[Item]]:
     """The evaluator's questions in plain text."""
-    if not case.evaluator.questions:
+    if not (questions := _asked(case, "questions")):
         return {}
     benchmark = build_benchmark(case.data)
     parts = {"validation": benchmark.validation, "test": benchmark.test}
-    return {(split, subject): list(parts[split].questions[subject]) for split, subject in case.evaluator.questions}
+    return {(split, subject): list(parts[split].questions[subject]) for split, subject in questions}
 
 
 def _check_length(form: Form, case: Case) -> None:
@@ -156,22 +165,20 @@ def _measured(form: Form, case: Case) -> Point:
     settings, data = case.evaluator.config, revision_of(form.source) if form.source else ""
     if hazardous([form.source]):
         settings = dataclasses.replace(settings, audit_text=False)
-    evaluator = dataclasses.replace(
-        case.evaluator,
-        config=settings,
-        questions=form.questions,
-        text={(split, "forget"): queries.continuation_rows(prompts) for split, prompts in form.prompts.items()},
-        prompts=form.prompts,
-        members={},
-        tasks=form.tasks,
-        original=None,
-        retrained=None,
-        identity=fingerprint(case.evaluator.identity, form.at, data),
-    )
+    identity = fingerprint(case.identity, form.at, data)
+    rows = {split: queries.continuation_rows(prompts) for split, prompts in form.prompts.items()}
+    tasks: list[Any] = [
+        QuestionAccuracy(form.questions, identity, scoreboard(case.data.benchmark).questions),
+        TextLikelihood({(split, "forget"): continuations for split, continuations in rows.items()}, identity),
+        Verbatim(form.prompts, fingerprint(identity, settings.audit_text)),
+        Memorization(rows, identity),
+    ]
+    tasks = [task for task in tasks if task.data]
+    evaluator = Evaluator(settings, (*tasks, *form.tasks), case.evaluator.mesh, case.evaluator.seed)
     directory = case.directory / form.at.replace(" ", "-").replace("%", "percent")
     original, unlearned = (
-        evaluator.full_scores(model.params, store=ScoreStore(directory / name, case.identity))
+        evaluator.score(model, full=True, store=ScoreStore(directory / name, case.identity))
         for name, model in (("original", case.original), ("unlearned", case.unlearned))
     )
-    evaluator = evaluator.with_references(original=original)
+    evaluator = dataclasses.replace(evaluator, original=original)
     return Point(form.at, evaluator.measure(unlearned), evaluator.measure(original))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,10 @@ def _evaluations(
         evaluated = front_rows(directory, identity)
         return {row["step"]: [Measurement.from_json(m) for m in row["evaluation"]] for row in evaluated}
 
+    def evaluate(params: Any) -> list[dict[str, Any]]:
+        scores = case.evaluator.score(case.original.replace(params=params), full=True)
+        return [m.to_json() for m in case.evaluator.measure(scores)]
+
     if not main_says(settings.steps in kept()):
         batches = Batches(rows, EpochSampler(len(rows), settings.batch_size, seed=case.seed))
         train_on(
@@ -81,7 +86,7 @@ def _evaluations(
             settings.optimization,
             batches.__getitem__,
             steps=settings.steps,
-            evaluate=lambda params: [m.to_json() for m in case.evaluator.full(params)],
+            evaluate=evaluate,
             evaluate_every=settings.evaluate_every,
             seed=case.seed,
             mesh=case.mesh,

@@ -15,6 +15,7 @@ from trace_jax.attacks.relearning import benign_relearning, relearning
 from trace_jax.attacks.router_swap import router_swap
 from trace_jax.config import Section, as_dict
 from trace_jax.data.sources import read_source, revision_of
+from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.likelihood import NonFiniteScore
 
 ATTACKS: Mapping[str, Attack] = {
@@ -74,7 +75,7 @@ def attack(name: str, settings: Section, case: Case) -> dict[str, Any]:
         points = ATTACKS[name](settings, case)
     except NonFiniteScore as error:
         points, failed = [], str(error)
-    measure = case.evaluator.board.forgetting
+    measure = scoreboard(case.data.benchmark).forgetting
     return {
         "settings": as_dict(settings),
         "points": [point.to_json() for point in points],

@@ -35,10 +35,6 @@ class Scoreboard:
         """Name of the accuracy on a subject's questions."""
         return self.questions.get(subject, f"{subject}_accuracy")
 
-    def likelihood(self, subject: str) -> str:
-        """Name of the likelihood of a subject's text relative to the original model."""
-        return "forget_probability_ratio" if subject == "forget" else f"{subject}_utility"
-
 
 # On running text there is no question to fail, and the verbatim score is too slow to take along the way. Forgetting
 # is then the per-token probability of the forget text relative to the original model, exp(NLL_original - NLL): 1 for

@@ -7,10 +7,6 @@ import string
 
 from trace_jax.config import ConfigError, Section, option
 
-_FULL = ("max_prompts", "max_members", "max_gradients", "audit_text")  # of probes scored at the beginning and the end
-# Quick tasks have an identity of their own, by which a run knows them.
-_AFTERWARDS = (*_FULL, "levels", "muse", "tofu", "multiple_choice")
-
 
 @dataclasses.dataclass(frozen=True)
 class MuseConfig(Section):
@@ -99,11 +95,6 @@ class EvaluationConfig(Section):
     tofu: TofuConfig | None = None
     multiple_choice: MultipleChoiceConfig | None = None
 
-    def along_the_way(self) -> EvaluationConfig:
-        """The same without settings that change nothing of what is measured while unlearning."""
-        usual = EvaluationConfig()
-        return dataclasses.replace(self, **{name: getattr(usual, name) for name in _AFTERWARDS})
-
-    def of_probes(self) -> tuple[object, ...]:
-        """The settings that change something of what is measured apart from tasks."""
-        return self.along_the_way(), *(getattr(self, name) for name in _FULL)
+    def during_training(self) -> tuple[int, int]:
+        """What changes measurements made while unlearning, besides the identities of the quick tasks."""
+        return self.batch_size, self.bootstrap

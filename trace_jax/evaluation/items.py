@@ -10,48 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import zlib
 from collections.abc import Mapping
 
 import numpy as np
 
 from trace_jax.evaluation.benchmarks import Scoreboard
 from trace_jax.evaluation.fronts import MEAN, Front
-from trace_jax.evaluation.suite import Evaluator, Scores
+from trace_jax.evaluation.probes import relative_likelihood
 from trace_jax.unlearning.metrics import read_items
-
-
-def item_outcomes(evaluator: Evaluator, scores: Scores) -> dict[str, np.ndarray]:
-    """What each item of the quick scores gave, by "SPLIT/SUBJECT/NAME", to be kept at every evaluation of a run.
-
-    Of questions `question` (the group that it stands or falls with) and `correct`; of rows of text `row`, `tokens`,
-    `nll` and, where the evaluator has the original model's scores, its `original` NLL (nats, sums over the row).
-    Questions and rows are named by a hash of their tokens: the same number is the same item in every run.
-    """
-    found = {}
-    for (split, subject), result in scores.questions.items():
-        probe = evaluator.questions[split, subject]
-        names = _names([tokens.tobytes() for tokens in probe.tokens], probe.group)
-        found |= {f"{split}/{subject}/question": names, f"{split}/{subject}/correct": result.correct}
-    for (split, subject), rows in scores.text.items():
-        original = evaluator.original.text.get((split, subject)) if evaluator.original is not None else None
-        columns = {
-            "row": _names([tokens.tobytes() for tokens in evaluator.text[split, subject].tokens]),
-            "tokens": rows.tokens.astype(np.int32),
-            "nll": rows.nll.astype(np.float32),
-            **({} if original is None else {"original": original.nll.astype(np.float32)}),
-        }
-        found |= {f"{split}/{subject}/{name}": values for name, values in columns.items()}
-    return found
-
-
-def _names(contents: list[bytes], group: np.ndarray | None = None) -> np.ndarray:
-    """u32 [N]: hash of each item's content, or of that of its whole group."""
-    number = np.arange(len(contents)) if group is None else group
-    whole: dict[int, int] = {}
-    for index, content in zip(number.tolist(), contents, strict=True):
-        whole[index] = zlib.crc32(content, whole.get(index, 0))
-    return np.array([whole[index] for index in number.tolist()], np.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +127,7 @@ def _series(subject: str, columns: Mapping[str, np.ndarray], board: Scoreboard) 
         gain = columns["original"].astype(np.float64) - columns["nll"]
         finish = "ratio" if subject == "forget" else "utility"
         tokens = columns["tokens"][0].astype(np.float64)
-        found[board.likelihood(subject)] = _grouped(columns["row"][0], gain, tokens, finish)
+        found[relative_likelihood(subject)] = _grouped(columns["row"][0], gain, tokens, finish)
     return found
 
 

@@ -13,8 +13,10 @@ the retrained model, not 1/2; PrivLeak is the relative distance from it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -25,77 +27,116 @@ from trace_jax.evaluation import intervals
 from trace_jax.evaluation.intervals import Interval
 from trace_jax.evaluation.likelihood import TokenScores, gradient_norms, row_texts, score_sequences, spread_indices
 from trace_jax.evaluation.measurement import Measurement, named
+from trace_jax.evaluation.task import TaskScores
 from trace_jax.models.model import Model
 
 MIN_K = 0.4  # share of a text's tokens that Min-K and Min-K++ look at, as in MUSE and open-unlearning
 RATE = 0.01
+AUC_UNTRAINED = 0.5  # of a model that can't tell forget from holdout texts
+SIDES = ("forget", "holdout")  # trained on, and never seen
+ATTACKS = ("loss", "min_k", "min_k_plus_plus", "zlib", "gradient_norm")  # and "reference", which needs a second model
 _LEAST_VARIANCE = 1e-6
 
+Profile = Literal["muse", "open_unlearning"]
+Sides = tuple[np.ndarray, np.ndarray]  # numbers of the texts of each of SIDES
+
 
 @dataclasses.dataclass(frozen=True)
-class TextScores:
-    """How unfamiliar a model finds each of N texts, by attack; higher is less familiar. f64 [N].
+class Membership:
+    """The attacks on the rows of both sides, by split; the gradients of at most `gradients` texts a side are taken."""
 
-    loss: mean NLL of its scored tokens, nats (Yeom et al. 2018).
-    min_k: minus the mean of its least likely tokens' log-probabilities (2310.16789).
-    min_k_plus_plus: the same of log-probabilities in units of the model's own spread (2404.02936).
-    zlib: loss over the bytes of its scored text, compressed (2012.07805). NaN without a tokenizer.
-    gradient_norm: of the loss (`gradient_norms`). NaN for texts whose gradient wasn't taken.
+    data: Mapping[str, tuple[Rows, Rows]]
+    identity: str
+    gradients: int
+    name: str = "membership"
+    quick: bool = False
+
+    def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
+        """How unfamiliar the model finds each of N texts, by "SPLIT/SIDE/ATTACK"; higher is less familiar, f64 [N].
+
+        loss: mean NLL of its scored tokens, nats (Yeom et al. 2018).
+        min_k: minus the mean of its least likely tokens' log-probabilities (2310.16789).
+        min_k_plus_plus: the same of log-probabilities in units of the model's own spread (2404.02936).
+        zlib: loss over the bytes of its scored text, compressed (2012.07805). NaN without a tokenizer.
+        gradient_norm: of the loss (`gradient_norms`). NaN for texts whose gradient wasn't taken.
+        """
+        arrays, lines = {}, []
+        for split, both in self.data.items():
+            for side, rows in zip(SIDES, both, strict=True):
+                found = self._score(model, rows, batch_size, mesh)
+                arrays |= {f"{split}/{side}/{attack}": found[attack] for attack in ATTACKS}
+                lines += [
+                    {"split": split, "side": side, "item": i}
+                    | {attack: float(found[attack][i]) for attack in ATTACKS if not np.isnan(found[attack][i])}
+                    for i in range(len(found["loss"]))
+                ]
+        return TaskScores(arrays, {"items": lines})
+
+    def measure(
+        self, scores: TaskScores, *, original, retrained: TaskScores | None, **resampling: Any
+    ) -> list[Measurement]:
+        """AUC and true positive rate of every attack, then PrivLeak and its AUC; nothing where a side has no text.
+
+        The retrained model is the reference of the attack of that name and of PrivLeak, which are left out without it.
+        """
+        del original
+        measurements = []
+        for split in self.data:
+            sides: dict[str, Sides] = {attack: _sides(scores, split, attack) for attack in ATTACKS}
+            if not all(len(side) for side in sides["loss"]):
+                continue
+            known = None
+            if retrained is not None:
+                known = _sides(retrained, split, "min_k")
+                pairs = zip(sides["loss"], _sides(retrained, split, "loss"), strict=True)
+                forget, holdout = (reference_scores(*pair) for pair in pairs)
+                sides["reference"] = forget, holdout
+            for attack, both in sides.items():
+                forget, holdout = (side[~np.isnan(side)] for side in both)
+                if not len(forget) or not len(holdout):
+                    continue
+                note, name = _counts(forget, holdout), f"membership_{attack}"
+                why = "; no retrained model, so no reference attack" if attack == "loss" and retrained is None else ""
+                auc = intervals.bootstrap_auc(-forget, -holdout, **resampling)
+                measurements.append(named(f"{name}_auc", split, auc, note + why))
+                few = (
+                    f"; none of fewer than {round(1 / RATE)} holdout texts may pass" if RATE * len(holdout) < 1 else ""
+                )
+                rate = intervals.bootstrap_true_positive_rate(-forget, -holdout, false_positive_rate=RATE, **resampling)
+                measurements.append(named(f"{name}_tpr_at_fpr_1", split, rate, note + few))
+            note = _counts(*sides["min_k"])
+            why = "; no retrained model to compare with, so no PrivLeak" if known is None else ""
+            auc = privleak_auc(sides["min_k"], **resampling)
+            measurements.append(named("privleak_auc", split, auc, note + why))
+            leak = privleak(sides["min_k"], known, **resampling)
+            measurements += [] if leak is None else [named("privleak", split, leak, note)]
+        return measurements
+
+    def _score(self, model: Model, rows: Rows, batch_size: int, mesh: Mesh | None) -> dict[str, np.ndarray]:
+        texts, first = row_texts(rows)
+        scores = score_sequences(model, texts, first, moments=True, batch_size=batch_size, mesh=mesh)
+        loss = np.array([-one.log_prob.mean(dtype=np.float64) for one in scores])
+        norms = np.full(len(texts), np.nan)
+        chosen = spread_indices(len(texts), self.gradients)
+        norms[chosen] = gradient_norms(model, [texts[i] for i in chosen], [first[i] for i in chosen], mesh=mesh)
+        return {
+            "loss": loss,
+            "min_k": min_k_scores([one.log_prob for one in scores]),
+            "min_k_plus_plus": min_k_plus_plus_scores(scores),
+            "zlib": loss / compressed_sizes(model.tokenizer, [t[f:] for t, f in zip(texts, first, strict=True)]),
+            "gradient_norm": norms,
+        }
+
+
+def min_k_scores(values: Sequence[np.ndarray], *, share: float = MIN_K, dtype: Any = np.float64) -> np.ndarray:
+    """Min-K % Prob (2310.16789) of each text from its n log-probabilities, f64 [N].
+
+    Minus the mean of the lowest int(share * n) of them, and of at least one (open-unlearning's rule; MUSE's code has no
+    value for texts of fewer than 1/share tokens). 0 for a text without a token, as in open-unlearning, which computes
+    in float32, where more texts tie.
     """
-
-    loss: np.ndarray
-    min_k: np.ndarray
-    min_k_plus_plus: np.ndarray
-    zlib: np.ndarray
-    gradient_norm: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.loss)
-
-
-@dataclasses.dataclass(frozen=True)
-class MemberScores:
-    """Scores of forget texts (trained on) and holdout texts (never seen)."""
-
-    forget: TextScores
-    holdout: TextScores
-
-
-ATTACKS = tuple(field.name for field in dataclasses.fields(TextScores))  # and "reference", which needs a second model
-
-
-def score_members(
-    model: Model, forget: Rows, holdout: Rows, *, gradients: int, batch_size: int = 16, mesh: Mesh | None = None
-) -> MemberScores:
-    """Scores of the texts of both sides; `gradients`: of how many texts a side gradients are taken, evenly spread."""
-    sides = (
-        _score_texts(model, rows, gradients=gradients, batch_size=batch_size, mesh=mesh) for rows in (forget, holdout)
-    )
-    return MemberScores(*sides)
-
-
-def _score_texts(model: Model, rows: Rows, *, gradients: int, batch_size: int, mesh: Mesh | None) -> TextScores:
-    texts, first = row_texts(rows)
-    scores = score_sequences(model, texts, first, moments=True, batch_size=batch_size, mesh=mesh)
-    loss = np.array([-one.log_prob.mean(dtype=np.float64) for one in scores])
-    norms = np.full(len(texts), np.nan)
-    chosen = spread_indices(len(texts), gradients)
-    norms[chosen] = gradient_norms(model, [texts[i] for i in chosen], [first[i] for i in chosen], mesh=mesh)
-    scored = [text[start:] for text, start in zip(texts, first, strict=True)]
-    return TextScores(
-        loss,
-        min_k_scores([one.log_prob for one in scores]),
-        min_k_plus_plus_scores(scores),
-        loss / compressed_sizes(model.tokenizer, scored),
-        norms,
-    )
-
-
-def min_k_scores(values: Sequence[np.ndarray], *, share: float = MIN_K) -> np.ndarray:
-    """Min-K % Prob (2310.16789) of each text from its n log-probabilities, f64 [N]: minus the mean of the lowest
-    int(share * n) of them, and of at least one (MUSE's code has no value for texts of fewer than 1/share tokens)."""
-    lowest = [np.sort(np.asarray(v, np.float64))[: max(1, int(share * len(v)))] for v in values]
-    return np.array([-v.mean() for v in lowest])
+    lowest = [np.sort(np.asarray(v, dtype))[: max(1, int(share * len(v)))] for v in values]
+    return np.array([float(-v.mean()) if len(v) else 0.0 for v in lowest])
 
 
 def min_k_plus_plus_scores(scores: Sequence[TokenScores], *, share: float = MIN_K) -> np.ndarray:
@@ -103,6 +144,9 @@ def min_k_plus_plus_scores(scores: Sequence[TokenScores], *, share: float = MIN_
 
     Mean and deviation are of the log-probability of a token drawn from the model at that place. As in open-unlearning,
     the variance counts as 1e-6 at least: where a model is certain it is 0.
+
+    Raises:
+      ValueError: scores without moments (`score_sequences(..., moments=True)`).
     """
     standardised = []
     for one in scores:
@@ -121,35 +165,6 @@ def compressed_sizes(tokenizer: Tokenizer | None, texts: Sequence[Sequence[int]]
     return np.array([len(zlib.compress(text.encode("utf-8"))) for text in decoded], np.float64)
 
 
-def measure_membership(
-    scores: MemberScores, retrained: MemberScores | None, *, split: str, resamples: int = 1000, seed: int = 0
-) -> list[Measurement]:
-    """AUC and true positive rate of every attack, then PrivLeak and its AUC; nothing where a side has no text.
-
-    Args:
-      retrained: of the model trained without the forget set, on the same texts: it is the reference of the attack of
-        that name and of PrivLeak, which are left out without it.
-    """
-    if not len(scores.forget) or not len(scores.holdout):
-        return []
-    resampling, found = {"resamples": resamples, "seed": seed}, []
-    for attack, (forget, holdout) in _attacks(scores, retrained).items():
-        note = _counts(forget, holdout)
-        why = "; no retrained model, so no reference attack" if attack == "loss" and retrained is None else ""
-        auc = intervals.bootstrap_auc(-forget, -holdout, **resampling)
-        found.append(named(f"membership_{attack}_auc", split, auc, note + why))
-        rate = intervals.bootstrap_true_positive_rate(-forget, -holdout, false_positive_rate=RATE, **resampling)
-        few = f"; none of fewer than {round(1 / RATE)} holdout texts may pass" if RATE * len(holdout) < 1 else ""
-        found.append(named(f"membership_{attack}_tpr_at_fpr_1", split, rate, note + few))
-    ours, note = (scores.forget.min_k, scores.holdout.min_k), _counts(scores.forget, scores.holdout)
-    why = "; no retrained model to compare with, so no PrivLeak" if retrained is None else ""
-    found.append(named("privleak_auc", split, privleak_auc(*ours, **resampling), note + why))
-    if retrained is not None:
-        leak = privleak(*ours, (retrained.forget.min_k, retrained.holdout.min_k), **resampling)
-        found += [] if leak is None else [named("privleak", split, leak, note)]
-    return found
-
-
 def reference_scores(loss: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """The reference attack: how much higher the loss of each text is than the reference model's, f64 [N]."""
     if len(loss) != len(reference):
@@ -157,59 +172,65 @@ def reference_scores(loss: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return loss - reference
 
 
-def privleak_auc(forget: np.ndarray, holdout: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Interval:
-    """AUC of Min-40 % Prob in MUSE's convention: P(a holdout text is more familiar than a forget text).
+def privleak_auc(scores: Sides, profile: Profile = "muse", *, resamples: int = 1000, seed: int = 0) -> Interval:
+    """AUC of `min_k_scores` of (forget, holdout) texts, whose positive class is holdout; ties count one half.
 
-    forget, holdout: `min_k_scores` of the texts of each side.
+    Of the negative score in profile "muse": near 0 for a model that remembers the forget texts; of the score itself in
+    "open_unlearning": near 1.
     """
-    return intervals.bootstrap_auc(-holdout, -forget, resamples=resamples, seed=seed)
+    return intervals.bootstrap_auc(*_oriented(scores, profile), resamples=resamples, seed=seed)
 
 
 def privleak(
-    forget: np.ndarray,
-    holdout: np.ndarray,
-    retrained: tuple[np.ndarray, np.ndarray],
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
+    scores: Sides, retrained: Sides | None, profile: Profile = "muse", *, resamples: int = 1000, seed: int = 0
 ) -> Interval | None:
     """(AUC - AUC_retrained) / AUC_retrained * 100, percent; negative: still remembered, positive: pushed too far.
 
+    AUCs are in MUSE's direction; "open_unlearning" adds 1e-10 to the denominator.
+
     Args:
-      forget, holdout: `min_k_scores` of the unlearned model; retrained: those of the retrained model on the same texts.
-        The bootstrap draws the same texts for both.
+      scores, retrained: `min_k_scores` of (forget, holdout) texts, of the model and of the one that was retrained
+        without the forget set, on the same texts; the bootstrap draws the same texts for both. Without a retrained
+        model open-unlearning takes 1/2; MUSE has constants for its own models, which say nothing of others.
 
     Returns:
-      The interval, or None where the retrained model's AUC is zero and the ratio does not exist.
+      The interval, or None where MUSE's definition has no value: no retrained model, or one whose AUC is zero.
     """
-    if (len(forget), len(holdout)) != tuple(len(side) for side in retrained):
+    if retrained is not None and [len(x) for x in scores] != [len(x) for x in retrained]:
         raise ValueError("PrivLeak compares two models on the same texts; the numbers of texts differ.")
-    auc, reference = intervals.auc(-holdout, -forget), intervals.auc(-retrained[1], -retrained[0])
-    n = len(forget) + len(holdout)
-    if reference == 0:
+    if retrained is None and profile == "muse":
         return None
-    value = (auc - reference) / reference * 100
-    if min(len(forget), len(holdout)) < 2:
-        return Interval(value, np.nan, np.nan, n)
-    ours, theirs = (
-        intervals.auc_resamples(-seen[1], -seen[0], resamples=resamples, seed=seed)
-        for seen in ((forget, holdout), retrained)
-    )
-    defined = theirs > 0
-    return intervals.quantile_interval(value, (ours[defined] - theirs[defined]) / theirs[defined] * 100, n)
+
+    def relative(auc: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        if profile == "open_unlearning":
+            auc, reference = 1 - auc, 1 - reference
+            return (auc - reference) / (reference + 1e-10) * 100
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (auc - reference) / reference * 100
+
+    models = [_oriented(sides, profile) for sides in (scores, retrained) if sides is not None]
+    auc, reference, *_ = [np.array(intervals.auc(*sides)) for sides in models] + [np.array(AUC_UNTRAINED)]
+    value, n = float(relative(auc, reference)), sum(len(x) for x in scores)
+    if not math.isfinite(value):
+        return None
+    if min(len(x) for x in scores) < 2:
+        return Interval(value, math.nan, math.nan, n)
+    drawn = [intervals.auc_resamples(*sides, resamples=resamples, seed=seed) for sides in models]
+    resampled = relative(drawn[0], drawn[1] if len(drawn) > 1 else np.full(len(drawn[0]), AUC_UNTRAINED))
+    return intervals.quantile_interval(value, resampled[np.isfinite(resampled)], n)
 
 
-def _attacks(scores: MemberScores, retrained: MemberScores | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(forget, holdout) scores of every attack that has some on both sides."""
-    sides = (scores.forget, scores.holdout)
-    found = {attack: tuple(getattr(side, attack) for side in sides) for attack in ATTACKS}
-    if retrained is not None:
-        references = (retrained.forget, retrained.holdout)
-        pairs = zip(sides, references, strict=True)
-        found["reference"] = tuple(reference_scores(side.loss, reference.loss) for side, reference in pairs)
-    found = {attack: (a[~np.isnan(a)], b[~np.isnan(b)]) for attack, (a, b) in found.items()}
-    return {attack: both for attack, both in found.items() if all(len(side) for side in both)}
+def _sides(scores: TaskScores, split: str, attack: str) -> Sides:
+    forget, holdout = (scores.arrays[f"{split}/{side}/{attack}"] for side in SIDES)
+    return forget, holdout
 
 
-def _counts(forget, holdout) -> str:
+def _oriented(scores: Sides, profile: Profile) -> Sides:
+    """(positives, negatives) whose AUC is the profile's."""
+    sign = 1.0 if profile == "open_unlearning" else -1.0
+    forget, holdout = (sign * np.asarray(side, np.float64) for side in scores)
+    return holdout, forget
+
+
+def _counts(forget: np.ndarray, holdout: np.ndarray) -> str:
     return f"{len(forget)} forget, {len(holdout)} holdout texts"

@@ -1,18 +1,30 @@
-"""What an external benchmark is to an evaluator: something that scores a model, and measures its scores."""
+"""What is evaluated: a task scores a model and measures its scores; an evaluator has a list of them.
+
+Scoring runs the model and is the expensive part: what a model gave is kept on disk, and computed again only when the
+model or the task is another. Measuring is arithmetic on scores, and may compare models.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
 
+from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.measurement import Measurement
+from trace_jax.io.files import local_copy, replacing
+from trace_jax.io.progress import say
 from trace_jax.models.model import Model
+from trace_jax.parallel.agreement import main_says
+from trace_jax.parallel.processes import barrier
 
 SPLIT = "test"  # published benchmarks have one split, and it is for reporting
+TEXTS = ("generation", "ground_truth", "question")  # fields of audit lines that hold text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +40,15 @@ class TaskScores:
     items: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
+Scores = Mapping[str, TaskScores]  # of one model, by the name of the task
+
+
 class Task(Protocol):
-    """A benchmark. Scoring runs the model; measuring is arithmetic on scores, and may compare models."""
+    """Something that is measured on a model."""
 
     @property
     def name(self) -> str:
-        """Prefix of its measurements' names, and name of its files."""
+        """Name of its files; of an external benchmark, the prefix of its measurements' names too."""
         ...
 
     @property
@@ -47,7 +62,12 @@ class Task(Protocol):
         ...
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
-        """Runs the model over the task."""
+        """Runs the model over the task.
+
+        Raises:
+          NonFiniteScore: the model gives NaN or infinite likelihoods.
+          ValueError: the model has a guide, which what the task does can't follow.
+        """
         ...
 
     def measure(
@@ -61,3 +81,102 @@ class Task(Protocol):
     ) -> list[Measurement]:
         """Measurements of scores, relative to the original and the retrained model's where these are given."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Everything that is measured on a model, by `tasks` of different names.
+
+    Attributes:
+      mesh: devices that share each batch; None: the default device.
+      seed: of the bootstrap.
+      original, retrained: scores of the model before unlearning, and of the one that was trained without forget data;
+        measurements that are relative to what is not there are left out.
+    """
+
+    config: EvaluationConfig
+    tasks: tuple[Task, ...]
+    mesh: Mesh | None = None
+    seed: int = 0
+    original: Scores = dataclasses.field(default_factory=dict)
+    retrained: Scores = dataclasses.field(default_factory=dict)
+
+    def score(self, model: Model, *, full: bool = False, store: ScoreStore | None = None) -> Scores:
+        """What the model gives on the quick tasks, or on all. What the store has of it is not scored again.
+
+        Raises:
+          NonFiniteScore, ValueError: see `Task.score`.
+        """
+        scores = {}
+        for task in self.tasks:
+            if full or task.quick:
+
+                def make(task: Task = task) -> TaskScores:
+                    found = task.score(model, batch_size=self.config.batch_size, mesh=self.mesh)
+                    return found if self.config.audit_text else without_texts(found)
+
+                scores[task.name] = make() if store is None else store.keep(task, make)
+        return scores
+
+    def measure(self, scores: Scores) -> list[Measurement]:
+        """Measurements of scores, those of validation first."""
+        found: list[Measurement] = []
+        for task in self.tasks:
+            if task.name in scores:
+                found += task.measure(
+                    scores[task.name],
+                    original=self.original.get(task.name),
+                    retrained=self.retrained.get(task.name),
+                    resamples=self.config.bootstrap,
+                    seed=self.seed,
+                )
+        return sorted(found, key=lambda m: m.split != "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreStore:
+    """Scores of one model on disk: NAME.npz per task, and NAME.PART.jsonl for whoever wants to check single items.
+
+    `model` is the hash of what made the model.
+    """
+
+    directory: Path
+    model: str
+
+    def keep(self, task: Task, make: Callable[[], TaskScores]) -> TaskScores:
+        """What is there of the task, else what `make` gives, which is written.
+
+        Scores that were there come back without their items; these stay in their files.
+        """
+        file, identity = self.directory / f"{task.name}.npz", f"{self.model}/{task.identity}"
+        arrays: dict[str, Any] = {}
+        if file.exists():
+            with local_copy(file) as local, np.load(local, allow_pickle=False) as stored:
+                arrays = dict(stored)
+        if main_says(str(arrays.pop("identity", "")) == identity):
+            say(f"{task.name}: its scores are there from before")
+            barrier(f"{task.name}: scores")
+            return TaskScores(arrays)
+        scores = make()
+        for part, lines in scores.items.items():
+            with replacing(self.directory / f"{task.name}.{part}.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        arrays = {**scores.arrays, "identity": np.array(identity)}
+        with replacing(file) as temporary:
+            np.savez_compressed(temporary, **arrays)
+        barrier(f"{task.name}: scores")  # all processes read them later
+        return scores
+
+
+def without_texts(scores: TaskScores) -> TaskScores:
+    """The same with audit lines that hold no text."""
+    items = {
+        part: [{name: value for name, value in line.items() if name not in TEXTS} for line in lines]
+        for part, lines in scores.items.items()
+    }
+    return TaskScores(scores.arrays, items)
+
+
+def hazardous(sources: Sequence[str]) -> bool:
+    """Whether text of these sources must not be copied anywhere: the corpora of WMDP (2403.03218)."""
+    return any("wmdp" in source.lower() for source in sources)

@@ -5,15 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Mapping
-from typing import Any
 
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError, as_dict, fingerprint
-from trace_jax.evaluation.measurement import Measurement
-from trace_jax.evaluation.store import ScoreStore
-from trace_jax.evaluation.suite import Evaluator, Scores, make_evaluator
+from trace_jax.evaluation.task import Evaluator, ScoreStore
 from trace_jax.io.environment import describe
 from trace_jax.io.files import as_path, is_remote, shown, write_json
 from trace_jax.io.progress import say
@@ -56,27 +52,18 @@ def evaluate_checkpoints(
     models = {name: PretrainedConfig(path=os.fspath(where), **how) for name, where in given.items() if where}
     for model in models.values():
         model.check()
-    mesh, scores, evaluator = config.parallel.mesh(), {}, None
+    mesh = config.parallel.mesh()
+    evaluator, scores = Evaluator(config.evaluation, tasks, mesh, config.seed), {}
     for name, model in models.items():
         say(f"evaluation of the {name}, {model.path}" if name == "checkpoint" else f"evaluation of the {name} model")
         loaded = load_pretrained(model.path, mesh=mesh, **how)
-        evaluator = make_evaluator(
-            config.evaluation,
-            loaded.config,
-            {},
-            loaded.tokenizer,
-            benchmark="text",
-            mesh=mesh,
-            seed=config.seed,
-            special=loaded.special,
-            source=loaded.source,
-            tasks=tasks,
-        )
         store = ScoreStore(path / "scores" / name, fingerprint(model.identity(), "evaluate"))
-        scores[name] = evaluator.full_scores(loaded.params, store=store)
+        scores[name] = evaluator.score(loaded, full=True, store=store)
         del loaded
-    assert evaluator is not None  # there is a checkpoint
-    measured = _measured(evaluator, scores)
+    evaluator = dataclasses.replace(
+        evaluator, original=scores.get("original", {}), retrained=scores.get("retrained", {})
+    )
+    measured = {name: evaluator.measure(found) for name, found in scores.items()}
     write_json(
         path / "results.json",
         {
@@ -88,12 +75,6 @@ def evaluate_checkpoints(
     )
     text = "\n".join(f"{name:<12}{m}" for name, found in measured.items() for m in found)
     return f"{text}\nresults: {shown(path / 'results.json')}"
-
-
-def _measured(evaluator: Evaluator, scores: Mapping[str, Scores]) -> dict[str, list[Measurement]]:
-    references: dict[str, Any] = {name: scores.get(name) for name in ("original", "retrained")}
-    evaluator = evaluator.with_references(**references)
-    return {name: evaluator.measure(found) for name, found in scores.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

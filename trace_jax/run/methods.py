@@ -23,10 +23,10 @@ from trace_jax.attacks.table import attack, check_case, text_read_by
 from trace_jax.config import Section, fingerprint
 from trace_jax.evaluation.calibration import measure_calibration
 from trace_jax.evaluation.fronts import Front, front_from_history, standing
-from trace_jax.evaluation.items import item_outcomes
 from trace_jax.evaluation.measurement import Measurement
+from trace_jax.evaluation.probes import item_outcomes
 from trace_jax.evaluation.routing import measure_routing
-from trace_jax.evaluation.store import ScoreStore
+from trace_jax.evaluation.task import ScoreStore
 from trace_jax.io.files import flush_lines, remove, shown, write_json
 from trace_jax.io.progress import say
 from trace_jax.models.model import Model
@@ -105,7 +105,7 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
     directory, config = prepared.workdir / "methods" / label, prepared.config
     weights, known = _calibration_stage(prepared, method, directory, label)
     quick = [task.identity for task in prepared.evaluator.tasks if task.quick]
-    known = fingerprint(known, method.unlearning, config.evaluation.along_the_way(), quick)
+    known = fingerprint(known, method.unlearning, config.evaluation.during_training(), quick)
     made = Stage("unlearning", directory, known).run(
         lambda: _unlearn(prepared, method, weights, label, known), lambda: None, f"unlearning with {label}"
     )
@@ -174,7 +174,7 @@ def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: 
 def _evaluate(prepared: Prepared, model: Model, weights: RetainWeights, directory: Path, known: str) -> None:
     """Everything that is measured on an unlearned model, and on the weights it was made with: results.json."""
     evaluation, corpora = prepared.config.evaluation, prepared.corpora
-    measured = prepared.evaluator.full(model.params, store=ScoreStore(directory / "scores", known))
+    scores = prepared.evaluator.score(model, full=True, store=ScoreStore(directory / "scores", known))
     routing = measure_routing(
         prepared.target,
         model,
@@ -187,7 +187,7 @@ def _evaluate(prepared: Prepared, model: Model, weights: RetainWeights, director
         seed=prepared.config.seed,
     )
     calibration = measure_calibration(weights, prepared.forget, prepared.retain)
-    measured = [*measured, *routing.measurements(), *calibration.measurements()]
+    measured = [*prepared.evaluator.measure(scores), *routing.measurements(), *calibration.measurements()]
     results = {
         **needed(directory / UNLEARNED),
         "fronts": {split: _front(prepared, directory, known, split).to_json() for split in SPLITS},
@@ -241,7 +241,7 @@ def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated
     original = evaluator.measure(evaluator.original) if evaluator.original and method.unlearning.rules.asks else None
 
     def evaluate(params: Any) -> Evaluated:
-        scores = evaluator.score(params)
+        scores = evaluator.score(prepared.target.replace(params=params))
         found, items = evaluator.measure(scores), item_outcomes(evaluator, scores)
         rows = [m.to_json() for m in found]
         if original is None:

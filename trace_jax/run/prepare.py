@@ -24,10 +24,9 @@ from trace_jax.data.batches import mixture_batches, sequential_batches
 from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import Corpora
 from trace_jax.data.tokenizer import read_vocabulary
-from trace_jax.evaluation.audit import hazardous
-from trace_jax.evaluation.store import ScoreStore
-from trace_jax.evaluation.suite import Evaluator, make_evaluator
-from trace_jax.evaluation.task import Task
+from trace_jax.evaluation.benchmarks import scoreboard
+from trace_jax.evaluation.probes import probe_tasks
+from trace_jax.evaluation.task import Evaluator, ScoreStore, Task, hazardous
 from trace_jax.io.environment import describe
 from trace_jax.io.files import free_bytes, remove, write_json
 from trace_jax.io.progress import say, tracked
@@ -218,29 +217,22 @@ def _evaluator_stage(
 
     `models` are the target and, if there is one, the retrained model, by the hash of what made them.
     """
-    target = next(iter(models.values()))
     settings = config.evaluation
     if hazardous(config.data.forget_sources):
         settings = dataclasses.replace(settings, audit_text=False)
-    evaluator = make_evaluator(
-        settings,
-        target.config,
+    probes = probe_tasks(
         {"validation": corpora.validation, "test": corpora.test},
-        corpora.tokenizer,
-        benchmark=config.data.benchmark,
-        mesh=mesh,
-        seed=config.seed,
-        special=target.special,
-        source=target.source,
-        tasks=tasks,
-        identity=fingerprint(corpora.fingerprint, *settings.of_probes()),
+        settings,
+        accuracies=scoreboard(config.data.benchmark).questions,
+        identity=corpora.fingerprint,
     )
+    evaluator = Evaluator(settings, (*probes, *tasks), mesh, config.seed)
     say("evaluation of the target model" + (" and of the retrained model" if len(models) > 1 else ""))
     scores = {
-        name: evaluator.full_scores(model.params, store=ScoreStore(path / "scores" / name, identity))
+        name: evaluator.score(model, full=True, store=ScoreStore(path / "scores" / name, identity))
         for name, (identity, model) in zip(("target", "retrained"), models.items(), strict=False)
     }
-    evaluator = evaluator.with_references(original=scores["target"], retrained=scores.get("retrained"))
+    evaluator = dataclasses.replace(evaluator, original=scores["target"], retrained=scores.get("retrained", {}))
     measured = {name: [m.to_json() for m in evaluator.measure(score)] for name, score in scores.items()}
     counts = {"documents": dict(corpora.documents), "tokens": dict(corpora.tokens), "fingerprint": corpora.fingerprint}
     write_json(path / "references.json", {"measurements": measured, "data": counts})

@@ -1,0 +1,135 @@
+"""An evaluator scores tasks once per model and task, keeps what they gave, and writes text only where that may be."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from trace_jax.evaluation.config import EvaluationConfig
+from trace_jax.evaluation.measurement import find
+from trace_jax.evaluation.task import Evaluator, ScoreStore, TaskScores, hazardous
+
+SETTINGS = EvaluationConfig(batch_size=8, max_rows=5, max_prompts=3, max_gradients=2, bootstrap=100)
+
+
+@dataclasses.dataclass
+class Counting:
+    """A task that counts how often it is scored; each item is the sum of the embedding's weights."""
+
+    identity: str = "one"
+    quick: bool = True
+    name: str = "counting"
+    calls: int = 0
+
+    def score(self, model, *, batch_size, mesh):
+        self.calls += 1
+        total = float(np.asarray(model.params["embed"]).sum())
+        lines = [{"item": i, "generation": "secret"} for i in range(3)]
+        return TaskScores({"values": np.full(3, total)}, {"part": lines})
+
+    def measure(self, scores, *, original, retrained, resamples, seed):
+        assert (original is None) == (retrained is None)
+        return []
+
+
+@pytest.fixture
+def evaluator(tiny):
+    probes = {"test": tiny.make_probes(text=("forget", "general")), "validation": tiny.make_probes(3)}
+    return tiny.make_evaluator(SETTINGS, probes, benchmark="presidents", tasks=[Counting()])
+
+
+def check_same(one, other):
+    assert one.keys() == other.keys()
+    for name, scores in one.items():
+        assert scores.arrays.keys() == other[name].arrays.keys()
+        for path, values in scores.arrays.items():
+            np.testing.assert_array_equal(values, other[name].arrays[path])
+
+
+def test_kept_scores_are_the_computed_ones_and_are_not_computed_again(tiny, evaluator, tmp_path):
+    store, model = ScoreStore(tmp_path, "model a"), tiny.make_model()
+    first = evaluator.score(model, full=True, store=store)
+    check_same(first, evaluator.score(model, full=True))
+    assert list(first) == ["questions", "text", "verbatim", "memorization", "membership", "counting"]
+    calls = evaluator.tasks[-1].calls
+    kept = evaluator.score(model.replace(params=None), full=True, store=store)  # no parameters are needed
+    check_same(first, kept)
+    assert evaluator.tasks[-1].calls == calls
+    assert evaluator.measure(first) == evaluator.measure(kept)
+    assert not [file for file in tmp_path.iterdir() if "tmp" in file.name]
+
+
+@pytest.mark.parametrize("change", ["model", "task", "probes"])
+def test_another_model_or_task_is_scored_anew(tiny, evaluator, tmp_path, change):
+    evaluator = dataclasses.replace(evaluator, tasks=(evaluator.tasks[0], evaluator.tasks[-1]))
+    evaluator.score(tiny.make_model(), store=ScoreStore(tmp_path, "model a"))
+    probe, task = evaluator.tasks
+    task.identity = "two" if change == "task" else "one"
+    probe = dataclasses.replace(probe, identity="others") if change == "probes" else probe
+    store = ScoreStore(tmp_path, "model b" if change == "model" else "model a")
+    calls, other = task.calls, tiny.make_model(1)
+    scores = dataclasses.replace(evaluator, tasks=(probe, task)).score(other, store=store)
+    assert task.calls == calls + (change != "probes")
+    fresh = evaluator.score(other)
+    path = "test/forget/log_likelihood"
+    same = np.array_equal(scores["questions"].arrays[path], fresh["questions"].arrays[path])
+    assert same == (change != "task")  # the probe alone is kept when the task is another
+
+
+def test_quick_scoring_leaves_out_what_is_slow(tiny, evaluator):
+    assert list(evaluator.score(tiny.make_model())) == ["questions", "text", "counting"]
+    evaluator.tasks[-1].quick = False
+    assert list(evaluator.score(tiny.make_model())) == ["questions", "text"]
+
+
+def of(lines, **chosen):
+    return [line for line in lines if all(line[key] == value for key, value in chosen.items())]
+
+
+def test_measurements_can_be_made_of_the_lines(tiny, evaluator, tmp_path):
+    found = evaluator.measure(evaluator.score(tiny.make_model(), full=True, store=ScoreStore(tmp_path, "model")))
+    lines = {
+        file.name.split(".")[0]: [json.loads(line) for line in file.read_text().splitlines()]
+        for file in tmp_path.glob("*.jsonl")
+    }
+    questions = of(lines["questions"], split="test", subject="forget")
+    assert [line["item"] for line in questions] == list(range(9))
+    assert all(np.argmax(q["log_likelihood"]) == q["answer"] for q in questions if q["correct"])
+    assert find(found, "cloze_accuracy", "test").value == pytest.approx(np.mean([q["correct"] for q in questions]))
+    rows = of(lines["text"], split="test", subject="general")
+    nll = sum(r["nll"] for r in rows) / sum(r["tokens"] for r in rows)
+    assert len(rows) == 5 and find(found, "general_nll", "test").value == pytest.approx(nll)
+    verbatim = of(lines["verbatim"], split="validation")
+    assert find(found, "verbatim", "validation").value == pytest.approx(np.mean([v["score"] for v in verbatim]))
+    prompts = next(task.data for task in evaluator.tasks if task.name == "verbatim")
+    first = of(lines["verbatim"], split="test", item=0)[0]
+    assert first["ground_truth"] == " ".join(f"w{i}" for i in prompts["test"].continuation[0])
+    assert len(first["generation"].split()) == 4
+    sides = [of(lines["membership"], split="test", side=side) for side in ("forget", "holdout")]
+    wins = np.mean([[(h["min_k"] < f["min_k"]) + 0.5 * (h["min_k"] == f["min_k"]) for h in sides[1]] for f in sides[0]])
+    assert find(found, "privleak_auc", "test").value == pytest.approx(wins)
+    assert find(found, "membership_min_k_auc", "test").value == pytest.approx(1 - wins)
+    assert sum("gradient_norm" in line for line in sides[0]) == 2  # those that were not taken are left out
+
+
+def test_no_text_is_written_where_it_may_not_be(tiny, tmp_path):
+    settings = dataclasses.replace(SETTINGS, audit_text=False)
+    evaluator = tiny.make_evaluator(settings, {"test": tiny.make_probes(members=False)}, tasks=[Counting()])
+    evaluator.score(tiny.make_model(), full=True, store=ScoreStore(tmp_path, "model"))
+    lines = [json.loads(line) for line in (tmp_path / "verbatim.items.jsonl").read_text().splitlines()]
+    assert lines and all(set(line) == {"split", "item", "score"} for line in lines)
+    written = "".join(file.read_text() for file in tmp_path.glob("*.jsonl"))
+    assert "secret" not in written and not any(f"w{i} " in written or f'w{i}"' in written for i in range(37))
+
+
+def test_an_evaluator_without_tasks_measures_nothing(tiny, tmp_path):
+    evaluator = tiny.make_evaluator(SETTINGS, {})
+    assert evaluator == Evaluator(SETTINGS, ())
+    assert evaluator.measure(evaluator.score(tiny.make_model(), full=True, store=ScoreStore(tmp_path, "m"))) == []
+
+
+def test_text_of_wmdp_is_hazardous_wherever_it_comes_from():
+    assert hazardous(["huggingface:cais/wmdp-corpora/cyber-forget-corpus:train"])
+    assert hazardous(["a.jsonl", "data/WMDP-bio-forget.jsonl"])
+    assert not hazardous(["a.jsonl", "huggingface:muse-bench/MUSE-Books"]) and not hazardous([])

@@ -1,0 +1,362 @@
+"""The built-in tasks: questions, text, verbatim and memorised text of both splits (`membership` is the fifth).
+
+Data is by (split, subject), or by split where it is of the forget set; arrays of scores are by "SPLIT/SUBJECT/NAME".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jax.sharding import Mesh
+
+from trace_jax.config import fingerprint
+from trace_jax.data.probes import Probes, Prompts, Questions
+from trace_jax.data.rows import Rows
+from trace_jax.evaluation.config import EvaluationConfig
+from trace_jax.evaluation.intervals import bootstrap_mean, proportion
+from trace_jax.evaluation.likelihood import row_texts, score_questions, score_rows, score_sequences, spread_indices
+from trace_jax.evaluation.measurement import Measurement, named
+from trace_jax.evaluation.membership import SIDES, Membership
+from trace_jax.evaluation.rouge import rouge_l
+from trace_jax.evaluation.task import Evaluator, Scores, Task, TaskScores
+from trace_jax.models.generate import generate
+from trace_jax.models.model import Model
+
+Key = tuple[str, str]  # (split, subject)
+Profile = Literal["exact", "open_unlearning"]
+
+
+def probe_tasks(
+    probes: Mapping[str, Probes], config: EvaluationConfig, *, accuracies: Mapping[str, str], identity: str
+) -> tuple[Task, ...]:
+    """The built-in tasks that there is something to measure on.
+
+    Args:
+      probes: per split. Sets that are larger than the settings say are thinned evenly, the same way every time.
+      accuracies: name of the accuracy by subject (`Scoreboard.questions`).
+      identity: hash of the probes.
+    """
+
+    def thinned(rows: Rows, most: int) -> Rows:
+        return rows.take(spread_indices(len(rows), most))
+
+    questions, text, prompts, members = {}, {}, {}, {}
+    for split, probe in probes.items():
+        questions |= {(split, subject): q for subject, q in probe.questions.items() if len(q)}
+        text |= {(split, subject): thinned(rows, config.max_rows) for subject, rows in probe.text.items() if len(rows)}
+        if (beginnings := probe.prompts.get("forget")) is not None and len(beginnings):
+            prompts[split] = beginnings.take(spread_indices(len(beginnings), config.max_prompts))
+        sides = [probe.members[side] for side in SIDES if side in probe.members]
+        if len(sides) == len(SIDES) and all(map(len, sides)):
+            members[split] = tuple(thinned(side, config.max_members) for side in sides)
+    forget = {split: rows for (split, subject), rows in text.items() if subject == "forget"}
+    texts = fingerprint(identity, config.max_rows)
+    tasks = (
+        QuestionAccuracy(questions, identity, accuracies),
+        TextLikelihood(text, texts),
+        Verbatim(prompts, fingerprint(identity, config.max_prompts, config.audit_text)),
+        Memorization(forget, texts),
+        Membership(members, fingerprint(identity, config.max_members, config.max_gradients), config.max_gradients),
+    )
+    return tuple(task for task in tasks if task.data)
+
+
+def item_outcomes(evaluator: Evaluator, scores: Scores) -> dict[str, np.ndarray]:
+    """What each item of the quick probes gave, by "SPLIT/SUBJECT/NAME", to be kept at every evaluation of a run.
+
+    Of questions `question` (the group that it stands or falls with) and `correct`; of rows of text `row`, `tokens`,
+    `nll` and, where the evaluator has the original model's scores, its `original` NLL (nats, sums over the row).
+    Questions and rows are named by a hash of their tokens: the same number is the same item in every run.
+    """
+    outcomes = {}
+    for task in evaluator.tasks:
+        if isinstance(task, (QuestionAccuracy, TextLikelihood)) and task.name in scores:
+            outcomes |= task.outcomes(scores[task.name], evaluator.original.get(task.name))
+    return outcomes
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionAccuracy:
+    """Share of multiple-choice questions whose right option is the likeliest (the first of equal ones).
+
+    Questions of one group (a substance, a paragraph) stand or fall together, so intervals are over groups.
+    """
+
+    data: Mapping[Key, Questions]
+    identity: str
+    accuracies: Mapping[str, str]
+    name: str = "questions"
+    quick: bool = True
+
+    def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
+        """`log_likelihood` f64 [Q, O]. Sets of equal option count share their batches, padded to the longest."""
+        arrays = {}
+        for keys in _alike({key: questions.tokens.shape[1] for key, questions in self.data.items()}):
+            sets = [self.data[key] for key in keys]
+            longest = max(questions.tokens.shape[-1] for questions in sets)
+            pads = [((0, 0), (0, 0), (0, longest - questions.tokens.shape[-1])) for questions in sets]
+            together = Questions(
+                *(
+                    np.concatenate([np.pad(getattr(q, f), pad) for q, pad in zip(sets, pads, strict=True)])
+                    for f in ("tokens", "segments", "scored")
+                ),
+                *(np.concatenate([getattr(q, f) for q in sets]) for f in ("answer", "group")),
+            )
+            options = {"guide": model.guide, "batch_size": batch_size, "mesh": mesh}
+            found = score_questions(model.params, model.config, together, **options).log_likelihood
+            for key, values in zip(keys, np.split(found, np.cumsum([len(q) for q in sets])[:-1]), strict=True):
+                arrays[_path(*key, "log_likelihood")] = values
+        lines = [
+            {
+                "split": split,
+                "subject": subject,
+                "item": i,
+                "group": int(questions.group[i]),
+                "log_likelihood": values.tolist(),
+                "answer": int(questions.answer[i]),
+                "correct": bool(values.argmax() == questions.answer[i]),
+            }
+            for (split, subject), questions in self.data.items()
+            for i, values in enumerate(arrays[_path(split, subject, "log_likelihood")])
+        ]
+        return TaskScores(arrays, {"items": lines})
+
+    def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:
+        del original, retrained
+        return [
+            named(
+                self.accuracies.get(subject, f"{subject}_accuracy"),
+                split,
+                proportion(correct, groups=self.data[split, subject].group, **resampling),
+            )
+            for (split, subject), correct in self._correct(scores)
+        ]
+
+    def outcomes(self, scores: TaskScores, original: TaskScores | None) -> dict[str, np.ndarray]:
+        """See `item_outcomes`."""
+        del original
+        outcomes = {}
+        for key, correct in self._correct(scores):
+            names = _hashes(self.data[key].tokens, self.data[key].group)
+            outcomes |= {_path(*key, "question"): names, _path(*key, "correct"): correct}
+        return outcomes
+
+    def _correct(self, scores: TaskScores) -> Iterator[tuple[Key, np.ndarray]]:
+        for key, questions in self.data.items():
+            yield key, scores.arrays[_path(*key, "log_likelihood")].argmax(axis=1) == questions.answer
+
+
+@dataclasses.dataclass(frozen=True)
+class TextLikelihood:
+    """NLL per token of text, nats, and the per-token probability relative to the original model.
+
+    The latter is exp(NLL_original - NLL), with its interval over rows, paired; capped at 1 for text that isn't
+    to be forgotten: unlearning is not credited for text that it made likelier.
+    """
+
+    data: Mapping[Key, Rows]
+    identity: str
+    name: str = "text"
+    quick: bool = True
+
+    def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
+        """`nll` f64 [N], sum over the scored tokens of each row, and their number, `tokens` f64 [N].
+
+        Sets of equal row length share their batches.
+        """
+        arrays = {}
+        for keys in _alike({key: rows.tokens.shape[1] for key, rows in self.data.items()}):
+            sets = [self.data[key] for key in keys]
+            options = {"guide": model.guide, "batch_size": batch_size, "mesh": mesh}
+            found = score_rows(model.params, model.config, Rows.concatenate(sets), **options)
+            ends = np.cumsum([len(rows) for rows in sets])[:-1]
+            for name in ("nll", "tokens"):
+                for key, values in zip(keys, np.split(getattr(found, name), ends), strict=True):
+                    arrays[_path(*key, name)] = values
+        lines = [
+            {"split": split, "subject": subject, "item": i, "nll": float(nll), "tokens": int(tokens)}
+            for split, subject in self.data
+            for i, (nll, tokens) in enumerate(
+                zip(*(arrays[_path(split, subject, name)] for name in ("nll", "tokens")), strict=True)
+            )
+        ]
+        return TaskScores(arrays, {"items": lines})
+
+    def measure(
+        self, scores: TaskScores, *, original: TaskScores | None, retrained, **resampling: Any
+    ) -> list[Measurement]:
+        del retrained
+        measurements = []
+        for split, subject in self.data:
+            nll, tokens = (scores.arrays[_path(split, subject, name)] for name in ("nll", "tokens"))
+            if not tokens.sum():
+                continue
+            mean = bootstrap_mean(nll, weights=tokens, **resampling)
+            measurements.append(named(f"{subject}_nll", split, mean))
+            before = original.arrays.get(_path(split, subject, "nll")) if original else None
+            if before is not None:
+                ratio = bootstrap_mean(before - nll, weights=tokens, **resampling).map(math.exp)
+                if subject != "forget":
+                    ratio = ratio.map(lambda x: min(x, 1.0))
+                measurements.append(named(relative_likelihood(subject), split, ratio))
+        return measurements
+
+    def outcomes(self, scores: TaskScores, original: TaskScores | None) -> dict[str, np.ndarray]:
+        """See `item_outcomes`."""
+        outcomes = {}
+        for key, rows in self.data.items():
+            columns = {"row": _hashes(rows.tokens), "tokens": scores.arrays[_path(*key, "tokens")].astype(np.int32)}
+            columns["nll"] = scores.arrays[_path(*key, "nll")].astype(np.float32)
+            if original is not None:
+                columns["original"] = original.arrays[_path(*key, "nll")].astype(np.float32)
+            outcomes |= {_path(*key, name): values for name, values in columns.items()}
+        return outcomes
+
+
+def relative_likelihood(subject: str) -> str:
+    """Name of the likelihood of a subject's text relative to the original model."""
+    return "forget_probability_ratio" if subject == "forget" else f"{subject}_utility"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verbatim:
+    """Greedy continuation of beginnings of forget documents against how they go on (MUSE's VerbMem, 2407.06460).
+
+    As many new tokens are generated as the true continuation has; there are no stop strings and no stemmer.
+    """
+
+    data: Mapping[str, Prompts]
+    identity: str
+    name: str = "verbatim"
+    quick: bool = False
+
+    def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
+        """ROUGE-L F of each prompt, `score` f64 [N] in 0..1. Lines have what was generated, and the truth."""
+        params, arrays, lines = model.unguided("generation"), {}, []
+        if model.tokenizer is None:
+            raise ValueError("the verbatim score decodes generated text; the model has no tokenizer.")
+        for split, prompts in self.data.items():
+            count, length = prompts.continuation.shape
+            several = []
+            for start in range(0, count, batch_size):
+                rows = np.arange(start, min(start + batch_size, count))
+                batch = prompts.take(np.resize(rows, min(batch_size, count)))  # one shape for all
+                lengths = None if batch.lengths is None else batch.lengths[:, 0]
+                options = {"lengths": lengths, "max_new_tokens": length, "mesh": mesh}
+                several.append(generate(params, model.config, batch.prompt, **options))
+            generated = np.concatenate(several)[:count]
+            written, truth = (
+                model.tokenizer.decode_batch(prompts.unpadded(x)) for x in (generated, prompts.continuation)
+            )
+            arrays |= {_path(split, "score"): rouge_l(written, truth), _path(split, "generated"): generated}
+            lines += [
+                {"split": split, "item": i, "score": float(score), "generation": text, "ground_truth": true}
+                for i, (score, text, true) in enumerate(zip(arrays[_path(split, "score")], written, truth, strict=True))
+            ]
+        return TaskScores(arrays, {"items": lines})
+
+    def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:
+        del original, retrained
+        values = {split: scores.arrays[_path(split, "score")] for split in self.data}
+        return [named(self.name, split, bootstrap_mean(score, **resampling)) for split, score in values.items()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Memorization:
+    """How much of the forget text a model would continue word for word, under teacher forcing.
+
+    Both scores read one flag per scored token: whether it is the model's greedy choice, given everything before it in
+    the true text (`TokenScores.greedy`). A greedy continuation from a true prefix follows the text for as long as the
+    flags are true, so that nothing has to be generated.
+    """
+
+    data: Mapping[str, Rows]
+    identity: str
+    name: str = "memorization"
+    quick: bool = False
+
+    def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
+        """`extraction_strength` and `exact_memorization`, f64 [N], of every document that has a scored token."""
+        arrays, lines = {}, []
+        for split, rows in self.data.items():
+            scores = score_sequences(model, *row_texts(rows), batch_size=batch_size, mesh=mesh)
+            greedy = [one.greedy for one in scores]
+            columns = {name: function(greedy) for name, function in MEMORIZED.items()}
+            arrays |= {_path(split, name): values for name, values in columns.items()}
+            lines += [
+                {"split": split, "item": i, **{name: float(values[i]) for name, values in columns.items()}}
+                for i in range(len(greedy))
+            ]
+        return TaskScores(arrays, {"items": lines})
+
+    def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:
+        del original, retrained
+        return [
+            named(name, split, bootstrap_mean(values, **resampling))
+            for split in self.data
+            for name in MEMORIZED
+            if len(values := scores.arrays[_path(split, name)])
+        ]
+
+
+def extraction_strength(greedy: Sequence[np.ndarray], profile: Profile = "exact") -> np.ndarray:
+    """Share of each text that the model gives back once it has seen the rest: f64 [N] in 0..1.
+
+    1 - k/n for the smallest k such that the last n - k tokens are all the greedy choice (2406.09179, after 2012.07805):
+    1 if the text follows from its prompt alone, 0 if not even its last token follows.
+
+    Args:
+      greedy: bool [n] of each text. A text without a token has no score (NaN; 0 in profile "open_unlearning").
+      profile: "exact" is the definition. "open_unlearning" is what github.com/locuslab/open-unlearning computes
+        (src/evals/metrics/memorization.py): the last scored token is dropped (in question-answer data it is the end
+        token, in running text a word), and a text of n tokens of which nothing can be extracted scores 1/n, not 0.
+    """
+    least, strengths = int(profile == "open_unlearning"), []
+    for flags in _scored(greedy, profile):
+        n, wrong = len(flags), np.flatnonzero(~flags)
+        suffix = n - 1 - wrong[-1] if len(wrong) else n
+        strengths.append(max(suffix, least) / n if n else 0.0 if least else np.nan)
+    return np.array(strengths)
+
+
+def exact_memorization(greedy: Sequence[np.ndarray], profile: Profile = "exact") -> np.ndarray:
+    """Share of the tokens of each text that are the greedy choice given the true text before: f64 [N] in 0..1.
+
+    Exact memorisation of 2205.10770, for unlearning in 2406.09179; arguments as of `extraction_strength`. A text
+    without a token has no score (NaN).
+    """
+    return np.array([flags.mean() if len(flags) else np.nan for flags in _scored(greedy, profile)])
+
+
+MEMORIZED = {"extraction_strength": extraction_strength, "exact_memorization": exact_memorization}
+
+
+def _scored(greedy: Sequence[np.ndarray], profile: Profile) -> list[np.ndarray]:
+    flags = [np.asarray(one, bool) for one in greedy]
+    return [one[:-1] for one in flags] if profile == "open_unlearning" else flags
+
+
+def _path(*parts: str) -> str:
+    return "/".join(parts)
+
+
+def _alike(shapes: Mapping[Key, Hashable]) -> list[list[Key]]:
+    """Keys of equal shape together."""
+    groups: dict[Hashable, list[Key]] = {}
+    for key, shape in shapes.items():
+        groups.setdefault(shape, []).append(key)
+    return list(groups.values())
+
+
+def _hashes(tokens: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
+    """u32 [N]: hash of each item's tokens, or of those of its whole group."""
+    number = (np.arange(len(tokens)) if group is None else group).tolist()
+    hashes: dict[int, int] = {}
+    for index, content in zip(number, tokens, strict=True):
+        hashes[index] = zlib.crc32(content.tobytes(), hashes.get(index, 0))
+    return np.array([hashes[index] for index in number], np.uint32)
