@@ -9,6 +9,8 @@ Run time and result: README.md.
 
 import ml_collections
 
+from trace_jax.config import ConfigError
+
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """A tiny MoE is trained on presidential addresses and a generated handbook, then unlearns one of its two topics."""
@@ -31,5 +33,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             "prompting": {},
         }
     elif variant:
-        raise ValueError(f"configs/quickstart.py has the variant 'attacks'; got {variant!r}.")
+        raise ConfigError(f"configs/quickstart.py has the variant 'attacks'; got {variant!r}.")
     return config

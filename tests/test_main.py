@@ -88,6 +88,26 @@ def test_mistakes_end_in_a_sentence(tmp_path, capsys, arguments, message):
     assert not (tmp_path / "w").exists()
 
 
+FILES = {
+    "no get_config": ("x = 1", "wrong.py: has no get_config function"),
+    "YAML": ("name: quickstart\nmethods: [uniform", "wrong.py:2: is not Python ('[' was never closed); --config takes"),
+    "Markdown": ("# Title\n\nSome words.", "wrong.py:3: is not Python (invalid syntax); --config takes a Python file"),
+    "an error in it": ("import math\nmath.nothing", "wrong.py:2: AttributeError: module 'math' has no attribute"),
+    "an error in get_config": ("def get_config():\n    return {}['a']", "wrong.py:2: KeyError: 'a'"),
+    "no settings": ("def get_config():\n    pass", "wrong.py: get_config returned None; expected a ConfigDict"),
+    "a variant is needed": ("def get_config(variant):\n    pass", "wrong.py: needs a variant: FILE:variant"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_makes_no_experiment_is_answered_with_its_line(tmp_path, capsys, case):
+    text, message = FILES[case]
+    (tmp_path / "wrong.py").write_text(text + "\n")
+    assert main(["--config", str(tmp_path / "wrong.py")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("spelling", ["{} --help", "help {}"])
 def test_every_command_says_what_it_takes(command, spelling, capsys):
