@@ -24,8 +24,7 @@ from sides import RESULTS, both_sides, environment, quickest_experts, timed, wri
 from trace_jax.data.rows import Batch
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
-from trace_jax.parallel.hosts import place
-from trace_jax.parallel.memory import keep_freed_memory
+from trace_jax.parallel.hosts import keep_freed_memory, place
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
@@ -34,7 +33,7 @@ from trace_jax.unlearning.state import initial_state, unlearning_settings
 from trace_jax.unlearning.step import unlearning_step
 from trace_jax.unlearning.trainable import partition
 
-ROWS, LENGTH, LEARNING_RATE = 8, 256, 1e-5
+BATCH_AXES, LENGTH, LEARNING_RATE = 8, 256, 1e-5
 EXPERTS = ("eager", "grouped_mm")
 
 
@@ -68,7 +67,7 @@ def their_step(model, forget: np.ndarray, retain: np.ndarray):
     def step():
         optimizer.zero_grad(set_to_none=True)
         nll = _their_nll(model, ids)
-        forget_loss, retain_loss = -nll[:ROWS].mean(), nll[ROWS:].mean()
+        forget_loss, retain_loss = -nll[:BATCH_AXES].mean(), nll[BATCH_AXES:].mean()
         (forget_loss + retain_loss).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -91,7 +90,7 @@ def compare(name: str, ours, theirs, rounds: int) -> dict:
     """One row: the sides take turns, `rounds` times."""
     seconds = [(timed(ours), timed(theirs)) for _ in range(rounds)]
     our_seconds, their_seconds = zip(*seconds, strict=True)
-    tokens = 2 * ROWS * LENGTH
+    tokens = 2 * BATCH_AXES * LENGTH
     row = {
         "tokens_per_second": round(tokens / min(our_seconds)),
         "transformers_tokens_per_second": round(tokens / min(their_seconds)),
@@ -116,7 +115,7 @@ def main() -> None:
     keep_freed_memory()
     theirs, ours = both_sides()
     rng = np.random.default_rng(0)
-    forget, retain = rng.integers(3, ours.config.vocab_size, (2, ROWS, LENGTH)).astype(np.int32)
+    forget, retain = rng.integers(3, ours.config.vocab_size, (2, BATCH_AXES, LENGTH)).astype(np.int32)
     both = np.concatenate([forget, retain])
     ids = torch.tensor(both, dtype=torch.int64)
 
@@ -142,8 +141,8 @@ def main() -> None:
     for name, value in their_first.items():
         rows["step"][f"first_{name}"] = [round(float(first[name]), 6), round(value, 6)]
     row = {
-        "forget": [ROWS, LENGTH],
-        "retain": [ROWS, LENGTH],
+        "forget": [BATCH_AXES, LENGTH],
+        "retain": [BATCH_AXES, LENGTH],
         "rounds": arguments.rounds,
         "threads": torch.get_num_threads(),
         "results": rows,

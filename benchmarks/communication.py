@@ -23,7 +23,7 @@ from train_step import SHAPES
 from trace_jax.models.arrays import flat_specs
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.grouped_matmul import resolve_implementation
-from trace_jax.parallel.mesh import DATA, EXPERT, ROWS, TENSOR, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, DATA, EXPERT, TENSOR, make_mesh
 from trace_jax.parallel.sharding import RULES, spec_axes, storage_spec
 from trace_jax.plan.hlo import traffic
 from trace_jax.unlearning.config import UnlearningConfig
@@ -51,7 +51,7 @@ def formula(model: ModelConfig, sizes: dict[str, int], tokens: int) -> dict[str,
         )  # of the array as a device computes with it
         stored = storage_spec(inside, axes, sizes)
         gathered = {axis for d in range(len(axes)) for axis in spec_axes(stored, d) if axis != own[d]}
-        left = [axis for axis in ROWS if axis not in (*gathered, *own)]
+        left = [axis for axis in BATCH_AXES if axis not in (*gathered, *own)]
         size, others = math.prod(sizes[axis] for axis in gathered), math.prod(sizes[axis] for axis in left)
         gathers, scatters = {"embed": (1, 1), "head": (1, 2)}.get(path, (2, 1))
         sent["all-gather"] += repeats * gathers * (1 - 1 / size) * elements * BYTES

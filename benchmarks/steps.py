@@ -13,9 +13,8 @@ from trace_jax.data.rows import Batch
 from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.sharding import param_specs
-from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place
-from trace_jax.parallel.mesh import ROWS
+from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants, coefficients
@@ -70,7 +69,7 @@ def prepared_step(
     constants = Constants(frozen, reference, index, None, place(coefficients(config), mesh))
     rng = np.random.default_rng(0)
     forget, retain = (random_batch(rows, length, model.vocab_size, rng) for _ in range(2))
-    placed = place(StepRows(forget, retain, retain.valid.astype(np.float32)), mesh, P(ROWS))
+    placed = place(StepRows(forget, retain, retain.valid.astype(np.float32)), mesh, P(BATCH_AXES))
     return Step(initial_state(training, settings, mesh), (constants, placed), settings, mesh)
 
 

@@ -22,7 +22,7 @@ from trace_jax.io.files import write_json
 from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
-from trace_jax.parallel.memory import keep_freed_memory
+from trace_jax.parallel.hosts import keep_freed_memory
 from trace_jax.routing.retain_weights import RetainWeights, apply_weights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.unlearn import unlearn

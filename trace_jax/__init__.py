@@ -32,7 +32,7 @@ _PUBLIC = {
     "UnlearningConfig": "trace_jax.unlearning.config",
     "CalibrationConfig": "trace_jax.routing.config",
     "make_mesh": "trace_jax.parallel.mesh",
-    "ParallelConfig": "trace_jax.parallel.config",
+    "ParallelConfig": "trace_jax.parallel.mesh",
     "ConfigError": "trace_jax.config",
     "load_config": "trace_jax.run.config_file",
     "run": "trace_jax.run.methods",

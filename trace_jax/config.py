@@ -137,7 +137,7 @@ def _variant(value: Any, base: type[Variant], name: str, default: Any) -> Varian
     kind = given.pop("name", default.name if isinstance(default, Variant) else default)
     if kind not in base.kinds:
         names = ", ".join(base.kinds)
-        raise ConfigError(f"{name} is {kind!r}; expected one of {names}{_nearest(kind, base.kinds)}")
+        raise ConfigError(f"{name} is {kind!r}; expected one of {names}{nearest(kind, base.kinds)}")
     known = {f.name for f in dataclasses.fields(base.kinds[kind])}
     for key in given.keys() - known:
         if others := [k for k, cls in base.kinds.items() if key in {f.name for f in dataclasses.fields(cls)}]:
@@ -174,7 +174,7 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
         for item in value if isinstance(value, tuple) else (value,):
             if item not in choices:
                 raise ConfigError(
-                    f"{name} is {item!r}; expected one of {', '.join(map(str, choices))}{_nearest(item, choices)}"
+                    f"{name} is {item!r}; expected one of {', '.join(map(str, choices))}{nearest(item, choices)}"
                 )
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, float) and math.isnan(item):
@@ -188,7 +188,7 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
                 raise ConfigError(f"{name} is {item!r}; expected a value {bounds} ({meta['help']}).")
 
 
-def _nearest(given: Any, names: typing.Iterable) -> str:
+def nearest(given: Any, names: typing.Iterable) -> str:
     close = difflib.get_close_matches(str(given), [str(n) for n in names], n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else "."
 
@@ -252,7 +252,7 @@ def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: s
             if there := _moved(cls, key):
                 there = f"{path}.{there}" if path else there
                 raise ConfigError(f"{full}: it belongs to {there.rpartition('.')[0]}; write {there}.")
-            near, names = _nearest(key, sorted(known)), ", ".join(sorted(known))
+            near, names = nearest(key, sorted(known)), ", ".join(sorted(known))
             raise ConfigError(f"{full}: there is no setting of this name{near} Known here: {names}.")
     hints = typing.get_type_hints(cls)
     arguments = {}

@@ -26,7 +26,7 @@ from trace_jax.evaluation.task import Evaluator, TaskScores
 from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model, Source
-from trace_jax.parallel.config import ParallelConfig
+from trace_jax.parallel.mesh import ParallelConfig
 from trace_jax.tasks import wmdp
 from trace_jax.tasks.benchmarks import build_corpora
 from trace_jax.tasks.wmdp import LETTERS, read_multiple_choice

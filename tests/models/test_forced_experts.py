@@ -14,7 +14,7 @@ from trace_jax.models.attention import init_cache
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.moe import moe_layer
 from trace_jax.models.sharding import on_mesh, placed_params
-from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
 
 BASE = ModelConfig(
     vocab_size=40, hidden_size=12, num_layers=4, num_heads=2, num_kv_heads=1, head_size=8, num_experts=8,
@@ -150,7 +150,7 @@ def test_any_mesh_gives_the_same(gate, sizes):
         return out.logits, out.router.indices.swapaxes(0, 1), out.router.weights.swapaxes(0, 1)
 
     expected = jax.jit(run)(params, tokens, mask, indices)
-    found = jax.jit(on_mesh(run, config, mesh, out_specs=P(ROWS)))(
+    found = jax.jit(on_mesh(run, config, mesh, out_specs=P(BATCH_AXES)))(
         placed_params(params, config, mesh), tokens, mask, indices
     )
     np.testing.assert_array_equal(found[1], indices)

@@ -13,7 +13,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import on_mesh, placed_params
 from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
 
 CONFIG = ModelConfig(
     vocab_size=31, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_size=4, num_experts=8,
@@ -52,6 +52,6 @@ def test_on_a_mesh_they_are_those_of_each_devices_rows(sizes):
     def collect(params, tokens):
         return forward(params, CONFIG, tokens, collect=("router_inputs",)).router.inputs
 
-    run = jax.jit(on_mesh(collect, CONFIG, mesh, out_specs=P(None, ROWS)))
-    inputs = run(placed_params(params, CONFIG, mesh), place(TOKENS, mesh, P(ROWS)))
+    run = jax.jit(on_mesh(collect, CONFIG, mesh, out_specs=P(None, BATCH_AXES)))
+    inputs = run(placed_params(params, CONFIG, mesh), place(TOKENS, mesh, P(BATCH_AXES)))
     np.testing.assert_allclose(to_host(inputs), jax.jit(collect)(params, TOKENS), atol=1e-5)

@@ -18,7 +18,7 @@ from trace_jax.models.attention import init_cache
 from trace_jax.models.config import ModelConfig, Rope
 from trace_jax.models.loss import token_nll
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
-from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
 
 BASE = ModelConfig(
     vocab_size=50, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_size=16, num_experts=8,
@@ -109,7 +109,7 @@ def test_loss_and_gradient_are_the_same_on_four_devices(name):
     config, params = config_of(name), parameters(config_of(name))
 
     def gradient(params, tokens, mask):
-        return jax.value_and_grad(lambda p: jax.lax.psum(loss(p, config, tokens, mask), ROWS))(params)
+        return jax.value_and_grad(lambda p: jax.lax.psum(loss(p, config, tokens, mask), BATCH_AXES))(params)
 
     def on(mesh):
         out_specs = (PartitionSpec(), unflatten(param_specs(config, mesh)))

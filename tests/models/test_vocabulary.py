@@ -14,7 +14,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.loss import vocabulary_loss
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
 from trace_jax.models.vocabulary import Vocabulary
-from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
 from trace_jax.unlearning.objectives import OBJECTIVES, PAPER
 
 MODEL = ModelConfig(
@@ -141,7 +141,7 @@ def test_a_split_vocabulary_gives_the_same(given, name, form):
     def on_device(params, hidden, targets, before):
         def total(params):
             values = loss(params, hidden, targets, unflatten(original_here), before, name=name, form=form)
-            return jax.lax.psum(values.sum(), ROWS)
+            return jax.lax.psum(values.sum(), BATCH_AXES)
 
         original_here = flatten(jax.tree.map(lambda x: x * 0.7, params))
         return jax.value_and_grad(total)(params)

@@ -9,7 +9,7 @@ from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import on_mesh, placed_params
-from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
 from trace_jax.plan.hlo import traffic
 
 V, D, H, C, E, K, F = 64, 16, 4, 8, 8, 2, 12
@@ -29,7 +29,7 @@ def test_bytes_of_the_forward_pass(layers):
     def run(params, tokens):
         return forward(params, config, tokens, collect=("hidden",)).hidden
 
-    program = jax.jit(on_mesh(run, config, mesh, out_specs=P(ROWS))).lower(params, tokens).compile()
+    program = jax.jit(on_mesh(run, config, mesh, out_specs=P(BATCH_AXES))).lower(params, tokens).compile()
     sent = dict.fromkeys(("all-gather", "reduce-scatter"), 0.0)
     for collective in traffic(program.as_text(), 4).collectives:
         sent[collective.kind] = sent.get(collective.kind, 0.0) + collective.bytes

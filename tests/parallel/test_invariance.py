@@ -13,9 +13,8 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.generate import generate
 from trace_jax.models.loss import token_kl, token_nll
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
-from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, make_mesh
 from trace_jax.unlearning import optimizer as optimizer_module
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
@@ -88,7 +87,9 @@ def test_every_gradient_is_that_of_one_device(name, sizes):
 
     (value, counts), expected = jax.jit(lambda p: gradient(p, batch, lambda x: x))(params)
     out_specs = ((P(), P()), unflatten(param_specs(config, mesh)))
-    spread = on_mesh(lambda p, b: gradient(p, b, lambda x: jax.lax.psum(x, ROWS)), config, mesh, out_specs=out_specs)
+    spread = on_mesh(
+        lambda p, b: gradient(p, b, lambda x: jax.lax.psum(x, BATCH_AXES)), config, mesh, out_specs=out_specs
+    )
     (got_value, got_counts), got = jax.jit(spread)(placed_params(params, config, mesh), batch)
     np.testing.assert_array_equal(got_counts, counts)
     np.testing.assert_allclose(got_value, value, rtol=1e-5)
@@ -111,7 +112,7 @@ def trajectory(config, sizes, steps, parallel=PLAIN, **optimizer):
     forget, retain = (pad_rows(rows(config, count, count), multiple) for count in (6, 8))
     weights = np.random.default_rng(0).exponential(size=(8, 12)).astype(np.float32)
     weights = np.pad(weights, ((0, len(retain.tokens) - 8), (0, 0)))
-    inputs, metrics = place(StepRows(forget, retain, weights), mesh, P(ROWS)), []
+    inputs, metrics = place(StepRows(forget, retain, weights), mesh, P(BATCH_AXES)), []
     compiled = unlearning_step._cache_size()
     for _ in range(steps):
         state, now = unlearning_step(state, constants, inputs, settings=settings, mesh=mesh)

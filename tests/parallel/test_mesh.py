@@ -12,7 +12,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import AXES, ROWS, as_varying, make_mesh, row_shards, sum_over, varying_axes
+from trace_jax.parallel.mesh import AXES, BATCH_AXES, as_varying, make_mesh, row_shards, sum_over, varying_axes
 from trace_jax.parallel.sharding import storage_spec
 
 GATE_UP = ("layers", "experts", "embed", "gate_up", "expert_hidden")
@@ -35,13 +35,13 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
     ("shape", "axes", "spec"),
     [
         ((2, 8, 16, 2, 6), GATE_UP, P(None, "expert", "data", None, "tensor")),
-        ((2, 7, 16, 2, 6), GATE_UP, P(None, None, ROWS, None, "tensor")),
+        ((2, 7, 16, 2, 6), GATE_UP, P(None, None, BATCH_AXES, None, "tensor")),
         ((2, 8, 5, 16), ("layers", "experts", "expert_hidden", "embed"), P(None, "expert", None, "data")),
-        ((64, 16), ("vocab", "embed"), P("tensor", ROWS)),
-        ((61, 16), ("vocab", "embed"), P(None, ROWS)),
+        ((64, 16), ("vocab", "embed"), P("tensor", BATCH_AXES)),
+        ((61, 16), ("vocab", "embed"), P(None, BATCH_AXES)),
         ((61, 6), ("vocab", "embed"), P(None, "expert")),
         ((64, 7), ("vocab", "embed"), P("tensor")),
-        ((2, 16, 8), ("layers", "embed", "router"), P(None, ROWS)),
+        ((2, 16, 8), ("layers", "embed", "router"), P(None, BATCH_AXES)),
         ((2, 16), ("layers", "embed"), P()),
     ],
 )  # fmt: skip
@@ -74,9 +74,9 @@ def test_as_varying_marks_what_differs_between_devices_and_sum_over_sums_only_th
     def check(equal, split):
         assert varying_axes(equal) == frozenset() and varying_axes(split) == {"data", "expert"}
         assert varying_axes(as_varying(equal, varying_axes(equal, split))) == {"data", "expert"}
-        return sum_over(equal, *ROWS), sum_over(split, *ROWS)
+        return sum_over(equal, *BATCH_AXES), sum_over(split, *BATCH_AXES)
 
-    run = jax.shard_map(check, mesh=mesh, in_specs=(P(), P(ROWS)), out_specs=P())
+    run = jax.shard_map(check, mesh=mesh, in_specs=(P(), P(BATCH_AXES)), out_specs=P())
     equal, split = run(jnp.float32(3), jnp.arange(2, dtype=jnp.float32))
     assert float(equal) == 3 and split.tolist() == [1.0]
     assert varying_axes(jnp.zeros(2)) == frozenset()
@@ -84,7 +84,7 @@ def test_as_varying_marks_what_differs_between_devices_and_sum_over_sums_only_th
 
 def test_arrays_go_to_the_mesh_and_come_back():
     mesh, x = make_mesh(expert=2, tensor=2), np.arange(24, dtype=np.float32).reshape(8, 3)
-    placed = place({"a": x, "b": x}, mesh, {"a": P(ROWS), "b": P("tensor")})
+    placed = place({"a": x, "b": x}, mesh, {"a": P(BATCH_AXES), "b": P("tensor")})
     assert placed["a"].addressable_shards[0].data.shape == (2, 3)
     assert placed["b"].addressable_shards[0].data.shape == (4, 3)
     assert all(np.array_equal(back, x) for back in to_host(placed).values())

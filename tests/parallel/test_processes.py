@@ -11,8 +11,7 @@ import pytest
 from tests.two_processes import CLUSTERS, DEVICES, free_port, run_processes
 from trace_jax.config import ConfigError
 from trace_jax.parallel import processes
-from trace_jax.parallel.hosts import is_main
-from trace_jax.parallel.processes import VARIABLES, barrier, start_processes
+from trace_jax.parallel.processes import VARIABLES, barrier, is_main, start_processes
 
 ALL = [*VARIABLES, *CLUSTERS, "TPU_SKIP_MDS_QUERY", "GCE_METADATA_IP"]
 
@@ -22,8 +21,8 @@ SUM = (
 import sys
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from trace_jax.parallel.hosts import is_main
-from trace_jax.parallel.agreement import everywhere, main_says
+from trace_jax.parallel.processes import is_main
+from trace_jax.parallel.processes import all_processes, broadcast_from_process_0
 from trace_jax.parallel.processes import barrier, start_processes
 count = start_processes(*sys.argv[1:4], timeout=60)
 index = jax.process_index()
@@ -31,7 +30,8 @@ mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 numbers = jax.make_array_from_callback((4,), jax.NamedSharding(mesh, P("data")), lambda i: jnp.arange(1.0, 5.0)[i])
 total = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x[0], "data"), mesh=mesh, in_specs=P("data"), out_specs=P()))
 barrier("together")
-said = count, index, is_main(), float(total(numbers)), main_says(7 + index), everywhere(True), everywhere(index == 0)
+said = count, index, is_main(), float(total(numbers)), broadcast_from_process_0(7 + index)
+said += all_processes(True), all_processes(index == 0)
 print("<", *said, ">")
 """
 )

@@ -13,7 +13,7 @@ from trace_jax.data.batches import sequential_batches
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import on_mesh, placed_params
 from trace_jax.parallel.hosts import place
-from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.online import online_loss_weights
 from trace_jax.routing.retain_weights import RetainWeights, retain_weights
@@ -45,8 +45,8 @@ def on_devices(model, rows, found, mesh):
         return online_loss_weights(found.online, indices, valid, factor)
 
     params = placed_params(model.params, model.config, mesh)
-    arrays = place((rows.tokens, rows.segments, rows.valid, found.step_weights), mesh, P(ROWS))
-    return np.asarray(jax.jit(on_mesh(weigh, model.config, mesh, out_specs=P(ROWS)))(params, *arrays))
+    arrays = place((rows.tokens, rows.segments, rows.valid, found.step_weights), mesh, P(BATCH_AXES))
+    return np.asarray(jax.jit(on_mesh(weigh, model.config, mesh, out_specs=P(BATCH_AXES)))(params, *arrays))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 4, 2)])

@@ -7,8 +7,7 @@ import pytest
 from tests.unlearning.conftest import make_rows
 from trace_jax.config import ConfigError
 from trace_jax.models.arrays import flatten
-from trace_jax.parallel.config import ParallelConfig
-from trace_jax.parallel.mesh import make_mesh
+from trace_jax.parallel.mesh import ParallelConfig, make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.length import batch_text, with_steps
 from trace_jax.unlearning.unlearn import unlearn

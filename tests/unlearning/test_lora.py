@@ -17,7 +17,7 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.lora import adapted, adapted_path, factor_storage, factors, initial_factors, merge
 from trace_jax.unlearning.parameters import whole_params
@@ -134,13 +134,15 @@ def test_a_mesh_gives_the_same_numbers(plain):
 
     def of_device(trainable, params, tokens, segments):
         def total(trainable):
-            return jax.lax.psum(adapted_loss(trainable, params, config, tokens, segments), ROWS)
+            return jax.lax.psum(adapted_loss(trainable, params, config, tokens, segments), BATCH_AXES)
 
         return jax.value_and_grad(total)(trainable)
 
-    run = jax.shard_map(of_device, mesh=mesh, in_specs=(storage, specs, P(ROWS), P(ROWS)), out_specs=(P(), storage))
+    run = jax.shard_map(
+        of_device, mesh=mesh, in_specs=(storage, specs, P(BATCH_AXES), P(BATCH_AXES)), out_specs=(P(), storage)
+    )
     placed = place(trainable, mesh, storage), place(params, mesh, specs)
-    got, of_factors = jax.jit(run)(*placed, *place(batch(config), mesh, P(ROWS)))
+    got, of_factors = jax.jit(run)(*placed, *place(batch(config), mesh, P(BATCH_AXES)))
     np.testing.assert_allclose(got, value, rtol=1e-5)
     for path, wanted in gradients.items():
         np.testing.assert_allclose(of_factors[path], wanted, rtol=5e-4, atol=5e-5, err_msg=path)

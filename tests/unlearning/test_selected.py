@@ -11,7 +11,7 @@ from trace_jax.models.arrays import flatten, init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants, coefficients
@@ -71,7 +71,7 @@ def steps(forget, retain, mesh, *, masked):
         trained = cut_rows(training, index, MODEL, mesh)
     state, multiple = initial_state(trained, settings, mesh, masks), row_multiple(settings, mesh)
     batches = [pad_rows(rows.batch(np.arange(8)), multiple) for rows in (forget, retain)]
-    inputs = place(StepRows(*batches, batches[1].valid.astype(np.float32)), mesh, PartitionSpec(ROWS))
+    inputs = place(StepRows(*batches, batches[1].valid.astype(np.float32)), mesh, PartitionSpec(BATCH_AXES))
     for _ in range(5):
         state, _ = unlearning_step(state, constants, inputs, settings=settings, mesh=mesh)
     if not masked:

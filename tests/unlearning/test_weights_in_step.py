@@ -12,9 +12,8 @@ from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
 from trace_jax.io.files import read_lines
 from trace_jax.models.sharding import param_specs
-from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import ROWS, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, make_mesh
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.recalibration import Recalibration
 from trace_jax.routing.retain_weights import retain_weights
@@ -66,7 +65,7 @@ def gradient(model, forget, retain, weights, *, config=CONFIG, mesh=ONE, online=
     state = initial_state(moved, settings, mesh)
     batches = [rows.batch(np.arange(len(rows))) for rows in (forget, retain)]
     rows = StepRows(batches[0], batches[1], np.asarray(weights, np.float32), topic=np.zeros(len(forget), np.int32))
-    rows = place(pad_rows(rows, row_multiple(settings, mesh)), mesh, P(ROWS))
+    rows = place(pad_rows(rows, row_multiple(settings, mesh)), mesh, P(BATCH_AXES))
     state, metrics = unlearning_step(state, constants, rows, settings=settings, mesh=mesh)
     first_moment = next(s for s in state.optimizer if hasattr(s, "mu")).mu
     return {path: m / np.float32(0.1) for path, m in to_host(first_moment).items()}, to_host(metrics)

@@ -18,8 +18,7 @@ from trace_jax.data.tokenizer import encode_documents
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.io.files import remove
 from trace_jax.models.model import Model
-from trace_jax.parallel.agreement import main_says
-from trace_jax.parallel.processes import barrier
+from trace_jax.parallel.processes import barrier, broadcast_from_process_0
 from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.train import train_on
 
@@ -79,7 +78,7 @@ def _evaluations(
         scores = case.evaluator.score(case.original.replace(params=params), full=True)
         return [m.to_json() for m in case.evaluator.measure(scores)]
 
-    if not main_says(settings.steps in kept()):
+    if not broadcast_from_process_0(settings.steps in kept()):
         batches = Batches(rows, EpochSampler(len(rows), settings.batch_size, seed=case.seed))
         train_on(
             load(),

@@ -15,7 +15,7 @@ import numpy as np
 
 from trace_jax.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
 from trace_jax.checkpoints.tensor_file import CheckpointError, TensorWriter, writing_tensors
-from trace_jax.parallel.hosts import is_main
+from trace_jax.parallel.processes import is_main
 
 Specs = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # type and shape by name
 

@@ -16,7 +16,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from orbax.checkpoint.options import MultiprocessingOptions
 
 from trace_jax.io.files import is_remote
-from trace_jax.parallel.agreement import everywhere, main_says
+from trace_jax.parallel.processes import all_processes, broadcast_from_process_0
 
 logger = logging.getLogger("trace_jax")
 
@@ -96,7 +96,7 @@ class StateStore:
     def empty(self) -> bool:
         """Whether no state has been saved, of whatever settings."""
         self.wait()
-        return main_says(max(self._manager.all_steps(), default=-1)) < 0
+        return broadcast_from_process_0(max(self._manager.all_steps(), default=-1)) < 0
 
     def restore(self, like: Any) -> tuple[int, Any]:
         """(step, state) of the newest readable state of this run, or (0, None) if there is none.
@@ -107,11 +107,11 @@ class StateStore:
         """
         self.wait()
         unreadable = False
-        while (step := main_says(max(self._manager.all_steps(), default=-1))) >= 0:
+        while (step := broadcast_from_process_0(max(self._manager.all_steps(), default=-1))) >= 0:
             state, problem = self._checked(step, like)
             if state is not None:
                 return step, state
-            unreadable |= not everywhere(not problem)
+            unreadable |= not all_processes(not problem)
             self.remove(step)
         if unreadable:
             logger.warning("no saved state can be restored; starting from the beginning")
@@ -126,8 +126,8 @@ class StateStore:
         """(state, "") once every process has read what was saved, or (None, what is wrong, as `_read` says it)."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         state, sums, problem = self._read(step, abstract)
-        if everywhere(state is not None):
-            if everywhere(jax.device_get(_sums(state)).tolist() == sums):
+        if all_processes(state is not None):
+            if all_processes(jax.device_get(_sums(state)).tolist() == sums):
                 return state, ""
             problem = "its values are not those that were saved"
         del state

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from trace_jax.io.files import replacing
-from trace_jax.parallel.hosts import is_main
+from trace_jax.parallel.processes import is_main
 
 DTYPES = {
     "F64": np.dtype(np.float64),

@@ -29,7 +29,7 @@ from trace_jax.models.loss import token_nll, token_scores
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import on_mesh, placed_params
 from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import ROWS, row_shards
+from trace_jax.parallel.mesh import BATCH_AXES, row_shards
 
 
 class NonFiniteScore(FloatingPointError):
@@ -312,7 +312,7 @@ def gradient_norms(
         rows = ([list(x)] * shards for x in (sequence, [1] * len(sequence), sequence[1:]))
         weights = pad([[0.0] * (start - 1) + [1 / scored] * scored], width=width, count=shards, dtype=np.float32)
         arrays = (*(pad(x, width=width) for x in rows), weights)
-        arrays = arrays if mesh is None else place(arrays, mesh, PartitionSpec(ROWS))
+        arrays = arrays if mesh is None else place(arrays, mesh, PartitionSpec(BATCH_AXES))
         norms.append(float(to_host(function(params, *arrays))))
     return np.array(norms, np.float64)
 
@@ -323,7 +323,7 @@ def _norm_function(config: ModelConfig, mesh: Mesh | None):
         hidden = forward(params, config, tokens, mask=mask, collect=("hidden",), remat="layer").hidden
         assert hidden is not None  # it was asked for
         total = (token_nll(params, config, hidden, targets) * weights).sum()
-        return total if mesh is None else jax.lax.psum(total, ROWS)
+        return total if mesh is None else jax.lax.psum(total, BATCH_AXES)
 
     function = loss if mesh is None else on_mesh(loss, config, mesh, out_specs=PartitionSpec())
 

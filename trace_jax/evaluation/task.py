@@ -20,8 +20,7 @@ from trace_jax.evaluation.measurement import Measurement
 from trace_jax.io.files import local_copy, replacing
 from trace_jax.io.progress import say
 from trace_jax.models.model import Model
-from trace_jax.parallel.agreement import main_says
-from trace_jax.parallel.processes import barrier
+from trace_jax.parallel.processes import barrier, broadcast_from_process_0
 
 SPLIT = "test"  # published benchmarks have one split, and it is for reporting
 TEXTS = ("generation", "ground_truth", "question")  # fields of audit lines that hold text
@@ -153,7 +152,7 @@ class ScoreStore:
         if file.exists():
             with local_copy(file) as local, np.load(local, allow_pickle=False) as stored:
                 arrays = dict(stored)
-        if main_says(str(arrays.pop("identity", "")) == identity):
+        if broadcast_from_process_0(str(arrays.pop("identity", "")) == identity):
             say(f"{task.name}: its scores are there from before")
             barrier(f"{task.name}: scores")
             return TaskScores(arrays)

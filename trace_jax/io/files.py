@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from trace_jax.config import ConfigError
-from trace_jax.parallel.hosts import is_main
+from trace_jax.parallel.processes import is_main
 
 _SCHEME = "gs://"
 _SECONDS_BETWEEN_WRITES = 30.0

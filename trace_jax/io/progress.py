@@ -11,7 +11,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from trace_jax.parallel.hosts import is_main
+from trace_jax.parallel.processes import is_main
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_LINES = 15.0

@@ -13,9 +13,9 @@ from jax.sharding import Mesh, PartitionSpec
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.sharding import on_mesh, placed_params
 from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import ROWS, row_shards
+from trace_jax.parallel.mesh import BATCH_AXES, row_shards
 
-_PER_ROW = PartitionSpec(ROWS)
+_PER_ROW = PartitionSpec(BATCH_AXES)
 
 
 def pad(
@@ -46,7 +46,7 @@ def map_batches(
 
     Args:
       fn: a function of a module (it is compiled once for it). On a mesh each device runs it on its rows, and it sums
-        over devices itself (`jax.lax.psum(value, ROWS)`).
+        over devices itself (`jax.lax.psum(value, BATCH_AXES)`).
       params: parameters, or a tuple of those of several models of one configuration.
       mesh: devices that share each batch; None: the default device.
       out_specs: as in `on_mesh`.

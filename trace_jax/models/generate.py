@@ -22,7 +22,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import param_specs, placed_params
 from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import ROWS, TENSOR, row_shards, sum_over
+from trace_jax.parallel.mesh import BATCH_AXES, TENSOR, row_shards, sum_over
 
 CHUNK = 16  # tokens written between two looks of the host
 _PIECE = 512  # tokens of a prompt read at once: bounds the memory of attention scores
@@ -174,29 +174,29 @@ class _Programs:
         cache = self._empty(size, padded_size(width + room))
         for start in range(0, width, piece):
             part = slice(start, start + piece)
-            arrays = self._placed((padded[:, part], places[:, part] >= 0, positions[:, part]), P(ROWS))
+            arrays = self._placed((padded[:, part], places[:, part] >= 0, positions[:, part]), P(BATCH_AXES))
             cache = self._read(self._params, *arrays, cache)
         return padded[:, -1], cache
 
     def write(self, settings: dict, last, done, n: int, count: int, cache: Cache):
         """(up to CHUNK tokens i32 [B, CHUNK], the last of them, rows that are done, cache)."""
         settings = {name: self._placed(value, _SETTINGS[name]) for name, value in settings.items()}
-        rows, numbers = self._placed((last, done), P(ROWS)), self._placed((np.int32(n), np.int32(count)), P())
+        rows, numbers = self._placed((last, done), P(BATCH_AXES)), self._placed((np.int32(n), np.int32(count)), P())
         return self._write(self._params, settings, *rows, *numbers, cache)
 
     def _placed(self, arrays: Any, spec: P) -> Any:
         return arrays if self._mesh is None else place(arrays, self._mesh, spec)
 
 
-_SETTINGS = {"eos": P(), "temperature": P(), "top_k": P(), "top_p": P(), "keys": P(ROWS)}
+_SETTINGS = {"eos": P(), "temperature": P(), "top_k": P(), "top_p": P(), "keys": P(BATCH_AXES)}
 
 
 def _cache_specs(config: ModelConfig, mesh: Mesh) -> Cache:
     """How a cache lies on a mesh."""
     devices = mesh.shape[TENSOR]
     split = config.attention == "grouped" and devices > 1 and config.num_kv_heads % devices == 0
-    heads = P(None, ROWS, None, TENSOR) if split else P(None, ROWS)
-    kept: Any = (heads, heads if config.attention == "grouped" else None, P(ROWS), P(ROWS), P())
+    heads = P(None, BATCH_AXES, None, TENSOR) if split else P(None, BATCH_AXES)
+    kept: Any = (heads, heads if config.attention == "grouped" else None, P(BATCH_AXES), P(BATCH_AXES), P())
     return Cache(*kept)
 
 
@@ -206,7 +206,7 @@ def _compiled(config: ModelConfig, kind: str, mesh: Mesh | None):
     read, write = partial(_read, config), partial(_write, config, kind)
     empty, stored = partial(init_cache, config), None
     if mesh is not None:
-        params, cache, rows = unflatten(param_specs(config, mesh)), _cache_specs(config, mesh), P(ROWS)
+        params, cache, rows = unflatten(param_specs(config, mesh)), _cache_specs(config, mesh), P(BATCH_AXES)
         read = jax.shard_map(read, mesh=mesh, in_specs=(params, rows, rows, rows, cache), out_specs=cache)
         inputs = (params, _SETTINGS, rows, rows, P(), P(), cache)
         write = jax.shard_map(write, mesh=mesh, in_specs=inputs, out_specs=(rows, rows, rows, cache))
@@ -229,7 +229,7 @@ def greedy_step(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> tupl
         last, done = jnp.zeros(size, jnp.int32), jnp.zeros(size, bool)
         return settings, last, done, number, number, init_cache(config, size, padded_size(length))
 
-    specs = (_SETTINGS, P(ROWS), P(ROWS), P(), P(), _cache_specs(config, mesh))
+    specs = (_SETTINGS, P(BATCH_AXES), P(BATCH_AXES), P(), P(), _cache_specs(config, mesh))
     shapes = jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
         jax.eval_shape(inputs), specs,
@@ -247,7 +247,7 @@ def _write(config: ModelConfig, kind: str, params, settings, last, done, n, coun
 
     def unfinished(state):
         i, _, _, done, _ = state
-        return (i < count) & (sum_over(jnp.sum(~done, dtype=jnp.int32), *ROWS) > 0)
+        return (i < count) & (sum_over(jnp.sum(~done, dtype=jnp.int32), *BATCH_AXES) > 0)
 
     def step(state):
         i, tokens, last, done, cache = state

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.models.arrays import ArraySpec, flat_specs, flatten, low_rank, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.hosts import place
-from trace_jax.parallel.mesh import EXPERT, ROWS, axis_sizes
+from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, axis_sizes
 from trace_jax.parallel.sharding import assemble, assembled_shape, storage_spec
 
 STACKS = ("layers", "dense")
@@ -167,15 +167,15 @@ def on_mesh(fn: Callable, config: ModelConfig, mesh: Mesh, *, out_specs: Any) ->
     `params` may also be a tuple: the parameters of several models of this configuration.
 
     Args:
-      fn: sums over devices itself: `jax.lax.psum(value, ROWS)`.
-      out_specs: `PartitionSpec()` for outputs that are equal on all devices, `PartitionSpec(ROWS)` for per-row ones, or
-        a pytree of both.
+      fn: sums over devices itself: `jax.lax.psum(value, BATCH_AXES)`.
+      out_specs: `PartitionSpec()` for outputs that are equal on all devices, `PartitionSpec(BATCH_AXES)` for per-row
+        ones, or a pytree of both.
     """
 
     def call(params, *arrays):
         specs = unflatten(param_specs(config, mesh))
         specs = tuple(specs for _ in params) if isinstance(params, tuple) else specs
-        in_specs = (specs, *(P(ROWS) for _ in arrays))
+        in_specs = (specs, *(P(BATCH_AXES) for _ in arrays))
         return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(params, *arrays)
 
     return call

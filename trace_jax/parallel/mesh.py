@@ -7,6 +7,7 @@ one `jax.shard_map` over all three axes with its check of replication, so that a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,11 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from trace_jax.config import ConfigError
+from trace_jax.config import ConfigError, Section, option
 
 DATA, EXPERT, TENSOR = AXES = "data", "expert", "tensor"
-ROWS = (DATA, EXPERT)
+BATCH_AXES = (DATA, EXPERT)
+REMATS = ("none", "dots", "layer")
 
 
 def make_mesh(devices: Sequence[Any] | None = None, *, data: int = 0, expert: int = 1, tensor: int = 1) -> Mesh:
@@ -70,3 +72,35 @@ def sum_over(x, *axes: str):
     """`x` summed over those of `axes` that it differs over; over the others it is the whole sum already."""
     differing = tuple(axis for axis in axes if axis in varying_axes(x))
     return jax.lax.psum(x, differing) if differing else x
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig(Section):
+    """The mesh, and what a step trades between memory and time (docs/scaling.md)."""
+
+    data: int = option(0, help="devices that split rows and store a share of every parameter; 0 = all left", minimum=0)
+    expert: int = option(1, help="devices that split rows and experts", minimum=1)
+    tensor: int = option(1, help="devices that split heads, hidden units and the vocabulary", minimum=1)
+    remat: str = option(
+        "none",
+        help="what a step computes again instead of keeping: nothing, all but matrix products, or whole layers",
+        choices=REMATS,
+    )
+    microbatches: int = option(1, help="parts of a batch whose gradients are added up one after the other", minimum=1)
+    expert_buffer: float = option(
+        0.0,
+        help="room for tokens of a device's experts, as a multiple of the balanced load; 0 = for the worst case. "
+        "Too little is an error of the step, never a dropped token",
+        minimum=0.0,
+    )
+
+    def mesh(self) -> Mesh:
+        """The mesh over all devices.
+
+        Raises:
+          ConfigError: the sizes do not multiply to the number of devices.
+        """
+        return make_mesh(data=self.data, expert=self.expert, tensor=self.tensor)
+
+
+PLAIN = ParallelConfig()

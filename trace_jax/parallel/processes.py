@@ -1,24 +1,36 @@
-"""Several processes, one computation: how they find each other and wait for each other."""
+"""Several processes, one computation: how they find each other, wait for each other and decide alike."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import importlib.util
 import os
 import sys
 import threading
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from trace_jax.config import ConfigError
 
 # What --coordinator, --num-processes and --process-id say, for launchers that set variables.
 VARIABLES = ("TRACE_JAX_COORDINATOR", "TRACE_JAX_NUM_PROCESSES", "TRACE_JAX_PROCESS_ID")
+_OPTIONS = ("--coordinator HOST:PORT", "--num-processes N", "--process-id I")
 _METADATA = "http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options `coordinator`, `num_processes` and `process_id` of a command that runs on several hosts."""
+    group = parser.add_argument_group("several processes", "found by itself on Cloud TPU, GKE, Slurm and Open MPI")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is reached")
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
 
 
 def start_processes(
@@ -40,33 +52,31 @@ def start_processes(
     Raises:
       ConfigError: only some of the three are given, or they contradict each other.
     """
-    if coordinator is None and num_processes is None and process_id is None:
-        coordinator, num_processes, process_id = (os.environ.get(name) for name in VARIABLES)
-    if not (coordinator is None and num_processes is None and process_id is None):
-        return _start_as(*_checked(coordinator, num_processes, process_id), timeout=timeout)
-    found, count = expected_processes()
-    if count == 1:
-        return 1
-    waiting = f"{found} says that there are {count} processes, but they have not all come"
-    advice = "Start one on every host (srun, mpirun, or the launcher of scripts/); see docs/scaling.md."
-    _within(timeout, f"{waiting}. {advice}", jax.distributed.initialize)
-    return jax.process_count()
-
-
-def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options `coordinator`, `num_processes` and `process_id` of a command that runs on several hosts."""
-    group = parser.add_argument_group("several processes", "found by itself on Cloud TPU, GKE, Slurm and Open MPI")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is reached")
-    group.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
-
-
-def _checked(coordinator: str | None, num_processes: int | str | None, process_id: int | str | None):
-    """The three as (text, int, int)."""
-    names = ("--coordinator HOST:PORT", "--num-processes N", "--process-id I")
     values = (coordinator, num_processes, process_id)
-    if coordinator is None or num_processes is None or process_id is None:
-        missing = [name for name, value in zip(names, values, strict=True) if value is None]
+    if all(value is None for value in values):
+        values = tuple(os.environ.get(name) for name in VARIABLES)
+    address: tuple[Any, ...] = ()
+    if all(value is None for value in values):
+        said_by, count = expected_processes()
+        failure = f"{said_by} says that there are {count} processes, but they have not all come. "
+        failure += "Start one on every host (srun, mpirun, or the launcher of scripts/); see docs/scaling.md."
+    else:
+        address = where, count, index = _checked(*values)
+        if index:
+            failure = f"process {index} of {count} got no answer from the coordinator {where}. "
+            failure += "Process 0 must be running there with the same --coordinator, and the port must be open."
+        else:
+            failure = f"process 0 waited at {where}, and not all of the other {count - 1} came. "
+            failure += "Start each with the same --coordinator and --num-processes and its own --process-id."
+    if count > 1:
+        with _time_limit(timeout, failure):
+            jax.distributed.initialize(*address, initialization_timeout=round(timeout) + 60)
+    return count
+
+
+def _checked(coordinator, num_processes, process_id) -> tuple[str, int, int]:
+    values = (coordinator, num_processes, process_id)
+    if missing := [name for name, value in zip(_OPTIONS, values, strict=True) if value is None]:
         raise ConfigError(f"{', '.join(missing)}: missing; the three are given together ({', '.join(VARIABLES)}).")
     try:
         count, index = int(num_processes), int(process_id)
@@ -82,24 +92,8 @@ def _checked(coordinator: str | None, num_processes: int | str | None, process_i
     return coordinator, count, index
 
 
-def _start_as(coordinator: str, count: int, index: int, *, timeout: float) -> int:
-    if count == 1:
-        return 1
-    if index:
-        waiting = f"process {index} of {count} got no answer from the coordinator {coordinator}"
-        advice = "Process 0 must be running there with the same --coordinator, and the port must be open."
-    else:
-        waiting = f"process 0 waited at {coordinator}, and not all of the other {count - 1} came"
-        advice = "Start each with the same --coordinator and --num-processes and its own --process-id."
-    _within(
-        timeout,
-        f"{waiting}. {advice}",
-        lambda: jax.distributed.initialize(coordinator, count, index, initialization_timeout=round(timeout) + 60),
-    )
-    return count
-
-
-def _within(timeout: float, failure: str, start: Callable[[], None]) -> None:
+@contextlib.contextmanager
+def _time_limit(timeout: float, failure: str) -> Iterator[None]:
     """JAX ends the process without a word for people when the others don't come; this is faster and has one."""
 
     def end() -> None:
@@ -110,13 +104,16 @@ def _within(timeout: float, failure: str, start: Callable[[], None]) -> None:
     alarm.daemon = True
     alarm.start()
     try:
-        start()
+        yield
     finally:
         alarm.cancel()
 
 
 def expected_processes() -> tuple[str, int]:
-    """(who says so, how many processes) as the environment has it that started this one."""
+    """(who says so, how many processes) as the environment has it that started this one.
+
+    `jax.distributed.initialize` detects clusters too, but fails where there is none.
+    """
     variables = os.environ
     if "SLURM_STEP_NODELIST" in variables and "SLURM_PROCID" in variables:
         return "Slurm", int(variables.get("SLURM_NTASKS", "1"))
@@ -124,22 +121,18 @@ def expected_processes() -> tuple[str, int]:
         return "Open MPI", int(variables["OMPI_COMM_WORLD_SIZE"])
     if hosts := variables.get("TPU_WORKER_HOSTNAMES"):
         return "TPU_WORKER_HOSTNAMES", len(hosts.split(","))
-    return "the metadata of the Cloud TPU", _cloud_tpu_workers()
-
-
-def _cloud_tpu_workers() -> int:
-    """Hosts of the slice that this virtual machine is one of; 1 where there is no TPU."""
+    said_by = "the metadata of the Cloud TPU"
     chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    skip = "TPU_SKIP_MDS_QUERY" in os.environ or os.environ.get("JAX_PLATFORMS", "tpu") == "cpu"
+    skip = "TPU_SKIP_MDS_QUERY" in variables or variables.get("JAX_PLATFORMS", "tpu") == "cpu"
     if not chips or skip or importlib.util.find_spec("libtpu") is None:
-        return 1
-    address = _METADATA.format(os.environ.get("GCE_METADATA_IP", "metadata.google.internal"))
+        return said_by, 1
+    address = _METADATA.format(variables.get("GCE_METADATA_IP", "metadata.google.internal"))
     request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
-            return len(answer.read().decode().split(","))
+            return said_by, len(answer.read().decode().split(","))
     except OSError:
-        return 1
+        return said_by, 1
 
 
 def check_joined() -> None:
@@ -151,7 +144,24 @@ def check_joined() -> None:
         )
 
 
+def is_main() -> bool:
+    """Whether this process writes files and speaks: process 0, or the only one. Starts no device when it is alone."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
 def barrier(name: str) -> None:
     """Waits until every process is here: what process 0 wrote before it, the others can read after it."""
     if jax.distributed.is_initialized():
         multihost_utils.sync_global_devices(name)
+
+
+def broadcast_from_process_0(number: int) -> int:
+    """The number (below 2^31) that process 0 has; all processes must call it."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def all_processes(flag: bool) -> bool:
+    """Whether it is true in every process; all processes must call it."""
+    return flag if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.bool_(flag))))

@@ -19,8 +19,7 @@ from trace_jax.io.files import write_json
 from trace_jax.io.progress import say
 from trace_jax.models.arrays import count_params
 from trace_jax.models.config import ModelConfig
-from trace_jax.parallel.config import ParallelConfig
-from trace_jax.parallel.mesh import DATA, make_mesh
+from trace_jax.parallel.mesh import DATA, ParallelConfig, make_mesh
 from trace_jax.plan.chips import place
 from trace_jax.plan.prediction import Prediction, predict
 from trace_jax.plan.programs import Program, assumed_experts, decoding_program, statistics_program, step_program

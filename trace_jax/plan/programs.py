@@ -18,8 +18,7 @@ from trace_jax.models.arrays import abstract_params, flatten, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.generate import greedy_step
 from trace_jax.models.sharding import param_specs
-from trace_jax.parallel.config import ParallelConfig
-from trace_jax.parallel.mesh import EXPERT, ROWS, row_shards
+from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, ParallelConfig, row_shards
 from trace_jax.routing.statistics import counting_pass
 from trace_jax.unlearning.config import CHOOSING, UnlearningConfig
 from trace_jax.unlearning.grip import Protection, check_router, protection_specs
@@ -73,8 +72,10 @@ def step_program(
     multiple = row_multiple(settings, mesh)
     forget = _batch(unlearning.forget_batch_size, multiple, row_length, mesh)
     retain = _batch(unlearning.retain_batch_size or 0, multiple, row_length, mesh) if unlearning.retains else None
-    weights = None if retain is None else _placed(jax.ShapeDtypeStruct(retain.tokens.shape, jnp.float32), mesh, P(ROWS))
-    topic = _placed(jax.ShapeDtypeStruct(forget.tokens.shape[:1], jnp.int32), mesh, P(ROWS))
+    weights = (
+        None if retain is None else _placed(jax.ShapeDtypeStruct(retain.tokens.shape, jnp.float32), mesh, P(BATCH_AXES))
+    )
+    topic = _placed(jax.ShapeDtypeStruct(forget.tokens.shape[:1], jnp.int32), mesh, P(BATCH_AXES))
     refusals = forget if "refusals" in unlearning.row.needs else None
     rows = StepRows(forget, retain, weights, topic, refusals)
     traced = unlearning_step.trace(state, constants, rows, settings=settings, mesh=mesh)
@@ -159,7 +160,7 @@ def _batch(rows: int, multiple: int, row_length: int, mesh: Mesh) -> Batch:
     """A batch, padded to a multiple of rows."""
     shape = (-(-rows // multiple) * multiple, row_length)
     return _placed(
-        Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.int32, bool))), mesh, P(ROWS)
+        Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.int32, bool))), mesh, P(BATCH_AXES)
     )
 
 

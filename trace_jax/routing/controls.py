@@ -18,7 +18,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.model import Model
-from trace_jax.parallel.mesh import ROWS
+from trace_jax.parallel.mesh import BATCH_AXES
 from trace_jax.routing.calibration import strongest
 from trace_jax.routing.entropy_balancing import Balance, entropy_balance
 from trace_jax.routing.statistics import run_batches
@@ -144,13 +144,17 @@ def hidden_weights(
 
 def hidden_sums(model: Model, rows: Rows, *, mesh: Mesh | None = None, batch_size: int = 32) -> np.ndarray:
     """f64 [N, D]: sum over the valid positions of each row of the final hidden states."""
-    passes = run_batches(model, sequential_batches(rows, batch_size), _hidden, out_specs=PartitionSpec(ROWS), mesh=mesh)
+    passes = run_batches(
+        model, sequential_batches(rows, batch_size), _hidden, out_specs=PartitionSpec(BATCH_AXES), mesh=mesh
+    )
     return np.concatenate([np.asarray(sums)[: len(batch.tokens)] for batch, sums in passes]).astype(np.float64)
 
 
 def losses(model: Model, rows: Rows, *, mesh: Mesh | None = None, batch_size: int = 32) -> np.ndarray:
     """f32 [N, S]: -log p(x_{t+1} | x_<=t) at every position (meaningless where not valid)."""
-    passes = run_batches(model, sequential_batches(rows, batch_size), _nll, out_specs=PartitionSpec(ROWS), mesh=mesh)
+    passes = run_batches(
+        model, sequential_batches(rows, batch_size), _nll, out_specs=PartitionSpec(BATCH_AXES), mesh=mesh
+    )
     return np.concatenate([np.asarray(nll)[: len(batch.tokens)] for batch, nll in passes])
 
 

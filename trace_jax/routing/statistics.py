@@ -22,7 +22,7 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import on_mesh, placed_params
 from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import ROWS, make_mesh, row_shards
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh, row_shards
 
 MIN_ACTIVATIONS = 10  # activations per expert that a corpus must hold on average (T * K / E)
 
@@ -155,7 +155,7 @@ def expert_routing(
     gate_mass = np.zeros(counts.shape, np.float64)
     indices, rows, positions, first_row = [], [], [], 0
     for batch, (batch_indices, batch_load) in run_batches(
-        model, batches, _assign, out_specs=(PartitionSpec(ROWS), PartitionSpec()), mesh=mesh
+        model, batches, _assign, out_specs=(PartitionSpec(BATCH_AXES), PartitionSpec()), mesh=mesh
     ):
         valid = np.asarray(batch.valid)
         chosen = np.asarray(batch_indices)[: len(valid)][valid]  # [T, L, K]
@@ -180,14 +180,14 @@ def expert_routing(
 def _count(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array):
     """(counts i32 [L, E], sum of softmax f32 [L, E]) of the whole batch, from one device's rows."""
     router = forward(params, config, tokens, mask=segments, count_mask=valid, collect=("counts", "load")).router
-    return jax.lax.psum((router.counts, router.load), ROWS)
+    return jax.lax.psum((router.counts, router.load), BATCH_AXES)
 
 
 def _assign(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array):
     """(chosen experts i32 [B, L, S, K] with the batch first, sum of softmax f32 [L, E])."""
     router = forward(params, config, tokens, mask=segments, count_mask=valid, collect=("indices", "load")).router
     assert router.indices is not None
-    return router.indices.transpose(1, 2, 0, 3), jax.lax.psum(router.load, ROWS)
+    return router.indices.transpose(1, 2, 0, 3), jax.lax.psum(router.load, BATCH_AXES)
 
 
 @lru_cache(maxsize=32)
@@ -214,7 +214,7 @@ def run_batches(
     for batch in batches:
         size = max(size, _round_up(len(batch.tokens), row_shards(mesh)))  # smaller batches are padded: one compilation
         rows = (_padded(x, size) for x in (batch.tokens, batch.segments, batch.valid))
-        output = run(params, *place(tuple(rows), mesh, PartitionSpec(ROWS)))
+        output = run(params, *place(tuple(rows), mesh, PartitionSpec(BATCH_AXES)))
         if waiting is not None:
             yield waiting[0], to_host(waiting[1])
         waiting = batch, output

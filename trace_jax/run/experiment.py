@@ -12,7 +12,7 @@ from trace_jax.config import ConfigError, Section, as_dict, fingerprint, is_read
 from trace_jax.data.config import DataConfig
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.models.config import ModelConfig
-from trace_jax.parallel.config import PLAIN, ParallelConfig
+from trace_jax.parallel.mesh import PLAIN, ParallelConfig
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.unlearning.config import TrainingConfig, UnlearningConfig
 from trace_jax.unlearning.objectives import OBJECTIVES

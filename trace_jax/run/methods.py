@@ -30,9 +30,8 @@ from trace_jax.evaluation.task import ScoreStore
 from trace_jax.io.files import flush_lines, remove, shown, write_json
 from trace_jax.io.progress import say
 from trace_jax.models.model import Model
-from trace_jax.parallel.hosts import is_main
-from trace_jax.parallel.memory import keep_freed_memory
-from trace_jax.parallel.processes import add_process_arguments, start_processes
+from trace_jax.parallel.hosts import keep_freed_memory
+from trace_jax.parallel.processes import add_process_arguments, is_main, start_processes
 from trace_jax.routing.recalibration import Recalibration
 from trace_jax.routing.retain_weights import RetainWeights, retain_weights
 from trace_jax.run.experiment import ExperimentConfig, Method

@@ -23,9 +23,8 @@ from trace_jax.io.environment import describe
 from trace_jax.io.files import shown, write_json
 from trace_jax.io.progress import say
 from trace_jax.models.config import ModelConfig
-from trace_jax.parallel.hosts import is_main
-from trace_jax.parallel.memory import keep_freed_memory
-from trace_jax.parallel.processes import add_process_arguments, start_processes
+from trace_jax.parallel.hosts import keep_freed_memory
+from trace_jax.parallel.processes import add_process_arguments, is_main, start_processes
 from trace_jax.report import ReportData, write_report
 from trace_jax.run.experiment import ExperimentConfig, SeriesConfig
 from trace_jax.run.export import load_trained

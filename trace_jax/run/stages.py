@@ -15,8 +15,7 @@ import jax
 from trace_jax.config import ConfigError, as_dict
 from trace_jax.io.files import as_path, free_bytes, is_remote, read_json, remove, write_json
 from trace_jax.io.progress import say
-from trace_jax.parallel.agreement import everywhere, main_says
-from trace_jax.parallel.processes import barrier
+from trace_jax.parallel.processes import all_processes, barrier, broadcast_from_process_0
 from trace_jax.run.experiment import ExperimentConfig
 
 T = TypeVar("T")
@@ -39,7 +38,7 @@ class Stage:
     def done(self) -> bool:
         """Whether the artefact of exactly these settings is there; the same on every process."""
         marker = read_json(self._marker)
-        return bool(main_says(marker is not None and marker.get("identity") == self.identity))
+        return bool(broadcast_from_process_0(marker is not None and marker.get("identity") == self.identity))
 
     def forget(self) -> None:
         """Makes the stage run again."""
@@ -79,13 +78,13 @@ def _check_shared(path: Path) -> None:
     """Every process must see what process 0 writes: a run continues from its files, and states are written by all."""
     if not jax.distributed.is_initialized():
         return
-    file, token = path / "shared.json", main_says(int.from_bytes(os.urandom(3)))
+    file, token = path / "shared.json", broadcast_from_process_0(int.from_bytes(os.urandom(3)))
     write_json(file, token)
     barrier("a token in the workdir")
     end = time.monotonic() + _SECONDS_TO_SEE
     while not (seen := read_json(file) == token) and time.monotonic() < end:
         time.sleep(0.5)  # network file systems take a while
-    shared = everywhere(seen)
+    shared = all_processes(seen)
     remove(file)
     if not shared:
         raise ConfigError(

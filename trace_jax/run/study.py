@@ -29,7 +29,7 @@ from trace_jax.evaluation.tables import comparison_markdown, comparison_text, ob
 from trace_jax.io.environment import describe
 from trace_jax.io.files import read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
-from trace_jax.parallel.memory import keep_freed_memory
+from trace_jax.parallel.hosts import keep_freed_memory
 from trace_jax.report import Number, ReportData, SummaryRow, report_front, write_report
 from trace_jax.run.experiment import METHODS, ExperimentConfig, Method, StudyConfig
 from trace_jax.run.results import CONTROLS, FORGOTTEN, now

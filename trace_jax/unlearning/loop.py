@@ -18,7 +18,7 @@ from trace_jax.checkpoints.state import StateStore
 from trace_jax.io.files import flush_lines
 from trace_jax.io.progress import progress, say
 from trace_jax.io.signals import Interrupted, Interruption
-from trace_jax.parallel.agreement import main_says
+from trace_jax.parallel.processes import broadcast_from_process_0
 from trace_jax.unlearning.metrics import Metrics
 from trace_jax.unlearning.rules import NO_RULES, Evaluated, Point, Rules, Stop
 from trace_jax.unlearning.state import TrainState
@@ -157,7 +157,7 @@ class _Run:
         """The evaluated step whose state is the result, or None if that is the last state."""
         if not self._loop.rules.keeps_best:
             return None
-        return main_says(self._loop.rules.best(self._points) if self._points else 0)
+        return broadcast_from_process_0(self._loop.rules.best(self._points) if self._points else 0)
 
     # --- the steps
 
@@ -218,7 +218,7 @@ class _Run:
         best = self._best()
         if best is not None:
             self._store.protect(best)
-        return bool(main_says(any(row["step"] == done for row in evaluations)))
+        return bool(broadcast_from_process_0(any(row["step"] == done for row in evaluations)))
 
     def _after(self, step: int, state: TrainState, asked: int) -> Stop | None:
         """Evaluates, saves and refreshes what is due after a step; returns why the run ends here, or None.
@@ -307,7 +307,7 @@ class _Run:
             return None
         here = self._points and self._points[-1].step == step
         reason = self._loop.rules.stops(self._points[-1]) if here else ""
-        return Stop(reason or "a rule ended the run", False) if main_says(bool(reason)) else None
+        return Stop(reason or "a rule ended the run", False) if broadcast_from_process_0(bool(reason)) else None
 
 
 def _shapes(state: TrainState) -> Any:

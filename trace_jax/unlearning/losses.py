@@ -15,7 +15,7 @@ from trace_jax.data.rows import Batch
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_kl, token_nll, vocabulary_loss
 from trace_jax.models.moe import router_probabilities
-from trace_jax.parallel.mesh import ROWS, as_varying, varying_axes
+from trace_jax.parallel.mesh import BATCH_AXES, as_varying, varying_axes
 from trace_jax.routing.online import OnlineWeights, online_loss_weights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
@@ -64,7 +64,7 @@ def targets(tokens: jax.Array) -> jax.Array:
 
 def share(total: jax.Array, count: jax.Array) -> jax.Array:
     """The sum over all devices, over the whole batch's count."""
-    return jax.lax.psum(total, ROWS) / jnp.maximum(count, 1.0)
+    return jax.lax.psum(total, BATCH_AXES) / jnp.maximum(count, 1.0)
 
 
 def _row(settings: StepSettings) -> Objective:
@@ -270,9 +270,9 @@ def gradient(
     alpha: the coefficient of the retain loss where it changes; None: that of `constants`.
     """
     n = constants.numbers
-    forget_count = jax.lax.psum(_forget_count(rows, settings, constants), ROWS)
-    forget_tokens = jax.lax.psum(rows.forget.valid.sum(dtype=jnp.float32), ROWS)
-    retain_count = jax.lax.psum(_retain_count(rows, settings), ROWS) if _retains(settings) else None
+    forget_count = jax.lax.psum(_forget_count(rows, settings, constants), BATCH_AXES)
+    forget_tokens = jax.lax.psum(rows.forget.valid.sum(dtype=jnp.float32), BATCH_AXES)
+    retain_count = jax.lax.psum(_retain_count(rows, settings), BATCH_AXES) if _retains(settings) else None
 
     def loss(trainable, part):
         sums = _losses(trainable, constants, part, settings)
@@ -288,7 +288,7 @@ def gradient(
             metrics["anchor_loss"] = share(sums.anchor, forget_tokens)
             total = total + n["anchor"] * metrics["anchor_loss"]
         if settings.parallel.expert_buffer:
-            metrics["dropped"] = jax.lax.psum(as_varying(jnp.float32(sums.dropped), frozenset(ROWS)), ROWS)
+            metrics["dropped"] = jax.lax.psum(as_varying(jnp.float32(sums.dropped), frozenset(BATCH_AXES)), BATCH_AXES)
         return total, {"loss": total, **metrics}
 
     of_part, number = jax.grad(loss, has_aux=True), settings.parallel.microbatches

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from trace_jax.io.files import append_line, as_path, local_copy, read_lines, remove, replacing
-from trace_jax.parallel.hosts import is_main
+from trace_jax.parallel.processes import is_main
 
 _FILE, _ITEMS = "metrics.jsonl", "items.npz"
 

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from trace_jax.models.arrays import unflatten
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import param_specs
-from trace_jax.parallel.config import ParallelConfig
 from trace_jax.parallel.hosts import place
+from trace_jax.parallel.mesh import ParallelConfig
 from trace_jax.unlearning.config import STEERING, UnlearningConfig
 from trace_jax.unlearning.lora import factors
 from trace_jax.unlearning.losses import coefficients

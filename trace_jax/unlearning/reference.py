@@ -16,9 +16,8 @@ from trace_jax.io.files import local_copy, replacing
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
-from trace_jax.parallel.agreement import main_says
-from trace_jax.parallel.mesh import ROWS
-from trace_jax.parallel.processes import barrier
+from trace_jax.parallel.mesh import BATCH_AXES
+from trace_jax.parallel.processes import barrier, broadcast_from_process_0
 from trace_jax.routing.controls import losses
 from trace_jax.routing.statistics import run_batches
 from trace_jax.unlearning.inputs import Reference
@@ -30,7 +29,7 @@ def cached_reference(
     """`Reference` of the rows under `model`, from `directory` if the run of this identity left it there."""
     file = directory / "reference.npz"
     known = _read(file, identity)
-    if not main_says(known is not None):
+    if not broadcast_from_process_0(known is not None):
         sets = {"nll": forget} | ({} if refusals is None else {"refusal_nll": refusals})
         known = {name: losses(model, rows, mesh=mesh, batch_size=batch_size) for name, rows in sets.items()}
         with replacing(file) as temporary:
@@ -77,5 +76,5 @@ def _mean_length(model: Model, rows: Rows, layer: int, mesh: Mesh) -> float:
         return jnp.where(valid, norms, 0.0).sum(-1)
 
     batch = rows.batch(np.arange(len(rows)))
-    [(_, sums)] = run_batches(model, [batch], length, out_specs=PartitionSpec(ROWS), mesh=mesh)
+    [(_, sums)] = run_batches(model, [batch], length, out_specs=PartitionSpec(BATCH_AXES), mesh=mesh)
     return float(np.asarray(sums)[: len(rows)].sum() / max(1, rows.valid.sum()))

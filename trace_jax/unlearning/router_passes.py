@@ -22,7 +22,7 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import param_specs, placed_params
 from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import ROWS, row_shards
+from trace_jax.parallel.mesh import BATCH_AXES, row_shards
 from trace_jax.routing.statistics import run_batches
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.grip import (
@@ -108,7 +108,7 @@ def read_routers(model: Model, rows: Rows, *, mesh: Mesh) -> tuple[np.ndarray, n
     read = partial(_read, most=int(rows.valid.sum(axis=1).max()))
     found = []
     for batch, outputs in run_batches(
-        model, sequential_batches(rows, row_shards(mesh)), read, out_specs=P(ROWS), mesh=mesh
+        model, sequential_batches(rows, row_shards(mesh)), read, out_specs=P(BATCH_AXES), mesh=mesh
     ):
         for row, valid in enumerate(np.asarray(batch.valid)):
             found.append([output[row, :, : valid.sum()] for output in outputs])
@@ -236,7 +236,7 @@ def _moments(before: Any, after: Any, rows: Rows, layer: int, config: ModelConfi
     for batch in sequential_batches(rows, size):
         missing = size - len(batch.tokens)
         arrays = tuple(np.pad(x, ((0, missing), (0, 0))) for x in (batch.tokens, batch.segments, batch.valid))
-        sums = run(before, after, *place(arrays, mesh, P(ROWS)), place(np.int32(layer), mesh))
+        sums = run(before, after, *place(arrays, mesh, P(BATCH_AXES)), place(np.int32(layer), mesh))
         sums = [x.astype(np.float64) for x in to_host(sums)]
         total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
     assert total is not None
@@ -259,8 +259,8 @@ def _moments_pass(config: ModelConfig, mesh: Mesh) -> Any:
         products = [
             jnp.einsum("bsd,bse->de", a, b, precision=jax.lax.Precision.HIGHEST) for a, b in ((x, x), (x, y), (y, y))
         ]
-        return jax.lax.psum(products, ROWS)
+        return jax.lax.psum(products, BATCH_AXES)
 
     specs = unflatten(param_specs(config, mesh))
-    in_specs = (specs, specs, P(ROWS), P(ROWS), P(ROWS), P())
+    in_specs = (specs, specs, P(BATCH_AXES), P(BATCH_AXES), P(BATCH_AXES), P())
     return jax.jit(jax.shard_map(moments, mesh=mesh, in_specs=in_specs, out_specs=P()))

@@ -16,8 +16,8 @@ from jax.tree_util import DictKey
 
 from trace_jax.models.arrays import flat_specs
 from trace_jax.models.config import ModelConfig
-from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place
+from trace_jax.parallel.mesh import PLAIN, ParallelConfig
 from trace_jax.unlearning.config import CHOOSING, OptimizerConfig, UnlearningConfig
 from trace_jax.unlearning.lora import factors_among
 from trace_jax.unlearning.optimizer import make_optimizer

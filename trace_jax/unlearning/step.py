@@ -21,7 +21,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.sharding import param_specs
-from trace_jax.parallel.mesh import ROWS, row_shards
+from trace_jax.parallel.mesh import BATCH_AXES, row_shards
 from trace_jax.unlearning.grip import keep_routers
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants, gradient, share, targets
@@ -34,11 +34,11 @@ def _training_loss(params, batch: Batch, *, model: ModelConfig, load_balance: fl
         params, model, batch.tokens, mask=batch.segments, count_mask=batch.valid, collect=("hidden", "counts", "load")
     )
     nll = token_nll(params, model, out.hidden, targets(batch.tokens))
-    tokens = jnp.maximum(jax.lax.psum(batch.valid.sum(dtype=jnp.float32), ROWS), 1.0)
+    tokens = jnp.maximum(jax.lax.psum(batch.valid.sum(dtype=jnp.float32), BATCH_AXES), 1.0)
     loss = share(jnp.where(batch.valid, nll, 0.0).sum(), tokens)
     # Switch-style balance: E sum_e (share of activations) (mean probability), 1 when perfectly even.
-    frequency = jax.lax.psum(out.router.counts, ROWS).astype(jnp.float32) / (tokens * model.experts_per_token)
-    probability = jax.lax.psum(out.router.load, ROWS) / tokens
+    frequency = jax.lax.psum(out.router.counts, BATCH_AXES).astype(jnp.float32) / (tokens * model.experts_per_token)
+    probability = jax.lax.psum(out.router.load, BATCH_AXES) / tokens
     balance = model.num_experts * (frequency * probability).sum(-1).mean()
     return loss + load_balance * balance, {"loss": loss, "balance": balance}
 
@@ -56,7 +56,7 @@ def training_step(state: TrainState, batch: Batch, *, settings: StepSettings, lo
         return jax.grad(loss, has_aux=True)(trainable)
 
     specs = param_specs(settings.model, mesh)
-    sharded = jax.shard_map(of_loss, mesh=mesh, in_specs=(specs, P(ROWS)), out_specs=(specs, P()))
+    sharded = jax.shard_map(of_loss, mesh=mesh, in_specs=(specs, P(BATCH_AXES)), out_specs=(specs, P()))
     gradients, metrics = sharded(state.trainable, batch)
     state, norm = apply_gradients(state, gradients, settings, None, mesh)
     return state, {**metrics, "gradient_norm": norm}
@@ -76,7 +76,7 @@ def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, 
     sharded = jax.shard_map(
         functools.partial(gradient, settings=settings),
         mesh=mesh,
-        in_specs=(trains, P(), kept, P(ROWS)),
+        in_specs=(trains, P(), kept, P(BATCH_AXES)),
         out_specs=(trains, P()),
     )
     read = constants._replace(masks=None, protection=None)

@@ -15,7 +15,7 @@ from trace_jax.models.arrays import abstract_params, flatten, init_params, unfla
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.parallel.hosts import place
-from trace_jax.parallel.mesh import ROWS
+from trace_jax.parallel.mesh import BATCH_AXES
 from trace_jax.unlearning.config import OptimizerConfig, TrainingConfig
 from trace_jax.unlearning.inputs import pad_rows
 from trace_jax.unlearning.loop import Loop, LoopResult
@@ -101,7 +101,7 @@ def _run(
 ) -> LoopResult:
     return loop.run(
         lambda: initial_state(flatten(start()), settings, mesh),
-        lambda index: place(pad_rows(batch_at(index), row_multiple(settings, mesh)), mesh, P(ROWS)),
+        lambda index: place(pad_rows(batch_at(index), row_multiple(settings, mesh)), mesh, P(BATCH_AXES)),
         lambda state, batch: training_step(state, batch, settings=settings, load_balance=load_balance, mesh=mesh),
     )
 

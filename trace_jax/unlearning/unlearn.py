@@ -20,9 +20,8 @@ from trace_jax.data.rows import Rows
 from trace_jax.io.files import as_path
 from trace_jax.io.progress import say
 from trace_jax.models.model import Model
-from trace_jax.parallel.config import PLAIN, ParallelConfig
 from trace_jax.parallel.hosts import place
-from trace_jax.parallel.mesh import ROWS
+from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig
 from trace_jax.routing.recalibration import Recalibration
 from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.unlearning.checks import check_run
@@ -153,7 +152,7 @@ def unlearn(
                 refresh=lambda done, trainable: solve.refresh(done, parts.learnt(trainable)),
                 resumed=solve.resumed,
             )
-        result = loop.run(parts.first_state, lambda i: place(inputs.at(i), mesh, P(ROWS)), step)
+        result = loop.run(parts.first_state, lambda i: place(inputs.at(i), mesh, P(BATCH_AXES)), step)
     unlearned, table = grip.finished(result.trainable)
     trained = parts.table if table is None or config.grip != "realign" else with_realigned(parts.table, table)
     return Unlearned(
