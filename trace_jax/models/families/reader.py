@@ -1,7 +1,9 @@
-"""Reading config.json: typed, with the defaults of the model's class, and with a record of what was read."""
+"""Reading config.json: as transformers' class completes it, typed, with a record of what was read."""
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,40 +23,66 @@ pretraining_tp problem_type quantization_config resid_pdrop return_dict router_a
 sep_token_id seq_aux sliding_window_pattern torch_dtype transformers_version use_cache use_mtp
 """
 HARMLESS = frozenset(_HARMLESS.split())
+# What transformers' class would act on beyond the model's shape.
+_KEPT_BACK = {"model_type", "architectures", "auto_map", "dtype", "quantization_config", "torch_dtype"}
+
+
+def complete(config_json: Mapping[str, Any], model_type: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json as transformers' class of the `model_type` reads it: old spellings in the new one, rotary settings
+    in `rope_parameters`, absent keys with the class's value, kinds of layers by the class's rule.
+
+    transformers is imported here, late, and no code of a checkpoint ever runs. A `model_type` that the installed
+    transformers doesn't know has the values of the file and `defaults`.
+
+    Raises:
+      ConfigError: transformers refuses a value.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing concerns nobody here
+    import transformers
+
+    if model_type not in transformers.CONFIG_MAPPING:
+        return {**defaults, **config_json}
+    fields = copy.deepcopy({key: value for key, value in config_json.items() if key not in _KEPT_BACK})
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns of rotary settings that it reads nevertheless
+    try:
+        return transformers.AutoConfig.for_model(model_type, **fields).to_dict()
+    except Exception as error:  # its classes raise many kinds
+        raise ConfigError(f"config.json: transformers refuses it: {' '.join(str(error).split())}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 class ConfigReader:
-    """Reads the fields of one config.json. A wrong type or a missing key is a `ConfigError` that names the key.
+    """Reads the fields of one completed config.json. A wrong type or a missing key is a `ConfigError` that names it.
 
-    A method that takes several keys reads the first that is given: spellings of one field. `null` is the value for a
-    field that is null, or absent where the class has no default.
+    A method that takes several keys reads the first that is there: spellings of one field. `null` is the value for a
+    field that is null or absent.
     """
 
-    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None):
-        self._values, self._defaults, self._read = values, defaults or {}, set()
+    def __init__(self, values: Mapping[str, Any]):
+        self._values, self._read = values, set()
 
     def integer(self, *keys: str, null: Any = _REQUIRED) -> Any:
-        return self._field(keys, null, "a whole number", lambda value: isinstance(value, int) and not _is_bool(value))
+        return self._field(keys, null, "a whole number", int)
 
     def number(self, *keys: str, null: Any = _REQUIRED) -> Any:
-        value = self._field(
-            keys, null, "a number", lambda value: isinstance(value, (int, float)) and not _is_bool(value)
-        )
+        value = self._field(keys, null, "a number", (int, float))
         return float(value) if isinstance(value, int) else value
 
     def boolean(self, *keys: str, null: Any = _REQUIRED) -> Any:
-        return self._field(keys, null, "true or false", _is_bool)
+        return self._field(keys, null, "true or false", bool)
 
-    def mapping(self, *keys: str) -> Mapping[str, Any]:
-        """The object at `keys`; null and absent are empty."""
-        return self._field(keys, {}, "an object", lambda value: isinstance(value, Mapping))
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """The object at `key`; null and absent are empty."""
+        return self._field((key,), {}, "an object", Mapping)
 
-    def items(self, *keys: str, allowed: tuple | None = None) -> tuple | None:
-        """The list at `keys`, each item one of `allowed` where that is given; None if null or absent."""
-        value = self._field(keys, None, "a list", lambda value: isinstance(value, (list, tuple)))
+    def items(self, key: str, allowed: tuple | None = None) -> tuple | None:
+        """The list at `key`, each item one of `allowed` where that is given; None if null or absent."""
+        value = self._field((key,), None, "a list", (list, tuple))
         for item in value or ():
             if allowed is not None and item not in allowed:
-                raise unsupported(keys[0], item, allowed)
+                raise unsupported(key, item, allowed)
         return None if value is None else tuple(value)
 
     def constant(self, *keys: str, null: Any = _REQUIRED) -> Any:
@@ -73,34 +101,34 @@ class ConfigReader:
             raise unsupported(key, value, allowed)
         return value
 
-    def unread(self) -> tuple[str, ...]:
-        """Keys that nobody looked at and that aren't known to be harmless."""
-        return tuple(sorted(set(self._values) - self._read - HARMLESS))
+    def folded(self, *keys: str) -> None:
+        """Notes keys that transformers' class has turned into others."""
+        self._read.update(keys)
+
+    def unread(self, config_json: Mapping[str, Any]) -> tuple[str, ...]:
+        """Keys of the file that nobody looked at and that aren't known to be harmless.
+
+        One that the class no longer has stands in another's place: an old spelling.
+        """
+        return tuple(sorted(set(config_json) & set(self._values) - self._read - HARMLESS))
 
     def _lookup(self, keys: tuple[str, ...]) -> Any:
         self._read.update(keys)
-        for source in (self._values, self._defaults):
-            for key in keys:
-                if key in source:
-                    return source[key]
-        return None
+        return next((self._values[key] for key in keys if key in self._values), None)
 
-    def _field(self, keys, null, expected, is_right):
-        value = self._lookup(keys)
-        if value is None:
-            if null is _REQUIRED:
-                state = "is null" if any(key in self._values for key in keys) else "is missing"
-                raise ConfigError(f"config.json: {keys[0]} {state}; expected {expected}.")
+    def _field(self, keys: tuple[str, ...], null: Any, expected: str, types: Any) -> Any:
+        value, key = self._lookup(keys), next((key for key in keys if key in self._values), keys[0])
+        if value is None and null is not _REQUIRED:
             return null
-        if not is_right(value):
-            raise ConfigError(f"config.json: {keys[0]} is {value!r}; expected {expected}.")
+        if value is None:
+            raise ConfigError(
+                f"config.json: {key} is {'null' if key in self._values else 'missing'}; expected {expected}."
+            )
+        if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
+            raise ConfigError(f"config.json: {key} is {value!r}; expected {expected}.")
         return value
 
 
 def unsupported(key: str, value: Any, supported: tuple) -> ConfigError:
     """The error for a value that the code doesn't implement."""
     return ConfigError(f"config.json: {key} is {value!r}; supported: {', '.join(map(str, supported))}.")
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
