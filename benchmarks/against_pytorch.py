@@ -22,32 +22,32 @@ import transformers
 from sides import RESULTS, both_sides, environment, quickest_experts, timed, write_row
 
 from trace_jax.data.rows import Batch
+from trace_jax.models.arrays import flatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.parallel.hosts import keep_freed_memory, place
-from trace_jax.parallel.mesh import make_mesh
+from trace_jax.parallel.mesh import PLAIN, make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
-from trace_jax.unlearning.losses import Constants, coefficients
-from trace_jax.unlearning.state import initial_state, unlearning_settings
-from trace_jax.unlearning.step import unlearning_step
-from trace_jax.unlearning.trainable import partition
+from trace_jax.unlearning.losses import Constants
+from trace_jax.unlearning.step import set_up, unlearning_step
 
-BATCH_AXES, LENGTH, LEARNING_RATE = 8, 256, 1e-5
+ROWS, LENGTH, LEARNING_RATE = 8, 256, 1e-5
 EXPERTS = ("eager", "grouped_mm")
 
 
 def our_step(model, forget: np.ndarray, retain: np.ndarray):
     """A function that takes one step and returns its metrics."""
     config = UnlearningConfig(retain_loss="nll", alpha=1.0, learning_rate=LEARNING_RATE)
-    mesh, settings = make_mesh(jax.devices()[:1]), unlearning_settings(config, model.config)
-    training, frozen = place(partition(model.params, "all"), mesh)
-    constants = Constants(frozen, training, None, None, place(coefficients(config), mesh))
+    mesh = make_mesh(jax.devices()[:1])
+    original = place(flatten(model.params), mesh)
+    run = set_up(original, config, model.config, selected=None, parallel=PLAIN, mesh=mesh)
+    constants = Constants(original, *place(run.constants[1:], mesh))
     rows = place(StepRows(_batch(forget), _batch(retain), _batch(retain).valid.astype(np.float32)), mesh)
-    holder = [initial_state(training, settings, mesh)]
+    holder = [run.start(constants)]
 
     def step():
-        holder[0], metrics = unlearning_step(holder[0], constants, rows, settings=settings, mesh=mesh)
+        holder[0], metrics = unlearning_step(holder[0], constants, rows, settings=run.settings, mesh=mesh)
         return metrics
 
     return step
@@ -67,7 +67,7 @@ def their_step(model, forget: np.ndarray, retain: np.ndarray):
     def step():
         optimizer.zero_grad(set_to_none=True)
         nll = _their_nll(model, ids)
-        forget_loss, retain_loss = -nll[:BATCH_AXES].mean(), nll[BATCH_AXES:].mean()
+        forget_loss, retain_loss = -nll[:ROWS].mean(), nll[ROWS:].mean()
         (forget_loss + retain_loss).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -90,7 +90,7 @@ def compare(name: str, ours, theirs, rounds: int) -> dict:
     """One row: the sides take turns, `rounds` times."""
     seconds = [(timed(ours), timed(theirs)) for _ in range(rounds)]
     our_seconds, their_seconds = zip(*seconds, strict=True)
-    tokens = 2 * BATCH_AXES * LENGTH
+    tokens = 2 * ROWS * LENGTH
     row = {
         "tokens_per_second": round(tokens / min(our_seconds)),
         "transformers_tokens_per_second": round(tokens / min(their_seconds)),
@@ -115,7 +115,7 @@ def main() -> None:
     keep_freed_memory()
     theirs, ours = both_sides()
     rng = np.random.default_rng(0)
-    forget, retain = rng.integers(3, ours.config.vocab_size, (2, BATCH_AXES, LENGTH)).astype(np.int32)
+    forget, retain = rng.integers(3, ours.config.vocab_size, (2, ROWS, LENGTH)).astype(np.int32)
     both = np.concatenate([forget, retain])
     ids = torch.tensor(both, dtype=torch.int64)
 
@@ -141,8 +141,8 @@ def main() -> None:
     for name, value in their_first.items():
         rows["step"][f"first_{name}"] = [round(float(first[name]), 6), round(value, 6)]
     row = {
-        "forget": [BATCH_AXES, LENGTH],
-        "retain": [BATCH_AXES, LENGTH],
+        "forget": [ROWS, LENGTH],
+        "retain": [ROWS, LENGTH],
         "rounds": arguments.rounds,
         "threads": torch.get_num_threads(),
         "results": rows,

@@ -21,14 +21,14 @@ from sides import RESULTS, environment, write_row
 from steps import random_batch
 
 from trace_jax.data.rows import Rows
-from trace_jax.models.arrays import init_params
+from trace_jax.models.arrays import flatten, init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.unlearning import unlearn
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.step import unlearning_step
-from trace_jax.unlearning.trainable import partition
+from trace_jax.unlearning.trainable import trainable_paths
 
 LENGTH = 32
 
@@ -56,12 +56,12 @@ def measure(trainable: str, config: ModelConfig) -> dict:
         selected,
         0.5,
     )
-    _, frozen = partition(params, trainable)
+    training = trainable_paths(config, trainable)
     before, found = held(jax.live_arrays()), []
 
     def looking(state, constants, *arguments, **settings):
         if not found:
-            copies = held({**constants.frozen, **constants.reference}.values()).keys() - original.keys()
+            copies = held(constants.original.values()).keys() - original.keys()
             alive = held(jax.live_arrays())
             beside = {address: size for address, size in alive.items() if address not in before}
             changing = held(jax.tree.leaves(state))
@@ -79,7 +79,7 @@ def measure(trainable: str, config: ModelConfig) -> dict:
     copied, beside, changing = found[0]
     return {
         "model": sum(original.values()),
-        "does_not_train": sum(leaf.nbytes for leaf in frozen.values()),
+        "does_not_train": sum(leaf.nbytes for path, leaf in flatten(params).items() if path not in training),
         "copies_of_the_model": copied,
         "beside_the_model": beside,
         "weights_and_moments": changing,

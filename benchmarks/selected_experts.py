@@ -23,7 +23,7 @@ from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
 
 EXPERTS, SELECTED, LAYERS = 64, 8, 4
-BATCH_AXES, LENGTH = 4, 128
+ROWS, LENGTH = 4, 128
 MODEL = ModelConfig(
     vocab_size=4096,
     hidden_size=256,
@@ -61,7 +61,7 @@ def main() -> None:
     steps = {}
     for name, chosen in (("experts", None), ("selected_experts", selected)):
         config = UnlearningConfig(trainable=name, retain_loss="kl")
-        steps[name] = prepared_step(config, MODEL, mesh, rows=BATCH_AXES, length=LENGTH, selected=chosen)
+        steps[name] = prepared_step(config, MODEL, mesh, rows=ROWS, length=LENGTH, selected=chosen)
     bytes_of = {name: memory(step) for name, step in steps.items()}
 
     def take(name: str) -> float:
@@ -87,7 +87,7 @@ def main() -> None:
             "selected_experts": [round(1e3 * s, 1) for s in few],
             "experts": [round(1e3 * s, 1) for s in every],
         },
-        "rows": [BATCH_AXES, BATCH_AXES],
+        "rows": [ROWS, ROWS],
         "length": LENGTH,
         "environment": environment(),
     }

@@ -10,18 +10,16 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.data.rows import Batch
-from trace_jax.models.arrays import init_params
+from trace_jax.models.arrays import flatten, init_params
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.sharding import param_specs
+from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
-from trace_jax.unlearning.losses import Constants, coefficients
-from trace_jax.unlearning.selected import cut_rows, selected_index
-from trace_jax.unlearning.state import StepSettings, TrainState, initial_state, unlearning_settings
-from trace_jax.unlearning.step import unlearning_step
-from trace_jax.unlearning.trainable import partition
+from trace_jax.unlearning.losses import Constants
+from trace_jax.unlearning.state import StepSettings, TrainState
+from trace_jax.unlearning.step import set_up, unlearning_step
 
 
 class Step(NamedTuple):
@@ -56,21 +54,13 @@ def prepared_step(
 
     selected: bool [L, E], for trainable="selected_experts".
     """
-    specs, params = param_specs(model, mesh), init_params(model, jax.random.key(0))
-    training, frozen = (
-        place(part, mesh, {path: specs[path] for path in part}) for part in partition(params, config.trainable or "all")
-    )
-    reference, index = training, None
-    if selected is not None:
-        index = place(selected_index(selected), mesh)
-        frozen, reference = {**frozen, **training}, {}
-        training = cut_rows(training, index, model, mesh)
-    settings = unlearning_settings(config, model, parallel)
-    constants = Constants(frozen, reference, index, None, place(coefficients(config), mesh))
+    original = flatten(placed_params(init_params(model, jax.random.key(0)), model, mesh))
+    run = set_up(original, config, model, selected=selected, parallel=parallel, mesh=mesh)
+    constants = Constants(original, *place(run.constants[1:], mesh))
     rng = np.random.default_rng(0)
     forget, retain = (random_batch(rows, length, model.vocab_size, rng) for _ in range(2))
     placed = place(StepRows(forget, retain, retain.valid.astype(np.float32)), mesh, P(BATCH_AXES))
-    return Step(initial_state(training, settings, mesh), (constants, placed), settings, mesh)
+    return Step(run.start(constants), (constants, placed), run.settings, mesh)
 
 
 def random_batch(rows: int, length: int, vocab_size: int, rng: np.random.Generator) -> Batch:

@@ -106,7 +106,7 @@ def trajectory(config, sizes, steps, parallel=PLAIN, **optimizer):
     )
     settings = unlearning_settings(unlearning, config, parallel)
     placed = place(start, mesh, param_specs(config, mesh))
-    constants = Constants({}, placed, None, None, place(coefficients(unlearning), mesh))
+    constants = Constants(placed, None, None, place(coefficients(unlearning), mesh))
     multiple = row_multiple(settings, mesh)
     state = initial_state({path: leaf * 1.05 for path, leaf in placed.items()}, settings, mesh)
     forget, retain = (pad_rows(rows(config, count, count), multiple) for count in (6, 8))

@@ -11,7 +11,7 @@ import pytest
 from trace_jax.config import as_dict, resolve
 from trace_jax.data.rows import Rows
 from trace_jax.main import main
-from trace_jax.models.arrays import abstract_params, count_params, init_params
+from trace_jax.models.arrays import abstract_params, count_params, flatten, init_params
 from trace_jax.models.families.published import PUBLISHED
 from trace_jax.models.model import Model
 from trace_jax.plan.chips import place
@@ -21,9 +21,8 @@ from trace_jax.plan.target import cpus, tpu_slice
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.unlearning import unlearn as unlearning
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.lora import factors
-from trace_jax.unlearning.parameters import is_of_experts
-from trace_jax.unlearning.trainable import partition
+from trace_jax.unlearning.trainable import trainable_paths
+from trace_jax.unlearning.trained import factors, is_of_experts
 
 CONFIG = {
     "name": "shrunken",
@@ -124,11 +123,11 @@ def test_a_plan_of_a_part_counts_the_numbers_of_the_part(config, target, trainab
     model, parallel = config.model, resolve(type(config.parallel), {"data": 1})
     changed = dataclasses.replace(config, unlearning=UnlearningConfig(trainable=trainable, forget_batch_size=8))
     program = next(programs(changed, model, parallel, mesh_of(cpus(1, "float32"), parallel)))
-    training, _ = partition(abstract_params(model), trainable)
+    paths, shapes = trainable_paths(model, trainable), flatten(abstract_params(model))
     if trainable == "lora":
-        numbers = sum(np.prod(spec.shape) for spec in factors(model, training, 8).values())
+        numbers = sum(np.prod(spec.shape) for spec in factors(model, paths, 8).values())
     else:  # one of the eight experts of every layer, and the routers
-        numbers = sum(leaf.size // (8 if is_of_experts(path) else 1) for path, leaf in training.items())
+        numbers = sum(shapes[path].size // (8 if is_of_experts(path) else 1) for path in paths)
     assert program.optimizer == pytest.approx(3 * 4 * numbers, rel=0.001)
 
 

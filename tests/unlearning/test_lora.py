@@ -19,9 +19,8 @@ from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.lora import adapted, adapted_path, factor_storage, factors, initial_factors, merge
-from trace_jax.unlearning.parameters import whole_params
 from trace_jax.unlearning.state import apply_gradients, initial_state, unlearning_settings
+from trace_jax.unlearning.trained import current_params, declarations, factors, merge, split, trained_specs
 from trace_jax.unlearning.unlearn import unlearn
 
 GROUPED = ModelConfig(
@@ -41,7 +40,7 @@ MODELS = {
 }  # fmt: skip
 ATTENTION = {"grouped": ("q", "k", "v", "o"), "latent": ("q_down", "q_up", "kv_down", "kv_up", "o")}
 first_values = jax.jit(init_params, static_argnums=0)
-RANK, SCALE = 3, jnp.float32(2.0)
+RANK, SCALE, ONE = 3, jnp.float32(2.0), make_mesh(jax.devices()[:1])
 
 
 def adapted_paths(config):
@@ -51,11 +50,14 @@ def adapted_paths(config):
     return [*attention, "layers/experts/gate_up", "layers/experts/down"]
 
 
+def first_factors(config, *, rank=RANK, seed=0, paths=None):
+    return split({}, tuple(paths or adapted_paths(config)), config, ONE, rank=rank, seed=seed)
+
+
 def setting(config, dtype="float32"):
     """(parameters by path, factors with nothing zero in them)."""
     params = flatten(first_values(dataclasses.replace(config, dtype=dtype), jax.random.key(0)))
-    mesh = make_mesh(jax.devices()[:1])
-    start = initial_factors(config, adapted_paths(config), RANK, seed=3, mesh=mesh)
+    start = first_factors(config, seed=3)
     keys = {path: jax.random.fold_in(jax.random.key(1), i) for i, path in enumerate(start)}
     return params, {path: x + 0.1 * jax.random.normal(keys[path], x.shape) for path, x in to_host(start).items()}
 
@@ -94,7 +96,7 @@ def loss(params, config, tokens, segments, remat="none"):
 
 @partial(jax.jit, static_argnames=("config", "remat"))
 def adapted_loss(trainable, params, config, tokens, segments, remat="none"):
-    return loss({**params, **adapted(params, trainable, SCALE)}, config, tokens, segments, remat)
+    return loss(current_params(trainable, params, scale=SCALE), config, tokens, segments, remat)
 
 
 gradient = jax.jit(jax.value_and_grad(adapted_loss), static_argnames=("config", "remat"))
@@ -130,7 +132,7 @@ def test_adapters_are_merged_weights_in_value_and_gradient(plain):
 def test_a_mesh_gives_the_same_numbers(plain):
     config, params, trainable, value, gradients = plain
     mesh = make_mesh(jax.devices(), data=2, expert=2, tensor=2)
-    specs, storage = param_specs(config, mesh), factor_storage(config, trainable, mesh)
+    specs, storage = param_specs(config, mesh), trained_specs(config, trainable, mesh)
 
     def of_device(trainable, params, tokens, segments):
         def total(trainable):
@@ -146,18 +148,16 @@ def test_a_mesh_gives_the_same_numbers(plain):
     np.testing.assert_allclose(got, value, rtol=1e-5)
     for path, wanted in gradients.items():
         np.testing.assert_allclose(of_factors[path], wanted, rtol=5e-4, atol=5e-5, err_msg=path)
-    back = merge(placed[1], placed[0], SCALE, config, mesh)
+    back = merge(placed[1], placed[0], config, mesh, scale=SCALE)
     for path, wanted in plainly_merged(config, params, trainable).items():
-        if path in back:
-            np.testing.assert_allclose(to_host(back[path]), wanted, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(to_host(back[path]), wanted, atol=1e-6, err_msg=path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_first_step_sees_the_original_bit_for_bit(dtype):
     config = dataclasses.replace(GROUPED, dtype=dtype)
-    params, mesh = flatten(first_values(config, jax.random.key(0))), make_mesh(jax.devices()[:1])
-    start = initial_factors(config, adapted_paths(config), RANK, seed=0, mesh=mesh)
-    for path, array in merge(params, start, SCALE, config, mesh).items():
+    params, start = flatten(first_values(config, jax.random.key(0))), first_factors(config)
+    for path, array in merge(params, start, config, ONE, scale=SCALE).items():
         assert array.dtype == params[path].dtype
         np.testing.assert_array_equal(np.asarray(array, np.float32), np.asarray(params[path], np.float32))
     rows = batch(config)
@@ -167,25 +167,20 @@ def test_the_first_step_sees_the_original_bit_for_bit(dtype):
 def test_in_bfloat16_the_merged_model_computes_what_the_adapted_one_did():
     config = dataclasses.replace(GROUPED, dtype="bfloat16")
     params, trainable = setting(GROUPED, "bfloat16")
-    mesh, rows = make_mesh(jax.devices()[:1]), batch(config)
-    back = {**params, **merge(params, trainable, SCALE, config, mesh)}
+    rows, back = batch(config), merge(params, trainable, config, ONE, scale=SCALE)
     assert loss(back, config, *rows) != loss(params, config, *rows)
     np.testing.assert_allclose(loss(back, config, *rows), adapted_loss(trainable, params, config, *rows), rtol=1e-5)
 
 
 def test_first_factors_depend_on_seed_and_name_alone():
-    paths, one = adapted_paths(GROUPED), make_mesh(jax.devices()[:1])
-    start = to_host(initial_factors(GROUPED, paths, RANK, seed=0, mesh=one))
-    again = to_host(
-        initial_factors(GROUPED, paths[1:], RANK, seed=0, mesh=make_mesh(jax.devices(), expert=2, tensor=2))
-    )
-    for path, array in again.items():
+    start, other = first_factors(GROUPED), first_factors(GROUPED, seed=1)
+    for path, array in first_factors(GROUPED, paths=adapted_paths(GROUPED)[1:]).items():
         np.testing.assert_array_equal(array, start[path])
-    other = to_host(initial_factors(GROUPED, paths, RANK, seed=1, mesh=one))
+    start, other = to_host(start), to_host(other)
     a = [path for path in start if path.endswith("lora_a")]
     assert len({start[path].tobytes() for path in a} | {other[path].tobytes() for path in a}) == 2 * len(a)
     assert not any(start[path].any() for path in start if path not in a)
-    wide = to_host(initial_factors(GROUPED, ["layers/experts/gate_up"], 8, seed=0, mesh=one))
+    wide = to_host(first_factors(GROUPED, paths=["layers/experts/gate_up"], rank=8))
     assert np.std(wide["layers/experts/gate_up/lora_a"]) == pytest.approx(16**-0.5, rel=0.05)
 
 
@@ -195,8 +190,9 @@ def test_only_factors_train_and_they_are_small():
     sizes = {"q": D + H * C, "k": D + G * C, "v": D + G * C, "o": H * C + D}
     experts = E * (D + 2 * F) + E * (F + D)
     assert sum(x.size for x in trainable.values()) == L * RANK * (sum(sizes.values()) + experts)
-    assert {adapted_path(path) for path in trainable} == set(adapted_paths(GROUPED))
-    assert adapted_path("layers/q") is None
+    assert {path.rpartition("/")[0] for path in trainable} == set(adapted_paths(GROUPED))
+    specs = factors(GROUPED, adapted_paths(GROUPED), RANK)
+    assert declarations(GROUPED, {path: spec.abstract() for path, spec in specs.items()}) == specs
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "layer"])
@@ -232,10 +228,10 @@ CONFIG = UnlearningConfig(
 
 
 def run(model, forget, retain, mesh=None, **changes):
-    mesh, seen = mesh or make_mesh(jax.devices()[:1]), []
+    seen = []
     config = dataclasses.replace(CONFIG, **changes)
-    result = unlearn(model, forget, retain, config=config, mesh=mesh, evaluate=lambda params: seen.append(params) or [])
-    return result, seen
+    evaluate = lambda params: seen.append(params) or []  # noqa: E731
+    return unlearn(model, forget, retain, config=config, mesh=mesh or ONE, evaluate=evaluate), seen
 
 
 def test_unlearning_with_adapters_ends_in_an_ordinary_model(model, forget, retain):
@@ -259,19 +255,15 @@ def test_a_mesh_adapts_the_same(model, forget, retain):
 
 
 def test_optimizer_state_exists_for_factors_alone(model):
-    settings, mesh = unlearning_settings(CONFIG, model.config), make_mesh(jax.devices()[:1])
-    start = initial_factors(model.config, adapted_paths(model.config), 8, seed=0, mesh=mesh)
-    state = initial_state(start, settings, mesh)
+    start = first_factors(model.config, rank=8)
+    state = initial_state(start, unlearning_settings(CONFIG, model.config), ONE)
     moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
     assert sum(x.size for x in moments) == 2 * sum(x.size for x in start.values())
 
 
 def test_a_task_vector_of_adapters_is_subtracted():
     params, trainable = setting(GROUPED)
-    mesh = make_mesh(jax.devices()[:1])
-    there, back = (
-        flatten(whole_params(trainable, params, None, GROUPED, mesh, scale=SCALE, negated=n)) for n in (0.0, 0.5)
-    )
+    there, back = (merge(params, trainable, GROUPED, ONE, scale=SCALE, subtract=n) for n in (0.0, 0.5))
     for path, array in params.items():
         np.testing.assert_allclose(back[path], array - 0.5 * (there[path] - array), atol=1e-5, err_msg=path)
 
@@ -286,14 +278,14 @@ def test_a_rank_beyond_the_matrix_is_refused():
 def test_optimizers_of_matrices_know_the_sides_of_factors(model, optimizer):
     """Each factor [.., 16, 4] or [.., 4, 8] is one matrix for every layer and expert; heads are one side of it."""
     config = dataclasses.replace(UnlearningConfig(trainable="lora", optimizer=optimizer), learning_rate=1.0)
-    settings, mesh = unlearning_settings(config, model.config), make_mesh(jax.devices()[:1])
-    start = initial_factors(model.config, ["layers/q", "layers/experts/down"], 4, seed=0, mesh=mesh)
-    state = initial_state(start, settings, mesh)
+    settings = unlearning_settings(config, model.config)
+    start = first_factors(model.config, rank=4, paths=["layers/q", "layers/experts/down"])
+    state = initial_state(start, settings, ONE)
     gradients = {path: jnp.asarray(np.random.default_rng(0).normal(size=x.shape), x.dtype) for path, x in start.items()}
-    after, _ = jax.jit(apply_gradients, static_argnums=(2, 4))(state, gradients, settings, None, mesh)
+    after, _ = jax.jit(apply_gradients, static_argnums=(2, 4))(state, gradients, settings, None, ONE)
     one = {path: x[1:] for path, x in gradients.items()}
     alone, _ = jax.jit(apply_gradients, static_argnums=(2, 4))(
-        initial_state({path: x[1:] for path, x in start.items()}, settings, mesh), one, settings, None, mesh
+        initial_state({path: x[1:] for path, x in start.items()}, settings, ONE), one, settings, None, ONE
     )
     for path, array in after.trainable.items():
         assert np.isfinite(array).all()

@@ -244,7 +244,7 @@ def test_whatever_has_a_parameters_size_lies_where_it_does():
     params = jax.eval_shape(lambda: flatten(init_params(model, jax.random.key(0))))
     for name in OPTIMIZERS:
         settings = StepSettings(model, setting(name), 1)
-        state = jax.eval_shape(lambda p, s=settings: fresh_state(p, s), params)
+        state = jax.eval_shape(lambda p, s=settings: fresh_state(p, None, None, settings=s, mesh=mesh), params)
         placed = state_shardings(state, settings, mesh)
         for (path, leaf), sharding in zip(
             jax.tree_util.tree_leaves_with_path(state.optimizer), jax.tree.leaves(placed.optimizer), strict=True

@@ -9,16 +9,15 @@ from jax.sharding import PartitionSpec
 
 from trace_jax.models.arrays import flatten, init_params
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.sharding import param_specs
+from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
-from trace_jax.unlearning.losses import Constants, coefficients
-from trace_jax.unlearning.selected import cut_rows, put_back, selected_index
-from trace_jax.unlearning.state import initial_state, unlearning_settings
-from trace_jax.unlearning.step import row_multiple, unlearning_step
-from trace_jax.unlearning.trainable import partition
+from trace_jax.unlearning.losses import Constants
+from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
+from trace_jax.unlearning.trainable import trainable_paths
+from trace_jax.unlearning.trained import merge, selected_index, split
 from trace_jax.unlearning.unlearn import unlearn
 
 MODEL = ModelConfig(
@@ -35,49 +34,42 @@ def test_index_has_as_many_places_as_the_fullest_layer():
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (3, 1), (4, 2)])
-def test_rows_cut_out_and_put_back_are_where_they_were(sizes):
+def test_rows_split_off_and_merged_are_where_they_were(sizes):
     expert, tensor = sizes
     mesh = make_mesh(jax.devices()[: expert * tensor], expert=expert, tensor=tensor)
-    arrays, _ = partition(init_params(MODEL, jax.random.key(0)), "experts")
-    placed = place(arrays, mesh, {path: param_specs(MODEL, mesh)[path] for path in arrays})
-    index = place(selected_index(SELECTED), mesh)
-    rows = cut_rows(placed, index, MODEL, mesh)
-    for path, array in arrays.items():
-        np.testing.assert_array_equal(rows[path][0], array[0][np.array([1, 4])])
-        np.testing.assert_array_equal(rows[path][1, 0], array[1][5])
-    changed = {path: 2 * array for path, array in rows.items()}
-    back = to_host(put_back(placed, changed, index, MODEL, mesh))
-    for path, array in arrays.items():
-        np.testing.assert_array_equal(back[path][SELECTED], 2 * np.asarray(array)[SELECTED])
-        np.testing.assert_array_equal(back[path][~SELECTED], np.asarray(array)[~SELECTED])
+    original = flatten(placed_params(init_params(MODEL, jax.random.key(0)), MODEL, mesh))
+    index, paths = place(selected_index(SELECTED), mesh), trainable_paths(MODEL, "selected_experts")
+    rows = split(original, paths, MODEL, mesh, index=index)
+    assert set(rows) == {f"{path}/rows" for path in paths}
+    for path in paths:
+        np.testing.assert_array_equal(rows[f"{path}/rows"][0], original[path][0][np.array([1, 4])])
+        np.testing.assert_array_equal(rows[f"{path}/rows"][1, 0], original[path][1][5])
+    back = to_host(merge(original, {path: 2 * array for path, array in rows.items()}, MODEL, mesh, index=index))
+    for path, array in original.items():
+        times = SELECTED.reshape(2, 6, *(1,) * (array.ndim - 2)) + 1 if path in paths else 1
+        np.testing.assert_array_equal(back[path], times * np.asarray(array), err_msg=path)
 
 
 def steps(forget, retain, mesh, *, masked):
     """Arrays of experts after 5 steps: rows trained, or everything with masked updates."""
     config = dataclasses.replace(SHARED, trainable="experts") if masked else CONFIG
-    settings, specs = unlearning_settings(config, MODEL), param_specs(MODEL, mesh)
-    start = place(flatten(init_params(MODEL, jax.random.key(0))), mesh, specs)
-    training, frozen = (
-        {p: start[p] for p in part} for part in partition(init_params(MODEL, jax.random.key(0)), "experts")
-    )
-    index = place(selected_index(SELECTED), mesh)
-    numbers = place(coefficients(config), mesh)
+    original = flatten(placed_params(init_params(MODEL, jax.random.key(0)), MODEL, mesh))
+    paths = trainable_paths(MODEL, "experts")
+    run = set_up(original, config, MODEL, selected=None if masked else SELECTED, parallel=PLAIN, mesh=mesh)
+    constants = Constants(original, *place(run.constants[1:], mesh))
     if masked:
-        masks = {p: SELECTED.reshape(2, 6, *(1,) * (a.ndim - 2)).astype(np.float32) for p, a in training.items()}
-        masks = place(masks, mesh)
-        constants, trained = Constants(frozen, training, None, masks, numbers), training
-    else:
-        constants, masks = Constants(start, {}, index, None, numbers), None
-        trained = cut_rows(training, index, MODEL, mesh)
-    state, multiple = initial_state(trained, settings, mesh, masks), row_multiple(settings, mesh)
+        masks = {p: SELECTED.reshape(2, 6, *(1,) * (original[p].ndim - 2)).astype(np.float32) for p in paths}
+        constants = constants._replace(masks=place(masks, mesh))
+    state, settings = run.start(constants), run.settings
+    multiple = row_multiple(settings, mesh)
     batches = [pad_rows(rows.batch(np.arange(8)), multiple) for rows in (forget, retain)]
     inputs = place(StepRows(*batches, batches[1].valid.astype(np.float32)), mesh, PartitionSpec(BATCH_AXES))
     for _ in range(5):
         state, _ = unlearning_step(state, constants, inputs, settings=settings, mesh=mesh)
     if not masked:
-        assert jax.tree.leaves(state.optimizer)[1].size < sum(a.size for a in training.values())
-        return to_host(put_back(training, state.trainable, index, MODEL, mesh)), to_host(training)
-    return to_host(state.trainable), to_host(training)
+        assert jax.tree.leaves(state.optimizer)[1].size < sum(original[path].size for path in paths)
+    after = merge(original, state.trainable, MODEL, mesh, index=constants.index)
+    return tuple(to_host({path: arrays[path] for path in paths}) for arrays in (after, original))
 
 
 @pytest.fixture(scope="module")

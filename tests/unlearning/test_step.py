@@ -17,7 +17,6 @@ from trace_jax.unlearning.losses import Constants, coefficients
 from trace_jax.unlearning.objectives import OBJECTIVES, PAPER, ForgetInputs
 from trace_jax.unlearning.state import StepSettings, initial_state, unlearning_settings
 from trace_jax.unlearning.step import training_step, unlearning_step
-from trace_jax.unlearning.trainable import partition
 
 RETAINS = {
     "gradient_difference": ("none", "nll", "kl", "hidden"),
@@ -106,10 +105,10 @@ def moved(flat):
 
 def gradient_of_step(config, model, rows, *, devices=1, tensor=1):
     """(metrics, gradient) of the compiled step, read off the first moments of Adam."""
-    training, frozen = partition(model.params, "all")
+    training = flatten(model.params)
     settings = unlearning_settings(config, model.config)
     target = jnp.asarray(TARGETS) if "hidden" in config.row.needs else None
-    constants = Constants(frozen, training, None, None, coefficients(config), target)
+    constants = Constants(training, None, None, coefficients(config), target)
     mesh = make_mesh(jax.devices()[:devices], tensor=tensor)
     state = initial_state(moved(training), settings, mesh, alpha=config.alpha if config.row.dual else None)
     if not config.retains:

@@ -13,14 +13,13 @@ from trace_jax.models.arrays import abstract_params, flatten, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.unlearning.config import OptimizerConfig
 from trace_jax.unlearning.optimizer import learning_rate, make_optimizer
-from trace_jax.unlearning.trainable import PRESETS, partition, trainable_table, update_masks
+from trace_jax.unlearning.trainable import PRESETS, trainable_paths, trainable_table, update_masks
 
 EXPERTS = {"layers/experts/gate_up", "layers/experts/down"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets(model, preset):
-    training, frozen = partition(model.params, preset)
     everything = set(flatten(model.params))
     expected = {
         "all": everything,
@@ -31,12 +30,11 @@ def test_presets(model, preset):
         "down_projections": {"layers/experts/down"},
         "lora": EXPERTS | {f"layers/{name}" for name in "qkvo"},
     }[preset]
-    assert set(training) == expected
-    assert set(training) | set(frozen) == everything and not set(training) & set(frozen)
+    assert set(trainable_paths(model.config, preset)) == expected
 
 
 def test_first_matching_pattern_wins(model):
-    training, _ = partition(model.params, ("!layers/experts/down", "layers/*"))
+    training = trainable_paths(model.config, ("!layers/experts/down", "layers/*"))
     assert "layers/experts/down" not in training
     assert "layers/experts/gate_up" in training and "embed" not in training
 
@@ -48,7 +46,7 @@ def test_flatten_is_undone_by_unflatten(model):
 @pytest.mark.parametrize(("trainable", "message"), [("expert", "neither a preset"), (("!*",), "freezes every")])
 def test_unusable_patterns_are_refused(model, trainable, message):
     with pytest.raises(ConfigError, match=message):
-        partition(model.params, trainable)
+        trainable_paths(model.config, trainable)
 
 
 def run_adamw(params, masks_per_step):
@@ -67,7 +65,7 @@ def run_adamw(params, masks_per_step):
 
 
 def test_frozen_layers_are_bit_identical_also_after_the_masks_change(model):
-    training, _ = partition(model.params, "experts")
+    training = {path: flatten(model.params)[path] for path in EXPERTS}
     first, second = (update_masks(training, model.config, layers=(n, n)) for n in (1, 2))
     halfway = run_adamw(training, [first] * 10)
     end = run_adamw(training, [first] * 10 + [second] * 10)
@@ -78,8 +76,7 @@ def test_frozen_layers_are_bit_identical_also_after_the_masks_change(model):
 
 
 def test_layer_range(model):
-    training, _ = partition(model.params, "down_projections")
-    masks = update_masks(training, model.config, layers=(2, 2))
+    masks = update_masks(trainable_paths(model.config, "down_projections"), model.config, layers=(2, 2))
     assert masks["layers/experts/down"].reshape(-1).tolist() == [0.0, 1.0]
 
 
@@ -90,41 +87,37 @@ MIXED = ModelConfig(
 
 
 def test_a_layer_range_counts_the_layers_of_the_network_in_both_stacks():
-    training, _ = partition(abstract_params(MIXED), "down_projections")
-    masks = update_masks(training, MIXED, layers=(3, 4))
+    masks = update_masks(trainable_paths(MIXED, "down_projections"), MIXED, layers=(3, 4))
     found = {path: mask.reshape(-1).tolist() for path, mask in masks.items()}
     assert found == {"layers/experts/down": [0.0, 1.0], "dense/mlp/down": [0.0, 1.0]}  # layers 2, 4 and 1, 3
-    only_experts, _ = partition(abstract_params(MIXED), "experts")
     with pytest.raises(ConfigError, match=r"nothing of layers/experts/down, .* no part of it is in layers \(1, 1\)"):
-        update_masks(only_experts, MIXED, layers=(1, 1))
+        update_masks(trainable_paths(MIXED, "experts"), MIXED, layers=(1, 1))
 
 
 def test_routers_train_in_the_layers_of_selected_experts_and_whole_arrays_of_experts_need_no_mask():
     selected = np.zeros((2, 4), bool)
     selected[1, 3] = True
-    training, _ = partition(abstract_params(MIXED), "seuf")
-    masks = update_masks(training, MIXED, selected=selected)
+    masks = update_masks(trainable_paths(MIXED, "seuf"), MIXED, selected=selected)
     found = {path: mask.reshape(-1).tolist() for path, mask in masks.items()}
     of_router = {"layers/router": [0.0, 1.0], "layers/router_bias": [0.0, 1.0]}
-    assert found == {path: [1.0] for path in EXPERTS} | of_router
-    only_experts, _ = partition(abstract_params(MIXED), "selected_experts")
-    assert update_masks(only_experts, MIXED, selected=selected) is None
+    assert found == {f"{path}/rows": [1.0] for path in EXPERTS} | of_router
+    assert update_masks(trainable_paths(MIXED, "selected_experts"), MIXED, selected=selected) is None
 
 
 def test_the_correction_never_trains_and_frozen_routers_are_whole():
     for trainable in ("all", ("*",), ("layers/router*",)):
-        training, frozen = partition(abstract_params(MIXED), trainable)
-        assert "layers/router_correction" in frozen and "layers/router_bias" in training
-    _, frozen = partition(abstract_params(MIXED), "routers_frozen")
-    assert set(frozen) == {"layers/router", "layers/router_bias", "layers/router_correction"}
+        training = trainable_paths(MIXED, trainable)
+        assert "layers/router_correction" not in training and "layers/router_bias" in training
+    frozen = set(flatten(abstract_params(MIXED))) - set(trainable_paths(MIXED, "routers_frozen"))
+    assert frozen == {"layers/router", "layers/router_bias", "layers/router_correction"}
     with pytest.raises(ConfigError, match="freezes every parameter"):
-        partition(abstract_params(MIXED), "layers/router_correction")
+        trainable_paths(MIXED, "layers/router_correction")
 
 
 def test_table_counts_what_trains(model):
     selected = np.zeros((2, 4), bool)
     selected[0, 0] = True
-    rows = trainable_table(model.params, "selected_experts", selected=selected)
+    rows = trainable_table(model.config, "selected_experts", selected=selected)
     total = {row["path"]: row for row in rows}
     assert total["layers/experts/down"]["trained"] * 8 == total["layers/experts/down"]["parameters"]
     assert total["embed"]["trained"] == 0

@@ -13,8 +13,7 @@ from tiny_checkpoints import fields_of
 from trace_jax.models.arrays import abstract_params, flatten
 from trace_jax.models.families import model_config
 from trace_jax.unlearning.config import CHOOSING, TRAINABLE
-from trace_jax.unlearning.lora import factors
-from trace_jax.unlearning.trainable import PRESETS, partition, table_text, trainable_table, update_masks
+from trace_jax.unlearning.trainable import PRESETS, table_text, trainable_table
 
 GOLDEN, WRITE = Path(__file__).parents[1] / "golden", "TRACE_JAX_WRITE_GOLDEN"
 
@@ -30,11 +29,10 @@ def some_experts(config, preset):
 
 
 def text_of(config, preset):
-    params, selected = abstract_params(config), some_experts(config, preset)
-    training, _ = partition(params, preset)
-    masks = update_masks(training, config, selected=selected)
-    own = factors(config, training, 8) if preset == "lora" else None
-    return f"{preset}\n{table_text(trainable_table(params, preset, masks, selected, own))}\n"
+    rank = 8 if preset == "lora" else None
+    return (
+        f"{preset}\n{table_text(trainable_table(config, preset, selected=some_experts(config, preset), rank=rank))}\n"
+    )
 
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "deepseek_v2"])
@@ -49,10 +47,8 @@ def test_what_trains_is_what_is_written_down(family):
 
 def test_the_table_counts_every_number_once():
     config = model_config({"model_type": "qwen2_moe", **fields_of("qwen2_moe")}, dtype="float32")
-    params, selected = abstract_params(config), some_experts(config, "seuf")
-    training, _ = partition(params, "seuf")
-    masks = update_masks(training, config, selected=selected)
-    table = {row["path"]: row for row in trainable_table(params, "seuf", masks, selected)}
+    params = abstract_params(config)
+    table = {row["path"]: row for row in trainable_table(config, "seuf", selected=some_experts(config, "seuf"))}
     D, E, F = config.hidden_size, config.num_experts, config.expert_hidden_size
     trained = {path: row["trained"] for path, row in table.items() if row["trained"]}
     assert trained == {"layers/experts/gate_up": D * 2 * F, "layers/experts/down": F * D, "layers/router": D * E}

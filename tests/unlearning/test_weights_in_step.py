@@ -11,7 +11,8 @@ from trace_jax.config import ConfigError
 from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
 from trace_jax.io.files import read_lines
-from trace_jax.models.sharding import param_specs
+from trace_jax.models.arrays import flatten
+from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, make_mesh
 from trace_jax.routing.config import CalibrationConfig
@@ -24,7 +25,6 @@ from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants, coefficients
 from trace_jax.unlearning.state import initial_state, unlearning_settings
 from trace_jax.unlearning.step import row_multiple, unlearning_step
-from trace_jax.unlearning.trainable import partition
 from trace_jax.unlearning.unlearn import unlearn
 
 ONE = make_mesh(jax.devices()[:1])
@@ -51,12 +51,10 @@ def weights_of(model, forget, retain, **settings):
 def gradient(model, forget, retain, weights, *, config=CONFIG, mesh=ONE, online=None, parallel=PLAIN, away=0.02):
     """(gradient by path, metrics) of one step on all rows, a little `away` from the original model."""
     settings = unlearning_settings(dataclasses.replace(config, clip_norm=0.0), model.config, parallel)
-    training, frozen = partition(model.params, "all")
-    specs = param_specs(model.config, mesh)
-    training = place(training, mesh, specs)
+    training = flatten(placed_params(model.params, model.config, mesh))
     numbers, online = place((coefficients(config), online), mesh)
     target = place(np.ones((1, 16), np.float32), mesh) if config.objective == "rmu" else None
-    constants = Constants(frozen, training, None, None, numbers, target, online=online)
+    constants = Constants(training, None, None, numbers, target, online=online)
     keys = jax.random.split(jax.random.key(7), len(training))
     moved = {
         path: leaf + np.float32(away) * jax.random.normal(key, leaf.shape)

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
+from trace_jax.models.arrays import flatten
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.sharding import Adapted, Replaced, merging_shapes
+from trace_jax.models.sharding import Delta, merging_shapes
 from trace_jax.parallel.mesh import axis_sizes
 
 # Primitives that move numbers without computing any. Keeping their results would keep gathered weights.
@@ -16,10 +17,6 @@ _MOVES = frozenset(
     {"all_gather", "name", "reshape", "transpose", "convert_element_type", "slice", "dynamic_slice", "squeeze", "pad",
      "concatenate", "broadcast_in_dim", "gather", "scatter", "copy", "pvary", "pcast", "split", "rev"}
 )  # fmt: skip
-
-
-def _is_in_pieces(node: Any) -> bool:
-    return isinstance(node, (Replaced, Adapted))
 
 
 def _keep_computed(primitive, *_, **__) -> bool:
@@ -30,14 +27,14 @@ def rematerialized(layer: Callable, policy: str, params: Any, config: ModelConfi
     """`layer(x, (params, ...))` with what its backward pass computes again.
 
     Args:
-      policy: "none": nothing, except that weights in pieces (cut by a mesh, `Replaced` or `Adapted`) are put together
-        again; "dots": everything but matrix products without batch dimensions; "layer": everything, from its input on.
+      policy: "none": nothing, except that weights in pieces (cut by a mesh, or a `Delta`) are put together again;
+        "dots": everything but matrix products without batch dimensions; "layer": everything, from its input on.
       params: of a stack of layers, below the path `prefix`.
     """
     if policy == "layer":
         return jax.checkpoint(layer)
     keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else _keep_computed
-    in_pieces = any(isinstance(leaf, (Replaced, Adapted)) for leaf in jax.tree.leaves(params, is_leaf=_is_in_pieces))
+    in_pieces = any(isinstance(leaf, Delta) for leaf in flatten(params).values())
     if policy == "none" and not in_pieces and all(size == 1 for size in axis_sizes().values()):
         return layer
     merging = merging_shapes(params, config, prefix)

@@ -1,8 +1,8 @@
 """A model's parameters on a mesh: how each is stored, how it is brought together, and functions run on every device.
 
-An array of experts may also be given as `Replaced`: some experts stand in an array of their own, which is how a few
-train without a gradient or optimizer state for the others. Any array of matrices may be given as `Adapted`: with the
-product of two small factors to be added to it. Both become plain arrays layer by layer, where they are used.
+Where a part of an array trains without a gradient or optimizer state for the rest, it is given as a `Delta`: with some
+of its experts in an array of their own, or with the product of two small factors to be added to it. It becomes a plain
+array layer by layer, where it is used.
 """
 
 from __future__ import annotations
@@ -27,24 +27,20 @@ from trace_jax.parallel.sharding import assemble, assembled_shape, storage_spec
 STACKS = ("layers", "dense")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["array", "rows", "index"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array", "rows", "index", "a", "b"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
-class Replaced:
-    """`array` [L,E,...] with `rows` [L,N,...] in the places of the experts `index` i32 [L,N] (E: in none)."""
+class Delta:
+    """`array` and what changes it, of all layers or of one.
+
+    Either `rows` [L,N,...] in the places of the experts `index` i32 [L,N] (E: in none) of `array` [L,E,...]; or the
+    product of `a` [..., inputs, R] and `b` [..., R, outputs], added to `array` [..., inputs, outputs].
+    """
 
     array: jax.Array
-    rows: jax.Array
-    index: jax.Array
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["array", "a", "b"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Adapted:
-    """`array` [..., inputs, outputs], plus the product of `a` [..., inputs, R] and `b` [..., R, outputs]."""
-
-    array: jax.Array
-    a: jax.Array
-    b: jax.Array
+    rows: Any = None
+    index: Any = None
+    a: Any = None
+    b: Any = None
 
 
 def merged(array: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -70,7 +66,7 @@ def merging_shapes(tree: Any, config: ModelConfig, prefix: str = "") -> frozense
     """
     sizes, declared, shapes = axis_sizes(), _declared(config), set()
     for path, leaf in flatten(tree).items():
-        if isinstance(leaf, Adapted):
+        if isinstance(leaf, Delta) and leaf.index is None:
             spec = declared[prefix + path]
             pair = (*low_rank(spec, leaf.a.shape[-1]), spec)
             a, b, array = (assembled_shape(s.shape[1:], s.axes[1:], sizes) for s in pair)
@@ -81,15 +77,11 @@ def merging_shapes(tree: Any, config: ModelConfig, prefix: str = "") -> frozense
     return frozenset(shapes)
 
 
-def rows_spec(config: ModelConfig, path: str, number: int, mesh: Mesh) -> P:
-    """How `number` experts a layer of the parameter at `path` are stored on `mesh`, apart from the others."""
-    shape, axes = _rows(_declared(config)[path], number)
-    return storage_spec(shape, axes, mesh.shape)
-
-
-def _rows(spec: ArraySpec, number: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """(shape, axes) of the rows of a `Replaced`. They are no "experts": every device gets those of all."""
-    return (spec.shape[0], number, *spec.shape[2:]), (spec.axes[0], "rows", *spec.axes[2:])
+def expert_rows(spec: ArraySpec, number: int) -> ArraySpec:
+    """Declaration of `number` experts a layer apart from the others. No "experts": every device gets those of all."""
+    return dataclasses.replace(
+        spec, shape=(spec.shape[0], number, *spec.shape[2:]), axes=(spec.axes[0], "rows", *spec.axes[2:])
+    )
 
 
 def param_specs(config: ModelConfig, mesh: Mesh) -> dict[str, P]:
@@ -116,42 +108,32 @@ def _declared(config: ModelConfig) -> Mapping[str, Any]:
 def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
     """Parameters as a device computes with them (`trace_jax.parallel.sharding.assemble`).
 
-    Beside experts of which some are `Replaced`, "trained" bool [E] says which: the others need no gradient.
+    Beside experts of which some are the rows of a `Delta`, "trained" bool [E] says which: the others need no gradient.
 
     Args:
       tree: nested parameters, or those of one layer, below the path `prefix` ("layers/").
     """
-    sizes, declared = axis_sizes(), _declared(config)
+    sizes, declared, result = axis_sizes(), _declared(config), {}
+    for path, leaf in flatten(tree).items():
+        spec, first = declared[prefix + path], 1 if (prefix + path).partition("/")[0] in STACKS else 0
 
-    def one(path: str, array: jax.Array | Replaced | Adapted) -> jax.Array:
-        spec, first = declared[path], 1 if path.partition("/")[0] in STACKS else 0
-        if isinstance(array, Adapted):
-            whole, parts = (spec, *low_rank(spec, array.a.shape[-1])), (array.array, array.a, array.b)
-            return merged(*(assemble(x, s.shape[1:], s.axes[1:], sizes) for x, s in zip(parts, whole, strict=True)))
-        if not isinstance(array, Replaced):
+        def whole(array, spec, first=first):
             return assemble(array, spec.shape[first:], spec.axes[first:], sizes)
-        shape, axes = _rows(spec, array.index.shape[-1])
-        rows = assemble(array.rows, shape[1:], axes[1:], sizes)
-        experts = assemble(array.array, spec.shape[1:], spec.axes[1:], sizes)
-        return put_rows(experts, rows, array.index, first=_first_expert(experts.shape[0], sizes))
 
-    result = {path: one(prefix + path, array) for path, array in flatten(tree).items()}
-    for path, array in flatten(tree).items():
-        if isinstance(array, Replaced):
-            experts, _, _ = path.rpartition("/")
-            result[f"{experts}/trained"] = _trained(array.index, result[path].shape[0], sizes)
+        if not isinstance(leaf, Delta):
+            result[path] = whole(leaf, spec)
+        elif leaf.index is None:
+            a, b = low_rank(spec, leaf.a.shape[-1])
+            result[path] = merged(whole(leaf.array, spec), whole(leaf.a, a), whole(leaf.b, b))
+        else:
+            rows, array = whole(leaf.rows, expert_rows(spec, leaf.index.shape[-1])), whole(leaf.array, spec)
+            here = array.shape[0]
+            start = jax.lax.axis_index(EXPERT) * here if sizes.get(EXPERT, 1) > 1 else 0
+            result[path] = put_rows(array, rows, leaf.index, first=start)
+            expert = start + jnp.arange(here, dtype=jnp.int32)
+            mask = jnp.any(leaf.index[:, None] == expert[None], axis=0)
+            result[f"{path.rpartition('/')[0]}/trained"] = mask
     return unflatten(result)
-
-
-def _trained(index: jax.Array, here: int, sizes: Mapping[str, int]) -> jax.Array:
-    """bool [E]: which experts of this device are among `index` i32 [N]."""
-    expert = _first_expert(here, sizes) + jnp.arange(here, dtype=jnp.int32)
-    return jnp.any(index[:, None] == expert[None], axis=0)
-
-
-def _first_expert(here: int, sizes: Mapping[str, int]) -> jax.Array | int:
-    """The first of the `here` experts that this device computes with."""
-    return jax.lax.axis_index(EXPERT) * here if sizes.get(EXPERT, 1) > 1 else 0
 
 
 def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array, *, first: jax.Array | int = 0) -> jax.Array:

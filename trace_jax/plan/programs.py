@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,15 +20,11 @@ from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, ParallelConfig, row_shards
 from trace_jax.routing.statistics import counting_pass
 from trace_jax.unlearning.config import CHOOSING, UnlearningConfig
-from trace_jax.unlearning.grip import Protection, check_router, protection_specs
+from trace_jax.unlearning.grip import Protection, protection_specs
 from trace_jax.unlearning.inputs import StepRows
-from trace_jax.unlearning.losses import Constants, coefficients
-from trace_jax.unlearning.parameters import first_trainable, held_by_both
-from trace_jax.unlearning.parts import trained_layers
-from trace_jax.unlearning.selected import selected_index
-from trace_jax.unlearning.state import fresh_state, state_shardings, unlearning_settings
-from trace_jax.unlearning.step import row_multiple, unlearning_step
-from trace_jax.unlearning.trainable import partition, update_masks
+from trace_jax.unlearning.losses import Constants
+from trace_jax.unlearning.state import state_shardings
+from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
 
 SELECTED = 8  # of so many experts one is taken to be selected, where selected experts train
 
@@ -54,20 +49,15 @@ def step_program(
     unlearning: UnlearningConfig, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, row_length: int
 ) -> Program:
     """One unlearning step."""
-    settings, params = unlearning_settings(unlearning, model, parallel), _params(model, mesh)
-    training, frozen = partition(unflatten(params), unlearning.trainable or "all")
-    rank, chosen = unlearning.lora_rank, assumed_experts(unlearning, model)
-    index = None if chosen is None else selected_index(chosen)
-    masks = update_masks(training, model, layers=trained_layers(unlearning), selected=chosen)
-    held = held_by_both(training, frozen, index, rank)
-    training = jax.eval_shape(partial(first_trainable, config=model, mesh=mesh, rank=rank), training, index)
-    alpha = unlearning.alpha if unlearning.row.dual else None
-    state = jax.eval_shape(partial(fresh_state, settings=settings, masks=masks, alpha=alpha), training)
+    selected = assumed_experts(unlearning, model)
+    run = set_up(_params(model, mesh), unlearning, model, selected=selected, parallel=parallel, mesh=mesh)
+    constants, settings = Constants(run.constants.original, *_placed(run.constants[1:], mesh, P())), run.settings
+    state = jax.eval_shape(run.start, constants)
     state = jax.tree.map(_array, state, state_shardings(state, settings, mesh))
-    target = jax.ShapeDtypeStruct((1, model.hidden_size), jnp.float32) if "hidden" in unlearning.row.needs else None
-    constants = Constants(*held, *_placed((index, masks, coefficients(unlearning), target), mesh, P()))
+    if "hidden" in unlearning.row.needs:
+        target = _placed(jax.ShapeDtypeStruct((1, model.hidden_size), jnp.float32), mesh, P())
+        constants = constants._replace(target=target)
     if unlearning.grip == "project":
-        check_router(model, held[1])
         constants = constants._replace(protection=_protection(unlearning, model, mesh))
     multiple = row_multiple(settings, mesh)
     forget = _batch(unlearning.forget_batch_size, multiple, row_length, mesh)

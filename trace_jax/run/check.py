@@ -22,7 +22,7 @@ from trace_jax.data.config import DataConfig
 from trace_jax.data.sources import HUGGINGFACE, TFDS, is_here, part, read_source
 from trace_jax.data.tokenizer import read_vocabulary
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
-from trace_jax.models.arrays import abstract_params, count_params
+from trace_jax.models.arrays import count_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.families import family_of
 from trace_jax.models.families.published import PUBLISHED
@@ -33,10 +33,7 @@ from trace_jax.plan.table import size
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.tasks.benchmarks import build_tasks
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.lora import factors
-from trace_jax.unlearning.parts import trained_layers
-from trace_jax.unlearning.trainable import partition as split_parameters
-from trace_jax.unlearning.trainable import table_text, trainable_table, update_masks
+from trace_jax.unlearning.trainable import table_text, trainable_layers, trainable_table
 
 FIRST = 100  # documents that are read of a source
 _COLUMNS = "text, or question and answer"
@@ -228,12 +225,9 @@ def _one_device() -> Mesh:
 
 def _trained(unlearning: UnlearningConfig, model: ModelConfig) -> str:
     """What trains of every parameter."""
-    params, trainable = abstract_params(model), unlearning.trainable or "all"
-    training, _ = split_parameters(params, trainable)
-    selected, rank = assumed_experts(unlearning, model), unlearning.lora_rank
-    masks = update_masks(training, model, layers=trained_layers(unlearning), selected=selected)
-    own = None if rank is None else factors(model, training, rank)
-    text = table_text(trainable_table(params, trainable, masks, selected, own))
+    trainable, selected = unlearning.trainable or "all", assumed_experts(unlearning, model)
+    layers, rank = trainable_layers(unlearning), unlearning.lora_rank
+    text = table_text(trainable_table(model, trainable, layers=layers, selected=selected, rank=rank))
     note = "" if selected is None else f"\n  assumed: {selected.sum():,} of {selected.size:,} experts are chosen"
     return f"{text}{note}"
 

@@ -47,7 +47,7 @@ from trace_jax.run.results import needed, refresh
 from trace_jax.run.stages import Stage
 from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.rules import Evaluated
-from trace_jax.unlearning.selected import chosen_experts
+from trace_jax.unlearning.trainable import chosen_experts
 from trace_jax.unlearning.unlearn import unlearn
 
 SPLITS = ("validation", "test")

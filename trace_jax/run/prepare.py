@@ -44,10 +44,10 @@ from trace_jax.run.export import (
 )
 from trace_jax.run.stages import Stage, check_workdir, open_workdir
 from trace_jax.tasks.benchmarks import build_corpora, build_tasks
-from trace_jax.unlearning.lora import factors
 from trace_jax.unlearning.optimizer import moments
 from trace_jax.unlearning.train import train_model
-from trace_jax.unlearning.trainable import partition
+from trace_jax.unlearning.trainable import trainable_paths
+from trace_jax.unlearning.trained import factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,10 +165,11 @@ def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
     for name in config.methods:
         if not (path / "methods" / name / "results.json").exists():
             unlearning = config.method(name).unlearning
-            training, _ = partition(target.params, unlearning.trainable or "all")
+            paths, arrays = trainable_paths(target.config, unlearning.trainable or "all"), flatten(target.params)
+            training = {path: arrays[path] for path in paths}
             sizes[name], count = parameter_bytes(training), parameter_count(training)
             if unlearning.lora_rank is not None:
-                own = factors(target.config, training, unlearning.lora_rank).values()
+                own = factors(target.config, paths, unlearning.lora_rank).values()
                 count = sum(math.prod(spec.shape) for spec in own)
             states, numbers = 3 + unlearning.rules.keeps_best, 1 + moments(unlearning)
             sizes["states"] = max(sizes.get("states", 0), states * numbers * 4 * count)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from trace_jax.data.rows import Batch
+from trace_jax.models.arrays import unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_kl, token_nll, vocabulary_loss
 from trace_jax.models.moe import router_probabilities
@@ -20,25 +21,24 @@ from trace_jax.routing.online import OnlineWeights, online_loss_weights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.objectives import OBJECTIVES, ForgetInputs, Objective
-from trace_jax.unlearning.parameters import Flat, model_params
 from trace_jax.unlearning.retain import hidden_distance, weighted_retain
 from trace_jax.unlearning.seuf import anchor_loss, target_experts
 from trace_jax.unlearning.state import StepSettings
+from trace_jax.unlearning.trained import Flat, current_params
 
 
 class Constants(NamedTuple):
-    """Arrays that a run never changes. `reference` holds the original values of what trains; `frozen` both models'.
+    """Arrays that a run never changes.
 
-    Where a few experts train, `frozen` holds all experts, and `index` i32 [L, N] says which are the trainable rows;
-    where low-rank factors train, it holds all parameters.
+    original: all parameters of the model before unlearning, by path. index i32 [L, N]: the experts that train, where a
+    few do. masks: of updates (`trace_jax.unlearning.trainable.update_masks`).
     numbers: coefficients and numbers of the objective, f32 [] by name. target f32 [topics, D]: where RMU steers.
     online: what retain tokens are weighed with by their present routing; None: their weights come with the rows.
     protection: `trace_jax.unlearning.grip.Protection` of the routers.
     """
 
-    frozen: Flat
-    reference: Flat
-    index: jax.Array | None
+    original: Flat
+    index: Any
     masks: Flat | None
     numbers: Flat
     target: jax.Array | None = None
@@ -157,8 +157,9 @@ class _Models(NamedTuple):
 def _losses(trainable: Flat, constants: Constants, rows: StepRows, settings: StepSettings) -> _Sums:
     """Sums over this device's rows."""
     row, retains, anchored = _row(settings), _retains(settings), settings.anchor_form is not None
-    held = constants.frozen, constants.reference, constants.index
-    models = _Models(*model_params(trainable, *held, scale=constants.numbers.get("lora_scale")))
+    scale = constants.numbers.get("lora_scale")
+    current = current_params(trainable, constants.original, constants.index, scale)
+    models = _Models(unflatten(current), unflatten(constants.original))
     forget_ref, refusals_ref, retain_ref, dropped_before = _original(models.original, rows, settings)
     parts = {"forget": rows.forget}
     if "refusals" in row.needs:

@@ -16,7 +16,7 @@ import optax.contrib
 from trace_jax.unlearning.config import OptimizerConfig
 
 # Axes along which an array holds one matrix (or vector) after another.
-_STACKED = ("layers", "experts", "gate_up")
+_STACKED = ("layers", "experts", "rows", "gate_up")
 # Muon is for matrices inside the network. A row of the embedding or the head belongs to one token, most of which a
 # step never sees, and a column of the router to one expert: an orthogonal update would move them all alike.
 _NOT_ORTHOGONAL = ("vocab", "router")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from functools import lru_cache, partial
 from typing import Any
 
@@ -32,7 +33,6 @@ from trace_jax.unlearning.grip import (
     ROUTER,
     Moments,
     Protection,
-    check_router,
     cosine,
     keep_routers,
     protect,
@@ -40,33 +40,35 @@ from trace_jax.unlearning.grip import (
     realigned,
     with_one,
 )
-from trace_jax.unlearning.parameters import Flat
-from trace_jax.unlearning.parts import Parts
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
-    """GRIP around a run; without it, what is here does nothing. `table`: what was protected in each layer."""
+class GripHooks:
+    """What GRIP does before and after training; a no-op where `config.grip` is "none".
 
-    parts: Parts
+    original: the model before unlearning, on the mesh. table: what was protected in each layer.
+    """
+
+    original: Model
     retain: Rows | None
+    config: UnlearningConfig
+    mesh: Mesh
     protection: Protection | None = None
     table: list[dict] | None = None
 
-    def finished(self, trainable: Flat) -> tuple[Model, list[dict] | None]:
-        """(what a run that ends with these trainable parameters gives, rows about each layer or None)."""
-        parts, config = self.parts, self.parts.config
-        model = parts.result(trainable)
+    def finished(self, model: Model) -> tuple[Model, list[dict] | None]:
+        """(the model that a run gives which ends with `model`, rows about each layer or None)."""
+        config = self.config
         if config.grip == "realign":
             assert self.retain is not None and config.grip_tokens is not None and config.grip_ridge is not None
             tokens, ridge = config.grip_tokens, config.grip_ridge
-            return realign(parts.model, model, self.retain, tokens=tokens, ridge=ridge, mesh=parts.mesh)
-        if self.protection is None or not parts.negated:
+            return realign(self.original, model, self.retain, tokens=tokens, ridge=ridge, mesh=self.mesh)
+        if self.protection is None or not config.row.negates:
             return model, self.table
         # The margins held for what was learnt; now they must for what that was subtracted from.
-        flat = flatten(model.params)
+        before, flat = flatten(self.original.params), flatten(model.params)
         routers = {path: flat[path] for path in (ROUTER, BIAS) if path in flat}
-        kept, _ = _keeping(parts.mesh)(routers, parts.reference, self.protection, place(np.int32(0), parts.mesh))
+        kept, _ = _keeping(self.mesh)(routers, before, self.protection, place(np.int32(0), self.mesh))
         return model.replace(params=unflatten({**flat, **kept})), self.table
 
 
@@ -75,19 +77,15 @@ def _keeping(mesh: Mesh) -> Any:
     return jax.jit(partial(keep_routers, mesh=mesh))
 
 
-def hold_routers(parts: Parts, retain: Rows | None) -> Held:
-    """What GRIP, as the settings ask for it, does around a run.
-
-    Raises:
-      ConfigError: routers that GRIP can't hold (`grip.check_router`).
-    """
-    if parts.config.grip != "project":
-        return Held(parts, retain)
+def grip_hooks(
+    original: Model, retain: Rows | None, config: UnlearningConfig, paths: Collection[str], *, seed: int, mesh: Mesh
+) -> GripHooks:
+    """What GRIP, as the settings ask for it, does around a run in which the parameters at `paths` train."""
+    if config.grip != "project":
+        return GripHooks(original, retain, config, mesh)
     assert retain is not None
-    check_router(parts.model.config, parts.training)
-    bias = BIAS in parts.training
-    found = retain_protection(parts.model, retain, parts.config, bias=bias, seed=parts.seed, mesh=parts.mesh)
-    return Held(parts, retain, *found)
+    protection = retain_protection(original, retain, config, bias=BIAS in paths, seed=seed, mesh=mesh)
+    return GripHooks(original, retain, config, mesh, *protection)
 
 
 def spread_tokens(rows: Rows, most: int) -> Rows:

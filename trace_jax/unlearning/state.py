@@ -14,14 +14,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey
 
-from trace_jax.models.arrays import flat_specs
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import PLAIN, ParallelConfig
-from trace_jax.unlearning.config import CHOOSING, OptimizerConfig, UnlearningConfig
-from trace_jax.unlearning.lora import factors_among
+from trace_jax.unlearning.config import OptimizerConfig, UnlearningConfig
 from trace_jax.unlearning.optimizer import make_optimizer
-from trace_jax.unlearning.parameters import Flat, trainable_specs
+from trace_jax.unlearning.trained import Flat, declarations, split, trained_specs
 
 
 @struct.dataclass
@@ -53,7 +51,6 @@ class StepSettings:
     normalize: str | None = None
     layer: int | None = None
     parallel: ParallelConfig = PLAIN
-    rows: bool = False  # of arrays of experts a few rows train
     anchor_form: str | None = None  # None: no anchor loss
 
 
@@ -64,35 +61,39 @@ def unlearning_settings(config: UnlearningConfig, model: ModelConfig, parallel: 
     steps = 0 if config.schedule == "constant" else config.steps or 0
     return StepSettings(
         model, config.optimization, steps, config.objective, config.form, config.retain_loss, config.normalize,
-        config.layer, parallel, rows=config.trainable in CHOOSING,
-        anchor_form=config.anchor_form if config.anchor else None,
+        config.layer, parallel, anchor_form=config.anchor_form if config.anchor else None,
     )  # fmt: skip
 
 
 def initial_state(
-    trainable: Flat, settings: StepSettings, mesh: Mesh, masks: Flat | None = None, alpha: float | None = None
+    trained: Flat, settings: StepSettings, mesh: Mesh, masks: Flat | None = None, alpha: float | None = None
 ) -> TrainState:
-    """Fresh state on `mesh`. Arrays are copied, so that donating it never frees the reference model."""
-    trainable = place(trainable, mesh, trainable_specs(trainable, settings.model, mesh, rows=settings.rows))
-    start = functools.partial(fresh_state, settings=settings, masks=masks, alpha=alpha)
-    shardings = state_shardings(jax.eval_shape(start, trainable), settings, mesh)
-    return jax.jit(start, out_shardings=shardings)(trainable)
+    """Fresh state on `mesh` of arrays that lie anywhere. They are copied: donating it frees nobody else's."""
+    trained = place(trained, mesh, trained_specs(settings.model, trained, mesh))
+    return fresh_state(trained, masks, alpha, settings=settings, mesh=mesh)
 
 
-def fresh_state(
-    trainable: Flat, settings: StepSettings, masks: Flat | None = None, alpha: float | None = None
-) -> TrainState:
-    """The state before the first step, wherever its arrays lie; also of shapes alone (`jax.eval_shape`)."""
-    trainable = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trainable)
-    optimizer = _optimizer(settings, masks, trainable).init(trainable)
-    return TrainState(
-        jnp.zeros((), jnp.int32), trainable, optimizer, None if alpha is None else jnp.asarray(alpha, jnp.float32)
-    )
+@functools.partial(jax.jit, static_argnames=("paths", "rank", "settings", "mesh"))
+def unlearning_state(
+    original: Flat, index: Any, masks: Flat | None, seed: Any, alpha: Any, *,
+    paths: tuple[str, ...], rank: int | None, settings: StepSettings, mesh: Mesh,
+) -> TrainState:  # fmt: skip
+    """The state before the first step of unlearning (`trace_jax.unlearning.trained.split`)."""
+    trained = split(original, paths, settings.model, mesh, index=index, rank=rank, seed=seed)
+    return fresh_state(trained, masks, alpha, settings=settings, mesh=mesh)
 
 
-def _optimizer(settings: StepSettings, masks: Flat | None, trainable: Flat) -> optax.GradientTransformation:
-    declared = flat_specs(settings.model) | factors_among(settings.model, trainable)
-    axes = {path: spec.axes for path, spec in declared.items()}
+@functools.partial(jax.jit, static_argnames=("settings", "mesh"))
+def fresh_state(trained: Flat, masks: Flat | None, alpha: Any, *, settings: StepSettings, mesh: Mesh) -> TrainState:
+    trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), trained)
+    alpha = None if alpha is None else jnp.asarray(alpha, jnp.float32)
+    optimizer = _optimizer(settings, masks, trained).init(trained)
+    state = TrainState(jnp.zeros((), jnp.int32), trained, optimizer, alpha)
+    return jax.lax.with_sharding_constraint(state, state_shardings(state, settings, mesh))
+
+
+def _optimizer(settings: StepSettings, masks: Flat | None, trained: Flat) -> optax.GradientTransformation:
+    axes = {path: spec.axes for path, spec in declarations(settings.model, trained).items()}
     return make_optimizer(settings.optimizer, settings.steps, masks, axes=axes)
 
 
@@ -102,7 +103,7 @@ def state_shardings(state: Any, settings: StepSettings, mesh: Mesh) -> Any:
     An array of another shape, such as a mean over the rows of a matrix, does so in the first dimensions that it has in
     common with the parameter: layers and experts.
     """
-    specs = trainable_specs(state.trainable, settings.model, mesh, rows=settings.rows)
+    specs = trained_specs(settings.model, state.trainable, mesh)
 
     def one(path, leaf):
         names = [key.key for key in path if isinstance(key, DictKey) and key.key in specs]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -21,12 +23,58 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.sharding import param_specs
-from trace_jax.parallel.mesh import BATCH_AXES, row_shards
-from trace_jax.unlearning.grip import keep_routers
+from trace_jax.parallel.mesh import BATCH_AXES, ParallelConfig, row_shards
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.grip import check_router, keep_routers
 from trace_jax.unlearning.inputs import StepRows
-from trace_jax.unlearning.losses import Constants, gradient, share, targets
-from trace_jax.unlearning.parameters import as_stored, trainable_specs
-from trace_jax.unlearning.state import StepSettings, TrainState, apply_gradients, state_shardings
+from trace_jax.unlearning.losses import Constants, coefficients, gradient, share, targets
+from trace_jax.unlearning.state import (
+    StepSettings,
+    TrainState,
+    apply_gradients,
+    state_shardings,
+    unlearning_settings,
+    unlearning_state,
+)
+from trace_jax.unlearning.trainable import trainable_layers, trainable_paths, update_masks
+from trace_jax.unlearning.trained import Flat, current_params, selected_index, trained_specs
+
+
+class SetUp(NamedTuple):
+    """A run before its data: see `set_up`."""
+
+    settings: StepSettings
+    paths: tuple[str, ...]  # of the parameters of which anything trains
+    constants: Constants
+    start: Callable[[Constants], TrainState]  # the state before the first step
+
+
+def set_up(
+    original: Flat, config: UnlearningConfig, model: ModelConfig, *,
+    selected: np.ndarray | None, parallel: ParallelConfig, mesh: Mesh, seed: int = 0,
+) -> SetUp:  # fmt: skip
+    """What the step of a run works with, for the run itself and for a plan of it.
+
+    Args:
+      original: parameters by path on the mesh, or their shapes. All else in the constants is small, and on the host.
+      selected: bool [L, E], the experts that train where not all do.
+    Raises:
+      ConfigError: nothing would train, adapters of a rank that a matrix doesn't have, or routers GRIP can't project.
+    """
+    settings, paths = unlearning_settings(config, model, parallel), trainable_paths(model, config.trainable or "all")
+    if config.grip == "project":
+        check_router(model, paths)
+    masks = update_masks(paths, model, layers=trainable_layers(config), selected=selected)
+    index = None if selected is None else selected_index(selected)
+    numbers = np.int32(seed), np.float32(config.alpha or 0.0) if config.row.dual else None
+
+    def start(c: Constants) -> TrainState:
+        rank = config.lora_rank
+        return unlearning_state(
+            c.original, c.index, c.masks, *numbers, paths=paths, rank=rank, settings=settings, mesh=mesh
+        )
+
+    return SetUp(settings, paths, Constants(original, index, masks, coefficients(config)), start)
 
 
 def _training_loss(params, batch: Batch, *, model: ModelConfig, load_balance: float):
@@ -50,7 +98,7 @@ def training_step(state: TrainState, batch: Batch, *, settings: StepSettings, lo
 
     def of_loss(trainable, batch):
         def loss(trainable):
-            params = unflatten(as_stored(trainable, like))
+            params = unflatten(current_params(trainable, like))
             return _training_loss(params, batch, model=settings.model, load_balance=load_balance)
 
         return jax.grad(loss, has_aux=True)(trainable)
@@ -70,9 +118,8 @@ def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, 
     Returns (state, metrics: f32 scalars).
     """
     specs = param_specs(settings.model, mesh)
-    trains = trainable_specs(state.trainable, settings.model, mesh, rows=settings.rows)
-    frozen, reference = ({path: specs[path] for path in part} for part in (constants.frozen, constants.reference))
-    kept: Any = Constants(frozen, reference, *(P() for _ in Constants._fields[2:]))  # pyright: ignore[reportArgumentType]
+    trains = trained_specs(settings.model, state.trainable, mesh)
+    kept: Any = Constants(specs, *(P() for _ in Constants._fields[1:]))  # pyright: ignore[reportArgumentType]
     sharded = jax.shard_map(
         functools.partial(gradient, settings=settings),
         mesh=mesh,
@@ -83,9 +130,8 @@ def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, 
     gradients, metrics = sharded(state.trainable, state.alpha, read, rows)
     state, norm = apply_gradients(state, gradients, settings, constants.masks, mesh)
     if constants.protection is not None:
-        original = {**constants.frozen, **constants.reference}
         trainable, metrics["grip_missed"] = keep_routers(
-            state.trainable, original, constants.protection, state.step, mesh=mesh
+            state.trainable, constants.original, constants.protection, state.step, mesh=mesh
         )
         state = dataclasses.replace(state, trainable=trainable)
         state = jax.lax.with_sharding_constraint(state, state_shardings(state, settings, mesh))

@@ -19,9 +19,9 @@ from trace_jax.parallel.mesh import BATCH_AXES
 from trace_jax.unlearning.config import OptimizerConfig, TrainingConfig
 from trace_jax.unlearning.inputs import pad_rows
 from trace_jax.unlearning.loop import Loop, LoopResult
-from trace_jax.unlearning.parameters import Flat, as_stored
 from trace_jax.unlearning.state import StepSettings, initial_state
 from trace_jax.unlearning.step import row_multiple, training_step
+from trace_jax.unlearning.trained import Flat, current_params
 
 
 def train_model(
@@ -107,4 +107,4 @@ def _run(
 
 
 def _params(trainable: Flat, config: ModelConfig) -> Any:
-    return unflatten(as_stored(trainable, flatten(abstract_params(config))))
+    return unflatten(current_params(trainable, flatten(abstract_params(config))))

@@ -1,21 +1,21 @@
-"""What trains: parameters chosen by path, experts chosen by mask."""
+"""Which parameters train: chosen by path, by layer and by expert, and told in a table."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from trace_jax.config import ConfigError
-from trace_jax.models.arrays import ArraySpec, flatten
+from trace_jax.models.arrays import flat_specs
 from trace_jax.models.config import ModelConfig
-from trace_jax.unlearning.lora import factor_paths
-from trace_jax.unlearning.parameters import is_of_experts
+from trace_jax.routing.selection import select_experts
+from trace_jax.routing.statistics import ExpertStatistics
+from trace_jax.unlearning.config import STEERING, UnlearningConfig
+from trace_jax.unlearning.trained import factors, is_of_experts, rows_path
 
 _GROUPED, _LATENT = ("q", "k", "v"), ("q_down", "q_up", "kv_down", "kv_up")
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -36,127 +36,138 @@ PRESETS: dict[str, tuple[str, ...]] = {
 _NEVER = "layers/router_correction"
 
 
-def trains(path: str, patterns: tuple[str, ...]) -> bool:
-    """Whether the first pattern that matches `path` trains it; a pattern that starts with ! freezes."""
-    for pattern in patterns:
-        if fnmatch.fnmatchcase(path, pattern.removeprefix("!")):
-            return not pattern.startswith("!")
-    return False
-
-
-def partition(params: Any, trainable: str | tuple[str, ...]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Splits parameters into flat dicts (trainable, frozen). Frozen ones get neither gradient nor optimizer state.
+def trainable_paths(model: ModelConfig, trainable: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The parameters of which anything trains: a preset's, or those whose first matching pattern has no leading !.
 
     Raises:
       ConfigError: an unknown preset, a pattern that matches nothing, or nothing left to train.
     """
+    paths = tuple(flat_specs(model))
     patterns = trainable if isinstance(trainable, tuple) else PRESETS.get(trainable, (trainable,))
-    flat = flatten(params)
     for pattern in () if trainable in PRESETS else patterns:
-        if not fnmatch.filter(flat, pattern.removeprefix("!")):
+        if not fnmatch.filter(paths, pattern.removeprefix("!")):
             raise ConfigError(
                 f"trainable: {pattern!r} is neither a preset ({', '.join(PRESETS)}) nor a pattern that matches a "
-                f"parameter. Parameters: {', '.join(sorted(flat))}."
+                f"parameter. Parameters: {', '.join(sorted(paths))}."
             )
-    training = {path: leaf for path, leaf in flat.items() if trains(path, patterns) and path != _NEVER}
-    if not training:
+
+    def trains(path: str) -> bool:
+        first = next((p for p in patterns if fnmatch.fnmatchcase(path, p.removeprefix("!"))), "!")
+        return not first.startswith("!") and path != _NEVER
+
+    if not (training := tuple(filter(trains, paths))):
         raise ConfigError(f"trainable: {trainable!r} freezes every parameter; nothing would be unlearned.")
-    return training, {path: leaf for path, leaf in flat.items() if path not in training}
+    return training
+
+
+def trainable_layers(config: UnlearningConfig) -> tuple[int, int] | None:
+    """RMU trains the steered layer and the two below it, as its authors do."""
+    if config.objective in STEERING and config.trainable == "down_projections" and config.layer is not None:
+        return max(1, config.layer - 2), config.layer
+    return None
+
+
+def chosen_experts(
+    config: UnlearningConfig, calibrated: np.ndarray, forget: ExpertStatistics, retain: ExpertStatistics, *, seed: int
+) -> np.ndarray | None:
+    """bool [L, E], the experts that train as `config.experts` says; None where not only some experts train.
+
+    Args:
+      calibrated: bool [L, E], the experts that the calibration of the retain weights selected.
+      seed: of the rule "random".
+    """
+    if config.experts in (None, "calibration"):
+        return None if config.experts is None else calibrated
+    numbers = {"top": config.experts_top, "scope": config.experts_scope, "mass": config.experts_mass}
+    settings: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
+    try:
+        return select_experts(forget, retain, rule=config.experts, seed=seed, **settings)
+    except ConfigError as error:
+        raise ConfigError(f"unlearning.experts is {config.experts!r}: {error}") from None
 
 
 def update_masks(
-    training: Mapping[str, Any],
-    config: ModelConfig,
+    paths: Iterable[str],
+    model: ModelConfig,
     *,
     layers: tuple[int, int] | None = None,
     selected: np.ndarray | None = None,
-) -> dict[str, jax.Array] | None:
+) -> dict[str, np.ndarray] | None:
     """Masks that multiply the updates of stacked arrays, or None when all of every array trains.
 
     Args:
-      training: flat parameters of which something trains.
+      paths: of parameters of which something trains.
       layers: (first, last), layers of the network counted from 1, inclusive; only these train.
       selected: bool [L, E], the experts whose rows alone train; of all else (routers) only their layers train.
     Returns:
-      {path: f32 mask that broadcasts to the parameter} for every trainable path.
+      {path of what trains: f32 mask that broadcasts to it}.
     Raises:
       ConfigError: nothing is left to train.
     """
-    if layers is None and (selected is None or all(is_of_experts(path) for path in training)):
+    if layers is None and (selected is None or all(map(is_of_experts, paths))):
         return None
-    stacks = {"layers": config.moe_layers, "dense": config.dense_layers}
+    declared, stacks = flat_specs(model), {"layers": model.moe_layers, "dense": model.dense_layers}
     masks = {}
-    for path, leaf in training.items():
-        mask, along = np.ones((1,) * leaf.ndim, np.float32), (-1, *(1,) * (leaf.ndim - 1))
-        stack = path.partition("/")[0]
+    for path in paths:
+        rank, stack = len(declared[path].shape), path.partition("/")[0]
+        mask, along = np.ones((1,) * rank, np.float32), (-1, *(1,) * (rank - 1))
         if layers is not None and stack in stacks:
             inside = [layers[0] <= layer + 1 <= layers[1] for layer in stacks[stack]]
-            mask = mask * np.reshape(inside, along)
+            mask = mask * np.reshape(np.array(inside, np.float32), along)
         if selected is not None and not is_of_experts(path):
-            mask = mask * np.reshape(selected.any(axis=1), along)
-        masks[path] = jnp.asarray(mask, jnp.float32)
+            mask = mask * np.reshape(selected.any(axis=1).astype(np.float32), along)
+        masks[rows_path(path) if selected is not None and is_of_experts(path) else path] = mask
     if not any(mask.any() for mask in masks.values()):
         raise ConfigError(f"nothing of {', '.join(masks)} would train: no part of it is in layers {layers}.")
     return masks
 
 
 def trainable_table(
-    params: Any,
+    model: ModelConfig,
     trainable: str | tuple[str, ...],
-    masks: Mapping[str, jax.Array] | None = None,
+    *,
+    layers: tuple[int, int] | None = None,
     selected: np.ndarray | None = None,
-    factors: Mapping[str, ArraySpec] | None = None,
+    rank: int | None = None,
 ) -> list[dict]:
     """One row per parameter: path, shape, how many numbers it has, how many train, and which ("" where none do).
 
     Args:
-      masks: of updates, from `update_masks`.
-      selected: bool [L, E], the experts that train where not all do.
-      factors: low-rank factors by path (`trace_jax.unlearning.lora.factors`) that train instead of their parameters.
+      layers, selected: as for `update_masks`. rank: of the low-rank factors that train instead of the parameters.
     """
-    training, frozen = partition(params, trainable)
-    rows = []
-    for path, leaf in sorted({**training, **frozen}.items()):
-        count, which = 0, ""
-        if path in training and factors is not None:
-            own = [factors[name].shape for name in factor_paths(path)]
-            count, which = sum(math.prod(shape) for shape in own), f"rank {own[0][-1]}"
-        elif path in training and selected is not None and is_of_experts(path):
-            count, which = _part(leaf.size, selected, "experts")
-        elif path in training:
-            count, which = _part(leaf.size, np.ones(1) if masks is None else np.asarray(masks[path]), "layers")
-        rows.append(
-            {"path": path, "shape": list(leaf.shape), "parameters": leaf.size, "trained": count, "which": which}
-        )
+    paths, rows = trainable_paths(model, trainable), []
+    masks = update_masks(paths, model, layers=layers, selected=selected)
+    own = {} if rank is None else factors(model, paths, rank)
+    for path, spec in sorted(flat_specs(model).items()):
+        size, count, which = math.prod(spec.shape), 0, ""
+        if path in paths and rank is not None:
+            count = sum(math.prod(factor.shape) for name, factor in own.items() if name.startswith(f"{path}/"))
+            which = f"rank {rank}"
+        elif path in paths:
+            if selected is not None and is_of_experts(path):
+                mask, every = selected, "experts"
+            else:
+                mask, every = np.ones(1) if masks is None else masks[path], "layers"
+            number = int(mask.sum())
+            count = size // mask.size * number
+            which = "all" if number == mask.size else f"{number} of {mask.size} {every}" if number else ""
+        rows.append({"path": path, "shape": list(spec.shape), "parameters": size, "trained": count, "which": which})
     return rows
-
-
-def _part(size: int, mask: np.ndarray, of: str) -> tuple[int, str]:
-    """(numbers that train, which they are) of an array with an even share for every entry of a mask."""
-    number = int(mask.sum())
-    which = "all" if number == mask.size else f"{number} of {mask.size} {of}" if number else ""
-    return size // mask.size * number, which
 
 
 def table_text(table: Sequence[Mapping[str, Any]]) -> str:
     """A trainable table as a person reads it: a line for each parameter that trains, one for all that don't."""
     trained, total = (sum(row[key] for row in table) for key in ("trained", "parameters"))
-    training = [row for row in table if row["trained"]]
     frozen = [row for row in table if not row["trained"]]
-    lines = [f"what trains: {trained:,} numbers; the model has {total:,} ({trained / total:.2%})"]
     columns = [
         (row["path"], " x ".join(map(str, row["shape"])), f"{row['trained']:,}", f"({row['which']})")
-        for row in training
+        for row in table
+        if row["trained"]
     ]
-    columns.append(
-        (
-            "frozen",
-            f"{len(frozen)} array{'s' * (len(frozen) != 1)}",
-            f"{sum(row['parameters'] for row in frozen):,}",
-            "",
-        )
-    )
+    arrays = f"{len(frozen)} array{'s' * (len(frozen) != 1)}"
+    columns.append(("frozen", arrays, f"{sum(row['parameters'] for row in frozen):,}", ""))
     widths = [max(len(line[i]) for line in columns) for i in range(3)]
+    lines = [f"what trains: {trained:,} numbers; the model has {total:,} ({trained / total:.2%})"]
     for path, shape, count, which in columns:
         lines.append(f"  {path:{widths[0]}}  {shape:{widths[1]}}  {count:>{widths[2]}}  {which}".rstrip())
     return "\n".join(lines)

@@ -19,7 +19,9 @@ from trace_jax.data.refusals import encode_refusals, with_refusals
 from trace_jax.data.rows import Rows
 from trace_jax.io.files import as_path
 from trace_jax.io.progress import say
+from trace_jax.models.arrays import flatten, unflatten
 from trace_jax.models.model import Model
+from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig
 from trace_jax.routing.recalibration import Recalibration
@@ -31,12 +33,12 @@ from trace_jax.unlearning.length import batch_text, with_steps
 from trace_jax.unlearning.loop import Loop
 from trace_jax.unlearning.losses import Constants
 from trace_jax.unlearning.objectives import steering_directions
-from trace_jax.unlearning.parts import take_apart
 from trace_jax.unlearning.recalibrated import Recalibrated
 from trace_jax.unlearning.reference import cached_reference, mean_lengths
-from trace_jax.unlearning.router_passes import hold_routers, with_realigned
-from trace_jax.unlearning.step import row_multiple, unlearning_step
-from trace_jax.unlearning.trainable import table_text
+from trace_jax.unlearning.router_passes import grip_hooks, with_realigned
+from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
+from trace_jax.unlearning.trainable import table_text, trainable_layers, trainable_table
+from trace_jax.unlearning.trained import Flat, merge
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,7 @@ def unlearn(
         without a retain term.
       weights: of retain tokens, and how often each row is drawn (`trace_jax.routing`); None = uniform.
       selected: bool [L, E], the experts that train when `config.trainable` is "selected_experts" or "seuf"
-        (`trace_jax.unlearning.selected.chosen_experts`); default: those of `weights` where `config.experts` is
+        (`trace_jax.unlearning.trainable.chosen_experts`); default: those of `weights` where `config.experts` is
         "calibration". Recalibration does not change them.
       recalibrate: solves `weights` anew every few steps, under the model as it is then; they are kept in `directory`.
       seed: of batch order, of RMU's directions and of low-rank factors.
@@ -110,22 +112,36 @@ def unlearn(
     forget, refusals = _paired(model, forget, config)
     mesh, config = mesh or parallel.mesh(), with_steps(config, forget, retain)
     say(f"{title}: {batch_text(config, forget, retain, mesh, parallel.microbatches, refusals)}")
-    parts = take_apart(model, config, selected=selected, parallel=parallel, mesh=mesh, seed=seed)
-    say(table_text(parts.table))
+    original = flatten(placed_params(model.params, model.config, mesh))
+    run = set_up(original, config, model.config, selected=selected, parallel=parallel, mesh=mesh, seed=seed)
+    trained = trainable_table(
+        model.config, config.trainable or "all", layers=trainable_layers(config), selected=selected,
+        rank=config.lora_rank,
+    )  # fmt: skip
+    say(table_text(trained))
     identity = identity or fingerprint(config, model.config, None if selected is None else selected.tolist(), seed)
-    grip = hold_routers(parts, retain)
-    constants = Constants(
-        parts.frozen, parts.reference, parts.index, parts.masks, parts.numbers,
+    grip = grip_hooks(model.replace(params=unflatten(original)), retain, config, run.paths, seed=seed, mesh=mesh)
+    constants = Constants(original, *place(run.constants[1:], mesh))._replace(
         target=place(_target(model, forget, config, seed, mesh), mesh),
         online=place(weights.online, mesh) if weights is not None and config.retains else None,
         protection=grip.protection,
-    )  # fmt: skip
+    )
 
     def step(state, placed):
-        return unlearning_step(state, constants, placed, settings=parts.settings, mesh=mesh)
+        return unlearning_step(state, constants, placed, settings=run.settings, mesh=mesh)
+
+    def model_of(trained: Flat, subtract: float = 0.0) -> Model:
+        """The model that trains, or that it is subtracted from."""
+        scale = constants.numbers.get("lora_scale")
+        params = merge(original, trained, model.config, mesh, index=constants.index, scale=scale, subtract=subtract)
+        return model.replace(params=unflatten(params))
+
+    def finished(trained: Flat) -> tuple[Model, list[dict] | None]:
+        """(what a run gives that ends here, rows about what GRIP did to its routers)."""
+        return grip.finished(model_of(trained, (config.task_scale or 0.0) if config.row.negates else 0.0))
 
     with tempfile.TemporaryDirectory() as scratch:
-        where, multiple = as_path(directory or scratch), row_multiple(parts.settings, mesh)
+        where, multiple = as_path(directory or scratch), row_multiple(run.settings, mesh)
         known = None
         if config.cache_reference:
             size = multiple * config.forget_batch_size
@@ -139,7 +155,7 @@ def unlearn(
             _given(config.steps),
             config.checkpoint_every,
             title,
-            (lambda trainable: evaluate(grip.finished(trainable)[0].params)) if evaluate else None,
+            (lambda trainable: evaluate(finished(trainable)[0].params)) if evaluate else None,
             config.evaluate_every,
             seed,
             rules=config.rules,
@@ -149,12 +165,13 @@ def unlearn(
             loop = dataclasses.replace(
                 loop,
                 refresh_every=recalibrate.every,
-                refresh=lambda done, trainable: solve.refresh(done, parts.learnt(trainable)),
+                refresh=lambda done, trainable: solve.refresh(done, model_of(trainable)),
                 resumed=solve.resumed,
             )
-        result = loop.run(parts.first_state, lambda i: place(inputs.at(i), mesh, P(BATCH_AXES)), step)
-    unlearned, table = grip.finished(result.trainable)
-    trained = parts.table if table is None or config.grip != "realign" else with_realigned(parts.table, table)
+        result = loop.run(lambda: run.start(constants), lambda i: place(inputs.at(i), mesh, P(BATCH_AXES)), step)
+    unlearned, table = finished(result.trainable)
+    if table is not None and config.grip == "realign":
+        trained = with_realigned(trained, table)
     return Unlearned(
         unlearned, result.step, _given(config.steps), result.stopped, result.failed, trained,
         result.seconds_per_step, table,
