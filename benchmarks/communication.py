@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--meshes", nargs="+", default=["4x1x1", "1x4x1", "1x1x2", "2x2x2"])
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--grouped-matmul", choices=("auto", "blocked", "scan", "dense", "ragged"), default="auto")
+    parser.add_argument("--grouped-matmul", choices=("auto", "blocked", "ragged"), default="auto")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

@@ -98,7 +98,9 @@ def main() -> None:
     arguments = parser.parse_args()
     mesh = mesh_of_one(arguments.device)
     chip = mesh.devices.flat[0]
-    names = arguments.implementations or [name for name in implementations(chip.platform) if name != "auto"]
+    names = arguments.implementations or [
+        name for name in implementations(chip.platform) if name not in ("auto", "blocked")
+    ]
     print(f"{chip.device_kind}, jax {jax.__version__}; auto is {default_implementation(chip.platform)}")
     print(f"{'shape':30}{'':10}{'product: MiB':>14}{'FLOPs':>8}{'with gradients: MiB':>22}{'FLOPs':>8}")
     rows = {}

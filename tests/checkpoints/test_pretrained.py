@@ -158,7 +158,7 @@ def test_no_model_comes_of_a_file_that_shrinks_while_it_is_read(tiny_checkpoint,
 
 
 def test_grouped_matmul_is_a_setting_of_ours(tiny_checkpoint):
-    assert load_pretrained(tiny_checkpoint("mixtral"), grouped_matmul="dense").config.grouped_matmul == "dense"
+    assert load_pretrained(tiny_checkpoint("mixtral"), grouped_matmul="ragged").config.grouped_matmul == "ragged"
 
 
 @pytest.mark.parametrize(

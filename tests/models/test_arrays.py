@@ -35,8 +35,6 @@ def test_every_dimension_has_a_name():
     ):
         assert len(spec.shape) == len(axes), path
         assert (axes[0] == "layers") == (path[0].key == "layers"), path
-    with pytest.raises(ValueError, match="dimensions"):
-        ArraySpec((2, 3), "float32", ("embed",), 1.0)
 
 
 def test_first_values_depend_on_the_seed_alone():

@@ -38,7 +38,7 @@ MODELS = {
         **EVEN | {"num_layers": 3}, attention="latent", latent_size=8, rotary_size=4, query_latent_size=8, value_size=6,
         dense_layers=(0,), dense_hidden_size=10, router_score="sigmoid", router_correction=True,
     ),
-    "scan": ModelConfig(**EVEN, grouped_matmul="scan"),
+    "ragged": ModelConfig(**EVEN, grouped_matmul="ragged"),
 }  # fmt: skip
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)]
 
@@ -75,7 +75,7 @@ def losses(params, config, other, batch, chunk, total):
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("even", (2, 2, 2)), ("odd", (1, 4, 2)), ("biases", (2, 2, 2)), ("latent", (1, 2, 4)), ("scan", (1, 4, 1))],
+    [("even", (2, 2, 2)), ("odd", (1, 4, 2)), ("biases", (2, 2, 2)), ("latent", (1, 2, 4)), ("ragged", (1, 4, 1))],
 )
 def test_every_gradient_is_that_of_one_device(name, sizes):
     config, mesh, chunk = MODELS[name], mesh_of(sizes), 7 if name == "biases" else None
@@ -122,17 +122,17 @@ def trajectory(config, sizes, steps, parallel=PLAIN, **optimizer):
 
 
 @pytest.fixture(scope="module")
-def dense_on_one_device():
+def ragged_on_one_device():
     """The oracle: every expert on every token, one device, 20 steps."""
-    return trajectory(ModelConfig(**EVEN, grouped_matmul="dense"), (1, 1, 1), 20)
+    return trajectory(ModelConfig(**EVEN, grouped_matmul="ragged"), (1, 1, 1), 20)
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-def test_twenty_steps_are_those_of_the_dense_model_on_one_device(sizes, dense_on_one_device):
+def test_twenty_steps_are_those_of_the_ragged_product_on_one_device(sizes, ragged_on_one_device):
     metrics, params, _ = trajectory(MODELS["even"], sizes, 20)
-    np.testing.assert_allclose(metrics[:10], dense_on_one_device[0][:10], rtol=1e-4)
-    np.testing.assert_allclose(metrics, dense_on_one_device[0], rtol=5e-3)
-    for path, wanted in dense_on_one_device[1].items():
+    np.testing.assert_allclose(metrics[:10], ragged_on_one_device[0][:10], rtol=1e-4)
+    np.testing.assert_allclose(metrics, ragged_on_one_device[0], rtol=5e-3)
+    for path, wanted in ragged_on_one_device[1].items():
         np.testing.assert_allclose(params[path], wanted, atol=2e-3, err_msg=path)
 
 
@@ -143,9 +143,9 @@ def test_twenty_steps_are_those_of_the_dense_model_on_one_device(sizes, dense_on
         ((1, 4, 2), ParallelConfig(remat="dots", expert_buffer=4.0)),
     ],
 )
-def test_memory_saved_changes_no_number(sizes, parallel, dense_on_one_device):
+def test_memory_saved_changes_no_number(sizes, parallel, ragged_on_one_device):
     metrics, _, last = trajectory(MODELS["even"], sizes, 6, parallel)
-    np.testing.assert_allclose(metrics, dense_on_one_device[0][:6], rtol=1e-4)
+    np.testing.assert_allclose(metrics, ragged_on_one_device[0][:6], rtol=1e-4)
     assert not parallel.expert_buffer or float(last["dropped"]) == 0
 
 

@@ -30,7 +30,7 @@ GROUPED = ModelConfig(
 MODELS = {
     "blocked": dataclasses.replace(GROUPED, grouped_matmul="blocked"),
     "odd": dataclasses.replace(
-        GROUPED, grouped_matmul="scan", num_experts=5, num_heads=3, num_kv_heads=1, expert_hidden_size=9
+        GROUPED, grouped_matmul="ragged", num_experts=5, num_heads=3, num_kv_heads=1, expert_hidden_size=9
     ),
     "latent": ModelConfig(
         vocab_size=61, hidden_size=16, num_layers=2, num_heads=4, num_experts=4, experts_per_token=2,

@@ -34,12 +34,6 @@ class ArraySpec:
     axes: tuple[str, ...]
     scale: float | None
 
-    def __post_init__(self):
-        if len(self.shape) != len(self.axes):
-            raise ValueError(
-                f"shape {self.shape} has {len(self.shape)} dimensions, axes {self.axes} name {len(self.axes)}."
-            )
-
     def abstract(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype))
 
@@ -169,7 +163,7 @@ def _grouped_attention(config: ModelConfig) -> dict:
 
 def _latent_attention(config: ModelConfig) -> dict:
     D, H, C, R, Q = (
-        config.hidden_size, config.num_heads, config.head_size, config.latent_size or 0, config.query_latent_size
+        config.hidden_size, config.num_heads, config.head_size, config.latent_size, config.query_latent_size
     )  # fmt: skip
     rotary, bias = config.rotary_width, config.attention_bias == "all"
 

@@ -22,7 +22,7 @@ MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that no 
 class Cache:
     """What decoding needs of the tokens so far. M = room for tokens.
 
-    Grouped attention keeps keys and values; latent attention keeps the latent and the turned key that all heads share,
+    Grouped attention keeps keys and values; latent attention keeps the latent and the rotated key that all heads share,
     as one key of width R + W, and no values: they are part of the latent.
     """
 
@@ -38,7 +38,7 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     leading = (config.num_layers, batch_size, length)
     k, v = (*leading, share(config.num_kv_heads, "kv_heads", axis_sizes()), config.head_size), None
     if config.attention == "latent":
-        k = (*leading, 1, (config.latent_size or 0) + config.rotary_width)
+        k = (*leading, 1, (config.latent_size) + config.rotary_width)
     else:
         v = jnp.zeros(k, config.dtype)
     places = jnp.zeros((batch_size, length), jnp.int32)
@@ -65,13 +65,13 @@ def attention_mask(documents: jax.Array | None, length: int, cache: Cache | None
     return causal & (documents[:, :, None] == cache.documents[:, None, :])
 
 
-def attention(layer: dict, config: ModelConfig, x: jax.Array, *, turn: jax.Array, mask: jax.Array, cache=None):
+def attention(layer: dict, config: ModelConfig, x: jax.Array, *, rope_table: jax.Array, mask: jax.Array, cache=None):
     """Self-attention of one layer.
 
     Args:
       layer: the layer's arrays (`trace_jax.models.arrays`).
       x: [B, S, D], normalised.
-      turn: f32 [2, B or 1, S, 1, 2, W/2], this layer's entry of `rotary`.
+      rope_table: f32 [2, B or 1, S, 1, 2, W/2], this layer's entry of `rotary`.
       mask: bool [B or 1, S, M]: what this layer's queries may read.
       cache: (k [B, M, ...], v or None, i32 place where the new ones are written before all are read), or None (M = S).
 
@@ -79,20 +79,20 @@ def attention(layer: dict, config: ModelConfig, x: jax.Array, *, turn: jax.Array
       (output [B, S, D], (k, v) with the new tokens).
     """
     if config.attention == "latent":
-        mixed, kept = _latent_attention(layer, config, x, turn, mask, cache)
+        mixed, kept = _latent_attention(layer, config, x, rope_table, mask, cache)
     else:
-        mixed, kept = _grouped_attention(layer, config, x, turn, mask, cache)
+        mixed, kept = _grouped_attention(layer, config, x, rope_table, mask, cache)
     if config.attention_gate:
         mixed = mixed * jax.nn.sigmoid(jnp.einsum("bsd,dhc->bshc", x, layer["attention_gate"]))
     y = sum_over(jnp.einsum("bshc,hcd->bsd", mixed, layer["o"]), TENSOR)
     return (y + layer["o_bias"][None, None] if config.attention_bias == "all" else y), kept
 
 
-def _grouped_attention(layer, config: ModelConfig, x, turn, mask, cache):
+def _grouped_attention(layer, config: ModelConfig, x, rope_table, mask, cache):
     """(mixed values [B,S,H,C], (k, v) [B,M,G,C])."""
     x = as_varying(x, varying_axes(layer["q"]) & varying_axes(layer["k"]))  # one sum of three gradients, not three
     q, k, v = (_projection(layer, config, x, name) for name in ("q", "k", "v"))
-    q, k = (rotate(a, turn, interleaved=config.rope_interleaved) for a in (q, k))
+    q, k = (rotate(a, rope_table, interleaved=config.rope_interleaved) for a in (q, k))
     if config.qk_norm == "head_after_rope":
         q, k = (rms_norm(a, layer[f"{n}_norm"], config.norm_epsilon) for a, n in ((q, "q"), (k, "k")))
     if cache is not None:
@@ -126,13 +126,13 @@ def _projection(layer, config: ModelConfig, x, name: str):
     return jnp.clip(y, -config.clip_qkv, config.clip_qkv) if config.clip_qkv else y
 
 
-def _latent_attention(layer, config: ModelConfig, x, turn, mask, cache):
+def _latent_attention(layer, config: ModelConfig, x, rope_table, mask, cache):
     """(mixed values [B,S,H,value_width], (latents and shared keys [B,M,1,R+W], None)). DeepSeek-V2, arXiv 2405.04434.
 
     Without a cache keys and values are formed for every head. With one, queries are brought into the latent space
     instead (the paper's absorbed form), so that no head's keys are ever kept.
     """
-    R, still, epsilon = config.latent_size or 0, config.head_size - config.rotary_width, config.latent_epsilon or 0.0
+    R, nope_dims, epsilon = config.latent_size, config.head_size - config.rotary_width, config.latent_epsilon
     bias = config.attention_bias == "all"
     if config.query_latent_size:
         down = jnp.einsum("bsd,dr->bsr", x, layer["q_down"])
@@ -143,17 +143,17 @@ def _latent_attention(layer, config: ModelConfig, x, turn, mask, cache):
     down = jnp.einsum("bsd,dr->bsr", x, layer["kv_down"])
     down = down + layer["kv_down_bias"][None, None] if bias else down
     latent = rms_norm(down[..., :R], layer["kv_down_norm"], epsilon)[:, :, None]
-    k_turned = rotate(down[:, :, None, R:], turn, interleaved=config.rope_interleaved)
-    q_turned = rotate(q[..., still:], turn, interleaved=config.rope_interleaved)
-    k_up, v_up = layer["kv_up"][..., :still], layer["kv_up"][..., still:]
+    k_rope = rotate(down[:, :, None, R:], rope_table, interleaved=config.rope_interleaved)
+    q_rope = rotate(q[..., nope_dims:], rope_table, interleaved=config.rope_interleaved)
+    k_up, v_up = layer["kv_up"][..., :nope_dims], layer["kv_up"][..., nope_dims:]
     if cache is None:
         k = jnp.einsum("bsr,rhc->bshc", latent[:, :, 0], k_up)
         v = jnp.einsum("bsr,rhc->bshc", latent[:, :, 0], v_up)
-        shared = jnp.broadcast_to(k_turned, (*k.shape[:3], k_turned.shape[-1]))
-        q = jnp.concatenate([q[..., :still], q_turned], axis=-1)
+        shared = jnp.broadcast_to(k_rope, (*k.shape[:3], k_rope.shape[-1]))
+        q = jnp.concatenate([q[..., :nope_dims], q_rope], axis=-1)
         return _attend(layer, config, q, jnp.concatenate([k, shared], axis=-1), v, mask, cached=False), (None, None)
-    q = jnp.concatenate([jnp.einsum("bshc,rhc->bshr", q[..., :still], k_up), q_turned], axis=-1)
-    k = _extended(cache[0], jnp.concatenate([latent, k_turned], axis=-1), cache[2])
+    q = jnp.concatenate([jnp.einsum("bshc,rhc->bshr", q[..., :nope_dims], k_up), q_rope], axis=-1)
+    k = _extended(cache[0], jnp.concatenate([latent, k_rope], axis=-1), cache[2])
     mixed = _attend(layer, config, q, k, k[..., :R], mask, cached=True)
     return jnp.einsum("bshr,rhc->bshc", mixed, v_up), (k, None)
 

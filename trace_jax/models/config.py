@@ -14,9 +14,7 @@ import dataclasses
 
 from trace_jax.config import ConfigError, Section, option
 
-GROUPED_MATMULS = ("auto", "blocked", "scan", "dense", "ragged", "mosaic", "triton")
-_GROUPED = {"attention": ("grouped",)}
-_LATENT = {"attention": ("latent",)}
+GROUPED_MATMULS = ("auto", "blocked", "ragged", "mosaic", "triton")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +82,10 @@ class ModelConfig(Section):
 
     # Attention.
     attention: str = option("grouped", help="grouped-query or multi-head latent", choices=("grouped", "latent"))
-    value_size: int | None = option(0, help="width of a value head; 0 = head_size", minimum=0, when=_LATENT)
-    latent_size: int | None = option(help="width of the key/value latent", minimum=1, when=_LATENT)
-    query_latent_size: int | None = option(0, help="width of the query latent; 0 = none", minimum=0, when=_LATENT)
-    latent_epsilon: float | None = option(1e-6, help="epsilon of the latents' norms", minimum=0.0, when=_LATENT)
+    value_size: int = option(0, help="latent attention: width of a value head; 0 = head_size", minimum=0)
+    latent_size: int = option(0, help="latent attention: width of the key/value latent", minimum=0)
+    query_latent_size: int = option(0, help="latent attention: width of the query latent; 0 = none", minimum=0)
+    latent_epsilon: float = option(1e-6, help="latent attention: epsilon of the latents' norms", minimum=0.0)
     attention_bias: str = option("none", help="which projections have biases", choices=("none", "qkv", "all"))
     attention_scale: float = option(0.0, help="what scores are multiplied by; 0 = head_size^-1/2", minimum=0.0)
     attention_gate: bool = option(False, help="attention's output is multiplied by a sigmoid gate")
@@ -139,6 +137,8 @@ class ModelConfig(Section):
             raise ConfigError(
                 f"{self.groups_per_token} groups hold fewer than experts_per_token {self.experts_per_token} experts."
             )
+        if (self.attention == "latent") != bool(self.latent_size):
+            raise ConfigError(f"latent_size is {self.latent_size} and attention {self.attention!r}; they go together.")
         if self.router_score == "sparsemixer" and self.experts_per_token != 2:
             raise ConfigError(f"the sparse mixer chooses 2 experts; experts_per_token is {self.experts_per_token}.")
         self._check_layers()

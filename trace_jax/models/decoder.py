@@ -171,7 +171,9 @@ def forward(
             layer_cache = (*layer_cache, start)
 
         def mix(x):
-            return attention(layer, config, x, turn=per_layer.turn(kind), mask=per_layer.mask(kind), cache=layer_cache)
+            return attention(
+                layer, config, x, rope_table=per_layer.rope_table(kind), mask=per_layer.mask(kind), cache=layer_cache
+            )
 
         def feed_forward(x):
             flat = x.reshape(B * S, -1)
@@ -242,7 +244,7 @@ class _PerLayer:
     """What differs between layers but is not a parameter: window and rotary embedding, scanned over as numbers."""
 
     def __init__(self, config: ModelConfig, allowed: jax.Array, positions: jax.Array, key_positions: jax.Array):
-        self._allowed, self._turns = allowed, rotary(positions, config)
+        self._allowed, self._rope_tables = allowed, rotary(positions, config)
         self._windows = np.asarray([w or np.iinfo(np.int32).max for w in config.windows], np.int32)
         self._ropes = np.asarray(config.layer_ropes, np.int32)
         if config.windows:
@@ -257,9 +259,9 @@ class _PerLayer:
         """bool [B or 1, S, M]: what the layer's queries may read."""
         return self._allowed & (self._distance < kind["window"]) if "window" in kind else self._allowed
 
-    def turn(self, kind: dict) -> jax.Array:
+    def rope_table(self, kind: dict) -> jax.Array:
         """f32 [2, B or 1, S, 1, 2, W/2]: the layer's rotary embedding; number -1 is the last one, which is none."""
-        return self._turns[kind["rope"]] if "rope" in kind else self._turns[0]
+        return self._rope_tables[kind["rope"]] if "rope" in kind else self._rope_tables[0]
 
 
 def _cut(tree, where: slice):

@@ -5,12 +5,11 @@ implementation passes the same conformance test.
 
 | implementation | runs on | product | gradient of w |
 |---|---|---|---|
-| `blocked` | everywhere | rows copied into blocks of one group each, one batched matmul | so too, then a sum |
-| `scan` | everywhere | all rows times one group after the other: E times the work, least memory | so too |
-| `dense` | everywhere | all rows times all groups at once: E times the work | so too |
 | `ragged` | everywhere | `jax.lax.ragged_dot`: a kernel on TPU, E times the work elsewhere | E times the work |
 | `mosaic` | TPU | the kernel of `ragged_dot` | a Pallas kernel |
 | `triton` | GPU | a Pallas kernel | a Pallas kernel |
+
+`blocked`, which runs everywhere, takes the two products of a layer's experts in one loop (`blocked_experts`).
 
 `auto` is `DEFAULTS`. docs/scaling.md, "Grouped matmul", says what each choice rests on.
 """
@@ -71,7 +70,7 @@ def grouped_matmul(
       x: [N, D], rows of group 0 first, then group 1, and so on.
       w: [E, D, F], of the type of x. Products are added up in float32 by the kernels.
       group_sizes: i32 [E], sum at most N. Rows beyond the sum give zeros and take no gradient.
-      implementation: one of `implementations` of the platform; "auto" is `default_implementation`.
+      implementation: "ragged", or the kernel of the platform, which "auto" is where there is one.
       interpret: run a kernel on a platform it isn't for, step by step in XLA; only for tests.
 
     Returns:
@@ -83,7 +82,7 @@ def grouped_matmul(
         )
     name = resolve_implementation(implementation, KERNELS.get(implementation) if interpret else None)
     if name not in KERNELS:
-        return _IMPLEMENTATIONS[name](x, w, group_sizes)
+        return _ragged(x, w, group_sizes)
     x, w, group_sizes = as_varying((x, w, group_sizes), varying_axes(x, w, group_sizes))
     return _by_kernels(x, w, group_sizes, _kernels(name), interpret)
 
@@ -93,27 +92,6 @@ def group_of_row(group_sizes: jax.Array, num_rows: int) -> jax.Array:
     ends = jnp.cumsum(group_sizes)
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     return jnp.sum((rows[:, None] >= ends[None, :]).astype(jnp.int32), axis=1)
-
-
-def _dense(x, w, group_sizes):
-    """Every group's weights on every row, then the right one is kept: E times the work, no loop."""
-    group = group_of_row(group_sizes, x.shape[0])
-    keep = group[None, :] == jnp.arange(w.shape[0], dtype=jnp.int32)[:, None]
-    x = jnp.where((group < w.shape[0])[:, None], x, 0)  # what the tail holds must not reach the gradient of w
-    return jnp.sum(jnp.where(keep[:, :, None], jnp.einsum("nd,edf->enf", x, w), 0), axis=0)
-
-
-def _scan(x, w, group_sizes):
-    """As `dense`, one group at a time: E times the work, memory of one."""
-    group = group_of_row(group_sizes, x.shape[0])
-
-    @jax.checkpoint  # otherwise every group keeps its own masked copy of x for the backward pass
-    def step(y, weights_and_group):
-        weights, e = weights_and_group
-        return y + jnp.where((group == e)[:, None], x, 0) @ weights, None
-
-    start = as_varying(jnp.zeros((x.shape[0], w.shape[2]), x.dtype), varying_axes(x, w, group_sizes))
-    return jax.lax.scan(step, start, (w, jnp.arange(w.shape[0], dtype=jnp.int32)))[0]
 
 
 def _ragged(x, w, group_sizes):
@@ -146,27 +124,6 @@ def block_layout(group_sizes: jax.Array, num_rows: int, size: int) -> tuple[jax.
     return (ends - blocks) * size, jnp.minimum(group_of_row(blocks, num_blocks), num_groups - 1)
 
 
-def block_matmul(x: jax.Array, w: jax.Array, block_group: jax.Array) -> jax.Array:
-    """x [N,R,D] blocks of rows times w[block_group] (of [E,D,F]): [N,R,F], one batched matmul."""
-    return jnp.einsum("nrd,ndf->nrf", x, w[block_group])
-
-
-def _blocked(x, w, group_sizes):
-    """Rows copied to where groups start at multiples of a block, so that each block has one weight matrix."""
-    num_rows, num_groups = x.shape[0], w.shape[0]
-    size = block_size(num_rows, num_groups)
-    first, block_group = block_layout(group_sizes, num_rows, size)
-    starts = jnp.cumsum(group_sizes) - group_sizes
-    group = group_of_row(group_sizes, num_rows)
-    inside = jnp.minimum(group, num_groups - 1)
-    rows = jnp.arange(num_rows, dtype=jnp.int32)
-    padded_rows = block_group.shape[0] * size
-    place = jnp.where(group < num_groups, first[inside] + rows - starts[inside], padded_rows)
-    padded = jnp.zeros((padded_rows, x.shape[1]), x.dtype).at[place].set(x, mode="drop", unique_indices=True)
-    y = block_matmul(padded.reshape(-1, size, x.shape[1]), w, block_group).reshape(padded_rows, w.shape[2])
-    return y.at[place].get(mode="fill", fill_value=0)
-
-
 def _kernels(name: str) -> ModuleType:
     """The module with `product` and `weight_gradient`; Pallas is imported where it is used only."""
     if name == "triton":
@@ -197,6 +154,3 @@ _by_kernels.defvjp(_by_kernels_forward, _by_kernels_backward)
 def _without_tail(y, group_sizes):
     """Zeros in the rows beyond the groups, which kernels don't write."""
     return jnp.where((jnp.arange(y.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes))[:, None], y, 0)
-
-
-_IMPLEMENTATIONS = {"dense": _dense, "scan": _scan, "ragged": _ragged, "blocked": _blocked}

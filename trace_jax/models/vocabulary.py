@@ -43,6 +43,18 @@ class Vocabulary:
         own = jax.lax.stop_gradient(scores).max(-1, keepdims=True)
         return jax.lax.pmax(own, TENSOR) if self.split else own
 
+    def at(self, logits: jax.Array) -> Vocabulary:
+        """The same tokens with other logits."""
+        return dataclasses.replace(self, logits=logits)
+
+    def softmax(self) -> tuple[jax.Array, jax.Array]:
+        """(softmax f32 [T, V'], log of its normaliser f32 [T])."""
+        largest = self._maximum(self.logits)
+        exponential = jnp.exp(self.logits - largest)
+        total = jnp.sum(exponential, axis=-1, keepdims=True)
+        total = jax.lax.psum(total, TENSOR) if self.split else total
+        return exponential / total, (largest + jnp.log(total))[:, 0]
+
     def largest(self) -> jax.Array:
         """The largest logit. Equal ones share its gradient."""
         is_largest = (self.logits == self._maximum(self.logits)).astype(jnp.float32)

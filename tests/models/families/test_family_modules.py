@@ -88,7 +88,7 @@ def test_attention(both):
     if config.windows and config.windows[LAYER]:
         mask = mask & (place[:, None] - place[None] < config.windows[LAYER])[None]
     turn = turns(model)[config.layer_ropes[LAYER] if config.layer_ropes else 0]
-    ours, _ = attention(layer_of(model), config, jnp.asarray(call.inputs[0]), turn=turn, mask=mask)
+    ours, _ = attention(layer_of(model), config, jnp.asarray(call.inputs[0]), rope_table=turn, mask=mask)
     assert_close(ours[MASK], call.output[0][MASK])
 
 
