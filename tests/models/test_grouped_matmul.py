@@ -158,7 +158,7 @@ def test_every_platform_has_a_default_that_it_can_run():
     assert resolve_implementation("auto") == default_implementation(jax.default_backend())
     for platform in ("cpu", "gpu", "tpu", "unheard-of"):
         assert default_implementation(platform) in implementations(platform)
-        assert resolve_implementation("auto", platform) == default_implementation(platform) in IMPLEMENTATIONS
+        assert resolve_implementation("auto", platform) == default_implementation(platform) != "auto"
     assert set(implementations("cpu")) == set(GROUPED_MATMULS) - {"mosaic", "triton"}
     assert set(implementations("gpu")) == set(GROUPED_MATMULS) - {"mosaic"}
     assert set(implementations("tpu")) == set(GROUPED_MATMULS) - {"triton"}
