@@ -25,6 +25,16 @@ check "types" pyright --pythonpath "$root/.venv/bin/python"
 check "imports" lint-imports
 check "tests" pytest -n "${TEST_WORKERS:-2}" "$@"
 
+# What the house weighs: it is to stay one that a person can hold in mind.
+weigh() {
+  find "$1" -name '*.py' -exec wc -l {} + | awk -v name="$1" -v most="$2" '
+    $2 != "total" { files++; lines += $1; if ($1 > long) { long = $1; longest = $2 } }
+    END { printf "%s: %d lines in %d files, longest %s %d (at most %s)\n", name, lines, files, longest, long, most }'
+}
+printf '\n'
+weigh trace_jax "20,000 in 130 files, 400 in one"
+weigh tests "16,000"
+
 if [ "${#failed[@]}" -gt 0 ]; then
   printf '\nFAILED: %s\n' "${failed[*]}"
   exit 1

@@ -34,6 +34,7 @@ _PUBLIC = {
     "make_mesh": "trace_jax.parallel.mesh",
     "ParallelConfig": "trace_jax.parallel.mesh",
     "ConfigError": "trace_jax.config",
+    "TraceLM": "trace_jax.tasks.lm_eval",
     "load_config": "trace_jax.run.config_file",
     "run": "trace_jax.run.methods",
 }
