@@ -166,8 +166,8 @@ def _vocabulary(pieces: _Pieces, head_DV, hidden_TD, targets_T) -> Vocabulary:
     logits = jnp.dot(hidden_TD, head_DV, preferred_element_type=jnp.float32)
     first = jax.lax.axis_index(TENSOR) * head_DV.shape[1] if pieces.split else 0
     token = (first + jnp.arange(head_DV.shape[1], dtype=jnp.int32))[None]
-    real = token < pieces.vocab_size
-    logits = jnp.where(real, logits, MASKED) if pieces.padded else logits
+    real = token < pieces.vocab_size if pieces.padded else None
+    logits = logits if real is None else jnp.where(real, logits, MASKED)
     return Vocabulary(logits, targets_T[:, None] == token, real, pieces.vocab_size, pieces.split)
 
 

@@ -20,19 +20,19 @@ class Vocabulary:
     Attributes:
       logits: f32 [T, V'], the columns of this device; where they only pad its share, a very low score.
       is_target: bool [T, V'], the column of each token's target.
-      real: bool [1, V'], False where a column only pads.
+      real: bool [1, V'], False where a column only pads; None: none does.
       size: tokens in the vocabulary. split: whether other devices have the other columns.
     """
 
     logits: jax.Array
     is_target: jax.Array
-    real: jax.Array
+    real: jax.Array | None
     size: int
     split: bool
 
     def total(self, values: jax.Array) -> jax.Array:
         """Sum of `values` [T, V'] over the vocabulary."""
-        own = jnp.where(self.real, values, 0.0).sum(-1)
+        own = (values if self.real is None else jnp.where(self.real, values, 0.0)).sum(-1)
         return jax.lax.psum(own, TENSOR) if self.split else own
 
     def mean(self, values: jax.Array) -> jax.Array:
