@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import random
 import shutil
 import sys
@@ -28,6 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Before numpy is imported: with another number of threads it sums in another order.
+os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 ROOT = Path(__file__).resolve().parents[1]
 # What a clock, a date or the spelling of settings decides.
 PASSING = ("seconds", "seconds_per_step", "step_seconds", "tokens_per_second", "generated", "table", "identity")
