@@ -22,9 +22,7 @@ import scipy
 from scipy.optimize import minimize
 
 from trace_jax.routing.calibration import calibrate, count_activations
-from trace_jax.routing.entropy_balancing import entropy_balance
-from trace_jax.routing.features import find_patterns
-from trace_jax.routing.weights import clipped_to_mean_one, corpus_weights
+from trace_jax.routing.entropy_balancing import clipped_to_mean_one, entropy_balance, find_patterns
 
 
 def random_routing(generator, preference, tokens, top_k):
@@ -77,17 +75,19 @@ def main():
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
     certificate = calibration.certificate
 
-    patterns = find_patterns(retain, selected, unit="token")
+    patterns = find_patterns(retain, selected, unit="token", rows=np.arange(options.tokens))
     begin = time.perf_counter()
     solved = entropy_balance(patterns.features, f_forget[selected], base=patterns.tokens, ridge=1e-3)
     solve_seconds = time.perf_counter() - begin
     begin = time.perf_counter()
     multipliers, gradient = lbfgs(patterns.features, f_forget[selected], patterns.tokens, 1e-3, 1e-8)
     scipy_seconds = time.perf_counter() - begin
-    weights = np.exp(patterns.features @ multipliers)[patterns.of_token]
-    difference = np.abs(
-        corpus_weights(retain, calibration) / clipped_to_mean_one(weights / weights.mean(), 50.0)[0] - 1
-    ).max()
+    of_scipy = np.exp(patterns.features @ multipliers)
+    of_scipy, ours = (
+        clipped_to_mean_one(weights / np.average(weights, weights=patterns.tokens), 50.0, patterns.tokens)[0]
+        for weights in (of_scipy, solved.weights)
+    )
+    difference = np.abs(ours / of_scipy - 1).max()
 
     row = {
         "tokens": options.tokens, "layers": options.layers, "experts": options.experts, "top_k": options.top_k,

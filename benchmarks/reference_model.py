@@ -24,7 +24,7 @@ from trace_jax.data.rows import Rows
 from trace_jax.models.arrays import flatten, init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
-from trace_jax.routing.retain_weights import RetainWeights
+from trace_jax.routing.weights import RetainWeights
 from trace_jax.unlearning import unlearn
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.step import unlearning_step
@@ -49,13 +49,7 @@ def measure(trainable: str, config: ModelConfig) -> dict:
     original = held(jax.tree.leaves(params))
     forget, retain = (random_rows(64, config.vocab_size, rng) for _ in range(2))
     selected = np.arange(config.num_experts)[None].repeat(config.num_layers, 0) < config.num_experts // 8
-    weights = RetainWeights(
-        np.ones(retain.tokens.shape, np.float32),
-        np.full(len(retain.tokens), 1 / len(retain.tokens)),
-        retain.valid.astype(np.float32),
-        selected,
-        0.5,
-    )
+    weights = RetainWeights(np.ones(retain.valid.sum()), retain.valid, selected=selected)
     training = trainable_paths(config, trainable)
     before, found = held(jax.live_arrays()), []
 

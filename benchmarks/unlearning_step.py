@@ -23,7 +23,7 @@ from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.parallel.hosts import keep_freed_memory
-from trace_jax.routing.retain_weights import RetainWeights, apply_weights
+from trace_jax.routing.weights import RetainWeights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.unlearn import unlearn
 
@@ -48,10 +48,7 @@ def main() -> None:
     forget, retain = (random_rows(n, model_config.vocab_size, rng) for n in (480, 2000))
     weights = np.where(retain.valid, rng.exponential(size=retain.tokens.shape), 0.0)
     weights *= retain.valid.sum() / weights.sum()
-    probability, multiplier = apply_weights(weights, retain.valid, "both")
-    calibrated = RetainWeights(
-        weights.astype(np.float32), probability, multiplier.astype(np.float32), np.zeros((2, 16), bool), 0.5
-    )
+    calibrated = RetainWeights(weights[retain.valid], retain.valid, apply="both")
     config = UnlearningConfig(steps=options.steps, checkpoint_every=options.steps)
     seconds = {"uniform": [], "trace": []}
     for _ in range(options.rounds + 1):  # the first round compiles

@@ -31,8 +31,8 @@ WRONG = [
     ({"unlearning": {"objective": "npoo"}}, r"unlearning\.objective is 'npoo'; .* did you mean 'npo'"),
     ({"unlearning": {"beta": 0.1}}, r"unlearning\.beta = 0\.1 would have no effect: .* 'npo' or 'simnpo'"),
     ({"unlearning": {"layer": 2}}, r"unlearning\.layer = 2 would have no effect"),
-    ({"calibration": {"tua": 1.5}}, r"calibration\.tua: .* did you mean 'tau'"),
-    ({"calibration": {"window": 4}}, r"calibration\.window would have no effect"),
+    ({"calibration": {"tau": 1.5}}, r"calibration\.tau: .* write calibration\.rule\.tau"),
+    ({"calibration": {"stength": 0.5}}, r"calibration\.stength: .* did you mean 'strength'"),
     ({"model": {"experts_per_token": 17}}, r"17 but there are only 16 experts"),
     ({"model": {"num_heads": 3, "num_kv_heads": 2}}, r"num_heads 3 must be a multiple"),
     ({"methods": ("trase",)}, r"methods is 'trase'; .* did you mean 'trace'"),
@@ -99,7 +99,7 @@ def test_conditional_defaults_follow_the_deciding_setting():
     assert UnlearningConfig().beta is None
     assert UnlearningConfig(objective="rmu").retain_loss == "hidden" and UnlearningConfig(objective="rmu").layer == 1
     assert UnlearningConfig(objective="gradient_ascent").alpha is None
-    assert CalibrationConfig().rule is None and CalibrationConfig(weighting="entropy").rule == "ratio"
+    assert CalibrationConfig("entropy").weighting.rule.name == "ratio"
 
 
 def test_settings_are_hashable_and_frozen():
@@ -128,23 +128,28 @@ def test_a_section_converts_whole_numbers_to_floats_and_lists_to_tuples():
 def test_every_method_resolves_at_the_budget_of_the_run(name):
     method = experiment().method(name)
     assert method.unlearning.steps == 60 * METHODS[name].steps
-    assert {k: getattr(method.calibration, k) for k in METHODS[name].calibration} == METHODS[name].calibration
+    assert METHODS[name].weighting.items() <= as_dict(method.calibration)["weighting"].items()
 
 
 def test_calibration_settings_reach_the_methods_that_read_them():
-    config = experiment(calibration={"tau": 1.5})
-    assert config.method("trace").calibration.tau == 1.5
-    assert config.method("uniform").calibration.tau is None
-    config = experiment(calibration={"rule": "difference", "top": 3})
-    assert (config.method("trace").calibration.rule, config.method("trace").calibration.top) == ("difference", 3)
-    with pytest.raises(ConfigError, match=r"calibration\.tau would have no effect"):
-        experiment(calibration={"rule": "difference", "tau": 1.5})
+    config = experiment(calibration={"rule": {"tau": 1.5}, "max_weight": 9.0, "seed": 3})
+    trace, hidden = (config.method(name).calibration for name in ("trace", "hidden"))
+    assert (trace.weighting.rule.tau, trace.weighting.max_weight, trace.seed) == (1.5, 9.0, 3)
+    assert (hidden.weighting.name, hidden.weighting.max_weight) == ("hidden", 9.0)
+    assert config.method("uniform").calibration == CalibrationConfig()
+    config = experiment(calibration={"rule": {"name": "difference", "top": 3}})
+    assert config.method("trace").calibration.weighting.rule.top == 3
+    with pytest.raises(ConfigError, match=r"calibration\.rule\.tau would have no effect"):
+        experiment(calibration={"rule": {"name": "difference", "tau": 1.5}})
+    with pytest.raises(ConfigError, match=r"calibration\.rule would have no effect"):
+        experiment(methods=["hidden"], study={"methods": ["hidden"]}, calibration={"rule": "all"})
 
 
 def test_the_two_presets_of_trace():
     """docs/method.md: `trace` is the abstract read literally, `trace_rows` this project's variant."""
-    trace, rows = (experiment().method(n).calibration for n in ("trace", "trace_rows"))
-    assert (trace.unit, trace.apply, trace.strength, trace.rule, trace.kappa) == ("token", "both", 1.0, "ratio", 0.5)
+    trace, rows = (experiment().method(n).calibration.weighting for n in ("trace", "trace_rows"))
+    assert (trace.unit, trace.apply, trace.strength) == ("token", "both", 1.0)
+    assert (trace.rule.name, trace.rule.kappa) == ("ratio", 0.5)
     assert (rows.unit, rows.apply, rows.strength, rows.min_effective_sample_size) == ("row", "sampling", 0.75, 0.2)
     assert trace.ridge == rows.ridge == 1e-3 and trace.max_weight == rows.max_weight == 50.0
 
@@ -167,7 +172,7 @@ class Box(Shape, name="box"):
 
 @dataclasses.dataclass(frozen=True)
 class Drawing(Section):
-    shape: Shape = option("circle", help="what is drawn")  # noqa: RUF009
+    shape: Shape = option("circle", help="what is drawn")
     scale: float = option(1.0, help="scale")
 
 

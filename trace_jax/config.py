@@ -122,7 +122,7 @@ class Variant(Section):
         if name:
             cls.name = name
             cls.kinds[name] = cls
-        else:
+        elif Variant in cls.__bases__:  # others in between only share settings
             cls.kinds = {}
 
 

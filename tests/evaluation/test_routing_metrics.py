@@ -15,8 +15,8 @@ from trace_jax.evaluation.routing import corpus_routing, measure_routing, routin
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.routing.config import CalibrationConfig
-from trace_jax.routing.retain_weights import retain_weights
 from trace_jax.routing.statistics import Assignments, ExpertStatistics
+from trace_jax.routing.weights import retain_weights
 
 L, E, K = 3, 6, 2
 
@@ -219,7 +219,7 @@ def statistics(tiny, corpora):
 
 def calibrated(tiny, corpora, statistics, **settings):
     weights = retain_weights(
-        CalibrationConfig(**settings),
+        CalibrationConfig(settings),
         model=Model(tiny.config, tiny.params),
         **corpora,
         forget_statistics=statistics["forget"],
@@ -229,7 +229,9 @@ def calibrated(tiny, corpora, statistics, **settings):
 
 
 def test_gaps_of_the_calibration_sum_to_those_of_its_certificate(tiny, corpora, statistics):
-    weights, found = calibrated(tiny, corpora, statistics, weighting="entropy", rule="difference", top=3, strength=0.5)
+    weights, found = calibrated(
+        tiny, corpora, statistics, name="entropy", rule={"name": "difference", "top": 3}, strength=0.5
+    )
     certificate = weights.certificate
     for name in ("gap_before", "gap_after", "gap_elsewhere_before", "gap_elsewhere_after"):
         assert getattr(found, name).sum() == pytest.approx(getattr(certificate, name))
@@ -243,6 +245,6 @@ def test_gaps_of_the_calibration_sum_to_those_of_its_certificate(tiny, corpora, 
 
 
 def test_weights_that_look_at_no_expert_have_a_sample_size_only(tiny, corpora, statistics):
-    _, found = calibrated(tiny, corpora, statistics, weighting="uniform")
+    _, found = calibrated(tiny, corpora, statistics, name="uniform")
     assert [m.name for m in found.measurements()] == ["calibration_effective_sample_size"]
     assert found.effective_sample_size == pytest.approx(1) and dataclasses.asdict(found)["gap_after"] is None

@@ -12,8 +12,9 @@ from tests.two_processes import DEVICES, run_processes
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.io.files import read_json, read_lines
 from trace_jax.main import main
-from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.routing.statistics import ExpertStatistics
+from trace_jax.routing.weights import RetainWeights
+from trace_jax.run.stages import calibration_directory
 
 RUN = f"{DEVICES}\nimport sys; from trace_jax.main import main; sys.exit(main(sys.argv[1:]))"
 SETTINGS = {
@@ -70,7 +71,7 @@ def test_two_processes_end_in_the_numbers_of_one(arguments, tmp_path, pytestconf
         counts = [ExpertStatistics.load(path / "statistics" / f"{name}.npz").counts for path in (one, two)]
         np.testing.assert_array_equal(*counts)
     method = "methods/trace_rows"
-    weights = [RetainWeights.load(path / method) for path in (one, two)]
+    weights = [RetainWeights.load(calibration_directory(path, "trace_rows")) for path in (one, two)]
     assert weights[0].selected.any() and np.array_equal(weights[0].selected, weights[1].selected)
     np.testing.assert_allclose(weights[1].row_probability, weights[0].row_probability, atol=1e-9)
     steps = [[row for row in read_lines(path / method / "metrics.jsonl") if "loss" in row] for path in (one, two)]

@@ -1,13 +1,11 @@
-"""Random routing, and a tiny model whose routing is real."""
+"""Random routing, and the tiny model with its corpora."""
 
-import jax
 import numpy as np
 import pytest
 
-from trace_jax.data.rows import Rows
-from trace_jax.models.arrays import init_params
-from trace_jax.models.config import ModelConfig
-from trace_jax.models.model import Model
+from tests import tiny
+from trace_jax.data.batches import sequential_batches
+from trace_jax.routing.statistics import expert_assignments, expert_statistics
 
 
 @pytest.fixture(scope="session")
@@ -29,26 +27,23 @@ def random_routing():
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    config = ModelConfig(
-        vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_size=8, num_experts=8,
-        experts_per_token=2, expert_hidden_size=8,
-    )  # fmt: skip
-    return Model(config, init_params(config, jax.random.key(0)))
+    return tiny.make_model()
 
 
 @pytest.fixture(scope="session")
-def random_rows():
-    """make(seed, rows, length, low, high) -> Rows of uneven lengths with two documents each; neighbours every third."""
+def corpora():
+    """Forget text of half the words and retain text of all; a retain row has nothing to learn from."""
+    forget, retain = tiny.make_rows(16, seed=1, vocab_size=32), tiny.make_rows(24, seed=2)
+    retain.valid[5] = False
+    return {"forget": forget, "retain": retain}
 
-    def make(seed, rows=12, length=24, low=0, high=50):
-        generator = np.random.default_rng(seed)
-        tokens = generator.integers(low, high, (rows, length), dtype=np.int32)
-        end = generator.integers(length // 2, length + 1, (rows, 1))
-        middle = generator.integers(2, length // 2, (rows, 1))
-        position = np.arange(length)[None]
-        segments = np.where(position < middle, 1, np.where(position < end, 2, 0)).astype(np.int32)
-        following = np.pad(segments[:, 1:], ((0, 0), (0, 1)))
-        valid = (segments > 0) & (segments == following)
-        return Rows(np.where(segments > 0, tokens, 0), segments, valid, (np.arange(rows) % 3 == 0).astype(np.int32))
 
-    return make
+@pytest.fixture(scope="session")
+def setting(tiny_model, corpora):
+    """Keyword arguments of `retain_weights`."""
+    found = {
+        f"{name}_statistics": expert_statistics(tiny_model, sequential_batches(rows, 8))
+        for name, rows in corpora.items()
+    }
+    assignments = expert_assignments(tiny_model, sequential_batches(corpora["retain"], 8))
+    return {"model": tiny_model, **corpora, **found, "assignments": assignments, "batch_size": 8}

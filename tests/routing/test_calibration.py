@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, minimize
 
 from trace_jax.config import ConfigError
+from trace_jax.io.codec import encode
 from trace_jax.routing import entropy_balancing
-from trace_jax.routing.calibration import Calibration, calibrate, count_activations
+from trace_jax.routing.calibration import Calibration, calibrate, corpus_weights, count_activations
 from trace_jax.routing.entropy_balancing import entropy_balance
 from trace_jax.routing.statistics import Assignments
-from trace_jax.routing.weights import corpus_weights
 
 E = 8
 
@@ -104,28 +104,23 @@ def test_weights_have_the_largest_entropy_of_all_that_meet_the_target():
     np.testing.assert_allclose(entropy_balance(features, target).weights, 8 * found.x, rtol=1e-4)
 
 
-@pytest.mark.parametrize("unit,window", [("token", None), ("row", None), ("window", 5)])
-def test_every_unit_is_the_same_problem_with_averaged_features(corpora, unit, window):
+@pytest.mark.parametrize("unit", ["token", "row"])
+def test_every_unit_is_the_same_problem_with_averaged_features(corpora, unit):
     retain, forget, selected = corpora
     rows = np.sort(np.random.default_rng(0).integers(0, 200, retain.shape[1]))  # rows of uneven length
     features = dense_features(retain, selected)
     if unit == "row":
         features = np.stack([features[rows == row].mean(0) for row in rows])
-    if unit == "window":
-        reach = [max(t - window + 1, int(np.argmax(rows == rows[t]))) for t in range(len(rows))]
-        features = np.stack([features[start : t + 1].mean(0) for t, start in enumerate(reach)])
     strength, moment = 0.3, features.mean(0)
     target = moment + strength * (forget[selected] - moment)
     calibration = calibrate(
-        retain, selected=selected, target=forget, unit=unit, window=window, rows=rows, strength=strength, max_weight=1e9
+        retain, selected=selected, target=forget, unit=unit, rows=rows, strength=strength, max_weight=1e9
     )
     weights = corpus_weights(retain, calibration, rows=rows)
     np.testing.assert_allclose(weights, reference_weights(features, target, 1e-3), rtol=1e-4)
     certificate = calibration.certificate
     np.testing.assert_allclose(certificate.target, target, rtol=1e-12)
-    np.testing.assert_allclose(certificate.moment, features.T @ weights / len(weights), rtol=1e-9)
-    true_frequency = dense_features(retain, selected).T @ weights / weights.sum()
-    np.testing.assert_allclose(certificate.weighted, true_frequency, rtol=1e-9)
+    np.testing.assert_allclose(certificate.weighted, features.T @ weights / len(weights), rtol=1e-9)
 
 
 def test_equal_frequencies_give_weights_of_exactly_one(corpora):
@@ -147,12 +142,12 @@ def test_nothing_selected_gives_weights_of_exactly_one(corpora):
     assert "no expert is matched" in calibration.certificate.text()
 
 
-@given(order=st.randoms(use_true_random=False), unit=st.sampled_from(["token", "row", "window"]))
+@given(order=st.randoms(use_true_random=False), unit=st.sampled_from(["token", "row"]))
 @settings(max_examples=12, deadline=None)
 def test_the_order_of_the_retain_corpus_changes_no_bit(corpora, order, unit):
     retain, forget, selected = corpora
     rows = np.repeat(np.arange(300), 10)
-    options = {"selected": selected, "target": forget, "unit": unit, "window": 4 if unit == "window" else None}
+    options = {"selected": selected, "target": forget, "unit": unit}
     expected = calibrate(retain, rows=rows, **options)
     shuffled = list(range(300))
     order.shuffle(shuffled)
@@ -278,7 +273,7 @@ def test_a_certificate_computed_by_hand():
     np.testing.assert_allclose(corpus_weights(retain, calibration), [2 / 3, 2 / 3, 2 / 3, 2])
     np.testing.assert_allclose(calibration.multipliers, [[0, np.log(3), 0]], atol=1e-12)
     assert (c.layer.tolist(), c.expert.tolist(), c.forget.tolist(), c.retain.tolist()) == ([0], [1], [0.5], [0.25])
-    np.testing.assert_allclose([c.target[0], c.moment[0], c.weighted[0]], 0.5)
+    np.testing.assert_allclose([c.target[0], c.weighted[0]], 0.5)
     np.testing.assert_allclose([c.gap_before, c.gap_after], [0.25, 0.0], atol=1e-12)
     # Others: expert 0 (0.4 asked, .75 before, .5 after) and expert 2 (0.1, never used)
     np.testing.assert_allclose([c.gap_elsewhere_before, c.gap_elsewhere_after], [0.45, 0.2])
@@ -295,7 +290,7 @@ def test_a_calibration_is_the_same_after_saving(corpora, tmp_path):
     calibration.save(tmp_path / "calibration")
     loaded = Calibration.load(tmp_path / "calibration")
     assert np.array_equal(corpus_weights(retain, loaded), corpus_weights(retain, calibration))
-    assert loaded.certificate.as_dict() == calibration.certificate.as_dict()
+    assert encode(loaded.certificate) == encode(calibration.certificate)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calibration.json", "calibration.npz"]
 
 
@@ -303,7 +298,7 @@ def test_bad_settings_and_arrays_are_named(corpora):
     retain, forget, selected = corpora
     good = {"selected": selected, "target": forget}
     for bad, message in (
-        ({"unit": "layer"}, "unit is 'layer'"), ({"unit": "window"}, "window is None"), ({"window": 3}, "window is 3"),
+        ({"unit": "layer"}, "unit is 'layer'"), ({"max_weight": None}, "max_weight is None"),
         ({"strength": 1.5}, "strength is 1.5"), ({"ridge": -1.0}, "ridge is -1.0"), ({"max_weight": 0.5}, "max_weight"),
         ({"max_ratio": float("nan")}, "max_ratio"), ({"min_effective_sample_size": 2.0}, "min_effective"),
     ):  # fmt: skip

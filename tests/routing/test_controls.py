@@ -7,7 +7,8 @@ import pytest
 
 from trace_jax.data.rows import Rows
 from trace_jax.routing import controls
-from trace_jax.routing.weights import effective_sample_size
+from trace_jax.routing.config import Hidden
+from trace_jax.routing.entropy_balancing import effective_sample_size
 
 
 def test_permuted_weights_have_the_same_histogram_and_stay_constant_in_their_units():
@@ -83,11 +84,28 @@ def test_hidden_weights_move_the_mean_state_to_the_forget_mean():
     states = generator.normal(size=(400, 6)) * [1, 2, 3, 1, 1, 0] + 5  # the last direction never varies
     base = generator.integers(5, 20, 400).astype(float)
     forget = states[:40].mean(0)
-    found = controls.hidden_weights(states, forget, base, ridge=0.0, max_weight=1e9)
-    mass = base * found.weights
+    mass = base * controls.hidden_weights(states, forget, base, Hidden(ridge=0.0, max_weight=1e9))
     np.testing.assert_allclose(mass @ states / mass.sum(), forget, atol=1e-8)
     np.testing.assert_allclose(mass.sum() / base.sum(), 1.0)
-    far = controls.hidden_weights(states, states.mean(0) + 1.0, base, min_effective_sample_size=0.6)
-    assert found.strength == 1.0
-    assert 0 < far.strength < 1
-    assert 0.6 <= effective_sample_size(far.weights, base) < 0.61
+    far = controls.hidden_weights(states, states.mean(0) + 1.0, base, Hidden(min_effective_sample_size=0.6))
+    assert 0.6 <= effective_sample_size(far, base) < 0.61
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "raw"),
+    [
+        # Expert 0 has ratio .6/.2 = 3, expert 1 has .9/.09 = 10, cut at 5; expert 2 has ratio 10, but isn't selected.
+        ([0.6, 0.9, 0.5, 0.0], [0.2, 0.09, 0.05, 1.0], [3.0, 4.0, 1.0, 1.0]),
+        # What forget data use less counts as one.
+        ([0.1, 0.5, 0.5, 0.0], [0.5, 0.5, 0.05, 1.0], [1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_ratio_weights_by_hand(forget, retain, raw):
+    weights = controls.ratio_weights(
+        np.array([[[0, 2], [0, 1], [2, 3], [3, 2]]]),
+        selected=np.array([[True, True, False, False]]),
+        forget_frequency=np.array([forget]),
+        retain_frequency=np.array([retain]),
+        max_ratio=5.0,
+    )
+    np.testing.assert_allclose(weights, np.array(raw) / np.mean(raw))

@@ -118,9 +118,11 @@ def test_properties_of_every_rule(counts, top, mass, kappa, tau, seed):
 def test_bad_arguments_are_named():
     with pytest.raises(ConfigError, match="rule is 'best'; expected one of ratio"):
         select_experts(FORGET, RETAIN, rule="best")
+    with pytest.raises(ConfigError, match=r"difference\.tau"):
+        select_experts(FORGET, RETAIN, rule="difference", tau=2.0)
     with pytest.raises(ConfigError, match="top is 5; expected 1 to 4"):
         select_experts(FORGET, RETAIN, rule="difference", top=5)
-    with pytest.raises(ConfigError, match="scope is 'expert'"):
+    with pytest.raises(ConfigError, match=r"scope is 'expert'"):
         select_experts(FORGET, RETAIN, rule="random", top=1, scope="expert")
     with pytest.raises(ValueError, match="same model"):
         select_experts(FORGET, statistics([[1, 1]], 1), rule="all")

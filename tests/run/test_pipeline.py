@@ -18,6 +18,7 @@ from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import export_run, load_target, load_unlearned
 from trace_jax.run.methods import run
 from trace_jax.run.results import write_run_report
+from trace_jax.run.stages import calibration_directory
 
 
 def experiment(data, **changes):
@@ -71,26 +72,12 @@ def finished(data, tmp_path_factory):
 def test_a_run_leaves_every_artefact_and_a_table(finished):
     path, text = finished
     assert "trace_rows" in text and "target model" in text and str(path / "report.html") in text
-    expected = {
-        "config.json",
-        "environment.json",
-        "references.json",
-        "results.json",
-        "report.html",
-        "statistics",
-        "target",
-        "methods",
-    }
-    assert expected <= {file.name for file in path.iterdir()}
+    expected = {"config.json", "environment.json", "references.json", "results.json", "report.html"}
+    assert expected | {"calibrations", "statistics", "target", "methods"} <= {file.name for file in path.iterdir()}
     method = {file.name for file in (path / "methods" / "trace_rows").iterdir()}
-    assert {
-        "calibration.json",
-        "calibration.npz",
-        "weights.npz",
-        "metrics.jsonl",
-        "model.safetensors",
-        "results.json",
-    } <= method
+    assert {"weights.json", "metrics.jsonl", "model.safetensors", "results.json"} <= method
+    shared = {file.name for file in calibration_directory(path, "trace_rows").iterdir()}
+    assert {"calibration.json", "calibration.npz", "weights.npz"} <= shared
     assert not list(path.rglob("*.tmp*"))
 
 
@@ -128,9 +115,10 @@ def test_a_second_run_changes_nothing(finished, data):
 
 def test_a_changed_setting_reruns_its_stage_and_those_after_it(data, finished, tmp_path):
     path = shutil.copytree(finished[0], tmp_path / "copy")
+    weights = calibration_directory(path, "trace_rows").relative_to(path) / "weights.npz"
     kept = {
         name: (path / name).stat().st_mtime_ns
-        for name in ("target/model.safetensors", "statistics/forget.npz", "methods/trace_rows/weights.npz")
+        for name in ("target/model.safetensors", "statistics/forget.npz", weights)
     }
     before = numbers(path)
     run(experiment(data, unlearning={"alpha": 2.0}), path)
@@ -158,8 +146,8 @@ def test_another_way_to_evaluate_does_not_unlearn_again(data, finished, tmp_path
 
 def test_weights_follow_the_model_where_a_run_asks_for_it(data, finished, tmp_path):
     path = shutil.copytree(finished[0], tmp_path / "copy")
-    settings = {"rule": "difference", "top": 1, "strength": 0.5}
-    recalibrated = {**settings, "routing": "recalibrated", "recalibrate_every": 2}
+    settings = {"rule": {"name": "difference", "top": 1}, "strength": 0.5}
+    recalibrated = {**settings, "routing": {"name": "recalibrated", "every": 2}}
     run(experiment(data, methods=["trace"], calibration=recalibrated), path)
     directory = path / "methods" / "trace"
     rows = [row for row in read_lines(directory / "metrics.jsonl") if "recalibration" in row]
@@ -180,6 +168,18 @@ def test_the_report_is_rebuilt_from_files(finished):
     assert str(path / "report.html") in write_run_report(path)
     page = (path / "report.html").read_text()
     assert page.lower().startswith("<!doctype html>") and "Routing after unlearning" in page
+
+
+def test_a_run_that_was_made_before_weights_were_shared_has_the_same_report(finished, tmp_path):
+    path = shutil.copytree(finished[0], tmp_path / "run")
+    for method in ("uniform", "trace_rows"):
+        for file in calibration_directory(path, method).iterdir():
+            shutil.copy(file, path / "methods" / method)
+        (path / "methods" / method / "weights.json").unlink()
+    shutil.rmtree(path / "calibrations")
+    write_run_report(path)
+    new, old = ((p / "report.html").read_text() for p in (finished[0], path))
+    assert "experts matched" in old and len(old) == len(new)
 
 
 def test_a_method_keeps_what_it_trained_and_its_model_can_be_exported(finished, data, tmp_path):
@@ -218,17 +218,16 @@ def _run_in_process(data, path):
     run(experiment(data), path)
 
 
-def test_killed_at_any_moment_and_started_again_it_ends_in_the_same_numbers(data, finished, tmp_path):
-    """kill -9 after a state was saved, while the target model trains and again while it unlearns."""
-    context, path = multiprocessing.get_context("spawn"), tmp_path / "cut"
-    for sign in ("target/checkpoints/3", "methods/uniform/checkpoints/2"):
-        process = context.Process(target=_run_in_process, args=(data, path))
-        process.start()
-        deadline = time.monotonic() + 240
-        while not (path / sign).exists() and process.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+def test_killed_and_started_again_it_ends_in_the_same_numbers(data, finished, tmp_path):
+    """kill -9 after a state was saved, while it unlearns; the states of the target model are of the same loop."""
+    path = tmp_path / "cut"
+    process = multiprocessing.get_context("spawn").Process(target=_run_in_process, args=(data, path))
+    process.start()
+    deadline = time.monotonic() + 240
+    while not (path / "methods/uniform/checkpoints/2").exists() and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
     run(experiment(data), path)
     assert numbers(path) == numbers(finished[0])

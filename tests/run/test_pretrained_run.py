@@ -1,5 +1,6 @@
 """The whole run on a real layout: from a checkpoint and two files to a checkpoint that transformers loads."""
 
+import functools
 import json
 import re
 import shutil
@@ -13,7 +14,6 @@ import transformers
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tests.run.test_pipeline import numbers
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.tokenizer import train_tokenizer
@@ -24,6 +24,7 @@ from trace_jax.run.config_file import load_config
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import export_run, load_target, load_unlearned
 from trace_jax.run.methods import run
+from trace_jax.run.stages import calibration_directory
 
 VOCABULARY = 320
 # Marks as they come: none for the beginning, several ends, padding that is an end.
@@ -46,31 +47,39 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def checkpoint(request, tmp_path_factory):
-    """A tiny checkpoint with a tokenizer, as published ones are."""
-    directory = tmp_path_factory.mktemp(request.param)
-    model = tiny_checkpoints.build(request.param, vocab_size=VOCABULARY, **FAMILIES[request.param])
-    tiny_checkpoints.save(model, request.param, directory)
-    train_tokenizer(["river stone apple cloud lamp tiger violin harbour window"] * 3, VOCABULARY).save(
-        str(directory / "tokenizer.json")
-    )
-    (directory / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe original.\n")
-    return directory
-
-
 def settings(checkpoint, data, **changes):
     files = {f"data.{name}": str(data / f"{name}.jsonl") for name in ("forget", "retain")}
     return {**SMALL, "model.path": str(checkpoint), **files, **changes}
 
 
 @pytest.fixture(scope="module")
-def finished(checkpoint, data, tmp_path_factory):
-    """A run by the command that the config file names."""
-    path = tmp_path_factory.mktemp("runs") / "run"
-    overrides = [f"--config.{name}={value}" for name, value in settings(checkpoint, data).items()]
-    assert main(["--config", "configs/huggingface.py", "--workdir", str(path), *overrides]) == 0
-    return path
+def runs(data, tmp_path_factory):
+    """family -> (a tiny checkpoint with a tokenizer, as published ones are; its run by the config file's command)."""
+
+    @functools.cache
+    def make(family):
+        checkpoint, path = tmp_path_factory.mktemp(family), tmp_path_factory.mktemp("runs") / "run"
+        model = tiny_checkpoints.build(family, vocab_size=VOCABULARY, **FAMILIES[family])
+        tiny_checkpoints.save(model, family, checkpoint)
+        train_tokenizer(["river stone apple cloud lamp tiger violin harbour window"] * 3, VOCABULARY).save(
+            str(checkpoint / "tokenizer.json")
+        )
+        (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe original.\n")
+        overrides = [f"--config.{name}={value}" for name, value in settings(checkpoint, data).items()]
+        assert main(["--config", "configs/huggingface.py", "--workdir", str(path), *overrides]) == 0
+        return checkpoint, path
+
+    return make
+
+
+@pytest.fixture
+def checkpoint(runs):
+    return runs("deepseek_v3")[0]
+
+
+@pytest.fixture
+def finished(runs):
+    return runs("deepseek_v3")[1]
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +99,9 @@ def config_of(finished):
     return resolve(ExperimentConfig, read_json(finished / "config.json")["config"])
 
 
-def test_the_export_is_the_unlearned_model_and_transformers_loads_it(finished, checkpoint):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_export_is_the_unlearned_model_and_only_what_trained_differs(runs, family):
+    checkpoint, finished = runs(family)
     unlearned = load_unlearned(finished, "trace_rows", load_target(config_of(finished), finished))
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, (3, 20))
     ours = forward(unlearned.params, unlearned.config, jnp.asarray(tokens, jnp.int32)).logits
@@ -100,20 +111,13 @@ def test_the_export_is_the_unlearned_model_and_transformers_loads_it(finished, c
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
     np.testing.assert_allclose(np.asarray(ours), expected, atol=1e-4)
-    original = forward(load_pretrained(checkpoint).params, unlearned.config, jnp.asarray(tokens, jnp.int32)).logits
-    assert np.abs(np.asarray(ours) - np.asarray(original)).max() > 1e-2
-
-
-def test_only_what_trained_differs_from_the_source(finished, checkpoint):
     before, after = tensors(checkpoint), tensors(finished / "export")
     changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
     assert before.keys() == after.keys()
     assert changed and all("down_proj" in name and "shared" not in name for name in changed)
-    trained = {
-        row["path"] for row in read_json(finished / "methods/trace_rows/results.json")["trained"] if row["trained"]
-    }
+    results = read_json(finished / "methods/trace_rows/results.json")
     with safe_open(finished / "methods/trace_rows/model.safetensors", framework="numpy") as file:
-        assert set(file.keys()) == trained
+        assert set(file.keys()) == {row["path"] for row in results["trained"] if row["trained"]}
     assert not list(finished.rglob("checkpoints")), "training states are of no use after the end"
 
 
@@ -130,31 +134,9 @@ def test_statistics_and_certificate_name_the_layers_of_the_network(finished, che
     results = read_json(finished / "methods/trace_rows/results.json")
     assert results["routing"]["layers"] == list(config.moe_layers)
     assert len(results["routing"]["expert_drift"]) == len(config.moe_layers)
-    layers = set(read_json(finished / "methods/trace_rows/calibration.json")["certificate"]["layer"])
+    layers = set(read_json(calibration_directory(finished, "trace_rows") / "calibration.json")["certificate"]["layer"])
     assert layers <= set(config.moe_layers)
     assert "heat0" in (finished / "report.html").read_text()
-
-
-def test_an_interrupted_run_ends_in_the_same_checkpoint(finished, checkpoint, data, tmp_path, monkeypatch):
-    from trace_jax.unlearning import unlearn as module
-
-    config, step, calls = load_config("configs/huggingface.py", settings(checkpoint, data)), module.unlearning_step, []
-
-    def interrupted(*arguments, **keywords):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(*arguments, **keywords)
-
-    monkeypatch.setattr(module, "unlearning_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "run")
-    assert not (tmp_path / "run" / "export").exists()
-    run(config, tmp_path / "run")
-    assert len(calls) == 4 + 2, "it continued from the state after step 2"
-    assert numbers(tmp_path / "run") == numbers(finished)
-    one, other = tensors(tmp_path / "run" / "export"), tensors(finished / "export")
-    assert all((one[name] == other[name]).all() for name in one | other)
 
 
 def test_the_export_command_writes_the_same_and_never_over_something(finished, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from tests.run.test_pipeline import experiment
@@ -10,7 +11,8 @@ from trace_jax.attacks.config import AttacksConfig, RouterSwapConfig
 from trace_jax.config import ConfigError
 from trace_jax.evaluation.comparison import UnequalBudget
 from trace_jax.io.files import read_json
-from trace_jax.run.study import Trial, load_runs, run_study, seed_config, trial_method, trials, write_study
+from trace_jax.routing import statistics, weights
+from trace_jax.run.study import Trial, load_runs, prepare_seed, run_study, run_trial, seed_config, trials, write_study
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def config(data):
 def test_trials_give_every_method_the_same_budget(config):
     found = list(trials(config))
     assert len(found) == 2 * 2 * 2 and len({(t.seed, t.label) for t in found}) == 8
-    assert trial_method(config, found[0]).unlearning.alpha == 1.0
+    assert found[0].unlearning["alpha"] == 1.0
 
 
 def test_every_objective_has_its_own_grid_and_only_settings_that_it_reads(data):
@@ -41,7 +43,7 @@ def test_every_objective_has_its_own_grid_and_only_settings_that_it_reads(data):
         "rmu+uniform@only",
     }
     assert len(found) == 2 * len(labels)
-    methods = {t.label: trial_method(config, t).unlearning for t in found}
+    methods = {t.label: config.method(t.method, **t.unlearning).unlearning for t in found}
     assert methods["npo+uniform@beta=0.5,alpha=4"].learning_rate == 0.02
     assert methods["gradient_ascent+uniform@lr=0.002"].nll_ceiling == 5.0
     rmu = methods["rmu+trace_rows@only"]
@@ -89,6 +91,35 @@ def test_study_runs_resumes_and_compares(config, tmp_path):
     assert json.dumps(saved)
     (tmp_path / "study" / "seed-1" / "methods" / "trace_rows@alpha=4" / "unlearning.stage.json").unlink()
     assert run_study(config, tmp_path / "study").split("\n")[3:] == text.split("\n")[3:]
+
+
+def test_a_study_routes_the_retain_corpus_once_and_solves_the_same_weights_once(data, tmp_path, monkeypatch):
+    """Three methods, two alphas, one solve: `row_weights` and `permuted` use that of `trace_rows`."""
+    study = {"methods": ["trace_rows", "row_weights", "permuted"], "seeds": [0], "alphas": [1.0, 4.0]}
+    config = experiment(data, study=study, unlearning={"steps": 2, "evaluate_every": 2})
+    passes, solves, route, solve = [], [], statistics._route, weights.match_frequencies
+
+    def routed(model, batches, *arguments, **keywords):
+        batches = list(batches)
+        passes.append((model, sum(len(batch.tokens) for batch in batches)))
+        return route(model, batches, *arguments, **keywords)
+
+    def solved(*arguments):
+        solves.append(arguments)
+        return solve(*arguments)
+
+    monkeypatch.setattr(statistics, "_route", routed)
+    monkeypatch.setattr(weights, "match_frequencies", solved)
+    prepare_seed(config, tmp_path, 0)
+    for trial in trials(config):
+        run_trial(config, tmp_path, trial)
+    with np.load(tmp_path / "seed-0/statistics/retain.npz") as kept:
+        tokens = int(kept["tokens"])
+    target, forget_rows = passes[0]
+    assert [rows for model, rows in passes if model is target][1:] == [passes[1][1], min(forget_rows, 8)]
+    assert passes[1][1] != forget_rows and len(passes) == 3 + 2 * 6, "and each unlearned model for its metrics"
+    assert len(solves) == 1 and solves[0][0].indices.shape[1] == tokens
+    assert len(list((tmp_path / "seed-0/calibrations").iterdir())) == 2
 
 
 def test_a_missing_run_is_an_unequal_budget(config, tmp_path):

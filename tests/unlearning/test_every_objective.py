@@ -14,7 +14,7 @@ from trace_jax.data.refusals import encode_refusals, with_refusals
 from trace_jax.io.files import read_lines
 from trace_jax.models.arrays import flatten, unflatten
 from trace_jax.models.decoder import forward
-from trace_jax.routing.retain_weights import RetainWeights
+from trace_jax.routing.weights import RetainWeights
 from trace_jax.unlearning import reference
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.objectives import OBJECTIVES, steering_directions
@@ -54,9 +54,7 @@ def flat_of(unlearned):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_finite_and_weights_of_one_are_no_weights(half, forget, retain, objective, tmp_path):
     config = setting(objective, retain_batch_size=8 if OBJECTIVES[objective].retains else None)
-    uniform = np.full(len(retain), 1 / len(retain))
-    ones = retain.valid.astype(np.float32)
-    weights = RetainWeights(ones, uniform, ones, np.zeros((2, 4), bool), 1.0)
+    weights = RetainWeights(np.ones(retain.valid.sum()), retain.valid)
     plain = unlearn(half, forget, retain, config=config, directory=tmp_path)
     weighted = unlearn(half, forget, retain, config=config, weights=weights)
     assert not plain.stopped and plain.step == 3

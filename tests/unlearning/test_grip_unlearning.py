@@ -17,8 +17,8 @@ from trace_jax.parallel.hosts import to_host
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.diagnostics import overlap
-from trace_jax.routing.retain_weights import retain_weights
 from trace_jax.routing.statistics import expert_assignments, expert_statistics
+from trace_jax.routing.weights import retain_weights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.router_passes import read_routers, spread_tokens
 from trace_jax.unlearning.unlearn import unlearn
@@ -71,8 +71,8 @@ def unchanged(after, retain, before=None):
 def trace_weights(model, forget, retain):
     statistics = [expert_statistics(model, sequential_batches(rows, 8), min_activations=1) for rows in (forget, retain)]
     return retain_weights(
-        CalibrationConfig(weighting="entropy", rule="difference", top=1, unit="token"), model=model, forget=forget,
-        retain=retain, forget_statistics=statistics[0], retain_statistics=statistics[1],
+        CalibrationConfig({"name": "entropy", "rule": {"name": "difference", "top": 1}, "unit": "token"}),
+        model=model, forget=forget, retain=retain, forget_statistics=statistics[0], retain_statistics=statistics[1],
     )  # fmt: skip
 
 

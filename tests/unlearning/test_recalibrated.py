@@ -8,12 +8,13 @@ import pytest
 from trace_jax.data.batches import sequential_batches
 from trace_jax.io.files import read_lines
 from trace_jax.routing.config import CalibrationConfig
-from trace_jax.routing.recalibration import Recalibration
-from trace_jax.routing.retain_weights import RetainWeights, retain_weights
 from trace_jax.routing.statistics import expert_statistics
+from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
 from trace_jax.unlearning.recalibrated import Recalibrated
 
-EVERY = CalibrationConfig(weighting="entropy", rule="all", strength=0.5, routing="recalibrated", recalibrate_every=2)
+EVERY = CalibrationConfig(
+    {"name": "entropy", "rule": "all", "strength": 0.5, "routing": {"name": "recalibrated", "every": 2}}
+)
 
 
 def weights_of(model, forget, retain, config=EVERY):

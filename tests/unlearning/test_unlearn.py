@@ -16,8 +16,8 @@ from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.routing.config import CalibrationConfig
-from trace_jax.routing.retain_weights import retain_weights
 from trace_jax.routing.statistics import expert_statistics
+from trace_jax.routing.weights import retain_weights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.rules import Evaluated
 from trace_jax.unlearning.unlearn import unlearn
@@ -29,7 +29,7 @@ CONFIG = UnlearningConfig(
 
 def weights_of(model, forget, retain, **settings):
     statistics = [expert_statistics(model, sequential_batches(rows, 8), min_activations=1) for rows in (forget, retain)]
-    config = CalibrationConfig(weighting="entropy", **settings)
+    config = CalibrationConfig({"name": "entropy", **settings})
     return retain_weights(
         config, model=model, forget=forget, retain=retain,
         forget_statistics=statistics[0], retain_statistics=statistics[1],

@@ -16,9 +16,8 @@ from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, make_mesh
 from trace_jax.routing.config import CalibrationConfig
-from trace_jax.routing.recalibration import Recalibration
-from trace_jax.routing.retain_weights import retain_weights
 from trace_jax.routing.statistics import expert_statistics
+from trace_jax.routing.weights import Recalibration, retain_weights
 from trace_jax.run.experiment import Method
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
@@ -41,7 +40,7 @@ CONFIG = UnlearningConfig(
 
 def weights_of(model, forget, retain, **settings):
     statistics = [expert_statistics(model, sequential_batches(rows, 8), min_activations=1) for rows in (forget, retain)]
-    config = CalibrationConfig(**{"weighting": "entropy", "rule": "all", "strength": 0.5, "ridge": 0.02, **settings})
+    config = CalibrationConfig({"name": "entropy", "rule": "all", "strength": 0.5, "ridge": 0.02, **settings})
     return retain_weights(
         config, model=model, forget=forget, retain=retain,
         forget_statistics=statistics[0], retain_statistics=statistics[1],
@@ -104,7 +103,7 @@ MESHES = {
 
 
 @pytest.mark.parametrize(
-    ("unit", "apply", "name"), [("token", "both", "one"), ("row", "weights", "tensors"), ("window", "both", "all")]
+    ("unit", "apply", "name"), [("token", "both", "one"), ("row", "weights", "tensors"), ("row", "both", "all")]
 )
 def test_online_weights_are_the_offline_ones_before_the_first_step(model, forget, retain, unit, apply, name):
     mesh, parallel = MESHES[name]
@@ -113,7 +112,7 @@ def test_online_weights_are_the_offline_ones_before_the_first_step(model, forget
     )
     config = dataclasses.replace(CONFIG, retain_loss="nll")
     options = {"config": config, "mesh": mesh, "parallel": parallel, "away": 0.0}
-    found = gradient(model, forget, retain, online.step_weights, online=online.online, **options)
+    found = gradient(model, forget, retain, online.step_weights, online=online.step_calibration, **options)
     assert_close(found, gradient(model, forget, retain, offline.loss_weights, **options))
     # All rows at once: 1 also for "both", where the weights of a row are divided by their mean.
     assert float(found[1]["weight_mean"]) == pytest.approx(1.0, rel=1e-5)
@@ -124,7 +123,9 @@ def test_online_weights_see_all_layers_also_where_the_losses_do_not(model, forge
     config = UnlearningConfig(objective="rmu", steps=6, retain_loss="hidden", alpha=1.0, layer=1, trainable="all")
     online = weights_of(model, forget, retain, apply="weights", routing="online")
     assert online.calibration.multipliers[1].any()
-    _, metrics = gradient(model, forget, retain, online.step_weights, config=config, online=online.online, away=0.0)
+    _, metrics = gradient(
+        model, forget, retain, online.step_weights, config=config, online=online.step_calibration, away=0.0
+    )
     assert float(metrics["weight_mean"]) == pytest.approx(1.0, rel=1e-5)
 
 
@@ -137,10 +138,10 @@ def assert_same(one, other):
 @pytest.mark.parametrize("routing", ["online", "recalibrated"])
 def test_weights_of_one_train_bit_identically_to_no_weights(model, retain, routing, apply):
     """Forget and retain text are the same, so that under any routing every weight is exactly one."""
-    settings = {"weighting": "entropy", "rule": "all", "apply": apply, "routing": routing}
-    settings |= {"recalibrate_every": 2} if routing == "recalibrated" else {}
+    routing = {"name": routing, "every": 2} if routing == "recalibrated" else routing
+    settings = {"name": "entropy", "rule": "all", "apply": apply, "routing": routing}
     weights = weights_of(model, retain, retain, **settings)
-    solve = Recalibration(CalibrationConfig(**settings), model, retain, retain) if routing == "recalibrated" else None
+    solve = Recalibration(CalibrationConfig(settings), model, retain, retain) if routing != "online" else None
     plain = unlearn(model, retain, retain, config=CONFIG)
     found = unlearn(model, retain, retain, config=CONFIG, weights=weights, recalibrate=solve)
     assert_same(found.model.params, plain.model.params)
@@ -165,9 +166,9 @@ def test_an_interrupted_run_that_recalibrates_equals_the_uninterrupted_one(
     model, forget, retain, tmp_path, stop, trainable
 ):
     """Saved every 2 steps and recalibrated every 3: it goes on before, at and after recalibrations."""
-    settings = {"rule": "difference", "top": 2, "routing": "recalibrated", "recalibrate_every": 3}
+    settings = {"rule": {"name": "difference", "top": 2}, "routing": {"name": "recalibrated", "every": 3}}
     weights = weights_of(model, forget, retain, **settings)
-    solve = Recalibration(CalibrationConfig(weighting="entropy", strength=0.5, ridge=0.02, **settings),
+    solve = Recalibration(CalibrationConfig({"name": "entropy", "strength": 0.5, "ridge": 0.02, **settings}),
                           model, forget, retain)  # fmt: skip
     config = dataclasses.replace(CONFIG, steps=8, evaluate_every=1, learning_rate=0.05, trainable=trainable)
 
@@ -201,10 +202,10 @@ def test_an_interrupted_run_that_recalibrates_equals_the_uninterrupted_one(
 
 
 def test_recalibration_changes_what_is_trained(model, forget, retain):
-    settings = {"rule": "all", "routing": "recalibrated", "recalibrate_every": 2}
+    settings = {"rule": "all", "routing": {"name": "recalibrated", "every": 2}}
     weights = weights_of(model, forget, retain, **settings)
     solve = Recalibration(
-        CalibrationConfig(weighting="entropy", strength=0.5, ridge=0.02, **settings), model, forget, retain
+        CalibrationConfig({"name": "entropy", "strength": 0.5, "ridge": 0.02, **settings}), model, forget, retain
     )
     config = dataclasses.replace(CONFIG, learning_rate=0.05)
     with_it, without = (
@@ -220,7 +221,7 @@ def test_what_can_not_be_weighed_is_refused(model, forget, retain):
     with pytest.raises(ConfigError, match="normalize is 'batch', and routing 'online'"):
         unlearn(model, forget, retain, config=batch, weights=online)
     with pytest.raises(ConfigError, match="normalize is 'batch', and routing 'online'"):
-        Method("trace", CalibrationConfig(weighting="entropy", routing="online"), batch)
-    config = CalibrationConfig(weighting="entropy", routing="recalibrated")
+        Method("trace", CalibrationConfig({"name": "entropy", "routing": "online"}), batch)
+    config = CalibrationConfig({"name": "entropy", "routing": "recalibrated"})
     with pytest.raises(ConfigError, match="recalibrate is given without weights"):
         unlearn(model, forget, retain, config=CONFIG, recalibrate=Recalibration(config, model, forget, retain))

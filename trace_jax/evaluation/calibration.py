@@ -14,8 +14,8 @@ import numpy as np
 
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.routing import SPLIT
-from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.routing.statistics import ExpertStatistics
+from trace_jax.routing.weights import RetainWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def measure_calibration(
     layers = list(retain.layers or range(len(retain.counts)))
     ess, largest = weights.effective_sample_size, float(weights.weights.max())
     plain = CalibrationMetrics(layers, retain.tokens, ess, largest)
-    if weights.frequency is None:
+    if weights.frequency is None or weights.selected is None:
         return plain
     selected = weights.selected
     before, after = (np.abs(f - forget.frequency) for f in (retain.frequency, weights.frequency))

@@ -143,6 +143,7 @@ def measure_routing(
     resamples: int = 1000,
     seed: int = 0,
     mesh: Mesh | None = None,
+    original_routing: Mapping[str, Assignments] | None = None,
 ) -> RoutingMetrics:
     """Routes the same forget and retain rows through both models and compares.
 
@@ -151,18 +152,21 @@ def measure_routing(
       forget, retain: the text; more than `max_rows` rows are thinned evenly.
       batch_size, mesh: rows per batch, and the devices that share it (None: all).
       resamples, seed: of the bootstrap.
+      original_routing: `expert_assignments` of the `measured_rows` of each corpus under `original`, where known.
 
     Raises:
       DamagedRouting: NaN or infinite router scores.  ValueError: a corpus has no valid position.
     """
     experts, corpora = current.config.num_experts, {}
     for subject, rows in zip(SUBJECTS, (forget, retain), strict=True):
-        rows = rows.take(spread_indices(len(rows), max_rows))
-        found = {
-            name: expert_assignments(model, sequential_batches(rows, batch_size), mesh=mesh)
-            for name, model in zip(MODELS, (original, current), strict=True)
-        }
-        corpora[subject] = corpus_routing(found["original"], found["unlearned"], experts)
+        rows = rows.take(measured_rows(rows, max_rows))
+        before, after = (
+            expert_assignments(model, sequential_batches(rows, batch_size), mesh=mesh)
+            if model is current or original_routing is None
+            else original_routing[subject]
+            for model in (original, current)
+        )
+        corpora[subject] = corpus_routing(before, after, experts)
     whole = {s: corpus.summed(_once(corpus)) for s, corpus in corpora.items()}
     top_k = current.config.experts_per_token
     quantities = routing_quantities(corpora, top_k=top_k, resamples=resamples, seed=seed)
@@ -176,6 +180,11 @@ def measure_routing(
         expert_drift=diagnostics.expert_drift(original, current),
         quantities=quantities | {"router_drift": _exact(diagnostics.router_drift(original, current))},
     )
+
+
+def measured_rows(rows: Rows, max_rows: int) -> np.ndarray:
+    """The numbers of the rows that `measure_routing` looks at."""
+    return spread_indices(len(rows), max_rows)
 
 
 def corpus_routing(original: Assignments, current: Assignments, num_experts: int) -> CorpusRouting:

@@ -1,4 +1,4 @@
-"""The certificates of the calibrations (trace_jax.routing.certificate, as JSON) as tables."""
+"""The certificates of the calibrations (trace_jax.routing.calibration, as JSON) as tables."""
 
 from __future__ import annotations
 

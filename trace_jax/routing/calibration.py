@@ -3,69 +3,146 @@
     target   p_c = (1 - s) f^R_c + s min(f^F_c, r_max f^R_c)
     weights  w_t = min(exp(lambda . a_t - log_normalizer), max_weight) * scale,   mean one over the retain corpus
 
-a_t says which selected experts token t uses (or, for unit "row" and "window", the mean of that over the unit). The
-multipliers lambda [L, E] are all that needs keeping: `trace_jax.routing.weights` makes weights from them again.
+a_t says which selected experts token t uses (or, for unit "row", the mean of that over its row). The multipliers lambda
+[L, E] are all that needs keeping: `token_weights` makes weights from them again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
-from trace_jax.config import ConfigError
+from trace_jax.io.codec import decode, encode
 from trace_jax.io.files import local_copy, read_json, replacing, write_json
-from trace_jax.routing.certificate import Certificate
-from trace_jax.routing.config import UNITS
-from trace_jax.routing.entropy_balancing import Balance, entropy_balance
-from trace_jax.routing.features import Patterns, find_patterns
+from trace_jax.routing.config import Entropy
+from trace_jax.routing.entropy_balancing import (
+    ClippedBalance,
+    Patterns,
+    constant_directions,
+    find_patterns,
+    row_members,
+    strongest_balance,
+)
 from trace_jax.routing.statistics import Assignments, as_assignments
-from trace_jax.routing.weights import clipped_to_mean_one, effective_sample_size, weighted_frequency
-
-FALLBACK_RIDGE = 1e-3  # used where ridge 0 was asked for and no weights meet the target
 
 
-_PLAIN = ("log_normalizer", "max_weight", "scale", "unit", "window")
-
-
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Calibration:
-    """What recomputes the weight of any token from its chosen experts.
+    """What recomputes the weight of any token from its chosen experts: on the host, or as an argument of a step.
 
     Attributes:
       multipliers: f64 [L, E], lambda; 0 where an expert isn't matched.
-      selected: bool [L, E], the matched experts (selected and used by the retain corpus).
       log_normalizer, max_weight, scale: of the formula above.
-      unit: "token", "row" or "window".  window: its length, else None.
+      selected: bool [L, E], the matched experts (selected and used by the retain corpus); None in a step.
+      unit: "token" or "row".  certificate: what was reached; None in a step.
     """
 
-    multipliers: np.ndarray
-    selected: np.ndarray
-    log_normalizer: float
-    max_weight: float
-    scale: float
-    unit: str
-    window: int | None
-    certificate: Certificate
+    multipliers: Any
+    log_normalizer: Any
+    max_weight: Any
+    scale: Any
+    selected: Any = None
+    unit: str = struct.field(pytree_node=False, default="token")
+    certificate: Any = struct.field(pytree_node=False, default=None)
+
+    def for_step(self) -> Calibration:
+        """The constants of a training step, f32, on the host."""
+        names = ("multipliers", "log_normalizer", "max_weight", "scale")
+        return Calibration(*(np.asarray(getattr(self, name), np.float32) for name in names), unit=self.unit)
 
     def save(self, path) -> None:
         """Writes PATH.npz (arrays) and PATH.json (numbers and certificate), each whole or not at all."""
         with replacing(f"{path}.npz") as temporary:
             np.savez(temporary, multipliers=self.multipliers, selected=self.selected)
-        plain = {name: getattr(self, name) for name in _PLAIN}
-        write_json(f"{path}.json", plain | {"certificate": self.certificate.as_dict()})
+        plain = {name: getattr(self, name) for name in ("log_normalizer", "max_weight", "scale", "unit")}
+        write_json(f"{path}.json", plain | {"certificate": encode(self.certificate)})
 
     @classmethod
-    def load(cls, path) -> Calibration:
+    def load(cls, path) -> Calibration | None:
+        """The inverse of `save`; None if there is no calibration."""
         saved = read_json(f"{path}.json")
         if saved is None:
-            raise FileNotFoundError(f"{path}.json: there is no calibration here.")
-        plain = {name: saved[name] for name in _PLAIN}
+            return None
         with local_copy(f"{path}.npz") as local, np.load(local, allow_pickle=False) as file:
-            multipliers, selected = file["multipliers"], file["selected"]
-        return cls(multipliers, selected, **plain, certificate=Certificate.from_dict(saved["certificate"]))
+            arrays = {name: file[name] for name in ("multipliers", "selected")}
+        plain = {name: saved[name] for name in ("log_normalizer", "max_weight", "scale", "unit")}
+        return cls(**arrays, **plain, certificate=decode(Certificate, saved["certificate"]))
+
+
+def token_weights(indices: jax.Array, calibration: Calibration, *, mask: jax.Array | None = None) -> jax.Array:
+    """Weights of tokens from their chosen experts, in float32; usable under `jax.jit`.
+
+    Args:
+      indices: i32 [L, ..., K], `forward(..., collect=("indices",)).router.indices`. For unit "row" the shape is
+        [L, B, S, K] and a row of the batch is a row of the corpus.
+      calibration: the result of `calibrate` (a constant of the jitted function), or its `for_step()` (arguments).
+      mask: bool [...], the valid positions; others get weight zero and are left out of rows. Default: all.
+
+    Returns:
+      f32 [...], the weights; their mean over the valid positions of the retain corpus is one.
+    """
+    multipliers, log_normalizer, max_weight, scale = (
+        jnp.asarray(getattr(calibration, name), jnp.float32)
+        for name in ("multipliers", "log_normalizer", "max_weight", "scale")
+    )
+    if indices.shape[0] != multipliers.shape[0]:
+        raise ValueError(f"indices has {indices.shape[0]} layers; the calibration was made for {multipliers.shape[0]}.")
+    if calibration.unit == "row" and indices.ndim != 4:
+        raise ValueError(f"weights per row need indices [L, B, S, K]; got shape {indices.shape}.")
+    scores = jax.vmap(lambda values, chosen: values[chosen])(multipliers, indices).sum(axis=(0, -1))
+    valid = jnp.ones(scores.shape, bool) if mask is None else mask
+    if calibration.unit == "row":
+        tokens = jnp.maximum(valid.sum(axis=1, keepdims=True, dtype=jnp.float32), 1.0)
+        scores = jnp.broadcast_to(jnp.where(valid, scores, 0.0).sum(axis=1, keepdims=True) / tokens, scores.shape)
+    return jnp.where(valid, jnp.minimum(jnp.exp(scores - log_normalizer), max_weight) * scale, 0.0)
+
+
+def online_loss_weights(calibration: Calibration, indices: jax.Array, valid: jax.Array, factor: jax.Array) -> jax.Array:
+    """f32 [B, S]: what multiplies the retain losses of rows that the current model has just routed.
+
+    With c_i the factor of row i, w^0 the offline weights and w those of the current routing, v_t = c_i w_t. For `apply`
+    "weights" c_i = 1; for "both", where row i is drawn with probability proportional to its offline mean weight m_i,
+    c_i = 1 / m_i. In either case E[sum_t v_t r_t] / E[number of valid positions] over the batches that can be drawn is
+    the corpus mean of w_t r_t: drawing by offline weights biases nothing. But the multipliers were normalised under the
+    original routing, so that the corpus mean of w_t itself is one under that routing only. As the model drifts it
+    does too, and with it the strength of the retain term; the metric "weight_mean", sum_t v_t / (valid positions),
+    estimates it. Under the original routing v equals the offline loss weights.
+
+    Args:
+      calibration: `Calibration.for_step()`.
+      indices: i32 [L, B, S, K], the experts of all layers under the current model.
+      valid: bool [B, S].
+      factor: f32 [B, S], c_i at every position of row i (`RetainWeights.step_weights`).
+
+    Returns:
+      Constants of the loss: no gradient flows through them.
+    """
+    return jax.lax.stop_gradient(token_weights(indices, calibration, mask=valid) * jnp.asarray(factor, jnp.float32))
+
+
+def corpus_weights(
+    assignments: Assignments | np.ndarray, calibration: Calibration, *, rows: np.ndarray | None = None
+) -> np.ndarray:
+    """`token_weights` in float64 for a whole corpus, f64 [T]; the mean is one on the calibrated corpus."""
+    tokens = as_assignments(assignments, rows)
+    pairs = zip(calibration.multipliers, tokens.indices, strict=True)
+    scores = np.sum([values[chosen].sum(-1) for values, chosen in pairs], axis=0)
+    if calibration.unit == "row":
+        members, row = row_members(tokens.rows)
+        scores = ((members @ scores) / (members @ np.ones(len(scores))))[row]
+    return np.minimum(np.exp(scores - calibration.log_normalizer), calibration.max_weight) * calibration.scale
+
+
+def weighted_frequency(indices: np.ndarray, weights: np.ndarray, num_experts: int) -> np.ndarray:
+    """f64 [L, E]: sum_t w_t a_t / sum_t w_t. indices integer [L, T, K], weights f64 [T]."""
+    repeated = np.repeat(weights, indices.shape[2])
+    sums = [np.bincount(layer.ravel(), repeated, minlength=num_experts) for layer in indices]
+    return np.stack(sums) / weights.sum()
 
 
 def calibrate(
@@ -74,7 +151,6 @@ def calibrate(
     selected: np.ndarray,
     target: np.ndarray,
     unit: str = "token",
-    window: int | None = None,
     rows: np.ndarray | None = None,
     strength: float = 1.0,
     ridge: float = 1e-3,
@@ -86,13 +162,11 @@ def calibrate(
 
     Args:
       assignments: the retain corpus: `expert_assignments(...)`, or integers [L, T, K] (then `rows` [T] gives the row of
-        each token, in reading order, for units "row" and "window"). The K experts of a token are distinct.
+        each token, in reading order, for unit "row"). The K experts of a token are distinct.
       selected: bool [L, E].
       target: f64 [L, E], the forget frequencies f^F.
       unit: what shares one weight. "token": a_t is 0 or 1. "row": a_t is its mean over the row, each row counting by
-        its tokens, so that the matched moment still is the token frequency. "window": the mean over the last `window`
-        tokens of the row; the matched moment, and f^R in the target, then is the mean of these means (tokens at the
-        beginning of a row count a little more than in the frequency); the certificate states both.
+        its tokens, so that the matched moment still is the token frequency.
       strength: s, 0 leaves the corpus as it is, 1 asks for f^F.
       ridge: rho. With 0 a feasible target is met exactly; if none of the weightings meets it, ridge 1e-3 is used and
         the certificate says so.
@@ -107,193 +181,10 @@ def calibrate(
       ConfigError: a setting out of range.  ValueError: arrays that don't fit together, or hold NaN.
     """
     tokens = as_assignments(assignments, rows)
-    _check_settings(unit, window, strength, ridge, max_weight, max_ratio, min_effective_sample_size)
-    _check_arrays(tokens, assignments, rows, unit, selected, target)
-    counts = count_activations(tokens.indices, selected.shape[1])
-    matched = selected & (counts > 0)
-    patterns = find_patterns(tokens.indices, matched, unit=unit, rows=tokens.rows, window=window)
-    frequency = counts[matched] / tokens.indices.shape[1]
-    moment = patterns.tokens @ patterns.features / patterns.tokens.sum() if unit == "window" else frequency
-    constant = constant_directions(patterns, matched, moment, tokens.indices.shape[2])
-    goal = np.minimum(target[matched], max_ratio * moment)
-
-    def solve(s: float, start: np.ndarray | None) -> _Clipped:
-        wanted = moment + s * (goal - moment)
-        return _solve(patterns, wanted, ridge=ridge, constant=constant, start=start, max_weight=max_weight)
-
-    found, used = strongest(solve, strength, min_effective_sample_size)
-    multipliers = np.zeros(selected.shape)
-    multipliers[matched] = found.balance.multipliers
-    certificate = _certify(
-        found, patterns, tokens, selected, matched, counts, target,
-        wanted=moment + used * (goal - moment), strength=used, strength_asked=strength, max_weight=max_weight,
-        ridge_asked=ridge,
+    settings = Entropy(
+        unit=unit, strength=strength, ridge=ridge, max_weight=max_weight, max_ratio=max_ratio,
+        min_effective_sample_size=min_effective_sample_size,
     )  # fmt: skip
-    normalizer = found.balance.log_normalizer
-    return Calibration(multipliers, matched, normalizer, max_weight, found.scale, unit, window, certificate)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Clipped:
-    """A solution after clipping: weights f64 [P] of the patterns, with mean one over the tokens."""
-
-    balance: Balance
-    ridge: float
-    weights: np.ndarray
-    scale: float
-    effective_sample_size: float
-
-
-def _solve(patterns: Patterns, wanted, *, ridge, constant, start, max_weight) -> _Clipped:
-    def balance(ridge, start):
-        return entropy_balance(
-            patterns.features, wanted, base=patterns.tokens, ridge=ridge, constant=constant, start=start
-        )
-
-    result = balance(ridge, start)
-    if ridge == 0 and not result.converged:
-        ridge = FALLBACK_RIDGE
-        result = balance(ridge, None)
-    weights, scale = clipped_to_mean_one(result.weights, max_weight, patterns.tokens)
-    return _Clipped(result, ridge, weights, scale, effective_sample_size(weights, patterns.tokens))
-
-
-class _HasSampleSize(Protocol):
-    @property
-    def balance(self) -> Balance: ...
-    @property
-    def effective_sample_size(self) -> float: ...
-
-
-Solved = TypeVar("Solved", bound=_HasSampleSize)
-
-
-def strongest(
-    solve: Callable[[float, np.ndarray | None], Solved], strength: float, bound: float
-) -> tuple[Solved, float]:
-    """(solution, strength): the largest strength up to `strength` whose effective sample size is at least `bound`.
-
-    Bisection, to 0.001 of `strength`; each solve starts from the multipliers of the weaker one.
-    """
-    best = solve(strength, None)
-    if best.effective_sample_size >= bound:
-        return best, strength
-    low, high = 0.0, strength
-    best = solve(0.0, None)
-    while high - low > 1e-3 * strength:
-        middle = (low + high) / 2
-        solution = solve(middle, best.balance.multipliers)
-        if solution.effective_sample_size >= bound:
-            low, best = middle, solution
-        else:
-            high = middle
-    return best, low
-
-
-def count_activations(indices: np.ndarray, num_experts: int) -> np.ndarray:
-    """i64 [L, E]: how often each expert occurs in `indices` [L, T, K]."""
-    return np.stack([np.bincount(layer.ravel(), minlength=num_experts) for layer in indices])
-
-
-def constant_directions(patterns: Patterns, matched: np.ndarray, moment: np.ndarray, top_k: int) -> np.ndarray:
-    """f64 [C, n], orthonormal: what no weights can change, because it is the same in every unit.
-
-    That is an expert that is always on, and the sum over a layer whose every activation is matched.
-    """
-    features, columns = patterns.features, len(moment)
-    if isinstance(features, np.ndarray):
-        fixed = np.ptp(features, axis=0) == 0 if columns else np.zeros(0, bool)
-    else:
-        fixed = moment == 1.0
-    directions = [np.eye(columns)[c] for c in np.flatnonzero(fixed)]
-    layer = np.nonzero(matched)[0]
-    for number in np.unique(layer):
-        inside = layer == number
-        free = inside & ~fixed
-        if free.any() and np.isclose(moment[inside].sum(), top_k, rtol=1e-12, atol=0.0):
-            directions.append(free / np.sqrt(free.sum()))
-    return np.stack(directions, axis=1) if directions else np.zeros((columns, 0))
-
-
-def _certify(
-    found: _Clipped, patterns: Patterns, assignments: Assignments, selected, matched, counts, target, *,
-    wanted, strength, strength_asked, max_weight, ridge_asked,
-) -> Certificate:  # fmt: skip
-    indices = assignments.indices
-    tokens, names = indices.shape[1], np.array(assignments.layers or range(len(indices)))
-    of_token = found.weights[patterns.of_token]  # f64 [T]
-    weighted = weighted_frequency(indices, of_token, selected.shape[1])
-    touched = np.zeros(tokens, bool)
-    for layer, layer_matched in zip(indices, matched, strict=True):
-        touched |= layer_matched[layer].any(axis=1)
-    retain, others = counts / tokens, ~matched
-    before, after = np.abs(retain - target), np.abs(weighted - target)
-    infeasible = tuple((int(names[row]), int(expert)) for row, expert in np.argwhere(selected & ~matched))
-    row, expert = np.nonzero(matched)
-    certificate = Certificate(
-        layer=names[row], expert=expert, forget=target[matched], retain=retain[matched], target=wanted,
-        moment=patterns.features.T @ (patterns.tokens * found.weights) / tokens, weighted=weighted[matched],
-        gap_before=float(before[matched].sum()), gap_after=float(after[matched].sum()),
-        gap_elsewhere_before=float(before[others].sum()), gap_elsewhere_after=float(after[others].sum()),
-        effective_sample_size=found.effective_sample_size, largest_weight=float(found.weights.max()),
-        clipped=float(patterns.tokens[found.balance.weights > max_weight].sum()) / tokens,
-        touched=float(touched.mean()),
-        infeasible=infeasible, infeasible_share=len(infeasible) / max(1, int(selected.sum())),
-        strength=float(strength), strength_asked=float(strength_asked), ridge=float(found.ridge),
-        iterations=found.balance.iterations, gradient_norm=found.balance.gradient_norm, tokens=tokens,
-    )  # fmt: skip
-    return dataclasses.replace(certificate, notes=_notes(certificate, ridge_asked, found.balance))
-
-
-def _notes(c: Certificate, ridge_asked: float, balance: Balance) -> tuple[str, ...]:
-    notes = []
-    if not len(c.layer):
-        notes.append("no expert is matched, so every weight is one.")
-    if c.infeasible:
-        named = ", ".join(f"layer {layer} expert {expert}" for layer, expert in c.infeasible[:8])
-        more = f" and {len(c.infeasible) - 8} more" if len(c.infeasible) > 8 else ""
-        notes.append(f"{len(c.infeasible)} selected experts never occur in the retain corpus, left out: {named}{more}.")
-    missed = np.abs(c.moment - c.target)
-    if c.ridge != ridge_asked:
-        notes.append(
-            f"no weights of these tokens were found that meet the target; solved with ridge {c.ridge:g}, "
-            f"not {ridge_asked:g}."
-        )
-    elif not balance.converged:
-        notes.append(f"the solver stopped short of the optimum (gradient {balance.gradient_norm:.1e}).")
-    if missed.max(initial=0.0) > 0.01:
-        worst = int(missed.argmax())
-        why = (
-            "weights were clipped" if c.clipped else "the ridge holds it back" if c.ridge else "no weights can meet it"
-        )
-        why = "no weights can meet it" if balance.infeasible else why
-        notes.append(
-            f"the target is missed by up to {missed[worst]:.4f} (layer {c.layer[worst]} expert {c.expert[worst]}: "
-            f"asked {c.target[worst]:.4f}, got {c.moment[worst]:.4f}): {why}."
-        )
-    if c.strength < c.strength_asked:
-        notes.append(
-            f"strength lowered from {c.strength_asked:g} to {c.strength:.4f} to keep the effective sample size."
-        )
-    return tuple(notes)
-
-
-def _check_settings(unit, window, strength, ridge, max_weight, max_ratio, bound) -> None:
-    if unit not in UNITS:
-        raise ConfigError(f"unit is {unit!r}; expected one of {', '.join(UNITS)}.")
-    if (unit == "window") != (window is not None) or (window is not None and window < 1):
-        raise ConfigError(
-            f"window is {window!r} with unit {unit!r}; unit 'window' needs one of at least 1, others none."
-        )
-    for name, value, low, high in (
-        ("strength", strength, 0, 1), ("ridge", ridge, 0, np.inf), ("max_weight", max_weight, 1, np.inf),
-        ("max_ratio", max_ratio, 1, np.inf), ("min_effective_sample_size", bound, 0, 1),
-    ):  # fmt: skip
-        if not low <= value <= high:
-            raise ConfigError(f"{name} is {value!r}; expected {low} to {high}.")
-
-
-def _check_arrays(tokens: Assignments, given, rows, unit, selected, target) -> None:
     indices = tokens.indices
     if indices.shape[1] == 0:
         raise ValueError("the retain corpus has no valid token; there is nothing to weight.")
@@ -306,5 +197,173 @@ def _check_arrays(tokens: Assignments, given, rows, unit, selected, target) -> N
         raise ValueError(f"assignments name expert {int(indices.max())}; there are {selected.shape[1]} (from 0).")
     if not (np.isfinite(target).all() and (target >= 0).all() and (target <= 1).all()):
         raise ValueError("target holds a number that is no frequency (NaN, negative, or above 1).")
-    if unit != "token" and rows is None and not isinstance(given, Assignments):
+    if unit != "token" and rows is None and not isinstance(assignments, Assignments):
         raise ValueError(f"unit {unit!r} needs rows, the row number of each token.")
+    return match_frequencies(tokens, count_activations(indices, selected.shape[1]), selected, target, settings)[0]
+
+
+def match_frequencies(
+    tokens: Assignments, counts: np.ndarray, selected: np.ndarray, target: np.ndarray, settings: Entropy
+) -> tuple[Calibration, np.ndarray, np.ndarray]:
+    """`calibrate` with what it comes from and leads to.
+
+    counts: i64 [L, E], activations of `tokens`. Returns the calibration, the weights f64 [T] of `tokens`, and the
+    weighted frequency f64 [L, E].
+    """
+    matched = selected & (counts > 0)
+    patterns = find_patterns(tokens.indices, matched, unit=settings.unit, rows=tokens.rows)
+    moment = counts[matched] / tokens.indices.shape[1]
+    goal = np.minimum(target[matched], settings.max_ratio * moment)
+    solution = strongest_balance(
+        patterns.features,
+        moment,
+        goal,
+        base=patterns.tokens,
+        settings=settings,
+        constant=constant_directions(patterns, matched, moment, tokens.indices.shape[2]),
+    )
+    multipliers = np.zeros(selected.shape)
+    multipliers[matched] = solution.balance.multipliers
+    normalizer = solution.balance.log_normalizer
+    calibration = Calibration(multipliers, normalizer, settings.max_weight, solution.scale, matched, settings.unit)
+    weights = corpus_weights(tokens, calibration)
+    frequency = weighted_frequency(tokens.indices, weights, selected.shape[1])
+    asked = moment + solution.strength * (goal - moment)
+    certificate = _certify(
+        solution, settings, patterns, tokens, counts, selected, target, asked=asked, weighted=frequency
+    )
+    return dataclasses.replace(calibration, certificate=certificate), weights, frequency
+
+
+def count_activations(indices: np.ndarray, num_experts: int) -> np.ndarray:
+    """i64 [L, E]: how often each expert occurs in `indices` [L, T, K]."""
+    return np.stack([np.bincount(layer.ravel(), minlength=num_experts) for layer in indices])
+
+
+# --- what a calibration did
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """Frequencies before and after, and what the weights cost. Experts and layers of the network are counted from 0.
+
+    Arrays hold one entry per matched expert (f64 [C]); frequencies are shares of tokens.
+
+    Attributes:
+      layer, expert: where the expert is.
+      forget: f^F.  retain: f^R.  target: p, what was asked for.
+      weighted: f~, the weighted retain frequency sum_t w_t a_t / sum_t w_t over tokens, after clipping.
+      gap_before, gap_after: sum over the matched experts of |f^R - f^F| and |f~ - f^F|.
+      gap_elsewhere_before, gap_elsewhere_after: the same over all other experts, which nothing was asked of.
+      effective_sample_size: (sum w)^2 / (T sum w^2), a share of the tokens.
+      largest_weight: after clipping and renormalisation (uniform is 1).
+      clipped: share of the tokens that were clipped.
+      touched: share of retain tokens that use a matched expert.
+      infeasible: (layer, expert) that were selected but never occur in the retain corpus; left out.
+      infeasible_share: their share of the selected experts.
+      strength, strength_asked: the one used, and the one configured (higher if the sample size bound held it back).
+      ridge: the penalty that was solved with.
+      iterations, gradient_norm: Newton steps and largest gradient entry of the final solve.
+      notes: what a reader must know, in words.
+    """
+
+    layer: np.ndarray
+    expert: np.ndarray
+    forget: np.ndarray
+    retain: np.ndarray
+    target: np.ndarray
+    weighted: np.ndarray
+    gap_before: float
+    gap_after: float
+    gap_elsewhere_before: float
+    gap_elsewhere_after: float
+    effective_sample_size: float
+    largest_weight: float
+    clipped: float
+    touched: float
+    infeasible: tuple[tuple[int, int], ...]
+    infeasible_share: float
+    strength: float
+    strength_asked: float
+    ridge: float
+    iterations: int
+    gradient_norm: float
+    tokens: int
+    notes: tuple[str, ...] = ()
+
+    def text(self, most: int = 24) -> str:
+        """A page for a terminal: totals, notes, and the `most` experts with the largest forget-retain gap."""
+        lines = [
+            f"calibration: {len(self.layer)} experts matched on {self.tokens:,} retain tokens",
+            f"  gap to the forget frequencies {self.gap_before:.4f} -> {self.gap_after:.4f}"
+            f" (other experts {self.gap_elsewhere_before:.4f} -> {self.gap_elsewhere_after:.4f})",
+            f"  effective sample size {self.effective_sample_size:.1%}, largest weight {self.largest_weight:.2f}, "
+            f"{self.clipped:.2%} of the tokens clipped, {self.touched:.1%} touch a matched expert",
+            f"  strength {self.strength:.3f} (asked {self.strength_asked:.3f}), ridge {self.ridge:g}, "
+            f"{self.iterations} Newton steps, gradient {self.gradient_norm:.1e}",
+            *(f"  note: {note}" for note in self.notes),
+        ]
+        order = np.argsort(-np.abs(self.forget - self.retain), kind="stable")
+        if len(order):
+            lines.append("  layer expert   forget   retain   target weighted")
+        for c in order[:most]:
+            numbers = (self.forget[c], self.retain[c], self.target[c], self.weighted[c])
+            lines.append(f"  {self.layer[c]:5d} {self.expert[c]:6d} " + " ".join(f"{n:8.5f}" for n in numbers))
+        if len(order) > most:
+            lines.append(f"  ... and {len(order) - most} more")
+        return "\n".join(lines)
+
+
+def _certify(
+    solution: ClippedBalance, settings: Entropy, patterns: Patterns, assignments: Assignments, counts, selected, target,
+    *, asked: np.ndarray, weighted: np.ndarray,
+) -> Certificate:  # fmt: skip
+    tokens, matched, balance = assignments.indices.shape[1], selected & (counts > 0), solution.balance
+    names = np.array(assignments.layers or range(len(counts)))
+    touched = np.zeros(tokens, bool)
+    for layer, layer_matched in zip(assignments.indices, matched, strict=True):
+        touched |= layer_matched[layer].any(axis=1)
+    retain, others = counts / tokens, ~matched
+    before, after = np.abs(retain - target), np.abs(weighted - target)
+    infeasible = tuple((int(names[row]), int(expert)) for row, expert in np.argwhere(selected & ~matched))
+    row, expert = np.nonzero(matched)
+    certificate = Certificate(
+        layer=names[row], expert=expert, forget=target[matched], retain=retain[matched], target=asked,
+        weighted=weighted[matched],
+        gap_before=float(before[matched].sum()), gap_after=float(after[matched].sum()),
+        gap_elsewhere_before=float(before[others].sum()), gap_elsewhere_after=float(after[others].sum()),
+        effective_sample_size=solution.effective_sample_size, largest_weight=float(solution.weights.max()),
+        clipped=float(patterns.tokens[balance.weights > settings.max_weight].sum()) / tokens,
+        touched=float(touched.mean()),
+        infeasible=infeasible, infeasible_share=len(infeasible) / max(1, int(selected.sum())),
+        strength=float(solution.strength), strength_asked=float(settings.strength), ridge=float(solution.ridge),
+        iterations=balance.iterations, gradient_norm=balance.gradient_norm, tokens=tokens,
+    )  # fmt: skip
+    notes = []
+    if not len(row):
+        notes.append("no expert is matched, so every weight is one.")
+    if infeasible:
+        named = ", ".join(f"layer {layer} expert {expert}" for layer, expert in infeasible[:8])
+        more = f" and {len(infeasible) - 8} more" if len(infeasible) > 8 else ""
+        notes.append(f"{len(infeasible)} selected experts never occur in the retain corpus, left out: {named}{more}.")
+    if solution.ridge != settings.ridge:
+        notes.append(
+            f"no weights of these tokens were found that meet the target; solved with ridge {solution.ridge:g}, "
+            f"not {settings.ridge:g}."
+        )
+    elif not balance.converged:
+        notes.append(f"the solver stopped short of the optimum (gradient {balance.gradient_norm:.1e}).")
+    missed = np.abs(certificate.weighted - asked)
+    if missed.max(initial=0.0) > 0.01:
+        worst = int(missed.argmax())
+        why = "the ridge holds it back" if solution.ridge else "no weights can meet it"
+        why = "no weights can meet it" if balance.infeasible else "weights were clipped" if certificate.clipped else why
+        notes.append(
+            f"the target is missed by up to {missed[worst]:.4f} (layer {names[row[worst]]} expert {expert[worst]}: "
+            f"asked {asked[worst]:.4f}, got {certificate.weighted[worst]:.4f}): {why}."
+        )
+    if solution.strength < settings.strength:
+        notes.append(
+            f"strength lowered from {settings.strength:g} to {solution.strength:.4f} to keep the effective sample size."
+        )
+    return dataclasses.replace(certificate, notes=tuple(notes))

@@ -5,8 +5,6 @@ Each returns f64 weights that are not normalised yet, per token [T] (valid posit
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +17,9 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import BATCH_AXES
-from trace_jax.routing.calibration import strongest
-from trace_jax.routing.entropy_balancing import Balance, entropy_balance
+from trace_jax.routing.config import Hidden
+from trace_jax.routing.entropy_balancing import clipped_to_mean_one, effective_sample_size, strongest_balance
 from trace_jax.routing.statistics import run_batches
-from trace_jax.routing.weights import clipped_to_mean_one, effective_sample_size
 
 BUCKETS = 10_000  # of hashed n-grams, as in DSIR
 
@@ -101,27 +98,8 @@ def domain_weights(domain: np.ndarray, base: np.ndarray) -> np.ndarray:
     return np.where(inside, 0.5 / share, 0.5 / (1 - share))
 
 
-@dataclasses.dataclass(frozen=True)
-class HiddenBalance:
-    """A solution of `hidden_weights`: weights f64 [N] of mean one, after clipping."""
-
-    balance: Balance
-    weights: np.ndarray
-    effective_sample_size: float
-    strength: float
-
-
-def hidden_weights(
-    retain_means: np.ndarray,
-    forget_mean: np.ndarray,
-    base: np.ndarray,
-    *,
-    strength: float = 1.0,
-    ridge: float = 1e-3,
-    max_weight: float = 50.0,
-    min_effective_sample_size: float = 0.0,
-) -> HiddenBalance:
-    """The same calibration on hidden states of rows instead of experts: the rival that needs no router.
+def hidden_weights(retain_means: np.ndarray, forget_mean: np.ndarray, base: np.ndarray, settings: Hidden) -> np.ndarray:
+    """f64 [N], mean one, clipped: the same calibration on hidden states of rows instead of experts.
 
     Args:
       retain_means: f64 [N, D], mean final hidden state of every row; forget_mean: f64 [D], over the forget corpus.
@@ -133,13 +111,29 @@ def hidden_weights(
     deviation = np.sqrt(base @ (retain_means - mean) ** 2 / base.sum())
     deviation = np.where(deviation > 1e-12, deviation, np.inf)  # a direction that never varies can't be matched
     features, goal = (retain_means - mean) / deviation, (forget_mean - mean) / deviation
+    return strongest_balance(features, np.zeros(len(goal)), goal, base=base, settings=settings).weights
 
-    def solve(s: float, start: np.ndarray | None) -> HiddenBalance:
-        balance = entropy_balance(features, s * goal, base=base, ridge=ridge, start=start)
-        weights, _ = clipped_to_mean_one(balance.weights, max_weight, base)
-        return HiddenBalance(balance, weights, effective_sample_size(weights, base), s)
 
-    return strongest(solve, strength, min_effective_sample_size)[0]
+def ratio_weights(
+    indices: np.ndarray,
+    *,
+    selected: np.ndarray,
+    forget_frequency: np.ndarray,
+    retain_frequency: np.ndarray,
+    max_ratio: float = 100.0,
+) -> np.ndarray:
+    """f64 [T]: mean over the selected experts active at t of clip(f^F / f^R, 1, max_ratio), then mean one.
+
+    Cheap, and does not solve the matching. A token that no selected expert handles counts 1 before the normalisation.
+    indices integer [L, T, K]; selected bool [L, E]; frequencies f64 [L, E].
+    """
+    ratio = np.full(retain_frequency.shape, float(max_ratio))
+    np.divide(forget_frequency, retain_frequency, out=ratio, where=retain_frequency > 0)
+    ratio = np.where(selected, np.clip(ratio, 1.0, max_ratio), 0.0)
+    total = sum(values[chosen].sum(-1) for values, chosen in zip(ratio, indices, strict=True))
+    active = sum(chosen_in[chosen].sum(-1) for chosen_in, chosen in zip(selected, indices, strict=True))
+    weights = np.where(active > 0, total / np.maximum(active, 1), 1.0)
+    return weights / weights.mean()
 
 
 def hidden_sums(model: Model, rows: Rows, *, mesh: Mesh | None = None, batch_size: int = 32) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from trace_jax.models.model import Model
 from trace_jax.parallel.hosts import to_host
-from trace_jax.routing.statistics import Assignments, ExpertStatistics
+from trace_jax.routing.statistics import Assignments
 
 
 def frequency_gap(f: np.ndarray, g: np.ndarray) -> np.ndarray:
@@ -58,23 +58,13 @@ def load_entropy(frequency: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """Agreement of two models' routing on the same tokens, f64 [L]: 1 means that nothing has changed.
+    """Agreement of two models' routing on the same tokens.
 
     Attributes:
-      jaccard: mean over tokens of |A and B| / |A or B|, A and B the chosen experts (Jaccard 1912).
-      unchanged: share of tokens with the same set of experts.
-    """
-
-    jaccard: np.ndarray
-    unchanged: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class RowOverlap:
-    """The same, summed over the tokens of each row that has any.
-
-    Attributes:
-      tokens: i64 [N].  jaccard, unchanged: f64 [N, L], sums over the row's tokens.
+      tokens: i64 [N], of each row that has any, or their number.
+      jaccard: f64 [N, L], sum over a row's tokens of |A and B| / |A or B|, A and B the chosen experts (Jaccard 1912);
+        or f64 [L], the mean over tokens, where 1 means that nothing has changed.
+      unchanged: the same of "same set of experts".
     """
 
     tokens: np.ndarray
@@ -83,18 +73,18 @@ class RowOverlap:
 
 
 def overlap(original: Assignments, current: Assignments) -> Overlap:
-    """How much of the original model's routing is left, from both models' `expert_assignments` of one corpus.
+    """How much of the original model's routing is left: means over tokens of `overlap_by_row`."""
+    by_row = overlap_by_row(original, current)
+    tokens = by_row.tokens.sum()
+    return Overlap(tokens, by_row.jaccard.sum(axis=0) / tokens, by_row.unchanged.sum(axis=0) / tokens)
+
+
+def overlap_by_row(original: Assignments, current: Assignments) -> Overlap:
+    """Sums over the tokens of each row, from both models' `expert_assignments` of one corpus.
 
     Raises:
       ValueError: the assignments are of different tokens.
     """
-    by_row = overlap_by_row(original, current)
-    tokens = by_row.tokens.sum()
-    return Overlap(by_row.jaccard.sum(axis=0) / tokens, by_row.unchanged.sum(axis=0) / tokens)
-
-
-def overlap_by_row(original: Assignments, current: Assignments) -> RowOverlap:
-    """`overlap` before the mean over tokens. Raises ValueError if the assignments are of different tokens."""
     before, after = original.indices, current.indices
     same_tokens = np.array_equal(original.rows, current.rows) and np.array_equal(original.positions, current.positions)
     if before.shape != after.shape or not same_tokens:
@@ -107,7 +97,7 @@ def overlap_by_row(original: Assignments, current: Assignments) -> RowOverlap:
         shared = (old[:, :, None] == new[:, None, :]).any(axis=2).sum(axis=1)  # [T]
         jaccard.append(np.bincount(row, shared / (2 * top_k - shared)))
         unchanged.append(np.bincount(row, shared == top_k))
-    return RowOverlap(np.bincount(row), np.stack(jaccard, axis=1), np.stack(unchanged, axis=1))
+    return Overlap(np.bincount(row), np.stack(jaccard, axis=1), np.stack(unchanged, axis=1))
 
 
 def counts_by_row(assignments: Assignments, num_experts: int) -> np.ndarray:
@@ -119,11 +109,6 @@ def counts_by_row(assignments: Assignments, num_experts: int) -> np.ndarray:
         for layer in assignments.indices
     ]
     return np.stack(counts, axis=1)
-
-
-def frequency_change(original: ExpertStatistics, current: ExpertStatistics) -> np.ndarray:
-    """f64 [L]: sum over experts of |f_current - f_original| of one corpus under two models, 0 to 2K."""
-    return frequency_gap(current.frequency, original.frequency)
 
 
 def router_drift(original: Model, current: Model) -> np.ndarray:

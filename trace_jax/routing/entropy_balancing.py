@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import scipy.linalg
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import LinearOperator, cg
 
-from trace_jax.routing.features import Matrix
+from trace_jax.routing.config import Matching
 
+Matrix = Any  # np.ndarray or scipy.sparse.csr_array, f64
 AIM = 1e-10  # largest gradient entry at which Newton stops
 ENOUGH = 1e-8  # largest gradient entry that still counts as solved, where rounding ends the descent earlier
 SAMPLE = 16_384  # patterns whose Hessian steers the linear solver; the equations themselves use all
@@ -156,3 +158,184 @@ def _squares(features: Matrix) -> Matrix:
 
 def _operator(size: int, apply: Callable[[np.ndarray], np.ndarray]) -> LinearOperator:
     return LinearOperator((size, size), matvec=apply, dtype=np.float64)  # pyright: ignore[reportCallIssue]
+
+
+# --- clipped weights, as strong as the sample size allows
+
+FALLBACK_RIDGE = 1e-3  # used where ridge 0 was asked for and no weights meet the target
+
+
+@dataclasses.dataclass(frozen=True)
+class ClippedBalance:
+    """A solution after clipping.
+
+    Attributes:
+      balance: before clipping, solved with `ridge` for `strength`.
+      weights: f64 [U], of mean one: min(w, max_weight) * scale.
+      effective_sample_size: (sum w)^2 / (T sum w^2).
+    """
+
+    balance: Balance
+    strength: float
+    ridge: float
+    weights: np.ndarray
+    scale: float
+    effective_sample_size: float
+
+
+def strongest_balance(
+    features: Matrix,
+    moment: np.ndarray,
+    goal: np.ndarray,
+    *,
+    base: np.ndarray,
+    settings: Matching,
+    constant: np.ndarray | None = None,
+) -> ClippedBalance:
+    """Moves the mean of the features from `moment` f64 [C] towards `goal`, by as much of the way as is allowed.
+
+    That is the largest strength up to `settings.strength` whose effective sample size is at least the bound, found by
+    bisection to 0.001 of it; each solve starts from the multipliers of the weaker one. base f64 [U], `constant`: as in
+    `entropy_balance`.
+    """
+    strength, bound = settings.strength, settings.min_effective_sample_size
+
+    def solve(s: float, start: np.ndarray | None) -> ClippedBalance:
+        used, target = settings.ridge, moment + s * (goal - moment)
+        balance = entropy_balance(features, target, base=base, ridge=used, constant=constant, start=start)
+        if used == 0 and not balance.converged:
+            used = FALLBACK_RIDGE
+            balance = entropy_balance(features, target, base=base, ridge=used, constant=constant)
+        weights, scale = clipped_to_mean_one(balance.weights, settings.max_weight, base)
+        return ClippedBalance(balance, s, used, weights, scale, effective_sample_size(weights, base))
+
+    best = solve(strength, None)
+    if best.effective_sample_size >= bound:
+        return best
+    low, high, best = 0.0, strength, solve(0.0, None)
+    while high - low > 1e-3 * strength:
+        middle = (low + high) / 2
+        solution = solve(middle, best.balance.multipliers)
+        if solution.effective_sample_size >= bound:
+            low, best = middle, solution
+        else:
+            high = middle
+    return best
+
+
+def clipped_to_mean_one(
+    weights: np.ndarray, max_weight: float, base: np.ndarray | None = None
+) -> tuple[np.ndarray, float]:
+    """(min(weights, max_weight) * scale, scale) with mean one. `base`: how much each entry counts."""
+    base = np.ones(weights.shape) if base is None else base
+    clipped = np.minimum(weights, max_weight)
+    mean = float((base * clipped).sum() / base.sum())
+    return clipped / mean, 1.0 / mean
+
+
+def effective_sample_size(weights: np.ndarray, base: np.ndarray | None = None) -> float:
+    """(sum w)^2 / (T sum w^2), in (0, 1]; 1 when all count the same. `base`: how much each entry counts."""
+    base = np.ones(weights.shape) if base is None else base
+    return float((base * weights).sum() ** 2 / (base.sum() * (base * weights**2).sum()))
+
+
+# --- the units that are weighted, as features
+
+
+@dataclasses.dataclass(frozen=True)
+class Patterns:
+    """The distinct activation patterns of a corpus of T tokens, for C selected experts.
+
+    Two units with the same activations always get the same weight, so only distinct patterns are kept, in an order that
+    depends on the patterns alone. The solver therefore returns bit for bit the same multipliers however the corpus was
+    shuffled, batched or sharded.
+
+    Attributes:
+      features: f64 [P, C]; a_c of the unit: 0 or 1 for a token (sparse), a mean over tokens for a row (dense).
+      tokens: f64 [P]; how many of the T tokens belong to units with the pattern (whole numbers: sums are exact).
+    """
+
+    features: Matrix
+    tokens: np.ndarray
+
+
+def find_patterns(indices: np.ndarray, matched: np.ndarray, *, unit: str, rows: np.ndarray) -> Patterns:
+    """Distinct activation patterns of the units of a corpus.
+
+    Args:
+      indices: integer [L, T, K]; the chosen experts of every valid token.
+      matched: bool [L, E]; columns of the features, in the order of `np.nonzero(matched)`.
+      unit: "token" or "row".
+      rows: integer [T]; the row of each token.
+    """
+    activations = activation_matrix(indices, matched)
+    key = _keys(activations)
+    if unit == "token":
+        _, first, tokens = np.unique(key, return_index=True, return_counts=True)
+        features = activations[first]
+        features.sort_indices()  # so that sums over a pattern don't depend on the order of a token's experts
+        return Patterns(features, tokens.astype(np.float64))
+    members, _ = row_members(rows)
+    _, first, of_row = np.unique(
+        members.astype(np.uint64) @ (key + _LENGTH_KEY), return_index=True, return_inverse=True
+    )
+    lengths = members @ np.ones(len(key))
+    features = (members[first] @ activations).toarray() / lengths[first, None]
+    return Patterns(features, np.bincount(of_row, lengths, minlength=len(first)))
+
+
+def activation_matrix(indices: np.ndarray, matched: np.ndarray, chunk: int = 65_536) -> Matrix:
+    """a_c(t) as a sparse f64 [T, C]: 1 where the expert of column c is among the token's top K.
+
+    indices: integer [L, T, K]; matched: bool [L, E], its C true entries are the columns.
+    """
+    column_of = np.full(matched.shape, -1, np.int32)
+    column_of[matched] = np.arange(matched.sum())
+    columns, per_token = [], []
+    for start in range(0, indices.shape[1], chunk):
+        pairs = zip(column_of, indices[:, start : start + chunk], strict=True)
+        table = np.concatenate([of_layer[chosen] for of_layer, chosen in pairs], axis=1)  # [chunk, L K]
+        columns.append(table[table >= 0])
+        per_token.append((table >= 0).sum(axis=1))
+    column = np.concatenate(columns)
+    ends = np.concatenate([[0], np.cumsum(np.concatenate(per_token))]).astype(np.int32 if len(column) < 2**31 else int)
+    return csr_array((np.ones(len(column)), column, ends), (indices.shape[1], int(matched.sum())))
+
+
+def row_members(rows: np.ndarray) -> tuple[Matrix, np.ndarray]:
+    """(0/1 matrix [rows, T], the row number of each token from 0)."""
+    _, row = np.unique(rows, return_inverse=True)
+    tokens = np.arange(len(rows))
+    return csr_array((np.ones(len(rows)), (row, tokens)), (int(row.max()) + 1, len(rows))), row
+
+
+def constant_directions(patterns: Patterns, matched: np.ndarray, moment: np.ndarray, top_k: int) -> np.ndarray:
+    """f64 [C, n], orthonormal: what no weights can change, because it is the same in every unit.
+
+    That is an expert that is always on, and the sum over a layer whose every activation is matched.
+    """
+    features, columns = patterns.features, len(moment)
+    if isinstance(features, np.ndarray):
+        fixed = np.ptp(features, axis=0) == 0 if columns else np.zeros(0, bool)
+    else:
+        fixed = moment == 1.0
+    directions = [np.eye(columns)[c] for c in np.flatnonzero(fixed)]
+    layer = np.nonzero(matched)[0]
+    for number in np.unique(layer):
+        inside = layer == number
+        free = inside & ~fixed
+        if free.any() and np.isclose(moment[inside].sum(), top_k, rtol=1e-12, atol=0.0):
+            directions.append(free / np.sqrt(free.sum()))
+    return np.stack(directions, axis=1) if directions else np.zeros((columns, 0))
+
+
+# A random number of 64 bits stands for each column; a pattern's key is the sum over its activations, modulo 2^64. Sums
+# have no order, and two of 10^6 different patterns share a key with probability 10^-7.
+_LENGTH_KEY = np.uint64(0x9E3779B97F4A7C15)  # counted once per token, so that a row's key holds its length
+
+
+def _keys(activations: Matrix) -> np.ndarray:
+    """uint64 [T]; equal for tokens with the same activations."""
+    numbers = np.random.default_rng(0).integers(0, 2**64, activations.shape[1], np.uint64, endpoint=False)
+    ones = np.ones(activations.nnz, np.uint64)
+    return csr_array((ones, activations.indices, activations.indptr), activations.shape) @ numbers

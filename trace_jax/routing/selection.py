@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from trace_jax.config import ConfigError
-from trace_jax.routing.config import RULES, SCOPES
+from trace_jax.config import ConfigError, resolve
+from trace_jax.routing import config as rules
+from trace_jax.routing.config import RULES, SelectionRule
 from trace_jax.routing.statistics import ExpertStatistics
 
 EPSILON = 1e-12  # in the ratio rule, so that an expert the retain corpus never uses has a ratio
@@ -15,61 +18,51 @@ def select_experts(
     forget: ExpertStatistics,
     retain: ExpertStatistics,
     *,
-    rule: str = "ratio",
-    kappa: float = 0.5,
-    tau: float = 1.2,
-    top: int = 4,
-    z: float = 5.0,
-    mass: float = 0.5,
-    scope: str = "layer",
+    rule: str | SelectionRule = "ratio",
     seed: int = 0,
+    **settings: Any,
 ) -> np.ndarray:
-    """bool [L, E], the selected experts. With f^F and f^R the forget and retain frequencies:
+    """bool [L, E], the selected experts.
 
-    - "ratio": f^F >= kappa * K/E and f^F / (f^R + eps) >= tau.
-    - "difference": the `top` experts by f^F - f^R.
-    - "log_odds": two-proportion z-score of f^F against f^R above `z`, so that a small corpus can't select by noise.
-    - "cumulative": the fewest experts of a layer whose f^F sums to mass * K (ESFT, 2407.01906), of those the ones with
-      f^F > f^R.
-    - "affinity": the `top` experts by mean gate score on forget data (SEUF, 2411.18797).
-    - "random": `top` experts drawn with `seed`: a control.
-    - "all": every expert.
+    rule: a `SelectionRule`, or the name of one in trace_jax/routing/config.py, and its settings (`tau=1.5`).
+    seed: of the rule "random".
 
     `scope`: "layer" takes `top` experts in each layer, "model" takes `top` over all layers. Ties go to the lower layer,
     then the lower expert.
 
     Raises:
-      ConfigError: an unknown rule or scope, or `top` beyond the number of experts.
+      ConfigError: an unknown rule or setting of it, or `top` beyond the number of experts.
       ValueError: statistics of different models.
     """
-    if rule not in RULES:
-        raise ConfigError(f"rule is {rule!r}; expected one of {', '.join(RULES)}.")
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise ConfigError(f"rule is {rule!r}; expected one of {', '.join(RULES)}.")
+        rule = resolve(SelectionRule.kinds[rule], settings, path=rule)
     if forget.counts.shape != retain.counts.shape or forget.top_k != retain.top_k:
         raise ValueError(
             f"forget statistics are {forget.counts.shape} with top {forget.top_k}, retain statistics "
             f"{retain.counts.shape} with top {retain.top_k}; both must come from the same model."
         )
     f_forget, f_retain = forget.frequency, retain.frequency
-    if rule == "ratio":
-        uniform = forget.top_k / f_forget.shape[1]
-        return (f_forget >= kappa * uniform) & (f_forget / (f_retain + EPSILON) >= tau)
-    if rule == "log_odds":
-        return z_scores(forget, retain) > z
-    if rule == "cumulative":
-        return fewest_covering(f_forget, mass * forget.top_k) & (f_forget > f_retain)
-    if rule == "all":
-        return np.ones(f_forget.shape, bool)
-    if rule == "difference":
-        return highest(f_forget - f_retain, top, scope)
-    if rule == "affinity":
-        return highest(forget.gate_mass / forget.tokens, top, scope)
-    return highest(np.random.default_rng(seed).random(f_forget.shape), top, scope)
+    match rule:
+        case rules.Ratio(kappa, tau):
+            uniform = forget.top_k / f_forget.shape[1]
+            return (f_forget >= kappa * uniform) & (f_forget / (f_retain + EPSILON) >= tau)
+        case rules.LogOdds(z):
+            return z_scores(forget, retain) > z
+        case rules.Cumulative(mass):
+            return fewest_covering(f_forget, mass * forget.top_k) & (f_forget > f_retain)
+        case rules.Difference(top, scope):
+            return highest(f_forget - f_retain, top, scope)
+        case rules.Affinity(top, scope):
+            return highest(forget.gate_mass / forget.tokens, top, scope)
+        case rules.Random(top, scope):
+            return highest(np.random.default_rng(seed).random(f_forget.shape), top, scope)
+    return np.ones(f_forget.shape, bool)
 
 
 def highest(score: np.ndarray, top: int, scope: str = "layer") -> np.ndarray:
     """bool [L, E]: the `top` highest scores of each layer, or of the model (scope "model")."""
-    if scope not in SCOPES:
-        raise ConfigError(f"scope is {scope!r}; expected one of {', '.join(SCOPES)}.")
     groups = score if scope == "layer" else score.reshape(1, -1)
     if not 1 <= top <= groups.shape[1]:
         raise ConfigError(f"top is {top}; expected 1 to {groups.shape[1]}, the experts there are per {scope}.")

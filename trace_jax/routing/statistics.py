@@ -1,4 +1,4 @@
-"""How often each expert is used: the pass over a corpus that counts, and the one that keeps every token's experts.
+"""How often each expert is used, and by which token: one pass over a corpus counts, and keeps each token's experts.
 
 Counts are exact: int32 on the device, summed over devices as integers, int64 on the host; so they are the same at any
 batch size and device count.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
@@ -53,10 +54,13 @@ class ExpertStatistics:
         """f64 [L, E], share of positions that use the expert; each layer sums to K."""
         return self.counts / self.tokens
 
-    def save(self, path) -> None:
-        """Writes `path` (.npz) whole or not at all."""
+    def save(self, path, assignments: Assignments | None = None) -> None:
+        """Writes `path` (.npz), with the experts of every token where given: L * K bytes each up to 256 experts."""
+        arrays: dict[str, Any] = dataclasses.asdict(self)
+        if assignments is not None:
+            arrays["indices"] = assignments.indices
         with replacing(path) as temporary:
-            np.savez(temporary, **dataclasses.asdict(self))
+            np.savez(temporary, **arrays)
 
     @classmethod
     def load(cls, path) -> ExpertStatistics:
@@ -79,6 +83,20 @@ class Assignments:
     rows: np.ndarray
     positions: np.ndarray
     layers: tuple[int, ...] = ()
+
+    @classmethod
+    def load(cls, path, valid: np.ndarray) -> Assignments:
+        """What `ExpertStatistics.save` kept of a corpus whose rows are valid at `valid` [N, S]."""
+        with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
+            indices, layers = file["indices"], tuple(int(layer) for layer in file["layers"])
+        rows, positions = np.nonzero(valid)
+        return cls(indices, rows.astype(np.int32), positions.astype(np.int32), layers)
+
+    def take(self, rows: np.ndarray) -> Assignments:
+        """Those of the rows that `rows` names in ascending order, numbered as in `Rows.take(rows)`."""
+        number = np.searchsorted(rows, self.rows)
+        taken = rows[np.minimum(number, len(rows) - 1)] == self.rows
+        return Assignments(self.indices[:, taken], number[taken], self.positions[taken], self.layers)
 
 
 def as_assignments(assignments: Assignments | np.ndarray, rows: np.ndarray | None = None) -> Assignments:
@@ -109,19 +127,55 @@ def expert_statistics(
         known to within a third, and selection would follow noise.
 
     Raises:
-      ValueError: too few valid positions; NaN or infinite router scores; counts that do not sum to K per position.
+      ValueError: too few valid positions.  DamagedRouting: NaN or infinite router scores.
     """
-    config = model.config
+    return _route(model, batches, mesh, min_activations, experts=False)[0]
+
+
+def expert_assignments(model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None) -> Assignments:
+    """The chosen experts of every valid position, in row order: L * K bytes per token up to 256 experts.
+
+    Raises:
+      ValueError: no valid position.  DamagedRouting: NaN or infinite router scores.
+    """
+    return expert_routing(model, batches, mesh=mesh)[1]
+
+
+def expert_routing(
+    model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None, min_activations: float = 0.0
+) -> tuple[ExpertStatistics, Assignments]:
+    """`expert_statistics` and `expert_assignments` from one pass; raises what they raise."""
+    return _route(model, batches, mesh, min_activations, experts=True)
+
+
+def _route(
+    model: Model, batches: Iterable[Batch], mesh: Mesh | None, min_activations: float, *, experts: bool
+) -> tuple[ExpertStatistics, Assignments]:
+    """Statistics and, with `experts`, assignments (else empty)."""
+    config, (fn, out_specs) = model.config, _ASSIGN if experts else _COUNT
     counts = np.zeros((len(config.moe_layers), config.num_experts), np.int64)
-    gate_mass = np.zeros(counts.shape, np.float64)
-    tokens = 0
-    for batch, (batch_counts, batch_load) in run_batches(model, batches, _count, out_specs=PartitionSpec(), mesh=mesh):
-        valid = int(np.sum(batch.valid))
-        batch_counts = np.asarray(batch_counts).astype(np.int64)
-        _check_routing(config, batch_counts, np.asarray(batch_load), valid)
-        counts += batch_counts
-        gate_mass += np.asarray(batch_load).astype(np.float64)
-        tokens += valid
+    gate_mass, tokens, first_row = np.zeros(counts.shape, np.float64), 0, 0
+    indices = [np.zeros((len(counts), 0, config.experts_per_token), _compact(config))]
+    places = [np.zeros((2, 0), np.int32)]
+    for batch, (batch_counts, load, *chosen) in run_batches(model, batches, fn, out_specs=out_specs, mesh=mesh):
+        valid = np.asarray(batch.valid)
+        if (bad := ~np.isfinite(load).all(axis=1)).any():
+            raise DamagedRouting(
+                f"the router of layer {config.moe_layers[int(np.argmax(bad))]} gave NaN or infinite scores; the model "
+                "is damaged (diverged training, or a wrong checkpoint), and no statistics can be taken from it."
+            )
+        counts += batch_counts.astype(np.int64)
+        gate_mass += load.astype(np.float64)
+        tokens += int(valid.sum())
+        if experts:
+            indices.append(np.moveaxis(chosen[0][: len(valid)][valid], 1, 0))
+            places.append(np.stack(np.nonzero(valid)).astype(np.int32) + np.array([[first_row], [0]], np.int32))
+            first_row += len(valid)
+    if (counts.sum(axis=1) != config.experts_per_token * tokens).any():
+        raise ValueError(
+            f"layers counted {counts.sum(axis=1).tolist()} activations on {tokens} valid positions; expected "
+            f"{config.experts_per_token} each. This is an error of trace_jax."
+        )
     needed = max(1.0, min_activations * config.num_experts / config.experts_per_token)
     if tokens < needed:
         raise ValueError(
@@ -129,65 +183,25 @@ def expert_statistics(
             f"{config.experts_per_token} chosen per token need at least {int(np.ceil(needed))} "
             f"({min_activations:g} activations per expert on average). Give more text, or lower min_activations."
         )
-    return ExpertStatistics(counts, gate_mass, tokens, config.experts_per_token, config.moe_layers)
+    statistics = ExpertStatistics(counts, gate_mass, tokens, config.experts_per_token, config.moe_layers)
+    rows, positions = np.concatenate(places, axis=1)
+    return statistics, Assignments(np.concatenate(indices, axis=1), rows, positions, config.moe_layers)
 
 
-def expert_assignments(model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None) -> Assignments:
-    """The chosen experts of every valid position, in row order: L * K bytes per token up to 256 experts.
-
-    Raises:
-      ValueError: no valid position, or NaN or infinite router scores.
-    """
-    return expert_routing(model, batches, mesh=mesh)[1]
+def _compact(config: ModelConfig) -> Any:
+    return np.uint8 if config.num_experts <= 256 else np.uint16
 
 
-def expert_routing(
-    model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None
-) -> tuple[ExpertStatistics, Assignments]:
-    """Both from one pass: `expert_statistics` (of however few activations) and `expert_assignments`.
-
-    Raises:
-      DamagedRouting: NaN or infinite router scores.  ValueError: no valid position.
-    """
-    config = model.config
-    dtype = np.uint8 if config.num_experts <= 256 else np.uint16
-    counts = np.zeros((len(config.moe_layers), config.num_experts), np.int64)
-    gate_mass = np.zeros(counts.shape, np.float64)
-    indices, rows, positions, first_row = [], [], [], 0
-    for batch, (batch_indices, batch_load) in run_batches(
-        model, batches, _assign, out_specs=(PartitionSpec(BATCH_AXES), PartitionSpec()), mesh=mesh
-    ):
-        valid = np.asarray(batch.valid)
-        chosen = np.asarray(batch_indices)[: len(valid)][valid]  # [T, L, K]
-        found = np.stack([np.bincount(c.ravel(), minlength=config.num_experts) for c in chosen.swapaxes(0, 1)])
-        _check_routing(config, found, np.asarray(batch_load), int(valid.sum()))
-        counts += found
-        gate_mass += np.asarray(batch_load).astype(np.float64)
-        row, position = np.nonzero(valid)
-        indices.append(chosen.astype(dtype))
-        rows.append((row + first_row).astype(np.int32))
-        positions.append(position.astype(np.int32))
-        first_row += len(valid)
-    if not (tokens := sum(map(len, rows))):
-        raise ValueError("the corpus has no valid token; there is no routing to look at.")
-    stacked = np.ascontiguousarray(np.concatenate(indices).swapaxes(0, 1))
-    return (
-        ExpertStatistics(counts, gate_mass, tokens, config.experts_per_token, config.moe_layers),
-        Assignments(stacked, np.concatenate(rows), np.concatenate(positions), config.moe_layers),
-    )
+def _routing(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array, *, experts: bool):
+    """(counts i32 [L, E], sum of softmax f32 [L, E]) of the whole batch, and the experts [B, S, L, K] of its rows."""
+    collect = ("counts", "load", "indices") if experts else ("counts", "load")
+    router = forward(params, config, tokens, mask=segments, count_mask=valid, collect=collect).router
+    sums = jax.lax.psum((router.counts, router.load), BATCH_AXES)
+    return sums if router.indices is None else (*sums, jnp.moveaxis(router.indices, 0, 2).astype(_compact(config)))
 
 
-def _count(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array):
-    """(counts i32 [L, E], sum of softmax f32 [L, E]) of the whole batch, from one device's rows."""
-    router = forward(params, config, tokens, mask=segments, count_mask=valid, collect=("counts", "load")).router
-    return jax.lax.psum((router.counts, router.load), BATCH_AXES)
-
-
-def _assign(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array):
-    """(chosen experts i32 [B, L, S, K] with the batch first, sum of softmax f32 [L, E])."""
-    router = forward(params, config, tokens, mask=segments, count_mask=valid, collect=("indices", "load")).router
-    assert router.indices is not None
-    return router.indices.transpose(1, 2, 0, 3), jax.lax.psum(router.load, BATCH_AXES)
+_COUNT = partial(_routing, experts=False), PartitionSpec()
+_ASSIGN = partial(_routing, experts=True), (PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES))
 
 
 @lru_cache(maxsize=32)
@@ -197,7 +211,7 @@ def _compiled(fn, out_specs, config: ModelConfig, mesh: Mesh):
 
 def counting_pass(config: ModelConfig, mesh: Mesh) -> Any:
     """The compiled function of `expert_statistics`: (params, tokens, segments, valid) -> (counts, sums of softmax)."""
-    return _compiled(_count, PartitionSpec(), config, mesh)
+    return _compiled(*_COUNT, config, mesh)
 
 
 def run_batches(
@@ -212,38 +226,14 @@ def run_batches(
     run, params = _compiled(fn, out_specs, model.config, mesh), placed_params(model.params, model.config, mesh)
     size, waiting = 0, None
     for batch in batches:
-        size = max(size, _round_up(len(batch.tokens), row_shards(mesh)))  # smaller batches are padded: one compilation
-        rows = (_padded(x, size) for x in (batch.tokens, batch.segments, batch.valid))
+        shards = row_shards(mesh)
+        size = max(size, -(-len(batch.tokens) // shards) * shards)  # smaller batches are padded: one compilation
+        rows = (
+            np.pad(np.asarray(x), ((0, size - len(x)), (0, 0))) for x in (batch.tokens, batch.segments, batch.valid)
+        )  # by rows of segment 0, not valid
         output = run(params, *place(tuple(rows), mesh, PartitionSpec(BATCH_AXES)))
         if waiting is not None:
             yield waiting[0], to_host(waiting[1])
         waiting = batch, output
     if waiting is not None:
         yield waiting[0], to_host(waiting[1])
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _padded(array, size: int) -> np.ndarray:
-    """`array` [B, S] with zeros below, [size, S]: rows of padding (segment 0, not valid)."""
-    return np.pad(np.asarray(array), ((0, size - len(array)), (0, 0)))
-
-
-def _check_routing(config: ModelConfig, counts: np.ndarray, load: np.ndarray, valid: int) -> None:
-    """The invariants of every pass: finite scores, and K activations per valid position in every layer."""
-    bad = ~np.isfinite(load).all(axis=1)
-    if bad.any():
-        raise DamagedRouting(
-            f"the router of layer {config.moe_layers[int(np.argmax(bad))]} gave NaN or infinite scores; the model is "
-            "damaged (diverged training, or a wrong checkpoint), and no statistics can be taken from it."
-        )
-    top_k = config.experts_per_token
-    wrong = counts.sum(axis=1) != top_k * valid
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise ValueError(
-            f"layer {config.moe_layers[row]} counted {int(counts[row].sum())} activations on {valid} valid positions; "
-            f"expected {top_k} each, {top_k * valid}."
-        )

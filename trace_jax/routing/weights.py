@@ -1,122 +1,368 @@
-"""From multipliers to weights: w = min(exp(lambda . a - log_normalizer), max_weight) * scale, mean one over the corpus.
+"""From a configured weighting to what unlearning consumes: which rows are drawn, and what multiplies each loss.
 
-`token_weights` is what runs on a device, beside a forward pass; `corpus_weights` is the same in float64 for the whole
-retain corpus. Both need nothing but the chosen experts of each token.
+Where weights act (`apply`), so that the loss sum_t v_t r_t / (valid positions of the batch) always aims at the corpus
+mean of w_t r_t:
+
+- "weights": rows drawn uniformly, v = w.
+- "both": rows drawn with probability proportional to their mean weight, v = w / (the row's mean weight). The batch sum
+  and the number of positions then have expectations in the same ratio as with "weights", also where rows have
+  different numbers of valid positions (drawing by the row's summed weight would count long rows twice, and would not
+  be uniform for equal weights).
+- "sampling": rows drawn the same way, v = 1. For unit "row" this is "both".
+
+With routing "online" v is known only once the model that trains has routed the row: it is the weight by that routing
+times a factor of the row, 1 for "weights" and 1 / (the row's mean weight by the original routing) for "both".
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from trace_jax.routing.features import unit_means
-from trace_jax.routing.statistics import Assignments, as_assignments
+from trace_jax.data.batches import sequential_batches
+from trace_jax.data.rows import Rows
+from trace_jax.io.files import as_path, local_copy, remove, replacing
+from trace_jax.models.model import Model
+from trace_jax.routing import config as settings
+from trace_jax.routing import controls
+from trace_jax.routing.calibration import Calibration, Certificate, match_frequencies, weighted_frequency
+from trace_jax.routing.config import CalibrationConfig
+from trace_jax.routing.diagnostics import frequency_gap, overlap
+from trace_jax.routing.entropy_balancing import clipped_to_mean_one, effective_sample_size
+from trace_jax.routing.selection import random_like, select_experts
+from trace_jax.routing.statistics import Assignments, ExpertStatistics, expert_assignments, expert_routing
 
-if TYPE_CHECKING:
-    from trace_jax.routing.calibration import Calibration
-    from trace_jax.routing.online import OnlineWeights
+
+@dataclasses.dataclass(frozen=True)
+class RetainWeights:
+    """Weights of a retain corpus of N rows, S positions and T valid positions, and where they act.
+
+    Attributes:
+      tokens: f64 [T], w of the valid positions in row order, of mean one.  valid: bool [N, S].
+      apply: "weights", "sampling" or "both"; online: whether a step weighs tokens by their present routing.
+      selected: bool [L, E], the experts that were looked at; None, as `frequency`, for weightings without experts.
+      frequency: f64 [L, E], weighted retain frequency sum_t w_t a_t / sum_t w_t.
+      calibration: for weightings that match experts, else None.
+    """
+
+    tokens: np.ndarray
+    valid: np.ndarray
+    apply: str = "weights"
+    online: bool = False
+    selected: np.ndarray | None = None
+    frequency: np.ndarray | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def certificate(self) -> Certificate | None:
+        return None if self.calibration is None else self.calibration.certificate
+
+    @functools.cached_property
+    def effective_sample_size(self) -> float:
+        """(sum w)^2 / (T sum w^2)."""
+        return effective_sample_size(self.tokens)
+
+    @functools.cached_property
+    def weights(self) -> np.ndarray:
+        """f32 [N, S], w: zero where not valid."""
+        return self._placed.astype(np.float32)
+
+    @functools.cached_property
+    def row_probability(self) -> np.ndarray:
+        """f64 [N], how rows are drawn; sums to 1."""
+        rows = len(self.valid)
+        return np.full(rows, 1 / rows) if self.apply == "weights" else self._row_means / self._row_means.sum()
+
+    @functools.cached_property
+    def loss_weights(self) -> np.ndarray:
+        """f32 [N, S], what multiplies the losses of a drawn row."""
+        if self.apply == "sampling":
+            return self.valid.astype(np.float32)
+        return self.weights if self.apply == "weights" else (self._placed / self._divisor[:, None]).astype(np.float32)
+
+    @property
+    def step_weights(self) -> np.ndarray:
+        """f32 [N, S]: what a step gets for a row: its loss weights, or, online, the factor of its weights to come."""
+        if not self.online:
+            return self.loss_weights
+        factor = np.ones(len(self.valid)) if self.apply == "weights" else 1.0 / self._divisor
+        return np.broadcast_to(factor.astype(np.float32)[:, None], self.valid.shape)
+
+    @property
+    def step_calibration(self) -> Calibration | None:
+        """What a step weighs tokens with by their present routing; None where weights are fixed."""
+        return self.calibration.for_step() if self.online and self.calibration is not None else None
+
+    @functools.cached_property
+    def _placed(self) -> np.ndarray:
+        weights = np.zeros(self.valid.shape)
+        weights[self.valid] = self.tokens
+        return weights
+
+    @functools.cached_property
+    def _row_means(self) -> np.ndarray:
+        return self._placed.sum(axis=1) / np.maximum(self.valid.sum(axis=1), 1)
+
+    @property
+    def _divisor(self) -> np.ndarray:
+        return np.where(self._row_means > 0, self._row_means, 1.0)
+
+    def applied(self, weighting: settings.Weighting) -> RetainWeights:
+        """The same weights, acting where `weighting` says."""
+        online = isinstance(getattr(weighting, "routing", None), settings.Online)
+        return dataclasses.replace(self, apply=getattr(weighting, "apply", "weights"), online=online)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes weights.npz and, where experts were matched, calibration.npz and calibration.json."""
+        names = ("tokens", "valid", "apply", "online", "selected", "frequency")
+        arrays = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        with replacing(as_path(directory) / "weights.npz") as temporary:
+            np.savez_compressed(temporary, **arrays)
+        for suffix in (".npz", ".json"):  # of another weighting, saved here before
+            remove(as_path(directory) / f"calibration{suffix}")
+        if self.calibration is not None:
+            self.calibration.save(as_path(directory) / "calibration")
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> RetainWeights:
+        """The inverse of `save`."""
+        with local_copy(as_path(directory) / "weights.npz") as local, np.load(local, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        plain = {"apply": str(arrays.pop("apply")), "online": bool(arrays.pop("online"))}
+        return cls(**arrays, **plain, calibration=Calibration.load(as_path(directory) / "calibration"))
 
 
-def token_weights(
-    indices: jax.Array, calibration: Calibration | OnlineWeights, *, mask: jax.Array | None = None
-) -> jax.Array:
-    """Weights of tokens from their chosen experts, in float32; usable under `jax.jit`.
+def retain_weights(
+    config: CalibrationConfig,
+    *,
+    model: Model,
+    forget: Rows,
+    retain: Rows,
+    forget_statistics: ExpertStatistics,
+    retain_statistics: ExpertStatistics,
+    assignments: Assignments | None = None,
+    solved: RetainWeights | None = None,
+    mesh: Mesh | None = None,
+    batch_size: int = 32,
+) -> RetainWeights:
+    """Weights of the retain corpus as `config` asks; every weighting is clipped at `max_weight` and has mean one.
 
     Args:
-      indices: i32 [L, ..., K], `forward(..., collect=("indices",)).router.indices`. For unit "row" and "window" the
-        shape is [L, B, S, K] and a row of the batch is a row of the corpus.
-      calibration: the result of `calibrate` (a constant of the jitted function), or its `OnlineWeights` (arguments).
-      mask: bool [...], the valid positions; others get weight zero and are left out of rows and windows. Default: all.
+      model: the frozen original model, whose routing, hidden states or losses are used.
+      forget, retain: the two corpora; `*_statistics` their `expert_statistics` under `model`.
+      assignments: the `expert_assignments` of the retain corpus under `model`, where they are known already.
+      solved: for weighting "permuted", the weights that it deals out, where they are known already.
+      batch_size: rows per forward pass; changes no result.
 
-    Returns:
-      f32 [...], the weights; their mean over the valid positions of the retain corpus is one.
+    Raises:
+      ConfigError, ValueError: see `select_experts`, `calibrate` and `trace_jax.routing.controls`.
     """
-    multipliers = jnp.asarray(calibration.multipliers, jnp.float32)
-    if indices.shape[0] != multipliers.shape[0]:
-        raise ValueError(f"indices has {indices.shape[0]} layers; the calibration was made for {multipliers.shape[0]}.")
-    if calibration.unit != "token" and indices.ndim != 4:
-        raise ValueError(f"weights per {calibration.unit} need indices [L, B, S, K]; got shape {indices.shape}.")
-    scores = jax.vmap(lambda values, chosen: values[chosen])(multipliers, indices).sum(axis=(0, -1))
-    valid = jnp.ones(scores.shape, bool) if mask is None else mask
-    if calibration.unit == "row":
-        tokens = jnp.maximum(valid.sum(axis=1, keepdims=True, dtype=jnp.float32), 1.0)
-        scores = jnp.broadcast_to(jnp.where(valid, scores, 0.0).sum(axis=1, keepdims=True) / tokens, scores.shape)
-    elif calibration.unit == "window":
-        scores = jax.vmap(lambda s, v: _window_mean(s, v, calibration.window or 1))(scores, valid)
-    raw = jnp.exp(scores - jnp.asarray(calibration.log_normalizer, jnp.float32))
-    weights = jnp.minimum(raw, jnp.asarray(calibration.max_weight, jnp.float32)) * jnp.asarray(
-        calibration.scale, jnp.float32
-    )
-    return jnp.where(valid, weights, 0.0)
+    valid, weighting = retain.valid, config.weighting
+    if int(valid.sum()) != retain_statistics.tokens:
+        raise ValueError(
+            f"the retain rows hold {int(valid.sum())} valid tokens, their statistics {retain_statistics.tokens}; "
+            "statistics of another corpus were given."
+        )
+    if isinstance(weighting, (settings.Entropy, settings.RatioWeights)):
+        if assignments is None:
+            assignments = expert_assignments(model, sequential_batches(retain, batch_size), mesh=mesh)
+        weights = _from_experts(config, weighting, valid, assignments, forget_statistics, retain_statistics, solved)
+    else:
+        tokens = _without_experts(weighting, model, forget, retain, mesh, batch_size)
+        if isinstance(weighting, settings.Weighted):
+            tokens = _clipped(tokens, weighting)
+        weights = RetainWeights(tokens, valid)
+    return weights.applied(weighting)
 
 
-def _window_mean(scores: jax.Array, valid: jax.Array, window: int) -> jax.Array:
-    """Mean of `scores` f32 [S] over the last `window` valid positions up to each valid position."""
-    length = scores.shape[0]
-    window = min(window, length)
-    rank = jnp.cumsum(valid.astype(jnp.int32))  # valid positions up to here
-    place = jnp.where(valid, rank - 1, length)
-    packed = jnp.zeros((length,), scores.dtype).at[place].set(scores, mode="drop")
-    sums = jax.lax.reduce_window(packed, jnp.float32(0), jax.lax.add, (window,), (1,), [(window - 1, 0)])
-    return sums[jnp.maximum(rank - 1, 0)] / jnp.clip(rank, 1, window).astype(jnp.float32)
+def _clipped(tokens: np.ndarray, weighting: settings.Weighted) -> np.ndarray:
+    return clipped_to_mean_one(tokens / tokens.mean(), weighting.max_weight)[0]
 
 
-def corpus_weights(
-    assignments: Assignments | np.ndarray, calibration: Calibration, *, rows: np.ndarray | None = None
+def _from_experts(
+    config: CalibrationConfig,
+    weighting: settings.Entropy | settings.RatioWeights,
+    valid: np.ndarray,
+    assignments: Assignments,
+    forget: ExpertStatistics,
+    retain: ExpertStatistics,
+    solved: RetainWeights | None,
+) -> RetainWeights:
+    selected = select_experts(forget, retain, rule=weighting.rule, seed=config.seed)
+    if isinstance(weighting, settings.RandomExperts):
+        selected = random_like(selected, seed=config.seed)
+    if isinstance(weighting, settings.RatioWeights):
+        frequencies = {"forget_frequency": forget.frequency, "retain_frequency": retain.frequency}
+        raw = controls.ratio_weights(
+            assignments.indices, selected=selected, max_ratio=weighting.max_ratio, **frequencies
+        )
+        tokens, calibration = _clipped(raw, weighting), None
+    else:
+        if solved is None or solved.calibration is None or solved.frequency is None:
+            calibration, tokens, frequency = match_frequencies(
+                assignments, retain.counts, selected, forget.frequency, weighting
+            )
+        else:
+            calibration, tokens, frequency = solved.calibration, solved.tokens, solved.frequency
+        selected = calibration.selected
+        if not isinstance(weighting, settings.Permuted):
+            return RetainWeights(tokens, valid, selected=selected, frequency=frequency, calibration=calibration)
+        units = assignments.rows if weighting.unit == "row" else np.arange(len(tokens))
+        tokens = _clipped(controls.permuted(tokens, units, seed=config.seed), weighting)
+    frequency = weighted_frequency(assignments.indices, tokens, selected.shape[1])
+    return RetainWeights(tokens, valid, selected=selected, frequency=frequency, calibration=calibration)
+
+
+def _without_experts(
+    weighting: settings.Weighting, model: Model, forget: Rows, retain: Rows, mesh: Mesh | None, batch_size: int
 ) -> np.ndarray:
-    """f64 [T]: the weight of every token of the corpus `assignments` (its mean is one on the calibrated corpus)."""
-    tokens = as_assignments(assignments, rows)
-    pairs = zip(calibration.multipliers, tokens.indices, strict=True)
-    scores = np.sum([values[chosen].sum(-1) for values, chosen in pairs], axis=0)
-    scores = unit_means(scores, tokens.rows, unit=calibration.unit, window=calibration.window)
-    return np.minimum(np.exp(scores - calibration.log_normalizer), calibration.max_weight) * calibration.scale
+    """Weight of every valid token, f64 [T], not normalised yet."""
+    lengths, row = retain.valid.sum(axis=1).astype(np.float64), np.nonzero(retain.valid)[0]
+    match weighting:
+        case settings.Loss():
+            return controls.losses(model, retain, mesh=mesh, batch_size=batch_size)[retain.valid].astype(np.float64)
+        case settings.Domain():
+            return controls.domain_weights(retain.domain, lengths)[row]
+        case settings.NGram():
+            ratio, bound = controls.ngram_log_ratio(forget, retain), weighting.min_effective_sample_size
+            return controls.ngram_weights(
+                ratio, lengths, max_weight=weighting.max_weight, min_effective_sample_size=bound
+            )[row]
+        case settings.Hidden():
+            filled = np.flatnonzero(lengths)
+            sums, forget_sums = (
+                controls.hidden_sums(model, rows, mesh=mesh, batch_size=batch_size)
+                for rows in (retain.take(filled), forget)
+            )
+            by_row = np.zeros(len(retain))
+            by_row[filled] = controls.hidden_weights(
+                sums / lengths[filled, None], forget_sums.sum(0) / forget.valid.sum(), lengths[filled], weighting
+            )
+            return by_row[row]
+    return np.ones(len(row))  # uniform
 
 
-def ratio_weights(
-    assignments: Assignments | np.ndarray,
-    *,
-    selected: np.ndarray,
-    forget_frequency: np.ndarray,
-    retain_frequency: np.ndarray,
-    max_ratio: float = 100.0,
-) -> np.ndarray:
-    """f64 [T]: mean over the selected experts active at t of clip(f^F / f^R, 1, max_ratio), then mean one.
+# --- solved anew
 
-    Cheap, and does not solve the matching. A token that no selected expert handles counts 1 before the normalisation.
-    selected bool [L, E]; frequencies f64 [L, E].
+
+CORPORA = ("forget", "retain")
+CorpusRouting = Mapping[str, tuple[ExpertStatistics, Assignments]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """How far routing has moved when weights are solved anew. Mappings have the keys "forget" and "retain".
+
+    Attributes:
+      layers: which layer of the network each entry is of, counted from 0.
+      overlap: f64 [L], mean over tokens of the Jaccard overlap of a token's experts with those of the original model.
+      frequency_change: f64 [L], sum over experts of |f - f_original|, 0 to 2K.
+      selected: how many experts are matched now; 0 where there was nothing to match.
+      selected_overlap: Jaccard overlap of the experts selected now with those selected before.
+      gap: sum over the experts selected now of |f~ - f^F| under the current model's routing: "unweighted" (f~ = f^R),
+        "before" with the weights in force until now, "after" with those from now on.
+      effective_sample_size: of the weights from now on, (sum w)^2 / (T sum w^2).
+      kept: nothing is selected under the current routing, so that the weights stay as they were.
     """
-    tokens = as_assignments(assignments)
-    positive = retain_frequency > 0
-    ratio = np.full(retain_frequency.shape, float(max_ratio))
-    np.divide(forget_frequency, retain_frequency, out=ratio, where=positive)
-    ratio = np.where(selected, np.clip(ratio, 1.0, max_ratio), 0.0)
-    total = sum(values[chosen].sum(-1) for values, chosen in zip(ratio, tokens.indices, strict=True))
-    active = sum(chosen_in[chosen].sum(-1) for chosen_in, chosen in zip(selected, tokens.indices, strict=True))
-    weights = np.where(active > 0, total / np.maximum(active, 1), 1.0)
-    return weights / weights.mean()
+
+    layers: tuple[int, ...]
+    overlap: Mapping[str, np.ndarray]
+    frequency_change: Mapping[str, np.ndarray]
+    selected: int
+    selected_overlap: float
+    gap: Mapping[str, float]
+    effective_sample_size: float
+    kept: bool
+
+    def text(self) -> str:
+        """One line for a terminal."""
+        same = {corpus: f"{values.mean():.1%}" for corpus, values in self.overlap.items()}
+        moved = {corpus: f"{values.mean():.3f}" for corpus, values in self.frequency_change.items()}
+        routing = (
+            f"routing overlaps with the original by {same['forget']} (forget) and {same['retain']} (retain), "
+            f"frequencies moved by {moved['forget']} and {moved['retain']} per layer"
+        )
+        if self.kept:
+            return f"{routing}; no expert is selected any more, so the last weights are kept"
+        return (
+            f"{routing}; {self.selected} experts matched, gap {self.gap['before']:.4f} -> {self.gap['after']:.4f}, "
+            f"effective sample size {self.effective_sample_size:.1%}"
+        )
 
 
-def weighted_frequency(indices: np.ndarray, weights: np.ndarray, num_experts: int) -> np.ndarray:
-    """f64 [L, E]: sum_t w_t a_t / sum_t w_t. indices integer [L, T, K], weights f64 [T]."""
-    repeated = np.repeat(weights, indices.shape[2])
-    sums = [np.bincount(layer.ravel(), repeated, minlength=num_experts) for layer in indices]
-    return np.stack(sums) / weights.sum()
+@dataclasses.dataclass(frozen=True)
+class Recalibration:
+    """Solves weights anew for the model as it is after some steps.
 
+    Attributes:
+      config: what to solve; the routing of its weighting is "recalibrated" and says after how many steps.
+      original: the model before unlearning, whose routing drift is measured from.
+      forget, retain: the two corpora. mesh, batch_size: for the passes over them; they change no result.
+    """
 
-def clipped_to_mean_one(
-    weights: np.ndarray, max_weight: float, base: np.ndarray | None = None
-) -> tuple[np.ndarray, float]:
-    """(min(weights, max_weight) * scale, scale) with mean one. `base`: how much each entry counts."""
-    base = np.ones(weights.shape) if base is None else base
-    clipped = np.minimum(weights, max_weight)
-    mean = float((base * clipped).sum() / base.sum())
-    return clipped / mean, 1.0 / mean
+    config: CalibrationConfig
+    original: Model
+    forget: Rows
+    retain: Rows
+    mesh: Mesh | None = None
+    batch_size: int = 32
 
+    @property
+    def every(self) -> int:
+        """Steps between recalibrations."""
+        assert self.config.recalibrates_every is not None
+        return self.config.recalibrates_every
 
-def effective_sample_size(weights: np.ndarray, base: np.ndarray | None = None) -> float:
-    """(sum w)^2 / (T sum w^2), in (0, 1]; 1 when all count the same. `base`: how much each entry counts."""
-    base = np.ones(weights.shape) if base is None else base
-    return float((base * weights).sum() ** 2 / (base.sum() * (base * weights**2).sum()))
+    def __call__(self, current: Model, last: RetainWeights) -> tuple[RetainWeights, Drift]:
+        """(the weights from now on, how far routing has moved) under `current`; `last` are the weights until now.
+
+        Where nothing is selected any more, the weights from now on are `last`.
+
+        Raises:
+          DamagedRouting: the current model's router gives NaN or infinite scores.
+        """
+        now = self._route(current)
+        (forget, _), (retain, assignments) = now["forget"], now["retain"]
+        new = retain_weights(
+            self.config,
+            model=current,
+            forget=self.forget,
+            retain=self.retain,
+            forget_statistics=forget,
+            retain_statistics=retain,
+            assignments=assignments,
+        )
+        assert new.selected is not None and new.frequency is not None and last.selected is not None
+        kept = not new.selected.any()
+        before = weighted_frequency(assignments.indices, last.tokens, new.selected.shape[1])
+        frequencies = {"unweighted": retain.frequency, "before": before, "after": before if kept else new.frequency}
+        either, both = int((last.selected | new.selected).sum()), int((last.selected & new.selected).sum())
+        weights = last if kept else new
+        return weights, Drift(
+            layers=tuple(current.config.moe_layers),
+            overlap={name: overlap(self._start[name][1], now[name][1]).jaccard for name in CORPORA},
+            frequency_change={
+                name: frequency_gap(now[name][0].frequency, self._start[name][0].frequency) for name in CORPORA
+            },
+            selected=int(new.selected.sum()),
+            selected_overlap=both / either if either else 1.0,
+            gap={name: float(np.abs(f - forget.frequency)[new.selected].sum()) for name, f in frequencies.items()},
+            effective_sample_size=weights.effective_sample_size,
+            kept=kept,
+        )
+
+    @functools.cached_property
+    def _start(self) -> CorpusRouting:
+        """Under the original model; measured when first needed, and again in a process that continues a run."""
+        return self._route(self.original)
+
+    def _route(self, model: Model) -> CorpusRouting:
+        return {
+            name: expert_routing(model, sequential_batches(rows, self.batch_size), mesh=self.mesh)
+            for name, rows in zip(CORPORA, (self.forget, self.retain), strict=True)
+        }

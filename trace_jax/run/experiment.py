@@ -13,12 +13,13 @@ from trace_jax.data.config import DataConfig
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.mesh import PLAIN, ParallelConfig
-from trace_jax.routing.config import CalibrationConfig
+from trace_jax.routing.config import CalibrationConfig, Entropy, Online, Weighting
 from trace_jax.unlearning.config import TrainingConfig, UnlearningConfig
 from trace_jax.unlearning.objectives import OBJECTIVES
 
-_ROWS = {"weighting": "entropy", "unit": "row", "apply": "sampling", "strength": 0.75, "min_effective_sample_size": 0.2}
-_TOKENS = {"weighting": "entropy", "unit": "token", "apply": "both"}
+_BOUNDED = {"apply": "sampling", "strength": 0.75, "min_effective_sample_size": 0.2}
+_ROWS = {"name": "entropy", "unit": "row", **_BOUNDED}
+_TOKENS = {"name": "entropy", "unit": "token", "apply": "both"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,27 +27,24 @@ class Preset:
     """A named way of weighting the retain loss. `steps` multiplies the steps of the run (1 = equal budget)."""
 
     summary: str
-    calibration: Mapping[str, Any]
+    weighting: Mapping[str, Any]
     steps: int = 1
 
 
 METHODS: dict[str, Preset] = {
-    "uniform": Preset("every retain token counts the same", {"weighting": "uniform"}),
-    "uniform_2x": Preset("uniform with twice the steps", {"weighting": "uniform"}, steps=2),
+    "uniform": Preset("every retain token counts the same", {"name": "uniform"}),
+    "uniform_2x": Preset("uniform with twice the steps", {"name": "uniform"}, steps=2),
     "trace": Preset("token weights, rows drawn by their mean weight", _TOKENS),
     "trace_rows": Preset("one weight per row, rows drawn by it", _ROWS),
     "token_weights": Preset("token weights on uniformly drawn rows", {**_TOKENS, "apply": "weights"}),
     "row_weights": Preset("row weights on uniformly drawn rows", {**_ROWS, "apply": "weights"}),
-    "permuted": Preset("control: trace_rows' weights shuffled over rows", {**_ROWS, "weighting": "permuted"}),
-    "random_experts": Preset("control: as many experts, drawn at random", {**_ROWS, "weighting": "random_experts"}),
-    "ngram": Preset("rival: n-gram density ratio of rows (DSIR)", {"weighting": "ngram", "apply": "sampling"}),
-    "hidden": Preset(
-        "rival: hidden states matched instead of experts",
-        {"weighting": "hidden", "unit": "row", "apply": "sampling", "strength": 0.75, "min_effective_sample_size": 0.2},
-    ),
-    "loss": Preset("rival: tokens weighted by their loss", {"weighting": "loss", "apply": "both"}),
-    "ratio_weights": Preset("frequency ratio of a token's experts, unsolved", {"weighting": "ratio", "apply": "both"}),
-    "oracle": Preset("upper reference: told which rows are neighbours", {"weighting": "domain", "apply": "sampling"}),
+    "permuted": Preset("control: trace_rows' weights shuffled over rows", {**_ROWS, "name": "permuted"}),
+    "random_experts": Preset("control: as many experts, drawn at random", {**_ROWS, "name": "random_experts"}),
+    "ngram": Preset("rival: n-gram density ratio of rows (DSIR)", {"name": "ngram", "apply": "sampling"}),
+    "hidden": Preset("rival: hidden states matched instead of experts", {"name": "hidden", **_BOUNDED}),
+    "loss": Preset("rival: tokens weighted by their loss", {"name": "loss", "apply": "both"}),
+    "ratio_weights": Preset("frequency ratio of a token's experts, unsolved", {"name": "ratio", "apply": "both"}),
+    "oracle": Preset("upper reference: told which rows are neighbours", {"name": "domain", "apply": "sampling"}),
 }
 
 
@@ -59,7 +57,7 @@ class Method:
     unlearning: UnlearningConfig
 
     def __post_init__(self):
-        if self.calibration.routing == "online":
+        if isinstance(getattr(self.calibration.weighting, "routing", None), Online):
             self.unlearning.check_online()
 
 
@@ -137,11 +135,11 @@ class ExperimentConfig(Section):
         self._complete()
         for method in self.methods:
             self.method(method)
-        unread = set(self.calibration) - self._read_by(self.methods + self.study.methods)
-        if unread:
-            key = sorted(unread)[0]
-            if key not in _calibration_fields():
-                resolve(CalibrationConfig, {key: self.calibration[key]}, path="calibration")  # says so
+        for key in sorted(self.calibration):
+            if any(key in _read_by(METHODS[method]) for method in self.methods + self.study.methods):
+                continue
+            if not any(key in _read_by(preset) for preset in METHODS.values()):
+                resolve(Entropy, {key: self.calibration[key]}, path="calibration")  # says what there is
             raise ConfigError(
                 f"calibration.{key} would have no effect: none of the methods {', '.join(self.methods)} reads it."
             )
@@ -169,9 +167,11 @@ class ExperimentConfig(Section):
     def method(self, name: str, **unlearning: Any) -> Method:
         """The settings of one method: its preset, then `calibration` where the method reads it, then `unlearning`."""
         preset = METHODS[name]
-        chosen = {**preset.calibration}
-        chosen.update({k: v for k, v in self.calibration.items() if _reads(chosen, self.calibration, k)})
-        calibration = resolve(CalibrationConfig, chosen, path="calibration")
+        own = {key: value for key, value in self.calibration.items() if key in _read_by(preset)}
+        seed = {"seed": own.pop("seed")} if "seed" in own else {}
+        settings = {**preset.weighting, **own}
+        weighting = resolve(Weighting.kinds[settings.pop("name")], settings, path="calibration")
+        calibration = resolve(CalibrationConfig, {"weighting": weighting, **seed}, path="calibration")
         changes, objective = as_dict(self.unlearning), unlearning.get("objective", self.unlearning.objective)
         if objective != self.unlearning.objective:  # of which only what it reads and was set is kept
             usual = as_dict(UnlearningConfig(objective=self.unlearning.objective))
@@ -184,10 +184,6 @@ class ExperimentConfig(Section):
                 changes[length] *= preset.steps
         return Method(name, calibration, resolve(UnlearningConfig, changes, path="unlearning"))
 
-    def _read_by(self, methods: tuple[str, ...]) -> set[str]:
-        presets = [METHODS[m].calibration for m in methods]
-        return {k for k in self.calibration if any(_reads(p, self.calibration, k) for p in presets)}
-
     def identity(self) -> str:
         """Hash of what a run directory stays the same run by: corpus and model. Other settings may change in it."""
         return fingerprint(self.data, self.model_identity())
@@ -197,13 +193,7 @@ class ExperimentConfig(Section):
         return self.model.identity() if isinstance(self.model, PretrainedConfig) else as_dict(self.model)
 
 
-def _calibration_fields() -> dict[str, dataclasses.Field]:
-    return {f.name: f for f in dataclasses.fields(CalibrationConfig)}
-
-
-def _reads(preset: Mapping[str, Any], overrides: Mapping[str, Any], key: str) -> bool:
-    """Whether a method with this preset reads the setting `key` once `overrides` are in place."""
-    weighting = {"weighting": preset["weighting"]}
-    if key not in _calibration_fields() or key in weighting or preset["weighting"] == "uniform":
-        return False
-    return is_read(CalibrationConfig, {**preset, **overrides, **weighting}, key)
+def _read_by(preset: Preset) -> set[str]:
+    """The settings of `calibration` that a method with this preset reads: those of its weighting, and the seed."""
+    own = {field.name for field in dataclasses.fields(Weighting.kinds[preset.weighting["name"]])}
+    return own | {"seed"} if own else own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def model_card(config: ExperimentConfig, workdir: Path, label: str) -> ModelCard
     documents, tokens = (references["data"][key]["train/forget"] for key in ("documents", "tokens"))
     settings = {"seed": result["seed"], "steps done": result["step"], "row_length": config.data.row_length}
     for section in ("calibration", "unlearning"):
-        settings |= {f"{section}.{key}": value for key, value in result[section].items() if value is not None}
+        settings |= {path: value for path, value in _flat(section, result[section]) if value is not None}
     before = {m["name"]: m for m in references["measurements"]["target"] if m["split"] == SPLIT}
     measured = [
         {
@@ -183,6 +184,15 @@ def model_card(config: ExperimentConfig, workdir: Path, label: str) -> ModelCard
     stopped = f" The run {why}: {result['stopped']}." if result["stopped"] else ""
     method = f"{result['method']} ({METHODS[result['method']].summary})"
     return ModelCard(f"{what}.{stopped}", method, settings, measured)
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of nested settings."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(f"{path}.{key}", item)
+    else:
+        yield path, value
 
 
 def _named(data: DataConfig) -> tuple[str, str]:

@@ -20,7 +20,7 @@ import numpy as np
 from trace_jax.attacks.attack import Case, Control
 from trace_jax.attacks.config import AttacksConfig
 from trace_jax.attacks.table import attack, check_case, text_read_by
-from trace_jax.config import Section, fingerprint
+from trace_jax.config import Section, as_dict, fingerprint
 from trace_jax.evaluation.calibration import measure_calibration
 from trace_jax.evaluation.fronts import Front, front_from_history, standing
 from trace_jax.evaluation.measurement import Measurement
@@ -32,8 +32,8 @@ from trace_jax.io.progress import say
 from trace_jax.models.model import Model
 from trace_jax.parallel.hosts import keep_freed_memory
 from trace_jax.parallel.processes import add_process_arguments, is_main, start_processes
-from trace_jax.routing.recalibration import Recalibration
-from trace_jax.routing.retain_weights import RetainWeights, retain_weights
+from trace_jax.routing.config import CalibrationConfig, Entropy, Permuted, RatioWeights
+from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
 from trace_jax.run.experiment import ExperimentConfig, Method
 from trace_jax.run.export import (
     UNLEARNED,
@@ -88,9 +88,9 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
     attacks = (config.attacks or AttacksConfig()).chosen
     for name, settings in attacks.items():  # while there is nothing to lose
         check_case(settings, _case(prepared, prepared.target, name, settings, prepared.workdir, ""))
-    known = {name: run_method(prepared, config.method(name), label=name) for name in config.methods}
+    models = {name: run_method(prepared, config.method(name), label=name) for name in config.methods}
     text = refresh(prepared.workdir, config.methods) if is_main() else ""
-    return f"{text}\n{_export_stage(prepared, config.export, known[config.export])}" if config.export else text
+    return f"{text}\n{_export_stage(prepared, config.export, models[config.export])}" if config.export else text
 
 
 # --- one method
@@ -102,31 +102,70 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
     Returns the hash of everything that made the model.
     """
     directory, config = prepared.workdir / "methods" / label, prepared.config
-    weights, known = _calibration_stage(prepared, method, directory, label)
-    quick = [task.identity for task in prepared.evaluator.tasks if task.quick]
-    known = fingerprint(known, method.unlearning, config.evaluation.during_training(), quick)
-    made = Stage("unlearning", directory, known).run(
-        lambda: _unlearn(prepared, method, weights, label, known), lambda: None, f"unlearning with {label}"
+    weights, weights_id = calibrated(prepared, method.calibration, label)
+    for name in ("weights.npz", "calibration.npz", "calibration.json", "calibration.stage.json"):
+        remove(directory / name)  # of an earlier version
+    write_json(directory / "weights.json", {"calibration": weights_id})
+    tasks = prepared.evaluator.tasks
+    calibration_id = fingerprint(prepared.model_id, "calibration", method.calibration)
+    quick = [task.identity for task in tasks if task.quick]
+    model_id = fingerprint(calibration_id, method.unlearning, config.evaluation.during_training(), quick)
+    made = Stage("unlearning", directory, model_id).run(
+        lambda: _unlearn(prepared, method, weights, label, model_id), f"unlearning with {label}"
     )
-    tasks = [task.identity for task in prepared.evaluator.tasks]
 
     @functools.cache
     def unlearned() -> Model:
         return made or load_unlearned(prepared.workdir, label, prepared.target)
 
-    def evaluate() -> None:
-        _evaluate(prepared, unlearned(), weights, directory, known)
-
-    everything = fingerprint(known, config.evaluation, tasks, retrained_identity(config))
-    evaluation = Stage("evaluation", directory, everything)
-    evaluation.run(evaluate, lambda: None, f"evaluation of {label}")
+    identities = [task.identity for task in tasks]
+    evaluation_id = fingerprint(model_id, config.evaluation, identities, retrained_identity(config))
+    Stage("evaluation", directory, evaluation_id).run(
+        lambda: _evaluate(prepared, unlearned(), weights, directory, model_id), f"evaluation of {label}"
+    )
     remove(directory / "checkpoints")
     for name, settings in (config.attacks or AttacksConfig()).chosen.items():
-        _attack_stage(prepared, unlearned, label, name, settings, everything)
-    return known
+        _attack_stage(prepared, unlearned, label, name, settings, evaluation_id)
+    return model_id
 
 
-def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: str, known: str) -> Model:
+def calibrated(prepared: Prepared, config: CalibrationConfig, label: str) -> tuple[RetainWeights, str]:
+    """Weights of the retain tokens, and the hash of what made them.
+
+    They are in `calibrations/HASH`, shared by all methods whose weights are the same, wherever these act.
+    """
+    weighting, plain = config.weighting, as_dict(config.weighting)
+    made_by = {name: value for name, value in plain.items() if name not in ("apply", "routing")}
+    weights_id = fingerprint(prepared.model_id, "weights", made_by, config.seed)
+    directory = prepared.workdir / "calibrations" / weights_id
+
+    def make() -> RetainWeights:
+        solved = None
+        if isinstance(weighting, Permuted):
+            entropy = Entropy(**{field.name: getattr(weighting, field.name) for field in dataclasses.fields(Entropy)})
+            solved, _ = calibrated(prepared, dataclasses.replace(config, weighting=entropy), label)
+        weights = retain_weights(
+            config,
+            model=prepared.target,
+            forget=prepared.corpora.forget,
+            retain=prepared.corpora.retain,
+            forget_statistics=prepared.forget,
+            retain_statistics=prepared.retain,
+            assignments=prepared.retain_assignments if isinstance(weighting, (Entropy, RatioWeights)) else None,
+            solved=solved,
+            mesh=prepared.mesh,
+        )
+        weights.save(directory)
+        if weights.certificate is not None and solved is None:
+            say(f"calibration of {label}:\n{weights.certificate.text(most=0)}")
+        return weights
+
+    stage = Stage("weights", directory, weights_id)
+    weights = stage.run_or_load(make, lambda: RetainWeights.load(directory), f"calibration of {label}")
+    return weights.applied(weighting), weights_id
+
+
+def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: str, model_id: str) -> Model:
     """Unlearns, and keeps the model and how it was made (unlearned.json)."""
     config, corpora, recalibrate = prepared.config, prepared.corpora, _recalibration(prepared, method)
     directory = prepared.workdir / "methods" / label
@@ -146,18 +185,18 @@ def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: 
         mesh=prepared.mesh,
         parallel=config.parallel,
         directory=directory,
-        identity=known,
+        identity=model_id,
         title=f"unlearning with {label}",
         evaluate=_evaluation(prepared, method),
     )
-    save_unlearned(directory, unlearned, known)
+    save_unlearned(directory, unlearned, model_id)
     flush_lines()
     how = {
         "method": method.name,
         "label": label,
         "seed": config.seed,
-        "calibration": dataclasses.asdict(method.calibration),
-        "unlearning": dataclasses.asdict(method.unlearning),
+        "calibration": as_dict(method.calibration),
+        "unlearning": as_dict(method.unlearning),
         "step": unlearned.step,
         "steps": unlearned.steps,
         "stopped": unlearned.stopped,
@@ -170,10 +209,10 @@ def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: 
     return unlearned.model
 
 
-def _evaluate(prepared: Prepared, model: Model, weights: RetainWeights, directory: Path, known: str) -> None:
+def _evaluate(prepared: Prepared, model: Model, weights: RetainWeights, directory: Path, model_id: str) -> None:
     """Everything that is measured on an unlearned model, and on the weights it was made with: results.json."""
     evaluation, corpora = prepared.config.evaluation, prepared.corpora
-    scores = prepared.evaluator.score(model, full=True, store=ScoreStore(directory / "scores", known))
+    scores = prepared.evaluator.score(model, full=True, store=ScoreStore(directory / "scores", model_id))
     routing = measure_routing(
         prepared.target,
         model,
@@ -184,12 +223,13 @@ def _evaluate(prepared: Prepared, model: Model, weights: RetainWeights, director
         max_rows=evaluation.max_rows,
         resamples=evaluation.bootstrap,
         seed=prepared.config.seed,
+        original_routing=prepared.original_routing,
     )
     calibration = measure_calibration(weights, prepared.forget, prepared.retain)
     measured = [*prepared.evaluator.measure(scores), *routing.measurements(), *calibration.measurements()]
     results = {
         **needed(directory / UNLEARNED),
-        "fronts": {split: _front(prepared, directory, known, split).to_json() for split in SPLITS},
+        "fronts": {split: _front(prepared, directory, model_id, split).to_json() for split in SPLITS},
         "measurements": [m.to_json() for m in measured],
         "routing": routing.to_json() | {"calibration": calibration.to_json()},
     }
@@ -197,17 +237,17 @@ def _evaluate(prepared: Prepared, model: Model, weights: RetainWeights, director
 
 
 def _attack_stage(
-    prepared: Prepared, unlearned: Callable[[], Model], label: str, name: str, settings: Section, known: str
+    prepared: Prepared, unlearned: Callable[[], Model], label: str, name: str, settings: Section, evaluation_id: str
 ) -> None:
     """Attacks the unlearned model of a method, and writes what came back into `attacks/NAME.json`."""
     directory = prepared.workdir / "methods" / label / "attacks"
-    identity = fingerprint(known, name, settings, text_read_by(name, settings))
+    identity = fingerprint(evaluation_id, name, settings, text_read_by(name, settings))
 
     def make() -> None:
         case = _case(prepared, unlearned(), name, settings, directory / name, identity)
         write_json(directory / f"{name}.json", attack(name, settings, case))
 
-    Stage(name, directory, identity).run(make, lambda: None, f"{name.replace('_', ' ')} of {label}")
+    Stage(name, directory, identity).run(make, f"{name.replace('_', ' ')} of {label}")
 
 
 def _case(prepared: Prepared, unlearned: Model, name: str, settings: Section, directory: Path, identity: str) -> Case:
@@ -218,7 +258,7 @@ def _case(prepared: Prepared, unlearned: Model, name: str, settings: Section, di
         control = Control(
             functools.partial(load_retrained, config, prepared.workdir, prepared.mesh),
             prepared.workdir / "attacks" / name,
-            fingerprint(prepared.identity, retrained, *about),
+            fingerprint(prepared.model_id, retrained, *about),
         )
     return Case(
         prepared.target,
@@ -254,24 +294,24 @@ def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated
 
 def _recalibration(prepared: Prepared, method: Method) -> Recalibration | None:
     """What solves the weights of a method anew while it unlearns, if it is to."""
-    if method.calibration.routing != "recalibrated":
+    if method.calibration.recalibrates_every is None:
         return None
     corpora, size = prepared.corpora, prepared.config.evaluation.batch_size
     return Recalibration(method.calibration, prepared.target, corpora.forget, corpora.retain, prepared.mesh, size)
 
 
-def _export_stage(prepared: Prepared, label: str, known: str) -> str:
+def _export_stage(prepared: Prepared, label: str, model_id: str) -> str:
     """Writes the unlearned model of a method into WORKDIR/export. Returns where it is, as a sentence."""
     output = prepared.workdir / "export"
-    stage = Stage("export", prepared.workdir, fingerprint(known, "export"))
+    stage = Stage("export", prepared.workdir, fingerprint(model_id, "export"))
     if not output.exists():
-        stage.forget()
+        stage.invalidate()
 
     def make() -> None:
         model = load_unlearned(prepared.workdir, label, prepared.target)
         export_model(prepared.config, prepared.workdir, label, model, output, overwrite=True)
 
-    stage.run(make, lambda: None, f"export of {label}")
+    stage.run(make, f"export of {label}")
     return f"export: {shown(output)}"
 
 
@@ -279,30 +319,7 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _front(prepared: Prepared, directory: Path, known: str, split: str) -> Front:
-    rows = front_rows(directory, known)
+def _front(prepared: Prepared, directory: Path, model_id: str, split: str) -> Front:
+    rows = front_rows(directory, model_id)
     history = [(row["step"], [Measurement.from_json(m) for m in row["evaluation"]]) for row in rows]
     return front_from_history(history, benchmark=prepared.config.data.benchmark, split=split)
-
-
-def _calibration_stage(prepared: Prepared, method: Method, directory: Path, label: str) -> tuple[RetainWeights, str]:
-    """Weights of the retain tokens, and the hash of what made them."""
-    known = fingerprint(prepared.identity, "calibration", method.calibration)
-    stage = Stage("calibration", directory, known)
-
-    def make() -> RetainWeights:
-        weights = retain_weights(
-            method.calibration,
-            model=prepared.target,
-            forget=prepared.corpora.forget,
-            retain=prepared.corpora.retain,
-            forget_statistics=prepared.forget,
-            retain_statistics=prepared.retain,
-            mesh=prepared.mesh,
-        )
-        weights.save(directory)
-        if weights.certificate is not None:
-            say(f"calibration of {label}:\n{weights.certificate.text(most=0)}")
-        return weights
-
-    return stage.run(make, lambda: RetainWeights.load(directory), f"calibration of {label}"), known

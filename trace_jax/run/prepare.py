@@ -23,9 +23,11 @@ from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.batches import mixture_batches, sequential_batches
 from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import Corpora
+from trace_jax.data.rows import Rows
 from trace_jax.data.tokenizer import read_vocabulary
 from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.probes import probe_tasks
+from trace_jax.evaluation.routing import measured_rows
 from trace_jax.evaluation.task import Evaluator, ScoreStore, Task, hazardous
 from trace_jax.io.environment import describe
 from trace_jax.io.files import free_bytes, remove, write_json
@@ -34,7 +36,14 @@ from trace_jax.models.arrays import count_params, flatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import check_joined
-from trace_jax.routing.statistics import ExpertStatistics, expert_statistics
+from trace_jax.routing.statistics import (
+    MIN_ACTIVATIONS,
+    Assignments,
+    ExpertStatistics,
+    expert_assignments,
+    expert_routing,
+    expert_statistics,
+)
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import (
     load_retrained,
@@ -49,10 +58,12 @@ from trace_jax.unlearning.train import train_model
 from trace_jax.unlearning.trainable import trainable_paths
 from trace_jax.unlearning.trained import factors
 
+FORGET_STATISTICS, RETAIN_STATISTICS = "statistics/forget.npz", "statistics/retain.npz"
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Everything that the methods of a run share."""
+    """Everything that the methods of a run share. `model_id` is the hash of all that made the target model."""
 
     config: ExperimentConfig
     workdir: Path
@@ -62,7 +73,25 @@ class Prepared:
     forget: ExpertStatistics
     retain: ExpertStatistics
     evaluator: Evaluator
-    identity: str
+    model_id: str
+
+    @functools.cached_property
+    def retain_assignments(self) -> Assignments:
+        """The experts of every retain token under the target model."""
+        return Assignments.load(self.workdir / RETAIN_STATISTICS, self.corpora.retain.valid)
+
+    @functools.cached_property
+    def original_routing(self) -> dict[str, Assignments]:
+        """The target model's routing of the rows that `measure_routing` looks at.
+
+        Of forget text it is never kept on disk: most of a text can be read back from its experts (2602.04105).
+        """
+        settings, forget, retain = self.config.evaluation, self.corpora.forget, self.corpora.retain
+        batches = sequential_batches(forget.take(measured_rows(forget, settings.max_rows)), settings.batch_size)
+        return {
+            "forget": expert_assignments(self.target, batches, mesh=self.mesh),
+            "retain": self.retain_assignments.take(measured_rows(retain, settings.max_rows)),
+        }
 
 
 def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Prepared:
@@ -82,21 +111,21 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
         f"{len(corpora.retain)} retain rows"
     )
     training = config.target and dataclasses.replace(config.target, retrained=False)  # the target is the same
-    known = fingerprint(corpora.fingerprint, config.model_identity(), training, config.seed)
-    retrained, reference = None, fingerprint(known, "retrained", retrained_identity(config))
+    model_id = fingerprint(corpora.fingerprint, config.model_identity(), training, config.seed)
+    retrained, retrained_id = None, fingerprint(model_id, "retrained", retrained_identity(config))
     if isinstance(config.model, PretrainedConfig):
         target = load_target(config, path, mesh)
         _check_disk(config, path, target)
     else:
-        target = _model_stage(config, path, corpora, mesh, "target", corpora.mixture, known)
+        target = _model_stage(config, path, corpora, mesh, "target", corpora.mixture, model_id)
         if config.target and config.target.retrained:
-            retrained = _model_stage(config, path, corpora, mesh, "retrained", corpora.retrain_mixture, reference)
-    forget, retain = _statistics_stage(config, path, corpora, target, mesh, fingerprint(known, "statistics"))
+            retrained = _model_stage(config, path, corpora, mesh, "retrained", corpora.retrain_mixture, retrained_id)
+    forget, retain = _statistics_stage(config, path, corpora, target, mesh, fingerprint(model_id, "routing"))
     if isinstance(config.model, PretrainedConfig) and config.model.retrained:
         retrained = load_retrained(config, path, mesh)  # only while it is evaluated: it takes as much as the target
-    models = {fingerprint(known, "target"): target} | ({reference: retrained} if retrained is not None else {})
+    models = {fingerprint(model_id, "target"): target} | ({retrained_id: retrained} if retrained is not None else {})
     evaluator = _evaluator_stage(config, path, corpora, tasks, models, mesh)
-    return Prepared(config, path, mesh, corpora, target, forget, retain, evaluator, known)
+    return Prepared(config, path, mesh, corpora, target, forget, retain, evaluator, model_id)
 
 
 def read_corpora(config: ExperimentConfig) -> Corpora:
@@ -116,10 +145,10 @@ def _counts(numbers: Any, what: str) -> str:
 
 
 def _model_stage(
-    config: ExperimentConfig, path: Path, corpora: Corpora, mesh: Mesh, name: str, mixture, known: str
+    config: ExperimentConfig, path: Path, corpora: Corpora, mesh: Mesh, name: str, mixture, model_id: str
 ) -> Model:
     """Trains a model on a mixture of the corpora, or loads it."""
-    stage = Stage(name, path / name, known)
+    stage = Stage(name, path / name, model_id)
     shape, training = config.model, config.target
     assert isinstance(shape, ModelConfig) and training is not None
 
@@ -137,14 +166,14 @@ def _model_stage(
             seed=config.seed,
             mesh=mesh,
             directory=stage.directory,
-            identity=known,
+            identity=model_id,
             title=f"training the {name} model",
             tokenizer=corpora.tokenizer,
         )
-        save_trained(stage.directory, model, known)
+        save_trained(stage.directory, model, model_id)
         return model
 
-    model = stage.run(make, lambda: load_trained(stage.directory, shape), f"{name} model")
+    model = stage.run_or_load(make, lambda: load_trained(stage.directory, shape), f"{name} model")
     remove(stage.directory / "checkpoints")  # of use while it trains only
     return model
 
@@ -186,24 +215,29 @@ def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
         )
 
 
-def _statistics_stage(config, path: Path, corpora: Corpora, target: Model, mesh: Mesh, known: str):
-    """Expert frequencies of the original model on forget and retain data."""
-    stage = Stage("statistics", path / "statistics", known)
+def _statistics_stage(
+    config: ExperimentConfig, path: Path, corpora: Corpora, target: Model, mesh: Mesh, identity: str
+) -> tuple[ExpertStatistics, ExpertStatistics]:
+    """Expert frequencies of the original model on forget and retain data; the experts of retain tokens are kept."""
+    stage = Stage("statistics", path / "statistics", identity)
+
+    def batches(name: str, rows: Rows):
+        size = config.evaluation.batch_size
+        return tracked(sequential_batches(rows, size), f"routing of the {name} corpus", -(-len(rows) // size))
 
     def make():
-        found = []
-        for name, rows in (("forget", corpora.forget), ("retain", corpora.retain)):
-            size = config.evaluation.batch_size
-            batches = tracked(sequential_batches(rows, size), f"routing of the {name} corpus", -(-len(rows) // size))
-            statistics = expert_statistics(target, batches, mesh=mesh)
-            statistics.save(stage.directory / f"{name}.npz")
-            found.append(statistics)
-        return tuple(found)
+        forget = expert_statistics(target, batches("forget", corpora.forget), mesh=mesh)
+        forget.save(path / FORGET_STATISTICS)
+        retain, assignments = expert_routing(
+            target, batches("retain", corpora.retain), mesh=mesh, min_activations=MIN_ACTIVATIONS
+        )
+        retain.save(path / RETAIN_STATISTICS, assignments)
+        return forget, retain
 
     def load():
-        return tuple(ExpertStatistics.load(stage.directory / f"{name}.npz") for name in ("forget", "retain"))
+        return ExpertStatistics.load(path / FORGET_STATISTICS), ExpertStatistics.load(path / RETAIN_STATISTICS)
 
-    return stage.run(make, load, "routing statistics")
+    return stage.run_or_load(make, load, "routing statistics")
 
 
 def _evaluator_stage(

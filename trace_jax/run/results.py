@@ -19,6 +19,7 @@ from trace_jax.io.files import as_path, local_copy, read_json, read_lines, shown
 from trace_jax.report import Number, ReportData, Routing, SummaryRow, attack_rows, report_front, write_report
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.run.experiment import METHODS
+from trace_jax.run.stages import calibration_directory
 
 SPLIT = "test"
 CONTROLS = ("permuted", "random_experts", "ngram", "hidden", "loss", "oracle")
@@ -76,7 +77,7 @@ def _report_data(path: Path, results: dict[str, Any]) -> ReportData:
     methods = results["methods"]
     certificates = {}
     for label in methods:
-        saved = read_json(path / "methods" / label / "calibration.json")
+        saved = read_json(calibration_directory(path, label) / "calibration.json")
         if saved is not None:
             certificates[label] = saved["certificate"]
     return ReportData(
@@ -178,7 +179,7 @@ def _routing(path: Path, results: dict[str, Any]) -> Routing | None:
     calibrated, selected = {}, {}
     for label in results["methods"]:
         with (
-            local_copy(path / "methods" / label / "weights.npz") as local,
+            local_copy(calibration_directory(path, label) / "weights.npz") as local,
             np.load(local, allow_pickle=False) as file,
         ):
             if "frequency" in file and file["selected"].any():

@@ -122,14 +122,14 @@ def _target(config: ExperimentConfig, path: Path, *, overwrite: bool) -> dict[st
     assert isinstance(shape, ModelConfig) and config.target is not None
     directory = path / "target"
     alone = dataclasses.replace(config, series=None, export=None)
-    identity = prepare(alone, directory, overwrite=overwrite).identity
+    identity = prepare(alone, directory, overwrite=overwrite).model_id
     names = ("target", "retrained") if config.target.retrained else ("target",)
 
     def make() -> None:
         for name in names:
             save_pretrained(load_trained(directory / name, shape), directory / f"{name}-checkpoint", overwrite=True)
 
-    Stage("checkpoints", directory, fingerprint(identity, names)).run(make, lambda: None, "checkpoints of the target")
+    Stage("checkpoints", directory, fingerprint(identity, names)).run(make, "checkpoints of the target")
     given = {"path": os.fspath(directory / "target-checkpoint"), "dtype": shape.dtype}
     if len(names) > 1:
         given["retrained"] = os.fspath(directory / "retrained-checkpoint")

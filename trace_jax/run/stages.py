@@ -40,22 +40,37 @@ class Stage:
         marker = read_json(self._marker)
         return bool(broadcast_from_process_0(marker is not None and marker.get("identity") == self.identity))
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Makes the stage run again."""
         remove(self._marker)
 
-    def run(self, make: Callable[[], T], load: Callable[[], T], title: str) -> T:
-        """What `load` reads if the stage is done, else what `make` makes (and writes)."""
+    def run(self, make: Callable[[], T], title: str) -> T | None:
+        """What `make` makes (and writes), or None if the stage is done."""
         if self.done():
             say(f"{title}: already done")
-            return load()
+            return None
         if self._marker.exists():
             say(f"{title}: its settings changed, so it is made anew")
-            self.forget()
+            self.invalidate()
         result = make()
         write_json(self._marker, {"identity": self.identity})
         barrier(f"{title}: written")  # later stages read it, on every process
         return result
+
+    def run_or_load(self, make: Callable[[], T], load: Callable[[], T], title: str) -> T:
+        """What `load` reads if the stage is done, else what `make` makes (and writes)."""
+        made = self.run(make, title)
+        return load() if made is None else made
+
+
+def calibration_directory(workdir: Path, label: str) -> Path:
+    """Where the weights of `methods/LABEL` are, and the calibration they come from.
+
+    Methods with the same weights share them in `calibrations/HASH`; earlier versions have them in `methods/LABEL`.
+    """
+    directory = workdir / "methods" / label
+    shared = read_json(directory / "weights.json")
+    return directory if shared is None else workdir / "calibrations" / shared["calibration"]
 
 
 def open_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Path:

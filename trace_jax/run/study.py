@@ -31,7 +31,9 @@ from trace_jax.io.files import read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
 from trace_jax.parallel.hosts import keep_freed_memory
 from trace_jax.report import Number, ReportData, SummaryRow, report_front, write_report
-from trace_jax.run.experiment import METHODS, ExperimentConfig, Method, StudyConfig
+from trace_jax.run.experiment import METHODS, ExperimentConfig, StudyConfig
+from trace_jax.run.methods import calibrated, run_method
+from trace_jax.run.prepare import Prepared, prepare, read_corpora
 from trace_jax.run.results import CONTROLS, FORGOTTEN, now
 from trace_jax.run.stages import check_workdir, open_workdir
 from trace_jax.unlearning.objectives import OBJECTIVES
@@ -97,8 +99,6 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
         )
     check_workdir(config, workdir, overwrite=overwrite)
     if config.data.benchmark == "text":
-        from trace_jax.run.prepare import read_corpora
-
         read_corpora(config)  # before anything is written: the user's files may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
     jobs = list(trials(config))
@@ -117,10 +117,10 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
         try:
             _wait(
                 "study: target models",
-                [pool.submit(_prepare, config, path, seed) for seed in config.study.seeds],
+                [pool.submit(prepare_seed, config, path, seed) for seed in config.study.seeds],
                 "model",
             )
-            _wait("study: unlearning", [pool.submit(_run_trial, config, path, trial) for trial in jobs], "run")
+            _wait("study: unlearning", [pool.submit(run_trial, config, path, trial) for trial in jobs], "run")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
@@ -167,34 +167,27 @@ def seed_config(config: ExperimentConfig, seed: int) -> ExperimentConfig:
     return resolve(ExperimentConfig, values)
 
 
-def _prepare(config: ExperimentConfig, path: Path, seed: int) -> None:
-    _prepared(config, path, seed)
+_PREPARED: dict[tuple[Path, int], Prepared] = {}  # of one seed at a time: memory stays bounded
 
 
-_READY: dict[tuple[Path, int], Any] = {}
+def prepare_seed(config: ExperimentConfig, path: Path, seed: int) -> None:
+    """Makes what the runs of a seed share: target model, statistics, references, and the weights of every method."""
+    prepared = _prepared(config, path, seed)
+    for method in config.study.methods:
+        calibrated(prepared, config.method(method).calibration, method)
 
 
-def _prepared(config: ExperimentConfig, path: Path, seed: int):
-    """The seed's target model, statistics and evaluator; kept for the next run of the seed in this process."""
-    from trace_jax.run.prepare import prepare
-
-    key = (path, seed)
-    if key not in _READY:
-        _READY.clear()  # one seed at a time: memory stays bounded
-        _READY[key] = prepare(seed_config(config, seed), path / f"seed-{seed}")
-    return _READY[key]
+def run_trial(config: ExperimentConfig, path: Path, trial: Trial) -> None:
+    """One run, or nothing where it is done."""
+    method = config.method(trial.method, **trial.unlearning)
+    run_method(_prepared(config, path, trial.seed), method, label=trial.label)
 
 
-def _run_trial(config: ExperimentConfig, path: Path, trial: Trial) -> None:
-    from trace_jax.run.methods import run_method
-
-    prepared = _prepared(config, path, trial.seed)
-    run_method(prepared, trial_method(config, trial), label=trial.label)
-
-
-def trial_method(config: ExperimentConfig, trial: Trial) -> Method:
-    """The full settings of a trial."""
-    return config.method(trial.method, **trial.unlearning)
+def _prepared(config: ExperimentConfig, path: Path, seed: int) -> Prepared:
+    if (path, seed) not in _PREPARED:
+        _PREPARED.clear()
+        _PREPARED[path, seed] = prepare(seed_config(config, seed), path / f"seed-{seed}")
+    return _PREPARED[path, seed]
 
 
 # --- reading the runs

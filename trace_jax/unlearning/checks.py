@@ -9,8 +9,7 @@ import numpy as np
 from trace_jax.config import ConfigError
 from trace_jax.data.rows import Rows
 from trace_jax.models.model import Model
-from trace_jax.routing.recalibration import Recalibration
-from trace_jax.routing.retain_weights import RetainWeights
+from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.config import CHOOSING, STEERING, UnlearningConfig
 
 
@@ -42,7 +41,7 @@ def check_run(
             "stop_forgetting, stop_utility and keep are about evaluations, and there are none; give `evaluate`, or "
             "leave them out."
         )
-    if weights is not None and weights.row_factor is not None:
+    if weights is not None and weights.online:
         config.check_online()
     if recalibrate is not None and weights is None:
         raise ConfigError("recalibrate is given without weights; the steps before the first recalibration need some.")

@@ -11,7 +11,7 @@ from flax import struct
 
 from trace_jax.data.batches import Batches, EpochSampler, IndexSampler, retain_batches
 from trace_jax.data.rows import Batch, Rows
-from trace_jax.routing.retain_weights import RetainWeights
+from trace_jax.routing.weights import RetainWeights
 from trace_jax.unlearning.config import UnlearningConfig
 
 

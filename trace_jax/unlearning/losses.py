@@ -17,7 +17,7 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_kl, token_nll, vocabulary_loss
 from trace_jax.models.moe import router_probabilities
 from trace_jax.parallel.mesh import BATCH_AXES, as_varying, varying_axes
-from trace_jax.routing.online import OnlineWeights, online_loss_weights
+from trace_jax.routing.calibration import Calibration, online_loss_weights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.objectives import OBJECTIVES, ForgetInputs, Objective
@@ -42,7 +42,7 @@ class Constants(NamedTuple):
     masks: Flat | None
     numbers: Flat
     target: jax.Array | None = None
-    online: OnlineWeights | None = None
+    online: Calibration | None = None
     protection: Any = None
 
 

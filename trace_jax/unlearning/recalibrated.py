@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from trace_jax.io.codec import encode
 from trace_jax.io.files import read_json, remove, write_json
 from trace_jax.io.progress import say
 from trace_jax.models.model import Model
-from trace_jax.routing.recalibration import Recalibration
-from trace_jax.routing.retain_weights import RetainWeights
 from trace_jax.routing.statistics import DamagedRouting
+from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.metrics import Metrics
 
 
@@ -49,7 +49,7 @@ class Recalibrated:
             remove(where.parent)
         try:
             weights, drift = self._solve(current, self._last)
-            found, words = drift.to_json(), drift.text()
+            found, words = encode(drift), drift.text()
         except DamagedRouting as error:  # the next step's loss says so too, and ends the run
             weights, found, words = self._last, {"problem": str(error)}, f"{error} The last weights are kept."
         weights.save(where)

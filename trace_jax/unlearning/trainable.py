@@ -68,7 +68,12 @@ def trainable_layers(config: UnlearningConfig) -> tuple[int, int] | None:
 
 
 def chosen_experts(
-    config: UnlearningConfig, calibrated: np.ndarray, forget: ExpertStatistics, retain: ExpertStatistics, *, seed: int
+    config: UnlearningConfig,
+    calibrated: np.ndarray | None,
+    forget: ExpertStatistics,
+    retain: ExpertStatistics,
+    *,
+    seed: int,
 ) -> np.ndarray | None:
     """bool [L, E], the experts that train as `config.experts` says; None where not only some experts train.
 

@@ -24,8 +24,7 @@ from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig
-from trace_jax.routing.recalibration import Recalibration
-from trace_jax.routing.retain_weights import RetainWeights
+from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.checks import check_run
 from trace_jax.unlearning.config import CHOOSING, STEERING, UnlearningConfig
 from trace_jax.unlearning.inputs import Inputs, forget_sampler
@@ -123,7 +122,7 @@ def unlearn(
     grip = grip_hooks(model.replace(params=unflatten(original)), retain, config, run.paths, seed=seed, mesh=mesh)
     constants = Constants(original, *place(run.constants[1:], mesh))._replace(
         target=place(_target(model, forget, config, seed, mesh), mesh),
-        online=place(weights.online, mesh) if weights is not None and config.retains else None,
+        online=place(weights.step_calibration, mesh) if weights is not None and config.retains else None,
         protection=grip.protection,
     )
 
