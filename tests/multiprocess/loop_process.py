@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.io.signals import Interrupted
-from trace_jax.unlearning.loop import Loop
+from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.rules import Evaluated, Rules
 from trace_jax.unlearning.state import TrainState
 
@@ -57,7 +57,7 @@ def main(port: str, index: str, directory: str, pause: str, keep: str = "") -> i
     loop = Loop(Path(directory), "a", STEPS, 5, "toy")
     if keep:
         rules = Rules(keep="best_utility", keep_forgetting=0.0)
-        loop = dataclasses.replace(loop, evaluate=evaluate, evaluate_every=5, rules=rules)
+        loop = dataclasses.replace(loop, evaluation=Hook(5, lambda _, trained: evaluate(trained)), rules=rules)
     try:
         result = loop.run(start, inputs, step)
     except Interrupted as error:

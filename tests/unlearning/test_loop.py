@@ -12,7 +12,7 @@ import pytest
 from trace_jax.checkpoints.state import StateStore
 from trace_jax.io.files import read_lines
 from trace_jax.io.signals import Interrupted
-from trace_jax.unlearning.loop import Loop
+from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.state import TrainState
 
@@ -48,12 +48,15 @@ def step_until(stop=None, nan_at=None):
     return step
 
 
-def make_loop(path, identity="a"):
-    evaluate = lambda trainable: {"w": float(trainable["w"][0])}  # noqa: E731
-    return Loop(path, identity, steps=10, checkpoint_every=3, title="test", evaluate=evaluate, evaluate_every=4)
+def first_weight(step, trained):
+    return {"w": float(trained["w"][0])}
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 7, 9])
+def make_loop(path, identity="a", evaluate=first_weight):
+    return Loop(path, identity, steps=10, checkpoint_every=3, title="test", evaluation=Hook(4, evaluate))
+
+
+@pytest.mark.parametrize("stop", [1, 4, 9])
 def test_resuming_equals_an_uninterrupted_run(tmp_path, stop):
     whole = make_loop(tmp_path / "whole").run(fresh, placed, step_until())
     with pytest.raises(Stop):
@@ -106,13 +109,12 @@ def test_a_damaged_state_is_skipped_for_the_one_before(tmp_path, caplog):
 
 
 def test_a_model_that_can_not_be_scored_any_more_stops_the_run(tmp_path):
-    def evaluate(trainable):
-        if float(trainable["w"][0]) < 0.99:
+    def evaluate(_, trained):
+        if float(trained["w"][0]) < 0.99:
             raise FloatingPointError("likelihoods are NaN")
         return {}
 
-    loop = Loop(tmp_path, "a", 10, checkpoint_every=3, title="test", evaluate=evaluate, evaluate_every=4)
-    result = loop.run(fresh, placed, step_until())
+    result = make_loop(tmp_path, evaluate=evaluate).run(fresh, placed, step_until())
     assert result.stopped == "the evaluation at step 4 failed: likelihoods are NaN"
     assert result.step == 3
 
@@ -142,8 +144,10 @@ def assert_continues_like_a_whole_run(path, tmp_path, interrupted_at):
     assert (path / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("number", "repeat"), [(signal.SIGTERM, 1), (signal.SIGTERM, 3), (signal.SIGINT, 1)])
-@pytest.mark.parametrize("at", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("number", "repeat", "at"),
+    [(signal.SIGTERM, 1, 1), (signal.SIGTERM, 3, 4), (signal.SIGINT, 1, 4), (signal.SIGTERM, 1, 8)],
+)
 def test_a_signal_ends_the_run_once_the_step_in_flight_is_saved(tmp_path, number, repeat, at, capsys):
     """Also at step 5 (`at` 4) that nothing was due at, and after step 9, where a state is saved anyway."""
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -164,16 +168,13 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path):
 
 @pytest.mark.parametrize("step", [0, 4, 8, 10])
 def test_a_signal_while_evaluating_saves_first_and_evaluates_on_continuing(tmp_path, step):
-    def evaluate(trainable):
-        evaluations.append(None)
-        if len(evaluations) == 1 + [0, 4, 8, 10].index(step):
+    def evaluate(now, trained):
+        if now == step:
             signal.raise_signal(signal.SIGTERM)
-        return {"w": float(trainable["w"][0])}
+        return first_weight(now, trained)
 
-    evaluations = []
-    loop = Loop(tmp_path / "cut", "a", 10, 3, "test", evaluate, 4)
     with pytest.raises(Interrupted):
-        loop.run(fresh, placed, step_until())
+        make_loop(tmp_path / "cut", evaluate=evaluate).run(fresh, placed, step_until())
     assert_continues_like_a_whole_run(tmp_path / "cut", tmp_path, step)
 
 
@@ -181,21 +182,21 @@ def test_a_state_that_fails_its_late_evaluation_is_not_kept(tmp_path):
     with pytest.raises(Interrupted):
         make_loop(tmp_path).run(fresh, placed, signalling(signal.SIGTERM, 3))
 
-    def evaluate(_):
+    def evaluate(*_):
         raise FloatingPointError("likelihoods are NaN")
 
-    result = Loop(tmp_path, "a", 10, 3, "test", evaluate, 4).run(fresh, placed, step_until())
+    result = make_loop(tmp_path, evaluate=evaluate).run(fresh, placed, step_until())
     assert (result.step, result.stopped) == (3, "the evaluation at step 4 failed: likelihoods are NaN")
 
 
 def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
-    def last(trainable):
+    def last(*_):
         signal.raise_signal(signal.SIGTERM)
 
     make_loop(tmp_path).run(fresh, placed, step_until())
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(Interrupted):
-        Loop(tmp_path, "a", 10, 3, "test", last, 4).run(fresh, placed, step_until())
+        make_loop(tmp_path, evaluate=last).run(fresh, placed, step_until())
 
 
 # --- the host works ahead of the device, and the device does not wait for it
@@ -306,11 +307,9 @@ class Refreshing:
         return index, jax.device_put(np.float32(self.scale * index))
 
     def loop(self, path, **more):
-        settings = {"steps": 10, "checkpoint_every": 4, "title": "test", "evaluate_every": 4, **more}
-        return Loop(
-            path, "a", evaluate=lambda trainable: {"w": float(trainable["w"][0])}, refresh_every=3,
-            refresh=self.refresh, resumed=self.resumed, **settings,
-        )  # fmt: skip
+        settings = {"steps": 10, "checkpoint_every": 4, "title": "test", **more}
+        refresh = Hook(3, self.refresh, self.resumed)
+        return Loop(path, "a", evaluation=Hook(4, first_weight), refresh=refresh, **settings)
 
 
 def test_it_refreshes_before_the_inputs_of_the_step_are_made_and_never_at_the_start_or_the_end(tmp_path):
@@ -346,7 +345,7 @@ def test_a_signal_while_refreshing_saves_first_and_refreshes_again_on_continuing
         cut.refresh(step, trainable)
 
     with pytest.raises(Interrupted):
-        Loop(tmp_path, "a", 10, 4, "test", refresh_every=3, refresh=refresh).run(fresh, cut.inputs, step_until())
+        Loop(tmp_path, "a", 10, 4, "test", refresh=Hook(3, refresh)).run(fresh, cut.inputs, step_until())
     cut.calls.clear()
     found = cut.loop(tmp_path).run(fresh, cut.inputs, step_until())
     assert cut.calls == [("resumed", 6), ("refresh", 6), ("refresh", 9)]

@@ -10,7 +10,7 @@ import pytest
 from trace_jax.checkpoints.state import StateStore
 from trace_jax.io.files import read_lines
 from trace_jax.io.signals import Interrupted
-from trace_jax.unlearning.loop import Loop
+from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.rules import Evaluated, Point, Rules
 from trace_jax.unlearning.state import TrainState
 
@@ -56,7 +56,7 @@ def evaluate(trainable):
 
 
 def run(path, rules, *, every=1, save=4, **how):
-    loop = Loop(path, "a", 10, save, "test", evaluate, every, rules=rules)
+    loop = Loop(path, "a", 10, save, "test", Hook(every, lambda _, trained: evaluate(trained)), rules=rules)
     return loop.run(fresh, *stepping(**how))
 
 
@@ -139,7 +139,7 @@ def test_a_best_state_that_can_not_be_read_gives_way_to_the_newest(tmp_path, cap
 
 
 def test_an_evaluation_without_the_number_that_a_rule_reads_is_refused(tmp_path):
-    loop = Loop(tmp_path, "a", 10, 4, "test", lambda trainable: {"accuracy": 1.0}, 1, rules=Rules(stop_utility=0.5))
+    loop = Loop(tmp_path, "a", 10, 4, "test", Hook(1, lambda *_: {"accuracy": 1.0}), rules=Rules(stop_utility=0.5))
     with pytest.raises(ValueError, match="the evaluation at step 0 gives no utility"):
         loop.run(fresh, *stepping())
 

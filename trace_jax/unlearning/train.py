@@ -18,7 +18,7 @@ from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import BATCH_AXES
 from trace_jax.unlearning.config import OptimizerConfig, TrainingConfig
 from trace_jax.unlearning.inputs import pad_rows
-from trace_jax.unlearning.loop import Loop, LoopResult
+from trace_jax.unlearning.loop import Hook, Loop, LoopResult
 from trace_jax.unlearning.state import StepSettings, initial_state
 from trace_jax.unlearning.step import row_multiple, training_step
 from trace_jax.unlearning.trained import Flat, current_params
@@ -76,17 +76,8 @@ def train_on(
     `directory` (`trace_jax.unlearning.metrics.front_rows`). A run that diverges ends, and the result says so.
     """
     settings = StepSettings(model.config, config, steps)
-    loop = Loop(
-        directory,
-        identity,
-        steps,
-        evaluate_every,
-        title,
-        lambda trainable: evaluate(_params(trainable, model.config)),
-        evaluate_every,
-        seed,
-        evaluate_first=False,
-    )
+    evaluation = Hook(evaluate_every, lambda _, trained: evaluate(_params(trained, model.config)))
+    loop = Loop(directory, identity, steps, evaluate_every, title, evaluation, seed=seed, evaluate_first=False)
     return _run(loop, lambda: model.params, batch_at, settings, load_balance=0.0, mesh=mesh)
 
 

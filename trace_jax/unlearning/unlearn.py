@@ -29,7 +29,7 @@ from trace_jax.unlearning.checks import check_run
 from trace_jax.unlearning.config import CHOOSING, STEERING, UnlearningConfig
 from trace_jax.unlearning.inputs import Inputs, forget_sampler
 from trace_jax.unlearning.length import batch_text, with_steps
-from trace_jax.unlearning.loop import Loop
+from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.losses import Constants
 from trace_jax.unlearning.objectives import steering_directions
 from trace_jax.unlearning.recalibrated import Recalibrated
@@ -148,25 +148,23 @@ def unlearn(
         inputs = Inputs(
             forget, retain, weights, config, seed=seed, multiple=multiple, refusals=refusals, reference=known
         )
+        evaluation = refresh = None
+        if evaluate is not None:
+            evaluation = Hook(config.evaluate_every, lambda _, trained: evaluate(finished(trained)[0].params))
+        if recalibrate is not None and weights is not None and config.retains:
+            solve = Recalibrated(recalibrate, weights, inputs.weigh, directory=where, identity=identity, title=title)
+            refresh = Hook(recalibrate.every, lambda n, trained: solve.refresh(n, model_of(trained)), solve.resumed)
         loop = Loop(
             where,
             identity,
             _given(config.steps),
             config.checkpoint_every,
             title,
-            (lambda trainable: evaluate(finished(trainable)[0].params)) if evaluate else None,
-            config.evaluate_every,
+            evaluation,
+            refresh,
             seed,
-            rules=config.rules,
+            config.rules,
         )
-        if recalibrate is not None and weights is not None and config.retains:
-            solve = Recalibrated(recalibrate, weights, inputs.weigh, directory=where, identity=identity, title=title)
-            loop = dataclasses.replace(
-                loop,
-                refresh_every=recalibrate.every,
-                refresh=lambda done, trainable: solve.refresh(done, model_of(trainable)),
-                resumed=solve.resumed,
-            )
         result = loop.run(lambda: run.start(constants), lambda i: place(inputs.at(i), mesh, P(BATCH_AXES)), step)
     unlearned, table = finished(result.trainable)
     if table is not None and config.grip == "realign":
