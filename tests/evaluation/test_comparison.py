@@ -11,6 +11,7 @@ from trace_jax.evaluation.comparison import Run, UnequalBudget, check_equal_budg
 from trace_jax.evaluation.fronts import MEAN, Front
 from trace_jax.evaluation.items import RunItems, Series
 from trace_jax.evaluation.tables import comparison_text, equal_forgetting
+from trace_jax.io.codec import encode
 
 
 def front(at_half, *, lowest=0.0, last_step=60):
@@ -221,7 +222,7 @@ def test_the_table_at_equal_forgetting():
     assert uniform.values["neighbour_accuracy"] == pytest.approx(0.9 * 0.7)
     assert uniform.step == pytest.approx(30)
     assert (timid.reached, timid.values, timid.lowest) == (False, {}, 0.8)
-    assert json.loads(json.dumps(table.to_json()))["rows"][1]["name"] == "uniform"
+    assert encode(table)["rows"][1]["name"] == "uniform"
     lines = table.text().splitlines()
     assert lines[0] == "At equal forgetting (forget accuracy <= 0.5), test split"
     assert lines[4].split() == ["uniform", "0.500", "0.630", "1.000", "0.850", "30.0"]

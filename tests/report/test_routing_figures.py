@@ -13,11 +13,10 @@ from PIL import Image
 
 from trace_jax.evaluation.calibration import CalibrationMetrics
 from trace_jax.evaluation.routing import MODELS, SUBJECTS, CorpusRouting, RoutingMetrics, _exact, routing_quantities
-from trace_jax.report import ReportData, Routing, render_report
-from trace_jax.report.figures import method_styles
-from trace_jax.report.heat_maps import TIMES_UNIFORM, Scale, diverging, heat_map, sequential, times_uniform
-from trace_jax.report.layer_plots import layer_plot
-from trace_jax.report.routing_figures import MOST_METHODS, STATES, corpus_figures, routing_groups
+from trace_jax.report import render
+from trace_jax.report.drawing import method_styles, scale_of
+from trace_jax.report.figures import heat_map, layer_plot
+from trace_jax.report.routing import MOST_METHODS, STATES, routing_groups, times_uniform
 
 TITLES = [
     *("Top-K overlap with the original model", "Routing stability", "Use of each expert", "Change of use"),
@@ -60,24 +59,38 @@ def measure(seed, layers=2, experts=16, top_k=2, *, calibrated=True, dead=None, 
     return json.loads(json.dumps(metrics.to_json() | {"calibration": calibration.to_json()}, allow_nan=False))
 
 
-def routing(measured, selected=()):
+def frequency(measured, selected=()):
     first = next(iter(measured.values()))
     forget, retain = (first["frequency"]["original"][s] for s in SUBJECTS)
     shape = np.shape(forget)
     chosen = {method: np.arange(shape[1]) < np.full((shape[0], 1), 2) for method in selected}
-    return Routing(forget, retain, first["top_k"] / shape[1], {}, chosen, first["layers"], measured)
+    return {
+        "forget": forget, "retain": retain, "uniform": first["top_k"] / shape[1], "layers": first["layers"],
+        "calibrated": {}, "selected": chosen,
+    }  # fmt: skip
 
 
-def groups_of(data):
-    groups = routing_groups(data, method_styles(list(data.measured), "uniform"))
+def groups_of(measured, selected=()):
+    groups = routing_groups(measured, frequency(measured, selected), method_styles(list(measured), "uniform"))
     return {group.title: group for group in groups}
 
 
+def page_of(measured, selected=()):
+    front = {"steps": [0], "forgetting": [1.0], "utilities": {"u": [1.0]}}
+    methods = {m: {"routing": r, "fronts": {"test": front}, "measurements": []} for m, r in measured.items()}
+    config = {"evaluation": {"levels": [0.5]}}
+    page = {"title": "x", "benchmark": "handbook", "methods": methods, "config": config}
+    return render(page | {"frequency": frequency(measured, selected)})
+
+
 @pytest.fixture(scope="module")
-def small():
-    measured = {"uniform": measure(0, calibrated=False), "trace_rows": measure(1, dead=3)}
-    data = routing(measured, selected=["trace_rows"])
-    return data, groups_of(data)
+def measured():
+    return {"uniform": measure(0, calibrated=False), "trace_rows": measure(1, dead=3)}
+
+
+@pytest.fixture(scope="module")
+def groups(measured):
+    return groups_of(measured, selected=["trace_rows"])
 
 
 def pixels(svg):
@@ -93,63 +106,55 @@ def colour(scale, value):
     return np.round(255 * np.array(mapped[:3]))
 
 
-def test_every_quantity_has_figures_and_says_how_to_read_them(small):
-    _, groups = small
+def test_every_quantity_has_figures(groups):
     assert list(groups) == TITLES
     captions = {title: [f.caption for f in (*g.panels, *g.maps)] for title, g in groups.items()}
     both = ["{}, forget text", "{}, retain text"]
     assert captions["Routing stability"] == [c.format("Stability") for c in both]
     assert captions["Forget against retain text"][:3] == ["Frequency gap", "Jensen-Shannon divergence", "KL divergence"]
-    assert captions["Use of each expert"] == [
+    assert sorted(captions["Use of each expert"]) == sorted(
         c.format(f"Use, {m}") for m in ("original model", "uniform", "trace_rows") for c in both
-    ]
+    )
     assert captions["Calibration"] == ["Calibration gap, trace_rows", "Effective sample size"]
-    assert all(group.hint.endswith(".") for group in groups.values())
     for group in groups.values():
-        assert bool(group.maps) == bool(group.scale)
         for figure in (*group.panels, *group.maps):
             ET.fromstring(figure.svg)
 
 
-def test_cells_have_the_colour_that_the_scale_gives_their_number(small):
-    data, groups = small
-    after = data.measured["trace_rows"]["frequency"]["unlearned"]
-    values = np.array(after["forget"]) - np.array(after["retain"])
-    figure = groups["Forget against retain text"].maps[2]
-    assert figure.caption == "Forget less retain, trace_rows"
-    uniform = data.measured["uniform"]["frequency"]
-    all_values = [np.array(f["forget"]) - np.array(f["retain"]) for f in (*uniform.values(), after)]
-    scale = diverging(all_values)
-    assert scale.legend() == groups["Forget against retain text"].scale
+def test_cells_have_the_colour_that_the_scale_gives_their_number(measured, groups):
+    def gap(frequency):
+        return np.array(frequency["forget"]) - np.array(frequency["retain"])
+
+    original, one = measured["uniform"]["frequency"]["original"], measured["uniform"]["frequency"]["unlearned"]
+    values = gap(measured["trace_rows"]["frequency"]["unlearned"])
+    group = groups["Forget against retain text"]
+    assert group.maps[2].caption == "Forget − retain, trace_rows"
+    scale = scale_of([gap(original), gap(one), values], diverging=True)
+    assert scale.legend() == group.scale
     expected = [[colour(scale, np.clip(v, scale.low, scale.high)) for v in row] for row in values]
-    np.testing.assert_allclose(pixels(figure.svg), expected, atol=1)
+    np.testing.assert_allclose(pixels(group.maps[2].svg), expected, atol=1)
 
 
 def test_gains_are_orange_losses_purple_and_nothing_is_pale():
     values = np.array([[0.2, -0.2, 0.0]])
-    red, green, blue = np.moveaxis(pixels(heat_map(values, diverging([values]), "x", "x")).astype(int), -1, 0)
+    drawn = heat_map(values, scale_of([values], diverging=True), "x", "x")
+    red, green, blue = np.moveaxis(pixels(drawn.svg).astype(int), -1, 0)
     assert red[0, 0] > blue[0, 0] and blue[0, 1] > red[0, 1]
     assert min(red[0, 2], green[0, 2], blue[0, 2]) > 230
 
 
 def test_scales_end_at_round_numbers_that_hold_the_values():
-    assert (diverging([np.array([[-0.31, 0.1]])]).low, sequential([np.array([[0.012]])]).high) == (-0.4, 0.015)
-    assert sequential([np.zeros((2, 3))]).high == 1.0
+    assert scale_of([np.array([[-0.31, 0.1]])], diverging=True).low == -0.4
+    assert scale_of([np.array([[0.012]])], diverging=False).high == 0.015
+    assert scale_of([np.zeros((2, 3))], diverging=False).high == 1.0
     outlier = np.r_[np.full(999, 0.1), 50.0]
-    assert diverging([outlier]).high == 0.1  # one cell in a hundred may be off the scale
-    texts = [text for _, text in diverging([np.array([0.5])]).legend()]
+    assert scale_of([outlier], diverging=True).high == 0.1  # one cell in a hundred may be off the scale
+    texts = [text for _, text in scale_of([np.array([0.5])], diverging=True).legend()]
     assert texts == ["−0.5 and less", "−0.25", "0", "+0.25", "+0.5 and more"]
     assert times_uniform([[0.5, 0.25, 0.0]], 0.25).tolist() == [[1.0, 0.0, -np.inf]]
 
 
-def test_categories_are_drawn_in_their_own_colours():
-    states = Scale(-0.5, 2.5, ("#000000", "#ff0000", "#0000ff"), ((0, "a"), (1, "b"), (2, "c")))
-    assert states.legend() == [("#000000", "a"), ("#ff0000", "b"), ("#0000ff", "c")]
-    assert pixels(heat_map([[0, 1, 2]], states, "x", "x")).tolist() == [[[0, 0, 0], [255, 0, 0], [0, 0, 255]]]
-
-
-def test_an_expert_that_died_is_marked_and_one_that_did_not_is_not(small):
-    _, groups = small
+def test_an_expert_that_died_is_marked_and_one_that_did_not_is_not(groups):
     maps = {figure.caption: pixels(figure.svg) for figure in groups["Dead experts"].maps}
     legend = {text: np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c, text in STATES.legend()}
     died = maps["Dead experts, trace_rows, forget text"]
@@ -158,14 +163,12 @@ def test_an_expert_that_died_is_marked_and_one_that_did_not_is_not(small):
     assert (maps["Dead experts, uniform, forget text"] == legend["used"]).all()
 
 
-def test_where_no_expert_is_dead_there_are_no_maps_of_dead_experts():
-    group = groups_of(routing({"uniform": measure(0)}))["Dead experts"]
-    assert not group.maps and "there is none" in group.hint and len(group.panels) == 2
-
-
-def test_frozen_routers_have_a_plot_and_no_maps():
-    group = groups_of(routing({"uniform": measure(0, drift=0.0)}))["Router drift"]
-    assert len(group.panels) == 1 and not group.maps
+def test_without_dead_experts_or_drift_there_are_plots_and_no_maps():
+    measured = {"uniform": measure(0, drift=0.0)}
+    groups = groups_of(measured)
+    assert (len(groups["Dead experts"].panels), len(groups["Dead experts"].maps)) == (2, 0)
+    assert (len(groups["Router drift"].panels), len(groups["Router drift"].maps)) == (1, 0)
+    assert "Here there is none, before or after" in page_of(measured)
 
 
 def marks(svg):
@@ -176,8 +179,9 @@ def marks(svg):
 
 def test_points_stand_where_their_values_are():
     values = {"uniform": [0.2, 0.4, 0.6], "trace": [0.4, 0.6, 0.8]}
-    quantities = {m: ([3, 4, 5], {"value": v, "low": v, "high": v}) for m, v in values.items()}
-    svg = layer_plot(quantities, method_styles(list(values), "uniform"), "p", "x", original=None, limits=(0.0, 1.0))
+    quantities = {m: {"layers": [3, 4, 5], "value": v, "low": v, "high": v} for m, v in values.items()}
+    styles = method_styles(list(values), "uniform")
+    svg = layer_plot(quantities, styles, "p", "x", original=None, limits=(0.0, 1.0)).svg
     places = marks(svg).reshape(2, 3, 2)
     heights = places[..., 1]
     unit = heights[0, 1] - heights[0, 0]
@@ -192,45 +196,32 @@ def test_intervals_that_are_not_known_break_no_plot():
     one = measure(0)
     for quantity in one["quantities"].values():
         quantity["low"] = quantity["high"] = [None, None]
-    assert list(groups_of(routing({"uniform": one}))) == TITLES
+    assert list(groups_of({"uniform": one})) == TITLES
 
 
-def test_selected_experts_are_outlined_where_cells_are_wide_enough(small):
-    _, groups = small
+def test_selected_experts_are_outlined_where_cells_are_wide_enough(groups):
     outlined = {f.caption: "LineCollection" in f.svg for f in groups["Change of use"].maps}
     assert outlined == {
         f"Change, {m}, {s} text": m == "trace_rows" for m in ("uniform", "trace_rows") for s in SUBJECTS
     }
     assert groups["Change of use"].outlined
-    wide = groups_of(routing({"trace": measure(0, experts=128)}, selected=["trace"]))
-    assert not wide["Change of use"].outlined
-    assert not any("LineCollection" in f.svg for f in wide["Change of use"].maps)
+    wide = groups_of({"trace": measure(0, experts=128)}, selected=["trace"])["Change of use"]
+    assert not wide.outlined and not any("LineCollection" in f.svg for f in wide.maps)
 
 
-def test_the_first_figures_need_no_measurement():
-    frequency = np.full((2, 4), 0.5)
-    captions = [f.caption for f in corpus_figures(Routing(frequency, frequency, 0.5, {"trace": frequency}))]
-    assert captions == ["Forget set", "Retain set, before", "Retain set, calibrated by trace"]
-    assert TIMES_UNIFORM.legend()[2][1] == "uniform (K/E)"
-
-
-def test_the_section_is_folded_and_its_ids_are_its_own(small):
-    page = render_report(ReportData(title="x", routing=small[0]))
+def test_the_section_is_folded_and_its_ids_are_its_own(measured):
+    page = page_of(measured, selected=["trace_rows"])
     assert "<h2>Routing after unlearning</h2>" in page and "<details><summary>Routing, quantity by quantity" in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:url\(|href=")#([^")]+)', page)) <= set(ids)
-    tokens = small[0].measured["uniform"]["tokens"]
-    assert f"{tokens['forget']} forget tokens of 6 rows" in page
-    without = dataclasses.replace(small[0], measured={})
-    assert "Routing after unlearning" not in render_report(ReportData(title="x", routing=without))
+    assert f"{measured['uniform']['tokens']['forget']} forget tokens of 6 rows" in page
 
 
 def test_many_methods_on_a_large_model_stay_small():
-    measured = {f"method_{i}": measure(i, layers=48, experts=128, top_k=8, dead=i) for i in range(6)}
-    data = routing(measured, selected=list(measured))
-    groups = groups_of(data)
-    assert len(groups["Change of use"].maps) == 2 * MOST_METHODS
-    page = render_report(ReportData(title="x", routing=dataclasses.replace(data, selected={})))
+    one = measure(0, layers=48, experts=128, top_k=8, dead=0)
+    measured = {f"method_{i}": one for i in range(6)}
+    page = page_of(measured)
+    assert page.count('aria-label="Change, ') == 2 * MOST_METHODS
     assert len(page.encode()) < 1_500_000
     assert "the arrays of 2 more are in results.json" in page

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.comparison import Comparison
 from trace_jax.evaluation.fronts import MEAN, Crossing, Front, crossing
 from trace_jax.evaluation.intervals import Interval
-from trace_jax.io.codec import encode
+from trace_jax.io.text import aligned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +32,6 @@ class EqualForgetting:
     split: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dict for results.json."""
-        return encode(self)
 
     def text(self) -> str:
         """The table as plain text, columns aligned."""
@@ -146,14 +141,3 @@ def _interval(interval: Interval | None, *, percent: bool = False) -> str:
         return f"{value} %" if math.isnan(interval.low) else f"{value} % [{low}, {high}]"
     value = f"{interval.value:.3f}"
     return value if math.isnan(interval.low) else f"{value} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
-def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
-    """Lines of a table: the first `left` columns to the left, the others to the right; a rule under the header."""
-    width = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, width, strict=True)))
-        for row in rows
-    ]
-    rule = "-" * max(len(line) for line in lines)
-    return [lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:])]

@@ -1,149 +1,215 @@
-"""Figures of the report: how methods look everywhere, and utility against forgetting."""
+"""The kinds of figure: utility against forgetting, values by step, by layer and by row, maps of layers x experts."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from trace_jax.report.data import Front, ReportData, known
-from trace_jax.report.drawing import GRID, INK, MUTED, SERIES, WIDTH, Figure, inline, panel
-from trace_jax.report.words import plain_name
+from trace_jax.report.drawing import GRID, INK, MUTED, WIDTH, Figure, Scale, Style, inline, panel
+from trace_jax.report.words import Number, plain_name
 
-_NEUTRAL = 6  # the grey of the series: the baseline
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DASHES = ("-", "--", ":", "-.")
+_FEW_LAYERS = 8  # up to here points have error bars, above lines have bands
+_MOST_BANDS = 4
+_MOST_SEGMENTS = 400  # outlines beyond this become pixels, which take less room in the file
+_RIGHT = 0.99
+_DASHED, _DOTTED = (0, (4, 3)), (0, (1, 2))
+_THICK = {"linewidth": 1.8, "markersize": 4.5}
 
-
-@dataclasses.dataclass(frozen=True)
-class Style:
-    """How one method is drawn everywhere: colour (CSS variable), marker and dash."""
-
-    colour: str
-    variable: str
-    marker: str
-    dash: str
+Front = Mapping[str, Any]  # as results.json has it: steps, forgetting, utilities by name
 
 
-def method_styles(methods: Sequence[str], baseline: str) -> dict[str, Style]:
-    """A style per method: the baseline is grey, the others differ in colour and marker, then in dash."""
-    styles, number = {}, 0
-    for method in methods:
-        index = _NEUTRAL if method == baseline else number % _NEUTRAL
-        turn = 0 if method == baseline else number // _NEUTRAL
-        number += method != baseline
-        marker = _MARKERS[(index + turn) % len(_MARKERS)]
-        styles[method] = Style(SERIES[index], f"--series-{index}", marker, _DASHES[turn % len(_DASHES)])
-    return styles
+def front_figures(
+    fronts: Mapping[str, Sequence[Front]], styles: Mapping[str, Style], *, forgetting: str, level: float,
+    target: Mapping[str, Any] | None,
+) -> list[Figure]:  # fmt: skip
+    """Utility against forgetting, one panel per utility; further right is more forgotten, further up is better.
 
-
-def legend_swatch(style: Style, prefix: str = "swatch") -> str:
-    """A short line with the method's marker, for the legend beside the figures; ids begin with `prefix`."""
-    figure, axes = panel(0.45, 0.2, margins=(0.0, 1.0, 0.0, 1.0))
-    axes.plot([0, 1, 2], [0, 0, 0], color=style.colour, linestyle=style.dash, linewidth=2)
-    axes.plot([1], [0], color=style.colour, marker=style.marker, markersize=6)
-    axes.set_axis_off()
-    axes.set_ylim(-1, 1)
-    return inline(figure, f"{prefix}{style.variable}-{style.marker}", "")
-
-
-def front_figures(data: ReportData) -> list[Figure]:
-    """Utility against forgetting, one panel per utility; further right is more forgotten, further up is better."""
-    styles = method_styles(list(data.fronts), data.baseline)
-    figures = []
-    for number, utility in enumerate(data.utility_names()):
-        points = [p for fronts in data.fronts.values() for front in fronts for p in front.points]
-        if any(known(p.forgetting) and known(p.utilities.get(utility)) for p in points):
-            svg = _front_panel(data, utility, styles, f"front{number}")
-            figures.append(Figure(plain_name(utility), svg))
-    return figures
-
-
-def _front_panel(data: ReportData, utility: str, styles: Mapping[str, Style], prefix: str) -> str:
-    figure, axes = panel(WIDTH, 3.0, margins=(0.115, 0.98, 0.16, 0.94))
-    axes.grid(color=GRID, linewidth=0.8)
-    _reference_lines(axes, data, utility)
-    for method, fronts in data.fronts.items():
-        style = styles[method]
-        band = data.bands.get(method, {}).get(utility)
-        if band:
-            x, low, high = (np.array([point[k] for point in band], float) for k in ("forgetting", "low", "high"))
-            axes.fill_between(x, low, high, color=style.colour, alpha=0.16, linewidth=0)
-        if len(fronts) > 1:
-            for front in fronts:
-                x, y = _coordinates(front, utility)
-                axes.plot(x, y, color=style.colour, linestyle=style.dash, linewidth=0.8, alpha=0.4)
-        x, y = _coordinates(mean_front(fronts), utility)
-        axes.plot(x, y, color=style.colour, linestyle=style.dash, linewidth=1.8, marker=style.marker, markersize=4.5)
-    axes.locator_params(nbins=6)
-    axes.invert_xaxis()
-    axes.set_xlabel(f"{plain_name(data.forgetting)} (right: more forgotten)")
-    return inline(figure, prefix, f"{plain_name(utility)} against {plain_name(data.forgetting)}, one line per method")
-
-
-def step_figures(data: ReportData) -> list[Figure]:
-    """A measurement after each step of a series, one panel per measurement and one line per method."""
-    styles = method_styles(list(dict.fromkeys(m for methods in data.steps.values() for m in methods)), data.baseline)
-    figures = []
-    for number, (name, methods) in enumerate(data.steps.items()):
-        figure, axes = panel(WIDTH, 2.4, margins=(0.16, 0.98, 0.2, 0.94))
+    `fronts`: runs by method. `target`: the row of the model before unlearning.
+    """
+    figures, measure = [], plain_name(forgetting)
+    for name in dict.fromkeys(name for runs in fronts.values() for front in runs for name in front["utilities"]):
+        figure, axes = panel(WIDTH, 3.0, margins=(0.115, 0.98, 0.16, 0.94))
         axes.grid(color=GRID, linewidth=0.8)
-        for method, values in methods.items():
-            y = [math.nan if value is None else value for value in values]
-            style = styles[method]
-            axes.plot(y, color=style.colour, linestyle=style.dash, linewidth=1.8, marker=style.marker, markersize=4.5)
-        count = max(len(values) for values in methods.values())
-        axes.set_xticks(range(count), ["start", *map(str, range(1, count))])
-        axes.set_xlabel("step")
-        label = f"{plain_name(name)} after each step, one line per method"
-        figures.append(Figure(plain_name(name), inline(figure, f"steps{number}", label)))
+        axes.axvline(level, color=MUTED, linewidth=1, linestyle=_DASHED)
+        at = {"transform": axes.get_xaxis_transform(), "ha": "center"}
+        axes.text(level, 1.02, f"level {level:g}", **at, color=MUTED, fontsize=9)
+        before = target["utilities"].get(name) if target else None
+        if target and before and before["value"] is not None:
+            axes.axhline(before["value"], color=MUTED, linewidth=1, linestyle=_DOTTED)
+            if target["forgetting"]:
+                x = target["forgetting"]["value"]
+                axes.plot([x], [before["value"]], color=INK, marker="*", markersize=11, zorder=5)
+        for method, runs in fronts.items():
+            thin = {**styles[method]._asdict(), "marker": "", "linewidth": 0.8, "alpha": 0.4}
+            for run in runs if len(runs) > 1 else ():
+                axes.plot(run["forgetting"], run["utilities"][name], **thin)
+            mean = mean_front(runs)
+            axes.plot(mean["forgetting"], mean["utilities"][name], **styles[method]._asdict(), **_THICK)
+        axes.locator_params(nbins=6)
+        axes.invert_xaxis()
+        axes.set_xlabel(f"{measure} (right: more forgotten)")
+        label = f"{plain_name(name)} against {measure}, one line per method"
+        figures.append(Figure(plain_name(name), inline(figure, label)))
     return figures
-
-
-def _reference_lines(axes: Any, data: ReportData, utility: str) -> None:
-    if data.level is not None:
-        axes.axvline(data.level, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f"level {data.level:g}",
-            (data.level, 1),
-            xycoords=axes.get_xaxis_transform(),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            color=MUTED,
-            fontsize=9,
-        )
-    target = next((row for row in data.rows if row.kind == "reference"), None)
-    value = target.utilities.get(utility) if target else None
-    if target and value and known(value.value):
-        axes.axhline(value.value, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
-        if target.forgetting and known(target.forgetting.value):
-            axes.plot([target.forgetting.value], [value.value], color=INK, marker="*", markersize=11, zorder=5)
 
 
 def mean_front(fronts: Sequence[Front]) -> Front:
     """The mean over runs at the steps that every run was evaluated at. One run is its own mean."""
-    if len(fronts) == 1:
-        return fronts[0]
-    by_step = [{p.step: p for p in front.points} for front in fronts]
-    steps = sorted(set.intersection(*(set(points) for points in by_step))) if by_step else []
-    points = []
-    for step in steps:
-        here = [run[step] for run in by_step]
-        names = here[0].utilities
-        mean = {name: _mean([p.utilities.get(name) for p in here]) for name in names}
-        points.append(type(here[0])(step, _mean([p.forgetting for p in here]), mean))
-    return Front(seed=-1, points=points)
+    steps = sorted(set.intersection(*(set(front["steps"]) for front in fronts)))
+
+    def mean(columns: Sequence[Sequence[float]]) -> np.ndarray:
+        rows = [[column[f["steps"].index(s)] for s in steps] for f, column in zip(fronts, columns, strict=True)]
+        return np.mean(np.array(rows, float), axis=0)
+
+    utilities = {name: mean([f["utilities"][name] for f in fronts]) for name in fronts[0]["utilities"]}
+    return {"steps": steps, "forgetting": mean([f["forgetting"] for f in fronts]), "utilities": utilities}
 
 
-def _mean(values: Sequence[float | None]) -> float:
-    return math.nan if not all(known(v) for v in values) else float(np.mean(np.array(values, float)))
+def step_figures(
+    scores: Mapping[str, Mapping[str, Sequence[float | None]]], styles: Mapping[str, Style]
+) -> list[Figure]:
+    """Each measurement before the first step of a series and after every step, one line per method."""
+    figures = []
+    for name, methods in scores.items():
+        figure, axes = panel(WIDTH, 2.4, margins=(0.16, 0.98, 0.2, 0.94))
+        axes.grid(color=GRID, linewidth=0.8)
+        for method, values in methods.items():
+            axes.plot(np.array(values, float), **styles[method]._asdict(), **_THICK)
+        count = max(len(values) for values in methods.values())
+        axes.set_xticks(range(count), ["start", *map(str, range(1, count))])
+        axes.set_xlabel("step")
+        label = f"{plain_name(name)} after each step, one line per method"
+        figures.append(Figure(plain_name(name), inline(figure, label)))
+    return figures
 
 
-def _coordinates(front: Front, utility: str) -> tuple[list[float], list[float]]:
-    pairs = [(p.forgetting, p.utilities.get(utility)) for p in front.points]
-    pairs = [(x, y) for x, y in pairs if x is not None and y is not None and known(x) and known(y)]
-    return [x for x, _ in pairs], [y for _, y in pairs]
+def row_plot(
+    rows: Mapping[str, Mapping[Any, Number]], styles: Mapping[str, Style], caption: str, label: str, *,
+    below: str = "", chance: float | None = None, share: bool = False,
+) -> Figure:  # fmt: skip
+    """Values side by side: one row per name, in it one marker per method with its 95 % interval, rows downwards.
+
+    A value under "" (the model before unlearning) is a star, one under None (a control) a hollow circle; `below`
+    is the words under the axis, a dotted line at `chance`. A `share` is drawn from 0 to 1.
+    """
+    height = 0.75 + 0.34 * len(rows)
+    figure, axes = panel(5.6, height, margins=(0.3, 0.98, 0.55 / height, 0.98))
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    if chance is not None:
+        axes.axvline(chance, color=MUTED, linewidth=1, linestyle=_DOTTED)
+    spread = 0.5 / max(map(len, rows.values()))
+    for row, numbers in enumerate(rows.values()):
+        for place, (method, number) in enumerate(numbers.items()):
+            style = styles[method] if method else Style(INK, "*" if method == "" else "o")
+            if number["value"] is None:
+                continue
+            y = -row + spread * ((len(numbers) - 1) / 2 - place)
+            if number["low"] is not None and number["high"] is not None:
+                axes.plot([number["low"], number["high"]], [y, y], color=style.color, linewidth=1.4, alpha=0.7)
+            hollow = {"markerfacecolor": "none"} if method is None else {}
+            axes.plot([number["value"]], [y], **style._asdict(), markersize=6, **hollow)
+    axes.set_yticks([-row for row in range(len(rows))], [n if len(n) <= 24 else f"{n[:23]}…" for n in rows])
+    axes.set_ylim(-len(rows) + 0.4, 0.6)
+    axes.set_xlabel(below)
+    if share:
+        axes.set_xlim(-0.01, 1.02)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+    return Figure(caption, inline(figure, label))
+
+
+def layer_plot(
+    quantities: Mapping[str, Mapping[str, Any]], styles: Mapping[str, Style], caption: str, label: str, *,
+    original: Mapping[str, Any] | None, limits: tuple[float, float | None],
+) -> Figure:  # fmt: skip
+    """A quantity against the layer, one line per method, with 95 % intervals; `limits` are the ends of its axis.
+
+    `quantities`: by method, lists "layers" (their numbers) and "value", and where it has intervals "low" and "high";
+    `original`: the same of the original model, drawn dotted.
+    """
+    figure, axes = panel(WIDTH, 2.3, margins=(0.125, 0.985, 0.2, 0.96))
+    axes.grid(color=GRID, linewidth=0.8)
+    layers = list(next(iter(quantities.values()))["layers"])
+    few = len(layers) <= _FEW_LAYERS
+    places = np.linspace(-0.25, 0.25, len(quantities) + 2)[1:-1] if few else np.zeros(len(quantities))
+    if original is not None:
+        dotted = {"color": INK, "linestyle": ":", "linewidth": 1.6, "zorder": 4}
+        if few:
+            axes.hlines(original["value"], np.array(layers) - 0.4, np.array(layers) + 0.4, **dotted)
+        else:
+            axes.plot(layers, np.array(original["value"], float), **dotted)
+    for (method, quantity), place in zip(quantities.items(), places, strict=True):
+        style, x = styles[method], np.array(quantity["layers"], float) + place
+        value, low, high = (np.array(quantity.get(end, quantity["value"]), float) for end in ("value", "low", "high"))
+        if few:
+            axes.vlines(x, low, high, color=style.color, linewidth=1.4, alpha=0.7)
+            axes.plot(x, value, color=style.color, linewidth=0.8, alpha=0.35)
+            axes.plot(x, value, color=style.color, marker=style.marker, linestyle="none", markersize=5)
+        else:
+            if len(quantities) <= _MOST_BANDS:
+                axes.fill_between(x, low, high, color=style.color, alpha=0.16, linewidth=0)
+            axes.plot(x, value, color=style.color, linestyle=style.linestyle, linewidth=1.5)
+    axes.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+    axes.set_xticks([layers[i] for i in _ticks(len(layers))])
+    axes.set_xlabel("layer")
+    bottom, top = limits
+    room = 0.04 * ((top or 1.0) - bottom)
+    axes.set_ylim(bottom - room, None if top is None else top + room)
+    axes.locator_params(axis="y", nbins=5)
+    return Figure(caption, inline(figure, label))
+
+
+def heat_map(
+    values: Any, scale: Scale, caption: str, what: str, *, selected: Any = None, layers: Sequence[int] = ()
+) -> Figure:
+    """One map of layers x experts, `values` [L, E]; what is not a number gets the colour of 0.
+
+    `selected`: bool [L, E], experts to outline. `layers`: numbers of the rows; () counts from 0. The caption, unique on
+    the page, and `what` is shown are read out to who can't see the map.
+    """
+    values_LxE = np.atleast_2d(np.array(values, float))
+    count, experts = values_LxE.shape
+    height = count * float(np.clip(240 / count, 4, 24)) / 72 + 0.5
+    names = [layers[row] if len(layers) else row for row in _ticks(count)]
+    left = 0.078 + 0.022 * max(len(str(name)) for name in names)
+    figure, axes = panel(WIDTH, height, margins=(left, _RIGHT, 0.42 / height, 1 - 0.06 / height))
+    clipped = np.nan_to_num(np.clip(values_LxE, scale.low, scale.high), nan=0.0)
+    axes.imshow(
+        clipped, cmap=scale.colour_map(), vmin=scale.low, vmax=scale.high, aspect="auto", interpolation="none",
+        origin="lower",
+    )  # fmt: skip
+    if selected is not None:
+        cell_width = 72 * WIDTH * (_RIGHT - left) / experts
+        _outline(axes, np.atleast_2d(np.array(selected, bool)), float(np.clip(0.12 * cell_width, 0.5, 1.6)))
+    axes.set_xticks(_ticks(experts))
+    axes.set_yticks(_ticks(count), names)
+    axes.tick_params(length=0, labelsize=10)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    axes.spines[:].set_visible(False)
+    return Figure(caption, inline(figure, f"{caption}: {what} by layer and expert"))
+
+
+def _ticks(count: int) -> list[int]:
+    """At most nine of 0 to count - 1, from 0 in equal steps."""
+    step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128, count) if math.ceil(count / s) <= 9)
+    return list(range(0, count, step))
+
+
+def _outline(axes: Any, selected_LxE: np.ndarray, width: float) -> None:
+    """Draws the border between selected experts and the rest: dark on a light halo, visible on every cell colour."""
+    from matplotlib.collections import LineCollection
+
+    around, segments = np.pad(selected_LxE, 1), []
+    for layer, expert in np.argwhere(selected_LxE):
+        for row, column in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+            if not around[layer + row + 1, expert + column + 1]:
+                x, y = expert + column / 2, layer + row / 2
+                segments.append([(x - abs(row) / 2, y - abs(column) / 2), (x + abs(row) / 2, y + abs(column) / 2)])
+    axes.autoscale(False)
+    for colour, factor in (("#ffffff", 2.2), ("#111111", 1.0)):
+        lines = LineCollection(segments, colors=colour, linewidths=factor * width, capstyle="projecting")
+        lines.set_rasterized(len(segments) > _MOST_SEGMENTS)
+        axes.add_collection(lines)

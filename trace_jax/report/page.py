@@ -1,169 +1,193 @@
-"""The report page: one HTML file with everything inside."""
+"""The report page: one HTML file with everything inside, drawn from results.json."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
 
+from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.io.files import as_path, replacing
-from trace_jax.report import attacks, figures, routing_figures, words
-from trace_jax.report.certificates import certificate_table
-from trace_jax.report.data import Number, ReportData, known, report_data
-from trace_jax.report.drawing import Figure
-from trace_jax.report.heat_maps import TIMES_UNIFORM
+from trace_jax.report import words
+from trace_jax.report.drawing import TIMES_UNIFORM, method_styles, swatch
+from trace_jax.report.figures import front_figures, row_plot, step_figures
+from trace_jax.report.routing import MOST_METHODS, corpus_figures, routing_groups
+from trace_jax.report.words import Number, format_number, plain_name
 
-MOST_MEASUREMENTS = 400  # rows per method in the list of measurements
+BASELINE = "uniform"  # the method that the verdict compares the others with
+SPLIT = "test"
+EXPERT_COLUMNS = ("layer", "expert", "forget", "retain", "target", "weighted")
+_UNKNOWN = {"value": None, "n": None, "low": None, "high": None}
 
 
-def write_report(data: ReportData | Mapping[str, Any], path: str | os.PathLike) -> Path:
-    """Writes the report. The file needs nothing beside it and no network: style, figures and numbers are inside.
-
-    Args:
-      data: `ReportData`, or the same as nested plain mappings and lists (`report_data`).
-      path: where to; replaced as a whole, never left half-written.
-
-    Raises:
-      ValueError: the mapping has keys that a report does not know.
-      OSError: the file can't be written.
-    """
-    page = render_report(data)
+def write_report(results: Mapping[str, Any], path: str | os.PathLike) -> Path:
+    """Writes the page to `path`. The file needs nothing beside it and no network; `results`: see `render`."""
     with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(render(results), encoding="utf-8")
     return as_path(path)
 
 
-def render_report(data: ReportData | Mapping[str, Any]) -> str:
-    """The page as text; see `write_report`."""
-    data = data if isinstance(data, ReportData) else report_data(data)
+def render(results: Mapping[str, Any]) -> str:
+    """The page as text.
+
+    Args:
+      results: the content of results.json, study.json or series.json, with what is beside it in the run directory. All
+        but the title, benchmark and config may be missing; a section without data is left out.
+
+        title, generated: heading; date and time in words.  verdict: the opening, else written from `rows`.
+        benchmark, forgotten: its name, and what was unlearned in words.
+        config, environment: of config.json and environment.json.
+        rows: of the comparison, references first, each with method, kind ("reference", "method" or "control"),
+          forgetting (a number: value, n, low, high; or None), utilities (numbers by name), reached (whether it came
+          down to the level), step and seeds (or None) and note.
+        references, methods: of results.json.  scores, steps: of series.json.
+        runs: of study.json; a row names its own by "run", the objective, method and setting.
+        certificates: by method, `trace_jax.routing.calibration.Certificate` as JSON.
+        frequency: forget, retain [L, E], and calibrated [L, E] and selected (bool [L, E]) by method; uniform, K/E, the
+          frequency of an expert under uniform routing; layers, numbers of the rows, () counts from 0.
+    """
+    rows, methods = results.get("rows", ()), results.get("methods", {})
+    scores, frequency = results.get("scores", {}), results.get("frequency")
+    level, board = results["config"]["evaluation"]["levels"][0], scoreboard(results["benchmark"])
+    fronts, attacks = _fronts(results), _attacks(results, board.forgetting)
+    measured = {m: r["routing"] for m, r in methods.items() if frequency and "quantities" in r.get("routing", {})}
+    styles = method_styles([*fronts, *(m for values in scores.values() for m in values)], BASELINE)
+    target = next((row for row in rows if row["kind"] == "reference"), None)
+
+    def legend(names: Iterable[str], place: str) -> list[tuple[str, Markup]]:
+        return [(name, swatch(styles[name], f"{name} {place}")) for name in names]
+
+    measure = plain_name(board.forgetting)
+    page = {
+        "verdict": "", "forgotten": "the forget corpus", "generated": "",
+        **results,
+        "rows": rows, "columns": _columns(rows, board.forgetting), "target": target,
+        "baseline": next((row for row in rows if row["method"] == BASELINE and row["kind"] == "method"), None),
+        "level": level, "forgetting": board.forgetting, "chance": board.chance,
+        "fronts": front_figures(fronts, styles, forgetting=board.forgetting, level=level, target=target),
+        "steps": step_figures(scores, styles),
+        "runs": {method: len(runs) for method, runs in fronts.items()},
+        "legend": legend(styles, "fronts"),
+        "attacks": attacks,
+        "maps": corpus_figures(frequency) if frequency else (),
+        "map_scale": TIMES_UNIFORM.legend(),
+        "measured": list(measured.values()), "most_maps": MOST_METHODS,
+        "routing": routing_groups(measured, frequency, styles) if measured and frequency else (),
+        "routing_legend": legend(measured, "routing"),
+        "certificates": {m: {**c, "experts": _experts(c)} for m, c in results.get("certificates", {}).items()},
+        "expert_columns": EXPERT_COLUMNS,
+        "measurements": _measurements(results),
+        "trained": {m: r["trained"] for m, r in methods.items() if "trained" in r},
+        "settings": words.flatten(results["config"]), "versions": words.flatten(results.get("environment", {})),
+    }  # fmt: skip
+    if attacks:
+        page["attack_legend"] = legend(attacks["methods"], "attacks")
+        label = f"{measure} before and after unlearning and after each attack, one marker per method"
+        below = f"{measure} (right: more is back)"
+        page["attack_figure"] = row_plot(attacks["rows"], styles, "", label, below=below, chance=board.chance)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": words.format_number, "setting": words.format_setting, "plain": words.plain_name}
+    environment.filters |= {"number": format_number, "share": words.format_share, "plain": plain_name}
+    environment.globals |= {"interval": words.format_interval, "overlap": words.overlap}
     source = resources.files("trace_jax.report").joinpath("template.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
-        data=data,
-        verdict=words.write_verdict(data),
-        summary=_summary(data),
-        fronts=[_safe(figure) for figure in figures.front_figures(data)],
-        steps=[_safe(figure) for figure in figures.step_figures(data)],
-        attacks=_attacks(data),
-        legend=_legend(data),
-        heat_maps=[_safe(figure) for figure in routing_figures.corpus_figures(data.routing)] if data.routing else [],
-        colour_scale=TIMES_UNIFORM.legend() if data.routing else [],
-        routing=_routing(data) if data.routing and data.routing.measured else None,
-        certificates=certificate_table(data.certificates),
-        measurements={method: _measurements(rows) for method, rows in data.measurements.items()},
-        config=words.flatten(data.config),
-        environment=words.flatten(data.environment),
-        missing=words.MISSING,
-    )
+    return environment.from_string(source).render(page)
 
 
-def _safe(figure: Figure) -> dict[str, Any]:
-    return {"caption": figure.caption, "svg": Markup(figure.svg)}
+def _fronts(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Test fronts by method: of a run one each, of a study those of all seeds with the method's chosen setting."""
+    if "runs" not in results:
+        return {label: [result["fronts"][SPLIT]] for label, result in results.get("methods", {}).items()}
+    runs = [([run.get(key, "") for key in ("objective", "method", "setting")], run["test"]) for run in results["runs"]]
+    return {row["method"]: [front for name, front in runs if name == list(row["run"])] for row in results["rows"]}
 
 
-def _legend(data: ReportData) -> list[dict[str, Any]]:
-    methods = list(data.fronts) or list(dict.fromkeys(m for values in data.steps.values() for m in values))
-    styles = figures.method_styles(methods, data.baseline)
-    runs = {method: len(fronts) for method, fronts in data.fronts.items()}
-    return [
-        {"method": m, "runs": runs.get(m, 1), "swatch": Markup(figures.legend_swatch(s))} for m, s in styles.items()
-    ]
+def _columns(rows: Sequence[Mapping[str, Any]], forgetting: str) -> dict[str, float]:
+    """Columns of the comparison and the ends of their bars, which start at 0: 1 for shares, a little above the largest
+    otherwise; 0 draws no bars."""
+    ends = {}
+    for name in dict.fromkeys([forgetting, *(name for row in rows for name in row["utilities"])]):
+        numbers = [row["forgetting"] if name == forgetting else row["utilities"].get(name) for row in rows]
+        values = [x for number in numbers if number for x in (number["value"], number["high"]) if x is not None]
+        top = max(values, default=0.0)
+        ends[name] = 0.0 if not values or min(values) < 0 else 1.0 if top <= 1 else 1.05 * top
+    return ends
 
 
-def _attacks(data: ReportData) -> dict[str, Any] | None:
-    """Table, figure and legend of the attacks; None where there were none."""
-    table, figure = attacks.attack_table(data), attacks.attack_figure(data)
-    if table is None:
+def _attacks(results: Mapping[str, Any], measure: str) -> dict[str, Any] | None:
+    """The forgetting measure before, after, and under attack; None without attacks.
+
+    lines: before, after, and every attack at its strongest; forms: all its forms. Each is (name, form, a cell per
+    method): a number with words, "at", its form, "back", how much of what unlearning took away, "retrained", what the
+    attack teaches a model that never knew; or why it "failed".  rows: of the figure, numbers by method.
+    """
+    methods = {label: r for label, r in results.get("methods", {}).items() if r.get("attacks")}
+    if not methods:
         return None
-    styles = figures.method_styles(list(dict.fromkeys([*data.fronts, *data.attacks])), data.baseline)
-    swatches = {m: Markup(figures.legend_swatch(styles[m], "attack-swatch")) for m in data.attacks}
-    legend = [{"method": method, "swatch": swatch} for method, swatch in swatches.items()]
-    retrained = any(row.retrained is not None for rows in data.attacks.values() for row in rows)
-    count = next(iter(data.attacks.values()))[0].value.n
-    return {**table, "n": count, "retrained": retrained, "figures": [_safe(figure)] if figure else [], "legend": legend}
+    before = _number(results["references"]["target"], measure)
+    after = {label: _number(result["measurements"], measure) for label, result in methods.items()}
+
+    def cell(label: str, point: Mapping[str, Any]) -> dict[str, Any]:
+        value = _number(point["measurements"], measure)
+        back = recovered(value["value"], after[label]["value"], before["value"])
+        found = {**value, "at": point["at"], "back": "" if back is None else f"{round(100 * back)} % back"}
+        if "original" in point:  # asked in another way, so that before and after are not comparable
+            found["back"] = f"original: {format_number(_number(point['original'], measure)['value'])}"
+        if "retrained" in point:
+            found["control"] = _number(point["retrained"], measure)
+            found["retrained"] = f"retrained: {format_number(found['control']['value'])}"
+        return found
+
+    lines = [("before unlearning", "", [before] * len(methods)), ("after unlearning", "", list(after.values()))]
+    rows: dict[str, dict[str | None, Number]] = {"before unlearning": {"": before}, "after unlearning": {**after}}
+    forms = []
+    for name in next(iter(methods.values()))["attacks"]:
+        attacks = {label: result["attacks"][name] for label, result in methods.items()}
+        cells = {m: [cell(m, point) for point in attack["points"]] for m, attack in attacks.items()}
+        strongest = {m: cells[m][attack["strongest"]] for m, attack in attacks.items() if cells[m]}
+        failed = {m: {**_UNKNOWN, "failed": attack["failed"]} for m, attack in attacks.items()}
+        lines.append((plain_name(name), "", list((failed | strongest).values())))
+        if strongest:
+            controls = [c["control"] for c in strongest.values() if "control" in c]
+            rows[plain_name(name)] = {**({None: controls[0]} if controls else {}), **strongest}
+        for at in dict.fromkeys(c["at"] for each in cells.values() for c in each):
+            of_form = [next((c for c in each if c["at"] == at), _UNKNOWN) for each in cells.values()]
+            forms.append((plain_name(name), at, of_form))
+    retrained = any("control" in c for _, _, cells in forms for c in cells)
+    return {"methods": list(methods), "lines": lines, "forms": forms, "rows": rows, "retrained": retrained}
 
 
-def _routing(data: ReportData) -> dict[str, Any]:
-    """Groups of routing figures, their legend, and what was measured."""
-    assert data.routing is not None
-    measured = data.routing.measured
-    styles = figures.method_styles(list(dict.fromkeys([*data.fronts, *measured])), data.baseline)
-    groups = [
-        {**vars(group), "panels": [_safe(f) for f in group.panels], "maps": [_safe(f) for f in group.maps]}
-        for group in routing_figures.routing_groups(data.routing, styles)
-    ]
-    legend = [{"method": m, "swatch": Markup(figures.legend_swatch(styles[m], "routing-swatch"))} for m in measured]
-    first = next(iter(measured.values()))
-    return {
-        "groups": groups,
-        "legend": legend,
-        "tokens": first.get("tokens", {}),
-        "rows": first.get("rows", {}),
-        "without_maps": max(0, len(measured) - routing_figures.MOST_METHODS),
-    }
+def recovered(attacked: float | None, unlearned: float | None, original: float | None) -> float | None:
+    """(attacked − unlearned) / (original − unlearned); None where unlearning took nothing away."""
+    if attacked is None or unlearned is None or original is None or original <= unlearned:
+        return None
+    return (attacked - unlearned) / (original - unlearned)
 
 
-def _summary(data: ReportData) -> dict[str, Any]:
-    """Columns and cells of the comparison."""
-    utilities = list(dict.fromkeys(name for row in data.rows for name in row.utilities))
-    columns = [data.forgetting, *utilities]
-    table = [[row.forgetting, *(row.utilities.get(name) for name in utilities)] for row in data.rows]
-    scales = [_scale([line[i] for line in table]) for i in range(len(columns))]
-    rows = [
-        {"row": row, "cells": [_cell(*cell) for cell in zip(columns, line, scales, strict=True)]}
-        for row, line in zip(data.rows, table, strict=True)
-    ]
-    return {"columns": columns, "rows": rows}
+def _number(measurements: Sequence[Mapping[str, Any]], name: str) -> Number:
+    return next((m for m in measurements if m["name"] == name and m["split"] == SPLIT), _UNKNOWN)
 
 
-def _scale(numbers: Sequence[Number | None]) -> float:
-    """End of a column's bars, which start at 0: 1 for shares, a little above the largest otherwise; 0 draws no bars."""
-    values = [x for number in numbers if number for x in (number.value, number.high) if x is not None and known(x)]
-    if not values or min(values) < 0:
-        return 0.0
-    return 1.0 if max(values) <= 1 else 1.05 * max(values)
+def _experts(certificate: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """`EXPERT_COLUMNS` of the matched experts, those with the largest gap between forget and retain first."""
+    experts = zip(*(certificate[name] for name in EXPERT_COLUMNS), strict=True)
+    return sorted(experts, key=lambda expert: -abs(expert[2] - expert[3]))
 
 
-def _cell(name: str, number: Number | None, scale: float) -> dict[str, Any]:
-    """Texts of one cell, and its dot and interval as percentages of the column's scale."""
-    number = number or Number(None)
-    cell: dict[str, Any] = {
-        "name": words.plain_name(name),
-        "value": words.format_number(number.value),
-        "interval": words.format_interval(number.low, number.high),
-        "n": words.format_number(number.n) if number.n is not None else "",
-        "bar": None,
-    }
-    value = number.value
-    if scale and value is not None and known(value):
-        low = number.low if number.low is not None and known(number.low) else value
-        high = number.high if number.high is not None and known(number.high) else value
-        at, left, right = (100 * float(np.clip(x / scale, 0, 1)) for x in (value, low, high))
-        cell["bar"] = {"at": f"{at:.1f}", "from": f"{left:.1f}", "width": f"{right - left:.1f}"}
-    return cell
-
-
-def _measurements(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    shown = [
-        {
-            "name": words.plain_name(str(row.get("name", ""))),
-            "value": words.format_number(row.get("value")),
-            "interval": words.format_interval(row.get("low"), row.get("high")),
-            "n": words.format_number(row.get("n")),
-            "split": row.get("split") or "",
-            "step": words.format_number(row["step"]) if row.get("step") is not None else "",
-            "note": row.get("note") or "",
-        }
-        for row in rows[:MOST_MEASUREMENTS]
-    ]
-    steps = any(row["step"] for row in shown)
-    return {"rows": shown, "steps": steps, "left_out": max(0, len(rows) - MOST_MEASUREMENTS)}
+def _measurements(results: Mapping[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """Every list of measurements in results.json or series.json, by what was measured."""
+    lists = {f"{name} model": measured for name, measured in results.get("references", {}).items()}
+    methods = results.get("methods", {})
+    lists |= {label: result["measurements"] for label, result in methods.items()}
+    for label, result in methods.items():
+        for name, attack in result.get("attacks", {}).items():
+            for point in attack["points"]:
+                lists[f"{label}, {name.replace('_', ' ')}, {point['at']}"] = point["measurements"]
+    for step in results.get("steps", ()):
+        lists |= {f"{label}, step {step['step']}": r["measurements"] for label, r in step["methods"].items()}
+    return lists

@@ -18,19 +18,19 @@ from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
 from trace_jax.data.sources import read_source
 from trace_jax.evaluation.benchmarks import scoreboard
-from trace_jax.evaluation.tables import aligned, number_text
+from trace_jax.evaluation.tables import number_text
 from trace_jax.io.environment import describe
 from trace_jax.io.files import shown, write_json
 from trace_jax.io.progress import say
+from trace_jax.io.text import aligned
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.hosts import keep_freed_memory
 from trace_jax.parallel.processes import add_process_arguments, is_main, start_processes
-from trace_jax.report import ReportData, write_report
 from trace_jax.run.experiment import ExperimentConfig, SeriesConfig
 from trace_jax.run.export import load_trained
 from trace_jax.run.methods import run
 from trace_jax.run.prepare import prepare
-from trace_jax.run.results import SPLIT, needed, now
+from trace_jax.run.results import SPLIT, needed, write_run_report
 from trace_jax.run.stages import Stage, check_export, open_workdir
 
 _TITLES = {
@@ -158,6 +158,9 @@ def write_series(config: ExperimentConfig, path: Path) -> str:
         path / "series.json",
         {
             "name": config.name,
+            "title": _TITLES[series.kind],
+            "benchmark": config.data.benchmark,
+            "verdict": f"{len(series.forget)} steps. {own[0].upper()}{own[1:]}.",
             "kind": series.kind,
             "forget": series.forget,
             "steps": [
@@ -169,27 +172,12 @@ def write_series(config: ExperimentConfig, path: Path) -> str:
                 }
                 for step, results in found
             ],
+            "scores": {n: {m: [start.get(n), *v] for m, v in methods.items()} for n, methods in scores.items()},
             "table": table,
         },
     )
-    report = write_report(
-        ReportData(
-            title=_TITLES[series.kind],
-            benchmark=config.data.benchmark,
-            verdict=f"{len(series.forget)} steps. {own[0].upper()}{own[1:]}.",
-            steps={n: {m: [start.get(n), *v] for m, v in methods.items()} for n, methods in scores.items()},
-            measurements={
-                f"{method}, step {step.number}": results["methods"][method]["measurements"]
-                for step, results in found
-                for method in step.methods
-            },
-            config=as_dict(config),
-            environment=describe(),
-            generated=now(),
-        ),
-        path / "report.html",
-    )
-    return f"{table}\n\nseries: {shown(path / 'series.json')}\nreport: {shown(report)}"
+    write_json(path / "environment.json", describe())
+    return f"{table}\n\nseries: {shown(path / 'series.json')}\n{write_run_report(path)}"
 
 
 def _scores(

@@ -26,15 +26,15 @@ from trace_jax.evaluation.comparison import READINGS, Comparison, Run, check_equ
 from trace_jax.evaluation.fronts import Front
 from trace_jax.evaluation.items import load_run_items
 from trace_jax.evaluation.tables import comparison_markdown, comparison_text, objectives_markdown
+from trace_jax.io.codec import encode
 from trace_jax.io.environment import describe
 from trace_jax.io.files import read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
 from trace_jax.parallel.hosts import keep_freed_memory
-from trace_jax.report import Number, ReportData, SummaryRow, report_front, write_report
 from trace_jax.run.experiment import METHODS, ExperimentConfig, StudyConfig
 from trace_jax.run.methods import calibrated, run_method
 from trace_jax.run.prepare import Prepared, prepare, read_corpora
-from trace_jax.run.results import CONTROLS, FORGOTTEN, now
+from trace_jax.run.results import FORGOTTEN, comparison_row, write_run_report
 from trace_jax.run.stages import check_workdir, open_workdir
 from trace_jax.unlearning.objectives import OBJECTIVES
 
@@ -221,7 +221,10 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
         path / "study.json",
         {
             "name": config.name,
-            "benchmark": config.data.benchmark,
+            "title": f"Study: unlearning {FORGOTTEN[benchmark]}",
+            "benchmark": benchmark,
+            "forgotten": FORGOTTEN[benchmark],
+            "rows": _rows(config, found),
             "comparisons": [
                 {**({"objective": objective} if objective else {}), **comparison.to_json()}
                 for objective, comparisons in found.items()
@@ -243,9 +246,26 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
         tables = [*map(objectives_markdown, of_reading), *tables]
     with replacing(path / "tables.md") as temporary:
         temporary.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-    report = write_report(_report_data(config, path, runs, found), path / "report.html")
+    write_json(path / "environment.json", describe())
     text = "\n\n".join(texts)
-    return f"{text}\n\nstudy: {shown(path / 'study.json')}\nreport: {shown(report)}"
+    return f"{text}\n\nstudy: {shown(path / 'study.json')}\n{write_run_report(path)}"
+
+
+def _rows(config: ExperimentConfig, comparisons: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
+    """Of the report: every method with its chosen setting at the first level, all seeds."""
+    rows = []
+    for objective, (first, *_) in comparisons.items():
+        for result in first.results:
+            name = f"{objective}: {result.method}" if objective else result.method
+            forgetting = {"value": first.level, "n": None, "low": None, "high": None} if result.seeds else None
+            missed = f"; seeds {', '.join(map(str, result.missed))} did not reach the level" if result.missed else ""
+            row = comparison_row(
+                name, result.method, {"forgetting": forgetting, "utilities": encode(result.utilities)},
+                f"; {result.setting} chosen of {result.settings}{missed}",
+                reached=bool(result.seeds), seeds=len(result.seeds),
+            )  # fmt: skip
+            rows.append({**row, "run": (objective, result.method, result.setting)})
+    return rows
 
 
 def _by_objective(jobs: Sequence[Trial]) -> dict[str, list[Trial]]:
@@ -267,51 +287,6 @@ def _seconds(path: Path, jobs: Sequence[Trial]) -> dict[str, float]:
         if result is not None and result["seconds_per_step"] is not None:
             found[trial.method].append(result["seconds_per_step"])
     return {method: float(np.median(values)) for method, values in found.items()}
-
-
-def _report_data(
-    config: ExperimentConfig,
-    path: Path,
-    runs: Mapping[str, Sequence[Run]],
-    comparisons: Mapping[str, Sequence[Comparison]],
-) -> ReportData:
-    """The page of a study: every method with its chosen setting at the first level, all seeds."""
-    board, level = scoreboard(config.data.benchmark), config.evaluation.levels[0]
-    rows, fronts = [], {}
-    for objective, found in comparisons.items():
-        for result in found[0].results:
-            name = f"{objective}: {result.method}" if objective else result.method
-            utilities = {n: Number(i.value, i.n, i.low, i.high) for n, i in result.utilities.items()}
-            note = f"{METHODS[result.method].summary}; {result.setting} chosen of {result.settings}"
-            missed = f"; seeds {', '.join(map(str, result.missed))} never got there" if result.missed else ""
-            kind = "control" if result.method in CONTROLS else "method"
-            forgetting = Number(level if result.seeds else None)
-            rows.append(
-                SummaryRow(
-                    name,
-                    kind,
-                    forgetting,
-                    utilities,
-                    reached=bool(result.seeds),
-                    seeds=len(result.seeds),
-                    note=note + missed,
-                )
-            )
-            chosen = [r for r in runs[objective] if (r.method, r.setting) == (result.method, result.setting)]
-            fronts[name] = [report_front(r.seed, r.test) for r in chosen]
-    return ReportData(
-        title=f"Study: unlearning {FORGOTTEN[config.data.benchmark]}",
-        benchmark=config.data.benchmark,
-        forgotten=FORGOTTEN[config.data.benchmark],
-        forgetting=board.forgetting,
-        level=level,
-        chance=board.chance,
-        rows=rows,
-        fronts=fronts,
-        config=as_dict(config),
-        environment=describe(),
-        generated=now(),
-    )
 
 
 def main(options: argparse.Namespace) -> int:
