@@ -17,7 +17,7 @@ def shape(*dims, dtype="float32"):
 
 
 def flops(fn, *arguments):
-    return matmul_work(jax.jit(fn).trace(*arguments).jaxpr).flops
+    return matmul_work(jax.jit(fn).trace(*arguments).jaxpr)[0]
 
 
 def test_layers_in_a_scan_and_their_gradients():
@@ -46,7 +46,7 @@ def test_grouped_matmul_counts_each_row_once():
     assert flops(loss, *arguments) == MATMUL
     assert flops(jax.grad(loss, argnums=(0, 1)), *arguments) == 3 * MATMUL
     half_empty = matmul_work(jax.jit(loss).trace(*arguments).jaxpr, filled=0.5)
-    assert half_empty.flops == MATMUL / 2
+    assert half_empty[0] == MATMUL / 2
 
 
 def test_a_device_counts_its_own_share():
@@ -60,6 +60,6 @@ def test_full_precision_takes_six_passes_on_a_bfloat16_unit():
         return jnp.dot(x, w, precision=jax.lax.Precision.HIGHEST)
 
     work = matmul_work(jax.jit(fn).trace(shape(N, D), shape(D, F)).jaxpr)
-    assert (work.flops, work.passes) == (MATMUL, 6 * MATMUL)
+    assert work.tolist() == [MATMUL, 6 * MATMUL]
     work = matmul_work(jax.jit(fn).trace(shape(N, D, dtype="bfloat16"), shape(D, F, dtype="bfloat16")).jaxpr)
-    assert (work.flops, work.passes) == (MATMUL, MATMUL)
+    assert work.tolist() == [MATMUL, MATMUL]

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trace_jax.plan.hlo import arrays, traffic
+from trace_jax.plan.hlo import traffic
 
 LAYERS, D, F, B = 5, 64, 128, 32
 
@@ -177,8 +177,3 @@ ENTRY %main (input: f32[8]) -> f32[8] {{
     (found,) = traffic(text, 8).collectives
     assert found.groups == groups
     assert found.bytes == 2 * (1 - 1 / len(groups[0])) * 32
-
-
-def test_arrays_of_a_type():
-    found = arrays("(bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, pred[3]{0}, s4[5]{0}, f32[])")
-    assert [(a.bytes, a.in_memory) for a in found] == [(2048, False), (3, True), (3, True), (4, True)]

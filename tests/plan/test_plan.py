@@ -14,10 +14,9 @@ from trace_jax.main import main
 from trace_jax.models.arrays import abstract_params, count_params, flatten, init_params
 from trace_jax.models.families.published import PUBLISHED
 from trace_jax.models.model import Model
-from trace_jax.plan.chips import place
+from trace_jax.plan.machine import cpus, tpu_slice
 from trace_jax.plan.plan import mesh_of, meshes, plan, programs, ranked, shape_of
 from trace_jax.plan.prediction import Prediction, _needed, predict
-from trace_jax.plan.target import cpus, tpu_slice
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.unlearning import unlearn as unlearning
 from trace_jax.unlearning.config import UnlearningConfig
@@ -48,7 +47,7 @@ def target():
 
 
 def predicted(program, target, mesh):
-    return predict(program, target.chip, [place(target.chip, device) for device in mesh.devices.flat])
+    return predict(program, target.chip, list(mesh.devices.flat))
 
 
 def test_the_command_prints_and_writes_every_number(tmp_path, capsys):

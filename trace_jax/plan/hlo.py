@@ -6,10 +6,10 @@ computation as often as it runs.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,45 +18,41 @@ _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0, "tuple": 0}
 # No memory is read or written by these, or it is counted where it happens.
 _FREE = """
 parameter constant tuple get-tuple-element bitcast while conditional call after-all add-dependency domain opt-barrier
-optimization-barrier partition-id replica-id get-dimension-size rng-get-and-update-state
+optimization-barrier partition-id replica-id get-dimension-size rng-get-and-update-state async-start
 """
 _FREE = frozenset(_FREE.split())
 _SLICES = ("dynamic-slice", "slice", "gather")
+_LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)")
 
 
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """One array of a type: bytes, and whether it lies in the chip's main memory (not in a cache the compiler uses)."""
+class Array(NamedTuple):
+    """One array of a type: bytes, and whether it is in the chip's main memory (not in a cache the compiler uses)."""
 
     bytes: int
     in_memory: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
+    """One line of a computation: what it gives (`arrays`), and names of what it is given (`operands`)."""
+
     name: str
     opcode: str
-    type: str
+    arrays: list[Array]
+    operands: list[str]
     arguments: str
     attributes: str
     is_root: bool
 
-    @property
-    def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.arguments)
-
-    @property
-    def arrays(self) -> list[Array]:
-        return arrays(self.type)
-
-    def called(self, key: str) -> tuple[str, ...]:
+    def called(self, key: str) -> list[str]:
         """Names of the computations that the attribute `key` holds."""
         match = re.search(rf"\b{key}=(?:\{{([^}}]*)\}}|(%?[\w.\-]+))", self.attributes)
-        return tuple(re.findall(r"[\w.\-]+", match[1] or match[2])) if match else ()
+        return re.findall(r"[\w.\-]+", match[1] or match[2]) if match else []
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
+Computation = dict[str, Instruction]
+
+
+class Collective(NamedTuple):
     """One kind of exchange among groups of one shape, summed over the program.
 
     Attributes:
@@ -70,8 +66,7 @@ class Collective:
     bytes: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Traffic:
+class Traffic(NamedTuple):
     """Of one device: bytes read and written in its main memory, collectives, and loops whose length isn't known.
 
     Such a loop (decoding, which may end early) is counted as one round.
@@ -84,82 +79,70 @@ class Traffic:
 
 def traffic(text: str, num_devices: int) -> Traffic:
     """Reads a compiled module's text (`compiled.as_text()`), which is the program of one device."""
-    computations, entry = parse(text)
+    computations, entry = _parse(text)
     times, unknown = _times(computations, entry)
     total, found = 0.0, {}
     for name, (count, fused) in times.items():
-        instructions = computations[name]
-        for instruction in instructions.values():
+        around = computations[name]
+        for instruction in around.values():
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
-                groups = _groups(instruction, num_devices)
-                key = kind, groups
-                before = found.get(key, (0, 0.0))
-                sent = _sent(kind, instruction, instructions, len(groups[0]))
-                found[key] = before[0] + count, before[1] + count * sent
+                groups = _groups(instruction.attributes, num_devices)
+                runs, sent = found.get((kind, groups), (0, 0.0))
+                found[kind, groups] = runs + count, sent + count * _sent(kind, instruction, around, len(groups[0]))
             if not fused:
-                total += count * _memory_bytes(instruction, instructions, computations)
-    collectives = (Collective(kind, groups, *counted) for (kind, groups), counted in found.items())
-    ordered = sorted(collectives, key=lambda c: (COLLECTIVES.index(c.kind), -c.bytes))
-    return Traffic(total, tuple(c for c in ordered if len(c.groups[0]) > 1), unknown)
+                total += count * _memory_bytes(instruction, around, computations)
+    collectives = [Collective(*key, *counted) for key, counted in found.items() if len(key[1][0]) > 1]
+    return Traffic(total, tuple(sorted(collectives, key=lambda c: (COLLECTIVES.index(c.kind), -c.bytes))), unknown)
 
 
-# --- reading
-
-
-def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+def _parse(text: str) -> tuple[dict[str, Computation], str]:
     """({computation: {name: instruction}}, name of the entry computation)."""
-    computations: dict[str, dict[str, Instruction]] = {}
+    computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in text.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*-> .*\{$", line)
-        if head:
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*-> .*\{$", line):
             current = computations.setdefault(head[2], {})
             entry = head[2] if head[1] else entry
-        elif line.startswith(" ") and " = " in line:
-            instruction = _instruction(line.strip())
-            if instruction is not None:
-                current[instruction.name] = instruction
+        elif match := _LINE.match(line):
+            root, name, type_text, opcode, rest = match.groups()
+            arguments, _, attributes = rest.partition("), ")
+            arguments, operands = arguments.removesuffix(")"), re.findall(r"%([\w.\-]+)", arguments)
+            current[name] = Instruction(
+                name, opcode, arrays(type_text), operands, arguments, attributes, root is not None
+            )
     if not entry:
         raise ValueError("the text of the compiled program has no ENTRY computation; it can't be read.")
     return computations, entry
 
 
-def _instruction(line: str) -> Instruction | None:
-    name, _, rest = re.sub(r"/\*.*?\*/", "", line).partition(" = ")
-    end = _closing(rest) if rest.startswith("(") else rest.find(" ")
-    opcode, _, arguments = rest[end:].strip().partition("(")
-    if end <= 0 or not re.fullmatch(r"[a-z][\w\-]*", opcode):
-        return None
-    close = _closing("(" + arguments) - 1
-    is_root, name = name.startswith("ROOT "), name.removeprefix("ROOT ").lstrip("%")
-    return Instruction(name, opcode, rest[:end], arguments[: close - 1], arguments[close:], is_root)
-
-
-def _closing(text: str) -> int:
-    """Position after the parenthesis that closes the first one."""
-    depth = 0
-    for place, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return place + 1
-    return len(text)
-
-
 def arrays(type_text: str) -> list[Array]:
     """The arrays of a type, tuples flattened."""
     found = []
-    for dtype, shape, layout in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?", type_text):
-        digits = re.search(r"\d+", dtype)
-        bits = _BITS.get(dtype, int(digits[0]) if digits else 32)
+    for dtype, digits, shape, layout in re.findall(r"\b([a-z]+(\d*)\w*)\[([\d,]*)\](\{[^}]*\})?", type_text):
+        bits = _BITS.get(dtype, int(digits or 32))
         elements = math.prod(int(n) for n in shape.split(",") if n)
         space = re.search(r"S\((\d+)\)", layout)
         found.append(Array(-(-elements * bits // 8), space is None or space[1] == "0"))
     return found
 
 
-def _times(computations: Mapping, entry: str) -> tuple[dict[str, tuple[int, bool]], int]:
+def _bytes(found: Iterable[Array], *, in_memory: bool = False) -> int:
+    return sum(array.bytes for array in found if array.in_memory or not in_memory)
+
+
+def _source(instruction: Instruction, inside: Computation) -> Instruction:
+    """What a value is a copy of."""
+    while instruction.opcode in ("copy", "bitcast", "convert"):
+        instruction = inside[instruction.operands[0]]
+    return instruction
+
+
+# --- loops
+
+
+def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, tuple[int, bool]], int]:
     """{computation: (how often it runs, whether inside a fusion)}, and the number of loops of unknown length."""
     times: dict[str, tuple[int, bool]] = {}
     unknown = 0
@@ -173,178 +156,130 @@ def _times(computations: Mapping, entry: str) -> tuple[dict[str, tuple[int, bool
                 rounds = _rounds(instruction, computations[name], computations)
                 unknown += rounds is None
                 visit(instruction.called("body")[0], count * (1 if rounds is None else rounds), fused)
-                continue
-            if instruction.opcode.endswith(("-done", "-update")):
-                continue
-            for key in ("calls", "branch_computations", "true_computation", "false_computation"):
-                for called in instruction.called(key):
+            elif not instruction.opcode.endswith(("-done", "-update")):
+                keys = ["calls", "branch_computations", "true_computation", "false_computation"]
+                keys += ["to_apply"] if instruction.opcode == "call" else []
+                for called in (called for key in keys for called in instruction.called(key)):
                     visit(called, count, fused or instruction.opcode == "fusion")
-            if instruction.opcode == "call":
-                visit(instruction.called("to_apply")[0], count, fused)
 
     visit(entry, 1, False)
     return times, unknown
 
 
-def _rounds(loop: Instruction, around: Mapping, computations: Mapping) -> int | None:
+def _rounds(loop: Instruction, around: Computation, computations: dict[str, Computation]) -> int | None:
     """How often a loop runs: what the compiler wrote down, or its counter's bounds; None if it depends on data."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
-    if known:
-        return int(known[1])
-    condition = computations[loop.called("condition")[0]]
-    root = next(i for i in condition.values() if i.is_root)
-    if root.opcode != "compare" or "direction=LT" not in root.attributes:
+    if written := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
+        return int(written[1])
+    condition, body = (computations[loop.called(key)[0]] for key in ("condition", "body"))
+    test, result = (next(i for i in computation.values() if i.is_root) for computation in (condition, body))
+    if test.opcode != "compare" or "direction=LT" not in test.attributes or result.opcode != "tuple":
         return None
-    counter, bound = (condition[name] for name in root.operands)
+    initial = around[loop.operands[0]].operands
+
+    def constant(instruction: Instruction, inside: Computation) -> int | None:
+        """An integer that stands in the text, also where the loop carries it to its condition."""
+        instruction = _source(instruction, inside)
+        index = re.search(r"index=(\d+)", instruction.attributes)
+        if inside is condition and instruction.opcode == "get-tuple-element" and index:
+            return constant(around[initial[int(index[1])]], around)
+        number = re.fullmatch(r"-?\d+", instruction.arguments) if instruction.opcode == "constant" else None
+        return int(number[0]) if number else None
+
+    counter, bound = (condition[name] for name in test.operands)
     index = re.search(r"index=(\d+)", counter.attributes)
-    stop = _constant(bound, condition, loop, around)
-    if counter.opcode != "get-tuple-element" or index is None or stop is None:
+    if counter.opcode != "get-tuple-element" or index is None:
         return None
-    place = int(index[1])
-    start = _constant(around[_tuple_element(loop, around, place)], around)
-    body = computations[loop.called("body")[0]]
-    result = next(i for i in body.values() if i.is_root)
-    step = _step(body, result, place)
-    return None if start is None or step is None else max(0, -(-(stop - start) // step))
-
-
-def _tuple_element(loop: Instruction, around: Mapping, place: int) -> str:
-    return around[loop.operands[0]].operands[place]
-
-
-def _constant(instruction: Instruction, inside: Mapping, loop: Instruction | None = None, around=None) -> int | None:
-    """The value of an integer that is constant in the text, also where a loop carries it unchanged."""
-    while instruction.opcode in ("copy", "bitcast", "convert"):
-        instruction = inside[instruction.operands[0]]
-    if instruction.opcode == "constant":
-        return int(instruction.arguments) if re.fullmatch(r"-?\d+", instruction.arguments) else None
-    index = re.search(r"index=(\d+)", instruction.attributes)
-    if instruction.opcode == "get-tuple-element" and loop is not None and around is not None and index:
-        return _constant(around[_tuple_element(loop, around, int(index[1]))], around)
-    return None
-
-
-def _step(body: Mapping, result: Instruction, place: int) -> int | None:
-    """What a round adds to the counter at `place` of the loop's state."""
-    if result.opcode != "tuple":
-        return None
-    added = body[result.operands[place]]
-    while added.opcode in ("copy", "bitcast"):
-        added = body[added.operands[0]]
-    if added.opcode != "add":
-        return None
-    steps = [_constant(body[name], body) for name in added.operands]
-    return next((step for step in steps if step), None)
+    added = _source(body[result.operands[int(index[1])]], body)
+    steps = [constant(body[name], body) for name in added.operands] if added.opcode == "add" else []
+    step = next((step for step in steps if step), None)
+    start, stop = constant(counter, condition), constant(bound, condition)
+    return None if start is None or stop is None or step is None else max(0, -(-(stop - start) // step))
 
 
 # --- collectives
 
 
-def _groups(instruction: Instruction, num_devices: int) -> tuple[tuple[int, ...], ...]:
+def _groups(attributes: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
     """Which devices exchange with each other, as partition numbers."""
-    attributes = instruction.attributes
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}?(?:,|$)", attributes)
-    listed = re.search(r"replica_groups=\{(\{.*?\})\}", attributes)
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    named = re.search(
-        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{(.*?)\}", attributes
-    )
-    if named:  # the axes of a mesh along which devices exchange
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        numbers = np.arange(num_devices).reshape(_numbers(named[2]) if named[2] else num_devices)
-        numbers = numbers.transpose(_numbers(named[3])) if named[3] else numbers
-        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[4])]
-        grid = np.moveaxis(numbers.reshape(tuple(sizes.values())), along, range(-len(along), 0))
-        groups = grid.reshape(-1, math.prod(grid.shape[-len(along) :]))
-        return tuple(tuple(int(n) for n in group) for group in groups)
-    if pairs:
+    grid = np.arange(num_devices)[None]
+    mesh = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? ?\{(.*?)\}", attributes)
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
+    if mesh:  # the axes of a mesh along which devices exchange
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh[3])]
+        grid = _numbered(mesh[2] or f"[{num_devices}]", num_devices).reshape(tuple(sizes.values()))
+        grid = np.moveaxis(grid, along, range(-len(along), 0))
+        grid = grid.reshape(-1, math.prod(grid.shape[-len(along) :]))
+    elif pairs := re.search(r"source_target_pairs=\{(.*?)\}\}?(?:,|$)", attributes):
         return tuple(_numbers(pair) for pair in re.findall(r"\{?(\d+,\d+)\}?", pairs[1]))
-    if listed:
+    elif listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
         return tuple(_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
-    if iota:
-        shape, dims = _numbers(iota[1]), _numbers(iota[2])
-        numbers = np.arange(num_devices).reshape(dims)
-        numbers = numbers.transpose(_numbers(iota[3])) if iota[3] else numbers
-        return tuple(tuple(int(n) for n in group) for group in numbers.reshape(shape))
-    return (tuple(range(num_devices)),)
+    elif iota:
+        grid = _numbered(iota[2], num_devices).reshape(_numbers(iota[1]))
+    return tuple(map(tuple, grid.tolist()))
+
+
+def _numbered(text: str, num_devices: int) -> np.ndarray:
+    """Device numbers written as "[4,2]T(1,0)": in that shape, with its axes in that order."""
+    shape, _, order = text.partition("T")
+    numbers = np.arange(num_devices).reshape(_numbers(shape))
+    return numbers.transpose(_numbers(order)) if order else numbers
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(","))
+    return tuple(map(int, re.findall(r"\d+", text)))
 
 
-def _sent(kind: str, instruction: Instruction, around: Mapping, size: int) -> float:
+def _sent(kind: str, instruction: Instruction, around: Computation, size: int) -> float:
     """Bytes that one device sends, ring algorithms assumed: what it can't avoid when all links are used evenly."""
     operands = instruction.operands[: 1 if kind == "ragged-all-to-all" else None]
-    given = sum(array.bytes for name in operands for array in around[name].arrays)
     share = (size - 1) / size
     factors = {"all-gather": size - 1, "all-reduce": 2 * share, "collective-permute": 1}
-    return given * factors.get(kind, share)
+    return _bytes(array for name in operands for array in around[name].arrays) * factors.get(kind, share)
 
 
 # --- memory
 
 
-def _memory_bytes(instruction: Instruction, around: Mapping, computations: Mapping) -> float:
+def _memory_bytes(instruction: Instruction, around: Computation, computations: dict[str, Computation]) -> float:
     """Bytes that one run of an instruction reads and writes in main memory."""
-    opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith(("-done", "-update")) or opcode == "async-start":
+    opcode, results = instruction.opcode, instruction.arrays
+    if opcode in _FREE or opcode.endswith(("-done", "-update")):
         return 0.0
-    given = [[array for array in around[name].arrays if array.in_memory] for name in instruction.operands]
-    read = [sum(array.bytes for array in operand) for operand in given]
-    written = sum(array.bytes for array in instruction.arrays if array.in_memory)
+    operands = [around[name].arrays for name in instruction.operands]
+    read, written = [_bytes(operand, in_memory=True) for operand in operands], _bytes(results, in_memory=True)
     if opcode.endswith("-start"):  # the type lists the operands too, and a slice reads no more than it writes
-        moved = [array for array in instruction.arrays if array.bytes > 4][len(read) :]
-        size = sum(array.bytes for array in moved)
-        return sum(min(size, n) for n in read) + sum(array.bytes for array in moved if array.in_memory)
+        moved = [array for array in results if array.bytes > 4][len(read) :]
+        return sum(min(_bytes(moved), size) for size in read) + _bytes(moved, in_memory=True)
     if opcode in _SLICES:
-        size = sum(array.bytes for array in instruction.arrays)
-        return min(read[0], size) + sum(read[1:]) + written
+        return min(read[0], _bytes(results)) + sum(read[1:]) + written
     if opcode in ("dynamic-update-slice", "scatter"):
-        place = 1 if opcode == "dynamic-update-slice" else 2
-        update = sum(array.bytes for array in around[instruction.operands[place]].arrays)
-        return sum(read[1:]) + min(update, written)
-    if opcode == "fusion":
-        fused = computations[instruction.called("calls")[0]]
-        return _fusion_bytes(fused, given, instruction.arrays)
-    return sum(read) + written
-
-
-def _fusion_bytes(fused: Mapping, given: list[list[Array]], results: list[Array]) -> float:
-    """As `_memory_bytes`: of an operand only what is sliced out, of a result only what is updated in place."""
-    total = 0.0
-    parameters = [i for i in fused.values() if i.opcode == "parameter"]
-    for parameter in parameters:
-        size = sum(array.bytes for array in given[int(parameter.arguments)])
-        parts = [_part(user, name) for name, user in _users(parameter.name, fused)]
-        total += size if None in parts else min(size, sum(part or 0 for part in parts))
-    roots = [i for i in fused.values() if i.is_root]
-    roots = [fused[n] for n in roots[0].operands] if roots[0].opcode == "tuple" else roots
-    sizes = [result.bytes if result.in_memory else 0 for result in results]
-    for root, size in zip(roots, sizes, strict=False):
-        while root.opcode in ("bitcast", "copy", "convert"):
-            root = fused[root.operands[0]]
-        if root.opcode == "dynamic-update-slice":
-            size = min(size, sum(array.bytes for array in fused[root.operands[1]].arrays))
-        total += size
+        return sum(read[1:]) + min(_bytes(operands[1 if opcode == "dynamic-update-slice" else 2]), written)
+    if opcode != "fusion":
+        return sum(read) + written
+    # Of an operand only what is sliced out is read, of a result only what is updated in place is written.
+    fused, total = computations[instruction.called("calls")[0]], 0.0
+    for parameter in (i for i in fused.values() if i.opcode == "parameter"):
+        total += min(read[int(parameter.arguments)], _bytes_read(parameter.name, fused))
+    root = next(i for i in fused.values() if i.is_root)
+    roots = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    for root, result in zip(roots, results, strict=False):
+        root, size = _source(root, fused), _bytes([result], in_memory=True)
+        is_update = root.opcode == "dynamic-update-slice"
+        total += min(size, _bytes(fused[root.operands[1]].arrays)) if is_update else size
     return total
 
 
-def _users(name: str, fused: Mapping) -> Iterator[tuple[str, Instruction]]:
-    """(operand name, instruction) for what reads a value inside a fusion, bitcasts looked through."""
-    for instruction in fused.values():
-        if name in instruction.operands:
-            if instruction.opcode == "bitcast" and not instruction.is_root:
-                yield from _users(instruction.name, fused)
-            else:
-                yield name, instruction
-
-
-def _part(user: Instruction, name: str) -> int | None:
-    """Bytes that `user` reads of the operand `name`; None = all of it."""
-    if user.operands[0] == name:
-        if user.opcode in _SLICES:
-            return sum(array.bytes for array in user.arrays)
-        if user.opcode == "dynamic-update-slice":
-            return 0
-    return None
+def _bytes_read(name: str, fused: Computation) -> float:
+    """Bytes of a value that are read inside a fusion, bitcasts looked through; infinite where all of them are."""
+    total = 0.0
+    for user in fused.values():
+        if name not in user.operands:
+            continue
+        if user.opcode == "bitcast" and not user.is_root:
+            total += _bytes_read(user.name, fused)
+        elif user.operands[0] == name and user.opcode in _SLICES:
+            total += _bytes(user.arrays)
+        elif user.operands[0] != name or user.opcode != "dynamic-update-slice":
+            return math.inf
+    return total

@@ -17,14 +17,13 @@ from trace_jax.data.config import DataConfig
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.io.files import write_json
 from trace_jax.io.progress import say
+from trace_jax.io.text import byte_size
 from trace_jax.models.arrays import count_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.mesh import DATA, ParallelConfig, make_mesh
-from trace_jax.plan.chips import place
-from trace_jax.plan.prediction import Prediction, predict
+from trace_jax.plan.machine import Target, cpus, gpus, tpu_slice
+from trace_jax.plan.prediction import Prediction, duration, predict, program_table, search_table
 from trace_jax.plan.programs import Program, assumed_experts, decoding_program, statistics_program, step_program
-from trace_jax.plan.table import duration, program_table, search_table, size
-from trace_jax.plan.target import Target, cpus, gpus, tpu_slice
 from trace_jax.unlearning.config import UnlearningConfig
 
 
@@ -99,8 +98,9 @@ def programs(config: Experiment, model: ModelConfig, parallel: ParallelConfig, m
 
 def _predicted(program: Program, target: Target, mesh: Mesh) -> Prediction:
     say(f"compiling the {program.name} for {target.name}")
-    prediction = predict(program, target.chip, [place(target.chip, device) for device in mesh.devices.flat])
-    say(f"  {size(prediction.peak)} of {size(prediction.capacity)}, in {duration(prediction.compile_seconds)}")
+    prediction = predict(program, target.chip, list(mesh.devices.flat))
+    peak, capacity = byte_size(prediction.peak), byte_size(prediction.capacity)
+    say(f"  {peak} of {capacity}, in {duration(prediction.compile_seconds)}")
     return prediction
 
 
@@ -159,7 +159,7 @@ def _head(config: Experiment, model: ModelConfig, target: Target, parallel: Para
     return (
         f"{config.name}: {total:,} parameters in {model.dtype}, {active:,} active per token; {unlearning.objective}, "
         f"{trains}\n"
-        f"{target.name}: {len(target.devices)} of {chip.name}, each {size(chip.memory)}, {chip.flops / 1e12:.4g} "
+        f"{target.name}: {len(target.devices)} of {chip.name}, each {byte_size(chip.memory)}, {chip.flops / 1e12:.4g} "
         f"TFLOP/s, {chip.bandwidth / 1e9:.4g} GB/s\n"
         f"{_words(parallel)}; remat {parallel.remat}; a step takes {rows} rows of {config.data.row_length} tokens"
     )

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
-from trace_jax.plan.chips import Chip, exchange_rate
+from trace_jax.io.text import aligned, byte_size
 from trace_jax.plan.flops import matmul_work
 from trace_jax.plan.hlo import COLLECTIVES, traffic
+from trace_jax.plan.machine import Chip, exchange_rate
 from trace_jax.plan.programs import Program
+
+_BOUNDS = {"compute": "matmul rate", "memory": "memory bandwidth", "interconnect": "interconnect"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,61 +73,46 @@ class Prediction:
 
     @property
     def most(self) -> float:
-        """Seconds at the same rates if nothing overlaps."""
+        """Seconds at the same rates without overlap, an upper bound."""
         return sum(self.seconds.values())
 
 
-def predict(program: Program, chip: Chip, places: Sequence[tuple[int, ...]]) -> Prediction:
-    """Compiles a traced program and reads off what it needs. `places`: where each device is (`chips.place`).
+def predict(program: Program, chip: Chip, devices: Sequence[Any]) -> Prediction:
+    """Compiles a traced program for the devices of a mesh and reads off what it needs.
 
     A program whose inputs alone don't fit, or that the compiler refuses for want of memory, is one that doesn't fit.
     """
-    work, start = matmul_work(program.traced.jaxpr, filled=program.filled), time.perf_counter()
-    stays, compiled = program.parameters + program.optimizer + program.inputs, None
-    if stays <= chip.memory:
+    (flops, passes), start = matmul_work(program.traced.jaxpr, filled=program.filled).tolist(), time.perf_counter()
+    resident = program.parameters + program.optimizer
+    peak, compiled = resident + program.inputs, None
+    if peak <= chip.memory:
         try:
             compiled = program.traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            stays = _needed(error)
-    taken = time.perf_counter() - start
+            peak = _needed(error)
+    first = (program.name, program.tokens, chip.memory, time.perf_counter() - start)
     if compiled is None:
-        known = program.parameters, program.optimizer
-        return Prediction(program.name, program.tokens, chip.memory, taken, *known, None, None, stays, work.flops)
-    memory = compiled.memory_analysis()
-    moved = traffic(compiled.as_text(), len(places))
+        return Prediction(*first, program.parameters, program.optimizer, None, None, peak, flops)
+    memory, moved = compiled.memory_analysis(), traffic(compiled.as_text(), len(devices))
     temporaries = (
         memory.output_size_in_bytes - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     )  # fmt: skip
     # The compiler pads small arrays to tiles, and doesn't count what a program never reads, which is there anyway.
-    known = program.parameters + program.optimizer
-    inputs = max(memory.argument_size_in_bytes - known, program.inputs)
+    inputs = max(memory.argument_size_in_bytes - resident, program.inputs)
+    places = [tuple(d.coords) if chip.torus else (d.id // chip.node,) if chip.node else () for d in devices]
     exchanges = []
     for kind in COLLECTIVES:
-        found = [c for c in moved.collectives if c.kind == kind]
-        if found:
+        if found := [c for c in moved.collectives if c.kind == kind]:
             seconds = sum(c.bytes / min(exchange_rate(chip, group, places) for group in c.groups) for c in found)
             exchanges.append(Exchange(kind, sum(c.count for c in found), sum(c.bytes for c in found), seconds))
-    return Prediction(
-        program=program.name,
-        tokens=program.tokens,
-        capacity=chip.memory,
-        compile_seconds=taken,
-        parameters=program.parameters,
-        optimizer=program.optimizer,
-        inputs=inputs,
-        temporaries=temporaries,
-        peak=known + inputs + temporaries,
-        flops=work.flops,
-        memory_bytes=moved.memory_bytes,
-        exchanges=tuple(exchanges),
-        unknown_loops=moved.unknown_loops,
-        seconds={
-            "compute": work.passes / chip.flops,
-            "memory": moved.memory_bytes / chip.bandwidth,
-            "interconnect": sum(exchange.seconds for exchange in exchanges),
-        },
-    )
+    times = {
+        "compute": passes / chip.flops,
+        "memory": moved.memory_bytes / chip.bandwidth,
+        "interconnect": sum(exchange.seconds for exchange in exchanges),
+    }
+    stays = program.parameters, program.optimizer, inputs, temporaries, resident + inputs + temporaries
+    return Prediction(*first, *stays, flops, moved.memory_bytes, tuple(exchanges), moved.unknown_loops, times)
 
 
 def _needed(error: Exception) -> int:
@@ -133,3 +122,71 @@ def _needed(error: Exception) -> int:
         raise error
     number, unit = (part for part in found.groups() if part)
     return int(float(number) * 1024 ** (1 + "KMGT".index(unit)))
+
+
+# --- as text
+
+
+def program_table(predictions: Sequence[Prediction], *, chips: int, price: float | None) -> str:
+    """One column per program, one row per quantity, all of one chip."""
+    rows: dict[str, Callable[[Prediction], str]] = {
+        "per chip": lambda p: p.program,
+        "parameters": lambda p: byte_size(p.parameters),
+        "optimizer, its weights": lambda p: byte_size(p.optimizer),
+        "batch, cache, padding": lambda p: byte_size(p.inputs),
+        "activations, temporaries": lambda p: byte_size(p.temporaries),
+        "peak memory": lambda p: byte_size(p.peak),
+        "of capacity": _share,
+        "matmul operations": lambda p: (
+            f"{p.flops / 1e12:.4g} TFLOP" if p.flops >= 1e12 else f"{p.flops / 1e9:.4g} GFLOP"
+        ),
+        "memory traffic": lambda p: byte_size(p.memory_bytes),
+    }
+
+    def exchanged(kind: str) -> Callable[[Prediction], str]:
+        return lambda p: next((f"{e.count:,} x, {byte_size(e.bytes)}" for e in p.exchanges if e.kind == kind), "-")
+
+    rows |= {kind: exchanged(kind) for kind in dict.fromkeys(e.kind for p in predictions for e in p.exchanges)}
+    for name, words in _BOUNDS.items():
+        rows[f"time at {words}"] = lambda p, name=name: duration(p.seconds.get(name))
+    rows |= {
+        "time, all overlapping": lambda p: duration(p.least if p.seconds else None),
+        "time, no overlap": lambda p: duration(p.most if p.seconds else None),
+        "bound by": lambda p: _BOUNDS[p.bound] if p.seconds else "-",
+        "tokens/s, all chips": lambda p: f"{p.tokens / p.least:,.0f} at most" if p.seconds else "-",
+        **({} if price is None else {"cost of 1,000 times": lambda p: _cost(p, chips, price)}),
+        "compiled in": lambda p: duration(p.compile_seconds),
+    }
+    return "\n".join(aligned([[name, *map(text, predictions)] for name, text in rows.items()]))
+
+
+def search_table(found: Sequence[tuple[str, Prediction]], *, chips: int, price: float | None) -> str:
+    """One row per layout, as they come."""
+    head = ["mesh, microbatches", "peak memory", "of capacity", "least time", "bound by", "no overlap"]
+    rows = [[*head, "cost of 1,000 steps"]]
+    for name, p in found:
+        times = (duration(p.least), _BOUNDS[p.bound], duration(p.most)) if p.seconds else ("-", "-", "-")
+        rows.append([name, byte_size(p.peak), _share(p), *times, "-" if price is None else _cost(p, chips, price)])
+    return "\n".join(aligned(rows))
+
+
+def _share(p: Prediction) -> str:
+    return f"{p.peak / p.capacity:.1%}" + ("" if p.fits else " DOESN'T FIT")
+
+
+def _cost(p: Prediction, chips: int, price: float) -> str:
+    """Of 1,000 runs, from perfect overlap to none, in the unit of `price` per chip and hour."""
+    if not p.seconds:
+        return "-"
+    least, most = (1000 * chips * price * seconds / 3600 for seconds in (p.least, p.most))
+    return f"{least:.2f} to {most:.2f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in a unit that suits them."""
+    if seconds is None:
+        return "-"
+    if seconds >= 100:
+        return f"{seconds:,.0f} s"
+    unit, scale = next((u, s) for u, s in (("s", 1.0), ("ms", 1e-3), ("us", 0.0)) if seconds >= s)
+    return f"{seconds / (scale or 1e-6):.3g} {unit}"

@@ -22,6 +22,7 @@ from trace_jax.data.config import DataConfig
 from trace_jax.data.sources import HUGGINGFACE, TFDS, is_here, part, read_source
 from trace_jax.data.tokenizer import read_vocabulary
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
+from trace_jax.io.text import byte_size
 from trace_jax.models.arrays import count_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.families import family_of
@@ -29,7 +30,6 @@ from trace_jax.models.families.published import PUBLISHED
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.plan.plan import shape_of
 from trace_jax.plan.programs import assumed_experts, step_program
-from trace_jax.plan.table import size
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.tasks.benchmarks import build_tasks
 from trace_jax.unlearning.config import UnlearningConfig
@@ -205,8 +205,8 @@ def _head(config: ExperimentConfig, model: ModelConfig, weights: str) -> str:
             ("methods", "; ".join(f"{name} ({METHODS[name].summary})" for name in config.methods)),
             ("a step", f"{each} of {length} tokens: {program.tokens:,} tokens, in {parallel.microbatches} part(s)"),
             ("steps", steps),
-            ("memory", f"{size(program.parameters)} parameters, {size(program.optimizer)} what trains in float32 and "
-             "the optimizer's state, over all devices; activations come on top (plan has them)"),
+            ("memory", f"{byte_size(program.parameters)} parameters, {byte_size(program.optimizer)} what trains in "
+             "float32 and the optimizer's state, over all devices; activations come on top (plan has them)"),
         ]
     )  # fmt: skip
 

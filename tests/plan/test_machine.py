@@ -5,8 +5,7 @@ import itertools
 import pytest
 
 from trace_jax.config import ConfigError
-from trace_jax.plan.chips import GPUS, TPUS, exchange_rate, find, this_cpu
-from trace_jax.plan.target import cpus, gpus, tpu_slice
+from trace_jax.plan.machine import GPUS, TPUS, cpus, exchange_rate, gpus, tpu_slice
 
 
 def slice_places(*shape):
@@ -35,7 +34,7 @@ def test_gpus_leave_nvlink_when_they_leave_their_node():
 
 
 def test_this_machine_is_measured_and_shared():
-    one, four = this_cpu(1, "float32"), this_cpu(4, "float32")
+    one, four = (cpus(count, "float32").chip for count in (1, 4))
     assert one.memory == 4 * four.memory
     assert four.flops > 1e7 and four.bandwidth > 1e6
 
@@ -43,7 +42,7 @@ def test_this_machine_is_measured_and_shared():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: find(GPUS, "h10"), "known: a100, h100"),
+        (lambda: gpus(8, "h10"), "known: a100, h100"),
         (lambda: tpu_slice("v5e:3x3"), "2x4"),
         (lambda: tpu_slice("v4:2x2x4"), "known: v5e, v5p, v6e"),
         (lambda: gpus(12, "h100"), "whole nodes"),

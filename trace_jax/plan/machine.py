@@ -1,0 +1,176 @@
+"""The machine that is planned for: devices to compile for, which need not be there, and what each can do at most."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from trace_jax.config import ConfigError
+from trace_jax.parallel.topology import parse_topology
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Limits of one chip, as its vendor states them.
+
+    Attributes:
+      flops: bf16 matmul rate, operations a second, no sparsity.
+      memory: bytes of main memory that a program may use.  bandwidth: bytes a second to and from it.
+      link: bytes a second in one direction: of each of a TPU's links, of a GPU's NVLinks together.
+      torus: chips along an axis of a TPU slice from which on its ends are linked too; 0 for what is no torus.
+      node, network: how many GPUs NVLink connects, and bytes a second of each one's network beyond them.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    bandwidth: float
+    link: float
+    torus: int = 0
+    node: int = 0
+    network: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices of one kind."""
+
+    name: str
+    chip: Chip
+    devices: Sequence[Any]
+
+
+# cloud.google.com/tpu/docs/v5e, v5p, v6e: peak compute, HBM bandwidth, and interconnect per chip, which divided by its
+# ports (4, 6, 4) and two directions is a link. Memory is what the TPU compiler lets a program use of 16, 95 and 32 GB.
+# An axis of a v5e or v6e slice closes to a ring at 16 chips, of v5p at 4 (a cube).
+TPUS = {
+    "v5e": Chip("TPU v5e", 197e12, 15.75 * _GIB, 819e9, 50e9, torus=16),
+    "v5p": Chip("TPU v5p", 459e12, 95.74 * _GIB, 2765e9, 100e9, torus=4),
+    "v6e": Chip("TPU v6e", 918e12, 31.25 * _GIB, 1638e9, 100e9, torus=16),
+}
+# nvidia.com data sheets of the SXM boards: dense bf16, memory, bandwidth, half of the NVLink figure, which counts both
+# directions. The network is that of the DGX system of the same name: one adapter of 200 or 400 Gb/s per GPU.
+GPUS = {
+    "a100": Chip("NVIDIA A100 80GB", 312e12, 80e9, 2039e9, 300e9, node=8, network=25e9),
+    "h100": Chip("NVIDIA H100", 989e12, 80e9, 3350e9, 450e9, node=8, network=50e9),
+    "h200": Chip("NVIDIA H200", 989e12, 141e9, 4800e9, 450e9, node=8, network=50e9),
+    "b200": Chip("NVIDIA B200", 2250e12, 180e9, 8000e9, 900e9, node=8, network=50e9),
+}
+# What XLA's GPU compiler asks of a card: compute capability, multiprocessors, shared memory of one and of a block,
+# second-level cache, clock in GHz (NVIDIA's architecture white papers and tuning guides).
+_CARDS = {
+    "a100": (8, 0, 108, 167936, 166912, 40 << 20, 1.41),
+    "h100": (9, 0, 132, 233472, 232448, 50 << 20, 1.98),
+    "h200": (9, 0, 132, 233472, 232448, 50 << 20, 1.98),
+    "b200": (10, 0, 148, 233472, 232448, 126 << 20, 1.965),
+}
+
+
+def exchange_rate(chip: Chip, group: Sequence[int], places: Sequence[tuple[int, ...]]) -> float:
+    """Bytes a second that each device of a group can send to the others, all groups exchanging at once.
+
+    A group uses the links along the axes of the TPU slice that it spans, in both directions where an axis is closed to
+    a ring; GPUs of one node use NVLink, others their network. `group` holds positions in `places`, the coordinates of
+    devices in their slice or the numbers of their nodes.
+    """
+    if not chip.torus:
+        return chip.link if len({places[n] for n in group}) == 1 else chip.network
+    rate = 0.0
+    for axis in range(len(places[0])):
+        if len({places[n][axis] for n in group}) > 1:
+            length = len({place[axis] for place in places})
+            rate += chip.link * (1 if length % chip.torus else 2)
+    return rate
+
+
+def tpu_slice(name: str) -> Target:
+    """A slice such as "v5e:4x4". Needs libtpu, which holds the TPU compiler, but no TPU; ConfigError without it."""
+    topology = parse_topology(name)
+    chip = _find(TPUS, topology.kind)
+    # Else libtpu asks the cloud's metadata server which host of which slice this is, and lets one process load it.
+    for setting in ("TPU_SKIP_MDS_QUERY=1", "TPU_WORKER_HOSTNAMES=localhost", "TPU_ACCELERATOR_TYPE=v5p-8"):
+        os.environ.setdefault(*setting.split("="))
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return Target(topology.name, chip, _described("tpu", "jax[tpu]", topology_name=topology.name))
+
+
+def gpus(count: int, name: str) -> Target:
+    """`count` GPUs of one kind. Needs JAX's CUDA plugin, which holds the compiler, but no GPU; ConfigError without it,
+    or where they don't fill whole nodes."""
+    chip = _find(GPUS, name)
+    nodes = max(1, count // chip.node)
+    if count < 1 or (count > chip.node and count % chip.node):
+        raise ConfigError(f"--gpus is {count}; expected up to {chip.node}, or a multiple of {chip.node} (whole nodes).")
+    major, minor, cores, per_core, per_block, cache, clock = _CARDS[name.lower()]
+    card = f"""
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {major} minor: {minor} }}
+          core_count: {cores} fpus_per_core: {64 if major == 8 else 128} clock_rate_ghz: {clock}
+          shared_memory_per_core: {per_core} shared_memory_per_block_optin: {per_block} shared_memory_per_block: 49152
+          l2_cache_size: {cache} memory_bandwidth: {chip.bandwidth:.0f} device_memory_size: {chip.memory:.0f}
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+        }}
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 7 }} runtime_version {{ major: 13 }}
+        device_description_str: "{chip.name}"
+    """
+    shape = f"1x{nodes}x{count // nodes}"
+    devices = _described("cuda", "jax[cuda13]", topology_name=name, target_config=card, topology=shape)
+    return Target(f"{count} x {chip.name}", chip, devices)
+
+
+def cpus(count: int, dtype: str) -> Target:
+    """This machine, measured for a second, as `count` simulated devices that share it."""
+    with contextlib.suppress(RuntimeError):  # JAX has started; what it has may be enough
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise ConfigError(f"{count} CPU devices are asked for; JAX has started with {len(devices)}. Start anew.")
+    x, product = jnp.ones((1024, 1024), dtype), jax.jit(jnp.matmul)
+    flops = 2 * 1024**3 / _seconds(lambda: product(x, x).block_until_ready()) / count
+    source, copy = np.ones(1 << 25), np.empty(1 << 25)
+    bandwidth = 2 * source.nbytes / _seconds(lambda: np.copyto(copy, source)) / count
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
+    return Target(f"{count} x CPU", Chip("this CPU", flops, memory, bandwidth, bandwidth), devices[:count])
+
+
+def _find(table: dict[str, Chip], name: str) -> Chip:
+    if name.lower() not in table:
+        raise ConfigError(f"{name!r} is no chip that plan knows; known: {', '.join(table)}.")
+    return table[name.lower()]
+
+
+def _described(platform: str, package: str, **options: Any) -> Sequence[Any]:
+    """Devices of a machine that is described, not there."""
+    try:
+        return topologies.get_topology_desc(platform=platform, **options).devices
+    except Exception as error:  # a missing plugin, one of another version, or its refusal: any type
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(
+            f"the compiler for {platform} can't be used here ({reason}). It comes with JAX's plugin, needs no such "
+            f'device, and must match the JAX that is installed: pip install "{package}=={jax.__version__}"'
+        ) from error
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The shortest of a few runs."""
+    run()
+    best, end = math.inf, time.perf_counter() + 0.1
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
