@@ -47,7 +47,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(
             f"module 'trace_jax' has no attribute {name!r}; public names: {', '.join(sorted(_PUBLIC))}"
         )
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    if not isinstance(value, type):
+        value = importlib.import_module("trace_jax.config").checked(value)
+    return globals().setdefault(name, value)
 
 
 def __dir__() -> list[str]:

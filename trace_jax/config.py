@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
+import inspect
 import json
 import math
+import numbers
+import os
+import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from ml_collections import ConfigDict
@@ -68,11 +73,7 @@ class Section:
             if usual := field.metadata.get("usual"):
                 default = usual(self)
                 value = default if value is None else value
-            if isinstance(hint, type) and issubclass(hint, Variant):
-                value = _variant(value, hint, field.name, default)
-            else:
-                value = _convert(value, hint, field.name)
-            object.__setattr__(self, field.name, value)
+            object.__setattr__(self, field.name, _convert(value, hint, field.name, default))
         for field in dataclasses.fields(self):
             self._check_condition(field)
             _check_range(field, getattr(self, field.name))
@@ -193,48 +194,89 @@ def nearest(given: Any, names: typing.Iterable) -> str:
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
-def _convert(value: Any, hint: Any, name: str) -> Any:
+def _convert(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     """Value as the annotated type, or a `ConfigError`. Numbers are never guessed from text."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        others = [a for a in arguments if a is not type(None)]
-        sections = [a for a in others if isinstance(a, type) and issubclass(a, Section)]
-        if isinstance(value, Mapping) and sections:
-            # The first whose required settings are given; so a wrong key of it is answered by it.
-            chosen = next((s for s in sections if set(_required(s)) <= set(value)), sections[-1])
-            return resolve(chosen, value, path=name)
-        for other in others[:-1]:
-            try:
-                return _convert(value, other, name)
-            except ConfigError:
-                continue
-        return _convert(value, others[-1], name)
-    if hint is Any:
-        return value
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(v, arguments[0], name) for v in value)
-    if origin in (dict, Mapping) or hint is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif isinstance(hint, type) and issubclass(hint, Section):
-        if isinstance(value, hint):
-            return value
-        if isinstance(value, Mapping):
-            return resolve(hint, value, path=name)
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    kinds = _kinds(hint)
+    if int in kinds and fits(value, int):
+        return int(value)
+    if float in kinds and fits(value, float):
         return float(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); expected {_type_name(hint)}.")
+    sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+    if sections and issubclass(sections[0], Variant):
+        return _variant(value, sections[0], name, default)
+    if isinstance(value, Mapping) and sections:
+        # The first whose required settings are given; so a wrong key of it is answered by it.
+        section = next((s for s in sections if set(_required(s)) <= set(value)), sections[-1])
+        return resolve(section, value, path=name)
+    items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
+    if items and isinstance(value, (list, tuple)):
+        return tuple(_convert(item, items[0], name) for item in value)
+    if not fits(value, hint):
+        raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); expected {type_name(hint)}.")
+    return dict(value) if isinstance(value, Mapping) else value
 
 
-def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-    if typing.get_origin(hint) is tuple:
-        return f"a list, each item {_type_name(typing.get_args(hint)[0])}"
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+def _kinds(hint: Any) -> tuple:
+    """The types of a union, but for None; otherwise the type alone."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return (hint,)
+    return tuple(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type. One kind of array stands for another, and a list for a tuple."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, kind) for kind in arguments)
+    if hint in (int, float):
+        return isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool)
+    kind = origin or hint
+    if not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
+        return True
+    if kind.__name__ in ("Array", "ndarray"):
+        return hasattr(value, "shape") and hasattr(value, "dtype")
+    if kind in (Sequence, tuple) and not isinstance(value, str) and isinstance(value, (list, tuple)):
+        return not arguments or all(fits(item, arguments[0]) for item in value)
+    if kind in (Sequence, Iterable) and (isinstance(value, str) or hasattr(value, "shape")):
+        return not isinstance(value, str)
+    return isinstance(value, kind)
+
+
+def type_name(hint: Any) -> str:
+    """What is expected of a value, in words."""
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", os.PathLike: "a path"}
+    names |= {dict: "a mapping", Mapping: "a mapping", Callable: "a function"}
+    words = []
+    for kind in _kinds(hint):
+        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if origin in (tuple, Sequence, Iterable):
+            words.append(f"a list, each item {type_name(arguments[0])}")
+        else:
+            words.append(names.get(origin or kind) or getattr(kind, "__name__", str(kind)))
+    return " or ".join(words)
+
+
+def checked(function: Callable) -> Callable:
+    """A public function that answers arguments of another type than it declares with one sentence (a TypeError)."""
+    signature, hints = inspect.signature(function), typing.get_type_hints(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            arguments = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}: {error}; it takes {', '.join(signature.parameters)}.") from None
+        for name, value in arguments.items():
+            if not fits(value, hints[name]):
+                raise TypeError(
+                    f"{function.__name__}: {name} is {reprlib.repr(value)} ({type(value).__name__}); expected "
+                    f"{type_name(hints[name])}."
+                )
+        return function(*args, **kwargs)
+
+    return call
 
 
 def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: str = "") -> SectionT:
@@ -254,19 +296,11 @@ def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: s
                 raise ConfigError(f"{full}: it belongs to {there.rpartition('.')[0]}; write {there}.")
             near, names = nearest(key, sorted(known)), ", ".join(sorted(known))
             raise ConfigError(f"{full}: there is no setting of this name{near} Known here: {names}.")
-    hints = typing.get_type_hints(cls)
-    arguments = {}
-    for key, value in values.items():
-        hint = hints[key]
-        full = f"{path}.{key}" if path else key
-        if isinstance(hint, type) and issubclass(hint, Section) and not issubclass(hint, Variant):
-            value = resolve(hint, value, path=full) if isinstance(value, (Mapping, ConfigDict)) else value
-        arguments[key] = value
     for name, field in _required(cls).items():
-        if name not in arguments:
+        if name not in values:
             raise ConfigError(f"{path + '.' if path else ''}{name} is missing: {field.metadata['help']}.")
     try:
-        return cls(**arguments)
+        return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{path}.{error}" if path else str(error)) from None
 

@@ -58,11 +58,11 @@ def bucket(monkeypatch):
     monkeypatch.setattr(fsspec, "get_filesystem_class", lambda name: Bucket)
     monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: Bucket())
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-    for kept in (Bucket.store, Bucket.writes, files._LOGS):
+    for kept in (Bucket.store, Bucket.writes, files._PENDING):
         kept.clear()
     Bucket.pseudo_dirs[:] = [""]
     yield "gs://bucket"
-    files._LOGS.clear()
+    files._PENDING.clear()
 
 
 def test_small_files_are_written_whole_and_read_back(bucket):
@@ -94,7 +94,7 @@ def test_lines_are_gathered_because_objects_can_not_be_extended(bucket, monkeypa
     monkeypatch.setattr(files, "_SECONDS_BETWEEN_WRITES", 0.0)
     append_line(path, {"step": 51})
     assert Bucket.writes == ["/bucket/m.jsonl"] * 3
-    files._LOGS.clear()  # another process continues the file
+    files._PENDING.clear()  # another process continues the file
     append_line(path, {"step": 52})
     assert len(read_lines(path)) == 53
 

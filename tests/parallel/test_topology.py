@@ -37,7 +37,7 @@ def test_names_of_a_node_pool():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5:4x4", "no kind of TPU known here .*did you mean v5"),
+        ("v5:4x4", "no kind of TPU known here .*did you mean 'v5"),
         ("h100:8", "no kind of TPU"),
         ("v5e", "expected v5e: and the shape.*4x4"),
         ("v5e:3x3", "one of 1x1, 2x2"),

@@ -100,7 +100,7 @@ def test_every_variant_resolves(name, model, method):
 )
 def test_a_dry_run_finds_nothing_missing_but_the_weights(name, model, method, local):
     found = dry_run(load_config(f"configs/{name}.py:{model},{method}", local(name)))
-    assert found.wrong == () and len(found.missing) == 1
+    assert found.wrong == [] and len(found.missing) == 1
     assert f"weights: hf download {PUBLISHED[model].repository} --local-dir DIR" in found.missing[0]
     assert ("questions and answers" if name == "tofu" else "5 texts") in found.text
 
@@ -116,7 +116,7 @@ def test_a_dry_run_finds_nothing_missing_but_the_weights(name, model, method, lo
 def test_a_dry_run_finds_that_a_benchmark_is_not_there(name, setting, problem, local):
     value = "forget05" if setting == "tofu.forget" else "other"
     found = dry_run(load_config(f"configs/{name}.py", {**local(name), f"evaluation.{setting}": value}))
-    assert found.wrong == () and re.fullmatch(problem, found.missing[1])
+    assert found.wrong == [] and re.fullmatch(problem, found.missing[1])
 
 
 def test_a_dry_run_finds_what_is_no_question(local, tmp_path):

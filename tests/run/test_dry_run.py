@@ -28,7 +28,7 @@ def test_what_is_missing_is_reported_with_what_it_must_be(tmp_path):
     found = dry_run(config_of(tmp_path))
     weights, forget = found.missing
     assert "hf download allenai/OLMoE-1B-7B-0924" in weights and forget.endswith("forget.jsonl is not there")
-    assert found.wrong == ()
+    assert found.wrong == []
     trained = "what trains: 2,147,483,648 numbers; the model has 6,919,161,856 (31.04%)"
     for words in ("6,919,161,856 parameters", "1,282,017,280 active", trained):
         assert words in found.text
@@ -60,7 +60,7 @@ def test_text_that_attacks_read_is_looked_at(tmp_path):
     benign = write(tmp_path / "benign.jsonl", [{"text": "harmless"}])
     asked = write(tmp_path / "asked.jsonl", [{"prompt": "What is it?"}])
     here = dry_run(config_of(tmp_path, attacks={"benign_relearning": {"source": benign}, "prompting": {}}))
-    assert f"attack, benign relearning: {benign}: can be used" in here.text and here.wrong == ()
+    assert f"attack, benign relearning: {benign}: can be used" in here.text and here.wrong == []
     found = dry_run(
         config_of(tmp_path, attacks={"benign_relearning": {"source": "none"}, "prompting": {"paraphrases": asked}})
     )

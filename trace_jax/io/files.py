@@ -75,8 +75,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             temporary = Path(scratch) / path.name
             yield temporary
             if is_main():
-                _LOGS.pop(os.fspath(path), None)
-                upload(temporary, path)
+                _PENDING.pop(os.fspath(path), None)
+                _copy(temporary, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
@@ -87,10 +87,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def upload(source: Path, path: Path) -> None:
-    """Copies a local file to an address, where it appears whole."""
-    with source.open("rb") as file, path.open("wb") as remote:
-        shutil.copyfileobj(file, remote, 16 << 20)
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as file, target.open("wb") as copy:  # at an address it appears whole
+        shutil.copyfileobj(file, copy, 16 << 20)
 
 
 @contextlib.contextmanager
@@ -102,8 +101,7 @@ def local_copy(path: str | os.PathLike) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / path.name
-        with path.open("rb") as remote, copy.open("wb") as file:
-            shutil.copyfileobj(remote, file, 16 << 20)
+        _copy(path, copy)
         yield copy
 
 
@@ -166,10 +164,10 @@ def append_line(path: str | os.PathLike, row: dict) -> None:
         return
     path, line = as_path(path), json.dumps(row) + "\n"
     if is_remote(path):
-        log = _LOGS.get(os.fspath(path))
-        if log is None:
-            log = _LOGS[os.fspath(path)] = _Log(path)
-        log.add(line)
+        since, lines = _PENDING.setdefault(os.fspath(path), (time.monotonic(), []))
+        lines.append(line)
+        if time.monotonic() - since > _SECONDS_BETWEEN_WRITES:
+            flush_lines()
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -178,26 +176,10 @@ def append_line(path: str | os.PathLike, row: dict) -> None:
 
 def flush_lines() -> None:
     """Writes what `append_line` still holds; needed before a state is saved that the lines belong to."""
-    for log in _LOGS.values():
-        log.write()
+    while _PENDING:
+        address, (_, lines) = _PENDING.popitem()
+        path = as_path(address)
+        path.write_bytes((path.read_bytes() if path.exists() else b"") + "".join(lines).encode("utf-8"))
 
 
-class _Log:
-    """The lines at an address, whole, and whether some are not there yet."""
-
-    def __init__(self, path: Path):
-        self._path, self._written, self._changed = path, time.monotonic(), False
-        self._text = path.read_bytes().decode("utf-8") if path.exists() else ""
-
-    def add(self, line: str) -> None:
-        self._text, self._changed = self._text + line, True
-        if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
-            self.write()
-
-    def write(self) -> None:
-        if self._changed:
-            self._path.write_bytes(self._text.encode("utf-8"))
-            self._written, self._changed = time.monotonic(), False
-
-
-_LOGS: dict[str, _Log] = {}
+_PENDING: dict[str, tuple[float, list[str]]] = {}  # lines by address, and since when the first of them waits

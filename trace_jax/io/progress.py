@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from trace_jax.parallel.processes import is_main
 
@@ -26,26 +26,32 @@ def say(text: str) -> None:
 @contextlib.contextmanager
 def progress(title: str, total: int, *, start: int = 0, unit: str = "step") -> Iterator[Callable[[int, str], None]]:
     """Yields `advance(done, note)`. `start` is what an earlier, interrupted run had done already."""
-    if not (sys.stderr.isatty() and is_main()):
-        yield _plain(title, total, start, unit)
-        return
-    columns = (
-        TextColumn("{task.description}"),
+    began = spoken = time.monotonic()
+    units = unit + ("es" if unit == "batch" else "s")
+    bar = Progress(
+        "{task.description}",
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit + ("es" if unit == "batch" else "s") + "  {task.fields[rate]}"),
+        f"{units}  {{task.fields[rate]}}",
         TimeElapsedColumn(),
-        TextColumn("left"),
+        "left",
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        "{task.fields[note]}",
+        console=Console(stderr=True),
+        transient=True,
+        disable=not (sys.stderr.isatty() and is_main()),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with bar:
         task = bar.add_task(title, total=total, completed=start, rate="", note="")
-        began = time.monotonic()
 
         def advance(done: int, note: str = "") -> None:
-            rate = (done - start) / max(time.monotonic() - began, 1e-9)
+            nonlocal spoken
+            now = time.monotonic()
+            rate = (done - start) / max(now - began, 1e-9)
             bar.update(task, completed=done, rate=f"{rate:.1f}/s", note=note)
+            if bar.disable and now - spoken >= _SECONDS_BETWEEN_LINES:  # logs of pods and notebooks stay readable
+                spoken, left = now, (total - done) / max(rate, 1e-9)
+                say(f"{title}: {done}/{total} {units}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip())
 
         yield advance
 
@@ -56,21 +62,3 @@ def tracked(batches: Sequence[T] | Iterator[T], title: str, total: int) -> Itera
         for done, batch in enumerate(batches):
             advance(done, "")
             yield batch
-
-
-def _plain(title: str, total: int, start: int, unit: str) -> Callable[[int, str], None]:
-    """Lines at most every few seconds: logs of pods and notebooks stay readable."""
-    began = last = time.monotonic()
-
-    def advance(done: int, note: str = "") -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < _SECONDS_BETWEEN_LINES:
-            return
-        last = now
-        rate = (done - start) / max(now - began, 1e-9)
-        left = (total - done) / max(rate, 1e-9)
-        plural = unit + ("es" if unit == "batch" else "s")
-        say(f"{title}: {done}/{total} {plural}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip())
-
-    return advance

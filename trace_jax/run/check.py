@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from trace_jax.attacks.config import AttacksConfig
 from trace_jax.attacks.table import check_text, own_text
 from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import open_checkpoint
@@ -39,13 +39,29 @@ FIRST = 100  # documents that are read of a source
 _COLUMNS = "text, or question and answer"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class DryRun:
-    """What was found: a text to print, what is missing to run, and what is wrong."""
+    """A text to print, what is missing to run, and what is wrong."""
 
-    text: str
-    missing: tuple[str, ...]
-    wrong: tuple[str, ...]
+    text: str = ""
+    missing: list[str] = dataclasses.field(default_factory=list)
+    wrong: list[str] = dataclasses.field(default_factory=list)
+
+    def look(self, data: str, source: str, check: Callable[[], Any], absent: str, unusable: str) -> str:
+        """What is said of a source: `check` says it of data that is here, and raises if it can't be used."""
+        try:
+            if is_here(source):
+                said = check()
+                return said if isinstance(said, str) else "can be used"
+        except (ValueError, OSError) as error:
+            self.wrong.append(f"{data} data: {error}")
+            return unusable
+        where = "is downloaded by the run" if source.startswith(HUGGINGFACE) else "is not there"
+        if source.startswith(TFDS):
+            name = source.removeprefix(TFDS).partition(":")[0]
+            where = f"is not built: python -m trace_jax.main data --name {name}"
+        self.missing.append(f"{data} data: {source} {where}")
+        return absent
 
 
 def dry_run(config: ExperimentConfig) -> DryRun:
@@ -58,28 +74,20 @@ def dry_run(config: ExperimentConfig) -> DryRun:
       ConfigError, CheckpointError: settings that don't fit the model; a config.json of another shape than
         `model.published`.
     """
-    missing, wrong = [], []
-    weights = _weights(config, missing, wrong)
-    model = _shape(config)
-    sources = _sources(config.data, missing, wrong)
-    sources += _tasks(config.evaluation, missing, wrong)
-    sources += _attacks(config.attacks, missing, wrong)
-    data = _list("data", [": ".join(source) for source in sources])
+    run, settings = DryRun(), config.model
+    weights = _weights(config, run)
+    if isinstance(settings, PretrainedConfig) and settings.published and not Path(settings.path).is_dir():
+        settings = dataclasses.replace(settings, path="")  # the published shape; else the checkpoint's
+    model = shape_of(settings)
+    data = _list("data", [*_corpora(config.data, run), *_evaluation(config, run)])
     parts = [_head(config, model, weights), _trained(config.unlearning, model), data]
-    parts += [_list("missing to run", missing)] if missing else ["nothing is missing to run"]
-    parts += [_list("wrong", wrong)] if wrong else []
-    return DryRun("\n\n".join(parts), tuple(missing), tuple(wrong))
+    parts += [_list("missing to run", run.missing)] if run.missing else ["nothing is missing to run"]
+    parts += [_list("wrong", run.wrong)] if run.wrong else []
+    run.text = "\n\n".join(parts)
+    return run
 
 
-def _shape(config: ExperimentConfig) -> ModelConfig:
-    """The model's shape: of the checkpoint where it is here, else the published one."""
-    model = config.model
-    if isinstance(model, PretrainedConfig) and model.published and not Path(model.path).is_dir():
-        return dataclasses.replace(model, path="").shape()
-    return shape_of(config.model)
-
-
-def _weights(config: ExperimentConfig, missing: list[str], wrong: list[str]) -> str:
+def _weights(config: ExperimentConfig, run: DryRun) -> str:
     """Where the parameters come from, as words; every tensor of a checkpoint is accounted for by the files' headers."""
     model = config.model
     if not isinstance(model, PretrainedConfig):
@@ -88,7 +96,7 @@ def _weights(config: ExperimentConfig, missing: list[str], wrong: list[str]) -> 
     if not model.path or not Path(model.path).is_dir():
         where = f"{model.path} is not there; " if model.path else ""
         repository = PUBLISHED[model.published].repository if model.published else "OWNER/NAME"
-        missing.append(f"weights: {where}hf download {repository} --local-dir DIR, and --config.model.path=DIR")
+        run.missing.append(f"weights: {where}hf download {repository} --local-dir DIR, and --config.model.path=DIR")
         return f"of {repository}, not here"
     model.shape()
     try:
@@ -96,30 +104,27 @@ def _weights(config: ExperimentConfig, missing: list[str], wrong: list[str]) -> 
         accounting = account(checkpoint, model.shape(), family_of(checkpoint.config))
         read_vocabulary(model.path)
     except (ValueError, OSError) as error:
-        wrong.append(f"weights: {error}")
+        run.wrong.append(f"weights: {error}")
         return f"in {model.path}"
     return f"in {model.path}: every one of {len(accounting.readable):,} tensors has its place"
 
 
-def _sources(data: DataConfig, missing: list[str], wrong: list[str]) -> list[tuple[str, ...]]:
-    """One row per source: its use, where it is, and what its first documents are or what they must be."""
-    if not data.forget_sources or data.retain is None:
-        return [("corpus", data.benchmark, "made here from what is installed")]
+def _corpora(data: DataConfig, run: DryRun) -> Iterator[str]:
+    """One line per source: its use, where it is, and what its first documents are or what they must be."""
     topics = data.forget_sources
-    uses = [("forget" if len(topics) == 1 else f"forget, topic {topic}", path) for topic, path in enumerate(topics)]
-    uses += [(use, path) for use in ("retain", "neighbour", "holdout") if (path := getattr(data, use))]
-    return [(use, path, _source(use, path, data.min_length or 0, missing, wrong)) for use, path in uses]
+    if not topics or data.retain is None:
+        yield f"corpus: {data.benchmark}: made here from what is installed"
+        return
+    sources = {"forget" if len(topics) == 1 else f"forget, topic {n}": path for n, path in enumerate(topics)}
+    sources |= {use: path for use in ("retain", "neighbour", "holdout") if (path := getattr(data, use))}
+    absent, unusable = f"must have the columns {_COLUMNS}", f"can't be used: the columns must be {_COLUMNS}"
+    for use, path in sources.items():
+        first = functools.partial(_first_documents, path, data.min_length or 0)
+        yield f"{use}: {path}: {run.look(use, path, first, absent, unusable)}"
 
 
-def _source(use: str, path: str, min_length: int, missing: list[str], wrong: list[str]) -> str:
-    if not is_here(path):
-        missing.append(f"{use} data: {_absent(path)}")
-        return f"must have the columns {_COLUMNS}"
-    try:
-        source = read_source(path, min_length=min_length, most=FIRST)
-    except (ValueError, OSError) as error:
-        wrong.append(f"{use} data: {error}")
-        return f"can't be used: the columns must be {_COLUMNS}"
+def _first_documents(path: str, min_length: int) -> str:
+    source = read_source(path, min_length=min_length, most=FIRST)
     answers = sum(document.answer is not None for document in source.documents)
     kinds = [f"{len(source.documents) - answers} texts"] * (answers < len(source.documents))
     kinds += [f"{answers} questions and answers"] * bool(answers)
@@ -127,57 +132,28 @@ def _source(use: str, path: str, min_length: int, missing: list[str], wrong: lis
     return f"the first {len(source.documents)} documents are {' and '.join(kinds)}{left_out}"
 
 
-def _absent(path: str) -> str:
-    """Where a source that isn't here comes from, as words."""
-    if path.startswith(TFDS):
-        return f"{path} is not built: python -m trace_jax.main data --name {path.removeprefix(TFDS).partition(':')[0]}"
-    return f"{path} {'is downloaded by the run' if path.startswith(HUGGINGFACE) else 'is not there'}"
+def _evaluation(config: ExperimentConfig, run: DryRun) -> Iterator[str]:
+    """One line per benchmark or source of questions that the model is evaluated on, and per text that an attack reads.
 
-
-def _tasks(evaluation: EvaluationConfig, missing: list[str], wrong: list[str]) -> list[tuple[str, ...]]:
-    """One row per benchmark, or source of questions, that the model is evaluated on. What is here is read whole."""
-    alone: dict[str, tuple[str, EvaluationConfig]] = {}  # by name: a source that stands for all of it, and its section
-    if evaluation.muse is not None:
-        source = part(evaluation.muse.data, "verbmem", "forget")
-        alone["muse"] = source, EvaluationConfig(muse=evaluation.muse)
-    if evaluation.tofu is not None:
-        source = part(evaluation.tofu.data, f"{evaluation.tofu.forget}_perturbed", "train")
-        alone["tofu"] = source, EvaluationConfig(tofu=evaluation.tofu)
-    if evaluation.multiple_choice is not None:
-        for name, source in evaluation.multiple_choice.sources.items():
-            alone[name] = source, EvaluationConfig(multiple_choice=MultipleChoiceConfig({name: source}))
-    return [
-        _looked_at(f"evaluation, {name}", source, functools.partial(build_tasks, section), missing, wrong)
-        for name, (source, section) in alone.items()
-    ]
-
-
-def _attacks(attacks: AttacksConfig | None, missing: list[str], wrong: list[str]) -> list[tuple[str, ...]]:
-    """One row per text of the user's own that an attack reads."""
-    chosen = attacks.chosen if attacks is not None else {}
-    return [
-        _looked_at(
-            f"attack, {name.replace('_', ' ')}", source, functools.partial(check_text, name, settings), missing, wrong
-        )
-        for name, settings in chosen.items()
-        if (source := own_text(name, settings))
-    ]
-
-
-def _looked_at(
-    use: str, source: str, check: Callable[[], object], missing: list[str], wrong: list[str]
-) -> tuple[str, ...]:
-    """(use, source, what was found): `check` raises if data that is here can't be used."""
-    kind = f"{use.partition(',')[0]} data"
-    try:
-        if not is_here(source):
-            missing.append(f"{kind}: {_absent(source)}")
-            return use, source, "not looked at"
-        check()
-    except (ValueError, OSError) as error:
-        wrong.append(f"{kind}: {error}")
-        return use, source, "can't be used"
-    return use, source, "can be used"
+    What is here is read whole.
+    """
+    evaluation, checks = config.evaluation, []  # (use, a source that stands for all of it, what raises if it is wrong)
+    if muse := evaluation.muse:
+        source = part(muse.data, "verbmem", "forget")
+        checks.append(("evaluation, muse", source, lambda: build_tasks(EvaluationConfig(muse=muse))))
+    if tofu := evaluation.tofu:
+        source = part(tofu.data, f"{tofu.forget}_perturbed", "train")
+        checks.append(("evaluation, tofu", source, lambda: build_tasks(EvaluationConfig(tofu=tofu))))
+    for name, source in (evaluation.multiple_choice.sources if evaluation.multiple_choice else {}).items():
+        alone = EvaluationConfig(multiple_choice=MultipleChoiceConfig({name: source}))
+        checks.append((f"evaluation, {name}", source, functools.partial(build_tasks, alone)))
+    for name, settings in (config.attacks.chosen if config.attacks else {}).items():
+        if source := own_text(name, settings):
+            check = functools.partial(check_text, name, settings)
+            checks.append((f"attack, {name.replace('_', ' ')}", source, check))
+    for use, source, check in checks:
+        usable = run.look(use.partition(",")[0], source, check, "not looked at", "can't be used")
+        yield f"{use}: {source}: {usable}"
 
 
 def _length(unlearning: UnlearningConfig) -> str:

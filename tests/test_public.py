@@ -1,0 +1,71 @@
+"""Every public function answers an argument of another type with one sentence: what it is, and what is expected."""
+
+import inspect
+import typing
+
+import numpy as np
+import pytest
+
+import trace_jax
+from trace_jax.config import fits
+from trace_jax.run.methods import run
+
+FUNCTIONS = [
+    name
+    for name in trace_jax.__all__
+    if callable(getattr(trace_jax, name)) and not isinstance(getattr(trace_jax, name), type)
+]
+
+
+def bare(name):
+    """An instance of a public class, with nothing in it."""
+    return object.__new__(getattr(trace_jax, name))
+
+
+CALLS = [
+    (
+        "calibrate",
+        {"assignments": np.zeros((2, 2, 2)), "max_weight": None},
+        "max_weight is None (NoneType); expected a nu",
+    ),
+    ("unlearn", {"config": {}}, "config is {} (dict); expected UnlearningConfig."),
+    ("unlearn", {"forget": ["text"]}, "forget is ['text'] (list); expected Rows."),
+    ("unlearn", {"parallel": None}, "parallel is None (NoneType); expected ParallelConfig."),
+    ("generate_text", {"prompts": "one text"}, "prompts is 'one text' (str); expected a list, each item text."),
+    ("generate_text", {"prompts": [1]}, "prompts is [1] (list); expected a list, each item text."),
+    ("generate_text", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5 (float); expected a whole number."),
+    ("load_config", {"name": None}, "name is None (NoneType); expected text."),
+    ("load_pretrained", {"path": 3}, "path is 3 (int); expected text or a path."),
+    ("run", {"config": "configs/quickstart.py"}, "config is 'configs/quickstart.py' (str); expected ExperimentConfig."),
+    ("sequential_batches", {"rows": ["text"]}, "rows is ['text'] (list); expected Rows."),
+    ("expert_statistics", {"batches": "text"}, "batches is 'text' (str); expected a list, each item Batch."),
+    ("make_mesh", {"data": "2"}, "data is '2' (str); expected a whole number."),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "message"), CALLS, ids=[f"{name}-{next(iter(a))}" for name, a, _ in CALLS])
+def test_an_argument_of_another_type_is_answered_in_one_sentence(name, given, message):
+    function = getattr(trace_jax, name)
+    right = {"model": bare("Model"), "forget": bare("Rows"), "retain": bare("Rows"), "config": bare("UnlearningConfig")}
+    right |= {"selected": np.zeros(2), "target": np.zeros(2), "prompts": ["text"], "max_new_tokens": 2, "batch_size": 2}
+    right["workdir"] = "runs/a"
+    arguments = {key: value for key, value in right.items() if key in inspect.signature(function).parameters}
+    with pytest.raises(TypeError) as error:
+        function(**arguments | given)
+    assert str(error.value).startswith(f"{name}: {message}")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_argument_has_a_type_that_is_checked(name):
+    function = getattr(trace_jax, name)
+    hints = typing.get_type_hints(run if name == "run" else inspect.unwrap(function))
+    unchecked = {parameter for parameter in inspect.signature(function).parameters if fits(object(), hints[parameter])}
+    assert {parameter for parameter in unchecked if hints[parameter] is not typing.Any} <= {"watch"}
+    with pytest.raises(TypeError, match=r"nothing_like_it|missing"):
+        function(nothing_like_it=1)
+
+
+def test_every_public_name_is_there():
+    assert "unlearn" in FUNCTIONS and set(trace_jax.__all__) <= set(dir(trace_jax))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = trace_jax.nothing
