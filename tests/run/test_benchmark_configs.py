@@ -3,6 +3,7 @@
 There are no weights, data are small directories of the same columns, and nothing is downloaded.
 """
 
+import itertools
 import json
 import re
 
@@ -83,19 +84,20 @@ def local(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("model", PUBLISHED)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_variant_resolves(name, model, method):
-    config = load_config(f"configs/{name}.py:{model},{method}")
-    assert config.name == f"{name}-{model}-{method}" and config.model.published == model
-    assert config.methods == (("trace_rows",) if method == "trace" else ("uniform",)) == (config.export,)
+def test_every_variant_resolves(name):
+    for model, method in itertools.product(PUBLISHED, METHODS):
+        config = load_config(f"configs/{name}.py:{model},{method}")
+        assert config.name == f"{name}-{model}-{method}" and config.model.published == model
+        assert config.methods == (("trace_rows",) if method == "trace" else ("uniform",)) == (config.export,)
+    assert load_config(f"configs/{name}.py").name == f"{name}-qwen1.5-moe-a2.7b-trace"
 
 
 @pytest.mark.parametrize(
     ("name", "model", "method"),
     [
-        *((name, model, "trace") for name in CONFIGS for model in PUBLISHED),
-        *(("wmdp_cyber", "qwen1.5-moe-a2.7b", method) for method in METHODS if method != "trace"),
+        *((name, model, "trace") for name, model in zip(itertools.cycle(CONFIGS), PUBLISHED, strict=False)),
+        *(("wmdp_cyber", "qwen1.5-moe-a2.7b", method) for method in METHODS if method not in ("trace", "seuf")),
+        ("wmdp_cyber", "deepseek-v2-lite", "seuf"),
     ],
 )
 def test_a_dry_run_finds_nothing_missing_but_the_weights(name, model, method, local):
@@ -103,32 +105,8 @@ def test_a_dry_run_finds_nothing_missing_but_the_weights(name, model, method, lo
     assert found.wrong == [] and len(found.missing) == 1
     assert f"weights: hf download {PUBLISHED[model].repository} --local-dir DIR" in found.missing[0]
     assert ("questions and answers" if name == "tofu" else "5 texts") in found.text
-
-
-@pytest.mark.parametrize(
-    ("name", "setting", "problem"),
-    [
-        ("tofu", "tofu.forget", "evaluation data: .*forget05_perturbed/train.jsonl is not there"),
-        ("muse_news", "muse.data", "evaluation data: other/verbmem/forget.jsonl is not there"),
-        ("wmdp_bio", "multiple_choice.sources.wmdp_bio", "evaluation data: other is not there"),
-    ],
-)
-def test_a_dry_run_finds_that_a_benchmark_is_not_there(name, setting, problem, local):
-    value = "forget05" if setting == "tofu.forget" else "other"
-    found = dry_run(load_config(f"configs/{name}.py", {**local(name), f"evaluation.{setting}": value}))
-    assert found.wrong == [] and re.fullmatch(problem, found.missing[1])
-
-
-def test_a_dry_run_finds_what_is_no_question(local, tmp_path):
-    overrides = local("wmdp_cyber")
-    write_rows(tmp_path / "mmlu.jsonl", {**CHOICES, "answer": 4})
-    (wrong,) = dry_run(load_config("configs/wmdp_cyber.py", overrides)).wrong
-    assert re.match(r"evaluation data: .*mmlu\.jsonl:1: expected question, choices, answer", wrong)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_default_variant_is_the_one_that_its_command_names(name):
-    assert load_config(f"configs/{name}.py").name == f"{name}-qwen1.5-moe-a2.7b-trace"
+    if method == "seuf":  # table 9 of arXiv 2411.18797: one expert and the router of its layer
+        assert "(0.06%)" in found.text and "assumed: 1 of " in found.text
 
 
 @pytest.mark.parametrize(
@@ -184,11 +162,6 @@ def test_published_numbers_reach_the_settings():
     assert load_config("configs/wmdp_cyber.py:mixtral-8x7b,rmu").data.min_length == 200
 
 
-def test_two_topics_are_given_as_a_list():
-    both = load_config("configs/wmdp_bio.py", {"data.forget": ["a", "b"]}).data
-    assert both.forget_sources == ("a", "b")
-
-
 def test_two_topics_are_unlearned_by_turns_from_a_tiny_checkpoint(tmp_path):
     """The settings of a benchmark, at another size: a run, its export, and the card that names both topics."""
     pytest.importorskip("transformers")
@@ -226,10 +199,3 @@ def test_two_topics_are_unlearned_by_turns_from_a_tiny_checkpoint(tmp_path):
     assert [counts[f"train/forget{topic}"] for topic in ("", "/0", "/1")] == [24, 12, 12]
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert "bio.jsonl and cyber.jsonl (24 documents" in card and "while holding on to retain.jsonl" in card
-
-
-@pytest.mark.parametrize("model", ["qwen1.5-moe-a2.7b", "deepseek-v2-lite"])
-def test_seuf_trains_the_share_of_parameters_that_its_paper_reports(model):
-    """Table 9 of arXiv 2411.18797: 0.06 % of both models, which is one expert and the router of its layer."""
-    text = dry_run(load_config(f"configs/wmdp_cyber.py:{model},seuf")).text
-    assert "(0.06%)" in text and "assumed: 1 of " in text

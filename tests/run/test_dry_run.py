@@ -16,11 +16,12 @@ def write(path, items):
     return str(path)
 
 
-def config_of(tmp_path, *, model=None, unlearning=None, attacks=None, **data):
+def config_of(tmp_path, *, model=None, unlearning=None, attacks=None, evaluation=None, **data):
     retain = write(tmp_path / "retain.jsonl", [{"text": f"public {i}"} for i in range(3)])
     settings = {"benchmark": "text", "retain": retain, "forget": str(tmp_path / "forget.jsonl"), **data}
     model = model or {"path": "", "published": "olmoe-1b-7b"}
     sections = {"name": "x", "methods": ["uniform"], "data": settings, "model": model, "attacks": attacks}
+    sections["evaluation"] = evaluation or {}
     return resolve(ExperimentConfig, {**sections, "unlearning": unlearning or {"trainable": "down_projections"}})
 
 
@@ -66,6 +67,20 @@ def test_text_that_attacks_read_is_looked_at(tmp_path):
     )
     assert "attack data: none is not there" in found.missing
     assert found.wrong[0].startswith("attack data: ") and "asked.jsonl: row 1 has prompt; expected" in found.wrong[0]
+
+
+def test_benchmarks_that_are_not_there_or_no_questions_are_found(tmp_path):
+    asked = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 4, "subject": "virology"}
+    sources = {"wmdp_bio": "nowhere", "mmlu": write(tmp_path / "mmlu.jsonl", [asked])}
+    tasks = {"muse": {"data": "muse"}, "tofu": {"data": "tofu", "forget": "forget05"}}
+    found = dry_run(config_of(tmp_path, evaluation={**tasks, "multiple_choice": {"sources": sources}}))
+    assert found.missing[2:] == [
+        "evaluation data: muse/verbmem/forget.jsonl is not there",
+        "evaluation data: tofu/forget05_perturbed/train.jsonl is not there",
+        "evaluation data: nowhere is not there",
+    ]
+    (wrong,) = found.wrong
+    assert "mmlu.jsonl:1: expected question, choices, answer" in wrong and "evaluation, mmlu" in found.text
 
 
 def test_a_checkpoint_that_is_here_is_looked_at(tmp_path):
