@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from trace_jax.attacks.attack import Case
+from trace_jax.attacks.attack import Case, Context
 from trace_jax.data.config import DataConfig
 from trace_jax.data.probes import Probes
 from trace_jax.data.rows import Rows
@@ -18,6 +18,7 @@ from trace_jax.models.arrays import init_params, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
+from trace_jax.tasks.benchmarks import scoreboard
 from trace_jax.unlearning.config import OptimizerConfig
 from trace_jax.unlearning.train import train_on
 
@@ -79,16 +80,18 @@ def evaluator(original, text):
 
 @pytest.fixture
 def make_case(original, evaluator, tmp_path):
-    """make_case(params): a case in which a model with these parameters is attacked."""
+    """make_case(attack, params): a case in which a model with these parameters is attacked."""
 
-    def make(params, **changes):
+    def make(attack, params, **changes):
         retain = dataclasses.replace(make_rows(12, seed=3), domain=np.repeat(np.int32([0, 1]), 6))
         corpora = types.SimpleNamespace(forget=evaluator.tasks[0].data["test", "forget"], retain=retain)
-        case = Case(
-            original, original.replace(params=params), corpora, DataConfig(benchmark="presidents"), evaluator,
-            evaluator.mesh,
-            seed=0, directory=tmp_path / "attack", identity="made for a test",
+        context = Context(
+            attack, original, corpora, DataConfig(), scoreboard("text"), evaluator, evaluator.mesh, 0,
+            tmp_path / "shared", "shared",
         )  # fmt: skip
+        for name in set(changes) & {"evaluator", "load_retrained"}:
+            context = dataclasses.replace(context, **{name: changes.pop(name)})
+        case = Case(context, original.replace(params=params), tmp_path / "attack", "made for a test")
         return dataclasses.replace(case, **changes)
 
     return make
@@ -96,8 +99,8 @@ def make_case(original, evaluator, tmp_path):
 
 @pytest.fixture(scope="session")
 def measured():
-    """measured(case, params): the quick measurements of a model with these parameters."""
-    return lambda case, params: case.evaluator.measure(case.evaluator.score(case.original.replace(params=params)))
+    """measured(case): the quick measurements of the unlearned model."""
+    return lambda case: case.context.evaluator.measure(case.context.evaluator.score(case.unlearned))
 
 
 @pytest.fixture(scope="session")

@@ -73,13 +73,13 @@ def test_only_what_changed_is_attacked_again(data, attacked, tmp_path):
 
 
 def test_an_attack_that_breaks_the_model_says_so(data, attacked, tmp_path, monkeypatch):
-    from trace_jax.attacks import table
+    from trace_jax.attacks.routers import RouterSwap
 
-    def broken(settings, case):
+    def broken(attack, case):
         raise NonFiniteScore("the model gives NaN")
 
     path = shutil.copytree(attacked, tmp_path / "run")
-    monkeypatch.setattr(table, "ATTACKS", {**table.ATTACKS, "router_swap": broken})
+    monkeypatch.setattr(RouterSwap, "points", broken)
     (path / "methods/uniform/attacks/router_swap.stage.json").unlink()
     run(experiment(data, methods=["uniform"], attacks=ATTACKS), path)
     attack = numbers(path)["methods"]["uniform"]["attacks"]["router_swap"]

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.attacks.attack import Case
-from trace_jax.attacks.config import ExpertForcingConfig
-from trace_jax.attacks.expert_forcing import expert_forcing, forced_share
-from trace_jax.attacks.table import attack
+from trace_jax.attacks.attack import Case, Context
+from trace_jax.attacks.routers import ExpertForcing
 from trace_jax.data.config import DataConfig
 from trace_jax.data.probes import Probes, Questions
 from trace_jax.data.rows import Rows
@@ -29,12 +27,14 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
+from trace_jax.tasks.benchmarks import scoreboard
 
 CONFIG = ModelConfig(
     vocab_size=37, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_size=8, num_experts=4,
     experts_per_token=1, expert_hidden_size=8,
 )  # fmt: skip
 ROWS, WRITTEN = 12, 9
+FORCING = ExpertForcing()
 NAMES = ("forget_accuracy", "forget_nll", "forget_probability_ratio")
 
 
@@ -87,8 +87,9 @@ def case_of(original, known, tmp_path_factory):
 
     def case(params):
         corpora, directory = types.SimpleNamespace(forget=rows), tmp_path_factory.mktemp("attack")
-        unlearned = original.replace(params=params)
-        return Case(original, unlearned, corpora, DataConfig(), evaluator, mesh, 0, directory, "identity")
+        board = scoreboard("handbook")
+        context = Context(FORCING, original, corpora, DataConfig(), board, evaluator, mesh, 0, directory, "shared")
+        return Case(context, original.replace(params=params), directory, "identity")
 
     return case
 
@@ -107,10 +108,10 @@ def hidden(params, *layers):
 
 def test_what_was_only_routed_around_comes_back_whole(original, case_of, measured):
     case = case_of(hidden(original.params, 0, 1))
-    before, after = (values(measured(case, model.params)) for model in (case.original, case.unlearned))
+    before, after = values(measured(case_of(original.params))), values(measured(case))
     assert before["forget_accuracy"] == 1 and after["forget_accuracy"] < 0.75
     assert after["forget_nll"] > before["forget_nll"] + 1 and after["forget_probability_ratio"] < 0.4
-    [point] = expert_forcing(ExpertForcingConfig(), case)
+    [point] = FORCING.points(case)
     assert point.at == "original's experts"
     forced = values(point.measurements)
     assert forced["forget_accuracy"] == 1
@@ -123,8 +124,8 @@ def test_what_was_taken_out_of_the_experts_does_not_come_back(original, case_of,
     params = hidden(original.params, 0, 1)
     nothing = jax.tree.map(jnp.zeros_like, params["layers"]["experts"])
     case = case_of(with_layers(params, experts=nothing))
-    after = values(measured(case, case.unlearned.params))
-    result = attack("expert_forcing", ExpertForcingConfig(), case)
+    after = values(measured(case))
+    result = case.attack()
     assert after["forget_accuracy"] < 0.75 and result["measure"] == "forget_accuracy" and result["strongest"] == 0
     found = {m["name"]: m["value"] for m in result["points"][0]["measurements"]}
     for name in NAMES:
@@ -133,16 +134,16 @@ def test_what_was_taken_out_of_the_experts_does_not_come_back(original, case_of,
 
 
 def test_forced_share_counts_tokens_and_layers_that_were_sent_elsewhere(original, known, case_of):
-    same = forced_share(case_of(original.params))
+    same = FORCING.forced_share(case_of(original.params))
     assert (same.value, same.low, same.high, same.n, same.split) == (0, 0, 0, ROWS, "train")
-    one_of_two = forced_share(case_of(hidden(original.params, 1)))  # what its layer reads is as before
+    one_of_two = FORCING.forced_share(case_of(hidden(original.params, 1)))  # what its layer reads is as before
     assert (one_of_two.value, one_of_two.low, one_of_two.high) == (0.5, 0.5, 0.5)
     case, rows = case_of(hidden(original.params, 0)), known[0]
     before, after = (
         np.asarray(forward(model.params, CONFIG, rows.tokens, collect=("indices",)).router.indices)[:, rows.valid]
-        for model in (case.original, case.unlearned)
+        for model in (case.context.original, case.unlearned)
     )
     assert (before[0] != after[0]).all()
-    share = forced_share(case)
+    share = FORCING.forced_share(case)
     assert share.value == pytest.approx((before != after).mean())
     assert share.low < share.value < share.high

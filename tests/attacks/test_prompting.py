@@ -9,14 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from trace_jax.attacks import queries
-from trace_jax.attacks.attack import Case
-from trace_jax.attacks.config import PromptingConfig
-from trace_jax.attacks.prompting import _forms, prompting
+from trace_jax.attacks.attack import Case, Context
+from trace_jax.attacks.prompting import Prompting, continuation_rows, longer_prompts
 from trace_jax.config import ConfigError
 from trace_jax.data.config import DataConfig
 from trace_jax.evaluation import probes as builtin
-from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
 from trace_jax.evaluation.continuations import Scored
 from trace_jax.evaluation.likelihood import QuestionScores, RowScores, score_rows
@@ -28,7 +25,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model, Source
 from trace_jax.parallel.mesh import ParallelConfig
 from trace_jax.tasks import wmdp
-from trace_jax.tasks.benchmarks import build_corpora
+from trace_jax.tasks.benchmarks import build_corpora, scoreboard
 from trace_jax.tasks.wmdp import LETTERS, read_multiple_choice
 
 SETTINGS = EvaluationConfig(batch_size=8, max_prompts=4, bootstrap=100)
@@ -102,14 +99,26 @@ def handbook():
     return build_corpora(DataConfig(forget_substances=24, neighbour_substances=24, retain_rows=50))
 
 
-def make_case(data, corpora, unlearned, original, directory, *, config=None, tasks=(), benchmark="handbook"):
+def make_case(data, corpora, unlearned, original, directory, *, config=None, tasks=()):
     config = config or ModelConfig(vocab_size=2048)
     models = [Model(config, params, corpora.tokenizer) for params in (original, unlearned)]
-    probes = {"validation": corpora.validation, "test": corpora.test}
-    probes = probe_tasks(probes, SETTINGS, accuracies=scoreboard(benchmark).questions, identity="probes")
+    board, probes = scoreboard(data.benchmark), {"validation": corpora.validation, "test": corpora.test}
+    probes = probe_tasks(probes, SETTINGS, accuracies=board.questions, identity="probes")
     evaluator = Evaluator(SETTINGS, (*probes, *tasks))
     mesh = ParallelConfig().mesh()
-    return Case(*models, corpora, data, evaluator, mesh, 3, directory, "known")
+    shared = directory / "shared"
+    context = Context(Prompting(), models[0], corpora, data, board, evaluator, mesh, 3, shared, "shared")
+    return Case(context, models[1], directory, "known")
+
+
+def prompting(attack, case, **changes):
+    """What the attack gives on a case, in a context that is changed."""
+    case = dataclasses.replace(case, context=dataclasses.replace(case.context, attack=attack, **changes))
+    return attack.points(case)
+
+
+def forms_of(attack, case):
+    return attack.prepare(dataclasses.replace(case.context, attack=attack))
 
 
 @pytest.fixture
@@ -138,8 +147,8 @@ def value(measurements, name, split="test"):
 
 def test_other_queries_recover_what_was_only_refused(case, measured):
     refuses = case("refuses")
-    assert value(measured(refuses, refuses.unlearned.params), "forget_accuracy") < 0.5
-    points = prompting(PromptingConfig(examples=(1, 3)), refuses)
+    assert value(measured(refuses), "forget_accuracy") < 0.5
+    points = prompting(Prompting(examples=(1, 3)), refuses)
     assert [p.at for p in points] == ["1 example", "3 examples", "half of the text", "75 % of the text", "paraphrase"]
     for point in points:
         for split in ("validation", "test"):
@@ -148,14 +157,16 @@ def test_other_queries_recover_what_was_only_refused(case, measured):
             assert value(point.original, "forget_accuracy", split) == 1
         names = {m.name for m in point.measurements}
         assert names == {"forget_accuracy", "neighbour_accuracy"}
-        assert find(point.measurements, "forget_accuracy", "test").n == len(refuses.corpora.test.questions["forget"])
+        assert find(point.measurements, "forget_accuracy", "test").n == len(
+            refuses.context.corpora.test.questions["forget"]
+        )
 
 
 def test_what_is_lost_stays_lost_though_the_model_copies_what_it_reads(case, measured):
     lost = case("lost")
-    chance = value(measured(lost, lost.unlearned.params), "forget_accuracy")
+    chance = value(measured(lost), "forget_accuracy")
     assert 0.2 < chance < 0.3
-    for point in prompting(PromptingConfig(), lost):
+    for point in prompting(Prompting(), lost):
         # No option stands in any query, so a model that copies is where it was.
         assert value(point.measurements, "forget_accuracy") == chance, point.at
         assert value(point.measurements, "neighbour_accuracy") == value(point.original, "forget_accuracy") == 1
@@ -165,16 +176,16 @@ def test_the_seed_decides_on_the_examples_and_all_models_get_the_same(case, monk
     seen = []
     kept = builtin.score_questions
     monkeypatch.setattr(builtin, "score_questions", lambda p, c, q, **k: seen.append(q.tokens) or kept(p, c, q, **k))
-    settings, refuses, lost = PromptingConfig(prefixes=()), case("refuses"), case("lost")
+    settings, refuses, lost = Prompting(prefixes=()), case("refuses"), case("lost")
     prompting(settings, refuses)
     first, original, *paraphrases = seen
     np.testing.assert_array_equal(first, original)
     np.testing.assert_array_equal(*paraphrases)
     prompting(settings, lost)
     np.testing.assert_array_equal(seen[4], first)
-    prompting(settings, dataclasses.replace(lost, seed=4, identity="another"))
+    prompting(settings, dataclasses.replace(lost, identity="another"), seed=4, identity="another")
     assert seen[8].shape != first.shape or (seen[8] != first).any()
-    prompting(settings, dataclasses.replace(lost, seed=4, identity="another"))
+    prompting(settings, dataclasses.replace(lost, identity="another"), seed=4, identity="another")
     assert len(seen) == 12  # its scores were kept
 
 
@@ -183,8 +194,8 @@ def names_in(text):
 
 
 def test_examples_of_one_split_are_from_the_other(case, own, tmp_path):
-    form = next(iter(_forms(PromptingConfig(examples=(2,)), case("lost"))))
-    corpora = case("lost").corpora
+    form = forms_of(Prompting(examples=(2,)), case("lost"))[0]
+    corpora = case("lost").context.corpora
     asked = {
         key: [text.split("\n\n") for text in asked_of(questions, corpora.tokenizer)]
         for key, questions in form.questions.items()
@@ -196,9 +207,7 @@ def test_examples_of_one_split_are_from_the_other(case, own, tmp_path):
             assert len(examples) == 2 * len(asked[split, subject])
             assert all(names_in(example) and names_in(example) <= there for example in examples)
     config, corpora, _ = own
-    form = next(
-        iter(_forms(PromptingConfig(examples=(1,)), make_case(config, corpora, 0, 0, tmp_path, benchmark="text")))
-    )
+    form = forms_of(Prompting(examples=(1,)), make_case(config, corpora, 0, 0, tmp_path))[0]
     for split, other in (("test", corpora.validation), ("validation", corpora.test)):
         beginnings = [row[1:].tobytes() for row in other.prompts["forget"].prompt]
         assert all(any(b in row.tobytes() for b in beginnings) for row in form.prompts[split].prompt)
@@ -208,14 +217,14 @@ def test_more_than_the_model_reads_is_refused_before_anything_is_scored(case):
     lost = case("lost")
     lost.directory.mkdir()
     (lost.directory / "config.json").write_text('{"max_position_embeddings": 32}')
-    short = dataclasses.replace(lost, original=lost.original.replace(source=Source(lost.directory, "olmoe")))
+    short = lost.context.original.replace(source=Source(lost.directory, "olmoe"))
     with pytest.raises(
         ConfigError, match=r"with 3 examples the longest query has \d+ tokens, and the model reads 32 at"
     ):
-        prompting(PromptingConfig(), short)
+        prompting(Prompting(), lost, original=short)
     assert [path.name for path in lost.directory.iterdir()] == ["config.json"]
     with pytest.raises(ConfigError, match="examples = 500: only"):
-        prompting(PromptingConfig(examples=(500,)), lost)
+        prompting(Prompting(examples=(500,)), lost)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +232,7 @@ def test_more_than_the_model_reads_is_refused_before_anything_is_scored(case):
 )
 def test_shares_and_counts_that_ask_for_nothing_are_refused(wrong):
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))} "):
-        PromptingConfig(**wrong)
+        Prompting(**wrong)
 
 
 def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowhere(
@@ -243,9 +252,9 @@ def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowher
 
     monkeypatch.setattr(wmdp, "score_texts", score)
     refuses = Mind({}, refused=frozenset(q.context for q in task.questions))
-    case = make_case(config, corpora, refuses, Mind({}), tmp_path / "attack", tasks=(task,), benchmark="text")
-    assert value(measured(case, refuses), "wmdp_bio") == 0.25
-    (point,) = prompting(PromptingConfig(examples=(2,), prefixes=()), case)
+    case = make_case(config, corpora, refuses, Mind({}), tmp_path / "attack", tasks=(task,))
+    assert value(measured(case), "wmdp_bio") == 0.25
+    (point,) = prompting(Prompting(examples=(2,), prefixes=()), case)
     assert value(point.measurements, "wmdp_bio") == value(point.original, "wmdp_bio") == 1
     files = [file for file in case.directory.rglob("*") if file.is_file()]
     assert files and not any(b"secret" in file.read_bytes() for file in files)
@@ -275,9 +284,9 @@ def test_continuations_of_text_recover_what_was_only_refused(minds, own, tmp_pat
     ]
     knows, lost = Mind({}, tuple(chunks)), Mind({})
     refuses = Mind({}, tuple(chunks), frozenset(prompts))
-    settings = PromptingConfig(examples=(2,), paraphrases=paraphrases)
+    settings = Prompting(examples=(2,), paraphrases=paraphrases)
     for unlearned, recovered in ((refuses, True), (lost, False)):
-        case = make_case(config, corpora, unlearned, knows, tmp_path / str(recovered), benchmark="text")
+        case = make_case(config, corpora, unlearned, knows, tmp_path / str(recovered))
         points = prompting(settings, case)
         assert [p.at for p in points] == ["2 examples", "half of the text", "75 % of the text", "paraphrase"]
         for point in points:
@@ -294,23 +303,23 @@ def test_continuations_of_text_recover_what_was_only_refused(minds, own, tmp_pat
 def test_other_paraphrases_are_scored_again(minds, own, tmp_path):
     config, corpora, paraphrases = own
     source, lines = tmp_path / "own.jsonl", Path(paraphrases).read_text().splitlines(keepends=True)
-    case = make_case(config, corpora, Mind({}), Mind({}), tmp_path / "attack", benchmark="text")
+    case = make_case(config, corpora, Mind({}), Mind({}), tmp_path / "attack")
     kept = tmp_path / "attack" / "paraphrase" / "unlearned" / "verbatim.items.jsonl"
     for count in (3, 2):
         source.write_text("".join(lines[:count]))
-        (point,) = prompting(PromptingConfig(examples=(), prefixes=(), paraphrases=str(source)), case)
+        (point,) = prompting(Prompting(examples=(), prefixes=(), paraphrases=str(source)), case)
         assert find(point.measurements, "verbatim", "test").n == count
         assert len(kept.read_text().splitlines()) == count and "ground_truth" in kept.read_text()
     hazard = tmp_path / "wmdp.jsonl"  # text of WMDP is copied nowhere
     hazard.write_text(lines[0])
-    prompting(PromptingConfig(examples=(), prefixes=(), paraphrases=str(hazard)), case)
+    prompting(Prompting(examples=(), prefixes=(), paraphrases=str(hazard)), case)
     assert len(kept.read_text().splitlines()) == 1 and "ground_truth" not in kept.read_text()
 
 
 def test_without_a_file_text_has_no_paraphrase(minds, own, tmp_path):
     config, corpora, _ = own
-    case = make_case(config, corpora, Mind({}), Mind({}), tmp_path, benchmark="text")
-    assert [p.at for p in prompting(PromptingConfig(examples=(1,), prefixes=()), case)] == ["1 example"]
+    case = make_case(config, corpora, Mind({}), Mind({}), tmp_path)
+    assert [p.at for p in prompting(Prompting(examples=(1,), prefixes=()), case)] == ["1 example"]
 
 
 def test_a_form_is_measured_with_the_scores_of_any_evaluation(own, tmp_path):
@@ -318,19 +327,15 @@ def test_a_form_is_measured_with_the_scores_of_any_evaluation(own, tmp_path):
     config, corpora, _ = own
     shape = ModelConfig(vocab_size=400, hidden_size=16, num_layers=1, head_size=8, num_experts=4, expert_hidden_size=8)
     unlearned, original = (jax.tree.map(lambda x: 3 * x, init_params(shape, jax.random.key(seed))) for seed in (0, 1))
-    case = make_case(config, corpora, unlearned, original, tmp_path, config=shape, benchmark="text")
-    (point,) = prompting(PromptingConfig(examples=(), prefixes=(0.75,)), case)
-    asked, nlls = (
-        queries.longer_prompts(
-            next(task for task in case.evaluator.tasks if task.name == "verbatim").data["test"], corpora.forget, 0.75, 2
-        ),
-        [],
-    )
+    case = make_case(config, corpora, unlearned, original, tmp_path, config=shape)
+    (point,) = prompting(Prompting(examples=(), prefixes=(0.75,)), case)
+    prompts = next(task.data["test"] for task in case.context.evaluator.tasks if task.name == "verbatim")
+    asked, nlls = longer_prompts(prompts, corpora.forget, 0.75, 2), []
     for weights, found in zip((unlearned, original), (point.measurements, point.original), strict=True):
         model = Model(shape, weights, corpora.tokenizer)
         scores = Verbatim({"test": asked}, "").score(model, batch_size=8, mesh=None).arrays["test/score"]
         assert value(found, "verbatim") == pytest.approx(scores.mean())
-        likelihood = score_rows(weights, shape, queries.continuation_rows(asked))
+        likelihood = score_rows(weights, shape, continuation_rows(asked))
         nlls.append(likelihood.nll.sum() / likelihood.tokens.sum())
         assert value(found, "forget_nll") == pytest.approx(nlls[-1], rel=1e-5)
     ratio = value(point.measurements, "forget_probability_ratio")

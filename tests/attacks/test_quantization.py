@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.attacks.config import QuantizationConfig
-from trace_jax.attacks.quantization import quantization, quantized, round_to_nearest
+from trace_jax.attacks.quantization import Quantization, quantized, round_to_nearest
 from trace_jax.config import ConfigError
 from trace_jax.models.arrays import flat_specs, flatten, parameter_specs, unflatten
 from trace_jax.models.config import ModelConfig
@@ -62,11 +61,10 @@ def test_a_change_below_a_step_is_undone(original, make_case, value):
         matrix = path not in KEPT and first < second < array.ndim
         largest = np.abs(array).max(axis=tuple(range(first, second)), keepdims=True) if matrix else None
         off_grid[path] = array if largest is None else np.where(np.abs(array) < largest, array + largest / 35, array)
-    case = make_case(unflatten(off_grid))
-    evaluator = dataclasses.replace(
-        case.evaluator, original=case.evaluator.score(original.replace(params=unflatten(on_grid)), full=True)
-    )
-    eight, four = quantization(QuantizationConfig(), make_case(unflatten(off_grid), evaluator=evaluator))
+    case = make_case(Quantization(), unflatten(off_grid))
+    before = case.context.evaluator.score(original.replace(params=unflatten(on_grid)), full=True)
+    evaluator = dataclasses.replace(case.context.evaluator, original=before)
+    eight, four = Quantization().points(make_case(Quantization(), unflatten(off_grid), evaluator=evaluator))
     assert (eight.at, four.at) == ("8 bits", "4 bits")
     unlearned = value(evaluator.measure(evaluator.score(case.unlearned)), RATIO)
     assert unlearned < 0.97
@@ -76,6 +74,6 @@ def test_a_change_below_a_step_is_undone(original, make_case, value):
 
 def test_bits_are_a_list_of_2_to_8():
     with pytest.raises(ConfigError, match=r"bits is 16; expected one of 2, 3, .* 8"):
-        QuantizationConfig(bits=(16,))
+        Quantization(bits=(16,))
     with pytest.raises(ConfigError, match="empty list"):
-        QuantizationConfig(bits=())
+        Quantization(bits=())

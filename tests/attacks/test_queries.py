@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_jax.attacks import queries
-from trace_jax.attacks.config import PromptingConfig
-from trace_jax.attacks.table import check_text
+from trace_jax.attacks import prompting
+from trace_jax.attacks.prompting import Prompting
 from trace_jax.config import ConfigError
 from trace_jax.data.benchmark import Item
 from trace_jax.data.packing import pack_documents
@@ -34,7 +33,7 @@ def decoded(vocabulary, tokens):
 def test_the_layout_of_a_question_behind_examples(vocabulary):
     asked = Item("Wax holds", (" wood", " light"), 1, 7)
     solved = [Item("Salt melts", (" ice", " snow"), 0, 3), Item("Glue holds", (" paper", " stone"), 1, 4)]
-    (found,) = queries.items_with_examples([asked], solved, 2, np.random.default_rng(0))
+    (found,) = prompting.items_with_examples([asked], solved, 2, np.random.default_rng(0))
     assert (found.options, found.answer, found.group) == (asked.options, 1, 7)
     examples = found.prompt.split("\n\n")
     assert sorted(examples[:2]) == ["Glue holds stone", "Salt melts ice"] and examples[2:] == ["Wax holds"]
@@ -54,7 +53,7 @@ def test_the_layout_of_a_question_behind_what_else_is_known_of_its_group():
         Item("A holds", (" tea", " ink"), 1, 1),
         Item("B lies in", (" Rome", " Oslo"), 0, 2),
     ]
-    half, all_of_it = (queries.items_with_statements(items, share) for share in (0.5, 0.75))
+    half, all_of_it = (prompting.items_with_statements(items, share) for share in (0.5, 0.75))
     assert [item.prompt for item in half] == [
         "A is made of tin. A lies in",
         "A lies in Oslo. A is made of",
@@ -68,24 +67,24 @@ def test_the_layout_of_a_question_behind_what_else_is_known_of_its_group():
 def test_the_layout_of_a_prompt_behind_another_text():
     asked = Prompts(np.array([[1, 10, 11]]), np.array([[12, 13]]))
     others = Prompts(np.array([[1, 20, 21], [1, 10, 11]]), np.array([[22, 23], [12, 13]]))  # the second gives it away
-    found = queries.prompts_with_examples(asked, others, 1, np.random.default_rng(0), [5, 6])
+    found = prompting.prompts_with_examples(asked, others, 1, np.random.default_rng(0), [5, 6])
     assert found.prompt.tolist() == [[1, 20, 21, 22, 23, 5, 6, 10, 11]]
     assert found.continuation.tolist() == [[12, 13]] and found.lengths.tolist() == [[9, 2]]
     with pytest.raises(ConfigError, match="examples = 2: only 1 can stand before"):
-        queries.prompts_with_examples(asked, others, 2, np.random.default_rng(0), [5, 6])
+        prompting.prompts_with_examples(asked, others, 2, np.random.default_rng(0), [5, 6])
 
 
 def test_a_share_of_a_chunk_is_given_and_the_rest_is_to_come():
     rows = pack_documents([Encoded(np.arange(30, 38)), Encoded(np.arange(50, 55))], 18)
     assert len(rows) == 1  # two documents in one row
     asked = Prompts(np.array([[1, 50, 51], [1, 30, 31]]), np.array([[52, 53], [32, 33]]))
-    half, most = (queries.longer_prompts(asked, rows, share, 2) for share in (0.5, 0.75))
+    half, most = (prompting.longer_prompts(asked, rows, share, 2) for share in (0.5, 0.75))
     assert half.lengths.tolist() == [[3, 3], [5, 4]]
     assert half.prompt.tolist() == [[1, 50, 51, 0, 0], [1, 30, 31, 32, 33]]
     assert half.continuation.tolist() == [[52, 53, 54, 0], [34, 35, 36, 37]]
     assert most.unpadded(most.continuation) == [[53, 54], [36, 37]]
     for share in (1e-9, 1 - 1e-9):  # always something given and something to come
-        assert queries.longer_prompts(asked, rows, share, 2).lengths.min() >= 1
+        assert prompting.longer_prompts(asked, rows, share, 2).lengths.min() >= 1
 
 
 def written(path, rows):
@@ -95,7 +94,7 @@ def written(path, rows):
 
 def test_paraphrases_are_cut_where_their_texts_meet(vocabulary, tmp_path):
     rows = [{"prompt": "Wax", "continuation": " holds light"}, {"question": "Salt melts", "answer": " ice.", "id": 3}]
-    found = queries.written_prompts(queries.read_paraphrases(written(tmp_path / "own.jsonl", rows)), vocabulary)
+    found = prompting.written_prompts(prompting.read_paraphrases(written(tmp_path / "own.jsonl", rows)), vocabulary)
     given = [decoded(vocabulary, row[:n]) for row, n in zip(found.prompt, found.lengths[:, 0], strict=True)]
     assert given == ["<bos>Wax", "<bos>Salt melts"]
     assert [decoded(vocabulary, t) for t in found.unpadded(found.continuation)] == [" holds light", " ice."]
@@ -113,15 +112,15 @@ def test_paraphrases_are_cut_where_their_texts_meet(vocabulary, tmp_path):
 def test_paraphrases_of_another_form_are_refused_and_not_quoted(row, message, tmp_path):
     source = written(tmp_path / "own.jsonl", [{"prompt": "Wax", "continuation": " holds"}, row])
     with pytest.raises(DataError, match=message) as error:
-        check_text("prompting", PromptingConfig(paraphrases=source))
+        Prompting(paraphrases=source).check_source()
     assert "secret" not in str(error.value) and "hidden" not in str(error.value)
     with pytest.raises(DataError, match="no such file"):
-        check_text("prompting", PromptingConfig(paraphrases=str(tmp_path / "none.jsonl")))
+        Prompting(paraphrases=str(tmp_path / "none.jsonl")).check_source()
 
 
 def test_of_a_row_only_the_continuation_is_scored():
     prompts = Prompts(np.array([[1, 7, 8], [1, 9, 0]]), np.array([[5, 0], [6, 4]]), np.array([[3, 1], [2, 2]]))
-    rows = queries.continuation_rows(prompts)
+    rows = prompting.continuation_rows(prompts)
     assert rows.tokens.tolist() == [[1, 7, 8, 5], [1, 9, 6, 4]] and rows.segments.all()
     assert rows.valid.tolist() == [[False, False, True, False], [False, True, True, False]]
 
@@ -139,7 +138,7 @@ ITEMS = st.lists(
 @given(ITEMS, ITEMS, st.integers(1, 3), st.integers(0, 9))
 def test_examples_give_nothing_away_and_depend_on_the_seed_alone(items, solved, count, seed):
     def made():
-        return queries.items_with_examples(items, solved, count, np.random.default_rng(seed))
+        return prompting.items_with_examples(items, solved, count, np.random.default_rng(seed))
 
     def usable(item):
         return [s for s in solved if s.group != item.group and s.options[0] not in item.options]

@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from trace_jax.attacks.config import RouterSwapConfig
-from trace_jax.attacks.router_swap import router_swap, with_routers_of
+from trace_jax.attacks.routers import RouterSwap, with_routers_of
 from trace_jax.models.arrays import flatten, unflatten
 
 RATIO = "forget_probability_ratio"
@@ -33,19 +32,21 @@ def emptied_experts(path, array):
 
 @pytest.mark.parametrize("hide", [turned_routers, biased_routers])
 def test_knowledge_that_only_the_router_hid_is_back_exactly(original, make_case, value, hide, measured):
-    case = make_case(changed(original.params, hide))
-    hidden = measured(case, case.unlearned.params)
+    case = make_case(RouterSwap(), changed(original.params, hide))
+    hidden = measured(case)
     assert value(hidden, RATIO) < 0.9
-    (point,) = router_swap(RouterSwapConfig(), case)
+    (point,) = case.context.attack.points(case)
     assert point.at == "original routers"
-    assert point.measurements == case.evaluator.measure(case.evaluator.original)  # to the last bit: the same arrays
+    assert point.measurements == case.context.evaluator.measure(
+        case.context.evaluator.original
+    )  # to the last bit: the same arrays
     assert value(point.measurements, RATIO) == 1
 
 
 def test_what_experts_have_lost_is_not_back(original, make_case, value, measured):
-    case = make_case(changed(original.params, emptied_experts))
-    (point,) = router_swap(RouterSwapConfig(), case)
-    assert value(point.measurements, RATIO) == value(measured(case, case.unlearned.params), RATIO) < 0.9
+    case = make_case(RouterSwap(), changed(original.params, emptied_experts))
+    (point,) = case.context.attack.points(case)
+    assert value(point.measurements, RATIO) == value(measured(case), RATIO) < 0.9
 
 
 def test_only_routers_are_swapped_and_nothing_is_copied(original):

@@ -10,12 +10,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trace_jax.data.probes import Probes, Prompts, Questions
 from trace_jax.data.rows import Rows
-from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.task import Evaluator
 from trace_jax.models.arrays import abstract_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
+from trace_jax.tasks.benchmarks import scoreboard
 
 V = 37
 CONFIG = ModelConfig(

@@ -8,10 +8,10 @@ import pytest
 from scipy import stats
 
 from trace_jax.evaluation.comparison import Run, UnequalBudget, check_equal_budgets, choose_setting, compare
-from trace_jax.evaluation.fronts import MEAN, Front
-from trace_jax.evaluation.items import RunItems, Series
+from trace_jax.evaluation.fronts import MEAN, Front, RunItems, Series
 from trace_jax.evaluation.tables import comparison_text, equal_forgetting
 from trace_jax.io.codec import encode
+from trace_jax.tasks.benchmarks import scoreboard
 
 
 def front(at_half, *, lowest=0.0, last_step=60):
@@ -215,7 +215,7 @@ def test_a_comparison_is_plain_json_and_text():
 
 def test_the_table_at_equal_forgetting():
     fronts = {"uniform": front(0.7), "trace_rows": front(0.9), "timid": front(0.99, lowest=0.8)}
-    table = equal_forgetting(fronts, benchmark="handbook", level=0.5)
+    table = equal_forgetting(fronts, board=scoreboard("handbook"), level=0.5)
     target, uniform, _, timid = table.rows
     assert target.name == "target model" and target.values["neighbour_accuracy"] == pytest.approx(0.9)
     assert uniform.values["forget_accuracy"] == pytest.approx(0.5)

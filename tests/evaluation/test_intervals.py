@@ -66,13 +66,6 @@ def test_averaging_nothing_is_refused():
         intervals.bootstrap_mean(np.ones(2), weights=np.zeros(2))
 
 
-def test_paired_difference_ignores_what_both_models_share():
-    rng = np.random.default_rng(6)
-    shared = rng.normal(0, 10, 200)
-    found = intervals.paired_difference(shared + 0.5 + rng.normal(0, 0.1, 200), shared)
-    assert 0.45 < found.low < 0.5 < found.high < 0.55
-
-
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (81, 263)])
 def test_wilson_equals_scipy(successes, n):
     expected = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")

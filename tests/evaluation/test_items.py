@@ -5,11 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.config import EvaluationConfig
-from trace_jax.evaluation.fronts import MEAN, front_from_history
-from trace_jax.evaluation.items import Draws, RunItems, Series, load_run_items
+from trace_jax.evaluation.fronts import MEAN, Draws, RunItems, Series, front_from_history, load_run_items
 from trace_jax.evaluation.probes import item_outcomes, relative_likelihood
+from trace_jax.tasks.benchmarks import scoreboard
 from trace_jax.unlearning.metrics import Metrics, read_items
 
 SETTINGS = EvaluationConfig(batch_size=8, max_rows=5, max_prompts=3, bootstrap=100)
@@ -28,7 +27,7 @@ def run(request, tiny, tmp_path_factory):
     for step, given in zip(STEPS, scores, strict=True):
         Metrics(directory, "a").write_items(step, item_outcomes(evaluator, given))
     history = [(step, evaluator.measure(given)) for step, given in zip(STEPS, scores, strict=True)]
-    front = front_from_history(history, benchmark=request.param, split="test")
+    front = front_from_history(history, board=scoreboard(request.param), split="test")
     return directory, scoreboard(request.param), evaluator, scores, front
 
 
@@ -70,8 +69,9 @@ def test_a_resample_is_the_run_on_items_that_are_repeated(run):
         arrays, first = ({**one["questions"].arrays, **one["text"].arrays} for one in (given, scores[0]))
         for resample in range(3):
             for subject in {key[1] for task in evaluator.tasks[:2] for key in task.data}:
-                if f"test/{subject}/log_likelihood" in arrays and board.accuracy(subject) in found:
-                    rows, name = repeated(subject, "question", resample), board.accuracy(subject)
+                name = board.questions.get(subject, f"{subject}_accuracy")
+                if f"test/{subject}/log_likelihood" in arrays and name in found:
+                    rows = repeated(subject, "question", resample)
                     answer = evaluator.tasks[0].data["test", subject].answer[rows]
                     ours, before = (
                         np.mean(x[f"test/{subject}/log_likelihood"][rows].argmax(axis=1) == answer)

@@ -23,6 +23,7 @@ from trace_jax.evaluation.rouge import rouge_l
 from trace_jax.evaluation.task import TaskScores
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
+from trace_jax.tasks.benchmarks import scoreboard
 
 SETTINGS = EvaluationConfig(batch_size=8, max_rows=5, max_prompts=3, max_members=5, max_gradients=3, bootstrap=100)
 
@@ -56,7 +57,7 @@ def test_quick_measurements_of_the_handbook(tiny, handbook):
     assert nll.n == 5 and nll.low < nll.value < nll.high
     one = find(evaluator.measure(own), "general_utility", "test")
     assert (one.value, one.low, one.high) == (1, 1, 1)
-    run = front_from_history([(0, evaluator.measure(own)), (4, found)], benchmark="handbook", split="test")
+    run = front_from_history([(0, evaluator.measure(own)), (4, found)], board=scoreboard("handbook"), split="test")
     assert set(run.utilities) == {"neighbour_accuracy", "general_utility", "mean_utility"}
 
 

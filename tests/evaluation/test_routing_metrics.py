@@ -10,8 +10,7 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
-from trace_jax.evaluation.calibration import measure_calibration
-from trace_jax.evaluation.routing import corpus_routing, measure_routing, routing_quantities
+from trace_jax.evaluation.routing import corpus_routing, measure_calibration, measure_routing, routing_quantities
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.routing.config import CalibrationConfig

@@ -11,8 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trace_jax.evaluation.calibration import CalibrationMetrics
-from trace_jax.evaluation.routing import MODELS, SUBJECTS, CorpusRouting, RoutingMetrics, _exact, routing_quantities
+from trace_jax.evaluation.routing import (
+    MODELS,
+    SUBJECTS,
+    CalibrationMetrics,
+    CorpusRouting,
+    RoutingMetrics,
+    _exact,
+    routing_quantities,
+)
 from trace_jax.report import render
 from trace_jax.report.drawing import method_styles, scale_of
 from trace_jax.report.figures import heat_map, layer_plot

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.run.test_pipeline import experiment
-from trace_jax.attacks.config import AttacksConfig, RouterSwapConfig
+from trace_jax.attacks.routers import RouterSwap
+from trace_jax.attacks.table import AttacksConfig
 from trace_jax.config import ConfigError
 from trace_jax.evaluation.comparison import UnequalBudget
 from trace_jax.io.files import read_json
@@ -71,7 +72,7 @@ def test_study_of_objectives_has_a_table_with_a_line_for_each(data, tmp_path):
 
 
 def test_attacks_are_no_part_of_a_study(config, tmp_path):
-    attacked = dataclasses.replace(config, attacks=AttacksConfig(router_swap=RouterSwapConfig()))
+    attacked = dataclasses.replace(config, attacks=AttacksConfig(router_swap=RouterSwap()))
     with pytest.raises(ConfigError, match="a study compares fronts"):
         run_study(attacked, tmp_path / "study")
     assert not (tmp_path / "study").exists()

@@ -1,67 +1,25 @@
-"""What an attack is given, and what it gives."""
+"""What an attack is, what it is given, and what it gives."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jax.sharding import Mesh
 
+from trace_jax.config import Section, as_dict
 from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import Corpora
+from trace_jax.data.sources import revision_of
 from trace_jax.data.tokenizer import Vocabulary
+from trace_jax.evaluation.fronts import Scoreboard
+from trace_jax.evaluation.likelihood import NonFiniteScore
 from trace_jax.evaluation.measurement import Measurement, find
 from trace_jax.evaluation.task import SPLIT, Evaluator, ScoreStore
 from trace_jax.models.model import Model
-
-
-@dataclasses.dataclass(frozen=True)
-class Control:
-    """A model that never saw the forget set. What an attack makes of it is the same for all methods of a run.
-
-    Attributes:
-      load: reads it.
-      directory: of its files. identity: hash of everything that made it, and of the attack's settings.
-    """
-
-    load: Callable[[], Model]
-    directory: Path
-    identity: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """An unlearned model under attack, and what it is measured with.
-
-    Attributes:
-      original: the model before unlearning. unlearned: the model that is attacked; neither is changed.
-      evaluator: measures relative to the original (and the retrained) model.
-      directory: of this attack's files. identity: hash of everything that made the unlearned model and of the settings.
-      control: the model that never saw the forget set, if there is one.
-    """
-
-    original: Model
-    unlearned: Model
-    corpora: Corpora
-    data: DataConfig
-    evaluator: Evaluator
-    mesh: Mesh
-    seed: int
-    directory: Path
-    identity: str
-    control: Control | None = None
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """Of both models: they read text alike."""
-        return Vocabulary(self.corpora.tokenizer, self.original.special, self.original.config.vocab_size)
-
-    def measure(self, params: Any, name: str) -> list[Measurement]:
-        """Everything that is measured on a model, with its scores kept under `name`."""
-        model, store = self.unlearned.replace(params=params), ScoreStore(self.directory / name, self.identity)
-        return self.evaluator.measure(self.evaluator.score(model, full=True, store=store))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,17 +44,106 @@ class Point:
         return {"at": self.at, **{name: [m.to_json() for m in found] for name, found in lists.items() if found}}
 
 
-class Attack(Protocol):
-    """A function that attacks a model in one or several forms."""
+@dataclasses.dataclass(frozen=True)
+class Attack(Section):
+    """Settings of an attack, and what it does. `trace_jax.attacks.table` names them all."""
 
-    def __call__(self, settings: Any, case: Case) -> list[Point]: ...
+    @property
+    def source(self) -> str | None:
+        """A text of the user's own that the attack reads (`trace_jax.data.sources.read_records`), if any."""
+        return None
+
+    def check_source(self) -> None:
+        """Reads the text, long before the attack does. Raises DataError: it isn't there, or has another form."""
+
+    def prepare(self, context: Context) -> Any:
+        """What the attack makes once for all methods of a run (`Context.prepared`), before anything is unlearned.
+
+        Raises:
+          ConfigError: the attack asks for more than the model reads at once, or than there is.
+        """
+
+    def points(self, case: Case) -> list[Point]:
+        """Attacks an unlearned model in one or several forms."""
+        raise NotImplementedError
 
 
-def strongest(points: Sequence[Point], measure: str) -> int | None:
-    """Place of the point at which most came back: the largest value of `measure` on test; the first of equal ones.
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What an attack has, whichever method of a run made the unlearned model.
 
-    None where no point has that measurement.
+    Attributes:
+      original: the model before unlearning.
+      board: of the benchmark.
+      evaluator: measures relative to the original (and the retrained) model.
+      directory: of files that all methods share. identity: hash of everything that they depend on.
+      load_retrained: reads the model that never saw the forget set, if there is one.
     """
-    found = [find(point.measurements, measure, SPLIT) for point in points]
-    places = [place for place, measurement in enumerate(found) if measurement is not None]
-    return max(places, key=lambda place: found[place].value, default=None)  # pyright: ignore[reportOptionalMemberAccess]
+
+    attack: Attack
+    original: Model
+    corpora: Corpora
+    data: DataConfig
+    board: Scoreboard
+    evaluator: Evaluator
+    mesh: Mesh
+    seed: int
+    directory: Path
+    identity: str
+    load_retrained: Callable[[], Model] | None = None
+
+    @functools.cached_property
+    def prepared(self) -> Any:
+        """What `attack.prepare` gives."""
+        return self.attack.prepare(self)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of all models: they read text alike."""
+        return Vocabulary(self.corpora.tokenizer, self.original.special, self.original.config.vocab_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An unlearned model under attack; it is not changed.
+
+    `directory` is of this attack's files, `identity` the hash of everything that made the model and of the settings.
+    """
+
+    context: Context
+    unlearned: Model
+    directory: Path
+    identity: str
+
+    def measure(self, params: Any, name: str) -> list[Measurement]:
+        """Everything that is measured on a model, with its scores kept under `name`."""
+        model, store = self.unlearned.replace(params=params), ScoreStore(self.directory / name, self.identity)
+        return self.context.evaluator.measure(self.context.evaluator.score(model, full=True, store=store))
+
+    def attack(self) -> dict[str, Any]:
+        """Attacks the model. Returns the content of NAME.json.
+
+        Its "points" are the forms of the attack; "strongest" is the place of the one at which `measure`, the forgetting
+        measure, is largest on test (the first of equal ones), or None. An attack that breaks the model has no points,
+        and "failed" says why.
+        """
+        points, failed, measure = [], "", self.context.board.forgetting
+        try:
+            points = self.context.attack.points(self)
+        except NonFiniteScore as error:
+            failed = str(error)
+        values = {
+            place: found.value for place, p in enumerate(points) if (found := find(p.measurements, measure, SPLIT))
+        }
+        return {
+            "settings": as_dict(self.context.attack),
+            "points": [point.to_json() for point in points],
+            "measure": measure,
+            "strongest": max(values, key=lambda place: values[place], default=None),
+            "failed": failed,
+        }
+
+
+def revisions(attack: Attack) -> list[str]:
+    """Of the texts of the user's own that an attack reads: another one makes it anew."""
+    return [revision_of(attack.source)] if attack.source else []

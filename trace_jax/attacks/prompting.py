@@ -7,178 +7,306 @@ Each changes the queries alone: they are scored and measured as ever, on the unl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from trace_jax.attacks import queries
-from trace_jax.attacks.attack import Case, Point
-from trace_jax.attacks.config import PromptingConfig
-from trace_jax.config import ConfigError, fingerprint
+from trace_jax.attacks.attack import Attack, Case, Context, Point, revisions
+from trace_jax.config import ConfigError, fingerprint, option
 from trace_jax.data.benchmark import Item
-from trace_jax.data.probes import Prompts, Questions, encode_questions
-from trace_jax.data.sources import revision_of
-from trace_jax.data.tokenizer import start_and_end
-from trace_jax.evaluation.benchmarks import scoreboard
+from trace_jax.data.probes import Prompts, Questions, encode_questions, prompts_of
+from trace_jax.data.rows import Rows
+from trace_jax.data.sources import DataError, read_records
+from trace_jax.data.tokenizer import Vocabulary, encode_pairs, start_and_end
 from trace_jax.evaluation.continuations import context_length, make_reader
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.probes import Key, Memorization, QuestionAccuracy, TextLikelihood, Verbatim
-from trace_jax.evaluation.task import SPLIT, Evaluator, ScoreStore, hazardous
+from trace_jax.evaluation.task import SPLIT, ScoreStore, hazardous
 from trace_jax.io.progress import say
 from trace_jax.tasks.benchmarks import build_benchmark
 from trace_jax.tasks.handbook import build_handbook
 from trace_jax.tasks.wmdp import MultipleChoice
 
+BLANK_LINE = "\n\n"  # between examples, as in lm-eval
 _OTHER = {"validation": "test", "test": "validation"}
+_COLUMNS = (("prompt", "continuation"), ("question", "answer"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """One way to ask: what `at` says, and its questions, prompts and tasks as an `Evaluator` has them.
-
-    `source` is where its texts were read, if it has texts of its own.
-    """
+    """One way to ask: what `at` says, and its questions by split and subject, prompts by split, and other tasks."""
 
     at: str
     questions: Mapping[Key, Questions] = dataclasses.field(default_factory=dict)
     prompts: Mapping[str, Prompts] = dataclasses.field(default_factory=dict)
     tasks: tuple[MultipleChoice, ...] = ()
-    source: str = ""
-
-    def __bool__(self) -> bool:
-        return bool(self.questions or self.prompts or self.tasks)
 
 
-def prompting(settings: PromptingConfig, case: Case) -> list[Point]:
-    """A point for each form that there is something to ask in: "3 examples", "half of the text", "paraphrase".
+@dataclasses.dataclass(frozen=True)
+class Prompting(Attack):
+    """The same questions and texts, asked for in other ways."""
 
-    Examples of one split are taken from the other, with `case.seed`; all models are asked the same.
+    examples: tuple[int, ...] = option((3,), help="solved examples before a query, one attack each", minimum=1)
+    prefixes: tuple[float, ...] = option(
+        (0.5, 0.75), help="share of a forget text that is given, the rest is to come; one attack each"
+    )
+    paraphrases: str | None = option(
+        None, help="queries in other words (`trace_jax.attacks.prompting.read_paraphrases`); the handbook has its own"
+    )
 
-    Raises:
-      ConfigError: more examples than there are, or than the model can read at once.
-      DataError: a file of paraphrases that can't be read.
-    """
-    forms = forms_of(settings, case)
-    if not forms:
-        say("prompting: there are no questions or beginnings of texts to ask in other ways")
-    return [_measured(form, case) for form in forms]
+    def __post_init__(self):
+        super().__post_init__()
+        if wrong := [share for share in self.prefixes if not 0 < share < 1]:
+            raise ConfigError(f"prefixes has {wrong[0]}; expected shares above 0 and below 1, such as (0.5, 0.75).")
+
+    @property
+    def source(self) -> str | None:
+        return self.paraphrases
+
+    def check_source(self) -> None:
+        if self.paraphrases:
+            read_paraphrases(self.paraphrases)
+
+    def prepare(self, context: Context) -> list[Form]:
+        """The forms that there is something to ask in: "3 examples", "half of the text", "paraphrase".
+
+        Examples of one split are taken from the other, with the run's seed; all models are asked the same.
+
+        Raises:
+          ConfigError: more examples than there are, or than the model can read at once.
+          DataError: a file of paraphrases that can't be read.
+        """
+        forms = [form for form in self._forms(context) if form.questions or form.prompts or form.tasks]
+        most = context_length(context.original)
+        for form in forms:
+            lengths = [int(questions.segments.sum(axis=2).max()) for questions in form.questions.values()]
+            lengths += [continuation_rows(prompts).tokens.shape[1] for prompts in form.prompts.values()]
+            for task in form.tasks:
+                reader = make_reader(context.original)
+                lengths.append(1 + max(len(reader.encode(question.context)) for question in task.questions))
+            if (longest := max(lengths)) > most:
+                raise ConfigError(
+                    f"attacks.prompting: with {form.at} the longest query has {longest} tokens, and the model reads "
+                    f"{most} at once. Ask for fewer examples or a smaller part of the text."
+                )
+        if not forms:
+            say("prompting: there are no questions or beginnings of texts to ask in other ways")
+        return forms
+
+    def points(self, case: Case) -> list[Point]:
+        """A point for each form, on the unlearned and on the original model.
+
+        Likelihoods of continuations are measured too, relative to the original model asked in the same way.
+        """
+        context, points = case.context, []
+        settings = context.evaluator.config
+        if hazardous([self.source or ""]):
+            settings = dataclasses.replace(settings, audit_text=False)
+        for form in context.prepared:
+            identity = fingerprint(form.at, revisions(self), settings.audit_text)
+            rows = {split: continuation_rows(prompts) for split, prompts in form.prompts.items()}
+            tasks: list[Any] = [
+                QuestionAccuracy(form.questions, identity, context.board.questions),
+                TextLikelihood({(split, "forget"): continuations for split, continuations in rows.items()}, identity),
+                Verbatim(form.prompts, identity),
+                Memorization(rows, identity),
+            ]
+            tasks = [task for task in tasks if task.data]
+            evaluator = dataclasses.replace(
+                context.evaluator, config=settings, tasks=(*tasks, *form.tasks), original={}, retrained={}
+            )
+            name = form.at.replace(" ", "-").replace("%", "percent")
+            original, unlearned = (
+                evaluator.score(model, full=True, store=ScoreStore(of.directory / name, of.identity))
+                for model, of in ((context.original, context), (case.unlearned, case))
+            )
+            evaluator = dataclasses.replace(evaluator, original=original)
+            points.append(Point(form.at, evaluator.measure(unlearned), evaluator.measure(original)))
+        return points
+
+    def _forms(self, context: Context) -> Iterator[Form]:
+        asked: dict[str, Mapping[Any, Any]] = {
+            task.name: task.data for task in context.evaluator.tasks if isinstance(task, (QuestionAccuracy, Verbatim))
+        }
+        prompts = asked.get(Verbatim.name, {})
+        items: dict[Key, list[Item]] = {}  # the evaluator's questions in plain text
+        if questions := asked.get(QuestionAccuracy.name):
+            benchmark = build_benchmark(context.data)
+            parts = {"validation": benchmark.validation, "test": benchmark.test}
+            items = {(split, subject): list(parts[split].questions[subject]) for split, subject in questions}
+        for count in self.examples:
+            yield _with_examples(count, items, prompts, context)
+        vocabulary, is_handbook = context.vocabulary, context.data.benchmark == "handbook"
+        _, end_mark = start_and_end(context.original.special)
+        for share in self.prefixes:
+            behind = {k: items_with_statements(i, share) for k, i in items.items()} if is_handbook else {}
+            yield Form(
+                "half of the text" if share == 0.5 else f"{100 * share:g} % of the text",
+                {key: encode_questions(vocabulary, i) for key, i in behind.items()},
+                {split: longer_prompts(p, context.corpora.forget, share, end_mark) for split, p in prompts.items()},
+            )
+        encoded, written = {}, {}
+        if is_handbook:
+            other = build_handbook(context.data, paraphrased=True)
+            for split, part in (("validation", other.validation), ("test", other.test)):
+                encoded |= {(split, subject): encode_questions(vocabulary, i) for subject, i in part.questions.items()}
+        if self.paraphrases:
+            own = written_prompts(read_paraphrases(self.paraphrases), vocabulary)
+            written[SPLIT] = own.take(spread_indices(len(own), context.evaluator.config.max_prompts))
+        yield Form("paraphrase", encoded, written)
 
 
-def forms_of(settings: PromptingConfig, case: Case) -> list[Form]:
-    """The forms that there is something to ask in; the unlearned model doesn't matter to them.
-
-    Raises:
-      ConfigError, DataError: see `prompting`.
-    """
-    forms = [form for form in _forms(settings, case) if form]
-    for form in forms:
-        _check_length(form, case)
-    return forms
-
-
-def _forms(settings: PromptingConfig, case: Case) -> Iterator[Form]:
-    items = _items(case)
-    for count in settings.examples:
-        yield _with_examples(count, items, case)
-    for share in settings.prefixes:
-        yield _with_more_text(share, items, case)
-    yield _in_other_words(settings.paraphrases, case)
-
-
-def _with_examples(count: int, items: Mapping[Key, list[Item]], case: Case) -> Form:
-    rng, vocabulary = np.random.default_rng([case.seed, count]), case.vocabulary
+def _with_examples(count: int, items: Mapping[Key, list[Item]], asked: Mapping[str, Prompts], context: Context) -> Form:
+    rng, vocabulary = np.random.default_rng([context.seed, count]), context.vocabulary
     questions, prompts = {}, {}
-    for (split, subject), asked in items.items():
-        behind = queries.items_with_examples(asked, items.get((_OTHER[split], subject), []), count, rng)
+    for (split, subject), own in items.items():
+        behind = items_with_examples(own, items.get((_OTHER[split], subject), []), count, rng)
         questions[split, subject] = encode_questions(vocabulary, behind)
-    pools = {"validation": case.corpora.validation, "test": case.corpora.test}
-    for split, asked in _prompts(case).items():
-        others = pools[_OTHER[split]].prompts.get("forget", asked.take(np.arange(0)))
-        separator = queries.separator_tokens(vocabulary)
-        prompts[split] = queries.prompts_with_examples(asked, others, count, rng, separator)
-    tasks = [t.with_examples(count, seed=case.seed) for t in case.evaluator.tasks if isinstance(t, MultipleChoice)]
+    pools = {"validation": context.corpora.validation, "test": context.corpora.test}
+    before, both = (vocabulary.tokenizer.encode(t, add_special_tokens=False).ids for t in ("a", "a" + BLANK_LINE))
+    for split, own in asked.items():
+        others = pools[_OTHER[split]].prompts.get("forget", own.take(np.arange(0)))
+        prompts[split] = prompts_with_examples(own, others, count, rng, both[len(before) :])
+    tasks = [
+        t.with_examples(count, seed=context.seed) for t in context.evaluator.tasks if isinstance(t, MultipleChoice)
+    ]
     return Form(f"{count} example{'s' * (count > 1)}", questions, prompts, tuple(tasks))
 
 
-def _with_more_text(share: float, items: Mapping[Key, list[Item]], case: Case) -> Form:
-    questions = {}
-    if case.data.benchmark == "handbook":
-        for key, asked in items.items():
-            questions[key] = encode_questions(case.vocabulary, queries.items_with_statements(asked, share))
-    _, end_mark = start_and_end(case.original.special)
-    prompts = {
-        split: queries.longer_prompts(asked, case.corpora.forget, share, end_mark)
-        for split, asked in _prompts(case).items()
-    }
-    return Form("half of the text" if share == 0.5 else f"{100 * share:g} % of the text", questions, prompts)
+def items_with_examples(
+    items: Sequence[Item], solved: Sequence[Item], count: int, rng: np.random.Generator
+) -> list[Item]:
+    """The items, each behind `count` of `solved` with their right options, drawn for it and joined by blank lines.
+
+    An example is never of the item's own group, and none of the item's options stands in it: what was forgotten can't
+    be copied.
+
+    Raises:
+      ConfigError: fewer than `count` are left for an item.
+    """
+    behind = []
+    for item in items:
+        options = [option.strip() for option in item.options]
+        statements = [_statement(s) for s in solved if s.group != item.group]
+        usable = [text for text in statements if not any(o in text for o in options)]
+        texts = [usable[i] for i in _draw(len(usable), count, rng)]
+        behind.append(dataclasses.replace(item, prompt=BLANK_LINE.join([*texts, item.prompt])))
+    return behind
 
 
-def _in_other_words(paraphrases: str | None, case: Case) -> Form:
-    questions, prompts, vocabulary = {}, {}, case.vocabulary
-    if case.data.benchmark == "handbook":
-        other = build_handbook(case.data, paraphrased=True)
-        for split, part in (("validation", other.validation), ("test", other.test)):
-            for subject, asked in part.questions.items():
-                questions[split, subject] = encode_questions(vocabulary, asked)
-    if paraphrases:
-        written = queries.written_prompts(queries.read_paraphrases(paraphrases), vocabulary)
-        prompts[SPLIT] = written.take(spread_indices(len(written), case.evaluator.config.max_prompts))
-    return Form("paraphrase", questions, prompts, source=paraphrases or "")
+def items_with_statements(items: Sequence[Item], share: float) -> list[Item]:
+    """The items, each behind true statements about its group: the share (rounded up) of the group's other items that
+    comes first, solved. Items that are alone in their group stay as they are."""
+    behind = []
+    for item in items:
+        others = [other for other in items if other.group == item.group and other is not item]
+        texts = [f"{_statement(other)}." for other in others[: int(np.ceil(share * len(others)))]]
+        behind.append(dataclasses.replace(item, prompt=" ".join([*texts, item.prompt])))
+    return behind
 
 
-def _asked(case: Case, name: str) -> Mapping[Any, Any]:
-    """What a built-in task of the run asks."""
-    return next((task.data for task in case.evaluator.tasks if task.name == name), {})  # pyright: ignore
+def prompts_with_examples(
+    prompts: Prompts, others: Prompts, count: int, rng: np.random.Generator, separator: Sequence[int]
+) -> Prompts:
+    """The prompts, each behind `count` of `others` with their continuations, drawn for it, `separator` in between.
+
+    The start mark stands once, at the beginning. What contains the prompt's own continuation is no example.
+
+    Raises:
+      ConfigError: fewer than `count` are left for a prompt.
+    """
+    texts = [[*prompt[1:], *rest] for prompt, rest in _pairs(others)]
+    written = [np.array(text, np.int32).tobytes() for text in texts]
+    pairs = []
+    for prompt, continuation in _pairs(prompts):
+        asked = np.array(continuation, np.int32).tobytes()
+        usable = [text for text, seen in zip(texts, written, strict=True) if asked not in seen]
+        drawn = [token for i in _draw(len(usable), count, rng) for token in (*usable[i], *separator)]
+        pairs.append(([prompt[0], *drawn, *prompt[1:]], continuation))
+    return prompts_of(pairs)
 
 
-def _prompts(case: Case) -> Mapping[str, Prompts]:
-    return _asked(case, "verbatim")
+def longer_prompts(prompts: Prompts, rows: Rows, share: float, end_mark: int) -> Prompts:
+    """The chunks of `rows` that `prompts` begin, cut in two: `share` of the text is given, the rest is to come.
+
+    At least one token is given, and at least one is to come; the end mark isn't text.
+
+    Args:
+      rows: the forget rows, in which every prompt with its continuation is the beginning of a chunk.
+    """
+    beginnings = [(*prompt, *continuation) for prompt, continuation in _pairs(prompts)]
+    lengths, chunks = {len(beginning) for beginning in beginnings}, {}
+    for tokens, segments in zip(rows.tokens, rows.segments, strict=True):
+        for segment in range(1, segments.max() + 1):
+            chunk = tokens[segments == segment].tolist()
+            for length in lengths:
+                chunks.setdefault(tuple(chunk[:length]), chunk)
+    pairs = []
+    for beginning in beginnings:
+        start, *text = chunks[beginning]
+        text = text[:-1] if text[-1] == end_mark else text
+        cut = min(max(1, int(share * len(text))), len(text) - 1)
+        pairs.append(([start, *text[:cut]], text[cut:]))
+    return prompts_of(pairs)
 
 
-def _items(case: Case) -> dict[Key, list[Item]]:
-    """The evaluator's questions in plain text."""
-    if not (questions := _asked(case, "questions")):
-        return {}
-    benchmark = build_benchmark(case.data)
-    parts = {"validation": benchmark.validation, "test": benchmark.test}
-    return {(split, subject): list(parts[split].questions[subject]) for split, subject in questions}
+def read_paraphrases(source: str) -> list[tuple[str, str]]:
+    """(what is asked, what should come) of every row {"prompt", "continuation"} or {"question", "answer"} of a source.
+
+    The second follows the first as it is: white space in between belongs to one of them.
+
+    Raises:
+      DataError: nothing there (`read_records`), or a row of another form. No text is quoted.
+    """
+    pairs = []
+    for number, record in enumerate(read_records(source), 1):
+        names = next((names for names in _COLUMNS if all(isinstance(record.get(n), str) for n in names)), None)
+        if names is None:
+            raise DataError(
+                f"{source}: row {number} has {', '.join(map(str, record)) or 'nothing'}; expected the texts prompt and "
+                "continuation, or question and answer."
+            )
+        pairs.append((record[names[0]], record[names[1]]))
+        if not all(text.strip() for text in pairs[-1]):
+            raise DataError(f"{source}: row {number} has an empty {names[0]} or {names[1]}; both need text.")
+    return pairs
 
 
-def _check_length(form: Form, case: Case) -> None:
-    """Raises ConfigError if a query is longer than the model can read."""
-    lengths = [int(questions.segments.sum(axis=2).max()) for questions in form.questions.values()]
-    lengths += [queries.continuation_rows(prompts).tokens.shape[1] for prompts in form.prompts.values()]
-    for task in form.tasks:
-        reader = make_reader(case.original)
-        lengths.append(1 + max(len(reader.encode(question.context)) for question in task.questions))
-    most = context_length(case.original)
-    if (longest := max(lengths)) > most:
+def written_prompts(pairs: Sequence[tuple[str, str]], vocabulary: Vocabulary) -> Prompts:
+    """Prompts of pairs of texts, which are read as one text; a token with characters of both is to come."""
+    start, _ = start_and_end(vocabulary.special)
+    cut = [(e.tokens.tolist(), e.first_target) for e in encode_pairs(vocabulary, pairs)]
+    return prompts_of([([start, *tokens[:first]], tokens[first:]) for tokens, first in cut])
+
+
+def continuation_rows(prompts: Prompts) -> Rows:
+    """Every prompt with its continuation as a row, of which only the tokens of the continuation are scored."""
+    pairs = _pairs(prompts)
+    shape = (len(pairs), max(len(prompt) + len(continuation) for prompt, continuation in pairs))
+    tokens, segments, valid = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for row, (prompt, continuation) in enumerate(pairs):
+        end = len(prompt) + len(continuation)
+        tokens[row, :end], segments[row, :end] = [*prompt, *continuation], 1
+        valid[row, len(prompt) - 1 : end - 1] = True
+    return Rows(tokens, segments, valid, np.zeros(len(pairs), np.int32))
+
+
+def _statement(item: Item) -> str:
+    return item.prompt + item.options[item.answer]
+
+
+def _draw(available: int, count: int, rng: np.random.Generator) -> list[int]:
+    if available < count:
         raise ConfigError(
-            f"attacks.prompting: with {form.at} the longest query has {longest} tokens, and the model reads {most} at "
-            "once. Ask for fewer examples or a smaller part of the text."
+            f"examples = {count}: only {available} can stand before one of the queries; of its own group, and with its "
+            f"answer in them, none may. Ask for at most {available}, or give more data."
         )
+    return rng.choice(available, count, replace=False).tolist()
 
 
-def _measured(form: Form, case: Case) -> Point:
-    """Likelihoods of continuations are measured too, relative to the original model asked in the same way."""
-    settings, data = case.evaluator.config, revision_of(form.source) if form.source else ""
-    if hazardous([form.source]):
-        settings = dataclasses.replace(settings, audit_text=False)
-    identity = fingerprint(case.identity, form.at, data)
-    rows = {split: queries.continuation_rows(prompts) for split, prompts in form.prompts.items()}
-    tasks: list[Any] = [
-        QuestionAccuracy(form.questions, identity, scoreboard(case.data.benchmark).questions),
-        TextLikelihood({(split, "forget"): continuations for split, continuations in rows.items()}, identity),
-        Verbatim(form.prompts, fingerprint(identity, settings.audit_text)),
-        Memorization(rows, identity),
-    ]
-    tasks = [task for task in tasks if task.data]
-    evaluator = Evaluator(settings, (*tasks, *form.tasks), case.evaluator.mesh, case.evaluator.seed)
-    directory = case.directory / form.at.replace(" ", "-").replace("%", "percent")
-    original, unlearned = (
-        evaluator.score(model, full=True, store=ScoreStore(directory / name, case.identity))
-        for name, model in (("original", case.original), ("unlearned", case.unlearned))
-    )
-    evaluator = dataclasses.replace(evaluator, original=original)
-    return Point(form.at, evaluator.measure(unlearned), evaluator.measure(original))
+def _pairs(prompts: Prompts) -> list[tuple[list[int], list[int]]]:
+    """(tokens of the prompt, tokens of the continuation) without padding."""
+    counts = [prompts.prompt.shape[1]] * len(prompts) if prompts.lengths is None else prompts.lengths[:, 0].tolist()
+    given = [row[:count] for row, count in zip(prompts.prompt.tolist(), counts, strict=True)]
+    return list(zip(given, prompts.unpadded(prompts.continuation), strict=True))

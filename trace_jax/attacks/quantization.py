@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from trace_jax.attacks.attack import Case, Point
-from trace_jax.attacks.config import QuantizationConfig
+from trace_jax.attacks.attack import Attack, Case, Point
+from trace_jax.config import ConfigError, option
 from trace_jax.models.arrays import ArraySpec, flat_specs, flatten, unflatten
 from trace_jax.models.config import ModelConfig
 
 _MATRICES = ("q", "k", "v", "o", "attention_gate", "kv_down", "kv_up", "q_down", "q_up", "gate_up", "down")
 
 
-def quantization(settings: QuantizationConfig, case: Case) -> list[Point]:
-    """Measures the unlearned model at each number of bits."""
-    points = []
-    for bits in settings.bits:
-        params = quantized(case.unlearned.params, case.unlearned.config, bits=bits)
-        points.append(Point(f"{bits} bits", case.measure(params, f"{bits}-bits")))
-    return points
+@dataclasses.dataclass(frozen=True)
+class Quantization(Attack):
+    """Weights rounded to few bits."""
+
+    bits: tuple[int, ...] = option((8, 4), help="bits of a weight, one attack each", choices=tuple(range(2, 9)))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.bits:
+            raise ConfigError("bits is an empty list; give at least one number of bits, such as (8, 4).")
+
+    def points(self, case: Case) -> list[Point]:
+        """Measures the unlearned model at each number of bits."""
+        points, model = [], case.unlearned
+        for bits in self.bits:
+            params = quantized(model.params, model.config, bits=bits)
+            points.append(Point(f"{bits} bits", case.measure(params, f"{bits}-bits")))
+        return points
 
 
 def quantized(params: Any, config: ModelConfig, *, bits: int) -> Any:
@@ -31,13 +43,9 @@ def quantized(params: Any, config: ModelConfig, *, bits: int) -> Any:
     Embedding, output head, routers, norms and biases stay as they are, as the usual tools leave them. See
     `round_to_nearest`.
     """
-    specs = flat_specs(config)
-
-    def one(path: str, array: jax.Array) -> jax.Array:
-        name = path.rpartition("/")[2]
-        return _rounded(array, spec=specs[path], bits=bits) if name in _MATRICES else array
-
-    return unflatten({path: one(path, array) for path, array in flatten(params).items()})
+    specs, flat = flat_specs(config), flatten(params)
+    matrices = {path for path in flat if path.rpartition("/")[2] in _MATRICES}
+    return unflatten(flat | {path: _rounded(flat[path], spec=specs[path], bits=bits) for path in matrices})
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "bits"))

@@ -2,8 +2,8 @@
 
 For every method and forgetting level the setting (such as alpha) with the best mean validation utility over seeds is
 chosen, and its test utility is reported, next to the gain over a baseline paired by seed and item. Intervals are over
-seeds and items: where a run comes down to the level is estimated from its items, so it is found anew on every resample
-of them; the setting stays.
+seeds and items: where a run comes down to the level is estimated from its items, so it
+is found anew on every resample of them; the setting stays.
 """
 
 from __future__ import annotations
@@ -11,17 +11,24 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import json
 import math
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from trace_jax.evaluation.fronts import MEAN, Front, area_between, best_point, resampled_utility_at, utility_at
+from trace_jax.evaluation.fronts import (
+    MEAN,
+    Draws,
+    Front,
+    RunItems,
+    best_point,
+    mean_difference,
+    resampled_utility_at,
+)
 from trace_jax.evaluation.intervals import Interval, seeds_and_items, t_interval
-from trace_jax.evaluation.items import Draws, RunItems
+from trace_jax.io.codec import encode
 
 READINGS = ("first", "best")
 
@@ -57,7 +64,7 @@ class MethodResult:
       gains: relative gain over the baseline, utility / baseline - 1, paired by seed and item; likewise.
       over_seeds: {"utilities", "gains"}, the same with Student's intervals over seeds.
       area: how much higher the mean utility is than the baseline's on average over the forgetting levels that both
-        reach (`area_between`), paired by seed, with Student's interval; None where no seed has such a range.
+        reach (`mean_difference`), paired by seed, with Student's interval; None where no seed has such a range.
     """
 
     method: str
@@ -89,8 +96,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict that `json.dumps` takes; NaN becomes None."""
-        text = json.dumps(dataclasses.asdict(self), default=dict)
-        return json.loads(text, parse_constant=lambda _: None)
+        return encode(self)
 
 
 def check_equal_budgets(runs: Sequence[Run], *, exempt: Collection[str] = ()) -> None:
@@ -116,7 +122,8 @@ def check_equal_budgets(runs: Sequence[Run], *, exempt: Collection[str] = ()) ->
                 raise ValueError(f"{method} with {setting} was run twice with one seed: seeds {sorted(used)}.")
         distinct = {tuple(sorted(used)) for used in by_setting.values()}
         if len(distinct) > 1:
-            raise UnequalBudget(f"the settings of {method} were run with different seeds: {_by_key(by_setting)}.")
+            listed = "; ".join(f"{setting}: {sorted(used)}" for setting, used in by_setting.items())
+            raise UnequalBudget(f"the settings of {method} were run with different seeds: {listed}.")
         if method not in exempt:
             budgets[method] = (len(by_setting), distinct.pop(), steps[method])
     if len(set(budgets.values())) > 1:
@@ -138,13 +145,9 @@ def choose_setting(runs: Sequence[Run], *, level: float, utility: str = MEAN, re
         raise ValueError(f"settings are chosen per method; got runs of {sorted(methods)}.")
 
     def quality(setting: str) -> tuple[int, float]:
-        chosen = [run.validation for run in runs if run.setting == setting]
-        if reading == "first":
-            values = [utility_at(front, level, utility) for front in chosen]
-        else:
-            points = [(front, best_point(front, level, utility)) for front in chosen]
-            values = [None if i is None else float(front.utilities[utility][i]) for front, i in points]
-        reached = [v for v in values if v is not None]
+        fronts = [run.validation for run in runs if run.setting == setting]
+        readers = [(front, _reader(front, front, level, utility, reading)) for front in fronts]
+        reached = [read(front.forgetting[None], front.utilities[utility][None])[0] for front, read in readers if read]
         return len(reached), float(np.mean(reached)) if reached else -math.inf
 
     return max(dict.fromkeys(run.setting for run in runs), key=quality)
@@ -183,29 +186,48 @@ def compare(
         raise ValueError(f"the baseline {baseline!r} was not run; there are {', '.join(by_method)}.")
     if reading not in READINGS:
         raise ValueError(f"reading is {reading!r}; expected one of {', '.join(READINGS)}.")
-    chosen = {m: choose_setting(g, level=level, utility=choose_by, reading=reading) for m, g in by_method.items()}
-    kept = all(run.items is not None for run in runs)
-    over = "seeds" if not kept else "seeds and items" if len({run.seed for run in runs}) > 1 else "items"
-    draws = Draws(resamples=resamples, seed=0) if kept else None
-    at_level = {m: _read(g, chosen[m], level, choose_by, reading, draws) for m, g in by_method.items()}
+    has_items = all(run.items is not None for run in runs)
+    over = "seeds" if not has_items else "seeds and items" if len({run.seed for run in runs}) > 1 else "items"
+    draws = Draws(resamples=resamples, seed=0) if has_items else None
+    chosen, readings = {}, {}
+    for method, group in by_method.items():
+        setting = choose_setting(group, level=level, utility=choose_by, reading=reading)
+        chosen[method] = {run.seed: run for run in group if run.setting == setting}
+        readings[method] = {}
+        for seed, run in chosen[method].items():
+            if read := _reader(run.validation, run.test, level, choose_by, reading):
+                readings[method][seed] = _read(run, read, draws)
     results = []
     for method, group in by_method.items():
-        reached, all_seeds = at_level[method], sorted({run.seed for run in group})
-        gains = _relative_gains(reached, at_level[baseline])
+        reached, runs_of, others = readings[method], chosen[method], readings[baseline]
+        gains = {seed: _gain(ours, others[seed]) for seed, ours in reached.items() if seed in others}
+        pairs = [(run.test, chosen[baseline][seed].test) for seed, run in runs_of.items() if seed in chosen[baseline]]
+        areas = [area for area in (mean_difference(*pair) for pair in pairs) if area is not None]
         results.append(
             MethodResult(
                 method=method,
-                setting=chosen[method],
+                setting=next(iter(runs_of.values())).setting,
                 settings=len({run.setting for run in group}),
                 seeds=tuple(sorted(reached)),
-                missed=tuple(s for s in all_seeds if s not in reached),
+                missed=tuple(sorted({run.seed for run in group} - set(reached))),
                 utilities=_combined(reached),
                 gains=_combined(gains),
                 over_seeds={"utilities": _over_seeds(reached), "gains": _over_seeds(gains)},
-                area=_mean_area(group, chosen[method], by_method[baseline], chosen[baseline]),
+                area=t_interval(np.array(areas)) if areas else None,
             )
         )
     return Comparison(level, reading, over, baseline, tuple(m for m in by_method if m in exempt), tuple(results))
+
+
+Reader = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _reader(validation: Front, test: Front, level: float, choose_by: str, reading: str) -> Reader | None:
+    """What reads utilities f64 [R] off forgetting and utility [R, N] of a run; None if it doesn't reach the level."""
+    if reading == "first":
+        return (lambda f, u: resampled_utility_at(f, u, level)) if test.forgetting.min() <= level else None
+    index = best_point(validation, level, choose_by)
+    return None if index is None else lambda forgetting, utility: utility[:, index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,79 +242,37 @@ class _Reading:
     items: Mapping[str, Mapping[int, int]]
 
 
-Readings = dict[int, _Reading]  # per seed
+def _read(run: Run, read: Reader, draws: Draws | None) -> _Reading:
+    values = {n: float(read(run.test.forgetting[None], u[None])[0]) for n, u in run.test.utilities.items()}
+    if run.items is None or draws is None:
+        return _Reading(values, {}, {})
+    forgetting, utilities = run.items.resampled(draws)
+    resampled = {name: read(forgetting, utility) for name, utility in utilities.items()}
+    return _Reading(values, resampled, {name: run.items.counts(name) for name in values})
 
 
-def _read(
-    runs: Sequence[Run], setting: str, level: float, choose_by: str, reading: str, draws: Draws | None
-) -> Readings:
-    """Test utilities of the seeds that reach the level."""
-    found: Readings = {}
-    for run in runs:
-        if run.setting != setting:
-            continue
-        index = best_point(run.validation, level, choose_by) if reading == "best" else None
-        if reading == "first":
-            values = {name: utility_at(run.test, level, name) for name in run.test.utilities}
-        else:
-            values = {n: None if index is None else float(v[index]) for n, v in run.test.utilities.items()}
-        known = {name: value for name, value in values.items() if value is not None}
-        if len(known) == len(values):
-            resampled, items = {}, {}
-            if run.items is not None and draws is not None:
-                resampled = _resampled(run.items, level, index, draws)
-                items = {name: run.items.counts(name) for name in known}
-            found[run.seed] = _Reading(known, resampled, items)
-    return found
+def _gain(ours: _Reading, baseline: _Reading) -> _Reading:
+    """ours / baseline - 1, of utilities that the baseline has anything left of."""
+    values = {n: v / baseline.values[n] - 1 for n, v in ours.values.items() if baseline.values[n] > 0}
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample on which the baseline has nothing left
+        resampled = {n: v / baseline.resampled[n] - 1 for n, v in ours.resampled.items()}
+    return _Reading(values, resampled, ours.items)
 
 
-def _resampled(items: RunItems, level: float, index: int | None, draws: Draws) -> dict[str, np.ndarray]:
-    """Utilities f64 [R] at evaluation `index`, or where each resample first comes down to the level."""
-    forgetting, utilities = items.resampled(draws)
-    if index is not None:
-        return {name: values[:, index] for name, values in utilities.items()}
-    return {name: resampled_utility_at(forgetting, values, level) for name, values in utilities.items()}
-
-
-def _relative_gains(ours: Readings, baseline: Readings) -> Readings:
-    found: Readings = {}
-    for seed, mine in ours.items():
-        if seed in baseline:
-            theirs = baseline[seed]
-            values = {n: v / theirs.values[n] - 1 for n, v in mine.values.items() if theirs.values[n] > 0}
-            with np.errstate(divide="ignore", invalid="ignore"):  # a resample on which the baseline has nothing left
-                resampled = {n: v / theirs.resampled[n] - 1 for n, v in mine.resampled.items()}
-            found[seed] = _Reading(values, resampled, mine.items)
-    return found
-
-
-def _combined(readings: Readings) -> dict[str, Interval]:
+def _combined(readings: Mapping[int, _Reading]) -> dict[str, Interval]:
     """Means over seeds with intervals over seeds and items; over seeds alone if no items were kept."""
-    found = _over_seeds(readings)
-    for name in found:
+    combined = _over_seeds(readings)
+    for name in combined:
         having = [r for r in readings.values() if name in r.values]
         if all(name in r.resampled for r in having):
             items = functools.reduce(operator.or_, (dict(r.items[name]) for r in having))  # shared ones count once
             resampled = np.stack([r.resampled[name] for r in having], axis=1)
-            found[name] = seeds_and_items(np.array([r.values[name] for r in having]), resampled, sum(items.values()))
-    return found
+            values = np.array([r.values[name] for r in having])
+            combined[name] = seeds_and_items(values, resampled, sum(items.values()))
+    return combined
 
 
-def _mean_area(
-    runs: Sequence[Run], setting: str, baseline_runs: Sequence[Run], baseline_setting: str
-) -> Interval | None:
-    baseline = {run.seed: run.test for run in baseline_runs if run.setting == baseline_setting}
-    pairs = [(run.test, baseline[run.seed]) for run in runs if run.setting == setting and run.seed in baseline]
-    areas = [area for area in (area_between(ours, theirs) for ours, theirs in pairs) if area is not None]
-    return t_interval(np.array([area.mean_difference for area in areas])) if areas else None
-
-
-def _over_seeds(readings: Readings) -> dict[str, Interval]:
+def _over_seeds(readings: Mapping[int, _Reading]) -> dict[str, Interval]:
     """Means over seeds with Student's intervals."""
     names = dict.fromkeys(name for reading in readings.values() for name in reading.values)
-    having = {n: [r.values[n] for r in readings.values() if n in r.values] for n in names}
-    return {name: t_interval(np.array(values)) for name, values in having.items()}
-
-
-def _by_key(by_setting: Mapping[str, Sequence[int]]) -> str:
-    return "; ".join(f"{setting}: {sorted(used)}" for setting, used in by_setting.items())
+    return {n: t_interval(np.array([r.values[n] for r in readings.values() if n in r.values])) for n in names}

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 _CHUNK = 4_000_000  # counts of a bootstrap held at once
 
 
@@ -72,23 +73,8 @@ def bootstrap_mean(
     for counts in resample_counts(len(values), resamples=resamples, rng=np.random.default_rng(seed)):
         totals = counts @ weights
         means.append((counts @ values)[totals > 0] / totals[totals > 0])
-    low, high = np.quantile(np.concatenate(means), _tails())
+    low, high = np.quantile(np.concatenate(means), TAILS)
     return Interval(estimate, float(low), float(high), n)
-
-
-def paired_difference(
-    first: np.ndarray,
-    second: np.ndarray,
-    *,
-    groups: np.ndarray | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """Mean of first - second, both measured on the same items [N] (in the same order), with a bootstrap interval."""
-    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    if first.shape != second.shape:
-        raise ValueError(f"paired values must be of the same items; got {first.shape} and {second.shape}.")
-    return bootstrap_mean(first - second, groups=groups, resamples=resamples, seed=seed)
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -189,7 +175,7 @@ def bootstrap_auc(positive: np.ndarray, negative: np.ndarray, *, resamples: int 
     value, n = auc(positive, negative), len(positive) + len(negative)
     if min(len(positive), len(negative)) < 2:
         return Interval(value, math.nan, math.nan, n)
-    low, high = np.quantile(auc_resamples(positive, negative, resamples=resamples, seed=seed), _tails())
+    low, high = np.quantile(auc_resamples(positive, negative, resamples=resamples, seed=seed), TAILS)
     return Interval(value, float(low), float(high), n)
 
 
@@ -226,7 +212,7 @@ def mean_resamples(values: np.ndarray, *, resamples: int = 1000, seed: int | tup
 
 def quantile_interval(value: float, resampled: np.ndarray, n: int) -> Interval:
     """Percentile interval of a statistic from its own bootstrap distribution."""
-    low, high = np.quantile(resampled, _tails())
+    low, high = np.quantile(resampled, TAILS)
     return Interval(value, float(low), float(high), n)
 
 
@@ -274,7 +260,3 @@ def _scores(values: np.ndarray) -> np.ndarray:
     if not len(values) or not np.isfinite(values).all():
         raise ValueError("an AUC needs at least one finite score on each side.")
     return values
-
-
-def _tails() -> tuple[float, float]:
-    return (1 - LEVEL) / 2, (1 + LEVEL) / 2

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trace_jax.evaluation.intervals import Interval
+from trace_jax.io.codec import decode, encode
 
 _OPTIONAL = {"note", "profile", "revision"}
 _TOO_FEW = "too few items for an interval"
@@ -40,22 +41,12 @@ class Measurement:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict that `json.dumps` takes; NaN becomes None, since JSON has no NaN."""
-        plain = dataclasses.asdict(self)
-        for key in ("value", "low", "high"):
-            plain[key] = plain[key] if math.isfinite(plain[key]) else None
-        return {key: value for key, value in plain.items() if key not in _OPTIONAL or value}
+        return {key: value for key, value in encode(self).items() if key not in _OPTIONAL or value}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Measurement:
         """The inverse of `to_json`. Raises ValueError if a field is missing or unknown."""
-        names = {f.name for f in dataclasses.fields(cls)}
-        unknown, missing = set(plain) - names, names - _OPTIONAL - set(plain)
-        if unknown or missing:
-            raise ValueError(
-                f"not a measurement: missing {sorted(missing)}, unknown {sorted(unknown)}; expected {sorted(names)}."
-            )
-        numbers = {k: math.nan if plain[k] is None else float(plain[k]) for k in ("value", "low", "high")}
-        return cls(**{**plain, **numbers, "n": int(plain["n"])})
+        return decode(cls, plain)
 
     def __str__(self) -> str:
         note = f" ({self.note})" if self.note else ""

@@ -1,7 +1,8 @@
-"""Routing of an unlearned model next to the original's: per layer, on forget and on retain text.
+"""What unlearning did to routing, per layer, and what a calibration of the retain loss reached.
 
-Every quantity is defined in docs/evaluation.md. Intervals are over rows: forget rows and retain rows are resampled
-separately, and both models are counted on the same resample.
+Every quantity is defined in docs/evaluation.md. Routing metrics hold an unlearned model next to the original, on forget
+and on retain text. Their intervals are over rows: forget rows and retain rows are resampled separately, and both models
+are counted on the same resample.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from jax.sharding import Mesh
 
 from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
-from trace_jax.evaluation.intervals import LEVEL, Interval, resample_counts
+from trace_jax.evaluation.intervals import TAILS, Interval, resample_counts
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.measurement import Measurement, named
+from trace_jax.io.codec import encode
 from trace_jax.models.model import Model
 from trace_jax.routing import diagnostics
-from trace_jax.routing.statistics import Assignments, expert_assignments
+from trace_jax.routing.statistics import Assignments, ExpertStatistics, expert_assignments
+from trace_jax.routing.weights import RetainWeights
 
 SUBJECTS = ("forget", "retain")
 MODELS = ("original", "unlearned")
-TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 SPLIT = "train"  # routing is measured on the rows that were unlearned with
 
 Corpora = Mapping[str, "CorpusRouting"]
@@ -80,9 +82,9 @@ class Quantity:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for results.json."""
-        plain = {name: _plain(getattr(self, name)) for name in ("value", "low", "high", "bias")}
-        mean = {name: _plain(getattr(self.mean, name)) for name in ("value", "low", "high")}
-        return plain | {"mean": mean | {"bias": _plain(self.mean_bias)}}
+        mean = {"value": self.mean.value, "low": self.mean.low, "high": self.mean.high, "bias": self.mean_bias}
+        plain = {name: getattr(self, name) for name in ("value", "low", "high", "bias")}
+        return encode({**plain, "mean": mean}, digits=6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +112,9 @@ class RoutingMetrics:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for results.json; numbers have 6 significant digits."""
-        plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "quantities"}
-        return plain | {"quantities": {name: quantity.to_json() for name, quantity in self.quantities.items()}}
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "quantities"}
+        quantities = {name: quantity.to_json() for name, quantity in self.quantities.items()}
+        return encode(plain, digits=6) | {"quantities": quantities}
 
     def measurements(self) -> list[Measurement]:
         """Means over layers, named "routing_..." and "router_drift"; the original model's value is in the note."""
@@ -279,14 +282,64 @@ def _once(corpus: CorpusRouting) -> np.ndarray:
     return np.ones((1, len(corpus.tokens)))
 
 
-def _plain(value: Any) -> Any:
-    """As JSON has it: 6 significant digits, None for NaN and infinity."""
-    if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+@dataclasses.dataclass(frozen=True)
+class CalibrationMetrics:
+    """What a calibration reached, per layer, with the weights that unlearning began with.
+
+    Gaps are sums over experts of |f - f^F|, f the retain frequency before, and the weighted one after. Nothing is
+    sampled, so intervals have no width. Weights that follow the model are described in metrics.jsonl as it trains.
+
+    Attributes:
+      layers: which layer of the network each entry is of, counted from 0.
+      tokens: of the retain corpus.
+      selected: i64 [L], experts that weights were made from; of these are the gaps.
+      gap_before, gap_after: f64 [L].  gap_elsewhere_before, gap_elsewhere_after: of all other experts.
+      effective_sample_size: (sum w)^2 / (T sum w^2) of the token weights; they act on all layers, so it is one number.
+      largest_weight: the mean is one.
+
+    Weightings that look at no expert have an effective sample size only; what is per layer is None.
+    """
+
+    layers: Sequence[int]
+    tokens: int
+    effective_sample_size: float
+    largest_weight: float
+    selected: np.ndarray | None = None
+    gap_before: np.ndarray | None = None
+    gap_after: np.ndarray | None = None
+    gap_elsewhere_before: np.ndarray | None = None
+    gap_elsewhere_after: np.ndarray | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict for results.json."""
+        return encode(self)
+
+    def measurements(self) -> list[Measurement]:
+        """Effective sample size, and the gap of the selected experts summed over layers, as in the certificate."""
+        values = [("effective_sample_size", self.effective_sample_size, "")]
+        if self.selected is not None:
+            note = f"{self.selected.sum():,} selected experts, sum over {len(self.layers)} layers"
+            gaps = {name: getattr(self, name).sum() for name in ("gap_before", "gap_after")}
+            values += [(name, float(gap), note) for name, gap in gaps.items()]
+        return [Measurement(f"calibration_{name}", v, self.tokens, v, v, SPLIT, note) for name, v, note in values]
+
+
+def measure_calibration(
+    weights: RetainWeights, forget: ExpertStatistics, retain: ExpertStatistics
+) -> CalibrationMetrics:
+    """The metrics of weights that were made from these statistics of the original model."""
+    layers = list(retain.layers or range(len(retain.counts)))
+    ess, largest = weights.effective_sample_size, float(weights.weights.max())
+    plain = CalibrationMetrics(layers, retain.tokens, ess, largest)
+    if weights.frequency is None or weights.selected is None:
+        return plain
+    selected = weights.selected
+    before, after = (np.abs(f - forget.frequency) for f in (retain.frequency, weights.frequency))
+    return dataclasses.replace(
+        plain,
+        selected=selected.sum(axis=1),
+        gap_before=np.where(selected, before, 0.0).sum(axis=1),
+        gap_after=np.where(selected, after, 0.0).sum(axis=1),
+        gap_elsewhere_before=np.where(selected, 0.0, before).sum(axis=1),
+        gap_elsewhere_after=np.where(selected, 0.0, after).sum(axis=1),
+    )

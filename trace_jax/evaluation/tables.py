@@ -6,9 +6,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.comparison import Comparison
-from trace_jax.evaluation.fronts import MEAN, Crossing, Front, crossing
+from trace_jax.evaluation.fronts import MEAN, Crossing, Front, Scoreboard, crossing
 from trace_jax.evaluation.intervals import Interval
 from trace_jax.io.text import aligned
 
@@ -45,20 +44,20 @@ class EqualForgetting:
 
 
 def equal_forgetting(
-    fronts: Mapping[str, Front], *, benchmark: str, level: float, split: str = "test", target: str = "target model"
+    fronts: Mapping[str, Front], *, board: Scoreboard, level: float, split: str = "test", target: str = "target model"
 ) -> EqualForgetting:
     """Every method's measured columns where its front first comes down to `level`.
 
     Args:
       fronts: front per method, each with step 0 (the target model) as first point.
-      benchmark: its scoreboard names the columns.
+      board: names the columns.
       level: forgetting level.
       split: what the fronts were measured on; for the caption.
       target: name of the target model's row.
     """
     if not fronts:
         raise ValueError("there is no method to put in the table; give at least one front.")
-    board, first = scoreboard(benchmark), next(iter(fronts.values()))
+    first = next(iter(fronts.values()))
     columns = (board.forgetting, *(u.name for u in board.utilities if u.name in first.measured), MEAN)
     rows = [Row(target, True, None, float(first.forgetting[0]), _values(first, columns, at=None))]
     for name, front in fronts.items():

@@ -11,13 +11,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.io.files import as_path, replacing
 from trace_jax.report import words
 from trace_jax.report.drawing import TIMES_UNIFORM, method_styles, swatch
 from trace_jax.report.figures import front_figures, row_plot, step_figures
 from trace_jax.report.routing import MOST_METHODS, corpus_figures, routing_groups
 from trace_jax.report.words import Number, format_number, plain_name
+from trace_jax.tasks.benchmarks import scoreboard
 
 BASELINE = "uniform"  # the method that the verdict compares the others with
 SPLIT = "test"

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from trace_jax.attacks.table import check_text, own_text
 from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
@@ -147,10 +146,9 @@ def _evaluation(config: ExperimentConfig, run: DryRun) -> Iterator[str]:
     for name, source in (evaluation.multiple_choice.sources if evaluation.multiple_choice else {}).items():
         alone = EvaluationConfig(multiple_choice=MultipleChoiceConfig({name: source}))
         checks.append((f"evaluation, {name}", source, functools.partial(build_tasks, alone)))
-    for name, settings in (config.attacks.chosen if config.attacks else {}).items():
-        if source := own_text(name, settings):
-            check = functools.partial(check_text, name, settings)
-            checks.append((f"attack, {name.replace('_', ' ')}", source, check))
+    for name, attack in (config.attacks.chosen if config.attacks else {}).items():
+        if attack.source:
+            checks.append((f"attack, {name.replace('_', ' ')}", attack.source, attack.check_source))
     for use, source, check in checks:
         usable = run.look(use.partition(",")[0], source, check, "not looked at", "can't be used")
         yield f"{use}: {source}: {usable}"

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from trace_jax.attacks.config import AttacksConfig
+from trace_jax.attacks.table import AttacksConfig
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.config import ConfigError, Section, as_dict, fingerprint, is_read, option, resolve
 from trace_jax.data.config import DataConfig

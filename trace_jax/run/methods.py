@@ -10,22 +10,20 @@ import argparse
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from trace_jax.attacks.attack import Case, Control
-from trace_jax.attacks.config import AttacksConfig
-from trace_jax.attacks.table import attack, check_case, text_read_by
-from trace_jax.config import Section, as_dict, fingerprint
-from trace_jax.evaluation.calibration import measure_calibration
-from trace_jax.evaluation.fronts import Front, front_from_history, standing
+from trace_jax.attacks.attack import Case, Context, revisions
+from trace_jax.attacks.table import AttacksConfig
+from trace_jax.config import as_dict, fingerprint
+from trace_jax.evaluation.fronts import Front, front_from_history, front_point
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.probes import item_outcomes
-from trace_jax.evaluation.routing import measure_routing
+from trace_jax.evaluation.routing import measure_calibration, measure_routing
 from trace_jax.evaluation.task import ScoreStore
 from trace_jax.io.files import flush_lines, remove, shown, write_json
 from trace_jax.io.progress import say
@@ -45,6 +43,7 @@ from trace_jax.run.export import (
 from trace_jax.run.prepare import Prepared, prepare, retrained_identity
 from trace_jax.run.results import needed, refresh
 from trace_jax.run.stages import Stage
+from trace_jax.tasks.benchmarks import scoreboard
 from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.rules import Evaluated
 from trace_jax.unlearning.trainable import chosen_experts
@@ -85,10 +84,10 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
       ConfigError, ValueError: something given can't be used; the message says what, and what to do.
     """
     prepared = prepare(config, workdir, overwrite=overwrite)
-    attacks = (config.attacks or AttacksConfig()).chosen
-    for name, settings in attacks.items():  # while there is nothing to lose
-        check_case(settings, _case(prepared, prepared.target, name, settings, prepared.workdir, ""))
-    models = {name: run_method(prepared, config.method(name), label=name) for name in config.methods}
+    attacks = _attack_contexts(prepared)
+    for context in attacks.values():
+        _ = context.prepared  # while there is nothing to lose
+    models = {name: run_method(prepared, config.method(name), label=name, attacks=attacks) for name in config.methods}
     text = refresh(prepared.workdir, config.methods) if is_main() else ""
     return f"{text}\n{_export_stage(prepared, config.export, models[config.export])}" if config.export else text
 
@@ -96,8 +95,8 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
 # --- one method
 
 
-def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
-    """Calibrates, unlearns and evaluates with one method in `methods/LABEL`, or keeps what is there.
+def run_method(prepared: Prepared, method: Method, *, label: str, attacks: Mapping[str, Context] | None = None) -> str:
+    """Calibrates, unlearns, evaluates and attacks with one method in `methods/LABEL`, or keeps what is there.
 
     Returns the hash of everything that made the model.
     """
@@ -124,8 +123,8 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
         lambda: _evaluate(prepared, unlearned(), weights, directory, model_id), f"evaluation of {label}"
     )
     remove(directory / "checkpoints")
-    for name, settings in (config.attacks or AttacksConfig()).chosen.items():
-        _attack_stage(prepared, unlearned, label, name, settings, evaluation_id)
+    for name, context in (attacks or {}).items():
+        _attack_stage(context, unlearned, label, name, directory / "attacks", evaluation_id)
     return model_id
 
 
@@ -237,41 +236,37 @@ def _evaluate(prepared: Prepared, model: Model, weights: RetainWeights, director
 
 
 def _attack_stage(
-    prepared: Prepared, unlearned: Callable[[], Model], label: str, name: str, settings: Section, evaluation_id: str
+    context: Context, unlearned: Callable[[], Model], label: str, name: str, directory: Path, evaluation_id: str
 ) -> None:
     """Attacks the unlearned model of a method, and writes what came back into `attacks/NAME.json`."""
-    directory = prepared.workdir / "methods" / label / "attacks"
-    identity = fingerprint(evaluation_id, name, settings, text_read_by(name, settings))
+    identity = fingerprint(evaluation_id, name, context.attack, revisions(context.attack))
 
     def make() -> None:
-        case = _case(prepared, unlearned(), name, settings, directory / name, identity)
-        write_json(directory / f"{name}.json", attack(name, settings, case))
+        write_json(directory / f"{name}.json", Case(context, unlearned(), directory / name, identity).attack())
 
     Stage(name, directory, identity).run(make, f"{name.replace('_', ' ')} of {label}")
 
 
-def _case(prepared: Prepared, unlearned: Model, name: str, settings: Section, directory: Path, identity: str) -> Case:
-    config, control = prepared.config, None
-    if retrained := retrained_identity(config):
-        tasks = [task.identity for task in prepared.evaluator.tasks]
-        about = (name, settings, text_read_by(name, settings), config.evaluation, tasks)
-        control = Control(
-            functools.partial(load_retrained, config, prepared.workdir, prepared.mesh),
+def _attack_contexts(prepared: Prepared) -> dict[str, Context]:
+    """What each attack of the run has for all methods, by name."""
+    config, retrained = prepared.config, retrained_identity(prepared.config)
+    tasks = [task.identity for task in prepared.evaluator.tasks]
+    return {
+        name: Context(
+            attack,
+            prepared.target,
+            prepared.corpora,
+            config.data,
+            scoreboard(config.data.benchmark),
+            prepared.evaluator,
+            prepared.mesh,
+            config.seed,
             prepared.workdir / "attacks" / name,
-            fingerprint(prepared.model_id, retrained, *about),
+            fingerprint(prepared.model_id, retrained, name, attack, revisions(attack), config.evaluation, tasks),
+            functools.partial(load_retrained, config, prepared.workdir, prepared.mesh) if retrained else None,
         )
-    return Case(
-        prepared.target,
-        unlearned,
-        prepared.corpora,
-        config.data,
-        prepared.evaluator,
-        prepared.mesh,
-        config.seed,
-        directory,
-        identity,
-        control,
-    )
+        for name, attack in (config.attacks or AttacksConfig()).chosen.items()
+    }
 
 
 def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated]:
@@ -285,8 +280,8 @@ def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated
         rows = [m.to_json() for m in found]
         if original is None:
             return Evaluated(rows, items=items)
-        benchmark = prepared.config.data.benchmark
-        numbers = standing(found, benchmark=benchmark, split="validation", original=original)
+        board = scoreboard(prepared.config.data.benchmark)
+        numbers = front_point(found, board=board, split="validation", original=original)
         return Evaluated(rows, *numbers, items)
 
     return evaluate
@@ -322,4 +317,4 @@ def _finite(value: float) -> float | None:
 def _front(prepared: Prepared, directory: Path, model_id: str, split: str) -> Front:
     rows = front_rows(directory, model_id)
     history = [(row["step"], [Measurement.from_json(m) for m in row["evaluation"]]) for row in rows]
-    return front_from_history(history, benchmark=prepared.config.data.benchmark, split=split)
+    return front_from_history(history, board=scoreboard(prepared.config.data.benchmark), split=split)

@@ -16,7 +16,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from trace_jax.attacks.table import check_text
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.checkpoints.params import parameter_bytes, parameter_count
 from trace_jax.config import ConfigError, fingerprint
@@ -25,7 +24,6 @@ from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import Corpora
 from trace_jax.data.rows import Rows
 from trace_jax.data.tokenizer import read_vocabulary
-from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.routing import measured_rows
 from trace_jax.evaluation.task import Evaluator, ScoreStore, Task, hazardous
@@ -52,7 +50,7 @@ from trace_jax.run.export import (
     save_trained,
 )
 from trace_jax.run.stages import Stage, check_workdir, open_workdir
-from trace_jax.tasks.benchmarks import build_corpora, build_tasks
+from trace_jax.tasks.benchmarks import build_corpora, build_tasks, scoreboard
 from trace_jax.unlearning.optimizer import moments
 from trace_jax.unlearning.train import train_model
 from trace_jax.unlearning.trainable import trainable_paths
@@ -102,8 +100,8 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
     check_joined()
     mesh = config.parallel.mesh()
     corpora, tasks = read_corpora(config), build_tasks(config.evaluation)  # before anything is written: may be refused
-    for name, settings in config.attacks.chosen.items() if config.attacks else ():
-        check_text(name, settings)
+    for attack in config.attacks.chosen.values() if config.attacks else ():
+        attack.check_source()
     path = open_workdir(config, workdir, overwrite=overwrite)
     write_json(path / "environment.json", describe())
     say(

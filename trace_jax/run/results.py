@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from trace_jax.config import ConfigError
-from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.fronts import Front, crossing
 from trace_jax.evaluation.intervals import Interval
 from trace_jax.evaluation.tables import equal_forgetting
@@ -22,6 +21,7 @@ from trace_jax.report import write_report
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.run.experiment import METHODS
 from trace_jax.run.stages import calibration_directory
+from trace_jax.tasks.benchmarks import scoreboard
 
 SPLIT = "test"
 CONTROLS = ("permuted", "random_experts", "ngram", "hidden", "loss", "oracle")
@@ -43,7 +43,7 @@ def summarise(workdir: str | os.PathLike, labels: Iterable[str]) -> dict[str, An
     fronts = {label: decode(Front, result["fronts"][SPLIT]) for label, result in methods.items()}
     benchmark = config["data"]["benchmark"]
     tables = [
-        equal_forgetting(fronts, benchmark=benchmark, level=level, split=SPLIT)
+        equal_forgetting(fronts, board=scoreboard(benchmark), level=level, split=SPLIT)
         for level in config["evaluation"]["levels"]
     ]
     return {

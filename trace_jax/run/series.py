@@ -17,7 +17,6 @@ from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
 from trace_jax.data.sources import read_source
-from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.tables import number_text
 from trace_jax.io.environment import describe
 from trace_jax.io.files import shown, write_json
@@ -32,6 +31,7 @@ from trace_jax.run.methods import run
 from trace_jax.run.prepare import prepare
 from trace_jax.run.results import SPLIT, needed, write_run_report
 from trace_jax.run.stages import Stage, check_export, open_workdir
+from trace_jax.tasks.benchmarks import scoreboard
 
 _TITLES = {
     "scalability": "Scalability: ever larger forget sets, each unlearned from the target",

@@ -21,10 +21,8 @@ from typing import Any
 import numpy as np
 
 from trace_jax.config import ConfigError, as_dict, resolve
-from trace_jax.evaluation.benchmarks import scoreboard
 from trace_jax.evaluation.comparison import READINGS, Comparison, Run, check_equal_budgets, compare
-from trace_jax.evaluation.fronts import Front
-from trace_jax.evaluation.items import load_run_items
+from trace_jax.evaluation.fronts import Front, load_run_items
 from trace_jax.evaluation.tables import comparison_markdown, comparison_text, objectives_markdown
 from trace_jax.io.codec import encode
 from trace_jax.io.environment import describe
@@ -36,6 +34,7 @@ from trace_jax.run.methods import calibrated, run_method
 from trace_jax.run.prepare import Prepared, prepare, read_corpora
 from trace_jax.run.results import FORGOTTEN, comparison_row, write_run_report
 from trace_jax.run.stages import check_workdir, open_workdir
+from trace_jax.tasks.benchmarks import scoreboard
 from trace_jax.unlearning.objectives import OBJECTIVES
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from trace_jax.config import ConfigError
 from trace_jax.data.benchmark import Benchmark
 from trace_jax.data.config import DataConfig
 from trace_jax.data.corpora import Corpora, assemble
 from trace_jax.data.tokenizer import Vocabulary
 from trace_jax.evaluation.config import EvaluationConfig
+from trace_jax.evaluation.fronts import Scoreboard, UtilityScore
 from trace_jax.evaluation.task import Task
 from trace_jax.tasks.handbook import build_handbook
 from trace_jax.tasks.muse import muse_task
@@ -16,6 +18,33 @@ from trace_jax.tasks.tofu import tofu_task
 from trace_jax.tasks.wmdp import read_multiple_choice
 
 _BUILDERS = {"handbook": build_handbook, "presidents": build_presidents, "text": build_text}
+
+# On running text there is no question to fail, and the verbatim score is too slow to take along the way. Forgetting
+# is then the per-token probability of the forget text relative to the original model, exp(NLL_original - NLL): 1 for
+# the original, towards 0 as the text becomes unlikely, and comparable between corpora of different difficulty.
+_TEXT = Scoreboard(
+    forgetting="forget_probability_ratio",
+    utilities=(UtilityScore("neighbour_utility"), UtilityScore("general_utility")),
+    questions={"forget": "cloze_accuracy"},
+)
+
+SCOREBOARDS = {
+    "handbook": Scoreboard(
+        forgetting="forget_accuracy",
+        utilities=(UtilityScore("neighbour_accuracy", relative=True), UtilityScore("general_utility")),
+        questions={"forget": "forget_accuracy", "neighbour": "neighbour_accuracy"},
+        chance=0.25,
+    ),
+    "presidents": _TEXT,
+    "text": _TEXT,  # neighbour text is optional there; without it the utility is general_utility alone
+}
+
+
+def scoreboard(benchmark: str) -> Scoreboard:
+    """The scoreboard of a benchmark, or a ConfigError that names those there are."""
+    if benchmark not in SCOREBOARDS:
+        raise ConfigError(f"benchmark is {benchmark!r}; expected one of {', '.join(SCOREBOARDS)}.")
+    return SCOREBOARDS[benchmark]
 
 
 def build_corpora(config: DataConfig, vocabulary: Vocabulary | None = None) -> Corpora:
