@@ -10,6 +10,8 @@ Hardware:  one accelerator with 80 GB for a model of 7 billion parameters in bfl
 Result:    runs/mine/report.html (forgetting against utility along the way, with intervals) and runs/mine/export, which
            transformers loads, with the files that the original has. The path is tested on tiny checkpoints of three
            families; no run of this size has been measured yet, so tune alpha and the learning rate on your data.
+Attacks:   --config.attacks.quantization={} and others (docs/evaluation.md); with queries of your own,
+           --config.attacks.prompting.paraphrases=queries.jsonl
 """
 
 import ml_collections
@@ -38,5 +40,6 @@ def get_config() -> ml_collections.ConfigDict:
         "evaluate_every": 30,
         "checkpoint_every": 100,
     }
-    config.evaluation = {"batch_size": 8}
+    # Gradients of `max_gradients` texts a side are the dearest of the membership attacks: 0 leaves them out.
+    config.evaluation = {"batch_size": 8, "max_members": 200, "max_gradients": 32, "levels": (0.5,)}
     return config

@@ -72,5 +72,5 @@ METHODS = {
 def get_config(variant: str = "qwen1.5-moe-a2.7b") -> ml_collections.ConfigDict:
     """One model and one method; `--config.unlearning.NAME=VALUE` changes a number."""
     config = benchmark_config("muse_books", variant, data=DATA, common=COMMON, methods=METHODS)
-    config.evaluation.muse = {"data": BENCHMARK}
+    config.evaluation.muse = {"data": BENCHMARK, "profiles": ("muse", "open_unlearning")}
     return config

@@ -27,10 +27,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.attacks = {
             "relearning": {**training, "share": 0.02},  # ten rows, with a third of the facts that are asked for
             "benign_relearning": training,
-            "quantization": {},
+            "quantization": {"bits": (8, 4)},
             "router_swap": {},
             "expert_forcing": {},
-            "prompting": {},
+            "prompting": {"examples": (3,), "prefixes": (0.5, 0.75)},
         }
     elif variant:
         raise ConfigError(f"configs/quickstart.py has the variant 'attacks'; got {variant!r}.")
