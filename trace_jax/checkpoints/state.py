@@ -28,7 +28,7 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-class _Kept(PreservationPolicy):
+class _Retention(PreservationPolicy):
     """The two newest states stay, and the protected one."""
 
     protected = -1
@@ -47,20 +47,21 @@ class StateStore:
     """
 
     def __init__(self, directory: str | os.PathLike, about: dict[str, Any]):
-        """`about` (JSON) says what made the states: the hash of the settings and the seed. States of another are not
-        restored."""
-        self._about, self._kept = about, _Kept()
+        """about: JSON that says what made the states (hash of the settings, seed); others are not restored."""
+        self._about, self._retention = about, _Retention()
         # With its processes named Orbax waits for them without the devices, which may be in the middle of a step.
         everyone = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._kept,
-            cleanup_tmp_directories=True,
-            multiprocessing_options=everyone,
+            preservation_policy=self._retention, cleanup_tmp_directories=True, multiprocessing_options=everyone,
             create=False,
-        )
+        )  # fmt: skip
+        # One copy of every shard. Orbax would cut copies into parts: programs to compile, and memory on devices.
+        arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        writer = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=everyone)
         path = epath.Path(directory) if is_remote(directory) else epath.Path(directory).absolute()
         path.mkdir(parents=True, exist_ok=True)
-        handlers = {"state": _writer(everyone), "about": ocp.JsonCheckpointHandler()}
+        handlers = {"state": writer, "about": ocp.JsonCheckpointHandler()}
         self._manager = _Manager(path, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any) -> None:
@@ -78,11 +79,11 @@ class StateStore:
     @property
     def protected(self) -> int:
         """The step whose state stays whatever is saved after it; -1: none."""
-        return self._kept.protected
+        return self._retention.protected
 
-    def protect(self, step: int) -> None:
-        """Lets the state of `step` stay, saved or about to be; the one protected before no longer does."""
-        self._kept.protected = step
+    @protected.setter
+    def protected(self, step: int) -> None:
+        self._retention.protected = step
 
     def wait(self) -> None:
         """Returns once everything is written; raises what went wrong with writing."""
@@ -168,13 +169,6 @@ class StateStore:
             self.wait()
         finally:
             self._manager.close()  # waits as well, where a signal ended the first waiting
-
-
-def _writer(processes: MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
-    """Writes one copy of every shard. Orbax would cut copies into parts: programs to compile, and memory on devices."""
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=processes)
 
 
 @jax.jit

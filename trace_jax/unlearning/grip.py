@@ -20,6 +20,7 @@ margin, tau_i < margin, the bound is 0 (j may come no closer), and an input in t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -169,6 +170,7 @@ def _expert_axes(num_experts: int, mesh: Mesh) -> tuple[str, ...]:
     return axes
 
 
+@functools.partial(jax.jit, static_argnames="mesh")
 def keep_routers(
     arrays: Mapping[str, jax.Array], original: Mapping[str, jax.Array], protection: Protection, step, *, mesh: Mesh
 ) -> tuple[dict[str, jax.Array], jax.Array]:

@@ -137,7 +137,7 @@ class Loop:
             if self.refresh is not None and self.refresh.resumed is not None:
                 self.refresh.resumed(done)
         if (best := self._best()) is not None:
-            self._store.protect(best)
+            self._store.protected = best
         evaluated = broadcast_from_process_0(any(row["step"] == done for row in evaluations))
         stop = self._evaluate(done, state) if self.should_evaluate(done) and not evaluated else self._reached(done)
         if stop and stop.failed:
@@ -242,7 +242,7 @@ class Loop:
         measured = {name: value for name, value in numbers.items() if value is not None}
         self._metrics.write(step, evaluation=result.rows, **measured)
         if self._best() == step:
-            self._store.protect(step)
+            self._store.protected = step
         return self._reached(step)
 
     def _reached(self, step: int) -> Stop | None:

@@ -1,10 +1,9 @@
-"""Passes over retain text for GRIP: what routers read of it, and how that has moved (`trace_jax.unlearning.grip`)."""
+"""GRIP around a run: what routers read of retain text, and how that has moved (`trace_jax.unlearning.grip`)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -18,13 +17,13 @@ from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
 from trace_jax.io.progress import say
 from trace_jax.models.arrays import flatten, unflatten
+from trace_jax.models.batching import map_batches
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
-from trace_jax.models.sharding import param_specs, placed_params
+from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import BATCH_AXES, row_shards
-from trace_jax.routing.statistics import run_batches
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.grip import (
     BIAS,
@@ -39,7 +38,7 @@ from trace_jax.unlearning.grip import (
     protection_specs,
     realigned,
     with_one,
-)
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +67,8 @@ class GripHooks:
         # The margins held for what was learnt; now they must for what that was subtracted from.
         before, flat = flatten(self.original.params), flatten(model.params)
         routers = {path: flat[path] for path in (ROUTER, BIAS) if path in flat}
-        kept, _ = _keeping(self.mesh)(routers, before, self.protection, place(np.int32(0), self.mesh))
+        kept, _ = keep_routers(routers, before, self.protection, place(np.int32(0), self.mesh), mesh=self.mesh)
         return model.replace(params=unflatten({**flat, **kept})), self.table
-
-
-@lru_cache(maxsize=8)
-def _keeping(mesh: Mesh) -> Any:
-    return jax.jit(partial(keep_routers, mesh=mesh))
 
 
 def grip_hooks(
@@ -86,6 +80,9 @@ def grip_hooks(
     assert retain is not None
     protection = retain_protection(original, retain, config, bias=BIAS in paths, seed=seed, mesh=mesh)
     return GripHooks(original, retain, config, mesh, *protection)
+
+
+# --- what routers read of retain text
 
 
 def spread_tokens(rows: Rows, most: int) -> Rows:
@@ -103,10 +100,11 @@ def read_routers(model: Model, rows: Rows, *, mesh: Mesh) -> tuple[np.ndarray, n
     Raises:
       ValueError: NaN or infinite scores.
     """
-    read = partial(_read, most=int(rows.valid.sum(axis=1).max()))
-    found = []
-    for batch, outputs in run_batches(
-        model, sequential_batches(rows, row_shards(mesh)), read, out_specs=P(BATCH_AXES), mesh=mesh
+    batches = list(sequential_batches(rows, row_shards(mesh)))
+    arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
+    most, found = int(rows.valid.sum(axis=1).max()), []
+    for batch, outputs in zip(
+        batches, map_batches(_read, model.params, model.config, arrays, mesh=mesh, static=(most,)), strict=True
     ):
         for row, valid in enumerate(np.asarray(batch.valid)):
             found.append([output[row, :, : valid.sum()] for output in outputs])
@@ -116,7 +114,7 @@ def read_routers(model: Model, rows: Rows, *, mesh: Mesh) -> tuple[np.ndarray, n
     return inputs, scores, indices
 
 
-def _read(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, chosen: jax.Array, *, most: int):
+def _read(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, chosen: jax.Array, most: int):
     """Inputs, scores and choices [B, L, most, ...] at the first `most` chosen positions of each row."""
     collect = ("router_inputs", "router_logits", "indices")
     router = forward(params, config, tokens, mask=segments, collect=collect).router
@@ -229,36 +227,26 @@ def _with_routers(params: Any, routers: np.ndarray, config: ModelConfig) -> Any:
 
 def _moments(before: Any, after: Any, rows: Rows, layer: int, config: ModelConfig, mesh: Mesh) -> Moments:
     """Moments of a layer's router inputs over the valid tokens: in float32 on devices, in float64 over batches."""
-    run, size = _moments_pass(config, mesh), row_shards(mesh)
-    total = None
-    for batch in sequential_batches(rows, size):
-        missing = size - len(batch.tokens)
-        arrays = tuple(np.pad(x, ((0, missing), (0, 0))) for x in (batch.tokens, batch.segments, batch.valid))
-        sums = run(before, after, *place(arrays, mesh, P(BATCH_AXES)), place(np.int32(layer), mesh))
-        sums = [x.astype(np.float64) for x in to_host(sums)]
-        total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
-    assert total is not None
+    batches = sequential_batches(rows, row_shards(mesh))
+    arrays = ((b.tokens, b.segments, b.valid, np.full(len(b.tokens), layer, np.int32)) for b in batches)
+    total: Any = [0.0] * 3
+    for sums in map_batches(_products, (before, after), config, arrays, mesh=mesh, out_specs=P()):
+        total = [a + b.astype(np.float64) for a, b in zip(total, sums, strict=True)]
     return Moments(*total)
 
 
-@lru_cache(maxsize=8)
-def _moments_pass(config: ModelConfig, mesh: Mesh) -> Any:
-    """The compiled function (both models' parameters, tokens, segments, valid, layer) -> three sums f32 [W, W]."""
+def _products(params: tuple, config: ModelConfig, tokens, segments, valid, layer):
+    """Sums f32 [W, W] over all rows of products of what the router of `layer` i32 [B] (0 in rows of padding) reads."""
 
-    def inputs(params, tokens, segments, valid, layer):
+    def inputs(params):
         out: Any = forward(params, config, tokens, mask=segments, collect=("router_inputs",))
-        x = out.router.inputs[layer].astype(jnp.float32)
+        x = out.router.inputs[jnp.max(layer)].astype(jnp.float32)
         if config.router_bias:
             x = jnp.pad(x, ((0, 0), (0, 0), (0, 1)), constant_values=1.0)
         return jnp.where(valid[..., None], x, 0.0)
 
-    def moments(before, after, *arrays):
-        x, y = inputs(before, *arrays), inputs(after, *arrays)
-        products = [
-            jnp.einsum("bsd,bse->de", a, b, precision=jax.lax.Precision.HIGHEST) for a, b in ((x, x), (x, y), (y, y))
-        ]
-        return jax.lax.psum(products, BATCH_AXES)
-
-    specs = unflatten(param_specs(config, mesh))
-    in_specs = (specs, specs, P(BATCH_AXES), P(BATCH_AXES), P(BATCH_AXES), P())
-    return jax.jit(jax.shard_map(moments, mesh=mesh, in_specs=in_specs, out_specs=P()))
+    x, y = map(inputs, params)
+    products = [
+        jnp.einsum("bsd,bse->de", a, b, precision=jax.lax.Precision.HIGHEST) for a, b in ((x, x), (x, y), (y, y))
+    ]
+    return jax.lax.psum(products, BATCH_AXES)

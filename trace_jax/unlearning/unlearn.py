@@ -49,7 +49,7 @@ class Unlearned:
       steps: how many the run was to take.
       stopped: why the run ended before that, or "". failed: whether by an error, not by a rule that was asked for.
       trained: table of what trained (`trainable_table`).
-      grip: what was protected in each layer, or how its router was realigned (`trace_jax.unlearning.router_passes`).
+      grip: what was protected in each layer, or how its router was realigned (`trace_jax.unlearning.grip`).
     """
 
     model: Model
