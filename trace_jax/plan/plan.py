@@ -166,11 +166,9 @@ def _head(config: Experiment, model: ModelConfig, target: Target, parallel: Para
 
 
 def _json(config, model, target, parallel, predictions, found, price) -> dict[str, Any]:
-    def plain(prediction: Prediction) -> dict:
-        derived = {"fits": prediction.fits}
-        if prediction.seconds:
-            derived |= {"bound": prediction.bound, "least": prediction.least, "most": prediction.most}
-        return {**dataclasses.asdict(prediction), **derived}
+    def plain(p: Prediction) -> dict[str, Any]:
+        times = {"bound": p.bound, "least": p.least, "most": p.most} if p.seconds else {}
+        return {**dataclasses.asdict(p), "fits": p.fits, **times}
 
     return {
         "experiment": config.name,

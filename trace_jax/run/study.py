@@ -223,7 +223,7 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
             "title": f"Study: unlearning {FORGOTTEN[benchmark]}",
             "benchmark": benchmark,
             "forgotten": FORGOTTEN[benchmark],
-            "rows": _rows(config, found),
+            "rows": _rows(found),
             "comparisons": [
                 {**({"objective": objective} if objective else {}), **comparison.to_json()}
                 for objective, comparisons in found.items()
@@ -250,7 +250,7 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
     return f"{text}\n\nstudy: {shown(path / 'study.json')}\n{write_run_report(path)}"
 
 
-def _rows(config: ExperimentConfig, comparisons: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
+def _rows(comparisons: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
     """Of the report: every method with its chosen setting at the first level, all seeds."""
     rows = []
     for objective, (first, *_) in comparisons.items():
