@@ -9,8 +9,7 @@ from scipy import stats
 
 from trace_jax.evaluation.comparison import Run, UnequalBudget, check_equal_budgets, choose_setting, compare
 from trace_jax.evaluation.fronts import MEAN, Front, RunItems, Series
-from trace_jax.evaluation.tables import comparison_text, equal_forgetting
-from trace_jax.io.codec import encode
+from trace_jax.evaluation.tables import comparison_text, equal_forgetting, equal_forgetting_text
 from trace_jax.tasks.benchmarks import scoreboard
 
 
@@ -216,14 +215,13 @@ def test_a_comparison_is_plain_json_and_text():
 def test_the_table_at_equal_forgetting():
     fronts = {"uniform": front(0.7), "trace_rows": front(0.9), "timid": front(0.99, lowest=0.8)}
     table = equal_forgetting(fronts, board=scoreboard("handbook"), level=0.5)
-    target, uniform, _, timid = table.rows
-    assert target.name == "target model" and target.values["neighbour_accuracy"] == pytest.approx(0.9)
-    assert uniform.values["forget_accuracy"] == pytest.approx(0.5)
-    assert uniform.values["neighbour_accuracy"] == pytest.approx(0.9 * 0.7)
-    assert uniform.step == pytest.approx(30)
-    assert (timid.reached, timid.values, timid.lowest) == (False, {}, 0.8)
-    assert encode(table)["rows"][1]["name"] == "uniform"
-    lines = table.text().splitlines()
+    target, uniform, _, timid = table["rows"]
+    assert target["name"] == "target model" and target["values"]["neighbour_accuracy"] == pytest.approx(0.9)
+    assert uniform["values"]["forget_accuracy"] == pytest.approx(0.5) and uniform["step"] == pytest.approx(30)
+    assert uniform["values"]["neighbour_accuracy"] == pytest.approx(0.9 * 0.7)
+    assert (timid["reached"], timid["values"], timid["lowest"]) == (False, {}, 0.8)
+    assert json.loads(json.dumps(table)) == table
+    lines = equal_forgetting_text(table).splitlines()
     assert lines[0] == "At equal forgetting (forget accuracy <= 0.5), test split"
     assert lines[4].split() == ["uniform", "0.500", "0.630", "1.000", "0.850", "30.0"]
     assert lines[6].endswith("lowest 0.800")

@@ -14,7 +14,7 @@ import numpy as np
 from trace_jax.config import ConfigError
 from trace_jax.evaluation.fronts import Front, crossing
 from trace_jax.evaluation.intervals import Interval
-from trace_jax.evaluation.tables import equal_forgetting
+from trace_jax.evaluation.tables import equal_forgetting, equal_forgetting_text
 from trace_jax.io.codec import decode, encode
 from trace_jax.io.files import as_path, local_copy, read_json, read_lines, shown, write_json
 from trace_jax.report import write_report
@@ -52,8 +52,8 @@ def summarise(workdir: str | os.PathLike, labels: Iterable[str]) -> dict[str, An
         "data": references["data"],
         "references": references["measurements"],
         "methods": methods,
-        "equal_forgetting": encode(tables),
-        "table": "\n\n".join(table.text() for table in tables),
+        "equal_forgetting": tables,
+        "table": "\n\n".join(map(equal_forgetting_text, tables)),
     }
 
 
