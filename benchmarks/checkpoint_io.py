@@ -34,9 +34,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from trace_jax.checkpoints.checkpoint import create_file
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.checkpoints.pretrained import load_pretrained
-from trace_jax.checkpoints.tensor_file import writing_tensors
 from trace_jax.io.environment import describe
 from trace_jax.models.model import Model
 
@@ -78,11 +78,10 @@ def make_checkpoint(directory: pathlib.Path) -> None:
     for number, shapes in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         specs = {name: (noise.dtype, shape) for name, shape in shapes.items()}
-        with writing_tensors(directory / file, specs, {"format": "pt"}) as writer:
-            for name, (_, shape) in specs.items():
-                size = int(np.prod(shape))
-                numbers = np.resize(np.roll(noise, generator.integers(noise.size)), size)
-                writer.write(name, numbers)
+        tensors = create_file(directory / file, specs, {"format": "pt"}).tensors
+        for name, (_, shape) in specs.items():
+            size = int(np.prod(shape))
+            tensors[name].write(np.resize(np.roll(noise, generator.integers(noise.size)), size))
         weight_map |= dict.fromkeys(shapes, file)
     (directory / "config.json").write_text(json.dumps(CONFIG))
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}

@@ -8,8 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from trace_jax.checkpoints.accounting import account
-from trace_jax.checkpoints.checkpoint import open_checkpoint
-from trace_jax.checkpoints.tensor_file import CheckpointError
+from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from trace_jax.models.arrays import flat_specs
 from trace_jax.models.families import FAMILIES, family_of, model_config
 

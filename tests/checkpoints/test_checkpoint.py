@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from trace_jax.checkpoints.checkpoint import open_checkpoint
-from trace_jax.checkpoints.tensor_file import CheckpointError
+from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 
 ONE = {"x": np.arange(3, dtype=np.float32)}
 TWO = {"y": np.arange(4, dtype=np.float32)}

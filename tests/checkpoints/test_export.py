@@ -15,10 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_checkpoints import MODEL_TYPES
 from tokenizers import Tokenizer, models
 
-from trace_jax.checkpoints import export, shards
+from trace_jax.checkpoints import export
+from trace_jax.checkpoints.checkpoint import CheckpointError
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.checkpoints.pretrained import load_pretrained
-from trace_jax.checkpoints.tensor_file import CheckpointError
 from trace_jax.config import ConfigError
 from trace_jax.models.arrays import init_params, logical_axes
 from trace_jax.models.config import ModelConfig
@@ -266,7 +266,7 @@ def test_an_interrupted_export_leaves_everything_as_it_was(error, overwrite, sou
 
 def test_space_is_checked_first(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match=r"out needs 0\.1 GB, and .* has 0\.0 GB free"):
         save_pretrained(load_pretrained(source), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ CARD = ModelCard(
 
 
 def test_front_matter_and_tables():
-    text = readme(CARD, base_model="org/base", licence={"license": "apache-2.0"}, notes=["3 of 9 tensors differ."])
+    text = readme(CARD, base_model="org/base", licence={"license": "apache-2.0"}, note="3 of 9 tensors differ.")
     _, front, body = text.split("---\n", 2)
     assert front.splitlines() == [
         'license: "apache-2.0"',
@@ -40,11 +40,11 @@ def test_front_matter_and_tables():
 
 def test_a_cell_cannot_break_its_table():
     card = ModelCard("x", "y", settings={"a": "b | c\nd"})
-    assert "| a | b \\| c d |" in readme(card, base_model=None, licence={}, notes=[]).splitlines()
+    assert "| a | b \\| c d |" in readme(card, base_model=None, licence={}, note="").splitlines()
 
 
 def test_without_a_card_nothing_is_claimed():
-    text = readme(None, base_model="base", licence={}, notes=["An unchanged re-export."])
+    text = readme(None, base_model="base", licence={}, note="An unchanged re-export.")
     assert "An unchanged re-export." in text
     assert "unlearn" not in text.lower()
 

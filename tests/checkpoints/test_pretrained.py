@@ -13,9 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
 
-from trace_jax.checkpoints import pretrained, streaming
+from trace_jax.checkpoints import parts, pretrained
+from trace_jax.checkpoints.checkpoint import CheckpointError
 from trace_jax.checkpoints.pretrained import load_pretrained, special_tokens
-from trace_jax.checkpoints.tensor_file import CheckpointError
 from trace_jax.models.arrays import abstract_params, flatten, logical_axes
 from trace_jax.models.model import Source, SpecialTokens
 from trace_jax.models.sharding import param_shardings
@@ -90,8 +90,8 @@ def test_types_are_cast_once_and_the_router_is_float32(stored, dtype, tiny_check
 @pytest.mark.parametrize("limit", [1, 1000, 20_000])
 def test_the_size_of_parts_does_not_matter(limit, tiny_checkpoint, monkeypatch):
     want = load_pretrained(tiny_checkpoint("mixtral")).params
-    monkeypatch.setattr(streaming, "PART_BYTES", limit)
-    monkeypatch.setattr(streaming, "PIECE_BYTES", 8 + limit // 2)
+    monkeypatch.setattr(parts, "PART_BYTES", limit)
+    monkeypatch.setattr(parts, "PIECE_BYTES", 8 + limit // 2)
     assert_equal(load_pretrained(tiny_checkpoint("mixtral")).params, want)
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from trace_jax.checkpoints.checkpoint import CheckpointError
 from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.checkpoints.tensor_file import CheckpointError
 from trace_jax.config import ConfigError
 from trace_jax.models.families.published import PUBLISHED, published_config
 

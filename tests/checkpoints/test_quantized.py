@@ -10,9 +10,9 @@ from quantised_checkpoints import FP8, random_fp8, random_mxfp4
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from trace_jax.checkpoints.checkpoint import CheckpointError, TensorFile
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.checkpoints.quantized import check_method, fp8_tensor, mxfp4_tensor
-from trace_jax.checkpoints.tensor_file import CheckpointError, TensorFile
 from trace_jax.models.arrays import logical_axes
 
 

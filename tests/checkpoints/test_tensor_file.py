@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_jax.checkpoints.tensor_file import DTYPES, CheckpointError, TensorFile, writing_tensors
+from trace_jax.checkpoints.checkpoint import DTYPES, CheckpointError, TensorFile, create_file
 
 TORCH = {
     "F64": torch.float64,
@@ -74,45 +74,20 @@ def test_written_files_are_those_of_the_library(tmp_path):
     safetensors.torch.save_file(want, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     theirs = TensorFile(tmp_path / "theirs.safetensors")
     specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in theirs.in_order()}
-    with writing_tensors(tmp_path / "ours.safetensors", specs, theirs.metadata) as writer:
-        for name in reversed(list(specs)):  # in any order
-            writer.copy(name, theirs.tensors[name])
+    ours = create_file(tmp_path / "ours.safetensors", specs, theirs.metadata)
+    for name in reversed(list(specs)):  # in any order
+        ours.tensors[name].copy(theirs.tensors[name])
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
-def test_a_tensor_can_be_written_in_parts(tmp_path):
+def test_a_tensor_can_be_written_in_parts_of_its_type_and_size(tmp_path):
     array = np.arange(24, dtype=np.int32).reshape(4, 6)
-    with writing_tensors(tmp_path / "m.safetensors", {"x": (array.dtype, array.shape)}, {}) as writer:
-        writer.write("x", array[2:], start=12)
-        writer.write("x", array[:3])
-    read = safetensors.torch.load_file(tmp_path / "m.safetensors")
-    np.testing.assert_array_equal(read["x"].numpy(), array)
-
-
-def test_writing_checks_type_and_size(tmp_path):
-    with (
-        pytest.raises(ValueError, match=r"x is int32\[2\]; got int64\[2\] from 0 on"),
-        writing_tensors(tmp_path / "m.safetensors", {"x": (np.dtype(np.int32), (2,))}, {}) as writer,
-    ):
-        writer.write("x", np.zeros(2, np.int64))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_nothing_is_left_of_a_file_that_was_interrupted(error, tmp_path):
-    with pytest.raises(error), writing_tensors(tmp_path / "m.safetensors", {"x": (np.dtype(np.int8), (2,))}, {}):
-        raise error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_forgotten_tensor_is_an_error(tmp_path):
-    specs = {name: (np.dtype(np.int8), (2,)) for name in "ab"}
-    with (
-        pytest.raises(CheckpointError, match=r"m\.safetensors: b and maybe others have not been written"),
-        writing_tensors(tmp_path / "m.safetensors", specs, {}) as writer,
-    ):
-        writer.write("a", np.zeros(2, np.int8))
-    assert list(tmp_path.iterdir()) == []
+    tensor = create_file(tmp_path / "m.safetensors", {"x": (array.dtype, array.shape)}, {}).tensors["x"]
+    tensor.write(array[2:], start=12)
+    tensor.write(array[:3])
+    np.testing.assert_array_equal(safetensors.torch.load_file(tmp_path / "m.safetensors")["x"].numpy(), array)
+    with pytest.raises(ValueError, match=r"x is int32\[4, 6\]; got int64\[2\] from 0 on"):
+        tensor.write(np.zeros(2, np.int64))
 
 
 @pytest.mark.parametrize(

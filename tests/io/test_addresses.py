@@ -9,10 +9,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.run.test_pipeline import experiment, numbers
 from trace_jax.checkpoints import state
-from trace_jax.checkpoints.checkpoint import open_checkpoint
+from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.checkpoints.params import load_params, save_params
-from trace_jax.checkpoints.tensor_file import CheckpointError
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import DataError, load_documents
 from trace_jax.io import files

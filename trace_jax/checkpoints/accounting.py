@@ -1,22 +1,70 @@
-"""Which tensors of a checkpoint fill which parameter: each is used once, and each parameter is filled once."""
+"""Which tensors of a checkpoint fill which parameter, and how: each is used once, and each parameter is filled once.
+
+A layout says how a parameter's axes stand on disk: a string such as "(h c) d -> d h c". On the left are the axes of the
+tensor on disk, slowest first. Letters in parentheses share one axis; `1` is an axis of size 1. On the right are the
+axes of the parameter (one layer of it). Letters that number separate tensors (experts, gate and up) lead on the left.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from trace_jax.checkpoints.checkpoint import Checkpoint
-from trace_jax.checkpoints.layout import Layout, parse_layout
+from trace_jax.checkpoints.checkpoint import DTYPES, Checkpoint, CheckpointError
 from trace_jax.checkpoints.quantized import Readable, check_method, fp8_tensor, mxfp4_tensor
-from trace_jax.checkpoints.tensor_file import DTYPES, CheckpointError
 from trace_jax.models.arrays import ArraySpec, flat_specs
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.families import Family, Stored
 
 _NAMED = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One layer of a parameter on disk.
+
+    `letters` and `shape`: every axis apart, in the order of the disk; `separate`: how many of them number tensors;
+    `tensor_shape`: the shape of each tensor; `order`: the axes of the parameter as indices into `letters`.
+    """
+
+    letters: tuple[str, ...]
+    shape: tuple[int, ...]
+    separate: int
+    tensor_shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def apart(self, array: Any) -> Any:
+        """The parameter with its axes in the order of the disk, every letter apart."""
+        return array.transpose(tuple(self.order.index(axis) for axis in range(len(self.order))))
+
+
+def parse_layout(text: str, shape: tuple[int, ...], separate: tuple[str, ...] = ()) -> Layout:
+    """Layout of a parameter whose one layer has `shape`; `separate` are the letters that number tensors.
+
+    Raises:
+      ValueError: the text isn't of this form, or its letters don't fit `shape`.
+    """
+    left, _, right = text.partition(" -> ")
+    groups = [re.findall("[a-z]", group) for group in re.findall(r"\([a-z ]+\)|[a-z1]", left)]
+    letters = tuple(letter for group in groups for letter in group)
+    axes = tuple(right.split())
+    if sorted(letters) != sorted(axes) or len(set(axes)) != len(axes) or len(axes) != len(shape):
+        raise ValueError(f"layout {text!r} doesn't describe a parameter with axes {list(shape)}.")
+    if letters[: len(separate)] != separate:
+        raise ValueError(f"layout {text!r}: the letters {separate} number tensors and must lead.")
+    size = dict(zip(axes, shape, strict=True))
+    return Layout(
+        letters=letters,
+        shape=tuple(size[letter] for letter in letters),
+        separate=len(separate),
+        tensor_shape=tuple(math.prod(size[letter] for letter in group) for group in groups[len(separate) :]),
+        order=tuple(letters.index(letter) for letter in axes),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,43 +1,46 @@
-"""Export: a model as a directory that transformers loads, `save_pretrained`."""
+"""Export: a model as a directory that transformers loads, `save_pretrained`.
+
+The files begin as copies of the source's; over them is written what is no longer what the import made of them. Only
+quantised tensors that have changed, models trained here and other sizes of files need files of their own.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from trace_jax.checkpoints.accounting import Accounting, Slot, account, slots_of
-from trace_jax.checkpoints.checkpoint import open_checkpoint
-from trace_jax.checkpoints.layout import copy_tiled
-from trace_jax.checkpoints.model_card import ModelCard, base_model_of, licence_of, readme
-from trace_jax.checkpoints.new_checkpoint import mixtral_config_json, write_tokenizer
-from trace_jax.checkpoints.placing import equal, take
-from trace_jax.checkpoints.quantized import Readable, fp8_tensor
-from trace_jax.checkpoints.shards import (
+from trace_jax.checkpoints.checkpoint import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    CheckpointError,
     Specs,
-    check_destination,
-    check_space,
-    nbytes,
-    plan_shards,
-    replacing_directory,
-    writing_shards,
+    Tensor,
+    TensorFile,
+    create_file,
+    open_checkpoint,
 )
-from trace_jax.checkpoints.streaming import PIECE_BYTES, Part, parts_of, pieces, stream
-from trace_jax.checkpoints.tensor_file import DTYPES, CheckpointError, Tensor, TensorWriter
+from trace_jax.checkpoints.model_card import ModelCard, base_model_of, licence_of, mixtral_config_json, readme
+from trace_jax.checkpoints.parts import PIECE_BYTES, THREADS, on_disk, parts_of, places, take
+from trace_jax.checkpoints.quantized import Readable, fp8_tensor
 from trace_jax.io.files import is_remote
 from trace_jax.io.progress import progress
 from trace_jax.models.arrays import flat_specs, flatten
 from trace_jax.models.families import FAMILIES, family_of
 from trace_jax.models.model import Model
+from trace_jax.parallel.processes import is_main
 
 SHARD_BYTES = 5 * 10**9
 _BFLOAT16 = DTYPES["BF16"]
@@ -57,11 +60,11 @@ def save_pretrained(
 ) -> None:
     """Writes `model` as a Hugging Face checkpoint: like its source, with what has changed put in.
 
-    Tensors keep the source's names, layout and type. One whose values are those that the import had is copied byte by
-    byte; so is what the import ignored. If a quantised tensor has changed, all quantised ones are written as bfloat16
-    and config.json loses its quantization_config. A model without a source (trained here) becomes a `mixtral`.
-    Everything is written under a temporary name and renamed at the end. Memory is as in `load_pretrained`. Of several
-    processes all must call it, and process 0 writes.
+    Tensors keep the source's names, layout and type, and numbers that are those of the import keep their bytes; so does
+    what the import ignored. If a quantised tensor has changed, all quantised ones are written as bfloat16 and
+    config.json loses its quantization_config. A model without a source (trained here) becomes a `mixtral`. Everything
+    is written under a temporary name and renamed at the end. Memory is as in `load_pretrained`. Of several processes
+    all must call it, and process 0 writes.
 
     Args:
       card: what README.md says was done; without it, only how the tensors differ from the source's.
@@ -74,43 +77,51 @@ def save_pretrained(
     """
     if is_remote(path):
         raise CheckpointError(f"{os.fspath(path)}: a checkpoint is exported to a local disk. Copy it there afterwards.")
-    destination = Path(path).absolute()
-    check_destination(destination, overwrite=overwrite, source=model.source.directory if model.source else None)
-    params = _checked_params(model)
-    plan = _plan_from_source(model, params) if model.source else _plan_new(model)
-    source = plan.accounting.checkpoint if plan.accounting else None
-    shards = plan_shards(plan.specs, shard_bytes, source)
-    check_space(destination, nbytes(plan.specs) + 2**26)
-    with replacing_directory(destination) as directory:
-        with writing_shards(directory, shards, source) as writers:
-            changed = _write(plan, params, writers)
-        _write_others(plan, model, directory)
+    destination, params = Path(path).absolute(), _checked_params(model)
+    _check_destination(destination, overwrite=overwrite, source=model.source.directory if model.source else None)
+    accounting, written, merged = None, (), ()
+    if model.source is None:
+        config_json = mixtral_config_json(model.config, model.special)
+        written = slots_of(model.config, FAMILIES["mixtral"], ())
+        dtypes = {path: np.dtype(leaf.dtype) for path, leaf in params.items()}
+        specs = {name: (dtypes[slot.path], slot.layout.tensor_shape) for slot in written for name in slot.names}
+    else:
+        family = family_of({"model_type": model.source.model_type})
+        accounting = account(open_checkpoint(model.source.directory), model.config, family)
+        config_json = dict(accounting.checkpoint.config)
+        imported = {p: reference() for p, reference in model.source.imported.items()}
+        touched = [slot for slot in accounting.slots if params[slot.path] is not imported.get(slot.path)]
+        merged = [slot for slot in touched if not _is_quantised(slot, accounting)]
+        packed = [slot for slot in touched if _is_quantised(slot, accounting)]
+        specs = {t.name: (t.dtype, t.shape) for file in accounting.checkpoint.files for t in file.in_order()}
+        if _write(packed, params, accounting.readable, merge=True, dry=True):
+            quantised = {(slot.path, slot.row) for slot in accounting.slots if _is_quantised(slot, accounting)}
+            slots = slots_of(model.config, family, accounting.readable)
+            written = [slot for slot in slots if (slot.path, slot.row) in quantised]
+            specs = _decoded_specs(specs, written, accounting)
+            config_json.pop("quantization_config", None)
+    checkpoint = accounting.checkpoint if accounting else None
+    size = _nbytes(specs)
+    _check_space(destination, size + 2**26)
+    with _replacing_directory(destination) as directory:
+        tensors = _lay_out(directory, specs, checkpoint, shard_bytes) if directory else {}
+        changed = _write(written, params, tensors, merge=False) | _write(merged, params, tensors, merge=True)
+        if directory is None:
+            return
+        if accounting and written:
+            changed |= _decode_ignored(tensors, accounting)
+        _write_others(directory, model, checkpoint, config_json)
         text = readme(
             card,
-            base_model=base_model_of(source.directory, source.config) if source else None,
-            licence=licence_of(source.directory) if source else {},
-            notes=_notes(plan, changed),
+            base_model=base_model_of(checkpoint.directory, checkpoint.config) if checkpoint else None,
+            licence=licence_of(checkpoint.directory) if checkpoint else {},
+            note=_note(len(changed), len(specs), bool(checkpoint), decoded=bool(written)),
         )
         (directory / "README.md").write_text(text, encoding="utf-8")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is written: `specs` of all tensors; `accounting` of the source; `decoded`: slots written as bfloat16
-    because quantised tensors have changed; `new`: slots of a model without a source."""
-
-    specs: Specs
-    accounting: Accounting | None = None
-    decoded: tuple[Slot, ...] = ()
-    new: tuple[Slot, ...] = ()
-
-
 def _checked_params(model: Model) -> dict[str, jax.Array]:
-    """The parameters by path.
-
-    Raises:
-      ValueError: they aren't those of the configuration.
-    """
+    """The parameters by path. Raises ValueError: they aren't those of the configuration."""
     params, specs = flatten(model.params), flat_specs(model.config)
     if set(params) != set(specs):
         raise ValueError(f"the parameters {sorted(set(params) ^ set(specs))} don't correspond to the configuration.")
@@ -121,174 +132,204 @@ def _checked_params(model: Model) -> dict[str, jax.Array]:
     return params
 
 
-def _sharding(leaf: jax.Array) -> NamedSharding | None:
-    return leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
-
-
-def _plan_new(model: Model) -> _Plan:
-    mixtral_config_json(model.config, model.special)  # raises if it is none
-    specs = flat_specs(model.config)
-    slots = slots_of(model.config, FAMILIES["mixtral"], ())
-    tensors = {
-        name: (np.dtype(jax.numpy.dtype(specs[slot.path].dtype)), slot.layout.tensor_shape)
-        for slot in slots
-        for name in slot.names
-    }
-    return _Plan(tensors, new=slots)
-
-
-def _plan_from_source(model: Model, params: Mapping[str, jax.Array]) -> _Plan:
-    assert model.source is not None
-    family = family_of({"model_type": model.source.model_type})
-    accounting = account(open_checkpoint(model.source.directory), model.config, family)
-    checkpoint = accounting.checkpoint
-    tensors = {tensor.name: tensor for file in checkpoint.files for tensor in file.in_order()}
-    quantised = [slot for slot in accounting.slots if _is_quantised(slot, accounting)]
-    if not any(changed for _, changed in _compare(params, accounting, quantised)):
-        return _Plan({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, accounting)
-    places = {(slot.path, slot.row) for slot in quantised}
-    slots = slots_of(model.config, family, accounting.readable)
-    decoded = tuple(slot for slot in slots if (slot.path, slot.row) in places)
-    return _Plan(_decoded_specs(tensors, decoded, accounting), accounting, decoded)
-
-
 def _is_quantised(slot: Slot, accounting: Accounting) -> bool:
     return not isinstance(accounting.readable[slot.names[0]], Tensor)
 
 
-def _decoded_specs(tensors: Mapping[str, Tensor], decoded: Sequence[Slot], accounting: Accounting) -> dict:
+def _decoded_specs(specs: Specs, slots: Sequence[Slot], accounting: Accounting) -> dict:
     """All tensors in the order of the files, quantised ones as bfloat16 and without their scales."""
-    shapes = {name: slot.layout.tensor_shape for slot in decoded for name in slot.names}
-    names = {accounting.readable[name].parts[0].name: name for name in shapes}
-    scales = {accounting.readable[name].parts[1].name for name in shapes}
+    shapes = {name: slot.layout.tensor_shape for slot in slots for name in slot.names}
+    parts = {name: [part.name for part in accounting.readable[name].parts] for name in shapes}
     for name in accounting.ignored:
-        if tensors[name].dtype == DTYPES["F8_E4M3"] and f"{name}_scale_inv" in tensors:
-            names[name], shapes[name] = name, tensors[name].shape
-            scales.add(f"{name}_scale_inv")
-    specs = {}
-    for name, tensor in tensors.items():
+        if specs[name][0] == DTYPES["F8_E4M3"] and f"{name}_scale_inv" in specs:
+            parts[name], shapes[name] = [name, f"{name}_scale_inv"], specs[name][1]
+    names = {data: name for name, (data, _) in parts.items()}
+    scales = {scale for _, scale in parts.values()}
+    decoded = {}
+    for name, spec in specs.items():
         if name in names:
-            specs[names[name]] = (_BFLOAT16, shapes[names[name]])
+            decoded[names[name]] = (_BFLOAT16, shapes[names[name]])
         elif name not in scales:
-            specs[name] = (tensor.dtype, tensor.shape)
-    return specs
+            decoded[name] = spec
+    return decoded
 
 
-def _compare(
-    params: Mapping[str, jax.Array], accounting: Accounting, slots: Sequence[Slot]
-) -> Iterator[tuple[Slot, frozenset[str]]]:
-    """Yields every slot with the names of its tensors whose parameter is no longer what the import made of them."""
-    parts = [part for slot in slots for part in parts_of(slot, _sharding(params[slot.path]), accounting.itemsize(slot))]
-    changed: set[str] = set()
-    for number, (part, numbers) in enumerate(stream(parts, accounting.readable)):
-        same = equal(params[part.slot.path], numbers, part).reshape(-1)
-        changed |= {name for name, equals in zip(part.names, same, strict=True) if not equals}
-        if number + 1 == len(parts) or parts[number + 1].slot is not part.slot:
-            yield part.slot, frozenset(changed)
-            changed = set()
+def _lay_out(directory: Path, specs: Specs, checkpoint: Checkpoint | None, limit: int) -> dict[str, Tensor]:
+    """Makes the files, with the source's bytes wherever a tensor has its type and shape. Returns the tensors.
 
-
-def _write(plan: _Plan, params: Mapping[str, jax.Array], writers: Mapping[str, TensorWriter]) -> int:
-    """Writes every tensor; returns how many are not copies of the source's."""
-    count = 0
-    accounting = plan.accounting
-    slots = [slot for slot in accounting.slots if not _is_quantised(slot, accounting)] if accounting else []
-    with progress("Writing", len(slots) + len(plan.new) + len(plan.decoded), unit="slot") as advance:
-        done = 0
-        for slot in (*plan.new, *plan.decoded):
-            _write_slot(slot, slot.names, params[slot.path], plan.specs[slot.names[0]][0], writers)
-            count, done = count + len(slot.names), done + 1
-            advance(done, slot.path)
-        if accounting is None:
-            return count
-        for slot, changed in _compare(params, accounting, slots):
-            for name in slot.names:
-                if name not in changed:
-                    writers[name].copy(name, accounting.checkpoint.tensors[name])
-            _write_slot(slot, changed, params[slot.path], plan.specs[slot.names[0]][0], writers)
-            count, done = count + len(changed), done + 1
-            advance(done, slot.path)
-    return count + _copy_the_rest(plan.specs, accounting, writers)
-
-
-def _write_slot(
-    slot: Slot, names: Collection[str], parameter: jax.Array, dtype: np.dtype, writers: Mapping[str, TensorWriter]
-) -> None:
-    """Writes the tensors `names` of a slot from the parameter."""
-    for part in parts_of(slot, _sharding(parameter), dtype.itemsize) if names else ():
-        if not set(part.names) & set(names):
-            continue
-        disk = _on_disk(part, take(parameter, part, dtype))
-        if slot.layout.separate:
-            for name, numbers in zip(part.names, disk.reshape(len(part.names), -1), strict=True):
-                if name in names:
-                    writers[name].write(name, numbers)
-        else:
-            for first, place in part.first_indices:
-                writers[slot.names[0]].write(slot.names[0], disk[place], first * math.prod(disk.shape[1:]))
-
-
-def _on_disk(part: Part, numbers: np.ndarray) -> np.ndarray:
-    """The numbers of a part with their axes as on disk, contiguous."""
-    layout, bits = part.slot.layout, np.dtype(f"u{numbers.dtype.itemsize}")
-    disk = np.empty(layout.apart(numbers).shape, bits)
-    source, target = numbers.view(bits), disk.transpose(layout.order)
-    for index, _, _ in pieces(source.shape, PIECE_BYTES // bits.itemsize):
-        copy_tiled(source[index], target[index])
-    return disk.view(numbers.dtype)
-
-
-def _copy_the_rest(specs: Specs, accounting: Accounting, writers: Mapping[str, TensorWriter]) -> int:
-    """Copies what no parameter is written to: ignored tensors, and quantised ones that stay so.
-
-    Returns how many are decoded instead (ignored ones, where config.json loses its quantization_config).
+    They are copies of the source's files if these hold the same tensors and none is beyond `limit` bytes; else they are
+    cut anew, with an index if there are several.
     """
-    tensors, count = accounting.checkpoint.tensors, 0
-    for name, (dtype, _) in specs.items():
-        writer = writers[name]
-        if name not in writer.missing:
-            continue
-        if dtype == tensors[name].dtype:
-            writer.copy(name, tensors[name])
-        else:
-            _write_decoded(name, fp8_tensor(tensors[name], tensors, accounting.checkpoint.config), writer)
-            count += 1
-    return count
+    source = checkpoint.tensors if checkpoint else {}
+    sizes = [sum(tensor.nbytes for tensor in file.tensors.values()) for file in checkpoint.files] if checkpoint else []
+    if checkpoint and max(sizes) <= limit and specs == {name: (t.dtype, t.shape) for name, t in source.items()}:
+        names = [file.path.name for file in checkpoint.files]
+        for name in (*names, *[INDEX] * (checkpoint.index is not None)):
+            shutil.copyfile(checkpoint.directory / name, directory / name)
+        files = [TensorFile(directory / name, writable=True) for name in names]
+        return {name: tensor for file in files for name, tensor in file.tensors.items()}
+    shards: list[dict] = [{}]
+    for name, spec in specs.items():
+        if shards[-1] and _nbytes({**shards[-1], name: spec}) > limit:
+            shards.append({})
+        shards[-1][name] = spec
+    tensors, file_of = {}, {}
+    for number, shard in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors |= create_file(directory / file, shard, {"format": "pt"}).tensors
+        file_of |= dict.fromkeys(shard, file)
+    for name, (dtype, shape) in specs.items():
+        if name in source and (source[name].dtype, source[name].shape) == (dtype, shape):
+            tensors[name].copy(source[name])
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": _nbytes(specs)}, "weight_map": dict(sorted(file_of.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return tensors
 
 
-def _write_decoded(name: str, tensor: Readable, writer: TensorWriter) -> None:
-    size, columns = math.prod(tensor.shape), tensor.shape[-1]
-    step = max(1, PIECE_BYTES // columns) * columns
-    for start in range(0, size, step):
-        writer.write(name, tensor.read(start, min(start + step, size)).astype(_BFLOAT16), start)
+def _nbytes(specs: Specs) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
 
 
-def _write_others(plan: _Plan, model: Model, directory: Path) -> None:
+def _write(
+    slots: Sequence[Slot],
+    params: Mapping[str, jax.Array],
+    tensors: Mapping[str, Readable],
+    *,
+    merge: bool,
+    dry: bool = False,
+) -> set[str]:
+    """Writes parameters over the tensors of their slots; returns the names of those that got other numbers.
+
+    Args:
+      tensors: of the files; empty in processes that don't write.
+      merge: a number that the import would cast to the parameter's stays as it is, bit by bit.
+      dry: only compares.
+    """
+
+    def write(place: tuple[int, str, int, np.ndarray]) -> str | None:
+        _, name, start, view = place
+        tensor, numbers = tensors[name], view.reshape(-1)
+        after = numbers.astype(tensor.dtype, copy=False)
+        if merge:
+            before = tensor.read(start, start + numbers.size)
+            on_device = before.astype(jax.dtypes.canonicalize_dtype(before.dtype), copy=False)
+            differs = _bits(on_device.astype(numbers.dtype, copy=False)) != _bits(numbers)
+            if not differs.any():
+                return None
+            np.copyto(_bits(before), _bits(after), where=differs)
+            after = before
+        if not dry and isinstance(tensor, Tensor):
+            tensor.write(after, start)
+        return name
+
+    changed: set[str | None] = set()
+    if not slots:
+        return set()
+    with ThreadPoolExecutor(THREADS) as pool, progress("Writing", len(slots), unit="slot") as advance:
+        for done, slot in enumerate(slots):
+            parameter = params[slot.path]
+            for part in parts_of(slot, parameter.sharding, parameter.dtype.itemsize):
+                numbers = take(parameter, part)
+                if tensors:
+                    changed.update(pool.map(write, places(part, on_disk(part, numbers))))
+            advance(done + 1, slot.path)
+    return {name for name in changed if name}
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+def _decode_ignored(tensors: Mapping[str, Tensor], accounting: Accounting) -> set[str]:
+    """Writes the float8 tensors that the import ignored as bfloat16, since config.json no longer says how they are."""
+    source, names = accounting.checkpoint.tensors, set()
+    for name in tensors.keys() & accounting.ignored.keys():
+        if tensors[name].dtype != source[name].dtype:
+            packed = fp8_tensor(source[name], source, accounting.checkpoint.config)
+            size, columns = math.prod(packed.shape), packed.shape[-1]
+            step = max(1, PIECE_BYTES // columns) * columns
+            for start in range(0, size, step):
+                tensors[name].write(packed.read(start, min(start + step, size)).astype(_BFLOAT16), start)
+            names.add(name)
+    return names
+
+
+def _write_others(directory: Path, model: Model, checkpoint: Checkpoint | None, config_json: Mapping[str, Any]) -> None:
     """config.json, the tokenizer and what else travels along."""
-    if plan.accounting is None:
-        text = json.dumps(mixtral_config_json(model.config, model.special), indent=2) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
-        write_tokenizer(model, directory)
-        return
-    checkpoint = plan.accounting.checkpoint
-    for file in sorted({file for pattern in _ALONG for file in checkpoint.directory.glob(pattern)}):
-        if file.is_file() and file.suffix not in _NEVER:
-            shutil.copyfile(file, directory / file.name)
-    if plan.decoded:
-        config: dict[str, Any] = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    else:
+    if checkpoint and config_json == checkpoint.config:
         shutil.copyfile(checkpoint.directory / "config.json", directory / "config.json")
+    else:
+        (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
+    if checkpoint:
+        for file in sorted({file for pattern in _ALONG for file in checkpoint.directory.glob(pattern)}):
+            if file.is_file() and file.suffix not in _NEVER:
+                shutil.copyfile(file, directory / file.name)
+    elif model.tokenizer is not None:
+        model.tokenizer.save(str(directory / "tokenizer.json"))
+        ids = {"bos": model.special.bos, "eos": next(iter(model.special.eos), None), "pad": model.special.pad}
+        tokens = {
+            f"{kind}_token": model.tokenizer.id_to_token(token) for kind, token in ids.items() if token is not None
+        }
+        text = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **tokens}, indent=2) + "\n"
+        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
-def _notes(plan: _Plan, changed: int) -> list[str]:
-    if plan.accounting is None:
-        return ["All tensors are this model's own."]
-    if plan.decoded:
-        return [
+def _note(changed: int, total: int, has_source: bool, *, decoded: bool) -> str:
+    """How the files differ from the source's."""
+    if not has_source:
+        return "All tensors are this model's own."
+    if decoded:
+        return (
             f"The base model's quantised tensors changed; all of them are written as bfloat16. {changed} of "
-            f"{len(plan.specs)} tensors are not the base model's bytes; the rest are."
-        ]
+            f"{total} tensors are not the base model's bytes; the rest are."
+        )
     if not changed:
-        return [f"An unchanged re-export: all {len(plan.specs)} tensors are the base model's, byte for byte."]
-    return [f"{changed} of {len(plan.specs)} tensors differ from the base model's; the rest are its bytes."]
+        return f"An unchanged re-export: all {total} tensors are the base model's, byte for byte."
+    return f"{changed} of {total} tensors differ from the base model's; the rest are its bytes."
+
+
+def _check_destination(path: Path, *, overwrite: bool, source: Path | None) -> None:
+    """Refuses a directory that must not be replaced."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"{path} exists; choose another directory, or overwrite it (--overwrite).")
+    if source is not None and source.resolve().is_relative_to(path.resolve()):
+        raise CheckpointError(f"{path} holds the checkpoint that the model came from; choose another directory.")
+    if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").exists()):
+        raise CheckpointError(f"{path} is no checkpoint, and is not replaced by one; choose another directory.")
+
+
+def _check_space(path: Path, needed: int) -> None:
+    """Raises CheckpointError if `path`, which need not exist yet, hasn't `needed` bytes free."""
+    there = next(parent for parent in path.parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise CheckpointError(f"{path} needs {needed / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free.")
+
+
+@contextlib.contextmanager
+def _replacing_directory(path: Path) -> Iterator[Path | None]:
+    """Yields a new directory beside `path`; on success it takes the place of `path`, on any error it vanishes.
+
+    Yields None in other processes than 0.
+    """
+    if not is_main():
+        yield None
+        return
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

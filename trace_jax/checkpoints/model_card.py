@@ -1,4 +1,4 @@
-"""README.md of an exported checkpoint: what was done to the model, and what was measured."""
+"""What an exported checkpoint says of itself: README.md, and config.json of a model that was trained here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from trace_jax.config import ConfigError
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.families import model_config
+from trace_jax.models.model import SpecialTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +34,8 @@ class ModelCard:
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
-def readme(card: ModelCard | None, *, base_model: str | None, licence: Mapping[str, str], notes: Sequence[str]) -> str:
-    """The text of README.md. `notes` are sentences about how the files differ from the source's."""
+def readme(card: ModelCard | None, *, base_model: str | None, licence: Mapping[str, str], note: str) -> str:
+    """The text of README.md. `note` says how the files differ from the source's."""
     front: dict[str, Any] = {**licence, "library_name": "transformers", "pipeline_tag": "text-generation"}
     if base_model:
         front["base_model"] = base_model
@@ -44,7 +49,7 @@ def readme(card: ModelCard | None, *, base_model: str | None, licence: Mapping[s
         lines += _table(card.measured, "Measured")
     else:
         lines += [f"# {name}", "", "Written by trace_jax; nothing is recorded about how it was made.", ""]
-    lines += ["## Files", "", *notes, ""]
+    lines += ["## Files", "", note, ""]
     return "\n".join(lines)
 
 
@@ -77,3 +82,45 @@ def base_model_of(directory: Path, config_json: Mapping[str, Any]) -> str:
     if cached:
         return cached.removeprefix("models--").replace("--", "/")
     return str(config_json.get("_name_or_path") or directory.absolute().name)
+
+
+def mixtral_config_json(config: ModelConfig, special: SpecialTokens) -> dict[str, Any]:
+    """config.json of a model trained here.
+
+    Raises:
+      ConfigError: the model has a switch that Mixtral doesn't have; the message names it.
+    """
+    windows = set(config.windows)
+    fields = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.expert_hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": config.ropes[0].theta,
+        "sliding_window": max(windows, default=0) or None,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": config.dtype,
+        "bos_token_id": special.bos,
+        "eos_token_id": list(special.eos),
+        "pad_token_id": special.pad,
+    }
+    read = dataclasses.replace(model_config(fields, dtype=config.dtype), grouped_matmul=config.grouped_matmul)
+    other = [
+        f"{field.name} = {getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != getattr(read, field.name)
+    ]
+    if other:
+        raise ConfigError(
+            f"a model that was not imported is exported as a mixtral, which can't express {', '.join(other)}."
+        )
+    return fields

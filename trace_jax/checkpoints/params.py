@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
-from trace_jax.checkpoints.tensor_file import writing_tensors
-from trace_jax.io.files import local_copy
+from trace_jax.checkpoints.checkpoint import create_file
+from trace_jax.io.files import local_copy, replacing
 from trace_jax.parallel.hosts import to_host
+from trace_jax.parallel.processes import is_main
 
 
 def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = None) -> None:
@@ -23,9 +25,13 @@ def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = No
     """
     flat = _dotted(params)
     specs = {name: (np.dtype(leaf.dtype), leaf.shape) for name, leaf in flat.items()}
-    with writing_tensors(path, specs, {"trace_jax": json.dumps(metadata or {})}) as writer:
+    about = {"trace_jax": json.dumps(metadata or {})}
+    with replacing(path) if is_main() else contextlib.nullcontext() as temporary:
+        file = create_file(temporary, specs, about) if temporary else None
         for name, leaf in flat.items():
-            writer.write(name, to_host(leaf))
+            numbers = to_host(leaf)
+            if file:
+                file.tensors[name].write(numbers)
 
 
 def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:

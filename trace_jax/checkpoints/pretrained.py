@@ -7,16 +7,15 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from tokenizers import Tokenizer
 
 from trace_jax.checkpoints.accounting import account
-from trace_jax.checkpoints.checkpoint import open_checkpoint, read_object
-from trace_jax.checkpoints.placing import empty, place
-from trace_jax.checkpoints.streaming import parts_of, stream
-from trace_jax.checkpoints.tensor_file import CheckpointError
+from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint, read_object
+from trace_jax.checkpoints.parts import empty, parts_of, place, stream
 from trace_jax.io.progress import progress
 from trace_jax.models.arrays import flat_specs, flatten, unflatten
 from trace_jax.models.families import family_of, model_config
@@ -72,7 +71,7 @@ def load_pretrained(
         params=unflatten(params),
         tokenizer=tokenizer,
         special=special,
-        source=Source(directory.absolute(), str(config_json["model_type"])),
+        source=Source(directory.absolute(), str(config_json["model_type"]), {p: ref(a) for p, a in params.items()}),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from trace_jax.checkpoints.tensor_file import CheckpointError, Tensor
+from trace_jax.checkpoints.checkpoint import CheckpointError, Tensor
 
 METHODS = ("fp8", "mxfp4")
 _FLOAT32 = np.dtype(np.float32)

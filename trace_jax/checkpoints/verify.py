@@ -16,9 +16,8 @@ import jax
 import numpy as np
 
 from trace_jax.checkpoints.accounting import Accounting, account
-from trace_jax.checkpoints.checkpoint import open_checkpoint
+from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from trace_jax.checkpoints.pretrained import load_pretrained, read_tokenizer, special_tokens
-from trace_jax.checkpoints.tensor_file import CheckpointError
 from trace_jax.models.arrays import count_params, flat_specs
 from trace_jax.models.config import ModelConfig, Rope
 from trace_jax.models.decoder import forward

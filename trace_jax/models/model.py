@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 from trace_jax.models.config import ModelConfig
 
@@ -20,10 +22,11 @@ class SpecialTokens:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The checkpoint that a model was imported from."""
+    """The checkpoint that a model was imported from; `imported`: the array of every parameter as it came, by path."""
 
     directory: Path
     model_type: str
+    imported: Mapping[str, ref] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)

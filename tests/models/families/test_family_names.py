@@ -8,8 +8,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import KIMI, LAYOUTS, MODEL_TYPES
 
 from trace_jax.checkpoints.accounting import account, slots_of
-from trace_jax.checkpoints.checkpoint import open_checkpoint
-from trace_jax.checkpoints.tensor_file import CheckpointError
+from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from trace_jax.models.families import FAMILIES, family_of, model_config
 
 

@@ -14,12 +14,12 @@ from trace_jax.models.families.family import Switches
 from trace_jax.models.families.reader import ConfigReader, unsupported
 
 STATIC = ("default", "linear", "llama3", "yarn")  # kinds whose frequencies don't depend on the length of the text
-_KEYS = """
+_NAMES = """
 rope_type type rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor beta_fast
 beta_slow short_factor long_factor low_freq_factor high_freq_factor mscale mscale_all_dim truncate short_mscale
 long_mscale alpha
 """
-_KEYS = frozenset(_KEYS.split())
+_KEYS = frozenset(_NAMES.split())
 
 
 def _settings(reader: ConfigReader, kind: str = "", partial: bool = False) -> dict[str, Any]:
@@ -121,9 +121,9 @@ def _formula(kind: str, settings: Mapping[str, Any], theta: float, width: int) -
     ramp = np.clip((np.arange(width // 2) - first) / (last - first or 0.001), 0.0, 1.0)
     amplitude = settings.get("attention_factor")
     if amplitude is None:
-        one, all_dimensions = settings.get("mscale"), settings.get("mscale_all_dim")
-        both = one and all_dimensions
-        amplitude = _mscale(factor, one) / _mscale(factor, all_dimensions) if both else _mscale(factor, 1.0)
+        amplitude = _mscale(factor, 1.0)
+        if (one := settings.get("mscale")) and (all_dimensions := settings.get("mscale_all_dim")):
+            amplitude = _mscale(factor, one) / _mscale(factor, all_dimensions)
     return _rope(theta, 1 / (ramp / factor + 1 - ramp), amplitude=float(amplitude))
 
 
