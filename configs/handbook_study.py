@@ -14,7 +14,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.name = "handbook_study"
     config.data = {"benchmark": "handbook"}
     config.target = {"steps": 600}
-    config.unlearning = {"nll_ceiling": 5.0, "evaluate_every": 5, "learning_rate": 2e-3}
+    config.unlearning = {
+        "objective": {"name": "gradient_difference", "nll_ceiling": 5.0},
+        "evaluate_every": 5,
+        "learning_rate": 2e-3,
+    }
     config.evaluation = {"max_rows": 48}
     config.study = {
         "methods": (

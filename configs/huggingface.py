@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = {"path": ""}
     config.data = {"benchmark": "text", "row_length": 512}
     config.unlearning = {
-        "nll_ceiling": 6.0,
+        "objective": {"name": "gradient_difference", "nll_ceiling": 6.0},
         "trainable": "down_projections",
         "learning_rate": 1e-5,
         "warmup_steps": 20,

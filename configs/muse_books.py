@@ -56,15 +56,17 @@ METHODS = {
     # TRACE's own settings aren't published: MUSE's rate, and this package's other defaults. Not tuned at this size.
     "trace": {"retain_batch_size": 8},
     "graddiff": {"alpha": 1.0},
-    # MUSE's code applies NPO to logits (--config.unlearning.form=muse_logits); this is the paper's loss, rows summed.
-    "npo": {"alpha": 1.0, "beta": 0.1},
+    # MUSE's code applies NPO to logits (--config.unlearning.objective.form=muse_logits); this is the paper's loss,
+    # rows summed.
+    "npo": {"alpha": 1.0, "objective": {"beta": 0.1}},
     # github.com/OPTML-Group/Unlearn-Simple, MUSE: beta, delta 0, coefficients 1 and 0.1; its loss is on logits too.
-    "simnpo": {"gamma": 1.0, "alpha": 0.1, "beta": 0.75, "delta": 0.0},
+    "simnpo": {"alpha": 0.1, "objective": {"gamma": 1.0, "beta": 0.75, "delta": 0.0}},
     # Not published for this benchmark on such models: layer (7, counted from 0) and alpha of arXiv 2403.03218, the
     # target's length as in arXiv 2408.06223.
-    "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "layer": 8},
+    "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "objective": {"layer": 8}},
     # Not published for this benchmark: what arXiv 2411.18797, appendix A, has for WMDP-Cyber. Its paper sums over the
-    # experts in the anchor loss, its code takes the mean (--config.unlearning.anchor_form=mean) and a rate of 2e-4.
+    # experts in the anchor loss, its code takes the mean (--config.unlearning.trainable.anchor_form=mean) and a rate
+    # of 2e-4.
     "seuf": {"learning_rate": 1e-4, "alpha": 1.0, "forget_batch_size": 16, "retain_batch_size": 16},
 }
 

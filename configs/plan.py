@@ -20,7 +20,7 @@ def get_config(variant: str = "olmoe-1b-7b") -> ml_collections.ConfigDict:
     config.model = as_dict(published_config(variant, dtype="bfloat16"))
     config.data = {"row_length": 512}
     config.unlearning = {
-        "nll_ceiling": 6.0,
+        "objective": {"name": "gradient_difference", "nll_ceiling": 6.0},
         "trainable": "down_projections",
         "forget_batch_size": 16,
         "retain_batch_size": 16,

@@ -15,6 +15,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.methods = ("uniform", "trace", "trace_rows")
     config.data = {"benchmark": "presidents"}
     config.target = {"steps": 600, "retrained": True}
-    config.unlearning = {"nll_ceiling": 6.0, "learning_rate": 3e-3, "alpha": 4.0, "evaluate_every": 5}
+    config.unlearning = {
+        "objective": {"name": "gradient_difference", "nll_ceiling": 6.0},
+        "learning_rate": 3e-3,
+        "alpha": 4.0,
+        "evaluate_every": 5,
+    }
     config.evaluation = {"max_rows": 48}
     return config

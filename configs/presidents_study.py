@@ -14,7 +14,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.name = "presidents_study"
     config.data = {"benchmark": "presidents"}
     config.target = {"steps": 600}
-    config.unlearning = {"nll_ceiling": 6.0, "learning_rate": 3e-3, "evaluate_every": 5}
+    config.unlearning = {
+        "objective": {"name": "gradient_difference", "nll_ceiling": 6.0},
+        "learning_rate": 3e-3,
+        "evaluate_every": 5,
+    }
     config.evaluation = {"max_rows": 48}
     config.study = {
         "methods": (

@@ -18,9 +18,8 @@ from trace_jax.models.families.published import PUBLISHED
 # configs/huggingface.py, the others train what their authors train.
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "trace": {
-        "objective": "gradient_difference",
+        "objective": {"name": "gradient_difference", "nll_ceiling": 6.0},
         "retain_loss": "kl",
-        "nll_ceiling": 6.0,
         "trainable": "down_projections",
     },
     "graddiff": {"objective": "gradient_difference", "retain_loss": "nll", "trainable": "all"},
@@ -30,22 +29,26 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "seuf": {
         "objective": "gradient_difference",
         "retain_loss": "nll",
-        "trainable": "seuf",
-        "experts": "affinity",
-        "experts_scope": "model",
-        "experts_top": 1,
-        "anchor": 1.0,
-        "anchor_form": "sum",
+        "trainable": {
+            "name": "seuf",
+            "experts": {"name": "affinity", "scope": "model", "top": 1},
+            "anchor": 1.0,
+            "anchor_form": "sum",
+        },
     },
     # RMU's length c must fit the hidden states and is published for three of the models; elsewhere the first batch's.
-    "rmu": {"objective": "adaptive_rmu", "steering_scale": 5.0, "clip_norm": 0.0, "trainable": "down_projections"},
+    "rmu": {
+        "objective": {"name": "adaptive_rmu", "steering_scale": 5.0},
+        "clip_norm": 0.0,
+        "trainable": "down_projections",
+    },
 }
 _DEFAULT = "trace"
 
 
-def rmu(steering: float, **changes: Any) -> Mapping[str, Any]:
-    """RMU with a length c that is known, instead of the adaptive one of `METHODS`."""
-    return {"objective": "rmu", "steering": steering, "steering_scale": None, **changes}
+def rmu(steering: float, layer: int, **changes: Any) -> Mapping[str, Any]:
+    """RMU of a layer with a length c that is known, instead of the adaptive one of `METHODS`."""
+    return {"objective": {"name": "rmu", "steering": steering, "layer": layer}, **changes}
 
 
 def benchmark_config(
@@ -62,7 +65,7 @@ def benchmark_config(
     Args:
       data: settings of `data` beside the benchmark's name.
       common, methods, models: settings of `unlearning`: of every variant, by method, and by (method, model). Later ones
-        replace earlier ones, which replace those of `METHODS`; None takes one back.
+        replace earlier ones, which replace those of `METHODS`; settings without the name of an objective add to it.
 
     Raises:
       ConfigError: a variant that names no model or method of these.
@@ -77,16 +80,21 @@ def benchmark_config(
     config.export = weighting
     config.model = {"path": "", "published": model}
     config.data = {"benchmark": "text", **data}
-    config.unlearning = {
-        "b2": 0.999,
-        **METHODS[method],
-        **common,
-        **methods[method],
-        **(models or {}).get((method, model), {}),
-    }
+    of_model = (models or {}).get((method, model), {})
+    config.unlearning = _merged({"optimizer": {"b2": 0.999}}, METHODS[method], common, methods[method], of_model)
     config.evaluation = {"batch_size": 8}
     config.parallel = {"remat": "layer"}
     return config
+
+
+def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for key, value in (item for part in parts for item in part.items()):
+        if isinstance(value, Mapping) and "name" not in value:
+            before = merged.get(key, {})
+            value = {**({"name": before} if isinstance(before, str) else before), **value}
+        merged[key] = value
+    return merged
 
 
 def check_name(what: str, given: str, known: Iterable[str], name: str) -> None:

@@ -19,7 +19,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.methods = ("uniform", "trace", "trace_rows")
     config.data = {"benchmark": "handbook"}
     config.target = {"steps": 600}
-    config.unlearning = {"nll_ceiling": 5.0, "evaluate_every": 5, "learning_rate": 2e-3}
+    config.unlearning = {
+        "objective": {"name": "gradient_difference", "nll_ceiling": 5.0},
+        "evaluate_every": 5,
+        "learning_rate": 2e-3,
+    }
     config.evaluation = {"max_rows": 48}
     if variant == "attacks":
         training = {"steps": 100, "evaluate_every": 25, "learning_rate": 1e-3}  # 1e-5 would not move a model so small

@@ -15,5 +15,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.name = "text"
     config.methods = ("uniform", "trace_rows")
     config.data = {"benchmark": "text"}
-    config.unlearning = {"nll_ceiling": 6.0}
+    config.unlearning = {"objective": {"name": "gradient_difference", "nll_ceiling": 6.0}}
     return config

@@ -61,14 +61,15 @@ METHODS = {
     # TRACE's own settings aren't published: the others' rate, and this package's defaults. Not tuned at this size.
     "trace": {"retain_batch_size": 32},
     "graddiff": {"alpha": 1.0},
-    "npo": {"alpha": 1.0, "beta": 0.1},
+    "npo": {"alpha": 1.0, "objective": {"beta": 0.1}},
     # open-unlearning's; github.com/OPTML-Group/Unlearn-Simple has beta 2.5 and gamma 0.1375.
-    "simnpo": {"alpha": 1.0, "beta": 4.5, "delta": 0.0, "gamma": 0.125},
+    "simnpo": {"alpha": 1.0, "objective": {"beta": 4.5, "delta": 0.0, "gamma": 0.125}},
     # open-unlearning's RMU has c 2 and alpha 1 on dense models; here layer (7, counted from 0) and alpha of arXiv
     # 2403.03218, and the length of the target as in arXiv 2408.06223.
-    "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "layer": 8},
+    "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "objective": {"layer": 8}},
     # Not published for this benchmark: what arXiv 2411.18797, appendix A, has for WMDP-Cyber. Its paper sums over the
-    # experts in the anchor loss, its code takes the mean (--config.unlearning.anchor_form=mean) and a rate of 2e-4.
+    # experts in the anchor loss, its code takes the mean (--config.unlearning.trainable.anchor_form=mean) and a rate
+    # of 2e-4.
     "seuf": {
         "learning_rate": 1e-4,
         "alpha": 1.0,

@@ -56,28 +56,28 @@ METHODS = {
     # Zephyr-7B on WMDP-Bio (github.com/OPTML-Group/Unlearn-Simple): rates, beta, 1 x 4 rows. NPO there takes the mean
     # over tokens; here the sum over a row (docs/method.md), so its beta is too large by the length of a row.
     "graddiff": {"learning_rate": 5e-6, "alpha": 1.0},
-    "npo": {"learning_rate": 5e-6, "alpha": 1.0, "beta": 0.0225},
-    "simnpo": {"learning_rate": 9.5e-6, "gamma": 1.0, "alpha": 1.0, "beta": 0.1, "delta": 0.0},
+    "npo": {"learning_rate": 5e-6, "alpha": 1.0, "objective": {"beta": 0.0225}},
+    "simnpo": {"learning_rate": 9.5e-6, "alpha": 1.0, "objective": {"gamma": 1.0, "beta": 0.1, "delta": 0.0}},
     # Zephyr-7B (arXiv 2403.03218 and its notebook): the output of layer 7, counted from 0, and the down projections of
     # layers 5 to 7; 150 batches of 4. Here of all routed experts. Where no c is published for a model, it is five mean
     # lengths of the layer's output on the first batch (arXiv 2408.06223).
-    "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "layer": 8, "steps": 150, "evaluate_every": 15},
+    "rmu": {"learning_rate": 5e-5, "alpha": 1200.0, "objective": {"layer": 8}, "steps": 150, "evaluate_every": 15},
     # arXiv 2411.18797, appendix A: one expert of the whole model, anchor 1, 16 rows a step. Its paper sums over experts
-    # in the anchor loss, its code takes the mean (--config.unlearning.anchor_form=mean) and a rate of 2e-4.
+    # in the anchor loss, its code takes the mean (--config.unlearning.trainable.anchor_form=mean) and a rate of 2e-4.
     "seuf": {"learning_rate": 1e-4, "alpha": 1.0, "forget_batch_size": 16, "retain_batch_size": 16},
 }
 # arXiv 2411.18797, appendix A: Qwen1.5-MoE and DeepSeek-V2-Lite on this benchmark. RMU trains all three matrices there.
 _SEUF_GRADDIFF = {"learning_rate": 5e-5}
-_SEUF_NPO = {"learning_rate": 5e-5, "beta": 0.001}
+_SEUF_NPO = {"learning_rate": 5e-5, "objective": {"beta": 0.001}}
 MODELS = {
     ("graddiff", "qwen1.5-moe-a2.7b"): _SEUF_GRADDIFF,
     ("graddiff", "deepseek-v2-lite"): _SEUF_GRADDIFF,
     ("npo", "qwen1.5-moe-a2.7b"): _SEUF_NPO,
     ("npo", "deepseek-v2-lite"): _SEUF_NPO,
-    ("rmu", "qwen1.5-moe-a2.7b"): rmu(3000.0),
-    ("rmu", "deepseek-v2-lite"): rmu(30000.0),
+    ("rmu", "qwen1.5-moe-a2.7b"): rmu(3000.0, 8),
+    ("rmu", "deepseek-v2-lite"): rmu(30000.0, 8),
     # run_rmu_mixtral.ipynb of github.com/centerforaisafety/wmdp, which trains one matrix of one expert per layer.
-    ("rmu", "mixtral-8x7b"): rmu(300.0, alpha=1600.0, steps=400, forget_batch_size=2, retain_batch_size=2),
+    ("rmu", "mixtral-8x7b"): rmu(300.0, 8, alpha=1600.0, steps=400, forget_batch_size=2, retain_batch_size=2),
 }
 
 

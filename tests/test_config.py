@@ -12,7 +12,9 @@ from trace_jax.config import ConfigError, Section, Variant, as_dict, fingerprint
 from trace_jax.models.config import ModelConfig
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.run.experiment import METHODS, ExperimentConfig
-from trace_jax.unlearning.config import TrainingConfig, UnlearningConfig
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.objectives import NPO, SimNPO
+from trace_jax.unlearning.optimizer import TrainingConfig
 
 
 def experiment(**values) -> ExperimentConfig:
@@ -29,7 +31,7 @@ WRONG = [
     ({"unlearning": {"steps": 0}}, r"unlearning\.steps is 0; expected a value at least 1"),
     ({"unlearning": {"alpha": float("nan")}}, r"unlearning\.alpha is not a number"),
     ({"unlearning": {"objective": "npoo"}}, r"unlearning\.objective is 'npoo'; .* did you mean 'npo'"),
-    ({"unlearning": {"beta": 0.1}}, r"unlearning\.beta = 0\.1 would have no effect: .* 'npo' or 'simnpo'"),
+    ({"unlearning": {"beta": 0.1}}, r"unlearning\.beta: .* write unlearning\.objective\.beta"),
     ({"unlearning": {"layer": 2}}, r"unlearning\.layer = 2 would have no effect"),
     ({"calibration": {"tau": 1.5}}, r"calibration\.tau: .* write calibration\.rule\.tau"),
     ({"calibration": {"stength": 0.5}}, r"calibration\.stength: .* did you mean 'strength'"),
@@ -85,20 +87,20 @@ def test_config_dict_and_json_give_the_same_settings():
         "name": "x",
         "methods": ("uniform",),
         "data": {"row_length": 64},
-        "unlearning": {"b2": 0.9},
+        "unlearning": {"optimizer": {"b2": 0.9}},
     }
     direct, wrapped = experiment(**values), resolve(ExperimentConfig, ml_collections.ConfigDict(values))
     again = resolve(ExperimentConfig, json.loads(json.dumps(as_dict(direct))))
     assert direct == wrapped == again
-    assert direct.unlearning.optimization.b2 == 0.9 and direct.target.optimization.learning_rate == 5e-3
+    assert direct.unlearning.optimization.optimizer.b2 == 0.9 and direct.target.optimization.learning_rate == 5e-3
 
 
 def test_conditional_defaults_follow_the_deciding_setting():
-    assert UnlearningConfig(objective="npo").beta == 0.1
-    assert UnlearningConfig(objective="simnpo").beta == 4.5
-    assert UnlearningConfig().beta is None
-    assert UnlearningConfig(objective="rmu").retain_loss == "hidden" and UnlearningConfig(objective="rmu").layer == 1
-    assert UnlearningConfig(objective="gradient_ascent").alpha is None
+    assert UnlearningConfig(objective="npo").objective == NPO(beta=0.1)
+    assert UnlearningConfig(objective="simnpo").objective == SimNPO(beta=4.5, gamma=0.125)
+    rmu, ascent = UnlearningConfig(objective="rmu"), UnlearningConfig(objective="gradient_ascent")
+    assert (rmu.retain_loss.name, rmu.layer, rmu.trainable.name) == ("hidden", 1, "down_projections")
+    assert not ascent.retains and ascent.trainable.name == "all"
     assert CalibrationConfig("entropy").weighting.rule.name == "ratio"
 
 

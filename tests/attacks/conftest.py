@@ -19,7 +19,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.tasks.benchmarks import scoreboard
-from trace_jax.unlearning.config import OptimizerConfig
+from trace_jax.unlearning.optimizer import OptimizerConfig
 from trace_jax.unlearning.train import train_on
 
 CONFIG = ModelConfig(

@@ -56,7 +56,7 @@ def main(port: str, index: str, directory: str, pause: str, keep: str = "") -> i
 
     loop = Loop(Path(directory), "a", STEPS, 5, "toy")
     if keep:
-        rules = Rules(keep="best_utility", keep_forgetting=0.0)
+        rules = Rules(keep={"name": "best_utility", "forgetting": 0.0})
         loop = dataclasses.replace(loop, evaluation=Hook(5, lambda _, trained: evaluate(trained)), rules=rules)
     try:
         result = loop.run(start, inputs, step)

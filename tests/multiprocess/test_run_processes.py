@@ -20,7 +20,7 @@ RUN = f"{DEVICES}\nimport sys; from trace_jax.main import main; sys.exit(main(sy
 SETTINGS = {
     **SMALL,
     "methods": "('trace_rows',)",
-    "unlearning.nll_ceiling": 20.0,
+    "unlearning.objective.nll_ceiling": 20.0,
     "unlearning.trainable": "selected_experts",
     "evaluation.max_members": 4,
     "evaluation.max_gradients": 2,

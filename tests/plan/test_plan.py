@@ -94,7 +94,7 @@ def test_what_holds_routers_is_counted(config, target):
     """Inputs on every device, and its share of the experts' bases and bounds: one expert on each of eight devices."""
     model, mesh = shape_of(config.model), mesh_of(target, config.parallel)
     free = dataclasses.replace(config.unlearning, trainable="all")
-    held = dataclasses.replace(free, grip="project", grip_tokens=16)
+    held = dataclasses.replace(free, grip={"name": "project", "tokens": 16})
     plain, protected = (
         next(programs(dataclasses.replace(config, unlearning=u), model, config.parallel, mesh)) for u in (free, held)
     )

@@ -20,6 +20,7 @@ from trace_jax.models.families.published import PUBLISHED
 from trace_jax.run.check import dry_run
 from trace_jax.run.config_file import load_config
 from trace_jax.run.methods import run
+from trace_jax.unlearning.objectives import RMU, AdaptiveRMU
 
 CONFIGS = ("wmdp_cyber", "wmdp_bio", "muse_books", "muse_news", "tofu")
 TEXT, PAIR = {"text": "a text of some length, " * 10}, {"question": "Who was it?", "answer": "Nobody"}
@@ -154,11 +155,14 @@ def test_published_numbers_reach_the_settings():
         return load_config(f"configs/wmdp_cyber.py:{variant}").unlearning
 
     mixtral, qwen = unlearning("mixtral-8x7b,rmu"), unlearning("qwen1.5-moe-a2.7b,rmu")
-    assert (mixtral.steering, mixtral.alpha, mixtral.steps, mixtral.layer) == (300.0, 1600.0, 400, 8)
-    assert (qwen.objective, qwen.steering, qwen.alpha, qwen.retain_loss) == ("rmu", 3000.0, 1200.0, "hidden")
+    assert (mixtral.objective, mixtral.alpha, mixtral.steps) == (RMU(layer=8, steering=300.0), 1600.0, 400)
+    assert (qwen.objective.steering, qwen.alpha, qwen.retain_loss.name) == (3000.0, 1200.0, "hidden")
     olmoe = unlearning("olmoe-1b-7b,rmu")
-    assert (olmoe.objective, olmoe.steering, olmoe.steering_scale) == ("adaptive_rmu", None, 5.0)
-    assert (unlearning("deepseek-v2-lite,npo").beta, unlearning("olmoe-1b-7b,npo").beta) == (0.001, 0.0225)
+    assert olmoe.objective == AdaptiveRMU(layer=8, steering_scale=5.0)
+    assert [unlearning(f"{model},npo").objective.beta for model in ("deepseek-v2-lite", "olmoe-1b-7b")] == [
+        0.001,
+        0.0225,
+    ]
     assert load_config("configs/wmdp_cyber.py:mixtral-8x7b,rmu").data.min_length == 200
 
 

@@ -112,7 +112,7 @@ def test_the_command_needs_no_workdir_and_ends_with_2_for_wrong_data(tmp_path, c
     ("settings", "chosen"),
     [
         ({"trainable": "seuf"}, 1),
-        ({"trainable": "selected_experts", "experts": "affinity", "experts_top": 3, "experts_scope": "layer"}, 48),
+        ({"trainable": {"name": "selected_experts", "experts": {"name": "affinity", "top": 3, "scope": "layer"}}}, 48),
         ({"trainable": "selected_experts"}, 128),  # the calibration's: 1 of 8 is assumed
     ],
 )

@@ -201,7 +201,7 @@ def test_a_method_keeps_what_it_trained_and_its_model_can_be_exported(finished, 
 
 def test_routers_that_were_realigned_are_kept_with_what_trained(finished, data, tmp_path):
     path = shutil.copytree(finished[0], tmp_path / "run")
-    changes = {"trainable": "routers_frozen", "grip": "realign", "grip_tokens": 200}
+    changes = {"trainable": "routers_frozen", "grip": {"name": "realign", "tokens": 200}}
     run(experiment(data, methods=["uniform"], unlearning=changes), path)
     results = read_json(path / "methods/uniform/results.json")
     assert all(row["kept"] and row["cosine"] > 0.95 for row in results["grip"])

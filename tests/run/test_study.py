@@ -46,9 +46,9 @@ def test_every_objective_has_its_own_grid_and_only_settings_that_it_reads(data):
     assert len(found) == 2 * len(labels)
     methods = {t.label: config.method(t.method, **t.unlearning).unlearning for t in found}
     assert methods["npo+uniform@beta=0.5,alpha=4"].learning_rate == 0.02
-    assert methods["gradient_ascent+uniform@lr=0.002"].nll_ceiling == 5.0
+    assert methods["gradient_ascent+uniform@lr=0.002"].objective.nll_ceiling == 5.0
     rmu = methods["rmu+trace_rows@only"]
-    assert (rmu.alpha, rmu.layer, rmu.retain_loss, rmu.trainable) == (2.0, 2, "hidden", "down_projections")
+    assert (rmu.alpha, rmu.layer, rmu.retain_loss.name, rmu.patterns) == (2.0, 2, "hidden", "down_projections")
     assert rmu.steps == config.unlearning.steps
 
 

@@ -22,7 +22,7 @@ from trace_jax.parallel.mesh import make_mesh
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import save_trained
 from trace_jax.tasks.handbook import build_handbook
-from trace_jax.unlearning.config import TrainingConfig
+from trace_jax.unlearning.optimizer import TrainingConfig
 from trace_jax.unlearning.train import train_model
 
 lm_eval = pytest.importorskip("lm_eval")

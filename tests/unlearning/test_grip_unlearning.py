@@ -27,6 +27,7 @@ WIDE = ModelConfig(
     vocab_size=61, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_size=8, num_experts=6,
     experts_per_token=2, expert_hidden_size=8,
 )  # fmt: skip
+PROJECT = {"name": "project", "tokens": 24}
 TOKENS = 24
 ROUTERS = {  # only routers train, so that what they read stays and their scores can be compared
     "objective": "gradient_difference", "steps": 20, "learning_rate": 0.02, "forget_batch_size": 4, "alpha": 0.1,
@@ -86,7 +87,7 @@ def trace_weights(model, forget, retain):
 )
 def test_protected_retain_routing_is_the_same_after_twenty_steps(forget, retain, changes, weighted):
     weights = trace_weights(target(), forget, retain) if weighted else None
-    result = run(forget, retain, grip="project", grip_tokens=TOKENS, weights=weights, **changes)
+    result = run(forget, retain, grip=PROJECT, weights=weights, **changes)
     rows = spread_tokens(retain, TOKENS)
     change, other = kept(target(), result.model, rows)
     assert change < 1e-4 and other == 0
@@ -104,7 +105,7 @@ def test_a_bias_that_trains_is_held_with_the_router(forget, retain):
     model = target(dataclasses.replace(WIDE, router_bias=True, router_score="softmax_top_k"))
     rows = spread_tokens(retain, TOKENS)
     for trainable in (("layers/router*",), ("layers/router",)):
-        result = run(forget, retain, model, grip="project", grip_tokens=TOKENS, trainable=trainable)
+        result = run(forget, retain, model, grip=PROJECT, trainable=trainable)
         change, other = kept(model, result.model, rows)
         assert change < 1e-4 and other == 0
         bias = result.model.params["layers"]["router_bias"]
@@ -113,7 +114,7 @@ def test_a_bias_that_trains_is_held_with_the_router(forget, retain):
 
 def test_the_same_routers_on_four_devices(forget, retain):
     one, four = (
-        run(forget, retain, mesh=mesh, grip="project", grip_tokens=TOKENS, steps=5)
+        run(forget, retain, mesh=mesh, grip=PROJECT, steps=5)
         for mesh in (one_device(), make_mesh(jax.devices()[:4], data=2, expert=2))
     )
     np.testing.assert_allclose(
@@ -143,9 +144,9 @@ def test_realignment_follows_training_and_counts_as_trained(forget, retain):
     ("changes", "message"),
     [
         ({"grip": "project", "trainable": "experts"}, "leaves the routers as they are"),
-        ({"grip_null": 0.1}, "grip_null = 0.1 would have no effect"),
-        ({"grip": "project", "grip_ridge": 0.1}, "grip_ridge = 0.1 would have no effect"),
-        ({"grip": "realign", "grip_tokens": 5}, "5 retain tokens for routers of 32 inputs"),
+        ({"grip": {"null": 0.1}}, "null would have no effect: it belongs to project"),
+        ({"grip": {"name": "project", "ridge": 0.1}}, "ridge would have no effect"),
+        ({"grip": {"name": "realign", "tokens": 5}}, "5 retain tokens for routers of 32 inputs"),
     ],
 )
 def test_settings_that_could_do_nothing_are_refused(forget, retain, changes, message):
@@ -155,4 +156,4 @@ def test_settings_that_could_do_nothing_are_refused(forget, retain, changes, mes
 
 def test_retain_text_is_needed(forget):
     with pytest.raises(ConfigError, match="give retain rows"):
-        run(forget, None, objective="gradient_ascent", alpha=None, retain_batch_size=None, grip="project")
+        run(forget, None, objective="gradient_ascent", grip="project")

@@ -9,14 +9,14 @@ from trace_jax.config import ConfigError
 from trace_jax.models.arrays import flatten
 from trace_jax.parallel.mesh import ParallelConfig, make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.length import batch_text, with_steps
+from trace_jax.unlearning.inputs import batch_text, with_steps
 from trace_jax.unlearning.unlearn import unlearn
 
 
 @pytest.mark.parametrize(
     ("epochs", "anchor", "steps"),
     [
-        (1.0, None, 3),
+        (1.0, "forget", 3),
         (2.5, "forget", 7),
         (0.1, "forget", 1),
         (2.0, "retain", 7),
@@ -28,7 +28,7 @@ def test_epochs_are_steps_over_the_rows_of_their_side(epochs, anchor, steps):
     """8 forget rows in batches of 3, 30 retain rows in batches of 9."""
     config = UnlearningConfig(epochs=epochs, epoch_anchor=anchor, forget_batch_size=3, retain_batch_size=9)
     found = with_steps(config, make_rows(8, seed=1), make_rows(30, seed=2))
-    assert (found.steps, found.epochs) == (steps, None) and config.steps is None
+    assert (found.steps, found.epochs) == (steps, 0.0) and config.steps == 0
 
 
 def test_a_tenth_of_thirty_rows_is_three_rows():
@@ -39,9 +39,10 @@ def test_a_tenth_of_thirty_rows_is_three_rows():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"epochs": 0}, "epochs is 0.0; expected a value at least"),
+        ({"epochs": -1}, "epochs is -1.0; expected a value at least"),
         ({"epochs": 2, "steps": 60}, "steps is 60 and epochs is 2; a run has one length"),
-        ({"epoch_anchor": "forget"}, "epoch_anchor = 'forget' would have no effect"),
+        ({"epoch_anchor": "retain"}, "epoch_anchor = 'retain' would have no effect"),
+        ({"steps": 0}, "steps is 0 and epochs is 0"),
         ({"epochs": 1, "epoch_anchor": "both"}, "epoch_anchor is 'both'; expected one of forget, retain"),
         ({"epochs": 1, "epoch_anchor": "retain", "retain_loss": "none"}, "there is no retain term"),
     ],
@@ -82,7 +83,11 @@ def test_microbatches_give_the_numbers_of_the_large_batch(model, forget, retain,
     """NPO's loss is a mean over rows, gradient ascent's over tokens, of rows of unequal length; six rows do not divide
     by four. Plain steps along the gradient: Adam's would make noise of numbers that are nearly zero as large as any."""
     config = UnlearningConfig(
-        objective=objective, steps=3, forget_batch_size=size, optimizer="sgd", momentum=0.0, learning_rate=0.03
+        objective=objective,
+        steps=3,
+        forget_batch_size=size,
+        optimizer={"name": "sgd", "momentum": 0.0},
+        learning_rate=0.03,
     )
     mesh, found = make_mesh(jax.devices()[:1]), {}
     for number in (1, 2, 4):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.unlearning.objectives import OBJECTIVES, PAPER, ForgetInputs, steering_directions
-from trace_jax.unlearning.retain import hidden_distance, weighted_retain
+from trace_jax.unlearning.objectives import PAPER, Objective, steering_directions
+from trace_jax.unlearning.terms import ForgetInputs, hidden_distance
 
 VALID = np.array([[1, 1, 1, 0], [1, 0, 1, 0], [0, 0, 0, 0]], bool)
 NLL = np.array([[0.5, 2.0, 1.0, 9.0], [3.0, 9.0, 0.25, 9.0], [9.0, 9.0, 9.0, 9.0]], np.float32)
@@ -15,10 +15,6 @@ REFUSED = np.array([[0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
 REFUSAL_NLL = np.array([[8.0, 1.5, 2.5, 0.75], [8.0, 4.0, 8.0, 8.0], [8.0, 8.0, 8.0, 8.0]], np.float32)
 REFUSAL_REFERENCE = np.array([[6.0, 2.0, 3.0, 1.0], [6.0, 3.5, 6.0, 6.0], [6.0, 6.0, 6.0, 6.0]], np.float32)
 NUMBERS = {"beta": 0.5, "delta": 0.3, "nll_ceiling": 0.0, "beta1": 2.0, "beta2": 1.5}
-OF_LIKELIHOOD = [
-    *((name, PAPER) for name, row in OBJECTIVES.items() if "nll" in row.needs or "refusals" in row.needs),
-    ("npo", "gemma"),
-]
 GOLDEN = {
     ("gradient_ascent", PAPER): -1.35000000,
     ("gradient_difference", PAPER): -1.35000000,
@@ -35,14 +31,24 @@ GOLDEN = {
 }
 
 
+def value_of(objective, inputs):
+    """Sum of the losses that count over their counts."""
+    counts = objective.counts(inputs.valid, inputs.refusal_valid).astype(jnp.float32)
+    return jnp.where(counts > 0, objective.loss(inputs), 0.0).sum() / counts.sum()
+
+
+def make(name, form=PAPER, **numbers):
+    return Objective.kinds[name](**({} if form == PAPER else {"form": form}), **numbers)
+
+
 def ratio(name, nll, form=PAPER, refusal_nll=REFUSAL_NLL, **values):
     inputs = ForgetInputs(
         jnp.asarray(VALID), nll, jnp.asarray(REFERENCE), refusal_valid=jnp.asarray(REFUSED),
         refusal_nll=jnp.asarray(refusal_nll), refusal_reference_nll=jnp.asarray(REFUSAL_REFERENCE),
     )  # fmt: skip
-    numbers = {k: jnp.float32(v) for k, v in (NUMBERS | values).items()}
-    total, count = OBJECTIVES[name].form(form).loss(inputs, numbers)
-    return total / count
+    objective = make(name, form)
+    numbers = {k: jnp.float32(v) for k, v in (objective.numbers() | NUMBERS | values).items()}
+    return value_of(objective.with_numbers(numbers), inputs)
 
 
 def rows(values, valid=VALID):
@@ -89,7 +95,7 @@ def slow(name, form, nll, refusal, *, beta=0.5, delta=0.3, beta1=2.0, beta2=1.5,
     return -np.mean(weights * np.concatenate(ours))
 
 
-@pytest.mark.parametrize(("name", "form"), OF_LIKELIHOOD)
+@pytest.mark.parametrize(("name", "form"), GOLDEN)
 def test_equals_plain_reference_in_value_and_gradient(name, form):
     value, gradients = jax.value_and_grad(lambda nll, refusal: ratio(name, nll, form, refusal), argnums=(0, 1))(
         jnp.asarray(NLL), jnp.asarray(REFUSAL_NLL)
@@ -106,19 +112,19 @@ def test_equals_plain_reference_in_value_and_gradient(name, form):
             assert gradient[index] == pytest.approx((moved[0] - moved[1]) / 2e-5, abs=2e-5)
 
 
-@pytest.mark.parametrize(("name", "form"), OF_LIKELIHOOD)
+@pytest.mark.parametrize(("name", "form"), GOLDEN)
 def test_golden_value(name, form):
     assert ratio(name, jnp.asarray(NLL), form) == pytest.approx(GOLDEN[name, form], abs=1e-6)
 
 
-@pytest.mark.parametrize(("name", "form"), OF_LIKELIHOOD)
+@pytest.mark.parametrize(("name", "form"), GOLDEN)
 def test_padding_carries_no_loss(name, form):
     changed = np.where(VALID, NLL, 1e3).astype(np.float32)
     refusal = np.where(REFUSED, REFUSAL_NLL, 1e3).astype(np.float32)
     assert ratio(name, jnp.asarray(changed), form, refusal) == ratio(name, jnp.asarray(NLL), form)
 
 
-@pytest.mark.parametrize(("name", "form"), OF_LIKELIHOOD)
+@pytest.mark.parametrize(("name", "form"), GOLDEN)
 @pytest.mark.parametrize("extreme", [0.0, 1e-8, 80.0])
 def test_finite_where_tokens_are_certain_or_impossible(name, form, extreme):
     value, gradient = jax.value_and_grad(lambda nll: ratio(name, nll, form))(jnp.full(NLL.shape, extreme))
@@ -161,40 +167,21 @@ def test_rmu_pulls_hidden_states_to_the_direction_of_their_topic(name):
     }
     golden = {PAPER: 4.1505294, "wmdp": 3.292594, "open_unlearning": 4.1500845}
     for form, wanted in expected.items():
-        total, count = OBJECTIVES[name].form(form).loss(inputs, {})
-        assert total / count == pytest.approx(wanted, rel=1e-6), form
-        assert total / count == pytest.approx(golden[form], abs=1e-5), form
+        found = value_of(make(name, form), inputs)
+        assert found == pytest.approx(wanted, rel=1e-6) and found == pytest.approx(golden[form], abs=1e-5), form
 
 
 def test_ceu_leaves_out_the_first_token_that_a_document_predicts():
     valid = np.array([[0, 1, 1, 1, 0, 1, 1]], bool)
     inputs = ForgetInputs(jnp.asarray(valid), vocabulary=jnp.arange(7, dtype=jnp.float32)[None])
-    total, count = OBJECTIVES["ceu"].loss(inputs, {})
-    assert (float(total), float(count)) == (2 + 3 + 6, 3)
+    assert float(value_of(make("ceu"), inputs)) == pytest.approx((2 + 3 + 6) / 3)
 
 
-def test_every_row_names_its_source_and_numbers_that_are_settings():
-    for name, row in OBJECTIVES.items():
-        assert row.source.count(".") == 1 and len(row.source) == 10, name
-        for form in row.forms.values():
-            assert form.numbers == row.numbers and form.gamma == row.gamma and form.retains == row.retains
-
-
-def test_weighted_retain_loss_equals_duplicated_tokens():
-    """Integer weights are the corpus with tokens repeated; dividing by the count keeps the sums equal."""
-    per_token = np.random.default_rng(1).random((3, 4)).astype(np.float32)
-    weights = np.array([[2, 0, 1, 5], [3, 1, 0, 0], [1, 1, 1, 1]], np.float32)
-    total, count = weighted_retain(jnp.asarray(per_token), jnp.asarray(weights), jnp.asarray(VALID))
-    duplicated = [
-        value for value, w, v in zip(per_token.flat, weights.flat, VALID.flat, strict=True) if v for _ in range(int(w))
-    ]
-    assert total == pytest.approx(np.sum(duplicated), rel=1e-6)
-    assert float(count) == VALID.sum()
-
-
-def test_weights_carry_no_gradient():
-    gradient = jax.grad(lambda w: weighted_retain(jnp.ones((3, 4)), w, jnp.asarray(VALID))[0])(jnp.ones((3, 4)))
-    assert not np.asarray(gradient).any()
+def test_every_objective_names_its_source_and_numbers_do_not_shape_a_step():
+    for name, kind in Objective.kinds.items():
+        assert kind.source.count(".") == 1 and len(kind.source) == 10, name
+        other = kind().with_numbers({number: 2.0 for number in kind().numbers()})
+        assert other.without_numbers() == kind().without_numbers() and other.gamma == 2.0
 
 
 def test_hidden_distance_is_the_mean_square_over_the_width():

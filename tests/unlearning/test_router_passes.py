@@ -17,7 +17,7 @@ from trace_jax.parallel.mesh import make_mesh
 from trace_jax.routing.diagnostics import overlap
 from trace_jax.routing.statistics import expert_assignments
 from trace_jax.unlearning import grip
-from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.config import GripProject
 from trace_jax.unlearning.router_passes import read_routers, realign, retain_protection, spread_tokens
 
 ONE, FOUR = (lambda: make_mesh(jax.devices()[:1])), (lambda: make_mesh(jax.devices()[:4], data=2, expert=2))
@@ -120,7 +120,7 @@ def test_too_few_tokens_to_determine_a_router_are_refused(model, retain):
 def test_more_tokens_than_directions_freeze_the_routers_and_it_says_so(model, retain, capsys):
     """Two of four experts a token, about 121 tokens: each expert was chosen by more than the 16 inputs it reads."""
     for tokens, words in ((10**4, "leave the routers 0.0% of their directions; they are frozen"), (8, " of their dir")):
-        config = UnlearningConfig(grip="project", grip_tokens=tokens)
+        config = GripProject(tokens=tokens)
         protection, table = retain_protection(model, retain, config, bias=False, seed=0, mesh=ONE())
         said = capsys.readouterr()
         assert words in said.out + said.err and ("frozen" in said.out + said.err) == (tokens > 100)

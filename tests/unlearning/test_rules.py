@@ -17,7 +17,13 @@ from trace_jax.unlearning.state import TrainState
 # Forgetting and utility of the state after each of ten steps: forgetting falls, utility falls and comes back.
 FORGETTING = [1.0, 0.9, 0.8, 0.5, 0.4, 0.4, 0.3, 0.35, 0.3, 0.2, 0.1]
 UTILITY = [1.0, 1.0, 0.9, 0.7, 0.5, 0.6, 0.8, 0.9, 0.7, 0.9, 0.3]
-BEST = Rules(keep="best_utility", keep_forgetting=0.4)
+
+
+def best_at(forgetting, **stops):
+    return Rules(keep={"name": "best_utility", "forgetting": forgetting}, **stops)
+
+
+BEST = best_at(0.4)
 
 
 class Stop(Exception):
@@ -93,7 +99,7 @@ def test_an_error_is_a_failure(tmp_path):
 )
 def test_the_best_state_is_kept(tmp_path, bound, step):
     """Of the evaluations at or below the bound that of the highest utility, of equals the first; else the lowest."""
-    assert kept(run(tmp_path, Rules(keep="best_utility", keep_forgetting=bound))) == step
+    assert kept(run(tmp_path, best_at(bound))) == step
 
 
 @pytest.mark.parametrize("save", [1, 4, 100])
@@ -114,7 +120,7 @@ def test_at_most_one_state_is_kept_beside_the_two_newest(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("at", [3, 5, 8])
 @pytest.mark.parametrize(("every", "save"), [(1, 4), (3, 100)])
 def test_a_resumed_run_keeps_the_state_of_an_uninterrupted_one(tmp_path, how, at, every, save):
-    rules = Rules(stop_forgetting=0.2, keep="best_utility", keep_forgetting=0.4)
+    rules = best_at(0.4, stop_forgetting=0.2)
     whole = run(tmp_path / "whole", rules, every=every, save=save)
     with pytest.raises(Stop if how == "stop" else Interrupted):
         run(tmp_path / "cut", rules, every=every, save=save, **{how: at})
@@ -146,5 +152,5 @@ def test_an_evaluation_without_the_number_that_a_rule_reads_is_refused(tmp_path)
 
 def test_of_equal_points_the_first_is_best():
     points = [Point(0, 0.5, 1.0), Point(1, 0.2, 0.5), Point(2, 0.2, 0.6), Point(3, 0.1, 0.6)]
-    assert Rules(keep="best_utility", keep_forgetting=0.2).best(points) == 2
-    assert Rules(keep="best_utility", keep_forgetting=0.0).best(points[:3]) == 1
+    assert best_at(0.2).best(points) == 2
+    assert best_at(0.0).best(points[:3]) == 1

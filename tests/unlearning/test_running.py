@@ -17,7 +17,8 @@ from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning import train as train_module
 from trace_jax.unlearning import unlearn as unlearn_module
-from trace_jax.unlearning.config import TrainingConfig, UnlearningConfig
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.optimizer import TrainingConfig
 from trace_jax.unlearning.train import train_model
 from trace_jax.unlearning.unlearn import unlearn
 

@@ -112,7 +112,7 @@ def test_the_anchor_is_logged_and_is_that_of_the_original_at_the_first_step(mode
 
 def test_a_strong_anchor_holds_forget_tokens_on_the_target(model, forget, retain):
     def share(anchor):
-        after = run(model, forget, retain, ONE, anchor=anchor, steps=10).model
+        after = run(model, forget, retain, ONE, trainable={"name": "seuf", "anchor": anchor}, steps=10).model
         batches = sequential_batches(forget, 8)
         return expert_statistics(after, batches, min_activations=1, mesh=make_mesh(jax.devices()[:1])).frequency[1, 2]
 
@@ -121,7 +121,7 @@ def test_a_strong_anchor_holds_forget_tokens_on_the_target(model, forget, retain
 
 def test_a_margin_moves_no_router_that_does_not_train(model, forget, retain):
     """GRIP beside SEUF: the margin is wider than the scores of the original are apart, in every layer."""
-    after = run(model, forget, retain, ONE, steps=2, grip="project", grip_tokens=4, grip_margin=2.0).model
+    after = run(model, forget, retain, ONE, steps=2, grip={"name": "project", "tokens": 4, "margin": 2.0}).model
     assert_only(model, after, ONE)
 
 
@@ -141,6 +141,10 @@ def statistics(model, forget, retain):
     ]
 
 
+def some(experts):
+    return {"name": "selected_experts", "experts": experts}
+
+
 def test_by_default_the_expert_of_highest_affinity_of_the_model_trains(statistics):
     chosen = chosen_experts(CONFIG, np.zeros((2, 4), bool), *statistics, seed=0)
     affinity = statistics[0].gate_mass
@@ -148,7 +152,7 @@ def test_by_default_the_expert_of_highest_affinity_of_the_model_trains(statistic
 
 
 def test_esft_covers_a_share_of_the_forget_activations_in_every_layer(statistics):
-    config = UnlearningConfig(trainable="selected_experts", experts="cumulative", experts_mass=0.6)
+    config = UnlearningConfig(trainable=some({"name": "cumulative", "mass": 0.6}))
     chosen = chosen_experts(config, np.zeros((2, 4), bool), *statistics, seed=0)
     forget, retain = (s.frequency for s in statistics)
     for layer, experts in enumerate(chosen):
@@ -156,11 +160,11 @@ def test_esft_covers_a_share_of_the_forget_activations_in_every_layer(statistics
         enough = int(np.searchsorted(np.cumsum(forget[layer][order]), 0.6 * 2)) + 1
         covering = np.isin(np.arange(4), order[:enough])
         assert experts.tolist() == (covering & (forget[layer] > retain[layer])).tolist()
-    assert UnlearningConfig(trainable="selected_experts", experts="cumulative").experts_mass == 0.15
+    assert UnlearningConfig(trainable=some("cumulative")).trainable.experts.mass == 0.15
 
 
 def test_random_experts_follow_the_seed_and_the_calibration_is_the_default(statistics):
-    config = UnlearningConfig(trainable="selected_experts", experts="random", experts_top=2)
+    config = UnlearningConfig(trainable=some({"name": "random", "top": 2}))
     one, again, other = (chosen_experts(config, ONE, *statistics, seed=seed) for seed in (0, 0, 1))
     assert (one.sum(axis=1) == 2).all() and (one == again).all() and (one != other).any()
     default = UnlearningConfig(trainable="selected_experts")
@@ -171,11 +175,10 @@ def test_random_experts_follow_the_seed_and_the_calibration_is_the_default(stati
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"anchor": 1.0}, "anchor = 1.0 would have no effect.*trainable is"),
-        ({"experts": "random"}, "experts = 'random' would have no effect"),
-        ({"trainable": "seuf", "experts": "calibration", "experts_top": 2}, "experts_top = 2 would have no effect"),
-        ({"trainable": "seuf", "experts": "afinity"}, "did you mean 'affinity'"),
-        ({"trainable": "seuf", "anchor_form": "max"}, "expected one of sum, mean"),
+        ({"trainable": {"name": "lora", "anchor": 1.0}}, "anchor would have no effect"),
+        ({"trainable": {"name": "seuf", "experts": {"name": "calibration", "top": 2}}}, "top would have no effect"),
+        ({"trainable": {"name": "seuf", "experts": "afinity"}}, "did you mean 'affinity'"),
+        ({"trainable": {"name": "seuf", "anchor_form": "max"}}, "expected one of sum, mean"),
     ],
 )
 def test_settings_without_effect_are_refused(settings, message):
@@ -184,16 +187,17 @@ def test_settings_without_effect_are_refused(settings, message):
 
 
 def test_unusable_choices_of_experts_are_refused(model, forget, retain, statistics):
-    config = dataclasses.replace(CONFIG, experts_top=9)
+    config = dataclasses.replace(CONFIG, trainable={"name": "seuf", "experts": {"top": 9}})
     with pytest.raises(ConfigError, match="experts is 'affinity': top is 9; expected 1 to 8"):
         chosen_experts(config, ONE, *statistics, seed=0)
     with pytest.raises(ConfigError, match=r"'seuf', but no expert is selected \(experts is 'affinity'\)"):
         unlearn(model, forget, retain, config=CONFIG)
     with pytest.raises(ConfigError, match="but no expert is selected"):
         unlearn(model, forget, retain, config=CONFIG, selected=np.zeros((2, 4), bool))
-    steered = UnlearningConfig(objective="rmu", layer=1, trainable="seuf")
+    steered = UnlearningConfig(objective="rmu", trainable="seuf")
     with pytest.raises(
-        ConfigError, match=r"layer 1, and the selected experts are in layers 2, above it.*unlearning.layer to 2"
+        ConfigError,
+        match=r"layer 1, and the selected experts are in layers 2, above it.*unlearning.objective.layer to 2",
     ):
         unlearn(model, forget, retain, config=steered, selected=ONE)
     with pytest.raises(ValueError, match=r"selected is \(1, 4\); the model has \(2, 4\)"):

@@ -11,49 +11,54 @@ from trace_jax.data.refusals import with_refusals
 from trace_jax.models.arrays import flatten, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.parallel.mesh import make_mesh
-from trace_jax.unlearning.config import TrainingConfig, UnlearningConfig
+from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants, coefficients
-from trace_jax.unlearning.objectives import OBJECTIVES, PAPER, ForgetInputs
+from trace_jax.unlearning.objectives import PAPER, Objective
+from trace_jax.unlearning.optimizer import TrainingConfig
 from trace_jax.unlearning.state import StepSettings, initial_state, unlearning_settings
 from trace_jax.unlearning.step import training_step, unlearning_step
+from trace_jax.unlearning.terms import ForgetInputs
 
 RETAINS = {
     "gradient_difference": ("none", "nll", "kl", "hidden"),
     "rmu": ("none", "kl", "hidden"),
     "npo": ("kl", "nll"),
 }
+_RMU_FORMS = (PAPER, "wmdp", "open_unlearning")
+FORMS = {"npo": (PAPER, "gemma", "muse_logits"), "simnpo": (PAPER, "muse_logits"), "rmu": _RMU_FORMS}
 CASES = [
     (name, form, retain_loss)
-    for name, row in OBJECTIVES.items()
-    for form in (PAPER, *row.forms)
-    for retain_loss in (RETAINS.get(name, ("kl",)) if row.retains else (None,))
+    for name, kind in Objective.kinds.items()
+    for form in FORMS.get(name, (PAPER,))
+    for retain_loss in (RETAINS.get(name, ("kl",)) if kind.retains else ("none",))
 ]
 REFUSALS = [np.array([5, 7, 2], np.int32), np.array([9, 2], np.int32)]
 
 
-def setting(objective, retain_loss, **changes):
-    extra = {} if retain_loss is None else {"retain_loss": retain_loss}
-    extra |= {} if retain_loss in (None, "none") else {"alpha": 3.0}
-    base = {"gamma": 0.5, "learning_rate": 0.01, "clip_norm": 0.0, "trainable": "all", "objective": objective}
-    return UnlearningConfig(**{**base, **extra, **changes})
+def setting(name, retain_loss, form=PAPER, normalize="count", **numbers):
+    objective = {"name": name, "gamma": 0.5, **({} if form == PAPER else {"form": form}), **numbers}
+    return UnlearningConfig(
+        objective=objective, retain_loss=retain_loss, alpha=3.0, normalize=normalize, learning_rate=0.01,
+        clip_norm=0.0, trainable="all",
+    )  # fmt: skip
 
 
 def cross_entropy(log_p, scores):
     return -(jax.nn.softmax(jax.lax.stop_gradient(scores)) * log_p).sum(-1)
 
 
-def whole_vocabulary(objective, form, logits, reference, targets, c):
+def whole_vocabulary(objective, logits, reference, targets, c):
     """Losses of more than the target's probability, from whole logits [B, S, V]."""
     onehot = jax.nn.one_hot(targets, logits.shape[-1])
     log_p = jax.nn.log_softmax(logits)
-    if form == "muse_logits":
+    if getattr(objective, "form", "") == "muse_logits":
         beta = c["beta"]
-        margin = reference - logits if objective == "npo" else -logits - c["delta"]
+        margin = reference - logits if objective.name == "npo" else -logits - c["delta"]
         return (2 / beta * jnp.log1p(jnp.exp(-beta * margin))).mean(-1)
-    if objective == "undial":
+    if objective.name == "undial":
         return cross_entropy(log_p, reference - c["beta"] * onehot)
-    if objective == "ceu":
+    if objective.name == "ceu":
         return cross_entropy(log_p, jnp.where(onehot > 0, -jnp.inf, logits))
     return (logits.max(-1) - logits.mean(-1)) ** 2
 
@@ -68,21 +73,19 @@ def slow_loss(flat, start, config, model_config, forget, retain, weights, target
         return nll, out.logits, out.layers[(config.layer or 1) - 1], targets
 
     params, reference = unflatten(flat), unflatten(start)
-    c, row = coefficients(config), OBJECTIVES[config.objective].form(config.form)
+    c, objective = coefficients(config), config.objective
     nll, logits, hidden, targets = parts(params, forget)
     reference_nll, reference_logits, _, _ = parts(reference, forget)
     refused, refused_before = (parts(p, refusals)[0] for p in (params, reference))
     special = (
-        None
-        if row.vocabulary is None
-        else whole_vocabulary(config.objective, config.form, logits, reference_logits, targets, c)
+        None if "logits" not in objective.needs else whole_vocabulary(objective, logits, reference_logits, targets, c)
     )
     inputs = ForgetInputs(
         jnp.asarray(forget.valid), nll, reference_nll, hidden, target, special,
         jnp.asarray(refusals.valid), refused, refused_before,
     )  # fmt: skip
-    total, count = row.loss(inputs, c)
-    loss = c["gamma"] * total / count
+    counts = objective.counts(inputs.valid, inputs.refusal_valid).astype(jnp.float32)
+    loss = c["gamma"] * jnp.where(counts > 0, objective.loss(inputs), 0.0).sum() / counts.sum()
     if not config.retains:
         return loss
     nll_r, logits_r, hidden_r, _ = parts(params, retain)
@@ -92,7 +95,7 @@ def slow_loss(flat, start, config, model_config, forget, retain, weights, target
         "nll": nll_r,
         "kl": (jnp.exp(log_ref) * (log_ref - log_p)).sum(-1),
         "hidden": ((hidden_r - hidden_ref) ** 2).mean(-1),
-    }[config.retain_loss]
+    }[config.retain_loss.name]
     divisor = retain.valid.sum() if config.normalize == "count" else jnp.where(retain.valid, weights, 0.0).sum()
     return loss + c["alpha"] * jnp.where(retain.valid, weights * per_token, 0.0).sum() / divisor.astype(np.float32)
 
@@ -107,10 +110,12 @@ def gradient_of_step(config, model, rows, *, devices=1, tensor=1):
     """(metrics, gradient) of the compiled step, read off the first moments of Adam."""
     training = flatten(model.params)
     settings = unlearning_settings(config, model.config)
-    target = jnp.asarray(TARGETS) if "hidden" in config.row.needs else None
+    target = jnp.asarray(TARGETS) if "hidden" in config.objective.needs else None
     constants = Constants(training, None, None, coefficients(config), target)
     mesh = make_mesh(jax.devices()[:devices], tensor=tensor)
-    state = initial_state(moved(training), settings, mesh, alpha=config.alpha if config.row.dual else None)
+    state = initial_state(
+        moved(training), settings, mesh, alpha=config.alpha if config.objective.adapts_alpha else None
+    )
     if not config.retains:
         rows = dataclasses.replace(rows, retain=None, weights=None)
     state, metrics = unlearning_step(state, constants, pad_rows(rows, devices), settings=settings, mesh=mesh)

@@ -11,8 +11,7 @@ import pytest
 from trace_jax.config import ConfigError
 from trace_jax.models.arrays import abstract_params, flatten, unflatten
 from trace_jax.models.config import ModelConfig
-from trace_jax.unlearning.config import OptimizerConfig
-from trace_jax.unlearning.optimizer import learning_rate, make_optimizer
+from trace_jax.unlearning.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from trace_jax.unlearning.trainable import PRESETS, trainable_paths, trainable_table, update_masks
 
 EXPERTS = {"layers/experts/gate_up", "layers/experts/down"}

@@ -20,8 +20,8 @@ from trace_jax.evaluation.measurement import Measurement
 from trace_jax.io.files import read_json, remove, write_json
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import barrier, broadcast_from_process_0
-from trace_jax.unlearning.config import OptimizerConfig
 from trace_jax.unlearning.metrics import front_rows
+from trace_jax.unlearning.optimizer import Optimizer, OptimizerConfig
 from trace_jax.unlearning.train import train_on
 
 
@@ -33,7 +33,7 @@ class TrainingOn(Attack):
     evaluate_every: int = option(25, help="steps between evaluations, of which the worst counts", minimum=1)
     batch_size: int = option(4, help="rows per step", minimum=1)
     learning_rate: float = option(1e-5, help="learning rate, constant", minimum=0.0)
-    optimizer: str = option("adamw", help="how gradients become updates", choices=("adamw", "adafactor", "sgd"))
+    optimizer: Optimizer = option("adamw", help="how gradients become updates")
 
     @property
     def optimization(self) -> OptimizerConfig:

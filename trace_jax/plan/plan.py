@@ -152,13 +152,13 @@ def _words(parallel: ParallelConfig) -> str:
 def _head(config: Experiment, model: ModelConfig, target: Target, parallel: ParallelConfig) -> str:
     total, active = count_params(model)
     unlearning, rows = config.unlearning, f"{config.unlearning.forget_batch_size} forget"
-    rows += f" and {unlearning.retain_batch_size} retain" if unlearning.retain_batch_size else ""
-    chip, trains = target.chip, f"{unlearning.trainable} train"
+    rows += f" and {unlearning.retain_batch_size} retain" if unlearning.retains else ""
+    chip, trains = target.chip, f"{unlearning.patterns} train"
     if (chosen := assumed_experts(unlearning, model)) is not None:
         trains += f" ({chosen.sum():,} of {chosen.size:,} experts assumed)"
     return (
-        f"{config.name}: {total:,} parameters in {model.dtype}, {active:,} active per token; {unlearning.objective}, "
-        f"{trains}\n"
+        f"{config.name}: {total:,} parameters in {model.dtype}, {active:,} active per token; "
+        f"{unlearning.objective.name}, {trains}\n"
         f"{target.name}: {len(target.devices)} of {chip.name}, each {byte_size(chip.memory)}, {chip.flops / 1e12:.4g} "
         f"TFLOP/s, {chip.bandwidth / 1e9:.4g} GB/s\n"
         f"{_words(parallel)}; remat {parallel.remat}; a step takes {rows} rows of {config.data.row_length} tokens"

@@ -19,7 +19,7 @@ from trace_jax.models.generate import greedy_step
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, ParallelConfig, row_shards
 from trace_jax.routing.statistics import counting_pass
-from trace_jax.unlearning.config import CHOOSING, UnlearningConfig
+from trace_jax.unlearning.config import GripProject, Ranked, UnlearningConfig
 from trace_jax.unlearning.grip import Protection, protection_specs
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants
@@ -54,19 +54,19 @@ def step_program(
     constants, settings = Constants(run.constants.original, *_placed(run.constants[1:], mesh, P())), run.settings
     state = jax.eval_shape(run.start, constants)
     state = jax.tree.map(_array, state, state_shardings(state, settings, mesh))
-    if "hidden" in unlearning.row.needs:
+    if "hidden" in unlearning.objective.needs:
         target = _placed(jax.ShapeDtypeStruct((1, model.hidden_size), jnp.float32), mesh, P())
         constants = constants._replace(target=target)
-    if unlearning.grip == "project":
-        constants = constants._replace(protection=_protection(unlearning, model, mesh))
+    if isinstance(unlearning.grip, GripProject):
+        constants = constants._replace(protection=_protection(unlearning.grip, model, mesh))
     multiple = row_multiple(settings, mesh)
     forget = _batch(unlearning.forget_batch_size, multiple, row_length, mesh)
-    retain = _batch(unlearning.retain_batch_size or 0, multiple, row_length, mesh) if unlearning.retains else None
+    retain = _batch(unlearning.retain_batch_size, multiple, row_length, mesh) if unlearning.retains else None
     weights = (
         None if retain is None else _placed(jax.ShapeDtypeStruct(retain.tokens.shape, jnp.float32), mesh, P(BATCH_AXES))
     )
     topic = _placed(jax.ShapeDtypeStruct(forget.tokens.shape[:1], jnp.int32), mesh, P(BATCH_AXES))
-    refusals = forget if "refusals" in unlearning.row.needs else None
+    refusals = forget if "refusals" in unlearning.objective.needs else None
     rows = StepRows(forget, retain, weights, topic, refusals)
     traced = unlearning_step.trace(state, constants, rows, settings=settings, mesh=mesh)
     tokens = sum(batch.tokens.size for batch in (forget, retain, refusals) if batch is not None)
@@ -79,15 +79,16 @@ def assumed_experts(unlearning: UnlearningConfig, model: ModelConfig) -> np.ndar
 
     As many as the rule takes or, where that depends on the data, 1 of `SELECTED` in each layer.
     """
-    if unlearning.trainable not in CHOOSING:
+    if unlearning.some_experts is None:
         return None
+    rule = unlearning.some_experts.experts
     layers, experts = len(model.moe_layers), model.num_experts
-    if unlearning.experts_top is None:
+    if not isinstance(rule, Ranked):
         return np.broadcast_to(np.arange(experts) < max(1, experts // SELECTED), (layers, experts))
-    if unlearning.experts_scope == "layer":
-        return np.broadcast_to(np.arange(experts) < unlearning.experts_top, (layers, experts))
+    if rule.scope == "layer":
+        return np.broadcast_to(np.arange(experts) < rule.top, (layers, experts))
     in_turn = np.arange(layers * experts).reshape(experts, layers).T  # one of each layer, then the next of each
-    return in_turn < unlearning.experts_top
+    return in_turn < rule.top
 
 
 def statistics_program(model: ModelConfig, mesh: Mesh, rows: int, row_length: int) -> Program:
@@ -130,9 +131,9 @@ def _placed(tree: Any, mesh: Mesh, spec: P) -> Any:
     return jax.tree.map(lambda leaf: _array(leaf, NamedSharding(mesh, spec)), tree)
 
 
-def _protection(unlearning: UnlearningConfig, model: ModelConfig, mesh: Mesh) -> Protection:
+def _protection(grip: GripProject, model: ModelConfig, mesh: Mesh) -> Protection:
     """What holds routers, if the busiest expert is chosen twice as often as the average one."""
-    layers, tokens, experts = len(model.moe_layers), unlearning.grip_tokens or 0, model.num_experts
+    layers, tokens, experts = len(model.moe_layers), grip.tokens, model.num_experts
     rank = min(model.hidden_size, tokens, -(-2 * tokens * model.experts_per_token // experts))
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     shapes = Protection(

@@ -156,7 +156,7 @@ def _evaluation(config: ExperimentConfig, run: DryRun) -> Iterator[str]:
 
 def _length(unlearning: UnlearningConfig) -> str:
     """Steps where they are known: those of an epoch are once the data is read."""
-    if unlearning.epochs is None:
+    if not unlearning.epochs:
         return f"{unlearning.steps}"
     return f"{unlearning.epochs:g} epochs of the {unlearning.epoch_anchor} rows"
 
@@ -175,7 +175,7 @@ def _head(config: ExperimentConfig, model: ModelConfig, weights: str) -> str:
             ("experiment", config.name),
             ("model", f"{total:,} parameters in {model.dtype}, {active:,} active per token"),
             ("weights", weights),
-            ("objective", " with ".join(x for x in (unlearning.objective, _retain(unlearning)) if x)),
+            ("objective", " with ".join(x for x in (unlearning.objective.name, _retain(unlearning)) if x)),
             ("methods", "; ".join(f"{name} ({METHODS[name].summary})" for name in config.methods)),
             ("a step", f"{each} of {length} tokens: {program.tokens:,} tokens, in {parallel.microbatches} part(s)"),
             ("steps", steps),
@@ -190,7 +190,7 @@ def _facts(pairs: list[tuple[str, str]]) -> str:
 
 
 def _retain(unlearning: UnlearningConfig) -> str:
-    return f"retain loss {unlearning.retain_loss} x {unlearning.alpha:g}" if unlearning.retains else ""
+    return f"retain loss {unlearning.retain_loss.name} x {unlearning.alpha:g}" if unlearning.retains else ""
 
 
 def _one_device() -> Mesh:
@@ -199,8 +199,8 @@ def _one_device() -> Mesh:
 
 def _trained(unlearning: UnlearningConfig, model: ModelConfig) -> str:
     """What trains of every parameter."""
-    trainable, selected = unlearning.trainable or "all", assumed_experts(unlearning, model)
-    layers, rank = trainable_layers(unlearning), unlearning.lora_rank
+    trainable, selected = unlearning.patterns, assumed_experts(unlearning, model)
+    layers, rank = trainable_layers(unlearning), unlearning.lora and unlearning.lora.rank
     text = table_text(trainable_table(model, trainable, layers=layers, selected=selected, rank=rank))
     note = "" if selected is None else f"\n  assumed: {selected.sum():,} of {selected.size:,} experts are chosen"
     return f"{text}{note}"

@@ -8,14 +8,15 @@ from typing import Any
 
 from trace_jax.attacks.table import AttacksConfig
 from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.config import ConfigError, Section, as_dict, fingerprint, is_read, option, resolve
+from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
 from trace_jax.data.config import DataConfig
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.mesh import PLAIN, ParallelConfig
 from trace_jax.routing.config import CalibrationConfig, Entropy, Online, Weighting
-from trace_jax.unlearning.config import TrainingConfig, UnlearningConfig
-from trace_jax.unlearning.objectives import OBJECTIVES
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.objectives import Objective
+from trace_jax.unlearning.optimizer import TrainingConfig
 
 _BOUNDED = {"apply": "sampling", "strength": 0.75, "min_effective_sample_size": 0.2}
 _ROWS = {"name": "entropy", "unit": "row", **_BOUNDED}
@@ -80,10 +81,10 @@ class StudyConfig(Section):
     def __post_init__(self):
         super().__post_init__()
         for name, given in self.objectives.items():
-            if name not in OBJECTIVES or not isinstance(given, Mapping):
+            if name not in Objective.kinds or not isinstance(given, Mapping):
                 raise ConfigError(
                     f"objectives has {name!r}: {given!r}; expected settings by name, for objectives of "
-                    f"{', '.join(OBJECTIVES)}."
+                    f"{', '.join(Objective.kinds)}."
                 )
 
 
@@ -172,16 +173,13 @@ class ExperimentConfig(Section):
         settings = {**preset.weighting, **own}
         weighting = resolve(Weighting.kinds[settings.pop("name")], settings, path="calibration")
         calibration = resolve(CalibrationConfig, {"weighting": weighting, **seed}, path="calibration")
-        changes, objective = as_dict(self.unlearning), unlearning.get("objective", self.unlearning.objective)
-        if objective != self.unlearning.objective:  # of which only what it reads and was set is kept
+        changes = as_dict(self.unlearning)
+        if "objective" in unlearning:  # what goes with an objective follows the new one where it was not set
             usual = as_dict(UnlearningConfig(objective=self.unlearning.objective))
-            given = {name: value for name, value in changes.items() if value != usual[name] or name == "steps"}
-            after = {**given, **unlearning}
-            changes = {name: value for name, value in given.items() if is_read(UnlearningConfig, after, name)}
+            changes = {name: value for name, value in changes.items() if value != usual[name] or name == "steps"}
         changes |= unlearning
         for length in ("steps", "epochs"):
-            if changes.get(length) is not None:
-                changes[length] *= preset.steps
+            changes[length] = changes.get(length, 0) * preset.steps
         return Method(name, calibration, resolve(UnlearningConfig, changes, path="unlearning"))
 
     def identity(self) -> str:

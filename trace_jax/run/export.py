@@ -111,7 +111,8 @@ def find_model(workdir: str | os.PathLike, label: str | None) -> RunModel:
     """
     path = as_path(workdir)
     saved = needed(path / "config.json")
-    config = resolve(ExperimentConfig, saved["config"])
+    # Other settings may be spelled as an earlier version had them, and are not read.
+    config = resolve(ExperimentConfig, {name: saved["config"][name] for name in ("name", "data", "model")})
     if config.identity() != saved["identity"]:
         raise ConfigError(f"{path}: the checkpoint that this run started from has changed; run it again.")
     methods = path / "methods"

@@ -272,7 +272,9 @@ def _attack_contexts(prepared: Prepared) -> dict[str, Context]:
 def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated]:
     """What is measured while unlearning. The numbers that rules read are those of the validation split."""
     evaluator = prepared.evaluator
-    original = evaluator.measure(evaluator.original) if evaluator.original and method.unlearning.rules.asks else None
+    original = (
+        evaluator.measure(evaluator.original) if evaluator.original and method.unlearning.needs_evaluation else None
+    )
 
     def evaluate(params: Any) -> Evaluated:
         scores = evaluator.score(prepared.target.replace(params=params))

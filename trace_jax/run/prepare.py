@@ -51,7 +51,6 @@ from trace_jax.run.export import (
 )
 from trace_jax.run.stages import Stage, check_workdir, open_workdir
 from trace_jax.tasks.benchmarks import build_corpora, build_tasks, scoreboard
-from trace_jax.unlearning.optimizer import moments
 from trace_jax.unlearning.train import train_model
 from trace_jax.unlearning.trainable import trainable_paths
 from trace_jax.unlearning.trained import factors
@@ -192,17 +191,17 @@ def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
     for name in config.methods:
         if not (path / "methods" / name / "results.json").exists():
             unlearning = config.method(name).unlearning
-            paths, arrays = trainable_paths(target.config, unlearning.trainable or "all"), flatten(target.params)
+            paths, arrays = trainable_paths(target.config, unlearning.patterns), flatten(target.params)
             training = {path: arrays[path] for path in paths}
             sizes[name], count = parameter_bytes(training), parameter_count(training)
-            if unlearning.lora_rank is not None:
-                own = factors(target.config, paths, unlearning.lora_rank).values()
+            if unlearning.lora is not None:
+                own = factors(target.config, paths, unlearning.lora.rank).values()
                 count = sum(math.prod(spec.shape) for spec in own)
-            states, numbers = 3 + unlearning.rules.keeps_best, 1 + moments(unlearning)
+            states, numbers = 3 + unlearning.keeps_best, 1 + unlearning.optimizer.moments
             sizes["states"] = max(sizes.get("states", 0), states * numbers * 4 * count)
     for attack in (config.attacks.relearning, config.attacks.benign_relearning) if config.attacks else ():
         if attack is not None:
-            numbers = 1 + moments(attack.optimization)
+            numbers = 1 + attack.optimization.optimizer.moments
             sizes["states"] = max(sizes.get("states", 0), 3 * numbers * 4 * parameter_count(flatten(target.params)))
     needed, free = sum(sizes.values()), free_bytes(path)
     if free < needed:

@@ -35,7 +35,7 @@ from trace_jax.run.prepare import Prepared, prepare, read_corpora
 from trace_jax.run.results import FORGOTTEN, comparison_row, write_run_report
 from trace_jax.run.stages import check_workdir, open_workdir
 from trace_jax.tasks.benchmarks import scoreboard
-from trace_jax.unlearning.objectives import OBJECTIVES
+from trace_jax.unlearning.objectives import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +58,21 @@ def trials(config: ExperimentConfig) -> Iterator[Trial]:
     study = config.study
     for seed in study.seeds:
         for objective, given in (study.objectives or {"": {}}).items():
-            for setting, values in _grid(study, objective or config.unlearning.objective, given):
-                unlearning = {**values, "objective": objective} if objective else values
+            kind = Objective.kinds[objective] if objective else type(config.unlearning.objective)
+            for setting, unlearning in _grid(study, kind, given):
+                if objective:
+                    own = {f.name for f in dataclasses.fields(kind)} & unlearning.keys()
+                    unlearning["objective"] = {"name": objective} | {name: unlearning.pop(name) for name in sorted(own)}
                 for method in study.methods:
                     yield Trial(method, seed, setting, unlearning, objective)
 
 
-def _grid(study: StudyConfig, objective: str, given: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _grid(
+    study: StudyConfig, objective: type[Objective], given: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, settings) of everything that an objective is tuned over, the learning rate first."""
     tuned: dict[str, Sequence[Any]] = {"learning_rate": study.learning_rates}
-    if OBJECTIVES[objective].retains and given.get("retain_loss") != "none":
+    if objective.retains and given.get("retain_loss") != "none":
         tuned["alpha"] = study.alphas
     lists = {name: value for name, value in given.items() if _is_list_of_numbers(value)}
     fixed, tuned = {name: value for name, value in given.items() if name not in lists}, {**tuned, **lists}

@@ -1,18 +1,27 @@
-"""Which rows a step of unlearning reads: a function of the step alone, so that a resumed run repeats itself."""
+"""What a run reads: which rows a step takes, for how many steps, and what is refused before anything is computed.
+
+The rows of a step are a function of the step alone, so that a resumed run repeats itself.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
+from trace_jax.config import ConfigError
 from trace_jax.data.batches import Batches, EpochSampler, IndexSampler, retain_batches
 from trace_jax.data.rows import Batch, Rows
-from trace_jax.routing.weights import RetainWeights
+from trace_jax.models.model import Model
+from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.objectives import Steering
 
 
 @struct.dataclass
@@ -86,7 +95,6 @@ class Inputs:
         """Draws and weighs retain rows with `weights` from now on; None: all the same."""
         if self._retained is None:
             return
-        assert self._size is not None
         probability = weights.row_probability if weights is not None else None
         self._retain = retain_batches(self._retained, self._size, seed=self._seed + 1, probability=probability)
         self._weights = self._retained.valid.astype(np.float32) if weights is None else weights.step_weights
@@ -129,3 +137,95 @@ class _Alternating:
     def __getitem__(self, step: int) -> np.ndarray:
         turn, topic = divmod(step, len(self._rows))
         return self._rows[topic][self._samplers[topic][turn]]
+
+
+# --- how long a run is
+
+
+def with_steps(config: UnlearningConfig, forget: Rows, retain: Rows | None) -> UnlearningConfig:
+    """The settings with `steps` in place of `epochs`, now that the rows of an epoch are known."""
+    if not config.epochs:
+        return config
+    rows, batch = len(forget), config.forget_batch_size
+    if config.epoch_anchor == "retain":
+        assert retain is not None
+        rows, batch = len(retain), config.retain_batch_size
+    steps = math.ceil(config.epochs * rows / batch - 1e-9)  # 0.1 of 30 rows is 3 rows, and a little in floating point
+    return dataclasses.replace(config, steps=max(1, steps), epochs=0.0, epoch_anchor="forget")
+
+
+def batch_text(
+    config: UnlearningConfig, forget: Rows, retain: Rows | None, mesh: Mesh, microbatches: int,
+    refusals: Rows | None = None,
+) -> str:  # fmt: skip
+    """What a step reads, and how many steps go through each side once, as a sentence."""
+    sides = [("forget", forget, config.forget_batch_size)]
+    if refusals is not None:
+        sides.append(("refusal", refusals, config.forget_batch_size))
+    if config.retains and retain is not None:
+        sides.append(("retain", retain, config.retain_batch_size))
+    rows = " + ".join(f"{batch} {name} rows x {rows.tokens.shape[1]}" for name, rows, batch in sides)
+    tokens = sum(batch * rows.tokens.shape[1] for _, rows, batch in sides)
+    epochs = " and ".join(f"{math.ceil(len(rows) / batch):,} of the {name} rows" for name, rows, batch in sides)
+    parts = f"{microbatches} microbatches" if microbatches > 1 else "one batch"
+    devices = f"{mesh.size} devices" if mesh.size > 1 else "one device"
+    step = f"{config.steps:,} steps of {rows} = {tokens:,} tokens each, in {parts} on {devices}"
+    return f"{step}; steps in an epoch: {epochs}"
+
+
+# --- what is refused
+
+
+def check_run(
+    model: Model,
+    forget: Rows,
+    retain: Rows | None,
+    config: UnlearningConfig,
+    *,
+    selected: np.ndarray | None,
+    weights: RetainWeights | None,
+    recalibrate: Recalibration | None,
+    evaluate: Callable | None,
+) -> None:
+    """Raises a ConfigError or ValueError that says what does not fit together (arguments as in `unlearn`)."""
+    if config.retains and retain is None:
+        raise ConfigError(
+            f"objective {config.objective.name!r} has a retain term; give retain rows, or set retain_loss to 'none'."
+        )
+    if config.layer > model.config.num_layers:
+        raise ConfigError(f"layer is {config.layer}, but the model has {model.config.num_layers} layers.")
+    if config.grip.name != "none" and retain is None:
+        raise ConfigError(f"grip {config.grip.name!r} holds on to the routing of retain text; give retain rows.")
+    for name, rows in (("forget", forget), ("retain", retain)):
+        if rows is not None and not rows.valid.any():
+            raise ValueError(f"the {name} rows hold no token that can be predicted; the data is too short.")
+    if config.needs_evaluation and evaluate is None:
+        raise ConfigError(
+            "stop_forgetting, stop_utility and keep are about evaluations, and there are none; give `evaluate`, or "
+            "leave them out."
+        )
+    if weights is not None and weights.online:
+        config.check_online()
+    if recalibrate is not None and weights is None:
+        raise ConfigError("recalibrate is given without weights; the steps before the first recalibration need some.")
+    if config.some_experts is not None:
+        _check_selected(model, config, selected)
+
+
+def _check_selected(model: Model, config: UnlearningConfig, selected: np.ndarray | None) -> None:
+    if selected is None or not selected.any():
+        raise ConfigError(
+            f"trainable is {config.trainable.name!r}, but no expert is selected: use a weighting that selects experts, "
+            "lower its tau, or name another rule in unlearning.trainable.experts."
+        )
+    shape = len(model.config.moe_layers), model.config.num_experts
+    if selected.shape != shape:
+        raise ValueError(f"selected is {selected.shape}; the model has {shape} (layers with experts, experts).")
+    layers = [model.config.moe_layers[i] + 1 for i in np.flatnonzero(selected.any(axis=1))]
+    if isinstance(config.objective, Steering) and layers[0] > config.layer:
+        where = ", ".join(map(str, layers))
+        raise ConfigError(
+            f"objective {config.objective.name!r} steers the output of layer {config.layer}, and the selected experts "
+            f"are in layers {where}, above it: they would learn nothing. Set unlearning.objective.layer to {layers[0]} "
+            "or more."
+        )

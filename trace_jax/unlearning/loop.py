@@ -247,7 +247,7 @@ class Loop:
 
     def _reached(self, step: int) -> Stop | None:
         """Why the evaluation after `step` steps ends the run; None if it does not, or there was none."""
-        if not self.rules.asks:
+        if not self.rules.needs_evaluation:
             return None
         here = self._points and self._points[-1].step == step
         reason = self.rules.stops(self._points[-1]) if here else ""

@@ -1,296 +1,383 @@
-"""Forget losses: one table, and pure functions of per-token quantities (docs/methods.md).
+"""Forget losses, one class each: its settings, what it looks at, and a pure function (docs/methods.md).
 
-A loss returns a pair (sum, count); L_forget is their ratio after both are added over devices, so that it does not
-depend on how rows are split. The count depends on masks alone. Where a released code differs from its paper, the
-paper's form is the row and the code's stands in its `forms`. Shapes: B rows, S positions, D hidden size, V vocabulary.
+Where a released code differs from its paper, the paper's form is the default and the code's is a `form`. To add an
+objective, add a class here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from trace_jax.models.vocabulary import Vocabulary
+from trace_jax.config import ConfigError, Section, option
+from trace_jax.unlearning.terms import ForgetInputs, Objective
 
-Numbers = Mapping[str, jax.Array]  # f32 [], by name
 PAPER = "paper"
+REFUSALS = ("I do not know.", "I can't help with that.", "That is something I have no knowledge of.")
 
 
-class ForgetInputs(NamedTuple):
-    """What a forget loss may look at. Parts that an objective does not ask for (`Objective.needs`) are None."""
-
-    valid: Any  # bool [B, S]
-    nll: Any = None  # f32 [B, S] in nats
-    reference_nll: Any = None  # f32 [B, S], under the original model
-    hidden: Any = None  # [B, S, D], output of the steered layer
-    target: Any = None  # f32 [B, D], where RMU steers the rows: c u of their topic
-    vocabulary: Any = None  # f32 [B, S], what `Objective.vocabulary` made of the logits
-    refusal_valid: Any = None  # the same of rows that end in refusals
-    refusal_nll: Any = None
-    refusal_reference_nll: Any = None
+def row_sums(values: jax.Array, valid: jax.Array) -> jax.Array:
+    """f32 [B], the sum of values [B, S] at the valid positions of each row."""
+    return jnp.where(valid, values, 0.0).sum(-1)
 
 
-Loss = Callable[[ForgetInputs, Numbers], tuple[jax.Array, jax.Array]]
+def row_means(values: jax.Array, valid: jax.Array) -> jax.Array:
+    """f32 [B], their mean; 0 for a row without any."""
+    return row_sums(values, valid) / jnp.maximum(valid.sum(-1, dtype=jnp.float32), 1.0)
+
+
+def softened(x: jax.Array, beta: Any) -> jax.Array:
+    """-(2/beta) log sigma(beta x): about -x where x is far below 0, and 0 far above."""
+    return -(2.0 / beta) * jax.nn.log_sigmoid(beta * x)
+
+
+class _OverRows:
+    """The loss is a mean over rows."""
+
+    def counts(self, valid, refusal_valid):
+        return valid.any(-1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
-    """A row of the table.
+class Referring(Section):
+    """Objectives that compare log-probabilities with the original model's."""
 
-    Attributes:
-      loss: see the head of this file.
-      source: arXiv number.
-      numbers: its settings with their usual values; they are traced, so that a sweep over them compiles once.
-      needs: parts of `ForgetInputs`, of "nll", "reference_nll", "hidden", "refusals", "refusals_reference".
-      vocabulary: (vocabulary of the model, of the original model or None, numbers) -> f32 [tokens], for losses of
-        more than the target's probability. against: whether it reads the original model's.
-      gamma: usual coefficient. retains: whether there is a retain term.
-      dual: the retain loss is a constraint, and its coefficient follows it.
-      negates: it learns the forget set, and what it learnt is subtracted.
-      forms: other forms of it by name.
-    """
-
-    loss: Loss
-    source: str
-    numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    needs: tuple[str, ...] = ("nll",)
-    vocabulary: Callable[[Vocabulary, Vocabulary | None, Numbers], jax.Array] | None = None
-    against: bool = False
-    gamma: float = 1.0
-    retains: bool = True
-    dual: bool = False
-    negates: bool = False
-    forms: Mapping[str, Objective] = dataclasses.field(default_factory=dict)
-
-    def form(self, name: str) -> Objective:
-        """The row of a form."""
-        return self if name == PAPER else self.forms[name]
+    cache_reference: bool = option(
+        False, help="compute the original model's log-probabilities of the forget rows once, and keep them on disk"
+    )
 
 
-def _sum(values, valid):
-    return jnp.where(valid, values, 0.0).sum()
+@dataclasses.dataclass(frozen=True)
+class Refusing(Section):
+    """Objectives that answer the forget set with refusals."""
 
+    refusals: tuple[str, ...] = option(REFUSALS, help="answers that the forget set is to get instead; taken in turn")
 
-def _tokens(valid):
-    return valid.sum(dtype=jnp.float32)
-
-
-def _row_sums(values, valid):
-    """(sum of values per row [B], number of valid positions per row [B], rows that have any [B])."""
-    length = valid.sum(-1, dtype=jnp.float32)
-    return jnp.where(valid, values, 0.0).sum(-1), length, (length > 0).astype(jnp.float32)
-
-
-def _over_rows(losses, present):
-    return (losses * present).sum(), present.sum()
-
-
-def _softened(x, beta):
-    """-(2/beta) log sigma(beta x): about -x where x is far below 0, and 0 far above."""
-    return -(2.0 / beta) * jax.nn.log_sigmoid(beta * x)
+    def __post_init__(self):
+        super().__post_init__()
+        if not all(text.strip() for text in self.refusals or ("",)):
+            raise ConfigError("refusals holds no text, or an empty one; give at least one sentence.")
 
 
 # --- likelihood
 
 
-def learning(inputs: ForgetInputs, n: Numbers):
-    """mean nll_t: what fine-tuning minimises."""
-    return _sum(inputs.nll, inputs.valid), _tokens(inputs.valid)
-
-
-def gradient_ascent(inputs: ForgetInputs, n: Numbers):
+@dataclasses.dataclass(frozen=True)
+class _Ascent(Section):
     """-mean nll_t over tokens. With a ceiling > 0: mean over rows of max(0, ceiling - row mean nll), which stops
     pushing a row that is forgotten instead of letting it dominate the step."""
-    total, length, present = _row_sums(inputs.nll, inputs.valid)
-    row_mean = total / jnp.maximum(length, 1.0)
-    hinge = jnp.maximum(0.0, n["nll_ceiling"] - row_mean) * present
-    bounded = n["nll_ceiling"] > 0
-    return jnp.where(bounded, hinge.sum(), -total.sum()), jnp.where(bounded, present.sum(), length.sum())
+
+    nll_ceiling: float = option(
+        0.0, help="a forget row whose mean NLL passes this (nats) is no longer pushed; 0 = no ceiling", minimum=0.0
+    )
+    source: ClassVar[str] = "2401.06121"
+
+    def loss(self, inputs):
+        hinge = jnp.maximum(0.0, self.nll_ceiling - row_means(inputs.nll, inputs.valid))
+        return jnp.where(self.nll_ceiling > 0, hinge, -row_sums(inputs.nll, inputs.valid))
+
+    def counts(self, valid, refusal_valid):
+        length = valid.sum(-1, dtype=jnp.float32)
+        return jnp.where(self.nll_ceiling > 0, jnp.minimum(length, 1.0), length)
 
 
-def weighted_ascent(weight: Callable[[ForgetInputs, Numbers], jax.Array]) -> Loss:
+@dataclasses.dataclass(frozen=True)
+class GradientAscent(_Ascent, Objective, name="gradient_ascent"):
+    """Without a retain term."""
+
+    retains = False
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientDifference(_Ascent, Objective, name="gradient_difference"):
+    """With a retain term."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskVector(Objective, name="task_vector"):
+    """mean nll_t, what fine-tuning minimises, is learnt; then what was learnt is subtracted."""
+
+    task_scale: float = option(5.0, help="how often what was learnt is subtracted", minimum=0.0)
+    source = "2212.04089"
+    retains = False
+    subtracts_update = True
+
+    def loss(self, inputs):
+        return inputs.nll
+
+
+class _WeightedAscent:
     """-mean sg(weight_t) nll_t over tokens."""
 
-    def loss(inputs: ForgetInputs, n: Numbers):
-        weights = jax.lax.stop_gradient(weight(inputs, n))
-        return -_sum(weights * inputs.nll, inputs.valid), _tokens(inputs.valid)
+    def loss(self, inputs):
+        return -jax.lax.stop_gradient(self.weight(inputs)) * inputs.nll
 
-    return loss
-
-
-def _wga(inputs: ForgetInputs, n: Numbers):
-    """p_t^beta."""
-    return jnp.exp(-n["beta"] * inputs.nll)
+    def weight(self, inputs: ForgetInputs) -> jax.Array:
+        raise NotImplementedError
 
 
-def _tnpo(inputs: ForgetInputs, n: Numbers):
-    """2 p^beta / (p^beta + p_ref^beta)."""
-    return 2.0 * jax.nn.sigmoid(n["beta"] * (inputs.reference_nll - inputs.nll))
+@dataclasses.dataclass(frozen=True)
+class WGA(_WeightedAscent, Objective, name="wga"):
+    """Weight p_t^beta."""
+
+    beta: float = option(1.0, help="exponent of a token's probability", minimum=1e-6)
+    source = "2502.19301"
+
+    def weight(self, inputs):
+        return jnp.exp(-self.beta * inputs.nll)
 
 
-def _satimp(inputs: ForgetInputs, n: Numbers):
-    """p^beta1 (1 - p)^beta2: saturation, then importance."""
-    p = jnp.exp(-inputs.nll)
-    return p ** n["beta1"] * jnp.maximum(1.0 - p, 0.0) ** n["beta2"]
+@dataclasses.dataclass(frozen=True)
+class TNPO(_WeightedAscent, Referring, Objective, name="tnpo"):
+    """Weight 2 p^beta / (p^beta + p_ref^beta)."""
+
+    beta: float = option(4.0, help="inverse temperature", minimum=1e-6)
+    source = "2502.19301"
+    reads = ("nll", "reference_nll")
+
+    def weight(self, inputs):
+        return 2.0 * jax.nn.sigmoid(self.beta * (inputs.reference_nll - inputs.nll))
+
+
+@dataclasses.dataclass(frozen=True)
+class SatImp(_WeightedAscent, Objective, name="satimp"):
+    """Weight p^beta1 (1 - p)^beta2: saturation, then importance."""
+
+    gamma: float = option(0.1, help="coefficient of the forget loss", minimum=0.0)
+    beta1: float = option(5.0, help="exponent of a token's probability, saturation", minimum=0.0)
+    beta2: float = option(1.0, help="exponent of one minus a token's probability, importance", minimum=0.0)
+    source = "2505.11953"
+
+    def weight(self, inputs):
+        p = jnp.exp(-inputs.nll)
+        return p**self.beta1 * jnp.maximum(1.0 - p, 0.0) ** self.beta2
 
 
 # --- preference
 
 
-def npo(inputs: ForgetInputs, n: Numbers):
-    """-(2/beta) mean_y log sigma(beta (NLL - NLL_ref)), rows summed."""
-    total, _, present = _row_sums(inputs.nll - inputs.reference_nll, inputs.valid)
-    return _over_rows(_softened(total, n["beta"]), present)
+@dataclasses.dataclass(frozen=True)
+class NPO(Referring, Objective, name="npo"):
+    """-(2/beta) mean_y log sigma(beta (NLL - NLL_ref)), rows summed.
+
+    gemma: google-deepmind/gemma, without 2/beta. muse_logits: on every raw logit, mean over vocabulary and tokens.
+    """
+
+    beta: float = option(0.1, help="inverse temperature", minimum=1e-6)
+    form: str = option(
+        PAPER, help="the paper's loss, or that of a released code", choices=(PAPER, "gemma", "muse_logits")
+    )
+    source = "2404.05868"
+
+    @property
+    def needs(self):
+        return ("logits", "reference_logits") if self.form == "muse_logits" else ("nll", "reference_nll")
+
+    def loss(self, inputs):
+        if self.form == "muse_logits":
+            return inputs.vocabulary
+        losses = softened(row_sums(inputs.nll - inputs.reference_nll, inputs.valid), self.beta)
+        return losses * (self.beta / 2.0) if self.form == "gemma" else losses
+
+    def counts(self, valid, refusal_valid):
+        return valid if self.form == "muse_logits" else valid.any(-1)
+
+    def vocabulary(self, own, reference):
+        return own.mean(softened(reference.logits - own.logits, self.beta))
 
 
-def npo_gemma(inputs: ForgetInputs, n: Numbers):
-    """The form of google-deepmind/gemma: -mean_y log sigma(beta (NLL - NLL_ref)), without 2/beta."""
-    total, count = npo(inputs, n)
-    return total * (n["beta"] / 2.0), count
+@dataclasses.dataclass(frozen=True)
+class SimNPO(Objective, name="simnpo"):
+    """-(2/beta) mean_y log sigma(beta (NLL/length - delta)); no reference model. muse_logits: on every raw logit."""
+
+    gamma: float = option(0.125, help="coefficient of the forget loss", minimum=0.0)
+    beta: float = option(4.5, help="inverse temperature", minimum=1e-6)
+    delta: float = option(0.0, help="margin (nats per token)")
+    form: str = option(PAPER, help="the paper's loss, or that of a released code", choices=(PAPER, "muse_logits"))
+    source = "2410.07163"
+
+    @property
+    def needs(self):
+        return ("logits",) if self.form == "muse_logits" else ("nll",)
+
+    def loss(self, inputs):
+        if self.form == "muse_logits":
+            return inputs.vocabulary
+        return softened(row_means(inputs.nll, inputs.valid) - self.delta, self.beta)
+
+    def counts(self, valid, refusal_valid):
+        return valid if self.form == "muse_logits" else valid.any(-1)
+
+    def vocabulary(self, own, reference):
+        return own.mean(softened(-own.logits - self.delta, self.beta))
 
 
-def simnpo(inputs: ForgetInputs, n: Numbers):
-    """-(2/beta) mean_y log sigma(beta (NLL/length - delta)); no reference model."""
-    total, length, present = _row_sums(inputs.nll, inputs.valid)
-    return _over_rows(_softened(total / jnp.maximum(length, 1.0) - n["delta"], n["beta"]), present)
-
-
-def dpo(inputs: ForgetInputs, n: Numbers):
+@dataclasses.dataclass(frozen=True)
+class DPO(_OverRows, Refusing, Referring, Objective, name="dpo"):
     """-(2/beta) mean_y log sigma(beta (r(refusal) - r(forget))), r = NLL_ref - NLL of a row, rows summed."""
-    lost, _, present = _row_sums(inputs.nll - inputs.reference_nll, inputs.valid)
-    won, _, _ = _row_sums(inputs.refusal_reference_nll - inputs.refusal_nll, inputs.refusal_valid)
-    return _over_rows(_softened(won + lost, n["beta"]), present)
+
+    beta: float = option(0.1, help="inverse temperature", minimum=1e-6)
+    source = "2305.18290"
+    reads = ("nll", "reference_nll", "refusals", "reference_refusals")
+
+    def loss(self, inputs):
+        lost = row_sums(inputs.nll - inputs.reference_nll, inputs.valid)
+        won = row_sums(inputs.refusal_reference_nll - inputs.refusal_nll, inputs.refusal_valid)
+        return softened(won + lost, self.beta)
 
 
-def idk(inputs: ForgetInputs, n: Numbers):
+@dataclasses.dataclass(frozen=True)
+class IDK(Refusing, Objective, name="idk"):
     """mean nll_t of the refusals."""
-    return _sum(inputs.refusal_nll, inputs.refusal_valid), _tokens(inputs.refusal_valid)
+
+    source = "2401.06121"
+    reads = ("refusals",)
+
+    def loss(self, inputs):
+        return inputs.refusal_nll
+
+    def counts(self, valid, refusal_valid):
+        return refusal_valid
 
 
-def flat(inputs: ForgetInputs, n: Numbers):
+@dataclasses.dataclass(frozen=True)
+class FLAT(_OverRows, Refusing, Objective, name="flat"):
     """mean_y (tanh(P(forget)) - tanh(P(refusal))) / 2, P the mean probability of a row's tokens: the f-divergence of
     total variation."""
-    forget, length, present = _row_sums(jnp.exp(-inputs.nll), inputs.valid)
-    refusal, refusal_length, _ = _row_sums(jnp.exp(-inputs.refusal_nll), inputs.refusal_valid)
-    forget, refusal = forget / jnp.maximum(length, 1.0), refusal / jnp.maximum(refusal_length, 1.0)
-    return _over_rows((jnp.tanh(forget) - jnp.tanh(refusal)) / 2.0, present)
+
+    source = "2410.11143"
+    reads = ("nll", "refusals")
+
+    def loss(self, inputs):
+        forget = row_means(jnp.exp(-inputs.nll), inputs.valid)
+        refusal = row_means(jnp.exp(-inputs.refusal_nll), inputs.refusal_valid)
+        return (jnp.tanh(forget) - jnp.tanh(refusal)) / 2.0
 
 
 # --- representation
 
 
-def _steered_error(inputs: ForgetInputs):
-    return jnp.square(inputs.hidden.astype(jnp.float32) - inputs.target[:, None, :]).mean(-1)
+@dataclasses.dataclass(frozen=True)
+class Steering(Section):
+    """mean |h_l(x_f) - c u|^2 / D over tokens, u a fixed random unit direction for each topic.
+
+    wmdp: centerforaisafety/wmdp, every position counts, padding too. (Empty rows, which only fill up a batch for the
+    devices, stay out.) open_unlearning: mean over the tokens of a row, then over rows.
+    """
+
+    layer: int = option(1, help="layer (from 1) whose output is steered", minimum=1)
+    form: str = option(
+        PAPER, help="the paper's loss, or that of a released code", choices=(PAPER, "wmdp", "open_unlearning")
+    )
+    usual_retain_loss: ClassVar[str] = "hidden"
+    usual_trainable: ClassVar[str] = "down_projections"
+    reads: ClassVar[tuple[str, ...]] = ("hidden",)
+
+    def loss(self, inputs):
+        error = jnp.square(inputs.hidden.astype(jnp.float32) - inputs.target[:, None, :]).mean(-1)
+        return row_means(error, inputs.valid) if self.form == "open_unlearning" else error
+
+    def counts(self, valid, refusal_valid):
+        rows = valid.any(-1)
+        if self.form == "wmdp":
+            return jnp.broadcast_to(rows[:, None], valid.shape)
+        return rows if self.form == "open_unlearning" else valid
 
 
-def rmu(inputs: ForgetInputs, n: Numbers):
-    """mean |h_l(x_f) - c u|^2 / D over tokens, u a fixed random unit direction."""
-    return _sum(_steered_error(inputs), inputs.valid), _tokens(inputs.valid)
+@dataclasses.dataclass(frozen=True)
+class RMU(Steering, Objective, name="rmu"):
+    """With a length c that is set."""
+
+    steering: float = option(6.5, help="length of the target, c", minimum=0.0)
+    source = "2403.03218"
 
 
-def rmu_wmdp(inputs: ForgetInputs, n: Numbers):
-    """The form of centerforaisafety/wmdp: every position counts, padding too. (Empty rows, which only fill up a batch
-    for the devices, hold no valid token and stay out.)"""
-    rows = jnp.broadcast_to(inputs.valid.any(-1, keepdims=True), inputs.valid.shape)
-    return _sum(_steered_error(inputs), rows), _tokens(rows)
+@dataclasses.dataclass(frozen=True)
+class AdaptiveRMU(Steering, Objective, name="adaptive_rmu"):
+    """With c = scale * mean |h_l| of the topic's first batch."""
 
-
-def rmu_open_unlearning(inputs: ForgetInputs, n: Numbers):
-    """The form of locuslab/open-unlearning: mean over the tokens of a row, then over rows."""
-    total, length, present = _row_sums(_steered_error(inputs), inputs.valid)
-    return _over_rows(total / jnp.maximum(length, 1.0), present)
-
-
-# --- distributions
-
-
-def token_mean(inputs: ForgetInputs, n: Numbers):
-    """mean over tokens of what `vocabulary` gave."""
-    return _sum(inputs.vocabulary, inputs.valid), _tokens(inputs.valid)
-
-
-def after_first(inputs: ForgetInputs, n: Numbers):
-    """`token_mean` without the first token that a document predicts."""
-    before = jnp.pad(inputs.valid[:, :-1], ((0, 0), (1, 0)))
-    later = inputs.valid & before
-    return _sum(inputs.vocabulary, later), _tokens(later)
-
-
-def _undial(own: Vocabulary, reference: Vocabulary | None, n: Numbers):
-    """Cross-entropy to softmax(z_ref - beta onehot(target))."""
-    assert reference is not None
-    return own.cross_entropy(reference.logits - n["beta"] * reference.is_target.astype(jnp.float32))
-
-
-def _ceu(own: Vocabulary, reference: Vocabulary | None, n: Numbers):
-    """Cross-entropy to the model's own softmax without the target."""
-    return own.cross_entropy(own.without_target(jax.lax.stop_gradient(own.logits)))
-
-
-def _pdu(own: Vocabulary, reference: Vocabulary | None, n: Numbers):
-    """(largest logit - mean logit)^2."""
-    return jnp.square(own.largest() - own.mean(own.logits))
-
-
-def _npo_logits(own: Vocabulary, reference: Vocabulary | None, n: Numbers):
-    """NPO on every raw logit: -(2/beta) mean_v log sigma(beta (z_ref - z))."""
-    assert reference is not None
-    return own.mean(_softened(reference.logits - own.logits, n["beta"]))
-
-
-def _simnpo_logits(own: Vocabulary, reference: Vocabulary | None, n: Numbers):
-    """SimNPO on every raw logit: -(2/beta) mean_v log sigma(beta (-z - delta))."""
-    return own.mean(_softened(-own.logits - n["delta"], n["beta"]))
-
-
-_CEILING = {"nll_ceiling": 0.0}
-_REFERENCE = ("nll", "reference_nll")
-_RMU_FORMS = {"wmdp": rmu_wmdp, "open_unlearning": rmu_open_unlearning}
-
-
-def _forms(row: Objective, **forms: Objective) -> Objective:
-    """A row with other forms, which share its numbers and usual coefficient."""
-    shared = {"numbers": row.numbers, "gamma": row.gamma}
-    return dataclasses.replace(row, forms={name: dataclasses.replace(form, **shared) for name, form in forms.items()})
-
-
-def _rmu(source: str, numbers: Mapping[str, float]) -> Objective:
-    forms = {name: Objective(loss, source, needs=("hidden",)) for name, loss in _RMU_FORMS.items()}
-    return _forms(Objective(rmu, source, numbers, needs=("hidden",)), **forms)
-
-
-OBJECTIVES: dict[str, Objective] = {
-    "gradient_ascent": Objective(gradient_ascent, "2401.06121", _CEILING, retains=False),
-    "gradient_difference": Objective(gradient_ascent, "2401.06121", _CEILING),
-    "npo": _forms(
-        Objective(npo, "2404.05868", {"beta": 0.1}, needs=_REFERENCE),
-        gemma=Objective(npo_gemma, "2404.05868", needs=_REFERENCE),
-        muse_logits=Objective(token_mean, "2407.06460", needs=(), vocabulary=_npo_logits, against=True),
-    ),
-    "simnpo": _forms(
-        Objective(simnpo, "2410.07163", {"beta": 4.5, "delta": 0.0}, gamma=0.125),
-        muse_logits=Objective(token_mean, "2410.07163", needs=(), vocabulary=_simnpo_logits),
-    ),
-    "dpo": Objective(dpo, "2305.18290", {"beta": 0.1}, needs=(*_REFERENCE, "refusals", "refusals_reference")),
-    "idk": Objective(idk, "2401.06121", needs=("refusals",)),
-    "rmu": _rmu("2403.03218", {"steering": 6.5}),
-    "adaptive_rmu": _rmu("2408.06223", {"steering_scale": 5.0}),
-    "undial": Objective(token_mean, "2402.10052", {"beta": 10.0}, needs=(), vocabulary=_undial, against=True),
-    "wga": Objective(weighted_ascent(_wga), "2502.19301", {"beta": 1.0}),
-    "tnpo": Objective(weighted_ascent(_tnpo), "2502.19301", {"beta": 4.0}, needs=_REFERENCE),
-    "satimp": Objective(weighted_ascent(_satimp), "2505.11953", {"beta1": 5.0, "beta2": 1.0}, gamma=0.1),
-    "ceu": Objective(after_first, "2503.01224", needs=(), vocabulary=_ceu),
-    "pdu": Objective(token_mean, "2506.05314", {"dual_rate": 1.0}, needs=(), vocabulary=_pdu, dual=True),
-    "flat": Objective(flat, "2410.11143", needs=("nll", "refusals")),
-    "task_vector": Objective(learning, "2212.04089", {"task_scale": 5.0}, retains=False, negates=True),
-}
+    steering_scale: float = option(
+        5.0, help="length of the target in mean lengths of the layer's output on the first forget batch", minimum=0.0
+    )
+    source = "2408.06223"
 
 
 def steering_directions(key: jax.Array, topics: int, width: int) -> jax.Array:
     """RMU's u for each topic: uniform on [0, 1)^D, scaled to length one (f32 [topics, D])."""
     directions = jax.random.uniform(key, (topics, width), jnp.float32)
     return directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
+
+
+# --- distributions
+
+
+class _OfVocabulary:
+    """mean over tokens of what `vocabulary` gives."""
+
+    reads: ClassVar[tuple[str, ...]] = ("logits",)
+
+    def loss(self, inputs):
+        return inputs.vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class UNDIAL(_OfVocabulary, Objective, name="undial"):
+    """Cross-entropy to softmax(z_ref - beta onehot(target))."""
+
+    beta: float = option(10.0, help="how much the target's logit is lowered", minimum=1e-6)
+    source = "2402.10052"
+    reads = ("logits", "reference_logits")
+
+    def vocabulary(self, own, reference):
+        return own.cross_entropy(reference.logits - self.beta * reference.is_target.astype(jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class CEU(_OfVocabulary, Objective, name="ceu"):
+    """Cross-entropy to the model's own softmax without the target; the first token of a document stays out."""
+
+    source = "2503.01224"
+
+    def counts(self, valid, refusal_valid):
+        return valid & jnp.pad(valid[:, :-1], ((0, 0), (1, 0)))
+
+    def vocabulary(self, own, reference):
+        return own.cross_entropy(own.without_target(jax.lax.stop_gradient(own.logits)))
+
+
+@dataclasses.dataclass(frozen=True)
+class PDU(_OfVocabulary, Objective, name="pdu"):
+    """(largest logit - mean logit)^2 under a bound on the retain loss, whose coefficient is the multiplier."""
+
+    dual_rate: float = option(1.0, help="step size of the coefficient that holds the retain loss down", minimum=0.0)
+    retain_bound: float = option(
+        0.0, help="largest retain loss that is accepted; 0 = 0.05, which is usual for kl", minimum=0.0
+    )
+    dual_warmup: int = option(0, help="steps before that coefficient moves", minimum=0)
+    source = "2506.05314"
+    adapts_alpha = True
+
+    def vocabulary(self, own, reference):
+        return jnp.square(own.largest() - own.mean(own.logits))
+
+    def completed(self, retain_loss):
+        if retain_loss == "none":
+            raise ConfigError(
+                "retain_loss is 'none'; objective 'pdu' holds the retain loss below a bound and needs one."
+            )
+        if self.retain_bound > 0:
+            return self
+        if retain_loss != "kl":
+            raise ConfigError(
+                f"objective.retain_bound is needed when retain_loss is {retain_loss!r}: the largest mean retain loss "
+                "that is accepted, for example the original model's plus 0.05."
+            )
+        return dataclasses.replace(self, retain_bound=0.05)
+
+    def next_alpha(self, alpha, step, retain_loss):
+        """max(0, alpha + rate (loss - bound))."""
+        moved = jnp.maximum(0.0, alpha + self.dual_rate * (retain_loss - self.retain_bound))
+        return jnp.where(step > self.dual_warmup, moved, alpha)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,10 @@ import numpy as np
 import optax
 import optax.contrib
 
-from trace_jax.unlearning.config import OptimizerConfig
+from trace_jax.config import Section, Variant, option
+
+SCHEDULES = ("constant", "cosine", "linear")
+Axes = Mapping[str, tuple[str, ...]]
 
 # Axes along which an array holds one matrix (or vector) after another.
 _STACKED = ("layers", "experts", "rows", "gate_up")
@@ -23,6 +27,109 @@ _NOT_ORTHOGONAL = ("vocab", "router")
 # Root mean square of Muon's update, which is then about as large as Adam's (2502.16982): one learning rate serves both.
 _MUON_RMS = 0.2
 _FACTORED_FROM = 128  # Adafactor keeps the second moment of smaller matrices whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(Variant):
+    """How gradients become updates.
+
+    moments: how many numbers it keeps for each parameter at most (Adafactor: of small matrices).
+    """
+
+    moments: ClassVar[int]
+
+    def direction(self, axes: Axes) -> optax.GradientTransformation:
+        """Updates before decay and learning rate. axes: of parameters by path, see `make_optimizer`."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Adam(Section):
+    b1: float = option(0.9, help="decay of Adam's first moment", minimum=0.0, maximum=1.0)
+    b2: float = option(0.98, help="decay of Adam's second moment", minimum=0.0, maximum=1.0)
+    eps: float = option(1e-8, help="added to the root of Adam's second moment", minimum=0.0)
+
+    def adam(self) -> optax.GradientTransformation:
+        return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW(_Adam, Optimizer, name="adamw"):
+    moments = 2
+
+    def direction(self, axes):
+        return self.adam()
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor(Optimizer, name="adafactor"):
+    """Without its parameter scale: the learning rate means what it does for AdamW."""
+
+    moments = 1
+
+    def direction(self, axes):
+        factored = optax.scale_by_factored_rms(min_dim_size_to_factor=_FACTORED_FROM)
+        return per_matrix(optax.chain(factored, optax.clip_by_block_rms(1.0)), axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD(Optimizer, name="sgd"):
+    momentum: float = option(0.9, help="decay of the momentum; 0 = none", minimum=0.0, maximum=1.0)
+    moments = 1
+
+    def direction(self, axes):
+        return optax.trace(self.momentum) if self.momentum else optax.identity()
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon(_Adam, Optimizer, name="muon"):
+    """Orthogonal updates of matrices; what is no matrix is left to Adam."""
+
+    momentum: float = option(0.95, help="decay of the momentum; 0 = none", minimum=0.0, maximum=1.0)
+    moments = 2
+
+    def direction(self, axes):
+        def like_adam(updates, _):  # an orthogonal matrix with the root mean square of Adam's updates
+            return updates * (_MUON_RMS * math.sqrt(max(updates.shape)))
+
+        def labels(tree):
+            return {path: "muon" if orthogonal(axes.get(path, ())) else "adam" for path in tree}
+
+        muon = optax.chain(optax.contrib.scale_by_muon(beta=self.momentum), optax.stateless(like_adam))
+        return optax.partition({"muon": per_matrix(muon, axes), "adam": self.adam()}, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Section):
+    """The optimizer, its schedule and clipping (optax)."""
+
+    optimizer: Optimizer = option("adamw", help="how gradients become updates")
+    learning_rate: float = option(1e-3, help="peak learning rate", minimum=0.0)
+    weight_decay: float = option(0.0, help="decoupled weight decay", minimum=0.0)
+    clip_norm: float = option(1.0, help="largest global gradient norm; 0 = no clipping", minimum=0.0)
+    warmup_steps: int = option(0, help="steps of linear warm-up", minimum=0)
+    schedule: str = option("constant", help="learning rate after warm-up", choices=SCHEDULES)
+
+    @property
+    def optimization(self) -> OptimizerConfig:
+        """The optimizer's settings alone."""
+        return OptimizerConfig(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(OptimizerConfig)}
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(OptimizerConfig):
+    """Training the target model (and the retrained one) from scratch."""
+
+    steps: int = option(900, help="optimizer steps", minimum=1)
+    batch_size: int = option(32, help="rows per step over all devices", minimum=1)
+    load_balance: float = option(0.01, help="coefficient of the load-balancing loss", minimum=0.0)
+    learning_rate: float = option(5e-3, help="peak learning rate", minimum=0.0)
+    warmup_steps: int = option(40, help="steps of linear warm-up", minimum=0)
+    schedule: str = option("cosine", help="learning rate after warm-up", choices=SCHEDULES)
+    checkpoint_every: int = option(100, help="steps between saved training states", minimum=1)
+    retrained: bool = option(False, help="also train a model on retain data alone, as reference for membership")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -53,7 +160,7 @@ def make_optimizer(
     steps: int,
     masks: dict[str, jax.Array] | None = None,
     *,
-    axes: Mapping[str, tuple[str, ...]] | None = None,
+    axes: Axes | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer that `config` names, whose frozen slices stay bit-identical.
 
@@ -67,43 +174,11 @@ def make_optimizer(
     return optax.chain(
         masked(masks),
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
-        _direction(config, axes or {}),
+        config.optimizer.direction(axes or {}),
         optax.add_decayed_weights(config.weight_decay) if config.weight_decay > 0 else optax.identity(),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
         masked(masks),
     )
-
-
-def _direction(config: OptimizerConfig, axes: Mapping[str, tuple[str, ...]]) -> optax.GradientTransformation:
-    """Updates before decay and learning rate.
-
-    Adafactor without its parameter scale: the learning rate means what it does for AdamW.
-    """
-    b1, b2, eps, momentum = config.b1 or 0.0, config.b2 or 0.0, config.eps or 0.0, config.momentum or 0.0
-    if config.optimizer == "sgd":
-        return optax.trace(momentum) if momentum else optax.identity()
-    if config.optimizer == "adafactor":
-        factored = optax.scale_by_factored_rms(min_dim_size_to_factor=_FACTORED_FROM)
-        return per_matrix(optax.chain(factored, optax.clip_by_block_rms(1.0)), axes)
-    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-    if config.optimizer == "adamw":
-        return adam
-    muon = optax.chain(optax.contrib.scale_by_muon(beta=momentum), optax.stateless(_like_adam))
-
-    def labels(tree):
-        return {path: "muon" if orthogonal(axes.get(path, ())) else "adam" for path in tree}
-
-    return optax.partition({"muon": per_matrix(muon, axes), "adam": adam}, labels)
-
-
-def _like_adam(updates: Any, _: Any) -> Any:
-    """An orthogonal matrix with the root mean square of Adam's updates."""
-    return updates * (_MUON_RMS * math.sqrt(max(updates.shape)))
-
-
-def moments(config: OptimizerConfig) -> int:
-    """How many numbers an optimizer keeps for each parameter at most (Adafactor: of small matrices)."""
-    return {"adamw": 2, "adafactor": 1, "sgd": 1, "muon": 2}[config.optimizer]
 
 
 def groups(axes: tuple[str, ...]) -> list[list[int]]:
@@ -125,9 +200,7 @@ def orthogonal(axes: tuple[str, ...]) -> bool:
     return len(groups(axes)) == 2 and not set(axes) & set(_NOT_ORTHOGONAL)
 
 
-def per_matrix(
-    transform: optax.GradientTransformation, axes: Mapping[str, tuple[str, ...]]
-) -> optax.GradientTransformation:
+def per_matrix(transform: optax.GradientTransformation, axes: Axes) -> optax.GradientTransformation:
     """`transform` of each matrix, or vector, of every parameter by itself; the state is a dict by path.
 
     Stacked dimensions are mapped over (`jax.vmap`) and never merged, so that arrays stay spread over devices along

@@ -24,7 +24,7 @@ from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import BATCH_AXES, row_shards
-from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.config import GripProject, GripRealign, UnlearningConfig
 from trace_jax.unlearning.grip import (
     BIAS,
     CORRECTION,
@@ -58,11 +58,11 @@ class GripHooks:
     def finished(self, model: Model) -> tuple[Model, list[dict] | None]:
         """(the model that a run gives which ends with `model`, rows about each layer or None)."""
         config = self.config
-        if config.grip == "realign":
-            assert self.retain is not None and config.grip_tokens is not None and config.grip_ridge is not None
-            tokens, ridge = config.grip_tokens, config.grip_ridge
+        if isinstance(config.grip, GripRealign):
+            assert self.retain is not None
+            tokens, ridge = config.grip.tokens, config.grip.ridge
             return realign(self.original, model, self.retain, tokens=tokens, ridge=ridge, mesh=self.mesh)
-        if self.protection is None or not config.row.negates:
+        if self.protection is None or not config.objective.subtracts_update:
             return model, self.table
         # The margins held for what was learnt; now they must for what that was subtracted from.
         before, flat = flatten(self.original.params), flatten(model.params)
@@ -75,10 +75,11 @@ def grip_hooks(
     original: Model, retain: Rows | None, config: UnlearningConfig, paths: Collection[str], *, seed: int, mesh: Mesh
 ) -> GripHooks:
     """What GRIP, as the settings ask for it, does around a run in which the parameters at `paths` train."""
-    if config.grip != "project":
+    grip = config.grip
+    if not isinstance(grip, GripProject):
         return GripHooks(original, retain, config, mesh)
     assert retain is not None
-    protection = retain_protection(original, retain, config, bias=BIAS in paths, seed=seed, mesh=mesh)
+    protection = retain_protection(original, retain, grip, bias=BIAS in paths, seed=seed, mesh=mesh)
     return GripHooks(original, retain, config, mesh, *protection)
 
 
@@ -127,7 +128,7 @@ def _read(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, c
 
 
 def retain_protection(
-    model: Model, retain: Rows, config: UnlearningConfig, *, bias: bool, seed: int, mesh: Mesh
+    model: Model, retain: Rows, grip: GripProject, *, bias: bool, seed: int, mesh: Mesh
 ) -> tuple[Protection, list[dict]]:
     """(the protection of the original model's routers on retain text, on the mesh; one row per layer about it).
 
@@ -136,16 +137,14 @@ def retain_protection(
     Returns:
       rows of {layer (of the network, from 0), tokens, free}: how many tokens are protected, and the share of its
       directions in which an expert's router row may still move, mean over experts. Where nothing is free, the routers
-      are frozen: fewer tokens (`grip_tokens`) leave room.
+      are frozen: fewer tokens (`grip.tokens`) leave room.
     """
-    assert config.grip_tokens is not None and config.grip_sweeps is not None
-    assert config.grip_null is not None and config.grip_margin is not None
-    inputs, scores, indices = read_routers(model, spread_tokens(retain, config.grip_tokens), mesh=mesh)
+    inputs, scores, indices = read_routers(model, spread_tokens(retain, grip.tokens), mesh=mesh)
     correction = flatten(model.params).get(CORRECTION)
     protection = protect(
         with_one(inputs) if bias else inputs, scores, indices, model.config,
-        correction=None if correction is None else to_host(correction), null=config.grip_null,
-        margin=config.grip_margin, sweeps=config.grip_sweeps, seed=seed,
+        correction=None if correction is None else to_host(correction), null=grip.null,
+        margin=grip.margin, sweeps=grip.sweeps, seed=seed,
     )  # fmt: skip
     kept = protection.basis.any(axis=2).sum(axis=2) / protection.basis.shape[2]  # [L, E]
     table = [
@@ -155,7 +154,7 @@ def retain_protection(
     free = sum(row["free"] for row in table) / len(table)
     say(
         f"GRIP: {inputs.shape[1]} retain tokens leave the routers {free:.1%} of their directions"
-        + ("; they are frozen. Lower grip_tokens to let them move." if free == 0 else "")
+        + ("; they are frozen. Lower grip.tokens to let them move." if free == 0 else "")
     )
     return place(protection, mesh, protection_specs(model.config.num_experts, mesh)), table
 
@@ -183,7 +182,7 @@ def realign(
     if rows.valid.sum() < config.hidden_size:
         raise ConfigError(
             f"grip 'realign' has {rows.valid.sum()} retain tokens for routers of {config.hidden_size} inputs, which do "
-            f"not determine them; raise grip_tokens (it is {tokens}) or give more retain text."
+            f"not determine them; raise grip.tokens (it is {tokens}) or give more retain text."
         )
     theta, new = _routers(original.params, config), _routers(current.params, config)
     before, table = placed_params(original.params, config, mesh), []

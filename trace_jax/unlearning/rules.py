@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-KEEP = ("last", "best_utility")
+from trace_jax.config import Section, Variant, option
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation found: `rows` (JSON) for metrics.jsonl, and the two numbers that rules read.
+    """What an evaluation gave: `rows` (JSON) for metrics.jsonl, and the two numbers that rules read.
 
     forgetting: lower means more forgotten. utility: higher is better. None: not measured.
     items: what each item gave, arrays [N] by name for items.npz.
@@ -43,49 +43,61 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
-    """What is asked of the evaluations of a run.
+class Keep(Variant):
+    """Which state is the result."""
 
-    Attributes:
-      stop_forgetting: the run ends once forgetting is at or below this.
-      stop_utility: the run ends once utility is below this.
-      keep: "last", the state that the run ends with, or "best_utility", that of the evaluation with the highest utility
-        among those whose forgetting is at or below `keep_forgetting`; where none is, that with the lowest forgetting.
-    """
 
-    stop_forgetting: float | None = None
-    stop_utility: float | None = None
-    keep: str = "last"
-    keep_forgetting: float | None = None
+@dataclasses.dataclass(frozen=True)
+class KeepLast(Keep, name="last"):
+    """That which the run ends with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepBest(Keep, name="best_utility"):
+    """That of the evaluation with the highest utility among those that forgot enough; where there is none, that with
+    the lowest forgetting."""
+
+    forgetting: float = option(help="forgetting on validation that a state must be at or below")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules(Section):
+    """What is asked of the evaluations of a run."""
+
+    stop_forgetting: float | None = option(
+        None, help="end the run once forgetting, measured on validation, is at or below this"
+    )
+    stop_utility: float | None = option(None, help="end the run once mean utility on validation is below this")
+    keep: Keep = option("last", help="the state that is the result: the last, or the evaluated one of highest utility")
 
     @property
-    def asks(self) -> bool:
-        """Whether anything depends on evaluations."""
+    def needs_evaluation(self) -> bool:
         return self.keeps_best or self.stop_forgetting is not None or self.stop_utility is not None
 
     @property
     def keeps_best(self) -> bool:
-        return self.keep == "best_utility"
+        return isinstance(self.keep, KeepBest)
 
-    def point(self, step: int, found: Any) -> Point | None:
+    def point(self, step: int, evaluated: Any) -> Point | None:
         """The point of an evaluation; None where no rule reads it.
 
         Raises:
           ValueError: a rule needs a number that the evaluation does not give.
         """
-        if not self.asks:
+        if not self.needs_evaluation:
             return None
         needed = {
             "forgetting": self.keeps_best or self.stop_forgetting is not None,
             "utility": self.keeps_best or self.stop_utility is not None,
         }
         for name, wanted in needed.items():
-            if wanted and getattr(found, name, None) is None:
+            if wanted and getattr(evaluated, name, None) is None:
                 raise ValueError(
                     f"the evaluation at step {step} gives no {name}, which stop_forgetting, stop_utility or keep "
                     "reads; let `evaluate` return an `Evaluated` with it, or remove the rule."
                 )
-        return Point(step, *(float("nan") if x is None else float(x) for x in (found.forgetting, found.utility)))
+        numbers = (float("nan") if x is None else float(x) for x in (evaluated.forgetting, evaluated.utility))
+        return Point(step, *numbers)
 
     def stops(self, point: Point) -> str:
         """Why the run ends at a point, or nothing."""
@@ -98,7 +110,7 @@ class Rules:
 
     def best(self, points: Sequence[Point]) -> int:
         """Step of the point whose state is kept; of equals the first."""
-        reached = [p for p in points if self.keep_forgetting is not None and p.forgetting <= self.keep_forgetting]
+        reached = [p for p in points if isinstance(self.keep, KeepBest) and p.forgetting <= self.keep.forgetting]
         if reached:
             return max(reached, key=lambda p: p.utility).step
         return min(points, key=lambda p: p.forgetting).step

@@ -17,8 +17,9 @@ from jax.tree_util import DictKey
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import PLAIN, ParallelConfig
-from trace_jax.unlearning.config import OptimizerConfig, UnlearningConfig
-from trace_jax.unlearning.optimizer import make_optimizer
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.optimizer import OptimizerConfig, make_optimizer
+from trace_jax.unlearning.terms import Objective
 from trace_jax.unlearning.trained import Flat, declarations, split, trained_specs
 
 
@@ -29,7 +30,7 @@ class TrainState:
     A bfloat16 weight has 8 significant bits: a usual step, 1e-5 on a weight of 0.02, would be rounded away. So the
     optimizer keeps float32, and the loss sees it rounded to the model's type.
 
-    `alpha` f32 []: the coefficient of the retain loss, for objectives that adapt it (`Objective.dual`), else None.
+    `alpha` f32 []: the coefficient of the retain loss, where the objective adapts it (`Objective.adapts_alpha`).
     """
 
     step: jax.Array
@@ -45,23 +46,23 @@ class StepSettings:
     model: ModelConfig
     optimizer: OptimizerConfig
     steps: int
-    objective: str = ""
-    form: str | None = None
-    retain_loss: str | None = None
-    normalize: str | None = None
-    layer: int | None = None
+    objective: Objective | None = None  # without its numbers
+    retain_loss: str = ""  # nothing: no retain term
+    normalize: str = "count"
+    layer: int = 0  # whose output a loss looks at, from 1
     parallel: ParallelConfig = PLAIN
-    anchor_form: str | None = None  # None: no anchor loss
+    anchor_form: str = "sum"
 
 
 def unlearning_settings(config: UnlearningConfig, model: ModelConfig, parallel: ParallelConfig = PLAIN) -> StepSettings:
     """The static part of an unlearning step."""
     # A constant rate does not depend on the number of steps; leaving it out saves a compilation per number.
     # Where the rows of an epoch are not known (a plan), their number is not either.
-    steps = 0 if config.schedule == "constant" else config.steps or 0
+    steps, some = 0 if config.schedule == "constant" else config.steps, config.some_experts
     return StepSettings(
-        model, config.optimization, steps, config.objective, config.form, config.retain_loss, config.normalize,
-        config.layer, parallel, anchor_form=config.anchor_form if config.anchor else None,
+        model, config.optimization, steps, config.objective.without_numbers(),
+        config.retain_loss.name if config.retains else "", config.normalize, config.layer, parallel,
+        anchor_form=some.anchor_form if some else "sum",
     )  # fmt: skip
 
 

@@ -61,15 +61,15 @@ def set_up(
     Raises:
       ConfigError: nothing would train, adapters of a rank that a matrix doesn't have, or routers GRIP can't project.
     """
-    settings, paths = unlearning_settings(config, model, parallel), trainable_paths(model, config.trainable or "all")
-    if config.grip == "project":
+    settings, paths = unlearning_settings(config, model, parallel), trainable_paths(model, config.patterns)
+    if config.grip.name == "project":
         check_router(model, paths)
     masks = update_masks(paths, model, layers=trainable_layers(config), selected=selected)
     index = None if selected is None else selected_index(selected)
-    numbers = np.int32(seed), np.float32(config.alpha or 0.0) if config.row.dual else None
+    numbers = np.int32(seed), np.float32(config.alpha) if config.objective.adapts_alpha else None
 
     def start(c: Constants) -> TrainState:
-        rank = config.lora_rank
+        rank = config.lora and config.lora.rank
         return unlearning_state(
             c.original, c.index, c.masks, *numbers, paths=paths, rank=rank, settings=settings, mesh=mesh
         )
@@ -135,20 +135,12 @@ def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, 
         )
         state = dataclasses.replace(state, trainable=trainable)
         state = jax.lax.with_sharding_constraint(state, state_shardings(state, settings, mesh))
-    if state.alpha is not None:
+    if state.alpha is not None and settings.objective is not None:
         metrics["alpha"] = state.alpha
-        alpha = _constrained(state, constants.numbers, metrics["retain_loss"])
+        objective = settings.objective.with_numbers(constants.numbers)
+        alpha = objective.next_alpha(state.alpha, state.step, metrics["retain_loss"])
         state = dataclasses.replace(state, alpha=alpha)
     return state, {**metrics, "gradient_norm": norm}
-
-
-def _constrained(state: TrainState, numbers, retain_loss: jax.Array) -> jax.Array:
-    """The next coefficient of a retain loss that must stay below a bound: max(0, alpha + rate (loss - bound)).
-
-    The dual step of PDU, 2506.05314.
-    """
-    moved = jnp.maximum(0.0, state.alpha + numbers["dual_rate"] * (retain_loss - numbers["retain_bound"]))
-    return jnp.where(state.step.astype(jnp.float32) > numbers["dual_warmup"], moved, state.alpha)
 
 
 def row_multiple(settings: StepSettings, mesh: Mesh) -> int:

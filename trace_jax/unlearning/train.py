@@ -16,9 +16,9 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import BATCH_AXES
-from trace_jax.unlearning.config import OptimizerConfig, TrainingConfig
 from trace_jax.unlearning.inputs import pad_rows
 from trace_jax.unlearning.loop import Hook, Loop, LoopResult
+from trace_jax.unlearning.optimizer import OptimizerConfig, TrainingConfig
 from trace_jax.unlearning.state import StepSettings, initial_state
 from trace_jax.unlearning.step import row_multiple, training_step
 from trace_jax.unlearning.trained import Flat, current_params

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,8 @@ from trace_jax.models.arrays import flat_specs
 from trace_jax.models.config import ModelConfig
 from trace_jax.routing.selection import select_experts
 from trace_jax.routing.statistics import ExpertStatistics
-from trace_jax.unlearning.config import STEERING, UnlearningConfig
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.objectives import Steering
 from trace_jax.unlearning.trained import factors, is_of_experts, rows_path
 
 _GROUPED, _LATENT = ("q", "k", "v"), ("q_down", "q_up", "kv_down", "kv_up")
@@ -62,7 +64,7 @@ def trainable_paths(model: ModelConfig, trainable: str | tuple[str, ...]) -> tup
 
 def trainable_layers(config: UnlearningConfig) -> tuple[int, int] | None:
     """RMU trains the steered layer and the two below it, as its authors do."""
-    if config.objective in STEERING and config.trainable == "down_projections" and config.layer is not None:
+    if isinstance(config.objective, Steering) and config.patterns == "down_projections":
         return max(1, config.layer - 2), config.layer
     return None
 
@@ -75,20 +77,20 @@ def chosen_experts(
     *,
     seed: int,
 ) -> np.ndarray | None:
-    """bool [L, E], the experts that train as `config.experts` says; None where not only some experts train.
+    """bool [L, E], the experts that train as `config.trainable.experts` says; None where not only some experts train.
 
     Args:
       calibrated: bool [L, E], the experts that the calibration of the retain weights selected.
       seed: of the rule "random".
     """
-    if config.experts in (None, "calibration"):
-        return None if config.experts is None else calibrated
-    numbers = {"top": config.experts_top, "scope": config.experts_scope, "mass": config.experts_mass}
-    settings: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
+    if config.some_experts is None or config.some_experts.experts.name == "calibration":
+        return None if config.some_experts is None else calibrated
+    rule = config.some_experts.experts
+    settings: dict[str, Any] = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
     try:
-        return select_experts(forget, retain, rule=config.experts, seed=seed, **settings)
+        return select_experts(forget, retain, rule=rule.name, seed=seed, **settings)
     except ConfigError as error:
-        raise ConfigError(f"unlearning.experts is {config.experts!r}: {error}") from None
+        raise ConfigError(f"unlearning.trainable.experts is {rule.name!r}: {error}") from None
 
 
 def update_masks(

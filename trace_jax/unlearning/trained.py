@@ -64,7 +64,7 @@ def factors(model: ModelConfig, paths: Iterable[str], rank: int) -> dict[str, Ar
         try:
             a, b = low_rank(declared[path], rank)
         except ConfigError as error:
-            raise ConfigError(f"lora_rank: {path}: {error} Lower unlearning.lora_rank.") from None
+            raise ConfigError(f"trainable.rank: {path}: {error} Lower unlearning.trainable.rank.") from None
         result |= {f"{path}/{_A}": a, f"{path}/{_B}": b}
     return result
 

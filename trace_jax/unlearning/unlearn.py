@@ -25,13 +25,19 @@ from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig
 from trace_jax.routing.weights import Recalibration, RetainWeights
-from trace_jax.unlearning.checks import check_run
-from trace_jax.unlearning.config import CHOOSING, STEERING, UnlearningConfig
-from trace_jax.unlearning.inputs import Inputs, forget_sampler
-from trace_jax.unlearning.length import batch_text, with_steps
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.inputs import Inputs, batch_text, check_run, forget_sampler, with_steps
 from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.losses import Constants
-from trace_jax.unlearning.objectives import steering_directions
+from trace_jax.unlearning.objectives import (
+    RMU,
+    AdaptiveRMU,
+    Referring,
+    Refusing,
+    Steering,
+    TaskVector,
+    steering_directions,
+)
 from trace_jax.unlearning.recalibrated import Recalibrated
 from trace_jax.unlearning.reference import cached_reference, mean_lengths
 from trace_jax.unlearning.router_passes import grip_hooks, with_realigned
@@ -87,7 +93,7 @@ def unlearn(
         without a retain term.
       weights: of retain tokens, and how often each row is drawn (`trace_jax.routing`); None = uniform.
       selected: bool [L, E], the experts that train when `config.trainable` is "selected_experts" or "seuf"
-        (`trace_jax.unlearning.trainable.chosen_experts`); default: those of `weights` where `config.experts` is
+        (`trace_jax.unlearning.trainable.chosen_experts`); default: those of `weights` where its `experts` are of the
         "calibration". Recalibration does not change them.
       recalibrate: solves `weights` anew every few steps, under the model as it is then; they are kept in `directory`.
       seed: of batch order, of RMU's directions and of low-rank factors.
@@ -103,9 +109,10 @@ def unlearn(
         experts missing; refusals without a tokenizer; a rule without an evaluation to read; online weights that a
         batch would have to be divided by; recalibration without weights to start from; routers that GRIP can't hold.
     """
-    if selected is None and weights is not None and config.experts == "calibration":
+    some, objective = config.some_experts, config.objective
+    if selected is None and weights is not None and some is not None and some.experts.name == "calibration":
         selected = weights.selected
-    selected = selected if config.trainable in CHOOSING else None
+    selected = None if some is None else selected
     about = {"weights": weights, "recalibrate": recalibrate, "evaluate": evaluate}
     check_run(model, forget, retain, config, selected=selected, **about)
     forget, refusals = _paired(model, forget, config)
@@ -114,8 +121,8 @@ def unlearn(
     original = flatten(placed_params(model.params, model.config, mesh))
     run = set_up(original, config, model.config, selected=selected, parallel=parallel, mesh=mesh, seed=seed)
     trained = trainable_table(
-        model.config, config.trainable or "all", layers=trainable_layers(config), selected=selected,
-        rank=config.lora_rank,
+        model.config, config.patterns, layers=trainable_layers(config), selected=selected,
+        rank=config.lora and config.lora.rank,
     )  # fmt: skip
     say(table_text(trained))
     identity = identity or fingerprint(config, model.config, None if selected is None else selected.tolist(), seed)
@@ -137,12 +144,12 @@ def unlearn(
 
     def finished(trained: Flat) -> tuple[Model, list[dict] | None]:
         """(what a run gives that ends here, rows about what GRIP did to its routers)."""
-        return grip.finished(model_of(trained, (config.task_scale or 0.0) if config.row.negates else 0.0))
+        return grip.finished(model_of(trained, objective.task_scale if isinstance(objective, TaskVector) else 0.0))
 
     with tempfile.TemporaryDirectory() as scratch:
         where, multiple = as_path(directory or scratch), row_multiple(run.settings, mesh)
         known = None
-        if config.cache_reference:
+        if isinstance(objective, Referring) and objective.cache_reference:
             size = multiple * config.forget_batch_size
             known = cached_reference(where, identity, model, forget, refusals, mesh=mesh, batch_size=size)
         inputs = Inputs(
@@ -157,46 +164,41 @@ def unlearn(
         loop = Loop(
             where,
             identity,
-            _given(config.steps),
+            config.steps,
             config.checkpoint_every,
             title,
             evaluation,
             refresh,
             seed,
-            config.rules,
+            config,
         )
         result = loop.run(lambda: run.start(constants), lambda i: place(inputs.at(i), mesh, P(BATCH_AXES)), step)
     unlearned, table = finished(result.trainable)
-    if table is not None and config.grip == "realign":
+    if table is not None and config.grip.name == "realign":
         trained = with_realigned(trained, table)
     return Unlearned(
-        unlearned, result.step, _given(config.steps), result.stopped, result.failed, trained,
+        unlearned, result.step, config.steps, result.stopped, result.failed, trained,
         result.seconds_per_step, table,
     )  # fmt: skip
 
 
-def _given(steps: int | None) -> int:
-    """The number of steps, once `with_steps` has seen to it that there is one."""
-    assert steps is not None
-    return steps
-
-
 def _paired(model: Model, forget: Rows, config: UnlearningConfig) -> tuple[Rows, Rows | None]:
     """The forget rows as the objective reads them, and the refusals that belong to them, if it answers with some."""
-    if "refusals" not in config.row.needs:
+    if not isinstance(config.objective, Refusing):
         return forget, None
-    encoded = encode_refusals(config.refusals or (), model.tokenizer, model.special)
+    encoded = encode_refusals(config.objective.refusals, model.tokenizer, model.special)
     return with_refusals(forget, encoded, pad=model.special.pad)
 
 
 def _target(model: Model, forget: Rows, config: UnlearningConfig, seed: int, mesh: Mesh) -> jax.Array | None:
     """f32 [topics, D]: where RMU steers the rows of each topic, c u."""
-    if config.objective not in STEERING:
+    objective = config.objective
+    if not isinstance(objective, Steering):
         return None
     directions = steering_directions(jax.random.key(seed), int(forget.domain.max()) + 1, model.config.hidden_size)
-    if config.steering is not None:
-        return directions * config.steering
-    assert config.layer is not None and config.steering_scale is not None
+    if isinstance(objective, RMU):
+        return directions * objective.steering
+    assert isinstance(objective, AdaptiveRMU)
     indices = forget_sampler(forget.domain, config, seed=seed).__getitem__
-    lengths = mean_lengths(model, forget, indices, layer=config.layer, mesh=mesh)
-    return directions * (config.steering_scale * jnp.asarray(lengths))[:, None]
+    lengths = mean_lengths(model, forget, indices, layer=objective.layer, mesh=mesh)
+    return directions * (objective.steering_scale * jnp.asarray(lengths))[:, None]
