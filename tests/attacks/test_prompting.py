@@ -304,7 +304,7 @@ def test_other_paraphrases_are_scored_again(minds, own, tmp_path):
     config, corpora, paraphrases = own
     source, lines = tmp_path / "own.jsonl", Path(paraphrases).read_text().splitlines(keepends=True)
     case = make_case(config, corpora, Mind({}), Mind({}), tmp_path / "attack")
-    kept = tmp_path / "attack" / "paraphrase" / "unlearned" / "verbatim.items.jsonl"
+    kept = tmp_path / "attack" / "paraphrase" / "verbatim.items.jsonl"
     for count in (3, 2):
         source.write_text("".join(lines[:count]))
         (point,) = prompting(Prompting(examples=(), prefixes=(), paraphrases=str(source)), case)
@@ -343,5 +343,5 @@ def test_a_form_is_measured_with_the_scores_of_any_evaluation(own, tmp_path):
         ratio == pytest.approx(np.exp(nlls[1] - nlls[0]), rel=1e-4)
         and value(point.original, "forget_probability_ratio") == 1
     )
-    lines = (tmp_path / "75-percent-of-the-text" / "unlearned" / "verbatim.items.jsonl").read_text().splitlines()
+    lines = (tmp_path / "75-percent-of-the-text" / "verbatim.items.jsonl").read_text().splitlines()
     assert len(lines) == 2 * SETTINGS.max_prompts
