@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from rouge_score import rouge_scorer
 
+from trace_jax.evaluation.membership import privleak, privleak_auc
 from trace_jax.tasks.muse import (
     PROFILES,
     STOPS,
@@ -11,8 +12,6 @@ from trace_jax.tasks.muse import (
     knowmem_prompt,
     min_k_score,
     prediction,
-    privleak,
-    privleak_auc,
     rouge_scores,
     truth_after,
 )
@@ -115,17 +114,17 @@ def test_privleak_is_that_of_both_evaluators_on_random_log_probabilities(seed, t
         holdout[:5] = forget[:5]
     auc, reference = naive_muse_auc(forget, holdout), naive_muse_auc(before, after)
     sides, retrained = scored((forget, holdout), MUSE), scored((before, after), MUSE)
-    assert privleak_auc(*sides, MUSE, resamples=100).value == pytest.approx(auc, abs=1e-9)
-    found = privleak(sides, retrained, MUSE, resamples=100)
+    assert privleak_auc(sides, MUSE.name, resamples=100).value == pytest.approx(auc, abs=1e-9)
+    found = privleak(sides, retrained, MUSE.name, resamples=100)
     assert found.value == pytest.approx((auc - reference) / reference * 100, abs=1e-7)
     assert found.low < found.value < found.high and found.n == 55
 
     auc, reference = naive_open_unlearning_auc(forget, holdout), naive_open_unlearning_auc(before, after)
     sides, retrained = scored((forget, holdout), OU), scored((before, after), OU)
-    assert privleak_auc(*sides, OU, resamples=100).value == pytest.approx(auc, abs=1e-9)
+    assert privleak_auc(sides, OU.name, resamples=100).value == pytest.approx(auc, abs=1e-9)
     for other, ref in ((retrained, reference), (None, 0.5)):
         expected = ((1 - auc) - (1 - ref)) / (1 - ref + 1e-10) * 100
-        assert privleak(sides, other, OU, resamples=100).value == pytest.approx(expected, abs=1e-7)
+        assert privleak(sides, other, OU.name, resamples=100).value == pytest.approx(expected, abs=1e-7)
 
 
 # --- golden values
@@ -200,23 +199,24 @@ def test_short_texts(count, muse, open_unlearning):
 
 def test_a_model_that_remembers_is_near_0_in_muse_and_near_1_in_open_unlearning():
     remembered, unseen = np.array([0.1, 0.2]), np.array([3.0, 2.0])
-    assert (privleak_auc(remembered, unseen, MUSE).value, privleak_auc(remembered, unseen, OU).value) == (0.0, 1.0)
+    aucs = [privleak_auc((remembered, unseen), profile.name).value for profile in (MUSE, OU)]
+    assert aucs == [0.0, 1.0]
     # AUC 0 against 1/2: minus 100 percent in both.
     alike = np.array([1.0, 2.0]), np.array([1.0, 2.0])
-    assert privleak((remembered, unseen), alike, MUSE).value == -100.0
-    assert privleak((remembered, unseen), None, OU).value == pytest.approx(-100.0)
+    assert privleak((remembered, unseen), alike, MUSE.name).value == -100.0
+    assert privleak((remembered, unseen), None, OU.name).value == pytest.approx(-100.0)
 
 
 def test_privleak_without_a_reference():
     sides = np.array([1.0, 2.0]), np.array([1.5, 3.0])
-    assert privleak(sides, None, MUSE) is None, "MUSE's constants are for MUSE's models"
+    assert privleak(sides, None, MUSE.name) is None, "MUSE's constants are for MUSE's models"
     remembered = np.array([0.1, 0.2]), np.array([3.0, 2.0])  # AUC 0 of the retrained model
-    assert privleak(sides, remembered, MUSE) is None
-    assert privleak(sides, sides, MUSE).value == privleak(sides, sides, OU).value == 0.0
+    assert privleak(sides, remembered, MUSE.name) is None
+    assert privleak(sides, sides, MUSE.name).value == privleak(sides, sides, OU.name).value == 0.0
     with pytest.raises(ValueError, match="same texts"):
-        privleak(sides, (sides[0][:1], sides[1]), MUSE)
+        privleak(sides, (sides[0][:1], sides[1]), MUSE.name)
 
 
 def test_one_text_on_a_side_has_no_interval():
-    found = privleak((np.array([1.0]), np.array([2.0, 0.5])), None, OU)
+    found = privleak((np.array([1.0]), np.array([2.0, 0.5])), None, OU.name)
     assert found.value == pytest.approx(0.0) and np.isnan(found.low)

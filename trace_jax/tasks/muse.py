@@ -12,9 +12,8 @@ Numbers of the two can't be compared with each other. Everything here is on outp
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -27,6 +26,7 @@ from trace_jax.evaluation.config import MuseConfig
 from trace_jax.evaluation.intervals import Interval
 from trace_jax.evaluation.likelihood import score_sequences
 from trace_jax.evaluation.measurement import Measurement, named
+from trace_jax.evaluation.membership import AUC_UNTRAINED, min_k_scores, privleak, privleak_auc
 from trace_jax.evaluation.rouge import rouge_l
 from trace_jax.evaluation.task import SPLIT, TaskScores
 from trace_jax.models.generate_text import continue_tokens
@@ -34,8 +34,6 @@ from trace_jax.models.model import Model
 
 VERBMEM_TOKENS, KNOWMEM_TOKENS = 128, 32  # new tokens at most
 STOPS = ("\n\n", "\nQuestion", "Question:")  # what ends an answer
-MIN_K = 0.4
-AUC_UNTRAINED = 0.5  # of a model that can't tell forget from holdout texts
 
 # What transformers makes of decoded text with clean_up_tokenization_spaces=True, in this order.
 _CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't"}
@@ -53,7 +51,7 @@ class Profile:
       member_is_high: direction of the AUC: near 1 for a model that remembers the forget texts, or near 0.
     """
 
-    name: str
+    name: Literal["muse", "open_unlearning"]
     prefix: str
     scale: float
     stem: bool
@@ -118,81 +116,13 @@ def _cut(text: str, words: Sequence[str]) -> str:
 
 
 def min_k_score(log_prob: np.ndarray, profile: Profile) -> float:
-    """Min-40 % Prob (2310.16789) of one text: minus the mean of the lowest int(0.4 n) of n log-probabilities.
+    """Min-40 % Prob of one text (`membership.min_k_scores`) from log_prob [n] of every token but the first, nats.
 
-    At least one counts. For texts of one or two tokens that is open-unlearning's rule, and MUSE's code has no value;
-    for texts without a scored token 0 is open-unlearning's value, and MUSE's code has none.
-
-    Args:
-      log_prob: [n] of every token but the first, nats. open-unlearning leaves out the last one, and computes in
-        float32, where more texts tie.
+    open-unlearning leaves out the last one, and computes in float32.
     """
     if profile.name == "muse":
-        values = np.asarray(log_prob, np.float64)
-    else:
-        values = np.asarray(log_prob, np.float32)[:-1]
-    lowest = np.sort(values)[: max(1, int(len(values) * MIN_K))]
-    return float(-np.mean(lowest)) if len(lowest) else 0.0
-
-
-def privleak_auc(
-    forget: np.ndarray, holdout: np.ndarray, profile: Profile, *, resamples: int = 1000, seed: int = 0
-) -> Interval:
-    """AUC between `min_k_score`s f64 [F] of forget and [H] of holdout texts, with the profile's direction; ties count
-    one half. MUSE labels holdout texts 1 and feeds in the negative score; open-unlearning feeds in the score."""
-    positive, negative = _oriented(forget, holdout, profile)
-    return intervals.bootstrap_auc(positive, negative, resamples=resamples, seed=seed)
-
-
-def privleak(
-    scores: tuple[np.ndarray, np.ndarray],
-    retrained: tuple[np.ndarray, np.ndarray] | None,
-    profile: Profile,
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Interval | None:
-    """Relative distance of the AUC (in MUSE's direction) from the retrained model's, percent.
-
-    Args:
-      scores, retrained: `min_k_score`s of (forget, holdout) texts, of the model and of the one that was retrained
-        without the forget set, on the same texts; the bootstrap draws the same texts for both. Without a retrained
-        model open-unlearning takes 1/2; MUSE has constants for its own models, which say nothing of others.
-
-    Returns:
-      The interval, or None where MUSE's definition has no value: no retrained model, or one whose AUC is zero.
-    """
-    if retrained is not None and [len(x) for x in scores] != [len(x) for x in retrained]:
-        raise ValueError("PrivLeak compares two models on the same texts; the numbers of texts differ.")
-    if retrained is None and profile.name == "muse":
-        return None
-    models = [_oriented(*scores, profile)] + ([_oriented(*retrained, profile)] if retrained is not None else [])
-    values = [intervals.auc(*sides) for sides in models] + [AUC_UNTRAINED]
-    value = float(_relative(np.array(values[0]), np.array(values[1]), profile))
-    if not math.isfinite(value):
-        return None
-    n = sum(len(x) for x in scores)
-    if min(len(x) for x in scores) < 2:
-        return Interval(value, math.nan, math.nan, n)
-    drawn = [intervals.auc_resamples(*sides, resamples=resamples, seed=seed) for sides in models]
-    reference = drawn[1] if len(drawn) > 1 else np.full(len(drawn[0]), AUC_UNTRAINED)
-    resampled = _relative(drawn[0], reference, profile)
-    return intervals.quantile_interval(value, resampled[np.isfinite(resampled)], n)
-
-
-def _oriented(forget: np.ndarray, holdout: np.ndarray, profile: Profile) -> tuple[np.ndarray, np.ndarray]:
-    """(positives, negatives) whose AUC is the profile's: holdout texts are the positive class in both."""
-    sign = 1.0 if profile.member_is_high else -1.0
-    return sign * np.asarray(holdout, np.float64), sign * np.asarray(forget, np.float64)
-
-
-def _relative(auc: np.ndarray, reference: np.ndarray, profile: Profile) -> np.ndarray:
-    """PrivLeak of AUCs in the profile's direction; not finite where it has no value."""
-    if profile.member_is_high:
-        auc, reference = 1 - auc, 1 - reference
-        return (auc - reference) / (reference + 1e-10) * 100
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (auc - reference) / reference * 100
+        return float(min_k_scores([log_prob])[0])
+    return float(min_k_scores([log_prob[:-1]], dtype=np.float32)[0])
 
 
 # What open-unlearning cuts, in tokens: prompts of KnowMem (with their marks) and other texts (without).
@@ -312,12 +242,12 @@ class MuseTask:
                 add(name, intervals.bootstrap_mean(values, **sampling))
             sides, reference = _sides(scores, profile), _sides(retrained, profile) if retrained else None
             note = f"near {int(profile.member_is_high)} the forget texts are remembered"
-            leak = privleak(sides, reference, profile, **sampling)
+            leak = privleak(sides, reference, profile.name, **sampling)
             if reference is None:
                 note += "; no retrained model to compare with" + (", so no PrivLeak" if leak is None else "")
             elif leak is None:
                 note += "; the retrained model's AUC is zero, so no PrivLeak"
-            auc = privleak_auc(*sides, profile, **sampling)
+            auc = privleak_auc(sides, profile.name, **sampling)
             add("privleak_auc", auc, note)
             if leak is not None:
                 assumed = f"AUC_retrain = {AUC_UNTRAINED} assumed: no retrained model" if reference is None else ""
