@@ -12,7 +12,13 @@ def get_config() -> ml_collections.ConfigDict:
     """Same corpus, model and budget as configs/quickstart.py."""
     config = ml_collections.ConfigDict()
     config.name = "handbook_study"
-    config.data = {"benchmark": "handbook"}
+    config.data = {
+        "benchmark": "handbook",
+        "forget_substances": 60,
+        "neighbour_substances": 150,
+        "retain_rows": 2000,
+        "neighbour_share": 0.02,
+    }
     config.target = {"steps": 600}
     config.unlearning = {
         "objective": {"name": "gradient_difference", "nll_ceiling": 5.0},

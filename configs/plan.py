@@ -26,5 +26,5 @@ def get_config(variant: str = "olmoe-1b-7b") -> ml_collections.ConfigDict:
         "retain_batch_size": 16,
     }
     config.evaluation = {"batch_size": 32}
-    config.parallel = {"remat": "layer", "expert_buffer": 2.0}
+    config.parallel = {"remat": "layer", "expert_buffer": 2.0, "microbatches": 1}
     return config

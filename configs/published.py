@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
 
-from trace_jax.config import ConfigError
+from trace_jax.config import ConfigError, nearest
 from trace_jax.models.families.published import PUBLISHED
 
 # What each method is; how strongly and how fast it works is the benchmark's to say. TRACE's base follows
@@ -97,12 +96,10 @@ def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def check_name(what: str, given: str, known: Iterable[str], name: str) -> None:
-    """Refuses a part of a variant of configs/NAME.py that is none of `known`, with the nearest of them."""
-    if given not in (known := list(known)):
-        near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+def check_name(what: str, name: str, names: Iterable[str], config: str) -> None:
+    """Refuses a part of a variant of configs/CONFIG.py that is none of `names`, with the nearest of them."""
+    if name not in (names := list(names)):
         raise ConfigError(
-            f"configs/{name}.py has no {what} {given!r}.{hint} A variant is MODEL or MODEL,METHOD; known "
-            f"{what}s: {', '.join(known)}."
+            f"configs/{config}.py has no {what} {name!r}{nearest(name, names)} A variant is MODEL or MODEL,METHOD; "
+            f"{what}s: {', '.join(names)}."
         )

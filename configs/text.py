@@ -14,6 +14,6 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.name = "text"
     config.methods = ("uniform", "trace_rows")
-    config.data = {"benchmark": "text"}
+    config.data = {"benchmark": "text", "allow_overlap": False}
     config.unlearning = {"objective": {"name": "gradient_difference", "nll_ceiling": 6.0}}
     return config

@@ -38,33 +38,25 @@ def option(
     choices: tuple | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
-    when: Mapping[str, tuple] | None = None,
 ) -> Any:
     """Declares one setting of a `Section`.
 
     Args:
       default: the value when none is given, or a function of the section that gives it from the settings declared
-        before this one; None then stands for it. For a conditional setting it may be a dict from the value of the
-        deciding setting to the default.
+        before this one; None then stands for it.
       help: one line on what the setting does, with its unit.
       choices: the values allowed.
       minimum, maximum: inclusive bounds of a number.
-      when: `{other setting: (values,)}`: the setting is read only if the other one has one of these values. Anywhere
-        else it must be left unset (None).
     """
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "when": when}
-    if when is not None:
-        metadata["conditional_default"] = default
-        default = None
-    elif callable(default):
-        metadata["usual"] = default
-        default = None
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
+    if callable(default):
+        metadata["usual"], default = default, None
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Base of all settings: checks every field on construction and fills conditional defaults."""
+    """Base of all settings: checks every field on construction."""
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
@@ -74,31 +66,7 @@ class Section:
                 default = usual(self)
                 value = default if value is None else value
             object.__setattr__(self, field.name, _convert(value, hint, field.name, default))
-        for field in dataclasses.fields(self):
-            self._check_condition(field)
             _check_range(field, getattr(self, field.name))
-
-    def _check_condition(self, field: dataclasses.Field) -> None:
-        when = field.metadata.get("when")
-        if not when:
-            return
-        value = getattr(self, field.name)
-        for other, values in when.items():
-            actual = getattr(self, other)
-            if actual not in values:
-                if value is not None:
-                    raise ConfigError(
-                        f"{field.name} = {value!r} would have no effect: it is read only when {other} is "
-                        f"{_one_of(values)}, and {other} is {actual!r}. Remove it, or change {other}."
-                    )
-                return
-        if value is None:
-            default = field.metadata["conditional_default"]
-            if isinstance(default, Mapping):
-                default = default[getattr(self, next(iter(when)))]
-            if default is dataclasses.MISSING:
-                raise ConfigError(f"{field.name} is needed when {other} is {actual!r}: {field.metadata['help']}")
-            object.__setattr__(self, field.name, default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,19 +102,19 @@ def _variant(value: Any, base: type[Variant], name: str, default: Any) -> Varian
     value = base.spelled_out(value)
     if not isinstance(value, (str, Mapping)):
         raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); expected one of {', '.join(base.kinds)}.")
-    given = {"name": value} if isinstance(value, str) else dict(value)
-    kind = given.pop("name", default.name if isinstance(default, Variant) else default)
+    settings = {"name": value} if isinstance(value, str) else dict(value)
+    kind = settings.pop("name", default.name if isinstance(default, Variant) else default)
     if kind not in base.kinds:
         names = ", ".join(base.kinds)
         raise ConfigError(f"{name} is {kind!r}; expected one of {names}{nearest(kind, base.kinds)}")
-    known = {f.name for f in dataclasses.fields(base.kinds[kind])}
-    for key in given.keys() - known:
-        if others := [k for k, cls in base.kinds.items() if key in {f.name for f in dataclasses.fields(cls)}]:
+    own = _names(base.kinds[kind])
+    for key in sorted(settings.keys() - own):
+        if others := [other for other, cls in base.kinds.items() if key in _names(cls)]:
             raise ConfigError(
                 f"{name}.{key} would have no effect: it belongs to {' and '.join(others)}, not to {kind}."
             )
     usual = as_dict(default) if isinstance(default, Variant) and default.name == kind else {}
-    return resolve(base.kinds[kind], {key: usual[key] for key in known & usual.keys()} | given, path=name)
+    return resolve(base.kinds[kind], {key: usual[key] for key in own & usual.keys()} | settings, path=name)
 
 
 def _moved(cls: type[Section], key: str) -> str | None:
@@ -155,42 +123,34 @@ def _moved(cls: type[Section], key: str) -> str | None:
         for kind in base.kinds.values():
             for prefix in ("", f"{field}_", f"{kind.name}_"):
                 inner = key.removeprefix(prefix)
-                if inner in {f.name for f in dataclasses.fields(kind)}:
+                if inner in _names(kind):
                     return f"{field}.{inner}"
                 if deeper := _moved(kind, inner):
                     return f"{field}.{deeper}"
     return None
 
 
-def _one_of(values: tuple) -> str:
-    return " or ".join(repr(v) for v in values)
-
-
 def _check_range(field: dataclasses.Field, value: Any) -> None:
-    if value is None:
-        return
-    meta, name = field.metadata, field.name
-    choices = meta.get("choices")
-    if choices:
-        for item in value if isinstance(value, tuple) else (value,):
-            if item not in choices:
-                raise ConfigError(
-                    f"{name} is {item!r}; expected one of {', '.join(map(str, choices))}{nearest(item, choices)}"
-                )
-    for item in value if isinstance(value, tuple) else (value,):
+    name, choices = field.name, field.metadata.get("choices")
+    low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
+    for item in value if isinstance(value, tuple) else () if value is None else (value,):
+        if choices and item not in choices:
+            names = ", ".join(map(str, choices))
+            raise ConfigError(f"{name} is {item!r}; expected one of {names}{nearest(item, choices)}")
         if isinstance(item, float) and math.isnan(item):
             raise ConfigError(f"{name} is not a number (nan).")
-        if isinstance(item, (int, float)) and not isinstance(item, bool):
-            low, high = meta.get("minimum"), meta.get("maximum")
-            if (low is not None and item < low) or (high is not None and item > high):
-                bounds = (
-                    f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
-                )
-                raise ConfigError(f"{name} is {item!r}; expected a value {bounds} ({meta['help']}).")
+        if not fits(item, float):
+            continue
+        if (low is not None and item < low) or (high is not None and item > high):
+            bounds = f"from {low} to {high}"
+            if low is None or high is None:
+                bounds = f"at least {low}" if high is None else f"at most {high}"
+            raise ConfigError(f"{name} is {item!r}; expected a value {bounds} ({field.metadata['help']}).")
 
 
-def nearest(given: Any, names: typing.Iterable) -> str:
-    close = difflib.get_close_matches(str(given), [str(n) for n in names], n=1, cutoff=0.5)
+def nearest(name: Any, names: Iterable) -> str:
+    """The end of a sentence: did you mean the one of `names` that is most like `name`, if any is."""
+    close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
@@ -287,47 +247,32 @@ def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: s
         setting that nothing would read. The message starts with the dotted path of the section.
     """
     values = values.to_dict() if isinstance(values, ConfigDict) else values
-    known = {f.name for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in known:
-            full = f"{path}.{key}" if path else str(key)
-            if there := _moved(cls, key):
-                there = f"{path}.{there}" if path else there
-                raise ConfigError(f"{full}: it belongs to {there.rpartition('.')[0]}; write {there}.")
-            near, names = nearest(key, sorted(known)), ", ".join(sorted(known))
-            raise ConfigError(f"{full}: there is no setting of this name{near} Known here: {names}.")
+    inside = f"{path}." if path else ""
+    for key in sorted(values.keys() - _names(cls), key=str):
+        if there := _moved(cls, key):
+            there = f"{inside}{there}"
+            raise ConfigError(f"{inside}{key}: it belongs to {there.rpartition('.')[0]}; write {there}.")
+        names = sorted(_names(cls))
+        near = nearest(key, names)
+        raise ConfigError(f"{inside}{key}: there is no setting of this name{near} Known here: {', '.join(names)}.")
     for name, field in _required(cls).items():
         if name not in values:
-            raise ConfigError(f"{path + '.' if path else ''}{name} is missing: {field.metadata['help']}.")
+            raise ConfigError(f"{inside}{name} is missing: {field.metadata['help']}.")
     try:
         return cls(**values)
     except ConfigError as error:
-        raise ConfigError(f"{path}.{error}" if path else str(error)) from None
-
-
-def is_read(cls: type[Section], values: Mapping[str, Any], name: str) -> bool:
-    """Whether a section with these values, and defaults for the rest, reads the setting `name` (`when` of `option`)."""
-    when = {f.name: f for f in dataclasses.fields(cls)}[name].metadata.get("when") or {}
-    return all(_effective(cls, values, other) in allowed for other, allowed in when.items())
-
-
-def _effective(cls: type[Section], values: Mapping[str, Any], name: str) -> Any:
-    """The value that a setting has: what is given, or its default; None where nothing reads it."""
-    field = {f.name: f for f in dataclasses.fields(cls)}[name]
-    when = field.metadata.get("when")
-    if when and not is_read(cls, values, name):
-        return None
-    if values.get(name) is not None or not when:
-        return values.get(name, field.default)
-    default = field.metadata["conditional_default"]
-    return default[_effective(cls, values, next(iter(when)))] if isinstance(default, Mapping) else default
+        raise ConfigError(f"{inside}{error}") from None
 
 
 def _variants(cls: type[Section]) -> dict[str, type[Variant]]:
     """The settings of a section that are variants, by name."""
     hints = typing.get_type_hints(cls)
-    found = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-    return {name: hint for name, hint in found.items() if isinstance(hint, type) and issubclass(hint, Variant)}
+    typed = {name: hint for name, hint in hints.items() if name in _names(cls) and isinstance(hint, type)}
+    return {name: hint for name, hint in typed.items() if issubclass(hint, Variant)}
+
+
+def _names(cls: type[Section]) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
 
 
 def _required(cls: type[Section]) -> dict[str, dataclasses.Field]:

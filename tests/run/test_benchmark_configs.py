@@ -113,8 +113,8 @@ def test_a_dry_run_finds_nothing_missing_but_the_weights(name, model, method, lo
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
-        ("mixtral", r"wmdp_cyber\.py has no model 'mixtral'\. Did you mean 'mixtral-8x7b'\? .* known models: olmoe-1b"),
-        ("mixtral-8x7b,rmo", r"has no method 'rmo'\. Did you mean 'rmu'\? .* known methods: trace, graddiff, npo"),
+        ("mixtral", r"wmdp_cyber\.py has no model 'mixtral'; did you mean 'mixtral-8x7b'\? .* models: olmoe-1b"),
+        ("mixtral-8x7b,rmo", r"has no method 'rmo'; did you mean 'rmu'\? .* methods: trace, graddiff, npo"),
     ],
 )
 def test_an_unknown_variant_is_answered_with_the_known_ones(variant, message):
@@ -130,7 +130,7 @@ def test_muse_is_evaluated_and_news_has_both_series():
         assert (config.name, config.series.kind) == (f"muse_news-olmoe-1b-7b-npo-{kind}", kind)
         assert config.series.forget[3] == f"huggingface:muse-bench/MUSE-News/{name}:forget_4"
         assert config.unlearning == load_config("configs/muse_news.py:olmoe-1b-7b,npo").unlearning
-    with pytest.raises(ConfigError, match=r"no kind 'sust'\. .*known kinds: scalability"):
+    with pytest.raises(ConfigError, match=r"no kind 'sust'.* kinds: scalability"):
         load_config("configs/muse_news.py:olmoe-1b-7b,npo,sust")
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import open_checkpoint
@@ -154,47 +153,32 @@ def _evaluation(config: ExperimentConfig, run: DryRun) -> Iterator[str]:
         yield f"{use}: {source}: {usable}"
 
 
-def _length(unlearning: UnlearningConfig) -> str:
-    """Steps where they are known: those of an epoch are once the data is read."""
-    if not unlearning.epochs:
-        return f"{unlearning.steps}"
-    return f"{unlearning.epochs:g} epochs of the {unlearning.epoch_anchor} rows"
-
-
 def _head(config: ExperimentConfig, model: ModelConfig, weights: str) -> str:
     total, active = count_params(model)
     unlearning, length = config.unlearning, config.data.row_length
     parallel = dataclasses.replace(config.parallel, data=1, expert=1, tensor=1)
-    program = step_program(unlearning, model, parallel, _one_device(), length)
-    each = f"{unlearning.forget_batch_size} forget rows"
+    one = make_mesh(jax.devices("cpu")[:1], data=1, expert=1, tensor=1)
+    program = step_program(unlearning, model, parallel, one, length)
+    objective, rows = unlearning.objective.name, f"{unlearning.forget_batch_size} forget rows"
     if unlearning.retains:
-        each += f" and {unlearning.retain_batch_size} retain rows"
-    steps = ", ".join(f"{_length(config.method(name).unlearning)} of {name}" for name in config.methods)
-    return _facts(
-        [
-            ("experiment", config.name),
-            ("model", f"{total:,} parameters in {model.dtype}, {active:,} active per token"),
-            ("weights", weights),
-            ("objective", " with ".join(x for x in (unlearning.objective.name, _retain(unlearning)) if x)),
-            ("methods", "; ".join(f"{name} ({METHODS[name].summary})" for name in config.methods)),
-            ("a step", f"{each} of {length} tokens: {program.tokens:,} tokens, in {parallel.microbatches} part(s)"),
-            ("steps", steps),
-            ("memory", f"{byte_size(program.parameters)} parameters, {byte_size(program.optimizer)} what trains in "
-             "float32 and the optimizer's state, over all devices; activations come on top (plan has them)"),
-        ]
-    )  # fmt: skip
-
-
-def _facts(pairs: list[tuple[str, str]]) -> str:
-    return "\n".join(f"{name:<12}{words}" for name, words in pairs)
-
-
-def _retain(unlearning: UnlearningConfig) -> str:
-    return f"retain loss {unlearning.retain_loss.name} x {unlearning.alpha:g}" if unlearning.retains else ""
-
-
-def _one_device() -> Mesh:
-    return make_mesh(jax.devices("cpu")[:1], data=1, expert=1, tensor=1)
+        objective += f" with retain loss {unlearning.retain_loss.name} x {unlearning.alpha:g}"
+        rows += f" and {unlearning.retain_batch_size} retain rows"
+    steps = []
+    for name in config.methods:
+        of = config.method(name).unlearning  # how many steps an epoch has is known once the data is read
+        steps.append(f"{f'{of.epochs:g} epochs of the {of.epoch_anchor} rows' if of.epochs else of.steps} of {name}")
+    facts = {
+        "experiment": config.name,
+        "model": f"{total:,} parameters in {model.dtype}, {active:,} active per token",
+        "weights": weights,
+        "objective": objective,
+        "methods": "; ".join(f"{name} ({METHODS[name].summary})" for name in config.methods),
+        "a step": f"{rows} of {length} tokens: {program.tokens:,} tokens, in {parallel.microbatches} part(s)",
+        "steps": ", ".join(steps),
+        "memory": f"{byte_size(program.parameters)} parameters, {byte_size(program.optimizer)} what trains in float32 "
+        "and the optimizer's state, over all devices; activations come on top (plan has them)",
+    }
+    return "\n".join(f"{name:<12}{words}" for name, words in facts.items())
 
 
 def _trained(unlearning: UnlearningConfig, model: ModelConfig) -> str:

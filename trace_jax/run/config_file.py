@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import inspect
 import runpy
 import sys
@@ -14,15 +12,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from trace_jax.config import ConfigError, Section, is_read, resolve
-from trace_jax.io.progress import say
+from trace_jax.config import ConfigError, resolve
 from trace_jax.run.experiment import ExperimentConfig
 
 
 def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
     """The experiment of a config file, `FILE` or `FILE:variant`, with overrides by dotted name applied.
 
-    What the file sets and an override leaves without effect, such as a number of another objective, is left out.
+    Another objective, or another kind of anything that has kinds, takes the place of the file's with its settings.
 
     Raises:
       ConfigError: no such file, no `get_config` in it, an error in it, an unknown setting or a wrong value.
@@ -35,12 +32,8 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Experi
         values = _run(file, variant)
     finally:
         del sys.path[0]
-    before = copy.deepcopy(values)
     for path, value in (overrides or {}).items():
         _override(values, path, value)
-    for path in _left_unread(before, values, overrides or {}):
-        section, key = path.split(".")
-        say(f"{file}: {path} = {values[section].pop(key)!r} is not read with these settings, and left out")
     return resolve(ExperimentConfig, values)
 
 
@@ -86,17 +79,3 @@ def _override(values: dict, path: str, value: Any) -> None:
     known = values.get(key)
     if not (isinstance(known, dict) and isinstance(value, str) and known.get("name") == value):
         values[key] = value  # a variant that is named as in the file keeps its settings there
-
-
-def _left_unread(before: Mapping[str, Any], values: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
-    """Settings of the file that are read without the overrides, and are not with them."""
-    sections = {f.name: f.default_factory for f in dataclasses.fields(ExperimentConfig)}
-    found = []
-    for section in {path.partition(".")[0] for path in overrides}:
-        cls, given = sections.get(section), before.get(section)
-        if isinstance(cls, type) and issubclass(cls, Section) and isinstance(given, Mapping):
-            known = {f.name for f in dataclasses.fields(cls)}
-            for key in set(given) & known - {path.partition(".")[2] for path in overrides}:
-                if is_read(cls, given, key) and not is_read(cls, values[section], key):
-                    found.append(f"{section}.{key}")
-    return sorted(found)

@@ -133,20 +133,6 @@ class ExperimentConfig(Section):
             raise ConfigError("name is empty; give the experiment a name.")
         if self.export is not None and self.export not in self.methods:
             raise ConfigError(f"export is {self.export!r}; expected one of the methods {', '.join(self.methods)}.")
-        self._complete()
-        for method in self.methods:
-            self.method(method)
-        for key in sorted(self.calibration):
-            if any(key in _read_by(METHODS[method]) for method in self.methods + self.study.methods):
-                continue
-            if not any(key in _read_by(preset) for preset in METHODS.values()):
-                resolve(Entropy, {key: self.calibration[key]}, path="calibration")  # says what there is
-            raise ConfigError(
-                f"calibration.{key} would have no effect: none of the methods {', '.join(self.methods)} reads it."
-            )
-
-    def _complete(self) -> None:
-        """What a checkpoint brings along can't be set; for a model that is trained it has a default."""
         if isinstance(self.model, PretrainedConfig):
             for name, value in (("target", self.target), ("data.vocab_size", self.data.vocab_size)):
                 if value is not None:
@@ -154,16 +140,24 @@ class ExperimentConfig(Section):
                         f"{name} would have no effect: model.path names a checkpoint, which is trained and has a "
                         "tokenizer. Remove one of the two."
                     )
-            return
-        if self.target is None:
-            object.__setattr__(self, "target", TrainingConfig())
-        size = self.data.vocab_size or self.model.vocab_size
-        if size > self.model.vocab_size:
-            raise ConfigError(
-                f"data.vocab_size is {size}, and the model knows {self.model.vocab_size} tokens (model.vocab_size); "
-                "it can't be larger."
-            )
-        object.__setattr__(self, "data", dataclasses.replace(self.data, vocab_size=size))
+        else:
+            size = self.data.vocab_size or self.model.vocab_size
+            if size > self.model.vocab_size:
+                raise ConfigError(
+                    f"data.vocab_size is {size}, and the model knows {self.model.vocab_size} tokens "
+                    "(model.vocab_size); it can't be larger."
+                )
+            object.__setattr__(self, "data", dataclasses.replace(self.data, vocab_size=size))
+            object.__setattr__(self, "target", self.target or TrainingConfig())
+        for method in self.methods:
+            self.method(method)
+        for key in sorted(self.calibration):
+            if not any(key in _read_by(METHODS[method]) for method in self.methods + self.study.methods):
+                if not any(key in _read_by(preset) for preset in METHODS.values()):
+                    resolve(Entropy, {key: self.calibration[key]}, path="calibration")  # says what there is
+                raise ConfigError(
+                    f"calibration.{key} would have no effect: none of the methods {', '.join(self.methods)} reads it."
+                )
 
     def method(self, name: str, **unlearning: Any) -> Method:
         """The settings of one method: its preset, then `calibration` where the method reads it, then `unlearning`."""

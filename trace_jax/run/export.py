@@ -111,9 +111,11 @@ def find_model(workdir: str | os.PathLike, label: str | None) -> RunModel:
     """
     path = as_path(workdir)
     saved = needed(path / "config.json")
-    # Other settings may be spelled as an earlier version had them, and are not read.
-    config = resolve(ExperimentConfig, {name: saved["config"][name] for name in ("name", "data", "model")})
-    if config.identity() != saved["identity"]:
+    # Other settings may be spelled as an earlier version had them, and are not read; it had None for unset sizes.
+    settings = {name: saved["config"][name] for name in ("name", "data", "model")}
+    settings["model"] = {name: value for name, value in settings["model"].items() if value is not None}
+    config = resolve(ExperimentConfig, settings)
+    if isinstance(config.model, PretrainedConfig) and config.identity() != saved["identity"]:
         raise ConfigError(f"{path}: the checkpoint that this run started from has changed; run it again.")
     methods = path / "methods"
     there = methods.iterdir() if methods.is_dir() else ()
