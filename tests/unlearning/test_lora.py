@@ -195,7 +195,7 @@ def test_only_factors_train_and_they_are_small():
     assert declarations(GROUPED, {path: spec.abstract() for path, spec in specs.items()}) == specs
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "layer"])
+@pytest.mark.parametrize("remat", ["none", "layer"])
 def test_neither_merged_weights_nor_their_gradients_exist_for_all_layers(remat):
     """In the program of a gradient nothing but the frozen weights themselves is as large as all layers of one array."""
     config = dataclasses.replace(GROUPED, num_layers=6, head_size=10)

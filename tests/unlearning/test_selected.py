@@ -33,7 +33,7 @@ def test_index_has_as_many_places_as_the_fullest_layer():
     assert selected_index(SELECTED).tolist() == [[1, 4], [5, 6]]
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (4, 2)])
 def test_rows_split_off_and_merged_are_where_they_were(sizes):
     expert, tensor = sizes
     mesh = make_mesh(jax.devices()[: expert * tensor], expert=expert, tensor=tensor)
@@ -77,7 +77,7 @@ def masked(forget, retain):
     return steps(forget, retain, make_mesh(jax.devices()[:1]), masked=True)[0]
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 4, 1)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_training_rows_is_training_all_with_masked_updates(forget, retain, masked, sizes):
     data, expert, tensor = sizes
     mesh = make_mesh(jax.devices()[: data * expert * tensor], expert=expert, tensor=tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,49 +15,42 @@ from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.metrics import Metrics
 
 
+@dataclasses.dataclass
 class Recalibrated:
-    """What `Loop.refresh` and `Loop.resumed` call.
+    """What a loop calls to solve weights anew (`trace_jax.unlearning.loop.Hook`).
 
     Every recalibration has a directory of its own, `recalibration/step-NNNNNN`: the weights from step NNNNNN on (see
-    `RetainWeights.save`), then drift.json, without which they do not count. What was found is also a line of
-    metrics.jsonl.
+    `RetainWeights.save`), then drift.json, without which they do not count. The drift is also a line of metrics.jsonl.
+
+    weights: before the first recalibration. use: called with those that replace them.
+    directory, identity, title: as in `Loop`.
     """
 
-    def __init__(
-        self,
-        solve: Recalibration,
-        weights: RetainWeights,
-        use: Callable[[RetainWeights], None],
-        *,
-        directory: Path,
-        identity: str,
-        title: str,
-    ):
-        """
-        Args:
-          weights: before the first recalibration. use: called with those that replace them.
-          directory, identity, title: as in `Loop`.
-        """
-        self._solve, self._use = solve, use
-        self._first = self._last = weights
-        self._directory, self._identity, self._title = directory, identity, title
-        self._metrics = Metrics(directory, identity)
+    solve: Recalibration
+    weights: RetainWeights
+    use: Callable[[RetainWeights], None]
+    directory: Path
+    identity: str
+    title: str
+
+    def __post_init__(self):
+        self._last, self._metrics = self.weights, Metrics(self.directory, self.identity)
 
     def refresh(self, step: int, current: Model) -> None:
         """Solves for the weights of the steps from `step` on, under the model before that step."""
-        where = self._at(step)
-        if step == self._solve.every:  # what is there is of an earlier run
-            remove(where.parent)
+        folder = self._folder(step)
+        if step == self.solve.every:  # what is there is of an earlier run
+            remove(folder.parent)
         try:
-            weights, drift = self._solve(current, self._last)
-            found, words = encode(drift), drift.text()
+            weights, drift = self.solve(current, self._last)
+            values, words = encode(drift), drift.text()
         except DamagedRouting as error:  # the next step's loss says so too, and ends the run
-            weights, found, words = self._last, {"problem": str(error)}, f"{error} The last weights are kept."
-        weights.save(where)
-        write_json(where / "drift.json", {"step": step, "identity": self._identity, **found})
+            weights, values, words = self._last, {"problem": str(error)}, f"{error} The last weights are kept."
+        weights.save(folder)
+        write_json(folder / "drift.json", {"step": step, "identity": self.identity, **values})
         if not self._metrics.has(step, "recalibration"):  # a run that continues after this very step has it
-            self._metrics.write(step, recalibration=found)
-        say(f"{self._title}: recalibration after step {step}: {words}")
+            self._metrics.write(step, recalibration=values)
+        say(f"{self.title}: recalibration after step {step}: {words}")
         self._replace(weights)
 
     def resumed(self, step: int) -> None:
@@ -65,22 +59,22 @@ class Recalibrated:
         Raises:
           ValueError: they are not there.
         """
-        newest = (step - 1) // self._solve.every * self._solve.every
+        newest = (step - 1) // self.solve.every * self.solve.every
         if newest == 0:
-            self._replace(self._first)
+            self._replace(self.weights)
             return
-        where = self._at(newest)
-        about = read_json(where / "drift.json")
-        if about is None or about.get("identity") != self._identity:
+        folder = self._folder(newest)
+        about = read_json(folder / "drift.json")
+        if about is None or about.get("identity") != self.identity:
             raise ValueError(
-                f"{where}: the weights that this run had solved for after step {newest} are not there, and it can't "
-                f"go on as it was. Remove {self._directory / 'checkpoints'} to run it from the beginning."
+                f"{folder}: the weights that this run had solved for after step {newest} are not there, and it can't "
+                f"go on as it was. Remove {self.directory / 'checkpoints'} to run it from the beginning."
             )
-        self._replace(RetainWeights.load(where))
+        self._replace(RetainWeights.load(folder))
 
     def _replace(self, weights: RetainWeights) -> None:
         self._last = weights
-        self._use(weights)
+        self.use(weights)
 
-    def _at(self, step: int) -> Path:
-        return self._directory / "recalibration" / f"step-{step:06d}"
+    def _folder(self, step: int) -> Path:
+        return self.directory / "recalibration" / f"step-{step:06d}"
