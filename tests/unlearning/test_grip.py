@@ -13,7 +13,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.moe import route
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import make_mesh
-from trace_jax.unlearning import grip
+from trace_jax.unlearning import rivals as grip
 
 L, N, D, E, K = 2, 12, 24, 6, 2
 CONFIG = ModelConfig(num_layers=L, hidden_size=D, num_experts=E, experts_per_token=K)

@@ -10,7 +10,7 @@ from trace_jax.io.files import read_lines
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.statistics import expert_statistics
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
-from trace_jax.unlearning.recalibrated import Recalibrated
+from trace_jax.unlearning.unlearn import Recalibrated
 
 EVERY = CalibrationConfig(
     {"name": "entropy", "rule": "all", "strength": 0.5, "routing": {"name": "recalibrated", "every": 2}}

@@ -15,7 +15,7 @@ from trace_jax.models.decoder import forward
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.routing.statistics import expert_statistics
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.seuf import anchor_loss, target_experts
+from trace_jax.unlearning.rivals import anchor_loss, target_experts
 from trace_jax.unlearning.trainable import chosen_experts
 from trace_jax.unlearning.unlearn import unlearn
 

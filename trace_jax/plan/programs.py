@@ -20,9 +20,9 @@ from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, ParallelConfig, row_shards
 from trace_jax.routing.statistics import counting_pass
 from trace_jax.unlearning.config import GripProject, Ranked, UnlearningConfig
-from trace_jax.unlearning.grip import Protection, protection_specs
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants
+from trace_jax.unlearning.rivals import Protection, protection_specs
 from trace_jax.unlearning.state import state_shardings
 from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
 

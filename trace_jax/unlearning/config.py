@@ -7,8 +7,8 @@ import dataclasses
 from trace_jax.config import ConfigError, Section, Variant, option
 from trace_jax.unlearning.objectives import Objective, Steering
 from trace_jax.unlearning.optimizer import OptimizerConfig
+from trace_jax.unlearning.rivals import FORMS
 from trace_jax.unlearning.rules import Rules
-from trace_jax.unlearning.seuf import FORMS
 from trace_jax.unlearning.terms import RetainHidden, RetainLoss
 
 _ANCHOR = "coefficient of SEUF's loss that keeps forget tokens on the experts that train; 0 = off"
@@ -125,7 +125,7 @@ class Lora(Trainable, name="lora"):
 
 @dataclasses.dataclass(frozen=True)
 class Grip(Variant):
-    """GRIP holds routers to retain routing (`trace_jax.unlearning.grip`)."""
+    """GRIP holds routers to retain routing (`trace_jax.unlearning.rivals`)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from trace_jax.parallel.mesh import BATCH_AXES, as_varying, varying_axes
 from trace_jax.routing.calibration import Calibration, online_loss_weights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
-from trace_jax.unlearning.seuf import anchor_loss, target_experts
+from trace_jax.unlearning.rivals import anchor_loss, target_experts
 from trace_jax.unlearning.state import StepSettings
 from trace_jax.unlearning.terms import ForgetInputs, Objective, hidden_distance
 from trace_jax.unlearning.trained import Flat, current_params
@@ -34,7 +34,7 @@ class Constants(NamedTuple):
     few do. masks: of updates (`trace_jax.unlearning.trainable.update_masks`).
     numbers: coefficients and numbers of the objective, f32 [] by name. target f32 [topics, D]: where RMU steers.
     online: what retain tokens are weighed with by their present routing; None: their weights come with the rows.
-    protection: `trace_jax.unlearning.grip.Protection` of the routers.
+    protection: `trace_jax.unlearning.rivals.Protection` of the routers.
     """
 
     original: Flat

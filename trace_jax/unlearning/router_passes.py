@@ -1,4 +1,4 @@
-"""GRIP around a run: what routers read of retain text, and how that has moved (`trace_jax.unlearning.grip`)."""
+"""GRIP around a run: what routers read of retain text, and how that has moved (`trace_jax.unlearning.rivals`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.hosts import place, to_host
 from trace_jax.parallel.mesh import BATCH_AXES, row_shards
 from trace_jax.unlearning.config import GripProject, GripRealign, UnlearningConfig
-from trace_jax.unlearning.grip import (
+from trace_jax.unlearning.rivals import (
     BIAS,
     CORRECTION,
     LEAST_COSINE,

@@ -25,9 +25,9 @@ from trace_jax.models.loss import token_nll
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.mesh import BATCH_AXES, ParallelConfig, row_shards
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.grip import check_router, keep_routers
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants, coefficients, gradient, share, targets
+from trace_jax.unlearning.rivals import check_router, keep_routers
 from trace_jax.unlearning.state import (
     StepSettings,
     TrainState,

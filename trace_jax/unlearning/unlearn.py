@@ -6,6 +6,7 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,18 +18,21 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.config import fingerprint
 from trace_jax.data.refusals import encode_refusals, with_refusals
 from trace_jax.data.rows import Rows
-from trace_jax.io.files import as_path
+from trace_jax.io.codec import encode
+from trace_jax.io.files import as_path, read_json, remove, write_json
 from trace_jax.io.progress import say
 from trace_jax.models.arrays import flatten, unflatten
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.hosts import place
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig
+from trace_jax.routing.statistics import DamagedRouting
 from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import Inputs, batch_text, check_run, forget_sampler, with_steps
 from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.losses import Constants
+from trace_jax.unlearning.metrics import Metrics
 from trace_jax.unlearning.objectives import (
     RMU,
     AdaptiveRMU,
@@ -38,7 +42,6 @@ from trace_jax.unlearning.objectives import (
     TaskVector,
     steering_directions,
 )
-from trace_jax.unlearning.recalibrated import Recalibrated
 from trace_jax.unlearning.reference import cached_reference, mean_lengths
 from trace_jax.unlearning.router_passes import grip_hooks, with_realigned
 from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
@@ -55,7 +58,7 @@ class Unlearned:
       steps: how many the run was to take.
       stopped: why the run ended before that, or "". failed: whether by an error, not by a rule that was asked for.
       trained: table of what trained (`trainable_table`).
-      grip: what was protected in each layer, or how its router was realigned (`trace_jax.unlearning.grip`).
+      grip: what was protected in each layer, or how its router was realigned (`trace_jax.unlearning.router_passes`).
     """
 
     model: Model
@@ -161,17 +164,8 @@ def unlearn(
         if recalibrate is not None and weights is not None and config.retains:
             solve = Recalibrated(recalibrate, weights, inputs.weigh, directory=where, identity=identity, title=title)
             refresh = Hook(recalibrate.every, lambda n, trained: solve.refresh(n, model_of(trained)), solve.resumed)
-        loop = Loop(
-            where,
-            identity,
-            config.steps,
-            config.checkpoint_every,
-            title,
-            evaluation,
-            refresh,
-            seed,
-            config,
-        )
+        steps, every = config.steps, config.checkpoint_every
+        loop = Loop(where, identity, steps, every, title, evaluation, refresh, seed, rules=config)
         result = loop.run(lambda: run.start(constants), lambda i: place(inputs.at(i), mesh, P(BATCH_AXES)), step)
     unlearned, table = finished(result.trainable)
     if table is not None and config.grip.name == "realign":
@@ -180,6 +174,71 @@ def unlearn(
         unlearned, result.step, config.steps, result.stopped, result.failed, trained,
         result.seconds_per_step, table,
     )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Recalibrated:
+    """Retain weights that are solved anew while a run goes on, and kept on disk so that a continued run has the same.
+
+    Every recalibration has a directory of its own, `recalibration/step-NNNNNN`: the weights from step NNNNNN on (see
+    `RetainWeights.save`), then drift.json, without which they do not count. The drift is also a line of metrics.jsonl.
+
+    weights: before the first recalibration. use: called with those that replace them.
+    directory, identity, title: as in `Loop`.
+    """
+
+    solve: Recalibration
+    weights: RetainWeights
+    use: Callable[[RetainWeights], None]
+    directory: Path
+    identity: str
+    title: str
+
+    def __post_init__(self):
+        self._last, self._metrics = self.weights, Metrics(self.directory, self.identity)
+
+    def refresh(self, step: int, current: Model) -> None:
+        """Solves for the weights of the steps from `step` on, under the model before that step."""
+        folder = self._folder(step)
+        if step == self.solve.every:  # what is there is of an earlier run
+            remove(folder.parent)
+        try:
+            weights, drift = self.solve(current, self._last)
+            values, words = encode(drift), drift.text()
+        except DamagedRouting as error:  # the next step's loss says so too, and ends the run
+            weights, values, words = self._last, {"problem": str(error)}, f"{error} The last weights are kept."
+        weights.save(folder)
+        write_json(folder / "drift.json", {"step": step, "identity": self.identity, **values})
+        if not self._metrics.has(step, "recalibration"):  # a run that continues after this very step has it
+            self._metrics.write(step, recalibration=values)
+        say(f"{self.title}: recalibration after step {step}: {words}")
+        self._replace(weights)
+
+    def resumed(self, step: int) -> None:
+        """Reads the weights that step `step - 1` was taken with; those of `step` are solved for again where due.
+
+        Raises:
+          ValueError: they are not there.
+        """
+        newest = (step - 1) // self.solve.every * self.solve.every
+        if newest == 0:
+            self._replace(self.weights)
+            return
+        folder = self._folder(newest)
+        about = read_json(folder / "drift.json")
+        if about is None or about.get("identity") != self.identity:
+            raise ValueError(
+                f"{folder}: the weights that this run had solved for after step {newest} are not there, and it can't "
+                f"go on as it was. Remove {self.directory / 'checkpoints'} to run it from the beginning."
+            )
+        self._replace(RetainWeights.load(folder))
+
+    def _replace(self, weights: RetainWeights) -> None:
+        self._last = weights
+        self.use(weights)
+
+    def _folder(self, step: int) -> Path:
+        return self.directory / "recalibration" / f"step-{step:06d}"
 
 
 def _paired(model: Model, forget: Rows, config: UnlearningConfig) -> tuple[Rows, Rows | None]:

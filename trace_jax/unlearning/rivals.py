@@ -1,4 +1,6 @@
-"""GRIP: routers that unlearning can't use as a way out. Zhu, Wei, Gu, Li, arXiv 2601.16905.
+"""Rivals that hold routers: the numerics of GRIP and SEUF.
+
+GRIP: routers that unlearning can't use as a way out. Zhu, Wei, Gu, Li, arXiv 2601.16905.
 
 Unlearning may send forget text away from the experts that know it instead of changing them, and retain text with it.
 GRIP goes around any loss and constrains the routers alone. A layer scores expert j by its row theta_j [D] of the router
@@ -16,6 +18,10 @@ B, after training, layer by layer in the order of the network (`realigned`): ear
 The bounds are read so that no update at all always satisfies them: where the original model itself has less than the
 margin, tau_i < margin, the bound is 0 (j may come no closer), and an input in the span of those that chose j has none
 (its score can't move). A router's bias that trains is one more row of it, which reads an input of 1.
+
+SEUF (2411.18797): unlearn in a few experts that forget tokens are routed to, and hold the routers to choosing them. The
+experts of highest affinity and the routers of their layers train (preset "seuf" of `trainable`); the anchor loss keeps
+forget tokens on them, so that the forget loss doesn't fall by routing elsewhere.
 """
 
 from __future__ import annotations
@@ -38,6 +44,7 @@ from trace_jax.parallel.mesh import AXES, as_varying
 
 ROUTER, BIAS, CORRECTION = "layers/router", "layers/router_bias", "layers/router_correction"
 TOLERANCE = 1e-4  # a bound on a score that is missed by less is met
+FORMS = ("sum", "mean")  # of the anchor loss
 LEAST_COSINE = 0.95  # of a layer's scores before and after, for its realignment to be kept
 
 
@@ -285,3 +292,38 @@ def cosine(router: np.ndarray, other: np.ndarray, moments: Moments) -> float:
     product = np.sum(router * (moments.cross @ other))
     squares = np.sum(router * (moments.original @ router)) * np.sum(other * (moments.current @ other))
     return float(product / np.sqrt(squares)) if squares > 0 else 0.0
+
+
+# --- SEUF
+
+
+def target_experts(index: jax.Array, num_experts: int) -> jax.Array:
+    """bool [L, E]: the experts of `index` i32 [L, N], in which E is none."""
+    expert = jnp.arange(num_experts, dtype=jnp.int32)
+    return jnp.any(index[:, :, None] == expert[None, None, :], axis=1)
+
+
+def anchor_loss(
+    probabilities: jax.Array, indices: jax.Array, target: jax.Array, valid: jax.Array, *, form: str
+) -> tuple[jax.Array, jax.Array]:
+    """(sum over valid tokens and over the layers that have a target expert, number of valid tokens).
+
+    - "sum", the paper's equation 3: |g - a|^2 summed over experts; g is the router's probability of the chosen experts
+      and 0 for the others, a is 1 for target experts and 0 for the others.
+    - "mean", its released code: the mean over experts of (s - a)^2, s the probability of all experts, chosen or not.
+
+    Args:
+      probabilities: f32 [L, B, S, E], of the router, not renormalised over the chosen experts.
+      indices: i32 [L, B, S, K], the chosen experts.
+      target: bool [L, E].
+      valid: bool [B, S].
+    """
+    num_experts = probabilities.shape[-1]
+    if form == "sum":
+        expert = jnp.arange(num_experts, dtype=jnp.int32)
+        chosen = jnp.any(indices[..., :, None] == expert[None, None, None, None, :], axis=-2)
+        probabilities = jnp.where(chosen, probabilities, 0.0)
+    error = jnp.square(probabilities - target.astype(jnp.float32)[:, None, None, :])
+    of_layer = error.mean(-1) if form == "mean" else error.sum(-1)
+    counted = valid[None] & jnp.any(target, axis=-1)[:, None, None]
+    return jnp.where(counted, of_layer, 0.0).sum(), valid.sum(dtype=jnp.float32)
