@@ -41,7 +41,10 @@ class Point:
     def to_json(self) -> dict[str, Any]:
         """Plain dict for NAME.json."""
         lists = {"measurements": self.measurements, "original": self.original, "retrained": self.retrained}
-        return {"at": self.at, **{name: [m.to_json() for m in found] for name, found in lists.items() if found}}
+        return {
+            "at": self.at,
+            **{name: [m.to_json() for m in measured] for name, measured in lists.items() if measured},
+        }
 
 
 @dataclasses.dataclass(frozen=True)

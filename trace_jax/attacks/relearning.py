@@ -43,12 +43,14 @@ class TrainingOn(Attack):
     def points(self, case: Case) -> list[Point]:
         """A point for every evaluation; the retrained model is trained in the same way, once for all methods."""
         context, title = case.context, case.directory.name.replace("_", " ")
-        found = self._evaluations(context, lambda: case.unlearned, case.directory, case.identity, title)
+        evaluated = self._evaluations(context, lambda: case.unlearned, case.directory, case.identity, title)
         others: dict[int, list[Measurement]] = {}
         if context.load_retrained is not None:
             control = (context.load_retrained, context.directory, context.identity, f"{title} of the retrained model")
             others = self._evaluations(context, *control)
-        return [Point(f"{step} steps", measured, retrained=others.get(step, ())) for step, measured in found.items()]
+        return [
+            Point(f"{step} steps", measured, retrained=others.get(step, ())) for step, measured in evaluated.items()
+        ]
 
     def _evaluations(
         self, context: Context, load: Callable[[], Model], directory: Path, identity: str, title: str

@@ -63,12 +63,12 @@ class Membership:
         arrays, lines = {}, []
         for split, both in self.data.items():
             for side, rows in zip(SIDES, both, strict=True):
-                found = self._score(model, rows, batch_size, mesh)
-                arrays |= {f"{split}/{side}/{attack}": found[attack] for attack in ATTACKS}
+                texts = self._score(model, rows, batch_size, mesh)
+                arrays |= {f"{split}/{side}/{attack}": texts[attack] for attack in ATTACKS}
                 lines += [
                     {"split": split, "side": side, "item": i}
-                    | {attack: float(found[attack][i]) for attack in ATTACKS if not np.isnan(found[attack][i])}
-                    for i in range(len(found["loss"]))
+                    | {attack: float(texts[attack][i]) for attack in ATTACKS if not np.isnan(texts[attack][i])}
+                    for i in range(len(texts["loss"]))
                 ]
         return TaskScores(arrays, {"items": lines})
 
@@ -85,9 +85,9 @@ class Membership:
             sides: dict[str, Sides] = {attack: _sides(scores, split, attack) for attack in ATTACKS}
             if not all(len(side) for side in sides["loss"]):
                 continue
-            known = None
+            reference = None
             if retrained is not None:
-                known = _sides(retrained, split, "min_k")
+                reference = _sides(retrained, split, "min_k")
                 pairs = zip(sides["loss"], _sides(retrained, split, "loss"), strict=True)
                 forget, holdout = (reference_scores(*pair) for pair in pairs)
                 sides["reference"] = forget, holdout
@@ -105,10 +105,10 @@ class Membership:
                 rate = intervals.bootstrap_true_positive_rate(-forget, -holdout, false_positive_rate=RATE, **resampling)
                 measurements.append(named(f"{name}_tpr_at_fpr_1", split, rate, note + few))
             note = _counts(*sides["min_k"])
-            why = "; no retrained model to compare with, so no PrivLeak" if known is None else ""
+            why = "; no retrained model to compare with, so no PrivLeak" if reference is None else ""
             auc = privleak_auc(sides["min_k"], **resampling)
             measurements.append(named("privleak_auc", split, auc, note + why))
-            leak = privleak(sides["min_k"], known, **resampling)
+            leak = privleak(sides["min_k"], reference, **resampling)
             measurements += [] if leak is None else [named("privleak", split, leak, note)]
         return measurements
 

@@ -108,8 +108,8 @@ class QuestionAccuracy:
                 *(np.concatenate([getattr(q, f) for q in sets]) for f in ("answer", "group")),
             )
             options = {"guide": model.guide, "batch_size": batch_size, "mesh": mesh}
-            found = score_questions(model.params, model.config, together, **options).log_likelihood
-            for key, values in zip(keys, np.split(found, np.cumsum([len(q) for q in sets])[:-1]), strict=True):
+            likelihoods = score_questions(model.params, model.config, together, **options).log_likelihood
+            for key, values in zip(keys, np.split(likelihoods, np.cumsum([len(q) for q in sets])[:-1]), strict=True):
                 arrays[_path(*key, "log_likelihood")] = values
         lines = [
             {
@@ -173,10 +173,10 @@ class TextLikelihood:
         for keys in _alike({key: rows.tokens.shape[1] for key, rows in self.data.items()}):
             sets = [self.data[key] for key in keys]
             options = {"guide": model.guide, "batch_size": batch_size, "mesh": mesh}
-            found = score_rows(model.params, model.config, Rows.concatenate(sets), **options)
+            row_scores = score_rows(model.params, model.config, Rows.concatenate(sets), **options)
             ends = np.cumsum([len(rows) for rows in sets])[:-1]
             for name in ("nll", "tokens"):
-                for key, values in zip(keys, np.split(getattr(found, name), ends), strict=True):
+                for key, values in zip(keys, np.split(getattr(row_scores, name), ends), strict=True):
                     arrays[_path(*key, name)] = values
         lines = [
             {"split": split, "subject": subject, "item": i, "nll": float(nll), "tokens": int(tokens)}

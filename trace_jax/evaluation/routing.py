@@ -118,7 +118,7 @@ class RoutingMetrics:
 
     def measurements(self) -> list[Measurement]:
         """Means over layers, named "routing_..." and "router_drift"; the original model's value is in the note."""
-        found = []
+        measurements = []
         for name, quantity in self.quantities.items():
             if name.endswith("_original"):
                 continue
@@ -131,8 +131,8 @@ class RoutingMetrics:
                 notes.append(f"original model {original.mean.value:.4g}")
             if abs(quantity.mean_bias) > 0.05 * abs(quantity.mean.value):
                 notes.append(f"about {quantity.mean_bias:+.2g} of it from the finite sample")
-            found.append(named(name if exact else f"routing_{name}", SPLIT, quantity.mean, "; ".join(notes)))
-        return found
+            measurements.append(named(name if exact else f"routing_{name}", SPLIT, quantity.mean, "; ".join(notes)))
+        return measurements
 
 
 def measure_routing(
@@ -170,7 +170,7 @@ def measure_routing(
             for model in (original, current)
         )
         corpora[subject] = corpus_routing(before, after, experts)
-    whole = {s: corpus.summed(_once(corpus)) for s, corpus in corpora.items()}
+    totals = {s: corpus.summed(_once(corpus)) for s, corpus in corpora.items()}
     top_k = current.config.experts_per_token
     quantities = routing_quantities(corpora, top_k=top_k, resamples=resamples, seed=seed)
     return RoutingMetrics(
@@ -179,7 +179,7 @@ def measure_routing(
         experts=experts,
         tokens={s: int(corpora[s].tokens.sum()) for s in SUBJECTS},
         rows={s: len(corpora[s].tokens) for s in SUBJECTS},
-        frequency={m: {s: whole[s].frequency(m)[0] for s in SUBJECTS} for m in MODELS},
+        frequency={m: {s: totals[s].frequency(m)[0] for s in SUBJECTS} for m in MODELS},
         expert_drift=diagnostics.expert_drift(original, current),
         quantities=quantities | {"router_drift": _exact(diagnostics.router_drift(original, current))},
     )
@@ -192,10 +192,12 @@ def measured_rows(rows: Rows, max_rows: int) -> np.ndarray:
 
 def corpus_routing(original: Assignments, current: Assignments, num_experts: int) -> CorpusRouting:
     """What `routing_quantities` needs of a corpus, per row, from both models' assignments of its tokens."""
-    kept = diagnostics.overlap_by_row(original, current)
+    overlap = diagnostics.overlap_by_row(original, current)
     both = zip(MODELS, (original, current), strict=True)
-    counts = {name: diagnostics.counts_by_row(found, num_experts).astype(np.float64) for name, found in both}
-    return CorpusRouting(kept.tokens.astype(np.float64), counts, kept.jaccard, kept.unchanged)
+    counts = {
+        name: diagnostics.counts_by_row(assignments, num_experts).astype(np.float64) for name, assignments in both
+    }
+    return CorpusRouting(overlap.tokens.astype(np.float64), counts, overlap.jaccard, overlap.unchanged)
 
 
 def routing_quantities(corpora: Corpora, *, top_k: int, resamples: int = 1000, seed: int = 0) -> dict[str, Quantity]:
@@ -230,25 +232,25 @@ def routing_quantities(corpora: Corpora, *, top_k: int, resamples: int = 1000, s
 
 def _measured(sums: Corpora) -> dict[str, np.ndarray]:
     """Every quantity [R, L] from sums over rows."""
-    found: dict[str, np.ndarray] = {}
+    quantities: dict[str, np.ndarray] = {}
     for s in SUBJECTS:
         tokens = sums[s].tokens[:, None]
-        found |= {f"jaccard_{s}": sums[s].jaccard / tokens, f"stability_{s}": sums[s].unchanged / tokens}
+        quantities |= {f"jaccard_{s}": sums[s].jaccard / tokens, f"stability_{s}": sums[s].unchanged / tokens}
     for model, end in zip(MODELS, ("_original", ""), strict=True):
         frequency = [sums[s].frequency(model) for s in SUBJECTS]
         counts = [sums[s].counts[model] for s in SUBJECTS]
-        found |= {
+        quantities |= {
             f"gap{end}": diagnostics.frequency_gap(*frequency),
             f"kl{end}": diagnostics.kl_divergence(*map(diagnostics.smoothed_shares, counts)),
             f"js{end}": diagnostics.js_divergence(*(f / f.sum(axis=-1, keepdims=True) for f in frequency)),
         }
         for s, f in zip(SUBJECTS, frequency, strict=True):
-            found |= {f"load_entropy_{s}{end}": diagnostics.load_entropy(f)}
-            found |= {f"dead_experts_{s}{end}": (f == 0).sum(axis=-1).astype(np.float64)}
+            quantities |= {f"load_entropy_{s}{end}": diagnostics.load_entropy(f)}
+            quantities |= {f"dead_experts_{s}{end}": (f == 0).sum(axis=-1).astype(np.float64)}
     for s in SUBJECTS:
         before, after = (sums[s].counts[model] for model in MODELS)
-        found[f"newly_dead_{s}"] = ((before > 0) & (after == 0)).sum(axis=-1).astype(np.float64)
-    return found
+        quantities[f"newly_dead_{s}"] = ((before > 0) & (after == 0)).sum(axis=-1).astype(np.float64)
+    return quantities
 
 
 def _quantity(value: np.ndarray, resampled: np.ndarray | None, *, n: int, most: float) -> Quantity:

@@ -111,25 +111,25 @@ class Evaluator:
             if full or task.quick:
 
                 def make(task: Task = task) -> TaskScores:
-                    found = task.score(model, batch_size=self.config.batch_size, mesh=self.mesh)
-                    return found if self.config.audit_text else without_texts(found)
+                    result = task.score(model, batch_size=self.config.batch_size, mesh=self.mesh)
+                    return result if self.config.audit_text else without_texts(result)
 
                 scores[task.name] = make() if store is None else store.keep(task, make)
         return scores
 
     def measure(self, scores: Scores) -> list[Measurement]:
         """Measurements of scores, those of validation first."""
-        found: list[Measurement] = []
+        measurements: list[Measurement] = []
         for task in self.tasks:
             if task.name in scores:
-                found += task.measure(
+                measurements += task.measure(
                     scores[task.name],
                     original=self.original.get(task.name),
                     retrained=self.retrained.get(task.name),
                     resamples=self.config.bootstrap,
                     seed=self.seed,
                 )
-        return sorted(found, key=lambda m: m.split != "validation")
+        return sorted(measurements, key=lambda m: m.split != "validation")
 
 
 @dataclasses.dataclass(frozen=True)
