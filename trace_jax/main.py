@@ -29,11 +29,7 @@ COMMANDS = {
     "evaluate": ("run.evaluate", "measures a checkpoint on the tasks of an experiment", "config"),
     "export": ("run.export", "writes an unlearned model as a Hugging Face checkpoint", ""),
     "lm-eval": ("run.lm_eval", "runs tasks of lm-eval on a checkpoint, or on a model of a run", ""),
-    "verify": (
-        "checkpoints.verify",
-        "accounts for every tensor of a checkpoint, and compares it with transformers",
-        "",
-    ),
+    "verify": ("checkpoints.verify", "accounts for every tensor of a checkpoint; compares it with transformers", ""),
     "plan": ("plan.plan", "says what an experiment takes on a machine that need not be there", "config"),
     "data": ("data.published.build", "builds published data sets; no TensorFlow", ""),
     "doctor": ("io.environment", "versions, devices, what is missing", ""),

@@ -76,6 +76,6 @@ def _override(values: dict, path: str, value: Any) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"--config.{path}: {section} is a single setting, not a group of settings.")
         values = inner
-    known = values.get(key)
-    if not (isinstance(known, dict) and isinstance(value, str) and known.get("name") == value):
+    before = values.get(key)
+    if not (isinstance(before, dict) and isinstance(value, str) and before.get("name") == value):
         values[key] = value  # a variant that is named as in the file keeps its settings there
