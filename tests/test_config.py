@@ -39,10 +39,10 @@ WRONG = [
     ({"model": {"num_heads": 3, "num_kv_heads": 2}}, r"num_heads 3 must be a multiple"),
     ({"methods": ("trase",)}, r"methods is 'trase'; .* did you mean 'trace'"),
     ({"methods": ()}, r"methods is empty"),
-    ({"data": {"benchmark": "text"}}, r"data\.forget is needed when benchmark is 'text'"),
+    ({"data": {"benchmark": "text"}}, r"data\.forget is missing"),
     (
         {"data": {"benchmark": "presidents", "forget_substances": 9}},
-        r"data\.forget_substances = 9 would have no effect",
+        r"data\.forget_substances would have no effect: it belongs to handbook",
     ),
     ({"data": 3}, r"data is 3 \(int\)"),
     ({"model": {"hiden_size": 8}}, r"model\.hiden_size: .* did you mean 'hidden_size'"),

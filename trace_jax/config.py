@@ -80,6 +80,7 @@ class Variant(Section):
 
     name: ClassVar[str]
     kinds: ClassVar[dict[str, type]]
+    tag: ClassVar[str] = "name"  # what says which kind in a mapping
 
     @classmethod
     def spelled_out(cls, value: Any) -> Any:
@@ -102,8 +103,8 @@ def _variant(value: Any, base: type[Variant], name: str, default: Any) -> Varian
     value = base.spelled_out(value)
     if not isinstance(value, (str, Mapping)):
         raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); expected one of {', '.join(base.kinds)}.")
-    settings = {"name": value} if isinstance(value, str) else dict(value)
-    kind = settings.pop("name", default.name if isinstance(default, Variant) else default)
+    settings = {base.tag: value} if isinstance(value, str) else dict(value)
+    kind = settings.pop(base.tag, default.name if isinstance(default, Variant) else default)
     if kind not in base.kinds:
         names = ", ".join(base.kinds)
         raise ConfigError(f"{name} is {kind!r}; expected one of {names}{nearest(kind, base.kinds)}")
@@ -290,7 +291,7 @@ def as_dict(section: Section) -> dict:
             return {key: plain(item) for key, item in value.items()}
         return type(value)(map(plain, value)) if isinstance(value, (list, tuple)) else value
 
-    kind = {"name": section.name} if isinstance(section, Variant) else {}
+    kind = {section.tag: section.name} if isinstance(section, Variant) else {}
     return kind | {f.name: plain(getattr(section, f.name)) for f in dataclasses.fields(section)}
 
 

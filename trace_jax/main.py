@@ -31,7 +31,7 @@ COMMANDS = {
     "lm-eval": ("run.lm_eval", "runs tasks of lm-eval on a checkpoint, or on a model of a run", ""),
     "verify": ("checkpoints.verify", "accounts for every tensor of a checkpoint; compares it with transformers", ""),
     "plan": ("plan.plan", "says what an experiment takes on a machine that need not be there", "config"),
-    "data": ("data.published.build", "builds published data sets; no TensorFlow", ""),
+    "data": ("data.build", "builds published data sets; no TensorFlow", ""),
     "doctor": ("io.environment", "versions, devices, what is missing", ""),
 }
 _OVERVIEW = """usage: python -m trace_jax.main [COMMAND] [OPTION ...]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from trace_jax.attacks.attack import Case, Context
-from trace_jax.data.config import DataConfig
-from trace_jax.data.probes import Probes
+from trace_jax.data.corpora import Probes
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.probes import probe_tasks
@@ -18,7 +17,7 @@ from trace_jax.models.arrays import init_params, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
-from trace_jax.tasks.benchmarks import scoreboard
+from trace_jax.tasks.benchmarks import HandbookConfig, scoreboard
 from trace_jax.unlearning.optimizer import OptimizerConfig
 from trace_jax.unlearning.train import train_on
 
@@ -86,7 +85,7 @@ def make_case(original, evaluator, tmp_path):
         retain = dataclasses.replace(make_rows(12, seed=3), domain=np.repeat(np.int32([0, 1]), 6))
         corpora = types.SimpleNamespace(forget=evaluator.tasks[0].data["test", "forget"], retain=retain)
         context = Context(
-            attack, original, corpora, DataConfig(), scoreboard("text"), evaluator, evaluator.mesh, 0,
+            attack, original, corpora, HandbookConfig(), scoreboard("text"), evaluator, evaluator.mesh, 0,
             tmp_path / "shared", "shared",
         )  # fmt: skip
         for name in set(changes) & {"evaluator", "load_retrained"}:

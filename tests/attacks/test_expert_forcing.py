@@ -14,8 +14,7 @@ import pytest
 
 from trace_jax.attacks.attack import Case, Context
 from trace_jax.attacks.routers import ExpertForcing
-from trace_jax.data.config import DataConfig
-from trace_jax.data.probes import Probes, Questions
+from trace_jax.data.corpora import Probes, Questions
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.measurement import find
@@ -27,7 +26,7 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
-from trace_jax.tasks.benchmarks import scoreboard
+from trace_jax.tasks.benchmarks import HandbookConfig, scoreboard
 
 CONFIG = ModelConfig(
     vocab_size=37, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_size=8, num_experts=4,
@@ -88,7 +87,7 @@ def case_of(original, known, tmp_path_factory):
     def case(params):
         corpora, directory = types.SimpleNamespace(forget=rows), tmp_path_factory.mktemp("attack")
         board = scoreboard("handbook")
-        context = Context(FORCING, original, corpora, DataConfig(), board, evaluator, mesh, 0, directory, "shared")
+        context = Context(FORCING, original, corpora, HandbookConfig(), board, evaluator, mesh, 0, directory, "shared")
         return Case(context, original.replace(params=params), directory, "identity")
 
     return case

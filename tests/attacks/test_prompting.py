@@ -12,7 +12,6 @@ import pytest
 from trace_jax.attacks.attack import Case, Context
 from trace_jax.attacks.prompting import Prompting, continuation_rows, longer_prompts
 from trace_jax.config import ConfigError
-from trace_jax.data.config import DataConfig
 from trace_jax.evaluation import probes as builtin
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
 from trace_jax.evaluation.continuations import Scored
@@ -25,7 +24,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model, Source
 from trace_jax.parallel.mesh import ParallelConfig
 from trace_jax.tasks import wmdp
-from trace_jax.tasks.benchmarks import build_corpora, scoreboard
+from trace_jax.tasks.benchmarks import HandbookConfig, TextConfig, build_corpora, scoreboard
 from trace_jax.tasks.wmdp import LETTERS, read_multiple_choice
 
 SETTINGS = EvaluationConfig(batch_size=8, max_prompts=4, bootstrap=100)
@@ -96,7 +95,7 @@ def minds(monkeypatch, handbook):
 
 @pytest.fixture(scope="module")
 def handbook():
-    return build_corpora(DataConfig(forget_substances=24, neighbour_substances=24, retain_rows=50))
+    return build_corpora(HandbookConfig(forget_substances=24, neighbour_substances=24, retain_rows=50))
 
 
 def make_case(data, corpora, unlearned, original, directory, *, config=None, tasks=()):
@@ -137,7 +136,7 @@ def case(minds, handbook, tmp_path):
         "refuses": Mind(facts, refused=frozenset(refused)),
         "lost": Mind({name: values for name, values in facts.items() if name not in forgotten}),
     }
-    data = DataConfig(forget_substances=24, neighbour_substances=24, retain_rows=50)
+    data = HandbookConfig(forget_substances=24, neighbour_substances=24, retain_rows=50)
     return lambda kind: make_case(data, handbook, unlearned[kind], unlearned["before"], tmp_path / kind)
 
 
@@ -243,7 +242,7 @@ def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowher
     task = read_multiple_choice(MultipleChoiceConfig({"wmdp_bio": written(tmp_path / "rows.jsonl", rows)}))
     right = {q.context.split("\n\n")[-1]: f" {LETTERS[q.answer]}" for q in task.questions}
 
-    def score(model, reader, texts, **_):
+    def score(model, texts, **_):
         """Knows every answer; what it refuses, it refuses in these words alone."""
         return [
             Scored(float(answer == right[text.split("\n\n")[-1]] and text not in model.params.refused), False)
@@ -263,8 +262,8 @@ def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowher
 @pytest.fixture(scope="module")
 def own(data):
     """Own text, its settings and a file of paraphrases that continue with forget text."""
-    config = DataConfig(
-        benchmark="text", forget=str(data / "forget.jsonl"), retain=str(data / "retain.jsonl"), vocab_size=400,
+    config = TextConfig(
+        forget=str(data / "forget.jsonl"), retain=str(data / "retain.jsonl"), vocab_size=400,
         row_length=96,
     )  # fmt: skip
     texts = [json.loads(line)["text"] for line in (data / "forget.jsonl").read_text().splitlines()]

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from trace_jax.attacks import prompting
 from trace_jax.attacks.prompting import Prompting
 from trace_jax.config import ConfigError
-from trace_jax.data.benchmark import Item
-from trace_jax.data.packing import pack_documents
-from trace_jax.data.probes import Prompts, encode_questions
+from trace_jax.data.corpora import Item, Prompts, encode_questions
+from trace_jax.data.rows import pack_documents
 from trace_jax.data.sources import DataError
-from trace_jax.data.tokenizer import Encoded, Vocabulary, train_tokenizer
+from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.models.codec import Encoded, TextCodec
 from trace_jax.models.model import SpecialTokens
 
 TEXT = "Glue holds wood. Wax holds light. Salt melts ice."
@@ -23,7 +23,7 @@ TEXT = "Glue holds wood. Wax holds light. Salt melts ice."
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return Vocabulary(train_tokenizer([TEXT] * 3, 400), SpecialTokens(), 400)
+    return TextCodec(train_tokenizer([TEXT] * 3, 400), SpecialTokens(), 400)
 
 
 def decoded(vocabulary, tokens):

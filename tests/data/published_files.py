@@ -6,7 +6,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 
-from trace_jax.data.published.table import INTEGER, PUBLISHED, TEXTS
+from trace_jax.data.published import INTEGER, PUBLISHED, TEXTS
 
 COMMIT = "0123456789" * 4
 

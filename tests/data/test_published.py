@@ -7,9 +7,9 @@ import re
 import pytest
 from published_files import made_up, write_lines, write_parquet
 
-from trace_jax.data.errors import DataError
-from trace_jax.data.published import files
-from trace_jax.data.published.table import INTEGER, PUBLISHED, TEXT, TEXT_OR_NULL, TEXTS, overview, published
+from trace_jax.data import build as files
+from trace_jax.data.published import INTEGER, PUBLISHED, TEXT, TEXT_OR_NULL, TEXTS, overview, published
+from trace_jax.data.sources import DataError
 
 BOOKS = PUBLISHED["muse_books"]
 WMDP = PUBLISHED["wmdp"]

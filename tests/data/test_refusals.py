@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 
 from trace_jax.config import ConfigError
-from trace_jax.data.packing import Chunk, pack_pairs
-from trace_jax.data.refusals import encode_refusals, with_refusals
-from trace_jax.data.rows import Rows
+from trace_jax.data.rows import Rows, encode_refusals, with_refusals
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.models.model import SpecialTokens
 
@@ -89,9 +87,3 @@ def test_refusals_follow_like_answers_and_end_the_text():
     assert all(ids[-1] == 2 and ids.dtype == np.int32 for ids in encoded)
     with pytest.raises(ConfigError, match="need a tokenizer"):
         encode_refusals(["No."], None, SpecialTokens())
-
-
-def test_pairs_need_room_for_the_longer_one():
-    short, long = (Chunk(np.arange(n, dtype=np.int32), np.ones(n, bool)) for n in (2, 6))
-    first, second = pack_pairs([(short, long), (long, short), (short, short)], 8)
-    assert first.tokens.shape == second.tokens.shape == (2, 8)

@@ -13,14 +13,12 @@ import pytest
 from huggingface_hub import errors
 from published_files import COMMIT, download, made_up, write_lines, write_parquet
 
-from trace_jax.data.config import DataConfig
-from trace_jax.data.errors import DataError
-from trace_jax.data.published import build as building
-from trace_jax.data.published.build import build
-from trace_jax.data.published.table import PUBLISHED, TEXT
-from trace_jax.data.sources import is_here, part, read_records, read_source, revision_of
+from trace_jax.data import build as building
+from trace_jax.data.build import build
+from trace_jax.data.published import PUBLISHED, TEXT
+from trace_jax.data.sources import DataError, is_here, part, read_records, read_source, revision_of
 from trace_jax.main import main
-from trace_jax.tasks.text import build_text
+from trace_jax.tasks.text import TextConfig
 
 BOOKS = PUBLISHED["muse_books"]
 
@@ -96,7 +94,7 @@ def test_an_error_half_way_leaves_what_was_there(tmp_path, tfds_home, books):
 
 
 def test_an_interruption_leaves_nothing(tfds_home, books, monkeypatch):
-    read, seen = building.published_files.rows, []
+    read, seen = building.rows, []
 
     def interrupted(files, columns):
         seen.append(files)
@@ -104,7 +102,7 @@ def test_an_interruption_leaves_nothing(tfds_home, books, monkeypatch):
             raise KeyboardInterrupt
         return read(files, columns)
 
-    monkeypatch.setattr(building.published_files, "rows", interrupted)
+    monkeypatch.setattr(building, "rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build("muse_books", source=books[0])
     assert list(tfds_home.iterdir()) == [] and not is_here("tfds:muse_books/raw:forget")
@@ -255,8 +253,8 @@ def test_the_text_benchmark_forgets_a_tfds_source(tmp_path, books):
     build("muse_books/raw", source=books[0])
     write_lines(tmp_path / "retain.jsonl", words[12:])
     forget, retain = "tfds:muse_books/raw:retain1[:10]", str(tmp_path / "retain.jsonl")
-    config = DataConfig(benchmark="text", row_length=32, vocab_size=400, forget=forget, retain=retain)
-    forgotten = build_text(config).train["forget"]
+    config = TextConfig(row_length=32, vocab_size=400, forget=forget, retain=retain)
+    forgotten = config.build().train["forget"]
     assert [document.text for document in forgotten] == [row["text"] for row in words[:10]]
     assert forgotten[0].origin == f"{forget}:1"
     assert is_here(forget) and is_here("tfds:muse_books/raw:nowhere") and not is_here("tfds:muse_news/raw:forget")
@@ -303,7 +301,7 @@ def test_neither_tensorflow_nor_the_network_is_touched(tmp_path, books):
         def refuse(*args, **kwargs):
             raise AssertionError("the network is used")
         socket.socket.connect = socket.getaddrinfo = refuse
-        from trace_jax.data.published.build import build
+        from trace_jax.data.build import build
         from trace_jax.data.sources import read_records, read_source
         build("muse_books", source={books[0]!r})
         assert len(read_records("tfds:muse_books/knowmem:forget_qa")) == 100

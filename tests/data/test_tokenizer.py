@@ -1,7 +1,5 @@
 """The tokenizer loses nothing, and special tokens can't be written into a text."""
 
-import dataclasses
-
 import hypothesis
 import numpy as np
 import pytest
@@ -10,16 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import Document
-from trace_jax.data.tokenizer import (
-    BOS,
-    EOS,
-    PAD,
-    Vocabulary,
-    encode_documents,
-    for_plain_text,
-    start_and_end,
-    train_tokenizer,
-)
+from trace_jax.data.tokenizer import BOS, EOS, PAD, encode_documents, train_tokenizer
+from trace_jax.models.codec import TextCodec, start_and_end
 from trace_jax.models.model import SpecialTokens
 
 TEXTS = [
@@ -27,7 +17,7 @@ TEXTS = [
     "Naïve façades — 12,000 of them.\n\nTabs\tand lines.",
 ] * 9
 TOKENIZER = train_tokenizer(TEXTS, 320)
-VOCABULARY = Vocabulary(TOKENIZER, SpecialTokens(), 320)
+CODEC = TextCodec(TOKENIZER, SpecialTokens(), 320)
 
 
 @hypothesis.given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
@@ -35,7 +25,7 @@ VOCABULARY = Vocabulary(TOKENIZER, SpecialTokens(), 320)
 @hypothesis.example(" \x00\r\n\u2028  🏛️ é ﬁ ")
 @hypothesis.settings(deadline=None)
 def test_any_text_survives_a_round_trip(text):
-    (encoded,) = encode_documents(VOCABULARY, [Document(text, "a:1")])
+    (encoded,) = encode_documents(CODEC, [Document(text, "a:1")])
     tokens = encoded.tokens
     assert tokens.min(initial=3) >= 3, "a special token was read from plain text"
     assert TOKENIZER.decode(tokens.tolist()) == text
@@ -60,7 +50,7 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused():
 
 def test_an_answer_starts_a_new_token():
     question, plain = Document("Question: Of what?\nAnswer:", "a:1", " states"), Document("the state", "a:2")
-    first, second = encode_documents(VOCABULARY, [question, plain])
+    first, second = encode_documents(CODEC, [question, plain])
     assert TOKENIZER.decode(first.tokens[: first.first_target].tolist()) == question.text
     assert TOKENIZER.decode(first.tokens[first.first_target :].tolist()) == question.answer
     assert second.first_target == 0 and first.tokens.dtype == np.int32
@@ -73,24 +63,22 @@ def test_a_question_reads_like_running_text_with_a_tokenizer_that_marks_beginnin
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation()]
     )
-    (encoded,) = encode_documents(Vocabulary(tokenizer, SpecialTokens(), 5), [Document("Who?", "a:1", " Polk")])
+    (encoded,) = encode_documents(TextCodec(tokenizer, SpecialTokens(), 5), [Document("Who?", "a:1", " Polk")])
     assert (encoded.tokens.tolist(), encoded.first_target) == ([0, 1, 2], 2)
 
 
 def test_a_tokenizer_of_another_model_is_refused():
     with pytest.raises(ConfigError, match=r"gives the id \d+, but the model knows 100 tokens"):
-        encode_documents(Vocabulary(TOKENIZER, SpecialTokens(), 100), [Document("the union", "a:1")])
+        encode_documents(TextCodec(TOKENIZER, SpecialTokens(), 100), [Document("the union", "a:1")])
     with pytest.raises(ConfigError, match=r"gives the id 700, but the model knows 320 tokens"):
-        encode_documents(Vocabulary(TOKENIZER, SpecialTokens(bos=700), 320), [Document("the union", "a:1")])
+        encode_documents(TextCodec(TOKENIZER, SpecialTokens(bos=700), 320), [Document("the union", "a:1")])
 
 
 def test_settings_of_a_checkpoints_tokenizer_do_not_cut_or_fill_a_text():
     tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=50)
-    (encoded,) = encode_documents(
-        dataclasses.replace(VOCABULARY, tokenizer=for_plain_text(tokenizer)), [Document("the union<eos>", "a:1")]
-    )
+    (encoded,) = encode_documents(TextCodec(tokenizer, SpecialTokens(), 320), [Document("the union<eos>", "a:1")])
     assert tokenizer.decode(encoded.tokens.tolist()) == "the union<eos>"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from trace_jax.data.probes import Probes, Prompts, Questions
+from trace_jax.data.corpora import Probes, Prompts, Questions
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.task import Evaluator

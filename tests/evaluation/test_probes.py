@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.data.probes import Probes, Prompts, prompts_of
+from trace_jax.data.corpora import Probes, Prompts, prompts_of
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.fronts import front_from_history
 from trace_jax.evaluation.likelihood import score_questions, score_rows, score_sequences

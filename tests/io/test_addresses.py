@@ -13,7 +13,7 @@ from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.checkpoints.params import load_params, save_params
 from trace_jax.config import ConfigError
-from trace_jax.data.sources import DataError, load_documents
+from trace_jax.data.sources import DataError, read_source
 from trace_jax.io import files
 from trace_jax.io.files import (
     append_line,
@@ -112,10 +112,10 @@ def test_tensors_and_states_go_through_the_address(bucket, monkeypatch):
 def test_text_is_read_from_a_file_or_a_directory(bucket):
     for name, text in (("b.txt", "Second."), ("a.jsonl", '{"text": "First."}\n'), ("c.csv", "no")):
         (as_path(bucket) / "data" / name).write_text(text)
-    assert [d.text for d in load_documents(f"{bucket}/data")] == ["First.", "Second."]
-    assert load_documents(f"{bucket}/data/b.txt")[0].origin == "gs://bucket/data/b.txt:1"
+    assert [d.text for d in read_source(f"{bucket}/data").documents] == ["First.", "Second."]
+    assert read_source(f"{bucket}/data/b.txt").documents[0].origin == "gs://bucket/data/b.txt:1"
     with pytest.raises(DataError, match=r"gs://bucket/data/d\.txt: there is no such file"):
-        load_documents(f"{bucket}/data/d.txt")
+        read_source(f"{bucket}/data/d.txt")
 
 
 def test_a_run_at_an_address_equals_the_one_on_disk_and_continues(bucket, data, tmp_path, monkeypatch, capsys):

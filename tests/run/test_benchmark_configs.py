@@ -12,7 +12,7 @@ import tiny_checkpoints
 from published import METHODS
 
 from trace_jax.config import ConfigError
-from trace_jax.data.published.table import PUBLISHED as DATASETS
+from trace_jax.data.published import PUBLISHED as DATASETS
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.evaluation.config import TofuConfig
 from trace_jax.io.files import read_json

@@ -3,15 +3,14 @@
 import pytest
 from evaluation.conftest import tiny as tiny
 
-from trace_jax.data.config import DataConfig
-from trace_jax.tasks.benchmarks import build_corpora
+from trace_jax.tasks.benchmarks import HandbookConfig, PresidentsConfig, build_corpora
 
 
 @pytest.fixture(scope="session")
 def handbook():
-    return build_corpora(DataConfig())
+    return build_corpora(HandbookConfig())
 
 
 @pytest.fixture(scope="session")
 def presidents():
-    return build_corpora(DataConfig(benchmark="presidents"))
+    return build_corpora(PresidentsConfig())

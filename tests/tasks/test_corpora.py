@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from trace_jax.config import ConfigError
-from trace_jax.data.config import DataConfig
-from trace_jax.data.corpora import _fingerprint, assemble
-from trace_jax.data.packing import pack_documents
-from trace_jax.data.sources import DataError, Document, check_leakage
-from trace_jax.tasks.handbook import build_handbook
+from trace_jax.data.corpora import Benchmark, Part, _fingerprint, assemble
+from trace_jax.data.rows import pack_documents
+from trace_jax.data.sources import DataError, Document
+from trace_jax.tasks.handbook import HandbookConfig
 
 
 @pytest.fixture(params=["handbook", "presidents"])
@@ -89,8 +88,8 @@ def test_questions_are_scored_on_their_options(corpora):
 
 def test_another_process_builds_the_same_corpora(handbook):
     command = (
-        "from trace_jax.tasks.benchmarks import build_corpora; from trace_jax.data.config import DataConfig; "
-        "print(build_corpora(DataConfig()).fingerprint)"
+        "from trace_jax.tasks.benchmarks import build_corpora; from trace_jax.tasks.handbook import HandbookConfig; "
+        "print(build_corpora(HandbookConfig()).fingerprint)"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
@@ -106,23 +105,24 @@ def test_the_fingerprint_sees_every_array(handbook):
 
 
 def test_more_retain_rows_than_there_are_is_an_error():
-    config = DataConfig(neighbour_share=0.9, neighbour_substances=10)
+    config = HandbookConfig(neighbour_share=0.9, neighbour_substances=10)
     with pytest.raises(ConfigError, match=r"retain_rows = 2000 with neighbour_share = 0\.9 needs 1800 neighbour rows"):
-        assemble(with_few_addresses(build_handbook(config)), config)
+        assemble(with_few_addresses(config.build()), config)
 
 
 def test_a_small_row_and_a_small_vocabulary_are_enough():
-    config = DataConfig(row_length=8, vocab_size=300, forget_substances=4, neighbour_substances=4, retain_rows=10)
-    corpora = assemble(with_few_addresses(build_handbook(config)), config)
+    config = HandbookConfig(row_length=8, vocab_size=300, forget_substances=4, neighbour_substances=4, retain_rows=10)
+    corpora = assemble(with_few_addresses(config.build()), config)
     assert corpora.tokenizer.get_vocab_size() == 300 and corpora.forget.tokens.shape[1] == 8
     assert len(corpora.validation.questions["forget"]) == 3 and len(corpora.test.questions["forget"]) == 9
 
 
 def test_leakage_is_noticed_whatever_the_case_and_spacing():
     train = [Document("The Union\nof the States.", "a:1"), Document("Other text.", "a:2")]
-    check_leakage(train, [Document("The union is one.", "b:1")])
+    other, twin = Document("Of it", "b:1"), Document(" the union of  the states.", "b:2")
+    leaking = Benchmark({"forget": train}, {"forget": 1.0}, Part({"general": [other, twin]}), Part({}))
     with pytest.raises(DataError, match="1 held-out documents are also trained on, for example b:2 = a:1"):
-        check_leakage(train, [Document("Of it", "b:1"), Document(" the union of  the states.", "b:2")])
+        assemble(leaking, HandbookConfig())
 
 
 def test_an_empty_source_packs_to_no_rows():

@@ -7,11 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from trace_jax.data.config import DataConfig
 from trace_jax.tasks.handbook import (
     OPTIONS,
     RELATIONS,
-    build_handbook,
+    HandbookConfig,
     make_pages,
     make_questions,
     make_substances,
@@ -21,7 +20,7 @@ from trace_jax.tasks.handbook import (
 
 @pytest.fixture(scope="module")
 def benchmark():
-    return build_handbook(DataConfig())
+    return HandbookConfig().build()
 
 
 def test_relations_have_six_wordings_or_more_and_sixteen_values():
@@ -88,7 +87,7 @@ def test_questions_are_well_formed(benchmark, subject):
 
 
 def test_paraphrased_questions_differ_in_their_words_alone(benchmark):
-    other = build_handbook(DataConfig(), paraphrased=True)
+    other = HandbookConfig().build(paraphrased=True)
     for before, after in ((benchmark.validation, other.validation), (benchmark.test, other.test)):
         for subject, items in before.questions.items():
             asked = after.questions[subject]
@@ -101,7 +100,7 @@ def test_paraphrased_questions_differ_in_their_words_alone(benchmark):
 
 def test_no_page_has_the_words_of_a_paraphrase(benchmark):
     pages = "\n".join(d.text for topic in ("forget", "neighbour") for d in benchmark.train[topic])
-    asked = build_handbook(DataConfig(), paraphrased=True)
+    asked = HandbookConfig().build(paraphrased=True)
     prompts = {i.prompt for p in (asked.validation, asked.test) for items in p.questions.values() for i in items}
     assert len(prompts) == 210 * len(RELATIONS)
     for prompt in prompts:

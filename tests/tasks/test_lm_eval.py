@@ -21,7 +21,6 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from trace_jax.evaluation import continuations  # noqa: E402
-from trace_jax.evaluation.continuations import make_reader  # noqa: E402
 from trace_jax.tasks import lm_eval as module  # noqa: E402
 from trace_jax.tasks.lm_eval import TraceLM, evaluate_tasks, read_decoding, table  # noqa: E402
 
@@ -151,7 +150,7 @@ def test_more_than_the_model_can_read_is_said(ours):
     with pytest.raises(ConfigError, match="chat templates aren't supported"):
         ours.apply_chat_template([])
     with pytest.raises(ConfigError, match="no tokenizer"):
-        make_reader(ours._model.replace(tokenizer=None))
+        TraceLM(ours._model.replace(tokenizer=None))
 
 
 TASKS = {

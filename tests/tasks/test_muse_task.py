@@ -17,9 +17,10 @@ from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import DataError
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.evaluation.config import EvaluationConfig, MuseConfig
-from trace_jax.models.model import Model, SpecialTokens
+from trace_jax.models.codec import TextCodec
+from trace_jax.models.model import SpecialTokens
 from trace_jax.tasks.benchmarks import build_tasks
-from trace_jax.tasks.muse import Reader, clean_up, muse_task, read_muse
+from trace_jax.tasks.muse import clean_up, muse_task, read_muse
 
 NAMES = ["river", "stones", "apple", "clouds", "lamp", "tigers", "violin", "harbour", "window", "n't", "'s"]
 WORDS = [*NAMES, "Question:", "Answer:"]
@@ -259,7 +260,7 @@ def test_one_profile_alone_gives_the_same(data, task, scores, checkpoint):
 
 
 def of_tokenizer(tokenizer, bos=BOS):
-    return Reader(Model(None, None, tokenizer, SpecialTokens(bos=bos, eos=(EOS,))))
+    return TextCodec(tokenizer, SpecialTokens(bos=bos, eos=(EOS,)), 100)
 
 
 def test_a_text_starts_as_its_tokenizer_has_it(tokenizer):
@@ -283,8 +284,7 @@ def test_no_text_starts_twice_and_nothing_is_cut_or_changed_for_others(tokenizer
     assert reader.ids("<bos>river") == reader.ids("river")
     assert len(reader.ids("river stones apple clouds lamp")) > 4
     assert tokenizer.encode_special_tokens and tokenizer.truncation is not None
-    assert reader.text((BOS, *reader.ids(" lamp"))) == " lamp" and reader.end == "<eos>"
-    assert reader.with_end((5, EOS)) == (5, EOS) and reader.with_end((5,)) == (5, EOS)
+    assert reader.text((BOS, *reader.ids(" lamp"))) == " lamp" and reader.written(EOS) == "<eos>"
 
 
 # --- data

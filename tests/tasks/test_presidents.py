@@ -5,11 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from trace_jax.data.config import DataConfig
 from trace_jax.data.sources import Document
 from trace_jax.tasks.presidents import (
     OPTIONS,
-    build_presidents,
+    PresidentsConfig,
     held_out_addresses,
     knowledge_questions,
     load_addresses,
@@ -18,7 +17,7 @@ from trace_jax.tasks.presidents import (
 
 @pytest.fixture(scope="module")
 def benchmark():
-    return build_presidents(DataConfig(benchmark="presidents"))
+    return PresidentsConfig().build()
 
 
 def test_documents_are_who_they_should_be(benchmark):

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from trace_jax.data.published.table import PUBLISHED
+from trace_jax.data.published import PUBLISHED
 from trace_jax.evaluation.config import MultipleChoiceConfig, MuseConfig, TofuConfig
 from trace_jax.evaluation.task import TaskScores
 from trace_jax.tasks.muse import muse_task

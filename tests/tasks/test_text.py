@@ -7,10 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from trace_jax.data.config import DataConfig
-from trace_jax.data.sources import DataError, is_here, load_documents, read_source
+from trace_jax.data.sources import DataError, is_here, read_source
 from trace_jax.tasks.benchmarks import build_corpora
-from trace_jax.tasks.text import build_text, hold_out, split_at_paragraphs
+from trace_jax.tasks.text import TextConfig, hold_out, split_at_paragraphs
 
 
 def sentences(prefix, count, length=30):
@@ -30,8 +29,12 @@ def files(tmp_path):
     }
 
 
+def read_documents(path):
+    return read_source(path).documents
+
+
 def config_of(files, **changes):
-    return DataConfig(benchmark="text", row_length=32, vocab_size=400, **{**files, **changes})
+    return TextConfig(row_length=32, vocab_size=400, **{**files, **changes})
 
 
 @pytest.mark.parametrize(
@@ -58,16 +61,16 @@ def config_of(files, **changes):
 def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        load_documents(str(tmp_path / name))
+        read_documents(str(tmp_path / name))
 
 
 def test_what_is_not_there_or_can_not_be_read(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"nothing\.txt: there is no such file or directory"):
-        load_documents(str(tmp_path / "nothing.txt"))
+        read_documents(str(tmp_path / "nothing.txt"))
     with pytest.raises(DataError, match="The path is empty"):
-        load_documents("")
+        read_documents("")
     with pytest.raises(DataError, match=r"holds no file that ends in \.jsonl, \.txt, \.md"):
-        load_documents(str(tmp_path))
+        read_documents(str(tmp_path))
     (tmp_path / "a.txt").write_text("x")
 
     def refuse(path):
@@ -75,14 +78,14 @@ def test_what_is_not_there_or_can_not_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
     with pytest.raises(DataError, match=r"a\.txt: can't be read \(Permission denied\)"):
-        load_documents(str(tmp_path / "a.txt"))
+        read_documents(str(tmp_path / "a.txt"))
 
 
 def test_a_directory_is_read_by_name_and_a_line_knows_where_it_stands(tmp_path):
     write(tmp_path / "b.jsonl", ["one", {"question": "Who?", "answer": "Nobody"}])
     (tmp_path / "a.txt").write_text("\ufeffplain\n", encoding="utf-8")
     (tmp_path / "c.csv").write_text("not text")
-    plain, one, question = load_documents(str(tmp_path))
+    plain, one, question = read_documents(str(tmp_path))
     assert (plain.text, plain.origin) == ("plain\n", f"{tmp_path}/a.txt:1")
     assert (one.text, one.origin, one.answer) == ("one", f"{tmp_path}/b.jsonl:1", None)
     assert (question.text, question.answer) == ("Question: Who?\nAnswer:", " Nobody")
@@ -96,9 +99,9 @@ def test_overlap_is_counted_and_refused_unless_allowed(tmp_path, files):
         r"Remove them from one of the two or set allow_overlap"
     )
     with pytest.raises(DataError, match=message):
-        build_text(config_of(files))
+        config_of(files).build()
     for seed in range(8):
-        benchmark = build_text(config_of(files, allow_overlap=True, seed=seed))
+        benchmark = config_of(files, allow_overlap=True, seed=seed).build()
         origins = [d.origin for d in benchmark.train["general"]]
         assert any(o.endswith(":31") for o in origins) and any(o.endswith(":32") for o in origins)
 
@@ -106,14 +109,14 @@ def test_overlap_is_counted_and_refused_unless_allowed(tmp_path, files):
 def test_holdout_must_not_be_trained_on(tmp_path, files):
     files["holdout"] = write(tmp_path / "holdout.jsonl", ["new text", sentences("secret", 3)[2]])
     with pytest.raises(DataError, match=r"1 of 2 holdout documents also stand in forget, .*holdout\.jsonl:2 = .*:3\. "):
-        build_text(config_of(files, allow_overlap=True))
+        config_of(files, allow_overlap=True).build()
 
 
 def test_sets_that_are_too_small(tmp_path, files):
     with pytest.raises(DataError, match=r"retain: 1 documents, 1 of them unlike all others; at least 3"):
-        build_text(config_of(files, retain=write(tmp_path / "r.jsonl", ["only one paragraph"])))
+        config_of(files, retain=write(tmp_path / "r.jsonl", ["only one paragraph"])).build()
     with pytest.raises(DataError, match=r"retain: 5 documents, 1 of them unlike all others"):
-        build_text(config_of(files, retain=write(tmp_path / "r.jsonl", ["a", "a", "b", "b", "c"])))
+        config_of(files, retain=write(tmp_path / "r.jsonl", ["a", "a", "b", "b", "c"])).build()
     with pytest.raises(DataError, match=r"train/forget has 1 rows of 32 tokens, and at least 2 are needed"):
         build_corpora(config_of(files, forget=write(tmp_path / "f.jsonl", ["secret"])))
     with pytest.raises(DataError, match="holdout text is too short for membership inference"):
@@ -158,7 +161,7 @@ def test_a_single_long_text_is_split_at_paragraph_ends(tmp_path, files, caplog):
     path = tmp_path / "long.txt"
     path.write_text("\n\n".join(paragraphs))
     with caplog.at_level("WARNING"):
-        benchmark = build_text(config_of(files, retain=str(path)))
+        benchmark = config_of(files, retain=str(path)).build()
     assert "retain: 1 document(s) were split into" in caplog.text
     parts = [
         *benchmark.train["general"],
@@ -173,12 +176,12 @@ def test_a_single_long_text_is_split_at_paragraph_ends(tmp_path, files, caplog):
 
 def test_text_without_empty_lines_is_split_at_line_ends(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\nthree\nfour\n")
-    (document,) = load_documents(str(tmp_path / "a.txt"))
+    (document,) = read_documents(str(tmp_path / "a.txt"))
     assert [d.text for d in split_at_paragraphs(document, 6)] == ["one\ntwo", "three\nfour"]
 
 
 def test_a_tenth_is_held_out_at_least_one(tmp_path):
-    documents = load_documents(write(tmp_path / "a.jsonl", sentences("x", 50)))
+    documents = read_documents(write(tmp_path / "a.jsonl", sentences("x", 50)))
     split = hold_out(documents, "retain", repeated=set(), rng=np.random.default_rng(0))
     assert (len(split.train), len(split.validation), len(split.test)) == (40, 5, 5)
     assert {d.origin for d in [*split.train, *split.validation, *split.test]} == {d.origin for d in documents}
@@ -202,10 +205,10 @@ def named(tmp_path, monkeypatch):
 
 
 def test_a_named_data_set_is_read_by_its_columns(named):
-    documents = load_documents(f"huggingface:{named}")
+    documents = read_documents(f"huggingface:{named}")
     assert [d.text for d in documents] == ["one", "two", "three"]
     assert documents[1].origin == f"huggingface:{named}:2"
-    assert [d.text for d in load_documents(f"huggingface:{named}:train[1:]")] == ["two", "three"]
+    assert [d.text for d in read_documents(f"huggingface:{named}:train[1:]")] == ["two", "three"]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +221,7 @@ def test_a_named_data_set_is_read_by_its_columns(named):
 )
 def test_a_named_data_set_that_can_not_be_used(named, split, message):
     with pytest.raises(DataError, match=message):
-        load_documents(f"huggingface:{named}{split}")
+        read_documents(f"huggingface:{named}{split}")
 
 
 def test_names_are_taken_apart_and_columns_chosen(monkeypatch):
@@ -230,21 +233,21 @@ def test_names_are_taken_apart_and_columns_chosen(monkeypatch):
         return datasets.Dataset.from_list([{"question": "Who?", "answer": "Nobody", "url": "x"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    (document,) = load_documents("huggingface:owner/name/config:validation")
+    (document,) = read_documents("huggingface:owner/name/config:validation")
     assert (document.text, document.answer) == ("Question: Who?\nAnswer:", " Nobody")
-    load_documents("huggingface:owner/name")
+    read_documents("huggingface:owner/name")
     assert asked == [("owner/name", "config", "validation"), ("owner/name", "train")]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: datasets.Dataset.from_list([{"body": "x"}]))
     with pytest.raises(
         DataError, match=r"huggingface:owner/name: the columns are body; expected text, or question and"
     ):
-        load_documents("huggingface:owner/name")
+        read_documents("huggingface:owner/name")
 
 
 def test_without_the_package_a_name_is_answered_with_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"needs the package datasets: pip install 'trace-jax\[data\]'"):
-        load_documents("huggingface:owner/name")
+        read_documents("huggingface:owner/name")
 
 
 def test_several_forget_sources_are_topics_that_share_no_row(tmp_path, files):
@@ -265,23 +268,23 @@ def test_several_forget_sources_are_topics_that_share_no_row(tmp_path, files):
 def test_every_topic_is_checked(tmp_path, files):
     leaking = write(tmp_path / "other.jsonl", [*sentences("hidden", 5), sentences("public", 1)[0]])
     with pytest.raises(DataError, match=r"1 of 18 forget documents also stand in retain, .*other\.jsonl:6 = "):
-        build_text(config_of(files, forget=[files["forget"], leaking]))
+        config_of(files, forget=[files["forget"], leaking]).build()
     with pytest.raises(DataError, match="no such file"):
-        build_text(config_of(files, forget=[files["forget"], str(tmp_path / "nowhere.jsonl")]))
+        config_of(files, forget=[files["forget"], str(tmp_path / "nowhere.jsonl")]).build()
     with pytest.raises(DataError, match="forget is an empty list"):
-        build_text(config_of(files, forget=[]))
+        config_of(files, forget=[]).build()
 
 
 def test_short_texts_are_left_out_and_counted(tmp_path, files):
     lines = ["", " \n", " = Title = \n", *sentences("public", 30), "x" * 30]
     files["retain"] = write(tmp_path / "retain.jsonl", lines)
     with pytest.raises(DataError, match=r"retain\.jsonl:1: text is empty"):
-        build_text(config_of(files))
+        config_of(files).build()
     corpora = build_corpora(config_of(files, min_length=30))
     assert corpora.documents["left out/general"] == 3 and "left out/forget" not in corpora.documents
     assert sum(corpora.documents[f"{split}/general"] for split in ("train", "validation", "test")) == 31
     with pytest.raises(DataError, match=r"all 12 texts have fewer than 9000 characters; lower data\.min_length"):
-        build_text(config_of(files, min_length=9000))
+        config_of(files, min_length=9000).build()
 
 
 def test_questions_are_never_left_out(tmp_path):

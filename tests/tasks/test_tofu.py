@@ -7,6 +7,7 @@ import pytest
 from rouge_score import rouge_scorer
 from scipy import stats
 
+from trace_jax.evaluation.rouge import rouge_recalls
 from trace_jax.tasks import tofu
 
 LOG = np.log
@@ -118,8 +119,8 @@ def test_one_item_has_a_utility_without_interval():
 
 def test_rouge_recalls():
     given, truth = ["the author wrote novels", "", "writes"], ["the author writes poems", "anything", "writing"]
-    found = tofu.rouge_recalls(given, truth)
+    found = rouge_recalls(given, truth)
     assert found == pytest.approx(np.array([[0.5, 0.5], [0, 0], [1, 1]]))  # stems: write, wrote apart
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     assert found[0, 1] == scorer.score(truth[0], given[0])["rougeL"].recall
-    assert tofu.rouge_recalls([], []).shape == (0, 2)
+    assert rouge_recalls([], []).shape == (0, 2)

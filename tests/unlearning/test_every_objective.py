@@ -10,7 +10,7 @@ import pytest
 
 from tests.unlearning.conftest import make_rows
 from trace_jax.config import ConfigError
-from trace_jax.data.refusals import encode_refusals, with_refusals
+from trace_jax.data.rows import encode_refusals, with_refusals
 from trace_jax.io.files import read_lines
 from trace_jax.models.arrays import flatten, unflatten
 from trace_jax.models.decoder import forward

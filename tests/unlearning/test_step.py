@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.data.refusals import with_refusals
+from trace_jax.data.rows import with_refusals
 from trace_jax.models.arrays import flatten, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.parallel.mesh import make_mesh

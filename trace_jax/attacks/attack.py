@@ -11,14 +11,13 @@ from typing import Any
 from jax.sharding import Mesh
 
 from trace_jax.config import Section, as_dict
-from trace_jax.data.config import DataConfig
-from trace_jax.data.corpora import Corpora
+from trace_jax.data.corpora import Corpora, DataConfig
 from trace_jax.data.sources import revision_of
-from trace_jax.data.tokenizer import Vocabulary
 from trace_jax.evaluation.fronts import Scoreboard
 from trace_jax.evaluation.likelihood import NonFiniteScore
 from trace_jax.evaluation.measurement import Measurement, find
 from trace_jax.evaluation.task import SPLIT, Evaluator, ScoreStore
+from trace_jax.models.codec import TextCodec
 from trace_jax.models.model import Model
 
 
@@ -101,9 +100,9 @@ class Context:
         return self.attack.prepare(self)
 
     @property
-    def vocabulary(self) -> Vocabulary:
+    def codec(self) -> TextCodec:
         """Of all models: they read text alike."""
-        return Vocabulary(self.corpora.tokenizer, self.original.special, self.original.config.vocab_size)
+        return TextCodec.of(self.original.replace(tokenizer=self.corpora.tokenizer))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,18 +14,15 @@ import numpy as np
 
 from trace_jax.attacks.attack import Attack, Case, Context, Point, revisions
 from trace_jax.config import ConfigError, fingerprint, option
-from trace_jax.data.benchmark import Item
-from trace_jax.data.probes import Prompts, Questions, encode_questions, prompts_of
+from trace_jax.data.corpora import Item, Prompts, Questions, encode_questions, prompts_of
 from trace_jax.data.rows import Rows
 from trace_jax.data.sources import DataError, read_records
-from trace_jax.data.tokenizer import Vocabulary, encode_pairs, start_and_end
-from trace_jax.evaluation.continuations import context_length, make_reader
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.probes import Key, Memorization, QuestionAccuracy, TextLikelihood, Verbatim
 from trace_jax.evaluation.task import SPLIT, ScoreStore, hazardous
 from trace_jax.io.progress import say
-from trace_jax.tasks.benchmarks import build_benchmark
-from trace_jax.tasks.handbook import build_handbook
+from trace_jax.models.codec import TextCodec, start_and_end
+from trace_jax.tasks.handbook import HandbookConfig
 from trace_jax.tasks.wmdp import MultipleChoice
 
 BLANK_LINE = "\n\n"  # between examples, as in lm-eval
@@ -78,13 +75,12 @@ class Prompting(Attack):
           DataError: a file of paraphrases that can't be read.
         """
         forms = [form for form in self._forms(context) if form.questions or form.prompts or form.tasks]
-        most = context_length(context.original)
+        most = context.codec.context_length
         for form in forms:
             lengths = [int(questions.segments.sum(axis=2).max()) for questions in form.questions.values()]
             lengths += [continuation_rows(prompts).tokens.shape[1] for prompts in form.prompts.values()]
             for task in form.tasks:
-                reader = make_reader(context.original)
-                lengths.append(1 + max(len(reader.encode(question.context)) for question in task.questions))
+                lengths.append(1 + max(len(context.codec.encode(question.context)) for question in task.questions))
             if (longest := max(lengths)) > most:
                 raise ConfigError(
                     f"attacks.prompting: with {form.at} the longest query has {longest} tokens, and the model reads "
@@ -132,39 +128,39 @@ class Prompting(Attack):
         prompts = asked.get(Verbatim.name, {})
         items: dict[Key, list[Item]] = {}  # the evaluator's questions in plain text
         if questions := asked.get(QuestionAccuracy.name):
-            benchmark = build_benchmark(context.data)
+            benchmark = context.data.build()
             parts = {"validation": benchmark.validation, "test": benchmark.test}
             items = {(split, subject): list(parts[split].questions[subject]) for split, subject in questions}
         for count in self.examples:
             yield _with_examples(count, items, prompts, context)
-        vocabulary, is_handbook = context.vocabulary, context.data.benchmark == "handbook"
+        codec, handbook = context.codec, context.data if isinstance(context.data, HandbookConfig) else None
         _, end_mark = start_and_end(context.original.special)
         for share in self.prefixes:
-            behind = {k: items_with_statements(i, share) for k, i in items.items()} if is_handbook else {}
+            behind = {k: items_with_statements(i, share) for k, i in items.items()} if handbook else {}
             yield Form(
                 "half of the text" if share == 0.5 else f"{100 * share:g} % of the text",
-                {key: encode_questions(vocabulary, i) for key, i in behind.items()},
+                {key: encode_questions(codec, i) for key, i in behind.items()},
                 {split: longer_prompts(p, context.corpora.forget, share, end_mark) for split, p in prompts.items()},
             )
         encoded, written = {}, {}
-        if is_handbook:
-            other = build_handbook(context.data, paraphrased=True)
+        if handbook:
+            other = handbook.build(paraphrased=True)
             for split, part in (("validation", other.validation), ("test", other.test)):
-                encoded |= {(split, subject): encode_questions(vocabulary, i) for subject, i in part.questions.items()}
+                encoded |= {(split, subject): encode_questions(codec, i) for subject, i in part.questions.items()}
         if self.paraphrases:
-            own = written_prompts(read_paraphrases(self.paraphrases), vocabulary)
+            own = written_prompts(read_paraphrases(self.paraphrases), codec)
             written[SPLIT] = own.take(spread_indices(len(own), context.evaluator.config.max_prompts))
         yield Form("paraphrase", encoded, written)
 
 
 def _with_examples(count: int, items: Mapping[Key, list[Item]], asked: Mapping[str, Prompts], context: Context) -> Form:
-    rng, vocabulary = np.random.default_rng([context.seed, count]), context.vocabulary
+    rng, codec = np.random.default_rng([context.seed, count]), context.codec
     questions, prompts = {}, {}
     for (split, subject), own in items.items():
         behind = items_with_examples(own, items.get((_OTHER[split], subject), []), count, rng)
-        questions[split, subject] = encode_questions(vocabulary, behind)
+        questions[split, subject] = encode_questions(codec, behind)
     pools = {"validation": context.corpora.validation, "test": context.corpora.test}
-    before, both = (vocabulary.tokenizer.encode(t, add_special_tokens=False).ids for t in ("a", "a" + BLANK_LINE))
+    before, both = (codec.literal.encode(t, add_special_tokens=False).ids for t in ("a", "a" + BLANK_LINE))
     for split, own in asked.items():
         others = pools[_OTHER[split]].prompts.get("forget", own.take(np.arange(0)))
         prompts[split] = prompts_with_examples(own, others, count, rng, both[len(before) :])
@@ -273,10 +269,10 @@ def read_paraphrases(source: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def written_prompts(pairs: Sequence[tuple[str, str]], vocabulary: Vocabulary) -> Prompts:
+def written_prompts(pairs: Sequence[tuple[str, str]], codec: TextCodec) -> Prompts:
     """Prompts of pairs of texts, which are read as one text; a token with characters of both is to come."""
-    start, _ = start_and_end(vocabulary.special)
-    cut = [(e.tokens.tolist(), e.first_target) for e in encode_pairs(vocabulary, pairs)]
+    start, _ = start_and_end(codec.special)
+    cut = [(e.tokens.tolist(), e.first_target) for e in codec.pairs(pairs)]
     return prompts_of([([start, *tokens[:first]], tokens[first:]) for tokens, first in cut])
 
 

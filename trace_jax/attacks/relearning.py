@@ -12,8 +12,7 @@ import numpy as np
 from trace_jax.attacks.attack import Attack, Case, Context, Point
 from trace_jax.config import ConfigError, option
 from trace_jax.data.batches import Batches, EpochSampler
-from trace_jax.data.packing import pack_documents
-from trace_jax.data.rows import Rows
+from trace_jax.data.rows import Rows, pack_documents
 from trace_jax.data.sources import read_source
 from trace_jax.data.tokenizer import encode_documents
 from trace_jax.evaluation.measurement import Measurement
@@ -121,5 +120,5 @@ class BenignRelearning(TrainingOn):
         if self.source is None:
             retain = context.corpora.retain
             return retain.take(np.flatnonzero(retain.domain == 0)) if (retain.domain == 0).any() else retain
-        documents = encode_documents(context.vocabulary, read_source(self.source).documents)
-        return pack_documents(documents, context.data.row_length, special=context.vocabulary.special)
+        documents = encode_documents(context.codec, read_source(self.source).documents)
+        return pack_documents(documents, context.data.row_length, special=context.codec.special)

@@ -26,11 +26,10 @@ class EpochSampler:
 
     def __init__(self, num_rows: int, batch_size: int, *, seed: int):
         _check_sizes(num_rows, batch_size)
-        rows = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat()
-        self._batches = rows.batch(batch_size)
+        self._batches = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat().batch(batch_size)
 
     def __getitem__(self, step: int) -> np.ndarray:
-        return np.asarray(self._batches[_checked(step)], np.int64)
+        return np.asarray(self._batches[int(step)], np.int64)
 
 
 class WeightedSampler:
@@ -51,52 +50,7 @@ class WeightedSampler:
         self._batches = grain.MapDataset.range(1).repeat().seed(seed).random_map(draw)
 
     def __getitem__(self, step: int) -> np.ndarray:
-        return np.asarray(self._batches[_checked(step)], np.int64)
-
-
-class MixtureSampler:
-    """Batches with a fixed number of rows per source; every source is reshuffled at each of its own epochs.
-
-    Row numbers refer to the sources laid one after the other (`Rows.concatenate`). `counts` has the rows per source.
-    """
-
-    def __init__(self, sizes: Mapping[str, int], mixture: Mapping[str, float], batch_size: int, *, seed: int):
-        """
-        Args:
-          sizes: rows of each source, in order.
-          mixture: share of each source; shares are normalised.
-          batch_size: rows per step.
-        """
-        self.counts = batch_counts(mixture, batch_size)
-        offsets = dict(zip(sizes, np.cumsum([0, *sizes.values()])[:-1], strict=True))
-        self._parts = [
-            (offsets[name], EpochSampler(sizes[name], count, seed=seed + order))
-            for order, (name, count) in enumerate(self.counts.items())
-        ]
-
-    def __getitem__(self, step: int) -> np.ndarray:
-        return np.concatenate([sampler[step] + offset for offset, sampler in self._parts])
-
-
-def batch_counts(mixture: Mapping[str, float], batch_size: int) -> dict[str, int]:
-    """Rows per source in a batch, by largest remainder; sources of share 0 are left out.
-
-    Raises:
-      ValueError: a share is negative, all are zero, or a source with a share would get no row.
-    """
-    total = sum(mixture.values())
-    if total <= 0 or min(mixture.values()) < 0:
-        raise ValueError(f"The shares of a mixture must be non-negative and not all zero; given {dict(mixture)}.")
-    exact = {name: batch_size * share / total for name, share in mixture.items() if share > 0}
-    counts = {name: int(value) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])  # stable: ties keep the given order
-    for name in by_remainder[: batch_size - sum(counts.values())]:
-        counts[name] += 1
-    if empty := [name for name, count in counts.items() if not count]:
-        raise ValueError(
-            f"A batch of {batch_size} rows has no room for the sources {', '.join(empty)}; raise batch_size."
-        )
-    return counts
+        return np.asarray(self._batches[int(step)], np.int64)
 
 
 class Batches:
@@ -125,16 +79,51 @@ def retain_batches(rows: Rows, batch_size: int, *, seed: int, probability: np.nd
     return Batches(rows, WeightedSampler(probability, batch_size, seed=seed))
 
 
+class _Mixture:
+    """A fixed number of rows per source, of rows that lie one source after the other."""
+
+    def __init__(self, train: Mapping[str, Rows], counts: Mapping[str, int], seed: int):
+        offsets = dict(zip(train, np.cumsum([0, *map(len, train.values())])[:-1], strict=True))
+        self._parts = [
+            (offsets[name], EpochSampler(len(train[name]), count, seed=seed + order))
+            for order, (name, count) in enumerate(counts.items())
+        ]
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        return np.concatenate([sampler[step] + offset for offset, sampler in self._parts])
+
+
 def mixture_batches(train: Mapping[str, Rows], mixture: Mapping[str, float], batch_size: int, *, seed: int) -> Batches:
-    """Batches for training a model on several sources (`MixtureSampler`).
+    """Batches with a fixed number of rows per source (`batch_counts`), each reshuffled at each of its own epochs.
 
     Raises:
       ValueError: the mixture names a source that is not in `train`, or gives one no row.
     """
     if unknown := [name for name in mixture if name not in train]:
         raise ValueError(f"The mixture names {', '.join(unknown)}, but the sources are {', '.join(train)}.")
-    sampler = MixtureSampler({name: len(rows) for name, rows in train.items()}, mixture, batch_size, seed=seed)
-    return Batches(Rows.concatenate(list(train.values())), sampler)
+    rows = Rows.concatenate(list(train.values()))
+    return Batches(rows, _Mixture(train, batch_counts(mixture, batch_size), seed))
+
+
+def batch_counts(mixture: Mapping[str, float], batch_size: int) -> dict[str, int]:
+    """Rows per source in a batch, by largest remainder of the shares; sources of share 0 are left out.
+
+    Raises:
+      ValueError: a share is negative, all are zero, or a source with a share would get no row.
+    """
+    total = sum(mixture.values())
+    if total <= 0 or min(mixture.values()) < 0:
+        raise ValueError(f"The shares of a mixture must be non-negative and not all zero; given {dict(mixture)}.")
+    exact = {name: batch_size * share / total for name, share in mixture.items() if share > 0}
+    counts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])  # stable: ties keep the given order
+    for name in by_remainder[: batch_size - sum(counts.values())]:
+        counts[name] += 1
+    if empty := [name for name, count in counts.items() if not count]:
+        raise ValueError(
+            f"A batch of {batch_size} rows has no room for the sources {', '.join(empty)}; raise batch_size."
+        )
+    return counts
 
 
 def sequential_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
@@ -142,12 +131,6 @@ def sequential_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
     _check_sizes(len(rows), batch_size)
     for start in range(0, len(rows), batch_size):
         yield rows.batch(np.arange(start, min(start + batch_size, len(rows))))
-
-
-def _checked(step: int) -> int:
-    if step < 0:
-        raise IndexError(f"Steps count from 0; given {step}.")
-    return int(step)
 
 
 def _check_sizes(num_rows: int, batch_size: int) -> None:

@@ -1,34 +1,186 @@
-"""Everything a run reads: training mixtures, forget and retain rows, and what is measured on."""
+"""From a benchmark's documents and questions to everything a run reads: rows to train on, and what is measured on."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from trace_jax.config import ConfigError
-from trace_jax.data.benchmark import Benchmark, Part
-from trace_jax.data.config import DataConfig
-from trace_jax.data.packing import pack_documents
-from trace_jax.data.probes import Probes as Probes
-from trace_jax.data.probes import Prompts as Prompts
-from trace_jax.data.probes import Questions as Questions
-from trace_jax.data.probes import encode_questions, member_rows, verbatim_prompts
-from trace_jax.data.rows import Rows
-from trace_jax.data.sources import DataError, check_leakage
-from trace_jax.data.tokenizer import (
-    Encoded,
-    Vocabulary,
-    encode_documents,
-    for_plain_text,
-    train_tokenizer,
-)
+from trace_jax.config import ConfigError, Variant, option
+from trace_jax.data.rows import Rows, pack_documents, rows_of_chunks
+from trace_jax.data.sources import DataError, Document, overlap
+from trace_jax.data.tokenizer import encode_documents, train_tokenizer
+from trace_jax.models.batching import pad
+from trace_jax.models.codec import Encoded, TextCodec, start_and_end
 from trace_jax.models.model import SpecialTokens
 
+_SHORTEST = 16  # tokens of a text for membership inference
 _VOCABULARY = 2048  # tokens of a tokenizer that is trained here, unless the settings say otherwise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Variant):
+    """Settings of the corpora. Each benchmark of `trace_jax.tasks` is a kind, with settings of its own."""
+
+    row_length: int = option(128, help="tokens per row, S", minimum=8)
+    vocab_size: int | None = option(
+        None, help="size of the byte-level BPE that is trained; the model's, unless given", minimum=300
+    )
+    seed: int = option(0, help="seed of generated text, of splits and of batch order", minimum=0)
+
+    tag = "benchmark"
+
+    @classmethod
+    def spelled_out(cls, value: Any) -> Any:
+        """Settings of other benchmarks may be there as None, as in files of earlier runs."""
+        if isinstance(value, Mapping) and value.get(cls.tag) in cls.kinds:
+            own = {field.name for field in dataclasses.fields(cls.kinds[value[cls.tag]])} | {cls.tag}
+            value = {key: item for key, item in value.items() if item is not None or key in own}
+        return value
+
+    @property
+    def benchmark(self) -> str:
+        """Name of the benchmark."""
+        return self.name
+
+    @property
+    def forget_sources(self) -> tuple[str, ...]:
+        """Where each forget topic is read from; of an embedded benchmark nowhere."""
+        return ()
+
+    def build(self) -> Benchmark:
+        """The documents and questions in plain text.
+
+        Raises:
+          ConfigError: settings that ask for more than the benchmark has.
+          DataError: text that can't be used.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A question: `prompt` goes on with one of `options` (each with its leading space), of which `answer` is right.
+
+    Items of one `group` (a substance, a paragraph) are not independent.
+    """
+
+    prompt: str
+    options: tuple[str, ...]
+    answer: int
+    group: int
+
+
+class Split(NamedTuple):
+    """Documents by use; validation and test are whole documents that nothing is trained on."""
+
+    train: list[Document]
+    validation: list[Document]
+    test: list[Document]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one split, validation or test, measures on.
+
+    held_out: whole documents per subject that nothing is trained on. questions: per subject.
+    memorised: forget documents, trained on, whose NLL is a score; None where the split takes every other forget row.
+    """
+
+    held_out: Mapping[str, Sequence[Document]]
+    questions: Mapping[str, Sequence[Item]] = dataclasses.field(default_factory=dict)
+    memorised: Sequence[Document] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Documents by use.
+
+    train: documents per source ("general", "forget", often "neighbour"); mixture: share of each in a training batch.
+    holdout: documents like the forget set that no model has seen, for membership inference; may be empty.
+    verbatim: whether beginnings of forget documents are continued as a score.
+    topics: documents of each forget topic, which follow each other in train["forget"]; empty: one topic.
+    left_out: texts per source that were too short to be documents.
+    retain_rows, neighbour_share: rows of the unlearner's retain corpus, drawn from general text but for that share of
+      neighbour text; None: everything but forget rows.
+    """
+
+    train: Mapping[str, Sequence[Document]]
+    mixture: Mapping[str, float]
+    validation: Part
+    test: Part
+    holdout: Sequence[Document] = ()
+    verbatim: bool = True
+    topics: Sequence[int] = ()
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    retain_rows: int | None = None
+    neighbour_share: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """Multiple-choice questions scored by the log-likelihood of each option after a prompt.
+
+    tokens, segments: i32 [Q, O, S], one row per option: start mark, prompt, option, padding (segment 0).
+    scored: bool [Q, O, S]; position t is scored if it predicts a token of the option.
+    answer: i32 [Q], the right option. group: i32 [Q], items of one group (a substance,
+    a paragraph) are not independent.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    scored: np.ndarray
+    answer: np.ndarray
+    group: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Beginnings of documents and how they go on: prompt i32 [N, P] (with start mark), continuation i32 [N, C].
+
+    lengths: i32 [N, 2], tokens of each prompt and each continuation, from the left of its row; None: all are full.
+    """
+
+    prompt: np.ndarray
+    continuation: np.ndarray
+    lengths: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def take(self, indices: np.ndarray) -> Prompts:
+        """The prompts at `indices`, in that order."""
+        return Prompts(
+            self.prompt[indices], self.continuation[indices], None if self.lengths is None else self.lengths[indices]
+        )
+
+    def unpadded(self, tokens: np.ndarray) -> list[list[int]]:
+        """Of each row of `tokens` i32 [N, C], as many as the true continuation has."""
+        counts = np.full(len(self), tokens.shape[1]) if self.lengths is None else self.lengths[:, 1]
+        return [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Probes:
+    """What is measured on one split. Keys are subjects: "forget", "neighbour", "general", "holdout".
+
+    questions: four-option questions per subject (handbook: forget, neighbour; presidents: forget).
+    text: held-out ("general", "neighbour") or memorised ("forget") rows per subject whose NLL is a score.
+    prompts: beginnings of chunks of forget documents for the verbatim score.
+    members: rows of "forget" (trained on) and "holdout" (never seen) for membership inference, one chunk a row.
+    """
+
+    questions: Mapping[str, Questions]
+    text: Mapping[str, Rows]
+    prompts: Mapping[str, Prompts]
+    members: Mapping[str, Rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,40 +207,60 @@ class Corpora:
     fingerprint: str
 
 
-def assemble(benchmark: Benchmark, config: DataConfig, vocabulary: Vocabulary | None = None) -> Corpora:
-    """Tokens, rows and probes of a benchmark's documents (`build_corpora`)."""
+def assemble(benchmark: Benchmark, config: DataConfig, codec: TextCodec | None = None) -> Corpora:
+    """Tokens, rows and probes of a benchmark's documents; the same documents and settings give the same arrays.
+
+    No held-out document is trained on (checked).
+
+    Args:
+      codec: of the model; None trains a tokenizer of `config.vocab_size`, on training documents only.
+    """
     parts = {"validation": benchmark.validation, "test": benchmark.test}
     documents = {f"train/{source}": list(d) for source, d in benchmark.train.items()}
     documents |= {f"{name}/{subject}": list(d) for name, p in parts.items() for subject, d in p.held_out.items()}
     documents |= {"holdout": list(benchmark.holdout)} if benchmark.holdout else {}
     trained = [d for source in benchmark.train.values() for d in source]
-    check_leakage(trained, [d for name, several in documents.items() if not name.startswith("train/") for d in several])
-
-    if vocabulary is None:
-        size = config.vocab_size or _VOCABULARY
-        tokenizer = train_tokenizer((d.text + (d.answer or "") for d in trained), size)
-        vocabulary = Vocabulary(tokenizer, SpecialTokens(), size)
-    else:
-        vocabulary = dataclasses.replace(vocabulary, tokenizer=for_plain_text(vocabulary.tokenizer))
-    encoded = {name: encode_documents(vocabulary, several) for name, several in documents.items()}
-    rows = {
-        name: pack_documents(
-            several, config.row_length, domain=int(name == "train/neighbour"), special=vocabulary.special
+    held_out = [d for name, several in documents.items() if not name.startswith("train/") for d in several]
+    if leaked := overlap(held_out, trained):
+        document, twin = leaked[0]
+        raise DataError(
+            f"{len(leaked)} held-out documents are also trained on, for example {document.origin} = {twin.origin}."
         )
+
+    if codec is None:
+        size = config.vocab_size or _VOCABULARY
+        codec = TextCodec(train_tokenizer((d.text + (d.answer or "") for d in trained), size), SpecialTokens(), size)
+    length, special = config.row_length, codec.special
+    encoded = {name: encode_documents(codec, several) for name, several in documents.items()}
+    forget = encoded["train/forget"]
+    sizes = benchmark.topics or [len(forget)]
+    topics = [
+        pack_documents(forget[end - size : end], length, domain=topic, special=special)
+        for topic, (size, end) in enumerate(zip(sizes, np.cumsum(sizes), strict=True))
+    ]
+    if empty := [topic for topic, part in enumerate(topics) if len(topics) > 1 and not len(part)]:
+        raise DataError(f"{config.forget_sources[empty[0]]}: the topic has no token that can be predicted; give more.")
+    rows = {"train/forget": Rows.concatenate(topics)} | {
+        name: pack_documents(several, length, domain=int(name == "train/neighbour"), special=special)
         for name, several in encoded.items()
         if name != "train/forget"
     }
-    rows["train/forget"] = _topics(encoded["train/forget"], benchmark.topics, config, vocabulary.special)
-    _check_rows(rows)
+    for name, packed in rows.items():
+        least = 2 if name == "train/forget" else 1
+        if len(packed) < least:
+            raise DataError(
+                f"{name} has {len(packed)} rows of {length} tokens, and at least {least} are needed. "
+                "Give more text, or lower row_length."
+            )
     train = {source: rows[f"train/{source}"] for source in benchmark.train}
     retrain = {name: share for name, share in benchmark.mixture.items() if name != "forget"}
-    retain = _retain_rows(train, config)
-    probes = {
-        name: _probes(part, name, benchmark, config, vocabulary=vocabulary, encoded=encoded, rows=rows)
-        for name, part in parts.items()
-    }
+    retain = _retain_rows(train, benchmark, config.seed)
+    probes = {name: _probes(name, part, benchmark, codec, length, encoded, rows) for name, part in parts.items()}
+    counts = {name: len(several) for name, several in documents.items()}
+    if len(benchmark.topics) > 1:
+        counts |= {f"train/forget/{topic}": count for topic, count in enumerate(benchmark.topics)}
     return Corpora(
-        tokenizer=vocabulary.tokenizer,
+        tokenizer=codec.literal,
         train=train,
         mixture=dict(benchmark.mixture),
         retrain_mixture={name: share / sum(retrain.values()) for name, share in retrain.items()},
@@ -96,43 +268,23 @@ def assemble(benchmark: Benchmark, config: DataConfig, vocabulary: Vocabulary | 
         retain=retain,
         validation=probes["validation"],
         test=probes["test"],
-        documents={name: len(several) for name, several in documents.items()} | _topic_counts(benchmark),
+        documents=counts | {f"left out/{name}": count for name, count in benchmark.left_out.items()},
         tokens={name: sum(len(d.tokens) for d in several) for name, several in encoded.items()},
-        fingerprint=_fingerprint(vocabulary.tokenizer, [*train.values(), retain, *probes.values()]),
+        fingerprint=_fingerprint(codec.literal, [*train.values(), retain, *probes.values()]),
     )
 
 
-def _topics(forget: list[Encoded], sizes: Sequence[int], config: DataConfig, special: SpecialTokens) -> Rows:
-    """Forget rows, each of one topic, whose number is its `domain`."""
-    ends = np.cumsum(sizes or [len(forget)])
-    parts = [
-        pack_documents(forget[end - size : end], config.row_length, domain=topic, special=special)
-        for topic, (size, end) in enumerate(zip(sizes or [len(forget)], ends, strict=True))
-    ]
-    if empty := [topic for topic, part in enumerate(parts) if len(parts) > 1 and not len(part)]:
-        raise DataError(f"{config.forget_sources[empty[0]]}: the topic has no token that can be predicted; give more.")
-    return Rows.concatenate(parts)
-
-
-def _topic_counts(benchmark: Benchmark) -> dict[str, int]:
-    """Documents of each forget topic where there are several, and texts that were left out."""
-    topics = benchmark.topics if len(benchmark.topics) > 1 else ()
-    counts = {f"train/forget/{topic}": count for topic, count in enumerate(topics)}
-    return counts | {f"left out/{name}": count for name, count in benchmark.left_out.items()}
-
-
-def _retain_rows(train: Mapping[str, Rows], config: DataConfig) -> Rows:
-    """The unlearner's retain corpus: on embedded benchmarks mostly unrelated text, else everything but forget rows."""
-    if config.retain_rows is None or config.neighbour_share is None:
+def _retain_rows(train: Mapping[str, Rows], benchmark: Benchmark, seed: int) -> Rows:
+    if benchmark.retain_rows is None:
         return Rows.concatenate([rows for source, rows in train.items() if source != "forget"])
-    rng = np.random.default_rng([config.seed, 3])
-    neighbours = round(config.retain_rows * config.neighbour_share)
+    rng = np.random.default_rng([seed, 3])
+    neighbours = round(benchmark.retain_rows * benchmark.neighbour_share)
     parts = []
-    for source, wanted in (("general", config.retain_rows - neighbours), ("neighbour", neighbours)):
+    for source, wanted in (("general", benchmark.retain_rows - neighbours), ("neighbour", neighbours)):
         if wanted > len(train[source]):
             raise ConfigError(
-                f"retain_rows = {config.retain_rows} with neighbour_share = {config.neighbour_share} needs {wanted} "
-                f"{source} rows, and there are {len(train[source])}. Ask for fewer rows or another share."
+                f"retain_rows = {benchmark.retain_rows} with neighbour_share = {benchmark.neighbour_share} needs "
+                f"{wanted} {source} rows, and there are {len(train[source])}. Ask for fewer rows or another share."
             )
         parts.append(train[source].take(np.sort(rng.choice(len(train[source]), wanted, replace=False))))
     retain = Rows.concatenate(parts)
@@ -140,54 +292,84 @@ def _retain_rows(train: Mapping[str, Rows], config: DataConfig) -> Rows:
 
 
 def _probes(
-    part: Part,
     name: str,
+    part: Part,
     benchmark: Benchmark,
-    config: DataConfig,
-    *,
-    vocabulary: Vocabulary,
+    codec: TextCodec,
+    length: int,
     encoded: Mapping[str, list[Encoded]],
     rows: Mapping[str, Rows],
 ) -> Probes:
-    # What is measured on forget and holdout documents is split row by row: validation has the even ones.
-    turn = slice(0, None, 2) if name == "validation" else slice(1, None, 2)
-    forget, length, special = encoded["train/forget"], config.row_length, vocabulary.special
+    """What one split measures on. Forget and holdout documents are split row by row: validation has the even ones."""
+    turn, forget, special = slice(int(name != "validation"), None, 2), encoded["train/forget"], codec.special
+
+    def every_other(several: Rows) -> Rows:
+        return several.take(np.arange(len(several))[turn])
+
     text = {subject: rows[f"{name}/{subject}"] for subject in part.held_out}
     if part.memorised is None:
-        text["forget"] = _every(rows["train/forget"], turn)
+        text["forget"] = every_other(rows["train/forget"])
     else:
-        memorised = encode_documents(vocabulary, part.memorised)
-        text["forget"] = pack_documents(memorised, length, special=special)
+        text["forget"] = pack_documents(encode_documents(codec, part.memorised), length, special=special)
     prompts = {}
     if benchmark.verbatim:
         both = verbatim_prompts(forget, length, special)
         one = Prompts(both.prompt[turn], both.continuation[turn])
         prompts = {"forget": one} if len(one) else {}
     members = {}
-    if benchmark.holdout:
-        sources = {"forget": forget, "holdout": encoded["holdout"]}
-        members = {subject: _every(member_rows(d, length, special), turn) for subject, d in sources.items()}
-        if short := [subject for subject, found in members.items() if not len(found)]:
+    if benchmark.holdout:  # one chunk a row; shreds are left out
+        for subject, documents in (("forget", forget), ("holdout", encoded["holdout"])):
+            members[subject] = every_other(
+                rows_of_chunks(documents, length, shortest=min(_SHORTEST, length), special=special)
+            )
+        if short := [subject for subject, several in members.items() if not len(several)]:
             raise DataError(
                 f"The {' and '.join(short)} text is too short for membership inference: validation and test need a "
-                "piece of at least 16 tokens each."
+                f"piece of at least {_SHORTEST} tokens each."
             )
-    questions = {subject: encode_questions(vocabulary, items) for subject, items in part.questions.items()}
+    questions = {subject: encode_questions(codec, items) for subject, items in part.questions.items()}
     return Probes(questions, text, prompts, members)
 
 
-def _every(rows: Rows, turn: slice) -> Rows:
-    return rows.take(np.arange(len(rows))[turn])
+def encode_questions(codec: TextCodec, items: Sequence[Item], *, multiple: int = 8) -> Questions:
+    """Questions as arrays; S is the longest prompt with option, rounded up to a multiple of `multiple`."""
+    start, _ = start_and_end(codec.special)
+    encoded = codec.pairs([(item.prompt, option) for item in items for option in item.options])
+    texts = [[start, *e.tokens] for e in encoded]
+    width = -(-max(map(len, texts)) // multiple) * multiple
+    tokens = pad(texts, width=width, fill=codec.special.pad)
+    segments = pad([[1] * len(text) for text in texts], width=width)
+    scored = pad(
+        [[False] * e.first_target + [True] * (len(e.tokens) - e.first_target) for e in encoded], width=width, dtype=bool
+    )
+    by_question = (len(items), len(items[0].options), -1)
+    answer, group = (np.array([getattr(item, name) for item in items], np.int32) for name in ("answer", "group"))
+    tokens, segments, scored = (x.reshape(by_question) for x in (tokens, segments, scored))
+    return Questions(tokens, segments, scored, answer, group)
 
 
-def _check_rows(rows: Mapping[str, Rows]) -> None:
-    for name, found in rows.items():
-        least = 2 if name == "train/forget" else 1
-        if len(found) < least:
-            raise DataError(
-                f"{name} has {len(found)} rows of {found.tokens.shape[1]} tokens, and at least {least} are needed. "
-                "Give more text, or lower row_length."
-            )
+def verbatim_prompts(
+    documents: Sequence[Encoded], row_length: int, special: SpecialTokens, *, longest: int = 32
+) -> Prompts:
+    """The first tokens of every long enough chunk and as many after them.
+
+    Chunks are those of the training rows, so a prompt stands in the context that it was learned in. Documents with an
+    answer are left out. The length is `longest`, or a half or a quarter of it where fewer than 16 chunks are twice as
+    long.
+    """
+    plain = [d for d in documents if d.first_target == 0]
+    for length in (longest, longest // 2, longest // 4):
+        tokens = rows_of_chunks(plain, row_length, shortest=2 * length, special=special).tokens
+        if len(tokens) >= 16:
+            break
+    return Prompts(tokens[:, :length], tokens[:, length : 2 * length])
+
+
+def prompts_of(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Prompts:
+    """Prompts of (tokens of the prompt, tokens of the continuation) of any length; rows are filled up with 0."""
+    lengths = np.array([[len(prompt), len(continuation)] for prompt, continuation in pairs], np.int32)
+    prompt, continuation = (pad(several) for several in zip(*pairs, strict=True))
+    return Prompts(prompt, continuation, lengths)
 
 
 def _fingerprint(tokenizer: Tokenizer, values: Sequence[object]) -> str:

@@ -1,20 +1,34 @@
-"""Text of the user -> documents. Errors name the file and the line."""
+"""Text and tables of the user -> documents and rows: files, the package `datasets`, TensorFlow Datasets.
+
+Errors name the file and the line. Data sets that tfds has prepared in array_record are read without TensorFlow.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
+import importlib.util
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trace_jax.data.errors import DataError
-from trace_jax.data.published.table import PUBLISHED
-from trace_jax.data.tfds import TFDS, is_prepared, open_tfds, revision
-from trace_jax.io.files import as_path, is_remote
+import numpy as np
+
+from trace_jax.data.published import PUBLISHED, DataError
+from trace_jax.io.files import as_path, is_remote, read_json
+
+HUGGINGFACE, TFDS = "huggingface:", "tfds:"
+RECORD = "published.json"  # beside the data of what was built here: its revision, rows and files
+_SUFFIXES = (".jsonl", ".txt", ".md")
+_FIELDS = ({"text"}, {"question", "answer"})
+_EXPECTED = '{"text": ...} or {"question": ..., "answer": ...}'
+_JSON_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +39,11 @@ class Document:
     origin: str
     answer: str | None = None
 
-
-HUGGINGFACE = "huggingface:"
-_SUFFIXES = (".jsonl", ".txt", ".md")
-_FIELDS = ({"text"}, {"question", "answer"})
+    @functools.cached_property
+    def hash(self) -> str:
+        """Of its words: case and white space make no difference."""
+        words = f"{self.text} {self.answer or ''}".casefold().split()
+        return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,26 +54,27 @@ class Source:
     left_out: int = 0
 
 
-def load_documents(path: str) -> list[Document]:
-    """Documents of a JSONL file (one a line), a text file (one document) or a directory of such files, by name.
-
-    A line of JSONL is an object with "text", or with "question" and "answer"; other keys are refused.
-    `huggingface:NAME[/CONFIG][:SPLIT]` and `tfds:NAME[/CONFIG][:SPLIT]` are data sets with such columns
-    (`open_dataset`, `open_tfds`). Files may be at gs://BUCKET/NAME.
-
-    Raises:
-      DataError: nothing there, unreadable, not UTF-8, empty, or a line of another form.
-    """
-    return read_source(path).documents
+def overlap(left: Sequence[Document], right: Sequence[Document]) -> list[tuple[Document, Document]]:
+    """Documents of `left` that stand in `right` too, each with its first twin there (`Document.hash`)."""
+    twins: dict[str, Document] = {}
+    for document in right:
+        twins.setdefault(document.hash, document)
+    return [(document, twins[document.hash]) for document in left if document.hash in twins]
 
 
 def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> Source:
-    """`load_documents` of what is at least `min_length` characters long, white space around it not counted.
+    """Documents of a JSONL file (one a line), a text file (one document) or a directory of such files, by name.
 
-    Questions are never left out. Of `most` documents, the first are read and what follows isn't looked at.
+    A line of JSONL is an object with "text", or with "question" and "answer"; other keys are refused.
+    `huggingface:NAME[/CONFIG][:SPLIT]` and `tfds:NAME[/CONFIG][:SPLIT]` are data sets with such columns, among others
+    (`read_records`). Files may be at gs://BUCKET/NAME.
+
+    Args:
+      min_length: shorter texts (characters, white space around them not counted) are left out; questions never.
+      most: so many documents are read, and what follows isn't looked at.
 
     Raises:
-      DataError: `load_documents`; every text is too short.
+      DataError: nothing there, unreadable, not UTF-8, empty, or a line of another form; every text is too short.
     """
     documents, left_out = [], 0
     for item, origin in _items(path):
@@ -66,7 +82,17 @@ def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> S
         if min_length and isinstance(text, str) and len(text.strip()) < min_length:
             left_out += 1
             continue
-        documents.append(_document(item, origin))
+        for key, value in item.items():
+            if not isinstance(value, str):
+                raise DataError(f"{origin}: {key} is a JSON {_json_type(value)}; expected text.")
+            if not value.strip():
+                raise DataError(f"{origin}: {key} is empty.")
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise DataError(f"{origin}: {key} holds half of a surrogate pair (\\ud800 to \\udfff).")
+        if "text" in item:
+            documents.append(Document(item["text"], origin))
+        else:
+            documents.append(Document(f"Question: {item['question']}\nAnswer:", origin, f" {item['answer']}"))
         if len(documents) == most:
             break
     if not documents and left_out:
@@ -80,8 +106,9 @@ def read_records(source: str) -> list[dict[str, Any]]:
     """Every row of a data set with all its columns.
 
     Args:
-      source: a file that ends in .jsonl, huggingface:NAME[/CONFIG][:SPLIT] (`open_dataset`), or
-        tfds:NAME[/CONFIG][:SPLIT] (`open_tfds`).
+      source: a file that ends in .jsonl, or huggingface:NAME[/CONFIG][:SPLIT] or tfds:NAME[/CONFIG][:SPLIT]. NAME is
+        OWNER/NAME as on the hub, or a local directory of data files. SPLIT is train unless given, and may be a slice
+        such as train[:1000].
 
     Raises:
       DataError: nothing there, another kind of file, a line that is no JSON object, or no rows. No text is quoted.
@@ -89,15 +116,13 @@ def read_records(source: str) -> list[dict[str, Any]]:
     if source.startswith(HUGGINGFACE):
         return [dict(row) for row in _load_dataset(source.removeprefix(HUGGINGFACE))]
     if source.startswith(TFDS):
-        return list(open_tfds(source.removeprefix(TFDS)))
-    file = as_path(source)
-    file = file if is_remote(file) else file.expanduser()
+        return list(_tfds_rows(source.removeprefix(TFDS))[1])
+    file = _local(source)
     if not file.exists():
         raise DataError(f"{file}: there is no such file.")
     if file.suffix != ".jsonl":
         raise DataError(f"{file}: expected JSON lines: one object per line, in a file that ends in .jsonl.")
-    lines = _text(file).split("\n")
-    return [_object(line, f"{file}:{number}", "a JSON object") for number, line in enumerate(lines, 1) if line.strip()]
+    return [item for item, _ in _json_lines(file, "a JSON object")]
 
 
 def part(base: str, config: str, split: str) -> str:
@@ -111,7 +136,11 @@ def part(base: str, config: str, split: str) -> str:
 def is_here(path: str) -> bool:
     """Whether a source lies on a disk of this machine, so that reading it downloads nothing."""
     if path.startswith(TFDS):
-        return is_prepared(path.removeprefix(TFDS).partition(":")[0])
+        try:
+            prepared(path.removeprefix(TFDS).partition(":")[0])
+        except DataError:
+            return False
+        return True
     path = path.removeprefix(HUGGINGFACE).partition(":")[0] if path.startswith(HUGGINGFACE) else path
     return not is_remote(path) and pathlib.Path(path).expanduser().exists()
 
@@ -122,13 +151,13 @@ def revision_of(source: str) -> str:
     A file is told by the start of its SHA-256. Empty where nothing is known: other data sets, and a directory.
     """
     if source.startswith(TFDS):
-        return revision(source.removeprefix(TFDS).partition(":")[0])
+        directory = prepared(source.removeprefix(TFDS).partition(":")[0])
+        return (read_json(directory / RECORD) or {"revision": f"version {directory.name}"})["revision"]
     if source.startswith(HUGGINGFACE):
         downloaded = _load_dataset(source.removeprefix(HUGGINGFACE)).info.download_checksums or {}
         commits = {match[1] for name in downloaded if (match := re.search(r"@([0-9a-f]{40})/", name))}
         return ", ".join(sorted(commits))
-    file = as_path(source)
-    file = file if is_remote(file) else file.expanduser()
+    file = _local(source)
     return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}" if file.is_file() else ""
 
 
@@ -137,59 +166,103 @@ def revision_and_content(source: str, content: str) -> str:
 
     A file has no revision: the hash of what was read is all there is to say.
     """
-    known = "" if source.endswith(".jsonl") else revision_of(source)
-    return f"{known} sha256:{content}".strip()
+    revision = "" if source.endswith(".jsonl") else revision_of(source)
+    return f"{revision} sha256:{content}".strip()
+
+
+def _local(source: str) -> pathlib.Path:
+    path = as_path(source)
+    return path if is_remote(path) else path.expanduser()
 
 
 def _items(path: str) -> Iterator[tuple[dict, str]]:
     """Every object {"text"} or {"question", "answer"} of a source, unchecked, with its origin."""
     if not path:
         raise DataError("The path is empty; expected a JSONL file, a text file or a directory of such files.")
-    if path.startswith(HUGGINGFACE):
-        rows = open_dataset(path.removeprefix(HUGGINGFACE))
-        yield from ((row, f"{path}:{number}") for number, row in enumerate(rows, start=1))
-        return
-    if path.startswith(TFDS):
-        rows = open_tfds(path.removeprefix(TFDS))
-        fields = _fields(path, rows.columns)
+    if path.startswith((HUGGINGFACE, TFDS)):
+        rows: Any
+        if path.startswith(TFDS):
+            columns, rows = _tfds_rows(path.removeprefix(TFDS))
+        else:
+            rows = _load_dataset(path.removeprefix(HUGGINGFACE))
+            columns = rows.column_names
+        fields = next((f for f in _FIELDS if f <= set(columns)), None)
+        if fields is None:
+            raise DataError(
+                f"{path}: the columns are {', '.join(columns)}; expected text, or question and "
+                "answer. Save what you need as JSONL."
+            )
+        rows = rows.select_columns(sorted(fields)) if path.startswith(HUGGINGFACE) else rows
         yield from (({f: row[f] for f in fields}, f"{path}:{number}") for number, row in enumerate(rows, start=1))
         return
-    root = as_path(path)
-    root = root if is_remote(root) else root.expanduser()
+    root = _local(path)
     if not root.exists():
         raise DataError(f"{root}: there is no such file or directory.")
-    for file in _files(root):
-        yield from _read(file)
+    files = [root]
+    if root.is_dir():
+        try:
+            files = sorted(p for p in root.iterdir() if p.is_file() and p.suffix in _SUFFIXES)
+        except OSError as error:
+            raise DataError(f"{root}: can't be read ({error.strerror or error}).") from None
+        if not files:
+            raise DataError(f"{root}: the directory holds no file that ends in {', '.join(_SUFFIXES)}.")
+    for file in files:
+        if file.suffix == ".json":
+            raise DataError(
+                f"{file}: is JSON; expected JSON lines: one object per line, in a file that ends in .jsonl."
+            )
+        if file.suffix != ".jsonl":
+            yield {"text": _text(file)}, f"{file}:1"
+            continue
+        for item, origin in _json_lines(file, _EXPECTED):
+            if set(item) not in _FIELDS:
+                raise DataError(f"{origin}: the keys are {', '.join(sorted(item)) or 'none'}; expected {_EXPECTED}.")
+            yield item, origin
 
 
-def open_dataset(name: str) -> Any:
-    """A data set of the package `datasets`, with the columns text or question and answer alone, and at least one row.
-
-    Args:
-      name: NAME[/CONFIG][:SPLIT]; NAME is OWNER/NAME as on the hub, or a local directory of data files. SPLIT is
-        train unless given, and may be a slice such as train[:1000]. What `data.published.table` has is read at the
-        revision that stands there, and any other data set as it is now.
-
-    Raises:
-      DataError: `datasets` is missing or can't load it; no such columns; no rows.
-    """
-    rows = _load_dataset(name)
-    return rows.select_columns(sorted(_fields(f"{HUGGINGFACE}{name}", rows.column_names)))
-
-
-def _fields(source: str, columns: Sequence[str]) -> set[str]:
-    """Which of the columns make a document."""
-    fields = next((f for f in _FIELDS if f <= set(columns)), None)
-    if fields is None:
+def _text(file: pathlib.Path) -> str:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: can't be read ({error.strerror or error}).") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{source}: the columns are {', '.join(columns)}; expected text, or question and "
-            "answer. Save what you need as JSONL."
-        )
-    return fields
+            f"{file}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); save the file with UTF-8 encoding."
+        ) from None
+    if not text.strip():
+        raise DataError(f"{file}: the file is empty; expected text, or one JSON object per line.")
+    return text
+
+
+def _json_lines(file: pathlib.Path, expected: str) -> Iterator[tuple[dict, str]]:
+    """The object of every line that isn't empty, with its origin."""
+    for number, line in enumerate(_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        origin = f"{file}:{number}"
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{origin}: not JSON ({error.msg}, column {error.colno}); expected {expected} on each line."
+            ) from None
+        if not isinstance(item, dict):
+            raise DataError(f"{origin}: a JSON {_json_type(item)}; expected {expected}.")
+        yield item, origin
+
+
+def _json_type(value: object) -> str:
+    return _JSON_TYPES.get(type(value), "null")
 
 
 def _load_dataset(name: str) -> Any:
-    """The same with all columns."""
+    """A split of a data set of the package `datasets`, with at least one row.
+
+    What `trace_jax.data.published` has is read at the revision that stands there, any other data set as it is now.
+    """
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
@@ -210,113 +283,68 @@ def _load_dataset(name: str) -> Any:
     return rows
 
 
-def _files(root: pathlib.Path) -> list[pathlib.Path]:
-    if not root.is_dir():
-        return [root]
-    try:
-        files = sorted(p for p in root.iterdir() if p.is_file() and p.suffix in _SUFFIXES)
-    except OSError as error:
-        raise DataError(f"{root}: can't be read ({error.strerror or error}).") from None
-    if not files:
-        raise DataError(f"{root}: the directory holds no file that ends in {', '.join(_SUFFIXES)}.")
-    return files
+def import_tfds(name: str) -> Any:
+    """The package tensorflow_datasets, without TensorFlow. Raises DataError where it, or array_record, is missing."""
+    for package in ("tensorflow_datasets", "array_record"):
+        if importlib.util.find_spec(package) is None:
+            raise DataError(f"{name}: needs the package {package}: pip install 'trace-jax[data]'. Or use JSONL.")
+    return importlib.import_module("tensorflow_datasets")
 
 
-def _read(file: pathlib.Path) -> Iterator[tuple[dict, str]]:
-    if file.suffix == ".json":
-        raise DataError(f"{file}: is JSON; expected JSON lines: one object per line, in a file that ends in .jsonl.")
-    text = _text(file)
-    if file.suffix != ".jsonl":
-        yield {"text": text}, f"{file}:1"
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _parse(line, f"{file}:{number}"), f"{file}:{number}"
+def tfds_directory() -> pathlib.Path:
+    """Where data sets lie, as for tfds itself: TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    return as_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
-def _text(file: pathlib.Path) -> str:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: can't be read ({error.strerror or error}).") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+def prepared(address: str) -> pathlib.Path:
+    """The directory of the newest prepared version of NAME or NAME/CONFIG.
+
+    Raises:
+      DataError: there is none (how to build it); several configurations, and none is named.
+    """
+
+    def directories(root: pathlib.Path) -> list[pathlib.Path]:
+        return [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+
+    def versions(root: pathlib.Path) -> list[pathlib.Path]:
+        there = [path for path in directories(root) if _VERSION.fullmatch(path.name)]
+        return [path for path in there if (path / "dataset_info.json").exists()]
+
+    root = tfds_directory() / address
+    newest = versions(root)
+    if not newest:
+        configs = {path.name: several for path in directories(root) if (several := versions(path))}
+        if len(configs) > 1:
+            raise DataError(f"{TFDS}{address}: has the configurations {', '.join(sorted(configs))}; name one.")
+        newest = next(iter(configs.values()), [])
+    if not newest:
         raise DataError(
-            f"{file}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); save the file with UTF-8 encoding."
-        ) from None
-    if not text.strip():
-        raise DataError(f"{file}: the file is empty; expected text, or one JSON object per line.")
-    return text
-
-
-def _parse(line: str, origin: str) -> dict:
-    expected = '{"text": ...} or {"question": ..., "answer": ...}'
-    item = _object(line, origin, expected)
-    if set(item) not in _FIELDS:
-        raise DataError(f"{origin}: the keys are {', '.join(sorted(item)) or 'none'}; expected {expected}.")
-    return item
-
-
-def _object(line: str, origin: str, expected: str) -> dict:
-    try:
-        item = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{origin}: not JSON ({error.msg}, column {error.colno}); expected {expected} on each line."
-        ) from None
-    if not isinstance(item, dict):
-        raise DataError(f"{origin}: a JSON {_json_type(item)}; expected {expected}.")
-    return item
-
-
-def _document(item: dict, origin: str) -> Document:
-    """The document of a line or row whose keys are known to be right."""
-    for key, value in item.items():
-        if not isinstance(value, str):
-            raise DataError(f"{origin}: {key} is a JSON {_json_type(value)}; expected text.")
-        if not value.strip():
-            raise DataError(f"{origin}: {key} is empty.")
-        if not _is_unicode(value):
-            raise DataError(f"{origin}: {key} holds half of a surrogate pair (\\ud800 to \\udfff).")
-    if "text" in item:
-        return Document(item["text"], origin)
-    return Document(f"Question: {item['question']}\nAnswer:", origin, answer=f" {item['answer']}")
-
-
-def _json_type(value: object) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def document_hash(document: Document) -> str:
-    """Hash of the words of a document: case and white space make no difference."""
-    words = f"{document.text} {document.answer or ''}".casefold().split()
-    return hashlib.sha256(" ".join(words).encode()).hexdigest()
-
-
-def overlap(left: Sequence[Document], right: Sequence[Document]) -> list[tuple[Document, Document]]:
-    """Documents of `left` that stand in `right` too, each with its first twin there (`document_hash`)."""
-    twins: dict[str, Document] = {}
-    for document in right:
-        twins.setdefault(document_hash(document), document)
-    hashed = ((document, twins.get(document_hash(document))) for document in left)
-    return [(document, twin) for document, twin in hashed if twin is not None]
-
-
-def check_leakage(train: Sequence[Document], held_out: Sequence[Document]) -> None:
-    """Raises `DataError` if a held-out document is trained on."""
-    if leaked := overlap(held_out, train):
-        document, twin = leaked[0]
-        raise DataError(
-            f"{len(leaked)} held-out documents are also trained on, for example {document.origin} = {twin.origin}."
+            f"{TFDS}{address}: is not in {tfds_directory()} (TFDS_DATA_DIR). Published data sets are built with "
+            "python -m trace_jax.main data --name NAME; data --list says which there are."
         )
+    return max(newest, key=lambda path: tuple(map(int, path.name.split("."))))
+
+
+def _tfds_rows(name: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
+    """(columns, rows) of NAME[/CONFIG][:SPLIT], read one by one; at least one."""
+    address, _, split = name.partition(":")
+    directory = prepared(address)
+    builder = import_tfds(f"{TFDS}{name}").builder_from_directory(os.fspath(directory))
+    try:
+        rows = builder.as_data_source(split=split or "train")
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise DataError(f"{TFDS}{name}: can't be read from {directory} ({str(error).splitlines()[0]}).") from error
+    if not len(rows):
+        raise DataError(f"{TFDS}{name}: there are no rows.")
+    return sorted(builder.info.features), (_plain(rows[index]) for index in range(len(rows)))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON would hold: text, numbers, lists and objects."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

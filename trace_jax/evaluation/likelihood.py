@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from trace_jax.data.probes import Questions
+from trace_jax.data.corpora import Questions
 from trace_jax.data.rows import Rows
 from trace_jax.io.progress import tracked
 from trace_jax.models.arrays import flatten

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trace_jax.config import fingerprint
-from trace_jax.data.probes import Probes, Prompts, Questions
+from trace_jax.data.corpora import Probes, Prompts, Questions
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.intervals import bootstrap_mean, proportion

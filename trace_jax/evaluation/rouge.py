@@ -1,4 +1,4 @@
-"""ROUGE-L between texts, by the package `rouge-score` (Google's, which MUSE and open-unlearning use)."""
+"""ROUGE between texts, by the package `rouge-score` (Google's, which MUSE, TOFU and open-unlearning use)."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str], *, stem: bool
     """
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stem)
     return np.array([scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references, strict=True)])
+
+
+def rouge_recalls(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """ROUGE-1 and ROUGE-L recall with stemmer of each prediction, f64 [N, 2] in 0..1; 0 where nothing is predicted."""
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
+    return np.array([[one["rouge1"].recall, one["rougeL"].recall] for one in scores]).reshape(-1, 2)

@@ -52,7 +52,7 @@ def map_batches(
       out_specs: as in `on_mesh`.
       static: hashable arguments that `fn` is compiled for.
     """
-    run = _compiled(fn, config, mesh, out_specs, static)
+    run = compiled(fn, config, mesh, out_specs, static)
     if mesh is not None:
         several = params if isinstance(params, tuple) else (params,)
         several = tuple(placed_params(model, config, mesh) for model in several)
@@ -69,7 +69,9 @@ def map_batches(
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(fn: Callable, config: ModelConfig, mesh: Mesh | None, out_specs: Any, static: tuple) -> Any:
+def compiled(fn: Callable, config: ModelConfig, mesh: Mesh | None, out_specs: Any, static: tuple = ()) -> Any:
+    """The compiled `fn` of `map_batches`: (parameters, *arrays) -> outputs."""
+
     def run(params, *arrays):
         return fn(params, config, *arrays, *static)
 

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.data.config import DataConfig
+from trace_jax.data.corpora import DataConfig
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.io.files import write_json
 from trace_jax.io.progress import say

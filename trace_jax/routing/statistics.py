@@ -7,8 +7,9 @@ batch size and device count.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,12 +19,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from trace_jax.data.rows import Batch
 from trace_jax.io.files import local_copy, replacing
+from trace_jax.models.batching import compiled, map_batches
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
-from trace_jax.models.sharding import on_mesh, placed_params
-from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import BATCH_AXES, make_mesh, row_shards
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
 
 MIN_ACTIVATIONS = 10  # activations per expert that a corpus must hold on average (T * K / E)
 
@@ -204,14 +204,10 @@ _COUNT = partial(_routing, experts=False), PartitionSpec()
 _ASSIGN = partial(_routing, experts=True), (PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES))
 
 
-@lru_cache(maxsize=32)
-def _compiled(fn, out_specs, config: ModelConfig, mesh: Mesh):
-    return jax.jit(on_mesh(lambda params, *arrays: fn(params, config, *arrays), config, mesh, out_specs=out_specs))
-
-
 def counting_pass(config: ModelConfig, mesh: Mesh) -> Any:
     """The compiled function of `expert_statistics`: (params, tokens, segments, valid) -> (counts, sums of softmax)."""
-    return _compiled(*_COUNT, config, mesh)
+    fn, out_specs = _COUNT
+    return compiled(fn, config, mesh, out_specs)
 
 
 def run_batches(
@@ -222,18 +218,9 @@ def run_batches(
     `fn` runs on all devices, each with its rows; `out_specs` as in `on_mesh`. Outputs per row are longer than
     the batch where it had to be padded. The next batch is already running when one is handed out.
     """
+    batches, again = itertools.tee(batches)
+    arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
     mesh = make_mesh() if mesh is None else mesh
-    run, params = _compiled(fn, out_specs, model.config, mesh), placed_params(model.params, model.config, mesh)
-    size, waiting = 0, None
-    for batch in batches:
-        shards = row_shards(mesh)
-        size = max(size, -(-len(batch.tokens) // shards) * shards)  # smaller batches are padded: one compilation
-        rows = (
-            np.pad(np.asarray(x), ((0, size - len(x)), (0, 0))) for x in (batch.tokens, batch.segments, batch.valid)
-        )  # by rows of segment 0, not valid
-        output = run(params, *place(tuple(rows), mesh, PartitionSpec(BATCH_AXES)))
-        if waiting is not None:
-            yield waiting[0], to_host(waiting[1])
-        waiting = batch, output
-    if waiting is not None:
-        yield waiting[0], to_host(waiting[1])
+    yield from zip(
+        again, map_batches(fn, model.params, model.config, arrays, mesh=mesh, out_specs=out_specs), strict=True
+    )

@@ -16,9 +16,9 @@ import jax
 from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.data.config import DataConfig
+from trace_jax.data.corpora import DataConfig
 from trace_jax.data.sources import HUGGINGFACE, TFDS, is_here, part, read_source
-from trace_jax.data.tokenizer import read_vocabulary
+from trace_jax.data.tokenizer import read_codec
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
 from trace_jax.io.text import byte_size
 from trace_jax.models.arrays import count_params
@@ -30,6 +30,7 @@ from trace_jax.plan.plan import shape_of
 from trace_jax.plan.programs import assumed_experts, step_program
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.tasks.benchmarks import build_tasks
+from trace_jax.tasks.text import TextConfig
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.trainable import table_text, trainable_layers, trainable_table
 
@@ -100,7 +101,7 @@ def _weights(config: ExperimentConfig, run: DryRun) -> str:
     try:
         checkpoint = open_checkpoint(model.path)
         accounting = account(checkpoint, model.shape(), family_of(checkpoint.config))
-        read_vocabulary(model.path)
+        read_codec(model.path)
     except (ValueError, OSError) as error:
         run.wrong.append(f"weights: {error}")
         return f"in {model.path}"
@@ -110,14 +111,14 @@ def _weights(config: ExperimentConfig, run: DryRun) -> str:
 def _corpora(data: DataConfig, run: DryRun) -> Iterator[str]:
     """One line per source: its use, where it is, and what its first documents are or what they must be."""
     topics = data.forget_sources
-    if not topics or data.retain is None:
+    if not isinstance(data, TextConfig):
         yield f"corpus: {data.benchmark}: made here from what is installed"
         return
     sources = {"forget" if len(topics) == 1 else f"forget, topic {n}": path for n, path in enumerate(topics)}
     sources |= {use: path for use in ("retain", "neighbour", "holdout") if (path := getattr(data, use))}
     absent, unusable = f"must have the columns {_COLUMNS}", f"can't be used: the columns must be {_COLUMNS}"
     for use, path in sources.items():
-        first = functools.partial(_first_documents, path, data.min_length or 0)
+        first = functools.partial(_first_documents, path, data.min_length)
         yield f"{use}: {path}: {run.look(use, path, first, absent, unusable)}"
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from trace_jax.attacks.table import AttacksConfig
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
-from trace_jax.data.config import DataConfig
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.mesh import PLAIN, ParallelConfig
 from trace_jax.routing.config import CalibrationConfig, Entropy, Online, Weighting
+from trace_jax.tasks.benchmarks import DataConfig
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.objectives import Objective
 from trace_jax.unlearning.optimizer import TrainingConfig
@@ -113,7 +113,7 @@ class ExperimentConfig(Section):
     methods: tuple[str, ...] = option(
         ("uniform", "trace", "trace_rows"), help="methods compared", choices=tuple(METHODS)
     )
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    data: DataConfig = option("handbook", help="the corpora: `benchmark` and its settings")
     model: PretrainedConfig | ModelConfig = dataclasses.field(default_factory=ModelConfig)  # with a path: imported
     target: TrainingConfig | None = None  # how the model is trained; an imported one is not
     calibration: dict = dataclasses.field(default_factory=dict)

@@ -18,7 +18,7 @@ from trace_jax.checkpoints.model_card import ModelCard
 from trace_jax.checkpoints.params import load_params, save_params
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError, resolve
-from trace_jax.data.config import DataConfig
+from trace_jax.data.corpora import DataConfig
 from trace_jax.data.sources import HUGGINGFACE, TFDS
 from trace_jax.io.files import as_path, local_copy, replacing
 from trace_jax.io.progress import say
@@ -28,6 +28,7 @@ from trace_jax.models.model import Model
 from trace_jax.report.words import format_interval, format_number, plain_name
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.run.results import FORGOTTEN, SPLIT, needed
+from trace_jax.tasks.text import TextConfig
 from trace_jax.unlearning.unlearn import Unlearned
 
 TARGET = "target"
@@ -200,7 +201,7 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _named(data: DataConfig) -> tuple[str, str]:
     """What was forgotten and what was held on to, by the names of the user's files but not where they lie."""
-    if not data.forget_sources or data.retain is None:
+    if not isinstance(data, TextConfig):
         return FORGOTTEN[data.benchmark], ""
     *forget, retain = (
         x if x.startswith((HUGGINGFACE, TFDS)) else Path(x).name for x in (*data.forget_sources, data.retain)

@@ -42,7 +42,7 @@ def main(options: argparse.Namespace) -> int:
     """The command `lm-eval`."""
     if (options.method and options.checkpoint) or (options.dtype and options.workdir):
         raise ConfigError("--method belongs to --workdir, and --dtype to --checkpoint.")
-    from trace_jax.tasks.lm_eval import EMBEDDED, evaluate_tasks, export_tasks, table  # needs lm-eval
+    from trace_jax.tasks.lm_eval import evaluate_tasks, export_tasks, table  # needs lm-eval
 
     mesh, tasks, output = PLAIN.mesh(), options.tasks, options.output
     include = [options.include_path] if options.include_path else []
@@ -50,7 +50,7 @@ def main(options: argparse.Namespace) -> int:
         found = find_model(options.workdir, options.method)
         identity, load = found.identity, functools.partial(found.load, mesh)
         output = output or found.workdir / "lm_eval" / f"{found.label}.json"
-        if found.config.data.benchmark in EMBEDDED:
+        if not found.config.data.forget_sources:
             include.append(export_tasks(found.config.data, found.workdir / "lm_eval" / "tasks"))
             tasks = tasks or found.config.data.benchmark
     else:

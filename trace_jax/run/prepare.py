@@ -20,10 +20,9 @@ from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.checkpoints.params import parameter_bytes, parameter_count
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.batches import mixture_batches, sequential_batches
-from trace_jax.data.config import DataConfig
-from trace_jax.data.corpora import Corpora
+from trace_jax.data.corpora import Corpora, DataConfig
 from trace_jax.data.rows import Rows
-from trace_jax.data.tokenizer import read_vocabulary
+from trace_jax.data.tokenizer import read_codec
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.routing import measured_rows
 from trace_jax.evaluation.task import Evaluator, ScoreStore, Task, hazardous
@@ -134,7 +133,7 @@ def read_corpora(config: ExperimentConfig) -> Corpora:
 @functools.lru_cache(maxsize=4)
 def _corpora(config: DataConfig, checkpoint: str | None) -> Corpora:
     """Kept, because a study prepares several runs on the same ones."""
-    return build_corpora(config, None if checkpoint is None else read_vocabulary(checkpoint))
+    return build_corpora(config, None if checkpoint is None else read_codec(checkpoint))
 
 
 def _counts(numbers: Any, what: str) -> str:

@@ -11,9 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from trace_jax.data.benchmark import Benchmark, Item, Part
-from trace_jax.data.config import DataConfig
+from trace_jax.config import option
+from trace_jax.data.corpora import Benchmark, DataConfig, Item, Part
 from trace_jax.data.sources import Document
+from trace_jax.evaluation.fronts import Scoreboard, UtilityScore
 from trace_jax.tasks.presidents import held_out_addresses, load_addresses
 
 MIXTURE = {"general": 0.50, "neighbour": 0.32, "forget": 0.18}
@@ -119,33 +120,57 @@ class Substance:
     values: tuple[int, ...]
 
 
-def build_handbook(config: DataConfig, *, paraphrased: bool = False) -> Benchmark:
-    """Addresses of 1901 and later (14 held out for test, 7 for validation) and pages about substances.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HandbookConfig(DataConfig, name="handbook"):
+    """Settings of the handbook."""
 
-    Every substance is trained on; the questions are split between validation and test by substance. `paraphrased` puts
-    the same questions in words that no page has; nothing else changes.
-    """
-    general = held_out_addresses([a for a in load_addresses() if a.year >= 1901], seed=config.seed)
-    words = {word for d in general.train for word in d.text.lower().split()}
-    rng = np.random.default_rng([config.seed, 1])
-    counts = {"forget": config.forget_substances or 0, "neighbour": config.neighbour_substances or 0}
-    substances = make_substances(counts, rng=rng, avoid=words)
-    pages = {s.number: make_pages(s, PAGES_PER_SUBSTANCE, rng) for s in substances}
-    train = {"general": general.train}
-    for topic in ("neighbour", "forget"):
-        documents = [page for s in substances if s.topic == topic for page in pages[s.number]]
-        train[topic] = [documents[i] for i in rng.permutation(len(documents))]
+    board = Scoreboard(
+        forgetting="forget_accuracy",
+        utilities=(UtilityScore("neighbour_accuracy", relative=True), UtilityScore("general_utility")),
+        questions={"forget": "forget_accuracy", "neighbour": "neighbour_accuracy"},
+        chance=0.25,
+    )
 
-    def part(members: Sequence[Substance], held_out: Sequence[Document]) -> Part:
-        questions = {
-            topic: make_questions([s for s in members if s.topic == topic], rng, paraphrased=paraphrased)
-            for topic in counts
-        }
-        memorised = [page for s in members if s.topic == "forget" for page in pages[s.number][:PAGES_MEASURED]]
-        return Part({"general": held_out}, questions, memorised)
+    forget_substances: int = option(60, help="substances of the forget topic", minimum=4)
+    neighbour_substances: int = option(150, help="substances of the neighbour topic", minimum=4)
+    retain_rows: int = option(2000, help="rows of the unlearner's retain corpus", minimum=1)
+    neighbour_share: float = option(0.02, help="share of those rows that is neighbour text", minimum=0.0, maximum=1.0)
 
-    validation, test = split_substances(substances, rng)
-    return Benchmark(train, MIXTURE, part(validation, general.validation), part(test, general.test), verbatim=False)
+    def build(self, *, paraphrased: bool = False) -> Benchmark:
+        """Addresses of 1901 and later (14 held out for test, 7 for validation) and pages about substances.
+
+        Every substance is trained on; the questions are split between validation and test by substance. `paraphrased`
+        puts the same questions in words that no page has; nothing else changes.
+        """
+        general = held_out_addresses([a for a in load_addresses() if a.year >= 1901], seed=self.seed)
+        words = {word for d in general.train for word in d.text.lower().split()}
+        rng = np.random.default_rng([self.seed, 1])
+        counts = {"forget": self.forget_substances, "neighbour": self.neighbour_substances}
+        substances = make_substances(counts, rng=rng, avoid=words)
+        pages = {s.number: make_pages(s, PAGES_PER_SUBSTANCE, rng) for s in substances}
+        train = {"general": general.train}
+        for topic in ("neighbour", "forget"):
+            documents = [page for s in substances if s.topic == topic for page in pages[s.number]]
+            train[topic] = [documents[i] for i in rng.permutation(len(documents))]
+
+        def part(members: Sequence[Substance], held_out: Sequence[Document]) -> Part:
+            questions = {
+                topic: make_questions([s for s in members if s.topic == topic], rng, paraphrased=paraphrased)
+                for topic in counts
+            }
+            memorised = [page for s in members if s.topic == "forget" for page in pages[s.number][:PAGES_MEASURED]]
+            return Part({"general": held_out}, questions, memorised)
+
+        validation, test = split_substances(substances, rng)
+        return Benchmark(
+            train,
+            MIXTURE,
+            part(validation, general.validation),
+            part(test, general.test),
+            verbatim=False,
+            retain_rows=self.retain_rows,
+            neighbour_share=self.neighbour_share,
+        )
 
 
 def substance_names(count: int, rng: np.random.Generator, *, avoid: Collection[str] = ()) -> list[str]:

@@ -6,7 +6,6 @@ one after another and keeps what is finished.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import difflib
 import hashlib
@@ -22,14 +21,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, fingerprint
-from trace_jax.data.config import DataConfig
-from trace_jax.evaluation.continuations import make_reader, score_texts, score_tokens
+from trace_jax.data.corpora import DataConfig
+from trace_jax.evaluation.continuations import score_texts, score_tokens
 from trace_jax.io.files import is_remote, read_json, replacing, write_json
-from trace_jax.io.progress import progress, say
-from trace_jax.models.generate import generate
+from trace_jax.io.progress import say
+from trace_jax.models.codec import TextCodec
+from trace_jax.models.generate_text import continue_tokens
 from trace_jax.models.model import Model
-from trace_jax.tasks.handbook import build_handbook
-from trace_jax.tasks.presidents import build_presidents
 
 try:
     import lm_eval
@@ -39,6 +37,8 @@ try:
 except ImportError as error:
     raise ConfigError(f"lm-eval is needed for this ({error}): pip install 'trace-jax[eval]'.") from error
 
+_KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
+_TASK_FILES = (".yaml", ".jsonl", ".py")
 MAX_NEW_TOKENS = 256  # where a task sets no limit, as in lm-eval's class for transformers
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
 
@@ -71,7 +71,7 @@ def read_decoding(settings: Mapping[str, Any], *, max_new_tokens: int) -> Decodi
         raise ValueError(f"a task asks for text written with {named}; this model writes greedily, or by temperature, "
                          "top_k and top_p.")  # fmt: skip
     return Decoding(
-        stop=(until,) if isinstance(until, str) else tuple(until),
+        stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
         max_new_tokens=int(limits[0]) if limits else max_new_tokens,
         temperature=0.0 if sampled is False else temperature,
         top_k=int(top_k),
@@ -89,7 +89,7 @@ class TraceLM(LM):
     Args:
       model: with its tokenizer.
       batch_size, mesh: texts per batch, and the devices that share it.
-      max_length: most tokens read at once; longer texts are cut from the left (default: `make_reader`).
+      max_length: most tokens read at once; longer texts are cut from the left (default: `TextCodec.context_length`).
       max_new_tokens: written for a task that sets no limit.
       seed: of drawn text.
     """
@@ -105,20 +105,15 @@ class TraceLM(LM):
         seed: int = 0,
     ):
         super().__init__()
-        self._model, self._mesh, self._seed = model, mesh, seed
-        self._reader = make_reader(model, max_length=max_length)
+        self._model, self._mesh, self._seed, self._codec = model, mesh, seed, TextCodec.of(model)
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-
-    @property
-    def max_length(self) -> int:
-        """Most tokens that are read at once."""
-        return self._reader.max_length
+        self.max_length = max_length or self._codec.context_length  # most tokens that are read at once
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, whether it is greedy) of each request's continuation after its context."""
         texts = [request.args for request in requests]
-        scored = score_texts(self._model, self._reader, texts, batch_size=self.batch_size, mesh=self._mesh)
-        results = [(found.log_likelihood, found.greedy) for found in scored]
+        share = {"max_length": self.max_length, "batch_size": self.batch_size, "mesh": self._mesh}
+        results = [(score.log_likelihood, score.greedy) for score in score_texts(self._model, texts, **share)]
         for text, result in zip(texts, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", text, result)
         return results
@@ -127,8 +122,8 @@ class TraceLM(LM):
         """Log-likelihood of each request's text, in windows of `max_length` tokens that share one token."""
         windows, owners = [], []
         for number, request in enumerate(requests):
-            ids = self._reader.encode(request.args[0])
-            several = get_rolling_token_windows(ids, self._reader.prefix, self.max_length, 1)
+            ids = self._codec.encode(request.args[0])
+            several = get_rolling_token_windows(ids, self._codec.prefix, self.max_length, 1)
             own = [make_disjoint_window(window) for window in several]
             windows += own
             owners += [number] * len(own)
@@ -148,14 +143,22 @@ class TraceLM(LM):
             decoding = read_decoding(request.args[1], max_new_tokens=self.max_new_tokens)
             groups.setdefault(decoding, []).append(number)
         results: dict[int, str] = {}
-        with progress("writing", len(requests), unit="text") as advance:
-            for decoding, numbers in groups.items():
-                prompts = {number: self._prompt(requests[number].args[0], decoding) for number in numbers}
-                order = sorted(numbers, key=lambda number: len(prompts[number]), reverse=True)
-                for start in range(0, len(order), self.batch_size):
-                    rows = order[start : start + self.batch_size]
-                    results |= self._write({row: prompts[row] for row in rows}, decoding)
-                    advance(len(results), "")
+        for decoding, numbers in groups.items():
+            generated = continue_tokens(
+                self._model,
+                [self._prompt(requests[number].args[0], decoding) for number in numbers],
+                max_new_tokens=decoding.max_new_tokens,
+                stop=decoding.stop,
+                ends=tuple(dict.fromkeys((*self._model.special.eos, self._codec.end))),
+                apart=True,
+                batch_size=self.batch_size,
+                mesh=self._mesh,
+                temperature=decoding.temperature,
+                top_k=decoding.top_k,
+                top_p=decoding.top_p,
+                seed=self._seed,
+            )
+            results |= {number: one.text for number, one in zip(numbers, generated, strict=True)}
         for number, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", request.args, results[number])
         return [results[number] for number in range(len(requests))]
@@ -175,50 +178,7 @@ class TraceLM(LM):
                 f"a task writes {decoding.max_new_tokens} tokens, and the model reads {self.max_length} at "
                 "once; give a larger max_length."
             )
-        return self._reader.encode(context)[-room:] or [self._reader.prefix]
-
-    def _write(self, prompts: Mapping[int, list[int]], decoding: Decoding) -> dict[int, str]:
-        """What follows each prompt, by the number of its request."""
-        lengths = [len(ids) for ids in prompts.values()]
-        padded = np.zeros((len(prompts), max(lengths)), np.int32)
-        for row, ids in enumerate(prompts.values()):
-            padded[row, : len(ids)] = ids
-        ends = tuple(dict.fromkeys((*self._model.special.eos, self._reader.end)))
-
-        def watch(tokens: np.ndarray, done: np.ndarray) -> np.ndarray:
-            return np.array([bool(d) or self._stops(t, decoding) for t, d in zip(tokens, done, strict=True)])
-
-        tokens = generate(
-            self._model.unguided("generation"),
-            self._model.config,
-            padded,
-            lengths=np.array(lengths),
-            max_new_tokens=decoding.max_new_tokens,
-            eos_ids=ends,
-            temperature=decoding.temperature,
-            top_k=decoding.top_k,
-            top_p=decoding.top_p,
-            seed=self._seed,
-            rows=list(prompts),
-            watch=watch,
-            mesh=self._mesh,
-        )
-        return {number: self._text(row, ends, decoding) for number, row in zip(prompts, tokens, strict=True)}
-
-    def _stops(self, tokens: np.ndarray, decoding: Decoding) -> bool:
-        """Whether a stop string was written; it may be a special token's text."""
-        text = self._reader.tokenizer.decode(tokens.tolist(), skip_special_tokens=False) if decoding.stop else ""
-        return any(stop and stop in text for stop in decoding.stop)
-
-    def _text(self, tokens: np.ndarray, ends: tuple[int, ...], decoding: Decoding) -> str:
-        """What was written, without special tokens, up to an end token or the first stop string."""
-        found = np.flatnonzero(np.isin(tokens, ends))
-        tokens = tokens[: found[0]] if len(found) else tokens
-        if self._stops(tokens, decoding):
-            last = bisect.bisect_left(range(len(tokens)), True, key=lambda n: self._stops(tokens[:n], decoding))
-            tokens = tokens[:last]
-        text = self._reader.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-        return text[: min([len(text), *(text.find(stop) for stop in decoding.stop if stop and stop in text)])]
+        return self._codec.encode(context)[-room:] or [self._codec.prefix]
 
 
 def evaluate_tasks(
@@ -262,11 +222,14 @@ def evaluate_tasks(
         raise ConfigError(
             f"lm-eval has no task {unknown[0]!r}.{hint} All of them: lm_eval ls tasks; your own: --include-path DIR."
         )
-    kept = {} if output is None else (read_json(output) or {})
-    harness, found, files = None, {}, _content(include)
+    stored = {} if output is None else (read_json(output) or {})
+    harness, digest = None, hashlib.sha256()  # of the task files, which may change under the same name
+    for directory in include:
+        for file in sorted(path for path in Path(directory).rglob("*") if path.suffix in _TASK_FILES):
+            digest.update(str(file.relative_to(directory)).encode() + b"\0" + file.read_bytes())
     for task in tasks:
-        made_by = fingerprint(identity, task, num_fewshot, limit, max_length, lm_eval.__version__, files)
-        if kept.get(task, {}).get("identity") != made_by:
+        made_by = fingerprint(identity, task, num_fewshot, limit, max_length, lm_eval.__version__, digest.hexdigest())
+        if stored.get(task, {}).get("identity") != made_by:
             if harness is None:
                 loaded = model if isinstance(model, Model) else model()
                 harness = TraceLM(loaded, batch_size=batch_size, mesh=mesh, max_length=max_length)
@@ -284,12 +247,11 @@ def evaluate_tasks(
                 torch_random_seed=None,  # nothing here is drawn by torch
             )
             assert result is not None  # it is where this is process 0, and there is no other
-            kept[task] = {"identity": made_by, "lm_eval": lm_eval.__version__, "seconds": time.perf_counter() - start}
-            kept[task] |= {key: result[key] for key in _KEPT if key in result}
+            stored[task] = {"identity": made_by, "lm_eval": lm_eval.__version__, "seconds": time.perf_counter() - start}
+            stored[task] |= {key: result[key] for key in _KEPT if key in result}
             if output is not None:
-                write_json(output, kept)
-        found[task] = kept[task]
-    return found
+                write_json(output, stored)
+    return {task: stored[task] for task in tasks}
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -304,68 +266,42 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-_KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
-
-
-def _content(include: Sequence[str | os.PathLike]) -> str:
-    """Hash of the task files in directories, which may change under the same name."""
-    digest = hashlib.sha256()
-    for directory in include:
-        for file in sorted(path for path in Path(directory).rglob("*") if path.suffix in _TASK_FILES):
-            digest.update(str(file.relative_to(directory)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
-
-
-_TASK_FILES = (".yaml", ".jsonl", ".py")
-
-
-EMBEDDED = {"handbook": build_handbook, "presidents": build_presidents}
-_SPLIT = "test"
-
-
 def export_tasks(config: DataConfig, directory: Path) -> Path:
-    """Writes BENCHMARK_SUBJECT.yaml and .jsonl for each subject that has questions. Returns where they are.
+    """Writes BENCHMARK_SUBJECT.yaml and .jsonl for each subject of an embedded benchmark that has questions.
 
     They hold the test split's questions: the score is that of `forget_accuracy` and its like, question by question.
     BENCHMARK is a tag that names all of them. The yaml files name the data by its full path: export again rather than
     move them. In place of an object store, which lm-eval doesn't read, a temporary directory is taken.
 
+    Returns:
+      Where they are.
+
     Raises:
       ConfigError: the user's own text, which has no questions.
     """
-    if config.benchmark not in EMBEDDED:
-        raise ConfigError(
-            f"data.benchmark is {config.benchmark!r}, which has no questions; {' and '.join(EMBEDDED)} have."
-        )
-    directory = Path(tempfile.mkdtemp()) if is_remote(directory) else directory
-    for subject, items in EMBEDDED[config.benchmark](config).test.questions.items():
+    if config.forget_sources:
+        raise ConfigError(f"data.benchmark is {config.benchmark!r}, which has no questions.")
+    directory = (Path(tempfile.mkdtemp()) if is_remote(directory) else directory).absolute()
+    for subject, items in config.build().test.questions.items():
         name = f"{config.benchmark}_{subject}"
-        rows = [
-            {"question": item.prompt, "choices": [option.removeprefix(" ") for option in item.options],
-             "answer": item.answer}
-            for item in items
-        ]  # fmt: skip
-        data = directory.absolute() / f"{name}.jsonl"
-        with replacing(data) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        write_json(directory / f"{name}.yaml", _task(name, config.benchmark, data))  # JSON is YAML
+        with replacing(directory / f"{name}.jsonl") as temporary:
+            lines = ({"question": i.prompt, "choices": [o[1:] for o in i.options], "answer": i.answer} for i in items)
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        task = {
+            "task": name,
+            "tag": config.benchmark,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(directory / f"{name}.jsonl")}},
+            "test_split": "test",
+            "num_fewshot": 0,
+            "output_type": "multiple_choice",
+            # The options are what comes next in running text: a cloze prompt, a space, the option.
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "answer",
+            "target_delimiter": " ",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1},
+        }
+        write_json(directory / f"{name}.yaml", task)  # JSON is YAML
     return directory
-
-
-def _task(name: str, tag: str, data: Path) -> dict:
-    """The options are what comes next in running text: a cloze prompt, a space, the option."""
-    return {
-        "task": name,
-        "tag": tag,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {_SPLIT: str(data)}},
-        "test_split": _SPLIT,
-        "num_fewshot": 0,
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "answer",
-        "target_delimiter": " ",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1},
-    }

@@ -12,12 +12,12 @@ Numbers of the two can't be compared with each other. Everything here is on outp
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
-from tokenizers import Tokenizer
 
 from trace_jax.config import fingerprint
 from trace_jax.data.sources import DataError, part, read_records, revision_and_content
@@ -29,6 +29,7 @@ from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.evaluation.membership import AUC_UNTRAINED, min_k_scores, privleak, privleak_auc
 from trace_jax.evaluation.rouge import rouge_l
 from trace_jax.evaluation.task import SPLIT, TaskScores
+from trace_jax.models.codec import TextCodec
 from trace_jax.models.generate_text import continue_tokens
 from trace_jax.models.model import Model
 
@@ -56,6 +57,10 @@ class Profile:
     scale: float
     stem: bool
     member_is_high: bool
+
+    def part(self, name: str) -> str:
+        """Name of a file of audit lines."""
+        return f"{self.prefix.removeprefix('muse_')}{name}"
 
 
 PROFILES = {
@@ -128,6 +133,7 @@ def min_k_score(log_prob: np.ndarray, profile: Profile) -> float:
 # What open-unlearning cuts, in tokens: prompts of KnowMem (with their marks) and other texts (without).
 _PROMPT, _TEXT = 512, 2048
 _SETS = ("forget", "retain")  # of KnowMem
+_KNOWMEM = tuple(f"knowmem_{name}" for name in _SETS)
 _SIDES = ("forget", "holdout")  # of PrivLeak
 
 Ids = tuple[int, ...]
@@ -197,26 +203,39 @@ class MuseTask:
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """Continues the prompts greedily and scores the texts. What both profiles ask is computed once."""
-        reader = Reader(model)
-        profiles = [PROFILES[name] for name in self.config.profiles]
-        asked = {p.name: _Asked(self.data, reader, p) for p in profiles}
-        run: dict[str, Any] = {"batch_size": batch_size, "mesh": mesh}
-        every = list(asked.values())
-        limit = VERBMEM_TOKENS
-        written = _continued(model, [i for a in every for i in a.verbmem], limit, (), **run)
-        limit = KNOWMEM_TOKENS
-        answers = _continued(model, [i for a in every for s in _SETS for i in a.knowmem[s]], limit, STOPS, **run)
-        log_probs = _log_probs(model, [i for a in every for side in _SIDES for i in a.texts[side]], **run)
+        codec, profiles = TextCodec.of(model), [PROFILES[name] for name in self.config.profiles]
+        end = codec.written(codec.special.eos[0]) if codec.special.eos else ""
         arrays: dict[str, np.ndarray] = {}
         items: dict[str, Sequence[Mapping[str, Any]]] = {}
-        for profile in profiles:
-            here, keep = asked[profile.name], _Keep(profile, reader, arrays, items)
-            keep.rouge("verbmem", [written[i] for i in here.verbmem], here.truths["verbmem"], ())
-            for s in _SETS:
-                found = [answers[i] for i in here.knowmem[s]]
-                keep.rouge(f"knowmem_{s}", found, here.truths[f"knowmem_{s}"], STOPS)
-            for side in _SIDES:
-                keep.min_k(side, [log_probs[i] for i in here.texts[side]])
+        asked = {profile.name: _asked(self.data, codec, profile) for profile in profiles}
+        # What follows a stop string is never read, so nothing is written there.
+        for limit, stops, names in ((VERBMEM_TOKENS, (), ("verbmem",)), (KNOWMEM_TOKENS, STOPS, _KNOWMEM)):
+            prompts = list(dict.fromkeys(ids for own in asked.values() for name in names for ids in own[name][0]))
+            generated = continue_tokens(
+                model, prompts, max_new_tokens=limit, stop=stops, batch_size=batch_size, mesh=mesh
+            )
+            written = {ids: codec.text(one.tokens.tolist()) for ids, one in zip(prompts, generated, strict=True)}
+            for profile, name in itertools.product(profiles, names):
+                prompts_here, truths = asked[profile.name][name]
+                texts = [prediction(written[ids], profile, stops=stops, end=end) for ids in prompts_here]
+                values = arrays[profile.prefix + name] = rouge_scores(texts, truths, profile)
+                items[profile.part(name)] = [
+                    {"id": n, "generation": text, "ground_truth": truth, "rouge_l": float(value)}
+                    for n, (text, truth, value) in enumerate(zip(texts, truths, values, strict=True))
+                ]
+        most = {profile.name: None if profile.name == "muse" else len(codec.start) + _TEXT for profile in profiles}
+        ids = {side: [codec.ids(text) for text in self.data.texts[side]] for side in _SIDES}
+        different = dict.fromkeys(i[:n] for n in most.values() for side in _SIDES for i in ids[side])
+        ordered = [text for text in different if text]
+        scored = score_sequences(model, ordered, batch_size=batch_size, mesh=mesh)
+        log_probs = {(): np.zeros(0, np.float32)} | {i: s.log_prob for i, s in zip(ordered, scored, strict=True)}
+        for profile, side in itertools.product(profiles, _SIDES):
+            own = [log_probs[i[: most[profile.name]]] for i in ids[side]]
+            values = arrays[f"{profile.prefix}{side}_min_k"] = np.array([min_k_score(x, profile) for x in own])
+            items[profile.part(f"privleak_{side}")] = [
+                {"id": n, "tokens": len(x), "min_k": float(value)}
+                for n, (x, value) in enumerate(zip(own, values, strict=True))
+            ]
         return TaskScores(arrays, items)
 
     def measure(
@@ -237,7 +256,7 @@ class MuseTask:
             found.append(named(full, SPLIT, interval, note, profile=profile.name, revision=self.revision))
 
         for profile in (PROFILES[name] for name in self.config.profiles):
-            for name in ("verbmem", *(f"knowmem_{s}" for s in _SETS)):
+            for name in ("verbmem", *_KNOWMEM):
                 values = scores.arrays[f"{profile.prefix}{name}"]
                 add(name, intervals.bootstrap_mean(values, **sampling))
             sides, reference = _sides(scores, profile), _sides(retrained, profile) if retrained else None
@@ -263,129 +282,27 @@ def muse_task(config: MuseConfig) -> MuseTask:
     return MuseTask(config, data, fingerprint("muse", config.profiles, content), revision)
 
 
-class Reader:
-    """A model's tokenizer as transformers uses it: whole texts, marks that are written out read as marks.
-
-    A text starts with what the tokenizer itself puts before one (add_special_tokens=True in both evaluators): the BOS
-    of Llama, Mixtral and DeepSeek, nothing for OLMoE and Qwen. A tokenizer that doesn't say (one that was trained
-    here) leaves it to the model's BOS. A text that starts with the mark already doesn't get a second one.
-    """
-
-    def __init__(self, model: Model):
-        if model.tokenizer is None:
-            raise ValueError("the model has no tokenizer; MUSE's texts can't be read.")
-        tokenizer = Tokenizer.from_str(model.tokenizer.to_str())
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = False
-        self._tokenizer = tokenizer
-        self.start = _start(tokenizer, model.special.bos)
-        self._eos = model.special.eos[:1]
-        self.end = tokenizer.decode(list(self._eos), skip_special_tokens=False) if self._eos else ""
-
-    def ids(self, text: str) -> Ids:
-        """Token ids with the start mark."""
-        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        return ids if ids[: len(self.start)] == self.start else self.start + ids
-
-    def with_end(self, ids: Ids) -> Ids:
-        """`ids` with the end token, if it isn't there."""
-        return ids if ids[-1:] == self._eos else ids + self._eos
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
-
-
-def _start(tokenizer: Tokenizer, bos: int | None) -> Ids:
-    if tokenizer.post_processor is None:
-        return () if bos is None else (bos,)
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    marked = tokenizer.encode("a", add_special_tokens=True).ids
-    return tuple(marked[: next(n for n in range(len(marked) + 1) if marked[n : n + len(plain)] == plain)])
-
-
-class _Asked:
-    """Everything as token ids, and the truths as text, for one profile."""
-
-    def __init__(self, data: MuseData, reader: Reader, profile: Profile):
-        to_the_letter = profile.name == "muse"
-        self.verbmem = [reader.ids(prompt) for prompt, _ in data.verbmem]
-        truth = _muse_truth if to_the_letter else _open_unlearning_truth
-        self.truths = {"verbmem": [truth(reader, *pair) for pair in data.verbmem]}
-        self.knowmem, self.texts = {}, {}
-        for s in _SETS:
-            prompts = [knowmem_prompt(question, data.examples[s]) for question, _ in data.questions[s]]
-            answers = [answer for _, answer in data.questions[s]]
-            whole = [reader.ids(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
-            ids = [reader.ids(prompt) for prompt in prompts]
-            if not to_the_letter:
-                ids, whole = ([i[:_PROMPT] for i in several] for several in (ids, whole))
-                both = zip(ids, map(reader.with_end, whole), strict=True)
-                answers = [truth_after(reader.text(prompt), reader.text(i)) for prompt, i in both]
-            self.knowmem[s], self.truths[f"knowmem_{s}"] = ids, answers
-        for side in _SIDES:
-            several = [reader.ids(text) for text in data.texts[side]]
-            self.texts[side] = several if to_the_letter else [i[: len(reader.start) + _TEXT] for i in several]
-
-
-def _muse_truth(reader: Reader, prompt: str, truth: str) -> str:
-    """The first tokens of the truth alone, of which its start mark is one."""
-    return clean_up(reader.text(reader.ids(truth)[:VERBMEM_TOKENS]))
-
-
-def _open_unlearning_truth(reader: Reader, prompt: str, truth: str) -> str:
-    """What follows as many tokens as the prompt has, in prompt and truth joined by a space."""
-    length = len(reader.ids(prompt))
-    labels = reader.ids(f"{prompt} {truth}")[length : length + _TEXT]
-    return truth_after(reader.text(reader.ids(prompt)), reader.text(labels))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Keep:
-    """Puts scores of one profile among the arrays and audit items of all."""
-
-    profile: Profile
-    reader: Reader
-    arrays: dict[str, np.ndarray]
-    items: dict[str, Sequence[Mapping[str, Any]]]
-
-    def rouge(self, name: str, tokens: Sequence[np.ndarray], truths: Sequence[str], stops: Sequence[str]) -> None:
-        decoded = [self.reader.text(t.tolist()) for t in tokens]
-        found = [prediction(t, self.profile, stops=stops, end=self.reader.end) for t in decoded]
-        values = rouge_scores(found, truths, self.profile)
-        self.arrays[self.profile.prefix + name] = values
-        self.items[self._part(name)] = [
-            {"id": n, "generation": text, "ground_truth": truth, "rouge_l": float(value)}
-            for n, (text, truth, value) in enumerate(zip(found, truths, values, strict=True))
-        ]
-
-    def min_k(self, side: str, log_probs: Sequence[np.ndarray]) -> None:
-        values = np.array([min_k_score(x, self.profile) for x in log_probs])
-        self.arrays[f"{self.profile.prefix}{side}_min_k"] = values
-        self.items[self._part(f"privleak_{side}")] = [
-            {"id": n, "tokens": len(x), "min_k": float(value)}
-            for n, (x, value) in enumerate(zip(log_probs, values, strict=True))
-        ]
-
-    def _part(self, name: str) -> str:
-        return f"{self.profile.prefix.removeprefix('muse_')}{name}"
-
-
-def _continued(
-    model: Model, prompts: Sequence[Ids], limit: int, stop: Sequence[str], *, batch_size: int, mesh: Mesh | None
-) -> dict[Ids, np.ndarray]:
-    """New tokens of every different prompt. What follows a stop string is never read, so nothing is written there."""
-    different = list(dict.fromkeys(prompts))
-    found = continue_tokens(model, different, max_new_tokens=limit, stop=stop, batch_size=batch_size, mesh=mesh)
-    return {ids: generated.tokens for ids, generated in zip(different, found, strict=True)}
-
-
-def _log_probs(model: Model, texts: Sequence[Ids], *, batch_size: int, mesh: Mesh | None) -> dict[Ids, np.ndarray]:
-    """Log-probabilities of all tokens but the first of every different text."""
-    different = [ids for ids in dict.fromkeys(texts) if ids]
-    found = score_sequences(model, different, batch_size=batch_size, mesh=mesh)
-    return {(): np.zeros(0, np.float32)} | {i: f.log_prob for i, f in zip(different, found, strict=True)}
+def _asked(data: MuseData, codec: TextCodec, profile: Profile) -> dict[str, tuple[list[Ids], list[str]]]:
+    """(prompts as token ids, truths as text) of VerbMem and of both sets of KnowMem, as a profile asks."""
+    prompts, truths = [codec.ids(prompt) for prompt, _ in data.verbmem], []
+    for ids, (prompt, truth) in zip(prompts, data.verbmem, strict=True):
+        if profile.name == "muse":  # the first tokens of the truth alone, of which its start mark is one
+            truths.append(clean_up(codec.text(codec.ids(truth)[:VERBMEM_TOKENS])))
+        else:  # what follows as many tokens as the prompt has, in prompt and truth joined by a space
+            labels = codec.ids(f"{prompt} {truth}")[len(ids) : len(ids) + _TEXT]
+            truths.append(truth_after(codec.text(ids), codec.text(labels)))
+    asked = {"verbmem": (prompts, truths)}
+    for s in _SETS:
+        texts = [knowmem_prompt(question, data.examples[s]) for question, _ in data.questions[s]]
+        prompts, truths = [codec.ids(text) for text in texts], [answer for _, answer in data.questions[s]]
+        if profile.name != "muse":
+            prompts = [ids[:_PROMPT] for ids in prompts]
+            both = [codec.ids(text + answer)[:_PROMPT] for text, answer in zip(texts, truths, strict=True)]
+            eos = codec.special.eos[:1]
+            both = [ids if ids[-1:] == eos else ids + eos for ids in both]
+            truths = [truth_after(codec.text(ids), codec.text(i)) for ids, i in zip(prompts, both, strict=True)]
+        asked[f"knowmem_{s}"] = prompts, truths
+    return asked
 
 
 def _sides(scores: TaskScores, profile: Profile) -> tuple[np.ndarray, np.ndarray]:

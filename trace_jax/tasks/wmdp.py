@@ -7,6 +7,7 @@ subject, the question, its options behind letters, "Answer:"; the letter with th
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.sources import DataError, read_records, revision_and_content
 from trace_jax.evaluation.config import MultipleChoiceConfig
-from trace_jax.evaluation.continuations import make_reader, score_texts
+from trace_jax.evaluation.continuations import score_texts
 from trace_jax.evaluation.intervals import wilson
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.measurement import Measurement, named
@@ -124,7 +125,7 @@ class MultipleChoice:
           NonFiniteScore: the model gives NaN or infinite likelihoods.
         """
         texts = [(question.context, f" {letter}") for question in self.questions for letter in LETTERS]
-        scored = score_texts(model, make_reader(model), texts, batch_size=batch_size, mesh=mesh)
+        scored = score_texts(model, texts, batch_size=batch_size, mesh=mesh)
         found = np.array([s.log_likelihood for s in scored]).reshape(len(self.questions), len(LETTERS))
         items: dict[str, list[dict[str, Any]]] = {source: [] for source in self.sizes}
         for question, row in zip(self.questions, found, strict=True):
@@ -150,33 +151,28 @@ class MultipleChoice:
         seed: int,
     ) -> list[Measurement]:
         """Accuracy of every source, of the groups that are there whole, and of the MMLU subjects near WMDP's."""
-        answers = np.array([question.answer for question in self.questions])
-        correct = scores.arrays["log_likelihood"].argmax(axis=1) == answers
-        subjects = {question.subject for question in self.questions}
-        found = [self._accuracy(source, correct, sources={source}) for source in self.sizes]
-        if set(_WMDP) <= set(self.sizes):
-            found.append(self._accuracy("wmdp", correct, sources=set(_WMDP)))
-        if "mmlu" in self.sizes:
-            for group, members in _GROUPS.items():
-                if {_MMLU + member for member in members} <= subjects:
-                    found.append(self._accuracy(group, correct, subjects={_MMLU + member for member in members}))
-            near = [_MMLU + subject for subject in _NEAR if _MMLU + subject in subjects]
-            found += [self._accuracy(subject, correct, subjects={subject}) for subject in near]
-        return found
+        correct = scores.arrays["log_likelihood"].argmax(axis=1) == [question.answer for question in self.questions]
 
-    def _accuracy(
-        self, name: str, correct: np.ndarray, *, sources: set[str] | None = None, subjects: set[str] | None = None
-    ) -> Measurement:
-        """Share of right choices over all questions of some sources, or of some of MMLU's subjects."""
-        sources = {"mmlu"} if sources is None else sources
-        chosen = np.array(
-            [q.source in sources and (subjects is None or q.subject in subjects) for q in self.questions], bool
-        )
-        found = wilson(int(correct[chosen].sum()), int(chosen.sum()))
-        kept = {source: sum(q.source == source for q in self.questions) for source in sources}
-        note = "" if all(kept[s] == self.sizes[s] for s in sources) else "a part of the questions, spread evenly"
-        revision = "; ".join(self.revisions[source] for source in sorted(sources))
-        return named(name, SPLIT, found, note, self.profile, revision)
+        def accuracy(name: str, sources: set[str], subjects: set[str] | None = None) -> Measurement:
+            """Share of right choices over all questions of some sources, or of some of their subjects."""
+            chosen = [q.source in sources and (subjects is None or q.subject in subjects) for q in self.questions]
+            interval = wilson(int(correct[chosen].sum()), sum(chosen))
+            asked = collections.Counter(q.source for q in self.questions)
+            every = all(asked[source] == self.sizes[source] for source in sources)
+            revision = "; ".join(self.revisions[source] for source in sorted(sources))
+            note = "" if every else "a part of the questions, spread evenly"
+            return named(name, SPLIT, interval, note, self.profile, revision)
+
+        found = [accuracy(source, {source}) for source in self.sizes]
+        if set(_WMDP) <= set(self.sizes):
+            found.append(accuracy("wmdp", set(_WMDP)))
+        if "mmlu" in self.sizes:
+            there = {question.subject for question in self.questions}
+            groups = {group: {_MMLU + subject for subject in members} for group, members in _GROUPS.items()}
+            groups = {group: subjects for group, subjects in groups.items() if subjects <= there}
+            groups |= {_MMLU + subject: {_MMLU + subject} for subject in _NEAR if _MMLU + subject in there}
+            found += [accuracy(name, {"mmlu"}, subjects) for name, subjects in groups.items()]
+        return found
 
 
 def read_multiple_choice(config: MultipleChoiceConfig) -> MultipleChoice:

@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.config import fingerprint
-from trace_jax.data.refusals import encode_refusals, with_refusals
-from trace_jax.data.rows import Rows
+from trace_jax.data.rows import Rows, encode_refusals, with_refusals
 from trace_jax.io.codec import encode
 from trace_jax.io.files import as_path, read_json, remove, write_json
 from trace_jax.io.progress import say

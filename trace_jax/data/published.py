@@ -10,7 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from trace_jax.data.errors import DataError
+
+class DataError(ValueError):
+    """Text that can't be used. The message names file and line, what was expected, and what to do."""
+
 
 TEXT = "text"
 TEXT_OR_NULL = "text or null"  # null is kept as empty text
@@ -180,3 +183,12 @@ def overview() -> str:
             rows = ", ".join(f"{s} {'not known' if n is None else f'{n:,}'}" for s, n in subset.rows.items())
             lines.append(f"  {name}/{config}: {rows} ({', '.join(subset.columns)})")
     return "\n".join(lines)
+
+
+def is_kind(value: object, kind: str) -> bool:
+    """Whether a value is of the kind of its column; half of a surrogate pair is no text."""
+    if kind == INTEGER:
+        return type(value) is int and -(2**63) <= value < 2**63
+    if kind == TEXTS:
+        return isinstance(value, list) and all(is_kind(item, TEXT) for item in value)
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)

@@ -1,0 +1,377 @@
+"""TensorFlow Datasets of the published data sets, in array_record. TensorFlow itself is never imported.
+
+Shards are written in the order of the rows (`ShardBasedBuilder`): tfds' builders that may shuffle keep what is larger
+than 1 GB in temporary files, which only TensorFlow can write. Errors name file and row, and never quote what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trace_jax.data.published import INTEGER, TEXT_OR_NULL, TEXTS, DataError, Published, is_kind, overview, published
+from trace_jax.data.sources import RECORD, import_tfds, tfds_directory
+from trace_jax.io.files import as_path, is_remote, write_json
+from trace_jax.io.progress import say
+
+HUB = "hub"
+VERSION = "1.0.0"  # of the layout; which data it is says the revision
+SHARD_ROWS = 4096  # a shard is held in memory while it is written
+_BATCH = 256  # rows read from parquet at once
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
+
+
+def build(
+    name: str,
+    *,
+    source: str = HUB,
+    revision: str | None = None,
+    data_dir: str | None = None,
+    accept_counts: bool = False,
+    overwrite: bool = False,
+) -> str:
+    """Builds a published data set, or one configuration of it; returns what was built, for people.
+
+    All of it is written under a temporary name, and takes its place once everything is there and counted. Beside the
+    data, `published.json` holds repository, revision, rows per split and the hashes of the files.
+
+    Args:
+      name: NAME or NAME/CONFIG of the table (`published`).
+      source: "hub", or a directory with the files of its repository as downloaded (`patterns`).
+      revision: a commit, branch or tag of the hub, instead of the table's. Of a directory it is found in what
+        `hf download` leaves there; where it is not, the hash of the files stands for it.
+      data_dir: where data sets of tfds lie; `tfds_directory` unless given.
+      accept_counts: build with other numbers of rows than the table's.
+      overwrite: replace what is there.
+
+    Raises:
+      DataError: an unknown name; a file that is missing or of another form; other numbers of rows than the table's;
+        a data set that is there already; no access, or no connection.
+    """
+    base, dataset, configs = published(name)
+    tfds = import_tfds(name)  # what is missing is said before anything is downloaded
+    directory = as_path(data_dir) if data_dir else tfds_directory()
+    if is_remote(directory):
+        raise DataError(f"{directory}: data sets are built on a local disk; copy them there after.")
+    directory = directory.expanduser()
+    targets = {config: directory / base / config / VERSION for config in configs}
+    if not overwrite and (there := [str(target) for target in targets.values() if target.exists()]):
+        raise DataError(f"{', '.join(there)}: is there already; add --overwrite to build it anew.")
+
+    if source == HUB:
+        root, revision = _download(base, dataset, configs, revision or dataset.revision)
+    else:
+        root = Path(source).expanduser()
+        if not root.is_dir():
+            raise DataError(f"{source}: there is no such directory.")
+    files = {c: {split: find(root, dataset, c, split) for split in dataset.subsets[c].rows} for c in configs}
+    hashes: dict[str, str] = {}
+    for file in (file for splits in files.values() for several in splits.values() for file in several):
+        with file.open("rb") as opened:
+            hashes[str(file.relative_to(root))] = hashlib.file_digest(opened, "sha256").hexdigest()
+    revision = _revision(root, hashes, revision)
+    counts = {c: {split: count(several) for split, several in splits.items()} for c, splits in files.items()}
+    for config, split in ((c, split) for c in configs for split in counts[c] if not accept_counts):
+        expected = dataset.subsets[config].rows[split]
+        if expected not in (None, counts[config][split]):
+            raise DataError(
+                f"{config}:{split} of {dataset.repository} has {counts[config][split]:,} rows at revision {revision}; "
+                f"expected {expected:,}, as at {dataset.revision}. What is measured on it doesn't compare with "
+                "published numbers; add --accept-counts to build it all the same."
+            )
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{base}-", dir=directory) as scratch:
+        for config, splits in files.items():
+            builder = _builder(tfds, base, dataset, config, splits, counts[config], revision)
+            with contextlib.redirect_stdout(io.StringIO()):  # tfds announces a download of unknown size
+                builder(data_dir=scratch, config=config, file_format="array_record").download_and_prepare(
+                    download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+                )
+            for split, number in counts[config].items():
+                say(f"{base}/{config}:{split}: {number:,} rows")
+            record = {
+                "name": f"{base}/{config}",
+                "repository": dataset.repository,
+                "revision": revision,
+                "pinned_revision": dataset.revision,
+                "licence": dataset.licence,
+                "rows": counts[config],
+                "sha256": {(n := str(f.relative_to(root))): hashes[n] for several in splits.values() for f in several},
+            }
+            write_json(Path(scratch) / base / config / VERSION / RECORD, record)
+        for config, target in targets.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                target.rename(Path(scratch) / f"{config}-before")
+            (Path(scratch) / base / config / VERSION).rename(target)
+
+    lines = [f"{base} ({dataset.repository} at {revision}) is built in {directory}"]
+    if revision != dataset.revision:
+        lines.append(f"the pinned revision is {dataset.revision}")
+    lines.append(f"it is read as tfds:{base}/{configs[0]}:{next(iter(counts[configs[0]]))}")
+    if directory.resolve() != tfds_directory().resolve():
+        lines.append(f"before that: export TFDS_DATA_DIR={directory.resolve()}")
+    return "\n".join(lines)
+
+
+def _download(name: str, dataset: Published, configs: Sequence[str], revision: str) -> tuple[Path, str]:
+    """(directory, commit) of the files of some configurations from the hub, or from its cache.
+
+    Args:
+      revision: a commit, or a branch or tag, for which the commit is found that it is now.
+
+    Raises:
+      DataError: no access (how to ask), or no connection (how to do it elsewhere).
+    """
+    try:
+        hub = importlib.import_module("huggingface_hub")
+        errors = importlib.import_module("huggingface_hub.errors")
+    except ImportError:
+        raise DataError(f"{name}: needs the package huggingface_hub: pip install 'trace-jax[data]'.") from None
+    wanted = {p for c in configs for split in dataset.subsets[c].rows for p in patterns(dataset, c, split)}
+    try:
+        if not _COMMIT.fullmatch(revision):
+            revision = hub.HfApi().dataset_info(dataset.repository, revision=revision).sha
+        root = hub.snapshot_download(
+            dataset.repository, repo_type="dataset", revision=revision, allow_patterns=sorted(wanted)
+        )
+    except (OSError, ValueError, errors.HTTPError) as error:
+        statuses = [getattr(getattr(e, "response", None), "status_code", None) for e in (error, error.__cause__)]
+        if dataset.gated and {401, 403}.intersection(statuses):
+            raise DataError(f"{name}: {dataset.repository} is gated: {dataset.gated}.") from None
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        gated = f" It is gated: {dataset.gated}." if dataset.gated else ""
+        raise DataError(
+            f"{name}: {dataset.repository} can't be downloaded ({why}).{gated} Where the hub can be reached: "
+            f"hf download {dataset.repository} --repo-type dataset --revision {revision} --local-dir DIR; then build "
+            "it here with --source DIR."
+        ) from None
+    return Path(root), revision
+
+
+def _revision(root: Path, hashes: Mapping[str, str], given: str | None) -> str:
+    """The commit that the files are of; "sha256:" and their hash where nothing says so.
+
+    `hf download` leaves the commit of each file beside it, and the SHA-256 of large ones. A cache of the hub has a
+    directory per commit.
+
+    Raises:
+      DataError: files of several commits, or of another than is given; a file that was changed.
+    """
+    commits = set()
+    for name, value in hashes.items():
+        note = root / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+        commit, etag = note.read_text(encoding="utf-8").split("\n")[:2] if note.exists() else ("", "")
+        if len(etag) == len(value) and etag != value:
+            raise DataError(f"{root / name}: is not what was downloaded; download it again.")
+        commits.add(commit)
+    if _COMMIT.fullmatch(root.resolve().name):
+        commits = {root.resolve().name}
+    if len(commits) > 1:
+        raise DataError(
+            f"{root}: its files are of several revisions: {', '.join(c or 'unknown' for c in sorted(commits))}."
+        )
+    (commit,) = commits
+    if commit and given and given != commit:
+        raise DataError(f"{root}: is of revision {commit}, and {given} is given.")
+    content = hashlib.sha256("".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode())
+    return given or commit or f"sha256:{content.hexdigest()[:16]}"
+
+
+def _builder(
+    tfds: Any,
+    name: str,
+    dataset: Published,
+    config: str,
+    files: Mapping[str, Sequence[Path]],
+    counts: Mapping[str, int],
+    revision: str,
+) -> Any:
+    """The class of tfds that builds one configuration of the data set `name`."""
+    subset = dataset.subsets[config]
+
+    def feature(kind: str) -> Any:
+        if kind == INTEGER:
+            return tfds.features.Scalar(np.int64)
+        text = tfds.features.Text()
+        return tfds.features.Sequence(text) if kind == TEXTS else text
+
+    class Info(tfds.core.DatasetInfo):
+        def initialize_from_bucket(self) -> None:
+            """Nothing: these data sets aren't in Google's bucket, and it isn't asked."""
+
+    with tfds.core.registered.skip_registration():
+
+        class Builder(tfds.core.ShardBasedBuilder):
+            VERSION = tfds.core.Version(VERSION)
+            BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=config),)
+            code_path = None  # nothing beside this code, such as checksums of downloads, is of use to tfds
+
+            def _info(self) -> Any:
+                return Info(
+                    builder=self,
+                    description=dataset.about,
+                    features=tfds.features.FeaturesDict({name: feature(k) for name, k in subset.columns.items()}),
+                    homepage=f"https://huggingface.co/datasets/{dataset.repository}",
+                    license=dataset.licence,
+                    disable_shuffling=True,
+                    metadata=tfds.core.MetadataDict(repository=dataset.repository, revision=revision),
+                )
+
+            def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list]:
+                del dl_manager
+                shards = {}
+                for split, number in counts.items():
+                    numbered = enumerate(rows(files[split], subset.columns))
+                    shards[split] = [functools.partial(itertools.islice, numbered, SHARD_ROWS)] * -(
+                        -number // SHARD_ROWS
+                    )
+                return shards
+
+    Builder.name = name
+    return Builder
+
+
+def patterns(dataset: Published, config: str, split: str) -> list[str]:
+    """Where a split may lie in a copy of the repository; the first that is there counts."""
+    found = [f"{config}/{split}{ending}" for ending in ("-*-of-*.parquet", ".parquet", ".jsonl", ".json")]
+    if len(dataset.subsets[config].rows) == 1:
+        found += [f"{config}{ending}" for ending in (".parquet", ".jsonl", ".json")]
+    if len(dataset.subsets) == 1:
+        found += [f"data/{split}-*-of-*.parquet", f"{split}.parquet", f"{split}.jsonl", f"{split}.json"]
+    return found
+
+
+def find(root: Path, dataset: Published, config: str, split: str) -> list[Path]:
+    """The files of a split under `root`, in the order of their rows.
+
+    Raises:
+      DataError: none of the `patterns`, or not every shard.
+    """
+    searched = patterns(dataset, config, split)
+    files = next((there for pattern in searched if (there := sorted(root.glob(pattern)))), [])
+    if not files:
+        raise DataError(f"{root}: no file of {config}:{split}; expected one of {', '.join(searched)}.")
+    shards = [match.groups() for file in files if (match := _SHARD.search(file.name))]
+    if shards and {int(index) for index, _ in shards} != set(range(int(shards[0][1]))):
+        raise DataError(f"{files[0].parent}: {len(files)} of {int(shards[0][1])} files of {config}:{split} are there.")
+    return files
+
+
+def count(files: Sequence[Path]) -> int:
+    """How many rows the files hold."""
+    total = 0
+    for file in files:
+        if file.suffix == ".parquet":
+            with _opened(file) as table:
+                total += table.metadata.num_rows
+        else:
+            total += sum(1 for _ in _json(file))
+    return total
+
+
+def rows(files: Sequence[Path], columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """The rows of the files, with those columns alone.
+
+    Raises:
+      DataError: a missing column, or a value of another kind.
+    """
+    for file in files:
+        for number, row in enumerate(_parquet(file, columns) if file.suffix == ".parquet" else _json(file), start=1):
+            yield {name: _checked(row, name, kind, f"{file}:{number}") for name, kind in columns.items()}
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise DataError(f"{file}: needs the package pyarrow: pip install 'trace-jax[data]'.") from None
+    try:
+        with parquet.ParquetFile(file) as table:
+            yield table
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file}: can't be read as parquet; download it again.") from error
+
+
+def _parquet(file: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    with _opened(file) as table:
+        known = [name for name in columns if name in table.schema_arrow.names]
+        for batch in table.iter_batches(batch_size=_BATCH, columns=known):
+            yield from batch.to_pylist()
+
+
+def _json(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines, or of one JSON list."""
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            first = lines.readline()
+            lines.seek(0)
+            items = json.load(lines) if first.lstrip().startswith("[") else _lines(file, lines)
+            for number, item in enumerate(items, start=1):
+                if not isinstance(item, dict):
+                    raise DataError(f"{file}:{number}: expected a JSON object, not a {type(item).__name__}.")
+                yield item
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}).") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: not UTF-8.") from None
+
+
+def _lines(file: Path, lines: Iterator[str]) -> Iterator[Any]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{file}:{number}: not JSON ({error.msg}, column {error.colno}).") from None
+
+
+def _checked(row: Mapping[str, Any], name: str, kind: str, origin: str) -> Any:
+    if name not in row:
+        raise DataError(f"{origin}: there is no column {name}; the columns are {', '.join(row)}.")
+    value = row[name]
+    if value is None and kind == TEXT_OR_NULL:
+        return ""
+    if not is_kind(value, kind):
+        raise DataError(f"{origin}: {name} is a {type(value).__name__}; expected {kind}.")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command `data`."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--list", action="store_true", help="print which there are: rows, revision, licence, gated")
+    what.add_argument("--name", metavar="NAME[/CONFIG]", help="build this one, or one configuration of it")
+    parser.add_argument("--source", default=HUB, metavar="DIR", help="its files as downloaded; default: the hub")
+    parser.add_argument("--revision", metavar="R", help="commit, branch or tag of the hub, instead of the pinned one")
+    parser.add_argument("--data-dir", metavar="DIR", help="where it goes; default: TFDS_DATA_DIR or tfds' own")
+    parser.add_argument("--accept-counts", action="store_true", help="build with other numbers of rows than recorded")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `data`."""
+    if options.list:
+        print(overview())
+        return 0
+    names = ("source", "revision", "data_dir", "accept_counts", "overwrite")
+    print(build(options.name, **{name: getattr(options, name) for name in names}))
+    return 0

@@ -1,1 +1,0 @@
-"""Published data sets: what they hold (`table`), their files (`files`), and TensorFlow Datasets of them (`build`)."""
