@@ -79,7 +79,7 @@ WORDS = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Forget text and retain text with words of their own, so that there is something to tell apart."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.run.test_pipeline import experiment, numbers
+from tests.run.toy import experiment, numbers
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import DataError
 from trace_jax.evaluation.likelihood import NonFiniteScore

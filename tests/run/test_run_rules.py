@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.run.test_pipeline import experiment
+from tests.run.toy import experiment
 from trace_jax.evaluation.fronts import MEAN, Front
 from trace_jax.io.files import read_json, read_lines, write_json
 from trace_jax.run.export import model_card
@@ -16,9 +16,9 @@ LENGTH = {"steps": None, "epochs": 2.0, "evaluate_every": 1, "learning_rate": 0.
 
 
 @pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
-    """A run of two epochs without rules, whose target model the others share."""
-    path = tmp_path_factory.mktemp("runs") / "plain"
+def trained(data, finished, tmp_path_factory):
+    """A run of two epochs without rules."""
+    path = shutil.copytree(finished[0], tmp_path_factory.mktemp("runs") / "plain")
     run(experiment(data, methods=["uniform"], unlearning=LENGTH), path)
     return path
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.run.test_pipeline import experiment
+from tests.run.toy import experiment
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import DataError
 from trace_jax.io.files import read_json

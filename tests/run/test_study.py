@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from tests.run.test_pipeline import experiment
+from tests.run.toy import experiment
 from trace_jax.attacks.routers import RouterSwap
 from trace_jax.attacks.table import AttacksConfig
 from trace_jax.config import ConfigError
 from trace_jax.evaluation.comparison import UnequalBudget
 from trace_jax.io.files import read_json
 from trace_jax.routing import statistics, weights
+from trace_jax.run.stages import open_workdir
 from trace_jax.run.study import Trial, load_runs, prepare_seed, run_study, run_trial, seed_config, trials, write_study
 
 
@@ -58,9 +60,11 @@ def test_unknown_objectives_are_refused(data, objectives):
         experiment(data, study={"objectives": objectives})
 
 
-def test_study_of_objectives_has_a_table_with_a_line_for_each(data, tmp_path):
+def test_study_of_objectives_has_a_table_with_a_line_for_each(data, finished, tmp_path):
     study = {"methods": ["uniform", "trace_rows"], "seeds": [0], "alphas": [1.0], "workers": 2}
     config = experiment(data, study={**study, "objectives": {"gradient_difference": {}, "npo": {}}})
+    open_workdir(config, tmp_path / "study")
+    shutil.copytree(finished[0], tmp_path / "study/seed-0")
     text = run_study(config, tmp_path / "study")
     assert text.startswith("gradient_difference\n\nTest split")
     saved = read_json(tmp_path / "study" / "study.json")
@@ -82,7 +86,9 @@ def test_a_seed_draws_data_and_model_anew(config):
     assert (seed_config(config, 5).seed, seed_config(config, 5).data.seed) == (5, 5)
 
 
-def test_study_runs_resumes_and_compares(config, tmp_path):
+def test_study_runs_resumes_and_compares(config, finished, tmp_path):
+    open_workdir(config, tmp_path / "study")
+    shutil.copytree(finished[0], tmp_path / "study/seed-0")  # whose target model is that of seed 0
     text = run_study(config, tmp_path / "study")
     assert "trace_rows" in text and "2/2" in text
     saved = read_json(tmp_path / "study" / "study.json")

@@ -5,6 +5,8 @@ Each returns f64 weights that are not normalised yet, per token [T] (valid posit
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,18 +140,18 @@ def ratio_weights(
 
 def hidden_sums(model: Model, rows: Rows, *, mesh: Mesh | None = None, batch_size: int = 32) -> np.ndarray:
     """f64 [N, D]: sum over the valid positions of each row of the final hidden states."""
-    passes = run_batches(
-        model, sequential_batches(rows, batch_size), _hidden, out_specs=PartitionSpec(BATCH_AXES), mesh=mesh
-    )
-    return np.concatenate([np.asarray(sums)[: len(batch.tokens)] for batch, sums in passes]).astype(np.float64)
+    return _per_row(_hidden, model, rows, mesh, batch_size).astype(np.float64)
 
 
 def losses(model: Model, rows: Rows, *, mesh: Mesh | None = None, batch_size: int = 32) -> np.ndarray:
     """f32 [N, S]: -log p(x_{t+1} | x_<=t) at every position (meaningless where not valid)."""
-    passes = run_batches(
-        model, sequential_batches(rows, batch_size), _nll, out_specs=PartitionSpec(BATCH_AXES), mesh=mesh
-    )
-    return np.concatenate([np.asarray(nll)[: len(batch.tokens)] for batch, nll in passes])
+    return _per_row(_nll, model, rows, mesh, batch_size)
+
+
+def _per_row(fn: Callable, model: Model, rows: Rows, mesh: Mesh | None, batch_size: int) -> np.ndarray:
+    batches = sequential_batches(rows, batch_size)
+    passes = run_batches(model, batches, fn, out_specs=PartitionSpec(BATCH_AXES), mesh=mesh)
+    return np.concatenate([values[: len(batch.tokens)] for batch, values in passes])
 
 
 def _hidden(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array) -> jax.Array:

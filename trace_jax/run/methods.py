@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from trace_jax.attacks.attack import Case, Context, revisions
 from trace_jax.attacks.table import AttacksConfig
 from trace_jax.config import as_dict, fingerprint
-from trace_jax.evaluation.fronts import Front, front_from_history, front_point
+from trace_jax.evaluation.fronts import front_from_history, front_point
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.probes import item_outcomes
 from trace_jax.evaluation.routing import measure_calibration, measure_routing
 from trace_jax.evaluation.task import ScoreStore
+from trace_jax.io.codec import encode
 from trace_jax.io.files import flush_lines, remove, shown, write_json
 from trace_jax.io.progress import say
 from trace_jax.models.model import Model
@@ -166,9 +166,15 @@ def calibrated(prepared: Prepared, config: CalibrationConfig, label: str) -> tup
 
 def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: str, model_id: str) -> Model:
     """Unlearns, and keeps the model and how it was made (unlearned.json)."""
-    config, corpora, recalibrate = prepared.config, prepared.corpora, _recalibration(prepared, method)
+    config, corpora = prepared.config, prepared.corpora
     directory = prepared.workdir / "methods" / label
-    if recalibrate is None:
+    recalibrate = None
+    if method.calibration.recalibrates_every is not None:
+        batch_size = config.evaluation.batch_size
+        recalibrate = Recalibration(
+            method.calibration, prepared.target, corpora.forget, corpora.retain, prepared.mesh, batch_size
+        )
+    else:
         remove(directory / "recalibration")  # of other settings
     unlearned = unlearn(
         prepared.target,
@@ -200,11 +206,11 @@ def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: 
         "steps": unlearned.steps,
         "stopped": unlearned.stopped,
         "failed": unlearned.failed,
-        "seconds_per_step": _finite(unlearned.seconds_per_step),
+        "seconds_per_step": unlearned.seconds_per_step,
         "trained": unlearned.trained,
         "grip": unlearned.grip,
     }
-    write_json(directory / UNLEARNED, how)
+    write_json(directory / UNLEARNED, encode(how))
     return unlearned.model
 
 
@@ -226,9 +232,12 @@ def _evaluate(prepared: Prepared, model: Model, weights: RetainWeights, director
     )
     calibration = measure_calibration(weights, prepared.forget, prepared.retain)
     measured = [*prepared.evaluator.measure(scores), *routing.measurements(), *calibration.measurements()]
+    rows = front_rows(directory, model_id)
+    history = [(row["step"], [Measurement.from_json(m) for m in row["evaluation"]]) for row in rows]
+    board = scoreboard(prepared.config.data.benchmark)
     results = {
         **needed(directory / UNLEARNED),
-        "fronts": {split: _front(prepared, directory, model_id, split).to_json() for split in SPLITS},
+        "fronts": {s: front_from_history(history, board=board, split=s).to_json() for s in SPLITS},
         "measurements": [m.to_json() for m in measured],
         "routing": routing.to_json() | {"calibration": calibration.to_json()},
     }
@@ -289,14 +298,6 @@ def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated
     return evaluate
 
 
-def _recalibration(prepared: Prepared, method: Method) -> Recalibration | None:
-    """What solves the weights of a method anew while it unlearns, if it is to."""
-    if method.calibration.recalibrates_every is None:
-        return None
-    corpora, size = prepared.corpora, prepared.config.evaluation.batch_size
-    return Recalibration(method.calibration, prepared.target, corpora.forget, corpora.retain, prepared.mesh, size)
-
-
 def _export_stage(prepared: Prepared, label: str, model_id: str) -> str:
     """Writes the unlearned model of a method into WORKDIR/export. Returns where it is, as a sentence."""
     output = prepared.workdir / "export"
@@ -310,13 +311,3 @@ def _export_stage(prepared: Prepared, label: str, model_id: str) -> str:
 
     stage.run(make, f"export of {label}")
     return f"export: {shown(output)}"
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
-
-
-def _front(prepared: Prepared, directory: Path, model_id: str, split: str) -> Front:
-    rows = front_rows(directory, model_id)
-    history = [(row["step"], [Measurement.from_json(m) for m in row["evaluation"]]) for row in rows]
-    return front_from_history(history, board=scoreboard(prepared.config.data.benchmark), split=split)

@@ -121,18 +121,24 @@ def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overw
     earlier = read_json(path / "config.json") if path.is_dir() else None
     if earlier is None and path.is_dir() and any(path.iterdir()):
         raise ConfigError(f"{path}: is not empty and holds no run (no config.json). Choose another --workdir.")
-    if earlier is not None and earlier.get("identity") != config.identity():
-        changed = _changes(earlier["config"], as_dict(config), ("data", "model"))
-        if not overwrite:
-            raise ConfigError(
-                f"{path}: holds a run of another configuration ({'; '.join(changed)}). Choose another --workdir, or "
-                "pass --overwrite to replace that run."
-            )
+    replaces = earlier is not None and earlier.get("identity") != config.identity()
+    if earlier is not None and replaces and not overwrite:
+        before, after = earlier["config"], json.loads(json.dumps(as_dict(config)))  # tuples are lists, as in the file
+        changed = [
+            f"{section}.{key} {before.get(section, {}).get(key)!r} -> {value!r}"
+            for section in ("data", "model")
+            for key, value in after[section].items()
+            if before.get(section, {}).get(key) != value
+        ] or ["the content of its checkpoint, or its settings are of an earlier version"]
+        raise ConfigError(
+            f"{path}: holds a run of another configuration ({'; '.join(changed)}). Choose another --workdir, or "
+            "pass --overwrite to replace that run."
+        )
     check_export(config, path)
     free = free_bytes(path)
     if free < _FREE_BYTES:
         raise ConfigError(f"{path}: only {free / 2**20:.0f} MiB are free there; a run needs 1 GiB.")
-    return earlier is not None and earlier.get("identity") != config.identity()
+    return replaces
 
 
 def check_export(config: ExperimentConfig, workdir: str | os.PathLike) -> None:
@@ -142,12 +148,3 @@ def check_export(config: ExperimentConfig, workdir: str | os.PathLike) -> None:
             f"{os.fspath(workdir)}: checkpoints are exported to a local disk. Pass --config.export=None; afterwards, "
             f"on one machine: python -m trace_jax.main export --workdir {os.fspath(workdir)} --output DIR."
         )
-
-
-def _changes(before: dict, after: dict, sections: tuple[str, ...]) -> list[str]:
-    after = json.loads(json.dumps(after))  # lists for tuples, as in the file
-    found = []
-    for section in sections:
-        old, new = before.get(section, {}), after[section]
-        found += [f"{section}.{key} {old.get(key)!r} -> {new[key]!r}" for key in new if old.get(key) != new[key]]
-    return found or ["the content of its checkpoint, or its settings are of an earlier version"]

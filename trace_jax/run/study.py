@@ -13,7 +13,7 @@ import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -74,18 +74,18 @@ def _grid(
     tuned: dict[str, Sequence[Any]] = {"learning_rate": study.learning_rates}
     if objective.retains and given.get("retain_loss") != "none":
         tuned["alpha"] = study.alphas
-    lists = {name: value for name, value in given.items() if _is_list_of_numbers(value)}
-    fixed, tuned = {name: value for name, value in given.items() if name not in lists}, {**tuned, **lists}
-    tuned = {name: values for name, values in tuned.items() if name not in fixed}
+    fixed: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(value, (tuple, list)) and all(isinstance(item, (int, float)) for item in value):
+            tuned[name] = value
+        else:
+            fixed[name] = value
+            tuned.pop(name, None)
     short = {"learning_rate": "lr"}
     for values in itertools.product(*tuned.values()):
-        chosen = dict(zip(tuned, values, strict=True))
-        named = [f"{short.get(n, n)}={v:g}" for n, v in chosen.items() if len(tuned[n]) > 1 or n == "alpha"]
-        yield ",".join(reversed(named)) or "only", {**fixed, **chosen}
-
-
-def _is_list_of_numbers(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and all(isinstance(item, (int, float)) for item in value)
+        point = dict(zip(tuned, values, strict=True))
+        names = [f"{short.get(n, n)}={v:g}" for n, v in point.items() if len(tuned[n]) > 1 or n == "alpha"]
+        yield ",".join(reversed(names)) or "only", {**fixed, **point}
 
 
 def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> str:
@@ -106,8 +106,8 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
         read_corpora(config)  # before anything is written: the user's files may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
     jobs = list(trials(config))
-    workers = config.study.workers or _cores()
-    study = config.study
+    study, cores = config.study, getattr(os, "sched_getaffinity", None)
+    workers = study.workers or (len(cores(0)) if cores else os.cpu_count() or 1)
     say(
         f"study: {len(jobs)} runs ({len(study.objectives) or 1} objectives, {len(study.methods)} methods, "
         f"{len(study.seeds)} seeds), {min(workers, len(jobs))} side by side"
@@ -131,10 +131,6 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
                 worker.terminate()
             raise
     return write_study(config, path, jobs)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _wait(title: str, futures: Sequence[Future], unit: str) -> None:
@@ -214,7 +210,10 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
     """Compares finished runs at every level; writes study.json and returns the tables as text."""
     exempt = [method for method in config.study.methods if METHODS[method].steps != 1]
     found: dict[str, list[Comparison]] = {}  # per objective
-    groups, benchmark = _by_objective(jobs), config.data.benchmark
+    groups: dict[str, list[Trial]] = {}
+    for trial in jobs:
+        groups.setdefault(trial.objective, []).append(trial)
+    benchmark = config.data.benchmark
     runs = {objective: load_runs(path, group, benchmark=benchmark) for objective, group in groups.items()}
     for objective, group in runs.items():
         check_equal_budgets(group, exempt=exempt)
@@ -243,8 +242,10 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
             ],
         },
     )  # fmt: skip
-    tables = [_headed(objective, map(comparison_markdown, c), "## ") for objective, c in found.items()]
-    texts = [_headed(objective, map(comparison_text, c), "") for objective, c in found.items()]
+    tables, texts = [], []
+    for objective, comparisons in found.items():
+        tables += [f"## {objective}"] * bool(objective) + [comparison_markdown(c) for c in comparisons]
+        texts += [objective] * bool(objective) + [comparison_text(c) for c in comparisons]
     if config.study.objectives:
         of_reading = ({o: comparisons[i] for o, comparisons in found.items()} for i in range(len(READINGS)))
         tables = [*map(objectives_markdown, of_reading), *tables]
@@ -270,17 +271,6 @@ def _rows(comparisons: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any
             )  # fmt: skip
             rows.append({**row, "run": (objective, result.method, result.setting)})
     return rows
-
-
-def _by_objective(jobs: Sequence[Trial]) -> dict[str, list[Trial]]:
-    groups: dict[str, list[Trial]] = {}
-    for trial in jobs:
-        groups.setdefault(trial.objective, []).append(trial)
-    return groups
-
-
-def _headed(objective: str, tables: Iterable[str], mark: str) -> str:
-    return "\n\n".join([*([mark + objective] if objective else []), *tables])
 
 
 def _seconds(path: Path, jobs: Sequence[Trial]) -> dict[str, float]:
