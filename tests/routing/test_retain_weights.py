@@ -144,7 +144,7 @@ def test_rivals_of_rows_weigh_rows_by_what_they_look_at(setting):
     share = np.where(retain.valid, retain.tokens < 32, False).sum(1) / np.maximum(retain.valid.sum(1), 1)
     filled = retain.valid.any(1)
     row = ngram.weights.sum(1) / np.maximum(retain.valid.sum(1), 1)
-    assert np.corrcoef(share[filled], np.log(row[filled]))[0, 1] > 0.5
+    assert np.corrcoef(share[filled], np.log(row[filled]))[0, 1] > 0.3
     assert all(np.ptp(w[v]) == 0 for w, v in zip(hidden.weights, retain.valid, strict=True) if v.any())
 
 

@@ -50,14 +50,14 @@ def test_a_stage_runs_once_and_again_only_when_its_settings_change(tmp_path):
     calls = []
     for identity in ("a", "a", "b", "b"):
         stage = Stage("count", tmp_path, identity)
-        stage.run(lambda identity=identity: calls.append(identity), lambda: None, "counting")
+        stage.run(lambda identity=identity: calls.append(identity), "counting")
     assert calls == ["a", "b"]
 
 
 def test_a_stage_that_failed_is_not_done(tmp_path):
     stage = Stage("count", tmp_path, "a")
     with pytest.raises(ZeroDivisionError):
-        stage.run(lambda: 1 / 0, lambda: None, "counting")
+        stage.run(lambda: 1 / 0, "counting")
     assert not stage.done()
 
 
@@ -83,11 +83,11 @@ with progress("work", 1) as advance:
     advance(1, "")
 append_line(path / "lines.jsonl", {"process": index})
 stage = stages.Stage("made", path, "x")
-made = stage.run(lambda: write_json(path / "made.json", index), lambda: "loaded", "making")
+made = stage.run(lambda: write_json(path / "made.json", index), "making")
 print(f"<{made} {read_json(path / 'made.json')}>")
 if index == 1:  # what one process alone sees decides nothing
     stages.read_json = lambda file: None
-print(f"<{stage.run(lambda: 'made again', lambda: 'loaded', 'making')}>")
+print(f"<{stage.run_or_load(lambda: 'made again', lambda: 'loaded', 'making')}>")
 if index == 1:
     remove(path / "made.json")
 """
