@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.norms import rms_norm
-from trace_jax.models.rotary import rotate
+from trace_jax.models.layers import rms_norm, rotate
 from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 from trace_jax.parallel.sharding import share
 

@@ -15,10 +15,9 @@ import numpy as np
 
 from trace_jax.models.attention import Cache, attention, attention_mask
 from trace_jax.models.config import ModelConfig
+from trace_jax.models.layers import norm, rotary
 from trace_jax.models.moe import Routing, gated_mlp, moe_layer
-from trace_jax.models.norms import norm
 from trace_jax.models.remat import rematerialized
-from trace_jax.models.rotary import rotary
 from trace_jax.models.sharding import assembled
 from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 

@@ -22,7 +22,7 @@ from trace_jax.models.grouped_matmul import (
     grouped_matmul,
     resolve_implementation,
 )
-from trace_jax.models.norms import norm
+from trace_jax.models.layers import norm
 from trace_jax.parallel.mesh import EXPERT, TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
 COUNTING_BLOCK = 128

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from trace_jax.config import Variant, option
-from trace_jax.models.vocabulary import Vocabulary
+from trace_jax.models.loss import Vocabulary
 
 
 class ForgetInputs(NamedTuple):

@@ -10,7 +10,7 @@ from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
 from trace_jax.config import ConfigError
 from trace_jax.models.families import model_config
-from trace_jax.models.rotary import frequencies
+from trace_jax.models.layers import frequencies
 
 LONG = {"factor": 8.0, "original_max_position_embeddings": 512}
 SETTINGS = {

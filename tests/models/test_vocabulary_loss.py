@@ -11,9 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from trace_jax.models.arrays import flatten, init_params, unflatten
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.loss import vocabulary_loss
+from trace_jax.models.loss import Vocabulary, vocabulary_loss
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
-from trace_jax.models.vocabulary import Vocabulary
 from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
 from trace_jax.unlearning.objectives import PAPER, Objective
 
