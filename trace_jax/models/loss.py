@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ def token_nll(
       chunk_size: tokens whose logits exist at a time; default: as many as make `MAX_CHUNK_ELEMENTS` logits.
     """
     pieces, operands = _operands(config, chunk_size, params, hidden, targets)
-    return _values(pieces, _nll, {}, *operands).reshape(targets.shape)
+    return jnp.reshape(_values(pieces, _nll, {}, *operands), targets.shape)
 
 
 def token_kl(
@@ -129,7 +129,7 @@ def token_kl(
     """
     unread = jnp.zeros(hidden.shape[:-1], jnp.int32)
     pieces, operands = _operands(config, chunk_size, params, hidden, unread, params_ref, hidden_ref)
-    return _values(pieces, _kl, {}, *operands).reshape(unread.shape)
+    return jnp.reshape(_values(pieces, _kl, {}, *operands), unread.shape)
 
 
 def vocabulary_loss(
@@ -153,7 +153,7 @@ def vocabulary_loss(
       hidden, targets, chunk_size: as in `token_nll`; params_ref, hidden_ref: of the reference, where `fn` reads it.
     """
     pieces, operands = _operands(config, chunk_size, params, hidden, targets, params_ref, hidden_ref)
-    return _values(pieces, partial(_with_slope, fn), dict(numbers), *operands).reshape(targets.shape)
+    return jnp.reshape(_values(pieces, partial(_with_slope, fn), dict(numbers), *operands), targets.shape)
 
 
 def token_scores(
@@ -257,7 +257,7 @@ def _split(num_chunks: int, *arrays):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _values(pieces, fn, numbers, head_DV, hidden_TD, targets_T, *reference) -> Any:
+def _values(pieces, fn, numbers, head_DV, hidden_TD, targets_T, *reference):
     return _forward(pieces, fn, numbers, head_DV, hidden_TD, targets_T, *reference)[0]
 
 
