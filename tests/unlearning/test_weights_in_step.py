@@ -120,7 +120,8 @@ def test_online_weights_are_the_offline_ones_before_the_first_step(model, forget
 
 def test_online_weights_see_all_layers_also_where_the_losses_do_not(model, forget, retain):
     """RMU and `hidden` look at layer 1; the routing of layer 2 weighs the tokens all the same."""
-    config = UnlearningConfig(objective="rmu", steps=6, retain_loss="hidden", alpha=1.0, layer=1, trainable="all")
+    rmu = {"name": "rmu", "layer": 1}
+    config = UnlearningConfig(objective=rmu, steps=6, retain_loss="hidden", alpha=1.0, trainable="all")
     online = weights_of(model, forget, retain, apply="weights", routing="online")
     assert online.calibration.multipliers[1].any()
     _, metrics = gradient(
