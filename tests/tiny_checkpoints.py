@@ -26,7 +26,7 @@ KIMI = "kimi_k2"
 _COMMON = {
     "vocab_size": 97,
     "hidden_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 40,
@@ -48,7 +48,6 @@ _LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 _LATENT = {
-    "num_hidden_layers": 4,
     "num_key_value_heads": 4,
     "moe_intermediate_size": 24,
     "kv_lora_rank": 20,
@@ -83,7 +82,7 @@ _GRANITE = {
     "attention_multiplier": 0.4,
     "rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0},
 }
-_KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+_KINDS = ["sliding_attention", "full_attention"]
 
 # What differs from _COMMON, by model_type.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -107,7 +106,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "qwen3_moe": {
-        "num_hidden_layers": 4,
         "num_local_experts": 8,
         "moe_intermediate_size": 24,
         "head_dim": 16,
@@ -132,7 +130,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "sliding_window": 6,
         "layer_types": _KINDS,
-        "mlp_layer_types": ["sparse", "dense", "sparse"],
+        "mlp_layer_types": ["sparse", "dense"],
         "rope_parameters": {
             "full_attention": {**_YARN, "truncate": False},
             "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
@@ -149,7 +147,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "sliding_window": 5,
         "max_window_layers": 1,
-        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "layer_types": ["full_attention", "sliding_attention"],
     },
     "glm4_moe": {**_CORRECTED, "attention_bias": True, "first_k_dense_replace": 1, "use_qk_norm": True},
     "solar_open": {**_CORRECTED, "attention_bias": True, "rope_parameters": _YARN},
@@ -172,7 +170,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "router_scaling_factor": 1.7,
     },
     "afmoe": {
-        "num_hidden_layers": 4,
         "num_experts": 8,
         "moe_intermediate_size": 24,
         "num_shared_experts": 2,
@@ -180,18 +177,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "num_dense_layers": 1,
         "sliding_window": 6,
-        "global_attn_every_n_layers": 3,
+        "global_attn_every_n_layers": 2,
         "mup_enabled": True,
         "route_scale": 1.7,
     },
     "ernie4_5_moe": {
-        "num_hidden_layers": 4,
         "moe_num_experts": 8,
         "moe_k": 3,
         "moe_intermediate_size": 24,
         "moe_num_shared_experts": 2,
         "moe_layer_start_index": 1,
-        "moe_layer_end_index": 2,
+        "moe_layer_end_index": 1,
         "moe_norm_min": 0.7,
         "use_bias": True,
     },
@@ -215,8 +211,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**_LATENT, "first_k_dense_replace": 1},
     KIMI: {**_LATENT, "first_k_dense_replace": 1, "q_lora_rank": None, "rope_interleave": False, "n_group": 1,
            "topk_group": 1, "norm_topk_prob": False, "attention_bias": False, "routed_scaling_factor": 0.8},
-    "glm4_moe_lite": {**_LATENT, "v_head_dim": 14, "q_lora_rank": 24, "mlp_layer_types": ["dense"] + 3 * ["sparse"]},
-    "axk1": {**_LATENT, "mlp_layer_types": ["dense"] + 3 * ["sparse"]},
+    "glm4_moe_lite": {**_LATENT, "v_head_dim": 14, "q_lora_rank": 24, "mlp_layer_types": ["dense", "sparse"]},
+    "axk1": {**_LATENT, "mlp_layer_types": ["dense", "sparse"]},
     "phimoe": {
         "num_local_experts": 8,
         "num_experts_per_tok": 2,

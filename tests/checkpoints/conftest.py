@@ -11,7 +11,7 @@ def packed_and_plain(request, tmp_path_factory):
 
     directory = tmp_path_factory.mktemp(request.param)
     if request.param == "fp8":
-        model_type, sizes = "deepseek_v3", {"moe_intermediate_size": 32}
+        model_type, sizes = "deepseek_v3", {"moe_intermediate_size": 32, "num_hidden_layers": 3}
         settings, quantise = quantised.FP8, quantised.as_fp8
     else:
         model_type, sizes = "gpt_oss", {"hidden_size": 64, "intermediate_size": 32}

@@ -46,7 +46,7 @@ def twins(source, directory, settings, quantise):
 def as_fp8(tensors):
     """Every matrix whose sizes are whole blocks, but the embedding, the head and the router, as DeepSeek-V3 has it."""
     generator, packed, plain = np.random.default_rng(1), {}, {}
-    tensors = {**tensors, "model.layers.4.eh_proj.weight": torch.zeros(16, 32)}  # the MTP layer isn't read
+    tensors = {**tensors, "model.layers.3.eh_proj.weight": torch.zeros(16, 32)}  # the MTP layer isn't read
     for name, tensor in tensors.items():
         packed[name] = plain[name] = tensor
         kept = "embed" in name or "lm_head" in name or name.endswith("gate.weight")

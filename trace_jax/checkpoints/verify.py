@@ -62,7 +62,7 @@ def main(options: argparse.Namespace) -> int:
 # --- what is there ---
 
 
-def _description(accounting: Accounting, family: Family, config: ModelConfig) -> list[str]:
+def _description(accounting: Accounting, family: Family, config: ModelConfig) -> Iterable[str]:
     checkpoint = accounting.checkpoint
     directory, config_json = checkpoint.directory, checkpoint.config
     used = {part.name: part for tensor in accounting.readable.values() for part in tensor.parts}
@@ -70,47 +70,40 @@ def _description(accounting: Accounting, family: Family, config: ModelConfig) ->
     for tensor in used.values():
         by_type[str(tensor.dtype)] += tensor.nbytes
     types = ", ".join(f"{name} {_bytes(count)}" for name, count in by_type.most_common())
-    method = (config_json.get("quantization_config") or {}).get("quant_method", "none")
-    unread = unread_keys(config_json)
-    return [
-        f"{directory}: {family.title} ({config_json['model_type']})",
-        f"  read       {len(used)} tensors of {len(checkpoint.files)} file(s): {types}",
-        f"  into       {len({slot.path for slot in accounting.slots})} parameters, each filled once",
-        *_ignored(accounting),
-        f"  quantised  {method}",
-        f"  config     keys that nobody read: {', '.join(unread) or 'none'}",
-        f"  tokenizer  {_tokenizer(directory)}; {special_tokens(directory, config_json)}",
-        *_parameters(config),
-        *_switches(config),
-    ]
-
-
-def _ignored(accounting: Accounting) -> Iterable[str]:
+    yield f"{directory}: {family.title} ({config_json['model_type']})"
+    yield f"  read       {len(used)} tensors of {len(checkpoint.files)} file(s): {types}"
+    yield f"  into       {len({slot.path for slot in accounting.slots})} parameters, each filled once"
     reasons = collections.defaultdict(list)
     for name, reason in accounting.ignored.items():
         reasons[reason].append(name)
-    if not reasons:
-        yield "  ignored    nothing"
     for reason, names in reasons.items():
         yield f"  ignored    {len(names)} tensors, such as {names[0]}: {reason}"
-
-
-def _tokenizer(directory: Path) -> str:
+    if not reasons:
+        yield "  ignored    nothing"
+    yield f"  quantised  {(config_json.get('quantization_config') or {}).get('quant_method', 'none')}"
+    yield f"  config     keys that nobody read: {', '.join(unread_keys(config_json)) or 'none'}"
     tokenizer = read_tokenizer(directory)
-    return f"{tokenizer.get_vocab_size()} tokens" if tokenizer else "no tokenizer.json"
-
-
-def _parameters(config: ModelConfig) -> Iterable[str]:
-    """Lines with the number of parameters of every kind, in all and of those that one token uses."""
+    size = f"{tokenizer.get_vocab_size()} tokens" if tokenizer else "no tokenizer.json"
+    yield f"  tokenizer  {size}; {special_tokens(directory, config_json)}"
     counts = collections.Counter()
     for path, spec in flat_specs(config).items():
         counts[_kind(path)] += int(np.prod(spec.shape))
     total, active = count_params(config)
     yield f"\nparameters{'all':>23}{'active per token':>19}"
     for kind in (kind for kind in _KINDS if counts[kind]):
-        used = counts[kind] - (total - active if kind == "routed experts" else 0)
-        yield f"  {kind:16}{counts[kind]:15,}{used:19,}"
+        inactive = total - active if kind == "routed experts" else 0
+        yield f"  {kind:16}{counts[kind]:15,}{counts[kind] - inactive:19,}"
     yield f"  {'total':16}{total:15,}{active:19,}"
+    yield (
+        f"\n{config.num_layers} layers, {len(config.moe_layers)} of them with {config.num_experts} experts of which a "
+        f"token uses {config.experts_per_token}; vocabulary {config.vocab_size}, width {config.hidden_size}, "
+        f"{config.num_heads} query and {config.num_kv_heads} key heads of {config.head_size}"
+    )
+    yield "differs from the plain decoder in"
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _SIZES and value != field.default:
+            yield f"  {field.name:20} {_words(value)}"
 
 
 def _kind(path: str) -> str:
@@ -123,22 +116,6 @@ def _kind(path: str) -> str:
     if "norm" in name:
         return "norms"
     return "embedding" if name.startswith(("embed", "head")) else "attention"
-
-
-def _switches(config: ModelConfig) -> Iterable[str]:
-    """Lines with sizes, and with what differs from the plain decoder."""
-    yield (
-        f"\n{config.num_layers} layers, {len(config.moe_layers)} of them with {config.num_experts} experts of which "
-        + (
-            f"a token uses {config.experts_per_token}; vocabulary {config.vocab_size}, width {config.hidden_size}, "
-            f"{config.num_heads} query and {config.num_kv_heads} key heads of {config.head_size}"
-        )
-    )
-    yield "differs from the plain decoder in"
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in _SIZES and value != field.default:
-            yield f"  {field.name:20} {_words(value)}"
 
 
 def _words(value: Any) -> str:
@@ -161,9 +138,8 @@ def _bytes(count: int) -> str:
 
 def _obstacle(config: ModelConfig, config_json: Any) -> str:
     """Why transformers can't be asked; empty if it can."""
-    for package in ("torch", "transformers"):
-        if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
     if config_json.get("quantization_config"):
         return "the checkpoint is quantised, which transformers computes in another way"
     needed = 5 * count_params(config)[0]  # float32, one of the two models at a time, and what is computed
@@ -174,12 +150,10 @@ def _obstacle(config: ModelConfig, config_json: Any) -> str:
 
 def _available_bytes() -> int:
     """Memory that is free, or, where the system doesn't say, that there is."""
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+        return int(dict(line.split(":") for line in meminfo.read_text().splitlines())["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def compare(directory: Path) -> tuple[list[str], bool]:
@@ -214,8 +188,8 @@ def _ours(directory: Path, mask: np.ndarray) -> tuple[dict[str, np.ndarray], int
     tokens = _random_tokens(model.config.vocab_size, mask)
     run = jax.jit(forward, static_argnames=("config", "collect"))
     output = run(model.params, model.config, tokens, mask=mask, collect=("logits", "router_logits", "indices"))
-    found = {"logits": output.logits, "router logits": output.router.logits, "experts": output.router.indices}
-    return {name: np.asarray(array) for name, array in found.items()}, model.config.vocab_size
+    arrays = {"logits": output.logits, "router logits": output.router.logits, "experts": output.router.indices}
+    return {name: np.asarray(array) for name, array in arrays.items()}, model.config.vocab_size
 
 
 def _theirs(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """Every family computes what transformers computes (eager, float32), with right padding and rows of unequal length."""
 
+import filecmp
 import json
 
 import jax
@@ -13,12 +14,17 @@ from tiny_checkpoints import CONFIGS, LAYOUTS, MODEL_TYPES, build, save
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers_reference import MASK, TOKENS, by_expert, run
 
+from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.models.arrays import count_params
 from trace_jax.models.decoder import forward
 from trace_jax.models.families import family_of
+from trace_jax.models.generate import generate
 
 TOLERANCE = 1e-4  # of every number below, in every family
+LENGTHS = np.array([11, 6, 1])  # of prompts
+PROMPT = np.random.default_rng(1).integers(3, 97, (3, 11)).astype(np.int32)
+NEW = 12  # tokens: beyond windows, and past the length at which long-context factors change
 compute = jax.jit(forward, static_argnames=("config", "collect"))
 
 
@@ -60,10 +66,10 @@ def unfelt_parameters(model, reference):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_family_equals_transformers(model_type, tiny_model, tiny_checkpoint, record_family):
+def test_a_family_equals_transformers(model_type, tiny_model, tiny_checkpoint, imported, record_family):
     reference = run(tiny_model(model_type))
     assert 0.5 < reference.logits[MASK].std() < 4  # ordinary logits, or small differences would say little
-    model, fused = (load_pretrained(tiny_checkpoint(model_type, layout)) for layout in LAYOUTS)
+    model, fused = imported(model_type), load_pretrained(tiny_checkpoint(model_type, "fused"))
     differences = disagreements(model, reference)
     assert max(differences.values()) <= TOLERANCE, differences
     jax.tree.map(np.testing.assert_array_equal, fused.params, model.params)
@@ -80,12 +86,37 @@ def test_a_family_equals_transformers(model_type, tiny_model, tiny_checkpoint, r
     )
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_greedy_tokens_equal_those_of_transformers(model_type, tiny_model, imported):
+    """For prompts of unequal length: ours on the right of their padding, theirs on the left."""
+    model, longest = imported(model_type), PROMPT.shape[1]
+    got = generate(model.params, model.config, PROMPT, lengths=LENGTHS, max_new_tokens=NEW)
+    places = np.arange(longest) - (longest - LENGTHS)[:, None]
+    ids = np.where(places >= 0, np.take_along_axis(PROMPT, np.maximum(places, 0), axis=1), 0)
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    mask = torch.tensor((places >= 0).astype(np.int64))
+    theirs = tiny_model(model_type).generate(torch.tensor(ids), attention_mask=mask, **settings)
+    np.testing.assert_array_equal(got, theirs.numpy()[:, longest:])
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_export_gives_back_the_files_and_merges_bit_by_bit(model_type, tiny_checkpoint, imported, tmp_path):
+    """Also where every parameter is another array than the import's, so that all numbers are compared."""
+    directory, model = tiny_checkpoint(model_type), imported(model_type)
+    names = [file.name for file in directory.iterdir()]
+    assert {"config.json", "model.safetensors"} <= set(names)
+    copied = model.replace(params=jax.tree.map(jnp.array, model.params))
+    for number, exported in enumerate((model, copied)):
+        save_pretrained(exported, tmp_path / str(number))
+        assert filecmp.cmpfiles(directory, tmp_path / str(number), names, shallow=False) == (names, [], [])
+
+
 SHORT = {**CONFIGS["phimoe"]["rope_parameters"], "original_max_position_embeddings": 32}
 OTHERS = {
     "no window, tied": ("mixtral", {"sliding_window": None, "tie_word_embeddings": True}),
     "window everywhere": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4, "norm_topk_prob": False}),
     "greedy, queries without latent": ("deepseek_v2", {"topk_method": "greedy", "q_lora_rank": None}),
-    "no rope, no dense layer": ("afmoe", {"layer_types": ["full_attention"] * 4, "num_dense_layers": 0}),
+    "no rope, no dense layer": ("afmoe", {"layer_types": ["full_attention"] * 2, "num_dense_layers": 0}),
     "short text": ("phimoe", {"rope_parameters": SHORT, "lm_head_bias": False}),
 }
 
