@@ -82,7 +82,7 @@ def trace_weights(model, forget, retain):
     [
         ({}, False),
         ({"objective": "npo"}, True),
-        ({"objective": "task_vector", "alpha": None, "retain_batch_size": None, "task_scale": 3.0}, False),
+        ({"objective": {"name": "task_vector", "task_scale": 3.0}}, False),
     ],
 )
 def test_protected_retain_routing_is_the_same_after_twenty_steps(forget, retain, changes, weighted):
