@@ -6,6 +6,7 @@ from tests.two_processes import JOIN, run_processes
 from trace_jax.config import ConfigError, resolve
 from trace_jax.io.files import read_json, write_json
 from trace_jax.run.experiment import ExperimentConfig
+from trace_jax.run.export import find_model
 from trace_jax.run.stages import Stage, open_workdir
 
 
@@ -17,6 +18,18 @@ def test_a_workdir_is_reopened_by_the_same_corpus_and_model(tmp_path):
     open_workdir(experiment(), tmp_path / "run")
     open_workdir(experiment(unlearning={"steps": 5}), tmp_path / "run")
     assert read_json(tmp_path / "run" / "config.json")["config"]["unlearning"]["steps"] == 5
+
+
+def test_a_model_is_found_whatever_the_settings_of_unlearning_were_called_then(tmp_path):
+    """Settings of the run's method are not read again; those of data and model are."""
+    open_workdir(experiment(), tmp_path)
+    saved = read_json(tmp_path / "config.json")
+    saved["config"]["unlearning"] = {"objective": "npo", "beta": 0.1, "lora_rank": None, "keep_forgetting": None}
+    write_json(tmp_path / "config.json", saved)
+    write_json(tmp_path / "methods" / "uniform" / "results.json", {})
+    write_json(tmp_path / "methods" / "uniform" / "unlearning.stage.json", {"identity": "a"})
+    model = find_model(tmp_path, None)
+    assert (model.label, model.identity, model.config.name) == ("uniform", "a", "x")
 
 
 def test_a_workdir_of_another_configuration_is_refused_and_untouched(tmp_path):
