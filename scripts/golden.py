@@ -29,8 +29,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before numpy is imported: with another number of threads it sums in another order.
+# Before numpy and jax are imported: with another number of threads they sum in another order.
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+os.environ.pop("NPROC", None)  # XLA takes as many as there are cores
 ROOT = Path(__file__).resolve().parents[1]
 # What a clock, a date or the spelling of settings decides.
 PASSING = ("seconds", "seconds_per_step", "step_seconds", "tokens_per_second", "generated", "table", "identity")
