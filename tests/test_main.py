@@ -36,7 +36,7 @@ def test_every_config_resolves(file):
 
 
 def test_the_text_config_asks_for_files():
-    with pytest.raises(ConfigError, match=r"data\.forget is needed"):
+    with pytest.raises(ConfigError, match=r"data\.forget is missing"):
         load_config("configs/text.py")
     assert load_config("configs/text.py", {"data.forget": "a", "data.retain": "b"}).data.retain == "b"
 
