@@ -63,41 +63,51 @@ def whole_vocabulary(objective, logits, reference, targets, c):
     return (logits.max(-1) - logits.mean(-1)) ** 2
 
 
-def slow_loss(flat, start, config, model_config, forget, retain, weights, target, refusals):
-    """method.md's formula written once more, with whole logits and no sharing of work."""
+def plain_outputs(flat, model_config, rows):
+    """{part: (logits [B, S, V], outputs of all layers [L, B, S, D])} of whole forward passes, one for each part."""
 
-    def parts(params, rows):
-        out = forward(params, model_config, rows.tokens, mask=rows.segments, collect=("logits", "layers"))
-        targets = jnp.roll(jnp.asarray(rows.tokens), -1, axis=1)
-        nll = -jnp.take_along_axis(jax.nn.log_softmax(out.logits), targets[..., None], -1)[..., 0]
-        return nll, out.logits, out.layers[(config.layer or 1) - 1], targets
+    def outputs(batch):
+        out = forward(unflatten(flat), model_config, batch.tokens, mask=batch.segments, collect=("logits", "layers"))
+        return out.logits, out.layers
 
-    params, reference = unflatten(flat), unflatten(start)
-    c, objective = coefficients(config), config.objective
-    nll, logits, hidden, targets = parts(params, forget)
-    reference_nll, reference_logits, _, _ = parts(reference, forget)
-    refused, refused_before = (parts(p, refusals)[0] for p in (params, reference))
+    return {name: outputs(getattr(rows, name)) for name in ("forget", "retain", "refusals")}
+
+
+def plain_loss(current, original, config, rows):
+    """method.md's formula written once more, from `plain_outputs` of the model and of the original one."""
+
+    def parts(outputs, name):
+        (logits, layers), tokens = outputs[name], getattr(rows, name).tokens
+        targets = jnp.roll(jnp.asarray(tokens), -1, axis=1)
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+        return nll, logits, layers[(config.layer or 1) - 1], targets
+
+    c, objective, forget = coefficients(config), config.objective, rows.forget
+    nll, logits, hidden, targets = parts(current, "forget")
+    reference_nll, reference_logits, _, _ = parts(original, "forget")
+    refused, refused_before = (parts(outputs, "refusals")[0] for outputs in (current, original))
     special = (
         None if "logits" not in objective.needs else whole_vocabulary(objective, logits, reference_logits, targets, c)
     )
     inputs = ForgetInputs(
-        jnp.asarray(forget.valid), nll, reference_nll, hidden, target, special,
-        jnp.asarray(refusals.valid), refused, refused_before,
+        jnp.asarray(forget.valid), nll, reference_nll, hidden, TARGETS[rows.topic], special,
+        jnp.asarray(rows.refusals.valid), refused, refused_before,
     )  # fmt: skip
     counts = objective.counts(inputs.valid, inputs.refusal_valid).astype(jnp.float32)
     loss = c["gamma"] * jnp.where(counts > 0, objective.loss(inputs), 0.0).sum() / counts.sum()
     if not config.retains:
         return loss
-    nll_r, logits_r, hidden_r, _ = parts(params, retain)
-    _, reference_r, hidden_ref, _ = parts(reference, retain)
+    nll_r, logits_r, hidden_r, _ = parts(current, "retain")
+    _, reference_r, hidden_ref, _ = parts(original, "retain")
     log_p, log_ref = jax.nn.log_softmax(logits_r), jax.nn.log_softmax(reference_r)
     per_token = {
         "nll": nll_r,
         "kl": (jnp.exp(log_ref) * (log_ref - log_p)).sum(-1),
         "hidden": ((hidden_r - hidden_ref) ** 2).mean(-1),
     }[config.retain_loss.name]
-    divisor = retain.valid.sum() if config.normalize == "count" else jnp.where(retain.valid, weights, 0.0).sum()
-    return loss + c["alpha"] * jnp.where(retain.valid, weights * per_token, 0.0).sum() / divisor.astype(np.float32)
+    valid, weights = rows.retain.valid, rows.weights
+    divisor = valid.sum() if config.normalize == "count" else jnp.where(valid, weights, 0.0).sum()
+    return loss + c["alpha"] * jnp.where(valid, weights * per_token, 0.0).sum() / divisor.astype(np.float32)
 
 
 def moved(flat):
@@ -137,17 +147,25 @@ def rows(forget, retain):
     return StepRows(forget, retain, weights, topic, refused)
 
 
+@pytest.fixture(scope="module")
+def plain(model, rows):
+    """(outputs of the model, of the original one, from a gradient by the first to one by parameters)."""
+    start = flatten(model.params)
+    outputs = jax.jit(lambda flat: plain_outputs(flat, model.config, rows))
+    pull_back = jax.jit(lambda flat, cotangent: jax.vjp(outputs, flat)[1](cotangent)[0])
+    return outputs(moved(start)), outputs(start), lambda cotangent: pull_back(moved(start), cotangent)
+
+
 @pytest.mark.parametrize(("objective", "form", "retain_loss"), CASES)
-def test_gradient_equals_plain_formula(model, rows, objective, form, retain_loss):
+def test_gradient_equals_plain_formula(model, rows, plain, objective, form, retain_loss):
     # Raw logits of both signs saturate a steep sigmoid, and rounding errors grow with the steepness.
     milder = {"beta": 0.5} if form == "muse_logits" else {}
     config = setting(objective, retain_loss, form=form, **milder)
     metrics, gradient = gradient_of_step(config, model, rows)
-    start = flatten(model.params)
-    rest = start, config, model.config, rows.forget, rows.retain, rows.weights, TARGETS[rows.topic], rows.refusals
-    value, expected = jax.jit(jax.value_and_grad(lambda flat: slow_loss(flat, *rest)))(moved(start))
+    current, original, pull_back = plain
+    value, by_outputs = jax.jit(jax.value_and_grad(lambda c: plain_loss(c, original, config, rows)))(current)
     assert metrics["loss"] == pytest.approx(float(value), rel=2e-5)
-    for path, wanted in expected.items():
+    for path, wanted in pull_back(by_outputs).items():
         np.testing.assert_allclose(
             gradient[path], wanted, atol=3e-5 * max(1.0, float(np.abs(wanted).max())), err_msg=path
         )
