@@ -72,7 +72,7 @@ def test_forget_text_becomes_less_likely(model, forget, retain):
 
 
 def test_only_selected_experts_train(model, forget, retain):
-    weights = weights_of(model, forget, retain, rule="difference", top=1)
+    weights = weights_of(model, forget, retain, rule={"name": "difference", "top": 1})
     assert weights.selected.sum() == 2
     config = dataclasses.replace(CONFIG, trainable="selected_experts", weight_decay=0.1)
     params = unlearn(model, forget, retain, config=config, weights=weights).model.params
