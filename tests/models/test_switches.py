@@ -55,6 +55,12 @@ MODELS = {
 forward = jax.jit(decoder.forward, static_argnames=("config", "collect", "num_layers"))
 
 
+@pytest.fixture(autouse=True)
+def scanned(monkeypatch):
+    """Layers in a scan compile sooner than layers written out; that both are the same is tested in test_decoder."""
+    monkeypatch.setattr(decoder, "UNROLLED_LAYERS", 1)
+
+
 def config_of(name, **changes):
     return dataclasses.replace(BASE, **(MODELS[name] | changes))
 
