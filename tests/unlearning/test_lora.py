@@ -269,7 +269,9 @@ def test_a_task_vector_of_adapters_is_subtracted():
 
 
 def test_a_rank_beyond_the_matrix_is_refused():
-    with pytest.raises(ConfigError, match=r"lora_rank: layers/experts/down: rank is 13; a matrix of 12 x 16 .*1 to 12"):
+    with pytest.raises(
+        ConfigError, match=r"trainable.rank: layers/experts/down: rank is 13; a matrix of 12 x 16 .*1 to 12"
+    ):
         factors(GROUPED, adapted_paths(GROUPED), 13)
     assert low_rank(flat_specs(GROUPED)["layers/o"], 5)[0].shape == (2, 4, 8, 5)
 
