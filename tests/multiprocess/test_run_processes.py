@@ -64,7 +64,7 @@ def test_two_processes_end_in_the_numbers_of_one(arguments, tmp_path, pytestconf
     monkeypatch.chdir(pytestconfig.rootpath)
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(arguments(one)) == 0
-    found = run_processes(RUN, [arguments(two, expert=2, tensor=1)] * 2, seconds=400)
+    found = run_processes(RUN, [arguments(two, expert=2, tensor=1)] * 2, seconds=900)
     assert [code for code, _, _ in found] == [0, 0], found[0][2][-3000:] + found[1][2][-3000:]
 
     for name in ("forget", "retain"):
