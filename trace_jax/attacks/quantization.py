@@ -44,7 +44,7 @@ def quantized(params: Any, config: ModelConfig, *, bits: int) -> Any:
     `round_to_nearest`.
     """
     specs, flat = flat_specs(config), flatten(params)
-    matrices = {path for path in flat if path.rpartition("/")[2] in _MATRICES}
+    matrices = [path for path in flat if path.rpartition("/")[2] in _MATRICES]  # in one order in all processes
     return unflatten(flat | {path: _rounded(flat[path], spec=specs[path], bits=bits) for path in matrices})
 
 
