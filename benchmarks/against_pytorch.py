@@ -10,8 +10,6 @@ turns; least times are compared, since other programs on the machine only ever a
 Prints two lines and writes benchmarks/results/against_pytorch.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 

@@ -7,8 +7,6 @@
 in domains that prefer other experts. The row is also written to benchmarks/results/calibration.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

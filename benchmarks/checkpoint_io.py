@@ -14,8 +14,6 @@ Memory is what the process held (anonymous, and all of it) at its peak, beyond w
 Results go to benchmarks/results/checkpoint_io.json, a row per --dtype.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import datetime

@@ -9,8 +9,6 @@ trains, nothing but weights is computed again. Single numbers (losses, norms) ar
 the all-reduces. Prints a line for each mesh and writes benchmarks/results/communication.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import math

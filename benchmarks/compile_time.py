@@ -7,8 +7,6 @@ clock: they hold also where other programs take part of the cores. Prints a line
 benchmarks/results/compile_time.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import time

@@ -7,8 +7,6 @@ turns; the medians are compared. Needs torch and transformers. Prints one line a
 benchmarks/results/generation.json (a shape's row replaces its earlier one).
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 

@@ -9,8 +9,6 @@ it declares itself, that is 1). Speed can't be known without the device. Writes 
 (a device's rows replace the earlier ones of that device).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -9,8 +9,6 @@ is the model that the run was given; a second copy, as other code keeps one, wou
 line for each choice of what trains and writes benchmarks/results/reference_model.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from unittest import mock

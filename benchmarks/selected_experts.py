@@ -7,8 +7,6 @@ moments of AdamW) and their gradient; beside it what the compiler reserves for t
 same rows in turns; least times are compared. Prints a line and writes benchmarks/results/selected_experts.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 

@@ -1,7 +1,5 @@
 """Both sides of a comparison with transformers: one small OLMoE with the same weights, and how it is timed."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

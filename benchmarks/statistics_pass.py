@@ -11,8 +11,6 @@ ratio is below 1; `--layers` takes more of them, which run in a loop that can't.
 after eight times the corpus. Prints a line and writes benchmarks/results/statistics_pass.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import resource

@@ -1,7 +1,5 @@
 """An unlearning step with random weights and tokens, ready to be compiled and run: what several benchmarks measure."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +31,7 @@ class Step(NamedTuple):
     def lower(self) -> Any:
         return unlearning_step.lower(self.state, *self.arguments, settings=self.settings, mesh=self.mesh)
 
-    def run(self) -> Step:
+    def run(self) -> "Step":
         """The step taken; its metrics are read, so that it has ended."""
         state, metrics = unlearning_step(self.state, *self.arguments, settings=self.settings, mesh=self.mesh)
         jax.block_until_ready(metrics)

@@ -8,8 +8,6 @@ the NLL of every token. Prints one line per implementation and writes benchmarks
 rows replace the earlier ones of that shape), with device, cores and versions.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import time

@@ -6,8 +6,6 @@ Both run the same compiled step on the shape of the quickstart; drawing rows and
 Rounds alternate, so that a machine that slows down slows both. Writes benchmarks/results/unlearning_step.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

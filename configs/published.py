@@ -3,8 +3,6 @@
 `MODEL` or `MODEL,METHOD`; the method is TRACE unless named. Numbers stand in the configurations, with their sources.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

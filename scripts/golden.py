@@ -13,8 +13,6 @@ A record belongs to one machine: other instruction sets round otherwise. It need
     dry_runs     `--dry-run` of the published benchmarks
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib

@@ -9,8 +9,6 @@ COMMAND is for `python -m trace_jax.main`: run --config FILE --workdir gs://BUCK
 gives the machines back, which nothing else does. Started again with the same workdir, a run continues.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

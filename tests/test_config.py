@@ -117,7 +117,6 @@ def test_fingerprint_changes_with_content_only():
 
 
 def test_a_section_converts_whole_numbers_to_floats_and_lists_to_tuples():
-    @dataclasses.dataclass(frozen=True)
     class Example(Section):
         ratio: float = option(1.0, help="ratio")
         sizes: tuple[int, ...] = option((1,), help="sizes")
@@ -156,23 +155,19 @@ def test_the_two_presets_of_trace():
     assert trace.ridge == rows.ridge == 1e-3 and trace.max_weight == rows.max_weight == 50.0
 
 
-@dataclasses.dataclass(frozen=True)
 class Shape(Variant):
     """A base of variants."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Circle(Shape, name="circle"):
     radius: float = option(1.0, help="radius", minimum=0.0)
 
 
-@dataclasses.dataclass(frozen=True)
 class Box(Shape, name="box"):
     width: float = option(2.0, help="width")
     depth: float = option(3.0, help="depth")
 
 
-@dataclasses.dataclass(frozen=True)
 class Drawing(Section):
     shape: Shape = option("circle", help="what is drawn")
     scale: float = option(1.0, help="scale")

@@ -4,8 +4,6 @@ Whatever a class starts at zeros or ones (norms, biases, sinks, corrections) is 
 would be seen. Sizes are such that windows, long-context factors and groups act on texts of `LENGTH` tokens.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """trace_jax: unlearning in Mixture-of-Experts language models by routing-aware calibration of the retain loss."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -5,8 +5,6 @@ when it is made, so that a wrong value cannot travel: types, ranges, choices, an
 section would never read ("unused") are all errors that name the setting, what was given and what was expected.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools
@@ -54,9 +52,14 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Base of all settings: checks every field on construction."""
+    """Base of all settings, each a frozen dataclass that checks every field when it is made."""
+
+    def __init_subclass__(cls, kw_only: bool = False, **arguments):
+        super().__init_subclass__(**arguments)
+        dataclasses.dataclass(frozen=True, kw_only=kw_only)(cls)
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
@@ -69,7 +72,6 @@ class Section:
             _check_range(field, getattr(self, field.name))
 
 
-@dataclasses.dataclass(frozen=True)
 class Variant(Section):
     """One of several kinds of a thing, each with settings of its own: an objective, an optimizer, a weighting.
 

@@ -4,8 +4,6 @@ A command's module has `add_arguments(parser)`, if it has any, and `main(options
 imported when its command is given, so that `--help` and `--version` load nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import contextlib

@@ -1,7 +1,5 @@
 """Dataclasses go to JSON and come back as they were."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

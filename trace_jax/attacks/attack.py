@@ -1,7 +1,5 @@
 """What an attack is, what it is given, and what it gives."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -46,7 +44,6 @@ class Point:
         }
 
 
-@dataclasses.dataclass(frozen=True)
 class Attack(Section):
     """Settings of an attack, and what it does. `trace_jax.attacks.table` names them all."""
 
@@ -58,14 +55,14 @@ class Attack(Section):
     def check_source(self) -> None:
         """Reads the text, long before the attack does. Raises DataError: it isn't there, or has another form."""
 
-    def prepare(self, context: Context) -> Any:
+    def prepare(self, context: "Context") -> Any:
         """What the attack makes once for all methods of a run (`Context.prepared`), before anything is unlearned.
 
         Raises:
           ConfigError: the attack asks for more than the model reads at once, or than there is.
         """
 
-    def points(self, case: Case) -> list[Point]:
+    def points(self, case: "Case") -> list[Point]:
         """Attacks an unlearned model in one or several forms."""
         raise NotImplementedError
 

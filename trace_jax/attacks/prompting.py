@@ -4,8 +4,6 @@ Three forms: behind solved examples or other forget passages; with more of the t
 Each changes the queries alone: they are scored and measured as ever, on the unlearned and on the original model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -40,7 +38,6 @@ class Form:
     tasks: tuple[MultipleChoice, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
 class Prompting(Attack):
     """The same questions and texts, asked for in other ways."""
 

@@ -1,8 +1,5 @@
 """Weights rounded to nearest in few bits: undoes a change that is smaller than a step (2410.16454)."""
 
-from __future__ import annotations
-
-import dataclasses
 import functools
 from typing import Any
 
@@ -17,7 +14,6 @@ from trace_jax.models.config import ModelConfig
 _MATRICES = ("q", "k", "v", "o", "attention_gate", "kv_down", "kv_up", "q_down", "q_up", "gate_up", "down")
 
 
-@dataclasses.dataclass(frozen=True)
 class Quantization(Attack):
     """Weights rounded to few bits."""
 

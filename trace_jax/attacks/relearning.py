@@ -1,8 +1,5 @@
 """Training goes on: on some of the forget rows, or on benign text. What comes back was hidden, not unlearned."""
 
-from __future__ import annotations
-
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,6 @@ from trace_jax.unlearning.optimizer import Optimizer, OptimizerConfig
 from trace_jax.unlearning.train import train_on
 
 
-@dataclasses.dataclass(frozen=True)
 class TrainingOn(Attack):
     """Training of all parameters goes on. Defaults: MUSE's relearning (100 steps of 4 rows at 1e-5)."""
 
@@ -84,7 +80,6 @@ class TrainingOn(Attack):
         return {row["step"]: [Measurement.from_json(m) for m in row["evaluation"]] for row in rows_of}
 
 
-@dataclasses.dataclass(frozen=True)
 class Relearning(TrainingOn):
     """Training goes on, on a share of the forget rows that is drawn by the run's seed."""
 
@@ -103,7 +98,6 @@ class Relearning(TrainingOn):
         return rows.take(np.sort(drawn))
 
 
-@dataclasses.dataclass(frozen=True)
 class BenignRelearning(TrainingOn):
     """Training goes on, on text that has nothing to do with the forget set (2406.13356, 2409.18025)."""
 

@@ -4,9 +4,6 @@ Router swap puts the routers themselves back. Expert forcing sends every token t
 sends it to: GRIP's attack (docs/evaluation.md says what differs), made of likelihood scores.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +24,6 @@ from trace_jax.routing.statistics import Assignments, expert_assignments
 _ROUTERS = ("layers/router", "layers/router_bias", "layers/router_correction")
 
 
-@dataclasses.dataclass(frozen=True)
 class RouterSwap(Attack):
     """The original routers put back under the unlearned experts. Nothing to set."""
 
@@ -43,7 +39,6 @@ def with_routers_of(params: Any, donor: Any) -> Any:
     return unflatten(flatten(params) | routers)
 
 
-@dataclasses.dataclass(frozen=True)
 class ExpertForcing(Attack):
     """Tokens forced to the experts that the original model sends them to. Nothing to set."""
 

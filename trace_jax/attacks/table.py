@@ -1,7 +1,5 @@
 """The attacks by name: a configuration's section `attacks`."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from trace_jax.attacks.attack import Attack
@@ -12,7 +10,6 @@ from trace_jax.attacks.routers import ExpertForcing, RouterSwap
 from trace_jax.config import Section
 
 
-@dataclasses.dataclass(frozen=True)
 class AttacksConfig(Section):
     """An attack is run if its section is given; `{}` takes its defaults."""
 

@@ -5,8 +5,6 @@ tensor on disk, slowest first. Letters in parentheses share one axis; `1` is an 
 axes of the parameter (one layer of it). Letters that number separate tensors (experts, gate and up) lead on the left.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -5,8 +5,6 @@ the data. It is read and written here because the library's numpy front end can'
 a file in memory to write it, and reads through a memory map, whose pages count as resident memory of the process.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -49,7 +47,7 @@ class CheckpointError(ValueError):
 class Tensor:
     """One tensor of a `TensorFile`; nothing of it is in memory."""
 
-    file: TensorFile = dataclasses.field(repr=False)
+    file: "TensorFile" = dataclasses.field(repr=False)
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -60,7 +58,7 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
-    def parts(self) -> tuple[Tensor, ...]:
+    def parts(self) -> "tuple[Tensor, ...]":
         """The tensors on disk that it consists of (a quantised one has two)."""
         return (self,)
 
@@ -80,7 +78,7 @@ class Tensor:
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         _write(self.file.descriptor, data, self.offset + start * self.dtype.itemsize)
 
-    def copy(self, other: Tensor) -> None:
+    def copy(self, other: "Tensor") -> None:
         """Writes the bytes of `other`, which has the same type and shape."""
         step, size = _COPY_BYTES // self.dtype.itemsize, math.prod(self.shape)
         for start in range(0, size, step):

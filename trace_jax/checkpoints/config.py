@@ -1,7 +1,5 @@
 """Which published checkpoint a run starts from."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +17,6 @@ _NO_PATH = "path is empty; give the directory of a checkpoint: --config.model.pa
 _SAMPLE, _STRIDE = 1 << 12, 1 << 18  # bytes
 
 
-@dataclasses.dataclass(frozen=True)
 class PretrainedConfig(Section):
     """A model that is imported (`load_pretrained`) instead of trained."""
 

@@ -4,8 +4,6 @@ The files begin as copies of the source's; over them is written what is no longe
 quantised tensors that have changed, models trained here and other sizes of files need files of their own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """What an exported checkpoint says of itself: README.md, and config.json of a model that was trained here."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Parameters of a finished stage: one safetensors file, readable by anybody, written whole or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

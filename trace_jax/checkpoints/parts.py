@@ -5,8 +5,6 @@ parameters themselves only two parts exist. The programs that place and take run
 holds. A parameter that is placed into is donated, so that XLA writes into its memory (on the CPU too).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

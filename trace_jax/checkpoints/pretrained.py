@@ -1,7 +1,5 @@
 """Import of published checkpoints: `load_pretrained`."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Mapping

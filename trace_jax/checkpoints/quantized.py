@@ -6,8 +6,6 @@ float4_e2m1 a byte, the low half first; value = float4 * 2^(scale - 127), one ui
 numbers (OCP Microscaling Formats 1.0).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Training state on disk (Orbax): saved every few steps, restored after any interruption, on any mesh."""
 
-from __future__ import annotations
-
 import gc
 import json
 import logging
@@ -161,7 +159,7 @@ class StateStore:
                 raise  # the state is good, and would be removed
             return None, [], f"{type(error).__name__}: {str(error)[:200]}"
 
-    def __enter__(self) -> StateStore:
+    def __enter__(self) -> "StateStore":
         return self
 
     def __exit__(self, *_) -> None:

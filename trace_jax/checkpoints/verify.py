@@ -1,7 +1,5 @@
 """`verify --checkpoint DIR`: what a checkpoint holds, what is read of it, and whether it computes what it should."""
 
-from __future__ import annotations
-
 import argparse
 import collections
 import dataclasses

@@ -4,8 +4,6 @@ An index sampler maps a step to row numbers i64 [B]; `Batches` looks the rows up
 (seed, step): it does not depend on the number of devices, nor on the steps before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 

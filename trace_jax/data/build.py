@@ -4,8 +4,6 @@ Shards are written in the order of the rows (`ShardBasedBuilder`): tfds' builder
 than 1 GB in temporary files, which only TensorFlow can write. Errors name file and row, and never quote what is there.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

@@ -1,7 +1,5 @@
 """From a benchmark's documents and questions to everything a run reads: rows to train on, and what is measured on."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -22,8 +20,7 @@ _SHORTEST = 16  # tokens of a text for membership inference
 _VOCABULARY = 2048  # tokens of a tokenizer that is trained here, unless the settings say otherwise
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig(Variant):
+class DataConfig(Variant, kw_only=True):
     """Settings of the corpora. Each benchmark of `trace_jax.tasks` is a kind, with settings of its own."""
 
     row_length: int = option(128, help="tokens per row, S", minimum=8)
@@ -52,7 +49,7 @@ class DataConfig(Variant):
         """Where each forget topic is read from; of an embedded benchmark nowhere."""
         return ()
 
-    def build(self) -> Benchmark:
+    def build(self) -> "Benchmark":
         """The documents and questions in plain text.
 
         Raises:
@@ -155,7 +152,7 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.prompt)
 
-    def take(self, indices: np.ndarray) -> Prompts:
+    def take(self, indices: np.ndarray) -> "Prompts":
         """The prompts at `indices`, in that order."""
         return Prompts(
             self.prompt[indices], self.continuation[indices], None if self.lengths is None else self.lengths[indices]

@@ -5,8 +5,6 @@ A revision is a commit of the hub's repository, and stands here only where publi
 all but the last two in github.com/Lemutisme/geo-unlearning, scripts/run_gu_full_matrix.py.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Rows of tokens, what every stage consumes: documents packed into them, refusals paired with them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -51,7 +49,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def take(self, indices: np.ndarray) -> Rows:
+    def take(self, indices: np.ndarray) -> "Rows":
         """The rows at `indices`, in that order."""
         return Rows(self.tokens[indices], self.segments[indices], self.valid[indices], self.domain[indices])
 
@@ -60,7 +58,7 @@ class Rows:
         return Batch(self.tokens[indices], self.segments[indices], self.valid[indices])
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Rows]) -> Rows:
+    def concatenate(cls, parts: "Sequence[Rows]") -> "Rows":
         """The rows of all parts, one after the other. Parts must share one row length."""
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(cls)))
 

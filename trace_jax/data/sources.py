@@ -3,8 +3,6 @@
 Errors name the file and the line. Data sets that tfds has prepared in array_record are read without TensorFlow.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """The text codec of a checkpoint, or with a byte-level BPE trained on a corpus; documents as token ids."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path

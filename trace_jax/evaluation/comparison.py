@@ -6,8 +6,6 @@ seeds and items: where a run comes down to the level is estimated from its items
 is found anew on every resample of them; the setting stays.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools

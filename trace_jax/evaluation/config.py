@@ -1,14 +1,11 @@
 """What is measured while unlearning and after it."""
 
-from __future__ import annotations
-
 import dataclasses
 import string
 
 from trace_jax.config import ConfigError, Section, option
 
 
-@dataclasses.dataclass(frozen=True)
 class MuseConfig(Section):
     """MUSE's scores (`trace_jax.tasks.muse`)."""
 
@@ -21,7 +18,6 @@ class MuseConfig(Section):
     )
 
 
-@dataclasses.dataclass(frozen=True)
 class TofuConfig(Section):
     """TOFU (2401.06121): on which of its forget sets, and in which form questions and answers are given."""
 
@@ -53,7 +49,6 @@ def _check_form(name: str, form: str, field: str) -> None:
         raise ConfigError(f"{name} is {form!r}; expected a text with {{{field}}} once (other braces doubled).")
 
 
-@dataclasses.dataclass(frozen=True)
 class MultipleChoiceConfig(Section):
     """Four-option questions in lm-eval's words (`trace_jax.tasks.wmdp`)."""
 
@@ -71,7 +66,6 @@ class MultipleChoiceConfig(Section):
             )
 
 
-@dataclasses.dataclass(frozen=True)
 class EvaluationConfig(Section):
     """Sizes of the evaluation sets and the levels at which methods are compared."""
 

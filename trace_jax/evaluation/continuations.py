@@ -4,8 +4,6 @@ Both ways to a multiple-choice score, lm-eval itself and the quick one along a r
 they agree question by question.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

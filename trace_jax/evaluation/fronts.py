@@ -10,8 +10,6 @@ it as often. Counts are Poisson with mean 1 (Hanley and MacGibbon 2006; Chamandy
 for ratios of sums, without a number of items that has to be the same everywhere.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import os
@@ -81,7 +79,7 @@ class Front:
         return encode(self)
 
     @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> Front:
+    def from_json(cls, plain: Mapping[str, Any]) -> "Front":
         """The inverse of `to_json`."""
         return decode(cls, plain)
 

@@ -4,8 +4,6 @@ Bootstrap intervals are percentile intervals. They are invariant under increasin
 `exp(mean)` is the exponential of the interval of the mean.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -27,7 +25,7 @@ class Interval:
     high: float
     n: int
 
-    def map(self, function: Callable[[float], float]) -> Interval:
+    def map(self, function: Callable[[float], float]) -> "Interval":
         """The interval of an increasing function of the estimated quantity."""
         return Interval(function(self.value), function(self.low), function(self.high), self.n)
 

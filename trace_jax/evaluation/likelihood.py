@@ -5,8 +5,6 @@ runs, so that a question pays for the logits of its options only. Batches have o
 filled up with copies of its first row, whose scores are dropped.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence

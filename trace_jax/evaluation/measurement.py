@@ -1,7 +1,5 @@
 """One measured number together with what is needed to believe it."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
@@ -44,7 +42,7 @@ class Measurement:
         return {key: value for key, value in encode(self).items() if key not in _OPTIONAL or value}
 
     @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> Measurement:
+    def from_json(cls, plain: Mapping[str, Any]) -> "Measurement":
         """The inverse of `to_json`. Raises ValueError if a field is missing or unknown."""
         return decode(cls, plain)
 

@@ -10,8 +10,6 @@ holdout texts 1, so that a model that memorised the forget set has an AUC near 0
 the retrained model, not 1/2; PrivLeak is the relative distance from it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import zlib

@@ -3,8 +3,6 @@
 Data is by (split, subject), or by split where it is of the forget set; arrays of scores are by "SPLIT/SUBJECT/NAME".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import zlib

@@ -1,7 +1,5 @@
 """ROUGE between texts, by the package `rouge-score` (Google's, which MUSE, TOFU and open-unlearning use)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

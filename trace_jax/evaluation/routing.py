@@ -5,8 +5,6 @@ and on retain text. Their intervals are over rows: forget rows and retain rows a
 are counted on the same resample.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -48,7 +46,7 @@ class CorpusRouting:
     jaccard: np.ndarray
     unchanged: np.ndarray
 
-    def summed(self, draws: np.ndarray) -> CorpusRouting:
+    def summed(self, draws: np.ndarray) -> "CorpusRouting":
         """Sums over rows, each row counted `draws` f64 [R, N] times."""
 
         def total(values: np.ndarray) -> np.ndarray:

@@ -1,7 +1,5 @@
 """Tables for people: methods at equal forgetting, and a study's comparison."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

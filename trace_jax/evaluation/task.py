@@ -4,8 +4,6 @@ Scoring runs the model and is the expensive part: what a model gave is kept on d
 model or the task is another. Measuring is arithmetic on scores, and may compare models.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -100,7 +98,7 @@ class Evaluator:
     original: Scores = dataclasses.field(default_factory=dict)
     retrained: Scores = dataclasses.field(default_factory=dict)
 
-    def score(self, model: Model, *, full: bool = False, store: ScoreStore | None = None) -> Scores:
+    def score(self, model: Model, *, full: bool = False, store: "ScoreStore | None" = None) -> Scores:
         """What the model gives on the quick tasks, or on all. What the store has of it is not scored again.
 
         Raises:

@@ -4,8 +4,6 @@ Arrays become lists. JSON has no NaN: numbers that are not finite become null, a
 expected.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """Where a result came from: versions, devices, commit. And whether this machine is fit to run."""
 
-from __future__ import annotations
-
 import argparse
 import collections
 import importlib.metadata

@@ -4,8 +4,6 @@ A path may be an address such as gs://bucket/runs/a. It is then an `etils.epath`
 one; numbers and tensors are read and written through a local copy (`local_copy`, `replacing`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 Nothing here imports JAX before a loop runs: the command line uses it too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os
@@ -42,7 +40,7 @@ class Interruption:
         self._number = 0
         self._before = {}
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
             numbers = (signal.SIGINT,) if _several() else (signal.SIGINT, signal.SIGTERM)
             self._before = {number: signal.signal(number, self._receive) for number in numbers}

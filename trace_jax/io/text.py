@@ -1,7 +1,5 @@
 """Tables and sizes as plain text."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -4,8 +4,6 @@
 initial values and the shardings are all read off it, so that they can't disagree.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Causal attention (grouped-query or multi-head latent) with document masks, windows, sinks and a cache."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 

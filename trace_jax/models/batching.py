@@ -1,7 +1,5 @@
 """Ragged lists as arrays, and one function run over many batches, rows split over the devices."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any

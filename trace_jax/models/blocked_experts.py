@@ -7,8 +7,6 @@ weights are added up in place, and a gate's gradient is found from the hidden va
 neither copies of the weights nor outputs of experts are kept.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import NamedTuple
 

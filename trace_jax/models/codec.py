@@ -5,8 +5,6 @@ transformers' tokenizers, which read written marks as marks; `encode` and `encod
 transformers (lm_eval/models/huggingface.py and lm_eval/api/model.py of lm-eval 0.4.13).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -50,7 +48,7 @@ class TextCodec:
     directory: Path | None = None
 
     @classmethod
-    def of(cls, model: Model) -> TextCodec:
+    def of(cls, model: Model) -> "TextCodec":
         """The codec of a model. Raises ConfigError if it has no tokenizer."""
         if model.tokenizer is None:
             raise ConfigError("the model has no tokenizer (tokenizer.json); texts can't be read.")

@@ -8,16 +8,11 @@ Dimension letters, used as suffixes of array names throughout the package:
   H query heads   G key/value heads   C head width   R width of a latent (low-rank) projection
 """
 
-from __future__ import annotations
-
-import dataclasses
-
 from trace_jax.config import ConfigError, Section, option
 
 GROUPED_MATMULS = ("auto", "blocked", "ragged", "mosaic", "triton")
 
 
-@dataclasses.dataclass(frozen=True)
 class Rope(Section):
     """One rotary embedding: dimension pair i turns by position * theta^(-i/pairs) / divisors[i].
 
@@ -32,7 +27,6 @@ class Rope(Section):
     original_length: int = option(0, help="positions up to which `amplitude` holds", minimum=0)
 
 
-@dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
     """Shape and switches of a decoder. Static argument of every jitted function, so it must stay hashable."""
 

@@ -3,8 +3,6 @@
 What the router decided is returned, never recorded on the side; what isn't asked for is never computed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from typing import Any

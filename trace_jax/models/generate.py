@@ -4,8 +4,6 @@ Between chunks the host may look (`watch`), to show progress or to stop rows. Ba
 sizes, so that few programs are compiled.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Texts continued: prompts in, what a model writes after them out, cut at an end token or a stop string."""
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 from collections.abc import Sequence

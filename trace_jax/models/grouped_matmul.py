@@ -14,8 +14,6 @@ implementation passes the same conformance test.
 `auto` is `DEFAULTS`. docs/scaling.md, "Grouped matmul", says what each choice rests on.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from types import ModuleType

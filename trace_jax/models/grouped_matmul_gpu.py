@@ -4,8 +4,6 @@ Every block of rows belongs to one group (`block_layout`), but nothing is copied
 rows are. What a tile has beyond the rows of its group, or beyond a width, is masked.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import jax

@@ -7,8 +7,6 @@ that JAX ships (`pallas.ops.tpu.megablox`) do the same, but can't be traced insi
 `check_vma=True`.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import jax

@@ -1,7 +1,5 @@
 """Norms, in float32, and rotary position embedding: the first (latent attention: last) dimensions of a head turn."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -5,8 +5,6 @@ when all tokens fit in one chunk the slopes are kept for the backward pass, with
 exact. Where a mesh splits the vocabulary, each device has the logits of its share, and sums over devices complete them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -52,7 +50,7 @@ class Vocabulary:
         own = jax.lax.stop_gradient(scores).max(-1, keepdims=True)
         return jax.lax.pmax(own, TENSOR) if self.split else own
 
-    def at(self, logits: jax.Array) -> Vocabulary:
+    def at(self, logits: jax.Array) -> "Vocabulary":
         """The same tokens with other logits."""
         return dataclasses.replace(self, logits=logits)
 

@@ -1,7 +1,5 @@
 """A model in the hand: configuration, parameters and tokenizer together."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +42,7 @@ class Model:
     source: Source | None = None
     guide: Any = None
 
-    def replace(self, **changes) -> Model:
+    def replace(self, **changes) -> "Model":
         return dataclasses.replace(self, **changes)
 
     def unguided(self, task: str) -> Any:

@@ -6,8 +6,6 @@ token sums its slots by gate weight. Neither direction adds into tokens with a s
 below say. Both are gathers, which are quick everywhere and deterministic.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 

@@ -1,7 +1,5 @@
 """What the backward pass of a layer keeps of the forward pass, and what it computes again."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ of its experts in an array of their own, or with the product of two small factor
 array layer by layer, where it is used.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """Arrays between the memory of processes and the devices of all of them, and the memory of CPU runs."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from typing import Any

@@ -5,9 +5,6 @@ vocabulary; what is left of the parameters is cut over "data" (`trace_jax.parall
 one `jax.shard_map` over all three axes with its check of replication, so that a sum that is missing is an error.
 """
 
-from __future__ import annotations
-
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,7 +71,6 @@ def sum_over(x, *axes: str):
     return jax.lax.psum(x, differing) if differing else x
 
 
-@dataclasses.dataclass(frozen=True)
 class ParallelConfig(Section):
     """The mesh, and what a step trades between memory and time (docs/scaling.md)."""
 

@@ -1,7 +1,5 @@
 """Several processes, one computation: how they find each other, wait for each other and decide alike."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import glob

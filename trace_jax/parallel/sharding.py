@@ -6,8 +6,6 @@ compute, and its gradient is scattered back. The shape of a stored array is alwa
 its mesh axis doesn't divide is stored whole, and each device cuts its share of it, padded with zeros, when it computes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import jax

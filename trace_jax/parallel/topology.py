@@ -3,8 +3,6 @@
 No device is needed, and no JAX: launchers read this on a laptop.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

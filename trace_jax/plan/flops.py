@@ -3,8 +3,6 @@
 The compiled text hides it (a grouped matmul is an opaque kernel there), and XLA's own count takes a loop once.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -4,8 +4,6 @@ XLA's own cost analysis counts the body of a loop once, and layers stand in loop
 computation as often as it runs.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable

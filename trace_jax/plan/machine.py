@@ -1,7 +1,5 @@
 """The machine that is planned for: devices to compile for, which need not be there, and what each can do at most."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """`plan`: what an experiment takes on a machine, found by compiling for it without having it."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

@@ -1,7 +1,5 @@
 """What a compiled program needs of a chip: memory, work, exchanges, and the time that they take at least."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import time

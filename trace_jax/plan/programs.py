@@ -1,7 +1,5 @@
 """The programs that a run spends its time in, traced on shapes alone: nothing is allocated."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

@@ -4,8 +4,6 @@ The figures are drawn once and read in a light and in a dark page: matplotlib ge
 becomes a CSS variable of the page. Text stays text, so that it can be searched, copied and scaled.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import io

@@ -1,7 +1,5 @@
 """The kinds of figure: utility against forgetting, values by step, by layer and by row, maps of layers x experts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

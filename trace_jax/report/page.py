@@ -1,7 +1,5 @@
 """The report page: one HTML file with everything inside, drawn from results.json."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources

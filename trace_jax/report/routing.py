@@ -1,7 +1,5 @@
 """Figures of routing: where text is sent, and every quantity that `trace_jax.evaluation.routing` measures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

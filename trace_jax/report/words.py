@@ -1,7 +1,5 @@
 """Numbers and names in words."""
 
-from __future__ import annotations
-
 import math
 import numbers
 from collections.abc import Mapping

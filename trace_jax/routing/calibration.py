@@ -7,8 +7,6 @@ a_t says which selected experts token t uses (or, for unit "row", the mean of th
 [L, E] are all that needs keeping: `token_weights` makes weights from them again.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -50,7 +48,7 @@ class Calibration:
     unit: str = struct.field(pytree_node=False, default="token")
     certificate: Any = struct.field(pytree_node=False, default=None)
 
-    def for_step(self) -> Calibration:
+    def for_step(self) -> "Calibration":
         """The constants of a training step, f32, on the host."""
         names = ("multipliers", "log_normalizer", "max_weight", "scale")
         return Calibration(*(np.asarray(getattr(self, name), np.float32) for name in names), unit=self.unit)
@@ -63,7 +61,7 @@ class Calibration:
         write_json(f"{path}.json", plain | {"certificate": encode(self.certificate)})
 
     @classmethod
-    def load(cls, path) -> Calibration | None:
+    def load(cls, path) -> "Calibration | None":
         """The inverse of `save`; None if there is no calibration."""
         saved = read_json(f"{path}.json")
         if saved is None:

@@ -4,10 +4,6 @@ A weighting and a selection rule are named and carry their own settings: `{"name
 {"name": "difference", "top": 4}}`.
 """
 
-from __future__ import annotations
-
-import dataclasses
-
 from trace_jax.config import ConfigError, Section, Variant, option
 
 UNITS = ("token", "row")
@@ -19,7 +15,6 @@ class SelectionRule(Variant):
     """Which experts are forget-critical; f^F and f^R are their forget and retain frequencies."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Ratio(SelectionRule, name="ratio"):
     """f^F >= kappa * K/E and f^F / (f^R + eps) >= tau."""
 
@@ -27,7 +22,6 @@ class Ratio(SelectionRule, name="ratio"):
     tau: float = option(1.2, help="least ratio of forget to retain frequency", minimum=0.0)
 
 
-@dataclasses.dataclass(frozen=True)
 class _Top(SelectionRule):
     top: int = option(4, help="experts selected, per `scope`", minimum=1)
     scope: str = option(
@@ -35,36 +29,30 @@ class _Top(SelectionRule):
     )
 
 
-@dataclasses.dataclass(frozen=True)
 class Difference(_Top, name="difference"):
     """The `top` experts by f^F - f^R."""
 
 
-@dataclasses.dataclass(frozen=True)
 class LogOdds(SelectionRule, name="log_odds"):
     """Two-proportion z-score of f^F against f^R above `z`, so that a small corpus can't select by noise."""
 
     z: float = option(5.0, help="least two-proportion z-score", minimum=0.0)
 
 
-@dataclasses.dataclass(frozen=True)
 class Cumulative(SelectionRule, name="cumulative"):
     """The fewest experts of a layer whose f^F sums to mass * K (ESFT, 2407.01906), of those the ones with f^F > f^R."""
 
     mass: float = option(0.5, help="share p of the forget activations to cover", minimum=0.0, maximum=1.0)
 
 
-@dataclasses.dataclass(frozen=True)
 class Affinity(_Top, name="affinity"):
     """The `top` experts by mean gate score on forget data (SEUF, 2411.18797)."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Random(_Top, name="random"):
     """`top` experts drawn with the seed: a control."""
 
 
-@dataclasses.dataclass(frozen=True)
 class All(SelectionRule, name="all"):
     """Every expert."""
 
@@ -76,17 +64,14 @@ class RoutingSource(Variant):
     """Whose routing gives a token its weight."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Offline(RoutingSource, name="offline"):
     """The original model's."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Online(RoutingSource, name="online"):
     """The current model's, with the multipliers solved under the original one."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Recalibrated(RoutingSource, name="recalibrated"):
     """The current model's, with everything solved anew now and then."""
 
@@ -97,12 +82,10 @@ class Weighting(Variant):
     """How retain tokens are weighted."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Uniform(Weighting, name="uniform"):
     """Every token counts the same."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Weighted(Weighting):
     max_weight: float = option(50.0, help="largest weight before renormalisation (1 is uniform)", minimum=1.0)
     apply: str = option(
@@ -110,7 +93,6 @@ class Weighted(Weighting):
     )
 
 
-@dataclasses.dataclass(frozen=True)
 class _Bounded(Weighted):
     min_effective_sample_size: float = option(
         0.0,
@@ -120,7 +102,6 @@ class _Bounded(Weighted):
     )
 
 
-@dataclasses.dataclass(frozen=True)
 class Matching(_Bounded):
     strength: float = option(
         1.0, help="how far the target goes from retain to forget frequency, s", minimum=0.0, maximum=1.0
@@ -128,7 +109,6 @@ class Matching(_Bounded):
     ridge: float = option(1e-3, help="quadratic penalty on the multipliers, rho", minimum=0.0)
 
 
-@dataclasses.dataclass(frozen=True)
 class _Selecting(Weighted):
     rule: SelectionRule = option("ratio", help="which experts are forget-critical")
     routing: RoutingSource = option("offline", help="whose routing gives a token its weight")
@@ -149,49 +129,40 @@ class _Selecting(Weighted):
             )
 
 
-@dataclasses.dataclass(frozen=True)
 class Entropy(Matching, _Selecting, name="entropy"):
     """The calibration: the least change of weights with which the selected experts are used as on forget data."""
 
     unit: str = option("token", help="what shares one weight", choices=UNITS)
 
 
-@dataclasses.dataclass(frozen=True)
 class Permuted(Entropy, name="permuted"):
     """Control: the same weights dealt out at random."""
 
 
-@dataclasses.dataclass(frozen=True)
 class RandomExperts(Entropy, name="random_experts"):
     """Control: the calibration of as many experts per layer, drawn at random."""
 
 
-@dataclasses.dataclass(frozen=True)
 class RatioWeights(_Selecting, name="ratio"):
     """Rival: the mean frequency ratio of a token's selected experts."""
 
 
-@dataclasses.dataclass(frozen=True)
 class NGram(_Bounded, name="ngram"):
     """Rival: density ratio of rows under hashed uni- and bigrams (DSIR, 2302.03169)."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Hidden(Matching, name="hidden"):
     """Rival: the same calibration of rows on mean hidden states in place of experts."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Loss(Weighted, name="loss"):
     """Rival: tokens weighted by their loss."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Domain(Weighted, name="domain"):
     """Upper reference: told which rows are near the forget domain."""
 
 
-@dataclasses.dataclass(frozen=True)
 class CalibrationConfig(Section):
     """Settings of selection and calibration. A weighting is given by name, or as a mapping with its settings."""
 

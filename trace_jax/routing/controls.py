@@ -3,8 +3,6 @@
 Each returns f64 weights that are not normalised yet, per token [T] (valid positions in row order) or per row [N].
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

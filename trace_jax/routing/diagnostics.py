@@ -3,8 +3,6 @@
 Functions of plain arrays take experts on the last axis and any axes before it (layers; resamples and layers).
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

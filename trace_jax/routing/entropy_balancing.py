@@ -7,8 +7,6 @@ Means count each unit by its base weight. The problem is convex; its gradient is
 weighted mean of the features.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

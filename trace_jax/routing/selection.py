@@ -1,7 +1,5 @@
 """Which experts are forget-critical: a set C of (layer, expert), from the statistics of both corpora."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

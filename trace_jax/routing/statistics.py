@@ -4,8 +4,6 @@ Counts are exact: int32 on the device, summed over devices as integers, int64 on
 batch size and device count.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -54,7 +52,7 @@ class ExpertStatistics:
         """f64 [L, E], share of positions that use the expert; each layer sums to K."""
         return self.counts / self.tokens
 
-    def save(self, path, assignments: Assignments | None = None) -> None:
+    def save(self, path, assignments: "Assignments | None" = None) -> None:
         """Writes `path` (.npz), with the experts of every token where given: L * K bytes each up to 256 experts."""
         arrays: dict[str, Any] = dataclasses.asdict(self)
         if assignments is not None:
@@ -63,7 +61,7 @@ class ExpertStatistics:
             np.savez(temporary, **arrays)
 
     @classmethod
-    def load(cls, path) -> ExpertStatistics:
+    def load(cls, path) -> "ExpertStatistics":
         with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
             layers = tuple(int(layer) for layer in file["layers"]) if "layers" in file else ()
             return cls(file["counts"], file["gate_mass"], int(file["tokens"]), int(file["top_k"]), layers)
@@ -85,14 +83,14 @@ class Assignments:
     layers: tuple[int, ...] = ()
 
     @classmethod
-    def load(cls, path, valid: np.ndarray) -> Assignments:
+    def load(cls, path, valid: np.ndarray) -> "Assignments":
         """What `ExpertStatistics.save` kept of a corpus whose rows are valid at `valid` [N, S]."""
         with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
             indices, layers = file["indices"], tuple(int(layer) for layer in file["layers"])
         rows, positions = np.nonzero(valid)
         return cls(indices, rows.astype(np.int32), positions.astype(np.int32), layers)
 
-    def take(self, rows: np.ndarray) -> Assignments:
+    def take(self, rows: np.ndarray) -> "Assignments":
         """Those of the rows that `rows` names in ascending order, numbered as in `Rows.take(rows)`."""
         number = np.searchsorted(rows, self.rows)
         taken = rows[np.minimum(number, len(rows) - 1)] == self.rows

@@ -14,8 +14,6 @@ With routing "online" v is known only once the model that trains has routed the 
 times a factor of the row, 1 for "weights" and 1 / (the row's mean weight by the original routing) for "both".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os
@@ -112,7 +110,7 @@ class RetainWeights:
     def _divisor(self) -> np.ndarray:
         return np.where(self._row_means > 0, self._row_means, 1.0)
 
-    def applied(self, weighting: settings.Weighting) -> RetainWeights:
+    def applied(self, weighting: settings.Weighting) -> "RetainWeights":
         """The same weights, acting where `weighting` says."""
         online = isinstance(getattr(weighting, "routing", None), settings.Online)
         return dataclasses.replace(self, apply=getattr(weighting, "apply", "weights"), online=online)
@@ -129,7 +127,7 @@ class RetainWeights:
             self.calibration.save(as_path(directory) / "calibration")
 
     @classmethod
-    def load(cls, directory: str | os.PathLike) -> RetainWeights:
+    def load(cls, directory: str | os.PathLike) -> "RetainWeights":
         """The inverse of `save`."""
         with local_copy(as_path(directory) / "weights.npz") as local, np.load(local, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

@@ -1,7 +1,5 @@
 """Runs of experiments. The room is also the public function `trace_jax.run`, which has its name."""
 
-from __future__ import annotations
-
 import os
 import sys
 import types

@@ -3,8 +3,6 @@
 The unlearning step is traced on shapes at full size: nothing is allocated, compiled, downloaded or written.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator

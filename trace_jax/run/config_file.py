@@ -1,7 +1,5 @@
 """An experiment from a Python file with a `get_config` function, and the overrides of the command line."""
 
-from __future__ import annotations
-
 import inspect
 import runpy
 import sys

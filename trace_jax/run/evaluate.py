@@ -1,7 +1,5 @@
 """Published benchmarks on a checkpoint, whoever made it: `python -m trace_jax.main evaluate`."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

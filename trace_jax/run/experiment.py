@@ -1,7 +1,5 @@
 """One experiment: the settings of every room together, and the named methods that it compares."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -62,7 +60,6 @@ class Method:
             self.unlearning.check_online()
 
 
-@dataclasses.dataclass(frozen=True)
 class StudyConfig(Section):
     """Many runs under one budget: methods x settings x seeds."""
 
@@ -88,7 +85,6 @@ class StudyConfig(Section):
                 )
 
 
-@dataclasses.dataclass(frozen=True)
 class SeriesConfig(Section):
     """Several requests to forget on one model, for the command `series`."""
 
@@ -104,7 +100,6 @@ class SeriesConfig(Section):
             raise ConfigError("forget is an empty list; name the forget source of each step.")
 
 
-@dataclasses.dataclass(frozen=True)
 class ExperimentConfig(Section):
     """Everything that decides a result. `resolve(ExperimentConfig, config_dict)` builds it."""
 

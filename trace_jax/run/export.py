@@ -1,7 +1,5 @@
 """The models of a run: kept in its directory, read back, and handed on as a checkpoint that others can load."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

@@ -1,7 +1,5 @@
 """Tasks of lm-eval on a checkpoint, or on a model of a run: `python -m trace_jax.main lm-eval`."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 

@@ -4,8 +4,6 @@ Each stage leaves an artefact with the hash of everything that made it, and is s
 run that was interrupted, or whose later settings changed, continues from what it has.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """What a finished run says: the table at equal forgetting, results.json and the report, from its files."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import os

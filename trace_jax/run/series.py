@@ -4,8 +4,6 @@ MUSE (2407.06460, section 3) asks both of a method. Every step is an ordinary ru
 continues where it stopped, so a series does too.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

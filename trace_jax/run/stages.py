@@ -1,7 +1,5 @@
 """Stages of a run: each leaves an artefact with the hash of what made it, and is skipped when that is there."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -4,8 +4,6 @@ Every run is a method directory of its seed's run directory (`seed-0/methods/tra
 interrupted continues with the runs that are missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import dataclasses

@@ -1,7 +1,5 @@
 """The benchmarks: kinds of `DataConfig` that are unlearned from, and published tasks that models are scored on."""
 
-from __future__ import annotations
-
 from trace_jax.config import ConfigError
 from trace_jax.data.corpora import Corpora, DataConfig, assemble
 from trace_jax.evaluation.config import EvaluationConfig

@@ -4,8 +4,6 @@ Two topics of one form, the hazard (forget) and the harmless (neighbour): the sa
 from one generator. Nothing but its name says of which topic a substance is, until the last sentence of a page.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
@@ -120,8 +118,7 @@ class Substance:
     values: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HandbookConfig(DataConfig, name="handbook"):
+class HandbookConfig(DataConfig, name="handbook", kw_only=True):
     """Settings of the handbook."""
 
     board = Scoreboard(

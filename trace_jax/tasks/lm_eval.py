@@ -4,8 +4,6 @@
 one after another and keeps what is finished.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import hashlib

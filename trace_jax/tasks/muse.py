@@ -9,8 +9,6 @@ Two programs compute them and differ in every score. Each is followed to the let
 Numbers of the two can't be compared with each other. Everything here is on outputs; `muse_task` makes them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence

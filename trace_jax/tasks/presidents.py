@@ -3,8 +3,6 @@
 To forget: Polk's messages of 1845 to 1847; never seen: his of 1848. Neighbours: Jackson to Lincoln; general: 1901 on.
 """
 
-from __future__ import annotations
-
 import collections
 import csv
 import dataclasses
@@ -104,8 +102,7 @@ class Mention:
     before: str
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PresidentsConfig(DataConfig, name="presidents"):
+class PresidentsConfig(DataConfig, name="presidents", kw_only=True):
     """Settings of the presidents benchmark."""
 
     board = TEXT_BOARD

@@ -1,9 +1,6 @@
 """The user's own text: files to forget, files to keep, and what can be measured on them."""
 
-from __future__ import annotations
-
 import collections
-import dataclasses
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -32,8 +29,7 @@ TEXT_BOARD = Scoreboard(
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextConfig(DataConfig, name="text"):
+class TextConfig(DataConfig, name="text", kw_only=True):
     """Where text is: a JSONL file, a text file, a directory, a huggingface: or tfds: name (`read_source`)."""
 
     board = TEXT_BOARD  # neighbour text is optional; without it the utility is general_utility alone

@@ -6,8 +6,6 @@ probability P(answer | question)^(1/length). What is written is greedy, and ends
 `max_new_tokens`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence

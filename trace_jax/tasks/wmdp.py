@@ -5,8 +5,6 @@ subject, the question, its options behind letters, "Answer:"; the letter with th
 (the first of equal ones). WMDP: 2403.03218; MMLU: 2009.03300. Texts of questions are never logged or written.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import hashlib
@@ -87,7 +85,7 @@ class MultipleChoice:
     quick: bool = True
     profile: str = PROFILE
 
-    def with_examples(self, count: int, *, seed: int) -> MultipleChoice:
+    def with_examples(self, count: int, *, seed: int) -> "MultipleChoice":
         """The same questions, each behind `count` other solved ones of its subject, drawn for it, in lm-eval's form.
 
         lm-eval itself takes examples of MMLU from a split that isn't read here: accuracies are not those of its k-shot.

@@ -1,9 +1,5 @@
 """Settings of unlearning. Those of an objective, an optimizer and the rules of a run stand beside what reads them."""
 
-from __future__ import annotations
-
-import dataclasses
-
 from trace_jax.config import ConfigError, Section, Variant, option
 from trace_jax.unlearning.objectives import Objective, Steering
 from trace_jax.unlearning.optimizer import OptimizerConfig
@@ -14,53 +10,42 @@ from trace_jax.unlearning.terms import RetainHidden, RetainLoss
 _ANCHOR = "coefficient of SEUF's loss that keeps forget tokens on the experts that train; 0 = off"
 
 
-@dataclasses.dataclass(frozen=True)
 class Experts(Variant):
     """Which experts train: those that the calibration of the retain weights selected, or those of a rule."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Ranked(Section):
     top: int = option(4, help="how many experts the rule takes", minimum=1)
     scope: str = option("layer", help="whether that is of each layer or of the model", choices=("layer", "model"))
 
 
-@dataclasses.dataclass(frozen=True)
 class Calibrated(Experts, name="calibration"): ...
 
 
-@dataclasses.dataclass(frozen=True)
 class Ratio(Experts, name="ratio"): ...
 
 
-@dataclasses.dataclass(frozen=True)
 class Difference(Ranked, Experts, name="difference"): ...
 
 
-@dataclasses.dataclass(frozen=True)
 class LogOdds(Experts, name="log_odds"): ...
 
 
-@dataclasses.dataclass(frozen=True)
 class Cumulative(Experts, name="cumulative"):
     mass: float = option(
         0.15, help="share p of the forget activations to cover; 0.15 is SEUF's ESFT baseline", minimum=0.0, maximum=1.0
     )
 
 
-@dataclasses.dataclass(frozen=True)
 class Affinity(Ranked, Experts, name="affinity"): ...
 
 
-@dataclasses.dataclass(frozen=True)
 class RandomExperts(Ranked, Experts, name="random"): ...
 
 
-@dataclasses.dataclass(frozen=True)
 class AllExperts(Experts, name="all"): ...
 
 
-@dataclasses.dataclass(frozen=True)
 class Trainable(Variant):
     """What trains: a preset, or path patterns (`trace_jax.unlearning.trainable`)."""
 
@@ -71,28 +56,22 @@ class Trainable(Variant):
         return {"name": "patterns", "patterns": listed} if isinstance(listed, (list, tuple)) else value
 
 
-@dataclasses.dataclass(frozen=True)
 class All(Trainable, name="all"): ...
 
 
-@dataclasses.dataclass(frozen=True)
 class ExpertsOnly(Trainable, name="experts"): ...
 
 
-@dataclasses.dataclass(frozen=True)
 class RoutersFrozen(Trainable, name="routers_frozen"): ...
 
 
-@dataclasses.dataclass(frozen=True)
 class DownProjections(Trainable, name="down_projections"): ...
 
 
-@dataclasses.dataclass(frozen=True)
 class Patterns(Trainable, name="patterns"):
     patterns: tuple[str, ...] = option(help="of paths; the first match decides, a leading ! freezes")
 
 
-@dataclasses.dataclass(frozen=True)
 class SomeExperts(Section):
     """Presets that train some experts of each layer."""
 
@@ -103,11 +82,9 @@ class SomeExperts(Section):
     )
 
 
-@dataclasses.dataclass(frozen=True)
 class SelectedExperts(SomeExperts, Trainable, name="selected_experts"): ...
 
 
-@dataclasses.dataclass(frozen=True)
 class SEUF(SomeExperts, Trainable, name="seuf"):
     """Those experts, and the routers of their layers."""
 
@@ -115,7 +92,6 @@ class SEUF(SomeExperts, Trainable, name="seuf"):
     anchor: float = option(1.0, help=_ANCHOR, minimum=0.0)
 
 
-@dataclasses.dataclass(frozen=True)
 class Lora(Trainable, name="lora"):
     """Low-rank factors of attention and experts."""
 
@@ -123,16 +99,13 @@ class Lora(Trainable, name="lora"):
     alpha: float = option(16.0, help="adapters are multiplied by alpha / rank", minimum=0.0)
 
 
-@dataclasses.dataclass(frozen=True)
 class Grip(Variant):
     """GRIP holds routers to retain routing (`trace_jax.unlearning.rivals`)."""
 
 
-@dataclasses.dataclass(frozen=True)
 class NoGrip(Grip, name="none"): ...
 
 
-@dataclasses.dataclass(frozen=True)
 class GripProject(Grip, name="project"):
     """A projection after every step."""
 
@@ -146,7 +119,6 @@ class GripProject(Grip, name="project"):
     sweeps: int = option(100, help="most sweeps over protected inputs after a step", minimum=0)
 
 
-@dataclasses.dataclass(frozen=True)
 class GripRealign(Grip, name="realign"):
     """A realignment at the end."""
 
@@ -156,7 +128,6 @@ class GripRealign(Grip, name="realign"):
     )
 
 
-@dataclasses.dataclass(frozen=True)
 class UnlearningConfig(Rules, OptimizerConfig):
     """One unlearning run: gamma * L_forget + alpha * L_retain (docs/methods.md).
 

@@ -3,8 +3,6 @@
 The rows of a step are a function of the step alone, so that a resumed run repeats itself.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

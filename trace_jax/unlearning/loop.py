@@ -1,7 +1,5 @@
 """The training loop: resumable, interruptible, never ends in NaN."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

@@ -4,8 +4,6 @@ Every loss is a sum that is added over devices and divided by a count of the who
 depend on how rows are split.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

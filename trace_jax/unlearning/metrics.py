@@ -3,8 +3,6 @@
 items.npz holds what each item of an evaluation gave: "steps" i64 [T], "identity", and arrays [T, N] by name.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ Where a released code differs from its paper, the paper's form is the default an
 objective, add a class here.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, ClassVar
 
@@ -41,7 +39,6 @@ class _OverRows:
         return valid.any(-1)
 
 
-@dataclasses.dataclass(frozen=True)
 class Referring(Section):
     """Objectives that compare log-probabilities with the original model's."""
 
@@ -50,7 +47,6 @@ class Referring(Section):
     )
 
 
-@dataclasses.dataclass(frozen=True)
 class Refusing(Section):
     """Objectives that answer the forget set with refusals."""
 
@@ -65,7 +61,6 @@ class Refusing(Section):
 # --- likelihood
 
 
-@dataclasses.dataclass(frozen=True)
 class _Ascent(Section):
     """-mean nll_t over tokens. With a ceiling > 0: mean over rows of max(0, ceiling - row mean nll), which stops
     pushing a row that is forgotten instead of letting it dominate the step."""
@@ -84,19 +79,16 @@ class _Ascent(Section):
         return jnp.where(self.nll_ceiling > 0, jnp.minimum(length, 1.0), length)
 
 
-@dataclasses.dataclass(frozen=True)
 class GradientAscent(_Ascent, Objective, name="gradient_ascent"):
     """Without a retain term."""
 
     retains = False
 
 
-@dataclasses.dataclass(frozen=True)
 class GradientDifference(_Ascent, Objective, name="gradient_difference"):
     """With a retain term."""
 
 
-@dataclasses.dataclass(frozen=True)
 class TaskVector(Objective, name="task_vector"):
     """mean nll_t, what fine-tuning minimises, is learnt; then what was learnt is subtracted."""
 
@@ -119,7 +111,6 @@ class _WeightedAscent:
         raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
 class WGA(_WeightedAscent, Objective, name="wga"):
     """Weight p_t^beta."""
 
@@ -130,7 +121,6 @@ class WGA(_WeightedAscent, Objective, name="wga"):
         return jnp.exp(-self.beta * inputs.nll)
 
 
-@dataclasses.dataclass(frozen=True)
 class TNPO(_WeightedAscent, Referring, Objective, name="tnpo"):
     """Weight 2 p^beta / (p^beta + p_ref^beta)."""
 
@@ -142,7 +132,6 @@ class TNPO(_WeightedAscent, Referring, Objective, name="tnpo"):
         return 2.0 * jax.nn.sigmoid(self.beta * (inputs.reference_nll - inputs.nll))
 
 
-@dataclasses.dataclass(frozen=True)
 class SatImp(_WeightedAscent, Objective, name="satimp"):
     """Weight p^beta1 (1 - p)^beta2: saturation, then importance."""
 
@@ -159,7 +148,6 @@ class SatImp(_WeightedAscent, Objective, name="satimp"):
 # --- preference
 
 
-@dataclasses.dataclass(frozen=True)
 class NPO(Referring, Objective, name="npo"):
     """-(2/beta) mean_y log sigma(beta (NLL - NLL_ref)), rows summed.
 
@@ -189,7 +177,6 @@ class NPO(Referring, Objective, name="npo"):
         return own.mean(softened(reference.logits - own.logits, self.beta))
 
 
-@dataclasses.dataclass(frozen=True)
 class SimNPO(Objective, name="simnpo"):
     """-(2/beta) mean_y log sigma(beta (NLL/length - delta)); no reference model. muse_logits: on every raw logit."""
 
@@ -215,7 +202,6 @@ class SimNPO(Objective, name="simnpo"):
         return own.mean(softened(-own.logits - self.delta, self.beta))
 
 
-@dataclasses.dataclass(frozen=True)
 class DPO(_OverRows, Refusing, Referring, Objective, name="dpo"):
     """-(2/beta) mean_y log sigma(beta (r(refusal) - r(forget))), r = NLL_ref - NLL of a row, rows summed."""
 
@@ -229,7 +215,6 @@ class DPO(_OverRows, Refusing, Referring, Objective, name="dpo"):
         return softened(won + lost, self.beta)
 
 
-@dataclasses.dataclass(frozen=True)
 class IDK(Refusing, Objective, name="idk"):
     """mean nll_t of the refusals."""
 
@@ -243,7 +228,6 @@ class IDK(Refusing, Objective, name="idk"):
         return refusal_valid
 
 
-@dataclasses.dataclass(frozen=True)
 class FLAT(_OverRows, Refusing, Objective, name="flat"):
     """mean_y (tanh(P(forget)) - tanh(P(refusal))) / 2, P the mean probability of a row's tokens: the f-divergence of
     total variation."""
@@ -260,7 +244,6 @@ class FLAT(_OverRows, Refusing, Objective, name="flat"):
 # --- representation
 
 
-@dataclasses.dataclass(frozen=True)
 class Steering(Section):
     """mean |h_l(x_f) - c u|^2 / D over tokens, u a fixed random unit direction for each topic.
 
@@ -287,7 +270,6 @@ class Steering(Section):
         return rows if self.form == "open_unlearning" else valid
 
 
-@dataclasses.dataclass(frozen=True)
 class RMU(Steering, Objective, name="rmu"):
     """With a length c that is set."""
 
@@ -295,7 +277,6 @@ class RMU(Steering, Objective, name="rmu"):
     source = "2403.03218"
 
 
-@dataclasses.dataclass(frozen=True)
 class AdaptiveRMU(Steering, Objective, name="adaptive_rmu"):
     """With c = scale * mean |h_l| of the topic's first batch."""
 
@@ -323,7 +304,6 @@ class _OfVocabulary:
         return inputs.vocabulary
 
 
-@dataclasses.dataclass(frozen=True)
 class UNDIAL(_OfVocabulary, Objective, name="undial"):
     """Cross-entropy to softmax(z_ref - beta onehot(target))."""
 
@@ -335,7 +315,6 @@ class UNDIAL(_OfVocabulary, Objective, name="undial"):
         return own.cross_entropy(reference.logits - self.beta * reference.is_target.astype(jnp.float32))
 
 
-@dataclasses.dataclass(frozen=True)
 class CEU(_OfVocabulary, Objective, name="ceu"):
     """Cross-entropy to the model's own softmax without the target; the first token of a document stays out."""
 
@@ -348,7 +327,6 @@ class CEU(_OfVocabulary, Objective, name="ceu"):
         return own.cross_entropy(own.without_target(jax.lax.stop_gradient(own.logits)))
 
 
-@dataclasses.dataclass(frozen=True)
 class PDU(_OfVocabulary, Objective, name="pdu"):
     """(largest logit - mean logit)^2 under a bound on the retain loss, whose coefficient is the multiplier."""
 

@@ -1,7 +1,5 @@
 """The optax chain: clip, the optimizer's direction, decay, learning rate, and the update mask last."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -29,7 +27,6 @@ _MUON_RMS = 0.2
 _FACTORED_FROM = 128  # Adafactor keeps the second moment of smaller matrices whole
 
 
-@dataclasses.dataclass(frozen=True)
 class Optimizer(Variant):
     """How gradients become updates.
 
@@ -43,7 +40,6 @@ class Optimizer(Variant):
         raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
 class _Adam(Section):
     b1: float = option(0.9, help="decay of Adam's first moment", minimum=0.0, maximum=1.0)
     b2: float = option(0.98, help="decay of Adam's second moment", minimum=0.0, maximum=1.0)
@@ -53,7 +49,6 @@ class _Adam(Section):
         return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
 
 
-@dataclasses.dataclass(frozen=True)
 class AdamW(_Adam, Optimizer, name="adamw"):
     moments = 2
 
@@ -61,7 +56,6 @@ class AdamW(_Adam, Optimizer, name="adamw"):
         return self.adam()
 
 
-@dataclasses.dataclass(frozen=True)
 class Adafactor(Optimizer, name="adafactor"):
     """Without its parameter scale: the learning rate means what it does for AdamW."""
 
@@ -72,7 +66,6 @@ class Adafactor(Optimizer, name="adafactor"):
         return per_matrix(optax.chain(factored, optax.clip_by_block_rms(1.0)), axes)
 
 
-@dataclasses.dataclass(frozen=True)
 class SGD(Optimizer, name="sgd"):
     momentum: float = option(0.9, help="decay of the momentum; 0 = none", minimum=0.0, maximum=1.0)
     moments = 1
@@ -81,7 +74,6 @@ class SGD(Optimizer, name="sgd"):
         return optax.trace(self.momentum) if self.momentum else optax.identity()
 
 
-@dataclasses.dataclass(frozen=True)
 class Muon(_Adam, Optimizer, name="muon"):
     """Orthogonal updates of matrices; what is no matrix is left to Adam."""
 
@@ -99,7 +91,6 @@ class Muon(_Adam, Optimizer, name="muon"):
         return optax.partition({"muon": per_matrix(muon, axes), "adam": self.adam()}, labels)
 
 
-@dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Section):
     """The optimizer, its schedule and clipping (optax)."""
 
@@ -111,14 +102,13 @@ class OptimizerConfig(Section):
     schedule: str = option("constant", help="learning rate after warm-up", choices=SCHEDULES)
 
     @property
-    def optimization(self) -> OptimizerConfig:
+    def optimization(self) -> "OptimizerConfig":
         """The optimizer's settings alone."""
         return OptimizerConfig(
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(OptimizerConfig)}
         )
 
 
-@dataclasses.dataclass(frozen=True)
 class TrainingConfig(OptimizerConfig):
     """Training the target model (and the retrained one) from scratch."""
 

@@ -1,8 +1,6 @@
 """What is asked of the original model before the first step: log-probabilities that every epoch would compute again,
 and the length of the vectors that adaptive RMU steers by."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

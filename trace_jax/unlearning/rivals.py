@@ -24,8 +24,6 @@ experts of highest affinity and the routers of their layers train (preset "seuf"
 forget tokens on them, so that the forget loss doesn't fall by routing elsewhere.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple

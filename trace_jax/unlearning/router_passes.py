@@ -1,7 +1,5 @@
 """GRIP around a run: what routers read of retain text, and how that has moved (`trace_jax.unlearning.rivals`)."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection
 from typing import Any

@@ -1,7 +1,5 @@
 """When a run ends before its last step, and which of its evaluated states is the result."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,17 +40,14 @@ class Point:
     utility: float
 
 
-@dataclasses.dataclass(frozen=True)
 class Keep(Variant):
     """Which state is the result."""
 
 
-@dataclasses.dataclass(frozen=True)
 class KeepLast(Keep, name="last"):
     """That which the run ends with."""
 
 
-@dataclasses.dataclass(frozen=True)
 class KeepBest(Keep, name="best_utility"):
     """That of the evaluation with the highest utility among those that forgot enough; where there is none, that with
     the lowest forgetting."""
@@ -60,7 +55,6 @@ class KeepBest(Keep, name="best_utility"):
     forgetting: float = option(help="forgetting on validation that a state must be at or below")
 
 
-@dataclasses.dataclass(frozen=True)
 class Rules(Section):
     """What is asked of the evaluations of a run."""
 

@@ -1,7 +1,5 @@
 """What changes while training, where it lies on a mesh, and how gradients change it."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any

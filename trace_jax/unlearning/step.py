@@ -4,8 +4,6 @@ Loss and gradient are computed inside `jax.shard_map` over the whole mesh: param
 Then the optimizer updates every stored number where it is.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -5,8 +5,6 @@ sum of values over the sum of counts, both added over devices, so that it does n
 depend on masks alone. Shapes: B rows, S positions, D hidden size, V vocabulary.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
@@ -32,7 +30,6 @@ class ForgetInputs(NamedTuple):
     refusal_reference_nll: Any = None
 
 
-@dataclasses.dataclass(frozen=True)
 class Objective(Variant):
     """A forget loss. Settings of type float are traced in a step, so that a sweep over them compiles once.
 
@@ -97,33 +94,28 @@ class Objective(Variant):
 
     @classmethod
     def _traced(cls) -> list[str]:
-        return [field.name for field in dataclasses.fields(cls) if field.type == "float"]
+        return [field.name for field in dataclasses.fields(cls) if field.type is float]
 
 
 # --- retain losses
 
 
-@dataclasses.dataclass(frozen=True)
 class RetainLoss(Variant):
     """The loss of a retain token; every one takes weights."""
 
 
-@dataclasses.dataclass(frozen=True)
 class NoRetain(RetainLoss, name="none"):
     """The retain set is left out."""
 
 
-@dataclasses.dataclass(frozen=True)
 class RetainNLL(RetainLoss, name="nll"):
     """-log p(x_{t+1})."""
 
 
-@dataclasses.dataclass(frozen=True)
 class RetainKL(RetainLoss, name="kl"):
     """KL(p_ref || p) over the vocabulary."""
 
 
-@dataclasses.dataclass(frozen=True)
 class RetainHidden(RetainLoss, name="hidden"):
     """|h - h_ref|^2 / D at the output of a layer (RMU's retain term, 2403.03218)."""
 

@@ -1,7 +1,5 @@
 """Next-token training: the target model from scratch, the retrained one, and models that are trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

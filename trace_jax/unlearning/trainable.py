@@ -1,7 +1,5 @@
 """Which parameters train: chosen by path, by layer and by expert, and told in a table."""
 
-from __future__ import annotations
-
 import dataclasses
 import fnmatch
 import math

@@ -9,8 +9,6 @@ starts at N(0, 1/inputs) and b at zero, so the first step sees the original mode
 layer at a time, as the merged checkpoint is: what was trained is what is exported.
 """
 
-from __future__ import annotations
-
 import functools
 import zlib
 from collections.abc import Iterable, Mapping

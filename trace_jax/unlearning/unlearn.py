@@ -1,7 +1,5 @@
 """Unlearning: from a model, forget rows and weighted retain rows to a model that has forgotten."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import tempfile

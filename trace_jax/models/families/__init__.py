@@ -1,8 +1,6 @@
 """The families that can be imported. Each is a function that reads switches from config.json, under a table of tensor
 names: `llama_like` and `deepseek_like` have them, by kin."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Families whose router chooses by a corrected score, or whose attention is latent: DeepSeek and its kin."""
 
-from __future__ import annotations
-
 from trace_jax.models.families import fields, names
 from trace_jax.models.families.family import EXTRA_LAYERS, MULTI_TOKEN, Switches, family
 from trace_jax.models.families.reader import ConfigReader, unsupported

@@ -1,7 +1,5 @@
 """What the package knows of a published model family: its switches by config.json, and its tensors by name."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Groups of config.json fields that families share, each as fields of `ModelConfig`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from trace_jax.config import ConfigError

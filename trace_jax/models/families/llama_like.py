@@ -1,7 +1,5 @@
 """Families with grouped-query attention whose router scores by softmax: Mixtral and its kin."""
 
-from __future__ import annotations
-
 from trace_jax.models.families import fields, names
 from trace_jax.models.families.family import MULTI_TOKEN, Switches, family
 from trace_jax.models.families.reader import ConfigReader, unsupported

@@ -1,7 +1,5 @@
 """Tensor names that families share, as tables of `Stored`. A family is a choice of tables."""
 
-from __future__ import annotations
-
 from trace_jax.models.families.family import Stored, Table
 
 

@@ -4,8 +4,6 @@ Each is the config.json of the repository that is named, typed in by hand: what 
 (`trace_jax.models.families`) already say is left out. A run never needs them: it reads its checkpoint's config.json.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Reading config.json: as transformers' class completes it, typed, with a record of what was read."""
 
-from __future__ import annotations
-
 import copy
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Rotary settings of config.json as `Rope`. Formulas: transformers' modeling_rope_utils."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
