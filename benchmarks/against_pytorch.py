@@ -23,8 +23,8 @@ from trace_jax.data.rows import Batch
 from trace_jax.models.arrays import flatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
-from trace_jax.parallel.hosts import keep_freed_memory, place
-from trace_jax.parallel.mesh import PLAIN, make_mesh
+from trace_jax.parallel.mesh import PLAIN, make_mesh, place
+from trace_jax.parallel.processes import keep_freed_memory
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants

@@ -28,7 +28,7 @@ from trace_jax.data.rows import Batch
 from trace_jax.models.arrays import init_params
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
-from trace_jax.parallel.hosts import keep_freed_memory
+from trace_jax.parallel.processes import keep_freed_memory
 from trace_jax.routing.statistics import expert_statistics
 
 GOAL = 1.05

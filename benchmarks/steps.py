@@ -11,8 +11,7 @@ from trace_jax.data.rows import Batch
 from trace_jax.models.arrays import flatten, init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.sharding import placed_params
-from trace_jax.parallel.hosts import place
-from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig
+from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants

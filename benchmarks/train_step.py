@@ -22,7 +22,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.grouped_matmul import default_implementation, implementations, program_platform
 from trace_jax.models.loss import token_nll
-from trace_jax.parallel.hosts import keep_freed_memory
+from trace_jax.parallel.processes import keep_freed_memory
 
 # name: (model, batch rows, tokens a row)
 SHAPES = {

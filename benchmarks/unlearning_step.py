@@ -20,7 +20,7 @@ from trace_jax.io.files import write_json
 from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
-from trace_jax.parallel.hosts import keep_freed_memory
+from trace_jax.parallel.processes import keep_freed_memory
 from trace_jax.routing.weights import RetainWeights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.unlearn import unlearn

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from trace_jax.data.rows import chunks, pack_documents, rows_of_chunks
 from trace_jax.data.tokenizer import BOS, EOS, PAD
-from trace_jax.models.codec import Encoded
-from trace_jax.models.model import SpecialTokens
+from trace_jax.models.model import Encoded, SpecialTokens
 
 
 def documents_of(lengths, first_targets=None):

@@ -9,8 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import Document
 from trace_jax.data.tokenizer import BOS, EOS, PAD, encode_documents, train_tokenizer
-from trace_jax.models.codec import TextCodec, start_and_end
-from trace_jax.models.model import SpecialTokens
+from trace_jax.models.model import SpecialTokens, TextCodec, start_and_end
 
 TEXTS = [
     "The union of the states, and the state of the union.",

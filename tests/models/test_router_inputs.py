@@ -12,8 +12,7 @@ from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import on_mesh, placed_params
-from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh, place, to_host
 
 CONFIG = ModelConfig(
     vocab_size=31, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_size=4, num_experts=8,

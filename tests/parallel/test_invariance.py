@@ -13,8 +13,7 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.generate import generate
 from trace_jax.models.loss import token_kl, token_nll
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
-from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, make_mesh, place, to_host
 from trace_jax.unlearning import optimizer as optimizer_module
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows

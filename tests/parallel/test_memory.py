@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 PROGRAM = """
-from trace_jax.parallel.hosts import keep_freed_memory
+from trace_jax.parallel.processes import keep_freed_memory
 kept = keep_freed_memory()
 import resource, jax, jax.numpy as jnp
 step = jax.jit(lambda x: jnp.sum(jnp.sin(x) @ x))

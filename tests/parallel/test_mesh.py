@@ -11,8 +11,17 @@ from trace_jax.models.arrays import abstract_params, flatten, init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import param_specs
-from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import AXES, BATCH_AXES, as_varying, make_mesh, row_shards, sum_over, varying_axes
+from trace_jax.parallel.mesh import (
+    AXES,
+    BATCH_AXES,
+    as_varying,
+    make_mesh,
+    place,
+    row_shards,
+    sum_over,
+    to_host,
+    varying_axes,
+)
 from trace_jax.parallel.sharding import storage_spec
 
 GATE_UP = ("layers", "experts", "embed", "gate_up", "expert_hidden")

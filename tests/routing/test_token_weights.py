@@ -9,8 +9,7 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.config import ConfigError
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import on_mesh, placed_params
-from trace_jax.parallel.hosts import place
-from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh, place
 from trace_jax.routing.calibration import (
     calibrate,
     corpus_weights,

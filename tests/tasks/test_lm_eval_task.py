@@ -14,9 +14,8 @@ from trace_jax.evaluation.likelihood import score_questions
 from trace_jax.io.files import read_json, write_json
 from trace_jax.main import main
 from trace_jax.models.arrays import init_params
-from trace_jax.models.codec import TextCodec
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.model import Model, SpecialTokens
+from trace_jax.models.model import Model, SpecialTokens, TextCodec
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import save_trained
 from trace_jax.tasks.handbook import HandbookConfig

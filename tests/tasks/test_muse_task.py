@@ -17,8 +17,7 @@ from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import DataError
 from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.evaluation.config import EvaluationConfig, MuseConfig
-from trace_jax.models.codec import TextCodec
-from trace_jax.models.model import SpecialTokens
+from trace_jax.models.model import SpecialTokens, TextCodec
 from trace_jax.tasks.benchmarks import build_tasks
 from trace_jax.tasks.muse import clean_up, muse_task, read_muse
 

@@ -11,8 +11,7 @@ import pytest
 from trace_jax.config import ConfigError
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.moe import route
-from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import make_mesh
+from trace_jax.parallel.mesh import make_mesh, place, to_host
 from trace_jax.unlearning import rivals as grip
 
 L, N, D, E, K = 2, 12, 24, 6, 2

@@ -13,8 +13,7 @@ from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.models.moe import route
-from trace_jax.parallel.hosts import to_host
-from trace_jax.parallel.mesh import make_mesh
+from trace_jax.parallel.mesh import make_mesh, to_host
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.diagnostics import overlap
 from trace_jax.routing.statistics import expert_assignments, expert_statistics

@@ -16,8 +16,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.sharding import param_specs
-from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh, place, to_host
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.state import apply_gradients, initial_state, unlearning_settings
 from trace_jax.unlearning.trained import current_params, declarations, factors, merge, split, trained_specs

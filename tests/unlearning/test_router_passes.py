@@ -12,8 +12,7 @@ from trace_jax.data.batches import sequential_batches
 from trace_jax.models.arrays import init_params
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
-from trace_jax.parallel.hosts import to_host
-from trace_jax.parallel.mesh import make_mesh
+from trace_jax.parallel.mesh import make_mesh, to_host
 from trace_jax.routing.diagnostics import overlap
 from trace_jax.routing.statistics import expert_assignments
 from trace_jax.unlearning import rivals as grip

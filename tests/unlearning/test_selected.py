@@ -10,8 +10,7 @@ from jax.sharding import PartitionSpec
 from trace_jax.models.arrays import flatten, init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.sharding import placed_params
-from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, make_mesh, place, to_host
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants

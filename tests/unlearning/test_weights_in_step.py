@@ -13,8 +13,7 @@ from trace_jax.data.rows import Rows
 from trace_jax.io.files import read_lines
 from trace_jax.models.arrays import flatten
 from trace_jax.models.sharding import placed_params
-from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, make_mesh, place, to_host
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.statistics import expert_statistics
 from trace_jax.routing.weights import Recalibration, retain_weights

@@ -15,8 +15,7 @@ from trace_jax.evaluation.fronts import Scoreboard
 from trace_jax.evaluation.likelihood import NonFiniteScore
 from trace_jax.evaluation.measurement import Measurement, find
 from trace_jax.evaluation.task import SPLIT, Evaluator, ScoreStore
-from trace_jax.models.codec import TextCodec
-from trace_jax.models.model import Model
+from trace_jax.models.model import Model, TextCodec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.probes import Key, Memorization, QuestionAccuracy, TextLikelihood, Verbatim
 from trace_jax.evaluation.task import SPLIT, ScoreStore, hazardous
 from trace_jax.io.progress import say
-from trace_jax.models.codec import TextCodec, start_and_end
+from trace_jax.models.model import TextCodec, start_and_end
 from trace_jax.tasks.handbook import HandbookConfig
 from trace_jax.tasks.wmdp import MultipleChoice
 

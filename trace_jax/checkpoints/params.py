@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from trace_jax.checkpoints.checkpoint import create_file
 from trace_jax.io.files import local_copy, replacing
-from trace_jax.parallel.hosts import to_host
+from trace_jax.parallel.mesh import to_host
 from trace_jax.parallel.processes import is_main
 
 

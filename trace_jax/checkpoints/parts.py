@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from trace_jax.checkpoints.accounting import Slot
 from trace_jax.checkpoints.checkpoint import Tensor
 from trace_jax.checkpoints.quantized import Readable
-from trace_jax.parallel.hosts import to_host
+from trace_jax.parallel.mesh import to_host
 
 PART_BYTES = 2**26
 PIECE_BYTES = 2**19  # what one thread reads and transposes at a time; stays in a core's cache

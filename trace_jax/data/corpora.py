@@ -12,9 +12,8 @@ from trace_jax.config import ConfigError, Variant, option
 from trace_jax.data.rows import Rows, pack_documents, rows_of_chunks
 from trace_jax.data.sources import DataError, Document, overlap
 from trace_jax.data.tokenizer import encode_documents, train_tokenizer
-from trace_jax.models.batching import pad
-from trace_jax.models.codec import Encoded, TextCodec, start_and_end
-from trace_jax.models.model import SpecialTokens
+from trace_jax.models.model import Encoded, SpecialTokens, TextCodec, start_and_end
+from trace_jax.models.sharding import pad
 
 _SHORTEST = 16  # tokens of a text for membership inference
 _VOCABULARY = 2048  # tokens of a tokenizer that is trained here, unless the settings say otherwise

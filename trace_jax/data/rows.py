@@ -8,8 +8,7 @@ import numpy as np
 from flax import struct
 
 from trace_jax.config import ConfigError
-from trace_jax.models.codec import Encoded, start_and_end
-from trace_jax.models.model import SpecialTokens
+from trace_jax.models.model import Encoded, SpecialTokens, start_and_end
 
 _OPEN_ROWS = 64  # keeps packing linear in the number of documents
 _OWN = SpecialTokens()  # of a tokenizer that is trained here

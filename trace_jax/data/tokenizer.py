@@ -10,8 +10,8 @@ from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.pretrained import read_tokenizer, special_tokens
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import Document
-from trace_jax.models.codec import Encoded, TextCodec, whole_text
 from trace_jax.models.families import model_config
+from trace_jax.models.model import Encoded, TextCodec, whole_text
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")

@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 
 from trace_jax.evaluation.likelihood import score_sequences
 from trace_jax.io.progress import progress
-from trace_jax.models.codec import TextCodec
-from trace_jax.models.model import Model
+from trace_jax.models.model import Model, TextCodec
 
 _BATCHES = 64  # scored between two looks at the progress
 

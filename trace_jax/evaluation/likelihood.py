@@ -19,15 +19,13 @@ from trace_jax.data.corpora import Questions
 from trace_jax.data.rows import Rows
 from trace_jax.io.progress import tracked
 from trace_jax.models.arrays import flatten
-from trace_jax.models.batching import map_batches, pad
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.generate import padded_size
 from trace_jax.models.loss import token_nll, token_scores
 from trace_jax.models.model import Model
-from trace_jax.models.sharding import on_mesh, placed_params
-from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import BATCH_AXES, row_shards
+from trace_jax.models.sharding import map_batches, on_mesh, pad, placed_params
+from trace_jax.parallel.mesh import BATCH_AXES, place, row_shards, to_host
 
 
 class NonFiniteScore(FloatingPointError):

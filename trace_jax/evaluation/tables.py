@@ -7,7 +7,7 @@ from typing import Any
 from trace_jax.evaluation.comparison import Comparison
 from trace_jax.evaluation.fronts import MEAN, Crossing, Front, Scoreboard, crossing
 from trace_jax.evaluation.intervals import Interval
-from trace_jax.io.text import aligned
+from trace_jax.io.progress import aligned
 
 
 def equal_forgetting(

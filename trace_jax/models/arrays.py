@@ -5,6 +5,7 @@ initial values and the shardings are all read off it, so that they can't disagre
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -229,7 +230,8 @@ def unflatten(flat: Mapping[str, Any]) -> Any:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def flat_specs(config: ModelConfig) -> dict[str, ArraySpec]:
+@functools.lru_cache(maxsize=32)
+def flat_specs(config: ModelConfig) -> Mapping[str, ArraySpec]:
     """`parameter_specs` by path."""
     return flatten(parameter_specs(config))
 

@@ -15,8 +15,7 @@ from trace_jax.models.attention import Cache, attention, attention_mask
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.layers import norm, rotary
 from trace_jax.models.moe import Routing, gated_mlp, moe_layer
-from trace_jax.models.remat import rematerialized
-from trace_jax.models.sharding import assembled
+from trace_jax.models.sharding import assembled, rematerialized
 from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
 ROUTER_PARTS = ("indices", "weights", "counts", "load", "dropped")
@@ -129,7 +128,7 @@ def forward(
         and there are no logits.
       cache: keys and values of earlier tokens (`init_cache`); the result's `cache` also holds the new ones.
       positions: i32 [B, S] rotary positions, where the ones that follow from `mask` aren't wanted.
-      remat: what the backward pass computes again (`trace_jax.models.remat`).
+      remat: what the backward pass computes again (`rematerialized`).
       experts: i32 [L, B, S, K], K different experts of every token in every layer of `config.moe_layers` that it uses
         in place of the K best. Their gate weights are what the router makes of its own scores of these experts.
       expert_buffer: room for the tokens of a device's experts, as a multiple of the balanced load; 0 = for the worst

@@ -19,8 +19,7 @@ from trace_jax.models.attention import Cache, init_cache
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import param_specs, placed_params
-from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import BATCH_AXES, TENSOR, row_shards, sum_over
+from trace_jax.parallel.mesh import BATCH_AXES, TENSOR, place, row_shards, sum_over, to_host
 
 CHUNK = 16  # tokens written between two looks of the host
 _PIECE = 512  # tokens of a prompt read at once: bounds the memory of attention scores

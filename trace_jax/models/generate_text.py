@@ -9,10 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trace_jax.io.progress import progress
-from trace_jax.models.batching import pad
-from trace_jax.models.codec import TextCodec
 from trace_jax.models.generate import generate
-from trace_jax.models.model import Model
+from trace_jax.models.model import Model, TextCodec
+from trace_jax.models.sharding import pad
 
 _CONTEXT = 8  # tokens of the prompt that a decoder gets to see, for the space before the first new word
 

@@ -1,12 +1,27 @@
-"""A model in the hand: configuration, parameters and tokenizer together."""
+"""A model in the hand: configuration, parameters and tokenizer together, and text to token ids and back as it reads it.
+
+Three readings, each equal to what it stands for: `TextCodec.pairs` as in training, where a text is all text; `ids` as
+transformers' tokenizers, which read written marks as marks; `encode` and `encode_pair` as lm-eval's class for
+transformers (lm_eval/models/huggingface.py and lm_eval/api/model.py of lm-eval 0.4.13).
+"""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
+import numpy as np
+from tokenizers import Tokenizer
+
+from trace_jax.config import ConfigError
+from trace_jax.io.files import read_json
 from trace_jax.models.config import ModelConfig
+
+_LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")  # of config.json, in lm-eval's order
+_USUAL_LENGTH = 2048  # where a model names none, as in lm-eval
+_ENDLESS = 10**18  # tokenizers that name no limit say 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,3 +68,168 @@ class Model:
                 "can. Use model.replace(guide=None) to go without."
             )
         return self.params
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A text as token ids i32 [n], without the marks around it, of which those from `first_target` carry loss."""
+
+    tokens: np.ndarray
+    first_target: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TextCodec:
+    """A tokenizer and what a model makes of it.
+
+    Attributes:
+      tokenizer: as in tokenizer.json.
+      special: marks that packing puts around a text.
+      size: token ids that the model knows.
+      directory: of the checkpoint, whose config.json and tokenizer_config.json name marks and length too.
+    """
+
+    tokenizer: Tokenizer
+    special: SpecialTokens
+    size: int
+    directory: Path | None = None
+
+    @classmethod
+    def of(cls, model: Model) -> "TextCodec":
+        """The codec of a model. Raises ConfigError if it has no tokenizer."""
+        if model.tokenizer is None:
+            raise ConfigError("the model has no tokenizer (tokenizer.json); texts can't be read.")
+        directory = None if model.source is None else model.source.directory
+        return cls(model.tokenizer, model.special, model.config.vocab_size, directory)
+
+    @functools.cached_property
+    def literal(self) -> Tokenizer:
+        """Reads a text whole and as text: "<eos>" written in it is five characters, not the end."""
+        return whole_text(self.tokenizer, literal=True)
+
+    @functools.cached_property
+    def marked(self) -> Tokenizer:
+        """Reads a text whole; marks that are written in it are marks."""
+        return whole_text(self.tokenizer, literal=False)
+
+    def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+        """Each (text, continuation) as the tokens of running text; `first_target` is where the continuation starts.
+
+        Both are encoded at once, since a tokenizer may treat the beginning of a text otherwise. A token that holds
+        characters of both belongs to the continuation.
+
+        Raises:
+          ConfigError: a token that the model doesn't know; JAX would silently read another embedding.
+        """
+        encodings = self.literal.encode_batch([text + more for text, more in pairs], add_special_tokens=False)
+        encoded = []
+        for (text, _), encoding in zip(pairs, encodings, strict=True):
+            first = np.searchsorted([end for _, end in encoding.offsets], len(text), side="right")
+            encoded.append(Encoded(np.asarray(encoding.ids, np.int32), int(first)))
+        marks = (*start_and_end(self.special), self.special.pad)
+        if (largest := max(*marks, *(int(e.tokens.max(initial=0)) for e in encoded))) >= self.size:
+            raise ConfigError(
+                f"the tokenizer gives the id {largest}, but the model knows {self.size} tokens (vocab_size): it is "
+                "the tokenizer of another model."
+            )
+        return encoded
+
+    @functools.cached_property
+    def start(self) -> tuple[int, ...]:
+        """What the tokenizer itself puts before a text: the BOS of Llama, Mixtral and DeepSeek, nothing for OLMoE and
+        Qwen. One that doesn't say (such as was trained here) leaves it to the model's BOS."""
+        if self.tokenizer.post_processor is None:
+            return () if self.special.bos is None else (self.special.bos,)
+        plain = self.marked.encode("a", add_special_tokens=False).ids
+        marked = self.marked.encode("a", add_special_tokens=True).ids
+        return tuple(marked[: next(n for n in range(len(marked) + 1) if marked[n : n + len(plain)] == plain)])
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Token ids with the start mark, of which a text that starts with it already doesn't get a second one."""
+        ids = tuple(self.marked.encode(text, add_special_tokens=False).ids)
+        return ids if ids[: len(self.start)] == self.start else self.start + ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return self.marked.decode(list(ids), skip_special_tokens=True)
+
+    def written(self, token: int) -> str:
+        """The text of a token, a special one too."""
+        return self.marked.decode([token], skip_special_tokens=False)
+
+    @functools.cached_property
+    def _marks(self) -> tuple[int | None, int]:
+        """(BOS, EOS) of the tokenizer, which need not be what the model's config.json says."""
+        bos, end = self.special.bos, next(iter(self.special.eos), self.special.bos)
+        own = self._file("tokenizer_config.json")
+
+        def id_of(token: Any) -> int | None:
+            text = token.get("content") if isinstance(token, dict) else token
+            return self.tokenizer.token_to_id(text) if isinstance(text, str) else None
+
+        if "bos_token" in own:
+            bos = id_of(own["bos_token"])
+        if own.get("eos_token") is not None:
+            named = id_of(own["eos_token"])
+            end = end if named is None else named
+        if end is None:
+            raise ConfigError("the model names neither a beginning nor an end of text (bos_token_id, eos_token_id).")
+        return bos, end
+
+    @property
+    def end(self) -> int:
+        """Token that ends a text."""
+        return self._marks[1]
+
+    @property
+    def prefix(self) -> int:
+        """Token before what has no context: the beginning of a text or, without one, its end."""
+        bos, end = self._marks
+        return end if bos is None else bos
+
+    @functools.cached_property
+    def context_length(self) -> int:
+        """Most tokens that the model reads at once: as config.json names, else tokenizer_config.json, else 2048."""
+        config, own = self._file("config.json"), self._file("tokenizer_config.json")
+        for value in (*(config.get(name) for name in _LENGTHS), own.get("model_max_length")):
+            if value is not None and value < _ENDLESS:
+                return int(value)
+        return _USUAL_LENGTH
+
+    def encode(self, text: str) -> list[int]:
+        """Ids with the tokenizer's marks around them, unless the text starts with the written prefix."""
+        return self.marked.encode(text, add_special_tokens=not text.startswith(self.written(self.prefix))).ids
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """(ids of the context, ids of the continuation): both are read as one text, split where the context alone ends.
+
+        White space at the end of the context goes to the continuation. An empty context is the prefix.
+        """
+        if not context:
+            ids = self.marked.encode(continuation, add_special_tokens=False).ids
+            return ([self.prefix], ids) if ids[:1] != [self.prefix] else (ids[:1], ids[1:])
+        both, before = self.encode(context + continuation), self.encode(context.rstrip())
+        return before, both[len(before) :]
+
+    def _file(self, name: str) -> dict[str, Any]:
+        return {} if self.directory is None else read_json(self.directory / name) or {}
+
+
+def whole_text(tokenizer: Tokenizer, *, literal: bool) -> Tokenizer:
+    """A copy that cuts and fills up nothing, and reads marks that are written in a text as text (`literal`) or not."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = literal
+    return tokenizer
+
+
+def start_and_end(special: SpecialTokens) -> tuple[int, int]:
+    """What a text starts and ends with. Without a BOS it starts with the first EOS, as if another text came before.
+
+    Raises:
+      ConfigError: the tokenizer has no EOS.
+    """
+    if not special.eos:
+        raise ConfigError("the checkpoint names no end of text (eos_token_id); it is needed to separate documents.")
+    return special.eos[0] if special.bos is None else special.bos, special.eos[0]

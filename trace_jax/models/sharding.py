@@ -1,4 +1,4 @@
-"""A model's parameters on a mesh: how each is stored, how it is brought together, and functions run on every device.
+"""A model's parameters on a mesh: how each is stored and brought together, and functions run over many batches there.
 
 Where a part of an array trains without a gradient or optimizer state for the rest, it is given as a `Delta`: with some
 of its experts in an array of their own, or with the product of two small factors to be added to it. It becomes a plain
@@ -8,21 +8,26 @@ array layer by layer, where it is used.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.models.arrays import ArraySpec, flat_specs, flatten, low_rank, unflatten
 from trace_jax.models.config import ModelConfig
-from trace_jax.parallel.hosts import place
-from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, axis_sizes
+from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, axis_sizes, place, row_shards, to_host
 from trace_jax.parallel.sharding import assemble, assembled_shape, storage_spec
 
-STACKS = ("layers", "dense")
+# Primitives that move numbers without computing any. Keeping their results would keep gathered weights.
+_MOVES = frozenset(
+    {"all_gather", "name", "reshape", "transpose", "convert_element_type", "slice", "dynamic_slice", "squeeze", "pad",
+     "concatenate", "broadcast_in_dim", "gather", "scatter", "copy", "pvary", "pcast", "split", "rev"}
+)  # fmt: skip
+_PER_ROW = P(BATCH_AXES)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array", "rows", "index", "a", "b"], meta_fields=[])
@@ -57,24 +62,6 @@ def merged(array: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return (array.astype(jnp.float32) + product.reshape(array.shape)).astype(array.dtype)
 
 
-def merging_shapes(tree: Any, config: ModelConfig, prefix: str = "") -> frozenset[tuple[tuple[int, ...], ...]]:
-    """The shapes of what is multiplied, and of what is added, where parameters are merged on a device (one layer).
-
-    tree, prefix: as for `assembled`; a backward pass need not keep results of these operations.
-    """
-    sizes, declared, shapes = axis_sizes(), _declared(config), set()
-    for path, leaf in flatten(tree).items():
-        if isinstance(leaf, Delta) and leaf.index is None:
-            spec = declared[prefix + path]
-            pair = (*low_rank(spec, leaf.a.shape[-1]), spec)
-            a, b, array = (assembled_shape(s.shape[1:], s.axes[1:], sizes) for s in pair)
-            stacked = spec.sides[0] - 1
-            left = (*a[:stacked], math.prod(a[stacked:-1]), a[-1])
-            right = (*b[: stacked + 1], math.prod(b[stacked + 1 :]))
-            shapes |= {(left, right), (array, array)}
-    return frozenset(shapes)
-
-
 def expert_rows(spec: ArraySpec, number: int) -> ArraySpec:
     """Declaration of `number` experts a layer apart from the others. No "experts": every device gets those of all."""
     return dataclasses.replace(
@@ -84,7 +71,7 @@ def expert_rows(spec: ArraySpec, number: int) -> ArraySpec:
 
 def param_specs(config: ModelConfig, mesh: Mesh) -> dict[str, P]:
     """How every parameter is stored on `mesh`, by path."""
-    return {path: storage_spec(spec.shape, spec.axes, mesh.shape) for path, spec in _declared(config).items()}
+    return {path: storage_spec(spec.shape, spec.axes, mesh.shape) for path, spec in flat_specs(config).items()}
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
@@ -94,13 +81,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]
 
 def placed_params(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
     """Parameters stored on `mesh`; those that are there already are not copied."""
-    flat = flatten(params)
-    return unflatten(place(flat, mesh, param_specs(config, mesh)))
-
-
-@functools.lru_cache(maxsize=32)
-def _declared(config: ModelConfig) -> Mapping[str, Any]:
-    return flat_specs(config)
+    return unflatten(place(flatten(params), mesh, param_specs(config, mesh)))
 
 
 def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
@@ -111,11 +92,11 @@ def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
     Args:
       tree: nested parameters, or those of one layer, below the path `prefix` ("layers/").
     """
-    sizes, declared, result = axis_sizes(), _declared(config), {}
+    sizes, declared, result = axis_sizes(), flat_specs(config), {}
     for path, leaf in flatten(tree).items():
-        spec, first = declared[prefix + path], 1 if (prefix + path).partition("/")[0] in STACKS else 0
+        spec = declared[prefix + path]
 
-        def whole(array, spec, first=first):
+        def whole(array, spec, first=int(spec.axes[0] == "layers")):
             return assemble(array, spec.shape[first:], spec.axes[first:], sizes)
 
         if not isinstance(leaf, Delta):
@@ -129,8 +110,7 @@ def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
             start = jax.lax.axis_index(EXPERT) * here if sizes.get(EXPERT, 1) > 1 else 0
             result[path] = put_rows(array, rows, leaf.index, first=start)
             expert = start + jnp.arange(here, dtype=jnp.int32)
-            mask = jnp.any(leaf.index[:, None] == expert[None], axis=0)
-            result[f"{path.rpartition('/')[0]}/trained"] = mask
+            result[f"{path.rpartition('/')[0]}/trained"] = jnp.any(leaf.index[:, None] == expert[None], axis=0)
     return unflatten(result)
 
 
@@ -139,6 +119,40 @@ def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array, *, first: jax.
     here = array.shape[0]
     own = (index >= first) & (index < first + here)
     return array.at[jnp.where(own, index - first, here)].set(rows, mode="drop")
+
+
+def rematerialized(layer: Callable, policy: str, params: Any, config: ModelConfig, prefix: str) -> Callable:
+    """`layer(x, (params, ...))` with what its backward pass computes again.
+
+    Args:
+      policy: "none": nothing, except that weights in pieces (cut by a mesh, or a `Delta`) are put together again;
+        "dots": everything but matrix products without batch dimensions; "layer": everything, from its input on.
+      params: of a stack of layers, below the path `prefix`.
+    """
+    if policy == "layer":
+        return jax.checkpoint(layer)
+    deltas, sizes = {path: leaf for path, leaf in flatten(params).items() if isinstance(leaf, Delta)}, axis_sizes()
+    if policy == "none" and not deltas and all(size == 1 for size in sizes.values()):
+        return layer
+    merging = set()  # shapes of what is multiplied, and of what is added, where factors of one layer are merged
+    for path, leaf in deltas.items():
+        if leaf.index is None:
+            spec = flat_specs(config)[prefix + path]
+            pair = (*low_rank(spec, leaf.a.shape[-1]), spec)
+            a, b, array = (assembled_shape(s.shape[1:], s.axes[1:], sizes) for s in pair)
+            stacked = spec.sides[0] - 1
+            left = (*a[:stacked], math.prod(a[stacked:-1]), a[-1])
+            right = (*b[: stacked + 1], math.prod(b[stacked + 1 :]))
+            merging |= {(left, right), (array, array)}
+
+    def keep(primitive, *operands, **settings) -> bool:
+        if policy == "dots":
+            kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **settings)
+        else:
+            kept = primitive.name not in _MOVES
+        return kept and tuple(x.shape for x in operands) not in merging
+
+    return jax.checkpoint(layer, policy=keep)
 
 
 def on_mesh(fn: Callable, config: ModelConfig, mesh: Mesh, *, out_specs: Any) -> Callable:
@@ -159,3 +173,63 @@ def on_mesh(fn: Callable, config: ModelConfig, mesh: Mesh, *, out_specs: Any) ->
         return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(params, *arrays)
 
     return call
+
+
+def pad(
+    rows: Sequence[Any], *, fill: float = 0, width: int | None = None, count: int | None = None, dtype: Any = np.int32
+) -> np.ndarray:
+    """Rows of any length as one array [N, W], filled up at the end; W and N are `width` and `count` where given."""
+    width = max(map(len, rows), default=0) if width is None else width
+    padded = np.full((len(rows) if count is None else count, width), fill, dtype)
+    for row, values in zip(padded, rows, strict=False):
+        row[: len(values)] = values
+    return padded
+
+
+def map_batches(
+    fn: Callable,
+    params: Any,
+    config: ModelConfig,
+    batches: Iterable[Sequence[np.ndarray]],
+    *,
+    mesh: Mesh | None = None,
+    out_specs: Any = _PER_ROW,
+    static: tuple = (),
+) -> Iterator[Any]:
+    """`fn(params, config, *arrays, *static)` on the host for every batch of arrays [B, ...], in order.
+
+    The next batch is already running when one is handed out. Smaller batches, and those that the devices can't share
+    evenly, are filled up with rows of zeros to the largest size before: outputs per row may be longer than the batch.
+
+    Args:
+      fn: a function of a module (it is compiled once for it). On a mesh each device runs it on its rows, and it sums
+        over devices itself (`jax.lax.psum(value, BATCH_AXES)`).
+      params: parameters, or a tuple of those of several models of one configuration.
+      mesh: devices that share each batch; None: the default device.
+      out_specs: as in `on_mesh`.
+      static: hashable arguments that `fn` is compiled for.
+    """
+    run = compiled(fn, config, mesh, out_specs, static)
+    if mesh is not None:
+        several = params if isinstance(params, tuple) else (params,)
+        several = tuple(placed_params(model, config, mesh) for model in several)
+        params = several if isinstance(params, tuple) else several[0]
+    shards, size, waiting = 1 if mesh is None else row_shards(mesh), 0, []
+    for arrays in batches:
+        size = max(size, -(-len(arrays[0]) // shards) * shards)
+        arrays = tuple(np.pad(x, ((0, size - len(x)), *[(0, 0)] * (np.ndim(x) - 1))) for x in map(np.asarray, arrays))
+        waiting.append(run(params, *(arrays if mesh is None else place(arrays, mesh, _PER_ROW))))
+        if len(waiting) > 1:
+            yield to_host(waiting.pop(0))
+    if waiting:
+        yield to_host(waiting.pop())
+
+
+@functools.lru_cache(maxsize=32)
+def compiled(fn: Callable, config: ModelConfig, mesh: Mesh | None, out_specs: Any, static: tuple = ()) -> Any:
+    """The compiled `fn` of `map_batches`: (parameters, *arrays) -> outputs."""
+
+    def run(params, *arrays):
+        return fn(params, config, *arrays, *static)
+
+    return jax.jit(run if mesh is None else on_mesh(run, config, mesh, out_specs=out_specs))

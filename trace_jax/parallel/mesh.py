@@ -1,4 +1,4 @@
-"""Devices as a mesh of three axes, and what code that runs on every device of it needs to know.
+"""Devices as a mesh of three axes, arrays on them, and what code that runs on every device needs to know.
 
 "data" and "expert" share the rows of a batch; "expert" also splits the experts, "tensor" heads, hidden units and the
 vocabulary; what is left of the parameters is cut over "data" (`trace_jax.parallel.sharding`). Everything runs inside
@@ -9,14 +9,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from trace_jax.config import ConfigError, Section, option
 
 DATA, EXPERT, TENSOR = AXES = "data", "expert", "tensor"
 BATCH_AXES = (DATA, EXPERT)
-REMATS = ("none", "dots", "layer")
+REPLICATED = P()
+_as_keys = jax.jit(jax.random.wrap_key_data, static_argnames="impl")
 
 
 def make_mesh(devices: Sequence[Any] | None = None, *, data: int = 0, expert: int = 1, tensor: int = 1) -> Mesh:
@@ -71,6 +75,40 @@ def sum_over(x, *axes: str):
     return jax.lax.psum(x, differing) if differing else x
 
 
+def place(tree: Any, mesh: Mesh, specs: Any = REPLICATED) -> Any:
+    """Host arrays, the same in every process, as arrays on the mesh.
+
+    Args:
+      specs: one `PartitionSpec` for all arrays, or a pytree of them like `tree`. Arrays that are placed so already
+        are not copied.
+    """
+
+    def one(x, spec):
+        sharding = NamedSharding(mesh, spec)
+        if isinstance(x, jax.Array) and (sharding.is_fully_addressable or not x.is_fully_addressable):
+            return jax.device_put(x, sharding)
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # numpy has no keys
+            data = one(np.asarray(jax.random.key_data(x)), spec)
+            return _as_keys(data, impl=str(jax.random.key_impl(x)))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    if isinstance(specs, P):
+        return jax.tree.map(lambda x: one(x, specs), tree)
+    return jax.tree.map(one, tree, specs)
+
+
+def to_host(tree: Any) -> Any:
+    """The arrays as numpy, whole, in every process; all processes must call it."""
+
+    def one(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(one, tree)
+
+
 class ParallelConfig(Section):
     """The mesh, and what a step trades between memory and time (docs/scaling.md)."""
 
@@ -80,7 +118,7 @@ class ParallelConfig(Section):
     remat: str = option(
         "none",
         help="what a step computes again instead of keeping: nothing, all but matrix products, or whole layers",
-        choices=REMATS,
+        choices=("none", "dots", "layer"),
     )
     microbatches: int = option(1, help="parts of a batch whose gradients are added up one after the other", minimum=1)
     expert_buffer: float = option(

@@ -14,8 +14,7 @@ from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.data.corpora import DataConfig
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.io.files import write_json
-from trace_jax.io.progress import say
-from trace_jax.io.text import byte_size
+from trace_jax.io.progress import byte_size, say
 from trace_jax.models.arrays import count_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.mesh import DATA, ParallelConfig, make_mesh

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from trace_jax.io.text import aligned, byte_size
+from trace_jax.io.progress import aligned, byte_size
 from trace_jax.plan.flops import matmul_work
 from trace_jax.plan.hlo import COLLECTIVES, traffic
 from trace_jax.plan.machine import Chip, exchange_rate

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from trace_jax.models.model import Model
-from trace_jax.parallel.hosts import to_host
+from trace_jax.parallel.mesh import to_host
 from trace_jax.routing.statistics import Assignments
 
 

@@ -17,10 +17,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from trace_jax.data.rows import Batch
 from trace_jax.io.files import local_copy, replacing
-from trace_jax.models.batching import compiled, map_batches
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
+from trace_jax.models.sharding import compiled, map_batches
 from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
 
 MIN_ACTIVATIONS = 10  # activations per expert that a corpus must hold on average (T * K / E)

@@ -26,8 +26,7 @@ from trace_jax.io.codec import encode
 from trace_jax.io.files import flush_lines, remove, shown, write_json
 from trace_jax.io.progress import say
 from trace_jax.models.model import Model
-from trace_jax.parallel.hosts import keep_freed_memory
-from trace_jax.parallel.processes import add_process_arguments, is_main, start_processes
+from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
 from trace_jax.routing.config import CalibrationConfig, Entropy, Permuted, RatioWeights
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
 from trace_jax.run.experiment import ExperimentConfig, Method

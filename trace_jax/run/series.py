@@ -18,11 +18,9 @@ from trace_jax.data.sources import read_source
 from trace_jax.evaluation.tables import number_text
 from trace_jax.io.environment import describe
 from trace_jax.io.files import shown, write_json
-from trace_jax.io.progress import say
-from trace_jax.io.text import aligned
+from trace_jax.io.progress import aligned, say
 from trace_jax.models.config import ModelConfig
-from trace_jax.parallel.hosts import keep_freed_memory
-from trace_jax.parallel.processes import add_process_arguments, is_main, start_processes
+from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
 from trace_jax.run.experiment import ExperimentConfig, SeriesConfig
 from trace_jax.run.export import load_trained
 from trace_jax.run.methods import run

@@ -26,7 +26,7 @@ from trace_jax.io.codec import encode
 from trace_jax.io.environment import describe
 from trace_jax.io.files import read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
-from trace_jax.parallel.hosts import keep_freed_memory
+from trace_jax.parallel.processes import keep_freed_memory
 from trace_jax.run.experiment import METHODS, ExperimentConfig, StudyConfig
 from trace_jax.run.methods import calibrated, run_method
 from trace_jax.run.prepare import Prepared, prepare, read_corpora

@@ -5,7 +5,7 @@ from trace_jax.data.corpora import Corpora, DataConfig, assemble
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.fronts import Scoreboard
 from trace_jax.evaluation.task import Task
-from trace_jax.models.codec import TextCodec
+from trace_jax.models.model import TextCodec
 from trace_jax.tasks.handbook import HandbookConfig
 from trace_jax.tasks.muse import muse_task
 from trace_jax.tasks.presidents import PresidentsConfig

@@ -27,9 +27,8 @@ from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.evaluation.membership import AUC_UNTRAINED, min_k_scores, privleak, privleak_auc
 from trace_jax.evaluation.rouge import rouge_l
 from trace_jax.evaluation.task import SPLIT, TaskScores
-from trace_jax.models.codec import TextCodec
 from trace_jax.models.generate_text import continue_tokens
-from trace_jax.models.model import Model
+from trace_jax.models.model import Model, TextCodec
 
 VERBMEM_TOKENS, KNOWMEM_TOKENS = 128, 32  # new tokens at most
 STOPS = ("\n\n", "\nQuestion", "Question:")  # what ends an answer

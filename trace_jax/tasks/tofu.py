@@ -25,9 +25,8 @@ from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.evaluation.probes import exact_memorization, extraction_strength
 from trace_jax.evaluation.rouge import rouge_recalls
 from trace_jax.evaluation.task import SPLIT, TaskScores
-from trace_jax.models.codec import TextCodec, start_and_end
 from trace_jax.models.generate_text import continue_tokens
-from trace_jax.models.model import Model
+from trace_jax.models.model import Model, TextCodec, start_and_end
 
 WrongMean = Literal["geometric", "arithmetic"]
 Aggregator = Literal["closer_to_1_better", "true_better", "prob_mean"]

@@ -15,13 +15,11 @@ from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
 from trace_jax.io.progress import say
 from trace_jax.models.arrays import flatten, unflatten
-from trace_jax.models.batching import map_batches
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
-from trace_jax.models.sharding import placed_params
-from trace_jax.parallel.hosts import place, to_host
-from trace_jax.parallel.mesh import BATCH_AXES, row_shards
+from trace_jax.models.sharding import map_batches, placed_params
+from trace_jax.parallel.mesh import BATCH_AXES, place, row_shards, to_host
 from trace_jax.unlearning.config import GripProject, GripRealign, UnlearningConfig
 from trace_jax.unlearning.rivals import (
     BIAS,

@@ -13,8 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey
 
 from trace_jax.models.config import ModelConfig
-from trace_jax.parallel.hosts import place
-from trace_jax.parallel.mesh import PLAIN, ParallelConfig
+from trace_jax.parallel.mesh import PLAIN, ParallelConfig, place
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.optimizer import OptimizerConfig, make_optimizer
 from trace_jax.unlearning.terms import Objective

@@ -12,8 +12,7 @@ from trace_jax.data.rows import Batch
 from trace_jax.models.arrays import abstract_params, flatten, init_params, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
-from trace_jax.parallel.hosts import place
-from trace_jax.parallel.mesh import BATCH_AXES
+from trace_jax.parallel.mesh import BATCH_AXES, place
 from trace_jax.unlearning.inputs import pad_rows
 from trace_jax.unlearning.loop import Hook, Loop, LoopResult
 from trace_jax.unlearning.optimizer import OptimizerConfig, TrainingConfig

@@ -21,8 +21,7 @@ from trace_jax.io.progress import say
 from trace_jax.models.arrays import flatten, unflatten
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
-from trace_jax.parallel.hosts import place
-from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig
+from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place
 from trace_jax.routing.statistics import DamagedRouting
 from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.config import UnlearningConfig
