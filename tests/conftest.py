@@ -5,8 +5,8 @@ import json
 import os
 from pathlib import Path
 
-# Tests compile much and compute little: without optimisation they take a third of the time, and what one test, worker or
-# spawned process has compiled the others find on disk.
+# Tests compile much and compute little: without optimisation they take a third of the time; and what one test, worker
+# or spawned process has compiled the others find on disk.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
