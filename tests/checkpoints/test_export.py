@@ -19,7 +19,7 @@ from trace_jax.checkpoints.checkpoint import CheckpointError
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError
-from trace_jax.models.arrays import init_params, logical_axes
+from trace_jax.models.arrays import init_params, parameter_specs
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model, SpecialTokens
@@ -132,11 +132,10 @@ def test_a_model_spread_over_devices_is_written_as_from_one(source, tmp_path):
     mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rules = {"experts": "expert", "embed": "data", "heads": "expert"}
 
-    def sharding(axes):
-        return NamedSharding(mesh, PartitionSpec(*(rules.get(axis) for axis in axes)))
+    def sharding(spec):
+        return NamedSharding(mesh, PartitionSpec(*(rules.get(axis) for axis in spec.axes)))
 
-    axes = logical_axes(load_pretrained(source).config)
-    shardings = jax.tree.map(sharding, axes, is_leaf=lambda node: isinstance(node, tuple))
+    shardings = jax.tree.map(sharding, parameter_specs(load_pretrained(source).config))
     model = load_pretrained(source, shardings=shardings)
     save_pretrained(model, tmp_path / "unchanged")
     assert different(tmp_path / "unchanged", source) == set()

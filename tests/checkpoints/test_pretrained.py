@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from trace_jax.checkpoints import parts, pretrained
 from trace_jax.checkpoints.checkpoint import CheckpointError
 from trace_jax.checkpoints.pretrained import load_pretrained, special_tokens
-from trace_jax.models.arrays import abstract_params, flatten, logical_axes
+from trace_jax.models.arrays import abstract_params, flatten, parameter_specs
 from trace_jax.models.model import Source, SpecialTokens
 from trace_jax.models.sharding import param_shardings
 from trace_jax.parallel.mesh import make_mesh
@@ -96,10 +96,10 @@ def test_the_size_of_parts_does_not_matter(limit, tiny_checkpoint, monkeypatch):
 
 
 def sharded(config, mesh, rules):
-    def sharding(axes):
-        return NamedSharding(mesh, PartitionSpec(*(rules.get(axis) for axis in axes)))
+    def sharding(spec):
+        return NamedSharding(mesh, PartitionSpec(*(rules.get(axis) for axis in spec.axes)))
 
-    return jax.tree.map(sharding, logical_axes(config), is_leaf=lambda node: isinstance(node, tuple))
+    return jax.tree.map(sharding, parameter_specs(config))
 
 
 @pytest.mark.parametrize("layout", ["original", "fused"])

@@ -13,7 +13,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from trace_jax.checkpoints.checkpoint import CheckpointError, TensorFile
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.checkpoints.quantized import check_method, fp8_tensor, mxfp4_tensor
-from trace_jax.models.arrays import logical_axes
+from trace_jax.models.arrays import parameter_specs
 
 
 def opened(tmp_path, tensors):
@@ -107,11 +107,11 @@ def test_a_quantised_checkpoint_is_decoded_for_each_device_alone(packed_and_plai
     mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rules = {"experts": "expert", "embed": "data", "heads": "data", "latent": "expert"}
 
-    def sharding(axes):
-        names = [rules.get(axis) for axis in axes]
+    def sharding(spec):
+        names = [rules.get(axis) for axis in spec.axes]
         return NamedSharding(mesh, PartitionSpec(*(n if n not in names[:k] else None for k, n in enumerate(names))))
 
-    shardings = jax.tree.map(sharding, logical_axes(want.config), is_leaf=lambda node: isinstance(node, tuple))
+    shardings = jax.tree.map(sharding, parameter_specs(want.config))
     jax.tree.map(
         np.testing.assert_array_equal, load_pretrained(packed_and_plain[0], shardings=shardings).params, want.params
     )

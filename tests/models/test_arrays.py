@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trace_jax.config import ConfigError
-from trace_jax.models.arrays import ArraySpec, abstract_params, count_params, init_params, logical_axes, parameter_specs
+from trace_jax.models.arrays import abstract_params, count_params, flat_specs, init_params
 from trace_jax.models.config import ModelConfig
 
 CONFIG = ModelConfig(
@@ -28,13 +28,9 @@ def test_first_values_have_the_declared_shapes_and_types():
 
 
 def test_every_dimension_has_a_name():
-    for (path, spec), axes in zip(
-        jax.tree.leaves_with_path(parameter_specs(CONFIG), is_leaf=lambda a: isinstance(a, ArraySpec)),
-        jax.tree.leaves(logical_axes(CONFIG), is_leaf=lambda a: isinstance(a, tuple)),
-        strict=True,
-    ):
-        assert len(spec.shape) == len(axes), path
-        assert (axes[0] == "layers") == (path[0].key == "layers"), path
+    for path, spec in flat_specs(CONFIG).items():
+        assert len(spec.shape) == len(spec.axes), path
+        assert (spec.axes[0] == "layers") == path.startswith("layers/"), path
 
 
 def test_first_values_depend_on_the_seed_alone():

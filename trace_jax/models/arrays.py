@@ -80,144 +80,116 @@ def parameter_specs(config: ModelConfig) -> dict:
     order of the network. Projections start at 1/sqrt(fan in); those that write to the residual stream at 1/sqrt(2 L)
     of that, so that its variance doesn't grow with depth (GPT-2). The router is float32 whatever the type of the rest.
     """
-    V, D = config.vocab_size, config.hidden_size
-
-    def array(shape, axes, scale, dtype=config.dtype):
-        return ArraySpec(shape, dtype, axes, scale)
-
-    specs = {
-        "embed": array((V, D), ("vocab", "embed"), D**-0.5),
-        "layers": _stacked(_moe_layer(config), len(config.moe_layers)),
-        **_norm(config, "final_norm", D, "embed"),
-    }
+    D, V = (config.hidden_size, "embed"), (config.vocab_size, "vocab")
+    specs = {"embed": _array(config, D[0] ** -0.5, V, D), "layers": _stack(config), **_norm(config, "final_norm")}
     if config.dense_layers:
-        specs["dense"] = _stacked(_dense_layer(config), len(config.dense_layers))
+        specs["dense"] = _stack(config, dense=True)
     if not config.tie_embeddings:
-        specs["head"] = array((D, V), ("embed", "vocab"), D**-0.5)
+        specs["head"] = _array(config, D[0] ** -0.5, D, V)
     if config.head_bias:
-        specs["head_bias"] = array((V,), ("vocab",), 0.0)
+        specs["head_bias"] = _array(config, 0.0, V)
     return specs
 
 
-def _stacked(layer: dict, count: int) -> dict:
-    def stack(spec: ArraySpec) -> ArraySpec:
-        return dataclasses.replace(spec, shape=(count, *spec.shape), axes=("layers", *spec.axes))
+def _array(config: ModelConfig, scale: float | None, *dimensions: tuple[int, str], dtype: str = "") -> ArraySpec:
+    """An array whose dimensions are (size, logical axis) each."""
+    shape, axes = zip(*dimensions, strict=True)
+    return ArraySpec(shape, dtype or config.dtype, axes, scale)
 
-    return jax.tree.map(stack, layer, is_leaf=_is_spec)
 
-
-def _norm(config: ModelConfig, name: str, width: int, axis: str) -> dict:
-    specs = {name: ArraySpec((width,), config.dtype, (axis,), None)}
+def _norm(config: ModelConfig, name: str) -> dict:
+    D, specs = (config.hidden_size, "embed"), {}
+    specs[name] = _array(config, None, D)
     if config.norm == "layer":
-        specs[f"{name}_bias"] = ArraySpec((width,), config.dtype, (axis,), 0.0)
+        specs[f"{name}_bias"] = _array(config, 0.0, D)
     return specs
+
+
+def _stack(config: ModelConfig, *, dense: bool = False) -> dict:
+    """All layers with experts, or all dense ones."""
+    D, router, specs = (config.hidden_size, "embed"), (config.num_experts, "router"), {}
+    for kind, absent in (("norm", "post"), ("post_norm", "pre")):
+        if config.norm_placement != absent:
+            specs |= _norm(config, f"attention_{kind}") | _norm(config, f"mlp_{kind}")
+    specs |= _grouped_attention(config) if config.attention == "grouped" else _latent_attention(config)
+    C, output = (config.value_width, "head"), _residual_scale(config) * (config.num_heads * config.value_width) ** -0.5
+    specs["o"] = _array(config, output, (config.num_heads, "heads"), C, D)
+    if config.attention_bias == "all":
+        specs["o_bias"] = _array(config, 0.0, D)
+    if dense:
+        specs["mlp"] = _gated(config, (config.dense_hidden_size, "dense_hidden"), bias=config.mlp_bias)
+    else:
+        specs["router"] = _array(config, D[0] ** -0.5, D, router, dtype="float32")
+        for name in ("router_bias", "router_correction"):
+            if getattr(config, name):
+                specs[name] = _array(config, 0.0, router, dtype="float32")
+        F, E = (config.expert_hidden_size, "expert_hidden"), (config.num_experts, "experts")
+        specs["experts"] = _gated(config, F, E, bias=config.expert_bias)
+        if config.shared_hidden_size:
+            specs["shared"] = _gated(config, (config.shared_hidden_size, "shared_hidden"), bias=config.mlp_bias)
+            if config.shared_gate:
+                specs["shared"]["gate"] = _array(config, D[0] ** -0.5, D)
+        if config.moe_output_norm:
+            specs |= _norm(config, "moe_output_norm")
+    count = len(config.dense_layers if dense else config.moe_layers)
+    return jax.tree.map(
+        lambda spec: dataclasses.replace(spec, shape=(count, *spec.shape), axes=("layers", *spec.axes)), specs
+    )
 
 
 def _residual_scale(config: ModelConfig) -> float:
     return (2 * config.num_layers) ** -0.5
 
 
-def _gated(config: ModelConfig, width: int, width_axis: str, *, bias: bool, experts: int = 0) -> dict:
-    """A gated feed-forward part, or `experts` of them: gate_up [(E,) D, 2, F], down [(E,) F, D], and their biases."""
-    D, leading, axes = config.hidden_size, (experts,) * bool(experts), ("experts",) * bool(experts)
-    scale = _residual_scale(config) * width**-0.5
+def _gated(config: ModelConfig, width: tuple[int, str], *experts: tuple[int, str], bias: bool) -> dict:
+    """A gated feed-forward part, or one of each of `experts`: gate_up [(E,) D, 2, F], down [(E,) F, D] and biases."""
+    D, both = (config.hidden_size, "embed"), (2, "gate_up")
     specs = {
-        "gate_up": ArraySpec((*leading, D, 2, width), config.dtype, (*axes, "embed", "gate_up", width_axis), D**-0.5),
-        "down": ArraySpec((*leading, width, D), config.dtype, (*axes, width_axis, "embed"), scale),
+        "gate_up": _array(config, D[0] ** -0.5, *experts, D, both, width),
+        "down": _array(config, _residual_scale(config) * width[0] ** -0.5, *experts, width, D),
     }
     if bias:
-        specs["gate_up_bias"] = ArraySpec((*leading, 2, width), config.dtype, (*axes, "gate_up", width_axis), 0.0)
-        specs["down_bias"] = ArraySpec((*leading, D), config.dtype, (*axes, "embed"), 0.0)
+        specs["gate_up_bias"] = _array(config, 0.0, *experts, both, width)
+        specs["down_bias"] = _array(config, 0.0, *experts, D)
     return specs
-
-
-def _block(config: ModelConfig) -> dict:
-    """What every layer has: attention and the norms around its two parts."""
-    D, specs = config.hidden_size, {}
-    if config.norm_placement in ("pre", "both"):
-        specs |= _norm(config, "attention_norm", D, "embed") | _norm(config, "mlp_norm", D, "embed")
-    if config.norm_placement in ("post", "both"):
-        specs |= _norm(config, "attention_post_norm", D, "embed") | _norm(config, "mlp_post_norm", D, "embed")
-    return specs | (_grouped_attention(config) if config.attention == "grouped" else _latent_attention(config))
 
 
 def _grouped_attention(config: ModelConfig) -> dict:
-    D, H, G, C = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_size
-    sides = {"q": (H, "heads"), "k": (G, "kv_heads"), "v": (G, "kv_heads")}
-    specs = {}
-    for name, (heads, axis) in sides.items():
-        specs[name] = ArraySpec((D, heads, C), config.dtype, ("embed", axis, "head"), D**-0.5)
+    D, C, specs = (config.hidden_size, "embed"), (config.head_size, "head"), {}
+    H, G = (config.num_heads, "heads"), (config.num_kv_heads, "kv_heads")
+    for name, heads in {"q": H, "k": G, "v": G}.items():
+        specs[name] = _array(config, D[0] ** -0.5, D, heads, C)
         if config.attention_bias != "none":
-            specs[f"{name}_bias"] = ArraySpec((heads, C), config.dtype, (axis, "head"), 0.0)
-        if name != "v" and config.qk_norm == "full":
-            specs[f"{name}_norm"] = ArraySpec((heads, C), config.dtype, (axis, "head"), None)
-        elif name != "v" and config.qk_norm != "none":
-            specs[f"{name}_norm"] = ArraySpec((C,), config.dtype, ("head",), None)
+            specs[f"{name}_bias"] = _array(config, 0.0, heads, C)
+        if name != "v" and config.qk_norm != "none":
+            specs[f"{name}_norm"] = _array(config, None, *((heads, C) if config.qk_norm == "full" else (C,)))
     if config.attention_gate:
-        specs["attention_gate"] = ArraySpec((D, H, C), config.dtype, ("embed", "heads", "head"), D**-0.5)
+        specs["attention_gate"] = _array(config, D[0] ** -0.5, D, H, C)
     if config.sinks:
-        specs["sinks"] = ArraySpec((H,), config.dtype, ("heads",), 0.0)
-    return specs | _attention_output(config)
+        specs["sinks"] = _array(config, 0.0, H)
+    return specs
 
 
 def _latent_attention(config: ModelConfig) -> dict:
-    D, H, C, R, Q = (
-        config.hidden_size, config.num_heads, config.head_size, config.latent_size, config.query_latent_size
-    )  # fmt: skip
-    rotary, bias = config.rotary_width, config.attention_bias == "all"
-
-    def array(shape, axes, scale):
-        return ArraySpec(shape, config.dtype, axes, scale)
-
+    D, H, C = (config.hidden_size, "embed"), (config.num_heads, "heads"), (config.head_size, "head")
+    R, Q = (config.latent_size, "latent"), (config.query_latent_size, "latent")
+    with_rope = (config.latent_size + config.rotary_width, "latent")
+    up = (config.head_size - config.rotary_width + config.value_width, "head")
     specs = {
-        "kv_down": array((D, R + rotary), ("embed", "latent"), D**-0.5),
-        "kv_down_norm": array((R,), ("latent",), None),
-        "kv_up": array((R, H, C - rotary + config.value_width), ("latent", "heads", "head"), R**-0.5),
+        "kv_down": _array(config, D[0] ** -0.5, D, with_rope),
+        "kv_down_norm": _array(config, None, R),
+        "kv_up": _array(config, R[0] ** -0.5, R, H, up),
     }
-    if bias:
-        specs["kv_down_bias"] = array((R + rotary,), ("latent",), 0.0)
-    if Q:
-        specs["q_down"] = array((D, Q), ("embed", "latent"), D**-0.5)
-        specs["q_down_norm"] = array((Q,), ("latent",), None)
-        specs["q_up"] = array((Q, H, C), ("latent", "heads", "head"), Q**-0.5)
-        if bias:
-            specs["q_down_bias"] = array((Q,), ("latent",), 0.0)
-    else:
-        specs["q"] = array((D, H, C), ("embed", "heads", "head"), D**-0.5)
-    return specs | _attention_output(config)
-
-
-def _attention_output(config: ModelConfig) -> dict:
-    D, H, C = config.hidden_size, config.num_heads, config.value_width
-    scale = _residual_scale(config) * (H * C) ** -0.5
-    specs = {"o": ArraySpec((H, C, D), config.dtype, ("heads", "head", "embed"), scale)}
     if config.attention_bias == "all":
-        specs["o_bias"] = ArraySpec((D,), config.dtype, ("embed",), 0.0)
+        specs["kv_down_bias"] = _array(config, 0.0, with_rope)
+    if not config.query_latent_size:
+        return specs | {"q": _array(config, D[0] ** -0.5, D, H, C)}
+    specs["q_down"] = _array(config, D[0] ** -0.5, D, Q)
+    specs["q_down_norm"] = _array(config, None, Q)
+    specs["q_up"] = _array(config, Q[0] ** -0.5, Q, H, C)
+    if config.attention_bias == "all":
+        specs["q_down_bias"] = _array(config, 0.0, Q)
     return specs
-
-
-def _moe_layer(config: ModelConfig) -> dict:
-    D, E = config.hidden_size, config.num_experts
-    specs = _block(config)
-    specs["router"] = ArraySpec((D, E), "float32", ("embed", "router"), D**-0.5)
-    if config.router_bias:
-        specs["router_bias"] = ArraySpec((E,), "float32", ("router",), 0.0)
-    if config.router_correction:
-        specs["router_correction"] = ArraySpec((E,), "float32", ("router",), 0.0)
-    F = config.expert_hidden_size
-    specs["experts"] = _gated(config, F, "expert_hidden", bias=config.expert_bias, experts=E)
-    if config.shared_hidden_size:
-        specs["shared"] = _gated(config, config.shared_hidden_size, "shared_hidden", bias=config.mlp_bias)
-        if config.shared_gate:
-            specs["shared"]["gate"] = ArraySpec((D,), config.dtype, ("embed",), D**-0.5)
-    if config.moe_output_norm:
-        specs |= _norm(config, "moe_output_norm", D, "embed")
-    return specs
-
-
-def _dense_layer(config: ModelConfig) -> dict:
-    mlp = _gated(config, config.dense_hidden_size, "dense_hidden", bias=config.mlp_bias)
-    return _block(config) | {"mlp": mlp}
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -236,18 +208,9 @@ def flat_specs(config: ModelConfig) -> Mapping[str, ArraySpec]:
     return flatten(parameter_specs(config))
 
 
-def _is_spec(node: Any) -> bool:
-    return isinstance(node, ArraySpec)
-
-
 def abstract_params(config: ModelConfig) -> dict:
     """The parameter tree as `jax.ShapeDtypeStruct`: shapes and types, no memory."""
-    return jax.tree.map(ArraySpec.abstract, parameter_specs(config), is_leaf=_is_spec)
-
-
-def logical_axes(config: ModelConfig) -> dict:
-    """The parameter tree with, at each leaf, the tuple of logical axis names."""
-    return jax.tree.map(lambda spec: spec.axes, parameter_specs(config), is_leaf=_is_spec)
+    return jax.tree.map(ArraySpec.abstract, parameter_specs(config))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
@@ -256,15 +219,14 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
     Args:
       key: from `jax.random.key(seed)`.
     """
-    specs, structure = jax.tree.flatten(parameter_specs(config), is_leaf=_is_spec)
+    specs, structure = jax.tree.flatten(parameter_specs(config))
     keys = jax.random.split(key, len(specs))
     return jax.tree.unflatten(structure, [spec.initialize(keys[i]) for i, spec in enumerate(specs)])
 
 
 def count_params(config: ModelConfig) -> tuple[int, int]:
     """(total, active per token) parameters; an expert that isn't chosen is not active."""
-    specs = parameter_specs(config)
-    sizes = jax.tree.map(lambda spec: math.prod(spec.shape), specs, is_leaf=_is_spec)
-    total = sum(jax.tree.leaves(sizes))
-    routed = sum(jax.tree.leaves(sizes["layers"]["experts"]))
+    sizes = {path: math.prod(spec.shape) for path, spec in flat_specs(config).items()}
+    total = sum(sizes.values())
+    routed = sum(size for path, size in sizes.items() if path.startswith("layers/experts/"))
     return total, total - routed + routed * config.experts_per_token // config.num_experts

@@ -1,7 +1,6 @@
 """Causal attention (grouped-query or multi-head latent) with document masks, windows, sinks and a cache."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from trace_jax.parallel.sharding import share
 MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that no gradient is NaN
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "documents", "positions", "index"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """What decoding needs of the tokens so far. M = room for tokens.
@@ -32,34 +31,27 @@ class Cache:
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     """Empty cache with room for `length` tokens in each of `batch_size` rows (on a mesh: those of a device)."""
-    leading = (config.num_layers, batch_size, length)
-    k, v = (*leading, share(config.num_kv_heads, "kv_heads", axis_sizes()), config.head_size), None
-    if config.attention == "latent":
-        k = (*leading, 1, (config.latent_size) + config.rotary_width)
-    else:
-        v = jnp.zeros(k, config.dtype)
+    heads = share(config.num_kv_heads, "kv_heads", axis_sizes()), config.head_size
+    key = (1, config.latent_size + config.rotary_width) if config.attention == "latent" else heads
+    k = jnp.zeros((config.num_layers, batch_size, length, *key), config.dtype)
     places = jnp.zeros((batch_size, length), jnp.int32)
-    return Cache(jnp.zeros(k, config.dtype), v, places, places, jnp.zeros((), jnp.int32))
+    return Cache(k, None if config.attention == "latent" else k, places, places, jnp.zeros((), jnp.int32))
 
 
-def attention_mask(documents: jax.Array | None, length: int, cache: Cache | None = None) -> jax.Array:
+def attention_mask(documents, length: int, key_documents=None, start: jax.Array | int = 0) -> jax.Array:
     """bool [B or 1, S, M]: whether query s may read key m: same document, and not later.
 
     Padding (document 0) reads earlier padding, so that every query reads at least itself.
 
     Args:
       documents: i32 [B, S] document number of each query; None = all of one document.
-      cache: with a cache (already holding these tokens' documents) M is its room; without, M = S.
+      key_documents: i32 [B, M] those of the keys, of which the queries are from `start` on; None: the same.
     """
-    query = jnp.arange(length, dtype=jnp.int32)
-    if cache is None:
-        causal = (query[:, None] >= query[None, :])[None]
-        return causal if documents is None else causal & (documents[:, :, None] == documents[:, None, :])
-    if documents is None:
-        raise ValueError("a cache needs the documents of the new tokens")
-    key = jnp.arange(cache.documents.shape[1], dtype=jnp.int32)
-    causal = (query[:, None] + (cache.index - length) >= key[None, :])[None]
-    return causal & (documents[:, :, None] == cache.documents[:, None, :])
+    key_documents = documents if key_documents is None else key_documents
+    query = jnp.arange(length, dtype=jnp.int32) + start
+    key = jnp.arange(length if key_documents is None else key_documents.shape[1], dtype=jnp.int32)
+    causal = (query[:, None] >= key[None, :])[None]
+    return causal if documents is None else causal & (documents[:, :, None] == key_documents[:, None, :])
 
 
 def attention(layer: dict, config: ModelConfig, x: jax.Array, *, rope_table: jax.Array, mask: jax.Array, cache=None):
@@ -75,14 +67,12 @@ def attention(layer: dict, config: ModelConfig, x: jax.Array, *, rope_table: jax
     Returns:
       (output [B, S, D], (k, v) with the new tokens).
     """
-    if config.attention == "latent":
-        mixed, kept = _latent_attention(layer, config, x, rope_table, mask, cache)
-    else:
-        mixed, kept = _grouped_attention(layer, config, x, rope_table, mask, cache)
+    mix = _latent_attention if config.attention == "latent" else _grouped_attention
+    mixed, keys_values = mix(layer, config, x, rope_table, mask, cache)
     if config.attention_gate:
         mixed = mixed * jax.nn.sigmoid(jnp.einsum("bsd,dhc->bshc", x, layer["attention_gate"]))
     y = sum_over(jnp.einsum("bshc,hcd->bsd", mixed, layer["o"]), TENSOR)
-    return (y + layer["o_bias"][None, None] if config.attention_bias == "all" else y), kept
+    return (y + layer["o_bias"][None, None] if config.attention_bias == "all" else y), keys_values
 
 
 def _grouped_attention(layer, config: ModelConfig, x, rope_table, mask, cache):
@@ -93,7 +83,7 @@ def _grouped_attention(layer, config: ModelConfig, x, rope_table, mask, cache):
     if config.qk_norm == "head_after_rope":
         q, k = (rms_norm(a, layer[f"{n}_norm"], config.norm_epsilon) for a, n in ((q, "q"), (k, "k")))
     if cache is not None:
-        k, v = (_extended(old, new, cache[2]) for old, new in zip(cache[:2], (k, v), strict=True))
+        k, v = (_written(old, new, cache[2]) for old, new in zip(cache[:2], (k, v), strict=True))
     own_k, own_v = (_read_by_own_heads(a, config, q.shape[2]) for a in (k, v))
     return _attend(layer, config, q, own_k, own_v, mask, cached=cache is not None), (k, v)
 
@@ -130,34 +120,34 @@ def _latent_attention(layer, config: ModelConfig, x, rope_table, mask, cache):
     instead (the paper's absorbed form), so that no head's keys are ever kept.
     """
     R, nope_dims, epsilon = config.latent_size, config.head_size - config.rotary_width, config.latent_epsilon
-    bias = config.attention_bias == "all"
+
+    def down(name):
+        y = jnp.einsum("bsd,dr->bsr", x, layer[name])
+        return y + layer[f"{name}_bias"][None, None] if config.attention_bias == "all" else y
+
     if config.query_latent_size:
-        down = jnp.einsum("bsd,dr->bsr", x, layer["q_down"])
-        down = down + layer["q_down_bias"][None, None] if bias else down
-        q = jnp.einsum("bsr,rhc->bshc", rms_norm(down, layer["q_down_norm"], epsilon), layer["q_up"])
+        q = jnp.einsum("bsr,rhc->bshc", rms_norm(down("q_down"), layer["q_down_norm"], epsilon), layer["q_up"])
     else:
         q = jnp.einsum("bsd,dhc->bshc", x, layer["q"])
-    down = jnp.einsum("bsd,dr->bsr", x, layer["kv_down"])
-    down = down + layer["kv_down_bias"][None, None] if bias else down
-    latent = rms_norm(down[..., :R], layer["kv_down_norm"], epsilon)[:, :, None]
-    k_rope = rotate(down[:, :, None, R:], rope_table, interleaved=config.rope_interleaved)
+    kv = down("kv_down")
+    latent = rms_norm(kv[..., :R], layer["kv_down_norm"], epsilon)[:, :, None]
+    k_rope = rotate(kv[:, :, None, R:], rope_table, interleaved=config.rope_interleaved)
     q_rope = rotate(q[..., nope_dims:], rope_table, interleaved=config.rope_interleaved)
     k_up, v_up = layer["kv_up"][..., :nope_dims], layer["kv_up"][..., nope_dims:]
     if cache is None:
-        k = jnp.einsum("bsr,rhc->bshc", latent[:, :, 0], k_up)
-        v = jnp.einsum("bsr,rhc->bshc", latent[:, :, 0], v_up)
+        k, v = (jnp.einsum("bsr,rhc->bshc", latent[:, :, 0], up) for up in (k_up, v_up))
         shared = jnp.broadcast_to(k_rope, (*k.shape[:3], k_rope.shape[-1]))
         q = jnp.concatenate([q[..., :nope_dims], q_rope], axis=-1)
         return _attend(layer, config, q, jnp.concatenate([k, shared], axis=-1), v, mask, cached=False), (None, None)
     q = jnp.concatenate([jnp.einsum("bshc,rhc->bshr", q[..., :nope_dims], k_up), q_rope], axis=-1)
-    k = _extended(cache[0], jnp.concatenate([latent, k_rope], axis=-1), cache[2])
+    k = _written(cache[0], jnp.concatenate([latent, k_rope], axis=-1), cache[2])
     mixed = _attend(layer, config, q, k, k[..., :R], mask, cached=True)
     return jnp.einsum("bshr,rhc->bshc", mixed, v_up), (k, None)
 
 
-def _extended(kept, new, index):
-    """Keys or values of the cache [B,M,...] with the new ones written in their place."""
-    return jax.lax.dynamic_update_slice_in_dim(kept, new, index, axis=1)
+def _written(cached, new, index):
+    """Keys or values of the cache [B,M,...] with the new ones in their place."""
+    return jax.lax.dynamic_update_slice_in_dim(cached, new, index, axis=1)
 
 
 def _attend(layer, config: ModelConfig, q, k, v, mask, *, cached: bool):
@@ -226,13 +216,11 @@ def _causal_attend(q, k, v, mask, sinks):
 
 
 def _causal_forward(q, k, v, mask, sinks):
-    blocks = _query_blocks(q.shape[3])
     parts = [
         _attend_with_normalizer(q[:, :, :, b], k[:, :, : b.stop], v[:, :, : b.stop], mask[:, b, : b.stop], sinks)
-        for b in blocks
+        for b in _query_blocks(q.shape[3])
     ]
-    mixed = jnp.concatenate([part[0] for part in parts], axis=3)
-    normalizer = jnp.concatenate([part[1] for part in parts], axis=3)
+    mixed, normalizer = (jnp.concatenate(arrays, axis=3) for arrays in zip(*parts, strict=True))
     return mixed, (q, k, v, mask, sinks, mixed, normalizer)
 
 

@@ -4,8 +4,8 @@ What the router decided is returned, never recorded on the side; what isn't aske
 """
 
 import dataclasses
+import itertools
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +13,17 @@ import numpy as np
 
 from trace_jax.models.attention import Cache, attention, attention_mask
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.layers import norm, rotary
-from trace_jax.models.moe import Routing, gated_mlp, moe_layer
+from trace_jax.models.layers import gated_mlp, norm, rotary
+from trace_jax.models.moe import Routing, moe_layer
 from trace_jax.models.sharding import assembled, rematerialized
 from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
-ROUTER_PARTS = ("indices", "weights", "counts", "load", "dropped")
 UNROLLED_LAYERS = 4
-COLLECT = ("logits", "hidden", "layers", "router", "router_inputs", "router_logits", *ROUTER_PARTS)
+_ROUTER = ("router_inputs", "router_logits", "indices", "weights", "counts", "load", "dropped")
+COLLECT = ("logits", "hidden", "layers", "router", *_ROUTER)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["inputs", "logits", "indices", "weights", "counts", "load", "dropped"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouterOutput:
     """The routers of the layers that have one (`config.moe_layers`, L of them); what wasn't asked for is None."""
@@ -41,9 +37,7 @@ class RouterOutput:
     dropped: jax.Array | None = None  # i32 [L] choices that found no room in `expert_buffer` on this device
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["logits", "hidden", "layers", "router", "cache"], meta_fields=[]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelOutput:
     """What `forward` was asked for; the rest is None."""
@@ -73,7 +67,7 @@ def output_operands(params: dict, config: ModelConfig, hidden: jax.Array) -> tup
     return hidden, matrix
 
 
-def output_logits(params: dict, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+def _logits(params: dict, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """f32 [..., V]: logits of final hidden states [..., D]."""
     operands = output_operands(params, config, hidden)
     logits = jnp.einsum("...d,dv->...v", *operands, preferred_element_type=jnp.float32)
@@ -81,11 +75,10 @@ def output_logits(params: dict, config: ModelConfig, hidden: jax.Array) -> jax.A
     if devices == 1:
         return logits
     # Each device puts its share in its place, and the sum of all is known to be equal on them.
-    width = logits.shape[-1] * devices
-    whole = jnp.zeros((*logits.shape[:-1], width), jnp.float32)
-    start = jax.lax.axis_index(TENSOR) * logits.shape[-1]
-    whole = jax.lax.dynamic_update_slice_in_dim(as_varying(whole, varying_axes(logits)), logits, start, axis=-1)
-    return jax.lax.psum(whole, TENSOR)[..., : config.vocab_size]
+    width = logits.shape[-1]
+    every = as_varying(jnp.zeros((*logits.shape[:-1], width * devices), jnp.float32), varying_axes(logits))
+    every = jax.lax.dynamic_update_slice_in_dim(every, logits, jax.lax.axis_index(TENSOR) * width, axis=-1)
+    return jax.lax.psum(every, TENSOR)[..., : config.vocab_size]
 
 
 def _embedded(params: dict, config: ModelConfig, tokens: jax.Array) -> jax.Array:
@@ -140,36 +133,39 @@ def forward(
       ValueError: an unknown name in `collect`, logits of a part of the layers, shapes that don't fit, or `experts` with
         a cache.
     """
-    wanted = _check(config, tokens, mask, count_mask, collect, num_layers)
-    experts = _checked_experts(experts, config, tokens, cache)
+    wanted = _check(config, tokens, mask, count_mask, collect, num_layers, experts, cache)
     B, S = tokens.shape
-    documents = None if mask is None else mask.astype(jnp.int32)
+    documents, start = None if mask is None else mask.astype(jnp.int32), 0
+    key_documents = documents
     if cache is not None:
-        documents = jnp.ones((B, S), jnp.int32) if documents is None else documents
-        new_documents = jax.lax.dynamic_update_slice_in_dim(cache.documents, documents, cache.index, axis=1)
-        cache = dataclasses.replace(cache, documents=new_documents, index=cache.index + S)
-    allowed = attention_mask(documents, S, cache)
+        documents, start = jnp.ones((B, S), jnp.int32) if documents is None else documents, cache.index
+        key_documents = jax.lax.dynamic_update_slice_in_dim(cache.documents, documents, start, axis=1)
+    allowed = attention_mask(documents, S, key_documents, start)
     if positions is None:
         positions = jnp.sum(allowed.astype(jnp.int32), axis=-1) - 1
+    key_positions = positions
     if cache is not None:
-        placed = jnp.broadcast_to(positions, (B, S))
-        placed = jax.lax.dynamic_update_slice_in_dim(cache.positions, placed, cache.index - S, axis=1)
-        cache = dataclasses.replace(cache, positions=placed)
+        key_positions = jnp.broadcast_to(positions, (B, S))
+        key_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, key_positions, start, axis=1)
     if count_mask is None:
         count_mask = jnp.ones((B, S), bool) if documents is None else documents != 0
-    per_layer = _PerLayer(config, allowed, positions, positions if cache is None else cache.positions)
-    start = None if cache is None else cache.index - S
+    # Window and rotary embedding differ between layers too: numbers that the scan reads. Rope -1 is the last: none.
+    rope_tables, per_layer = rotary(positions, config), {}
+    if config.windows:
+        per_layer["window"] = np.asarray([window or np.iinfo(np.int32).max for window in config.windows], np.int32)
+    if config.layer_ropes:
+        per_layer["rope"] = np.asarray(config.layer_ropes, np.int32)
+    distance = positions[:, :, None] - key_positions[:, None, :]
 
     def layer_step(stack, x, inputs):
-        layer, layer_cache, kind, chosen = inputs
+        layer, layer_cache, numbers, chosen = inputs
         layer = assembled(layer, config, f"{stack}/")
-        if cache is not None:
-            layer_cache = (*layer_cache, start)
+        readable = allowed & (distance < numbers["window"]) if config.windows else allowed
+        rope_table = rope_tables[numbers["rope"]] if config.layer_ropes else rope_tables[0]
+        layer_cache = None if cache is None else (*layer_cache, start)
 
         def mix(x):
-            return attention(
-                layer, config, x, rope_table=per_layer.rope_table(kind), mask=per_layer.mask(kind), cache=layer_cache
-            )
+            return attention(layer, config, x, rope_table=rope_table, mask=readable, cache=layer_cache)
 
         def feed_forward(x):
             flat = x.reshape(B * S, -1)
@@ -189,88 +185,56 @@ def forward(
         return x, out
 
     # The residual stream is equal on the devices of "tensor", and known to be, because every part of it is a sum.
-    row_axes = frozenset(axis_sizes()) - {TENSOR}
-    x, outs = as_varying(_embedded(params, config, tokens), row_axes), []
+    x, outs = as_varying(_embedded(params, config, tokens), frozenset(axis_sizes()) - {TENSOR}), {}
     for stack, inside, layers in _runs(config, num_layers or config.num_layers):
-        arrays = _cut(params[stack], inside)
-        caches = None if cache is None else _cut((cache.k, cache.v), layers)
-        chosen = None if experts is None or stack == "dense" else experts[inside]
-        depth = layers.stop - layers.start
+        arrays = jax.tree.map(lambda a: a[inside], params[stack])  # noqa: B023
+        caches = None if cache is None else jax.tree.map(lambda a: a[layers], (cache.k, cache.v))  # noqa: B023
+        numbers = {name: jnp.asarray(values[layers]) for name, values in per_layer.items()}
+        chosen = None if experts is None or stack == "dense" else jnp.asarray(experts, jnp.int32)[inside]
         # Few layers are unrolled: then what the backward pass keeps isn't copied into and out of stacks.
-        unroll = depth if depth <= UNROLLED_LAYERS else 1
+        depth = layers.stop - layers.start
         step = rematerialized(partial(layer_step, stack), remat, arrays, config, f"{stack}/")
-        x, out = jax.lax.scan(step, x, (arrays, caches, per_layer.kinds(layers), chosen), unroll=unroll)
-        outs.append(out)
+        inputs = arrays, caches, numbers, chosen
+        x, out = jax.lax.scan(step, x, inputs, unroll=depth if depth <= UNROLLED_LAYERS else 1)
+        for name, part in out.items():
+            outs.setdefault(name, []).append(part)
+    out = {
+        name: parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
+        for name, parts in outs.items()
+    }
     if num_layers is None:
         x = norm(params, "final_norm", config, x)  # vectors are not cut
-    logits = output_logits(params, config, x) if "logits" in wanted else None
-    out = {name: _joined([o[name] for o in outs if name in o]) for name in sorted({key for o in outs for key in o})}
+    logits = _logits(params, config, x) if "logits" in wanted else None
     if cache is not None:
-        cache = _with_layers(cache, *out["cache"])
-    parts = {name: out.get(name) for name in ROUTER_PARTS}
-    router = RouterOutput(out.get("router_inputs"), out.get("router_logits"), **parts)
+        k, v = out["cache"]
+        if num_layers is not None:
+            k, v = jax.tree.map(lambda old, new: old.at[: len(new)].set(new), (cache.k, cache.v), (k, v))
+        cache = Cache(k, v, key_documents, key_positions, start + S)
+    router = RouterOutput(**{name.removeprefix("router_"): out.get(name) for name in _ROUTER})
     return ModelOutput(logits, x if "hidden" in wanted else None, out.get("layers"), router, cache)
 
 
 def _residual(layer: dict, config: ModelConfig, x: jax.Array, name: str, part):
     """(x + scale * part(x), what else the part returns), with the norms called `name` around the part."""
-    before = norm(layer, f"{name}_norm", config, x) if config.norm_placement in ("pre", "both") else x
+    before = x if config.norm_placement == "post" else norm(layer, f"{name}_norm", config, x)
     y, more = part(before)
-    if config.norm_placement in ("post", "both"):
+    if config.norm_placement != "pre":
         y = norm(layer, f"{name}_post_norm", config, y)
     return x + (y * jnp.asarray(config.residual_scale, y.dtype) if config.residual_scale != 1.0 else y), more
 
 
 def _runs(config: ModelConfig, num_layers: int) -> list[tuple[str, slice, slice]]:
     """The first layers as runs of one kind: (which stack of parameters, where in it, which layers of the network)."""
-    runs, seen = [], {"layers": 0, "dense": 0}
-    for layer in range(num_layers):
-        stack = "dense" if layer in config.dense_layers else "layers"
-        place = seen[stack]
-        seen[stack] += 1
-        if runs and runs[-1][0] == stack:
-            _, inside, layers = runs.pop()
-            runs.append((stack, slice(inside.start, place + 1), slice(layers.start, layer + 1)))
-        else:
-            runs.append((stack, slice(place, place + 1), slice(layer, layer + 1)))
+    runs, used, layer = [], {"layers": 0, "dense": 0}, 0
+    kinds = ("dense" if layer in config.dense_layers else "layers" for layer in range(num_layers))
+    for stack, run in itertools.groupby(kinds):
+        depth, first = len(list(run)), used[stack]
+        runs.append((stack, slice(first, first + depth), slice(layer, layer + depth)))
+        used[stack], layer = first + depth, layer + depth
     return runs
 
 
-class _PerLayer:
-    """What differs between layers but is not a parameter: window and rotary embedding, scanned over as numbers."""
-
-    def __init__(self, config: ModelConfig, allowed: jax.Array, positions: jax.Array, key_positions: jax.Array):
-        self._allowed, self._rope_tables = allowed, rotary(positions, config)
-        self._windows = np.asarray([w or np.iinfo(np.int32).max for w in config.windows], np.int32)
-        self._ropes = np.asarray(config.layer_ropes, np.int32)
-        if config.windows:
-            self._distance = positions[:, :, None] - key_positions[:, None, :]
-
-    def kinds(self, layers: slice) -> dict:
-        """(window, rope) of each layer in a run."""
-        chosen = {"window": self._windows, "rope": self._ropes}
-        return {name: jnp.asarray(numbers[layers]) for name, numbers in chosen.items() if numbers.size}
-
-    def mask(self, kind: dict) -> jax.Array:
-        """bool [B or 1, S, M]: what the layer's queries may read."""
-        return self._allowed & (self._distance < kind["window"]) if "window" in kind else self._allowed
-
-    def rope_table(self, kind: dict) -> jax.Array:
-        """f32 [2, B or 1, S, 1, 2, W/2]: the layer's rotary embedding; number -1 is the last one, which is none."""
-        return self._rope_tables[kind["rope"]] if "rope" in kind else self._rope_tables[0]
-
-
-def _cut(tree, where: slice):
-    """`where` along the first axis of every array."""
-    return jax.tree.map(lambda a: a[where], tree)
-
-
-def _joined(parts: list):
-    """Trees of arrays joined along their first axis."""
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-
-
-def _check(config, tokens, mask, count_mask, collect, num_layers) -> frozenset:
+def _check(config, tokens, mask, count_mask, collect, num_layers, experts, cache) -> frozenset:
     """The names in `collect` with "router" spelt out, or a ValueError that says what is wrong."""
     if isinstance(collect, str):
         raise ValueError(f"collect is the text {collect!r}; expected a tuple of names, such as ({collect!r},).")
@@ -287,49 +251,28 @@ def _check(config, tokens, mask, count_mask, collect, num_layers) -> frozenset:
             raise ValueError(f"num_layers is {num_layers}; this model has layers 1 to {config.num_layers}.")
         if "logits" in collect:
             raise ValueError('a part of the layers has no logits; ask for collect=("hidden",).')
+    if experts is not None:
+        if cache is not None:
+            raise ValueError("experts are given together with a cache; routing can be forced on whole texts only.")
+        expected = (len(config.moe_layers), *tokens.shape, config.experts_per_token)
+        if experts.shape != expected or not jnp.issubdtype(experts.dtype, jnp.integer):
+            raise ValueError(
+                f"experts is {experts.dtype} of shape {experts.shape}; expected integers {expected}: for each layer "
+                "that has a router, row and position, the experts of the token."
+            )
     wanted = frozenset(collect)
     return wanted | {"router_logits", "indices", "weights"} if "router" in wanted else wanted
 
 
-def _checked_experts(experts, config: ModelConfig, tokens, cache: Cache | None) -> jax.Array | None:
-    """`experts` as i32, or a ValueError that says what is wrong."""
-    if experts is None:
-        return None
-    if cache is not None:
-        raise ValueError("experts are given together with a cache; routing can be forced on whole texts only.")
-    expected = (len(config.moe_layers), *tokens.shape, config.experts_per_token)
-    if experts.shape != expected or not jnp.issubdtype(experts.dtype, jnp.integer):
-        raise ValueError(
-            f"experts is {experts.dtype} of shape {experts.shape}; expected integers {expected}: for each layer that "
-            "has a router, row and position, the experts of the token."
-        )
-    return jnp.asarray(experts, jnp.int32)
-
-
 def _router_parts(routing: Routing, wanted: frozenset, count_mask: jax.Array) -> dict:
     """The parts of one layer's routing that were asked for; counts and load are sums over the count mask."""
-    B, S = count_mask.shape
-    num_experts = routing.logits.shape[-1]
-    per_token = {
-        "router_inputs": routing.inputs,
-        "router_logits": routing.logits,
-        "indices": routing.indices,
-        "weights": routing.weights,
-    }
-    parts: dict[str, Any] = {name: value.reshape(B, S, -1) for name, value in per_token.items() if name in wanted}
-    counted = count_mask.reshape(-1)
+    counted, num_experts = count_mask.reshape(-1), routing.logits.shape[-1]
+    per_token = (routing.inputs, routing.logits, routing.indices, routing.weights)
+    named = zip(_ROUTER[:4], per_token, strict=True)
+    parts = {name: value.reshape(*count_mask.shape, -1) for name, value in named if name in wanted}
     if "counts" in wanted:
         chosen = routing.indices[:, :, None] == jnp.arange(num_experts, dtype=jnp.int32)[None, None, :]
         parts["counts"] = jnp.sum((chosen & counted[:, None, None]).astype(jnp.int32), axis=(0, 1))
-    if "dropped" in wanted:
-        parts["dropped"] = routing.dropped
     if "load" in wanted:
         parts["load"] = jnp.sum(jnp.where(counted[:, None], routing.probabilities, 0.0), axis=0)
-    return parts
-
-
-def _with_layers(cache: Cache, k: jax.Array, v: jax.Array | None) -> Cache:
-    """`cache` with the first layers' keys and values replaced (all of them unless the pass stopped early)."""
-    if k.shape[0] < cache.k.shape[0]:
-        k, v = jax.tree.map(lambda old, new: old.at[: new.shape[0]].set(new), (cache.k, cache.v), (k, v))
-    return dataclasses.replace(cache, k=k, v=v)
+    return parts | ({"dropped": routing.dropped} if "dropped" in wanted else {})

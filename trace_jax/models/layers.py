@@ -1,4 +1,10 @@
-"""Norms, in float32, and rotary position embedding: the first (latent attention: last) dimensions of a head turn."""
+"""What layers are made of: norms (in float32), rotary position embedding, and the gated feed-forward part.
+
+The first dimensions of a head turn with position; in latent attention the last.
+"""
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -78,3 +84,43 @@ def rotate(x: jax.Array, table: jax.Array, *, interleaved: bool) -> jax.Array:
     halves = halves.astype(jnp.float32)
     turned = (halves * table[0] + jnp.flip(halves, axis=3) * table[1]).reshape(turned.shape).astype(x.dtype)
     return turned if not rest.shape[-1] else jnp.concatenate([turned, rest], axis=-1)
+
+
+def gated_mlp(weights: dict, config: ModelConfig, x: jax.Array) -> jax.Array:
+    """Gated feed-forward of x [T,D] with gate_up [D,2,F], down [F,D] and, where there are, their biases."""
+    gate_up = x @ weights["gate_up"].reshape(x.shape[1], -1)
+    if "gate_up_bias" in weights:
+        gate_up = gate_up + weights["gate_up_bias"].reshape(1, -1)
+    y = sum_over(activation(config)(gate_up) @ weights["down"], TENSOR)
+    return y + weights["down_bias"][None] if "down_bias" in weights else y
+
+
+def activation(config: ModelConfig) -> Callable[[jax.Array], jax.Array]:
+    """The function [..., 2F] (gates, then ups) -> [..., F] of a feed-forward part."""
+    if config.activation == "swiglu":
+        return _swiglu
+    return partial(_clamped_swiglu, alpha=config.swiglu_alpha, limit=config.swiglu_limit)
+
+
+def _clamped_swiglu(gate_up: jax.Array, *, alpha: float, limit: float) -> jax.Array:
+    """GPT-OSS: both sides are limited, the gate from above only, and 1 is added to the ups."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * gate * jax.nn.sigmoid(gate * alpha)
+
+
+@jax.custom_vjp
+def _swiglu(gate_up: jax.Array) -> jax.Array:
+    """[..., 2F] -> [..., F]. The backward pass keeps the input only."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(gate_up, gradient):
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return (jnp.concatenate([gradient * up * (sigmoid + silu - silu * sigmoid), gradient * silu], axis=-1),)
+
+
+_swiglu.defvjp(lambda gate_up: (_swiglu(gate_up), gate_up), _swiglu_backward)

@@ -7,7 +7,6 @@ below say. Both are gathers, which are quick everywhere and deterministic.
 """
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +19,13 @@ from trace_jax.models.grouped_matmul import (
     grouped_matmul,
     resolve_implementation,
 )
-from trace_jax.models.layers import norm
+from trace_jax.models.layers import activation, gated_mlp, norm
 from trace_jax.parallel.mesh import EXPERT, TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
 COUNTING_BLOCK = 128
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["inputs", "logits", "probabilities", "indices", "weights", "dropped"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """What the router of one layer said about T tokens. It means the same for every family (docs/models.md)."""
@@ -121,15 +116,6 @@ def _sparse_mixer(logits_TE: jax.Array, jitter: float, chosen_TK: jax.Array | No
     return jnp.concatenate(indices, axis=1), jnp.concatenate(weights, axis=1)
 
 
-def gated_mlp(weights: dict, config: ModelConfig, x: jax.Array) -> jax.Array:
-    """Gated feed-forward of x [T,D] with gate_up [D,2,F], down [F,D] and, where there are, their biases."""
-    gate_up = x @ weights["gate_up"].reshape(x.shape[1], -1)
-    if "gate_up_bias" in weights:
-        gate_up = gate_up + weights["gate_up_bias"].reshape(1, -1)
-    y = sum_over(_activation(config)(gate_up) @ weights["down"], TENSOR)
-    return y + weights["down_bias"][None] if "down_bias" in weights else y
-
-
 def moe_layer(
     layer: dict, config: ModelConfig, x_TD: jax.Array, *, buffer: float = 0.0, chosen_TK: jax.Array | None = None
 ) -> tuple[jax.Array, Routing]:
@@ -189,7 +175,7 @@ def experts(
       indices_TK: chosen experts. With `room` given, an index that is no expert of `weights` is another device's.
       room: for how many choices there is room at least; default: all of them.
     """
-    implementation, activate = resolve_implementation(config.grouped_matmul), _activation(config)
+    implementation, activate = resolve_implementation(config.grouped_matmul), activation(config)
     trained = weights.get("trained")
     weights = {name: array for name, array in weights.items() if name != "trained"}
     # The backward passes below mix tokens with weights: what is equal on some devices must be known to be summed.
@@ -260,37 +246,6 @@ def _places(indices_TK, rank, first, num_places: int, *, some_elsewhere: bool) -
     fits = own & (place < num_places)
     beyond = num_places + jnp.arange(flat.size, dtype=jnp.int32)
     return jnp.where(fits, place, beyond).reshape(indices_TK.shape), jnp.sum(own & ~fits, dtype=jnp.int32)
-
-
-def _activation(config: ModelConfig):
-    """[..., 2F] (gates, then ups) -> [..., F]."""
-    if config.activation == "swiglu":
-        return _swiglu
-    return partial(_clamped_swiglu, alpha=config.swiglu_alpha, limit=config.swiglu_limit)
-
-
-def _clamped_swiglu(gate_up: jax.Array, *, alpha: float, limit: float) -> jax.Array:
-    """GPT-OSS: both sides are limited, the gate from above only, and 1 is added to the ups."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return (up + 1) * gate * jax.nn.sigmoid(gate * alpha)
-
-
-@jax.custom_vjp
-def _swiglu(gate_up: jax.Array) -> jax.Array:
-    """[..., 2F] -> [..., F]. The backward pass keeps the input only."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
-def _swiglu_backward(gate_up, gradient):
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    return (jnp.concatenate([gradient * up * (sigmoid + silu - silu * sigmoid), gradient * silu], axis=-1),)
-
-
-_swiglu.defvjp(lambda gate_up: (_swiglu(gate_up), gate_up), _swiglu_backward)
 
 
 def count_and_rank(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:

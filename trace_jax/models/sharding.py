@@ -30,7 +30,7 @@ _MOVES = frozenset(
 _PER_ROW = P(BATCH_AXES)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["array", "rows", "index", "a", "b"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Delta:
     """`array` and what changes it, of all layers or of one.

@@ -14,8 +14,8 @@ from transformers_reference import MASK, TOKENS, by_expert, run
 
 from trace_jax.models.attention import attention, attention_mask
 from trace_jax.models.decoder import forward
-from trace_jax.models.layers import norm, rotary
-from trace_jax.models.moe import experts, gated_mlp, moe_layer, route
+from trace_jax.models.layers import gated_mlp, norm, rotary
+from trace_jax.models.moe import experts, moe_layer, route
 
 # Between them: every kind of norm, rotary embedding, attention, router and expert.
 FAMILIES = ("olmoe", "gpt_oss", "deepseek_v3", "phimoe", "afmoe", "ernie4_5_moe", "hunyuan_v1_moe", "glm4_moe")
