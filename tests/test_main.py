@@ -11,7 +11,7 @@ import trace_jax
 from trace_jax.config import ConfigError
 from trace_jax.main import COMMANDS, main, parse
 from trace_jax.models.families.published import PUBLISHED
-from trace_jax.run.config_file import load_config
+from trace_jax.run.experiment import load_config
 from trace_jax.unlearning.objectives import Objective
 
 OF_THE_FILE = "gradient_difference"  # the objective that the quickstart names

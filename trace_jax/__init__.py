@@ -33,7 +33,7 @@ _PUBLIC = {
     "ParallelConfig": "trace_jax.parallel.mesh",
     "ConfigError": "trace_jax.config",
     "TraceLM": "trace_jax.tasks.lm_eval",
-    "load_config": "trace_jax.run.config_file",
+    "load_config": "trace_jax.run.experiment",
     "run": "trace_jax.run.methods",
 }
 

@@ -8,14 +8,14 @@ import re
 import numpy as np
 import pytest
 
-from trace_jax.report import render, write_report
+from trace_jax.io.progress import format_interval, format_number, plain_name
 from trace_jax.report.drawing import method_styles
 from trace_jax.report.figures import mean_front
-from trace_jax.report.page import recovered
-from trace_jax.report.words import format_interval, format_number, plain_name
+from trace_jax.report.page import recovered, render, write_report
 
 METHODS = ("uniform", "trace", "trace_rows")
-NEEDED = ("title", "benchmark", "config")
+BENCHMARK = {"benchmark": "handbook", "forgetting": "forget_accuracy", "chance": 0.25}
+NEEDED = ("title", "config", *BENCHMARK)
 CONFIG = {"data": {"benchmark": "handbook"}, "evaluation": {"levels": [0.5]}, "unlearning": {"learning_rate": 1e-3}}
 
 
@@ -87,7 +87,7 @@ def frequencies(frequency, **rest):
 def results(**changes):
     """What a finished run of the handbook hands to the report."""
     return {
-        "title": "Unlearning a topic", "benchmark": "handbook", "forgotten": "60 substances",
+        **BENCHMARK, "title": "Unlearning a topic", "forgotten": "60 substances",
         "rows": [
             row("target model", 1.0, kind="reference", half_width=0.0), row("uniform", 0.73), row("trace", 0.91),
             row("trace_rows", 0.93), row("permuted", 0.6, kind="control", reached=False),
@@ -228,14 +228,14 @@ def test_a_study_shows_all_seeds_of_the_chosen_setting():
         for setting in ("alpha=1", "alpha=4") for seed in range(3)
     ]  # fmt: skip
     chosen = row("npo: trace", 0.9) | {"run": ("npo", "trace", "alpha=4")}
-    study = {"title": "Study", "benchmark": "handbook", "rows": [chosen], "runs": runs, "config": CONFIG}
+    study = {**BENCHMARK, "title": "Study", "rows": [chosen], "runs": runs, "config": CONFIG}
     assert "npo: trace (3 runs)" in visible_text(render(study))
 
 
 def test_a_series_shows_every_step():
     steps = [{"step": n, "methods": {"trace": {"measurements": [measured(0.1 * n)]}}} for n in (1, 2)]
     series = {
-        "title": "Series", "benchmark": "text", "verdict": "2 steps.", "config": CONFIG, "steps": steps,
+        **BENCHMARK, "title": "Series", "verdict": "2 steps.", "config": CONFIG, "steps": steps,
         "scores": {"knowmem": {"trace": [0.9, None, 0.2]}},
     }  # fmt: skip
     text = visible_text(render(series))

@@ -20,9 +20,9 @@ from trace_jax.evaluation.routing import (
     _exact,
     routing_quantities,
 )
-from trace_jax.report import render
 from trace_jax.report.drawing import method_styles, scale_of
 from trace_jax.report.figures import heat_map, layer_plot
+from trace_jax.report.page import render
 from trace_jax.report.routing import MOST_METHODS, STATES, routing_groups, times_uniform
 
 TITLES = [
@@ -86,7 +86,7 @@ def page_of(measured, selected=()):
     front = {"steps": [0], "forgetting": [1.0], "utilities": {"u": [1.0]}}
     methods = {m: {"routing": r, "fronts": {"test": front}, "measurements": []} for m, r in measured.items()}
     config = {"evaluation": {"levels": [0.5]}}
-    page = {"title": "x", "benchmark": "handbook", "methods": methods, "config": config}
+    page = {"title": "x", "benchmark": "x", "forgetting": "y", "chance": None, "methods": methods, "config": config}
     return render(page | {"frequency": frequency(measured, selected)})
 
 

@@ -8,17 +8,16 @@ import json
 import re
 
 import pytest
-import tiny_checkpoints
 from published import METHODS
 
+from tests.run.toy import SMALL, save_checkpoint
 from trace_jax.config import ConfigError
 from trace_jax.data.published import PUBLISHED as DATASETS
-from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.evaluation.config import TofuConfig
 from trace_jax.io.files import read_json
 from trace_jax.models.families.published import PUBLISHED
 from trace_jax.run.check import dry_run
-from trace_jax.run.config_file import load_config
+from trace_jax.run.experiment import load_config
 from trace_jax.run.methods import run
 from trace_jax.unlearning.objectives import RMU, AdaptiveRMU
 
@@ -168,27 +167,19 @@ def test_published_numbers_reach_the_settings():
 
 def test_two_topics_are_unlearned_by_turns_from_a_tiny_checkpoint(tmp_path):
     """The settings of a benchmark, at another size: a run, its export, and the card that names both topics."""
-    pytest.importorskip("transformers")
-    checkpoint = tmp_path / "tiny"
-    checkpoint.mkdir()
-    tiny_checkpoints.save(tiny_checkpoints.build("olmoe", vocab_size=300), "olmoe", checkpoint)
+    marks = {"bos_token_id": None, "eos_token_id": [2, 1], "pad_token_id": 2}  # no beginning, several ends
     words = ["river", "stone", "apple", "cloud", "lamp", "tiger", "violin", "harbour", "window"]
-    train_tokenizer([" ".join(words)] * 3, 300).save(str(checkpoint / "tokenizer.json"))
     files = {}
     for order, name in enumerate(("bio", "cyber", "retain")):
         texts = [" ".join(words[(i + j * (order + 2)) % 9] for j in range(30 + i)) for i in range(12)]
         files[name] = tmp_path / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     overrides = {
-        "model": {"path": str(checkpoint), "dtype": "float32"},
+        **SMALL,
+        "model": {"path": str(save_checkpoint(tmp_path / "tiny", **marks)), "dtype": "float32"},
         "data.forget": [str(files["bio"]), str(files["cyber"])],
         "data.retain": str(files["retain"]),
-        "data.row_length": 32,
         "unlearning.topics": "alternating",
-        "unlearning.steps": 2,
-        "evaluation.max_rows": 8,
-        "evaluation.max_prompts": 4,
-        "evaluation.bootstrap": 100,
         **{
             f"evaluation.multiple_choice.sources.{name}": write_rows(tmp_path / f"{name}.jsonl", CHOICES, 3)
             for name in ("wmdp_bio", "wmdp_cyber", "mmlu")

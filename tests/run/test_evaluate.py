@@ -4,10 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-import tiny_checkpoints
 
 import trace_jax.run.evaluate
-from trace_jax.data.tokenizer import train_tokenizer
+from tests.run.toy import save_checkpoint
 from trace_jax.evaluation.likelihood import score_sequences
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.task import TaskScores
@@ -41,17 +40,7 @@ class Likelihood:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    found = {}
-    for name, seed in (("olmoe", 0), ("other", 1)):
-        directory = tmp_path_factory.mktemp(name)
-        model = tiny_checkpoints.build("olmoe", vocab_size=320)
-        if seed:
-            for parameter in model.parameters():
-                parameter.data.mul_(1.05)
-        tiny_checkpoints.save(model, "olmoe", directory)
-        train_tokenizer(["river stone apple cloud"] * 3, 320).save(str(directory / "tokenizer.json"))
-        found[name] = directory
-    return found
+    return {name: save_checkpoint(tmp_path_factory.mktemp(name), seed=n) for n, name in enumerate(("olmoe", "other"))}
 
 
 @pytest.fixture

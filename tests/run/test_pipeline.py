@@ -8,15 +8,13 @@ import time
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 
-from tests.run.toy import experiment, numbers
+from tests.run.toy import experiment, numbers, on_one_device
 from trace_jax.checkpoints.pretrained import load_pretrained
-from trace_jax.config import ConfigError, resolve
+from trace_jax.config import ConfigError
 from trace_jax.io.files import read_json, read_lines
 from trace_jax.models.arrays import flatten
-from trace_jax.run.experiment import ExperimentConfig
-from trace_jax.run.export import export_run, load_target, load_unlearned
+from trace_jax.run.export import export_run, find_model
 from trace_jax.run.methods import run
 from trace_jax.run.results import write_run_report
 from trace_jax.run.stages import calibration_directory
@@ -68,33 +66,28 @@ def test_a_second_run_changes_nothing(finished, data):
 
 def test_a_changed_setting_reruns_its_stage_and_those_after_it(data, finished, tmp_path):
     path = shutil.copytree(finished[0], tmp_path / "copy")
-    weights = calibration_directory(path, "trace_rows").relative_to(path) / "weights.npz"
-    kept = {
-        name: (path / name).stat().st_mtime_ns
-        for name in ("target/model.safetensors", "statistics/forget.npz", weights)
-    }
-    before = numbers(path)
+    files = [path / "target/model.safetensors", path / "statistics/forget.npz"]
+    files.append(calibration_directory(path, "trace_rows") / "weights.npz")
+    written, before = [file.stat().st_mtime_ns for file in files], numbers(path)["methods"]["trace_rows"]
     run(experiment(data, unlearning={"alpha": 2.0}), path)
-    assert kept == {name: (path / name).stat().st_mtime_ns for name in kept}
-    assert numbers(path)["methods"]["trace_rows"]["unlearning"]["alpha"] == 2.0
-    assert numbers(path)["methods"]["trace_rows"]["measurements"] != before["methods"]["trace_rows"]["measurements"]
+    assert written == [file.stat().st_mtime_ns for file in files]
+    after = numbers(path)["methods"]["trace_rows"]
+    assert after["unlearning"]["alpha"] == 2.0 and after["measurements"] != before["measurements"]
 
 
 def test_another_way_to_evaluate_does_not_unlearn_again(data, finished, tmp_path):
     path = shutil.copytree(finished[0], tmp_path / "copy")
-    kept = ("target/model.safetensors", "methods/trace_rows/model.safetensors", "methods/trace_rows/metrics.jsonl")
-    before = {name: (path / name).stat().st_mtime_ns for name in kept}
-    results = numbers(path)["methods"]["trace_rows"]
+    names = ("target/model.safetensors", "methods/trace_rows/model.safetensors", "methods/trace_rows/metrics.jsonl")
+    written, before = [(path / name).stat().st_mtime_ns for name in names], numbers(path)["methods"]["trace_rows"]
     run(experiment(data, evaluation={"max_prompts": 2}), path)
-    assert before == {name: (path / name).stat().st_mtime_ns for name in kept}
-    again = numbers(path)["methods"]["trace_rows"]
-    counts = {
-        name: next(m["n"] for m in r["measurements"] if m["name"] == "verbatim")
-        for name, r in (("before", results), ("after", again))
-    }
-    assert counts == {"before": 4, "after": 2}
-    others = [[m for m in r["measurements"] if m["name"] != "verbatim"] for r in (results, again)]
-    assert others[0] == others[1] and results["fronts"] == again["fronts"]
+    assert written == [(path / name).stat().st_mtime_ns for name in names]
+    after = numbers(path)["methods"]["trace_rows"]
+    verbatim, others = (
+        [[m for m in r["measurements"] if (m["name"] == "verbatim") == is_it] for r in (before, after)]
+        for is_it in (True, False)
+    )
+    assert [measured[0]["n"] for measured in verbatim] == [4, 2]
+    assert others[0] == others[1] and before["fronts"] == after["fronts"]
 
 
 def test_weights_follow_the_model_where_a_run_asks_for_it(data, finished, tmp_path):
@@ -135,45 +128,34 @@ def test_a_run_that_was_made_before_weights_were_shared_has_the_same_report(fini
     assert "experts matched" in old and len(old) == len(new)
 
 
-def test_a_method_keeps_what_it_trained_and_its_model_can_be_exported(finished, data, tmp_path):
-    """Routers did not train, so they are not in its file; a model that was trained here is exported as a Mixtral."""
-    path = shutil.copytree(finished[0], tmp_path / "run")
-    run(experiment(data, methods=["uniform"], unlearning={"trainable": "routers_frozen"}), path)
-    export_run(path, tmp_path / "out", label="uniform")
-    with safe_open(path / "methods/uniform/model.safetensors", framework="numpy") as file:
-        assert "layers/router" not in file.keys() and "layers/experts/down" in file.keys()  # noqa: SIM118
-    config = resolve(ExperimentConfig, read_json(path / "config.json")["config"])
-    target = load_target(config, path)
-    unlearned, exported = load_unlearned(path, "uniform", target), load_pretrained(tmp_path / "out")
-    for name, leaf in flatten(exported.params).items():
-        np.testing.assert_array_equal(leaf, flatten(unlearned.params)[name])
-        assert np.array_equal(leaf, flatten(target.params)[name]) == (name == "layers/router")
-    with pytest.raises(ConfigError, match=r"no method is given; name one .* --method=trace_rows or uniform"):
-        export_run(path, tmp_path / "out")
-
-
-def test_routers_that_were_realigned_are_kept_with_what_trained(finished, data, tmp_path):
+def test_a_method_keeps_what_changed_and_its_model_can_be_exported(finished, data, tmp_path):
+    """Routers did not train but were realigned; a model that was trained here is exported as a Mixtral."""
     path = shutil.copytree(finished[0], tmp_path / "run")
     changes = {"trainable": "routers_frozen", "grip": {"name": "realign", "tokens": 200}}
     run(experiment(data, methods=["uniform"], unlearning=changes), path)
     results = read_json(path / "methods/uniform/results.json")
     assert all(row["kept"] and row["cosine"] > 0.95 for row in results["grip"])
-    config = resolve(ExperimentConfig, read_json(path / "config.json")["config"])
-    target = load_target(config, path)
-    routers = [m.params["layers"]["router"] for m in (target, load_unlearned(path, "uniform", target))]
-    assert not np.array_equal(*routers)
-    np.testing.assert_allclose(*routers, atol=0.3)
+    export_run(path, tmp_path / "out", label="uniform")
+    target, unlearned = (flatten(find_model(path, label).load().params) for label in ("target", "uniform"))
+    assert not np.array_equal(target["layers/router"], unlearned["layers/router"])
+    np.testing.assert_allclose(target["layers/router"], unlearned["layers/router"], atol=0.3)
+    for name, leaf in flatten(load_pretrained(tmp_path / "out").params).items():
+        np.testing.assert_array_equal(leaf, unlearned[name])
+    with pytest.raises(ConfigError, match=r"no method is given; name one .* --method=trace_rows or uniform"):
+        export_run(path, tmp_path / "out")
 
 
 def _run_in_process(data, path):
     import tests.conftest  # noqa: F401  (the same devices as this process: other counts round differently)
 
-    run(experiment(data), path)
+    with on_one_device():
+        run(experiment(data), path)
 
 
 def test_killed_and_started_again_it_ends_in_the_same_numbers(data, finished, tmp_path):
     """kill -9 after a state was saved, while it unlearns; the states of the target model are of the same loop."""
-    path = tmp_path / "cut"
+    path = shutil.copytree(finished[0], tmp_path / "cut")
+    shutil.rmtree(path / "methods")
     process = multiprocessing.get_context("spawn").Process(target=_run_in_process, args=(data, path))
     process.start()
     deadline = time.monotonic() + 240

@@ -1,6 +1,5 @@
 """The whole run on a real layout: from a checkpoint and two files to a checkpoint that transformers loads."""
 
-import functools
 import json
 import re
 import shutil
@@ -8,83 +7,58 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_checkpoints
 import torch
 import transformers
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from tests.run.toy import SMALL, VOCABULARY, save_checkpoint
 from trace_jax.checkpoints.pretrained import load_pretrained
-from trace_jax.config import ConfigError, resolve
-from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.config import ConfigError
 from trace_jax.io.files import read_json, write_json
 from trace_jax.main import main
 from trace_jax.models.decoder import forward
-from trace_jax.run.config_file import load_config
-from trace_jax.run.experiment import ExperimentConfig
-from trace_jax.run.export import export_run, load_target, load_unlearned
+from trace_jax.run.experiment import load_config
+from trace_jax.run.export import export_run, find_model
 from trace_jax.run.methods import run
 from trace_jax.run.stages import calibration_directory
 
-VOCABULARY = 320
-# Marks as they come: none for the beginning, several ends, padding that is an end.
-FAMILIES = {
-    "olmoe": {"bos_token_id": None, "eos_token_id": [2, 1], "pad_token_id": 2},
-    "qwen2_moe": {"bos_token_id": 1, "eos_token_id": 2},
-    "deepseek_v3": {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
-}
-SMALL = {
-    "model.dtype": "float32",
-    "data.row_length": 32,
-    "unlearning.steps": 4,
-    "unlearning.learning_rate": 1e-2,
-    "unlearning.warmup_steps": 0,
-    "unlearning.evaluate_every": 2,
-    "unlearning.checkpoint_every": 2,
-    "evaluation.max_rows": 8,
-    "evaluation.max_prompts": 4,
-    "evaluation.bootstrap": 100,
-}
+
+def settings(checkpoint, data):
+    return {
+        **SMALL,
+        "model.path": str(checkpoint),
+        **{f"data.{n}": str(data / f"{n}.jsonl") for n in ("forget", "retain")},
+    }
 
 
-def settings(checkpoint, data, **changes):
-    files = {f"data.{name}": str(data / f"{name}.jsonl") for name in ("forget", "retain")}
-    return {**SMALL, "model.path": str(checkpoint), **files, **changes}
+def command(checkpoint, data, path):
+    overrides = [f"--config.{name}={value}" for name, value in settings(checkpoint, data).items()]
+    return main(["--config", "configs/huggingface.py", "--workdir", str(path), *overrides])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _in_the_repository(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(request.config.rootpath)
+        yield
 
 
 @pytest.fixture(scope="module")
-def runs(data, tmp_path_factory):
-    """family -> (a tiny checkpoint with a tokenizer, as published ones are; its run by the config file's command)."""
-
-    @functools.cache
-    def make(family):
-        checkpoint, path = tmp_path_factory.mktemp(family), tmp_path_factory.mktemp("runs") / "run"
-        model = tiny_checkpoints.build(family, vocab_size=VOCABULARY, **FAMILIES[family])
-        tiny_checkpoints.save(model, family, checkpoint)
-        train_tokenizer(["river stone apple cloud lamp tiger violin harbour window"] * 3, VOCABULARY).save(
-            str(checkpoint / "tokenizer.json")
-        )
-        (checkpoint / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe original.\n")
-        overrides = [f"--config.{name}={value}" for name, value in settings(checkpoint, data).items()]
-        assert main(["--config", "configs/huggingface.py", "--workdir", str(path), *overrides]) == 0
-        return checkpoint, path
-
-    return make
+def checkpoint(tmp_path_factory):
+    """Layers without experts, experts that all tokens share; padding that is an end."""
+    marks = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    directory = save_checkpoint(tmp_path_factory.mktemp("deepseek_v3"), "deepseek_v3", **marks)
+    (directory / "README.md").write_text("---\nlicense: apache-2.0\n---\nThe original.\n")
+    return directory
 
 
-@pytest.fixture
-def checkpoint(runs):
-    return runs("deepseek_v3")[0]
-
-
-@pytest.fixture
-def finished(runs):
-    return runs("deepseek_v3")[1]
-
-
-@pytest.fixture(autouse=True)
-def _in_the_repository(monkeypatch, request):
-    monkeypatch.chdir(request.config.rootpath)
+@pytest.fixture(scope="module")
+def finished(checkpoint, data, tmp_path_factory):
+    """The checkpoint's run by the config file's command."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    assert command(checkpoint, data, path) == 0
+    return path
 
 
 def tensors(directory):
@@ -95,14 +69,8 @@ def tensors(directory):
     return found
 
 
-def config_of(finished):
-    return resolve(ExperimentConfig, read_json(finished / "config.json")["config"])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_export_is_the_unlearned_model_and_only_what_trained_differs(runs, family):
-    checkpoint, finished = runs(family)
-    unlearned = load_unlearned(finished, "trace_rows", load_target(config_of(finished), finished))
+def test_the_export_is_the_unlearned_model_and_only_what_trained_differs(finished, checkpoint):
+    unlearned = find_model(finished, None).load()
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, (3, 20))
     ours = forward(unlearned.params, unlearned.config, jnp.asarray(tokens, jnp.int32)).logits
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -160,27 +128,19 @@ def test_a_finished_run_is_kept_and_a_lost_export_is_written_again(finished, che
     assert all((exported[name] == tensor).all() for name, tensor in tensors(finished / "export").items())
 
 
-def edit(file, **values):
-    write_json(file, {**read_json(file), **values})
-
-
-def copied(checkpoint, tmp_path):
-    return shutil.copytree(checkpoint, tmp_path / "copy")
-
-
 def test_a_run_is_told_by_what_is_in_its_checkpoint_and_not_by_where_it_lies(finished, checkpoint, data, tmp_path):
     """Other weights of the same shapes are another model, even if but one expert differs."""
-    moved = copied(checkpoint, tmp_path)
-    config = config_of(finished)
+    moved = shutil.copytree(checkpoint, tmp_path / "copy")
+    identity = read_json(finished / "config.json")["identity"]
     same = load_config("configs/huggingface.py", settings(moved, data))
-    assert same.identity() == config.identity()
+    assert same.identity() == identity
     tensors_of = tensors(moved)
     name = next(name for name in sorted(tensors_of) if "down_proj" in name and "shared" not in name)
     tensors_of[name][-1] += 1
     for file in moved.glob("*.safetensors"):
         file.unlink()
     save_file(tensors_of, moved / "model.safetensors", {"format": "pt"})
-    assert same.identity() != config.identity()
+    assert same.identity() != identity
     with pytest.raises(ConfigError, match=r"holds a run of another configuration .*--overwrite"):
         run(same, finished)
 
@@ -204,21 +164,18 @@ def test_a_run_whose_checkpoint_has_changed_is_not_exported(finished, tmp_path):
             r"model_type is 'llama'; supported: afmoe",
         ),
         (lambda c: shutil.rmtree(c), r"copy is no directory.*hf download"),
-        (lambda c: edit(c / "config.json", vocab_size=200), r"gives the id \d+, but the model knows 200 tokens"),
+        (
+            lambda c: write_json(c / "config.json", {**read_json(c / "config.json"), "vocab_size": 200}),
+            r"gives the id \d+, but the model knows 200 tokens",
+        ),
     ],
 )
 def test_a_checkpoint_that_can_not_be_used_is_refused_before_anything_is_written(
-    checkpoint,
-    data,
-    tmp_path,
-    capsys,
-    spoil,
-    message,
+    checkpoint, data, tmp_path, capsys, spoil, message
 ):
-    moved = copied(checkpoint, tmp_path)
+    moved = shutil.copytree(checkpoint, tmp_path / "copy")
     spoil(moved)
-    overrides = [f"--config.{name}={value}" for name, value in settings(moved, data).items()]
-    assert main(["--config", "configs/huggingface.py", "--workdir", str(tmp_path / "run"), *overrides]) == 2
+    assert command(moved, data, tmp_path / "run") == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 

@@ -5,31 +5,21 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny_checkpoints
 
+from tests.run.toy import SMALL, save_checkpoint
 from trace_jax.config import ConfigError
-from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.io.files import read_json, read_lines
-from trace_jax.run.config_file import load_config
+from trace_jax.run.experiment import load_config
 from trace_jax.run.methods import run
 
 WORDS = ["river", "stone", "apple", "cloud", "lamp", "tiger", "violin", "harbour", "window"]
-VOCABULARY = 320
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """The target, another of the same shape in the place of the retrained one, and one of another shape."""
-    found = {}
-    for name, changes in (("target", {}), ("retrained", {"seed": 1}), ("other", {"num_hidden_layers": 2})):
-        directory = found[name] = tmp_path_factory.mktemp(name)
-        tiny_checkpoints.save(
-            tiny_checkpoints.build("olmoe", **{"vocab_size": VOCABULARY, "num_hidden_layers": 1, **changes}),
-            "olmoe",
-            directory,
-        )
-        train_tokenizer([" ".join(WORDS)] * 3, VOCABULARY).save(str(directory / "tokenizer.json"))
-    return found
+    several = {"target": {}, "retrained": {"seed": 1}, "other": {"num_hidden_layers": 1}}
+    return {name: save_checkpoint(tmp_path_factory.mktemp(name), **changes) for name, changes in several.items()}
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +47,11 @@ def muse(tmp_path_factory):
 def config(checkpoints, muse, data, monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
     settings = {
+        **SMALL,
         "model.path": str(checkpoints["target"]),
-        "model.dtype": "float32",
         "methods": ["uniform"],
         "export": None,
-        "data.row_length": 32,
         **{f"data.{name}": str(data / f"{name}.jsonl") for name in ("forget", "retain", "holdout")},
-        "unlearning.steps": 2,
-        "unlearning.evaluate_every": 2,
-        "evaluation.max_rows": 8,
-        "evaluation.max_prompts": 4,
-        "evaluation.bootstrap": 100,
         "evaluation.muse.data": str(muse),
     }
     return lambda **changes: load_config("configs/huggingface.py", {**settings, **changes})
@@ -107,6 +91,6 @@ def test_a_retrained_model_makes_privleak_and_no_method_unlearns_again(config, c
 
 
 def test_another_shape_is_refused_before_anything_is_written(config, checkpoints, tmp_path):
-    with pytest.raises(ConfigError, match=r"\(model\.retrained\) is another model than .*num_layers is 2, expected 1"):
+    with pytest.raises(ConfigError, match=r"\(model\.retrained\) is another model than .*num_layers is 1, expected 2"):
         run(config(**{"model.retrained": str(checkpoints["other"])}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -6,14 +6,12 @@ import shutil
 import pytest
 
 from tests.run.toy import experiment
-from trace_jax.config import ConfigError, resolve
+from trace_jax.config import ConfigError, as_dict, resolve
 from trace_jax.data.sources import DataError
 from trace_jax.io.files import read_json
 from trace_jax.main import main
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.series import run_series
-
-SMALL = {"steps": 2, "evaluate_every": 2, "checkpoint_every": 2, "learning_rate": 1e-2, "warmup_steps": 0}
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +25,9 @@ def parts(data):
 
 
 def settings(data, forget, **changes):
-    series = {"kind": "sustainability", "forget": forget}
-    return experiment(data, methods=["uniform"], unlearning=SMALL, series=series, **changes)
+    return experiment(
+        data, **{"methods": ["uniform"], "series": {"kind": "sustainability", "forget": forget}, **changes}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,22 +56,16 @@ def test_every_step_of_a_sequence_starts_where_the_one_before_ended(in_sequence,
     configs = [read_json(step / "config.json")["config"] for step in (first, second)]
     assert [c["data"]["forget"] for c in configs] == [parts["fold-1"], parts["fold-2"]]
     assert configs[1]["model"]["path"] == str(first / "export") and (second / "export").is_dir()
-
-
-def test_the_retrained_model_is_the_same_in_every_step(in_sequence):
-    _, path, _ = in_sequence
-    references = [read_json(path / f"uniform/step-{n}/references.json")["measurements"]["retrained"] for n in (1, 2)]
-    general = [next(m["value"] for m in found if m["name"] == "general_nll") for found in references]
-    assert general[0] == general[1]
+    references = [read_json(step / "references.json")["measurements"]["retrained"] for step in (first, second)]
+    general = [next(m["value"] for m in measured if m["name"] == "general_nll") for measured in references]
+    assert general[0] == general[1], "the retrained model is the same in every step"
 
 
 def test_scores_of_all_steps_stand_in_one_table(in_sequence):
     _, path, text = in_sequence
     series = read_json(path / "series.json")
-    assert series["table"] in text and [step["directory"] for step in series["steps"]] == [
-        "uniform/step-1",
-        "uniform/step-2",
-    ]
+    assert series["table"] in text
+    assert [step["directory"] for step in series["steps"]] == ["uniform/step-1", "uniform/step-2"]
     (line,) = (line for line in text.split("\n") if line.startswith("general nll"))
     values = [measured(path / f"uniform/step-{n}", "general_nll") for n in (1, 2)]
     assert line.split()[2:] == ["uniform", *(f"{x:.3f}" for x in (values[0][0], values[0][1], values[1][1]))]
@@ -83,34 +76,24 @@ def test_scores_of_all_steps_stand_in_one_table(in_sequence):
 
 def test_a_series_continues_with_the_step_that_is_missing(in_sequence):
     config, path, text = in_sequence
-    kept = {file: file.stat().st_mtime_ns for file in path.rglob("model.safetensors") if "step-2" not in str(file)}
+    written = {file: file.stat().st_mtime_ns for file in path.rglob("model.safetensors") if "step-2" not in str(file)}
     before = measured(path / "uniform/step-2", "general_nll")
     shutil.rmtree(path / "uniform" / "step-2")
     assert run_series(config, path) == text
-    assert kept == {file: file.stat().st_mtime_ns for file in kept}
+    assert written == {file: file.stat().st_mtime_ns for file in written}
     assert measured(path / "uniform/step-2", "general_nll") == before
 
 
-def test_growing_sets_are_each_unlearned_from_the_target(in_sequence, data, parts, tmp_path, monkeypatch, request):
+def test_growing_sets_are_each_unlearned_from_the_target(in_sequence, data, parts, tmp_path):
     """By the command line, from a checkpoint, with two methods in every run."""
-    monkeypatch.chdir(request.config.rootpath)
-    overrides = {
-        "model.path": in_sequence[1] / "target" / "target-checkpoint",
-        "model.dtype": "float32",
-        "methods": ["uniform", "trace_rows"],
-        "export": None,
-        "data.row_length": 32,
-        "data.forget": parts["all"],
-        "data.retain": data / "retain.jsonl",
-        **{f"unlearning.{name}": value for name, value in SMALL.items()},
-        "evaluation.max_rows": 8,
-        "evaluation.max_prompts": 4,
-        "evaluation.bootstrap": 100,
-        "series.kind": "scalability",
-        "series.forget": [parts["fold-1"], parts["all"]],
-    }
-    arguments = [f"--config.{name}={value}" for name, value in overrides.items()]
-    assert main(["series", "--config", "configs/huggingface.py", "--workdir", str(tmp_path / "run"), *arguments]) == 0
+    config, path, _ = in_sequence
+    model = {"path": str(path / "target" / "target-checkpoint"), "dtype": "float32"}
+    series = {"kind": "scalability", "forget": [parts["fold-1"], parts["all"]]}
+    values = as_dict(config) | {"methods": ["uniform", "trace_rows"], "model": model, "target": None, "series": series}
+    values["data"]["vocab_size"] = None
+    file = tmp_path / "config.py"
+    file.write_text(f"def get_config():\n    return {values!r}\n")
+    assert main(["series", "--config", str(file), "--workdir", str(tmp_path / "run")]) == 0
     first, second = (tmp_path / "run" / f"step-{n}" for n in (1, 2))
     for method in ("uniform", "trace_rows"):
         (one, after_one), (two, after_two) = (measured(step, "general_nll", method) for step in (first, second))

@@ -100,7 +100,7 @@ made = stage.run(lambda: write_json(path / "made.json", index), "making")
 print(f"<{made} {read_json(path / 'made.json')}>")
 if index == 1:  # what one process alone sees decides nothing
     stages.read_json = lambda file: None
-print(f"<{stage.run_or_load(lambda: 'made again', lambda: 'loaded', 'making')}>")
+print(f"<{stage.run(lambda: 'made again', 'making', lambda: 'loaded')}>")
 if index == 1:
     remove(path / "made.json")
 """

@@ -12,10 +12,10 @@ from trace_jax.attacks.routers import RouterSwap
 from trace_jax.attacks.table import AttacksConfig
 from trace_jax.config import ConfigError
 from trace_jax.evaluation.comparison import UnequalBudget
-from trace_jax.io.files import read_json
+from trace_jax.io.files import read_json, write_json
 from trace_jax.routing import statistics, weights
 from trace_jax.run.stages import open_workdir
-from trace_jax.run.study import Trial, load_runs, prepare_seed, run_study, run_trial, seed_config, trials, write_study
+from trace_jax.run.study import Trial, prepare_seed, run_study, run_trial, trials, write_study
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,9 @@ def config(data):
 
 
 def test_trials_give_every_method_the_same_budget(config):
-    found = list(trials(config))
-    assert len(found) == 2 * 2 * 2 and len({(t.seed, t.label) for t in found}) == 8
-    assert found[0].unlearning["alpha"] == 1.0
+    jobs = list(trials(config))
+    assert len(jobs) == 2 * 2 * 2 and len({(t.seed, t.label) for t in jobs}) == 8
+    assert jobs[0].unlearning["alpha"] == 1.0
 
 
 def test_every_objective_has_its_own_grid_and_only_settings_that_it_reads(data):
@@ -38,15 +38,15 @@ def test_every_objective_has_its_own_grid_and_only_settings_that_it_reads(data):
     }
     study = {"methods": ["uniform", "trace_rows"], "seeds": [0], "alphas": [1.0, 4.0], "objectives": objectives}
     config = experiment(data, study=study)
-    found = list(trials(config))
-    labels = {t.label for t in found if t.method == "uniform"}
+    jobs = list(trials(config))
+    labels = {t.label for t in jobs if t.method == "uniform"}
     assert labels == {
         *(f"npo+uniform@beta={b:g},alpha={a}" for b in (0.1, 0.5) for a in (1, 4)),
         *(f"gradient_ascent+uniform@lr={rate:g}" for rate in (1e-3, 2e-3)),
         "rmu+uniform@only",
     }
-    assert len(found) == 2 * len(labels)
-    methods = {t.label: config.method(t.method, **t.unlearning).unlearning for t in found}
+    assert len(jobs) == 2 * len(labels)
+    methods = {t.label: config.method(t.method, **t.unlearning).unlearning for t in jobs}
     assert methods["npo+uniform@beta=0.5,alpha=4"].learning_rate == 0.02
     assert methods["gradient_ascent+uniform@lr=0.002"].objective.nll_ceiling == 5.0
     rmu = methods["rmu+trace_rows@only"]
@@ -60,19 +60,29 @@ def test_unknown_objectives_are_refused(data, objectives):
         experiment(data, study={"objectives": objectives})
 
 
-def test_study_of_objectives_has_a_table_with_a_line_for_each(data, finished, tmp_path):
-    study = {"methods": ["uniform", "trace_rows"], "seeds": [0], "alphas": [1.0], "workers": 2}
+FRONT = {"steps": [0, 1], "forgetting": [1.0, 0.5], "utilities": {"mean_utility": [1.0, 0.9]}, "measured": {}}
+
+
+def finish(path, jobs):
+    """What finished runs leave, as far as a comparison needs it."""
+    for trial in jobs:
+        results = {"fronts": {"validation": FRONT, "test": FRONT}, "seconds_per_step": 1.0}
+        write_json(path / f"seed-{trial.seed}" / "methods" / trial.label / "results.json", results)
+
+
+def test_study_of_objectives_has_a_table_with_a_line_for_each(data, tmp_path):
+    study = {"methods": ["uniform", "trace_rows"], "seeds": [0], "alphas": [1.0]}
     config = experiment(data, study={**study, "objectives": {"gradient_difference": {}, "npo": {}}})
-    open_workdir(config, tmp_path / "study")
-    shutil.copytree(finished[0], tmp_path / "study/seed-0")
-    text = run_study(config, tmp_path / "study")
-    assert text.startswith("gradient_difference\n\nTest split")
-    saved = read_json(tmp_path / "study" / "study.json")
+    jobs = list(trials(config))
+    open_workdir(config, tmp_path)
+    finish(tmp_path, jobs)
+    assert write_study(config, tmp_path, jobs).startswith("gradient_difference\n\nTest split")
+    saved = read_json(tmp_path / "study.json")
     assert list(dict.fromkeys(c["objective"] for c in saved["comparisons"])) == ["gradient_difference", "npo"]
-    table = (tmp_path / "study" / "tables.md").read_text().split("\n\n")[1].splitlines()
+    table = (tmp_path / "tables.md").read_text().split("\n\n")[1].splitlines()
     assert table[0].startswith("| objective | uniform | trace_rows | gain of trace_rows |")
     assert [line.split("|")[1].strip() for line in table[2:]] == ["`gradient_difference`", "`npo`"]
-    assert "npo: trace_rows" in (tmp_path / "study" / "report.html").read_text()
+    assert "npo: trace_rows" in (tmp_path / "report.html").read_text()
 
 
 def test_attacks_are_no_part_of_a_study(config, tmp_path):
@@ -80,10 +90,6 @@ def test_attacks_are_no_part_of_a_study(config, tmp_path):
     with pytest.raises(ConfigError, match="a study compares fronts"):
         run_study(attacked, tmp_path / "study")
     assert not (tmp_path / "study").exists()
-
-
-def test_a_seed_draws_data_and_model_anew(config):
-    assert (seed_config(config, 5).seed, seed_config(config, 5).data.seed) == (5, 5)
 
 
 def test_study_runs_resumes_and_compares(config, finished, tmp_path):
@@ -103,7 +109,7 @@ def test_study_runs_resumes_and_compares(config, finished, tmp_path):
 def test_a_study_routes_the_retain_corpus_once_and_solves_the_same_weights_once(data, tmp_path, monkeypatch):
     """Three methods, two alphas, one solve: `row_weights` and `permuted` use that of `trace_rows`."""
     study = {"methods": ["trace_rows", "row_weights", "permuted"], "seeds": [0], "alphas": [1.0, 4.0]}
-    config = experiment(data, study=study, unlearning={"steps": 2, "evaluate_every": 2})
+    config = experiment(data, study=study, unlearning={"evaluate_every": 6})
     passes, solves, route, solve = [], [], statistics._route, weights.match_frequencies
 
     def routed(model, batches, *arguments, **keywords):
@@ -117,11 +123,12 @@ def test_a_study_routes_the_retain_corpus_once_and_solves_the_same_weights_once(
 
     monkeypatch.setattr(statistics, "_route", routed)
     monkeypatch.setattr(weights, "match_frequencies", solved)
-    prepare_seed(config, tmp_path, 0)
+    open_workdir(config, tmp_path)
+    prepare_seed(tmp_path, 0)
     for trial in trials(config):
-        run_trial(config, tmp_path, trial)
-    with np.load(tmp_path / "seed-0/statistics/retain.npz") as kept:
-        tokens = int(kept["tokens"])
+        run_trial(tmp_path, trial)
+    with np.load(tmp_path / "seed-0/statistics/retain.npz") as arrays:
+        tokens = int(arrays["tokens"])
     target, forget_rows = passes[0]
     assert [rows for model, rows in passes if model is target][1:] == [passes[1][1], min(forget_rows, 8)]
     assert passes[1][1] != forget_rows and len(passes) == 3 + 2 * 6, "and each unlearned model for its metrics"
@@ -130,14 +137,7 @@ def test_a_study_routes_the_retain_corpus_once_and_solves_the_same_weights_once(
 
 
 def test_a_missing_run_is_an_unequal_budget(config, tmp_path):
-    run_directory = tmp_path / "seed-0" / "methods"
-    front = {"steps": [0, 1], "forgetting": [1.0, 0.5], "utilities": {"mean_utility": [1.0, 0.9]}, "measured": {}}
     jobs = [Trial(m, 0, f"alpha={a}", {}) for m in ("uniform", "trace_rows") for a in (1, 4)]
-    for trial in jobs[:3]:
-        (run_directory / trial.label).mkdir(parents=True)
-        (run_directory / trial.label / "results.json").write_text(
-            json.dumps({"fronts": {"validation": front, "test": front}, "seconds_per_step": 1.0})
-        )
-    assert len(load_runs(tmp_path, jobs, benchmark="text")) == 3
+    finish(tmp_path, jobs[:3])
     with pytest.raises(UnequalBudget, match="unequal budgets"):
         write_study(config, tmp_path, jobs)

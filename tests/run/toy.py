@@ -1,22 +1,47 @@
-"""A whole experiment on a toy scale."""
+"""Whole experiments on a toy scale: on a model that is trained here, and on tiny checkpoints with a tokenizer."""
+
+import contextlib
+
+import jax
+import pytest
 
 from trace_jax.config import resolve
+from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.io.files import read_json
+from trace_jax.parallel.mesh import ParallelConfig, make_mesh
 from trace_jax.run.experiment import ExperimentConfig
+
+VOCABULARY = 320
+EVALUATION = {"max_rows": 8, "max_prompts": 4, "max_gradients": 0, "bootstrap": 100}
+# For configs/huggingface.py and those like it.
+SMALL = {
+    "model.dtype": "float32",
+    "data.row_length": 32,
+    "unlearning.steps": 2,
+    "unlearning.learning_rate": 1e-2,
+    "unlearning.warmup_steps": 0,
+    "unlearning.evaluate_every": 2,
+    "unlearning.checkpoint_every": 2,
+    **{f"evaluation.{name}": value for name, value in EVALUATION.items()},
+}
+
+
+@contextlib.contextmanager
+def on_one_device():
+    """Runs are on the first device: their programs compile faster, and are those of a process that has no other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ParallelConfig, "mesh", lambda _: make_mesh(jax.devices()[:1]))
+        yield
 
 
 def experiment(data, **changes):
+    sources = {name: str(data / f"{name}.jsonl") for name in ("forget", "retain", "neighbour", "holdout")}
     values = {
         "name": "toy",
         "methods": ["uniform", "trace_rows"],
-        "data": {
-            "benchmark": "text",
-            "row_length": 32,
-            "vocab_size": 320,
-            **{k: str(data / f"{k}.jsonl") for k in ("forget", "retain", "neighbour", "holdout")},
-        },
+        "data": {"benchmark": "text", "row_length": 32, "vocab_size": VOCABULARY, **sources},
         "model": {
-            "vocab_size": 320,
+            "vocab_size": VOCABULARY,
             "hidden_size": 16,
             "num_heads": 2,
             "num_kv_heads": 2,
@@ -32,11 +57,23 @@ def experiment(data, **changes):
             "evaluate_every": 3,
             "checkpoint_every": 2,
         },
-        "evaluation": {"batch_size": 16, "max_rows": 8, "max_prompts": 4, "bootstrap": 100, "levels": [0.99]},
+        "evaluation": {"batch_size": 16, "levels": [0.99], **EVALUATION},
     }
     for key, value in changes.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return resolve(ExperimentConfig, values)
+
+
+def save_checkpoint(directory, family="olmoe", **changes):
+    """A tiny random model of a family with a tokenizer, as published ones are."""
+    import tiny_checkpoints  # needs torch
+
+    directory.mkdir(exist_ok=True)
+    model = tiny_checkpoints.build(family, vocab_size=VOCABULARY, **changes)
+    tiny_checkpoints.save(model, family, directory)
+    words = "river stone apple cloud lamp tiger violin harbour window"
+    train_tokenizer([words] * 3, VOCABULARY).save(str(directory / "tokenizer.json"))
+    return directory
 
 
 def numbers(path):

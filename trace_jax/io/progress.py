@@ -1,10 +1,12 @@
-"""What a person sees of a run: progress (a bar on a terminal, plain lines elsewhere), tables and sizes as text."""
+"""What a person sees of a run: progress (a bar on a terminal, else plain lines), tables, numbers and names as text."""
 
 import contextlib
+import math
+import numbers
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -12,7 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from trace_jax.parallel.processes import is_main
 
 T = TypeVar("T")
+MISSING = "–"
 _SECONDS_BETWEEN_LINES = 15.0
+_ABBREVIATIONS = frozenset({"nll", "auc", "tpr", "fpr", "kl", "js"})
 
 
 def say(text: str) -> None:
@@ -81,3 +85,49 @@ def byte_size(count: float | None) -> str:
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def format_number(value: Any) -> str:
+    """A number as people write it: counts with thousands separators, others to three significant places."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or (isinstance(value, numbers.Real) and not math.isfinite(value)):
+        return MISSING
+    if isinstance(value, numbers.Integral):
+        return f"{int(value):,}"
+    if not isinstance(value, numbers.Real):
+        return str(value)
+    size = abs(float(value))
+    if size != 0 and (size < 1e-3 or size >= 1e6):
+        return f"{value:.2g}"
+    decimals = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
+    return f"{value:,.{decimals}f}"
+
+
+def format_share(value: float | None) -> str:
+    """A share between 0 and 1 as a percentage."""
+    return MISSING if value is None else f"{100 * value:.3g} %"
+
+
+def format_interval(low: float | None, high: float | None) -> str:
+    """`[low, high]`, or nothing where either end is not known."""
+    return "" if low is None or high is None else f"[{format_number(low)}, {format_number(high)}]"
+
+
+def plain_name(name: str) -> str:
+    """`neighbour_accuracy` as `neighbour accuracy`, `forget_nll` as `forget NLL`."""
+    return " ".join(word.upper() if word in _ABBREVIATIONS else word for word in name.split("_"))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Dotted names and values of a nested mapping, as the command line spells them."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            rows += flatten(value, name)
+        elif isinstance(value, (list, tuple)):
+            rows.append((name, ", ".join(map(str, value))))
+        else:
+            rows.append((name, "not set" if value is None else str(value)))
+    return rows

@@ -2,17 +2,16 @@
 
 import argparse
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.data.corpora import DataConfig
-from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.io.files import write_json
 from trace_jax.io.progress import byte_size, say
 from trace_jax.models.arrays import count_params
@@ -21,28 +20,10 @@ from trace_jax.parallel.mesh import DATA, ParallelConfig, make_mesh
 from trace_jax.plan.machine import Target, cpus, gpus, tpu_slice
 from trace_jax.plan.prediction import Prediction, duration, predict, program_table, search_table
 from trace_jax.plan.programs import Program, assumed_experts, decoding_program, statistics_program, step_program
-from trace_jax.unlearning.config import UnlearningConfig
-
-
-class Experiment(Protocol):
-    """What is read of the settings of an experiment."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def data(self) -> DataConfig: ...
-    @property
-    def model(self) -> PretrainedConfig | ModelConfig: ...
-    @property
-    def unlearning(self) -> UnlearningConfig: ...
-    @property
-    def evaluation(self) -> EvaluationConfig: ...
-    @property
-    def parallel(self) -> ParallelConfig: ...
 
 
 def plan(
-    config: Experiment,
+    config: Any,
     target: Target,
     *,
     price: float | None = None,
@@ -52,6 +33,7 @@ def plan(
     """Compiles the unlearning step, the statistics pass and the decoding step of an experiment for `target`.
 
     Args:
+      config: the experiment (`trace_jax.run.experiment.ExperimentConfig`).
       price: of one chip for one hour, in any currency; None leaves costs out.
       search: compile the step for every mesh and the fewest microbatches that fit there, rank them by predicted
         time, and plan all three programs for the first.
@@ -59,19 +41,29 @@ def plan(
     Returns:
       The tables as text.
     """
-    model = shape_of(config.model)
-    chips, found = len(target.devices), ranked(config, model, target) if search else []
-    parallel = found[0][0] if found else config.parallel
+    model, chips = shape_of(config.model), len(target.devices)
+    layouts = ranked(config, model, target) if search else []
+    parallel = layouts[0][0] if layouts else config.parallel
     mesh = mesh_of(target, parallel)
     parallel = dataclasses.replace(parallel, data=mesh.shape[DATA])
     predictions = [_predicted(program, target, mesh) for program in programs(config, model, parallel, mesh)]
-    head = _head(config, model, target, parallel)
-    parts = [head, program_table(predictions, chips=chips, price=price)]
-    if found:
-        rows = [(_words(each), prediction) for each, prediction in found]
-        parts.insert(1, search_table(rows, chips=chips, price=price))
+    parts = [_head(config, model, target, parallel)]
+    if layouts:
+        parts.append(search_table([(_words(each), p) for each, p in layouts], chips=chips, price=price))
+    parts.append(program_table(predictions, chips=chips, price=price))
     if output is not None:
-        write_json(Path(output), _json(config, model, target, parallel, predictions, found, price))
+        numbers = {
+            "experiment": config.name,
+            "parameters": count_params(model)[0],
+            "target": target.name,
+            "chip": dataclasses.asdict(target.chip),
+            "chips": chips,
+            "parallel": dataclasses.asdict(parallel),
+            "price_per_chip_hour": price,
+            "programs": [prediction.to_json() for prediction in predictions],
+            "search": [{**dataclasses.asdict(each), **prediction.to_json()} for each, prediction in layouts],
+        }
+        write_json(Path(output), numbers)
     return "\n\n".join(parts)
 
 
@@ -85,7 +77,7 @@ def mesh_of(target: Target, parallel: ParallelConfig) -> Mesh:
     return make_mesh(target.devices, data=parallel.data, expert=parallel.expert, tensor=parallel.tensor)
 
 
-def programs(config: Experiment, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> Iterator[Program]:
+def programs(config: Any, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> Iterator[Program]:
     """The three programs of a run, each traced when it is asked for."""
     rows, row_length = config.evaluation.batch_size, config.data.row_length
     yield step_program(config.unlearning, model, parallel, mesh, row_length)
@@ -104,27 +96,21 @@ def _predicted(program: Program, target: Target, mesh: Mesh) -> Prediction:
 # --- search
 
 
-def ranked(config: Experiment, model: ModelConfig, target: Target) -> list[tuple[ParallelConfig, Prediction]]:
+def ranked(config: Any, model: ModelConfig, target: Target) -> list[tuple[ParallelConfig, Prediction]]:
     """Every mesh with the fewest microbatches that fit there, quickest first; then those that don't fit."""
-    found, rows = [], config.unlearning.forget_batch_size
+    layouts, rows = [], config.unlearning.forget_batch_size
     for data, expert, tensor in meshes(len(target.devices), model):
-        microbatches = 1
-        while True:
-            sizes = {"data": data, "expert": expert, "tensor": tensor, "microbatches": microbatches}
-            parallel = dataclasses.replace(config.parallel, **sizes)
-            prediction = _step(config, model, target, parallel)
+        sizes = {"data": data, "expert": expert, "tensor": tensor}
+        for microbatches in (2**n for n in itertools.count()):
+            parallel = dataclasses.replace(config.parallel, **sizes, microbatches=microbatches)
+            say(_words(parallel))
+            mesh = mesh_of(target, parallel)
+            prediction = _predicted(next(programs(config, model, parallel, mesh)), target, mesh)
             stays = prediction.parameters + prediction.optimizer
             if prediction.fits or stays > prediction.capacity or rows % (2 * microbatches * data * expert):
-                found.append((parallel, prediction))
+                layouts.append((parallel, prediction))
                 break
-            microbatches *= 2
-    return sorted(found, key=lambda each: (not each[1].fits, each[1].least if each[1].seconds else each[1].peak))
-
-
-def _step(config: Experiment, model: ModelConfig, target: Target, parallel: ParallelConfig) -> Prediction:
-    mesh = mesh_of(target, parallel)
-    say(_words(parallel))
-    return _predicted(next(programs(config, model, parallel, mesh)), target, mesh)
+    return sorted(layouts, key=lambda each: (not each[1].fits, each[1].least if each[1].seconds else each[1].peak))
 
 
 def meshes(devices: int, model: ModelConfig) -> list[tuple[int, int, int]]:
@@ -141,12 +127,11 @@ def meshes(devices: int, model: ModelConfig) -> list[tuple[int, int, int]]:
 
 
 def _words(parallel: ParallelConfig) -> str:
-    number = parallel.microbatches
-    parts = f", {number} microbatches" if number > 1 else ""
+    parts = f", {parallel.microbatches} microbatches" if parallel.microbatches > 1 else ""
     return f"data {parallel.data} x expert {parallel.expert} x tensor {parallel.tensor}{parts}"
 
 
-def _head(config: Experiment, model: ModelConfig, target: Target, parallel: ParallelConfig) -> str:
+def _head(config: Any, model: ModelConfig, target: Target, parallel: ParallelConfig) -> str:
     total, active = count_params(model)
     unlearning, rows = config.unlearning, f"{config.unlearning.forget_batch_size} forget"
     rows += f" and {unlearning.retain_batch_size} retain" if unlearning.retains else ""
@@ -160,24 +145,6 @@ def _head(config: Experiment, model: ModelConfig, target: Target, parallel: Para
         f"TFLOP/s, {chip.bandwidth / 1e9:.4g} GB/s\n"
         f"{_words(parallel)}; remat {parallel.remat}; a step takes {rows} rows of {config.data.row_length} tokens"
     )
-
-
-def _json(config, model, target, parallel, predictions, found, price) -> dict[str, Any]:
-    def plain(p: Prediction) -> dict[str, Any]:
-        times = {"bound": p.bound, "least": p.least, "most": p.most} if p.seconds else {}
-        return {**dataclasses.asdict(p), "fits": p.fits, **times}
-
-    return {
-        "experiment": config.name,
-        "parameters": count_params(model)[0],
-        "target": target.name,
-        "chip": dataclasses.asdict(target.chip),
-        "chips": len(target.devices),
-        "parallel": dataclasses.asdict(parallel),
-        "price_per_chip_hour": price,
-        "programs": [plain(prediction) for prediction in predictions],
-        "search": [{**dataclasses.asdict(each), **plain(prediction)} for each, prediction in found],
-    }
 
 
 # --- the command

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from trace_jax.io.progress import plain_name
 from trace_jax.report.drawing import GRID, INK, MUTED, WIDTH, Figure, Scale, Style, inline, panel
-from trace_jax.report.words import Number, plain_name
 
 _FEW_LAYERS = 8  # up to here points have error bars, above lines have bands
 _MOST_BANDS = 4
@@ -16,6 +16,7 @@ _RIGHT = 0.99
 _DASHED, _DOTTED = (0, (4, 3)), (0, (1, 2))
 _THICK = {"linewidth": 1.8, "markersize": 4.5}
 
+Number = Mapping[str, Any]  # an estimate as results.json has it: value, n, low and high; None where it isn't known
 Front = Mapping[str, Any]  # as results.json has it: steps, forgetting, utilities by name
 
 

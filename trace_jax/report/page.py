@@ -1,4 +1,4 @@
-"""The report page: one HTML file with everything inside, drawn from results.json."""
+"""A run, a study or a series as one HTML page that opens offline, drawn from its results."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,12 +10,10 @@ import jinja2
 from markupsafe import Markup
 
 from trace_jax.io.files import as_path, replacing
-from trace_jax.report import words
+from trace_jax.io.progress import flatten, format_interval, format_number, format_share, plain_name
 from trace_jax.report.drawing import TIMES_UNIFORM, method_styles, swatch
-from trace_jax.report.figures import front_figures, row_plot, step_figures
+from trace_jax.report.figures import Number, front_figures, row_plot, step_figures
 from trace_jax.report.routing import MOST_METHODS, corpus_figures, routing_groups
-from trace_jax.report.words import Number, format_number, plain_name
-from trace_jax.tasks.benchmarks import scoreboard
 
 BASELINE = "uniform"  # the method that the verdict compares the others with
 SPLIT = "test"
@@ -35,10 +33,11 @@ def render(results: Mapping[str, Any]) -> str:
 
     Args:
       results: the content of results.json, study.json or series.json, with what is beside it in the run directory. All
-        but the title, benchmark and config may be missing; a section without data is left out.
+        but the title, benchmark, forgetting, chance and config may be missing; a section without data is left out.
 
         title, generated: heading; date and time in words.  verdict: the opening, else written from `rows`.
-        benchmark, forgotten: its name, and what was unlearned in words.
+        benchmark, forgotten: its name, and what was unlearned in words.  forgetting, chance: name of the forgetting
+          measure, and what a model without knowledge has of it (or None).
         config, environment: of config.json and environment.json.
         rows: of the comparison, references first, each with method, kind ("reference", "method" or "control"),
           forgetting (a number: value, n, low, high; or None), utilities (numbers by name), reached (whether it came
@@ -51,8 +50,8 @@ def render(results: Mapping[str, Any]) -> str:
     """
     rows, methods = results.get("rows", ()), results.get("methods", {})
     scores, frequency = results.get("scores", {}), results.get("frequency")
-    level, board = results["config"]["evaluation"]["levels"][0], scoreboard(results["benchmark"])
-    fronts, attacks = _fronts(results), _attacks(results, board.forgetting)
+    level, forgetting = results["config"]["evaluation"]["levels"][0], results["forgetting"]
+    fronts, attacks = _fronts(results), _attacks(results, forgetting)
     measured = {m: r["routing"] for m, r in methods.items() if frequency and "quantities" in r.get("routing", {})}
     styles = method_styles([*fronts, *(m for values in scores.values() for m in values)], BASELINE)
     target = next((row for row in rows if row["kind"] == "reference"), None)
@@ -60,14 +59,14 @@ def render(results: Mapping[str, Any]) -> str:
     def legend(names: Iterable[str], place: str) -> list[tuple[str, Markup]]:
         return [(name, swatch(styles[name], f"{name} {place}")) for name in names]
 
-    measure = plain_name(board.forgetting)
+    measure = plain_name(forgetting)
     page = {
         "verdict": "", "forgotten": "the forget corpus", "generated": "",
         **results,
-        "rows": rows, "columns": _columns(rows, board.forgetting), "target": target,
+        "rows": rows, "columns": _columns(rows, forgetting), "target": target,
         "baseline": next((row for row in rows if row["method"] == BASELINE and row["kind"] == "method"), None),
-        "level": level, "forgetting": board.forgetting, "chance": board.chance,
-        "fronts": front_figures(fronts, styles, forgetting=board.forgetting, level=level, target=target),
+        "level": level,
+        "fronts": front_figures(fronts, styles, forgetting=forgetting, level=level, target=target),
         "steps": step_figures(scores, styles),
         "runs": {method: len(runs) for method, runs in fronts.items()},
         "legend": legend(styles, "fronts"),
@@ -81,18 +80,18 @@ def render(results: Mapping[str, Any]) -> str:
         "expert_columns": EXPERT_COLUMNS,
         "measurements": _measurements(results),
         "trained": {m: r["trained"] for m, r in methods.items() if "trained" in r},
-        "settings": words.flatten(results["config"]), "versions": words.flatten(results.get("environment", {})),
+        "settings": flatten(results["config"]), "versions": flatten(results.get("environment", {})),
     }  # fmt: skip
     if attacks:
         page["attack_legend"] = legend(attacks["methods"], "attacks")
         label = f"{measure} before and after unlearning and after each attack, one marker per method"
         below = f"{measure} (right: more is back)"
-        page["attack_figure"] = row_plot(attacks["rows"], styles, "", label, below=below, chance=board.chance)
+        page["attack_figure"] = row_plot(attacks["rows"], styles, "", label, below=below, chance=results["chance"])
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": format_number, "share": words.format_share, "plain": plain_name}
-    environment.globals |= {"interval": words.format_interval, "overlap": words.overlap}
+    environment.filters |= {"number": format_number, "share": format_share, "plain": plain_name}
+    environment.globals |= {"interval": format_interval, "overlap": overlap}
     source = resources.files("trace_jax.report").joinpath("template.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(page)
 
@@ -165,6 +164,13 @@ def recovered(attacked: float | None, unlearned: float | None, original: float |
     if attacked is None or unlearned is None or original is None or original <= unlearned:
         return None
     return (attacked - unlearned) / (original - unlearned)
+
+
+def overlap(one: Number, other: Number) -> bool | None:
+    """Whether the intervals of two numbers overlap; None if one of them has no interval."""
+    if None in (one["low"], one["high"], other["low"], other["high"]):
+        return None
+    return one["low"] <= other["high"] and other["low"] <= one["high"]
 
 
 def _number(measurements: Sequence[Mapping[str, Any]], name: str) -> Number:

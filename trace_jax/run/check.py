@@ -29,11 +29,9 @@ from trace_jax.plan.programs import assumed_experts, step_program
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.tasks.benchmarks import build_tasks
 from trace_jax.tasks.text import TextConfig
-from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.trainable import table_text, trainable_layers, trainable_table
 
 FIRST = 100  # documents that are read of a source
-_COLUMNS = "text, or question and answer"
 
 
 @dataclasses.dataclass
@@ -71,16 +69,20 @@ def dry_run(config: ExperimentConfig) -> DryRun:
       ConfigError, CheckpointError: settings that don't fit the model; a config.json of another shape than
         `model.published`.
     """
-    run, settings = DryRun(), config.model
+    run, settings, unlearning = DryRun(), config.model, config.unlearning
     weights = _weights(config, run)
     if isinstance(settings, PretrainedConfig) and settings.published and not Path(settings.path).is_dir():
         settings = dataclasses.replace(settings, path="")  # the published shape; else the checkpoint's
     model = shape_of(settings)
-    data = _list("data", [*_corpora(config.data, run), *_evaluation(config, run)])
-    parts = [_head(config, model, weights), _trained(config.unlearning, model), data]
-    parts += [_list("missing to run", run.missing)] if run.missing else ["nothing is missing to run"]
-    parts += [_list("wrong", run.wrong)] if run.wrong else []
-    run.text = "\n\n".join(parts)
+    data = ["data:", *_corpora(config.data, run), *_evaluation(config, run)]
+    selected, rank = assumed_experts(unlearning, model), unlearning.lora and unlearning.lora.rank
+    layers = trainable_layers(unlearning)
+    trained = table_text(trainable_table(model, unlearning.patterns, layers=layers, selected=selected, rank=rank))
+    if selected is not None:
+        trained += f"\n  assumed: {selected.sum():,} of {selected.size:,} experts are chosen"
+    missing = ["missing to run:", *run.missing] if run.missing else ["nothing is missing to run"]
+    lists = [data, missing, ["wrong:", *run.wrong] if run.wrong else []]
+    run.text = "\n\n".join([_head(config, model, weights), trained, *("\n  ".join(lines) for lines in lists if lines)])
     return run
 
 
@@ -108,25 +110,25 @@ def _weights(config: ExperimentConfig, run: DryRun) -> str:
 
 def _corpora(data: DataConfig, run: DryRun) -> Iterator[str]:
     """One line per source: its use, where it is, and what its first documents are or what they must be."""
-    topics = data.forget_sources
     if not isinstance(data, TextConfig):
         yield f"corpus: {data.benchmark}: made here from what is installed"
         return
+    topics = data.forget_sources
     sources = {"forget" if len(topics) == 1 else f"forget, topic {n}": path for n, path in enumerate(topics)}
     sources |= {use: path for use in ("retain", "neighbour", "holdout") if (path := getattr(data, use))}
-    absent, unusable = f"must have the columns {_COLUMNS}", f"can't be used: the columns must be {_COLUMNS}"
+    columns = "text, or question and answer"
+    absent, unusable = f"must have the columns {columns}", f"can't be used: the columns must be {columns}"
+
+    def first_documents(path: str) -> str:
+        source = read_source(path, min_length=data.min_length, most=FIRST)
+        answers, count = sum(d.answer is not None for d in source.documents), len(source.documents)
+        kinds = [f"{count - answers} texts"] * (answers < count) + [f"{answers} questions and answers"] * bool(answers)
+        short = f", {source.left_out} left out as shorter than {data.min_length} characters" if source.left_out else ""
+        return f"the first {count} documents are {' and '.join(kinds)}{short}"
+
     for use, path in sources.items():
-        first = functools.partial(_first_documents, path, data.min_length)
-        yield f"{use}: {path}: {run.look(use, path, first, absent, unusable)}"
-
-
-def _first_documents(path: str, min_length: int) -> str:
-    source = read_source(path, min_length=min_length, most=FIRST)
-    answers = sum(document.answer is not None for document in source.documents)
-    kinds = [f"{len(source.documents) - answers} texts"] * (answers < len(source.documents))
-    kinds += [f"{answers} questions and answers"] * bool(answers)
-    left_out = f", {source.left_out} left out as shorter than {min_length} characters" if source.left_out else ""
-    return f"the first {len(source.documents)} documents are {' and '.join(kinds)}{left_out}"
+        said = run.look(use, path, functools.partial(first_documents, path), absent, unusable)
+        yield f"{use}: {path}: {said}"
 
 
 def _evaluation(config: ExperimentConfig, run: DryRun) -> Iterator[str]:
@@ -178,16 +180,3 @@ def _head(config: ExperimentConfig, model: ModelConfig, weights: str) -> str:
         "and the optimizer's state, over all devices; activations come on top (plan has them)",
     }
     return "\n".join(f"{name:<12}{words}" for name, words in facts.items())
-
-
-def _trained(unlearning: UnlearningConfig, model: ModelConfig) -> str:
-    """What trains of every parameter."""
-    trainable, selected = unlearning.patterns, assumed_experts(unlearning, model)
-    layers, rank = trainable_layers(unlearning), unlearning.lora and unlearning.lora.rank
-    text = table_text(trainable_table(model, trainable, layers=layers, selected=selected, rank=rank))
-    note = "" if selected is None else f"\n  assumed: {selected.sum():,} of {selected.size:,} experts are chosen"
-    return f"{text}{note}"
-
-
-def _list(title: str, lines: list[str]) -> str:
-    return "\n".join([f"{title}:", *(f"  {line}" for line in lines)])

@@ -3,9 +3,7 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
@@ -16,14 +14,13 @@ from trace_jax.checkpoints.model_card import ModelCard
 from trace_jax.checkpoints.params import load_params, save_params
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError, resolve
-from trace_jax.data.corpora import DataConfig
 from trace_jax.data.sources import HUGGINGFACE, TFDS
 from trace_jax.io.files import as_path, local_copy, replacing
-from trace_jax.io.progress import say
+from trace_jax.io.progress import flatten as dotted
+from trace_jax.io.progress import format_interval, format_number, plain_name, say
 from trace_jax.models.arrays import abstract_params, flatten, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
-from trace_jax.report.words import format_interval, format_number, plain_name
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.run.results import FORGOTTEN, SPLIT, needed
 from trace_jax.tasks.text import TextConfig
@@ -48,36 +45,30 @@ def load_trained(directory: Path, config: ModelConfig) -> Model:
         return Model(config, params, Tokenizer.from_file(str(local)))
 
 
-def load_target(config: ExperimentConfig, workdir: Path, mesh: Mesh | None = None) -> Model:
-    """The model that a run unlearns from: the checkpoint, or the one that was trained in `workdir`."""
-    if not isinstance(config.model, PretrainedConfig):
-        return load_trained(workdir / "target", config.model)
-    return _load(config.model, config.model.path, mesh)
+def load_model(config: ExperimentConfig, workdir: Path, name: str = TARGET, mesh: Mesh | None = None) -> Model:
+    """The model that a run unlearns from or, with the name "retrained", the one that never saw the forget set.
 
-
-def load_retrained(config: ExperimentConfig, workdir: Path, mesh: Mesh | None = None) -> Model:
-    """The model that never saw the forget set, of a run that has one: a checkpoint, or trained in `workdir`."""
-    if not isinstance(config.model, PretrainedConfig):
-        return load_trained(workdir / "retrained", config.model)
-    return _load(config.model, config.model.retrained, mesh)
-
-
-def _load(checkpoint: PretrainedConfig, path: str, mesh: Mesh | None) -> Model:
+    Either is a checkpoint, or was trained in WORKDIR/NAME.
+    """
+    checkpoint = config.model
+    if not isinstance(checkpoint, PretrainedConfig):
+        return load_trained(workdir / name, checkpoint)
+    path = checkpoint.path if name == TARGET else checkpoint.retrained
     return load_pretrained(path, dtype=checkpoint.dtype, grouped_matmul=checkpoint.grouped_matmul, mesh=mesh)
 
 
 def save_unlearned(directory: Path, unlearned: Unlearned, identity: str) -> None:
     """Keeps what a method has trained, by path; the rest is the target model's."""
     flat = flatten(unlearned.model.params)
-    trained = {path: flat[path] for path in _trained(unlearned.trained)}
+    trained = {row["path"]: flat[row["path"]] for row in unlearned.trained if row["trained"]}
     save_params(directory / _FILE, trained, {"identity": identity, "step": unlearned.step})
 
 
 def load_unlearned(workdir: Path, label: str, target: Model) -> Model:
     """The model that `methods/LABEL` of a run made from `target`, with which it shares what did not train."""
     directory, flat = workdir / "methods" / label, flatten(target.params)
-    like = {path: flat[path] for path in _trained(needed(directory / UNLEARNED)["trained"])}
-    trained, _ = load_params(directory / _FILE, like)
+    table = needed(directory / UNLEARNED)["trained"]
+    trained, _ = load_params(directory / _FILE, {row["path"]: flat[row["path"]] for row in table if row["trained"]})
     return target.replace(params=unflatten({**flat, **trained}))
 
 
@@ -95,7 +86,7 @@ class RunModel:
 
     def load(self, mesh: Mesh | None = None) -> Model:
         """The model itself."""
-        target = load_target(self.config, self.workdir, mesh)
+        target = load_model(self.config, self.workdir, mesh=mesh)
         return target if self.label == TARGET else load_unlearned(self.workdir, self.label, target)
 
 
@@ -131,10 +122,6 @@ def find_model(workdir: str | os.PathLike, label: str | None) -> RunModel:
     return RunModel(config, path, label, needed(made)["identity"])
 
 
-def _trained(table: list[dict[str, Any]]) -> list[str]:
-    return [row["path"] for row in table if row["trained"]]
-
-
 def export_run(
     workdir: str | os.PathLike, output: str | os.PathLike, *, label: str | None = None, overwrite: bool = False
 ) -> str:
@@ -148,8 +135,8 @@ def export_run(
     """
     if label == TARGET:
         raise ConfigError("the target model isn't exported: it is what the run started from. Name a method.")
-    found = find_model(workdir, label)
-    export_model(found.config, found.workdir, found.label, found.load(), output, overwrite=overwrite)
+    run = find_model(workdir, label)
+    export_model(run.config, run.workdir, run.label, run.load(), output, overwrite=overwrite)
     return f"export: {Path(output).resolve()}"
 
 
@@ -166,8 +153,8 @@ def model_card(config: ExperimentConfig, workdir: Path, label: str) -> ModelCard
     result, references = needed(workdir / "methods" / label / "results.json"), needed(workdir / "references.json")
     documents, tokens = (references["data"][key]["train/forget"] for key in ("documents", "tokens"))
     settings = {"seed": result["seed"], "steps done": result["step"], "row_length": config.data.row_length}
-    for section in ("calibration", "unlearning"):
-        settings |= {path: value for path, value in _flat(section, result[section]) if value is not None}
+    made_with = dotted({section: result[section] for section in ("calibration", "unlearning")})
+    settings |= {name: value for name, value in made_with if value != "not set"}
     before = {m["name"]: m for m in references["measurements"]["target"] if m["split"] == SPLIT}
     measured = [
         {
@@ -180,31 +167,16 @@ def model_card(config: ExperimentConfig, workdir: Path, label: str) -> ModelCard
         for m in result["measurements"]
         if m["split"] == SPLIT
     ]
-    forgotten, kept = _named(config.data)
-    what = f"Unlearned: {forgotten} ({documents:,} documents, {tokens:,} tokens){kept}"
+    forgotten, retained = FORGOTTEN[config.data.benchmark], ""
+    if isinstance(config.data, TextConfig):  # the user's files by name, but not where they lie
+        sources = (*config.data.forget_sources, config.data.retain)
+        *forget, retain = (x if x.startswith((HUGGINGFACE, TFDS)) else Path(x).name for x in sources)
+        forgotten, retained = " and ".join(forget), f" while holding on to {retain}"
+    what = f"Unlearned: {forgotten} ({documents:,} documents, {tokens:,} tokens){retained}"
     why = "failed, and this is a state from before" if result["failed"] else "was ended by a rule"
     stopped = f" The run {why}: {result['stopped']}." if result["stopped"] else ""
     method = f"{result['method']} ({METHODS[result['method']].summary})"
     return ModelCard(f"{what}.{stopped}", method, settings, measured)
-
-
-def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of nested settings."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(f"{path}.{key}", item)
-    else:
-        yield path, value
-
-
-def _named(data: DataConfig) -> tuple[str, str]:
-    """What was forgotten and what was held on to, by the names of the user's files but not where they lie."""
-    if not isinstance(data, TextConfig):
-        return FORGOTTEN[data.benchmark], ""
-    *forget, retain = (
-        x if x.startswith((HUGGINGFACE, TFDS)) else Path(x).name for x in (*data.forget_sources, data.retain)
-    )
-    return " and ".join(forget), f" while holding on to {retain}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,13 +30,7 @@ from trace_jax.parallel.processes import add_process_arguments, is_main, keep_fr
 from trace_jax.routing.config import CalibrationConfig, Entropy, Permuted, RatioWeights
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
 from trace_jax.run.experiment import ExperimentConfig, Method
-from trace_jax.run.export import (
-    UNLEARNED,
-    export_model,
-    load_retrained,
-    load_unlearned,
-    save_unlearned,
-)
+from trace_jax.run.export import UNLEARNED, export_model, load_model, load_unlearned, save_unlearned
 from trace_jax.run.prepare import Prepared, prepare, retrained_identity
 from trace_jax.run.results import needed, refresh
 from trace_jax.run.stages import Stage
@@ -62,9 +56,9 @@ def main(options: argparse.Namespace) -> int:
         from trace_jax.run.check import dry_run
 
         jax.config.update("jax_platforms", "cpu")  # nothing is computed
-        found = dry_run(config)
-        print(found.text)
-        return 2 if found.wrong else 0
+        checked = dry_run(config)
+        print(checked.text)
+        return 2 if checked.wrong else 0
     keep_freed_memory()
     start_processes(options.coordinator, options.num_processes, options.process_id)
     if text := run(config, options.workdir or f"runs/{config.name}", overwrite=options.overwrite):
@@ -86,7 +80,18 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
         _ = context.prepared  # while there is nothing to lose
     models = {name: run_method(prepared, config.method(name), label=name, attacks=attacks) for name in config.methods}
     text = refresh(prepared.workdir, config.methods) if is_main() else ""
-    return f"{text}\n{_export_stage(prepared, config.export, models[config.export])}" if config.export else text
+    if (label := config.export) is None:
+        return text
+    path, output = prepared.workdir, prepared.workdir / "export"
+    stage = Stage("export", path, fingerprint(models[label], "export"))
+    if not output.exists():
+        stage.invalidate()
+
+    def export() -> None:
+        export_model(config, path, label, load_unlearned(path, label, prepared.target), output, overwrite=True)
+
+    stage.run(export, f"export of {label}")
+    return f"{text}\nexport: {shown(output)}"
 
 
 # --- one method
@@ -97,12 +102,9 @@ def run_method(prepared: Prepared, method: Method, *, label: str, attacks: Mappi
 
     Returns the hash of everything that made the model.
     """
-    directory, config = prepared.workdir / "methods" / label, prepared.config
+    directory, config, tasks = prepared.workdir / "methods" / label, prepared.config, prepared.evaluator.tasks
     weights, weights_id = calibrated(prepared, method.calibration, label)
-    for name in ("weights.npz", "calibration.npz", "calibration.json", "calibration.stage.json"):
-        remove(directory / name)  # of an earlier version
     write_json(directory / "weights.json", {"calibration": weights_id})
-    tasks = prepared.evaluator.tasks
     calibration_id = fingerprint(prepared.model_id, "calibration", method.calibration)
     quick = [task.identity for task in tasks if task.quick]
     model_id = fingerprint(calibration_id, method.unlearning, config.evaluation.during_training(), quick)
@@ -120,8 +122,14 @@ def run_method(prepared: Prepared, method: Method, *, label: str, attacks: Mappi
         lambda: _evaluate(prepared, unlearned(), weights, directory, model_id), f"evaluation of {label}"
     )
     remove(directory / "checkpoints")
+    place = directory / "attacks"
     for name, context in (attacks or {}).items():
-        _attack_stage(context, unlearned, label, name, directory / "attacks", evaluation_id)
+        identity = fingerprint(evaluation_id, name, context.attack, revisions(context.attack))
+
+        def attack(name: str = name, context: Context = context, identity: str = identity) -> None:
+            write_json(place / f"{name}.json", Case(context, unlearned(), place / name, identity).attack())
+
+        Stage(name, place, identity).run(attack, f"{name.replace('_', ' ')} of {label}")
     return model_id
 
 
@@ -157,7 +165,7 @@ def calibrated(prepared: Prepared, config: CalibrationConfig, label: str) -> tup
         return weights
 
     stage = Stage("weights", directory, weights_id)
-    weights = stage.run_or_load(make, lambda: RetainWeights.load(directory), f"calibration of {label}")
+    weights = stage.run(make, f"calibration of {label}", lambda: RetainWeights.load(directory))
     return weights.applied(weighting), weights_id
 
 
@@ -167,10 +175,8 @@ def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: 
     directory = prepared.workdir / "methods" / label
     recalibrate = None
     if method.calibration.recalibrates_every is not None:
-        batch_size = config.evaluation.batch_size
-        recalibrate = Recalibration(
-            method.calibration, prepared.target, corpora.forget, corpora.retain, prepared.mesh, batch_size
-        )
+        settings = method.calibration, prepared.target, corpora.forget, corpora.retain, prepared.mesh
+        recalibrate = Recalibration(*settings, config.evaluation.batch_size)
     else:
         remove(directory / "recalibration")  # of other settings
     unlearned = unlearn(
@@ -241,18 +247,6 @@ def _evaluate(prepared: Prepared, model: Model, weights: RetainWeights, director
     write_json(directory / "results.json", results)
 
 
-def _attack_stage(
-    context: Context, unlearned: Callable[[], Model], label: str, name: str, directory: Path, evaluation_id: str
-) -> None:
-    """Attacks the unlearned model of a method, and writes what came back into `attacks/NAME.json`."""
-    identity = fingerprint(evaluation_id, name, context.attack, revisions(context.attack))
-
-    def make() -> None:
-        write_json(directory / f"{name}.json", Case(context, unlearned(), directory / name, identity).attack())
-
-    Stage(name, directory, identity).run(make, f"{name.replace('_', ' ')} of {label}")
-
-
 def _attack_contexts(prepared: Prepared) -> dict[str, Context]:
     """What each attack of the run has for all methods, by name."""
     config, retrained = prepared.config, retrained_identity(prepared.config)
@@ -269,7 +263,7 @@ def _attack_contexts(prepared: Prepared) -> dict[str, Context]:
             config.seed,
             prepared.workdir / "attacks" / name,
             fingerprint(prepared.model_id, retrained, name, attack, revisions(attack), config.evaluation, tasks),
-            functools.partial(load_retrained, config, prepared.workdir, prepared.mesh) if retrained else None,
+            functools.partial(load_model, config, prepared.workdir, "retrained", prepared.mesh) if retrained else None,
         )
         for name, attack in (config.attacks or AttacksConfig()).chosen.items()
     }
@@ -277,34 +271,18 @@ def _attack_contexts(prepared: Prepared) -> dict[str, Context]:
 
 def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated]:
     """What is measured while unlearning. The numbers that rules read are those of the validation split."""
-    evaluator = prepared.evaluator
-    original = (
-        evaluator.measure(evaluator.original) if evaluator.original and method.unlearning.needs_evaluation else None
-    )
+    evaluator, original = prepared.evaluator, None
+    if evaluator.original and method.unlearning.needs_evaluation:
+        original = evaluator.measure(evaluator.original)
 
     def evaluate(params: Any) -> Evaluated:
         scores = evaluator.score(prepared.target.replace(params=params))
-        found, items = evaluator.measure(scores), item_outcomes(evaluator, scores)
-        rows = [m.to_json() for m in found]
+        measured, items = evaluator.measure(scores), item_outcomes(evaluator, scores)
+        rows = [m.to_json() for m in measured]
         if original is None:
             return Evaluated(rows, items=items)
         board = scoreboard(prepared.config.data.benchmark)
-        numbers = front_point(found, board=board, split="validation", original=original)
+        numbers = front_point(measured, board=board, split="validation", original=original)
         return Evaluated(rows, *numbers, items)
 
     return evaluate
-
-
-def _export_stage(prepared: Prepared, label: str, model_id: str) -> str:
-    """Writes the unlearned model of a method into WORKDIR/export. Returns where it is, as a sentence."""
-    output = prepared.workdir / "export"
-    stage = Stage("export", prepared.workdir, fingerprint(model_id, "export"))
-    if not output.exists():
-        stage.invalidate()
-
-    def make() -> None:
-        model = load_unlearned(prepared.workdir, label, prepared.target)
-        export_model(prepared.config, prepared.workdir, label, model, output, overwrite=True)
-
-    stage.run(make, f"export of {label}")
-    return f"export: {shown(output)}"

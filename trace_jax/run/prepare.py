@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -40,12 +39,7 @@ from trace_jax.routing.statistics import (
     expert_statistics,
 )
 from trace_jax.run.experiment import ExperimentConfig
-from trace_jax.run.export import (
-    load_retrained,
-    load_target,
-    load_trained,
-    save_trained,
-)
+from trace_jax.run.export import load_model, load_trained, save_trained
 from trace_jax.run.stages import Stage, check_workdir, open_workdir
 from trace_jax.tasks.benchmarks import build_corpora, build_tasks, scoreboard
 from trace_jax.unlearning.train import train_model
@@ -95,20 +89,20 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
     check_workdir(config, workdir, overwrite=overwrite)
     check_joined()
     mesh = config.parallel.mesh()
-    corpora, tasks = read_corpora(config), build_tasks(config.evaluation)  # before anything is written: may be refused
+    # Before anything is written: they may be refused.
+    corpora, tasks = read_corpora(config.data, config.model), build_tasks(config.evaluation)
     for attack in config.attacks.chosen.values() if config.attacks else ():
         attack.check_source()
     path = open_workdir(config, workdir, overwrite=overwrite)
     write_json(path / "environment.json", describe())
-    say(
-        f"data: {_counts(corpora.documents, 'documents')}; unlearning with {len(corpora.forget)} forget rows and "
-        f"{len(corpora.retain)} retain rows"
-    )
+    documents = ", ".join(f"{name} {count:,}" for name, count in corpora.documents.items())
+    rows = f"{len(corpora.forget)} forget rows and {len(corpora.retain)} retain rows"
+    say(f"data: {documents} documents; unlearning with {rows}")
     training = config.target and dataclasses.replace(config.target, retrained=False)  # the target is the same
     model_id = fingerprint(corpora.fingerprint, config.model_identity(), training, config.seed)
     retrained, retrained_id = None, fingerprint(model_id, "retrained", retrained_identity(config))
     if isinstance(config.model, PretrainedConfig):
-        target = load_target(config, path, mesh)
+        target = load_model(config, path, mesh=mesh)
         _check_disk(config, path, target)
     else:
         target = _model_stage(config, path, corpora, mesh, "target", corpora.mixture, model_id)
@@ -116,26 +110,19 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
             retrained = _model_stage(config, path, corpora, mesh, "retrained", corpora.retrain_mixture, retrained_id)
     forget, retain = _statistics_stage(config, path, corpora, target, mesh, fingerprint(model_id, "routing"))
     if isinstance(config.model, PretrainedConfig) and config.model.retrained:
-        retrained = load_retrained(config, path, mesh)  # only while it is evaluated: it takes as much as the target
+        retrained = load_model(
+            config, path, "retrained", mesh
+        )  # only while it is evaluated: it takes as much as the target
     models = {fingerprint(model_id, "target"): target} | ({retrained_id: retrained} if retrained is not None else {})
     evaluator = _evaluator_stage(config, path, corpora, tasks, models, mesh)
     return Prepared(config, path, mesh, corpora, target, forget, retain, evaluator, model_id)
 
 
-def read_corpora(config: ExperimentConfig) -> Corpora:
+@functools.lru_cache(maxsize=4)  # a study prepares several runs on the same ones
+def read_corpora(data: DataConfig, model: PretrainedConfig | ModelConfig) -> Corpora:
     """The corpora of an experiment, in the tokens of its model."""
     say("data: reading and tokenizing")
-    return _corpora(config.data, config.model.path if isinstance(config.model, PretrainedConfig) else None)
-
-
-@functools.lru_cache(maxsize=4)
-def _corpora(config: DataConfig, checkpoint: str | None) -> Corpora:
-    """Kept, because a study prepares several runs on the same ones."""
-    return build_corpora(config, None if checkpoint is None else read_codec(checkpoint))
-
-
-def _counts(numbers: Any, what: str) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in numbers.items()) + f" {what}"
+    return build_corpora(data, read_codec(model.path) if isinstance(model, PretrainedConfig) else None)
 
 
 def _model_stage(
@@ -167,7 +154,7 @@ def _model_stage(
         save_trained(stage.directory, model, model_id)
         return model
 
-    model = stage.run_or_load(make, lambda: load_trained(stage.directory, shape), f"{name} model")
+    model = stage.run(make, f"{name} model", lambda: load_trained(stage.directory, shape))
     remove(stage.directory / "checkpoints")  # of use while it trains only
     return model
 
@@ -231,7 +218,7 @@ def _statistics_stage(
     def load():
         return ExpertStatistics.load(path / FORGET_STATISTICS), ExpertStatistics.load(path / RETAIN_STATISTICS)
 
-    return stage.run_or_load(make, load, "routing statistics")
+    return stage.run(make, "routing statistics", load)
 
 
 def _evaluator_stage(

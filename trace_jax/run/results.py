@@ -15,7 +15,7 @@ from trace_jax.evaluation.intervals import Interval
 from trace_jax.evaluation.tables import equal_forgetting, equal_forgetting_text
 from trace_jax.io.codec import decode, encode
 from trace_jax.io.files import as_path, local_copy, read_json, read_lines, shown, write_json
-from trace_jax.report import write_report
+from trace_jax.report.page import write_report
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.run.experiment import METHODS
 from trace_jax.run.stages import calibration_directory
@@ -28,31 +28,6 @@ FORGOTTEN = {
     "presidents": "Polk's addresses of 1845 to 1847",
     "text": "the forget text",
 }
-
-
-def summarise(workdir: str | os.PathLike, labels: Iterable[str]) -> dict[str, Any]:
-    """The content of results.json: references, every method's measurements and front, and the tables."""
-    path = as_path(workdir)
-    config, references = needed(path / "config.json")["config"], needed(path / "references.json")
-    methods = {label: needed(path / "methods" / label / "results.json") for label in labels}
-    attacks = [name for name, settings in (config.get("attacks") or {}).items() if settings is not None]
-    for label, result in methods.items():
-        result["attacks"] = {name: needed(path / "methods" / label / "attacks" / f"{name}.json") for name in attacks}
-    fronts = {label: decode(Front, result["fronts"][SPLIT]) for label, result in methods.items()}
-    benchmark = config["data"]["benchmark"]
-    tables = [
-        equal_forgetting(fronts, board=scoreboard(benchmark), level=level, split=SPLIT)
-        for level in config["evaluation"]["levels"]
-    ]
-    return {
-        "name": config["name"],
-        "benchmark": benchmark,
-        "data": references["data"],
-        "references": references["measurements"],
-        "methods": methods,
-        "equal_forgetting": tables,
-        "table": "\n\n".join(map(equal_forgetting_text, tables)),
-    }
 
 
 def needed(file: Path) -> dict[str, Any]:
@@ -69,6 +44,8 @@ def write_run_report(workdir: str | os.PathLike) -> str:
     names = ("results.json", "study.json", "series.json")
     page = needed(next((path / name for name in names if (path / name).exists()), path / names[0]))
     page |= {"config": needed(path / "config.json")["config"], "environment": needed(path / "environment.json")}
+    board = scoreboard(page["benchmark"])
+    page |= {"forgetting": board.forgetting, "chance": board.chance}
     page |= {"generated": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")}
     if "methods" in page:
         page |= {
@@ -86,7 +63,7 @@ def write_run_report(workdir: str | os.PathLike) -> str:
 
 
 def comparison_row(label: str, method: str, numbers: Mapping[str, Any], note: str, **rest: Any) -> dict[str, Any]:
-    """A row of the report (`trace_jax.report.render`) on a method of `METHODS`; `note` stands after what it is."""
+    """A row of the report (`trace_jax.report.page.render`) on a method of `METHODS`; `note` stands after what it is."""
     kind, note = "control" if method in CONTROLS else "method", METHODS[method].summary + note
     return {"method": label, "kind": kind, **numbers, "step": None, "note": note, **rest}
 
@@ -132,7 +109,7 @@ def _on_test(measurements: Iterable[Mapping[str, Any]]) -> dict[str, Interval]:
 
 
 def _frequency(path: Path, labels: Iterable[str]) -> dict[str, Any] | None:
-    """How often experts are used, and what each method selected (`trace_jax.report.render`)."""
+    """How often experts are used, and what each method selected (`trace_jax.report.page.render`)."""
     files = [path / "statistics" / f"{name}.npz" for name in ("forget", "retain")]
     if not all(file.exists() for file in files):
         return None
@@ -150,9 +127,28 @@ def _frequency(path: Path, labels: Iterable[str]) -> dict[str, Any] | None:
 
 
 def refresh(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
-    """Rewrites results.json and report.html; returns the table and where the report is."""
+    """Writes results.json (references, every method's measurements and front, the tables) and report.html anew.
+
+    Returns the tables and where the report is, as text.
+    """
     path = as_path(workdir)
-    results = summarise(path, labels)
+    config, references = needed(path / "config.json")["config"], needed(path / "references.json")
+    methods = {label: needed(path / "methods" / label / "results.json") for label in labels}
+    attacks = [name for name, settings in (config["attacks"] or {}).items() if settings is not None]
+    for label, result in methods.items():
+        result["attacks"] = {name: needed(path / "methods" / label / "attacks" / f"{name}.json") for name in attacks}
+    fronts = {label: decode(Front, result["fronts"][SPLIT]) for label, result in methods.items()}
+    benchmark, levels = config["data"]["benchmark"], config["evaluation"]["levels"]
+    tables = [equal_forgetting(fronts, board=scoreboard(benchmark), level=level, split=SPLIT) for level in levels]
+    results = {
+        "name": config["name"],
+        "benchmark": benchmark,
+        "data": references["data"],
+        "references": references["measurements"],
+        "methods": methods,
+        "equal_forgetting": tables,
+        "table": "\n\n".join(map(equal_forgetting_text, tables)),
+    }
     write_json(path / "results.json", results)
     return f"{results['table']}\n\n{write_run_report(path)}"
 

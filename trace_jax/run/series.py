@@ -1,13 +1,13 @@
 """Several requests to forget on one model: ever larger ones (scalability), or one after the other (sustainability).
 
-MUSE (2407.06460, section 3) asks both of a method. Every step is an ordinary run directory of `pipeline.run`, which
-continues where it stopped, so a series does too.
+MUSE (2407.06460, section 3) asks both of a method. Every step is an ordinary run directory, which continues where it
+stopped, so a series does too.
 """
 
 import argparse
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,19 @@ from trace_jax.io.files import shown, write_json
 from trace_jax.io.progress import aligned, say
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
-from trace_jax.run.experiment import ExperimentConfig, SeriesConfig
-from trace_jax.run.export import load_trained
+from trace_jax.run.experiment import ExperimentConfig
+from trace_jax.run.export import TARGET, load_model
 from trace_jax.run.methods import run
 from trace_jax.run.prepare import prepare
 from trace_jax.run.results import SPLIT, needed, write_run_report
 from trace_jax.run.stages import Stage, check_export, open_workdir
 from trace_jax.tasks.benchmarks import scoreboard
 
+Step = tuple[int, tuple[str, ...], Path]  # its number from 1, the methods of its run, and where that is
 _TITLES = {
     "scalability": "Scalability: ever larger forget sets, each unlearned from the target",
     "sustainability": "Sustainability: forget sets in sequence, each unlearned from the model before",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One run of a series: the request `number`, from 1, by some methods."""
-
-    number: int
-    methods: tuple[str, ...]
-    directory: Path
 
 
 def run_series(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> str:
@@ -54,27 +46,6 @@ def run_series(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrit
     Raises:
       ConfigError, DataError: no series or one that can't be run; something given can't be used.
     """
-    series = check_series(config)
-    if series.kind == "sustainability":
-        check_export(dataclasses.replace(config, export=config.methods[0]), workdir)
-    path = open_workdir(config, workdir, overwrite=overwrite)
-    target = _target(config, path, overwrite=overwrite)
-    models: dict[str, str] = {}  # where each method has come to
-    for step in steps(config, path):
-        start = {**target, "path": models.get(step.methods[0], target["path"])}
-        say(f"{series.kind}: step {step.number} of {len(series.forget)}, {', '.join(step.methods)}")
-        run(step_config(config, step, start), step.directory, overwrite=overwrite)
-        if series.kind == "sustainability":
-            models[step.methods[0]] = os.fspath(step.directory / "export")
-    return write_series(config, path) if is_main() else ""
-
-
-def check_series(config: ExperimentConfig) -> SeriesConfig:
-    """The series of an experiment. Every forget source is opened, so that a wrong name is known at once.
-
-    Raises:
-      ConfigError: there is none, or it isn't of the user's own text; DataError: a source that can't be read.
-    """
     series = config.series
     if series is None:
         raise ConfigError(
@@ -83,31 +54,27 @@ def check_series(config: ExperimentConfig) -> SeriesConfig:
         )
     if config.data.benchmark != "text":
         raise ConfigError(f"a series unlearns sources of text (data.benchmark = text), not {config.data.benchmark}.")
-    for source in series.forget:
+    for source in series.forget:  # so that a wrong name is known at once
         read_source(source, most=1)
-    return series
-
-
-def steps(config: ExperimentConfig, path: Path) -> Iterator[Step]:
-    """Every run of a series, in order."""
-    assert config.series is not None
-    numbers = range(1, len(config.series.forget) + 1)
-    if config.series.kind == "scalability":
-        yield from (Step(number, config.methods, path / f"step-{number}") for number in numbers)
-    else:
-        yield from (Step(n, (m,), path / m / f"step-{n}") for m in config.methods for n in numbers)
-
-
-def step_config(config: ExperimentConfig, step: Step, model: Mapping[str, Any]) -> ExperimentConfig:
-    """The experiment of one step: the series' own settings with another forget set, from the checkpoint of `model`."""
-    assert config.series is not None
-    values = as_dict(config)
-    values |= {"name": f"{config.name}-step-{step.number}", "model": dict(model), "target": None, "series": None}
-    values |= {"methods": step.methods, "export": config.export}
-    if config.series.kind == "sustainability":
-        values["export"] = step.methods[0]
-    values["data"] |= {"forget": config.series.forget[step.number - 1], "vocab_size": None}
-    return resolve(ExperimentConfig, values)
+    sequence = series.kind == "sustainability"
+    if sequence:
+        check_export(dataclasses.replace(config, export=config.methods[0]), workdir)
+    path = open_workdir(config, workdir, overwrite=overwrite)
+    target = _target(config, path, overwrite=overwrite)
+    steps, start = [], target
+    for methods, place in [((m,), path / m) for m in config.methods] if sequence else [(config.methods, path)]:
+        for number, forget in enumerate(series.forget, start=1):
+            if number == 1 or not sequence:
+                start = target
+            say(f"{series.kind}: step {number} of {len(series.forget)}, {', '.join(methods)}")
+            values, directory = as_dict(config), place / f"step-{number}"
+            values |= {"name": f"{config.name}-step-{number}", "model": start, "target": None, "series": None}
+            values |= {"methods": methods, "export": methods[0] if sequence else config.export}
+            values["data"] |= {"forget": forget, "vocab_size": None}
+            run(resolve(ExperimentConfig, values), directory, overwrite=overwrite)
+            start = {**target, "path": os.fspath(directory / "export")}
+            steps.append((number, methods, directory))
+    return write_series(config, path, steps) if is_main() else ""
 
 
 def _target(config: ExperimentConfig, path: Path, *, overwrite: bool) -> dict[str, Any]:
@@ -116,40 +83,47 @@ def _target(config: ExperimentConfig, path: Path, *, overwrite: bool) -> dict[st
     if isinstance(shape, PretrainedConfig):
         return as_dict(shape)
     assert isinstance(shape, ModelConfig) and config.target is not None
-    directory = path / "target"
+    directory = path / TARGET
     alone = dataclasses.replace(config, series=None, export=None)
     identity = prepare(alone, directory, overwrite=overwrite).model_id
-    names = ("target", "retrained") if config.target.retrained else ("target",)
+    names = (TARGET, "retrained") if config.target.retrained else (TARGET,)
 
     def make() -> None:
         for name in names:
-            save_pretrained(load_trained(directory / name, shape), directory / f"{name}-checkpoint", overwrite=True)
+            save_pretrained(load_model(config, directory, name), directory / f"{name}-checkpoint", overwrite=True)
 
     Stage("checkpoints", directory, fingerprint(identity, names)).run(make, "checkpoints of the target")
-    given = {"path": os.fspath(directory / "target-checkpoint"), "dtype": shape.dtype}
-    if len(names) > 1:
-        given["retrained"] = os.fspath(directory / "retrained-checkpoint")
-    return {**given, "grouped_matmul": shape.grouped_matmul}
+    paths = {"path" if n == TARGET else n: os.fspath(directory / f"{n}-checkpoint") for n in names}
+    return {**paths, "dtype": shape.dtype, "grouped_matmul": shape.grouped_matmul}
 
 
 # --- reading the runs
 
 
-def write_series(config: ExperimentConfig, path: Path) -> str:
+def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) -> str:
     """Writes series.json and report.html of a finished series from its runs; returns the table as text."""
-    series = config.series
+    series, board = config.series, scoreboard(config.data.benchmark)
     assert series is not None
-    found = [(step, needed(step.directory / "results.json")) for step in steps(config, path)]
-    start = _test(found[0][1]["references"]["target"])
-    scores = _scores(config, found)
+    runs = [(number, methods, directory, needed(directory / "results.json")) for number, methods, directory in steps]
+    # What is relative to the start of a step is left out: in a sequence every step has another.
+    relative = {board.forgetting, *(utility.name for utility in board.utilities)}
+    start = _on_test(runs[0][3]["references"]["target"])
+    scores: dict[str, dict[str, list[float | None]]] = {}  # per step, by measurement and method
+    notes = []
+    for number, methods, _, results in runs:
+        for method in methods:
+            result = results["methods"][method]
+            notes += [f"{method}, step {number}: {result['stopped']}"] * result["failed"]
+            for name, value in _on_test(result["measurements"]).items():
+                if name not in relative:
+                    values = scores.setdefault(name, {}).setdefault(method, [start.get(name)])
+                    values += [None] * (number - len(values)) + [value]
     lines = [["", "", "start", *(f"step {number + 1}" for number in range(len(series.forget)))]]
-    notes = [f"{m}, step {s.number}: {r['methods'][m]['stopped']}" for s, r in found for m in s.methods
-             if r["methods"][m]["failed"]]  # fmt: skip
-    for name, methods in scores.items():
-        for method, values in methods.items():
-            lines.append([name.replace("_", " "), method, *map(number_text, (start.get(name), *values))])
+    for name, of_methods in scores.items():
+        lines += [[name.replace("_", " "), m, *map(number_text, values)] for m, values in of_methods.items()]
     own = "forget text and membership are of each step's own forget set; start: the target, on those of step 1"
     table = "\n".join([f"{_TITLES[series.kind]}, {SPLIT} split", *aligned(lines, left=2), own, *notes])
+    names = ("step", "steps", "stopped", "failed", "measurements")
     write_json(
         path / "series.json",
         {
@@ -161,14 +135,14 @@ def write_series(config: ExperimentConfig, path: Path) -> str:
             "forget": series.forget,
             "steps": [
                 {
-                    "step": step.number,
-                    "directory": os.fspath(step.directory.relative_to(path)),
+                    "step": number,
+                    "directory": os.fspath(directory.relative_to(path)),
                     "references": results["references"],
-                    "methods": {m: _kept(results["methods"][m]) for m in step.methods},
+                    "methods": {m: {name: results["methods"][m][name] for name in names} for m in methods},
                 }
-                for step, results in found
+                for number, methods, directory, results in runs
             ],
-            "scores": {n: {m: [start.get(n), *v] for m, v in methods.items()} for n, methods in scores.items()},
+            "scores": scores,
             "table": table,
         },
     )
@@ -176,29 +150,8 @@ def write_series(config: ExperimentConfig, path: Path) -> str:
     return f"{table}\n\nseries: {shown(path / 'series.json')}\n{write_run_report(path)}"
 
 
-def _scores(
-    config: ExperimentConfig, found: Sequence[tuple[Step, Mapping[str, Any]]]
-) -> dict[str, dict[str, list[float | None]]]:
-    """Value per step, by measurement and method. What is relative to the start of a step is left out: in a sequence
-    every step has another."""
-    board = scoreboard(config.data.benchmark)
-    relative = {board.forgetting, *(utility.name for utility in board.utilities)}
-    scores: dict[str, dict[str, list[float | None]]] = {}
-    for step, results in found:
-        for method in step.methods:
-            for name, value in _test(results["methods"][method]["measurements"]).items():
-                if name not in relative:
-                    values = scores.setdefault(name, {}).setdefault(method, [])
-                    values += [None] * (step.number - 1 - len(values)) + [value]
-    return scores
-
-
-def _test(measurements: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def _on_test(measurements: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return {m["name"]: m["value"] for m in measurements if m["split"] == SPLIT}
-
-
-def _kept(result: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: result[key] for key in ("step", "steps", "stopped", "failed", "measurements")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import jax
 
@@ -16,8 +16,6 @@ from trace_jax.io.progress import say
 from trace_jax.parallel.processes import all_processes, barrier, broadcast_from_process_0
 from trace_jax.run.experiment import ExperimentConfig
 
-T = TypeVar("T")
-_FREE_BYTES = 1 << 30
 _SECONDS_TO_SEE = 30.0
 
 
@@ -42,11 +40,11 @@ class Stage:
         """Makes the stage run again."""
         remove(self._marker)
 
-    def run(self, make: Callable[[], T], title: str) -> T | None:
-        """What `make` makes (and writes), or None if the stage is done."""
+    def run(self, make: Callable[[], Any], title: str, load: Callable[[], Any] = lambda: None) -> Any:
+        """What `make` makes (and writes) or, if the stage is done, what `load` reads."""
         if self.done():
             say(f"{title}: already done")
-            return None
+            return load()
         if self._marker.exists():
             say(f"{title}: its settings changed, so it is made anew")
             self.invalidate()
@@ -54,11 +52,6 @@ class Stage:
         write_json(self._marker, {"identity": self.identity})
         barrier(f"{title}: written")  # later stages read it, on every process
         return result
-
-    def run_or_load(self, make: Callable[[], T], load: Callable[[], T], title: str) -> T:
-        """What `load` reads if the stage is done, else what `make` makes (and writes)."""
-        made = self.run(make, title)
-        return load() if made is None else made
 
 
 def calibration_directory(workdir: Path, label: str) -> Path:
@@ -133,8 +126,7 @@ def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overw
             "pass --overwrite to replace that run."
         )
     check_export(config, path)
-    free = free_bytes(path)
-    if free < _FREE_BYTES:
+    if (free := free_bytes(path)) < 1 << 30:
         raise ConfigError(f"{path}: only {free / 2**20:.0f} MiB are free there; a run needs 1 GiB.")
     return replaces
 

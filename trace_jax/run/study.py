@@ -12,17 +12,17 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trace_jax.config import ConfigError, as_dict, resolve
+from trace_jax.config import ConfigError, resolve
 from trace_jax.evaluation.comparison import READINGS, Comparison, Run, check_equal_budgets, compare
 from trace_jax.evaluation.fronts import Front, load_run_items
 from trace_jax.evaluation.tables import comparison_markdown, comparison_text, objectives_markdown
-from trace_jax.io.codec import encode
+from trace_jax.io.codec import decode, encode
 from trace_jax.io.environment import describe
 from trace_jax.io.files import read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
@@ -30,7 +30,7 @@ from trace_jax.parallel.processes import keep_freed_memory
 from trace_jax.run.experiment import METHODS, ExperimentConfig, StudyConfig
 from trace_jax.run.methods import calibrated, run_method
 from trace_jax.run.prepare import Prepared, prepare, read_corpora
-from trace_jax.run.results import FORGOTTEN, comparison_row, write_run_report
+from trace_jax.run.results import FORGOTTEN, comparison_row, needed, write_run_report
 from trace_jax.run.stages import check_workdir, open_workdir
 from trace_jax.tasks.benchmarks import scoreboard
 from trace_jax.unlearning.objectives import Objective
@@ -101,7 +101,7 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
         )
     check_workdir(config, workdir, overwrite=overwrite)
     if config.data.benchmark == "text":
-        read_corpora(config)  # before anything is written: the user's files may be refused
+        read_corpora(config.data, config.model)  # before anything is written: the user's files may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
     jobs = list(trials(config))
     study, cores = config.study, getattr(os, "sched_getaffinity", None)
@@ -110,32 +110,26 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
         f"study: {len(jobs)} runs ({len(study.objectives) or 1} objectives, {len(study.methods)} methods, "
         f"{len(study.seeds)} seeds), {min(workers, len(jobs))} side by side"
     )
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(multiprocessing.get_context("spawn").Value("i", 0), workers),
+        workers, mp_context=context, initializer=_start_worker, initargs=(context.Value("i", 0), workers)
     ) as pool:
         try:
-            _wait(
-                "study: target models",
-                [pool.submit(prepare_seed, config, path, seed) for seed in config.study.seeds],
-                "model",
-            )
-            _wait("study: unlearning", [pool.submit(run_trial, config, path, trial) for trial in jobs], "run")
+            for title, unit, work, items in (
+                ("study: target models", "model", prepare_seed, study.seeds),
+                ("study: unlearning", "run", run_trial, jobs),
+            ):
+                with progress(title, len(items), unit=unit) as advance:
+                    futures = [pool.submit(work, path, item) for item in items]
+                    for done, future in enumerate(as_completed(futures), start=1):
+                        future.result()
+                        advance(done, "")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
     return write_study(config, path, jobs)
-
-
-def _wait(title: str, futures: Sequence[Future], unit: str) -> None:
-    with progress(title, len(futures), unit=unit) as advance:
-        for done, future in enumerate(as_completed(futures), start=1):
-            future.result()
-            advance(done, "")
 
 
 # --- in a worker process
@@ -158,66 +152,59 @@ def _start_worker(counter, workers: int) -> None:
         os.sched_setaffinity(0, set(cores[number % workers :: workers]) or set(cores))
 
 
-def seed_config(config: ExperimentConfig, seed: int) -> ExperimentConfig:
-    """The experiment of one seed: data, base model and batch order all drawn anew."""
-    values = as_dict(config)
-    values["seed"], values["data"]["seed"] = seed, seed
-    return resolve(ExperimentConfig, values)
+_PREPARED: dict[tuple[Path, int], Prepared] = {}
 
 
-_PREPARED: dict[tuple[Path, int], Prepared] = {}  # of one seed at a time: memory stays bounded
-
-
-def prepare_seed(config: ExperimentConfig, path: Path, seed: int) -> None:
-    """Makes what the runs of a seed share: target model, statistics, references, and the weights of every method."""
-    prepared = _prepared(config, path, seed)
-    for method in config.study.methods:
-        calibrated(prepared, config.method(method).calibration, method)
-
-
-def run_trial(config: ExperimentConfig, path: Path, trial: Trial) -> None:
-    """One run, or nothing where it is done."""
-    method = config.method(trial.method, **trial.unlearning)
-    run_method(_prepared(config, path, trial.seed), method, label=trial.label)
-
-
-def _prepared(config: ExperimentConfig, path: Path, seed: int) -> Prepared:
+def prepared_seed(path: Path, seed: int) -> Prepared:
+    """What the runs of a seed share. Data, base model and batch order are all drawn anew for it."""
     if (path, seed) not in _PREPARED:
-        _PREPARED.clear()
-        _PREPARED[path, seed] = prepare(seed_config(config, seed), path / f"seed-{seed}")
+        _PREPARED.clear()  # first, so that a process never holds two models
+        values = needed(path / "config.json")["config"]
+        values["seed"], values["data"]["seed"] = seed, seed
+        _PREPARED[path, seed] = prepare(resolve(ExperimentConfig, values), path / f"seed-{seed}")
     return _PREPARED[path, seed]
+
+
+def prepare_seed(path: Path, seed: int) -> None:
+    """Makes what the runs of a seed share: target model, statistics, references, and the weights of every method."""
+    prepared = prepared_seed(path, seed)
+    for method in prepared.config.study.methods:
+        calibrated(prepared, prepared.config.method(method).calibration, method)
+
+
+def run_trial(path: Path, trial: Trial) -> None:
+    """One run, or nothing where it is done."""
+    prepared = prepared_seed(path, trial.seed)
+    run_method(prepared, prepared.config.method(trial.method, **trial.unlearning), label=trial.label)
 
 
 # --- reading the runs
 
 
-def load_runs(path: Path, jobs: Sequence[Trial], *, benchmark: str) -> list[Run]:
-    """The fronts of finished runs and what their items gave, in the order of `jobs`."""
-    runs, board = [], scoreboard(benchmark)
-    for trial in jobs:
-        directory = path / f"seed-{trial.seed}" / "methods" / trial.label
-        result = read_json(directory / "results.json")
-        if result is not None:
-            validation, test = (Front.from_json(result["fronts"][split]) for split in ("validation", "test"))
-            items = load_run_items(directory, test, board, split="test")
-            runs.append(Run(trial.method, trial.setting, trial.seed, validation, test, items))
-    return runs
-
-
 def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> str:
     """Compares finished runs at every level; writes study.json and returns the tables as text."""
-    exempt = [method for method in config.study.methods if METHODS[method].steps != 1]
-    found: dict[str, list[Comparison]] = {}  # per objective
-    groups: dict[str, list[Trial]] = {}
+    benchmark, board = config.data.benchmark, scoreboard(config.data.benchmark)
+    runs: dict[str, list[Run]] = {trial.objective: [] for trial in jobs}
+    seconds = collections.defaultdict(list)  # of a step, by method
     for trial in jobs:
-        groups.setdefault(trial.objective, []).append(trial)
-    benchmark = config.data.benchmark
-    runs = {objective: load_runs(path, group, benchmark=benchmark) for objective, group in groups.items()}
+        directory = path / f"seed-{trial.seed}" / "methods" / trial.label
+        if (result := read_json(directory / "results.json")) is not None:
+            validation, test = (decode(Front, result["fronts"][split]) for split in ("validation", "test"))
+            items = load_run_items(directory, test, board, split="test")
+            runs[trial.objective].append(Run(trial.method, trial.setting, trial.seed, validation, test, items))
+            if result["seconds_per_step"] is not None:
+                seconds[trial.method].append(result["seconds_per_step"])
+    exempt = [method for method in config.study.methods if METHODS[method].steps != 1]
+    settings = {"exempt": exempt, "resamples": config.evaluation.bootstrap}
+    comparisons: dict[str, list[Comparison]] = {}
     for objective, group in runs.items():
         check_equal_budgets(group, exempt=exempt)
-        kinds = [(level, reading) for level in config.evaluation.levels for reading in READINGS]
-        resamples = config.evaluation.bootstrap
-        found[objective] = [compare(group, level=x, exempt=exempt, reading=r, resamples=resamples) for x, r in kinds]
+        kinds = itertools.product(config.evaluation.levels, READINGS)
+        comparisons[objective] = [compare(group, level=level, reading=r, **settings) for level, r in kinds]
+
+    def named(objective: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {**({"objective": objective} if objective else {}), **fields}
+
     write_json(
         path / "study.json",
         {
@@ -225,27 +212,22 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
             "title": f"Study: unlearning {FORGOTTEN[benchmark]}",
             "benchmark": benchmark,
             "forgotten": FORGOTTEN[benchmark],
-            "rows": _rows(found),
-            "comparisons": [
-                {**({"objective": objective} if objective else {}), **comparison.to_json()}
-                for objective, comparisons in found.items()
-                for comparison in comparisons
-            ],
-            "seconds_per_step": _seconds(path, jobs),
+            "rows": _rows(comparisons),
+            "comparisons": [named(objective, encode(c)) for objective, cs in comparisons.items() for c in cs],
+            "seconds_per_step": {method: float(np.median(values)) for method, values in seconds.items()},
             "runs": [
-                {**({"objective": objective} if objective else {}),
-                 "method": r.method, "setting": r.setting, "seed": r.seed, "test": r.test.to_json()}
+                named(objective, {"method": r.method, "setting": r.setting, "seed": r.seed, "test": encode(r.test)})
                 for objective, group in runs.items()
                 for r in group
             ],
         },
-    )  # fmt: skip
+    )
     tables, texts = [], []
-    for objective, comparisons in found.items():
-        tables += [f"## {objective}"] * bool(objective) + [comparison_markdown(c) for c in comparisons]
-        texts += [objective] * bool(objective) + [comparison_text(c) for c in comparisons]
+    for objective, compared in comparisons.items():
+        tables += [f"## {objective}"] * bool(objective) + list(map(comparison_markdown, compared))
+        texts += [objective] * bool(objective) + list(map(comparison_text, compared))
     if config.study.objectives:
-        of_reading = ({o: comparisons[i] for o, comparisons in found.items()} for i in range(len(READINGS)))
+        of_reading = ({o: compared[i] for o, compared in comparisons.items()} for i in range(len(READINGS)))
         tables = [*map(objectives_markdown, of_reading), *tables]
     with replacing(path / "tables.md") as temporary:
         temporary.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
@@ -269,16 +251,6 @@ def _rows(comparisons: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any
             )  # fmt: skip
             rows.append({**row, "run": (objective, result.method, result.setting)})
     return rows
-
-
-def _seconds(path: Path, jobs: Sequence[Trial]) -> dict[str, float]:
-    """Median seconds per unlearning step of each method."""
-    found = collections.defaultdict(list)
-    for trial in jobs:
-        result = read_json(path / f"seed-{trial.seed}" / "methods" / trial.label / "results.json")
-        if result is not None and result["seconds_per_step"] is not None:
-            found[trial.method].append(result["seconds_per_step"])
-    return {method: float(np.median(values)) for method, values in found.items()}
 
 
 def main(options: argparse.Namespace) -> int:
