@@ -122,8 +122,9 @@ def _variant(value: Any, base: type[Variant], name: str, default: Any) -> Varian
 
 def _moved(cls: type[Section], key: str) -> str | None:
     """Where a setting is that once was `key` of this section: "objective.beta" for "beta" or "objective_beta"."""
-    for field, base in _variants(cls).items():
-        for kind in base.kinds.values():
+    for field, base in typing.get_type_hints(cls).items():
+        kinds = base.kinds.values() if isinstance(base, type) and issubclass(base, Variant) else ()
+        for kind in kinds:
             for prefix in ("", f"{field}_", f"{kind.name}_"):
                 inner = key.removeprefix(prefix)
                 if inner in _names(kind):
@@ -256,8 +257,8 @@ def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: s
             there = f"{inside}{there}"
             raise ConfigError(f"{inside}{key}: it belongs to {there.rpartition('.')[0]}; write {there}.")
         names = sorted(_names(cls))
-        near = nearest(key, names)
-        raise ConfigError(f"{inside}{key}: there is no setting of this name{near} Known here: {', '.join(names)}.")
+        there = f"{nearest(key, names)} Known here: {', '.join(names)}."
+        raise ConfigError(f"{inside}{key}: there is no setting of this name{there}")
     for name, field in _required(cls).items():
         if name not in values:
             raise ConfigError(f"{inside}{name} is missing: {field.metadata['help']}.")
@@ -265,13 +266,6 @@ def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: s
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{inside}{error}") from None
-
-
-def _variants(cls: type[Section]) -> dict[str, type[Variant]]:
-    """The settings of a section that are variants, by name."""
-    hints = typing.get_type_hints(cls)
-    typed = {name: hint for name, hint in hints.items() if name in _names(cls) and isinstance(hint, type)}
-    return {name: hint for name, hint in typed.items() if issubclass(hint, Variant)}
 
 
 def _names(cls: type[Section]) -> set[str]:
@@ -283,22 +277,17 @@ def _required(cls: type[Section]) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}
 
 
-def as_dict(section: Section) -> dict:
+def as_dict(value: Any) -> Any:
     """Nested plain dict of a section, every default included; `resolve` takes it back."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Section):
-            return as_dict(value)
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        return type(value)(map(plain, value)) if isinstance(value, (list, tuple)) else value
-
-    kind = {section.tag: section.name} if isinstance(section, Variant) else {}
-    return kind | {f.name: plain(getattr(section, f.name)) for f in dataclasses.fields(section)}
+    if isinstance(value, Section):
+        kind = {value.tag: value.name} if isinstance(value, Variant) else {}
+        return kind | {f.name: as_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: as_dict(item) for key, item in value.items()}
+    return type(value)(map(as_dict, value)) if isinstance(value, (list, tuple)) else value
 
 
 def fingerprint(*parts: Any) -> str:
     """Sixteen hexadecimal digits that identify settings (sections, dicts, strings, numbers) by their content."""
-    plain = [as_dict(part) if isinstance(part, Section) else part for part in parts]
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
+    text = json.dumps(as_dict(parts), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -26,7 +26,7 @@ from trace_jax.run.results import FORGOTTEN, SPLIT, needed
 from trace_jax.tasks.text import TextConfig
 from trace_jax.unlearning.unlearn import Unlearned
 
-TARGET = "target"
+TARGET, RETRAINED = "target", "retrained"
 UNLEARNED = "unlearned.json"  # how a method made its model
 _FILE, _TOKENIZER = "model.safetensors", "tokenizer.json"
 

@@ -30,21 +30,17 @@ from trace_jax.parallel.processes import add_process_arguments, is_main, keep_fr
 from trace_jax.routing.config import CalibrationConfig, Entropy, Permuted, RatioWeights
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
 from trace_jax.run.experiment import ExperimentConfig, Method
-from trace_jax.run.export import UNLEARNED, export_model, load_model, load_unlearned, save_unlearned
+from trace_jax.run.export import RETRAINED, UNLEARNED, export_model, load_model, load_unlearned, save_unlearned
 from trace_jax.run.prepare import Prepared, prepare, retrained_identity
 from trace_jax.run.results import needed, refresh
 from trace_jax.run.stages import Stage
-from trace_jax.tasks.benchmarks import scoreboard
 from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.rules import Evaluated
 from trace_jax.unlearning.trainable import chosen_experts
 from trace_jax.unlearning.unlearn import unlearn
 
-SPLITS = ("validation", "test")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command `run` beside --config and --workdir."""
     add_process_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="check everything that needs no weights; no --workdir")
 
@@ -153,8 +149,8 @@ def calibrated(prepared: Prepared, config: CalibrationConfig, label: str) -> tup
             model=prepared.target,
             forget=prepared.corpora.forget,
             retain=prepared.corpora.retain,
-            forget_statistics=prepared.forget,
-            retain_statistics=prepared.retain,
+            forget_statistics=prepared.statistics[0],
+            retain_statistics=prepared.statistics[1],
             assignments=prepared.retain_assignments if isinstance(weighting, (Entropy, RatioWeights)) else None,
             solved=solved,
             mesh=prepared.mesh,
@@ -186,9 +182,7 @@ def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: 
         config=method.unlearning,
         weights=weights,
         recalibrate=recalibrate,
-        selected=chosen_experts(
-            method.unlearning, weights.selected, prepared.forget, prepared.retain, seed=config.seed
-        ),
+        selected=chosen_experts(method.unlearning, weights.selected, *prepared.statistics, seed=config.seed),
         seed=config.seed,
         mesh=prepared.mesh,
         parallel=config.parallel,
@@ -199,20 +193,10 @@ def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: 
     )
     save_unlearned(directory, unlearned, model_id)
     flush_lines()
-    how = {
-        "method": method.name,
-        "label": label,
-        "seed": config.seed,
-        "calibration": as_dict(method.calibration),
-        "unlearning": as_dict(method.unlearning),
-        "step": unlearned.step,
-        "steps": unlearned.steps,
-        "stopped": unlearned.stopped,
-        "failed": unlearned.failed,
-        "seconds_per_step": unlearned.seconds_per_step,
-        "trained": unlearned.trained,
-        "grip": unlearned.grip,
-    }
+    how = {"method": method.name, "label": label, "seed": config.seed}
+    how |= as_dict({"calibration": method.calibration, "unlearning": method.unlearning})
+    names = ("step", "steps", "stopped", "failed", "seconds_per_step", "trained", "grip")
+    how |= {name: getattr(unlearned, name) for name in names}
     write_json(directory / UNLEARNED, encode(how))
     return unlearned.model
 
@@ -233,14 +217,14 @@ def _evaluate(prepared: Prepared, model: Model, weights: RetainWeights, director
         seed=prepared.config.seed,
         original_routing=prepared.original_routing,
     )
-    calibration = measure_calibration(weights, prepared.forget, prepared.retain)
+    calibration = measure_calibration(weights, *prepared.statistics)
     measured = [*prepared.evaluator.measure(scores), *routing.measurements(), *calibration.measurements()]
     rows = front_rows(directory, model_id)
     history = [(row["step"], [Measurement.from_json(m) for m in row["evaluation"]]) for row in rows]
-    board = scoreboard(prepared.config.data.benchmark)
+    board, splits = prepared.config.data.board, ("validation", "test")
     results = {
         **needed(directory / UNLEARNED),
-        "fronts": {s: front_from_history(history, board=board, split=s).to_json() for s in SPLITS},
+        "fronts": {s: encode(front_from_history(history, board=board, split=s)) for s in splits},
         "measurements": [m.to_json() for m in measured],
         "routing": routing.to_json() | {"calibration": calibration.to_json()},
     }
@@ -257,13 +241,13 @@ def _attack_contexts(prepared: Prepared) -> dict[str, Context]:
             prepared.target,
             prepared.corpora,
             config.data,
-            scoreboard(config.data.benchmark),
+            config.data.board,
             prepared.evaluator,
             prepared.mesh,
             config.seed,
             prepared.workdir / "attacks" / name,
             fingerprint(prepared.model_id, retrained, name, attack, revisions(attack), config.evaluation, tasks),
-            functools.partial(load_model, config, prepared.workdir, "retrained", prepared.mesh) if retrained else None,
+            functools.partial(load_model, config, prepared.workdir, RETRAINED, prepared.mesh) if retrained else None,
         )
         for name, attack in (config.attacks or AttacksConfig()).chosen.items()
     }
@@ -281,8 +265,7 @@ def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated
         rows = [m.to_json() for m in measured]
         if original is None:
             return Evaluated(rows, items=items)
-        board = scoreboard(prepared.config.data.benchmark)
-        numbers = front_point(measured, board=board, split="validation", original=original)
-        return Evaluated(rows, *numbers, items)
+        board = prepared.config.data.board
+        return Evaluated(rows, *front_point(measured, board=board, split="validation", original=original), items)
 
     return evaluate

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -18,11 +18,11 @@ from trace_jax.checkpoints.params import parameter_bytes, parameter_count
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.batches import mixture_batches, sequential_batches
 from trace_jax.data.corpora import Corpora, DataConfig
-from trace_jax.data.rows import Rows
+from trace_jax.data.rows import Batch, Rows
 from trace_jax.data.tokenizer import read_codec
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.routing import measured_rows
-from trace_jax.evaluation.task import Evaluator, ScoreStore, Task, hazardous
+from trace_jax.evaluation.task import Evaluator, Scores, ScoreStore, Task, hazardous
 from trace_jax.io.environment import describe
 from trace_jax.io.files import free_bytes, remove, write_json
 from trace_jax.io.progress import say, tracked
@@ -39,34 +39,90 @@ from trace_jax.routing.statistics import (
     expert_statistics,
 )
 from trace_jax.run.experiment import ExperimentConfig
-from trace_jax.run.export import load_model, load_trained, save_trained
+from trace_jax.run.export import RETRAINED, TARGET, load_model, load_trained, save_trained
 from trace_jax.run.stages import Stage, check_workdir, open_workdir
-from trace_jax.tasks.benchmarks import build_corpora, build_tasks, scoreboard
+from trace_jax.tasks.benchmarks import build_corpora, build_tasks
 from trace_jax.unlearning.train import train_model
 from trace_jax.unlearning.trainable import trainable_paths
 from trace_jax.unlearning.trained import factors
 
-FORGET_STATISTICS, RETAIN_STATISTICS = "statistics/forget.npz", "statistics/retain.npz"
-
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Everything that the methods of a run share. `model_id` is the hash of all that made the target model."""
+    """Everything that the methods of a run share. Models and numbers are made, or read back, when first asked for."""
 
     config: ExperimentConfig
     workdir: Path
     mesh: Mesh
     corpora: Corpora
-    target: Model
-    forget: ExpertStatistics
-    retain: ExpertStatistics
-    evaluator: Evaluator
-    model_id: str
+    tasks: tuple[Task, ...]
+
+    @functools.cached_property
+    def model_id(self) -> str:
+        """Hash of all that made the target model."""
+        training = self.config.target and dataclasses.replace(self.config.target, retrained=False)  # of another model
+        return fingerprint(self.corpora.fingerprint, self.config.model_identity(), training, self.config.seed)
+
+    @functools.cached_property
+    def target(self) -> Model:
+        """The model that is unlearned from."""
+        if isinstance(self.config.model, PretrainedConfig):
+            return load_model(self.config, self.workdir, mesh=self.mesh)
+        return self._trained(TARGET, self.corpora.mixture, self.model_id)
+
+    def _trained(self, name: str, mixture: Mapping[str, float], identity: str) -> Model:
+        """Trains a model on a mixture of the corpora, or loads it."""
+        stage, shape, training = Stage(name, self.workdir / name, identity), self.config.model, self.config.target
+        assert isinstance(shape, ModelConfig) and training is not None
+
+        def make() -> Model:
+            total, active = count_params(shape)
+            size = f"{training.batch_size} x {self.config.data.row_length} tokens"
+            say(f"{name} model: {total:,} parameters, {active:,} active per token; {training.steps} steps of {size}")
+            batches = mixture_batches(self.corpora.train, mixture, training.batch_size, seed=self.config.seed)
+            model, _ = train_model(
+                shape,
+                training,
+                batches.__getitem__,
+                seed=self.config.seed,
+                mesh=self.mesh,
+                directory=stage.directory,
+                identity=identity,
+                title=f"training the {name} model",
+                tokenizer=self.corpora.tokenizer,
+            )
+            save_trained(stage.directory, model, identity)
+            return model
+
+        model = stage.run(make, f"{name} model", lambda: load_trained(stage.directory, shape))
+        remove(stage.directory / "checkpoints")  # of use while it trains only
+        return model
+
+    @functools.cached_property
+    def statistics(self) -> tuple[ExpertStatistics, ExpertStatistics]:
+        """Expert frequencies of the target model on forget and retain data; the experts of retain tokens are kept."""
+        directory, size = self.workdir / "statistics", self.config.evaluation.batch_size
+        files = directory / "forget.npz", directory / "retain.npz"
+
+        def batches(name: str, rows: Rows) -> Iterator[Batch]:
+            return tracked(sequential_batches(rows, size), f"routing of the {name} corpus", -(-len(rows) // size))
+
+        def make() -> tuple[ExpertStatistics, ExpertStatistics]:
+            forget = expert_statistics(self.target, batches("forget", self.corpora.forget), mesh=self.mesh)
+            retain, assignments = expert_routing(
+                self.target, batches("retain", self.corpora.retain), mesh=self.mesh, min_activations=MIN_ACTIVATIONS
+            )
+            forget.save(files[0])
+            retain.save(files[1], assignments)
+            return forget, retain
+
+        stage = Stage("statistics", directory, fingerprint(self.model_id, "routing"))
+        return stage.run(make, "routing statistics", lambda: tuple(map(ExpertStatistics.load, files)))
 
     @functools.cached_property
     def retain_assignments(self) -> Assignments:
         """The experts of every retain token under the target model."""
-        return Assignments.load(self.workdir / RETAIN_STATISTICS, self.corpora.retain.valid)
+        return Assignments.load(self.workdir / "statistics" / "retain.npz", self.corpora.retain.valid)
 
     @functools.cached_property
     def original_routing(self) -> dict[str, Assignments]:
@@ -80,6 +136,42 @@ class Prepared:
             "forget": expert_assignments(self.target, batches, mesh=self.mesh),
             "retain": self.retain_assignments.take(measured_rows(retain, settings.max_rows)),
         }
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        """The evaluator with the scores of the target and the retrained model; their measurements are written down."""
+        settings, corpora, retrained = self.config.evaluation, self.corpora, retrained_identity(self.config)
+        if hazardous(self.config.data.forget_sources):
+            settings = dataclasses.replace(settings, audit_text=False)
+        probes = probe_tasks(
+            {"validation": corpora.validation, "test": corpora.test},
+            settings,
+            accuracies=self.config.data.board.questions,
+            identity=corpora.fingerprint,
+        )
+        evaluator = Evaluator(settings, (*probes, *self.tasks), self.mesh, self.config.seed)
+        say("evaluation of the target model" + (" and of the retrained model" if retrained else ""))
+
+        def scores(name: str, model: Model, identity: str) -> Scores:
+            return evaluator.score(model, full=True, store=ScoreStore(self.workdir / "scores" / name, identity))
+
+        references = {TARGET: scores(TARGET, self.target, fingerprint(self.model_id, "target"))}
+        if retrained:  # it is held only while it is evaluated: it takes as much as the target
+            identity = fingerprint(self.model_id, RETRAINED, retrained)
+            if isinstance(self.config.model, PretrainedConfig):
+                model = load_model(self.config, self.workdir, RETRAINED, self.mesh)
+            else:
+                model = self._trained(RETRAINED, corpora.retrain_mixture, identity)
+            references[RETRAINED] = scores(RETRAINED, model, identity)
+        evaluator = dataclasses.replace(evaluator, original=references[TARGET], retrained=references.get(RETRAINED, {}))
+        measured = {name: [m.to_json() for m in evaluator.measure(score)] for name, score in references.items()}
+        data = {
+            "documents": dict(corpora.documents),
+            "tokens": dict(corpora.tokens),
+            "fingerprint": corpora.fingerprint,
+        }
+        write_json(self.workdir / "references.json", {"measurements": measured, "data": data})
+        return evaluator
 
 
 def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Prepared:
@@ -98,24 +190,11 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
     documents = ", ".join(f"{name} {count:,}" for name, count in corpora.documents.items())
     rows = f"{len(corpora.forget)} forget rows and {len(corpora.retain)} retain rows"
     say(f"data: {documents} documents; unlearning with {rows}")
-    training = config.target and dataclasses.replace(config.target, retrained=False)  # the target is the same
-    model_id = fingerprint(corpora.fingerprint, config.model_identity(), training, config.seed)
-    retrained, retrained_id = None, fingerprint(model_id, "retrained", retrained_identity(config))
+    prepared = Prepared(config, path, mesh, corpora, tasks)
     if isinstance(config.model, PretrainedConfig):
-        target = load_model(config, path, mesh=mesh)
-        _check_disk(config, path, target)
-    else:
-        target = _model_stage(config, path, corpora, mesh, "target", corpora.mixture, model_id)
-        if config.target and config.target.retrained:
-            retrained = _model_stage(config, path, corpora, mesh, "retrained", corpora.retrain_mixture, retrained_id)
-    forget, retain = _statistics_stage(config, path, corpora, target, mesh, fingerprint(model_id, "routing"))
-    if isinstance(config.model, PretrainedConfig) and config.model.retrained:
-        retrained = load_model(
-            config, path, "retrained", mesh
-        )  # only while it is evaluated: it takes as much as the target
-    models = {fingerprint(model_id, "target"): target} | ({retrained_id: retrained} if retrained is not None else {})
-    evaluator = _evaluator_stage(config, path, corpora, tasks, models, mesh)
-    return Prepared(config, path, mesh, corpora, target, forget, retain, evaluator, model_id)
+        _check_disk(config, path, prepared.target)
+    _ = prepared.target, prepared.statistics, prepared.evaluator  # in this order, before any method
+    return prepared
 
 
 @functools.lru_cache(maxsize=4)  # a study prepares several runs on the same ones
@@ -125,42 +204,8 @@ def read_corpora(data: DataConfig, model: PretrainedConfig | ModelConfig) -> Cor
     return build_corpora(data, read_codec(model.path) if isinstance(model, PretrainedConfig) else None)
 
 
-def _model_stage(
-    config: ExperimentConfig, path: Path, corpora: Corpora, mesh: Mesh, name: str, mixture, model_id: str
-) -> Model:
-    """Trains a model on a mixture of the corpora, or loads it."""
-    stage = Stage(name, path / name, model_id)
-    shape, training = config.model, config.target
-    assert isinstance(shape, ModelConfig) and training is not None
-
-    def make() -> Model:
-        total, active = count_params(shape)
-        say(
-            f"{name} model: {total:,} parameters, {active:,} active per token; {training.steps} steps of "
-            f"{training.batch_size} x {config.data.row_length} tokens"
-        )
-        batches = mixture_batches(corpora.train, mixture, training.batch_size, seed=config.seed)
-        model, _ = train_model(
-            shape,
-            training,
-            batches.__getitem__,
-            seed=config.seed,
-            mesh=mesh,
-            directory=stage.directory,
-            identity=model_id,
-            title=f"training the {name} model",
-            tokenizer=corpora.tokenizer,
-        )
-        save_trained(stage.directory, model, model_id)
-        return model
-
-    model = stage.run(make, f"{name} model", lambda: load_trained(stage.directory, shape))
-    remove(stage.directory / "checkpoints")  # of use while it trains only
-    return model
-
-
 def retrained_identity(config: ExperimentConfig) -> str:
-    """Hash of a retrained model that is imported. One that is trained here follows from the rest."""
+    """Hash of a retrained model that is imported, empty without one. One trained here follows from the rest."""
     if isinstance(config.model, PretrainedConfig):
         return config.model.retrained_identity()
     return "trained here" if config.target is not None and config.target.retrained else ""
@@ -194,62 +239,3 @@ def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
             f"{path}: {free / 2**30:.1f} GiB are free there; this run needs {needed / 2**30:.1f} GiB ({parts}). Let "
             "less train (unlearning.trainable), or choose another --workdir."
         )
-
-
-def _statistics_stage(
-    config: ExperimentConfig, path: Path, corpora: Corpora, target: Model, mesh: Mesh, identity: str
-) -> tuple[ExpertStatistics, ExpertStatistics]:
-    """Expert frequencies of the original model on forget and retain data; the experts of retain tokens are kept."""
-    stage = Stage("statistics", path / "statistics", identity)
-
-    def batches(name: str, rows: Rows):
-        size = config.evaluation.batch_size
-        return tracked(sequential_batches(rows, size), f"routing of the {name} corpus", -(-len(rows) // size))
-
-    def make():
-        forget = expert_statistics(target, batches("forget", corpora.forget), mesh=mesh)
-        forget.save(path / FORGET_STATISTICS)
-        retain, assignments = expert_routing(
-            target, batches("retain", corpora.retain), mesh=mesh, min_activations=MIN_ACTIVATIONS
-        )
-        retain.save(path / RETAIN_STATISTICS, assignments)
-        return forget, retain
-
-    def load():
-        return ExpertStatistics.load(path / FORGET_STATISTICS), ExpertStatistics.load(path / RETAIN_STATISTICS)
-
-    return stage.run(make, "routing statistics", load)
-
-
-def _evaluator_stage(
-    config: ExperimentConfig,
-    path: Path,
-    corpora: Corpora,
-    tasks: tuple[Task, ...],
-    models: Mapping[str, Model],
-    mesh: Mesh,
-) -> Evaluator:
-    """The evaluator with the scores of the original (and retrained) model; their measurements are written down.
-
-    `models` are the target and, if there is one, the retrained model, by the hash of what made them.
-    """
-    settings = config.evaluation
-    if hazardous(config.data.forget_sources):
-        settings = dataclasses.replace(settings, audit_text=False)
-    probes = probe_tasks(
-        {"validation": corpora.validation, "test": corpora.test},
-        settings,
-        accuracies=scoreboard(config.data.benchmark).questions,
-        identity=corpora.fingerprint,
-    )
-    evaluator = Evaluator(settings, (*probes, *tasks), mesh, config.seed)
-    say("evaluation of the target model" + (" and of the retrained model" if len(models) > 1 else ""))
-    scores = {
-        name: evaluator.score(model, full=True, store=ScoreStore(path / "scores" / name, identity))
-        for name, (identity, model) in zip(("target", "retrained"), models.items(), strict=False)
-    }
-    evaluator = dataclasses.replace(evaluator, original=scores["target"], retrained=scores.get("retrained", {}))
-    measured = {name: [m.to_json() for m in evaluator.measure(score)] for name, score in scores.items()}
-    counts = {"documents": dict(corpora.documents), "tokens": dict(corpora.tokens), "fingerprint": corpora.fingerprint}
-    write_json(path / "references.json", {"measurements": measured, "data": counts})
-    return evaluator

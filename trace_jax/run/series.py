@@ -22,7 +22,7 @@ from trace_jax.io.progress import aligned, say
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
 from trace_jax.run.experiment import ExperimentConfig
-from trace_jax.run.export import TARGET, load_model
+from trace_jax.run.export import RETRAINED, TARGET, load_model
 from trace_jax.run.methods import run
 from trace_jax.run.prepare import prepare
 from trace_jax.run.results import SPLIT, needed, write_run_report
@@ -86,7 +86,7 @@ def _target(config: ExperimentConfig, path: Path, *, overwrite: bool) -> dict[st
     directory = path / TARGET
     alone = dataclasses.replace(config, series=None, export=None)
     identity = prepare(alone, directory, overwrite=overwrite).model_id
-    names = (TARGET, "retrained") if config.target.retrained else (TARGET,)
+    names = (TARGET, RETRAINED) if config.target.retrained else (TARGET,)
 
     def make() -> None:
         for name in names:
