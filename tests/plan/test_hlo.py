@@ -28,7 +28,7 @@ def text_of(fn, mesh, in_specs, out_specs, *shapes):
     return run.lower(*arguments).compile().as_text()
 
 
-def found(text, devices=4):
+def sent_in(text, devices=4):
     return {(c.kind, len(c.groups[0])): (c.count, c.bytes) for c in traffic(text, devices).collectives}
 
 
@@ -41,7 +41,7 @@ def test_collectives_in_a_loop_count_once_per_round(mesh):
         return jax.lax.scan(layer, x, w)[0]
 
     text = text_of(layers, mesh, (P("data"), P(None, "data", "tensor")), P("data"), (B, D), (LAYERS, D, F))
-    sent = found(text)
+    sent = sent_in(text)
     # A device gathers the other half of w [D, F/2] and, in a ring of two, sends half of x [B/2, D] twice.
     assert sent[("all-gather", 2)] == (LAYERS, LAYERS * 4 * D * F / 4)
     assert sent[("all-reduce", 2)] == (LAYERS, LAYERS * 4 * B / 2 * D)
@@ -54,7 +54,7 @@ def test_every_kind_of_collective_and_its_group(mesh):
         x = jax.lax.all_to_all(x, "tensor", 1, 0, tiled=True)
         return jax.lax.ppermute(x, "data", [(0, 1), (1, 0)])
 
-    sent = found(text_of(fn, mesh, (P(None, None),), P(("data", "tensor"), None), (B, D)))
+    sent = sent_in(text_of(fn, mesh, (P(None, None),), P(("data", "tensor"), None), (B, D)))
     assert sent[("reduce-scatter", 4)] == (1, 4 * B * D * 3 / 4)
     assert sent[("all-to-all", 2)] == (1, 4 * B / 4 * D / 2)
     assert sent[("collective-permute", 2)][0] == 1
@@ -69,7 +69,7 @@ def test_nested_loops_multiply(mesh):
         return jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.fori_loop(0, 4, inner, x) * 0.5, x)
 
     text = text_of(fn, mesh, (P("data", "tensor"),), P("data", "tensor"), (B, D))
-    assert found(text)[("all-reduce", 2)][0] == 12
+    assert sent_in(text)[("all-reduce", 2)][0] == 12
 
 
 def test_a_loop_that_data_ends_counts_once_and_is_reported(mesh):
@@ -174,6 +174,6 @@ ENTRY %main (input: f32[8]) -> f32[8] {{
   ROOT %sum = f32[8]{{0}} all-reduce(%input), channel_id=1, replica_groups={written}, use_global_device_ids=true, to_apply=%add
 }}
 """
-    (found,) = traffic(text, 8).collectives
-    assert found.groups == groups
-    assert found.bytes == 2 * (1 - 1 / len(groups[0])) * 32
+    (reduced,) = traffic(text, 8).collectives
+    assert reduced.groups == groups
+    assert reduced.bytes == 2 * (1 - 1 / len(groups[0])) * 32

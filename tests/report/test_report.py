@@ -137,16 +137,11 @@ def page():
     return render(results())
 
 
-def test_the_page_stands_alone(page):
-    assert "http" not in page.replace("http-equiv", "")
-    assert not re.search(r"<(script|link|iframe|object|embed|base)\b", page)
-    assert not re.search(r"@import|url\((?!#)", page)
+def test_the_page_stands_alone_and_can_be_read_aloud(page):
+    assert "http" not in page.replace("http-equiv", "") and "default-src 'none'" in page
+    assert not re.search(r"<(script|link|iframe|object|embed|base)\b|@import|url\((?!#)", page)
     references = re.findall(r'(?:src|href|xlink:href)="([^"]*)"', page)
     assert references and all(r.startswith(("#", "data:")) for r in references)
-    assert "default-src 'none'" in page
-
-
-def test_the_page_is_well_formed_and_can_be_read_aloud(page):
     outline = Outline(page)
     assert len(outline.ids) == len(set(outline.ids))
     assert set(re.findall(r'(?:url\(|href=")#([^")]+)', page)) <= set(outline.ids)
@@ -188,19 +183,15 @@ def test_the_verdict_states_prices_and_whether_intervals_overlap(page):
 def test_everything_that_comes_from_outside_is_escaped():
     evil = '<img src=x onerror="alert(1)">'
     fronts = {"test": front(0.1) | {"utilities": {evil: [1.0, 1.0, 1.0], "$x^{2": [1.0, 1.0, 1.0]}}}
-    outline = Outline(
-        render(
-            results(
-                title=evil,
-                forgotten=evil,
-                rows=[row(evil, 0.9) | {"note": evil, "utilities": {evil: number(0.5)}}],
-                methods={evil: method(0, fronts=fronts, measurements=[measured(1.0, evil, note=evil)])},
-                certificates={evil: certificate() | {"notes": [evil]}},
-                config=CONFIG | {evil: evil},
-                environment={evil: evil},
-            )
-        )
+    page = results(
+        rows=[row(evil, 0.9) | {"note": evil, "utilities": {evil: number(0.5)}}],
+        methods={evil: method(0, fronts=fronts, measurements=[measured(1.0, evil, note=evil)])},
+        certificates={evil: certificate() | {"notes": [evil]}},
+        config=CONFIG | {evil: evil},
+        **dict.fromkeys(("title", "forgotten"), evil),
+        environment={evil: evil},
     )
+    outline = Outline(render(page))
     assert "img" not in outline.tags and "onerror" not in outline.attributes
     assert outline.text.count(evil) >= 8
 
@@ -258,11 +249,13 @@ def test_the_table_and_the_figure_of_attacks_hold_every_attack():
     assert "Under attack" not in render(results())
 
 
-def test_shares_that_came_back():
-    assert recovered(0.65, 0.4, 0.9) == 0.5
-    assert recovered(0.3, 0.4, 0.9) == pytest.approx(-0.2)  # less than before the attack
-    assert recovered(0.65, 0.4, 0.4) is None  # nothing was taken away
-    assert recovered(None, 0.4, 0.9) is None
+@pytest.mark.parametrize(
+    ("attacked", "unlearned", "original", "share"),
+    [(0.65, 0.4, 0.9, 0.5), (0.3, 0.4, 0.9, -0.2), (0.65, 0.4, 0.4, None), (None, 0.4, 0.9, None)],
+)
+def test_shares_that_came_back(attacked, unlearned, original, share):
+    """Less than before the attack is negative; where nothing was taken away there is no share."""
+    assert recovered(attacked, unlearned, original) == (share if share is None else pytest.approx(share))
 
 
 def test_a_large_study_stays_under_two_megabytes():
@@ -270,16 +263,14 @@ def test_a_large_study_stays_under_two_megabytes():
     frequency, names = rng.dirichlet(np.ones(128) / 2, size=48) * 8, [f"method_{i}" for i in range(12)]
     experts = {k: rng.random(2000).tolist() for k in ("layer", "expert", "forget", "retain", "target", "weighted")}
     many = {n: frequency for n in names[:4]}
-    page = render(
-        results(
-            rows=[row(name, 0.9) for name in names],
-            methods={n: method(i, measurements=[measured(0.5)] * 5000) for i, n in enumerate(names)},
-            frequency=frequencies(
-                frequency, uniform=1 / 16, calibrated=many, selected={n: f > 0.1 for n, f in many.items()}
-            ),
-            certificates={name: certificate() | experts for name in names},
-        )
+    selected = {n: frequency > 0.1 for n in many}
+    large = results(
+        rows=[row(name, 0.9) for name in names],
+        methods={n: method(i, measurements=[measured(0.5)] * 5000) for i, n in enumerate(names)},
+        frequency=frequencies(frequency, uniform=1 / 16, calibrated=many, selected=selected),
+        certificates={name: certificate() | experts for name in names},
     )
+    page = render(large)
     assert len(page.encode()) < 2_000_000
     assert "more are in the run directory" in page
 
@@ -306,18 +297,11 @@ def test_two_methods_never_look_the_same():
     assert styles["uniform"].color not in {style.color for method, style in styles.items() if method != "uniform"}
 
 
-@pytest.mark.parametrize(
-    "value, text",
-    [
-        (0.0, "0.000"), (0.12345, "0.123"), (12.345, "12.35"), (1234567, "1,234,567"), (2500.5, "2,500"),
-        (3.1e-11, "3.1e-11"), (math.nan, "–"), (math.inf, "–"), (None, "–"), (True, "yes"), (np.float64(0.5), "0.500"),
-        (np.int64(1200), "1,200"),
-    ],
-)  # fmt: skip
-def test_numbers_read_well(value, text):
-    assert format_number(value) == text
-
-
-def test_names_and_intervals_read_well():
+def test_numbers_names_and_intervals_read_well():
+    texts = {
+        0.0: "0.000", 0.12345: "0.123", 12.345: "12.35", 1234567: "1,234,567", 2500.5: "2,500", 3.1e-11: "3.1e-11",
+        math.nan: "–", math.inf: "–", None: "–", np.float64(0.5): "0.500", np.int64(1200): "1,200",
+    }  # fmt: skip
+    assert {value: format_number(value) for value in texts} == texts and format_number(True) == "yes"
     assert plain_name("neighbour_accuracy") == "neighbour accuracy" and plain_name("forget_nll") == "forget NLL"
     assert format_interval(0.1, 0.2) == "[0.100, 0.200]" and format_interval(None, 0.2) == ""

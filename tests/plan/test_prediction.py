@@ -1,12 +1,13 @@
-"""Matmul work is exact, in loops, in shard_map, through gradients and in grouped matmuls."""
+"""Matmul work is exact, in loops, in shard_map, through gradients and in grouped matmuls; refusals are read."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from trace_jax.plan.flops import matmul_work
+from trace_jax.plan.prediction import _needed, matmul_work
 
 N, D, F, E, LAYERS = 32, 16, 24, 4, 3
 MATMUL = 2 * N * D * F
@@ -59,7 +60,13 @@ def test_full_precision_takes_six_passes_on_a_bfloat16_unit():
     def fn(x, w):
         return jnp.dot(x, w, precision=jax.lax.Precision.HIGHEST)
 
-    work = matmul_work(jax.jit(fn).trace(shape(N, D), shape(D, F)).jaxpr)
-    assert work.tolist() == [MATMUL, 6 * MATMUL]
-    work = matmul_work(jax.jit(fn).trace(shape(N, D, dtype="bfloat16"), shape(D, F, dtype="bfloat16")).jaxpr)
-    assert work.tolist() == [MATMUL, MATMUL]
+    for dtype, passes in (("float32", 6), ("bfloat16", 1)):
+        work = matmul_work(jax.jit(fn).trace(shape(N, D, dtype=dtype), shape(D, F, dtype=dtype)).jaxpr)
+        assert work.tolist() == [MATMUL, passes * MATMUL]
+
+
+def test_what_the_compiler_refuses_says_what_it_needs():
+    refused = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.54G of 15.75G hbm."
+    assert _needed(RuntimeError(refused)) == int(22.54 * 2**30)
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        _needed(RuntimeError("INTERNAL: Used 1G of 2G"))
