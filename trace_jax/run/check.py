@@ -14,7 +14,6 @@ import jax
 from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.data.corpora import DataConfig
 from trace_jax.data.sources import HUGGINGFACE, TFDS, is_here, part, read_source
 from trace_jax.data.tokenizer import read_codec
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
@@ -42,21 +41,22 @@ class DryRun:
     missing: list[str] = dataclasses.field(default_factory=list)
     wrong: list[str] = dataclasses.field(default_factory=list)
 
-    def look(self, data: str, source: str, check: Callable[[], Any], absent: str, unusable: str) -> str:
-        """What is said of a source: `check` says it of data that is here, and raises if it can't be used."""
+    def look(self, use: str, source: str, check: Callable[[], str | None], absent: str, unusable: str) -> str:
+        """A line on a source: `check` may say what is here, and raises if it can't be used."""
+        said, data = absent, use.partition(",")[0]
         try:
             if is_here(source):
-                said = check()
-                return said if isinstance(said, str) else "can be used"
+                said = check() or "can be used"
+            else:
+                where = "is downloaded by the run" if source.startswith(HUGGINGFACE) else "is not there"
+                if source.startswith(TFDS):
+                    name = source.removeprefix(TFDS).partition(":")[0]
+                    where = f"is not built: python -m trace_jax.main data --name {name}"
+                self.missing.append(f"{data} data: {source} {where}")
         except (ValueError, OSError) as error:
             self.wrong.append(f"{data} data: {error}")
-            return unusable
-        where = "is downloaded by the run" if source.startswith(HUGGINGFACE) else "is not there"
-        if source.startswith(TFDS):
-            name = source.removeprefix(TFDS).partition(":")[0]
-            where = f"is not built: python -m trace_jax.main data --name {name}"
-        self.missing.append(f"{data} data: {source} {where}")
-        return absent
+            said = unusable
+        return f"{use}: {source}: {said}"
 
 
 def dry_run(config: ExperimentConfig) -> DryRun:
@@ -74,7 +74,9 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     if isinstance(settings, PretrainedConfig) and settings.published and not Path(settings.path).is_dir():
         settings = dataclasses.replace(settings, path="")  # the published shape; else the checkpoint's
     model = shape_of(settings)
-    data = ["data:", *_corpora(config.data, run), *_evaluation(config, run)]
+    data = ["data:", *(run.look(*source) for source in _sources(config))]
+    if not isinstance(config.data, TextConfig):
+        data.insert(1, f"corpus: {config.data.benchmark}: made here from what is installed")
     selected, rank = assumed_experts(unlearning, model), unlearning.lora and unlearning.lora.rank
     layers = trainable_layers(unlearning)
     trained = table_text(trainable_table(model, unlearning.patterns, layers=layers, selected=selected, rank=rank))
@@ -108,50 +110,41 @@ def _weights(config: ExperimentConfig, run: DryRun) -> str:
     return f"in {model.path}: every one of {len(accounting.readable):,} tensors has its place"
 
 
-def _corpora(data: DataConfig, run: DryRun) -> Iterator[str]:
-    """One line per source: its use, where it is, and what its first documents are or what they must be."""
-    if not isinstance(data, TextConfig):
-        yield f"corpus: {data.benchmark}: made here from what is installed"
-        return
-    topics = data.forget_sources
-    sources = {"forget" if len(topics) == 1 else f"forget, topic {n}": path for n, path in enumerate(topics)}
-    sources |= {use: path for use in ("retain", "neighbour", "holdout") if (path := getattr(data, use))}
-    columns = "text, or question and answer"
-    absent, unusable = f"must have the columns {columns}", f"can't be used: the columns must be {columns}"
+def _sources(config: ExperimentConfig) -> Iterator[tuple[str, str, Callable[[], str | None], str, str]]:
+    """Every text that the run reads, as `DryRun.look` takes it. Of a corpus the first documents are read, else all."""
+    data = config.data
+    if isinstance(data, TextConfig):
 
-    def first_documents(path: str) -> str:
-        source = read_source(path, min_length=data.min_length, most=FIRST)
-        answers, count = sum(d.answer is not None for d in source.documents), len(source.documents)
-        kinds = [f"{count - answers} texts"] * (answers < count) + [f"{answers} questions and answers"] * bool(answers)
-        short = f", {source.left_out} left out as shorter than {data.min_length} characters" if source.left_out else ""
-        return f"the first {count} documents are {' and '.join(kinds)}{short}"
+        def first_documents(path: str) -> str:
+            source = read_source(path, min_length=data.min_length, most=FIRST)
+            answers, count = sum(d.answer is not None for d in source.documents), len(source.documents)
+            kinds = [f"{count - answers} texts"] * (answers < count)
+            kinds += [f"{answers} questions and answers"] * bool(answers)
+            short = f", {source.left_out} left out as shorter than {data.min_length} characters"
+            return f"the first {count} documents are {' and '.join(kinds)}{short if source.left_out else ''}"
 
-    for use, path in sources.items():
-        said = run.look(use, path, functools.partial(first_documents, path), absent, unusable)
-        yield f"{use}: {path}: {said}"
+        topics, columns = data.forget_sources, "text, or question and answer"
+        paths = {"forget" if len(topics) == 1 else f"forget, topic {n}": path for n, path in enumerate(topics)}
+        paths |= {use: path for use in ("retain", "neighbour", "holdout") if (path := getattr(data, use))}
+        for use, path in paths.items():
+            texts = f"must have the columns {columns}", f"can't be used: the columns must be {columns}"
+            yield use, path, functools.partial(first_documents, path), *texts
 
+    def readable(**task: Any) -> None:
+        build_tasks(EvaluationConfig(**task))
 
-def _evaluation(config: ExperimentConfig, run: DryRun) -> Iterator[str]:
-    """One line per benchmark or source of questions that the model is evaluated on, and per text that an attack reads.
-
-    What is here is read whole.
-    """
-    evaluation, checks = config.evaluation, []  # (use, a source that stands for all of it, what raises if it is wrong)
-    if muse := evaluation.muse:
-        source = part(muse.data, "verbmem", "forget")
-        checks.append(("evaluation, muse", source, lambda: build_tasks(EvaluationConfig(muse=muse))))
+    texts, evaluation = ("not looked at", "can't be used"), config.evaluation
+    if muse := evaluation.muse:  # one file stands for all
+        yield "evaluation, muse", part(muse.data, "verbmem", "forget"), lambda: readable(muse=muse), *texts
     if tofu := evaluation.tofu:
-        source = part(tofu.data, f"{tofu.forget}_perturbed", "train")
-        checks.append(("evaluation, tofu", source, lambda: build_tasks(EvaluationConfig(tofu=tofu))))
-    for name, source in (evaluation.multiple_choice.sources if evaluation.multiple_choice else {}).items():
-        alone = EvaluationConfig(multiple_choice=MultipleChoiceConfig({name: source}))
-        checks.append((f"evaluation, {name}", source, functools.partial(build_tasks, alone)))
+        first = part(tofu.data, f"{tofu.forget}_perturbed", "train")
+        yield "evaluation, tofu", first, lambda: readable(tofu=tofu), *texts
+    for name, path in (evaluation.multiple_choice.sources if evaluation.multiple_choice else {}).items():
+        alone = MultipleChoiceConfig({name: path})
+        yield f"evaluation, {name}", path, functools.partial(readable, multiple_choice=alone), *texts
     for name, attack in (config.attacks.chosen if config.attacks else {}).items():
         if attack.source:
-            checks.append((f"attack, {name.replace('_', ' ')}", attack.source, attack.check_source))
-    for use, source, check in checks:
-        usable = run.look(use.partition(",")[0], source, check, "not looked at", "can't be used")
-        yield f"{use}: {source}: {usable}"
+            yield f"attack, {name.replace('_', ' ')}", attack.source, attack.check_source, *texts
 
 
 def _head(config: ExperimentConfig, model: ModelConfig, weights: str) -> str:
