@@ -34,8 +34,8 @@ def option(
     *,
     help: str,
     choices: tuple | None = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
 ) -> Any:
     """Declares one setting of a `Section`.
 
@@ -136,19 +136,16 @@ def _moved(cls: type[Section], key: str) -> str | None:
 
 def _check_range(field: dataclasses.Field, value: Any) -> None:
     name, choices = field.name, field.metadata.get("choices")
-    low, high = field.metadata.get("minimum"), field.metadata.get("maximum")
+    low, high = field.metadata.get("minimum", -math.inf), field.metadata.get("maximum", math.inf)
+    bounds = f"from {low} to {high}" if math.isfinite(low) else f"at most {high}"
+    bounds = bounds if math.isfinite(high) else f"at least {low}"
     for item in value if isinstance(value, tuple) else () if value is None else (value,):
         if choices and item not in choices:
             names = ", ".join(map(str, choices))
             raise ConfigError(f"{name} is {item!r}; expected one of {names}{nearest(item, choices)}")
         if isinstance(item, float) and math.isnan(item):
             raise ConfigError(f"{name} is not a number (nan).")
-        if not fits(item, float):
-            continue
-        if (low is not None and item < low) or (high is not None and item > high):
-            bounds = f"from {low} to {high}"
-            if low is None or high is None:
-                bounds = f"at least {low}" if high is None else f"at most {high}"
+        if fits(item, float) and not low <= item <= high:
             raise ConfigError(f"{name} is {item!r}; expected a value {bounds} ({field.metadata['help']}).")
 
 

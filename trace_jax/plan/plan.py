@@ -151,7 +151,6 @@ def _head(config: Any, model: ModelConfig, target: Target, parallel: ParallelCon
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command `plan` beside --config."""
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--topology", metavar="NAME", help="a slice of TPU chips: v5e:4x4, v5p:2x2x4, v6e:4x4")
     where.add_argument("--gpus", type=int, metavar="N", help="so many GPUs")
@@ -163,7 +162,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command `plan`."""
     config = options.load_config()
     jax.config.update("jax_platforms", "cpu")  # devices that are planned for are described, not opened
     if options.topology:

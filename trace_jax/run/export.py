@@ -180,7 +180,6 @@ def model_card(config: ExperimentConfig, workdir: Path, label: str) -> ModelCard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command `export`."""
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a finished run, here or at gs://BUCKET/NAME")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the checkpoint goes; made")
     parser.add_argument("--method", metavar="LABEL", help="whose model; needed where the run has several methods")
@@ -188,6 +187,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command `export`."""
     print(export_run(options.workdir, options.output, label=options.method, overwrite=options.overwrite))
     return 0

@@ -11,7 +11,6 @@ from trace_jax.run.export import find_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command `lm-eval`."""
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoint", metavar="DIR", help="a Hugging Face checkpoint")
     which.add_argument("--workdir", metavar="DIR", help="a finished run")
@@ -37,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command `lm-eval`."""
     if (options.method and options.checkpoint) or (options.dtype and options.workdir):
         raise ConfigError("--method belongs to --workdir, and --dtype to --checkpoint.")
     from trace_jax.tasks.lm_eval import evaluate_tasks, export_tasks, table  # needs lm-eval

@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command `run`."""
     config = options.load_config()
     if options.dry_run:
         from trace_jax.run.check import dry_run

@@ -154,11 +154,9 @@ def refresh(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command `report`."""
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a finished run, here or at gs://BUCKET/NAME")
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command `report`."""
     print(write_run_report(options.workdir))
     return 0

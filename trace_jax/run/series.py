@@ -155,12 +155,10 @@ def _on_test(measurements: Sequence[Mapping[str, Any]]) -> dict[str, float | Non
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command `series` beside --config and --workdir."""
     add_process_arguments(parser)
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command `series`."""
     config = options.load_config()
     keep_freed_memory()
     start_processes(options.coordinator, options.num_processes, options.process_id)

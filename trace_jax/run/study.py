@@ -254,7 +254,6 @@ def _rows(comparisons: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command `study`."""
     config = options.load_config()
     print(run_study(config, options.workdir or f"runs/{config.name}", overwrite=options.overwrite))
     return 0
