@@ -8,7 +8,7 @@ Hardware:  one accelerator with 80 GB for a model of 7 billion parameters in bfl
            gradient in float32, and the rounded weight. Temporary copies of expert weights in the matmul come on
            top; they haven't been measured on an accelerator. Disk is checked before the run begins.
 Result:    runs/mine/report.html (forgetting against utility along the way, with intervals) and runs/mine/export, which
-           transformers loads, with the files that the original has. The path is tested on tiny checkpoints of three
+           transformers loads, with the files that the original has. The path is tested on tiny checkpoints of two
            families; no run of this size has been measured yet, so tune alpha and the learning rate on your data.
 Attacks:   --config.attacks.quantization={} and others (docs/evaluation.md); with queries of your own,
            --config.attacks.prompting.paraphrases=queries.jsonl

@@ -26,16 +26,16 @@ def config_of(tmp_path, *, model=None, unlearning=None, attacks=None, evaluation
 
 
 def test_what_is_missing_is_reported_with_what_it_must_be(tmp_path):
-    found = dry_run(config_of(tmp_path))
-    weights, forget = found.missing
+    checked = dry_run(config_of(tmp_path))
+    weights, forget = checked.missing
     assert "hf download allenai/OLMoE-1B-7B-0924" in weights and forget.endswith("forget.jsonl is not there")
-    assert found.wrong == []
+    assert checked.wrong == []
     trained = "what trains: 2,147,483,648 numbers; the model has 6,919,161,856 (31.04%)"
     for words in ("6,919,161,856 parameters", "1,282,017,280 active", trained):
-        assert words in found.text
-    assert "8 forget rows and 16 retain rows of 128 tokens: 3,072 tokens" in found.text
-    assert "must have the columns text, or question and answer" in found.text
-    assert "the first 3 documents are 3 texts" in found.text
+        assert words in checked.text
+    assert "8 forget rows and 16 retain rows of 128 tokens: 3,072 tokens" in checked.text
+    assert "must have the columns text, or question and answer" in checked.text
+    assert "the first 3 documents are 3 texts" in checked.text
 
 
 def test_a_length_in_epochs_waits_for_the_data(tmp_path):
@@ -46,9 +46,9 @@ def test_a_length_in_epochs_waits_for_the_data(tmp_path):
 def test_everything_that_is_wrong_is_found_at_once(tmp_path):
     forget = write(tmp_path / "forget.jsonl", [{"txt": "x"}])
     holdout = write(tmp_path / "holdout.jsonl", [{"question": "x"}])
-    found = dry_run(config_of(tmp_path, forget=forget, holdout=holdout))
-    assert [line.partition(":")[0] for line in found.wrong] == ["forget data", "holdout data"]
-    assert "forget.jsonl:1: the keys are txt" in found.wrong[0] and "the keys are question" in found.text
+    checked = dry_run(config_of(tmp_path, forget=forget, holdout=holdout))
+    assert [line.partition(":")[0] for line in checked.wrong] == ["forget data", "holdout data"]
+    assert "forget.jsonl:1: the keys are txt" in checked.wrong[0] and "the keys are question" in checked.text
 
 
 def test_the_first_documents_are_looked_at_and_no_more(tmp_path):
@@ -62,33 +62,35 @@ def test_text_that_attacks_read_is_looked_at(tmp_path):
     asked = write(tmp_path / "asked.jsonl", [{"prompt": "What is it?"}])
     here = dry_run(config_of(tmp_path, attacks={"benign_relearning": {"source": benign}, "prompting": {}}))
     assert f"attack, benign relearning: {benign}: can be used" in here.text and here.wrong == []
-    found = dry_run(
+    checked = dry_run(
         config_of(tmp_path, attacks={"benign_relearning": {"source": "none"}, "prompting": {"paraphrases": asked}})
     )
-    assert "attack data: none is not there" in found.missing
-    assert found.wrong[0].startswith("attack data: ") and "asked.jsonl: row 1 has prompt; expected" in found.wrong[0]
+    assert "attack data: none is not there" in checked.missing
+    assert (
+        checked.wrong[0].startswith("attack data: ") and "asked.jsonl: row 1 has prompt; expected" in checked.wrong[0]
+    )
 
 
 def test_benchmarks_that_are_not_there_or_no_questions_are_found(tmp_path):
     asked = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 4, "subject": "virology"}
     sources = {"wmdp_bio": "nowhere", "mmlu": write(tmp_path / "mmlu.jsonl", [asked])}
     tasks = {"muse": {"data": "muse"}, "tofu": {"data": "tofu", "forget": "forget05"}}
-    found = dry_run(config_of(tmp_path, evaluation={**tasks, "multiple_choice": {"sources": sources}}))
-    assert found.missing[2:] == [
+    checked = dry_run(config_of(tmp_path, evaluation={**tasks, "multiple_choice": {"sources": sources}}))
+    assert checked.missing[2:] == [
         "evaluation data: muse/verbmem/forget.jsonl is not there",
         "evaluation data: tofu/forget05_perturbed/train.jsonl is not there",
         "evaluation data: nowhere is not there",
     ]
-    (wrong,) = found.wrong
-    assert "mmlu.jsonl:1: expected question, choices, answer" in wrong and "evaluation, mmlu" in found.text
+    (wrong,) = checked.wrong
+    assert "mmlu.jsonl:1: expected question, choices, answer" in wrong and "evaluation, mmlu" in checked.text
 
 
 def test_a_checkpoint_that_is_here_is_looked_at(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(PUBLISHED["olmoe-1b-7b"].config))
-    found = dry_run(config_of(tmp_path, model={"path": str(folder)}))
-    assert len(found.wrong) == 1 and "has neither model.safetensors" in found.wrong[0]
+    checked = dry_run(config_of(tmp_path, model={"path": str(folder)}))
+    assert len(checked.wrong) == 1 and "has neither model.safetensors" in checked.wrong[0]
     with pytest.raises(ConfigError, match=r"is no mixtral-8x7b \(model\.published\)"):
         dry_run(config_of(tmp_path, model={"path": str(folder), "published": "mixtral-8x7b"}))
 

@@ -30,12 +30,12 @@ class Likelihood:
 
     def measure(self, scores, *, original, retrained, resamples, seed):
         value, n = float(scores.arrays["nll"].mean()), len(scores.arrays["nll"])
-        found = [Measurement("sentence_nll", value, n, value, value, "test")]
+        measured = [Measurement("sentence_nll", value, n, value, value, "test")]
         for name, other in (("original", original), ("retrained", retrained)):
             if other is not None:
                 change = value - float(other.arrays["nll"].mean())
-                found.append(Measurement(f"sentence_against_{name}", change, n, change, change, "test"))
-        return found
+                measured.append(Measurement(f"sentence_against_{name}", change, n, change, change, "test"))
+        return measured
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_checkpoint_is_measured_against_others_and_once(task, checkpoints, tmp
     assert evaluate(checkpoints["other"], output, original=checkpoints["olmoe"]) == 0
     assert "sentence_against_original" in capsys.readouterr().out
     results = read_json(output / "results.json")
-    values = {model: {m["name"]: m["value"] for m in found} for model, found in results["measurements"].items()}
+    values = {model: {m["name"]: m["value"] for m in measured} for model, measured in results["measurements"].items()}
     assert values["original"]["sentence_against_original"] == 0
     change = values["checkpoint"]["sentence_nll"] - values["original"]["sentence_nll"]
     assert values["checkpoint"]["sentence_against_original"] == pytest.approx(change) and change != 0

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tests.run.toy import SMALL, VOCABULARY, save_checkpoint
 from trace_jax.checkpoints.pretrained import load_pretrained
@@ -62,11 +61,7 @@ def finished(checkpoint, data, tmp_path_factory):
 
 
 def tensors(directory):
-    found = {}
-    for file in directory.glob("*.safetensors"):
-        with safe_open(file, framework="numpy") as opened:
-            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    return found
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def test_the_export_is_the_unlearned_model_and_only_what_trained_differs(finished, checkpoint):
@@ -84,8 +79,8 @@ def test_the_export_is_the_unlearned_model_and_only_what_trained_differs(finishe
     assert before.keys() == after.keys()
     assert changed and all("down_proj" in name and "shared" not in name for name in changed)
     results = read_json(finished / "methods/trace_rows/results.json")
-    with safe_open(finished / "methods/trace_rows/model.safetensors", framework="numpy") as file:
-        assert set(file.keys()) == {row["path"] for row in results["trained"] if row["trained"]}
+    trained = {row["path"] for row in results["trained"] if row["trained"]}
+    assert tensors(finished / "methods/trace_rows").keys() == trained
     assert not list(finished.rglob("checkpoints")), "training states are of no use after the end"
 
 
@@ -120,11 +115,11 @@ def test_the_export_command_writes_the_same_and_never_over_something(finished, t
 
 def test_a_finished_run_is_kept_and_a_lost_export_is_written_again(finished, checkpoint, data):
     config = load_config("configs/huggingface.py", settings(checkpoint, data))
-    kept = finished / "methods/trace_rows/model.safetensors"
-    before, exported = kept.stat().st_mtime_ns, tensors(finished / "export")
+    model = finished / "methods/trace_rows/model.safetensors"
+    before, exported = model.stat().st_mtime_ns, tensors(finished / "export")
     shutil.rmtree(finished / "export")
     assert "export: " in run(config, finished)
-    assert kept.stat().st_mtime_ns == before
+    assert model.stat().st_mtime_ns == before
     assert all((exported[name] == tensor).all() for name, tensor in tensors(finished / "export").items())
 
 
@@ -159,10 +154,7 @@ def test_a_run_whose_checkpoint_has_changed_is_not_exported(finished, tmp_path):
     [
         (lambda c: (c / "tokenizer.json").unlink(), r"tokenizer\.json is missing.*AutoTokenizer.*save_pretrained"),
         (lambda c: (c / "config.json").unlink(), r"config\.json is missing"),
-        (
-            lambda c: (c / "config.json").write_text('{"model_type": "llama"}'),
-            r"model_type is 'llama'; supported: afmoe",
-        ),
+        (lambda c: write_json(c / "config.json", {"model_type": "llama"}), r"model_type is 'llama'; supported: afmoe"),
         (lambda c: shutil.rmtree(c), r"copy is no directory.*hf download"),
         (
             lambda c: write_json(c / "config.json", {**read_json(c / "config.json"), "vocab_size": 200}),
@@ -183,7 +175,6 @@ def test_a_checkpoint_that_can_not_be_used_is_refused_before_anything_is_written
 def test_a_disk_that_is_too_small_is_said_before_the_work_begins(checkpoint, data, tmp_path, monkeypatch):
     monkeypatch.setattr("trace_jax.io.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 30}))
     monkeypatch.setattr("trace_jax.run.prepare.parameter_bytes", lambda _: 13 << 30)
-    with pytest.raises(
-        ConfigError, match=r"1\.0 GiB are free there; this run needs 26\.0 GiB \(export 13\.0, trace_rows"
-    ):
+    message = r"1\.0 GiB are free there; this run needs 26\.0 GiB \(export 13\.0, trace_rows"
+    with pytest.raises(ConfigError, match=message):
         run(load_config("configs/huggingface.py", settings(checkpoint, data)), tmp_path / "run")

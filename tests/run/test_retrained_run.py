@@ -59,8 +59,8 @@ def config(checkpoints, muse, data, monkeypatch, request):
 
 def measured(path, name):
     results = read_json(path / "results.json")
-    found = results["references"].get(name) or results["methods"][name]["measurements"]
-    return {m["name"]: m for m in found if m["split"] == "test"}
+    measurements = results["references"].get(name) or results["methods"][name]["measurements"]
+    return {m["name"]: m for m in measurements if m["split"] == "test"}
 
 
 def test_a_retrained_model_makes_privleak_and_no_method_unlearns_again(config, checkpoints, tmp_path):

@@ -18,10 +18,10 @@ from trace_jax.run.series import run_series
 def parts(data):
     """The forget set in two folds, and as sets that grow."""
     lines = (data / "forget.jsonl").read_text().split("\n")[:-1]
-    found = {"fold-1": lines[:6], "fold-2": lines[6:], "all": lines}
-    for name, several in found.items():
+    sets = {"fold-1": lines[:6], "fold-2": lines[6:], "all": lines}
+    for name, several in sets.items():
         (data / f"{name}.jsonl").write_text("".join(line + "\n" for line in several))
-    return {name: str(data / f"{name}.jsonl") for name in found}
+    return {name: str(data / f"{name}.jsonl") for name in sets}
 
 
 def settings(data, forget, **changes):
@@ -42,7 +42,9 @@ def measured(directory, name, method="uniform"):
     """(at the start, at the end) of a step."""
     results = read_json(directory / "results.json")
     both = results["references"]["target"], results["methods"][method]["measurements"]
-    return [next(m["value"] for m in found if (m["name"], m["split"]) == (name, "test")) for found in both]
+    return [
+        next(m["value"] for m in measurements if (m["name"], m["split"]) == (name, "test")) for measurements in both
+    ]
 
 
 def test_every_step_of_a_sequence_starts_where_the_one_before_ended(in_sequence, parts):
