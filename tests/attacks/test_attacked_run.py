@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.run.toy import experiment, numbers
+from tests.run.toy import experiment, numbers, on_one_device
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import DataError
 from trace_jax.evaluation.likelihood import NonFiniteScore
@@ -13,6 +13,12 @@ from trace_jax.run.methods import run
 
 TRAINING = {"steps": 2, "evaluate_every": 1, "batch_size": 2, "learning_rate": 1e-2}
 ATTACKS = {"relearning": TRAINING, "benign_relearning": TRAINING, "quantization": {"bits": [4]}, "router_swap": {}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_device():
+    with on_one_device():
+        yield
 
 
 @pytest.fixture(scope="module")

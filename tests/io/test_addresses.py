@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.run.toy import experiment, numbers
+from tests.run.toy import experiment, numbers, on_one_device
 from trace_jax.checkpoints import state
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
@@ -48,6 +48,12 @@ class Bucket(MemoryFileSystem):
         if "w" in mode:
             self.writes.append(path)
         return super()._open(path, mode=mode, **kwargs)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_device():
+    with on_one_device():
+        yield
 
 
 @pytest.fixture
