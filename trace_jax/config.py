@@ -281,7 +281,7 @@ def as_dict(value: Any) -> Any:
         return kind | {f.name: as_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {key: as_dict(item) for key, item in value.items()}
-    return type(value)(map(as_dict, value)) if isinstance(value, (list, tuple)) else value
+    return type(value)(map(as_dict, value)) if type(value) in (list, tuple) else value
 
 
 def fingerprint(*parts: Any) -> str:
