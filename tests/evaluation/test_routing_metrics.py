@@ -33,8 +33,7 @@ def assign(seed, lengths, *, favourite=None):
     if favourite is not None:
         scores[..., favourite] += 0.6
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    positions = np.concatenate([np.arange(n) for n in lengths])
-    return Assignments(np.argsort(-scores, axis=-1)[..., :K].astype(np.uint8), rows, positions)
+    return Assignments(np.argsort(-scores, axis=-1)[..., :K].astype(np.uint8), rows)
 
 
 LENGTHS = {"forget": (5, 0, 9, 7, 4, 8), "retain": (6, 6, 3, 9, 0, 7, 5)}
@@ -114,9 +113,9 @@ def test_intervals_equal_a_plain_bootstrap_over_rows(random_corpora):
 
 def test_jaccard_stability_and_dead_experts_by_hand():
     """Two tokens, three experts: the first token keeps both experts in other order, the second keeps one of two."""
-    rows, positions = np.array([0, 1]), np.zeros(2, np.int32)
-    before = Assignments(np.array([[[0, 1], [0, 2]]]), rows, positions)
-    after = Assignments(np.array([[[1, 0], [1, 0]]]), rows, positions)
+    rows = np.array([0, 1])
+    before = Assignments(np.array([[[0, 1], [0, 2]]]), rows)
+    after = Assignments(np.array([[[1, 0], [1, 0]]]), rows)
     corpus = corpus_routing(before, after, 3)
     found = routing_quantities({"forget": corpus, "retain": corpus}, top_k=2, resamples=100)
     assert found["jaccard_forget"].value == pytest.approx([(1 + 1 / 3) / 2])

@@ -5,7 +5,9 @@ import pytest
 
 from tests import tiny
 from trace_jax.data.batches import sequential_batches
-from trace_jax.routing.statistics import expert_assignments, expert_statistics
+from trace_jax.routing.statistics import expert_routing
+
+ONE = tiny.one_device()
 
 
 @pytest.fixture(scope="session")
@@ -39,11 +41,18 @@ def corpora():
 
 
 @pytest.fixture(scope="session")
-def setting(tiny_model, corpora):
-    """Keyword arguments of `retain_weights`."""
-    found = {
-        f"{name}_statistics": expert_statistics(tiny_model, sequential_batches(rows, 8))
-        for name, rows in corpora.items()
-    }
-    assignments = expert_assignments(tiny_model, sequential_batches(corpora["retain"], 8))
-    return {"model": tiny_model, **corpora, **found, "assignments": assignments, "batch_size": 8}
+def routed(corpora):
+    """routed(model) -> keyword arguments of `retain_weights`."""
+
+    def arguments(model):
+        of = {name: expert_routing(model, sequential_batches(rows, 8), mesh=ONE) for name, rows in corpora.items()}
+        statistics = {f"{name}_statistics": found for name, (found, _) in of.items()}
+        passes = {"mesh": ONE, "batch_size": 8}
+        return {"model": model, **corpora, **statistics, "assignments": of["retain"][1], **passes}
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def setting(routed, tiny_model):
+    return routed(tiny_model)

@@ -7,7 +7,7 @@ import pytest
 
 from trace_jax.data.rows import Rows
 from trace_jax.routing import controls
-from trace_jax.routing.config import Hidden
+from trace_jax.routing.config import Hidden, NGram
 from trace_jax.routing.entropy_balancing import effective_sample_size
 
 
@@ -35,13 +35,12 @@ def test_ngram_ratio_equals_a_slow_count_of_uni_and_bigrams():
     def grams(row):
         return [(a,) for a in row[:-1]] + list(itertools.pairwise(row))
 
-    def probability(corpus, gram, buckets):
+    def probability(corpus, gram):  # few enough n-grams not to collide in a bucket
         every = [g for row in corpus.tokens.tolist() for g in grams(row)]
-        return (1 + every.count(gram)) / (len(every) + buckets)
+        return (1 + every.count(gram)) / (len(every) + controls.BUCKETS)
 
-    buckets = 10_000  # few enough n-grams not to collide
     expected = [
-        sum(np.log(probability(forget, g, buckets) / probability(retain, g, buckets)) for g in grams(row))
+        sum(np.log(probability(forget, g) / probability(retain, g)) for g in grams(row))
         for row in retain.tokens.tolist()
     ]
     np.testing.assert_allclose(controls.ngram_log_ratio(forget, retain), expected, rtol=1e-9)
@@ -61,11 +60,11 @@ def test_ngrams_of_masked_positions_do_not_count():
 def test_ngram_weights_are_bounded_and_can_keep_an_effective_sample_size():
     ratio = np.random.default_rng(0).normal(0, 30, 200)
     base = np.random.default_rng(1).integers(1, 9, 200).astype(float)
-    weights = controls.ngram_weights(ratio, base, max_weight=50.0)
+    weights = controls.ngram_weights(ratio, base, NGram())
     assert weights.max() / weights.min() == pytest.approx(2500)
     np.testing.assert_allclose(base @ weights / base.sum(), 1.0)
     assert effective_sample_size(weights, base) < 0.8
-    bounded = controls.ngram_weights(ratio, base, max_weight=50.0, min_effective_sample_size=0.8)
+    bounded = controls.ngram_weights(ratio, base, NGram(min_effective_sample_size=0.8))
     assert 0.8 <= effective_sample_size(bounded, base) < 0.81
     assert np.array_equal(np.argsort(ratio), np.argsort(bounded))
 
@@ -102,10 +101,7 @@ def test_hidden_weights_move_the_mean_state_to_the_forget_mean():
 )
 def test_ratio_weights_by_hand(forget, retain, raw):
     weights = controls.ratio_weights(
-        np.array([[[0, 2], [0, 1], [2, 3], [3, 2]]]),
-        selected=np.array([[True, True, False, False]]),
-        forget_frequency=np.array([forget]),
-        retain_frequency=np.array([retain]),
-        max_ratio=5.0,
-    )
+        np.array([[[0, 2], [0, 1], [2, 3], [3, 2]]]), np.array([[True, True, False, False]]), np.array([forget]),
+        np.array([retain]), 5.0,
+    )  # fmt: skip
     np.testing.assert_allclose(weights, np.array(raw) / np.mean(raw))

@@ -110,7 +110,7 @@ def test_a_study_routes_the_retain_corpus_once_and_solves_the_same_weights_once(
     """Three methods, two alphas, one solve: `row_weights` and `permuted` use that of `trace_rows`."""
     study = {"methods": ["trace_rows", "row_weights", "permuted"], "seeds": [0], "alphas": [1.0, 4.0]}
     config = experiment(data, study=study, unlearning={"evaluate_every": 6})
-    passes, solves, route, solve = [], [], statistics._route, weights.match_frequencies
+    passes, solves, route, solve = [], [], statistics.run_batches, weights.match_frequencies
 
     def routed(model, batches, *arguments, **keywords):
         batches = list(batches)
@@ -121,7 +121,7 @@ def test_a_study_routes_the_retain_corpus_once_and_solves_the_same_weights_once(
         solves.append(arguments)
         return solve(*arguments)
 
-    monkeypatch.setattr(statistics, "_route", routed)
+    monkeypatch.setattr(statistics, "run_batches", routed)
     monkeypatch.setattr(weights, "match_frequencies", solved)
     open_workdir(config, tmp_path)
     prepare_seed(tmp_path, 0)

@@ -15,8 +15,7 @@ from trace_jax.models.model import Model
 from trace_jax.models.moe import route
 from trace_jax.parallel.mesh import make_mesh, to_host
 from trace_jax.routing.config import CalibrationConfig
-from trace_jax.routing.diagnostics import overlap
-from trace_jax.routing.statistics import expert_assignments, expert_statistics
+from trace_jax.routing.statistics import expert_assignments, expert_statistics, overlap
 from trace_jax.routing.weights import retain_weights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.router_passes import read_routers, spread_tokens

@@ -13,8 +13,7 @@ from trace_jax.models.arrays import init_params
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh, to_host
-from trace_jax.routing.diagnostics import overlap
-from trace_jax.routing.statistics import expert_assignments
+from trace_jax.routing.statistics import expert_assignments, overlap
 from trace_jax.unlearning import rivals as grip
 from trace_jax.unlearning.config import GripProject
 from trace_jax.unlearning.router_passes import read_routers, realign, retain_protection, spread_tokens

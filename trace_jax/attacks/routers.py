@@ -18,8 +18,7 @@ from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.evaluation.routing import SPLIT
 from trace_jax.models.arrays import flatten, unflatten
 from trace_jax.models.model import Model
-from trace_jax.routing.diagnostics import overlap_by_row
-from trace_jax.routing.statistics import Assignments, expert_assignments
+from trace_jax.routing.statistics import Assignments, expert_assignments, overlap_by_row
 
 _ROUTERS = ("layers/router", "layers/router_bias", "layers/router_correction")
 

@@ -20,7 +20,7 @@ from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.io.codec import encode
 from trace_jax.models.model import Model
-from trace_jax.routing import diagnostics
+from trace_jax.routing import statistics
 from trace_jax.routing.statistics import Assignments, ExpertStatistics, expert_assignments
 from trace_jax.routing.weights import RetainWeights
 
@@ -38,7 +38,7 @@ class CorpusRouting:
     Attributes:
       tokens: [N] or [R].
       counts: per model ("original", "unlearned"), activations [N, L, E] or [R, L, E].
-      jaccard, unchanged: sums over tokens [N, L] or [R, L] (`routing.diagnostics.Overlap`).
+      jaccard, unchanged: sums over tokens [N, L] or [R, L] (`routing.statistics.Overlap`).
     """
 
     tokens: np.ndarray
@@ -171,6 +171,7 @@ def measure_routing(
     totals = {s: corpus.summed(_once(corpus)) for s, corpus in corpora.items()}
     top_k = current.config.experts_per_token
     quantities = routing_quantities(corpora, top_k=top_k, resamples=resamples, seed=seed)
+    router_drift, expert_drift = statistics.router_drift(original, current)
     return RoutingMetrics(
         layers=list(current.config.moe_layers),
         top_k=top_k,
@@ -178,8 +179,8 @@ def measure_routing(
         tokens={s: int(corpora[s].tokens.sum()) for s in SUBJECTS},
         rows={s: len(corpora[s].tokens) for s in SUBJECTS},
         frequency={m: {s: totals[s].frequency(m)[0] for s in SUBJECTS} for m in MODELS},
-        expert_drift=diagnostics.expert_drift(original, current),
-        quantities=quantities | {"router_drift": _exact(diagnostics.router_drift(original, current))},
+        expert_drift=expert_drift,
+        quantities=quantities | {"router_drift": _exact(router_drift)},
     )
 
 
@@ -190,11 +191,9 @@ def measured_rows(rows: Rows, max_rows: int) -> np.ndarray:
 
 def corpus_routing(original: Assignments, current: Assignments, num_experts: int) -> CorpusRouting:
     """What `routing_quantities` needs of a corpus, per row, from both models' assignments of its tokens."""
-    overlap = diagnostics.overlap_by_row(original, current)
+    overlap = statistics.overlap_by_row(original, current)
     both = zip(MODELS, (original, current), strict=True)
-    counts = {
-        name: diagnostics.counts_by_row(assignments, num_experts).astype(np.float64) for name, assignments in both
-    }
+    counts = {name: statistics.counts_by_row(assignments, num_experts).astype(np.float64) for name, assignments in both}
     return CorpusRouting(overlap.tokens.astype(np.float64), counts, overlap.jaccard, overlap.unchanged)
 
 
@@ -238,12 +237,12 @@ def _measured(sums: Corpora) -> dict[str, np.ndarray]:
         frequency = [sums[s].frequency(model) for s in SUBJECTS]
         counts = [sums[s].counts[model] for s in SUBJECTS]
         quantities |= {
-            f"gap{end}": diagnostics.frequency_gap(*frequency),
-            f"kl{end}": diagnostics.kl_divergence(*map(diagnostics.smoothed_shares, counts)),
-            f"js{end}": diagnostics.js_divergence(*(f / f.sum(axis=-1, keepdims=True) for f in frequency)),
+            f"gap{end}": statistics.frequency_gap(*frequency),
+            f"kl{end}": statistics.kl_divergence(*map(statistics.smoothed_shares, counts)),
+            f"js{end}": statistics.js_divergence(*(f / f.sum(axis=-1, keepdims=True) for f in frequency)),
         }
         for s, f in zip(SUBJECTS, frequency, strict=True):
-            quantities |= {f"load_entropy_{s}{end}": diagnostics.load_entropy(f)}
+            quantities |= {f"load_entropy_{s}{end}": statistics.load_entropy(f)}
             quantities |= {f"dead_experts_{s}{end}": (f == 0).sum(axis=-1).astype(np.float64)}
     for s in SUBJECTS:
         before, after = (sums[s].counts[model] for model in MODELS)

@@ -19,8 +19,7 @@ from trace_jax.io.codec import decode, encode
 from trace_jax.io.files import local_copy, read_json, replacing, write_json
 from trace_jax.routing.config import Entropy
 from trace_jax.routing.entropy_balancing import (
-    ClippedBalance,
-    Patterns,
+    Balance,
     constant_directions,
     find_patterns,
     row_members,
@@ -28,36 +27,31 @@ from trace_jax.routing.entropy_balancing import (
 )
 from trace_jax.routing.statistics import Assignments, as_assignments
 
+_NUMBERS = ("log_normalizer", "max_weight", "scale")
+
 
 @struct.dataclass
 class Calibration:
-    """What recomputes the weight of any token from its chosen experts: on the host, or as an argument of a step.
+    """What recomputes the weight of any token from its chosen experts: on the host, or as an argument of a step."""
 
-    Attributes:
-      multipliers: f64 [L, E], lambda; 0 where an expert isn't matched.
-      log_normalizer, max_weight, scale: of the formula above.
-      selected: bool [L, E], the matched experts (selected and used by the retain corpus); None in a step.
-      unit: "token" or "row".  certificate: what was reached; None in a step.
-    """
-
-    multipliers: Any
+    multipliers: Any  # f64 [L, E], lambda; 0 where an expert isn't matched
     log_normalizer: Any
     max_weight: Any
     scale: Any
-    selected: Any = None
-    unit: str = struct.field(pytree_node=False, default="token")
-    certificate: Any = struct.field(pytree_node=False, default=None)
+    selected: Any = None  # bool [L, E], the matched experts (selected and used by the retain corpus); None in a step
+    unit: str = struct.field(pytree_node=False, default="token")  # or "row"
+    certificate: Any = struct.field(pytree_node=False, default=None)  # what was reached; None in a step
 
     def for_step(self) -> "Calibration":
         """The constants of a training step, f32, on the host."""
-        names = ("multipliers", "log_normalizer", "max_weight", "scale")
+        names = ("multipliers", *_NUMBERS)
         return Calibration(*(np.asarray(getattr(self, name), np.float32) for name in names), unit=self.unit)
 
     def save(self, path) -> None:
         """Writes PATH.npz (arrays) and PATH.json (numbers and certificate), each whole or not at all."""
         with replacing(f"{path}.npz") as temporary:
             np.savez(temporary, multipliers=self.multipliers, selected=self.selected)
-        plain = {name: getattr(self, name) for name in ("log_normalizer", "max_weight", "scale", "unit")}
+        plain = {name: getattr(self, name) for name in (*_NUMBERS, "unit")}
         write_json(f"{path}.json", plain | {"certificate": encode(self.certificate)})
 
     @classmethod
@@ -67,9 +61,8 @@ class Calibration:
         if saved is None:
             return None
         with local_copy(f"{path}.npz") as local, np.load(local, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("multipliers", "selected")}
-        plain = {name: saved[name] for name in ("log_normalizer", "max_weight", "scale", "unit")}
-        return cls(**arrays, **plain, certificate=decode(Certificate, saved["certificate"]))
+            arrays = dict(file)
+        return cls(**arrays, **saved | {"certificate": decode(Certificate, saved["certificate"])})
 
 
 def token_weights(indices: jax.Array, calibration: Calibration, *, mask: jax.Array | None = None) -> jax.Array:
@@ -85,8 +78,7 @@ def token_weights(indices: jax.Array, calibration: Calibration, *, mask: jax.Arr
       f32 [...], the weights; their mean over the valid positions of the retain corpus is one.
     """
     multipliers, log_normalizer, max_weight, scale = (
-        jnp.asarray(getattr(calibration, name), jnp.float32)
-        for name in ("multipliers", "log_normalizer", "max_weight", "scale")
+        jnp.asarray(getattr(calibration, name), jnp.float32) for name in ("multipliers", *_NUMBERS)
     )
     if indices.shape[0] != multipliers.shape[0]:
         raise ValueError(f"indices has {indices.shape[0]} layers; the calibration was made for {multipliers.shape[0]}.")
@@ -98,29 +90,6 @@ def token_weights(indices: jax.Array, calibration: Calibration, *, mask: jax.Arr
         tokens = jnp.maximum(valid.sum(axis=1, keepdims=True, dtype=jnp.float32), 1.0)
         scores = jnp.broadcast_to(jnp.where(valid, scores, 0.0).sum(axis=1, keepdims=True) / tokens, scores.shape)
     return jnp.where(valid, jnp.minimum(jnp.exp(scores - log_normalizer), max_weight) * scale, 0.0)
-
-
-def online_loss_weights(calibration: Calibration, indices: jax.Array, valid: jax.Array, factor: jax.Array) -> jax.Array:
-    """f32 [B, S]: what multiplies the retain losses of rows that the current model has just routed.
-
-    With c_i the factor of row i, w^0 the offline weights and w those of the current routing, v_t = c_i w_t. For `apply`
-    "weights" c_i = 1; for "both", where row i is drawn with probability proportional to its offline mean weight m_i,
-    c_i = 1 / m_i. In either case E[sum_t v_t r_t] / E[number of valid positions] over the batches that can be drawn is
-    the corpus mean of w_t r_t: drawing by offline weights biases nothing. But the multipliers were normalised under the
-    original routing, so that the corpus mean of w_t itself is one under that routing only. As the model drifts it
-    does too, and with it the strength of the retain term; the metric "weight_mean", sum_t v_t / (valid positions),
-    estimates it. Under the original routing v equals the offline loss weights.
-
-    Args:
-      calibration: `Calibration.for_step()`.
-      indices: i32 [L, B, S, K], the experts of all layers under the current model.
-      valid: bool [B, S].
-      factor: f32 [B, S], c_i at every position of row i (`RetainWeights.step_weights`).
-
-    Returns:
-      Constants of the loss: no gradient flows through them.
-    """
-    return jax.lax.stop_gradient(token_weights(indices, calibration, mask=valid) * jnp.asarray(factor, jnp.float32))
 
 
 def corpus_weights(
@@ -208,28 +177,43 @@ def match_frequencies(
     counts: i64 [L, E], activations of `tokens`. Returns the calibration, the weights f64 [T] of `tokens`, and the
     weighted frequency f64 [L, E].
     """
-    matched = selected & (counts > 0)
+    total, matched = tokens.indices.shape[1], selected & (counts > 0)
     patterns = find_patterns(tokens.indices, matched, unit=settings.unit, rows=tokens.rows)
-    moment = counts[matched] / tokens.indices.shape[1]
+    moment = counts[matched] / total
     goal = np.minimum(target[matched], settings.max_ratio * moment)
+    constant = constant_directions(patterns, matched, moment, tokens.indices.shape[2])
     solution = strongest_balance(
-        patterns.features,
-        moment,
-        goal,
-        base=patterns.tokens,
-        settings=settings,
-        constant=constant_directions(patterns, matched, moment, tokens.indices.shape[2]),
+        patterns.features, moment, goal, base=patterns.tokens, settings=settings, constant=constant
     )
-    multipliers = np.zeros(selected.shape)
-    multipliers[matched] = solution.balance.multipliers
-    normalizer = solution.balance.log_normalizer
-    calibration = Calibration(multipliers, normalizer, settings.max_weight, solution.scale, matched, settings.unit)
+    balance, multipliers = solution.balance, np.zeros(selected.shape)
+    multipliers[matched] = balance.multipliers
+    calibration = Calibration(
+        multipliers, balance.log_normalizer, settings.max_weight, solution.scale, matched, settings.unit
+    )
     weights = corpus_weights(tokens, calibration)
     frequency = weighted_frequency(tokens.indices, weights, selected.shape[1])
+
+    layer, expert = np.nonzero(matched)
+    names = np.array(tokens.layers or range(len(counts)))
     asked = moment + solution.strength * (goal - moment)
-    certificate = _certify(
-        solution, settings, patterns, tokens, counts, selected, target, asked=asked, weighted=frequency
-    )
+    before, after = np.abs(counts / total - target), np.abs(frequency - target)
+    touched = np.zeros(total, bool)
+    for layer_matched, chosen in zip(matched, tokens.indices, strict=True):
+        touched |= layer_matched[chosen].any(axis=1)
+    absent = tuple((int(names[row]), int(column)) for row, column in np.argwhere(selected & ~matched))
+    certificate = Certificate(
+        layer=names[layer], expert=expert, forget=target[matched], retain=moment, target=asked,
+        weighted=frequency[matched],
+        gap_before=float(before[matched].sum()), gap_after=float(after[matched].sum()),
+        gap_elsewhere_before=float(before[~matched].sum()), gap_elsewhere_after=float(after[~matched].sum()),
+        effective_sample_size=solution.effective_sample_size, largest_weight=float(solution.weights.max()),
+        clipped=float(patterns.tokens[balance.weights > settings.max_weight].sum()) / total,
+        touched=float(touched.mean()),
+        infeasible=absent, infeasible_share=len(absent) / max(1, int(selected.sum())),
+        strength=float(solution.strength), strength_asked=float(settings.strength), ridge=float(solution.ridge),
+        iterations=balance.iterations, gradient_norm=balance.gradient_norm, tokens=total,
+    )  # fmt: skip
+    certificate = dataclasses.replace(certificate, notes=_notes(certificate, balance, settings.ridge))
     return dataclasses.replace(calibration, certificate=certificate), weights, frequency
 
 
@@ -246,48 +230,31 @@ class Certificate:
     """Frequencies before and after, and what the weights cost. Experts and layers of the network are counted from 0.
 
     Arrays hold one entry per matched expert (f64 [C]); frequencies are shares of tokens.
-
-    Attributes:
-      layer, expert: where the expert is.
-      forget: f^F.  retain: f^R.  target: p, what was asked for.
-      weighted: f~, the weighted retain frequency sum_t w_t a_t / sum_t w_t over tokens, after clipping.
-      gap_before, gap_after: sum over the matched experts of |f^R - f^F| and |f~ - f^F|.
-      gap_elsewhere_before, gap_elsewhere_after: the same over all other experts, which nothing was asked of.
-      effective_sample_size: (sum w)^2 / (T sum w^2), a share of the tokens.
-      largest_weight: after clipping and renormalisation (uniform is 1).
-      clipped: share of the tokens that were clipped.
-      touched: share of retain tokens that use a matched expert.
-      infeasible: (layer, expert) that were selected but never occur in the retain corpus; left out.
-      infeasible_share: their share of the selected experts.
-      strength, strength_asked: the one used, and the one configured (higher if the sample size bound held it back).
-      ridge: the penalty that was solved with.
-      iterations, gradient_norm: Newton steps and largest gradient entry of the final solve.
-      notes: what a reader must know, in words.
     """
 
     layer: np.ndarray
     expert: np.ndarray
-    forget: np.ndarray
-    retain: np.ndarray
-    target: np.ndarray
-    weighted: np.ndarray
-    gap_before: float
-    gap_after: float
-    gap_elsewhere_before: float
+    forget: np.ndarray  # f^F
+    retain: np.ndarray  # f^R
+    target: np.ndarray  # p, what was asked for
+    weighted: np.ndarray  # f~, the weighted retain frequency sum_t w_t a_t / sum_t w_t over tokens, after clipping
+    gap_before: float  # sum over the matched experts of |f^R - f^F|
+    gap_after: float  # and of |f~ - f^F|
+    gap_elsewhere_before: float  # the same over all other experts, which nothing was asked of
     gap_elsewhere_after: float
-    effective_sample_size: float
-    largest_weight: float
-    clipped: float
-    touched: float
-    infeasible: tuple[tuple[int, int], ...]
-    infeasible_share: float
+    effective_sample_size: float  # (sum w)^2 / (T sum w^2), a share of the tokens
+    largest_weight: float  # after clipping and renormalisation (uniform is 1)
+    clipped: float  # share of the tokens that were clipped
+    touched: float  # share of the tokens that use a matched expert
+    infeasible: tuple[tuple[int, int], ...]  # (layer, expert) selected, but not used by the retain corpus: left out
+    infeasible_share: float  # their share of the selected experts
     strength: float
-    strength_asked: float
-    ridge: float
-    iterations: int
-    gradient_norm: float
-    tokens: int
-    notes: tuple[str, ...] = ()
+    strength_asked: float  # as configured: higher if the sample size bound held it back
+    ridge: float  # that was solved with
+    iterations: int  # Newton steps of the final solve
+    gradient_norm: float  # its largest gradient entry
+    tokens: int  # of the retain corpus
+    notes: tuple[str, ...] = ()  # what a reader must know, in words
 
     def text(self, most: int = 24) -> str:
         """A page for a terminal: totals, notes, and the `most` experts with the largest forget-retain gap."""
@@ -312,56 +279,36 @@ class Certificate:
         return "\n".join(lines)
 
 
-def _certify(
-    solution: ClippedBalance, settings: Entropy, patterns: Patterns, assignments: Assignments, counts, selected, target,
-    *, asked: np.ndarray, weighted: np.ndarray,
-) -> Certificate:  # fmt: skip
-    tokens, matched, balance = assignments.indices.shape[1], selected & (counts > 0), solution.balance
-    names = np.array(assignments.layers or range(len(counts)))
-    touched = np.zeros(tokens, bool)
-    for layer, layer_matched in zip(assignments.indices, matched, strict=True):
-        touched |= layer_matched[layer].any(axis=1)
-    retain, others = counts / tokens, ~matched
-    before, after = np.abs(retain - target), np.abs(weighted - target)
-    infeasible = tuple((int(names[row]), int(expert)) for row, expert in np.argwhere(selected & ~matched))
-    row, expert = np.nonzero(matched)
-    certificate = Certificate(
-        layer=names[row], expert=expert, forget=target[matched], retain=retain[matched], target=asked,
-        weighted=weighted[matched],
-        gap_before=float(before[matched].sum()), gap_after=float(after[matched].sum()),
-        gap_elsewhere_before=float(before[others].sum()), gap_elsewhere_after=float(after[others].sum()),
-        effective_sample_size=solution.effective_sample_size, largest_weight=float(solution.weights.max()),
-        clipped=float(patterns.tokens[balance.weights > settings.max_weight].sum()) / tokens,
-        touched=float(touched.mean()),
-        infeasible=infeasible, infeasible_share=len(infeasible) / max(1, int(selected.sum())),
-        strength=float(solution.strength), strength_asked=float(settings.strength), ridge=float(solution.ridge),
-        iterations=balance.iterations, gradient_norm=balance.gradient_norm, tokens=tokens,
-    )  # fmt: skip
+def _notes(c: Certificate, balance: Balance, ridge: float) -> tuple[str, ...]:
+    """What a reader must know of a solution; ridge: the one that was asked for."""
     notes = []
-    if not len(row):
+    if not len(c.layer):
         notes.append("no expert is matched, so every weight is one.")
-    if infeasible:
-        named = ", ".join(f"layer {layer} expert {expert}" for layer, expert in infeasible[:8])
-        more = f" and {len(infeasible) - 8} more" if len(infeasible) > 8 else ""
-        notes.append(f"{len(infeasible)} selected experts never occur in the retain corpus, left out: {named}{more}.")
-    if solution.ridge != settings.ridge:
+    if c.infeasible:
+        listed = ", ".join(f"layer {layer} expert {expert}" for layer, expert in c.infeasible[:8])
+        more = f" and {len(c.infeasible) - 8} more" if len(c.infeasible) > 8 else ""
         notes.append(
-            f"no weights of these tokens were found that meet the target; solved with ridge {solution.ridge:g}, "
-            f"not {settings.ridge:g}."
+            f"{len(c.infeasible)} selected experts never occur in the retain corpus, left out: {listed}{more}."
+        )
+    if c.ridge != ridge:
+        notes.append(
+            f"no weights of these tokens were found that meet the target; solved with ridge {c.ridge:g}, not {ridge:g}."
         )
     elif not balance.converged:
         notes.append(f"the solver stopped short of the optimum (gradient {balance.gradient_norm:.1e}).")
-    missed = np.abs(certificate.weighted - asked)
+    missed = np.abs(c.weighted - c.target)
     if missed.max(initial=0.0) > 0.01:
-        worst = int(missed.argmax())
-        why = "the ridge holds it back" if solution.ridge else "no weights can meet it"
-        why = "no weights can meet it" if balance.infeasible else "weights were clipped" if certificate.clipped else why
-        notes.append(
-            f"the target is missed by up to {missed[worst]:.4f} (layer {names[row[worst]]} expert {expert[worst]}: "
-            f"asked {asked[worst]:.4f}, got {certificate.weighted[worst]:.4f}): {why}."
+        i = int(missed.argmax())
+        why = (
+            "weights were clipped" if c.clipped else "the ridge holds it back" if c.ridge else "no weights can meet it"
         )
-    if solution.strength < settings.strength:
         notes.append(
-            f"strength lowered from {settings.strength:g} to {solution.strength:.4f} to keep the effective sample size."
+            f"the target is missed by up to {missed[i]:.4f} (layer {c.layer[i]} expert {c.expert[i]}: "
+            f"asked {c.target[i]:.4f}, got {c.weighted[i]:.4f}): "
+            f"{'no weights can meet it' if balance.infeasible else why}."
         )
-    return dataclasses.replace(certificate, notes=tuple(notes))
+    if c.strength < c.strength_asked:
+        notes.append(
+            f"strength lowered from {c.strength_asked:g} to {c.strength:.4f} to keep the effective sample size."
+        )
+    return tuple(notes)

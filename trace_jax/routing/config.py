@@ -6,10 +6,6 @@ A weighting and a selection rule are named and carry their own settings: `{"name
 
 from trace_jax.config import ConfigError, Section, Variant, option
 
-UNITS = ("token", "row")
-APPLICATIONS = ("weights", "sampling", "both")
-SCOPES = ("layer", "model")
-
 
 class SelectionRule(Variant):
     """Which experts are forget-critical; f^F and f^R are their forget and retain frequencies."""
@@ -25,7 +21,7 @@ class Ratio(SelectionRule, name="ratio"):
 class _Top(SelectionRule):
     top: int = option(4, help="experts selected, per `scope`", minimum=1)
     scope: str = option(
-        "layer", help="whether `top` experts are taken in each layer or over the whole model", choices=SCOPES
+        "layer", help="whether `top` experts are taken in each layer or over the model", choices=("layer", "model")
     )
 
 
@@ -57,9 +53,6 @@ class All(SelectionRule, name="all"):
     """Every expert."""
 
 
-RULES = tuple(SelectionRule.kinds)
-
-
 class RoutingSource(Variant):
     """Whose routing gives a token its weight."""
 
@@ -89,7 +82,9 @@ class Uniform(Weighting, name="uniform"):
 class Weighted(Weighting):
     max_weight: float = option(50.0, help="largest weight before renormalisation (1 is uniform)", minimum=1.0)
     apply: str = option(
-        "both", help="where the weights act: on the loss, on which rows are drawn, or both", choices=APPLICATIONS
+        "both",
+        help="where the weights act: on the loss, on which rows are drawn, or both",
+        choices=("weights", "sampling", "both"),
     )
 
 
@@ -132,7 +127,7 @@ class _Selecting(Weighted):
 class Entropy(Matching, _Selecting, name="entropy"):
     """The calibration: the least change of weights with which the selected experts are used as on forget data."""
 
-    unit: str = option("token", help="what shares one weight", choices=UNITS)
+    unit: str = option("token", help="what shares one weight", choices=("token", "row"))
 
 
 class Permuted(Entropy, name="permuted"):

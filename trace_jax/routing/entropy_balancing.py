@@ -8,8 +8,8 @@ weighted mean of the features.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -26,22 +26,15 @@ SAMPLE = 16_384  # patterns whose Hessian steers the linear solver; the equation
 
 @dataclasses.dataclass(frozen=True)
 class Balance:
-    """A solution.
+    """A solution."""
 
-    Attributes:
-      multipliers: f64 [C], lambda.  log_normalizer: log mean_u exp(lambda . a_u).
-      weights: f64 [U], exp(lambda . a_u - log_normalizer), of mean one.
-      iterations: Newton steps.  gradient_norm: largest entry of the final gradient.
-      converged: the gradient vanished.  infeasible: it was proved that no weights at all have the wanted means.
-    """
-
-    multipliers: np.ndarray
-    log_normalizer: float
-    weights: np.ndarray
-    iterations: int
-    gradient_norm: float
-    converged: bool
-    infeasible: bool
+    multipliers: np.ndarray  # f64 [C], lambda
+    log_normalizer: float  # log mean_u exp(lambda . a_u)
+    weights: np.ndarray  # f64 [U], exp(lambda . a_u - log_normalizer), of mean one
+    iterations: int  # Newton steps
+    gradient_norm: float  # largest entry of the final gradient
+    converged: bool  # the gradient vanished
+    infeasible: bool  # it was proved that no weights at all have the wanted means
 
 
 def entropy_balance(
@@ -80,7 +73,7 @@ def entropy_balance(
         value = log_normalizer - multipliers @ target + 0.5 * ridge * multipliers @ multipliers
         return float(value), float(log_normalizer), mass / mass.sum()
 
-    variance = np.maximum(_squares(features).T @ base / total - (features.T @ base / total) ** 2, 0.0)
+    variance = np.maximum((features**2).T @ base / total - (features.T @ base / total) ** 2, 0.0)
 
     # Any weights of mean one have an entropy that bounds the dual of a feasible target from below.
     lowest = np.log(base.min() / total) - 1e-6
@@ -122,7 +115,6 @@ def _newton_step(
     With few patterns the sample is all of them, and one or two iterations give the exact Newton step. `variance` f64
     [C], of the unweighted features, keeps both matrices positive where the sample or the weights have nothing.
     """
-    columns = features.shape[1]
     sample, sample_mass, jitter = features, mass, 1e-9
     if len(mass) > SAMPLE:  # a pattern is drawn as often as its mass says
         running = np.cumsum(mass)
@@ -138,24 +130,15 @@ def _newton_step(
     def curvature(v: np.ndarray) -> np.ndarray:
         return features.T @ (mass * (features @ v - mean @ v)) + floor * v
 
+    operator: Any = functools.partial(LinearOperator, features.shape[1:] * 2, dtype=np.float64)
     step, _ = cg(
-        _operator(columns, curvature),
+        operator(matvec=curvature),
         -gradient,
-        M=_operator(columns, lambda v: scipy.linalg.cho_solve(factor, v)),
+        M=operator(matvec=lambda v: scipy.linalg.cho_solve(factor, v)),
         rtol=min(0.1, float(np.sqrt(np.abs(gradient).max()))),
         maxiter=200,
     )
     return step if step @ gradient < 0 else -scipy.linalg.cho_solve(factor, gradient)
-
-
-def _squares(features: Matrix) -> Matrix:
-    if isinstance(features, np.ndarray):
-        return features**2
-    return csr_array((features.data**2, features.indices, features.indptr), features.shape)
-
-
-def _operator(size: int, apply: Callable[[np.ndarray], np.ndarray]) -> LinearOperator:
-    return LinearOperator((size, size), matvec=apply, dtype=np.float64)  # pyright: ignore[reportCallIssue]
 
 
 # --- clipped weights, as strong as the sample size allows
@@ -165,20 +148,14 @@ FALLBACK_RIDGE = 1e-3  # used where ridge 0 was asked for and no weights meet th
 
 @dataclasses.dataclass(frozen=True)
 class ClippedBalance:
-    """A solution after clipping.
+    """A solution after clipping."""
 
-    Attributes:
-      balance: before clipping, solved with `ridge` for `strength`.
-      weights: f64 [U], of mean one: min(w, max_weight) * scale.
-      effective_sample_size: (sum w)^2 / (T sum w^2).
-    """
-
-    balance: Balance
+    balance: Balance  # before clipping, solved with `ridge` for `strength`
     strength: float
     ridge: float
-    weights: np.ndarray
+    weights: np.ndarray  # f64 [U], of mean one: min(w, max_weight) * scale
     scale: float
-    effective_sample_size: float
+    effective_sample_size: float  # (sum w)^2 / (T sum w^2)
 
 
 def strongest_balance(
@@ -240,31 +217,23 @@ def effective_sample_size(weights: np.ndarray, base: np.ndarray | None = None) -
 # --- the units that are weighted, as features
 
 
-@dataclasses.dataclass(frozen=True)
-class Patterns:
+class Patterns(NamedTuple):
     """The distinct activation patterns of a corpus of T tokens, for C selected experts.
 
     Two units with the same activations always get the same weight, so only distinct patterns are kept, in an order that
     depends on the patterns alone. The solver therefore returns bit for bit the same multipliers however the corpus was
     shuffled, batched or sharded.
-
-    Attributes:
-      features: f64 [P, C]; a_c of the unit: 0 or 1 for a token (sparse), a mean over tokens for a row (dense).
-      tokens: f64 [P]; how many of the T tokens belong to units with the pattern (whole numbers: sums are exact).
     """
 
-    features: Matrix
-    tokens: np.ndarray
+    features: Matrix  # f64 [P, C]; a_c of the unit: 0 or 1 for a token (sparse), a mean over tokens for a row (dense)
+    tokens: np.ndarray  # f64 [P]; how many of the T tokens are of units with the pattern (whole numbers: exact sums)
 
 
 def find_patterns(indices: np.ndarray, matched: np.ndarray, *, unit: str, rows: np.ndarray) -> Patterns:
-    """Distinct activation patterns of the units of a corpus.
+    """Distinct activation patterns of the units ("token" or "row") of a corpus.
 
-    Args:
-      indices: integer [L, T, K]; the chosen experts of every valid token.
-      matched: bool [L, E]; columns of the features, in the order of `np.nonzero(matched)`.
-      unit: "token" or "row".
-      rows: integer [T]; the row of each token.
+    indices: integer [L, T, K], the chosen experts of every valid token. matched: bool [L, E], columns of the features,
+    in the order of `np.nonzero(matched)`. rows: integer [T], the row of each token.
     """
     activations = activation_matrix(indices, matched)
     key = _keys(activations)

@@ -6,7 +6,7 @@ import numpy as np
 
 from trace_jax.config import ConfigError, resolve
 from trace_jax.routing import config as rules
-from trace_jax.routing.config import RULES, SelectionRule
+from trace_jax.routing.config import SelectionRule
 from trace_jax.routing.statistics import ExpertStatistics
 
 EPSILON = 1e-12  # in the ratio rule, so that an expert the retain corpus never uses has a ratio
@@ -33,8 +33,8 @@ def select_experts(
       ValueError: statistics of different models.
     """
     if isinstance(rule, str):
-        if rule not in RULES:
-            raise ConfigError(f"rule is {rule!r}; expected one of {', '.join(RULES)}.")
+        if rule not in SelectionRule.kinds:
+            raise ConfigError(f"rule is {rule!r}; expected one of {', '.join(SelectionRule.kinds)}.")
         rule = resolve(SelectionRule.kinds[rule], settings, path=rule)
     if forget.counts.shape != retain.counts.shape or forget.top_k != retain.top_k:
         raise ValueError(

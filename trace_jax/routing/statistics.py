@@ -1,13 +1,13 @@
 """How often each expert is used, and by which token: one pass over a corpus counts, and keeps each token's experts.
 
 Counts are exact: int32 on the device, summed over devices as integers, int64 on the host; so they are the same at any
-batch size and device count.
+batch size and device count. Below: how differently two corpora use the experts, and how far a model's routing has
+moved; functions of plain arrays take experts on the last axis and any axes before it (layers; resamples and layers).
 """
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import compiled, map_batches
-from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh, to_host
 
 MIN_ACTIVATIONS = 10  # activations per expert that a corpus must hold on average (T * K / E)
 
@@ -32,20 +32,13 @@ class DamagedRouting(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ExpertStatistics:
-    """Use of the experts over the valid positions of a corpus.
+    """Use of the experts over the valid positions of a corpus."""
 
-    Attributes:
-      counts: i64 [L, E], how often each expert was among the top K.
-      gate_mass: f64 [L, E], sum over positions of the router's softmax.
-      tokens: valid positions, T.  top_k: experts per token, K.
-      layers: which layer of the network each row is of, counted from 0 (dense layers have none); () = 0 to L - 1.
-    """
-
-    counts: np.ndarray
-    gate_mass: np.ndarray
-    tokens: int
-    top_k: int
-    layers: tuple[int, ...] = ()
+    counts: np.ndarray  # i64 [L, E], how often each expert was among the top K
+    gate_mass: np.ndarray  # f64 [L, E], sum over positions of the router's softmax
+    tokens: int  # valid positions, T
+    top_k: int  # experts per token, K
+    layers: tuple[int, ...] = ()  # of the network each row is of, from 0 (dense layers have none); () = 0 to L - 1
 
     @property
     def frequency(self) -> np.ndarray:
@@ -63,38 +56,30 @@ class ExpertStatistics:
     @classmethod
     def load(cls, path) -> "ExpertStatistics":
         with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
-            layers = tuple(int(layer) for layer in file["layers"]) if "layers" in file else ()
+            layers = tuple(file["layers"].tolist()) if "layers" in file else ()
             return cls(file["counts"], file["gate_mass"], int(file["tokens"]), int(file["top_k"]), layers)
 
 
 @dataclasses.dataclass(frozen=True)
 class Assignments:
-    """The chosen experts of every valid token of a corpus, in row order.
+    """The chosen experts of every valid token of a corpus, in row order."""
 
-    Attributes:
-      indices: unsigned integer [L, T, K].
-      rows: i32 [T], the row of each token.  positions: i32 [T], its position in the row.
-      layers: as in `ExpertStatistics`.
-    """
-
-    indices: np.ndarray
-    rows: np.ndarray
-    positions: np.ndarray
-    layers: tuple[int, ...] = ()
+    indices: np.ndarray  # unsigned integer [L, T, K]
+    rows: np.ndarray  # i32 [T], the row of each token
+    layers: tuple[int, ...] = ()  # as in `ExpertStatistics`
 
     @classmethod
     def load(cls, path, valid: np.ndarray) -> "Assignments":
         """What `ExpertStatistics.save` kept of a corpus whose rows are valid at `valid` [N, S]."""
         with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
-            indices, layers = file["indices"], tuple(int(layer) for layer in file["layers"])
-        rows, positions = np.nonzero(valid)
-        return cls(indices, rows.astype(np.int32), positions.astype(np.int32), layers)
+            indices, layers = file["indices"], tuple(file["layers"].tolist())
+        return cls(indices, np.nonzero(valid)[0].astype(np.int32), layers)
 
     def take(self, rows: np.ndarray) -> "Assignments":
         """Those of the rows that `rows` names in ascending order, numbered as in `Rows.take(rows)`."""
         number = np.searchsorted(rows, self.rows)
         taken = rows[np.minimum(number, len(rows) - 1)] == self.rows
-        return Assignments(self.indices[:, taken], number[taken], self.positions[taken], self.layers)
+        return Assignments(self.indices[:, taken], number[taken], self.layers)
 
 
 def as_assignments(assignments: Assignments | np.ndarray, rows: np.ndarray | None = None) -> Assignments:
@@ -110,7 +95,7 @@ def as_assignments(assignments: Assignments | np.ndarray, rows: np.ndarray | Non
     rows = np.arange(tokens) if rows is None else np.asarray(rows)
     if rows.shape != (tokens,):
         raise ValueError(f"rows has shape {rows.shape}; expected one row number for each of the {tokens} tokens.")
-    return Assignments(indices, rows, np.zeros(tokens, np.int32))
+    return Assignments(indices, rows)
 
 
 def expert_statistics(
@@ -127,7 +112,7 @@ def expert_statistics(
     Raises:
       ValueError: too few valid positions.  DamagedRouting: NaN or infinite router scores.
     """
-    return _route(model, batches, mesh, min_activations, experts=False)[0]
+    return expert_routing(model, batches, mesh=mesh, min_activations=min_activations, assign=False)[0]
 
 
 def expert_assignments(model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None) -> Assignments:
@@ -140,22 +125,22 @@ def expert_assignments(model: Model, batches: Iterable[Batch], *, mesh: Mesh | N
 
 
 def expert_routing(
-    model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None, min_activations: float = 0.0
+    model: Model,
+    batches: Iterable[Batch],
+    *,
+    mesh: Mesh | None = None,
+    min_activations: float = 0.0,
+    assign: bool = True,
 ) -> tuple[ExpertStatistics, Assignments]:
-    """`expert_statistics` and `expert_assignments` from one pass; raises what they raise."""
-    return _route(model, batches, mesh, min_activations, experts=True)
-
-
-def _route(
-    model: Model, batches: Iterable[Batch], mesh: Mesh | None, min_activations: float, *, experts: bool
-) -> tuple[ExpertStatistics, Assignments]:
-    """Statistics and, with `experts`, assignments (else empty)."""
-    config, (fn, out_specs) = model.config, _ASSIGN if experts else _COUNT
+    """`expert_statistics` and, unless `assign` is False (then empty), `expert_assignments`, from one pass."""
+    config = model.config
     counts = np.zeros((len(config.moe_layers), config.num_experts), np.int64)
     gate_mass, tokens, first_row = np.zeros(counts.shape, np.float64), 0, 0
-    indices = [np.zeros((len(counts), 0, config.experts_per_token), _compact(config))]
-    places = [np.zeros((2, 0), np.int32)]
-    for batch, (batch_counts, load, *chosen) in run_batches(model, batches, fn, out_specs=out_specs, mesh=mesh):
+    indices = [np.zeros((len(counts), 0, config.experts_per_token), _index_type(config))]
+    rows = [np.zeros(0, np.int32)]
+    out_specs = (*_SUMS, PartitionSpec(BATCH_AXES)) if assign else _SUMS
+    outputs = run_batches(model, batches, _routing, out_specs=out_specs, mesh=mesh, static=(assign,))
+    for batch, (batch_counts, load, *chosen) in outputs:
         valid = np.asarray(batch.valid)
         if (bad := ~np.isfinite(load).all(axis=1)).any():
             raise DamagedRouting(
@@ -165,15 +150,10 @@ def _route(
         counts += batch_counts.astype(np.int64)
         gate_mass += load.astype(np.float64)
         tokens += int(valid.sum())
-        if experts:
+        if assign:
             indices.append(np.moveaxis(chosen[0][: len(valid)][valid], 1, 0))
-            places.append(np.stack(np.nonzero(valid)).astype(np.int32) + np.array([[first_row], [0]], np.int32))
+            rows.append((np.nonzero(valid)[0] + first_row).astype(np.int32))
             first_row += len(valid)
-    if (counts.sum(axis=1) != config.experts_per_token * tokens).any():
-        raise ValueError(
-            f"layers counted {counts.sum(axis=1).tolist()} activations on {tokens} valid positions; expected "
-            f"{config.experts_per_token} each. This is an error of trace_jax."
-        )
     needed = max(1.0, min_activations * config.num_experts / config.experts_per_token)
     if tokens < needed:
         raise ValueError(
@@ -182,43 +162,147 @@ def _route(
             f"({min_activations:g} activations per expert on average). Give more text, or lower min_activations."
         )
     statistics = ExpertStatistics(counts, gate_mass, tokens, config.experts_per_token, config.moe_layers)
-    rows, positions = np.concatenate(places, axis=1)
-    return statistics, Assignments(np.concatenate(indices, axis=1), rows, positions, config.moe_layers)
+    return statistics, Assignments(np.concatenate(indices, axis=1), np.concatenate(rows), config.moe_layers)
 
 
-def _compact(config: ModelConfig) -> Any:
+_SUMS = (PartitionSpec(), PartitionSpec())  # counts and sums of softmax, the same on all devices
+
+
+def _index_type(config: ModelConfig) -> Any:
     return np.uint8 if config.num_experts <= 256 else np.uint16
 
 
-def _routing(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array, *, experts: bool):
+def _routing(
+    params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array, assign: bool
+) -> tuple[jax.Array, ...]:
     """(counts i32 [L, E], sum of softmax f32 [L, E]) of the whole batch, and the experts [B, S, L, K] of its rows."""
-    collect = ("counts", "load", "indices") if experts else ("counts", "load")
+    collect = ("counts", "load", "indices") if assign else ("counts", "load")
     router = forward(params, config, tokens, mask=segments, count_mask=valid, collect=collect).router
     sums = jax.lax.psum((router.counts, router.load), BATCH_AXES)
-    return sums if router.indices is None else (*sums, jnp.moveaxis(router.indices, 0, 2).astype(_compact(config)))
-
-
-_COUNT = partial(_routing, experts=False), PartitionSpec()
-_ASSIGN = partial(_routing, experts=True), (PartitionSpec(), PartitionSpec(), PartitionSpec(BATCH_AXES))
+    return sums if router.indices is None else (*sums, jnp.moveaxis(router.indices, 0, 2).astype(_index_type(config)))
 
 
 def counting_pass(config: ModelConfig, mesh: Mesh) -> Any:
     """The compiled function of `expert_statistics`: (params, tokens, segments, valid) -> (counts, sums of softmax)."""
-    fn, out_specs = _COUNT
-    return compiled(fn, config, mesh, out_specs)
+    return compiled(_routing, config, mesh, _SUMS, (False,))
 
 
 def run_batches(
-    model: Model, batches: Iterable[Batch], fn: Callable, *, out_specs, mesh: Mesh | None = None
+    model: Model, batches: Iterable[Batch], fn: Callable, *, out_specs, mesh: Mesh | None = None, static: tuple = ()
 ) -> Iterator[tuple]:
-    """(batch, output of `fn(params, config, tokens, segments, valid)`) for every batch.
+    """(batch, output of `fn(params, config, tokens, segments, valid, *static)`) for every batch: `map_batches`.
 
-    `fn` runs on all devices, each with its rows; `out_specs` as in `on_mesh`. Outputs per row are longer than
-    the batch where it had to be padded. The next batch is already running when one is handed out.
+    `fn` runs on all devices, each with its rows. The next batch is already running when one is handed out.
     """
     batches, again = itertools.tee(batches)
     arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
     mesh = make_mesh() if mesh is None else mesh
-    yield from zip(
-        again, map_batches(fn, model.params, model.config, arrays, mesh=mesh, out_specs=out_specs), strict=True
-    )
+    outputs = map_batches(fn, model.params, model.config, arrays, mesh=mesh, out_specs=out_specs, static=static)
+    return zip(again, outputs, strict=True)
+
+
+# --- routing compared
+
+
+def frequency_gap(f: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """sum_e |f_e - g_e| of two frequency vectors, which sum to K each: 0 to 2K (TRACE's mismatch, 2606.10338)."""
+    return np.abs(f - g).sum(axis=-1)
+
+
+def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """sum_e p log(p / q), in nats (Kullback & Leibler 1951); 0 log 0 = 0, and inf where p > 0 = q."""
+    used = p > 0
+    ratio = np.ones_like(p)
+    np.divide(p, q, out=ratio, where=used & (q > 0))
+    terms = np.where(used & (q == 0), np.inf, p * np.log(ratio))
+    return terms.sum(axis=-1)
+
+
+def js_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Jensen-Shannon divergence in nats (Lin 1991): the mean of KL(p | m) and KL(q | m), m = (p + q) / 2.
+
+    Symmetric, finite, at most log 2.
+    """
+    middle = (p + q) / 2
+    return (kl_divergence(p, middle) + kl_divergence(q, middle)) / 2
+
+
+def smoothed_shares(counts: np.ndarray) -> np.ndarray:
+    """Shares of activations with half an activation added to every expert: (c_e + 1/2) / (sum c + E/2).
+
+    This is the posterior mean under Jeffreys' prior (Krichevsky & Trofimov 1981). No share is zero, so that a KL
+    divergence between two corpora is finite where one of them never uses an expert that the other uses.
+    """
+    padded = counts + 0.5
+    return padded / padded.sum(axis=-1, keepdims=True)
+
+
+def load_entropy(frequency: np.ndarray) -> np.ndarray:
+    """Entropy of the experts' shares of the load over log E: 1 is even, 0 is a single expert. One expert gives 1."""
+    experts = frequency.shape[-1]
+    if experts == 1:
+        return np.ones(frequency.shape[:-1])
+    share = frequency / frequency.sum(axis=-1, keepdims=True)
+    return 1 - kl_divergence(share, np.full_like(share, 1 / experts)) / np.log(experts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """Agreement of two models' routing on the same tokens: sums by row, or means over tokens."""
+
+    tokens: np.ndarray  # i64 [N], of each row that has any, or their number
+    # f64 [N, L] or, as mean, [L]: |A and B| / |A or B|, A and B a token's chosen experts (Jaccard 1912); 1 is no change
+    jaccard: np.ndarray
+    unchanged: np.ndarray  # the same of "same set of experts"
+
+
+def overlap(original: Assignments, current: Assignments) -> Overlap:
+    """How much of the original model's routing is left: means over tokens of `overlap_by_row`."""
+    by_row = overlap_by_row(original, current)
+    tokens = by_row.tokens.sum()
+    return Overlap(tokens, by_row.jaccard.sum(axis=0) / tokens, by_row.unchanged.sum(axis=0) / tokens)
+
+
+def overlap_by_row(original: Assignments, current: Assignments) -> Overlap:
+    """Sums over the tokens of each row, from both models' `expert_assignments` of one corpus.
+
+    Raises:
+      ValueError: the assignments are of different tokens.
+    """
+    before, after = original.indices, current.indices
+    if before.shape != after.shape or not np.array_equal(original.rows, current.rows):
+        raise ValueError(
+            f"assignments {before.shape} and {after.shape} are not of the same tokens; make both from the same rows."
+        )
+    _, row = np.unique(original.rows, return_inverse=True)
+    top_k, jaccard, unchanged = before.shape[2], [], []
+    for old, new in zip(before, after, strict=True):
+        shared = (old[:, :, None] == new[:, None, :]).any(axis=2).sum(axis=1)  # [T]
+        jaccard.append(np.bincount(row, shared / (2 * top_k - shared)))
+        unchanged.append(np.bincount(row, shared == top_k))
+    return Overlap(np.bincount(row), np.stack(jaccard, axis=1), np.stack(unchanged, axis=1))
+
+
+def counts_by_row(assignments: Assignments, num_experts: int) -> np.ndarray:
+    """i64 [N, L, E]: how often each row that has tokens uses each expert."""
+    rows, row = np.unique(assignments.rows, return_inverse=True)
+    cell = row[:, None] * num_experts
+    counts = [
+        np.bincount((cell + layer).ravel(), minlength=len(rows) * num_experts).reshape(len(rows), num_experts)
+        for layer in assignments.indices
+    ]
+    return np.stack(counts, axis=1)
+
+
+def router_drift(original: Model, current: Model) -> tuple[np.ndarray, np.ndarray]:
+    """(f64 [L], f64 [L, E]): |R - R_0| / |R_0| of each layer's router weights R [D, E], and of each expert's column.
+
+    Norms are Euclidean (Frobenius). Biases and corrections are left out.
+    """
+    before, after = (to_host(model.params["layers"]["router"]).astype(np.float64) for model in (original, current))
+
+    def change(axes: tuple[int, ...]) -> np.ndarray:
+        norm = np.sqrt((before**2).sum(axis=axes))
+        return np.sqrt(((after - before) ** 2).sum(axis=axes)) / np.where(norm > 0, norm, 1.0)
+
+    return change((1, 2)), change((1,))

@@ -30,34 +30,33 @@ from trace_jax.routing import config as settings
 from trace_jax.routing import controls
 from trace_jax.routing.calibration import Calibration, Certificate, match_frequencies, weighted_frequency
 from trace_jax.routing.config import CalibrationConfig
-from trace_jax.routing.diagnostics import frequency_gap, overlap
 from trace_jax.routing.entropy_balancing import clipped_to_mean_one, effective_sample_size
 from trace_jax.routing.selection import random_like, select_experts
-from trace_jax.routing.statistics import Assignments, ExpertStatistics, expert_assignments, expert_routing
+from trace_jax.routing.statistics import (
+    Assignments,
+    ExpertStatistics,
+    expert_assignments,
+    expert_routing,
+    frequency_gap,
+    overlap,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class RetainWeights:
-    """Weights of a retain corpus of N rows, S positions and T valid positions, and where they act.
+    """Weights of a retain corpus of N rows, S positions and T valid positions, and where they act."""
 
-    Attributes:
-      tokens: f64 [T], w of the valid positions in row order, of mean one.  valid: bool [N, S].
-      apply: "weights", "sampling" or "both"; online: whether a step weighs tokens by their present routing.
-      selected: bool [L, E], the experts that were looked at; None, as `frequency`, for weightings without experts.
-      frequency: f64 [L, E], weighted retain frequency sum_t w_t a_t / sum_t w_t.
-      calibration: for weightings that match experts, else None.
-    """
-
-    tokens: np.ndarray
-    valid: np.ndarray
-    apply: str = "weights"
-    online: bool = False
-    selected: np.ndarray | None = None
-    frequency: np.ndarray | None = None
-    calibration: Calibration | None = None
+    tokens: np.ndarray  # f64 [T], w of the valid positions in row order, of mean one
+    valid: np.ndarray  # bool [N, S]
+    apply: str = "weights"  # or "sampling" or "both"
+    online: bool = False  # whether a step weighs tokens by their present routing
+    selected: np.ndarray | None = None  # bool [L, E], the experts that were looked at, of weightings that do
+    frequency: np.ndarray | None = None  # f64 [L, E], of them the weighted frequency sum_t w_t a_t / sum_t w_t
+    calibration: Calibration | None = None  # of weightings that match experts
 
     @property
     def certificate(self) -> Certificate | None:
+        """What the calibration reached."""
         return None if self.calibration is None else self.calibration.certificate
 
     @functools.cached_property
@@ -153,8 +152,8 @@ def retain_weights(
     Args:
       model: the frozen original model, whose routing, hidden states or losses are used.
       forget, retain: the two corpora; `*_statistics` their `expert_statistics` under `model`.
-      assignments: the `expert_assignments` of the retain corpus under `model`, where they are known already.
-      solved: for weighting "permuted", the weights that it deals out, where they are known already.
+      assignments: the `expert_assignments` of the retain corpus under `model`, where they were made before.
+      solved: for weighting "permuted", the weights that it deals out, where they were made before.
       batch_size: rows per forward pass; changes no result.
 
     Raises:
@@ -166,116 +165,56 @@ def retain_weights(
             f"the retain rows hold {int(valid.sum())} valid tokens, their statistics {retain_statistics.tokens}; "
             "statistics of another corpus were given."
         )
-    if isinstance(weighting, (settings.Entropy, settings.RatioWeights)):
-        if assignments is None:
-            assignments = expert_assignments(model, sequential_batches(retain, batch_size), mesh=mesh)
-        weights = _from_experts(config, weighting, valid, assignments, forget_statistics, retain_statistics, solved)
-    else:
-        tokens = _without_experts(weighting, model, forget, retain, mesh, batch_size)
-        if isinstance(weighting, settings.Weighted):
-            tokens = _clipped(tokens, weighting)
-        weights = RetainWeights(tokens, valid)
-    return weights.applied(weighting)
 
+    def clipped(tokens: np.ndarray) -> np.ndarray:
+        return clipped_to_mean_one(tokens / tokens.mean(), getattr(weighting, "max_weight", np.inf))[0]
 
-def _clipped(tokens: np.ndarray, weighting: settings.Weighted) -> np.ndarray:
-    return clipped_to_mean_one(tokens / tokens.mean(), weighting.max_weight)[0]
-
-
-def _from_experts(
-    config: CalibrationConfig,
-    weighting: settings.Entropy | settings.RatioWeights,
-    valid: np.ndarray,
-    assignments: Assignments,
-    forget: ExpertStatistics,
-    retain: ExpertStatistics,
-    solved: RetainWeights | None,
-) -> RetainWeights:
-    selected = select_experts(forget, retain, rule=weighting.rule, seed=config.seed)
+    if not isinstance(weighting, (settings.Entropy, settings.RatioWeights)):
+        tokens = controls.weights_without_experts(weighting, model, forget, retain, mesh=mesh, batch_size=batch_size)
+        return RetainWeights(clipped(tokens), valid).applied(weighting)
+    if assignments is None:
+        assignments = expert_assignments(model, sequential_batches(retain, batch_size), mesh=mesh)
+    selected = select_experts(forget_statistics, retain_statistics, rule=weighting.rule, seed=config.seed)
     if isinstance(weighting, settings.RandomExperts):
         selected = random_like(selected, seed=config.seed)
+    f_forget, f_retain, calibration, frequency = forget_statistics.frequency, retain_statistics.frequency, None, None
     if isinstance(weighting, settings.RatioWeights):
-        frequencies = {"forget_frequency": forget.frequency, "retain_frequency": retain.frequency}
-        raw = controls.ratio_weights(
-            assignments.indices, selected=selected, max_ratio=weighting.max_ratio, **frequencies
-        )
-        tokens, calibration = _clipped(raw, weighting), None
+        ratio = controls.ratio_weights(assignments.indices, selected, f_forget, f_retain, weighting.max_ratio)
+        tokens = clipped(ratio)
+    elif solved is not None and solved.calibration is not None:
+        calibration, tokens, frequency = solved.calibration, solved.tokens, solved.frequency
     else:
-        if solved is None or solved.calibration is None or solved.frequency is None:
-            calibration, tokens, frequency = match_frequencies(
-                assignments, retain.counts, selected, forget.frequency, weighting
-            )
-        else:
-            calibration, tokens, frequency = solved.calibration, solved.tokens, solved.frequency
-        selected = calibration.selected
-        if not isinstance(weighting, settings.Permuted):
-            return RetainWeights(tokens, valid, selected=selected, frequency=frequency, calibration=calibration)
+        counts = retain_statistics.counts
+        calibration, tokens, frequency = match_frequencies(assignments, counts, selected, f_forget, weighting)
+    if isinstance(weighting, settings.Permuted):
         units = assignments.rows if weighting.unit == "row" else np.arange(len(tokens))
-        tokens = _clipped(controls.permuted(tokens, units, seed=config.seed), weighting)
-    frequency = weighted_frequency(assignments.indices, tokens, selected.shape[1])
-    return RetainWeights(tokens, valid, selected=selected, frequency=frequency, calibration=calibration)
-
-
-def _without_experts(
-    weighting: settings.Weighting, model: Model, forget: Rows, retain: Rows, mesh: Mesh | None, batch_size: int
-) -> np.ndarray:
-    """Weight of every valid token, f64 [T], not normalised yet."""
-    lengths, row = retain.valid.sum(axis=1).astype(np.float64), np.nonzero(retain.valid)[0]
-    match weighting:
-        case settings.Loss():
-            return controls.losses(model, retain, mesh=mesh, batch_size=batch_size)[retain.valid].astype(np.float64)
-        case settings.Domain():
-            return controls.domain_weights(retain.domain, lengths)[row]
-        case settings.NGram():
-            ratio, bound = controls.ngram_log_ratio(forget, retain), weighting.min_effective_sample_size
-            return controls.ngram_weights(
-                ratio, lengths, max_weight=weighting.max_weight, min_effective_sample_size=bound
-            )[row]
-        case settings.Hidden():
-            filled = np.flatnonzero(lengths)
-            sums, forget_sums = (
-                controls.hidden_sums(model, rows, mesh=mesh, batch_size=batch_size)
-                for rows in (retain.take(filled), forget)
-            )
-            by_row = np.zeros(len(retain))
-            by_row[filled] = controls.hidden_weights(
-                sums / lengths[filled, None], forget_sums.sum(0) / forget.valid.sum(), lengths[filled], weighting
-            )
-            return by_row[row]
-    return np.ones(len(row))  # uniform
+        tokens, frequency = clipped(controls.permuted(tokens, units, seed=config.seed)), None
+    if frequency is None:
+        frequency = weighted_frequency(assignments.indices, tokens, selected.shape[1])
+    selected = selected if calibration is None else calibration.selected
+    weights = RetainWeights(tokens, valid, selected=selected, frequency=frequency, calibration=calibration)
+    return weights.applied(weighting)
 
 
 # --- solved anew
 
 
-CORPORA = ("forget", "retain")
-CorpusRouting = Mapping[str, tuple[ExpertStatistics, Assignments]]
-
-
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """How far routing has moved when weights are solved anew. Mappings have the keys "forget" and "retain".
+    """How far routing has moved when weights are solved anew."""
 
-    Attributes:
-      layers: which layer of the network each entry is of, counted from 0.
-      overlap: f64 [L], mean over tokens of the Jaccard overlap of a token's experts with those of the original model.
-      frequency_change: f64 [L], sum over experts of |f - f_original|, 0 to 2K.
-      selected: how many experts are matched now; 0 where there was nothing to match.
-      selected_overlap: Jaccard overlap of the experts selected now with those selected before.
-      gap: sum over the experts selected now of |f~ - f^F| under the current model's routing: "unweighted" (f~ = f^R),
-        "before" with the weights in force until now, "after" with those from now on.
-      effective_sample_size: of the weights from now on, (sum w)^2 / (T sum w^2).
-      kept: nothing is selected under the current routing, so that the weights stay as they were.
-    """
-
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # which layer of the network each entry is of, counted from 0
+    # By corpus f64 [L]: mean over tokens of the Jaccard overlap of a token's experts with those of the original model;
+    # sum over experts of |f - f_original|, 0 to 2K
     overlap: Mapping[str, np.ndarray]
     frequency_change: Mapping[str, np.ndarray]
-    selected: int
-    selected_overlap: float
+    selected: int  # how many experts are matched now; 0 where there was nothing to match
+    selected_overlap: float  # Jaccard overlap of the experts selected now with those selected before
+    # Sum over the experts selected now of |f~ - f^F| under the current model's routing: "unweighted" (f~ = f^R),
+    # "before" with the weights in force until now, "after" with those from now on
     gap: Mapping[str, float]
-    effective_sample_size: float
-    kept: bool
+    effective_sample_size: float  # of the weights from now on, (sum w)^2 / (T sum w^2)
+    unchanged: bool  # nothing is selected under the current routing, so that the weights stay as they were
 
     def text(self) -> str:
         """One line for a terminal."""
@@ -285,7 +224,7 @@ class Drift:
             f"routing overlaps with the original by {same['forget']} (forget) and {same['retain']} (retain), "
             f"frequencies moved by {moved['forget']} and {moved['retain']} per layer"
         )
-        if self.kept:
+        if self.unchanged:
             return f"{routing}; no expert is selected any more, so the last weights are kept"
         return (
             f"{routing}; {self.selected} experts matched, gap {self.gap['before']:.4f} -> {self.gap['after']:.4f}, "
@@ -295,19 +234,13 @@ class Drift:
 
 @dataclasses.dataclass(frozen=True)
 class Recalibration:
-    """Solves weights anew for the model as it is after some steps.
+    """Solves weights anew for the model as it is after some steps."""
 
-    Attributes:
-      config: what to solve; the routing of its weighting is "recalibrated" and says after how many steps.
-      original: the model before unlearning, whose routing drift is measured from.
-      forget, retain: the two corpora. mesh, batch_size: for the passes over them; they change no result.
-    """
-
-    config: CalibrationConfig
-    original: Model
+    config: CalibrationConfig  # what to solve; the routing of its weighting is "recalibrated"
+    original: Model  # before unlearning; drift is measured from its routing
     forget: Rows
     retain: Rows
-    mesh: Mesh | None = None
+    mesh: Mesh | None = None  # this and the next: of passes over the rows; they change no result
     batch_size: int = 32
 
     @property
@@ -336,31 +269,32 @@ class Recalibration:
             assignments=assignments,
         )
         assert new.selected is not None and new.frequency is not None and last.selected is not None
-        kept = not new.selected.any()
+        unchanged = not new.selected.any()
+        weights = last if unchanged else new
         before = weighted_frequency(assignments.indices, last.tokens, new.selected.shape[1])
-        frequencies = {"unweighted": retain.frequency, "before": before, "after": before if kept else new.frequency}
+        after = before if unchanged else new.frequency
         either, both = int((last.selected | new.selected).sum()), int((last.selected & new.selected).sum())
-        weights = last if kept else new
+        frequencies = {"unweighted": retain.frequency, "before": before, "after": after}
         return weights, Drift(
             layers=tuple(current.config.moe_layers),
-            overlap={name: overlap(self._start[name][1], now[name][1]).jaccard for name in CORPORA},
+            overlap={name: overlap(self._start[name][1], now[name][1]).jaccard for name in now},
             frequency_change={
-                name: frequency_gap(now[name][0].frequency, self._start[name][0].frequency) for name in CORPORA
+                name: frequency_gap(now[name][0].frequency, self._start[name][0].frequency) for name in now
             },
             selected=int(new.selected.sum()),
             selected_overlap=both / either if either else 1.0,
             gap={name: float(np.abs(f - forget.frequency)[new.selected].sum()) for name, f in frequencies.items()},
             effective_sample_size=weights.effective_sample_size,
-            kept=kept,
+            unchanged=unchanged,
         )
 
     @functools.cached_property
-    def _start(self) -> CorpusRouting:
+    def _start(self) -> dict[str, tuple[ExpertStatistics, Assignments]]:
         """Under the original model; measured when first needed, and again in a process that continues a run."""
         return self._route(self.original)
 
-    def _route(self, model: Model) -> CorpusRouting:
+    def _route(self, model: Model) -> dict[str, tuple[ExpertStatistics, Assignments]]:
         return {
             name: expert_routing(model, sequential_batches(rows, self.batch_size), mesh=self.mesh)
-            for name, rows in zip(CORPORA, (self.forget, self.retain), strict=True)
+            for name, rows in (("forget", self.forget), ("retain", self.retain))
         }

@@ -16,7 +16,7 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_kl, token_nll, vocabulary_loss
 from trace_jax.models.moe import router_probabilities
 from trace_jax.parallel.mesh import BATCH_AXES, as_varying, varying_axes
-from trace_jax.routing.calibration import Calibration, online_loss_weights
+from trace_jax.routing.calibration import Calibration, token_weights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.rivals import anchor_loss, target_experts
@@ -202,7 +202,7 @@ def _sums(
     if rows.retain is not None:
         valid, weights = rows.retain.valid, rows.weights
         if constants.online is not None:
-            weights = online_loss_weights(constants.online, p.seen["retain"].indices, valid, weights)
+            weights = token_weights(p.seen["retain"].indices, constants.online, mask=valid) * weights
             sums["weights"] = weights.sum()
         weighted = jax.lax.stop_gradient(weights) * _retain_losses(p, settings)
         sums["retain"] = jnp.where(valid, weighted, 0.0).sum()

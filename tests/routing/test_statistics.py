@@ -1,0 +1,157 @@
+"""Counts are exact and the same however the corpus is batched, ordered and spread over devices; comparisons by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import entropy
+
+from tests import tiny
+from trace_jax.data.batches import sequential_batches
+from trace_jax.models.decoder import forward
+from trace_jax.parallel.mesh import make_mesh
+from trace_jax.routing.calibration import calibrate
+from trace_jax.routing.statistics import (
+    Assignments,
+    DamagedRouting,
+    ExpertStatistics,
+    counts_by_row,
+    expert_assignments,
+    expert_routing,
+    expert_statistics,
+    frequency_gap,
+    js_divergence,
+    kl_divergence,
+    load_entropy,
+    overlap,
+    overlap_by_row,
+    router_drift,
+    smoothed_shares,
+)
+
+ONE = tiny.one_device()
+
+
+def with_router(model, change):
+    layers = {**model.params["layers"], "router": change(model.params["layers"]["router"])}
+    return model.replace(params={**model.params, "layers": layers})
+
+
+@pytest.fixture(scope="module")
+def rows(corpora):
+    return corpora["retain"].take(np.arange(14))
+
+
+@pytest.mark.parametrize(("sizes", "batch_size"), [((1, 1, 1), 8), ((2, 2, 2), 5)])
+def test_one_pass_is_exact_at_any_batch_size_and_on_any_mesh(tiny_model, rows, setting, sizes, batch_size):
+    """Counts, softmax sums and every token's experts, against one plain forward pass and numpy."""
+    router = forward(
+        tiny_model.params, tiny_model.config, jnp.asarray(rows.tokens), mask=jnp.asarray(rows.segments),
+        collect=("router",),
+    ).router  # fmt: skip
+    scores = np.asarray(router.logits, np.float64)[:, rows.valid]  # [L, T, E]
+    softmax = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    chosen = np.argsort(-scores, axis=-1)[..., :2]
+    mesh = make_mesh(jax.devices()[: np.prod(sizes)], data=sizes[0], expert=sizes[1], tensor=sizes[2])
+    found, assignments = expert_routing(tiny_model, sequential_batches(rows, batch_size), mesh=mesh)
+    assert found.counts.dtype == np.int64 and found.tokens == rows.valid.sum()
+    assert np.array_equal(found.counts, np.stack([np.bincount(layer.ravel(), minlength=4) for layer in chosen]))
+    np.testing.assert_allclose(found.gate_mass, softmax.sum(1), rtol=1e-5)
+    np.testing.assert_allclose(found.frequency.sum(axis=1), 2.0, rtol=1e-12)
+    assert assignments.indices.dtype == np.uint8 and np.array_equal(assignments.indices, chosen)
+    assert assignments.rows.dtype == np.int32 and np.array_equal(assignments.rows, np.nonzero(rows.valid)[0])
+    counted = expert_statistics(tiny_model, sequential_batches(rows, batch_size), mesh=mesh)
+    assert np.array_equal(counted.counts, found.counts)
+    if mesh.size > 1:  # and so is what is solved from it
+        selected, target = np.array([[True, False, False, True]] * 2), setting["forget_statistics"].frequency
+        other = expert_assignments(tiny_model, sequential_batches(setting["retain"], batch_size), mesh=mesh)
+        solved = [calibrate(a, selected=selected, target=target) for a in (setting["assignments"], other)]
+        assert solved[0].multipliers.any()
+        np.testing.assert_allclose(solved[1].multipliers, solved[0].multipliers, atol=1e-9)
+
+
+def test_order_and_padding_change_no_count(tiny_model, rows):
+    shuffled = rows.take(np.random.default_rng(1).permutation(len(rows)))
+    one, other = (expert_statistics(tiny_model, sequential_batches(r, 8), mesh=ONE) for r in (rows, shuffled))
+    assert np.array_equal(one.counts, other.counts)
+    fewer = dataclasses.replace(rows, valid=rows.valid & (np.arange(rows.valid.shape[1]) % 2 == 0))
+    found = expert_statistics(tiny_model, sequential_batches(fewer, 8), mesh=ONE)
+    assert found.tokens == fewer.valid.sum() < rows.valid.sum()
+    assert (found.counts.sum(axis=1) == 2 * found.tokens).all()
+
+
+def test_what_is_saved_of_a_corpus_is_read_back_and_taken_by_rows(tiny_model, rows, tmp_path):
+    statistics, assignments = expert_routing(tiny_model, sequential_batches(rows, 8), mesh=ONE)
+    statistics.save(tmp_path / "retain.npz", assignments)
+    assert [p.name for p in tmp_path.iterdir()] == ["retain.npz"]
+    loaded = ExpertStatistics.load(tmp_path / "retain.npz")
+    again = Assignments.load(tmp_path / "retain.npz", rows.valid)
+    for name in ("counts", "gate_mass", "tokens", "top_k", "layers"):
+        assert np.array_equal(getattr(loaded, name), getattr(statistics, name))
+    chosen = np.array([1, 4, 5, 9])  # row 5 has no token
+    part = again.take(chosen)
+    expected = expert_assignments(tiny_model, sequential_batches(rows.take(chosen), 8), mesh=ONE)
+    for name in ("indices", "rows"):
+        assert np.array_equal(getattr(again, name), getattr(assignments, name))
+        assert np.array_equal(getattr(part, name), getattr(expected, name))
+
+
+def test_a_corpus_too_small_for_statistics_is_refused(tiny_model):
+    small = tiny.make_rows(1)  # 4 experts, 2 per token: 20 tokens are needed
+    with pytest.raises(ValueError, match="need at least 20"):
+        expert_statistics(tiny_model, sequential_batches(small, 8), mesh=ONE)
+    found = expert_statistics(tiny_model, sequential_batches(small, 8), min_activations=1, mesh=ONE)
+    assert found.tokens == small.valid.sum()
+    for empty in (expert_statistics, expert_assignments):
+        with pytest.raises(ValueError, match="has 0 valid tokens"):
+            empty(tiny_model, [])
+
+
+def test_nan_in_the_router_is_an_error_that_names_the_layer(tiny_model, rows):
+    broken = with_router(tiny_model, lambda router: router.at[1, 0, 3].set(jnp.nan))
+    with pytest.raises(DamagedRouting, match="router of layer 1 gave NaN"):
+        expert_statistics(broken, sequential_batches(rows, 8), mesh=ONE)
+
+
+# --- routing compared
+
+
+def test_gaps_divergences_and_entropies_by_hand_and_by_scipy():
+    forget, retain = np.array([[0.8, 0.2, 1.0], [0.5, 0.5, 1.0]]), np.array([[0.2, 0.8, 1.0], [0.5, 0.5, 1.0]])
+    np.testing.assert_allclose(frequency_gap(forget, retain), [1.2, 0.0], atol=1e-12)
+    p, q = np.random.default_rng(0).dirichlet(np.ones(6), (2, 4))
+    np.testing.assert_allclose(kl_divergence(p, q), entropy(p, q, axis=1), rtol=1e-10)
+    np.testing.assert_allclose(js_divergence(p, q), jensenshannon(p, q, axis=1) ** 2, rtol=1e-10)
+    apart = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+    assert kl_divergence(*apart) == np.inf
+    np.testing.assert_allclose(js_divergence(*apart), np.log(2))
+    shares = smoothed_shares(np.array([[3, 1, 0], [0, 0, 0]]))
+    np.testing.assert_allclose(shares, [[7 / 11, 3 / 11, 1 / 11], [1 / 3] * 3])
+    kl = kl_divergence(*smoothed_shares(np.array([[4, 0], [0, 4]])))
+    np.testing.assert_allclose(kl, 0.9 * np.log(9) + 0.1 * np.log(1 / 9))
+    np.testing.assert_allclose(load_entropy(np.array([[0.5] * 4, [1.0, 1.0, 0.0, 0.0]])), [1.0, 0.5])
+    np.testing.assert_allclose(load_entropy(np.array([[1.0]])), [1.0])
+
+
+def test_overlap_by_hand_leaves_out_rows_without_tokens():
+    rows = np.array([1, 1, 4])
+    before = Assignments(np.array([[[0, 1], [2, 3], [0, 2]]], np.uint8), rows)
+    after = Assignments(np.array([[[1, 0], [2, 0], [1, 3]]], np.uint8), rows)
+    found, mean = overlap_by_row(before, after), overlap(before, after)
+    assert found.tokens.tolist() == [2, 1]
+    np.testing.assert_allclose(found.jaccard, [[1 + 1 / 3], [0]])
+    np.testing.assert_allclose(found.unchanged, [[1], [0]])
+    np.testing.assert_allclose([mean.jaccard, mean.unchanged], [[(1 + 1 / 3) / 3], [1 / 3]])
+    assert counts_by_row(before, 4).tolist() == [[[1, 1, 1, 1]], [[1, 0, 1, 0]]]
+    with pytest.raises(ValueError, match="not of the same tokens"):
+        overlap(before, Assignments(after.indices, rows + 1))
+
+
+def test_router_drift_is_relative_to_the_original_router(tiny_model):
+    moved = with_router(tiny_model, lambda router: router.at[1].multiply(1.1))
+    np.testing.assert_allclose(router_drift(tiny_model, moved)[0], [0.0, 0.1], atol=1e-6)
+    one = with_router(tiny_model, lambda router: router.at[0, :, 2].multiply(3.0))
+    np.testing.assert_allclose(router_drift(tiny_model, one)[1], [[0, 0, 2, 0], [0, 0, 0, 0]], atol=1e-6)

@@ -1,0 +1,353 @@
+"""What unlearning consumes, for every weighting and every way to apply it: once, online, or solved anew."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tests import tiny
+from trace_jax.config import ConfigError
+from trace_jax.io.codec import encode
+from trace_jax.models.decoder import forward
+from trace_jax.models.loss import token_nll
+from trace_jax.models.sharding import on_mesh, placed_params
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh, place
+from trace_jax.routing.calibration import (
+    calibrate,
+    corpus_weights,
+    count_activations,
+    token_weights,
+    weighted_frequency,
+)
+from trace_jax.routing.config import CalibrationConfig, Weighting
+from trace_jax.routing.entropy_balancing import clipped_to_mean_one, effective_sample_size
+from trace_jax.routing.statistics import Assignments
+from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
+
+
+def weights_of(setting, **settings):
+    config = CalibrationConfig(settings, seed=settings.pop("seed", 0))
+    return retain_weights(config, **setting)
+
+
+@pytest.fixture(scope="module")
+def forwarded(setting):
+    """Experts [L, N, S, K] and final hidden states [N, S, D] of the retain rows."""
+    model, retain = setting["model"], setting["retain"]
+    arrays = jnp.asarray(retain.tokens), jnp.asarray(retain.segments)
+    run = jax.jit(lambda t, s: forward(model.params, model.config, t, mask=s, collect=("indices", "hidden")))
+    output = run(*arrays)
+    return output.router.indices, output.hidden
+
+
+@pytest.mark.parametrize("name", Weighting.kinds)
+def test_every_weighting_has_mean_one_on_valid_positions_and_zero_elsewhere(setting, name, tmp_path):
+    valid = setting["retain"].valid
+    found = weights_of(setting, name=name)
+    assert found.weights.dtype == found.loss_weights.dtype == np.float32
+    assert found.weights.shape == valid.shape
+    assert (found.weights[~valid] == 0).all() and (found.loss_weights[~valid] == 0).all()
+    assert (found.weights >= 0).all()
+    np.testing.assert_allclose(found.weights[valid].mean(), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(found.row_probability.sum(), 1.0)
+    assert 0 < found.effective_sample_size <= 1
+    matches = name in ("entropy", "permuted", "random_experts")
+    assert (found.certificate is not None) == matches and (found.frequency is not None) == (matches or name == "ratio")
+    if name == "uniform":
+        assert np.array_equal(found.weights, valid.astype(np.float32))
+        assert np.array_equal(found.loss_weights, found.weights) and (found.row_probability == 1 / 24).all()
+    else:
+        assert np.ptp(found.weights[valid]) > 0
+    weights_of(setting, name="entropy").save(tmp_path)  # into one directory, as when a setting changes
+    found.save(tmp_path)
+    loaded = RetainWeights.load(tmp_path)
+    for part in ("weights", "row_probability", "loss_weights", "selected", "frequency", "effective_sample_size"):
+        assert np.array_equal(getattr(loaded, part), getattr(found, part))
+    assert encode(loaded.certificate) == encode(found.certificate)
+
+
+@pytest.mark.parametrize("apply", ["weights", "sampling", "both"])
+def test_equal_frequencies_leave_plain_uniform_training(setting, apply):
+    retain = setting["retain"].take(np.delete(np.arange(24), 5))
+    same = {**setting, "forget_statistics": setting["retain_statistics"], "retain": retain, "assignments": None}
+    for unit in ("token", "row"):
+        found = weights_of(same, name="entropy", rule="all", unit=unit, apply=apply)
+        assert np.array_equal(found.weights, retain.valid.astype(np.float32))
+        assert np.array_equal(found.loss_weights, retain.valid.astype(np.float32))
+        assert (found.row_probability == 1 / 23).all()
+
+
+@pytest.mark.parametrize("lengths", [(4, 4, 4, 4), (1, 4, 2, 3)])
+@pytest.mark.parametrize("rows_per_batch", [1, 3])
+def test_drawing_rows_aims_at_the_same_loss_as_weighting_them(lengths, rows_per_batch):
+    """E[sum] / E[count] is the corpus mean of w r for "weights" and "both", at any batch size and any row lengths."""
+    generator = np.random.default_rng(0)
+    valid = np.arange(4) < np.array(lengths)[:, None]
+    losses, weights = generator.random((4, 4)), np.where(valid, generator.exponential(size=(4, 4)), 0.0)
+    weights /= weights[valid].mean()
+    row_weights = np.where(valid, weights.sum(1, keepdims=True) / valid.sum(1, keepdims=True), 0.0)
+    for apply, w in (("weights", weights), ("both", weights), ("sampling", row_weights)):
+        found = RetainWeights(w[valid], valid, apply)
+        total = count = 0.0  # exact expectations over every batch that can be drawn
+        for batch in itertools.product(range(4), repeat=rows_per_batch):
+            chance = np.prod(found.row_probability[list(batch)])
+            total += chance * sum((found.loss_weights[i] * losses[i]).sum() for i in batch)
+            count += chance * sum(valid[i].sum() for i in batch)
+        np.testing.assert_allclose(total / count, (w * losses)[valid].mean(), rtol=1e-6)
+
+
+def test_rows_are_drawn_by_mean_weight_and_never_when_empty(setting):
+    found, both = (
+        weights_of(setting, name="entropy", unit="row", strength=0.5, apply=apply) for apply in ("sampling", "both")
+    )
+    valid = setting["retain"].valid
+    mean = found.weights.sum(1) / np.maximum(valid.sum(1), 1)
+    np.testing.assert_allclose(found.row_probability, mean / mean.sum(), rtol=1e-5)
+    assert found.row_probability[5] == 0
+    assert np.array_equal(found.loss_weights, valid.astype(np.float32))
+    np.testing.assert_allclose(both.loss_weights, found.loss_weights, rtol=1e-6)
+
+
+def test_permuted_deals_out_the_weights_of_entropy(setting):
+    valid = setting["retain"].valid
+    entropy, permuted = (weights_of(setting, name=name, strength=0.5) for name in ("entropy", "permuted"))
+    np.testing.assert_allclose(np.sort(permuted.weights[valid]), np.sort(entropy.weights[valid]), rtol=1e-6)
+    assert not np.allclose(permuted.weights, entropy.weights)
+    again = weights_of({**setting, "solved": entropy}, name="permuted")
+    assert np.array_equal(again.weights, permuted.weights) and np.array_equal(again.frequency, permuted.frequency)
+
+
+def test_random_experts_are_as_many_per_layer(setting):
+    entropy, control = (
+        weights_of(setting, name=name, rule={"tau": 1.05}, seed=3) for name in ("entropy", "random_experts")
+    )
+    assert np.array_equal(control.selected.sum(1), entropy.selected.sum(1))
+    assert not np.array_equal(control.selected, entropy.selected)
+    one = weights_of(setting, name="entropy", rule={"name": "affinity", "top": 1, "scope": "model"})
+    assert one.selected.sum() == 1
+
+
+def test_rivals_weigh_by_what_they_look_at(setting, forwarded):
+    retain, model = setting["retain"], setting["model"]
+    targets = jnp.asarray(np.pad(retain.tokens[:, 1:], ((0, 0), (0, 1))))
+    nll = np.asarray(token_nll(model.params, model.config, forwarded[1], targets))[retain.valid]
+    np.testing.assert_allclose(weights_of(setting, name="loss").weights[retain.valid], nll / nll.mean(), rtol=1e-4)
+    domain, hidden = (weights_of(setting, name=name) for name in ("domain", "hidden"))
+    ngram = weights_of(setting, name="ngram", max_weight=1e9)
+    inside = retain.domain == 1
+    np.testing.assert_allclose(domain.weights[inside].sum(), domain.weights[~inside].sum(), rtol=1e-5)
+    share = np.where(retain.valid, retain.tokens < 32, False).sum(1) / np.maximum(retain.valid.sum(1), 1)
+    filled = retain.valid.any(1)
+    row = ngram.weights.sum(1) / np.maximum(retain.valid.sum(1), 1)
+    assert np.corrcoef(share[filled], np.log(row[filled]))[0, 1] > 0.3
+    assert all(np.ptp(w[v]) == 0 for w, v in zip(hidden.weights, retain.valid, strict=True) if v.any())
+
+
+@pytest.mark.parametrize("name", ["entropy", "hidden", "ngram"])
+def test_the_sample_size_bound_holds_for_matching_and_for_ngrams(setting, name):
+    assert weights_of(setting, name=name, min_effective_sample_size=0.9).effective_sample_size >= 0.9
+
+
+def test_statistics_of_another_corpus_are_refused(setting):
+    with pytest.raises(ValueError, match="statistics of another corpus"):
+        weights_of({**setting, "retain": setting["forget"]}, name="uniform")
+
+
+# --- recomputed on a device from lambda and the chosen experts
+
+N, S, E = 60, 30, 8
+
+
+@pytest.fixture(scope="module")
+def corpus(random_routing):
+    """(indices [L, N, S, K], valid [N, S], the assignments of its valid tokens, forget frequencies)."""
+    indices = random_routing(3, tokens=N * S, domains=3).reshape(2, N, S, 2)
+    valid = np.random.default_rng(0).random((N, S)) < 0.8  # holes, as at document boundaries
+    valid[7] = False
+    assignments = Assignments(indices[:, valid], np.nonzero(valid)[0].astype(np.int32))
+    return indices, valid, assignments, count_activations(random_routing(3, tokens=200, domains=3), E) / 200
+
+
+@pytest.mark.parametrize(("unit", "max_weight"), [("token", 1.5), ("row", 50.0)])
+def test_device_weights_equal_the_solvers(corpus, unit, max_weight):
+    indices, valid, assignments, forget = corpus
+    calibration = calibrate(
+        assignments, selected=np.ones((2, E), bool), target=forget, unit=unit, max_weight=max_weight
+    )
+    solved = corpus_weights(assignments, calibration)
+    compute = jax.jit(lambda indices, mask: token_weights(indices, calibration, mask=mask))
+    weights = np.asarray(compute(jnp.asarray(indices, jnp.int32), jnp.asarray(valid)))
+    assert weights.dtype == np.float32 and weights.shape == valid.shape
+    np.testing.assert_allclose(weights[valid], solved, rtol=1e-5)
+    assert (weights[~valid] == 0).all() and np.ptp(solved) > 0.1
+    np.testing.assert_allclose(weights[valid].mean(), 1.0, rtol=1e-5)
+    part = token_weights(jnp.asarray(indices[:, 5:9], jnp.int32), calibration, mask=jnp.asarray(valid[5:9]))
+    np.testing.assert_allclose(weights[5:9], part, rtol=1e-6)  # whatever batch a row comes in
+    with pytest.raises(ValueError, match="3 layers; the calibration was made for 2"):
+        token_weights(jnp.zeros((3, 5, 2), jnp.int32), calibration)
+    if unit == "row":
+        assert all(np.ptp(row[v]) == 0 for row, v in zip(weights, valid, strict=True) if v.any())
+        with pytest.raises(ValueError, match=r"need indices \[L, B, S, K\]"):
+            token_weights(jnp.zeros((2, 5, 2), jnp.int32), calibration)
+    else:
+        flat = token_weights(jnp.asarray(assignments.indices, jnp.int32), calibration)
+        np.testing.assert_allclose(flat, solved, rtol=1e-5)
+
+
+def test_small_formulas_by_hand():
+    clipped, scale = clipped_to_mean_one(np.array([1.0, 3.0]), 2.0)
+    np.testing.assert_allclose(clipped, [2 / 3, 4 / 3])
+    np.testing.assert_allclose(scale, 2 / 3)
+    clipped, _ = clipped_to_mean_one(np.array([1.0, 3.0]), 2.0, np.array([3.0, 1.0]))
+    np.testing.assert_allclose(clipped, [0.8, 1.6])
+    np.testing.assert_allclose(effective_sample_size(np.array([1.0, 3.0])), 16 / 20)
+    np.testing.assert_allclose(effective_sample_size(np.array([1.0, 3.0]), np.array([2.0, 1.0])), 25 / (3 * 11))
+    frequency = weighted_frequency(np.array([[[0, 1], [1, 2]]]), np.array([1.0, 3.0]), 4)
+    np.testing.assert_allclose(frequency, [[0.25, 1.0, 0.75, 0.0]])
+
+
+@pytest.mark.parametrize(("unit", "apply"), [("token", "both"), ("row", "weights")])
+def test_under_the_original_routing_online_weights_are_the_offline_ones(setting, forwarded, tmp_path, unit, apply):
+    """The ridge keeps multipliers, and with them the rounding of float32, of order one."""
+    options = {"name": "entropy", "rule": "all", "strength": 0.5, "ridge": 0.02, "unit": unit, "apply": apply}
+    found, offline = (weights_of(setting, **options, routing=routing) for routing in ("online", "offline"))
+    valid = setting["retain"].valid
+    weights = token_weights(forwarded[0], found.step_calibration, mask=jnp.asarray(valid)) * found.step_weights
+    np.testing.assert_allclose(weights, found.loss_weights, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found.frequency[found.selected], found.certificate.weighted, rtol=1e-9)
+    assert np.ptp(found.weights[valid]) > 0.1
+    for name in ("loss_weights", "row_probability"):
+        assert np.array_equal(getattr(found, name), getattr(offline, name))
+    assert offline.step_calibration is None and offline.step_weights is offline.loss_weights
+    found.save(tmp_path)
+    loaded = RetainWeights.load(tmp_path)
+    assert np.array_equal(loaded.step_weights, found.step_weights)
+    for one, other in zip(*map(jax.tree.leaves, (loaded.step_calibration, found.step_calibration)), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_online_weights_are_the_same_on_a_mesh(setting):
+    found = weights_of(setting, name="entropy", rule="all", strength=0.5, routing="online", ridge=0.02)
+    model, rows = setting["model"], setting["retain"]
+    mesh = make_mesh(jax.devices()[:4], data=1, expert=2, tensor=2)
+
+    def weigh(params, tokens, segments, valid, factor):
+        indices = forward(params, model.config, tokens, mask=segments, collect=("indices",)).router.indices
+        return token_weights(indices, found.step_calibration, mask=valid) * factor
+
+    params = placed_params(model.params, model.config, mesh)
+    arrays = place((rows.tokens, rows.segments, rows.valid, found.step_weights), mesh, P(BATCH_AXES))
+    weights = np.asarray(jax.jit(on_mesh(weigh, model.config, mesh, out_specs=P(BATCH_AXES)))(params, *arrays))
+    np.testing.assert_allclose(weights, found.loss_weights, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("apply", ["weights", "both"])
+def test_the_expected_loss_is_that_of_the_present_weights(setting, apply):
+    """Rows are drawn by the old weights and tokens weighed by new ones: E[sum v r] / E[count] is the mean of w r."""
+    found = weights_of(setting, name="entropy", rule="all", strength=0.5, routing="online", ridge=0.02, apply=apply)
+    valid, rng = setting["retain"].valid, np.random.default_rng(0)
+    indices = jnp.asarray(rng.permuted(np.tile(np.arange(4), (2, *valid.shape, 1)), axis=-1)[..., :2], jnp.int32)
+    losses = rng.random(valid.shape)
+    present = np.asarray(token_weights(indices, found.step_calibration, mask=jnp.asarray(valid)))
+    v = present * found.step_weights
+    total, count = found.row_probability @ (v * losses).sum(1), found.row_probability @ valid.sum(1)
+    np.testing.assert_allclose(total / count, (present * losses)[valid].mean(), rtol=1e-5)
+    mean = found.row_probability @ v.sum(1) / count
+    np.testing.assert_allclose(mean, present[valid].mean(), rtol=1e-5)
+    assert abs(mean - 1) > 1e-3  # the routing is another one, so the mean is no longer one
+
+
+@pytest.mark.parametrize(
+    ("weighting", "message"),
+    [
+        ({"name": "ratio", "routing": "online"}, "weighting 'ratio', which has no multipliers"),
+        ({"name": "permuted", "routing": "online"}, "weighting 'permuted', which has no multipliers"),
+        ({"name": "entropy", "apply": "sampling", "routing": "online"}, "set apply to 'both' or 'weights'"),
+        ({"name": "hidden", "routing": "online"}, r"routing would have no effect: it belongs to .*entropy"),
+        ({"name": "loss", "routing": "recalibrated"}, "routing would have no effect"),
+        ({"name": "entropy", "routing": {"name": "online", "every": 5}}, r"routing\.every would have no effect"),
+    ],
+)
+def test_settings_that_can_not_be_followed_are_refused(weighting, message):
+    with pytest.raises(ConfigError, match=message):
+        CalibrationConfig(weighting)
+
+
+# --- solved anew
+
+
+def recalibrated(name="entropy", **settings):
+    return CalibrationConfig({"name": name, "routing": {"name": "recalibrated", "every": 3}, **settings})
+
+
+ALL = recalibrated(rule="all", strength=0.5)
+
+
+@pytest.fixture(scope="module")
+def moved(tiny_model, routed):
+    """`setting` of the model with other routers."""
+    router = tiny_model.params["layers"]["router"]
+    noise = 2.0 * router.std() * jax.random.normal(jax.random.key(5), router.shape)
+    layers = {**tiny_model.params["layers"], "router": router + noise}
+    return routed(tiny_model.replace(params={**tiny_model.params, "layers": layers}))
+
+
+def anew(config, setting, current, last):
+    solve = Recalibration(config, setting["model"], setting["forget"], setting["retain"], tiny.one_device(), 8)
+    return solve(current, last)
+
+
+def test_under_the_original_model_nothing_changes(setting):
+    last = retain_weights(ALL, **setting)
+    weights, drift = anew(ALL, setting, setting["model"], last)
+    assert np.array_equal(weights.weights, last.weights)
+    for name in ("forget", "retain"):
+        np.testing.assert_array_equal(drift.overlap[name], [1.0, 1.0])
+        np.testing.assert_array_equal(drift.frequency_change[name], [0.0, 0.0])
+    assert drift.selected_overlap == 1 and not drift.unchanged
+    assert drift.gap["after"] == drift.gap["before"] < drift.gap["unweighted"]
+    np.testing.assert_allclose(drift.gap["unweighted"], last.certificate.gap_before)
+    np.testing.assert_allclose(drift.gap["after"], last.certificate.gap_after, atol=1e-6)
+    assert ALL.recalibrates_every == 3 and CalibrationConfig("entropy").recalibrates_every is None
+
+
+@pytest.mark.parametrize("name", ["entropy", "ratio", "permuted", "random_experts"])
+def test_the_new_weights_are_those_of_the_current_model(setting, moved, name):
+    config = recalibrated(name, rule={"name": "difference", "top": 2})
+    expected = retain_weights(config, **moved)
+    weights, drift = anew(config, setting, moved["model"], retain_weights(config, **setting))
+    np.testing.assert_allclose(weights.weights, expected.weights, rtol=1e-6)
+    np.testing.assert_allclose(weights.row_probability, expected.row_probability, rtol=1e-12)
+    assert np.array_equal(weights.selected, expected.selected)
+    assert drift.selected == expected.selected.sum()
+
+
+def test_the_drift_is_that_of_the_two_routings(setting, moved):
+    weights, drift = anew(ALL, setting, moved["model"], retain_weights(ALL, **setting))
+    for layer in range(2):
+        chosen = (one["assignments"].indices[layer].tolist() for one in (setting, moved))
+        pairs = [(set(a), set(b)) for a, b in zip(*chosen, strict=True)]
+        jaccard = np.mean([len(a & b) / len(a | b) for a, b in pairs])
+        np.testing.assert_allclose(drift.overlap["retain"][layer], jaccard, rtol=1e-12)
+    for name in ("forget", "retain"):
+        before, after = (one[f"{name}_statistics"].frequency for one in (setting, moved))
+        np.testing.assert_allclose(drift.frequency_change[name], np.abs(after - before).sum(1), rtol=1e-12)
+        assert (drift.overlap[name] < 0.9).all()
+    assert drift.gap["after"] < drift.gap["before"]
+    assert drift.effective_sample_size == weights.effective_sample_size
+    read = json.loads(json.dumps(encode(drift)))
+    assert read["overlap"]["retain"] == drift.overlap["retain"].tolist() and read["layers"] == [0, 1]
+    assert f"{drift.selected} experts matched" in drift.text() and "\n" not in drift.text()
+
+
+def test_where_nothing_is_selected_any_more_the_last_weights_stay(setting, moved):
+    last = retain_weights(ALL, **setting)
+    weights, drift = anew(recalibrated(rule={"tau": 1e6}), setting, moved["model"], last)
+    assert weights is last
+    assert drift.unchanged and drift.selected == 0 and drift.gap["after"] == 0
+    assert "the last weights are kept" in drift.text()
+    assert drift.effective_sample_size == last.effective_sample_size
