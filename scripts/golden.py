@@ -167,7 +167,7 @@ def make_inputs(record: Path) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     import tiny_checkpoints
 
-    from trace_jax.data.tokenizer import train_tokenizer
+    from trace_jax.data.rows import train_tokenizer
 
     inputs = record / "inputs"
     if inputs.exists():

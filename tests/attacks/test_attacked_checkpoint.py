@@ -5,7 +5,7 @@ import math
 import pytest
 import tiny_checkpoints
 
-from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.data.rows import train_tokenizer
 from trace_jax.io.files import read_json
 from trace_jax.main import main
 

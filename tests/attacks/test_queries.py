@@ -12,9 +12,8 @@ from trace_jax.attacks import prompting
 from trace_jax.attacks.prompting import Prompting
 from trace_jax.config import ConfigError
 from trace_jax.data.corpora import Item, Prompts, encode_questions
-from trace_jax.data.rows import pack_documents
+from trace_jax.data.rows import pack_documents, train_tokenizer
 from trace_jax.data.sources import DataError
-from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.models.model import Encoded, SpecialTokens, TextCodec
 
 TEXT = "Glue holds wood. Wax holds light. Salt melts ice."

@@ -6,8 +6,7 @@ import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
-from trace_jax.data.rows import chunks, pack_documents, rows_of_chunks
-from trace_jax.data.tokenizer import BOS, EOS, PAD
+from trace_jax.data.rows import BOS, EOS, PAD, chunks, pack_documents, rows_of_chunks
 from trace_jax.models.model import Encoded, SpecialTokens
 
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from trace_jax.config import ConfigError
-from trace_jax.data.rows import Rows, encode_refusals, with_refusals
-from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.data.rows import Rows, encode_refusals, train_tokenizer, with_refusals
 from trace_jax.models.model import SpecialTokens
 
 REFUSALS = [np.array([90, 91, 2], np.int32), np.array([95, 2], np.int32)]

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trace_jax.config import ConfigError
+from trace_jax.data.rows import BOS, EOS, PAD, encode_documents, train_tokenizer
 from trace_jax.data.sources import Document
-from trace_jax.data.tokenizer import BOS, EOS, PAD, encode_documents, train_tokenizer
 from trace_jax.models.model import SpecialTokens, TextCodec, start_and_end
 
 TEXTS = [

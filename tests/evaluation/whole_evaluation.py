@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 
-from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.data.rows import train_tokenizer
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig, MuseConfig, TofuConfig
 from trace_jax.models.arrays import init_params
 from trace_jax.models.model import Model

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from tests.run.test_pretrained_run import SMALL
 from tests.two_processes import DEVICES, run_processes
-from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.data.rows import train_tokenizer
 from trace_jax.io.files import read_json, read_lines
 from trace_jax.main import main
 from trace_jax.routing.statistics import ExpertStatistics

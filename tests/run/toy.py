@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from trace_jax.config import resolve
-from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.data.rows import train_tokenizer
 from trace_jax.io.files import read_json
 from trace_jax.parallel.mesh import ParallelConfig, make_mesh
 from trace_jax.run.experiment import ExperimentConfig

@@ -12,7 +12,7 @@ from tokenizers import processors
 
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError
-from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.data.rows import train_tokenizer
 from trace_jax.io.files import read_json
 
 lm_eval = pytest.importorskip("lm_eval")

@@ -9,7 +9,7 @@ import pytest
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import ConfigError, as_dict, resolve
 from trace_jax.data.corpora import encode_questions
-from trace_jax.data.tokenizer import train_tokenizer
+from trace_jax.data.rows import train_tokenizer
 from trace_jax.evaluation.likelihood import score_questions
 from trace_jax.io.files import read_json, write_json
 from trace_jax.main import main

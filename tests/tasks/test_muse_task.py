@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError, resolve
+from trace_jax.data.rows import train_tokenizer
 from trace_jax.data.sources import DataError
-from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.evaluation.config import EvaluationConfig, MuseConfig
 from trace_jax.models.model import SpecialTokens, TextCodec
 from trace_jax.tasks.benchmarks import build_tasks

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from trace_jax.config import ConfigError, resolve
+from trace_jax.data.rows import train_tokenizer
 from trace_jax.data.sources import DataError
-from trace_jax.data.tokenizer import train_tokenizer
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
 from trace_jax.evaluation.task import TaskScores
 from trace_jax.models.arrays import init_params

@@ -9,9 +9,8 @@ import numpy as np
 from trace_jax.attacks.attack import Attack, Case, Context, Point
 from trace_jax.config import ConfigError, option
 from trace_jax.data.batches import Batches, EpochSampler
-from trace_jax.data.rows import Rows, pack_documents
+from trace_jax.data.rows import Rows, encode_documents, pack_documents
 from trace_jax.data.sources import read_source
-from trace_jax.data.tokenizer import encode_documents
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.io.files import read_json, remove, write_json
 from trace_jax.models.model import Model

@@ -20,15 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from trace_jax.data.published import INTEGER, TEXT_OR_NULL, TEXTS, DataError, Published, is_kind, overview, published
-from trace_jax.data.sources import RECORD, import_tfds, tfds_directory
+from trace_jax.data.published import INTEGER, TEXT, TEXT_OR_NULL, TEXTS, DataError, Published, overview, published
+from trace_jax.data.sources import RECORD, import_tfds, json_lines, text_lines, tfds_directory
 from trace_jax.io.files import as_path, is_remote, write_json
 from trace_jax.io.progress import say
 
 HUB = "hub"
 VERSION = "1.0.0"  # of the layout; which data it is says the revision
 SHARD_ROWS = 4096  # a shard is held in memory while it is written
-_BATCH = 256  # rows read from parquet at once
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
 
@@ -162,7 +161,7 @@ def _download(name: str, dataset: Published, configs: Sequence[str], revision: s
     return Path(root), revision
 
 
-def _revision(root: Path, hashes: Mapping[str, str], given: str | None) -> str:
+def _revision(root: Path, hashes: Mapping[str, str], asked: str | None) -> str:
     """The commit that the files are of; "sha256:" and their hash where nothing says so.
 
     `hf download` leaves the commit of each file beside it, and the SHA-256 of large ones. A cache of the hub has a
@@ -185,10 +184,10 @@ def _revision(root: Path, hashes: Mapping[str, str], given: str | None) -> str:
             f"{root}: its files are of several revisions: {', '.join(c or 'unknown' for c in sorted(commits))}."
         )
     (commit,) = commits
-    if commit and given and given != commit:
-        raise DataError(f"{root}: is of revision {commit}, and {given} is given.")
+    if commit and asked and asked != commit:
+        raise DataError(f"{root}: is of revision {commit}, and {asked} is given.")
     content = hashlib.sha256("".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode())
-    return given or commit or f"sha256:{content.hexdigest()[:16]}"
+    return asked or commit or f"sha256:{content.hexdigest()[:16]}"
 
 
 def _builder(
@@ -247,12 +246,13 @@ def _builder(
 
 def patterns(dataset: Published, config: str, split: str) -> list[str]:
     """Where a split may lie in a copy of the repository; the first that is there counts."""
-    found = [f"{config}/{split}{ending}" for ending in ("-*-of-*.parquet", ".parquet", ".jsonl", ".json")]
+    plain = (".parquet", ".jsonl", ".json")
+    names = [f"{config}/{split}{ending}" for ending in ("-*-of-*.parquet", *plain)]
     if len(dataset.subsets[config].rows) == 1:
-        found += [f"{config}{ending}" for ending in (".parquet", ".jsonl", ".json")]
+        names += [f"{config}{ending}" for ending in plain]
     if len(dataset.subsets) == 1:
-        found += [f"data/{split}-*-of-*.parquet", f"{split}.parquet", f"{split}.jsonl", f"{split}.json"]
-    return found
+        names += [f"data/{split}-*-of-*.parquet", *(f"{split}{ending}" for ending in plain)]
+    return names
 
 
 def find(root: Path, dataset: Published, config: str, split: str) -> list[Path]:
@@ -291,7 +291,25 @@ def rows(files: Sequence[Path], columns: Mapping[str, str]) -> Iterator[dict[str
     """
     for file in files:
         for number, row in enumerate(_parquet(file, columns) if file.suffix == ".parquet" else _json(file), start=1):
-            yield {name: _checked(row, name, kind, f"{file}:{number}") for name, kind in columns.items()}
+            checked = {}
+            for name, kind in columns.items():
+                if name not in row:
+                    there = ", ".join(row)
+                    raise DataError(f"{file}:{number}: there is no column {name}; the columns are {there}.")
+                value = "" if row[name] is None and kind == TEXT_OR_NULL else row[name]
+                if not is_kind(value, kind):
+                    raise DataError(f"{file}:{number}: {name} is a {type(value).__name__}; expected {kind}.")
+                checked[name] = value
+            yield checked
+
+
+def is_kind(value: object, kind: str) -> bool:
+    """Whether a value is of the kind of its column; half of a surrogate pair is no text."""
+    if kind == INTEGER:
+        return type(value) is int and -(2**63) <= value < 2**63
+    if kind == TEXTS:
+        return isinstance(value, list) and all(is_kind(item, TEXT) for item in value)
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 @contextlib.contextmanager
@@ -311,46 +329,24 @@ def _opened(file: Path) -> Iterator[Any]:
 
 def _parquet(file: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     with _opened(file) as table:
-        known = [name for name in columns if name in table.schema_arrow.names]
-        for batch in table.iter_batches(batch_size=_BATCH, columns=known):
+        names = [name for name in columns if name in table.schema_arrow.names]
+        for batch in table.iter_batches(batch_size=256, columns=names):
             yield from batch.to_pylist()
 
 
 def _json(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, or of one JSON list."""
+    if not next(text_lines(file), "").lstrip().startswith("["):
+        yield from (item for item, _ in json_lines(file, "a JSON object"))
+        return
     try:
-        with file.open(encoding="utf-8-sig") as lines:
-            first = lines.readline()
-            lines.seek(0)
-            items = json.load(lines) if first.lstrip().startswith("[") else _lines(file, lines)
-            for number, item in enumerate(items, start=1):
-                if not isinstance(item, dict):
-                    raise DataError(f"{file}:{number}: expected a JSON object, not a {type(item).__name__}.")
-                yield item
+        items = json.loads("".join(text_lines(file)))
     except json.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}).") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{file}: not UTF-8.") from None
-
-
-def _lines(file: Path, lines: Iterator[str]) -> Iterator[Any]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file}:{number}: not JSON ({error.msg}, column {error.colno}).") from None
-
-
-def _checked(row: Mapping[str, Any], name: str, kind: str, origin: str) -> Any:
-    if name not in row:
-        raise DataError(f"{origin}: there is no column {name}; the columns are {', '.join(row)}.")
-    value = row[name]
-    if value is None and kind == TEXT_OR_NULL:
-        return ""
-    if not is_kind(value, kind):
-        raise DataError(f"{origin}: {name} is a {type(value).__name__}; expected {kind}.")
-    return value
+    for number, item in enumerate(items, start=1):
+        if not isinstance(item, dict):
+            raise DataError(f"{file}:{number}: expected a JSON object, not a {type(item).__name__}.")
+        yield item
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,9 +9,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from trace_jax.config import ConfigError, Variant, option
-from trace_jax.data.rows import Rows, pack_documents, rows_of_chunks
+from trace_jax.data.rows import Rows, encode_documents, pack_documents, rows_of_chunks, train_tokenizer
 from trace_jax.data.sources import DataError, Document, overlap
-from trace_jax.data.tokenizer import encode_documents, train_tokenizer
 from trace_jax.models.model import Encoded, SpecialTokens, TextCodec, start_and_end
 from trace_jax.models.sharding import pad
 
@@ -60,15 +59,12 @@ class DataConfig(Variant, kw_only=True):
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A question: `prompt` goes on with one of `options` (each with its leading space), of which `answer` is right.
-
-    Items of one `group` (a substance, a paragraph) are not independent.
-    """
+    """A question: `prompt` goes on with one of `options` (each with its leading space), of which `answer` is right."""
 
     prompt: str
     options: tuple[str, ...]
     answer: int
-    group: int
+    group: int  # items of one group (a substance, a paragraph) are not independent
 
 
 class Split(NamedTuple):
@@ -81,57 +77,39 @@ class Split(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one split, validation or test, measures on.
+    """What one split, validation or test, measures on, by subject."""
 
-    held_out: whole documents per subject that nothing is trained on. questions: per subject.
-    memorised: forget documents, trained on, whose NLL is a score; None where the split takes every other forget row.
-    """
-
-    held_out: Mapping[str, Sequence[Document]]
+    held_out: Mapping[str, Sequence[Document]]  # whole documents that nothing is trained on
     questions: Mapping[str, Sequence[Item]] = dataclasses.field(default_factory=dict)
+    # Forget documents, trained on, whose NLL is a score; None: the split takes every other forget row
     memorised: Sequence[Document] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Documents by use.
+    """Documents by use."""
 
-    train: documents per source ("general", "forget", often "neighbour"); mixture: share of each in a training batch.
-    holdout: documents like the forget set that no model has seen, for membership inference; may be empty.
-    verbatim: whether beginnings of forget documents are continued as a score.
-    topics: documents of each forget topic, which follow each other in train["forget"]; empty: one topic.
-    left_out: texts per source that were too short to be documents.
-    retain_rows, neighbour_share: rows of the unlearner's retain corpus, drawn from general text but for that share of
-      neighbour text; None: everything but forget rows.
-    """
-
-    train: Mapping[str, Sequence[Document]]
-    mixture: Mapping[str, float]
+    train: Mapping[str, Sequence[Document]]  # by source: "general", "forget", often "neighbour"
+    mixture: Mapping[str, float]  # share of each source in a training batch
     validation: Part
     test: Part
-    holdout: Sequence[Document] = ()
-    verbatim: bool = True
-    topics: Sequence[int] = ()
-    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    retain_rows: int | None = None
-    neighbour_share: float = 0.0
+    holdout: Sequence[Document] = ()  # like the forget set, seen by no model, for membership inference
+    verbatim: bool = True  # whether beginnings of forget documents are continued as a score
+    topics: Sequence[int] = ()  # documents of each forget topic, one after the other in train["forget"]; (): one topic
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # texts per source too short to be documents
+    retain_rows: int | None = None  # of the unlearner's retain corpus, drawn; None: everything but forget rows
+    neighbour_share: float = 0.0  # of these rows; the others are general text
 
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """Multiple-choice questions scored by the log-likelihood of each option after a prompt.
+    """Multiple-choice questions scored by the log-likelihood of each option after a prompt."""
 
-    tokens, segments: i32 [Q, O, S], one row per option: start mark, prompt, option, padding (segment 0).
-    scored: bool [Q, O, S]; position t is scored if it predicts a token of the option.
-    answer: i32 [Q], the right option. group: i32 [Q], items of one group (a substance,
-    a paragraph) are not independent.
-    """
-
-    tokens: np.ndarray
-    segments: np.ndarray
-    scored: np.ndarray
-    answer: np.ndarray
-    group: np.ndarray
+    tokens: np.ndarray  # i32 [Q, O, S], one row per option: start mark, prompt, option, padding
+    segments: np.ndarray  # i32 [Q, O, S]; 0 is padding
+    scored: np.ndarray  # bool [Q, O, S]; position t is scored if it predicts a token of the option
+    answer: np.ndarray  # i32 [Q], the right option
+    group: np.ndarray  # i32 [Q], as in `Item`
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -139,14 +117,11 @@ class Questions:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Beginnings of documents and how they go on: prompt i32 [N, P] (with start mark), continuation i32 [N, C].
+    """Beginnings of documents and how they go on."""
 
-    lengths: i32 [N, 2], tokens of each prompt and each continuation, from the left of its row; None: all are full.
-    """
-
-    prompt: np.ndarray
-    continuation: np.ndarray
-    lengths: np.ndarray | None = None
+    prompt: np.ndarray  # i32 [N, P], with start mark
+    continuation: np.ndarray  # i32 [N, C]
+    lengths: np.ndarray | None = None  # i32 [N, 2], tokens of both, from the left of their rows; None: all are full
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -165,42 +140,38 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Probes:
-    """What is measured on one split. Keys are subjects: "forget", "neighbour", "general", "holdout".
-
-    questions: four-option questions per subject (handbook: forget, neighbour; presidents: forget).
-    text: held-out ("general", "neighbour") or memorised ("forget") rows per subject whose NLL is a score.
-    prompts: beginnings of chunks of forget documents for the verbatim score.
-    members: rows of "forget" (trained on) and "holdout" (never seen) for membership inference, one chunk a row.
-    """
+    """What is measured on one split. Keys are subjects: "forget", "neighbour", "general", "holdout"."""
 
     questions: Mapping[str, Questions]
-    text: Mapping[str, Rows]
-    prompts: Mapping[str, Prompts]
-    members: Mapping[str, Rows]
+    text: Mapping[str, Rows]  # held out ("general", "neighbour") or memorised ("forget"), whose NLL is a score
+    prompts: Mapping[str, Prompts]  # beginnings of chunks of forget documents for the verbatim score
+    members: Mapping[str, Rows]  # "forget" (trained on) and "holdout" (never seen), one chunk a row
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpora:
-    """The data of one run.
-
-    train: rows per source for training the target model; mixture: share of each source in a training batch.
-    retrain_mixture: the same without forget data, for the retrained model.
-    forget, retain: what the unlearner is given (forget.domain numbers topics, retain.domain marks neighbour rows).
-    validation, test: probes; methods are tuned on validation, reported on test.
-    documents, tokens: counts per split, for the report. fingerprint: hash of all tokens and splits.
-    """
+    """The data of one run."""
 
     tokenizer: Tokenizer
-    train: Mapping[str, Rows]
-    mixture: Mapping[str, float]
-    retrain_mixture: Mapping[str, float]
-    forget: Rows
-    retain: Rows
-    validation: Probes
-    test: Probes
-    documents: Mapping[str, int]
+    train: Mapping[str, Rows]  # by source, for training the target model
+    mixture: Mapping[str, float]  # share of each source in a training batch
+    retain: Rows  # for the unlearner; `domain` marks neighbour rows
+    validation: Probes  # methods are tuned on it
+    test: Probes  # and reported on this
+    documents: Mapping[str, int]  # counts per split, for the report
     tokens: Mapping[str, int]
-    fingerprint: str
+    fingerprint: str  # hash of all tokens and splits
+
+    @property
+    def forget(self) -> Rows:
+        """What is to be forgotten; `domain` numbers topics."""
+        return self.train["forget"]
+
+    @property
+    def retrain_mixture(self) -> dict[str, float]:
+        """`mixture` without forget data, for the retrained model."""
+        retrain = {name: share for name, share in self.mixture.items() if name != "forget"}
+        return {name: share / sum(retrain.values()) for name, share in retrain.items()}
 
 
 def assemble(benchmark: Benchmark, config: DataConfig, codec: TextCodec | None = None) -> Corpora:
@@ -249,7 +220,6 @@ def assemble(benchmark: Benchmark, config: DataConfig, codec: TextCodec | None =
                 "Give more text, or lower row_length."
             )
     train = {source: rows[f"train/{source}"] for source in benchmark.train}
-    retrain = {name: share for name, share in benchmark.mixture.items() if name != "forget"}
     retain = _retain_rows(train, benchmark, config.seed)
     probes = {name: _probes(name, part, benchmark, codec, length, encoded, rows) for name, part in parts.items()}
     counts = {name: len(several) for name, several in documents.items()}
@@ -259,8 +229,6 @@ def assemble(benchmark: Benchmark, config: DataConfig, codec: TextCodec | None =
         tokenizer=codec.literal,
         train=train,
         mixture=dict(benchmark.mixture),
-        retrain_mixture={name: share / sum(retrain.values()) for name, share in retrain.items()},
-        forget=train["forget"],
         retain=retain,
         validation=probes["validation"],
         test=probes["test"],

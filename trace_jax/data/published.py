@@ -29,14 +29,14 @@ class Subset:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A data set of the Hugging Face hub. `gated` says how to ask for access; empty for what anyone may read."""
+    """A data set of the Hugging Face hub."""
 
     repository: str
     revision: str
     licence: str
     about: str
     subsets: Mapping[str, Subset]  # by the names of the hub's configurations
-    gated: str = ""
+    gated: str = ""  # how to ask for access; empty for what anyone may read
 
 
 _TEXT = {"text": TEXT}
@@ -152,14 +152,7 @@ PUBLISHED = {
 
 
 def published(name: str) -> tuple[str, Published, tuple[str, ...]]:
-    """A data set and the chosen of its configurations.
-
-    Args:
-      name: NAME, for all of them, or NAME/CONFIG.
-
-    Raises:
-      DataError: not in the table; the message says what is.
-    """
+    """The data set NAME with all its configurations, or one of them, NAME/CONFIG. Raises DataError: there is none."""
     base, _, config = name.partition("/")
     if base not in PUBLISHED:
         raise DataError(f"{name}: no such published data set is known here; there are {', '.join(PUBLISHED)}.")
@@ -181,12 +174,3 @@ def overview() -> str:
             rows = ", ".join(f"{s} {'not known' if n is None else f'{n:,}'}" for s, n in subset.rows.items())
             lines.append(f"  {name}/{config}: {rows} ({', '.join(subset.columns)})")
     return "\n".join(lines)
-
-
-def is_kind(value: object, kind: str) -> bool:
-    """Whether a value is of the kind of its column; half of a surrogate pair is no text."""
-    if kind == INTEGER:
-        return type(value) is int and -(2**63) <= value < 2**63
-    if kind == TEXTS:
-        return isinstance(value, list) and all(is_kind(item, TEXT) for item in value)
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)

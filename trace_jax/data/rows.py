@@ -1,17 +1,25 @@
-"""Rows of tokens, what every stage consumes: documents packed into them, refusals paired with them."""
+"""Rows of tokens, what every stage consumes: documents encoded and packed into them, refusals paired with them."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import struct
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from trace_jax.checkpoints.checkpoint import open_checkpoint
+from trace_jax.checkpoints.pretrained import read_tokenizer, special_tokens
 from trace_jax.config import ConfigError
-from trace_jax.models.model import Encoded, SpecialTokens, start_and_end
+from trace_jax.data.sources import Document
+from trace_jax.models.families import model_config
+from trace_jax.models.model import Encoded, SpecialTokens, TextCodec, start_and_end, whole_text
 
 _OPEN_ROWS = 64  # keeps packing linear in the number of documents
 _OWN = SpecialTokens()  # of a tokenizer that is trained here
+PAD, BOS, EOS = 0, 1, 2
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 
 
 @struct.dataclass
@@ -28,21 +36,15 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Packed rows on the host.
+    """Packed rows on the host."""
 
-    Attributes:
-      tokens: i32 [N, S].
-      segments: i32 [N, S]; documents of a row are numbered from 1, padding is 0 (from lengths, never from token ids).
-      valid: bool [N, S]; position t is valid if token t and token t+1 are real tokens of one document and token t is
-        not the start mark; for question-answer text only positions that predict answer tokens are valid.
-      domain: i32 [N]. Of retain rows: 1 where the row is neighbour text, else 0; known on embedded benchmarks and with
-        a neighbour file only, used by the domain oracle and by evaluation, never by a method. Of forget rows: the
-        number of the row's topic, from 0.
-    """
-
-    tokens: np.ndarray
-    segments: np.ndarray
+    tokens: np.ndarray  # i32 [N, S]
+    segments: np.ndarray  # i32 [N, S]; documents of a row are numbered from 1, padding is 0, whatever its token id
+    # bool [N, S]; position t is valid if token t and token t+1 are real tokens of one document and token t is not the
+    # start mark; for question-answer text only positions that predict answer tokens are valid
     valid: np.ndarray
+    # i32 [N]. Of retain rows: 1 where the row is neighbour text (embedded benchmarks and a neighbour file say so), else
+    # 0; for the domain oracle and evaluation, never for a method. Of forget rows: the row's topic, from 0
     domain: np.ndarray
 
     def __len__(self) -> int:
@@ -60,6 +62,67 @@ class Rows:
     def concatenate(cls, parts: "Sequence[Rows]") -> "Rows":
         """The rows of all parts, one after the other. Parts must share one row length."""
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(cls)))
+
+
+# --- text as tokens
+
+
+def read_codec(checkpoint: str) -> TextCodec:
+    """The codec of a checkpoint, without its parameters.
+
+    Raises:
+      ConfigError: it has no tokenizer.json.
+      CheckpointError: it is no checkpoint.
+    """
+    directory, config_json = Path(checkpoint), open_checkpoint(checkpoint).config
+    tokenizer = read_tokenizer(directory)
+    if tokenizer is None:
+        raise ConfigError(
+            f"{directory / 'tokenizer.json'} is missing; it is the tokenizer in the form that every model can be read "
+            f"in. transformers makes it: AutoTokenizer.from_pretrained('{directory}').save_pretrained('{directory}')."
+        )
+    size = model_config(config_json, dtype="float32").vocab_size
+    return TextCodec(tokenizer, special_tokens(directory, config_json), size, directory)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE; the same texts in the same order give the same vocabulary.
+
+    Ids 0, 1, 2 are padding, BOS and EOS and the next 256 the bytes, so that every text can be encoded and decoded
+    without loss. The vocabulary is smaller than `vocab_size` where the texts hold too few different words. Whoever
+    lets the tokenizer add marks gets BOS before a text, as in training.
+
+    Raises:
+      ConfigError: `vocab_size` has no room for the bytes and the special tokens.
+    """
+    smallest = len(SPECIAL_TOKENS) + 256
+    if vocab_size < smallest:
+        raise ConfigError(f"vocab_size is {vocab_size}; a byte-level vocabulary needs at least {smallest}.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    start = SPECIAL_TOKENS[BOS]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, BOS)])
+    return whole_text(tokenizer, literal=True)
+
+
+def encode_documents(codec: TextCodec, documents: Sequence[Document]) -> list[Encoded]:
+    """Encodes documents; of a question with an answer only the answer carries loss."""
+    encoded = codec.pairs([(d.text, d.answer or "") for d in documents])
+    return [
+        e if d.answer is not None else dataclasses.replace(e, first_target=0)
+        for d, e in zip(documents, encoded, strict=True)
+    ]
+
+
+# --- tokens in rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,6 @@ RECORD = "published.json"  # beside the data of what was built here: its revisio
 _SUFFIXES = (".jsonl", ".txt", ".md")
 _FIELDS = ({"text"}, {"question", "answer"})
 _EXPECTED = '{"text": ...} or {"question": ..., "answer": ...}'
-_JSON_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +44,10 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The documents of a source, and how many texts of it were too short to be one."""
+    """The documents of a source."""
 
     documents: list[Document]
-    left_out: int = 0
+    left_out: int = 0  # texts that were too short to be one
 
 
 def overlap(left: Sequence[Document], right: Sequence[Document]) -> list[tuple[Document, Document]]:
@@ -80,11 +78,8 @@ def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> S
         if min_length and isinstance(text, str) and len(text.strip()) < min_length:
             left_out += 1
             continue
-        for key, value in item.items():
-            if not isinstance(value, str):
-                raise DataError(f"{origin}: {key} is a JSON {_json_type(value)}; expected text.")
-            if not value.strip():
-                raise DataError(f"{origin}: {key} is empty.")
+        for key in item:
+            value = text_of(item, key, origin)
             if any("\ud800" <= character <= "\udfff" for character in value):
                 raise DataError(f"{origin}: {key} holds half of a surrogate pair (\\ud800 to \\udfff).")
         if "text" in item:
@@ -100,6 +95,45 @@ def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> S
     return Source(documents, left_out)
 
 
+def _items(path: str) -> Iterator[tuple[dict, str]]:
+    """Every object {"text"} or {"question", "answer"} of a source, unchecked, with its origin."""
+    if not path:
+        raise DataError("The path is empty; expected a JSONL file, a text file or a directory of such files.")
+    if path.startswith((HUGGINGFACE, TFDS)):
+        columns, rows = _data_set(path)
+        fields = next((f for f in _FIELDS if f <= set(columns)), None)
+        if fields is None:
+            raise DataError(
+                f"{path}: the columns are {', '.join(columns)}; expected text, or question and "
+                "answer. Save what you need as JSONL."
+            )
+        yield from (({f: row[f] for f in fields}, f"{path}:{number}") for number, row in enumerate(rows, start=1))
+        return
+    root = _local(path)
+    if not root.exists():
+        raise DataError(f"{root}: there is no such file or directory.")
+    files = [root]
+    if root.is_dir():
+        try:
+            files = sorted(p for p in root.iterdir() if p.is_file() and p.suffix in _SUFFIXES)
+        except OSError as error:
+            raise DataError(f"{root}: can't be read ({error.strerror or error}).") from None
+        if not files:
+            raise DataError(f"{root}: the directory holds no file that ends in {', '.join(_SUFFIXES)}.")
+    for file in files:
+        if file.suffix == ".json":
+            raise DataError(
+                f"{file}: is JSON; expected JSON lines: one object per line, in a file that ends in .jsonl."
+            )
+        if file.suffix != ".jsonl":
+            yield {"text": "".join(text_lines(file))}, f"{file}:1"
+            continue
+        for item, origin in json_lines(file, _EXPECTED):
+            if set(item) not in _FIELDS:
+                raise DataError(f"{origin}: the keys are {', '.join(sorted(item)) or 'none'}; expected {_EXPECTED}.")
+            yield item, origin
+
+
 def read_records(source: str) -> list[dict[str, Any]]:
     """Every row of a data set with all its columns.
 
@@ -111,16 +145,65 @@ def read_records(source: str) -> list[dict[str, Any]]:
     Raises:
       DataError: nothing there, another kind of file, a line that is no JSON object, or no rows. No text is quoted.
     """
-    if source.startswith(HUGGINGFACE):
-        return [dict(row) for row in _load_dataset(source.removeprefix(HUGGINGFACE))]
-    if source.startswith(TFDS):
-        return list(_tfds_rows(source.removeprefix(TFDS))[1])
+    if source.startswith((HUGGINGFACE, TFDS)):
+        return [dict(row) for row in _data_set(source)[1]]
     file = _local(source)
     if not file.exists():
         raise DataError(f"{file}: there is no such file.")
     if file.suffix != ".jsonl":
         raise DataError(f"{file}: expected JSON lines: one object per line, in a file that ends in .jsonl.")
-    return [item for item, _ in _json_lines(file, "a JSON object")]
+    return [item for item, _ in json_lines(file, "a JSON object")]
+
+
+def text_of(record: Mapping[str, Any], column: str, origin: str) -> str:
+    """The text in a column of a record. Raises DataError: none is there, or it is empty; nothing is quoted."""
+    value = record.get(column)
+    if not isinstance(value, str):
+        there = f"a {type(value).__name__}" if column in record else "missing"
+        raise DataError(f"{origin}: {column} is {there}; expected text (the columns are {', '.join(sorted(record))}).")
+    if not value.strip():
+        raise DataError(f"{origin}: {column} is empty.")
+    return value
+
+
+def text_lines(file: pathlib.Path) -> Iterator[str]:
+    """The lines of a text file with their ends, one by one. Raises DataError: it can't be read, or isn't UTF-8."""
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{file}:{number}: not UTF-8 (byte 0x{line[error.start]:02x}); save the file with UTF-8 "
+                        "encoding."
+                    ) from None
+    except OSError as error:
+        raise DataError(f"{file}: can't be read ({error.strerror or error}).") from None
+
+
+def json_lines(file: pathlib.Path, expected: str) -> Iterator[tuple[dict, str]]:
+    """The object of every line that isn't empty, with its origin FILE:LINE; at least one.
+
+    Raises:
+      DataError: a line of another form, which is not `expected`, or none.
+    """
+    empty = True
+    for number, line in enumerate(text_lines(file), start=1):
+        if not line.strip():
+            continue
+        empty, origin = False, f"{file}:{number}"
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{origin}: not JSON ({error.msg}, column {error.colno}); expected {expected} on each line."
+            ) from None
+        if not isinstance(item, dict):
+            raise DataError(f"{origin}: a JSON {type(item).__name__}; expected {expected}.")
+        yield item, origin
+    if empty:
+        raise DataError(f"{file}: the file is empty; expected text, or one JSON object per line.")
 
 
 def part(base: str, config: str, split: str) -> str:
@@ -173,87 +256,21 @@ def _local(source: str) -> pathlib.Path:
     return path if is_remote(path) else path.expanduser()
 
 
-def _items(path: str) -> Iterator[tuple[dict, str]]:
-    """Every object {"text"} or {"question", "answer"} of a source, unchecked, with its origin."""
-    if not path:
-        raise DataError("The path is empty; expected a JSONL file, a text file or a directory of such files.")
-    if path.startswith((HUGGINGFACE, TFDS)):
-        rows: Any
-        if path.startswith(TFDS):
-            columns, rows = _tfds_rows(path.removeprefix(TFDS))
-        else:
-            rows = _load_dataset(path.removeprefix(HUGGINGFACE))
-            columns = rows.column_names
-        fields = next((f for f in _FIELDS if f <= set(columns)), None)
-        if fields is None:
-            raise DataError(
-                f"{path}: the columns are {', '.join(columns)}; expected text, or question and "
-                "answer. Save what you need as JSONL."
-            )
-        rows = rows.select_columns(sorted(fields)) if path.startswith(HUGGINGFACE) else rows
-        yield from (({f: row[f] for f in fields}, f"{path}:{number}") for number, row in enumerate(rows, start=1))
-        return
-    root = _local(path)
-    if not root.exists():
-        raise DataError(f"{root}: there is no such file or directory.")
-    files = [root]
-    if root.is_dir():
-        try:
-            files = sorted(p for p in root.iterdir() if p.is_file() and p.suffix in _SUFFIXES)
-        except OSError as error:
-            raise DataError(f"{root}: can't be read ({error.strerror or error}).") from None
-        if not files:
-            raise DataError(f"{root}: the directory holds no file that ends in {', '.join(_SUFFIXES)}.")
-    for file in files:
-        if file.suffix == ".json":
-            raise DataError(
-                f"{file}: is JSON; expected JSON lines: one object per line, in a file that ends in .jsonl."
-            )
-        if file.suffix != ".jsonl":
-            yield {"text": _text(file)}, f"{file}:1"
-            continue
-        for item, origin in _json_lines(file, _EXPECTED):
-            if set(item) not in _FIELDS:
-                raise DataError(f"{origin}: the keys are {', '.join(sorted(item)) or 'none'}; expected {_EXPECTED}.")
-            yield item, origin
-
-
-def _text(file: pathlib.Path) -> str:
+def _data_set(source: str) -> tuple[list[str], Iterable[dict[str, Any]]]:
+    """(columns, rows) of a named data set; at least one row."""
+    if source.startswith(HUGGINGFACE):
+        rows = _load_dataset(source.removeprefix(HUGGINGFACE))
+        return rows.column_names, rows
+    address, _, split = source.removeprefix(TFDS).partition(":")
+    directory = prepared(address)
+    builder = import_tfds(source).builder_from_directory(os.fspath(directory))
     try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: can't be read ({error.strerror or error}).") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{file}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); save the file with UTF-8 encoding."
-        ) from None
-    if not text.strip():
-        raise DataError(f"{file}: the file is empty; expected text, or one JSON object per line.")
-    return text
-
-
-def _json_lines(file: pathlib.Path, expected: str) -> Iterator[tuple[dict, str]]:
-    """The object of every line that isn't empty, with its origin."""
-    for number, line in enumerate(_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        origin = f"{file}:{number}"
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{origin}: not JSON ({error.msg}, column {error.colno}); expected {expected} on each line."
-            ) from None
-        if not isinstance(item, dict):
-            raise DataError(f"{origin}: a JSON {_json_type(item)}; expected {expected}.")
-        yield item, origin
-
-
-def _json_type(value: object) -> str:
-    return _JSON_TYPES.get(type(value), "null")
+        rows = builder.as_data_source(split=split or "train")
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise DataError(f"{source}: can't be read from {directory} ({str(error).splitlines()[0]}).") from error
+    if not len(rows):
+        raise DataError(f"{source}: there are no rows.")
+    return sorted(builder.info.features), (_plain(rows[index]) for index in range(len(rows)))
 
 
 def _load_dataset(name: str) -> Any:
@@ -271,7 +288,7 @@ def _load_dataset(name: str) -> Any:
     address, _, split = name.partition(":")
     parts = [address] if pathlib.Path(address).exists() else address.split("/")
     path = "/".join(parts[:2])
-    pinned = next(({"revision": known.revision} for known in PUBLISHED.values() if known.repository == path), {})
+    pinned = next(({"revision": entry.revision} for entry in PUBLISHED.values() if entry.repository == path), {})
     try:
         rows = datasets.load_dataset(path, *parts[2:], split=split or "train", **pinned)
     except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
@@ -301,17 +318,14 @@ def prepared(address: str) -> pathlib.Path:
       DataError: there is none (how to build it); several configurations, and none is named.
     """
 
-    def directories(root: pathlib.Path) -> list[pathlib.Path]:
-        return [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-
     def versions(root: pathlib.Path) -> list[pathlib.Path]:
-        there = [path for path in directories(root) if _VERSION.fullmatch(path.name)]
-        return [path for path in there if (path / "dataset_info.json").exists()]
+        files = root.glob("*/dataset_info.json")
+        return [file.parent for file in files if re.fullmatch(r"\d+\.\d+\.\d+", file.parent.name)]
 
     root = tfds_directory() / address
     newest = versions(root)
     if not newest:
-        configs = {path.name: several for path in directories(root) if (several := versions(path))}
+        configs = {path.name: several for path in root.glob("*") if (several := versions(path))}
         if len(configs) > 1:
             raise DataError(f"{TFDS}{address}: has the configurations {', '.join(sorted(configs))}; name one.")
         newest = next(iter(configs.values()), [])
@@ -321,20 +335,6 @@ def prepared(address: str) -> pathlib.Path:
             "python -m trace_jax.main data --name NAME; data --list says which there are."
         )
     return max(newest, key=lambda path: tuple(map(int, path.name.split("."))))
-
-
-def _tfds_rows(name: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
-    """(columns, rows) of NAME[/CONFIG][:SPLIT], read one by one; at least one."""
-    address, _, split = name.partition(":")
-    directory = prepared(address)
-    builder = import_tfds(f"{TFDS}{name}").builder_from_directory(os.fspath(directory))
-    try:
-        rows = builder.as_data_source(split=split or "train")
-    except (ValueError, NotImplementedError, OSError) as error:
-        raise DataError(f"{TFDS}{name}: can't be read from {directory} ({str(error).splitlines()[0]}).") from error
-    if not len(rows):
-        raise DataError(f"{TFDS}{name}: there are no rows.")
-    return sorted(builder.info.features), (_plain(rows[index]) for index in range(len(rows)))
 
 
 def _plain(value: Any) -> Any:

@@ -18,8 +18,7 @@ from trace_jax.checkpoints.params import parameter_bytes, parameter_count
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.batches import mixture_batches, sequential_batches
 from trace_jax.data.corpora import Corpora, DataConfig
-from trace_jax.data.rows import Batch, Rows
-from trace_jax.data.tokenizer import read_codec
+from trace_jax.data.rows import Batch, Rows, read_codec
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.routing import measured_rows
 from trace_jax.evaluation.task import Evaluator, Scores, ScoreStore, Task, hazardous
