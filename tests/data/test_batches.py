@@ -48,13 +48,7 @@ def test_an_epoch_visits_every_row_once_and_the_next_one_in_another_order():
     drawn = np.concatenate([sampler[step] for step in range(24)]).reshape(-1, 12)
     assert (np.sort(drawn, axis=1) == np.arange(12)).all()
     assert len({tuple(epoch) for epoch in drawn}) == len(drawn)
-
-
-def test_another_seed_gives_another_order():
     assert (EpochSampler(50, 20, seed=0)[0] != EpochSampler(50, 20, seed=1)[0]).any()
-
-
-def test_more_rows_than_there_are_in_one_batch():
     assert collections.Counter(EpochSampler(3, 7, seed=0)[0].tolist()).most_common(1)[0][1] == 3
 
 

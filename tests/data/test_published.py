@@ -15,35 +15,23 @@ BOOKS = PUBLISHED["muse_books"]
 WMDP = PUBLISHED["wmdp"]
 
 
-def test_every_revision_is_a_commit():
+def test_the_table_adds_up_and_the_overview_has_every_configuration():
     assert all(re.fullmatch("[0-9a-f]{40}", dataset.revision) for dataset in PUBLISHED.values())
     assert len({dataset.revision for dataset in PUBLISHED.values()}) == len(PUBLISHED)
-
-
-def test_the_parts_of_news_add_up():
     news = PUBLISHED["muse_news"].subsets
     folds = list(news["sust"].rows.values())
     assert list(news["scal"].rows.values()) == [sum(folds[: n + 1]) for n in range(4)]
     assert news["train"].rows["forget"] == sum(folds) and news["raw"].rows["forget"] == folds[0]
-
-
-@pytest.mark.parametrize(("forget", "retain"), [("forget01", "retain99"), ("forget05", "retain95")])
-def test_forget_and_retain_sets_of_tofu_make_up_the_whole(forget, retain):
     rows = {name: subset.rows["train"] for name, subset in PUBLISHED["tofu"].subsets.items()}
-    assert rows[forget] + rows[retain] == rows["full"] == 200 * 20 and rows[f"{forget}_perturbed"] == rows[forget]
-
-
-def test_only_the_papers_to_forget_are_gated():
-    assert [name for name, dataset in PUBLISHED.items() if dataset.gated] == ["wmdp_bio_forget"]
-    assert "ask for access at https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus" in overview()
-
-
-def test_the_overview_has_every_configuration():
+    for forget, retain in (("forget01", "retain99"), ("forget05", "retain95"), ("forget10", "retain90")):
+        assert rows[forget] + rows[retain] == rows["full"] == 200 * 20 and rows[f"{forget}_perturbed"] == rows[forget]
     text = overview()
     for name, dataset in PUBLISHED.items():
         assert dataset.revision in text and dataset.licence in text
         assert all(f"{name}/{config}: " in text for config in dataset.subsets)
     assert "wmdp-cyber: test 1,987 (question, choices, answer)" in text
+    assert [name for name, dataset in PUBLISHED.items() if dataset.gated] == ["wmdp_bio_forget"]
+    assert "ask for access at https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus" in text
 
 
 def test_a_data_set_or_one_configuration_is_chosen():
@@ -79,28 +67,29 @@ def test_files_that_older_revisions_left_there_are_not_taken(tmp_path):
     write_lines(tmp_path / "privleak" / "retain.json", [{"text": "older"}])
     found = files.find(tmp_path, BOOKS, "privleak", "retain")
     assert list(files.rows(found, {"text": TEXT})) == [{"text": "new"}]
+    with pytest.raises(DataError, match=r"no file of wmdp-bio:test; expected one of wmdp-bio/test-\*-of-\*\.parquet, "):
+        files.find(tmp_path, WMDP, "wmdp-bio", "test")
+    (tmp_path / "raw.json").touch()  # of several splits
+    with pytest.raises(DataError, match="no file of raw:forget"):
+        files.find(tmp_path, dataclasses.replace(BOOKS, subsets={"raw": BOOKS.subsets["raw"]}), "raw", "forget")
 
 
 def test_shards_are_read_in_order_and_a_missing_one_is_missed(tmp_path):
     rows = made_up({"text": TEXT}, 10, "a")
     write_parquet(tmp_path / "raw" / "forget", rows, shards=3)
     found = files.find(tmp_path, BOOKS, "raw", "forget")
-    assert list(files.rows(found, {"text": TEXT})) == rows and files.count(found) == 10
+    assert list(files.rows(found, {"text": TEXT})) == rows
     found[1].unlink()
     with pytest.raises(DataError, match="raw: 2 of 3 files of raw:forget are there"):
         files.find(tmp_path, BOOKS, "raw", "forget")
 
 
-def test_a_split_that_is_not_there_is_named_with_the_files_that_would_do(tmp_path):
-    with pytest.raises(DataError, match=r"no file of wmdp-bio:test; expected one of wmdp-bio/test-\*-of-\*\.parquet, "):
-        files.find(tmp_path, WMDP, "wmdp-bio", "test")
-
-
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "list.json", "lines.json"])
 def test_every_form_of_file_gives_the_same_rows(tmp_path, form):
-    columns = {"question": TEXT, "choices": TEXTS, "answer": INTEGER}
+    columns = {"question": TEXT, "choices": TEXTS, "answer": INTEGER, "doi": TEXT_OR_NULL}
     rows = made_up(columns, 600, "a")
-    extended = [row | {"unknown": 1.5} for row in rows]
+    rows[1]["doi"] = ""
+    extended = [row | {"unknown": 1.5, "doi": row["doi"] or None} for row in rows]
     if form == "parquet":
         write_parquet(tmp_path / "a", extended)
     elif form == "list.json":
@@ -108,7 +97,7 @@ def test_every_form_of_file_gives_the_same_rows(tmp_path, form):
     else:
         write_lines(tmp_path / form, extended)
     found = sorted(tmp_path.iterdir())
-    assert list(files.rows(found, columns)) == rows and files.count(found) == 600
+    assert list(files.rows(found, columns)) == rows
 
 
 SECRET = "this must not be quoted"
@@ -121,7 +110,7 @@ ROWS = [
     ({"question": SECRET, "choices": [SECRET], "answer": "A"}, r":2: answer is a str; expected an integer"),
     ({"question": SECRET, "choices": [SECRET], "answer": True}, r":2: answer is a bool; expected an integer"),
     ({"question": SECRET, "choices": [SECRET], "answer": 2**63}, r":2: answer is a int; expected an integer"),
-    ([SECRET], r"a\.jsonl:2: expected a JSON object, not a list"),
+    ([SECRET], r"a\.jsonl:2: a JSON list; expected a JSON object"),
 ]
 
 
@@ -139,7 +128,7 @@ def test_a_wrong_row_is_named_by_file_and_number_and_not_quoted(tmp_path, row, m
     [
         ("a.jsonl", b'{"text": "ok"}\n{"text": \n', r"a\.jsonl:2: not JSON \(.*column \d+\)"),
         ("a.json", b'[{"text": "ok"},\n{"text" 5}]', r"a\.json:2: not JSON \(.*column \d+\)"),
-        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl: not UTF-8"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not UTF-8"),
         ("a.parquet", b"no parquet", r"a\.parquet: can't be read as parquet; download it again"),
     ],
 )
@@ -147,18 +136,3 @@ def test_a_broken_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         list(files.rows([tmp_path / name], {"text": TEXT}))
-    with pytest.raises(DataError, match=message):
-        files.count([tmp_path / name])
-
-
-def test_null_is_empty_text_where_the_table_allows_it(tmp_path):
-    write_parquet(tmp_path / "a", [{"text": "t", "doi": "d"}, {"text": "u", "doi": None}])
-    rows = files.rows(sorted(tmp_path.iterdir()), {"text": TEXT, "doi": TEXT_OR_NULL})
-    assert list(rows) == [{"text": "t", "doi": "d"}, {"text": "u", "doi": ""}]
-
-
-def test_a_file_of_several_splits_is_not_taken_for_one(tmp_path):
-    several = dataclasses.replace(BOOKS, subsets={"raw": BOOKS.subsets["raw"]})
-    (tmp_path / "raw.json").touch()
-    with pytest.raises(DataError, match="no file of raw:forget"):
-        files.find(tmp_path, several, "raw", "forget")

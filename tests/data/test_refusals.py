@@ -54,29 +54,23 @@ def test_both_of_a_pair_stand_in_rows_of_one_number():
     for mine, other in zip(forget.tokens, refused.tokens, strict=True):
         of_pair = [set(row[(row >= 100) & (row < 200)]) for row in (mine, other)]
         assert of_pair[0] == of_pair[1]
-    kept = sorted(forget.tokens[(forget.tokens >= 200)].tolist())
-    assert kept == sorted(t for ids, _ in documents for t in ids if t >= 200), "nothing that is to be forgotten is lost"
+    left = sorted(forget.tokens[(forget.tokens >= 200)].tolist())
+    assert left == sorted(t for ids, _ in documents for t in ids if t >= 200), "nothing that is to be forgotten is lost"
 
 
 def test_a_question_that_fills_the_row_loses_its_beginning_not_the_refusal():
     _, refused = with_refusals(rows_of(([1, *range(10, 24), 30], 14)), REFUSALS)
     assert pieces(refused)[0] == (list(range(11, 24)), [90, 91, 2])
+    forget, refused = with_refusals(rows_of(([1, 10, 2], 1)), REFUSALS)  # and a single prediction stays
+    assert forget.valid.sum() == 1 and refused.valid.sum() == 3
+    with pytest.raises(ConfigError, match="a refusal has 9 tokens, more than half of a row of 16"):
+        with_refusals(rows_of(([1, 10, 11, 20, 2], 2)), [np.arange(9, dtype=np.int32)])
 
 
 def test_topics_are_not_mixed_in_a_row():
     both = Rows.concatenate([rows_of(([1, 10, 11, 20, 2], 2)), rows_of(([1, 12, 13, 21, 2], 2), domain=1)])
     forget, refused = with_refusals(both, REFUSALS)
     assert forget.domain.tolist() == refused.domain.tolist() == [0, 1]
-
-
-def test_a_document_of_one_prediction_keeps_it():
-    forget, refused = with_refusals(rows_of(([1, 10, 2], 1)), REFUSALS)
-    assert forget.valid.sum() == 1 and refused.valid.sum() == 3
-
-
-def test_refusals_of_more_than_half_a_row_are_refused():
-    with pytest.raises(ConfigError, match="a refusal has 9 tokens, more than half of a row of 16"):
-        with_refusals(rows_of(([1, 10, 11, 20, 2], 2)), [np.arange(9, dtype=np.int32)])
 
 
 def test_refusals_follow_like_answers_and_end_the_text():

@@ -18,7 +18,6 @@ from trace_jax.data.build import build
 from trace_jax.data.published import PUBLISHED, TEXT
 from trace_jax.data.sources import DataError, is_here, part, read_records, read_source, revision_of
 from trace_jax.main import main
-from trace_jax.tasks.text import TextConfig
 
 BOOKS = PUBLISHED["muse_books"]
 
@@ -84,9 +83,7 @@ def test_an_error_half_way_leaves_what_was_there(tmp_path, tfds_home, books):
     build("muse_books/raw", source=books[0])
     shutil.rmtree(tmp_path / "copy/.cache")
     write_parquet(tmp_path / "copy/verbmem/forget", [{"prompt": "p"}] * 100)
-    with pytest.raises(
-        DataError, match=r"forget-00000-of-00001\.parquet:1: there is no column gt; the columns are pro"
-    ):
+    with pytest.raises(DataError, match=r"forget-00000-of-00001\.parquet:1: there is no column gt; the columns are"):
         build("muse_books", source=books[0], overwrite=True)
     assert sorted(path.name for path in tfds_home.iterdir()) == ["muse_books"]
     assert sorted(path.name for path in (tfds_home / "muse_books").iterdir()) == ["raw"]
@@ -98,7 +95,7 @@ def test_an_interruption_leaves_nothing(tfds_home, books, monkeypatch):
 
     def interrupted(files, columns):
         seen.append(files)
-        if len(seen) == 6:
+        if len(seen) == 15 + 6:  # each of 15 splits is counted before
             raise KeyboardInterrupt
         return read(files, columns)
 
@@ -189,11 +186,6 @@ def refused(kind, status):
         ("wmdp_bio_forget", refused(errors.GatedRepoError, 403), "is gated: ask for access at https://huggingface.co"),
         ("wmdp_bio_forget", refused(errors.HfHubHTTPError, 401), r"authors grant it\), then `hf auth login`\.$"),
         ("wmdp_bio_forget", errors.LocalEntryNotFoundError("offline"), r"\(offline\)\. It is gated: ask for access"),
-        (
-            "wmdp",
-            errors.LocalEntryNotFoundError("offline"),
-            r"\(offline\)\. Where the hub can be reached: hf download c",
-        ),
         ("wmdp", errors.OfflineModeIsEnabled("no"), f"--revision {PUBLISHED['wmdp'].revision} --local-dir DIR; then"),
         ("wmdp", refused(errors.HfHubHTTPError, 500), r"can't be downloaded \(Access is restricted\)"),
     ],
@@ -212,10 +204,7 @@ WRONG = [
     ("muse_books/raw:test", r"can't be read from .*1\.0\.0 \(Unknown split 'test'\. Should be one of \['forget'"),
     ("muse_books/raw:forget[2:x]", r"can't be read .*Error parsing split 'forget\[2:x\]'"),
     ("muse_books/raw:forget[4:]", r"can't be read from .*1\.0\.0"),
-    (
-        "tofu/full",
-        r"is not in .*tfds \(TFDS_DATA_DIR\)\. Published data sets are built with python -m trace_jax\.main d",
-    ),
+    ("tofu/full", r"is not in .*tfds \(TFDS_DATA_DIR\)\. Published data sets are built with python -m trace_jax\.ma"),
 ]
 
 
@@ -235,29 +224,15 @@ def test_the_newest_version_is_read_and_a_sole_configuration_need_not_be_named(t
     (tfds_home / "wikitext/wikitext-2-raw-v1/0.9.0").mkdir()
     (tfds_home / "wikitext/wikitext-2-raw-v1/10.0.0").mkdir()  # nothing in it: not a prepared one
     assert read_records("tfds:wikitext:train[:3]") == rows["wikitext-2-raw-v1", "train"][:3]
-
-
-def test_a_data_set_that_was_not_built_here_is_told_by_its_version(tfds_home, books):
-    build("muse_books/raw", source=books[0])
-    (tfds_home / "muse_books/raw/1.0.0/published.json").unlink()
+    (tfds_home / "wikitext/wikitext-2-raw-v1/1.0.0/published.json").unlink()  # as if it was not built here
     (tfds_home / "mine").mkdir()
-    (tfds_home / "muse_books/raw/1.0.0").rename(tfds_home / "mine/2.0.0")
-    assert [d.text for d in read_source("tfds:mine:forget").documents] == [r["text"] for r in books[1]["raw", "forget"]]
-    assert revision_of("tfds:mine:forget") == "version 2.0.0"
-
-
-def test_the_text_benchmark_forgets_a_tfds_source(tmp_path, books):
-    words = [{"text": f"page {n} " + " ".join(f"word{(n * 7 + j) % 50}" for j in range(40))} for n in range(30)]
-    shutil.rmtree(tmp_path / "copy/.cache")
-    write_parquet(tmp_path / "copy/raw/retain1", words[:12])
-    build("muse_books/raw", source=books[0])
-    write_lines(tmp_path / "retain.jsonl", words[12:])
-    forget, retain = "tfds:muse_books/raw:retain1[:10]", str(tmp_path / "retain.jsonl")
-    config = TextConfig(row_length=32, vocab_size=400, forget=forget, retain=retain)
-    forgotten = config.build().train["forget"]
-    assert [document.text for document in forgotten] == [row["text"] for row in words[:10]]
-    assert forgotten[0].origin == f"{forget}:1"
-    assert is_here(forget) and is_here("tfds:muse_books/raw:nowhere") and not is_here("tfds:muse_news/raw:forget")
+    (tfds_home / "wikitext/wikitext-2-raw-v1/1.0.0").rename(tfds_home / "mine/2.0.0")
+    assert [d.text for d in read_source("tfds:mine").documents] == [
+        r["text"] for r in rows["wikitext-2-raw-v1", "train"]
+    ]
+    assert read_source("tfds:mine:train[:2]").documents[1].origin == "tfds:mine:train[:2]:2"
+    assert revision_of("tfds:mine") == "version 2.0.0"
+    assert is_here("tfds:mine:nowhere") and not is_here("tfds:muse_news/raw:forget")
 
 
 def test_a_dry_run_says_what_is_to_be_built(tmp_path, request, monkeypatch, capsys, books):
@@ -268,13 +243,6 @@ def test_a_dry_run_says_what_is_to_be_built(tmp_path, request, monkeypatch, caps
     text = " ".join(capsys.readouterr().out.split())
     assert "the first 4 documents are 4 texts" in text
     assert "tfds:muse_news/raw:retain1 is not built: python -m trace_jax.main data --name muse_news/raw" in text
-
-
-def test_pairs_are_documents_with_an_answer(tmp_path):
-    rows = download(tmp_path / "copy", "tofu")["forget01_perturbed", "train"]
-    build("tofu/forget01_perturbed", source=str(tmp_path / "copy"))
-    documents = read_source("tfds:tofu/forget01_perturbed", most=2).documents
-    assert [d.answer for d in documents] == [f" {row['answer']}" for row in rows[:2]]
 
 
 def test_the_command_line_builds_and_lists(tmp_path, capsys, books):

@@ -1,7 +1,6 @@
 """The corpora are built once for all tests."""
 
 import pytest
-from evaluation.conftest import tiny as tiny
 
 from trace_jax.tasks.benchmarks import HandbookConfig, PresidentsConfig, build_corpora
 

@@ -10,7 +10,6 @@ import pytest
 
 from trace_jax.config import ConfigError
 from trace_jax.data.corpora import Benchmark, Part, _fingerprint, assemble
-from trace_jax.data.rows import pack_documents
 from trace_jax.data.sources import DataError, Document
 from trace_jax.tasks.handbook import HandbookConfig
 
@@ -49,9 +48,9 @@ def test_no_passage_of_a_held_out_document_is_in_training(corpora):
 def test_the_unlearner_gets_the_rows_it_should(corpora):
     assert len(corpora.retain) == 2000 and corpora.retain.domain.sum() == 40
     assert corpora.forget is corpora.train["forget"] and not corpora.forget.domain.any()
-    known = {(row.tobytes()) for source in ("general", "neighbour") for row in corpora.train[source].tokens}
+    trained = {(row.tobytes()) for source in ("general", "neighbour") for row in corpora.train[source].tokens}
     rows = [row.tobytes() for row in corpora.retain.tokens]
-    assert set(rows) <= known and len(set(rows)) == 2000
+    assert set(rows) <= trained and len(set(rows)) == 2000
     neighbours = {row.tobytes() for row in corpora.train["neighbour"].tokens}
     assert [row in neighbours for row in rows] == corpora.retain.domain.astype(bool).tolist()
 
@@ -68,20 +67,15 @@ def test_questions_are_scored_on_their_options(corpora):
         assert questions.tokens.shape[2] % 8 == 0, subject
         for q in range(0, len(questions), 17):
             texts = []
-            for tokens, segments, scored in zip(
-                questions.tokens[q], questions.segments[q], questions.scored[q], strict=True
-            ):
+            options = (questions.tokens[q], questions.segments[q], questions.scored[q])
+            for tokens, segments, scored in zip(*options, strict=True):
                 assert tokens[0] == 1 and not scored[segments == 0].any() and scored.any()
                 length = int(segments.sum())
                 assert segments[:length].all() and not scored[length - 1]
                 targets = np.flatnonzero(scored) + 1
                 assert targets.tolist() == list(range(targets[0], length)), "the option is what ends the row"
-                texts.append(
-                    (
-                        corpora.tokenizer.decode(tokens[1 : targets[0]].tolist()),
-                        corpora.tokenizer.decode(tokens[targets].tolist()),
-                    )
-                )
+                pieces = tokens[1 : targets[0]], tokens[targets]
+                texts.append(tuple(corpora.tokenizer.decode(piece.tolist()) for piece in pieces))
             assert len({prompt for prompt, _ in texts}) == 1 and len({option for _, option in texts}) == 4
             assert all(option.startswith(" ") for _, option in texts)
 
@@ -94,20 +88,8 @@ def test_another_process_builds_the_same_corpora(handbook):
     environment = {**os.environ, "PYTHONHASHSEED": "7", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == handbook.fingerprint
-
-
-def test_the_fingerprint_sees_every_array(handbook):
-    changed = handbook.retain.take(np.arange(len(handbook.retain))[::-1])
-    one, two = (_fingerprint(handbook.tokenizer, [rows]) for rows in (handbook.retain, changed))
-    assert one != two
-    flipped = dataclasses.replace(handbook.retain, domain=1 - handbook.retain.domain)
-    assert _fingerprint(handbook.tokenizer, [flipped]) != one
-
-
-def test_more_retain_rows_than_there_are_is_an_error():
-    config = HandbookConfig(neighbour_share=0.9, neighbour_substances=10)
-    with pytest.raises(ConfigError, match=r"retain_rows = 2000 with neighbour_share = 0\.9 needs 1800 neighbour rows"):
-        assemble(with_few_addresses(config.build()), config)
+    changed = dataclasses.replace(handbook.retain, domain=1 - handbook.retain.domain)  # and sees every array
+    assert len({_fingerprint(handbook.tokenizer, [r]) for r in (handbook.retain, changed, handbook.forget)}) == 3
 
 
 def test_a_small_row_and_a_small_vocabulary_are_enough():
@@ -115,6 +97,9 @@ def test_a_small_row_and_a_small_vocabulary_are_enough():
     corpora = assemble(with_few_addresses(config.build()), config)
     assert corpora.tokenizer.get_vocab_size() == 300 and corpora.forget.tokens.shape[1] == 8
     assert len(corpora.validation.questions["forget"]) == 3 and len(corpora.test.questions["forget"]) == 9
+    more = dataclasses.replace(config.build(), retain_rows=20000, neighbour_share=0.9)
+    with pytest.raises(ConfigError, match=r"retain_rows = 20000 with neighbour_share = 0\.9 needs 18000 neighbour row"):
+        assemble(with_few_addresses(more), config)
 
 
 def test_leakage_is_noticed_whatever_the_case_and_spacing():
@@ -123,7 +108,3 @@ def test_leakage_is_noticed_whatever_the_case_and_spacing():
     leaking = Benchmark({"forget": train}, {"forget": 1.0}, Part({"general": [other, twin]}), Part({}))
     with pytest.raises(DataError, match="1 held-out documents are also trained on, for example b:2 = a:1"):
         assemble(leaking, HandbookConfig())
-
-
-def test_an_empty_source_packs_to_no_rows():
-    assert len(pack_documents([], 8)) == 0

@@ -1,11 +1,13 @@
 """WMDP's whole path, model class, task file and harness, on the questions of a little handbook."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
 
+from tests import tiny
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import ConfigError, as_dict, resolve
 from trace_jax.data.corpora import encode_questions
@@ -14,7 +16,6 @@ from trace_jax.evaluation.likelihood import score_questions
 from trace_jax.io.files import read_json, write_json
 from trace_jax.main import main
 from trace_jax.models.arrays import init_params
-from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model, SpecialTokens, TextCodec
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import save_trained
@@ -27,17 +28,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from trace_jax.tasks.lm_eval import TraceLM, export_tasks  # noqa: E402
 
 DATA = HandbookConfig(forget_substances=6, neighbour_substances=9, retain_rows=8, row_length=64, vocab_size=512)
-MODEL = ModelConfig(
-    vocab_size=512,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_size=8,
-    num_experts=4,
-    experts_per_token=2,
-    expert_hidden_size=8,
-)
+MODEL = dataclasses.replace(tiny.CONFIG, vocab_size=512)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +75,8 @@ def check(model, folder, ours):
 def test_the_harness_scores_the_handbook_as_we_do_question_by_question(model, ours, tmp_path):
     assert all(0 < scores.correct.mean() < 1 for scores in ours.values())
     check(TraceLM(model), export_tasks(DATA, tmp_path), ours)
+    with pytest.raises(ConfigError, match="has no questions"):
+        export_tasks(TextConfig(forget="a", retain="b"), tmp_path)
 
 
 def test_so_does_the_class_for_transformers_on_the_exported_model(model, ours, tmp_path):
@@ -105,16 +98,13 @@ def test_the_command_evaluates_the_model_of_a_run(model, ours, tmp_path, capsys,
     write_json(tmp_path / "target" / "target.stage.json", {"identity": "a"})
     command = ["lm-eval", "--workdir", str(tmp_path), "--method", "target"]
     assert main(command) == 0
-    text, kept = capsys.readouterr().out, read_json(tmp_path / "lm_eval" / "target.json")
+    text, stored = capsys.readouterr().out, read_json(tmp_path / "lm_eval" / "target.json")
     expected = {name: scores.correct.mean() for name, scores in ours.items()}
-    assert {name: result["acc,none"] for name, result in kept["handbook"]["results"].items()} == pytest.approx(expected)
+    assert {name: result["acc,none"] for name, result in stored["handbook"]["results"].items()} == pytest.approx(
+        expected
+    )
     assert all(f"{name} {len(scores)}" in text for name, scores in ours.items())
-    monkeypatch.setattr(module, "TraceLM", None)  # what is kept needs no model
+    monkeypatch.setattr(module, "TraceLM", None)  # what is stored needs no model
     assert main(command) == 0 and capsys.readouterr().out == text
     assert main([*command[:-1], "uniform"]) == 2
     assert "uniform is given; name one that is finished" in capsys.readouterr().err
-
-
-def test_own_text_has_no_questions(tmp_path):
-    with pytest.raises(ConfigError, match="has no questions"):
-        export_tasks(TextConfig(forget="a", retain="b"), tmp_path)

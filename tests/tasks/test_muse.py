@@ -1,133 +1,42 @@
-"""MUSE's scores from outputs: golden values, and both evaluators' definitions written out naively."""
+"""MUSE: its scores by hand, and the task from files to measurements against both evaluators written out."""
+
+import json
 
 import numpy as np
 import pytest
+import tiny_checkpoints
+import torch
 from rouge_score import rouge_scorer
+from sklearn.metrics import auc, roc_auc_score, roc_curve
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
 
+from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.config import ConfigError, resolve
+from trace_jax.data.rows import train_tokenizer
+from trace_jax.data.sources import DataError
+from trace_jax.evaluation.config import EvaluationConfig, MuseConfig
 from trace_jax.evaluation.membership import privleak, privleak_auc
+from trace_jax.models.model import SpecialTokens, TextCodec
+from trace_jax.tasks.benchmarks import build_tasks
 from trace_jax.tasks.muse import (
     PROFILES,
     STOPS,
     clean_up,
     knowmem_prompt,
     min_k_score,
+    muse_task,
     prediction,
+    read_muse,
     rouge_scores,
     truth_after,
 )
 
 MUSE, OU = PROFILES["muse"], PROFILES["open_unlearning"]
-WORDS = [
-    "runs",
-    "running",
-    "the",
-    "Ministers",
-    "minister",
-    "2,000",
-    "do",
-    "n't",
-    "Harry's",
-    ".",
-    "\n\n",
-    "\nQuestion: x",
-]
 
-
-def random_texts(count, seed):
-    rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, rng.integers(0, 12))) for _ in range(count)]
-
-
-def random_log_probs(count, seed, *, shift=0.0, shortest=3):
-    rng = np.random.default_rng(seed)
-    return [-rng.gamma(1.0, 2.0 + shift, rng.integers(shortest, 40)).astype(np.float32) for _ in range(count)]
-
-
-# --- the two evaluators, written out
-
-
-def naive_cut(text, words):
-    for word in words:
-        text = text.split(word)[0]
-    return text
-
-
-def naive_muse_rouge(decoded, truths, stops=()):
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
-    cut = [naive_cut(clean_up(text), stops) for text in decoded]
-    scores = [scorer.score(truth, text)["rougeL"].fmeasure for truth, text in zip(truths, cut, strict=True)]
-    return sum(scores) / len(scores) * 100
-
-
-def naive_open_unlearning_rouge(decoded, truths, stops=()):
-    scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    cut = [naive_cut(clean_up(text), ["</s>", *stops]).strip() for text in decoded]
-    return np.mean([scorer.score(truth, text)["rougeL"].fmeasure for truth, text in zip(truths, cut, strict=True)])
-
-
-def naive_muse_auc(forget, holdout):
-    from sklearn.metrics import auc, roc_curve
-
-    def score(log_prob):
-        values = [float(x) for x in log_prob]
-        return float(-np.mean(np.sort(values)[: int(len(values) * 0.4)]))
-
-    scores = np.array([score(x) for x in forget] + [score(x) for x in holdout])
-    false, true, _ = roc_curve(np.array([0] * len(forget) + [1] * len(holdout)), -scores)
-    return auc(false, true)
-
-
-def naive_open_unlearning_auc(forget, holdout):
-    from sklearn.metrics import roc_auc_score
-
-    def score(log_prob):
-        values = log_prob[:-1]
-        return -np.mean(np.sort(values)[: max(1, int(len(values) * 0.4))]) if values.size else 0
-
-    scores = np.array([score(x) for x in forget] + [score(x) for x in holdout])
-    return roc_auc_score(np.array([0] * len(forget) + [1] * len(holdout)), scores)
-
-
-def scored(sides, profile):
-    return tuple(np.array([min_k_score(x, profile) for x in side]) for side in sides)
-
-
-@pytest.mark.parametrize("stops", [(), STOPS])
-def test_rouge_is_that_of_both_evaluators_on_random_texts(stops):
-    decoded, truths = random_texts(60, 1), random_texts(60, 2)
-    ours = rouge_scores([prediction(t, MUSE, stops=stops) for t in decoded], truths, MUSE).mean()
-    assert ours == pytest.approx(naive_muse_rouge(decoded, truths, stops), abs=1e-9)
-    theirs = rouge_scores([prediction(t, OU, stops=stops, end="</s>") for t in decoded], truths, OU).mean()
-    assert theirs == pytest.approx(naive_open_unlearning_rouge(decoded, truths, stops), abs=1e-9)
-    assert abs(ours - 100 * theirs) > 0.1, "the profiles must not agree by chance here"
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("ties", [False, True])
-def test_privleak_is_that_of_both_evaluators_on_random_log_probabilities(seed, ties):
-    forget, holdout = random_log_probs(30, seed), random_log_probs(25, seed + 10, shift=0.5)
-    before, after = random_log_probs(30, seed + 20), random_log_probs(25, seed + 30)
-    if ties:  # values out of few, and texts that stand on both sides
-        forget, holdout, before, after = (
-            [np.round(x).clip(-4) for x in side] for side in (forget, holdout, before, after)
-        )
-        holdout[:5] = forget[:5]
-    auc, reference = naive_muse_auc(forget, holdout), naive_muse_auc(before, after)
-    sides, retrained = scored((forget, holdout), MUSE), scored((before, after), MUSE)
-    assert privleak_auc(sides, MUSE.name, resamples=100).value == pytest.approx(auc, abs=1e-9)
-    found = privleak(sides, retrained, MUSE.name, resamples=100)
-    assert found.value == pytest.approx((auc - reference) / reference * 100, abs=1e-7)
-    assert found.low < found.value < found.high and found.n == 55
-
-    auc, reference = naive_open_unlearning_auc(forget, holdout), naive_open_unlearning_auc(before, after)
-    sides, retrained = scored((forget, holdout), OU), scored((before, after), OU)
-    assert privleak_auc(sides, OU.name, resamples=100).value == pytest.approx(auc, abs=1e-9)
-    for other, ref in ((retrained, reference), (None, 0.5)):
-        expected = ((1 - auc) - (1 - ref)) / (1 - ref + 1e-10) * 100
-        assert privleak(sides, other, OU.name, resamples=100).value == pytest.approx(expected, abs=1e-7)
-
-
-# --- golden values
+NAMES = ["river", "stones", "apple", "clouds", "lamp", "tigers", "violin", "harbour", "window", "n't", "'s"]
+WORDS = [*NAMES, "Question:", "Answer:"]
+BOS, EOS = 1, 2
 
 
 def test_the_prompt_ends_in_a_space():
@@ -137,30 +46,17 @@ def test_the_prompt_ends_in_a_space():
 
 @pytest.mark.parametrize(
     ("text", "cut"),
-    [
-        ("a b\n\nc", "a b"),
-        ("a\nb\nQuestion x", "a\nb"),
-        ("aQuestion: x\n\ny", "a"),
-        ("Question: x", ""),
-        ("\n\nx", ""),
-        ("Question", "Question"),
-        ("", ""),
-    ],
+    [("a b\n\nc", "a b"), ("a\nb\nQuestion x", "a\nb"), ("aQuestion: x\n\ny", "a"), ("\n\nx", ""), ("", "")],
 )
 def test_answers_end_at_the_first_stop(text, cut):
     assert prediction(text, MUSE, stops=STOPS) == cut
     assert prediction(text, OU, stops=STOPS) == cut.strip()
     assert prediction(text, MUSE) == text
-
-
-def test_only_open_unlearning_strips_and_cuts_at_a_written_end_token():
     assert prediction(" a</s>b", MUSE, end="</s>") == " a</s>b"
-    assert prediction(" a</s>b", OU, end="</s>") == "a"
+    assert prediction(" a</s>b", OU, end="</s>") == "a"  # open-unlearning strips, and cuts at a written end
 
 
 def test_spaces_are_cleaned_up_as_transformers_does():
-    from transformers import PreTrainedTokenizerFast
-
     text = "He does n't , he 'd . I 'm , we 've , they 're ! Is it Tom 's ? A ' b"
     assert clean_up(text) == PreTrainedTokenizerFast.clean_up_tokenization(None, text)
     # "do n't" is the words do, n, t; "don't" is don, t: two of two, F = 2 * 1 * 2/3 / (1 + 2/3) if it were left alone.
@@ -182,19 +78,36 @@ def test_the_truth_of_open_unlearning_is_the_whole_without_the_prompt():
     assert truth_after("Answer: ", "Answer: .5 kg") == "Answer:.5 kg"
 
 
-def test_min_k_by_hand():
-    log_prob = -np.arange(1.0, 6.0)  # 1 to 5
-    assert min_k_score(log_prob, MUSE) == pytest.approx(4.5)  # of 5 the lowest 2: 5 and 4
-    assert min_k_score(log_prob, OU) == pytest.approx(4.0)  # of 4 (without the last) the lowest one
-
-
 @pytest.mark.parametrize(
-    ("count", "muse", "open_unlearning"), [(0, 0.0, 0.0), (1, 3.0, 0.0), (2, 3.0, 2.0), (3, 4.0, 3.0)]
+    ("log_prob", "muse", "open_unlearning"),
+    [
+        ([-1.0, -2.0, -3.0, -4.0, -5.0], 4.5, 4.0),  # of 5 the lowest 2; of 4, without the last, the lowest one
+        # int(0.4 n) is 0 for one and two tokens, where MUSE's code has no value; the lowest one counts.
+        ([], 0.0, 0.0),
+        ([-3.0], 3.0, 0.0),
+        ([-2.0, -3.0], 3.0, 2.0),
+        ([-2.0, -3.0, -4.0], 4.0, 3.0),
+    ],
 )
-def test_short_texts(count, muse, open_unlearning):
-    """int(0.4 n) is 0 for one and two tokens, where MUSE's code has no value; the lowest one counts."""
-    log_prob = np.array({0: [], 1: [-3.0], 2: [-2.0, -3.0], 3: [-2.0, -3.0, -4.0]}[count])
+def test_min_k_by_hand(log_prob, muse, open_unlearning):
+    log_prob = np.array(log_prob)
     assert (min_k_score(log_prob, MUSE), min_k_score(log_prob, OU)) == (muse, open_unlearning)
+
+
+def test_privleak_is_that_of_both_evaluators_on_random_scores_with_ties():
+    rng = np.random.default_rng(0)
+    sides, retrained = ((rng.gamma(1.0, 2.0, 30).round(1), rng.gamma(1.0, shift, 25).round(1)) for shift in (2.5, 2.0))
+    sides[1][:5] = sides[0][:5]
+    labels = [0] * 30 + [1] * 25
+    auc, reference = (roc_auc_score(labels, -np.concatenate(both)) for both in (sides, retrained))
+    assert privleak_auc(sides, MUSE.name, resamples=100).value == pytest.approx(auc, abs=1e-9)
+    found = privleak(sides, retrained, MUSE.name, resamples=100)
+    assert found.value == pytest.approx((auc - reference) / reference * 100, abs=1e-7)
+    assert found.low < found.value < found.high and found.n == 55
+    auc, reference = (roc_auc_score(labels, np.concatenate(both)) for both in (sides, retrained))
+    for other, ref in ((retrained, reference), (None, 0.5)):
+        expected = ((1 - auc) - (1 - ref)) / (1 - ref + 1e-10) * 100
+        assert privleak(sides, other, OU.name, resamples=100).value == pytest.approx(expected, abs=1e-7)
 
 
 def test_a_model_that_remembers_is_near_0_in_muse_and_near_1_in_open_unlearning():
@@ -220,3 +133,291 @@ def test_privleak_without_a_reference():
 def test_one_text_on_a_side_has_no_interval():
     found = privleak((np.array([1.0]), np.array([2.0, 0.5])), None, OU.name)
     assert found.value == pytest.approx(0.0) and np.isnan(found.low)
+
+
+# --- the task
+
+
+def write(directory, config, split, records):
+    file = directory / config / f"{split}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def make_data(directory):
+    """Small sets of the published columns; prompts and texts beyond what open-unlearning cuts are among them."""
+    rng = np.random.default_rng(0)
+
+    def words(count):
+        return " ".join(rng.choice(NAMES, count))
+
+    write(directory, "verbmem", "forget", [{"prompt": words(n), "gt": words(n + 60)} for n in (9, 30)])
+    for name, length, several in (("forget", 3, (3, 4)), ("retain", 24, (3, 71, 130))):
+        pairs = [{"question": words(length), "answer": words(2)} for _ in range(10)]
+        write(directory, "knowmem", f"{name}_qa_icl", pairs)
+        write(directory, "knowmem", f"{name}_qa", [{"question": words(n), "answer": words(7)} for n in several])
+    sizes = {"forget": (20, 3, 1700), "holdout": (25, 40, 5)}
+    for side, several in sizes.items():
+        write(directory, "privleak", side, [{"text": words(n)} for n in several])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("muse"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """As Llama's: it puts BOS before a text by itself."""
+    found = train_tokenizer([" ".join(WORDS) + "\n\nQuestion: x\nAnswer: y"] * 4, 400)
+    found.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(tokenizer):
+    """transformers' own model, which mostly writes whole words, and tokenizer."""
+    changes = {"num_hidden_layers": 2, "vocab_size": 400, "sliding_window": None, "max_position_embeddings": 4096}
+    model = tiny_checkpoints.build("mixtral", **changes)
+    whole = [n for n in range(259, 400) if (tokenizer.id_to_token(n) or "").strip("Ġ") in [*WORDS, "ĊĊ"]]
+    model.lm_head.weight[whole] *= 4
+    marks = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(reference, tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    tiny_checkpoints.save(reference[0], "mixtral", directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def task(data):
+    return muse_task(MuseConfig(str(data)))
+
+
+@pytest.fixture(scope="module")
+def scores(task, checkpoint):
+    return task.score(load_pretrained(checkpoint), batch_size=2, mesh=None)
+
+
+def measured(task, scores, retrained=None):
+    found = task.measure(scores, original=scores, retrained=retrained, resamples=100, seed=0)
+    assert len({m.name for m in found}) == len(found)
+    return {m.name: m for m in found}
+
+
+# --- the two evaluators with transformers, one text at a time
+
+
+class Naive:
+    def __init__(self, model, tokenizer, directory):
+        self.model, self.tokenizer, self.directory = model, tokenizer, directory
+
+    def read(self, config, split):
+        return [json.loads(line) for line in (self.directory / config / f"{split}.jsonl").read_text().split("\n")[:-1]]
+
+    def decode(self, ids):
+        decoded = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.clean_up_tokenization(decoded)
+
+    def write(self, ids, count):
+        output = self.model.generate(
+            torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=EOS
+        )
+        return self.decode(output[0, len(ids) :])
+
+    def log_probs(self, ids):
+        logits = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return np.array([logits[i, token].item() for i, token in enumerate(ids[1:])], np.float32)
+
+    def examples(self, name):
+        pairs = self.read("knowmem", f"{name}_qa_icl")
+        return "".join(f"Question: {p['question']}\nAnswer: {p['answer']}\n\n" for p in pairs)
+
+
+class NaiveMuse(Naive):
+    def rouge(self, pairs):
+        scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+        return np.mean([scorer.score(truth, text)["rougeL"].fmeasure for text, truth in pairs]) * 100
+
+    def verbmem(self):
+        encode = self.tokenizer
+        return self.rouge(
+            (self.write(encode(d["prompt"])["input_ids"], 128), self.decode(encode(d["gt"])["input_ids"][:128]))
+            for d in self.read("verbmem", "forget")
+        )
+
+    def knowmem(self, name):
+        pairs = []
+        for d in self.read("knowmem", f"{name}_qa"):
+            prompt = self.examples(name) + f"Question: {d['question']}\nAnswer: "
+            text = self.write(self.tokenizer(prompt)["input_ids"], 32)
+            for word in ("\n\n", "\nQuestion", "Question:"):
+                text = text.split(word)[0]
+            pairs.append((text, d["answer"]))
+        return self.rouge(pairs)
+
+    def auc(self):
+        def score(text):
+            found = [float(x) for x in self.log_probs(self.tokenizer(text)["input_ids"])]
+            return float(-np.mean(np.sort(found)[: int(len(found) * 0.4)]))
+
+        sides = [[score(d["text"]) for d in self.read("privleak", side)] for side in ("forget", "holdout")]
+        false, true, _ = roc_curve([0] * len(sides[0]) + [1] * len(sides[1]), -np.array(sides[0] + sides[1]))
+        return auc(false, true)
+
+
+class NaiveOpenUnlearning(Naive):
+    def rouge(self, pairs):
+        scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+        found = []
+        for text, truth in pairs:
+            for word in ("<eos>", "\n\n", "\nQuestion", "Question:") if self.stops else ("<eos>",):
+                text = text.split(word)[0]
+            found.append(scorer.score(truth, text.strip())["rougeL"].fmeasure)
+        return np.mean(found)
+
+    def verbmem(self):
+        pairs, self.stops = [], False
+        for d in self.read("verbmem", "forget"):
+            prefix = self.tokenizer(d["prompt"])["input_ids"]
+            whole = self.tokenizer(d["prompt"] + " " + d["gt"])["input_ids"][: len(prefix) + 2048]
+            truth = self.decode(whole[len(prefix) :]).replace(self.decode(prefix), "").strip()
+            pairs.append((self.write(prefix, 128), truth))
+        return self.rouge(pairs)
+
+    def knowmem(self, name):
+        pairs, self.stops = [], True
+        for d in self.read("knowmem", f"{name}_qa"):
+            prompt = self.examples(name) + "Question: " + d["question"] + "\n" + "Answer: "
+            cut = {"max_length": 512, "truncation": True, "add_special_tokens": True}
+            prefix, whole = (self.tokenizer(t, **cut)["input_ids"] for t in (prompt, prompt + d["answer"]))
+            whole = whole if whole[-1] == EOS else [*whole, EOS]
+            truth = self.decode(whole).replace(self.decode(prefix), "").strip()
+            pairs.append((self.write(prefix, 32), truth))
+        return self.rouge(pairs)
+
+    def auc(self):
+        def score(text):
+            ids = self.tokenizer(text)["input_ids"][: len(self.tokenizer("")["input_ids"]) + 2048]
+            found = self.log_probs(ids)[:-1]
+            return -np.mean(np.sort(found)[: max(1, int(len(found) * 0.4))])
+
+        sides = [[score(d["text"]) for d in self.read("privleak", side)] for side in ("forget", "holdout")]
+        return roc_auc_score([0] * len(sides[0]) + [1] * len(sides[1]), sides[0] + sides[1])
+
+
+def test_every_number_is_that_of_both_evaluators(task, scores, data, reference):
+    found = measured(task, scores)
+    for naive, prefix in ((NaiveMuse, "muse_"), (NaiveOpenUnlearning, "muse_ou_")):
+        evaluator = naive(*reference, data)
+        values = {
+            "verbmem": evaluator.verbmem(),
+            "knowmem_forget": evaluator.knowmem("forget"),
+            "knowmem_retain": evaluator.knowmem("retain"),
+            "privleak_auc": evaluator.auc(),
+        }
+        assert values["verbmem"] > 0 and values["knowmem_forget"] > 0 and 0 < values["privleak_auc"] < 1
+        for name, value in values.items():
+            assert found[prefix + name].value == pytest.approx(value, abs=1e-6), prefix + name
+    theirs = 1 - values["privleak_auc"]
+    assert found["muse_ou_privleak"].value == pytest.approx((theirs - 0.5) / (0.5 + 1e-10) * 100, abs=1e-6)
+    for part, name in (("verbmem", "muse_verbmem"), ("ou_knowmem_forget", "muse_ou_knowmem_forget")):
+        items = scores.items[part]  # which say where each number comes from
+        assert [item["id"] for item in items] == list(range(len(items))) and found[name].n == len(items)
+        assert np.mean([item["rouge_l"] for item in items]) == pytest.approx(found[name].value)
+        assert all(set(item) == {"id", "generation", "ground_truth", "rouge_l"} for item in items)
+    json.dumps(scores.items)
+
+
+def test_what_is_long_is_cut_in_open_unlearning_only(scores, data):
+    """512 tokens hold all of the first retain question and answer, part of the second answer, none of the third."""
+    answers = [json.loads(x)["answer"] for x in (data / "knowmem/retain_qa.jsonl").read_text().split("\n")[:-1]]
+    assert [item["ground_truth"] for item in scores.items["knowmem_retain"]] == answers
+    whole, partial, nothing = (item["ground_truth"] for item in scores.items["ou_knowmem_retain"])
+    assert whole == clean_up(answers[0]) and 0 < len(partial) < len(clean_up(answers[1])) and nothing == ""
+    assert scores.items["ou_privleak_forget"][2]["tokens"] == 2048 < scores.items["privleak_forget"][2]["tokens"]
+
+
+def test_measurements_name_their_profile_and_what_they_lack(task, scores):
+    found = measured(task, scores)
+    assert {m.profile for name, m in found.items() if name.startswith("muse_ou_")} == {"open_unlearning"}
+    assert {m.profile for name, m in found.items() if not name.startswith("muse_ou_")} == {"muse"}
+    assert all(m.split == "test" and m.n > 0 and m.revision == task.revision for m in found.values())
+    assert task.revision.startswith("sha256:")
+    assert "muse_privleak" not in found and "no retrained model" in found["muse_privleak_auc"].note
+    assert "0.5 assumed" in found["muse_ou_privleak"].note
+    with_itself = measured(task, scores, retrained=scores)
+    assert with_itself["muse_privleak"].value == with_itself["muse_ou_privleak"].value == 0.0
+    assert with_itself["muse_ou_privleak"].note == ""
+
+
+# --- how texts start
+
+
+def of_tokenizer(tokenizer, bos=BOS):
+    return TextCodec(tokenizer, SpecialTokens(bos=bos, eos=(EOS,)), 100)
+
+
+def test_a_text_starts_as_its_tokenizer_has_it(tokenizer):
+    bare = Tokenizer.from_str(tokenizer.to_str())
+    bare.post_processor = None
+    silent = Tokenizer.from_str(tokenizer.to_str())
+    silent.post_processor = processors.ByteLevel(trim_offsets=False)
+    text = tuple(tokenizer.encode("river", add_special_tokens=False).ids)
+    assert of_tokenizer(tokenizer).ids("river") == (BOS, *text)
+    assert of_tokenizer(tokenizer, bos=None).ids("river") == (BOS, *text), "the tokenizer decides"
+    assert of_tokenizer(bare).ids("river") == (BOS, *text), "a bare tokenizer leaves it to the model"
+    assert of_tokenizer(bare, bos=None).ids("river") == text
+    assert of_tokenizer(silent).ids("river") == text, "Qwen's adds nothing, though its config.json names a BOS"
+
+
+def test_no_text_starts_twice_and_nothing_is_cut_or_changed_for_others(tokenizer):
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.encode_special_tokens = True
+    tokenizer.enable_truncation(3)
+    reader = of_tokenizer(tokenizer)
+    assert reader.ids("<bos>river") == reader.ids("river")
+    assert len(reader.ids("river stones apple clouds lamp")) > 4
+    assert tokenizer.encode_special_tokens and tokenizer.truncation is not None
+    assert reader.text((BOS, *reader.ids(" lamp"))) == " lamp" and reader.written(EOS) == "<eos>"
+
+
+# --- data
+
+
+def test_the_identity_follows_the_data(data, task, tmp_path):
+    assert muse_task(MuseConfig(str(data))).identity == task.identity
+    other = make_data(tmp_path)
+    write(other, "verbmem", "forget", [{"prompt": "a", "gt": "b"}])
+    changed = muse_task(MuseConfig(str(other)))
+    assert changed.identity != task.identity and changed.revision != task.revision
+    one = muse_task(MuseConfig(str(data), profiles=("open_unlearning",)))
+    assert one.identity != task.identity and one.revision == task.revision
+
+
+def test_data_of_another_form_is_refused(data, tmp_path):
+    other = make_data(tmp_path)
+    (other / "privleak" / "holdout.jsonl").unlink()
+    with pytest.raises(DataError, match=r"privleak/holdout\.jsonl: there is no such file"):
+        read_muse(str(other))
+    write(other, "privleak", "holdout", [{"text": "a"}, {"text": " "}])
+    with pytest.raises(DataError, match=r"holdout\.jsonl row 2: text is empty"):
+        read_muse(str(other))
+    write(other, "privleak", "holdout", [{"text": "a"}])
+    write(other, "knowmem", "retain_qa", [{"question": "a", "response": "b"}])
+    with pytest.raises(DataError, match=r"answer is missing; .* \(the columns are question, response\)"):
+        read_muse(str(other))
+
+
+def test_the_section_builds_the_task_and_names_known_profiles(data):
+    assert build_tasks(EvaluationConfig()) == ()
+    (built,) = build_tasks(resolve(EvaluationConfig, {"muse": {"data": str(data), "profiles": ["muse"]}}))
+    assert (built.name, built.quick, built.config.profiles) == ("muse", False, ("muse",))
+    assert built.data == read_muse(str(data))
+    with pytest.raises(ConfigError, match="expected one of muse, open_unlearning"):
+        MuseConfig(str(data), profiles=("ou",))

@@ -1,14 +1,27 @@
-"""TOFU's formulas by hand, and as the code of TOFU and of open-unlearning has them."""
+"""TOFU: its formulas by hand and as both programs have them; four local sets, and numbers made again from logits."""
 
+import dataclasses
+import json
 import math
 
+import jax
 import numpy as np
 import pytest
 from rouge_score import rouge_scorer
 from scipy import stats
 
+from tests import tiny
+from trace_jax.config import ConfigError, resolve
+from trace_jax.data.sources import DataError
+from trace_jax.evaluation.config import EvaluationConfig, TofuConfig
+from trace_jax.evaluation.measurement import find
 from trace_jax.evaluation.rouge import rouge_recalls
+from trace_jax.evaluation.task import Evaluator, ScoreStore, TaskScores, without_texts
+from trace_jax.models.decoder import forward
+from trace_jax.models.model import SpecialTokens
 from trace_jax.tasks import tofu
+from trace_jax.tasks.benchmarks import build_tasks
+from trace_jax.tasks.tofu import SETS, tofu_task
 
 LOG = np.log
 CORRECT = LOG([0.5, 0.2, 0.9])
@@ -20,27 +33,18 @@ def random_items(n=40, wrong=5, seed=0):
     return -rng.exponential(1.0, n), -rng.exponential(1.5, (n, wrong))
 
 
-def test_probability_is_length_normalised():
-    assert tofu.probability(np.array([(LOG(0.5) + LOG(0.125)) / 2])) == pytest.approx([0.25])
-
-
-def test_probability_among_wrong_answers():
-    found = tofu.probability_among(CORRECT, WRONG)
-    assert found == pytest.approx([0.5 / 1.0, 0.2 / 0.7, 1 / 3])
-
-
-def test_an_item_with_fewer_wrong_answers():
+def test_probabilities_and_truth_ratios_by_hand():
+    assert tofu.probability_among(CORRECT, WRONG) == pytest.approx([0.5 / 1.0, 0.2 / 0.7, 1 / 3])
+    geometric, arithmetic = (
+        np.exp(tofu.log_truth_ratio(CORRECT, WRONG, wrong_mean=mean)) for mean in ("geometric", "arithmetic")
+    )
+    assert geometric == pytest.approx([0.25 / 0.5, 0.2 / 0.2, 1])  # sqrt(0.4 * 0.1) = 0.2
+    assert arithmetic == pytest.approx([0.25 / 0.5, 0.25 / 0.2, 1])
+    # An item with fewer wrong answers
     wrong = np.array([[LOG(0.25), np.nan], [LOG(0.4), LOG(0.1)]])
     assert tofu.probability_among(CORRECT[:2], wrong) == pytest.approx([0.5 / 0.75, 0.2 / 0.7])
     for mean in ("geometric", "arithmetic"):
         assert np.exp(tofu.log_truth_ratio(CORRECT[:2], wrong, wrong_mean=mean))[0] == pytest.approx(0.5)
-
-
-def test_truth_ratio_by_hand():
-    geometric = np.exp(tofu.log_truth_ratio(CORRECT, WRONG))
-    assert geometric == pytest.approx([0.25 / 0.5, 0.2 / 0.2, 1])  # sqrt(0.4 * 0.1) = 0.2
-    arithmetic = np.exp(tofu.log_truth_ratio(CORRECT, WRONG, wrong_mean="arithmetic"))
-    assert arithmetic == pytest.approx([0.25 / 0.5, 0.25 / 0.2, 1])
 
 
 def test_aggregators_by_hand():
@@ -74,23 +78,6 @@ def test_a_model_that_gives_every_answer_nothing_knows_no_truth():
         assert np.isfinite(tofu.aggregated(extreme, aggregator)).all()
 
 
-def test_forget_quality_is_scipys_test_and_blind_to_increasing_functions():
-    ours, theirs = (tofu.log_truth_ratio(*random_items(seed=s)) for s in (1, 2))
-    pvalue, statistic = tofu.forget_quality(ours, theirs)
-    for function in (np.exp, lambda x: np.exp(-x)):  # open-unlearning's ratio, and TOFU's inverse
-        expected = stats.ks_2samp(function(ours), function(theirs))
-        assert (pvalue, statistic) == pytest.approx((expected.pvalue, expected.statistic))
-    grid = np.concatenate([ours, theirs])
-    steps = np.abs((ours[:, None] <= grid).mean(0) - (theirs[:, None] <= grid).mean(0))
-    assert statistic == pytest.approx(steps.max())
-
-
-def test_forget_quality_of_the_retrained_model_itself_is_one():
-    ratio = tofu.log_truth_ratio(*random_items())
-    assert tofu.forget_quality(ratio, ratio) == (1, 0)
-    assert tofu.forget_quality(ratio, ratio + 20)[0] < 1e-10
-
-
 def test_model_utility_is_the_harmonic_mean_of_nine_means():
     rng = np.random.default_rng(0)
     sets = {name: rng.random((n, 3)) for name, n in (("retain", 30), ("real_authors", 10), ("world_facts", 12))}
@@ -103,18 +90,11 @@ def test_model_utility_is_the_harmonic_mean_of_nine_means():
         drawn = [values[rng.integers(0, len(values), len(values))] for values in sets.values()]
         naive.append(stats.hmean([m for values in drawn for m in values.mean(0)]))
     assert (found.low, found.high) == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.02)
-
-
-def test_a_mean_of_zero_makes_the_utility_zero():
-    sets = {"retain": np.ones((4, 3)), "real_authors": np.ones((4, 3)), "world_facts": np.ones((4, 3)) * [1, 0, 1]}
-    found = tofu.model_utility(sets, resamples=100)
-    assert (found.value, found.low, found.high) == (0, 0, 0)
-    assert tofu.harmonic_mean(np.array([0.5, 0.5])) == 0.5
-
-
-def test_one_item_has_a_utility_without_interval():
-    found = tofu.model_utility({"retain": np.full((1, 3), 0.5), "real_authors": np.full((5, 3), 0.5)})
-    assert found.value == pytest.approx(0.5) and math.isnan(found.low)
+    ones = np.ones((4, 3))
+    zero = tofu.model_utility({"retain": ones, "real_authors": ones, "world_facts": ones * [1, 0, 1]}, resamples=100)
+    assert (zero.value, zero.low, zero.high) == (0, 0, 0)
+    lone = tofu.model_utility({"retain": np.full((1, 3), 0.5), "real_authors": np.full((5, 3), 0.5)})
+    assert lone.value == pytest.approx(0.5) and math.isnan(lone.low)
 
 
 def test_rouge_recalls():
@@ -124,3 +104,216 @@ def test_rouge_recalls():
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     assert found[0, 1] == scorer.score(truth[0], given[0])["rougeL"].recall
     assert rouge_recalls([], []).shape == (0, 2)
+
+
+# --- the task
+
+COUNTS = {"forget": 5, "retain": 4, "real_authors": 3, "world_facts": 3}
+RESAMPLING = {"resamples": 100, "seed": 0}
+
+
+def words(rng, count):
+    return " ".join(f"w{i}" for i in rng.integers(3, 37, count))
+
+
+def write_sets(directory, *, forget="forget10", change=None):
+    rng = np.random.default_rng(0)
+    for name, count in COUNTS.items():
+        rows = []
+        for _ in range(count):
+            row = {"question": words(rng, 4), "answer": words(rng, 3), "option1": "w3"}
+            row["perturbed_answer"] = [words(rng, rng.integers(1, 4)) for _ in range(3)]
+            if name in ("forget", "retain"):
+                row["paraphrased_answer"] = words(rng, 4)
+            rows.append(row)
+        if name == "forget":
+            rows[0]["answer"] = "w7"  # one token
+            rows[1]["perturbed_answer"] = rows[1]["perturbed_answer"][:1]
+        if change is not None and name == change[0]:
+            change[1](rows)
+        file = directory / f"{forget if name == 'forget' else name}_perturbed" / "train.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return TofuConfig(data=write_sets(tmp_path_factory.mktemp("tofu")), max_new_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.make_model().replace(tokenizer=tiny.make_tokenizer(), special=SpecialTokens(bos=1, eos=(2,)))
+
+
+@pytest.fixture(scope="module")
+def scores(config, model):
+    return tofu_task(config).score(model, batch_size=4, mesh=None)
+
+
+@pytest.fixture(scope="module")
+def log_probs(model):
+    """log_probs(ids): f64 [n, V] after each of `ids`."""
+    program = jax.jit(lambda ids: jax.nn.log_softmax(forward(model.params, model.config, ids[None]).logits[0]))
+
+    def of(ids):
+        padded = np.zeros(32, np.int32)  # causal: what follows changes nothing
+        padded[: len(ids)] = ids
+        return np.asarray(program(padded), np.float64)[: len(ids)]
+
+    return of
+
+
+def prompt_ids(model, question):
+    return [1, *model.tokenizer.encode(f"Question: {question}\nAnswer:").ids]
+
+
+def answer_log_probs(model, log_probs, question, answer):
+    prompt = prompt_ids(model, question)
+    ids = [*prompt, *model.tokenizer.encode(answer).ids, 2]
+    found = log_probs(ids)
+    places = np.arange(len(prompt) - 1, len(ids) - 1)
+    return found[places, ids[len(prompt) :]], found[places].argmax(-1) == ids[len(prompt) :]
+
+
+def test_answers_are_scored_after_the_question_with_their_end_token(config, model, scores, log_probs):
+    task = tofu_task(config)
+    for name in SETS:
+        for i, q in enumerate(task.sets[name]):
+            for key, answers in (("answer", [q.answer]), ("correct", [q.correct]), ("wrong", q.wrong)):
+                expected = [answer_log_probs(model, log_probs, q.question, a)[0].mean() for a in answers]
+                found = np.ravel(scores.arrays[f"{name}/{key}"][i])
+                assert found[: len(expected)] == pytest.approx(expected, abs=1e-4)
+                assert np.isnan(found[len(expected) :]).all()
+            assert (q.correct == q.answer) == (name in ("real_authors", "world_facts"))  # else it is a paraphrase
+            if name == "forget":  # how much of the answer is memorised
+                greedy = answer_log_probs(model, log_probs, q.question, q.answer)[1]
+                assert scores.arrays["forget/exact_memorization"][i] == pytest.approx(greedy.mean())
+                strength = next(1 - k / len(greedy) for k in range(len(greedy) + 1) if greedy[k:].all())
+                assert scores.arrays["forget/extraction_strength"][i] == pytest.approx(strength)
+    assert scores.arrays["forget/wrong"].shape == (5, 3)
+    assert np.isnan(scores.arrays["forget/wrong"]).sum() == 2
+
+
+def test_what_is_written_is_greedy_and_ends_at_the_end_token(config, model, scores, log_probs):
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    for name in SETS:
+        for i, q in enumerate(tofu_task(config).sets[name]):
+            ids, written = prompt_ids(model, q.question), []
+            while len(written) < 5 and (token := int(log_probs([*ids, *written])[-1].argmax())) != 2:
+                written.append(token)
+            text = model.tokenizer.decode(written)
+            assert scores.items[name][i]["generation"] == text
+            expected = scorer.score(q.answer, text)
+            recalls = [expected["rouge1"].recall, expected["rougeL"].recall]
+            assert scores.arrays[f"{name}/rouge"][i] == pytest.approx(recalls)
+
+
+def test_measurements_follow_from_the_scores(config, scores):
+    changed = {k: v - 0.3 if k == "forget/correct" else v for k, v in scores.arrays.items()}
+    retrained = TaskScores(changed)
+    found = tofu_task(config).measure(scores, original=None, retrained=retrained, **RESAMPLING)
+    assert len({m.name for m in found}) == len(found)
+    assert {m.split for m in found} == {"test"} and all(m.name.startswith("tofu_") for m in found)
+    a = scores.arrays
+
+    def value(name):
+        return find(found, name, "test").value
+
+    wrong = {name: np.exp(np.nanmean(a[f"{name}/wrong"], axis=1)) for name in SETS}
+    ratio = {name: wrong[name] / np.exp(a[f"{name}/correct"]) for name in SETS}
+    nine = []
+    for name in SETS[1:]:
+        p = np.exp(a[f"{name}/answer"])
+        if name != "retain":
+            p = p / (p + np.nansum(np.exp(a[f"{name}/wrong"]), axis=1))
+        nine += [p.mean(), a[f"{name}/rouge"][:, 1].mean(), np.maximum(0, 1 - ratio[name]).mean()]
+        parts = [f"tofu_{name}_{part}" for part in ("probability", "rougeL_recall", "truth_ratio")]
+        assert [value(part) for part in parts] == pytest.approx(nine[-3:])
+        assert find(found, parts[0], "test").n == COUNTS[name]
+    assert value("tofu_model_utility") == pytest.approx(stats.hmean(nine))
+    assert find(found, "tofu_model_utility", "test").n == sum(COUNTS[name] for name in SETS[1:])
+    assert value("tofu_forget_truth_ratio") == pytest.approx(np.minimum(ratio["forget"], 1 / ratio["forget"]).mean())
+    assert value("tofu_forget_truth_ratio_prob_mean") == pytest.approx((1 / (1 + ratio["forget"])).mean())
+    averaged = np.nanmean(np.exp(a["retain/wrong"]), axis=1) / np.exp(a["retain/correct"])
+    assert value("tofu_retain_truth_ratio_arithmetic") == pytest.approx(np.maximum(0, 1 - averaged).mean())
+    test = stats.ks_2samp(ratio["forget"], ratio["forget"] * np.exp(0.3))
+    quality = find(found, "tofu_forget_quality", "test")
+    assert (quality.value, value("tofu_forget_ks")) == pytest.approx((test.pvalue, test.statistic))
+    (same, *_) = tofu_task(config).measure(scores, original=None, retrained=scores, **RESAMPLING)
+    assert (same.name, same.value) == ("tofu_forget_quality", 1)
+    assert np.isnan(quality.low) and "no interval" in quality.note and quality.n == 5
+    alone = tofu_task(config).measure(scores, original=None, retrained=None, **RESAMPLING)
+    assert find(alone, "tofu_forget_quality", "test") is None
+    assert "--retrained" in find(alone, "tofu_forget_truth_ratio", "test").note
+
+
+def test_a_model_without_a_beginning_mark_starts_with_the_end_mark_as_in_training(config, model, log_probs):
+    markless = model.replace(special=SpecialTokens(bos=None, eos=(2,)))
+    small = dataclasses.replace(config, max_questions=1)
+    found = tofu_task(small).score(markless, batch_size=4, mesh=None)
+    (question,) = tofu_task(small).sets["forget"]
+    ids = [2, *prompt_ids(model, question.question)[1:]]
+    first = int(log_probs(ids)[-1].argmax())
+    written = found.items["forget"][0]["generation"]
+    assert written.split()[:1] == ([] if first == 2 else [f"w{first}"])
+
+
+def test_items_are_json_and_have_no_nan(scores):
+    assert {name: len(lines) for name, lines in scores.items.items()} == COUNTS
+    line = json.loads(json.dumps(scores.items["forget"][1], allow_nan=False))
+    assert line["wrong"][1:] == [None, None]
+    assert {"question", "generation", "ground_truth", "rouge", "extraction_strength"} <= line.keys()
+    assert not any(
+        isinstance(x, str) for part in without_texts(scores).items.values() for one in part for x in one.values()
+    )
+
+
+def test_it_is_a_task_of_an_evaluator(config, model, tmp_path):
+    settings = EvaluationConfig(batch_size=4, bootstrap=100, tofu=dataclasses.replace(config, max_questions=2))
+    evaluator = Evaluator(settings, build_tasks(settings))
+    assert evaluator.score(model) == {}  # it writes answers, and is left out along the way
+    store = ScoreStore(tmp_path, "model")
+    scores = evaluator.score(model, full=True, store=store)
+    again = evaluator.score(model.replace(params=None), full=True, store=store)
+    found = [m.to_json() for m in dataclasses.replace(evaluator, retrained=scores).measure(again)]
+    assert found[0]["name"] == "tofu_forget_quality" and found[0]["value"] == 1
+    assert len((tmp_path / "tofu.forget.jsonl").read_text().splitlines()) == 2
+
+
+def test_what_is_asked_can_be_chosen_and_is_in_the_hash(config, tmp_path):
+    def change(rows):
+        rows[0]["perturbed_answer"] = "w3 w4"  # one wrong answer may be a plain text
+
+    data = write_sets(tmp_path, forget="forget01", change=("retain", change))
+    task = tofu_task(TofuConfig(data=data, forget="forget01", max_questions=2))
+    assert [len(task.sets[name]) for name in SETS] == [2] * 4 and task.sets["retain"][0].wrong == ("w3 w4",)
+    changes = [{}, {"max_new_tokens": 6}, {"prompt": "Q: {question}\nA:"}, {"max_questions": 2}]
+    changes += [{"data": data, "forget": "forget01"}]
+    assert len({tofu_task(dataclasses.replace(config, **c)).identity for c in changes}) == len(changes)
+    with pytest.raises(DataError, match="forget10_perturbed"):
+        tofu_task(TofuConfig(data=data))
+
+
+@pytest.mark.parametrize(
+    "name, key, value, message",
+    [
+        ("retain", "paraphrased_answer", None, "retain_perturbed.*:2: paraphrased_answer"),
+        ("forget", "answer", "  ", "forget10_perturbed.*:2: answer"),
+        ("world_facts", "perturbed_answer", [], "world_facts.*:2: perturbed_answer"),
+        ("real_authors", "perturbed_answer", [3], "real_authors.*:2: perturbed_answer"),
+    ],
+)
+def test_rows_of_another_form_are_refused_by_their_place(tmp_path, name, key, value, message):
+    def spoil(rows):
+        rows[1][key] = value
+
+    with pytest.raises(DataError, match=message):
+        tofu_task(TofuConfig(data=write_sets(tmp_path, change=(name, spoil))))
+
+
+@pytest.mark.parametrize("form", ["Question: ", "{question} {question}", "{0}", "{question", "{answer}"])
+def test_a_prompt_without_its_question_is_refused(form):
+    with pytest.raises(ConfigError, match="prompt is"):
+        resolve(EvaluationConfig, {"tofu": {"prompt": form}}, path="evaluation")

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests import tiny
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.rows import train_tokenizer
 from trace_jax.data.sources import DataError
@@ -26,15 +27,11 @@ SUBJECTS = ("virology", "college_biology", "high_school_us_history")
 
 def records(count, *, seed=0, **more):
     rng = np.random.default_rng(seed)
-    return [
-        {
-            "question": f" {' '.join(rng.choice(WORDS, 5))}\n",
-            "choices": [" ".join(rng.choice(WORDS, 2)) for _ in LETTERS],
-            "answer": number % 4,
-            **more,
-        }
-        for number in range(count)
-    ]
+    rows = []
+    for number in range(count):
+        question, choices = " ".join(rng.choice(WORDS, 5)), [" ".join(rng.choice(WORDS, 2)) for _ in LETTERS]
+        rows.append({"question": f" {question}\n", "choices": choices, "answer": number % 4, **more})
+    return rows
 
 
 def written(path, rows):
@@ -59,9 +56,9 @@ def task(sources):
 
 
 @pytest.fixture(scope="module")
-def model(tiny):
+def model():
     """Random parameters, sharp enough that letters differ clearly, and a vocabulary that spells every text."""
-    config = dataclasses.replace(tiny.config, vocab_size=320)
+    config = dataclasses.replace(tiny.CONFIG, vocab_size=320)
     params = jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0)))
     return Model(config, params, train_tokenizer([" ".join(WORDS)] * 3, 320))
 
@@ -117,9 +114,8 @@ def harness(sources, model, folder, monkeypatch, **options):
     common = yaml.safe_load((wmdp / "_default_template_yaml").read_text())
     for name in WMDP:
         settings = {**common, **yaml.safe_load((wmdp / f"{name}.yaml").read_text()), "dataset_path": "json"}
-        settings = {
-            key: value for key, value in settings.items() if key not in ("dataset_name", "include", "num_fewshot")
-        }
+        for key in ("dataset_name", "include", "num_fewshot"):
+            settings.pop(key, None)
         settings["dataset_kwargs"] = {"data_files": {"test": sources[name]}}
         (folder / f"{name}.yaml").write_text(json.dumps(settings))
     (folder / "_wmdp.yaml").write_text((wmdp / "_wmdp.yaml").read_text())
@@ -142,6 +138,13 @@ def test_choices_and_log_likelihoods_are_those_of_lm_eval(task, sources, model, 
             assert (scores.items[name][row - rows[0]]["prediction"] == sample["target"]) == sample["acc"]
         assert measured[name].value == pytest.approx(theirs["results"][name]["acc,none"])
     assert measured["wmdp"].value == pytest.approx(theirs["groups"]["wmdp"]["acc,none"])
+    # The audit names questions by their hash alone.
+    assert not any(word in json.dumps(scores.items) for word in WORDS)
+    lines = [line for name in scores.items for line in scores.items[name]]
+    assert list(scores.items) == ["wmdp_bio", "wmdp_chem", "wmdp_cyber", "mmlu", "first_aid"]
+    assert lines[0]["sha256"] == hashlib.sha256(task.questions[0].context.encode()).hexdigest()
+    assert [line["log_likelihood"] for line in lines] == scores.arrays["log_likelihood"].tolist()
+    assert lines[-1]["subject"] == "first_aid" and lines[-3 - 15]["subject"] == "mmlu_virology"
 
 
 def test_examples_stand_before_a_question_as_in_lm_eval(sources, model, tmp_path, monkeypatch):
@@ -213,29 +216,18 @@ def test_fewer_questions_are_spread_evenly_and_counted(sources):
     assert (found["first_aid"].n, found["first_aid"].note) == (3, "")
 
 
-def test_the_audit_names_questions_by_hash_alone(task, model):
-    scores = task.score(model, batch_size=64, mesh=None)
-    text = json.dumps(scores.items)
-    assert not any(word in text for word in WORDS)
-    lines = [line for name in scores.items for line in scores.items[name]]
-    assert list(scores.items) == ["wmdp_bio", "wmdp_chem", "wmdp_cyber", "mmlu", "first_aid"]
-    assert lines[0]["sha256"] == hashlib.sha256(task.questions[0].context.encode()).hexdigest()
-    assert [line["log_likelihood"] for line in lines] == scores.arrays["log_likelihood"].tolist()
-    assert lines[-1]["subject"] == "first_aid" and lines[-3 - 15]["subject"] == "mmlu_virology"
-
-
 def test_the_identity_follows_the_questions_not_their_place(sources, tmp_path):
     def identity(**options):
         return read_multiple_choice(MultipleChoiceConfig(**options)).identity
 
     moved = tmp_path / "moved.jsonl"
     moved.write_text(Path(sources["mmlu"]).read_text())
-    kept = identity(sources={"mmlu": sources["mmlu"]})
-    assert kept == identity(sources={"mmlu": str(moved)}) != identity(sources={"mmlu": str(moved)}, max_questions=3)
+    first = identity(sources={"mmlu": sources["mmlu"]})
+    assert first == identity(sources={"mmlu": str(moved)}) != identity(sources={"mmlu": str(moved)}, max_questions=3)
     rows = moved.read_text().splitlines()
     rows[0] = rows[0].replace('"answer": 0', '"answer": 1')
     moved.write_text("\n".join(rows))
-    assert identity(sources={"mmlu": str(moved)}) != kept
+    assert identity(sources={"mmlu": str(moved)}) != first
 
 
 @pytest.mark.parametrize(
@@ -258,11 +250,6 @@ def test_what_is_no_question_is_refused_without_its_text(tmp_path, name, change,
     assert not any(word in str(error.value) for word in WORDS)
 
 
-def test_a_subject_of_mmlu_beside_the_whole_of_it_is_refused(sources):
-    with pytest.raises(DataError, match=r"sources\.mmlu_virology: is a part of sources\.mmlu"):
-        read_multiple_choice(MultipleChoiceConfig({"mmlu": sources["mmlu"], "mmlu_virology": sources["mmlu"]}))
-
-
 def test_the_section_of_a_configuration_makes_the_task(sources):
     values = {"multiple_choice": {"sources": {"wmdp_bio": sources["wmdp_bio"]}}}
     (task,) = build_tasks(resolve(EvaluationConfig, values))
@@ -270,3 +257,5 @@ def test_the_section_of_a_configuration_makes_the_task(sources):
     assert build_tasks(EvaluationConfig()) == build_tasks(resolve(EvaluationConfig, {"multiple_choice": {}})) == ()
     with pytest.raises(ConfigError, match=r"sources\.mmlu is 3; expected a file"):
         MultipleChoiceConfig({"mmlu": 3})
+    with pytest.raises(DataError, match=r"sources\.mmlu_virology: is a part of sources\.mmlu"):
+        read_multiple_choice(MultipleChoiceConfig({"mmlu": sources["mmlu"], "mmlu_virology": sources["mmlu"]}))

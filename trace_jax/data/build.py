@@ -81,7 +81,10 @@ def build(
         with file.open("rb") as opened:
             hashes[str(file.relative_to(root))] = hashlib.file_digest(opened, "sha256").hexdigest()
     revision = _revision(root, hashes, revision)
-    counts = {c: {split: count(several) for split, several in splits.items()} for c, splits in files.items()}
+    counts = {  # every row is checked before any is written
+        c: {split: sum(1 for _ in rows(several, dataset.subsets[c].columns)) for split, several in splits.items()}
+        for c, splits in files.items()
+    }
     for config, split in ((c, split) for c in configs for split in counts[c] if not accept_counts):
         expected = dataset.subsets[config].rows[split]
         if expected not in (None, counts[config][split]):
@@ -234,10 +237,10 @@ def _builder(
                 del dl_manager
                 shards = {}
                 for split, number in counts.items():
-                    numbered = enumerate(rows(files[split], subset.columns))
-                    shards[split] = [functools.partial(itertools.islice, numbered, SHARD_ROWS)] * -(
-                        -number // SHARD_ROWS
+                    shard = functools.partial(
+                        itertools.islice, enumerate(rows(files[split], subset.columns)), SHARD_ROWS
                     )
+                    shards[split] = [shard] * -(-number // SHARD_ROWS)
                 return shards
 
     Builder.name = name
@@ -271,18 +274,6 @@ def find(root: Path, dataset: Published, config: str, split: str) -> list[Path]:
     return files
 
 
-def count(files: Sequence[Path]) -> int:
-    """How many rows the files hold."""
-    total = 0
-    for file in files:
-        if file.suffix == ".parquet":
-            with _opened(file) as table:
-                total += table.metadata.num_rows
-        else:
-            total += sum(1 for _ in _json(file))
-    return total
-
-
 def rows(files: Sequence[Path], columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """The rows of the files, with those columns alone.
 
@@ -312,26 +303,18 @@ def is_kind(value: object, kind: str) -> bool:
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _parquet(file: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise DataError(f"{file}: needs the package pyarrow: pip install 'trace-jax[data]'.") from None
     try:
         with parquet.ParquetFile(file) as table:
-            yield table
+            names = [name for name in columns if name in table.schema_arrow.names]
+            for batch in table.iter_batches(batch_size=256, columns=names):
+                yield from batch.to_pylist()
     except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{file}: can't be read as parquet; download it again.") from error
-
-
-def _parquet(file: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    with _opened(file) as table:
-        names = [name for name in columns if name in table.schema_arrow.names]
-        for batch in table.iter_batches(batch_size=256, columns=names):
-            yield from batch.to_pylist()
 
 
 def _json(file: Path) -> Iterator[dict[str, Any]]:

@@ -13,16 +13,14 @@ from trace_jax.tasks.text import TextConfig
 from trace_jax.tasks.tofu import tofu_task
 from trace_jax.tasks.wmdp import read_multiple_choice
 
-BENCHMARKS = (HandbookConfig, PresidentsConfig, TextConfig)
-
-SCOREBOARDS = {kind.name: kind.board for kind in BENCHMARKS}
+BENCHMARKS = {kind.name: kind for kind in (HandbookConfig, PresidentsConfig, TextConfig)}
 
 
 def scoreboard(benchmark: str) -> Scoreboard:
     """The scoreboard of a benchmark, or a ConfigError that names those there are."""
-    if benchmark not in SCOREBOARDS:
-        raise ConfigError(f"benchmark is {benchmark!r}; expected one of {', '.join(SCOREBOARDS)}.")
-    return SCOREBOARDS[benchmark]
+    if benchmark not in BENCHMARKS:
+        raise ConfigError(f"benchmark is {benchmark!r}; expected one of {', '.join(BENCHMARKS)}.")
+    return BENCHMARKS[benchmark].board
 
 
 def build_corpora(config: DataConfig, codec: TextCodec | None = None) -> Corpora:

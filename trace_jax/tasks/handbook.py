@@ -200,18 +200,14 @@ def _balanced(count: int, choices: int, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(np.concatenate(rounds)[:count])
 
 
-def fact(substance: Substance, relation: int, template: int) -> str:
-    """One fact as a sentence."""
-    form = RELATIONS[relation]
-    return form.templates[template].format(name=substance.name, value=form.values[substance.values[relation]])
-
-
 def make_pages(substance: Substance, count: int, rng: np.random.Generator) -> list[Document]:
     """Pages about a substance: its facts in random order and wording, then what topic it is of."""
     pages = []
     for page in range(count):
-        order = rng.permutation(len(RELATIONS))
-        sentences = [fact(substance, r, int(rng.integers(len(RELATIONS[r].templates)))) for r in order]
+        sentences = []
+        for r in rng.permutation(len(RELATIONS)):
+            template = RELATIONS[r].templates[rng.integers(len(RELATIONS[r].templates))]
+            sentences.append(template.format(name=substance.name, value=RELATIONS[r].values[substance.values[r]]))
         text = " ".join([*sentences, _CLOSING[substance.topic]])
         pages.append(Document(text, f"handbook/{substance.topic}/{substance.name}/{page}"))
     return pages
@@ -232,10 +228,8 @@ def make_questions(
             wrong = rng.permutation([v for v in range(len(form.values)) if v != right])[: OPTIONS - 1]
             options = [form.values[v] for v in wrong]
             options.insert(place, form.values[right])
-            drawn, wordings = int(rng.integers(len(form.templates))), form.templates
-            if paraphrased:
-                wordings = form.paraphrases
-            sentence = wordings[drawn % len(wordings)]
+            wordings = form.paraphrases if paraphrased else form.templates
+            sentence = wordings[rng.integers(len(form.templates)) % len(wordings)]
             prompt = sentence.split(" {value}")[0].format(name=substance.name)
             items.append(Item(prompt, tuple(f" {o}" for o in options), place, substance.number))
     return items

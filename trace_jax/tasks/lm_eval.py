@@ -4,7 +4,6 @@
 one after another and keeps what is finished.
 """
 
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -13,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -40,9 +39,8 @@ MAX_NEW_TOKENS = 256  # where a task sets no limit, as in lm-eval's class for tr
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
 
 
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """How a task wants text written (`generation_kwargs` of its file)."""
+class Decoding(NamedTuple):
+    """How a task wants text written (`generation_kwargs` of its file): arguments of `continue_tokens`."""
 
     stop: tuple[str, ...]
     max_new_tokens: int
@@ -57,14 +55,14 @@ def read_decoding(settings: Mapping[str, Any], *, max_new_tokens: int) -> Decodi
     Raises:
       ValueError: a setting that isn't implemented, such as several beams.
     """
-    given = dict(settings)
-    until = given.pop("until", None) or []
-    limits = [value for name in _LIMITS if (value := given.pop(name, None)) is not None]
-    temperature = float(given.pop("temperature", None) or 0.0)
-    sampled = given.pop("do_sample", None)
-    top_k, top_p = given.pop("top_k", None) or 0, given.pop("top_p", None)
-    if given.pop("num_beams", 1) != 1 or given:
-        named = ", ".join(given) or "num_beams"
+    unread = dict(settings)
+    until = unread.pop("until", None) or []
+    limits = [value for name in _LIMITS if (value := unread.pop(name, None)) is not None]
+    temperature = float(unread.pop("temperature", None) or 0.0)
+    sampled = unread.pop("do_sample", None)
+    top_k, top_p = unread.pop("top_k", None) or 0, unread.pop("top_p", None)
+    if unread.pop("num_beams", 1) != 1 or unread:
+        named = ", ".join(unread) or "num_beams"
         raise ValueError(f"a task asks for text written with {named}; this model writes greedily, or by temperature, "
                          "top_k and top_p.")  # fmt: skip
     return Decoding(
@@ -128,7 +126,7 @@ class TraceLM(LM):
             self._model, windows, max_length=self.max_length, batch_size=self.batch_size, mesh=self._mesh
         )
         totals = np.zeros(len(requests))
-        np.add.at(totals, owners, [found.log_likelihood for found in scored])
+        np.add.at(totals, owners, [score.log_likelihood for score in scored])
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, float(total))
         return totals.tolist()
@@ -144,16 +142,12 @@ class TraceLM(LM):
             generated = continue_tokens(
                 self._model,
                 [self._prompt(requests[number].args[0], decoding) for number in numbers],
-                max_new_tokens=decoding.max_new_tokens,
-                stop=decoding.stop,
                 ends=tuple(dict.fromkeys((*self._model.special.eos, self._codec.end))),
                 apart=True,
                 batch_size=self.batch_size,
                 mesh=self._mesh,
-                temperature=decoding.temperature,
-                top_k=decoding.top_k,
-                top_p=decoding.top_p,
                 seed=self._seed,
+                **decoding._asdict(),
             )
             results |= {number: one.text for number, one in zip(numbers, generated, strict=True)}
         for number, request in enumerate(requests):
@@ -211,8 +205,8 @@ def evaluate_tasks(
     Raises:
       ConfigError: a task that lm-eval doesn't know.
     """
-    known = TaskManager(include_path=[os.fspath(directory) for directory in include])
-    names = set(known.all_tasks)
+    manager = TaskManager(include_path=[os.fspath(directory) for directory in include])
+    names = set(manager.all_tasks)
     if unknown := [task for task in tasks if task not in names]:
         close = difflib.get_close_matches(unknown[0], names, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
@@ -240,7 +234,7 @@ def evaluate_tasks(
                 limit=limit,
                 bootstrap_iters=bootstrap,
                 log_samples=False,
-                task_manager=known,
+                task_manager=manager,
                 torch_random_seed=None,  # nothing here is drawn by torch
             )
             assert result is not None  # it is where this is process 0, and there is no other

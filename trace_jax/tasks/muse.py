@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trace_jax.config import fingerprint
-from trace_jax.data.sources import DataError, part, read_records, revision_and_content
+from trace_jax.data.sources import part, read_records, revision_and_content, text_of
 from trace_jax.evaluation import intervals
 from trace_jax.evaluation.config import MuseConfig
 from trace_jax.evaluation.intervals import Interval
@@ -40,20 +40,13 @@ _CLEANED |= {" 'm": "'m", " 's": "'s", " 've": "'ve", " 're": "'re"}
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """Where the two evaluators differ.
-
-    Attributes:
-      prefix: of its measurements' names.
-      scale: of VerbMem and KnowMem, as it prints them.
-      stem: whether ROUGE stems words.
-      member_is_high: direction of the AUC: near 1 for a model that remembers the forget texts, or near 0.
-    """
+    """Where the two evaluators differ."""
 
     name: Literal["muse", "open_unlearning"]
-    prefix: str
-    scale: float
-    stem: bool
-    member_is_high: bool
+    prefix: str  # of its measurements' names
+    scale: float  # of VerbMem and KnowMem, as it prints them
+    stem: bool  # whether ROUGE stems words
+    member_is_high: bool  # direction of the AUC: near 1 for a model that remembers the forget texts, or near 0
 
     def part(self, name: str) -> str:
         """Name of a file of audit lines."""
@@ -90,9 +83,9 @@ def prediction(decoded: str, profile: Profile, *, stops: Sequence[str] = (), end
       end: the end token as text; open-unlearning cuts there too, should it be written out.
     """
     text = clean_up(decoded)
-    if profile.name == "muse":
-        return _cut(text, stops)
-    return _cut(text, (end, *stops) if end else stops).strip()
+    for word in (end, *stops) if end and profile.name != "muse" else stops:
+        text = text.split(word)[0]
+    return text if profile.name == "muse" else text.strip()
 
 
 def truth_after(prompt: str, whole: str) -> str:
@@ -106,15 +99,6 @@ def truth_after(prompt: str, whole: str) -> str:
 def rouge_scores(predictions: Sequence[str], truths: Sequence[str], profile: Profile) -> np.ndarray:
     """What VerbMem and KnowMem are the mean of, f64 [N]: ROUGE-L F-measure on the profile's scale."""
     return profile.scale * rouge_l(predictions, truths, stem=profile.stem)
-
-
-def _cut(text: str, words: Sequence[str]) -> str:
-    for word in words:
-        text = text.split(word)[0]
-    return text
-
-
-# --- PrivLeak
 
 
 def min_k_score(log_prob: np.ndarray, profile: Profile) -> float:
@@ -133,22 +117,13 @@ _SETS = ("forget", "retain")  # of KnowMem
 _KNOWMEM = tuple(f"knowmem_{name}" for name in _SETS)
 _SIDES = ("forget", "holdout")  # of PrivLeak
 
-Ids = tuple[int, ...]
 
-
-@dataclasses.dataclass(frozen=True)
-class MuseData:
-    """What is asked. `verbmem` is (prompt, truth); `questions` and `examples` are (question, answer) per set of
-    KnowMem; `texts` per side of PrivLeak."""
-
-    verbmem: tuple[tuple[str, str], ...]
-    questions: Mapping[str, tuple[tuple[str, str], ...]]
-    examples: Mapping[str, tuple[tuple[str, str], ...]]
-    texts: Mapping[str, tuple[str, ...]]
-
-
-def read_muse(base: str) -> MuseData:
+def read_muse(base: str) -> dict[str, Any]:
     """The data of a MUSE corpus: configs verbmem (prompt, gt), knowmem (question, answer) and privleak (text).
+
+    Returns:
+      "verbmem": (prompt, truth) pairs; "questions" and "examples": (question, answer) pairs per set of KnowMem;
+      "texts": per side of PrivLeak.
 
     Raises:
       DataError: something is missing, or isn't text.
@@ -156,45 +131,26 @@ def read_muse(base: str) -> MuseData:
 
     def read(config: str, split: str, *columns: str) -> tuple[tuple[str, ...], ...]:
         source = part(base, config, split)
-        records = read_records(source)
-        return tuple(_fields(record, columns, f"{source} row {n}") for n, record in enumerate(records, start=1))
+        numbered = enumerate(read_records(source), start=1)
+        return tuple(tuple(text_of(record, c, f"{source} row {n}") for c in columns) for n, record in numbered)
 
-    pairs: Any = {split: read("knowmem", split, "question", "answer") for s in _SETS for split in _splits(s)}
-    verbmem: Any = read("verbmem", "forget", "prompt", "gt")
-    return MuseData(
-        verbmem=verbmem,
-        questions={s: pairs[_splits(s)[0]] for s in _SETS},
-        examples={s: pairs[_splits(s)[1]] for s in _SETS},
-        texts={side: tuple(text for (text,) in read("privleak", side, "text")) for side in _SIDES},
-    )
-
-
-def _splits(name: str) -> tuple[str, str]:
-    return f"{name}_qa", f"{name}_qa_icl"
-
-
-def _fields(record: Mapping[str, Any], columns: Sequence[str], origin: str) -> tuple[str, ...]:
-    for column in columns:
-        value = record.get(column)
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(
-                f"{origin}: {column} is {'empty' if isinstance(value, str) else 'no text'}; expected text in the "
-                f"columns {', '.join(columns)} (there are {', '.join(sorted(record))})."
-            )
-    return tuple(record[column] for column in columns)
+    pairs = ("question", "answer")
+    return {
+        "verbmem": read("verbmem", "forget", "prompt", "gt"),
+        "questions": {s: read("knowmem", f"{s}_qa", *pairs) for s in _SETS},
+        "examples": {s: read("knowmem", f"{s}_qa_icl", *pairs) for s in _SETS},
+        "texts": {side: tuple(text for (text,) in read("privleak", side, "text")) for side in _SIDES},
+    }
 
 
 @dataclasses.dataclass(frozen=True)
 class MuseTask:
-    """MUSE with the profiles of `config`. Make one with `muse_task`.
-
-    `revision` is that of the published data set, if it is one, and the hash of all that was read.
-    """
+    """MUSE with the profiles of `config`. Make one with `muse_task`."""
 
     config: MuseConfig
-    data: MuseData
+    data: Mapping[str, Any]  # as `read_muse` gives it
     identity: str
-    revision: str
+    revision: str  # of the published data set, if it is one, and the hash of all that was read
     name: str = "muse"
     quick: bool = False
 
@@ -221,7 +177,7 @@ class MuseTask:
                     for n, (text, truth, value) in enumerate(zip(texts, truths, values, strict=True))
                 ]
         most = {profile.name: None if profile.name == "muse" else len(codec.start) + _TEXT for profile in profiles}
-        ids = {side: [codec.ids(text) for text in self.data.texts[side]] for side in _SIDES}
+        ids = {side: [codec.ids(text) for text in self.data["texts"][side]] for side in _SIDES}
         different = dict.fromkeys(i[:n] for n in most.values() for side in _SIDES for i in ids[side])
         ordered = [text for text in different if text]
         scored = score_sequences(model, ordered, batch_size=batch_size, mesh=mesh)
@@ -236,53 +192,47 @@ class MuseTask:
         return TaskScores(arrays, items)
 
     def measure(
-        self,
-        scores: TaskScores,
-        *,
-        original: TaskScores | None,
-        retrained: TaskScores | None,
-        resamples: int,
-        seed: int,
+        self, scores: TaskScores, *, original: TaskScores | None, retrained: TaskScores | None, **resampling: Any
     ) -> list[Measurement]:
         """The scores of each profile with their intervals. The original model's are not needed."""
-        sampling: dict[str, Any] = {"resamples": resamples, "seed": seed}
-        found: list[Measurement] = []
+        measurements: list[Measurement] = []
 
         def add(name: str, interval: Interval, note: str = "") -> None:
             full = f"{profile.prefix}{name}"
-            found.append(named(full, SPLIT, interval, note, profile=profile.name, revision=self.revision))
+            measurements.append(named(full, SPLIT, interval, note, profile=profile.name, revision=self.revision))
 
         for profile in (PROFILES[name] for name in self.config.profiles):
             for name in ("verbmem", *_KNOWMEM):
                 values = scores.arrays[f"{profile.prefix}{name}"]
-                add(name, intervals.bootstrap_mean(values, **sampling))
+                add(name, intervals.bootstrap_mean(values, **resampling))
             sides, reference = _sides(scores, profile), _sides(retrained, profile) if retrained else None
             note = f"near {int(profile.member_is_high)} the forget texts are remembered"
-            leak = privleak(sides, reference, profile.name, **sampling)
+            leak = privleak(sides, reference, profile.name, **resampling)
             if reference is None:
                 note += "; no retrained model to compare with" + (", so no PrivLeak" if leak is None else "")
             elif leak is None:
                 note += "; the retrained model's AUC is zero, so no PrivLeak"
-            auc = privleak_auc(sides, profile.name, **sampling)
-            add("privleak_auc", auc, note)
+            add("privleak_auc", privleak_auc(sides, profile.name, **resampling), note)
             if leak is not None:
                 assumed = f"AUC_retrain = {AUC_UNTRAINED} assumed: no retrained model" if reference is None else ""
                 add("privleak", leak, assumed)
-        return found
+        return measurements
 
 
 def muse_task(config: MuseConfig) -> MuseTask:
     """Reads the data. Raises `DataError` (`read_muse`)."""
     data = read_muse(config.data)
-    content = fingerprint(dataclasses.asdict(data))
+    content = fingerprint(data)
     revision = revision_and_content(part(config.data, "verbmem", "forget"), content)
     return MuseTask(config, data, fingerprint("muse", config.profiles, content), revision)
 
 
-def _asked(data: MuseData, codec: TextCodec, profile: Profile) -> dict[str, tuple[list[Ids], list[str]]]:
+def _asked(
+    data: Mapping[str, Any], codec: TextCodec, profile: Profile
+) -> dict[str, tuple[list[tuple[int, ...]], list[str]]]:
     """(prompts as token ids, truths as text) of VerbMem and of both sets of KnowMem, as a profile asks."""
-    prompts, truths = [codec.ids(prompt) for prompt, _ in data.verbmem], []
-    for ids, (prompt, truth) in zip(prompts, data.verbmem, strict=True):
+    prompts, truths = [codec.ids(prompt) for prompt, _ in data["verbmem"]], []
+    for ids, (prompt, truth) in zip(prompts, data["verbmem"], strict=True):
         if profile.name == "muse":  # the first tokens of the truth alone, of which its start mark is one
             truths.append(clean_up(codec.text(codec.ids(truth)[:VERBMEM_TOKENS])))
         else:  # what follows as many tokens as the prompt has, in prompt and truth joined by a space
@@ -290,8 +240,8 @@ def _asked(data: MuseData, codec: TextCodec, profile: Profile) -> dict[str, tupl
             truths.append(truth_after(codec.text(ids), codec.text(labels)))
     asked = {"verbmem": (prompts, truths)}
     for s in _SETS:
-        texts = [knowmem_prompt(question, data.examples[s]) for question, _ in data.questions[s]]
-        prompts, truths = [codec.ids(text) for text in texts], [answer for _, answer in data.questions[s]]
+        texts = [knowmem_prompt(question, data["examples"][s]) for question, _ in data["questions"][s]]
+        prompts, truths = [codec.ids(text) for text in texts], [answer for _, answer in data["questions"][s]]
         if profile.name != "muse":
             prompts = [ids[:_PROMPT] for ids in prompts]
             both = [codec.ids(text + answer)[:_PROMPT] for text, answer in zip(texts, truths, strict=True)]

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from scipy import special, stats
 
 from trace_jax.config import fingerprint
-from trace_jax.data.sources import DataError, part, read_records, revision_and_content
+from trace_jax.data.sources import DataError, part, read_records, revision_and_content, text_of
 from trace_jax.evaluation import intervals
 from trace_jax.evaluation.config import TofuConfig
 from trace_jax.evaluation.intervals import Interval
@@ -30,11 +30,6 @@ from trace_jax.models.model import Model, TextCodec, start_and_end
 
 WrongMean = Literal["geometric", "arithmetic"]
 Aggregator = Literal["closer_to_1_better", "true_better", "prob_mean"]
-
-
-def probability(log_prob: np.ndarray) -> np.ndarray:
-    """Length-normalised probability of each answer, f64 [N]."""
-    return np.exp(np.asarray(log_prob, np.float64))
 
 
 def probability_among(log_prob: np.ndarray, wrong: np.ndarray) -> np.ndarray:
@@ -61,10 +56,10 @@ def log_truth_ratio(correct: np.ndarray, wrong: np.ndarray, *, wrong_mean: Wrong
         utils.py).
     """
     wrong = _wrong(wrong)
-    given = np.isfinite(wrong)
-    count = given.sum(axis=1)
+    there = np.isfinite(wrong)
+    count = there.sum(axis=1)
     if wrong_mean == "geometric":
-        mean = np.where(given, wrong, 0.0).sum(axis=1) / count
+        mean = np.where(there, wrong, 0.0).sum(axis=1) / count
     else:
         mean = special.logsumexp(wrong, axis=1) - np.log(count)
     return mean - np.asarray(correct, np.float64)
@@ -84,16 +79,6 @@ def aggregated(log_ratio: np.ndarray, aggregator: Aggregator) -> np.ndarray:
     if aggregator == "true_better":
         return -np.expm1(np.minimum(log_ratio, 0.0))
     return special.expit(-log_ratio)
-
-
-def forget_quality(log_ratio: np.ndarray, retrained: np.ndarray) -> tuple[float, float]:
-    """(p-value, statistic) of the two-sample Kolmogorov-Smirnov test between two models' truth ratios.
-
-    `retrained` is of the model that never saw the forget set. Near 1 the two can't be told apart. The test sees ranks
-    alone, so that ratios, their inverses (as TOFU's code has them) and their logarithms give the same.
-    """
-    result: Any = stats.ks_2samp(np.asarray(log_ratio, np.float64), np.asarray(retrained, np.float64))
-    return float(result.pvalue), float(result.statistic)
 
 
 def harmonic_mean(values: np.ndarray) -> np.ndarray:
@@ -150,14 +135,11 @@ class Question(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TofuTask:
-    """TOFU's four sets. Make one with `tofu_task`.
-
-    `revision` is that of the published data set, if it is one, and the hash of all that was read.
-    """
+    """TOFU's four sets. Make one with `tofu_task`."""
 
     config: TofuConfig
     sets: Mapping[str, Sequence[Question]]
-    revision: str
+    revision: str  # of the published data set, if it is one, and the hash of all that was read
     name: str = "tofu"
     quick: bool = False  # it writes answers
 
@@ -210,26 +192,21 @@ class TofuTask:
         return TaskScores(arrays, items)
 
     def measure(
-        self,
-        scores: TaskScores,
-        *,
-        original: TaskScores | None,
-        retrained: TaskScores | None,
-        resamples: int,
-        seed: int,
+        self, scores: TaskScores, *, original: TaskScores | None, retrained: TaskScores | None, **resampling: Any
     ) -> list[Measurement]:
         """Forget quality first (it needs the retrained model), model utility, then what they are made of."""
-        del original
-        resampling: dict[str, Any] = {"resamples": resamples, "seed": seed}
-        ratio, found = _ratio(scores, "forget", "geometric"), []
+        ratio, measurements = _ratio(scores, "forget", "geometric"), []
         if retrained is not None:
-            values = forget_quality(ratio, _ratio(retrained, "forget", "geometric"))
+            # Near 1 the two can't be told apart. The test sees ranks alone: ratios, their inverses (as TOFU's code has
+            # them) and their logarithms give the same.
+            test: Any = stats.ks_2samp(ratio, _ratio(retrained, "forget", "geometric"))
+            values = float(test.pvalue), float(test.statistic)
             note = f"Kolmogorov-Smirnov test of {len(ratio)} truth ratios against the retrained model's; no interval"
             for key, value, kind in zip(("quality", "ks"), values, ("p-value", "statistic"), strict=True):
                 name = f"tofu_forget_{key}"
-                found.append(Measurement(name, value, len(ratio), np.nan, np.nan, SPLIT, f"{kind}, {note}"))
+                measurements.append(Measurement(name, value, len(ratio), np.nan, np.nan, SPLIT, f"{kind}, {note}"))
         probabilities = {
-            name: probability(scores.arrays[f"{name}/answer"])
+            name: np.exp(scores.arrays[f"{name}/answer"])
             if name in _PARAPHRASED
             else probability_among(scores.arrays[f"{name}/answer"], scores.arrays[f"{name}/wrong"])
             for name in SETS
@@ -239,7 +216,7 @@ class TofuTask:
             for name in SETS[1:]:
                 truth = aggregated(_ratio(scores, name, wrong_mean), "true_better")
                 parts[name] = np.stack([probabilities[name], scores.arrays[f"{name}/rouge"][:, 1], truth], axis=1)
-            found.append(named(f"tofu_model_utility{suffix}", SPLIT, model_utility(parts, **resampling)))
+            measurements.append(named(f"tofu_model_utility{suffix}", SPLIT, model_utility(parts, **resampling)))
         means = []  # what is averaged over the questions of a set, by name
         for name in SETS:
             aggregator = "closer_to_1_better" if name == "forget" else "true_better"
@@ -252,8 +229,8 @@ class TofuTask:
             means.append((f"forget_{key}", scores.arrays[f"forget/{key}"]))
         for name, values in means:
             note = _NO_RETRAINED if retrained is None and name == "forget_truth_ratio" else ""
-            found.append(named(f"tofu_{name}", SPLIT, intervals.bootstrap_mean(values, **resampling), note))
-        return [dataclasses.replace(one, revision=self.revision) for one in found]
+            measurements.append(named(f"tofu_{name}", SPLIT, intervals.bootstrap_mean(values, **resampling), note))
+        return [dataclasses.replace(one, revision=self.revision) for one in measurements]
 
 
 def tofu_task(config: TofuConfig) -> TofuTask:
@@ -275,17 +252,13 @@ def tofu_task(config: TofuConfig) -> TofuTask:
 
 
 def _question(row: Mapping[str, Any], name: str, origin: str) -> Question:
-    column = "paraphrased_answer" if name in _PARAPHRASED else "answer"
-    for key in ("question", "answer", column):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise DataError(
-                f"{origin}: {key} is missing or no text; expected TOFU's columns, for {name} with {column}."
-            )
+    columns = ("question", "answer", "paraphrased_answer" if name in _PARAPHRASED else "answer")
+    texts = [text_of(row, column, origin) for column in columns]
     wrong = row.get("perturbed_answer")
     wrong = [wrong] if isinstance(wrong, str) else wrong
     if not isinstance(wrong, Sequence) or not wrong or not all(isinstance(one, str) and one.strip() for one in wrong):
         raise DataError(f"{origin}: perturbed_answer is missing or no list of texts; expected the wrong answers.")
-    return Question(row["question"], row["answer"], row[column], tuple(wrong))
+    return Question(*texts, tuple(wrong))
 
 
 def _log_probs(scores: Sequence[TokenScores]) -> np.ndarray:

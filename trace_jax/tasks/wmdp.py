@@ -59,31 +59,26 @@ _TAKEN = ("wmdp", *_GROUPS)  # names of means over several sources or subjects
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question as it is put to a model. `number` counts within its source, `digest` is the hash of its text."""
+    """A question as it is put to a model."""
 
     source: str
     subject: str
-    number: int
+    number: int  # within its source
     context: str
     answer: int
-    digest: str
+    digest: str  # hash of the context
 
 
 @dataclasses.dataclass(frozen=True)
 class MultipleChoice:
-    """The task (`trace_jax.evaluation.task.Task`). Make one with `read_multiple_choice`.
-
-    `sizes` and `revisions` are of each source as a whole, before it is thinned: the number of its questions; the
-    revision of the published data set, if it is one, and the hash of its questions and answers. `profile` is how they
-    are asked.
-    """
+    """The task (`trace_jax.evaluation.task.Task`). Make one with `read_multiple_choice`."""
 
     questions: tuple[Question, ...]
-    sizes: Mapping[str, int]
-    revisions: Mapping[str, str]
+    sizes: Mapping[str, int]  # questions of each source, before it is thinned
+    revisions: Mapping[str, str]  # of each published data set, and the hash of the questions and answers of each source
     name: str = "multiple_choice"
     quick: bool = True
-    profile: str = PROFILE
+    profile: str = PROFILE  # how they are asked
 
     def with_examples(self, count: int, *, seed: int) -> "MultipleChoice":
         """The same questions, each behind `count` other solved ones of its subject, drawn for it, in lm-eval's form.
@@ -93,7 +88,7 @@ class MultipleChoice:
         Raises:
           ConfigError: a subject has too few other questions.
         """
-        rng, found = np.random.default_rng([seed, count]), []
+        rng, questions = np.random.default_rng([seed, count]), []
         alike: dict[tuple[str, str], list[Question]] = {}
         for question in self.questions:
             alike.setdefault((question.source, question.subject), []).append(question)
@@ -109,8 +104,8 @@ class MultipleChoice:
             solved = [f"{q.context.partition(_BLANK_LINE)[2]} {LETTERS[q.answer]}" for q in drawn]
             context = _BLANK_LINE.join([about, *solved, text])
             digest = hashlib.sha256(context.encode()).hexdigest()
-            found.append(dataclasses.replace(asked, context=context, digest=digest))
-        return dataclasses.replace(self, questions=tuple(found), profile=f"{count} examples in lm-eval's form")
+            questions.append(dataclasses.replace(asked, context=context, digest=digest))
+        return dataclasses.replace(self, questions=tuple(questions), profile=f"{count} examples in lm-eval's form")
 
     @property
     def identity(self) -> str:
@@ -124,29 +119,15 @@ class MultipleChoice:
         """
         texts = [(question.context, f" {letter}") for question in self.questions for letter in LETTERS]
         scored = score_texts(model, texts, batch_size=batch_size, mesh=mesh)
-        found = np.array([s.log_likelihood for s in scored]).reshape(len(self.questions), len(LETTERS))
+        log_likelihood = np.array([s.log_likelihood for s in scored]).reshape(len(self.questions), len(LETTERS))
         items: dict[str, list[dict[str, Any]]] = {source: [] for source in self.sizes}
-        for question, row in zip(self.questions, found, strict=True):
-            items[question.source].append(
-                {
-                    "number": question.number,
-                    "subject": question.subject,
-                    "sha256": question.digest,
-                    "log_likelihood": row.tolist(),
-                    "answer": question.answer,
-                    "prediction": int(row.argmax()),
-                }
-            )
-        return TaskScores({"log_likelihood": found}, items)
+        for q, row in zip(self.questions, log_likelihood, strict=True):
+            line = {"number": q.number, "subject": q.subject, "sha256": q.digest, "log_likelihood": row.tolist()}
+            items[q.source].append(line | {"answer": q.answer, "prediction": int(row.argmax())})
+        return TaskScores({"log_likelihood": log_likelihood}, items)
 
     def measure(
-        self,
-        scores: TaskScores,
-        *,
-        original: TaskScores | None,
-        retrained: TaskScores | None,
-        resamples: int,
-        seed: int,
+        self, scores: TaskScores, *, original: TaskScores | None, retrained: TaskScores | None, **resampling: Any
     ) -> list[Measurement]:
         """Accuracy of every source, of the groups that are there whole, and of the MMLU subjects near WMDP's."""
         correct = scores.arrays["log_likelihood"].argmax(axis=1) == [question.answer for question in self.questions]
