@@ -45,32 +45,26 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-_LATENT = {
-    "num_key_value_heads": 4,
+_ROUTED = {
     "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+}
+_LATENT = {
+    **_ROUTED,
+    "num_key_value_heads": 4,
     "kv_lora_rank": 20,
     "q_lora_rank": 28,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 12,
     "v_head_dim": 10,
     "attention_bias": True,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "n_group": 4,
-    "topk_group": 2,
-    "routed_scaling_factor": 1.7,
     "rope_parameters": {**_YARN, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 4.0, "beta_slow": 1.0},
 }
-_CORRECTED = {
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "n_group": 4,
-    "topk_group": 2,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 1.7,
-    "head_dim": 16,
-}
+_CORRECTED = {**_ROUTED, "norm_topk_prob": True, "head_dim": 16}
 _GRANITE = {
     "num_local_experts": 8,
     "attention_bias": True,

@@ -23,20 +23,13 @@ def write(directory, files, weight_map=None, config="{}"):
     return directory
 
 
-def test_one_file(tmp_path):
-    checkpoint = open_checkpoint(write(tmp_path, {"model.safetensors": ONE | TWO}, config='{"model_type": "olmoe"}'))
-    assert checkpoint.config == {"model_type": "olmoe"}
-    assert set(checkpoint.tensors) == {"x", "y"}
-    assert checkpoint.index is None
-
-
-def test_several_files_with_an_index(tmp_path):
+def test_one_file_or_several_with_an_index(tmp_path):
+    config = '{"model_type": "olmoe"}'
+    one = open_checkpoint(write(tmp_path / "one", {"model.safetensors": ONE | TWO}, config=config))
+    assert (one.config, set(one.tensors)) == ({"model_type": "olmoe"}, {"x", "y"})
     files = {"a.safetensors": ONE, "b.safetensors": TWO}
-    checkpoint = open_checkpoint(write(tmp_path, files, {"x": "a.safetensors", "y": "b.safetensors"}))
-    assert {name: tensor.file.path.name for name, tensor in checkpoint.tensors.items()} == {
-        "x": "a.safetensors",
-        "y": "b.safetensors",
-    }
+    several = open_checkpoint(write(tmp_path / "several", files, {"x": "a.safetensors", "y": "b.safetensors"}))
+    assert [tensor.file.path.name for tensor in several.tensors.values()] == ["a.safetensors", "b.safetensors"]
 
 
 @pytest.mark.parametrize("absolute", [False, True], ids=["as given", "made absolute by a config"])
@@ -46,28 +39,20 @@ def test_a_name_of_the_hub_is_no_directory(absolute, tmp_path):
         open_checkpoint(tmp_path / name if absolute else name)
 
 
-def test_a_directory_without_config_json(tmp_path):
-    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
-        open_checkpoint(write(tmp_path, {"model.safetensors": ONE}, config=None))
-
-
-@pytest.mark.parametrize("config", ["{", "[]"])
-def test_a_config_json_that_is_none(config, tmp_path):
-    with pytest.raises(CheckpointError, match=r"config\.json: .*Download it again"):
-        open_checkpoint(write(tmp_path, {"model.safetensors": ONE}, config=config))
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
-def test_a_pickle_is_refused_with_the_way_to_convert_it(name, tmp_path):
-    write(tmp_path, {})
-    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
-    with pytest.raises(CheckpointError, match=rf"holds {name}, a pickle.*save_pretrained"):
-        open_checkpoint(tmp_path)
-
-
-def test_no_tensors_at_all(tmp_path):
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
-        open_checkpoint(write(tmp_path, {}))
+@pytest.mark.parametrize(
+    ("config", "files", "message"),
+    [
+        (None, ["model.safetensors"], r"config\.json is missing"),
+        ("{", ["model.safetensors"], r"config\.json: .*Download it again"),
+        ("[]", ["model.safetensors"], r"config\.json: .*Download it again"),
+        ("{}", ["pytorch_model.bin"], r"holds pytorch_model\.bin, a pickle.*save_pretrained"),
+        ("{}", ["consolidated.00.pth"], r"holds consolidated\.00\.pth, a pickle.*save_pretrained"),
+        ("{}", [], r"neither model\.safetensors nor model\.safetensors\.index\.json"),
+    ],
+)
+def test_a_directory_that_is_no_checkpoint(config, files, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(write(tmp_path, dict.fromkeys(files, ONE), config=config))
 
 
 @pytest.mark.parametrize(

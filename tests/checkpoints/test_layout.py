@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,42 +42,15 @@ def test_both_ways_undo_each_other(case):
     np.testing.assert_array_equal(to_params(layout, disk), params)
 
 
-def test_letters_in_parentheses_share_an_axis_slowest_first():
-    layout = parse_layout("(h c) d -> d h c", (5, 2, 3))
-    disk = np.arange(30).reshape(6, 5)
-    params = to_params(layout, disk)
+def test_letters_share_an_axis_slowest_first_number_tensors_or_exist_on_disk_only():
+    layout, disk = parse_layout("(h c) d -> d h c", (5, 2, 3)), np.arange(30).reshape(6, 5)
     assert layout.tensor_shape == (6, 5)
-    for h in range(2):
-        for c in range(3):
-            np.testing.assert_array_equal(params[:, h, c], disk[3 * h + c])
-
-
-def test_letters_that_number_tensors_lead():
-    layout = parse_layout("e g f d -> e d g f", (4, 5, 2, 3), ("e", "g"))
+    for h, c in np.ndindex(2, 3):
+        np.testing.assert_array_equal(to_params(layout, disk)[:, h, c], disk[3 * h + c])
+    layout, disk = parse_layout("e g f d -> e d g f", (4, 5, 2, 3), ("e", "g")), np.arange(120).reshape(4, 2, 3, 5)
     assert layout.tensor_shape == (3, 5)
-    disk = np.arange(120).reshape(4, 2, 3, 5)
     np.testing.assert_array_equal(to_params(layout, disk)[3, :, 1, 2], disk[3, 1, 2])
-
-
-def test_an_axis_of_one_exists_only_on_disk():
-    layout = parse_layout("1 e -> e", (4,))
-    assert layout.tensor_shape == (1, 4)
-    assert to_params(layout, np.zeros((1, 4))).shape == (4,)
-
-
-@pytest.mark.parametrize(
-    ("text", "shape", "separate"),
-    [
-        ("a b -> a", (2,), ()),
-        ("a b", (2, 3), ()),
-        ("a b -> b a", (2, 3, 4), ()),
-        ("a a -> a a", (2, 2), ()),
-        ("a b -> b a", (2, 3), ("b",)),
-    ],
-)
-def test_a_string_that_makes_no_sense_is_refused(text, shape, separate):
-    with pytest.raises(ValueError, match="layout 'a"):
-        parse_layout(text, shape, separate)
+    assert parse_layout("1 e -> e", (4,)).tensor_shape == (1, 4)
 
 
 @settings(deadline=None, max_examples=60)

@@ -9,7 +9,7 @@ from trace_jax.checkpoints.model_card import ModelCard, base_model_of, licence_o
 CARD = ModelCard(
     unlearned="The model was made to forget the presidents.",
     method="trace",
-    settings={"learning_rate": 1e-5, "steps": 40},
+    settings={"learning_rate": 1e-5, "steps": "b | c\nd"},
     measured=[
         {"score": "verbatim memory", "before": 0.91, "after": 0.1},
         {"score": "utility", "before": 0.6, "after": 0.59},
@@ -31,16 +31,12 @@ def test_front_matter_and_tables():
         "The model was made to forget the presidents.",
         "Method: trace, by trace_jax.",
         "| learning_rate | 1e-05 |",
+        "| steps | b \\| c d |",
         "| score | before | after |",
         "| verbatim memory | 0.91 | 0.1 |",
         "3 of 9 tensors differ.",
     ):
         assert line in body.splitlines()
-
-
-def test_a_cell_cannot_break_its_table():
-    card = ModelCard("x", "y", settings={"a": "b | c\nd"})
-    assert "| a | b \\| c d |" in readme(card, base_model=None, licence={}, note="").splitlines()
 
 
 def test_without_a_card_nothing_is_claimed():

@@ -13,18 +13,10 @@ from hypothesis import strategies as st
 from trace_jax.checkpoints.checkpoint import DTYPES, CheckpointError, TensorFile, create_file
 
 TORCH = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
     "BOOL": torch.bool,
+    **{name: getattr(torch, DTYPES[name].name) for name in DTYPES if name[:2] not in ("F8", "BO")},
 }
 
 
@@ -39,17 +31,13 @@ def bits(tensor):
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def save(path, header, data=b"", length=None):
+def save(path, header, data):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
 def entry(shape, begin, end, dtype="U8"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-
-
-def test_all_dtypes_are_covered():
-    assert set(TORCH) == set(DTYPES)
 
 
 @pytest.mark.parametrize("name", TORCH)
@@ -73,8 +61,8 @@ def test_written_files_are_those_of_the_library(tmp_path):
     want = {name: numbers(dtype) for name, dtype in TORCH.items()}
     safetensors.torch.save_file(want, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     theirs = TensorFile(tmp_path / "theirs.safetensors")
-    specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in theirs.in_order()}
-    ours = create_file(tmp_path / "ours.safetensors", specs, theirs.metadata)
+    specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in theirs.tensors.values()}
+    ours = create_file(tmp_path / "ours.safetensors", specs, {"format": "pt"})
     for name in reversed(list(specs)):  # in any order
         ours.tensors[name].copy(theirs.tensors[name])
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
@@ -93,29 +81,28 @@ def test_a_tensor_can_be_written_in_parts_of_its_type_and_size(tmp_path):
 @pytest.mark.parametrize(
     ("header", "size", "message"),
     [
-        ({"x": entry([4], 0, 4), "y": entry([4], 4, 8)}, 7, "truncated; y ends at byte"),
-        ({"x": entry([4], 0, 4)}, 6, "2 bytes follow the last tensor, x"),
-        ({"x": entry([4], 0, 4), "y": entry([4], 2, 6)}, 6, "the bytes of x and y overlap"),
-        ({"x": entry([4], 0, 4), "y": entry([4], 6, 10)}, 10, "the bytes of x and y leave a gap"),
-        ({"x": entry([2, 3], 0, 4)}, 4, r"x is U8\[2, 3\], 6 bytes, but occupies 4"),
-        ({"x": entry([4], 0, 4, "Q7")}, 4, "x has dtype 'Q7'; readable are F64"),
-        ({"x": entry([-4], 0, 4)}, 4, "entry of x is wrong"),
-        ({"x": {"dtype": "U8"}}, 4, "entry of x is wrong"),
-        (b"{not json", 0, "header is not that of a safetensors file"),
-        (b"[]", 0, "header is not that of a safetensors file"),
-        (b'{"x": {}, "x": {}}', 0, "a name occurs twice"),
+        ({"x": entry([4], 0, 4), "y": entry([4], 4, 8)}, 7, "file not fully covered"),
+        ({"x": entry([4], 0, 4)}, 6, "file not fully covered"),
+        ({"x": entry([4], 0, 4), "y": entry([4], 2, 6)}, 6, "invalid offset for tensor `y`"),
+        ({"x": entry([4], 0, 4), "y": entry([4], 6, 10)}, 10, "invalid offset for tensor `y`"),
+        ({"x": entry([2, 3], 0, 4)}, 4, "invalid shape, data type, or offset"),
+        ({"x": entry([4], 0, 2, "F4")}, 2, "x has dtype 'F4'; readable are F64"),
+        ({"x": entry([4], 0, 4, "Q7")}, 4, "unknown variant `Q7`"),
+        ({"x": entry([-4], 0, 4)}, 4, "invalid value: integer `-4`"),
+        (b"{not json", 0, "invalid JSON in header"),
+        (b"[]", 0, "invalid JSON in header"),
     ],
 )
-def test_a_wrong_header_is_refused_with_file_and_tensor(header, size, message, tmp_path):
+def test_a_wrong_header_is_refused_with_its_file(header, size, message, tmp_path):
     save(tmp_path / "m.safetensors", header, bytes(size))
     with pytest.raises(CheckpointError, match=r"m\.safetensors: .*" + message):
         TensorFile(tmp_path / "m.safetensors")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x10\x00", b"\xff" * 8 + b"{}", b"\x10\x00\x00\x00\x00\x00\x00\x00{}"])
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8 + b"{}", b"\x10\x00\x00\x00\x00\x00\x00\x00{}"])
 def test_a_file_without_a_whole_header_is_refused(content, tmp_path):
     (tmp_path / "m.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"m\.safetensors: .*truncated, or no safetensors"):
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: .*header.*cut short on its way"):
         TensorFile(tmp_path / "m.safetensors")
 
 

@@ -11,7 +11,7 @@ from tests.run.toy import experiment, numbers, on_one_device
 from trace_jax.checkpoints import state
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.checkpoints.params import load_params, save_params
+from trace_jax.checkpoints.state import load_params, save_params
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import DataError, read_source
 from trace_jax.io import files

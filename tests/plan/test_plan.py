@@ -167,7 +167,7 @@ def test_meshes_divide_experts_and_heads(config):
 
 
 def test_a_config_json_alone_is_enough(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["olmoe-1b-7b"].config))
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["olmoe-1b-7b"]))
     changed = resolve(ExperimentConfig, {**CONFIG, "model": {"path": str(tmp_path)}})
     assert shape_of(changed.model).num_experts == 64
 

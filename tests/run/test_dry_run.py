@@ -88,7 +88,7 @@ def test_benchmarks_that_are_not_there_or_no_questions_are_found(tmp_path):
 def test_a_checkpoint_that_is_here_is_looked_at(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(PUBLISHED["olmoe-1b-7b"].config))
+    (folder / "config.json").write_text(json.dumps(PUBLISHED["olmoe-1b-7b"]))
     checked = dry_run(config_of(tmp_path, model={"path": str(folder)}))
     assert len(checked.wrong) == 1 and "has neither model.safetensors" in checked.wrong[0]
     with pytest.raises(ConfigError, match=r"is no mixtral-8x7b \(model\.published\)"):

@@ -1,8 +1,13 @@
 """Published checkpoints: a directory with config.json and one safetensors file, or several with an index.
 
-Safetensors is 8 bytes (length of the header, little-endian), the header (JSON: name -> dtype, shape, data_offsets) and
-the data. It is read and written here because the library's numpy front end can't slice float8, must hold all tensors of
-a file in memory to write it, and reads through a memory map, whose pages count as resident memory of the process.
+A file is opened by the safetensors library, which checks its header. Tensors are read and written here because the
+library can't slice float8, must hold all tensors of a file in memory to write it, and reads through a memory map, whose
+pages count as resident memory of the process.
+
+Quantised tensors are decoded a slice at a time. FP8 as DeepSeek-V3 and MiniMax-M2 are published: float8_e4m3 with one
+scale per block (128 x 128) of the matrix in NAME_scale_inv; value = float8 * scale. MXFP4 as GPT-OSS is published:
+NAME_blocks uint8 [..., C/32, 16] holds two float4_e2m1 a byte, the low half first; value = float4 * 2^(scale - 127),
+one uint8 of NAME_scales [..., C/32] for 32 numbers (OCP Microscaling Formats 1.0).
 """
 
 import dataclasses
@@ -16,11 +21,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from trace_jax.io.files import is_remote
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth")
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -35,8 +40,13 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_SPELLING = {dtype: name for name, dtype in DTYPES.items()}
 _COPY_BYTES = 2**23
+METHODS = ("fp8", "mxfp4")
+_FLOAT8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+_FLOAT4 = np.concatenate([_FLOAT4, -_FLOAT4])
+# Both numbers of every byte, as one 8-byte item, so that one look-up decodes two.
+_PAIRS = np.stack([np.tile(_FLOAT4, 16), np.repeat(_FLOAT4, 16)], axis=-1).view(np.complex64).reshape(256)
 
 
 class CheckpointError(ValueError):
@@ -54,119 +64,123 @@ class Tensor:
     offset: int
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
     @property
     def parts(self) -> "tuple[Tensor, ...]":
         """The tensors on disk that it consists of (a quantised one has two)."""
         return (self,)
 
-    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The numbers `start` to `stop` of the tensor in row-major order, as a fresh 1-D array."""
-        stop = math.prod(self.shape) if stop is None else stop
-        out = np.empty(stop - start, self.dtype)
-        self.read_into(out.view(np.uint8), start)
-        return out
-
-    def write(self, array: np.ndarray, start: int = 0) -> None:
-        """Writes `array` (of the tensor's type) as the numbers from `start` on, in row-major order."""
-        if array.dtype != self.dtype or start + array.size > math.prod(self.shape):
-            raise ValueError(
-                f"{self.name} is {self.dtype}{list(self.shape)}; got {array.dtype}{list(array.shape)} from {start} on."
-            )
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        _write(self.file.descriptor, data, self.offset + start * self.dtype.itemsize)
-
-    def copy(self, other: "Tensor") -> None:
-        """Writes the bytes of `other`, which has the same type and shape."""
-        step, size = _COPY_BYTES // self.dtype.itemsize, math.prod(self.shape)
-        for start in range(0, size, step):
-            self.write(other.read(start, min(start + step, size)), start)
-
-    def read_into(self, out: np.ndarray, start: int = 0) -> None:
-        """Fills `out` (uint8, contiguous) with the bytes from the number `start` on."""
-        position, left = self.offset + start * self.dtype.itemsize, out.reshape(-1).data
+    def read(self, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """The numbers `start` to `stop` of the tensor in row-major order, 1-D: in `out` (their bytes, contiguous), if
+        it is there, else fresh."""
+        if out is None:
+            out = np.empty(((self.size if stop is None else stop) - start) * self.dtype.itemsize, np.uint8)
+        left, position = out.data, self._position(start)
         while left:
             count = os.preadv(self.file.descriptor, [left], position)
             if not count:
                 raise CheckpointError(f"{self.file.path}: ends within {self.name}; it was cut short while being read.")
             position, left = position + count, left[count:]
+        return out.view(self.dtype)
+
+    def write(self, array: np.ndarray, start: int = 0) -> None:
+        """Writes `array` (of the tensor's type) as the numbers from `start` on, in row-major order."""
+        if array.dtype != self.dtype or start + array.size > self.size:
+            raise ValueError(
+                f"{self.name} is {self.dtype}{list(self.shape)}; got {array.dtype}{list(array.shape)} from {start} on."
+            )
+        left, position = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, self._position(start)
+        while left:
+            count = os.pwrite(self.file.descriptor, left, position)
+            position, left = position + count, left[count:]
+
+    def copy(self, other: "Tensor") -> None:
+        """Writes the bytes of `other`, which has the same type and shape."""
+        step = _COPY_BYTES // self.dtype.itemsize
+        for start in range(0, self.size, step):
+            self.write(other.read(start, min(start + step, self.size)), start)
+
+    def _position(self, start: int) -> int:
+        return self.offset + start * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """Packed numbers and their scales, two tensors on disk that read as one of float32.
+
+    `block`: rows and columns of a float8 matrix that share a scale; () for MXFP4.
+    """
+
+    data: Tensor
+    scales: Tensor
+    block: tuple[int, ...] = ()
+    dtype = np.dtype(np.float32)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.data, self.scales
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.data.shape
+        return shape if self.block else (*shape[:-2], 32 * shape[-2])
+
+    def read(self, start: int = 0, stop: int | None = None, _out: Any = None) -> np.ndarray:
+        """The numbers `start` to `stop` (whole rows, or multiples of 32) in row-major order, float32 [stop - start]."""
+        stop = math.prod(self.shape) if stop is None else stop
+        if not self.block:
+            values = np.take(_PAIRS, self.data.read(start // 2, stop // 2)).view(np.float32).reshape(-1, 32)
+            exponents = self.scales.read(start // 32, stop // 32).astype(np.int32) - 127
+            return np.ldexp(values, exponents[:, None], out=values).reshape(-1)
+        rows, columns = self.shape[-2:]
+        block_rows, block_columns = self.block
+        values = np.take(_FLOAT8, self.data.read(start, stop).view(np.uint8)).reshape(-1, columns)
+        number = start // columns + np.arange(len(values))
+        block_row = number // rows * math.ceil(rows / block_rows) + number % rows // block_rows
+        scale_columns = math.ceil(columns / block_columns)
+        first, last = int(block_row[0]), int(block_row[-1]) + 1
+        scales = self.scales.read(first * scale_columns, last * scale_columns).astype(np.float32)
+        scales = scales.reshape(-1, scale_columns)[block_row - first]
+        for column in range(scale_columns):
+            values[:, column * block_columns : (column + 1) * block_columns] *= scales[:, column, None]
+        return values.reshape(-1)
+
+
+Readable = Tensor | Quantised
 
 
 class TensorFile:
-    """The header of a safetensors file, checked against the file's size. `tensors` maps names to `Tensor`, which can be
-    written to if the file is `writable`.
+    """A safetensors file. `tensors`, in the order of the file, can be written to if it is `writable`.
 
     Raises:
-      CheckpointError: the file is truncated, longer than its tensors, or its header is wrong; the message names the
-        file and the tensor.
+      CheckpointError: the file is truncated, longer than its tensors, or its header is wrong; the message names it.
     """
 
     def __init__(self, path: str | os.PathLike, *, writable: bool = False):
         self.path = Path(path)
         self.descriptor = os.open(self.path, os.O_RDWR if writable else os.O_RDONLY)
         weakref.finalize(self, os.close, self.descriptor)
-        size = os.fstat(self.descriptor).st_size
-        length = int.from_bytes(os.pread(self.descriptor, 8, 0), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(
-                f"{self.path}: {size} bytes are too few for its header; truncated, or no safetensors."
-            )
-        header = _parse_header(self.path, os.pread(self.descriptor, length, 8))
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        self.tensors = {name: self._tensor(name, entry, 8 + length) for name, entry in header.items()}
-        self._check_offsets(8 + length, size)
-
-    def _tensor(self, name: str, entry: Any, data: int) -> Tensor:
         try:
-            shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-            numbers = (*shape, begin, end)
-            if not all(type(n) is int and n >= 0 for n in numbers):
-                raise ValueError("shape and data_offsets must be whole numbers >= 0")
-            spelling = entry["dtype"]
-        except (TypeError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{self.path}: the header's entry of {name} is wrong ({error!r}).") from error
-        if spelling not in DTYPES:
-            raise CheckpointError(f"{self.path}: {name} has dtype {spelling!r}; readable are {', '.join(DTYPES)}.")
-        tensor = Tensor(self, name, DTYPES[spelling], shape, data + begin)
-        if tensor.nbytes != end - begin:
+            with safe_open(self.path, framework="numpy") as file:
+                slices = {name: file.get_slice(name) for name in file.offset_keys()}
+                specs = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+        except SafetensorError as error:
             raise CheckpointError(
-                f"{self.path}: {name} is {spelling}{list(shape)}, {tensor.nbytes} bytes, but occupies {end - begin}."
-            )
-        return tensor
-
-    def in_order(self) -> list[Tensor]:
-        """The tensors as they lie in the file."""
-        return sorted(self.tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes))
-
-    def _check_offsets(self, data: int, size: int) -> None:
-        end, before = data, "the header"
-        for tensor in self.in_order():
-            if tensor.offset != end:
-                fault = "overlap" if tensor.offset < end else "leave a gap"
-                raise CheckpointError(f"{self.path}: the bytes of {before} and {tensor.name} {fault}.")
-            end, before = tensor.offset + tensor.nbytes, tensor.name
-            if end > size:
-                raise CheckpointError(f"{self.path}: truncated; {before} ends at byte {end}, the file at {size}.")
-        if end != size:
-            raise CheckpointError(f"{self.path}: {size - end} bytes follow the last tensor, {before}.")
-
-
-def _parse_header(path: Path, text: bytes) -> dict:
-    def unique(pairs):
-        names = dict(pairs)
-        if len(names) != len(pairs):
-            raise ValueError("a name occurs twice")
-        return names
-
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-        if not isinstance(header, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise CheckpointError(f"{path}: the header is not that of a safetensors file ({error}).") from error
-    return header
+                f"{self.path}: {error}. It was cut short on its way or is no safetensors file; download it again."
+            ) from None
+        self.tensors: dict[str, Tensor] = {}
+        offset = 8 + int.from_bytes(os.pread(self.descriptor, 8, 0), "little")  # behind the header there are no gaps
+        for name, (dtype, shape) in specs.items():
+            if dtype not in DTYPES:
+                raise CheckpointError(f"{self.path}: {name} has dtype {dtype!r}; readable are {', '.join(DTYPES)}.")
+            self.tensors[name] = Tensor(self, name, DTYPES[dtype], shape, offset)
+            offset += self.tensors[name].nbytes
 
 
 Specs = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # type and shape by name
@@ -174,11 +188,12 @@ Specs = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # type and shape by name
 
 def create_file(path: str | os.PathLike, specs: Specs, metadata: Mapping[str, str]) -> TensorFile:
     """A new safetensors file whose tensors, in this order, are to be written; until then they are zeros."""
+    spellings = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape) in specs.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _SPELLING[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": spellings[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
@@ -187,21 +202,14 @@ def create_file(path: str | os.PathLike, specs: Specs, metadata: Mapping[str, st
     return TensorFile(path, writable=True)
 
 
-def _write(descriptor: int, left: memoryview, position: int) -> None:
-    while left:
-        count = os.pwrite(descriptor, left, position)
-        position, left = position + count, left[count:]
-
-
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """`config` is the parsed config.json; `tensors` has every tensor of every file; `index` is None for one file."""
+    """`config` is the parsed config.json; `tensors` has every tensor of every file, in the order of the files."""
 
     directory: Path
     config: Mapping[str, Any]
     files: tuple[TensorFile, ...]
     tensors: Mapping[str, Tensor]
-    index: Mapping[str, Any] | None
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -225,42 +233,32 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     single, index_path = directory / SINGLE, directory / INDEX
     if single.exists():
         file = TensorFile(single)
-        return Checkpoint(directory, config, (file,), file.tensors, None)
+        return Checkpoint(directory, config, (file,), file.tensors)
     if not index_path.exists():
-        raise _no_tensors(directory)
-    index = read_object(index_path)
-    return Checkpoint(directory, config, *_shards(index_path, index), index)
-
-
-def _shards(index_path: Path, index: Mapping[str, Any]) -> tuple[tuple[TensorFile, ...], dict[str, Tensor]]:
-    shard_of = index.get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
+        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+        if not pickles:
+            raise CheckpointError(f"{directory}: has neither {SINGLE} nor {INDEX}.")
+        raise CheckpointError(
+            f"{directory}: holds {pickles[0]}, a pickle, which can run any code when it is read. Convert it where you "
+            f'trust it: python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained('
+            f"'{directory}', dtype='auto').save_pretrained('CONVERTED')\", and copy the tokenizer's files."
+        )
+    file_of = read_object(index_path).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
         raise CheckpointError(f"{index_path}: weight_map must give each tensor's file.")
     files, tensors = {}, {}
-    for shard in sorted(set(shard_of.values())):
-        path = index_path.parent / shard
-        if path.parent != index_path.parent or not path.is_file():
-            raise CheckpointError(f"{index_path}: names the file {shard}, which isn't there.")
-        files[shard] = TensorFile(path)
-        for name, tensor in files[shard].tensors.items():
-            if name in tensors:
-                raise CheckpointError(f"{path}: {name} is also in {tensors[name].file.path.name}.")
-            tensors[name] = tensor
-    for name, shard in shard_of.items():
-        if name not in files[shard].tensors:
-            raise CheckpointError(f"{index_path}: {name} should be in {shard}, but isn't.")
-    return tuple(files.values()), tensors
-
-
-def _no_tensors(directory: Path) -> CheckpointError:
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
-    if not pickles:
-        return CheckpointError(f"{directory}: has neither {SINGLE} nor {INDEX}.")
-    return CheckpointError(
-        f"{directory}: holds {pickles[0]}, a pickle, which can run any code when it is read. Convert it where you "
-        f"trust it: python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{directory}', "
-        "dtype='auto').save_pretrained('CONVERTED')\", and copy the tokenizer's files."
-    )
+    for name in sorted(set(file_of.values())):
+        path = directory / name
+        if path.parent != directory or not path.is_file():
+            raise CheckpointError(f"{index_path}: names the file {name}, which isn't there.")
+        files[name] = TensorFile(path)
+        if twice := tensors.keys() & files[name].tensors.keys():
+            raise CheckpointError(f"{path}: {min(twice)} is also in {tensors[min(twice)].file.path.name}.")
+        tensors |= files[name].tensors
+    for name, file in file_of.items():
+        if name not in files[file].tensors:
+            raise CheckpointError(f"{index_path}: {name} should be in {file}, but isn't.")
+    return Checkpoint(directory, config, tuple(files.values()), tensors)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -274,3 +272,49 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is no JSON object. Download it again.")
     return value
+
+
+def check_method(config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a config.json with a quantization method that isn't implemented."""
+    method = (config.get("quantization_config") or {"quant_method": METHODS[0]}).get("quant_method")
+    if method not in METHODS:
+        raise CheckpointError(
+            f"config.json: quantization method {method!r} can't be read; supported are {', '.join(METHODS)} and "
+            "unquantised checkpoints."
+        )
+
+
+def fp8_tensor(tensor: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Quantised:
+    """The float8 `tensor` with its scales.
+
+    Raises:
+      CheckpointError: the scales are missing or have another shape than the blocks need.
+    """
+    block = (config.get("quantization_config") or {}).get("weight_block_size")
+    scales = tensors.get(f"{tensor.name}_scale_inv")
+    if not block or scales is None or len(tensor.shape) < 2:
+        raise CheckpointError(
+            f"{tensor.file.path}: {tensor.name} is float8; it needs {tensor.name}_scale_inv in the checkpoint and "
+            "quantization_config.weight_block_size in config.json."
+        )
+    grid = tuple(math.ceil(size / width) for size, width in zip(tensor.shape[-2:], block, strict=True))
+    if scales.shape != (*tensor.shape[:-2], *grid):
+        raise CheckpointError(
+            f"{scales.file.path}: {scales.name} is {list(scales.shape)}, expected {[*tensor.shape[:-2], *grid]}."
+        )
+    return Quantised(tensor, scales, tuple(block))
+
+
+def mxfp4_tensor(name: str, tensors: Mapping[str, Tensor]) -> Quantised:
+    """The tensor `name` from its blocks and scales.
+
+    Raises:
+      CheckpointError: the scales are missing, or the two don't fit each other.
+    """
+    blocks, scales = tensors[f"{name}_blocks"], tensors.get(f"{name}_scales")
+    if scales is None or blocks.shape[-1:] != (16,) or scales.shape != blocks.shape[:-1]:
+        raise CheckpointError(
+            f"{blocks.file.path}: {blocks.name} is {list(blocks.shape)} and {name}_scales "
+            f"{list(scales.shape) if scales else 'missing'}; expected [..., 16] and the same without the 16."
+        )
+    return Quantised(blocks, scales)

@@ -37,8 +37,8 @@ class PretrainedConfig(Section):
         if not self.path and self.published is None:
             raise ConfigError(_NO_PATH)
         for name in ("path", "retrained"):
-            if (given := getattr(self, name)) and not is_remote(given):
-                object.__setattr__(self, name, os.path.abspath(os.path.expanduser(given)))  # `export` may run elsewhere
+            if (path := getattr(self, name)) and not is_remote(path):
+                object.__setattr__(self, name, os.path.abspath(os.path.expanduser(path)))  # `export` may run elsewhere
 
     def shape(self) -> ModelConfig:
         """The model that config.json describes or, without a path, the published one. Weights are not read.
@@ -46,17 +46,17 @@ class PretrainedConfig(Section):
         Raises:
           CheckpointError, ConfigError: config.json is missing, can't be read, or is of another shape than `published`.
         """
-        published = None if self.published is None else published_config(self.published, dtype=self.dtype)
-        if published is not None and not self.path:
-            return dataclasses.replace(published, grouped_matmul=self.grouped_matmul)
-        found = model_config(read_object(Path(self.path) / "config.json"), dtype=self.dtype)
-        if published is not None and (differences := shape_differences(found, published)):
+        published = published_config(self.published, dtype=self.dtype) if self.published else None
+        shape = published
+        if self.path or shape is None:
+            shape = model_config(read_object(Path(self.path) / "config.json"), dtype=self.dtype)
+        if published is not None and (differences := shape_differences(shape, published)):
             raise ConfigError(
                 f"{self.path}: this is no {self.published} (model.published): {'; '.join(differences)}. Give the "
-                f"directory of {PUBLISHED[self.published or ''].repository} or a model trained from it, or "
+                f"directory of {PUBLISHED[self.published or '']['_name_or_path']} or a model trained from it, or "
                 "--config.model.published=None."
             )
-        return dataclasses.replace(found, grouped_matmul=self.grouped_matmul)
+        return dataclasses.replace(shape, grouped_matmul=self.grouped_matmul)
 
     def check(self) -> None:
         """Refuses what a run can't start from, before anything is read or written.
@@ -69,10 +69,8 @@ class PretrainedConfig(Section):
             raise ConfigError(_NO_PATH)
         open_checkpoint(self.path)
         shape = self.shape()
-        if not self.retrained:
-            return
-        found = model_config(open_checkpoint(self.retrained).config, dtype=self.dtype)
-        if differences := shape_differences(found, shape):
+        retrained = model_config(open_checkpoint(self.retrained).config, dtype=self.dtype) if self.retrained else shape
+        if differences := shape_differences(retrained, shape):
             raise ConfigError(
                 f"{self.retrained} (model.retrained) is another model than {self.path}: {'; '.join(differences)}. It "
                 "must be the same one, trained on the same text without the forget set."
@@ -91,8 +89,8 @@ class PretrainedConfig(Section):
         return self._identity(self.retrained) if self.retrained else ""
 
     def _identity(self, path: str) -> str:
-        files = tuple(sorted(Path(path).glob("*.safetensors")))
-        stamps = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+        stats = [file.stat() for file in sorted(Path(path).glob("*.safetensors"))]
+        stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
         return fingerprint(_content(path, stamps), self.dtype, self.grouped_matmul)
 
 

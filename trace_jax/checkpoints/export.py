@@ -24,16 +24,18 @@ from trace_jax.checkpoints.checkpoint import (
     SINGLE,
     Checkpoint,
     CheckpointError,
+    Quantised,
+    Readable,
     Specs,
     Tensor,
     TensorFile,
     create_file,
+    fp8_tensor,
     open_checkpoint,
 )
 from trace_jax.checkpoints.model_card import ModelCard, base_model_of, licence_of, mixtral_config_json, readme
-from trace_jax.checkpoints.parts import PIECE_BYTES, THREADS, on_disk, parts_of, places, take
-from trace_jax.checkpoints.quantized import Readable, fp8_tensor
-from trace_jax.io.files import is_remote
+from trace_jax.checkpoints.parts import PIECE_BYTES, THREADS, parts_of, places, take
+from trace_jax.io.files import free_bytes, is_remote
 from trace_jax.io.progress import progress
 from trace_jax.models.arrays import flat_specs, flatten
 from trace_jax.models.families import FAMILIES, family_of
@@ -41,7 +43,6 @@ from trace_jax.models.model import Model
 from trace_jax.parallel.processes import is_main
 
 SHARD_BYTES = 5 * 10**9
-_BFLOAT16 = DTYPES["BF16"]
 # What travels along with the tensors. Code and weights of other formats don't.
 _ALONG = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 _ALONG += ("vocab*", "merges.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -75,81 +76,74 @@ def save_pretrained(
     """
     if is_remote(path):
         raise CheckpointError(f"{os.fspath(path)}: a checkpoint is exported to a local disk. Copy it there afterwards.")
-    destination, params = Path(path).absolute(), _checked_params(model)
+    destination, params, specs = Path(path).absolute(), flatten(model.params), flat_specs(model.config)
+    if set(params) != set(specs):
+        raise ValueError(f"the parameters {sorted(set(params) ^ set(specs))} don't correspond to the configuration.")
+    for name, leaf in params.items():
+        want = specs[name]
+        if leaf.shape != want.shape or leaf.dtype != want.dtype:
+            raise ValueError(f"{name} is {leaf.dtype}{list(leaf.shape)}, expected {want.dtype}{list(want.shape)}.")
     _check_destination(destination, overwrite=overwrite, source=model.source.directory if model.source else None)
-    accounting, written, merged = None, (), ()
+    checkpoint, written, merged, ignored = None, (), (), {}
     if model.source is None:
         config_json = mixtral_config_json(model.config, model.special)
         written = slots_of(model.config, FAMILIES["mixtral"], ())
         dtypes = {path: np.dtype(leaf.dtype) for path, leaf in params.items()}
-        specs = {name: (dtypes[slot.path], slot.layout.tensor_shape) for slot in written for name in slot.names}
+        files = {name: (dtypes[slot.path], slot.layout.tensor_shape) for slot in written for name in slot.names}
     else:
-        family = family_of({"model_type": model.source.model_type})
-        accounting = account(open_checkpoint(model.source.directory), model.config, family)
-        config_json = dict(accounting.checkpoint.config)
+        family, checkpoint = family_of({"model_type": model.source.model_type}), open_checkpoint(model.source.directory)
+        accounting = account(checkpoint, model.config, family)
+        config_json, readable = dict(checkpoint.config), accounting.readable
         imported = {p: reference() for p, reference in model.source.imported.items()}
         touched = [slot for slot in accounting.slots if params[slot.path] is not imported.get(slot.path)]
-        merged = [slot for slot in touched if not _is_quantised(slot, accounting)]
-        packed = [slot for slot in touched if _is_quantised(slot, accounting)]
-        specs = {t.name: (t.dtype, t.shape) for file in accounting.checkpoint.files for t in file.in_order()}
-        if _write(packed, params, accounting.readable, merge=True, dry=True):
-            quantised = {(slot.path, slot.row) for slot in accounting.slots if _is_quantised(slot, accounting)}
-            slots = slots_of(model.config, family, accounting.readable)
-            written = [slot for slot in slots if (slot.path, slot.row) in quantised]
-            specs = _decoded_specs(specs, written, accounting)
+        packed = [slot for slot in touched if isinstance(readable[slot.names[0]], Quantised)]
+        merged = [slot for slot in touched if isinstance(readable[slot.names[0]], Tensor)]
+        files = {tensor.name: (tensor.dtype, tensor.shape) for tensor in checkpoint.tensors.values()}
+        if _write(packed, params, readable, merge=True, dry=True):
             config_json.pop("quantization_config", None)
-    checkpoint = accounting.checkpoint if accounting else None
-    size = _nbytes(specs)
-    _check_space(destination, size + 2**26)
+            slots = slots_of(model.config, family, readable)
+            written = [slot for slot in slots if isinstance(readable[slot.names[0]], Quantised)]
+            files, ignored = _decoded(files, written, accounting)
+    if (needed := _nbytes(files) + 2**26) > (free := free_bytes(destination)):
+        raise CheckpointError(f"{destination} needs {needed / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB free.")
     with _replacing_directory(destination) as directory:
-        tensors = _lay_out(directory, specs, checkpoint, shard_bytes) if directory else {}
+        tensors = _lay_out(directory, files, checkpoint, shard_bytes) if directory else {}
         changed = _write(written, params, tensors, merge=False) | _write(merged, params, tensors, merge=True)
         if directory is None:
             return
-        if accounting and written:
-            changed |= _decode_ignored(tensors, accounting)
+        for name, tensor in ignored.items():
+            step = max(1, PIECE_BYTES // tensor.shape[-1]) * tensor.shape[-1]
+            for start in range(0, tensor.data.size, step):
+                numbers = tensor.read(start, min(start + step, tensor.data.size))
+                tensors[name].write(numbers.astype(tensors[name].dtype), start)
         _write_others(directory, model, checkpoint, config_json)
         text = readme(
             card,
             base_model=base_model_of(checkpoint.directory, checkpoint.config) if checkpoint else None,
             licence=licence_of(checkpoint.directory) if checkpoint else {},
-            note=_note(len(changed), len(specs), bool(checkpoint), decoded=bool(written)),
+            note=_note(len(changed | ignored.keys()), len(files), bool(checkpoint), decoded=bool(written)),
         )
         (directory / "README.md").write_text(text, encoding="utf-8")
 
 
-def _checked_params(model: Model) -> dict[str, jax.Array]:
-    """The parameters by path. Raises ValueError: they aren't those of the configuration."""
-    params, specs = flatten(model.params), flat_specs(model.config)
-    if set(params) != set(specs):
-        raise ValueError(f"the parameters {sorted(set(params) ^ set(specs))} don't correspond to the configuration.")
-    for path, leaf in params.items():
-        want = specs[path]
-        if leaf.shape != want.shape or leaf.dtype != want.dtype:
-            raise ValueError(f"{path} is {leaf.dtype}{list(leaf.shape)}, expected {want.dtype}{list(want.shape)}.")
-    return params
-
-
-def _is_quantised(slot: Slot, accounting: Accounting) -> bool:
-    return not isinstance(accounting.readable[slot.names[0]], Tensor)
-
-
-def _decoded_specs(specs: Specs, slots: Sequence[Slot], accounting: Accounting) -> dict:
-    """All tensors in the order of the files, quantised ones as bfloat16 and without their scales."""
+def _decoded(
+    specs: Specs, slots: Sequence[Slot], accounting: Accounting
+) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...]]], dict[str, Quantised]]:
+    """All tensors in the order of the files, those of `slots` as bfloat16 and without their scales; and the ignored
+    ones that are decoded too, because config.json no longer says how they are stored."""
+    tensors = accounting.checkpoint.tensors
+    ignored = {
+        name: fp8_tensor(tensors[name], tensors, accounting.checkpoint.config)
+        for name in accounting.ignored
+        if tensors[name].dtype == DTYPES["F8_E4M3"] and f"{name}_scale_inv" in tensors
+    }
     shapes = {name: slot.layout.tensor_shape for slot in slots for name in slot.names}
-    parts = {name: [part.name for part in accounting.readable[name].parts] for name in shapes}
-    for name in accounting.ignored:
-        if specs[name][0] == DTYPES["F8_E4M3"] and f"{name}_scale_inv" in specs:
-            parts[name], shapes[name] = [name, f"{name}_scale_inv"], specs[name][1]
-    names = {data: name for name, (data, _) in parts.items()}
-    scales = {scale for _, scale in parts.values()}
-    decoded = {}
-    for name, spec in specs.items():
-        if name in names:
-            decoded[names[name]] = (_BFLOAT16, shapes[names[name]])
-        elif name not in scales:
-            decoded[name] = spec
-    return decoded
+    decoded, scales = {}, set()
+    for name in [*shapes, *ignored]:
+        data, scale = (ignored.get(name) or accounting.readable[name]).parts
+        decoded[data.name] = name, (DTYPES["BF16"], shapes.get(name, data.shape))
+        scales.add(scale.name)
+    return dict(decoded.get(name, (name, spec)) for name, spec in specs.items() if name not in scales), ignored
 
 
 def _lay_out(directory: Path, specs: Specs, checkpoint: Checkpoint | None, limit: int) -> dict[str, Tensor]:
@@ -162,7 +156,7 @@ def _lay_out(directory: Path, specs: Specs, checkpoint: Checkpoint | None, limit
     sizes = [sum(tensor.nbytes for tensor in file.tensors.values()) for file in checkpoint.files] if checkpoint else []
     if checkpoint and max(sizes) <= limit and specs == {name: (t.dtype, t.shape) for name, t in source.items()}:
         names = [file.path.name for file in checkpoint.files]
-        for name in (*names, *[INDEX] * (checkpoint.index is not None)):
+        for name in (*names, *[INDEX] * (names != [SINGLE])):
             shutil.copyfile(checkpoint.directory / name, directory / name)
         files = [TensorFile(directory / name, writable=True) for name in names]
         return {name: tensor for file in files for name, tensor in file.tensors.items()}
@@ -230,27 +224,13 @@ def _write(
             for part in parts_of(slot, parameter.sharding, parameter.dtype.itemsize):
                 numbers = take(parameter, part)
                 if tensors:
-                    changed.update(pool.map(write, places(part, on_disk(part, numbers))))
+                    changed.update(pool.map(write, places(part, numbers)))
             advance(done + 1, slot.path)
     return {name for name in changed if name}
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(f"u{array.dtype.itemsize}")
-
-
-def _decode_ignored(tensors: Mapping[str, Tensor], accounting: Accounting) -> set[str]:
-    """Writes the float8 tensors that the import ignored as bfloat16, since config.json no longer says how they are."""
-    source, names = accounting.checkpoint.tensors, set()
-    for name in tensors.keys() & accounting.ignored.keys():
-        if tensors[name].dtype != source[name].dtype:
-            packed = fp8_tensor(source[name], source, accounting.checkpoint.config)
-            size, columns = math.prod(packed.shape), packed.shape[-1]
-            step = max(1, PIECE_BYTES // columns) * columns
-            for start in range(0, size, step):
-                tensors[name].write(packed.read(start, min(start + step, size)).astype(_BFLOAT16), start)
-            names.add(name)
-    return names
 
 
 def _write_others(directory: Path, model: Model, checkpoint: Checkpoint | None, config_json: Mapping[str, Any]) -> None:
@@ -299,14 +279,6 @@ def _check_destination(path: Path, *, overwrite: bool, source: Path | None) -> N
         raise CheckpointError(f"{path} is no checkpoint, and is not replaced by one; choose another directory.")
 
 
-def _check_space(path: Path, needed: int) -> None:
-    """Raises CheckpointError if `path`, which need not exist yet, hasn't `needed` bytes free."""
-    there = next(parent for parent in path.parents if parent.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise CheckpointError(f"{path} needs {needed / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free.")
-
-
 @contextlib.contextmanager
 def _replacing_directory(path: Path) -> Iterator[Path | None]:
     """Yields a new directory beside `path`; on success it takes the place of `path`, on any error it vanishes.
@@ -317,17 +289,14 @@ def _replacing_directory(path: Path) -> Iterator[Path | None]:
         yield None
         return
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         if path.exists():
             path.rename(old)
         temporary.rename(path)
-    except BaseException:
+    finally:
         if old.exists() and not path.exists():
             old.rename(path)
-        raise
-    finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

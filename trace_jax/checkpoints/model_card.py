@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,6 @@ class ModelCard:
     method: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     measured: Sequence[Mapping[str, Any]] = ()
-
-
-_LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def readme(card: ModelCard | None, *, base_model: str | None, licence: Mapping[str, str], note: str) -> str:
@@ -62,16 +60,11 @@ def _table(rows: Sequence[Mapping[str, Any]], title: str) -> list[str]:
 
 def licence_of(directory: Path) -> dict[str, str]:
     """The licence fields in the front matter of a checkpoint's README.md; none if it has none."""
-    path = directory / "README.md"
+    path, keys = directory / "README.md", ("license", "license_name", "license_link")
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    found = {}
-    lines = text.splitlines()
-    if lines[:1] == ["---"] and "---" in lines[1:]:
-        for line in lines[1 : lines.index("---", 1)]:
-            key, _, value = line.partition(":")
-            if key in _LICENCE_KEYS and value.strip():
-                found[key] = value.strip().strip("'\"")
-    return found
+    front = re.match(r"---\n(.*?)\n---\s", text, re.DOTALL)
+    pairs = [line.partition(":") for line in front[1].splitlines()] if front else []
+    return {key: value.strip().strip("'\"") for key, _, value in pairs if key in keys and value.strip()}
 
 
 def base_model_of(directory: Path, config_json: Mapping[str, Any]) -> str:
@@ -112,12 +105,8 @@ def mixtral_config_json(config: ModelConfig, special: SpecialTokens) -> dict[str
         "pad_token_id": special.pad,
     }
     read = dataclasses.replace(model_config(fields, dtype=config.dtype), grouped_matmul=config.grouped_matmul)
-    other = [
-        f"{field.name} = {getattr(config, field.name)!r}"
-        for field in dataclasses.fields(config)
-        if getattr(config, field.name) != getattr(read, field.name)
-    ]
-    if other:
+    names = [field.name for field in dataclasses.fields(config)]
+    if other := [f"{n} = {getattr(config, n)!r}" for n in names if getattr(config, n) != getattr(read, n)]:
         raise ConfigError(
             f"a model that was not imported is exported as a mixtral, which can't express {', '.join(other)}."
         )

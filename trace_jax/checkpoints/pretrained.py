@@ -8,12 +8,13 @@ from typing import Any
 from weakref import ref
 
 import jax
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from tokenizers import Tokenizer
 
 from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint, read_object
-from trace_jax.checkpoints.parts import empty, parts_of, place, stream
+from trace_jax.checkpoints.parts import Part, parts_of, place, stream
 from trace_jax.io.progress import progress
 from trace_jax.models.arrays import flat_specs, flatten, unflatten
 from trace_jax.models.families import family_of, model_config
@@ -45,23 +46,31 @@ def load_pretrained(
     Raises:
       CheckpointError: files, tensors or quantization that can't be read; the message names them.
       ConfigError: a model_type or a value of config.json that isn't implemented; the message lists what is.
+      ValueError: a sharded "layers" axis.
     """
     directory = Path(path)
     checkpoint = open_checkpoint(directory)
     config_json = checkpoint.config
     config = dataclasses.replace(model_config(config_json, dtype=dtype), grouped_matmul=grouped_matmul)
     accounting = account(checkpoint, config, family_of(config_json))
-    specs, placing = flat_specs(config), flat_shardings(config, mesh, shardings)
-    parts = [
-        part for slot in accounting.slots for part in parts_of(slot, placing[slot.path], accounting.itemsize(slot))
-    ]
+    specs = flat_specs(config)
+    placing: dict[str, NamedSharding | None] = dict.fromkeys(specs)  # uncommitted on the default device
+    if shardings is not None or mesh is not None:
+        placing = flatten(shardings) if mesh is None else dict(param_shardings(config, mesh))
+    for path, sharding in placing.items():
+        if sharding and specs[path].axes[0] == "layers" and sharding.spec[:1] not in ((), (None,)):
+            raise ValueError(f"{path}: its layers can't be sharded ({sharding.spec}); shard another axis.")
+    parts: list[Part] = []
+    for slot in accounting.slots:
+        parts += parts_of(slot, placing[slot.path], accounting.readable[slot.names[0]].dtype.itemsize)
     tokenizer, special = read_tokenizer(directory), special_tokens(directory, config_json)
     params: dict[str, jax.Array] = {}
     with progress(f"Reading {directory.name}", len(parts), unit="part") as advance:
         for done, (part, numbers) in enumerate(stream(parts, accounting.readable)):
             name = part.slot.path
             if name not in params:
-                params[name] = empty(specs[name].shape, specs[name].dtype, placing[name])
+                make = jax.jit(lax.empty, static_argnums=(0, 1), out_shardings=placing[name])
+                params[name] = make(specs[name].shape, specs[name].dtype)
             params[name] = jax.block_until_ready(place(params[name], numbers, part))
             advance(done + 1, name)
     return Model(
@@ -71,22 +80,6 @@ def load_pretrained(
         special=special,
         source=Source(directory.absolute(), str(config_json["model_type"]), {p: ref(a) for p, a in params.items()}),
     )
-
-
-def flat_shardings(config: Any, mesh: Mesh | None, shardings: Any) -> dict[str, NamedSharding | None]:
-    """The sharding of every parameter by path; None: uncommitted on the default device.
-
-    Raises:
-      ValueError: a sharded "layers" axis.
-    """
-    specs = flat_specs(config)
-    if shardings is None:
-        return dict(param_shardings(config, mesh)) if mesh is not None else dict.fromkeys(specs)
-    flat = flatten(shardings)
-    for path, spec in specs.items():
-        if spec.axes[0] == "layers" and flat[path].spec[:1] not in ((), (None,)):
-            raise ValueError(f"{path}: its layers can't be sharded ({flat[path].spec}); shard another axis.")
-    return flat
 
 
 def read_tokenizer(directory: Path) -> Tokenizer | None:
@@ -107,25 +100,21 @@ def special_tokens(directory: Path, config_json: Mapping[str, Any]) -> SpecialTo
 
     Without a token to fill rows with, the first that ends a text serves.
     """
-    settings = (_json(directory / "generation_config.json"), config_json)
+
+    def read(name: str) -> dict[str, Any]:
+        return read_object(directory / name) if (directory / name).exists() else {}
+
+    tokenizer, texts = None, read("tokenizer_config.json")
     ids: dict[str, Any] = {}
     for kind in ("bos", "eos", "pad"):
-        found = [file[f"{kind}_token_id"] for file in settings if file.get(f"{kind}_token_id") is not None]
-        ids[kind] = found[0] if found else _id_of(directory, f"{kind}_token")
+        values = [file.get(f"{kind}_token_id") for file in (read("generation_config.json"), config_json)]
+        ids[kind] = next((value for value in values if value is not None), None)
+        token = texts.get(f"{kind}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if ids[kind] is None and isinstance(text, str):
+            tokenizer = tokenizer or read_tokenizer(directory)
+            ids[kind] = tokenizer.token_to_id(text) if tokenizer else None
     eos = ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]]
     eos = tuple(int(token) for token in eos if token is not None)
     pad = ids["pad"] if ids["pad"] is not None else next(iter(eos), 0)
     return SpecialTokens(bos=ids["bos"], eos=eos, pad=int(pad))
-
-
-def _id_of(directory: Path, kind: str) -> int | None:
-    token = _json(directory / "tokenizer_config.json").get(kind)
-    text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str):
-        return None
-    tokenizer = read_tokenizer(directory)
-    return tokenizer.token_to_id(text) if tokenizer else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.exists() else {}

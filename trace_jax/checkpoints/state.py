@@ -1,5 +1,7 @@
-"""Training state on disk (Orbax): saved every few steps, restored after any interruption, on any mesh."""
+"""What a run keeps on disk: parameters of a finished stage (one safetensors file, readable by anybody), and training
+state (Orbax), saved every few steps, restored after any interruption, on any mesh."""
 
+import contextlib
 import gc
 import json
 import logging
@@ -8,15 +10,73 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from orbax.checkpoint.options import MultiprocessingOptions
+from safetensors import SafetensorError, safe_open
 
-from trace_jax.io.files import is_remote
-from trace_jax.parallel.processes import all_processes, broadcast_from_process_0
+from trace_jax.checkpoints.checkpoint import create_file
+from trace_jax.io.files import is_remote, local_copy, replacing
+from trace_jax.parallel.mesh import to_host
+from trace_jax.parallel.processes import all_processes, broadcast_from_process_0, is_main
 
 logger = logging.getLogger("trace_jax")
+
+
+def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = None) -> None:
+    """Writes nested parameters to `path`, one at a time, under a temporary name. `metadata` must be JSON.
+
+    With several processes all must call it; process 0 writes.
+    """
+    flat: dict[str, Any] = dict(
+        traverse_util.flatten_dict(params, sep=".")
+    )  # {"layers.experts.down": array}, the spelling of the file
+    specs = {name: (np.dtype(leaf.dtype), leaf.shape) for name, leaf in flat.items()}
+    about = {"trace_jax": json.dumps(metadata or {})}
+    with replacing(path) if is_main() else contextlib.nullcontext() as temporary:
+        file = create_file(temporary, specs, about) if temporary else None
+        for name, leaf in flat.items():
+            numbers = to_host(leaf)
+            if file:
+                file.tensors[name].write(numbers)
+
+
+def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:
+    """Reads (params, metadata). Names, shapes and types must be exactly those of `abstract`.
+
+    Raises:
+      ValueError: the file is missing, truncated or holds other tensors than the model needs; each is named.
+    """
+    flat: dict[str, Any] = dict(traverse_util.flatten_dict(abstract, sep="."))
+    try:
+        with local_copy(path) as local, safe_open(local, framework="flax") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = json.loads((file.metadata() or {}).get("trace_jax", "{}"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: can't be read as safetensors ({error}). Remove it to make it anew.") from error
+    if set(tensors) != set(flat):
+        missing, unexpected = sorted(set(flat) - set(tensors)), sorted(set(tensors) - set(flat))
+        raise ValueError(f"{path}: missing tensors {missing}, unexpected {unexpected}.")
+    for name, want in flat.items():
+        got = tensors[name]
+        if got.shape != want.shape or got.dtype != want.dtype:
+            raise ValueError(
+                f"{path}: {name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}."
+            )
+    return traverse_util.unflatten_dict(tensors, sep="."), metadata
+
+
+def parameter_bytes(params: Any) -> int:
+    """Bytes of a tree of arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def parameter_count(params: Any) -> int:
+    """Numbers in a tree of arrays or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 class _Manager(ocp.CheckpointManager):
@@ -29,11 +89,12 @@ class _Manager(ocp.CheckpointManager):
 class _Retention(PreservationPolicy):
     """The two newest states stay, and the protected one."""
 
-    protected = -1
+    def __init__(self, store: "StateStore"):
+        self._store = store
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         newest = len(checkpoints) - 2
-        return [index >= newest or one.step == self.protected for index, one in enumerate(checkpoints)]
+        return [index >= newest or one.step == self._store.protected for index, one in enumerate(checkpoints)]
 
 
 class StateStore:
@@ -42,15 +103,19 @@ class StateStore:
     A state is written under a temporary name and renamed by Orbax, so that an interruption leaves the previous one.
     Of several processes each writes and reads its own shards in a directory that all of them see; all make the same
     calls, and agree on what is restored. Use as a context manager; leaving it waits for the last write.
+
+    `protected`: the step whose state stays whatever is saved after it; -1: none.
     """
+
+    protected = -1
 
     def __init__(self, directory: str | os.PathLike, about: dict[str, Any]):
         """about: JSON that says what made the states (hash of the settings, seed); others are not restored."""
-        self._about, self._retention = about, _Retention()
+        self._about = about
         # With its processes named Orbax waits for them without the devices, which may be in the middle of a step.
         everyone = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._retention, cleanup_tmp_directories=True, multiprocessing_options=everyone,
+            preservation_policy=_Retention(self), cleanup_tmp_directories=True, multiprocessing_options=everyone,
             create=False,
         )  # fmt: skip
         # One copy of every shard. Orbax would cut copies into parts: programs to compile, and memory on devices.
@@ -73,15 +138,6 @@ class StateStore:
         about = {**self._described(step), "sums": jax.device_get(_sums(state)).tolist()}
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about))
         self._manager.save(step, args=arguments)
-
-    @property
-    def protected(self) -> int:
-        """The step whose state stays whatever is saved after it; -1: none."""
-        return self._retention.protected
-
-    @protected.setter
-    def protected(self, step: int) -> None:
-        self._retention.protected = step
 
     def wait(self) -> None:
         """Returns once everything is written; raises what went wrong with writing."""

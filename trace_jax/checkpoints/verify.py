@@ -5,7 +5,9 @@ import collections
 import dataclasses
 import gc
 import importlib.util
+import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 from trace_jax.checkpoints.accounting import Accounting, account
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from trace_jax.checkpoints.pretrained import load_pretrained, read_tokenizer, special_tokens
+from trace_jax.io.progress import byte_size
 from trace_jax.models.arrays import count_params, flat_specs
 from trace_jax.models.config import ModelConfig, Rope
 from trace_jax.models.decoder import forward
@@ -27,7 +30,15 @@ _SIZES = {  # not switches
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "num_experts"),
     *("experts_per_token", "expert_hidden_size", "shared_hidden_size", "dense_hidden_size", "dtype", "grouped_matmul"),
 }
-_KINDS = ("embedding", "attention", "router", "routed experts", "shared expert", "dense layers", "norms")
+_KINDS = {  # of parameters, by their paths; the first that fits
+    "embedding": "^(embed|head)",
+    "router": "/router",
+    "routed experts": "/experts/",
+    "shared expert": "/shared/",
+    "dense layers": "/mlp/",
+    "norms": "norm",
+    "attention": "",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,17 +53,14 @@ def main(options: argparse.Namespace) -> int:
     Raises:
       ConfigError, CheckpointError: the checkpoint can't be read, or not by transformers.
     """
-    directory = Path(options.checkpoint)
-    checkpoint = open_checkpoint(directory)
-    config_json = checkpoint.config
-    family, config = family_of(config_json), model_config(config_json, dtype="float32")
-    accounting = account(checkpoint, config, family)
-    print("\n".join(_description(accounting, family, config)), flush=True)
-    skipped = "--no-compare" if options.no_compare else _obstacle(config, config_json)
+    checkpoint = open_checkpoint(options.checkpoint)
+    family, config = family_of(checkpoint.config), model_config(checkpoint.config, dtype="float32")
+    print("\n".join(_description(account(checkpoint, config, family), family, config)), flush=True)
+    skipped = "--no-compare" if options.no_compare else _obstacle(config, checkpoint.config)
     if skipped:
         print(f"\ncomparison with transformers: skipped ({skipped})\neverything is accounted for.")
         return 0
-    lines, equal = compare(directory)
+    lines, equal = _compare(checkpoint.directory, config.vocab_size)
     print("\n".join(["", *lines, "PASS" if equal else "FAIL: transformers computes something else."]))
     return 0 if equal else 1
 
@@ -64,14 +72,13 @@ def _description(accounting: Accounting, family: Family, config: ModelConfig) ->
     checkpoint = accounting.checkpoint
     directory, config_json = checkpoint.directory, checkpoint.config
     used = {part.name: part for tensor in accounting.readable.values() for part in tensor.parts}
-    by_type = collections.Counter()
+    by_type, reasons, counts = collections.Counter(), collections.defaultdict(list), collections.Counter()
     for tensor in used.values():
         by_type[str(tensor.dtype)] += tensor.nbytes
-    types = ", ".join(f"{name} {_bytes(count)}" for name, count in by_type.most_common())
+    types = ", ".join(f"{name} {byte_size(count)}" for name, count in by_type.most_common())
     yield f"{directory}: {family.title} ({config_json['model_type']})"
     yield f"  read       {len(used)} tensors of {len(checkpoint.files)} file(s): {types}"
     yield f"  into       {len({slot.path for slot in accounting.slots})} parameters, each filled once"
-    reasons = collections.defaultdict(list)
     for name, reason in accounting.ignored.items():
         reasons[reason].append(name)
     for reason, names in reasons.items():
@@ -83,9 +90,9 @@ def _description(accounting: Accounting, family: Family, config: ModelConfig) ->
     tokenizer = read_tokenizer(directory)
     size = f"{tokenizer.get_vocab_size()} tokens" if tokenizer else "no tokenizer.json"
     yield f"  tokenizer  {size}; {special_tokens(directory, config_json)}"
-    counts = collections.Counter()
     for path, spec in flat_specs(config).items():
-        counts[_kind(path)] += int(np.prod(spec.shape))
+        kind = next(kind for kind, pattern in _KINDS.items() if re.search(pattern, path))
+        counts[kind] += math.prod(spec.shape)
     total, active = count_params(config)
     yield f"\nparameters{'all':>23}{'active per token':>19}"
     for kind in (kind for kind in _KINDS if counts[kind]):
@@ -104,18 +111,6 @@ def _description(accounting: Accounting, family: Family, config: ModelConfig) ->
             yield f"  {field.name:20} {_words(value)}"
 
 
-def _kind(path: str) -> str:
-    *groups, name = path.split("/")
-    for group, kind in (("experts", "routed experts"), ("shared", "shared expert"), ("mlp", "dense layers")):
-        if group in groups:
-            return kind
-    if name.startswith("router"):
-        return "router"
-    if "norm" in name:
-        return "norms"
-    return "embedding" if name.startswith(("embed", "head")) else "attention"
-
-
 def _words(value: Any) -> str:
     """A setting in one line: of many equal entries their number, of a rotary embedding what is set."""
     if isinstance(value, Rope):
@@ -125,10 +120,6 @@ def _words(value: Any) -> str:
         counts = collections.Counter(value).items()
         return ", ".join(_words(entry) + (f" ({n}x)" if n > 1 else "") for entry, n in counts)
     return str(value)
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 # --- what it computes ---
@@ -142,7 +133,7 @@ def _obstacle(config: ModelConfig, config_json: Any) -> str:
         return "the checkpoint is quantised, which transformers computes in another way"
     needed = 5 * count_params(config)[0]  # float32, one of the two models at a time, and what is computed
     if needed > (available := _available_bytes()):
-        return f"it needs {_bytes(needed)} of memory, {_bytes(available)} are free"
+        return f"it needs {byte_size(needed)} of memory, {byte_size(available)} are free"
     return ""
 
 
@@ -154,15 +145,16 @@ def _available_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def compare(directory: Path) -> tuple[list[str], bool]:
+def _compare(directory: Path, vocab_size: int) -> tuple[list[str], bool]:
     """Lines about the differences from transformers on random tokens, and whether they are within `TOLERANCE`.
 
     Both compute in float32 on right-padded rows of `LENGTHS`; the models are in memory one after the other.
     """
     mask = np.arange(max(LENGTHS))[None] < np.array(LENGTHS)[:, None]
-    ours, vocab_size = _ours(directory, mask)
+    tokens = np.where(mask, np.random.default_rng(0).integers(0, vocab_size, mask.shape), 0).astype(np.int32)
+    ours = _ours(directory, tokens, mask)
     gc.collect()
-    theirs = _theirs(directory, _random_tokens(vocab_size, mask), mask)
+    theirs = _theirs(directory, tokens, mask)
     lines, equal = [f"comparison with transformers on rows of {', '.join(map(str, LENGTHS))} random tokens"], True
     for name in ("logits", "router logits"):
         a, b = (side[name][..., mask, :] for side in (ours, theirs))
@@ -176,18 +168,13 @@ def compare(directory: Path) -> tuple[list[str], bool]:
     return lines, equal
 
 
-def _random_tokens(vocab_size: int, mask: np.ndarray) -> np.ndarray:
-    return np.where(mask, np.random.default_rng(0).integers(0, vocab_size, mask.shape), 0).astype(np.int32)
-
-
-def _ours(directory: Path, mask: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
-    """(logits [B,S,V], router logits [L,B,S,E] and chosen experts [L,B,S,K] by name, V)."""
+def _ours(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Logits [B,S,V], router logits [L,B,S,E] and chosen experts [L,B,S,K], by name."""
     model = load_pretrained(directory)
-    tokens = _random_tokens(model.config.vocab_size, mask)
     run = jax.jit(forward, static_argnames=("config", "collect"))
     output = run(model.params, model.config, tokens, mask=mask, collect=("logits", "router_logits", "indices"))
     arrays = {"logits": output.logits, "router logits": output.router.logits, "experts": output.router.indices}
-    return {name: np.asarray(array) for name, array in arrays.items()}, model.config.vocab_size
+    return {name: np.asarray(array) for name, array in arrays.items()}
 
 
 def _theirs(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:

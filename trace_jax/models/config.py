@@ -17,7 +17,7 @@ class Rope(Section):
     """One rotary embedding: dimension pair i turns by position * theta^(-i/pairs) / divisors[i].
 
     Every published kind (linear, yarn, llama3, longrope) is a choice of divisors and amplitude
-    (`trace_jax.models.families.rope` derives them).
+    (`trace_jax.models.families.fields` derives them).
     """
 
     theta: float = option(10_000.0, help="base of the frequencies", minimum=1.0)

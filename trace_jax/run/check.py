@@ -96,7 +96,7 @@ def _weights(config: ExperimentConfig, run: DryRun) -> str:
         return f"trained here, {config.target.steps} steps of {config.target.batch_size} rows"
     if not model.path or not Path(model.path).is_dir():
         where = f"{model.path} is not there; " if model.path else ""
-        repository = PUBLISHED[model.published].repository if model.published else "OWNER/NAME"
+        repository = PUBLISHED[model.published]["_name_or_path"] if model.published else "OWNER/NAME"
         run.missing.append(f"weights: {where}hf download {repository} --local-dir DIR, and --config.model.path=DIR")
         return f"of {repository}, not here"
     model.shape()

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.checkpoints.model_card import ModelCard
-from trace_jax.checkpoints.params import load_params, save_params
 from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.checkpoints.state import load_params, save_params
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import HUGGINGFACE, TFDS
 from trace_jax.io.files import as_path, local_copy, replacing

@@ -14,7 +14,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.checkpoints.params import parameter_bytes, parameter_count
+from trace_jax.checkpoints.state import parameter_bytes, parameter_count
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.batches import mixture_batches, sequential_batches
 from trace_jax.data.corpora import Corpora, DataConfig

@@ -11,7 +11,7 @@ from tiny_checkpoints import KIMI, MODEL_TYPES
 from trace_jax.config import ConfigError
 from trace_jax.models.arrays import count_params
 from trace_jax.models.families import FAMILIES, family_of, model_config, unread_keys
-from trace_jax.models.families.reader import complete
+from trace_jax.models.families.family import complete
 
 # What a class leaves open although its model needs it.
 NEEDED = {
@@ -57,11 +57,9 @@ def test_the_published_models_have_their_published_size(model_type, fields, bill
     assert round(count_params(read(model_type, **fields))[0] / 1e9, 1) == billions
 
 
-def test_dtype_is_the_callers():
-    assert model_config({"model_type": "olmoe", "torch_dtype": "float32"}, dtype="bfloat16").dtype == "bfloat16"
-
-
-def test_another_name_of_a_family():
+def test_the_tests_cover_the_families_and_their_other_names():
+    assert set(MODEL_TYPES) - {KIMI} == set(FAMILIES)
+    assert len(FAMILIES) == 23
     assert family_of({"model_type": KIMI}) is FAMILIES["deepseek_v3"]
 
 
@@ -76,7 +74,7 @@ def test_an_unknown_family_is_refused_with_those_that_are_known():
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: silu"),
         ("mixtral", {"vocab_size": "many"}, "transformers refuses it: .*vocab_size.*expected int"),
         ("mixtral", {"vocab_size": None}, "vocab_size.*expected int"),
-        ("dots1", {"num_experts_per_tok": None}, "num_experts_per_tok is null; expected a whole number"),
+        ("dots1", {"num_experts_per_tok": None}, "num_experts_per_tok is null; it is needed"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'; supported: greedy, group"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'; supported: sigmoid"),
         ("deepseek_v3", {"num_key_value_heads": 8}, "num_key_value_heads is 8; supported: 128"),
@@ -106,14 +104,20 @@ def test_layers_follow_the_rules_of_their_families():
     assert read("qwen3_moe", decoder_sparse_step=12, mlp_only_layers=[11]).moe_layers == (23,)
     exaone = read("exaone_moe", num_hidden_layers=4)
     assert (exaone.windows, exaone.layer_ropes) == ((4096, 4096, 4096, 0), (0, 0, 0, -1))
+    assert read("mixtral", sliding_window=None).windows == ()
+    assert read("qwen3_moe", use_sliding_window=True, sliding_window=4).windows == (4,) * 24
+    afmoe = read("afmoe", num_hidden_layers=2, layer_types=["full_attention"] * 2, num_dense_layers=0)
+    assert (afmoe.windows, afmoe.layer_ropes, afmoe.dense_layers) == ((), (-1, -1), ())
 
 
-def test_a_family_that_transformers_does_not_know_has_its_own_defaults():
-    assert complete({"model_type": "new_moe", "a": 1}, "new_moe", {"a": 0, "b": 2}) == {
-        "model_type": "new_moe",
-        "a": 1,
-        "b": 2,
-    }
+def test_groups_are_chosen_from_where_the_method_says_so():
+    greedy, grouped = (read("deepseek_v2", topk_method=m) for m in ("greedy", "group_limited_greedy"))
+    assert [(c.num_groups, c.groups_per_token) for c in (greedy, grouped)] == [(1, 1), (8, 3)]
+    assert read("deepseek_v2", q_lora_rank=None).query_latent_size == 0
+
+
+def test_a_family_that_transformers_does_not_know_has_the_values_of_the_file():
+    assert complete({"model_type": "new_moe", "a": 1}, "new_moe") == {"model_type": "new_moe", "a": 1}
 
 
 def test_a_checkpoint_is_read_without_torch_and_transformers_is_imported_only_then(tiny_checkpoint):

@@ -47,12 +47,6 @@ def test_old_spelling_means_the_same():
     assert read("mixtral", rope_theta=5e5, rope_scaling=beside, original_max_position_embeddings=512) == new
 
 
-def test_the_base_is_that_of_the_class_unless_given():
-    assert read("mixtral").ropes[0].theta == 1e6
-    assert read("mixtral", rope_parameters={"rope_type": "default"}).ropes[0].theta == 1e6
-    assert read("mixtral", rope_theta=7e4, rope_scaling=None).ropes[0].theta == 7e4
-
-
 def test_part_of_a_head_turns():
     assert read("glm4_moe", head_dim=64).rotary_size == 32
     assert read("glm4_moe", head_dim=64, partial_rotary_factor=0.25).rotary_size == 16

@@ -38,7 +38,7 @@ def test_totals_and_active_parameters_are_the_published_ones(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_no_field_is_misspelt(name):
-    assert not unread_keys(PUBLISHED[name].config)
+    assert not unread_keys(PUBLISHED[name])
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():

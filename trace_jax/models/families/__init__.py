@@ -1,5 +1,5 @@
-"""The families that can be imported. Each is a function that reads switches from config.json, under a table of tensor
-names: `llama_like` and `deepseek_like` have them, by kin."""
+"""The families that can be imported. Each is a function that reads switches from config.json: `llama_like` and
+`deepseek_like` have them, by kin."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,10 +7,9 @@ from typing import Any
 from trace_jax.config import ConfigError
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.families import deepseek_like, llama_like
-from trace_jax.models.families.family import FAMILIES, Family, Stored
-from trace_jax.models.families.reader import ConfigReader, complete
+from trace_jax.models.families.family import FAMILIES, ConfigReader, Family, complete
 
-__all__ = ["ALIASES", "FAMILIES", "Family", "Stored", "family_of", "model_config", "unread_keys"]
+__all__ = ["ALIASES", "FAMILIES", "Family", "family_of", "model_config", "unread_keys"]
 
 ALIASES = {"kimi_k2": "deepseek_v3"}  # published under another model_type
 assert llama_like and deepseek_like  # importing them fills FAMILIES
@@ -50,4 +49,4 @@ def unread_keys(config_json: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _open(config_json: Mapping[str, Any]) -> tuple[Family, ConfigReader]:
     family = family_of(config_json)
-    return family, ConfigReader(complete(config_json, family.model_type, family.defaults))
+    return family, ConfigReader(complete(config_json, family.model_type))

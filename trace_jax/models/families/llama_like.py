@@ -1,86 +1,55 @@
 """Families with grouped-query attention whose router scores by softmax: Mixtral and its kin."""
 
-from trace_jax.models.families import fields, names
-from trace_jax.models.families.family import MULTI_TOKEN, Switches, family
-from trace_jax.models.families.reader import ConfigReader, unsupported
-from trace_jax.models.families.rope import STATIC, rotary, rotary_by_kind
+from trace_jax.models.families import fields
+from trace_jax.models.families.family import MULTI_TOKEN, ConfigReader, Switches, family, unsupported
+from trace_jax.models.families.tensors import moe
 
 
-@family(
-    "mixtral",
-    "Mixtral",
-    "Mixtral-8x7B, Mixtral-8x22B",
-    names.PLAIN,
-    names.router("block_sparse_moe.gate", "mlp.gate"),
-    names.MIXTRAL_EXPERTS,
-)
+@family("mixtral", "Mixtral", "Mixtral-8x7B, Mixtral-8x22B")
 def mixtral(reader: ConfigReader) -> Switches:
-    return {
-        **fields.grouped(reader, "intermediate_size"),
-        **fields.windows(reader),
-    }
+    return {**fields.grouped(reader, "intermediate_size"), **fields.windows(reader)}
 
 
-@family("olmoe", "OLMoE", "OLMoE-1B-7B-0924, OLMoE-1B-7B-0125", names.PLAIN, names.FULL_NORMS, names.QWEN)
+@family("olmoe", "OLMoE", "OLMoE-1B-7B-0924, OLMoE-1B-7B-0125")
 def olmoe(reader: ConfigReader) -> Switches:
     return {
         **fields.grouped(reader, "intermediate_size", bias="all"),
-        **fields.normalized(reader),
+        "normalize_top_k": reader.value("norm_topk_prob", null=False),
         "qk_norm": "full",
-        "clip_qkv": reader.number("clip_qkv", null=0.0),
+        "clip_qkv": reader.value("clip_qkv", null=0.0),
     }
 
 
-@family(
-    "flex_olmo",
-    "FlexOlmo",
-    "FlexOlmo-7x7B-1T",
-    names.norms(attention_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm"),
-    names.GROUPED,
-    names.FULL_NORMS,
-    names.QWEN,
-)
+@family("flex_olmo", "FlexOlmo", "FlexOlmo-7x7B-1T")
 def flex_olmo(reader: ConfigReader) -> Switches:
     return {**olmoe(reader), "norm_placement": "post", "clip_qkv": 0.0}
 
 
-@family(
-    "qwen2_moe",
-    "Qwen2-MoE",
-    "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B",
-    names.PLAIN,
-    names.DENSE,
-    names.QWEN,
-    names.shared("mlp.shared_expert"),
-    names.moe(("shared/gate", "1 d -> d", "mlp.shared_expert_gate.weight")),
-)
+@family("qwen2_moe", "Qwen2-MoE", "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B")
 def qwen2_moe(reader: ConfigReader) -> Switches:
     return {
         **fields.grouped(reader),
         **fields.attention_bias(reader, "qkv", key="qkv_bias"),
         **fields.sparse_step(reader),
         **fields.windows(reader),
-        **fields.normalized(reader),
-        "shared_hidden_size": reader.integer("shared_expert_intermediate_size"),
+        "normalize_top_k": reader.value("norm_topk_prob", null=False),
+        "shared_hidden_size": reader.value("shared_expert_intermediate_size"),
         "shared_gate": True,
     }
 
 
-QWEN3 = names.PLAIN + names.HEAD_NORMS + names.DENSE + names.QWEN
-
-
-@family("qwen3_moe", "Qwen3-MoE", "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder", QWEN3)
+@family("qwen3_moe", "Qwen3-MoE", "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder")
 def qwen3_moe(reader: ConfigReader) -> Switches:
     return {
         **fields.grouped(reader, bias="all"),
         **fields.sparse_step(reader),
         **fields.windows(reader),
-        **fields.normalized(reader),
+        "normalize_top_k": reader.value("norm_topk_prob", null=False),
         "qk_norm": "head",
     }
 
 
-@family("mellum", "Mellum 2", "Mellum2-12B-A2.5B", QWEN3, ignored={r"^mtp\.": MULTI_TOKEN})
+@family("mellum", "Mellum 2", "Mellum2-12B-A2.5B", ignored={r"^mtp\.": MULTI_TOKEN})
 def mellum(reader: ConfigReader) -> Switches:
     sizes = fields.sizes(reader)
     return {
@@ -89,64 +58,34 @@ def mellum(reader: ConfigReader) -> Switches:
         **fields.attention_bias(reader, "all"),
         **fields.leading_dense(reader),
         **fields.windows(reader),
-        **fields.normalized(reader),
-        **rotary_by_kind(reader, sizes["head_size"], fields.layer_kinds(reader)),
+        "normalize_top_k": reader.value("norm_topk_prob", null=False),
+        **fields.rotary_by_kind(reader, sizes["head_size"]),
         "qk_norm": "head",
     }
 
 
-GRANITE = (
-    names.PLAIN
-    + names.router("block_sparse_moe.router.layer", "block_sparse_moe.router")
-    + names.fused_experts("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight")
-    + names.fused_experts("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj")
-)
-
-
-@family("granitemoe", "Granite-MoE", "granite-3.0 and -3.1 1b-a400m and 3b-a800m, PowerMoE-3b", GRANITE)
+@family("granitemoe", "Granite-MoE", "granite-3.0 and -3.1 1b-a400m and 3b-a800m, PowerMoE-3b")
 def granitemoe(reader: ConfigReader) -> Switches:
     return {
         **fields.grouped(reader, "intermediate_size", bias="all"),
         "router_score": "softmax_top_k",
         "normalize_top_k": False,
-        "attention_scale": reader.number("attention_multiplier"),
-        "embedding_scale": reader.number("embedding_multiplier"),
-        "residual_scale": reader.number("residual_multiplier"),
-        "logits_divisor": reader.number("logits_scaling"),
+        "attention_scale": reader.value("attention_multiplier"),
+        "embedding_scale": reader.value("embedding_multiplier"),
+        "residual_scale": reader.value("residual_multiplier"),
+        "logits_divisor": reader.value("logits_scaling"),
     }
 
 
-@family(
-    "granitemoeshared",
-    "Granite-MoE-shared",
-    "moe-7b-1b-active-shared-experts",
-    GRANITE,
-    names.moe(
-        ("shared/gate_up", "(g f) d -> d g f", "shared_mlp.input_linear.weight"),
-        ("shared/down", "d f -> f d", "shared_mlp.output_linear.weight"),
-    ),
-)
+@family("granitemoeshared", "Granite-MoE-shared", "moe-7b-1b-active-shared-experts")
 def granitemoeshared(reader: ConfigReader) -> Switches:
-    return {**granitemoe(reader), "shared_hidden_size": reader.integer("shared_intermediate_size")}
+    return {**granitemoe(reader), "shared_hidden_size": reader.value("shared_intermediate_size")}
 
 
-@family(
-    "hunyuan_v1_moe",
-    "HunYuan-V1-MoE",
-    "Hunyuan-A13B",
-    names.PLAIN,
-    names.block(
-        ("q_norm", "c -> c", "self_attn.query_layernorm.weight"), ("k_norm", "c -> c", "self_attn.key_layernorm.weight")
-    ),
-    names.router("mlp.gate.wg"),
-    names.QWEN_EXPERTS,
-    names.shared("mlp.shared_mlp"),
-)
+@family("hunyuan_v1_moe", "HunYuan-V1-MoE", "Hunyuan-A13B")
 def hunyuan_v1_moe(reader: ConfigReader) -> Switches:
-    sizes, width = fields.sizes(reader), reader.integer("intermediate_size")
-    reader.expect("use_cla", False)
-    reader.expect("use_qk_norm", True)
-    reader.expect("attention_head_dim", sizes["head_size"])
+    sizes, width = fields.sizes(reader), reader.value("intermediate_size")
+    reader.expect(use_cla=False, use_qk_norm=True, attention_head_dim=sizes["head_size"])
     # Published files spell these per layer; the classes of transformers know no other values.
     for key, only in (("num_shared_expert", 1), ("moe_intermediate_size", width)):
         if (value := reader.constant(key, null=only)) != only:
@@ -154,7 +93,7 @@ def hunyuan_v1_moe(reader: ConfigReader) -> Switches:
     return {
         **sizes,
         **fields.attention_bias(reader, "all"),
-        **rotary(reader, sizes["head_size"], supported=(*STATIC, "dynamic")),
+        **fields.rotary(reader, sizes["head_size"], supported=(*fields.STATIC, "dynamic")),
         "num_experts": reader.constant("num_experts", "num_local_experts"),
         "experts_per_token": reader.constant("moe_topk", "num_experts_per_tok"),
         "expert_hidden_size": width,
@@ -163,34 +102,27 @@ def hunyuan_v1_moe(reader: ConfigReader) -> Switches:
     }
 
 
-@family(
-    "phimoe",
-    "Phi-3.5-MoE",
-    "Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE",
-    names.PLAIN,
-    names.router("block_sparse_moe.gate", "mlp.router"),
-    names.MIXTRAL_EXPERTS,
-)
+@family("phimoe", "Phi-3.5-MoE", "Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE")
 def phimoe(reader: ConfigReader) -> Switches:
     return {
         **fields.grouped(reader, "intermediate_size", bias="all", ropes=("default", "longrope")),
         **fields.windows(reader),
         "norm": "layer",
-        "head_bias": reader.boolean("lm_head_bias", null=False),
+        "head_bias": reader.value("lm_head_bias", null=False),
         "router_score": "sparsemixer",
         "normalize_top_k": False,
-        "router_jitter": reader.number("router_jitter_noise"),
+        "router_jitter": reader.value("router_jitter_noise"),
     }
 
 
 # Gate and up stand in alternate columns. MXFP4 packs along the input axis, which is the last one there.
 GPT_OSS_EXPERTS = (
-    *names.moe(
+    *moe(
         ("experts/gate_up", "e (f g) d -> e d g f", "mlp.experts.gate_up_proj"),
         ("experts/down", "e d f -> e f d", "mlp.experts.down_proj"),
         storage="mxfp4",
     ),
-    *names.moe(
+    *moe(
         ("experts/gate_up", "e d (f g) -> e d g f", "mlp.experts.gate_up_proj"),
         ("experts/down", "e f d -> e f d", "mlp.experts.down_proj"),
         ("experts/gate_up_bias", "e (f g) -> e g f", "mlp.experts.gate_up_proj_bias"),
@@ -199,16 +131,7 @@ GPT_OSS_EXPERTS = (
 )
 
 
-@family(
-    "gpt_oss",
-    "GPT-OSS",
-    "gpt-oss-20b, gpt-oss-120b",
-    names.PLAIN,
-    names.block(("sinks", "h -> h", "self_attn.sinks")),
-    names.router("mlp.router"),
-    names.moe(("router_bias", "e -> e", "mlp.router.bias")),
-    GPT_OSS_EXPERTS,
-)
+@family("gpt_oss", "GPT-OSS", "gpt-oss-20b, gpt-oss-120b", GPT_OSS_EXPERTS)
 def gpt_oss(reader: ConfigReader) -> Switches:
     return {
         **fields.grouped(reader, "intermediate_size", bias="all"),
@@ -219,6 +142,6 @@ def gpt_oss(reader: ConfigReader) -> Switches:
         "expert_bias": True,
         "sinks": True,
         "activation": "clamped_swiglu",
-        "swiglu_alpha": reader.number("swiglu_alpha"),
-        "swiglu_limit": reader.number("swiglu_limit"),
+        "swiglu_alpha": reader.value("swiglu_alpha"),
+        "swiglu_limit": reader.value("swiglu_limit"),
     }
