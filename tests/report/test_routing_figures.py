@@ -15,11 +15,13 @@ from trace_jax.evaluation.routing import (
     MODELS,
     SUBJECTS,
     CalibrationMetrics,
-    CorpusRouting,
     RoutingMetrics,
     _exact,
+    expert_frequency,
     routing_quantities,
+    summed,
 )
+from trace_jax.io.codec import encode
 from trace_jax.report.drawing import method_styles, scale_of
 from trace_jax.report.figures import heat_map, layer_plot
 from trace_jax.report.page import render
@@ -42,17 +44,16 @@ def measure(seed, layers=2, experts=16, top_k=2, *, calibrated=True, dead=None, 
         if dead is not None and s == "forget":
             counts["unlearned"][..., dead] = 0.0
         kept = tokens[s][:, None] * rng.uniform(0.5, 1, (rows, layers))
-        corpora[s] = CorpusRouting(tokens[s], counts, kept, 0.8 * kept)
+        corpora[s] = {"tokens": tokens[s], "jaccard": kept, "unchanged": 0.8 * kept, **counts}
     quantities = routing_quantities(corpora, top_k=top_k, resamples=100)
     by_expert = np.full((layers, experts), drift)
-    sums = {s: corpora[s].summed(np.ones((1, rows))) for s in SUBJECTS}
     metrics = RoutingMetrics(
         layers=list(range(1, layers + 1)),
         top_k=top_k,
         experts=experts,
         tokens={s: int(tokens[s].sum()) for s in SUBJECTS},
         rows=dict.fromkeys(SUBJECTS, rows),
-        frequency={m: {s: sums[s].frequency(m)[0] for s in SUBJECTS} for m in MODELS},
+        frequency={m: {s: expert_frequency(summed(corpora[s]), m)[0] for s in SUBJECTS} for m in MODELS},
         expert_drift=by_expert,
         quantities=quantities | {"router_drift": _exact(by_expert[:, 0])},
     )
@@ -63,7 +64,7 @@ def measure(seed, layers=2, experts=16, top_k=2, *, calibrated=True, dead=None, 
             calibration, selected=np.full(layers, 3), gap_before=gap, gap_after=gap / 4,
             gap_elsewhere_before=gap, gap_elsewhere_after=gap,
         )  # fmt: skip
-    return json.loads(json.dumps(metrics.to_json() | {"calibration": calibration.to_json()}, allow_nan=False))
+    return json.loads(json.dumps(metrics.to_json() | {"calibration": encode(calibration)}, allow_nan=False))
 
 
 def frequency(measured, selected=()):

@@ -6,6 +6,7 @@ import pytest
 
 from tests.run.toy import experiment
 from trace_jax.evaluation.fronts import MEAN, Front
+from trace_jax.io.codec import decode
 from trace_jax.io.files import read_json, read_lines, write_json
 from trace_jax.run.export import model_card
 from trace_jax.run.methods import run
@@ -37,7 +38,7 @@ def test_the_number_of_steps_is_recorded(trained):
 
 def test_a_run_stops_and_keeps_by_its_validation_front(data, trained, tmp_path):
     """The rules are set between the points of the run without them, so that what they must do is known."""
-    front = Front.from_json(result_of(trained)["fronts"]["validation"])
+    front = decode(Front, result_of(trained)["fronts"]["validation"])
     falls = [i for i in range(1, len(front.steps)) if front.forgetting[i] < front.forgetting[:i].min()]
     target = falls[len(falls) // 2]
     level = (front.forgetting[target] + front.forgetting[:target].min()) / 2

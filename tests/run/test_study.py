@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.run.toy import experiment
-from trace_jax.attacks.routers import RouterSwap
+from trace_jax.attacks.parameters import RouterSwap
 from trace_jax.attacks.table import AttacksConfig
 from trace_jax.config import ConfigError
 from trace_jax.evaluation.comparison import UnequalBudget

@@ -20,7 +20,7 @@ pytest.importorskip("accelerate")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from trace_jax.evaluation import continuations  # noqa: E402
+from trace_jax.evaluation import likelihood  # noqa: E402
 from trace_jax.tasks import lm_eval as module  # noqa: E402
 from trace_jax.tasks.lm_eval import TraceLM, evaluate_tasks, read_decoding, table  # noqa: E402
 
@@ -98,8 +98,8 @@ def test_letters_of_one_question_take_one_pass(ours, monkeypatch):
         passed.extend(sequences)
         return score_sequences(model, sequences, *rest, **options)
 
-    score_sequences = continuations.score_sequences
-    monkeypatch.setattr(continuations, "score_sequences", counted)
+    score_sequences = likelihood.score_sequences
+    monkeypatch.setattr(likelihood, "score_sequences", counted)
     four = ours.loglikelihood(requests(*(("river stone", f" {letter}") for letter in "ABCD")))
     assert len(passed) == 1
     one_by_one = [ours.loglikelihood(requests(("river stone", f" {letter}")))[0] for letter in "ABCD"]

@@ -16,6 +16,7 @@ from trace_jax.evaluation.likelihood import NonFiniteScore
 from trace_jax.evaluation.measurement import Measurement, find
 from trace_jax.evaluation.task import SPLIT, Evaluator, ScoreStore
 from trace_jax.models.model import Model, TextCodec
+from trace_jax.routing.statistics import Assignments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +38,7 @@ class Point:
     def to_json(self) -> dict[str, Any]:
         """Plain dict for NAME.json."""
         lists = {"measurements": self.measurements, "original": self.original, "retrained": self.retrained}
-        return {
-            "at": self.at,
-            **{name: [m.to_json() for m in measured] for name, measured in lists.items() if measured},
-        }
+        return {"at": self.at} | {name: [m.to_json() for m in measured] for name, measured in lists.items() if measured}
 
 
 class Attack(Section):
@@ -50,6 +48,11 @@ class Attack(Section):
     def source(self) -> str | None:
         """A text of the user's own that the attack reads (`trace_jax.data.sources.read_records`), if any."""
         return None
+
+    @property
+    def revisions(self) -> list[str]:
+        """Of that text: another one makes the attack anew."""
+        return [revision_of(self.source)] if self.source else []
 
     def check_source(self) -> None:
         """Reads the text, long before the attack does. Raises DataError: it isn't there, or has another form."""
@@ -75,6 +78,7 @@ class Context:
       board: of the benchmark.
       evaluator: measures relative to the original (and the retrained) model.
       directory: of files that all methods share. identity: hash of everything that they depend on.
+      original_routing: where the original model sends the forget rows, thinned to `evaluation.max_rows`.
       load_retrained: reads the model that never saw the forget set, if there is one.
     """
 
@@ -88,6 +92,7 @@ class Context:
     seed: int
     directory: Path
     identity: str
+    original_routing: Callable[[], Assignments]
     load_retrained: Callable[[], Model] | None = None
 
     @functools.cached_property
@@ -130,9 +135,8 @@ class Case:
             points = self.context.attack.points(self)
         except NonFiniteScore as error:
             failed = str(error)
-        values = {
-            place: found.value for place, p in enumerate(points) if (found := find(p.measurements, measure, SPLIT))
-        }
+        ends = {place: find(point.measurements, measure, SPLIT) for place, point in enumerate(points)}
+        values = {place: end.value for place, end in ends.items() if end}
         return {
             "settings": as_dict(self.context.attack),
             "points": [point.to_json() for point in points],
@@ -140,8 +144,3 @@ class Case:
             "strongest": max(values, key=lambda place: values[place], default=None),
             "failed": failed,
         }
-
-
-def revisions(attack: Attack) -> list[str]:
-    """Of the texts of the user's own that an attack reads: another one makes it anew."""
-    return [revision_of(attack.source)] if attack.source else []

@@ -6,20 +6,21 @@ Each changes the queries alone: they are scored and measured as ever, on the unl
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from trace_jax.attacks.attack import Attack, Case, Context, Point, revisions
+from trace_jax.attacks.attack import Attack, Case, Context, Point
 from trace_jax.config import ConfigError, fingerprint, option
-from trace_jax.data.corpora import Item, Prompts, Questions, encode_questions, prompts_of
+from trace_jax.data.corpora import Item, Prompts, encode_questions, prompts_of
 from trace_jax.data.rows import Rows
 from trace_jax.data.sources import DataError, read_records
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.probes import Key, Memorization, QuestionAccuracy, TextLikelihood, Verbatim
-from trace_jax.evaluation.task import SPLIT, ScoreStore, hazardous
+from trace_jax.evaluation.task import SPLIT, Evaluator, ScoreStore, Task, hazardous
 from trace_jax.io.progress import say
 from trace_jax.models.model import TextCodec, start_and_end
+from trace_jax.models.sharding import pad
 from trace_jax.tasks.handbook import HandbookConfig
 from trace_jax.tasks.wmdp import MultipleChoice
 
@@ -28,14 +29,11 @@ _OTHER = {"validation": "test", "test": "validation"}
 _COLUMNS = (("prompt", "continuation"), ("question", "answer"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """One way to ask: what `at` says, and its questions by split and subject, prompts by split, and other tasks."""
+class Form(NamedTuple):
+    """One way to ask, in words, and the tasks that it is asked and measured by."""
 
     at: str
-    questions: Mapping[Key, Questions] = dataclasses.field(default_factory=dict)
-    prompts: Mapping[str, Prompts] = dataclasses.field(default_factory=dict)
-    tasks: tuple[MultipleChoice, ...] = ()
+    tasks: tuple[Task, ...]
 
 
 class Prompting(Attack):
@@ -71,13 +69,17 @@ class Prompting(Attack):
           ConfigError: more examples than there are, or than the model can read at once.
           DataError: a file of paraphrases that can't be read.
         """
-        forms = [form for form in self._forms(context) if form.questions or form.prompts or form.tasks]
+        forms = [form for form in self._forms(context) if form.tasks]
         most = context.codec.context_length
         for form in forms:
-            lengths = [int(questions.segments.sum(axis=2).max()) for questions in form.questions.values()]
-            lengths += [continuation_rows(prompts).tokens.shape[1] for prompts in form.prompts.values()]
+            lengths = []
             for task in form.tasks:
-                lengths.append(1 + max(len(context.codec.encode(question.context)) for question in task.questions))
+                if isinstance(task, QuestionAccuracy):
+                    lengths += [int(questions.segments.sum(axis=2).max()) for questions in task.data.values()]
+                elif isinstance(task, Memorization):
+                    lengths += [rows.tokens.shape[1] for rows in task.data.values()]
+                elif isinstance(task, MultipleChoice):
+                    lengths += [1 + len(context.codec.encode(question.context)) for question in task.questions]
             if (longest := max(lengths)) > most:
                 raise ConfigError(
                     f"attacks.prompting: with {form.at} the longest query has {longest} tokens, and the model reads "
@@ -93,22 +95,9 @@ class Prompting(Attack):
         Likelihoods of continuations are measured too, relative to the original model asked in the same way.
         """
         context, points = case.context, []
-        settings = context.evaluator.config
-        if hazardous([self.source or ""]):
-            settings = dataclasses.replace(settings, audit_text=False)
+        settings = dataclasses.replace(context.evaluator.config, audit_text=self._audited(context))
         for form in context.prepared:
-            identity = fingerprint(form.at, revisions(self), settings.audit_text)
-            rows = {split: continuation_rows(prompts) for split, prompts in form.prompts.items()}
-            tasks: list[Any] = [
-                QuestionAccuracy(form.questions, identity, context.board.questions),
-                TextLikelihood({(split, "forget"): continuations for split, continuations in rows.items()}, identity),
-                Verbatim(form.prompts, identity),
-                Memorization(rows, identity),
-            ]
-            tasks = [task for task in tasks if task.data]
-            evaluator = dataclasses.replace(
-                context.evaluator, config=settings, tasks=(*tasks, *form.tasks), original={}, retrained={}
-            )
+            evaluator = Evaluator(settings, form.tasks, context.evaluator.mesh, context.evaluator.seed)
             name = form.at.replace(" ", "-").replace("%", "percent")
             original, unlearned = (
                 evaluator.score(model, full=True, store=ScoreStore(of.directory / name, of.identity))
@@ -118,53 +107,70 @@ class Prompting(Attack):
             points.append(Point(form.at, evaluator.measure(unlearned), evaluator.measure(original)))
         return points
 
+    def _audited(self, context: Context) -> bool:
+        return context.evaluator.config.audit_text and not hazardous([self.source or ""])
+
     def _forms(self, context: Context) -> Iterator[Form]:
         asked: dict[str, Mapping[Any, Any]] = {
             task.name: task.data for task in context.evaluator.tasks if isinstance(task, (QuestionAccuracy, Verbatim))
         }
-        prompts = asked.get(Verbatim.name, {})
-        items: dict[Key, list[Item]] = {}  # the evaluator's questions in plain text
+        prompts: Mapping[str, Prompts] = asked.get(Verbatim.name, {})
+        items: dict[Key, Sequence[Item]] = {}  # the evaluator's questions in plain text
         if questions := asked.get(QuestionAccuracy.name):
             benchmark = context.data.build()
             parts = {"validation": benchmark.validation, "test": benchmark.test}
-            items = {(split, subject): list(parts[split].questions[subject]) for split, subject in questions}
+            items = {(split, subject): parts[split].questions[subject] for split, subject in questions}
+        codec, corpora = context.codec, context.corpora
+        pools = {"validation": corpora.test.prompts, "test": corpora.validation.prompts}
+        before, both = (codec.literal.encode(t, add_special_tokens=False).ids for t in ("a", "a" + BLANK_LINE))
         for count in self.examples:
-            yield _with_examples(count, items, prompts, context)
-        codec, handbook = context.codec, context.data if isinstance(context.data, HandbookConfig) else None
+            rng = np.random.default_rng([context.seed, count])
+            behind = {
+                (split, subject): items_with_examples(own, items.get((_OTHER[split], subject), []), count, rng)
+                for (split, subject), own in items.items()
+            }
+            longer = {}
+            for split, own in prompts.items():
+                others = pools[split].get("forget", own.take(np.arange(0)))
+                longer[split] = prompts_with_examples(own, others, count, rng, both[len(before) :])
+            choices = [t for t in context.evaluator.tasks if isinstance(t, MultipleChoice)]
+            choices = [t.with_examples(count, seed=context.seed) for t in choices]
+            yield self._form(context, f"{count} example{'s' * (count > 1)}", behind, longer, choices)
+        handbook = context.data if isinstance(context.data, HandbookConfig) else None
         _, end_mark = start_and_end(context.original.special)
         for share in self.prefixes:
-            behind = {k: items_with_statements(i, share) for k, i in items.items()} if handbook else {}
-            yield Form(
-                "half of the text" if share == 0.5 else f"{100 * share:g} % of the text",
-                {key: encode_questions(codec, i) for key, i in behind.items()},
-                {split: longer_prompts(p, context.corpora.forget, share, end_mark) for split, p in prompts.items()},
-            )
-        encoded, written = {}, {}
+            at = "half of the text" if share == 0.5 else f"{100 * share:g} % of the text"
+            behind = {k: items_with_statements(own, share) for k, own in items.items()} if handbook else {}
+            longer = {split: longer_prompts(p, corpora.forget, share, end_mark) for split, p in prompts.items()}
+            yield self._form(context, at, behind, longer)
+        behind, written = {}, {}
         if handbook:
             other = handbook.build(paraphrased=True)
             for split, part in (("validation", other.validation), ("test", other.test)):
-                encoded |= {(split, subject): encode_questions(codec, i) for subject, i in part.questions.items()}
+                behind |= {(split, subject): several for subject, several in part.questions.items()}
         if self.paraphrases:
             own = written_prompts(read_paraphrases(self.paraphrases), codec)
             written[SPLIT] = own.take(spread_indices(len(own), context.evaluator.config.max_prompts))
-        yield Form("paraphrase", encoded, written)
+        yield self._form(context, "paraphrase", behind, written)
 
-
-def _with_examples(count: int, items: Mapping[Key, list[Item]], asked: Mapping[str, Prompts], context: Context) -> Form:
-    rng, codec = np.random.default_rng([context.seed, count]), context.codec
-    questions, prompts = {}, {}
-    for (split, subject), own in items.items():
-        behind = items_with_examples(own, items.get((_OTHER[split], subject), []), count, rng)
-        questions[split, subject] = encode_questions(codec, behind)
-    pools = {"validation": context.corpora.validation, "test": context.corpora.test}
-    before, both = (codec.literal.encode(t, add_special_tokens=False).ids for t in ("a", "a" + BLANK_LINE))
-    for split, own in asked.items():
-        others = pools[_OTHER[split]].prompts.get("forget", own.take(np.arange(0)))
-        prompts[split] = prompts_with_examples(own, others, count, rng, both[len(before) :])
-    tasks = [
-        t.with_examples(count, seed=context.seed) for t in context.evaluator.tasks if isinstance(t, MultipleChoice)
-    ]
-    return Form(f"{count} example{'s' * (count > 1)}", questions, prompts, tuple(tasks))
+    def _form(
+        self,
+        context: Context,
+        at: str,
+        items: Mapping[Key, Sequence[Item]],
+        prompts: Mapping[str, Prompts],
+        choices: Sequence[MultipleChoice] = (),
+    ) -> Form:
+        identity = fingerprint(at, self.revisions, self._audited(context))
+        questions = {key: encode_questions(context.codec, several) for key, several in items.items()}
+        rows = {split: continuation_rows(several) for split, several in prompts.items()}
+        tasks = (
+            QuestionAccuracy(questions, identity, context.board.questions),
+            TextLikelihood({(split, "forget"): several for split, several in rows.items()}, identity),
+            Verbatim(prompts, identity),
+            Memorization(rows, identity),
+        )
+        return Form(at, (*(task for task in tasks if task.data), *choices))
 
 
 def items_with_examples(
@@ -276,12 +282,10 @@ def written_prompts(pairs: Sequence[tuple[str, str]], codec: TextCodec) -> Promp
 def continuation_rows(prompts: Prompts) -> Rows:
     """Every prompt with its continuation as a row, of which only the tokens of the continuation are scored."""
     pairs = _pairs(prompts)
-    shape = (len(pairs), max(len(prompt) + len(continuation) for prompt, continuation in pairs))
-    tokens, segments, valid = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for row, (prompt, continuation) in enumerate(pairs):
-        end = len(prompt) + len(continuation)
-        tokens[row, :end], segments[row, :end] = [*prompt, *continuation], 1
-        valid[row, len(prompt) - 1 : end - 1] = True
+    tokens = pad([prompt + continuation for prompt, continuation in pairs])
+    segments = pad([[1] * len(prompt + continuation) for prompt, continuation in pairs])
+    scored = [[False] * (len(prompt) - 1) + [True] * len(continuation) for prompt, continuation in pairs]
+    valid = pad(scored, width=tokens.shape[1], dtype=bool)
     return Rows(tokens, segments, valid, np.zeros(len(pairs), np.int32))
 
 

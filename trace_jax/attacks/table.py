@@ -3,10 +3,9 @@
 import dataclasses
 
 from trace_jax.attacks.attack import Attack
+from trace_jax.attacks.parameters import ExpertForcing, Quantization, RouterSwap
 from trace_jax.attacks.prompting import Prompting
-from trace_jax.attacks.quantization import Quantization
 from trace_jax.attacks.relearning import BenignRelearning, Relearning
-from trace_jax.attacks.routers import ExpertForcing, RouterSwap
 from trace_jax.config import Section
 
 

@@ -12,7 +12,6 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -21,12 +20,11 @@ from trace_jax.evaluation.fronts import (
     Draws,
     Front,
     RunItems,
-    best_point,
+    crossings,
+    make_draws,
     mean_difference,
-    resampled_utility_at,
 )
 from trace_jax.evaluation.intervals import Interval, seeds_and_items, t_interval
-from trace_jax.io.codec import encode
 
 READINGS = ("first", "best")
 
@@ -92,10 +90,6 @@ class Comparison:
     exempt: tuple[str, ...]
     results: tuple[MethodResult, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain dict that `json.dumps` takes; NaN becomes None."""
-        return encode(self)
-
 
 def check_equal_budgets(runs: Sequence[Run], *, exempt: Collection[str] = ()) -> None:
     """Every method has the same number of settings, the same seeds for each of them, and the same number of steps.
@@ -132,7 +126,7 @@ def check_equal_budgets(runs: Sequence[Run], *, exempt: Collection[str] = ()) ->
         )
 
 
-def choose_setting(runs: Sequence[Run], *, level: float, utility: str = MEAN, reading: str = "first") -> str:
+def choose_setting(runs: Sequence[Run], *, level: float, reading: str = "first") -> str:
     """The setting of one method with the best validation utility at a forgetting level (`reading` as in `compare`).
 
     Settings that reach the level with more seeds come first, then the higher mean over those seeds; of equal ones the
@@ -143,9 +137,10 @@ def choose_setting(runs: Sequence[Run], *, level: float, utility: str = MEAN, re
         raise ValueError(f"settings are chosen per method; got runs of {sorted(methods)}.")
 
     def quality(setting: str) -> tuple[int, float]:
-        fronts = [run.validation for run in runs if run.setting == setting]
-        readers = [(front, _reader(front, front, level, utility, reading)) for front in fronts]
-        reached = [read(front.forgetting[None], front.utilities[utility][None])[0] for front, read in readers if read]
+        reached = []
+        for front in (run.validation for run in runs if run.setting == setting):
+            if read := _reader(front, front, level, reading):
+                reached.append(read(front.forgetting[None], front.utilities[MEAN][None])[0])
         return len(reached), float(np.mean(reached)) if reached else -math.inf
 
     return max(dict.fromkeys(run.setting for run in runs), key=quality)
@@ -157,7 +152,6 @@ def compare(
     level: float,
     baseline: str = "uniform",
     exempt: Collection[str] = (),
-    choose_by: str = MEAN,
     reading: str = "first",
     resamples: int = 1000,
 ) -> Comparison:
@@ -168,9 +162,9 @@ def compare(
       level: forgetting level on the benchmark's scale.
       baseline: method that gains are relative to.
       exempt: methods with a budget of their own (see `check_equal_budgets`).
-      choose_by: validation utility by which settings are chosen.
       reading: "first" reads a run where it first comes down to the level, interpolated; "best" reads it at the
-        evaluation with the best validation utility among those at or below the level on validation.
+        evaluation with the best validation utility among those at or below the level on validation, so that a run that
+        loses utility on its way and regains it is judged by what it regains, and not by the best of noisy test points.
       resamples: of the items of every run.
 
     Raises:
@@ -186,19 +180,18 @@ def compare(
         raise ValueError(f"reading is {reading!r}; expected one of {', '.join(READINGS)}.")
     has_items = all(run.items is not None for run in runs)
     over = "seeds" if not has_items else "seeds and items" if len({run.seed for run in runs}) > 1 else "items"
-    draws = Draws(resamples=resamples, seed=0) if has_items else None
+    draws = make_draws(resamples=resamples, seed=0) if has_items else None
     chosen, readings = {}, {}
     for method, group in by_method.items():
-        setting = choose_setting(group, level=level, utility=choose_by, reading=reading)
+        setting = choose_setting(group, level=level, reading=reading)
         chosen[method] = {run.seed: run for run in group if run.setting == setting}
-        readings[method] = {}
-        for seed, run in chosen[method].items():
-            if read := _reader(run.validation, run.test, level, choose_by, reading):
-                readings[method][seed] = _read(run, read, draws)
+        readers = {s: _reader(run.validation, run.test, level, reading) for s, run in chosen[method].items()}
+        readings[method] = {s: _read(chosen[method][s], read, draws) for s, read in readers.items() if read}
     results = []
     for method, group in by_method.items():
         reached, runs_of, others = readings[method], chosen[method], readings[baseline]
-        gains = {seed: _gain(ours, others[seed]) for seed, ours in reached.items() if seed in others}
+        gains = {seed: _gains(ours, others[seed]) for seed, ours in reached.items() if seed in others}
+        items = {seed: run.items for seed, run in runs_of.items() if run.items and has_items}
         pairs = [(run.test, chosen[baseline][seed].test) for seed, run in runs_of.items() if seed in chosen[baseline]]
         areas = [area for area in (mean_difference(*pair) for pair in pairs) if area is not None]
         results.append(
@@ -208,9 +201,9 @@ def compare(
                 settings=len({run.setting for run in group}),
                 seeds=tuple(sorted(reached)),
                 missed=tuple(sorted({run.seed for run in group} - set(reached))),
-                utilities=_combined(reached),
-                gains=_combined(gains),
-                over_seeds={"utilities": _over_seeds(reached), "gains": _over_seeds(gains)},
+                utilities=_combined(reached, items),
+                gains=_combined(gains, items),
+                over_seeds={"utilities": _combined(reached, {}), "gains": _combined(gains, {})},
                 area=t_interval(np.array(areas)) if areas else None,
             )
         )
@@ -218,59 +211,44 @@ def compare(
 
 
 Reader = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# Values of one seed by name, f64 [1 + R]: first of the items as they are, then of the resamples (R = 0: none).
+Reading = Mapping[str, np.ndarray]
 
 
-def _reader(validation: Front, test: Front, level: float, choose_by: str, reading: str) -> Reader | None:
+def _reader(validation: Front, test: Front, level: float, reading: str) -> Reader | None:
     """What reads utilities f64 [R] off forgetting and utility [R, N] of a run; None if it doesn't reach the level."""
     if reading == "first":
-        return (lambda f, u: resampled_utility_at(f, u, level)) if test.forgetting.min() <= level else None
-    index = best_point(validation, level, choose_by)
-    return None if index is None else lambda forgetting, utility: utility[:, index]
+        return (lambda f, u: crossings(f, level)(u)) if test.forgetting.min() <= level else None
+    reached = np.flatnonzero(validation.forgetting <= level)
+    if not len(reached):
+        return None
+    best = reached[np.argmax(validation.utilities[MEAN][reached])]
+    return lambda forgetting, utility: utility[:, best]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reading:
-    """Values of one seed by name; the same on every resample of its items, f64 [R], and how many items each group has.
-
-    Both are empty unless every run kept its items.
-    """
-
-    values: Mapping[str, float]
-    resampled: Mapping[str, np.ndarray]
-    items: Mapping[str, Mapping[int, int]]
-
-
-def _read(run: Run, read: Reader, draws: Draws | None) -> _Reading:
-    values = {n: float(read(run.test.forgetting[None], u[None])[0]) for n, u in run.test.utilities.items()}
+def _read(run: Run, read: Reader, draws: Draws | None) -> Reading:
+    values = {name: read(run.test.forgetting[None], u[None]) for name, u in run.test.utilities.items()}
     if run.items is None or draws is None:
-        return _Reading(values, {}, {})
+        return values
     forgetting, utilities = run.items.resampled(draws)
-    resampled = {name: read(forgetting, utility) for name, utility in utilities.items()}
-    return _Reading(values, resampled, {name: run.items.counts(name) for name in values})
+    return {name: np.concatenate([v, read(forgetting, utilities[name])]) for name, v in values.items()}
 
 
-def _gain(ours: _Reading, baseline: _Reading) -> _Reading:
+def _gains(ours: Reading, baseline: Reading) -> Reading:
     """ours / baseline - 1, of utilities that the baseline has anything left of."""
-    values = {n: v / baseline.values[n] - 1 for n, v in ours.values.items() if baseline.values[n] > 0}
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample on which the baseline has nothing left
-        resampled = {n: v / baseline.resampled[n] - 1 for n, v in ours.resampled.items()}
-    return _Reading(values, resampled, ours.items)
+        return {name: v / baseline[name] - 1 for name, v in ours.items() if baseline[name][0] > 0}
 
 
-def _combined(readings: Mapping[int, _Reading]) -> dict[str, Interval]:
-    """Means over seeds with intervals over seeds and items; over seeds alone if no items were kept."""
-    combined = _over_seeds(readings)
-    for name in combined:
-        having = [r for r in readings.values() if name in r.values]
-        if all(name in r.resampled for r in having):
-            items = functools.reduce(operator.or_, (dict(r.items[name]) for r in having))  # shared ones count once
-            resampled = np.stack([r.resampled[name] for r in having], axis=1)
-            values = np.array([r.values[name] for r in having])
-            combined[name] = seeds_and_items(values, resampled, sum(items.values()))
+def _combined(readings: Mapping[int, Reading], items: Mapping[int, RunItems]) -> dict[str, Interval]:
+    """Means over seeds with intervals over seeds and items; with Student's over seeds alone if there are no items."""
+    combined = {}
+    for name in dict.fromkeys(name for reading in readings.values() for name in reading):
+        having = [seed for seed, reading in readings.items() if name in reading]
+        values = np.stack([readings[seed][name] for seed in having], axis=1)  # [1 + R, S]
+        if items:
+            counts = functools.reduce(operator.or_, (items[seed].counts(name) for seed in having))  # shared ones once
+            combined[name] = seeds_and_items(values[0], values[1:], sum(counts.values()))
+        else:
+            combined[name] = t_interval(values[0])
     return combined
-
-
-def _over_seeds(readings: Mapping[int, _Reading]) -> dict[str, Interval]:
-    """Means over seeds with Student's intervals."""
-    names = dict.fromkeys(name for reading in readings.values() for name in reading.values)
-    return {n: t_interval(np.array([r.values[n] for r in readings.values() if n in r.values])) for n in names}

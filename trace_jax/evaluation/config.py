@@ -88,7 +88,3 @@ class EvaluationConfig(Section):
     muse: MuseConfig | None = None
     tofu: TofuConfig | None = None
     multiple_choice: MultipleChoiceConfig | None = None
-
-    def during_training(self) -> tuple[int, int]:
-        """What changes measurements made while unlearning, besides the identities of the quick tasks."""
-        return self.batch_size, self.bootstrap

@@ -11,16 +11,15 @@ for ratios of sums, without a number of items that has to be the same everywhere
 """
 
 import dataclasses
+import functools
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.probes import relative_likelihood
-from trace_jax.io.codec import decode, encode
 from trace_jax.unlearning.metrics import read_items
 
 MEAN = "mean_utility"
@@ -74,15 +73,6 @@ class Front:
         if not len(self.steps) or (np.diff(self.steps) <= 0).any():
             raise ValueError(f"a front needs at least one point and increasing steps; got {self.steps}.")
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain dict that `json.dumps` takes."""
-        return encode(self)
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> "Front":
-        """The inverse of `to_json`."""
-        return decode(cls, plain)
-
 
 def front_from_history(
     history: Iterable[tuple[int, Sequence[Measurement]]],
@@ -105,12 +95,6 @@ def front_from_history(
     points = sorted(
         ((step, {m.name: m.value for m in ms if m.split == split}) for step, ms in history), key=lambda p: p[0]
     )
-    if not points:
-        raise ValueError("the run has no evaluation yet; a front needs at least one.")
-    if original is None and points[0][0] != 0:
-        raise ValueError(
-            f"the first evaluation is at step {points[0][0]}; give the original model's values, or step 0."
-        )
     original = points[0][1] if original is None else original
     names = [name for name in points[0][1] if all(name in values for _, values in points)]
     if board.forgetting not in names:
@@ -132,102 +116,70 @@ def front_from_history(
     return Front(steps, measured[board.forgetting], utilities, measured)
 
 
-def front_point(
-    measurements: Sequence[Measurement], *, board: Scoreboard, split: str, original: Sequence[Measurement]
-) -> tuple[float, float]:
-    """(forgetting, mean utility) of one evaluation, as a front has them; `original`: those of the original model."""
-    before = {m.name: m.value for m in original if m.split == split}
-    front = front_from_history([(0, measurements)], board=board, split=split, original=before)
-    return float(front.forgetting[0]), float(front.utilities[MEAN][0])
+def crossings(forgetting: np.ndarray, level: float) -> Callable[[np.ndarray], np.ndarray]:
+    """What reads values f64 [R, N] of R fronts where each first comes down to a level: f64 [R], linearly interpolated.
 
-
-@dataclasses.dataclass(frozen=True)
-class Crossing:
-    """Where a front first comes down to a level: between evaluations `index - 1` and `index`.
-
-    `share` in 0..1 is how far along that stretch; 1 is the evaluation itself. `step` is interpolated likewise.
+    A front that stays above the level, forgetting f64 [R, N], is read at its lowest evaluation.
     """
-
-    index: int
-    share: float
-    step: float
-
-    def value(self, values: np.ndarray) -> float:
-        """`values` [N] of the front's points, interpolated at the crossing."""
-        return float(_interpolated(values[None], np.array([self.index]), np.array([self.share]))[0])
-
-
-def crossing(front: Front, level: float) -> Crossing | None:
-    """First time along training that forgetting <= level, linearly interpolated; None if it never happens."""
-    reached, index, share = _crossings(front.forgetting[None], level)
-    if not reached[0]:
-        return None
-    step = _interpolated(front.steps[None], index, share)[0]
-    return Crossing(int(index[0]), float(share[0]), float(step))
-
-
-def utility_at(front: Front, level: float, utility: str = MEAN) -> float | None:
-    """Utility at the first crossing of a forgetting level; None if the run never forgets that much."""
-    at = crossing(front, level)
-    return None if at is None else at.value(front.utilities[utility])
-
-
-def resampled_utility_at(forgetting: np.ndarray, utility: np.ndarray, level: float) -> np.ndarray:
-    """Utility f64 [R] at the first crossing of a level by each of many fronts, forgetting and utility f64 [R, N].
-
-    A front that stays above the level is read at its lowest evaluation.
-    """
-    _, index, share = _crossings(forgetting, level)
-    return _interpolated(utility, index, share)
-
-
-def _crossings(forgetting: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of fronts [R, N]: whether each reaches the level; index and share of its `Crossing`, or of its lowest point."""
     below = forgetting <= level
     reached = np.asarray(below.any(axis=1))
     index = np.where(reached, below.argmax(axis=1), forgetting.argmin(axis=1))
     rows, before = np.arange(len(index)), np.maximum(index - 1, 0)
     start, end = forgetting[rows, before], forgetting[rows, index]
     inside = reached & (index > 0)
-    return reached, index, np.where(inside, (start - level) / np.where(inside, start - end, 1.0), 1.0)
+    share = np.where(inside, (start - level) / np.where(inside, start - end, 1.0), 1.0)
+    return lambda values: values[rows, before] * (1 - share) + values[rows, index] * share
 
 
-def _interpolated(values: np.ndarray, index: np.ndarray, share: np.ndarray) -> np.ndarray:
-    rows, before = np.arange(len(index)), np.maximum(index - 1, 0)
-    return values[rows, before] * (1 - share) + values[rows, index] * share
+def crossing(front: Front, level: float) -> Callable[[np.ndarray], float] | None:
+    """What reads values [N] of the points of one front there (`crossings`); None if it stays above the level."""
+    if front.forgetting.min() > level:
+        return None
+    read = crossings(front.forgetting[None], level)
+    return lambda values: float(read(values[None])[0])
 
 
-def best_point(front: Front, level: float, utility: str = MEAN) -> int | None:
-    """Index of the evaluation with the highest utility among those with forgetting <= level; None if there is none.
-
-    A run that loses utility on its way to the level and regains it later is judged by what it regains. Choose on
-    validation and read the test front at the same index, or the best of many noisy points is reported.
-    """
-    reached = np.flatnonzero(front.forgetting <= level)
-    return int(reached[np.argmax(front.utilities[utility][reached])]) if len(reached) else None
-
-
-def mean_difference(first: Front, second: Front, *, utility: str = MEAN) -> float | None:
-    """Mean of utility_at(first) - utility_at(second) over the levels that both reach; None if there is no such range.
+def mean_difference(first: Front, second: Front) -> float | None:
+    """Mean difference of mean utility over the forgetting levels that both reach; None if there is no such range.
 
     The area between two fronts divided by its width. Exact: between two neighbouring levels of evaluation both curves
     are straight, so the midpoint rule has no error.
     """
-    low = max(float(f.forgetting.min()) for f in (first, second))
-    high = min(float(f.forgetting[0]) for f in (first, second))
+    fronts = first, second
+    low, high = max(f.forgetting.min() for f in fronts), min(f.forgetting[0] for f in fronts)
     if not low < high:
         return None
     levels = np.unique(np.concatenate([first.forgetting, second.forgetting, [low, high]]))
     levels = levels[(levels >= low) & (levels <= high)]
     total = 0.0
     for left, right in itertools.pairwise(levels):
-        ours, theirs = (utility_at(f, (left + right) / 2, utility) for f in (first, second))
-        assert ours is not None and theirs is not None  # both reach every level above `low`
+        ours, theirs = (crossings(f.forgetting[None], (left + right) / 2)(f.utilities[MEAN][None])[0] for f in fronts)
         total += (ours - theirs) * (right - left)
     return float(total / (high - low))
 
 
 # --- what items gave
+
+
+Draws = Callable[[np.ndarray], np.ndarray]  # names [G] -> how often each is drawn in each of R resamples, f64 [R, G]
+
+
+def make_draws(*, resamples: int, seed: int) -> Draws:
+    """The draws of items; the same for an item wherever it comes up.
+
+    A resample that draws none of the items that are asked for is the sample itself.
+    """
+
+    @functools.cache
+    def of_item(name: int) -> np.ndarray:
+        return np.random.default_rng((seed, name)).poisson(1.0, resamples).astype(np.float64)
+
+    def draws(names: np.ndarray) -> np.ndarray:
+        drawn = np.stack([of_item(int(name)) for name in names], axis=1)
+        drawn[drawn.sum(axis=1) == 0] = 1.0
+        return drawn
+
+    return draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +191,8 @@ class Series:
       above: f64 [G, T], sum over the group at each evaluation.
       below: f64 [G], its share of the denominator: questions, or tokens.
       counts: i64 [G], items in the group.
-      finish: what the ratio becomes: "share" as it is, "ratio" its exponential, "utility" that, at most 1.
+      finish: what the ratio becomes: "share" as it is, "relative" over that of the first evaluation, "ratio" its
+        exponential, "utility" that, at most 1.
     """
 
     names: np.ndarray
@@ -248,53 +201,30 @@ class Series:
     counts: np.ndarray
     finish: str
 
-    def values(self, draws: np.ndarray) -> np.ndarray:
-        """The score f64 [R, T] on resamples that draw each group so often, f64 [R, G]."""
-        ratio = draws @ self.above / (draws @ self.below)[:, None]
+    def values(self, draws: Draws) -> np.ndarray:
+        """The score f64 [R, T] on the resamples."""
+        counts = draws(self.names)
+        ratio = counts @ self.above / (counts @ self.below)[:, None]
+        if self.finish == "relative":
+            with np.errstate(divide="ignore", invalid="ignore"):  # the original may have none of the drawn ones right
+                return ratio / ratio[:, :1]
         if self.finish == "share":
             return ratio
         return np.exp(np.minimum(ratio, 0.0) if self.finish == "utility" else ratio)
-
-
-class Draws:
-    """How often each item is drawn in each of `resamples` resamples; the same for an item wherever it comes up."""
-
-    def __init__(self, *, resamples: int, seed: int):
-        self.resamples, self._seed = resamples, seed
-        self._known: dict[int, np.ndarray] = {}
-
-    def of(self, names: np.ndarray) -> np.ndarray:
-        """f64 [R, G]. A resample that draws none of these items is the sample itself."""
-        drawn = np.stack([self._item(int(name)) for name in names], axis=1)
-        drawn[drawn.sum(axis=1) == 0] = 1.0
-        return drawn
-
-    def _item(self, name: int) -> np.ndarray:
-        if name not in self._known:
-            rng = np.random.default_rng((self._seed, name))
-            self._known[name] = rng.poisson(1.0, self.resamples).astype(np.float64)
-        return self._known[name]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunItems:
     """What each item of one split gave along a run: the series of the forgetting score and of every utility."""
 
-    steps: np.ndarray
     forgetting: Series
     utilities: Mapping[str, Series]
-    relative: frozenset[str]
 
     def resampled(self, draws: Draws) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Forgetting and utilities f64 [R, T] on resampled items, as `front_from_history` makes them of the items."""
-        forgetting = self.forgetting.values(draws.of(self.forgetting.names))
-        utilities = {}
-        for name, series in self.utilities.items():
-            values = series.values(draws.of(series.names))
-            with np.errstate(divide="ignore", invalid="ignore"):  # the original may have none of the drawn ones right
-                utilities[name] = values / values[:, :1] if name in self.relative else values
+        utilities = {name: series.values(draws) for name, series in self.utilities.items()}
         utilities[MEAN] = np.mean(list(utilities.values()), axis=0)
-        return forgetting, utilities
+        return self.forgetting.values(draws), utilities
 
     def counts(self, utility: str) -> dict[int, int]:
         """Items behind a utility, by the name of their group."""
@@ -316,11 +246,12 @@ def load_run_items(directory: str | os.PathLike, front: Front, board: Scoreboard
         part, subject, name = path.split("/")
         if part == split:
             by_subject.setdefault(subject, {})[name] = values[at]
-    series = {}
+    series, relative = {}, {u.name for u in board.utilities if u.relative}
     for subject, columns in by_subject.items():  # [T, N]
         if "correct" in columns:
             name, correct = board.questions.get(subject, f"{subject}_accuracy"), columns["correct"].astype(np.float64)
-            series[name] = _grouped(columns["question"][0], correct, np.ones(correct.shape[1]), "share")
+            finish = "relative" if name in relative else "share"
+            series[name] = _grouped(columns["question"][0], correct, np.ones(correct.shape[1]), finish)
         if "original" in columns and columns["tokens"][0].any():
             gain, tokens = columns["original"].astype(np.float64) - columns["nll"], columns["tokens"][0]
             finish = "ratio" if subject == "forget" else "utility"
@@ -329,8 +260,7 @@ def load_run_items(directory: str | os.PathLike, front: Front, board: Scoreboard
     utilities = {u.name: series[u.name] for u in board.utilities if u.name in series}
     if board.forgetting not in series or set(utilities) != set(front.utilities) - {MEAN}:
         return None
-    relative = frozenset(u.name for u in board.utilities if u.relative)
-    return RunItems(front.steps, series[board.forgetting], utilities, relative)
+    return RunItems(series[board.forgetting], utilities)
 
 
 def _grouped(names: np.ndarray, above: np.ndarray, below: np.ndarray, finish: str) -> Series:

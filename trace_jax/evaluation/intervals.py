@@ -7,6 +7,7 @@ Bootstrap intervals are percentile intervals. They are invariant under increasin
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -54,9 +55,9 @@ def bootstrap_mean(
     Raises:
       ValueError: no values, or weights that sum to zero.
     """
-    values = np.asarray(values, np.float64)
+    values, n = np.asarray(values, np.float64), len(values)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
-    if not len(values):
+    if not n:
         raise ValueError("there is no item to average; expected at least one.")
     if not weights.sum() > 0:
         raise ValueError("the weights of the items sum to zero; there is nothing to average.")
@@ -64,15 +65,12 @@ def bootstrap_mean(
     if groups is not None:
         _, group = np.unique(np.asarray(groups), return_inverse=True)
         values, weights = np.bincount(group, values), np.bincount(group, weights)
-    n = len(group) if groups is not None else len(values)
-    if len(values) < 2:
-        return Interval(estimate, math.nan, math.nan, n)
-    means = []
-    for counts in resample_counts(len(values), resamples=resamples, rng=np.random.default_rng(seed)):
-        totals = counts @ weights
-        means.append((counts @ values)[totals > 0] / totals[totals > 0])
-    low, high = np.quantile(np.concatenate(means), TAILS)
-    return Interval(estimate, float(low), float(high), n)
+    means = [np.zeros(0)]
+    if len(values) > 1:
+        for counts in resample_counts(len(values), resamples=resamples, rng=np.random.default_rng(seed)):
+            totals = counts @ weights
+            means.append((counts @ values)[totals > 0] / totals[totals > 0])
+    return quantile_interval(estimate, np.concatenate(means), n)
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -104,9 +102,6 @@ def proportion(
 
 def t_interval(values: np.ndarray) -> Interval:
     """Mean over a few independent runs (seeds) with Student's interval; NaN ends for a single run."""
-    values = np.asarray(values, np.float64)
-    if not len(values):
-        raise ValueError("there is no run to average; expected at least one.")
     mean, n = float(values.mean()), len(values)
     if n < 2:
         return Interval(mean, math.nan, math.nan, n)
@@ -131,17 +126,9 @@ def seeds_and_items(values: np.ndarray, resampled: np.ndarray, n: int) -> Interv
       values: f64 [S], one estimate a seed.
       resampled: f64 [R, S], the estimates on resampled items; resamples with a NaN are left out.
       n: items, for the result.
-
-    Raises:
-      ValueError: no value, or another number of seeds in the two.
     """
-    values = np.asarray(values, np.float64)
-    if not len(values) or resampled.shape[1:] != values.shape:
-        raise ValueError(f"{len(values)} values can't be combined with resamples {resampled.shape}; expected [R, S].")
     resampled, seeds, mean = resampled[np.isfinite(resampled).all(axis=1)], len(values), float(values.mean())
-    if len(resampled) < 2:
-        return Interval(mean, math.nan, math.nan, n)
-    if seeds == 1:
+    if seeds == 1 or len(resampled) < 2:
         return quantile_interval(mean, resampled[:, 0], n)
     covariance = np.cov(resampled, rowvar=False)
     together = float(covariance.mean())
@@ -151,54 +138,63 @@ def seeds_and_items(values: np.ndarray, resampled: np.ndarray, n: int) -> Interv
     return Interval(mean, mean - half, mean + half, n)
 
 
-def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Probability that a positive scores above a negative, ties counted as one half; scores [P] and [N]."""
-    positive, negative = _scores(positive), _scores(negative)
-    return float(_weighted_auc(positive, negative, np.ones((1, len(positive))), np.ones((1, len(negative))))[0])
+Counts = tuple[np.ndarray, np.ndarray]  # how often each positive f64 [R, P] and each negative f64 [R, N] is drawn
 
 
-def auc_resamples(positive: np.ndarray, negative: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """Bootstrap distribution f64 [resamples] of `auc`: positives and negatives resampled separately.
+def auc(positive: np.ndarray, negative: np.ndarray, counts: Counts | None = None) -> np.ndarray:
+    """Probability that a positive scores above a negative, ties counted as one half: f64 [R], one for each resample.
+
+    Args:
+      positive, negative: finite scores [P] and [N], at least one each.
+      counts: of R resamples; None: every item once, R = 1.
+    """
+    positive, negative, (counts_p, counts_n) = _two_sides(positive, negative, counts)
+    order = np.argsort(negative, kind="stable")
+    cumulative = np.concatenate([np.zeros((len(counts_n), 1)), np.cumsum(counts_n[:, order], axis=1)], axis=1)
+    below, up_to = (np.searchsorted(negative[order], positive, side=side) for side in ("left", "right"))
+    wins = (cumulative[:, below] + cumulative[:, up_to]) / 2
+    return (counts_p * wins).sum(axis=1) / (counts_p.sum(axis=1) * counts_n.sum(axis=1))
+
+
+def true_positive_rate(
+    positive: np.ndarray, negative: np.ndarray, counts: Counts | None = None, *, rate: float
+) -> np.ndarray:
+    """Share of positives above the lowest threshold that lets at most `rate` (below 1) of negatives through, f64 [R].
+
+    Scores equal to the threshold stay below it. With fewer than 1 / `rate` negatives none may pass. Every resample has
+    a threshold of its own. Arguments as of `auc`.
+    """
+    positive, negative, (counts_p, counts_n) = _two_sides(positive, negative, counts)
+    order = np.argsort(negative)[::-1]
+    allowed = int(rate * len(negative) + 1e-9)
+    threshold = negative[order][np.argmax(np.cumsum(counts_n[:, order], axis=1) > allowed, axis=1)]
+    return (counts_p * (positive > threshold[:, None])).sum(axis=1) / counts_p.sum(axis=1)
+
+
+def resampled_sides(
+    statistic: Callable[..., np.ndarray], positive: np.ndarray, negative: np.ndarray, *, resamples: int, seed: int
+) -> np.ndarray:
+    """Bootstrap distribution f64 [resamples] of `auc` or `true_positive_rate`; the sides are resampled separately.
 
     The same seed draws the same items, so that two models scored on the same texts can be compared resample by
-    resample.
+    resample. Empty with fewer than two items on a side.
     """
-    positive, negative = _scores(positive), _scores(negative)
-    draws = _two_sides(len(positive), len(negative), resamples=resamples, seed=seed)
-    return np.concatenate([_weighted_auc(positive, negative, *counts) for counts in draws])
+    sides = len(positive), len(negative)
+    if min(sides) < 2:
+        return np.zeros(0)
+    rngs = [np.random.default_rng((seed, side)) for side in (0, 1)]
+    draws = (
+        resample_counts(n, resamples=resamples, rng=rng, size=max(sides)) for n, rng in zip(sides, rngs, strict=True)
+    )
+    return np.concatenate([statistic(positive, negative, counts) for counts in zip(*draws, strict=True)])
 
 
-def bootstrap_auc(positive: np.ndarray, negative: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> Interval:
-    """`auc` with its bootstrap interval; `n` counts both sides. NaN ends with fewer than two items on a side."""
-    value, n = auc(positive, negative), len(positive) + len(negative)
-    if min(len(positive), len(negative)) < 2:
-        return Interval(value, math.nan, math.nan, n)
-    low, high = np.quantile(auc_resamples(positive, negative, resamples=resamples, seed=seed), TAILS)
-    return Interval(value, float(low), float(high), n)
-
-
-def true_positive_rate(positive: np.ndarray, negative: np.ndarray, *, false_positive_rate: float) -> float:
-    """Share of positives above the lowest threshold that lets at most that share (below 1) of the negatives through.
-
-    Scores equal to the threshold stay below it. With fewer than 1 / `false_positive_rate` negatives none may pass.
-    """
-    positive, negative = _scores(positive), _scores(negative)
-    ones = np.ones((1, len(positive))), np.ones((1, len(negative)))
-    return float(_weighted_rate(positive, negative, *ones, false_positive_rate)[0])
-
-
-def bootstrap_true_positive_rate(
-    positive: np.ndarray, negative: np.ndarray, *, false_positive_rate: float, resamples: int = 1000, seed: int = 0
+def bootstrap_sides(
+    statistic: Callable[..., np.ndarray], positive: np.ndarray, negative: np.ndarray, *, resamples: int, seed: int
 ) -> Interval:
-    """`true_positive_rate` with a bootstrap interval over both sides, each resample with a threshold of its own."""
-    value = true_positive_rate(positive, negative, false_positive_rate=false_positive_rate)
-    positive, negative = _scores(positive), _scores(negative)
-    n = len(positive) + len(negative)
-    if min(len(positive), len(negative)) < 2:
-        return Interval(value, math.nan, math.nan, n)
-    draws = _two_sides(len(positive), len(negative), resamples=resamples, seed=seed)
-    rates = [_weighted_rate(positive, negative, *counts, false_positive_rate) for counts in draws]
-    return quantile_interval(value, np.concatenate(rates), n)
+    """`auc` or `true_positive_rate` with its bootstrap interval; `n` counts both sides."""
+    resampled = resampled_sides(statistic, positive, negative, resamples=resamples, seed=seed)
+    return quantile_interval(float(statistic(positive, negative)[0]), resampled, len(positive) + len(negative))
 
 
 def mean_resamples(values: np.ndarray, *, resamples: int = 1000, seed: int | tuple[int, ...] = 0) -> np.ndarray:
@@ -209,38 +205,9 @@ def mean_resamples(values: np.ndarray, *, resamples: int = 1000, seed: int | tup
 
 
 def quantile_interval(value: float, resampled: np.ndarray, n: int) -> Interval:
-    """Percentile interval of a statistic from its own bootstrap distribution."""
-    low, high = np.quantile(resampled, TAILS)
+    """Percentile interval of a statistic from its own bootstrap distribution [R]; NaN ends with fewer than two."""
+    low, high = np.quantile(resampled, TAILS) if len(resampled) > 1 else (math.nan, math.nan)
     return Interval(value, float(low), float(high), n)
-
-
-def _weighted_auc(positive: np.ndarray, negative: np.ndarray, counts_p: np.ndarray, counts_n: np.ndarray) -> np.ndarray:
-    """AUC of items repeated `counts_p` [R, P] and `counts_n` [R, N] times, per resample [R]."""
-    order = np.argsort(negative, kind="stable")
-    cumulative = np.concatenate([np.zeros((len(counts_n), 1)), np.cumsum(counts_n[:, order], axis=1)], axis=1)
-    below = np.searchsorted(negative[order], positive, side="left")
-    up_to = np.searchsorted(negative[order], positive, side="right")
-    wins = (cumulative[:, below] + cumulative[:, up_to]) / 2
-    return (counts_p * wins).sum(axis=1) / (counts_p.sum(axis=1) * counts_n.sum(axis=1))
-
-
-def _weighted_rate(
-    positive: np.ndarray, negative: np.ndarray, counts_p: np.ndarray, counts_n: np.ndarray, rate: float
-) -> np.ndarray:
-    """True positive rate at a false positive rate of repeated items, as in `_weighted_auc`, per resample [R]."""
-    order = np.argsort(negative)[::-1]
-    allowed = int(rate * len(negative) + 1e-9)
-    threshold = negative[order][np.argmax(np.cumsum(counts_n[:, order], axis=1) > allowed, axis=1)]
-    return (counts_p * (positive > threshold[:, None])).sum(axis=1) / counts_p.sum(axis=1)
-
-
-def _two_sides(positives: int, negatives: int, *, resamples: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Counts of both sides, drawn separately, in equal chunks of resamples."""
-    rng_positive, rng_negative = (np.random.default_rng((seed, side)) for side in (0, 1))
-    size = max(positives, negatives)
-    first = resample_counts(positives, resamples=resamples, rng=rng_positive, size=size)
-    second = resample_counts(negatives, resamples=resamples, rng=rng_negative, size=size)
-    return zip(first, second, strict=True)
 
 
 def resample_counts(
@@ -253,8 +220,9 @@ def resample_counts(
         yield draws.astype(np.float64)
 
 
-def _scores(values: np.ndarray) -> np.ndarray:
-    values = np.asarray(values, np.float64)
-    if not len(values) or not np.isfinite(values).all():
+def _two_sides(positive: np.ndarray, negative: np.ndarray, counts: Counts | None) -> tuple[Any, Any, Counts]:
+    sides = [np.asarray(scores, np.float64) for scores in (positive, negative)]
+    if not all(len(scores) and np.isfinite(scores).all() for scores in sides):
         raise ValueError("an AUC needs at least one finite score on each side.")
-    return values
+    ones = np.ones((1, len(positive))), np.ones((1, len(negative)))
+    return *sides, ones if counts is None else counts

@@ -11,22 +11,32 @@ the retrained model, not 1/2; PrivLeak is the relative distance from it.
 """
 
 import dataclasses
+import functools
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from tokenizers import Tokenizer
 
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation import intervals
 from trace_jax.evaluation.intervals import Interval
-from trace_jax.evaluation.likelihood import TokenScores, gradient_norms, row_texts, score_sequences, spread_indices
+from trace_jax.evaluation.likelihood import TokenScores, row_texts, score_sequences, spread_indices
 from trace_jax.evaluation.measurement import Measurement, named
-from trace_jax.evaluation.task import TaskScores
+from trace_jax.evaluation.task import TaskScores, item_lines
+from trace_jax.io.progress import tracked
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.decoder import forward
+from trace_jax.models.generate import padded_size
+from trace_jax.models.loss import token_nll
 from trace_jax.models.model import Model
+from trace_jax.models.sharding import on_mesh, pad, placed_params
+from trace_jax.parallel.mesh import BATCH_AXES, place, row_shards, to_host
 
 MIN_K = 0.4  # share of a text's tokens that Min-K and Min-K++ look at, as in MUSE and open-unlearning
 RATE = 0.01
@@ -61,13 +71,21 @@ class Membership:
         arrays, lines = {}, []
         for split, both in self.data.items():
             for side, rows in zip(SIDES, both, strict=True):
-                texts = self._score(model, rows, batch_size, mesh)
-                arrays |= {f"{split}/{side}/{attack}": texts[attack] for attack in ATTACKS}
-                lines += [
-                    {"split": split, "side": side, "item": i}
-                    | {attack: float(texts[attack][i]) for attack in ATTACKS if not np.isnan(texts[attack][i])}
-                    for i in range(len(texts["loss"]))
-                ]
+                texts, first = row_texts(rows)
+                scores = score_sequences(model, texts, first, moments=True, batch_size=batch_size, mesh=mesh)
+                loss = np.array([-one.log_prob.mean(dtype=np.float64) for one in scores])
+                norms, chosen = np.full(len(texts), np.nan), spread_indices(len(texts), self.gradients)
+                norms[chosen] = gradient_norms(model, [texts[i] for i in chosen], [first[i] for i in chosen], mesh=mesh)
+                scored = [text[f:] for text, f in zip(texts, first, strict=True)]
+                attacks = {
+                    "loss": loss,
+                    "min_k": min_k_scores([one.log_prob for one in scores]),
+                    "min_k_plus_plus": min_k_plus_plus_scores(scores),
+                    "zlib": loss / compressed_sizes(model.tokenizer, scored),
+                    "gradient_norm": norms,
+                }
+                arrays |= {f"{split}/{side}/{attack}": values for attack, values in attacks.items()}
+                lines += item_lines({"split": split, "side": side}, **attacks)
         return TaskScores(arrays, {"items": lines})
 
     def measure(
@@ -77,7 +95,6 @@ class Membership:
 
         The retrained model is the reference of the attack of that name and of PrivLeak, which are left out without it.
         """
-        del original
         measurements = []
         for split in self.data:
             sides: dict[str, Sides] = {attack: _sides(scores, split, attack) for attack in ATTACKS}
@@ -86,8 +103,7 @@ class Membership:
             reference = None
             if retrained is not None:
                 reference = _sides(retrained, split, "min_k")
-                pairs = zip(sides["loss"], _sides(retrained, split, "loss"), strict=True)
-                forget, holdout = (reference_scores(*pair) for pair in pairs)
+                forget, holdout = (x - y for x, y in zip(sides["loss"], _sides(retrained, split, "loss"), strict=True))
                 sides["reference"] = forget, holdout
             for attack, both in sides.items():
                 forget, holdout = (side[~np.isnan(side)] for side in both)
@@ -95,12 +111,13 @@ class Membership:
                     continue
                 note, name = _counts(forget, holdout), f"membership_{attack}"
                 why = "; no retrained model, so no reference attack" if attack == "loss" and retrained is None else ""
-                auc = intervals.bootstrap_auc(-forget, -holdout, **resampling)
+                auc = intervals.bootstrap_sides(intervals.auc, -forget, -holdout, **resampling)
                 measurements.append(named(f"{name}_auc", split, auc, note + why))
                 few = (
                     f"; none of fewer than {round(1 / RATE)} holdout texts may pass" if RATE * len(holdout) < 1 else ""
                 )
-                rate = intervals.bootstrap_true_positive_rate(-forget, -holdout, false_positive_rate=RATE, **resampling)
+                at_rate = functools.partial(intervals.true_positive_rate, rate=RATE)
+                rate = intervals.bootstrap_sides(at_rate, -forget, -holdout, **resampling)
                 measurements.append(named(f"{name}_tpr_at_fpr_1", split, rate, note + few))
             note = _counts(*sides["min_k"])
             why = "; no retrained model to compare with, so no PrivLeak" if reference is None else ""
@@ -109,21 +126,6 @@ class Membership:
             leak = privleak(sides["min_k"], reference, **resampling)
             measurements += [] if leak is None else [named("privleak", split, leak, note)]
         return measurements
-
-    def _score(self, model: Model, rows: Rows, batch_size: int, mesh: Mesh | None) -> dict[str, np.ndarray]:
-        texts, first = row_texts(rows)
-        scores = score_sequences(model, texts, first, moments=True, batch_size=batch_size, mesh=mesh)
-        loss = np.array([-one.log_prob.mean(dtype=np.float64) for one in scores])
-        norms = np.full(len(texts), np.nan)
-        chosen = spread_indices(len(texts), self.gradients)
-        norms[chosen] = gradient_norms(model, [texts[i] for i in chosen], [first[i] for i in chosen], mesh=mesh)
-        return {
-            "loss": loss,
-            "min_k": min_k_scores([one.log_prob for one in scores]),
-            "min_k_plus_plus": min_k_plus_plus_scores(scores),
-            "zlib": loss / compressed_sizes(model.tokenizer, [t[f:] for t, f in zip(texts, first, strict=True)]),
-            "gradient_norm": norms,
-        }
 
 
 def min_k_scores(values: Sequence[np.ndarray], *, share: float = MIN_K, dtype: Any = np.float64) -> np.ndarray:
@@ -141,15 +143,11 @@ def min_k_plus_plus_scores(scores: Sequence[TokenScores], *, share: float = MIN_
     """Min-K %++ (2404.02936) of each text, f64 [N]: `min_k_scores` of (log-probability - its mean) / deviation.
 
     Mean and deviation are of the log-probability of a token drawn from the model at that place. As in open-unlearning,
-    the variance counts as 1e-6 at least: where a model is certain it is 0.
-
-    Raises:
-      ValueError: scores without moments (`score_sequences(..., moments=True)`).
+    the variance counts as 1e-6 at least: where a model is certain it is 0. `scores` have moments (`score_sequences`).
     """
     standardised = []
     for one in scores:
-        if one.mean is None or one.variance is None:
-            raise ValueError("Min-K++ needs the moments of the log-probabilities: score_sequences(..., moments=True).")
+        assert one.mean is not None and one.variance is not None  # they were asked for
         log_prob, mean, variance = (np.asarray(x, np.float64) for x in (one.log_prob, one.mean, one.variance))
         standardised.append((log_prob - mean) / np.sqrt(np.maximum(variance, _LEAST_VARIANCE)))
     return min_k_scores(standardised, share=share)
@@ -163,11 +161,49 @@ def compressed_sizes(tokenizer: Tokenizer | None, texts: Sequence[Sequence[int]]
     return np.array([len(zlib.compress(text.encode("utf-8"))) for text in decoded], np.float64)
 
 
-def reference_scores(loss: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """The reference attack: how much higher the loss of each text is than the reference model's, f64 [N]."""
-    if len(loss) != len(reference):
-        raise ValueError(f"two models are compared on the same texts; got {len(loss)} and {len(reference)} texts.")
-    return loss - reference
+def gradient_norms(
+    model: Model, sequences: Sequence[Sequence[int]], first: Sequence[int], *, mesh: Mesh | None = None
+) -> np.ndarray:
+    """Euclidean norm over all parameters of the gradient of each text's mean loss: f64 [N] (2402.17012, p = 2).
+
+    One text at a time, with memory for one gradient of the size of the parameters; its layers are computed again in
+    the backward pass. open-unlearning averages the norms of single tensors instead, which depends on how a model's
+    parameters are cut into tensors.
+
+    Args:
+      sequences: token ids; `sequence[first:]` is scored, at least one token of each.
+      mesh: devices that hold the parameters and the gradient; None: the default device.
+    """
+    params = model.unguided("a gradient")
+    params = params if mesh is None else placed_params(params, model.config, mesh)
+    shards = 1 if mesh is None else row_shards(mesh)
+    function, norms = _norm_function(model.config, mesh), []
+    for sequence, start in tracked(zip(sequences, first, strict=True), "gradient norms", len(sequences)):
+        width, scored = padded_size(len(sequence)), len(sequence) - start
+        rows = ([list(x)] * shards for x in (sequence, [1] * len(sequence), sequence[1:]))
+        weights = pad([[0.0] * (start - 1) + [1 / scored] * scored], width=width, count=shards, dtype=np.float32)
+        arrays = (*(pad(x, width=width) for x in rows), weights)
+        arrays = arrays if mesh is None else place(arrays, mesh, PartitionSpec(BATCH_AXES))
+        norms.append(float(to_host(function(params, *arrays))))
+    return np.array(norms, np.float64)
+
+
+@functools.lru_cache(maxsize=4)
+def _norm_function(config: ModelConfig, mesh: Mesh | None):
+    def loss(params, tokens, mask, targets, weights):
+        hidden = forward(params, config, tokens, mask=mask, collect=("hidden",), remat="layer").hidden
+        assert hidden is not None  # it was asked for
+        total = (token_nll(params, config, hidden, targets) * weights).sum()
+        return total if mesh is None else jax.lax.psum(total, BATCH_AXES)
+
+    function = loss if mesh is None else on_mesh(loss, config, mesh, out_specs=PartitionSpec())
+
+    def norm(params, *arrays):
+        gradient = jax.grad(function)(params, *arrays)
+        squares = [jnp.square(leaf.astype(jnp.float32)).sum() for leaf in jax.tree.leaves(gradient)]
+        return jnp.sqrt(jnp.stack(squares).sum())
+
+    return jax.jit(norm)
 
 
 def privleak_auc(scores: Sides, profile: Profile = "muse", *, resamples: int = 1000, seed: int = 0) -> Interval:
@@ -176,7 +212,7 @@ def privleak_auc(scores: Sides, profile: Profile = "muse", *, resamples: int = 1
     Of the negative score in profile "muse": near 0 for a model that remembers the forget texts; of the score itself in
     "open_unlearning": near 1.
     """
-    return intervals.bootstrap_auc(*_oriented(scores, profile), resamples=resamples, seed=seed)
+    return intervals.bootstrap_sides(intervals.auc, *_oriented(scores, profile), resamples=resamples, seed=seed)
 
 
 def privleak(
@@ -199,23 +235,22 @@ def privleak(
     if retrained is None and profile == "muse":
         return None
 
-    def relative(auc: np.ndarray, reference: np.ndarray) -> np.ndarray:
-        if profile == "open_unlearning":
-            auc, reference = 1 - auc, 1 - reference
-            return (auc - reference) / (reference + 1e-10) * 100
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (auc - reference) / reference * 100
-
     models = [_oriented(sides, profile) for sides in (scores, retrained) if sides is not None]
-    auc, reference, *_ = [np.array(intervals.auc(*sides)) for sides in models] + [np.array(AUC_UNTRAINED)]
-    value, n = float(relative(auc, reference)), sum(len(x) for x in scores)
+
+    def leak(auc: Callable[..., np.ndarray]) -> np.ndarray:
+        ours, *others = [auc(*sides) for sides in models]
+        reference = others[0] if others else np.full(len(ours), AUC_UNTRAINED)
+        if profile == "open_unlearning":
+            ours, reference = 1 - ours, 1 - reference
+            return (ours - reference) / (reference + 1e-10) * 100
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (ours - reference) / reference * 100
+
+    value = float(leak(intervals.auc)[0])
     if not math.isfinite(value):
         return None
-    if min(len(x) for x in scores) < 2:
-        return Interval(value, math.nan, math.nan, n)
-    drawn = [intervals.auc_resamples(*sides, resamples=resamples, seed=seed) for sides in models]
-    resampled = relative(drawn[0], drawn[1] if len(drawn) > 1 else np.full(len(drawn[0]), AUC_UNTRAINED))
-    return intervals.quantile_interval(value, resampled[np.isfinite(resampled)], n)
+    resampled = leak(functools.partial(intervals.resampled_sides, intervals.auc, resamples=resamples, seed=seed))
+    return intervals.quantile_interval(value, resampled[np.isfinite(resampled)], sum(len(x) for x in scores))
 
 
 def _sides(scores: TaskScores, split: str, attack: str) -> Sides:

@@ -1,16 +1,18 @@
-"""The built-in tasks: questions, text, verbatim and memorised text of both splits (`membership` is the fifth).
+"""The built-in tasks: questions, text, verbatim and memorised text of both splits (`membership` is the fifth); ROUGE.
 
 Data is by (split, subject), or by split where it is of the forget set; arrays of scores are by "SPLIT/SUBJECT/NAME".
+ROUGE is that of the package `rouge-score` (Google's, which MUSE, TOFU and open-unlearning use).
 """
 
 import dataclasses
 import math
 import zlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
+from rouge_score import rouge_scorer
 
 from trace_jax.config import fingerprint
 from trace_jax.data.corpora import Probes, Prompts, Questions
@@ -20,8 +22,7 @@ from trace_jax.evaluation.intervals import bootstrap_mean, proportion
 from trace_jax.evaluation.likelihood import row_texts, score_questions, score_rows, score_sequences, spread_indices
 from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.evaluation.membership import SIDES, Membership
-from trace_jax.evaluation.rouge import rouge_l
-from trace_jax.evaluation.task import Evaluator, Scores, Task, TaskScores
+from trace_jax.evaluation.task import Evaluator, Scores, Task, TaskScores, item_lines
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
 
@@ -40,25 +41,24 @@ def probe_tasks(
       identity: hash of the probes.
     """
 
-    def thinned(rows: Rows, most: int) -> Rows:
-        return rows.take(spread_indices(len(rows), most))
+    def thinned(items: Any, most: int) -> Any:
+        return items.take(spread_indices(len(items), most))
 
     questions, text, prompts, members = {}, {}, {}, {}
     for split, probe in probes.items():
         questions |= {(split, subject): q for subject, q in probe.questions.items() if len(q)}
         text |= {(split, subject): thinned(rows, config.max_rows) for subject, rows in probe.text.items() if len(rows)}
         if (beginnings := probe.prompts.get("forget")) is not None and len(beginnings):
-            prompts[split] = beginnings.take(spread_indices(len(beginnings), config.max_prompts))
+            prompts[split] = thinned(beginnings, config.max_prompts)
         sides = [probe.members[side] for side in SIDES if side in probe.members]
         if len(sides) == len(SIDES) and all(map(len, sides)):
             members[split] = tuple(thinned(side, config.max_members) for side in sides)
-    forget = {split: rows for (split, subject), rows in text.items() if subject == "forget"}
     texts = fingerprint(identity, config.max_rows)
     tasks = (
         QuestionAccuracy(questions, identity, accuracies),
         TextLikelihood(text, texts),
         Verbatim(prompts, fingerprint(identity, config.max_prompts, config.audit_text)),
-        Memorization(forget, texts),
+        Memorization({split: rows for (split, subject), rows in text.items() if subject == "forget"}, texts),
         Membership(members, fingerprint(identity, config.max_members, config.max_gradients), config.max_gradients),
     )
     return tuple(task for task in tasks if task.data)
@@ -71,10 +71,20 @@ def item_outcomes(evaluator: Evaluator, scores: Scores) -> dict[str, np.ndarray]
     `nll` and, where the evaluator has the original model's scores, its `original` NLL (nats, sums over the row).
     Questions and rows are named by a hash of their tokens: the same number is the same item in every run.
     """
-    outcomes = {}
+    outcomes: dict[str, np.ndarray] = {}
     for task in evaluator.tasks:
-        if isinstance(task, (QuestionAccuracy, TextLikelihood)) and task.name in scores:
-            outcomes |= task.outcomes(scores[task.name], evaluator.original.get(task.name))
+        own, original = scores.get(task.name), evaluator.original.get(task.name)
+        if isinstance(task, QuestionAccuracy) and own is not None:
+            for key, correct in task.correct(own):
+                names = _hashes(task.data[key].tokens, task.data[key].group)
+                outcomes |= {_path(*key, "question"): names, _path(*key, "correct"): correct}
+        elif isinstance(task, TextLikelihood) and own is not None:
+            for key, rows in task.data.items():
+                nll, tokens = _path(*key, "nll"), _path(*key, "tokens")
+                outcomes |= {_path(*key, "row"): _hashes(rows.tokens), tokens: own.arrays[tokens].astype(np.int32)}
+                outcomes[nll] = own.arrays[nll].astype(np.float32)
+                if original is not None:
+                    outcomes[_path(*key, "original")] = original.arrays[nll].astype(np.float32)
     return outcomes
 
 
@@ -93,58 +103,28 @@ class QuestionAccuracy:
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """`log_likelihood` f64 [Q, O]. Sets of equal option count share their batches, padded to the longest."""
-        arrays = {}
-        for keys in _alike({key: questions.tokens.shape[1] for key, questions in self.data.items()}):
-            sets = [self.data[key] for key in keys]
-            longest = max(questions.tokens.shape[-1] for questions in sets)
-            pads = [((0, 0), (0, 0), (0, longest - questions.tokens.shape[-1])) for questions in sets]
-            together = Questions(
-                *(
-                    np.concatenate([np.pad(getattr(q, f), pad) for q, pad in zip(sets, pads, strict=True)])
-                    for f in ("tokens", "segments", "scored")
-                ),
-                *(np.concatenate([getattr(q, f) for q in sets]) for f in ("answer", "group")),
-            )
-            options = {"guide": model.guide, "batch_size": batch_size, "mesh": mesh}
-            likelihoods = score_questions(model.params, model.config, together, **options).log_likelihood
-            for key, values in zip(keys, np.split(likelihoods, np.cumsum([len(q) for q in sets])[:-1]), strict=True):
-                arrays[_path(*key, "log_likelihood")] = values
-        lines = [
-            {
-                "split": split,
-                "subject": subject,
-                "item": i,
-                "group": int(questions.group[i]),
-                "log_likelihood": values.tolist(),
-                "answer": int(questions.answer[i]),
-                "correct": bool(values.argmax() == questions.answer[i]),
-            }
-            for (split, subject), questions in self.data.items()
-            for i, values in enumerate(arrays[_path(split, subject, "log_likelihood")])
-        ]
-        return TaskScores(arrays, {"items": lines})
+        options = {"batch_size": batch_size, "mesh": mesh}
+        scores = _scored_together(self.data, lambda questions: score_questions(model, questions, **options))
+        lines = []
+        for (split, subject), values in scores.items():
+            own = self.data[split, subject]
+            columns = {"group": own.group, "log_likelihood": values, "answer": own.answer}
+            correct = values.argmax(axis=1) == own.answer
+            lines += item_lines({"split": split, "subject": subject}, **columns, correct=correct)
+        return TaskScores({_path(*key, "log_likelihood"): values for key, values in scores.items()}, {"items": lines})
 
     def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:
-        del original, retrained
         return [
             named(
                 self.accuracies.get(subject, f"{subject}_accuracy"),
                 split,
                 proportion(correct, groups=self.data[split, subject].group, **resampling),
             )
-            for (split, subject), correct in self._correct(scores)
+            for (split, subject), correct in self.correct(scores)
         ]
 
-    def outcomes(self, scores: TaskScores, original: TaskScores | None) -> dict[str, np.ndarray]:
-        """See `item_outcomes`."""
-        del original
-        outcomes = {}
-        for key, correct in self._correct(scores):
-            names = _hashes(self.data[key].tokens, self.data[key].group)
-            outcomes |= {_path(*key, "question"): names, _path(*key, "correct"): correct}
-        return outcomes
-
-    def _correct(self, scores: TaskScores) -> Iterator[tuple[Key, np.ndarray]]:
+    def correct(self, scores: TaskScores) -> Iterator[tuple[Key, np.ndarray]]:
+        """bool [Q] of every set."""
         for key, questions in self.data.items():
             yield key, scores.arrays[_path(*key, "log_likelihood")].argmax(axis=1) == questions.answer
 
@@ -167,28 +147,19 @@ class TextLikelihood:
 
         Sets of equal row length share their batches.
         """
-        arrays = {}
-        for keys in _alike({key: rows.tokens.shape[1] for key, rows in self.data.items()}):
-            sets = [self.data[key] for key in keys]
-            options = {"guide": model.guide, "batch_size": batch_size, "mesh": mesh}
-            row_scores = score_rows(model.params, model.config, Rows.concatenate(sets), **options)
-            ends = np.cumsum([len(rows) for rows in sets])[:-1]
-            for name in ("nll", "tokens"):
-                for key, values in zip(keys, np.split(getattr(row_scores, name), ends), strict=True):
-                    arrays[_path(*key, name)] = values
-        lines = [
-            {"split": split, "subject": subject, "item": i, "nll": float(nll), "tokens": int(tokens)}
-            for split, subject in self.data
-            for i, (nll, tokens) in enumerate(
-                zip(*(arrays[_path(split, subject, name)] for name in ("nll", "tokens")), strict=True)
-            )
-        ]
+        options, arrays, lines = {"batch_size": batch_size, "mesh": mesh}, {}, []
+        for (split, subject), by_token in _scored_together(
+            self.data, lambda r: score_rows(model, r, **options)
+        ).items():
+            nll, tokens = by_token.sum(axis=1, dtype=np.float64), self.data[split, subject].valid.sum(axis=1)
+            lines += item_lines({"split": split, "subject": subject}, nll=nll, tokens=tokens)
+            arrays[_path(split, subject, "nll")] = nll
+            arrays[_path(split, subject, "tokens")] = tokens.astype(np.float64)
         return TaskScores(arrays, {"items": lines})
 
     def measure(
         self, scores: TaskScores, *, original: TaskScores | None, retrained, **resampling: Any
     ) -> list[Measurement]:
-        del retrained
         measurements = []
         for split, subject in self.data:
             nll, tokens = (scores.arrays[_path(split, subject, name)] for name in ("nll", "tokens"))
@@ -203,17 +174,6 @@ class TextLikelihood:
                     ratio = ratio.map(lambda x: min(x, 1.0))
                 measurements.append(named(relative_likelihood(subject), split, ratio))
         return measurements
-
-    def outcomes(self, scores: TaskScores, original: TaskScores | None) -> dict[str, np.ndarray]:
-        """See `item_outcomes`."""
-        outcomes = {}
-        for key, rows in self.data.items():
-            columns = {"row": _hashes(rows.tokens), "tokens": scores.arrays[_path(*key, "tokens")].astype(np.int32)}
-            columns["nll"] = scores.arrays[_path(*key, "nll")].astype(np.float32)
-            if original is not None:
-                columns["original"] = original.arrays[_path(*key, "nll")].astype(np.float32)
-            outcomes |= {_path(*key, name): values for name, values in columns.items()}
-        return outcomes
 
 
 def relative_likelihood(subject: str) -> str:
@@ -252,14 +212,11 @@ class Verbatim:
                 model.tokenizer.decode_batch(prompts.unpadded(x)) for x in (generated, prompts.continuation)
             )
             arrays |= {_path(split, "score"): rouge_l(written, truth), _path(split, "generated"): generated}
-            lines += [
-                {"split": split, "item": i, "score": float(score), "generation": text, "ground_truth": true}
-                for i, (score, text, true) in enumerate(zip(arrays[_path(split, "score")], written, truth, strict=True))
-            ]
+            columns = {"score": arrays[_path(split, "score")], "generation": written, "ground_truth": truth}
+            lines += item_lines({"split": split}, **columns)
         return TaskScores(arrays, {"items": lines})
 
     def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:
-        del original, retrained
         values = {split: scores.arrays[_path(split, "score")] for split in self.data}
         return [named(self.name, split, bootstrap_mean(score, **resampling)) for split, score in values.items()]
 
@@ -283,17 +240,12 @@ class Memorization:
         arrays, lines = {}, []
         for split, rows in self.data.items():
             scores = score_sequences(model, *row_texts(rows), batch_size=batch_size, mesh=mesh)
-            greedy = [one.greedy for one in scores]
-            columns = {name: function(greedy) for name, function in MEMORIZED.items()}
+            columns = {name: function([one.greedy for one in scores]) for name, function in MEMORIZED.items()}
             arrays |= {_path(split, name): values for name, values in columns.items()}
-            lines += [
-                {"split": split, "item": i, **{name: float(values[i]) for name, values in columns.items()}}
-                for i in range(len(greedy))
-            ]
+            lines += item_lines({"split": split}, **columns)
         return TaskScores(arrays, {"items": lines})
 
     def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:
-        del original, retrained
         return [
             named(name, split, bootstrap_mean(values, **resampling))
             for split in self.data
@@ -339,16 +291,47 @@ def _scored(greedy: Sequence[np.ndarray], profile: Profile) -> list[np.ndarray]:
     return [one[:-1] for one in flags] if profile == "open_unlearning" else flags
 
 
+def rouge_l(predictions: Sequence[str], references: Sequence[str], *, stem: bool = False) -> np.ndarray:
+    """ROUGE-L F-measure of each prediction against its reference, f64 [N] in 0..1; 0 where one of them has no word.
+
+    Words are runs of a-z and 0-9 in lower case, so that white space and punctuation don't count.
+
+    Args:
+      stem: whether Porter's stemmer shortens words of more than three letters first.
+    """
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stem)
+    return np.array([scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references, strict=True)])
+
+
+def rouge_recalls(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """ROUGE-1 and ROUGE-L recall with stemmer of each prediction, f64 [N, 2] in 0..1; 0 where nothing is predicted."""
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
+    return np.array([[one["rouge1"].recall, one["rougeL"].recall] for one in scores]).reshape(-1, 2)
+
+
 def _path(*parts: str) -> str:
     return "/".join(parts)
 
 
-def _alike(shapes: Mapping[Key, Hashable]) -> list[list[Key]]:
-    """Keys of equal shape together."""
-    groups: dict[Hashable, list[Key]] = {}
-    for key, shape in shapes.items():
-        groups.setdefault(shape, []).append(key)
-    return list(groups.values())
+def _scored_together(data: Mapping[Key, Any], score: Callable[[Any], np.ndarray]) -> dict[Key, np.ndarray]:
+    """`score` of every set. Sets with as many options, or rows as long, are scored as one, padded to the longest."""
+    groups: dict[int, list[Key]] = {}
+    for key, one in data.items():
+        groups.setdefault(one.tokens.shape[1], []).append(key)
+    results = {}
+    for keys in groups.values():
+        sets = [data[key] for key in keys]
+        longest = max(one.tokens.shape[-1] for one in sets)
+        columns = []
+        for field in dataclasses.fields(sets[0]):
+            parts = [getattr(one, field.name) for one in sets]
+            if parts[0].ndim > 1:
+                parts = [np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, longest - x.shape[-1])]) for x in parts]
+            columns.append(np.concatenate(parts))
+        ends = np.cumsum([len(one) for one in sets])[:-1]
+        results |= dict(zip(keys, np.split(score(type(sets[0])(*columns)), ends), strict=True))
+    return {key: results[key] for key in data}
 
 
 def _hashes(tokens: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:

@@ -28,36 +28,11 @@ SUBJECTS = ("forget", "retain")
 MODELS = ("original", "unlearned")
 SPLIT = "train"  # routing is measured on the rows that were unlearned with
 
-Corpora = Mapping[str, "CorpusRouting"]
-
-
-@dataclasses.dataclass(frozen=True)
-class CorpusRouting:
-    """What both models' routing of one corpus sums up to, per row (N rows that have tokens) or over rows.
-
-    Attributes:
-      tokens: [N] or [R].
-      counts: per model ("original", "unlearned"), activations [N, L, E] or [R, L, E].
-      jaccard, unchanged: sums over tokens [N, L] or [R, L] (`routing.statistics.Overlap`).
-    """
-
-    tokens: np.ndarray
-    counts: Mapping[str, np.ndarray]
-    jaccard: np.ndarray
-    unchanged: np.ndarray
-
-    def summed(self, draws: np.ndarray) -> "CorpusRouting":
-        """Sums over rows, each row counted `draws` f64 [R, N] times."""
-
-        def total(values: np.ndarray) -> np.ndarray:
-            return (draws @ values.reshape(len(values), -1)).reshape(len(draws), *values.shape[1:])
-
-        counts = {model: total(values) for model, values in self.counts.items()}
-        return CorpusRouting(total(self.tokens), counts, total(self.jaccard), total(self.unchanged))
-
-    def frequency(self, model: str) -> np.ndarray:
-        """f64 [..., L, E], share of tokens that use the expert."""
-        return self.counts[model] / self.tokens[..., None, None]
+# What both models' routing of a corpus sums up to in each of its N rows that have tokens, or in each of R resamples of
+# them: "tokens" [N]; "original" and "unlearned", activations [N, L, E]; "jaccard" and "unchanged", sums over tokens
+# [N, L] (`routing.statistics.Overlap`).
+CorpusRouting = Mapping[str, np.ndarray]
+Corpora = Mapping[str, CorpusRouting]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,14 +128,14 @@ def measure_routing(
       forget, retain: the text; more than `max_rows` rows are thinned evenly.
       batch_size, mesh: rows per batch, and the devices that share it (None: all).
       resamples, seed: of the bootstrap.
-      original_routing: `expert_assignments` of the `measured_rows` of each corpus under `original`, where known.
+      original_routing: `expert_assignments` of these rows of each corpus under `original`, where they are known.
 
     Raises:
       DamagedRouting: NaN or infinite router scores.  ValueError: a corpus has no valid position.
     """
     experts, corpora = current.config.num_experts, {}
     for subject, rows in zip(SUBJECTS, (forget, retain), strict=True):
-        rows = rows.take(measured_rows(rows, max_rows))
+        rows = rows.take(spread_indices(len(rows), max_rows))
         before, after = (
             expert_assignments(model, sequential_batches(rows, batch_size), mesh=mesh)
             if model is current or original_routing is None
@@ -168,7 +143,7 @@ def measure_routing(
             for model in (original, current)
         )
         corpora[subject] = corpus_routing(before, after, experts)
-    totals = {s: corpus.summed(_once(corpus)) for s, corpus in corpora.items()}
+    totals = {s: summed(corpus) for s, corpus in corpora.items()}
     top_k = current.config.experts_per_token
     quantities = routing_quantities(corpora, top_k=top_k, resamples=resamples, seed=seed)
     router_drift, expert_drift = statistics.router_drift(original, current)
@@ -176,25 +151,34 @@ def measure_routing(
         layers=list(current.config.moe_layers),
         top_k=top_k,
         experts=experts,
-        tokens={s: int(corpora[s].tokens.sum()) for s in SUBJECTS},
-        rows={s: len(corpora[s].tokens) for s in SUBJECTS},
-        frequency={m: {s: totals[s].frequency(m)[0] for s in SUBJECTS} for m in MODELS},
+        tokens={s: int(corpora[s]["tokens"].sum()) for s in SUBJECTS},
+        rows={s: len(corpora[s]["tokens"]) for s in SUBJECTS},
+        frequency={m: {s: expert_frequency(totals[s], m)[0] for s in SUBJECTS} for m in MODELS},
         expert_drift=expert_drift,
         quantities=quantities | {"router_drift": _exact(router_drift)},
     )
 
 
-def measured_rows(rows: Rows, max_rows: int) -> np.ndarray:
-    """The numbers of the rows that `measure_routing` looks at."""
-    return spread_indices(len(rows), max_rows)
-
-
 def corpus_routing(original: Assignments, current: Assignments, num_experts: int) -> CorpusRouting:
     """What `routing_quantities` needs of a corpus, per row, from both models' assignments of its tokens."""
     overlap = statistics.overlap_by_row(original, current)
-    both = zip(MODELS, (original, current), strict=True)
-    counts = {name: statistics.counts_by_row(assignments, num_experts).astype(np.float64) for name, assignments in both}
-    return CorpusRouting(overlap.tokens.astype(np.float64), counts, overlap.jaccard, overlap.unchanged)
+    counts = [statistics.counts_by_row(x, num_experts).astype(np.float64) for x in (original, current)]
+    sums = {"tokens": overlap.tokens.astype(np.float64), "jaccard": overlap.jaccard, "unchanged": overlap.unchanged}
+    return sums | dict(zip(MODELS, counts, strict=True))
+
+
+def summed(corpus: CorpusRouting, draws: np.ndarray | None = None) -> CorpusRouting:
+    """Sums over rows, each counted `draws` f64 [R, N] times; None: once, R = 1."""
+    draws = np.ones((1, len(corpus["tokens"]))) if draws is None else draws
+    return {
+        name: (draws @ values.reshape(len(values), -1)).reshape(len(draws), *values.shape[1:])
+        for name, values in corpus.items()
+    }
+
+
+def expert_frequency(sums: CorpusRouting, model: str) -> np.ndarray:
+    """f64 [..., L, E], share of tokens that use the expert."""
+    return sums[model] / sums["tokens"][..., None, None]
 
 
 def routing_quantities(corpora: Corpora, *, top_k: int, resamples: int = 1000, seed: int = 0) -> dict[str, Quantity]:
@@ -205,25 +189,34 @@ def routing_quantities(corpora: Corpora, *, top_k: int, resamples: int = 1000, s
     basic bootstrap interval, 2 value - (resampled quantiles) (Davison & Hinkley 1997, 5.2), which takes it off; it is
     widened to hold the value itself, and `bias` says how large the bias is.
     """
-    rows = [len(corpora[s].tokens) for s in SUBJECTS]
-    value = {name: v[0] for name, v in _measured({s: c.summed(_once(c)) for s, c in corpora.items()}).items()}
+    rows, counts = [len(corpora[s]["tokens"]) for s in SUBJECTS], corpora["forget"]["original"]
+    value = {name: v[0] for name, v in _measured({s: summed(c) for s, c in corpora.items()}).items()}
     parts: dict[str, list[np.ndarray]] = {name: [] for name in value}
     if min(rows) > 1:
-        cells = corpora["forget"].counts["original"][0].size
+        rngs = [np.random.default_rng((seed, side)) for side in range(len(rows))]
         draws = (
-            resample_counts(n, resamples=resamples, rng=np.random.default_rng((seed, side)), size=max(*rows, cells))
-            for side, n in enumerate(rows)
+            resample_counts(n, resamples=resamples, rng=rng, size=max(*rows, counts[0].size))
+            for n, rng in zip(rows, rngs, strict=True)
         )
         for drawn in zip(*draws, strict=True):
-            sums = {s: corpora[s].summed(counts) for s, counts in zip(SUBJECTS, drawn, strict=True)}
+            sums = {s: summed(corpora[s], several) for s, several in zip(SUBJECTS, drawn, strict=True)}
             for name, resampled in _measured(sums).items():
                 parts[name].append(resampled)
-    experts = corpora["forget"].counts["original"].shape[-1]
+    experts = counts.shape[-1]
+    largest = {"gap": 2.0 * top_k, "kl": math.inf, "js": math.log(2), "dead": experts, "newly": experts}
     quantities = {}
     for name, values in value.items():
         n = sum(rows[i] for i, s in enumerate(SUBJECTS) if f"_{s}" in name) or sum(rows)
-        resampled = np.concatenate(parts[name]) if parts[name] else None
-        quantities[name] = _quantity(values, resampled, n=n, most=_largest(name, experts, top_k))
+        values = np.append(values, values.mean())  # [L + 1]
+        low = high = bias = np.full(values.shape, np.nan)
+        if parts[name]:
+            resampled = np.concatenate(parts[name])
+            resampled = np.concatenate([resampled, resampled.mean(axis=1, keepdims=True)], axis=1)
+            bias = resampled.mean(axis=0) - values
+            most = largest.get(name.split("_")[0], 1.0)
+            low, high = np.clip(2 * values - np.quantile(resampled, TAILS, axis=0)[::-1], 0.0, most)
+            low, high = np.minimum(low, values), np.maximum(high, values)
+        quantities[name] = _quantity(values, low, high, bias, n)
     return quantities
 
 
@@ -231,54 +224,35 @@ def _measured(sums: Corpora) -> dict[str, np.ndarray]:
     """Every quantity [R, L] from sums over rows."""
     quantities: dict[str, np.ndarray] = {}
     for s in SUBJECTS:
-        tokens = sums[s].tokens[:, None]
-        quantities |= {f"jaccard_{s}": sums[s].jaccard / tokens, f"stability_{s}": sums[s].unchanged / tokens}
+        tokens = sums[s]["tokens"][:, None]
+        quantities |= {f"jaccard_{s}": sums[s]["jaccard"] / tokens, f"stability_{s}": sums[s]["unchanged"] / tokens}
     for model, end in zip(MODELS, ("_original", ""), strict=True):
-        frequency = [sums[s].frequency(model) for s in SUBJECTS]
-        counts = [sums[s].counts[model] for s in SUBJECTS]
+        frequencies = [expert_frequency(sums[s], model) for s in SUBJECTS]
+        counts = [sums[s][model] for s in SUBJECTS]
         quantities |= {
-            f"gap{end}": statistics.frequency_gap(*frequency),
+            f"gap{end}": statistics.frequency_gap(*frequencies),
             f"kl{end}": statistics.kl_divergence(*map(statistics.smoothed_shares, counts)),
-            f"js{end}": statistics.js_divergence(*(f / f.sum(axis=-1, keepdims=True) for f in frequency)),
+            f"js{end}": statistics.js_divergence(*(f / f.sum(axis=-1, keepdims=True) for f in frequencies)),
         }
-        for s, f in zip(SUBJECTS, frequency, strict=True):
+        for s, f in zip(SUBJECTS, frequencies, strict=True):
             quantities |= {f"load_entropy_{s}{end}": statistics.load_entropy(f)}
             quantities |= {f"dead_experts_{s}{end}": (f == 0).sum(axis=-1).astype(np.float64)}
     for s in SUBJECTS:
-        before, after = (sums[s].counts[model] for model in MODELS)
+        before, after = (sums[s][model] for model in MODELS)
         quantities[f"newly_dead_{s}"] = ((before > 0) & (after == 0)).sum(axis=-1).astype(np.float64)
     return quantities
 
 
-def _quantity(value: np.ndarray, resampled: np.ndarray | None, *, n: int, most: float) -> Quantity:
-    """`value` [L] with intervals from `resampled` [R, L], which lie in 0 to `most`."""
-    mean = float(value.mean())
-    if resampled is None:
-        unknown = np.full(value.shape, np.nan)
-        return Quantity(value, unknown, unknown, unknown, Interval(mean, math.nan, math.nan, n), math.nan)
-    together = np.concatenate([resampled, resampled.mean(axis=1, keepdims=True)], axis=1)  # [R, L + 1]
-    values = np.append(value, mean)
-    bias = together.mean(axis=0) - values
-    low, high = np.clip(2 * values - np.quantile(together, TAILS, axis=0)[::-1], 0.0, most)
-    low, high = np.minimum(low, values), np.maximum(high, values)
-    interval = Interval(mean, float(low[-1]), float(high[-1]), n)
-    return Quantity(value, low[:-1], high[:-1], bias[:-1], interval, float(bias[-1]))
+def _quantity(value: np.ndarray, low: np.ndarray, high: np.ndarray, bias: np.ndarray, n: int) -> Quantity:
+    """Of arrays [L + 1] whose last element is of the mean over layers."""
+    mean = Interval(float(value[-1]), float(low[-1]), float(high[-1]), n)
+    return Quantity(value[:-1], low[:-1], high[:-1], bias[:-1], mean, float(bias[-1]))
 
 
 def _exact(value: np.ndarray) -> Quantity:
     """A quantity that no text is drawn for; n counts the layers."""
-    mean = float(value.mean())
-    return Quantity(value, value, value, np.zeros(value.shape), Interval(mean, mean, mean, len(value)), 0.0)
-
-
-def _largest(name: str, experts: int, top_k: int) -> float:
-    """Upper end of a quantity's range."""
-    ranges = {"gap": 2.0 * top_k, "kl": math.inf, "js": math.log(2), "dead": experts, "newly": experts}
-    return ranges.get(name.split("_")[0], 1.0)
-
-
-def _once(corpus: CorpusRouting) -> np.ndarray:
-    return np.ones((1, len(corpus.tokens)))
+    both = np.append(value, value.mean())
+    return _quantity(both, both, both, np.zeros(both.shape), len(value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,10 +283,6 @@ class CalibrationMetrics:
     gap_elsewhere_before: np.ndarray | None = None
     gap_elsewhere_after: np.ndarray | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain dict for results.json."""
-        return encode(self)
-
     def measurements(self) -> list[Measurement]:
         """Effective sample size, and the gap of the selected experts summed over layers, as in the certificate."""
         values = [("effective_sample_size", self.effective_sample_size, "")]
@@ -327,18 +297,12 @@ def measure_calibration(
     weights: RetainWeights, forget: ExpertStatistics, retain: ExpertStatistics
 ) -> CalibrationMetrics:
     """The metrics of weights that were made from these statistics of the original model."""
-    layers = list(retain.layers or range(len(retain.counts)))
-    ess, largest = weights.effective_sample_size, float(weights.weights.max())
-    plain = CalibrationMetrics(layers, retain.tokens, ess, largest)
-    if weights.frequency is None or weights.selected is None:
-        return plain
-    selected = weights.selected
-    before, after = (np.abs(f - forget.frequency) for f in (retain.frequency, weights.frequency))
-    return dataclasses.replace(
-        plain,
-        selected=selected.sum(axis=1),
-        gap_before=np.where(selected, before, 0.0).sum(axis=1),
-        gap_after=np.where(selected, after, 0.0).sum(axis=1),
-        gap_elsewhere_before=np.where(selected, 0.0, before).sum(axis=1),
-        gap_elsewhere_after=np.where(selected, 0.0, after).sum(axis=1),
-    )
+    gaps: dict[str, np.ndarray] = {}
+    if weights.frequency is not None and weights.selected is not None:
+        gaps["selected"] = weights.selected.sum(axis=1)
+        for name, frequencies in (("before", retain.frequency), ("after", weights.frequency)):
+            gap = np.abs(frequencies - forget.frequency)
+            gaps[f"gap_{name}"] = np.where(weights.selected, gap, 0.0).sum(axis=1)
+            gaps[f"gap_elsewhere_{name}"] = np.where(weights.selected, 0.0, gap).sum(axis=1)
+    layers, ess = list(retain.layers or range(len(retain.counts))), weights.effective_sample_size
+    return CalibrationMetrics(layers, retain.tokens, ess, float(weights.weights.max()), **gaps)

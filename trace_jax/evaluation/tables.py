@@ -1,11 +1,11 @@
 """Tables for people: methods at equal forgetting, and a study's comparison."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trace_jax.evaluation.comparison import Comparison
-from trace_jax.evaluation.fronts import MEAN, Crossing, Front, Scoreboard, crossing
+from trace_jax.evaluation.fronts import MEAN, Front, Scoreboard, crossing
 from trace_jax.evaluation.intervals import Interval
 from trace_jax.io.progress import aligned
 
@@ -30,13 +30,13 @@ def equal_forgetting(
     first = next(iter(fronts.values()))
     columns = [board.forgetting, *(u.name for u in board.utilities if u.name in first.measured), MEAN]
 
-    def row(name: str, front: Front, at: Crossing | None, lowest: float) -> dict[str, Any]:
+    def row(name: str, front: Front, read: Callable | None, lowest: float) -> dict[str, Any]:
         series = {**front.utilities, **front.measured}
-        values = {} if at is None else {c: at.value(series[c]) for c in columns}
-        step = None if at is None else at.step
-        return {"name": name, "reached": at is not None, "step": step, "lowest": lowest, "values": values}
+        values = {} if read is None else {c: read(series[c]) for c in columns}
+        step = None if read is None else read(front.steps)
+        return {"name": name, "reached": read is not None, "step": step, "lowest": lowest, "values": values}
 
-    start = row(target, first, Crossing(0, 1.0, 0.0), float(first.forgetting[0])) | {"step": None}
+    start = row(target, first, lambda values: float(values[0]), float(first.forgetting[0])) | {"step": None}
     rows = [row(name, front, crossing(front, level), float(front.forgetting.min())) for name, front in fronts.items()]
     return {"level": level, "split": split, "columns": columns, "rows": [start, *rows]}
 

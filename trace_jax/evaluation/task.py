@@ -165,6 +165,14 @@ class ScoreStore:
         return scores
 
 
+def item_lines(where: Mapping[str, str], **columns: Any) -> list[dict[str, Any]]:
+    """A line for each item, numbered, from columns of equal length; what is NaN is left out."""
+    names = (*where, "item", *columns)
+    values = zip(*(c.tolist() if isinstance(c, np.ndarray) else c for c in columns.values()), strict=True)
+    lines = [dict(zip(names, (*where.values(), i, *row), strict=True)) for i, row in enumerate(values)]
+    return [{name: value for name, value in line.items() if value == value} for line in lines]  # NaN isn't itself
+
+
 def without_texts(scores: TaskScores) -> TaskScores:
     """The same with audit lines that hold no text."""
     items = {

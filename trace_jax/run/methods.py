@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 
-from trace_jax.attacks.attack import Case, Context, revisions
+from trace_jax.attacks.attack import Case, Context
 from trace_jax.attacks.table import AttacksConfig
 from trace_jax.config import as_dict, fingerprint
-from trace_jax.evaluation.fronts import front_from_history, front_point
+from trace_jax.evaluation.fronts import MEAN, front_from_history
 from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.probes import item_outcomes
 from trace_jax.evaluation.routing import measure_calibration, measure_routing
@@ -102,7 +102,8 @@ def run_method(prepared: Prepared, method: Method, *, label: str, attacks: Mappi
     write_json(directory / "weights.json", {"calibration": weights_id})
     calibration_id = fingerprint(prepared.model_id, "calibration", method.calibration)
     quick = [task.identity for task in tasks if task.quick]
-    model_id = fingerprint(calibration_id, method.unlearning, config.evaluation.during_training(), quick)
+    measured = config.evaluation.batch_size, config.evaluation.bootstrap  # what changes the evaluations on the way
+    model_id = fingerprint(calibration_id, method.unlearning, measured, quick)
     made = Stage("unlearning", directory, model_id).run(
         lambda: _unlearn(prepared, method, weights, label, model_id), f"unlearning with {label}"
     )
@@ -119,7 +120,7 @@ def run_method(prepared: Prepared, method: Method, *, label: str, attacks: Mappi
     remove(directory / "checkpoints")
     place = directory / "attacks"
     for name, context in (attacks or {}).items():
-        identity = fingerprint(evaluation_id, name, context.attack, revisions(context.attack))
+        identity = fingerprint(evaluation_id, name, context.attack, context.attack.revisions)
 
         def attack(name: str = name, context: Context = context, identity: str = identity) -> None:
             write_json(place / f"{name}.json", Case(context, unlearned(), place / name, identity).attack())
@@ -225,7 +226,7 @@ def _evaluate(prepared: Prepared, model: Model, weights: RetainWeights, director
         **needed(directory / UNLEARNED),
         "fronts": {s: encode(front_from_history(history, board=board, split=s)) for s in splits},
         "measurements": [m.to_json() for m in measured],
-        "routing": routing.to_json() | {"calibration": calibration.to_json()},
+        "routing": routing.to_json() | {"calibration": encode(calibration)},
     }
     write_json(directory / "results.json", results)
 
@@ -245,7 +246,8 @@ def _attack_contexts(prepared: Prepared) -> dict[str, Context]:
             prepared.mesh,
             config.seed,
             prepared.workdir / "attacks" / name,
-            fingerprint(prepared.model_id, retrained, name, attack, revisions(attack), config.evaluation, tasks),
+            fingerprint(prepared.model_id, retrained, name, attack, attack.revisions, config.evaluation, tasks),
+            lambda: prepared.original_routing["forget"],
             functools.partial(load_model, config, prepared.workdir, RETRAINED, prepared.mesh) if retrained else None,
         )
         for name, attack in (config.attacks or AttacksConfig()).chosen.items()
@@ -264,7 +266,10 @@ def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated
         rows = [m.to_json() for m in measured]
         if original is None:
             return Evaluated(rows, items=items)
-        board = prepared.config.data.board
-        return Evaluated(rows, *front_point(measured, board=board, split="validation", original=original), items)
+        before = {m.name: m.value for m in original if m.split == "validation"}
+        front = front_from_history(
+            [(0, measured)], board=prepared.config.data.board, split="validation", original=before
+        )
+        return Evaluated(rows, float(front.forgetting[0]), float(front.utilities[MEAN][0]), items)
 
     return evaluate

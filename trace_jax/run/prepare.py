@@ -19,8 +19,8 @@ from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.batches import mixture_batches, sequential_batches
 from trace_jax.data.corpora import Corpora, DataConfig
 from trace_jax.data.rows import Batch, Rows, read_codec
+from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.probes import probe_tasks
-from trace_jax.evaluation.routing import measured_rows
 from trace_jax.evaluation.task import Evaluator, Scores, ScoreStore, Task, hazardous
 from trace_jax.io.environment import describe
 from trace_jax.io.files import free_bytes, remove, write_json
@@ -130,10 +130,11 @@ class Prepared:
         Of forget text it is never kept on disk: most of a text can be read back from its experts (2602.04105).
         """
         settings, forget, retain = self.config.evaluation, self.corpora.forget, self.corpora.retain
-        batches = sequential_batches(forget.take(measured_rows(forget, settings.max_rows)), settings.batch_size)
+        forget = forget.take(spread_indices(len(forget), settings.max_rows))
+        batches = sequential_batches(forget, settings.batch_size)
         return {
             "forget": expert_assignments(self.target, batches, mesh=self.mesh),
-            "retain": self.retain_assignments.take(measured_rows(retain, settings.max_rows)),
+            "retain": self.retain_assignments.take(spread_indices(len(retain), settings.max_rows)),
         }
 
     @functools.cached_property

@@ -83,18 +83,18 @@ def _rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [{"method": f"{n} model", **numbers(_on_test(ms)), **rest} for n, ms in results["references"].items()]
     for label, result in results["methods"].items():
         front = decode(Front, result["fronts"][SPLIT])
-        at, lowest = crossing(front, level), int(np.argmin(front.forgetting))
+        read, lowest = crossing(front, level), int(np.argmin(front.forgetting))
         lines, measured = read_lines(path / "methods" / label / "metrics.jsonl"), {}
         history = [_on_test(line["evaluation"]) for line in lines if "evaluation" in line]
         for name in set.intersection(*map(set, history)) if history else ():
             points = [evaluation[name] for evaluation in history]
             columns = (np.array([getattr(point, end) for point in points]) for end in ("value", "low", "high"))
-            value, low, high = (float(c[lowest]) if at is None else at.value(c) for c in columns)
+            value, low, high = (float(c[lowest]) if read is None else read(c) for c in columns)
             measured[name] = Interval(value, low, high, points[0].n)
         failed = f"; failed: {result['stopped']}" if result["failed"] else ""
-        step = None if at is None else round(at.step)
+        step = None if read is None else round(read(front.steps))
         rows.append(
-            comparison_row(label, result["method"], numbers(measured), failed, reached=bool(at), step=step, seeds=1)
+            comparison_row(label, result["method"], numbers(measured), failed, reached=bool(read), step=step, seeds=1)
         )
     return rows
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.corpora import DataConfig
-from trace_jax.evaluation.continuations import score_texts, score_tokens
+from trace_jax.evaluation.likelihood import score_texts, score_tokens
 from trace_jax.io.files import is_remote, read_json, replacing, write_json
 from trace_jax.io.progress import say
 from trace_jax.models.generate_text import continue_tokens

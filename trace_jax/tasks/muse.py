@@ -25,7 +25,7 @@ from trace_jax.evaluation.intervals import Interval
 from trace_jax.evaluation.likelihood import score_sequences
 from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.evaluation.membership import AUC_UNTRAINED, min_k_scores, privleak, privleak_auc
-from trace_jax.evaluation.rouge import rouge_l
+from trace_jax.evaluation.probes import rouge_l
 from trace_jax.evaluation.task import SPLIT, TaskScores
 from trace_jax.models.generate_text import continue_tokens
 from trace_jax.models.model import Model, TextCodec
