@@ -1,92 +1,76 @@
-"""A small random model with text that it is measured on, as a case for attacks."""
+"""A small model, text that it would write itself, and cases in which it is attacked.
+
+One expert per token with weight 1: then routing is all that a router does, and a model that only routes around what it
+knows must give everything back.
+"""
 
 import dataclasses
 import types
 
-import jax
 import numpy as np
 import pytest
 
+from tests import tiny
+from tests.evaluation import handmade
 from trace_jax.attacks.attack import Case, Context
-from trace_jax.data.corpora import Probes
+from trace_jax.data.batches import sequential_batches
+from trace_jax.data.corpora import Probes, Questions
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.task import Evaluator
-from trace_jax.models.arrays import init_params, unflatten
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
-from trace_jax.parallel.mesh import make_mesh
+from trace_jax.routing.statistics import expert_assignments
 from trace_jax.tasks.benchmarks import HandbookConfig, scoreboard
-from trace_jax.unlearning.optimizer import OptimizerConfig
-from trace_jax.unlearning.train import train_on
 
-CONFIG = ModelConfig(
-    vocab_size=37,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_size=8,
-    num_experts=4,
-    experts_per_token=2,
-    expert_hidden_size=8,
-    router_bias=True,
-)
-
-
-def make_rows(count, *, seed, length=12):
-    """One document a row, of unequal lengths."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(3, CONFIG.vocab_size, (count, length)).astype(np.int32)
-    segments = (np.arange(length) < rng.integers(length // 2, length + 1, (count, 1))).astype(np.int32)
-    valid = np.pad(segments[:, 1:] > 0, ((0, 0), (0, 1)))
-    return Rows(np.where(segments > 0, tokens, 0), segments, valid, np.zeros(count, np.int32))
+CONFIG = dataclasses.replace(tiny.CONFIG, experts_per_token=1, router_bias=True)
+ROWS, WRITTEN = 8, 9
 
 
 @pytest.fixture(scope="session")
-def text():
-    return {"forget": make_rows(8, seed=1), "general": make_rows(8, seed=2)}
+def original():
+    return Model(CONFIG, handmade.make_params(0, CONFIG))
 
 
 @pytest.fixture(scope="session")
-def original(text, tmp_path_factory):
-    """A model that has learned the forget rows."""
-    params = jax.tree.map(lambda x: 2 * x, init_params(CONFIG, jax.random.key(0)))  # so that routing is decided
-    result = train_on(
-        Model(CONFIG, params),
-        OptimizerConfig(learning_rate=1e-2),
-        lambda step: text["forget"].batch(np.arange(8)),
-        steps=30,
-        evaluate=lambda params: None,
-        evaluate_every=30,
-        seed=0,
-        mesh=make_mesh(jax.devices()[:1]),
-        directory=tmp_path_factory.mktemp("original"),
-        identity="original",
-        title="learning the forget rows",
-    )
-    return Model(CONFIG, unflatten(jax.tree.map(np.asarray, result.trainable)))
+def probes(original):
+    """Rows that the original would write itself, and questions about their next words; general text beside."""
+    rng = np.random.default_rng(1)
+    prompts = rng.integers(3, handmade.V, (ROWS, 3)).astype(np.int32)
+    tokens = np.concatenate([prompts, generate(original.params, CONFIG, prompts, max_new_tokens=WRITTEN)], axis=1)
+    valid = np.zeros(tokens.shape, bool)
+    valid[:, 2:-1] = True  # positions before a token that the model wrote
+    rows = Rows(tokens, np.ones_like(tokens), valid, np.zeros(ROWS, np.int32))
+    answer = np.arange(ROWS, dtype=np.int32) % 4
+    options = np.repeat(tokens[:, None, :4], 4, axis=1)
+    for row in range(ROWS):
+        wrong = rng.choice(np.setdiff1d(np.arange(3, handmade.V), tokens[row, 3]), 3, replace=False)
+        options[row, :, 3] = np.insert(wrong, answer[row], tokens[row, 3])
+    scored = np.zeros(options.shape, bool)
+    scored[:, :, 2] = True
+    questions = Questions(options, np.ones_like(options), scored, answer, np.arange(ROWS, dtype=np.int32))
+    return Probes({"forget": questions}, {"forget": rows, "general": tiny.make_rows(ROWS, seed=2)}, {}, {})
 
 
 @pytest.fixture(scope="session")
-def evaluator(original, text):
+def evaluator(original, probes):
     settings = EvaluationConfig(batch_size=8, bootstrap=100)
-    probes = {"test": Probes({}, text, {}, {})}
-    made = Evaluator(settings, probe_tasks(probes, settings, accuracies={}, identity=""), make_mesh(jax.devices()[:1]))
+    tasks = probe_tasks({"test": probes}, settings, accuracies={}, identity="")
+    made = Evaluator(settings, tasks, tiny.one_device())
     return dataclasses.replace(made, original=made.score(original, full=True))
 
 
 @pytest.fixture
-def make_case(original, evaluator, tmp_path):
+def make_case(original, probes, evaluator, tmp_path):
     """make_case(attack, params): a case in which a model with these parameters is attacked."""
 
     def make(attack, params, **changes):
-        retain = dataclasses.replace(make_rows(12, seed=3), domain=np.repeat(np.int32([0, 1]), 6))
-        corpora = types.SimpleNamespace(forget=evaluator.tasks[0].data["test", "forget"], retain=retain)
+        forget, retain = probes.text["forget"], tiny.make_rows(12, seed=3)
         context = Context(
-            attack, original, corpora, HandbookConfig(), scoreboard("text"), evaluator, evaluator.mesh, 0,
-            tmp_path / "shared", "shared",
+            attack, original, types.SimpleNamespace(forget=forget, retain=retain), HandbookConfig(),
+            scoreboard("text"), evaluator, evaluator.mesh, 0, tmp_path / "shared", "shared",
+            lambda: expert_assignments(original, sequential_batches(forget, 8), mesh=evaluator.mesh),
         )  # fmt: skip
         for name in set(changes) & {"evaluator", "load_retrained"}:
             context = dataclasses.replace(context, **{name: changes.pop(name)})

@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import tiny_checkpoints
 
 from trace_jax.data.rows import train_tokenizer
@@ -36,37 +35,19 @@ SETTINGS = {
 }
 
 
-def saved(directory, **changes):
-    directory.mkdir()
-    model = tiny_checkpoints.build("deepseek_v3", vocab_size=320, **MARKS, **changes)
-    tiny_checkpoints.save(model, "deepseek_v3", directory)
-    train_tokenizer(["river stone apple cloud lamp tiger violin harbour window"] * 3, 320).save(
-        str(directory / "tokenizer.json")
-    )
-    return directory
-
-
-def attacked(checkpoint, data, workdir):
-    """The exit code of a run with all attacks; the checkpoint stands for the retrained model too."""
+def test_an_imported_model_is_attacked_in_every_way(data, tmp_path, monkeypatch, request):
+    """The checkpoint stands for the retrained model too."""
+    monkeypatch.chdir(request.config.rootpath)
+    checkpoint = tmp_path / "model"
+    checkpoint.mkdir()
+    model = tiny_checkpoints.build("deepseek_v3", vocab_size=320, max_position_embeddings=128, **MARKS)
+    tiny_checkpoints.save(model, "deepseek_v3", checkpoint)
+    tokenizer = train_tokenizer(["river stone apple cloud lamp tiger violin harbour window"] * 3, 320)
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
     files = {f"data.{name}": str(data / f"{name}.jsonl") for name in ("forget", "retain")}
     overrides = {**SETTINGS, "model.path": str(checkpoint), "model.retrained": str(checkpoint), **files}
     arguments = [f"--config.{name}={value}" for name, value in overrides.items()]
-    return main(["--config", "configs/huggingface.py", "--workdir", str(workdir), *arguments])
-
-
-@pytest.fixture(autouse=True)
-def _in_the_repository(monkeypatch, request):
-    monkeypatch.chdir(request.config.rootpath)
-
-
-def test_what_the_model_can_not_read_at_once_is_refused_before_it_unlearns(data, tmp_path, capsys):
-    assert attacked(saved(tmp_path / "model", max_position_embeddings=64), data, tmp_path / "run") == 2
-    assert "with 1 example the longest query has 65 tokens, and the model reads 64 at once" in capsys.readouterr().err
-    assert not (tmp_path / "run/methods").exists()
-
-
-def test_an_imported_model_is_attacked_in_every_way(data, tmp_path):
-    assert attacked(saved(tmp_path / "model", max_position_embeddings=128), data, tmp_path / "run") == 0
+    assert main(["--config", "configs/huggingface.py", "--workdir", str(tmp_path / "run"), *arguments]) == 0
     found = read_json(tmp_path / "run/results.json")["methods"]["uniform"]["attacks"]
     assert set(found) == set(ATTACKS)
     for attack in found.values():

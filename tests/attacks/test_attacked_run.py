@@ -79,7 +79,7 @@ def test_only_what_changed_is_attacked_again(data, attacked, tmp_path):
 
 
 def test_an_attack_that_breaks_the_model_says_so(data, attacked, tmp_path, monkeypatch):
-    from trace_jax.attacks.routers import RouterSwap
+    from trace_jax.attacks.parameters import RouterSwap
 
     def broken(attack, case):
         raise NonFiniteScore("the model gives NaN")
@@ -93,13 +93,14 @@ def test_an_attack_that_breaks_the_model_says_so(data, attacked, tmp_path, monke
     assert "the model gives NaN" in (path / "report.html").read_text()
 
 
-def test_text_that_is_missing_is_known_before_anything_is_trained(data, tmp_path):
+def test_what_can_not_be_attacked_is_refused_before_anything_is_unlearned(data, attacked, tmp_path):
     config = experiment(data, attacks={"benign_relearning": {"source": str(tmp_path / "none.jsonl")}})
-    with pytest.raises(DataError, match=r"none\.jsonl"):
+    with pytest.raises(DataError, match=r"none\.jsonl"):  # before anything is trained, too
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_misspelt_attack_is_named(data):
+    path = shutil.copytree(attacked, tmp_path / "run")
+    with pytest.raises(ConfigError, match="examples = 500: only"):
+        run(experiment(data, methods=["trace_rows"], attacks={"prompting": {"examples": [500]}}), path)
+    assert not (path / "methods/trace_rows").exists()
     with pytest.raises(ConfigError, match="did you mean 'router_swap'"):
         experiment(data, attacks={"routerswap": {}})

@@ -14,8 +14,7 @@ from trace_jax.attacks.prompting import Prompting, continuation_rows, longer_pro
 from trace_jax.config import ConfigError
 from trace_jax.evaluation import probes as builtin
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
-from trace_jax.evaluation.continuations import Scored
-from trace_jax.evaluation.likelihood import QuestionScores, RowScores, score_rows
+from trace_jax.evaluation.likelihood import Scored, score_rows
 from trace_jax.evaluation.measurement import find
 from trace_jax.evaluation.probes import Memorization, Verbatim, probe_tasks
 from trace_jax.evaluation.task import Evaluator, TaskScores
@@ -59,15 +58,15 @@ def minds(monkeypatch, handbook):
     """Minds stand for parameters in both places where a model is asked."""
     tokenizer = handbook.tokenizer
 
-    def score(params, config, questions, **_):
-        found = []
+    def score(model, questions, **_):
+        params, found = model.params, []
         for q, text in enumerate(asked_of(questions, tokenizer)):
             options = options_of(questions.tokens[q], questions.scored[q], tokenizer)
             named = [name for name in re.findall(r"[A-Z][a-z]{3,}", text) if name in params.facts]
             known = set() if text in params.refused or not named else params.facts[named[-1]]
             copied = 0.5 * np.array([o in text for o in options])  # what stands in the query is likelier
             found.append(np.array([float(o in known) for o in options]) + copied)
-        return QuestionScores(np.array(found), questions.answer, questions.group)
+        return np.array(found)
 
     def write(params, config, prompt, *, lengths=None, max_new_tokens, **_):
         rows = prompt if lengths is None else [row[:n] for row, n in zip(prompt, lengths, strict=True)]
@@ -82,9 +81,8 @@ def minds(monkeypatch, handbook):
                         written[: len(text[end:])] = text[end : end + max_new_tokens]
         return found
 
-    def score_text(params, config, rows, **_):
-        nll = np.where(rows.valid, 0.1 if params.texts else 9.0, 0)
-        return RowScores(nll.astype(np.float32), rows.valid)
+    def score_text(model, rows, **_):
+        return np.where(rows.valid, 0.1 if model.params.texts else 9.0, 0).astype(np.float32)
 
     monkeypatch.setattr(builtin, "score_questions", score)
     monkeypatch.setattr(builtin, "score_rows", score_text)
@@ -106,7 +104,7 @@ def make_case(data, corpora, unlearned, original, directory, *, config=None, tas
     evaluator = Evaluator(SETTINGS, (*probes, *tasks))
     mesh = ParallelConfig().mesh()
     shared = directory / "shared"
-    context = Context(Prompting(), models[0], corpora, data, board, evaluator, mesh, 3, shared, "shared")
+    context = Context(Prompting(), models[0], corpora, data, board, evaluator, mesh, 3, shared, "shared", dict)
     return Case(context, models[1], directory, "known")
 
 
@@ -173,8 +171,8 @@ def test_what_is_lost_stays_lost_though_the_model_copies_what_it_reads(case, mea
 
 def test_the_seed_decides_on_the_examples_and_all_models_get_the_same(case, monkeypatch):
     seen = []
-    kept = builtin.score_questions
-    monkeypatch.setattr(builtin, "score_questions", lambda p, c, q, **k: seen.append(q.tokens) or kept(p, c, q, **k))
+    score = builtin.score_questions
+    monkeypatch.setattr(builtin, "score_questions", lambda m, q, **k: seen.append(q.tokens) or score(m, q, **k))
     settings, refuses, lost = Prompting(prefixes=()), case("refuses"), case("lost")
     prompting(settings, refuses)
     first, original, *paraphrases = seen
@@ -197,7 +195,7 @@ def test_examples_of_one_split_are_from_the_other(case, own, tmp_path):
     corpora = case("lost").context.corpora
     asked = {
         key: [text.split("\n\n") for text in asked_of(questions, corpora.tokenizer)]
-        for key, questions in form.questions.items()
+        for key, questions in form.tasks[0].data.items()
     }
     for split, other in (("test", "validation"), ("validation", "test")):
         for subject in ("forget", "neighbour"):
@@ -206,10 +204,11 @@ def test_examples_of_one_split_are_from_the_other(case, own, tmp_path):
             assert len(examples) == 2 * len(asked[split, subject])
             assert all(names_in(example) and names_in(example) <= there for example in examples)
     config, corpora, _ = own
-    form = forms_of(Prompting(examples=(1,)), make_case(config, corpora, 0, 0, tmp_path))[0]
+    [form] = forms_of(Prompting(examples=(1,), prefixes=()), make_case(config, corpora, 0, 0, tmp_path))
+    assert form.at == "1 example"  # without a file text has no paraphrase
     for split, other in (("test", corpora.validation), ("validation", corpora.test)):
         beginnings = [row[1:].tobytes() for row in other.prompts["forget"].prompt]
-        assert all(any(b in row.tobytes() for b in beginnings) for row in form.prompts[split].prompt)
+        assert all(any(b in row.tobytes() for b in beginnings) for row in form.tasks[1].data[split].prompt)
 
 
 def test_more_than_the_model_reads_is_refused_before_anything_is_scored(case):
@@ -315,12 +314,6 @@ def test_other_paraphrases_are_scored_again(minds, own, tmp_path):
     assert len(kept.read_text().splitlines()) == 1 and "ground_truth" not in kept.read_text()
 
 
-def test_without_a_file_text_has_no_paraphrase(minds, own, tmp_path):
-    config, corpora, _ = own
-    case = make_case(config, corpora, Mind({}), Mind({}), tmp_path)
-    assert [p.at for p in prompting(Prompting(examples=(1,), prefixes=()), case)] == ["1 example"]
-
-
 def test_a_form_is_measured_with_the_scores_of_any_evaluation(own, tmp_path):
     """On a model of random parameters, the numbers are those of the prompts as they are scored elsewhere."""
     config, corpora, _ = own
@@ -334,13 +327,11 @@ def test_a_form_is_measured_with_the_scores_of_any_evaluation(own, tmp_path):
         model = Model(shape, weights, corpora.tokenizer)
         scores = Verbatim({"test": asked}, "").score(model, batch_size=8, mesh=None).arrays["test/score"]
         assert value(found, "verbatim") == pytest.approx(scores.mean())
-        likelihood = score_rows(weights, shape, continuation_rows(asked))
-        nlls.append(likelihood.nll.sum() / likelihood.tokens.sum())
+        rows = continuation_rows(asked)
+        nlls.append(score_rows(model, rows, batch_size=8).sum() / rows.valid.sum())
         assert value(found, "forget_nll") == pytest.approx(nlls[-1], rel=1e-5)
     ratio = value(point.measurements, "forget_probability_ratio")
-    assert (
-        ratio == pytest.approx(np.exp(nlls[1] - nlls[0]), rel=1e-4)
-        and value(point.original, "forget_probability_ratio") == 1
-    )
+    assert ratio == pytest.approx(np.exp(nlls[1] - nlls[0]), rel=1e-4)
+    assert value(point.original, "forget_probability_ratio") == 1
     lines = (tmp_path / "75-percent-of-the-text" / "verbatim.items.jsonl").read_text().splitlines()
     assert len(lines) == 2 * SETTINGS.max_prompts

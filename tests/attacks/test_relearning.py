@@ -13,36 +13,40 @@ from trace_jax.models.loss import token_nll
 from trace_jax.unlearning.metrics import front_rows
 
 RATIO = "forget_probability_ratio"
+TRAINING = {"steps": 6, "evaluate_every": 4, "batch_size": 4, "learning_rate": 2e-3}  # one program for all tests
 
 
+@pytest.fixture(scope="module")
 def forgetful(original):
     """The original with a weaker output head: it knows less of everything."""
     return {**original.params, "head": original.params["head"] * 0.3}
 
 
-def mean_nll(params, config, rows):
-    hidden = forward(params, config, jnp.asarray(rows.tokens), mask=jnp.asarray(rows.segments), collect=("hidden",))
-    targets = np.concatenate([rows.tokens[:, 1:], rows.tokens[:, -1:]], axis=1)
-    nll = token_nll(params, config, hidden.hidden, jnp.asarray(targets))
-    return jnp.where(rows.valid, nll, 0).sum() / rows.valid.sum(dtype=np.float32)
-
-
-def test_a_step_is_a_step_of_gradient_descent_on_the_forget_rows(original, make_case, value):
+def test_a_step_is_a_step_of_gradient_descent_on_the_forget_rows(forgetful, make_case, value):
     attack = Relearning(share=1.0, steps=1, evaluate_every=1, batch_size=8, learning_rate=0.1, optimizer="sgd")
-    case = make_case(attack, forgetful(original))
+    case = make_case(attack, forgetful)
     (point,) = attack.points(case)
-    gradient = jax.grad(mean_nll)(case.unlearned.params, original.config, case.context.corpora.forget)
-    norm = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
+    rows, model = case.context.corpora.forget, case.unlearned
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        out = forward(params, model.config, rows.tokens, mask=rows.segments, collect=("hidden",))
+        nll = token_nll(params, model.config, out.hidden, jnp.roll(rows.tokens, -1, axis=1))
+        return jnp.where(rows.valid, nll, 0).sum() / rows.valid.sum(dtype=np.float32)
+
+    slope = gradient(model.params)
+    norm = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(slope)))
     scale = 0.1 * jnp.minimum(1, 1 / norm)
-    expected = jax.tree.map(lambda p, g: p - scale * g, case.unlearned.params, gradient)
-    scores = score_rows(expected, original.config, case.context.corpora.forget)
+    expected = model.replace(params=jax.tree.map(lambda p, g: p - scale * g, model.params, slope))
+    nll = score_rows(expected, rows, batch_size=8)
     assert point.at == "1 steps"
-    assert value(point.measurements, "forget_nll") == pytest.approx(scores.nll.sum() / scores.tokens.sum(), rel=1e-4)
+    assert value(point.measurements, "forget_nll") == pytest.approx(nll.sum() / rows.valid.sum(), rel=1e-4)
 
 
-def test_what_was_hidden_comes_back_with_training_and_the_worst_point_counts(original, make_case, value, measured):
-    attack = Relearning(share=1.0, steps=6, evaluate_every=4, batch_size=4, learning_rate=2e-3)
-    case = make_case(attack, forgetful(original))
+def test_what_was_hidden_comes_back_with_training_and_the_worst_point_counts(forgetful, make_case, value, measured):
+    attack = Relearning(share=1.0, **TRAINING)
+    case = make_case(attack, forgetful)
     found = case.attack()
     assert [point["at"] for point in found["points"]] == ["4 steps", "6 steps"]
     points = attack.points(case)
@@ -50,14 +54,9 @@ def test_what_was_hidden_comes_back_with_training_and_the_worst_point_counts(ori
     assert value(measured(case), RATIO) < min(ratios)
     assert (found["measure"], found["strongest"]) == (RATIO, int(np.argmax(ratios)))
     assert not (case.directory / "checkpoints").exists()
-
-
-def test_a_finished_attack_is_not_trained_again_and_another_one_is(original, make_case):
-    attack = Relearning(share=0.2, steps=2, evaluate_every=2, batch_size=2)
-    first = attack.points(case := make_case(attack, forgetful(original)))
-    assert [row["step"] for row in front_rows(case.directory, case.identity)] == [2]
-    assert attack.points(make_case(attack, None)) == first  # it would fail if it were trained
-    assert attack.points(make_case(attack, forgetful(original), identity="another")) == first
+    # A finished attack is not trained again: it would fail. Another one is.
+    assert attack.points(make_case(attack, None)) == points
+    assert attack.points(make_case(attack, forgetful, identity="another")) == points
     assert not front_rows(case.directory, case.identity)  # what another attack left is gone
 
 
@@ -67,31 +66,28 @@ def test_share_takes_that_many_rows(original, make_case):
     assert [len(context.prepared) for context in taken] == [1, 4, 8]
     assert np.array_equal(taken[2].prepared.tokens, forget)
     assert all((forget == row).all(axis=1).any() for row in taken[1].prepared.tokens)
-
-
-def test_benign_text_is_the_retain_corpus_without_neighbours(original, make_case, value):
-    attack = BenignRelearning(steps=8, evaluate_every=8, learning_rate=1e-2)
-    case = make_case(attack, forgetful(original))
-    assert np.array_equal(case.context.prepared.tokens, case.context.corpora.retain.tokens[:6])
-    (point,) = attack.points(case)
-    assert value(point.measurements, RATIO) > 0
-
-
-def test_a_model_that_diverges_keeps_what_was_measured_until_then_and_is_not_trained_again(original, make_case):
-    attack = Relearning(share=1.0, steps=4, evaluate_every=1, batch_size=8, learning_rate=1e30, optimizer="sgd")
-    found = attack.points(make_case(attack, forgetful(original)))
-    assert len(found) < 4
-    assert attack.points(make_case(attack, None)) == found
-
-
-def test_a_share_is_above_zero():
     with pytest.raises(ConfigError, match="share is 0"):
         Relearning(share=0.0)
 
 
-def test_what_the_training_teaches_a_model_that_never_knew_stands_beside_it(original, make_case, tmp_path):
-    attack = Relearning(share=0.5, steps=2, evaluate_every=1, batch_size=2, learning_rate=1e-3)
-    weak = original.replace(params=forgetful(original))
+def test_benign_text_is_the_retain_corpus_without_neighbours(forgetful, make_case, value):
+    attack = BenignRelearning(**TRAINING)
+    case = make_case(attack, forgetful)
+    retain = case.context.corpora.retain
+    assert np.array_equal(case.context.prepared.tokens, retain.tokens[retain.domain == 0])
+    assert value(attack.points(case)[-1].measurements, RATIO) > 0
+
+
+def test_a_model_that_diverges_keeps_what_was_measured_until_then_and_is_not_trained_again(forgetful, make_case):
+    attack = Relearning(share=1.0, steps=4, evaluate_every=1, batch_size=8, learning_rate=1e30, optimizer="sgd")
+    found = attack.points(make_case(attack, forgetful))
+    assert len(found) < 4
+    assert attack.points(make_case(attack, None)) == found
+
+
+def test_what_the_training_teaches_a_model_that_never_knew_stands_beside_it(original, forgetful, make_case, tmp_path):
+    attack = Relearning(share=0.5, **TRAINING)
+    weak = original.replace(params=forgetful)
     first = attack.points(make_case(attack, weak.params, load_retrained=lambda: weak))
     assert all(point.retrained == point.measurements for point in first)  # the same model, trained in the same way
     assert all(set(point.to_json()) == {"at", "measurements", "retrained"} for point in first)

@@ -10,6 +10,7 @@ from scipy import stats
 from trace_jax.evaluation.comparison import Run, UnequalBudget, check_equal_budgets, choose_setting, compare
 from trace_jax.evaluation.fronts import MEAN, Front, RunItems, Series
 from trace_jax.evaluation.tables import comparison_text, equal_forgetting, equal_forgetting_text
+from trace_jax.io.codec import encode
 from trace_jax.tasks.benchmarks import scoreboard
 
 
@@ -39,33 +40,20 @@ RUNS = study(
 )
 
 
-def test_the_setting_is_chosen_on_validation_however_good_another_is_on_test():
-    result = compare(RUNS, level=0.5)
-    assert [(r.method, r.setting, r.settings) for r in result.results] == [
-        ("uniform", "alpha=16", 2),
-        ("trace_rows", "alpha=4", 2),
-    ]
-    assert result.results[1].utilities["neighbour_accuracy"].value == pytest.approx(np.mean([0.90, 0.93, 0.92]))
-
-
-def test_the_gain_is_paired_by_seed():
-    gain = compare(RUNS, level=0.5).results[1].gains["neighbour_accuracy"]
+def test_the_setting_is_chosen_on_validation_and_the_gain_is_paired_by_seed():
+    """However good another setting is on test."""
+    baseline, result = compare(RUNS, level=0.5).results
+    assert (baseline.method, baseline.setting, baseline.settings) == ("uniform", "alpha=16", 2)
+    assert (result.method, result.setting, result.settings) == ("trace_rows", "alpha=4", 2)
+    assert result.utilities["neighbour_accuracy"].value == pytest.approx(np.mean([0.90, 0.93, 0.92]))
+    gain = result.gains["neighbour_accuracy"]
     ratios = np.array([0.90 / 0.72, 0.93 / 0.70, 0.92 / 0.74]) - 1
     expected = stats.ttest_1samp(ratios, 0.0).confidence_interval(0.95)
     assert gain.value == pytest.approx(ratios.mean())
     assert (gain.low, gain.high) == pytest.approx((expected.low, expected.high))
-
-
-def test_the_baseline_gains_nothing_on_itself():
-    baseline = compare(RUNS, level=0.5).results[0]
-    assert baseline.gains[MEAN].value == 0
-    assert baseline.area.value == 0
-
-
-def test_the_area_is_the_mean_difference_over_all_levels():
-    """Straight fronts from (1, 1): the difference at the middle level is the mean one."""
-    area = compare(RUNS, level=0.5).results[1].area
-    assert area.value == pytest.approx(np.mean([0.9 - 0.72, 0.93 - 0.70, 0.92 - 0.74]) / 2)  # of two utilities
+    assert baseline.gains[MEAN].value == baseline.area.value == 0
+    # Straight fronts from (1, 1): the difference at the middle level is the mean one, here of two utilities.
+    assert result.area.value == pytest.approx(np.mean([0.9 - 0.72, 0.93 - 0.70, 0.92 - 0.74]) / 2)
 
 
 def test_a_setting_that_reaches_the_level_with_more_seeds_is_chosen_first():
@@ -87,17 +75,18 @@ def test_seeds_that_never_forget_enough_are_named_and_not_averaged():
     assert (none.utilities, none.gains, none.missed) == ({}, {}, (0, 1, 2))
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
+def test_an_unequal_budget_is_refused():
+    check_equal_budgets(RUNS)
+    for extra in (
         Run("uniform", "alpha=48", 0, front(0.9), front(0.9)),  # one setting more, and with one seed only
         Run("ngram", "alpha=4", 0, front(0.9), front(0.9)),  # fewer settings and seeds
-    ],
-)
-def test_an_unequal_budget_is_refused(extra):
-    check_equal_budgets(RUNS)
-    with pytest.raises(UnequalBudget):
-        compare([*RUNS, extra], level=0.5)
+    ):
+        with pytest.raises(UnequalBudget):
+            compare([*RUNS, extra], level=0.5)
+    with pytest.raises(ValueError, match="run twice"):
+        check_equal_budgets([*RUNS, RUNS[0]])
+    with pytest.raises(ValueError, match="baseline 'tuned'"):
+        compare(RUNS, level=0.5, baseline="tuned")
 
 
 def test_more_steps_are_refused_unless_the_method_is_labelled_so():
@@ -109,11 +98,6 @@ def test_more_steps_are_refused_unless_the_method_is_labelled_so():
     with pytest.raises(UnequalBudget, match="120 steps"):
         compare([*RUNS, *longer], level=0.5)
     assert compare([*RUNS, *longer], level=0.5, exempt=("uniform_2x",)).exempt == ("uniform_2x",)
-
-
-def test_one_run_given_twice_is_refused():
-    with pytest.raises(ValueError, match="run twice"):
-        check_equal_budgets([*RUNS, RUNS[0]])
 
 
 def test_the_best_reading_takes_the_step_from_validation_and_the_value_from_test():
@@ -144,7 +128,7 @@ def run_with_items(method, seed, kept, *, names=0, luck=0.0):
     above = -kept * np.arange(4.0) * rng.uniform(50, 150, (ROWS, 1)) * (1 + luck)
     forgetting = Series(np.arange(QUESTIONS) + names, right, np.ones(QUESTIONS), np.ones(QUESTIONS, int), "share")
     general = Series(np.arange(ROWS) + names + 500, above, np.full(ROWS, 100.0), np.ones(ROWS, int), "utility")
-    items = RunItems(np.arange(4), forgetting, {"general_utility": general}, frozenset())
+    items = RunItems(forgetting, {"general_utility": general})
     utility = np.exp(above.sum(axis=0) / (100 * ROWS))
     line = Front(np.arange(4), right.mean(axis=0), {"general_utility": utility, MEAN: utility}, {})
     return Run(method, "alpha=4", seed, line, line, items)
@@ -199,14 +183,9 @@ def test_without_the_items_of_every_run_intervals_are_over_seeds():
         assert result.utilities == result.over_seeds["utilities"] and result.gains == result.over_seeds["gains"]
 
 
-def test_a_missing_baseline_is_refused():
-    with pytest.raises(ValueError, match="baseline 'tuned'"):
-        compare(RUNS, level=0.5, baseline="tuned")
-
-
 def test_a_comparison_is_plain_json_and_text():
     single = [run for run in RUNS if run.seed == 0]  # one seed: no interval, null in JSON
-    plain = json.loads(json.dumps(compare(single, level=0.5).to_json(), allow_nan=False))
+    plain = json.loads(json.dumps(encode(compare(single, level=0.5)), allow_nan=False))
     assert plain["results"][1]["gains"][MEAN]["low"] is None
     text = comparison_text(compare(RUNS, level=0.5))
     assert "trace_rows" in text and "alpha=4" in text and "3/3" in text

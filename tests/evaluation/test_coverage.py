@@ -24,7 +24,9 @@ def studies(rng, *, items, seeds, spread):
     """
     shared = items == "shared"
     for _ in range(STUDIES // BATCH):
-        counts = rng.poisson(1.0, (1 if shared else seeds, RESAMPLES, ITEMS)).astype(float)  # as `items.Draws` does
+        counts = rng.poisson(1.0, (1 if shared else seeds, RESAMPLES, ITEMS)).astype(
+            float
+        )  # as `fronts.make_draws` does
         own, common = rng.normal(size=(seeds, ITEMS, BATCH)), rng.normal(size=(1, ITEMS, BATCH))
         given = math.sqrt(0.5) * (common + own) if shared else own
         given = given + rng.normal(0, spread / math.sqrt(ITEMS), (seeds, 1, BATCH))

@@ -5,46 +5,33 @@ import dataclasses
 import numpy as np
 import pytest
 
-from trace_jax.evaluation.config import EvaluationConfig
-from trace_jax.evaluation.fronts import MEAN, Draws, RunItems, Series, front_from_history, load_run_items
+from tests.evaluation import handmade
+from trace_jax.evaluation.fronts import MEAN, RunItems, Series, front_from_history, load_run_items, make_draws
 from trace_jax.evaluation.probes import item_outcomes, relative_likelihood
 from trace_jax.tasks.benchmarks import scoreboard
 from trace_jax.unlearning.metrics import Metrics, read_items
 
-SETTINGS = EvaluationConfig(batch_size=8, max_rows=5, max_prompts=3, bootstrap=100)
 STEPS = (0, 4, 8)
+QUICK = ("questions", "text")
 
 
 @pytest.fixture(scope="module", params=["handbook", "text"])
-def run(request, tiny, tmp_path_factory):
+def run(request, tmp_path_factory):
     """(directory, scoreboard, evaluator, scores at each step, front on test) of three models in place of a run."""
-    text = ("general",) if request.param == "handbook" else ("forget", "neighbour", "general")
-    probes = {"validation": tiny.make_probes(0, text=text), "test": tiny.make_probes(5, text=text)}
-    evaluator = tiny.make_evaluator(SETTINGS, probes, benchmark=request.param)
-    scores = [evaluator.score(tiny.make_model(step)) for step in STEPS]
+    evaluator, board = handmade.make_evaluator(benchmark=request.param), scoreboard(request.param)
+    scores = [{name: handmade.scores(seed)[name] for name in QUICK} for seed in range(len(STEPS))]
     evaluator = dataclasses.replace(evaluator, original=scores[0])
     directory = tmp_path_factory.mktemp(request.param)
-    for step, given in zip(STEPS, scores, strict=True):
-        Metrics(directory, "a").write_items(step, item_outcomes(evaluator, given))
-    history = [(step, evaluator.measure(given)) for step, given in zip(STEPS, scores, strict=True)]
-    front = front_from_history(history, board=scoreboard(request.param), split="test")
-    return directory, scoreboard(request.param), evaluator, scores, front
-
-
-class Once(Draws):
-    """Every item once: the sample itself."""
-
-    def __init__(self):
-        super().__init__(resamples=1, seed=0)
-
-    def _item(self, name):
-        return np.ones(1)
+    for step, own in zip(STEPS, scores, strict=True):
+        Metrics(directory, "a").write_items(step, item_outcomes(evaluator, own))
+    history = [(step, evaluator.measure(own)) for step, own in zip(STEPS, scores, strict=True)]
+    return directory, board, evaluator, scores, front_from_history(history, board=board, split="test")
 
 
 def test_the_items_of_a_run_have_its_front(run):
     directory, board, _, _, front = run
     items = load_run_items(directory, front, board, split="test")
-    forgetting, utilities = items.resampled(Once())
+    forgetting, utilities = items.resampled(lambda names: np.ones((1, len(names))))  # every item once
     np.testing.assert_allclose(forgetting[0], front.forgetting, rtol=1e-6)
     assert set(utilities) == set(front.utilities)
     for name, values in utilities.items():
@@ -55,14 +42,14 @@ def test_a_resample_is_the_run_on_items_that_are_repeated(run):
     """Against the scores of explicitly repeated items, measured as everything else is."""
     directory, board, evaluator, scores, front = run
     items = load_run_items(directory, front, board, split="test")
-    draws = Draws(resamples=3, seed=1)
+    draws = make_draws(resamples=3, seed=1)
     forgetting, utilities = items.resampled(draws)
     found = {board.forgetting: forgetting, **utilities}
     saved = read_items(directory)[1]
 
     def repeated(subject, name, resample):
-        known, group = np.unique(saved[f"test/{subject}/{name}"][0], return_inverse=True)
-        return np.repeat(np.arange(len(group)), draws.of(known)[resample].astype(int)[group])
+        distinct, group = np.unique(saved[f"test/{subject}/{name}"][0], return_inverse=True)
+        return np.repeat(np.arange(len(group)), draws(distinct)[resample].astype(int)[group])
 
     checked = set()
     for at, given in enumerate(scores):
@@ -77,11 +64,12 @@ def test_a_resample_is_the_run_on_items_that_are_repeated(run):
                         np.mean(x[f"test/{subject}/log_likelihood"][rows].argmax(axis=1) == answer)
                         for x in (arrays, first)
                     )
-                    expected = ours / before if name in items.relative else ours
+                    relative = name in {u.name for u in board.utilities if u.relative}
+                    expected = ours / before if relative else ours
                     assert found[name][resample, at] == pytest.approx(expected)
                     checked.add(name)
-                if f"test/{subject}/nll" in arrays:
-                    rows, name = repeated(subject, "row", resample), relative_likelihood(subject)
+                if (name := relative_likelihood(subject)) in found:
+                    rows = repeated(subject, "row", resample)
                     ours, before = (x[f"test/{subject}/nll"][rows].sum() for x in (arrays, first))
                     gain = np.exp((before - ours) / arrays[f"test/{subject}/tokens"][rows].sum())
                     expected = gain if subject == "forget" else min(gain, 1)
@@ -90,33 +78,31 @@ def test_a_resample_is_the_run_on_items_that_are_repeated(run):
     assert checked == set(found) - {MEAN}
 
 
-def test_questions_of_a_group_are_one_name_and_equal_rows_too(tiny):
-    evaluator = tiny.make_evaluator(SETTINGS, {"test": tiny.make_probes(5)}, benchmark="handbook")
-    scores = evaluator.score(tiny.make_model())
-    saved = item_outcomes(evaluator, scores)
+def test_questions_of_a_group_are_one_name_and_equal_rows_too():
+    evaluator = handmade.make_evaluator(benchmark="handbook")
+    saved = item_outcomes(evaluator, handmade.scores(0))
     groups = evaluator.tasks[0].data["test", "forget"].group
     names = saved["test/forget/question"]
     assert [len(set(names[groups == g])) for g in set(groups)] == [1] * 3 and len(set(names)) == 3
-    other = item_outcomes(tiny.make_evaluator(SETTINGS, {"test": tiny.make_probes(6)}, benchmark="handbook"), scores)
-    assert not set(other["test/forget/question"]) & set(names)
+    assert not set(saved["validation/forget/question"]) & set(names)
     assert "test/general/original" not in saved
 
 
 def test_one_item_is_drawn_as_often_wherever_it_comes_up():
-    one, other = Draws(resamples=50, seed=0), Draws(resamples=50, seed=0)
-    first, second = one.of(np.arange(20)), other.of(np.arange(12)[::-1])
+    one, other = make_draws(resamples=50, seed=0), make_draws(resamples=50, seed=0)
+    first, second = one(np.arange(20)), other(np.arange(12)[::-1])
     np.testing.assert_array_equal(first[:, 11::-1], second)
     assert (first[:, 0] != first[:, 1]).any()
-    many = Draws(resamples=4000, seed=1).of(np.arange(20))
+    many = make_draws(resamples=4000, seed=1)(np.arange(20))
     assert many.mean() == pytest.approx(1, abs=0.02) and many.var() == pytest.approx(1, abs=0.03)
-    assert (Draws(resamples=200, seed=0).of(np.arange(1)).sum(axis=1) > 0).all()
+    assert (make_draws(resamples=200, seed=0)(np.arange(1)).sum(axis=1) > 0).all()
 
 
 def test_the_draws_are_the_bootstrap_of_a_mean():
     """The spread over resamples is the standard error of the mean."""
     values = np.random.default_rng(0).normal(size=(1, 200))
     series = Series(np.arange(200, dtype=np.uint32), values.T, np.ones(200), np.ones(200, int), "share")
-    found = series.values(Draws(resamples=4000, seed=0).of(series.names))[:, 0]
+    found = series.values(make_draws(resamples=4000, seed=0))[:, 0]
     assert found.std() == pytest.approx(values.std(ddof=1) / np.sqrt(200), rel=0.05)
     assert found.mean() == pytest.approx(values.mean(), abs=0.005)
 

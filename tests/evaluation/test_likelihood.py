@@ -1,92 +1,115 @@
-"""Scores by likelihood equal a slow reference that runs one text at a time and takes its full softmax."""
+"""Scores by likelihood equal a slow reference that runs one text at a time and takes its full softmax.
+
+Each with and without a guide, through whose experts every token goes; the reference finds them in a pass of its own.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import tiny
+from tests.evaluation import handmade
 from trace_jax.evaluation.likelihood import (
     NonFiniteScore,
-    QuestionScores,
     score_questions,
     score_rows,
+    score_sequences,
     spread_indices,
 )
-from trace_jax.models.decoder import forward
+from trace_jax.evaluation.membership import gradient_norms
+from trace_jax.models.generate_text import continue_tokens
+from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
 
-LONGEST = 16  # one compile serves all texts: what follows a text can't reach back to it
-run_forward = jax.jit(forward, static_argnums=1)
+PARAMS, ROWS, QUESTIONS = handmade.make_params(), tiny.make_rows(6), handmade.make_questions(3)
+TEXTS = [np.random.default_rng(0).integers(3, handmade.V, n).tolist() for n in (5, 1, 13, 2, 15, 16, 9)]
+FIRST = [1, 1, 12, 2, 3, 1, 4]
 
 
-def log_probabilities(params, config, tokens):
-    """log p of every token but the first of one text, f32 [len - 1]."""
-    padded = np.zeros((1, LONGEST), np.int32)
-    padded[0, : len(tokens)] = tokens
-    logits = np.asarray(run_forward(params, config, padded).logits[0], np.float64)
-    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    return log_p[np.arange(len(tokens) - 1), tokens[1:]]
+def check_rows(nll, guide):
+    """NLL of `ROWS`, six in batches of four, against one document at a time."""
+    expected = np.zeros(ROWS.tokens.shape)
+    for row, document in np.ndindex(len(ROWS), 2):
+        own = np.flatnonzero(ROWS.segments[row] == document + 1)
+        if len(own):
+            expected[row, own[:-1]] = -handmade.log_probability(PARAMS, ROWS.tokens[row][own], guide=guide)
+    np.testing.assert_allclose(nll, np.where(ROWS.valid, expected, 0), rtol=1e-4, atol=1e-4)
 
 
-def test_row_nll_equals_one_document_at_a_time(tiny):
-    rows = tiny.make_rows(3)
-    found = score_rows(tiny.params, tiny.config, rows, batch_size=3)
-    for row in range(3):
-        expected = 0.0
-        for document in (1, 2):
-            tokens = rows.tokens[row][rows.segments[row] == document]
-            expected -= log_probabilities(tiny.params, tiny.config, tokens).sum()
-        assert found.nll[row] == pytest.approx(expected, rel=1e-4)
-    assert found.tokens.tolist() == rows.valid.sum(axis=1).tolist()
-    assert (found.token_nll[~rows.valid] == 0).all()
+def check_sequences(scores, guide):
+    for text, first, found in zip(TEXTS, FIRST, scores, strict=True):
+        log_p = handmade.log_probabilities(PARAMS, text, guide=guide)[first - 1 : -1]
+        assert found.log_prob.shape == found.greedy.shape == (max(0, len(text) - first),)
+        np.testing.assert_allclose(found.log_prob, log_p[np.arange(len(log_p)), text[first:]], rtol=1e-4, atol=2e-5)
+        assert (found.greedy == (log_p.argmax(-1) == np.array(text[first:]))).all()
+        if found.mean is not None:
+            mean = (np.exp(log_p) * log_p).sum(-1)
+            np.testing.assert_allclose(found.mean, mean, atol=5e-5)
+            np.testing.assert_allclose(found.variance, (np.exp(log_p) * log_p**2).sum(-1) - mean**2, atol=5e-4)
 
 
-def test_question_scores_equal_one_option_at_a_time(tiny):
-    questions = tiny.make_questions(3)
-    found = score_questions(tiny.params, tiny.config, questions, batch_size=3)
-    expected = np.zeros((3, 4))
+@pytest.mark.parametrize("seed", [None, 1])
+def test_scores_equal_one_text_at_a_time(seed):
+    guide = None if seed is None else handmade.make_params(seed)  # its routers disagree with the model's
+    model = Model(handmade.CONFIG, PARAMS, guide=guide)
+    nll = score_rows(model, ROWS, batch_size=4)
+    check_rows(nll, guide)
+    if guide is not None:
+        assert np.abs(nll - score_rows(model.replace(guide=None), ROWS, batch_size=4)).max() > 0.1
+        own = score_rows(model.replace(guide=PARAMS), ROWS, batch_size=4)
+        np.testing.assert_allclose(own, score_rows(model.replace(guide=None), ROWS, batch_size=4), rtol=1e-4, atol=1e-5)
+    found, expected = score_questions(model, QUESTIONS, batch_size=2), np.zeros((3, 4))
     for q, o in np.ndindex(3, 4):
-        length = int(questions.segments[q, o].sum())
-        log_p = log_probabilities(tiny.params, tiny.config, questions.tokens[q, o, :length])
-        expected[q, o] = log_p[questions.scored[q, o, : length - 1]].sum()
-    np.testing.assert_allclose(found.log_likelihood, expected, rtol=1e-4)
-    assert (found.correct == (expected.argmax(axis=1) == questions.answer)).all()
+        length = int(QUESTIONS.segments[q, o].sum())
+        log_p = handmade.log_probability(PARAMS, QUESTIONS.tokens[q, o, :length], guide=guide)
+        expected[q, o] = log_p[QUESTIONS.scored[q, o, : length - 1]].sum()
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    check_sequences(score_sequences(model, TEXTS, FIRST, moments=guide is None, batch_size=4), guide)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_the_batch_size_changes_no_score(tiny, batch_size):
-    rows, questions = tiny.make_rows(7), tiny.make_questions(7)
-    one = score_rows(tiny.params, tiny.config, rows, batch_size=7)
-    other = score_rows(tiny.params, tiny.config, rows, batch_size=batch_size)
-    np.testing.assert_allclose(other.token_nll, one.token_nll, rtol=1e-4, atol=1e-5)
-    one = score_questions(tiny.params, tiny.config, questions, batch_size=7)
-    other = score_questions(tiny.params, tiny.config, questions, batch_size=batch_size)
-    np.testing.assert_allclose(other.log_likelihood, one.log_likelihood, rtol=1e-4)
+def test_a_guide_is_followed_on_several_devices():
+    """`test_whole_evaluation.py` has everything else on a mesh."""
+    guide, mesh = handmade.make_params(1), make_mesh(jax.devices()[:4], data=2, tensor=2)
+    model = Model(handmade.CONFIG, PARAMS, guide=guide)
+    check_rows(score_rows(model, ROWS, batch_size=3, mesh=mesh), guide)
+    check_sequences(score_sequences(model, TEXTS, FIRST, batch_size=3, mesh=mesh), guide)
 
 
-def test_the_device_count_changes_no_score(tiny):
-    rows = tiny.make_rows(7)
-    one = score_rows(tiny.params, tiny.config, rows, batch_size=3)
-    four = score_rows(tiny.params, tiny.config, rows, batch_size=3, mesh=make_mesh(jax.devices()[:4]))
-    np.testing.assert_allclose(four.token_nll, one.token_nll, rtol=1e-4, atol=1e-5)
+def test_the_likeliest_continuation_is_greedy():
+    tokens = [5, 6, 7]
+    for _ in range(4):
+        tokens.append(int(handmade.log_probabilities(PARAMS, tokens)[-1].argmax()))
+    texts = [tokens, [*tokens[:-1], (tokens[-1] + 1) % handmade.V]]
+    right, wrong = score_sequences(Model(handmade.CONFIG, PARAMS), texts, [3, 3], moments=True, batch_size=4)
+    assert right.greedy.all() and wrong.greedy.tolist() == [True, True, True, False]
 
 
-def test_of_equally_likely_options_the_first_is_taken():
-    scores = QuestionScores(np.array([[-1.0, -1.0], [-1.0, -1.0]]), np.array([0, 1]), np.array([0, 1]))
-    assert scores.correct.tolist() == [True, False]
+def test_what_cannot_follow_a_guide_is_refused():
+    guide = handmade.make_params(1)
+    model = handmade.make_model().replace(guide=guide)
+    with pytest.raises(ValueError, match="generation can't be"):
+        continue_tokens(model, [[3, 4]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="a gradient can't be"):
+        gradient_norms(model, [[3, 4]], [1])
 
 
-def test_a_diverged_model_is_refused_instead_of_scored(tiny):
-    params = {**tiny.params, "final_norm": tiny.params["final_norm"] * jnp.float32(np.nan)}
-    with pytest.raises(NonFiniteScore, match="diverged"):
-        score_questions(params, tiny.config, tiny.make_questions(3))
-    with pytest.raises(NonFiniteScore, match="diverged"):
-        score_rows(params, tiny.config, tiny.make_rows(3))
+def test_a_diverged_model_is_refused_instead_of_scored():
+    model = Model(handmade.CONFIG, PARAMS)
+    assert score_sequences(model, []) == []
+    broken = model.replace(params={**PARAMS, "final_norm": PARAMS["final_norm"] * jnp.float32(np.nan)})
+    for diverged in (
+        lambda: score_questions(broken, QUESTIONS, batch_size=2),
+        lambda: score_rows(broken, ROWS, batch_size=4),
+        lambda: score_sequences(broken, TEXTS, FIRST, moments=True, batch_size=4),
+    ):
+        with pytest.raises(NonFiniteScore, match="diverged"):
+            diverged()
 
 
 def test_thinning_keeps_the_order_and_touches_all_parts():
     assert spread_indices(5, 10).tolist() == [0, 1, 2, 3, 4]
     assert spread_indices(10, 5).tolist() == [0, 2, 4, 6, 8]
-    kept = spread_indices(1000, 96)
-    assert len(kept) == len(set(kept.tolist())) == 96
-    assert np.diff(kept).min() >= 10 and np.diff(kept).max() <= 11
+    chosen = spread_indices(1000, 96)
+    assert len(chosen) == len(set(chosen.tolist())) == 96
+    assert np.diff(chosen).min() >= 10 and np.diff(chosen).max() <= 11

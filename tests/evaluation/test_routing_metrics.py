@@ -4,15 +4,18 @@ import dataclasses
 import json
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
+from tests import tiny
+from tests.evaluation import handmade
 from trace_jax.evaluation.routing import corpus_routing, measure_calibration, measure_routing, routing_quantities
+from trace_jax.io.codec import encode
 from trace_jax.models.decoder import forward
-from trace_jax.models.model import Model
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.statistics import Assignments, ExpertStatistics
 from trace_jax.routing.weights import retain_weights
@@ -20,9 +23,28 @@ from trace_jax.routing.weights import retain_weights
 L, E, K = 3, 6, 2
 
 
+CORPORA = {"forget": tiny.make_rows(8, seed=1), "retain": tiny.make_rows(8, seed=2)}
+MODEL, OTHER = handmade.make_model(), handmade.make_model(3)
+
+
+@jax.jit
+def run_router(params, tokens, segments):
+    return forward(params, tiny.CONFIG, tokens, mask=segments, collect=("indices",)).router.indices
+
+
+def indices(model, subject):
+    """Experts [L, tokens, K] of every valid position."""
+    rows = CORPORA[subject]
+    return np.asarray(run_router(model.params, rows.tokens, rows.segments))[:, rows.valid]
+
+
+def measure(current):
+    return measure_routing(MODEL, current, **CORPORA, batch_size=8, resamples=100, mesh=tiny.one_device())
+
+
 @pytest.fixture(scope="module")
-def corpora(tiny):
-    return {"forget": tiny.make_rows(8, seed=1), "retain": tiny.make_rows(8, seed=2)}
+def moved():
+    return measure(OTHER)
 
 
 def assign(seed, lengths, *, favourite=None):
@@ -41,11 +63,10 @@ LENGTHS = {"forget": (5, 0, 9, 7, 4, 8), "retain": (6, 6, 3, 9, 0, 7, 5)}
 
 @pytest.fixture(scope="module")
 def random_corpora():
-    found = {}
-    for number, (subject, lengths) in enumerate(LENGTHS.items()):
-        pair = assign(number, lengths, favourite=number), assign(10 + number, lengths, favourite=2)
-        found[subject] = pair
-    return found
+    return {
+        subject: (assign(number, lengths, favourite=number), assign(10 + number, lengths, favourite=2))
+        for number, (subject, lengths) in enumerate(LENGTHS.items())
+    }
 
 
 def summed(random_corpora):
@@ -111,21 +132,6 @@ def test_intervals_equal_a_plain_bootstrap_over_rows(random_corpora):
     assert found["stability_forget"].mean.n == 5 and found["gap"].mean.n == 11
 
 
-def test_jaccard_stability_and_dead_experts_by_hand():
-    """Two tokens, three experts: the first token keeps both experts in other order, the second keeps one of two."""
-    rows = np.array([0, 1])
-    before = Assignments(np.array([[[0, 1], [0, 2]]]), rows)
-    after = Assignments(np.array([[[1, 0], [1, 0]]]), rows)
-    corpus = corpus_routing(before, after, 3)
-    found = routing_quantities({"forget": corpus, "retain": corpus}, top_k=2, resamples=100)
-    assert found["jaccard_forget"].value == pytest.approx([(1 + 1 / 3) / 2])
-    assert found["stability_forget"].value == pytest.approx([0.5])
-    assert found["dead_experts_forget"].value.tolist() == [1] == found["newly_dead_forget"].value.tolist()
-    assert found["dead_experts_forget_original"].value.tolist() == [0]
-    assert found["load_entropy_forget"].value == pytest.approx([math.log(2) / math.log(3)])
-    assert found["gap"].value == pytest.approx([0]) and found["kl"].value == pytest.approx([0])
-
-
 def test_one_row_a_side_has_values_and_no_intervals():
     one = assign(0, (9,))
     corpus = corpus_routing(one, one, E)
@@ -134,102 +140,78 @@ def test_one_row_a_side_has_values_and_no_intervals():
     assert all(np.isnan(q.low).all() and math.isnan(q.mean.high) for q in found.values())
 
 
-def test_a_model_next_to_itself_has_not_moved(tiny, corpora):
-    model = Model(tiny.config, tiny.params)
-    found = measure_routing(model, model, **corpora, batch_size=8, resamples=100)
-    for subject in ("forget", "retain"):
+def test_a_model_next_to_itself_has_not_moved():
+    found = measure(MODEL)
+    for subject, rows in CORPORA.items():
         assert (found.quantities[f"jaccard_{subject}"].value == 1).all()
         assert (found.quantities[f"stability_{subject}"].low == 1).all()
-        assert found.tokens[subject] == corpora[subject].valid.sum() and found.rows[subject] == 8
+        assert found.tokens[subject] == rows.valid.sum() and found.rows[subject] == 8
         np.testing.assert_array_equal(found.frequency["original"][subject], found.frequency["unlearned"][subject])
     assert (found.quantities["router_drift"].value == 0).all() and (found.expert_drift == 0).all()
     np.testing.assert_array_equal(found.quantities["gap"].low, found.quantities["gap_original"].low)  # same resamples
 
 
-def test_what_is_measured_on_a_model_equals_its_own_router(tiny, corpora):
-    other = tiny.make_params(3)
-    found = measure_routing(
-        Model(tiny.config, tiny.params), Model(tiny.config, other), **corpora, batch_size=8, resamples=100
-    )
-    rows = corpora["forget"]
-    before, after = (
-        np.asarray(forward(p, tiny.config, rows.tokens, mask=rows.segments, collect=("indices",)).router.indices)
-        for p in (tiny.params, other)
-    )
+def test_what_is_measured_on_a_model_equals_its_own_router(moved):
+    before, after = (indices(model, "forget") for model in (MODEL, OTHER))
     for layer in range(2):
-        pairs = [(set(b), set(a)) for b, a in zip(before[layer][rows.valid], after[layer][rows.valid], strict=True)]
+        pairs = [(set(b), set(a)) for b, a in zip(before[layer], after[layer], strict=True)]
         jaccard = np.mean([len(a & b) / len(a | b) for b, a in pairs])
-        assert found.quantities["jaccard_forget"].value[layer] == pytest.approx(jaccard)
+        assert moved.quantities["jaccard_forget"].value[layer] == pytest.approx(jaccard)
         for model, number in (("original", 0), ("unlearned", 1)):
             used = np.mean([[e in pair[number] for e in range(4)] for pair in pairs], axis=0)
-            assert found.frequency[model]["forget"][layer] == pytest.approx(used)
-        old, new = (np.asarray(p["layers"]["router"])[layer] for p in (tiny.params, other))
+            assert moved.frequency[model]["forget"][layer] == pytest.approx(used)
+        old, new = (np.asarray(model.params["layers"]["router"])[layer] for model in (MODEL, OTHER))
         expected = [np.linalg.norm(new[:, e] - old[:, e]) / np.linalg.norm(old[:, e]) for e in range(4)]
-        assert found.expert_drift[layer] == pytest.approx(expected)
+        assert moved.expert_drift[layer] == pytest.approx(expected)
         drift = np.linalg.norm(new - old) / np.linalg.norm(old)
-        assert found.quantities["router_drift"].value[layer] == pytest.approx(drift)
+        assert moved.quantities["router_drift"].value[layer] == pytest.approx(drift)
 
 
-def test_a_router_that_sends_everything_one_way_leaves_experts_dead(tiny, corpora):
-    layers = tiny.params["layers"]
-    biased = {**tiny.params, "layers": {**layers, "router": jnp.zeros_like(layers["router"])}}  # ties: the first K
-    found = measure_routing(
-        Model(tiny.config, tiny.params), Model(tiny.config, biased), **corpora, batch_size=8, resamples=100
-    ).quantities
+def test_a_router_that_sends_everything_one_way_leaves_experts_dead():
+    layers = MODEL.params["layers"]
+    one_way = {**layers, "router": jnp.zeros_like(layers["router"])}  # ties: the first K
+    found = measure(MODEL.replace(params={**MODEL.params, "layers": one_way})).quantities
     assert found["dead_experts_retain"].value.tolist() == [2, 2]
     assert found["newly_dead_retain"].mean.value == 2
     assert found["load_entropy_retain"].value == pytest.approx([np.log(2) / np.log(4)] * 2)
     assert (found["gap"].value == 0).all() and found["router_drift"].value == pytest.approx([1, 1])
 
 
-def test_means_over_layers_stand_among_the_measurements(tiny, corpora):
-    found = measure_routing(
-        Model(tiny.config, tiny.params), Model(tiny.config, tiny.make_params(3)), **corpora, batch_size=8, resamples=100
-    )
-    measured = {m.name: m for m in found.measurements()}
+def test_means_over_layers_stand_among_the_measurements(moved):
+    measured = {m.name: m for m in moved.measurements()}
     both = {f"{name}_{s}" for name in ("jaccard", "stability", "load_entropy", "dead_experts", "newly_dead")
             for s in ("forget", "retain")}  # fmt: skip
     assert set(measured) == {f"routing_{name}" for name in both | {"gap", "kl", "js"}} | {"router_drift"}
     for m in measured.values():
         assert m.low <= m.value <= m.high and m.split == "train"
     assert measured["routing_jaccard_forget"].n == 8 and measured["routing_gap"].n == 16
-    assert f"{found.tokens['forget']:,} forget tokens" in measured["routing_jaccard_forget"].note
-    assert f"original model {found.quantities['gap_original'].mean.value:.4g}" in measured["routing_gap"].note
-    plain = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert f"{moved.tokens['forget']:,} forget tokens" in measured["routing_jaccard_forget"].note
+    assert f"original model {moved.quantities['gap_original'].mean.value:.4g}" in measured["routing_gap"].note
+    plain = json.loads(json.dumps(moved.to_json(), allow_nan=False))
     assert np.shape(plain["frequency"]["unlearned"]["retain"]) == np.shape(plain["expert_drift"]) == (2, 4)
-    assert plain["quantities"]["js"]["value"] == pytest.approx(found.quantities["js"].value, rel=1e-5)
+    assert plain["quantities"]["js"]["value"] == pytest.approx(moved.quantities["js"].value, rel=1e-5)
     assert plain["quantities"]["js"]["mean"]["low"] == pytest.approx(measured["routing_js"].low, rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def statistics(tiny, corpora):
-    """Of both corpora under the tiny model, by hand."""
-    found = {}
-    for subject, rows in corpora.items():
-        indices = forward(
-            tiny.params, tiny.config, rows.tokens, mask=rows.segments, collect=("indices",)
-        ).router.indices
-        chosen = np.asarray(indices)[:, rows.valid]
-        counts = np.stack([np.bincount(layer.ravel(), minlength=4) for layer in chosen])
-        found[subject] = ExpertStatistics(counts, np.zeros((2, 4)), int(rows.valid.sum()), 2)
-    return found
-
-
-def calibrated(tiny, corpora, statistics, **settings):
+def calibrated(**settings):
+    """Weights, and their metrics, from statistics by hand."""
+    statistics = {}
+    for subject, rows in CORPORA.items():
+        counts = np.stack([np.bincount(layer.ravel(), minlength=4) for layer in indices(MODEL, subject)])
+        statistics[subject] = ExpertStatistics(counts, np.zeros((2, 4)), int(rows.valid.sum()), 2)
     weights = retain_weights(
         CalibrationConfig(settings),
-        model=Model(tiny.config, tiny.params),
-        **corpora,
+        model=MODEL,
+        **CORPORA,
         forget_statistics=statistics["forget"],
         retain_statistics=statistics["retain"],
+        mesh=tiny.one_device(),
     )
     return weights, measure_calibration(weights, **statistics)
 
 
-def test_gaps_of_the_calibration_sum_to_those_of_its_certificate(tiny, corpora, statistics):
-    weights, found = calibrated(
-        tiny, corpora, statistics, name="entropy", rule={"name": "difference", "top": 3}, strength=0.5
-    )
+def test_gaps_of_the_calibration_sum_to_those_of_its_certificate():
+    weights, found = calibrated(name="entropy", rule={"name": "difference", "top": 3}, strength=0.5)
     certificate = weights.certificate
     for name in ("gap_before", "gap_after", "gap_elsewhere_before", "gap_elsewhere_after"):
         assert getattr(found, name).sum() == pytest.approx(getattr(certificate, name))
@@ -238,11 +220,11 @@ def test_gaps_of_the_calibration_sum_to_those_of_its_certificate(tiny, corpora, 
     assert measured["calibration_gap_after"].value < measured["calibration_gap_before"].value
     ess = measured["calibration_effective_sample_size"]
     assert ess.value == ess.low == pytest.approx(certificate.effective_sample_size, rel=1e-12)
-    assert ess.value < 1 and ess.n == corpora["retain"].valid.sum()
-    json.dumps(found.to_json(), allow_nan=False)
+    assert ess.value < 1 and ess.n == CORPORA["retain"].valid.sum()
+    json.dumps(encode(found), allow_nan=False)
 
 
-def test_weights_that_look_at_no_expert_have_a_sample_size_only(tiny, corpora, statistics):
-    _, found = calibrated(tiny, corpora, statistics, name="uniform")
+def test_weights_that_look_at_no_expert_have_a_sample_size_only():
+    _, found = calibrated(name="uniform")
     assert [m.name for m in found.measurements()] == ["calibration_effective_sample_size"]
     assert found.effective_sample_size == pytest.approx(1) and dataclasses.asdict(found)["gap_after"] is None

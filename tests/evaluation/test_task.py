@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
 
-from trace_jax.evaluation.config import EvaluationConfig
-from trace_jax.evaluation.measurement import find
-from trace_jax.evaluation.task import Evaluator, ScoreStore, TaskScores, hazardous
-
-SETTINGS = EvaluationConfig(batch_size=8, max_rows=5, max_prompts=3, max_gradients=2, bootstrap=100)
+from tests.evaluation import handmade
+from trace_jax.evaluation.measurement import Measurement, find
+from trace_jax.evaluation.task import ScoreStore, TaskScores, hazardous
 
 
 @dataclasses.dataclass
@@ -34,9 +33,8 @@ class Counting:
 
 
 @pytest.fixture
-def evaluator(tiny):
-    probes = {"test": tiny.make_probes(text=("forget", "general")), "validation": tiny.make_probes(3)}
-    return tiny.make_evaluator(SETTINGS, probes, benchmark="presidents", tasks=[Counting()])
+def evaluator():
+    return handmade.make_evaluator(benchmark="presidents", tasks=[Counting()])
 
 
 def check_same(one, other):
@@ -47,10 +45,10 @@ def check_same(one, other):
             np.testing.assert_array_equal(values, other[name].arrays[path])
 
 
-def test_kept_scores_are_the_computed_ones_and_are_not_computed_again(tiny, evaluator, tmp_path):
-    store, model = ScoreStore(tmp_path, "model a"), tiny.make_model()
+def test_kept_scores_are_the_computed_ones_and_are_not_computed_again(evaluator, tmp_path):
+    store, model = ScoreStore(tmp_path, "model a"), handmade.make_model()
     first = evaluator.score(model, full=True, store=store)
-    check_same(first, evaluator.score(model, full=True))
+    check_same({name: scores for name, scores in first.items() if name != "counting"}, handmade.scores(0))
     assert list(first) == ["questions", "text", "verbatim", "memorization", "membership", "counting"]
     calls = evaluator.tasks[-1].calls
     kept = evaluator.score(model.replace(params=None), full=True, store=store)  # no parameters are needed
@@ -61,34 +59,35 @@ def test_kept_scores_are_the_computed_ones_and_are_not_computed_again(tiny, eval
 
 
 @pytest.mark.parametrize("change", ["model", "task", "probes"])
-def test_another_model_or_task_is_scored_anew(tiny, evaluator, tmp_path, change):
-    evaluator = dataclasses.replace(evaluator, tasks=(evaluator.tasks[0], evaluator.tasks[-1]))
-    evaluator.score(tiny.make_model(), store=ScoreStore(tmp_path, "model a"))
-    probe, task = evaluator.tasks
+def test_another_model_or_task_is_scored_anew(evaluator, tmp_path, change):
+    task = evaluator.tasks[-1]
+    probe = dataclasses.replace(evaluator.tasks[0], data={("test", "forget"): handmade.make_questions(4)})
+    dataclasses.replace(evaluator, tasks=(probe, task)).score(
+        handmade.make_model(), store=ScoreStore(tmp_path, "model a")
+    )
     task.identity = "two" if change == "task" else "one"
     probe = dataclasses.replace(probe, identity="others") if change == "probes" else probe
     store = ScoreStore(tmp_path, "model b" if change == "model" else "model a")
-    calls, other = task.calls, tiny.make_model(1)
+    calls, other, path = task.calls, handmade.make_model(1), "test/forget/log_likelihood"
     scores = dataclasses.replace(evaluator, tasks=(probe, task)).score(other, store=store)
     assert task.calls == calls + (change != "probes")
-    fresh = evaluator.score(other)
-    path = "test/forget/log_likelihood"
-    same = np.array_equal(scores["questions"].arrays[path], fresh["questions"].arrays[path])
+    fresh = probe.score(other, batch_size=4, mesh=None).arrays[path]
+    same = np.array_equal(scores["questions"].arrays[path], fresh)
     assert same == (change != "task")  # the probe alone is kept when the task is another
 
 
-def test_quick_scoring_leaves_out_what_is_slow(tiny, evaluator):
-    assert list(evaluator.score(tiny.make_model())) == ["questions", "text", "counting"]
+def test_quick_scoring_leaves_out_what_is_slow(evaluator):
+    assert list(evaluator.score(handmade.make_model())) == ["questions", "text", "counting"]
     evaluator.tasks[-1].quick = False
-    assert list(evaluator.score(tiny.make_model())) == ["questions", "text"]
+    assert list(evaluator.score(handmade.make_model())) == ["questions", "text"]
 
 
 def of(lines, **chosen):
     return [line for line in lines if all(line[key] == value for key, value in chosen.items())]
 
 
-def test_measurements_can_be_made_of_the_lines(tiny, evaluator, tmp_path):
-    found = evaluator.measure(evaluator.score(tiny.make_model(), full=True, store=ScoreStore(tmp_path, "model")))
+def test_measurements_can_be_made_of_the_lines(evaluator, tmp_path):
+    found = evaluator.measure(evaluator.score(handmade.make_model(), full=True, store=ScoreStore(tmp_path, "model")))
     lines = {
         file.name.split(".")[0]: [json.loads(line) for line in file.read_text().splitlines()]
         for file in tmp_path.glob("*.jsonl")
@@ -110,26 +109,32 @@ def test_measurements_can_be_made_of_the_lines(tiny, evaluator, tmp_path):
     wins = np.mean([[(h["min_k"] < f["min_k"]) + 0.5 * (h["min_k"] == f["min_k"]) for h in sides[1]] for f in sides[0]])
     assert find(found, "privleak_auc", "test").value == pytest.approx(wins)
     assert find(found, "membership_min_k_auc", "test").value == pytest.approx(1 - wins)
-    assert sum("gradient_norm" in line for line in sides[0]) == 2  # those that were not taken are left out
 
 
-def test_no_text_is_written_where_it_may_not_be(tiny, tmp_path):
-    settings = dataclasses.replace(SETTINGS, audit_text=False)
-    evaluator = tiny.make_evaluator(settings, {"test": tiny.make_probes(members=False)}, tasks=[Counting()])
-    evaluator.score(tiny.make_model(), full=True, store=ScoreStore(tmp_path, "model"))
+def test_no_text_is_written_where_it_may_not_be(tmp_path):
+    settings = dataclasses.replace(handmade.SETTINGS, audit_text=False)
+    evaluator = handmade.make_evaluator(settings=settings, tasks=[Counting()])
+    evaluator.score(handmade.make_model(), full=True, store=ScoreStore(tmp_path, "model"))
     lines = [json.loads(line) for line in (tmp_path / "verbatim.items.jsonl").read_text().splitlines()]
     assert lines and all(set(line) == {"split", "item", "score"} for line in lines)
     written = "".join(file.read_text() for file in tmp_path.glob("*.jsonl"))
-    assert "secret" not in written and not any(f"w{i} " in written or f'w{i}"' in written for i in range(37))
-
-
-def test_an_evaluator_without_tasks_measures_nothing(tiny, tmp_path):
-    evaluator = tiny.make_evaluator(SETTINGS, {})
-    assert evaluator == Evaluator(SETTINGS, ())
-    assert evaluator.measure(evaluator.score(tiny.make_model(), full=True, store=ScoreStore(tmp_path, "m"))) == []
+    assert "secret" not in written and not any(f"w{i} " in written or f'w{i}"' in written for i in range(handmade.V))
 
 
 def test_text_of_wmdp_is_hazardous_wherever_it_comes_from():
     assert hazardous(["huggingface:cais/wmdp-corpora/cyber-forget-corpus:train"])
     assert hazardous(["a.jsonl", "data/WMDP-bio-forget.jsonl"])
     assert not hazardous(["a.jsonl", "huggingface:muse-bench/MUSE-Books"]) and not hazardous([])
+
+
+def test_a_measurement_survives_the_way_through_json():
+    accuracy = Measurement("forget_accuracy", 0.5, 60, 0.4, 0.6, "test")
+    for one in (accuracy, Measurement("privleak", -57.5, 200, -80, -30, "validation", "a note")):
+        assert Measurement.from_json(json.loads(json.dumps(one.to_json(), allow_nan=False))) == one
+    plain = Measurement("verbatim", 0.5, 1, math.nan, math.nan, "test").to_json()
+    assert plain["low"] is None and plain["high"] is None
+    assert math.isnan(Measurement.from_json(plain).low)
+    with pytest.raises(ValueError, match="missing"):
+        Measurement.from_json({"name": "forget_accuracy"})
+    assert find([accuracy], "forget_accuracy", "test") is accuracy
+    assert find([accuracy], "forget_accuracy", "validation") is None
