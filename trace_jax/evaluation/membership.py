@@ -128,18 +128,18 @@ class Membership:
         return measurements
 
 
-def min_k_scores(values: Sequence[np.ndarray], *, share: float = MIN_K, dtype: Any = np.float64) -> np.ndarray:
+def min_k_scores(values: Sequence[np.ndarray], *, dtype: Any = np.float64) -> np.ndarray:
     """Min-K % Prob (2310.16789) of each text from its n log-probabilities, f64 [N].
 
-    Minus the mean of the lowest int(share * n) of them, and of at least one (open-unlearning's rule; MUSE's code has no
-    value for texts of fewer than 1/share tokens). 0 for a text without a token, as in open-unlearning, which computes
+    Minus the mean of the lowest int(0.4 n) of them, and of at least one (open-unlearning's rule; MUSE's code has no
+    value for texts of fewer than 3 tokens). 0 for a text without a token, as in open-unlearning, which computes
     in float32, where more texts tie.
     """
-    lowest = [np.sort(np.asarray(v, dtype))[: max(1, int(share * len(v)))] for v in values]
+    lowest = [np.sort(np.asarray(v, dtype))[: max(1, int(MIN_K * len(v)))] for v in values]
     return np.array([float(-v.mean()) if len(v) else 0.0 for v in lowest])
 
 
-def min_k_plus_plus_scores(scores: Sequence[TokenScores], *, share: float = MIN_K) -> np.ndarray:
+def min_k_plus_plus_scores(scores: Sequence[TokenScores]) -> np.ndarray:
     """Min-K %++ (2404.02936) of each text, f64 [N]: `min_k_scores` of (log-probability - its mean) / deviation.
 
     Mean and deviation are of the log-probability of a token drawn from the model at that place. As in open-unlearning,
@@ -150,7 +150,7 @@ def min_k_plus_plus_scores(scores: Sequence[TokenScores], *, share: float = MIN_
         assert one.mean is not None and one.variance is not None  # they were asked for
         log_prob, mean, variance = (np.asarray(x, np.float64) for x in (one.log_prob, one.mean, one.variance))
         standardised.append((log_prob - mean) / np.sqrt(np.maximum(variance, _LEAST_VARIANCE)))
-    return min_k_scores(standardised, share=share)
+    return min_k_scores(standardised)
 
 
 def compressed_sizes(tokenizer: Tokenizer | None, texts: Sequence[Sequence[int]]) -> np.ndarray:
