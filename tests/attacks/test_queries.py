@@ -5,8 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from trace_jax.attacks import prompting
 from trace_jax.attacks.prompting import Prompting
@@ -30,7 +28,14 @@ def decoded(vocabulary, tokens):
 
 def test_the_layout_of_a_question_behind_examples(vocabulary):
     asked = Item("Wax holds", (" wood", " light"), 1, 7)
-    solved = [Item("Salt melts", (" ice", " snow"), 0, 3), Item("Glue holds", (" paper", " stone"), 1, 4)]
+    solved = [
+        Item("Salt melts", (" ice", " snow"), 0, 3),
+        Item("Glue holds", (" paper", " stone"), 1, 4),
+        Item("Oil holds", (" light", " ink"), 0, 5),  # would give it away
+        Item("Wax melts", (" ice", " snow"), 0, 7),  # of its own group
+    ]
+    with pytest.raises(ConfigError, match="examples = 3: only 2 can stand before"):
+        prompting.items_with_examples([asked], solved, 3, np.random.default_rng(0))
     (found,) = prompting.items_with_examples([asked], solved, 2, np.random.default_rng(0))
     assert (found.options, found.answer, found.group) == (asked.options, 1, 7)
     examples = found.prompt.split("\n\n")
@@ -121,35 +126,3 @@ def test_of_a_row_only_the_continuation_is_scored():
     rows = prompting.continuation_rows(prompts)
     assert rows.tokens.tolist() == [[1, 7, 8, 5], [1, 9, 6, 4]] and rows.segments.all()
     assert rows.valid.tolist() == [[False, False, True, False], [False, True, True, False]]
-
-
-ITEMS = st.lists(
-    st.builds(
-        lambda value, group, wrong: Item(f"G{group} has", (f" v{value}", f" v{wrong}"), 0, group),
-        st.integers(100, 115), st.integers(0, 5), st.integers(200, 203),
-    ),
-    min_size=1, max_size=30,
-)  # fmt: skip
-
-
-@settings(deadline=None, max_examples=60)
-@given(ITEMS, ITEMS, st.integers(1, 3), st.integers(0, 9))
-def test_examples_give_nothing_away_and_depend_on_the_seed_alone(items, solved, count, seed):
-    def made():
-        return prompting.items_with_examples(items, solved, count, np.random.default_rng(seed))
-
-    def usable(item):
-        return [s for s in solved if s.group != item.group and s.options[0] not in item.options]
-
-    if min(len(usable(item)) for item in items) < count:
-        with pytest.raises(ConfigError, match=f"examples = {count}: only"):
-            made()
-        return
-    found = made()
-    assert found == made()
-    for item, asked in zip(items, found, strict=True):
-        *examples, query = asked.prompt.split("\n\n")
-        assert query == item.prompt and len(examples) == count
-        assert not any(option.strip() in example for option in item.options for example in examples)
-        assert not any(example.startswith(f"G{item.group} ") for example in examples)
-        assert {*examples} <= {s.prompt + s.options[0] for s in usable(item)}
