@@ -10,8 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from tests import tiny
-from tests.evaluation import handmade
+from tests import handmade, tiny
 from trace_jax.attacks.attack import Case, Context
 from trace_jax.data.batches import sequential_batches
 from trace_jax.data.corpora import Probes, Questions

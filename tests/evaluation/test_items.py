@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.evaluation import handmade
+from tests import handmade
 from trace_jax.evaluation.fronts import MEAN, RunItems, Series, front_from_history, load_run_items, make_draws
 from trace_jax.evaluation.probes import item_outcomes, relative_likelihood
 from trace_jax.tasks.benchmarks import scoreboard

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
-from tests.evaluation import handmade
+from tests import handmade, tiny
 from trace_jax.evaluation.likelihood import (
     NonFiniteScore,
     score_questions,

@@ -11,8 +11,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from tests import tiny
-from tests.evaluation import handmade
+from tests import handmade, tiny
 from trace_jax.evaluation import membership
 from trace_jax.evaluation.likelihood import TokenScores
 from trace_jax.evaluation.membership import ATTACKS, SIDES, Membership

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
-from tests.evaluation import handmade
+from tests import handmade, tiny
 from trace_jax.data.corpora import Probes, Prompts, prompts_of
 from trace_jax.evaluation.likelihood import score_questions, score_rows, score_sequences
 from trace_jax.evaluation.measurement import find

@@ -11,8 +11,7 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
-from tests import tiny
-from tests.evaluation import handmade
+from tests import handmade, tiny
 from trace_jax.evaluation.routing import corpus_routing, measure_calibration, measure_routing, routing_quantities
 from trace_jax.io.codec import encode
 from trace_jax.models.decoder import forward

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.evaluation import handmade
+from tests import handmade
 from trace_jax.evaluation.measurement import Measurement, find
 from trace_jax.evaluation.task import ScoreStore, TaskScores, hazardous
 

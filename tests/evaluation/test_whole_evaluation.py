@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.evaluation import handmade
+from tests import handmade
 from trace_jax.data.rows import train_tokenizer
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig, MuseConfig, TofuConfig
 from trace_jax.models.model import Model
