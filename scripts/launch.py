@@ -22,7 +22,7 @@ from trace_jax.config import ConfigError
 from trace_jax.io.files import is_remote
 from trace_jax.main import parse
 from trace_jax.parallel.topology import Topology, parse_topology
-from trace_jax.run.stages import check_export
+from trace_jax.run.directory import check_export
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("run", "study", "plan")

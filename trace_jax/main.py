@@ -23,7 +23,7 @@ COMMANDS = {
     "run": ("run.methods", "unlearns with every method of an experiment, measures and reports", "config workdir"),
     "study": ("run.study", "compares methods over settings and seeds", "config workdir"),
     "series": ("run.series", "unlearns several forget sets, one after another", "config workdir"),
-    "report": ("run.results", "writes the report of a finished run again", ""),
+    "report": ("run.directory", "writes the report of a finished run again", ""),
     "evaluate": ("run.evaluate", "measures a checkpoint on the tasks of an experiment", "config"),
     "export": ("run.export", "writes an unlearned model as a Hugging Face checkpoint", ""),
     "lm-eval": ("run.lm_eval", "runs tasks of lm-eval on a checkpoint, or on a model of a run", ""),

@@ -14,7 +14,7 @@ from trace_jax.io.files import read_json, read_lines
 from trace_jax.main import main
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.routing.weights import RetainWeights
-from trace_jax.run.stages import calibration_directory
+from trace_jax.run.directory import calibration_directory
 
 RUN = f"{DEVICES}\nimport sys; from trace_jax.main import main; sys.exit(main(sys.argv[1:]))"
 SETTINGS = {

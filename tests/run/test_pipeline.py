@@ -14,10 +14,9 @@ from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError
 from trace_jax.io.files import read_json, read_lines
 from trace_jax.models.arrays import flatten
+from trace_jax.run.directory import calibration_directory, write_run_report
 from trace_jax.run.export import export_run, find_model
 from trace_jax.run.methods import run
-from trace_jax.run.results import write_run_report
-from trace_jax.run.stages import calibration_directory
 
 
 def test_a_run_leaves_every_artefact_and_a_table(finished):

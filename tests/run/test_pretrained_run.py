@@ -17,10 +17,10 @@ from trace_jax.config import ConfigError
 from trace_jax.io.files import read_json, write_json
 from trace_jax.main import main
 from trace_jax.models.decoder import forward
+from trace_jax.run.directory import calibration_directory
 from trace_jax.run.experiment import load_config
 from trace_jax.run.export import export_run, find_model
 from trace_jax.run.methods import run
-from trace_jax.run.stages import calibration_directory
 
 
 def settings(checkpoint, data):

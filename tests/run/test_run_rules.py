@@ -8,9 +8,9 @@ from tests.run.toy import experiment
 from trace_jax.evaluation.fronts import MEAN, Front
 from trace_jax.io.codec import decode
 from trace_jax.io.files import read_json, read_lines, write_json
+from trace_jax.run.directory import write_run_report
 from trace_jax.run.export import model_card
 from trace_jax.run.methods import run
-from trace_jax.run.results import write_run_report
 
 METRICS = "methods/uniform/metrics.jsonl"
 LENGTH = {"steps": None, "epochs": 2.0, "evaluate_every": 1, "learning_rate": 0.02, "alpha": 1.0}

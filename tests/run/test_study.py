@@ -14,7 +14,7 @@ from trace_jax.config import ConfigError
 from trace_jax.evaluation.comparison import UnequalBudget
 from trace_jax.io.files import read_json, write_json
 from trace_jax.routing import statistics, weights
-from trace_jax.run.stages import open_workdir
+from trace_jax.run.directory import open_workdir
 from trace_jax.run.study import Trial, prepare_seed, run_study, run_trial, trials, write_study
 
 

@@ -21,8 +21,8 @@ from trace_jax.io.progress import format_interval, format_number, plain_name, sa
 from trace_jax.models.arrays import abstract_params, flatten, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
+from trace_jax.run.directory import FORGOTTEN, SPLIT, needed
 from trace_jax.run.experiment import METHODS, ExperimentConfig
-from trace_jax.run.results import FORGOTTEN, SPLIT, needed
 from trace_jax.tasks.text import TextConfig
 from trace_jax.unlearning.unlearn import Unlearned
 

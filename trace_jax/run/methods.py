@@ -29,11 +29,10 @@ from trace_jax.models.model import Model
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
 from trace_jax.routing.config import CalibrationConfig, Entropy, Permuted, RatioWeights
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
+from trace_jax.run.directory import Stage, needed, refresh
 from trace_jax.run.experiment import ExperimentConfig, Method
 from trace_jax.run.export import RETRAINED, UNLEARNED, export_model, load_model, load_unlearned, save_unlearned
 from trace_jax.run.prepare import Prepared, prepare, retrained_identity
-from trace_jax.run.results import needed, refresh
-from trace_jax.run.stages import Stage
 from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.rules import Evaluated
 from trace_jax.unlearning.trainable import chosen_experts

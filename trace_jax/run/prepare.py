@@ -37,9 +37,9 @@ from trace_jax.routing.statistics import (
     expert_routing,
     expert_statistics,
 )
+from trace_jax.run.directory import Stage, check_workdir, open_workdir
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import RETRAINED, TARGET, load_model, load_trained, save_trained
-from trace_jax.run.stages import Stage, check_workdir, open_workdir
 from trace_jax.tasks.benchmarks import build_corpora, build_tasks
 from trace_jax.unlearning.train import train_model
 from trace_jax.unlearning.trainable import trainable_paths

@@ -21,12 +21,11 @@ from trace_jax.io.files import shown, write_json
 from trace_jax.io.progress import aligned, say
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
+from trace_jax.run.directory import SPLIT, Stage, check_export, needed, open_workdir, write_run_report
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import RETRAINED, TARGET, load_model
 from trace_jax.run.methods import run
 from trace_jax.run.prepare import prepare
-from trace_jax.run.results import SPLIT, needed, write_run_report
-from trace_jax.run.stages import Stage, check_export, open_workdir
 from trace_jax.tasks.benchmarks import scoreboard
 
 Step = tuple[int, tuple[str, ...], Path]  # its number from 1, the methods of its run, and where that is

@@ -27,11 +27,10 @@ from trace_jax.io.environment import describe
 from trace_jax.io.files import read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
 from trace_jax.parallel.processes import keep_freed_memory
+from trace_jax.run.directory import FORGOTTEN, check_workdir, comparison_row, needed, open_workdir, write_run_report
 from trace_jax.run.experiment import METHODS, ExperimentConfig, StudyConfig
 from trace_jax.run.methods import calibrated, run_method
 from trace_jax.run.prepare import Prepared, prepare, read_corpora
-from trace_jax.run.results import FORGOTTEN, comparison_row, needed, write_run_report
-from trace_jax.run.stages import check_workdir, open_workdir
 from trace_jax.tasks.benchmarks import scoreboard
 from trace_jax.unlearning.objectives import Objective
 

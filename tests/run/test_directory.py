@@ -5,9 +5,9 @@ import pytest
 from tests.two_processes import JOIN, run_processes
 from trace_jax.config import ConfigError, resolve
 from trace_jax.io.files import read_json, write_json
+from trace_jax.run.directory import Stage, open_workdir
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import find_model
-from trace_jax.run.stages import Stage, open_workdir
 
 
 def experiment(**values):
@@ -79,15 +79,15 @@ WORKDIR = (
     + """
 import sys
 from pathlib import Path
-from tests.run.test_stages import experiment
-from trace_jax.run import stages
+from tests.run.test_directory import experiment
+from trace_jax.run import directory
 from trace_jax.config import ConfigError
 from trace_jax.io.files import append_line, read_json, remove, write_json
 from trace_jax.io.progress import progress, say
-stages._SECONDS_TO_SEE = 2.0
+directory._SECONDS_TO_SEE = 2.0
 index, path = jax.process_index(), Path(sys.argv[1])
 try:
-    path = stages.open_workdir(experiment(), path)
+    path = directory.open_workdir(experiment(), path)
 except ConfigError as error:
     print(f"<{error}>")
     sys.exit()
@@ -95,11 +95,11 @@ say(f"from {index}")
 with progress("work", 1) as advance:
     advance(1, "")
 append_line(path / "lines.jsonl", {"process": index})
-stage = stages.Stage("made", path, "x")
+stage = directory.Stage("made", path, "x")
 made = stage.run(lambda: write_json(path / "made.json", index), "making")
 print(f"<{made} {read_json(path / 'made.json')}>")
 if index == 1:  # what one process alone sees decides nothing
-    stages.read_json = lambda file: None
+    directory.read_json = lambda file: None
 print(f"<{stage.run(lambda: 'made again', 'making', lambda: 'loaded')}>")
 if index == 1:
     remove(path / "made.json")
