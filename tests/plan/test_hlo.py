@@ -1,5 +1,6 @@
-# ruff: noqa: E501 (the text of a program is what it is)
 """What a program moves, counted on its text: small programs whose collectives and traffic are known by hand."""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -109,47 +110,9 @@ def test_memory_traffic_agrees_with_xla_where_there_is_no_loop():
     assert traffic(compiled.as_text(), 1).memory_bytes == pytest.approx(costs["bytes accessed"], rel=0.05)
 
 
-TPU = """HloModule jit_f
-
-%cond (p: (s32[], bf16[8,128])) -> pred[] {
-  %p = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
-  %bound = s32[]{:T(128)} constant(7)
-  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
-  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT, metadata={op_name="while/cond"}
-}
-
-%all-reduce-scatter.1 (input: bf16[8,128]) -> bf16[2,128] {
-  %input = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-reduce.9 = bf16[8,128]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%sum
-  %zero = s32[] constant(0)
-  ROOT %part = bf16[2,128]{1,0:T(2,128)(2,1)} dynamic-slice(%all-reduce.9, %zero, %zero), dynamic_slice_sizes={2,128}
-}
-
-%body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
-  %p = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
-  %one = s32[]{:T(128)} constant(1)
-  %next = s32[]{:T(128)} add(%i, %one)
-  %x = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
-  %shard = bf16[2,128]{1,0:T(2,128)(2,1)S(1)} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
-  %ag = (bf16[2,128]{1,0:T(2,128)(2,1)S(1)}, bf16[8,128]{1,0:T(8,128)(2,1)}) all-gather-start(%shard), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
-  %whole = bf16[8,128]{1,0:T(8,128)(2,1)} all-gather-done(%ag)
-  ROOT %state = (s32[]{:T(128)}, /*index=1*/bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%next, %whole)
-}
-
-ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
-  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %zero = s32[]{:T(128)} constant(1)
-  %start = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) tuple(%zero, %x)
-  %loop = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) while(%start), condition=%cond, body=%body
-  ROOT %result = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
-}
-"""
-
-
 def test_the_tpu_compilers_text_is_read():
     """Loops without a written count, from 1 to 7; a fused reduce-scatter; an exchange in two parts."""
-    measured = traffic(TPU, 8)
+    measured = traffic(Path(__file__).with_name("tpu.hlo").read_text(), 8)
     assert [(c.kind, c.groups, c.count, c.bytes) for c in measured.collectives] == [
         ("all-gather", ((0, 2, 4, 6), (1, 3, 5, 7)), 6, 6 * 3 * 512),
         ("reduce-scatter", ((0, 2, 4, 6), (1, 3, 5, 7)), 6, 6 * 2048 * 3 / 4),
@@ -168,10 +131,11 @@ def test_the_tpu_compilers_text_is_read():
     ],
 )
 def test_groups_written_as_axes_of_a_mesh(written, groups):
+    groups_of = f"replica_groups={written}, use_global_device_ids=true, to_apply=%add"
     text = f"""
 ENTRY %main (input: f32[8]) -> f32[8] {{
   %input = f32[8]{{0}} parameter(0)
-  ROOT %sum = f32[8]{{0}} all-reduce(%input), channel_id=1, replica_groups={written}, use_global_device_ids=true, to_apply=%add
+  ROOT %sum = f32[8]{{0}} all-reduce(%input), channel_id=1, {groups_of}
 }}
 """
     (reduced,) = traffic(text, 8).collectives

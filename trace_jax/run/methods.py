@@ -8,14 +8,13 @@ import argparse
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from trace_jax.attacks.attack import Case, Context
-from trace_jax.attacks.table import AttacksConfig
 from trace_jax.config import as_dict, fingerprint
 from trace_jax.evaluation.fronts import MEAN, front_from_history
 from trace_jax.evaluation.measurement import Measurement
@@ -31,7 +30,7 @@ from trace_jax.routing.config import CalibrationConfig, Entropy, Permuted, Ratio
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
 from trace_jax.run.directory import Stage, needed, refresh
 from trace_jax.run.experiment import ExperimentConfig, Method
-from trace_jax.run.export import RETRAINED, UNLEARNED, export_model, load_model, load_unlearned, save_unlearned
+from trace_jax.run.export import UNLEARNED, export_model, load_unlearned, save_unlearned
 from trace_jax.run.prepare import Prepared, prepare, retrained_identity
 from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.rules import Evaluated
@@ -69,10 +68,9 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
       ConfigError, ValueError: something given can't be used; the message says what, and what to do.
     """
     prepared = prepare(config, workdir, overwrite=overwrite)
-    attacks = _attack_contexts(prepared)
-    for context in attacks.values():
+    for context in prepared.attacks.values():
         _ = context.prepared  # while there is nothing to lose
-    models = {name: run_method(prepared, config.method(name), label=name, attacks=attacks) for name in config.methods}
+    models = {name: run_method(prepared, config.method(name), label=name) for name in config.methods}
     text = refresh(prepared.workdir, config.methods) if is_main() else ""
     if (label := config.export) is None:
         return text
@@ -91,7 +89,7 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
 # --- one method
 
 
-def run_method(prepared: Prepared, method: Method, *, label: str, attacks: Mapping[str, Context] | None = None) -> str:
+def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
     """Calibrates, unlearns, evaluates and attacks with one method in `methods/LABEL`, or keeps what is there.
 
     Returns the hash of everything that made the model.
@@ -118,7 +116,7 @@ def run_method(prepared: Prepared, method: Method, *, label: str, attacks: Mappi
     )
     remove(directory / "checkpoints")
     place = directory / "attacks"
-    for name, context in (attacks or {}).items():
+    for name, context in prepared.attacks.items():
         identity = fingerprint(evaluation_id, name, context.attack, context.attack.revisions)
 
         def attack(name: str = name, context: Context = context, identity: str = identity) -> None:
@@ -228,29 +226,6 @@ def _evaluate(prepared: Prepared, model: Model, weights: RetainWeights, director
         "routing": routing.to_json() | {"calibration": encode(calibration)},
     }
     write_json(directory / "results.json", results)
-
-
-def _attack_contexts(prepared: Prepared) -> dict[str, Context]:
-    """What each attack of the run has for all methods, by name."""
-    config, retrained = prepared.config, retrained_identity(prepared.config)
-    tasks = [task.identity for task in prepared.evaluator.tasks]
-    return {
-        name: Context(
-            attack,
-            prepared.target,
-            prepared.corpora,
-            config.data,
-            config.data.board,
-            prepared.evaluator,
-            prepared.mesh,
-            config.seed,
-            prepared.workdir / "attacks" / name,
-            fingerprint(prepared.model_id, retrained, name, attack, attack.revisions, config.evaluation, tasks),
-            lambda: prepared.original_routing["forget"],
-            functools.partial(load_model, config, prepared.workdir, RETRAINED, prepared.mesh) if retrained else None,
-        )
-        for name, attack in (config.attacks or AttacksConfig()).chosen.items()
-    }
 
 
 def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from trace_jax.attacks.attack import Context
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.checkpoints.state import parameter_bytes, parameter_count
 from trace_jax.config import ConfigError, fingerprint
@@ -172,6 +173,29 @@ class Prepared:
         }
         write_json(self.workdir / "references.json", {"measurements": measured, "data": data})
         return evaluator
+
+    @functools.cached_property
+    def attacks(self) -> dict[str, Context]:
+        """What each attack of the run has for all methods, by name."""
+        config, retrained = self.config, retrained_identity(self.config)
+        tasks = [task.identity for task in self.evaluator.tasks]
+        return {
+            name: Context(
+                attack,
+                self.target,
+                self.corpora,
+                config.data,
+                config.data.board,
+                self.evaluator,
+                self.mesh,
+                config.seed,
+                self.workdir / "attacks" / name,
+                fingerprint(self.model_id, retrained, name, attack, attack.revisions, config.evaluation, tasks),
+                lambda: self.original_routing["forget"],
+                functools.partial(load_model, config, self.workdir, RETRAINED, self.mesh) if retrained else None,
+            )
+            for name, attack in (config.attacks.chosen if config.attacks else {}).items()
+        }
 
 
 def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Prepared:
