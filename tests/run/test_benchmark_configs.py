@@ -57,27 +57,22 @@ def local(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     def replaced(name):
-        data, overrides = load_config(f"configs/{name}.py").data, {}
+        config, overrides = load_config(f"configs/{name}.py"), {}
         for use in ("forget", "retain", "holdout"):
-            if getattr(data, use):
+            if getattr(config.data, use):
                 folder = tmp_path / f"{name}-{use}"
                 folder.mkdir()
                 row = {**(PAIR if name == "tofu" else TEXT), **EXTRA.get(name, {})}
                 datasets.Dataset.from_list([row] * 5).to_parquet(folder / "train.parquet")
                 overrides[f"data.{use}"] = f"huggingface:{folder}"
-        return overrides | asked(name)
-
-    def asked(name):
-        evaluation, overrides = load_config(f"configs/{name}.py").evaluation, {}
         for task, files in FILES.items():
-            if getattr(evaluation, task) is not None:
+            if getattr(config.evaluation, task) is not None:
                 for file in files:
                     write_rows(tmp_path / task / f"{file}.jsonl", ASKED)
                 overrides[f"evaluation.{task}.data"] = str(tmp_path / task)
-        if evaluation.multiple_choice is not None:
-            for source in evaluation.multiple_choice.sources:
-                file = write_rows(tmp_path / f"{source}.jsonl", CHOICES)
-                overrides[f"evaluation.multiple_choice.sources.{source}"] = file
+        for source in config.evaluation.multiple_choice.sources if config.evaluation.multiple_choice else ():
+            file = write_rows(tmp_path / f"{source}.jsonl", CHOICES)
+            overrides[f"evaluation.multiple_choice.sources.{source}"] = file
         return overrides
 
     return replaced
@@ -138,12 +133,12 @@ def test_every_benchmark_is_evaluated_on_itself():
     assert load_config("configs/tofu.py").evaluation.tofu == TofuConfig("huggingface:locuslab/TOFU", "forget10")
     for topic in ("bio", "cyber"):
         config = load_config(f"configs/wmdp_{topic}.py").evaluation
-        assert config.multiple_choice.sources == {
+        sources = {
             f"wmdp_{topic}": f"huggingface:cais/wmdp/wmdp-{topic}:test",
             "mmlu": "huggingface:cais/mmlu/all:test",
         }
-        assert not config.audit_text
-        for source in config.multiple_choice.sources.values():
+        assert config.multiple_choice.sources == sources and not config.audit_text
+        for source in sources.values():
             owner, name, subset, split = re.fullmatch("huggingface:(.+)/(.+)/(.+):(.+)", source).groups()
             (published,) = (p for p in DATASETS.values() if p.repository == f"{owner}/{name}")
             assert split in published.subsets[subset].rows
@@ -158,10 +153,8 @@ def test_published_numbers_reach_the_settings():
     assert (qwen.objective.steering, qwen.alpha, qwen.retain_loss.name) == (3000.0, 1200.0, "hidden")
     olmoe = unlearning("olmoe-1b-7b,rmu")
     assert olmoe.objective == AdaptiveRMU(layer=8, steering_scale=5.0)
-    assert [unlearning(f"{model},npo").objective.beta for model in ("deepseek-v2-lite", "olmoe-1b-7b")] == [
-        0.001,
-        0.0225,
-    ]
+    betas = [unlearning(f"{model},npo").objective.beta for model in ("deepseek-v2-lite", "olmoe-1b-7b")]
+    assert betas == [0.001, 0.0225]
     assert load_config("configs/wmdp_cyber.py:mixtral-8x7b,rmu").data.min_length == 200
 
 
