@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -28,6 +28,7 @@ class DataConfig(Variant, kw_only=True):
     seed: int = option(0, help="seed of generated text, of splits and of batch order", minimum=0)
 
     tag = "benchmark"
+    board: ClassVar[Any]  # what counts as forgetting and as utility (`trace_jax.evaluation.fronts.Scoreboard`)
 
     @classmethod
     def spelled_out(cls, value: Any) -> Any:

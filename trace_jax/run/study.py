@@ -11,7 +11,7 @@ import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,11 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
         workers, mp_context=context, initializer=_start_worker, initargs=(context.Value("i", 0), workers)
     ) as pool:
         try:
-            for title, unit, work, items in (
+            parts: list[tuple[str, str, Callable[[Path, Any], None], Sequence[Any]]] = [
                 ("study: target models", "model", prepare_seed, study.seeds),
                 ("study: unlearning", "run", run_trial, jobs),
-            ):
+            ]
+            for title, unit, work, items in parts:
                 with progress(title, len(items), unit=unit) as advance:
                     futures = [pool.submit(work, path, item) for item in items]
                     for done, future in enumerate(as_completed(futures), start=1):
