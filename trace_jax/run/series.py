@@ -26,7 +26,6 @@ from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import RETRAINED, TARGET, load_model
 from trace_jax.run.methods import run
 from trace_jax.run.prepare import prepare
-from trace_jax.tasks.benchmarks import scoreboard
 
 Step = tuple[int, tuple[str, ...], Path]  # its number from 1, the methods of its run, and where that is
 _TITLES = {
@@ -101,7 +100,7 @@ def _target(config: ExperimentConfig, path: Path, *, overwrite: bool) -> dict[st
 
 def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) -> str:
     """Writes series.json and report.html of a finished series from its runs; returns the table as text."""
-    series, board = config.series, scoreboard(config.data.benchmark)
+    series, board = config.series, config.data.board
     assert series is not None
     runs = [(number, methods, directory, needed(directory / "results.json")) for number, methods, directory in steps]
     # What is relative to the start of a step is left out: in a sequence every step has another.

@@ -31,7 +31,6 @@ from trace_jax.run.directory import FORGOTTEN, check_workdir, comparison_row, ne
 from trace_jax.run.experiment import METHODS, ExperimentConfig, StudyConfig
 from trace_jax.run.methods import calibrated, run_method
 from trace_jax.run.prepare import Prepared, prepare, read_corpora
-from trace_jax.tasks.benchmarks import scoreboard
 from trace_jax.unlearning.objectives import Objective
 
 
@@ -183,7 +182,7 @@ def run_trial(path: Path, trial: Trial) -> None:
 
 def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> str:
     """Compares finished runs at every level; writes study.json and returns the tables as text."""
-    benchmark, board = config.data.benchmark, scoreboard(config.data.benchmark)
+    benchmark, board = config.data.benchmark, config.data.board
     runs: dict[str, list[Run]] = {trial.objective: [] for trial in jobs}
     seconds = collections.defaultdict(list)  # of a step, by method
     for trial in jobs:
