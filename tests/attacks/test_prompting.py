@@ -14,8 +14,8 @@ from trace_jax.attacks.prompting import Prompting, continuation_rows, longer_pro
 from trace_jax.config import ConfigError
 from trace_jax.evaluation import probes as builtin
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
+from trace_jax.evaluation.intervals import find
 from trace_jax.evaluation.likelihood import Scored, score_rows
-from trace_jax.evaluation.measurement import find
 from trace_jax.evaluation.probes import Memorization, Verbatim, probe_tasks
 from trace_jax.evaluation.task import Evaluator, TaskScores
 from trace_jax.models.arrays import init_params

@@ -15,7 +15,7 @@ from trace_jax.evaluation.fronts import (
     front_from_history,
     mean_difference,
 )
-from trace_jax.evaluation.measurement import Measurement
+from trace_jax.evaluation.intervals import Measurement
 from trace_jax.io.codec import decode, encode
 from trace_jax.tasks.benchmarks import scoreboard
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests import handmade, tiny
 from trace_jax.data.corpora import Probes, Prompts, prompts_of
+from trace_jax.evaluation.intervals import find
 from trace_jax.evaluation.likelihood import score_questions, score_rows, score_sequences
-from trace_jax.evaluation.measurement import find
 from trace_jax.evaluation.probes import (
     QuestionAccuracy,
     TextLikelihood,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import handmade
-from trace_jax.evaluation.measurement import Measurement, find
+from trace_jax.evaluation.intervals import Measurement, find
 from trace_jax.evaluation.task import ScoreStore, TaskScores, hazardous
 
 

@@ -7,8 +7,8 @@ import pytest
 
 import trace_jax.run.evaluate
 from tests.run.toy import save_checkpoint
+from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.likelihood import score_sequences
-from trace_jax.evaluation.measurement import Measurement
 from trace_jax.evaluation.task import TaskScores
 from trace_jax.io.files import read_json
 from trace_jax.main import main

@@ -14,7 +14,7 @@ from tests import tiny
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import DataError
 from trace_jax.evaluation.config import EvaluationConfig, TofuConfig
-from trace_jax.evaluation.measurement import find
+from trace_jax.evaluation.intervals import find
 from trace_jax.evaluation.probes import rouge_recalls
 from trace_jax.evaluation.task import Evaluator, ScoreStore, TaskScores, without_texts
 from trace_jax.models.decoder import forward

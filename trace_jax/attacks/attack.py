@@ -12,8 +12,8 @@ from trace_jax.config import Section, as_dict
 from trace_jax.data.corpora import Corpora, DataConfig
 from trace_jax.data.sources import revision_of
 from trace_jax.evaluation.fronts import Scoreboard
+from trace_jax.evaluation.intervals import Measurement, find
 from trace_jax.evaluation.likelihood import NonFiniteScore
-from trace_jax.evaluation.measurement import Measurement, find
 from trace_jax.evaluation.task import SPLIT, Evaluator, ScoreStore
 from trace_jax.models.model import Model, TextCodec
 from trace_jax.routing.statistics import Assignments
@@ -42,7 +42,7 @@ class Point:
 
 
 class Attack(Section):
-    """Settings of an attack, and what it does. `trace_jax.attacks.table` names them all."""
+    """Settings of an attack, and what it does. `trace_jax.attacks` names them all."""
 
     @property
     def source(self) -> str | None:

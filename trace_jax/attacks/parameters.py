@@ -16,9 +16,8 @@ import numpy as np
 from trace_jax.attacks.attack import Attack, Case, Point
 from trace_jax.config import ConfigError, option
 from trace_jax.data.batches import sequential_batches
-from trace_jax.evaluation.intervals import bootstrap_mean
+from trace_jax.evaluation.intervals import Measurement, bootstrap_mean, named
 from trace_jax.evaluation.likelihood import spread_indices
-from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.evaluation.routing import SPLIT
 from trace_jax.models.arrays import ArraySpec, flat_specs, flatten, unflatten
 from trace_jax.models.config import ModelConfig

@@ -11,7 +11,7 @@ from trace_jax.config import ConfigError, option
 from trace_jax.data.batches import Batches, EpochSampler
 from trace_jax.data.rows import Rows, encode_documents, pack_documents
 from trace_jax.data.sources import read_source
-from trace_jax.evaluation.measurement import Measurement
+from trace_jax.evaluation.intervals import Measurement
 from trace_jax.io.files import read_json, remove, write_json
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import barrier, broadcast_from_process_0

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from trace_jax.evaluation.measurement import Measurement
+from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.probes import relative_likelihood
 from trace_jax.unlearning.metrics import read_items
 

@@ -25,9 +25,8 @@ from tokenizers import Tokenizer
 
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation import intervals
-from trace_jax.evaluation.intervals import Interval
+from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import TokenScores, row_texts, score_sequences, spread_indices
-from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.evaluation.task import TaskScores, item_lines
 from trace_jax.io.progress import tracked
 from trace_jax.models.config import ModelConfig

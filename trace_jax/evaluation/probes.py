@@ -18,9 +18,8 @@ from trace_jax.config import fingerprint
 from trace_jax.data.corpora import Probes, Prompts, Questions
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation.config import EvaluationConfig
-from trace_jax.evaluation.intervals import bootstrap_mean, proportion
+from trace_jax.evaluation.intervals import Measurement, bootstrap_mean, named, proportion
 from trace_jax.evaluation.likelihood import row_texts, score_questions, score_rows, score_sequences, spread_indices
-from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.evaluation.membership import SIDES, Membership
 from trace_jax.evaluation.task import Evaluator, Scores, Task, TaskScores, item_lines
 from trace_jax.models.generate import generate

@@ -15,9 +15,8 @@ from jax.sharding import Mesh
 
 from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
-from trace_jax.evaluation.intervals import TAILS, Interval, resample_counts
+from trace_jax.evaluation.intervals import TAILS, Interval, Measurement, named, resample_counts
 from trace_jax.evaluation.likelihood import spread_indices
-from trace_jax.evaluation.measurement import Measurement, named
 from trace_jax.io.codec import encode
 from trace_jax.models.model import Model
 from trace_jax.routing import statistics

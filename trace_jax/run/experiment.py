@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from trace_jax.attacks.table import AttacksConfig
+from trace_jax.attacks import AttacksConfig
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
 from trace_jax.evaluation.config import EvaluationConfig

@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 
+from trace_jax.attacks import AttacksConfig
 from trace_jax.attacks.attack import Case, Context
 from trace_jax.config import as_dict, fingerprint
 from trace_jax.evaluation.fronts import MEAN, front_from_history
-from trace_jax.evaluation.measurement import Measurement
+from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.probes import item_outcomes
 from trace_jax.evaluation.routing import measure_calibration, measure_routing
 from trace_jax.evaluation.task import ScoreStore
