@@ -77,37 +77,6 @@ def test_t_interval_equals_scipy():
     assert math.isnan(intervals.t_interval(values[:1]).low)
 
 
-def resampled_means(items, rng, *, shared, resamples=400):
-    """Means [R, S] of items [S, N]; `shared`: every seed draws the same ones."""
-    seeds, count = items.shape
-    drawn = rng.poisson(1.0, (1 if shared else seeds, resamples, count))
-    return np.stack(
-        [(drawn[s % len(drawn)] @ items[s]) / drawn[s % len(drawn)].sum(axis=1) for s in range(seeds)], axis=1
-    )
-
-
-def test_seeds_with_items_of_their_own_have_students_interval_unless_they_agree_by_chance():
-    rng = np.random.default_rng(8)
-    items = rng.normal(size=(5, 400)) + np.array([0.0, 0.5, -0.6, 1.0, 0.2])[:, None]
-    values, resampled = items.mean(axis=1), resampled_means(items, rng, shared=False)
-    found, student = intervals.seeds_and_items(values, resampled, 2000), intervals.t_interval(values)
-    assert (found.value, found.n) == (student.value, 2000)
-    assert found.high - found.low == pytest.approx(student.high - student.low, rel=0.01)
-    agreeing = items - values[:, None]  # five equal estimates of 400 items each are no better than 2000 items
-    found = intervals.seeds_and_items(np.zeros(5), resampled_means(agreeing, rng, shared=False), 2000)
-    alone = intervals.bootstrap_mean(agreeing.ravel())
-    assert found.high - found.low == pytest.approx(alone.high - alone.low, rel=0.15)
-
-
-def test_seeds_on_the_same_items_say_nothing_about_other_items():
-    """Every seed gives the same: the interval is that of the items, once."""
-    rng = np.random.default_rng(9)
-    items = np.repeat(rng.normal(size=(1, 300)), 4, axis=0)
-    found = intervals.seeds_and_items(items.mean(axis=1), resampled_means(items, rng, shared=True), 300)
-    alone = intervals.bootstrap_mean(items[0])
-    assert found.high - found.low == pytest.approx(alone.high - alone.low, rel=0.12)
-
-
 def test_one_seed_has_the_percentile_interval_of_its_items():
     resampled = np.linspace(0, 1, 101)[:, None]
     found = intervals.seeds_and_items(np.array([0.4]), resampled, 7)

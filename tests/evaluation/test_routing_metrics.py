@@ -5,7 +5,6 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.spatial.distance import jensenshannon
@@ -164,16 +163,6 @@ def test_what_is_measured_on_a_model_equals_its_own_router(moved):
         assert moved.expert_drift[layer] == pytest.approx(expected)
         drift = np.linalg.norm(new - old) / np.linalg.norm(old)
         assert moved.quantities["router_drift"].value[layer] == pytest.approx(drift)
-
-
-def test_a_router_that_sends_everything_one_way_leaves_experts_dead():
-    layers = MODEL.params["layers"]
-    one_way = {**layers, "router": jnp.zeros_like(layers["router"])}  # ties: the first K
-    found = measure(MODEL.replace(params={**MODEL.params, "layers": one_way})).quantities
-    assert found["dead_experts_retain"].value.tolist() == [2, 2]
-    assert found["newly_dead_retain"].mean.value == 2
-    assert found["load_entropy_retain"].value == pytest.approx([np.log(2) / np.log(4)] * 2)
-    assert (found["gap"].value == 0).all() and found["router_drift"].value == pytest.approx([1, 1])
 
 
 def test_means_over_layers_stand_among_the_measurements(moved):
