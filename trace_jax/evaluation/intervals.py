@@ -278,9 +278,10 @@ def resample_counts(
         yield draws.astype(np.float64)
 
 
-def _two_sides(positive: np.ndarray, negative: np.ndarray, counts: Counts | None) -> tuple[Any, Any, Counts]:
-    sides = [np.asarray(scores, np.float64) for scores in (positive, negative)]
-    if not all(len(scores) and np.isfinite(scores).all() for scores in sides):
+def _two_sides(
+    positive: np.ndarray, negative: np.ndarray, counts: Counts | None
+) -> tuple[np.ndarray, np.ndarray, Counts]:
+    positive, negative = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
+    if not all(len(scores) and np.isfinite(scores).all() for scores in (positive, negative)):
         raise ValueError("an AUC needs at least one finite score on each side.")
-    ones = np.ones((1, len(positive))), np.ones((1, len(negative)))
-    return *sides, ones if counts is None else counts
+    return positive, negative, counts or (np.ones((1, len(positive))), np.ones((1, len(negative))))
