@@ -64,8 +64,7 @@ def test_a_resample_is_the_run_on_items_that_are_repeated(run):
                         np.mean(x[f"test/{subject}/log_likelihood"][rows].argmax(axis=1) == answer)
                         for x in (arrays, first)
                     )
-                    relative = name in {u.name for u in board.utilities if u.relative}
-                    expected = ours / before if relative else ours
+                    expected = ours / before if board.utilities.get(name) else ours
                     assert found[name][resample, at] == pytest.approx(expected)
                     checked.add(name)
                 if (name := relative_likelihood(subject)) in found:

@@ -26,26 +26,18 @@ MEAN = "mean_utility"
 
 
 @dataclasses.dataclass(frozen=True)
-class UtilityScore:
-    """A measurement that should stay high; `relative` ones are divided by the original model's value."""
-
-    name: str
-    relative: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class Scoreboard:
     """Names of the measurements that methods are compared on, on one benchmark.
 
     Attributes:
       forgetting: lower means more forgotten.
-      utilities: higher is better; 1 is the original model once relative ones are divided.
+      utilities: higher is better, 1 is the original model; by name, whether the original's value has to be divided by.
       questions: name of the accuracy measured on each subject's questions.
       chance: value of `forgetting` for a model that knows nothing, for the report; None where there is none.
     """
 
     forgetting: str
-    utilities: tuple[UtilityScore, ...]
+    utilities: Mapping[str, bool]
     questions: Mapping[str, str]
     chance: float | None = None
 
@@ -101,16 +93,14 @@ def front_from_history(
         raise ValueError(f"{board.forgetting} was not measured on {split} at every evaluation; measured: {names}.")
     measured = {name: np.array([values[name] for _, values in points], np.float64) for name in names}
     utilities = {}
-    for score in board.utilities:
-        if score.name in measured:
-            scale = original.get(score.name) if score.relative else 1.0
+    for name, relative in board.utilities.items():
+        if name in measured:
+            scale = original.get(name) if relative else 1.0
             if scale is None or not scale > 0:
-                raise ValueError(
-                    f"{score.name} of the original model is {scale}; a relative utility needs a positive value."
-                )
-            utilities[score.name] = measured[score.name] / scale
+                raise ValueError(f"{name} of the original model is {scale}; a relative utility needs a positive value.")
+            utilities[name] = measured[name] / scale
     if not utilities:
-        raise ValueError(f"no utility was measured on {split}; expected one of {[u.name for u in board.utilities]}.")
+        raise ValueError(f"no utility was measured on {split}; expected one of {list(board.utilities)}.")
     utilities[MEAN] = np.mean(list(utilities.values()), axis=0)
     steps = np.array([step for step, _ in points], np.int64)
     return Front(steps, measured[board.forgetting], utilities, measured)
@@ -246,18 +236,18 @@ def load_run_items(directory: str | os.PathLike, front: Front, board: Scoreboard
         part, subject, name = path.split("/")
         if part == split:
             by_subject.setdefault(subject, {})[name] = values[at]
-    series, relative = {}, {u.name for u in board.utilities if u.relative}
+    series = {}
     for subject, columns in by_subject.items():  # [T, N]
         if "correct" in columns:
             name, correct = board.questions.get(subject, f"{subject}_accuracy"), columns["correct"].astype(np.float64)
-            finish = "relative" if name in relative else "share"
+            finish = "relative" if board.utilities.get(name) else "share"
             series[name] = _grouped(columns["question"][0], correct, np.ones(correct.shape[1]), finish)
         if "original" in columns and columns["tokens"][0].any():
             gain, tokens = columns["original"].astype(np.float64) - columns["nll"], columns["tokens"][0]
             finish = "ratio" if subject == "forget" else "utility"
             name = relative_likelihood(subject)
             series[name] = _grouped(columns["row"][0], gain, tokens.astype(np.float64), finish)
-    utilities = {u.name: series[u.name] for u in board.utilities if u.name in series}
+    utilities = {name: series[name] for name in board.utilities if name in series}
     if board.forgetting not in series or set(utilities) != set(front.utilities) - {MEAN}:
         return None
     return RunItems(series[board.forgetting], utilities)

@@ -28,7 +28,7 @@ def equal_forgetting(
     if not fronts:
         raise ValueError("there is no method to put in the table; give at least one front.")
     first = next(iter(fronts.values()))
-    columns = [board.forgetting, *(u.name for u in board.utilities if u.name in first.measured), MEAN]
+    columns = [board.forgetting, *(name for name in board.utilities if name in first.measured), MEAN]
 
     def row(name: str, front: Front, read: Callable | None, lowest: float) -> dict[str, Any]:
         series = {**front.utilities, **front.measured}

@@ -215,7 +215,7 @@ def _rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
     """References as measured; methods where their front first comes down to the level, with interpolated intervals."""
     level, board = results["config"]["evaluation"]["levels"][0], scoreboard(results["benchmark"])
     original = _on_test(results["references"]["target"])
-    scales = {u.name: original[u.name].value if u.relative and u.name in original else 1.0 for u in board.utilities}
+    scales = {n: original[n].value if relative and n in original else 1.0 for n, relative in board.utilities.items()}
 
     def numbers(measured: Mapping[str, Interval]) -> dict[str, Any]:
         """Forgetting, and utilities over the target model's, as the fronts are drawn."""

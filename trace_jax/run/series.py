@@ -104,7 +104,7 @@ def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) ->
     assert series is not None
     runs = [(number, methods, directory, needed(directory / "results.json")) for number, methods, directory in steps]
     # What is relative to the start of a step is left out: in a sequence every step has another.
-    relative = {board.forgetting, *(utility.name for utility in board.utilities)}
+    relative = {board.forgetting, *board.utilities}
     start = _on_test(runs[0][3]["references"]["target"])
     scores: dict[str, dict[str, list[float | None]]] = {}  # per step, by measurement and method
     notes = []

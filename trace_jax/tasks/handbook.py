@@ -12,7 +12,7 @@ import numpy as np
 from trace_jax.config import option
 from trace_jax.data.corpora import Benchmark, DataConfig, Item, Part
 from trace_jax.data.sources import Document
-from trace_jax.evaluation.fronts import Scoreboard, UtilityScore
+from trace_jax.evaluation.fronts import Scoreboard
 from trace_jax.tasks.presidents import held_out_addresses, load_addresses
 
 MIXTURE = {"general": 0.50, "neighbour": 0.32, "forget": 0.18}
@@ -123,7 +123,7 @@ class HandbookConfig(DataConfig, name="handbook", kw_only=True):
 
     board = Scoreboard(
         forgetting="forget_accuracy",
-        utilities=(UtilityScore("neighbour_accuracy", relative=True), UtilityScore("general_utility")),
+        utilities={"neighbour_accuracy": True, "general_utility": False},
         questions={"forget": "forget_accuracy", "neighbour": "neighbour_accuracy"},
         chance=0.25,
     )

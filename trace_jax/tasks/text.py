@@ -9,7 +9,7 @@ from absl import logging
 from trace_jax.config import option
 from trace_jax.data.corpora import Benchmark, DataConfig, Part, Split
 from trace_jax.data.sources import DataError, Document, Source, overlap, read_source
-from trace_jax.evaluation.fronts import Scoreboard, UtilityScore
+from trace_jax.evaluation.fronts import Scoreboard
 
 MIXTURE = {"general": 0.70, "forget": 0.30}
 MIXTURE_WITH_NEIGHBOUR = {"general": 0.35, "neighbour": 0.35, "forget": 0.30}
@@ -24,7 +24,7 @@ _NAMES = {"general": "retain", "neighbour": "neighbour"}  # of subjects as peopl
 # the original, towards 0 as the text becomes unlikely, and comparable between corpora of different difficulty.
 TEXT_BOARD = Scoreboard(
     forgetting="forget_probability_ratio",
-    utilities=(UtilityScore("neighbour_utility"), UtilityScore("general_utility")),
+    utilities={"neighbour_utility": False, "general_utility": False},
     questions={"forget": "cloze_accuracy"},
 )
 
