@@ -21,7 +21,7 @@ from trace_jax.evaluation.task import Evaluator
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
 from trace_jax.routing.statistics import expert_assignments
-from trace_jax.tasks.benchmarks import HandbookConfig, scoreboard
+from trace_jax.tasks.benchmarks import TextConfig
 
 CONFIG = dataclasses.replace(tiny.CONFIG, experts_per_token=1, router_bias=True)
 ROWS, WRITTEN = 8, 9
@@ -67,8 +67,8 @@ def make_case(original, probes, evaluator, tmp_path):
     def make(attack, params, **changes):
         forget, retain = probes.text["forget"], tiny.make_rows(12, seed=3)
         context = Context(
-            attack, original, types.SimpleNamespace(forget=forget, retain=retain), HandbookConfig(),
-            scoreboard("text"), evaluator, evaluator.mesh, 0, tmp_path / "shared", "shared",
+            attack, original, types.SimpleNamespace(forget=forget, retain=retain),
+            types.SimpleNamespace(board=TextConfig.board), evaluator, evaluator.mesh, 0, tmp_path / "shared", "shared",
             lambda: expert_assignments(original, sequential_batches(forget, 8), mesh=evaluator.mesh),
         )  # fmt: skip
         for name in set(changes) & {"evaluator", "load_retrained"}:

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from trace_jax.config import Section, as_dict
 from trace_jax.data.corpora import Corpora, DataConfig
 from trace_jax.data.sources import revision_of
-from trace_jax.evaluation.fronts import Scoreboard
 from trace_jax.evaluation.intervals import Measurement, find
 from trace_jax.evaluation.likelihood import NonFiniteScore
 from trace_jax.evaluation.task import SPLIT, Evaluator, ScoreStore
@@ -75,7 +74,6 @@ class Context:
 
     Attributes:
       original: the model before unlearning.
-      board: of the benchmark.
       evaluator: measures relative to the original (and the retrained) model.
       directory: of files that all methods share. identity: hash of everything that they depend on.
       original_routing: where the original model sends the forget rows, thinned to `evaluation.max_rows`.
@@ -86,7 +84,6 @@ class Context:
     original: Model
     corpora: Corpora
     data: DataConfig
-    board: Scoreboard
     evaluator: Evaluator
     mesh: Mesh
     seed: int
@@ -130,7 +127,7 @@ class Case:
         measure, is largest on test (the first of equal ones), or None. An attack that breaks the model has no points,
         and "failed" says why.
         """
-        points, failed, measure = [], "", self.context.board.forgetting
+        points, failed, measure = [], "", self.context.data.board.forgetting
         try:
             points = self.context.attack.points(self)
         except NonFiniteScore as error:

@@ -165,7 +165,7 @@ class Prompting(Attack):
         questions = {key: encode_questions(context.codec, several) for key, several in items.items()}
         rows = {split: continuation_rows(several) for split, several in prompts.items()}
         tasks = (
-            QuestionAccuracy(questions, identity, context.board.questions),
+            QuestionAccuracy(questions, identity, context.data.board.questions),
             TextLikelihood({(split, "forget"): several for split, several in rows.items()}, identity),
             Verbatim(prompts, identity),
             Memorization(rows, identity),

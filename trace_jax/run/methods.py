@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 
-from trace_jax.attacks import AttacksConfig
 from trace_jax.attacks.attack import Case, Context
 from trace_jax.config import as_dict, fingerprint
 from trace_jax.evaluation.fronts import MEAN, front_from_history

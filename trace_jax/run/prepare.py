@@ -185,7 +185,6 @@ class Prepared:
                 self.target,
                 self.corpora,
                 config.data,
-                config.data.board,
                 self.evaluator,
                 self.mesh,
                 config.seed,
