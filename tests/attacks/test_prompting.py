@@ -23,7 +23,7 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model, Source
 from trace_jax.parallel.mesh import ParallelConfig
 from trace_jax.tasks import wmdp
-from trace_jax.tasks.benchmarks import HandbookConfig, TextConfig, build_corpora, scoreboard
+from trace_jax.tasks.benchmarks import HandbookConfig, TextConfig, build_corpora
 from trace_jax.tasks.wmdp import LETTERS, read_multiple_choice
 
 SETTINGS = EvaluationConfig(batch_size=8, max_prompts=4, bootstrap=100)
@@ -99,8 +99,8 @@ def handbook():
 def make_case(data, corpora, unlearned, original, directory, *, config=None, tasks=()):
     config = config or ModelConfig(vocab_size=2048)
     models = [Model(config, params, corpora.tokenizer) for params in (original, unlearned)]
-    board, probes = scoreboard(data.benchmark), {"validation": corpora.validation, "test": corpora.test}
-    probes = probe_tasks(probes, SETTINGS, accuracies=board.questions, identity="probes")
+    probes = {"validation": corpora.validation, "test": corpora.test}
+    probes = probe_tasks(probes, SETTINGS, accuracies=data.board.questions, identity="probes")
     evaluator = Evaluator(SETTINGS, (*probes, *tasks))
     mesh = ParallelConfig().mesh()
     shared = directory / "shared"
