@@ -48,7 +48,7 @@ def measure(trainable: str, config: ModelConfig) -> dict:
     forget, retain = (random_rows(64, config.vocab_size, rng) for _ in range(2))
     selected = np.arange(config.num_experts)[None].repeat(config.num_layers, 0) < config.num_experts // 8
     weights = RetainWeights(np.ones(retain.valid.sum()), retain.valid, selected=selected)
-    training = trainable_paths(config, trainable)
+    training = trainable_paths(config, UnlearningConfig(trainable=trainable).trainable)
     before, found = held(jax.live_arrays()), []
 
     def looking(state, constants, *arguments, **settings):

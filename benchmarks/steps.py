@@ -14,9 +14,8 @@ from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
-from trace_jax.unlearning.losses import Constants
-from trace_jax.unlearning.state import StepSettings, TrainState
-from trace_jax.unlearning.step import set_up, unlearning_step
+from trace_jax.unlearning.losses import Constants, StepSettings
+from trace_jax.unlearning.step import TrainState, set_up, unlearning_step
 
 
 class Step(NamedTuple):

@@ -163,6 +163,12 @@ def test_the_quickstart_takes_any_objective(objective):
     assert getattr(config.unlearning.objective, "nll_ceiling", 0.0) == (5.0 if objective == OF_THE_FILE else 0.0)
 
 
+def test_what_the_file_sets_of_a_retain_term_goes_with_it(capsys):
+    config = load_config("configs/presidents.py", {"unlearning.objective": "gradient_ascent"})
+    assert not config.unlearning.retains
+    assert "unlearning.alpha of the config file is left out" in capsys.readouterr().err
+
+
 def test_a_run_without_a_workdir_goes_where_its_name_says(monkeypatch):
     seen = []
     monkeypatch.setattr(

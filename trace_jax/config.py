@@ -77,7 +77,7 @@ class Variant(Section):
 
     A class without a name collects its kinds: `class Objective(Variant)`, `class NPO(Objective, name="npo")`. A setting
     of type `Objective` is given by name, `"npo"`, or as a mapping, `{"name": "npo", "beta": 0.1}`. What a mapping
-    leaves out is as in the default, if that is of the same kind.
+    leaves out is as in the default, as far as that has it, too.
     """
 
     name: ClassVar[str]
@@ -100,7 +100,7 @@ class Variant(Section):
 
 def _variant(value: Any, base: type[Variant], name: str, default: Any) -> Variant:
     """The kind that a name or a mapping names; a mapping without a name has settings of the default."""
-    if isinstance(value, base):
+    if isinstance(value, (base, *base.kinds.values())):
         return value
     value = base.spelled_out(value)
     if not isinstance(value, (str, Mapping)):
@@ -116,7 +116,7 @@ def _variant(value: Any, base: type[Variant], name: str, default: Any) -> Varian
             raise ConfigError(
                 f"{name}.{key} would have no effect: it belongs to {' and '.join(others)}, not to {kind}."
             )
-    usual = as_dict(default) if isinstance(default, Variant) and default.name == kind else {}
+    usual = as_dict(default) if isinstance(default, Variant) else {}
     return resolve(base.kinds[kind], {key: usual[key] for key in own & usual.keys()} | settings, path=name)
 
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.io.signals import Interrupted
 from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.rules import Evaluated, Rules
-from trace_jax.unlearning.state import TrainState
+from trace_jax.unlearning.step import TrainState
 
 STEPS = 60
 

@@ -18,8 +18,7 @@ from trace_jax.unlearning import optimizer as optimizer_module
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants, coefficients
-from trace_jax.unlearning.state import initial_state, unlearning_settings
-from trace_jax.unlearning.step import row_multiple, unlearning_step
+from trace_jax.unlearning.step import initial_state, row_multiple, unlearning_settings, unlearning_step
 
 EVEN = {
     "vocab_size": 64, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_size": 8,

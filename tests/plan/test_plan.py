@@ -122,7 +122,7 @@ def test_a_plan_of_a_part_counts_the_numbers_of_the_part(config, target, trainab
     model, parallel = config.model, resolve(type(config.parallel), {"data": 1})
     changed = dataclasses.replace(config, unlearning=UnlearningConfig(trainable=trainable, forget_batch_size=8))
     program = next(programs(changed, model, parallel, mesh_of(cpus(1, "float32"), parallel)))
-    paths, shapes = trainable_paths(model, trainable), flatten(abstract_params(model))
+    paths, shapes = trainable_paths(model, changed.unlearning.trainable), flatten(abstract_params(model))
     if trainable == "lora":
         numbers = sum(np.prod(spec.shape) for spec in factors(model, paths, 8).values())
     else:  # one of the eight experts of every layer, and the routers

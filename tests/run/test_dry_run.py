@@ -30,7 +30,7 @@ def test_what_is_missing_is_reported_with_what_it_must_be(tmp_path):
     weights, forget = checked.missing
     assert "hf download allenai/OLMoE-1B-7B-0924" in weights and forget.endswith("forget.jsonl is not there")
     assert checked.wrong == []
-    trained = "what trains: 2,147,483,648 numbers; the model has 6,919,161,856 (31.04%)"
+    trained = "trainable parameters: 2,147,483,648 numbers; the model has 6,919,161,856 (31.04%)"
     for words in ("6,919,161,856 parameters", "1,282,017,280 active", trained):
         assert words in checked.text
     assert "8 forget rows and 16 retain rows of 128 tokens: 3,072 tokens" in checked.text

@@ -50,7 +50,7 @@ def test_every_objective_has_its_own_grid_and_only_settings_that_it_reads(data):
     assert methods["npo+uniform@beta=0.5,alpha=4"].learning_rate == 0.02
     assert methods["gradient_ascent+uniform@lr=0.002"].objective.nll_ceiling == 5.0
     rmu = methods["rmu+trace_rows@only"]
-    assert (rmu.alpha, rmu.layer, rmu.retain_loss.name, rmu.patterns) == (2.0, 2, "hidden", "down_projections")
+    assert (rmu.alpha, rmu.layer, rmu.retain_loss.name, rmu.trainable.name) == (2.0, 2, "hidden", "down_projections")
     assert rmu.steps == config.unlearning.steps
 
 

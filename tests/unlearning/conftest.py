@@ -1,46 +1,59 @@
-"""A model small enough that every test compiles in a moment, and rows with padding and several documents."""
+"""The tiny world (`tests.tiny`) with one topic to forget, and settings whose runs share one compiled step."""
+
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
 
+from tests import tiny
+from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
-from trace_jax.models.arrays import init_params
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.arrays import flatten
 from trace_jax.models.model import Model
+from trace_jax.parallel.mesh import to_host
+from trace_jax.routing.config import CalibrationConfig
+from trace_jax.routing.statistics import expert_statistics
+from trace_jax.routing.weights import retain_weights
+from trace_jax.unlearning.config import UnlearningConfig
 
-TINY = ModelConfig(
-    vocab_size=61,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_size=8,
-    num_experts=4,
-    experts_per_token=2,
-    expert_hidden_size=8,
+ONE = tiny.one_device()
+CONFIG = UnlearningConfig(
+    steps=6, forget_batch_size=4, retain_batch_size=4, learning_rate=0.05, alpha=1.0, checkpoint_every=6
 )
 
 
-def make_rows(count: int, *, seed: int, length: int = 12) -> Rows:
-    """Rows of unequal length; every third row holds two documents."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(3, TINY.vocab_size, (count, length)).astype(np.int32)
-    segments = np.ones((count, length), np.int32)
-    for row in range(count):
-        segments[row, rng.integers(length // 2, length + 1) :] = 0
-        if row % 3 == 0:
-            segments[row, length // 3 :] *= 2
-    same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-    valid = np.pad(same, ((0, 0), (0, 1)))
-    return Rows(tokens, segments, valid, np.zeros(count, np.int32))
+def make_rows(count: int, *, seed: int) -> Rows:
+    """Rows of unequal length, every third with two documents, all of one topic."""
+    return dataclasses.replace(tiny.make_rows(count, seed=seed), domain=np.zeros(count, np.int32))
+
+
+def statistics_of(model, *corpora):
+    return [expert_statistics(model, sequential_batches(r, 8), min_activations=1, mesh=ONE) for r in corpora]
+
+
+def weights_of(model, forget, retain, **settings):
+    """Weights of a calibration, by default of all experts."""
+    config = CalibrationConfig({"name": "entropy", "rule": "all", "strength": 0.5, "ridge": 0.02, **settings})
+    forget_statistics, retain_statistics = statistics_of(model, forget, retain)
+    return retain_weights(
+        config, model=model, forget=forget, retain=retain,
+        forget_statistics=forget_statistics, retain_statistics=retain_statistics,
+    )  # fmt: skip
+
+
+def flat_of(model: Model) -> dict[str, np.ndarray]:
+    return to_host(flatten(model.params))
+
+
+def assert_same(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.fixture(scope="session")
 def model() -> Model:
-    params = init_params(TINY, jax.random.key(0))
-    scaled = jax.tree.map(lambda x: x * 2.0, params)  # larger than at initialisation, so that routing is decided
-    return Model(TINY, scaled)
+    return tiny.make_model()
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,11 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.moe import route
 from trace_jax.parallel.mesh import make_mesh, place, to_host
 from trace_jax.unlearning import rivals as grip
+from trace_jax.unlearning.config import GripProject
 
 L, N, D, E, K = 2, 12, 24, 6, 2
 CONFIG = ModelConfig(num_layers=L, hidden_size=D, num_experts=E, experts_per_token=K)
-SETTINGS = {"null": 1e-2, "margin": 1e-2, "sweeps": 100, "seed": 3}
+GRIP = GripProject(null=1e-2, margin=1e-2, sweeps=100)
 ROUTERS = {
     "softmax": CONFIG,
     "sigmoid": dataclasses.replace(CONFIG, router_score="sigmoid"),
@@ -68,8 +69,8 @@ def test_protected_inputs_keep_their_experts_and_scores(name):
         reads = grip.with_one(inputs)
         rows = np.concatenate([router, bias[:, None]], axis=1)
         moved = np.concatenate([moved, bias[:, None] + 0.3], axis=1)
-    given = correction if config.router_correction else None
-    protection = grip.protect(reads, scores, indices, config, correction=given, **SETTINGS)
+    added = correction if config.router_correction else None
+    protection = grip.protect(reads, scores, indices, config, GRIP, correction=added, seed=3)
     kept, missed = constrained(moved, rows, protection)
     assert missed <= grip.TOLERANCE
     assert not np.allclose(kept, rows, atol=0.01)  # there is room, and it is used
@@ -84,34 +85,59 @@ def test_protected_inputs_keep_their_experts_and_scores(name):
     assert np.abs(chosen[2] - chosen[0]).mean() > 0.1
 
 
-def test_margins_hold_for_experts_that_were_not_chosen():
+@pytest.fixture(scope="module")
+def world():
+    """(inputs, routers, changed ones, scores and choices of the original) of plain routers."""
     inputs, router, change = routers()
-    scores, indices = decided(CONFIG, router, np.zeros((L, E)), np.zeros((L, E)), inputs)
-    kept, _ = constrained(router + change, router, grip.protect(inputs, scores, indices, CONFIG, **SETTINGS))
-    now = np.einsum("lnd,lde->lne", inputs, kept)
+    return inputs, router, router + change, *decided(CONFIG, router, np.zeros((L, E)), np.zeros((L, E)), inputs)
+
+
+def protected(world, **changes):
+    inputs, _, _, scores, indices = world
+    return grip.protect(inputs, scores, indices, CONFIG, dataclasses.replace(GRIP, **changes), seed=3)
+
+
+def test_margins_hold_for_experts_that_were_not_chosen(world):
+    inputs, router, changed, scores, indices = world
+    now = np.einsum("lnd,lde->lne", inputs, constrained(changed, router, protected(world))[0])
     lowest = np.take_along_axis(scores, indices, axis=-1).min(axis=-1, keepdims=True)
     other = np.ones_like(scores, bool)
     np.put_along_axis(other, indices, False, axis=-1)
-    close = lowest - scores < SETTINGS["margin"]  # such an expert may come no closer
-    limit = np.where(close, scores, lowest - SETTINGS["margin"])
+    close = lowest - scores < GRIP.margin  # such an expert may come no closer
+    limit = np.where(close, scores, lowest - GRIP.margin)
     assert (now <= limit + grip.TOLERANCE + 1e-5)[other].all()
-    assert (np.einsum("lnd,lde->lne", inputs, router + change) > limit + 0.1)[other].sum() > 10
+    assert (np.einsum("lnd,lde->lne", inputs, changed) > limit + 0.1)[other].sum() > 10
 
 
-def test_the_projection_is_that_of_a_slow_one_in_float64():
-    inputs, router, change = routers()
-    scores, indices = decided(CONFIG, router, np.zeros((L, E)), np.zeros((L, E)), inputs)
-    protection = grip.protect(inputs, scores, indices, CONFIG, **SETTINGS | {"sweeps": 0})
-    kept, _ = constrained(router + change, router, protection)
-    for layer in range(L):
-        for expert in range(E):
-            chose = (indices[layer] == expert).any(axis=1)
-            u, x = change[layer, :, expert].astype(np.float64), inputs[layer, chose].astype(np.float64).T
-            if chose.any():
-                left, values, _ = np.linalg.svd(x, full_matrices=False)
-                left = left[:, values**2 > SETTINGS["null"]]
-                u = u - left @ (left.T @ u)
-            np.testing.assert_allclose(kept[layer, :, expert], router[layer, :, expert] + u, atol=2e-6)
+def test_the_projection_is_that_of_a_slow_one_in_float64(world):
+    inputs, router, changed, _, indices = world
+    projected, _ = constrained(changed, router, protected(world, sweeps=0))
+    for layer, expert in np.ndindex(L, E):
+        chose = (indices[layer] == expert).any(axis=1)
+        u = (changed - router)[layer, :, expert].astype(np.float64)
+        left, values, _ = np.linalg.svd(inputs[layer, chose].astype(np.float64).T, full_matrices=False)
+        left = left[:, values**2 > GRIP.null]
+        wanted = router[layer, :, expert] + u - left @ (left.T @ u)
+        np.testing.assert_allclose(projected[layer, :, expert], wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("devices", [4, 8])  # 6 experts: split over two of four and of eight
+def test_the_same_routers_on_any_devices_and_again(world, devices):
+    _, router, changed, _, _ = world
+    alone, again, many, other = (
+        constrained(changed, router, protected(world), *how)[0] for how in ((), (), (devices,), (1, 1))
+    )
+    np.testing.assert_array_equal(alone, again)
+    np.testing.assert_allclose(alone, many, atol=1e-5)
+    assert (alone != other).any()  # another step: another order of draws
+
+
+def test_what_is_not_protected_against_leaves_routers_alone(world):
+    """A router that has not changed stays bit for bit, also where the original decides by less than the margin."""
+    router = world[1]
+    same, missed = constrained(router, router, protected(world, margin=10.0))
+    np.testing.assert_array_equal(same, router)
+    assert missed == 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 24, 40])
@@ -161,27 +187,6 @@ def test_kaczmarz_draws_inputs_by_their_squared_length():
         found, _ = walk(np.ones(3, np.float32), inputs, np.zeros(3, np.float32), 1, seed)
         firsts.append(int(np.argmin(np.abs(found))))
     np.testing.assert_allclose(np.bincount(firsts) / 400, np.array([1, 4, 9]) / 14, atol=0.07)
-
-
-@pytest.mark.parametrize("devices", [4, 8])  # 6 experts: split over two of four and of eight
-def test_the_same_routers_on_any_devices_and_again(devices):
-    inputs, router, change = routers()
-    scores, indices = decided(CONFIG, router, np.zeros((L, E)), np.zeros((L, E)), inputs)
-    protection = grip.protect(inputs, scores, indices, CONFIG, **SETTINGS)
-    alone, _ = constrained(router + change, router, protection)
-    np.testing.assert_array_equal(alone, constrained(router + change, router, protection)[0])
-    np.testing.assert_allclose(alone, constrained(router + change, router, protection, devices)[0], atol=1e-5)
-    assert (alone != constrained(router + change, router, protection, step=1)[0]).any()  # another order of draws
-
-
-def test_what_is_not_protected_against_leaves_routers_alone():
-    """A router that has not changed stays bit for bit, also where the original decides by less than the margin."""
-    inputs, router, _ = routers()
-    scores, indices = decided(CONFIG, router, np.zeros((L, E)), np.zeros((L, E)), inputs)
-    protection = grip.protect(inputs, scores, indices, CONFIG, **SETTINGS | {"margin": 10.0})
-    kept, missed = constrained(router, router, protection)
-    np.testing.assert_array_equal(kept, router)
-    assert missed == 0
 
 
 @pytest.mark.parametrize(

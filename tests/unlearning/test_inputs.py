@@ -1,11 +1,15 @@
-"""Which rows a step reads: topics in turn or mixed, pairs kept together, and nothing but the step decides."""
+"""Which rows a step reads and for how many steps: nothing but the step decides; a batch in parts is the batch."""
 
+import jax
 import numpy as np
 import pytest
 
+from tests.unlearning.conftest import ONE, flat_of, make_rows
 from trace_jax.data.rows import Rows
+from trace_jax.parallel.mesh import ParallelConfig, make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.inputs import Inputs, Reference, pad_rows
+from trace_jax.unlearning.inputs import Inputs, batch_text, pad_rows, with_steps
+from trace_jax.unlearning.unlearn import unlearn
 
 
 def numbered(count, *, topics=(0,), length=4):
@@ -38,21 +42,13 @@ def test_mixed_topics_share_the_batches():
         np.testing.assert_array_equal(step.topic, step.forget.tokens[:, 0] % 2)
 
 
-def test_one_topic_is_read_the_same_way_under_both_settings():
-    both = [
-        Inputs(numbered(7), None, None, UnlearningConfig(retain_loss="none", topics=topics), seed=3, multiple=1).at(5)
-        for topics in ("mixed", "alternating")
-    ]
-    np.testing.assert_array_equal(both[0].forget.tokens, both[1].forget.tokens)
-
-
 def test_what_belongs_to_a_forget_row_comes_with_it():
     forget = numbered(12)
-    known = np.arange(12, dtype=np.float32)[:, None] * np.ones((1, 4), np.float32)
+    nll = np.arange(12, dtype=np.float32)[:, None] * np.ones((1, 4), np.float32)
     config = UnlearningConfig(objective="dpo", forget_batch_size=5)
     step = Inputs(
         forget, numbered(9), None, config, seed=0, multiple=4,
-        refusals=numbered(12), reference=Reference(known, known + 100),
+        refusals=numbered(12), reference={"reference_nll": nll, "refusal_reference_nll": nll + 100},
     ).at(3)  # fmt: skip
     assert len(step.forget.tokens) == len(step.refusals.tokens) == len(step.reference_nll) == 8
     np.testing.assert_array_equal(step.refusals.tokens[:5], step.forget.tokens[:5])
@@ -85,3 +81,53 @@ def test_padding_keeps_types_and_leaves_full_batches_alone():
     padded = pad_rows(rows, 4)
     assert padded["a"].dtype == np.int32 and padded["b"].tolist() == [True, True, True, False]
     assert pad_rows(rows, 3)["a"] is rows["a"]
+
+
+# --- how long a run is
+
+
+@pytest.mark.parametrize(
+    ("epochs", "anchor", "batch", "steps"),
+    [
+        (1.0, "forget", 3, 3),
+        (2.5, "forget", 3, 7),
+        (0.1, "forget", 3, 1),
+        (2.0, "retain", 9, 7),
+        (0.6, "retain", 9, 2),
+        (0.1, "retain", 1, 3),  # a tenth of thirty rows is three rows
+    ],
+)
+def test_epochs_are_steps_over_the_rows_of_their_side(epochs, anchor, batch, steps):
+    """8 forget rows, 30 retain rows."""
+    config = UnlearningConfig(epochs=epochs, epoch_anchor=anchor, **{f"{anchor}_batch_size": batch})
+    completed = with_steps(config, make_rows(8, seed=1), make_rows(30, seed=2))
+    assert (completed.steps, completed.epochs) == (steps, 0.0) and config.steps == 0
+
+
+def test_the_text_says_what_a_step_reads():
+    config = UnlearningConfig(steps=1200, forget_batch_size=3, retain_batch_size=9)
+    rows = make_rows(8, seed=1), make_rows(30, seed=2)
+    assert batch_text(config, *rows, make_mesh(jax.devices()[:4]), 2) == (
+        "1,200 steps of 3 forget rows x 12 + 9 retain rows x 12 = 144 tokens each, in 2 microbatches on 4 devices; "
+        "steps in an epoch: 3 of the forget rows and 4 of the retain rows"
+    )
+    alone = UnlearningConfig(objective="gradient_ascent", steps=5, forget_batch_size=8)
+    assert batch_text(alone, *rows, ONE, 1) == (
+        "5 steps of 8 forget rows x 12 = 96 tokens each, in one batch on one device; "
+        "steps in an epoch: 1 of the forget rows"
+    )
+
+
+def test_microbatches_give_the_numbers_of_the_large_batch(model, forget, retain):
+    """NPO's loss is a mean over rows, the retain loss over tokens, of rows of unequal length; six rows do not divide by
+    four. Plain steps along the gradient: Adam's would make noise of numbers that are nearly zero as large as any."""
+    config = UnlearningConfig(
+        objective="npo", steps=3, forget_batch_size=6, optimizer={"name": "sgd", "momentum": 0.0}, learning_rate=0.03,
+    )  # fmt: skip
+    one, four = (
+        flat_of(unlearn(model, forget, retain, config=config, mesh=ONE, parallel=ParallelConfig(microbatches=n)).model)
+        for n in (1, 4)
+    )
+    for path, before in flat_of(model).items():
+        np.testing.assert_allclose(four[path], one[path], atol=5e-6, err_msg=path)
+        assert np.abs(one[path] - before).max() > 5e-4

@@ -14,7 +14,7 @@ from trace_jax.io.files import read_lines
 from trace_jax.io.signals import Interrupted
 from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.metrics import front_rows
-from trace_jax.unlearning.state import TrainState
+from trace_jax.unlearning.step import TrainState
 
 
 class Stop(Exception):
@@ -56,31 +56,44 @@ def make_loop(path, identity="a", evaluate=first_weight):
     return Loop(path, identity, steps=10, checkpoint_every=3, title="test", evaluation=Hook(4, evaluate))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(result, metrics.jsonl) of a run that nothing interrupts."""
+    path = tmp_path_factory.mktemp("whole")
+    result = make_loop(path).run(fresh, placed, step_until())
+    assert [row["step"] for row in read_lines(path / "metrics.jsonl") if "loss" in row] == list(range(1, 11))
+    return result, (path / "metrics.jsonl").read_bytes()
+
+
+def assert_continues_like_a_whole_run(path, whole):
+    resumed = make_loop(path).run(fresh, placed, step_until())
+    np.testing.assert_array_equal(resumed.trainable["w"], whole[0].trainable["w"])
+    assert (path / "metrics.jsonl").read_bytes() == whole[1]
+
+
+def newest(path):
+    with StateStore(path / "checkpoints", {"identity": "a", "seed": 0}) as store:
+        return store.restore(fresh())[0]
+
+
 @pytest.mark.parametrize("stop", [1, 4, 9])
-def test_resuming_equals_an_uninterrupted_run(tmp_path, stop):
-    whole = make_loop(tmp_path / "whole").run(fresh, placed, step_until())
+def test_resuming_equals_an_uninterrupted_run(tmp_path, whole, stop):
     with pytest.raises(Stop):
-        make_loop(tmp_path / "cut").run(fresh, placed, step_until(stop=stop))
-    resumed = make_loop(tmp_path / "cut").run(fresh, placed, step_until())
-    np.testing.assert_array_equal(resumed.trainable["w"], whole.trainable["w"])
-    lines = [read_lines(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
-    assert lines[0] == lines[1]
-    assert [row["step"] for row in lines[0] if "loss" in row] == list(range(1, 11))
+        make_loop(tmp_path).run(fresh, placed, step_until(stop=stop))
+    assert_continues_like_a_whole_run(tmp_path, whole)
 
 
 def test_evaluates_at_the_start_every_n_steps_and_at_the_end(tmp_path):
-    make_loop(tmp_path).run(fresh, placed, step_until())
+    first = make_loop(tmp_path).run(fresh, placed, step_until())
     assert [row["step"] for row in front_rows(tmp_path)] == [0, 4, 8, 10]
+    again = make_loop(tmp_path).run(fresh, placed, step_until(stop=0))  # a finished run takes no step
+    np.testing.assert_array_equal(first.trainable["w"], again.trainable["w"])
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path):
     result = make_loop(tmp_path).run(fresh, placed, step_until(nan_at=7))
     assert "loss is not finite at step 8" in result.stopped
-    assert result.step == 6
-    reference = Loop(tmp_path / "short", "a", steps=6, checkpoint_every=3, title="test").run(
-        fresh, placed, step_until()
-    )
-    np.testing.assert_array_equal(result.trainable["w"], reference.trainable["w"])
+    assert result.step == 6 and newest(tmp_path) == 6
 
 
 def test_state_of_other_settings_is_not_continued(tmp_path):
@@ -88,24 +101,6 @@ def test_state_of_other_settings_is_not_continued(tmp_path):
     other = make_loop(tmp_path, "b").run(fresh, placed, step_until())
     assert other.step == 10
     assert {row["identity"] for row in read_lines(tmp_path / "metrics.jsonl")} == {"b"}
-
-
-def test_a_finished_run_is_not_run_again(tmp_path):
-    first = make_loop(tmp_path).run(fresh, placed, step_until())
-    again = make_loop(tmp_path).run(fresh, placed, step_until(stop=0))
-    np.testing.assert_array_equal(first.trainable["w"], again.trainable["w"])
-
-
-def test_a_damaged_state_is_skipped_for_the_one_before(tmp_path, caplog):
-    make_loop(tmp_path).run(fresh, placed, step_until())
-    newest = tmp_path / "checkpoints" / "10" / "state"
-    for file in newest.rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    with StateStore(tmp_path / "checkpoints", {"identity": "a", "seed": 0}) as store:
-        step, _ = store.restore(fresh())
-    assert step == 9
-    assert "step 10 can't be restored" in caplog.text
 
 
 def test_a_model_that_can_not_be_scored_any_more_stops_the_run(tmp_path):
@@ -135,47 +130,38 @@ def signalling(number, at, repeat=1):
     return step
 
 
-def assert_continues_like_a_whole_run(path, tmp_path, interrupted_at):
-    with StateStore(path / "checkpoints", {"identity": "a", "seed": 0}) as store:
-        assert store.restore(fresh())[0] == interrupted_at
-    whole = make_loop(tmp_path / "whole").run(fresh, placed, step_until())
-    resumed = make_loop(path).run(fresh, placed, step_until())
-    np.testing.assert_array_equal(resumed.trainable["w"], whole.trainable["w"])
-    assert (path / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-
-
 @pytest.mark.parametrize(
-    ("number", "repeat", "at"),
-    [(signal.SIGTERM, 1, 1), (signal.SIGTERM, 3, 4), (signal.SIGINT, 1, 4), (signal.SIGTERM, 1, 8)],
+    ("number", "repeat", "at"), [(signal.SIGTERM, 3, 4), (signal.SIGINT, 1, 4), (signal.SIGTERM, 1, 8)]
 )
-def test_a_signal_ends_the_run_once_the_step_in_flight_is_saved(tmp_path, number, repeat, at, capsys):
+def test_a_signal_ends_the_run_once_the_step_in_flight_is_saved(tmp_path, whole, number, repeat, at, capsys):
     """Also at step 5 (`at` 4) that nothing was due at, and after step 9, where a state is saved anyway."""
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Interrupted) as caught:
-        make_loop(tmp_path / "cut").run(fresh, placed, signalling(number, at, repeat))
-    assert caught.value.signal == number
+        make_loop(tmp_path).run(fresh, placed, signalling(number, at, repeat))
+    assert caught.value.signal == number and newest(tmp_path) == at + 1
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert f"the state after step {at + 1} is saved" in capsys.readouterr().err
-    assert_continues_like_a_whole_run(tmp_path / "cut", tmp_path, at + 1)
+    assert_continues_like_a_whole_run(tmp_path, whole)
 
 
-def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path):
-    step = signalling(signal.SIGTERM, 0)
+def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, whole):
     with pytest.raises(Interrupted):
-        make_loop(tmp_path / "cut").run(fresh, placed, step)
-    assert_continues_like_a_whole_run(tmp_path / "cut", tmp_path, 0)
+        make_loop(tmp_path).run(fresh, placed, signalling(signal.SIGTERM, 0))
+    assert newest(tmp_path) == 0
+    assert_continues_like_a_whole_run(tmp_path, whole)
 
 
 @pytest.mark.parametrize("step", [0, 4, 8, 10])
-def test_a_signal_while_evaluating_saves_first_and_evaluates_on_continuing(tmp_path, step):
+def test_a_signal_while_evaluating_saves_first_and_evaluates_on_continuing(tmp_path, whole, step):
     def evaluate(now, trained):
         if now == step:
             signal.raise_signal(signal.SIGTERM)
         return first_weight(now, trained)
 
     with pytest.raises(Interrupted):
-        make_loop(tmp_path / "cut", evaluate=evaluate).run(fresh, placed, step_until())
-    assert_continues_like_a_whole_run(tmp_path / "cut", tmp_path, step)
+        make_loop(tmp_path, evaluate=evaluate).run(fresh, placed, step_until())
+    assert newest(tmp_path) == step
+    assert_continues_like_a_whole_run(tmp_path, whole)
 
 
 def test_a_state_that_fails_its_late_evaluation_is_not_kept(tmp_path):

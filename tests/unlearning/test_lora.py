@@ -10,36 +10,32 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests import tiny
+from tests.unlearning.conftest import CONFIG, ONE
 from trace_jax.config import ConfigError
 from trace_jax.models.arrays import abstract_params, flat_specs, flatten, init_params, low_rank, unflatten
-from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.mesh import BATCH_AXES, make_mesh, place, to_host
-from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.state import apply_gradients, initial_state, unlearning_settings
+from trace_jax.unlearning.optimizer import groups, orthogonal
+from trace_jax.unlearning.step import initial_state, unlearning_settings
 from trace_jax.unlearning.trained import current_params, declarations, factors, merge, split, trained_specs
 from trace_jax.unlearning.unlearn import unlearn
 
-GROUPED = ModelConfig(
-    vocab_size=61, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8, num_experts=4,
-    experts_per_token=2, expert_hidden_size=12, tie_embeddings=True,
-)  # fmt: skip
+GROUPED = dataclasses.replace(tiny.CONFIG, num_heads=4, num_kv_heads=2, expert_hidden_size=12, tie_embeddings=True)
 MODELS = {
-    "blocked": dataclasses.replace(GROUPED, grouped_matmul="blocked"),
     "odd": dataclasses.replace(
         GROUPED, grouped_matmul="ragged", num_experts=5, num_heads=3, num_kv_heads=1, expert_hidden_size=9
     ),
-    "latent": ModelConfig(
-        vocab_size=61, hidden_size=16, num_layers=2, num_heads=4, num_experts=4, experts_per_token=2,
-        expert_hidden_size=12, attention="latent", latent_size=8, rotary_size=4, query_latent_size=8, value_size=6,
-        head_size=8, dense_layers=(0,), dense_hidden_size=10,
+    "latent": dataclasses.replace(
+        GROUPED, num_kv_heads=4, tie_embeddings=False, attention="latent", latent_size=8, rotary_size=4,
+        query_latent_size=8, value_size=6, dense_layers=(0,), dense_hidden_size=10,
     ),
 }  # fmt: skip
 ATTENTION = {"grouped": ("q", "k", "v", "o"), "latent": ("q_down", "q_up", "kv_down", "kv_up", "o")}
 first_values = jax.jit(init_params, static_argnums=0)
-RANK, SCALE, ONE = 3, jnp.float32(2.0), make_mesh(jax.devices()[:1])
+RANK, SCALE = 3, jnp.float32(2.0)
 
 
 def adapted_paths(config):
@@ -130,7 +126,7 @@ def test_adapters_are_merged_weights_in_value_and_gradient(plain):
 
 def test_a_mesh_gives_the_same_numbers(plain):
     config, params, trainable, value, gradients = plain
-    mesh = make_mesh(jax.devices(), data=2, expert=2, tensor=2)
+    mesh = make_mesh(jax.devices()[:4], expert=2, tensor=2)
     specs, storage = param_specs(config, mesh), trained_specs(config, trainable, mesh)
 
     def of_device(trainable, params, tokens, segments):
@@ -152,22 +148,16 @@ def test_a_mesh_gives_the_same_numbers(plain):
         np.testing.assert_allclose(to_host(back[path]), wanted, atol=1e-6, err_msg=path)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_first_step_sees_the_original_bit_for_bit(dtype):
-    config = dataclasses.replace(GROUPED, dtype=dtype)
-    params, start = flatten(first_values(config, jax.random.key(0))), first_factors(config)
+def test_in_bfloat16_the_first_step_sees_the_original_and_the_merged_model_computes_what_the_adapted_one_did():
+    config = dataclasses.replace(GROUPED, dtype="bfloat16")
+    params, trainable = setting(GROUPED, "bfloat16")
+    rows, start, back = batch(config), first_factors(config), merge(params, trainable, config, ONE, scale=SCALE)
     for path, array in merge(params, start, config, ONE, scale=SCALE).items():
         assert array.dtype == params[path].dtype
         np.testing.assert_array_equal(np.asarray(array, np.float32), np.asarray(params[path], np.float32))
-    rows = batch(config)
-    np.testing.assert_array_equal(adapted_loss(start, params, config, *rows), loss(params, config, *rows))
-
-
-def test_in_bfloat16_the_merged_model_computes_what_the_adapted_one_did():
-    config = dataclasses.replace(GROUPED, dtype="bfloat16")
-    params, trainable = setting(GROUPED, "bfloat16")
-    rows, back = batch(config), merge(params, trainable, config, ONE, scale=SCALE)
-    assert loss(back, config, *rows) != loss(params, config, *rows)
+    original = loss(params, config, *rows)
+    np.testing.assert_array_equal(adapted_loss(start, params, config, *rows), original)
+    assert loss(back, config, *rows) != original
     np.testing.assert_allclose(loss(back, config, *rows), adapted_loss(trainable, params, config, *rows), rtol=1e-5)
 
 
@@ -183,25 +173,27 @@ def test_first_factors_depend_on_seed_and_name_alone():
     assert np.std(wide["layers/experts/gate_up/lora_a"]) == pytest.approx(16**-0.5, rel=0.05)
 
 
-def test_only_factors_train_and_they_are_small():
+def test_only_factors_train_they_are_small_and_so_is_the_optimizers_state():
     _, trainable = setting(GROUPED)
     D, H, G, C, E, F, L = 16, 4, 2, 8, 4, 12, 2
     sizes = {"q": D + H * C, "k": D + G * C, "v": D + G * C, "o": H * C + D}
     experts = E * (D + 2 * F) + E * (F + D)
-    assert sum(x.size for x in trainable.values()) == L * RANK * (sum(sizes.values()) + experts)
+    numbers = sum(x.size for x in trainable.values())
+    assert numbers == L * RANK * (sum(sizes.values()) + experts)
     assert {path.rpartition("/")[0] for path in trainable} == set(adapted_paths(GROUPED))
     specs = factors(GROUPED, adapted_paths(GROUPED), RANK)
     assert declarations(GROUPED, {path: spec.abstract() for path, spec in specs.items()}) == specs
+    state = initial_state(trainable, unlearning_settings(LORA, GROUPED), ONE)
+    assert sum(x.size for x in jax.tree.leaves(state.optimizer) if x.ndim) == 2 * numbers
 
 
-@pytest.mark.parametrize("remat", ["none", "layer"])
-def test_neither_merged_weights_nor_their_gradients_exist_for_all_layers(remat):
+def test_neither_merged_weights_nor_their_gradients_exist_for_all_layers():
     """In the program of a gradient nothing but the frozen weights themselves is as large as all layers of one array."""
     config = dataclasses.replace(GROUPED, num_layers=6, head_size=10)
     params, paths = flatten(abstract_params(config)), adapted_paths(config)
     trainable = {path: spec.abstract() for path, spec in factors(config, paths, RANK).items()}
     rows = [jax.ShapeDtypeStruct((7, 11), jnp.int32)] * 2  # no activation is as large as an array by chance
-    of_loss = jax.grad(partial(adapted_loss, config=config, remat=remat))
+    of_loss = jax.grad(partial(adapted_loss, config=config, remat="layer"))
     program = jax.make_jaxpr(lambda factors, params, a, b: of_loss(factors, params, tokens=a, segments=b))(
         trainable, params, *rows
     )
@@ -220,22 +212,13 @@ def every_equation(jaxpr):
                 yield from every_equation(inner)
 
 
-CONFIG = UnlearningConfig(
-    trainable="lora", objective="gradient_difference", retain_loss="nll", alpha=0.0, steps=10, learning_rate=0.01,
-    weight_decay=0.1, forget_batch_size=4, retain_batch_size=4, evaluate_every=10, checkpoint_every=10,
-)  # fmt: skip
-
-
-def run(model, forget, retain, mesh=None, **changes):
-    seen = []
-    config = dataclasses.replace(CONFIG, **changes)
-    evaluate = lambda params: seen.append(params) or []  # noqa: E731
-    return unlearn(model, forget, retain, config=config, mesh=mesh or ONE, evaluate=evaluate), seen
+LORA = dataclasses.replace(CONFIG, trainable="lora", retain_loss="nll", learning_rate=0.01, weight_decay=0.1, steps=10)
 
 
 def test_unlearning_with_adapters_ends_in_an_ordinary_model(model, forget, retain):
-    result, (first, *_, last) = run(model, forget, retain)
-    before, start, end, after = (flatten(params) for params in (model.params, first, last, result.model.params))
+    seen = []
+    result = unlearn(model, forget, retain, config=LORA, mesh=ONE, evaluate=seen.append)
+    before, start, end, after = (flatten(p) for p in (model.params, seen[0], seen[-1], result.model.params))
     changed = {path for path in before if not np.array_equal(before[path], after[path])}
     assert changed == set(adapted_paths(model.config)) == {row["path"] for row in result.trained if row["trained"]}
     for path, array in before.items():
@@ -244,20 +227,6 @@ def test_unlearning_with_adapters_ends_in_an_ordinary_model(model, forget, retai
         np.testing.assert_array_equal(end[path], after[path])
     rows = forget.tokens, forget.segments
     assert loss(after, model.config, *rows) > loss(before, model.config, *rows) + 1.0
-
-
-def test_a_mesh_adapts_the_same(model, forget, retain):
-    mesh = make_mesh(jax.devices(), data=2, expert=2, tensor=2)
-    (one, _), (many, _) = (run(model, forget, retain, m, steps=3) for m in (None, mesh))
-    for path, array in flatten(one.model.params).items():
-        np.testing.assert_allclose(to_host(flatten(many.model.params)[path]), array, atol=1e-4, err_msg=path)
-
-
-def test_optimizer_state_exists_for_factors_alone(model):
-    start = first_factors(model.config, rank=8)
-    state = initial_state(start, unlearning_settings(CONFIG, model.config), ONE)
-    moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
-    assert sum(x.size for x in moments) == 2 * sum(x.size for x in start.values())
 
 
 def test_a_task_vector_of_adapters_is_subtracted():
@@ -275,23 +244,18 @@ def test_a_rank_beyond_the_matrix_is_refused():
     assert low_rank(flat_specs(GROUPED)["layers/o"], 5)[0].shape == (2, 4, 8, 5)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
-def test_optimizers_of_matrices_know_the_sides_of_factors(model, optimizer):
-    """Each factor [.., 16, 4] or [.., 4, 8] is one matrix for every layer and expert; heads are one side of it."""
-    config = dataclasses.replace(UnlearningConfig(trainable="lora", optimizer=optimizer), learning_rate=1.0)
-    settings = unlearning_settings(config, model.config)
-    start = first_factors(model.config, rank=4, paths=["layers/q", "layers/experts/down"])
-    state = initial_state(start, settings, ONE)
-    gradients = {path: jnp.asarray(np.random.default_rng(0).normal(size=x.shape), x.dtype) for path, x in start.items()}
-    after, _ = jax.jit(apply_gradients, static_argnums=(2, 4))(state, gradients, settings, None, ONE)
-    one = {path: x[1:] for path, x in gradients.items()}
-    alone, _ = jax.jit(apply_gradients, static_argnums=(2, 4))(
-        initial_state({path: x[1:] for path, x in start.items()}, settings, ONE), one, settings, None, ONE
-    )
-    for path, array in after.trainable.items():
-        assert np.isfinite(array).all()
-        np.testing.assert_allclose(array[1:], alone.trainable[path], atol=1e-5, err_msg=path)
-    if optimizer == "muon":
-        moved = np.asarray(after.trainable["layers/q/lora_b"] - state.trainable["layers/q/lora_b"])
-        singular = np.linalg.svd(moved.reshape(2, 4, -1), compute_uv=False)
-        assert singular.max() / singular.min() < 2.0
+def test_optimizers_of_matrices_know_the_sides_of_factors():
+    """Each factor is one matrix for every layer and expert; heads and their width are one side of it."""
+    paths = ["layers/q", "layers/o", "layers/experts/gate_up", "layers/experts/down"]
+    sides = {path: groups(spec.axes) for path, spec in factors(GROUPED, paths, RANK).items()}
+    assert sides == {
+        "layers/q/lora_a": [[1], [2]],
+        "layers/q/lora_b": [[1], [2, 3]],
+        "layers/o/lora_a": [[1, 2], [3]],
+        "layers/o/lora_b": [[1], [2]],
+        "layers/experts/gate_up/lora_a": [[2], [3]],
+        "layers/experts/gate_up/lora_b": [[2], [4]],
+        "layers/experts/down/lora_a": [[2], [3]],
+        "layers/experts/down/lora_b": [[2], [3]],
+    }
+    assert all(map(orthogonal, (spec.axes for spec in factors(GROUPED, paths, RANK).values())))

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.unlearning.objectives import PAPER, Objective, steering_directions
-from trace_jax.unlearning.terms import ForgetInputs, hidden_distance
+from trace_jax.unlearning.inputs import steering_directions
+from trace_jax.unlearning.objectives import PAPER, ForgetInputs, Objective
 
 VALID = np.array([[1, 1, 1, 0], [1, 0, 1, 0], [0, 0, 0, 0]], bool)
 NLL = np.array([[0.5, 2.0, 1.0, 9.0], [3.0, 9.0, 0.25, 9.0], [9.0, 9.0, 9.0, 9.0]], np.float32)
@@ -113,19 +113,15 @@ def test_equals_plain_reference_in_value_and_gradient(name, form):
 
 
 @pytest.mark.parametrize(("name", "form"), GOLDEN)
-def test_golden_value(name, form):
+def test_golden_value_in_which_padding_carries_no_loss(name, form):
     assert ratio(name, jnp.asarray(NLL), form) == pytest.approx(GOLDEN[name, form], abs=1e-6)
-
-
-@pytest.mark.parametrize(("name", "form"), GOLDEN)
-def test_padding_carries_no_loss(name, form):
     changed = np.where(VALID, NLL, 1e3).astype(np.float32)
     refusal = np.where(REFUSED, REFUSAL_NLL, 1e3).astype(np.float32)
     assert ratio(name, jnp.asarray(changed), form, refusal) == ratio(name, jnp.asarray(NLL), form)
 
 
 @pytest.mark.parametrize(("name", "form"), GOLDEN)
-@pytest.mark.parametrize("extreme", [0.0, 1e-8, 80.0])
+@pytest.mark.parametrize("extreme", [0.0, 80.0])
 def test_finite_where_tokens_are_certain_or_impossible(name, form, extreme):
     value, gradient = jax.value_and_grad(lambda nll: ratio(name, nll, form))(jnp.full(NLL.shape, extreme))
     assert np.isfinite(value) and np.isfinite(np.asarray(gradient)).all()
@@ -182,8 +178,3 @@ def test_every_objective_names_its_source_and_numbers_do_not_shape_a_step():
         assert kind.source.count(".") == 1 and len(kind.source) == 10, name
         other = kind().with_numbers({number: 2.0 for number in kind().numbers()})
         assert other.without_numbers() == kind().without_numbers() and other.gamma == 2.0
-
-
-def test_hidden_distance_is_the_mean_square_over_the_width():
-    a, b = np.random.default_rng(2).normal(size=(2, 2, 3, 5)).astype(np.float32)
-    np.testing.assert_allclose(hidden_distance(jnp.asarray(a), jnp.asarray(b)), ((a - b) ** 2).mean(-1), rtol=1e-6)

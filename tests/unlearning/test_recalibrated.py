@@ -5,24 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from trace_jax.data.batches import sequential_batches
+from tests.unlearning.conftest import ONE, weights_of
 from trace_jax.io.files import read_lines
 from trace_jax.routing.config import CalibrationConfig
-from trace_jax.routing.statistics import expert_statistics
-from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
+from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.unlearn import Recalibrated
 
-EVERY = CalibrationConfig(
-    {"name": "entropy", "rule": "all", "strength": 0.5, "routing": {"name": "recalibrated", "every": 2}}
-)
-
-
-def weights_of(model, forget, retain, config=EVERY):
-    statistics = [expert_statistics(model, sequential_batches(rows, 8), min_activations=1) for rows in (forget, retain)]
-    return retain_weights(
-        config, model=model, forget=forget, retain=retain,
-        forget_statistics=statistics[0], retain_statistics=statistics[1],
-    )  # fmt: skip
+EVERY = {"name": "entropy", "rule": "all", "strength": 0.5, "ridge": 0.02}
+EVERY["routing"] = {"name": "recalibrated", "every": 2}
 
 
 def with_router(model, change):
@@ -32,12 +22,12 @@ def with_router(model, change):
 
 @pytest.fixture(scope="module")
 def solve(model, forget, retain):
-    return Recalibration(EVERY, model, forget, retain)
+    return Recalibration(CalibrationConfig(EVERY), model, forget, retain, mesh=ONE)
 
 
 @pytest.fixture(scope="module")
 def first(model, forget, retain):
-    return weights_of(model, forget, retain)
+    return weights_of(model, forget, retain, **EVERY)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +50,7 @@ def test_new_weights_are_used_and_written_and_the_drift_is_noted(tmp_path, solve
     recalibrated, used = open_in(tmp_path, solve, first)
     for step, current in models.items():
         recalibrated.refresh(step, current)
-        assert same(used[-1], weights_of(current, forget, retain))
+        assert same(used[-1], weights_of(current, forget, retain, **EVERY))
         where = tmp_path / "recalibration" / f"step-{step:06d}"
         assert same(RetainWeights.load(where), used[-1])
         about = json.loads((where / "drift.json").read_text())
@@ -69,29 +59,6 @@ def test_new_weights_are_used_and_written_and_the_drift_is_noted(tmp_path, solve
         assert {"step": step, "identity": "a", **line["recalibration"]} == about
         assert len(about["overlap"]["retain"]) == 2 and about["gap"]["after"] < about["gap"]["before"]
     assert not same(used[0], used[1])
-
-
-def test_a_continued_run_has_the_weights_of_its_last_step(tmp_path, solve, first, models):
-    recalibrated, used = open_in(tmp_path, solve, first)
-    for step, current in models.items():
-        recalibrated.refresh(step, current)
-    for done, expected in ((1, first), (2, first), (3, used[0]), (4, used[0]), (5, used[1])):
-        again, read = open_in(tmp_path, solve, first)
-        again.resumed(done)
-        assert len(read) == 1 and same(read[0], expected)
-
-
-def test_continuing_at_a_recalibration_repeats_it_and_its_line_is_written_once(tmp_path, solve, first, models):
-    recalibrated, used = open_in(tmp_path, solve, first)
-    for step, current in models.items():
-        recalibrated.refresh(step, current)
-    drift = (tmp_path / "recalibration" / "step-000004" / "drift.json").read_bytes()
-    again, read = open_in(tmp_path, solve, first)
-    again.resumed(4)
-    again.refresh(4, models[4])
-    assert same(read[-1], used[-1])
-    assert (tmp_path / "recalibration" / "step-000004" / "drift.json").read_bytes() == drift
-    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [2, 4]
 
 
 def test_weights_of_another_run_or_none_are_not_gone_on_with(tmp_path, solve, first, models):

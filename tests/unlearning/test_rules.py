@@ -11,8 +11,8 @@ from trace_jax.checkpoints.state import StateStore
 from trace_jax.io.files import read_lines
 from trace_jax.io.signals import Interrupted
 from trace_jax.unlearning.loop import Hook, Loop
-from trace_jax.unlearning.rules import Evaluated, Point, Rules
-from trace_jax.unlearning.state import TrainState
+from trace_jax.unlearning.rules import Evaluated, Rules
+from trace_jax.unlearning.step import TrainState
 
 # Forgetting and utility of the state after each of ten steps: forgetting falls, utility falls and comes back.
 FORGETTING = [1.0, 0.9, 0.8, 0.5, 0.4, 0.4, 0.3, 0.35, 0.3, 0.2, 0.1]
@@ -116,9 +116,10 @@ def test_at_most_one_state_is_kept_beside_the_two_newest(tmp_path, monkeypatch, 
     assert max(map(len, seen)) <= 3 and seen[-1][0] == 7 and seen[-1][-1] == 10
 
 
-@pytest.mark.parametrize("how", ["stop", "signal_at"])
-@pytest.mark.parametrize("at", [3, 5, 8])
-@pytest.mark.parametrize(("every", "save"), [(1, 4), (3, 100)])
+@pytest.mark.parametrize(
+    ("how", "at", "every", "save"),
+    [("stop", 5, 1, 4), ("stop", 8, 3, 100), ("signal_at", 3, 3, 100), ("signal_at", 8, 1, 4)],
+)
 def test_a_resumed_run_keeps_the_state_of_an_uninterrupted_one(tmp_path, how, at, every, save):
     rules = best_at(0.4, stop_forgetting=0.2)
     whole = run(tmp_path / "whole", rules, every=every, save=save)
@@ -150,7 +151,9 @@ def test_an_evaluation_without_the_number_that_a_rule_reads_is_refused(tmp_path)
         loop.run(fresh, *stepping())
 
 
-def test_of_equal_points_the_first_is_best():
-    points = [Point(0, 0.5, 1.0), Point(1, 0.2, 0.5), Point(2, 0.2, 0.6), Point(3, 0.1, 0.6)]
-    assert best_at(0.2).best(points) == 2
-    assert best_at(0.0).best(points[:3]) == 1
+def test_of_equal_evaluations_the_first_is_best():
+    numbers = [(0.5, 1.0), (0.2, 0.5), (0.2, 0.6), (0.1, 0.6)]
+    evaluations = {step: Evaluated(None, *pair) for step, pair in enumerate(numbers)}
+    assert best_at(0.2).best(evaluations) == 2
+    del evaluations[3]
+    assert best_at(0.0).best(evaluations) == 1

@@ -1,5 +1,6 @@
 """Unlearning as a process that is killed, and as one that must not stall: the real step inside the loop."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -10,13 +11,12 @@ import jax
 import numpy as np
 import pytest
 
+from tests import tiny
 from trace_jax.data.batches import Batches, EpochSampler
-from trace_jax.models.arrays import flatten, init_params
-from trace_jax.models.model import Model
+from trace_jax.models.arrays import flatten
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning import train as train_module
 from trace_jax.unlearning import unlearn as unlearn_module
-from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.optimizer import TrainingConfig
 from trace_jax.unlearning.train import train_model
 from trace_jax.unlearning.unlearn import unlearn
@@ -25,16 +25,15 @@ STEPS = 7
 
 
 def unlearn_in(path):
-    from tests.unlearning.conftest import TINY, make_rows
+    from tests.unlearning.conftest import CONFIG, ONE, make_rows
 
-    model = Model(TINY, init_params(TINY, jax.random.key(0)))
-    config = UnlearningConfig(
-        steps=STEPS, forget_batch_size=3, retain_batch_size=3, learning_rate=0.01, alpha=1.0, checkpoint_every=2,
-        evaluate_every=3,
-    )  # fmt: skip
+    config = dataclasses.replace(CONFIG, steps=STEPS, checkpoint_every=2, evaluate_every=3)
     rows = make_rows(8, seed=1), make_rows(16, seed=2)
-    evaluate = lambda params: {"head": float(np.asarray(params["head"]).sum())}  # noqa: E731
-    return unlearn(model, *rows, config=config, directory=path, evaluate=evaluate)
+
+    def evaluate(params):
+        return {"head": float(np.asarray(params["head"]).sum())}
+
+    return unlearn(tiny.make_model(), *rows, config=config, directory=path, evaluate=evaluate, mesh=ONE)
 
 
 def _killed(path):
@@ -95,13 +94,11 @@ def test_nothing_is_compiled_after_the_first_step_and_no_step_moves_arrays(tmp_p
     if kind == "unlearning":
         unlearn_in(tmp_path)
     else:
-        from tests.unlearning.conftest import TINY, make_rows
-
-        batches = Batches(make_rows(8, seed=1), EpochSampler(8, 3, seed=0))
-        config = TrainingConfig(steps=STEPS, checkpoint_every=2)
+        batches = Batches(tiny.make_rows(8, seed=1), EpochSampler(8, 3, seed=0))
         train_model(
-            TINY, config, batches.__getitem__, seed=0, mesh=make_mesh(), directory=tmp_path, identity="a", title="test"
-        )
+            tiny.CONFIG, TrainingConfig(steps=STEPS, checkpoint_every=2), batches.__getitem__, seed=0,
+            mesh=make_mesh(jax.devices()[:2]), directory=tmp_path, identity="a", title="test",
+        )  # fmt: skip
     assert len(counts) == 2 * STEPS
     first_step, first_save, rest = counts[1] - counts[0], counts[4] - counts[3], counts[-1] - counts[4]
     assert first_step > 0 and counts[3] == counts[1] and first_save <= 1 and rest == 0

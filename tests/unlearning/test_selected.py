@@ -1,43 +1,51 @@
-"""Training a few experts is training all of them with the updates of the others masked, at a fraction of the memory."""
+"""Training a few experts is training all of them with the updates of the others masked, at a fraction of the memory.
+
+SEUF trains its experts and their routers, nothing else, and its anchor is the loss of the paper or of the code.
+"""
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from trace_jax.models.arrays import flatten, init_params
-from trace_jax.models.config import ModelConfig
+from tests import tiny
+from tests.unlearning.conftest import CONFIG, ONE, flat_of, statistics_of
+from trace_jax.config import ConfigError
+from trace_jax.io.files import read_lines
+from trace_jax.models.arrays import flatten
+from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, make_mesh, place, to_host
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants
+from trace_jax.unlearning.rivals import anchor_loss, target_experts
 from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
-from trace_jax.unlearning.trainable import trainable_paths
+from trace_jax.unlearning.trainable import chosen_experts, trainable_paths
 from trace_jax.unlearning.trained import merge, selected_index, split
 from trace_jax.unlearning.unlearn import unlearn
 
-MODEL = ModelConfig(
-    vocab_size=61, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=2, head_size=8, num_experts=6,
-    experts_per_token=2, expert_hidden_size=6,
-)  # fmt: skip
+MODEL = dataclasses.replace(tiny.CONFIG, num_experts=6)
 SELECTED = np.array([[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]], bool)
-SHARED = UnlearningConfig(retain_loss="kl", alpha=2.0, learning_rate=0.01, weight_decay=0.1, clip_norm=0.5)
-CONFIG = dataclasses.replace(SHARED, trainable="selected_experts")
+ROWS = UnlearningConfig(alpha=2.0, learning_rate=0.01, weight_decay=0.1, clip_norm=0.5, trainable="selected_experts")
+SEUF = dataclasses.replace(CONFIG, trainable="seuf", weight_decay=0.1, learning_rate=0.01)
+ONE_EXPERT = np.array([[0, 0, 0, 0], [0, 0, 1, 0]], bool)
+OTHER = np.array([[0, 1, 0, 0], [0, 0, 0, 0]], bool)
 
 
 def test_index_has_as_many_places_as_the_fullest_layer():
     assert selected_index(SELECTED).tolist() == [[1, 4], [5, 6]]
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (2, 2)])
 def test_rows_split_off_and_merged_are_where_they_were(sizes):
     expert, tensor = sizes
     mesh = make_mesh(jax.devices()[: expert * tensor], expert=expert, tensor=tensor)
-    original = flatten(placed_params(init_params(MODEL, jax.random.key(0)), MODEL, mesh))
-    index, paths = place(selected_index(SELECTED), mesh), trainable_paths(MODEL, "selected_experts")
+    original = flatten(placed_params(tiny.make_model(MODEL).params, MODEL, mesh))
+    index, paths = place(selected_index(SELECTED), mesh), trainable_paths(MODEL, ROWS.trainable)
     rows = split(original, paths, MODEL, mesh, index=index)
     assert set(rows) == {f"{path}/rows" for path in paths}
     for path in paths:
@@ -50,18 +58,17 @@ def test_rows_split_off_and_merged_are_where_they_were(sizes):
 
 
 def steps(forget, retain, mesh, *, masked):
-    """Arrays of experts after 5 steps: rows trained, or everything with masked updates."""
-    config = dataclasses.replace(SHARED, trainable="experts") if masked else CONFIG
-    original = flatten(placed_params(init_params(MODEL, jax.random.key(0)), MODEL, mesh))
-    paths = trainable_paths(MODEL, "experts")
+    """Arrays of experts after 5 steps, and before: rows trained, or everything with masked updates."""
+    config = dataclasses.replace(ROWS, trainable="experts") if masked else ROWS
+    original = flatten(placed_params(tiny.make_model(MODEL).params, MODEL, mesh))
+    paths = trainable_paths(MODEL, ROWS.trainable)
     run = set_up(original, config, MODEL, selected=None if masked else SELECTED, parallel=PLAIN, mesh=mesh)
     constants = Constants(original, *place(run.constants[1:], mesh))
     if masked:
         masks = {p: SELECTED.reshape(2, 6, *(1,) * (original[p].ndim - 2)).astype(np.float32) for p in paths}
         constants = constants._replace(masks=place(masks, mesh))
     state, settings = run.start(constants), run.settings
-    multiple = row_multiple(settings, mesh)
-    batches = [pad_rows(rows.batch(np.arange(8)), multiple) for rows in (forget, retain)]
+    batches = [pad_rows(rows.batch(np.arange(8)), row_multiple(settings, mesh)) for rows in (forget, retain)]
     inputs = place(StepRows(*batches, batches[1].valid.astype(np.float32)), mesh, PartitionSpec(BATCH_AXES))
     for _ in range(5):
         state, _ = unlearning_step(state, constants, inputs, settings=settings, mesh=mesh)
@@ -71,34 +78,174 @@ def steps(forget, retain, mesh, *, masked):
     return tuple(to_host({path: arrays[path] for path in paths}) for arrays in (after, original))
 
 
-@pytest.fixture(scope="module")
-def masked(forget, retain):
-    return steps(forget, retain, make_mesh(jax.devices()[:1]), masked=True)[0]
-
-
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
-def test_training_rows_is_training_all_with_masked_updates(forget, retain, masked, sizes):
-    data, expert, tensor = sizes
-    mesh = make_mesh(jax.devices()[: data * expert * tensor], expert=expert, tensor=tensor)
-    after, before = steps(forget, retain, mesh, masked=False)
-    for path, wanted in masked.items():
-        np.testing.assert_allclose(after[path], wanted, atol=2e-5, err_msg=path)
+def test_training_rows_is_training_all_with_masked_updates_on_any_mesh(forget, retain):
+    wanted, _ = steps(forget, retain, ONE, masked=True)
+    after, before = steps(forget, retain, make_mesh(jax.devices()[:4], expert=2, tensor=2), masked=False)
+    for path in wanted:
+        np.testing.assert_allclose(after[path], wanted[path], atol=2e-5, err_msg=path)
         np.testing.assert_array_equal(after[path][~SELECTED], before[path][~SELECTED])
         assert (after[path][SELECTED] != before[path][SELECTED]).mean() > 0.9
 
 
-def test_other_experts_are_bit_identical_after_20_decayed_steps_also_after_the_selection_changes(model, forget, retain):
-    """AdamW with weight decay; the second run starts where the first ended, with other experts."""
-    config = dataclasses.replace(CONFIG, steps=20, forget_batch_size=4, retain_batch_size=4, evaluate_every=20)
-    first, second = np.zeros((2, 4), bool), np.zeros((2, 4), bool)
-    first[0, [0, 3]], second[:, 1] = True, True
-    mesh = make_mesh(jax.devices()[:1])
-    for selected in (first, second):
-        after = unlearn(model, forget, retain, config=config, selected=selected, mesh=mesh).model
-        for path, array in flatten(model.params).items():
-            old, new = np.asarray(array), np.asarray(flatten(after.params)[path])
-            if path.startswith("layers/experts/"):
-                assert (new[selected] != old[selected]).mean() > 0.9
-                old, new = old[~selected], new[~selected]
+# --- SEUF
+
+
+def by_hand(probabilities, indices, target, valid, form):
+    """Mean over valid tokens, one token and one layer at a time."""
+    total = 0.0
+    for layer in range(len(target)):
+        if not target[layer].any():
+            continue
+        for row, position in np.argwhere(valid):
+            g = probabilities[layer, row, position].astype(np.float64)
+            if form == "sum":
+                g = np.where(np.isin(np.arange(len(g)), indices[layer, row, position]), g, 0.0)
+            error = (g - target[layer]) ** 2
+            total += error.sum() if form == "sum" else error.sum() / len(g)
+    return total / valid.sum()
+
+
+@pytest.mark.parametrize("form", ["sum", "mean"])
+def test_anchor_is_that_of_a_loop_over_tokens(form):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 4, 5, 6)).astype(np.float32)
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    indices = np.argsort(-logits, axis=-1)[..., :2].astype(np.int32)
+    target = np.zeros((3, 6), bool)
+    target[0, 2], target[2, 1], target[2, 5] = True, True, True
+    valid = rng.random((4, 5)) < 0.6
+    total, count = anchor_loss(*map(jnp.asarray, (probabilities, indices, target, valid)), form=form)
+    assert float(total / count) == pytest.approx(by_hand(probabilities, indices, target, valid, form), rel=1e-5)
+
+
+def test_targets_are_the_experts_of_the_index():
+    index = jnp.asarray([[2, 4], [4, 4], [0, 3]], jnp.int32)
+    assert target_experts(index, 4).astype(jnp.int32).tolist() == [[0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1]]
+
+
+def run(model, forget, retain, selected, mesh=ONE, directory=None, **changes):
+    config = dataclasses.replace(SEUF, **changes)
+    return unlearn(model, forget, retain, config=config, selected=selected, mesh=mesh, directory=directory)
+
+
+@pytest.fixture(scope="module")
+def unlearned(model, forget, retain, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("seuf")
+    return run(model, forget, retain, ONE_EXPERT, directory=directory, steps=20), directory
+
+
+def assert_only(before, after, selected):
+    """Exactly the selected experts and the routers of their layers differ."""
+    layers, after = selected.any(axis=1), flat_of(after)
+    for path, old in flat_of(before).items():
+        new = after[path]
+        trains = selected if path.startswith("layers/experts/") else layers if path == "layers/router" else None
+        if trains is None:
             np.testing.assert_array_equal(new, old, err_msg=path)
-        model = after
+            continue
+        np.testing.assert_array_equal(new[~trains], old[~trains], err_msg=path)
+        assert (new[trains] != old[trains]).mean() > 0.9, path
+
+
+def test_exactly_its_parameters_train_also_after_the_selection_changes(model, forget, retain, unlearned):
+    """Twenty steps of AdamW with weight decay; the second run starts where the first ended, with another expert."""
+    first, _ = unlearned
+    assert_only(model, first.model, ONE_EXPERT)
+    second = run(first.model, forget, retain, OTHER, steps=20)
+    assert_only(first.model, second.model, OTHER)
+
+
+def test_the_anchor_is_logged_and_is_that_of_the_original_at_the_first_step(model, forget, unlearned):
+    """The first of the logged losses is taken at the original parameters, on the four rows that the step drew."""
+    _, directory = unlearned
+    anchors = [row["anchor_loss"] for row in read_lines(directory / "metrics.jsonl") if "anchor_loss" in row]
+    router = forward(model.params, model.config, forget.tokens, mask=forget.segments, collect=("router",)).router
+    probabilities, indices = np.asarray(jax.nn.softmax(router.logits, axis=-1)), np.asarray(router.indices)
+    of_rows = [
+        by_hand(probabilities[:, [i]], indices[:, [i]], ONE_EXPERT, forget.valid[[i]], "sum")
+        for i in range(len(forget.tokens))
+    ]
+    assert min(of_rows) < anchors[0] < max(of_rows)
+
+
+def test_a_strong_anchor_holds_forget_tokens_on_the_target(model, forget, retain):
+    def share(anchor):
+        after = run(model, forget, retain, ONE_EXPERT, trainable={"name": "seuf", "anchor": anchor}, steps=10).model
+        return statistics_of(after, forget)[0].frequency[1, 2]
+
+    assert share(100.0) > share(1e-6)
+
+
+def test_a_margin_moves_no_router_that_does_not_train(model, forget, retain):
+    """GRIP beside SEUF: the margin is wider than the scores of the original are apart, in every layer."""
+    grip = {"name": "project", "tokens": 4, "margin": 2.0}
+    assert_only(model, run(model, forget, retain, ONE_EXPERT, steps=2, grip=grip).model, ONE_EXPERT)
+
+
+def test_a_mesh_trains_the_same(model, forget, retain):
+    """Rows, experts and routers lie in pieces; forget rows are padded to a multiple of the devices."""
+    mesh = make_mesh(jax.devices(), data=2, expert=2, tensor=2)
+    one, many = (flat_of(run(model, forget, retain, ONE_EXPERT, m, steps=3).model) for m in (ONE, mesh))
+    for path, array in one.items():
+        np.testing.assert_allclose(many[path], array, atol=1e-4, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def statistics(model, forget, retain):
+    return statistics_of(model, forget, retain)
+
+
+def some(experts):
+    return UnlearningConfig(trainable={"name": "selected_experts", "experts": experts})
+
+
+def test_by_default_the_expert_of_highest_affinity_of_the_model_trains(statistics):
+    chosen = chosen_experts(SEUF, np.zeros((2, 4), bool), *statistics, seed=0)
+    affinity = statistics[0].gate_mass
+    assert chosen.sum() == 1 and affinity[chosen] == affinity.max()
+
+
+@pytest.mark.parametrize("rule", ["difference", "affinity", "random"])
+def test_rules_of_seuf_take_one_expert_of_the_model_and_those_of_others_four_of_each_layer(rule):
+    of_seuf = UnlearningConfig(trainable={"name": "seuf", "experts": rule}).trainable.experts
+    assert (of_seuf.name, of_seuf.top, of_seuf.scope) == (rule, 1, "model")
+    assert (some(rule).trainable.experts.top, some(rule).trainable.experts.scope) == (4, "layer")
+
+
+def test_esft_covers_a_share_of_the_forget_activations_in_every_layer(statistics):
+    config = some({"name": "cumulative", "mass": 0.6})
+    chosen = chosen_experts(config, np.zeros((2, 4), bool), *statistics, seed=0)
+    forget, retain = (s.frequency for s in statistics)
+    for layer, experts in enumerate(chosen):
+        order = np.argsort(-forget[layer])
+        enough = int(np.searchsorted(np.cumsum(forget[layer][order]), 0.6 * 2)) + 1
+        covering = np.isin(np.arange(4), order[:enough])
+        assert experts.tolist() == (covering & (forget[layer] > retain[layer])).tolist()
+    assert some("cumulative").trainable.experts.mass == 0.15
+
+
+def test_random_experts_follow_the_seed_and_the_calibration_is_the_default(statistics):
+    config = some({"name": "random", "top": 2})
+    one, again, other = (chosen_experts(config, ONE_EXPERT, *statistics, seed=seed) for seed in (0, 0, 1))
+    assert (one.sum(axis=1) == 2).all() and (one == again).all() and (one != other).any()
+    default = UnlearningConfig(trainable="selected_experts")
+    assert chosen_experts(default, ONE_EXPERT, *statistics, seed=0) is ONE_EXPERT
+    assert chosen_experts(UnlearningConfig(), ONE_EXPERT, *statistics, seed=0) is None
+
+
+def test_unusable_choices_of_experts_are_refused(model, forget, retain, statistics):
+    config = dataclasses.replace(SEUF, trainable={"name": "seuf", "experts": {"top": 9}})
+    with pytest.raises(ConfigError, match="experts is 'affinity': top is 9; expected 1 to 8"):
+        chosen_experts(config, ONE_EXPERT, *statistics, seed=0)
+    with pytest.raises(ConfigError, match="'seuf', but no expert is selected"):
+        unlearn(model, forget, retain, config=SEUF)
+    with pytest.raises(ConfigError, match="but no expert is selected"):
+        unlearn(model, forget, retain, config=SEUF, selected=np.zeros((2, 4), bool))
+    steered = UnlearningConfig(objective="rmu", trainable="seuf")
+    with pytest.raises(
+        ConfigError,
+        match=r"layer 1, and the selected experts are in layers 2, above it.*unlearning.objective.layer to 2",
+    ):
+        unlearn(model, forget, retain, config=steered, selected=ONE_EXPERT)
+    with pytest.raises(ValueError, match=r"selected is \(1, 4\); the model has \(2, 4\)"):
+        unlearn(model, forget, retain, config=SEUF, selected=ONE_EXPERT[1:])

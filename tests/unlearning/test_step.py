@@ -1,4 +1,8 @@
-"""The compiled step against a plain gradient of the same formula; the same numbers on any number of devices."""
+"""The compiled step against a plain gradient of the same formula; the same numbers on any number of devices.
+
+What an objective makes of its inputs is proved in `test_objectives` and tests/models/test_vocabulary_loss.py. Here one
+objective stands for all that look at the same things.
+"""
 
 import dataclasses
 
@@ -7,60 +11,46 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.unlearning.conftest import ONE
 from trace_jax.data.rows import with_refusals
 from trace_jax.models.arrays import flatten, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.parallel.mesh import make_mesh
+from trace_jax.unlearning import unlearn as unlearn_module
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
-from trace_jax.unlearning.losses import Constants, coefficients
-from trace_jax.unlearning.objectives import PAPER, Objective
+from trace_jax.unlearning.losses import Constants, StepSettings, coefficients, hidden_distance
+from trace_jax.unlearning.objectives import ForgetInputs, Objective, Refusing
 from trace_jax.unlearning.optimizer import TrainingConfig
-from trace_jax.unlearning.state import StepSettings, initial_state, unlearning_settings
-from trace_jax.unlearning.step import training_step, unlearning_step
-from trace_jax.unlearning.terms import ForgetInputs
+from trace_jax.unlearning.step import initial_state, training_step, unlearning_settings, unlearning_step
 
-RETAINS = {
-    "gradient_difference": ("none", "nll", "kl", "hidden"),
-    "rmu": ("none", "kl", "hidden"),
-    "npo": ("kl", "nll"),
-}
-_RMU_FORMS = (PAPER, "wmdp", "open_unlearning")
-FORMS = {"npo": (PAPER, "gemma", "muse_logits"), "simnpo": (PAPER, "muse_logits"), "rmu": _RMU_FORMS}
 CASES = [
-    (name, form, retain_loss)
-    for name, kind in Objective.kinds.items()
-    for form in FORMS.get(name, (PAPER,))
-    for retain_loss in (RETAINS.get(name, ("kl",)) if kind.retains else ("none",))
+    ({"name": "gradient_ascent"}, "none"),
+    ({"name": "gradient_difference"}, "nll"),
+    ({"name": "npo"}, "kl"),
+    ({"name": "dpo"}, "hidden"),
+    ({"name": "rmu"}, "hidden"),
+    ({"name": "rmu", "form": "open_unlearning"}, "kl"),
+    ({"name": "undial"}, "kl"),
+    ({"name": "simnpo", "form": "muse_logits", "beta": 0.5}, "nll"),
 ]
-REFUSALS = [np.array([5, 7, 2], np.int32), np.array([9, 2], np.int32)]
+TARGETS = np.random.default_rng(5).uniform(size=(2, 16)).astype(np.float32)
 
 
-def setting(name, retain_loss, form=PAPER, normalize="count", **numbers):
-    objective = {"name": name, "gamma": 0.5, **({} if form == PAPER else {"form": form}), **numbers}
+def setting(objective, retain_loss, **changes):
+    alpha = {} if retain_loss == "none" else {"alpha": 3.0}
     return UnlearningConfig(
-        objective=objective, retain_loss=retain_loss, alpha=3.0, normalize=normalize, learning_rate=0.01,
-        clip_norm=0.0, trainable="all",
+        objective={"gamma": 0.5, **objective}, retain_loss=retain_loss, learning_rate=0.01, clip_norm=0.0,
+        trainable="all", **alpha, **changes,
     )  # fmt: skip
-
-
-def cross_entropy(log_p, scores):
-    return -(jax.nn.softmax(jax.lax.stop_gradient(scores)) * log_p).sum(-1)
 
 
 def whole_vocabulary(objective, logits, reference, targets, c):
     """Losses of more than the target's probability, from whole logits [B, S, V]."""
-    onehot = jax.nn.one_hot(targets, logits.shape[-1])
-    log_p = jax.nn.log_softmax(logits)
-    if getattr(objective, "form", "") == "muse_logits":
-        beta = c["beta"]
-        margin = reference - logits if objective.name == "npo" else -logits - c["delta"]
-        return (2 / beta * jnp.log1p(jnp.exp(-beta * margin))).mean(-1)
-    if objective.name == "undial":
-        return cross_entropy(log_p, reference - c["beta"] * onehot)
-    if objective.name == "ceu":
-        return cross_entropy(log_p, jnp.where(onehot > 0, -jnp.inf, logits))
-    return (logits.max(-1) - logits.mean(-1)) ** 2
+    if objective.name == "simnpo":
+        return (2 / c["beta"] * jnp.log1p(jnp.exp(-c["beta"] * (-logits - c["delta"])))).mean(-1)
+    scores = reference - c["beta"] * jax.nn.one_hot(targets, logits.shape[-1])
+    return -(jax.nn.softmax(jax.lax.stop_gradient(scores)) * jax.nn.log_softmax(logits)).sum(-1)
 
 
 def plain_outputs(flat, model_config, rows):
@@ -105,9 +95,8 @@ def plain_loss(current, original, config, rows):
         "kl": (jnp.exp(log_ref) * (log_ref - log_p)).sum(-1),
         "hidden": ((hidden_r - hidden_ref) ** 2).mean(-1),
     }[config.retain_loss.name]
-    valid, weights = rows.retain.valid, rows.weights
-    divisor = valid.sum() if config.normalize == "count" else jnp.where(valid, weights, 0.0).sum()
-    return loss + c["alpha"] * jnp.where(valid, weights * per_token, 0.0).sum() / divisor.astype(np.float32)
+    valid = rows.retain.valid
+    return loss + c["alpha"] * jnp.where(valid, rows.weights * per_token, 0.0).sum() / valid.sum().astype(np.float32)
 
 
 def moved(flat):
@@ -116,31 +105,25 @@ def moved(flat):
     return {k: v + 0.05 * jax.random.normal(s, v.shape) for s, (k, v) in zip(keys, flat.items(), strict=True)}
 
 
-def gradient_of_step(config, model, rows, *, devices=1, tensor=1):
+def gradient_of_step(config, model, rows, mesh=ONE):
     """(metrics, gradient) of the compiled step, read off the first moments of Adam."""
     training = flatten(model.params)
     settings = unlearning_settings(config, model.config)
     target = jnp.asarray(TARGETS) if "hidden" in config.objective.needs else None
     constants = Constants(training, None, None, coefficients(config), target)
-    mesh = make_mesh(jax.devices()[:devices], tensor=tensor)
-    state = initial_state(
-        moved(training), settings, mesh, alpha=config.alpha if config.objective.adapts_alpha else None
-    )
+    state = initial_state(moved(training), settings, mesh)
     if not config.retains:
         rows = dataclasses.replace(rows, retain=None, weights=None)
-    state, metrics = unlearning_step(state, constants, pad_rows(rows, devices), settings=settings, mesh=mesh)
+    state, metrics = unlearning_step(state, constants, pad_rows(rows, mesh.size), settings=settings, mesh=mesh)
     first_moment = next(s for s in state.optimizer if hasattr(s, "mu")).mu
     gradient = jax.tree.map(lambda m: np.asarray(m) / np.float32(0.1), first_moment)
     return {k: float(v) for k, v in metrics.items()}, gradient
 
 
-TARGETS = np.random.default_rng(5).uniform(size=(2, 16)).astype(np.float32)
-
-
 @pytest.fixture(scope="module")
 def rows(forget, retain):
     """Forget rows paired with refusals, of two topics; retain rows with uneven weights."""
-    paired, refused = with_refusals(forget, REFUSALS)
+    paired, refused = with_refusals(forget, [np.array([5, 7, 2], np.int32), np.array([9, 2], np.int32)])
     weights = np.random.default_rng(3).exponential(size=retain.tokens.shape).astype(np.float32)
     forget, refused, retain = (r.batch(np.arange(len(r))) for r in (paired, refused, retain))
     topic = np.arange(len(forget.tokens), dtype=np.int32) % 2
@@ -156,61 +139,96 @@ def plain(model, rows):
     return outputs(moved(start)), outputs(start), lambda cotangent: pull_back(moved(start), cotangent)
 
 
-@pytest.mark.parametrize(("objective", "form", "retain_loss"), CASES)
-def test_gradient_equals_plain_formula(model, rows, plain, objective, form, retain_loss):
-    # Raw logits of both signs saturate a steep sigmoid, and rounding errors grow with the steepness.
-    milder = {"beta": 0.5} if form == "muse_logits" else {}
-    config = setting(objective, retain_loss, form=form, **milder)
-    metrics, gradient = gradient_of_step(config, model, rows)
+@pytest.fixture(scope="module")
+def steps(model, rows):
+    """Metrics and gradient of each case's step, by objective and retain loss."""
+    return {
+        (*objective.values(), retain): gradient_of_step(setting(objective, retain), model, rows)
+        for objective, retain in CASES
+    }
+
+
+@pytest.mark.parametrize(("objective", "retain_loss"), CASES, ids=str)
+def test_gradient_equals_plain_formula(steps, rows, plain, objective, retain_loss):
+    metrics, gradient = steps[*objective.values(), retain_loss]
     current, original, pull_back = plain
-    value, by_outputs = jax.jit(jax.value_and_grad(lambda c: plain_loss(c, original, config, rows)))(current)
+    config = setting(objective, retain_loss)
+    value, by_outputs = jax.value_and_grad(lambda c: plain_loss(c, original, config, rows))(current)
     assert metrics["loss"] == pytest.approx(float(value), rel=2e-5)
     for path, wanted in pull_back(by_outputs).items():
         np.testing.assert_allclose(
-            gradient[path], wanted, atol=3e-5 * max(1.0, float(np.abs(wanted).max())), err_msg=path
+            gradient[path], wanted, atol=5e-5 * max(1.0, float(np.abs(wanted).max())), err_msg=path
         )
 
 
-def test_normalize_batch_divides_by_the_weights(model, rows):
-    count = gradient_of_step(setting("gradient_difference", "kl"), model, rows)[0]
-    batch = gradient_of_step(setting("gradient_difference", "kl", normalize="batch"), model, rows)[0]
+def test_normalize_batch_divides_by_the_weights_and_empty_rows_change_nothing(model, rows, steps):
+    count = steps["npo", "kl"][0]
+    padded = pad_rows(rows, 5)
+    added = len(padded.retain.tokens) - len(rows.retain.tokens)
+    assert added and not padded.retain.valid[-added:].any() and not padded.weights[-added:].any()
+    batch = gradient_of_step(setting({"name": "npo"}, "kl", normalize="batch"), model, padded)[0]
     valid = rows.retain.valid
     assert batch["retain_loss"] == pytest.approx(count["retain_loss"] * valid.sum() / rows.weights[valid].sum())
+    assert batch["forget_loss"] == pytest.approx(count["forget_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["npo", "undial", "rmu", "flat"])
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_same_gradient_on_four_devices(model, rows, objective, tensor):
-    config = setting(objective, "kl")
-    one = gradient_of_step(config, model, rows)
-    many = gradient_of_step(config, model, rows, devices=4, tensor=tensor)
+def test_same_gradient_on_four_devices(model, rows, steps):
+    """Rows and vocabulary are split; `tests/parallel/test_invariance.py` has other meshes."""
+    one = steps["undial", "kl"]
+    many = gradient_of_step(setting({"name": "undial"}, "kl"), model, rows, make_mesh(jax.devices()[:4], tensor=2))
     assert many[0] == pytest.approx(one[0], rel=1e-5)
     for path in one[1]:
         scale = max(1.0, float(np.abs(one[1][path]).max()))
         np.testing.assert_allclose(many[1][path], one[1][path], atol=5e-5 * scale, err_msg=path)
 
 
-def test_empty_rows_change_nothing(model, rows):
-    config = setting("gradient_difference", "kl")
-    padded = pad_rows(rows, 5)
-    added = len(padded.retain.tokens) - len(rows.retain.tokens)
-    assert added and not padded.retain.valid[-added:].any() and not padded.weights[-added:].any()
-    assert gradient_of_step(config, model, padded)[0] == pytest.approx(
-        gradient_of_step(config, model, rows)[0], rel=1e-5
-    )
+class Words:
+    """A tokenizer whose tokens are the lengths of words."""
+
+    def encode_batch(self, texts, add_special_tokens=True):
+        return [type("Encoding", (), {"ids": [5 + len(word) for word in text.split()]}) for text in texts]
 
 
-def test_training_step_learns_and_is_the_same_on_four_devices(model, retain):
+class Traced(Exception):
+    """Stands for the end of a run whose step is traced and not compiled."""
+
+
+@pytest.mark.parametrize("name", Objective.kinds)
+def test_every_objective_gets_what_it_looks_at_also_in_bfloat16(model, forget, retain, monkeypatch, name):
+    """Types and ranks are strict, so that a step that can be traced mixes none. The router stays in float32."""
+    half = {k: v if "router" in k else v.astype(jnp.bfloat16) for k, v in flatten(model.params).items()}
+    config = dataclasses.replace(model.config, dtype="bfloat16")
+    half = dataclasses.replace(model, config=config, params=unflatten(half), tokenizer=Words())
+
+    def step(state, constants, rows, **settings):
+        state, metrics = jax.eval_shape(lambda *a: unlearning_step(*a, **settings), state, constants, rows)
+        assert {leaf.dtype for leaf in state.trainable.values()} == {jnp.dtype("float32")}
+        assert {"loss", "forget_loss", "gradient_norm"} <= set(metrics)
+        raise Traced
+
+    monkeypatch.setattr(unlearn_module, "unlearning_step", step)
+    refusals = {"refusals": ("No.",)} if issubclass(Objective.kinds[name], Refusing) else {}
+    with pytest.raises(Traced):
+        unlearn_module.unlearn(
+            half, forget, retain, mesh=ONE, config=UnlearningConfig(objective={"name": name, **refusals})
+        )
+
+
+def test_training_learns_and_is_the_same_on_four_devices(model, retain):
     config = TrainingConfig(steps=20, learning_rate=0.01, warmup_steps=0, schedule="constant")
     settings, losses = StepSettings(model.config, config.optimization, config.steps), {}
     for devices in (1, 4):
         mesh = make_mesh(jax.devices()[:devices])
         state = initial_state(flatten(model.params), settings, mesh)
-        batch = retain.batch(np.arange(16))
-        losses[devices] = []
+        batch, losses[devices] = retain.batch(np.arange(16)), []
         for _ in range(10):
             state, metrics = training_step(state, batch, settings=settings, load_balance=0.01, mesh=mesh)
             losses[devices].append(float(metrics["loss"]))
     assert losses[1][-1] < losses[1][0] - 0.3
     # Later steps may differ more: a rounding difference that flips one routing decision is amplified by training.
     assert losses[4][:4] == pytest.approx(losses[1][:4], rel=1e-4)
+
+
+def test_hidden_distance_is_the_mean_square_over_the_width():
+    a, b = np.random.default_rng(2).normal(size=(2, 2, 3, 5)).astype(np.float32)
+    np.testing.assert_allclose(hidden_distance(jnp.asarray(a), jnp.asarray(b)), ((a - b) ** 2).mean(-1), rtol=1e-6)

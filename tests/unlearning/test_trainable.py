@@ -1,25 +1,39 @@
-"""What trains is chosen by path and by expert; everything else stays bit-identical."""
+"""What trains is chosen by path, by layer and by expert, and written down family by family and preset by preset.
 
-import itertools
+To write the files of tests/golden again after a change that is meant: TRACE_JAX_WRITE_GOLDEN=1 pytest THIS_FILE
+"""
 
-import jax
-import jax.numpy as jnp
+import dataclasses
+import os
+from pathlib import Path
+
 import numpy as np
-import optax
 import pytest
+from tiny_checkpoints import fields_of
 
+from tests import tiny
 from trace_jax.config import ConfigError
-from trace_jax.models.arrays import abstract_params, flatten, unflatten
-from trace_jax.models.config import ModelConfig
-from trace_jax.unlearning.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from trace_jax.unlearning.trainable import PRESETS, trainable_paths, trainable_table, update_masks
+from trace_jax.models.arrays import abstract_params, flatten
+from trace_jax.models.families import model_config
+from trace_jax.unlearning.config import SomeExperts, Trainable, UnlearningConfig
+from trace_jax.unlearning.trainable import table_text, trainable_paths, trainable_table, update_masks
 
+GOLDEN, WRITE = Path(__file__).parents[1] / "golden", "TRACE_JAX_WRITE_GOLDEN"
+PRESETS = [name for name in Trainable.kinds if name != "patterns"]
 EXPERTS = {"layers/experts/gate_up", "layers/experts/down"}
+MIXED = dataclasses.replace(
+    tiny.CONFIG, num_layers=4, dense_layers=(0, 2), dense_hidden_size=8, router_bias=True, router_correction=True
+)
+SELECTED = np.array([[0, 0, 0, 0], [0, 0, 0, 1]], bool)
+
+
+def paths_of(trainable, model=tiny.CONFIG):
+    return trainable_paths(model, UnlearningConfig(trainable=trainable).trainable)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets(model, preset):
-    everything = set(flatten(model.params))
+def test_presets(preset):
+    everything = set(flatten(abstract_params(tiny.CONFIG)))
     expected = {
         "all": everything,
         "experts": EXPERTS,
@@ -29,104 +43,79 @@ def test_presets(model, preset):
         "down_projections": {"layers/experts/down"},
         "lora": EXPERTS | {f"layers/{name}" for name in "qkvo"},
     }[preset]
-    assert set(trainable_paths(model.config, preset)) == expected
+    assert set(paths_of(preset)) == expected
 
 
-def test_first_matching_pattern_wins(model):
-    training = trainable_paths(model.config, ("!layers/experts/down", "layers/*"))
+def test_first_matching_pattern_wins():
+    training = paths_of(("!layers/experts/down", "layers/*"))
     assert "layers/experts/down" not in training
     assert "layers/experts/gate_up" in training and "embed" not in training
 
 
-def test_flatten_is_undone_by_unflatten(model):
-    assert jax.tree.structure(unflatten(flatten(model.params))) == jax.tree.structure(model.params)
-
-
-@pytest.mark.parametrize(("trainable", "message"), [("expert", "neither a preset"), (("!*",), "freezes every")])
-def test_unusable_patterns_are_refused(model, trainable, message):
+@pytest.mark.parametrize(
+    ("trainable", "message"),
+    [("expert", "neither a preset"), (("!*",), "freezes every"), ("layers/router_correction", "freezes every")],
+)
+def test_unusable_patterns_are_refused(trainable, message):
     with pytest.raises(ConfigError, match=message):
-        trainable_paths(model.config, trainable)
-
-
-def run_adamw(params, masks_per_step):
-    """AdamW with weight decay whose mask may change while its momentum goes on."""
-    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, clip_norm=1.0)
-    state, key = None, jax.random.key(1)
-    for masks in masks_per_step:
-        optimizer = make_optimizer(config, 100, masks)
-        state = optimizer.init(params) if state is None else state
-        key, sub = jax.random.split(key)
-        gradients = jax.tree.map(lambda p, k=sub: jax.random.normal(k, p.shape), params)
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimizer.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
-    return params
-
-
-def test_frozen_layers_are_bit_identical_also_after_the_masks_change(model):
-    training = {path: flatten(model.params)[path] for path in EXPERTS}
-    first, second = (update_masks(training, model.config, layers=(n, n)) for n in (1, 2))
-    halfway = run_adamw(training, [first] * 10)
-    end = run_adamw(training, [first] * 10 + [second] * 10)
-    for path, leaf in training.items():
-        np.testing.assert_array_equal(np.asarray(halfway[path])[1], np.asarray(leaf)[1])
-        np.testing.assert_array_equal(np.asarray(end[path])[0], np.asarray(halfway[path])[0])
-        assert (np.asarray(end[path])[1] != np.asarray(leaf)[1]).any()
-
-
-def test_layer_range(model):
-    masks = update_masks(trainable_paths(model.config, "down_projections"), model.config, layers=(2, 2))
-    assert masks["layers/experts/down"].reshape(-1).tolist() == [0.0, 1.0]
-
-
-MIXED = ModelConfig(
-    vocab_size=61, hidden_size=16, num_layers=4, num_heads=2, num_kv_heads=1, head_size=8, num_experts=4,
-    expert_hidden_size=8, dense_layers=(0, 2), dense_hidden_size=8, router_bias=True, router_correction=True,
-)  # fmt: skip
+        paths_of(trainable, MIXED)
 
 
 def test_a_layer_range_counts_the_layers_of_the_network_in_both_stacks():
-    masks = update_masks(trainable_paths(MIXED, "down_projections"), MIXED, layers=(3, 4))
-    found = {path: mask.reshape(-1).tolist() for path, mask in masks.items()}
-    assert found == {"layers/experts/down": [0.0, 1.0], "dense/mlp/down": [0.0, 1.0]}  # layers 2, 4 and 1, 3
+    masks = update_masks(paths_of("down_projections", MIXED), MIXED, layers=(3, 4))
+    numbers = {path: mask.reshape(-1).tolist() for path, mask in masks.items()}
+    assert numbers == {"layers/experts/down": [0.0, 1.0], "dense/mlp/down": [0.0, 1.0]}  # layers 2, 4 and 1, 3
     with pytest.raises(ConfigError, match=r"nothing of layers/experts/down, .* no part of it is in layers \(1, 1\)"):
-        update_masks(trainable_paths(MIXED, "experts"), MIXED, layers=(1, 1))
+        update_masks(paths_of("experts", MIXED), MIXED, layers=(1, 1))
 
 
 def test_routers_train_in_the_layers_of_selected_experts_and_whole_arrays_of_experts_need_no_mask():
-    selected = np.zeros((2, 4), bool)
-    selected[1, 3] = True
-    masks = update_masks(trainable_paths(MIXED, "seuf"), MIXED, selected=selected)
-    found = {path: mask.reshape(-1).tolist() for path, mask in masks.items()}
+    masks = update_masks(paths_of("seuf", MIXED), MIXED, selected=SELECTED)
+    numbers = {path: mask.reshape(-1).tolist() for path, mask in masks.items()}
     of_router = {"layers/router": [0.0, 1.0], "layers/router_bias": [0.0, 1.0]}
-    assert found == {f"{path}/rows": [1.0] for path in EXPERTS} | of_router
-    assert update_masks(trainable_paths(MIXED, "selected_experts"), MIXED, selected=selected) is None
+    assert numbers == {f"{path}/rows": [1.0] for path in EXPERTS} | of_router
+    assert update_masks(paths_of("selected_experts", MIXED), MIXED, selected=SELECTED) is None
 
 
 def test_the_correction_never_trains_and_frozen_routers_are_whole():
     for trainable in ("all", ("*",), ("layers/router*",)):
-        training = trainable_paths(MIXED, trainable)
+        training = paths_of(trainable, MIXED)
         assert "layers/router_correction" not in training and "layers/router_bias" in training
-    frozen = set(flatten(abstract_params(MIXED))) - set(trainable_paths(MIXED, "routers_frozen"))
+    frozen = set(flatten(abstract_params(MIXED))) - set(paths_of("routers_frozen", MIXED))
     assert frozen == {"layers/router", "layers/router_bias", "layers/router_correction"}
-    with pytest.raises(ConfigError, match="freezes every parameter"):
-        trainable_paths(MIXED, "layers/router_correction")
 
 
-def test_table_counts_what_trains(model):
-    selected = np.zeros((2, 4), bool)
-    selected[0, 0] = True
-    rows = trainable_table(model.config, "selected_experts", selected=selected)
-    total = {row["path"]: row for row in rows}
-    assert total["layers/experts/down"]["trained"] * 8 == total["layers/experts/down"]["parameters"]
-    assert total["embed"]["trained"] == 0
-    assert sum(row["parameters"] for row in rows) == sum(x.size for x in jax.tree.leaves(model.params))
+def some_experts(config, preset):
+    """SEUF's default, one expert of the model, or two of each layer; None where whole arrays train."""
+    selected = np.zeros((len(config.moe_layers), config.num_experts), bool)
+    if preset == "seuf":
+        selected[-1, 3] = True
+    else:
+        selected[:, :2] = True
+    return selected if issubclass(Trainable.kinds[preset], SomeExperts) else None
 
 
-def test_learning_rate_warms_up_then_follows_its_schedule():
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, schedule="cosine")
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes integer steps and floats
-        rates = [float(learning_rate(config, 20)(jnp.int32(step))) for step in range(21)]
-    assert rates[:5] == pytest.approx([0.25, 0.4375, 0.625, 0.8125, 1.0])
-    assert rates[12] == pytest.approx(0.5, abs=1e-6) and rates[20] == pytest.approx(0.0, abs=1e-6)
-    assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
+def table_of(config, preset):
+    return trainable_table(config, UnlearningConfig(trainable=preset), some_experts(config, preset))
+
+
+@pytest.mark.parametrize(("family", "layers"), [("olmoe", 3), ("qwen2_moe", 3), ("deepseek_v2", 4)])
+def test_what_trains_is_what_is_written_down(family, layers):
+    fields = {"model_type": family, **fields_of(family), "num_hidden_layers": layers}
+    config = model_config(fields, dtype="bfloat16")
+    text = "\n".join(f"{preset}\n{table_text(table_of(config, preset))}\n" for preset in PRESETS)
+    path = GOLDEN / f"trained_{family}.txt"
+    if os.environ.get(WRITE):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert path.read_text() == text, f"what trains has changed; if that is meant, run this test with {WRITE}=1"
+
+
+def test_the_table_counts_every_number_once():
+    config = model_config({"model_type": "qwen2_moe", **fields_of("qwen2_moe")}, dtype="float32")
+    params = abstract_params(config)
+    table = {row["path"]: row for row in table_of(config, "seuf")}
+    D, E, F = config.hidden_size, config.num_experts, config.expert_hidden_size
+    trained = {path: row["trained"] for path, row in table.items() if row["trained"]}
+    assert trained == {"layers/experts/gate_up": D * 2 * F, "layers/experts/down": F * D, "layers/router": D * E}
+    assert {path: row["parameters"] for path, row in table.items()} == {p: x.size for p, x in flatten(params).items()}

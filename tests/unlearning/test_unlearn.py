@@ -7,90 +7,72 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.unlearning.conftest import CONFIG, ONE, assert_same, flat_of, weights_of
 from trace_jax.config import ConfigError
-from trace_jax.data.batches import sequential_batches
 from trace_jax.models.arrays import abstract_params, flatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
-from trace_jax.parallel.mesh import make_mesh
-from trace_jax.routing.config import CalibrationConfig
-from trace_jax.routing.statistics import expert_statistics
-from trace_jax.routing.weights import retain_weights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.rules import Evaluated
 from trace_jax.unlearning.unlearn import unlearn
 
-CONFIG = UnlearningConfig(
-    steps=6, forget_batch_size=4, retain_batch_size=4, learning_rate=0.01, alpha=1.0, checkpoint_every=6
-)
-
-KEEP = {"name": "best_utility", "forgetting": 0.2}
+KEEP = {"name": "best_utility", "forgetting": 0.5}
 
 
-def weights_of(model, forget, retain, **settings):
-    statistics = [expert_statistics(model, sequential_batches(rows, 8), min_activations=1) for rows in (forget, retain)]
-    config = CalibrationConfig({"name": "entropy", **settings})
-    return retain_weights(
-        config, model=model, forget=forget, retain=retain,
-        forget_statistics=statistics[0], retain_statistics=statistics[1],
-    )  # fmt: skip
+def run(model, forget, retain, config=CONFIG, **options):
+    return unlearn(model, forget, retain, config=config, mesh=ONE, **options)
 
 
-def assert_same(one, other):
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
-@pytest.mark.parametrize("unit", ["token", "row"])
-@pytest.mark.parametrize("apply", ["weights", "both"])
+@pytest.mark.parametrize(("unit", "apply"), [("token", "both"), ("row", "weights")])
 def test_equal_routing_trains_bit_identically_to_graddiff(model, retain, unit, apply):
     """Where forget and retain use the experts alike, every weight is exactly one and TRACE is plain GradDiff."""
-    weights = weights_of(model, retain, retain, rule="all", unit=unit, apply=apply)
+    weights = weights_of(model, retain, retain, strength=1.0, unit=unit, apply=apply)
     assert (weights.weights == retain.valid).all()
-    plain = unlearn(model, retain, retain, config=CONFIG)
-    assert_same(unlearn(model, retain, retain, config=CONFIG, weights=weights).model.params, plain.model.params)
+    plain, weighted = (run(model, retain, retain, weights=w).model.params for w in (None, weights))
+    assert_same(weighted, plain)
 
 
-def test_the_target_model_is_not_changed(model, forget, retain):
-    before = jax.tree.map(np.array, model.params)
-    changed = unlearn(model, forget, retain, config=CONFIG)
-    assert_same(model.params, before)
-    assert not np.array_equal(changed.model.params["head"], before["head"])
-
-
-def test_forget_text_becomes_less_likely(model, forget, retain):
+def test_forget_text_becomes_less_likely_and_the_target_model_is_not_changed(model, forget, retain):
     def nll(params):
         out = forward(params, model.config, forget.tokens, mask=forget.segments, collect=("hidden",))
-        return float(
-            np.asarray(token_nll(params, model.config, out.hidden, np.roll(forget.tokens, -1, 1)))[forget.valid].mean()
-        )
+        losses = token_nll(params, model.config, out.hidden, np.roll(forget.tokens, -1, 1))
+        return float(np.asarray(losses)[forget.valid].mean())
 
-    config = dataclasses.replace(CONFIG, steps=20)
-    assert nll(unlearn(model, forget, retain, config=config).model.params) > nll(model.params) + 0.5
+    before = jax.tree.map(np.array, model.params)
+    after = run(model, forget, retain).model.params
+    assert_same(model.params, before)
+    assert nll(after) > nll(model.params) + 0.5
+
+
+def test_same_seed_same_result_and_another_seed_another(model, forget, retain):
+    first, again, other = (run(model, forget, retain, seed=s).model.params for s in (1, 1, 2))
+    assert_same(first, again)
+    assert not np.array_equal(first["head"], other["head"])
 
 
 def test_only_selected_experts_train(model, forget, retain):
     weights = weights_of(model, forget, retain, rule={"name": "difference", "top": 1})
     assert weights.selected.sum() == 2
-    config = dataclasses.replace(CONFIG, trainable="selected_experts", weight_decay=0.1)
-    params = unlearn(model, forget, retain, config=config, weights=weights).model.params
-    for path in ("gate_up", "down"):
-        before, after = (np.asarray(p["layers"]["experts"][path]) for p in (model.params, params))
-        np.testing.assert_array_equal(after[~weights.selected], before[~weights.selected])
-        assert (after[weights.selected] != before[weights.selected]).any()
-    np.testing.assert_array_equal(params["head"], model.params["head"])
+    config = dataclasses.replace(CONFIG, trainable="selected_experts")
+    before, after = flat_of(model), flat_of(run(model, forget, retain, config, weights=weights).model)
+    for path in ("layers/experts/gate_up", "layers/experts/down"):
+        np.testing.assert_array_equal(after[path][~weights.selected], before[path][~weights.selected])
+        assert (after[path][weights.selected] != before[path][weights.selected]).any()
+    np.testing.assert_array_equal(after["head"], before["head"])
 
 
-def test_what_is_frozen_is_shared_with_the_target_and_not_copied(model, forget, retain):
-    mesh = make_mesh(jax.devices()[:1])
-    placed = model.replace(params=placed_params(model.params, model.config, mesh))
-    config = dataclasses.replace(CONFIG, steps=2, trainable="experts")
-    result = unlearn(placed, forget, retain, config=config, mesh=mesh).model.params
-    before, after = flatten(placed.params), flatten(result)
+def test_rmu_trains_down_projections_up_to_its_layer_and_shares_what_is_frozen(model, forget, retain):
+    placed = model.replace(params=placed_params(model.params, model.config, ONE))
+    config = UnlearningConfig(objective={"name": "rmu", "layer": 1}, steps=3, forget_batch_size=4, retain_batch_size=4)
+    result = run(placed, forget, retain, config)
+    assert {row["path"] for row in result.trained if row["trained"]} == {"layers/experts/down"}
+    before, after = flatten(placed.params), flatten(result.model.params)
+    change = np.asarray(after["layers/experts/down"] - before["layers/experts/down"])
+    assert change[0].any() and not change[1].any()
     shared = {path for path in before if after[path].unsafe_buffer_pointer() == before[path].unsafe_buffer_pointer()}
-    assert shared == set(before) - {"layers/experts/gate_up", "layers/experts/down"}
+    assert shared == set(before) - {"layers/experts/down"}
 
 
 def test_steps_too_small_for_bfloat16_still_add_up(model, forget, retain):
@@ -99,26 +81,56 @@ def test_steps_too_small_for_bfloat16_still_add_up(model, forget, retain):
     specs = abstract_params(config)
     half = Model(config, jax.tree.map(lambda x, like: x.astype(like.dtype), model.params, specs))
     rate = dataclasses.replace(CONFIG, steps=40, learning_rate=1e-4, trainable="down_projections", checkpoint_every=40)
-    after = unlearn(half, forget, retain, config=rate).model.params["layers"]["experts"]["down"]
+    after = run(half, forget, retain, rate).model.params["layers"]["experts"]["down"]
     before = half.params["layers"]["experts"]["down"]
     assert after.dtype == jnp.bfloat16
     large = np.abs(np.asarray(before, np.float32)) >= 0.25
     assert large.sum() > 50 and (np.asarray(after) != np.asarray(before))[large].mean() > 0.3
 
 
-def test_same_seed_same_result_and_another_seed_another(model, forget, retain):
-    first, again, other = (unlearn(model, forget, retain, config=CONFIG, seed=s).model.params for s in (1, 1, 2))
-    assert_same(first, again)
-    assert not np.array_equal(first["head"], other["head"])
+def test_epochs_decide_the_length(model, forget, retain, capsys):
+    """Two epochs of 8 forget rows in batches of 4: four steps."""
+    lengths = {"epochs": 2.0, "steps": 0}, {"steps": 4}
+    results = [run(model, forget, retain, dataclasses.replace(CONFIG, **length)) for length in lengths]
+    assert [(one.step, one.steps) for one in results] == [(4, 4), (4, 4)]
+    assert_same(*(result.model.params for result in results))
+    said = "4 steps of 4 forget rows x 12 + 4 retain rows x 12 = 96 tokens each, in one batch on one device"
+    assert said in capsys.readouterr().err
 
 
-def test_rmu_trains_down_projections_up_to_its_layer(model, forget, retain):
-    config = UnlearningConfig(objective={"name": "rmu", "layer": 1}, steps=3, forget_batch_size=4, retain_batch_size=4)
-    result = unlearn(model, forget, retain, config=config)
-    trained = {row["path"]: row["trained"] for row in result.trained if row["trained"]}
-    assert trained == {"layers/experts/down": model.params["layers"]["experts"]["down"].size // 2}
-    change = np.asarray(result.model.params["layers"]["experts"]["down"] - model.params["layers"]["experts"]["down"])
-    assert change[0].any() and not change[1].any()
+def test_a_run_that_reaches_its_target_is_a_success_and_its_best_state_is_a_model(model, forget, retain, tmp_path):
+    """Interrupted between two saves. The states of every optimizer are restored in tests/checkpoints/test_state.py."""
+    numbers = {0: (1.0, 1.0), 2: (0.4, 0.9), 4: (0.3, 0.6), 6: (0.05, 0.7)}
+
+    def rules(directory, first=0, stop_at=None, **more):
+        seen = []
+
+        def evaluate(params):
+            step = first + 2 * len(seen)
+            seen.append(np.asarray(params["head"]))
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return Evaluated({"step": step}, *numbers[step])
+
+        config = dataclasses.replace(
+            CONFIG, steps=8, evaluate_every=2, checkpoint_every=3, stop_forgetting=0.1, **more
+        )  # fmt: skip
+        return run(model, forget, retain, config, directory=tmp_path / directory, evaluate=evaluate), seen
+
+    last, seen = rules("last")
+    assert (last.step, last.failed) == (6, False) and "reached stop_forgetting 0.1 at step 6" in last.stopped
+    np.testing.assert_array_equal(last.model.params["head"], seen[3])
+    best, seen = rules("best", keep=KEEP)
+    assert (best.step, best.failed) == (2, False)
+    np.testing.assert_array_equal(best.model.params["head"], seen[1])
+    with pytest.raises(KeyboardInterrupt):
+        rules("cut", stop_at=6, keep=KEEP)
+    again, _ = rules("cut", first=4, keep=KEEP)
+    assert (again.step, again.stopped) == (best.step, best.stopped)
+    assert_same(again.model.params, best.model.params)
+
+
+# --- what is refused
 
 
 @pytest.mark.parametrize(
@@ -127,73 +139,58 @@ def test_rmu_trains_down_projections_up_to_its_layer(model, forget, retain):
         ({"trainable": "selected_experts"}, "no expert is selected"),
         ({"retain_loss": {"name": "hidden", "layer": 9}}, "layer is 9, but the model has 2 layers"),
         ({"trainable": "experst"}, "neither a preset"),
+        ({"stop_forgetting": 0.1}, "are about evaluations, and there are none"),
+        ({"stop_utility": 0.9}, "are about evaluations, and there are none"),
+        ({"keep": KEEP}, "are about evaluations, and there are none"),
+        ({"objective": "idk"}, "need a tokenizer"),
     ],
 )
-def test_impossible_settings_are_refused(model, forget, retain, changes, message):
+def test_runs_that_can_not_be_are_refused(model, forget, retain, changes, message):
     with pytest.raises(ConfigError, match=message):
-        unlearn(model, forget, retain, config=dataclasses.replace(CONFIG, **changes))
+        run(model, forget, retain, dataclasses.replace(CONFIG, **changes))
 
 
 def test_missing_or_empty_data_is_refused(model, forget, retain):
     with pytest.raises(ConfigError, match="has a retain term"):
-        unlearn(model, forget, None, config=CONFIG)
+        run(model, forget, None)
     empty = dataclasses.replace(forget, valid=np.zeros_like(forget.valid))
     with pytest.raises(ValueError, match="forget rows hold no token"):
-        unlearn(model, empty, retain, config=CONFIG)
-
-
-# --- rules about evaluations
+        run(model, empty, retain)
 
 
 @pytest.mark.parametrize(
-    "rule",
-    [{"stop_forgetting": 0.1}, {"stop_utility": 0.9}, {"keep": KEEP}],
+    ("settings", "message"),
+    [
+        ({"keep": "best_utility"}, r"keep\.forgetting is missing"),
+        ({"keep": "best"}, "keep is 'best'; expected one of last, best_utility"),
+        ({"objective": {"name": "npo", "form": "wmdp"}}, "form is 'wmdp'; expected one of paper, gemma, muse_logits"),
+        ({"objective": "pdu", "retain_loss": "none"}, "needs one"),
+        ({"objective": "pdu", "retain_loss": "nll"}, "retain_bound is needed"),
+        ({"objective": {"name": "wga", "delta": 0.1}}, "delta would have no effect: it belongs to simnpo"),
+        ({"objective": {"name": "idk", "refusals": ()}}, "refusals holds no text"),
+        ({"objective": {"name": "rmu", "layer": 2}, "retain_loss": {"name": "hidden", "layer": 1}}, "steers layer 2"),
+        ({"objective": "gradient_ascent", "retain_loss": "kl"}, "retain_loss 'kl' would have no effect"),
+        ({"objective": "task_vector", "alpha": 3.0}, "alpha = 3.0 would have no effect: there is no retain term"),
+        ({"retain_loss": "none", "normalize": "batch"}, "normalize = 'batch' would have no effect"),
+        ({"retain_loss": "none", "retain_batch_size": 4}, "retain_batch_size = 4 would have no effect"),
+        ({"epochs": -1}, "epochs is -1.0; expected a value at least"),
+        ({"epochs": 2, "steps": 60}, "steps is 60 and epochs is 2; a run has one length"),
+        ({"epoch_anchor": "retain"}, "epoch_anchor = 'retain' would have no effect"),
+        ({"steps": 0}, "steps is 0 and epochs is 0"),
+        ({"epochs": 1, "epoch_anchor": "both"}, "epoch_anchor is 'both'; expected one of forget, retain"),
+        ({"epochs": 1, "epoch_anchor": "retain", "retain_loss": "none"}, "there is no retain term"),
+        ({"grip": {"null": 0.1}}, "null would have no effect: it belongs to project"),
+        ({"grip": {"name": "project", "ridge": 0.1}}, "ridge would have no effect"),
+        ({"trainable": {"name": "lora", "anchor": 1.0}}, "anchor would have no effect"),
+        ({"trainable": {"name": "seuf", "experts": {"name": "calibration", "top": 2}}}, "top would have no effect"),
+        ({"trainable": {"name": "seuf", "experts": "afinity"}}, "did you mean 'affinity'"),
+        ({"trainable": {"name": "seuf", "anchor_form": "max"}}, "expected one of sum, mean"),
+        ({"optimizer": "adam"}, "did you mean 'adamw'"),
+        ({"optimizer": {"name": "sgd", "b1": 0.9}}, "b1 would have no effect"),
+        ({"optimizer": {"momentum": 0.9}}, "momentum would have no effect: it belongs to sgd and muon, not to adamw"),
+        ({"optimizer": {"name": "muon", "momentum": 1.5}}, "momentum is 1.5; expected a value from 0.0 to 1.0"),
+    ],
 )
-def test_a_rule_without_an_evaluation_is_refused(model, forget, retain, rule):
-    with pytest.raises(ConfigError, match="are about evaluations, and there are none"):
-        unlearn(model, forget, retain, config=dataclasses.replace(CONFIG, **rule))
-
-
-def test_keeping_the_best_needs_to_know_how_much_is_forgotten():
-    with pytest.raises(ConfigError, match=r"keep\.forgetting is missing"):
-        UnlearningConfig(keep="best_utility")
-    with pytest.raises(ConfigError, match="keep is 'best'; expected one of last, best_utility"):
-        UnlearningConfig(keep="best")
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd", "muon"])
-def test_a_run_that_reaches_its_target_is_a_success_and_its_best_state_is_a_model(
-    model, forget, retain, tmp_path, optimizer
-):
-    """Interrupted between two saves, with the state of every optimizer."""
-    numbers = {0: (1.0, 1.0), 2: (0.4, 0.9), 4: (0.3, 0.6), 6: (0.05, 0.7)}
-
-    def run(directory, stop_at=None, **more):
-        seen = []
-
-        def evaluate(params):
-            step = 2 * len(seen) if directory not in resumed else resumed[directory] + 2 * len(seen)
-            seen.append(np.asarray(params["head"]))
-            if step == stop_at:
-                raise KeyboardInterrupt
-            return Evaluated({"step": step}, *numbers[step])
-
-        config = dataclasses.replace(
-            CONFIG, steps=8, evaluate_every=2, checkpoint_every=3, stop_forgetting=0.1, optimizer=optimizer, **more,
-        )  # fmt: skip
-        return unlearn(model, forget, retain, config=config, directory=directory, evaluate=evaluate), seen
-
-    resumed = {}
-    keep = {"keep": KEEP | {"forgetting": 0.5}}
-    last, seen = run(tmp_path / "last")
-    assert (last.step, last.failed) == (6, False) and "reached stop_forgetting 0.1 at step 6" in last.stopped
-    np.testing.assert_array_equal(last.model.params["head"], seen[3])
-    best, seen = run(tmp_path / "best", **keep)
-    assert (best.step, best.failed) == (2, False)
-    np.testing.assert_array_equal(best.model.params["head"], seen[1])
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", stop_at=6, **keep)
-    resumed[tmp_path / "cut"] = 4
-    again, _ = run(tmp_path / "cut", **keep)
-    assert (again.step, again.stopped) == (best.step, best.stopped)
-    assert_same(again.model.params, best.model.params)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        UnlearningConfig(**settings)

@@ -135,7 +135,7 @@ def _head(config: Any, model: ModelConfig, target: Target, parallel: ParallelCon
     total, active = count_params(model)
     unlearning, rows = config.unlearning, f"{config.unlearning.forget_batch_size} forget"
     rows += f" and {unlearning.retain_batch_size} retain" if unlearning.retains else ""
-    chip, trains = target.chip, f"{unlearning.patterns} train"
+    chip, trains = target.chip, f"{unlearning.trainable.name} train"
     if (chosen := assumed_experts(unlearning, model)) is not None:
         trains += f" ({chosen.sum():,} of {chosen.size:,} experts assumed)"
     return (

@@ -17,12 +17,11 @@ from trace_jax.models.generate import greedy_step
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, ParallelConfig, row_shards
 from trace_jax.routing.statistics import counting_pass
-from trace_jax.unlearning.config import GripProject, Ranked, UnlearningConfig
+from trace_jax.unlearning.config import GripProject, UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants
 from trace_jax.unlearning.rivals import Protection, protection_specs
-from trace_jax.unlearning.state import state_shardings
-from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
+from trace_jax.unlearning.step import row_multiple, set_up, state_shardings, unlearning_step
 
 SELECTED = 8  # of so many experts one is taken to be selected, where selected experts train
 
@@ -79,9 +78,9 @@ def assumed_experts(unlearning: UnlearningConfig, model: ModelConfig) -> np.ndar
     """
     if unlearning.some_experts is None:
         return None
-    rule = unlearning.some_experts.experts
+    rule: Any = unlearning.some_experts.experts
     layers, experts = len(model.moe_layers), model.num_experts
-    if not isinstance(rule, Ranked):
+    if not hasattr(rule, "top"):
         return np.broadcast_to(np.arange(experts) < max(1, experts // SELECTED), (layers, experts))
     if rule.scope == "layer":
         return np.broadcast_to(np.arange(experts) < rule.top, (layers, experts))

@@ -28,7 +28,7 @@ from trace_jax.plan.programs import assumed_experts, step_program
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.tasks.benchmarks import build_tasks
 from trace_jax.tasks.text import TextConfig
-from trace_jax.unlearning.trainable import table_text, trainable_layers, trainable_table
+from trace_jax.unlearning.trainable import table_text, trainable_table
 
 FIRST = 100  # documents that are read of a source
 
@@ -77,9 +77,8 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     data = ["data:", *(run.look(*source) for source in _sources(config))]
     if not isinstance(config.data, TextConfig):
         data.insert(1, f"corpus: {config.data.benchmark}: made here from what is installed")
-    selected, rank = assumed_experts(unlearning, model), unlearning.lora and unlearning.lora.rank
-    layers = trainable_layers(unlearning)
-    trained = table_text(trainable_table(model, unlearning.patterns, layers=layers, selected=selected, rank=rank))
+    selected = assumed_experts(unlearning, model)
+    trained = table_text(trainable_table(model, unlearning, selected))
     if selected is not None:
         trained += f"\n  assumed: {selected.sum():,} of {selected.size:,} experts are chosen"
     missing = ["missing to run:", *run.missing] if run.missing else ["nothing is missing to run"]

@@ -18,6 +18,7 @@ from trace_jax.attacks import AttacksConfig
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
 from trace_jax.evaluation.config import EvaluationConfig
+from trace_jax.io.progress import say
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.mesh import PLAIN, ParallelConfig
 from trace_jax.routing.config import CalibrationConfig, Entropy, Online, Weighting
@@ -176,6 +177,8 @@ class ExperimentConfig(Section):
         if "objective" in unlearning:  # what goes with an objective follows the new one where it was not set
             usual = as_dict(UnlearningConfig(objective=self.unlearning.objective))
             changes = {name: value for name, value in changes.items() if value != usual[name] or name == "steps"}
+            if not UnlearningConfig(objective=unlearning["objective"]).retains:
+                changes = {name: value for name, value in changes.items() if name not in UnlearningConfig.OF_RETAIN}
         changes |= unlearning
         for length in ("steps", "epochs"):
             changes[length] = changes.get(length, 0) * preset.steps
@@ -217,6 +220,7 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Experi
         del sys.path[0]
     for path, value in (overrides or {}).items():
         _override(values, path, value)
+    _leave_out_retain_term(values.get("unlearning"), overrides or {})
     return resolve(ExperimentConfig, values)
 
 
@@ -262,3 +266,15 @@ def _override(values: dict, path: str, value: Any) -> None:
     before = values.get(key)
     if not (isinstance(before, dict) and isinstance(value, str) and before.get("name") == value):
         values[key] = value  # a variant that is named as in the file keeps its settings there
+
+
+def _leave_out_retain_term(unlearning: Any, overrides: Mapping[str, Any]) -> None:
+    """Leaves out what the file sets of a retain term that overrides have taken away, and says so."""
+    if not isinstance(unlearning, dict) or not {"unlearning.objective", "unlearning.retain_loss"} & overrides.keys():
+        return
+    objective, retain_loss = unlearning.get("objective"), unlearning.get("retain_loss")
+    kind = Objective.kinds.get(objective.get("name", "") if isinstance(objective, dict) else objective or "")
+    if retain_loss == "none" or (kind is not None and not kind.retains):
+        for name in UnlearningConfig.OF_RETAIN:
+            if f"unlearning.{name}" not in overrides and unlearning.pop(name, None) is not None:
+                say(f"unlearning.{name} of the config file is left out: there is no retain term")

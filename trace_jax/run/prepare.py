@@ -80,7 +80,7 @@ class Prepared:
             size = f"{training.batch_size} x {self.config.data.row_length} tokens"
             say(f"{name} model: {total:,} parameters, {active:,} active per token; {training.steps} steps of {size}")
             batches = mixture_batches(self.corpora.train, mixture, training.batch_size, seed=self.config.seed)
-            model, _ = train_model(
+            model = train_model(
                 shape,
                 training,
                 batches.__getitem__,
@@ -243,7 +243,7 @@ def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
     for name in config.methods:
         if not (path / "methods" / name / "results.json").exists():
             unlearning = config.method(name).unlearning
-            paths, arrays = trainable_paths(target.config, unlearning.patterns), flatten(target.params)
+            paths, arrays = trainable_paths(target.config, unlearning.trainable), flatten(target.params)
             training = {path: arrays[path] for path in paths}
             sizes[name], count = parameter_bytes(training), parameter_count(training)
             if unlearning.lora is not None:

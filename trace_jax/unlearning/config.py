@@ -1,53 +1,36 @@
 """Settings of unlearning. Those of an objective, an optimizer and the rules of a run stand beside what reads them."""
 
+from typing import ClassVar
+
 from trace_jax.config import ConfigError, Section, Variant, option
+from trace_jax.routing import config as routing
 from trace_jax.unlearning.objectives import Objective, Steering
 from trace_jax.unlearning.optimizer import OptimizerConfig
-from trace_jax.unlearning.rivals import FORMS
 from trace_jax.unlearning.rules import Rules
-from trace_jax.unlearning.terms import RetainHidden, RetainLoss
 
+EXPERTS_DOWN = "layers/experts/down"
 _ANCHOR = "coefficient of SEUF's loss that keeps forget tokens on the experts that train; 0 = off"
 
 
-class Experts(Variant):
-    """Which experts train: those that the calibration of the retain weights selected, or those of a rule."""
+class Experts(routing.SelectionRule):
+    """Which experts train: those of a selection rule, or those that the calibration of the retain weights selected."""
 
-
-class Ranked(Section):
-    top: int = option(4, help="how many experts the rule takes", minimum=1)
-    scope: str = option("layer", help="whether that is of each layer or of the model", choices=("layer", "model"))
+    kinds: ClassVar = dict(routing.SelectionRule.kinds)
 
 
 class Calibrated(Experts, name="calibration"): ...
 
 
-class Ratio(Experts, name="ratio"): ...
-
-
-class Difference(Ranked, Experts, name="difference"): ...
-
-
-class LogOdds(Experts, name="log_odds"): ...
-
-
-class Cumulative(Experts, name="cumulative"):
+class Covering(Experts, routing.Cumulative, name="cumulative"):
     mass: float = option(
         0.15, help="share p of the forget activations to cover; 0.15 is SEUF's ESFT baseline", minimum=0.0, maximum=1.0
     )
 
 
-class Affinity(Ranked, Experts, name="affinity"): ...
-
-
-class RandomExperts(Ranked, Experts, name="random"): ...
-
-
-class AllExperts(Experts, name="all"): ...
-
-
 class Trainable(Variant):
-    """What trains: a preset, or path patterns (`trace_jax.unlearning.trainable`)."""
+    """What trains: a preset, or `patterns` of paths; the first that matches decides, and a leading ! freezes."""
+
+    patterns: ClassVar[tuple[str, ...]]
 
     @classmethod
     def spelled_out(cls, value):
@@ -56,20 +39,24 @@ class Trainable(Variant):
         return {"name": "patterns", "patterns": listed} if isinstance(listed, (list, tuple)) else value
 
 
-class All(Trainable, name="all"): ...
+class All(Trainable, name="all"):
+    patterns = ("*",)
 
 
-class ExpertsOnly(Trainable, name="experts"): ...
+class ExpertsOnly(Trainable, name="experts"):
+    patterns = ("layers/experts/*",)
 
 
-class RoutersFrozen(Trainable, name="routers_frozen"): ...
+class RoutersFrozen(Trainable, name="routers_frozen"):
+    patterns = ("!layers/router*", "*")
 
 
-class DownProjections(Trainable, name="down_projections"): ...
+class DownProjections(Trainable, name="down_projections"):
+    patterns = (EXPERTS_DOWN, "dense/mlp/down")
 
 
 class Patterns(Trainable, name="patterns"):
-    patterns: tuple[str, ...] = option(help="of paths; the first match decides, a leading ! freezes")
+    patterns: tuple[str, ...] = option(help="of paths")  # pyright: ignore[reportIncompatibleVariableOverride] a setting
 
 
 class SomeExperts(Section):
@@ -78,25 +65,53 @@ class SomeExperts(Section):
     experts: Experts = option("calibration", help="which experts train")
     anchor: float = option(0.0, help=_ANCHOR, minimum=0.0)
     anchor_form: str = option(
-        "sum", help="over experts: the sum of the paper's equation, or the mean of its code", choices=FORMS
+        "sum", help="over experts: the sum of the paper's equation, or the mean of its code", choices=("sum", "mean")
     )
 
 
-class SelectedExperts(SomeExperts, Trainable, name="selected_experts"): ...
+class SelectedExperts(SomeExperts, Trainable, name="selected_experts"):
+    patterns = ("layers/experts/*",)
 
 
 class SEUF(SomeExperts, Trainable, name="seuf"):
     """Those experts, and the routers of their layers."""
 
-    experts: Experts = option(Affinity(top=1, scope="model"), help="which experts train")
+    experts: Experts = option(routing.Affinity(top=1, scope="model"), help="which experts train")
     anchor: float = option(1.0, help=_ANCHOR, minimum=0.0)
+    patterns = ("layers/experts/*", "layers/router*")
 
 
 class Lora(Trainable, name="lora"):
-    """Low-rank factors of attention and experts."""
+    """Low-rank factors of every projection of attention and of the matrices of the experts."""
 
     rank: int = option(8, help="columns of a low-rank adapter's first factor", minimum=1)
     alpha: float = option(16.0, help="adapters are multiplied by alpha / rank", minimum=0.0)
+    patterns = ("*/[qkvo]", "*/q_down", "*/q_up", "*/kv_down", "*/kv_up", "layers/experts/gate_up", EXPERTS_DOWN)
+
+
+class RetainLoss(Variant):
+    """The loss of a retain token; every one takes weights."""
+
+
+class NoRetain(RetainLoss, name="none"):
+    """The retain set is left out."""
+
+
+class RetainNLL(RetainLoss, name="nll"):
+    """-log p(x_{t+1})."""
+
+
+class RetainKL(RetainLoss, name="kl"):
+    """KL(p_ref || p) over the vocabulary."""
+
+
+class RetainHidden(RetainLoss, name="hidden"):
+    """|h - h_ref|^2 / D at the output of a layer (RMU's retain term, 2403.03218)."""
+
+    layer: int = option(
+        0, help="layer (from 1) whose output is compared; 0 = the one that the objective steers, else the first",
+        minimum=0,
+    )  # fmt: skip
 
 
 class Grip(Variant):
@@ -129,10 +144,14 @@ class GripRealign(Grip, name="realign"):
 
 
 class UnlearningConfig(Rules, OptimizerConfig):
-    """One unlearning run: gamma * L_forget + alpha * L_retain (docs/methods.md).
+    """One unlearning run: gamma * L_forget + alpha * L_retain (docs/methods.md)."""
 
-    `alpha`, `normalize` and `retain_batch_size` are read where there is a retain term.
-    """
+    OF_RETAIN: ClassVar = (
+        "retain_loss",
+        "alpha",
+        "normalize",
+        "retain_batch_size",
+    )  # read where there is a retain term
 
     objective: Objective = option("gradient_difference", help="forget loss")
     retain_loss: RetainLoss = option(
@@ -165,8 +184,14 @@ class UnlearningConfig(Rules, OptimizerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.objective.retains:
-            object.__setattr__(self, "retain_loss", RetainLoss.kinds["none"]())
+        if self.retains and not self.objective.retains:
+            raise ConfigError(
+                f"retain_loss {self.retain_loss.name!r} would have no effect: objective {self.objective.name!r} has no "
+                "retain term. Leave it out, or choose another objective."
+            )
+        for name in () if self.retains else self.OF_RETAIN[1:]:
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                raise ConfigError(f"{name} = {value!r} would have no effect: there is no retain term. Leave it out.")
         object.__setattr__(self, "objective", self.objective.completed(self.retain_loss.name))
         if isinstance(self.retain_loss, RetainHidden):
             steered = self.objective.layer if isinstance(self.objective, Steering) else self.retain_loss.layer or 1
@@ -204,9 +229,10 @@ class UnlearningConfig(Rules, OptimizerConfig):
         return getattr(looking, "layer", 0)
 
     @property
-    def patterns(self) -> str | tuple[str, ...]:
-        """What trains, as `trace_jax.unlearning.trainable.partition` takes it."""
-        return self.trainable.patterns if isinstance(self.trainable, Patterns) else self.trainable.name
+    def layers(self) -> tuple[int, int] | None:
+        """(first, last) of the layers that train, from 1: RMU's authors train the steered one and the two below."""
+        steers = isinstance(self.objective, Steering) and isinstance(self.trainable, DownProjections)
+        return (max(1, self.layer - 2), self.layer) if steers else None
 
     @property
     def lora(self) -> Lora | None:

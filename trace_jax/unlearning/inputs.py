@@ -5,21 +5,29 @@ The rows of a step are a function of the step alone, so that a resumed run repea
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError
-from trace_jax.data.batches import Batches, EpochSampler, IndexSampler, retain_batches
+from trace_jax.data.batches import EpochSampler, IndexSampler, retain_batches
 from trace_jax.data.rows import Batch, Rows
+from trace_jax.io.files import local_copy, replacing
+from trace_jax.models.config import ModelConfig
+from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
+from trace_jax.models.sharding import map_batches
+from trace_jax.parallel.processes import barrier, broadcast_from_process_0
+from trace_jax.routing.controls import losses
 from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.objectives import Steering
+from trace_jax.unlearning.objectives import RMU, AdaptiveRMU, Steering
 
 
 @struct.dataclass
@@ -27,9 +35,9 @@ class StepRows:
     """What one step reads; parts that the objective doesn't read are None. Every leaf has the rows first.
 
     weights f32 [B, S]: multiply the retain losses (or their weights, where the step weighs tokens by their present
-    routing). topic i32 [B]: which topic a forget row is of. refusals: for each
-    forget row, its beginnings with a refusal after each. reference_nll, refusal_reference_nll f32 [B, S]: of both under
-    the original model, where they were computed before.
+    routing). topic i32 [B]: which topic a forget row is of. refusals: for each forget row, its beginnings with a
+    refusal after each. reference_nll, refusal_reference_nll f32 [B, S]: of both under the original model, where they
+    were computed before.
     """
 
     forget: Batch
@@ -51,66 +59,44 @@ def pad_rows(rows: Any, multiple: int) -> Any:
     return jax.tree.map(pad, rows)
 
 
-class Reference(NamedTuple):
-    """-log p of every token under the original model: of the forget rows f32 [N, S], and of their refusals."""
-
-    nll: np.ndarray | None = None
-    refusal_nll: np.ndarray | None = None
-
-
-def _at(array: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
-    return None if array is None else array[rows]
-
-
 class Inputs:
     """`at(step)` is the `StepRows` of a step, NumPy arrays padded to a multiple of rows."""
 
     def __init__(
-        self,
-        forget: Rows,
-        retain: Rows | None,
-        weights: RetainWeights | None,
-        config: UnlearningConfig,
-        *,
-        seed: int,
-        multiple: int,
-        refusals: Rows | None = None,
-        reference: Reference | None = None,
-    ):
+        self, forget: Rows, retain: Rows | None, weights: RetainWeights | None, config: UnlearningConfig, *,
+        seed: int, multiple: int, refusals: Rows | None = None, reference: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
         """
         Args:
           forget, refusals: row i of one belongs to row i of the other. `forget.domain` numbers the topics.
           retain, weights: None where there is no retain term; no weights: all the same.
-          reference: log-probabilities of `forget` and `refusals` that were computed before.
+          reference: log-probabilities of `forget` and `refusals` that were computed before (`cached_reference`).
         """
-        self._multiple, self._refusals, self._reference = multiple, refusals, reference or Reference()
-        self.forget = Batches(forget, forget_sampler(forget.domain, config, seed=seed))
-        self._retain, self._weights = None, None
-        self._retained, self._size, self._seed = retain if config.retains else None, config.retain_batch_size, seed
+        self._forget, self._refusals, self._reference = forget, refusals, reference or {}
+        self._sampler, self._multiple = forget_sampler(forget.domain, config, seed=seed), multiple
+        self._retain, self._size, self._seed = retain if config.retains else None, config.retain_batch_size, seed + 1
         self.weigh(weights)
 
     def weigh(self, weights: RetainWeights | None) -> None:
         """Draws and weighs retain rows with `weights` from now on; None: all the same."""
-        if self._retained is None:
-            return
-        probability = weights.row_probability if weights is not None else None
-        self._retain = retain_batches(self._retained, self._size, seed=self._seed + 1, probability=probability)
-        self._weights = self._retained.valid.astype(np.float32) if weights is None else weights.step_weights
+        if self._retain is not None:
+            probability = weights.row_probability if weights is not None else None
+            self._drawn = retain_batches(self._retain, self._size, seed=self._seed, probability=probability)
+            self._weights = self._retain.valid.astype(np.float32) if weights is None else weights.step_weights
 
     def at(self, step: int) -> StepRows:
-        chosen = self.forget.indices(step)
+        chosen = self._sampler[step]
         rows = StepRows(
-            self.forget.rows.batch(chosen),
-            topic=self.forget.rows.domain[chosen],
+            self._forget.batch(chosen),
+            topic=self._forget.domain[chosen],
             refusals=None if self._refusals is None else self._refusals.batch(chosen),
-            reference_nll=_at(self._reference.nll, chosen),
-            refusal_reference_nll=_at(self._reference.refusal_nll, chosen),
+            **{name: array[chosen] for name, array in self._reference.items()},
         )
         padded = pad_rows(rows, self._multiple)
-        if self._retain is None or self._weights is None:
+        if self._retain is None:
             return padded
-        drawn = self._retain.indices(step)
-        retain, weights = pad_rows((self._retain.rows.batch(drawn), self._weights[drawn]), self._multiple)
+        drawn = self._drawn.indices(step)
+        retain, weights = pad_rows((self._retain.batch(drawn), self._weights[drawn]), self._multiple)
         return dataclasses.replace(padded, retain=retain, weights=weights)
 
 
@@ -135,6 +121,70 @@ class _Alternating:
     def __getitem__(self, step: int) -> np.ndarray:
         turn, topic = divmod(step, len(self._rows))
         return self._rows[topic][self._samplers[topic][turn]]
+
+
+# --- what is asked of the original model before the first step
+
+
+def cached_reference(
+    directory: Path, identity: str, model: Model, forget: Rows, refusals: Rows | None, *, mesh: Mesh, batch_size: int
+) -> dict[str, np.ndarray]:
+    """-log p of every token of the rows under `model`, which every epoch would compute again: f32 [N, S] by name in
+    `StepRows`. From `directory` if the run of this identity left it there."""
+    file, sets = directory / "reference.npz", {"reference_nll": forget}
+    if refusals is not None:
+        sets["refusal_reference_nll"] = refusals
+
+    def stored() -> dict[str, np.ndarray]:
+        if not file.exists():
+            return {}
+        with local_copy(file) as local, np.load(local, allow_pickle=False) as arrays:
+            same = str(arrays["identity"]) == identity and sets.keys() <= set(arrays.files)
+            return {name: arrays[name] for name in sets} if same else {}
+
+    values = stored()
+    if not broadcast_from_process_0(bool(values)):
+        values = {name: losses(model, rows, mesh=mesh, batch_size=batch_size) for name, rows in sets.items()}
+        with replacing(file) as temporary:
+            np.savez(temporary, allow_pickle=False, identity=np.array(identity), **values)
+        barrier("log-probabilities of the original model")
+    return values or stored()
+
+
+def steering_directions(key: jax.Array, topics: int, width: int) -> jax.Array:
+    """RMU's u for each topic: uniform on [0, 1)^D, scaled to length one (f32 [topics, D])."""
+    directions = jax.random.uniform(key, (topics, width), jnp.float32)
+    return directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
+
+
+def steering_target(model: Model, forget: Rows, config: UnlearningConfig, *, seed: int, mesh: Mesh) -> jax.Array | None:
+    """f32 [topics, D]: where RMU steers the rows of each topic, c u. None for other objectives.
+
+    Adaptive RMU (2408.06223): c is a multiple of mean |h_layer| over the valid tokens of the topic in its first batch.
+    """
+    objective, topics = config.objective, int(forget.domain.max()) + 1
+    if not isinstance(objective, (RMU, AdaptiveRMU)):
+        return None
+    directions = steering_directions(jax.random.key(seed), topics, model.config.hidden_size)
+    if isinstance(objective, RMU):
+        return directions * objective.steering
+    lengths, step, sampler = np.zeros(topics, np.float32), 0, forget_sampler(forget.domain, config, seed=seed)
+    missing = set(np.unique(forget.domain).tolist())
+    while missing:
+        rows, step = forget.take(sampler[step]), step + 1
+        for topic in missing & set(rows.domain.tolist()):
+            of_topic = rows.take(np.flatnonzero(rows.domain == topic))
+            arrays = [(of_topic.tokens, of_topic.segments, of_topic.valid)]
+            [sums] = map_batches(_lengths, model.params, model.config, arrays, mesh=mesh, static=(objective.layer,))
+            lengths[topic] = float(sums[: len(of_topic)].sum() / max(1, of_topic.valid.sum()))
+            missing.remove(topic)
+    return directions * (objective.steering_scale * jnp.asarray(lengths))[:, None]
+
+
+def _lengths(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array, layer: int):
+    """f32 [B], |h_layer| summed over the valid tokens of each row."""
+    hidden: Any = forward(params, config, tokens, mask=segments, collect=("hidden",), num_layers=layer).hidden
+    return jnp.where(valid, jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1), 0.0).sum(-1)
 
 
 # --- how long a run is

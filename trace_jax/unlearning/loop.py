@@ -18,8 +18,8 @@ from trace_jax.io.progress import progress, say
 from trace_jax.io.signals import Interrupted, Interruption
 from trace_jax.parallel.processes import broadcast_from_process_0
 from trace_jax.unlearning.metrics import Metrics
-from trace_jax.unlearning.rules import NO_RULES, Evaluated, Point, Rules, Stop
-from trace_jax.unlearning.state import TrainState
+from trace_jax.unlearning.rules import NO_RULES, Evaluated, Rules, Stop
+from trace_jax.unlearning.step import TrainState
 from trace_jax.unlearning.trained import Flat
 
 
@@ -109,13 +109,13 @@ class Loop:
         """
         about = {"identity": self.identity, "seed": self.seed}
         self._start, self._metrics = start, Metrics(self.directory, self.identity)
-        self._points: list[Point] = []  # evaluations so far; on continuing only process 0 knows the earlier ones
+        self._evaluations: dict[int, Evaluated] = {}  # by step; on continuing only process 0 knows the earlier ones
         with Interruption() as self._signals, StateStore(self.directory / "checkpoints", about) as self._store:
-            done, state, stop, seconds = self._steps(*self._newest(), inputs, step)
+            done, state, stop, seconds = self._steps(*self._restored(), inputs, step)
             failed, best = stop is not None and stop.failed, self._best()
             if failed or best not in (None, done):
                 del state  # memory is for one
-                done, state = self._newest() if best is None else self._saved(best)
+                done, state = self._restored(best)
         reason = stop.reason if stop else ""
         if stop or best is not None:
             say(f"{self.title}: {reason or 'finished'}. The state after step {done} is kept.")
@@ -128,8 +128,7 @@ class Loop:
         """
         evaluations = [row for row in self._metrics.trim(done) if "evaluation" in row]
         for row in evaluations:
-            point = self.rules.point(row["step"], Evaluated(None, row.get("forgetting"), row.get("utility")))
-            self._points += [point] if point else []
+            self._evaluations[row["step"]] = Evaluated(None, row.get("forgetting"), row.get("utility"))
         if done:
             say(f"{self.title}: continuing after step {done} of {self.steps}")
             if self.refresh is not None and self.refresh.resumed is not None:
@@ -232,12 +231,12 @@ class Loop:
                 raise
             return Stop(f"the evaluation at step {step} failed: {error}", True)
         result = result if isinstance(result, Evaluated) else Evaluated(result)
-        numbers = {"forgetting": result.forgetting, "utility": result.utility}
-        if point := self.rules.point(step, result):
-            self._points.append(point)
+        self.rules.check(step, result)
+        self._evaluations[step] = dataclasses.replace(result, rows=None, items=None)
         if result.items:
             self._metrics.write_items(step, result.items)
-        measured = {name: value for name, value in numbers.items() if value is not None}
+        numbers = {"forgetting": result.forgetting, "utility": result.utility}
+        measured = {name: float(value) for name, value in numbers.items() if value is not None}
         self._metrics.write(step, evaluation=result.rows, **measured)
         if self._best() == step:
             self._store.protected = step
@@ -247,36 +246,31 @@ class Loop:
         """Why the evaluation after `step` steps ends the run; None if it does not, or there was none."""
         if not self.rules.needs_evaluation:
             return None
-        here = self._points and self._points[-1].step == step
-        reason = self.rules.stops(self._points[-1]) if here else ""
+        reason = self.rules.stops(step, self._evaluations[step]) if step in self._evaluations else ""
         return Stop(reason or "a rule ended the run", False) if broadcast_from_process_0(bool(reason)) else None
 
     def _best(self) -> int | None:
         """The evaluated step whose state is the result, or None if that is the last state."""
         if not self.rules.keeps_best:
             return None
-        return broadcast_from_process_0(self.rules.best(self._points) if self._points else 0)
+        return broadcast_from_process_0(self.rules.best(self._evaluations) if self._evaluations else 0)
 
     # --- states on disk
 
-    def _newest(self) -> tuple[int, TrainState]:
-        """(step, state) of the newest saved state, or (0, start()); never two states in memory."""
-        first = self._start()
-        if self._store.empty:
-            return 0, first
-        like = _shapes(first)
-        del first
-        done, state = self._store.restore(like)
-        return done, self._start() if state is None else state
+    def _restored(self, step: int | None = None) -> tuple[int, TrainState]:
+        """(step, state) after `step`; None, or where that can't be read: after the newest saved step, or the start.
 
-    def _saved(self, step: int) -> tuple[int, TrainState]:
-        """(step, state) after that step, or of the newest saved state if it can't be read."""
+        There are never two states in memory.
+        """
         state = self._start()
-        if step:
-            like = _shapes(state)
-            del state
-            state = self._store.restore_step(step, like)
-        return self._newest() if state is None else (step, state)
+        if step == 0 or self._store.empty:
+            return 0, state
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        del state
+        state = None if step is None else self._store.restore_step(step, like)
+        if step is None or state is None:
+            step, state = self._store.restore(like)
+        return step, self._start() if state is None else state
 
     def _save(self, step: int, state: TrainState) -> None:
         flush_lines()
@@ -288,10 +282,6 @@ class Loop:
         self._store.wait()
         say(f"{self.title}: stopped by {signal.Signals(asked).name}; the state after step {step} is saved")
         raise Interrupted(asked)
-
-
-def _shapes(state: TrainState) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def _one_ahead(

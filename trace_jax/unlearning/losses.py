@@ -4,25 +4,43 @@ Every loss is a sum that is added over devices and divided by a count of the who
 depend on how rows are split.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from trace_jax.data.rows import Batch
 from trace_jax.models.arrays import unflatten
+from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_kl, token_nll, vocabulary_loss
 from trace_jax.models.moe import router_probabilities
-from trace_jax.parallel.mesh import BATCH_AXES, as_varying, varying_axes
+from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, as_varying, varying_axes
 from trace_jax.routing.calibration import Calibration, token_weights
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
+from trace_jax.unlearning.objectives import ForgetInputs, Objective
+from trace_jax.unlearning.optimizer import OptimizerConfig
 from trace_jax.unlearning.rivals import anchor_loss, target_experts
-from trace_jax.unlearning.state import StepSettings
-from trace_jax.unlearning.terms import ForgetInputs, Objective, hidden_distance
 from trace_jax.unlearning.trained import Flat, current_params
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """Everything that shapes the compiled step; two runs that share it share one compilation."""
+
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    steps: int
+    objective: Objective = dataclasses.field(
+        default_factory=Objective
+    )  # without its numbers; next-token training has none
+    retain_loss: str = "none"
+    normalize: str = "count"
+    layer: int = 0  # whose output a loss looks at, from 1
+    parallel: ParallelConfig = PLAIN
+    anchor_form: str = "sum"
 
 
 class Constants(NamedTuple):
@@ -39,7 +57,7 @@ class Constants(NamedTuple):
     index: Any
     masks: Flat | None
     numbers: Flat
-    target: jax.Array | None = None
+    target: Any = None
     online: Calibration | None = None
     protection: Any = None
 
@@ -64,156 +82,134 @@ def share(total: jax.Array, count: jax.Array) -> jax.Array:
     return jax.lax.psum(total, BATCH_AXES) / jnp.maximum(count, 1.0)
 
 
+def hidden_distance(hidden: jax.Array, reference: jax.Array) -> jax.Array:
+    """|h - h_ref|^2 / D per token. hidden, reference [B, S, D] -> f32 [B, S]; the reference takes no gradient."""
+    difference = hidden.astype(jnp.float32) - jax.lax.stop_gradient(reference).astype(jnp.float32)
+    return jnp.square(difference).mean(-1)
+
+
 class _Outputs(NamedTuple):
     """What a forward pass gave for the rows of one part of a step; None for what wasn't asked for."""
 
-    final: Any = None  # [B, S, D], before the output head
-    inner: Any = None  # [B, S, D], of the layer that RMU steers or `hidden` compares
-    indices: Any = None  # [L, B, S, K], the chosen experts
-    logits: Any = None  # f32 [L, B, S, E], raw scores of the routers
+    final: Any  # [B, S, D], before the output head
+    inner: Any  # [B, S, D], of the layer that RMU steers or `hidden` compares
+    indices: Any  # [L, B, S, K], the chosen experts
+    logits: Any  # f32 [L, B, S, E], raw scores of the routers
+
+
+class _Pass(NamedTuple):
+    """A model's forward pass over parts of a step ("forget", "refusals", "retain"); dropped: choices without room."""
+
+    params: Any
+    config: ModelConfig
+    batches: dict[str, Batch]
+    outputs: dict[str, _Outputs]
+    dropped: Any
+
+    def nll(self, part: str) -> jax.Array:
+        """f32 [B, S], -log p of the next token."""
+        return token_nll(self.params, self.config, self.outputs[part].final, targets(self.batches[part].tokens))
 
 
 def _forward(
-    params, settings: StepSettings, parts: dict[str, Batch], *, full: bool, inner: bool, routers: tuple[str, ...] = ()
-) -> tuple[dict[str, _Outputs], Any]:
-    """One forward pass over the rows of all parts: (outputs by part, choices of experts without room i32 [] or 0).
-
-    Unless `full`, nothing above the layer that is steered or compared is computed.
-    """
-    if not parts:
-        return {}, 0
+    params, settings: StepSettings, batches: dict[str, Batch], *, full: bool = True, inner: bool = False,
+    routers: tuple[str, ...] = (),
+) -> _Pass:  # fmt: skip
+    """One pass over the rows of all parts. Unless `full`, nothing above the steered or compared layer is computed."""
+    if not batches:
+        return _Pass(params, settings.model, {}, {}, 0)
     parallel, layer = settings.parallel, settings.layer
-    tokens, segments = (jnp.concatenate([getattr(b, f) for b in parts.values()]) for f in ("tokens", "segments"))
+    tokens, segments = (jnp.concatenate([getattr(b, f) for b in batches.values()]) for f in ("tokens", "segments"))
     layers, dropped = ("layers",) if full and inner else (), ("dropped",) if parallel.expert_buffer else ()
     out: Any = forward(
         params, settings.model, tokens, mask=segments, collect=("hidden", *layers, *dropped, *routers),
         num_layers=None if full else layer, remat=parallel.remat, expert_buffer=parallel.expert_buffer,
     )  # fmt: skip
     middle = None if not inner else out.layers[layer - 1] if full else out.hidden
-    ends = np.cumsum([len(b.tokens) for b in parts.values()])[:-1]
-
-    def split(x, axis):
-        return [None] * len(parts) if x is None else jnp.split(x, ends, axis)
-
-    found = zip(
-        split(out.hidden if full else None, 0), split(middle, 0), split(out.router.indices, 1),
-        split(out.router.logits, 1), strict=True,
-    )  # fmt: skip
-    by_part = {name: _Outputs(*outputs) for name, outputs in zip(parts, found, strict=True)}
-    return by_part, out.router.dropped.sum() if dropped else 0
+    of_rows, of_layers = (out.hidden if full else None, middle), (out.router.indices, out.router.logits)
+    outputs, end = {}, 0
+    for name, batch in batches.items():
+        part = slice(end, end := end + len(batch.tokens))
+        pieces = jax.tree.map(lambda x, p=part: x[p], of_rows), jax.tree.map(lambda x, p=part: x[:, p], of_layers)
+        outputs[name] = _Outputs(*pieces[0], *pieces[1])
+    return _Pass(params, settings.model, batches, outputs, out.router.dropped.sum() if dropped else 0)
 
 
-class _Passes(NamedTuple):
-    """What both models gave for the parts of a step, "forget", "refusals" and "retain"; both nested parameters."""
-
-    current: Any
-    original: Any
-    parts: dict[str, Batch]
-    seen: dict[str, _Outputs]
-    reference: dict[str, _Outputs]  # of the parts that are compared with the original model
-
-
-def _passes(trainable: Flat, constants: Constants, rows: StepRows, settings: StepSettings) -> tuple[_Passes, Any]:
-    """The forward passes that the losses need, and no more; and the choices of experts without room."""
-    assert settings.objective is not None
-    numbers, original = constants.numbers, unflatten(constants.original)
-    scale = numbers.get("lora_scale")
-    current = unflatten(current_params(trainable, constants.original, constants.index, scale))
-    named = {"forget": rows.forget, "refusals": rows.refusals, "retain": rows.retain}
-    parts = {name: batch for name, batch in named.items() if batch is not None}
-    needs, retain_loss = settings.objective.needs, settings.retain_loss
-    compared = {
-        "forget": "reference_logits" in needs or ("reference_nll" in needs and rows.reference_nll is None),
-        "refusals": "reference_refusals" in needs and rows.refusal_reference_nll is None,
-        "retain": retain_loss == "kl",
-    }
-    compared = {name: parts[name] for name, wanted in compared.items() if wanted}
-    reference, before = _forward(original, settings, compared, full=True, inner=False)
-    if retain_loss == "hidden":
-        hidden, dropped = _forward(original, settings, {"retain": parts["retain"]}, full=False, inner=True)
-        reference, before = reference | hidden, before + dropped
-    # RMU with its own retain term computes no more than the layer it steers; online weights and anchors look at all.
-    steers, anchored, online = "hidden" in needs, "anchor" in numbers, constants.online is not None
-    seen, dropped = _forward(
-        current, settings, parts, inner=steers or retain_loss == "hidden",
-        full=online or anchored or not (steers and retain_loss in ("", "hidden")),
-        routers=("router_logits", "indices") if anchored else ("indices",) if online else (),
-    )  # fmt: skip
-    return _Passes(current, original, parts, seen, reference), before + dropped
-
-
-def _nll(params: Any, outputs: _Outputs, batch: Batch, settings: StepSettings) -> jax.Array:
-    return token_nll(params, settings.model, outputs.final, targets(batch.tokens))
-
-
-def _forget_inputs(p: _Passes, rows: StepRows, constants: Constants, settings: StepSettings) -> ForgetInputs:
+def _forget_inputs(
+    current: _Pass, reference: _Pass, rows: StepRows, constants: Constants, settings: StepSettings
+) -> ForgetInputs:
     """What the objective looks at."""
-    objective = settings.objective
-    assert objective is not None
-    needs, found, forget = objective.needs, {}, p.seen["forget"]
+    needs, read = settings.objective.needs, {}
     if "nll" in needs:
-        found["nll"] = _nll(p.current, forget, rows.forget, settings)
-    if "reference_nll" in needs:
-        found["reference_nll"] = rows.reference_nll
-        if rows.reference_nll is None:
-            found["reference_nll"] = _nll(p.original, p.reference["forget"], rows.forget, settings)
+        read["nll"] = current.nll("forget")
     if "refusals" in needs:
-        refusals = p.parts["refusals"]
-        found["refusal_valid"] = refusals.valid
-        found["refusal_nll"] = _nll(p.current, p.seen["refusals"], refusals, settings)
-    if "reference_refusals" in needs:
-        found["refusal_reference_nll"] = rows.refusal_reference_nll
-        if rows.refusal_reference_nll is None:
-            found["refusal_reference_nll"] = _nll(p.original, p.reference["refusals"], p.parts["refusals"], settings)
+        read |= {"refusal_valid": current.batches["refusals"].valid, "refusal_nll": current.nll("refusals")}
+    for need, name, part in (
+        ("reference_nll", "reference_nll", "forget"), ("reference_refusals", "refusal_reference_nll", "refusals"),
+    ):  # fmt: skip
+        if need in needs:
+            computed_before = getattr(rows, name)
+            read[name] = reference.nll(part) if computed_before is None else computed_before
     if "hidden" in needs:
-        assert constants.target is not None
-        found["hidden"], found["target"] = forget.inner, constants.target[rows.topic]
+        read |= {"hidden": current.outputs["forget"].inner, "target": constants.target[rows.topic]}
     if "logits" in needs:
-
-        def of_logits(own, reference, numbers):
-            return objective.with_numbers(numbers).vocabulary(own, reference)
-
-        compared = "reference_logits" in needs
-        found["vocabulary"] = vocabulary_loss(
-            of_logits, constants.numbers, p.current, settings.model, forget.final, targets(rows.forget.tokens),
-            params_ref=p.original if compared else None,
-            hidden_ref=p.reference["forget"].final if compared else None,
+        compared = reference.outputs["forget"].final if "reference_logits" in needs else None
+        read["vocabulary"] = vocabulary_loss(
+            lambda own, original, numbers: settings.objective.with_numbers(numbers).vocabulary(own, original),
+            constants.numbers, current.params, settings.model, current.outputs["forget"].final,
+            targets(rows.forget.tokens), params_ref=reference.params, hidden_ref=compared,
         )  # fmt: skip
-    return ForgetInputs(rows.forget.valid, **found)
-
-
-def _retain_losses(p: _Passes, settings: StepSettings) -> jax.Array:
-    """f32 [B, S]: the loss of every retain token."""
-    seen, retain = p.seen["retain"], p.parts["retain"]
-    if settings.retain_loss == "nll":
-        return _nll(p.current, seen, retain, settings)
-    if settings.retain_loss == "kl":
-        return token_kl(p.original, p.reference["retain"].final, p.current, seen.final, settings.model)
-    return hidden_distance(seen.inner, p.reference["retain"].inner)
+    return ForgetInputs(rows.forget.valid, **read)
 
 
 def _sums(
     trainable: Flat, constants: Constants, objective: Objective, rows: StepRows, settings: StepSettings
 ) -> tuple[dict[str, jax.Array], Any]:
-    """Over this device's rows: (sums of the losses and of online weights, by name; choices of experts without room)."""
-    p, dropped = _passes(trainable, constants, rows, settings)
-    values = objective.loss(_forget_inputs(p, rows, constants, settings))
+    """Over this device's rows: (sums of the losses and of online weights, by name; choices of experts without room).
+
+    Of forward passes what the losses need, and no more.
+    """
+    numbers, needs, retain_loss = constants.numbers, objective.needs, settings.retain_loss
+    named = {"forget": rows.forget, "refusals": rows.refusals, "retain": rows.retain}
+    batches = {name: batch for name, batch in named.items() if batch is not None}
+    compared = {
+        "forget": "reference_logits" in needs or ("reference_nll" in needs and rows.reference_nll is None),
+        "refusals": "reference_refusals" in needs and rows.refusal_reference_nll is None,
+        "retain": retain_loss == "kl",
+    }
+    original = unflatten(constants.original)
+    reference = _forward(original, settings, {name: batches[name] for name, wanted in compared.items() if wanted})
+    retained = {"retain": batches["retain"]} if retain_loss == "hidden" else {}
+    inner = _forward(original, settings, retained, full=False, inner=True)
+    # RMU with its own retain term computes no more than the layer it steers; online weights and anchors look at all.
+    steers, anchored, online = "hidden" in needs, "anchor" in numbers, constants.online is not None
+    params = current_params(trainable, constants.original, constants.index, numbers.get("lora_scale"))
+    current = _forward(
+        unflatten(params), settings, batches, inner=steers or retain_loss == "hidden",
+        full=online or anchored or not (steers and retain_loss in ("none", "hidden")),
+        routers=("router_logits", "indices") if anchored else ("indices",) if online else (),
+    )  # fmt: skip
+    values = objective.loss(_forget_inputs(current, reference, rows, constants, settings))
     sums = {"forget": jnp.where(_counts(objective, rows) > 0, values, 0.0).sum()}
     if rows.retain is not None:
-        valid, weights = rows.retain.valid, rows.weights
+        valid, weights, retain = rows.retain.valid, rows.weights, current.outputs["retain"]
         if constants.online is not None:
-            weights = token_weights(p.seen["retain"].indices, constants.online, mask=valid) * weights
+            weights = token_weights(retain.indices, constants.online, mask=valid) * weights
             sums["weights"] = weights.sum()
-        weighted = jax.lax.stop_gradient(weights) * _retain_losses(p, settings)
-        sums["retain"] = jnp.where(valid, weighted, 0.0).sum()
-    if "anchor" in constants.numbers:
-        assert constants.index is not None
-        forget, target = p.seen["forget"], target_experts(constants.index, settings.model.num_experts)
+        if retain_loss == "nll":
+            losses = current.nll("retain")
+        elif retain_loss == "kl":
+            before = reference.outputs["retain"].final
+            losses = token_kl(original, before, current.params, retain.final, settings.model)
+        else:
+            losses = hidden_distance(retain.inner, inner.outputs["retain"].inner)
+        sums["retain"] = jnp.where(valid, jax.lax.stop_gradient(weights) * losses, 0.0).sum()
+    if anchored:
+        forget, target = current.outputs["forget"], target_experts(constants.index, settings.model.num_experts)
         probabilities = router_probabilities(forget.logits, settings.model)
-        sums["anchor"] = anchor_loss(
-            probabilities, forget.indices, target, rows.forget.valid, form=settings.anchor_form
-        )[0]
-    return sums, dropped
+        form = settings.anchor_form
+        sums["anchor"] = anchor_loss(probabilities, forget.indices, target, rows.forget.valid, form=form)[0]
+    return sums, reference.dropped + inner.dropped + current.dropped
 
 
 def _counts(objective: Objective, rows: StepRows) -> jax.Array:
@@ -232,7 +228,6 @@ def gradient(
     Args:
       alpha: the coefficient of the retain loss where it changes; None: that of `constants`.
     """
-    assert settings.objective is not None
     numbers, objective = constants.numbers, settings.objective.with_numbers(constants.numbers)
     counts = {"forget": _counts(objective, rows), "anchor": rows.forget.valid}
     if rows.retain is not None:

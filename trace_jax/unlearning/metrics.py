@@ -26,10 +26,9 @@ class Metrics:
         """Drops what other runs wrote, and what belongs to steps after `done`, which comes again. Returns the lines."""
         if not is_main():
             return []
-        self._write_items(*(self._items_until(done) if done else ([], {})))
-        rows = []
-        if done:
-            rows = [r for r in read_lines(self._path) if r.get("identity") == self._identity and r["step"] <= done]
+        self._write_items(done if done else -1)
+        own = [row for row in read_lines(self._path) if row.get("identity") == self._identity] if done else []
+        rows = [row for row in own if row["step"] <= done]
         with replacing(self._path) as temporary:
             temporary.touch()
             for row in rows:
@@ -47,25 +46,21 @@ class Metrics:
 
     def write_items(self, step: int, items: Mapping[str, np.ndarray]) -> None:
         """Adds what each item gave at `step`, arrays [N] of the same names and lengths every time."""
-        if not is_main():
-            return
-        steps, before = self._items_until(step - 1)
-        after = {name: [*before.get(name, ()), np.asarray(values)] for name, values in items.items()}
-        self._write_items([*steps, step], {name: np.stack(rows) for name, rows in after.items()})
+        if is_main():
+            self._write_items(step - 1, {"steps": step, **items})
 
-    def _items_until(self, step: int) -> tuple[list[int], dict[str, np.ndarray]]:
+    def _write_items(self, until: int, more: Mapping[str, Any] | None = None) -> None:
+        """Keeps what is there of steps up to `until`, and adds one entry to each array."""
         steps, items = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
-        kept = steps <= step
-        return steps[kept].tolist(), {name: values[kept] for name, values in items.items()}
-
-    def _write_items(self, steps: list[int], items: Mapping[str, np.ndarray]) -> None:
-        path = self._directory / _ITEMS
-        if not steps:
-            remove(path)
+        arrays = {name: list(values[steps <= until]) for name, values in {"steps": steps, **items}.items()}
+        if more:
+            arrays = {name: [*arrays.get(name, ()), np.asarray(value)] for name, value in more.items()}
+        if not arrays["steps"]:
+            remove(self._directory / _ITEMS)
             return
-        named: dict[str, Any] = {"steps": np.array(steps), "identity": np.array(self._identity), **items}
-        with replacing(path) as temporary:
-            np.savez_compressed(temporary, **named)
+        stacked: dict[str, Any] = {name: np.stack(values) for name, values in arrays.items()}
+        with replacing(self._directory / _ITEMS) as temporary:
+            np.savez_compressed(temporary, identity=np.array(self._identity), **stacked)
 
 
 def read_items(
@@ -80,8 +75,8 @@ def read_items(
         return None
     with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
         items = dict(file)
-    steps, found = items.pop("steps"), str(items.pop("identity"))
-    return (steps, items) if identity in (None, found) else None
+    steps, identity_of = items.pop("steps"), str(items.pop("identity"))
+    return (steps, items) if identity in (None, identity_of) else None
 
 
 def front_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:

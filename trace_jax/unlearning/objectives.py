@@ -1,20 +1,101 @@
 """Forget losses, one class each: its settings, what it looks at, and a pure function (docs/methods.md).
 
+A loss gives a value for every token [B, S] or every row [B], and `counts` how much each of them counts. L_forget is the
+sum of values over the sum of counts, both added over devices, so that it does not depend on how rows are split. Counts
+depend on masks alone. Shapes: B rows, S positions, D hidden size.
+
 Where a released code differs from its paper, the paper's form is the default and the code's is a `form`. To add an
 objective, add a class here.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
-from trace_jax.config import ConfigError, Section, option
-from trace_jax.unlearning.terms import ForgetInputs, Objective
+from trace_jax.config import ConfigError, Section, Variant, option
+from trace_jax.models.loss import Vocabulary
 
 PAPER = "paper"
 REFUSALS = ("I do not know.", "I can't help with that.", "That is something I have no knowledge of.")
+
+
+class ForgetInputs(NamedTuple):
+    """What a forget loss may look at. Parts that an objective does not ask for (`Objective.needs`) are None."""
+
+    valid: Any  # bool [B, S]
+    nll: Any = None  # f32 [B, S] in nats
+    reference_nll: Any = None  # f32 [B, S], under the original model
+    hidden: Any = None  # [B, S, D], output of the steered layer
+    target: Any = None  # f32 [B, D], where RMU steers the rows: c u of their topic
+    vocabulary: Any = None  # f32 [B, S], what `Objective.vocabulary` made of the logits
+    refusal_valid: Any = None  # the same of rows that end in refusals
+    refusal_nll: Any = None
+    refusal_reference_nll: Any = None
+
+
+class Objective(Variant):
+    """A forget loss. Settings of type float are traced in a step, so that a sweep over them compiles once.
+
+    Attributes:
+      source: arXiv number. retains: whether there is a retain term.
+      usual_retain_loss, usual_trainable: settings that go with it. over_rows: the loss is a mean over rows.
+      adapts_alpha: the retain loss is a constraint, and its coefficient follows it (`next_alpha`).
+      subtracts_update: it learns the forget set, and what it learnt is subtracted from the model.
+    """
+
+    gamma: float = option(1.0, help="coefficient of the forget loss", minimum=0.0)
+
+    source: ClassVar[str]
+    retains: ClassVar[bool] = True
+    usual_retain_loss: ClassVar[str] = "kl"
+    usual_trainable: ClassVar[str] = "all"
+    adapts_alpha: ClassVar[bool] = False
+    subtracts_update: ClassVar[bool] = False
+    over_rows: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ("nll",)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Of "nll", "reference_nll", "refusals", "reference_refusals", "hidden", "logits", "reference_logits"."""
+        return self.reads
+
+    def loss(self, inputs: ForgetInputs) -> jax.Array:
+        """f32 [B, S] of tokens, or f32 [B] of rows. Default: what `vocabulary` gives."""
+        return inputs.vocabulary
+
+    def counts(self, valid: jax.Array, refusal_valid: Any) -> jax.Array:
+        """How much each value of `loss` counts; where it is 0 the value is not read. Default: every valid token."""
+        return valid.any(-1) if self.over_rows else valid
+
+    def vocabulary(self, own: Vocabulary, reference: Any) -> jax.Array:
+        """f32 [tokens], for losses of more than the target's probability; `reference` is the original `Vocabulary`."""
+        raise NotImplementedError
+
+    def completed(self, retain_loss: str) -> Self:
+        """With the settings that depend on the retain loss; raises ConfigError if it can't be used with it."""
+        return self
+
+    def next_alpha(self, alpha: jax.Array, step: jax.Array, retain_loss: jax.Array) -> jax.Array:
+        """The coefficient of the retain loss after a step, where `adapts_alpha`."""
+        raise NotImplementedError
+
+    def numbers(self) -> dict[str, float]:
+        """The settings that are traced."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type is float}
+
+    def with_numbers(self, numbers: Mapping[str, Any]) -> Self:
+        """The same with traced arrays, f32 [], in place of its numbers."""
+        made = object.__new__(type(self))  # past the checks, which are of Python numbers
+        for field in dataclasses.fields(self):
+            object.__setattr__(made, field.name, numbers.get(field.name, getattr(self, field.name)))
+        return made
+
+    def without_numbers(self) -> Self:
+        """What shapes a compiled step: the same for all numbers."""
+        return self.with_numbers(dict.fromkeys(self.numbers()))
 
 
 def row_sums(values: jax.Array, valid: jax.Array) -> jax.Array:
@@ -32,11 +113,14 @@ def softened(x: jax.Array, beta: Any) -> jax.Array:
     return -(2.0 / beta) * jax.nn.log_sigmoid(beta * x)
 
 
-class _OverRows:
-    """The loss is a mean over rows."""
+def ascent(weight: jax.Array, nll: jax.Array) -> jax.Array:
+    """-sg(weight) nll of every token."""
+    return -jax.lax.stop_gradient(weight) * nll
 
-    def counts(self, valid, refusal_valid):
-        return valid.any(-1)
+
+def form_option(*codes: str) -> Any:
+    """The setting `form`: that of the paper, or of a released code."""
+    return option(PAPER, help="the paper's loss, or that of a released code", choices=(PAPER, *codes))
 
 
 class Referring(Section):
@@ -58,16 +142,11 @@ class Refusing(Section):
             raise ConfigError("refusals holds no text, or an empty one; give at least one sentence.")
 
 
-# --- likelihood
-
-
 class _Ascent(Section):
     """-mean nll_t over tokens. With a ceiling > 0: mean over rows of max(0, ceiling - row mean nll), which stops
     pushing a row that is forgotten instead of letting it dominate the step."""
 
-    nll_ceiling: float = option(
-        0.0, help="a forget row whose mean NLL passes this (nats) is no longer pushed; 0 = no ceiling", minimum=0.0
-    )
+    nll_ceiling: float = option(0.0, help="mean NLL (nats) past which a row is no longer pushed; 0 = none", minimum=0.0)
     source: ClassVar[str] = "2401.06121"
 
     def loss(self, inputs):
@@ -80,13 +159,10 @@ class _Ascent(Section):
 
 
 class GradientAscent(_Ascent, Objective, name="gradient_ascent"):
-    """Without a retain term."""
-
-    retains = False
+    retains, usual_retain_loss = False, "none"
 
 
-class GradientDifference(_Ascent, Objective, name="gradient_difference"):
-    """With a retain term."""
+class GradientDifference(_Ascent, Objective, name="gradient_difference"): ...
 
 
 class TaskVector(Objective, name="task_vector"):
@@ -94,120 +170,105 @@ class TaskVector(Objective, name="task_vector"):
 
     task_scale: float = option(5.0, help="how often what was learnt is subtracted", minimum=0.0)
     source = "2212.04089"
-    retains = False
+    retains, usual_retain_loss = False, "none"
     subtracts_update = True
 
     def loss(self, inputs):
         return inputs.nll
 
 
-class _WeightedAscent:
-    """-mean sg(weight_t) nll_t over tokens."""
-
-    def loss(self, inputs):
-        return -jax.lax.stop_gradient(self.weight(inputs)) * inputs.nll
-
-    def weight(self, inputs: ForgetInputs) -> jax.Array:
-        raise NotImplementedError
-
-
-class WGA(_WeightedAscent, Objective, name="wga"):
-    """Weight p_t^beta."""
+class WGA(Objective, name="wga"):
+    """-mean sg(weight_t) nll_t over tokens, weight p_t^beta."""
 
     beta: float = option(1.0, help="exponent of a token's probability", minimum=1e-6)
     source = "2502.19301"
 
-    def weight(self, inputs):
-        return jnp.exp(-self.beta * inputs.nll)
+    def loss(self, inputs):
+        return ascent(jnp.exp(-self.beta * inputs.nll), inputs.nll)
 
 
-class TNPO(_WeightedAscent, Referring, Objective, name="tnpo"):
-    """Weight 2 p^beta / (p^beta + p_ref^beta)."""
+class TNPO(Referring, Objective, name="tnpo"):
+    """The same with weight 2 p^beta / (p^beta + p_ref^beta)."""
 
     beta: float = option(4.0, help="inverse temperature", minimum=1e-6)
     source = "2502.19301"
     reads = ("nll", "reference_nll")
 
-    def weight(self, inputs):
-        return 2.0 * jax.nn.sigmoid(self.beta * (inputs.reference_nll - inputs.nll))
+    def loss(self, inputs):
+        return ascent(2.0 * jax.nn.sigmoid(self.beta * (inputs.reference_nll - inputs.nll)), inputs.nll)
 
 
-class SatImp(_WeightedAscent, Objective, name="satimp"):
-    """Weight p^beta1 (1 - p)^beta2: saturation, then importance."""
+class SatImp(Objective, name="satimp"):
+    """The same with weight p^beta1 (1 - p)^beta2: saturation, then importance."""
 
     gamma: float = option(0.1, help="coefficient of the forget loss", minimum=0.0)
     beta1: float = option(5.0, help="exponent of a token's probability, saturation", minimum=0.0)
     beta2: float = option(1.0, help="exponent of one minus a token's probability, importance", minimum=0.0)
     source = "2505.11953"
 
-    def weight(self, inputs):
+    def loss(self, inputs):
         p = jnp.exp(-inputs.nll)
-        return p**self.beta1 * jnp.maximum(1.0 - p, 0.0) ** self.beta2
+        return ascent(p**self.beta1 * jnp.maximum(1.0 - p, 0.0) ** self.beta2, inputs.nll)
 
 
-# --- preference
+class _Preference(Objective):
+    """A mean over rows; form muse_logits: over tokens, of a loss on every raw logit."""
 
-
-class NPO(Referring, Objective, name="npo"):
-    """-(2/beta) mean_y log sigma(beta (NLL - NLL_ref)), rows summed.
-
-    gemma: google-deepmind/gemma, without 2/beta. muse_logits: on every raw logit, mean over vocabulary and tokens.
-    """
-
-    beta: float = option(0.1, help="inverse temperature", minimum=1e-6)
-    form: str = option(
-        PAPER, help="the paper's loss, or that of a released code", choices=(PAPER, "gemma", "muse_logits")
-    )
-    source = "2404.05868"
+    form: str = form_option("muse_logits")
+    reads_logits: ClassVar[tuple[str, ...]] = ("logits",)
 
     @property
     def needs(self):
-        return ("logits", "reference_logits") if self.form == "muse_logits" else ("nll", "reference_nll")
-
-    def loss(self, inputs):
-        if self.form == "muse_logits":
-            return inputs.vocabulary
-        losses = softened(row_sums(inputs.nll - inputs.reference_nll, inputs.valid), self.beta)
-        return losses * (self.beta / 2.0) if self.form == "gemma" else losses
+        return self.reads_logits if self.form == "muse_logits" else self.reads
 
     def counts(self, valid, refusal_valid):
         return valid if self.form == "muse_logits" else valid.any(-1)
+
+    def loss(self, inputs):
+        return inputs.vocabulary if self.form == "muse_logits" else self.of_rows(inputs)
+
+    def of_rows(self, inputs: ForgetInputs) -> jax.Array:
+        raise NotImplementedError
+
+
+class NPO(_Preference, Referring, name="npo"):
+    """-(2/beta) mean_y log sigma(beta (NLL - NLL_ref)), rows summed. gemma: google-deepmind/gemma, without 2/beta."""
+
+    beta: float = option(0.1, help="inverse temperature", minimum=1e-6)
+    form: str = form_option("gemma", "muse_logits")
+    source = "2404.05868"
+    reads, reads_logits = ("nll", "reference_nll"), ("logits", "reference_logits")
+
+    def of_rows(self, inputs):
+        losses = softened(row_sums(inputs.nll - inputs.reference_nll, inputs.valid), self.beta)
+        return losses * (self.beta / 2.0) if self.form == "gemma" else losses
 
     def vocabulary(self, own, reference):
         return own.mean(softened(reference.logits - own.logits, self.beta))
 
 
-class SimNPO(Objective, name="simnpo"):
-    """-(2/beta) mean_y log sigma(beta (NLL/length - delta)); no reference model. muse_logits: on every raw logit."""
+class SimNPO(_Preference, name="simnpo"):
+    """-(2/beta) mean_y log sigma(beta (NLL/length - delta)); no reference model."""
 
     gamma: float = option(0.125, help="coefficient of the forget loss", minimum=0.0)
     beta: float = option(4.5, help="inverse temperature", minimum=1e-6)
     delta: float = option(0.0, help="margin (nats per token)")
-    form: str = option(PAPER, help="the paper's loss, or that of a released code", choices=(PAPER, "muse_logits"))
     source = "2410.07163"
 
-    @property
-    def needs(self):
-        return ("logits",) if self.form == "muse_logits" else ("nll",)
-
-    def loss(self, inputs):
-        if self.form == "muse_logits":
-            return inputs.vocabulary
+    def of_rows(self, inputs):
         return softened(row_means(inputs.nll, inputs.valid) - self.delta, self.beta)
-
-    def counts(self, valid, refusal_valid):
-        return valid if self.form == "muse_logits" else valid.any(-1)
 
     def vocabulary(self, own, reference):
         return own.mean(softened(-own.logits - self.delta, self.beta))
 
 
-class DPO(_OverRows, Refusing, Referring, Objective, name="dpo"):
+class DPO(Refusing, Referring, Objective, name="dpo"):
     """-(2/beta) mean_y log sigma(beta (r(refusal) - r(forget))), r = NLL_ref - NLL of a row, rows summed."""
 
     beta: float = option(0.1, help="inverse temperature", minimum=1e-6)
     source = "2305.18290"
     reads = ("nll", "reference_nll", "refusals", "reference_refusals")
+    over_rows = True
 
     def loss(self, inputs):
         lost = row_sums(inputs.nll - inputs.reference_nll, inputs.valid)
@@ -228,20 +289,18 @@ class IDK(Refusing, Objective, name="idk"):
         return refusal_valid
 
 
-class FLAT(_OverRows, Refusing, Objective, name="flat"):
+class FLAT(Refusing, Objective, name="flat"):
     """mean_y (tanh(P(forget)) - tanh(P(refusal))) / 2, P the mean probability of a row's tokens: the f-divergence of
     total variation."""
 
     source = "2410.11143"
     reads = ("nll", "refusals")
+    over_rows = True
 
     def loss(self, inputs):
         forget = row_means(jnp.exp(-inputs.nll), inputs.valid)
         refusal = row_means(jnp.exp(-inputs.refusal_nll), inputs.refusal_valid)
         return (jnp.tanh(forget) - jnp.tanh(refusal)) / 2.0
-
-
-# --- representation
 
 
 class Steering(Section):
@@ -252,9 +311,7 @@ class Steering(Section):
     """
 
     layer: int = option(1, help="layer (from 1) whose output is steered", minimum=1)
-    form: str = option(
-        PAPER, help="the paper's loss, or that of a released code", choices=(PAPER, "wmdp", "open_unlearning")
-    )
+    form: str = form_option("wmdp", "open_unlearning")
     usual_retain_loss: ClassVar[str] = "hidden"
     usual_trainable: ClassVar[str] = "down_projections"
     reads: ClassVar[tuple[str, ...]] = ("hidden",)
@@ -280,31 +337,11 @@ class RMU(Steering, Objective, name="rmu"):
 class AdaptiveRMU(Steering, Objective, name="adaptive_rmu"):
     """With c = scale * mean |h_l| of the topic's first batch."""
 
-    steering_scale: float = option(
-        5.0, help="length of the target in mean lengths of the layer's output on the first forget batch", minimum=0.0
-    )
+    steering_scale: float = option(5.0, help="c in mean lengths of the layer's output on the first batch", minimum=0.0)
     source = "2408.06223"
 
 
-def steering_directions(key: jax.Array, topics: int, width: int) -> jax.Array:
-    """RMU's u for each topic: uniform on [0, 1)^D, scaled to length one (f32 [topics, D])."""
-    directions = jax.random.uniform(key, (topics, width), jnp.float32)
-    return directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
-
-
-# --- distributions
-
-
-class _OfVocabulary:
-    """mean over tokens of what `vocabulary` gives."""
-
-    reads: ClassVar[tuple[str, ...]] = ("logits",)
-
-    def loss(self, inputs):
-        return inputs.vocabulary
-
-
-class UNDIAL(_OfVocabulary, Objective, name="undial"):
+class UNDIAL(Objective, name="undial"):
     """Cross-entropy to softmax(z_ref - beta onehot(target))."""
 
     beta: float = option(10.0, help="how much the target's logit is lowered", minimum=1e-6)
@@ -315,10 +352,11 @@ class UNDIAL(_OfVocabulary, Objective, name="undial"):
         return own.cross_entropy(reference.logits - self.beta * reference.is_target.astype(jnp.float32))
 
 
-class CEU(_OfVocabulary, Objective, name="ceu"):
+class CEU(Objective, name="ceu"):
     """Cross-entropy to the model's own softmax without the target; the first token of a document stays out."""
 
     source = "2503.01224"
+    reads = ("logits",)
 
     def counts(self, valid, refusal_valid):
         return valid & jnp.pad(valid[:, :-1], ((0, 0), (1, 0)))
@@ -327,15 +365,14 @@ class CEU(_OfVocabulary, Objective, name="ceu"):
         return own.cross_entropy(own.without_target(jax.lax.stop_gradient(own.logits)))
 
 
-class PDU(_OfVocabulary, Objective, name="pdu"):
+class PDU(Objective, name="pdu"):
     """(largest logit - mean logit)^2 under a bound on the retain loss, whose coefficient is the multiplier."""
 
     dual_rate: float = option(1.0, help="step size of the coefficient that holds the retain loss down", minimum=0.0)
-    retain_bound: float = option(
-        0.0, help="largest retain loss that is accepted; 0 = 0.05, which is usual for kl", minimum=0.0
-    )
+    retain_bound: float = option(0.0, help="largest retain loss accepted; 0 = 0.05, usual for kl", minimum=0.0)
     dual_warmup: int = option(0, help="steps before that coefficient moves", minimum=0)
     source = "2506.05314"
+    reads = ("logits",)
     adapts_alpha = True
 
     def vocabulary(self, own, reference):

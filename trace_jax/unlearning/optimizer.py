@@ -1,7 +1,6 @@
 """The optax chain: clip, the optimizer's direction, decay, learning rate, and the update mask last."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -85,7 +84,7 @@ class Muon(_Adam, Optimizer, name="muon"):
             return updates * (_MUON_RMS * math.sqrt(max(updates.shape)))
 
         def labels(tree):
-            return {path: "muon" if orthogonal(axes.get(path, ())) else "adam" for path in tree}
+            return {path: "muon" if orthogonal(axes[path]) else "adam" for path in tree}
 
         muon = optax.chain(optax.contrib.scale_by_muon(beta=self.momentum), optax.stateless(like_adam))
         return optax.partition({"muon": per_matrix(muon, axes), "adam": self.adam()}, labels)
@@ -138,19 +137,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
-def masked(masks: dict[str, jax.Array] | None) -> optax.GradientTransformation:
-    """Multiplies updates by masks (flat dict by path). Identity without masks."""
-    if masks is None:
-        return optax.identity()
-    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, masks))
-
-
 def make_optimizer(
-    config: OptimizerConfig,
-    steps: int,
-    masks: dict[str, jax.Array] | None = None,
-    *,
-    axes: Axes | None = None,
+    config: OptimizerConfig, steps: int, axes: Axes, masks: dict[str, jax.Array] | None = None
 ) -> optax.GradientTransformation:
     """The optimizer that `config` names, whose frozen slices stay bit-identical.
 
@@ -158,16 +146,19 @@ def make_optimizer(
     gradients alone would let weight decay and old momentum move frozen experts.
 
     Args:
-      axes: logical axes of parameters by path (`ArraySpec.axes`), which say where the matrices in them are. A
-        parameter that is not among them is taken for one vector.
+      axes: logical axes of parameters by path (`ArraySpec.axes`), which say where the matrices in them are.
+      masks: by path; gradients and updates are multiplied by them.
     """
+    masked = optax.identity()
+    if masks is not None:
+        masked = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, masks))
     return optax.chain(
-        masked(masks),
+        masked,
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
-        config.optimizer.direction(axes or {}),
+        config.optimizer.direction(axes),
         optax.add_decayed_weights(config.weight_decay) if config.weight_decay > 0 else optax.identity(),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
-        masked(masks),
+        masked,
     )
 
 
@@ -176,18 +167,44 @@ def groups(axes: tuple[str, ...]) -> list[list[int]]:
 
     Heads and their width are one side of a matrix. Dimensions that are in no list count the matrices.
     """
-    found: list[list[int]] = []
+    sides: list[list[int]] = []
     for dimension, name in enumerate(axes):
-        if name == "head" and found:
-            found[-1].append(dimension)
+        if name == "head" and sides:
+            sides[-1].append(dimension)
         elif name not in _STACKED:
-            found.append([dimension])
-    return found
+            sides.append([dimension])
+    return sides
 
 
 def orthogonal(axes: tuple[str, ...]) -> bool:
     """Whether Muon orthogonalises the updates of an array."""
     return len(groups(axes)) == 2 and not set(axes) & set(_NOT_ORTHOGONAL)
+
+
+class _Matrices:
+    """Where the matrices (or vectors) are in an array of `shape` with these `axes`."""
+
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...]):
+        inner = groups(axes)
+        within = [dimension for group in inner for dimension in group]
+        self.stacked = [dimension for dimension in range(len(shape)) if dimension not in within]
+        self.shape, self.order = shape, self.stacked + within
+        self.apart_shape = (*(shape[d] for d in self.stacked), *(math.prod(shape[d] for d in g) for g in inner))
+
+    def apart(self, array: jax.Array) -> jax.Array:
+        """[stacked..., rows, columns], or [stacked..., width]; arrays of another shape as they are."""
+        return array.transpose(self.order).reshape(self.apart_shape) if array.shape == self.shape else array
+
+    def together(self, array: jax.Array) -> jax.Array:
+        """The inverse of `apart`."""
+        if array.shape != self.apart_shape:
+            return array
+        return array.reshape([self.shape[d] for d in self.order]).transpose(np.argsort(self.order).tolist())
+
+    def mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        for _ in self.stacked:
+            function = jax.vmap(function)
+        return function
 
 
 def per_matrix(transform: optax.GradientTransformation, axes: Axes) -> optax.GradientTransformation:
@@ -197,64 +214,25 @@ def per_matrix(transform: optax.GradientTransformation, axes: Axes) -> optax.Gra
     them; they come first in the state's arrays. Those of a parameter's own size have its shape.
     """
 
-    def mapped(function: Callable[..., Any], path: str, leaf: jax.Array) -> Callable[..., Any]:
-        for _ in _stacked(leaf, axes.get(path)):
-            function = jax.vmap(function)
-        return function
-
-    def stored(state: Any, path: str, leaf: jax.Array) -> Any:
-        own, shape = axes.get(path), jax.eval_shape(functools.partial(_apart, axes=axes.get(path)), leaf).shape
-        return jax.tree.map(lambda x: _together(x, leaf.shape, own) if x.shape == shape else x, state)
-
-    def unpacked(state: Any, path: str, leaf: jax.Array) -> Any:
-        return jax.tree.map(lambda x: _apart(x, axes.get(path)) if x.shape == leaf.shape else x, state)
+    def matrices(tree: Mapping[str, Any]) -> dict[str, _Matrices]:
+        """Without what `optax.partition` leaves to another optimizer."""
+        arrays = {path: leaf for path, leaf in tree.items() if not isinstance(leaf, optax.MaskedNode)}
+        return {path: _Matrices(leaf.shape, axes[path]) for path, leaf in arrays.items()}
 
     def init(params):
-        state = {}
-        for path, leaf in _arrays(params).items():
-            state[path] = stored(mapped(transform.init, path, leaf)(_apart(leaf, axes.get(path))), path, leaf)
-        return state
+        return {
+            path: jax.tree.map(m.together, m.mapped(transform.init)(m.apart(params[path])))
+            for path, m in matrices(params).items()
+        }
 
     def update(updates, state, params=None):
-        if params is None:
-            raise ValueError("this optimizer needs the parameters: update(updates, state, params).")
+        assert params is not None
         result, changed = dict(updates), {}
-        for path, leaf in _arrays(updates).items():
-            apart = (_apart(tree[path], axes.get(path)) for tree in (updates, params))
-            function = mapped(lambda u, p, s: transform.update(u, s, p), path, leaf)
-            found, after = function(*apart, unpacked(state[path], path, leaf))
-            result[path], changed[path] = _together(found, leaf.shape, axes.get(path)), stored(after, path, leaf)
+        for path, m in matrices(updates).items():
+            one = m.mapped(lambda u, p, s: transform.update(u, s, p))
+            arrays = m.apart(updates[path]), m.apart(params[path]), jax.tree.map(m.apart, state[path])
+            update, after = one(*arrays)
+            result[path], changed[path] = m.together(update), jax.tree.map(m.together, after)
         return result, changed
 
     return optax.GradientTransformation(init, update)
-
-
-def _arrays(tree: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Without what `optax.partition` leaves to another optimizer."""
-    return {path: leaf for path, leaf in tree.items() if not isinstance(leaf, optax.MaskedNode)}
-
-
-def _inner(leaf: Any, axes: tuple[str, ...] | None) -> list[list[int]]:
-    return groups(axes) if axes is not None else [list(range(len(leaf.shape)))]
-
-
-def _stacked(leaf: Any, axes: tuple[str, ...] | None) -> list[int]:
-    inside = {dimension for group in _inner(leaf, axes) for dimension in group}
-    return [dimension for dimension in range(len(leaf.shape)) if dimension not in inside]
-
-
-def _order(leaf: Any, axes: tuple[str, ...] | None) -> list[int]:
-    return _stacked(leaf, axes) + [dimension for group in _inner(leaf, axes) for dimension in group]
-
-
-def _apart(leaf: jax.Array, axes: tuple[str, ...] | None) -> jax.Array:
-    """[stacked..., rows, columns], or [stacked..., width]."""
-    widths = [math.prod(leaf.shape[d] for d in group) for group in _inner(leaf, axes)]
-    return leaf.transpose(_order(leaf, axes)).reshape(*(leaf.shape[d] for d in _stacked(leaf, axes)), *widths)
-
-
-def _together(array: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...] | None) -> jax.Array:
-    """The inverse of `_apart` for an array of that shape."""
-    like = jax.ShapeDtypeStruct(shape, array.dtype)
-    order = _order(like, axes)
-    return array.reshape([shape[d] for d in order]).transpose(np.argsort(order).tolist())

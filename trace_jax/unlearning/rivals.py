@@ -39,10 +39,10 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.config import ConfigError
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.mesh import AXES, as_varying
+from trace_jax.unlearning.config import GripProject
 
 ROUTER, BIAS, CORRECTION = "layers/router", "layers/router_bias", "layers/router_correction"
 TOLERANCE = 1e-4  # a bound on a score that is missed by less is met
-FORMS = ("sum", "mean")  # of the anchor loss
 LEAST_COSINE = 0.95  # of a layer's scores before and after, for its realignment to be kept
 
 
@@ -70,11 +70,9 @@ def protect(
     scores: np.ndarray,
     indices: np.ndarray,
     config: ModelConfig,
+    grip: GripProject,
     *,
     correction: np.ndarray | None = None,
-    null: float,
-    margin: float,
-    sweeps: int,
     seed: int,
 ) -> Protection:
     """The protection of retain inputs of the original model, as numpy arrays.
@@ -82,10 +80,7 @@ def protect(
     Args:
       inputs: [L, n, W], what each router read (`with_one` where its bias trains). scores: f32 [L, n, E], its logits.
         indices: i32 [L, n, K], what it chose.
-      correction: f32 [L, E], added to scores for choosing, where the model has it.
-      null: directions of a smaller squared singular value are not kept. margin: in units of the scores.
-
-    The model must pass `check_router`.
+      correction: f32 [L, E], added to scores for choosing, where the model has it. It must pass `check_router`.
     """
     bases, bounds = [], []
     for layer, x in enumerate(inputs.astype(np.float64)):
@@ -93,15 +88,14 @@ def protect(
         room = headroom(scores[layer].astype(np.float64), indices[layer], config, of_layer)
         chose = np.zeros(room.shape, bool)
         np.put_along_axis(chose, indices[layer], True, axis=1)
-        basis = [span(x[which], null) for which in chose.T]
+        basis = [span(x[which], grip.null) for which in chose.T]
         free = np.stack([np.sum(x**2, axis=1) - np.sum((x @ kept) ** 2, axis=1) for kept in basis], axis=1)
         bases.append(basis)
-        bounds.append(np.where(chose | (free <= null), np.inf, np.maximum(room - margin, 0.0)).T)
+        bounds.append(np.where(chose | (free <= grip.null), np.inf, np.maximum(room - grip.margin, 0.0)).T)
     rank = max(1, *(kept.shape[1] for basis in bases for kept in basis))
     padded = [[np.pad(kept, ((0, 0), (0, rank - kept.shape[1]))) for kept in basis] for basis in bases]
-    return Protection(
-        inputs, np.asarray(padded, np.float32), np.asarray(bounds, np.float32), np.int32(sweeps), np.int32(seed)
-    )
+    arrays = (np.asarray(x, np.float32) for x in (padded, bounds))
+    return Protection(inputs, *arrays, np.int32(grip.sweeps), np.int32(seed))
 
 
 def check_router(config: ModelConfig, training: Collection[str]) -> None:
@@ -153,6 +147,16 @@ def span(inputs: np.ndarray, null: float) -> np.ndarray:
     return inputs.T @ (vectors[:, kept] / np.sqrt(squares[kept]))
 
 
+def joined(flat: Mapping[str, Any], bias: bool) -> Any:
+    """[L, W, E]: routers of flat parameters; with `bias` their biases are one more row."""
+    return jnp.concatenate([flat[ROUTER], flat[BIAS][:, None]], axis=1) if bias else flat[ROUTER]
+
+
+def parted(routers: Any, bias: bool) -> dict[str, Any]:
+    """The inverse of `joined`."""
+    return {ROUTER: routers[:, :-1], BIAS: routers[:, -1]} if bias else {ROUTER: routers}
+
+
 def with_one(inputs: np.ndarray) -> np.ndarray:
     """[..., D + 1]: inputs with a last 1, for which a router's bias is one more row."""
     return np.concatenate([inputs, np.ones_like(inputs[..., :1])], axis=-1)
@@ -180,15 +184,9 @@ def keep_routers(
     arrays: Mapping[str, jax.Array], original: Mapping[str, jax.Array], protection: Protection, step, *, mesh: Mesh
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Flat parameters with their routers `constrained`, and by how much a bound is still missed."""
-    paths = [ROUTER] if protection.inputs.shape[-1] == original[ROUTER].shape[1] else [ROUTER, BIAS]
-
-    def joined(flat):
-        rows = [flat[path].reshape(len(flat[path]), -1, flat[path].shape[-1]) for path in paths]  # a bias: one row
-        return jnp.concatenate(rows, axis=1)
-
-    kept, missed = constrained(joined(arrays), joined(original), protection, step, mesh=mesh)
-    parts = zip(paths, (kept[:, : arrays[ROUTER].shape[1]], kept[:, -1]), strict=False)
-    return {**arrays, **dict(parts)}, missed
+    bias = protection.inputs.shape[-1] > original[ROUTER].shape[1]
+    kept, missed = constrained(joined(arrays, bias), joined(original, bias), protection, step, mesh=mesh)
+    return {**arrays, **parted(kept, bias)}, missed
 
 
 def constrained(

@@ -1,7 +1,7 @@
 """GRIP around a run: what routers read of retain text, and how that has moved (`trace_jax.unlearning.rivals`)."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -20,63 +20,42 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import map_batches, placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, place, row_shards, to_host
+from trace_jax.unlearning import rivals
 from trace_jax.unlearning.config import GripProject, GripRealign, UnlearningConfig
-from trace_jax.unlearning.rivals import (
-    BIAS,
-    CORRECTION,
-    LEAST_COSINE,
-    ROUTER,
-    Moments,
-    Protection,
-    cosine,
-    keep_routers,
-    protect,
-    protection_specs,
-    realigned,
-    with_one,
-)  # fmt: skip
+from trace_jax.unlearning.rivals import BIAS, CORRECTION, ROUTER, Moments, Protection
 
-
-@dataclasses.dataclass(frozen=True)
-class GripHooks:
-    """What GRIP does before and after training; a no-op where `config.grip` is "none".
-
-    original: the model before unlearning, on the mesh. table: what was protected in each layer.
-    """
-
-    original: Model
-    retain: Rows | None
-    config: UnlearningConfig
-    mesh: Mesh
-    protection: Protection | None = None
-    table: list[dict] | None = None
-
-    def finished(self, model: Model) -> tuple[Model, list[dict] | None]:
-        """(the model that a run gives which ends with `model`, rows about each layer or None)."""
-        config = self.config
-        if isinstance(config.grip, GripRealign):
-            assert self.retain is not None
-            tokens, ridge = config.grip.tokens, config.grip.ridge
-            return realign(self.original, model, self.retain, tokens=tokens, ridge=ridge, mesh=self.mesh)
-        if self.protection is None or not config.objective.subtracts_update:
-            return model, self.table
-        # The margins held for what was learnt; now they must for what that was subtracted from.
-        before, flat = flatten(self.original.params), flatten(model.params)
-        routers = {path: flat[path] for path in (ROUTER, BIAS) if path in flat}
-        kept, _ = keep_routers(routers, before, self.protection, place(np.int32(0), self.mesh), mesh=self.mesh)
-        return model.replace(params=unflatten({**flat, **kept})), self.table
+Finish = Callable[[Model], tuple[Model, list[dict] | None]]
 
 
 def grip_hooks(
     original: Model, retain: Rows | None, config: UnlearningConfig, paths: Collection[str], *, seed: int, mesh: Mesh
-) -> GripHooks:
-    """What GRIP, as the settings ask for it, does around a run in which the parameters at `paths` train."""
+) -> tuple[Protection | None, Finish]:
+    """What GRIP, as the settings ask for it, does around a run in which the parameters at `paths` train.
+
+    original: the model before unlearning, on the mesh.
+
+    Returns:
+      (what holds routers after every step, or None; a function of the model that a run ends with, which gives the
+      model that comes of it and rows about what was protected, or realigned, in each layer).
+    """
     grip = config.grip
-    if not isinstance(grip, GripProject):
-        return GripHooks(original, retain, config, mesh)
+    if not isinstance(grip, (GripProject, GripRealign)):
+        return None, lambda model: (model, None)
     assert retain is not None
-    protection = retain_protection(original, retain, grip, bias=BIAS in paths, seed=seed, mesh=mesh)
-    return GripHooks(original, retain, config, mesh, *protection)
+    if isinstance(grip, GripRealign):
+        return None, lambda model: realign(original, model, retain, grip, mesh=mesh)
+    protection, table = retain_protection(original, retain, grip, bias=BIAS in paths, seed=seed, mesh=mesh)
+
+    def finish(model: Model) -> tuple[Model, list[dict] | None]:
+        if not config.objective.subtracts_update:
+            return model, table
+        # The margins held for what was learnt; now they must for what that was subtracted from.
+        before, flat = flatten(original.params), flatten(model.params)
+        routers = {path: flat[path] for path in (ROUTER, BIAS) if path in flat}
+        held, _ = rivals.keep_routers(routers, before, protection, place(np.int32(0), mesh), mesh=mesh)
+        return model.replace(params=unflatten({**flat, **held})), table
+
+    return protection, finish
 
 
 # --- what routers read of retain text
@@ -99,13 +78,11 @@ def read_routers(model: Model, rows: Rows, *, mesh: Mesh) -> tuple[np.ndarray, n
     """
     batches = list(sequential_batches(rows, row_shards(mesh)))
     arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
-    most, found = int(rows.valid.sum(axis=1).max()), []
-    for batch, outputs in zip(
-        batches, map_batches(_read, model.params, model.config, arrays, mesh=mesh, static=(most,)), strict=True
-    ):
-        for row, valid in enumerate(np.asarray(batch.valid)):
-            found.append([output[row, :, : valid.sum()] for output in outputs])
-    inputs, scores, indices = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    most, pieces = int(rows.valid.sum(axis=1).max()), []
+    passes = map_batches(_read, model.params, model.config, arrays, mesh=mesh, static=(most,))
+    for batch, outputs in zip(batches, passes, strict=True):
+        pieces += [[x[row, :, : valid.sum()] for x in outputs] for row, valid in enumerate(np.asarray(batch.valid))]
+    inputs, scores, indices = (np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
     if not np.isfinite(scores).all():
         raise ValueError("a router gave NaN or infinite scores for retain text; the model is damaged.")
     return inputs, scores, indices
@@ -136,27 +113,20 @@ def retain_protection(
       are frozen: fewer tokens (`grip.tokens`) leave room.
     """
     inputs, scores, indices = read_routers(model, spread_tokens(retain, grip.tokens), mesh=mesh)
-    correction = flatten(model.params).get(CORRECTION)
-    protection = protect(
-        with_one(inputs) if bias else inputs, scores, indices, model.config,
-        correction=None if correction is None else to_host(correction), null=grip.null,
-        margin=grip.margin, sweeps=grip.sweeps, seed=seed,
-    )  # fmt: skip
-    kept = protection.basis.any(axis=2).sum(axis=2) / protection.basis.shape[2]  # [L, E]
-    table = [
-        {"layer": layer, "tokens": inputs.shape[1], "free": float(1 - of_layer.mean())}
-        for layer, of_layer in zip(model.config.moe_layers, kept, strict=True)
-    ]
-    free = sum(row["free"] for row in table) / len(table)
+    correction, reads = to_host(flatten(model.params).get(CORRECTION)), rivals.with_one(inputs) if bias else inputs
+    protection = rivals.protect(reads, scores, indices, model.config, grip, correction=correction, seed=seed)
+    free = 1 - (protection.basis.any(axis=2).sum(axis=2) / protection.basis.shape[2]).mean(axis=1)  # [L]
+    layers = zip(model.config.moe_layers, free.tolist(), strict=True)
     say(
-        f"GRIP: {inputs.shape[1]} retain tokens leave the routers {free:.1%} of their directions"
-        + ("; they are frozen. Lower grip.tokens to let them move." if free == 0 else "")
+        f"GRIP: {inputs.shape[1]} retain tokens leave the routers {free.mean():.1%} of their directions"
+        + ("" if free.any() else "; they are frozen. Lower grip.tokens to let them move.")
     )
-    return place(protection, mesh, protection_specs(model.config.num_experts, mesh)), table
+    table = [{"layer": layer, "tokens": inputs.shape[1], "free": of_layer} for layer, of_layer in layers]
+    return place(protection, mesh, rivals.protection_specs(model.config.num_experts, mesh)), table
 
 
 def realign(
-    original: Model, current: Model, retain: Rows, *, tokens: int, ridge: float, mesh: Mesh
+    original: Model, current: Model, retain: Rows, grip: GripRealign, *, mesh: Mesh
 ) -> tuple[Model, list[dict]]:
     """`current` with routers that score retain text as those of `original` do, and one row per layer about it.
 
@@ -164,9 +134,6 @@ def realign(
     layer costs one pass of both models over the tokens. Biases of routers are realigned with them. A correction is kept
     if the cosine of scores before and after is at least `LEAST_COSINE`.
 
-    Args:
-      tokens: how many valid retain tokens are read, evenly spread; at least D, below which directions would be unknown.
-      ridge: see `grip.realigned`.
     Returns:
       (model, rows of {layer (of the network, from 0), kept, cosine, cosine_before}), cosines of the original's scores
       with those after and before the correction.
@@ -174,24 +141,27 @@ def realign(
       ConfigError: too few tokens.
     """
     config = original.config
-    rows = spread_tokens(retain, tokens)
+    rows = spread_tokens(retain, grip.tokens)
     if rows.valid.sum() < config.hidden_size:
         raise ConfigError(
             f"grip 'realign' has {rows.valid.sum()} retain tokens for routers of {config.hidden_size} inputs, which do "
-            f"not determine them; raise grip.tokens (it is {tokens}) or give more retain text."
+            f"not determine them; raise grip.tokens (it is {grip.tokens}) or give more retain text."
         )
-    theta, new = _routers(original.params, config), _routers(current.params, config)
+    bias, flat = config.router_bias, flatten(current.params)
+    theta, new = (to_host(rivals.joined(f, bias)).astype(np.float64) for f in (flatten(original.params), flat))
+
+    def with_routers() -> Any:
+        return placed_params(unflatten({**flat, **rivals.parted(new.astype(np.float32), bias)}), config, mesh)
+
     before, table = placed_params(original.params, config, mesh), []
     for layer, of_network in enumerate(config.moe_layers):
-        after = placed_params(_with_routers(current.params, new, config), config, mesh)
-        moments = _moments(before, after, rows, layer, config, mesh)
-        found = realigned(theta[layer], moments, ridge)
-        reached = cosine(theta[layer], found, moments)
-        row = {"layer": of_network, "kept": reached >= LEAST_COSINE, "cosine": reached}
-        table.append(row | {"cosine_before": cosine(theta[layer], new[layer], moments)})
-        new[layer] = found if row["kept"] else new[layer]
-    params = placed_params(_with_routers(current.params, new, config), config, mesh)
-    return current.replace(params=params), table
+        moments = _moments(before, with_routers(), rows, layer, config, mesh)
+        solved = rivals.realigned(theta[layer], moments, grip.ridge)
+        reached, now = (rivals.cosine(theta[layer], router, moments) for router in (solved, new[layer]))
+        row = {"layer": of_network, "kept": reached >= rivals.LEAST_COSINE, "cosine": reached, "cosine_before": now}
+        new[layer] = solved if row["kept"] else new[layer]
+        table.append(row)
+    return current.replace(params=with_routers()), table
 
 
 def with_realigned(trained: list[dict], table: list[dict]) -> list[dict]:
@@ -203,21 +173,6 @@ def with_realigned(trained: list[dict], table: list[dict]) -> list[dict]:
         return row | {"trained": max(row["trained"], changed)}
 
     return [one(row) for row in trained]
-
-
-def _routers(params: Any, config: ModelConfig) -> np.ndarray:
-    """f64 [L, W, E]: routers, their biases below them where they have some."""
-    flat = flatten(params)
-    router = to_host(flat[ROUTER]).astype(np.float64)
-    if not config.router_bias:
-        return router
-    return np.concatenate([router, to_host(flat[BIAS]).astype(np.float64)[:, None]], axis=1)
-
-
-def _with_routers(params: Any, routers: np.ndarray, config: ModelConfig) -> Any:
-    D, routers = config.hidden_size, routers.astype(np.float32)
-    changed = {ROUTER: routers[:, :D]} | ({BIAS: routers[:, D]} if config.router_bias else {})
-    return unflatten({**flatten(params), **changed})
 
 
 def _moments(before: Any, after: Any, rows: Rows, layer: int, config: ModelConfig, mesh: Mesh) -> Moments:

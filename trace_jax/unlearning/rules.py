@@ -1,8 +1,8 @@
 """When a run ends before its last step, and which of its evaluated states is the result."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,21 +23,11 @@ class Evaluated:
     items: Mapping[str, np.ndarray] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Stop:
+class Stop(NamedTuple):
     """Why a run ends early. `failed`: by an error, so that the state it was found in is of no use."""
 
     reason: str
     failed: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """The numbers of one evaluation."""
-
-    step: int
-    forgetting: float
-    utility: float
 
 
 class Keep(Variant):
@@ -72,42 +62,35 @@ class Rules(Section):
     def keeps_best(self) -> bool:
         return isinstance(self.keep, KeepBest)
 
-    def point(self, step: int, evaluated: Any) -> Point | None:
-        """The point of an evaluation; None where no rule reads it.
-
-        Raises:
-          ValueError: a rule needs a number that the evaluation does not give.
-        """
-        if not self.needs_evaluation:
-            return None
-        needed = {
-            "forgetting": self.keeps_best or self.stop_forgetting is not None,
-            "utility": self.keeps_best or self.stop_utility is not None,
-        }
-        for name, wanted in needed.items():
-            if wanted and getattr(evaluated, name, None) is None:
+    def check(self, step: int, evaluated: Evaluated) -> None:
+        """Raises ValueError where a rule needs a number that an evaluation does not give."""
+        for name, rule in (("forgetting", self.stop_forgetting), ("utility", self.stop_utility)):
+            if (self.keeps_best or rule is not None) and getattr(evaluated, name) is None:
                 raise ValueError(
                     f"the evaluation at step {step} gives no {name}, which stop_forgetting, stop_utility or keep "
                     "reads; let `evaluate` return an `Evaluated` with it, or remove the rule."
                 )
-        numbers = (float("nan") if x is None else float(x) for x in (evaluated.forgetting, evaluated.utility))
-        return Point(step, *numbers)
 
-    def stops(self, point: Point) -> str:
-        """Why the run ends at a point, or nothing."""
-        at = f"at step {point.step}"
-        if self.stop_forgetting is not None and point.forgetting <= self.stop_forgetting:
-            return f"forgetting {point.forgetting:.4g} reached stop_forgetting {self.stop_forgetting:g} {at}"
-        if self.stop_utility is not None and point.utility < self.stop_utility:
-            return f"utility {point.utility:.4g} fell below stop_utility {self.stop_utility:g} {at}"
+    def stops(self, step: int, evaluated: Any) -> str:
+        """Why the run ends at an `Evaluated` state, or nothing."""
+        if self.stop_forgetting is not None and evaluated.forgetting <= self.stop_forgetting:
+            return (
+                f"forgetting {evaluated.forgetting:.4g} reached stop_forgetting {self.stop_forgetting:g} at step {step}"
+            )
+        if self.stop_utility is not None and evaluated.utility < self.stop_utility:
+            return f"utility {evaluated.utility:.4g} fell below stop_utility {self.stop_utility:g} at step {step}"
         return ""
 
-    def best(self, points: Sequence[Point]) -> int:
-        """Step of the point whose state is kept; of equals the first."""
-        reached = [p for p in points if isinstance(self.keep, KeepBest) and p.forgetting <= self.keep.forgetting]
+    def best(self, evaluations: Mapping[int, Any]) -> int:
+        """The step whose state is the result, of those with an `Evaluated` each; of equals the first."""
+        reached = [
+            step
+            for step, at in evaluations.items()
+            if isinstance(self.keep, KeepBest) and at.forgetting <= self.keep.forgetting
+        ]
         if reached:
-            return max(reached, key=lambda p: p.utility).step
-        return min(points, key=lambda p: p.forgetting).step
+            return max(reached, key=lambda step: evaluations[step].utility)
+        return min(evaluations, key=lambda step: evaluations[step].forgetting)
 
 
 NO_RULES = Rules()

@@ -1,6 +1,5 @@
 """Which parameters train: chosen by path, by layer and by expert, and told in a table."""
 
-import dataclasses
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,46 +8,30 @@ from typing import Any
 import numpy as np
 
 from trace_jax.config import ConfigError
+from trace_jax.io.progress import aligned
 from trace_jax.models.arrays import flat_specs
 from trace_jax.models.config import ModelConfig
 from trace_jax.routing.selection import select_experts
 from trace_jax.routing.statistics import ExpertStatistics
-from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.objectives import Steering
+from trace_jax.unlearning.config import Calibrated, Patterns, Trainable, UnlearningConfig
 from trace_jax.unlearning.trained import factors, is_of_experts, rows_path
 
-_GROUPED, _LATENT = ("q", "k", "v"), ("q_down", "q_up", "kv_down", "kv_up")
-PRESETS: dict[str, tuple[str, ...]] = {
-    "all": ("*",),
-    "experts": ("layers/experts/*",),
-    "selected_experts": ("layers/experts/*",),
-    "seuf": ("layers/experts/*", "layers/router*"),
-    "routers_frozen": ("!layers/router*", "*"),
-    "down_projections": ("layers/experts/down", "dense/mlp/down"),
-    # What low-rank factors are added to: every projection of attention, and the matrices of the experts.
-    "lora": (
-        *(f"{stack}/{name}" for stack in ("layers", "dense") for name in (*_GROUPED, *_LATENT, "o")),
-        "layers/experts/gate_up",
-        "layers/experts/down",
-    ),
-}
 # Only chooses experts, so that no loss has a gradient for it; weight decay alone would move it.
 _NEVER = "layers/router_correction"
 
 
-def trainable_paths(model: ModelConfig, trainable: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The parameters of which anything trains: a preset's, or those whose first matching pattern has no leading !.
+def trainable_paths(model: ModelConfig, trainable: Trainable) -> tuple[str, ...]:
+    """The parameters of which anything trains.
 
     Raises:
-      ConfigError: an unknown preset, a pattern that matches nothing, or nothing left to train.
+      ConfigError: a pattern that matches nothing, or nothing left to train.
     """
-    paths = tuple(flat_specs(model))
-    patterns = trainable if isinstance(trainable, tuple) else PRESETS.get(trainable, (trainable,))
-    for pattern in () if trainable in PRESETS else patterns:
+    paths, patterns = tuple(flat_specs(model)), trainable.patterns
+    for pattern in patterns if isinstance(trainable, Patterns) else ():
         if not fnmatch.filter(paths, pattern.removeprefix("!")):
             raise ConfigError(
-                f"trainable: {pattern!r} is neither a preset ({', '.join(PRESETS)}) nor a pattern that matches a "
-                f"parameter. Parameters: {', '.join(sorted(paths))}."
+                f"trainable: {pattern!r} is neither a preset ({', '.join(Trainable.kinds)}) nor a pattern that matches "
+                f"a parameter. Parameters: {', '.join(sorted(paths))}."
             )
 
     def trains(path: str) -> bool:
@@ -56,15 +39,8 @@ def trainable_paths(model: ModelConfig, trainable: str | tuple[str, ...]) -> tup
         return not first.startswith("!") and path != _NEVER
 
     if not (training := tuple(filter(trains, paths))):
-        raise ConfigError(f"trainable: {trainable!r} freezes every parameter; nothing would be unlearned.")
+        raise ConfigError(f"trainable: {', '.join(patterns)} freezes every parameter; nothing would be unlearned.")
     return training
-
-
-def trainable_layers(config: UnlearningConfig) -> tuple[int, int] | None:
-    """RMU trains the steered layer and the two below it, as its authors do."""
-    if isinstance(config.objective, Steering) and config.patterns == "down_projections":
-        return max(1, config.layer - 2), config.layer
-    return None
 
 
 def chosen_experts(
@@ -81,12 +57,13 @@ def chosen_experts(
       calibrated: bool [L, E], the experts that the calibration of the retain weights selected.
       seed: of the rule "random".
     """
-    if config.some_experts is None or config.some_experts.experts.name == "calibration":
-        return None if config.some_experts is None else calibrated
+    if config.some_experts is None:
+        return None
     rule = config.some_experts.experts
-    settings: dict[str, Any] = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+    if isinstance(rule, Calibrated):
+        return calibrated
     try:
-        return select_experts(forget, retain, rule=rule.name, seed=seed, **settings)
+        return select_experts(forget, retain, rule=rule, seed=seed)
     except ConfigError as error:
         raise ConfigError(f"unlearning.trainable.experts is {rule.name!r}: {error}") from None
 
@@ -127,27 +104,19 @@ def update_masks(
     return masks
 
 
-def trainable_table(
-    model: ModelConfig,
-    trainable: str | tuple[str, ...],
-    *,
-    layers: tuple[int, int] | None = None,
-    selected: np.ndarray | None = None,
-    rank: int | None = None,
-) -> list[dict]:
+def trainable_table(model: ModelConfig, config: UnlearningConfig, selected: np.ndarray | None = None) -> list[dict]:
     """One row per parameter: path, shape, how many numbers it has, how many train, and which ("" where none do).
 
-    Args:
-      layers, selected: as for `update_masks`. rank: of the low-rank factors that train instead of the parameters.
+    selected: bool [L, E], the experts that train where not all do.
     """
-    paths, rows = trainable_paths(model, trainable), []
-    masks = update_masks(paths, model, layers=layers, selected=selected)
-    own = {} if rank is None else factors(model, paths, rank)
+    paths, rows = trainable_paths(model, config.trainable), []
+    masks = update_masks(paths, model, layers=config.layers, selected=selected)
+    own = {} if config.lora is None else factors(model, paths, config.lora.rank)
     for path, spec in sorted(flat_specs(model).items()):
         size, count, which = math.prod(spec.shape), 0, ""
-        if path in paths and rank is not None:
+        if path in paths and config.lora is not None:
             count = sum(math.prod(factor.shape) for name, factor in own.items() if name.startswith(f"{path}/"))
-            which = f"rank {rank}"
+            which = f"rank {config.lora.rank}"
         elif path in paths:
             if selected is not None and is_of_experts(path):
                 mask, every = selected, "experts"
@@ -164,15 +133,12 @@ def table_text(table: Sequence[Mapping[str, Any]]) -> str:
     """A trainable table as a person reads it: a line for each parameter that trains, one for all that don't."""
     trained, total = (sum(row[key] for row in table) for key in ("trained", "parameters"))
     frozen = [row for row in table if not row["trained"]]
-    columns = [
-        (row["path"], " x ".join(map(str, row["shape"])), f"{row['trained']:,}", f"({row['which']})")
+    lines = [
+        (row["path"], " x ".join(map(str, row["shape"])), row["which"], f"{row['trained']:,}")
         for row in table
         if row["trained"]
     ]
     arrays = f"{len(frozen)} array{'s' * (len(frozen) != 1)}"
-    columns.append(("frozen", arrays, f"{sum(row['parameters'] for row in frozen):,}", ""))
-    widths = [max(len(line[i]) for line in columns) for i in range(3)]
-    lines = [f"what trains: {trained:,} numbers; the model has {total:,} ({trained / total:.2%})"]
-    for path, shape, count, which in columns:
-        lines.append(f"  {path:{widths[0]}}  {shape:{widths[1]}}  {count:>{widths[2]}}  {which}".rstrip())
-    return "\n".join(lines)
+    lines.append(("frozen", arrays, "", f"{sum(row['parameters'] for row in frozen):,}"))
+    head = f"trainable parameters: {trained:,} numbers; the model has {total:,} ({trained / total:.2%})"
+    return "\n".join([head, *aligned([("parameter", "shape", "trains", "numbers"), *lines], left=3)])

@@ -102,10 +102,8 @@ def split(
       rank: of low-rank factors of all `paths`, drawn with `seed` and the parameter's name.
     """
     if rank is not None:
-        key, declared = jax.random.key(seed), factors(model, paths, rank)
-        return {
-            path: spec.initialize(jax.random.fold_in(key, zlib.crc32(path.encode()))) for path, spec in declared.items()
-        }
+        key, own = jax.random.key(seed), factors(model, paths, rank)
+        return {p: spec.initialize(jax.random.fold_in(key, zlib.crc32(p.encode()))) for p, spec in own.items()}
 
     def cut(array, index):
         here = array.shape[1]

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -24,24 +22,15 @@ from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place
 from trace_jax.routing.statistics import DamagedRouting
 from trace_jax.routing.weights import Recalibration, RetainWeights
-from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.inputs import Inputs, batch_text, check_run, forget_sampler, with_steps
+from trace_jax.unlearning.config import Calibrated, GripRealign, UnlearningConfig
+from trace_jax.unlearning.inputs import Inputs, batch_text, cached_reference, check_run, steering_target, with_steps
 from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.losses import Constants
 from trace_jax.unlearning.metrics import Metrics
-from trace_jax.unlearning.objectives import (
-    RMU,
-    AdaptiveRMU,
-    Referring,
-    Refusing,
-    Steering,
-    TaskVector,
-    steering_directions,
-)
-from trace_jax.unlearning.reference import cached_reference, mean_lengths
+from trace_jax.unlearning.objectives import Referring, Refusing, TaskVector
 from trace_jax.unlearning.router_passes import grip_hooks, with_realigned
 from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
-from trace_jax.unlearning.trainable import table_text, trainable_layers, trainable_table
+from trace_jax.unlearning.trainable import table_text, trainable_table
 from trace_jax.unlearning.trained import Flat, merge
 
 
@@ -109,27 +98,29 @@ def unlearn(
         batch would have to be divided by; recalibration without weights to start from; routers that GRIP can't hold.
     """
     some, objective = config.some_experts, config.objective
-    if selected is None and weights is not None and some is not None and some.experts.name == "calibration":
+    if selected is None and weights is not None and some is not None and isinstance(some.experts, Calibrated):
         selected = weights.selected
     selected = None if some is None else selected
     about = {"weights": weights, "recalibrate": recalibrate, "evaluate": evaluate}
     check_run(model, forget, retain, config, selected=selected, **about)
-    forget, refusals = _paired(model, forget, config)
+    refusals = None
+    if isinstance(objective, Refusing):
+        encoded = encode_refusals(objective.refusals, model.tokenizer, model.special)
+        forget, refusals = with_refusals(forget, encoded, pad=model.special.pad)
     mesh, config = mesh or parallel.mesh(), with_steps(config, forget, retain)
     say(f"{title}: {batch_text(config, forget, retain, mesh, parallel.microbatches, refusals)}")
     original = flatten(placed_params(model.params, model.config, mesh))
     run = set_up(original, config, model.config, selected=selected, parallel=parallel, mesh=mesh, seed=seed)
-    trained = trainable_table(
-        model.config, config.patterns, layers=trainable_layers(config), selected=selected,
-        rank=config.lora and config.lora.rank,
-    )  # fmt: skip
+    trained = trainable_table(model.config, config, selected)
     say(table_text(trained))
     identity = identity or fingerprint(config, model.config, None if selected is None else selected.tolist(), seed)
-    grip = grip_hooks(model.replace(params=unflatten(original)), retain, config, run.paths, seed=seed, mesh=mesh)
+    protection, finish = grip_hooks(
+        model.replace(params=unflatten(original)), retain, config, run.paths, seed=seed, mesh=mesh
+    )
     constants = Constants(original, *place(run.constants[1:], mesh))._replace(
-        target=place(_target(model, forget, config, seed, mesh), mesh),
+        target=place(steering_target(model, forget, config, seed=seed, mesh=mesh), mesh),
         online=place(weights.step_calibration, mesh) if weights is not None and config.retains else None,
-        protection=grip.protection,
+        protection=protection,
     )
 
     def step(state, placed):
@@ -143,17 +134,15 @@ def unlearn(
 
     def finished(trained: Flat) -> tuple[Model, list[dict] | None]:
         """(what a run gives that ends here, rows about what GRIP did to its routers)."""
-        return grip.finished(model_of(trained, objective.task_scale if isinstance(objective, TaskVector) else 0.0))
+        return finish(model_of(trained, objective.task_scale if isinstance(objective, TaskVector) else 0.0))
 
     with tempfile.TemporaryDirectory() as scratch:
-        where, multiple = as_path(directory or scratch), row_multiple(run.settings, mesh)
-        known = None
+        where, multiple, reference = as_path(directory or scratch), row_multiple(run.settings, mesh), None
         if isinstance(objective, Referring) and objective.cache_reference:
             size = multiple * config.forget_batch_size
-            known = cached_reference(where, identity, model, forget, refusals, mesh=mesh, batch_size=size)
-        inputs = Inputs(
-            forget, retain, weights, config, seed=seed, multiple=multiple, refusals=refusals, reference=known
-        )
+            reference = cached_reference(where, identity, model, forget, refusals, mesh=mesh, batch_size=size)
+        rows = {"refusals": refusals, "reference": reference}
+        inputs = Inputs(forget, retain, weights, config, seed=seed, multiple=multiple, **rows)
         evaluation = refresh = None
         if evaluate is not None:
             evaluation = Hook(config.evaluate_every, lambda _, trained: evaluate(finished(trained)[0].params))
@@ -164,12 +153,11 @@ def unlearn(
         loop = Loop(where, identity, steps, every, title, evaluation, refresh, seed, rules=config)
         result = loop.run(lambda: run.start(constants), lambda i: place(inputs.at(i), mesh, P(BATCH_AXES)), step)
     unlearned, table = finished(result.trainable)
-    if table is not None and config.grip.name == "realign":
+    if table is not None and isinstance(config.grip, GripRealign):
         trained = with_realigned(trained, table)
     return Unlearned(
-        unlearned, result.step, config.steps, result.stopped, result.failed, trained,
-        result.seconds_per_step, table,
-    )  # fmt: skip
+        unlearned, result.step, config.steps, result.stopped, result.failed, trained, result.seconds_per_step, table
+    )
 
 
 @dataclasses.dataclass
@@ -235,25 +223,3 @@ class Recalibrated:
 
     def _folder(self, step: int) -> Path:
         return self.directory / "recalibration" / f"step-{step:06d}"
-
-
-def _paired(model: Model, forget: Rows, config: UnlearningConfig) -> tuple[Rows, Rows | None]:
-    """The forget rows as the objective reads them, and the refusals that belong to them, if it answers with some."""
-    if not isinstance(config.objective, Refusing):
-        return forget, None
-    encoded = encode_refusals(config.objective.refusals, model.tokenizer, model.special)
-    return with_refusals(forget, encoded, pad=model.special.pad)
-
-
-def _target(model: Model, forget: Rows, config: UnlearningConfig, seed: int, mesh: Mesh) -> jax.Array | None:
-    """f32 [topics, D]: where RMU steers the rows of each topic, c u."""
-    objective = config.objective
-    if not isinstance(objective, Steering):
-        return None
-    directions = steering_directions(jax.random.key(seed), int(forget.domain.max()) + 1, model.config.hidden_size)
-    if isinstance(objective, RMU):
-        return directions * objective.steering
-    assert isinstance(objective, AdaptiveRMU)
-    indices = forget_sampler(forget.domain, config, seed=seed).__getitem__
-    lengths = mean_lengths(model, forget, indices, layer=objective.layer, mesh=mesh)
-    return directions * (objective.steering_scale * jnp.asarray(lengths))[:, None]
