@@ -14,7 +14,7 @@ _PUBLIC = {
     "load_pretrained": "trace_jax.checkpoints.pretrained",
     "save_pretrained": "trace_jax.checkpoints.export",
     "generate": "trace_jax.models.generate",
-    "generate_text": "trace_jax.models.generate_text",
+    "generate_text": "trace_jax.models.generate",
     "Batch": "trace_jax.data.rows",
     "Rows": "trace_jax.data.rows",
     "build_corpora": "trace_jax.tasks.benchmarks",

@@ -12,8 +12,7 @@ from trace_jax.models import generate as decoding
 from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig, Rope
 from trace_jax.models.decoder import forward
-from trace_jax.models.generate import CHUNK, filter_logits, generate, padded_size
-from trace_jax.models.generate_text import generate_text
+from trace_jax.models.generate import CHUNK, filter_logits, generate, generate_text, padded_size
 from trace_jax.models.model import Model, SpecialTokens
 
 CONFIG = ModelConfig(

@@ -1,12 +1,14 @@
 """Decoding with a cache, greedily or sampled: the prompt is read at once, then tokens are written in compiled chunks.
 
 Between chunks the host may look (`watch`), to show progress or to stop rows. Batch, prompt and cache are padded to few
-sizes, so that few programs are compiled.
+sizes, so that few programs are compiled. Texts are cut at an end token or a stop string.
 """
 
+import bisect
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +16,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from trace_jax.io.progress import progress
 from trace_jax.models.arrays import unflatten
 from trace_jax.models.attention import Cache, init_cache
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
-from trace_jax.models.sharding import param_specs, placed_params
+from trace_jax.models.model import Model, TextCodec
+from trace_jax.models.sharding import pad, param_specs, placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, TENSOR, place, row_shards, sum_over, to_host
 
 CHUNK = 16  # tokens written between two looks of the host
 _PIECE = 512  # tokens of a prompt read at once: bounds the memory of attention scores
-_SHORTEST = 16
+_CONTEXT = 8  # tokens of the prompt that a decoder gets to see, for the space before the first new word
+_ROWS = P(BATCH_AXES)
+_SETTINGS = {"eos": P(), "temperature": P(), "top_k": P(), "top_p": P(), "keys": _ROWS}
 
 Watch = Callable[[np.ndarray, np.ndarray], np.ndarray | None]
 
@@ -61,11 +67,40 @@ def generate(
       i32 [B, max_new_tokens]. A row that is done is filled with its last token.
     """
     lengths = _check(prompt, lengths, max_new_tokens, temperature, top_k, top_p, rows)
-    prompt = _right_aligned(np.asarray(prompt, np.int32), lengths)
+    ends = np.arange(lengths.max()) + (lengths - lengths.max())[:, None]  # prompts go to the right end of their rows
+    prompt = np.where(ends >= 0, np.take_along_axis(np.asarray(prompt, np.int32), np.maximum(ends, 0), axis=1), 0)
     B, size = len(prompt), _padded_rows(len(prompt), mesh)
     kind = "greedy" if temperature == 0 else "filtered" if top_k or top_p < 1 else "drawn"
     numbers = np.zeros(size, np.int32)
     numbers[:B] = np.arange(B) if rows is None else rows
+    empty, read, write = _compiled(config, kind, mesh)
+    params = params if mesh is None else placed_params(params, config, mesh)
+    # Beyond these lengths a rotary embedding has another amplitude for all tokens of a text: they are read again.
+    long = [rope.original_length for rope in config.ropes if rope.long_amplitude]
+
+    def placed(arrays: Any, specs: Any = _ROWS) -> Any:
+        return arrays if mesh is None else place(arrays, mesh, specs)
+
+    def start(texts, lengths, room: int):
+        """(last tokens i32 [size], cache that holds all tokens before them and has `room` for more).
+
+        Padding stands before a text and is of another document, so it is never read nor counted in positions, and all
+        rows write their n-th new token in one place of the cache.
+        """
+        longest = texts.shape[1] - 1
+        piece = _PIECE if longest >= _PIECE and not long else padded_size(longest + 1)
+        width = max(1, -(-longest // piece)) * piece
+        padded = np.pad(texts, ((0, size - B), (width - longest, 0)))
+        places = np.arange(width) - width + lengths[:, None] - 1
+        places = np.pad(places, ((0, size - B), (0, 0)), constant_values=-1)
+        # Padding stands where the last token stands: the amplitude of some embeddings depends on the largest position.
+        positions = np.where(places < 0, longest, places).astype(np.int32)
+        cache = empty(size, padded_size(width + room))
+        for first in range(0, width, piece):
+            part = slice(first, first + piece)
+            cache = read(params, *placed((padded[:, part], places[:, part] >= 0, positions[:, part])), cache)
+        return padded[:, -1], cache
+
     settings = {
         "eos": np.asarray(eos_ids, np.int32).reshape(-1),
         "temperature": np.float32(temperature),
@@ -73,17 +108,18 @@ def generate(
         "top_p": np.float32(top_p),
         "keys": jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers),
     }
-    tokens, done = np.zeros((B, max_new_tokens), np.int32), np.arange(size) >= B
-    n, ends = 0, _stretches(config, prompt.shape[1], max_new_tokens)
-    programs = _Programs(params, config, kind, mesh)
-    last, cache = programs.start(prompt, lengths, size, max_new_tokens)
+    settings = placed(settings, _SETTINGS)
+    tokens, done, n = np.zeros((B, max_new_tokens), np.int32), np.arange(size) >= B, 0
+    again = {length + 1 - prompt.shape[1] for length in long}
+    stretches = [*sorted(n for n in again if 0 < n < max_new_tokens), max_new_tokens]
+    last, cache = start(prompt, lengths, max_new_tokens)
     while n < max_new_tokens and not done.all():
-        if n == ends[0]:
-            ends.pop(0)
-            whole = np.concatenate([prompt, tokens[:, :n]], axis=1)
-            last, cache = programs.start(whole, lengths + n, size, max_new_tokens - n)
-        count = min(CHUNK, ends[0] - n)
-        written, last, done, cache = programs.write(settings, last, done, n, count, cache)
+        if n == stretches[0]:
+            stretches.pop(0)
+            last, cache = start(np.concatenate([prompt, tokens[:, :n]], axis=1), lengths + n, max_new_tokens - n)
+        count = min(CHUNK, stretches[0] - n)
+        numbers = placed((np.int32(n), np.int32(count)), P())
+        written, last, done, cache = write(params, settings, *placed((last, done)), *numbers, cache)
         tokens[:, n : n + count] = to_host(written)[:B, :count]
         n, done = n + count, np.array(to_host(done))
         if watch is not None and (stopped := watch(tokens[:, :n], done[:B])) is not None:
@@ -92,7 +128,7 @@ def generate(
     return tokens
 
 
-def padded_size(n: int, *, least: int = _SHORTEST, steps: int = 4) -> int:
+def padded_size(n: int, *, least: int = 16, steps: int = 4) -> int:
     """The next of few sizes: powers of two and `steps` - 1 sizes between each two of them."""
     if n <= least:
         return least
@@ -120,93 +156,36 @@ def _check(prompt, lengths, max_new_tokens, temperature, top_k, top_p, rows) -> 
         raise ValueError(f"top_p is {top_p}; expected more than 0 and at most 1.")
     B, P = prompt.shape
     lengths = np.full(B, P) if lengths is None else np.asarray(lengths)
-    for name, given in (("lengths", lengths), ("rows", rows)):
-        if given is not None and np.shape(given) != (B,):
-            raise ValueError(f"{name} has shape {np.shape(given)}; expected one per prompt, {(B,)}.")
+    for name, numbers in (("lengths", lengths), ("rows", rows)):
+        if numbers is not None and np.shape(numbers) != (B,):
+            raise ValueError(f"{name} has shape {np.shape(numbers)}; expected one per prompt, {(B,)}.")
     if lengths.min() < 1 or lengths.max() > P:
         raise ValueError(f"lengths are {lengths.min()} to {lengths.max()}; expected 1 to {P}, the width of prompt.")
     return lengths.astype(np.int64)
 
 
-def _right_aligned(prompt: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """i32 [B, longest prompt], each prompt at the right end of its row."""
-    places = np.arange(lengths.max()) + (lengths - lengths.max())[:, None]
-    return np.where(places >= 0, np.take_along_axis(prompt, np.maximum(places, 0), axis=1), 0)
-
-
-def _long_lengths(config: ModelConfig) -> list[int]:
-    """Lengths beyond which a rotary embedding has another amplitude, for all tokens of a text."""
-    return [rope.original_length for rope in config.ropes if rope.long_amplitude]
-
-
-def _stretches(config: ModelConfig, longest: int, max_new_tokens: int) -> list[int]:
-    """Numbers of new tokens after which all tokens must be read again, and `max_new_tokens`."""
-    switches = {length + 1 - longest for length in _long_lengths(config)}
-    return [*sorted(n for n in switches if 0 < n < max_new_tokens), max_new_tokens]
-
-
-class _Programs:
-    """The compiled parts of decoding, on the default device or on every device of a mesh."""
-
-    def __init__(self, params, config: ModelConfig, kind: str, mesh: Mesh | None):
-        self._config, self._mesh = config, mesh
-        self._params = params if mesh is None else placed_params(params, config, mesh)
-        self._empty, self._read, self._write = _compiled(config, kind, mesh)
-
-    def start(self, prompt, lengths, size: int, room: int):
-        """(last tokens i32 [size], cache that holds all tokens before them and has `room` for more), of padded prompts.
-
-        Padding stands before a prompt and is of another document, so it is never read nor counted in positions, and all
-        rows write their n-th new token in one place of the cache.
-        """
-        B, longest = len(prompt), prompt.shape[1] - 1
-        in_pieces = longest >= _PIECE and not _long_lengths(self._config)
-        width = -(-longest // _PIECE) * _PIECE if in_pieces else padded_size(longest + 1)
-        piece = _PIECE if in_pieces else width
-        rows = ((0, size - B), (0, 0))
-        padded = np.pad(prompt, ((0, size - B), (width - longest, 0)))
-        places = np.pad(np.arange(width) - width + lengths[:, None] - 1, rows, constant_values=-1)
-        # Padding stands where the last token stands: the amplitude of some embeddings depends on the largest position.
-        positions = np.where(places < 0, longest, places).astype(np.int32)
-        cache = self._empty(size, padded_size(width + room))
-        for start in range(0, width, piece):
-            part = slice(start, start + piece)
-            arrays = self._placed((padded[:, part], places[:, part] >= 0, positions[:, part]), P(BATCH_AXES))
-            cache = self._read(self._params, *arrays, cache)
-        return padded[:, -1], cache
-
-    def write(self, settings: dict, last, done, n: int, count: int, cache: Cache):
-        """(up to CHUNK tokens i32 [B, CHUNK], the last of them, rows that are done, cache)."""
-        settings = {name: self._placed(value, _SETTINGS[name]) for name, value in settings.items()}
-        rows, numbers = self._placed((last, done), P(BATCH_AXES)), self._placed((np.int32(n), np.int32(count)), P())
-        return self._write(self._params, settings, *rows, *numbers, cache)
-
-    def _placed(self, arrays: Any, spec: P) -> Any:
-        return arrays if self._mesh is None else place(arrays, self._mesh, spec)
-
-
-_SETTINGS = {"eos": P(), "temperature": P(), "top_k": P(), "top_p": P(), "keys": P(BATCH_AXES)}
-
-
 def _cache_specs(config: ModelConfig, mesh: Mesh) -> Cache:
     """How a cache lies on a mesh."""
-    devices = mesh.shape[TENSOR]
-    split = config.attention == "grouped" and devices > 1 and config.num_kv_heads % devices == 0
-    heads = P(None, BATCH_AXES, None, TENSOR) if split else P(None, BATCH_AXES)
-    kept: Any = (heads, heads if config.attention == "grouped" else None, P(BATCH_AXES), P(BATCH_AXES), P())
-    return Cache(*kept)
+    devices, grouped = mesh.shape[TENSOR], config.attention == "grouped"
+    split = grouped and devices > 1 and config.num_kv_heads % devices == 0
+    heads: Any = P(None, BATCH_AXES, None, TENSOR) if split else P(None, BATCH_AXES)
+    rows: Any = _ROWS
+    return Cache(heads, heads if grouped else None, rows, rows, cast(Any, P()))
 
 
 @lru_cache(maxsize=32)
 def _compiled(config: ModelConfig, kind: str, mesh: Mesh | None):
     """(empty, read, write), jitted."""
-    read, write = partial(_read, config), partial(_write, config, kind)
-    empty, stored = partial(init_cache, config), None
+
+    def read(params, tokens, real, positions, cache):
+        return forward(params, config, tokens, mask=real, positions=positions, collect=(), cache=cache).cache
+
+    write, empty, stored = partial(_write, config, kind), partial(init_cache, config), None
     if mesh is not None:
-        params, cache, rows = unflatten(param_specs(config, mesh)), _cache_specs(config, mesh), P(BATCH_AXES)
-        read = jax.shard_map(read, mesh=mesh, in_specs=(params, rows, rows, rows, cache), out_specs=cache)
-        inputs = (params, _SETTINGS, rows, rows, P(), P(), cache)
-        write = jax.shard_map(write, mesh=mesh, in_specs=inputs, out_specs=(rows, rows, rows, cache))
+        params, cache = unflatten(param_specs(config, mesh)), _cache_specs(config, mesh)
+        read = jax.shard_map(read, mesh=mesh, in_specs=(params, _ROWS, _ROWS, _ROWS, cache), out_specs=cache)
+        inputs = (params, _SETTINGS, _ROWS, _ROWS, P(), P(), cache)
+        write = jax.shard_map(write, mesh=mesh, in_specs=inputs, out_specs=(_ROWS, _ROWS, _ROWS, cache))
         stored = jax.tree.map(partial(NamedSharding, mesh), cache)
     # In one program no two arrays of the cache share memory: donation needs that.
     empty = jax.jit(empty, static_argnums=(0, 1), out_shardings=stored)
@@ -226,16 +205,12 @@ def greedy_step(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> tupl
         last, done = jnp.zeros(size, jnp.int32), jnp.zeros(size, bool)
         return settings, last, done, number, number, init_cache(config, size, padded_size(length))
 
-    specs = (_SETTINGS, P(BATCH_AXES), P(BATCH_AXES), P(), P(), _cache_specs(config, mesh))
+    specs = (_SETTINGS, _ROWS, _ROWS, P(), P(), _cache_specs(config, mesh))
     shapes = jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
         jax.eval_shape(inputs), specs,
     )  # fmt: skip
     return _compiled(config, "greedy", mesh)[2], shapes
-
-
-def _read(config: ModelConfig, params, tokens, real, positions, cache):
-    return forward(params, config, tokens, mask=real, positions=positions, collect=(), cache=cache).cache
 
 
 def _write(config: ModelConfig, kind: str, params, settings, last, done, n, count, cache):
@@ -279,6 +254,128 @@ def filter_logits(logits: jax.Array, top_k: jax.Array | int, top_p: jax.Array | 
     ordered = jnp.sort(logits, axis=-1, descending=True)
     among = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :] < top_k
     probability = jax.nn.softmax(jnp.where(among, ordered, -jnp.inf), axis=-1)
-    kept = among & (jnp.cumsum(probability, axis=-1) - probability < top_p)
-    least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    among = among & (jnp.cumsum(probability, axis=-1) - probability < top_p)
+    least = jnp.min(jnp.where(among, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What a model wrote after one prompt."""
+
+    text: str  # without the prompt, special tokens and the stop string
+    tokens: np.ndarray  # i32 [n], without the end token; with those of the stop string
+    finished: str  # "eos", "stop" or "length"
+
+
+def generate_text(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
+    mesh: Mesh | None = None,
+) -> list[Generated]:
+    """Continues each prompt until an end token of the model, one of the strings `stop`, or `max_new_tokens`.
+
+    The model's BOS token is put before a prompt that doesn't start with it; special tokens written in a prompt (the
+    marks of a chat template) are read as such. A prompt's result does not depend on the other prompts.
+
+    Args:
+      mesh, temperature, top_k, top_p, seed: see `generate`; a prompt's draws depend on its place in `prompts`.
+
+    Raises:
+      ValueError: a model without tokenizer, an empty prompt without BOS, an empty stop string, or see `generate`.
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one text; expected a sequence of texts, such as [text].")
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer; texts can't be read. Use generate with token ids.")
+    bos = model.special.bos
+    encodings = TextCodec.of(model).marked.encode_batch(list(prompts), add_special_tokens=False)
+    ids = [e.ids if bos is None or e.ids[:1] == [bos] else [bos, *e.ids] for e in encodings]
+    if [] in ids:
+        raise ValueError(f"prompt {ids.index([])} is empty and the model has no BOS token; nothing can be continued.")
+    return continue_tokens(
+        model, ids, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size, mesh=mesh,
+        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+    )  # fmt: skip
+
+
+def continue_tokens(
+    model: Model,
+    ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    ends: Sequence[int] | None = None,
+    apart: bool = False,
+    batch_size: int = 16,
+    mesh: Mesh | None = None,
+    **sampling: Any,
+) -> list[Generated]:
+    """`generate_text` for prompts that are token ids already, none of them empty: nothing is put before them.
+
+    Args:
+      ends: tokens that end a text; the model's unless given.
+      apart: what is written is read without its prompt, and a special token's text can be a stop string, as in
+        lm-eval's class for transformers.
+      sampling: temperature, top_k, top_p and seed of `generate`.
+
+    Raises:
+      ValueError: an empty stop string, a model with a guide, or see `generate`.
+    """
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop is {stop!r}; expected a sequence of texts that are not empty.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+    params, ends = model.unguided("generation"), model.special.eos if ends is None else tuple(ends)
+    results: dict[int, Generated] = {}
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    with progress("generating", len(ids) * max_new_tokens, unit="token") as advance:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            writers = [_Writer(model.tokenizer, () if apart else ids[row][-_CONTEXT:], stop, apart) for row in rows]
+
+            def watch(tokens, done, start=start, writers=writers):
+                advance(start * max_new_tokens + tokens.size, "")
+                return np.array([bool(d) or w.stops(t) for w, t, d in zip(writers, tokens, done, strict=True)])
+
+            prompts = [ids[row] for row in rows]
+            tokens = generate(
+                params, model.config, pad(prompts), lengths=np.array([len(prompt) for prompt in prompts]),
+                max_new_tokens=max_new_tokens, eos_ids=ends, rows=rows, watch=watch, mesh=mesh, **sampling,
+            )  # fmt: skip
+            results |= {row: w.finish(t, ends) for row, w, t in zip(rows, writers, tokens, strict=True)}
+    return [results[row] for row in range(len(ids))]
+
+
+class _Writer:
+    """Turns the new tokens of one prompt into text."""
+
+    def __init__(self, tokenizer, context: Sequence[int], stop: Sequence[str], special: bool):
+        self._tokenizer, self._context, self._stop, self._special = tokenizer, list(context), stop, special
+        self._skip = len(self._text(np.zeros(0, np.int32))) if self._context else 0
+
+    def _text(self, tokens: np.ndarray, *, special: bool = False) -> str:
+        return self._tokenizer.decode([*self._context, *tokens.tolist()], skip_special_tokens=not special)
+
+    def stops(self, tokens: np.ndarray) -> bool:
+        """Whether there is a stop string in the text of `tokens`."""
+        text = self._text(tokens, special=self._special)[self._skip :] if self._stop else ""
+        return any(s in text for s in self._stop)
+
+    def finish(self, tokens: np.ndarray, ends: Sequence[int]) -> Generated:
+        """The tokens up to an end token or to the one that completes a stop string, and their text without it."""
+        places = np.flatnonzero(np.isin(tokens, ends))
+        tokens, why = (tokens[: places[0]], "eos") if len(places) else (tokens, "length")
+        if self.stops(tokens):
+            first = bisect.bisect_left(range(len(tokens)), True, key=lambda n: self.stops(tokens[:n]))
+            tokens, why = tokens[:first], "stop"
+        text = self._text(tokens)[self._skip :]
+        return Generated(text[: min([len(text), *(text.find(s) for s in self._stop if s in text)])], tokens, why)

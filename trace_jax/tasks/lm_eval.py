@@ -22,7 +22,7 @@ from trace_jax.data.corpora import DataConfig
 from trace_jax.evaluation.likelihood import score_texts, score_tokens
 from trace_jax.io.files import is_remote, read_json, replacing, write_json
 from trace_jax.io.progress import say
-from trace_jax.models.generate_text import continue_tokens
+from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model, TextCodec
 
 try:

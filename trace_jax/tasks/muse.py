@@ -26,7 +26,7 @@ from trace_jax.evaluation.likelihood import score_sequences
 from trace_jax.evaluation.membership import AUC_UNTRAINED, min_k_scores, privleak, privleak_auc
 from trace_jax.evaluation.probes import rouge_l
 from trace_jax.evaluation.task import SPLIT, TaskScores
-from trace_jax.models.generate_text import continue_tokens
+from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model, TextCodec
 
 VERBMEM_TOKENS, KNOWMEM_TOKENS = 128, 32  # new tokens at most

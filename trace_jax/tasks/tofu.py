@@ -23,7 +23,7 @@ from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import TokenScores, score_sequences, spread_indices
 from trace_jax.evaluation.probes import exact_memorization, extraction_strength, rouge_recalls
 from trace_jax.evaluation.task import SPLIT, TaskScores
-from trace_jax.models.generate_text import continue_tokens
+from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model, TextCodec, start_and_end
 
 WrongMean = Literal["geometric", "arithmetic"]
