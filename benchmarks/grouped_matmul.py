@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from trace_jax.models.grouped_matmul import default_implementation, grouped_matmul, implementations
+from trace_jax.models.grouped_matmul import grouped_matmul, implementations, resolve_implementation
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "grouped_matmul.json"
 
@@ -99,7 +99,7 @@ def main() -> None:
     names = arguments.implementations or [
         name for name in implementations(chip.platform) if name not in ("auto", "blocked")
     ]
-    print(f"{chip.device_kind}, jax {jax.__version__}; auto is {default_implementation(chip.platform)}")
+    print(f"{chip.device_kind}, jax {jax.__version__}; auto is {resolve_implementation('auto', chip.platform)}")
     print(f"{'shape':30}{'':10}{'product: MiB':>14}{'FLOPs':>8}{'with gradients: MiB':>22}{'FLOPs':>8}")
     rows = {}
     for shape in arguments.shapes:

@@ -20,7 +20,7 @@ from sides import RESULTS, environment, processor, write_row
 from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
-from trace_jax.models.grouped_matmul import default_implementation, implementations, program_platform
+from trace_jax.models.grouped_matmul import implementations, program_platform, resolve_implementation
 from trace_jax.models.loss import token_nll
 from trace_jax.parallel.processes import keep_freed_memory
 
@@ -134,7 +134,7 @@ def main() -> None:
     config, rows, length = SHAPES[arguments.shape]
     config = dataclasses.replace(config, dtype=arguments.dtype)
     shape = arguments.shape if arguments.dtype == "float32" else f"{arguments.shape}, {arguments.dtype}"
-    default = default_implementation()
+    default = resolve_implementation("auto")
     cores = environment()["cores"]
     print(f"{shape}: {rows} x {length} tokens, {processor()}, {cores} cores, jax {jax.__version__}")
     print(f"{'grouped_matmul':16}{'forward tok/s':>15}{'step tok/s':>12}{'compile s':>11}")

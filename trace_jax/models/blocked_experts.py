@@ -54,12 +54,12 @@ def make_blocks(
     slot = jnp.pad(slot, (0, missing * rows), constant_values=place_TK.size).reshape(-1, per_turn, rows)
     group = jnp.pad(block_group, (0, missing), mode="edge").reshape(-1, per_turn)
     here = place_TK < num_rows
-    turns, of_trained = (
-        None if blocks is None else (jnp.minimum(blocks, num_blocks) + (per_turn - 1)) // per_turn
-        for blocks in (used, trained)
-    )
-    assert turns is not None
-    return Blocks(slot, group, turns, of_trained, jnp.where(here, place_TK, 0), here)
+
+    def turns(blocks):
+        return (jnp.minimum(blocks, num_blocks) + (per_turn - 1)) // per_turn
+
+    of_trained = None if trained is None else turns(trained)
+    return Blocks(slot, group, turns(used), of_trained, jnp.where(here, place_TK, 0), here)
 
 
 def blocked_experts(weights: dict, activate, x_TD: jax.Array, gates_TK: jax.Array, blocks: Blocks) -> jax.Array:
@@ -82,10 +82,15 @@ def _experts(activate, weights, x_TD, gates_TK, blocks):
 def _forward(activate, weights, x_TD, gates_TK, blocks: Blocks):
     token = _token(blocks)
 
-    def turn(c, found):
-        inside = _multiply(weights, "gate_up", _rows(x_TD, token[c]), blocks.group[c])
-        y = _multiply(weights, "down", activate(inside), blocks.group[c])
-        return found[0].at[c].set(inside), found[1].at[c].set(y)
+    def multiply(name, x_NRD, group_N):
+        y = jnp.einsum("nrd,ndf->nrf", x_NRD, _flat(name, weights[name][group_N]))
+        bias = weights.get(f"{name}_bias")
+        return y if bias is None else y + _flat(name, bias[group_N])[:, None]
+
+    def turn(c, arrays):
+        inside = multiply("gate_up", _rows(x_TD, token[c]), blocks.group[c])
+        y = multiply("down", activate(inside), blocks.group[c])
+        return arrays[0].at[c].set(inside), arrays[1].at[c].set(y)
 
     start = tuple(jnp.zeros((*token.shape, n), x_TD.dtype) for n in (2 * weights["down"].shape[1], x_TD.shape[1]))
     inside, y = jax.lax.fori_loop(0, blocks.turns, turn, as_varying(start, varying_axes(x_TD)))
@@ -98,8 +103,8 @@ def _backward(activate, residuals, gradient_TD):
     token = _token(blocks)
     gates = gates_TK.reshape(-1).at[blocks.slot].get(mode="fill", fill_value=0)
 
-    def turn(c, found, *, trained: bool):
-        of_weights, of_x, of_gates = found
+    def turn(c, gradients, *, trained: bool):
+        of_weights, of_x, of_gates = gradients
         group, gate = blocks.group[c], gates[c][..., None]
         hidden, activation_gradient = jax.vjp(activate, inside[c])
         x, gradient = _rows(x_TD, token[c]), _rows(gradient_TD, token[c])
@@ -125,22 +130,19 @@ def _backward(activate, residuals, gradient_TD):
         jnp.zeros((*token.shape, x_TD.shape[1]), x_TD.dtype),
         jnp.zeros(token.shape, jnp.float32),
     )
-    found = as_varying(start, varying_axes(gradient_TD))
+    gradients = as_varying(start, varying_axes(gradient_TD))
     first = blocks.turns if blocks.trained is None else blocks.trained
-    found = jax.lax.fori_loop(0, first, partial(turn, trained=True), found)
-    if blocks.trained is not None:
-        found = (found[0], *jax.lax.fori_loop(first, blocks.turns, _without_weights(turn), found[1:]))
-    of_weights = {name: found[0][name].reshape(w.shape).astype(w.dtype) for name, w in weights.items()}
-    of_x = _sum_of_slots(found[1], blocks.here.astype(jnp.float32), blocks.place).astype(x_TD.dtype)
-    return of_weights, of_x, jnp.where(blocks.here, found[2].reshape(-1)[blocks.place], 0.0), None
+    of_weights, *rest = jax.lax.fori_loop(0, first, partial(turn, trained=True), gradients)
+    if blocks.trained is not None:  # later turns have no gradients of weights, nor carry them along
+        rest = jax.lax.fori_loop(
+            first, blocks.turns, lambda c, rest: turn(c, ({}, *rest), trained=False)[1:], tuple(rest)
+        )
+    of_weights = {name: of_weights[name].reshape(w.shape).astype(w.dtype) for name, w in weights.items()}
+    of_x = _sum_of_slots(rest[0], blocks.here.astype(jnp.float32), blocks.place).astype(x_TD.dtype)
+    return of_weights, of_x, jnp.where(blocks.here, rest[1].reshape(-1)[blocks.place], 0.0), None
 
 
 _experts.defvjp(_forward, _backward)
-
-
-def _without_weights(turn):
-    """A turn of the backward loop that has no gradients of weights, nor carries them along."""
-    return lambda c, found: turn(c, ({}, *found), trained=False)[1:]
 
 
 def _token(blocks: Blocks):
@@ -158,13 +160,6 @@ def _sum_of_slots(rows, gates_TK, place_TK):
     rows = rows.reshape(-1, rows.shape[-1]).astype(jnp.float32)
     parts = [_rows(rows, place_TK[:, k]) * gates_TK[:, k, None] for k in range(place_TK.shape[1])]
     return sum(parts[1:], parts[0])
-
-
-def _multiply(weights: dict, name: str, x_NRD, group_N):
-    """Blocks of rows times the weights of their expert, plus its bias where there is one."""
-    y = jnp.einsum("nrd,ndf->nrf", x_NRD, _flat(name, weights[name][group_N]))
-    bias = weights.get(f"{name}_bias")
-    return y if bias is None else y + _flat(name, bias[group_N])[:, None]
 
 
 def _flat(name: str, w):

@@ -16,7 +16,6 @@ implementation passes the same conformance test.
 
 import math
 from functools import partial
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +40,6 @@ def implementations(platform: str) -> tuple[str, ...]:
     return tuple(name for name in GROUPED_MATMULS if KERNELS.get(name, platform) == platform)
 
 
-def default_implementation(platform: str | None = None) -> str:
-    """The implementation that "auto" stands for on `platform` (default: `program_platform`)."""
-    return DEFAULTS.get(platform or program_platform(), "blocked")
-
-
 def resolve_implementation(implementation: str, platform: str | None = None) -> str:
     """A concrete name for `implementation`; ValueError if there is none of this name, or `platform` can't run it."""
     platform = platform or program_platform()
@@ -56,7 +50,7 @@ def resolve_implementation(implementation: str, platform: str | None = None) -> 
             f"grouped_matmul is {implementation!r}, which runs on {KERNELS[implementation]} only, and the program is "
             f"for {platform}; expected one of {', '.join(implementations(platform))}."
         )
-    return default_implementation(platform) if implementation == "auto" else implementation
+    return DEFAULTS.get(platform, "blocked") if implementation == "auto" else implementation
 
 
 def grouped_matmul(
@@ -80,9 +74,15 @@ def grouped_matmul(
         )
     name = resolve_implementation(implementation, KERNELS.get(implementation) if interpret else None)
     if name not in KERNELS:
-        return _ragged(x, w, group_sizes)
+        # The tail is masked, because some lowerings of ragged_dot leave it uninitialised.
+        valid = (jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes))[:, None]
+        return jnp.where(valid, jax.lax.ragged_dot(jnp.where(valid, x, 0), w, group_sizes), 0)
     x, w, group_sizes = as_varying((x, w, group_sizes), varying_axes(x, w, group_sizes))
-    return _by_kernels(x, w, group_sizes, _kernels(name), interpret)
+    if name == "triton":  # Pallas is imported where it is used only
+        from trace_jax.models import grouped_matmul_gpu as kernels
+    else:
+        from trace_jax.models import grouped_matmul_tpu as kernels
+    return _by_kernels(x, w, group_sizes, kernels, interpret)
 
 
 def group_of_row(group_sizes: jax.Array, num_rows: int) -> jax.Array:
@@ -90,12 +90,6 @@ def group_of_row(group_sizes: jax.Array, num_rows: int) -> jax.Array:
     ends = jnp.cumsum(group_sizes)
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     return jnp.sum((rows[:, None] >= ends[None, :]).astype(jnp.int32), axis=1)
-
-
-def _ragged(x, w, group_sizes):
-    """`jax.lax.ragged_dot`; the tail is masked, because some lowerings leave it uninitialised."""
-    valid = (jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes))[:, None]
-    return jnp.where(valid, jax.lax.ragged_dot(jnp.where(valid, x, 0), w, group_sizes), 0)
 
 
 def block_size(num_rows: int, num_groups: int) -> int:
@@ -120,15 +114,6 @@ def block_layout(group_sizes: jax.Array, num_rows: int, size: int) -> tuple[jax.
     blocks = (group_sizes + (size - 1)) // size
     ends = jnp.cumsum(blocks)
     return (ends - blocks) * size, jnp.minimum(group_of_row(blocks, num_blocks), num_groups - 1)
-
-
-def _kernels(name: str) -> ModuleType:
-    """The module with `product` and `weight_gradient`; Pallas is imported where it is used only."""
-    if name == "triton":
-        from trace_jax.models import grouped_matmul_gpu as kernels
-    else:
-        from trace_jax.models import grouped_matmul_tpu as kernels
-    return kernels
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))

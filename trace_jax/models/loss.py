@@ -8,7 +8,6 @@ exact. Where a mesh splits the vocabulary, each device has the logits of its sha
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from trace_jax.models.decoder import output_operands
 from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, varying_axes
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["logits", "is_target", "real"], meta_fields=["size", "split"])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
     """Scores of T tokens over the vocabulary. Every method gives what the whole vocabulary says, f32 [T].
@@ -34,8 +33,8 @@ class Vocabulary:
     logits: jax.Array
     is_target: jax.Array
     real: jax.Array | None
-    size: int
-    split: bool
+    size: int = dataclasses.field(metadata={"static": True})
+    split: bool = dataclasses.field(metadata={"static": True})
 
     def total(self, values: jax.Array) -> jax.Array:
         """Sum of `values` [T, V'] over the vocabulary."""
@@ -49,10 +48,6 @@ class Vocabulary:
     def _maximum(self, scores: jax.Array) -> jax.Array:
         own = jax.lax.stop_gradient(scores).max(-1, keepdims=True)
         return jax.lax.pmax(own, TENSOR) if self.split else own
-
-    def at(self, logits: jax.Array) -> "Vocabulary":
-        """The same tokens with other logits."""
-        return dataclasses.replace(self, logits=logits)
 
     def softmax(self) -> tuple[jax.Array, jax.Array]:
         """(softmax f32 [T, V'], log of its normaliser f32 [T])."""
@@ -106,8 +101,7 @@ def token_nll(
       targets: i32 [B, S], the next token of each position; any valid id where there is none (mask the result).
       chunk_size: tokens whose logits exist at a time; default: as many as make `MAX_CHUNK_ELEMENTS` logits.
     """
-    pieces, operands = _operands(config, chunk_size, params, hidden, targets)
-    return jnp.reshape(_values(pieces, _nll, {}, *operands), targets.shape)
+    return _losses(_nll, {}, params, config, hidden, targets, None, None, chunk_size)
 
 
 def token_kl(
@@ -126,8 +120,7 @@ def token_kl(
       chunk_size: as in `token_nll`.
     """
     unread = jnp.zeros(hidden.shape[:-1], jnp.int32)
-    pieces, operands = _operands(config, chunk_size, params, hidden, unread, params_ref, hidden_ref)
-    return jnp.reshape(_values(pieces, _kl, {}, *operands), unread.shape)
+    return _losses(_kl, {}, params, config, hidden, unread, params_ref, hidden_ref, chunk_size)
 
 
 def vocabulary_loss(
@@ -150,8 +143,8 @@ def vocabulary_loss(
       numbers: f32 [], by name. They and the reference take no gradient.
       hidden, targets, chunk_size: as in `token_nll`; params_ref, hidden_ref: of the reference, where `fn` reads it.
     """
-    pieces, operands = _operands(config, chunk_size, params, hidden, targets, params_ref, hidden_ref)
-    return jnp.reshape(_values(pieces, partial(_with_slope, fn), dict(numbers), *operands), targets.shape)
+    with_slope = partial(_with_slope, fn)
+    return _losses(with_slope, dict(numbers), params, config, hidden, targets, params_ref, hidden_ref, chunk_size)
 
 
 def token_scores(
@@ -173,10 +166,10 @@ def token_scores(
       log_prob f32, nats; greedy bool: no other token is likelier; with `moments` also mean and variance f32 of
       log p(v) over tokens v drawn from the model's own distribution p.
     """
-    pieces, (head, *rows) = _operands(config, chunk_size, params, hidden, targets)
+    chunks, vocabulary_of, (head, *rows) = _operands(config, chunk_size, params, hidden, targets)
 
     def chunk(rows):
-        vocabulary = _vocabulary(pieces, head, *rows)
+        vocabulary = vocabulary_of(head, *rows)
         log_probs = vocabulary.logits - vocabulary.log_normalizer(vocabulary.logits)[:, None]
         scores = {"log_prob": vocabulary.of_target(log_probs), "greedy": vocabulary.is_likeliest()}
         if moments:
@@ -185,7 +178,7 @@ def token_scores(
             scores["variance"] = vocabulary.total(p * jnp.square(log_probs - scores["mean"][:, None]))
         return scores
 
-    scores = jax.lax.map(chunk, _split(pieces.chunks, *rows))
+    scores = jax.lax.map(chunk, _split(chunks, *rows))
     return {name: x.reshape(-1)[: targets.size].reshape(targets.shape) for name, x in scores.items()}
 
 
@@ -204,43 +197,43 @@ def _kl(vocabulary: Vocabulary, reference: Vocabulary, _: Numbers) -> tuple[jax.
 
 
 def _with_slope(fn: VocabularyFunction, vocabulary: Vocabulary, reference: Vocabulary | None, numbers: Numbers):
-    values, pull_back = jax.vjp(lambda logits: fn(vocabulary.at(logits), reference, numbers), vocabulary.logits)
+    values, pull_back = jax.vjp(
+        lambda x: fn(dataclasses.replace(vocabulary, logits=x), reference, numbers), vocabulary.logits
+    )
     return values, pull_back(as_varying(jnp.ones(values.shape, values.dtype), varying_axes(values)))[0]
 
 
 # --- in chunks
 
 
-class _Pieces(NamedTuple):
-    """How the logits [T, V] are cut: T into chunks one after the other, V over devices or not, with padding or not."""
-
-    chunks: int
-    vocab_size: int
-    split: bool
-    padded: bool
-
-
 def _operands(config: ModelConfig, chunk_size, params, hidden, targets, params_ref=None, hidden_ref=None):
-    """How logits are cut, and (head [D,V'], hidden [T,D], targets [T], and those of the reference, if there is one)."""
+    """(number of chunks, function from (head, hidden, targets) of some tokens to their `Vocabulary`, operands).
+
+    The operands are head [D,V'], hidden [T,D], targets [T], and the head and hidden of the reference, if there is one.
+    """
     hidden, head = output_operands(params, config, hidden)
     operands = [head, hidden.reshape(-1, head.shape[0]), targets.reshape(-1)]
     if params_ref is not None and hidden_ref is not None:
         hidden_ref, head_ref = output_operands(params_ref, config, hidden_ref)
         operands += jax.lax.stop_gradient([head_ref, hidden_ref.reshape(-1, head_ref.shape[0])])
-    devices, columns = axis_sizes().get(TENSOR, 1), head.shape[1]
-    chunks = -(-targets.size // (chunk_size or max(1, MAX_CHUNK_ELEMENTS // columns)))
-    padded = devices > 1 and columns * devices != config.vocab_size
-    pieces = _Pieces(chunks, config.vocab_size, devices > 1, padded)
-    return pieces, as_varying(tuple(operands), varying_axes(*operands))
+    chunks = -(-targets.size // (chunk_size or max(1, MAX_CHUNK_ELEMENTS // head.shape[1])))
+    vocabulary_of = partial(_vocabulary, config.vocab_size, axis_sizes().get(TENSOR, 1))
+    return chunks, vocabulary_of, as_varying(tuple(operands), varying_axes(*operands))
 
 
-def _vocabulary(pieces: _Pieces, head_DV, hidden_TD, targets_T) -> Vocabulary:
-    logits = jnp.dot(hidden_TD, head_DV, preferred_element_type=jnp.float32)
-    first = jax.lax.axis_index(TENSOR) * head_DV.shape[1] if pieces.split else 0
-    token = (first + jnp.arange(head_DV.shape[1], dtype=jnp.int32))[None]
-    real = token < pieces.vocab_size if pieces.padded else None
+def _vocabulary(size: int, devices: int, head_DV, hidden_TD, targets_T) -> Vocabulary:
+    logits, columns = jnp.dot(hidden_TD, head_DV, preferred_element_type=jnp.float32), head_DV.shape[1]
+    first = jax.lax.axis_index(TENSOR) * columns if devices > 1 else 0
+    token = (first + jnp.arange(columns, dtype=jnp.int32))[None]
+    real = token < size if columns * devices != size else None
     logits = logits if real is None else jnp.where(real, logits, MASKED)
-    return Vocabulary(logits, targets_T[:, None] == token, real, pieces.vocab_size, pieces.split)
+    return Vocabulary(logits, targets_T[:, None] == token, real, size, devices > 1)
+
+
+def _losses(fn, numbers, params, config: ModelConfig, hidden, targets, params_ref, hidden_ref, chunk_size) -> jax.Array:
+    """f32 like `targets`: the values of `fn`, which gives (values, slopes)."""
+    chunks, vocabulary_of, operands = _operands(config, chunk_size, params, hidden, targets, params_ref, hidden_ref)
+    return _values(chunks, partial(_chunk, vocabulary_of, fn), numbers, *operands).reshape(targets.shape)
 
 
 def _split(num_chunks: int, *arrays):
@@ -254,41 +247,41 @@ def _split(num_chunks: int, *arrays):
     return tuple(split(x) for x in arrays)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _values(pieces, fn, numbers, head_DV, hidden_TD, targets_T, *reference):
-    return _forward(pieces, fn, numbers, head_DV, hidden_TD, targets_T, *reference)[0]
-
-
-def _chunk(pieces, fn, numbers, head_DV, reference, hidden_TD, targets_T, *hidden_ref):
+def _chunk(vocabulary_of, fn, numbers, head_DV, reference, hidden_TD, targets_T, *hidden_ref):
     """(values, slopes) of one chunk's tokens."""
-    other = _vocabulary(pieces, reference[0], hidden_ref[0], targets_T) if reference else None
-    return fn(_vocabulary(pieces, head_DV, hidden_TD, targets_T), other, numbers)
+    other = vocabulary_of(reference[0], hidden_ref[0], targets_T) if reference else None
+    return fn(vocabulary_of(head_DV, hidden_TD, targets_T), other, numbers)
 
 
-def _forward(pieces, fn, numbers, head_DV, hidden_TD, targets_T, *reference):
-    of_chunk, rows = partial(_chunk, pieces, fn, numbers, head_DV, reference), (hidden_TD, targets_T, *reference[1:])
-    if pieces.chunks == 1:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _values(chunks, of_chunk, numbers, head_DV, hidden_TD, targets_T, *reference):
+    return _forward(chunks, of_chunk, numbers, head_DV, hidden_TD, targets_T, *reference)[0]
+
+
+def _forward(chunks, of_chunk, numbers, head_DV, hidden_TD, targets_T, *reference):
+    of_chunk, rows = partial(of_chunk, numbers, head_DV, reference), (hidden_TD, targets_T, *reference[1:])
+    if chunks == 1:
         values, slopes = of_chunk(*rows)
     else:
-        values, slopes = jax.lax.map(lambda chunk: of_chunk(*chunk)[0], _split(pieces.chunks, *rows)), None
+        values, slopes = jax.lax.map(lambda chunk: of_chunk(*chunk)[0], _split(chunks, *rows)), None
     residuals = numbers, head_DV, hidden_TD, targets_T, reference, slopes
     return values.reshape(-1)[: hidden_TD.shape[0]], residuals
 
 
-def _backward(pieces, fn, residuals, gradient_T):
+def _backward(chunks, of_chunk, residuals, gradient_T):
     numbers, head_DV, hidden_TD, targets_T, reference, slopes = residuals
 
     def step(of_head, chunk):
         gradient, hidden, *rest = chunk
-        slope = _chunk(pieces, fn, numbers, head_DV, reference, hidden, *rest)[1] if slopes is None else rest[0]
+        slope = of_chunk(numbers, head_DV, reference, hidden, *rest)[1] if slopes is None else rest[0]
         of_logits = (gradient[:, None] * slope).astype(hidden.dtype)
         more = jnp.dot(hidden.T, of_logits, preferred_element_type=jnp.float32)
         return of_head + more, jnp.dot(of_logits, head_DV.T)
 
     rest = (targets_T, *reference[1:]) if slopes is None else (slopes,)
     start = as_varying(jnp.zeros(head_DV.shape, jnp.float32), varying_axes(hidden_TD))
-    chunks = _split(pieces.chunks, gradient_T, hidden_TD, *rest)
-    of_head, of_hidden = jax.lax.scan(step, start, chunks, unroll=pieces.chunks == 1)
+    rows = _split(chunks, gradient_T, hidden_TD, *rest)
+    of_head, of_hidden = jax.lax.scan(step, start, rows, unroll=chunks == 1)
     of_hidden = of_hidden.reshape(-1, hidden_TD.shape[1])[: hidden_TD.shape[0]]
     zeros = jax.tree.map(jnp.zeros_like, (numbers, reference))
     return zeros[0], of_head.astype(head_DV.dtype), of_hidden, None, *zeros[1]

@@ -13,12 +13,7 @@ import jax.numpy as jnp
 
 from trace_jax.models.blocked_experts import blocked_experts, make_blocks
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.grouped_matmul import (
-    block_layout,
-    block_size,
-    grouped_matmul,
-    resolve_implementation,
-)
+from trace_jax.models.grouped_matmul import block_layout, block_size, grouped_matmul, resolve_implementation
 from trace_jax.models.layers import activation, gated_mlp, norm
 from trace_jax.parallel.mesh import EXPERT, TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
@@ -53,24 +48,19 @@ def route(layer: dict, config: ModelConfig, x_TD: jax.Array, *, chosen_TK: jax.A
     if config.router_score == "sparsemixer":
         indices, weights = _sparse_mixer(logits, config.router_jitter, chosen_TK)
     else:
-        indices = _best(layer, config, logits, scores) if chosen_TK is None else chosen_TK
-        if config.router_score == "softmax_top_k":
-            weights = jax.nn.softmax(_chosen(logits, indices), axis=-1)
-        else:
-            weights = _chosen(scores, indices)
+        over_chosen, indices = config.router_score == "softmax_top_k", chosen_TK
+        if indices is None:
+            choosing = logits if over_chosen else scores
+            choosing = choosing + layer["router_correction"][None] if config.router_correction else choosing
+            choosing = _best_groups(jax.lax.stop_gradient(choosing), config)
+            indices = jax.lax.top_k(choosing, config.experts_per_token)[1]
+        weights = jax.nn.softmax(_chosen(logits, indices), axis=-1) if over_chosen else _chosen(scores, indices)
     if config.normalize_top_k:
         total = jnp.sum(weights, axis=-1, keepdims=True)
         weights = weights / (jnp.maximum(total, config.normalize_minimum) if config.normalize_minimum else total)
     if config.routing_scale != 1.0:
         weights = weights * config.routing_scale
     return Routing(x_TD, logits, probabilities, indices, weights)
-
-
-def _best(layer: dict, config: ModelConfig, logits_TE: jax.Array, scores_TE: jax.Array) -> jax.Array:
-    """i32 [T,K]: the K best experts, where a correction and groups have their say."""
-    choosing = logits_TE if config.router_score == "softmax_top_k" else scores_TE
-    choosing = choosing + layer["router_correction"][None] if config.router_correction else choosing
-    return jax.lax.top_k(_best_groups(jax.lax.stop_gradient(choosing), config), config.experts_per_token)[1]
 
 
 def router_probabilities(logits: jax.Array, config: ModelConfig) -> jax.Array:
@@ -121,13 +111,28 @@ def moe_layer(
 ) -> tuple[jax.Array, Routing]:
     """Output [T,D] of the routed (and shared) experts of one layer, and what the router said.
 
+    Devices of the axis "expert" show each other their tokens, compute those of their own experts, and add up the
+    parts of each token. Once K is near the number of devices this moves less than sending a token once for each choice.
+
     Args:
       layer: the arrays of one layer: router [D,E], experts {gate_up [E,D,2,F], down [E,F,D]}, optional shared.
       buffer: see `forward`, `expert_buffer`.
       chosen_TK: see `route`.
     """
     routing = route(layer, config, x_TD, chosen_TK=chosen_TK)
-    y, dropped = _experts_of_all_devices(layer["experts"], config, x_TD, routing, buffer)
+    weights, operands, size = layer["experts"], (x_TD, routing.indices, routing.weights), axis_sizes().get(EXPERT, 1)
+    if size == 1:
+        y, dropped = experts(weights, config, *operands)
+        y = sum_over(y, TENSOR)
+    else:
+        operands = as_varying(operands, varying_axes(weights))  # gradients are scattered, then summed over "tensor"
+        rows, indices, gates = (jax.lax.all_gather(a, EXPERT, axis=0, tiled=True) for a in operands)
+        here = weights["gate_up"].shape[0]
+        worst = indices.shape[0] * min(here, config.experts_per_token)
+        room = min(worst, -(-int(buffer * indices.size) // size)) if buffer else worst
+        y, dropped = experts(weights, config, rows, indices - jax.lax.axis_index(EXPERT) * here, gates, room=room)
+        dropped = jax.lax.pmax(dropped, TENSOR) if TENSOR in varying_axes(dropped) else dropped  # equal, known to be
+        y = sum_over(jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True), TENSOR)
     if config.shared_hidden_size:
         shared = gated_mlp(layer["shared"], config, x_TD)
         if config.shared_gate:
@@ -137,61 +142,42 @@ def moe_layer(
     return y, dataclasses.replace(routing, dropped=dropped)
 
 
-def _experts_of_all_devices(weights: dict, config: ModelConfig, x_TD, routing: Routing, buffer: float):
-    """(sum over the chosen experts, wherever they are, [T,D]; choices without room on this device i32 []).
-
-    Devices of the axis "expert" show each other their tokens, compute those of their own experts, and add up the
-    parts of each token. Once K is near the number of devices this moves less than sending a token once for each choice.
-    """
-    size = axis_sizes().get(EXPERT, 1)
-    operands = x_TD, routing.indices, routing.weights
-    if size == 1:
-        y, dropped = experts(weights, config, *operands)
-        return sum_over(y, TENSOR), dropped
-    operands = as_varying(operands, varying_axes(weights))  # gradients are scattered first, then summed over "tensor"
-    operands = (jax.lax.all_gather(a, EXPERT, axis=0, tiled=True) for a in operands)
-    here = weights["gate_up"].shape[0]
-    x_TD, indices, gates = operands
-    worst = indices.shape[0] * min(here, config.experts_per_token)
-    room = min(worst, -(-int(buffer * indices.size) // size)) if buffer else worst
-    first = jax.lax.axis_index(EXPERT) * here
-    y, dropped = experts(weights, config, x_TD, indices - first, gates, room=room)
-    dropped = jax.lax.pmax(dropped, TENSOR) if TENSOR in varying_axes(dropped) else dropped  # equal, and known to be
-    return sum_over(jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True), TENSOR), dropped
-
-
 def experts(
-    weights: dict,
-    config: ModelConfig,
-    x_TD: jax.Array,
-    indices_TK: jax.Array,
-    gates_TK: jax.Array,
-    *,
+    weights: dict, config: ModelConfig, x_TD: jax.Array, indices_TK: jax.Array, gates_TK: jax.Array, *,
     room: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """(sum over the chosen experts of gate times expert [T,D], choices that found no room i32 []).
 
     Args:
-      indices_TK: chosen experts. With `room` given, an index that is no expert of `weights` is another device's.
+      weights: of the experts; "trained" bool [E], where there is one, says which of them take a gradient.
+      indices_TK: chosen experts. With `room`, an index that is no expert of `weights` is another device's.
       room: for how many choices there is room at least; default: all of them.
     """
     implementation, activate = resolve_implementation(config.grouped_matmul), activation(config)
     trained = weights.get("trained")
     weights = {name: array for name, array in weights.items() if name != "trained"}
     # The backward passes below mix tokens with weights: what is equal on some devices must be known to be summed.
-    given = (weights, x_TD, indices_TK, gates_TK)
-    weights, x_TD, indices_TK, gates_TK = as_varying(given, varying_axes(*given))
-    num_experts = weights["gate_up"].shape[0]
-    num_slots = indices_TK.size if room is None else room
-    size = block_size(num_slots, num_experts) if implementation == "blocked" else 1
+    operands = (weights, x_TD, indices_TK, gates_TK)
+    weights, x_TD, indices_TK, gates_TK = as_varying(operands, varying_axes(*operands))
+    num_experts, num_slots = weights["gate_up"].shape[0], indices_TK.size if room is None else room
+    blocked = implementation == "blocked"
+    size = block_size(num_slots, num_experts) if blocked else 1
     group_sizes, rank = count_and_rank(indices_TK.reshape(-1), num_experts)
-    order = _trained_first(trained, num_experts) if implementation == "blocked" else None
-    first, block_group = _layout(group_sizes, num_slots, size, order)
-    place_TK, dropped = _places(indices_TK, rank, first, block_group.shape[0] * size, some_elsewhere=room is not None)
-    slot = _slot_at_place(place_TK, block_group.shape[0] * size)
-    if "down_bias" in weights:
-        weights = {**weights, "down_bias": _added_once(weights["down_bias"])}
-    if implementation == "blocked":
+    if blocked and trained is not None:  # experts that train are laid out before the others
+        expert = jnp.arange(num_experts, dtype=jnp.int32)
+        order = jax.lax.sort((jnp.where(trained, 0, 1).astype(jnp.int32), expert), num_keys=1)[1]
+        starts, group = block_layout(group_sizes[order], num_slots, size)
+        first, block_group = jnp.zeros_like(starts).at[order].set(starts, unique_indices=True), order[group]
+    else:
+        first, block_group = block_layout(group_sizes, num_slots, size)
+    num_places = block_group.shape[0] * size
+    place_TK, dropped = _places(indices_TK, rank, first, num_places, some_elsewhere=room is not None)
+    slots = jnp.arange(place_TK.size, dtype=jnp.int32)
+    slot = jnp.full((num_places,), place_TK.size, jnp.int32)  # slot t*K + k at each place; T*K where there is none
+    slot = slot.at[place_TK.reshape(-1)].set(slots, mode="drop", unique_indices=True)
+    if "down_bias" in weights and axis_sizes().get(TENSOR, 1) > 1:  # of the devices that are summed, on the first
+        weights = {**weights, "down_bias": jnp.where(jax.lax.axis_index(TENSOR) == 0, weights["down_bias"], 0)}
+    if blocked:
         used = (group_sizes + (size - 1)) // size
         of_trained = None if trained is None else jnp.sum(jnp.where(trained, used, 0))
         blocks = make_blocks(slot, block_group, jnp.sum(used), place_TK, weights, of_trained)
@@ -208,29 +194,6 @@ def experts(
 
     y_PD = multiply(activate(multiply(_dispatch(x_TD, slot, place_TK), "gate_up")), "down")
     return _combine(y_PD, gates_TK, slot, place_TK), dropped
-
-
-def _trained_first(trained: jax.Array | None, num_experts: int) -> jax.Array | None:
-    """i32 [E]: experts in the order in which they are laid out, those of `trained` bool [E] before the others."""
-    if trained is None:
-        return None
-    expert = jnp.arange(num_experts, dtype=jnp.int32)
-    return jax.lax.sort((jnp.where(trained, 0, 1).astype(jnp.int32), expert), num_keys=1)[1]
-
-
-def _layout(group_sizes, num_slots: int, size: int, order) -> tuple[jax.Array, jax.Array]:
-    """`block_layout` with the experts in an order: (first row of each expert, expert of each block)."""
-    if order is None:
-        return block_layout(group_sizes, num_slots, size)
-    first, place = block_layout(group_sizes[order], num_slots, size)
-    return jnp.zeros_like(first).at[order].set(first, unique_indices=True), order[place]
-
-
-def _added_once(bias: jax.Array) -> jax.Array:
-    """The bias on the first of the devices whose outputs are summed, zero on the others."""
-    if axis_sizes().get(TENSOR, 1) == 1:
-        return bias
-    return jnp.where(jax.lax.axis_index(TENSOR) == 0, bias, 0)
 
 
 def _places(indices_TK, rank, first, num_places: int, *, some_elsewhere: bool) -> tuple[jax.Array, jax.Array]:
@@ -251,30 +214,17 @@ def _places(indices_TK, rank, first, num_places: int, *, some_elsewhere: bool) -
 def count_and_rank(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
     """For `expert` i32 [N]: slots per expert i32 [E], and each slot's rank among the slots of its expert i32 [N].
 
-    This is all of a counting sort but the copy; no comparison sort is needed.
+    This is all of a counting sort but the copy; no comparison sort is needed. The running sum over N is a triangular
+    matmul within blocks (exact), then a sum over blocks.
     """
     chosen = expert[:, None] == jnp.arange(num_experts, dtype=jnp.int32)[None, :]
-    running = _running_sum(chosen)
-    return running[-1], jnp.sum(jnp.where(chosen, running, 0), axis=1) - 1
-
-
-def _running_sum(x: jax.Array) -> jax.Array:
-    """Cumulative sum of bool [N,E] along N, i32: within blocks by a triangular matmul (exact), then over blocks."""
-    N, num_experts = x.shape
-    size = min(COUNTING_BLOCK, N)
-    blocks = jnp.pad(x, ((0, -N % size), (0, 0))).astype(jnp.float32).reshape(-1, size, num_experts)
+    N, size = len(expert), min(COUNTING_BLOCK, len(expert))
+    blocks = jnp.pad(chosen, ((0, -N % size), (0, 0))).astype(jnp.float32).reshape(-1, size, num_experts)
     triangle = jnp.tril(jnp.ones((size, size), jnp.float32))
     inside = jnp.einsum("st,nte->nse", triangle, blocks, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
     before = jnp.cumsum(inside[:, -1], axis=0) - inside[:, -1]
-    return (inside + before[:, None, :]).reshape(-1, num_experts)[:N]
-
-
-def _slot_at_place(place_TK: jax.Array, num_places: int) -> jax.Array:
-    """i32 [P]: which slot (t*K + k) sits at each place; T*K where none does."""
-    num_slots = place_TK.size
-    empty = jnp.full((num_places,), num_slots, jnp.int32)
-    slots = jnp.arange(num_slots, dtype=jnp.int32)
-    return empty.at[place_TK.reshape(-1)].set(slots, mode="drop", unique_indices=True)
+    running = (inside + before[:, None, :]).reshape(-1, num_experts)[:N]
+    return running[-1], jnp.sum(jnp.where(chosen, running, 0), axis=1) - 1
 
 
 def _rows_at(y_PD, place_TK):
