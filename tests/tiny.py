@@ -6,11 +6,12 @@ Rooms vary switches (`dataclasses.replace(tiny.CONFIG, router_bias=True)`), not 
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trace_jax.data.rows import Rows
-from trace_jax.models.arrays import init_params
+from trace_jax.models.arrays import init_params, parameter_specs
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
@@ -33,6 +34,22 @@ LENGTH = 12
 def make_model(config: ModelConfig = CONFIG, seed: int = 0) -> Model:
     """Random parameters, larger than at initialisation, so that routing is decided."""
     return Model(config, jax.tree.map(lambda x: x * 2.0, init_params(config, jax.random.key(seed))))
+
+
+def random_params(config: ModelConfig, seed: int = 0, noise: float = 0.1) -> dict:
+    """As at the start of training, with noise on all, so that no bias is zero and no norm one. Compiles nothing."""
+    rng = np.random.default_rng(seed)
+
+    def one(spec):
+        start = 1.0 if spec.scale is None else spec.scale * rng.standard_normal(spec.shape)
+        return jnp.asarray(start + noise * rng.standard_normal(spec.shape), spec.dtype)
+
+    return jax.tree.map(one, parameter_specs(config))
+
+
+def mesh_of(data: int, expert: int, tensor: int) -> jax.sharding.Mesh:
+    """A mesh of as many devices as these sizes take."""
+    return make_mesh(jax.devices()[: data * expert * tensor], data=data, expert=expert, tensor=tensor)
 
 
 def make_rows(count: int, *, seed: int = 0, length: int = LENGTH, vocab_size: int = CONFIG.vocab_size) -> Rows:

@@ -35,26 +35,33 @@ def make_inputs(config):
     return weights, x, jax.nn.sigmoid(gates), indices, cotangent
 
 
-@pytest.mark.parametrize("blocks", [1, 4])
-@pytest.mark.parametrize("case", CASES)
+def result(config, cotangent, indices, *operands):
+    """(output, gradients of weights, x and gates) of the experts."""
+
+    @jax.jit
+    def run(weights, x, gates):
+        trained = {"trained": weights.pop("trained")} if "trained" in weights else {}
+        y, pull = jax.vjp(lambda w, x, g: experts({**w, **trained}, config, x, indices, g)[0], weights, x, gates)
+        return y, *pull(cotangent)
+
+    return run(*operands)
+
+
+def close(got, wanted, tolerance):
+    assert got.dtype == wanted.dtype
+    np.testing.assert_allclose(got.astype(jnp.float32), wanted.astype(jnp.float32), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("case", "blocks"), [("plain", 4), ("biases and limits", 4), ("bfloat16", 1)])
 def test_output_and_every_gradient_equal_those_of_every_expert_on_every_token(case, blocks, monkeypatch):
     monkeypatch.setattr(blocked_experts, "MOST_BLOCKS", blocks)
     weights, x, gates, indices, cotangent = make_inputs(CASES[case])
-
-    def result(implementation):
-        config = dataclasses.replace(CASES[case], grouped_matmul=implementation)
-        y, pull = jax.vjp(
-            lambda *operands: experts(operands[0], config, operands[1], indices, operands[2])[0], weights, x, gates
-        )
-        return y, pull(cotangent)
-
+    got, wanted = (
+        result(dataclasses.replace(CASES[case], grouped_matmul=name), cotangent, indices, weights, x, gates)
+        for name in ("blocked", "ragged")
+    )
     tolerance = 0.1 if case == "bfloat16" else 2e-5
-
-    def check(got, wanted):
-        assert got.dtype == wanted.dtype
-        np.testing.assert_allclose(got.astype(jnp.float32), wanted.astype(jnp.float32), atol=tolerance, rtol=tolerance)
-
-    jax.tree.map(check, result("blocked"), result("ragged"))
+    jax.tree.map(lambda a, b: close(a, b, tolerance), got, wanted)
 
 
 def test_slots_without_a_place_count_as_zero_and_take_no_gradient():
@@ -79,33 +86,23 @@ def test_slots_without_a_place_count_as_zero_and_take_no_gradient():
 
 def test_with_less_room_than_slots_nothing_is_lost_uncounted():
     weights, x, gates, indices, _ = make_inputs(BASE)
-    blocked = dataclasses.replace(BASE, grouped_matmul="blocked")
-    whole, kept = experts(weights, blocked, x, indices, gates)[0], []
-    for room in range(indices.size - 1, indices.size - 120, -17):
-        y, dropped = experts(weights, blocked, x, indices, gates, room=room)
-        kept.append(int(dropped) == 0)
-        assert np.allclose(y, whole, atol=1e-5) == kept[-1]
-    assert kept[0] and not kept[-1]
+    blocked, complete = dataclasses.replace(BASE, grouped_matmul="blocked"), []
+    expected = jax.jit(lambda: experts(weights, blocked, x, indices, gates)[0])()
+    for room in (indices.size - 1, indices.size - 52, indices.size - 103):
+        y, dropped = jax.jit(lambda: experts(weights, blocked, x, indices, gates, room=room))()  # noqa: B023
+        complete.append(int(dropped) == 0)
+        assert np.allclose(y, expected, atol=1e-5) == complete[-1]
+    assert complete[0] and not complete[-1]
 
 
-@pytest.mark.parametrize("blocks", [1, 4])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "blocks"), [("biases and limits", 1), ("bfloat16", 4)])
 def test_of_experts_that_do_not_train_only_the_weights_take_no_gradient(case, blocks, monkeypatch):
     monkeypatch.setattr(blocked_experts, "MOST_BLOCKS", blocks)
     weights, x, gates, indices, cotangent = make_inputs(CASES[case])
     config, trained = dataclasses.replace(CASES[case], grouped_matmul="blocked"), np.array([0, 0, 0, 1, 0, 1], bool)
-
-    def result(**more):
-        def y(weights, x, gates):
-            return experts({**weights, **more}, config, x, indices, gates)[0]
-
-        y, pull = jax.vjp(y, weights, x, gates)
-        return y, *pull(cotangent)
-
-    (y, of_weights, *others), (expected, all_weights, *all_others) = result(trained=jnp.asarray(trained)), result()
+    y, of_weights, *others = result(config, cotangent, indices, {**weights, "trained": trained}, x, gates)
+    expected, of_all, *all_others = result(config, cotangent, indices, weights, x, gates)
     tolerance = 0.1 if case == "bfloat16" else 2e-5
-    for got, wanted in zip((y, *others), (expected, *all_others), strict=True):
-        np.testing.assert_allclose(got.astype(jnp.float32), wanted.astype(jnp.float32), atol=tolerance)
-    for name, wanted in all_weights.items():
-        got, wanted = (np.asarray(a.astype(jnp.float32)) for a in (of_weights[name], wanted))
-        np.testing.assert_allclose(got[trained], wanted[trained], atol=tolerance, err_msg=name)
+    jax.tree.map(lambda a, b: close(a, b, tolerance), (y, *others), (expected, *all_others))
+    for name, wanted in of_all.items():
+        close(of_weights[name][trained], wanted[trained], tolerance)

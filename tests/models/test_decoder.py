@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.tiny import random_params
 from trace_jax.models import decoder
-from trace_jax.models.arrays import init_params
-from trace_jax.models.attention import init_cache
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
@@ -29,22 +28,17 @@ CONFIG = ModelConfig(
 )
 VARIANTS = {
     "plain": CONFIG,
-    "tied": dataclasses.replace(CONFIG, tie_embeddings=True),
-    "shared expert, weights not normalised": dataclasses.replace(CONFIG, shared_hidden_size=7, normalize_top_k=False),
-    "one head per key, top 1": dataclasses.replace(CONFIG, num_kv_heads=4, experts_per_token=1, normalize_top_k=False),
+    "tied, shared expert, one head per key, weights not normalised": dataclasses.replace(
+        CONFIG, tie_embeddings=True, shared_hidden_size=7, num_kv_heads=4, experts_per_token=1, normalize_top_k=False
+    ),
     "every expert": dataclasses.replace(CONFIG, experts_per_token=E),
 }
+PARAMS = random_params(CONFIG)
 run = jax.jit(forward, static_argnames=("config", "collect", "num_layers"))
 
 
-def make(config=CONFIG, rows=2, length=9, seed=0):
-    params = init_params(config, jax.random.key(seed))
-    # Norm weights other than one, so that forgetting to multiply by them is seen.
-    for name in ("attention_norm", "mlp_norm"):
-        params["layers"][name] = params["layers"][name] * jax.random.uniform(
-            jax.random.key(7), (L, 12), minval=0.5, maxval=2
-        )
-    return params, jax.random.randint(jax.random.key(seed + 1), (rows, length), 0, V)
+def tokens_of(rows=2, length=9, seed=0):
+    return np.random.default_rng(seed).integers(0, V, (rows, length)).astype(np.int32)
 
 
 def reference(params, config, tokens, documents):
@@ -109,8 +103,8 @@ def reference(params, config, tokens, documents):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_the_slow_reference(name, monkeypatch):
-    config = VARIANTS[name]
-    params, tokens = make(config)
+    config, tokens = VARIANTS[name], tokens_of()
+    params = random_params(config)
     documents = np.ones((2, 9), np.int32)
     documents[0, 4:] = 2
     documents[1, 7:] = 0
@@ -124,101 +118,54 @@ def test_equals_the_slow_reference(name, monkeypatch):
         np.testing.assert_allclose(output.logits, logits, atol=5e-5)
 
 
-def test_jit_changes_nothing():
-    params, tokens = make()
-    np.testing.assert_allclose(run(params, CONFIG, tokens).logits, forward(params, CONFIG, tokens).logits, atol=1e-5)
-
-
-@pytest.mark.parametrize("length", [9, 130])  # one block of queries, and two
-def test_no_token_sees_a_later_one(length):
-    params, tokens = make(rows=1, length=length)
+def test_no_token_sees_a_later_one():
+    length, every = 130, np.arange(130, dtype=np.int32)[None]  # two blocks of queries; every token is another
 
     @jax.jit
     def gradient(embedded, position):
-        def logits(embedded):
-            every_token_its_own = {**params, "embed": embedded}
-            return jnp.sum(
-                forward(every_token_its_own, CONFIG, jnp.arange(length, dtype=jnp.int32)[None]).logits[0, position]
-            )
-
-        return jax.grad(logits)(embedded)
-
-    def influence(position):
-        """How much the logits at `position` depend on each token's embedding, [S]."""
-        return np.abs(gradient(params["embed"][tokens[0]], position)).sum(axis=1)
+        return jax.grad(lambda e: forward({**PARAMS, "embed": e}, CONFIG, every).logits[0, position].sum())(embedded)
 
     for position in (0, length // 2, length - 1):
-        effect = influence(position)
+        effect = np.abs(gradient(PARAMS["embed"][tokens_of(1, length)[0]], position)).sum(axis=1)
         assert np.all(effect[position + 1 :] == 0)
         assert np.all(effect[: position + 1] > 0)
 
 
-def test_packed_documents_equal_separate_rows():
-    params, tokens = make(rows=1, length=130)
-    ends = [0, 30, 31, 110, 130]
-    documents = np.zeros((1, 130), np.int32)
+def test_packed_documents_equal_separate_rows_whatever_fills_these():
+    tokens, ends, documents = tokens_of(1, 130), [0, 30, 31, 110, 130], np.zeros((1, 130), np.int32)
     for number, (start, end) in enumerate(itertools.pairwise(ends)):
         documents[0, start:end] = number + 1
-    packed = run(params, CONFIG, tokens, mask=jnp.asarray(documents)).logits[0]
-    for start, end in itertools.pairwise(ends):
-        np.testing.assert_allclose(packed[start:end], run(params, CONFIG, tokens[:, start:end]).logits[0], atol=1e-5)
-
-
-def test_padding_changes_nothing_for_real_tokens():
-    params, tokens = make(rows=2, length=12)
-    alone = run(params, CONFIG, tokens[:, :8]).logits
-    for left in (0, 4):
-        padded = jnp.zeros((2, 12), jnp.int32).at[:, left : left + 8].set(tokens[:, :8])
-        mask = np.zeros((2, 12), bool)
-        mask[:, left : left + 8] = True
-        for filler in (0, V - 1):
-            filled = jnp.where(jnp.asarray(mask), padded, filler)
-            got = run(params, CONFIG, filled, mask=jnp.asarray(mask)).logits[:, left : left + 8]
-            np.testing.assert_allclose(got, alone, atol=1e-5)
+    packed = run(PARAMS, CONFIG, tokens, mask=documents).logits[0]
+    for filler, left, (start, end) in zip((0, V - 1, 5, 0), (0, 4, 20, 0), itertools.pairwise(ends), strict=True):
+        alone, mask, here = np.full_like(tokens, filler), np.zeros_like(documents), slice(left, left + end - start)
+        alone[0, here], mask[0, here] = tokens[0, start:end], 1
+        np.testing.assert_allclose(packed[start:end], run(PARAMS, CONFIG, alone, mask=mask).logits[0, here], atol=1e-5)
 
 
 def test_gradients_do_not_depend_on_padding():
-    params, tokens = make(rows=2, length=8)
-    targets = jnp.roll(tokens, -1, axis=1)
+    tokens, mask = tokens_of(3, 13), np.pad(np.ones((2, 8), np.int32), ((0, 1), (0, 5)))
 
-    def gradient(tokens, targets, mask):
+    @jax.jit
+    def gradient(tokens):
         def loss(params):
             hidden = forward(params, CONFIG, tokens, mask=mask, collect=("hidden",)).hidden
-            return jnp.sum(jnp.where(mask, token_nll(params, CONFIG, hidden, targets), 0.0))
+            nll = token_nll(params, CONFIG, hidden, jnp.roll(tokens, -1, axis=1))
+            return jnp.sum(jnp.where(mask[:, 1:] > 0, nll[:, :-1], 0.0))
 
-        return jax.jit(jax.grad(loss))(params)
+        return jax.grad(loss)(PARAMS)
 
-    plain = gradient(tokens, targets, jnp.ones((2, 8), bool))
-    wide = [jnp.pad(a, ((0, 1), (0, 5)), constant_values=3) for a in (tokens, targets)]
-    padded = gradient(*wide, jnp.pad(jnp.ones((2, 8), bool), ((0, 1), (0, 5))))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), padded, plain)
-
-
-def test_a_pass_can_stop_at_a_layer():
-    params, tokens = make()
-    layers = run(params, CONFIG, tokens, collect=("layers",)).layers
-    for depth in range(1, L + 1):
-        output = run(params, CONFIG, tokens, collect=("hidden", "counts"), num_layers=depth)
-        np.testing.assert_allclose(output.hidden, layers[depth - 1], atol=1e-5)
-        assert output.router.counts.shape == (depth, E)
-    # Layers above take no part: their parameters get no gradient.
-    gradient = jax.grad(lambda p: jnp.sum(forward(p, CONFIG, tokens, collect=("hidden",), num_layers=1).hidden))(params)
-    assert all(np.all(np.asarray(a[1:]) == 0) for a in jax.tree.leaves(gradient["layers"]))
-    assert float(jnp.max(jnp.abs(gradient["layers"]["q"][:1]))) > 0
+    one, other = (gradient(np.where(mask > 0, tokens, filler).astype(np.int32)) for filler in (3, tokens))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one, other)
 
 
 def test_counts_and_load_are_sums_over_counted_positions():
-    params, tokens = make(rows=3, length=10)
-    documents = np.ones((3, 10), np.int32)
-    documents[1, 6:] = 0
-    documents[2] = 0
+    tokens, documents = tokens_of(3, 10), np.ones((3, 10), np.int32)
+    documents[1, 6:], documents[2] = 0, 0
     counted = documents != 0
     counted[0, 0] = False
-    collect = ("router", "counts", "load")
-    for mask in (None, counted):
-        valid = counted if mask is not None else documents != 0
-        count_mask = None if mask is None else jnp.asarray(mask)
-        output = run(params, CONFIG, tokens, mask=jnp.asarray(documents), count_mask=count_mask, collect=collect)
+    for count_mask, valid in ((None, documents != 0), (counted, counted)):
+        collect = ("router", "counts", "load")
+        output = run(PARAMS, CONFIG, tokens, mask=documents, count_mask=count_mask, collect=collect)
         indices, logits = np.asarray(output.router.indices), np.asarray(output.router.logits, np.float64)
         expected = np.array([np.bincount(layer[valid].ravel(), minlength=E) for layer in indices])
         np.testing.assert_array_equal(output.router.counts, expected)
@@ -231,60 +178,35 @@ def test_counts_and_load_are_sums_over_counted_positions():
 
 
 def test_only_what_is_asked_for_is_returned():
-    params, tokens = make()
-    output = run(params, CONFIG, tokens, collect=("counts",))
-    router = output.router
-    assert router.counts is not None and output.cache is None
-    assert all(
-        part is None
-        for part in (output.logits, output.hidden, output.layers, router.logits, router.indices, router.load)
-    )
+    output = jax.eval_shape(lambda: forward(PARAMS, CONFIG, tokens_of(), collect=("counts",)))
+    assert [leaf.shape for leaf in jax.tree.leaves(output)] == [(L, E)] and output.router.counts is not None
 
 
-def test_a_cache_gives_the_same_as_one_pass():
-    params, tokens = make(rows=2, length=10)
-    documents = jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1, 1, 1]], jnp.int32)
-    whole = run(params, CONFIG, tokens, mask=documents).logits
-    cache, parts = init_cache(CONFIG, 2, 12), []
-    for start, end in ((0, 4), (4, 5), (5, 10)):
-        output = run(params, CONFIG, tokens[:, start:end], mask=documents[:, start:end], cache=cache)
-        cache = output.cache
-        parts.append(output.logits)
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
-    assert int(cache.index) == 10
-
-
-def test_bfloat16_keeps_router_and_logits_in_float32():
-    # Every expert is chosen: rounding then can't change which are.
-    config = dataclasses.replace(CONFIG, dtype="bfloat16", shared_hidden_size=4, experts_per_token=E)
-    params = init_params(config, jax.random.key(0))
-    _, tokens = make()
+def test_bfloat16_keeps_router_and_logits_in_float32_and_gradients_in_the_types_of_their_parameters():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", shared_hidden_size=4)
+    params = random_params(config)
 
     def loss(params):
-        output = forward(params, config, tokens, collect=("logits", "hidden", "router", "load"))
-        return jnp.sum(token_nll(params, config, output.hidden, tokens)), output
+        output = forward(params, config, tokens_of(), collect=("logits", "hidden", "router", "load"))
+        return jnp.sum(token_nll(params, config, output.hidden, tokens_of())), output
 
-    (value, output), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (value, output), gradient = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), params)
     assert output.hidden.dtype == jnp.bfloat16
-    assert (
-        value.dtype == output.logits.dtype == output.router.logits.dtype == output.router.weights.dtype == jnp.float32
-    )
+    parts = value, output.logits, output.router.logits, output.router.weights, output.router.load
+    assert {part.dtype for part in parts} == {jnp.dtype("float32")}
     assert jax.tree.map(lambda a: a.dtype, gradient) == jax.tree.map(lambda a: a.dtype, params)
-    exact = forward(
-        jax.tree.map(lambda a: a.astype(jnp.float32), params), dataclasses.replace(config, dtype="float32"), tokens
-    )
-    np.testing.assert_allclose(output.logits, exact.logits, atol=0.15)
 
 
-def test_wrong_requests_are_named():
-    params, tokens = make()
-    with pytest.raises(ValueError, match="'logit'"):
-        forward(params, CONFIG, tokens, collect=("logit",))
-    with pytest.raises(ValueError, match="tuple"):
-        forward(params, CONFIG, tokens, collect="logits")
-    with pytest.raises(ValueError, match="no logits"):
-        forward(params, CONFIG, tokens, num_layers=1)
-    with pytest.raises(ValueError, match="layers 1 to 2"):
-        forward(params, CONFIG, tokens, collect=("hidden",), num_layers=3)
-    with pytest.raises(ValueError, match=r"mask has shape \(2, 8\)"):
-        forward(params, CONFIG, tokens, mask=jnp.ones((2, 8), bool))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"collect": ("logit",)}, "'logit'"),
+        ({"collect": "logits"}, "tuple"),
+        ({"num_layers": 1}, "no logits"),
+        ({"collect": ("hidden",), "num_layers": 3}, "layers 1 to 2"),
+        ({"mask": np.ones((2, 8), bool)}, r"mask has shape \(2, 8\)"),
+    ],
+)
+def test_wrong_requests_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        forward(PARAMS, CONFIG, tokens_of(), **arguments)

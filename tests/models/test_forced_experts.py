@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests.tiny import mesh_of, random_params
 from trace_jax.models import decoder
-from trace_jax.models.arrays import init_params
 from trace_jax.models.attention import init_cache
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.moe import moe_layer
 from trace_jax.models.sharding import on_mesh, placed_params
-from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES
 
 BASE = ModelConfig(
-    vocab_size=40, hidden_size=12, num_layers=4, num_heads=2, num_kv_heads=1, head_size=8, num_experts=8,
-    experts_per_token=3, expert_hidden_size=6, dense_layers=(0, 2), dense_hidden_size=10,
+    vocab_size=40, hidden_size=12, num_layers=3, num_heads=2, num_kv_heads=1, head_size=8, num_experts=8,
+    experts_per_token=3, expert_hidden_size=6, dense_layers=(1,), dense_hidden_size=10,
 )  # fmt: skip
 GATES = {
     "softmax, normalised": {},
@@ -35,21 +35,11 @@ GATES = {
 }  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, BASE.vocab_size, (4, 9)).astype(np.int32)
 MASK = (np.arange(9)[None] < np.array([9, 7, 9, 3])[:, None]).astype(np.int32)
-WANTED = ("logits", "router")
 forward = jax.jit(decoder.forward, static_argnames=("config", "collect", "num_layers", "remat"))
 
 
 def config_of(gate, **changes):
     return dataclasses.replace(BASE, **(GATES[gate] | changes))
-
-
-def make_params(config):
-    """Random values everywhere, biases and corrections included."""
-    noise = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda x: x + jnp.asarray(0.5 * noise.standard_normal(x.shape), x.dtype),
-        init_params(config, jax.random.key(0)),
-    )
 
 
 def other_experts(config, shape, seed=2):
@@ -80,87 +70,66 @@ def gate_weights(logits, indices, config):
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_a_models_own_experts_change_nothing(gate):
-    config = config_of(gate)
-    params = make_params(config)
-    free = forward(params, config, TOKENS, mask=MASK, collect=WANTED)
-    forced = forward(params, config, TOKENS, mask=MASK, collect=WANTED, experts=free.router.indices)
-    jax.tree.map(np.testing.assert_array_equal, forced, free)
+def test_own_experts_change_nothing_and_others_get_the_weights_that_the_gate_gives_them(gate):
+    config, x = config_of(gate), np.random.default_rng(3).normal(size=(20, BASE.hidden_size)).astype(np.float32)
+    layer = jax.tree.map(lambda array: array[1], random_params(config, noise=0.5)["layers"])
+    chosen = other_experts(config, (20,))
+    run = jax.jit(lambda *chosen: moe_layer(layer, config, jnp.asarray(x), chosen_TK=chosen[0] if chosen else None))
+    free_y, free = run()
+    forced_y, forced = run(free.indices)
+    np.testing.assert_allclose(forced_y, free_y, atol=1e-6)
+    np.testing.assert_array_equal(forced.indices, free.indices)
+    np.testing.assert_allclose(forced.weights, free.weights, rtol=1e-6)
 
-
-@pytest.mark.parametrize("gate", GATES)
-def test_other_experts_are_used_with_the_weights_that_the_gate_gives_them(gate):
-    config = config_of(gate)
-    params, indices = make_params(config), other_experts(config, (2, *TOKENS.shape))
-    router = forward(params, config, TOKENS, mask=MASK, collect=WANTED, experts=indices).router
-    np.testing.assert_array_equal(router.indices, indices)
-    shape = (-1, config.num_experts), (-1, config.experts_per_token)
-    logits, flat = np.asarray(router.logits, np.float64).reshape(shape[0]), indices.reshape(shape[1])
-    expected = gate_weights(logits, flat, config)
-    np.testing.assert_allclose(np.asarray(router.weights).reshape(shape[1]), expected, rtol=2e-5, atol=1e-7)
-
-    layer = jax.tree.map(lambda array: array[1], params["layers"])
-    x, chosen = np.random.default_rng(3).normal(size=(5, config.hidden_size)), indices[1, 0, :5]
-    y, _ = moe_layer(layer, config, jnp.asarray(x, jnp.float32), chosen_TK=jnp.asarray(chosen))
+    y, routing = run(chosen)
+    np.testing.assert_array_equal(routing.indices, chosen)
     layer = jax.tree.map(lambda array: np.asarray(array, np.float64), layer)
     weights = gate_weights(x @ layer["router"] + layer.get("router_bias", 0), chosen, config)
-    for t in range(5):
-        wanted = 0
-        for weight, e in zip(weights[t], chosen[t], strict=True):
-            gate_value, up = (x[t] @ layer["experts"]["gate_up"][e, :, side] for side in (0, 1))
-            wanted += weight * (gate_value / (1 + np.exp(-gate_value)) * up) @ layer["experts"]["down"][e]
-        np.testing.assert_allclose(y[t], wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(routing.weights, weights, rtol=2e-5, atol=1e-6)
+    gate_up, down = (layer["experts"][name][chosen] for name in ("gate_up", "down"))  # [T, K, ...]
+    gates, ups = np.moveaxis(np.einsum("td,tkdgf->tkgf", x, gate_up), 2, 0)
+    wanted = np.einsum("tk,tkf,tkfd->td", weights, gates / (1 + np.exp(-gates)) * ups, down)
+    np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_every_layer_gets_its_own_experts():
     """A model that uses expert 5 in one layer and 2 in the other is one whose experts are all copies of those."""
     config = config_of("softmax, normalised", experts_per_token=1)
-    params = make_params(config)
+    params = random_params(config, noise=0.5)
     indices = np.broadcast_to(np.array([5, 2], np.int32)[:, None, None, None], (2, *TOKENS.shape, 1))
     copies = jax.tree.map(lambda a: jnp.stack([a[0, [5] * 8], a[1, [2] * 8]]), params["layers"]["experts"])
     copied = {**params, "layers": {**params["layers"], "experts": copies}}
-    expected = forward(copied, config, TOKENS, mask=MASK).logits
-    for remat in ("none", "layer"):
-        found = forward(params, config, TOKENS, mask=MASK, experts=indices, remat=remat).logits
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    assert np.abs(np.asarray(forward(params, config, TOKENS, mask=MASK).logits - expected)).max() > 0.1
-    part = forward(params, config, TOKENS, mask=MASK, experts=indices, num_layers=3, collect=("hidden",)).hidden
-    expected = forward(copied, config, TOKENS, mask=MASK, num_layers=3, collect=("hidden",)).hidden
-    np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-5)
+    collect = ("logits", "layers")
+    expected = forward(copied, config, TOKENS, mask=MASK, collect=collect)
+    forced = forward(params, config, TOKENS, mask=MASK, experts=indices, remat="layer", collect=collect)
+    np.testing.assert_allclose(forced.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    free = forward(params, config, TOKENS, mask=MASK, collect=collect)
+    assert np.abs(np.asarray(free.logits - expected.logits)).max() > 0.1
+    part = forward(params, config, TOKENS, mask=MASK, experts=indices, num_layers=2, collect=("hidden",)).hidden
+    np.testing.assert_allclose(part, expected.layers[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("gate", "sizes"),
-    [
-        ("softmax, normalised", (4, 1, 1)),
-        ("sigmoid, not normalised", (1, 4, 2)),
-        ("softmax over the chosen", (2, 2, 2)),
-    ],
-)
-def test_any_mesh_gives_the_same(gate, sizes):
-    """Seven experts and six wide, which no mesh divides: all are padded."""
-    config = config_of(gate, num_experts=7, experts_per_token=2)
-    params, indices = make_params(config), other_experts(config, (8, 2, 9))
-    data, expert, tensor = sizes
-    mesh = make_mesh(jax.devices()[: data * expert * tensor], data=data, expert=expert, tensor=tensor)
-    tokens, mask = np.concatenate([TOKENS, TOKENS[::-1]]), np.concatenate([MASK, MASK[::-1]])
+def test_a_mesh_gives_the_same():
+    """Seven experts and six wide, which the mesh doesn't divide: all are padded."""
+    config = config_of("softmax over the chosen", num_experts=7, experts_per_token=2)
+    params, indices, mesh = random_params(config, noise=0.5), other_experts(config, (4, 2, 9)), mesh_of(1, 2, 2)
 
     def run(params, tokens, mask, indices):
-        out = decoder.forward(params, config, tokens, mask=mask, collect=WANTED, experts=indices.swapaxes(0, 1))
+        collect, indices = ("logits", "router"), indices.swapaxes(0, 1)
+        out = decoder.forward(params, config, tokens, mask=mask, collect=collect, experts=indices)
         return out.logits, out.router.indices.swapaxes(0, 1), out.router.weights.swapaxes(0, 1)
 
-    expected = jax.jit(run)(params, tokens, mask, indices)
-    found = jax.jit(on_mesh(run, config, mesh, out_specs=P(BATCH_AXES)))(
-        placed_params(params, config, mesh), tokens, mask, indices
-    )
-    np.testing.assert_array_equal(found[1], indices)
-    for one, other in zip(expected, found, strict=True):
+    expected = jax.jit(run)(params, TOKENS, MASK, indices)
+    spread = jax.jit(on_mesh(run, config, mesh, out_specs=P(BATCH_AXES)))
+    there = spread(placed_params(params, config, mesh), TOKENS, MASK, indices)
+    np.testing.assert_array_equal(there[1], indices)
+    for one, other in zip(expected, there, strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-4)
 
 
 def test_experts_that_do_not_fit_are_refused():
     config = config_of("softmax, normalised")
-    params, indices = make_params(config), other_experts(config, (2, *TOKENS.shape))
+    params, indices = random_params(config), other_experts(config, (2, *TOKENS.shape))
     for wrong in (indices[:1], indices[:, :3], indices[..., :2], indices.astype(np.float32)):
         with pytest.raises(ValueError, match=r"expected integers \(2, 4, 9, 3\)"):
             decoder.forward(params, config, TOKENS, experts=wrong)

@@ -1,4 +1,7 @@
-"""Decoding with a cache equals a whole new forward pass for every token, and its draws follow the distribution."""
+"""Decoding with a cache equals a whole new forward pass for every token, and its draws follow the distribution.
+
+All batches have four rows and a cache of 40 places, so that few programs are compiled.
+"""
 
 import dataclasses
 
@@ -8,129 +11,116 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tests.tiny import mesh_of, random_params
 from trace_jax.models import generate as decoding
-from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig, Rope
 from trace_jax.models.decoder import forward
 from trace_jax.models.generate import CHUNK, filter_logits, generate, generate_text, padded_size
 from trace_jax.models.model import Model, SpecialTokens
 
 CONFIG = ModelConfig(
-    vocab_size=23,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_size=4,
-    num_experts=6,
-    experts_per_token=2,
-    expert_hidden_size=8,
-)
-LATENT = {"attention": "latent", "latent_size": 6, "rotary_size": 2, "value_size": 3, "query_latent_size": 5}
+    vocab_size=23, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_size=4, num_experts=6,
+    experts_per_token=2, expert_hidden_size=8,
+)  # fmt: skip
 ATTENTIONS = {
     "grouped": {},
-    "latent, dense layer": {**LATENT, "dense_layers": (0,), "dense_hidden_size": 12},
-    "windows, sinks, two ropes": {
-        "windows": (0, 3),
-        "sinks": True,
-        "ropes": (Rope(), Rope(50.0)),
-        "layer_ropes": (0, 1),
+    "latent, dense layer": {
+        "attention": "latent", "latent_size": 6, "rotary_size": 2, "value_size": 3, "query_latent_size": 5,
+        "dense_layers": (0,), "dense_hidden_size": 12,
     },
-    "no rope in a layer": {"layer_ropes": (-1, 0), "windows": (4, 0)},
-    "another amplitude in long texts": {"ropes": (Rope(long_amplitude=1.7, original_length=9),)},
-}
-NEW = CHUNK + 3  # more than one chunk
+    "windows, sinks, two ropes and none, another amplitude in long texts": {
+        "windows": (0, 3), "sinks": True, "layer_ropes": (1, -1),
+        "ropes": (Rope(), Rope(50.0, long_amplitude=1.7, original_length=9)),
+    },
+}  # fmt: skip
+NEW = 24  # more than one chunk
 LENGTHS = np.array([3, 7, 1, 5])
-
-
-@pytest.fixture(scope="module")
-def params():
-    return init_params(CONFIG, jax.random.key(3))
-
-
-@pytest.fixture(scope="module")
-def prompt():
-    return np.asarray(jax.random.randint(jax.random.key(4), (4, 7), 0, CONFIG.vocab_size))
-
-
-def forward_without_cache(params, config, rows):
-    """Logits [B, V] after the last token of each of `rows`."""
-    lengths = np.array([len(row) for row in rows])
-    padded = np.zeros((len(rows), 7 + NEW), np.int32)
-    for place, row in enumerate(rows):
-        padded[place, : len(row)] = row
-    places = np.arange(7 + NEW, dtype=np.int32)[None]
-    mask, positions = places < lengths[:, None], np.minimum(places, lengths.max() - 1)
-    logits = _forward(params, config, padded, mask=mask, positions=np.broadcast_to(positions, mask.shape)).logits
-    return np.asarray(logits)[np.arange(len(rows)), lengths - 1]
-
-
+PARAMS = random_params(CONFIG)
+PROMPT = np.random.default_rng(4).integers(0, CONFIG.vocab_size, (4, 7)).astype(np.int32)
 _forward = jax.jit(forward, static_argnames="config")
 
 
+def greedy(prompt=PROMPT, **changes):
+    return generate(PARAMS, CONFIG, prompt, **{"max_new_tokens": NEW} | changes)
+
+
 def continuations(params, config, prompt, lengths):
-    rows = [list(row[:used]) for row, used in zip(prompt, lengths, strict=True)]
+    """The likeliest tokens [B, NEW], each by a forward pass over all before it, without a cache."""
+    padded, lengths = np.pad(prompt, ((0, 0), (0, NEW))), lengths.copy()
+    rows, places = np.arange(len(prompt)), np.arange(padded.shape[1], dtype=np.int32)[None]
     for _ in range(NEW):
-        likeliest = np.argmax(forward_without_cache(params, config, rows), axis=-1)
-        rows = [[*row, int(token)] for row, token in zip(rows, likeliest, strict=True)]
-    return np.array([row[used:] for row, used in zip(rows, lengths, strict=True)])
+        mask, positions = places < lengths[:, None], np.minimum(places, lengths.max() - 1)
+        output = _forward(params, config, padded, mask=mask, positions=np.broadcast_to(positions, mask.shape))
+        padded[rows, lengths] = np.argmax(np.asarray(output.logits)[rows, lengths - 1], axis=-1)
+        lengths += 1
+    return np.array([row[n - NEW : n] for row, n in zip(padded, lengths, strict=True)])
 
 
 @pytest.mark.parametrize("switches", ATTENTIONS.values(), ids=ATTENTIONS)
-def test_equals_repeated_forward_passes_for_prompts_of_unequal_length(switches, prompt):
+def test_equals_repeated_forward_passes_for_prompts_of_unequal_length(switches):
     config = dataclasses.replace(CONFIG, **switches)
-    params = jax.tree.map(lambda a: a + jnp.asarray(0.1, a.dtype), init_params(config, jax.random.key(3)))
-    expected = continuations(params, config, prompt, LENGTHS)
-    got = generate(params, config, prompt, lengths=LENGTHS, max_new_tokens=NEW)
-    np.testing.assert_array_equal(got, expected)
-    # What stands behind a prompt in its row is never read.
-    other = np.where(np.arange(7)[None] < LENGTHS[:, None], prompt, 9)
-    np.testing.assert_array_equal(generate(params, config, other, lengths=LENGTHS, max_new_tokens=NEW), expected)
+    params = random_params(config)
+    expected = continuations(params, config, PROMPT, LENGTHS)
+    for behind in (PROMPT, 9):  # what stands behind a prompt in its row is never read
+        prompt = np.where(np.arange(7)[None] < LENGTHS[:, None], PROMPT, behind)
+        got = generate(params, config, prompt, lengths=LENGTHS, max_new_tokens=NEW)
+        np.testing.assert_array_equal(got, expected)
 
 
-def test_a_prompt_longer_than_one_piece_is_read_in_pieces(params, prompt, monkeypatch):
-    expected = generate(params, CONFIG, prompt, lengths=LENGTHS, max_new_tokens=NEW)
+def test_a_prompt_longer_than_one_piece_is_read_in_pieces(monkeypatch):
+    expected = greedy(lengths=LENGTHS)
     monkeypatch.setattr(decoding, "_PIECE", 2)
-    np.testing.assert_array_equal(generate(params, CONFIG, prompt, lengths=LENGTHS, max_new_tokens=NEW), expected)
+    np.testing.assert_array_equal(greedy(lengths=LENGTHS), expected)
 
 
-def test_a_finished_row_is_filled_with_its_end_token(params, prompt):
-    free = generate(params, CONFIG, prompt, max_new_tokens=NEW)
+def test_on_a_mesh_the_same_tokens_are_written():
+    for name in ("grouped", "latent, dense layer"):
+        config = dataclasses.replace(CONFIG, num_heads=3, num_kv_heads=1, vocab_size=21, **ATTENTIONS[name])
+        params, prompt = random_params(config), np.minimum(PROMPT, 20)
+        settings = {"lengths": LENGTHS, "max_new_tokens": NEW}
+        one, four = (generate(params, config, prompt, mesh=mesh, **settings) for mesh in (None, mesh_of(1, 2, 2)))
+        np.testing.assert_array_equal(four, one)
+
+
+def test_a_finished_row_is_filled_with_its_end_token():
+    free = greedy()
     ends = int(free[0, 2]), int(free[1, 4])
-    got = generate(params, CONFIG, prompt, max_new_tokens=NEW, eos_ids=ends)
+    got = greedy(eos_ids=ends)
     for row, expected in zip(got, free, strict=True):
-        found = np.flatnonzero(np.isin(expected, ends))
-        stop = found[0] if len(found) else NEW - 1
+        places = np.flatnonzero(np.isin(expected, ends))
+        stop = places[0] if len(places) else NEW - 1
         np.testing.assert_array_equal(row[: stop + 1], expected[: stop + 1])
         assert np.all(row[stop:] == expected[stop])
     assert np.isin(got[:2, -1], ends).all()
 
 
-def test_decoding_ends_when_every_row_is_done(params, prompt):
+def test_decoding_ends_when_every_row_is_done():
     seen = []
 
     def watch(tokens, done):
         seen.append((tokens.shape[1], done.tolist()))
-        return np.array([True, True, True, len(seen) == 2])
+        return np.array([True, True, len(seen) > 1, stop])
 
-    got = generate(params, CONFIG, prompt, max_new_tokens=10 * CHUNK, watch=watch)
-    assert seen == [(CHUNK, [False] * 4), (2 * CHUNK, [True, True, True, False])]
-    assert np.all(got[:, 2 * CHUNK :] == got[:, 2 * CHUNK - 1 : 2 * CHUNK])
-    assert np.all(got[0, CHUNK:] == got[0, CHUNK - 1])
+    stop = False
+    got = greedy(watch=watch)
+    assert seen == [(CHUNK, [False] * 4), (NEW, [True, True, False, False])]
+    assert np.all(got[:2, CHUNK:] == got[:2, CHUNK - 1 : CHUNK])
+    stop = True
+    np.testing.assert_array_equal(greedy(watch=watch)[:, CHUNK:], np.repeat(got[:, CHUNK - 1 : CHUNK], NEW - CHUNK, 1))
+    assert [n for n, _ in seen] == [CHUNK, NEW, CHUNK]
 
 
-def test_few_programs_are_compiled(params):
-    config = dataclasses.replace(CONFIG, num_heads=2)  # not seen by another test
-    params = init_params(config, jax.random.key(0))
-    for length, new in ((2, 5), (9, 6), (14, 7), (16, 8), (3, CHUNK)):
-        for rows in (17, 18, 17):
-            generate(params, config, np.ones((rows, length), np.int32), max_new_tokens=new)
+def test_few_programs_are_compiled():
+    greedy()
+    programs = decoding._compiled(CONFIG, "greedy", None)
+    before = [program._cache_size() for program in programs]
+    for rows, length, new in ((4, 3, 20), (4, 9, 18), (4, 14, 21), (4, 16, 17)):
+        generate(PARAMS, CONFIG, np.ones((rows, length), np.int32), max_new_tokens=new)
+    # Prompts up to 16 are 16, caches are 40.
+    assert [program._cache_size() for program in programs] == before
     for filters in ({"top_k": 3, "temperature": 0.5}, {"top_k": 4, "top_p": 0.9, "temperature": 2.0, "seed": 5}):
-        generate(params, config, np.ones((17, 9), np.int32), max_new_tokens=6, **filters)
-    greedy, filtered = (decoding._compiled(config, kind, None) for kind in ("greedy", "filtered"))
-    # 17 and 18 rows are 18, prompts up to 16 are 16, caches are 24 and 32; greedy ones, and filtered ones for 24.
-    assert [program._cache_size() for program in greedy] == [2, 2, 2]
-    assert [program._cache_size() for program in filtered] == [1, 1, 1]
+        greedy(**filters)
+    assert [program._cache_size() for program in decoding._compiled(CONFIG, "filtered", None)] == [1, 1, 1]
 
 
 def test_sizes_are_few_and_little_larger_than_asked_for():
@@ -143,26 +133,23 @@ def test_sizes_are_few_and_little_larger_than_asked_for():
 # --- drawing ---
 
 
-def frequencies(draws):
-    return np.bincount(draws, minlength=CONFIG.vocab_size) / len(draws)
-
-
-@pytest.mark.parametrize("settings", [{}, {"top_k": 4}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.7}])
-def test_draws_follow_the_filtered_distribution(params, settings):
-    temperature, prompt = 0.4, [5, 2, 8]
-    logits = forward_without_cache(params, CONFIG, [prompt])[0] / temperature
-    probability = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-    order = np.argsort(-probability)
-    kept = order[: settings.get("top_k", CONFIG.vocab_size)]
-    mass = np.cumsum(probability[kept]) / probability[kept].sum()
-    kept = kept[: int(np.searchsorted(mass, settings.get("top_p", 1.0))) + 1]
-    expected = np.where(np.isin(np.arange(CONFIG.vocab_size), kept), probability, 0)
-    expected /= expected.sum()
-    draws = generate(params, CONFIG, np.tile(prompt, (4096, 1)), max_new_tokens=1, temperature=temperature, **settings)[
-        :, 0
-    ]
-    assert np.abs(frequencies(draws) - expected).max() < 0.03
-    assert set(draws) <= set(kept)
+@pytest.mark.parametrize("filters", [{}, {"top_k": 4}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.7}])
+def test_draws_follow_the_filtered_distribution(filters):
+    temperature, V, count = 0.4, CONFIG.vocab_size, 4096
+    logits = np.random.default_rng(0).normal(size=V).astype(np.float32)
+    probability = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    among = np.argsort(-probability)[: filters.get("top_k", V)]
+    mass = np.cumsum(probability[among]) / probability[among].sum()
+    among = among[: int(np.searchsorted(mass, filters.get("top_p", 1.0))) + 1]
+    expected = np.where(np.isin(np.arange(V), among), probability, 0)
+    settings = {"temperature": np.float32(temperature), "top_k": np.int32(V), "top_p": np.float32(1.0)}
+    settings |= {name: np.asarray(value, settings[name].dtype) for name, value in filters.items()}
+    settings["keys"] = jax.random.split(jax.random.key(0), count)
+    choose = jax.jit(decoding._choose, static_argnums=1)
+    draws = choose(np.tile(logits, (count, 1)), "filtered" if filters else "drawn", settings, np.int32(0))
+    frequencies = np.bincount(draws, minlength=V) / count
+    assert np.abs(frequencies - expected / expected.sum()).max() < 0.03
+    assert set(np.asarray(draws).tolist()) <= set(among.tolist())
 
 
 def test_the_likeliest_token_is_kept_by_any_filter():
@@ -173,19 +160,18 @@ def test_the_likeliest_token_is_kept_by_any_filter():
     np.testing.assert_array_equal(filter_logits(logits, 3, 1.0), logits)
 
 
-def test_a_rows_draws_depend_on_its_number_and_the_seed_only(params, prompt):
+def test_a_rows_draws_depend_on_its_number_and_the_seed_only():
     def draw(prompt, **changes):
-        return generate(params, CONFIG, prompt, max_new_tokens=NEW, temperature=1.5, **changes)
+        return greedy(prompt, temperature=1.5, **{"seed": 7} | changes)
 
-    whole = draw(prompt, seed=7)
-    np.testing.assert_array_equal(draw(prompt, seed=7), whole)
-    np.testing.assert_array_equal(draw(prompt[2:3], seed=7, rows=[2]), whole[2:3])
-    np.testing.assert_array_equal(draw(prompt[[3, 1, 0, 2]], seed=7, rows=[3, 1, 0, 2]), whole[[3, 1, 0, 2]])
-    padded = np.concatenate([prompt, np.full((4, 30), 9)], axis=1)
-    np.testing.assert_array_equal(draw(padded, seed=7, lengths=[7] * 4), whole)
-    assert not np.array_equal(draw(prompt, seed=8), whole)
-    same = draw(np.tile(prompt[:1], (4, 1)), seed=7)
-    assert len({tuple(row) for row in same}) == 4
+    drawn = draw(PROMPT)
+    np.testing.assert_array_equal(draw(PROMPT), drawn)
+    np.testing.assert_array_equal(draw(PROMPT[[2, 0, 0, 0]], rows=[2, 7, 8, 9])[:1], drawn[2:3])
+    np.testing.assert_array_equal(draw(PROMPT[[3, 1, 0, 2]], rows=[3, 1, 0, 2]), drawn[[3, 1, 0, 2]])
+    padded = np.concatenate([PROMPT, np.full((4, 30), 9)], axis=1)
+    np.testing.assert_array_equal(draw(padded, lengths=[7] * 4), drawn)
+    assert not np.array_equal(draw(PROMPT, seed=8), drawn)
+    assert len({tuple(row) for row in draw(np.tile(PROMPT[:1], (4, 1)))}) == 4
 
 
 @pytest.mark.parametrize(
@@ -204,33 +190,36 @@ def test_a_rows_draws_depend_on_its_number_and_the_seed_only(params, prompt):
         ({"prompt": np.ones((4, 0), int)}, "P >= 1"),
     ],
 )
-def test_wrong_arguments_are_named(params, prompt, changes, message):
+def test_wrong_arguments_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        generate(params, CONFIG, **{"prompt": prompt, "max_new_tokens": 1, **changes})
+        greedy(**changes)
 
 
 # --- text ---
 
 ALPHABET = ["<bos>", "<eos>", *"abcdefghijklmnopqrs", "é", "."]
+PROMPTS = ["abc", "", "hello", "a", "sssssss", "de", "bad", "o"]
 
 
 @pytest.fixture
-def model(params):
+def model():
     """Every token is one character; é (two bytes, two tokens in a real vocabulary) is one too."""
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(ALPHABET)}, unk_token="."))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["<bos>", "<eos>"])
-    return Model(CONFIG, params, tokenizer, SpecialTokens(bos=0, eos=(1,), pad=0))
+    return Model(CONFIG, PARAMS, tokenizer, SpecialTokens(bos=0, eos=(), pad=0))
 
 
-PROMPTS = ["abc", "", "hello", "a", "sssssssss"]
+def write(model, prompts=PROMPTS, **options):
+    return generate_text(model, prompts, **{"max_new_tokens": NEW, "batch_size": 4} | options)
 
 
-def written(model, prompt, count=NEW):
-    """The greedy continuation as tokens, which the end token doesn't stop."""
-    ids = [0, *(ALPHABET.index(c) for c in prompt)]
-    return generate(model.params, model.config, np.array([ids]), max_new_tokens=count)[0]
+def written(prompts):
+    """The greedy continuations as tokens, which no end token stops; of four prompts."""
+    ids = [[0, *(ALPHABET.index(c) for c in prompt)] for prompt in prompts]
+    padded = np.array([row + [0] * (8 - len(row)) for row in ids])
+    return greedy(padded, lengths=np.array([len(row) for row in ids]))
 
 
 def text_of(tokens):
@@ -238,63 +227,51 @@ def text_of(tokens):
 
 
 def test_texts_are_continued_in_their_order_and_do_not_depend_on_batches(model):
-    model = model.replace(special=SpecialTokens(bos=0, eos=()))
-    several = generate_text(model, PROMPTS, max_new_tokens=NEW, batch_size=2)
-    for prompt, got in zip(PROMPTS, several, strict=True):
-        tokens = written(model, prompt)
+    for got, tokens in zip(write(model), [*written(PROMPTS[:4]), *written(PROMPTS[4:])], strict=True):
         np.testing.assert_array_equal(got.tokens, tokens)
         assert (got.text, got.finished) == (text_of(tokens), "length")
-    drawn = [
-        generate_text(model, prompts, max_new_tokens=NEW, temperature=2.0, seed=3, batch_size=size)
-        for prompts, size in ((PROMPTS, 2), (PROMPTS, 4), (PROMPTS[:3], 1))
-    ]
-    assert [g.text for g in drawn[0]] == [g.text for g in drawn[1]]
-    assert [g.text for g in drawn[0][:3]] == [g.text for g in drawn[2]]
+    drawn, first = (write(model, prompts, temperature=2.0, seed=3) for prompts in (PROMPTS, PROMPTS[:4]))
+    assert [g.text for g in drawn[:4]] == [g.text for g in first]
 
 
 def test_end_tokens_are_the_models(model):
-    tokens = written(model, "abc")
-    model = model.replace(special=SpecialTokens(bos=0, eos=(22, int(tokens[5]))))
-    (got,) = generate_text(model, ["abc"], max_new_tokens=NEW)
-    first = int(np.flatnonzero(np.isin(tokens, model.special.eos))[0])
-    assert got.finished == "eos"
+    (tokens, *_) = written(PROMPTS[:4])
+    eos = (22, int(tokens[5]))
+    got = write(model.replace(special=SpecialTokens(bos=0, eos=eos)), PROMPTS[:4])[0]
+    first = int(np.flatnonzero(np.isin(tokens, eos))[0])
+    assert (got.text, got.finished) == (text_of(tokens[:first]), "eos")
     np.testing.assert_array_equal(got.tokens, tokens[:first])
-    assert got.text == text_of(tokens[:first])
 
 
 def test_a_stop_string_across_tokens_ends_a_text_and_is_cut(model):
-    model = model.replace(special=SpecialTokens(bos=0, eos=()))
-    whole = text_of(written(model, "abc", 3 * CHUNK))
-    stop = whole[4:7]
-    assert whole.index(stop) == 4 and len(stop) == 3
-    results = generate_text(model, ["abc", "hello"], max_new_tokens=3 * CHUNK, stop=["zz", stop])
-    assert (results[0].text, results[0].finished) == (whole[:4], "stop")
-    assert text_of(results[0].tokens) == whole[:7]
-    other = text_of(written(model, "hello", 3 * CHUNK))
-    assert results[1].text == (other if stop not in other else other[: other.index(stop)])
-    between_chunks = whole[CHUNK - 1 : CHUNK + 2]
-    (got,) = generate_text(model, ["abc"], max_new_tokens=3 * CHUNK, stop=[between_chunks])
-    assert got.text == whole[: whole.index(between_chunks)]
+    texts = [text_of(tokens) for tokens in written(PROMPTS[:4])]
+    for stop in (texts[0][4:7], texts[0][CHUNK - 1 : CHUNK + 2]):  # the second between two chunks
+        results = write(model, PROMPTS[:4], stop=["zz", stop])
+        for text, got in zip(texts, results, strict=True):
+            assert got.text == (text if stop not in text else text[: text.index(stop)])
+        assert results[0].finished == "stop" and text_of(results[0].tokens).endswith(stop)
 
 
 def test_special_tokens_in_a_prompt_are_read_as_such(model):
-    model = model.replace(special=SpecialTokens(bos=0, eos=()))
-    one, other = generate_text(model, ["<bos>abc", "abc"], max_new_tokens=4)
+    one, other, *_ = write(model, ["<bos>abc", "abc", "a", "a"])
     np.testing.assert_array_equal(one.tokens, other.tokens)
     model.tokenizer.encode_special_tokens = True  # as training data is read
-    (again,) = generate_text(model, ["<bos>abc"], max_new_tokens=4)
-    np.testing.assert_array_equal(again.tokens, one.tokens)
+    np.testing.assert_array_equal(write(model, ["<bos>abc", "a", "a", "a"])[0].tokens, one.tokens)
 
 
-def test_wrong_texts_are_named(model):
-    def attempt(message, model=model, prompts=("a",), **changes):
-        with pytest.raises(ValueError, match=message):
-            generate_text(model, prompts, **{"max_new_tokens": 2, **changes})
-
-    attempt("no tokenizer", model.replace(tokenizer=None))
-    attempt("prompt 1 is empty", model.replace(special=SpecialTokens(bos=None)), prompts=["a", ""])
-    attempt("one text", prompts="abc")
-    attempt("stop is", stop="abc")
-    attempt("stop is", stop=[""])
-    attempt("batch_size is 0", batch_size=0)
-    attempt("max_new_tokens is 0", max_new_tokens=0)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"tokenizer": None}}, "no tokenizer"),
+        ({"model": {"special": SpecialTokens(bos=None)}, "prompts": ["a", ""]}, "prompt 1 is empty"),
+        ({"prompts": "abc"}, "one text"),
+        ({"stop": "abc"}, "stop is"),
+        ({"stop": [""]}, "stop is"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ],
+)
+def test_wrong_texts_are_named(model, changes, message):
+    changes = {"prompts": ["a"], **changes}
+    with pytest.raises(ValueError, match=message):
+        write(model.replace(**changes.pop("model", {})), **changes)

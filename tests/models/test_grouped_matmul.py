@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.models import grouped_matmul_gpu, grouped_matmul_tpu
 from trace_jax.models.config import GROUPED_MATMULS
 from trace_jax.models.grouped_matmul import (
+    DEFAULTS,
     KERNELS,
     block_layout,
     block_size,
-    default_implementation,
     group_of_row,
     grouped_matmul,
     implementations,
@@ -154,11 +154,9 @@ def test_block_size_grows_with_the_root_of_the_mean_group():
 
 
 def test_every_platform_has_a_default_that_it_can_run():
-    assert default_implementation("cpu") not in ("ragged", "auto")
-    assert resolve_implementation("auto") == default_implementation(jax.default_backend())
     for platform in ("cpu", "gpu", "tpu", "unheard-of"):
-        assert default_implementation(platform) in implementations(platform)
-        assert resolve_implementation("auto", platform) == default_implementation(platform) != "auto"
+        assert resolve_implementation("auto", platform) == DEFAULTS.get(platform, "blocked")
+        assert resolve_implementation("auto", platform) in implementations(platform)
     assert set(implementations("cpu")) == set(GROUPED_MATMULS) - {"mosaic", "triton"}
     assert set(implementations("gpu")) == set(GROUPED_MATMULS) - {"mosaic"}
     assert set(implementations("tpu")) == set(GROUPED_MATMULS) - {"triton"}
@@ -174,7 +172,7 @@ def test_the_platform_is_that_of_the_mesh_where_there_is_one(name, platform):
     assert program_platform() == jax.devices()[0].platform == "cpu"
     with jax.sharding.use_abstract_mesh(mesh_of(name)):
         assert program_platform() == platform
-        assert resolve_implementation("auto") == default_implementation(platform)
+        assert resolve_implementation("auto") == DEFAULTS[platform]
 
 
 def test_a_kernel_of_another_platform_is_refused_with_what_there_is():
