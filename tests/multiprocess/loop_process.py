@@ -1,6 +1,6 @@
 """One of several processes that run a toy loop on a mesh over all of them.
 
-`python loop_process.py PORT INDEX DIR PAUSE [best]`; with "best" the state after step 10 is the best one, and is kept.
+`python loop_process.py PORT INDEX DIR PAUSE`; the state after step 10 is the best one, and is kept.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from trace_jax.unlearning.step import TrainState
 STEPS = 60
 
 
-def main(port: str, index: str, directory: str, pause: str, keep: str = "") -> int:
+def main(port: str, index: str, directory: str, pause: str) -> int:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(index))
@@ -54,10 +54,9 @@ def main(port: str, index: str, directory: str, pause: str, keep: str = "") -> i
     def evaluate(trainable):
         return Evaluated({}, 0.0, -abs(float(squares(trainable["w"])) ** 0.5 - 55.0))
 
+    rules = Rules(keep={"name": "best_utility", "forgetting": 0.0})
     loop = Loop(Path(directory), "a", STEPS, 5, "toy")
-    if keep:
-        rules = Rules(keep={"name": "best_utility", "forgetting": 0.0})
-        loop = dataclasses.replace(loop, evaluation=Hook(5, lambda _, trained: evaluate(trained)), rules=rules)
+    loop = dataclasses.replace(loop, evaluation=Hook(5, lambda _, trained: evaluate(trained)), rules=rules)
     try:
         result = loop.run(start, inputs, step)
     except Interrupted as error:

@@ -2,28 +2,27 @@
 
 import jax
 import numpy as np
-import pytest
 from jax.sharding import PartitionSpec as P
 
-from trace_jax.models.arrays import init_params
+from tests.tiny import mesh_of, random_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import on_mesh, placed_params
-from trace_jax.parallel.mesh import BATCH_AXES, make_mesh
+from trace_jax.parallel.mesh import BATCH_AXES
 from trace_jax.plan.hlo import traffic
 
 V, D, H, C, E, K, F = 64, 16, 4, 8, 8, 2, 12
 ROWS_OF_DEVICE, LENGTH = 2, 8
 
 
-@pytest.mark.parametrize("layers", [2, 6], ids=["unrolled", "loop"])
-def test_bytes_of_the_forward_pass(layers):
+def test_bytes_of_the_forward_pass():
+    layers = 6  # a loop
     config = ModelConfig(
         vocab_size=V, hidden_size=D, num_layers=layers, num_heads=H, num_kv_heads=H, head_size=C,
         num_experts=E, experts_per_token=K, expert_hidden_size=F,
     )  # fmt: skip
-    mesh = make_mesh(jax.devices()[:4], data=2, expert=2)
-    params = placed_params(init_params(config, jax.random.key(0)), config, mesh)
+    mesh = mesh_of(2, 2, 1)
+    params = placed_params(random_params(config), config, mesh)
     tokens = np.zeros((4 * ROWS_OF_DEVICE, LENGTH), np.int32)
 
     def run(params, tokens):

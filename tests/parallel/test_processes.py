@@ -37,27 +37,29 @@ print("<", *said, ">")
 )
 
 
-@pytest.mark.parametrize("variables", [False, True])
-def test_two_processes_sum_a_number_and_agree(variables):
-    found = run_processes(SUM, [(), ()], variables=variables)
-    assert [code for code, _, _ in found] == [0, 0], found
-    assert [out[0].split() for _, out, _ in found] == [
+def test_two_processes_sum_a_number_and_agree():
+    ended = run_processes(SUM, [(), ()], variables=False)  # with them: tests/multiprocess/test_run_processes.py
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert [out[0].split() for _, out, _ in ended] == [
         ["2", "0", "True", "10.0", "7", "True", "False"],
         ["2", "1", "False", "10.0", "7", "True", "False"],
     ]
 
 
-@pytest.mark.parametrize(("index", "words"), [("0", "not all of the other 1 came"), ("1", "got no answer from the")])
-def test_a_process_whose_others_do_not_come_ends_and_says_so(index, words):
+def test_processes_whose_others_do_not_come_end_and_say_so():
     program = "import sys; from trace_jax.parallel.processes import start_processes as s; "
     program += "s(sys.argv[1], 2, int(sys.argv[2]), timeout=2)"
-    address = f"127.0.0.1:{free_port()}"
-    child = subprocess.run([sys.executable, "-c", program, address, index], capture_output=True, text=True, timeout=60)
-    assert child.returncode == 2
-    assert f"trace_jax: process {index}" in child.stderr
-    assert words in child.stderr
-    assert address in child.stderr
-    assert "(waited 2 s)" in child.stderr
+    words = {0: "not all of the other 1 came", 1: "got no answer from the"}
+    addresses = {index: f"127.0.0.1:{free_port()}" for index in words}
+    children = {
+        index: subprocess.Popen([sys.executable, "-c", program, address, str(index)], stderr=subprocess.PIPE, text=True)
+        for index, address in addresses.items()
+    }
+    for index, child in children.items():
+        _, error = child.communicate(timeout=60)
+        assert child.returncode == 2
+        for said in (f"trace_jax: process {index}", words[index], addresses[index], "(waited 2 s)"):
+            assert said in error
 
 
 @pytest.fixture

@@ -10,11 +10,8 @@ from trace_jax.parallel.topology import parse_topology
     ("name", "chips", "hosts", "accelerator_type", "machine_type"),
     [
         ("v5e:1x1", 1, 1, "v5litepod-1", "ct5lp-hightpu-1t"),
-        ("v5e:2x4", 8, 1, "v5litepod-8", "ct5lp-hightpu-8t"),
         ("v5e:4x4", 16, 4, "v5litepod-16", "ct5lp-hightpu-4t"),
-        ("v5e:16x16", 256, 64, "v5litepod-256", "ct5lp-hightpu-4t"),
         ("v6e:2x4", 8, 1, "v6e-8", "ct6e-standard-8t"),
-        ("v6e:4x8", 32, 8, "v6e-32", "ct6e-standard-4t"),
         ("v5p:2x2x1", 4, 1, "v5p-8", "ct5p-hightpu-4t"),
         ("v5p:2x2x4", 16, 4, "v5p-32", "ct5p-hightpu-4t"),
         ("v5p:16x16x24", 6144, 1536, "v5p-12288", "ct5p-hightpu-4t"),
@@ -31,7 +28,6 @@ def test_slices(name, chips, hosts, accelerator_type, machine_type):
 def test_names_of_a_node_pool():
     topology = parse_topology(" V5e:4x4 ")
     assert (topology.gke_accelerator, topology.gke_topology) == ("tpu-v5-lite-podslice", "4x4")
-    assert parse_topology("v5p:2x2x4").gke_accelerator == "tpu-v5p-slice"
 
 
 @pytest.mark.parametrize(
@@ -41,9 +37,6 @@ def test_names_of_a_node_pool():
         ("h100:8", "no kind of TPU"),
         ("v5e", "expected v5e: and the shape.*4x4"),
         ("v5e:3x3", "one of 1x1, 2x2"),
-        ("v5e:4x4x4", "one of 1x1, 2x2"),
-        ("v5e:32x32", "one of 1x1, 2x2"),
-        ("v5p:4x4", "2x2x4.*multiples of 4"),
         ("v5p:4x4x2", "2x2x4.*multiples of 4"),
         ("v5p:16x16x28", "up to 6144 chips"),
         ("v5p:0x4x4", "2x2x4"),
