@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 T = TypeVar("T")
+_hints = functools.lru_cache(typing.get_type_hints)
 
 
 def encode(value: Any, *, digits: int | None = None) -> Any:
@@ -40,19 +41,14 @@ def decode(cls: type[T], plain: Mapping[str, Any]) -> T:
     Raises:
       ValueError: another field is missing, or one is unknown.
     """
-    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
-    absent = dataclasses.MISSING
+    fields, absent = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}, dataclasses.MISSING
     needed = {n for n, f in fields.items() if f.default is absent and f.default_factory is absent}
     unknown, missing = set(plain) - set(fields), needed - set(plain)
     if unknown or missing:
         raise ValueError(
             f"not a {cls.__name__}: missing {sorted(missing)}, unknown {sorted(unknown)}; expected {list(fields)}."
         )
-    hints = _hints(cls)
-    return cls(**{name: _decode(hints[name], value) for name, value in plain.items()})
-
-
-_hints = functools.lru_cache(typing.get_type_hints)
+    return cls(**{name: _decode(_hints(cls)[name], value) for name, value in plain.items()})
 
 
 def _decode(hint: Any, value: Any) -> Any:
@@ -67,11 +63,10 @@ def _decode(hint: Any, value: Any) -> Any:
         array = np.array(value)
         return array.astype(np.float64) if array.dtype == object else array
     if dataclasses.is_dataclass(hint):
-        return decode(typing.cast(type, hint), value)
-    if origin is tuple and arguments[1:] != (...,):
-        return tuple(_decode(item, v) for item, v in zip(arguments, value, strict=True))
+        return decode(hint, value)
     if origin is tuple:
-        return tuple(_decode(arguments[0], v) for v in value)
+        items = [arguments[0]] * len(value) if arguments[1:] == (...,) else arguments
+        return tuple(_decode(item, v) for item, v in zip(items, value, strict=True))
     if origin in (list, Sequence):
         return [_decode(arguments[0], v) for v in value]
     if origin in (dict, Mapping):

@@ -28,14 +28,13 @@ _FREE_BYTES = 2 << 30
 
 def describe() -> dict:
     """Versions, devices and commit, for environment.json."""
-    devices = jax.devices()
     return {
         "trace_jax": trace_jax.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "devices": [f"{d.platform}:{d.device_kind}" for d in devices],
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
         "processes": jax.process_count(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
@@ -61,13 +60,14 @@ def _commit() -> str | None:
         return None
 
 
-def diagnose() -> tuple[str, bool]:
-    """A page for the person at the keyboard, and whether everything that is needed is there."""
+def main(_: argparse.Namespace) -> int:
+    """The command `doctor`: a page for the person at the keyboard; 1 if something that is needed is missing."""
     lines = [f"  {name:18} {_version(name) or 'MISSING: pip install ' + name}" for name in PACKAGES]
     try:
         about = describe()
     except Exception as error:  # a broken accelerator plugin can raise anything; that is what doctor is for
-        return "\n".join([*lines, f"  devices: jax can't start ({type(error).__name__}: {error})"]), False
+        print("\n".join([*lines, f"  devices: jax can't start ({type(error).__name__}: {error})"]))
+        return 1
     head = f"trace_jax {about['trace_jax']}, Python {about['python']}, {about['platform']}, {about['cores']} cores"
     kinds, count, (said_by, expected) = collections.Counter(about["devices"]), about["processes"], expected_processes()
     others = "" if expected == count else f" ({said_by} says {expected} processes; `run` joins them)"
@@ -79,11 +79,5 @@ def diagnose() -> tuple[str, bool]:
         f"  free disk here     {free / 2**30:.1f} GiB{'' if free > _FREE_BYTES else '  (a run writes up to 2 GiB)'}",
     ]
     healthy = free > _FREE_BYTES and all(about["packages"].values())
-    return "\n".join([head, *lines, "ready." if healthy else "not ready: see above."]), healthy
-
-
-def main(_: argparse.Namespace) -> int:
-    """The command `doctor`."""
-    text, healthy = diagnose()
-    print(text)
+    print("\n".join([head, *lines, "ready." if healthy else "not ready: see above."]))
     return 0 if healthy else 1

@@ -28,10 +28,9 @@ def as_path(path: str | os.PathLike) -> Path:
       ConfigError: an address of another kind, without a bucket, or without the package that reads it.
     """
     text = os.fspath(path)
-    scheme, mark, rest = text.partition("://")
-    if not mark:
+    if not is_remote(path):
         return Path(text)
-    if scheme + mark != _SCHEME or not rest.strip("/"):
+    if not text.startswith(_SCHEME) or not text.removeprefix(_SCHEME).strip("/"):
         raise ConfigError(f"{text}: expected a local path, or an address {_SCHEME}BUCKET/NAME.")
     import fsspec
     from etils import epath
@@ -55,9 +54,9 @@ def shown(path: str | os.PathLike) -> str:
 
 def free_bytes(path: str | os.PathLike) -> float:
     """Space left where `path` is or will be; endless in an object store."""
+    there = Path(path).absolute()
     if is_remote(path):
         return float("inf")
-    there = Path(path).absolute()
     return shutil.disk_usage(next(p for p in (there, *there.parents) if p.exists())).free
 
 

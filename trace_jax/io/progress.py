@@ -5,15 +5,14 @@ import math
 import numbers
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from trace_jax.parallel.processes import is_main
 
-T = TypeVar("T")
 MISSING = "–"
 _SECONDS_BETWEEN_LINES = 15.0
 _ABBREVIATIONS = frozenset({"nll", "auc", "tpr", "fpr", "kl", "js"})
@@ -58,7 +57,7 @@ def progress(title: str, total: int, *, start: int = 0, unit: str = "step") -> I
         yield advance
 
 
-def tracked(batches: Sequence[T] | Iterator[T], title: str, total: int) -> Iterator[T]:
+def tracked(batches: Iterable[Any], title: str, total: int) -> Iterator[Any]:
     """Hands `batches` on with progress, for passes over a corpus."""
     with progress(title, total, unit="batch") as advance:
         for done, batch in enumerate(batches):

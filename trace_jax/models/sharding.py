@@ -24,7 +24,7 @@ from trace_jax.parallel.sharding import assemble, assembled_shape, storage_spec
 
 # Primitives that move numbers without computing any. Keeping their results would keep gathered weights.
 _MOVES = frozenset(
-    {"all_gather", "name", "reshape", "transpose", "convert_element_type", "slice", "dynamic_slice", "squeeze", "pad",
+    {"all_gather", "reshape", "transpose", "convert_element_type", "slice", "dynamic_slice", "squeeze", "pad",
      "concatenate", "broadcast_in_dim", "gather", "scatter", "copy", "pvary", "pcast", "split", "rev"}
 )  # fmt: skip
 _PER_ROW = P(BATCH_AXES)

@@ -1,7 +1,6 @@
 """Several processes, one computation: how they find each other, wait for each other and decide alike; their memory."""
 
 import argparse
-import contextlib
 import ctypes
 import glob
 import importlib.util
@@ -9,7 +8,6 @@ import os
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,7 +18,6 @@ from trace_jax.config import ConfigError
 
 # What --coordinator, --num-processes and --process-id say, for launchers that set variables.
 VARIABLES = ("TRACE_JAX_COORDINATOR", "TRACE_JAX_NUM_PROCESSES", "TRACE_JAX_PROCESS_ID")
-_OPTIONS = ("--coordinator HOST:PORT", "--num-processes N", "--process-id I")
 _METADATA = "http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 
 
@@ -67,15 +64,28 @@ def start_processes(
         else:
             failure = f"process 0 waited at {where}, and not all of the other {count - 1} came. "
             failure += "Start each with the same --coordinator and --num-processes and its own --process-id."
-    if count > 1:
-        with _time_limit(timeout, failure):
-            jax.distributed.initialize(*address, initialization_timeout=round(timeout) + 60)
+    if count == 1:
+        return 1
+
+    def end() -> None:  # JAX ends the process without a word for people when the others don't come
+        print(f"trace_jax: {failure} (waited {timeout:g} s)", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    alarm = threading.Timer(timeout, end)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        jax.distributed.initialize(*address, initialization_timeout=round(timeout) + 60)
+    finally:
+        alarm.cancel()
     return count
 
 
 def _checked(coordinator, num_processes, process_id) -> tuple[str, int, int]:
-    values = (coordinator, num_processes, process_id)
-    if missing := [name for name, value in zip(_OPTIONS, values, strict=True) if value is None]:
+    values = {
+        "--coordinator HOST:PORT": coordinator, "--num-processes N": num_processes, "--process-id I": process_id
+    }  # fmt: skip
+    if missing := [name for name, value in values.items() if value is None]:
         raise ConfigError(f"{', '.join(missing)}: missing; the three are given together ({', '.join(VARIABLES)}).")
     try:
         count, index = int(num_processes), int(process_id)
@@ -89,23 +99,6 @@ def _checked(coordinator, num_processes, process_id) -> tuple[str, int, int]:
     if not (host and colon and port.isdigit()):
         raise ConfigError(f"--coordinator is {coordinator!r}; expected HOST:PORT of process 0, such as 10.0.0.1:8476.")
     return coordinator, count, index
-
-
-@contextlib.contextmanager
-def _time_limit(timeout: float, failure: str) -> Iterator[None]:
-    """JAX ends the process without a word for people when the others don't come; this is faster and has one."""
-
-    def end() -> None:
-        print(f"trace_jax: {failure} (waited {timeout:g} s)", file=sys.stderr, flush=True)
-        os._exit(2)
-
-    alarm = threading.Timer(timeout, end)
-    alarm.daemon = True
-    alarm.start()
-    try:
-        yield
-    finally:
-        alarm.cancel()
 
 
 def expected_processes() -> tuple[str, int]:

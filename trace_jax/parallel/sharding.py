@@ -6,11 +6,11 @@ compute, and its gradient is scattered back. The shape of a stored array is alwa
 its mesh axis doesn't divide is stored whole, and each device cuts its share of it, padded with zeros, when it computes.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from trace_jax.parallel.mesh import DATA, EXPERT, TENSOR
@@ -26,7 +26,6 @@ RULES: Mapping[str, str] = {
 }
 NEVER_PADDED = ("kv_heads",)  # fewer of them than devices: every device needs those that its query heads read
 WHOLE = ("layers", "rank")  # scanned over, and too short: never cut
-GATHERED = "gathered"  # name of gathered arrays, which are not worth keeping for a backward pass
 
 
 def storage_spec(shape: tuple[int, ...], axes: tuple[str, ...], sizes: Mapping[str, int]) -> PartitionSpec:
@@ -43,12 +42,10 @@ def storage_spec(shape: tuple[int, ...], axes: tuple[str, ...], sizes: Mapping[s
         # "embed" first: nearly every matrix has it, and no rule splits it. Else the largest that divides.
         order = sorted(inner, key=lambda d: (axes[d] != "embed", bool(entries[d]), -shape[d]))
         for cut in (free, *([name] for name in free)):
-            size = 1
-            for name in cut:
-                size *= sizes[name]
-            found = [d for d in order if not entries[d] and shape[d] % size == 0]
-            if cut and found:
-                entries[found[0]] = tuple(cut)
+            size = math.prod(sizes[name] for name in cut)
+            divided = [d for d in order if not entries[d] and shape[d] % size == 0]
+            if cut and divided:
+                entries[divided[0]] = tuple(cut)
                 break
     while entries and not entries[-1]:  # compiled functions return it so; a longer spelling would compile them again
         entries.pop()
@@ -73,12 +70,15 @@ def assemble(array: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], si
     for dimension, name in enumerate(axes):
         gathered = tuple(axis for axis in spec_axes(spec, dimension) if axis != RULES.get(name))
         if gathered:
-            array = checkpoint_name(jax.lax.all_gather(array, gathered, axis=dimension, tiled=True), GATHERED)
+            array = jax.lax.all_gather(array, gathered, axis=dimension, tiled=True)
     for dimension, name in enumerate(axes):
         axis = RULES.get(name, "")
         whole = sizes.get(axis, 1) > 1 and axis not in spec_axes(spec, dimension)
-        if whole and name not in NEVER_PADDED:
-            array = own_share(array, dimension, axis, sizes[axis])
+        if whole and name not in NEVER_PADDED:  # its share, with zeros beyond the end
+            length, padding = -(-array.shape[dimension] // sizes[axis]), [(0, 0)] * array.ndim
+            padding[dimension] = (0, length * sizes[axis] - array.shape[dimension])
+            start = jax.lax.axis_index(axis) * length
+            array = jax.lax.dynamic_slice_in_dim(jnp.pad(array, padding), start, length, axis=dimension)
     return array
 
 
@@ -91,12 +91,3 @@ def share(length: int, name: str, sizes: Mapping[str, int]) -> int:
     """How many indices of the dimension called `name` a device computes with, padding included."""
     size = sizes.get(RULES[name], 1)
     return length if name in NEVER_PADDED and length % size else -(-length // size)
-
-
-def own_share(array: jax.Array, dimension: int, axis: str, size: int) -> jax.Array:
-    """The part of a dimension that belongs to this device of a mesh axis; zeros beyond the end."""
-    length = -(-array.shape[dimension] // size)
-    padding = [(0, 0)] * array.ndim
-    padding[dimension] = (0, length * size - array.shape[dimension])
-    start = jax.lax.axis_index(axis) * length
-    return jax.lax.dynamic_slice_in_dim(jnp.pad(array, padding), start, length, axis=dimension)
