@@ -1,9 +1,8 @@
 """One of several processes that run a toy loop on a mesh over all of them.
 
-`python loop_process.py PORT INDEX DIR PAUSE`; the state after step 10 is the best one, and is kept.
+`python loop_process.py DIR PAUSE`; the state after step 10 is the best one, and is kept.
 """
 
-import dataclasses
 import hashlib
 import sys
 import time
@@ -12,10 +11,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.io.signals import Interrupted
+from trace_jax.parallel.mesh import place
+from trace_jax.parallel.processes import start_processes
 from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.rules import Evaluated, Rules
 from trace_jax.unlearning.step import TrainState
@@ -23,19 +24,16 @@ from trace_jax.unlearning.step import TrainState
 STEPS = 60
 
 
-def main(port: str, index: str, directory: str, pause: str) -> int:
+def main(directory: str, pause: str) -> int:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
-    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(index))
+    start_processes(timeout=60)
     mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
-
-    def place(x, spec):
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
 
     def start():
         w = np.random.default_rng(0).normal(size=1 << 12).astype(np.float32)  # large enough for files of its own
-        return TrainState(place(np.int32(0), P()), {"w": place(w, P("data"))}, {"m": place(w * 0, P("data"))})
+        state = TrainState(np.int32(0), {"w": w}, {"m": w * 0})
+        return place(state, mesh, TrainState(P(), {"w": P("data")}, {"m": P("data")}))
 
     @jax.jit
     def step(state, x):
@@ -45,18 +43,17 @@ def main(port: str, index: str, directory: str, pause: str) -> int:
 
     def inputs(i):
         time.sleep(float(pause))
-        return place(np.float32(0.01 * i), P())
+        return place(np.float32(0.01 * i), mesh)
 
     @jax.jit
     def squares(w):
         return jnp.sum(w * w)
 
-    def evaluate(trainable):
+    def evaluate(_, trainable):
         return Evaluated({}, 0.0, -abs(float(squares(trainable["w"])) ** 0.5 - 55.0))
 
     rules = Rules(keep={"name": "best_utility", "forgetting": 0.0})
-    loop = Loop(Path(directory), "a", STEPS, 5, "toy")
-    loop = dataclasses.replace(loop, evaluation=Hook(5, lambda _, trained: evaluate(trained)), rules=rules)
+    loop = Loop(Path(directory), "a", STEPS, 5, "toy", evaluation=Hook(5, evaluate), rules=rules)
     try:
         result = loop.run(start, inputs, step)
     except Interrupted as error:

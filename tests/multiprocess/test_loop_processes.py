@@ -1,31 +1,24 @@
 """Two processes, one loop: they stop at the same step, and restore the same one although only one sees damage."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.two_processes import free_port
+from tests.two_processes import launch
 from trace_jax.io.files import read_lines
 
 SCRIPT = Path(__file__).with_name("loop_process.py")
 
 
 @pytest.fixture
-def start(pytestconfig):
+def start():
     """start(directory, pause): both processes; they are ended with the test."""
-    started, pipes = [], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = []
 
     def run(directory, pause=0.0):
-        port, environment = str(free_port()), {**os.environ, "PYTHONPATH": str(pytestconfig.rootpath)}
-        pair = [
-            subprocess.Popen([sys.executable, SCRIPT, port, str(i), directory, str(pause)], env=environment, **pipes)
-            for i in range(2)
-        ]
+        pair = launch(SCRIPT, [(directory, pause)] * 2)
         started.extend(pair)
         return pair
 
@@ -35,7 +28,7 @@ def start(pytestconfig):
 
 
 def finish(pair, code):
-    """What both printed on stdout and stderr."""
+    """What both printed as their results, and all that they printed."""
     out = [process.communicate(timeout=240) for process in pair]
     assert [process.returncode for process in pair] == [code, code], out
     return ["".join(line for line in o.splitlines(True) if line.startswith("RESULT")) for o, _ in out], out
