@@ -15,19 +15,7 @@ from trace_jax.checkpoints.state import load_params, save_params
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import DataError, read_source
 from trace_jax.io import files
-from trace_jax.io.files import (
-    append_line,
-    as_path,
-    flush_lines,
-    free_bytes,
-    local_copy,
-    read_json,
-    read_lines,
-    remove,
-    replacing,
-    shown,
-    write_json,
-)
+from trace_jax.io.files import append_line, as_path, flush_lines, read_json, read_lines, replacing, write_json
 from trace_jax.run.export import export_run
 from trace_jax.run.methods import run
 
@@ -63,8 +51,8 @@ def bucket(monkeypatch):
     monkeypatch.setattr(fsspec, "get_filesystem_class", lambda name: Bucket)
     monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: Bucket())
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-    for kept in (Bucket.store, Bucket.writes, files._PENDING):
-        kept.clear()
+    for held in (Bucket.store, Bucket.writes, files._PENDING):
+        held.clear()
     Bucket.pseudo_dirs[:] = [""]
     yield "gs://bucket"
     files._PENDING.clear()
@@ -78,11 +66,12 @@ def test_small_files_are_written_whole_and_read_back(bucket):
         temporary.write_text("half")
         raise RuntimeError
     assert list(Bucket.store) == ["/bucket/run/a.json"] and read_json(f"{bucket}/run/a.json") == {"x": 1}
-    with local_copy(f"{bucket}/run/a.json") as local:
+    with files.local_copy(f"{bucket}/run/a.json") as local:
         assert json.loads(local.read_text()) == {"x": 1}
     assert not local.exists()
-    assert shown(as_path(bucket) / "run") == "gs://bucket/run" and free_bytes(f"{bucket}/run") == float("inf")
-    remove(f"{bucket}/run")
+    assert files.shown(as_path(bucket) / "run") == "gs://bucket/run"
+    assert files.free_bytes(f"{bucket}/run") == float("inf")
+    files.remove(f"{bucket}/run")
     assert not Bucket.store
 
 
@@ -107,12 +96,12 @@ def test_lines_are_gathered_because_objects_can_not_be_extended(bucket, monkeypa
 def test_tensors_and_states_go_through_the_address(bucket, monkeypatch):
     params = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}}
     save_params(f"{bucket}/run/model.safetensors", params, {"identity": "x"})
-    found, about = load_params(f"{bucket}/run/model.safetensors", params)
-    assert about == {"identity": "x"} and np.array_equal(found["a"]["b"], params["a"]["b"])
-    given = []
-    monkeypatch.setattr(state, "_Manager", lambda directory, **_: given.append(directory))
+    loaded, about = load_params(f"{bucket}/run/model.safetensors", params)
+    assert about == {"identity": "x"} and np.array_equal(loaded["a"]["b"], params["a"]["b"])
+    directories = []
+    monkeypatch.setattr(state, "_Manager", lambda directory, **_: directories.append(str(directory)))
     state.StateStore(as_path(bucket) / "run" / "checkpoints", {"identity": "x"})
-    assert [str(directory) for directory in given] == ["gs://bucket/run/checkpoints"]
+    assert directories == ["gs://bucket/run/checkpoints"]
 
 
 def test_text_is_read_from_a_file_or_a_directory(bucket):
