@@ -1,4 +1,4 @@
-"""The MoE layer is exact: a loop over tokens in float64 says what it must compute; gradients against autodiff of it."""
+"""The MoE layer is exact: as every expert on every token, in value and gradient. (test_decoder loops over tokens.)"""
 
 import dataclasses
 
@@ -38,34 +38,6 @@ def make_layer(config, seed=0):
     return layer, normal(T, D), normal(T, D)
 
 
-def silu(x):
-    return x / (1 + np.exp(-x))
-
-
-def token_loop(layer, config, x):
-    """Output [T,D], indices [T,K], weights [T,K] in float64, one token and one expert at a time."""
-    layer = jax.tree.map(lambda a: np.asarray(a, np.float64), layer)
-    x, K = np.asarray(x, np.float64), config.experts_per_token
-    y, indices, weights = np.zeros((T, D)), np.zeros((T, K), int), np.zeros((T, K))
-
-    def mlp(weight, row):
-        gate, up = row @ weight["gate_up"][:, 0], row @ weight["gate_up"][:, 1]
-        return (silu(gate) * up) @ weight["down"]
-
-    for t in range(T):
-        scores = np.exp(x[t] @ layer["router"])
-        scores = scores / scores.sum()
-        indices[t] = np.argsort(-scores, kind="stable")[:K]
-        weights[t] = scores[indices[t]]
-        if config.normalize_top_k:
-            weights[t] /= weights[t].sum()
-        for weight, e in zip(weights[t], indices[t], strict=True):
-            y[t] += weight * mlp(jax.tree.map(lambda a: a[e], layer["experts"]), x[t])  # noqa: B023
-        if config.shared_hidden_size:
-            y[t] += mlp(layer["shared"], x[t])
-    return y, indices, weights
-
-
 def every_expert_masked(layer, config, x):
     """The same layer written so that plain autodiff is surely right: all experts on all tokens, times a dense gate."""
     probabilities = jax.nn.softmax(x @ layer["router"], axis=-1)
@@ -83,27 +55,21 @@ def every_expert_masked(layer, config, x):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_layer_equals_the_loop_over_tokens_and_its_gradients_those_of_the_dense_layer(case):
+def test_layer_and_its_gradients_equal_those_of_the_dense_layer(case):
     config = CASES[case]
     layer, x, cotangent = make_layer(config)
 
     def with_gradients(fn):
         def total(layer, x):
-            y, routing = fn(layer, x)
-            return jnp.sum(y * cotangent), (y, routing)
+            y = fn(layer, x)
+            return jnp.sum(y * cotangent), y
 
-        gradients, (y, routing) = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(layer, x)
-        return gradients, y, routing
+        return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(layer, x)
 
-    got, y, routing = with_gradients(lambda layer, x: moe_layer(layer, config, x))
-    expected_y, expected_indices, expected_weights = token_loop(layer, config, x)
-    np.testing.assert_array_equal(routing.indices, expected_indices)
-    np.testing.assert_allclose(routing.weights, expected_weights, atol=1e-6)
-    np.testing.assert_allclose(y, expected_y, atol=2e-5)
-
-    wanted, _, _ = with_gradients(lambda layer, x: (every_expert_masked(layer, config, x), None))
+    got = with_gradients(lambda layer, x: moe_layer(layer, config, x)[0])
+    wanted = with_gradients(lambda layer, x: every_expert_masked(layer, config, x))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), got, wanted)
-    assert float(jnp.max(jnp.abs(got[0]["router"]))) > 1e-2
+    assert float(jnp.max(jnp.abs(got[0][0]["router"]))) > 1e-2
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -112,7 +78,7 @@ def test_one_expert_may_take_every_token(implementation):
     layer, x, _ = make_layer(config)
     indices, gates = jnp.full((T, 1), 3, jnp.int32), jnp.ones((T, 1))
     gate_up = np.einsum("td,dgf->tgf", x, layer["experts"]["gate_up"][3])
-    expected = (silu(gate_up[:, 0]) * gate_up[:, 1]) @ layer["experts"]["down"][3]
+    expected = (jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]) @ layer["experts"]["down"][3]
 
     def total(weights):
         y, _ = experts(weights, config, x, indices, gates)
