@@ -189,11 +189,11 @@ def test_a_window_hides_what_lies_further_back():
 
 
 def test_a_partial_pass_is_the_beginning_of_the_whole_through_dense_layers():
-    config, params, whole = case("latent")
-    assert whole.layers.shape[0] == 3 and whole.router.counts.shape == (2, 8)
+    config, params, complete = case("latent")
+    assert complete.layers.shape[0] == 3 and complete.router.counts.shape == (2, 8)
     part = forward(params, config, TOKENS, mask=DOCUMENTS, collect=("hidden", "counts"), num_layers=2)
-    np.testing.assert_allclose(part.hidden, whole.layers[1], atol=1e-5)
-    np.testing.assert_array_equal(part.router.counts, whole.router.counts[:1])
+    np.testing.assert_allclose(part.hidden, complete.layers[1], atol=1e-5)
+    np.testing.assert_array_equal(part.router.counts, complete.router.counts[:1])
 
 
 def test_an_expert_group_left_out_is_never_chosen():

@@ -68,7 +68,7 @@ def alone(monkeypatch):
     for name in ALL:
         monkeypatch.delenv(name, raising=False)
     started = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: started.append(given))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *address, **_: started.append(address))
     return started
 
 
@@ -120,7 +120,7 @@ def test_a_cloud_tpu_slice_is_recognised_by_its_metadata(alone, monkeypatch, wor
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         (("10.0.0.1:99", 2, 2), "--process-id is 2 of 2 processes; expected a number from 0 to 1"),
         (("10.0.0.1:99", 2, -1), "--process-id is -1"),
@@ -131,7 +131,7 @@ def test_a_cloud_tpu_slice_is_recognised_by_its_metadata(alone, monkeypatch, wor
         (("10.0.0.1:99", "two", 1), "expected whole numbers"),
     ],
 )
-def test_contradictions_are_refused(alone, given, message):
+def test_contradictions_are_refused(alone, arguments, message):
     with pytest.raises(ConfigError, match=message):
-        start_processes(*given)
+        start_processes(*arguments)
     assert alone == []

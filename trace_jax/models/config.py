@@ -135,13 +135,10 @@ class ModelConfig(Section):
             raise ConfigError(f"latent_size is {self.latent_size} and attention {self.attention!r}; they go together.")
         if self.router_score == "sparsemixer" and self.experts_per_token != 2:
             raise ConfigError(f"the sparse mixer chooses 2 experts; experts_per_token is {self.experts_per_token}.")
-        self._check_layers()
-
-    def _check_layers(self) -> None:
         for name in ("windows", "layer_ropes"):
-            given = getattr(self, name)
-            if given and len(given) != self.num_layers:
-                raise ConfigError(f"{name} has {len(given)} entries for {self.num_layers} layers.")
+            per_layer = getattr(self, name)
+            if per_layer and len(per_layer) != self.num_layers:
+                raise ConfigError(f"{name} has {len(per_layer)} entries for {self.num_layers} layers.")
         if any(not -1 <= rope < len(self.ropes) for rope in self.layer_ropes):
             raise ConfigError(f"layer_ropes {self.layer_ropes} names a rope that is not among the {len(self.ropes)}.")
         if any(not 0 <= layer < self.num_layers for layer in self.dense_layers):

@@ -146,11 +146,11 @@ def rematerialized(layer: Callable, policy: str, params: Any, config: ModelConfi
             merging |= {(left, right), (array, array)}
 
     def keep(primitive, *operands, **settings) -> bool:
-        if policy == "dots":
-            kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **settings)
-        else:
-            kept = primitive.name not in _MOVES
-        return kept and tuple(x.shape for x in operands) not in merging
+        if tuple(x.shape for x in operands) in merging:
+            return False
+        if policy == "none":
+            return primitive.name not in _MOVES
+        return bool(jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *operands, **settings))
 
     return jax.checkpoint(layer, policy=keep)
 

@@ -73,8 +73,8 @@ def assemble(array: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], si
             array = jax.lax.all_gather(array, gathered, axis=dimension, tiled=True)
     for dimension, name in enumerate(axes):
         axis = RULES.get(name, "")
-        whole = sizes.get(axis, 1) > 1 and axis not in spec_axes(spec, dimension)
-        if whole and name not in NEVER_PADDED:  # its share, with zeros beyond the end
+        stored_whole = sizes.get(axis, 1) > 1 and axis not in spec_axes(spec, dimension)
+        if stored_whole and name not in NEVER_PADDED:  # its share, with zeros beyond the end
             length, padding = -(-array.shape[dimension] // sizes[axis]), [(0, 0)] * array.ndim
             padding[dimension] = (0, length * sizes[axis] - array.shape[dimension])
             start = jax.lax.axis_index(axis) * length
