@@ -97,7 +97,8 @@ def test_optimizers_take_the_same_steps_on_four_devices(name, monkeypatch):
 
     @jax.jit
     def step(params, state, gradients):
-        updates, state = optimizer.update(gradients, state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes
+            updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
     def steps(params, gradients):
