@@ -1,15 +1,11 @@
 """Two processes run the whole pipeline on one mesh, statistics to export, and end in the numbers of one process."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import tiny_checkpoints
 from safetensors.numpy import load_file
 
-from tests.run.test_pretrained_run import SMALL
+from tests.run.toy import SMALL, on_one_device, save_checkpoint
 from tests.two_processes import DEVICES, run_processes
-from trace_jax.data.rows import train_tokenizer
 from trace_jax.io.files import read_json, read_lines
 from trace_jax.main import main
 from trace_jax.routing.statistics import ExpertStatistics
@@ -33,26 +29,6 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def arguments(data, tmp_path_factory):
-    """arguments(workdir, **more): the command line of a run on a tiny checkpoint with 5 experts."""
-    directory = tmp_path_factory.mktemp("olmoe")
-    model = tiny_checkpoints.build("olmoe", vocab_size=320, bos_token_id=None, eos_token_id=1, pad_token_id=1)
-    tiny_checkpoints.save(model, "olmoe", directory)
-    train_tokenizer(["river stone apple cloud lamp tiger violin harbour window"] * 3, 320).save(
-        str(directory / "tokenizer.json")
-    )
-    files = {f"data.{name}": data / f"{name}.jsonl" for name in ("forget", "retain", "holdout")}
-    values = {**SETTINGS, "model.path": directory, **files}
-
-    def line(workdir, **more):
-        chosen = {**values, **{f"parallel.{name}": number for name, number in more.items()}}
-        options = [f"--config.{name}={value}" for name, value in chosen.items()]
-        return ["--config", "configs/huggingface.py", "--workdir", str(workdir), *options]
-
-    return line
-
-
 def numbers_of(directory):
     """Values of all measurements, those of attacks too, but AUCs of four texts, which a rounding moves by a sixth."""
     points = [read_json(directory / "results.json")]
@@ -62,11 +38,20 @@ def numbers_of(directory):
     return [value for name, value in values if not name.startswith(("membership", "privleak"))]
 
 
-def test_two_processes_end_in_the_numbers_of_one(arguments, tmp_path, pytestconfig, monkeypatch):
+def test_two_processes_end_in_the_numbers_of_one(data, tmp_path, pytestconfig, monkeypatch):
     monkeypatch.chdir(pytestconfig.rootpath)
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert main(arguments(one)) == 0
-    ended = run_processes(RUN, [arguments(two, expert=2, tensor=1)] * 2, seconds=900)
+    one, two, checkpoint = tmp_path / "one", tmp_path / "two", tmp_path / "olmoe"
+    save_checkpoint(checkpoint, bos_token_id=None, eos_token_id=1, pad_token_id=1)
+    files = {f"data.{name}": data / f"{name}.jsonl" for name in ("forget", "retain", "holdout")}
+
+    def arguments(workdir, **more):
+        values = {**SETTINGS, "model.path": checkpoint, **files, **more}
+        options = [f"--config.{name}={value}" for name, value in values.items()]
+        return ["--config", "configs/huggingface.py", "--workdir", str(workdir), *options]
+
+    with on_one_device():
+        assert main(arguments(one)) == 0
+    ended = run_processes(RUN, [arguments(two, **{"parallel.expert": 2, "parallel.tensor": 1})] * 2, seconds=900)
     assert [code for code, _, _ in ended] == [0, 0], ended[0][2][-3000:] + ended[1][2][-3000:]
 
     for name in ("forget", "retain"):
@@ -77,13 +62,13 @@ def test_two_processes_end_in_the_numbers_of_one(arguments, tmp_path, pytestconf
     assert weights[0].selected.any() and np.array_equal(weights[0].selected, weights[1].selected)
     np.testing.assert_allclose(weights[1].row_probability, weights[0].row_probability, atol=1e-9)
     steps = [[row for row in read_lines(path / method / "metrics.jsonl") if "loss" in row] for path in (one, two)]
-    assert [row["step"] for row in steps[1]] == [1, 2, 3, 4], "one process writes each line once"
+    assert [row["step"] for row in steps[1]] == [1, 2], "one process writes each line once"
     for mine, other in zip(*steps, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-5)
     tensors = [load_file(path / "export" / "model.safetensors") for path in (one, two)]
     for name, array in tensors[0].items():
         np.testing.assert_allclose(tensors[1][name], array, atol=1e-3, err_msg=name)
-    before = load_file(next(Path(a.split("=")[1]) for a in arguments(one) if "model.path" in a) / "model.safetensors")
+    before = load_file(checkpoint / "model.safetensors")
     assert any(not np.allclose(tensors[0][name], array, atol=1e-2) for name, array in before.items())
     for mine, other in zip(*(numbers_of(path / method) for path in (one, two)), strict=True):
         assert mine == pytest.approx(other, rel=0.02, abs=0.02)
