@@ -17,7 +17,7 @@ from trace_jax.evaluation.likelihood import (
     spread_indices,
 )
 from trace_jax.evaluation.membership import gradient_norms
-from trace_jax.models.generate_text import continue_tokens
+from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
 
