@@ -52,29 +52,29 @@ def _data_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="module")
 def ours(model, benchmark):
-    """Log-likelihoods of our own evaluation and right answers, by task."""
+    """Log-likelihoods of our own evaluation, right answers, and whether they are the likeliest, by task."""
     sets = {
         subject: encode_questions(TextCodec.of(model), items) for subject, items in benchmark.test.questions.items()
     }
-    return {f"handbook_{subject}": (score_questions(model, asked), asked.answer) for subject, asked in sets.items()}
+    scores = {f"handbook_{subject}": (score_questions(model, asked), asked.answer) for subject, asked in sets.items()}
+    return {task: (ll, answer, ll.argmax(axis=1) == answer) for task, (ll, answer) in scores.items()}
 
 
 def check(model, folder, ours):
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     found = lm_eval.simple_evaluate(model=model, tasks=["handbook"], task_manager=manager, bootstrap_iters=0)
     assert set(found["samples"]) == set(ours)
-    for task, (log_likelihood, answer) in ours.items():
+    for task, (log_likelihood, answer, correct) in ours.items():
         samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
         given = np.array([[ll for ll, _ in sample["filtered_resps"]] for sample in samples])
         np.testing.assert_allclose(given, log_likelihood, rtol=2e-5, atol=1e-4)
-        correct = log_likelihood.argmax(axis=1) == answer
         assert [sample["acc"] for sample in samples] == correct.tolist()
         assert [sample["target"] for sample in samples] == answer.tolist()
         assert found["results"][task]["acc,none"] == pytest.approx(correct.mean())
 
 
 def test_the_harness_scores_the_handbook_as_we_do_question_by_question(model, ours, tmp_path):
-    assert all(0 < scores.correct.mean() < 1 for scores in ours.values())
+    assert all(0 < correct.mean() < 1 for _, _, correct in ours.values())
     check(TraceLM(model), export_tasks(DATA, tmp_path), ours)
     with pytest.raises(ConfigError, match="has no questions"):
         export_tasks(TextConfig(forget="a", retain="b"), tmp_path)
@@ -100,11 +100,11 @@ def test_the_command_evaluates_the_model_of_a_run(model, ours, tmp_path, capsys,
     command = ["lm-eval", "--workdir", str(tmp_path), "--method", "target"]
     assert main(command) == 0
     text, stored = capsys.readouterr().out, read_json(tmp_path / "lm_eval" / "target.json")
-    expected = {name: scores.correct.mean() for name, scores in ours.items()}
+    expected = {name: correct.mean() for name, (_, _, correct) in ours.items()}
     assert {name: result["acc,none"] for name, result in stored["handbook"]["results"].items()} == pytest.approx(
         expected
     )
-    assert all(f"{name} {len(scores)}" in text for name, scores in ours.items())
+    assert all(f"{name} {len(correct)}" in text for name, (_, _, correct) in ours.items())
     monkeypatch.setattr(module, "TraceLM", None)  # what is stored needs no model
     assert main(command) == 0 and capsys.readouterr().out == text
     assert main([*command[:-1], "uniform"]) == 2
