@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import ConfigError, as_dict, resolve
 from trace_jax.data.corpora import encode_questions
 from trace_jax.data.rows import train_tokenizer
@@ -78,15 +77,6 @@ def test_the_harness_scores_the_handbook_as_we_do_question_by_question(model, ou
     check(TraceLM(model), export_tasks(DATA, tmp_path), ours)
     with pytest.raises(ConfigError, match="has no questions"):
         export_tasks(TextConfig(forget="a", retain="b"), tmp_path)
-
-
-def test_so_does_the_class_for_transformers_on_the_exported_model(model, ours, tmp_path):
-    pytest.importorskip("accelerate")
-    from lm_eval.models.huggingface import HFLM
-
-    save_pretrained(model, tmp_path / "exported")
-    theirs = HFLM(pretrained=str(tmp_path / "exported"), device="cpu", dtype="float32", batch_size=16)
-    check(theirs, export_tasks(DATA, tmp_path / "tasks"), ours)
 
 
 def test_the_command_evaluates_the_model_of_a_run(model, ours, tmp_path, capsys, monkeypatch):

@@ -15,7 +15,6 @@ from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import DataError
 from trace_jax.evaluation.config import EvaluationConfig, TofuConfig
 from trace_jax.evaluation.intervals import find
-from trace_jax.evaluation.probes import rouge_recalls
 from trace_jax.evaluation.task import Evaluator, ScoreStore, TaskScores, without_texts
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import SpecialTokens
@@ -95,15 +94,6 @@ def test_model_utility_is_the_harmonic_mean_of_nine_means():
     assert (zero.value, zero.low, zero.high) == (0, 0, 0)
     lone = tofu.model_utility({"retain": np.full((1, 3), 0.5), "real_authors": np.full((5, 3), 0.5)})
     assert lone.value == pytest.approx(0.5) and math.isnan(lone.low)
-
-
-def test_rouge_recalls():
-    given, truth = ["the author wrote novels", "", "writes"], ["the author writes poems", "anything", "writing"]
-    found = rouge_recalls(given, truth)
-    assert found == pytest.approx(np.array([[0.5, 0.5], [0, 0], [1, 1]]))  # stems: write, wrote apart
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    assert found[0, 1] == scorer.score(truth[0], given[0])["rougeL"].recall
-    assert rouge_recalls([], []).shape == (0, 2)
 
 
 # --- the task
