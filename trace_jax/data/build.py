@@ -134,9 +134,6 @@ def _download(name: str, dataset: Published, configs: Sequence[str], revision: s
 
     Args:
       revision: a commit, or a branch or tag, for which the commit is found that it is now.
-
-    Raises:
-      DataError: no access (how to ask), or no connection (how to do it elsewhere).
     """
     try:
         hub = importlib.import_module("huggingface_hub")
@@ -169,9 +166,6 @@ def _revision(root: Path, hashes: Mapping[str, str], asked: str | None) -> str:
 
     `hf download` leaves the commit of each file beside it, and the SHA-256 of large ones. A cache of the hub has a
     directory per commit.
-
-    Raises:
-      DataError: files of several commits, or of another than is given; a file that was changed.
     """
     commits = set()
     for name, value in hashes.items():
@@ -259,11 +253,7 @@ def patterns(dataset: Published, config: str, split: str) -> list[str]:
 
 
 def find(root: Path, dataset: Published, config: str, split: str) -> list[Path]:
-    """The files of a split under `root`, in the order of their rows.
-
-    Raises:
-      DataError: none of the `patterns`, or not every shard.
-    """
+    """The files of a split under `root`, in the order of their rows."""
     searched = patterns(dataset, config, split)
     files = next((there for pattern in searched if (there := sorted(root.glob(pattern)))), [])
     if not files:
@@ -275,11 +265,7 @@ def find(root: Path, dataset: Published, config: str, split: str) -> list[Path]:
 
 
 def rows(files: Sequence[Path], columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """The rows of the files, with those columns alone.
-
-    Raises:
-      DataError: a missing column, or a value of another kind.
-    """
+    """The rows of the files, with those columns alone."""
     for file in files:
         for number, row in enumerate(_parquet(file, columns) if file.suffix == ".parquet" else _json(file), start=1):
             checked = {}

@@ -228,9 +228,6 @@ def with_refusals(rows: Rows, refusals: Sequence[np.ndarray], *, pad: int = 0) -
 
     Args:
       refusals: token ids i32 [r] of each.
-
-    Raises:
-      ConfigError: a refusal of more than half a row.
     """
     length = rows.tokens.shape[1]
     if (longest := max(map(len, refusals))) > length // 2:

@@ -183,11 +183,7 @@ def text_lines(file: pathlib.Path) -> Iterator[str]:
 
 
 def json_lines(file: pathlib.Path, expected: str) -> Iterator[tuple[dict, str]]:
-    """The object of every line that isn't empty, with its origin FILE:LINE; at least one.
-
-    Raises:
-      DataError: a line of another form, which is not `expected`, or none.
-    """
+    """The object of every line that isn't empty, with its origin FILE:LINE; at least one."""
     empty = True
     for number, line in enumerate(text_lines(file), start=1):
         if not line.strip():

@@ -155,9 +155,6 @@ def retain_weights(
       assignments: the `expert_assignments` of the retain corpus under `model`, where they were made before.
       solved: for weighting "permuted", the weights that it deals out, where they were made before.
       batch_size: rows per forward pass; changes no result.
-
-    Raises:
-      ConfigError, ValueError: see `select_experts`, `calibrate` and `trace_jax.routing.controls`.
     """
     valid, weighting = retain.valid, config.weighting
     if int(valid.sum()) != retain_statistics.tokens:
@@ -253,9 +250,6 @@ class Recalibration:
         """(the weights from now on, how far routing has moved) under `current`; `last` are the weights until now.
 
         Where nothing is selected any more, the weights from now on are `last`.
-
-        Raises:
-          DamagedRouting: the current model's router gives NaN or infinite scores.
         """
         now = self._route(current)
         (forget, _), (retain, assignments) = now["forget"], now["retain"]

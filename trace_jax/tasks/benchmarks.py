@@ -39,11 +39,7 @@ def build_corpora(config: DataConfig, codec: TextCodec | None = None) -> Corpora
 
 
 def build_tasks(config: EvaluationConfig) -> tuple[Task, ...]:
-    """Every task whose section is given. Its data is read here, so that what is missing is known at once.
-
-    Raises:
-      DataError: data that isn't there or has another form.
-    """
+    """Every task whose section is given. Its data is read here, so that what is missing is known at once."""
     tasks: list[Task] = []
     if config.muse is not None:
         tasks.append(muse_task(config.muse))

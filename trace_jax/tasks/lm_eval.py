@@ -266,9 +266,6 @@ def export_tasks(config: DataConfig, directory: Path) -> Path:
 
     Returns:
       Where they are.
-
-    Raises:
-      ConfigError: the user's own text, which has no questions.
     """
     if config.forget_sources:
         raise ConfigError(f"data.benchmark is {config.benchmark!r}, which has no questions.")

@@ -123,9 +123,6 @@ def read_muse(base: str) -> dict[str, Any]:
     Returns:
       "verbmem": (prompt, truth) pairs; "questions" and "examples": (question, answer) pairs per set of KnowMem;
       "texts": per side of PrivLeak.
-
-    Raises:
-      DataError: something is missing, or isn't text.
     """
 
     def read(config: str, split: str, *columns: str) -> tuple[tuple[str, ...], ...]:

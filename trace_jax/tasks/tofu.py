@@ -232,11 +232,7 @@ class TofuTask:
 
 
 def tofu_task(config: TofuConfig) -> TofuTask:
-    """Reads the four sets.
-
-    Raises:
-      DataError: a set isn't there, or a row lacks a column; the message names the row.
-    """
+    """Reads the four sets."""
     sets: dict[str, Sequence[Question]] = {}
     sources = {
         name: part(config.data, f"{config.forget if name == 'forget' else name}_perturbed", "train") for name in SETS

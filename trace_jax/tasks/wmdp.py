@@ -82,9 +82,6 @@ class MultipleChoice:
         """The same questions, each behind `count` other solved ones of its subject, drawn for it, in lm-eval's form.
 
         lm-eval itself takes examples of MMLU from a split that isn't read here: accuracies are not those of its k-shot.
-
-        Raises:
-          ConfigError: a subject has too few other questions.
         """
         rng, questions = np.random.default_rng([seed, count]), []
         alike: dict[tuple[str, str], list[Question]] = {}
@@ -110,11 +107,7 @@ class MultipleChoice:
         return fingerprint(self.profile, [(q.source, q.subject, q.number, q.answer, q.digest) for q in self.questions])
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
-        """Log-likelihood of every letter, f64 [N, 4]; the lines of a source name its questions by their hash alone.
-
-        Raises:
-          NonFiniteScore: the model gives NaN or infinite likelihoods.
-        """
+        """Log-likelihood of every letter, f64 [N, 4]; the lines of a source name its questions by their hash alone."""
         texts = [(question.context, f" {letter}") for question in self.questions for letter in LETTERS]
         scored = score_texts(model, texts, batch_size=batch_size, mesh=mesh)
         log_likelihood = np.array([s.log_likelihood for s in scored]).reshape(len(self.questions), len(LETTERS))
