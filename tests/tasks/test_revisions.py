@@ -2,12 +2,10 @@
 
 import re
 
-import numpy as np
 import pytest
 
 from trace_jax.data.published import PUBLISHED
 from trace_jax.evaluation.config import MultipleChoiceConfig, MuseConfig, TofuConfig
-from trace_jax.evaluation.task import TaskScores
 from trace_jax.tasks.muse import muse_task
 from trace_jax.tasks.tofu import tofu_task
 from trace_jax.tasks.wmdp import read_multiple_choice
@@ -54,12 +52,3 @@ def test_a_task_knows_the_commit_and_the_content_of_its_data(hub, published, rev
     assert revision() == found
     hub |= {"question": "Who?"}
     assert revision() != found and revision().split()[0] == found.split()[0]
-
-
-def test_every_number_of_tofu_has_the_revision(hub):
-    task = tofu_task(TofuConfig())
-    ones = {"answer": [4], "correct": [4], "wrong": [4, 2], "rouge": [4, 2]}
-    ones |= {"extraction_strength": [4], "exact_memorization": [4]}
-    arrays = {f"{name}/{key}": -np.ones(shape) for name in task.sets for key, shape in ones.items()}
-    found = task.measure(TaskScores(arrays), original=None, retrained=TaskScores(arrays), resamples=100, seed=0)
-    assert len(found) > 20 and {m.revision for m in found} == {task.revision}

@@ -206,6 +206,7 @@ def test_measurements_follow_from_the_scores(config, scores):
     found = tofu_task(config).measure(scores, original=None, retrained=retrained, **RESAMPLING)
     assert len({m.name for m in found}) == len(found)
     assert {m.split for m in found} == {"test"} and all(m.name.startswith("tofu_") for m in found)
+    assert len(found) > 20 and {m.revision for m in found} == {tofu_task(config).revision}
     a = scores.arrays
 
     def value(name):
