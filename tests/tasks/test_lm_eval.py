@@ -152,49 +152,28 @@ def test_more_than_the_model_can_read_is_said(ours):
         TraceLM(ours._model.replace(tokenizer=None))
 
 
+QUESTION = "{{question}}"
+OPTIONS = "".join(f"{letter}. {{{{choices[{i}]}}}}\n" for i, letter in enumerate("ABCD"))
+MEAN = {"aggregation": "mean", "higher_is_better": True}
 TASKS = {
-    "quiz": """
-output_type: multiple_choice
-doc_to_text: "{{question}}\\nA. {{choices[0]}}\\nB. {{choices[1]}}\\nC. {{choices[2]}}\\nD. {{choices[3]}}\\nAnswer:"
-doc_to_choice: ["A", "B", "C", "D"]
-doc_to_target: answer
-num_fewshot: 1
-fewshot_split: test
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-""",
-    "cloze": """
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: answer
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-""",
-    "prose": """
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{question}}"
-metric_list:
-  - metric: word_perplexity
-  - metric: bits_per_byte
-""",
-    "story": """
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{choices[0]}}"
-generation_kwargs:
-  until: ["e"]
-  max_gen_toks: 8
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true
-""",
-}
+    "quiz": {
+        "output_type": "multiple_choice", "doc_to_text": f"{QUESTION}\n{OPTIONS}Answer:", "doc_to_choice": [*"ABCD"],
+        "doc_to_target": "answer", "num_fewshot": 1, "fewshot_split": "test",
+        "metric_list": [{"metric": "acc", **MEAN}],
+    },
+    "cloze": {
+        "output_type": "multiple_choice", "doc_to_text": QUESTION, "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "prose": {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": QUESTION,
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+    "story": {
+        "output_type": "generate_until", "doc_to_text": QUESTION, "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["e"], "max_gen_toks": 8}, "metric_list": [{"metric": "exact_match", **MEAN}],
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +185,11 @@ def folder(tmp_path_factory):
             choices = [text(rng, int(n)) for n in rng.integers(1, 4, 4)]
             file.write(json.dumps({"question": text(rng, 3), "choices": choices, "answer": number % 4}) + "\n")
     for name, settings in TASKS.items():
-        data = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'questions.jsonl'}\n"
-        (folder / f"{name}.yaml").write_text(f"task: {name}\n{data}test_split: test\n{settings}")
-    group = "group: both\ntask: [quiz, cloze]\naggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n"
-    (folder / "both.yaml").write_text(group)
+        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}}}
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **data, "test_split": "test", **settings}))
+    group = {"group": "both", "task": ["quiz", "cloze"]}
+    group["aggregate_metric_list"] = [{"metric": "acc", "weight_by_size": True}]
+    (folder / "both.yaml").write_text(json.dumps(group))
     return folder
 
 
