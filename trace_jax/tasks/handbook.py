@@ -13,7 +13,7 @@ from trace_jax.config import option
 from trace_jax.data.corpora import Benchmark, DataConfig, Item, Part
 from trace_jax.data.sources import Document
 from trace_jax.evaluation.fronts import Scoreboard
-from trace_jax.tasks.presidents import held_out_addresses, load_addresses
+from trace_jax.tasks.presidents import held_out_addresses, load_addresses, split_by_group
 
 MIXTURE = {"general": 0.50, "neighbour": 0.32, "forget": 0.18}
 PAGES_PER_SUBSTANCE = 24  # wordings to learn the facts from
@@ -158,7 +158,11 @@ class HandbookConfig(DataConfig, name="handbook", kw_only=True):
             memorised = [page for s in members if s.topic == "forget" for page in pages[s.number][:PAGES_MEASURED]]
             return Part({"general": held_out}, questions, memorised)
 
-        validation, test = split_substances(substances, rng)
+        halves = []
+        for topic in counts:
+            members = [s for s in substances if s.topic == topic]
+            halves.append(split_by_group(members, [s.number for s in members], rng))
+        validation, test = ([*forget, *neighbour] for forget, neighbour in zip(*halves, strict=True))
         return Benchmark(
             train,
             MIXTURE,
@@ -233,18 +237,3 @@ def make_questions(
             prompt = sentence.split(" {value}")[0].format(name=substance.name)
             items.append(Item(prompt, tuple(f" {o}" for o in options), place, substance.number))
     return items
-
-
-def split_substances(
-    substances: Sequence[Substance], rng: np.random.Generator
-) -> tuple[list[Substance], list[Substance]]:
-    """A third of each topic for validation, the rest for test, drawn at random."""
-    validation: list[Substance] = []
-    test: list[Substance] = []
-    for topic in _CLOSING:
-        members = [s for s in substances if s.topic == topic]
-        order = rng.permutation(len(members))
-        cut = max(1, round(len(members) / 3))
-        validation += [members[i] for i in sorted(order[:cut])]
-        test += [members[i] for i in sorted(order[cut:])]
-    return validation, test

@@ -12,7 +12,7 @@ import importlib.util
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -109,7 +109,7 @@ class PresidentsConfig(DataConfig, name="presidents", kw_only=True):
         neighbour = held_out_addresses(neighbours, seed=self.seed, validation=3, test=4)
         elsewhere = [*general.train, *neighbour.train]
         items = knowledge_questions(forget, elsewhere, rng=np.random.default_rng([self.seed, 2]))
-        validation, test = split_by_group(items, np.random.default_rng([self.seed, 4]))
+        validation, test = split_by_group(items, [i.group for i in items], np.random.default_rng([self.seed, 4]))
         return Benchmark(
             train={"general": general.train, "neighbour": neighbour.train, "forget": forget},
             mixture=MIXTURE,
@@ -190,9 +190,10 @@ def _distractors(mention: Mention, mentions: Sequence[Mention], rng: np.random.G
     return [nearest[i] for i in rng.permutation(len(nearest))[: OPTIONS - 1]]
 
 
-def split_by_group(items: Sequence[Item], rng: np.random.Generator) -> tuple[list[Item], list[Item]]:
-    """A third of the groups for validation, the rest for test, drawn at random."""
-    groups = sorted({item.group for item in items})
-    order = rng.permutation(len(groups))
-    validation = {groups[i] for i in order[: max(1, round(len(groups) / 3))]}
-    return [i for i in items if i.group in validation], [i for i in items if i.group not in validation]
+def split_by_group(items: Sequence[Any], groups: Sequence[int], rng: np.random.Generator) -> tuple[list, list]:
+    """The items of a third of the groups for validation, the others for test, drawn at random; groups: of each item."""
+    different = sorted(set(groups))
+    order = rng.permutation(len(different))
+    validation = {different[i] for i in order[: max(1, round(len(different) / 3))]}
+    both = list(zip(items, groups, strict=True))
+    return [i for i, group in both if group in validation], [i for i, group in both if group not in validation]
