@@ -87,12 +87,12 @@ def prediction(decoded: str, profile: Profile, *, stops: Sequence[str] = (), end
     return text if profile.name == "muse" else text.strip()
 
 
-def truth_after(prompt: str, whole: str) -> str:
+def truth_after(prompt: str, labels: str) -> str:
     """open-unlearning's ground truth: the decoded labels without the decoded prompt, wherever it stands in them.
 
     Where decoding makes other text of the prompt alone than of both together, nothing is taken away.
     """
-    return clean_up(whole).replace(clean_up(prompt), "").strip()
+    return clean_up(labels).replace(clean_up(prompt), "").strip()
 
 
 def rouge_scores(predictions: Sequence[str], truths: Sequence[str], profile: Profile) -> np.ndarray:

@@ -133,16 +133,16 @@ class MultipleChoice:
             note = "" if every else "a part of the questions, spread evenly"
             return named(name, SPLIT, interval, note, self.profile, revision)
 
-        found = [accuracy(source, {source}) for source in self.sizes]
+        measurements = [accuracy(source, {source}) for source in self.sizes]
         if set(_WMDP) <= set(self.sizes):
-            found.append(accuracy("wmdp", set(_WMDP)))
+            measurements.append(accuracy("wmdp", set(_WMDP)))
         if "mmlu" in self.sizes:
             there = {question.subject for question in self.questions}
             groups = {group: {_MMLU + subject for subject in members} for group, members in _GROUPS.items()}
             groups = {group: subjects for group, subjects in groups.items() if subjects <= there}
             groups |= {_MMLU + subject: {_MMLU + subject} for subject in _NEAR if _MMLU + subject in there}
-            found += [accuracy(name, {"mmlu"}, subjects) for name, subjects in groups.items()]
-        return found
+            measurements += [accuracy(name, {"mmlu"}, subjects) for name, subjects in groups.items()]
+        return measurements
 
 
 def read_multiple_choice(config: MultipleChoiceConfig) -> MultipleChoice:
@@ -162,11 +162,11 @@ def read_multiple_choice(config: MultipleChoiceConfig) -> MultipleChoice:
         if "mmlu" in config.sources and name.startswith(_MMLU):
             raise DataError(f"sources.{name}: is a part of sources.mmlu, which reports it; name one of the two.")
         records = read_records(source)
-        found = [_question(name, record, number, f"{source}:{number + 1}") for number, record in enumerate(records)]
-        sizes[name] = len(found)
-        digests = "".join(f"{q.digest}{q.answer}" for q in found)
+        every = [_question(name, record, number, f"{source}:{number + 1}") for number, record in enumerate(records)]
+        sizes[name] = len(every)
+        digests = "".join(f"{q.digest}{q.answer}" for q in every)
         revisions[name] = revision_and_content(source, hashlib.sha256(digests.encode()).hexdigest()[:12])
-        questions += [found[i] for i in spread_indices(len(found), config.max_questions or len(found))]
+        questions += [every[i] for i in spread_indices(len(every), config.max_questions or len(every))]
     return MultipleChoice(tuple(questions), sizes, revisions)
 
 
