@@ -247,12 +247,12 @@ def tofu_task(config: TofuConfig) -> TofuTask:
 
 def _question(row: Mapping[str, Any], name: str, origin: str) -> Question:
     columns = ("question", "answer", "paraphrased_answer" if name in _PARAPHRASED else "answer")
-    texts = [text_of(row, column, origin) for column in columns]
+    question, answer, correct = (text_of(row, column, origin) for column in columns)
     wrong = row.get("perturbed_answer")
     wrong = [wrong] if isinstance(wrong, str) else wrong
     if not isinstance(wrong, Sequence) or not wrong or not all(isinstance(one, str) and one.strip() for one in wrong):
         raise DataError(f"{origin}: perturbed_answer is missing or no list of texts; expected the wrong answers.")
-    return Question(*texts, tuple(wrong))
+    return Question(question, answer, correct, tuple(wrong))
 
 
 def _log_probs(scores: Sequence[TokenScores]) -> np.ndarray:
