@@ -20,7 +20,10 @@ def corpora(request):
 
 
 def with_few_addresses(benchmark):
-    return dataclasses.replace(benchmark, train={**benchmark.train, "general": benchmark.train["general"][:4]})
+    train = {**benchmark.train, "general": benchmark.train["general"][:4]}
+    held_out = {"general": benchmark.test.held_out["general"][:1]}
+    parts = {n: dataclasses.replace(getattr(benchmark, n), held_out=held_out) for n in ("validation", "test")}
+    return dataclasses.replace(benchmark, train=train, **parts)
 
 
 def windows(rows, size=24):
@@ -80,26 +83,27 @@ def test_questions_are_scored_on_their_options(corpora):
             assert all(option.startswith(" ") for _, option in texts)
 
 
+SMALL = HandbookConfig(row_length=8, vocab_size=300, forget_substances=4, neighbour_substances=4, retain_rows=10)
+
+
+def small(**changes):
+    return assemble(dataclasses.replace(with_few_addresses(SMALL.build()), **changes), SMALL)
+
+
 def test_another_process_builds_the_same_corpora(handbook):
-    command = (
-        "from trace_jax.tasks.benchmarks import build_corpora; from trace_jax.tasks.handbook import HandbookConfig; "
-        "print(build_corpora(HandbookConfig()).fingerprint)"
-    )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == handbook.fingerprint
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-c", "from tests.tasks.test_corpora import small; print(small().fingerprint)"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    corpora = small()
+    assert done.stdout.strip() == corpora.fingerprint
     changed = dataclasses.replace(handbook.retain, domain=1 - handbook.retain.domain)  # and sees every array
     assert len({_fingerprint(handbook.tokenizer, [r]) for r in (handbook.retain, changed, handbook.forget)}) == 3
-
-
-def test_a_small_row_and_a_small_vocabulary_are_enough():
-    config = HandbookConfig(row_length=8, vocab_size=300, forget_substances=4, neighbour_substances=4, retain_rows=10)
-    corpora = assemble(with_few_addresses(config.build()), config)
+    # A small row and a small vocabulary are enough; more retain rows than there are are not.
     assert corpora.tokenizer.get_vocab_size() == 300 and corpora.forget.tokens.shape[1] == 8
     assert len(corpora.validation.questions["forget"]) == 3 and len(corpora.test.questions["forget"]) == 9
-    more = dataclasses.replace(config.build(), retain_rows=20000, neighbour_share=0.9)
     with pytest.raises(ConfigError, match=r"retain_rows = 20000 with neighbour_share = 0\.9 needs 18000 neighbour row"):
-        assemble(with_few_addresses(more), config)
+        small(retain_rows=20000, neighbour_share=0.9)
 
 
 def test_leakage_is_noticed_whatever_the_case_and_spacing():

@@ -254,9 +254,8 @@ def test_finished_tasks_are_kept_until_something_changes(ours, folder, tmp_path,
     with pytest.raises(KeyboardInterrupt):  # which costs one task
         evaluate_tasks(model, ["quiz", "prose"], **{**options, "output": tmp_path / "interrupted.json"})
     assert list(read_json(tmp_path / "interrupted.json")) == ["quiz"]
-    monkeypatch.setattr(module, "TaskManager", TaskManager)
-    with pytest.raises(ConfigError, match=r"no task 'wmdb_bio'\. Did you mean wmdp_bio.*include-path"):
-        evaluate_tasks(unneeded, ["wmdb_bio"], identity="a", include=[folder])
+    with pytest.raises(ConfigError, match=r"no task 'quizz'\. Did you mean quiz.*include-path"):
+        evaluate_tasks(unneeded, ["quizz"], identity="a", include=[folder])
     text = table(first)
     assert "|both" in text and "acc_norm" in text and "Stderr" in text and "n: quiz 12, cloze 12" in text
     assert "river" not in output.read_text() + text, "no question is written"
