@@ -248,12 +248,12 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         raise CheckpointError(f"{index_path}: weight_map must give each tensor's file.")
     files, tensors = {}, {}
     for name in sorted(set(file_of.values())):
-        path = directory / name
-        if path.parent != directory or not path.is_file():
+        shard = directory / name
+        if shard.parent != directory or not shard.is_file():
             raise CheckpointError(f"{index_path}: names the file {name}, which isn't there.")
-        files[name] = TensorFile(path)
+        files[name] = TensorFile(shard)
         if twice := tensors.keys() & files[name].tensors.keys():
-            raise CheckpointError(f"{path}: {min(twice)} is also in {tensors[min(twice)].file.path.name}.")
+            raise CheckpointError(f"{shard}: {min(twice)} is also in {tensors[min(twice)].file.path.name}.")
         tensors |= files[name].tensors
     for name, file in file_of.items():
         if name not in files[file].tensors:

@@ -62,7 +62,7 @@ def licence_of(directory: Path) -> dict[str, str]:
     """The licence fields in the front matter of a checkpoint's README.md; none if it has none."""
     path, keys = directory / "README.md", ("license", "license_name", "license_link")
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    front = re.match(r"---\n(.*?)\n---\s", text, re.DOTALL)
+    front = re.match(r"---\n(.*?)\n---(\n|$)", text, re.DOTALL)
     pairs = [line.partition(":") for line in front[1].splitlines()] if front else []
     return {key: value.strip().strip("'\"") for key, _, value in pairs if key in keys and value.strip()}
 

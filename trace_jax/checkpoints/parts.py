@@ -54,12 +54,14 @@ class Part:
 
     @property
     def layer_sharding(self) -> NamedSharding | None:
-        return _of_layer(self.sharding, self.slot.row is not None)
+        if self.sharding is None:
+            return None
+        return NamedSharding(self.sharding.mesh, _layer_spec(self.sharding, self.slot.row is not None))
 
 
-def _of_layer(sharding: NamedSharding | None, stacked: bool) -> NamedSharding | None:
-    """The sharding of one layer of a parameter, which stacks layers or not."""
-    return sharding if sharding is None or not stacked else sharding.update(spec=PartitionSpec(*sharding.spec[1:]))
+def _layer_spec(sharding: NamedSharding, stacked: bool) -> PartitionSpec:
+    """How one layer of a parameter is sharded, which stacks layers or not."""
+    return PartitionSpec(*sharding.spec[1:]) if stacked else sharding.spec
 
 
 def parts_of(slot: Slot, sharding: Any, itemsize: int) -> list[Part]:
@@ -69,7 +71,8 @@ def parts_of(slot: Slot, sharding: Any, itemsize: int) -> list[Part]:
     """
     sharding = sharding if isinstance(sharding, NamedSharding) else None
     shape, axis, shards = slot.layout.shape, slot.layout.order.index(0), 1
-    if (layer := _of_layer(sharding, slot.row is not None)) is not None:
+    if sharding is not None:
+        layer = NamedSharding(sharding.mesh, _layer_spec(sharding, slot.row is not None))
         shards = shape[0] // layer.shard_shape(tuple(shape[letter] for letter in slot.layout.order))[axis]
     size = shape[0] // shards
     most = max(1, PART_BYTES // (itemsize * shards * math.prod(shape[1:])))
@@ -211,7 +214,7 @@ def _place(parameter, numbers, row, start, sharding, axis, stacked) -> jax.Array
         return lax.bitcast_convert_type(placed if stacked else placed[0], parameter.dtype)
 
     if sharding is not None:
-        specs = (sharding.spec, _of_layer(sharding, stacked).spec, PartitionSpec(), PartitionSpec())
+        specs = (sharding.spec, _layer_spec(sharding, stacked), PartitionSpec(), PartitionSpec())
         put = jax.shard_map(put, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec)
     return put(parameter, numbers, row, start)
 
@@ -226,7 +229,7 @@ def _take(parameter, row, start, sharding, axis, stacked, count) -> jax.Array:
 
     if sharding is not None:
         specs = (sharding.spec, PartitionSpec(), PartitionSpec())
-        cut = jax.shard_map(cut, mesh=sharding.mesh, in_specs=specs, out_specs=_of_layer(sharding, stacked).spec)
+        cut = jax.shard_map(cut, mesh=sharding.mesh, in_specs=specs, out_specs=_layer_spec(sharding, stacked))
     return cut(parameter, row, start)
 
 

@@ -56,10 +56,10 @@ def load_pretrained(
     specs = flat_specs(config)
     placing: dict[str, NamedSharding | None] = dict.fromkeys(specs)  # uncommitted on the default device
     if shardings is not None or mesh is not None:
-        placing = flatten(shardings) if mesh is None else dict(param_shardings(config, mesh))
-    for path, sharding in placing.items():
-        if sharding and specs[path].axes[0] == "layers" and sharding.spec[:1] not in ((), (None,)):
-            raise ValueError(f"{path}: its layers can't be sharded ({sharding.spec}); shard another axis.")
+        placing = dict(param_shardings(config, mesh)) if shardings is None else flatten(shardings)
+    for name, sharding in placing.items():
+        if sharding and specs[name].axes[0] == "layers" and sharding.spec[:1] not in ((), (None,)):
+            raise ValueError(f"{name}: its layers can't be sharded ({sharding.spec}); shard another axis.")
     parts: list[Part] = []
     for slot in accounting.slots:
         parts += parts_of(slot, placing[slot.path], accounting.readable[slot.names[0]].dtype.itemsize)

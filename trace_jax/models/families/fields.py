@@ -190,6 +190,8 @@ def _settings(reader: ConfigReader, kind: str = "", partial: bool = False) -> di
     """`rope_parameters`, or what is nested in them for a `kind` of layer; `partial`: part of a head may turn."""
     parameters = reader.value("rope_parameters", null={})
     entry = parameters.get(kind, parameters)
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"config.json: rope_parameters is {parameters}; expected an object for {kind}.")
     settings = {key: value for key, value in entry.items() if value is not None}
     if unknown := sorted(set(settings) - set(_ROPE_KEYS.split())):
         raise unsupported("rope_parameters", unknown[0], tuple(sorted(_ROPE_KEYS.split())))
