@@ -84,7 +84,7 @@ def save_pretrained(
         if leaf.shape != want.shape or leaf.dtype != want.dtype:
             raise ValueError(f"{name} is {leaf.dtype}{list(leaf.shape)}, expected {want.dtype}{list(want.shape)}.")
     _check_destination(destination, overwrite=overwrite, source=model.source.directory if model.source else None)
-    checkpoint, written, merged, ignored = None, (), (), {}
+    checkpoint, written, merged, ignored = None, (), (), {}  # written: slots whose tensors are new in the files
     if model.source is None:
         config_json = mixtral_config_json(model.config, model.special)
         written = slots_of(model.config, FAMILIES["mixtral"], ())
@@ -99,7 +99,7 @@ def save_pretrained(
         packed = [slot for slot in touched if isinstance(readable[slot.names[0]], Quantised)]
         merged = [slot for slot in touched if isinstance(readable[slot.names[0]], Tensor)]
         files = {tensor.name: (tensor.dtype, tensor.shape) for tensor in checkpoint.tensors.values()}
-        if _write(packed, params, readable, merge=True, dry=True):
+        if _write(packed, params, readable, dry=True):
             config_json.pop("quantization_config", None)
             slots = slots_of(model.config, family, readable)
             written = [slot for slot in slots if isinstance(readable[slot.names[0]], Quantised)]
@@ -108,7 +108,7 @@ def save_pretrained(
         raise CheckpointError(f"{destination} needs {needed / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB free.")
     with _replacing_directory(destination) as directory:
         tensors = _lay_out(directory, files, checkpoint, shard_bytes) if directory else {}
-        changed = _write(written, params, tensors, merge=False) | _write(merged, params, tensors, merge=True)
+        changed = _write([*written, *merged], params, tensors)
         if directory is None:
             return
         for name, tensor in ignored.items():
@@ -116,12 +116,13 @@ def save_pretrained(
             for start in range(0, tensor.data.size, step):
                 numbers = tensor.read(start, min(start + step, tensor.data.size))
                 tensors[name].write(numbers.astype(tensors[name].dtype), start)
+        changed |= ignored.keys() | {name for slot in written for name in slot.names}
         _write_others(directory, model, checkpoint, config_json)
         text = readme(
             card,
             base_model=base_model_of(checkpoint.directory, checkpoint.config) if checkpoint else None,
             licence=licence_of(checkpoint.directory) if checkpoint else {},
-            note=_note(len(changed | ignored.keys()), len(files), bool(checkpoint), decoded=bool(written)),
+            note=_note(len(changed), len(files), bool(checkpoint), decoded=bool(written)),
         )
         (directory / "README.md").write_text(text, encoding="utf-8")
 
@@ -188,31 +189,28 @@ def _write(
     params: Mapping[str, jax.Array],
     tensors: Mapping[str, Readable],
     *,
-    merge: bool,
     dry: bool = False,
 ) -> set[str]:
     """Writes parameters over the tensors of their slots; returns the names of those that got other numbers.
 
+    A number that the import would cast to the parameter's stays as it is, bit by bit.
+
     Args:
       tensors: of the files; empty in processes that don't write.
-      merge: a number that the import would cast to the parameter's stays as it is, bit by bit.
       dry: only compares.
     """
 
     def write(place: tuple[int, str, int, np.ndarray]) -> str | None:
         _, name, start, view = place
         tensor, numbers = tensors[name], view.reshape(-1)
-        after = numbers.astype(tensor.dtype, copy=False)
-        if merge:
-            before = tensor.read(start, start + numbers.size)
-            on_device = before.astype(jax.dtypes.canonicalize_dtype(before.dtype), copy=False)
-            differs = _bits(on_device.astype(numbers.dtype, copy=False)) != _bits(numbers)
-            if not differs.any():
-                return None
-            np.copyto(_bits(before), _bits(after), where=differs)
-            after = before
+        before = tensor.read(start, start + numbers.size)
+        on_device = before.astype(jax.dtypes.canonicalize_dtype(before.dtype), copy=False)
+        differs = _bits(on_device.astype(numbers.dtype, copy=False)) != _bits(numbers)
+        if not differs.any():
+            return None
         if not dry and isinstance(tensor, Tensor):
-            tensor.write(after, start)
+            np.copyto(_bits(before), _bits(numbers.astype(tensor.dtype, copy=False)), where=differs)
+            tensor.write(before, start)
         return name
 
     changed: set[str | None] = set()
