@@ -1,18 +1,17 @@
-"""The families that can be imported. Each is a function that reads switches from config.json: `llama_like` and
-`deepseek_like` have them, by kin."""
+"""The families that can be imported. Each is a function that reads switches from config.json, in `switches`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from trace_jax.config import ConfigError
 from trace_jax.models.config import ModelConfig
-from trace_jax.models.families import deepseek_like, llama_like
+from trace_jax.models.families import switches
 from trace_jax.models.families.family import FAMILIES, ConfigReader, Family, complete
 
 __all__ = ["ALIASES", "FAMILIES", "Family", "family_of", "model_config", "unread_keys"]
 
 ALIASES = {"kimi_k2": "deepseek_v3"}  # published under another model_type
-assert llama_like and deepseek_like  # importing them fills FAMILIES
+assert switches  # importing it fills FAMILIES
 
 
 def family_of(config_json: Mapping[str, Any]) -> Family:
