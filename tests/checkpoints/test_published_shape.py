@@ -22,9 +22,11 @@ def test_without_a_path_the_shape_is_the_published_one_and_a_run_is_refused():
         model.check()
 
 
-def test_a_path_must_have_that_shape(tmp_path):
+def test_a_path_must_have_that_shape_and_tensors(tmp_path):
     same = PretrainedConfig(path=written(tmp_path), published="mixtral-8x7b")
     assert same.shape() == published_config("mixtral-8x7b", dtype="bfloat16")
+    with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
+        same.check()
     written(tmp_path, num_local_experts=16, num_experts_per_tok=1, rms_norm_eps=1e-6)
     with pytest.raises(
         ConfigError,
@@ -33,8 +35,3 @@ def test_a_path_must_have_that_shape(tmp_path):
     ):
         same.shape()
     assert PretrainedConfig(path=str(tmp_path)).shape().num_experts == 16
-
-
-def test_a_checkpoint_without_tensors_is_refused_before_the_run(tmp_path):
-    with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
-        PretrainedConfig(path=written(tmp_path), published="mixtral-8x7b").check()
