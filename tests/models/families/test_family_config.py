@@ -111,8 +111,9 @@ def test_layers_follow_the_rules_of_their_families():
 
 
 def test_groups_are_chosen_from_where_the_method_says_so():
-    greedy, grouped = (read("deepseek_v2", topk_method=m) for m in ("greedy", "group_limited_greedy"))
-    assert [(c.num_groups, c.groups_per_token) for c in (greedy, grouped)] == [(1, 1), (8, 3)]
+    for method, groups in (("greedy", (1, 1)), ("group_limited_greedy", (8, 3))):
+        config = read("deepseek_v2", topk_method=method, n_group=8, topk_group=3)
+        assert (config.num_groups, config.groups_per_token) == groups
     assert read("deepseek_v2", q_lora_rank=None).query_latent_size == 0
 
 
