@@ -8,11 +8,19 @@ from tests.run.toy import SMALL, on_one_device, save_checkpoint
 from tests.two_processes import DEVICES, run_processes
 from trace_jax.io.files import read_json, read_lines
 from trace_jax.main import main
+from trace_jax.models import decoder
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.routing.weights import RetainWeights
 from trace_jax.run.directory import calibration_directory
 
-RUN = f"{DEVICES}\nimport sys; from trace_jax.main import main; sys.exit(main(sys.argv[1:]))"
+# Layers in a scan compile sooner than layers written out.
+RUN = f"""{DEVICES}
+import sys
+from trace_jax.main import main
+from trace_jax.models import decoder
+decoder.UNROLLED_LAYERS = 1
+sys.exit(main(sys.argv[1:]))
+"""
 SETTINGS = {
     **SMALL,
     "methods": "('trace_rows',)",
@@ -40,6 +48,7 @@ def numbers_of(directory):
 
 def test_two_processes_end_in_the_numbers_of_one(data, tmp_path, pytestconfig, monkeypatch):
     monkeypatch.chdir(pytestconfig.rootpath)
+    monkeypatch.setattr(decoder, "UNROLLED_LAYERS", 1)
     one, two, checkpoint = tmp_path / "one", tmp_path / "two", tmp_path / "olmoe"
     save_checkpoint(checkpoint, bos_token_id=None, eos_token_id=1, pad_token_id=1)
     files = {f"data.{name}": data / f"{name}.jsonl" for name in ("forget", "retain", "holdout")}
