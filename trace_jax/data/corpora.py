@@ -28,6 +28,7 @@ class DataConfig(Variant, kw_only=True):
     seed: int = option(0, help="seed of generated text, of splits and of batch order", minimum=0)
 
     tag = "benchmark"
+    forgotten: ClassVar[str]  # what is, for titles
     board: ClassVar[Any]  # what counts as forgetting and as utility (`trace_jax.evaluation.fronts.Scoreboard`)
 
     @classmethod

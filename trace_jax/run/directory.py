@@ -37,15 +37,10 @@ from trace_jax.parallel.processes import all_processes, barrier, broadcast_from_
 from trace_jax.report.page import write_report
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.run.experiment import METHODS, ExperimentConfig
-from trace_jax.tasks.benchmarks import scoreboard
+from trace_jax.tasks.benchmarks import BENCHMARKS, scoreboard
 
 SPLIT = "test"
 CONTROLS = ("permuted", "random_experts", "ngram", "hidden", "loss", "oracle")
-FORGOTTEN = {
-    "handbook": "the forget topic of a generated handbook",
-    "presidents": "Polk's addresses of 1845 to 1847",
-    "text": "the forget text",
-}
 _SECONDS_TO_SEE = 30.0
 
 
@@ -187,13 +182,13 @@ def write_run_report(workdir: str | os.PathLike) -> str:
     names = ("results.json", "study.json", "series.json")
     page = needed(next((path / name for name in names if (path / name).exists()), path / names[0]))
     page |= {"config": needed(path / "config.json")["config"], "environment": needed(path / "environment.json")}
-    board = scoreboard(page["benchmark"])
+    board, forgotten = scoreboard(page["benchmark"]), BENCHMARKS[page["benchmark"]].forgotten
     page |= {"forgetting": board.forgetting, "chance": board.chance}
     page |= {"generated": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")}
     if "methods" in page:
         page |= {
-            "title": f"Unlearning {FORGOTTEN[page['benchmark']]}",
-            "forgotten": FORGOTTEN[page["benchmark"]],
+            "title": f"Unlearning {forgotten}",
+            "forgotten": forgotten,
             "rows": _rows(path, page),
             "frequency": _frequency(path, page["methods"]),
             "certificates": {

@@ -21,7 +21,7 @@ from trace_jax.io.progress import format_interval, format_number, plain_name, sa
 from trace_jax.models.arrays import abstract_params, flatten, unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model
-from trace_jax.run.directory import FORGOTTEN, SPLIT, needed
+from trace_jax.run.directory import SPLIT, needed
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.tasks.text import TextConfig
 from trace_jax.unlearning.unlearn import Unlearned
@@ -167,7 +167,7 @@ def model_card(config: ExperimentConfig, workdir: Path, label: str) -> ModelCard
         for m in result["measurements"]
         if m["split"] == SPLIT
     ]
-    forgotten, retained = FORGOTTEN[config.data.benchmark], ""
+    forgotten, retained = config.data.forgotten, ""
     if isinstance(config.data, TextConfig):  # the user's files by name, but not where they lie
         sources = (*config.data.forget_sources, config.data.retain)
         *forget, retain = (x if x.startswith((HUGGINGFACE, TFDS)) else Path(x).name for x in sources)

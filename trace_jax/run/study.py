@@ -27,7 +27,7 @@ from trace_jax.io.environment import describe
 from trace_jax.io.files import read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
 from trace_jax.parallel.processes import keep_freed_memory
-from trace_jax.run.directory import FORGOTTEN, check_workdir, comparison_row, needed, open_workdir, write_run_report
+from trace_jax.run.directory import check_workdir, comparison_row, needed, open_workdir, write_run_report
 from trace_jax.run.experiment import METHODS, ExperimentConfig, StudyConfig
 from trace_jax.run.methods import calibrated, run_method
 from trace_jax.run.prepare import Prepared, prepare, read_corpora
@@ -208,9 +208,9 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
         path / "study.json",
         {
             "name": config.name,
-            "title": f"Study: unlearning {FORGOTTEN[benchmark]}",
+            "title": f"Study: unlearning {config.data.forgotten}",
             "benchmark": benchmark,
-            "forgotten": FORGOTTEN[benchmark],
+            "forgotten": config.data.forgotten,
             "rows": _rows(comparisons),
             "comparisons": [named(objective, encode(c)) for objective, cs in comparisons.items() for c in cs],
             "seconds_per_step": {method: float(np.median(values)) for method, values in seconds.items()},

@@ -121,6 +121,7 @@ class Substance:
 class HandbookConfig(DataConfig, name="handbook", kw_only=True):
     """Settings of the handbook."""
 
+    forgotten = "the forget topic of a generated handbook"
     board = Scoreboard(
         forgetting="forget_accuracy",
         utilities={"neighbour_accuracy": True, "general_utility": False},

@@ -94,6 +94,7 @@ class Mention:
 class PresidentsConfig(DataConfig, name="presidents", kw_only=True):
     """Settings of the presidents benchmark."""
 
+    forgotten = "Polk's addresses of 1845 to 1847"
     board = TEXT_BOARD
 
     retain_rows: int = option(2000, help="rows of the unlearner's retain corpus", minimum=1)

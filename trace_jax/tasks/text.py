@@ -32,6 +32,7 @@ TEXT_BOARD = Scoreboard(
 class TextConfig(DataConfig, name="text", kw_only=True):
     """Where text is: a JSONL file, a text file, a directory, a huggingface: or tfds: name (`read_source`)."""
 
+    forgotten = "the forget text"
     board = TEXT_BOARD  # neighbour text is optional; without it the utility is general_utility alone
 
     forget: str | tuple[str, ...] = option(help="text to forget; a list: each is a topic")
