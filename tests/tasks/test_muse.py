@@ -24,7 +24,6 @@ from trace_jax.tasks.muse import (
     STOPS,
     clean_up,
     knowmem_prompt,
-    min_k_score,
     muse_task,
     prediction,
     read_muse,
@@ -76,22 +75,6 @@ def test_the_truth_of_open_unlearning_is_the_whole_without_the_prompt():
     assert truth_after("", "Harry") == "Harry"
     # The full stop takes the prompt's space away, so that the prompt isn't found and all of it is the truth.
     assert truth_after("Answer: ", "Answer: .5 kg") == "Answer:.5 kg"
-
-
-@pytest.mark.parametrize(
-    ("log_prob", "muse", "open_unlearning"),
-    [
-        ([-1.0, -2.0, -3.0, -4.0, -5.0], 4.5, 4.0),  # of 5 the lowest 2; of 4, without the last, the lowest one
-        # int(0.4 n) is 0 for one and two tokens, where MUSE's code has no value; the lowest one counts.
-        ([], 0.0, 0.0),
-        ([-3.0], 3.0, 0.0),
-        ([-2.0, -3.0], 3.0, 2.0),
-        ([-2.0, -3.0, -4.0], 4.0, 3.0),
-    ],
-)
-def test_min_k_by_hand(log_prob, muse, open_unlearning):
-    log_prob = np.array(log_prob)
-    assert (min_k_score(log_prob, MUSE), min_k_score(log_prob, OU)) == (muse, open_unlearning)
 
 
 def test_privleak_is_that_of_both_evaluators_on_random_scores_with_ties():

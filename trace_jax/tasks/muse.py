@@ -100,16 +100,6 @@ def rouge_scores(predictions: Sequence[str], truths: Sequence[str], profile: Pro
     return profile.scale * rouge_l(predictions, truths, stem=profile.stem)
 
 
-def min_k_score(log_prob: np.ndarray, profile: Profile) -> float:
-    """Min-40 % Prob of one text (`membership.min_k_scores`) from log_prob [n] of every token but the first, nats.
-
-    open-unlearning leaves out the last one, and computes in float32.
-    """
-    if profile.name == "muse":
-        return float(min_k_scores([log_prob])[0])
-    return float(min_k_scores([log_prob[:-1]], dtype=np.float32)[0])
-
-
 # What open-unlearning cuts, in tokens: prompts of KnowMem (with their marks) and other texts (without).
 _PROMPT, _TEXT = 512, 2048
 _SETS = ("forget", "retain")  # of KnowMem
@@ -180,7 +170,11 @@ class MuseTask:
         log_probs = {(): np.zeros(0, np.float32)} | {i: s.log_prob for i, s in zip(ordered, scored, strict=True)}
         for profile, side in itertools.product(profiles, _SIDES):
             own = [log_probs[i[: most[profile.name]]] for i in ids[side]]
-            values = arrays[f"{profile.prefix}{side}_min_k"] = np.array([min_k_score(x, profile) for x in own])
+            if profile.name == "muse":
+                values = min_k_scores(own)
+            else:  # it leaves out the last token, and computes in float32
+                values = min_k_scores([x[:-1] for x in own], dtype=np.float32)
+            arrays[f"{profile.prefix}{side}_min_k"] = values
             items[profile.part(f"privleak_{side}")] = [
                 {"id": n, "tokens": len(x), "min_k": float(value)}
                 for n, (x, value) in enumerate(zip(own, values, strict=True))
