@@ -13,7 +13,7 @@ from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.checkpoints.model_card import ModelCard
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.checkpoints.state import load_params, save_params
-from trace_jax.config import ConfigError, resolve
+from trace_jax.config import ConfigError, fingerprint, resolve
 from trace_jax.data.sources import HUGGINGFACE, TFDS
 from trace_jax.io.files import as_path, local_copy, replacing
 from trace_jax.io.progress import flatten as dotted
@@ -105,7 +105,8 @@ def find_model(workdir: str | os.PathLike, label: str | None) -> RunModel:
     settings = {name: saved["config"][name] for name in ("name", "data", "model")}
     settings["model"] = {name: value for name, value in settings["model"].items() if value is not None}
     config = resolve(ExperimentConfig, settings)
-    if isinstance(config.model, PretrainedConfig) and config.identity() != saved["identity"]:
+    identity = fingerprint(saved["config"]["data"], config.model_identity())  # of settings as they were spelled then
+    if isinstance(config.model, PretrainedConfig) and identity != saved["identity"]:
         raise ConfigError(f"{path}: the checkpoint that this run started from has changed; run it again.")
     methods = path / "methods"
     there = methods.iterdir() if methods.is_dir() else ()
