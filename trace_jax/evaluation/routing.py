@@ -36,27 +36,28 @@ Corpora = Mapping[str, CorpusRouting]
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """One quantity per layer with its 95 % intervals, and its mean over layers.
+    """One quantity with its 95 % intervals: f64 [L + 1], of each layer and last of the mean over layers.
+
+    The interval of the mean resamples all layers together.
 
     Attributes:
-      value, low, high: f64 [L]; NaN ends where there are too few rows to say.
-      bias: f64 [L], how much of `value` is there because the sample is finite, as the bootstrap estimates it (the mean
-        over resamples less `value`). It has not been taken off.
-      mean: of `value` over layers; its interval resamples all layers together. `mean_bias`: of `bias`.
+      low, high: NaN where there are too few rows to say.
+      bias: how much of `value` is there because the sample is finite, as the bootstrap estimates it (the mean over
+        resamples less `value`). It has not been taken off.
+      n: rows, or layers where no text is drawn.
     """
 
     value: np.ndarray
     low: np.ndarray
     high: np.ndarray
     bias: np.ndarray
-    mean: Interval
-    mean_bias: float
+    n: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for results.json."""
-        mean = {"value": self.mean.value, "low": self.mean.low, "high": self.mean.high, "bias": self.mean_bias}
-        plain = {name: getattr(self, name) for name in ("value", "low", "high", "bias")}
-        return encode({**plain, "mean": mean}, digits=6)
+        arrays = {name: getattr(self, name) for name in ("value", "low", "high", "bias")}
+        mean = {name: values[-1] for name, values in arrays.items()}
+        return encode({name: values[:-1] for name, values in arrays.items()} | {"mean": mean}, digits=6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +101,14 @@ class RoutingMetrics:
             if not exact:
                 notes.append(" + ".join(f"{self.tokens[s]:,} {s} tokens" for s in subjects))
             if (original := self.quantities.get(f"{name}_original")) is not None:
-                notes.append(f"original model {original.mean.value:.4g}")
-            if abs(quantity.mean_bias) > 0.05 * abs(quantity.mean.value):
-                notes.append(f"about {quantity.mean_bias:+.2g} of it from the finite sample")
-            measurements.append(named(name if exact else f"routing_{name}", SPLIT, quantity.mean, "; ".join(notes)))
+                notes.append(f"original model {original.value[-1]:.4g}")
+            value, low, high, bias = (
+                float(x[-1]) for x in (quantity.value, quantity.low, quantity.high, quantity.bias)
+            )
+            if abs(bias) > 0.05 * abs(value):
+                notes.append(f"about {bias:+.2g} of it from the finite sample")
+            mean = Interval(value, low, high, quantity.n)
+            measurements.append(named(name if exact else f"routing_{name}", SPLIT, mean, "; ".join(notes)))
         return measurements
 
 
@@ -215,7 +220,7 @@ def routing_quantities(corpora: Corpora, *, top_k: int, resamples: int = 1000, s
             most = largest.get(name.split("_")[0], 1.0)
             low, high = np.clip(2 * values - np.quantile(resampled, TAILS, axis=0)[::-1], 0.0, most)
             low, high = np.minimum(low, values), np.maximum(high, values)
-        quantities[name] = _quantity(values, low, high, bias, n)
+        quantities[name] = Quantity(values, low, high, bias, n)
     return quantities
 
 
@@ -242,16 +247,10 @@ def _measured(sums: Corpora) -> dict[str, np.ndarray]:
     return quantities
 
 
-def _quantity(value: np.ndarray, low: np.ndarray, high: np.ndarray, bias: np.ndarray, n: int) -> Quantity:
-    """Of arrays [L + 1] whose last element is of the mean over layers."""
-    mean = Interval(float(value[-1]), float(low[-1]), float(high[-1]), n)
-    return Quantity(value[:-1], low[:-1], high[:-1], bias[:-1], mean, float(bias[-1]))
-
-
 def _exact(value: np.ndarray) -> Quantity:
-    """A quantity that no text is drawn for; n counts the layers."""
+    """A quantity [L] that no text is drawn for."""
     both = np.append(value, value.mean())
-    return _quantity(both, both, both, np.zeros(both.shape), len(value))
+    return Quantity(both, both, both, np.zeros(both.shape), len(value))
 
 
 @dataclasses.dataclass(frozen=True)
