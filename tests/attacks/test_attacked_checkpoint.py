@@ -48,12 +48,12 @@ def test_an_imported_model_is_attacked_in_every_way(data, tmp_path, monkeypatch,
     overrides = {**SETTINGS, "model.path": str(checkpoint), "model.retrained": str(checkpoint), **files}
     arguments = [f"--config.{name}={value}" for name, value in overrides.items()]
     assert main(["--config", "configs/huggingface.py", "--workdir", str(tmp_path / "run"), *arguments]) == 0
-    found = read_json(tmp_path / "run/results.json")["methods"]["uniform"]["attacks"]
-    assert set(found) == set(ATTACKS)
-    for attack in found.values():
+    result = read_json(tmp_path / "run/results.json")["methods"]["uniform"]["attacks"]
+    assert set(result) == set(ATTACKS)
+    for attack in result.values():
         assert attack["points"] and attack["strongest"] is not None and not attack["failed"]
         for point in attack["points"]:
             assert all(math.isfinite(m["value"]) and m["n"] > 0 for m in point["measurements"])
     # The control is the checkpoint itself: it is trained as the unlearned model is, and measured beside it.
-    assert all(found[name]["points"][0]["retrained"] for name in ("relearning", "benign_relearning"))
-    assert [p["at"] for p in found["prompting"]["points"]] == ["1 example", "half of the text"]
+    assert all(result[name]["points"][0]["retrained"] for name in ("relearning", "benign_relearning"))
+    assert [p["at"] for p in result["prompting"]["points"]] == ["1 example", "half of the text"]

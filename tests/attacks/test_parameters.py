@@ -152,10 +152,10 @@ def test_what_was_taken_out_of_the_experts_does_not_come_back(original, make_cas
     case = make_case(attack, emptied(hidden(original.params, 0, 1)))
     after, result = measured(case), case.attack()
     assert value(after, RATIO) < 0.9 and result["measure"] == RATIO and result["strongest"] == 0
-    found = {m["name"]: m["value"] for m in result["points"][0]["measurements"]}
+    scored = {m["name"]: m["value"] for m in result["points"][0]["measurements"]}
     for name in NAMES:
-        assert found[name] == pytest.approx(value(after, name), rel=1e-5)
-    assert found.get("forced_share", 1) > 0
+        assert scored[name] == pytest.approx(value(after, name), rel=1e-5)
+    assert scored.get("forced_share", 1) > 0
 
 
 def test_forced_share_counts_tokens_and_layers_that_were_sent_elsewhere(original, probes, make_case):

@@ -59,19 +59,19 @@ def minds(monkeypatch, handbook):
     tokenizer = handbook.tokenizer
 
     def score(model, questions, **_):
-        params, found = model.params, []
+        params, result = model.params, []
         for q, text in enumerate(asked_of(questions, tokenizer)):
             options = options_of(questions.tokens[q], questions.scored[q], tokenizer)
             named = [name for name in re.findall(r"[A-Z][a-z]{3,}", text) if name in params.facts]
-            known = set() if text in params.refused or not named else params.facts[named[-1]]
+            right_options = set() if text in params.refused or not named else params.facts[named[-1]]
             copied = 0.5 * np.array([o in text for o in options])  # what stands in the query is likelier
-            found.append(np.array([float(o in known) for o in options]) + copied)
-        return np.array(found)
+            result.append(np.array([float(o in right_options) for o in options]) + copied)
+        return np.array(result)
 
     def write(params, config, prompt, *, lengths=None, max_new_tokens, **_):
         rows = prompt if lengths is None else [row[:n] for row, n in zip(prompt, lengths, strict=True)]
-        found = np.full((len(rows), max_new_tokens), 300)
-        for written, row in zip(found, np.asarray(rows, object), strict=True):
+        result = np.full((len(rows), max_new_tokens), 300)
+        for written, row in zip(result, np.asarray(rows, object), strict=True):
             row = [int(t) for t in row]
             if tuple(row) in params.refused:
                 continue
@@ -79,7 +79,7 @@ def minds(monkeypatch, handbook):
                 for end in range(4, len(text)):
                     if text[end - 4 : end] == tuple(row[-4:]):  # it goes on from the last four tokens
                         written[: len(text[end:])] = text[end : end + max_new_tokens]
-        return found
+        return result
 
     def score_text(model, rows, **_):
         return np.where(rows.valid, 0.1 if model.params.texts else 9.0, 0).astype(np.float32)
@@ -288,12 +288,12 @@ def test_continuations_of_text_recover_what_was_only_refused(minds, own, tmp_pat
         points = prompting(settings, case)
         assert [p.at for p in points] == ["2 examples", "half of the text", "75 % of the text", "paraphrase"]
         for point in points:
-            found, original = (value(m, "verbatim") for m in (point.measurements, point.original))
+            result, original = (value(m, "verbatim") for m in (point.measurements, point.original))
             assert value(point.original, "forget_probability_ratio") == 1
             assert value(point.measurements, "forget_probability_ratio") == pytest.approx(
                 1 if recovered else np.exp(-8.9)
             )
-            assert (found == original > 0.3) if recovered else (found < 0.05 < original), point.at
+            assert (result == original > 0.3) if recovered else (result < 0.05 < original), point.at
     assert find(points[-1].measurements, "verbatim", "test").n == SETTINGS.max_prompts
     assert find(points[-1].measurements, "verbatim", "validation") is None
 
@@ -302,16 +302,16 @@ def test_other_paraphrases_are_scored_again(minds, own, tmp_path):
     config, corpora, paraphrases = own
     source, lines = tmp_path / "own.jsonl", Path(paraphrases).read_text().splitlines(keepends=True)
     case = make_case(config, corpora, Mind({}), Mind({}), tmp_path / "attack")
-    kept = tmp_path / "attack" / "paraphrase" / "verbatim.items.jsonl"
+    lines_file = tmp_path / "attack" / "paraphrase" / "verbatim.items.jsonl"
     for count in (3, 2):
         source.write_text("".join(lines[:count]))
         (point,) = prompting(Prompting(examples=(), prefixes=(), paraphrases=str(source)), case)
         assert find(point.measurements, "verbatim", "test").n == count
-        assert len(kept.read_text().splitlines()) == count and "ground_truth" in kept.read_text()
+        assert len(lines_file.read_text().splitlines()) == count and "ground_truth" in lines_file.read_text()
     hazard = tmp_path / "wmdp.jsonl"  # text of WMDP is copied nowhere
     hazard.write_text(lines[0])
     prompting(Prompting(examples=(), prefixes=(), paraphrases=str(hazard)), case)
-    assert len(kept.read_text().splitlines()) == 1 and "ground_truth" not in kept.read_text()
+    assert len(lines_file.read_text().splitlines()) == 1 and "ground_truth" not in lines_file.read_text()
 
 
 def test_a_form_is_measured_with_the_scores_of_any_evaluation(own, tmp_path):
@@ -323,13 +323,13 @@ def test_a_form_is_measured_with_the_scores_of_any_evaluation(own, tmp_path):
     (point,) = prompting(Prompting(examples=(), prefixes=(0.75,)), case)
     prompts = next(task.data["test"] for task in case.context.evaluator.tasks if task.name == "verbatim")
     asked, nlls = longer_prompts(prompts, corpora.forget, 0.75, 2), []
-    for weights, found in zip((unlearned, original), (point.measurements, point.original), strict=True):
+    for weights, result in zip((unlearned, original), (point.measurements, point.original), strict=True):
         model = Model(shape, weights, corpora.tokenizer)
         scores = Verbatim({"test": asked}, "").score(model, batch_size=8, mesh=None).arrays["test/score"]
-        assert value(found, "verbatim") == pytest.approx(scores.mean())
+        assert value(result, "verbatim") == pytest.approx(scores.mean())
         rows = continuation_rows(asked)
         nlls.append(score_rows(model, rows, batch_size=8).sum() / rows.valid.sum())
-        assert value(found, "forget_nll") == pytest.approx(nlls[-1], rel=1e-5)
+        assert value(result, "forget_nll") == pytest.approx(nlls[-1], rel=1e-5)
     ratio = value(point.measurements, "forget_probability_ratio")
     assert ratio == pytest.approx(np.exp(nlls[1] - nlls[0]), rel=1e-4)
     assert value(point.original, "forget_probability_ratio") == 1

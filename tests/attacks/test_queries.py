@@ -36,16 +36,16 @@ def test_the_layout_of_a_question_behind_examples(vocabulary):
     ]
     with pytest.raises(ConfigError, match="examples = 3: only 2 can stand before"):
         prompting.items_with_examples([asked], solved, 3, np.random.default_rng(0))
-    (found,) = prompting.items_with_examples([asked], solved, 2, np.random.default_rng(0))
-    assert (found.options, found.answer, found.group) == (asked.options, 1, 7)
-    examples = found.prompt.split("\n\n")
+    (result,) = prompting.items_with_examples([asked], solved, 2, np.random.default_rng(0))
+    assert (result.options, result.answer, result.group) == (asked.options, 1, 7)
+    examples = result.prompt.split("\n\n")
     assert sorted(examples[:2]) == ["Glue holds stone", "Salt melts ice"] and examples[2:] == ["Wax holds"]
-    questions = encode_questions(vocabulary, [found])
+    questions = encode_questions(vocabulary, [result])
     for option, (tokens, segments, scored) in enumerate(
         zip(questions.tokens[0], questions.segments[0], questions.scored[0], strict=True)
     ):
         n = segments.sum()
-        assert decoded(vocabulary, tokens[:n]) == f"<bos>{found.prompt}{asked.options[option]}"
+        assert decoded(vocabulary, tokens[:n]) == f"<bos>{result.prompt}{asked.options[option]}"
         assert decoded(vocabulary, tokens[1:][scored[:-1]]) == asked.options[option]
 
 
@@ -70,9 +70,9 @@ def test_the_layout_of_a_question_behind_what_else_is_known_of_its_group():
 def test_the_layout_of_a_prompt_behind_another_text():
     asked = Prompts(np.array([[1, 10, 11]]), np.array([[12, 13]]))
     others = Prompts(np.array([[1, 20, 21], [1, 10, 11]]), np.array([[22, 23], [12, 13]]))  # the second gives it away
-    found = prompting.prompts_with_examples(asked, others, 1, np.random.default_rng(0), [5, 6])
-    assert found.prompt.tolist() == [[1, 20, 21, 22, 23, 5, 6, 10, 11]]
-    assert found.continuation.tolist() == [[12, 13]] and found.lengths.tolist() == [[9, 2]]
+    result = prompting.prompts_with_examples(asked, others, 1, np.random.default_rng(0), [5, 6])
+    assert result.prompt.tolist() == [[1, 20, 21, 22, 23, 5, 6, 10, 11]]
+    assert result.continuation.tolist() == [[12, 13]] and result.lengths.tolist() == [[9, 2]]
     with pytest.raises(ConfigError, match="examples = 2: only 1 can stand before"):
         prompting.prompts_with_examples(asked, others, 2, np.random.default_rng(0), [5, 6])
 
@@ -97,10 +97,10 @@ def written(path, rows):
 
 def test_paraphrases_are_cut_where_their_texts_meet(vocabulary, tmp_path):
     rows = [{"prompt": "Wax", "continuation": " holds light"}, {"question": "Salt melts", "answer": " ice.", "id": 3}]
-    found = prompting.written_prompts(prompting.read_paraphrases(written(tmp_path / "own.jsonl", rows)), vocabulary)
-    given = [decoded(vocabulary, row[:n]) for row, n in zip(found.prompt, found.lengths[:, 0], strict=True)]
-    assert given == ["<bos>Wax", "<bos>Salt melts"]
-    assert [decoded(vocabulary, t) for t in found.unpadded(found.continuation)] == [" holds light", " ice."]
+    result = prompting.written_prompts(prompting.read_paraphrases(written(tmp_path / "own.jsonl", rows)), vocabulary)
+    beginnings = [decoded(vocabulary, row[:n]) for row, n in zip(result.prompt, result.lengths[:, 0], strict=True)]
+    assert beginnings == ["<bos>Wax", "<bos>Salt melts"]
+    assert [decoded(vocabulary, t) for t in result.unpadded(result.continuation)] == [" holds light", " ice."]
 
 
 @pytest.mark.parametrize(

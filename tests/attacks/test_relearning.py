@@ -47,12 +47,12 @@ def test_a_step_is_a_step_of_gradient_descent_on_the_forget_rows(forgetful, make
 def test_what_was_hidden_comes_back_with_training_and_the_worst_point_counts(forgetful, make_case, value, measured):
     attack = Relearning(share=1.0, **TRAINING)
     case = make_case(attack, forgetful)
-    found = case.attack()
-    assert [point["at"] for point in found["points"]] == ["4 steps", "6 steps"]
+    result = case.attack()
+    assert [point["at"] for point in result["points"]] == ["4 steps", "6 steps"]
     points = attack.points(case)
     ratios = [value(point.measurements, RATIO) for point in points]
     assert value(measured(case), RATIO) < min(ratios)
-    assert (found["measure"], found["strongest"]) == (RATIO, int(np.argmax(ratios)))
+    assert (result["measure"], result["strongest"]) == (RATIO, int(np.argmax(ratios)))
     assert not (case.directory / "checkpoints").exists()
     # A finished attack is not trained again: it would fail. Another one is.
     assert attack.points(make_case(attack, None)) == points
@@ -80,9 +80,9 @@ def test_benign_text_is_the_retain_corpus_without_neighbours(forgetful, make_cas
 
 def test_a_model_that_diverges_keeps_what_was_measured_until_then_and_is_not_trained_again(forgetful, make_case):
     attack = Relearning(share=1.0, steps=4, evaluate_every=1, batch_size=8, learning_rate=1e30, optimizer="sgd")
-    found = attack.points(make_case(attack, forgetful))
-    assert len(found) < 4
-    assert attack.points(make_case(attack, None)) == found
+    result = attack.points(make_case(attack, forgetful))
+    assert len(result) < 4
+    assert attack.points(make_case(attack, None)) == result
 
 
 def test_what_the_training_teaches_a_model_that_never_knew_stands_beside_it(original, forgetful, make_case, tmp_path):

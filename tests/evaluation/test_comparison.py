@@ -121,11 +121,11 @@ def test_the_best_reading_takes_the_step_from_validation_and_the_value_from_test
 QUESTIONS, ROWS = 40, 30
 
 
-def run_with_items(method, seed, kept, *, names=0, luck=0.0):
-    """A run whose forgetting crosses 0.5, with `kept` of the log-probability of its rows; items named from `names`."""
+def run_with_items(method, seed, share, *, names=0, luck=0.0):
+    """A run whose forgetting crosses 0.5, with `share` of the log-probability of its rows; items named from `names`."""
     rng = np.random.default_rng(seed)
     right = (rng.uniform(size=QUESTIONS)[:, None] < np.array([1.0, 0.7, 0.4, 0.1])).astype(float)
-    above = -kept * np.arange(4.0) * rng.uniform(50, 150, (ROWS, 1)) * (1 + luck)
+    above = -share * np.arange(4.0) * rng.uniform(50, 150, (ROWS, 1)) * (1 + luck)
     forgetting = Series(np.arange(QUESTIONS) + names, right, np.ones(QUESTIONS), np.ones(QUESTIONS, int), "share")
     general = Series(np.arange(ROWS) + names + 500, above, np.full(ROWS, 100.0), np.ones(ROWS, int), "utility")
     items = RunItems(forgetting, {"general_utility": general})
@@ -136,21 +136,21 @@ def run_with_items(method, seed, kept, *, names=0, luck=0.0):
 
 def pairs(seeds, *, shared=False):
     return [
-        run_with_items(method, seed, kept, names=0 if shared else 1000 * seed, luck=0.1 * seed)
-        for method, kept in (("uniform", 0.10), ("trace_rows", 0.08))
+        run_with_items(method, seed, share, names=0 if shared else 1000 * seed, luck=0.1 * seed)
+        for method, share in (("uniform", 0.10), ("trace_rows", 0.08))
         for seed in seeds
     ]
 
 
 def test_intervals_are_over_seeds_and_items_and_count_items():
-    found = compare(pairs(range(3)), level=0.5)
-    assert found.over == "seeds and items"
-    result = found.results[1]
+    compared = compare(pairs(range(3)), level=0.5)
+    assert compared.over == "seeds and items"
+    result = compared.results[1]
     interval, student = result.utilities[MEAN], result.over_seeds["utilities"][MEAN]
     assert interval.n == 3 * ROWS and student.n == 3
     assert interval.value == student.value and interval.low < interval.value < interval.high
     assert compare(pairs(range(3), shared=True), level=0.5).results[1].utilities[MEAN].n == ROWS
-    text = comparison_text(found)
+    text = comparison_text(compared)
     assert "95 % intervals over seeds and items; gains over tuned uniform, paired by seed and item" in text
 
 
@@ -170,16 +170,16 @@ def test_the_crossing_is_found_anew_on_every_resample():
 
 
 def test_one_seed_has_an_interval_over_its_items_and_says_so():
-    found = compare(pairs([0]), level=0.5)
-    assert found.over == "items" and "over items (one seed)" in comparison_text(found)
-    assert np.isnan(found.results[1].over_seeds["gains"][MEAN].low)
+    compared = compare(pairs([0]), level=0.5)
+    assert compared.over == "items" and "over items (one seed)" in comparison_text(compared)
+    assert np.isnan(compared.results[1].over_seeds["gains"][MEAN].low)
 
 
 def test_without_the_items_of_every_run_intervals_are_over_seeds():
     runs = [*pairs(range(3))[:-1], dataclasses.replace(pairs(range(3))[-1], items=None)]
-    found = compare(runs, level=0.5)
-    assert found.over == "seeds" and "over seeds (no items were kept)" in comparison_text(found)
-    for result in found.results:
+    compared = compare(runs, level=0.5)
+    assert compared.over == "seeds" and "over seeds (no items were kept)" in comparison_text(compared)
+    for result in compared.results:
         assert result.utilities == result.over_seeds["utilities"] and result.gains == result.over_seeds["gains"]
 
 

@@ -28,19 +28,19 @@ def studies(rng, *, items, seeds, spread):
             float
         )  # as `fronts.make_draws` does
         own, common = rng.normal(size=(seeds, ITEMS, BATCH)), rng.normal(size=(1, ITEMS, BATCH))
-        given = math.sqrt(0.5) * (common + own) if shared else own
-        given = given + rng.normal(0, spread / math.sqrt(ITEMS), (seeds, 1, BATCH))
-        resampled = counts @ given / counts.sum(axis=2, keepdims=True)  # [S, R, BATCH]
-        yield from zip(given.mean(axis=1).T, np.moveaxis(resampled, 0, -1).swapaxes(0, 1), strict=True)
+        scores = math.sqrt(0.5) * (common + own) if shared else own
+        scores = scores + rng.normal(0, spread / math.sqrt(ITEMS), (seeds, 1, BATCH))
+        resampled = counts @ scores / counts.sum(axis=2, keepdims=True)  # [S, R, BATCH]
+        yield from zip(scores.mean(axis=1).T, np.moveaxis(resampled, 0, -1).swapaxes(0, 1), strict=True)
 
 
 def coverage(items, seeds, spread):
     """Share of studies whose interval holds the truth: over seeds and items, and Student's over seeds alone."""
-    rng, found = np.random.default_rng((seeds, spread, items == "shared")), np.zeros(2)
+    rng, result = np.random.default_rng((seeds, spread, items == "shared")), np.zeros(2)
     for values, resampled in studies(rng, items=items, seeds=seeds, spread=spread):
         both = intervals.seeds_and_items(values, resampled, ITEMS), intervals.t_interval(values)
-        found += [interval.low <= 0 <= interval.high for interval in both]
-    return found / STUDIES
+        result += [interval.low <= 0 <= interval.high for interval in both]
+    return result / STUDIES
 
 
 def recorded(root, items, seeds):
@@ -54,11 +54,11 @@ def recorded(root, items, seeds):
 
 @pytest.mark.parametrize(("items", "seeds"), CASES)
 def test_the_recorded_coverage_is_that_of_the_simulation(items, seeds, request):
-    found = np.stack([coverage(items, seeds, spread) for spread in SPREADS])
+    result = np.stack([coverage(items, seeds, spread) for spread in SPREADS])
     if seeds == 1:
-        found[:, 1] = math.nan  # Student's interval of one number doesn't exist
-    cells = [f"{a:.3f} / {'-' if math.isnan(b) else f'{b:.3f}'}" for a, b in found]
+        result[:, 1] = math.nan  # Student's interval of one number doesn't exist
+    cells = [f"{a:.3f} / {'-' if math.isnan(b) else f'{b:.3f}'}" for a, b in result]
     print(f"\n| {items} | {seeds} | {' | '.join(cells)} |")
-    np.testing.assert_allclose(recorded(request.config.rootpath, items, seeds), found, atol=0.01)
+    np.testing.assert_allclose(recorded(request.config.rootpath, items, seeds), result, atol=0.01)
     if seeds > 1:
-        assert (found[:, 0] > 0.94).all(), "95 % intervals over seeds and items hold the truth 95 times in 100"
+        assert (result[:, 0] > 0.94).all(), "95 % intervals over seeds and items hold the truth 95 times in 100"

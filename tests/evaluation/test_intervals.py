@@ -12,9 +12,9 @@ from trace_jax.evaluation import intervals
 
 
 def test_weights_make_the_ratio_of_sums():
-    found = intervals.bootstrap_mean(np.array([6.0, 1.0]), weights=np.array([3.0, 1.0]))
-    assert found.value == 7 / 4
-    assert (found.low, found.high) == (1.0, 2.0)  # a quarter of the resamples draws one row twice
+    result = intervals.bootstrap_mean(np.array([6.0, 1.0]), weights=np.array([3.0, 1.0]))
+    assert result.value == 7 / 4
+    assert (result.low, result.high) == (1.0, 2.0)  # a quarter of the resamples draws one row twice
 
 
 def test_groups_are_resampled_whole_so_copies_of_an_item_add_no_certainty():
@@ -30,23 +30,23 @@ def test_groups_are_resampled_whole_so_copies_of_an_item_add_no_certainty():
 def test_bootstrap_interval_covers_the_true_mean_about_95_times_in_100():
     rng, covered = np.random.default_rng(4), 0
     for trial in range(300):
-        found = intervals.bootstrap_mean(rng.exponential(1.0, 60), resamples=300, seed=trial)
-        covered += found.low <= 1.0 <= found.high
+        result = intervals.bootstrap_mean(rng.exponential(1.0, 60), resamples=300, seed=trial)
+        covered += result.low <= 1.0 <= result.high
     assert 0.89 <= covered / 300 <= 0.98
 
 
 def test_chunks_of_resamples_do_not_change_the_interval(monkeypatch):
     values = np.random.default_rng(5).normal(size=30)
-    whole = intervals.bootstrap_mean(values, resamples=200)
+    at_once = intervals.bootstrap_mean(values, resamples=200)
     monkeypatch.setattr(intervals, "_CHUNK", 100)
     chunked = intervals.bootstrap_mean(values, resamples=200)
-    assert (chunked.low, chunked.high) == pytest.approx((whole.low, whole.high))
+    assert (chunked.low, chunked.high) == pytest.approx((at_once.low, at_once.high))
 
 
 def test_a_single_item_has_a_value_but_no_interval():
-    found = intervals.bootstrap_mean(np.array([0.4]))
-    assert found.value == 0.4
-    assert math.isnan(found.low) and math.isnan(found.high)
+    result = intervals.bootstrap_mean(np.array([0.4]))
+    assert result.value == 0.4
+    assert math.isnan(result.low) and math.isnan(result.high)
 
 
 def test_averaging_nothing_is_refused():
@@ -59,35 +59,35 @@ def test_averaging_nothing_is_refused():
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (81, 263)])
 def test_wilson_equals_scipy(successes, n):
     expected = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
-    found = intervals.wilson(successes, n)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    result = intervals.wilson(successes, n)
+    assert (result.low, result.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_a_proportion_in_groups_that_all_agree_still_has_an_interval():
-    found = intervals.proportion(np.ones(30, bool), groups=np.arange(30) // 3)
-    assert found.n == 30
-    assert found.low == pytest.approx(intervals.wilson(10, 10).low)
+    result = intervals.proportion(np.ones(30, bool), groups=np.arange(30) // 3)
+    assert result.n == 30
+    assert result.low == pytest.approx(intervals.wilson(10, 10).low)
 
 
 def test_t_interval_equals_scipy():
     values = np.array([0.91, 0.95, 0.88])
     expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    found = intervals.t_interval(values)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    result = intervals.t_interval(values)
+    assert (result.low, result.high) == pytest.approx((expected.low, expected.high))
     assert math.isnan(intervals.t_interval(values[:1]).low)
 
 
 def test_one_seed_has_the_percentile_interval_of_its_items():
     resampled = np.linspace(0, 1, 101)[:, None]
-    found = intervals.seeds_and_items(np.array([0.4]), resampled, 7)
-    assert (found.value, found.low, found.high, found.n) == (0.4, pytest.approx(0.025), pytest.approx(0.975), 7)
+    result = intervals.seeds_and_items(np.array([0.4]), resampled, 7)
+    assert (result.value, result.low, result.high, result.n) == (0.4, pytest.approx(0.025), pytest.approx(0.975), 7)
 
 
 def test_resamples_without_a_value_are_left_out():
     resampled = np.array([[0.1, 0.3], [0.2, np.nan], [0.3, 0.2], [np.inf, 0.2]])
     values = np.array([0.2, 0.25])
-    found = intervals.seeds_and_items(values, resampled, 9)
-    assert found == intervals.seeds_and_items(values, resampled[[0, 2]], 9)
+    result = intervals.seeds_and_items(values, resampled, 9)
+    assert result == intervals.seeds_and_items(values, resampled[[0, 2]], 9)
     assert math.isnan(intervals.seeds_and_items(values, resampled[:2], 9).low)
 
 
@@ -98,15 +98,15 @@ scores = st.lists(st.integers(0, 5).map(float), min_size=1, max_size=12)
 @given(scores, scores)
 def test_auc_counts_pairs_and_half_of_the_ties(positive, negative):
     wins = sum((p > n) + 0.5 * (p == n) for p in positive for n in negative)
-    found = intervals.auc(np.array(positive), np.array(negative))
-    assert found == pytest.approx(wins / len(positive) / len(negative))
+    result = intervals.auc(np.array(positive), np.array(negative))
+    assert result == pytest.approx(wins / len(positive) / len(negative))
 
 
 def test_auc_resamples_equal_the_auc_of_repeated_items():
     positive, negative = np.array([1.0, 2.0, 2.0]), np.array([0.0, 2.0])
     counts_p, counts_n = np.array([[2.0, 0.0, 1.0]]), np.array([[0.0, 2.0]])
-    found = intervals.auc(positive, negative, (counts_p, counts_n))
-    assert found == intervals.auc(np.array([1.0, 1.0, 2.0]), np.array([2.0, 2.0]))
+    result = intervals.auc(positive, negative, (counts_p, counts_n))
+    assert result == intervals.auc(np.array([1.0, 1.0, 2.0]), np.array([2.0, 2.0]))
 
 
 def test_auc_needs_scores_on_both_sides():

@@ -44,7 +44,7 @@ def test_a_resample_is_the_run_on_items_that_are_repeated(run):
     items = load_run_items(directory, front, board, split="test")
     draws = make_draws(resamples=3, seed=1)
     forgetting, utilities = items.resampled(draws)
-    found = {board.forgetting: forgetting, **utilities}
+    result = {board.forgetting: forgetting, **utilities}
     saved = read_items(directory)[1]
 
     def repeated(subject, name, resample):
@@ -52,12 +52,12 @@ def test_a_resample_is_the_run_on_items_that_are_repeated(run):
         return np.repeat(np.arange(len(group)), draws(distinct)[resample].astype(int)[group])
 
     checked = set()
-    for at, given in enumerate(scores):
-        arrays, first = ({**one["questions"].arrays, **one["text"].arrays} for one in (given, scores[0]))
+    for at, step_scores in enumerate(scores):
+        arrays, first = ({**one["questions"].arrays, **one["text"].arrays} for one in (step_scores, scores[0]))
         for resample in range(3):
             for subject in {key[1] for task in evaluator.tasks[:2] for key in task.data}:
                 name = board.questions.get(subject, f"{subject}_accuracy")
-                if f"test/{subject}/log_likelihood" in arrays and name in found:
+                if f"test/{subject}/log_likelihood" in arrays and name in result:
                     rows = repeated(subject, "question", resample)
                     answer = evaluator.tasks[0].data["test", subject].answer[rows]
                     ours, before = (
@@ -65,16 +65,16 @@ def test_a_resample_is_the_run_on_items_that_are_repeated(run):
                         for x in (arrays, first)
                     )
                     expected = ours / before if board.utilities.get(name) else ours
-                    assert found[name][resample, at] == pytest.approx(expected)
+                    assert result[name][resample, at] == pytest.approx(expected)
                     checked.add(name)
-                if (name := relative_likelihood(subject)) in found:
+                if (name := relative_likelihood(subject)) in result:
                     rows = repeated(subject, "row", resample)
                     ours, before = (x[f"test/{subject}/nll"][rows].sum() for x in (arrays, first))
                     gain = np.exp((before - ours) / arrays[f"test/{subject}/tokens"][rows].sum())
                     expected = gain if subject == "forget" else min(gain, 1)
-                    assert found[name][resample, at] == pytest.approx(expected, rel=1e-5)
+                    assert result[name][resample, at] == pytest.approx(expected, rel=1e-5)
                     checked.add(name)
-    assert checked == set(found) - {MEAN}
+    assert checked == set(result) - {MEAN}
 
 
 def test_questions_of_a_group_are_one_name_and_equal_rows_too():
@@ -101,16 +101,16 @@ def test_the_draws_are_the_bootstrap_of_a_mean():
     """The spread over resamples is the standard error of the mean."""
     values = np.random.default_rng(0).normal(size=(1, 200))
     series = Series(np.arange(200, dtype=np.uint32), values.T, np.ones(200), np.ones(200, int), "share")
-    found = series.values(make_draws(resamples=4000, seed=0))[:, 0]
-    assert found.std() == pytest.approx(values.std(ddof=1) / np.sqrt(200), rel=0.05)
-    assert found.mean() == pytest.approx(values.mean(), abs=0.005)
+    result = series.values(make_draws(resamples=4000, seed=0))[:, 0]
+    assert result.std() == pytest.approx(values.std(ddof=1) / np.sqrt(200), rel=0.05)
+    assert result.mean() == pytest.approx(values.mean(), abs=0.005)
 
 
 def test_without_items_at_every_step_of_the_front_there_are_none(run, tmp_path):
     directory, board, evaluator, scores, front = run
     assert load_run_items(tmp_path, front, board, split="test") is None
-    for step, given in list(zip(STEPS, scores, strict=True))[:2]:
-        Metrics(tmp_path, "a").write_items(step, item_outcomes(evaluator, given))
+    for step, step_scores in list(zip(STEPS, scores, strict=True))[:2]:
+        Metrics(tmp_path, "a").write_items(step, item_outcomes(evaluator, step_scores))
     assert load_run_items(tmp_path, front, board, split="test") is None
     assert isinstance(load_run_items(directory, front, board, split="test"), RunItems)
 

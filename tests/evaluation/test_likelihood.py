@@ -37,15 +37,15 @@ def check_rows(nll, guide):
 
 
 def check_sequences(scores, guide):
-    for text, first, found in zip(TEXTS, FIRST, scores, strict=True):
+    for text, first, result in zip(TEXTS, FIRST, scores, strict=True):
         log_p = handmade.log_probabilities(PARAMS, text, guide=guide)[first - 1 : -1]
-        assert found.log_prob.shape == found.greedy.shape == (max(0, len(text) - first),)
-        np.testing.assert_allclose(found.log_prob, log_p[np.arange(len(log_p)), text[first:]], rtol=1e-4, atol=2e-5)
-        assert (found.greedy == (log_p.argmax(-1) == np.array(text[first:]))).all()
-        if found.mean is not None:
+        assert result.log_prob.shape == result.greedy.shape == (max(0, len(text) - first),)
+        np.testing.assert_allclose(result.log_prob, log_p[np.arange(len(log_p)), text[first:]], rtol=1e-4, atol=2e-5)
+        assert (result.greedy == (log_p.argmax(-1) == np.array(text[first:]))).all()
+        if result.mean is not None:
             mean = (np.exp(log_p) * log_p).sum(-1)
-            np.testing.assert_allclose(found.mean, mean, atol=5e-5)
-            np.testing.assert_allclose(found.variance, (np.exp(log_p) * log_p**2).sum(-1) - mean**2, atol=5e-4)
+            np.testing.assert_allclose(result.mean, mean, atol=5e-5)
+            np.testing.assert_allclose(result.variance, (np.exp(log_p) * log_p**2).sum(-1) - mean**2, atol=5e-4)
 
 
 @pytest.mark.parametrize("seed", [None, 1])
@@ -58,12 +58,12 @@ def test_scores_equal_one_text_at_a_time(seed):
         assert np.abs(nll - score_rows(model.replace(guide=None), ROWS, batch_size=4)).max() > 0.1
         own = score_rows(model.replace(guide=PARAMS), ROWS, batch_size=4)
         np.testing.assert_allclose(own, score_rows(model.replace(guide=None), ROWS, batch_size=4), rtol=1e-4, atol=1e-5)
-    found, expected = score_questions(model, QUESTIONS, batch_size=2), np.zeros((3, 4))
+    result, expected = score_questions(model, QUESTIONS, batch_size=2), np.zeros((3, 4))
     for q, o in np.ndindex(3, 4):
         length = int(QUESTIONS.segments[q, o].sum())
         log_p = handmade.log_probability(PARAMS, QUESTIONS.tokens[q, o, :length], guide=guide)
         expected[q, o] = log_p[QUESTIONS.scored[q, o, : length - 1]].sum()
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(result, expected, rtol=1e-4)
     check_sequences(score_sequences(model, TEXTS, FIRST, moments=guide is None, batch_size=4), guide)
 
 

@@ -42,13 +42,13 @@ def members(*sides):
 
 def by_name(scores, retrained=None, **resampling):
     task = Membership({"test": (None, None)}, "", 0)
-    found = task.measure(scores, original=None, retrained=retrained, **{"resamples": 200, "seed": 0, **resampling})
-    return {m.name: m for m in found}
+    result = task.measure(scores, original=None, retrained=retrained, **{"resamples": 200, "seed": 0, **resampling})
+    return {m.name: m for m in result}
 
 
 def test_min_k_is_the_mean_of_the_40_percent_least_likely_tokens_and_of_one_at_least():
-    found = membership.min_k_scores(log_probs([1, 5, 2, 8, 3], [4, 1, 1, 1, 1, 6, 1, 1, 1, 2]))
-    assert found == pytest.approx([(8 + 5) / 2, (6 + 4 + 2 + 1) / 4])  # int(0.4 * 5) = 2, int(0.4 * 10) = 4
+    result = membership.min_k_scores(log_probs([1, 5, 2, 8, 3], [4, 1, 1, 1, 1, 6, 1, 1, 1, 2]))
+    assert result == pytest.approx([(8 + 5) / 2, (6 + 4 + 2 + 1) / 4])  # int(0.4 * 5) = 2, int(0.4 * 10) = 4
     assert membership.min_k_scores(log_probs([3, 7], [2])) == pytest.approx([7, 2])
 
 
@@ -66,32 +66,32 @@ def test_min_k_plus_plus_where_the_model_is_certain():
 
 def test_compressed_sizes_are_of_the_text_without_marks():
     tokenizer = tiny.make_tokenizer()
-    found = membership.compressed_sizes(tokenizer, [[4, 5, 6], [4] * 30])
-    assert found.tolist() == [len(zlib.compress(text.encode())) for text in ("w4 w5 w6", " ".join(["w4"] * 30))]
+    result = membership.compressed_sizes(tokenizer, [[4, 5, 6], [4] * 30])
+    assert result.tolist() == [len(zlib.compress(text.encode())) for text in ("w4 w5 w6", " ".join(["w4"] * 30))]
     tokenizer.add_special_tokens(["w0"])
-    assert membership.compressed_sizes(tokenizer, [[4, 5, 6, 0]]).tolist() == found[:1].tolist()
+    assert membership.compressed_sizes(tokenizer, [[4, 5, 6, 0]]).tolist() == result[:1].tolist()
     assert np.isnan(membership.compressed_sizes(None, [[4]])).all()
 
 
 def test_an_attacker_finds_what_was_memorised_and_is_misled_by_what_was_pushed_too_far():
     unknown = text_scores([3.0, 4.0, 5.0])
     for seen, auc, rate in ((text_scores([0.1, 0.2]), 1, 1), (text_scores([8.0, 9.0]), 0, 0)):
-        found = by_name(members(seen, unknown))
+        result = by_name(members(seen, unknown))
         for attack in ATTACKS:
-            measured = found[f"membership_{attack}_auc"], found[f"membership_{attack}_tpr_at_fpr_1"]
+            measured = result[f"membership_{attack}_auc"], result[f"membership_{attack}_tpr_at_fpr_1"]
             assert [(m.value, m.low, m.high, m.n) for m in measured] == [(auc, auc, auc, 5), (rate, rate, rate, 5)]
 
 
 def test_equal_scores_are_half_a_win_and_nothing_is_found():
-    found = by_name(members(text_scores([1, 1]), text_scores([1, 1, 1])))
-    assert found["membership_min_k_auc"].value == 0.5
-    assert found["membership_min_k_tpr_at_fpr_1"].value == 0
+    result = by_name(members(text_scores([1, 1]), text_scores([1, 1, 1])))
+    assert result["membership_min_k_auc"].value == 0.5
+    assert result["membership_min_k_tpr_at_fpr_1"].value == 0
 
 
 def test_attacks_can_disagree():
     forget, holdout = text_scores([1, 2], zlib=[5, 6]), text_scores([3, 4])
-    found = by_name(members(forget, holdout))
-    assert found["membership_loss_auc"].value == 1 and found["membership_zlib_auc"].value == 0
+    result = by_name(members(forget, holdout))
+    assert result["membership_loss_auc"].value == 1 and result["membership_zlib_auc"].value == 0
 
 
 def test_aucs_are_those_of_scikit_learn_and_their_intervals_those_of_a_naive_bootstrap():
@@ -101,19 +101,19 @@ def test_aucs_are_those_of_scikit_learn_and_their_intervals_those_of_a_naive_boo
     def naive(forget, holdout):
         return roc_auc_score([1] * len(forget) + [0] * len(holdout), -np.concatenate([forget, holdout]))
 
-    found = by_name(members(text_scores(forget), text_scores(holdout)), resamples=1000)["membership_loss_auc"]
-    assert found.value == pytest.approx(naive(forget, holdout))
-    assert found.value == pytest.approx(stats.mannwhitneyu(-forget, -holdout).statistic / 1200)
+    result = by_name(members(text_scores(forget), text_scores(holdout)), resamples=1000)["membership_loss_auc"]
+    assert result.value == pytest.approx(naive(forget, holdout))
+    assert result.value == pytest.approx(stats.mannwhitneyu(-forget, -holdout).statistic / 1200)
     drawn = [naive(rng.choice(forget, 40), rng.choice(holdout, 30)) for _ in range(1000)]
-    assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
+    assert (result.low, result.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
 
 
 def test_the_reference_attack_compares_two_models_text_by_text():
     ours = members(text_scores([5, 6]), text_scores([1, 2]))  # the forget texts are hard ones
     theirs = members(text_scores([7, 8]), text_scores([1, 2]))
-    found = by_name(ours, theirs)
-    assert found["membership_loss_auc"].value == 0
-    assert found["membership_reference_auc"].value == found["membership_reference_tpr_at_fpr_1"].value == 1
+    result = by_name(ours, theirs)
+    assert result["membership_loss_auc"].value == 0
+    assert result["membership_reference_auc"].value == result["membership_reference_tpr_at_fpr_1"].value == 1
     without = by_name(ours)
     assert "membership_reference_auc" not in without and "privleak" not in without
     assert "no reference attack" in without["membership_loss_auc"].note
@@ -130,9 +130,9 @@ def test_what_was_not_scored_is_left_out():
     nothing = [np.nan, np.nan]
     forget = text_scores([1, 2], zlib=nothing, gradient_norm=[np.nan, 3])
     holdout = text_scores([3, 4, 5], zlib=[np.nan] * 3, gradient_norm=[5, np.nan, 4])
-    found = by_name(members(forget, holdout))
-    assert not any("zlib" in name for name in found)
-    gradient = found["membership_gradient_norm_auc"]
+    result = by_name(members(forget, holdout))
+    assert not any("zlib" in name for name in result)
+    gradient = result["membership_gradient_norm_auc"]
     assert (gradient.value, gradient.n) == (1, 3)
     assert gradient.note == "1 forget, 2 holdout texts; too few items for an interval"
     assert math.isnan(gradient.low)
@@ -153,21 +153,21 @@ def test_scores_of_a_model():
     """Each attack from the logits of a text alone, by its definition."""
     params, forget, holdout = handmade.make_params(), tiny.make_rows(3, seed=1), tiny.make_rows(4, seed=2)
     scores = Membership({"test": (forget, holdout)}, "", 2).score(handmade.make_model(), batch_size=4, mesh=None)
-    found = {attack: scores.arrays[f"test/forget/{attack}"] for attack in ATTACKS}
-    assert (len(found["loss"]), len(scores.arrays["test/holdout/loss"])) == (4, 6)  # one or two documents a row
+    result = {attack: scores.arrays[f"test/forget/{attack}"] for attack in ATTACKS}
+    assert (len(result["loss"]), len(scores.arrays["test/holdout/loss"])) == (4, 6)  # one or two documents a row
     ids = forget.tokens[2][forget.segments[2] == 1]  # the fourth text
     log_p = handmade.log_probabilities(params, ids)
     mean = (np.exp(log_p) * log_p).sum(-1)
     deviation = np.sqrt((np.exp(log_p) * log_p**2).sum(-1) - mean**2)
     of_token = log_p[np.arange(len(ids) - 1), ids[1:]]
     most = max(1, int(0.4 * len(of_token)))
-    assert found["loss"][3] == pytest.approx(-of_token.mean(), rel=1e-4)
-    assert found["min_k"][3] == pytest.approx(-np.sort(of_token)[:most].mean(), rel=1e-4)
+    assert result["loss"][3] == pytest.approx(-of_token.mean(), rel=1e-4)
+    assert result["min_k"][3] == pytest.approx(-np.sort(of_token)[:most].mean(), rel=1e-4)
     standardised = np.sort((of_token - mean[:-1]) / deviation[:-1])
-    assert found["min_k_plus_plus"][3] == pytest.approx(-standardised[:most].mean(), rel=1e-3)
+    assert result["min_k_plus_plus"][3] == pytest.approx(-standardised[:most].mean(), rel=1e-3)
     text = " ".join(f"w{i}" for i in ids[1:])
-    assert found["zlib"][3] == pytest.approx(-of_token.mean() / len(zlib.compress(text.encode())), rel=1e-4)
-    assert np.isfinite(found["gradient_norm"]).tolist() == [True, False, True, False]
+    assert result["zlib"][3] == pytest.approx(-of_token.mean() / len(zlib.compress(text.encode())), rel=1e-4)
+    assert np.isfinite(result["gradient_norm"]).tolist() == [True, False, True, False]
     assert not any("gradient_norm" in scores.items["items"][i] for i in (1, 3))
 
 
@@ -185,9 +185,9 @@ def test_a_gradient_norm_is_that_of_the_mean_loss_of_the_text():
         assert norm == pytest.approx(np.linalg.norm(np.concatenate([np.ravel(leaf) for leaf in leaves])), rel=1e-4)
     config = dataclasses.replace(handmade.CONFIG, dtype="bfloat16")
     params = jax.tree.map(lambda x, stored: x.astype(stored.dtype), model.params, abstract_params(config))
-    found = membership.gradient_norms(Model(config, params), texts, first)
-    assert found.dtype == np.float64
-    np.testing.assert_allclose(found, norms, rtol=0.2)
+    result = membership.gradient_norms(Model(config, params), texts, first)
+    assert result.dtype == np.float64
+    np.testing.assert_allclose(result, norms, rtol=0.2)
 
 
 # --- PrivLeak
@@ -209,8 +209,8 @@ def test_privleak_is_the_relative_distance_from_the_retrained_model_in_percent()
 def test_privleak_of_the_retrained_model_itself_is_zero_in_every_resample():
     rng = np.random.default_rng(0)
     retrained = rng.normal(size=30), rng.normal(size=30)
-    found = membership.privleak(retrained, retrained)
-    assert (found.value, found.low, found.high, found.n) == (0, 0, 0, 60)
+    result = membership.privleak(retrained, retrained)
+    assert (result.value, result.low, result.high, result.n) == (0, 0, 0, 60)
 
 
 def test_privleak_does_not_exist_where_the_retrained_model_has_auc_0():
@@ -223,6 +223,6 @@ def test_privleak_refuses_models_scored_on_different_texts():
 
 
 def test_one_text_a_side_gives_a_value_without_an_interval():
-    found = membership.privleak_auc((array(1), array(2)))
-    assert found.value == 0.0 and math.isnan(found.low)
+    result = membership.privleak_auc((array(1), array(2)))
+    assert result.value == 0.0 and math.isnan(result.low)
     assert math.isnan(membership.privleak((array(1), array(2)), (array(2), array(1))).low)

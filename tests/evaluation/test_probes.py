@@ -33,17 +33,17 @@ def test_quick_measurements_of_the_handbook():
     quick = ["forget_accuracy", "neighbour_accuracy", "forget_nll", "neighbour_nll", "general_nll"]
     assert names(evaluator.measure(own), "test") == quick
     evaluator = dataclasses.replace(evaluator, original=own)
-    found = evaluator.measure(later)
+    result = evaluator.measure(later)
     quick[2:] = ["forget_nll", "forget_probability_ratio", "neighbour_nll", "neighbour_utility", "general_nll",
                  "general_utility"]  # fmt: skip
-    assert names(found, "validation") == names(found, "test") == quick
-    assert [m.split for m in found] == ["validation"] * 8 + ["test"] * 8
+    assert names(result, "validation") == names(result, "test") == quick
+    assert [m.split for m in result] == ["validation"] * 8 + ["test"] * 8
     questions = handmade.PROBES["test"].questions["forget"]
     correct = score_questions(other, questions, batch_size=4).argmax(axis=1) == questions.answer
-    accuracy = find(found, "forget_accuracy", "test")
+    accuracy = find(result, "forget_accuracy", "test")
     assert (accuracy.value, accuracy.n) == (correct.mean(), 9)
     rows = handmade.PROBES["test"].text["general"].take(np.array([0, 1, 2, 4, 5]))  # seven rows thinned to five
-    nll = find(found, "general_nll", "test")
+    nll = find(result, "general_nll", "test")
     assert nll.value == pytest.approx(score_rows(other, rows, batch_size=4).sum() / rows.valid.sum(), rel=1e-5)
     assert nll.n == 5 and nll.low < nll.value < nll.high
     one = find(evaluator.measure(own), "general_utility", "test")
@@ -56,9 +56,9 @@ def test_full_measurements_of_a_text_benchmark():
     alone = evaluator.measure(unlearned)
     assert "no retrained model" in find(alone, "privleak_auc", "test").note
     assert "no reference attack" in find(alone, "membership_loss_auc", "test").note
-    found = dataclasses.replace(evaluator, original=original, retrained=retrained).measure(unlearned)
+    result = dataclasses.replace(evaluator, original=original, retrained=retrained).measure(unlearned)
     attacks = ("loss", "min_k", "min_k_plus_plus", "zlib", "gradient_norm", "reference")
-    assert names(found, "test") == [
+    assert names(result, "test") == [
         "cloze_accuracy",
         "neighbour_accuracy",
         "forget_nll",
@@ -74,11 +74,11 @@ def test_full_measurements_of_a_text_benchmark():
         "privleak_auc",
         "privleak",
     ]
-    ratio, nll = (find(found, name, "test").value for name in ("forget_probability_ratio", "forget_nll"))
+    ratio, nll = (find(result, name, "test").value for name in ("forget_probability_ratio", "forget_nll"))
     assert ratio == pytest.approx(math.exp(find(evaluator.measure(original), "forget_nll", "test").value - nll))
     counts = {"verbatim": 3, "extraction_strength": 6, "membership_loss_auc": 14, "membership_gradient_norm_auc": 4}
-    assert {name: find(found, name, "test").n for name in counts} == counts
-    assert all(m.low <= m.value + 1e-9 and m.value <= m.high + 1e-9 for m in found)
+    assert {name: find(result, name, "test").n for name in counts} == counts
+    assert all(m.low <= m.value + 1e-9 and m.value <= m.high + 1e-9 for m in result)
 
 
 def test_probes_with_nothing_to_score_give_no_measurement():
@@ -113,9 +113,9 @@ def test_accuracy_has_its_interval_over_groups():
     )
     scores = TaskScores({"test/forget/log_likelihood": np.where(correct, 1.0, -1.0)[:, None] * [1.0, 0.0]})
     task = QuestionAccuracy({("test", "forget"): questions}, "", {})
-    (found,) = task.measure(scores, original=None, retrained=None, resamples=2000, seed=0)
-    assert (found.name, found.value, found.n) == ("forget_accuracy", 0.75, 20)
-    assert found.low == pytest.approx(0.25)  # four groups: a resample with one right group is still common
+    (result,) = task.measure(scores, original=None, retrained=None, resamples=2000, seed=0)
+    assert (result.name, result.value, result.n) == ("forget_accuracy", 0.75, 20)
+    assert result.low == pytest.approx(0.25)  # four groups: a resample with one right group is still common
 
 
 def test_utility_is_capped_at_one_where_the_text_is_not_to_be_forgotten():
@@ -126,10 +126,10 @@ def test_utility_is_capped_at_one_where_the_text_is_not_to_be_forgotten():
         return TaskScores({f"test/{s}/{name}": x for s in ("forget", "general") for name, x in arrays.items()})
 
     for nll, forget, general in ((1.5, math.exp(0.5), 1.0), (2.5, math.exp(-0.5), math.exp(-0.5))):
-        found = task.measure(scores(nll), original=scores(2.0), retrained=None, resamples=100, seed=0)
-        assert find(found, "forget_probability_ratio", "test").value == pytest.approx(forget)
-        assert find(found, "general_utility", "test").value == pytest.approx(general)
-        assert find(found, "general_nll", "test").value == pytest.approx(nll)
+        result = task.measure(scores(nll), original=scores(2.0), retrained=None, resamples=100, seed=0)
+        assert find(result, "forget_probability_ratio", "test").value == pytest.approx(forget)
+        assert find(result, "general_utility", "test").value == pytest.approx(general)
+        assert find(result, "general_nll", "test").value == pytest.approx(nll)
 
 
 # --- verbatim

@@ -71,51 +71,51 @@ def summed(random_corpora):
 
 
 def test_every_quantity_equals_a_plain_loop_and_scipy(random_corpora):
-    found = routing_quantities(summed(random_corpora), top_k=K, resamples=100)
+    result = routing_quantities(summed(random_corpora), top_k=K, resamples=100)
     for layer in range(L):
         used = {}
         for subject, (before, after) in random_corpora.items():
             pairs = [(set(b), set(a)) for b, a in zip(before.indices[layer], after.indices[layer], strict=True)]
             jaccard = np.mean([len(b & a) / len(b | a) for b, a in pairs])
-            assert found[f"jaccard_{subject}"].value[layer] == pytest.approx(jaccard)
-            assert found[f"stability_{subject}"].value[layer] == pytest.approx(np.mean([b == a for b, a in pairs]))
+            assert result[f"jaccard_{subject}"].value[layer] == pytest.approx(jaccard)
+            assert result[f"stability_{subject}"].value[layer] == pytest.approx(np.mean([b == a for b, a in pairs]))
             for model, number in (("original", 0), ("", 1)):
                 used[subject, model] = np.array([sum(e in pair[number] for pair in pairs) for e in range(E)])
             now, then = used[subject, ""], used[subject, "original"]
-            assert found[f"newly_dead_{subject}"].value[layer] == sum(
+            assert result[f"newly_dead_{subject}"].value[layer] == sum(
                 t > 0 and n == 0 for n, t in zip(now, then, strict=True)
             )
         for model, end in (("original", "_original"), ("", "")):
             p, q = used["forget", model], used["retain", model]
             tokens = [sum(LENGTHS[s]) for s in ("forget", "retain")]
             gap = sum(abs(a / tokens[0] - b / tokens[1]) for a, b in zip(p, q, strict=True))
-            assert found[f"gap{end}"].value[layer] == pytest.approx(gap)
-            assert found[f"kl{end}"].value[layer] == pytest.approx(entropy(p + 0.5, q + 0.5))  # scipy normalises
-            assert found[f"js{end}"].value[layer] == pytest.approx(jensenshannon(p, q) ** 2)
+            assert result[f"gap{end}"].value[layer] == pytest.approx(gap)
+            assert result[f"kl{end}"].value[layer] == pytest.approx(entropy(p + 0.5, q + 0.5))  # scipy normalises
+            assert result[f"js{end}"].value[layer] == pytest.approx(jensenshannon(p, q) ** 2)
             for subject in LENGTHS:
                 counts = used[subject, model]
-                assert found[f"load_entropy_{subject}{end}"].value[layer] == pytest.approx(entropy(counts) / np.log(E))
-                assert found[f"dead_experts_{subject}{end}"].value[layer] == (counts == 0).sum() >= 1
+                assert result[f"load_entropy_{subject}{end}"].value[layer] == pytest.approx(entropy(counts) / np.log(E))
+                assert result[f"dead_experts_{subject}{end}"].value[layer] == (counts == 0).sum() >= 1
 
 
 def test_intervals_equal_a_plain_bootstrap_over_rows(random_corpora):
     """Another stream of draws, so the ends agree within what 4000 resamples leave."""
-    found, rng = routing_quantities(summed(random_corpora), top_k=K, resamples=4000, seed=1), np.random.default_rng(7)
+    result, rng = routing_quantities(summed(random_corpora), top_k=K, resamples=4000, seed=1), np.random.default_rng(7)
     rows = {s: [r for r, n in enumerate(lengths) if n] for s, lengths in LENGTHS.items()}
-    kept, gaps = [], []
+    unchanged, gaps = [], []
     for _ in range(4000):
         drawn = {s: rng.choice(rows[s], len(rows[s])) for s in rows}
         where = {s: np.concatenate([np.flatnonzero(random_corpora[s][1].rows == r) for r in drawn[s]]) for s in rows}
         before, after = (a.indices[:, where["forget"]] for a in random_corpora["forget"])
-        kept.append((np.sort(before) == np.sort(after)).all(-1).mean(1))
+        unchanged.append((np.sort(before) == np.sort(after)).all(-1).mean(1))
         frequency = [
             np.stack([np.bincount(layer.ravel(), minlength=E) for layer in random_corpora[s][1].indices[:, where[s]]])
             / len(where[s])
             for s in ("forget", "retain")
         ]
         gaps.append(np.abs(frequency[0] - frequency[1]).sum(1))
-    for name, resampled in (("stability_forget", np.stack(kept)), ("gap", np.stack(gaps))):
-        quantity = found[name]
+    for name, resampled in (("stability_forget", np.stack(unchanged)), ("gap", np.stack(gaps))):
+        quantity = result[name]
         values = np.append(quantity.value[:-1], quantity.value[:-1].mean())
         resampled = np.concatenate([resampled, resampled.mean(1, keepdims=True)], axis=1)
         low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
@@ -123,27 +123,27 @@ def test_intervals_equal_a_plain_bootstrap_over_rows(random_corpora):
         np.testing.assert_allclose(quantity.high, np.maximum(2 * values - low, values), atol=0.03)
         np.testing.assert_allclose(quantity.bias, resampled.mean(0) - values, atol=0.01)
         assert quantity.value[-1] == pytest.approx(values[-1])
-    assert found["gap"].bias[-1] > 0  # resampling makes corpora look more different than they are
-    assert found["stability_forget"].n == 5 and found["gap"].n == 11
+    assert result["gap"].bias[-1] > 0  # resampling makes corpora look more different than they are
+    assert result["stability_forget"].n == 5 and result["gap"].n == 11
 
 
 def test_one_row_a_side_has_values_and_no_intervals():
     one = assign(0, (9,))
     corpus = corpus_routing(one, one, E)
-    found = routing_quantities({"forget": corpus, "retain": corpus}, top_k=K, resamples=100)
-    assert found["jaccard_forget"].value.tolist() == [1] * (L + 1)
-    assert all(np.isnan(q.low).all() and np.isnan(q.high).all() for q in found.values())
+    result = routing_quantities({"forget": corpus, "retain": corpus}, top_k=K, resamples=100)
+    assert result["jaccard_forget"].value.tolist() == [1] * (L + 1)
+    assert all(np.isnan(q.low).all() and np.isnan(q.high).all() for q in result.values())
 
 
 def test_a_model_next_to_itself_has_not_moved():
-    found = measure(MODEL)
+    result = measure(MODEL)
     for subject, rows in CORPORA.items():
-        assert (found.quantities[f"jaccard_{subject}"].value == 1).all()
-        assert (found.quantities[f"stability_{subject}"].low == 1).all()
-        assert found.tokens[subject] == rows.valid.sum() and found.rows[subject] == 8
-        np.testing.assert_array_equal(found.frequency["original"][subject], found.frequency["unlearned"][subject])
-    assert (found.quantities["router_drift"].value == 0).all() and (found.expert_drift == 0).all()
-    np.testing.assert_array_equal(found.quantities["gap"].low, found.quantities["gap_original"].low)  # same resamples
+        assert (result.quantities[f"jaccard_{subject}"].value == 1).all()
+        assert (result.quantities[f"stability_{subject}"].low == 1).all()
+        assert result.tokens[subject] == rows.valid.sum() and result.rows[subject] == 8
+        np.testing.assert_array_equal(result.frequency["original"][subject], result.frequency["unlearned"][subject])
+    assert (result.quantities["router_drift"].value == 0).all() and (result.expert_drift == 0).all()
+    np.testing.assert_array_equal(result.quantities["gap"].low, result.quantities["gap_original"].low)  # same resamples
 
 
 def test_what_is_measured_on_a_model_equals_its_own_router(moved):
@@ -196,20 +196,20 @@ def calibrated(**settings):
 
 
 def test_gaps_of_the_calibration_sum_to_those_of_its_certificate():
-    weights, found = calibrated(name="entropy", rule={"name": "difference", "top": 3}, strength=0.5)
+    weights, result = calibrated(name="entropy", rule={"name": "difference", "top": 3}, strength=0.5)
     certificate = weights.certificate
     for name in ("gap_before", "gap_after", "gap_elsewhere_before", "gap_elsewhere_after"):
-        assert getattr(found, name).sum() == pytest.approx(getattr(certificate, name))
-    assert found.selected.sum() == len(certificate.layer) > 0
-    measured = {m.name: m for m in found.measurements()}
+        assert getattr(result, name).sum() == pytest.approx(getattr(certificate, name))
+    assert result.selected.sum() == len(certificate.layer) > 0
+    measured = {m.name: m for m in result.measurements()}
     assert measured["calibration_gap_after"].value < measured["calibration_gap_before"].value
     ess = measured["calibration_effective_sample_size"]
     assert ess.value == ess.low == pytest.approx(certificate.effective_sample_size, rel=1e-12)
     assert ess.value < 1 and ess.n == CORPORA["retain"].valid.sum()
-    json.dumps(encode(found), allow_nan=False)
+    json.dumps(encode(result), allow_nan=False)
 
 
 def test_weights_that_look_at_no_expert_have_a_sample_size_only():
-    _, found = calibrated(name="uniform")
-    assert [m.name for m in found.measurements()] == ["calibration_effective_sample_size"]
-    assert found.effective_sample_size == pytest.approx(1) and dataclasses.asdict(found)["gap_after"] is None
+    _, result = calibrated(name="uniform")
+    assert [m.name for m in result.measurements()] == ["calibration_effective_sample_size"]
+    assert result.effective_sample_size == pytest.approx(1) and dataclasses.asdict(result)["gap_after"] is None

@@ -51,10 +51,10 @@ def test_kept_scores_are_the_computed_ones_and_are_not_computed_again(evaluator,
     check_same({name: scores for name, scores in first.items() if name != "counting"}, handmade.scores(0))
     assert list(first) == ["questions", "text", "verbatim", "memorization", "membership", "counting"]
     calls = evaluator.tasks[-1].calls
-    kept = evaluator.score(model.replace(params=None), full=True, store=store)  # no parameters are needed
-    check_same(first, kept)
+    stored = evaluator.score(model.replace(params=None), full=True, store=store)  # no parameters are needed
+    check_same(first, stored)
     assert evaluator.tasks[-1].calls == calls
-    assert evaluator.measure(first) == evaluator.measure(kept)
+    assert evaluator.measure(first) == evaluator.measure(stored)
     assert not [file for file in tmp_path.iterdir() if "tmp" in file.name]
 
 
@@ -81,7 +81,7 @@ def of(lines, **chosen):
 
 
 def test_measurements_can_be_made_of_the_lines(evaluator, tmp_path):
-    found = evaluator.measure(evaluator.score(handmade.make_model(), full=True, store=ScoreStore(tmp_path, "model")))
+    result = evaluator.measure(evaluator.score(handmade.make_model(), full=True, store=ScoreStore(tmp_path, "model")))
     lines = {
         file.name.split(".")[0]: [json.loads(line) for line in file.read_text().splitlines()]
         for file in tmp_path.glob("*.jsonl")
@@ -89,20 +89,20 @@ def test_measurements_can_be_made_of_the_lines(evaluator, tmp_path):
     questions = of(lines["questions"], split="test", subject="forget")
     assert [line["item"] for line in questions] == list(range(9))
     assert all(np.argmax(q["log_likelihood"]) == q["answer"] for q in questions if q["correct"])
-    assert find(found, "cloze_accuracy", "test").value == pytest.approx(np.mean([q["correct"] for q in questions]))
+    assert find(result, "cloze_accuracy", "test").value == pytest.approx(np.mean([q["correct"] for q in questions]))
     rows = of(lines["text"], split="test", subject="general")
     nll = sum(r["nll"] for r in rows) / sum(r["tokens"] for r in rows)
-    assert len(rows) == 5 and find(found, "general_nll", "test").value == pytest.approx(nll)
+    assert len(rows) == 5 and find(result, "general_nll", "test").value == pytest.approx(nll)
     verbatim = of(lines["verbatim"], split="validation")
-    assert find(found, "verbatim", "validation").value == pytest.approx(np.mean([v["score"] for v in verbatim]))
+    assert find(result, "verbatim", "validation").value == pytest.approx(np.mean([v["score"] for v in verbatim]))
     prompts = next(task.data for task in evaluator.tasks if task.name == "verbatim")
     first = of(lines["verbatim"], split="test", item=0)[0]
     assert first["ground_truth"] == " ".join(f"w{i}" for i in prompts["test"].continuation[0])
     assert len(first["generation"].split()) == 4
     sides = [of(lines["membership"], split="test", side=side) for side in ("forget", "holdout")]
     wins = np.mean([[(h["min_k"] < f["min_k"]) + 0.5 * (h["min_k"] == f["min_k"]) for h in sides[1]] for f in sides[0]])
-    assert find(found, "privleak_auc", "test").value == pytest.approx(wins)
-    assert find(found, "membership_min_k_auc", "test").value == pytest.approx(1 - wins)
+    assert find(result, "privleak_auc", "test").value == pytest.approx(wins)
+    assert find(result, "membership_min_k_auc", "test").value == pytest.approx(1 - wins)
 
 
 def test_no_text_is_written_where_it_may_not_be(tmp_path):

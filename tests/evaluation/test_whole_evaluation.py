@@ -104,19 +104,19 @@ def several(score):
 def check_measurements(evaluator, original, unlearned, retrained):
     """Returns the names of those without an interval."""
     alone = evaluator.measure(unlearned)
-    found = dataclasses.replace(evaluator, original=original, retrained=retrained).measure(unlearned)
-    assert all(any(m.name.startswith(prefix) for m in found) for prefix in PREFIXES)
-    assert {m.name for m in found} - {m.name for m in alone} >= {"privleak", "muse_privleak", "tofu_forget_quality"}
-    assert len({(m.name, m.split) for m in found}) == len(found), "no two numbers of a split have one name"
-    tasks = [m for m in found if m.name.startswith(("muse_", "tofu_", "wmdp", "mmlu"))]
+    result = dataclasses.replace(evaluator, original=original, retrained=retrained).measure(unlearned)
+    assert all(any(m.name.startswith(prefix) for m in result) for prefix in PREFIXES)
+    assert {m.name for m in result} - {m.name for m in alone} >= {"privleak", "muse_privleak", "tofu_forget_quality"}
+    assert len({(m.name, m.split) for m in result}) == len(result), "no two numbers of a split have one name"
+    tasks = [m for m in result if m.name.startswith(("muse_", "tofu_", "wmdp", "mmlu"))]
     assert all(m.revision.startswith("sha256:") and m.split == "test" for m in tasks)
-    for m in (*alone, *found):
+    for m in (*alone, *result):
         assert m.n >= 1 and math.isfinite(m.value), m
         if math.isfinite(m.low) and math.isfinite(m.high):
             assert m.low - 1e-9 <= m.value <= m.high + 1e-9, m
         else:
             assert "no interval" in m.note or "too few items" in m.note, m
-    return {m.name for m in found if math.isnan(m.low)}
+    return {m.name for m in result if math.isnan(m.low)}
 
 
 def test_every_number_has_n_and_an_interval_or_says_why_not(several, score):
@@ -131,10 +131,10 @@ def test_every_number_has_n_and_an_interval_or_says_why_not(several, score):
 def test_a_whole_evaluation_is_that_of_one_device(several, models, tmp_path):
     one_device, (expected, *_) = several
     evaluator = make_evaluator(tmp_path, count=3, mesh=make_mesh(jax.devices()[:4], data=2, expert=2))
-    found = evaluator.score(models[0], full=True)
+    result = evaluator.score(models[0], full=True)
     tasks = ["questions", "text", "verbatim", "memorization", "membership", "muse", "tofu", "multiple_choice"]
-    assert sorted(found) == sorted(expected) == sorted(tasks)
-    for name, scores in found.items():
+    assert sorted(result) == sorted(expected) == sorted(tasks)
+    for name, scores in result.items():
         assert scores.arrays.keys() == expected[name].arrays.keys()
         for path, wanted in expected[name].arrays.items():
             if any(part in path for part in EXACT) or wanted.dtype.kind in "bi":
@@ -144,7 +144,7 @@ def test_a_whole_evaluation_is_that_of_one_device(several, models, tmp_path):
         for part, lines in expected[name].items.items():
             texts, same = ([_words(line) for line in x] for x in (lines, scores.items[part]))
             assert texts == same
-    one, other = one_device.measure(expected), evaluator.measure(found)
+    one, other = one_device.measure(expected), evaluator.measure(result)
     assert [(m.name, m.split, m.n) for m in one] == [(m.name, m.split, m.n) for m in other]
     shares = [m.name.endswith("accuracy") or m.name.startswith(("wmdp", "mmlu")) for m in one]
     assert sum(shares) >= 6 and all(a.value == b.value for a, b, s in zip(one, other, shares, strict=True) if s)
