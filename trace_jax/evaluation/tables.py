@@ -25,8 +25,6 @@ def equal_forgetting(
       level, split, columns, and rows, the target model's first: each has name, reached, step (interpolated), lowest,
       the run's lowest forgetting, and values by column, empty where the level was not reached.
     """
-    if not fronts:
-        raise ValueError("there is no method to put in the table; give at least one front.")
     first = next(iter(fronts.values()))
     columns = [board.forgetting, *(name for name in board.utilities if name in first.measured), MEAN]
 
