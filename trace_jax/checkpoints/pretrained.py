@@ -55,8 +55,10 @@ def load_pretrained(
     accounting = account(checkpoint, config, family_of(config_json))
     specs = flat_specs(config)
     placing: dict[str, NamedSharding | None] = dict.fromkeys(specs)  # uncommitted on the default device
-    if shardings is not None or mesh is not None:
-        placing = dict(param_shardings(config, mesh)) if shardings is None else flatten(shardings)
+    if shardings is not None:
+        placing = flatten(shardings)
+    elif mesh is not None:
+        placing = dict(param_shardings(config, mesh))
     for name, sharding in placing.items():
         if sharding and specs[name].axes[0] == "layers" and sharding.spec[:1] not in ((), (None,)):
             raise ValueError(f"{name}: its layers can't be sharded ({sharding.spec}); shard another axis.")
