@@ -89,11 +89,11 @@ def protect(
         chose = np.zeros(room.shape, bool)
         np.put_along_axis(chose, indices[layer], True, axis=1)
         basis = [span(x[which], grip.null) for which in chose.T]
-        free = np.stack([np.sum(x**2, axis=1) - np.sum((x @ kept) ** 2, axis=1) for kept in basis], axis=1)
+        free = np.stack([np.sum(x**2, axis=1) - np.sum((x @ spanned) ** 2, axis=1) for spanned in basis], axis=1)
         bases.append(basis)
         bounds.append(np.where(chose | (free <= grip.null), np.inf, np.maximum(room - grip.margin, 0.0)).T)
-    rank = max(1, *(kept.shape[1] for basis in bases for kept in basis))
-    padded = [[np.pad(kept, ((0, 0), (0, rank - kept.shape[1]))) for kept in basis] for basis in bases]
+    rank = max(1, *(spanned.shape[1] for basis in bases for spanned in basis))
+    padded = [[np.pad(x, ((0, 0), (0, rank - x.shape[1]))) for x in basis] for basis in bases]
     arrays = (np.asarray(x, np.float32) for x in (padded, bounds))
     return Protection(inputs, *arrays, np.int32(grip.sweeps), np.int32(seed))
 
@@ -143,8 +143,8 @@ def span(inputs: np.ndarray, null: float) -> np.ndarray:
         squares, vectors = np.linalg.eigh(inputs.T @ inputs)
         return vectors[:, squares > null]
     squares, vectors = np.linalg.eigh(inputs @ inputs.T)  # the smaller of the two
-    kept = squares > null
-    return inputs.T @ (vectors[:, kept] / np.sqrt(squares[kept]))
+    large = squares > null
+    return inputs.T @ (vectors[:, large] / np.sqrt(squares[large]))
 
 
 def joined(flat: Mapping[str, Any], bias: bool) -> Any:
@@ -185,8 +185,8 @@ def keep_routers(
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Flat parameters with their routers `constrained`, and by how much a bound is still missed."""
     bias = protection.inputs.shape[-1] > original[ROUTER].shape[1]
-    kept, missed = constrained(joined(arrays, bias), joined(original, bias), protection, step, mesh=mesh)
-    return {**arrays, **parted(kept, bias)}, missed
+    routers, missed = constrained(joined(arrays, bias), joined(original, bias), protection, step, mesh=mesh)
+    return {**arrays, **parted(routers, bias)}, missed
 
 
 def constrained(

@@ -213,11 +213,11 @@ def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, 
     """
     trains = trained_specs(settings.model, state.trainable, mesh)
     others = (P() for _ in Constants._fields[1:])
-    kept: Any = Constants(param_specs(settings.model, mesh), *others)  # pyright: ignore[reportArgumentType] specs
+    constant_specs: Any = Constants(param_specs(settings.model, mesh), *others)  # pyright: ignore[reportArgumentType] specs
     sharded = jax.shard_map(
         functools.partial(gradient, settings=settings),
         mesh=mesh,
-        in_specs=(trains, P(), kept, P(BATCH_AXES)),
+        in_specs=(trains, P(), constant_specs, P(BATCH_AXES)),
         out_specs=(trains, P()),
     )
     read = constants._replace(masks=None, protection=None)
