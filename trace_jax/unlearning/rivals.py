@@ -94,8 +94,8 @@ def protect(
         bounds.append(np.where(chose | (free <= grip.null), np.inf, np.maximum(room - grip.margin, 0.0)).T)
     rank = max(1, *(spanned.shape[1] for basis in bases for spanned in basis))
     padded = [[np.pad(x, ((0, 0), (0, rank - x.shape[1]))) for x in basis] for basis in bases]
-    arrays = (np.asarray(x, np.float32) for x in (padded, bounds))
-    return Protection(inputs, *arrays, np.int32(grip.sweeps), np.int32(seed))
+    basis, bound = np.asarray(padded, np.float32), np.asarray(bounds, np.float32)
+    return Protection(inputs, basis, bound, np.int32(grip.sweeps), np.int32(seed))
 
 
 def check_router(config: ModelConfig, training: Collection[str]) -> None:
