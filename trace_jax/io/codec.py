@@ -63,7 +63,7 @@ def _decode(hint: Any, value: Any) -> Any:
         array = np.array(value)
         return array.astype(np.float64) if array.dtype == object else array
     if dataclasses.is_dataclass(hint):
-        return decode(hint, value)
+        return decode(typing.cast(type, hint), value)
     if origin is tuple:
         items = [arguments[0]] * len(value) if arguments[1:] == (...,) else arguments
         return tuple(_decode(item, v) for item, v in zip(items, value, strict=True))

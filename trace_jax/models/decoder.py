@@ -209,7 +209,8 @@ def forward(
         k, v = out["cache"]
         if num_layers is not None:
             k, v = jax.tree.map(lambda old, new: old.at[: len(new)].set(new), (cache.k, cache.v), (k, v))
-        cache = Cache(k, v, key_documents, key_positions, start + S)
+        places = {"documents": key_documents, "positions": key_positions, "index": start + S}
+        cache = dataclasses.replace(cache, k=k, v=v, **places)
     router = RouterOutput(**{name.removeprefix("router_"): out.get(name) for name in _ROUTER})
     return ModelOutput(logits, x if "hidden" in wanted else None, out.get("layers"), router, cache)
 

@@ -233,7 +233,7 @@ def _vocabulary(size: int, devices: int, head_DV, hidden_TD, targets_T) -> Vocab
 def _losses(fn, numbers, params, config: ModelConfig, hidden, targets, params_ref, hidden_ref, chunk_size) -> jax.Array:
     """f32 like `targets`: the values of `fn`, which gives (values, slopes)."""
     chunks, vocabulary_of, operands = _operands(config, chunk_size, params, hidden, targets, params_ref, hidden_ref)
-    return _values(chunks, partial(_chunk, vocabulary_of, fn), numbers, *operands).reshape(targets.shape)
+    return jnp.reshape(_values(chunks, partial(_chunk, vocabulary_of, fn), numbers, *operands), targets.shape)
 
 
 def _split(num_chunks: int, *arrays):
