@@ -73,21 +73,9 @@ def tiny_checkpoint(tiny_model, tmp_path_factory):
 
 
 WORDS = [
-    "river",
-    "stone",
-    "apple",
-    "cloud",
-    "lamp",
-    "tiger",
-    "violin",
-    "harbour",
-    "window",
-    "garden",
-    "candle",
-    "forest",
-    "mirror",
-    "ladder",
-]
+    "river", "stone", "apple", "cloud", "lamp", "tiger", "violin", "harbour", "window", "garden", "candle", "forest",
+    "mirror", "ladder",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

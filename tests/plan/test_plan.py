@@ -12,7 +12,6 @@ from trace_jax.config import as_dict, resolve
 from trace_jax.data.rows import Rows
 from trace_jax.main import main
 from trace_jax.models.arrays import abstract_params, count_params, flatten, init_params
-from trace_jax.models.families.published import PUBLISHED
 from trace_jax.models.model import Model
 from trace_jax.plan.machine import cpus, tpu_slice
 from trace_jax.plan.plan import mesh_of, meshes, plan, programs, ranked, shape_of
@@ -164,12 +163,6 @@ def test_search_takes_the_fewest_microbatches_that_fit_and_ranks_by_time(config,
 def test_meshes_divide_experts_and_heads(config):
     assert (2, 2, 2) in meshes(8, config.model) and (1, 8, 1) in meshes(8, config.model)
     assert all(np.prod(mesh) == 8 and mesh[2] <= 4 for mesh in meshes(8, config.model))
-
-
-def test_a_config_json_alone_is_enough(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["olmoe-1b-7b"]))
-    changed = resolve(ExperimentConfig, {**CONFIG, "model": {"path": str(tmp_path)}})
-    assert shape_of(changed.model).num_experts == 64
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is not installed")

@@ -91,6 +91,7 @@ def test_a_checkpoint_that_is_here_is_looked_at(tmp_path):
     (folder / "config.json").write_text(json.dumps(PUBLISHED["olmoe-1b-7b"]))
     checked = dry_run(config_of(tmp_path, model={"path": str(folder)}))
     assert len(checked.wrong) == 1 and "has neither model.safetensors" in checked.wrong[0]
+    assert "6,919,161,856 parameters" in checked.text  # of its config.json
     with pytest.raises(ConfigError, match=r"is no mixtral-8x7b \(model\.published\)"):
         dry_run(config_of(tmp_path, model={"path": str(folder), "published": "mixtral-8x7b"}))
 

@@ -5,7 +5,8 @@ import contextlib
 import jax
 import pytest
 
-from trace_jax.config import resolve
+from tests import tiny
+from trace_jax.config import as_dict, resolve
 from trace_jax.data.rows import train_tokenizer
 from trace_jax.io.files import read_json
 from trace_jax.parallel.mesh import ParallelConfig, make_mesh
@@ -40,25 +41,13 @@ def experiment(data, **changes):
         "name": "toy",
         "methods": ["uniform", "trace_rows"],
         "data": {"benchmark": "text", "row_length": 32, "vocab_size": VOCABULARY, **sources},
-        "model": {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 16,
-            "num_heads": 2,
-            "num_kv_heads": 2,
-            "head_size": 8,
-            "num_experts": 4,
-            "expert_hidden_size": 8,
-        },
+        "model": as_dict(tiny.CONFIG) | {"vocab_size": VOCABULARY, "num_kv_heads": 2},
         "target": {"steps": 8, "batch_size": 8, "checkpoint_every": 3},
         "unlearning": {
-            "steps": 6,
-            "forget_batch_size": 4,
-            "retain_batch_size": 4,
-            "evaluate_every": 3,
-            "checkpoint_every": 2,
+            "steps": 6, "forget_batch_size": 4, "retain_batch_size": 4, "evaluate_every": 3, "checkpoint_every": 2,
         },
         "evaluation": {"batch_size": 16, "levels": [0.99], **EVALUATION},
-    }
+    }  # fmt: skip
     for key, value in changes.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return resolve(ExperimentConfig, values)

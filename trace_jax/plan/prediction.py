@@ -21,16 +21,6 @@ _BOUNDS = {"compute": "matmul rate", "memory": "memory bandwidth", "interconnect
 
 
 @dataclasses.dataclass(frozen=True)
-class Exchange:
-    """All collectives of one kind: how many run, bytes that a device sends, seconds that this takes at least."""
-
-    kind: str
-    count: int
-    bytes: float
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Prediction:
     """Of one device; bytes, seconds and operations of one run of the program.
 
@@ -40,6 +30,8 @@ class Prediction:
       peak: all of these.  For a program that doesn't fit, what the compiler says that it would need, and the rest
         is None.
       flops: of matmuls.  memory_bytes: to and from main memory.
+      exchanges: of each kind of collective, its "kind", the "count" that runs, "bytes" that a device sends, and the
+        "seconds" that this takes at least.
       seconds: at the chip's limits, of "compute", "memory" and "interconnect", each alone.
     """
 
@@ -54,7 +46,7 @@ class Prediction:
     peak: int
     flops: float
     memory_bytes: float | None = None
-    exchanges: tuple[Exchange, ...] = ()
+    exchanges: tuple[dict[str, Any], ...] = ()
     unknown_loops: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -111,11 +103,12 @@ def predict(program: Program, chip: Chip, devices: Sequence[Any]) -> Prediction:
     for kind in COLLECTIVES:
         if found := [c for c in moved.collectives if c.kind == kind]:
             seconds = sum(c.bytes / min(exchange_rate(chip, group, places) for group in c.groups) for c in found)
-            exchanges.append(Exchange(kind, sum(c.count for c in found), sum(c.bytes for c in found), seconds))
+            count, sent = sum(c.count for c in found), sum(c.bytes for c in found)
+            exchanges.append({"kind": kind, "count": count, "bytes": sent, "seconds": seconds})
     times = {
         "compute": passes / chip.flops,
         "memory": moved.memory_bytes / chip.bandwidth,
-        "interconnect": sum(exchange.seconds for exchange in exchanges),
+        "interconnect": sum(exchange["seconds"] for exchange in exchanges),
     }
     stays = program.parameters, program.optimizer, inputs, temporaries, resident + inputs + temporaries
     return Prediction(*first, *stays, flops, moved.memory_bytes, tuple(exchanges), moved.unknown_loops, times)
@@ -195,9 +188,11 @@ def program_table(predictions: Sequence[Prediction], *, chips: int, price: float
     }
 
     def exchanged(kind: str) -> Callable[[Prediction], str]:
-        return lambda p: next((f"{e.count:,} x, {byte_size(e.bytes)}" for e in p.exchanges if e.kind == kind), "-")
+        return lambda p: next(
+            (f"{e['count']:,} x, {byte_size(e['bytes'])}" for e in p.exchanges if e["kind"] == kind), "-"
+        )
 
-    rows |= {kind: exchanged(kind) for kind in dict.fromkeys(e.kind for p in predictions for e in p.exchanges)}
+    rows |= {kind: exchanged(kind) for kind in dict.fromkeys(e["kind"] for p in predictions for e in p.exchanges)}
     for name, words in _BOUNDS.items():
         rows[f"time at {words}"] = lambda p, name=name: duration(p.seconds.get(name))
     rows |= {

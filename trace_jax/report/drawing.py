@@ -72,16 +72,15 @@ def inline(figure: Any, label: str, *, hidden: bool = False) -> Markup:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font: \1px system-ui, sans-serif", svg)
-    svg = re.sub(r'\bd="[^"]*"', lambda path: _rounded(path[0]), svg)
+    # Path data in hundredths of a unit, without line breaks: half the length.
+    svg = re.sub(
+        r'\bd="[^"]*"',
+        lambda d: re.sub(r"-?\d+\.\d+", lambda x: f"{round(float(x[0]), 2):g}", d[0]).replace("\n", ""),
+        svg,
+    )
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return Markup(svg)
-
-
-def _rounded(path: str) -> str:
-    """Path data in hundredths of a unit, without line breaks: half the length."""
-    path = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), path)
-    return path.replace("\n", "")
 
 
 class Style(NamedTuple):

@@ -1,15 +1,12 @@
 """A run, a study or a series as one HTML page that opens offline, drawn from its results."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from trace_jax.io.files import as_path, replacing
 from trace_jax.io.progress import flatten, format_interval, format_number, format_share, plain_name
 from trace_jax.report.drawing import TIMES_UNIFORM, method_styles, swatch
 from trace_jax.report.figures import Number, front_figures, row_plot, step_figures
@@ -21,15 +18,8 @@ EXPERT_COLUMNS = ("layer", "expert", "forget", "retain", "target", "weighted")
 _UNKNOWN = {"value": None, "n": None, "low": None, "high": None}
 
 
-def write_report(results: Mapping[str, Any], path: str | os.PathLike) -> Path:
-    """Writes the page to `path`. The file needs nothing beside it and no network; `results`: see `render`."""
-    with replacing(path) as temporary:
-        temporary.write_text(render(results), encoding="utf-8")
-    return as_path(path)
-
-
 def render(results: Mapping[str, Any]) -> str:
-    """The page as text.
+    """The page as text, which needs nothing beside it and no network.
 
     Args:
       results: the content of results.json, study.json or series.json, with what is beside it in the run directory. All

@@ -41,9 +41,9 @@ class DryRun:
     missing: list[str] = dataclasses.field(default_factory=list)
     wrong: list[str] = dataclasses.field(default_factory=list)
 
-    def look(self, use: str, source: str, check: Callable[[], str | None], absent: str, unusable: str) -> str:
+    def look(self, use: str, source: str, check: Callable[[], str | None], columns: str = "") -> str:
         """A line on a source: `check` may say what is here, and raises if it can't be used."""
-        said, data = absent, use.partition(",")[0]
+        data, said = use.partition(",")[0], f"must have the columns {columns}" if columns else "not looked at"
         try:
             if is_here(source):
                 said = check() or "can be used"
@@ -55,7 +55,7 @@ class DryRun:
                 self.missing.append(f"{data} data: {source} {where}")
         except (ValueError, OSError) as error:
             self.wrong.append(f"{data} data: {error}")
-            said = unusable
+            said = "can't be used" + (f": the columns must be {columns}" if columns else "")
         return f"{use}: {source}: {said}"
 
 
@@ -109,7 +109,7 @@ def _weights(config: ExperimentConfig, run: DryRun) -> str:
     return f"in {model.path}: every one of {len(accounting.readable):,} tensors has its place"
 
 
-def _sources(config: ExperimentConfig) -> Iterator[tuple[str, str, Callable[[], str | None], str, str]]:
+def _sources(config: ExperimentConfig) -> Iterator[tuple[Any, ...]]:
     """Every text that the run reads, as `DryRun.look` takes it. Of a corpus the first documents are read, else all."""
     data = config.data
     if isinstance(data, TextConfig):
@@ -122,28 +122,27 @@ def _sources(config: ExperimentConfig) -> Iterator[tuple[str, str, Callable[[], 
             short = f", {source.left_out} left out as shorter than {data.min_length} characters"
             return f"the first {count} documents are {' and '.join(kinds)}{short if source.left_out else ''}"
 
-        topics, columns = data.forget_sources, "text, or question and answer"
+        topics = data.forget_sources
         paths = {"forget" if len(topics) == 1 else f"forget, topic {n}": path for n, path in enumerate(topics)}
         paths |= {use: path for use in ("retain", "neighbour", "holdout") if (path := getattr(data, use))}
         for use, path in paths.items():
-            texts = f"must have the columns {columns}", f"can't be used: the columns must be {columns}"
-            yield use, path, functools.partial(first_documents, path), *texts
+            yield use, path, functools.partial(first_documents, path), "text, or question and answer"
 
     def readable(**task: Any) -> None:
         build_tasks(EvaluationConfig(**task))
 
-    texts, evaluation = ("not looked at", "can't be used"), config.evaluation
+    evaluation = config.evaluation
     if muse := evaluation.muse:  # one file stands for all
-        yield "evaluation, muse", part(muse.data, "verbmem", "forget"), lambda: readable(muse=muse), *texts
+        yield "evaluation, muse", part(muse.data, "verbmem", "forget"), lambda: readable(muse=muse)
     if tofu := evaluation.tofu:
         first = part(tofu.data, f"{tofu.forget}_perturbed", "train")
-        yield "evaluation, tofu", first, lambda: readable(tofu=tofu), *texts
+        yield "evaluation, tofu", first, lambda: readable(tofu=tofu)
     for name, path in (evaluation.multiple_choice.sources if evaluation.multiple_choice else {}).items():
         alone = MultipleChoiceConfig({name: path})
-        yield f"evaluation, {name}", path, functools.partial(readable, multiple_choice=alone), *texts
+        yield f"evaluation, {name}", path, functools.partial(readable, multiple_choice=alone)
     for name, attack in (config.attacks.chosen if config.attacks else {}).items():
         if attack.source:
-            yield f"attack, {name.replace('_', ' ')}", attack.source, attack.check_source, *texts
+            yield f"attack, {name.replace('_', ' ')}", attack.source, attack.check_source
 
 
 def _head(config: ExperimentConfig, model: ModelConfig, weights: str) -> str:

@@ -29,12 +29,13 @@ from trace_jax.io.files import (
     read_json,
     read_lines,
     remove,
+    replacing,
     shown,
     write_json,
 )
 from trace_jax.io.progress import say
 from trace_jax.parallel.processes import all_processes, barrier, broadcast_from_process_0
-from trace_jax.report.page import write_report
+from trace_jax.report.page import render
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.tasks.benchmarks import BENCHMARKS, scoreboard
@@ -90,11 +91,7 @@ def calibration_directory(workdir: Path, label: str) -> Path:
 
 
 def open_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Path:
-    """Makes or reopens a run directory and writes the resolved configuration into it.
-
-    Raises:
-      ConfigError: see `check_workdir`.
-    """
+    """Makes or reopens a run directory (`check_workdir`) and writes the resolved configuration into it."""
     path = as_path(workdir)
     replaces = check_workdir(config, path, overwrite=overwrite)
     barrier("the workdir as it was found")  # a process that is late must not see what is written now
@@ -197,7 +194,9 @@ def write_run_report(workdir: str | os.PathLike) -> str:
                 if (saved := read_json(calibration_directory(path, label) / "calibration.json")) is not None
             },
         }
-    return f"report: {shown(write_report(page, path / 'report.html'))}"
+    with replacing(path / "report.html") as temporary:
+        temporary.write_text(render(page), encoding="utf-8")
+    return f"report: {shown(path / 'report.html')}"
 
 
 def comparison_row(label: str, method: str, numbers: Mapping[str, Any], note: str, **rest: Any) -> dict[str, Any]:
@@ -209,7 +208,7 @@ def comparison_row(label: str, method: str, numbers: Mapping[str, Any], note: st
 def _rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
     """References as measured; methods where their front first comes down to the level, with interpolated intervals."""
     level, board = results["config"]["evaluation"]["levels"][0], scoreboard(results["benchmark"])
-    original = _on_test(results["references"]["target"])
+    original = on_test(results["references"]["target"])
     scales = {n: original[n].value if relative and n in original else 1.0 for n, relative in board.utilities.items()}
 
     def numbers(measured: Mapping[str, Interval]) -> dict[str, Any]:
@@ -218,12 +217,12 @@ def _rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
         return encode({"forgetting": measured.get(board.forgetting), "utilities": utilities})
 
     rest = {"kind": "reference", "reached": True, "step": None, "seeds": None, "note": ""}
-    rows = [{"method": f"{n} model", **numbers(_on_test(ms)), **rest} for n, ms in results["references"].items()]
+    rows = [{"method": f"{n} model", **numbers(on_test(ms)), **rest} for n, ms in results["references"].items()]
     for label, result in results["methods"].items():
         front = decode(Front, result["fronts"][SPLIT])
         read, lowest = crossing(front, level), int(np.argmin(front.forgetting))
         lines, measured = read_lines(path / "methods" / label / "metrics.jsonl"), {}
-        history = [_on_test(line["evaluation"]) for line in lines if "evaluation" in line]
+        history = [on_test(line["evaluation"]) for line in lines if "evaluation" in line]
         for name in set.intersection(*map(set, history)) if history else ():
             points = [evaluation[name] for evaluation in history]
             columns = (np.array([getattr(point, end) for point in points]) for end in ("value", "low", "high"))
@@ -237,7 +236,7 @@ def _rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _on_test(measurements: Iterable[Mapping[str, Any]]) -> dict[str, Interval]:
+def on_test(measurements: Iterable[Mapping[str, Any]]) -> dict[str, Interval]:
     """What was measured on the test split, by name."""
     return {
         m["name"]: decode(Interval, {field: m[field] for field in ("value", "low", "high", "n")})

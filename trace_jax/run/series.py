@@ -7,7 +7,7 @@ stopped, so a series does too.
 import argparse
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
 from trace_jax.data.sources import read_source
 from trace_jax.evaluation.tables import number_text
+from trace_jax.io.codec import encode
 from trace_jax.io.environment import describe
 from trace_jax.io.files import shown, write_json
 from trace_jax.io.progress import aligned, say
 from trace_jax.models.config import ModelConfig
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
-from trace_jax.run.directory import SPLIT, Stage, check_export, needed, open_workdir, write_run_report
+from trace_jax.run.directory import SPLIT, Stage, check_export, needed, on_test, open_workdir, write_run_report
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import RETRAINED, TARGET, load_model
 from trace_jax.run.methods import run
@@ -105,17 +106,18 @@ def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) ->
     runs = [(number, methods, directory, needed(directory / "results.json")) for number, methods, directory in steps]
     # What is relative to the start of a step is left out: in a sequence every step has another.
     relative = {board.forgetting, *board.utilities}
-    start = _on_test(runs[0][3]["references"]["target"])
+    start = on_test(runs[0][3]["references"]["target"])
     scores: dict[str, dict[str, list[float | None]]] = {}  # per step, by measurement and method
     notes = []
     for number, methods, _, results in runs:
         for method in methods:
             result = results["methods"][method]
             notes += [f"{method}, step {number}: {result['stopped']}"] * result["failed"]
-            for name, value in _on_test(result["measurements"]).items():
+            for name, measured in on_test(result["measurements"]).items():
                 if name not in relative:
-                    values = scores.setdefault(name, {}).setdefault(method, [start.get(name)])
-                    values += [None] * (number - len(values)) + [value]
+                    first = start[name].value if name in start else None
+                    values = scores.setdefault(name, {}).setdefault(method, [first])
+                    values += [None] * (number - len(values)) + [measured.value]
     lines = [["", "", "start", *(f"step {number + 1}" for number in range(len(series.forget)))]]
     for name, of_methods in scores.items():
         lines += [[name.replace("_", " "), m, *map(number_text, values)] for m, values in of_methods.items()]
@@ -140,7 +142,7 @@ def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) ->
                 }
                 for number, methods, directory, results in runs
             ],
-            "scores": scores,
+            "scores": encode(scores),
             "table": table,
         },
     )
@@ -148,12 +150,7 @@ def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) ->
     return f"{table}\n\nseries: {shown(path / 'series.json')}\n{write_run_report(path)}"
 
 
-def _on_test(measurements: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    return {m["name"]: m["value"] for m in measurements if m["split"] == SPLIT}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_process_arguments(parser)
+add_arguments = add_process_arguments
 
 
 def main(options: argparse.Namespace) -> int:
