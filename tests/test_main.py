@@ -59,7 +59,6 @@ BAD = [
     (["--config", "nowhere.py", "--workdir", "w"], "nowhere.py: no such config file"),
     ([*QUICK, "--config.unlearning.stepz=3"], "did you mean 'steps'"),
     ([*QUICK, "--config.name.x=3"], "name is a single setting"),
-    ([*QUICK, "--config.model.experts_per_token=99"], "only 16 experts"),
     (["--config", f"{QUICKSTART}:big", "--workdir", "w"], "has the variant 'attacks'; got 'big'"),
     (["--config", "configs/text.py:big", "--workdir", "w"], "has no variants, and 'big' is given"),
     (["--config", "configs/plan.py:big", "--workdir", "w"], "'big' is not a model whose shape is known here"),
@@ -69,10 +68,8 @@ BAD = [
     (["--config", "configs/text.py"], "data.forget is missing"),
     (TEXT, "model.path is empty; give the directory of a checkpoint: --config.model.path=DIR"),
     ([*QUICK, f"{OBJECTIVE}=npo", f"{OBJECTIVE}.nll_ceiling=3.0"], "nll_ceiling would have no effect"),
-    ([*QUICK, "--config.unlearning.nll_ceiling=3.0"], "write unlearning.objective.nll_ceiling"),
     ([*QUICK, "--num-processes", "2"], "--coordinator HOST:PORT, --process-id I: missing"),
     ([*QUICK, *PROCESSES, "--process-id", "2"], "--process-id is 2 of 2 processes; expected a number from 0 to 1"),
-    ([*TEXT, "--config.model.path=w", "--config.target.steps=3"], "target would have no effect: model.path names"),
     ([*TEXT, "--config.model.path=w"], "is no directory. A model of the Hugging Face hub is downloaded first"),
 ]
 

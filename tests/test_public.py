@@ -23,11 +23,7 @@ def bare(name):
 
 
 CALLS = [
-    (
-        "calibrate",
-        {"assignments": np.zeros((2, 2, 2)), "max_weight": None},
-        "max_weight is None (NoneType); expected a nu",
-    ),
+    ("calibrate", {"assignments": np.zeros((2, 2, 2)), "max_weight": None}, "max_weight is None (NoneType)"),
     ("unlearn", {"config": {}}, "config is {} (dict); expected UnlearningConfig."),
     ("unlearn", {"forget": ["text"]}, "forget is ['text'] (list); expected Rows."),
     ("unlearn", {"parallel": None}, "parallel is None (NoneType); expected ParallelConfig."),

@@ -4,13 +4,12 @@ There are no weights, data are small directories of the same columns, and nothin
 """
 
 import itertools
-import json
 import re
 
 import pytest
 from published import METHODS
 
-from tests.run.toy import SMALL, save_checkpoint
+from tests.run.toy import SMALL, WORDS, save_checkpoint, write_lines
 from trace_jax.config import ConfigError
 from trace_jax.data.published import PUBLISHED as DATASETS
 from trace_jax.evaluation.config import TofuConfig
@@ -39,12 +38,6 @@ FILES = {
 }  # fmt: skip
 
 
-def write_rows(file, row, count=2):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for _ in range(count)))
-    return str(file)
-
-
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
@@ -68,10 +61,10 @@ def local(tmp_path, monkeypatch):
         for task, files in FILES.items():
             if getattr(config.evaluation, task) is not None:
                 for file in files:
-                    write_rows(tmp_path / task / f"{file}.jsonl", ASKED)
+                    write_lines(tmp_path / task / f"{file}.jsonl", [ASKED] * 2)
                 overrides[f"evaluation.{task}.data"] = str(tmp_path / task)
         for source in config.evaluation.multiple_choice.sources if config.evaluation.multiple_choice else ():
-            file = write_rows(tmp_path / f"{source}.jsonl", CHOICES)
+            file = write_lines(tmp_path / f"{source}.jsonl", [CHOICES] * 2)
             overrides[f"evaluation.multiple_choice.sources.{source}"] = file
         return overrides
 
@@ -161,20 +154,18 @@ def test_published_numbers_reach_the_settings():
 def test_two_topics_are_unlearned_by_turns_from_a_tiny_checkpoint(tmp_path):
     """The settings of a benchmark, at another size: a run, its export, and the card that names both topics."""
     marks = {"bos_token_id": None, "eos_token_id": [2, 1], "pad_token_id": 2}  # no beginning, several ends
-    words = ["river", "stone", "apple", "cloud", "lamp", "tiger", "violin", "harbour", "window"]
     files = {}
     for order, name in enumerate(("bio", "cyber", "retain")):
-        texts = [" ".join(words[(i + j * (order + 2)) % 9] for j in range(30 + i)) for i in range(12)]
-        files[name] = tmp_path / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        texts = [" ".join(WORDS[(i + j * (order + 2)) % 9] for j in range(30 + i)) for i in range(12)]
+        files[name] = write_lines(tmp_path / f"{name}.jsonl", [{"text": text} for text in texts])
     overrides = {
         **SMALL,
         "model": {"path": str(save_checkpoint(tmp_path / "tiny", **marks)), "dtype": "float32"},
-        "data.forget": [str(files["bio"]), str(files["cyber"])],
-        "data.retain": str(files["retain"]),
+        "data.forget": [files["bio"], files["cyber"]],
+        "data.retain": files["retain"],
         "unlearning.topics": "alternating",
         **{
-            f"evaluation.multiple_choice.sources.{name}": write_rows(tmp_path / f"{name}.jsonl", CHOICES, 3)
+            f"evaluation.multiple_choice.sources.{name}": write_lines(tmp_path / f"{name}.jsonl", [CHOICES] * 3)
             for name in ("wmdp_bio", "wmdp_cyber", "mmlu")
         },
     }

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.run.toy import write_lines
 from trace_jax.config import ConfigError, resolve
 from trace_jax.main import main
 from trace_jax.models.families.published import PUBLISHED
@@ -11,13 +12,8 @@ from trace_jax.run.check import FIRST, dry_run
 from trace_jax.run.experiment import ExperimentConfig
 
 
-def write(path, items):
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return str(path)
-
-
 def config_of(tmp_path, *, model=None, unlearning=None, attacks=None, evaluation=None, **data):
-    retain = write(tmp_path / "retain.jsonl", [{"text": f"public {i}"} for i in range(3)])
+    retain = write_lines(tmp_path / "retain.jsonl", [{"text": f"public {i}"} for i in range(3)])
     settings = {"benchmark": "text", "retain": retain, "forget": str(tmp_path / "forget.jsonl"), **data}
     model = model or {"path": "", "published": "olmoe-1b-7b"}
     sections = {"name": "x", "methods": ["uniform"], "data": settings, "model": model, "attacks": attacks}
@@ -44,22 +40,24 @@ def test_a_length_in_epochs_waits_for_the_data(tmp_path):
 
 
 def test_everything_that_is_wrong_is_found_at_once(tmp_path):
-    forget = write(tmp_path / "forget.jsonl", [{"txt": "x"}])
-    holdout = write(tmp_path / "holdout.jsonl", [{"question": "x"}])
+    forget = write_lines(tmp_path / "forget.jsonl", [{"txt": "x"}])
+    holdout = write_lines(tmp_path / "holdout.jsonl", [{"question": "x"}])
     checked = dry_run(config_of(tmp_path, forget=forget, holdout=holdout))
     assert [line.partition(":")[0] for line in checked.wrong] == ["forget data", "holdout data"]
     assert "forget.jsonl:1: the keys are txt" in checked.wrong[0] and "the keys are question" in checked.text
 
 
 def test_the_first_documents_are_looked_at_and_no_more(tmp_path):
-    forget = write(tmp_path / "forget.jsonl", [{"text": f"secret {i}"} for i in range(FIRST)] + [{"wrong": "key"}])
+    forget = write_lines(
+        tmp_path / "forget.jsonl", [{"text": f"secret {i}"} for i in range(FIRST)] + [{"wrong": "key"}]
+    )
     text = dry_run(config_of(tmp_path, forget=[forget, forget])).text
     assert f"forget, topic 1: {forget}: the first {FIRST} documents are {FIRST} texts" in text
 
 
 def test_text_that_attacks_read_is_looked_at(tmp_path):
-    benign = write(tmp_path / "benign.jsonl", [{"text": "harmless"}])
-    asked = write(tmp_path / "asked.jsonl", [{"prompt": "What is it?"}])
+    benign = write_lines(tmp_path / "benign.jsonl", [{"text": "harmless"}])
+    asked = write_lines(tmp_path / "asked.jsonl", [{"prompt": "What is it?"}])
     here = dry_run(config_of(tmp_path, attacks={"benign_relearning": {"source": benign}, "prompting": {}}))
     assert f"attack, benign relearning: {benign}: can be used" in here.text and here.wrong == []
     checked = dry_run(
@@ -73,7 +71,7 @@ def test_text_that_attacks_read_is_looked_at(tmp_path):
 
 def test_benchmarks_that_are_not_there_or_no_questions_are_found(tmp_path):
     asked = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 4, "subject": "virology"}
-    sources = {"wmdp_bio": "nowhere", "mmlu": write(tmp_path / "mmlu.jsonl", [asked])}
+    sources = {"wmdp_bio": "nowhere", "mmlu": write_lines(tmp_path / "mmlu.jsonl", [asked])}
     tasks = {"muse": {"data": "muse"}, "tofu": {"data": "tofu", "forget": "forget05"}}
     checked = dry_run(config_of(tmp_path, evaluation={**tasks, "multiple_choice": {"sources": sources}}))
     assert checked.missing[2:] == [
@@ -103,7 +101,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(tmp_path):
 
 def test_the_command_needs_no_workdir_and_ends_with_2_for_wrong_data(tmp_path, capsys, request, monkeypatch):
     monkeypatch.chdir(request.config.rootpath)
-    text = ["--config", "configs/text.py", "--dry-run", f"--config.data.retain={write(tmp_path / 'r.jsonl', [])}"]
+    text = ["--config", "configs/text.py", "--dry-run", f"--config.data.retain={write_lines(tmp_path / 'r.jsonl', [])}"]
     assert main([*text, "--config.data.forget=nowhere.jsonl"]) == 2
     out = capsys.readouterr().out
     assert "wrong:\n  retain data:" in out and "missing to run:\n  forget data: nowhere.jsonl is not there" in out

@@ -157,9 +157,6 @@ def test_a_run_is_exported_if_its_checkpoint_is_the_same_however_its_settings_we
     ("spoil", "message"),
     [
         (lambda c: (c / "tokenizer.json").unlink(), r"tokenizer\.json is missing.*AutoTokenizer.*save_pretrained"),
-        (lambda c: (c / "config.json").unlink(), r"config\.json is missing"),
-        (lambda c: write_json(c / "config.json", {"model_type": "llama"}), r"model_type is 'llama'; supported: afmoe"),
-        (lambda c: shutil.rmtree(c), r"copy is no directory.*hf download"),
         (
             lambda c: write_json(c / "config.json", {**read_json(c / "config.json"), "vocab_size": 200}),
             r"gives the id \d+, but the model knows 200 tokens",

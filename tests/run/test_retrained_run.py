@@ -1,18 +1,15 @@
 """A run from a checkpoint whose retrained twin is given: MUSE's scores from files to results.json."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 
-from tests.run.toy import SMALL, save_checkpoint
+from tests.run.toy import SMALL, WORDS, save_checkpoint, write_lines
 from trace_jax.config import ConfigError
 from trace_jax.io.files import read_json, read_lines
 from trace_jax.run.experiment import load_config
 from trace_jax.run.methods import run
-
-WORDS = ["river", "stone", "apple", "cloud", "lamp", "tiger", "violin", "harbour", "window"]
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +26,12 @@ def muse(tmp_path_factory):
     def words(count):
         return " ".join(rng.choice(WORDS, count))
 
-    def write(name, make, count):
-        file = directory / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("".join(json.dumps(make()) + "\n" for _ in range(count)))
-
-    for s in ("forget", "retain"):
-        write(f"knowmem/{s}_qa.jsonl", lambda: {"question": words(3), "answer": words(1)}, 2)
-        write(f"knowmem/{s}_qa_icl.jsonl", lambda: {"question": words(3), "answer": words(1)}, 2)
-    write("verbmem/forget.jsonl", lambda: {"prompt": words(5), "gt": words(9)}, 2)
+    for name in ("forget_qa", "forget_qa_icl", "retain_qa", "retain_qa_icl"):
+        asked = [{"question": words(3), "answer": words(1)} for _ in range(2)]
+        write_lines(directory / "knowmem" / f"{name}.jsonl", asked)
+    write_lines(directory / "verbmem/forget.jsonl", [{"prompt": words(5), "gt": words(9)} for _ in range(2)])
     for side in ("forget", "holdout"):
-        write(f"privleak/{side}.jsonl", lambda: {"text": words(10)}, 4)
+        write_lines(directory / "privleak" / f"{side}.jsonl", [{"text": words(10)} for _ in range(4)])
     return directory
 
 

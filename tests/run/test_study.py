@@ -54,12 +54,6 @@ def test_every_objective_has_its_own_grid_and_only_settings_that_it_reads(data):
     assert rmu.steps == config.unlearning.steps
 
 
-@pytest.mark.parametrize("objectives", [{"npoo": {}}, {"npo": 3}])
-def test_unknown_objectives_are_refused(data, objectives):
-    with pytest.raises(ConfigError, match="expected settings by name, for objectives of gradient_ascent, "):
-        experiment(data, study={"objectives": objectives})
-
-
 FRONT = {"steps": [0, 1], "forgetting": [1.0, 0.5], "utilities": {"mean_utility": [1.0, 0.9]}, "measured": {}}
 
 

@@ -1,6 +1,7 @@
 """Whole experiments on a toy scale: on a model that is trained here, and on tiny checkpoints with a tokenizer."""
 
 import contextlib
+import json
 
 import jax
 import pytest
@@ -13,6 +14,7 @@ from trace_jax.parallel.mesh import ParallelConfig, make_mesh
 from trace_jax.run.experiment import ExperimentConfig
 
 VOCABULARY = 320
+WORDS = ["river", "stone", "apple", "cloud", "lamp", "tiger", "violin", "harbour", "window"]
 EVALUATION = {"max_rows": 8, "max_prompts": 4, "max_gradients": 0, "bootstrap": 100}
 # For configs/huggingface.py and those like it.
 SMALL = {
@@ -60,9 +62,15 @@ def save_checkpoint(directory, family="olmoe", **changes):
     directory.mkdir(exist_ok=True)
     model = tiny_checkpoints.build(family, vocab_size=VOCABULARY, **changes)
     tiny_checkpoints.save(model, family, directory)
-    words = "river stone apple cloud lamp tiger violin harbour window"
-    train_tokenizer([words] * 3, VOCABULARY).save(str(directory / "tokenizer.json"))
+    train_tokenizer([" ".join(WORDS)] * 3, VOCABULARY).save(str(directory / "tokenizer.json"))
     return directory
+
+
+def write_lines(file, items):
+    """Writes a JSON Lines file and the folders above it. Returns its path as text."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return str(file)
 
 
 def numbers(path):
