@@ -45,6 +45,10 @@ def render(results: Mapping[str, Any]) -> str:
     measured = {m: r["routing"] for m, r in methods.items() if frequency and "quantities" in r.get("routing", {})}
     styles = method_styles([*fronts, *(m for values in scores.values() for m in values)], BASELINE)
     target = next((row for row in rows if row["kind"] == "reference"), None)
+    certificates = {}
+    for name, certificate in results.get("certificates", {}).items():  # the largest gap of forget and retain first
+        experts = zip(*(certificate[column] for column in EXPERT_COLUMNS), strict=True)
+        certificates[name] = {**certificate, "experts": sorted(experts, key=lambda e: -abs(e[2] - e[3]))}
 
     def legend(names: Iterable[str], place: str) -> list[tuple[str, Markup]]:
         return [(name, swatch(styles[name], f"{name} {place}")) for name in names]
@@ -66,7 +70,7 @@ def render(results: Mapping[str, Any]) -> str:
         "measured": list(measured.values()), "most_maps": MOST_METHODS,
         "routing": routing_groups(measured, frequency, styles) if measured and frequency else (),
         "routing_legend": legend(measured, "routing"),
-        "certificates": {m: {**c, "experts": _experts(c)} for m, c in results.get("certificates", {}).items()},
+        "certificates": certificates,
         "expert_columns": EXPERT_COLUMNS,
         "measurements": _measurements(results),
         "trained": {m: r["trained"] for m, r in methods.items() if "trained" in r},
@@ -167,16 +171,9 @@ def _number(measurements: Sequence[Mapping[str, Any]], name: str) -> Number:
     return next((m for m in measurements if m["name"] == name and m["split"] == SPLIT), _UNKNOWN)
 
 
-def _experts(certificate: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """`EXPERT_COLUMNS` of the matched experts, those with the largest gap between forget and retain first."""
-    experts = zip(*(certificate[name] for name in EXPERT_COLUMNS), strict=True)
-    return sorted(experts, key=lambda expert: -abs(expert[2] - expert[3]))
-
-
 def _measurements(results: Mapping[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
     """Every list of measurements in results.json or series.json, by what was measured."""
-    lists = {f"{name} model": measured for name, measured in results.get("references", {}).items()}
-    methods = results.get("methods", {})
+    lists, methods = {f"{n} model": ms for n, ms in results.get("references", {}).items()}, results.get("methods", {})
     lists |= {label: result["measurements"] for label, result in methods.items()}
     for label, result in methods.items():
         for name, attack in result.get("attacks", {}).items():
