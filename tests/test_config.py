@@ -8,12 +8,12 @@ import ml_collections
 import pytest
 
 from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.config import ConfigError, Section, Variant, as_dict, fingerprint, option, resolve
+from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
 from trace_jax.models.config import ModelConfig
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.objectives import NPO, SimNPO
+from trace_jax.unlearning.objectives import NPO, GradientDifference, SimNPO
 from trace_jax.unlearning.optimizer import TrainingConfig
 
 
@@ -29,6 +29,9 @@ WRONG = [
     ({"unlearning": {"steps": -1}}, r"unlearning\.steps is -1; expected a value at least 0"),
     ({"unlearning": {"alpha": float("nan")}}, r"unlearning\.alpha is not a number"),
     ({"unlearning": {"objective": "npoo"}}, r"unlearning\.objective is 'npoo'; .* did you mean 'npo'"),
+    ({"unlearning": {"objective": 3}}, r"unlearning\.objective is 3 \(int\); expected one of gradient_ascent, "),
+    ({"unlearning": {"objective": {"name": "npo", "bta": 1}}}, r"unlearning\.objective\.bta: .* did you mean 'beta'"),
+    ({"unlearning": {"objective": {"nll_ceiling": -1}}}, r"unlearning\.objective\.nll_ceiling is -1"),
     ({"unlearning": {"beta": 0.1}}, r"unlearning\.beta: .* write unlearning\.objective\.beta"),
     ({"calibration": {"tau": 1.5}}, r"calibration\.tau: .* write calibration\.rule\.tau"),
     ({"calibration": {"stength": 0.5}}, r"calibration\.stength: .* did you mean 'strength'"),
@@ -43,7 +46,6 @@ WRONG = [
         {"data": {"benchmark": "presidents", "forget_substances": 9}},
         r"data\.forget_substances would have no effect: it belongs to handbook",
     ),
-    ({"data": 3}, r"data is 3 \(int\)"),
     (
         {"model": {"path": "x", "hidden_size": 8}},
         r"model\.hidden_size: there is no setting .* Known here: dtype, .*path",
@@ -143,55 +145,18 @@ def test_the_two_presets_of_trace():
     assert trace.ridge == rows.ridge == 1e-3 and trace.max_weight == rows.max_weight == 50.0
 
 
-class Shape(Variant):
-    """A base of variants."""
-
-
-class Circle(Shape, name="circle"):
-    radius: float = option(1.0, help="radius", minimum=0.0)
-
-
-class Box(Shape, name="box"):
-    width: float = option(2.0, help="width")
-    depth: float = option(3.0, help="depth")
-
-
-class Drawing(Section):
-    shape: Shape = option("circle", help="what is drawn")
-    scale: float = option(1.0, help="scale")
-
-
 @pytest.mark.parametrize(
-    "given, expected",
+    ("values", "expected"),
     [
-        ({}, Circle(1.0)),
-        ({"shape": "box"}, Box()),
-        ({"shape": {"name": "box", "depth": 1}}, Box(depth=1.0)),
-        ({"shape": {"radius": 4}}, Circle(4.0)),  # of the default
-        ({"shape": Box(5.0)}, Box(5.0)),
+        ({}, GradientDifference()),
+        ({"objective": "npo"}, NPO()),
+        ({"objective": {"name": "npo", "beta": 1}}, NPO(beta=1.0)),
+        ({"objective": {"nll_ceiling": 4}}, GradientDifference(nll_ceiling=4.0)),  # of the default
+        ({"objective": NPO(beta=5.0)}, NPO(beta=5.0)),
     ],
 )
-def test_a_variant_is_given_by_name_or_with_its_settings(given, expected):
-    drawing = resolve(Drawing, given)
-    assert drawing.shape == expected
-    assert as_dict(drawing)["shape"]["name"] == expected.name
-    assert resolve(Drawing, as_dict(drawing)) == drawing
-
-
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ({"shape": "bix"}, "shape is 'bix'.*did you mean 'box'"),
-        (
-            {"shape": {"name": "circle", "depth": 1}},
-            "shape.depth would have no effect: it belongs to box, not to circle",
-        ),
-        ({"shape": {"name": "box", "dept": 1}}, "shape.dept: there is no setting.*did you mean 'depth'"),
-        ({"radius": 2.0}, "radius: it belongs to shape; write shape.radius"),
-        ({"shape": 3}, "shape is 3 .int.; expected one of circle, box"),
-        ({"shape": {"radius": -1}}, "shape.radius is -1"),
-    ],
-)
-def test_a_variant_that_cannot_be_is_refused(given, message):
-    with pytest.raises(ConfigError, match=message):
-        resolve(Drawing, given)
+def test_a_variant_is_given_by_name_or_with_its_settings(values, expected):
+    config = resolve(UnlearningConfig, values)
+    assert config.objective == expected
+    assert as_dict(config)["objective"]["name"] == expected.name
+    assert resolve(UnlearningConfig, as_dict(config)) == config
