@@ -23,9 +23,9 @@ COMMANDS = {
     "run": ("run.methods", "unlearns with every method of an experiment, measures and reports", "config workdir"),
     "study": ("run.study", "compares methods over settings and seeds", "config workdir"),
     "series": ("run.series", "unlearns several forget sets, one after another", "config workdir"),
-    "report": ("run.directory", "writes the report of a finished run again", ""),
+    "report": ("run.directory", "writes the report of a finished run again", "finished"),
     "evaluate": ("run.evaluate", "measures a checkpoint on the tasks of an experiment", "config"),
-    "export": ("run.export", "writes an unlearned model as a Hugging Face checkpoint", ""),
+    "export": ("run.export", "writes an unlearned model as a Hugging Face checkpoint", "finished"),
     "lm-eval": ("run.lm_eval", "runs tasks of lm-eval on a checkpoint, or on a model of a run", ""),
     "verify": ("checkpoints.verify", "accounts for every tensor of a checkpoint; compares it with transformers", ""),
     "plan": ("plan.plan", "says what an experiment takes on a machine that need not be there", "config"),
@@ -84,6 +84,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         where = "for its artefacts (or gs://BUCKET/NAME); made if missing; default: runs/ and the experiment's name"
         parser.add_argument("--workdir", metavar="DIR", help=where)
         parser.add_argument("--overwrite", action="store_true", help="replace a workdir of another corpus or model")
+    if "finished" in shared:
+        parser.add_argument("--workdir", required=True, metavar="DIR", help="a finished run, or gs://BUCKET/NAME")
     if hasattr(command, "add_arguments"):
         command.add_arguments(parser)
     parser.set_defaults(main=command.main)

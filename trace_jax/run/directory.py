@@ -290,10 +290,6 @@ def refresh(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
     return f"{results['table']}\n\n{write_run_report(path)}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="a finished run, here or at gs://BUCKET/NAME")
-
-
 def main(options: argparse.Namespace) -> int:
     print(write_run_report(options.workdir))
     return 0

@@ -132,21 +132,14 @@ def export_run(
       label: the method; needed where the run has several.
 
     Raises:
-      ConfigError: no such run or method; the checkpoint that the run started from has changed.
+      ConfigError: the label is "target"; see also `find_model`.
     """
     if label == TARGET:
         raise ConfigError("the target model isn't exported: it is what the run started from. Name a method.")
     run = find_model(workdir, label)
-    export_model(run.config, run.workdir, run.label, run.load(), output, overwrite=overwrite)
+    say(f"export of {run.label}: writing {output}")
+    save_pretrained(run.load(), output, card=model_card(run.config, run.workdir, run.label), overwrite=overwrite)
     return f"export: {Path(output).resolve()}"
-
-
-def export_model(
-    config: ExperimentConfig, workdir: Path, label: str, model: Model, output: str | os.PathLike, *, overwrite: bool
-) -> None:
-    """Writes `model`, made by `methods/LABEL`, with a card that says what was done to it."""
-    say(f"export of {label}: writing {output}")
-    save_pretrained(model, output, card=model_card(config, workdir, label), overwrite=overwrite)
 
 
 def model_card(config: ExperimentConfig, workdir: Path, label: str) -> ModelCard:
@@ -181,7 +174,6 @@ def model_card(config: ExperimentConfig, workdir: Path, label: str) -> ModelCard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="a finished run, here or at gs://BUCKET/NAME")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the checkpoint goes; made")
     parser.add_argument("--method", metavar="LABEL", help="whose model; needed where the run has several methods")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from trace_jax.attacks.attack import Case, Context
+from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import as_dict, fingerprint
 from trace_jax.evaluation.fronts import MEAN, front_from_history
 from trace_jax.evaluation.intervals import Measurement
@@ -30,7 +31,7 @@ from trace_jax.routing.config import CalibrationConfig, Entropy, Permuted, Ratio
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
 from trace_jax.run.directory import Stage, needed, refresh
 from trace_jax.run.experiment import ExperimentConfig, Method
-from trace_jax.run.export import UNLEARNED, export_model, load_unlearned, save_unlearned
+from trace_jax.run.export import UNLEARNED, load_unlearned, model_card, save_unlearned
 from trace_jax.run.prepare import Prepared, prepare, retrained_identity
 from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.rules import Evaluated
@@ -80,7 +81,9 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
         stage.invalidate()
 
     def export() -> None:
-        export_model(config, path, label, load_unlearned(path, label, prepared.target), output, overwrite=True)
+        say(f"export of {label}: writing {output}")
+        model = load_unlearned(path, label, prepared.target)
+        save_pretrained(model, output, card=model_card(config, path, label), overwrite=True)
 
     stage.run(export, f"export of {label}")
     return f"{text}\nexport: {shown(output)}"
