@@ -17,11 +17,6 @@ FUNCTIONS = [
 ]
 
 
-def bare(name):
-    """An instance of a public class, with nothing in it."""
-    return object.__new__(getattr(trace_jax, name))
-
-
 CALLS = [
     ("calibrate", {"assignments": np.zeros((2, 2, 2)), "max_weight": None}, "max_weight is None (NoneType)"),
     ("unlearn", {"config": {}}, "config is {} (dict); expected UnlearningConfig."),
@@ -42,7 +37,8 @@ CALLS = [
 @pytest.mark.parametrize(("name", "given", "message"), CALLS, ids=[f"{name}-{next(iter(a))}" for name, a, _ in CALLS])
 def test_an_argument_of_another_type_is_answered_in_one_sentence(name, given, message):
     function = getattr(trace_jax, name)
-    right = {"model": bare("Model"), "forget": bare("Rows"), "retain": bare("Rows"), "config": bare("UnlearningConfig")}
+    kinds = {"model": "Model", "forget": "Rows", "retain": "Rows", "config": "UnlearningConfig"}
+    right: dict = {key: object.__new__(getattr(trace_jax, kind)) for key, kind in kinds.items()}
     right |= {"selected": np.zeros(2), "target": np.zeros(2), "prompts": ["text"], "max_new_tokens": 2, "batch_size": 2}
     right["workdir"] = "runs/a"
     arguments = {key: value for key, value in right.items() if key in inspect.signature(function).parameters}

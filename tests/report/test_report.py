@@ -29,10 +29,7 @@ def measured(value, name="forget_accuracy", **rest):
 
 
 def row(method, value, *, kind="method", reached=True, half_width=0.03):
-    utilities = {
-        "neighbour_accuracy": number(value, 600, half_width),
-        "general_utility": number(0.98, 96, 0.004),
-    }
+    utilities = {"neighbour_accuracy": number(value, 600, half_width), "general_utility": number(0.98, 96, 0.004)}
     return {
         "method": method, "kind": kind, "forgetting": number(0.5), "utilities": utilities, "reached": reached,
         "step": 28, "seeds": 2, "note": "",

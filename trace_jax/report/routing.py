@@ -48,7 +48,7 @@ class Group(NamedTuple):
 def corpus_figures(frequency: Mapping[str, Any]) -> list[Figure]:
     """Heat maps of the forget set, of the retain set, and of it after each calibration, selected experts outlined.
 
-    `frequency`: as `trace_jax.report.render` takes it.
+    `frequency`: as `trace_jax.report.page.render` takes it.
     """
     maps: Maps = {"Forget set": (None, frequency["forget"]), "Retain set, before": (None, frequency["retain"])}
     maps |= {f"Retain set, calibrated by {m}": (m, values) for m, values in frequency["calibrated"].items()}
