@@ -79,7 +79,7 @@ def traffic(text: str, num_devices: int) -> Traffic:
     """Reads a compiled module's text (`compiled.as_text()`), which is the program of one device."""
     computations, entry = _parse(text)
     times, unknown = _times(computations, entry)
-    total, found = 0.0, {}
+    total, sums = 0.0, {}
     for name, (count, fused) in times.items():
         around = computations[name]
         for instruction in around.values():
@@ -87,11 +87,11 @@ def traffic(text: str, num_devices: int) -> Traffic:
             if kind in COLLECTIVES:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
                 groups = _groups(instruction.attributes, num_devices)
-                runs, sent = found.get((kind, groups), (0, 0.0))
-                found[kind, groups] = runs + count, sent + count * _sent(kind, instruction, around, len(groups[0]))
+                runs, sent = sums.get((kind, groups), (0, 0.0))
+                sums[kind, groups] = runs + count, sent + count * _sent(kind, instruction, around, len(groups[0]))
             if not fused:
                 total += count * _memory_bytes(instruction, around, computations)
-    collectives = [Collective(*key, *counted) for key, counted in found.items() if len(key[1][0]) > 1]
+    collectives = [Collective(*key, *counted) for key, counted in sums.items() if len(key[1][0]) > 1]
     return Traffic(total, tuple(sorted(collectives, key=lambda c: (COLLECTIVES.index(c.kind), -c.bytes))), unknown)
 
 
@@ -117,17 +117,17 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
 
 def arrays(type_text: str) -> list[Array]:
     """The arrays of a type, tuples flattened."""
-    found = []
+    listed = []
     for dtype, digits, shape, layout in re.findall(r"\b([a-z]+(\d*)\w*)\[([\d,]*)\](\{[^}]*\})?", type_text):
         bits = _BITS.get(dtype, int(digits or 32))
         elements = math.prod(int(n) for n in shape.split(",") if n)
         space = re.search(r"S\((\d+)\)", layout)
-        found.append(Array(-(-elements * bits // 8), space is None or space[1] == "0"))
-    return found
+        listed.append(Array(-(-elements * bits // 8), space is None or space[1] == "0"))
+    return listed
 
 
-def _bytes(found: Iterable[Array], *, in_memory: bool = False) -> int:
-    return sum(array.bytes for array in found if array.in_memory or not in_memory)
+def _bytes(listed: Iterable[Array], *, in_memory: bool = False) -> int:
+    return sum(array.bytes for array in listed if array.in_memory or not in_memory)
 
 
 def _source(instruction: Instruction, inside: Computation) -> Instruction:

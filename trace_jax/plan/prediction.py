@@ -101,9 +101,9 @@ def predict(program: Program, chip: Chip, devices: Sequence[Any]) -> Prediction:
     places = [tuple(d.coords) if chip.torus else (d.id // chip.node,) if chip.node else () for d in devices]
     exchanges = []
     for kind in COLLECTIVES:
-        if found := [c for c in moved.collectives if c.kind == kind]:
-            seconds = sum(c.bytes / min(exchange_rate(chip, group, places) for group in c.groups) for c in found)
-            count, sent = sum(c.count for c in found), sum(c.bytes for c in found)
+        if alike := [c for c in moved.collectives if c.kind == kind]:
+            seconds = sum(c.bytes / min(exchange_rate(chip, group, places) for group in c.groups) for c in alike)
+            count, sent = sum(c.count for c in alike), sum(c.bytes for c in alike)
             exchanges.append({"kind": kind, "count": count, "bytes": sent, "seconds": seconds})
     times = {
         "compute": passes / chip.flops,
@@ -116,10 +116,10 @@ def predict(program: Program, chip: Chip, devices: Sequence[Any]) -> Prediction:
 
 def _needed(error: Exception) -> int:
     """Bytes that a program would need, from the compiler's refusal; the error itself if it refused otherwise."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
+    match = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or match is None:
         raise error
-    number, unit = (part for part in found.groups() if part)
+    number, unit = (part for part in match.groups() if part)
     return int(float(number) * 1024 ** (1 + "KMGT".index(unit)))
 
 
@@ -206,11 +206,11 @@ def program_table(predictions: Sequence[Prediction], *, chips: int, price: float
     return "\n".join(aligned([[name, *map(text, predictions)] for name, text in rows.items()]))
 
 
-def search_table(found: Sequence[tuple[str, Prediction]], *, chips: int, price: float | None) -> str:
+def search_table(layouts: Sequence[tuple[str, Prediction]], *, chips: int, price: float | None) -> str:
     """One row per layout, as they come."""
     head = ["mesh, microbatches", "peak memory", "of capacity", "least time", "bound by", "no overlap"]
     rows = [[*head, "cost of 1,000 steps"]]
-    for name, p in found:
+    for name, p in layouts:
         times = (duration(p.least), _BOUNDS[p.bound], duration(p.most)) if p.seconds else ("-", "-", "-")
         rows.append([name, byte_size(p.peak), _share(p), *times, "-" if price is None else _cost(p, chips, price)])
     return "\n".join(aligned(rows))

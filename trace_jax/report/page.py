@@ -126,13 +126,13 @@ def _attacks(results: Mapping[str, Any], measure: str) -> dict[str, Any] | None:
     def cell(label: str, point: Mapping[str, Any]) -> dict[str, Any]:
         value = _number(point["measurements"], measure)
         back = recovered(value["value"], after[label]["value"], before["value"])
-        found = {**value, "at": point["at"], "back": "" if back is None else f"{round(100 * back)} % back"}
+        shown = {**value, "at": point["at"], "back": "" if back is None else f"{round(100 * back)} % back"}
         if "original" in point:  # asked in another way, so that before and after are not comparable
-            found["back"] = f"original: {format_number(_number(point['original'], measure)['value'])}"
+            shown["back"] = f"original: {format_number(_number(point['original'], measure)['value'])}"
         if "retrained" in point:
-            found["control"] = _number(point["retrained"], measure)
-            found["retrained"] = f"retrained: {format_number(found['control']['value'])}"
-        return found
+            shown["control"] = _number(point["retrained"], measure)
+            shown["retrained"] = f"retrained: {format_number(shown['control']['value'])}"
+        return shown
 
     lines = [("before unlearning", "", [before] * len(methods)), ("after unlearning", "", list(after.values()))]
     rows: dict[str, dict[str | None, Number]] = {"before unlearning": {"": before}, "after unlearning": {**after}}

@@ -251,7 +251,7 @@ def _frequency(path: Path, labels: Iterable[str]) -> dict[str, Any] | None:
     if not all(file.exists() for file in files):
         return None
     forget, retain = map(ExpertStatistics.load, files)
-    found = {
+    frequency = {
         "forget": forget.frequency, "retain": retain.frequency, "layers": forget.layers,
         "uniform": forget.top_k / forget.counts.shape[1], "calibrated": {}, "selected": {},
     }  # fmt: skip
@@ -259,8 +259,8 @@ def _frequency(path: Path, labels: Iterable[str]) -> dict[str, Any] | None:
         file = calibration_directory(path, label) / "weights.npz"
         with local_copy(file) as local, np.load(local, allow_pickle=False) as arrays:
             if "frequency" in arrays and arrays["selected"].any():
-                found["calibrated"][label], found["selected"][label] = arrays["frequency"], arrays["selected"]
-    return found
+                frequency["calibrated"][label], frequency["selected"][label] = arrays["frequency"], arrays["selected"]
+    return frequency
 
 
 def refresh(workdir: str | os.PathLike, labels: Iterable[str]) -> str:

@@ -43,12 +43,12 @@ def main(options: argparse.Namespace) -> int:
     mesh, tasks, output = PLAIN.mesh(), options.tasks, options.output
     include = [options.include_path] if options.include_path else []
     if options.workdir:
-        found = find_model(options.workdir, options.method)
-        identity, load = found.identity, functools.partial(found.load, mesh)
-        output = output or found.workdir / "lm_eval" / f"{found.label}.json"
-        if not found.config.data.forget_sources:
-            include.append(export_tasks(found.config.data, found.workdir / "lm_eval" / "tasks"))
-            tasks = tasks or found.config.data.benchmark
+        model = find_model(options.workdir, options.method)
+        identity, load = model.identity, functools.partial(model.load, mesh)
+        output = output or model.workdir / "lm_eval" / f"{model.label}.json"
+        if not model.config.data.forget_sources:
+            include.append(export_tasks(model.config.data, model.workdir / "lm_eval" / "tasks"))
+            tasks = tasks or model.config.data.benchmark
     else:
         checkpoint = PretrainedConfig(path=options.checkpoint, dtype=options.dtype or "bfloat16")
         identity = checkpoint.identity()
