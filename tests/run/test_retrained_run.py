@@ -5,9 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.run.toy import SMALL, WORDS, save_checkpoint, write_lines
+from tests.run.toy import SMALL, WORDS, measured, save_checkpoint, write_lines
 from trace_jax.config import ConfigError
-from trace_jax.io.files import read_json, read_lines
+from trace_jax.io.files import read_lines
 from trace_jax.run.experiment import load_config
 from trace_jax.run.methods import run
 
@@ -47,12 +47,6 @@ def config(checkpoints, muse, data, monkeypatch, request):
         "evaluation.muse.data": str(muse),
     }
     return lambda **changes: load_config("configs/huggingface.py", {**settings, **changes})
-
-
-def measured(path, name):
-    results = read_json(path / "results.json")
-    measurements = results["references"].get(name) or results["methods"][name]["measurements"]
-    return {m["name"]: m for m in measurements if m["split"] == "test"}
 
 
 def test_a_retrained_model_makes_privleak_and_no_method_unlearns_again(config, checkpoints, tmp_path):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.run.toy import experiment
+from tests.run.toy import experiment, measured
 from trace_jax.config import ConfigError, as_dict, resolve
 from trace_jax.data.sources import DataError
 from trace_jax.io.files import read_json
@@ -38,29 +38,24 @@ def in_sequence(data, parts, tmp_path_factory):
     return config, path, run_series(config, path)
 
 
-def measured(directory, name, method="uniform"):
+def general_nll(directory, method="uniform"):
     """(at the start, at the end) of a step."""
-    results = read_json(directory / "results.json")
-    both = results["references"]["target"], results["methods"][method]["measurements"]
-    return [
-        next(m["value"] for m in measurements if (m["name"], m["split"]) == (name, "test")) for measurements in both
-    ]
+    return [measured(directory, model)["general_nll"]["value"] for model in ("target", method)]
 
 
 def test_every_step_of_a_sequence_starts_where_the_one_before_ended(in_sequence, parts):
     _, path, _ = in_sequence
     first, second = (path / "uniform" / f"step-{n}" for n in (1, 2))
     trained = {m["name"]: m["value"] for m in read_json(path / "target/references.json")["measurements"]["target"]}
-    (start, after_first), (before_second, end) = (measured(step, "general_nll") for step in (first, second))
+    (start, after_first), (before_second, end) = map(general_nll, (first, second))
     assert start == pytest.approx(trained["general_nll"], rel=1e-6)
     assert before_second == pytest.approx(after_first, rel=1e-6)
     assert len({start, after_first, end}) == 3
     configs = [read_json(step / "config.json")["config"] for step in (first, second)]
     assert [c["data"]["forget"] for c in configs] == [parts["fold-1"], parts["fold-2"]]
     assert configs[1]["model"]["path"] == str(first / "export") and (second / "export").is_dir()
-    references = [read_json(step / "references.json")["measurements"]["retrained"] for step in (first, second)]
-    general = [next(m["value"] for m in measured if m["name"] == "general_nll") for measured in references]
-    assert general[0] == general[1], "the retrained model is the same in every step"
+    references = [measured(step, "retrained")["general_nll"] for step in (first, second)]
+    assert references[0] == references[1], "the retrained model is the same in every step"
 
 
 def test_scores_of_all_steps_stand_in_one_table(in_sequence):
@@ -69,7 +64,7 @@ def test_scores_of_all_steps_stand_in_one_table(in_sequence):
     assert series["table"] in text
     assert [step["directory"] for step in series["steps"]] == ["uniform/step-1", "uniform/step-2"]
     (line,) = (line for line in text.split("\n") if line.startswith("general nll"))
-    values = [measured(path / f"uniform/step-{n}", "general_nll") for n in (1, 2)]
+    values = [general_nll(path / f"uniform/step-{n}") for n in (1, 2)]
     assert line.split()[2:] == ["uniform", *(f"{x:.3f}" for x in (values[0][0], values[0][1], values[1][1]))]
     assert "utility" not in text and "probability ratio" not in text, "they are relative to each step's own start"
     page = (path / "report.html").read_text()
@@ -79,11 +74,11 @@ def test_scores_of_all_steps_stand_in_one_table(in_sequence):
 def test_a_series_continues_with_the_step_that_is_missing(in_sequence):
     config, path, text = in_sequence
     written = {file: file.stat().st_mtime_ns for file in path.rglob("model.safetensors") if "step-2" not in str(file)}
-    before = measured(path / "uniform/step-2", "general_nll")
+    before = general_nll(path / "uniform/step-2")
     shutil.rmtree(path / "uniform" / "step-2")
     assert run_series(config, path) == text
     assert written == {file: file.stat().st_mtime_ns for file in written}
-    assert measured(path / "uniform/step-2", "general_nll") == before
+    assert general_nll(path / "uniform/step-2") == before
 
 
 def test_growing_sets_are_each_unlearned_from_the_target(in_sequence, data, parts, tmp_path):
@@ -98,7 +93,7 @@ def test_growing_sets_are_each_unlearned_from_the_target(in_sequence, data, part
     assert main(["series", "--config", str(file), "--workdir", str(tmp_path / "run")]) == 0
     first, second = (tmp_path / "run" / f"step-{n}" for n in (1, 2))
     for method in ("uniform", "trace_rows"):
-        (one, after_one), (two, after_two) = (measured(step, "general_nll", method) for step in (first, second))
+        (one, after_one), (two, after_two) = (general_nll(step, method) for step in (first, second))
         assert one == two and after_one != after_two
     counts = [read_json(step / "references.json")["data"]["documents"]["train/forget"] for step in (first, second)]
     assert counts == [6, 12] and not (second / "export").exists()

@@ -73,6 +73,13 @@ def write_lines(file, items):
     return str(file)
 
 
+def measured(path, model):
+    """What was measured on the test split, by name, of a method's model or of a reference."""
+    results = read_json(path / "results.json")
+    measurements = results["references"].get(model) or results["methods"][model]["measurements"]
+    return {m["name"]: m for m in measurements if m["split"] == "test"}
+
+
 def numbers(path):
     """results.json without what depends on the clock."""
     results = read_json(path / "results.json")
