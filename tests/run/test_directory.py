@@ -14,12 +14,6 @@ def experiment(**values):
     return resolve(ExperimentConfig, {"name": "x", **values})
 
 
-def test_a_workdir_is_reopened_by_the_same_corpus_and_model(tmp_path):
-    open_workdir(experiment(), tmp_path / "run")
-    open_workdir(experiment(unlearning={"steps": 5}), tmp_path / "run")
-    assert read_json(tmp_path / "run" / "config.json")["config"]["unlearning"]["steps"] == 5
-
-
 def test_a_model_is_found_whatever_the_settings_of_unlearning_were_called_then(tmp_path):
     """Settings of the run's method are not read again; those of data and model are."""
     open_workdir(experiment(), tmp_path)
@@ -32,8 +26,10 @@ def test_a_model_is_found_whatever_the_settings_of_unlearning_were_called_then(t
     assert (model.label, model.identity, model.config.name) == ("uniform", "a", "x")
 
 
-def test_a_workdir_of_another_configuration_is_refused_and_untouched(tmp_path):
+def test_a_workdir_is_reopened_by_the_same_corpus_and_model_and_refused_to_others_untouched(tmp_path):
     open_workdir(experiment(), tmp_path / "run")
+    open_workdir(experiment(unlearning={"steps": 5}), tmp_path / "run")
+    assert read_json(tmp_path / "run" / "config.json")["config"]["unlearning"]["steps"] == 5
     write_json(tmp_path / "run" / "results.json", {})
     other = experiment(model={"num_layers": 3})
     with pytest.raises(ConfigError, match=r"another configuration \(model.num_layers 2 -> 3\).*--overwrite"):
@@ -59,19 +55,14 @@ def test_a_full_disk_is_said_before_work_begins(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_stage_runs_once_and_again_only_when_its_settings_change(tmp_path):
+def test_a_stage_runs_once_and_again_only_when_it_failed_or_its_settings_change(tmp_path):
     calls = []
+    with pytest.raises(ZeroDivisionError):
+        Stage("count", tmp_path, "a").run(lambda: 1 / 0, "counting")
     for identity in ("a", "a", "b", "b"):
         stage = Stage("count", tmp_path, identity)
         stage.run(lambda identity=identity: calls.append(identity), "counting")
     assert calls == ["a", "b"]
-
-
-def test_a_stage_that_failed_is_not_done(tmp_path):
-    stage = Stage("count", tmp_path, "a")
-    with pytest.raises(ZeroDivisionError):
-        stage.run(lambda: 1 / 0, "counting")
-    assert not stage.done()
 
 
 WORKDIR = (
