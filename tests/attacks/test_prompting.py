@@ -5,20 +5,19 @@ import json
 import re
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
+from tests import handmade
 from trace_jax.attacks.attack import Case, Context
-from trace_jax.attacks.prompting import Prompting, continuation_rows, longer_prompts
+from trace_jax.attacks.prompting import Prompting
 from trace_jax.config import ConfigError
 from trace_jax.evaluation import probes as builtin
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
 from trace_jax.evaluation.intervals import find
-from trace_jax.evaluation.likelihood import Scored, score_rows
-from trace_jax.evaluation.probes import Memorization, Verbatim, probe_tasks
+from trace_jax.evaluation.likelihood import Scored
+from trace_jax.evaluation.probes import Memorization, probe_tasks
 from trace_jax.evaluation.task import Evaluator, TaskScores
-from trace_jax.models.arrays import init_params
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model, Source
 from trace_jax.parallel.mesh import ParallelConfig
@@ -27,11 +26,6 @@ from trace_jax.tasks.benchmarks import HandbookConfig, TextConfig, build_corpora
 from trace_jax.tasks.wmdp import LETTERS, read_multiple_choice
 
 SETTINGS = EvaluationConfig(batch_size=8, max_prompts=4, bootstrap=100)
-
-
-def written(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +90,8 @@ def handbook():
     return build_corpora(HandbookConfig(forget_substances=24, neighbour_substances=24, retain_rows=50))
 
 
-def make_case(data, corpora, unlearned, original, directory, *, config=None, tasks=()):
-    config = config or ModelConfig(vocab_size=2048)
+def make_case(data, corpora, unlearned, original, directory, *, tasks=()):
+    config = ModelConfig(vocab_size=2048)
     models = [Model(config, params, corpora.tokenizer) for params in (original, unlearned)]
     probes = {"validation": corpora.validation, "test": corpora.test}
     probes = probe_tasks(probes, SETTINGS, accuracies=data.board.questions, identity="probes")
@@ -221,8 +215,6 @@ def test_more_than_the_model_reads_is_refused_before_anything_is_scored(case):
     ):
         prompting(Prompting(), lost, original=short)
     assert [path.name for path in lost.directory.iterdir()] == ["config.json"]
-    with pytest.raises(ConfigError, match="examples = 500: only"):
-        prompting(Prompting(examples=(500,)), lost)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +230,7 @@ def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowher
 ):
     config, corpora, _ = own
     rows = [{"question": f"secret {i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
-    task = read_multiple_choice(MultipleChoiceConfig({"wmdp_bio": written(tmp_path / "rows.jsonl", rows)}))
+    task = read_multiple_choice(MultipleChoiceConfig({"wmdp_bio": handmade.write_lines(tmp_path / "rows.jsonl", rows)}))
     right = {q.context.split("\n\n")[-1]: f" {LETTERS[q.answer]}" for q in task.questions}
 
     def score(model, texts, **_):
@@ -267,7 +259,7 @@ def own(data):
     )  # fmt: skip
     texts = [json.loads(line)["text"] for line in (data / "forget.jsonl").read_text().splitlines()]
     rows = [{"prompt": f"candle {t[:40]}", "continuation": t[40:90]} for t in texts[:6]]
-    return config, build_corpora(config), written(data / "own.jsonl", rows)
+    return config, build_corpora(config), handmade.write_lines(data / "own.jsonl", rows)
 
 
 def test_continuations_of_text_recover_what_was_only_refused(minds, own, tmp_path):
@@ -312,26 +304,3 @@ def test_other_paraphrases_are_scored_again(minds, own, tmp_path):
     hazard.write_text(lines[0])
     prompting(Prompting(examples=(), prefixes=(), paraphrases=str(hazard)), case)
     assert len(lines_file.read_text().splitlines()) == 1 and "ground_truth" not in lines_file.read_text()
-
-
-def test_a_form_is_measured_with_the_scores_of_any_evaluation(own, tmp_path):
-    """On a model of random parameters, the numbers are those of the prompts as they are scored elsewhere."""
-    config, corpora, _ = own
-    shape = ModelConfig(vocab_size=400, hidden_size=16, num_layers=1, head_size=8, num_experts=4, expert_hidden_size=8)
-    unlearned, original = (jax.tree.map(lambda x: 3 * x, init_params(shape, jax.random.key(seed))) for seed in (0, 1))
-    case = make_case(config, corpora, unlearned, original, tmp_path, config=shape)
-    (point,) = prompting(Prompting(examples=(), prefixes=(0.75,)), case)
-    prompts = next(task.data["test"] for task in case.context.evaluator.tasks if task.name == "verbatim")
-    asked, nlls = longer_prompts(prompts, corpora.forget, 0.75, 2), []
-    for weights, result in zip((unlearned, original), (point.measurements, point.original), strict=True):
-        model = Model(shape, weights, corpora.tokenizer)
-        scores = Verbatim({"test": asked}, "").score(model, batch_size=8, mesh=None).arrays["test/score"]
-        assert value(result, "verbatim") == pytest.approx(scores.mean())
-        rows = continuation_rows(asked)
-        nlls.append(score_rows(model, rows, batch_size=8).sum() / rows.valid.sum())
-        assert value(result, "forget_nll") == pytest.approx(nlls[-1], rel=1e-5)
-    ratio = value(point.measurements, "forget_probability_ratio")
-    assert ratio == pytest.approx(np.exp(nlls[1] - nlls[0]), rel=1e-4)
-    assert value(point.original, "forget_probability_ratio") == 1
-    lines = (tmp_path / "75-percent-of-the-text" / "verbatim.items.jsonl").read_text().splitlines()
-    assert len(lines) == 2 * SETTINGS.max_prompts

@@ -1,11 +1,11 @@
 """Queries in other forms: their layout to the token, and that no answer stands in its own query."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 
+from tests import handmade
 from trace_jax.attacks import prompting
 from trace_jax.attacks.prompting import Prompting
 from trace_jax.config import ConfigError
@@ -90,14 +90,11 @@ def test_a_share_of_a_chunk_is_given_and_the_rest_is_to_come():
         assert prompting.longer_prompts(asked, rows, share, 2).lengths.min() >= 1
 
 
-def written(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def test_paraphrases_are_cut_where_their_texts_meet(vocabulary, tmp_path):
     rows = [{"prompt": "Wax", "continuation": " holds light"}, {"question": "Salt melts", "answer": " ice.", "id": 3}]
-    result = prompting.written_prompts(prompting.read_paraphrases(written(tmp_path / "own.jsonl", rows)), vocabulary)
+    result = prompting.written_prompts(
+        prompting.read_paraphrases(handmade.write_lines(tmp_path / "own.jsonl", rows)), vocabulary
+    )
     beginnings = [decoded(vocabulary, row[:n]) for row, n in zip(result.prompt, result.lengths[:, 0], strict=True)]
     assert beginnings == ["<bos>Wax", "<bos>Salt melts"]
     assert [decoded(vocabulary, t) for t in result.unpadded(result.continuation)] == [" holds light", " ice."]
@@ -113,7 +110,7 @@ def test_paraphrases_are_cut_where_their_texts_meet(vocabulary, tmp_path):
     ],
 )
 def test_paraphrases_of_another_form_are_refused_and_not_quoted(row, message, tmp_path):
-    source = written(tmp_path / "own.jsonl", [{"prompt": "Wax", "continuation": " holds"}, row])
+    source = handmade.write_lines(tmp_path / "own.jsonl", [{"prompt": "Wax", "continuation": " holds"}, row])
     with pytest.raises(DataError, match=message) as error:
         Prompting(paraphrases=source).check_source()
     assert "secret" not in str(error.value) and "hidden" not in str(error.value)

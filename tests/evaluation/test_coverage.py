@@ -24,9 +24,8 @@ def studies(rng, *, items, seeds, spread):
     """
     shared = items == "shared"
     for _ in range(STUDIES // BATCH):
-        counts = rng.poisson(1.0, (1 if shared else seeds, RESAMPLES, ITEMS)).astype(
-            float
-        )  # as `fronts.make_draws` does
+        # As `fronts.make_draws` does.
+        counts = rng.poisson(1.0, (1 if shared else seeds, RESAMPLES, ITEMS)).astype(float)
         own, common = rng.normal(size=(seeds, ITEMS, BATCH)), rng.normal(size=(1, ITEMS, BATCH))
         scores = math.sqrt(0.5) * (common + own) if shared else own
         scores = scores + rng.normal(0, spread / math.sqrt(ITEMS), (seeds, 1, BATCH))

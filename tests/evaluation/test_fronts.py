@@ -33,12 +33,6 @@ def utility_at(run, level):
     return None if read is None else read(run.utilities[MEAN])
 
 
-def test_utility_is_interpolated_between_the_two_evaluations_around_the_level():
-    run = front([1.0, 0.8, 0.4, 0.3], [1.0, 0.9, 0.7, 0.5])
-    assert utility_at(run, 0.5) == pytest.approx(0.9 * 0.25 + 0.7 * 0.75)
-    assert crossing(run, 0.5)(run.steps) == pytest.approx(4 + 0.75 * 4)
-
-
 FALLS, RETURNS = front([1.0, 0.5, 0.2], [1.0, 0.9, 0.1]), front([1.0, 0.4, 0.9, 0.3], [1.0, 0.8, 0.95, 0.2])
 
 
@@ -64,11 +58,6 @@ def test_many_fronts_are_read_at_once_as_each_alone_would_be():
     for f, u, value in zip(forgetting, utility, crossings(forgetting, 0.2)(utility), strict=True):
         expected = utility_at(front(f, u), 0.2)
         assert value == pytest.approx(u[f.argmin()] if expected is None else expected)
-
-
-def test_the_difference_of_parallel_fronts_is_their_distance():
-    ours, theirs = front([1.0, 0.2], [1.0, 0.9]), front([1.0, 0.5, 0.3], [0.8, 0.8 - 0.0625, 0.8 - 0.0875])
-    assert mean_difference(ours, theirs) == pytest.approx(0.2)
 
 
 def test_fronts_without_a_common_range_have_no_difference():

@@ -75,15 +75,6 @@ def test_a_guide_is_followed_on_several_devices():
     check_sequences(score_sequences(model, TEXTS, FIRST, batch_size=3, mesh=mesh), guide)
 
 
-def test_the_likeliest_continuation_is_greedy():
-    tokens = [5, 6, 7]
-    for _ in range(4):
-        tokens.append(int(handmade.log_probabilities(PARAMS, tokens)[-1].argmax()))
-    texts = [tokens, [*tokens[:-1], (tokens[-1] + 1) % handmade.V]]
-    right, wrong = score_sequences(Model(handmade.CONFIG, PARAMS), texts, [3, 3], moments=True, batch_size=4)
-    assert right.greedy.all() and wrong.greedy.tolist() == [True, True, True, False]
-
-
 def test_what_cannot_follow_a_guide_is_refused():
     guide = handmade.make_params(1)
     model = handmade.make_model().replace(guide=guide)

@@ -175,7 +175,7 @@ def test_rouge_is_that_of_words():
     assert rouge_l(["", "...", "a"], ["a", "a", ""]).tolist() == [0.0, 0.0, 0.0]
 
 
-# --- extraction strength and exact memorisation: by hand, by a naive loop, and as open-unlearning counts them
+# --- extraction strength and exact memorisation: by hand, also as open-unlearning counts them
 
 T, F = True, False
 HAND = [  # flags, (strength, memorisation), (the same in open-unlearning's profile)
@@ -196,24 +196,6 @@ def test_by_hand(flags, exact, theirs):
     for profile, (strength, memorised) in (("exact", exact), ("open_unlearning", theirs)):
         np.testing.assert_allclose(extraction_strength(flags, profile), [strength])
         np.testing.assert_allclose(exact_memorization(flags, profile), [memorised])
-
-
-def test_a_naive_search_over_suffixes_agrees():
-    rng = np.random.default_rng(0)
-    texts = [rng.random(rng.integers(1, 12)) < 0.7 for _ in range(200)]
-
-    def naive(flags):
-        return next(1 - k / len(flags) for k in range(len(flags) + 1) if flags[k:].all())
-
-    def as_open_unlearning(flags):  # the last k that was tried stands when none fits
-        flags, k = flags[:-1], 0
-        for k in range(len(flags)):
-            if flags[k:].all():
-                break
-        return 1 - k / len(flags) if len(flags) else 0
-
-    np.testing.assert_allclose(extraction_strength(texts), [naive(t) for t in texts])
-    np.testing.assert_allclose(extraction_strength(texts, "open_unlearning"), [as_open_unlearning(t) for t in texts])
 
 
 def test_the_extractable_suffix_is_what_the_model_writes_after_the_rest():

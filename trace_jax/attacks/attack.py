@@ -132,8 +132,8 @@ class Case:
             points = self.context.attack.points(self)
         except NonFiniteScore as error:
             failed = str(error)
-        ends = {place: find(point.measurements, measure, SPLIT) for place, point in enumerate(points)}
-        values = {place: end.value for place, end in ends.items() if end}
+        ends = [find(point.measurements, measure, SPLIT) for point in points]
+        values = {place: end.value for place, end in enumerate(ends) if end}
         return {
             "settings": as_dict(self.context.attack),
             "points": [point.to_json() for point in points],

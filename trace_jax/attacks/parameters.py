@@ -38,7 +38,6 @@ class Quantization(Attack):
             raise ConfigError("bits is an empty list; give at least one number of bits, such as (8, 4).")
 
     def points(self, case: Case) -> list[Point]:
-        """Measures the unlearned model at each number of bits."""
         points, model = [], case.unlearned
         for bits in self.bits:
             params = quantized(model.params, model.config, bits=bits)

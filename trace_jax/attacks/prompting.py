@@ -15,7 +15,7 @@ from trace_jax.config import ConfigError, fingerprint, option
 from trace_jax.data.corpora import Item, Prompts, encode_questions, prompts_of
 from trace_jax.data.rows import Rows
 from trace_jax.data.sources import DataError, read_records
-from trace_jax.evaluation.likelihood import spread_indices
+from trace_jax.evaluation.likelihood import row_texts, spread_indices
 from trace_jax.evaluation.probes import Key, Memorization, QuestionAccuracy, TextLikelihood, Verbatim
 from trace_jax.evaluation.task import SPLIT, Evaluator, ScoreStore, Task, hazardous
 from trace_jax.io.progress import say
@@ -235,12 +235,8 @@ def longer_prompts(prompts: Prompts, rows: Rows, share: float, end_mark: int) ->
       rows: the forget rows, in which every prompt with its continuation is the beginning of a chunk.
     """
     beginnings = [(*prompt, *continuation) for prompt, continuation in _pairs(prompts)]
-    lengths, chunks = {len(beginning) for beginning in beginnings}, {}
-    for tokens, segments in zip(rows.tokens, rows.segments, strict=True):
-        for segment in range(1, segments.max() + 1):
-            chunk = tokens[segments == segment].tolist()
-            for length in lengths:
-                chunks.setdefault(tuple(chunk[:length]), chunk)
+    texts, lengths = reversed(row_texts(rows)[0]), {len(beginning) for beginning in beginnings}
+    chunks = {tuple(text[:length]): text for text in texts for length in lengths}  # of equal ones the first
     pairs = []
     for beginning in beginnings:
         start, *text = chunks[beginning]

@@ -35,18 +35,13 @@ class TofuConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, field in (("prompt", "question"), ("answer", "answer")):
-            _check_form(name, getattr(self, name), field)
-
-
-def _check_form(name: str, form: str, field: str) -> None:
-    """Raises ConfigError unless the text has one place to fill in, {field}."""
-    try:
-        places = [place for _, place, _, _ in string.Formatter().parse(form) if place is not None]
-    except ValueError:
-        places = []
-    if places != [field]:
-        raise ConfigError(f"{name} is {form!r}; expected a text with {{{field}}} once (other braces doubled).")
+        for name, form, field in (("prompt", self.prompt, "question"), ("answer", self.answer, "answer")):
+            try:
+                places = [place for _, place, _, _ in string.Formatter().parse(form) if place is not None]
+            except ValueError:
+                places = []
+            if places != [field]:
+                raise ConfigError(f"{name} is {form!r}; expected a text with {{{field}}} once (other braces doubled).")
 
 
 class MultipleChoiceConfig(Section):

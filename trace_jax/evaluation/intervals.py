@@ -17,8 +17,6 @@ from trace_jax.io.codec import decode, encode
 LEVEL = 0.95
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 _CHUNK = 4_000_000  # counts of a bootstrap held at once
-_OPTIONAL = {"note", "profile", "revision"}
-_TOO_FEW = "too few items for an interval"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Measurement:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict that `json.dumps` takes; NaN becomes None, since JSON has no NaN."""
-        return {key: value for key, value in encode(self).items() if key not in _OPTIONAL or value}
+        return {key: value for key, value in encode(self).items() if value != ""}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "Measurement":
@@ -79,9 +77,8 @@ def named(
 ) -> Measurement:
     """The measurement of an estimate with its interval; where that has no ends, the note says so."""
     if math.isnan(interval.low) or math.isnan(interval.high):
-        note = f"{note}; {_TOO_FEW}" if note else _TOO_FEW
-    numbers = (interval.value, interval.n, interval.low, interval.high)
-    return Measurement(name, *numbers, split, note, profile, revision)
+        note = f"{note}; too few items for an interval".removeprefix("; ")
+    return Measurement(name, interval.value, interval.n, interval.low, interval.high, split, note, profile, revision)
 
 
 def find(measurements: Iterable[Measurement], name: str, split: str) -> Measurement | None:

@@ -1,10 +1,8 @@
 """Scoring by likelihood: of rows, of the options of questions, of sequences of any length, of continuations of texts.
 
 One function scores everything. It gathers the hidden states at the positions that are scored before the output head
-runs, so that a question pays for the logits of its options only.
-
-Both ways to a multiple-choice score, lm-eval itself and the quick one along a run, go through `score_texts`, so that
-they agree question by question.
+runs, so that a question pays for the logits of its options only. lm-eval and the quick multiple-choice score along a
+run both go through `score_texts`, so that they agree question by question.
 """
 
 import dataclasses
@@ -26,9 +24,9 @@ from trace_jax.models.generate import padded_size
 from trace_jax.models.loss import token_nll, token_scores
 from trace_jax.models.model import Model, TextCodec
 from trace_jax.models.sharding import map_batches, pad
-from trace_jax.parallel.mesh import row_shards
 
 _BATCHES = 64  # of texts, scored between two looks at the progress
+_WITH_MOMENTS = functools.partial(token_scores, moments=True)  # one object: programs are compiled for it
 
 
 class NonFiniteScore(FloatingPointError):
@@ -68,26 +66,14 @@ def score_questions(
 def _nll(
     model: Model, arrays: tuple[np.ndarray, ...], positions: np.ndarray, batch_size: int, mesh: Mesh | None
 ) -> np.ndarray:
-    """NLL f32 [N, M] of the token after each of `positions` i32 [N, M]; 0 where that isn't scored.
-
-    `arrays` are tokens, segments and scored [N, S].
-    """
-    tokens, segments, scored = arrays
+    """NLL f32 [N, M] of the token after each of `positions` i32 [N, M]; 0 where that isn't scored."""
+    tokens, segments, scored = arrays  # each [N, S]
     targets = np.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
     columns = [x.astype(np.int32) for x in (tokens, segments, positions, np.take_along_axis(targets, positions, 1))]
-    size = _shared(batch_size, mesh)
-    batches = ([x[start : start + size] for x in columns] for start in range(0, len(tokens), size))
+    batches = ([x[start : start + batch_size] for x in columns] for start in range(0, len(tokens), batch_size))
     passes = map_batches(_scores, _models(model), model.config, batches, mesh=mesh, static=(token_nll,))
-    nll = np.concatenate(list(passes))[: len(tokens)]
-    nll = np.where(np.take_along_axis(scored, positions, axis=1), nll, np.float32(0))
-    _check_finite(nll)
-    return nll
-
-
-def _shared(batch_size: int, mesh: Mesh | None) -> int:
-    """The batch size, rounded up to what the devices share evenly."""
-    shards = 1 if mesh is None else row_shards(mesh)
-    return -(-batch_size // shards) * shards
+    nll = np.concatenate([x[:batch_size] for x in passes])[: len(tokens)]
+    return _finite(np.where(np.take_along_axis(scored, positions, axis=1), nll, np.float32(0)))
 
 
 def _scores(
@@ -110,9 +96,6 @@ def _scores(
     hidden = forward(params, config, tokens, mask=segments, collect=("hidden",), experts=experts).hidden
     assert hidden is not None  # it was asked for
     return score(params, config, jnp.take_along_axis(hidden, positions[:, :, None], axis=1), targets)
-
-
-_with_moments = functools.partial(token_scores, moments=True)
 
 
 def _models(model: Model) -> tuple[Any, ...]:
@@ -171,8 +154,7 @@ def score_sequences(
     empty = TokenScores(nothing, nothing.astype(bool), *((nothing, nothing) if moments else ()))
     results = [empty] * len(sequences)
     order = sorted((i for i, n in enumerate(counts) if n), key=lambda i: (len(sequences[i]), counts[i]))
-    size = _shared(batch_size, mesh)
-    batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
+    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
 
     def arrays(rows: list[int]) -> tuple[np.ndarray, ...]:
         """(tokens, segments [B, S]; positions that predict a scored token, and that token [B, M])."""
@@ -184,12 +166,12 @@ def score_sequences(
         segments = [np.ones(len(text)) for text in texts]
         return pad(texts, width=width), pad(segments, width=width), pad(places, width=most), pad(targets, width=most)
 
-    static = (_with_moments if moments else token_scores,)
+    static = (_WITH_MOMENTS if moments else token_scores,)
     passes = map_batches(_scores, _models(model), model.config, map(arrays, batches), mesh=mesh, static=static)
     for rows, columns in zip(batches, passes, strict=True):
         for place_in_batch, i in enumerate(rows):
             results[i] = TokenScores(**{name: values[place_in_batch, : counts[i]] for name, values in columns.items()})
-    _check_finite(np.concatenate([nothing, *(r.log_prob for r in results)]))
+    _finite(np.concatenate([nothing, *(r.log_prob for r in results)]))
     return results
 
 
@@ -210,8 +192,7 @@ def score_texts(
 ) -> list[Scored]:
     """`score_tokens` of each (context, continuation) as `TextCodec.encode_pair` reads it.
 
-    Args:
-      max_length: default: the model's `TextCodec.context_length`.
+    `max_length` None: the model's `TextCodec.context_length`.
     """
     codec = TextCodec.of(model)
     pairs = [codec.encode_pair(*pair) for pair in texts]
@@ -286,15 +267,14 @@ def row_texts(rows: Rows) -> tuple[list[list[int]], list[int]]:
 
 def spread_indices(count: int, most: int) -> np.ndarray:
     """At most `most` of `count` indices, evenly spread and in order: a subset that touches every document it can."""
-    if count <= most:
-        return np.arange(count)
-    return (np.arange(most) * count) // most
+    most = min(count, most)
+    return np.arange(most) * count // max(1, most)
 
 
-def _check_finite(nll: np.ndarray) -> None:
-    bad = int((~np.isfinite(nll)).sum())
-    if bad:
+def _finite(nll: np.ndarray) -> np.ndarray:
+    if bad := int((~np.isfinite(nll)).sum()):
         raise NonFiniteScore(
             f"the model gives NaN or infinite likelihood for {bad} of {nll.size} scored tokens. The parameters have "
             "diverged: use an earlier checkpoint, or lower the learning rate."
         )
+    return nll

@@ -42,7 +42,6 @@ RATE = 0.01
 AUC_UNTRAINED = 0.5  # of a model that can't tell forget from holdout texts
 SIDES = ("forget", "holdout")  # trained on, and never seen
 ATTACKS = ("loss", "min_k", "min_k_plus_plus", "zlib", "gradient_norm")  # and "reference", which needs a second model
-_LEAST_VARIANCE = 1e-6
 
 Profile = Literal["muse", "open_unlearning"]
 Sides = tuple[np.ndarray, np.ndarray]  # numbers of the texts of each of SIDES
@@ -112,12 +111,11 @@ class Membership:
                 why = "; no retrained model, so no reference attack" if attack == "loss" and retrained is None else ""
                 auc = intervals.bootstrap_sides(intervals.auc, -forget, -holdout, **resampling)
                 measurements.append(named(f"{name}_auc", split, auc, note + why))
-                few = (
-                    f"; none of fewer than {round(1 / RATE)} holdout texts may pass" if RATE * len(holdout) < 1 else ""
-                )
                 at_rate = functools.partial(intervals.true_positive_rate, rate=RATE)
                 rate = intervals.bootstrap_sides(at_rate, -forget, -holdout, **resampling)
-                measurements.append(named(f"{name}_tpr_at_fpr_1", split, rate, note + few))
+                if RATE * len(holdout) < 1:
+                    note += f"; none of fewer than {round(1 / RATE)} holdout texts may pass"
+                measurements.append(named(f"{name}_tpr_at_fpr_1", split, rate, note))
             note = _counts(*sides["min_k"])
             why = "; no retrained model to compare with, so no PrivLeak" if reference is None else ""
             auc = privleak_auc(sides["min_k"], **resampling)
@@ -148,7 +146,7 @@ def min_k_plus_plus_scores(scores: Sequence[TokenScores]) -> np.ndarray:
     for one in scores:
         assert one.mean is not None and one.variance is not None  # they were asked for
         log_prob, mean, variance = (np.asarray(x, np.float64) for x in (one.log_prob, one.mean, one.variance))
-        standardised.append((log_prob - mean) / np.sqrt(np.maximum(variance, _LEAST_VARIANCE)))
+        standardised.append((log_prob - mean) / np.sqrt(np.maximum(variance, 1e-6)))
     return min_k_scores(standardised)
 
 
@@ -233,7 +231,6 @@ def privleak(
         raise ValueError("PrivLeak compares two models on the same texts; the numbers of texts differ.")
     if retrained is None and profile == "muse":
         return None
-
     models = [_oriented(sides, profile) for sides in (scores, retrained) if sides is not None]
 
     def leak(auc: Callable[..., np.ndarray]) -> np.ndarray:

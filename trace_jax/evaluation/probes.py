@@ -74,16 +74,18 @@ def item_outcomes(evaluator: Evaluator, scores: Scores) -> dict[str, np.ndarray]
     for task in evaluator.tasks:
         own, original = scores.get(task.name), evaluator.original.get(task.name)
         if isinstance(task, QuestionAccuracy) and own is not None:
-            for key, correct in task.correct(own):
-                names = _hashes(task.data[key].tokens, task.data[key].group)
-                outcomes |= {_path(*key, "question"): names, _path(*key, "correct"): correct}
+            for (split, subject), correct in task.correct(own):
+                questions = task.data[split, subject]
+                outcomes[f"{split}/{subject}/question"] = _hashes(questions.tokens, questions.group)
+                outcomes[f"{split}/{subject}/correct"] = correct
         elif isinstance(task, TextLikelihood) and own is not None:
-            for key, rows in task.data.items():
-                nll, tokens = _path(*key, "nll"), _path(*key, "tokens")
-                outcomes |= {_path(*key, "row"): _hashes(rows.tokens), tokens: own.arrays[tokens].astype(np.int32)}
-                outcomes[nll] = own.arrays[nll].astype(np.float32)
+            for (split, subject), rows in task.data.items():
+                where = f"{split}/{subject}"
+                outcomes[f"{where}/row"] = _hashes(rows.tokens)
+                outcomes[f"{where}/tokens"] = own.arrays[f"{where}/tokens"].astype(np.int32)
+                outcomes[f"{where}/nll"] = own.arrays[f"{where}/nll"].astype(np.float32)
                 if original is not None:
-                    outcomes[_path(*key, "original")] = original.arrays[nll].astype(np.float32)
+                    outcomes[f"{where}/original"] = original.arrays[f"{where}/nll"].astype(np.float32)
     return outcomes
 
 
@@ -102,15 +104,15 @@ class QuestionAccuracy:
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """`log_likelihood` f64 [Q, O]. Sets of equal option count share their batches, padded to the longest."""
-        options = {"batch_size": batch_size, "mesh": mesh}
-        scores = _scored_together(self.data, lambda questions: score_questions(model, questions, **options))
-        lines = []
+        scores = _scored_together(self.data, lambda q: score_questions(model, q, batch_size=batch_size, mesh=mesh))
+        arrays, lines = {}, []
         for (split, subject), values in scores.items():
             own = self.data[split, subject]
             columns = {"group": own.group, "log_likelihood": values, "answer": own.answer}
             correct = values.argmax(axis=1) == own.answer
             lines += item_lines({"split": split, "subject": subject}, **columns, correct=correct)
-        return TaskScores({_path(*key, "log_likelihood"): values for key, values in scores.items()}, {"items": lines})
+            arrays[f"{split}/{subject}/log_likelihood"] = values
+        return TaskScores(arrays, {"items": lines})
 
     def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:
         return [
@@ -124,8 +126,9 @@ class QuestionAccuracy:
 
     def correct(self, scores: TaskScores) -> Iterator[tuple[Key, np.ndarray]]:
         """bool [Q] of every set."""
-        for key, questions in self.data.items():
-            yield key, scores.arrays[_path(*key, "log_likelihood")].argmax(axis=1) == questions.answer
+        for (split, subject), questions in self.data.items():
+            values = scores.arrays[f"{split}/{subject}/log_likelihood"]
+            yield (split, subject), values.argmax(axis=1) == questions.answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +149,13 @@ class TextLikelihood:
 
         Sets of equal row length share their batches.
         """
-        options, arrays, lines = {"batch_size": batch_size, "mesh": mesh}, {}, []
-        for (split, subject), by_token in _scored_together(
-            self.data, lambda r: score_rows(model, r, **options)
-        ).items():
+        arrays, lines = {}, []
+        scores = _scored_together(self.data, lambda rows: score_rows(model, rows, batch_size=batch_size, mesh=mesh))
+        for (split, subject), by_token in scores.items():
             nll, tokens = by_token.sum(axis=1, dtype=np.float64), self.data[split, subject].valid.sum(axis=1)
             lines += item_lines({"split": split, "subject": subject}, nll=nll, tokens=tokens)
-            arrays[_path(split, subject, "nll")] = nll
-            arrays[_path(split, subject, "tokens")] = tokens.astype(np.float64)
+            arrays[f"{split}/{subject}/nll"] = nll
+            arrays[f"{split}/{subject}/tokens"] = tokens.astype(np.float64)
         return TaskScores(arrays, {"items": lines})
 
     def measure(
@@ -161,12 +163,12 @@ class TextLikelihood:
     ) -> list[Measurement]:
         measurements = []
         for split, subject in self.data:
-            nll, tokens = (scores.arrays[_path(split, subject, name)] for name in ("nll", "tokens"))
+            nll, tokens = (scores.arrays[f"{split}/{subject}/{name}"] for name in ("nll", "tokens"))
             if not tokens.sum():
                 continue
             mean = bootstrap_mean(nll, weights=tokens, **resampling)
             measurements.append(named(f"{subject}_nll", split, mean))
-            before = original.arrays.get(_path(split, subject, "nll")) if original else None
+            before = original.arrays.get(f"{split}/{subject}/nll") if original else None
             if before is not None:
                 ratio = bootstrap_mean(before - nll, weights=tokens, **resampling).map(math.exp)
                 if subject != "forget":
@@ -207,16 +209,14 @@ class Verbatim:
                 options = {"lengths": lengths, "max_new_tokens": length, "mesh": mesh}
                 several.append(generate(params, model.config, batch.prompt, **options))
             generated = np.concatenate(several)[:count]
-            written, truth = (
-                model.tokenizer.decode_batch(prompts.unpadded(x)) for x in (generated, prompts.continuation)
-            )
-            arrays |= {_path(split, "score"): rouge_l(written, truth), _path(split, "generated"): generated}
-            columns = {"score": arrays[_path(split, "score")], "generation": written, "ground_truth": truth}
-            lines += item_lines({"split": split}, **columns)
+            written, truth = map(model.tokenizer.decode_batch, map(prompts.unpadded, (generated, prompts.continuation)))
+            score = rouge_l(written, truth)
+            arrays |= {f"{split}/score": score, f"{split}/generated": generated}
+            lines += item_lines({"split": split}, score=score, generation=written, ground_truth=truth)
         return TaskScores(arrays, {"items": lines})
 
     def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:
-        values = {split: scores.arrays[_path(split, "score")] for split in self.data}
+        values = {split: scores.arrays[f"{split}/score"] for split in self.data}
         return [named(self.name, split, bootstrap_mean(score, **resampling)) for split, score in values.items()]
 
 
@@ -240,7 +240,7 @@ class Memorization:
         for split, rows in self.data.items():
             scores = score_sequences(model, *row_texts(rows), batch_size=batch_size, mesh=mesh)
             columns = {name: function([one.greedy for one in scores]) for name, function in MEMORIZED.items()}
-            arrays |= {_path(split, name): values for name, values in columns.items()}
+            arrays |= {f"{split}/{name}": values for name, values in columns.items()}
             lines += item_lines({"split": split}, **columns)
         return TaskScores(arrays, {"items": lines})
 
@@ -249,7 +249,7 @@ class Memorization:
             named(name, split, bootstrap_mean(values, **resampling))
             for split in self.data
             for name in MEMORIZED
-            if len(values := scores.arrays[_path(split, name)])
+            if len(values := scores.arrays[f"{split}/{name}"])
         ]
 
 
@@ -307,10 +307,6 @@ def rouge_recalls(predictions: Sequence[str], references: Sequence[str]) -> np.n
     scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     scores = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
     return np.array([[one["rouge1"].recall, one["rougeL"].recall] for one in scores]).reshape(-1, 2)
-
-
-def _path(*parts: str) -> str:
-    return "/".join(parts)
 
 
 def _scored_together(data: Mapping[Key, Any], score: Callable[[Any], np.ndarray]) -> dict[Key, np.ndarray]:

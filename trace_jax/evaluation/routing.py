@@ -31,7 +31,6 @@ SPLIT = "train"  # routing is measured on the rows that were unlearned with
 # them: "tokens" [N]; "original" and "unlearned", activations [N, L, E]; "jaccard" and "unchanged", sums over tokens
 # [N, L] (`routing.statistics.Overlap`).
 CorpusRouting = Mapping[str, np.ndarray]
-Corpora = Mapping[str, CorpusRouting]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +84,8 @@ class RoutingMetrics:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict for results.json; numbers have 6 significant digits."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "quantities"}
         quantities = {name: quantity.to_json() for name, quantity in self.quantities.items()}
-        return encode(plain, digits=6) | {"quantities": quantities}
+        return encode(self, digits=6) | {"quantities": quantities}
 
     def measurements(self) -> list[Measurement]:
         """Means over layers, named "routing_..." and "router_drift"; the original model's value is in the note."""
@@ -102,12 +100,9 @@ class RoutingMetrics:
                 notes.append(" + ".join(f"{self.tokens[s]:,} {s} tokens" for s in subjects))
             if (original := self.quantities.get(f"{name}_original")) is not None:
                 notes.append(f"original model {original.value[-1]:.4g}")
-            value, low, high, bias = (
-                float(x[-1]) for x in (quantity.value, quantity.low, quantity.high, quantity.bias)
-            )
-            if abs(bias) > 0.05 * abs(value):
+            mean = Interval(*(float(x[-1]) for x in (quantity.value, quantity.low, quantity.high)), quantity.n)
+            if abs(bias := quantity.bias[-1]) > 0.05 * abs(mean.value):
                 notes.append(f"about {bias:+.2g} of it from the finite sample")
-            mean = Interval(value, low, high, quantity.n)
             measurements.append(named(name if exact else f"routing_{name}", SPLIT, mean, "; ".join(notes)))
         return measurements
 
@@ -185,7 +180,9 @@ def expert_frequency(sums: CorpusRouting, model: str) -> np.ndarray:
     return sums[model] / sums["tokens"][..., None, None]
 
 
-def routing_quantities(corpora: Corpora, *, top_k: int, resamples: int = 1000, seed: int = 0) -> dict[str, Quantity]:
+def routing_quantities(
+    corpora: Mapping[str, CorpusRouting], *, top_k: int, resamples: int = 1000, seed: int = 0
+) -> dict[str, Quantity]:
     """Every quantity of two corpora that comes from text, with intervals from a bootstrap over rows.
 
     Gaps, divergences, entropies and dead experts of a finite sample are biased: corpora look more different, loads less
@@ -224,7 +221,7 @@ def routing_quantities(corpora: Corpora, *, top_k: int, resamples: int = 1000, s
     return quantities
 
 
-def _measured(sums: Corpora) -> dict[str, np.ndarray]:
+def _measured(sums: Mapping[str, CorpusRouting]) -> dict[str, np.ndarray]:
     """Every quantity [R, L] from sums over rows."""
     quantities: dict[str, np.ndarray] = {}
     for s in SUBJECTS:

@@ -11,7 +11,7 @@ from trace_jax.io.progress import aligned
 
 
 def equal_forgetting(
-    fronts: Mapping[str, Front], *, board: Scoreboard, level: float, split: str = "test", target: str = "target model"
+    fronts: Mapping[str, Front], *, board: Scoreboard, level: float, split: str = "test"
 ) -> dict[str, Any]:
     """Every method's measured columns where its front first comes down to `level`, as results.json has them.
 
@@ -19,7 +19,6 @@ def equal_forgetting(
       fronts: front per method, each with step 0 (the target model) as first point.
       board: names the columns.
       split: what the fronts were measured on; for the caption.
-      target: name of the target model's row.
 
     Returns:
       level, split, columns, and rows, the target model's first: each has name, reached, step (interpolated), lowest,
@@ -34,7 +33,7 @@ def equal_forgetting(
         step = None if read is None else read(front.steps)
         return {"name": name, "reached": read is not None, "step": step, "lowest": lowest, "values": values}
 
-    start = row(target, first, lambda values: float(values[0]), float(first.forgetting[0])) | {"step": None}
+    start = row("target model", first, lambda values: float(values[0]), float(first.forgetting[0])) | {"step": None}
     rows = [row(name, front, crossing(front, level), float(front.forgetting.min())) for name, front in fronts.items()]
     return {"level": level, "split": split, "columns": columns, "rows": [start, *rows]}
 
