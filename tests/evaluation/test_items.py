@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests import handmade
-from trace_jax.evaluation.fronts import MEAN, RunItems, Series, front_from_history, load_run_items, make_draws
+from trace_jax.evaluation.fronts import MEAN, RunItems, front_from_history, load_run_items, make_draws
 from trace_jax.evaluation.probes import item_outcomes, relative_likelihood
 from trace_jax.tasks.benchmarks import scoreboard
 from trace_jax.unlearning.metrics import Metrics, read_items
@@ -95,15 +95,6 @@ def test_one_item_is_drawn_as_often_wherever_it_comes_up():
     many = make_draws(resamples=4000, seed=1)(np.arange(20))
     assert many.mean() == pytest.approx(1, abs=0.02) and many.var() == pytest.approx(1, abs=0.03)
     assert (make_draws(resamples=200, seed=0)(np.arange(1)).sum(axis=1) > 0).all()
-
-
-def test_the_draws_are_the_bootstrap_of_a_mean():
-    """The spread over resamples is the standard error of the mean."""
-    values = np.random.default_rng(0).normal(size=(1, 200))
-    series = Series(np.arange(200, dtype=np.uint32), values.T, np.ones(200), np.ones(200, int), "share")
-    result = series.values(make_draws(resamples=4000, seed=0))[:, 0]
-    assert result.std() == pytest.approx(values.std(ddof=1) / np.sqrt(200), rel=0.05)
-    assert result.mean() == pytest.approx(values.mean(), abs=0.005)
 
 
 def test_without_items_at_every_step_of_the_front_there_are_none(run, tmp_path):

@@ -166,15 +166,6 @@ def test_a_continuation_that_the_model_would_write_scores_one():
     assert part.unpadded(part.continuation) == [ragged.continuation[2, :1].tolist(), ragged.continuation[0].tolist()]
 
 
-def test_rouge_is_that_of_words():
-    references = ["the people of the United States", "the people of the United States", "one two three"]
-    predictions = ["the people of Texas", "the people of the United States", "four five"]
-    # Longest common subsequence "the people of" (3 words), precision 3/4, recall 3/6: F = 0.6.
-    assert rouge_l(predictions, references) == pytest.approx([0.6, 1.0, 0.0])
-    assert [rouge_l(["nations"], ["nation"], stem=stem).tolist() for stem in (False, True)] == [[0.0], [1.0]]
-    assert rouge_l(["", "...", "a"], ["a", "a", ""]).tolist() == [0.0, 0.0, 0.0]
-
-
 # --- extraction strength and exact memorisation: by hand, also as open-unlearning counts them
 
 T, F = True, False

@@ -180,9 +180,6 @@ def items_with_examples(
 
     An example is never of the item's own group, and none of the item's options stands in it: what was forgotten can't
     be copied.
-
-    Raises:
-      ConfigError: fewer than `count` are left for an item.
     """
     behind = []
     for item in items:
@@ -211,9 +208,6 @@ def prompts_with_examples(
     """The prompts, each behind `count` of `others` with their continuations, drawn for it, `separator` in between.
 
     The start mark stands once, at the beginning. What contains the prompt's own continuation is no example.
-
-    Raises:
-      ConfigError: fewer than `count` are left for a prompt.
     """
     texts = [[*prompt[1:], *rest] for prompt, rest in _pairs(others)]
     written = [np.array(text, np.int32).tobytes() for text in texts]

@@ -163,9 +163,6 @@ def compare(
         evaluation with the best validation utility among those at or below the level on validation, so that a run that
         loses utility on its way and regains it is judged by what it regains, and not by the best of noisy test points.
       resamples: of the items of every run.
-
-    Raises:
-      UnequalBudget: see `check_equal_budgets`.
     """
     check_equal_budgets(runs, exempt=exempt)
     by_method = collections.defaultdict(list)

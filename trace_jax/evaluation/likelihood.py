@@ -214,7 +214,6 @@ def score_tokens(
 
     Raises:
       ValueError: an empty context or continuation, or a continuation longer than `max_length`.
-      NonFiniteScore: the model gives NaN or infinite likelihoods.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(pairs):

@@ -94,11 +94,7 @@ class Evaluator:
     retrained: Scores = dataclasses.field(default_factory=dict)
 
     def score(self, model: Model, *, full: bool = False, store: "ScoreStore | None" = None) -> Scores:
-        """What the model gives on the quick tasks, or on all. What the store has of it is not scored again.
-
-        Raises:
-          NonFiniteScore, ValueError: see `Task.score`.
-        """
+        """What the model gives on the quick tasks, or on all. What the store has of it is not scored again."""
         scores = {}
         for task in self.tasks:
             if full or task.quick:
