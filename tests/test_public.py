@@ -1,7 +1,9 @@
 """Every public function answers an argument of another type with one sentence: what it is, and what is expected."""
 
 import inspect
+import re
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,3 +63,12 @@ def test_every_public_name_is_there():
     assert "unlearn" in FUNCTIONS and set(trace_jax.__all__) <= set(dir(trace_jax))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = trace_jax.nothing
+
+
+def test_the_walks_of_contributing_pass_files_and_names_that_are_there():
+    root = Path(__file__).resolve().parents[1]
+    rows = re.findall(r"^\| `([a-z_/]+\.py)` \| (.*) \|$", (root / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert len(rows) > 20
+    for file, text in rows:
+        names = set(re.findall(r"`([A-Za-z_]+)", text))
+        assert names and names <= set(re.findall(r"\w+", (root / "trace_jax" / file).read_text())), file
