@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trace_jax.data.rows import Rows
@@ -50,6 +51,18 @@ def random_params(config: ModelConfig, seed: int = 0, noise: float = 0.1) -> dic
 def mesh_of(data: int, expert: int, tensor: int) -> jax.sharding.Mesh:
     """A mesh of as many devices as these sizes take."""
     return make_mesh(jax.devices()[: data * expert * tensor], data=data, expert=expert, tensor=tensor)
+
+
+def spread(config: ModelConfig, rules: dict) -> dict:
+    """Shardings of parameters over 2 x 2 devices. `rules`: axis of an array -> "data", "expert" or both; the first axis
+    of an array that a mesh axis would cut is cut."""
+    mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def sharding(spec):
+        names = [rules.get(axis) for axis in spec.axes]
+        return NamedSharding(mesh, PartitionSpec(*(n if n not in names[:k] else None for k, n in enumerate(names))))
+
+    return jax.tree.map(sharding, parameter_specs(config))
 
 
 def make_rows(count: int, *, seed: int = 0, length: int = LENGTH, vocab_size: int = CONFIG.vocab_size) -> Rows:

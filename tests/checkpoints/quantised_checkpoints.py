@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import safetensors.torch
+import tiny_checkpoints
 import torch
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -27,20 +28,21 @@ def random_mxfp4(generator, shape):
     return torch.from_numpy(blocks), torch.from_numpy(generator.integers(100, 130, blocks.shape[:-1]).astype(np.uint8))
 
 
-def twins(source, directory, settings, quantise):
-    """A copy of a checkpoint with some tensors quantised, and the same with what transformers decodes them to."""
-    packed, plain = directory / "packed", directory / "plain"
+def twins(kind, directory):
+    """A tiny checkpoint with some tensors quantised, and the same with what transformers decodes them to."""
+    if kind == "fp8":
+        model_type, sizes = "deepseek_v3", {"moe_intermediate_size": 32, "num_hidden_layers": 3}
+    else:
+        model_type, sizes = "gpt_oss", {"hidden_size": 64, "intermediate_size": 32}
+    source = tiny_checkpoints.save(tiny_checkpoints.build(model_type, **sizes), model_type, directory / "source")
     fields = json.loads((source / "config.json").read_text())
-    tensors = safetensors.torch.load_file(source / "model.safetensors")
-    packed_tensors, plain_tensors = quantise(tensors)
-    for path, found, config in (
-        (packed, packed_tensors, {**fields, "quantization_config": settings}),
-        (plain, plain_tensors, fields),
-    ):
-        path.mkdir()
-        (path / "config.json").write_text(json.dumps(config))
-        safetensors.torch.save_file(found, path / "model.safetensors", metadata={"format": "pt"})
-    return packed, plain
+    configs = {**fields, "quantization_config": FP8 if kind == "fp8" else MXFP4}, fields
+    contents = (as_fp8 if kind == "fp8" else as_mxfp4)(safetensors.torch.load_file(source / "model.safetensors"))
+    for name, tensors, config in zip(("packed", "plain"), contents, configs, strict=True):
+        (directory / name).mkdir()
+        (directory / name / "config.json").write_text(json.dumps(config))
+        safetensors.torch.save_file(tensors, directory / name / "model.safetensors", metadata={"format": "pt"})
+    return directory / "packed", directory / "plain"
 
 
 def as_fp8(tensors):
@@ -49,8 +51,8 @@ def as_fp8(tensors):
     tensors = {**tensors, "model.layers.3.eh_proj.weight": torch.zeros(16, 32)}  # the MTP layer isn't read
     for name, tensor in tensors.items():
         packed[name] = plain[name] = tensor
-        kept = "embed" in name or "lm_head" in name or name.endswith("gate.weight")
-        if tensor.ndim == 2 and not kept and tensor.shape[0] % 8 == 0 and tensor.shape[1] % 16 == 0:
+        plain_only = "embed" in name or "lm_head" in name or name.endswith("gate.weight")
+        if tensor.ndim == 2 and not plain_only and tensor.shape[0] % 8 == 0 and tensor.shape[1] % 16 == 0:
             packed[name], packed[f"{name}_scale_inv"] = random_fp8(generator, tuple(tensor.shape), (8, 16))
             plain[name] = Fp8Dequantize(None)._dequantize_one(packed[name], packed[f"{name}_scale_inv"])
     return packed, plain

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_jax.checkpoints.accounting import parse_layout
+from trace_jax.checkpoints.accounting import Slot, parse_layout
 from trace_jax.checkpoints.parts import copy_tiled
 
 LETTERS = "abcdefgh"
@@ -28,6 +28,10 @@ def layouts(draw):
     return f"{' '.join(left)} -> {' '.join(axes)}", shape, separate
 
 
+def slot_of(text, shape, separate=()):
+    return Slot("", None, (), "plain", **parse_layout(text, shape, separate))
+
+
 def to_params(layout, disk):
     return disk.reshape(layout.shape).transpose(layout.order)
 
@@ -36,21 +40,21 @@ def to_params(layout, disk):
 @given(layouts())
 def test_both_ways_undo_each_other(case):
     text, shape, separate = case
-    layout = parse_layout(text, shape, separate)
+    layout = slot_of(text, shape, separate)
     params = np.arange(math.prod(shape)).reshape(shape)
     disk = layout.apart(params).reshape(*layout.shape[: len(separate)], *layout.tensor_shape)
     np.testing.assert_array_equal(to_params(layout, disk), params)
 
 
 def test_letters_share_an_axis_slowest_first_number_tensors_or_exist_on_disk_only():
-    layout, disk = parse_layout("(h c) d -> d h c", (5, 2, 3)), np.arange(30).reshape(6, 5)
+    layout, disk = slot_of("(h c) d -> d h c", (5, 2, 3)), np.arange(30).reshape(6, 5)
     assert layout.tensor_shape == (6, 5)
     for h, c in np.ndindex(2, 3):
         np.testing.assert_array_equal(to_params(layout, disk)[:, h, c], disk[3 * h + c])
-    layout, disk = parse_layout("e g f d -> e d g f", (4, 5, 2, 3), ("e", "g")), np.arange(120).reshape(4, 2, 3, 5)
+    layout, disk = slot_of("e g f d -> e d g f", (4, 5, 2, 3), ("e", "g")), np.arange(120).reshape(4, 2, 3, 5)
     assert layout.tensor_shape == (3, 5)
     np.testing.assert_array_equal(to_params(layout, disk)[3, :, 1, 2], disk[3, 1, 2])
-    assert parse_layout("1 e -> e", (4,)).tensor_shape == (1, 4)
+    assert slot_of("1 e -> e", (4,)).tensor_shape == (1, 4)
 
 
 @settings(deadline=None, max_examples=60)

@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from jax.sharding import NamedSharding, PartitionSpec
 from quantised_checkpoints import FP8, random_fp8, random_mxfp4
+from tiny import spread
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from trace_jax.checkpoints.checkpoint import CheckpointError, TensorFile, check_method, fp8_tensor, mxfp4_tensor
 from trace_jax.checkpoints.pretrained import load_pretrained
-from trace_jax.models.arrays import parameter_specs
 
 
 def opened(tmp_path, tensors):
@@ -86,13 +85,6 @@ def test_a_quantised_checkpoint_imports_as_its_decoded_twin_on_one_device_and_on
     packed, plain = (load_pretrained(directory) for directory in packed_and_plain)
     assert packed.config == plain.config
     jax.tree.map(np.testing.assert_array_equal, packed.params, plain.params)
-    mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rules = {"experts": "expert", "embed": "data", "heads": "data", "latent": "expert"}
-
-    def sharding(spec):
-        names = [rules.get(axis) for axis in spec.axes]
-        return NamedSharding(mesh, PartitionSpec(*(n if n not in names[:k] else None for k, n in enumerate(names))))
-
-    shardings = jax.tree.map(sharding, parameter_specs(plain.config))
-    spread = load_pretrained(packed_and_plain[0], shardings=shardings)
-    jax.tree.map(np.testing.assert_array_equal, spread.params, plain.params)
+    cut = load_pretrained(packed_and_plain[0], shardings=spread(plain.config, rules))
+    jax.tree.map(np.testing.assert_array_equal, cut.params, plain.params)

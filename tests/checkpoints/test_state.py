@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.checkpoints import state as state_module
-from trace_jax.checkpoints.state import StateStore, load_params, parameter_count, save_params
+from trace_jax.checkpoints.state import StateStore, load_params, save_params
 
 # Orbax leaves the coroutines of failed reads behind; they end when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -90,31 +90,20 @@ def data_files(path):
 def test_the_two_newest_are_kept_and_say_what_they_are(saved):
     assert sorted(folder.name for folder in saved.iterdir()) == ["2", "3"]
     about = json.loads((saved / "3/about/metadata").read_text())
-    assert {k: about[k] for k in ("identity", "seed", "step", "data_position")} == {
-        **ABOUT,
-        "step": 3,
-        "data_position": 3,
-    }
+    assert about.items() >= {**ABOUT, "step": 3, "data_position": 3}.items()
 
 
-def test_a_state_of_four_devices_is_restored_on_one(states):
-    like = placed(0, line(1))
-    step, state = restore(states, like)
-    assert step == 3
-    assert_same(state, values(3))
-    assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, like)
-
-
-def test_a_state_is_restored_by_its_shapes_on_a_mesh_of_another_shape(states):
+def test_a_state_of_four_devices_is_restored_on_one_or_by_its_shapes_on_a_mesh_of_another_shape(saved):
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
     specs = {"step": P(), "embedding": P(("data", "expert")), "moments": {"m": P(None, "expert"), "half": P()}}
-    like = jax.tree.map(
+    cut = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), values(0), shardings(mesh, specs)
     )
-    step, state = restore(states, like)
-    assert step == 3
-    assert_same(state, values(3))
-    assert state["moments"]["m"].sharding.spec == P(None, "expert")
+    for like in (placed(0, line(1)), cut):
+        step, state = restore(saved, like)
+        assert step == 3
+        assert_same(state, values(3))
+        assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, like)
 
 
 @pytest.mark.parametrize("spec", [P(), P("x")])
@@ -214,7 +203,6 @@ def test_parameters_come_back_with_what_is_known_of_them(tmp_path):
     assert metadata == {"step": 3}
     assert jax.tree.map(lambda x: x.dtype, params) == jax.tree.map(lambda x: x.dtype, PARAMS)
     assert_same(params, PARAMS)
-    assert parameter_count(PARAMS) == 12
     with pytest.raises(TypeError):
         save_params(tmp_path / "other.safetensors", PARAMS, {"bad": object()})
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]

@@ -27,13 +27,18 @@ from trace_jax.models.families import Family
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """One layer of a parameter on disk.
+class Slot:
+    """One layer of one parameter (the whole parameter if `row` is None) and the names of the tensors that fill it.
 
     `shape`: every letter's axis apart, in the order of the disk; `separate`: how many of them number tensors;
-    `tensor_shape`: the shape of each tensor; `order`: the axes of the parameter as indices into `shape`.
+    `tensor_shape`: the shape of each tensor; `order`: the axes of the parameter as indices into `shape`. `storage` is
+    "mxfp4" for names that stand for two tensors each, blocks and scales.
     """
 
+    path: str
+    row: int | None
+    names: tuple[str, ...]
+    storage: str
     shape: tuple[int, ...]
     separate: int
     tensor_shape: tuple[int, ...]
@@ -44,14 +49,15 @@ class Layout:
         return array.transpose(tuple(self.order.index(axis) for axis in range(len(self.order))))
 
 
-def parse_layout(text: str, shape: tuple[int, ...], separate: tuple[str, ...] = ()) -> Layout:
-    """Layout of a parameter whose one layer has `shape`; `separate` are the letters that number tensors."""
+def parse_layout(text: str, shape: tuple[int, ...], separate: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of a `Slot` that its layout says, for a parameter whose one layer has `shape`; `separate` are the
+    letters that number tensors."""
     left, _, right = text.partition(" -> ")
     groups = [re.findall("[a-z]", group) for group in re.findall(r"\([a-z ]+\)|[a-z1]", left)]
     letters, axes = [letter for group in groups for letter in group], right.split()
     assert tuple(letters[: len(separate)]) == separate and sorted(letters) == sorted(axes), text
     size = dict(zip(axes, shape, strict=True))
-    return Layout(
+    return dict(
         shape=tuple(size[letter] for letter in letters),
         separate=len(separate),
         tensor_shape=tuple(math.prod(size[letter] for letter in group) for group in groups[len(separate) :]),
@@ -60,24 +66,9 @@ def parse_layout(text: str, shape: tuple[int, ...], separate: tuple[str, ...] = 
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
-    """One layer of one parameter (the whole parameter if `row` is None) and the names of the tensors that fill it.
-
-    `storage` is "mxfp4" for names that stand for two tensors each, blocks and scales.
-    """
-
-    path: str
-    row: int | None
-    layout: Layout
-    names: tuple[str, ...]
-    storage: str = "plain"
-
-
-@dataclasses.dataclass(frozen=True)
 class Accounting:
     """`slots` in the order of the files; `readable`: the tensors they name; `ignored`: the others, with why."""
 
-    checkpoint: Checkpoint
     slots: tuple[Slot, ...]
     readable: Mapping[str, Readable]
     ignored: Mapping[str, str]
@@ -112,8 +103,8 @@ def account(checkpoint: Checkpoint, config: ModelConfig, family: Family) -> Acco
                 readable[name] = fp8_tensor(tensors[name], tensors, checkpoint.config)
             else:
                 readable[name] = tensors[name]
-            if (shape := readable[name].shape) != slot.layout.tensor_shape:
-                faults.append(f"{name} is {list(shape)}, expected {list(slot.layout.tensor_shape)}")
+            if (shape := readable[name].shape) != slot.tensor_shape:
+                faults.append(f"{name} is {list(shape)}, expected {list(slot.tensor_shape)}")
         if len({readable[name].dtype for name in slot.names}) > 1:
             faults.append(f"{slot.names[0]} and the other tensors of {slot.path} have different types")
     refuse(faults, "{}")
@@ -125,7 +116,7 @@ def account(checkpoint: Checkpoint, config: ModelConfig, family: Family) -> Acco
     )
     place = {name: number for number, name in enumerate(tensors)}
     in_file_order = sorted(slots, key=lambda slot: place[readable[slot.names[0]].parts[0].name])
-    return Accounting(checkpoint, tuple(in_file_order), readable, ignored)
+    return Accounting(tuple(in_file_order), readable, ignored)
 
 
 def slots_of(config: ModelConfig, family: Family, present: Collection[str]) -> tuple[Slot, ...]:
@@ -147,7 +138,7 @@ def slots_of(config: ModelConfig, family: Family, present: Collection[str]) -> t
             layout, filled = parse_layout(stored.layout, shape, separate), []
             for row, layer in enumerate(stack or (0,)):
                 names = tuple(name.format(layer=layer, expert=expert) for expert in experts for name in stored.names)
-                filled.append(Slot(path, row if stack else None, layout, names, stored.storage))
+                filled.append(Slot(path, row if stack else None, names, stored.storage, **layout))
             chosen = chosen or filled
             if any(_on_disk(slot, slot.names[0]) in present for slot in filled):
                 chosen = filled

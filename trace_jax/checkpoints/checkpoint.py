@@ -202,6 +202,19 @@ def create_file(path: str | os.PathLike, specs: Specs, metadata: Mapping[str, st
     return TensorFile(path, writable=True)
 
 
+def check_arrays(where: Any, arrays: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises ValueError for arrays of other names, shapes or types than `expected`; each is named."""
+    if set(arrays) != set(expected):
+        missing, unexpected = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
+        raise ValueError(f"{where}: missing tensors {missing}, unexpected {unexpected}.")
+    for name, want in expected.items():
+        got = arrays[name]
+        if got.shape != want.shape or got.dtype != want.dtype:
+            raise ValueError(
+                f"{where}: {name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}."
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """`config` is the parsed config.json; `tensors` has every tensor of every file, in the order of the files."""

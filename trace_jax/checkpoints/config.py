@@ -76,19 +76,15 @@ class PretrainedConfig(Section):
                 "must be the same one, trained on the same text without the forget set."
             )
 
-    def identity(self) -> str:
-        """Hash of what is in the checkpoint `path`, wherever it lies, and of how it is read.
+    def identity(self, *, retrained: bool = False) -> str:
+        """Hash of what is in the checkpoint `path`, wherever it lies, and of how it is read; or, empty where there is
+        none, of `retrained`.
 
         Raises:
           CheckpointError: there is no such checkpoint.
         """
-        return self._identity(self.path)
-
-    def retrained_identity(self) -> str:
-        """The same of the checkpoint `retrained`; empty where there is none."""
-        return self._identity(self.retrained) if self.retrained else ""
-
-    def _identity(self, path: str) -> str:
+        if not (path := self.retrained if retrained else self.path) and retrained:
+            return ""
         stats = [file.stat() for file in sorted(Path(path).glob("*.safetensors"))]
         stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in stats)
         return fingerprint(_content(path, stamps), self.dtype, self.grouped_matmul)

@@ -29,6 +29,7 @@ from trace_jax.checkpoints.checkpoint import (
     Specs,
     Tensor,
     TensorFile,
+    check_arrays,
     create_file,
     fp8_tensor,
     open_checkpoint,
@@ -77,19 +78,14 @@ def save_pretrained(
     if is_remote(path):
         raise CheckpointError(f"{os.fspath(path)}: a checkpoint is exported to a local disk. Copy it there afterwards.")
     destination, params, specs = Path(path).absolute(), flatten(model.params), flat_specs(model.config)
-    if set(params) != set(specs):
-        raise ValueError(f"the parameters {sorted(set(params) ^ set(specs))} don't correspond to the configuration.")
-    for name, leaf in params.items():
-        want = specs[name]
-        if leaf.shape != want.shape or leaf.dtype != want.dtype:
-            raise ValueError(f"{name} is {leaf.dtype}{list(leaf.shape)}, expected {want.dtype}{list(want.shape)}.")
+    check_arrays("the model", params, specs)
     _check_destination(destination, overwrite=overwrite, source=model.source.directory if model.source else None)
     checkpoint, written, merged, ignored = None, (), (), {}  # written: slots whose tensors are new in the files
     if model.source is None:
         config_json = mixtral_config_json(model.config, model.special)
         written = slots_of(model.config, FAMILIES["mixtral"], ())
         dtypes = {path: np.dtype(leaf.dtype) for path, leaf in params.items()}
-        files = {name: (dtypes[slot.path], slot.layout.tensor_shape) for slot in written for name in slot.names}
+        files = {name: (dtypes[slot.path], slot.tensor_shape) for slot in written for name in slot.names}
     else:
         family, checkpoint = family_of({"model_type": model.source.model_type}), open_checkpoint(model.source.directory)
         accounting = account(checkpoint, model.config, family)
@@ -103,7 +99,7 @@ def save_pretrained(
             config_json.pop("quantization_config", None)
             slots = slots_of(model.config, family, readable)
             written = [slot for slot in slots if isinstance(readable[slot.names[0]], Quantised)]
-            files, ignored = _decoded(files, written, accounting)
+            files, ignored = _decoded(files, written, checkpoint, accounting)
     if (needed := _nbytes(files) + 2**26) > (free := free_bytes(destination)):
         raise CheckpointError(f"{destination} needs {needed / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB free.")
     with _replacing_directory(destination) as directory:
@@ -128,17 +124,17 @@ def save_pretrained(
 
 
 def _decoded(
-    specs: Specs, slots: Sequence[Slot], accounting: Accounting
+    specs: Specs, slots: Sequence[Slot], checkpoint: Checkpoint, accounting: Accounting
 ) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...]]], dict[str, Quantised]]:
     """All tensors in the order of the files, those of `slots` as bfloat16 and without their scales; and the ignored
     ones that are decoded too, because config.json no longer says how they are stored."""
-    tensors = accounting.checkpoint.tensors
+    tensors = checkpoint.tensors
     ignored = {
-        name: fp8_tensor(tensors[name], tensors, accounting.checkpoint.config)
+        name: fp8_tensor(tensors[name], tensors, checkpoint.config)
         for name in accounting.ignored
         if tensors[name].dtype == DTYPES["F8_E4M3"] and f"{name}_scale_inv" in tensors
     }
-    shapes = {name: slot.layout.tensor_shape for slot in slots for name in slot.names}
+    shapes = {name: slot.tensor_shape for slot in slots for name in slot.names}
     decoded, scales = {}, set()
     for name in [*shapes, *ignored]:
         data, scale = (ignored.get(name) or accounting.readable[name]).parts

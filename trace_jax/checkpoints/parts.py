@@ -36,10 +36,12 @@ class Part:
     """`count` indices of the first axis on disk of a slot, from `start` on, in every shard of that axis.
 
     `axis`: where that axis stands in one layer of the parameter. `shards`: into how many pieces it is sharded.
+    `sharding`, `layer_sharding`: of the parameter, and of one layer of it.
     """
 
     slot: Slot
     sharding: NamedSharding | None
+    layer_sharding: NamedSharding | None
     axis: int
     shards: int
     start: int
@@ -48,20 +50,9 @@ class Part:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one layer of the parameter, cut to this part, all shards together."""
-        shape = [self.slot.layout.shape[letter] for letter in self.slot.layout.order]
+        shape = [self.slot.shape[letter] for letter in self.slot.order]
         shape[self.axis] = self.count * self.shards
         return tuple(shape)
-
-    @property
-    def layer_sharding(self) -> NamedSharding | None:
-        if self.sharding is None:
-            return None
-        return NamedSharding(self.sharding.mesh, _layer_spec(self.sharding, self.slot.row is not None))
-
-
-def _layer_spec(sharding: NamedSharding, stacked: bool) -> PartitionSpec:
-    """How one layer of a parameter is sharded, which stacks layers or not."""
-    return PartitionSpec(*sharding.spec[1:]) if stacked else sharding.spec
 
 
 def parts_of(slot: Slot, sharding: Any, itemsize: int) -> list[Part]:
@@ -69,16 +60,16 @@ def parts_of(slot: Slot, sharding: Any, itemsize: int) -> list[Part]:
 
     The last one may overlap the one before: another shape would be another compilation.
     """
-    sharding = sharding if isinstance(sharding, NamedSharding) else None
-    shape, axis, shards = slot.layout.shape, slot.layout.order.index(0), 1
+    sharding, layer = sharding if isinstance(sharding, NamedSharding) else None, None
+    shape, axis, shards = slot.shape, slot.order.index(0), 1
     if sharding is not None:
-        layer = NamedSharding(sharding.mesh, _layer_spec(sharding, slot.row is not None))
-        shards = shape[0] // layer.shard_shape(tuple(shape[letter] for letter in slot.layout.order))[axis]
+        layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[slot.row is not None :]))
+        shards = shape[0] // layer.shard_shape(tuple(shape[letter] for letter in slot.order))[axis]
     size = shape[0] // shards
     most = max(1, PART_BYTES // (itemsize * shards * math.prod(shape[1:])))
     count = math.ceil(size / math.ceil(size / most))
     starts = (min(start, size - count) for start in range(0, size, count))
-    return [Part(slot, sharding, axis, shards, start, count) for start in starts]
+    return [Part(slot, sharding, layer, axis, shards, start, count) for start in starts]
 
 
 def places(part: Part, disk: np.ndarray) -> Iterator[tuple[int, str, int, np.ndarray]]:
@@ -86,14 +77,14 @@ def places(part: Part, disk: np.ndarray) -> Iterator[tuple[int, str, int, np.nda
 
     `disk` is the part with its axes in the order of the disk, every letter apart.
     """
-    layout, names = part.slot.layout, part.slot.names
+    slot = part.slot
     for shard in range(part.shards):
-        first, begin = shard * (layout.shape[0] // part.shards) + part.start, shard * part.count
-        if not layout.separate:
-            yield shard, names[0], first * math.prod(layout.shape[1:]), disk[begin : begin + part.count]
+        first, begin = shard * (slot.shape[0] // part.shards) + part.start, shard * part.count
+        if not slot.separate:
+            yield shard, slot.names[0], first * math.prod(slot.shape[1:]), disk[begin : begin + part.count]
             continue
-        inner = layout.shape[1 : layout.separate]
-        tensors = names[first * math.prod(inner) : (first + part.count) * math.prod(inner)]
+        inner = slot.shape[1 : slot.separate]
+        tensors = slot.names[first * math.prod(inner) : (first + part.count) * math.prod(inner)]
         for name, index in zip(tensors, np.ndindex((part.count, *inner)), strict=True):
             yield shard, name, 0, disk[(begin + index[0], *index[1:])]
 
@@ -138,7 +129,7 @@ def _read(
         wanted = {(index[part.axis].start or 0) // part.count for index in indices if index is not None}
     futures = [
         pool.submit(_read_piece, readable[name], begin + start, begin + stop, target[index])
-        for shard, name, begin, target in places(part, part.slot.layout.apart(bits))
+        for shard, name, begin, target in places(part, part.slot.apart(bits))
         if shard in wanted
         for index, start, stop in _pieces(target.shape, PIECE_BYTES // dtype.itemsize)
     ]
@@ -188,25 +179,26 @@ def copy_tiled(source: np.ndarray, target: np.ndarray) -> None:
 
 def place(parameter: jax.Array, numbers: jax.Array, part: Part) -> jax.Array:
     """`parameter` with `numbers`, cast to its type, in the place of `part`; `parameter` itself is gone afterwards."""
-    row, stacked = np.int32(part.slot.row or 0), part.slot.row is not None
-    return _place(parameter, numbers, row, np.int32(part.start), part.sharding, part.axis, stacked)
+    row, start, stacked = np.int32(part.slot.row or 0), np.int32(part.start), part.slot.row is not None
+    return _place(parameter, numbers, row, start, part.sharding, part.layer_sharding, part.axis, stacked)
 
 
 def take(parameter: jax.Array, part: Part) -> np.ndarray:
     """What stands in the place of `part`, its axes in the order of the disk, contiguous, in every process; all must
     call it."""
-    row, stacked = np.int32(part.slot.row or 0), part.slot.row is not None
-    numbers = to_host(_take(parameter, row, np.int32(part.start), part.sharding, part.axis, stacked, part.count))
-    layout, source = part.slot.layout, numbers.view(f"u{numbers.dtype.itemsize}")
-    disk = np.empty(layout.apart(source).shape, source.dtype)
-    target = disk.transpose(layout.order)
+    row, start, stacked = np.int32(part.slot.row or 0), np.int32(part.start), part.slot.row is not None
+    taken = _take(parameter, row, start, part.sharding, part.layer_sharding, part.axis, stacked, part.count)
+    numbers = to_host(taken)
+    source = numbers.view(f"u{numbers.dtype.itemsize}")
+    disk = np.empty(part.slot.apart(source).shape, source.dtype)
+    target = disk.transpose(part.slot.order)
     for index, _, _ in _pieces(source.shape, PIECE_BYTES // source.itemsize):
         copy_tiled(source[index], target[index])
     return disk.view(numbers.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6), donate_argnums=0)
-def _place(parameter, numbers, row, start, sharding, axis, stacked) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7), donate_argnums=0)
+def _place(parameter, numbers, row, start, sharding, layer_sharding, axis, stacked) -> jax.Array:
     def put(parameter, numbers, row, start):
         stack = _bits(parameter if stacked else parameter[None])
         index = _index(stack.ndim, row, start, axis)
@@ -214,13 +206,13 @@ def _place(parameter, numbers, row, start, sharding, axis, stacked) -> jax.Array
         return lax.bitcast_convert_type(placed if stacked else placed[0], parameter.dtype)
 
     if sharding is not None:
-        specs = (sharding.spec, _layer_spec(sharding, stacked), PartitionSpec(), PartitionSpec())
+        specs = (sharding.spec, layer_sharding.spec, PartitionSpec(), PartitionSpec())
         put = jax.shard_map(put, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec)
     return put(parameter, numbers, row, start)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
-def _take(parameter, row, start, sharding, axis, stacked, count) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
+def _take(parameter, row, start, sharding, layer_sharding, axis, stacked, count) -> jax.Array:
     def cut(parameter, row, start):
         stack = parameter if stacked else parameter[None]
         sizes = [1, *stack.shape[1:]]
@@ -229,7 +221,7 @@ def _take(parameter, row, start, sharding, axis, stacked, count) -> jax.Array:
 
     if sharding is not None:
         specs = (sharding.spec, PartitionSpec(), PartitionSpec())
-        cut = jax.shard_map(cut, mesh=sharding.mesh, in_specs=specs, out_specs=_layer_spec(sharding, stacked))
+        cut = jax.shard_map(cut, mesh=sharding.mesh, in_specs=specs, out_specs=layer_sharding.spec)
     return cut(parameter, row, start)
 
 

@@ -18,7 +18,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from orbax.checkpoint.options import MultiprocessingOptions
 from safetensors import SafetensorError, safe_open
 
-from trace_jax.checkpoints.checkpoint import create_file
+from trace_jax.checkpoints.checkpoint import check_arrays, create_file
 from trace_jax.io.files import is_remote, local_copy, replacing
 from trace_jax.parallel.mesh import to_host
 from trace_jax.parallel.processes import all_processes, broadcast_from_process_0, is_main
@@ -31,9 +31,7 @@ def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = No
 
     With several processes all must call it; process 0 writes.
     """
-    flat: dict[str, Any] = dict(
-        traverse_util.flatten_dict(params, sep=".")
-    )  # {"layers.experts.down": array}, the spelling of the file
+    flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="."))  # the spelling of the file
     specs = {name: (np.dtype(leaf.dtype), leaf.shape) for name, leaf in flat.items()}
     about = {"trace_jax": json.dumps(metadata or {})}
     with replacing(path) if is_main() else contextlib.nullcontext() as temporary:
@@ -57,26 +55,8 @@ def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:
             metadata = json.loads((file.metadata() or {}).get("trace_jax", "{}"))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: can't be read as safetensors ({error}). Remove it to make it anew.") from error
-    if set(tensors) != set(flat):
-        missing, unexpected = sorted(set(flat) - set(tensors)), sorted(set(tensors) - set(flat))
-        raise ValueError(f"{path}: missing tensors {missing}, unexpected {unexpected}.")
-    for name, want in flat.items():
-        got = tensors[name]
-        if got.shape != want.shape or got.dtype != want.dtype:
-            raise ValueError(
-                f"{path}: {name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}."
-            )
+    check_arrays(path, tensors, flat)
     return traverse_util.unflatten_dict(tensors, sep="."), metadata
-
-
-def parameter_bytes(params: Any) -> int:
-    """Bytes of a tree of arrays."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-
-
-def parameter_count(params: Any) -> int:
-    """Numbers in a tree of arrays or of their shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 class _Manager(ocp.CheckpointManager):

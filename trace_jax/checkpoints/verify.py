@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from trace_jax.checkpoints.accounting import Accounting, account
-from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
+from trace_jax.checkpoints.accounting import account
+from trace_jax.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from trace_jax.checkpoints.pretrained import load_pretrained, read_tokenizer, special_tokens
 from trace_jax.io.progress import byte_size
 from trace_jax.models.arrays import count_params, flat_specs
@@ -55,7 +55,7 @@ def main(options: argparse.Namespace) -> int:
     """
     checkpoint = open_checkpoint(options.checkpoint)
     family, config = family_of(checkpoint.config), model_config(checkpoint.config, dtype="float32")
-    print("\n".join(_description(account(checkpoint, config, family), family, config)), flush=True)
+    print("\n".join(_description(checkpoint, family, config)), flush=True)
     skipped = "--no-compare" if options.no_compare else _obstacle(config, checkpoint.config)
     if skipped:
         print(f"\ncomparison with transformers: skipped ({skipped})\neverything is accounted for.")
@@ -68,9 +68,8 @@ def main(options: argparse.Namespace) -> int:
 # --- what is there ---
 
 
-def _description(accounting: Accounting, family: Family, config: ModelConfig) -> Iterable[str]:
-    checkpoint = accounting.checkpoint
-    directory, config_json = checkpoint.directory, checkpoint.config
+def _description(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> Iterable[str]:
+    accounting, directory, config_json = account(checkpoint, config, family), checkpoint.directory, checkpoint.config
     used = {part.name: part for tensor in accounting.readable.values() for part in tensor.parts}
     by_type, reasons, counts = collections.Counter(), collections.defaultdict(list), collections.Counter()
     for tensor in used.values():

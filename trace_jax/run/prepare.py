@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from trace_jax.attacks.attack import Context
 from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.checkpoints.state import parameter_bytes, parameter_count
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.batches import mixture_batches, sequential_batches
 from trace_jax.data.corpora import Corpora, DataConfig
@@ -230,7 +229,7 @@ def read_corpora(data: DataConfig, model: PretrainedConfig | ModelConfig) -> Cor
 def retrained_identity(config: ExperimentConfig) -> str:
     """Hash of a retrained model that is imported, empty without one. One trained here follows from the rest."""
     if isinstance(config.model, PretrainedConfig):
-        return config.model.retrained_identity()
+        return config.model.identity(retrained=True)
     return "trained here" if config.target is not None and config.target.retrained else ""
 
 
@@ -239,13 +238,14 @@ def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
 
     While a method trains, three of its states are on disk, and a fourth where the best is kept. Relearning trains all.
     """
-    sizes = {"export": parameter_bytes(target.params)} if config.export and not (path / "export").exists() else {}
+    arrays, sizes = flatten(target.params), {}
+    if config.export and not (path / "export").exists():
+        sizes["export"] = sum(array.nbytes for array in arrays.values())
     for name in config.methods:
         if not (path / "methods" / name / "results.json").exists():
             unlearning = config.method(name).unlearning
-            paths, arrays = trainable_paths(target.config, unlearning.trainable), flatten(target.params)
-            training = {path: arrays[path] for path in paths}
-            sizes[name], count = parameter_bytes(training), parameter_count(training)
+            paths = trainable_paths(target.config, unlearning.trainable)
+            sizes[name], count = (sum(getattr(arrays[path], unit) for path in paths) for unit in ("nbytes", "size"))
             if unlearning.lora is not None:
                 own = factors(target.config, paths, unlearning.lora.rank).values()
                 count = sum(math.prod(spec.shape) for spec in own)
@@ -254,7 +254,8 @@ def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
     for attack in (config.attacks.relearning, config.attacks.benign_relearning) if config.attacks else ():
         if attack is not None:
             numbers = 1 + attack.optimization.optimizer.moments
-            sizes["states"] = max(sizes.get("states", 0), 3 * numbers * 4 * parameter_count(flatten(target.params)))
+            count = sum(array.size for array in arrays.values())
+            sizes["states"] = max(sizes.get("states", 0), 3 * numbers * 4 * count)
     needed, free = sum(sizes.values()), free_bytes(path)
     if free < needed:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sizes.items())

@@ -6,7 +6,7 @@ from typing import Any
 from trace_jax.config import ConfigError
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.families import switches
-from trace_jax.models.families.family import FAMILIES, ConfigReader, Family, complete
+from trace_jax.models.families.family import FAMILIES, ConfigReader, Family
 
 __all__ = ["ALIASES", "FAMILIES", "Family", "family_of", "model_config", "unread_keys"]
 
@@ -35,17 +35,13 @@ def model_config(config_json: Mapping[str, Any], *, dtype: str) -> ModelConfig:
     Raises:
       ConfigError: a missing key, a wrong type, or a value that isn't implemented, with what is supported.
     """
-    family, reader = _open(config_json)
-    return ModelConfig(**family.switches(reader), dtype=dtype)
+    family = family_of(config_json)
+    return ModelConfig(**family.switches(ConfigReader(config_json, family.model_type)), dtype=dtype)
 
 
 def unread_keys(config_json: Mapping[str, Any]) -> tuple[str, ...]:
     """Keys of a config.json that its family doesn't read and that aren't known to be harmless."""
-    family, reader = _open(config_json)
-    family.switches(reader)
-    return reader.unread(config_json)
-
-
-def _open(config_json: Mapping[str, Any]) -> tuple[Family, ConfigReader]:
     family = family_of(config_json)
-    return family, ConfigReader(complete(config_json, family.model_type))
+    reader = ConfigReader(config_json, family.model_type)
+    family.switches(reader)
+    return reader.unread()

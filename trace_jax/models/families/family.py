@@ -59,11 +59,11 @@ def complete(config_json: Mapping[str, Any], model_type: str) -> dict[str, Any]:
 
 
 class ConfigReader:
-    """Reads the fields of one completed config.json, and notes which. transformers' class and `ModelConfig` check their
-    types. Of several keys the first that is there is read: spellings of one field."""
+    """Reads the fields of one config.json, completed, and notes which. transformers' class and `ModelConfig` check
+    their types. Of several keys the first that is there is read: spellings of one field."""
 
-    def __init__(self, values: Mapping[str, Any]):
-        self._values, self._read = values, set()
+    def __init__(self, config_json: Mapping[str, Any], model_type: str):
+        self._file, self._values, self._read = config_json, complete(config_json, model_type), set()
 
     def value(self, *keys: str, null: Any = _REQUIRED) -> Any:
         """The field, or `null` where it is null or absent.
@@ -106,12 +106,12 @@ class ConfigReader:
         """Notes keys that transformers' class has turned into others."""
         self._read.update(keys)
 
-    def unread(self, config_json: Mapping[str, Any]) -> tuple[str, ...]:
+    def unread(self) -> tuple[str, ...]:
         """Keys of the file that nobody looked at and that aren't known to be harmless.
 
         One that the class no longer has stands in another's place: an old spelling.
         """
-        return tuple(sorted(set(config_json) & set(self._values) - self._read - set(_HARMLESS.split())))
+        return tuple(sorted(set(self._file) & set(self._values) - self._read - set(_HARMLESS.split())))
 
 
 def unsupported(key: str, value: Any, supported: tuple) -> ConfigError:
