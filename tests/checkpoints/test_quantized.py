@@ -10,7 +10,7 @@ from tiny import spread
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from trace_jax.checkpoints.checkpoint import CheckpointError, TensorFile, check_method, fp8_tensor, mxfp4_tensor
+from trace_jax.checkpoints.checkpoint import CheckpointError, TensorFile, check_method, readable_tensor
 from trace_jax.checkpoints.pretrained import load_pretrained
 
 
@@ -23,7 +23,7 @@ def opened(tmp_path, tensors):
 def test_fp8_blocks_decode_as_in_transformers(shape, tmp_path):
     weight, scales = random_fp8(np.random.default_rng(0), shape, (8, 16))
     tensors = opened(tmp_path, {"w": weight, "w_scale_inv": scales})
-    tensor = fp8_tensor(tensors["w"], tensors, {"quantization_config": FP8})
+    tensor = readable_tensor("w", tensors, {"quantization_config": FP8})
     want = Fp8Dequantize(None)._dequantize_one(weight, scales).numpy().reshape(-1)
     np.testing.assert_array_equal(tensor.read(), want)
     columns = shape[-1]
@@ -37,7 +37,7 @@ def test_fp8_blocks_at_the_edge_may_be_cut(tmp_path):
     """DeepSeek-V3's kv_a_proj has 576 rows: 4.5 blocks. (transformers 5.24 refuses such a matrix.)"""
     weight, scales = random_fp8(np.random.default_rng(0), (20, 40), (8, 16))
     tensors = opened(tmp_path, {"w": weight, "w_scale_inv": scales})
-    decoded = fp8_tensor(tensors["w"], tensors, {"quantization_config": FP8}).read().reshape(20, 40)
+    decoded = readable_tensor("w", tensors, {"quantization_config": FP8}).read().reshape(20, 40)
     for row in range(20):
         for column in range(40):
             assert decoded[row, column] == weight[row, column].float() * scales[row // 8, column // 16]
@@ -47,7 +47,7 @@ def test_fp8_blocks_at_the_edge_may_be_cut(tmp_path):
 def test_mxfp4_decodes_as_in_transformers(shape, tmp_path):
     blocks, scales = random_mxfp4(np.random.default_rng(0), shape)
     tensors = opened(tmp_path, {"w_blocks": blocks, "w_scales": scales})
-    tensor = mxfp4_tensor("w", tensors)
+    tensor = readable_tensor("w", tensors, {}, "mxfp4")
     assert tensor.shape == shape
     want = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2).numpy().reshape(-1)
     np.testing.assert_array_equal(tensor.read(), want)
@@ -69,13 +69,13 @@ def test_mxfp4_decodes_as_in_transformers(shape, tmp_path):
 def test_float8_without_its_scales_is_refused(tensors, config, message, tmp_path):
     stored = opened(tmp_path, {"w": torch.zeros(8, 16).to(torch.float8_e4m3fn), **tensors})
     with pytest.raises(CheckpointError, match=message):
-        fp8_tensor(stored["w"], stored, config)
+        readable_tensor("w", stored, config)
 
 
 def test_what_cannot_be_decoded_is_refused(tmp_path):
     blocks, _ = random_mxfp4(np.random.default_rng(0), (2, 4, 32))
     with pytest.raises(CheckpointError, match=r"w_blocks is \[2, 4, 1, 16\] and w_scales missing"):
-        mxfp4_tensor("w", opened(tmp_path, {"w_blocks": blocks}))
+        readable_tensor("w", opened(tmp_path, {"w_blocks": blocks}), {}, "mxfp4")
     for method in ("gptq", None):
         with pytest.raises(CheckpointError, match=rf"method {method!r} can't be read; supported are fp8, mxfp4"):
             check_method({"quantization_config": {"quant_method": method}})

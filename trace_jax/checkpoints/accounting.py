@@ -12,15 +12,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from trace_jax.checkpoints.checkpoint import (
-    DTYPES,
-    Checkpoint,
-    CheckpointError,
-    Readable,
-    check_method,
-    fp8_tensor,
-    mxfp4_tensor,
-)
+from trace_jax.checkpoints.checkpoint import Checkpoint, CheckpointError, Readable, check_method, readable_tensor
 from trace_jax.models.arrays import flat_specs
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.families import Family
@@ -97,12 +89,7 @@ def account(checkpoint: Checkpoint, config: ModelConfig, family: Family) -> Acco
     faults = []
     for slot in slots:
         for name in slot.names:
-            if slot.storage == "mxfp4":
-                readable[name] = mxfp4_tensor(name, tensors)
-            elif tensors[name].dtype == DTYPES["F8_E4M3"]:
-                readable[name] = fp8_tensor(tensors[name], tensors, checkpoint.config)
-            else:
-                readable[name] = tensors[name]
+            readable[name] = readable_tensor(name, tensors, checkpoint.config, slot.storage)
             if (shape := readable[name].shape) != slot.tensor_shape:
                 faults.append(f"{name} is {list(shape)}, expected {list(slot.tensor_shape)}")
         if len({readable[name].dtype for name in slot.names}) > 1:

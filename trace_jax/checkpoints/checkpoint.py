@@ -297,17 +297,29 @@ def check_method(config: Mapping[str, Any]) -> None:
         )
 
 
-def fp8_tensor(tensor: Tensor, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Quantised:
-    """The float8 `tensor` with its scales.
+def readable_tensor(
+    name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], storage: str = "plain"
+) -> Readable:
+    """The tensor `name`: with its scales if it is float8, of its blocks and scales if `storage` is "mxfp4".
 
     Raises:
-      CheckpointError: the scales are missing or have another shape than the blocks need.
+      CheckpointError: the scales are missing or don't fit the numbers.
     """
+    if storage == "mxfp4":
+        blocks, scales = tensors[f"{name}_blocks"], tensors.get(f"{name}_scales")
+        if scales is None or blocks.shape[-1:] != (16,) or scales.shape != blocks.shape[:-1]:
+            raise CheckpointError(
+                f"{blocks.file.path}: {blocks.name} is {list(blocks.shape)} and {name}_scales "
+                f"{list(scales.shape) if scales else 'missing'}; expected [..., 16] and the same without the 16."
+            )
+        return Quantised(blocks, scales)
+    tensor, scales = tensors[name], tensors.get(f"{name}_scale_inv")
+    if tensor.dtype != DTYPES["F8_E4M3"]:
+        return tensor
     block = (config.get("quantization_config") or {}).get("weight_block_size")
-    scales = tensors.get(f"{tensor.name}_scale_inv")
     if not block or scales is None or len(tensor.shape) < 2:
         raise CheckpointError(
-            f"{tensor.file.path}: {tensor.name} is float8; it needs {tensor.name}_scale_inv in the checkpoint and "
+            f"{tensor.file.path}: {name} is float8; it needs {name}_scale_inv in the checkpoint and "
             "quantization_config.weight_block_size in config.json."
         )
     grid = tuple(math.ceil(size / width) for size, width in zip(tensor.shape[-2:], block, strict=True))
@@ -316,18 +328,3 @@ def fp8_tensor(tensor: Tensor, tensors: Mapping[str, Tensor], config: Mapping[st
             f"{scales.file.path}: {scales.name} is {list(scales.shape)}, expected {[*tensor.shape[:-2], *grid]}."
         )
     return Quantised(tensor, scales, tuple(block))
-
-
-def mxfp4_tensor(name: str, tensors: Mapping[str, Tensor]) -> Quantised:
-    """The tensor `name` from its blocks and scales.
-
-    Raises:
-      CheckpointError: the scales are missing, or the two don't fit each other.
-    """
-    blocks, scales = tensors[f"{name}_blocks"], tensors.get(f"{name}_scales")
-    if scales is None or blocks.shape[-1:] != (16,) or scales.shape != blocks.shape[:-1]:
-        raise CheckpointError(
-            f"{blocks.file.path}: {blocks.name} is {list(blocks.shape)} and {name}_scales "
-            f"{list(scales.shape) if scales else 'missing'}; expected [..., 16] and the same without the 16."
-        )
-    return Quantised(blocks, scales)

@@ -31,8 +31,8 @@ from trace_jax.checkpoints.checkpoint import (
     TensorFile,
     check_arrays,
     create_file,
-    fp8_tensor,
     open_checkpoint,
+    readable_tensor,
 )
 from trace_jax.checkpoints.model_card import ModelCard, base_model_of, licence_of, mixtral_config_json, readme
 from trace_jax.checkpoints.parts import PIECE_BYTES, THREADS, parts_of, places, take
@@ -109,8 +109,8 @@ def save_pretrained(
             return
         for name, tensor in ignored.items():
             step = max(1, PIECE_BYTES // tensor.shape[-1]) * tensor.shape[-1]
-            for start in range(0, tensor.data.size, step):
-                numbers = tensor.read(start, min(start + step, tensor.data.size))
+            for start in range(0, tensors[name].size, step):
+                numbers = tensor.read(start, min(start + step, tensors[name].size))
                 tensors[name].write(numbers.astype(tensors[name].dtype), start)
         changed |= ignored.keys() | {name for slot in written for name in slot.names}
         _write_others(directory, model, checkpoint, config_json)
@@ -125,12 +125,12 @@ def save_pretrained(
 
 def _decoded(
     specs: Specs, slots: Sequence[Slot], checkpoint: Checkpoint, accounting: Accounting
-) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...]]], dict[str, Quantised]]:
+) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...]]], dict[str, Readable]]:
     """All tensors in the order of the files, those of `slots` as bfloat16 and without their scales; and the ignored
     ones that are decoded too, because config.json no longer says how they are stored."""
     tensors = checkpoint.tensors
     ignored = {
-        name: fp8_tensor(tensors[name], tensors, checkpoint.config)
+        name: readable_tensor(name, tensors, checkpoint.config)
         for name in accounting.ignored
         if tensors[name].dtype == DTYPES["F8_E4M3"] and f"{name}_scale_inv" in tensors
     }
