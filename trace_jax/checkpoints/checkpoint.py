@@ -81,7 +81,7 @@ class Tensor:
         it is there, else fresh."""
         if out is None:
             out = np.empty(((self.size if stop is None else stop) - start) * self.dtype.itemsize, np.uint8)
-        left, position = out.data, self._position(start)
+        left, position = out.data, self.offset + start * self.dtype.itemsize
         while left:
             count = os.preadv(self.file.descriptor, [left], position)
             if not count:
@@ -95,7 +95,8 @@ class Tensor:
             raise ValueError(
                 f"{self.name} is {self.dtype}{list(self.shape)}; got {array.dtype}{list(array.shape)} from {start} on."
             )
-        left, position = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, self._position(start)
+        left = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        position = self.offset + start * self.dtype.itemsize
         while left:
             count = os.pwrite(self.file.descriptor, left, position)
             position, left = position + count, left[count:]
@@ -105,9 +106,6 @@ class Tensor:
         step = _COPY_BYTES // self.dtype.itemsize
         for start in range(0, self.size, step):
             self.write(other.read(start, min(start + step, self.size)), start)
-
-    def _position(self, start: int) -> int:
-        return self.offset + start * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,11 +78,7 @@ class PretrainedConfig(Section):
 
     def identity(self, *, retrained: bool = False) -> str:
         """Hash of what is in the checkpoint `path`, wherever it lies, and of how it is read; or, empty where there is
-        none, of `retrained`.
-
-        Raises:
-          CheckpointError: there is no such checkpoint.
-        """
+        none, of `retrained`."""
         if not (path := self.retrained if retrained else self.path) and retrained:
             return ""
         stats = [file.stat() for file in sorted(Path(path).glob("*.safetensors"))]

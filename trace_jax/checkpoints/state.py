@@ -133,14 +133,17 @@ class StateStore:
         self.wait()
         return broadcast_from_process_0(max(self._manager.all_steps(), default=-1)) < 0
 
-    def restore(self, like: Any) -> tuple[int, Any]:
-        """(step, state) of the newest readable state of this run, or (0, None) if there is none.
+    def restore(self, like: Any, step: int | None = None) -> tuple[int, Any]:
+        """(step, state) of that `step` or, where it is None or can't be read, of the newest readable state of this run;
+        (0, None) if there is none.
 
         `like` (arrays or `jax.ShapeDtypeStruct`) gives structure, shapes, types and shardings, which need not be those
         that were saved. A state that any process can't read is skipped with a warning; it and states of other settings
         are removed, so that they can't be mistaken for this run's later.
         """
         self.wait()
+        if step is not None and (state := self._checked(step, like)[0]) is not None:
+            return step, state
         unreadable = False
         while (step := broadcast_from_process_0(max(self._manager.all_steps(), default=-1))) >= 0:
             state, problem = self._checked(step, like)
@@ -151,11 +154,6 @@ class StateStore:
         if unreadable:
             logger.warning("no saved state can be restored; starting from the beginning")
         return 0, None
-
-    def restore_step(self, step: int, like: Any) -> Any | None:
-        """The state of that step, as `restore` would give it; None, with a warning, if it can't be read."""
-        self.wait()
-        return self._checked(step, like)[0]
 
     def _checked(self, step: int, like: Any) -> tuple[Any | None, str]:
         """(state, "") once every process has read what was saved, or (None, what is wrong, as `_read` says it)."""

@@ -48,11 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """The command `verify`. Returns 0 if all is well and 1 if transformers computes something else.
-
-    Raises:
-      ConfigError, CheckpointError: the checkpoint can't be read, or not by transformers.
-    """
+    """The command `verify`. Returns 0 if all is well and 1 if transformers computes something else."""
     checkpoint = open_checkpoint(options.checkpoint)
     family, config = family_of(checkpoint.config), model_config(checkpoint.config, dtype="float32")
     print("\n".join(_description(checkpoint, family, config)), flush=True)

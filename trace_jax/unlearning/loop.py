@@ -267,9 +267,7 @@ class Loop:
             return 0, state
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         del state
-        state = None if step is None else self._store.restore_step(step, like)
-        if step is None or state is None:
-            step, state = self._store.restore(like)
+        step, state = self._store.restore(like, step)
         return step, self._start() if state is None else state
 
     def _save(self, step: int, state: TrainState) -> None:
