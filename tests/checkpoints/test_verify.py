@@ -69,14 +69,6 @@ def test_another_computation_fails(copy, capsys, monkeypatch):
     assert "FAIL: transformers computes something else." in text
 
 
-def test_what_cannot_be_read_is_refused(copy, capsys):
-    """`open_checkpoint`, `account` and `family_of` say what is wrong; the command ends with 2."""
-    (copy / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    assert run(copy) == 2
-    message = capsys.readouterr().err
-    assert "model_type is 'llama'" in message and "olmoe" in message
-
-
 @pytest.mark.parametrize(
     ("patch", "reason"),
     [

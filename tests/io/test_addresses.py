@@ -3,7 +3,6 @@
 import json
 
 import fsspec
-import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -11,7 +10,6 @@ from tests.run.toy import experiment, numbers, on_one_device
 from trace_jax.checkpoints import state
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.checkpoints.state import load_params, save_params
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import DataError, read_source
 from trace_jax.io import files
@@ -91,17 +89,6 @@ def test_lines_are_gathered_because_objects_can_not_be_extended(bucket, monkeypa
     files._PENDING.clear()  # another process continues the file
     append_line(path, {"step": 52})
     assert len(read_lines(path)) == 53
-
-
-def test_tensors_and_states_go_through_the_address(bucket, monkeypatch):
-    params = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}}
-    save_params(f"{bucket}/run/model.safetensors", params, {"identity": "x"})
-    loaded, about = load_params(f"{bucket}/run/model.safetensors", params)
-    assert about == {"identity": "x"} and np.array_equal(loaded["a"]["b"], params["a"]["b"])
-    directories = []
-    monkeypatch.setattr(state, "_Manager", lambda directory, **_: directories.append(str(directory)))
-    state.StateStore(as_path(bucket) / "run" / "checkpoints", {"identity": "x"})
-    assert directories == ["gs://bucket/run/checkpoints"]
 
 
 def test_text_is_read_from_a_file_or_a_directory(bucket):

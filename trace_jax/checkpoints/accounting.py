@@ -107,7 +107,7 @@ def account(checkpoint: Checkpoint, config: ModelConfig, family: Family) -> Acco
 
 
 def slots_of(config: ModelConfig, family: Family, present: Collection[str]) -> tuple[Slot, ...]:
-    """What fills each parameter; of alternatives, the first of which a tensor is among those `present`, else the first."""
+    """What fills each parameter: of alternatives the first of which a tensor is `present`, else the first."""
     slots: list[Slot] = []
     for path, spec in flat_specs(config).items():
         stack = {"layers": config.moe_layers, "dense": config.dense_layers}.get(path.split("/")[0], ())
