@@ -245,7 +245,8 @@ def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
         if not (path / "methods" / name / "results.json").exists():
             unlearning = config.method(name).unlearning
             paths = trainable_paths(target.config, unlearning.trainable)
-            sizes[name], count = (sum(getattr(arrays[path], unit) for path in paths) for unit in ("nbytes", "size"))
+            training = [arrays[path] for path in paths]
+            sizes[name], count = sum(array.nbytes for array in training), sum(array.size for array in training)
             if unlearning.lora is not None:
                 own = factors(target.config, paths, unlearning.lora.rank).values()
                 count = sum(math.prod(spec.shape) for spec in own)
