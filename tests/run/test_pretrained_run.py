@@ -174,7 +174,7 @@ def test_a_checkpoint_that_can_not_be_used_is_refused_before_anything_is_written
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_work_begins(checkpoint, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("trace_jax.io.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("trace_jax.run.prepare.free_bytes", lambda _: 1000)
     message = r"0\.0 GiB are free there; this run needs .* GiB \(export 0\.0, trace_rows 0\.0, states"
     with pytest.raises(ConfigError, match=message):
         run(load_config("configs/huggingface.py", settings(checkpoint, data)), tmp_path / "run")
