@@ -40,7 +40,6 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_COPY_BYTES = 2**23
 METHODS = ("fp8", "mxfp4")
 _FLOAT8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 _FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -103,7 +102,7 @@ class Tensor:
 
     def copy(self, other: "Tensor") -> None:
         """Writes the bytes of `other`, which has the same type and shape."""
-        step = _COPY_BYTES // self.dtype.itemsize
+        step = 2**23 // self.dtype.itemsize
         for start in range(0, self.size, step):
             self.write(other.read(start, min(start + step, self.size)), start)
 

@@ -43,7 +43,6 @@ from trace_jax.models.families import FAMILIES, family_of
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import is_main
 
-SHARD_BYTES = 5 * 10**9
 # What travels along with the tensors. Code and weights of other formats don't.
 _ALONG = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 _ALONG += ("vocab*", "merges.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -56,7 +55,7 @@ def save_pretrained(
     *,
     card: ModelCard | None = None,
     overwrite: bool = False,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes `model` as a Hugging Face checkpoint: like its source, with what has changed put in.
 
