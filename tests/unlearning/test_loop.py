@@ -261,9 +261,9 @@ def test_no_two_states_are_in_memory_while_one_is_restored(tmp_path, monkeypatch
     loop.run(start, placed, step_until())
     before, seen, restore = large(), [], StateStore.restore
 
-    def watched(store, like):
+    def watched(store, *asked):
         seen.append(large())
-        return restore(store, like)
+        return restore(store, *asked)
 
     monkeypatch.setattr(StateStore, "restore", watched)
     result = loop.run(start, placed, step_until())
