@@ -23,6 +23,10 @@ CONFIG = UnlearningConfig(
 )
 
 
+class Stop(Exception):
+    """Stands for Ctrl-C or a kill between two steps."""
+
+
 def make_rows(count: int, *, seed: int) -> Rows:
     """Rows of unequal length, every third with two documents, all of one topic."""
     return dataclasses.replace(tiny.make_rows(count, seed=seed), domain=np.zeros(count, np.int32))

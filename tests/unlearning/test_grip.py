@@ -1,7 +1,6 @@
 """GRIP's numerics on explicit arrays: against slow float64 loops, and what it promises of every protected input."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -46,16 +45,13 @@ def decided(config, router, bias, correction, inputs):
     return np.stack([s.logits for s in said]), np.stack([s.indices for s in said])
 
 
-@functools.cache
-def compiled(mesh):
-    return jax.jit(functools.partial(grip.constrained, mesh=mesh))
-
-
 def constrained(router, original, protection, devices=1, step=0):
     expert, data = (2, devices // 2) if devices > 1 else (1, 1)
     mesh = make_mesh(jax.devices()[:devices], data=data, expert=expert)
-    placed = place(protection, mesh, grip.protection_specs(E, mesh))
-    return to_host(compiled(mesh)(*place((router, original), mesh), placed, place(np.int32(step), mesh)))
+    placed, bias = place(protection, mesh, grip.protection_specs(E, mesh)), router.shape[1] > D
+    arrays = place(tuple(grip.parted(routers, bias) for routers in (router, original)), mesh)
+    held, missed = grip.keep_routers(*arrays, placed, place(np.int32(step), mesh), mesh=mesh)
+    return to_host((grip.joined(held, bias), missed))
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -66,7 +62,7 @@ def test_protected_inputs_keep_their_experts_and_scores(name):
     scores, indices = decided(config, router, bias, correction, inputs)
     reads, rows, moved = inputs, router, router + change
     if config.router_bias:
-        reads = grip.with_one(inputs)
+        reads = np.pad(inputs, ((0, 0), (0, 0), (0, 1)), constant_values=1)
         rows = np.concatenate([router, bias[:, None]], axis=1)
         moved = np.concatenate([moved, bias[:, None] + 0.3], axis=1)
     added = correction if config.router_correction else None

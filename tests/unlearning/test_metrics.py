@@ -24,16 +24,11 @@ def same(path, steps, identity="a"):
         assert values.dtype == items(0)[name].dtype
 
 
-def test_a_line_of_every_array_for_each_step(tmp_path):
-    write(tmp_path, [0, 3, 6])
-    same(tmp_path, [0, 3, 6])
-    assert not list(tmp_path.glob(".*"))
-
-
 def test_a_step_that_is_evaluated_again_replaces_itself_and_later_ones(tmp_path):
     write(tmp_path, [0, 3, 6, 9])
     write(tmp_path, [6])
     same(tmp_path, [0, 3, 6])
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_continuing_drops_what_comes_after_the_state_and_starting_anew_drops_all(tmp_path):

@@ -107,5 +107,5 @@ def test_an_epoch_is_of_the_rows_that_the_objective_reads(model, retain, capsys,
     watched(monkeypatch, step)
     with pytest.raises(Traced):
         unlearn(model, forget, retain, mesh=ONE, config=config)
-    said = f"{-(-len(paired) // 4)} steps of 4 forget rows x 12 + 4 refusal rows x 12 = 96 tokens each"
+    said = f"{-(-len(paired) // 4)} steps of 4 forget rows x 12 + 4 refusal rows x 12 = 96 tokens each, in one batch on"
     assert said in capsys.readouterr().err

@@ -134,19 +134,6 @@ def test_ceiling_stops_pushing_rows_that_are_forgotten():
     assert (np.asarray(gradient[0])[VALID[0]] < 0).all(), "row 0 is still pushed up"
 
 
-def test_npo_tends_to_gradient_ascent_as_beta_vanishes():
-    """2/beta log 2 + summed gradient ascent: its gradient is that of -(NLL summed per row)."""
-    gradient = jax.grad(lambda nll: ratio("npo", nll, beta=1e-5))(jnp.asarray(NLL))
-    ascent = jax.grad(lambda nll: -jnp.where(VALID, nll, 0.0).sum() / 2)(jnp.asarray(NLL))
-    np.testing.assert_allclose(gradient, ascent, rtol=1e-4)
-
-
-def test_flat_is_bounded_and_prefers_the_refusal():
-    forgotten = ratio("flat", jnp.full(NLL.shape, 50.0), refusal_nll=np.zeros_like(NLL))
-    assert forgotten == pytest.approx(-np.tanh(1.0) / 2, abs=1e-6)
-    assert -forgotten == pytest.approx(ratio("flat", jnp.zeros(NLL.shape), refusal_nll=np.full_like(NLL, 50.0)))
-
-
 @pytest.mark.parametrize("name", ["rmu", "adaptive_rmu"])
 def test_rmu_pulls_hidden_states_to_the_direction_of_their_topic(name):
     hidden = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.unlearning.conftest import Stop
 from trace_jax.checkpoints.state import StateStore
 from trace_jax.io.files import read_lines
 from trace_jax.io.signals import Interrupted
@@ -24,10 +25,6 @@ def best_at(forgetting, **stops):
 
 
 BEST = best_at(0.4)
-
-
-class Stop(Exception):
-    """Stands for a kill between two steps."""
 
 
 def fresh():
@@ -87,11 +84,6 @@ def test_a_rule_ends_the_run_and_that_is_no_failure(tmp_path, rules, step, reaso
     assert read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == step
     again = run(tmp_path, rules, stop=step)  # an ended run takes no further step
     assert (kept(again), again.stopped) == (step, reason)
-
-
-def test_an_error_is_a_failure(tmp_path):
-    result = run(tmp_path, Rules(), nan_at=6)
-    assert (kept(result), result.failed) == (4, True) and "not finite at step 7" in result.stopped
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning import unlearn as unlearn_module
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
-from trace_jax.unlearning.losses import Constants, StepSettings, coefficients, hidden_distance
+from trace_jax.unlearning.losses import Constants, StepSettings, coefficients
 from trace_jax.unlearning.objectives import ForgetInputs, Objective, Refusing
 from trace_jax.unlearning.optimizer import TrainingConfig
 from trace_jax.unlearning.step import initial_state, training_step, unlearning_settings, unlearning_step
@@ -227,8 +227,3 @@ def test_training_learns_and_is_the_same_on_four_devices(model, retain):
     assert losses[1][-1] < losses[1][0] - 0.3
     # Later steps may differ more: a rounding difference that flips one routing decision is amplified by training.
     assert losses[4][:4] == pytest.approx(losses[1][:4], rel=1e-4)
-
-
-def test_hidden_distance_is_the_mean_square_over_the_width():
-    a, b = np.random.default_rng(2).normal(size=(2, 2, 3, 5)).astype(np.float32)
-    np.testing.assert_allclose(hidden_distance(jnp.asarray(a), jnp.asarray(b)), ((a - b) ** 2).mean(-1), rtol=1e-6)

@@ -31,21 +31,6 @@ def paths_of(trainable, model=tiny.CONFIG):
     return trainable_paths(model, UnlearningConfig(trainable=trainable).trainable)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets(preset):
-    everything = set(flatten(abstract_params(tiny.CONFIG)))
-    expected = {
-        "all": everything,
-        "experts": EXPERTS,
-        "selected_experts": EXPERTS,
-        "seuf": EXPERTS | {"layers/router"},
-        "routers_frozen": everything - {"layers/router"},
-        "down_projections": {"layers/experts/down"},
-        "lora": EXPERTS | {f"layers/{name}" for name in "qkvo"},
-    }[preset]
-    assert set(paths_of(preset)) == expected
-
-
 def test_first_matching_pattern_wins():
     training = paths_of(("!layers/experts/down", "layers/*"))
     assert "layers/experts/down" not in training

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.unlearning.conftest import CONFIG, ONE, assert_same, flat_of, weights_of
+from tests.unlearning.conftest import CONFIG, ONE, Stop, assert_same, flat_of, weights_of
 from trace_jax.config import ConfigError
 from trace_jax.data.rows import Rows
 from trace_jax.io.files import read_lines
@@ -109,13 +109,17 @@ def run(model, forget, retain, **options):
     return unlearn(model, forget, retain, mesh=ONE, **{"config": CONFIG, **options})
 
 
-@pytest.mark.parametrize(("routing", "apply"), [("online", "weights"), ("recalibrated", "both")])
-def test_weights_of_one_train_bit_identically_to_no_weights(model, retain, routing, apply):
-    """Forget and retain text are the same, so that under any routing every weight is exactly one."""
-    routing = {"name": routing, "every": 2} if routing == "recalibrated" else routing
-    settings = {"apply": apply, "routing": routing, "strength": 1.0, "ridge": 1e-3}
+@pytest.mark.parametrize(
+    ("routing", "apply", "unit"),
+    [("offline", "both", "token"), ("offline", "weights", "row"), ("online", "weights", "token"),
+     ({"name": "recalibrated", "every": 2}, "both", "token")],
+)  # fmt: skip
+def test_weights_of_one_train_bit_identically_to_no_weights(model, retain, routing, apply, unit):
+    """Forget and retain text are the same: under any routing every weight is exactly one, and TRACE plain GradDiff."""
+    settings = {"apply": apply, "unit": unit, "routing": routing, "strength": 1.0, "ridge": 1e-3}
     weights, config = weights_of(model, retain, retain, **settings), {"name": "entropy", "rule": "all", **settings}
-    solve = Recalibration(CalibrationConfig(config), model, retain, retain) if routing != "online" else None
+    assert (weights.weights == retain.valid).all()
+    solve = Recalibration(CalibrationConfig(config), model, retain, retain) if isinstance(routing, dict) else None
     plain = run(model, retain, retain)
     assert_same(run(model, retain, retain, weights=weights, recalibrate=solve).model.params, plain.model.params)
 
@@ -125,10 +129,6 @@ def test_online_training_reports_how_the_mean_weight_drifts(model, forget, retai
     run(model, forget, retain, weights=online, directory=tmp_path)
     means = [row["weight_mean"] for row in read_lines(tmp_path / "metrics.jsonl")]
     assert len(set(means)) == 6 and all(0.2 < mean < 5 for mean in means)
-
-
-class Stop(Exception):
-    pass
 
 
 @pytest.mark.parametrize(("trainable", "stop"), [("all", 3), ("all", 5), ("selected_experts", 7)])

@@ -146,12 +146,7 @@ class GripRealign(Grip, name="realign"):
 class UnlearningConfig(Rules, OptimizerConfig):
     """One unlearning run: gamma * L_forget + alpha * L_retain (docs/methods.md)."""
 
-    OF_RETAIN: ClassVar = (
-        "retain_loss",
-        "alpha",
-        "normalize",
-        "retain_batch_size",
-    )  # read where there is a retain term
+    OF_RETAIN: ClassVar = ("retain_loss", "alpha", "normalize", "retain_batch_size")  # read with a retain term
 
     objective: Objective = option("gradient_difference", help="forget loss")
     retain_loss: RetainLoss = option(

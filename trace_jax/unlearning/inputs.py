@@ -16,7 +16,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError
-from trace_jax.data.batches import EpochSampler, IndexSampler, retain_batches
+from trace_jax.data.batches import EpochSampler, retain_batches
 from trace_jax.data.rows import Batch, Rows
 from trace_jax.io.files import local_copy, replacing
 from trace_jax.models.config import ModelConfig
@@ -73,7 +73,7 @@ class Inputs:
           reference: log-probabilities of `forget` and `refusals` that were computed before (`cached_reference`).
         """
         self._forget, self._refusals, self._reference = forget, refusals, reference or {}
-        self._sampler, self._multiple = forget_sampler(forget.domain, config, seed=seed), multiple
+        self._sampler, self._multiple = ForgetSampler(forget.domain, config, seed=seed), multiple
         self._retain, self._size, self._seed = retain if config.retains else None, config.retain_batch_size, seed + 1
         self.weigh(weights)
 
@@ -100,23 +100,17 @@ class Inputs:
         return dataclasses.replace(padded, retain=retain, weights=weights)
 
 
-def forget_sampler(topics: np.ndarray, config: UnlearningConfig, *, seed: int) -> IndexSampler:
-    """Which forget rows a step reads. Several topics are mixed, or take turns: step i is of topic i mod n.
+class ForgetSampler:
+    """Which forget rows a step reads, of `topics` i32 [N].
 
-    topics: i32 [N], of each row. Every topic is gone through in its own epochs, reshuffled each.
+    Topics are mixed, or alternate (as RMU trains on bio and cyber, 2403.03218): step i is of topic i mod n, and each is
+    gone through in epochs of its own.
     """
-    rows = [np.flatnonzero(topics == topic) for topic in np.unique(topics)]
-    if config.topics == "mixed" or len(rows) == 1:
-        return EpochSampler(len(topics), config.forget_batch_size, seed=seed)
-    return _Alternating(rows, config.forget_batch_size, seed=seed)
 
-
-class _Alternating:
-    """Batches of one topic after the other (as RMU trains on bio and cyber, 2403.03218)."""
-
-    def __init__(self, rows: list[np.ndarray], batch_size: int, *, seed: int):
-        self._rows = rows
-        self._samplers = [EpochSampler(len(of_topic), batch_size, seed=seed + i) for i, of_topic in enumerate(rows)]
+    def __init__(self, topics: np.ndarray, config: UnlearningConfig, *, seed: int):
+        of_turn = np.unique(topics) if config.topics == "alternating" else [topics]
+        self._rows, size = [np.flatnonzero(topics == topic) for topic in of_turn], config.forget_batch_size
+        self._samplers = [EpochSampler(len(rows), size, seed=seed + i) for i, rows in enumerate(self._rows)]
 
     def __getitem__(self, step: int) -> np.ndarray:
         turn, topic = divmod(step, len(self._rows))
@@ -168,7 +162,7 @@ def steering_target(model: Model, forget: Rows, config: UnlearningConfig, *, see
     directions = steering_directions(jax.random.key(seed), topics, model.config.hidden_size)
     if isinstance(objective, RMU):
         return directions * objective.steering
-    lengths, step, sampler = np.zeros(topics, np.float32), 0, forget_sampler(forget.domain, config, seed=seed)
+    lengths, step, sampler = np.zeros(topics, np.float32), 0, ForgetSampler(forget.domain, config, seed=seed)
     missing = set(np.unique(forget.domain).tolist())
     while missing:
         rows, step = forget.take(sampler[step]), step + 1
@@ -225,16 +219,10 @@ def batch_text(
 
 
 def check_run(
-    model: Model,
-    forget: Rows,
-    retain: Rows | None,
-    config: UnlearningConfig,
-    *,
-    selected: np.ndarray | None,
-    weights: RetainWeights | None,
-    recalibrate: Recalibration | None,
+    model: Model, forget: Rows, retain: Rows | None, config: UnlearningConfig, *,
+    selected: np.ndarray | None, weights: RetainWeights | None, recalibrate: Recalibration | None,
     evaluate: Callable | None,
-) -> None:
+) -> None:  # fmt: skip
     """Raises a ConfigError or ValueError that says what does not fit together (arguments as in `unlearn`)."""
     if config.retains and retain is None:
         raise ConfigError(

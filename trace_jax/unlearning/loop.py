@@ -18,7 +18,7 @@ from trace_jax.io.progress import progress, say
 from trace_jax.io.signals import Interrupted, Interruption
 from trace_jax.parallel.processes import broadcast_from_process_0
 from trace_jax.unlearning.metrics import Metrics
-from trace_jax.unlearning.rules import NO_RULES, Evaluated, Rules, Stop
+from trace_jax.unlearning.rules import Evaluated, Rules, Stop
 from trace_jax.unlearning.step import TrainState
 from trace_jax.unlearning.trained import Flat
 
@@ -77,7 +77,7 @@ class Loop:
     evaluation: Hook | None = None
     refresh: Hook | None = None
     seed: int = 0
-    rules: Rules = NO_RULES
+    rules: Rules = dataclasses.field(default_factory=Rules)
     evaluate_first: bool = True
 
     def should_checkpoint(self, step: int) -> bool:

@@ -22,7 +22,7 @@ from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.objectives import ForgetInputs, Objective
 from trace_jax.unlearning.optimizer import OptimizerConfig
-from trace_jax.unlearning.rivals import anchor_loss, target_experts
+from trace_jax.unlearning.rivals import anchor_loss
 from trace_jax.unlearning.trained import Flat, current_params
 
 
@@ -33,9 +33,7 @@ class StepSettings:
     model: ModelConfig
     optimizer: OptimizerConfig
     steps: int
-    objective: Objective = dataclasses.field(
-        default_factory=Objective
-    )  # without its numbers; next-token training has none
+    objective: Objective = dataclasses.field(default_factory=Objective)  # without numbers; that of training is unused
     retain_loss: str = "none"
     normalize: str = "count"
     layer: int = 0  # whose output a loss looks at, from 1
@@ -80,12 +78,6 @@ def targets(tokens: jax.Array) -> jax.Array:
 def share(total: jax.Array, count: jax.Array) -> jax.Array:
     """The sum over all devices, over the whole batch's count."""
     return jax.lax.psum(total, BATCH_AXES) / jnp.maximum(count, 1.0)
-
-
-def hidden_distance(hidden: jax.Array, reference: jax.Array) -> jax.Array:
-    """|h - h_ref|^2 / D per token. hidden, reference [B, S, D] -> f32 [B, S]; the reference takes no gradient."""
-    difference = hidden.astype(jnp.float32) - jax.lax.stop_gradient(reference).astype(jnp.float32)
-    return jnp.square(difference).mean(-1)
 
 
 class _Outputs(NamedTuple):
@@ -202,13 +194,13 @@ def _sums(
             before = reference.outputs["retain"].final
             losses = token_kl(original, before, current.params, retain.final, settings.model)
         else:
-            losses = hidden_distance(retain.inner, inner.outputs["retain"].inner)
+            before = jax.lax.stop_gradient(inner.outputs["retain"].inner)
+            losses = jnp.square(retain.inner.astype(jnp.float32) - before.astype(jnp.float32)).mean(-1)
         sums["retain"] = jnp.where(valid, jax.lax.stop_gradient(weights) * losses, 0.0).sum()
     if anchored:
-        forget, target = current.outputs["forget"], target_experts(constants.index, settings.model.num_experts)
+        forget, form = current.outputs["forget"], settings.anchor_form
         probabilities = router_probabilities(forget.logits, settings.model)
-        form = settings.anchor_form
-        sums["anchor"] = anchor_loss(probabilities, forget.indices, target, rows.forget.valid, form=form)[0]
+        sums["anchor"] = anchor_loss(probabilities, forget.indices, constants.index, rows.forget.valid, form=form)
     return sums, reference.dropped + inner.dropped + current.dropped
 
 

@@ -26,7 +26,7 @@ class Metrics:
         """Drops what other runs wrote, and what belongs to steps after `done`, which comes again. Returns the lines."""
         if not is_main():
             return []
-        self._write_items(done if done else -1)
+        self.write_items(done + 1 if done else 0, {})
         own = [row for row in read_lines(self._path) if row.get("identity") == self._identity] if done else []
         rows = [row for row in own if row["step"] <= done]
         with replacing(self._path) as temporary:
@@ -45,15 +45,16 @@ class Metrics:
             append_line(self._path, {"step": step, "identity": self._identity, **values})
 
     def write_items(self, step: int, items: Mapping[str, np.ndarray]) -> None:
-        """Adds what each item gave at `step`, arrays [N] of the same names and lengths every time."""
-        if is_main():
-            self._write_items(step - 1, {"steps": step, **items})
+        """Drops what is there of `step` and later ones, and adds what each item gave at `step`, if there is anything.
 
-    def _write_items(self, until: int, more: Mapping[str, Any] | None = None) -> None:
-        """Keeps what is there of steps up to `until`, and adds one entry to each array."""
-        steps, items = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
-        arrays = {name: list(values[steps <= until]) for name, values in {"steps": steps, **items}.items()}
-        if more:
+        items: arrays [N] of the same names and lengths every time.
+        """
+        if not is_main():
+            return
+        steps, before = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
+        arrays = {name: list(values[steps < step]) for name, values in {"steps": steps, **before}.items()}
+        if items:
+            more = {"steps": step, **items}
             arrays = {name: [*arrays.get(name, ()), np.asarray(value)] for name, value in more.items()}
         if not arrays["steps"]:
             remove(self._directory / _ITEMS)

@@ -16,13 +16,6 @@ from trace_jax.config import Section, Variant, option
 SCHEDULES = ("constant", "cosine", "linear")
 Axes = Mapping[str, tuple[str, ...]]
 
-# Axes along which an array holds one matrix (or vector) after another.
-_STACKED = ("layers", "experts", "rows", "gate_up")
-# Muon is for matrices inside the network. A row of the embedding or the head belongs to one token, most of which a
-# step never sees, and a column of the router to one expert: an orthogonal update would move them all alike.
-_NOT_ORTHOGONAL = ("vocab", "router")
-# Root mean square of Muon's update, which is then about as large as Adam's (2502.16982): one learning rate serves both.
-_MUON_RMS = 0.2
 _FACTORED_FROM = 128  # Adafactor keeps the second moment of smaller matrices whole
 
 
@@ -80,8 +73,8 @@ class Muon(_Adam, Optimizer, name="muon"):
     moments = 2
 
     def direction(self, axes):
-        def like_adam(updates, _):  # an orthogonal matrix with the root mean square of Adam's updates
-            return updates * (_MUON_RMS * math.sqrt(max(updates.shape)))
+        def like_adam(updates, _):  # a root mean square of 0.2 (2502.16982): one learning rate serves both
+            return updates * (0.2 * math.sqrt(max(updates.shape)))
 
         def labels(tree):
             return {path: "muon" if orthogonal(axes[path]) else "adam" for path in tree}
@@ -165,20 +158,24 @@ def make_optimizer(
 def groups(axes: tuple[str, ...]) -> list[list[int]]:
     """The dimensions of each vector or matrix in an array, in order: one list for a vector, two for a matrix.
 
-    Heads and their width are one side of a matrix. Dimensions that are in no list count the matrices.
+    Heads and their width are one side of a matrix. Dimensions in no list are stacked: they count the matrices.
     """
     sides: list[list[int]] = []
     for dimension, name in enumerate(axes):
         if name == "head" and sides:
             sides[-1].append(dimension)
-        elif name not in _STACKED:
+        elif name not in ("layers", "experts", "rows", "gate_up"):
             sides.append([dimension])
     return sides
 
 
 def orthogonal(axes: tuple[str, ...]) -> bool:
-    """Whether Muon orthogonalises the updates of an array."""
-    return len(groups(axes)) == 2 and not set(axes) & set(_NOT_ORTHOGONAL)
+    """Whether Muon orthogonalises the updates of an array: whether it is of matrices inside the network.
+
+    A row of the embedding or the head belongs to one token, most of which a step never sees, and a column of the router
+    to one expert: an orthogonal update would move them all alike.
+    """
+    return len(groups(axes)) == 2 and not {"vocab", "router"} & set(axes)
 
 
 class _Matrices:

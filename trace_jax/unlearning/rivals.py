@@ -6,7 +6,7 @@ Unlearning may send forget text away from the experts that know it instead of ch
 GRIP goes around any loss and constrains the routers alone. A layer scores expert j by its row theta_j [D] of the router
 on an input x; u_j is the row's change since the original model, and retain inputs x_i of that model are protected.
 
-A, while training, after every optimizer step (`constrained`):
+A, while training, after every optimizer step (`keep_routers`):
   1. An input that chose j keeps its score of j: u_j loses its part in the span of these inputs, u_j - U_j U_j' u_j,
      with U_j their left singular vectors of squared singular value above `null`.
   2. An input that did not choose j still does not: u_j . x_i <= tau_i - margin, where tau_i is the lowest score that
@@ -66,19 +66,13 @@ class Protection:
 
 
 def protect(
-    inputs: np.ndarray,
-    scores: np.ndarray,
-    indices: np.ndarray,
-    config: ModelConfig,
-    grip: GripProject,
-    *,
-    correction: np.ndarray | None = None,
-    seed: int,
-) -> Protection:
+    inputs: np.ndarray, scores: np.ndarray, indices: np.ndarray, config: ModelConfig, grip: GripProject, *,
+    correction: np.ndarray | None = None, seed: int,
+) -> Protection:  # fmt: skip
     """The protection of retain inputs of the original model, as numpy arrays.
 
     Args:
-      inputs: [L, n, W], what each router read (`with_one` where its bias trains). scores: f32 [L, n, E], its logits.
+      inputs: [L, n, W], what each router read (and a last 1 where its bias trains). scores: f32 [L, n, E], its logits.
         indices: i32 [L, n, K], what it chose.
       correction: f32 [L, E], added to scores for choosing, where the model has it. It must pass `check_router`.
     """
@@ -157,11 +151,6 @@ def parted(routers: Any, bias: bool) -> dict[str, Any]:
     return {ROUTER: routers[:, :-1], BIAS: routers[:, -1]} if bias else {ROUTER: routers}
 
 
-def with_one(inputs: np.ndarray) -> np.ndarray:
-    """[..., D + 1]: inputs with a last 1, for which a router's bias is one more row."""
-    return np.concatenate([inputs, np.ones_like(inputs[..., :1])], axis=-1)
-
-
 # --- A. after a step, on the devices in float32
 
 
@@ -183,21 +172,13 @@ def _expert_axes(num_experts: int, mesh: Mesh) -> tuple[str, ...]:
 def keep_routers(
     arrays: Mapping[str, jax.Array], original: Mapping[str, jax.Array], protection: Protection, step, *, mesh: Mesh
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Flat parameters with their routers `constrained`, and by how much a bound is still missed."""
-    bias = protection.inputs.shape[-1] > original[ROUTER].shape[1]
-    routers, missed = constrained(joined(arrays, bias), joined(original, bias), protection, step, mesh=mesh)
-    return {**arrays, **parted(routers, bias)}, missed
-
-
-def constrained(
-    router: jax.Array, original: jax.Array, protection: Protection, step: jax.Array, *, mesh: Mesh
-) -> tuple[jax.Array, jax.Array]:
-    """(the routers f32 [L, W, E] nearby that keep what is protected, by how much a bound is still missed f32 []).
+    """(flat parameters with routers nearby that keep what is protected, by how much a bound is still missed f32 []).
 
     Every device of the mesh constrains its share of the experts, one layer after the other: beside one layer's inputs
     in float32 and [E, n] scores of it nothing is held. Deterministic given the protection's seed and `step` i32 [].
     """
-    axes = _expert_axes(router.shape[2], mesh)
+    bias, num_experts = protection.inputs.shape[-1] > original[ROUTER].shape[1], original[ROUTER].shape[2]
+    axes = _expert_axes(num_experts, mesh)
     of_experts = P(None, None, axes)
 
     def constrain(router, original, protection, step):
@@ -219,10 +200,10 @@ def constrained(
         routers, missed = jax.lax.scan(layer, None, arrays)[1]
         return routers, jax.lax.pmax(jnp.max(missed), axes) if axes else jnp.max(missed)
 
-    in_specs = (of_experts, of_experts, protection_specs(router.shape[2], mesh), P())
-    return jax.shard_map(constrain, mesh=mesh, in_specs=in_specs, out_specs=(of_experts, P()))(
-        router, original, protection, step
-    )
+    in_specs = (of_experts, of_experts, protection_specs(num_experts, mesh), P())
+    sharded = jax.shard_map(constrain, mesh=mesh, in_specs=in_specs, out_specs=(of_experts, P()))
+    routers, missed = sharded(joined(arrays, bias), joined(original, bias), protection, step)
+    return {**arrays, **parted(routers, bias)}, missed
 
 
 def constrained_row(
@@ -293,16 +274,10 @@ def cosine(router: np.ndarray, other: np.ndarray, moments: Moments) -> float:
 # --- SEUF
 
 
-def target_experts(index: jax.Array, num_experts: int) -> jax.Array:
-    """bool [L, E]: the experts of `index` i32 [L, N], in which E is none."""
-    expert = jnp.arange(num_experts, dtype=jnp.int32)
-    return jnp.any(index[:, :, None] == expert[None, None, :], axis=1)
-
-
 def anchor_loss(
-    probabilities: jax.Array, indices: jax.Array, target: jax.Array, valid: jax.Array, *, form: str
-) -> tuple[jax.Array, jax.Array]:
-    """(sum over valid tokens and over the layers that have a target expert, number of valid tokens).
+    probabilities: jax.Array, indices: jax.Array, index: jax.Array, valid: jax.Array, *, form: str
+) -> jax.Array:
+    """f32 [], the sum over valid tokens and over the layers that have a target expert.
 
     - "sum", the paper's equation 3: |g - a|^2 summed over experts; g is the router's probability of the chosen experts
       and 0 for the others, a is 1 for target experts and 0 for the others.
@@ -310,16 +285,14 @@ def anchor_loss(
 
     Args:
       probabilities: f32 [L, B, S, E], of the router, not renormalised over the chosen experts.
-      indices: i32 [L, B, S, K], the chosen experts.
-      target: bool [L, E].
+      indices: i32 [L, B, S, K], the chosen experts. index: i32 [L, N], the target experts; E stands for none.
       valid: bool [B, S].
     """
     num_experts = probabilities.shape[-1]
+    target = jax.nn.one_hot(index, num_experts, dtype=bool).any(axis=1)
     if form == "sum":
-        expert = jnp.arange(num_experts, dtype=jnp.int32)
-        chosen = jnp.any(indices[..., :, None] == expert[None, None, None, None, :], axis=-2)
+        chosen = jax.nn.one_hot(indices, num_experts, dtype=bool).any(axis=-2)
         probabilities = jnp.where(chosen, probabilities, 0.0)
     error = jnp.square(probabilities - target.astype(jnp.float32)[:, None, None, :])
     of_layer = error.mean(-1) if form == "mean" else error.sum(-1)
-    counted = valid[None] & jnp.any(target, axis=-1)[:, None, None]
-    return jnp.where(counted, of_layer, 0.0).sum(), valid.sum(dtype=jnp.float32)
+    return jnp.where(valid[None] & target.any(axis=-1)[:, None, None], of_layer, 0.0).sum()

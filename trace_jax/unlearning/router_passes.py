@@ -71,11 +71,7 @@ def spread_tokens(rows: Rows, most: int) -> Rows:
 
 
 def read_routers(model: Model, rows: Rows, *, mesh: Mesh) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the routers do with the n valid tokens of `rows`: (inputs [L,n,D], scores f32 [L,n,E], choices i32 [L,n,K]).
-
-    Raises:
-      ValueError: NaN or infinite scores.
-    """
+    """(inputs [L, n, D], scores f32 [L, n, E], choices i32 [L, n, K]) of routers at the n valid tokens of `rows`."""
     batches = list(sequential_batches(rows, row_shards(mesh)))
     arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
     most, pieces = int(rows.valid.sum(axis=1).max()), []
@@ -113,7 +109,8 @@ def retain_protection(
       are frozen: fewer tokens (`grip.tokens`) leave room.
     """
     inputs, scores, indices = read_routers(model, spread_tokens(retain, grip.tokens), mesh=mesh)
-    correction, reads = to_host(flatten(model.params).get(CORRECTION)), rivals.with_one(inputs) if bias else inputs
+    correction = to_host(flatten(model.params).get(CORRECTION))
+    reads = np.pad(inputs, ((0, 0), (0, 0), (0, int(bias))), constant_values=1)
     protection = rivals.protect(reads, scores, indices, model.config, grip, correction=correction, seed=seed)
     free = 1 - (protection.basis.any(axis=2).sum(axis=2) / protection.basis.shape[2]).mean(axis=1)  # [L]
     layers = zip(model.config.moe_layers, free.tolist(), strict=True)
@@ -132,13 +129,11 @@ def realign(
 
     From the first layer with a router to the last: each is realigned to inputs that corrected routers have made. A
     layer costs one pass of both models over the tokens. Biases of routers are realigned with them. A correction is kept
-    if the cosine of scores before and after is at least `LEAST_COSINE`.
+    if the cosine of scores before and after is at least `LEAST_COSINE`. Raises ConfigError for too few tokens.
 
     Returns:
       (model, rows of {layer (of the network, from 0), kept, cosine, cosine_before}), cosines of the original's scores
       with those after and before the correction.
-    Raises:
-      ConfigError: too few tokens.
     """
     config = original.config
     rows = spread_tokens(retain, grip.tokens)

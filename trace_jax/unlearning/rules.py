@@ -74,23 +74,16 @@ class Rules(Section):
     def stops(self, step: int, evaluated: Any) -> str:
         """Why the run ends at an `Evaluated` state, or nothing."""
         if self.stop_forgetting is not None and evaluated.forgetting <= self.stop_forgetting:
-            return (
-                f"forgetting {evaluated.forgetting:.4g} reached stop_forgetting {self.stop_forgetting:g} at step {step}"
-            )
+            reached = f"reached stop_forgetting {self.stop_forgetting:g}"
+            return f"forgetting {evaluated.forgetting:.4g} {reached} at step {step}"
         if self.stop_utility is not None and evaluated.utility < self.stop_utility:
             return f"utility {evaluated.utility:.4g} fell below stop_utility {self.stop_utility:g} at step {step}"
         return ""
 
     def best(self, evaluations: Mapping[int, Any]) -> int:
         """The step whose state is the result, of those with an `Evaluated` each; of equals the first."""
-        reached = [
-            step
-            for step, at in evaluations.items()
-            if isinstance(self.keep, KeepBest) and at.forgetting <= self.keep.forgetting
-        ]
+        bound = self.keep.forgetting if isinstance(self.keep, KeepBest) else -np.inf
+        reached = [step for step, evaluated in evaluations.items() if evaluated.forgetting <= bound]
         if reached:
             return max(reached, key=lambda step: evaluations[step].utility)
         return min(evaluations, key=lambda step: evaluations[step].forgetting)
-
-
-NO_RULES = Rules()

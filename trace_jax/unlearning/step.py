@@ -79,8 +79,6 @@ def set_up(
     Args:
       original: parameters by path on the mesh, or their shapes. All else in the constants is small, and on the host.
       selected: bool [L, E], the experts that train where not all do.
-    Raises:
-      ConfigError: nothing would train, adapters of a rank that a matrix doesn't have, or routers GRIP can't project.
     """
     settings, paths = unlearning_settings(config, model, parallel), trainable_paths(model, config.trainable)
     if config.grip.name == "project":
@@ -106,12 +104,10 @@ def row_multiple(settings: StepSettings, mesh: Mesh) -> int:
 # --- the state
 
 
-def initial_state(
-    trained: Flat, settings: StepSettings, mesh: Mesh, masks: Flat | None = None, alpha: float | None = None
-) -> TrainState:
+def initial_state(trained: Flat, settings: StepSettings, mesh: Mesh) -> TrainState:
     """Fresh state on `mesh` of arrays that lie anywhere. They are copied: donating it frees nobody else's."""
     trained = place(trained, mesh, trained_specs(settings.model, trained, mesh))
-    return fresh_state(trained, masks, alpha, settings=settings, mesh=mesh)
+    return fresh_state(trained, None, None, settings=settings, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("paths", "rank", "settings", "mesh"))
@@ -214,12 +210,8 @@ def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, 
     trains = trained_specs(settings.model, state.trainable, mesh)
     others = (P() for _ in Constants._fields[1:])
     constant_specs: Any = Constants(param_specs(settings.model, mesh), *others)  # pyright: ignore[reportArgumentType] specs
-    sharded = jax.shard_map(
-        functools.partial(gradient, settings=settings),
-        mesh=mesh,
-        in_specs=(trains, P(), constant_specs, P(BATCH_AXES)),
-        out_specs=(trains, P()),
-    )
+    in_specs, of_device = (trains, P(), constant_specs, P(BATCH_AXES)), functools.partial(gradient, settings=settings)
+    sharded = jax.shard_map(of_device, mesh=mesh, in_specs=in_specs, out_specs=(trains, P()))
     read = constants._replace(masks=None, protection=None)
     gradients, metrics = sharded(state.trainable, state.alpha, read, rows)
     state, norm = apply_gradients(state, gradients, settings, constants.masks, mesh)

@@ -16,16 +16,9 @@ from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.unlearning.config import Calibrated, Patterns, Trainable, UnlearningConfig
 from trace_jax.unlearning.trained import factors, is_of_experts, rows_path
 
-# Only chooses experts, so that no loss has a gradient for it; weight decay alone would move it.
-_NEVER = "layers/router_correction"
-
 
 def trainable_paths(model: ModelConfig, trainable: Trainable) -> tuple[str, ...]:
-    """The parameters of which anything trains.
-
-    Raises:
-      ConfigError: a pattern that matches nothing, or nothing left to train.
-    """
+    """The parameters of which anything trains; a ConfigError if there is none, or if a pattern matches none."""
     paths, patterns = tuple(flat_specs(model)), trainable.patterns
     for pattern in patterns if isinstance(trainable, Patterns) else ():
         if not fnmatch.filter(paths, pattern.removeprefix("!")):
@@ -36,7 +29,8 @@ def trainable_paths(model: ModelConfig, trainable: Trainable) -> tuple[str, ...]
 
     def trains(path: str) -> bool:
         first = next((p for p in patterns if fnmatch.fnmatchcase(path, p.removeprefix("!"))), "!")
-        return not first.startswith("!") and path != _NEVER
+        # The correction only chooses experts: no loss has a gradient for it, and weight decay alone would move it.
+        return not first.startswith("!") and path != "layers/router_correction"
 
     if not (training := tuple(filter(trains, paths))):
         raise ConfigError(f"trainable: {', '.join(patterns)} freezes every parameter; nothing would be unlearned.")
@@ -44,13 +38,9 @@ def trainable_paths(model: ModelConfig, trainable: Trainable) -> tuple[str, ...]
 
 
 def chosen_experts(
-    config: UnlearningConfig,
-    calibrated: np.ndarray | None,
-    forget: ExpertStatistics,
-    retain: ExpertStatistics,
-    *,
+    config: UnlearningConfig, calibrated: np.ndarray | None, forget: ExpertStatistics, retain: ExpertStatistics, *,
     seed: int,
-) -> np.ndarray | None:
+) -> np.ndarray | None:  # fmt: skip
     """bool [L, E], the experts that train as `config.trainable.experts` says; None where not only some experts train.
 
     Args:
@@ -82,9 +72,7 @@ def update_masks(
       layers: (first, last), layers of the network counted from 1, inclusive; only these train.
       selected: bool [L, E], the experts whose rows alone train; of all else (routers) only their layers train.
     Returns:
-      {path of what trains: f32 mask that broadcasts to it}.
-    Raises:
-      ConfigError: nothing is left to train.
+      {path of what trains: f32 mask that broadcasts to it}; raises ConfigError if nothing is left to train.
     """
     if layers is None and (selected is None or all(map(is_of_experts, paths))):
         return None
@@ -133,11 +121,8 @@ def table_text(table: Sequence[Mapping[str, Any]]) -> str:
     """A trainable table as a person reads it: a line for each parameter that trains, one for all that don't."""
     trained, total = (sum(row[key] for row in table) for key in ("trained", "parameters"))
     frozen = [row for row in table if not row["trained"]]
-    lines = [
-        (row["path"], " x ".join(map(str, row["shape"])), row["which"], f"{row['trained']:,}")
-        for row in table
-        if row["trained"]
-    ]
+    rows = [row for row in table if row["trained"]]
+    lines = [(row["path"], " x ".join(map(str, row["shape"])), row["which"], f"{row['trained']:,}") for row in rows]
     arrays = f"{len(frozen)} array{'s' * (len(frozen) != 1)}"
     lines.append(("frozen", arrays, "", f"{sum(row['parameters'] for row in frozen):,}"))
     head = f"trainable parameters: {trained:,} numbers; the model has {total:,} ({trained / total:.2%})"

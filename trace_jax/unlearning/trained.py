@@ -52,11 +52,7 @@ def selected_index(selected: np.ndarray) -> np.ndarray:
 
 
 def factors(model: ModelConfig, paths: Iterable[str], rank: int) -> dict[str, ArraySpec]:
-    """Declarations of the low-rank factors of the parameters at `paths`, by path.
-
-    Raises:
-      ConfigError: a matrix has fewer than `rank` rows or columns.
-    """
+    """Declarations of the low-rank factors of the parameters at `paths`, by path."""
     declared, result = flat_specs(model), {}
     for path in sorted(paths):
         try:

@@ -167,7 +167,7 @@ class Recalibrated:
     Every recalibration has a directory of its own, `recalibration/step-NNNNNN`: the weights from step NNNNNN on (see
     `RetainWeights.save`), then drift.json, without which they do not count. The drift is also a line of metrics.jsonl.
 
-    weights: before the first recalibration. use: called with those that replace them.
+    weights: those in force. use: called with those that replace them.
     directory, identity, title: as in `Loop`.
     """
 
@@ -179,7 +179,7 @@ class Recalibrated:
     title: str
 
     def __post_init__(self):
-        self._last, self._metrics = self.weights, Metrics(self.directory, self.identity)
+        self._metrics = Metrics(self.directory, self.identity)
 
     def refresh(self, step: int, current: Model) -> None:
         """Solves for the weights of the steps from `step` on, under the model before that step."""
@@ -187,26 +187,21 @@ class Recalibrated:
         if step == self.solve.every:  # what is there is of an earlier run
             remove(folder.parent)
         try:
-            weights, drift = self.solve(current, self._last)
+            self.weights, drift = self.solve(current, self.weights)
             values, words = encode(drift), drift.text()
         except DamagedRouting as error:  # the next step's loss says so too, and ends the run
-            weights, values, words = self._last, {"problem": str(error)}, f"{error} The last weights are kept."
-        weights.save(folder)
+            values, words = {"problem": str(error)}, f"{error} The last weights are kept."
+        self.weights.save(folder)
         write_json(folder / "drift.json", {"step": step, "identity": self.identity, **values})
         if not self._metrics.has(step, "recalibration"):  # a run that continues after this very step has it
             self._metrics.write(step, recalibration=values)
         say(f"{self.title}: recalibration after step {step}: {words}")
-        self._replace(weights)
+        self.use(self.weights)
 
     def resumed(self, step: int) -> None:
-        """Reads the weights that step `step - 1` was taken with; those of `step` are solved for again where due.
-
-        Raises:
-          ValueError: they are not there.
-        """
+        """Reads the weights that step `step - 1` was taken with; those of `step` are solved for again where due."""
         newest = (step - 1) // self.solve.every * self.solve.every
         if newest == 0:
-            self._replace(self.weights)
             return
         folder = self._folder(newest)
         about = read_json(folder / "drift.json")
@@ -215,11 +210,8 @@ class Recalibrated:
                 f"{folder}: the weights that this run had solved for after step {newest} are not there, and it can't "
                 f"go on as it was. Remove {self.directory / 'checkpoints'} to run it from the beginning."
             )
-        self._replace(RetainWeights.load(folder))
-
-    def _replace(self, weights: RetainWeights) -> None:
-        self._last = weights
-        self.use(weights)
+        self.weights = RetainWeights.load(folder)
+        self.use(self.weights)
 
     def _folder(self, step: int) -> Path:
         return self.directory / "recalibration" / f"step-{step:06d}"
