@@ -75,7 +75,7 @@ def test_slots_without_a_place_count_as_zero_and_take_no_gradient():
     def total(gates):
         places = jnp.where(here[:, None], place, T * K)
         blocks = make_blocks(slot, group, jnp.int32(70 * K // 15), places, weights)
-        return jnp.sum(blocked_experts.blocked_experts(weights, activate, x, gates, blocks) * cotangent)
+        return jnp.sum(blocked_experts.blocked_experts(activate, weights, x, gates, blocks) * cotangent)
 
     gradient = jax.grad(total)(gates)
     assert np.all(gradient[70:] == 0)

@@ -98,11 +98,8 @@ def _array(config: ModelConfig, scale: float | None, *dimensions: tuple[int, str
 
 
 def _norm(config: ModelConfig, name: str) -> dict:
-    D, specs = (config.hidden_size, "embed"), {}
-    specs[name] = _array(config, None, D)
-    if config.norm == "layer":
-        specs[f"{name}_bias"] = _array(config, 0.0, D)
-    return specs
+    names = {name: None, f"{name}_bias": 0.0} if config.norm == "layer" else {name: None}
+    return {name: _array(config, scale, (config.hidden_size, "embed")) for name, scale in names.items()}
 
 
 def _stack(config: ModelConfig, *, dense: bool = False) -> dict:
@@ -112,7 +109,8 @@ def _stack(config: ModelConfig, *, dense: bool = False) -> dict:
         if config.norm_placement != absent:
             specs |= _norm(config, f"attention_{kind}") | _norm(config, f"mlp_{kind}")
     specs |= _grouped_attention(config) if config.attention == "grouped" else _latent_attention(config)
-    C, output = (config.value_width, "head"), _residual_scale(config) * (config.num_heads * config.value_width) ** -0.5
+    C = (config.value_width, "head")
+    output = (2 * config.num_layers) ** -0.5 * (config.num_heads * config.value_width) ** -0.5
     specs["o"] = _array(config, output, (config.num_heads, "heads"), C, D)
     if config.attention_bias == "all":
         specs["o_bias"] = _array(config, 0.0, D)
@@ -137,16 +135,12 @@ def _stack(config: ModelConfig, *, dense: bool = False) -> dict:
     )
 
 
-def _residual_scale(config: ModelConfig) -> float:
-    return (2 * config.num_layers) ** -0.5
-
-
 def _gated(config: ModelConfig, width: tuple[int, str], *experts: tuple[int, str], bias: bool) -> dict:
     """A gated feed-forward part, or one of each of `experts`: gate_up [(E,) D, 2, F], down [(E,) F, D] and biases."""
     D, both = (config.hidden_size, "embed"), (2, "gate_up")
     specs = {
         "gate_up": _array(config, D[0] ** -0.5, *experts, D, both, width),
-        "down": _array(config, _residual_scale(config) * width[0] ** -0.5, *experts, width, D),
+        "down": _array(config, (2 * config.num_layers) ** -0.5 * width[0] ** -0.5, *experts, width, D),
     }
     if bias:
         specs["gate_up_bias"] = _array(config, 0.0, *experts, both, width)

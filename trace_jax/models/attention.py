@@ -85,7 +85,10 @@ def _grouped_attention(layer, config: ModelConfig, x, rope_table, mask, cache):
     if config.qk_norm == "head_after_rope":
         q, k = (rms_norm(a, layer[f"{n}_norm"], config.norm_epsilon) for a, n in ((q, "q"), (k, "k")))
     if cache is not None:
-        k, v = (_written(old, new, cache[2]) for old, new in zip(cache[:2], (k, v), strict=True))
+        k, v = (
+            jax.lax.dynamic_update_slice_in_dim(old, new, cache[2], 1)
+            for old, new in zip(cache[:2], (k, v), strict=True)
+        )
     own_k, own_v = (_read_by_own_heads(a, config, q.shape[2]) for a in (k, v))
     return _attend(layer, config, q, own_k, own_v, mask, cached=cache is not None), (k, v)
 
@@ -142,14 +145,9 @@ def _latent_attention(layer, config: ModelConfig, x, rope_table, mask, cache):
         q = jnp.concatenate([q[..., :nope_dims], q_rope], axis=-1)
         return _attend(layer, config, q, jnp.concatenate([k, shared], axis=-1), v, mask, cached=False), (None, None)
     q = jnp.concatenate([jnp.einsum("bshc,rhc->bshr", q[..., :nope_dims], k_up), q_rope], axis=-1)
-    k = _written(cache[0], jnp.concatenate([latent, k_rope], axis=-1), cache[2])
+    k = jax.lax.dynamic_update_slice_in_dim(cache[0], jnp.concatenate([latent, k_rope], axis=-1), cache[2], axis=1)
     mixed = _attend(layer, config, q, k, k[..., :R], mask, cached=True)
     return jnp.einsum("bshr,rhc->bshc", mixed, v_up), (k, None)
-
-
-def _written(cached, new, index):
-    """Keys or values of the cache [B,M,...] with the new ones in their place."""
-    return jax.lax.dynamic_update_slice_in_dim(cached, new, index, axis=1)
 
 
 def _attend(layer, config: ModelConfig, q, k, v, mask, *, cached: bool):

@@ -47,13 +47,11 @@ def make_blocks(
       place_TK: i32 row of each slot; any number from P on = it is not here, and counts as zero.
       trained: i32 [] how many blocks, the first, have weights that take a gradient; None: all.
     """
-    num_blocks, num_rows = block_group.shape[0], slot.shape[0]
+    num_blocks, here = block_group.shape[0], place_TK < slot.shape[0]
     per_turn = max(1, min(MOST_BLOCKS, num_blocks, MOST_WEIGHTS // weights["gate_up"][0].size))
-    missing = -num_blocks % per_turn
-    rows = num_rows // num_blocks
+    missing, rows = -num_blocks % per_turn, slot.shape[0] // num_blocks
     slot = jnp.pad(slot, (0, missing * rows), constant_values=place_TK.size).reshape(-1, per_turn, rows)
     group = jnp.pad(block_group, (0, missing), mode="edge").reshape(-1, per_turn)
-    here = place_TK < num_rows
 
     def turns(blocks):
         return (jnp.minimum(blocks, num_blocks) + (per_turn - 1)) // per_turn
@@ -62,20 +60,15 @@ def make_blocks(
     return Blocks(slot, group, turns(used), of_trained, jnp.where(here, place_TK, 0), here)
 
 
-def blocked_experts(weights: dict, activate, x_TD: jax.Array, gates_TK: jax.Array, blocks: Blocks) -> jax.Array:
-    """Sum over a token's slots of gate times expert: [T,D].
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def blocked_experts(activate, weights: dict, x_TD: jax.Array, gates_TK: jax.Array, blocks: Blocks) -> jax.Array:
+    """Sum over a token's slots of gate times expert: [T,D]. On a mesh all arrays vary over the same axes.
 
     Args:
-      weights: gate_up [E,D,2,F], down [E,F,D] and, where there are, gate_up_bias [E,2,F], down_bias [E,D].
       activate: [..., 2F] -> [..., F].
+      weights: gate_up [E,D,2,F], down [E,F,D] and, where there are, gate_up_bias [E,2,F], down_bias [E,D].
       gates_TK: f32 [T,K].
     """
-    operands = weights, x_TD, gates_TK, blocks
-    return _experts(activate, *as_varying(operands, varying_axes(*operands)))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts(activate, weights, x_TD, gates_TK, blocks):
     return _forward(activate, weights, x_TD, gates_TK, blocks)[0]
 
 
@@ -142,7 +135,7 @@ def _backward(activate, residuals, gradient_TD):
     return of_weights, of_x, jnp.where(blocks.here, rest[1].reshape(-1)[blocks.place], 0.0), None
 
 
-_experts.defvjp(_forward, _backward)
+blocked_experts.defvjp(_forward, _backward)
 
 
 def _token(blocks: Blocks):

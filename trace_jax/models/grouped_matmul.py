@@ -74,9 +74,7 @@ def grouped_matmul(
         )
     name = resolve_implementation(implementation, KERNELS.get(implementation) if interpret else None)
     if name not in KERNELS:
-        # The tail is masked, because some lowerings of ragged_dot leave it uninitialised.
-        valid = (jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes))[:, None]
-        return jnp.where(valid, jax.lax.ragged_dot(jnp.where(valid, x, 0), w, group_sizes), 0)
+        return _without_tail(jax.lax.ragged_dot(_without_tail(x, group_sizes), w, group_sizes), group_sizes)
     x, w, group_sizes = as_varying((x, w, group_sizes), varying_axes(x, w, group_sizes))
     if name == "triton":  # Pallas is imported where it is used only
         from trace_jax.models import grouped_matmul_gpu as kernels
@@ -121,19 +119,15 @@ def _by_kernels(x, w, group_sizes, kernels, interpret):
     return _without_tail(kernels.product(x, w, group_sizes, interpret=interpret), group_sizes)
 
 
-def _by_kernels_forward(x, w, group_sizes, kernels, interpret):
-    return _by_kernels(x, w, group_sizes, kernels, interpret), (x, w, group_sizes)
-
-
 def _by_kernels_backward(kernels, interpret, residuals, dy):
     x, w, group_sizes = residuals
     dx = kernels.product(dy, w, group_sizes, transposed=True, interpret=interpret)
     return _without_tail(dx, group_sizes), kernels.weight_gradient(x, dy, group_sizes, interpret=interpret), None
 
 
-_by_kernels.defvjp(_by_kernels_forward, _by_kernels_backward)
+_by_kernels.defvjp(lambda *operands: (_by_kernels(*operands), operands[:3]), _by_kernels_backward)
 
 
 def _without_tail(y, group_sizes):
-    """Zeros in the rows beyond the groups, which kernels don't write."""
+    """Zeros in the rows beyond the groups, which kernels and some lowerings of ragged_dot don't write."""
     return jnp.where((jnp.arange(y.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes))[:, None], y, 0)

@@ -25,20 +25,15 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float, *, width: int | No
     return x32.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
-def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """x [..., D] less its mean, over its standard deviation, times weight [D], plus bias [D]."""
+def norm(params: dict, name: str, config: ModelConfig, x: jax.Array) -> jax.Array:
+    """The model's kind of norm of x [..., D], with the weights [D] called `name` in `params`."""
+    if config.norm == "rms":
+        return rms_norm(x, params[name], config.norm_epsilon)
+    weight, bias = (params[n].reshape((1,) * (x.ndim - 1) + params[n].shape) for n in (name, f"{name}_bias"))
     x32 = x.astype(jnp.float32)
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    weight, bias = (a.reshape((1,) * (x.ndim - 1) + a.shape) for a in (weight, bias))
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.norm_epsilon)
     return x32.astype(x.dtype) * weight + bias
-
-
-def norm(params: dict, name: str, config: ModelConfig, x: jax.Array) -> jax.Array:
-    """The model's kind of norm, with the weights called `name` in `params`."""
-    if config.norm == "layer":
-        return layer_norm(x, params[name], params[f"{name}_bias"], config.norm_epsilon)
-    return rms_norm(x, params[name], config.norm_epsilon)
 
 
 def rotary(positions: jax.Array, config: ModelConfig) -> jax.Array:

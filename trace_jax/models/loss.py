@@ -217,23 +217,29 @@ def _operands(config: ModelConfig, chunk_size, params, hidden, targets, params_r
         hidden_ref, head_ref = output_operands(params_ref, config, hidden_ref)
         operands += jax.lax.stop_gradient([head_ref, hidden_ref.reshape(-1, head_ref.shape[0])])
     chunks = -(-targets.size // (chunk_size or max(1, MAX_CHUNK_ELEMENTS // head.shape[1])))
-    vocabulary_of = partial(_vocabulary, config.vocab_size, axis_sizes().get(TENSOR, 1))
+    size, devices = config.vocab_size, axis_sizes().get(TENSOR, 1)
+
+    def vocabulary_of(head_DV, hidden_TD, targets_T) -> Vocabulary:
+        logits, columns = jnp.dot(hidden_TD, head_DV, preferred_element_type=jnp.float32), head_DV.shape[1]
+        first = jax.lax.axis_index(TENSOR) * columns if devices > 1 else 0
+        token = (first + jnp.arange(columns, dtype=jnp.int32))[None]
+        real = token < size if columns * devices != size else None
+        logits = logits if real is None else jnp.where(real, logits, MASKED)
+        return Vocabulary(logits, targets_T[:, None] == token, real, size, devices > 1)
+
     return chunks, vocabulary_of, as_varying(tuple(operands), varying_axes(*operands))
-
-
-def _vocabulary(size: int, devices: int, head_DV, hidden_TD, targets_T) -> Vocabulary:
-    logits, columns = jnp.dot(hidden_TD, head_DV, preferred_element_type=jnp.float32), head_DV.shape[1]
-    first = jax.lax.axis_index(TENSOR) * columns if devices > 1 else 0
-    token = (first + jnp.arange(columns, dtype=jnp.int32))[None]
-    real = token < size if columns * devices != size else None
-    logits = logits if real is None else jnp.where(real, logits, MASKED)
-    return Vocabulary(logits, targets_T[:, None] == token, real, size, devices > 1)
 
 
 def _losses(fn, numbers, params, config: ModelConfig, hidden, targets, params_ref, hidden_ref, chunk_size) -> jax.Array:
     """f32 like `targets`: the values of `fn`, which gives (values, slopes)."""
     chunks, vocabulary_of, operands = _operands(config, chunk_size, params, hidden, targets, params_ref, hidden_ref)
-    return jnp.reshape(_values(chunks, partial(_chunk, vocabulary_of, fn), numbers, *operands), targets.shape)
+
+    def of_chunk(numbers, head_DV, reference, hidden_TD, targets_T, *hidden_ref):
+        """(values, slopes) of one chunk's tokens."""
+        other = vocabulary_of(reference[0], hidden_ref[0], targets_T) if reference else None
+        return fn(vocabulary_of(head_DV, hidden_TD, targets_T), other, numbers)
+
+    return jnp.reshape(_values(chunks, of_chunk, numbers, *operands), targets.shape)
 
 
 def _split(num_chunks: int, *arrays):
@@ -245,12 +251,6 @@ def _split(num_chunks: int, *arrays):
         return padded.reshape(num_chunks, rows, *x.shape[1:])
 
     return tuple(split(x) for x in arrays)
-
-
-def _chunk(vocabulary_of, fn, numbers, head_DV, reference, hidden_TD, targets_T, *hidden_ref):
-    """(values, slopes) of one chunk's tokens."""
-    other = vocabulary_of(reference[0], hidden_ref[0], targets_T) if reference else None
-    return fn(vocabulary_of(head_DV, hidden_TD, targets_T), other, numbers)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -20,8 +20,6 @@ from trace_jax.io.files import read_json
 from trace_jax.models.config import ModelConfig
 
 _LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")  # of config.json, in lm-eval's order
-_USUAL_LENGTH = 2048  # where a model names none, as in lm-eval
-_ENDLESS = 10**18  # tokenizers that name no limit say 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,9 +190,9 @@ class TextCodec:
         """Most tokens that the model reads at once: as config.json names, else tokenizer_config.json, else 2048."""
         config, own = self._file("config.json"), self._file("tokenizer_config.json")
         for value in (*(config.get(name) for name in _LENGTHS), own.get("model_max_length")):
-            if value is not None and value < _ENDLESS:
+            if value is not None and value < 10**18:  # tokenizers that name no limit say 1e30
                 return int(value)
-        return _USUAL_LENGTH
+        return 2048  # as in lm-eval
 
     def encode(self, text: str) -> list[int]:
         """Ids with the tokenizer's marks around them, unless the text starts with the written prefix."""

@@ -17,8 +17,6 @@ from trace_jax.models.grouped_matmul import block_layout, block_size, grouped_ma
 from trace_jax.models.layers import activation, gated_mlp, norm
 from trace_jax.parallel.mesh import EXPERT, TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
-COUNTING_BLOCK = 128
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +179,7 @@ def experts(
         used = (group_sizes + (size - 1)) // size
         of_trained = None if trained is None else jnp.sum(jnp.where(trained, used, 0))
         blocks = make_blocks(slot, block_group, jnp.sum(used), place_TK, weights, of_trained)
-        return blocked_experts(weights, activate, x_TD, gates_TK, blocks), dropped
+        return blocked_experts(activate, weights, x_TD, gates_TK, blocks), dropped
 
     if room is not None:  # groups end where the room ends
         group_sizes = jnp.clip(num_slots - (jnp.cumsum(group_sizes) - group_sizes), 0, group_sizes)
@@ -218,7 +216,7 @@ def count_and_rank(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.
     matmul within blocks (exact), then a sum over blocks.
     """
     chosen = expert[:, None] == jnp.arange(num_experts, dtype=jnp.int32)[None, :]
-    N, size = len(expert), min(COUNTING_BLOCK, len(expert))
+    N, size = len(expert), min(128, len(expert))
     blocks = jnp.pad(chosen, ((0, -N % size), (0, 0))).astype(jnp.float32).reshape(-1, size, num_experts)
     triangle = jnp.tril(jnp.ones((size, size), jnp.float32))
     inside = jnp.einsum("st,nte->nse", triangle, blocks, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
@@ -242,25 +240,17 @@ def _dispatch(x_TD, slot, place_TK):
     return _rows_of_tokens(x_TD, slot, place_TK.shape[1])
 
 
-def _dispatch_forward(x_TD, slot, place_TK):
-    return _dispatch(x_TD, slot, place_TK), place_TK
-
-
 def _dispatch_backward(place_TK, gradient_PD):
     return jnp.sum(_rows_at(gradient_PD, place_TK), axis=1), None, None
 
 
-_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+_dispatch.defvjp(lambda *operands: (_dispatch(*operands), operands[2]), _dispatch_backward)
 
 
 @jax.custom_vjp
 def _combine(y_PD, gates_TK, slot, place_TK):
     y_TKD = _rows_at(y_PD, place_TK).astype(jnp.float32)
     return jnp.sum(y_TKD * gates_TK[:, :, None], axis=1).astype(y_PD.dtype)
-
-
-def _combine_forward(y_PD, gates_TK, slot, place_TK):
-    return _combine(y_PD, gates_TK, slot, place_TK), (y_PD, gates_TK, slot, place_TK)
 
 
 def _combine_backward(residuals, gradient_TD):
@@ -272,4 +262,4 @@ def _combine_backward(residuals, gradient_TD):
     return (rows * gate_at_place[:, None]).astype(y_PD.dtype), gradient_gates, None, None
 
 
-_combine.defvjp(_combine_forward, _combine_backward)
+_combine.defvjp(lambda *operands: (_combine(*operands), operands), _combine_backward)

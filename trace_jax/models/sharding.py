@@ -211,9 +211,8 @@ def map_batches(
     """
     run = compiled(fn, config, mesh, out_specs, static)
     if mesh is not None:
-        several = params if isinstance(params, tuple) else (params,)
-        several = tuple(placed_params(model, config, mesh) for model in several)
-        params = several if isinstance(params, tuple) else several[0]
+        placed = functools.partial(placed_params, config=config, mesh=mesh)
+        params = tuple(map(placed, params)) if isinstance(params, tuple) else placed(params)
     shards, size, waiting = 1 if mesh is None else row_shards(mesh), 0, []
     for arrays in batches:
         size = max(size, -(-len(arrays[0]) // shards) * shards)

@@ -102,9 +102,8 @@ def to_host(tree: Any) -> Any:
     """The arrays as numpy, whole, in every process; all processes must call it."""
 
     def one(x):
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-        return np.asarray(x)
+        elsewhere = isinstance(x, jax.Array) and not x.is_fully_addressable
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True) if elsewhere else x)
 
     return jax.tree.map(one, tree)
 
@@ -129,11 +128,7 @@ class ParallelConfig(Section):
     )
 
     def mesh(self) -> Mesh:
-        """The mesh over all devices.
-
-        Raises:
-          ConfigError: the sizes do not multiply to the number of devices.
-        """
+        """The mesh over all devices; errors as of `make_mesh`."""
         return make_mesh(data=self.data, expert=self.expert, tensor=self.tensor)
 
 

@@ -18,7 +18,6 @@ from trace_jax.config import ConfigError
 
 # What --coordinator, --num-processes and --process-id say, for launchers that set variables.
 VARIABLES = ("TRACE_JAX_COORDINATOR", "TRACE_JAX_NUM_PROCESSES", "TRACE_JAX_PROCESS_ID")
-_METADATA = "http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +117,8 @@ def expected_processes() -> tuple[str, int]:
     skip = "TPU_SKIP_MDS_QUERY" in variables or variables.get("JAX_PLATFORMS", "tpu") == "cpu"
     if not chips or skip or importlib.util.find_spec("libtpu") is None:
         return said_by, 1
-    address = _METADATA.format(variables.get("GCE_METADATA_IP", "metadata.google.internal"))
+    server = variables.get("GCE_METADATA_IP", "metadata.google.internal")
+    address = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
     request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
