@@ -23,12 +23,9 @@ def test_first_values_have_the_declared_shapes_and_types():
         assert ("head" in params) == (not config.tie_embeddings)
         assert ("shared" in params["layers"]) == bool(config.shared_hidden_size)
         assert params["layers"]["router"].dtype == jnp.float32
-
-
-def test_every_dimension_has_a_name():
-    for path, spec in flat_specs(CONFIG).items():
-        assert len(spec.shape) == len(spec.axes), path
-        assert (spec.axes[0] == "layers") == path.startswith("layers/"), path
+        for path, spec in flat_specs(config).items():
+            assert len(spec.shape) == len(spec.axes), path
+            assert (spec.axes[0] == "layers") == path.startswith("layers/"), path
 
 
 def test_first_values_depend_on_the_seed_alone():

@@ -275,7 +275,6 @@ def test_special_tokens_in_a_prompt_are_read_as_such(model):
         ({"stop": "abc"}, "stop is"),
         ({"stop": [""]}, "stop is"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],
 )
 def test_wrong_texts_are_named(model, changes, message):

@@ -37,6 +37,7 @@ def plain_nll(params, config, hidden, targets):
 
 
 def plain_kl(params_ref, hidden_ref, params, hidden, config):
+    params_ref, hidden_ref = jax.lax.stop_gradient((params_ref, hidden_ref))
     log_ref = jax.nn.log_softmax(hidden_ref @ head_of(params_ref, config), axis=-1)
     log_p = jax.nn.log_softmax(hidden @ head_of(params, config), axis=-1)
     return jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=-1)
@@ -45,28 +46,18 @@ def plain_kl(params_ref, hidden_ref, params, hidden, config):
 @pytest.mark.parametrize(("config", "chunk_size"), CASES)
 def test_losses_and_their_gradients(config, chunk_size):
     params, hidden, targets, cotangent = make()
-    reference = make(seed=1)[:2]
 
     def gradients(nll, kl, **options):
-        def total(params, hidden):
+        def total(params, hidden, reference):
             values = nll(params, config, hidden, targets, **options), kl(*reference, params, hidden, config, **options)
             return jnp.sum((values[0] + 2 * values[1]) * cotangent), values
 
-        return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(params, hidden)
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(params, hidden, make(seed=1)[:2])
 
     got, wanted = gradients(token_nll, token_kl, chunk_size=chunk_size), gradients(plain_nll, plain_kl)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, wanted)
     nll = token_nll(params, config, hidden, targets, chunk_size=chunk_size)
     np.testing.assert_allclose(nll, wanted[1][0], atol=1e-5)
-
-
-def test_the_reference_takes_no_gradient():
-    params, hidden, _, _ = make()
-    params_ref, hidden_ref, _, _ = make(seed=1)
-    gradients = jax.grad(lambda p, h: jnp.sum(token_kl(p, h, params, hidden, CONFIG)), argnums=(0, 1))(
-        params_ref, hidden_ref
-    )
-    assert all(np.all(np.asarray(a) == 0) for a in jax.tree.leaves(gradients))
 
 
 def test_large_logits_stay_finite():

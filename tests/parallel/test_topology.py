@@ -19,15 +19,11 @@ from trace_jax.parallel.topology import parse_topology
     ],
 )
 def test_slices(name, chips, hosts, accelerator_type, machine_type):
-    topology = parse_topology(name)
+    topology = parse_topology(f" {name.upper()} ")
+    assert f"{topology.kind}:{topology.gke_topology}" == name and topology.gke_accelerator.startswith("tpu-v")
     assert (topology.name, topology.chips, topology.hosts) == (name, chips, hosts)
     assert (topology.accelerator_type, topology.machine_type) == (accelerator_type, machine_type)
     assert topology.chips_per_host * topology.hosts == chips
-
-
-def test_names_of_a_node_pool():
-    topology = parse_topology(" V5e:4x4 ")
-    assert (topology.gke_accelerator, topology.gke_topology) == ("tpu-v5-lite-podslice", "4x4")
 
 
 @pytest.mark.parametrize(
