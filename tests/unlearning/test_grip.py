@@ -185,16 +185,11 @@ def test_kaczmarz_draws_inputs_by_their_squared_length():
     np.testing.assert_allclose(np.bincount(firsts) / 400, np.array([1, 4, 9]) / 14, atol=0.07)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_groups": 3, "groups_per_token": 2}, "3 groups of experts"),
-        ({"router_correction": True}, "adds a correction to probabilities"),
-    ],
-)
-def test_routers_whose_choice_is_no_matter_of_single_scores_are_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        grip.check_router(dataclasses.replace(CONFIG, **changes), {grip.ROUTER})
+def test_routers_whose_choice_is_no_matter_of_single_scores_are_refused():
+    groups, correction = {"num_groups": 3, "groups_per_token": 2}, {"router_correction": True}
+    for changes, message in ((groups, "3 groups of experts"), (correction, "adds a correction to probabilities")):
+        with pytest.raises(ConfigError, match=message):
+            grip.check_router(dataclasses.replace(CONFIG, **changes), {grip.ROUTER})
 
 
 def test_realignment_is_the_closed_form_and_gives_the_old_scores_on_new_inputs():

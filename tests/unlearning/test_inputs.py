@@ -1,15 +1,14 @@
-"""Which rows a step reads and for how many steps: nothing but the step decides; a batch in parts is the batch."""
+"""Which rows a step reads and for how many steps: nothing but the step decides."""
 
 import jax
 import numpy as np
 import pytest
 
-from tests.unlearning.conftest import ONE, flat_of, make_rows
+from tests.unlearning.conftest import make_rows
 from trace_jax.data.rows import Rows
-from trace_jax.parallel.mesh import ParallelConfig, make_mesh
+from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import Inputs, batch_text, pad_rows, with_steps
-from trace_jax.unlearning.unlearn import unlearn
 
 
 def numbered(count, *, topics=(0,), length=4):
@@ -100,18 +99,3 @@ def test_the_text_says_what_a_step_reads():
         "1,200 steps of 3 forget rows x 12 + 9 retain rows x 12 = 144 tokens each, in 2 microbatches on 4 devices; "
         "steps in an epoch: 3 of the forget rows and 4 of the retain rows"
     )
-
-
-def test_microbatches_give_the_numbers_of_the_large_batch(model, forget, retain):
-    """NPO's loss is a mean over rows, the retain loss over tokens, of rows of unequal length; six rows do not divide by
-    four. Plain steps along the gradient: Adam's would make noise of numbers that are nearly zero as large as any."""
-    config = UnlearningConfig(
-        objective="npo", steps=3, forget_batch_size=6, optimizer={"name": "sgd", "momentum": 0.0}, learning_rate=0.03,
-    )  # fmt: skip
-    one, four = (
-        flat_of(unlearn(model, forget, retain, config=config, mesh=ONE, parallel=ParallelConfig(microbatches=n)).model)
-        for n in (1, 4)
-    )
-    for path, before in flat_of(model).items():
-        np.testing.assert_allclose(four[path], one[path], atol=5e-6, err_msg=path)
-        assert np.abs(one[path] - before).max() > 5e-4

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from tests import tiny
 from tests.unlearning.conftest import ONE, assert_same, flat_of, make_rows
-from tests.unlearning.test_step import Traced, Words
+from tests.unlearning.test_step import Traced
 from trace_jax.data.rows import encode_refusals, with_refusals
 from trace_jax.io.files import read_lines
 from trace_jax.models.decoder import forward
@@ -20,7 +21,7 @@ from trace_jax.unlearning.unlearn import unlearn
 
 def setting(name, own=None, **changes):
     """own: settings of the objective."""
-    refusals = {"refusals": ("No.",)} if name in ("dpo", "idk") else {}
+    refusals = {"refusals": ("w7",)} if name in ("dpo", "idk") else {}
     base = {"steps": 3, "forget_batch_size": 4, "learning_rate": 0.01}
     return UnlearningConfig(objective={"name": name, **refusals, **(own or {})}, **base | changes)
 
@@ -39,7 +40,7 @@ def test_a_task_vector_is_what_was_learnt_times_minus_the_scale(model, forget):
 
 def test_cached_log_probabilities_give_the_same_run_and_are_read_again(model, forget, retain, tmp_path, monkeypatch):
     """Those of forget rows and of refusals."""
-    model = dataclasses.replace(model, tokenizer=Words())
+    model = dataclasses.replace(model, tokenizer=tiny.make_tokenizer())
     unlearn(model, forget, retain, mesh=ONE, config=setting("dpo"), directory=tmp_path / "plain")
     cached = setting("dpo", {"cache_reference": True})
     first = unlearn(model, forget, retain, mesh=ONE, config=cached, directory=tmp_path / "a", identity="a")
@@ -95,8 +96,8 @@ def test_pdu_raises_its_coefficient_while_the_retain_loss_is_above_the_bound(mod
 def test_an_epoch_is_of_the_rows_that_the_objective_reads(model, retain, capsys, monkeypatch):
     """Documents paired with refusals need room for the longer side, so there may be more rows than before."""
     forget = make_rows(9, seed=5)
-    model = dataclasses.replace(model, tokenizer=Words())
-    longer = ("No no no no no.",)  # six tokens with the end mark, half a row
+    model = dataclasses.replace(model, tokenizer=tiny.make_tokenizer())
+    longer = ("w7 w7 w7 w7 w7",)  # six tokens with the end mark, half a row
     paired, _ = with_refusals(forget, encode_refusals(longer, model.tokenizer, model.special))
     assert len(paired) > len(forget)
     config = setting("idk", {"refusals": longer}, steps=None, epochs=1.0, retain_loss="none")

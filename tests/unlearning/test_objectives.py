@@ -1,4 +1,4 @@
-"""Each forget loss against a plain loop over rows and tokens, in value and in gradient, and its golden value."""
+"""Each forget loss against a plain loop over rows and tokens, in value and in gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +15,11 @@ REFUSED = np.array([[0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
 REFUSAL_NLL = np.array([[8.0, 1.5, 2.5, 0.75], [8.0, 4.0, 8.0, 8.0], [8.0, 8.0, 8.0, 8.0]], np.float32)
 REFUSAL_REFERENCE = np.array([[6.0, 2.0, 3.0, 1.0], [6.0, 3.5, 6.0, 6.0], [6.0, 6.0, 6.0, 6.0]], np.float32)
 NUMBERS = {"beta": 0.5, "delta": 0.3, "nll_ceiling": 0.0, "beta1": 2.0, "beta2": 1.5}
-GOLDEN = {
-    ("gradient_ascent", PAPER): -1.35000000,
-    ("gradient_difference", PAPER): -1.35000000,
-    ("npo", PAPER): 2.15495702,
-    ("simnpo", PAPER): 1.83111381,
-    ("dpo", PAPER): 1.93318128,
-    ("idk", PAPER): 2.18750000,
-    ("wga", PAPER): -0.52434093,
-    ("tnpo", PAPER): -1.13057340,
-    ("satimp", PAPER): -0.03310599,
-    ("flat", PAPER): 0.11854375,
-    ("task_vector", PAPER): 1.35000000,
-    ("npo", "gemma"): 0.53873925,
-}
+PLAIN = (
+    "gradient_ascent", "gradient_difference", "npo", "simnpo", "dpo", "idk", "wga", "tnpo", "satimp", "flat",
+    "task_vector",
+)  # fmt: skip
+CASES = [*((name, PAPER) for name in PLAIN), ("npo", "gemma")]
 
 
 def value_of(objective, inputs):
@@ -95,7 +86,7 @@ def slow(name, form, nll, refusal, *, beta=0.5, delta=0.3, beta1=2.0, beta2=1.5,
     return -np.mean(weights * np.concatenate(ours))
 
 
-@pytest.mark.parametrize(("name", "form"), GOLDEN)
+@pytest.mark.parametrize(("name", "form"), CASES)
 def test_equals_plain_reference_in_value_and_gradient(name, form):
     value, gradients = jax.value_and_grad(lambda nll, refusal: ratio(name, nll, form, refusal), argnums=(0, 1))(
         jnp.asarray(NLL), jnp.asarray(REFUSAL_NLL)
@@ -112,15 +103,14 @@ def test_equals_plain_reference_in_value_and_gradient(name, form):
             assert gradient[index] == pytest.approx((moved[0] - moved[1]) / 2e-5, abs=2e-5)
 
 
-@pytest.mark.parametrize(("name", "form"), GOLDEN)
-def test_golden_value_in_which_padding_carries_no_loss(name, form):
-    assert ratio(name, jnp.asarray(NLL), form) == pytest.approx(GOLDEN[name, form], abs=1e-6)
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_padding_carries_no_loss(name, form):
     changed = np.where(VALID, NLL, 1e3).astype(np.float32)
     refusal = np.where(REFUSED, REFUSAL_NLL, 1e3).astype(np.float32)
     assert ratio(name, jnp.asarray(changed), form, refusal) == ratio(name, jnp.asarray(NLL), form)
 
 
-@pytest.mark.parametrize(("name", "form"), GOLDEN)
+@pytest.mark.parametrize(("name", "form"), CASES)
 @pytest.mark.parametrize("extreme", [0.0, 80.0])
 def test_finite_where_tokens_are_certain_or_impossible(name, form, extreme):
     value, gradient = jax.value_and_grad(lambda nll: ratio(name, nll, form))(jnp.full(NLL.shape, extreme))
@@ -148,10 +138,8 @@ def test_rmu_pulls_hidden_states_to_the_direction_of_their_topic(name):
         "wmdp": error[:2].mean(),  # padding counts; the row without a token only fills up the batch
         "open_unlearning": np.mean([error[0][VALID[0]].mean(), error[1][VALID[1]].mean()]),
     }
-    golden = {PAPER: 4.1505294, "wmdp": 3.292594, "open_unlearning": 4.1500845}
     for form, wanted in expected.items():
-        found = value_of(make(name, form), inputs)
-        assert found == pytest.approx(wanted, rel=1e-6) and found == pytest.approx(golden[form], abs=1e-5), form
+        assert value_of(make(name, form), inputs) == pytest.approx(wanted, rel=1e-6), form
 
 
 def test_ceu_leaves_out_the_first_token_that_a_document_predicts():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import tiny
 from tests.unlearning.conftest import ONE
 from trace_jax.data.rows import with_refusals
 from trace_jax.models.arrays import flatten, unflatten
@@ -182,13 +183,6 @@ def test_same_gradient_on_four_devices(model, rows, steps):
         np.testing.assert_allclose(many[1][path], one[1][path], atol=5e-5 * scale, err_msg=path)
 
 
-class Words:
-    """A tokenizer whose tokens are the lengths of words."""
-
-    def encode_batch(self, texts, add_special_tokens=True):
-        return [type("Encoding", (), {"ids": [5 + len(word) for word in text.split()]}) for text in texts]
-
-
 class Traced(Exception):
     """Stands for the end of a run whose step is traced and not compiled."""
 
@@ -198,7 +192,7 @@ def test_every_objective_gets_what_it_looks_at_also_in_bfloat16(model, forget, r
     """Types and ranks are strict, so that a step that can be traced mixes none. The router stays in float32."""
     half = {k: v if "router" in k else v.astype(jnp.bfloat16) for k, v in flatten(model.params).items()}
     config = dataclasses.replace(model.config, dtype="bfloat16")
-    half = dataclasses.replace(model, config=config, params=unflatten(half), tokenizer=Words())
+    half = dataclasses.replace(model, config=config, params=unflatten(half), tokenizer=tiny.make_tokenizer())
 
     def step(state, constants, rows, **settings):
         state, metrics = jax.eval_shape(lambda *a: unlearning_step(*a, **settings), state, constants, rows)
@@ -207,7 +201,7 @@ def test_every_objective_gets_what_it_looks_at_also_in_bfloat16(model, forget, r
         raise Traced
 
     monkeypatch.setattr(unlearn_module, "unlearning_step", step)
-    refusals = {"refusals": ("No.",)} if issubclass(Objective.kinds[name], Refusing) else {}
+    refusals = {"refusals": ("w7",)} if issubclass(Objective.kinds[name], Refusing) else {}
     with pytest.raises(Traced):
         unlearn_module.unlearn(
             half, forget, retain, mesh=ONE, config=UnlearningConfig(objective={"name": name, **refusals})

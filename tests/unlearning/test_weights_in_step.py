@@ -69,20 +69,16 @@ def test_integer_weights_are_copies_of_tokens(model, forget, retain, unit):
 
 
 NLL = dataclasses.replace(CONFIG, retain_loss="nll")
-MESHES = {
-    "one": (ONE, PLAIN),
-    "tensors": (
-        make_mesh(jax.devices()[:4], data=1, expert=2, tensor=2),
-        ParallelConfig(microbatches=2, remat="layer"),
-    ),
-}
+TENSORS = make_mesh(jax.devices()[:4], data=1, expert=2, tensor=2), ParallelConfig(microbatches=2, remat="layer")
 
 
 @pytest.mark.parametrize(
-    ("unit", "apply", "name"), [("token", "both", "one"), ("row", "weights", "one"), ("row", "both", "tensors")]
+    ("unit", "apply", "where"),
+    [("token", "both", (ONE, PLAIN)), ("row", "weights", (ONE, PLAIN)), ("row", "both", TENSORS)],
+    ids=["token", "row", "tensors"],
 )
-def test_online_weights_are_the_offline_ones_before_the_first_step(model, forget, retain, unit, apply, name):
-    mesh, parallel = MESHES[name]
+def test_online_weights_are_the_offline_ones_before_the_first_step(model, forget, retain, unit, apply, where):
+    mesh, parallel = where
     offline, online = (
         weights_of(model, forget, retain, unit=unit, apply=apply, routing=routing) for routing in ("offline", "online")
     )

@@ -57,22 +57,12 @@ class Unlearned:
 
 
 def unlearn(
-    model: Model,
-    forget: Rows,
-    retain: Rows | None,
-    *,
-    config: UnlearningConfig,
-    weights: RetainWeights | None = None,
-    selected: np.ndarray | None = None,
-    recalibrate: Recalibration | None = None,
-    seed: int = 0,
-    mesh: Mesh | None = None,
-    parallel: ParallelConfig = PLAIN,
-    directory: str | os.PathLike | None = None,
-    identity: str | None = None,
-    evaluate: Callable[[Any], Any] | None = None,
-    title: str = "unlearning",
-) -> Unlearned:
+    model: Model, forget: Rows, retain: Rows | None, *,
+    config: UnlearningConfig, weights: RetainWeights | None = None, selected: np.ndarray | None = None,
+    recalibrate: Recalibration | None = None, seed: int = 0, mesh: Mesh | None = None, parallel: ParallelConfig = PLAIN,
+    directory: str | os.PathLike | None = None, identity: str | None = None,
+    evaluate: Callable[[Any], Any] | None = None, title: str = "unlearning",
+) -> Unlearned:  # fmt: skip
     """Unlearns `forget` from `model` while holding on to `retain`.
 
     Args:
