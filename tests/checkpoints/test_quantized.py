@@ -6,12 +6,14 @@ import pytest
 import safetensors.torch
 import torch
 from quantised_checkpoints import FP8, random_fp8, random_mxfp4
-from tiny import spread
+from tiny import CONFIG, spread
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from trace_jax.checkpoints.checkpoint import CheckpointError, TensorFile, check_method, readable_tensor
+from trace_jax.checkpoints.accounting import account
+from trace_jax.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorFile, readable_tensor
 from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.models.families import FAMILIES
 
 
 def opened(tmp_path, tensors):
@@ -77,8 +79,9 @@ def test_what_cannot_be_decoded_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"w_blocks is \[2, 4, 1, 16\] and w_scales missing"):
         readable_tensor("w", opened(tmp_path, {"w_blocks": blocks}), {}, "mxfp4")
     for method in ("gptq", None):
+        checkpoint = Checkpoint(tmp_path, {"quantization_config": {"quant_method": method}}, (), {})
         with pytest.raises(CheckpointError, match=rf"method {method!r} can't be read; supported are fp8, mxfp4"):
-            check_method({"quantization_config": {"quant_method": method}})
+            account(checkpoint, CONFIG, FAMILIES["mixtral"])
 
 
 def test_a_quantised_checkpoint_imports_as_its_decoded_twin_on_one_device_and_on_four(packed_and_plain):

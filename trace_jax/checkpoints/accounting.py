@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from trace_jax.checkpoints.checkpoint import Checkpoint, CheckpointError, Readable, check_method, readable_tensor
+from trace_jax.checkpoints.checkpoint import Checkpoint, CheckpointError, Readable, readable_tensor
 from trace_jax.models.arrays import flat_specs
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.families import Family
@@ -79,8 +79,12 @@ def account(checkpoint: Checkpoint, config: ModelConfig, family: Family) -> Acco
             more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
             raise CheckpointError(f"{checkpoint.directory}: {message.format(', '.join(faults[:10]) + more)}.")
 
-    check_method(checkpoint.config)
-    tensors = checkpoint.tensors
+    tensors, quantization = checkpoint.tensors, checkpoint.config.get("quantization_config")
+    if quantization and (method := quantization.get("quant_method")) not in ("fp8", "mxfp4"):
+        raise CheckpointError(
+            f"config.json: quantization method {method!r} can't be read; supported are fp8, mxfp4 and unquantised "
+            "checkpoints."
+        )
     slots = slots_of(config, family, tensors)
     uses = collections.Counter(name for slot in slots for name in slot.names)
     refuse([name for name, count in uses.items() if count > 1], "{} would fill two parameters")

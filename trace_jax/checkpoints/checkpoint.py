@@ -40,7 +40,6 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-METHODS = ("fp8", "mxfp4")
 _FLOAT8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 _FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _FLOAT4 = np.concatenate([_FLOAT4, -_FLOAT4])
@@ -282,16 +281,6 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is no JSON object. Download it again.")
     return value
-
-
-def check_method(config: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for a config.json with a quantization method that isn't implemented."""
-    method = (config.get("quantization_config") or {"quant_method": METHODS[0]}).get("quant_method")
-    if method not in METHODS:
-        raise CheckpointError(
-            f"config.json: quantization method {method!r} can't be read; supported are {', '.join(METHODS)} and "
-            "unquantised checkpoints."
-        )
 
 
 def readable_tensor(
