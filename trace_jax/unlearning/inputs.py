@@ -244,11 +244,8 @@ def check_run(
         config.check_online()
     if recalibrate is not None and weights is None:
         raise ConfigError("recalibrate is given without weights; the steps before the first recalibration need some.")
-    if config.some_experts is not None:
-        _check_selected(model, config, selected)
-
-
-def _check_selected(model: Model, config: UnlearningConfig, selected: np.ndarray | None) -> None:
+    if config.some_experts is None:
+        return
     if selected is None or not selected.any():
         raise ConfigError(
             f"trainable is {config.trainable.name!r}, but no expert is selected: use a weighting that selects experts, "
