@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests.tiny import mesh_of, random_params
-from trace_jax.models.arrays import flatten, unflatten
+from trace_jax.models.arrays import unflatten
 from trace_jax.models.config import ModelConfig
 from trace_jax.models.loss import vocabulary_loss
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
@@ -54,46 +54,33 @@ def plain(name, form, logits, reference, targets):
 def loss(params, hidden, targets, original, before, *, name, form, config=MODEL, chunk_size=None):
     compared = {"params_ref": original, "hidden_ref": before} if name in ("npo", "undial") else {}
     numbers = {name: jnp.asarray(value) for name, value in NUMBERS.items()}
-    function = vocabulary_function(name, form)
-    return vocabulary_loss(function, numbers, params, config, hidden, targets, chunk_size=chunk_size, **compared)
-
-
-def vocabulary_function(name, form):
     objective = Objective.kinds[name](**({} if form == PAPER else {"form": form}))
 
     def function(own, reference, numbers):
         return objective.with_numbers(objective.numbers() | numbers).vocabulary(own, reference)
 
-    return function
+    return vocabulary_loss(function, numbers, params, config, hidden, targets, chunk_size=chunk_size, **compared)
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_equals_the_plain_formula_in_value_and_gradient(inputs, name, form):
     ours, original, hidden, before, targets = inputs
 
-    def own(hidden):
-        return loss(ours, hidden, targets, original, before, name=name, form=form)
+    def own(head, hidden, chunk_size):
+        params = {**ours, "head": head}
+        return loss(params, hidden, targets, original, before, name=name, form=form, chunk_size=chunk_size)
 
-    def formula(hidden):
-        return plain(name, form, hidden @ ours["head"], before @ original["head"], targets)
+    def formula(head, hidden):
+        return plain(name, form, hidden @ head, before @ original["head"], targets)
 
-    def values_and_gradient(fn):
-        return jax.jit(lambda hidden: (fn(hidden), jax.grad(lambda h: fn(h).sum())(hidden)))(hidden)
+    def values_and_gradients(fn):
+        gradients = jax.grad(lambda *operands: fn(*operands).sum(), argnums=(0, 1))
+        return jax.jit(lambda *operands: (fn(*operands), gradients(*operands)))(ours["head"], hidden)
 
-    for mine, wanted in zip(values_and_gradient(own), values_and_gradient(formula), strict=True):
-        np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("name", "form"), CASES)
-def test_chunks_change_neither_values_nor_gradients(inputs, name, form):
-    ours, original, hidden, before, targets = inputs
-
-    def total(params, hidden, chunk_size):
-        return loss(params, hidden, targets, original, before, name=name, form=form, chunk_size=chunk_size).sum()
-
-    gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1)), static_argnums=2)
-    one, several = gradient(ours, hidden, None), gradient(ours, hidden, 7)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), several, one)
+    wanted = values_and_gradients(formula)
+    for chunk_size in (None, 7):
+        mine = values_and_gradients(partial(own, chunk_size=chunk_size))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), mine, wanted)
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
@@ -104,10 +91,10 @@ def test_a_split_vocabulary_gives_the_same(inputs, name, form):
 
     def on_device(params, hidden, targets, before):
         def total(params):
-            values = loss(params, hidden, targets, unflatten(original_here), before, name=name, form=form)
+            values = loss(params, hidden, targets, older, before, name=name, form=form)
             return jax.lax.psum(values.sum(), BATCH_AXES)
 
-        original_here = flatten(jax.tree.map(lambda x: x * 0.7, params))
+        older = jax.tree.map(lambda x: x * 0.7, params)
         return jax.value_and_grad(total)(params)
 
     def alone(params):

@@ -21,9 +21,7 @@ SUM = (
 import sys
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from trace_jax.parallel.processes import is_main
-from trace_jax.parallel.processes import all_processes, broadcast_from_process_0
-from trace_jax.parallel.processes import barrier, start_processes
+from trace_jax.parallel.processes import *
 count = start_processes(*sys.argv[1:4], timeout=60)
 index = jax.process_index()
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
