@@ -1,7 +1,6 @@
 """The decoder against a slow reference in numpy, and what must hold of it whatever its parameters."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -111,17 +110,6 @@ def test_equals_the_slow_reference(name, monkeypatch):
         np.testing.assert_allclose(output.logits, logits, atol=5e-5)
 
 
-def test_packed_documents_equal_separate_rows_whatever_fills_these():
-    tokens, ends, documents = tokens_of(1, 130), [0, 30, 31, 110, 130], np.zeros((1, 130), np.int32)
-    for number, (start, end) in enumerate(itertools.pairwise(ends)):
-        documents[0, start:end] = number + 1
-    packed = run(PARAMS, CONFIG, tokens, mask=documents).logits[0]
-    for filler, left, (start, end) in zip((0, V - 1, 5, 0), (0, 4, 20, 0), itertools.pairwise(ends), strict=True):
-        alone, mask, here = np.full_like(tokens, filler), np.zeros_like(documents), slice(left, left + end - start)
-        alone[0, here], mask[0, here] = tokens[0, start:end], 1
-        np.testing.assert_allclose(packed[start:end], run(PARAMS, CONFIG, alone, mask=mask).logits[0, here], atol=1e-5)
-
-
 def test_gradients_do_not_depend_on_padding():
     tokens, mask = tokens_of(3, 13), np.pad(np.ones((2, 8), np.int32), ((0, 1), (0, 5)))
 
@@ -160,21 +148,6 @@ def test_counts_and_load_are_sums_over_counted_positions():
 def test_only_what_is_asked_for_is_returned():
     output = jax.eval_shape(lambda: forward(PARAMS, CONFIG, tokens_of(), collect=("counts",)))
     assert [leaf.shape for leaf in jax.tree.leaves(output)] == [(L, E)] and output.router.counts is not None
-
-
-def test_bfloat16_keeps_router_and_logits_in_float32_and_gradients_in_the_types_of_their_parameters():
-    config = dataclasses.replace(CONFIG, dtype="bfloat16", shared_hidden_size=4)
-    params = random_params(config)
-
-    def loss(params):
-        output = forward(params, config, tokens_of(), collect=("logits", "hidden", "router", "load"))
-        return jnp.sum(token_nll(params, config, output.hidden, tokens_of())), output
-
-    (value, output), gradient = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), params)
-    assert output.hidden.dtype == jnp.bfloat16
-    parts = value, output.logits, output.router.logits, output.router.weights, output.router.load
-    assert {part.dtype for part in parts} == {jnp.dtype("float32")}
-    assert jax.tree.map(lambda a: a.dtype, gradient) == jax.tree.map(lambda a: a.dtype, params)
 
 
 @pytest.mark.parametrize(

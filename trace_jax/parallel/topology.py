@@ -11,7 +11,6 @@ from trace_jax.config import ConfigError, nearest
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # and every ascending AxBxC of multiples of 4
-_HOST = 4  # chips of a host in slices of several hosts
 # Of each generation: shapes, most chips, chips of slices that are one host; gcloud's accelerator type, what its number
 # counts per chip (cores or chips), gcloud's default runtime; machine type and accelerator of Kubernetes node pools.
 _KINDS = {
@@ -68,7 +67,7 @@ def parse_topology(name: str) -> Topology:
     if not (text in shapes or large) or not 0 < chips <= most:
         more = f", larger ones of multiples of 4 (4x4x8), up to {most} chips" if shapes is _CUBES else ""
         raise ConfigError(f"{name!r}: expected {kind}: and the shape of the slice, one of {', '.join(shapes)}{more}.")
-    per_host = chips if chips in single_host else _HOST
+    per_host = chips if chips in single_host else 4  # of a host in slices of several
     return Topology(
         name=f"{kind}:{'x'.join(map(str, shape))}",
         chips=chips,
