@@ -100,9 +100,10 @@ class RoutingMetrics:
                 notes.append(" + ".join(f"{self.tokens[s]:,} {s} tokens" for s in subjects))
             if (original := self.quantities.get(f"{name}_original")) is not None:
                 notes.append(f"original model {original.value[-1]:.4g}")
-            mean = Interval(*(float(x[-1]) for x in (quantity.value, quantity.low, quantity.high)), quantity.n)
-            if abs(bias := quantity.bias[-1]) > 0.05 * abs(mean.value):
+            value, low, high = (float(x[-1]) for x in (quantity.value, quantity.low, quantity.high))
+            if abs(bias := quantity.bias[-1]) > 0.05 * abs(value):
                 notes.append(f"about {bias:+.2g} of it from the finite sample")
+            mean = Interval(value, low, high, quantity.n)
             measurements.append(named(name if exact else f"routing_{name}", SPLIT, mean, "; ".join(notes)))
         return measurements
 

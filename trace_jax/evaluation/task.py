@@ -46,14 +46,17 @@ class Task(Protocol):
     @property
     def name(self) -> str:
         """Name of its files; of an external benchmark, the prefix of its measurements' names too."""
+        ...
 
     @property
     def quick(self) -> bool:
         """Whether it is cheap enough to be scored at every evaluation while unlearning."""
+        ...
 
     @property
     def identity(self) -> str:
         """Hash of its data and settings: scores of a model hold as long as it stays the same."""
+        ...
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """Runs the model over the task.
@@ -62,6 +65,7 @@ class Task(Protocol):
           NonFiniteScore: the model gives NaN or infinite likelihoods.
           ValueError: the model has a guide, which what the task does can't follow.
         """
+        ...
 
     def measure(
         self,
@@ -73,6 +77,7 @@ class Task(Protocol):
         seed: int,
     ) -> list[Measurement]:
         """Measurements of scores, relative to the original and the retrained model's where these are given."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
