@@ -8,12 +8,12 @@ import pytest
 
 from trace_jax.data.batches import (
     Batches,
-    EpochSampler,
-    WeightedSampler,
     batch_counts,
+    epoch_sampler,
     mixture_batches,
     retain_batches,
     sequential_batches,
+    weighted_sampler,
 )
 from trace_jax.data.rows import Rows
 
@@ -26,7 +26,7 @@ def rows_of(count, first=0, length=4):
 def samplers():
     train = {"general": rows_of(11), "forget": rows_of(5, first=100)}
     return {
-        "epochs": Batches(rows_of(11), EpochSampler(11, 4, seed=3)),
+        "epochs": Batches(rows_of(11), epoch_sampler(11, 4, seed=3)),
         "weighted": retain_batches(rows_of(11), 4, seed=3, probability=np.arange(11) / 55),
         "mixture": mixture_batches(train, {"general": 0.6, "forget": 0.4}, 5, seed=3),
     }
@@ -44,18 +44,18 @@ def test_resuming_at_a_step_gives_the_batches_of_an_unbroken_run(name):
 
 
 def test_an_epoch_visits_every_row_once_and_the_next_one_in_another_order():
-    sampler = EpochSampler(12, 5, seed=0)
-    drawn = np.concatenate([sampler[step] for step in range(24)]).reshape(-1, 12)
+    sampler = epoch_sampler(12, 5, seed=0)
+    drawn = np.concatenate([sampler(step) for step in range(24)]).reshape(-1, 12)
     assert (np.sort(drawn, axis=1) == np.arange(12)).all()
     assert len({tuple(epoch) for epoch in drawn}) == len(drawn)
-    assert (EpochSampler(50, 20, seed=0)[0] != EpochSampler(50, 20, seed=1)[0]).any()
-    assert collections.Counter(EpochSampler(3, 7, seed=0)[0].tolist()).most_common(1)[0][1] == 3
+    assert (epoch_sampler(50, 20, seed=0)(0) != epoch_sampler(50, 20, seed=1)(0)).any()
+    assert collections.Counter(epoch_sampler(3, 7, seed=0)(0).tolist()).most_common(1)[0][1] == 3
 
 
 def test_rows_are_drawn_as_often_as_asked():
     probability = np.array([0.5, 0.0, 0.3, 0.15, 0.05, 0.0])
-    sampler = WeightedSampler(7.0 * probability, 64, seed=5)
-    drawn = np.bincount(np.concatenate([sampler[s] for s in range(200)]), minlength=6)
+    sampler = weighted_sampler(7.0 * probability, 64, seed=5)
+    drawn = np.bincount(np.concatenate([sampler(s) for s in range(200)]), minlength=6)
     total = drawn.sum()
     error = np.sqrt(probability * (1 - probability) / total)
     assert (np.abs(drawn / total - probability) <= 4 * error).all()
@@ -98,11 +98,11 @@ def test_a_pass_over_the_rows_sees_each_once_and_in_order():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EpochSampler(0, 4, seed=0), "no rows"),
-        (lambda: EpochSampler(4, 0, seed=0), "batch_size is 0"),
-        (lambda: WeightedSampler(np.array([1.0, -1.0]), 2, seed=0), "non-negative"),
-        (lambda: WeightedSampler(np.array([1.0, np.nan]), 2, seed=0), "finite"),
-        (lambda: WeightedSampler(np.zeros(3), 2, seed=0), "not all zero"),
+        (lambda: epoch_sampler(0, 4, seed=0), "no rows"),
+        (lambda: epoch_sampler(4, 0, seed=0), "batch_size is 0"),
+        (lambda: weighted_sampler(np.array([1.0, -1.0]), 2, seed=0), "non-negative"),
+        (lambda: weighted_sampler(np.array([1.0, np.nan]), 2, seed=0), "finite"),
+        (lambda: weighted_sampler(np.zeros(3), 2, seed=0), "not all zero"),
         (lambda: retain_batches(rows_of(3), 2, seed=0, probability=np.ones(4)), "4 row probabilities .* 3 rows"),
         (lambda: batch_counts({"a": 0.99, "b": 0.01}, 4), "batch of 4 rows has no room for the sources b"),
         (lambda: batch_counts({"a": -1.0, "b": 2.0}, 4), "non-negative"),

@@ -8,7 +8,7 @@ import numpy as np
 
 from trace_jax.attacks.attack import Attack, Case, Context, Point
 from trace_jax.config import ConfigError, option
-from trace_jax.data.batches import Batches, EpochSampler
+from trace_jax.data.batches import Batches, epoch_sampler
 from trace_jax.data.rows import Rows, encode_documents, pack_documents
 from trace_jax.data.sources import read_source
 from trace_jax.evaluation.intervals import Measurement
@@ -58,7 +58,7 @@ class TrainingOn(Attack):
         finished = directory / "finished.json"
         if not broadcast_from_process_0(read_json(finished) == identity):
             rows: Rows = context.prepared
-            batches = Batches(rows, EpochSampler(len(rows), self.batch_size, seed=context.seed))
+            batches = Batches(rows, epoch_sampler(len(rows), self.batch_size, seed=context.seed))
             train_on(
                 load(),
                 self.optimization,

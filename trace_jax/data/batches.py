@@ -4,62 +4,47 @@ An index sampler maps a step to row numbers i64 [B]; `Batches` looks the rows up
 (seed, step): it does not depend on the number of devices, nor on the steps before.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 
 import grain
 import numpy as np
 
 from trace_jax.data.rows import Batch, Rows
 
-
-class IndexSampler(Protocol):
-    """Row numbers i64 [B] of a step, for every step >= 0."""
-
-    def __getitem__(self, step: int) -> np.ndarray: ...
+IndexSampler = Callable[[int], np.ndarray]
 
 
-class EpochSampler:
+def epoch_sampler(num_rows: int, batch_size: int, *, seed: int) -> IndexSampler:
     """Every row once per epoch, reshuffled each epoch. A batch may span two epochs."""
-
-    def __init__(self, num_rows: int, batch_size: int, *, seed: int):
-        _check_sizes(num_rows, batch_size)
-        self._batches = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat().batch(batch_size)
-
-    def __getitem__(self, step: int) -> np.ndarray:
-        return np.asarray(self._batches[int(step)], np.int64)
+    _check_sizes(num_rows, batch_size)
+    batches = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat().batch(batch_size)
+    return lambda step: np.asarray(batches[int(step)], np.int64)
 
 
-class WeightedSampler:
+def weighted_sampler(weights: np.ndarray, batch_size: int, *, seed: int) -> IndexSampler:
     """Rows drawn independently, with replacement, with probability [N] proportional to `weights`."""
+    weights = np.asarray(weights, np.float64)
+    _check_sizes(weights.size, batch_size)
+    if weights.ndim != 1 or not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
+        raise ValueError("Row probabilities must be one finite, non-negative number per row, and not all zero.")
+    cumulative = np.cumsum(weights)
+    cumulative /= cumulative[-1]
 
-    def __init__(self, weights: np.ndarray, batch_size: int, *, seed: int):
-        weights = np.asarray(weights, np.float64)
-        _check_sizes(weights.size, batch_size)
-        if weights.ndim != 1 or not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
-            raise ValueError("Row probabilities must be one finite, non-negative number per row, and not all zero.")
-        cumulative = np.cumsum(weights)
-        cumulative /= cumulative[-1]
+    def draw(_: int, rng: np.random.Generator) -> np.ndarray:
+        # side="right" never returns a row of probability zero.
+        return np.searchsorted(cumulative, rng.random(batch_size), side="right")
 
-        def draw(_: int, rng: np.random.Generator) -> np.ndarray:
-            # side="right" never returns a row of probability zero.
-            return np.searchsorted(cumulative, rng.random(batch_size), side="right")
-
-        self._batches = grain.MapDataset.range(1).repeat().seed(seed).random_map(draw)
-
-    def __getitem__(self, step: int) -> np.ndarray:
-        return np.asarray(self._batches[int(step)], np.int64)
+    batches = grain.MapDataset.range(1).repeat().seed(seed).random_map(draw)
+    return lambda step: np.asarray(batches[int(step)], np.int64)
 
 
+@dataclasses.dataclass(frozen=True)
 class Batches:
     """Batches by step: `batches[step]` is the `Batch` of the rows `batches.indices(step)`."""
 
-    def __init__(self, rows: Rows, sampler: IndexSampler):
-        self.rows, self.sampler = rows, sampler
-
-    def indices(self, step: int) -> np.ndarray:
-        """Row numbers i64 [B] of a step, for looking up weights of rows."""
-        return self.sampler[step]
+    rows: Rows
+    indices: IndexSampler  # also for looking up weights of rows
 
     def __getitem__(self, step: int) -> Batch:
         return self.rows.batch(self.indices(step))
@@ -71,24 +56,10 @@ def retain_batches(rows: Rows, batch_size: int, *, seed: int, probability: np.nd
     Equal probabilities, or none, visit every row once per epoch: so uniform weights train exactly as no weights do.
     """
     if probability is None or (len(probability) == len(rows) and np.ptp(probability) == 0 and probability[0] > 0):
-        return Batches(rows, EpochSampler(len(rows), batch_size, seed=seed))
+        return Batches(rows, epoch_sampler(len(rows), batch_size, seed=seed))
     if len(probability) != len(rows):
         raise ValueError(f"{len(probability)} row probabilities were given for {len(rows)} rows.")
-    return Batches(rows, WeightedSampler(probability, batch_size, seed=seed))
-
-
-class _Mixture:
-    """A fixed number of rows per source, of rows that lie one source after the other."""
-
-    def __init__(self, train: Mapping[str, Rows], counts: Mapping[str, int], seed: int):
-        offsets = dict(zip(train, np.cumsum([0, *map(len, train.values())])[:-1], strict=True))
-        self._parts = [
-            (offsets[name], EpochSampler(len(train[name]), count, seed=seed + order))
-            for order, (name, count) in enumerate(counts.items())
-        ]
-
-    def __getitem__(self, step: int) -> np.ndarray:
-        return np.concatenate([sampler[step] + offset for offset, sampler in self._parts])
+    return Batches(rows, weighted_sampler(probability, batch_size, seed=seed))
 
 
 def mixture_batches(train: Mapping[str, Rows], mixture: Mapping[str, float], batch_size: int, *, seed: int) -> Batches:
@@ -99,8 +70,13 @@ def mixture_batches(train: Mapping[str, Rows], mixture: Mapping[str, float], bat
     """
     if unknown := [name for name in mixture if name not in train]:
         raise ValueError(f"The mixture names {', '.join(unknown)}, but the sources are {', '.join(train)}.")
+    offsets = dict(zip(train, np.cumsum([0, *map(len, train.values())])[:-1], strict=True))
+    parts = [
+        (offsets[name], epoch_sampler(len(train[name]), count, seed=seed + order))
+        for order, (name, count) in enumerate(batch_counts(mixture, batch_size).items())
+    ]
     rows = Rows.concatenate(list(train.values()))
-    return Batches(rows, _Mixture(train, batch_counts(mixture, batch_size), seed))
+    return Batches(rows, lambda step: np.concatenate([sampler(step) + offset for offset, sampler in parts]))
 
 
 def batch_counts(mixture: Mapping[str, float], batch_size: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError
-from trace_jax.data.batches import EpochSampler, retain_batches
+from trace_jax.data.batches import IndexSampler, epoch_sampler, retain_batches
 from trace_jax.data.rows import Batch, Rows
 from trace_jax.io.files import local_copy, replacing
 from trace_jax.models.config import ModelConfig
@@ -73,7 +73,7 @@ class Inputs:
           reference: log-probabilities of `forget` and `refusals` that were computed before (`cached_reference`).
         """
         self._forget, self._refusals, self._reference = forget, refusals, reference or {}
-        self._sampler, self._multiple = ForgetSampler(forget.domain, config, seed=seed), multiple
+        self._sampler, self._multiple = forget_sampler(forget.domain, config, seed=seed), multiple
         self._retain, self._size, self._seed = retain if config.retains else None, config.retain_batch_size, seed + 1
         self.weigh(weights)
 
@@ -85,7 +85,7 @@ class Inputs:
             self._weights = self._retain.valid.astype(np.float32) if weights is None else weights.step_weights
 
     def at(self, step: int) -> StepRows:
-        chosen = self._sampler[step]
+        chosen = self._sampler(step)
         rows = StepRows(
             self._forget.batch(chosen),
             topic=self._forget.domain[chosen],
@@ -100,21 +100,21 @@ class Inputs:
         return dataclasses.replace(padded, retain=retain, weights=weights)
 
 
-class ForgetSampler:
+def forget_sampler(topics: np.ndarray, config: UnlearningConfig, *, seed: int) -> IndexSampler:
     """Which forget rows a step reads, of `topics` i32 [N].
 
     Topics are mixed, or alternate (as RMU trains on bio and cyber, 2403.03218): step i is of topic i mod n, and each is
     gone through in epochs of its own.
     """
+    of_turn = np.unique(topics) if config.topics == "alternating" else [topics]
+    rows, size = [np.flatnonzero(topics == topic) for topic in of_turn], config.forget_batch_size
+    samplers = [epoch_sampler(len(of_topic), size, seed=seed + i) for i, of_topic in enumerate(rows)]
 
-    def __init__(self, topics: np.ndarray, config: UnlearningConfig, *, seed: int):
-        of_turn = np.unique(topics) if config.topics == "alternating" else [topics]
-        self._rows, size = [np.flatnonzero(topics == topic) for topic in of_turn], config.forget_batch_size
-        self._samplers = [EpochSampler(len(rows), size, seed=seed + i) for i, rows in enumerate(self._rows)]
+    def sampler(step: int) -> np.ndarray:
+        turn, topic = divmod(step, len(rows))
+        return rows[topic][samplers[topic](turn)]
 
-    def __getitem__(self, step: int) -> np.ndarray:
-        turn, topic = divmod(step, len(self._rows))
-        return self._rows[topic][self._samplers[topic][turn]]
+    return sampler
 
 
 # --- what is asked of the original model before the first step
@@ -162,10 +162,10 @@ def steering_target(model: Model, forget: Rows, config: UnlearningConfig, *, see
     directions = steering_directions(jax.random.key(seed), topics, model.config.hidden_size)
     if isinstance(objective, RMU):
         return directions * objective.steering
-    lengths, step, sampler = np.zeros(topics, np.float32), 0, ForgetSampler(forget.domain, config, seed=seed)
+    lengths, step, sampler = np.zeros(topics, np.float32), 0, forget_sampler(forget.domain, config, seed=seed)
     missing = set(np.unique(forget.domain).tolist())
     while missing:
-        rows, step = forget.take(sampler[step]), step + 1
+        rows, step = forget.take(sampler(step)), step + 1
         for topic in missing & set(rows.domain.tolist()):
             of_topic = rows.take(np.flatnonzero(rows.domain == topic))
             arrays = [(of_topic.tokens, of_topic.segments, of_topic.valid)]
