@@ -17,7 +17,7 @@ _PUBLIC = {
     "generate_text": "trace_jax.models.generate",
     "Batch": "trace_jax.data.rows",
     "Rows": "trace_jax.data.rows",
-    "build_corpora": "trace_jax.tasks.benchmarks",
+    "build_corpora": "trace_jax.data.corpora",
     "sequential_batches": "trace_jax.data.batches",
     "expert_statistics": "trace_jax.routing.statistics",
     "expert_assignments": "trace_jax.routing.statistics",

@@ -12,6 +12,7 @@ from tests import handmade
 from trace_jax.attacks.attack import Case, Context
 from trace_jax.attacks.prompting import Prompting
 from trace_jax.config import ConfigError
+from trace_jax.data.corpora import build_corpora
 from trace_jax.evaluation import probes as builtin
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
 from trace_jax.evaluation.intervals import find
@@ -22,7 +23,8 @@ from trace_jax.models.config import ModelConfig
 from trace_jax.models.model import Model, Source
 from trace_jax.parallel.mesh import ParallelConfig
 from trace_jax.tasks import wmdp
-from trace_jax.tasks.benchmarks import HandbookConfig, TextConfig, build_corpora
+from trace_jax.tasks.handbook import HandbookConfig
+from trace_jax.tasks.text import TextConfig
 from trace_jax.tasks.wmdp import LETTERS, read_multiple_choice
 
 SETTINGS = EvaluationConfig(batch_size=8, max_prompts=4, bootstrap=100)

@@ -2,7 +2,9 @@
 
 import pytest
 
-from trace_jax.tasks.benchmarks import HandbookConfig, PresidentsConfig, build_corpora
+from trace_jax.data.corpora import build_corpora
+from trace_jax.tasks.handbook import HandbookConfig
+from trace_jax.tasks.presidents import PresidentsConfig
 
 
 @pytest.fixture(scope="session")

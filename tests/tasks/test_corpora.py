@@ -4,12 +4,13 @@ import dataclasses
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from trace_jax.config import ConfigError
-from trace_jax.data.corpora import Benchmark, Part, _fingerprint, assemble
+from trace_jax.data.corpora import Benchmark, Part, _fingerprint, build_corpora
 from trace_jax.data.sources import DataError, Document
 from trace_jax.tasks.handbook import HandbookConfig
 
@@ -86,8 +87,13 @@ def test_questions_are_scored_on_their_options(corpora):
 SMALL = HandbookConfig(row_length=8, vocab_size=300, forget_substances=4, neighbour_substances=4, retain_rows=10)
 
 
+def corpora_of(benchmark):
+    with mock.patch.object(HandbookConfig, "build", lambda _: benchmark):
+        return build_corpora(SMALL)
+
+
 def small(**changes):
-    return assemble(dataclasses.replace(with_few_addresses(SMALL.build()), **changes), SMALL)
+    return corpora_of(dataclasses.replace(with_few_addresses(SMALL.build()), **changes))
 
 
 def test_another_process_builds_the_same_corpora(handbook):
@@ -111,4 +117,4 @@ def test_leakage_is_noticed_whatever_the_case_and_spacing():
     other, twin = Document("Of it", "b:1"), Document(" the union of  the states.", "b:2")
     leaking = Benchmark({"forget": train}, {"forget": 1.0}, Part({"general": [other, twin]}), Part({}))
     with pytest.raises(DataError, match="1 held-out documents are also trained on, for example b:2 = a:1"):
-        assemble(leaking, HandbookConfig())
+        corpora_of(leaking)

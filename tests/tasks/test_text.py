@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
+from trace_jax.data.corpora import build_corpora
 from trace_jax.data.sources import DataError, Document, is_here, read_source
-from trace_jax.tasks.benchmarks import build_corpora
 from trace_jax.tasks.text import TextConfig, hold_out, split_at_paragraphs
 
 

@@ -40,11 +40,6 @@ class DataConfig(Variant, kw_only=True):
         return value
 
     @property
-    def benchmark(self) -> str:
-        """Name of the benchmark."""
-        return self.name
-
-    @property
     def forget_sources(self) -> tuple[str, ...]:
         """Where each forget topic is read from; of an embedded benchmark nowhere."""
         return ()
@@ -176,14 +171,19 @@ class Corpora:
         return {name: share / sum(retrain.values()) for name, share in retrain.items()}
 
 
-def assemble(benchmark: Benchmark, config: DataConfig, codec: TextCodec | None = None) -> Corpora:
-    """Tokens, rows and probes of a benchmark's documents; the same documents and settings give the same arrays.
+def build_corpora(config: DataConfig, codec: TextCodec | None = None) -> Corpora:
+    """Builds the corpora of a configuration; the same configuration gives the same arrays.
 
     No held-out document is trained on (checked).
 
     Args:
       codec: of the model; None trains a tokenizer of `config.vocab_size`, on training documents only.
+
+    Raises:
+      ConfigError: settings that ask for more than the benchmark has; a token that the model doesn't know.
+      DataError: text of the user that can't be used (`trace_jax.tasks.text`), or is too small.
     """
+    benchmark = config.build()
     parts = {"validation": benchmark.validation, "test": benchmark.test}
     documents = {f"train/{source}": list(d) for source, d in benchmark.train.items()}
     documents |= {f"{name}/{subject}": list(d) for name, p in parts.items() for subject, d in p.held_out.items()}
@@ -297,12 +297,12 @@ def _probes(
     return Probes(questions, text, prompts, members)
 
 
-def encode_questions(codec: TextCodec, items: Sequence[Item], *, multiple: int = 8) -> Questions:
-    """Questions as arrays; S is the longest prompt with option, rounded up to a multiple of `multiple`."""
+def encode_questions(codec: TextCodec, items: Sequence[Item]) -> Questions:
+    """Questions as arrays; S is the longest prompt with option, rounded up to a multiple of 8."""
     start, _ = start_and_end(codec.special)
     encoded = codec.pairs([(item.prompt, option) for item in items for option in item.options])
     texts = [[start, *e.tokens] for e in encoded]
-    width = -(-max(map(len, texts)) // multiple) * multiple
+    width = -(-max(map(len, texts)) // 8) * 8
     tokens = pad(texts, width=width, fill=codec.special.pad)
     segments = pad([[1] * len(text) for text in texts], width=width)
     scored = pad(
@@ -314,17 +314,14 @@ def encode_questions(codec: TextCodec, items: Sequence[Item], *, multiple: int =
     return Questions(tokens, segments, scored, answer, group)
 
 
-def verbatim_prompts(
-    documents: Sequence[Encoded], row_length: int, special: SpecialTokens, *, longest: int = 32
-) -> Prompts:
+def verbatim_prompts(documents: Sequence[Encoded], row_length: int, special: SpecialTokens) -> Prompts:
     """The first tokens of every long enough chunk and as many after them.
 
     Chunks are those of the training rows, so a prompt stands in the context that it was learned in. Documents with an
-    answer are left out. The length is `longest`, or a half or a quarter of it where fewer than 16 chunks are twice as
-    long.
+    answer are left out. The length is 32, or 16 or 8 where fewer than 16 chunks are twice as long.
     """
     plain = [d for d in documents if d.first_target == 0]
-    for length in (longest, longest // 2, longest // 4):
+    for length in (32, 16, 8):
         tokens = rows_of_chunks(plain, row_length, shortest=2 * length, special=special).tokens
         if len(tokens) >= 16:
             break

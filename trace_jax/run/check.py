@@ -76,7 +76,7 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     model = shape_of(settings)
     data = ["data:", *(run.look(*source) for source in _sources(config))]
     if not isinstance(config.data, TextConfig):
-        data.insert(1, f"corpus: {config.data.benchmark}: made here from what is installed")
+        data.insert(1, f"corpus: {config.data.name}: made here from what is installed")
     selected = assumed_experts(unlearning, model)
     trained = table_text(trainable_table(model, unlearning, selected))
     if selected is not None:

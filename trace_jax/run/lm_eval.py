@@ -48,7 +48,7 @@ def main(options: argparse.Namespace) -> int:
         output = output or model.workdir / "lm_eval" / f"{model.label}.json"
         if not model.config.data.forget_sources:
             include.append(export_tasks(model.config.data, model.workdir / "lm_eval" / "tasks"))
-            tasks = tasks or model.config.data.benchmark
+            tasks = tasks or model.config.data.name
     else:
         checkpoint = PretrainedConfig(path=options.checkpoint, dtype=options.dtype or "bfloat16")
         identity = checkpoint.identity()

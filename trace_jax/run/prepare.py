@@ -17,7 +17,7 @@ from trace_jax.attacks.attack import Context
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.batches import mixture_batches, sequential_batches
-from trace_jax.data.corpora import Corpora, DataConfig
+from trace_jax.data.corpora import Corpora, DataConfig, build_corpora
 from trace_jax.data.rows import Batch, Rows, read_codec
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.probes import probe_tasks
@@ -40,7 +40,7 @@ from trace_jax.routing.statistics import (
 from trace_jax.run.directory import Stage, check_workdir, open_workdir
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import RETRAINED, TARGET, load_model, load_trained, save_trained
-from trace_jax.tasks.benchmarks import build_corpora, build_tasks
+from trace_jax.tasks.benchmarks import build_tasks
 from trace_jax.unlearning.train import train_model
 from trace_jax.unlearning.trainable import trainable_paths
 from trace_jax.unlearning.trained import factors

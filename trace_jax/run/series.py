@@ -51,8 +51,8 @@ def run_series(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrit
             "the configuration has no series: set --config.series.kind=scalability or sustainability, and "
             "--config.series.forget to a list with the forget source of each step."
         )
-    if config.data.benchmark != "text":
-        raise ConfigError(f"a series unlearns sources of text (data.benchmark = text), not {config.data.benchmark}.")
+    if config.data.name != "text":
+        raise ConfigError(f"a series unlearns sources of text (data.benchmark = text), not {config.data.name}.")
     for source in series.forget:  # so that a wrong name is known at once
         read_source(source, most=1)
     sequence = series.kind == "sustainability"
@@ -129,7 +129,7 @@ def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) ->
         {
             "name": config.name,
             "title": _TITLES[series.kind],
-            "benchmark": config.data.benchmark,
+            "benchmark": config.data.name,
             "verdict": f"{len(series.forget)} steps. {own[0].upper()}{own[1:]}.",
             "kind": series.kind,
             "forget": series.forget,

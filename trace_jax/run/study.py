@@ -98,7 +98,7 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
             "the setting that the study chose, and attack that; here --config.attacks=None."
         )
     check_workdir(config, workdir, overwrite=overwrite)
-    if config.data.benchmark == "text":
+    if config.data.name == "text":
         read_corpora(config.data, config.model)  # before anything is written: the user's files may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
     jobs = list(trials(config))
@@ -182,7 +182,7 @@ def run_trial(path: Path, trial: Trial) -> None:
 
 def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> str:
     """Compares finished runs at every level; writes study.json and returns the tables as text."""
-    benchmark, board = config.data.benchmark, config.data.board
+    benchmark, board = config.data.name, config.data.board
     runs: dict[str, list[Run]] = {trial.objective: [] for trial in jobs}
     seconds = collections.defaultdict(list)  # of a step, by method
     for trial in jobs:

@@ -1,11 +1,10 @@
 """The benchmarks: kinds of `DataConfig` that are unlearned from, and published tasks that models are scored on."""
 
 from trace_jax.config import ConfigError
-from trace_jax.data.corpora import Corpora, DataConfig, assemble
+from trace_jax.data.corpora import DataConfig
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.fronts import Scoreboard
 from trace_jax.evaluation.task import Task
-from trace_jax.models.model import TextCodec
 from trace_jax.tasks.handbook import HandbookConfig
 from trace_jax.tasks.muse import muse_task
 from trace_jax.tasks.presidents import PresidentsConfig
@@ -13,7 +12,7 @@ from trace_jax.tasks.text import TextConfig
 from trace_jax.tasks.tofu import tofu_task
 from trace_jax.tasks.wmdp import read_multiple_choice
 
-BENCHMARKS = {kind.name: kind for kind in (HandbookConfig, PresidentsConfig, TextConfig)}
+BENCHMARKS: dict[str, type[DataConfig]] = {kind.name: kind for kind in (HandbookConfig, PresidentsConfig, TextConfig)}
 
 
 def scoreboard(benchmark: str) -> Scoreboard:
@@ -21,21 +20,6 @@ def scoreboard(benchmark: str) -> Scoreboard:
     if benchmark not in BENCHMARKS:
         raise ConfigError(f"benchmark is {benchmark!r}; expected one of {', '.join(BENCHMARKS)}.")
     return BENCHMARKS[benchmark].board
-
-
-def build_corpora(config: DataConfig, codec: TextCodec | None = None) -> Corpora:
-    """Builds the corpora of a configuration; the same configuration gives the same arrays.
-
-    No held-out document is trained on (checked).
-
-    Args:
-      codec: of the model; None trains a tokenizer of `config.vocab_size`, on training documents only.
-
-    Raises:
-      ConfigError: settings that ask for more than the benchmark has; a token that the model doesn't know.
-      DataError: text of the user that can't be used (`trace_jax.tasks.text`), or is too small.
-    """
-    return assemble(config.build(), config, codec)
 
 
 def build_tasks(config: EvaluationConfig) -> tuple[Task, ...]:

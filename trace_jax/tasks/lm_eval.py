@@ -139,9 +139,16 @@ class TraceLM(LM):
             groups.setdefault(decoding, []).append(number)
         results: dict[int, str] = {}
         for decoding, numbers in groups.items():
+            room = self.max_length - decoding.max_new_tokens  # of a context, which is cut from the left
+            if room < 1:
+                raise ConfigError(
+                    f"a task writes {decoding.max_new_tokens} tokens, and the model reads {self.max_length} at "
+                    "once; give a larger max_length."
+                )
+            contexts = [self._codec.encode(requests[number].args[0]) for number in numbers]
             generated = continue_tokens(
                 self._model,
-                [self._prompt(requests[number].args[0], decoding) for number in numbers],
+                [context[-room:] or [self._codec.prefix] for context in contexts],
                 ends=tuple(dict.fromkeys((*self._model.special.eos, self._codec.end))),
                 apart=True,
                 batch_size=self.batch_size,
@@ -160,16 +167,6 @@ class TraceLM(LM):
     @property
     def tokenizer_name(self) -> str:
         raise ConfigError("chat templates aren't supported: leave apply_chat_template away.")
-
-    def _prompt(self, context: str, decoding: Decoding) -> list[int]:
-        """Ids of a context, cut from the left so that what is written still fits."""
-        room = self.max_length - decoding.max_new_tokens
-        if room < 1:
-            raise ConfigError(
-                f"a task writes {decoding.max_new_tokens} tokens, and the model reads {self.max_length} at "
-                "once; give a larger max_length."
-            )
-        return self._codec.encode(context)[-room:] or [self._codec.prefix]
 
 
 def evaluate_tasks(
@@ -268,16 +265,16 @@ def export_tasks(config: DataConfig, directory: Path) -> Path:
       Where they are.
     """
     if config.forget_sources:
-        raise ConfigError(f"data.benchmark is {config.benchmark!r}, which has no questions.")
+        raise ConfigError(f"data.benchmark is {config.name!r}, which has no questions.")
     directory = (Path(tempfile.mkdtemp()) if is_remote(directory) else directory).absolute()
     for subject, items in config.build().test.questions.items():
-        name = f"{config.benchmark}_{subject}"
+        name = f"{config.name}_{subject}"
         with replacing(directory / f"{name}.jsonl") as temporary:
             lines = ({"question": i.prompt, "choices": [o[1:] for o in i.options], "answer": i.answer} for i in items)
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         task = {
             "task": name,
-            "tag": config.benchmark,
+            "tag": config.name,
             "dataset_path": "json",
             "dataset_kwargs": {"data_files": {"test": str(directory / f"{name}.jsonl")}},
             "test_split": "test",
