@@ -23,7 +23,6 @@ from trace_jax.tasks.muse import (
     PROFILES,
     STOPS,
     clean_up,
-    knowmem_prompt,
     muse_task,
     prediction,
     read_muse,
@@ -36,11 +35,6 @@ MUSE, OU = PROFILES["muse"], PROFILES["open_unlearning"]
 NAMES = ["river", "stones", "apple", "clouds", "lamp", "tigers", "violin", "harbour", "window", "n't", "'s"]
 WORDS = [*NAMES, "Question:", "Answer:"]
 BOS, EOS = 1, 2
-
-
-def test_the_prompt_ends_in_a_space():
-    prompt = knowmem_prompt("Who?", [("What?", "That"), ("Where?", "Here")])
-    assert prompt == ("Question: What?\nAnswer: That\n\nQuestion: Where?\nAnswer: Here\n\nQuestion: Who?\nAnswer: ")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import DataError
 from trace_jax.evaluation.config import EvaluationConfig, TofuConfig
 from trace_jax.evaluation.intervals import find
-from trace_jax.evaluation.task import Evaluator, ScoreStore, TaskScores, without_texts
+from trace_jax.evaluation.task import TaskScores, without_texts
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import SpecialTokens
 from trace_jax.tasks import tofu
@@ -32,25 +32,13 @@ def random_items(n=40, wrong=5, seed=0):
     return -rng.exponential(1.0, n), -rng.exponential(1.5, (n, wrong))
 
 
-def test_probabilities_and_truth_ratios_by_hand():
+def test_probabilities_and_absent_wrong_answers_by_hand():
     assert tofu.probability_among(CORRECT, WRONG) == pytest.approx([0.5 / 1.0, 0.2 / 0.7, 1 / 3])
-    geometric, arithmetic = (
-        np.exp(tofu.log_truth_ratio(CORRECT, WRONG, wrong_mean=mean)) for mean in ("geometric", "arithmetic")
-    )
-    assert geometric == pytest.approx([0.25 / 0.5, 0.2 / 0.2, 1])  # sqrt(0.4 * 0.1) = 0.2
-    assert arithmetic == pytest.approx([0.25 / 0.5, 0.25 / 0.2, 1])
     # An item with fewer wrong answers
     wrong = np.array([[LOG(0.25), np.nan], [LOG(0.4), LOG(0.1)]])
     assert tofu.probability_among(CORRECT[:2], wrong) == pytest.approx([0.5 / 0.75, 0.2 / 0.7])
     for mean in ("geometric", "arithmetic"):
         assert np.exp(tofu.log_truth_ratio(CORRECT[:2], wrong, wrong_mean=mean))[0] == pytest.approx(0.5)
-
-
-def test_aggregators_by_hand():
-    ratio = LOG([0.5, 2.0, 1.0])
-    assert tofu.aggregated(ratio, "closer_to_1_better") == pytest.approx([0.5, 0.5, 1])
-    assert tofu.aggregated(ratio, "true_better") == pytest.approx([0.5, 0, 0])
-    assert tofu.aggregated(ratio, "prob_mean") == pytest.approx([1 / 1.5, 1 / 3, 0.5])
 
 
 def test_truth_ratios_are_those_of_both_repositories():
@@ -251,7 +239,9 @@ def test_a_model_without_a_beginning_mark_starts_with_the_end_mark_as_in_trainin
     assert written.split()[:1] == ([] if first == 2 else [f"w{first}"])
 
 
-def test_items_are_json_and_have_no_nan(scores):
+def test_items_are_json_and_have_no_nan(config, scores):
+    (task,) = build_tasks(EvaluationConfig(tofu=config))
+    assert (task.name, task.quick) == ("tofu", False)  # it writes answers, and is left out along the way
     assert {name: len(lines) for name, lines in scores.items.items()} == COUNTS
     line = json.loads(json.dumps(scores.items["forget"][1], allow_nan=False))
     assert line["wrong"][1:] == [None, None]
@@ -259,18 +249,6 @@ def test_items_are_json_and_have_no_nan(scores):
     assert not any(
         isinstance(x, str) for part in without_texts(scores).items.values() for one in part for x in one.values()
     )
-
-
-def test_it_is_a_task_of_an_evaluator(config, model, tmp_path):
-    settings = EvaluationConfig(batch_size=4, bootstrap=100, tofu=dataclasses.replace(config, max_questions=2))
-    evaluator = Evaluator(settings, build_tasks(settings))
-    assert evaluator.score(model) == {}  # it writes answers, and is left out along the way
-    store = ScoreStore(tmp_path, "model")
-    scores = evaluator.score(model, full=True, store=store)
-    again = evaluator.score(model.replace(params=None), full=True, store=store)
-    found = [m.to_json() for m in dataclasses.replace(evaluator, retrained=scores).measure(again)]
-    assert found[0]["name"] == "tofu_forget_quality" and found[0]["value"] == 1
-    assert len((tmp_path / "tofu.forget.jsonl").read_text().splitlines()) == 2
 
 
 def test_what_is_asked_can_be_chosen_and_is_in_the_hash(config, tmp_path):
