@@ -132,21 +132,18 @@ def test_the_revision_of_a_copy_is_found_or_is_the_hash_of_its_files(tmp_path, b
     assert revision_of("tfds:muse_books/raw") == "mine"
 
 
-def test_a_copy_of_another_revision_than_was_given_is_refused(tmp_path, books):
+def test_a_copy_of_another_revision_or_changed_after_its_download_is_refused(tmp_path, books):
     with pytest.raises(DataError, match=f"is of revision {BOOKS.revision}, and {COMMIT} is given"):
         build("muse_books/raw", source=books[0], revision=COMMIT)
+    write_parquet(tmp_path / "copy/raw/forget", [{"text": "changed"}] * 4)
+    with pytest.raises(DataError, match=r"forget-00000-of-00001\.parquet: is not what was downloaded; download it aga"):
+        build("muse_books/raw", source=books[0])
     note = tmp_path / "copy/.cache/huggingface/download/raw/forget-00000-of-00001.parquet.metadata"
     note.write_text(f"{COMMIT}\n\n")
     with pytest.raises(DataError, match="its files are of several revisions"):
         build("muse_books/raw", source=books[0])
     note.unlink()
     with pytest.raises(DataError, match=r"its files are of several revisions: unknown, 0"):
-        build("muse_books/raw", source=books[0])
-
-
-def test_a_file_that_was_changed_after_its_download_is_refused(tmp_path, books):
-    write_parquet(tmp_path / "copy/raw/forget", [{"text": "changed"}] * 4)
-    with pytest.raises(DataError, match=r"forget-00000-of-00001\.parquet: is not what was downloaded; download it aga"):
         build("muse_books/raw", source=books[0])
 
 

@@ -20,13 +20,6 @@ def corpora(request):
     return request.getfixturevalue(request.param)
 
 
-def with_few_addresses(benchmark):
-    train = {**benchmark.train, "general": benchmark.train["general"][:4]}
-    held_out = {"general": benchmark.test.held_out["general"][:1]}
-    parts = {n: dataclasses.replace(getattr(benchmark, n), held_out=held_out) for n in ("validation", "test")}
-    return dataclasses.replace(benchmark, train=train, **parts)
-
-
 def windows(rows, size=24):
     """Every run of `size` tokens without BOS that lies in one document."""
     found = set()
@@ -93,7 +86,12 @@ def corpora_of(benchmark):
 
 
 def small(**changes):
-    return corpora_of(dataclasses.replace(with_few_addresses(SMALL.build()), **changes))
+    """Of few addresses."""
+    benchmark = SMALL.build()
+    train = {**benchmark.train, "general": benchmark.train["general"][:4]}
+    held_out = {"general": benchmark.test.held_out["general"][:1]}
+    parts = {n: dataclasses.replace(getattr(benchmark, n), held_out=held_out) for n in ("validation", "test")}
+    return corpora_of(dataclasses.replace(benchmark, train=train, **parts, **changes))
 
 
 def test_another_process_builds_the_same_corpora(handbook):

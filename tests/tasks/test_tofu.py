@@ -22,27 +22,19 @@ from trace_jax.tasks import tofu
 from trace_jax.tasks.benchmarks import build_tasks
 from trace_jax.tasks.tofu import SETS, tofu_task
 
-LOG = np.log
-CORRECT = LOG([0.5, 0.2, 0.9])
-WRONG = LOG([[0.25, 0.25], [0.4, 0.1], [0.9, 0.9]])
-
-
-def random_items(n=40, wrong=5, seed=0):
-    rng = np.random.default_rng(seed)
-    return -rng.exponential(1.0, n), -rng.exponential(1.5, (n, wrong))
-
 
 def test_probabilities_and_absent_wrong_answers_by_hand():
-    assert tofu.probability_among(CORRECT, WRONG) == pytest.approx([0.5 / 1.0, 0.2 / 0.7, 1 / 3])
-    # An item with fewer wrong answers
-    wrong = np.array([[LOG(0.25), np.nan], [LOG(0.4), LOG(0.1)]])
-    assert tofu.probability_among(CORRECT[:2], wrong) == pytest.approx([0.5 / 0.75, 0.2 / 0.7])
+    correct, wrong = np.log([0.5, 0.2, 0.9]), np.log([[0.25, 0.25], [0.4, 0.1], [0.9, 0.9]])
+    assert tofu.probability_among(correct, wrong) == pytest.approx([0.5 / 1.0, 0.2 / 0.7, 1 / 3])
+    wrong[0, 1] = np.nan  # an item with fewer wrong answers
+    assert tofu.probability_among(correct, wrong)[:2] == pytest.approx([0.5 / 0.75, 0.2 / 0.7])
     for mean in ("geometric", "arithmetic"):
-        assert np.exp(tofu.log_truth_ratio(CORRECT[:2], wrong, wrong_mean=mean))[0] == pytest.approx(0.5)
+        assert np.exp(tofu.log_truth_ratio(correct, wrong, wrong_mean=mean))[0] == pytest.approx(0.5)
 
 
 def test_truth_ratios_are_those_of_both_repositories():
-    correct, wrong = random_items()
+    rng = np.random.default_rng(0)
+    correct, wrong = -rng.exponential(1.0, 40), -rng.exponential(1.5, (40, 5))
     leaderboard = np.exp((-wrong).mean(1) - (-correct))  # p(correct) / p(wrong), losses averaged
     ours = tofu.log_truth_ratio(correct, wrong)
     np.testing.assert_allclose(np.exp(-ours), leaderboard)
