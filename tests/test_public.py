@@ -10,6 +10,7 @@ import pytest
 
 import trace_jax
 from trace_jax.config import fits
+from trace_jax.routing.statistics import Assignments
 from trace_jax.run.methods import run
 
 FUNCTIONS = [
@@ -19,8 +20,10 @@ FUNCTIONS = [
 ]
 
 
+NO_TOKENS = Assignments(np.zeros((2, 0, 2), np.uint8), np.zeros(0, np.int32))
 CALLS = [
-    ("calibrate", {"assignments": np.zeros((2, 2, 2)), "max_weight": None}, "max_weight is None (NoneType)"),
+    ("calibrate", {"assignments": NO_TOKENS, "max_weight": None}, "max_weight is None (NoneType)"),
+    ("calibrate", {"assignments": [1]}, "assignments is [1] (list); expected Assignments."),
     ("unlearn", {"config": {}}, "config is {} (dict); expected UnlearningConfig."),
     ("unlearn", {"forget": ["text"]}, "forget is ['text'] (list); expected Rows."),
     ("unlearn", {"parallel": None}, "parallel is None (NoneType); expected ParallelConfig."),
@@ -36,7 +39,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "given", "message"), CALLS, ids=[f"{name}-{next(iter(a))}" for name, a, _ in CALLS])
+@pytest.mark.parametrize(("name", "given", "message"), CALLS, ids=[f"{name}-{list(a)[-1]}" for name, a, _ in CALLS])
 def test_an_argument_of_another_type_is_answered_in_one_sentence(name, given, message):
     function = getattr(trace_jax, name)
     kinds = {"model": "Model", "forget": "Rows", "retain": "Rows", "config": "UnlearningConfig"}
