@@ -21,7 +21,6 @@ from scipy.optimize import minimize
 
 from trace_jax.routing.calibration import calibrate, count_activations
 from trace_jax.routing.entropy_balancing import clipped_to_mean_one, entropy_balance, find_patterns
-from trace_jax.routing.statistics import Assignments
 
 
 def random_routing(generator, preference, tokens, top_k):
@@ -69,13 +68,12 @@ def main():
     rank = np.argsort(np.argsort(-(f_forget - f_retain), axis=1), axis=1)
     selected = rank < options.selected
 
-    assignments = Assignments(retain, np.arange(options.tokens))
     begin, begin_cpu = time.perf_counter(), time.process_time()
-    calibration = calibrate(assignments, selected=selected, target=f_forget, ridge=1e-3)
+    calibration = calibrate(retain, selected=selected, target=f_forget, ridge=1e-3)
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
     certificate = calibration.certificate
 
-    patterns = find_patterns(retain, selected, unit="token", rows=assignments.rows)
+    patterns = find_patterns(retain, selected, unit="token", rows=np.arange(options.tokens))
     begin = time.perf_counter()
     solved = entropy_balance(patterns.features, f_forget[selected], base=patterns.tokens, ridge=1e-3)
     solve_seconds = time.perf_counter() - begin

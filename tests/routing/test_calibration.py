@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, minimize
 
 from trace_jax.config import ConfigError
+from trace_jax.io.codec import encode
 from trace_jax.routing import entropy_balancing
-from trace_jax.routing.calibration import calibrate, corpus_weights, count_activations
+from trace_jax.routing.calibration import Calibration, calibrate, corpus_weights, count_activations
 from trace_jax.routing.entropy_balancing import entropy_balance
 from trace_jax.routing.statistics import Assignments
 
@@ -24,18 +25,6 @@ def frequencies(indices, num_experts=E):
 def dense_features(indices, selected):
     """a_c(t), f64 [T, C], by the definition."""
     return np.stack([(indices[layer] == expert).any(-1) for layer, expert in np.argwhere(selected)], 1).astype(float)
-
-
-def assigned(indices, rows=None):
-    return Assignments(indices, np.arange(indices.shape[1]) if rows is None else rows)
-
-
-def solve(indices, *, rows=None, **options):
-    return calibrate(assigned(indices, rows), **options)
-
-
-def weigh(indices, calibration, rows=None):
-    return corpus_weights(assigned(indices, rows), calibration)
 
 
 def reference_weights(features, target, ridge):
@@ -66,8 +55,8 @@ def corpora(random_routing):
 
 def test_a_feasible_target_is_met_exactly(corpora):
     retain, forget, selected = corpora
-    calibration = solve(retain, selected=selected, target=forget, ridge=0.0, max_weight=1e9)
-    weights = weigh(retain, calibration)
+    calibration = calibrate(retain, selected=selected, target=forget, ridge=0.0, max_weight=1e9)
+    weights = corpus_weights(retain, calibration)
     reached = dense_features(retain, selected).T @ weights / weights.sum()
     np.testing.assert_allclose(reached, forget[selected], atol=1e-9)
     np.testing.assert_allclose(weights.mean(), 1.0, rtol=1e-12)
@@ -82,10 +71,10 @@ def test_weights_are_those_of_an_independent_solver(random_routing, seed, ridge)
     retain = random_routing(10 + seed, experts=8 + 4 * seed, top_k=1 + seed)
     forget = frequencies(random_routing(10 + seed, experts=8 + 4 * seed, top_k=1 + seed, tokens=200), 8 + 4 * seed)
     selected = forget > frequencies(retain, 8 + 4 * seed)
-    calibration = solve(retain, selected=selected, target=forget, ridge=ridge, max_weight=1e9)
+    calibration = calibrate(retain, selected=selected, target=forget, ridge=ridge, max_weight=1e9)
     features = dense_features(retain, selected)
     expected = reference_weights(features, forget[selected], ridge)
-    weights = weigh(retain, calibration)
+    weights = corpus_weights(retain, calibration)
     np.testing.assert_allclose(weights, expected, rtol=1e-4)
     residual = features.T @ weights / weights.sum() - forget[selected] + ridge * calibration.multipliers[selected]
     np.testing.assert_allclose(residual, 0.0, atol=1e-9)
@@ -95,9 +84,9 @@ def test_weights_are_those_of_an_independent_solver(random_routing, seed, ridge)
 def test_a_solver_steered_by_a_sample_ends_in_the_same_weights(corpora, monkeypatch, ridge):
     """With more patterns than `SAMPLE` only the preconditioner is approximate, not the solution."""
     retain, forget, selected = corpora
-    exact = solve(retain, selected=selected, target=forget, ridge=ridge)
+    exact = calibrate(retain, selected=selected, target=forget, ridge=ridge)
     monkeypatch.setattr(entropy_balancing, "SAMPLE", 20)
-    steered = solve(retain, selected=selected, target=forget, ridge=ridge)
+    steered = calibrate(retain, selected=selected, target=forget, ridge=ridge)
     assert steered.certificate.gradient_norm < 1e-8
     np.testing.assert_allclose(steered.multipliers, exact.multipliers, atol=1e-6)
 
@@ -124,10 +113,10 @@ def test_every_unit_is_the_same_problem_with_averaged_features(corpora, unit):
         features = np.stack([features[rows == row].mean(0) for row in rows])
     strength, moment = 0.3, features.mean(0)
     target = moment + strength * (forget[selected] - moment)
-    calibration = solve(
+    calibration = calibrate(
         retain, selected=selected, target=forget, unit=unit, rows=rows, strength=strength, max_weight=1e9
     )
-    weights = weigh(retain, calibration, rows=rows)
+    weights = corpus_weights(retain, calibration, rows=rows)
     np.testing.assert_allclose(weights, reference_weights(features, target, 1e-3), rtol=1e-4)
     certificate = calibration.certificate
     np.testing.assert_allclose(certificate.target, target, rtol=1e-12)
@@ -137,14 +126,14 @@ def test_every_unit_is_the_same_problem_with_averaged_features(corpora, unit):
 def test_where_nothing_is_to_change_weights_are_exactly_one(corpora):
     retain, forget, selected = corpora
     rows = np.repeat(np.arange(300), 10)
-    nothing = solve(retain, selected=np.zeros((2, E), bool), target=forget)
-    assert (weigh(retain, nothing) == 1.0).all() and "no expert is matched" in nothing.certificate.text()
-    assert (weigh(retain, solve(retain, selected=selected, target=forget, strength=0.0)) == 1.0).all()
+    nothing = calibrate(retain, selected=np.zeros((2, E), bool), target=forget)
+    assert (corpus_weights(retain, nothing) == 1.0).all() and "no expert is matched" in nothing.certificate.text()
+    assert (corpus_weights(retain, calibrate(retain, selected=selected, target=forget, strength=0.0)) == 1.0).all()
     for unit in ("token", "row"):
-        calibration = solve(
+        calibration = calibrate(
             retain, selected=np.ones((2, E), bool), target=frequencies(retain), unit=unit, rows=rows, ridge=1e-3
         )
-        assert (weigh(retain, calibration, rows=rows) == 1.0).all()
+        assert (corpus_weights(retain, calibration, rows=rows) == 1.0).all()
         assert not calibration.multipliers.any()
         assert calibration.certificate.effective_sample_size == 1.0
 
@@ -155,22 +144,23 @@ def test_the_order_of_the_retain_corpus_changes_no_bit(corpora, order, unit):
     retain, forget, selected = corpora
     rows = np.repeat(np.arange(300), 10)
     options = {"selected": selected, "target": forget, "unit": unit}
-    expected = solve(retain, rows=rows, **options)
+    assignments = Assignments(retain, rows.astype(np.int32))  # which carry their rows
+    expected = calibrate(assignments, **options)
     shuffled = list(range(300))
     order.shuffle(shuffled)
     tokens = (10 * np.array(shuffled)[:, None] + np.arange(10)).ravel()  # whole rows move
-    found = solve(retain[:, tokens, ::-1], rows=rows, **options)  # and the order of a token's experts
+    found = calibrate(retain[:, tokens, ::-1], rows=rows, **options)  # and the order of a token's experts
     assert np.array_equal(found.multipliers, expected.multipliers)
     assert found.log_normalizer == expected.log_normalizer
     assert found.scale == expected.scale
-    in_order = weigh(retain[:, tokens], found, rows=rows)
-    assert np.array_equal(in_order, weigh(retain, expected, rows=rows)[tokens])
+    in_order = corpus_weights(retain[:, tokens], found, rows=rows)
+    assert np.array_equal(in_order, corpus_weights(retain, expected, rows=rows)[tokens])
 
 
 def test_repeating_tokens_is_the_same_as_counting_them(corpora):
     retain, forget, selected = corpora
-    once = solve(retain, selected=selected, target=forget)
-    thrice = solve(np.tile(retain, (1, 3, 1)), selected=selected, target=forget)
+    once = calibrate(retain, selected=selected, target=forget)
+    thrice = calibrate(np.tile(retain, (1, 3, 1)), selected=selected, target=forget)
     np.testing.assert_allclose(thrice.multipliers, once.multipliers, atol=1e-9)
 
 
@@ -179,13 +169,13 @@ def test_the_effective_sample_size_is_kept_by_the_largest_strength(corpora, boun
     retain, forget, selected = corpora
     target = np.where(selected, np.minimum(3 * forget, 0.9), forget)
     options = {"selected": selected, "target": target}
-    certificate = solve(retain, min_effective_sample_size=bound, **options).certificate
-    weights = weigh(retain, solve(retain, min_effective_sample_size=bound, **options))
+    certificate = calibrate(retain, min_effective_sample_size=bound, **options).certificate
+    weights = corpus_weights(retain, calibrate(retain, min_effective_sample_size=bound, **options))
     size = weights.sum() ** 2 / (len(weights) * (weights**2).sum())
     assert certificate.effective_sample_size == pytest.approx(size, rel=1e-9)
     assert size >= bound
     assert 0 < certificate.strength < certificate.strength_asked == 1.0
-    stronger = solve(retain, strength=certificate.strength + 2e-3, **options).certificate
+    stronger = calibrate(retain, strength=certificate.strength + 2e-3, **options).certificate
     assert stronger.effective_sample_size < bound
     assert any("strength lowered" in note for note in certificate.notes)
 
@@ -193,9 +183,9 @@ def test_the_effective_sample_size_is_kept_by_the_largest_strength(corpora, boun
 def test_weights_are_clipped_then_renormalised_and_certified_after(corpora):
     retain, forget, selected = corpora
     target = np.where(selected, np.minimum(2 * forget, 0.9), forget)
-    free = weigh(retain, solve(retain, selected=selected, target=target, max_weight=1e9))
-    calibration = solve(retain, selected=selected, target=target, max_weight=2.0)
-    weights = weigh(retain, calibration)
+    free = corpus_weights(retain, calibrate(retain, selected=selected, target=target, max_weight=1e9))
+    calibration = calibrate(retain, selected=selected, target=target, max_weight=2.0)
+    weights = corpus_weights(retain, calibration)
     assert (free > 2).any()
     np.testing.assert_allclose(weights, np.minimum(free, 2.0) / np.minimum(free, 2.0).mean(), rtol=1e-9)
     certificate = calibration.certificate
@@ -207,7 +197,7 @@ def test_weights_are_clipped_then_renormalised_and_certified_after(corpora):
 
 def test_the_target_rises_by_at_most_max_ratio(corpora):
     retain, forget, selected = corpora
-    certificate = solve(retain, selected=selected, target=forget, max_ratio=1.05).certificate
+    certificate = calibrate(retain, selected=selected, target=forget, max_ratio=1.05).certificate
     retain_frequency = frequencies(retain)[selected]
     np.testing.assert_allclose(certificate.target, np.minimum(forget[selected], 1.05 * retain_frequency), rtol=1e-12)
 
@@ -215,20 +205,20 @@ def test_the_target_rises_by_at_most_max_ratio(corpora):
 def test_an_expert_that_the_retain_corpus_never_uses_is_left_out_and_named(corpora):
     retain = np.where(corpora[0] == 5, 6, corpora[0])[:, :, :1]  # nobody uses expert 5
     target = np.full((2, E), 1 / E)
-    calibration = solve(retain, selected=np.ones((2, E), bool), target=target, ridge=0.0, max_weight=1e9)
+    calibration = calibrate(retain, selected=np.ones((2, E), bool), target=target, ridge=0.0, max_weight=1e9)
     certificate = calibration.certificate
     assert certificate.infeasible == ((0, 5), (1, 5))
     assert certificate.infeasible_share == 2 / 16
     assert not calibration.selected[:, 5].any()
     assert "layer 0 expert 5, layer 1 expert 5" in certificate.text()
-    np.testing.assert_allclose(weigh(retain, calibration).mean(), 1.0, rtol=1e-12)
+    np.testing.assert_allclose(corpus_weights(retain, calibration).mean(), 1.0, rtol=1e-12)
 
 
 def test_an_unreachable_target_falls_back_to_a_ridge_and_says_so():
     # Experts 0 and 1 are always chosen together, yet asked for different frequencies.
     retain = np.array([[[0, 1]] * 30 + [[2, 3]] * 70])
     target = np.array([[0.6, 0.2, 0.6, 0.6]])
-    certificate = solve(retain, selected=np.ones((1, 4), bool), target=target, ridge=0.0).certificate
+    certificate = calibrate(retain, selected=np.ones((1, 4), bool), target=target, ridge=0.0).certificate
     assert certificate.ridge == 1e-3
     assert "no weights of these tokens were found that meet the target" in certificate.text()
     assert "no weights can meet it" in certificate.text()
@@ -242,8 +232,8 @@ def test_an_expert_in_every_token_keeps_its_frequency_and_disturbs_nothing(corpo
     always = np.concatenate([retain, np.full((2, retain.shape[1], 1), E)], axis=2)  # expert E is always on
     wider_target = np.concatenate([forget, np.full((2, 1), 0.5)], axis=1)
     wider = np.concatenate([selected, np.ones((2, 1), bool)], axis=1)
-    calibration = solve(always, selected=wider, target=wider_target, ridge=1e-3)
-    plain = solve(retain, selected=selected, target=forget, ridge=1e-3)
+    calibration = calibrate(always, selected=wider, target=wider_target, ridge=1e-3)
+    plain = calibrate(retain, selected=selected, target=forget, ridge=1e-3)
     np.testing.assert_allclose(calibration.multipliers[:, :E], plain.multipliers, atol=1e-8)
     assert (calibration.multipliers[:, E] == 0).all()
     assert (calibration.certificate.weighted[calibration.certificate.expert == E] > 1 - 1e-12).all()
@@ -252,8 +242,8 @@ def test_an_expert_in_every_token_keeps_its_frequency_and_disturbs_nothing(corpo
 def test_all_experts_of_a_layer_can_be_matched_without_ridge(corpora):
     """Their activations always sum to K, so the problem is singular; the weights still exist and are unique."""
     retain, forget, _ = corpora
-    calibration = solve(retain, selected=np.ones((2, E), bool), target=forget, ridge=0.0, max_weight=1e9)
-    weights = weigh(retain, calibration)
+    calibration = calibrate(retain, selected=np.ones((2, E), bool), target=forget, ridge=0.0, max_weight=1e9)
+    weights = corpus_weights(retain, calibration)
     np.testing.assert_allclose(weights, reference_weights(dense_features(retain, np.ones((2, E), bool)), forget.ravel(), 0.0), rtol=1e-4)  # fmt: skip  # noqa: E501
     np.testing.assert_allclose(calibration.certificate.weighted, forget.ravel(), atol=1e-9)
     np.testing.assert_allclose(calibration.multipliers.sum(axis=1), 0.0, atol=1e-6)
@@ -264,9 +254,9 @@ def test_a_certificate_computed_by_hand():
     retain = np.array([[[0], [0], [0], [1]]])
     target = np.array([[0.4, 0.5, 0.1]])
     selected = np.array([[False, True, True]])
-    calibration = solve(retain, selected=selected, target=target, ridge=0.0)
+    calibration = calibrate(retain, selected=selected, target=target, ridge=0.0)
     c = calibration.certificate
-    np.testing.assert_allclose(weigh(retain, calibration), [2 / 3, 2 / 3, 2 / 3, 2])
+    np.testing.assert_allclose(corpus_weights(retain, calibration), [2 / 3, 2 / 3, 2 / 3, 2])
     np.testing.assert_allclose(calibration.multipliers, [[0, np.log(3), 0]], atol=1e-12)
     assert (c.layer.tolist(), c.expert.tolist(), c.forget.tolist(), c.retain.tolist()) == ([0], [1], [0.5], [0.25])
     np.testing.assert_allclose([c.target[0], c.weighted[0]], 0.5)
@@ -280,6 +270,16 @@ def test_a_certificate_computed_by_hand():
     assert (c.strength, c.strength_asked, c.ridge, c.tokens) == (1.0, 1.0, 0.0, 4)
 
 
+def test_a_calibration_is_the_same_after_saving(corpora, tmp_path):
+    retain, forget, selected = corpora
+    calibration = calibrate(retain, selected=selected, target=forget)
+    calibration.save(tmp_path / "calibration")
+    loaded = Calibration.load(tmp_path / "calibration")
+    assert np.array_equal(corpus_weights(retain, loaded), corpus_weights(retain, calibration))
+    assert encode(loaded.certificate) == encode(calibration.certificate)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calibration.json", "calibration.npz"]
+
+
 def test_bad_settings_and_arrays_are_named(corpora):
     retain, forget, selected = corpora
     good = {"selected": selected, "target": forget}
@@ -289,16 +289,18 @@ def test_bad_settings_and_arrays_are_named(corpora):
         ({"max_ratio": float("nan")}, "max_ratio"), ({"min_effective_sample_size": 2.0}, "min_effective"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
-            solve(retain, **good, **bad)
+            calibrate(retain, **good, **bad)
     with pytest.raises(ValueError, match="no valid token"):
-        solve(retain[:, :0], **good)
+        calibrate(retain[:, :0], **good)
+    with pytest.raises(ValueError, match="needs rows"):
+        calibrate(retain, **good, unit="row")
     with pytest.raises(ValueError, match="name expert 9; there are 8"):
-        solve(retain + np.uint8(2), **good)
+        calibrate(retain + np.uint8(2), **good)
     with pytest.raises(ValueError, match="no frequency"):
-        solve(retain, selected=selected, target=np.where(selected, np.nan, forget))
+        calibrate(retain, selected=selected, target=np.where(selected, np.nan, forget))
     with pytest.raises(ValueError, match=r"expected bool and numbers"):
-        solve(retain, selected=selected[:1], target=forget)
+        calibrate(retain, selected=selected[:1], target=forget)
     with pytest.raises(ValueError, match="expected integers"):
-        solve(retain.astype(float), **good)
+        calibrate(retain.astype(float), **good)
     with pytest.raises(ValueError, match="one row number for each"):
-        solve(retain, **good, unit="row", rows=np.zeros(3, int))
+        calibrate(retain, **good, unit="row", rows=np.zeros(3, int))

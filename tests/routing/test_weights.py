@@ -147,6 +147,11 @@ def test_rivals_weigh_by_what_they_look_at(setting, forwarded):
     assert all(np.ptp(w[v]) == 0 for w, v in zip(hidden.weights, retain.valid, strict=True) if v.any())
 
 
+@pytest.mark.parametrize("name", ["entropy", "hidden", "ngram"])
+def test_the_sample_size_bound_holds_for_matching_and_for_ngrams(setting, name):
+    assert weights_of(setting, name=name, min_effective_sample_size=0.9).effective_sample_size >= 0.9
+
+
 def test_statistics_of_another_corpus_are_refused(setting):
     with pytest.raises(ValueError, match="statistics of another corpus"):
         weights_of({**setting, "retain": setting["forget"]}, name="uniform")

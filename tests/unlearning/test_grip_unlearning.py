@@ -15,7 +15,7 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.models.moe import route
 from trace_jax.parallel.mesh import make_mesh, to_host
-from trace_jax.routing.statistics import expert_assignments, overlap_by_row
+from trace_jax.routing.statistics import expert_assignments, overlap
 from trace_jax.unlearning import rivals
 from trace_jax.unlearning.config import GripProject, GripRealign, UnlearningConfig
 from trace_jax.unlearning.router_passes import read_routers, realign, retain_protection, spread_tokens
@@ -56,9 +56,7 @@ def change_of(before, after, rows):
 
 def unchanged(model, other, rows):
     """[L], share of tokens that are routed to the same experts."""
-    routings = (expert_assignments(m, sequential_batches(rows, 16), mesh=ONE) for m in (model, other))
-    agreement = overlap_by_row(*routings)
-    return agreement.unchanged.sum(axis=0) / agreement.tokens.sum()
+    return overlap(*(expert_assignments(m, sequential_batches(rows, 16), mesh=ONE) for m in (model, other))).unchanged
 
 
 # --- what routers read

@@ -25,7 +25,7 @@ from trace_jax.routing.entropy_balancing import (
     row_members,
     strongest_balance,
 )
-from trace_jax.routing.statistics import Assignments
+from trace_jax.routing.statistics import Assignments, as_assignments
 
 _NUMBERS = ("log_normalizer", "max_weight", "scale")
 
@@ -92,12 +92,15 @@ def token_weights(indices: jax.Array, calibration: Calibration, *, mask: jax.Arr
     return jnp.where(valid, jnp.minimum(jnp.exp(scores - log_normalizer), max_weight) * scale, 0.0)
 
 
-def corpus_weights(assignments: Assignments, calibration: Calibration) -> np.ndarray:
+def corpus_weights(
+    assignments: Assignments | np.ndarray, calibration: Calibration, *, rows: np.ndarray | None = None
+) -> np.ndarray:
     """`token_weights` in float64 for a whole corpus, f64 [T]; the mean is one on the calibrated corpus."""
-    pairs = zip(calibration.multipliers, assignments.indices, strict=True)
+    tokens = as_assignments(assignments, rows)
+    pairs = zip(calibration.multipliers, tokens.indices, strict=True)
     scores = np.sum([values[chosen].sum(-1) for values, chosen in pairs], axis=0)
     if calibration.unit == "row":
-        members, row = row_members(assignments.rows)
+        members, row = row_members(tokens.rows)
         scores = ((members @ scores) / (members @ np.ones(len(scores))))[row]
     return np.minimum(np.exp(scores - calibration.log_normalizer), calibration.max_weight) * calibration.scale
 
@@ -110,11 +113,12 @@ def weighted_frequency(indices: np.ndarray, weights: np.ndarray, num_experts: in
 
 
 def calibrate(
-    assignments: Assignments,
+    assignments: Assignments | np.ndarray,
     *,
     selected: np.ndarray,
     target: np.ndarray,
     unit: str = "token",
+    rows: np.ndarray | None = None,
     strength: float = 1.0,
     ridge: float = 1e-3,
     max_weight: float = 50.0,
@@ -124,7 +128,8 @@ def calibrate(
     """Solves for the multipliers that bring the retain frequencies of the selected experts to their target.
 
     Args:
-      assignments: the retain corpus, `expert_assignments(...)`. The K experts of a token are distinct.
+      assignments: the retain corpus: `expert_assignments(...)`, or integers [L, T, K] (then `rows` [T] gives the row of
+        each token, in reading order, for unit "row"). The K experts of a token are distinct.
       selected: bool [L, E].
       target: f64 [L, E], the forget frequencies f^F.
       unit: what shares one weight. "token": a_t is 0 or 1. "row": a_t is its mean over the row, each row counting by
@@ -142,16 +147,12 @@ def calibrate(
     Raises:
       ConfigError: a setting out of range.  ValueError: arrays that don't fit together, or hold NaN.
     """
+    tokens = as_assignments(assignments, rows)
     settings = Entropy(
         unit=unit, strength=strength, ridge=ridge, max_weight=max_weight, max_ratio=max_ratio,
         min_effective_sample_size=min_effective_sample_size,
     )  # fmt: skip
-    indices, rows = assignments.indices, assignments.rows
-    if indices.ndim != 3 or not np.issubdtype(indices.dtype, np.integer) or rows.shape != indices.shape[1:2]:
-        raise ValueError(
-            f"assignments are {indices.dtype} of shape {indices.shape} with rows of shape {rows.shape}; "
-            "expected integers [layers, tokens, top k] and one row number for each token."
-        )
+    indices = tokens.indices
     if indices.shape[1] == 0:
         raise ValueError("the retain corpus has no valid token; there is nothing to weight.")
     if selected.dtype != bool or selected.shape != target.shape or selected.shape[0] != indices.shape[0]:
@@ -163,7 +164,9 @@ def calibrate(
         raise ValueError(f"assignments name expert {int(indices.max())}; there are {selected.shape[1]} (from 0).")
     if not (np.isfinite(target).all() and (target >= 0).all() and (target <= 1).all()):
         raise ValueError("target holds a number that is no frequency (NaN, negative, or above 1).")
-    return match_frequencies(assignments, count_activations(indices, selected.shape[1]), selected, target, settings)[0]
+    if unit != "token" and rows is None and not isinstance(assignments, Assignments):
+        raise ValueError(f"unit {unit!r} needs rows, the row number of each token.")
+    return match_frequencies(tokens, count_activations(indices, selected.shape[1]), selected, target, settings)[0]
 
 
 def match_frequencies(

@@ -21,7 +21,6 @@ from trace_jax.routing.config import Matching
 Matrix = Any  # np.ndarray or scipy.sparse.csr_array, f64
 AIM = 1e-10  # largest gradient entry at which Newton stops
 ENOUGH = 1e-8  # largest gradient entry that still counts as solved, where rounding ends the descent earlier
-MOST_STEPS = 100  # of Newton
 SAMPLE = 16_384  # patterns whose Hessian steers the linear solver; the equations themselves use all
 
 
@@ -46,6 +45,7 @@ def entropy_balance(
     ridge: float = 0.0,
     constant: np.ndarray | None = None,
     start: np.ndarray | None = None,
+    max_iterations: int = 100,
 ) -> Balance:
     """Solves for the multipliers by Newton's method with line search, in float64.
 
@@ -79,12 +79,12 @@ def entropy_balance(
     lowest = np.log(base.min() / total) - 1e-6
     norm, scores = np.inf, features @ multipliers
     value, log_normalizer, mass = dual(multipliers, scores)
-    for iteration in range(MOST_STEPS + 1):
+    for iteration in range(max_iterations + 1):
         mean = features.T @ mass
         gradient = mean - target + ridge * multipliers
         gradient -= constant @ (constant.T @ gradient)
         norm, before = float(np.abs(gradient).max(initial=0.0)), norm
-        if norm <= AIM or iteration == MOST_STEPS or (ridge == 0 and value < lowest):
+        if norm <= AIM or iteration == max_iterations or (ridge == 0 and value < lowest):
             break
         if norm <= ENOUGH and norm >= before:
             break  # the descent is lost in rounding
@@ -236,19 +236,16 @@ def find_patterns(indices: np.ndarray, matched: np.ndarray, *, unit: str, rows: 
     in the order of `np.nonzero(matched)`. rows: integer [T], the row of each token.
     """
     activations = activation_matrix(indices, matched)
-    # A random number of 64 bits stands for each column; a pattern's key is the sum over its activations, modulo 2^64.
-    # Sums have no order, and two of 10^6 different patterns share a key with probability 10^-7.
-    numbers = np.random.default_rng(0).integers(0, 2**64, activations.shape[1], np.uint64, endpoint=False)
-    ones = np.ones(activations.nnz, np.uint64)
-    key = csr_array((ones, activations.indices, activations.indptr), activations.shape) @ numbers
+    key = _keys(activations)
     if unit == "token":
         _, first, tokens = np.unique(key, return_index=True, return_counts=True)
         features = activations[first]
         features.sort_indices()  # so that sums over a pattern don't depend on the order of a token's experts
         return Patterns(features, tokens.astype(np.float64))
     members, _ = row_members(rows)
-    key += np.uint64(0x9E3779B97F4A7C15)  # counted once per token, so that a row's key holds its length
-    _, first, of_row = np.unique(members.astype(np.uint64) @ key, return_index=True, return_inverse=True)
+    _, first, of_row = np.unique(
+        members.astype(np.uint64) @ (key + _LENGTH_KEY), return_index=True, return_inverse=True
+    )
     lengths = members @ np.ones(len(key))
     features = (members[first] @ activations).toarray() / lengths[first, None]
     return Patterns(features, np.bincount(of_row, lengths, minlength=len(first)))
@@ -297,3 +294,15 @@ def constant_directions(patterns: Patterns, matched: np.ndarray, moment: np.ndar
         if free.any() and np.isclose(moment[inside].sum(), top_k, rtol=1e-12, atol=0.0):
             directions.append(free / np.sqrt(free.sum()))
     return np.stack(directions, axis=1) if directions else np.zeros((columns, 0))
+
+
+# A random number of 64 bits stands for each column; a pattern's key is the sum over its activations, modulo 2^64. Sums
+# have no order, and two of 10^6 different patterns share a key with probability 10^-7.
+_LENGTH_KEY = np.uint64(0x9E3779B97F4A7C15)  # counted once per token, so that a row's key holds its length
+
+
+def _keys(activations: Matrix) -> np.ndarray:
+    """uint64 [T]; equal for tokens with the same activations."""
+    numbers = np.random.default_rng(0).integers(0, 2**64, activations.shape[1], np.uint64, endpoint=False)
+    ones = np.ones(activations.nnz, np.uint64)
+    return csr_array((ones, activations.indices, activations.indptr), activations.shape) @ numbers

@@ -82,6 +82,22 @@ class Assignments:
         return Assignments(self.indices[:, taken], number[taken], self.layers)
 
 
+def as_assignments(assignments: Assignments | np.ndarray, rows: np.ndarray | None = None) -> Assignments:
+    """`assignments`, or a plain integer array [L, T, K] with the row of each token, as `Assignments`."""
+    if isinstance(assignments, Assignments):
+        return assignments
+    indices = np.asarray(assignments)
+    if indices.ndim != 3 or not np.issubdtype(indices.dtype, np.integer):
+        raise ValueError(
+            f"assignments is {indices.dtype} of shape {indices.shape}; expected integers [layers, tokens, top k]."
+        )
+    tokens = indices.shape[1]
+    rows = np.arange(tokens) if rows is None else np.asarray(rows)
+    if rows.shape != (tokens,):
+        raise ValueError(f"rows has shape {rows.shape}; expected one row number for each of the {tokens} tokens.")
+    return Assignments(indices, rows)
+
+
 def expert_statistics(
     model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None, min_activations: float = MIN_ACTIVATIONS
 ) -> ExpertStatistics:
@@ -232,12 +248,19 @@ def load_entropy(frequency: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """Agreement of two models' routing on the same tokens, summed by row."""
+    """Agreement of two models' routing on the same tokens: sums by row, or means over tokens."""
 
-    tokens: np.ndarray  # i64 [N], of each row that has any
-    # f64 [N, L]: |A and B| / |A or B|, A and B a token's chosen experts (Jaccard 1912); 1 is no change
+    tokens: np.ndarray  # i64 [N], of each row that has any, or their number
+    # f64 [N, L] or, as mean, [L]: |A and B| / |A or B|, A and B a token's chosen experts (Jaccard 1912); 1 is no change
     jaccard: np.ndarray
     unchanged: np.ndarray  # the same of "same set of experts"
+
+
+def overlap(original: Assignments, current: Assignments) -> Overlap:
+    """How much of the original model's routing is left: means over tokens of `overlap_by_row`."""
+    by_row = overlap_by_row(original, current)
+    tokens = by_row.tokens.sum()
+    return Overlap(tokens, by_row.jaccard.sum(axis=0) / tokens, by_row.unchanged.sum(axis=0) / tokens)
 
 
 def overlap_by_row(original: Assignments, current: Assignments) -> Overlap:

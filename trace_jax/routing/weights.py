@@ -38,7 +38,7 @@ from trace_jax.routing.statistics import (
     expert_assignments,
     expert_routing,
     frequency_gap,
-    overlap_by_row,
+    overlap,
 )
 
 
@@ -268,11 +268,10 @@ class Recalibration:
         before = weighted_frequency(assignments.indices, last.tokens, new.selected.shape[1])
         after = before if unchanged else new.frequency
         either, both = int((last.selected | new.selected).sum()), int((last.selected & new.selected).sum())
-        overlaps = {name: overlap_by_row(self._start[name][1], now[name][1]) for name in now}
         frequencies = {"unweighted": retain.frequency, "before": before, "after": after}
         return weights, Drift(
             layers=tuple(current.config.moe_layers),
-            overlap={name: rows.jaccard.sum(axis=0) / rows.tokens.sum() for name, rows in overlaps.items()},
+            overlap={name: overlap(self._start[name][1], now[name][1]).jaccard for name in now},
             frequency_change={
                 name: frequency_gap(now[name][0].frequency, self._start[name][0].frequency) for name in now
             },
