@@ -10,7 +10,6 @@ import pytest
 
 import trace_jax
 from trace_jax.config import fits
-from trace_jax.routing.statistics import Assignments
 from trace_jax.run.methods import run
 
 FUNCTIONS = [
@@ -20,10 +19,8 @@ FUNCTIONS = [
 ]
 
 
-NO_TOKENS = Assignments(np.zeros((2, 0, 2), np.uint8), np.zeros(0, np.int32))
 CALLS = [
-    ("calibrate", {"assignments": NO_TOKENS, "max_weight": None}, "max_weight is None (NoneType)"),
-    ("calibrate", {"assignments": [1]}, "assignments is [1] (list); expected Assignments."),
+    ("calibrate", {"assignments": np.zeros((2, 2, 2)), "max_weight": None}, "max_weight is None (NoneType)"),
     ("unlearn", {"config": {}}, "config is {} (dict); expected UnlearningConfig."),
     ("unlearn", {"forget": ["text"]}, "forget is ['text'] (list); expected Rows."),
     ("unlearn", {"parallel": None}, "parallel is None (NoneType); expected ParallelConfig."),
