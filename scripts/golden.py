@@ -35,7 +35,7 @@ os.environ.pop("NPROC", None)  # XLA takes as many as there are cores
 ROOT = Path(__file__).resolve().parents[1]
 # What a clock, a date or the spelling of settings decides.
 PASSING = ("seconds", "seconds_per_step", "step_seconds", "tokens_per_second", "generated", "table", "identity")
-SETTINGS = re.compile(r"^/results/methods/[^/]+/(calibration|unlearning)/")
+SETTINGS = re.compile(r"^/results/methods/[^/]+/(calibration|unlearning|attacks/[^/]+/settings)/")
 SHOWN = 12
 TEXT = "river stone apple cloud lamp tiger violin harbour window garden candle forest mirror ladder"
 WORDS = TEXT.split(" ")
