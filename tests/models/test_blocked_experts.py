@@ -70,7 +70,9 @@ def test_slots_without_a_place_count_as_zero_and_take_no_gradient():
     here = jnp.arange(T) < 70
     slot = jnp.where(place.reshape(-1) < 70 * K, place.reshape(-1), T * K)
     group = jnp.repeat(jnp.arange(E, dtype=jnp.int32), T * K // E // 15)
-    activate = lambda gate_up: gate_up[..., :F] * gate_up[..., F:]  # noqa: E731
+
+    def activate(gate_up):
+        return gate_up[..., :F] * gate_up[..., F:]
 
     def total(gates):
         places = jnp.where(here[:, None], place, T * K)
@@ -89,7 +91,7 @@ def test_with_less_room_than_slots_nothing_is_lost_uncounted():
     blocked, complete = dataclasses.replace(BASE, grouped_matmul="blocked"), []
     expected = jax.jit(lambda: experts(weights, blocked, x, indices, gates)[0])()
     for room in (indices.size - 1, indices.size - 52, indices.size - 103):
-        y, dropped = jax.jit(lambda: experts(weights, blocked, x, indices, gates, room=room))()  # noqa: B023
+        y, dropped = jax.jit(lambda room=room: experts(weights, blocked, x, indices, gates, room=room))()
         complete.append(int(dropped) == 0)
         assert np.allclose(y, expected, atol=1e-5) == complete[-1]
     assert complete[0] and not complete[-1]

@@ -80,7 +80,7 @@ def reference(params, config, tokens, documents):
         x = params["embed"][row]
         row_outputs, row_chosen = [], []
         for index in range(config.num_layers):
-            layer = jax.tree.map(lambda a: a[index], params["layers"])  # noqa: B023
+            layer = jax.tree.map(lambda a, index=index: a[index], params["layers"])
             normed = np.array([norm(v, layer["attention_norm"]) for v in x])
             x = x + np.array([attention(layer, normed, seen, s) for s in range(S)])
             parts = [experts(layer, norm(v, layer["mlp_norm"])) for v in x]

@@ -86,8 +86,8 @@ def test_bfloat16_model_has_float32_losses():
         assert nll.dtype == jnp.float32
         np.testing.assert_allclose(nll, token_nll(params, CONFIG, hidden, targets), atol=0.1)
 
-        def total(hidden):
-            return jnp.sum(token_nll(low_params, CONFIG, hidden, targets, chunk_size=chunk_size))  # noqa: B023
+        def total(hidden, chunk_size=chunk_size):
+            return jnp.sum(token_nll(low_params, CONFIG, hidden, targets, chunk_size=chunk_size))
 
         gradient = jax.grad(total)(low_hidden)
         assert gradient.dtype == jnp.bfloat16

@@ -5,24 +5,21 @@ import json
 import shutil
 import types
 
+import lm_eval
 import numpy as np
 import pytest
 import tiny_checkpoints
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from tokenizers import processors
 
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError
 from trace_jax.data.rows import train_tokenizer
+from trace_jax.evaluation import likelihood
 from trace_jax.io.files import read_json
-
-lm_eval = pytest.importorskip("lm_eval")
-pytest.importorskip("accelerate")
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
-
-from trace_jax.evaluation import likelihood  # noqa: E402
-from trace_jax.tasks import lm_eval as module  # noqa: E402
-from trace_jax.tasks.lm_eval import TraceLM, evaluate_tasks, read_decoding, table  # noqa: E402
+from trace_jax.tasks import lm_eval as module
+from trace_jax.tasks.lm_eval import TraceLM, evaluate_tasks, read_decoding, table
 
 VOCABULARY = 320
 WORDS = ["river", "stone", "apple", "cloud", "lamp", "tiger", "violin", "harbour", "window", "garden", "candle"]

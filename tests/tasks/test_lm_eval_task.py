@@ -4,8 +4,10 @@ import dataclasses
 import functools
 
 import jax
+import lm_eval
 import numpy as np
 import pytest
+from lm_eval.tasks import TaskManager
 
 from tests import tiny
 from trace_jax.config import ConfigError, as_dict, resolve
@@ -19,12 +21,8 @@ from trace_jax.models.model import Model, SpecialTokens, TextCodec
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import save_trained
 from trace_jax.tasks.handbook import HandbookConfig
+from trace_jax.tasks.lm_eval import TraceLM, export_tasks
 from trace_jax.tasks.text import TextConfig
-
-lm_eval = pytest.importorskip("lm_eval")
-from lm_eval.tasks import TaskManager  # noqa: E402
-
-from trace_jax.tasks.lm_eval import TraceLM, export_tasks  # noqa: E402
 
 DATA = HandbookConfig(forget_substances=6, neighbour_substances=9, retain_rows=8, row_length=64, vocab_size=512)
 MODEL = dataclasses.replace(tiny.CONFIG, vocab_size=512)
