@@ -20,7 +20,7 @@ import transformers
 from sides import RESULTS, both_sides, environment, quickest_experts, timed, write_row
 
 from trace_jax.data.rows import Batch
-from trace_jax.models.arrays import flatten
+from trace_jax.models.architecture import flatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.parallel.mesh import PLAIN, make_mesh, place

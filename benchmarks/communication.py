@@ -18,8 +18,7 @@ from sides import RESULTS, environment, write_row
 from steps import prepared_step
 from train_step import SHAPES
 
-from trace_jax.models.arrays import flat_specs
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, flat_specs
 from trace_jax.models.grouped_matmul import resolve_implementation
 from trace_jax.parallel.mesh import BATCH_AXES, DATA, EXPERT, TENSOR, make_mesh
 from trace_jax.parallel.sharding import RULES, spec_axes, storage_spec

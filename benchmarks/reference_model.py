@@ -19,8 +19,7 @@ from sides import RESULTS, environment, write_row
 from steps import random_batch
 
 from trace_jax.data.rows import Rows
-from trace_jax.models.arrays import flatten, init_params
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, flatten, init_params
 from trace_jax.models.model import Model
 from trace_jax.routing.weights import RetainWeights
 from trace_jax.unlearning import unlearn

@@ -15,7 +15,7 @@ import numpy as np
 from sides import RESULTS, environment, timed, write_row
 from steps import Step, prepared_step
 
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.parallel.processes import keep_freed_memory
 from trace_jax.unlearning.config import UnlearningConfig

@@ -25,7 +25,7 @@ from steps import random_batch
 from train_step import SHAPES
 
 from trace_jax.data.rows import Batch
-from trace_jax.models.arrays import init_params
+from trace_jax.models.architecture import init_params
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import keep_freed_memory

@@ -8,8 +8,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.data.rows import Batch
-from trace_jax.models.arrays import flatten, init_params
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, flatten, init_params
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place
 from trace_jax.unlearning.config import UnlearningConfig

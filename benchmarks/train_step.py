@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import optax
 from sides import RESULTS, environment, processor, write_row
 
-from trace_jax.models.arrays import init_params
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, init_params
 from trace_jax.models.decoder import forward
 from trace_jax.models.grouped_matmul import implementations, program_platform, resolve_implementation
 from trace_jax.models.loss import token_nll

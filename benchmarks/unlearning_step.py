@@ -17,8 +17,7 @@ import numpy as np
 from trace_jax.data.rows import Rows
 from trace_jax.io.environment import describe
 from trace_jax.io.files import write_json
-from trace_jax.models.arrays import init_params
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, init_params
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import keep_freed_memory
 from trace_jax.routing.weights import RetainWeights

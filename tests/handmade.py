@@ -12,7 +12,7 @@ from trace_jax.data.corpora import Probes, Prompts, Questions
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.task import Evaluator
-from trace_jax.models.arrays import abstract_params
+from trace_jax.models.architecture import abstract_params
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.tasks.benchmarks import scoreboard

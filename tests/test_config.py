@@ -9,7 +9,7 @@ import pytest
 
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.unlearning.config import UnlearningConfig

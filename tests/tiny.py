@@ -12,8 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trace_jax.data.rows import Rows
-from trace_jax.models.arrays import init_params, parameter_specs
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, init_params, parameter_specs
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
 

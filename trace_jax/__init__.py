@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 # Public name -> module. Imported on first use, so that `import trace_jax` costs nothing.
 _PUBLIC = {
     "Model": "trace_jax.models.model",
-    "ModelConfig": "trace_jax.models.config",
+    "ModelConfig": "trace_jax.models.architecture",
     "forward": "trace_jax.models.decoder",
-    "init_params": "trace_jax.models.arrays",
+    "init_params": "trace_jax.models.architecture",
     "load_pretrained": "trace_jax.checkpoints.pretrained",
     "save_pretrained": "trace_jax.checkpoints.export",
     "generate": "trace_jax.models.generate",

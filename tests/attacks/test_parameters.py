@@ -20,8 +20,7 @@ from trace_jax.attacks.parameters import (
     with_routers_of,
 )
 from trace_jax.config import ConfigError
-from trace_jax.models.arrays import flat_specs, flatten, parameter_specs, unflatten
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, flat_specs, flatten, parameter_specs, unflatten
 from trace_jax.models.decoder import forward
 
 RATIO = "forget_probability_ratio"

@@ -19,7 +19,7 @@ from trace_jax.evaluation.intervals import find
 from trace_jax.evaluation.likelihood import Scored
 from trace_jax.evaluation.probes import Memorization, probe_tasks
 from trace_jax.evaluation.task import Evaluator, TaskScores
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.model import Model, Source
 from trace_jax.parallel.mesh import ParallelConfig
 from trace_jax.tasks import wmdp

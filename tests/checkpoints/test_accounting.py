@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from trace_jax.checkpoints.accounting import account, slots_of
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
-from trace_jax.models.arrays import flat_specs
+from trace_jax.models.architecture import flat_specs
 from trace_jax.models.families import FAMILIES, family_of, model_config
 
 Q = "model.layers.1.self_attn.q_proj.weight"

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from trace_jax.checkpoints import parts, pretrained
 from trace_jax.checkpoints.checkpoint import CheckpointError
 from trace_jax.checkpoints.pretrained import load_pretrained, special_tokens
-from trace_jax.models.arrays import abstract_params, flatten
+from trace_jax.models.architecture import abstract_params, flatten
 from trace_jax.models.model import Source, SpecialTokens
 from trace_jax.models.sharding import param_shardings
 from trace_jax.parallel.mesh import make_mesh

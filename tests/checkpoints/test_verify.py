@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from trace_jax.checkpoints import verify
 from trace_jax.io.progress import byte_size
 from trace_jax.main import main
-from trace_jax.models.arrays import count_params
+from trace_jax.models.architecture import count_params
 from trace_jax.models.families import model_config
 
 

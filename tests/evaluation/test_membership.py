@@ -16,7 +16,7 @@ from trace_jax.evaluation import membership
 from trace_jax.evaluation.likelihood import TokenScores
 from trace_jax.evaluation.membership import ATTACKS, SIDES, Membership
 from trace_jax.evaluation.task import TaskScores
-from trace_jax.models.arrays import abstract_params
+from trace_jax.models.architecture import abstract_params
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 

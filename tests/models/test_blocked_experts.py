@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from trace_jax.models import blocked_experts
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.blocked_experts import make_blocks
-from trace_jax.models.config import ModelConfig
 from trace_jax.models.moe import experts
 
 T, D, E, F, K = 150, 24, 6, 20, 3

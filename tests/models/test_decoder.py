@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny import random_params
 from trace_jax.models import decoder
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 

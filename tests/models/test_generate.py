@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.tiny import mesh_of, random_params
 from trace_jax.models import generate as decoding
-from trace_jax.models.config import ModelConfig, Rope
+from trace_jax.models.architecture import ModelConfig, Rope
 from trace_jax.models.decoder import forward
 from trace_jax.models.generate import CHUNK, filter_logits, generate, generate_text, padded_size
 from trace_jax.models.model import Model, SpecialTokens

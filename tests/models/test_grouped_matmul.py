@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.models import grouped_matmul_gpu, grouped_matmul_tpu
-from trace_jax.models.config import GROUPED_MATMULS
+from trace_jax.models.architecture import GROUPED_MATMULS
 from trace_jax.models.grouped_matmul import (
     DEFAULTS,
     KERNELS,

@@ -15,9 +15,8 @@ from jax.sharding import PartitionSpec as P
 from tests.tiny import mesh_of, random_params
 from trace_jax.config import ConfigError
 from trace_jax.models import attention, decoder
-from trace_jax.models.arrays import flatten, unflatten
+from trace_jax.models.architecture import ModelConfig, Rope, flatten, unflatten
 from trace_jax.models.attention import init_cache
-from trace_jax.models.config import ModelConfig, Rope
 from trace_jax.models.loss import token_kl, token_nll
 from trace_jax.models.moe import route
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params

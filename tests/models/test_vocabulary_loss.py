@@ -10,8 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests.tiny import mesh_of, random_params
-from trace_jax.models.arrays import unflatten
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, unflatten
 from trace_jax.models.loss import vocabulary_loss
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
 from trace_jax.parallel.mesh import BATCH_AXES

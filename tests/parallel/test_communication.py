@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from tests.tiny import mesh_of, random_params
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import on_mesh, placed_params
 from trace_jax.parallel.mesh import BATCH_AXES

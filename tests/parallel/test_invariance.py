@@ -13,8 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.tiny import mesh_of, random_params
 from trace_jax.data.rows import Batch
-from trace_jax.models.arrays import flat_specs, flatten
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, flat_specs, flatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place, to_host

@@ -7,8 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.config import ConfigError
-from trace_jax.models.arrays import abstract_params, flatten
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, abstract_params, flatten
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.mesh import (
     AXES,

@@ -11,7 +11,7 @@ import pytest
 from trace_jax.config import as_dict, resolve
 from trace_jax.data.rows import Rows
 from trace_jax.main import main
-from trace_jax.models.arrays import abstract_params, count_params, flatten, init_params
+from trace_jax.models.architecture import abstract_params, count_params, flatten, init_params
 from trace_jax.models.model import Model
 from trace_jax.plan.machine import cpus
 from trace_jax.plan.plan import mesh_of, meshes, programs, ranked, shape_of

@@ -13,7 +13,7 @@ from tests.run.toy import experiment, numbers, on_one_device
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError
 from trace_jax.io.files import read_json, read_lines
-from trace_jax.models.arrays import flatten
+from trace_jax.models.architecture import flatten
 from trace_jax.run.directory import calibration_directory, write_run_report
 from trace_jax.run.export import export_run, find_model
 from trace_jax.run.methods import run

@@ -16,7 +16,7 @@ from trace_jax.data.rows import train_tokenizer
 from trace_jax.evaluation.likelihood import score_questions
 from trace_jax.io.files import read_json, write_json
 from trace_jax.main import main
-from trace_jax.models.arrays import init_params
+from trace_jax.models.architecture import init_params
 from trace_jax.models.model import Model, SpecialTokens, TextCodec
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import save_trained

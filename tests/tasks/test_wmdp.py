@@ -15,7 +15,7 @@ from trace_jax.data.rows import train_tokenizer
 from trace_jax.data.sources import DataError
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
 from trace_jax.evaluation.task import TaskScores
-from trace_jax.models.arrays import init_params
+from trace_jax.models.architecture import init_params
 from trace_jax.models.model import Model
 from trace_jax.tasks.benchmarks import build_tasks
 from trace_jax.tasks.wmdp import _GROUPS, LETTERS, PROFILE, _question, read_multiple_choice

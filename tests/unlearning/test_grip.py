@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trace_jax.config import ConfigError
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.moe import route
 from trace_jax.parallel.mesh import make_mesh, place, to_host
 from trace_jax.unlearning import rivals as grip

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from tests import tiny
 from tests.unlearning.conftest import CONFIG, ONE
 from trace_jax.config import ConfigError
-from trace_jax.models.arrays import abstract_params, flat_specs, flatten, init_params, low_rank, unflatten
+from trace_jax.models.architecture import abstract_params, flat_specs, flatten, init_params, low_rank, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.sharding import param_specs

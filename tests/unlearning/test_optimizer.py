@@ -12,8 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trace_jax.models.arrays import flat_specs, flatten, init_params
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, flat_specs, flatten, init_params
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning import optimizer as optimizer_module
 from trace_jax.unlearning.config import UnlearningConfig

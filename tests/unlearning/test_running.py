@@ -13,7 +13,7 @@ import pytest
 
 from tests import tiny
 from trace_jax.data.batches import Batches, epoch_sampler
-from trace_jax.models.arrays import flatten
+from trace_jax.models.architecture import flatten
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning import train as train_module
 from trace_jax.unlearning import unlearn as unlearn_module

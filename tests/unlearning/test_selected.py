@@ -15,7 +15,7 @@ from tests import tiny
 from tests.unlearning.conftest import CONFIG, ONE, flat_of, statistics_of
 from trace_jax.config import ConfigError
 from trace_jax.io.files import read_lines
-from trace_jax.models.arrays import flatten
+from trace_jax.models.architecture import flatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, make_mesh, place, to_host

@@ -14,7 +14,7 @@ import pytest
 from tests import tiny
 from tests.unlearning.conftest import ONE
 from trace_jax.data.rows import with_refusals
-from trace_jax.models.arrays import flatten, unflatten
+from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning import unlearn as unlearn_module

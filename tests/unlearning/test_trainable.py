@@ -13,7 +13,7 @@ from tiny_checkpoints import fields_of
 
 from tests import tiny
 from trace_jax.config import ConfigError
-from trace_jax.models.arrays import abstract_params, flatten
+from trace_jax.models.architecture import abstract_params, flatten
 from trace_jax.models.families import model_config
 from trace_jax.unlearning.config import SomeExperts, Trainable, UnlearningConfig
 from trace_jax.unlearning.trainable import table_text, trainable_paths, trainable_table, update_masks

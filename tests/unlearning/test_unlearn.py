@@ -9,7 +9,7 @@ import pytest
 
 from tests.unlearning.conftest import CONFIG, ONE, assert_same
 from trace_jax.config import ConfigError
-from trace_jax.models.arrays import abstract_params, flatten
+from trace_jax.models.architecture import abstract_params, flatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.model import Model

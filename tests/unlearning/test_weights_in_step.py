@@ -11,7 +11,7 @@ from tests.unlearning.conftest import CONFIG, ONE, Stop, assert_same, flat_of, w
 from trace_jax.config import ConfigError
 from trace_jax.data.rows import Rows
 from trace_jax.io.files import read_lines
-from trace_jax.models.arrays import flatten
+from trace_jax.models.architecture import flatten
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, make_mesh, place, to_host
 from trace_jax.routing.config import CalibrationConfig

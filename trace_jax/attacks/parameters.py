@@ -19,8 +19,7 @@ from trace_jax.data.batches import sequential_batches
 from trace_jax.evaluation.intervals import Measurement, bootstrap_mean, named
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.routing import SPLIT
-from trace_jax.models.arrays import ArraySpec, flat_specs, flatten, unflatten
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ArraySpec, ModelConfig, flat_specs, flatten, unflatten
 from trace_jax.routing.statistics import expert_assignments, overlap_by_row
 
 _MATRICES = ("q", "k", "v", "o", "attention_gate", "kv_down", "kv_up", "q_down", "q_up", "gate_up", "down")

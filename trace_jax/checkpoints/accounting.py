@@ -13,8 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from trace_jax.checkpoints.checkpoint import Checkpoint, CheckpointError, Readable, readable_tensor
-from trace_jax.models.arrays import flat_specs
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, flat_specs
 from trace_jax.models.families import Family
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from trace_jax.checkpoints.checkpoint import open_checkpoint, read_object
 from trace_jax.config import ConfigError, Section, fingerprint, option
 from trace_jax.io.files import is_remote
-from trace_jax.models.config import GROUPED_MATMULS, ModelConfig
+from trace_jax.models.architecture import GROUPED_MATMULS, ModelConfig
 from trace_jax.models.families import model_config
 from trace_jax.models.families.published import PUBLISHED, published_config, shape_differences
 

@@ -38,7 +38,7 @@ from trace_jax.checkpoints.model_card import ModelCard, base_model_of, licence_o
 from trace_jax.checkpoints.parts import PIECE_BYTES, THREADS, parts_of, places, take
 from trace_jax.io.files import free_bytes, is_remote
 from trace_jax.io.progress import progress
-from trace_jax.models.arrays import flat_specs, flatten
+from trace_jax.models.architecture import flat_specs, flatten
 from trace_jax.models.families import FAMILIES, family_of
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import is_main

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_jax.config import ConfigError
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.families import model_config
 from trace_jax.models.model import SpecialTokens
 

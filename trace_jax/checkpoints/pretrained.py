@@ -16,7 +16,7 @@ from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint, read_object
 from trace_jax.checkpoints.parts import Part, parts_of, place, stream
 from trace_jax.io.progress import progress
-from trace_jax.models.arrays import flat_specs, flatten, unflatten
+from trace_jax.models.architecture import flat_specs, flatten, unflatten
 from trace_jax.models.families import family_of, model_config
 from trace_jax.models.model import Model, Source, SpecialTokens
 from trace_jax.models.sharding import param_shardings

@@ -19,8 +19,7 @@ from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from trace_jax.checkpoints.pretrained import load_pretrained, read_tokenizer, special_tokens
 from trace_jax.io.progress import byte_size
-from trace_jax.models.arrays import count_params, flat_specs
-from trace_jax.models.config import ModelConfig, Rope
+from trace_jax.models.architecture import ModelConfig, Rope, count_params, flat_specs
 from trace_jax.models.decoder import forward
 from trace_jax.models.families import Family, family_of, model_config, unread_keys
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from trace_jax.data.corpora import Questions
 from trace_jax.data.rows import Rows
 from trace_jax.io.progress import progress
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.generate import padded_size
 from trace_jax.models.loss import token_nll, token_scores

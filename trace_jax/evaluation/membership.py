@@ -29,7 +29,7 @@ from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import TokenScores, row_texts, score_sequences, spread_indices
 from trace_jax.evaluation.task import TaskScores, item_lines
 from trace_jax.io.progress import tracked
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.generate import padded_size
 from trace_jax.models.loss import token_nll

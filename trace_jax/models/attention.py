@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.layers import rms_norm, rotate
 from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 from trace_jax.parallel.sharding import share
@@ -60,7 +60,7 @@ def attention(layer: dict, config: ModelConfig, x: jax.Array, *, rope_table: jax
     """Self-attention of one layer.
 
     Args:
-      layer: the layer's arrays (`trace_jax.models.arrays`).
+      layer: the layer's arrays (`trace_jax.models.architecture`).
       x: [B, S, D], normalised.
       rope_table: f32 [2, B or 1, S, 1, 2, W/2], this layer's entry of `rotary`.
       mask: bool [B or 1, S, M]: what this layer's queries may read.

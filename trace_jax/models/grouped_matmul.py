@@ -20,7 +20,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from trace_jax.models.config import GROUPED_MATMULS
+from trace_jax.models.architecture import GROUPED_MATMULS
 from trace_jax.parallel.mesh import as_varying, varying_axes
 
 # CPU: as measured by benchmarks/train_step.py; never `ragged` there, which XLA expands to every group times every row.

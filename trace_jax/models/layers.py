@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trace_jax.models.config import ModelConfig, Rope
+from trace_jax.models.architecture import ModelConfig, Rope
 from trace_jax.parallel.mesh import TENSOR, sum_over
 
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from trace_jax.config import ConfigError
 from trace_jax.io.files import read_json
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 
 _LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")  # of config.json, in lm-eval's order
 

@@ -11,8 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.blocked_experts import blocked_experts, make_blocks
-from trace_jax.models.config import ModelConfig
 from trace_jax.models.grouped_matmul import block_layout, block_size, grouped_matmul, resolve_implementation
 from trace_jax.models.layers import activation, gated_mlp, norm
 from trace_jax.parallel.mesh import EXPERT, TENSOR, as_varying, axis_sizes, sum_over, varying_axes

@@ -17,8 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trace_jax.models.arrays import ArraySpec, flat_specs, flatten, low_rank, unflatten
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ArraySpec, ModelConfig, flat_specs, flatten, low_rank, unflatten
 from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, axis_sizes, place, row_shards, to_host
 from trace_jax.parallel.sharding import assemble, assembled_shape, storage_spec
 

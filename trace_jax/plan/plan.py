@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.io.files import write_json
 from trace_jax.io.progress import byte_size, say
-from trace_jax.models.arrays import count_params
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, count_params
 from trace_jax.parallel.mesh import DATA, ParallelConfig, make_mesh
 from trace_jax.plan.machine import Target, cpus, gpus, tpu_slice
 from trace_jax.plan.prediction import Prediction, duration, predict, program_table, search_table

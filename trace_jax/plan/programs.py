@@ -11,8 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.data.rows import Batch
-from trace_jax.models.arrays import abstract_params, flatten, unflatten
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, abstract_params, flatten, unflatten
 from trace_jax.models.generate import greedy_step
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, ParallelConfig, row_shards

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.model import Model

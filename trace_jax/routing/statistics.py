@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from trace_jax.data.rows import Batch
 from trace_jax.io.files import local_copy, replacing
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import compiled, map_batches

@@ -18,8 +18,7 @@ from trace_jax.data.rows import read_codec
 from trace_jax.data.sources import HUGGINGFACE, TFDS, is_here, part, read_source
 from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
 from trace_jax.io.progress import byte_size
-from trace_jax.models.arrays import count_params
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, count_params
 from trace_jax.models.families import family_of
 from trace_jax.models.families.published import PUBLISHED
 from trace_jax.parallel.mesh import make_mesh

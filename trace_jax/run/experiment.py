@@ -19,7 +19,7 @@ from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
 from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.io.progress import say
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.parallel.mesh import PLAIN, ParallelConfig
 from trace_jax.routing.config import CalibrationConfig, Entropy, Online, Weighting
 from trace_jax.tasks.benchmarks import DataConfig

@@ -18,8 +18,7 @@ from trace_jax.data.sources import HUGGINGFACE, TFDS
 from trace_jax.io.files import as_path, local_copy, replacing
 from trace_jax.io.progress import flatten as dotted
 from trace_jax.io.progress import format_interval, format_number, plain_name, say
-from trace_jax.models.arrays import abstract_params, flatten, unflatten
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, abstract_params, flatten, unflatten
 from trace_jax.models.model import Model
 from trace_jax.run.directory import SPLIT, needed
 from trace_jax.run.experiment import METHODS, ExperimentConfig

@@ -25,8 +25,7 @@ from trace_jax.evaluation.task import Evaluator, Scores, ScoreStore, Task, hazar
 from trace_jax.io.environment import describe
 from trace_jax.io.files import free_bytes, remove, write_json
 from trace_jax.io.progress import say, tracked
-from trace_jax.models.arrays import count_params, flatten
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, count_params, flatten
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import check_joined
 from trace_jax.routing.statistics import (

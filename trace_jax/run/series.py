@@ -20,7 +20,7 @@ from trace_jax.io.codec import encode
 from trace_jax.io.environment import describe
 from trace_jax.io.files import shown, write_json
 from trace_jax.io.progress import aligned, say
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
 from trace_jax.run.directory import SPLIT, Stage, check_export, needed, on_test, open_workdir, write_run_report
 from trace_jax.run.experiment import ExperimentConfig

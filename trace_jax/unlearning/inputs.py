@@ -19,7 +19,7 @@ from trace_jax.config import ConfigError
 from trace_jax.data.batches import IndexSampler, epoch_sampler, retain_batches
 from trace_jax.data.rows import Batch, Rows
 from trace_jax.io.files import local_copy, replacing
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import map_batches

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from trace_jax.data.rows import Batch
-from trace_jax.models.arrays import unflatten
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_kl, token_nll, vocabulary_loss
 from trace_jax.models.moe import router_probabilities

@@ -37,7 +37,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.config import ConfigError
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.parallel.mesh import AXES, as_varying
 from trace_jax.unlearning.config import GripProject
 

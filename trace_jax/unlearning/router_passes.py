@@ -14,8 +14,7 @@ from trace_jax.config import ConfigError
 from trace_jax.data.batches import sequential_batches
 from trace_jax.data.rows import Rows
 from trace_jax.io.progress import say
-from trace_jax.models.arrays import flatten, unflatten
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, flatten, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import map_batches, placed_params

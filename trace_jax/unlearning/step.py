@@ -19,8 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey
 
 from trace_jax.data.rows import Batch
-from trace_jax.models.arrays import abstract_params, flatten, unflatten
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, abstract_params, flatten, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.sharding import param_specs

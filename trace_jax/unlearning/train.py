@@ -9,8 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.data.rows import Batch
-from trace_jax.models.arrays import abstract_params, flatten, init_params, unflatten
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, abstract_params, flatten, init_params, unflatten
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import BATCH_AXES, place
 from trace_jax.unlearning.inputs import pad_rows

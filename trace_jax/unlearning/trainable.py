@@ -9,8 +9,7 @@ import numpy as np
 
 from trace_jax.config import ConfigError
 from trace_jax.io.progress import aligned
-from trace_jax.models.arrays import flat_specs
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, flat_specs
 from trace_jax.routing.selection import select_experts
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.unlearning.config import Calibrated, Patterns, Trainable, UnlearningConfig

@@ -21,8 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.config import ConfigError
-from trace_jax.models.arrays import ArraySpec, flat_specs, low_rank
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ArraySpec, ModelConfig, flat_specs, low_rank
 from trace_jax.models.sharding import Delta, expert_rows, merged, param_shardings, param_specs, put_rows
 from trace_jax.parallel.mesh import EXPERT, sum_over
 from trace_jax.parallel.sharding import spec_axes, storage_spec

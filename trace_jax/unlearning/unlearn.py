@@ -16,7 +16,7 @@ from trace_jax.data.rows import Rows, encode_refusals, with_refusals
 from trace_jax.io.codec import encode
 from trace_jax.io.files import as_path, read_json, remove, write_json
 from trace_jax.io.progress import say
-from trace_jax.models.arrays import flatten, unflatten
+from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place

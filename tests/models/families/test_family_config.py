@@ -9,7 +9,7 @@ import transformers
 from tiny_checkpoints import KIMI, MODEL_TYPES
 
 from trace_jax.config import ConfigError
-from trace_jax.models.arrays import count_params
+from trace_jax.models.architecture import count_params
 from trace_jax.models.families import FAMILIES, family_of, model_config, unread_keys
 from trace_jax.models.families.family import complete
 

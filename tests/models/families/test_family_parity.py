@@ -15,7 +15,7 @@ from tiny_checkpoints import LAYOUTS, LENGTH, MODEL_TYPES
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.models import decoder
-from trace_jax.models.arrays import count_params
+from trace_jax.models.architecture import count_params
 from trace_jax.models.families import family_of
 from trace_jax.models.generate import generate
 

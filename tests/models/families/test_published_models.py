@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from trace_jax.config import ConfigError
-from trace_jax.models.arrays import count_params, flat_specs
+from trace_jax.models.architecture import count_params, flat_specs
 from trace_jax.models.families import unread_keys
 from trace_jax.models.families.published import PUBLISHED, published_config, shape_differences
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trace_jax.config import ConfigError
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.families import switches
 from trace_jax.models.families.family import FAMILIES, ConfigReader, Family
 

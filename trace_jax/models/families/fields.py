@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trace_jax.config import ConfigError
-from trace_jax.models.config import Rope
+from trace_jax.models.architecture import Rope
 from trace_jax.models.families.family import ConfigReader, Switches, unsupported
 
 SLIDING, FULL = "sliding_attention", "full_attention"

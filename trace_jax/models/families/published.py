@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trace_jax.config import ConfigError
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.families import model_config
 
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {

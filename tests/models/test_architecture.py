@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trace_jax.models.arrays import abstract_params, count_params, flat_specs, init_params
-from trace_jax.models.config import ModelConfig
+from trace_jax.models.architecture import ModelConfig, abstract_params, count_params, flat_specs, init_params
 
 CONFIG = ModelConfig(
     vocab_size=40, num_layers=3, num_experts=4, shared_hidden_size=24, num_heads=4, num_kv_heads=2, head_size=16
