@@ -9,9 +9,8 @@ import numpy as np
 
 from tests import tiny
 from trace_jax.data.corpora import Probes, Prompts, Questions
-from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.probes import probe_tasks
-from trace_jax.evaluation.task import Evaluator
+from trace_jax.evaluation.task import EvaluationConfig, Evaluator
 from trace_jax.models.architecture import abstract_params
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model

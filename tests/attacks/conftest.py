@@ -15,9 +15,8 @@ from trace_jax.attacks.attack import Case, Context
 from trace_jax.data.batches import sequential_batches
 from trace_jax.data.corpora import Probes, Questions
 from trace_jax.data.rows import Rows
-from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.probes import probe_tasks
-from trace_jax.evaluation.task import Evaluator
+from trace_jax.evaluation.task import EvaluationConfig, Evaluator
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
 from trace_jax.routing.statistics import expert_assignments

@@ -14,11 +14,10 @@ from trace_jax.attacks.prompting import Prompting
 from trace_jax.config import ConfigError
 from trace_jax.data.corpora import build_corpora
 from trace_jax.evaluation import probes as builtin
-from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
 from trace_jax.evaluation.intervals import find
 from trace_jax.evaluation.likelihood import Scored
 from trace_jax.evaluation.probes import Memorization, probe_tasks
-from trace_jax.evaluation.task import Evaluator, TaskScores
+from trace_jax.evaluation.task import EvaluationConfig, Evaluator, MultipleChoiceConfig, TaskScores
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.model import Model, Source
 from trace_jax.parallel.mesh import ParallelConfig

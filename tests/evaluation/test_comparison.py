@@ -7,9 +7,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trace_jax.evaluation.comparison import Run, UnequalBudget, check_equal_budgets, choose_setting, compare
+from trace_jax.evaluation.comparison import (
+    Run,
+    UnequalBudget,
+    as_text,
+    check_equal_budgets,
+    choose_setting,
+    compare,
+    equal_forgetting,
+    equal_forgetting_text,
+)
 from trace_jax.evaluation.fronts import MEAN, Front, RunItems, Series
-from trace_jax.evaluation.tables import comparison_text, equal_forgetting, equal_forgetting_text
 from trace_jax.io.codec import encode
 from trace_jax.tasks.benchmarks import scoreboard
 
@@ -148,7 +156,7 @@ def test_intervals_are_over_seeds_and_items_and_count_items():
     assert interval.n == 3 * ROWS and student.n == 3
     assert interval.value == student.value and interval.low < interval.value < interval.high
     assert compare(pairs(range(3), shared=True), level=0.5).results[1].utilities[MEAN].n == ROWS
-    text = comparison_text(compared)
+    text = as_text(compared)
     assert "95 % intervals over seeds and items; gains over tuned uniform, paired by seed and item" in text
 
 
@@ -169,14 +177,14 @@ def test_the_crossing_is_found_anew_on_every_resample():
 
 def test_one_seed_has_an_interval_over_its_items_and_says_so():
     compared = compare(pairs([0]), level=0.5)
-    assert compared.over == "items" and "over items (one seed)" in comparison_text(compared)
+    assert compared.over == "items" and "over items (one seed)" in as_text(compared)
     assert np.isnan(compared.results[1].over_seeds["gains"][MEAN].low)
 
 
 def test_without_the_items_of_every_run_intervals_are_over_seeds():
     runs = [*pairs(range(3))[:-1], dataclasses.replace(pairs(range(3))[-1], items=None)]
     compared = compare(runs, level=0.5)
-    assert compared.over == "seeds" and "over seeds (no items were kept)" in comparison_text(compared)
+    assert compared.over == "seeds" and "over seeds (no items were kept)" in as_text(compared)
     for result in compared.results:
         assert result.utilities == result.over_seeds["utilities"] and result.gains == result.over_seeds["gains"]
 
@@ -185,7 +193,7 @@ def test_a_comparison_is_plain_json_and_text():
     single = [run for run in RUNS if run.seed == 0]  # one seed: no interval, null in JSON
     plain = json.loads(json.dumps(encode(compare(single, level=0.5)), allow_nan=False))
     assert plain["results"][1]["gains"][MEAN]["low"] is None
-    text = comparison_text(compare(RUNS, level=0.5))
+    text = as_text(compare(RUNS, level=0.5))
     assert "trace_rows" in text and "alpha=4" in text and "3/3" in text
 
 

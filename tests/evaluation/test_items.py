@@ -30,7 +30,7 @@ def run(request, tmp_path_factory):
 
 def test_the_items_of_a_run_have_its_front(run):
     directory, board, _, _, front = run
-    items = load_run_items(directory, front, board, split="test")
+    items = load_run_items(directory, front, board)
     forgetting, utilities = items.resampled(lambda names: np.ones((1, len(names))))  # every item once
     np.testing.assert_allclose(forgetting[0], front.forgetting, rtol=1e-6)
     assert set(utilities) == set(front.utilities)
@@ -41,7 +41,7 @@ def test_the_items_of_a_run_have_its_front(run):
 def test_a_resample_is_the_run_on_items_that_are_repeated(run):
     """Against the scores of explicitly repeated items, measured as everything else is."""
     directory, board, evaluator, scores, front = run
-    items = load_run_items(directory, front, board, split="test")
+    items = load_run_items(directory, front, board)
     draws = make_draws(resamples=3, seed=1)
     forgetting, utilities = items.resampled(draws)
     result = {board.forgetting: forgetting, **utilities}
@@ -99,16 +99,16 @@ def test_one_item_is_drawn_as_often_wherever_it_comes_up():
 
 def test_without_items_at_every_step_of_the_front_there_are_none(run, tmp_path):
     directory, board, evaluator, scores, front = run
-    assert load_run_items(tmp_path, front, board, split="test") is None
+    assert load_run_items(tmp_path, front, board) is None
     for step, step_scores in list(zip(STEPS, scores, strict=True))[:2]:
         Metrics(tmp_path, "a").write_items(step, item_outcomes(evaluator, step_scores))
-    assert load_run_items(tmp_path, front, board, split="test") is None
-    assert isinstance(load_run_items(directory, front, board, split="test"), RunItems)
+    assert load_run_items(tmp_path, front, board) is None
+    assert isinstance(load_run_items(directory, front, board), RunItems)
 
 
 def test_mean_utility_stands_on_the_items_of_every_utility(run):
     directory, board, _, _, front = run
-    items = load_run_items(directory, front, board, split="test")
+    items = load_run_items(directory, front, board)
     counted = {name: sum(items.counts(name).values()) for name in front.utilities}
     assert counted[MEAN] == sum(n for name, n in counted.items() if name != MEAN)
     assert counted["general_utility"] == 5

@@ -13,7 +13,7 @@ import pytest
 
 from tests import handmade
 from trace_jax.data.rows import train_tokenizer
-from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig, MuseConfig, TofuConfig
+from trace_jax.evaluation.task import EvaluationConfig, MultipleChoiceConfig, MuseConfig, TofuConfig
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.tasks.benchmarks import build_tasks

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from trace_jax.io.progress import format_interval, format_number, plain_name
-from trace_jax.report.drawing import method_styles
-from trace_jax.report.figures import mean_front
+from trace_jax.report.figures import mean_front, method_styles
 from trace_jax.report.page import recovered, render
 
 METHODS = ("uniform", "trace", "trace_rows")

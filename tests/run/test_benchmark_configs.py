@@ -12,7 +12,7 @@ from published import METHODS
 from tests.run.toy import SMALL, WORDS, save_checkpoint, write_lines
 from trace_jax.config import ConfigError
 from trace_jax.data.published import PUBLISHED as DATASETS
-from trace_jax.evaluation.config import TofuConfig
+from trace_jax.evaluation.task import TofuConfig
 from trace_jax.io.files import read_json
 from trace_jax.models.families.published import PUBLISHED
 from trace_jax.run.check import dry_run

@@ -15,8 +15,8 @@ from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.rows import train_tokenizer
 from trace_jax.data.sources import DataError
-from trace_jax.evaluation.config import EvaluationConfig, MuseConfig
 from trace_jax.evaluation.membership import privleak, privleak_auc
+from trace_jax.evaluation.task import EvaluationConfig, MuseConfig
 from trace_jax.models.model import SpecialTokens, TextCodec
 from trace_jax.tasks.benchmarks import build_tasks
 from trace_jax.tasks.muse import (

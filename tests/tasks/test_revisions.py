@@ -5,7 +5,7 @@ import re
 import pytest
 
 from trace_jax.data.published import PUBLISHED
-from trace_jax.evaluation.config import MultipleChoiceConfig, MuseConfig, TofuConfig
+from trace_jax.evaluation.task import MultipleChoiceConfig, MuseConfig, TofuConfig
 from trace_jax.tasks.muse import muse_task
 from trace_jax.tasks.tofu import tofu_task
 from trace_jax.tasks.wmdp import read_multiple_choice

@@ -13,9 +13,8 @@ from scipy import stats
 from tests import tiny
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import DataError
-from trace_jax.evaluation.config import EvaluationConfig, TofuConfig
 from trace_jax.evaluation.intervals import find
-from trace_jax.evaluation.task import TaskScores, without_texts
+from trace_jax.evaluation.task import EvaluationConfig, TaskScores, TofuConfig, without_texts
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import SpecialTokens
 from trace_jax.tasks import tofu

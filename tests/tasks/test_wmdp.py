@@ -13,8 +13,7 @@ from tests import tiny
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.rows import train_tokenizer
 from trace_jax.data.sources import DataError
-from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
-from trace_jax.evaluation.task import TaskScores
+from trace_jax.evaluation.task import EvaluationConfig, MultipleChoiceConfig, TaskScores
 from trace_jax.models.architecture import init_params
 from trace_jax.models.model import Model
 from trace_jax.tasks.benchmarks import build_tasks

@@ -2,8 +2,7 @@
 
 For every method and forgetting level the setting (such as alpha) with the best mean validation utility over seeds is
 chosen, and its test utility is reported, next to the gain over a baseline paired by seed and item. Intervals are over
-seeds and items: where a run comes down to the level is estimated from its items, so it
-is found anew on every resample of them; the setting stays.
+seeds and items: where a run comes down to the level is read anew on every resample of its items; the setting stays.
 """
 
 import collections
@@ -12,19 +11,14 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from trace_jax.evaluation.fronts import (
-    MEAN,
-    Draws,
-    Front,
-    RunItems,
-    crossings,
-    make_draws,
-    mean_difference,
-)
+from trace_jax.evaluation import fronts
+from trace_jax.evaluation.fronts import MEAN, Draws, Front, RunItems, Scoreboard
 from trace_jax.evaluation.intervals import Interval, seeds_and_items, t_interval
+from trace_jax.io.progress import aligned
 
 READINGS = ("first", "best")
 
@@ -94,14 +88,8 @@ class Comparison:
 def check_equal_budgets(runs: Sequence[Run], *, exempt: Collection[str] = ()) -> None:
     """Every method has the same number of settings, the same seeds for each of them, and the same number of steps.
 
-    Args:
-      runs: all runs that are compared.
-      exempt: methods that are labelled as having another budget, such as "uniform_2x"; they are checked against
-        nothing but themselves (every setting with the same seeds).
-
-    Raises:
-      UnequalBudget: what differs, for which methods.
-      ValueError: two runs have the same method, setting and seed.
+    Methods that are `exempt`, labelled as having another budget, such as "uniform_2x", are checked against nothing but
+    themselves (every setting with the same seeds).
     """
     seeds, steps = collections.defaultdict(lambda: collections.defaultdict(list)), collections.defaultdict(int)
     for run in runs:
@@ -134,10 +122,8 @@ def choose_setting(runs: Sequence[Run], *, level: float, reading: str = "first")
     """
 
     def quality(setting: str) -> tuple[int, float]:
-        reached = []
-        for front in (run.validation for run in runs if run.setting == setting):
-            if read := _reader(front, front, level, reading):
-                reached.append(read(front.forgetting[None], front.utilities[MEAN][None])[0])
+        validated = [dataclasses.replace(run, test=run.validation) for run in runs if run.setting == setting]
+        reached = [values[MEAN][0] for run in validated if (values := _read(run, level, reading)) is not None]
         return len(reached), float(np.mean(reached)) if reached else -math.inf
 
     return max(dict.fromkeys(run.setting for run in runs), key=quality)
@@ -154,15 +140,10 @@ def compare(
 ) -> Comparison:
     """All methods of a study at one forgetting level, each with its best setting, against a tuned baseline.
 
-    Args:
-      runs: every run of the study; methods appear in the result in the order of their first run.
-      level: forgetting level on the benchmark's scale.
-      baseline: method that gains are relative to.
-      exempt: methods with a budget of their own (see `check_equal_budgets`).
-      reading: "first" reads a run where it first comes down to the level, interpolated; "best" reads it at the
-        evaluation with the best validation utility among those at or below the level on validation, so that a run that
-        loses utility on its way and regains it is judged by what it regains, and not by the best of noisy test points.
-      resamples: of the items of every run.
+    Reading "first" reads a run where it first comes down to the level, interpolated; "best" reads it at the evaluation
+    with the best validation utility among those at or below the level on validation, so that a run that loses utility
+    on its way and regains it is judged by what it regains, and not by the best of noisy test points. The items of every
+    run are resampled; `exempt` as in `check_equal_budgets`.
     """
     check_equal_budgets(runs, exempt=exempt)
     by_method = collections.defaultdict(list)
@@ -172,20 +153,20 @@ def compare(
         raise ValueError(f"the baseline {baseline!r} was not run; there are {', '.join(by_method)}.")
     has_items = all(run.items is not None for run in runs)
     over = "seeds" if not has_items else "seeds and items" if len({run.seed for run in runs}) > 1 else "items"
-    draws = make_draws(resamples=resamples, seed=0) if has_items else None
+    draws = fronts.make_draws(resamples=resamples, seed=0) if has_items else None
     chosen, readings = {}, {}
     for method, group in by_method.items():
         setting = choose_setting(group, level=level, reading=reading)
         chosen[method] = {run.seed: run for run in group if run.setting == setting}
-        readers = {s: _reader(run.validation, run.test, level, reading) for s, run in chosen[method].items()}
-        readings[method] = {s: _read(chosen[method][s], read, draws) for s, read in readers.items() if read}
+        values = {seed: _read(run, level, reading, draws) for seed, run in chosen[method].items()}
+        readings[method] = {seed: value for seed, value in values.items() if value is not None}
     results = []
     for method, group in by_method.items():
         reached, runs_of, others = readings[method], chosen[method], readings[baseline]
         gains = {seed: _gains(ours, others[seed]) for seed, ours in reached.items() if seed in others}
         items = {seed: run.items for seed, run in runs_of.items() if run.items and has_items}
         pairs = [(run.test, chosen[baseline][seed].test) for seed, run in runs_of.items() if seed in chosen[baseline]]
-        areas = [area for area in (mean_difference(*pair) for pair in pairs) if area is not None]
+        areas = [area for area in (fronts.mean_difference(*pair) for pair in pairs) if area is not None]
         results.append(
             MethodResult(
                 method=method,
@@ -202,28 +183,25 @@ def compare(
     return Comparison(level, reading, over, baseline, tuple(m for m in by_method if m in exempt), tuple(results))
 
 
-Reader = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # Values of one seed by name, f64 [1 + R]: first of the items as they are, then of the resamples (R = 0: none).
 Reading = Mapping[str, np.ndarray]
 
 
-def _reader(validation: Front, test: Front, level: float, reading: str) -> Reader | None:
-    """What reads utilities f64 [R] off forgetting and utility [R, N] of a run; None if it doesn't reach the level."""
-    if reading == "first":
-        return (lambda f, u: crossings(f, level)(u)) if test.forgetting.min() <= level else None
-    reached = np.flatnonzero(validation.forgetting <= level)
-    if not len(reached):
+def _read(run: Run, level: float, reading: str, draws: Draws | None = None) -> Reading | None:
+    """Utilities of a run on test where it is at the level; None if it doesn't reach it."""
+    below = np.flatnonzero((run.test if reading == "first" else run.validation).forgetting <= level)
+    if not len(below):
         return None
-    best = reached[np.argmax(validation.utilities[MEAN][reached])]
-    return lambda forgetting, utility: utility[:, best]
-
-
-def _read(run: Run, read: Reader, draws: Draws | None) -> Reading:
-    values = {name: read(run.test.forgetting[None], u[None]) for name, u in run.test.utilities.items()}
-    if run.items is None or draws is None:
-        return values
-    forgetting, utilities = run.items.resampled(draws)
-    return {name: np.concatenate([v, read(forgetting, utilities[name])]) for name, v in values.items()}
+    samples = [(run.test.forgetting[None], {name: values[None] for name, values in run.test.utilities.items()})]
+    if draws is not None and run.items is not None:
+        samples.append(run.items.resampled(draws))
+    if reading == "first":
+        readers = [fronts.crossings(forgetting, level) for forgetting, _ in samples]
+    else:
+        best = below[np.argmax(run.validation.utilities[MEAN][below])]
+        readers = [lambda values: values[:, best]] * len(samples)
+    both = list(zip(readers, samples, strict=True))
+    return {name: np.concatenate([read(u[name]) for read, (_, u) in both]) for name in run.test.utilities}
 
 
 def _gains(ours: Reading, baseline: Reading) -> Reading:
@@ -244,3 +222,111 @@ def _combined(readings: Mapping[int, Reading], items: Mapping[int, RunItems]) ->
         else:
             combined[name] = t_interval(values[0])
     return combined
+
+
+# --- as text
+
+
+def equal_forgetting(of_methods: Mapping[str, Front], *, board: Scoreboard, level: float) -> dict[str, Any]:
+    """Every method's measured columns where its front on test first comes down to `level`, as results.json has them.
+
+    Fronts have step 0, the target model, as first point.
+
+    Returns:
+      level, split, columns, and rows, the target model's first: each has name, reached, step (interpolated), lowest,
+      the run's lowest forgetting, and values by column, empty where the level was not reached.
+    """
+    first = next(iter(of_methods.values()))
+    columns = [board.forgetting, *(name for name in board.utilities if name in first.measured), MEAN]
+
+    def row(name: str, front: Front, read: Callable | None) -> dict[str, Any]:
+        series = {**front.utilities, **front.measured}
+        values = {column: read(series[column]) for column in columns} if read else {}
+        step, lowest = read(front.steps) if read else None, float(front.forgetting.min())
+        return {"name": name, "reached": read is not None, "step": step, "lowest": lowest, "values": values}
+
+    rows = [row("target model", first, lambda values: float(values[0]))]
+    rows[0] |= {"step": None, "lowest": float(first.forgetting[0])}
+    rows += [row(name, front, fronts.crossing(front, level)) for name, front in of_methods.items()]
+    return {"level": level, "split": "test", "columns": columns, "rows": rows}
+
+
+def equal_forgetting_text(table: Mapping[str, Any]) -> str:
+    """What `equal_forgetting` returns as plain text, columns aligned."""
+    lines = [["", *(c.replace("_", " ") for c in table["columns"]), "step"]]
+    for row in table["rows"]:
+        step = "-" if row["step"] is None else f"{row['step']:.1f}"
+        step = step if row["reached"] else f"lowest {row['lowest']:.3f}"
+        lines.append([row["name"], *(number_text(row["values"].get(c)) for c in table["columns"]), step])
+    caption = f"At equal forgetting ({lines[0][1]} <= {table['level']:g}), {table['split']} split"
+    note = [] if all(row["reached"] for row in table["rows"]) else ["-: did not reach the level; its lowest is given"]
+    return "\n".join([caption, *aligned(lines), *note])
+
+
+def as_text(comparison: Comparison) -> str:
+    """Means over seeds with intervals, and gains over the baseline in percent, as plain text."""
+    return "\n".join([_caption(comparison), *aligned(_comparison_cells(comparison))])
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """The same as a Markdown table."""
+    return f"{_caption(comparison)}:\n\n{_markdown(_comparison_cells(comparison))}"
+
+
+def objectives_markdown(comparisons: Mapping[str, Comparison]) -> str:
+    """One line an objective: mean utility of every method at one level with its setting, gains over the baseline."""
+    first = next(iter(comparisons.values()))
+    methods = [result.method for result in first.results]
+    others = [method for method in methods if method != first.baseline]
+    lines = [["objective", *methods, *(f"gain of {method}" for method in others), "settings chosen"]]
+    for objective, comparison in comparisons.items():
+        results = {result.method: result for result in comparison.results}
+        utilities = [_interval(results[m].utilities.get(MEAN)) for m in methods]
+        gains = [_interval(results[m].gains.get(MEAN), percent=True) for m in others]
+        settings = "; ".join(f"{m} {results[m].setting}" for m in methods)
+        lines.append([f"`{objective}`", *utilities, *gains, settings])
+    return f"{_caption(first)}; mean utility:\n\n{_markdown(lines, last='---')}"
+
+
+def _markdown(lines: Sequence[Sequence[str]], *, last: str = "---:") -> str:
+    rule = ["---", *["---:"] * (len(lines[0]) - 2), last]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (lines[0], rule, *lines[1:]))
+
+
+def _caption(comparison: Comparison) -> str:
+    where = {"first": "where a run first comes down to", "best": "at the best evaluation at or below"}
+    paired, note = {
+        "seeds and items": ("seed and item", ""),
+        "items": ("item", " (one seed)"),
+        "seeds": ("seed", " (no items were kept)"),
+    }[comparison.over]
+    return (
+        f"Test split, {where[comparison.reading]} forgetting {comparison.level:g}; means over seeds, 95 % intervals "
+        f"over {comparison.over}{note}; gains over tuned {comparison.baseline}, paired by {paired}"
+    )
+
+
+def _comparison_cells(comparison: Comparison) -> list[list[str]]:
+    names = list(dict.fromkeys(n for r in comparison.results for n in r.utilities))
+    titles = [n.replace("_", " ") for n in names]
+    lines = [["", "setting", "seeds", *titles, *(f"gain on {t}" for t in titles)]]
+    for result in comparison.results:
+        label = result.method + (" (own budget)" if result.method in comparison.exempt else "")
+        seeds = f"{len(result.seeds)}/{len(result.seeds) + len(result.missed)}"
+        cells = [_interval(result.utilities.get(n)) for n in names]
+        gains = [_interval(result.gains.get(n), percent=True) for n in names]
+        lines.append([label, result.setting, seeds, *cells, *gains])
+    return lines
+
+
+def number_text(value: float | None) -> str:
+    """Three decimals; a dash where there is no value."""
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _interval(interval: Interval | None, *, percent: bool = False) -> str:
+    if interval is None:
+        return "-"
+    numbers = interval.value, interval.low, interval.high
+    value, low, high = (f"{100 * x:+.1f}" if percent else f"{x:.3f}" for x in numbers)
+    return value + " %" * percent + ("" if math.isnan(interval.low) else f" [{low}, {high}]")

@@ -73,25 +73,17 @@ def front_from_history(
     split: str,
     original: Mapping[str, float] | None = None,
 ) -> Front:
-    """The front of a run from its evaluations.
+    """The front of a run from the (step, measurements) of its evaluations; names that not every point has are left out.
 
-    Args:
-      history: (step, measurements) pairs; measurements of other splits are ignored, and so are names that not every
-        point has.
-      board, split: say which measurements are forgetting and utility.
-      original: values of the original model that relative utilities are divided by; None: those of step 0.
-
-    Raises:
-      ValueError: a needed measurement is missing, or an original value is zero.
+    `original`: values of the original model that relative utilities are divided by; None: those of step 0.
     """
-    points = sorted(
-        ((step, {m.name: m.value for m in ms if m.split == split}) for step, ms in history), key=lambda p: p[0]
-    )
-    original = points[0][1] if original is None else original
-    names = [name for name in points[0][1] if all(name in values for _, values in points)]
+    points = {step: {m.name: m.value for m in ms if m.split == split} for step, ms in history}
+    steps = sorted(points)
+    original = points[steps[0]] if original is None else original
+    names = [name for name in points[steps[0]] if all(name in values for values in points.values())]
     if board.forgetting not in names:
         raise ValueError(f"{board.forgetting} was not measured on {split} at every evaluation; measured: {names}.")
-    measured = {name: np.array([values[name] for _, values in points], np.float64) for name in names}
+    measured = {name: np.array([points[step][name] for step in steps], np.float64) for name in names}
     utilities = {}
     for name, relative in board.utilities.items():
         if name in measured:
@@ -102,8 +94,7 @@ def front_from_history(
     if not utilities:
         raise ValueError(f"no utility was measured on {split}; expected one of {list(board.utilities)}.")
     utilities[MEAN] = np.mean(list(utilities.values()), axis=0)
-    steps = np.array([step for step, _ in points], np.int64)
-    return Front(steps, measured[board.forgetting], utilities, measured)
+    return Front(np.array(steps, np.int64), measured[board.forgetting], utilities, measured)
 
 
 def crossings(forgetting: np.ndarray, level: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -155,10 +146,7 @@ Draws = Callable[[np.ndarray], np.ndarray]  # names [G] -> how often each is dra
 
 
 def make_draws(*, resamples: int, seed: int) -> Draws:
-    """The draws of items; the same for an item wherever it comes up.
-
-    A resample that draws none of the items that are asked for is the sample itself.
-    """
+    """The draws of items, the same for an item wherever it comes up; where none would be drawn, all are."""
 
     @functools.cache
     def of_item(name: int) -> np.ndarray:
@@ -222,20 +210,16 @@ class RunItems:
         return {int(name): int(n) for s in chosen for name, n in zip(s.names, s.counts, strict=True)}
 
 
-def load_run_items(directory: str | os.PathLike, front: Front, board: Scoreboard, *, split: str) -> RunItems | None:
-    """The items behind a front; None where the run kept none, or not at every step of the front."""
-    stored = read_items(directory)
-    if stored is None:
-        return None
-    steps, items = stored
-    at = np.searchsorted(steps, front.steps)
-    if (at >= len(steps)).any() or (steps[at] != front.steps).any():
+def load_run_items(directory: str | os.PathLike, front: Front, board: Scoreboard) -> RunItems | None:
+    """The items behind a front on test; None where the run kept none, or not at every step of the front."""
+    steps, items = read_items(directory) or (np.zeros(0), {})
+    if not np.isin(front.steps, steps).all():
         return None
     by_subject: dict[str, dict[str, np.ndarray]] = {}
     for path, values in items.items():
-        part, subject, name = path.split("/")
-        if part == split:
-            by_subject.setdefault(subject, {})[name] = values[at]
+        split, subject, name = path.split("/")
+        if split == "test":
+            by_subject.setdefault(subject, {})[name] = values[np.searchsorted(steps, front.steps)]
     series = {}
     for subject, columns in by_subject.items():  # [T, N]
         if "correct" in columns:

@@ -17,11 +17,10 @@ from rouge_score import rouge_scorer
 from trace_jax.config import fingerprint
 from trace_jax.data.corpora import Probes, Prompts, Questions
 from trace_jax.data.rows import Rows
-from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.intervals import Measurement, bootstrap_mean, named, proportion
 from trace_jax.evaluation.likelihood import row_texts, score_questions, score_rows, score_sequences, spread_indices
 from trace_jax.evaluation.membership import SIDES, Membership
-from trace_jax.evaluation.task import Evaluator, Scores, Task, TaskScores, item_lines
+from trace_jax.evaluation.task import EvaluationConfig, Evaluator, Scores, Task, TaskScores, item_lines
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
 

@@ -8,8 +8,7 @@ import jinja2
 from markupsafe import Markup
 
 from trace_jax.io.progress import flatten, format_interval, format_number, format_share, plain_name
-from trace_jax.report.drawing import TIMES_UNIFORM, method_styles, swatch
-from trace_jax.report.figures import Number, front_figures, row_plot, step_figures
+from trace_jax.report.figures import TIMES_UNIFORM, Number, front_figures, method_styles, row_plot, step_figures, swatch
 from trace_jax.report.routing import MOST_METHODS, corpus_figures, routing_groups
 
 BASELINE = "uniform"  # the method that the verdict compares the others with

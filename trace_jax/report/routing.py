@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trace_jax.io.progress import format_share, plain_name
-from trace_jax.report.drawing import TIMES_UNIFORM, Figure, Scale, Style, scale_of
-from trace_jax.report.figures import heat_map, layer_plot, row_plot
+from trace_jax.report.figures import TIMES_UNIFORM, Figure, Scale, Style, heat_map, layer_plot, row_plot, scale_of
 
 MOST_METHODS = 4  # that have heat maps; results.json has the arrays of all
 MOST_OUTLINED = 64  # experts of a layer; in narrower cells outlines would hide the colours

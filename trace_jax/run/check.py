@@ -16,7 +16,7 @@ from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.data.rows import read_codec
 from trace_jax.data.sources import HUGGINGFACE, TFDS, is_here, part, read_source
-from trace_jax.evaluation.config import EvaluationConfig, MultipleChoiceConfig
+from trace_jax.evaluation.task import EvaluationConfig, MultipleChoiceConfig
 from trace_jax.io.progress import byte_size
 from trace_jax.models.architecture import ModelConfig, count_params
 from trace_jax.models.families import family_of

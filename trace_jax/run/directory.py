@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from trace_jax.config import ConfigError, as_dict
+from trace_jax.evaluation.comparison import equal_forgetting, equal_forgetting_text
 from trace_jax.evaluation.fronts import Front, crossing
 from trace_jax.evaluation.intervals import Interval
-from trace_jax.evaluation.tables import equal_forgetting, equal_forgetting_text
 from trace_jax.io.codec import decode, encode
 from trace_jax.io.files import (
     as_path,
@@ -276,7 +276,7 @@ def refresh(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
         result["attacks"] = {name: needed(path / "methods" / label / "attacks" / f"{name}.json") for name in attacks}
     fronts = {label: decode(Front, result["fronts"][SPLIT]) for label, result in methods.items()}
     benchmark, levels = config["data"]["benchmark"], config["evaluation"]["levels"]
-    tables = [equal_forgetting(fronts, board=scoreboard(benchmark), level=level, split=SPLIT) for level in levels]
+    tables = [equal_forgetting(fronts, board=scoreboard(benchmark), level=level) for level in levels]
     results = {
         "name": config["name"],
         "benchmark": benchmark,

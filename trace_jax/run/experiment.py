@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from trace_jax.attacks import AttacksConfig
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
-from trace_jax.evaluation.config import EvaluationConfig
+from trace_jax.evaluation.task import EvaluationConfig
 from trace_jax.io.progress import say
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.parallel.mesh import PLAIN, ParallelConfig

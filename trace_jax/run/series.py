@@ -15,7 +15,7 @@ from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
 from trace_jax.data.sources import read_source
-from trace_jax.evaluation.tables import number_text
+from trace_jax.evaluation.comparison import number_text
 from trace_jax.io.codec import encode
 from trace_jax.io.environment import describe
 from trace_jax.io.files import shown, write_json

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from trace_jax.config import ConfigError, resolve
-from trace_jax.evaluation.comparison import READINGS, Comparison, Run, check_equal_budgets, compare
+from trace_jax.evaluation import comparison
+from trace_jax.evaluation.comparison import READINGS, Comparison, Run
 from trace_jax.evaluation.fronts import Front, load_run_items
-from trace_jax.evaluation.tables import comparison_markdown, comparison_text, objectives_markdown
 from trace_jax.io.codec import decode, encode
 from trace_jax.io.environment import describe
 from trace_jax.io.files import read_json, replacing, shown, write_json
@@ -189,7 +189,7 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
         directory = path / f"seed-{trial.seed}" / "methods" / trial.label
         if (result := read_json(directory / "results.json")) is not None:
             validation, test = (decode(Front, result["fronts"][split]) for split in ("validation", "test"))
-            items = load_run_items(directory, test, board, split="test")
+            items = load_run_items(directory, test, board)
             runs[trial.objective].append(Run(trial.method, trial.setting, trial.seed, validation, test, items))
             if result["seconds_per_step"] is not None:
                 seconds[trial.method].append(result["seconds_per_step"])
@@ -197,9 +197,8 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
     settings = {"exempt": exempt, "resamples": config.evaluation.bootstrap}
     comparisons: dict[str, list[Comparison]] = {}
     for objective, group in runs.items():
-        check_equal_budgets(group, exempt=exempt)
         kinds = itertools.product(config.evaluation.levels, READINGS)
-        comparisons[objective] = [compare(group, level=level, reading=r, **settings) for level, r in kinds]
+        comparisons[objective] = [comparison.compare(group, level=level, reading=r, **settings) for level, r in kinds]
 
     def named(objective: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         return {**({"objective": objective} if objective else {}), **fields}
@@ -223,11 +222,11 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
     )
     tables, texts = [], []
     for objective, compared in comparisons.items():
-        tables += [f"## {objective}"] * bool(objective) + list(map(comparison_markdown, compared))
-        texts += [objective] * bool(objective) + list(map(comparison_text, compared))
+        tables += [f"## {objective}"] * bool(objective) + list(map(comparison.as_markdown, compared))
+        texts += [objective] * bool(objective) + list(map(comparison.as_text, compared))
     if config.study.objectives:
         of_reading = ({o: compared[i] for o, compared in comparisons.items()} for i in range(len(READINGS)))
-        tables = [*map(objectives_markdown, of_reading), *tables]
+        tables = [*map(comparison.objectives_markdown, of_reading), *tables]
     with replacing(path / "tables.md") as temporary:
         temporary.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     write_json(path / "environment.json", describe())

@@ -2,9 +2,8 @@
 
 from trace_jax.config import ConfigError
 from trace_jax.data.corpora import DataConfig
-from trace_jax.evaluation.config import EvaluationConfig
 from trace_jax.evaluation.fronts import Scoreboard
-from trace_jax.evaluation.task import Task
+from trace_jax.evaluation.task import EvaluationConfig, Task
 from trace_jax.tasks.handbook import HandbookConfig
 from trace_jax.tasks.muse import muse_task
 from trace_jax.tasks.presidents import PresidentsConfig

@@ -20,12 +20,11 @@ from jax.sharding import Mesh
 from trace_jax.config import fingerprint
 from trace_jax.data.sources import part, read_records, revision_and_content, text_of
 from trace_jax.evaluation import intervals
-from trace_jax.evaluation.config import MuseConfig
 from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import score_sequences
 from trace_jax.evaluation.membership import AUC_UNTRAINED, min_k_scores, privleak, privleak_auc
 from trace_jax.evaluation.probes import rouge_l
-from trace_jax.evaluation.task import SPLIT, TaskScores
+from trace_jax.evaluation.task import SPLIT, MuseConfig, TaskScores
 from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model, TextCodec
 

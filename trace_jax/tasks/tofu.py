@@ -18,11 +18,10 @@ from scipy import special, stats
 from trace_jax.config import fingerprint
 from trace_jax.data.sources import DataError, part, read_records, revision_and_content, text_of
 from trace_jax.evaluation import intervals
-from trace_jax.evaluation.config import TofuConfig
 from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import TokenScores, score_sequences, spread_indices
 from trace_jax.evaluation.probes import exact_memorization, extraction_strength, rouge_recalls
-from trace_jax.evaluation.task import SPLIT, TaskScores
+from trace_jax.evaluation.task import SPLIT, TaskScores, TofuConfig
 from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model, TextCodec, start_and_end
 

@@ -16,10 +16,9 @@ from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.sources import DataError, read_records, revision_and_content
-from trace_jax.evaluation.config import MultipleChoiceConfig
 from trace_jax.evaluation.intervals import Measurement, named, wilson
 from trace_jax.evaluation.likelihood import score_texts, spread_indices
-from trace_jax.evaluation.task import SPLIT, TaskScores
+from trace_jax.evaluation.task import SPLIT, MultipleChoiceConfig, TaskScores
 from trace_jax.models.model import Model
 
 PROFILE = "lm-eval 0-shot"
