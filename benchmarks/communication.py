@@ -20,8 +20,7 @@ from train_step import SHAPES
 
 from trace_jax.models.architecture import ModelConfig, flat_specs
 from trace_jax.models.grouped_matmul import resolve_implementation
-from trace_jax.parallel.mesh import BATCH_AXES, DATA, EXPERT, TENSOR, make_mesh
-from trace_jax.parallel.sharding import RULES, spec_axes, storage_spec
+from trace_jax.parallel.mesh import BATCH_AXES, DATA, EXPERT, RULES, TENSOR, make_mesh, spec_axes, storage_spec
 from trace_jax.plan.hlo import traffic
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.step import unlearning_step

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.models import blocked_experts
+from trace_jax.models import grouped_matmul
 from trace_jax.models.architecture import ModelConfig
-from trace_jax.models.blocked_experts import make_blocks
 from trace_jax.models.moe import experts
 
 T, D, E, F, K = 150, 24, 6, 20, 3
@@ -54,7 +53,7 @@ def close(got, wanted, tolerance):
 
 @pytest.mark.parametrize(("case", "blocks"), [("plain", 4), ("biases and limits", 4), ("bfloat16", 1)])
 def test_output_and_every_gradient_equal_those_of_every_expert_on_every_token(case, blocks, monkeypatch):
-    monkeypatch.setattr(blocked_experts, "MOST_BLOCKS", blocks)
+    monkeypatch.setattr(grouped_matmul, "MOST_BLOCKS", blocks)
     weights, x, gates, indices, cotangent = make_inputs(CASES[case])
     got, wanted = (
         result(dataclasses.replace(CASES[case], grouped_matmul=name), cotangent, indices, weights, x, gates)
@@ -76,8 +75,8 @@ def test_slots_without_a_place_count_as_zero_and_take_no_gradient():
 
     def total(gates):
         places = jnp.where(here[:, None], place, T * K)
-        blocks = make_blocks(slot, group, jnp.int32(70 * K // 15), places, weights)
-        return jnp.sum(blocked_experts.blocked_experts(activate, weights, x, gates, blocks) * cotangent)
+        blocks = grouped_matmul.make_blocks(slot, group, jnp.int32(70 * K // 15), places, weights)
+        return jnp.sum(grouped_matmul.blocked_experts(activate, weights, x, gates, blocks) * cotangent)
 
     gradient = jax.grad(total)(gates)
     assert np.all(gradient[70:] == 0)
@@ -99,7 +98,7 @@ def test_with_less_room_than_slots_nothing_is_lost_uncounted():
 
 @pytest.mark.parametrize(("case", "blocks"), [("biases and limits", 1), ("bfloat16", 4)])
 def test_of_experts_that_do_not_train_only_the_weights_take_no_gradient(case, blocks, monkeypatch):
-    monkeypatch.setattr(blocked_experts, "MOST_BLOCKS", blocks)
+    monkeypatch.setattr(grouped_matmul, "MOST_BLOCKS", blocks)
     weights, x, gates, indices, cotangent = make_inputs(CASES[case])
     config, trained = dataclasses.replace(CASES[case], grouped_matmul="blocked"), np.array([0, 0, 0, 1, 0, 1], bool)
     y, of_weights, *others = result(config, cotangent, indices, {**weights, "trained": trained}, x, gates)

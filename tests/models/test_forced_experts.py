@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from tests.tiny import mesh_of, random_params
 from trace_jax.models import decoder
 from trace_jax.models.architecture import ModelConfig
-from trace_jax.models.attention import init_cache
+from trace_jax.models.layers import init_cache
 from trace_jax.models.moe import moe_layer
 from trace_jax.models.sharding import on_mesh, placed_params
 from trace_jax.parallel.mesh import BATCH_AXES

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from tests.tiny import mesh_of, random_params
 from trace_jax.config import ConfigError
-from trace_jax.models import attention, decoder
+from trace_jax.models import decoder, layers
 from trace_jax.models.architecture import ModelConfig, Rope, flatten, unflatten
-from trace_jax.models.attention import init_cache
+from trace_jax.models.layers import init_cache
 from trace_jax.models.loss import token_kl, token_nll
 from trace_jax.models.moe import route
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
@@ -114,13 +114,13 @@ def test_the_written_gradient_of_attention_is_the_derived_one():
         for shape in ((2, 2, 3, S, 4), (2, 2, S, 4), (2, 2, S, 5), (2, 2, 3, S, 5))
     )
     sinks, documents = rng.normal(size=(2, 3)).astype(np.float32), rng.integers(1, 3, (2, S)).astype(np.int32)
-    mask = attention.attention_mask(jnp.asarray(documents), S)
+    mask = layers.attention_mask(jnp.asarray(documents), S)
 
     def gradients(attend):
         return jax.jit(jax.grad(lambda q, k, v, s: (attend(q, k, v, mask, s) * weight).sum(), argnums=(0, 1, 2, 3)))
 
-    written = gradients(attention._causal_attend)(q, k, v, sinks)
-    derived = gradients(lambda *arrays: attention._attend_with_normalizer(*arrays)[0])(q, k, v, sinks)
+    written = gradients(layers._causal_attend)(q, k, v, sinks)
+    derived = gradients(lambda *arrays: layers._attend_with_normalizer(*arrays)[0])(q, k, v, sinks)
     for mine, other in zip(written, derived, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
 

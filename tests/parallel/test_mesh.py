@@ -16,11 +16,11 @@ from trace_jax.parallel.mesh import (
     make_mesh,
     place,
     row_shards,
+    storage_spec,
     sum_over,
     to_host,
     varying_axes,
 )
-from trace_jax.parallel.sharding import storage_spec
 
 GATE_UP = ("layers", "experts", "embed", "gate_up", "expert_hidden")
 SIZES = {"data": 4, "expert": 2, "tensor": 2}

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trace_jax.models.architecture import ModelConfig
-from trace_jax.models.attention import Cache, attention, attention_mask
-from trace_jax.models.layers import gated_mlp, norm, rotary
+from trace_jax.models.layers import Cache, attention, attention_mask, gated_mlp, norm, rotary
 from trace_jax.models.moe import Routing, moe_layer
 from trace_jax.models.sharding import assembled, rematerialized
 from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, sum_over, varying_axes

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from trace_jax.io.progress import progress
 from trace_jax.models.architecture import ModelConfig, unflatten
-from trace_jax.models.attention import Cache, init_cache
 from trace_jax.models.decoder import forward
+from trace_jax.models.layers import Cache, init_cache
 from trace_jax.models.model import Model, TextCodec
 from trace_jax.models.sharding import pad, param_specs, placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, TENSOR, place, row_shards, sum_over, to_host

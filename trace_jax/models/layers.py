@@ -1,8 +1,10 @@
-"""What layers are made of: norms (in float32), rotary position embedding, and the gated feed-forward part.
+"""What layers are made of: norms (in float32), rotary position embedding, the gated feed-forward part, and attention.
 
-The first dimensions of a head turn with position; in latent attention the last.
+Attention is causal, grouped-query or multi-head latent, with document masks, windows, sinks and a cache. The first
+dimensions of a head turn with position; in latent attention the last.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -11,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from trace_jax.models.architecture import ModelConfig, Rope
-from trace_jax.parallel.mesh import TENSOR, sum_over
+from trace_jax.parallel.mesh import TENSOR, as_varying, share, sum_over, varying_axes
+
+MASKED = -1e30  # a score that softmax turns into exactly 0; finite, so that no gradient is NaN
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float, *, width: int | None = None) -> jax.Array:
@@ -119,3 +123,223 @@ def _swiglu_backward(gate_up, gradient):
 
 
 _swiglu.defvjp(lambda gate_up: (_swiglu(gate_up), gate_up), _swiglu_backward)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What decoding needs of the tokens so far. M = room for tokens.
+
+    Latent attention keeps the latent and the rotated key that all heads share as one key of width R + W, and no values:
+    they are part of the latent.
+    """
+
+    k: jax.Array  # [L, B, M, G, C] or [L, B, M, 1, R + W]
+    v: jax.Array | None  # [L, B, M, G, C] or None
+    documents: jax.Array  # i32 [B, M]; 0 = padding or empty
+    positions: jax.Array  # i32 [B, M]
+    index: jax.Array  # i32 scalar: places in use
+
+
+def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
+    """Empty cache with room for `length` tokens in each of `batch_size` rows (on a mesh: those of a device)."""
+    heads = share(config.num_kv_heads, "kv_heads"), config.head_size
+    key = (1, config.latent_size + config.rotary_width) if config.attention == "latent" else heads
+    k = jnp.zeros((config.num_layers, batch_size, length, *key), config.dtype)
+    places = jnp.zeros((batch_size, length), jnp.int32)
+    return Cache(k, None if config.attention == "latent" else k, places, places, jnp.zeros((), jnp.int32))
+
+
+def attention_mask(documents, length: int, key_documents=None, start: jax.Array | int = 0) -> jax.Array:
+    """bool [B or 1, S, M]: whether query s may read key m: same document, and not later.
+
+    Padding (document 0) reads earlier padding, so that every query reads at least itself. `documents` i32 [B, S] are
+    the queries' (None: all of one), `key_documents` i32 [B, M] the keys', among which queries begin at `start` (None:
+    the same).
+    """
+    key_documents = documents if key_documents is None else key_documents
+    query = jnp.arange(length, dtype=jnp.int32) + start
+    key = jnp.arange(length if key_documents is None else key_documents.shape[1], dtype=jnp.int32)
+    causal = (query[:, None] >= key[None, :])[None]
+    return causal if documents is None else causal & (documents[:, :, None] == key_documents[:, None, :])
+
+
+def attention(layer: dict, config: ModelConfig, x: jax.Array, *, rope_table: jax.Array, mask: jax.Array, cache=None):
+    """One layer's (self-attention [B, S, D] of normalised x, (k, v) with the new tokens).
+
+    Args:
+      rope_table: f32 [2, B or 1, S, 1, 2, W/2], this layer's entry of `rotary`.
+      mask: bool [B or 1, S, M]: what this layer's queries may read.
+      cache: (k [B, M, ...], v or None, i32 place where the new ones are written before all are read), or None (M = S).
+    """
+    mix = _latent_attention if config.attention == "latent" else _grouped_attention
+    mixed, keys_values = mix(layer, config, x, rope_table, mask, cache)
+    if config.attention_gate:
+        mixed = mixed * jax.nn.sigmoid(jnp.einsum("bsd,dhc->bshc", x, layer["attention_gate"]))
+    y = sum_over(jnp.einsum("bshc,hcd->bsd", mixed, layer["o"]), TENSOR)
+    return (y + layer["o_bias"][None, None] if config.attention_bias == "all" else y), keys_values
+
+
+def _grouped_attention(layer, config: ModelConfig, x, rope_table, mask, cache):
+    """(mixed values [B,S,H,C], (k, v) [B,M,G,C])."""
+    x = as_varying(x, varying_axes(layer["q"]) & varying_axes(layer["k"]))  # one sum of three gradients, not three
+    q, k, v = (_projection(layer, config, x, name) for name in ("q", "k", "v"))
+    q, k = (rotate(a, rope_table, interleaved=config.rope_interleaved) for a in (q, k))
+    if config.qk_norm == "head_after_rope":
+        q, k = (rms_norm(a, layer[f"{n}_norm"], config.norm_epsilon) for a, n in ((q, "q"), (k, "k")))
+    if cache is not None:
+        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache[2], axis=1)
+        k, v = write(cache[0], k), write(cache[1], v)
+    own_k, own_v = (_read_by_own_heads(a, config, q.shape[2]) for a in (k, v))
+    return _attend(layer, config, q, own_k, own_v, mask, cached=cache is not None), (k, v)
+
+
+def _read_by_own_heads(kv, config: ModelConfig, num_heads: int):
+    """Keys or values [B,M,G,C] of the heads that this device's queries read; one per query head if not all do so alike.
+
+    Heads split evenly need nothing. Where there are fewer key heads than devices, each device has all of them.
+    """
+    if num_heads == config.num_heads or kv.shape[2] < config.num_kv_heads:
+        return kv
+    head = jax.lax.axis_index(TENSOR) * num_heads + jnp.arange(num_heads, dtype=jnp.int32)
+    return kv[:, :, jnp.minimum(head, config.num_heads - 1) // (config.num_heads // config.num_kv_heads)]
+
+
+def _projection(layer, config: ModelConfig, x, name: str):
+    """Query, key or value heads [B,S,N,C] before the rotary embedding: bias, norm, limit, in this order."""
+    y = jnp.einsum("bsd,dhc->bshc", x, layer[name])
+    if config.attention_bias != "none":
+        y = y + layer[f"{name}_bias"][None, None]
+    if name != "v" and config.qk_norm == "head":
+        y = rms_norm(y, layer[f"{name}_norm"], config.norm_epsilon)
+    if name != "v" and config.qk_norm == "full":
+        heads = config.num_heads if name == "q" else config.num_kv_heads
+        flat, width = y.reshape(*y.shape[:2], -1), heads * config.head_size
+        y = rms_norm(flat, layer[f"{name}_norm"].reshape(-1), config.norm_epsilon, width=width).reshape(y.shape)
+    return jnp.clip(y, -config.clip_qkv, config.clip_qkv) if config.clip_qkv else y
+
+
+def _latent_attention(layer, config: ModelConfig, x, rope_table, mask, cache):
+    """(mixed values [B,S,H,value_width], (latents and shared keys [B,M,1,R+W], None)). DeepSeek-V2, arXiv 2405.04434.
+
+    Without a cache keys and values are formed for every head. With one, queries are brought into the latent space
+    instead (the paper's absorbed form), so that no head's keys are ever kept.
+    """
+    R, nope_dims, epsilon = config.latent_size, config.head_size - config.rotary_width, config.latent_epsilon
+
+    def down(name):
+        y = jnp.einsum("bsd,dr->bsr", x, layer[name])
+        return y + layer[f"{name}_bias"][None, None] if config.attention_bias == "all" else y
+
+    if config.query_latent_size:
+        q = jnp.einsum("bsr,rhc->bshc", rms_norm(down("q_down"), layer["q_down_norm"], epsilon), layer["q_up"])
+    else:
+        q = jnp.einsum("bsd,dhc->bshc", x, layer["q"])
+    kv = down("kv_down")
+    latent = rms_norm(kv[..., :R], layer["kv_down_norm"], epsilon)[:, :, None]
+    k_rope = rotate(kv[:, :, None, R:], rope_table, interleaved=config.rope_interleaved)
+    q_rope = rotate(q[..., nope_dims:], rope_table, interleaved=config.rope_interleaved)
+    k_up, v_up = layer["kv_up"][..., :nope_dims], layer["kv_up"][..., nope_dims:]
+    if cache is None:
+        k, v = (jnp.einsum("bsr,rhc->bshc", latent[:, :, 0], up) for up in (k_up, v_up))
+        shared = jnp.broadcast_to(k_rope, (*k.shape[:3], k_rope.shape[-1]))
+        q = jnp.concatenate([q[..., :nope_dims], q_rope], axis=-1)
+        return _attend(layer, config, q, jnp.concatenate([k, shared], axis=-1), v, mask, cached=False), (None, None)
+    q = jnp.concatenate([jnp.einsum("bshc,rhc->bshr", q[..., :nope_dims], k_up), q_rope], axis=-1)
+    k = jax.lax.dynamic_update_slice_in_dim(cache[0], jnp.concatenate([latent, k_rope], axis=-1), cache[2], axis=1)
+    mixed = _attend(layer, config, q, k, k[..., :R], mask, cached=True)
+    return jnp.einsum("bshr,rhc->bshc", mixed, v_up), (k, None)
+
+
+def _attend(layer, config: ModelConfig, q, k, v, mask, *, cached: bool):
+    """Mixed values [B,S,H,Cv] of q [B,S,H,C], k [B,M,G,C], v [B,M,G,Cv]."""
+    B, S, H, _ = q.shape
+    G, scale = k.shape[2], config.attention_scale or config.head_size**-0.5
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    q = q.reshape(B, S, G, H // G, -1).transpose(0, 2, 3, 1, 4)
+    sinks = layer["sinks"].astype(jnp.float32).reshape(G, H // G) if config.sinks else None
+    arrays = q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask, sinks
+    mixed = _attend_with_normalizer(*arrays)[0] if cached else _causal_attend(*as_varying(arrays, varying_axes(q)))
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, S, H, -1)
+
+
+# Below: q [B,G,R,S,C] (R query heads share one key head; already scaled), k [B,G,M,C], v [B,G,M,Cv], mask bool
+# [B or 1,S,M], sinks f32 [G,R] or None: a head's logit that takes part in the softmax and has no value.
+
+
+def _attend_with_normalizer(q, k, v, mask, sinks):
+    """(mixed values [B,G,R,S,Cv], log of the softmax's normaliser f32 [B,G,R,S])."""
+    B, G, R, S, C = q.shape
+    scores = jnp.einsum("bgxc,bgmc->bgxm", q.reshape(B, G, R * S, C), k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(B, G, R, S, -1) + jnp.where(mask, 0.0, MASKED)[:, None, None]
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    if sinks is not None:
+        largest = jnp.maximum(largest, sinks[None, :, :, None, None])
+    exponential = jnp.exp(scores - largest)
+    total = jnp.sum(exponential, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks[None, :, :, None, None] - largest)
+    flat = exponential.astype(v.dtype).reshape(B, G, R * S, -1)
+    mixed = jnp.einsum("bgxm,bgmc->bgxc", flat, v, preferred_element_type=jnp.float32).reshape(B, G, R, S, -1)
+    return (mixed / total).astype(q.dtype), (largest + jnp.log(total))[..., 0]
+
+
+def _attend_gradient(q, k, v, mask, normalizer, dot, gradient):
+    """Gradients of q, k, v. Scores are computed again, keys first: then only one of the products needs a transpose.
+
+    dot: f32 [B,G,R,S], the product of the gradient with the mixed values.
+    """
+    B, G, R, S, C = q.shape
+    M = k.shape[2]
+    dot, normalizer = dot.reshape(B, G, 1, R * S), normalizer.reshape(B, G, 1, R * S)
+    q, gradient = q.reshape(B, G, R * S, C), gradient.reshape(B, G, R * S, -1)
+    keep = jnp.broadcast_to(jnp.swapaxes(mask, 1, 2)[:, :, None, :], (mask.shape[0], M, R, S)).reshape(-1, 1, M, R * S)
+    scores = jnp.einsum("bgmc,bgxc->bgmx", k, q, preferred_element_type=jnp.float32)
+    probability = jnp.where(keep, jnp.exp(scores - normalizer), 0.0)
+    gradient_v = jnp.einsum("bgmx,bgxc->bgmc", probability.astype(v.dtype), gradient)
+    of_probability = jnp.einsum("bgmc,bgxc->bgmx", v, gradient, preferred_element_type=jnp.float32)
+    of_scores = (probability * (of_probability - dot)).astype(q.dtype)
+    gradient_k = jnp.einsum("bgmx,bgxc->bgmc", of_scores, q)
+    gradient_q = jnp.einsum("bgmx,bgmc->bgxc", of_scores, k)
+    return gradient_q.reshape(B, G, R, S, C), gradient_k, gradient_v
+
+
+def _query_blocks(length: int) -> list[slice]:
+    """Queries in up to 4 blocks: a block reads keys up to its own end only, which skips most of what's not causal."""
+    size = -(-length // max(1, min(4, length // 64)))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+@jax.custom_vjp
+def _causal_attend(q, k, v, mask, sinks):
+    """As `_attend_with_normalizer`, for a mask that is causal and square. Nothing S x S is kept for backward."""
+    return _causal_forward(q, k, v, mask, sinks)[0]
+
+
+def _causal_forward(q, k, v, mask, sinks):
+    parts = [
+        _attend_with_normalizer(q[:, :, :, b], k[:, :, : b.stop], v[:, :, : b.stop], mask[:, b, : b.stop], sinks)
+        for b in _query_blocks(q.shape[3])
+    ]
+    mixed, normalizer = (jnp.concatenate(arrays, axis=3) for arrays in zip(*parts, strict=True))
+    return mixed, (q, k, v, mask, sinks, mixed, normalizer)
+
+
+def _causal_backward(residuals, gradient):
+    q, k, v, mask, sinks, mixed, normalizer = residuals
+    # As a product of matrices: XLA on a CPU takes eight times as long for the sum over so short an axis.
+    dot = jnp.einsum("bgrsc,bgrsc->bgrs", gradient, mixed, preferred_element_type=jnp.float32)
+    gradients_q, gradient_k, gradient_v = [], jnp.zeros_like(k), jnp.zeros_like(v)
+    for b in reversed(_query_blocks(q.shape[3])):
+        arrays = q[:, :, :, b], k[:, :, : b.stop], v[:, :, : b.stop], mask[:, b, : b.stop]
+        of_q, of_k, of_v = _attend_gradient(*arrays, normalizer[:, :, :, b], dot[:, :, :, b], gradient[:, :, :, b])
+        gradients_q.insert(0, of_q)
+        rest = ((0, 0), (0, 0), (0, k.shape[2] - b.stop), (0, 0))
+        gradient_k, gradient_v = gradient_k + jnp.pad(of_k, rest), gradient_v + jnp.pad(of_v, rest)
+    of_sinks = None
+    if sinks is not None:
+        of_sinks = -jnp.sum(jnp.exp(sinks[None, :, :, None] - normalizer) * dot, axis=(0, 3))
+    return jnp.concatenate(gradients_q, axis=3), gradient_k, gradient_v, None, of_sinks
+
+
+_causal_attend.defvjp(_causal_forward, _causal_backward)

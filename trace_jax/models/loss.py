@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from trace_jax.models.architecture import ModelConfig
-from trace_jax.models.attention import MASKED
 from trace_jax.models.decoder import output_operands
+from trace_jax.models.layers import MASKED
 from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, varying_axes
 
 

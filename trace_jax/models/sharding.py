@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.models.architecture import ArraySpec, ModelConfig, flat_specs, flatten, low_rank, unflatten
-from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, axis_sizes, place, row_shards, to_host
-from trace_jax.parallel.sharding import assemble, assembled_shape, storage_spec
+from trace_jax.parallel import mesh as meshes
+from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, axis_sizes, place
 
 # Primitives that move numbers without computing any. Keeping their results would keep gathered weights.
 _MOVES = frozenset(
@@ -48,29 +48,26 @@ class Delta:
 def merged(array: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """`array` + `a` `b` in the type of `array`: [..., inputs, outputs] and factors, without layers. The sum is float32.
 
-    Which axes are inputs follows from the shapes: those that `a` has before its last. Where there are experts, both
-    factors have them in front.
+    Inputs are the axes that `a` has before its last. Where there are experts, both factors have them in front.
     """
     stacked = a.ndim + b.ndim - 2 - array.ndim  # 1 where there are experts: counted in both factors
     left, right = (*a.shape[:stacked], -1, a.shape[-1]), (*b.shape[: stacked + 1], -1)
     batch = tuple(range(stacked))
-    product = jax.lax.dot_general(
-        a.reshape(left), b.reshape(right), (((stacked + 1,), (stacked,)), (batch, batch)),
-        precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    dimensions = ((stacked + 1,), (stacked,)), (batch, batch)
+    precision = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    product = jax.lax.dot_general(a.reshape(left), b.reshape(right), dimensions, **precision)
     return (array.astype(jnp.float32) + product.reshape(array.shape)).astype(array.dtype)
 
 
 def expert_rows(spec: ArraySpec, number: int) -> ArraySpec:
     """Declaration of `number` experts a layer apart from the others. No "experts": every device gets those of all."""
-    return dataclasses.replace(
-        spec, shape=(spec.shape[0], number, *spec.shape[2:]), axes=(spec.axes[0], "rows", *spec.axes[2:])
-    )
+    shape, axes = (spec.shape[0], number, *spec.shape[2:]), (spec.axes[0], "rows", *spec.axes[2:])
+    return dataclasses.replace(spec, shape=shape, axes=axes)
 
 
 def param_specs(config: ModelConfig, mesh: Mesh) -> dict[str, P]:
     """How every parameter is stored on `mesh`, by path."""
-    return {path: storage_spec(spec.shape, spec.axes, mesh.shape) for path, spec in flat_specs(config).items()}
+    return {path: meshes.storage_spec(spec.shape, spec.axes, mesh.shape) for path, spec in flat_specs(config).items()}
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
@@ -84,19 +81,16 @@ def placed_params(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
 
 
 def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
-    """Parameters as a device computes with them (`trace_jax.parallel.sharding.assemble`).
+    """Nested parameters, or those of one layer, below the path `prefix`, as a device computes with them (`assemble`).
 
     Beside experts of which some are the rows of a `Delta`, "trained" bool [E] says which: the others need no gradient.
-
-    Args:
-      tree: nested parameters, or those of one layer, below the path `prefix` ("layers/").
     """
-    sizes, declared, result = axis_sizes(), flat_specs(config), {}
+    declared, result = flat_specs(config), {}
     for path, leaf in flatten(tree).items():
         spec = declared[prefix + path]
 
         def whole(array, spec, first=int(spec.axes[0] == "layers")):
-            return assemble(array, spec.shape[first:], spec.axes[first:], sizes)
+            return meshes.assemble(array, spec.shape[first:], spec.axes[first:])
 
         if not isinstance(leaf, Delta):
             result[path] = whole(leaf, spec)
@@ -106,7 +100,7 @@ def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
         else:
             rows, array = whole(leaf.rows, expert_rows(spec, leaf.index.shape[-1])), whole(leaf.array, spec)
             here = array.shape[0]
-            start = jax.lax.axis_index(EXPERT) * here if sizes.get(EXPERT, 1) > 1 else 0
+            start = jax.lax.axis_index(EXPERT) * here if axis_sizes().get(EXPERT, 1) > 1 else 0
             result[path] = put_rows(array, rows, leaf.index, first=start)
             expert = start + jnp.arange(here, dtype=jnp.int32)
             result[f"{path.rpartition('/')[0]}/trained"] = jnp.any(leaf.index[:, None] == expert[None], axis=0)
@@ -130,16 +124,15 @@ def rematerialized(layer: Callable, policy: str, params: Any, config: ModelConfi
     """
     if policy == "layer":
         return jax.checkpoint(layer)
-    deltas, sizes = {path: leaf for path, leaf in flatten(params).items() if isinstance(leaf, Delta)}, axis_sizes()
-    if policy == "none" and not deltas and all(size == 1 for size in sizes.values()):
+    deltas = {path: leaf for path, leaf in flatten(params).items() if isinstance(leaf, Delta)}
+    if policy == "none" and not deltas and all(size == 1 for size in axis_sizes().values()):
         return layer
     merging = set()  # shapes of what is multiplied, and of what is added, where factors of one layer are merged
     for path, leaf in deltas.items():
         if leaf.index is None:
             spec = flat_specs(config)[prefix + path]
-            pair = (*low_rank(spec, leaf.a.shape[-1]), spec)
-            a, b, array = (assembled_shape(s.shape[1:], s.axes[1:], sizes) for s in pair)
-            stacked = spec.sides[0] - 1
+            specs, stacked = (*low_rank(spec, leaf.a.shape[-1]), spec), spec.sides[0] - 1
+            a, b, array = (tuple(map(meshes.share, s.shape[1:], s.axes[1:])) for s in specs)
             left = (*a[:stacked], math.prod(a[stacked:-1]), a[-1])
             right = (*b[: stacked + 1], math.prod(b[stacked + 1 :]))
             merging |= {(left, right), (array, array)}
@@ -157,12 +150,9 @@ def rematerialized(layer: Callable, policy: str, params: Any, config: ModelConfi
 def on_mesh(fn: Callable, config: ModelConfig, mesh: Mesh, *, out_specs: Any) -> Callable:
     """`fn(params, *arrays)` run on every device with its part of the parameters and its rows of the arrays.
 
-    `params` may also be a tuple: the parameters of several models of this configuration.
-
-    Args:
-      fn: sums over devices itself: `jax.lax.psum(value, BATCH_AXES)`.
-      out_specs: `PartitionSpec()` for outputs that are equal on all devices, `PartitionSpec(BATCH_AXES)` for per-row
-        ones, or a pytree of both.
+    `fn` sums over devices itself: `jax.lax.psum(value, BATCH_AXES)`. `out_specs` is `PartitionSpec()` for outputs that
+    are equal on all devices, `PartitionSpec(BATCH_AXES)` for per-row ones, or a pytree of both. `params` may also be a
+    tuple: the parameters of several models of this configuration.
     """
 
     def call(params, *arrays):
@@ -201,26 +191,22 @@ def map_batches(
     evenly, are filled up with rows of zeros to the largest size before: outputs per row may be longer than the batch.
 
     Args:
-      fn: a function of a module (it is compiled once for it). On a mesh each device runs it on its rows, and it sums
-        over devices itself (`jax.lax.psum(value, BATCH_AXES)`).
-      params: parameters, or a tuple of those of several models of one configuration.
+      fn: a function of a module, compiled once for it and for the hashable `static`; with a mesh as in `on_mesh`.
       mesh: devices that share each batch; None: the default device.
-      out_specs: as in `on_mesh`.
-      static: hashable arguments that `fn` is compiled for.
     """
     run = compiled(fn, config, mesh, out_specs, static)
     if mesh is not None:
         placed = functools.partial(placed_params, config=config, mesh=mesh)
         params = tuple(map(placed, params)) if isinstance(params, tuple) else placed(params)
-    shards, size, waiting = 1 if mesh is None else row_shards(mesh), 0, []
+    shards, size, waiting = 1 if mesh is None else meshes.row_shards(mesh), 0, []
     for arrays in batches:
         size = max(size, -(-len(arrays[0]) // shards) * shards)
         arrays = tuple(np.pad(x, ((0, size - len(x)), *[(0, 0)] * (np.ndim(x) - 1))) for x in map(np.asarray, arrays))
         waiting.append(run(params, *(arrays if mesh is None else place(arrays, mesh, _PER_ROW))))
         if len(waiting) > 1:
-            yield to_host(waiting.pop(0))
+            yield meshes.to_host(waiting.pop(0))
     if waiting:
-        yield to_host(waiting.pop())
+        yield meshes.to_host(waiting.pop())
 
 
 @functools.lru_cache(maxsize=32)

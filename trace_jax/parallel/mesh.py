@@ -1,11 +1,18 @@
-"""Devices as a mesh of three axes, arrays on them, and what code that runs on every device needs to know.
+"""Devices as a mesh of three axes: where arrays lie on it, and what code that runs on every device needs to know.
 
 "data" and "expert" share the rows of a batch; "expert" also splits the experts, "tensor" heads, hidden units and the
-vocabulary; what is left of the parameters is cut over "data" (`trace_jax.parallel.sharding`). Everything runs inside
-one `jax.shard_map` over all three axes with its check of replication, so that a sum that is missing is an error.
+vocabulary. Everything runs inside one `jax.shard_map` over all three axes with its check of replication, so that a sum
+that is missing is an error.
+
+A dimension of a parameter that `RULES` names is split over its mesh axis, in storage and in computation. One further
+dimension is cut over what remains of "data" and "expert" in storage only (fully sharded data parallelism): devices
+gather it when they compute, and its gradient is scattered back. The shape of a stored array is always the model's own:
+a dimension that its mesh axis doesn't divide is stored whole, and each device cuts its share of it, padded with zeros,
+when it computes.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +27,11 @@ from trace_jax.config import ConfigError, Section, option
 DATA, EXPERT, TENSOR = AXES = "data", "expert", "tensor"
 BATCH_AXES = (DATA, EXPERT)
 REPLICATED = P()
+RULES = {"experts": EXPERT} | dict.fromkeys(
+    ("heads", "kv_heads", "vocab", "expert_hidden", "shared_hidden", "dense_hidden"), TENSOR
+)
+_NEVER_PADDED = ("kv_heads",)  # fewer of them than devices: every device needs those that its query heads read
+_WHOLE = ("layers", "rank")  # scanned over, and too short: never cut
 _as_keys = jax.jit(jax.random.wrap_key_data, static_argnames="impl")
 
 
@@ -75,12 +87,67 @@ def sum_over(x, *axes: str):
     return jax.lax.psum(x, differing) if differing else x
 
 
-def place(tree: Any, mesh: Mesh, specs: Any = REPLICATED) -> Any:
-    """Host arrays, the same in every process, as arrays on the mesh.
+def storage_spec(shape: tuple[int, ...], axes: tuple[str, ...], sizes: Mapping[str, int]) -> P:
+    """How an array with logical `axes` is stored on a mesh with `sizes` (of axes "data", "expert", "tensor")."""
+    rules = zip(shape, map(RULES.get, axes), strict=True)
+    entries = [(axis,) if axis and sizes.get(axis, 1) > 1 and n % sizes[axis] == 0 else () for n, axis in rules]
+    free = [name for name in BATCH_AXES if sizes.get(name, 1) > 1 and (name,) not in entries]
+    inner = [d for d, name in enumerate(axes) if name not in _WHOLE]
+    if len(inner) > 1:  # vectors are too small to be worth gathering
+        # "embed" first: nearly every matrix has it, and no rule splits it. Else the largest that divides.
+        order = sorted(inner, key=lambda d: (axes[d] != "embed", bool(entries[d]), -shape[d]))
+        for cut in (free, *([name] for name in free)):
+            size = math.prod(sizes[name] for name in cut)
+            divided = [d for d in order if not entries[d] and shape[d] % size == 0]
+            if cut and divided:
+                entries[divided[0]] = tuple(cut)
+                break
+    while entries and not entries[-1]:  # compiled functions return it so; a longer spelling would compile them again
+        entries.pop()
+    return P(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
+
+
+def spec_axes(spec: P, dimension: int) -> tuple[str, ...]:
+    """The mesh axes over which a dimension is split."""
+    entry = spec[dimension] if dimension < len(spec) else None
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def assemble(array: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+    """One stored array as this device computes with it: whole but for its share of the dimensions in `RULES`.
 
     Args:
-      specs: one `PartitionSpec` for all arrays, or a pytree of them like `tree`. Arrays that are placed so already
-        are not copied.
+      array: this device's part of an array that is stored by `storage_spec(shape, axes, sizes)`, its layers cut off.
+      shape, axes: of the whole array, without layers.
+    """
+    sizes = axis_sizes()
+    spec = storage_spec(shape, axes, sizes)
+    for dimension, name in enumerate(axes):
+        gathered = tuple(axis for axis in spec_axes(spec, dimension) if axis != RULES.get(name))
+        if gathered:
+            array = jax.lax.all_gather(array, gathered, axis=dimension, tiled=True)
+    for dimension, name in enumerate(axes):
+        axis = RULES.get(name, "")
+        stored_whole = sizes.get(axis, 1) > 1 and axis not in spec_axes(spec, dimension)
+        if stored_whole and name not in _NEVER_PADDED:  # its share, with zeros beyond the end
+            length, padding = share(array.shape[dimension], name), [(0, 0)] * array.ndim
+            padding[dimension] = (0, length * sizes[axis] - array.shape[dimension])
+            start = jax.lax.axis_index(axis) * length
+            array = jax.lax.dynamic_slice_in_dim(jnp.pad(array, padding), start, length, axis=dimension)
+    return array
+
+
+def share(length: int, name: str) -> int:
+    """How many of `length` indices of a dimension called `name` a device computes with, padding included."""
+    size = axis_sizes().get(RULES.get(name, ""), 1)
+    return length if name in _NEVER_PADDED and length % size else -(-length // size)
+
+
+def place(tree: Any, mesh: Mesh, specs: Any = REPLICATED) -> Any:
+    """Host arrays, the same in every process, as arrays on the mesh; those that are placed so already are not copied.
+
+    Args:
+      specs: one `PartitionSpec` for all arrays, or a pytree of them like `tree`.
     """
 
     def one(x, spec):

@@ -23,8 +23,7 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.config import ConfigError
 from trace_jax.models.architecture import ArraySpec, ModelConfig, flat_specs, low_rank
 from trace_jax.models.sharding import Delta, expert_rows, merged, param_shardings, param_specs, put_rows
-from trace_jax.parallel.mesh import EXPERT, sum_over
-from trace_jax.parallel.sharding import spec_axes, storage_spec
+from trace_jax.parallel.mesh import EXPERT, spec_axes, storage_spec, sum_over
 
 Flat = dict[str, Any]  # arrays by path
 _ROWS, _A, _B = "rows", "lora_a", "lora_b"
