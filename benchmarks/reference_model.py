@@ -6,7 +6,7 @@ Runs GradDiff with a KL retain loss, which needs the original model at every ste
 alive when the first step is taken, told apart by their addresses: the original model, the float32 weights that train
 with both moments of AdamW, and the rest (batches, counters; with selected experts, their original rows). The reference
 is the model that the run was given; a second copy, as other code keeps one, would be the size of the model. Prints a
-line for each choice of what trains and writes benchmarks/results/reference_model.json.
+line for each choice of trainable parameters and writes benchmarks/results/reference_model.json.
 """
 
 import argparse

@@ -35,7 +35,7 @@ MODEL = ModelConfig(
 
 
 def memory(step: Step) -> dict[str, int]:
-    """Bytes: weights, moments and gradient of what trains, and what the compiled step takes beside its results."""
+    """Bytes: weights, moments and gradient of the trainable parameters, and temporaries of the compiled step."""
     weights = sum(array.nbytes for array in step.state.trainable.values())
     optimizer = sum(array.nbytes for array in jax.tree.leaves(step.state.optimizer) if array.ndim)
     analysis = step.lower().compile().memory_analysis()

@@ -1,4 +1,4 @@
-"""The quickstart with one thing changed: its weights, what trains, the optimizer, its length, or how routers are held.
+"""The quickstart with one thing changed: weights, trainable parameters, optimizer, length, or how routers are held.
 
 Command:   python -m trace_jax.main --config configs/ablations.py:lora --workdir runs/lora
 Variants:  a line each of VARIANTS below; docs/methods.md says what the settings do.
@@ -20,7 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "smaller_weights": {"calibration": {"max_weight": 10.0}},
     "smaller_ratios": {"methods": ("ratio_weights",), "calibration": {"max_ratio": 10.0}},
     "weighted_mean": {"unlearning": {"normalize": "batch"}},
-    # What trains, and how routers are held to retain routing (GRIP).
+    # Trainable parameters, and how routers are held to retain routing (GRIP).
     "lora": {"unlearning": {"trainable": {"name": "lora", "rank": 8, "alpha": 16.0}}},
     "grip_project": {"unlearning": {"grip": {"name": "project", "margin": 0.01, "sweeps": 100}}},
     "grip_realign": {"unlearning": {"trainable": "routers_frozen", "grip": "realign"}},

@@ -3,7 +3,7 @@
 Command:   hf download allenai/OLMoE-1B-7B-0924 --local-dir olmoe
            python -m trace_jax.main --config configs/huggingface.py --workdir runs/mine \\
              --config.model.path=olmoe --config.data.forget=forget.jsonl --config.data.retain=retain.jsonl
-Hardware:  one accelerator with 80 GB for a model of 7 billion parameters in bfloat16 (2 bytes each). What trains (the
+Hardware:  one accelerator with 80 GB for a model of 7 billion parameters in bfloat16 (2 bytes each). Trained ones (the
            down projections of all experts; 2.1 billion there) takes 18 bytes more each: weight, Adam's moments and
            gradient in float32, and the rounded weight. Temporary copies of expert weights in the matmul come on
            top; they haven't been measured on an accelerator. Disk is checked before the run begins.

@@ -14,7 +14,7 @@ from trace_jax.models.families.published import published_config
 
 
 def get_config(variant: str = "olmoe-1b-7b") -> ml_collections.ConfigDict:
-    """What trains is what configs/huggingface.py trains: the down projections of all experts."""
+    """Trains what configs/huggingface.py trains: the down projections of all experts."""
     config = ml_collections.ConfigDict()
     config.name = variant
     config.model = as_dict(published_config(variant, dtype="bfloat16"))

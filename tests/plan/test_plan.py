@@ -117,7 +117,7 @@ def test_more_devices_hold_less_each(config):
 
 @pytest.mark.parametrize("trainable", ["seuf", "lora"])
 def test_a_plan_of_a_part_counts_the_numbers_of_the_part(config, trainable):
-    """On one device, where nothing is split: weights and two moments in float32 of what trains."""
+    """On one device, where nothing is split: weights and two moments in float32 of the trainable parameters."""
     model, parallel = config.model, resolve(type(config.parallel), {"data": 1})
     changed = dataclasses.replace(config, unlearning=UnlearningConfig(trainable=trainable, forget_batch_size=8))
     program = next(programs(changed, model, parallel, mesh_of(cpus(1, "float32"), parallel)))

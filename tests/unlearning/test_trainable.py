@@ -1,4 +1,4 @@
-"""What trains is chosen by path, by layer and by expert, and written down family by family and preset by preset.
+"""Trainable parameters, by path, by layer and by expert, as they are written down by family and by preset.
 
 To write the files of tests/golden again after a change that is meant: TRACE_JAX_WRITE_GOLDEN=1 pytest THIS_FILE
 """
@@ -93,7 +93,7 @@ def test_what_trains_is_what_is_written_down(family, layers):
     if os.environ.get(WRITE):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    assert path.read_text() == text, f"what trains has changed; if that is meant, run this test with {WRITE}=1"
+    assert path.read_text() == text, f"the trainable parameters changed; if that is meant, run with {WRITE}=1"
 
 
 def test_the_table_counts_every_number_once():
