@@ -1,7 +1,7 @@
 """Shapes of published models, for `plan`: what unlearning from them takes on which machine. No weights are needed.
 
 Command:   python -m trace_jax.main plan --config configs/plan.py:mixtral-8x7b --topology v5p:2x2x4
-Variants:  the models of trace_jax/models/families/published.py: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite,
+Variants:  the models of trace_jax/models/families/published.json: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite,
            mixtral-8x7b, phi-3.5-moe, qwen3-30b-a3b, gpt-oss-20b
 Hardware:  none: a laptop compiles for the machine that is named. Minutes per program and GBs of memory.
 Result:    docs/scaling.md, "Planning".
@@ -10,7 +10,7 @@ Result:    docs/scaling.md, "Planning".
 import ml_collections
 
 from trace_jax.config import as_dict
-from trace_jax.models.families.published import published_config
+from trace_jax.models.families import published_config
 
 
 def get_config(variant: str = "olmoe-1b-7b") -> ml_collections.ConfigDict:

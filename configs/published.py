@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from trace_jax.config import ConfigError, nearest
-from trace_jax.models.families.published import PUBLISHED
+from trace_jax.models.families import PUBLISHED
 
 # What each method is; how strongly and how fast it works is the benchmark's to say. TRACE's base follows
 # configs/huggingface.py, the others train what their authors train.

@@ -10,7 +10,7 @@ from ablations import VARIANTS
 
 import trace_jax
 from trace_jax.main import COMMANDS, main, parse
-from trace_jax.models.families.published import PUBLISHED
+from trace_jax.models.families import PUBLISHED
 from trace_jax.run.experiment import load_config
 from trace_jax.unlearning.objectives import Objective
 

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.config import ConfigError
-from trace_jax.models.families.published import PUBLISHED, published_config
+from trace_jax.models.families import PUBLISHED, published_config
 
 ONE = {"x": np.arange(3, dtype=np.float32)}
 TWO = {"y": np.arange(4, dtype=np.float32)}

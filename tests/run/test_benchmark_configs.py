@@ -14,7 +14,7 @@ from trace_jax.config import ConfigError
 from trace_jax.data.published import PUBLISHED as DATASETS
 from trace_jax.evaluation.task import TofuConfig
 from trace_jax.io.files import read_json
-from trace_jax.models.families.published import PUBLISHED
+from trace_jax.models.families import PUBLISHED
 from trace_jax.run.check import dry_run
 from trace_jax.run.experiment import load_config
 from trace_jax.run.methods import run

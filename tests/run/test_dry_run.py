@@ -7,7 +7,7 @@ import pytest
 from tests.run.toy import write_lines
 from trace_jax.config import ConfigError, resolve
 from trace_jax.main import main
-from trace_jax.models.families.published import PUBLISHED
+from trace_jax.models.families import PUBLISHED
 from trace_jax.run.check import FIRST, dry_run
 from trace_jax.run.experiment import ExperimentConfig
 

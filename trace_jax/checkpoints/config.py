@@ -10,8 +10,7 @@ from trace_jax.checkpoints.checkpoint import open_checkpoint, read_object
 from trace_jax.config import ConfigError, Section, fingerprint, option
 from trace_jax.io.files import is_remote
 from trace_jax.models.architecture import GROUPED_MATMULS, ModelConfig
-from trace_jax.models.families import model_config
-from trace_jax.models.families.published import PUBLISHED, published_config, shape_differences
+from trace_jax.models.families import PUBLISHED, model_config, published_config, shape_differences
 
 _NO_PATH = "path is empty; give the directory of a checkpoint: --config.model.path=DIR."
 _SAMPLE, _STRIDE = 1 << 12, 1 << 18  # bytes

@@ -19,8 +19,7 @@ from trace_jax.data.sources import HUGGINGFACE, TFDS, is_here, part, read_source
 from trace_jax.evaluation.task import EvaluationConfig, MultipleChoiceConfig
 from trace_jax.io.progress import byte_size
 from trace_jax.models.architecture import ModelConfig, count_params
-from trace_jax.models.families import family_of
-from trace_jax.models.families.published import PUBLISHED
+from trace_jax.models.families import PUBLISHED, family_of
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.plan.plan import shape_of
 from trace_jax.plan.programs import assumed_experts, step_program

@@ -11,7 +11,7 @@ from tiny_checkpoints import KIMI, MODEL_TYPES
 from trace_jax.config import ConfigError
 from trace_jax.models.architecture import count_params
 from trace_jax.models.families import FAMILIES, family_of, model_config, unread_keys
-from trace_jax.models.families.family import complete
+from trace_jax.models.families.fields import complete
 
 # What a class leaves open although its model needs it.
 NEEDED = {

@@ -6,8 +6,7 @@ import pytest
 
 from trace_jax.config import ConfigError
 from trace_jax.models.architecture import count_params, flat_specs
-from trace_jax.models.families import unread_keys
-from trace_jax.models.families.published import PUBLISHED, published_config, shape_differences
+from trace_jax.models.families import PUBLISHED, published_config, shape_differences, unread_keys
 
 # Billions of parameters, in all and active per token, as model cards and papers round them. Whether the embedding,
 # which a token only looks up, is active is counted differently: "embedding" says that it is not.

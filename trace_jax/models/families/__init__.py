@@ -1,25 +1,32 @@
-"""The families that can be imported. Each is a function that reads switches from config.json, in `switches`."""
+"""The families whose checkpoints can be read, and the shapes of published models."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from trace_jax.config import ConfigError
 from trace_jax.models.architecture import ModelConfig
-from trace_jax.models.families import switches
-from trace_jax.models.families.family import FAMILIES, ConfigReader, Family
-
-__all__ = ["ALIASES", "FAMILIES", "Family", "family_of", "model_config", "unread_keys"]
+from trace_jax.models.families.fields import ConfigReader
+from trace_jax.models.families.switches import FAMILIES, Family
 
 ALIASES = {"kimi_k2": "deepseek_v3"}  # published under another model_type
-assert switches  # importing it fills FAMILIES
+# config.json by name, so that a run can be planned and checked before anything is downloaded: that of the repository of
+# the Hugging Face hub in `_name_or_path`, typed in by hand, without what the family's defaults already say. The 2 x 64
+# factors of Phi's rotary embedding are ones, which have the right length. A run reads its checkpoint's own file.
+PUBLISHED: Mapping[str, Mapping[str, Any]] = json.loads(Path(__file__).with_name("published.json").read_text())
+# What decides which parameters there are, how large, and how many experts a token chooses.
+_SHAPE = (
+    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "num_experts",
+    "experts_per_token", "expert_hidden_size", "shared_hidden_size", "tie_embeddings", "router_bias",
+    "router_correction", "expert_bias", "mlp_bias", "shared_gate", "dense_layers", "dense_hidden_size", "attention",
+    "value_size", "latent_size", "query_latent_size", "rotary_width", "attention_bias", "attention_gate", "sinks",
+    "qk_norm", "norm", "norm_placement", "moe_output_norm", "head_bias",
+)  # fmt: skip
 
 
 def family_of(config_json: Mapping[str, Any]) -> Family:
-    """The family of a parsed config.json.
-
-    Raises:
-      ConfigError: a model_type that isn't supported; the message lists those that are.
-    """
+    """The family of a parsed config.json; a `model_type` that isn't supported is a ConfigError."""
     name = config_json.get("model_type")
     model_type = ALIASES.get(str(name), str(name))
     if model_type not in FAMILIES:
@@ -45,3 +52,16 @@ def unread_keys(config_json: Mapping[str, Any]) -> tuple[str, ...]:
     reader = ConfigReader(config_json, family.model_type)
     family.switches(reader)
     return reader.unread()
+
+
+def published_config(name: str, *, dtype: str) -> ModelConfig:
+    """The shape of a model of `PUBLISHED`."""
+    if name not in PUBLISHED:
+        raise ConfigError(f"{name!r} is not a model whose shape is known here; known: {', '.join(PUBLISHED)}.")
+    return model_config(PUBLISHED[name], dtype=dtype)
+
+
+def shape_differences(model: ModelConfig, expected: ModelConfig) -> list[str]:
+    """Fields of the shape in which two models differ, each as "field is A, expected B"."""
+    pairs = ((field, getattr(model, field), getattr(expected, field)) for field in _SHAPE)
+    return [f"{field} is {ours!r}, expected {theirs!r}" for field, ours, theirs in pairs if ours != theirs]

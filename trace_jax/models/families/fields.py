@@ -1,17 +1,18 @@
-"""Groups of config.json fields that families share, each as fields of `ModelConfig`.
+"""config.json: how its fields are read, and groups of fields that families share, each as fields of `ModelConfig`.
 
 Formulas of rotary embeddings: transformers' modeling_rope_utils.
 """
 
+import copy
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from trace_jax.config import ConfigError
 from trace_jax.models.architecture import Rope
-from trace_jax.models.families.family import ConfigReader, Switches, unsupported
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 STATIC = ("default", "linear", "llama3", "yarn")  # rotary kinds whose frequencies don't depend on the text's length
@@ -20,6 +21,91 @@ rope_type type rope_theta partial_rotary_factor factor original_max_position_emb
 beta_slow short_factor long_factor low_freq_factor high_freq_factor mscale mscale_all_dim truncate short_mscale
 long_mscale alpha
 """
+_REQUIRED = object()
+# Keys that say nothing about what the forward pass computes, or that only training and generation read.
+_HARMLESS = """
+_attn_implementation _name_or_path architectures attention_dropout attn_pdrop auto_map aux_loss_alpha bos_token_id
+chunk_size_feed_forward classifier_dropout decoder_start_token_id dtype embd_pdrop eod_token_id eos_token_id ep_size
+experts_per_token finetuning_task hidden_dropout hidden_dropout_prob id2label initial_context_length initializer_range
+input_jitter_noise is_decoder is_encoder_decoder label2id load_balance_coeff max_position_embeddings max_window_layers
+mm_token_id model_type mtp_layer_types mtp_mlp_layer_types mtp_transformer_layers num_mtp_layers num_mtp_modules
+num_nextn_predict_layers output_attentions output_hidden_states output_router_logits pad_token_id prefix
+pretraining_tp problem_type quantization_config resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
+sep_token_id seq_aux sliding_window_pattern torch_dtype transformers_version use_cache use_mtp
+"""
+# What transformers' class would act on beyond the model's shape.
+_WITHHELD = {"model_type", "architectures", "auto_map", "dtype", "quantization_config", "torch_dtype"}
+
+Switches = dict[str, Any]  # fields of `ModelConfig`
+
+
+def complete(config_json: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """A config.json as transformers' class of the `model_type` reads it: old spellings in the new one, rotary settings
+    in `rope_parameters`, absent keys with the class's value, kinds of layers by the class's rule.
+
+    transformers is imported here, late, and no code of a checkpoint ever runs. A `model_type` that the installed
+    transformers doesn't know has the values of the file.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing concerns nobody here
+    import transformers
+
+    if model_type not in transformers.CONFIG_MAPPING:
+        return dict(config_json)
+    fields = copy.deepcopy({key: value for key, value in config_json.items() if key not in _WITHHELD})
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns of rotary settings that it reads nevertheless
+    try:
+        return transformers.AutoConfig.for_model(model_type, **fields).to_dict()
+    except Exception as error:  # its classes raise many kinds
+        raise ConfigError(f"config.json: transformers refuses it: {' '.join(str(error).split())}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+class ConfigReader:
+    """Reads the fields of one config.json, completed, and notes which. transformers' class and `ModelConfig` check
+    their types. Of several keys the first that is there is read: spellings of one field."""
+
+    def __init__(self, config_json: Mapping[str, Any], model_type: str):
+        self._file, self._values, self._read = config_json, complete(config_json, model_type), set()
+
+    def value(self, *keys: str, null: Any = _REQUIRED) -> Any:
+        """The field, or `null` where it is null or absent; without a `null` that is refused."""
+        self._read.update(keys)
+        key = next((key for key in keys if key in self._values), keys[0])
+        value = self._values.get(key)
+        if value is None and null is _REQUIRED:
+            raise ConfigError(f"config.json: {key} is {'null' if key in self._values else 'missing'}; it is needed.")
+        return null if value is None else value
+
+    def expect(self, **fields: Any) -> None:
+        """Refuses a value, or one of a list of them, but that (or the tuple of those) that is named, null or absent."""
+        for key, allowed in fields.items():
+            allowed, values = allowed if isinstance(allowed, tuple) else (allowed,), self.value(key, null=())
+            for value in values if isinstance(values, list | tuple) else (values,):
+                if value not in allowed:
+                    raise unsupported(key, value, allowed)
+
+    def ignore(self, *keys: str) -> None:
+        """Notes keys that transformers' class has turned into others, or that decide nothing."""
+        self._read.update(keys)
+
+    def unread(self) -> tuple[str, ...]:
+        """Keys of the file that nobody looked at and that aren't known to be harmless.
+
+        One that the class no longer has stands in another's place: an old spelling.
+        """
+        return tuple(sorted(set(self._file) & set(self._values) - self._read - set(_HARMLESS.split())))
+
+
+def unsupported(key: str, value: Any, supported: tuple) -> ConfigError:
+    """The error for a value that the code doesn't implement."""
+    return ConfigError(f"config.json: {key} is {value!r}; supported: {', '.join(map(str, supported))}.")
+
+
+# --- groups of fields
+
+Group = Callable[[ConfigReader], Switches]
 
 
 def sizes(reader: ConfigReader) -> Switches:
@@ -53,26 +139,28 @@ def experts(reader: ConfigReader, width: str = "moe_intermediate_size") -> Switc
 
 def grouped(
     reader: ConfigReader,
+    *groups: Group,
     width: str = "moe_intermediate_size",
-    *,
     bias: str = "none",
     ropes: tuple[str, ...] = STATIC,
     partial: bool = False,
+    **switches: Any,
 ) -> Switches:
-    """Grouped-query attention and routed experts.
+    """Grouped-query attention and routed experts of the key `width`, then `groups`, then `switches`.
 
-    Args:
-      width: key of an expert's hidden width.
-      bias: the projections that have biases if `attention_bias` says so; none: the family hasn't that key.
-      ropes, partial: of `rotary`.
+    `bias`: the projections that have biases if `attention_bias` says so; none: the family hasn't that key. `ropes` and
+    `partial` are those of `rotary`.
     """
-    switches = sizes(reader)
-    return {
-        **switches,
-        **experts(reader, width),
-        **({} if bias == "none" else attention_bias(reader, bias)),
-        **rotary(reader, switches["head_size"], supported=ropes, partial=partial),
-    }
+    base = sizes(reader) | experts(reader, width) | ({} if bias == "none" else attention_bias(reader, bias))
+    base |= rotary(reader, base["head_size"], supported=ropes, partial=partial)
+    return join(reader, base, *groups, **switches)
+
+
+def join(reader: ConfigReader, base: Switches, *groups: Group, **switches: Any) -> Switches:
+    """`base`, then what `groups` read, then `switches`."""
+    for group in groups:
+        base = base | group(reader)
+    return base | switches
 
 
 def shared(reader: ConfigReader) -> Switches:
@@ -89,9 +177,9 @@ def dense(reader: ConfigReader, layers: Iterable[int]) -> Switches:
 def leading_dense(reader: ConfigReader) -> Switches:
     """Dense layers by `mlp_layer_types`, else DeepSeek's rule: the first `first_k_dense_replace` are dense, and after
     them all but every `moe_layer_freq`-th."""
-    kinds = reader.kinds("mlp_layer_types", "dense", "sparse")
+    reader.expect(mlp_layer_types=("dense", "sparse"))
     first, every = reader.value("first_k_dense_replace", null=0), reader.value("moe_layer_freq", null=1)
-    if kinds is not None:
+    if (kinds := reader.value("mlp_layer_types", null=None)) is not None:
         return dense(reader, (layer for layer, kind in enumerate(kinds) if kind == "dense"))
     layers = range(reader.value("num_hidden_layers"))
     return dense(reader, (layer for layer in layers if layer < first or layer % every))
@@ -104,14 +192,16 @@ def sparse_step(reader: ConfigReader) -> Switches:
     return dense(reader, (layer for layer in layers if layer in only or (layer + 1) % step))
 
 
-def layer_kinds(reader: ConfigReader) -> tuple[str, ...]:
+def normalized(reader: ConfigReader) -> Switches:
+    return {"normalize_top_k": reader.value("norm_topk_prob", null=False)}
+
+
+def layer_kinds(reader: ConfigReader) -> list[str]:
     """Each layer's `layer_types`; in families without them all slide if there is a `sliding_window`."""
-    reader.folded("use_sliding_window", "global_attn_every_n_layers")
-    kinds = reader.kinds("layer_types", SLIDING, FULL)
-    if kinds is None:
-        kind = FULL if reader.value("sliding_window", null=None) is None else SLIDING
-        kinds = (kind,) * reader.value("num_hidden_layers")
-    return kinds
+    reader.ignore("use_sliding_window", "global_attn_every_n_layers")
+    reader.expect(layer_types=(SLIDING, FULL))
+    every = FULL if reader.value("sliding_window", null=None) is None else SLIDING
+    return reader.value("layer_types", null=[every] * reader.value("num_hidden_layers"))
 
 
 def windows(reader: ConfigReader) -> Switches:
@@ -143,7 +233,7 @@ def corrected_router(reader: ConfigReader) -> Switches:
     reader.expect(scoring_func=("sigmoid", "noaux_tc"), topk_method="noaux_tc")
     return {
         **sigmoid_router(reader, "routed_scaling_factor"),
-        "normalize_top_k": reader.value("norm_topk_prob", null=False),
+        **normalized(reader),
         "num_groups": reader.value("n_group", null=1),
         "groups_per_token": reader.value("topk_group", null=1),
         "group_score": "top2",
@@ -156,18 +246,14 @@ def corrected_router(reader: ConfigReader) -> Switches:
 def rotary(
     reader: ConfigReader, head_size: int, *, supported: tuple[str, ...] = STATIC, partial: bool = False
 ) -> Switches:
-    """The fields `ropes` and `rotary_size` where all layers share one rotary embedding.
-
-    Args:
-      partial: whether the family may let only the first part of a head turn.
-    """
+    """All layers share one rotary embedding of the kinds `supported`; `partial`: of which part of a head may turn."""
     settings = _settings(reader, partial=partial)
     width = int(head_size * settings.get("partial_rotary_factor", 1))
     return {"ropes": (_rope(settings, width, supported),), "rotary_size": 0 if width == head_size else width}
 
 
 def rotary_by_kind(reader: ConfigReader, head_size: int) -> Switches:
-    """The fields `ropes` and `layer_ropes` where layers of different kinds have different rotary embeddings."""
+    """Layers of different kinds have different rotary embeddings."""
     kinds = layer_kinds(reader)
     rope_of = {kind: _rope(_settings(reader, kind), head_size) for kind in sorted(set(kinds))}
     ropes = tuple(dict.fromkeys(rope_of.values()))
@@ -176,10 +262,7 @@ def rotary_by_kind(reader: ConfigReader, head_size: int) -> Switches:
 
 
 def latent_rotary(reader: ConfigReader, head_size: int, width: int) -> Switches:
-    """The rotary fields of latent attention, whose last `width` dimensions turn, and the scale of its scores.
-
-    With yarn's `mscale_all_dim` the scores are multiplied by mscale^2.
-    """
+    """Latent attention, whose last `width` dimensions turn. yarn's `mscale_all_dim` multiplies scores by mscale^2."""
     settings, scale = _settings(reader), 0.0
     if settings["rope_type"] != "default" and settings.get("mscale_all_dim"):
         scale = head_size**-0.5 * _mscale(_factor(settings), settings["mscale_all_dim"]) ** 2
@@ -187,7 +270,7 @@ def latent_rotary(reader: ConfigReader, head_size: int, width: int) -> Switches:
 
 
 def _settings(reader: ConfigReader, kind: str = "", partial: bool = False) -> dict[str, Any]:
-    """`rope_parameters`, or what is nested in them for a `kind` of layer; `partial`: part of a head may turn."""
+    """`rope_parameters`, or what is nested in them for a `kind` of layer."""
     parameters = reader.value("rope_parameters", null={})
     entry = parameters.get(kind, parameters)
     if not isinstance(entry, Mapping):

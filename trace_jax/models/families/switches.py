@@ -1,8 +1,54 @@
-"""Every family: a function that reads its switches from config.json."""
+"""Every family: a function that reads its switches from config.json, entered with its tensors into `FAMILIES`."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trace_jax.config import ConfigError
 from trace_jax.models.families import fields
-from trace_jax.models.families.family import EXTRA_LAYERS, MULTI_TOKEN, ConfigReader, Switches, family, unsupported
-from trace_jax.models.families.tensors import moe, norm
+from trace_jax.models.families.fields import ConfigReader, Group, Switches, unsupported
+from trace_jax.models.families.tensors import TENSORS, Table, moe, norm
+
+MULTI_TOKEN = "multi-token prediction, which the model itself doesn't use"
+# Layers that follow the network's own; "beyond" must be one of the next `num_nextn_predict_layers` numbers.
+EXTRA_LAYERS = {r"^model\.layers\.(?P<beyond>\d+)\.": MULTI_TOKEN}
+_IGNORED = {
+    r"\.inv_freq$": "rotary frequencies follow from config.json",
+    r"^lm_head\.weight$": "the output head is the embedding (tie_word_embeddings)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One `model_type`.
+
+    Of `tensors` a configuration has a part (biases, dense layers). `ignored` maps regular expressions of tensor names
+    that may stay unread to the reason; a tensor that fills a parameter is never ignored.
+    """
+
+    model_type: str
+    title: str
+    published: str  # checkpoints of the family, for docs/models.md
+    switches: Group
+    tensors: Table
+    ignored: Mapping[str, str]
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def family(
+    model_type: str, title: str, published: str, *tensors: Table, ignored: Mapping[str, str] = {}
+) -> Callable[[Group], Group]:
+    """Enters a function as that of a family. `tensors`: names that others use for something else."""
+
+    def register(switches: Group) -> Group:
+        own = sum(tensors, ()) + TENSORS
+        FAMILIES[model_type] = Family(model_type, title, published, switches, own, {**_IGNORED, **ignored})
+        return switches
+
+    return register
+
 
 # --- a router that chooses by a corrected score, or latent attention: DeepSeek and its kin
 
@@ -11,90 +57,71 @@ from trace_jax.models.families.tensors import moe, norm
 def minimax_m2(reader: ConfigReader) -> Switches:
     reader.expect(scoring_func="sigmoid", use_qk_norm=True, qk_norm_type="per_layer")
     reader.expect(use_routing_bias=True, shared_intermediate_size=0)
-    reader.folded("rotary_dim")
-    return {
-        **fields.grouped(reader, "intermediate_size", partial=True),
-        "qk_norm": "full",
-        "router_score": "sigmoid",
-        "router_correction": True,
-    }
+    reader.ignore("rotary_dim")
+    router = {"router_score": "sigmoid", "router_correction": True}
+    return fields.grouped(reader, width="intermediate_size", partial=True, qk_norm="full", **router)
 
 
-def _corrected(reader: ConfigReader, *, bias: str = "none", partial: bool = False) -> Switches:
+def _corrected(reader: ConfigReader, *groups: Group, **settings: Any) -> Switches:
     """Grouped-query attention with DeepSeek-V3's experts."""
-    return {
-        **fields.grouped(reader, bias=bias, partial=partial),
-        **fields.shared(reader),
-        **fields.corrected_router(reader),
-    }
+    return fields.grouped(reader, fields.shared, fields.corrected_router, *groups, **settings)
 
 
 @family("dots1", "dots.llm1", "dots.llm1")
 def dots1(reader: ConfigReader) -> Switches:
-    return {
-        **_corrected(reader, bias="all"),
-        **fields.leading_dense(reader),
-        **fields.windows(reader),
-        "qk_norm": "head",
-    }
+    return _corrected(reader, fields.leading_dense, fields.windows, bias="all", qk_norm="head")
 
 
 @family("glm4_moe", "GLM-4-MoE", "GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7", ignored=EXTRA_LAYERS)
 def glm4_moe(reader: ConfigReader) -> Switches:
-    return {
-        **_corrected(reader, bias="qkv", partial=True),
-        **fields.leading_dense(reader),
-        "qk_norm": "head" if reader.value("use_qk_norm", null=False) else "none",
-    }
+    qk_norm = "head" if reader.value("use_qk_norm", null=False) else "none"
+    return _corrected(reader, fields.leading_dense, bias="qkv", partial=True, qk_norm=qk_norm)
 
 
 @family("solar_open", "Solar-Open", "Solar-Open-100B")
 def solar_open(reader: ConfigReader) -> Switches:
     reader.expect(first_k_dense_replace=0, use_qk_norm=False)
-    reader.folded("intermediate_size")  # of dense layers, which it hasn't
+    reader.ignore("intermediate_size")  # of dense layers, which it hasn't
     return _corrected(reader, bias="qkv")
 
 
 @family("exaone_moe", "EXAONE-MoE", "K-EXAONE-236B-A23B", ignored={r"^mtp\.": MULTI_TOKEN})
 def exaone_moe(reader: ConfigReader) -> Switches:
-    return {
-        **_corrected(reader),
-        **fields.leading_dense(reader),
-        **fields.windows(reader),
-        **fields.rope_where_sliding(reader),
-        "qk_norm": "head",
-    }
+    groups = fields.leading_dense, fields.windows, fields.rope_where_sliding
+    return _corrected(reader, *groups, qk_norm="head")
 
 
 @family("hy_v3", "HY-V3", "Hy3-preview", ignored=EXTRA_LAYERS)
 def hy_v3(reader: ConfigReader) -> Switches:
-    reader.folded("enable_moe_fp32_combine")  # concerns rounding below float32 only
+    reader.ignore("enable_moe_fp32_combine")  # concerns rounding below float32 only
     reader.expect(qk_norm=True, route_norm=True, moe_router_use_sigmoid=True, moe_router_enable_expert_bias=True)
-    return {
-        **fields.grouped(reader, bias="all"),
-        **fields.shared(reader),
-        **fields.leading_dense(reader),
+    return fields.grouped(
+        reader,
+        fields.shared,
+        fields.leading_dense,
         **fields.sigmoid_router(reader, "router_scaling_factor"),
-        "mlp_bias": reader.value("mlp_bias", null=False),
-        "qk_norm": "head",
-    }
+        bias="all",
+        mlp_bias=reader.value("mlp_bias", null=False),
+        qk_norm="head",
+    )
 
 
 @family("afmoe", "AFMoE", "Trinity-Nano, Trinity-Mini", norm("mlp_norm", "pre_mlp_layernorm"))
 def afmoe(reader: ConfigReader) -> Switches:
     reader.expect(score_func="sigmoid", route_norm=True, n_group=1, num_expert_groups=1)
-    return {
-        **fields.grouped(reader, bias="all"),
-        **fields.shared(reader),
+    return fields.grouped(
+        reader,
+        fields.shared,
+        fields.windows,
+        fields.rope_where_sliding,
         **fields.dense(reader, range(reader.value("num_dense_layers", null=0))),
-        **fields.windows(reader),
-        **fields.rope_where_sliding(reader),
         **fields.sigmoid_router(reader, "route_scale"),
-        "attention_gate": True,
-        "norm_placement": "both",
-        "qk_norm": "head",
-        "embedding_scale": reader.value("hidden_size") ** 0.5 if reader.value("mup_enabled", null=False) else 1.0,
-    }
+        bias="all",
+        attention_gate=True,
+        norm_placement="both",
+        qk_norm="head",
+        embedding_scale=reader.value("hidden_size") ** 0.5 if reader.value("mup_enabled", null=False) else 1.0,
+    )
 
 
 @family(
@@ -104,32 +131,29 @@ def ernie4_5_moe(reader: ConfigReader) -> Switches:
     bias = reader.value("use_bias", null=False)
     first, last = reader.value("moe_layer_start_index"), reader.value("moe_layer_end_index")
     interval, layers = reader.value("moe_layer_interval"), range(reader.value("num_hidden_layers"))
-    return {
-        **fields.grouped(reader),
-        **fields.shared(reader),
+    return fields.grouped(
+        reader,
+        fields.shared,
         **fields.dense(reader, (at for at in layers if not first <= at <= last or (at + 1) % interval)),
-        "attention_bias": "all" if bias else "none",
-        "mlp_bias": bias,
-        "head_bias": bias,
-        "router_correction": True,
-        "normalize_minimum": reader.value("moe_norm_min"),
-        "rope_interleaved": True,
-    }
+        attention_bias="all" if bias else "none",
+        mlp_bias=bias,
+        head_bias=bias,
+        router_correction=True,
+        normalize_minimum=reader.value("moe_norm_min"),
+        rope_interleaved=True,
+    )
 
 
-def _latent(reader: ConfigReader) -> Switches:
-    """What families with latent attention and DeepSeek's experts share."""
+def _latent(reader: ConfigReader, *groups: Group, **switches: Any) -> Switches:
+    """Latent attention and DeepSeek's experts."""
     sizes, rotary_size = fields.sizes(reader), reader.value("qk_rope_head_dim")
     if sizes["num_kv_heads"] != sizes["num_heads"]:
         raise unsupported("num_key_value_heads", sizes["num_kv_heads"], (sizes["num_heads"],))
     head_size = reader.value("qk_nope_head_dim") + rotary_size
     reader.expect(head_dim=(rotary_size, head_size), qk_head_dim=head_size)
-    return {
+    base = {
         **sizes,
-        **fields.experts(reader),
-        **fields.shared(reader),
         **fields.attention_bias(reader, "all"),
-        **fields.leading_dense(reader),
         **fields.latent_rotary(reader, head_size, rotary_size),
         "attention": "latent",
         "head_size": head_size,
@@ -137,30 +161,30 @@ def _latent(reader: ConfigReader) -> Switches:
         "latent_size": reader.value("kv_lora_rank"),
         "query_latent_size": reader.value("q_lora_rank", null=0),
     }
+    return fields.join(reader, base, fields.experts, fields.shared, fields.leading_dense, *groups, **switches)
 
 
 @family("deepseek_v2", "DeepSeek-V2", "DeepSeek-V2, -V2-Lite, -V2.5, -Coder-V2")
 def deepseek_v2(reader: ConfigReader) -> Switches:
     reader.expect(scoring_func="softmax", topk_method=("greedy", "group_limited_greedy"))
-    reader.folded("norm_topk_prob")  # has no effect in transformers either
+    reader.ignore("norm_topk_prob")  # has no effect in transformers either
     grouped = reader.value("topk_method", null="") == "group_limited_greedy"
     groups, chosen = reader.value("n_group", null=1), reader.value("topk_group", null=1)
-    return {
-        **_latent(reader),
-        "mlp_bias": reader.value("mlp_bias", null=False),
-        "num_groups": groups if grouped else 1,
-        "groups_per_token": chosen if grouped else 1,
-        "normalize_top_k": False,
-        "routing_scale": reader.value("routed_scaling_factor"),
-        "rope_interleaved": True,
-    }
+    return _latent(
+        reader,
+        mlp_bias=reader.value("mlp_bias", null=False),
+        num_groups=groups if grouped else 1,
+        groups_per_token=chosen if grouped else 1,
+        normalize_top_k=False,
+        routing_scale=reader.value("routed_scaling_factor"),
+        rope_interleaved=True,
+    )
 
 
 @family("deepseek_v3", "DeepSeek-V3", "DeepSeek-V3, -R1 and -V3.1, Kimi-K2, Moonlight-16B-A3B", ignored=EXTRA_LAYERS)
 @family("glm4_moe_lite", "GLM-4-MoE-lite", "GLM-4.7-Flash", ignored=EXTRA_LAYERS)
 def deepseek_v3(reader: ConfigReader) -> Switches:
-    interleaved = reader.value("rope_interleave", null=False)
-    return {**_latent(reader), **fields.corrected_router(reader), "rope_interleaved": interleaved}
+    return _latent(reader, fields.corrected_router, rope_interleaved=reader.value("rope_interleave", null=False))
 
 
 @family(
@@ -178,17 +202,15 @@ def axk1(reader: ConfigReader) -> Switches:
 
 @family("mixtral", "Mixtral", "Mixtral-8x7B, Mixtral-8x22B")
 def mixtral(reader: ConfigReader) -> Switches:
-    return {**fields.grouped(reader, "intermediate_size"), **fields.windows(reader)}
+    return fields.grouped(reader, fields.windows, width="intermediate_size")
 
 
 @family("olmoe", "OLMoE", "OLMoE-1B-7B-0924, OLMoE-1B-7B-0125")
 def olmoe(reader: ConfigReader) -> Switches:
-    return {
-        **fields.grouped(reader, "intermediate_size", bias="all"),
-        "normalize_top_k": reader.value("norm_topk_prob", null=False),
-        "qk_norm": "full",
-        "clip_qkv": reader.value("clip_qkv", null=0.0),
-    }
+    clip = reader.value("clip_qkv", null=0.0)
+    return fields.grouped(
+        reader, fields.normalized, width="intermediate_size", bias="all", qk_norm="full", clip_qkv=clip
+    )
 
 
 @family("flex_olmo", "FlexOlmo", "FlexOlmo-7x7B-1T")
@@ -198,54 +220,44 @@ def flex_olmo(reader: ConfigReader) -> Switches:
 
 @family("qwen2_moe", "Qwen2-MoE", "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B")
 def qwen2_moe(reader: ConfigReader) -> Switches:
-    return {
-        **fields.grouped(reader),
+    return fields.grouped(
+        reader,
+        fields.sparse_step,
+        fields.windows,
+        fields.normalized,
         **fields.attention_bias(reader, "qkv", key="qkv_bias"),
-        **fields.sparse_step(reader),
-        **fields.windows(reader),
-        "normalize_top_k": reader.value("norm_topk_prob", null=False),
-        "shared_hidden_size": reader.value("shared_expert_intermediate_size"),
-        "shared_gate": True,
-    }
+        shared_hidden_size=reader.value("shared_expert_intermediate_size"),
+        shared_gate=True,
+    )
 
 
 @family("qwen3_moe", "Qwen3-MoE", "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder")
 def qwen3_moe(reader: ConfigReader) -> Switches:
-    return {
-        **fields.grouped(reader, bias="all"),
-        **fields.sparse_step(reader),
-        **fields.windows(reader),
-        "normalize_top_k": reader.value("norm_topk_prob", null=False),
-        "qk_norm": "head",
-    }
+    groups = fields.sparse_step, fields.windows, fields.normalized
+    return fields.grouped(reader, *groups, bias="all", qk_norm="head")
 
 
 @family("mellum", "Mellum 2", "Mellum2-12B-A2.5B", ignored={r"^mtp\.": MULTI_TOKEN})
 def mellum(reader: ConfigReader) -> Switches:
-    sizes = fields.sizes(reader)
-    return {
-        **sizes,
-        **fields.experts(reader),
-        **fields.attention_bias(reader, "all"),
-        **fields.leading_dense(reader),
-        **fields.windows(reader),
-        "normalize_top_k": reader.value("norm_topk_prob", null=False),
-        **fields.rotary_by_kind(reader, sizes["head_size"]),
-        "qk_norm": "head",
-    }
+    base = fields.sizes(reader) | fields.attention_bias(reader, "all")
+    base |= fields.rotary_by_kind(reader, base["head_size"])
+    groups = fields.experts, fields.leading_dense, fields.windows, fields.normalized
+    return fields.join(reader, base, *groups, qk_norm="head")
 
 
 @family("granitemoe", "Granite-MoE", "granite-3.0 and -3.1 1b-a400m and 3b-a800m, PowerMoE-3b")
 def granitemoe(reader: ConfigReader) -> Switches:
-    return {
-        **fields.grouped(reader, "intermediate_size", bias="all"),
-        "router_score": "softmax_top_k",
-        "normalize_top_k": False,
-        "attention_scale": reader.value("attention_multiplier"),
-        "embedding_scale": reader.value("embedding_multiplier"),
-        "residual_scale": reader.value("residual_multiplier"),
-        "logits_divisor": reader.value("logits_scaling"),
-    }
+    return fields.grouped(
+        reader,
+        width="intermediate_size",
+        bias="all",
+        router_score="softmax_top_k",
+        normalize_top_k=False,
+        attention_scale=reader.value("attention_multiplier"),
+        embedding_scale=reader.value("embedding_multiplier"),
+        residual_scale=reader.value("residual_multiplier"),
+        logits_divisor=reader.value("logits_scaling"),
+    )
 
 
 @family("granitemoeshared", "Granite-MoE-shared", "moe-7b-1b-active-shared-experts")
@@ -255,18 +267,25 @@ def granitemoeshared(reader: ConfigReader) -> Switches:
 
 @family("hunyuan_v1_moe", "HunYuan-V1-MoE", "Hunyuan-A13B")
 def hunyuan_v1_moe(reader: ConfigReader) -> Switches:
-    sizes, width = fields.sizes(reader), reader.value("intermediate_size")
-    reader.expect(use_cla=False, use_qk_norm=True, attention_head_dim=sizes["head_size"])
-    # Published files spell these per layer; the classes of transformers know no other values.
-    for key, only in (("num_shared_expert", 1), ("moe_intermediate_size", width)):
-        if (value := reader.constant(key, null=only)) != only:
-            raise unsupported(key, value, (only,))
+    base, width = fields.sizes(reader), reader.value("intermediate_size")
+    reader.expect(use_cla=False, use_qk_norm=True, attention_head_dim=base["head_size"])
+    reader.expect(num_shared_expert=1, moe_intermediate_size=width)  # transformers' class knows no other values
+
+    def constant(*keys: str) -> int:
+        """Published files spell it per layer."""
+        values = reader.value(*keys)
+        if not isinstance(values, list):
+            return values
+        if len(set(values)) != 1:
+            raise ConfigError(f"config.json: {keys[0]} is {values}; one number for all layers is supported.")
+        return values[0]
+
+    base |= fields.attention_bias(reader, "all")
     return {
-        **sizes,
-        **fields.attention_bias(reader, "all"),
-        **fields.rotary(reader, sizes["head_size"], supported=(*fields.STATIC, "dynamic")),
-        "num_experts": reader.constant("num_experts", "num_local_experts"),
-        "experts_per_token": reader.constant("moe_topk", "num_experts_per_tok"),
+        **base,
+        **fields.rotary(reader, base["head_size"], supported=(*fields.STATIC, "dynamic")),
+        "num_experts": constant("num_experts", "num_local_experts"),
+        "experts_per_token": constant("moe_topk", "num_experts_per_tok"),
         "expert_hidden_size": width,
         "shared_hidden_size": width,
         "qk_norm": "head_after_rope",
@@ -275,15 +294,18 @@ def hunyuan_v1_moe(reader: ConfigReader) -> Switches:
 
 @family("phimoe", "Phi-3.5-MoE", "Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE")
 def phimoe(reader: ConfigReader) -> Switches:
-    return {
-        **fields.grouped(reader, "intermediate_size", bias="all", ropes=("default", "longrope")),
-        **fields.windows(reader),
-        "norm": "layer",
-        "head_bias": reader.value("lm_head_bias", null=False),
-        "router_score": "sparsemixer",
-        "normalize_top_k": False,
-        "router_jitter": reader.value("router_jitter_noise"),
-    }
+    return fields.grouped(
+        reader,
+        fields.windows,
+        width="intermediate_size",
+        bias="all",
+        ropes=("default", "longrope"),
+        norm="layer",
+        head_bias=reader.value("lm_head_bias", null=False),
+        router_score="sparsemixer",
+        normalize_top_k=False,
+        router_jitter=reader.value("router_jitter_noise"),
+    )
 
 
 # Gate and up stand in alternate columns. MXFP4 packs along the input axis, which is the last one there.
@@ -304,15 +326,17 @@ GPT_OSS_EXPERTS = (
 
 @family("gpt_oss", "GPT-OSS", "gpt-oss-20b, gpt-oss-120b", GPT_OSS_EXPERTS)
 def gpt_oss(reader: ConfigReader) -> Switches:
-    return {
-        **fields.grouped(reader, "intermediate_size", bias="all"),
-        **fields.windows(reader),
-        "router_score": "softmax_top_k",
-        "normalize_top_k": False,
-        "router_bias": True,
-        "expert_bias": True,
-        "sinks": True,
-        "activation": "clamped_swiglu",
-        "swiglu_alpha": reader.value("swiglu_alpha"),
-        "swiglu_limit": reader.value("swiglu_limit"),
-    }
+    return fields.grouped(
+        reader,
+        fields.windows,
+        width="intermediate_size",
+        bias="all",
+        router_score="softmax_top_k",
+        normalize_top_k=False,
+        router_bias=True,
+        expert_bias=True,
+        sinks=True,
+        activation="clamped_swiglu",
+        swiglu_alpha=reader.value("swiglu_alpha"),
+        swiglu_limit=reader.value("swiglu_limit"),
+    )
