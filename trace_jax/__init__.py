@@ -18,7 +18,7 @@ _PUBLIC = {
     "Batch": "trace_jax.data.rows",
     "Rows": "trace_jax.data.rows",
     "build_corpora": "trace_jax.data.corpora",
-    "sequential_batches": "trace_jax.data.batches",
+    "sequential_batches": "trace_jax.data.rows",
     "expert_statistics": "trace_jax.routing.statistics",
     "expert_assignments": "trace_jax.routing.statistics",
     "select_experts": "trace_jax.routing.selection",

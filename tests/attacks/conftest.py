@@ -12,9 +12,8 @@ import pytest
 
 from tests import handmade, tiny
 from trace_jax.attacks.attack import Case, Context
-from trace_jax.data.batches import sequential_batches
 from trace_jax.data.corpora import Probes, Questions
-from trace_jax.data.rows import Rows
+from trace_jax.data.rows import Rows, sequential_batches
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.task import EvaluationConfig, Evaluator
 from trace_jax.models.generate import generate

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from trace_jax.data.batches import sequential_batches
+from trace_jax.data.rows import sequential_batches
 from trace_jax.routing.statistics import expert_routing
 
 ONE = tiny.one_device()

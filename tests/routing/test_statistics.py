@@ -10,7 +10,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
 from tests import tiny
-from trace_jax.data.batches import sequential_batches
+from trace_jax.data.rows import sequential_batches
 from trace_jax.models.decoder import forward
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.routing.calibration import calibrate

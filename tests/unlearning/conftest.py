@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from trace_jax.data.batches import sequential_batches
-from trace_jax.data.rows import Rows
+from trace_jax.data.rows import Rows, sequential_batches
 from trace_jax.models.architecture import flatten
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import to_host

@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 from tests.unlearning.conftest import ONE, weights_of
-from trace_jax.data.batches import sequential_batches
+from trace_jax.data.rows import sequential_batches
 from trace_jax.models.architecture import init_params
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from trace_jax.data.batches import Batches, epoch_sampler
+from trace_jax.data.rows import epoch_sampler
 from trace_jax.models.architecture import flatten
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning import train as train_module
@@ -94,10 +94,10 @@ def test_nothing_is_compiled_after_the_first_step_and_no_step_moves_arrays(tmp_p
     if kind == "unlearning":
         unlearn_in(tmp_path)
     else:
-        batches = Batches(tiny.make_rows(8, seed=1), epoch_sampler(8, 3, seed=0))
+        rows, sampler = tiny.make_rows(8, seed=1), epoch_sampler(8, 3, seed=0)
         train_model(
-            tiny.CONFIG, TrainingConfig(steps=STEPS, checkpoint_every=2), batches.__getitem__, seed=0,
-            mesh=make_mesh(jax.devices()[:2]), directory=tmp_path, identity="a", title="test",
+            tiny.CONFIG, TrainingConfig(steps=STEPS, checkpoint_every=2), lambda step: rows.batch(sampler(step)),
+            seed=0, mesh=make_mesh(jax.devices()[:2]), directory=tmp_path, identity="a", title="test",
         )  # fmt: skip
     assert len(counts) == 2 * STEPS
     first_step, first_save, rest = counts[1] - counts[0], counts[4] - counts[3], counts[-1] - counts[4]

@@ -15,7 +15,7 @@ import numpy as np
 
 from trace_jax.attacks.attack import Attack, Case, Point
 from trace_jax.config import ConfigError, option
-from trace_jax.data.batches import sequential_batches
+from trace_jax.data.rows import sequential_batches
 from trace_jax.evaluation.intervals import Measurement, bootstrap_mean, named
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.routing import SPLIT

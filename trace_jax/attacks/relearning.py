@@ -8,8 +8,7 @@ import numpy as np
 
 from trace_jax.attacks.attack import Attack, Case, Context, Point
 from trace_jax.config import ConfigError, option
-from trace_jax.data.batches import Batches, epoch_sampler
-from trace_jax.data.rows import Rows, encode_documents, pack_documents
+from trace_jax.data.rows import Rows, encode_documents, epoch_sampler, pack_documents
 from trace_jax.data.sources import read_source
 from trace_jax.evaluation.intervals import Measurement
 from trace_jax.io.files import read_json, remove, write_json
@@ -58,11 +57,11 @@ class TrainingOn(Attack):
         finished = directory / "finished.json"
         if not broadcast_from_process_0(read_json(finished) == identity):
             rows: Rows = context.prepared
-            batches = Batches(rows, epoch_sampler(len(rows), self.batch_size, seed=context.seed))
+            sampler = epoch_sampler(len(rows), self.batch_size, seed=context.seed)
             train_on(
                 load(),
                 self.optimization,
-                batches.__getitem__,
+                lambda step: rows.batch(sampler(step)),
                 steps=self.steps,
                 evaluate=evaluate,
                 evaluate_every=self.evaluate_every,

@@ -1,10 +1,15 @@
-"""Rows of tokens, what every stage consumes: documents encoded and packed into them, refusals paired with them."""
+"""Rows of tokens, what every stage consumes: packing, refusals that pair with them, and which a step reads.
+
+An index sampler maps a step to the row numbers i64 [B] that it reads. It is a pure function of (seed, step): it depends
+neither on the number of devices nor on the steps before, so that resuming needs the step number and nothing else.
+"""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import grain
 import numpy as np
 from flax import struct
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -16,10 +21,9 @@ from trace_jax.data.sources import Document
 from trace_jax.models.families import model_config
 from trace_jax.models.model import Encoded, SpecialTokens, TextCodec, start_and_end, whole_text
 
+IndexSampler = Callable[[int], np.ndarray]
 _OPEN_ROWS = 64  # keeps packing linear in the number of documents
 _OWN = SpecialTokens()  # of a tokenizer that is trained here
-PAD, BOS, EOS = 0, 1, 2
-SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 
 
 @struct.dataclass
@@ -58,6 +62,14 @@ class Rows:
         """The rows at `indices` as one batch [len(indices), S]."""
         return Batch(self.tokens[indices], self.segments[indices], self.valid[indices])
 
+    def documents(self) -> Iterator[Encoded]:
+        """Every document, or chunk of one, that has a target, with its marks; from the first on all are targets."""
+        for tokens, segments, valid in zip(self.tokens, self.segments, self.valid, strict=True):
+            for document in range(1, int(segments.max(initial=0)) + 1):
+                inside = segments == document
+                if valid[inside].any():
+                    yield Encoded(tokens[inside], 1 + int(np.argmax(valid[inside])))
+
     @classmethod
     def concatenate(cls, parts: "Sequence[Rows]") -> "Rows":
         """The rows of all parts, one after the other. Parts must share one row length."""
@@ -68,12 +80,7 @@ class Rows:
 
 
 def read_codec(checkpoint: str) -> TextCodec:
-    """The codec of a checkpoint, without its parameters.
-
-    Raises:
-      ConfigError: it has no tokenizer.json.
-      CheckpointError: it is no checkpoint.
-    """
+    """The codec of a checkpoint, without its parameters. Raises ConfigError: it has no tokenizer.json."""
     directory, config_json = Path(checkpoint), open_checkpoint(checkpoint).config
     tokenizer = read_tokenizer(directory)
     if tokenizer is None:
@@ -88,14 +95,12 @@ def read_codec(checkpoint: str) -> TextCodec:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE; the same texts in the same order give the same vocabulary.
 
-    Ids 0, 1, 2 are padding, BOS and EOS and the next 256 the bytes, so that every text can be encoded and decoded
-    without loss. The vocabulary is smaller than `vocab_size` where the texts hold too few different words. Whoever
-    lets the tokenizer add marks gets BOS before a text, as in training.
-
-    Raises:
-      ConfigError: `vocab_size` has no room for the bytes and the special tokens.
+    Ids 0, 1, 2 are padding, BOS and EOS (`SpecialTokens`) and the next 256 the bytes, so that every text can be encoded
+    and decoded without loss. The vocabulary is smaller than `vocab_size` where the texts hold too few different words.
+    Whoever lets the tokenizer add marks gets BOS before a text, as in training.
     """
-    smallest = len(SPECIAL_TOKENS) + 256
+    marks = ["<pad>", "<bos>", "<eos>"]
+    smallest = len(marks) + 256
     if vocab_size < smallest:
         raise ConfigError(f"vocab_size is {vocab_size}; a byte-level vocabulary needs at least {smallest}.")
     tokenizer = Tokenizer(models.BPE())
@@ -103,13 +108,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=marks,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    start = SPECIAL_TOKENS[BOS]
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, BOS)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return whole_text(tokenizer, literal=True)
 
 
@@ -125,29 +129,20 @@ def encode_documents(codec: TextCodec, documents: Sequence[Document]) -> list[En
 # --- tokens in rows
 
 
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """A piece of a document that fits a row: tokens i32 [n] (the first is the start mark), valid bool [n]."""
-
-    tokens: np.ndarray
-    valid: np.ndarray
-
-
-def chunks(document: Encoded, row_length: int, special: SpecialTokens = _OWN) -> Iterator[Chunk]:
+def chunks(documents: Sequence[Encoded], row_length: int, special: SpecialTokens = _OWN) -> Iterator[Encoded]:
     """Cuts start + tokens + EOS into chunks of at most `row_length` tokens, each with the start mark (`start_and_end`).
 
     A later chunk repeats the last token of the one before as context. So every token of a document but its first,
-    EOS included, is a target exactly once: at the valid position just before it.
+    EOS included, is a target exactly once. Chunks without a target are left out.
     """
     start_mark, end_mark = start_and_end(special)
-    tokens = np.append(document.tokens, np.int32(end_mark))
-    span = row_length - 1
-    for start in range(0, max(len(tokens) - 1, 1), span - 1):
-        piece = tokens[start : start + span]
-        valid = np.zeros(len(piece) + 1, bool)
-        # Position 1 + i holds token start + i and predicts start + i + 1; the last position predicts nothing.
-        valid[1:-1] = np.arange(start + 1, start + len(piece)) >= document.first_target
-        yield Chunk(np.concatenate([[np.int32(start_mark)], piece]), valid)
+    for document in documents:
+        tokens = np.append(document.tokens, np.int32(end_mark))
+        for start in range(0, max(len(tokens) - 1, 1), row_length - 2):
+            chunk = np.concatenate([[np.int32(start_mark)], tokens[start : start + row_length - 1]])
+            first = max(2, document.first_target - start + 1)  # the document's first token is none
+            if first < len(chunk):
+                yield Encoded(chunk, first)
 
 
 def pack_documents(
@@ -155,25 +150,17 @@ def pack_documents(
 ) -> Rows:
     """Packs the chunks of documents of one source into rows: each chunk goes to the first open row that has room.
 
-    Rows stand in the order in which they were opened, documents inside a row in their own order.
-
-    Args:
-      documents: encoded documents, none empty.
-      row_length: tokens per row, S >= 3.
-      domain: `Rows.domain` of every row.
-      special: the tokenizer's marks.
+    Rows stand in the order in which they were opened, documents inside a row in their own order. Row length S >= 3.
     """
-    pieces = [c for d in documents for c in chunks(d, row_length, special) if c.valid.any()]
-    places = _first_fit([len(c.tokens) for c in pieces], row_length)
-    return _fill(pieces, places, row_length, domain, special.pad)
+    pieces = list(chunks(documents, row_length, special))
+    return _fill(pieces, _first_fit([len(c.tokens) for c in pieces], row_length), row_length, domain, special.pad)
 
 
 def rows_of_chunks(
     documents: Sequence[Encoded], row_length: int, *, shortest: int = 0, special: SpecialTokens = _OWN
 ) -> Rows:
     """One chunk a row, in document order; chunks of fewer than `shortest` tokens are left out."""
-    pieces = [c for d in documents for c in chunks(d, row_length, special)]
-    pieces = [c for c in pieces if c.valid.any() and len(c.tokens) >= shortest]
+    pieces = [c for c in chunks(documents, row_length, special) if len(c.tokens) >= shortest]
     return _fill(pieces, range(len(pieces)), row_length, 0, special.pad)
 
 
@@ -196,17 +183,17 @@ def _first_fit(lengths: Sequence[int], row_length: int) -> list[int]:
     return rows
 
 
-def _fill(pieces: Sequence[Chunk], row_of: Sequence[int], row_length: int, domain: int, pad: int) -> Rows:
+def _fill(pieces: Sequence[Encoded], row_of: Sequence[int], row_length: int, domain: int, pad: int) -> Rows:
     count = max(row_of, default=-1) + 1
     tokens = np.full((count, row_length), pad, np.int32)
-    segments = np.zeros((count, row_length), np.int32)
-    valid = np.zeros((count, row_length), bool)
+    segments, valid = np.zeros((count, row_length), np.int32), np.zeros((count, row_length), bool)
     used, documents = np.zeros(count, int), np.zeros(count, int)
     for piece, row in zip(pieces, row_of, strict=True):
-        place = slice(used[row], used[row] + len(piece.tokens))
+        start, stop = used[row], used[row] + len(piece.tokens)
         documents[row] += 1
-        tokens[row, place], valid[row, place], segments[row, place] = piece.tokens, piece.valid, documents[row]
-        used[row] = place.stop
+        tokens[row, start:stop], segments[row, start:stop] = piece.tokens, documents[row]
+        valid[row, start + piece.first_target - 1 : stop - 1] = True  # the position before a target predicts it
+        used[row] = stop
     return Rows(tokens, segments, valid, np.full(count, domain, np.int32))
 
 
@@ -223,11 +210,8 @@ def with_refusals(rows: Rows, refusals: Sequence[np.ndarray], *, pad: int = 0) -
     """(forget rows, refusal rows) [N', S]: row i of one belongs to row i of the other.
 
     Every document (or chunk of one) in `rows` gives a pair: its beginning, then how it goes on, and its beginning, then
-    a refusal; only what comes after the beginning is valid. The beginning of an answer is its question; text without a
-    question is cut in the middle. Refusals are taken in turn.
-
-    Args:
-      refusals: token ids i32 [r] of each.
+    a refusal (token ids i32 [r], taken in turn); only what comes after the beginning is valid. The beginning of an
+    answer is its question; text without a question is cut in the middle.
     """
     length = rows.tokens.shape[1]
     if (longest := max(map(len, refusals))) > length // 2:
@@ -236,30 +220,96 @@ def with_refusals(rows: Rows, refusals: Sequence[np.ndarray], *, pad: int = 0) -
         )
     forget, refused = [], []
     for topic in np.unique(rows.domain):
-        pieces = _pieces(rows.take(np.flatnonzero(rows.domain == topic)))
-        pairs = [_pair(piece, refusals[i % len(refusals)], length) for i, piece in enumerate(pieces)]
-        places = _first_fit([max(len(a.tokens), len(b.tokens)) for a, b in pairs], length)
-        for side, packed in enumerate((forget, refused)):
-            packed.append(_fill([pair[side] for pair in pairs], places, length, int(topic), pad))
+        texts, answers = [], []
+        for i, document in enumerate(rows.take(np.flatnonzero(rows.domain == topic)).documents()):
+            tokens, first, refusal = document.tokens, document.first_target, refusals[i % len(refusals)]
+            first = max(2, len(tokens) // 2) if first <= 2 else first  # no question, only the start mark
+            beginning = tokens[:first][-(length - len(refusal)) :]
+            texts.append(Encoded(tokens, first))
+            answers.append(Encoded(np.concatenate([beginning, refusal]), len(beginning)))
+        places = _first_fit([max(len(a.tokens), len(b.tokens)) for a, b in zip(texts, answers, strict=True)], length)
+        forget.append(_fill(texts, places, length, int(topic), pad))
+        refused.append(_fill(answers, places, length, int(topic), pad))
     return Rows.concatenate(forget), Rows.concatenate(refused)
 
 
-def _pieces(rows: Rows) -> Iterator[Chunk]:
-    """The documents of every row that predict something, in order."""
-    for tokens, segments, valid in zip(rows.tokens, rows.segments, rows.valid, strict=True):
-        for document in range(1, int(segments.max(initial=0)) + 1):
-            inside = segments == document
-            if valid[inside].any():
-                yield Chunk(tokens[inside], valid[inside])
+# --- rows of a step
 
 
-def _pair(piece: Chunk, refusal: np.ndarray, length: int) -> tuple[Chunk, Chunk]:
-    first = int(np.argmax(piece.valid))  # the position that predicts the first answer token
-    if first <= 1:  # no question, only the start mark
-        first = max(1, len(piece.tokens) // 2 - 1)
-    after = piece.valid & (np.arange(len(piece.valid)) >= first)
-    beginning = piece.tokens[: first + 1][-(length - len(refusal)) :]
-    tokens = np.concatenate([beginning, refusal]).astype(np.int32)
-    valid = np.zeros(len(tokens), bool)
-    valid[len(beginning) - 1 : -1] = True
-    return Chunk(piece.tokens, after if after.any() else piece.valid), Chunk(tokens, valid)
+def epoch_sampler(num_rows: int, batch_size: int, *, seed: int) -> IndexSampler:
+    """Every row once per epoch, reshuffled each epoch. A batch may span two epochs."""
+    _check_sizes(num_rows, batch_size)
+    batches = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat().batch(batch_size)
+    return lambda step: np.asarray(batches[int(step)], np.int64)
+
+
+def retain_sampler(num_rows: int, batch_size: int, *, seed: int, probability: np.ndarray | None = None) -> IndexSampler:
+    """Rows drawn independently, with replacement, with probability [N] proportional to `probability`.
+
+    Equal probabilities, or none, visit every row once per epoch: so uniform weights train exactly as no weights do.
+    """
+    if probability is None:
+        return epoch_sampler(num_rows, batch_size, seed=seed)
+    weights = np.asarray(probability, np.float64)
+    if weights.shape != (num_rows,) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+        raise ValueError(
+            f"row probabilities [{weights.size}] are given for {num_rows} rows; expected one finite, non-negative "
+            "number per row, and not all zero."
+        )
+    if np.ptp(weights) == 0:
+        return epoch_sampler(num_rows, batch_size, seed=seed)
+    cumulative = np.cumsum(weights)
+    cumulative /= cumulative[-1]
+
+    def draw(_: int, rng: np.random.Generator) -> np.ndarray:
+        # side="right" never returns a row of probability zero.
+        return np.searchsorted(cumulative, rng.random(batch_size), side="right")
+
+    batches = grain.MapDataset.range(1).repeat().seed(seed).random_map(draw)
+    return lambda step: np.asarray(batches[int(step)], np.int64)
+
+
+def mixture_batches(
+    train: Mapping[str, Rows], mixture: Mapping[str, float], batch_size: int, *, seed: int
+) -> Callable[[int], Batch]:
+    """The batch of a step: a fixed number of rows per source (`batch_counts`), each reshuffled at its own epochs."""
+    if unknown := [name for name in mixture if name not in train]:
+        raise ValueError(f"The mixture names {', '.join(unknown)}, but the sources are {', '.join(train)}.")
+    offsets = dict(zip(train, np.cumsum([0, *map(len, train.values())])[:-1], strict=True))
+    parts = [
+        (offsets[name], epoch_sampler(len(train[name]), count, seed=seed + order))
+        for order, (name, count) in enumerate(batch_counts(mixture, batch_size).items())
+    ]
+    rows = Rows.concatenate(list(train.values()))
+    return lambda step: rows.batch(np.concatenate([sampler(step) + offset for offset, sampler in parts]))
+
+
+def batch_counts(mixture: Mapping[str, float], batch_size: int) -> dict[str, int]:
+    """Rows per source in a batch, by largest remainder of the shares; sources of share 0 are left out."""
+    total = sum(mixture.values())
+    if total <= 0 or min(mixture.values()) < 0:
+        raise ValueError(f"The shares of a mixture must be non-negative and not all zero; given {dict(mixture)}.")
+    exact = {name: batch_size * share / total for name, share in mixture.items() if share > 0}
+    counts = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])  # stable: ties keep the given order
+    for name in by_remainder[: batch_size - sum(counts.values())]:
+        counts[name] += 1
+    if empty := [name for name, count in counts.items() if not count]:
+        raise ValueError(
+            f"A batch of {batch_size} rows has no room for the sources {', '.join(empty)}; raise batch_size."
+        )
+    return counts
+
+
+def sequential_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
+    """Every row once, in order; the last batch may be smaller."""
+    _check_sizes(len(rows), batch_size)
+    for start in range(0, len(rows), batch_size):
+        yield rows.batch(np.arange(start, min(start + batch_size, len(rows))))
+
+
+def _check_sizes(num_rows: int, batch_size: int) -> None:
+    if num_rows < 1:
+        raise ValueError("There are no rows to draw batches from.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")

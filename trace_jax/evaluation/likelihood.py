@@ -250,18 +250,9 @@ def score_tokens(
 
 
 def row_texts(rows: Rows) -> tuple[list[list[int]], list[int]]:
-    """Sequences of tokens and their `first`, for `score_sequences`: every document of `rows` that has a scored token.
-
-    From the first token that a valid position predicts, all are scored.
-    """
-    texts, first = [], []
-    for tokens, segments, valid in zip(rows.tokens, rows.segments, rows.valid, strict=True):
-        for document in range(1, int(segments.max(initial=0)) + 1):
-            own = segments == document
-            if valid[own].any():
-                texts.append(tokens[own].tolist())
-                first.append(1 + int(np.argmax(valid[own])))
-    return texts, first
+    """Sequences of tokens and their `first`, for `score_sequences`: `Rows.documents`."""
+    documents = list(rows.documents())
+    return [d.tokens.tolist() for d in documents], [d.first_target for d in documents]
 
 
 def spread_indices(count: int, most: int) -> np.ndarray:

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from trace_jax.data.batches import sequential_batches
-from trace_jax.data.rows import Rows
+from trace_jax.data.rows import Rows, sequential_batches
 from trace_jax.evaluation.intervals import TAILS, Interval, Measurement, named, resample_counts
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.io.codec import encode

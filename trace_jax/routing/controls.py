@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from trace_jax.data.batches import sequential_batches
-from trace_jax.data.rows import Rows
+from trace_jax.data.rows import Rows, sequential_batches
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll

@@ -22,8 +22,7 @@ from collections.abc import Mapping
 import numpy as np
 from jax.sharding import Mesh
 
-from trace_jax.data.batches import sequential_batches
-from trace_jax.data.rows import Rows
+from trace_jax.data.rows import Rows, sequential_batches
 from trace_jax.io.files import as_path, local_copy, remove, replacing
 from trace_jax.models.model import Model
 from trace_jax.routing import config as settings

@@ -16,9 +16,8 @@ from jax.sharding import Mesh
 from trace_jax.attacks.attack import Context
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.config import ConfigError, fingerprint
-from trace_jax.data.batches import mixture_batches, sequential_batches
 from trace_jax.data.corpora import Corpora, DataConfig, build_corpora
-from trace_jax.data.rows import Batch, Rows, read_codec
+from trace_jax.data.rows import Batch, Rows, mixture_batches, read_codec, sequential_batches
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.task import Evaluator, Scores, ScoreStore, Task, hazardous
@@ -77,11 +76,10 @@ class Prepared:
             total, active = count_params(shape)
             size = f"{training.batch_size} x {self.config.data.row_length} tokens"
             say(f"{name} model: {total:,} parameters, {active:,} active per token; {training.steps} steps of {size}")
-            batches = mixture_batches(self.corpora.train, mixture, training.batch_size, seed=self.config.seed)
             model = train_model(
                 shape,
                 training,
-                batches.__getitem__,
+                mixture_batches(self.corpora.train, mixture, training.batch_size, seed=self.config.seed),
                 seed=self.config.seed,
                 mesh=self.mesh,
                 directory=stage.directory,

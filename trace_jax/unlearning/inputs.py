@@ -16,8 +16,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError
-from trace_jax.data.batches import IndexSampler, epoch_sampler, retain_batches
-from trace_jax.data.rows import Batch, Rows
+from trace_jax.data.rows import Batch, IndexSampler, Rows, epoch_sampler, retain_sampler
 from trace_jax.io.files import local_copy, replacing
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
@@ -81,7 +80,7 @@ class Inputs:
         """Draws and weighs retain rows with `weights` from now on; None: all the same."""
         if self._retain is not None:
             probability = weights.row_probability if weights is not None else None
-            self._drawn = retain_batches(self._retain, self._size, seed=self._seed, probability=probability)
+            self._drawn = retain_sampler(len(self._retain), self._size, seed=self._seed, probability=probability)
             self._weights = self._retain.valid.astype(np.float32) if weights is None else weights.step_weights
 
     def at(self, step: int) -> StepRows:
@@ -95,7 +94,7 @@ class Inputs:
         padded = pad_rows(rows, self._multiple)
         if self._retain is None:
             return padded
-        drawn = self._drawn.indices(step)
+        drawn = self._drawn(step)
         retain, weights = pad_rows((self._retain.batch(drawn), self._weights[drawn]), self._multiple)
         return dataclasses.replace(padded, retain=retain, weights=weights)
 

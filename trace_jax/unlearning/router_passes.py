@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.config import ConfigError
-from trace_jax.data.batches import sequential_batches
-from trace_jax.data.rows import Rows
+from trace_jax.data.rows import Rows, sequential_batches
 from trace_jax.io.progress import say
 from trace_jax.models.architecture import ModelConfig, flatten, unflatten
 from trace_jax.models.decoder import forward
