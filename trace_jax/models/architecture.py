@@ -122,43 +122,36 @@ class ModelConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.experts_per_token > self.num_experts:
-            raise ConfigError(
-                f"experts_per_token is {self.experts_per_token} but there are only {self.num_experts} experts "
-                "(num_experts); a token can't choose more experts than exist."
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}.")
-        if self.rotary_width % 2 or self.rotary_width > self.head_size:
-            raise ConfigError(
-                f"{self.rotary_width} of head_size {self.head_size} dimensions turn; rotary embedding needs an even "
-                "number of at most head_size."
-            )
-        if self.num_experts % self.num_groups or not 1 <= self.groups_per_token <= self.num_groups:
-            raise ConfigError(
-                f"num_groups {self.num_groups} must divide num_experts {self.num_experts}, and groups_per_token "
-                f"{self.groups_per_token} be one to num_groups."
-            )
-        if self.num_groups > 1 and self.experts_per_token > self.groups_per_token * self.num_experts // self.num_groups:
-            raise ConfigError(
-                f"{self.groups_per_token} groups hold fewer than experts_per_token {self.experts_per_token} experts."
-            )
-        if (self.attention == "latent") != bool(self.latent_size):
-            raise ConfigError(f"latent_size is {self.latent_size} and attention {self.attention!r}; they go together.")
-        if self.router_score == "sparsemixer" and self.experts_per_token != 2:
-            raise ConfigError(f"the sparse mixer chooses 2 experts; experts_per_token is {self.experts_per_token}.")
-        for name in ("windows", "layer_ropes"):
-            per_layer = getattr(self, name)
-            if per_layer and len(per_layer) != self.num_layers:
-                raise ConfigError(f"{name} has {len(per_layer)} entries for {self.num_layers} layers.")
-        if any(not -1 <= rope < len(self.ropes) for rope in self.layer_ropes):
-            raise ConfigError(f"layer_ropes {self.layer_ropes} names a rope that is not among the {len(self.ropes)}.")
-        if any(not 0 <= layer < self.num_layers for layer in self.dense_layers):
-            raise ConfigError(f"dense_layers {self.dense_layers} names a layer beyond the {self.num_layers} layers.")
-        if self.dense_layers and not self.dense_hidden_size:
-            raise ConfigError("dense_layers need a dense_hidden_size.")
-        if len(set(self.dense_layers)) == self.num_layers:
-            raise ConfigError("every layer is dense; this is no Mixture-of-Experts model.")
+        H, G, C, turn = self.num_heads, self.num_kv_heads, self.head_size, self.rotary_width
+        E, K, groups, best = self.num_experts, self.experts_per_token, self.num_groups, self.groups_per_token
+        L, windows, ropes, dense = self.num_layers, self.windows, self.layer_ropes, self.dense_layers
+        for wrong, sentence in (
+            (K > E, f"experts_per_token is {K} but there are only {E} experts (num_experts)."),
+            (H % G, f"num_heads {H} must be a multiple of num_kv_heads {G}."),
+            (turn % 2 or turn > C, f"{turn} dimensions turn; expected an even number of at most head_size {C}."),
+            (E % groups, f"num_groups {groups} must divide num_experts {E}."),
+            (best > groups, f"groups_per_token is {best}, but there are only {groups} groups (num_groups)."),
+            (best * E // groups < K, f"{best} groups hold fewer than experts_per_token {K} experts."),
+            (
+                self.router_score == "sparsemixer" and K != 2,
+                f"the sparse mixer chooses 2 experts; experts_per_token is {K}.",
+            ),
+            (
+                (self.attention == "latent") != bool(self.latent_size),
+                f"latent_size is {self.latent_size} and attention {self.attention!r}; they go together.",
+            ),
+            (len(windows) not in (0, L), f"windows has {len(windows)} entries for {L} layers."),
+            (len(ropes) not in (0, L), f"layer_ropes has {len(ropes)} entries for {L} layers."),
+            (
+                set(ropes) - set(range(-1, len(self.ropes))),
+                f"layer_ropes {ropes} names a rope that is not among the {len(self.ropes)}.",
+            ),
+            (set(dense) - set(range(L)), f"dense_layers {dense} names a layer beyond the {L} layers."),
+            (dense and not self.dense_hidden_size, "dense_layers need a dense_hidden_size."),
+            (len(set(dense)) == L, "every layer is dense; this is no Mixture-of-Experts model."),
+        ):
+            if wrong:
+                raise ConfigError(sentence)
 
     @property
     def rotary_width(self) -> int:
@@ -181,19 +174,12 @@ class ModelConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """Declaration of one array.
-
-    `axes` names every dimension ("layers", "experts", "embed", ...): what sharding rules refer to. `scale` is the
-    standard deviation of the normal distribution that first values are drawn from; None means all ones.
-    """
+    """Declaration of one array. Sharding rules refer to `axes`, which name its dimensions ("layers", "embed", ...)."""
 
     shape: tuple[int, ...]
     dtype: str
     axes: tuple[str, ...]
-    scale: float | None
-
-    def abstract(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype))
+    scale: float | None  # standard deviation of the normal distribution of first values; None: all are one
 
     def initialize(self, key: jax.Array) -> jax.Array:
         if self.scale is None:
@@ -214,10 +200,7 @@ class ArraySpec:
 def low_rank(spec: ArraySpec, rank: int) -> tuple[ArraySpec, ArraySpec]:
     """Two factors a [..., inputs, rank] and b [..., rank, outputs] in float32, whose product is shaped like `spec`.
 
-    First values of a are N(0, 1/inputs), those of b zero.
-
-    Raises:
-      ConfigError: `rank` is more than the smaller side of the matrix.
+    First values of a are N(0, 1/inputs), those of b zero. A `rank` above the matrix's own is a ConfigError.
     """
     first, second = spec.sides
     inputs, outputs = math.prod(spec.shape[first:second]), math.prod(spec.shape[second:])
@@ -236,24 +219,38 @@ def parameter_specs(config: ModelConfig) -> dict:
     """Nested dict of `ArraySpec`, the shape of the parameter tree.
 
     Layers with experts are stacked along the leading axis of "layers", dense ones along that of "dense", each in the
-    order of the network. Projections start at 1/sqrt(fan in); those that write to the residual stream at 1/sqrt(2 L)
-    of that, so that its variance doesn't grow with depth (GPT-2). The router is float32 whatever the type of the rest.
+    order of the network. The router is float32 whatever the type of the rest.
     """
     D, V = (config.hidden_size, "embed"), (config.vocab_size, "vocab")
     specs = {"embed": _array(config, D[0] ** -0.5, V, D), "layers": _stack(config), **_norm(config, "final_norm")}
     if config.dense_layers:
         specs["dense"] = _stack(config, dense=True)
     if not config.tie_embeddings:
-        specs["head"] = _array(config, D[0] ** -0.5, D, V)
+        specs |= _linear(config, "head", (D,), (V,))
     if config.head_bias:
         specs["head_bias"] = _array(config, 0.0, V)
     return specs
 
 
-def _array(config: ModelConfig, scale: float | None, *dimensions: tuple[int, str], dtype: str = "") -> ArraySpec:
-    """An array whose dimensions are (size, logical axis) each."""
+Dimension = tuple[int, str]  # size, logical axis
+
+
+def _array(config: ModelConfig, scale: float | None, *dimensions: Dimension, dtype: str = "") -> ArraySpec:
     shape, axes = zip(*dimensions, strict=True)
     return ArraySpec(shape, dtype or config.dtype, axes, scale)
+
+
+def _linear(
+    config: ModelConfig, name: str, inputs: tuple[Dimension, ...], outputs: tuple[Dimension, ...], *,
+    each: tuple[Dimension, ...] = (), bias: bool = False, dtype: str = "",
+) -> dict:  # fmt: skip
+    """A matrix, or one of `each`, and its bias. It starts at 1/sqrt(fan in); one that writes to the residual stream at
+    1/sqrt(2 L) of that, so that the stream's variance doesn't grow with depth (GPT-2)."""
+    scale = math.prod(size for size, _ in inputs) ** -0.5
+    if outputs[-1][1] == "embed":
+        scale *= (2 * config.num_layers) ** -0.5
+    specs = {name: _array(config, scale, *each, *inputs, *outputs, dtype=dtype)}
+    return specs | {f"{name}_bias": _array(config, 0.0, *each, *outputs, dtype=dtype)} if bias else specs
 
 
 def _norm(config: ModelConfig, name: str) -> dict:
@@ -268,18 +265,14 @@ def _stack(config: ModelConfig, *, dense: bool = False) -> dict:
         if config.norm_placement != absent:
             specs |= _norm(config, f"attention_{kind}") | _norm(config, f"mlp_{kind}")
     specs |= _grouped_attention(config) if config.attention == "grouped" else _latent_attention(config)
-    C = (config.value_width, "head")
-    output = (2 * config.num_layers) ** -0.5 * (config.num_heads * config.value_width) ** -0.5
-    specs["o"] = _array(config, output, (config.num_heads, "heads"), C, D)
-    if config.attention_bias == "all":
-        specs["o_bias"] = _array(config, 0.0, D)
+    heads = (config.num_heads, "heads"), (config.value_width, "head")
+    specs |= _linear(config, "o", heads, (D,), bias=config.attention_bias == "all")
     if dense:
         specs["mlp"] = _gated(config, (config.dense_hidden_size, "dense_hidden"), bias=config.mlp_bias)
     else:
-        specs["router"] = _array(config, D[0] ** -0.5, D, router, dtype="float32")
-        for name in ("router_bias", "router_correction"):
-            if getattr(config, name):
-                specs[name] = _array(config, 0.0, router, dtype="float32")
+        specs |= _linear(config, "router", (D,), (router,), bias=config.router_bias, dtype="float32")
+        if config.router_correction:
+            specs["router_correction"] = _array(config, 0.0, router, dtype="float32")
         F, E = (config.expert_hidden_size, "expert_hidden"), (config.num_experts, "experts")
         specs["experts"] = _gated(config, F, E, bias=config.expert_bias)
         if config.shared_hidden_size:
@@ -294,30 +287,22 @@ def _stack(config: ModelConfig, *, dense: bool = False) -> dict:
     )
 
 
-def _gated(config: ModelConfig, width: tuple[int, str], *experts: tuple[int, str], bias: bool) -> dict:
-    """A gated feed-forward part, or one of each of `experts`: gate_up [(E,) D, 2, F], down [(E,) F, D] and biases."""
-    D, both = (config.hidden_size, "embed"), (2, "gate_up")
-    specs = {
-        "gate_up": _array(config, D[0] ** -0.5, *experts, D, both, width),
-        "down": _array(config, (2 * config.num_layers) ** -0.5 * width[0] ** -0.5, *experts, width, D),
-    }
-    if bias:
-        specs["gate_up_bias"] = _array(config, 0.0, *experts, both, width)
-        specs["down_bias"] = _array(config, 0.0, *experts, D)
-    return specs
+def _gated(config: ModelConfig, width: Dimension, *each: Dimension, bias: bool) -> dict:
+    """A gated feed-forward part, or one of `each`: gate_up [(E,) D, 2, F], down [(E,) F, D] and biases."""
+    D = (config.hidden_size, "embed")
+    gate_up = _linear(config, "gate_up", (D,), ((2, "gate_up"), width), each=each, bias=bias)
+    return gate_up | _linear(config, "down", (width,), (D,), each=each, bias=bias)
 
 
 def _grouped_attention(config: ModelConfig) -> dict:
     D, C, specs = (config.hidden_size, "embed"), (config.head_size, "head"), {}
     H, G = (config.num_heads, "heads"), (config.num_kv_heads, "kv_heads")
     for name, heads in {"q": H, "k": G, "v": G}.items():
-        specs[name] = _array(config, D[0] ** -0.5, D, heads, C)
-        if config.attention_bias != "none":
-            specs[f"{name}_bias"] = _array(config, 0.0, heads, C)
+        specs |= _linear(config, name, (D,), (heads, C), bias=config.attention_bias != "none")
         if name != "v" and config.qk_norm != "none":
             specs[f"{name}_norm"] = _array(config, None, *((heads, C) if config.qk_norm == "full" else (C,)))
     if config.attention_gate:
-        specs["attention_gate"] = _array(config, D[0] ** -0.5, D, H, C)
+        specs |= _linear(config, "attention_gate", (D,), (H, C))
     if config.sinks:
         specs["sinks"] = _array(config, 0.0, H)
     return specs
@@ -325,24 +310,15 @@ def _grouped_attention(config: ModelConfig) -> dict:
 
 def _latent_attention(config: ModelConfig) -> dict:
     D, H, C = (config.hidden_size, "embed"), (config.num_heads, "heads"), (config.head_size, "head")
-    R, Q = (config.latent_size, "latent"), (config.query_latent_size, "latent")
+    R, Q, bias = (config.latent_size, "latent"), (config.query_latent_size, "latent"), config.attention_bias == "all"
     with_rope = (config.latent_size + config.rotary_width, "latent")
     up = (config.head_size - config.rotary_width + config.value_width, "head")
-    specs = {
-        "kv_down": _array(config, D[0] ** -0.5, D, with_rope),
-        "kv_down_norm": _array(config, None, R),
-        "kv_up": _array(config, R[0] ** -0.5, R, H, up),
-    }
-    if config.attention_bias == "all":
-        specs["kv_down_bias"] = _array(config, 0.0, with_rope)
+    specs = _linear(config, "kv_down", (D,), (with_rope,), bias=bias) | _linear(config, "kv_up", (R,), (H, up))
+    specs["kv_down_norm"] = _array(config, None, R)
     if not config.query_latent_size:
-        return specs | {"q": _array(config, D[0] ** -0.5, D, H, C)}
-    specs["q_down"] = _array(config, D[0] ** -0.5, D, Q)
+        return specs | _linear(config, "q", (D,), (H, C))
     specs["q_down_norm"] = _array(config, None, Q)
-    specs["q_up"] = _array(config, Q[0] ** -0.5, Q, H, C)
-    if config.attention_bias == "all":
-        specs["q_down_bias"] = _array(config, 0.0, Q)
-    return specs
+    return specs | _linear(config, "q_down", (D,), (Q,), bias=bias) | _linear(config, "q_up", (Q,), (H, C))
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -363,7 +339,7 @@ def flat_specs(config: ModelConfig) -> Mapping[str, ArraySpec]:
 
 def abstract_params(config: ModelConfig) -> dict:
     """The parameter tree as `jax.ShapeDtypeStruct`: shapes and types, no memory."""
-    return jax.tree.map(ArraySpec.abstract, parameter_specs(config))
+    return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), parameter_specs(config))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
