@@ -73,23 +73,23 @@ def main():
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
     certificate = calibration.certificate
 
-    patterns = find_patterns(retain, selected, unit="token", rows=np.arange(options.tokens))
+    features, tokens = find_patterns(retain, selected, unit="token", rows=np.arange(options.tokens))
     begin = time.perf_counter()
-    solved = entropy_balance(patterns.features, f_forget[selected], base=patterns.tokens, ridge=1e-3)
+    solved = entropy_balance(features, f_forget[selected], base=tokens, ridge=1e-3)
     solve_seconds = time.perf_counter() - begin
     begin = time.perf_counter()
-    multipliers, gradient = lbfgs(patterns.features, f_forget[selected], patterns.tokens, 1e-3, 1e-8)
+    multipliers, gradient = lbfgs(features, f_forget[selected], tokens, 1e-3, 1e-8)
     scipy_seconds = time.perf_counter() - begin
-    of_scipy = np.exp(patterns.features @ multipliers)
+    of_scipy = np.exp(features @ multipliers)
     of_scipy, ours = (
-        clipped_to_mean_one(weights / np.average(weights, weights=patterns.tokens), 50.0, patterns.tokens)[0]
+        clipped_to_mean_one(weights / np.average(weights, weights=tokens), 50.0, tokens)[0]
         for weights in (of_scipy, solved.weights)
     )
     difference = np.abs(ours / of_scipy - 1).max()
 
     row = {
         "tokens": options.tokens, "layers": options.layers, "experts": options.experts, "top_k": options.top_k,
-        "selected": int(selected.sum()), "patterns": len(patterns.tokens), "calibrate_seconds": round(seconds, 2),
+        "selected": int(selected.sum()), "patterns": len(tokens), "calibrate_seconds": round(seconds, 2),
         "calibrate_cpu_seconds": round(cpu_seconds, 2), "solve_seconds": round(solve_seconds, 2),
         "newton_steps": solved.iterations, "gradient": solved.gradient_norm,
         "scipy_lbfgs_seconds": round(scipy_seconds, 2), "scipy_gradient": gradient,

@@ -21,7 +21,7 @@ _PUBLIC = {
     "sequential_batches": "trace_jax.data.rows",
     "expert_statistics": "trace_jax.routing.statistics",
     "expert_assignments": "trace_jax.routing.statistics",
-    "select_experts": "trace_jax.routing.selection",
+    "select_experts": "trace_jax.routing.config",
     "calibrate": "trace_jax.routing.calibration",
     "token_weights": "trace_jax.routing.calibration",
     "retain_weights": "trace_jax.routing.weights",

@@ -79,7 +79,7 @@ def test_only_what_changed_is_attacked_again(data, attacked, tmp_path):
 
 
 def test_an_attack_that_breaks_the_model_says_so(data, attacked, tmp_path, monkeypatch):
-    from trace_jax.attacks.parameters import RouterSwap
+    from trace_jax.attacks.attack import RouterSwap
 
     def broken(attack, case):
         raise NonFiniteScore("the model gives NaN")

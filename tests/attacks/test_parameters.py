@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.attacks.parameters import (
+from trace_jax.attacks.attack import (
     ExpertForcing,
     Quantization,
     RouterSwap,
@@ -49,7 +49,7 @@ def test_matrices_are_rounded_and_the_rest_is_left(original):
 
 
 def test_no_bias_norm_or_gate_vector_counts_as_a_matrix(monkeypatch):
-    monkeypatch.setattr("trace_jax.attacks.parameters._rounded", lambda array, **_: array + 0)
+    monkeypatch.setattr("trace_jax.attacks.attack.round_to_nearest", lambda array, **_: array + 0)
     config = ModelConfig(
         num_experts=4, router_bias=True, router_correction=True, expert_bias=True, attention_bias="all",
         qk_norm="full", norm="layer", sinks=True, shared_hidden_size=8, shared_gate=True, mlp_bias=True,

@@ -186,11 +186,11 @@ def names_in(text):
 
 
 def test_examples_of_one_split_are_from_the_other(case, own, tmp_path):
-    form = forms_of(Prompting(examples=(2,)), case("lost"))[0]
+    _, tasks = forms_of(Prompting(examples=(2,)), case("lost"))[0]
     corpora = case("lost").context.corpora
     asked = {
         key: [text.split("\n\n") for text in asked_of(questions, corpora.tokenizer)]
-        for key, questions in form.tasks[0].data.items()
+        for key, questions in tasks[0].data.items()
     }
     for split, other in (("test", "validation"), ("validation", "test")):
         for subject in ("forget", "neighbour"):
@@ -199,11 +199,11 @@ def test_examples_of_one_split_are_from_the_other(case, own, tmp_path):
             assert len(examples) == 2 * len(asked[split, subject])
             assert all(names_in(example) and names_in(example) <= there for example in examples)
     config, corpora, _ = own
-    [form] = forms_of(Prompting(examples=(1,), prefixes=()), make_case(config, corpora, 0, 0, tmp_path))
-    assert form.at == "1 example"  # without a file text has no paraphrase
+    [(at, tasks)] = forms_of(Prompting(examples=(1,), prefixes=()), make_case(config, corpora, 0, 0, tmp_path))
+    assert at == "1 example"  # without a file text has no paraphrase
     for split, other in (("test", corpora.validation), ("validation", corpora.test)):
         beginnings = [row[1:].tobytes() for row in other.prompts["forget"].prompt]
-        assert all(any(b in row.tobytes() for b in beginnings) for row in form.tasks[1].data[split].prompt)
+        assert all(any(b in row.tobytes() for b in beginnings) for row in tasks[1].data[split].prompt)
 
 
 def test_more_than_the_model_reads_is_refused_before_anything_is_scored(case):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.attacks.relearning import BenignRelearning, Relearning
+from trace_jax.attacks.attack import BenignRelearning, Relearning
 from trace_jax.config import ConfigError
 from trace_jax.evaluation.likelihood import score_rows
 from trace_jax.models.decoder import forward

@@ -197,7 +197,7 @@ def calibrated(**settings):
 
 def test_gaps_of_the_calibration_sum_to_those_of_its_certificate():
     weights, result = calibrated(name="entropy", rule={"name": "difference", "top": 3}, strength=0.5)
-    certificate = weights.certificate
+    certificate = weights.calibration.certificate
     for name in ("gap_before", "gap_after", "gap_elsewhere_before", "gap_elsewhere_after"):
         assert getattr(result, name).sum() == pytest.approx(getattr(certificate, name))
     assert result.selected.sum() == len(certificate.layer) > 0

@@ -101,7 +101,7 @@ def test_weights_have_the_largest_entropy_of_all_that_meet_the_target():
         constraints=[LinearConstraint(np.vstack([features.T, np.ones(8)]), [*target, 1], [*target, 1])],
         options={"gtol": 1e-10, "xtol": 1e-12},
     )  # fmt: skip
-    np.testing.assert_allclose(entropy_balance(features, target).weights, 8 * found.x, rtol=1e-4)
+    np.testing.assert_allclose(entropy_balance(features, target, base=np.ones(8)).weights, 8 * found.x, rtol=1e-4)
 
 
 @pytest.mark.parametrize("unit", ["token", "row"])

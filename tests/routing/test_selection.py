@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_jax.config import ConfigError
-from trace_jax.routing.selection import random_like, select_experts, z_scores
+from trace_jax.routing.config import random_like, select_experts, z_scores
 from trace_jax.routing.statistics import ExpertStatistics
 
 

@@ -141,10 +141,10 @@ def test_overlap_by_hand_leaves_out_rows_without_tokens():
     before = Assignments(np.array([[[0, 1], [2, 3], [0, 2]]], np.uint8), rows)
     after = Assignments(np.array([[[1, 0], [2, 0], [1, 3]]], np.uint8), rows)
     found, mean = overlap_by_row(before, after), overlap(before, after)
-    assert found.tokens.tolist() == [2, 1]
-    np.testing.assert_allclose(found.jaccard, [[1 + 1 / 3], [0]])
-    np.testing.assert_allclose(found.unchanged, [[1], [0]])
-    np.testing.assert_allclose([mean.jaccard, mean.unchanged], [[(1 + 1 / 3) / 3], [1 / 3]])
+    assert found["tokens"].tolist() == [2, 1]
+    np.testing.assert_allclose(found["jaccard"], [[1 + 1 / 3], [0]])
+    np.testing.assert_allclose(found["unchanged"], [[1], [0]])
+    np.testing.assert_allclose([mean["jaccard"], mean["unchanged"]], [[(1 + 1 / 3) / 3], [1 / 3]])
     assert counts_by_row(before, 4).tolist() == [[[1, 1, 1, 1]], [[1, 0, 1, 0]]]
     with pytest.raises(ValueError, match="not of the same tokens"):
         overlap(before, Assignments(after.indices, rows + 1))

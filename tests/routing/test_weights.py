@@ -48,26 +48,26 @@ def forwarded(setting):
 def test_every_weighting_has_mean_one_on_valid_positions_and_zero_elsewhere(setting, name, tmp_path):
     valid = setting["retain"].valid
     found = weights_of(setting, name=name)
-    assert found.weights.dtype == found.loss_weights.dtype == np.float32
+    assert found.weights.dtype == found.step_weights.dtype == np.float32
     assert found.weights.shape == valid.shape
-    assert (found.weights[~valid] == 0).all() and (found.loss_weights[~valid] == 0).all()
+    assert (found.weights[~valid] == 0).all() and (found.step_weights[~valid] == 0).all()
     assert (found.weights >= 0).all()
     np.testing.assert_allclose(found.weights[valid].mean(), 1.0, rtol=1e-5)
     np.testing.assert_allclose(found.row_probability.sum(), 1.0)
     assert 0 < found.effective_sample_size <= 1
     matches = name in ("entropy", "permuted", "random_experts")
-    assert (found.certificate is not None) == matches and (found.frequency is not None) == (matches or name == "ratio")
+    assert (found.calibration is not None) == matches and (found.frequency is not None) == (matches or name == "ratio")
     if name == "uniform":
         assert np.array_equal(found.weights, valid.astype(np.float32))
-        assert np.array_equal(found.loss_weights, found.weights) and (found.row_probability == 1 / 24).all()
+        assert np.array_equal(found.step_weights, found.weights) and (found.row_probability == 1 / 24).all()
     else:
         assert np.ptp(found.weights[valid]) > 0
     weights_of(setting, name="entropy").save(tmp_path)  # into one directory, as when a setting changes
     found.save(tmp_path)
     loaded = RetainWeights.load(tmp_path)
-    for part in ("weights", "row_probability", "loss_weights", "selected", "frequency", "effective_sample_size"):
+    for part in ("weights", "row_probability", "step_weights", "selected", "frequency", "effective_sample_size"):
         assert np.array_equal(getattr(loaded, part), getattr(found, part))
-    assert encode(loaded.certificate) == encode(found.certificate)
+    assert encode(loaded.calibration) == encode(found.calibration)
 
 
 @pytest.mark.parametrize("apply", ["weights", "sampling", "both"])
@@ -77,7 +77,7 @@ def test_equal_frequencies_leave_plain_uniform_training(setting, apply):
     for unit in ("token", "row"):
         found = weights_of(same, name="entropy", rule="all", unit=unit, apply=apply)
         assert np.array_equal(found.weights, retain.valid.astype(np.float32))
-        assert np.array_equal(found.loss_weights, retain.valid.astype(np.float32))
+        assert np.array_equal(found.step_weights, retain.valid.astype(np.float32))
         assert (found.row_probability == 1 / 23).all()
 
 
@@ -95,7 +95,7 @@ def test_drawing_rows_aims_at_the_same_loss_as_weighting_them(lengths, rows_per_
         total = count = 0.0  # exact expectations over every batch that can be drawn
         for batch in itertools.product(range(4), repeat=rows_per_batch):
             chance = np.prod(found.row_probability[list(batch)])
-            total += chance * sum((found.loss_weights[i] * losses[i]).sum() for i in batch)
+            total += chance * sum((found.step_weights[i] * losses[i]).sum() for i in batch)
             count += chance * sum(valid[i].sum() for i in batch)
         np.testing.assert_allclose(total / count, (w * losses)[valid].mean(), rtol=1e-6)
 
@@ -108,8 +108,8 @@ def test_rows_are_drawn_by_mean_weight_and_never_when_empty(setting):
     mean = found.weights.sum(1) / np.maximum(valid.sum(1), 1)
     np.testing.assert_allclose(found.row_probability, mean / mean.sum(), rtol=1e-5)
     assert found.row_probability[5] == 0
-    assert np.array_equal(found.loss_weights, valid.astype(np.float32))
-    np.testing.assert_allclose(both.loss_weights, found.loss_weights, rtol=1e-6)
+    assert np.array_equal(found.step_weights, valid.astype(np.float32))
+    np.testing.assert_allclose(both.step_weights, found.step_weights, rtol=1e-6)
 
 
 def test_permuted_deals_out_the_weights_of_entropy(setting):
@@ -178,7 +178,7 @@ def test_device_weights_equal_the_solvers(corpus, unit, max_weight):
     calibration = calibrate(
         assignments, selected=np.ones((2, E), bool), target=forget, unit=unit, max_weight=max_weight
     )
-    solved = corpus_weights(assignments, calibration)
+    solved = corpus_weights(assignments.indices, calibration, assignments.rows)
     compute = jax.jit(lambda indices, mask: token_weights(indices, calibration, mask=mask))
     weights = np.asarray(compute(jnp.asarray(indices, jnp.int32), jnp.asarray(valid)))
     assert weights.dtype == np.float32 and weights.shape == valid.shape
@@ -217,12 +217,10 @@ def test_under_the_original_routing_online_weights_are_the_offline_ones(setting,
     found, offline = (weights_of(setting, **options, routing=routing) for routing in ("online", "offline"))
     valid = setting["retain"].valid
     weights = token_weights(forwarded[0], found.step_calibration, mask=jnp.asarray(valid)) * found.step_weights
-    np.testing.assert_allclose(weights, found.loss_weights, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(found.frequency[found.selected], found.certificate.weighted, rtol=1e-9)
+    np.testing.assert_allclose(weights, offline.step_weights, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found.frequency[found.selected], found.calibration.certificate.weighted, rtol=1e-9)
     assert np.ptp(found.weights[valid]) > 0.1
-    for name in ("loss_weights", "row_probability"):
-        assert np.array_equal(getattr(found, name), getattr(offline, name))
-    assert offline.step_calibration is None and offline.step_weights is offline.loss_weights
+    assert np.array_equal(found.row_probability, offline.row_probability) and offline.step_calibration is None
     found.save(tmp_path)
     loaded = RetainWeights.load(tmp_path)
     assert np.array_equal(loaded.step_weights, found.step_weights)
@@ -231,7 +229,8 @@ def test_under_the_original_routing_online_weights_are_the_offline_ones(setting,
 
 
 def test_online_weights_are_the_same_on_a_mesh(setting):
-    found = weights_of(setting, name="entropy", rule="all", strength=0.5, routing="online", ridge=0.02)
+    options = {"name": "entropy", "rule": "all", "strength": 0.5, "ridge": 0.02}
+    found, offline = (weights_of(setting, **options, routing=routing) for routing in ("online", "offline"))
     model, rows = setting["model"], setting["retain"]
     mesh = make_mesh(jax.devices()[:4], data=1, expert=2, tensor=2)
 
@@ -242,7 +241,7 @@ def test_online_weights_are_the_same_on_a_mesh(setting):
     params = placed_params(model.params, model.config, mesh)
     arrays = place((rows.tokens, rows.segments, rows.valid, found.step_weights), mesh, P(BATCH_AXES))
     weights = np.asarray(jax.jit(on_mesh(weigh, model.config, mesh, out_specs=P(BATCH_AXES)))(params, *arrays))
-    np.testing.assert_allclose(weights, found.loss_weights, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(weights, offline.step_weights, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("apply", ["weights", "both"])
@@ -310,8 +309,8 @@ def test_under_the_original_model_nothing_changes(setting):
         np.testing.assert_array_equal(drift.frequency_change[name], [0.0, 0.0])
     assert drift.selected_overlap == 1 and not drift.unchanged
     assert drift.gap["after"] == drift.gap["before"] < drift.gap["unweighted"]
-    np.testing.assert_allclose(drift.gap["unweighted"], last.certificate.gap_before)
-    np.testing.assert_allclose(drift.gap["after"], last.certificate.gap_after, atol=1e-6)
+    np.testing.assert_allclose(drift.gap["unweighted"], last.calibration.certificate.gap_before)
+    np.testing.assert_allclose(drift.gap["after"], last.calibration.certificate.gap_after, atol=1e-6)
     assert ALL.recalibrates_every == 3 and CalibrationConfig("entropy").recalibrates_every is None
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.run.toy import experiment
 from trace_jax.attacks import AttacksConfig
-from trace_jax.attacks.parameters import RouterSwap
+from trace_jax.attacks.attack import RouterSwap
 from trace_jax.config import ConfigError
 from trace_jax.evaluation.comparison import UnequalBudget
 from trace_jax.io.files import read_json, write_json

@@ -56,7 +56,8 @@ def change_of(before, after, rows):
 
 def unchanged(model, other, rows):
     """[L], share of tokens that are routed to the same experts."""
-    return overlap(*(expert_assignments(m, sequential_batches(rows, 16), mesh=ONE) for m in (model, other))).unchanged
+    routed = [expert_assignments(m, sequential_batches(rows, 16), mesh=ONE) for m in (model, other)]
+    return overlap(*routed)["unchanged"]
 
 
 # --- what routers read

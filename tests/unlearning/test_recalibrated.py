@@ -42,7 +42,7 @@ def open_in(directory, solve, first, identity="a"):
 
 
 def same(one: RetainWeights, other: RetainWeights) -> bool:
-    names = ("weights", "row_probability", "loss_weights", "selected", "frequency")
+    names = ("weights", "row_probability", "step_weights", "selected", "frequency")
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
 
 

@@ -84,7 +84,7 @@ def test_online_weights_are_the_offline_ones_before_the_first_step(model, forget
     )
     options = {"config": NLL, "away": 0.0, "mesh": mesh, "parallel": parallel}
     on = gradient(model, forget, retain, online.step_weights, online=online.step_calibration, **options)
-    assert_close(on, gradient(model, forget, retain, offline.loss_weights, **options))
+    assert_close(on, gradient(model, forget, retain, offline.step_weights, **options))
     # All rows at once: 1 also for "both", where the weights of a row are divided by their mean.
     assert float(on[1]["weight_mean"]) == pytest.approx(1.0, rel=1e-5)
 

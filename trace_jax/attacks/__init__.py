@@ -2,25 +2,23 @@
 
 import dataclasses
 
-from trace_jax.attacks.attack import Attack
-from trace_jax.attacks.parameters import ExpertForcing, Quantization, RouterSwap
+from trace_jax.attacks import attack
 from trace_jax.attacks.prompting import Prompting
-from trace_jax.attacks.relearning import BenignRelearning, Relearning
 from trace_jax.config import Section
 
 
 class AttacksConfig(Section):
     """An attack is run if its section is given; `{}` takes its defaults."""
 
-    relearning: Relearning | None = None
-    benign_relearning: BenignRelearning | None = None
-    quantization: Quantization | None = None
-    router_swap: RouterSwap | None = None
-    expert_forcing: ExpertForcing | None = None
+    relearning: attack.Relearning | None = None
+    benign_relearning: attack.BenignRelearning | None = None
+    quantization: attack.Quantization | None = None
+    router_swap: attack.RouterSwap | None = None
+    expert_forcing: attack.ExpertForcing | None = None
     prompting: Prompting | None = None
 
     @property
-    def chosen(self) -> dict[str, Attack]:
+    def chosen(self) -> dict[str, attack.Attack]:
         """The attacks that are run, in the order of the fields."""
-        attacks = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: attack for name, attack in attacks.items() if attack is not None}
+        sections = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: section for name, section in sections.items() if section is not None}

@@ -6,7 +6,7 @@ Each changes the queries alone: they are scored and measured as ever, on the unl
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -25,15 +25,9 @@ from trace_jax.tasks.handbook import HandbookConfig
 from trace_jax.tasks.wmdp import MultipleChoice
 
 BLANK_LINE = "\n\n"  # between examples, as in lm-eval
+Items = Mapping[Key, Sequence[Item]]
 _OTHER = {"validation": "test", "test": "validation"}
 _COLUMNS = (("prompt", "continuation"), ("question", "answer"))
-
-
-class Form(NamedTuple):
-    """One way to ask, in words, and the tasks that it is asked and measured by."""
-
-    at: str
-    tasks: tuple[Task, ...]
 
 
 class Prompting(Attack):
@@ -60,8 +54,8 @@ class Prompting(Attack):
         if self.paraphrases:
             read_paraphrases(self.paraphrases)
 
-    def prepare(self, context: Context) -> list[Form]:
-        """The forms that there is something to ask in: "3 examples", "half of the text", "paraphrase".
+    def prepare(self, context: Context) -> list[tuple[str, tuple[Task, ...]]]:
+        """The forms that there is something to ask in, such as "3 examples", each with what it is measured by.
 
         Examples of one split are taken from the other, with the run's seed; all models are asked the same.
 
@@ -69,22 +63,27 @@ class Prompting(Attack):
           ConfigError: more examples than there are, or than the model can read at once.
           DataError: a file of paraphrases that can't be read.
         """
-        forms = [form for form in self._forms(context) if form.tasks]
-        most = context.codec.context_length
-        for form in forms:
-            lengths = []
-            for task in form.tasks:
-                if isinstance(task, QuestionAccuracy):
-                    lengths += [int(questions.segments.sum(axis=2).max()) for questions in task.data.values()]
-                elif isinstance(task, Memorization):
-                    lengths += [rows.tokens.shape[1] for rows in task.data.values()]
-                elif isinstance(task, MultipleChoice):
-                    lengths += [1 + len(context.codec.encode(question.context)) for question in task.questions]
-            if (longest := max(lengths)) > most:
+        forms, codec = [], context.codec
+        for at, items, prompts, choices in self._forms(context):
+            identity = fingerprint(at, self.revisions, self._audited(context))
+            questions = {key: encode_questions(codec, several) for key, several in items.items()}
+            rows = {split: continuation_rows(several) for split, several in prompts.items()}
+            lengths = [int(several.segments.sum(axis=2).max()) for several in questions.values()]
+            lengths += [several.tokens.shape[1] for several in rows.values()]
+            lengths += [1 + len(codec.encode(question.context)) for task in choices for question in task.questions]
+            if (longest := max(lengths, default=0)) > codec.context_length:
                 raise ConfigError(
-                    f"attacks.prompting: with {form.at} the longest query has {longest} tokens, and the model reads "
-                    f"{most} at once. Ask for fewer examples or a smaller part of the text."
+                    f"attacks.prompting: with {at} the longest query has {longest} tokens, and the model reads "
+                    f"{codec.context_length} at once. Ask for fewer examples or a smaller part of the text."
                 )
+            tasks = (
+                QuestionAccuracy(questions, identity, context.data.board.questions),
+                TextLikelihood({(split, "forget"): several for split, several in rows.items()}, identity),
+                Verbatim(prompts, identity),
+                Memorization(rows, identity),
+            )
+            if tasks := (*(task for task in tasks if task.data), *choices):
+                forms.append((at, tasks))
         if not forms:
             say("prompting: there are no questions or beginnings of texts to ask in other ways")
         return forms
@@ -96,32 +95,28 @@ class Prompting(Attack):
         """
         context, points = case.context, []
         settings = dataclasses.replace(context.evaluator.config, audit_text=self._audited(context))
-        for form in context.prepared:
-            evaluator = Evaluator(settings, form.tasks, context.evaluator.mesh, context.evaluator.seed)
-            name = form.at.replace(" ", "-").replace("%", "percent")
+        for at, tasks in context.prepared:
+            evaluator = Evaluator(settings, tasks, context.evaluator.mesh, context.evaluator.seed)
+            name = at.replace(" ", "-").replace("%", "percent")
             original, unlearned = (
                 evaluator.score(model, full=True, store=ScoreStore(of.directory / name, of.identity))
                 for model, of in ((context.original, context), (case.unlearned, case))
             )
             evaluator = dataclasses.replace(evaluator, original=original)
-            points.append(Point(form.at, evaluator.measure(unlearned), evaluator.measure(original)))
+            points.append(Point(at, evaluator.measure(unlearned), evaluator.measure(original)))
         return points
 
     def _audited(self, context: Context) -> bool:
         return context.evaluator.config.audit_text and not hazardous([self.source or ""])
 
-    def _forms(self, context: Context) -> Iterator[Form]:
-        asked: dict[str, Mapping[Any, Any]] = {
-            task.name: task.data for task in context.evaluator.tasks if isinstance(task, (QuestionAccuracy, Verbatim))
-        }
-        prompts: Mapping[str, Prompts] = asked.get(Verbatim.name, {})
-        items: dict[Key, Sequence[Item]] = {}  # the evaluator's questions in plain text
-        if questions := asked.get(QuestionAccuracy.name):
-            benchmark = context.data.build()
-            parts = {"validation": benchmark.validation, "test": benchmark.test}
-            items = {(split, subject): parts[split].questions[subject] for split, subject in questions}
-        codec, corpora = context.codec, context.corpora
-        pools = {"validation": corpora.test.prompts, "test": corpora.validation.prompts}
+    def _forms(self, context: Context) -> Iterator[tuple[str, Items, Mapping[str, Prompts], list[MultipleChoice]]]:
+        """Every form with its questions, its prompts by split, and its multiple-choice tasks."""
+        corpora, codec, tasks = context.corpora, context.codec, context.evaluator.tasks
+        prompts = {split: own for task in tasks if isinstance(task, Verbatim) for split, own in task.data.items()}
+        asked = [key for task in tasks if isinstance(task, QuestionAccuracy) for key in task.data]
+        benchmark = context.data.build() if asked else None
+        items: Items = {(split, subject): getattr(benchmark, split).questions[subject] for split, subject in asked}
+        multiple_choice = [task for task in tasks if isinstance(task, MultipleChoice)]
         before, both = (codec.literal.encode(t, add_special_tokens=False).ids for t in ("a", "a" + BLANK_LINE))
         for count in self.examples:
             rng = np.random.default_rng([context.seed, count])
@@ -131,46 +126,26 @@ class Prompting(Attack):
             }
             longer = {}
             for split, own in prompts.items():
-                others = pools[split].get("forget", own.take(np.arange(0)))
+                others = getattr(corpora, _OTHER[split]).prompts.get("forget", own.take(np.arange(0)))
                 longer[split] = prompts_with_examples(own, others, count, rng, both[len(before) :])
-            choices = [t for t in context.evaluator.tasks if isinstance(t, MultipleChoice)]
-            choices = [t.with_examples(count, seed=context.seed) for t in choices]
-            yield self._form(context, f"{count} example{'s' * (count > 1)}", behind, longer, choices)
+            choices = [task.with_examples(count, seed=context.seed) for task in multiple_choice]
+            yield f"{count} example{'s' * (count > 1)}", behind, longer, choices
         handbook = context.data if isinstance(context.data, HandbookConfig) else None
         _, end_mark = start_and_end(context.original.special)
         for share in self.prefixes:
             at = "half of the text" if share == 0.5 else f"{100 * share:g} % of the text"
-            behind = {k: items_with_statements(own, share) for k, own in items.items()} if handbook else {}
-            longer = {split: longer_prompts(p, corpora.forget, share, end_mark) for split, p in prompts.items()}
-            yield self._form(context, at, behind, longer)
+            behind = {key: items_with_statements(own, share) for key, own in items.items()} if handbook else {}
+            longer = {split: longer_prompts(own, corpora.forget, share, end_mark) for split, own in prompts.items()}
+            yield at, behind, longer, []
         behind, written = {}, {}
         if handbook:
             other = handbook.build(paraphrased=True)
-            for split, part in (("validation", other.validation), ("test", other.test)):
-                behind |= {(split, subject): several for subject, several in part.questions.items()}
+            parts = {split: getattr(other, split).questions for split in _OTHER}
+            behind = {(split, subject): own for split, part in parts.items() for subject, own in part.items()}
         if self.paraphrases:
             own = written_prompts(read_paraphrases(self.paraphrases), codec)
             written[SPLIT] = own.take(spread_indices(len(own), context.evaluator.config.max_prompts))
-        yield self._form(context, "paraphrase", behind, written)
-
-    def _form(
-        self,
-        context: Context,
-        at: str,
-        items: Mapping[Key, Sequence[Item]],
-        prompts: Mapping[str, Prompts],
-        choices: Sequence[MultipleChoice] = (),
-    ) -> Form:
-        identity = fingerprint(at, self.revisions, self._audited(context))
-        questions = {key: encode_questions(context.codec, several) for key, several in items.items()}
-        rows = {split: continuation_rows(several) for split, several in prompts.items()}
-        tasks = (
-            QuestionAccuracy(questions, identity, context.data.board.questions),
-            TextLikelihood({(split, "forget"): several for split, several in rows.items()}, identity),
-            Verbatim(prompts, identity),
-            Memorization(rows, identity),
-        )
-        return Form(at, (*(task for task in tasks if task.data), *choices))
+        yield "paraphrase", behind, written, []
 
 
 def items_with_examples(
@@ -186,8 +161,8 @@ def items_with_examples(
         options = [option.strip() for option in item.options]
         statements = [_statement(s) for s in solved if s.group != item.group]
         usable = [text for text in statements if not any(o in text for o in options)]
-        texts = [usable[i] for i in _draw(len(usable), count, rng)]
-        behind.append(dataclasses.replace(item, prompt=BLANK_LINE.join([*texts, item.prompt])))
+        texts = [*_draw(usable, count, rng), item.prompt]
+        behind.append(dataclasses.replace(item, prompt=BLANK_LINE.join(texts)))
     return behind
 
 
@@ -215,7 +190,7 @@ def prompts_with_examples(
     for prompt, continuation in _pairs(prompts):
         asked = np.array(continuation, np.int32).tobytes()
         usable = [text for text, seen in zip(texts, written, strict=True) if asked not in seen]
-        drawn = [token for i in _draw(len(usable), count, rng) for token in (*usable[i], *separator)]
+        drawn = [token for text in _draw(usable, count, rng) for token in (*text, *separator)]
         pairs.append(([prompt[0], *drawn, *prompt[1:]], continuation))
     return prompts_of(pairs)
 
@@ -283,13 +258,13 @@ def _statement(item: Item) -> str:
     return item.prompt + item.options[item.answer]
 
 
-def _draw(available: int, count: int, rng: np.random.Generator) -> list[int]:
-    if available < count:
+def _draw(usable: Sequence[Any], count: int, rng: np.random.Generator) -> list[Any]:
+    if len(usable) < count:
         raise ConfigError(
-            f"examples = {count}: only {available} can stand before one of the queries; of its own group, and with its "
-            f"answer in them, none may. Ask for at most {available}, or give more data."
+            f"examples = {count}: only {len(usable)} can stand before one of the queries; of its own group, and with "
+            f"its answer in them, none may. Ask for at most {len(usable)}, or give more data."
         )
-    return rng.choice(available, count, replace=False).tolist()
+    return [usable[i] for i in rng.choice(len(usable), count, replace=False)]
 
 
 def _pairs(prompts: Prompts) -> list[tuple[list[int], list[int]]]:

@@ -28,7 +28,7 @@ SPLIT = "train"  # routing is measured on the rows that were unlearned with
 
 # What both models' routing of a corpus sums up to in each of its N rows that have tokens, or in each of R resamples of
 # them: "tokens" [N]; "original" and "unlearned", activations [N, L, E]; "jaccard" and "unchanged", sums over tokens
-# [N, L] (`routing.statistics.Overlap`).
+# [N, L] (`overlap_by_row`).
 CorpusRouting = Mapping[str, np.ndarray]
 
 
@@ -160,10 +160,8 @@ def measure_routing(
 
 def corpus_routing(original: Assignments, current: Assignments, num_experts: int) -> CorpusRouting:
     """What `routing_quantities` needs of a corpus, per row, from both models' assignments of its tokens."""
-    overlap = statistics.overlap_by_row(original, current)
     counts = [statistics.counts_by_row(x, num_experts).astype(np.float64) for x in (original, current)]
-    sums = {"tokens": overlap.tokens.astype(np.float64), "jaccard": overlap.jaccard, "unchanged": overlap.unchanged}
-    return sums | dict(zip(MODELS, counts, strict=True))
+    return statistics.overlap_by_row(original, current) | dict(zip(MODELS, counts, strict=True))
 
 
 def summed(corpus: CorpusRouting, draws: np.ndarray | None = None) -> CorpusRouting:

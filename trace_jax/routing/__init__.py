@@ -1,8 +1,7 @@
 """TRACE itself, from counts to weights:
 
-config.py          the settings
 statistics.py      how often each expert is used, and by which token; how routing differs between corpora and models
-selection.py       which experts are forget-critical
+config.py          the settings, and which experts are forget-critical
 calibration.py     the multipliers that match their frequencies (entropy_balancing.py solves), and the weights they give
 weights.py         what the unlearning loop consumes, for every weighting (controls.py: the rivals), once or anew
 """

@@ -17,17 +17,11 @@ from flax import struct
 
 from trace_jax.io.codec import decode, encode
 from trace_jax.io.files import local_copy, read_json, replacing, write_json
+from trace_jax.routing import entropy_balancing as solver
 from trace_jax.routing.config import Entropy
-from trace_jax.routing.entropy_balancing import (
-    Balance,
-    constant_directions,
-    find_patterns,
-    row_members,
-    strongest_balance,
-)
-from trace_jax.routing.statistics import Assignments, as_assignments
+from trace_jax.routing.statistics import Assignments
 
-_NUMBERS = ("log_normalizer", "max_weight", "scale")
+_NUMBERS = ("multipliers", "log_normalizer", "max_weight", "scale")  # what a weight is computed from
 
 
 @struct.dataclass
@@ -44,14 +38,13 @@ class Calibration:
 
     def for_step(self) -> "Calibration":
         """The constants of a training step, f32, on the host."""
-        names = ("multipliers", *_NUMBERS)
-        return Calibration(*(np.asarray(getattr(self, name), np.float32) for name in names), unit=self.unit)
+        return Calibration(*(np.asarray(getattr(self, name), np.float32) for name in _NUMBERS), unit=self.unit)
 
     def save(self, path) -> None:
         """Writes PATH.npz (arrays) and PATH.json (numbers and certificate), each whole or not at all."""
         with replacing(f"{path}.npz") as temporary:
             np.savez(temporary, multipliers=self.multipliers, selected=self.selected)
-        plain = {name: getattr(self, name) for name in (*_NUMBERS, "unit")}
+        plain = {name: getattr(self, name) for name in (*_NUMBERS[1:], "unit")}
         write_json(f"{path}.json", plain | {"certificate": encode(self.certificate)})
 
     @classmethod
@@ -78,7 +71,7 @@ def token_weights(indices: jax.Array, calibration: Calibration, *, mask: jax.Arr
       f32 [...], the weights; their mean over the valid positions of the retain corpus is one.
     """
     multipliers, log_normalizer, max_weight, scale = (
-        jnp.asarray(getattr(calibration, name), jnp.float32) for name in ("multipliers", *_NUMBERS)
+        jnp.asarray(getattr(calibration, name), jnp.float32) for name in _NUMBERS
     )
     if indices.shape[0] != multipliers.shape[0]:
         raise ValueError(f"indices has {indices.shape[0]} layers; the calibration was made for {multipliers.shape[0]}.")
@@ -92,15 +85,16 @@ def token_weights(indices: jax.Array, calibration: Calibration, *, mask: jax.Arr
     return jnp.where(valid, jnp.minimum(jnp.exp(scores - log_normalizer), max_weight) * scale, 0.0)
 
 
-def corpus_weights(
-    assignments: Assignments | np.ndarray, calibration: Calibration, *, rows: np.ndarray | None = None
-) -> np.ndarray:
-    """`token_weights` in float64 for a whole corpus, f64 [T]; the mean is one on the calibrated corpus."""
-    tokens = as_assignments(assignments, rows)
-    pairs = zip(calibration.multipliers, tokens.indices, strict=True)
+def corpus_weights(indices: np.ndarray, calibration: Calibration, rows: np.ndarray | None = None) -> np.ndarray:
+    """`token_weights` in float64 for a whole corpus, f64 [T]; the mean is one on the calibrated corpus.
+
+    indices integer [L, T, K]; rows integer [T], the row of each token, for unit "row".
+    """
+    pairs = zip(calibration.multipliers, indices, strict=True)
     scores = np.sum([values[chosen].sum(-1) for values, chosen in pairs], axis=0)
     if calibration.unit == "row":
-        members, row = row_members(tokens.rows)
+        assert rows is not None
+        members, row = solver.row_members(rows)
         scores = ((members @ scores) / (members @ np.ones(len(scores))))[row]
     return np.minimum(np.exp(scores - calibration.log_normalizer), calibration.max_weight) * calibration.scale
 
@@ -147,14 +141,26 @@ def calibrate(
     Raises:
       ConfigError: a setting out of range.  ValueError: arrays that don't fit together, or hold NaN.
     """
-    tokens = as_assignments(assignments, rows)
     settings = Entropy(
         unit=unit, strength=strength, ridge=ridge, max_weight=max_weight, max_ratio=max_ratio,
         min_effective_sample_size=min_effective_sample_size,
     )  # fmt: skip
+    if isinstance(assignments, Assignments):
+        tokens = assignments
+    else:
+        if unit != "token" and rows is None:
+            raise ValueError(f"unit {unit!r} needs rows, the row number of each token.")
+        indices = np.asarray(assignments)
+        tokens = Assignments(indices, np.zeros(indices.shape[1:2], int) if rows is None else np.asarray(rows))
     indices = tokens.indices
+    if indices.ndim != 3 or not np.issubdtype(indices.dtype, np.integer):
+        raise ValueError(
+            f"assignments is {indices.dtype} of shape {indices.shape}; expected integers [layers, tokens, top k]."
+        )
     if indices.shape[1] == 0:
         raise ValueError("the retain corpus has no valid token; there is nothing to weight.")
+    if tokens.rows.shape != indices.shape[1:2]:
+        raise ValueError(f"rows is {tokens.rows.shape}; expected one row number for each of {indices.shape[1]} tokens.")
     if selected.dtype != bool or selected.shape != target.shape or selected.shape[0] != indices.shape[0]:
         raise ValueError(
             f"selected is {selected.dtype} {selected.shape}, target {target.shape}; expected bool and numbers, both "
@@ -164,8 +170,6 @@ def calibrate(
         raise ValueError(f"assignments name expert {int(indices.max())}; there are {selected.shape[1]} (from 0).")
     if not (np.isfinite(target).all() and (target >= 0).all() and (target <= 1).all()):
         raise ValueError("target holds a number that is no frequency (NaN, negative, or above 1).")
-    if unit != "token" and rows is None and not isinstance(assignments, Assignments):
-        raise ValueError(f"unit {unit!r} needs rows, the row number of each token.")
     return match_frequencies(tokens, count_activations(indices, selected.shape[1]), selected, target, settings)[0]
 
 
@@ -177,40 +181,39 @@ def match_frequencies(
     counts: i64 [L, E], activations of `tokens`. Returns the calibration, the weights f64 [T] of `tokens`, and the
     weighted frequency f64 [L, E].
     """
-    total, matched = tokens.indices.shape[1], selected & (counts > 0)
-    patterns = find_patterns(tokens.indices, matched, unit=settings.unit, rows=tokens.rows)
+    indices, matched = tokens.indices, selected & (counts > 0)
+    total = indices.shape[1]
+    features, base = solver.find_patterns(indices, matched, unit=settings.unit, rows=tokens.rows)
     moment = counts[matched] / total
     goal = np.minimum(target[matched], settings.max_ratio * moment)
-    constant = constant_directions(patterns, matched, moment, tokens.indices.shape[2])
-    solution = strongest_balance(
-        patterns.features, moment, goal, base=patterns.tokens, settings=settings, constant=constant
+    constant = solver.constant_directions(features, matched, moment, indices.shape[2])
+    strength, balance = solver.strongest_balance(
+        features, moment, goal, base=base, settings=settings, constant=constant
     )
-    balance, multipliers = solution.balance, np.zeros(selected.shape)
+    of_patterns, scale = solver.clipped_to_mean_one(balance.weights, settings.max_weight, base)
+    multipliers = np.zeros(selected.shape)
     multipliers[matched] = balance.multipliers
-    calibration = Calibration(
-        multipliers, balance.log_normalizer, settings.max_weight, solution.scale, matched, settings.unit
-    )
-    weights = corpus_weights(tokens, calibration)
-    frequency = weighted_frequency(tokens.indices, weights, selected.shape[1])
+    numbers = balance.log_normalizer, settings.max_weight, scale
+    calibration = Calibration(multipliers, *numbers, matched, settings.unit)
+    weights = corpus_weights(indices, calibration, tokens.rows)
+    frequency = weighted_frequency(indices, weights, selected.shape[1])
 
     layer, expert = np.nonzero(matched)
     names = np.array(tokens.layers or range(len(counts)))
-    asked = moment + solution.strength * (goal - moment)
     before, after = np.abs(counts / total - target), np.abs(frequency - target)
     touched = np.zeros(total, bool)
-    for layer_matched, chosen in zip(matched, tokens.indices, strict=True):
+    for layer_matched, chosen in zip(matched, indices, strict=True):
         touched |= layer_matched[chosen].any(axis=1)
     absent = tuple((int(names[row]), int(column)) for row, column in np.argwhere(selected & ~matched))
     certificate = Certificate(
-        layer=names[layer], expert=expert, forget=target[matched], retain=moment, target=asked,
-        weighted=frequency[matched],
+        layer=names[layer], expert=expert, forget=target[matched], retain=moment,
+        target=moment + strength * (goal - moment), weighted=frequency[matched],
         gap_before=float(before[matched].sum()), gap_after=float(after[matched].sum()),
         gap_elsewhere_before=float(before[~matched].sum()), gap_elsewhere_after=float(after[~matched].sum()),
-        effective_sample_size=solution.effective_sample_size, largest_weight=float(solution.weights.max()),
-        clipped=float(patterns.tokens[balance.weights > settings.max_weight].sum()) / total,
-        touched=float(touched.mean()),
+        effective_sample_size=solver.effective_sample_size(of_patterns, base), largest_weight=float(of_patterns.max()),
+        clipped=float(base[balance.weights > settings.max_weight].sum()) / total, touched=float(touched.mean()),
         infeasible=absent, infeasible_share=len(absent) / max(1, int(selected.sum())),
-        strength=float(solution.strength), strength_asked=float(settings.strength), ridge=float(solution.ridge),
+        strength=float(strength), strength_asked=float(settings.strength), ridge=float(balance.ridge),
         iterations=balance.iterations, gradient_norm=balance.gradient_norm, tokens=total,
     )  # fmt: skip
     certificate = dataclasses.replace(certificate, notes=_notes(certificate, balance, settings.ridge))
@@ -279,7 +282,7 @@ class Certificate:
         return "\n".join(lines)
 
 
-def _notes(c: Certificate, balance: Balance, ridge: float) -> tuple[str, ...]:
+def _notes(c: Certificate, balance: solver.Balance, ridge: float) -> tuple[str, ...]:
     """What a reader must know of a solution; ridge: the one that was asked for."""
     notes = []
     if not len(c.layer):
@@ -299,13 +302,11 @@ def _notes(c: Certificate, balance: Balance, ridge: float) -> tuple[str, ...]:
     missed = np.abs(c.weighted - c.target)
     if missed.max(initial=0.0) > 0.01:
         i = int(missed.argmax())
-        why = (
-            "weights were clipped" if c.clipped else "the ridge holds it back" if c.ridge else "no weights can meet it"
-        )
+        why = "weights were clipped" if c.clipped else "the ridge holds it back"
+        why = "no weights can meet it" if balance.infeasible or not (c.clipped or c.ridge) else why
         notes.append(
             f"the target is missed by up to {missed[i]:.4f} (layer {c.layer[i]} expert {c.expert[i]}: "
-            f"asked {c.target[i]:.4f}, got {c.weighted[i]:.4f}): "
-            f"{'no weights can meet it' if balance.infeasible else why}."
+            f"asked {c.target[i]:.4f}, got {c.weighted[i]:.4f}): {why}."
         )
     if c.strength < c.strength_asked:
         notes.append(

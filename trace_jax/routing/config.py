@@ -4,7 +4,12 @@ A weighting and a selection rule are named and carry their own settings: `{"name
 {"name": "difference", "top": 4}}`.
 """
 
-from trace_jax.config import ConfigError, Section, Variant, option
+from typing import Any
+
+import numpy as np
+
+from trace_jax.config import ConfigError, Section, Variant, option, resolve
+from trace_jax.routing.statistics import ExpertStatistics
 
 
 class SelectionRule(Variant):
@@ -20,9 +25,7 @@ class Ratio(SelectionRule, name="ratio"):
 
 class _Top(SelectionRule):
     top: int = option(4, help="experts selected, per `scope`", minimum=1)
-    scope: str = option(
-        "layer", help="whether `top` experts are taken in each layer or over the model", choices=("layer", "model")
-    )
+    scope: str = option("layer", help="`top` experts of each layer, or of the model", choices=("layer", "model"))
 
 
 class Difference(_Top, name="difference"):
@@ -51,6 +54,81 @@ class Random(_Top, name="random"):
 
 class All(SelectionRule, name="all"):
     """Every expert."""
+
+
+def select_experts(
+    forget: ExpertStatistics,
+    retain: ExpertStatistics,
+    *,
+    rule: str | SelectionRule = "ratio",
+    seed: int = 0,
+    **settings: Any,
+) -> np.ndarray:
+    """bool [L, E], the selected experts. Ties go to the lower layer, then the lower expert.
+
+    rule: a `SelectionRule`, or the name of one in trace_jax/routing/config.py and its settings (`tau=1.5`).
+    seed: of the rule "random".
+
+    Raises:
+      ConfigError: an unknown rule or setting of it, or `top` beyond the number of experts.
+      ValueError: statistics of different models.
+    """
+    if isinstance(rule, str):
+        if rule not in SelectionRule.kinds:
+            raise ConfigError(f"rule is {rule!r}; expected one of {', '.join(SelectionRule.kinds)}.")
+        rule = resolve(SelectionRule.kinds[rule], settings, path=rule)
+    if forget.counts.shape != retain.counts.shape or forget.top_k != retain.top_k:
+        raise ValueError(
+            f"forget statistics are {forget.counts.shape} with top {forget.top_k}, retain statistics "
+            f"{retain.counts.shape} with top {retain.top_k}; both must come from the same model."
+        )
+    f_forget, f_retain = forget.frequency, retain.frequency
+    match rule:
+        case Ratio(kappa, tau):  # an expert that the retain corpus never uses has a ratio, too
+            uniform = forget.top_k / f_forget.shape[1]
+            return (f_forget >= kappa * uniform) & (f_forget / (f_retain + 1e-12) >= tau)
+        case LogOdds(z):
+            return z_scores(forget, retain) > z
+        case Cumulative(mass):
+            falling = -np.sort(-f_forget, axis=1)
+            higher = np.take_along_axis(np.cumsum(falling, axis=1) - falling, ranks(f_forget), axis=1)
+            return (higher < mass * forget.top_k - 1e-12) & (f_forget > f_retain)
+        case Difference(top, scope):
+            return highest(f_forget - f_retain, top, scope)
+        case Affinity(top, scope):
+            return highest(forget.gate_mass / forget.tokens, top, scope)
+        case Random(top, scope):
+            return highest(np.random.default_rng(seed).random(f_forget.shape), top, scope)
+    return np.ones(f_forget.shape, bool)
+
+
+def ranks(score: np.ndarray) -> np.ndarray:
+    """i64 [L, E]: the place of each expert in its layer by falling score, from 0; of equal ones the lower first."""
+    return np.argsort(np.argsort(-score, axis=1, kind="stable"), axis=1)
+
+
+def highest(score: np.ndarray, top: int, scope: str) -> np.ndarray:
+    """bool [L, E]: the `top` highest scores of each layer, or of the model."""
+    groups = score if scope == "layer" else score.reshape(1, -1)
+    if top > groups.shape[1]:
+        raise ConfigError(f"top is {top}; expected 1 to {groups.shape[1]}, the experts there are per {scope}.")
+    return (ranks(groups) < top).reshape(score.shape)
+
+
+def z_scores(forget: ExpertStatistics, retain: ExpertStatistics) -> np.ndarray:
+    """f64 [L, E]: (f^F - f^R) over its standard error under equal frequencies (pooled); 0 where it has none."""
+    pooled = (forget.counts + retain.counts) / (forget.tokens + retain.tokens)
+    error = np.sqrt(pooled * (1 - pooled) * (1 / forget.tokens + 1 / retain.tokens))
+    difference = forget.frequency - retain.frequency
+    return np.divide(difference, error, out=np.zeros_like(error), where=error > 0)
+
+
+def random_like(selected: np.ndarray, *, seed: int) -> np.ndarray:
+    """bool [L, E]: in every layer as many experts as `selected` has there, drawn at random: a control."""
+    return ranks(-np.random.default_rng(seed).random(selected.shape)) < selected.sum(axis=1, keepdims=True)
+
+
+# --- what is matched, and where the weights act
 
 
 class RoutingSource(Variant):
@@ -82,25 +160,18 @@ class Uniform(Weighting, name="uniform"):
 class Weighted(Weighting):
     max_weight: float = option(50.0, help="largest weight before renormalisation (1 is uniform)", minimum=1.0)
     apply: str = option(
-        "both",
-        help="where the weights act: on the loss, on which rows are drawn, or both",
-        choices=("weights", "sampling", "both"),
+        "both", help="whether losses are weighted, rows drawn by them, or both", choices=("weights", "sampling", "both")
     )
 
 
 class _Bounded(Weighted):
     min_effective_sample_size: float = option(
-        0.0,
-        help="least effective sample size as a share of the tokens; the strength is lowered to keep it",
-        minimum=0.0,
-        maximum=1.0,
+        0.0, help="share of the tokens; the strength is lowered to keep it", minimum=0.0, maximum=1.0
     )
 
 
 class Matching(_Bounded):
-    strength: float = option(
-        1.0, help="how far the target goes from retain to forget frequency, s", minimum=0.0, maximum=1.0
-    )
+    strength: float = option(1.0, help="s, from retain (0) to forget frequencies (1)", minimum=0.0, maximum=1.0)
     ridge: float = option(1e-3, help="quadratic penalty on the multipliers, rho", minimum=0.0)
 
 
@@ -113,13 +184,12 @@ class _Selecting(Weighted):
         super().__post_init__()
         if isinstance(self.routing, Online) and isinstance(self, (RatioWeights, Permuted)):
             raise ConfigError(
-                f"routing is 'online' and the weighting {self.name!r}, which has no multipliers that weigh a token by "
-                "the experts it uses now. Choose a weighting 'entropy' or 'random_experts', or the routing "
-                "'recalibrated', which solves any weighting of experts anew."
+                f"routing is 'online' and the weighting {self.name!r}, which has no multipliers to weigh a token by "
+                "the experts it uses now; choose 'entropy' or 'random_experts', or the routing 'recalibrated'."
             )
         if isinstance(self.routing, Online) and self.apply == "sampling":
             raise ConfigError(
-                "routing is 'online' and apply 'sampling', where rows are drawn before the current model sees them and "
+                "routing is 'online' and apply 'sampling': rows are drawn before the current model sees them, and "
                 "their losses are not weighted; set apply to 'both' or 'weights', or routing to 'recalibrated'."
             )
 

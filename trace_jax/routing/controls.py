@@ -9,17 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from trace_jax.data.rows import Rows, sequential_batches
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.model import Model
-from trace_jax.parallel.mesh import BATCH_AXES
+from trace_jax.models.sharding import map_batches
+from trace_jax.parallel.mesh import make_mesh
 from trace_jax.routing import config as settings
 from trace_jax.routing.entropy_balancing import clipped_to_mean_one, effective_sample_size, strongest_balance
-from trace_jax.routing.statistics import run_batches
 
 BUCKETS = 10_000  # of hashed n-grams, as in DSIR
 
@@ -72,15 +72,11 @@ def _ngrams(rows: Rows) -> list[np.ndarray]:
     """For each row the buckets of its unigrams x_t (valid t) and bigrams (x_t, x_{t+1}) (valid t)."""
     tokens = rows.tokens.astype(np.uint64)
     following = np.roll(tokens, -1, axis=1)  # a valid position always has a next token
-    unigrams, bigrams = _bucket(tokens), _bucket((tokens + np.uint64(1)) << np.uint64(32) | following)
-    return [np.concatenate([u[v], b[v]]) for u, b, v in zip(unigrams, bigrams, rows.valid, strict=True)]
-
-
-def _bucket(keys: np.ndarray) -> np.ndarray:
-    """Fixed pseudo-random buckets of 64-bit keys (the finaliser of splitmix64)."""
-    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = np.stack([tokens, (tokens + np.uint64(1)) << np.uint64(32) | following], axis=1)  # [N, 2, S]
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # the finaliser of splitmix64
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((keys ^ (keys >> np.uint64(31))) % np.uint64(BUCKETS)).astype(np.int64)
+    buckets = ((keys ^ (keys >> np.uint64(31))) % np.uint64(BUCKETS)).astype(np.int64)
+    return [both[:, valid].ravel() for both, valid in zip(buckets, rows.valid, strict=True)]
 
 
 def ngram_weights(log_ratio: np.ndarray, base: np.ndarray, weighting: settings.NGram) -> np.ndarray:
@@ -134,7 +130,8 @@ def hidden_weights(
     deviation = np.sqrt(base @ (retain_means - mean) ** 2 / base.sum())
     deviation = np.where(deviation > 1e-12, deviation, np.inf)  # a direction that never varies can't be matched
     features, goal = (retain_means - mean) / deviation, (forget_mean - mean) / deviation
-    return strongest_balance(features, np.zeros(len(goal)), goal, base=base, settings=weighting).weights
+    _, balance = strongest_balance(features, np.zeros(len(goal)), goal, base=base, settings=weighting)
+    return clipped_to_mean_one(balance.weights, weighting.max_weight, base)[0]
 
 
 def ratio_weights(
@@ -160,19 +157,17 @@ def losses(model: Model, rows: Rows, *, mesh: Mesh | None = None, batch_size: in
 
 
 def _per_row(fn: Callable, model: Model, rows: Rows, mesh: Mesh | None, batch_size: int) -> np.ndarray:
-    batches = sequential_batches(rows, batch_size)
-    passes = run_batches(model, batches, fn, out_specs=PartitionSpec(BATCH_AXES), mesh=mesh)
-    return np.concatenate([values[: len(batch.tokens)] for batch, values in passes])
+    batches = ((batch.tokens, batch.segments, batch.valid) for batch in sequential_batches(rows, batch_size))
+    passes = map_batches(fn, model.params, model.config, batches, mesh=mesh or make_mesh())
+    return np.concatenate([values[:batch_size] for values in passes])[: len(rows)]
 
 
 def _hidden(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array) -> jax.Array:
     """f32 [B, D]: sum over the valid positions of each row of the final hidden states."""
-    hidden = forward(params, config, tokens, mask=segments, collect=("hidden",)).hidden
-    assert hidden is not None
+    hidden: Any = forward(params, config, tokens, mask=segments, collect=("hidden",)).hidden
     return jnp.where(valid[..., None], hidden.astype(jnp.float32), 0.0).sum(axis=1)
 
 
 def _nll(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array) -> jax.Array:
-    hidden = forward(params, config, tokens, mask=segments, collect=("hidden",)).hidden
-    assert hidden is not None
+    hidden: Any = forward(params, config, tokens, mask=segments, collect=("hidden",)).hidden
     return token_nll(params, config, hidden, jnp.roll(tokens, -1, axis=1))

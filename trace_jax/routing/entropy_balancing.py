@@ -9,7 +9,7 @@ weighted mean of the features.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -21,6 +21,7 @@ from trace_jax.routing.config import Matching
 Matrix = Any  # np.ndarray or scipy.sparse.csr_array, f64
 AIM = 1e-10  # largest gradient entry at which Newton stops
 ENOUGH = 1e-8  # largest gradient entry that still counts as solved, where rounding ends the descent earlier
+MOST_STEPS = 100  # of Newton's method
 SAMPLE = 16_384  # patterns whose Hessian steers the linear solver; the equations themselves use all
 
 
@@ -31,28 +32,32 @@ class Balance:
     multipliers: np.ndarray  # f64 [C], lambda
     log_normalizer: float  # log mean_u exp(lambda . a_u)
     weights: np.ndarray  # f64 [U], exp(lambda . a_u - log_normalizer), of mean one
+    ridge: float  # rho
     iterations: int  # Newton steps
     gradient_norm: float  # largest entry of the final gradient
-    converged: bool  # the gradient vanished
     infeasible: bool  # it was proved that no weights at all have the wanted means
+
+    @property
+    def converged(self) -> bool:
+        """Whether the gradient vanished."""
+        return self.gradient_norm <= ENOUGH
 
 
 def entropy_balance(
     features: Matrix,
     target: np.ndarray,
     *,
-    base: np.ndarray | None = None,
+    base: np.ndarray,
     ridge: float = 0.0,
     constant: np.ndarray | None = None,
     start: np.ndarray | None = None,
-    max_iterations: int = 100,
 ) -> Balance:
     """Solves for the multipliers by Newton's method with line search, in float64.
 
     Args:
       features: f64 [U, C], dense or scipy CSR.
       target: f64 [C], the wanted weighted means p.
-      base: f64 [U], base weight of each unit, above 0, of any scale (default: equal).
+      base: f64 [U], base weight of each unit, above 0, of any scale.
       ridge: rho; 0 meets a feasible target exactly.
       constant: f64 [C, n], orthonormal directions in which every unit has the same feature value. No weights can
         change the mean there, so the multipliers are kept out of them (they would change no weight either).
@@ -60,9 +65,7 @@ def entropy_balance(
 
     Source: Hainmueller (2012), Entropy balancing for causal effects, Political Analysis 20(1), eq. 8.
     """
-    units, columns = features.shape
-    base = np.ones(units) if base is None else base
-    total = base.sum()
+    total, columns = base.sum(), len(target)
     constant = np.zeros((columns, 0)) if constant is None else constant
     multipliers = np.zeros(columns) if start is None else start
 
@@ -79,12 +82,12 @@ def entropy_balance(
     lowest = np.log(base.min() / total) - 1e-6
     norm, scores = np.inf, features @ multipliers
     value, log_normalizer, mass = dual(multipliers, scores)
-    for iteration in range(max_iterations + 1):
+    for iteration in range(MOST_STEPS + 1):
         mean = features.T @ mass
         gradient = mean - target + ridge * multipliers
         gradient -= constant @ (constant.T @ gradient)
         norm, before = float(np.abs(gradient).max(initial=0.0)), norm
-        if norm <= AIM or iteration == max_iterations or (ridge == 0 and value < lowest):
+        if norm <= AIM or iteration == MOST_STEPS or (ridge == 0 and value < lowest):
             break
         if norm <= ENOUGH and norm >= before:
             break  # the descent is lost in rounding
@@ -102,8 +105,7 @@ def entropy_balance(
         multipliers, scores = multipliers + size * step, scores + size * along
         value, log_normalizer, mass = new
     weights = np.exp(scores - log_normalizer)
-    infeasible = bool(value < lowest)
-    return Balance(multipliers, log_normalizer, weights, iteration, norm, norm <= ENOUGH, infeasible)
+    return Balance(multipliers, log_normalizer, weights, ridge, iteration, norm, bool(value < lowest))
 
 
 def _newton_step(
@@ -143,20 +145,6 @@ def _newton_step(
 
 # --- clipped weights, as strong as the sample size allows
 
-FALLBACK_RIDGE = 1e-3  # used where ridge 0 was asked for and no weights meet the target
-
-
-@dataclasses.dataclass(frozen=True)
-class ClippedBalance:
-    """A solution after clipping."""
-
-    balance: Balance  # before clipping, solved with `ridge` for `strength`
-    strength: float
-    ridge: float
-    weights: np.ndarray  # f64 [U], of mean one: min(w, max_weight) * scale
-    scale: float
-    effective_sample_size: float  # (sum w)^2 / (T sum w^2)
-
 
 def strongest_balance(
     features: Matrix,
@@ -166,36 +154,37 @@ def strongest_balance(
     base: np.ndarray,
     settings: Matching,
     constant: np.ndarray | None = None,
-) -> ClippedBalance:
+) -> tuple[float, Balance]:
     """Moves the mean of the features from `moment` f64 [C] towards `goal`, by as much of the way as is allowed.
 
-    That is the largest strength up to `settings.strength` whose effective sample size is at least the bound, found by
-    bisection to 0.001 of it; each solve starts from the multipliers of the weaker one. base f64 [U], `constant`: as in
-    `entropy_balance`.
+    That is the largest strength up to `settings.strength` whose effective sample size, after clipping, is at least the
+    bound, found by bisection to 0.001 of it; each solve starts from the multipliers of the weaker one. Where the ridge
+    asked for is 0 and no weights meet the target, it is 0.001. base f64 [U], `constant`: as in `entropy_balance`.
+    Returns that strength, and its solution before clipping.
     """
-    strength, bound = settings.strength, settings.min_effective_sample_size
+    strength = settings.strength
 
-    def solve(s: float, start: np.ndarray | None) -> ClippedBalance:
-        used, target = settings.ridge, moment + s * (goal - moment)
-        balance = entropy_balance(features, target, base=base, ridge=used, constant=constant, start=start)
-        if used == 0 and not balance.converged:
-            used = FALLBACK_RIDGE
-            balance = entropy_balance(features, target, base=base, ridge=used, constant=constant)
-        weights, scale = clipped_to_mean_one(balance.weights, settings.max_weight, base)
-        return ClippedBalance(balance, s, used, weights, scale, effective_sample_size(weights, base))
+    def solve(s: float, start: np.ndarray | None = None) -> Balance:
+        problem: dict[str, Any] = {"target": moment + s * (goal - moment), "base": base, "constant": constant}
+        balance = entropy_balance(features, **problem, ridge=settings.ridge, start=start)
+        if settings.ridge == 0 and not balance.converged:
+            balance = entropy_balance(features, **problem, ridge=1e-3)
+        return balance
 
-    best = solve(strength, None)
-    if best.effective_sample_size >= bound:
-        return best
-    low, high, best = 0.0, strength, solve(0.0, None)
+    def enough(balance: Balance) -> bool:
+        weights, _ = clipped_to_mean_one(balance.weights, settings.max_weight, base)
+        return effective_sample_size(weights, base) >= settings.min_effective_sample_size
+
+    if enough(best := solve(strength)):
+        return strength, best
+    low, high, best = 0.0, strength, solve(0.0)
     while high - low > 1e-3 * strength:
         middle = (low + high) / 2
-        solution = solve(middle, best.balance.multipliers)
-        if solution.effective_sample_size >= bound:
-            low, best = middle, solution
+        if enough(balance := solve(middle, best.multipliers)):
+            low, best = middle, balance
         else:
             high = middle
-    return best
+    return low, best
 
 
 def clipped_to_mean_one(
@@ -217,23 +206,22 @@ def effective_sample_size(weights: np.ndarray, base: np.ndarray | None = None) -
 # --- the units that are weighted, as features
 
 
-class Patterns(NamedTuple):
-    """The distinct activation patterns of a corpus of T tokens, for C selected experts.
+def find_patterns(
+    indices: np.ndarray, matched: np.ndarray, *, unit: str, rows: np.ndarray
+) -> tuple[Matrix, np.ndarray]:
+    """The P distinct activation patterns of the units ("token" or "row") of a corpus of T tokens, for C experts.
 
     Two units with the same activations always get the same weight, so only distinct patterns are kept, in an order that
     depends on the patterns alone. The solver therefore returns bit for bit the same multipliers however the corpus was
     shuffled, batched or sharded.
-    """
 
-    features: Matrix  # f64 [P, C]; a_c of the unit: 0 or 1 for a token (sparse), a mean over tokens for a row (dense)
-    tokens: np.ndarray  # f64 [P]; how many of the T tokens are of units with the pattern (whole numbers: exact sums)
-
-
-def find_patterns(indices: np.ndarray, matched: np.ndarray, *, unit: str, rows: np.ndarray) -> Patterns:
-    """Distinct activation patterns of the units ("token" or "row") of a corpus.
-
-    indices: integer [L, T, K], the chosen experts of every valid token. matched: bool [L, E], columns of the features,
-    in the order of `np.nonzero(matched)`. rows: integer [T], the row of each token.
+    Args:
+      indices: integer [L, T, K], the chosen experts of every valid token.
+      matched: bool [L, E], the columns of the features, in the order of `np.nonzero(matched)`.
+      rows: integer [T], the row of each token.
+    Returns:
+      Features f64 [P, C]: 0 or 1 for a token (sparse), a mean over tokens for a row (dense); and f64 [P], how many of
+      the T tokens are of units with the pattern (whole numbers: exact sums).
     """
     activations = activation_matrix(indices, matched)
     key = _keys(activations)
@@ -241,14 +229,13 @@ def find_patterns(indices: np.ndarray, matched: np.ndarray, *, unit: str, rows: 
         _, first, tokens = np.unique(key, return_index=True, return_counts=True)
         features = activations[first]
         features.sort_indices()  # so that sums over a pattern don't depend on the order of a token's experts
-        return Patterns(features, tokens.astype(np.float64))
+        return features, tokens.astype(np.float64)
     members, _ = row_members(rows)
-    _, first, of_row = np.unique(
-        members.astype(np.uint64) @ (key + _LENGTH_KEY), return_index=True, return_inverse=True
-    )
+    row_keys = members.astype(np.uint64) @ (key + _LENGTH_KEY)
+    _, first, of_row = np.unique(row_keys, return_index=True, return_inverse=True)
     lengths = members @ np.ones(len(key))
     features = (members[first] @ activations).toarray() / lengths[first, None]
-    return Patterns(features, np.bincount(of_row, lengths, minlength=len(first)))
+    return features, np.bincount(of_row, lengths, minlength=len(first))
 
 
 def activation_matrix(indices: np.ndarray, matched: np.ndarray, chunk: int = 65_536) -> Matrix:
@@ -276,24 +263,21 @@ def row_members(rows: np.ndarray) -> tuple[Matrix, np.ndarray]:
     return csr_array((np.ones(len(rows)), (row, tokens)), (int(row.max()) + 1, len(rows))), row
 
 
-def constant_directions(patterns: Patterns, matched: np.ndarray, moment: np.ndarray, top_k: int) -> np.ndarray:
+def constant_directions(features: Matrix, matched: np.ndarray, moment: np.ndarray, top_k: int) -> np.ndarray:
     """f64 [C, n], orthonormal: what no weights can change, because it is the same in every unit.
 
     That is an expert that is always on, and the sum over a layer whose every activation is matched.
     """
-    features, columns = patterns.features, len(moment)
-    if isinstance(features, np.ndarray):
-        fixed = np.ptp(features, axis=0) == 0 if columns else np.zeros(0, bool)
-    else:
-        fixed = moment == 1.0
-    directions = [np.eye(columns)[c] for c in np.flatnonzero(fixed)]
-    layer = np.nonzero(matched)[0]
+    fixed = moment == 1.0
+    if isinstance(features, np.ndarray) and len(moment):
+        fixed = np.ptp(features, axis=0) == 0
+    directions, layer = list(np.eye(len(moment))[fixed]), np.nonzero(matched)[0]
     for number in np.unique(layer):
         inside = layer == number
         free = inside & ~fixed
         if free.any() and np.isclose(moment[inside].sum(), top_k, rtol=1e-12, atol=0.0):
             directions.append(free / np.sqrt(free.sum()))
-    return np.stack(directions, axis=1) if directions else np.zeros((columns, 0))
+    return np.stack(directions, axis=1) if directions else np.zeros((len(moment), 0))
 
 
 # A random number of 64 bits stands for each column; a pattern's key is the sum over its activations, modulo 2^64. Sums

@@ -7,7 +7,7 @@ moved; functions of plain arrays take experts on the last axis and any axes befo
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -82,22 +82,6 @@ class Assignments:
         return Assignments(self.indices[:, taken], number[taken], self.layers)
 
 
-def as_assignments(assignments: Assignments | np.ndarray, rows: np.ndarray | None = None) -> Assignments:
-    """`assignments`, or a plain integer array [L, T, K] with the row of each token, as `Assignments`."""
-    if isinstance(assignments, Assignments):
-        return assignments
-    indices = np.asarray(assignments)
-    if indices.ndim != 3 or not np.issubdtype(indices.dtype, np.integer):
-        raise ValueError(
-            f"assignments is {indices.dtype} of shape {indices.shape}; expected integers [layers, tokens, top k]."
-        )
-    tokens = indices.shape[1]
-    rows = np.arange(tokens) if rows is None else np.asarray(rows)
-    if rows.shape != (tokens,):
-        raise ValueError(f"rows has shape {rows.shape}; expected one row number for each of the {tokens} tokens.")
-    return Assignments(indices, rows)
-
-
 def expert_statistics(
     model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None, min_activations: float = MIN_ACTIVATIONS
 ) -> ExpertStatistics:
@@ -132,37 +116,37 @@ def expert_routing(
     min_activations: float = 0.0,
     assign: bool = True,
 ) -> tuple[ExpertStatistics, Assignments]:
-    """`expert_statistics` and, unless `assign` is False (then empty), `expert_assignments`, from one pass."""
+    """`expert_statistics` and, unless `assign` is False (then without indices), `expert_assignments`, from one pass."""
     config = model.config
     counts = np.zeros((len(config.moe_layers), config.num_experts), np.int64)
-    gate_mass, tokens, first_row = np.zeros(counts.shape, np.float64), 0, 0
+    gate_mass, lengths = np.zeros(counts.shape), []  # lengths: valid positions of each row
     indices = [np.zeros((len(counts), 0, config.experts_per_token), _index_type(config))]
-    rows = [np.zeros(0, np.int32)]
     out_specs = (*_SUMS, PartitionSpec(BATCH_AXES)) if assign else _SUMS
-    outputs = run_batches(model, batches, _routing, out_specs=out_specs, mesh=mesh, static=(assign,))
-    for batch, (batch_counts, load, *chosen) in outputs:
+    batches, again = itertools.tee(batches)
+    arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
+    layout = {"mesh": mesh or make_mesh(), "out_specs": out_specs, "static": (assign,)}
+    outputs = map_batches(_routing, model.params, config, arrays, **layout)
+    for batch, (batch_counts, load, *chosen) in zip(again, outputs, strict=True):
         valid = np.asarray(batch.valid)
         if (bad := ~np.isfinite(load).all(axis=1)).any():
             raise DamagedRouting(
                 f"the router of layer {config.moe_layers[int(np.argmax(bad))]} gave NaN or infinite scores; the model "
                 "is damaged (diverged training, or a wrong checkpoint), and no statistics can be taken from it."
             )
-        counts += batch_counts.astype(np.int64)
-        gate_mass += load.astype(np.float64)
-        tokens += int(valid.sum())
-        if assign:
-            indices.append(np.moveaxis(chosen[0][: len(valid)][valid], 1, 0))
-            rows.append((np.nonzero(valid)[0] + first_row).astype(np.int32))
-            first_row += len(valid)
-    needed = max(1.0, min_activations * config.num_experts / config.experts_per_token)
+        counts += batch_counts
+        gate_mass += load
+        lengths += valid.sum(axis=1).tolist()
+        indices += [np.moveaxis(experts[: len(valid)][valid], 1, 0) for experts in chosen]
+    tokens, needed = sum(lengths), max(1.0, min_activations * config.num_experts / config.experts_per_token)
     if tokens < needed:
         raise ValueError(
             f"the corpus has {tokens} valid tokens; statistics of {config.num_experts} experts with "
             f"{config.experts_per_token} chosen per token need at least {int(np.ceil(needed))} "
             f"({min_activations:g} activations per expert on average). Give more text, or lower min_activations."
         )
+    rows = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     statistics = ExpertStatistics(counts, gate_mass, tokens, config.experts_per_token, config.moe_layers)
-    return statistics, Assignments(np.concatenate(indices, axis=1), np.concatenate(rows), config.moe_layers)
+    return statistics, Assignments(np.concatenate(indices, axis=1), rows, config.moe_layers)
 
 
 _SUMS = (PartitionSpec(), PartitionSpec())  # counts and sums of softmax, the same on all devices
@@ -185,20 +169,6 @@ def _routing(
 def counting_pass(config: ModelConfig, mesh: Mesh) -> Any:
     """The compiled function of `expert_statistics`: (params, tokens, segments, valid) -> (counts, sums of softmax)."""
     return compiled(_routing, config, mesh, _SUMS, (False,))
-
-
-def run_batches(
-    model: Model, batches: Iterable[Batch], fn: Callable, *, out_specs, mesh: Mesh | None = None, static: tuple = ()
-) -> Iterator[tuple]:
-    """(batch, output of `fn(params, config, tokens, segments, valid, *static)`) for every batch: `map_batches`.
-
-    `fn` runs on all devices, each with its rows. The next batch is already running when one is handed out.
-    """
-    batches, again = itertools.tee(batches)
-    arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
-    mesh = make_mesh() if mesh is None else mesh
-    outputs = map_batches(fn, model.params, model.config, arrays, mesh=mesh, out_specs=out_specs, static=static)
-    return zip(again, outputs, strict=True)
 
 
 # --- routing compared
@@ -246,28 +216,11 @@ def load_entropy(frequency: np.ndarray) -> np.ndarray:
     return 1 - kl_divergence(share, np.full_like(share, 1 / experts)) / np.log(experts)
 
 
-@dataclasses.dataclass(frozen=True)
-class Overlap:
-    """Agreement of two models' routing on the same tokens: sums by row, or means over tokens."""
+def overlap_by_row(original: Assignments, current: Assignments) -> dict[str, np.ndarray]:
+    """How much of the original model's routing is left on the same tokens, summed over each of N rows that have any.
 
-    tokens: np.ndarray  # i64 [N], of each row that has any, or their number
-    # f64 [N, L] or, as mean, [L]: |A and B| / |A or B|, A and B a token's chosen experts (Jaccard 1912); 1 is no change
-    jaccard: np.ndarray
-    unchanged: np.ndarray  # the same of "same set of experts"
-
-
-def overlap(original: Assignments, current: Assignments) -> Overlap:
-    """How much of the original model's routing is left: means over tokens of `overlap_by_row`."""
-    by_row = overlap_by_row(original, current)
-    tokens = by_row.tokens.sum()
-    return Overlap(tokens, by_row.jaccard.sum(axis=0) / tokens, by_row.unchanged.sum(axis=0) / tokens)
-
-
-def overlap_by_row(original: Assignments, current: Assignments) -> Overlap:
-    """Sums over the tokens of each row, from both models' `expert_assignments` of one corpus.
-
-    Raises:
-      ValueError: the assignments are of different tokens.
+    "tokens" f64 [N]; "jaccard" f64 [N, L], |A and B| / |A or B| of a token's chosen experts (Jaccard 1912), 1 is no
+    change; "unchanged" f64 [N, L], 1 where both sets are the same.
     """
     before, after = original.indices, current.indices
     if before.shape != after.shape or not np.array_equal(original.rows, current.rows):
@@ -275,12 +228,20 @@ def overlap_by_row(original: Assignments, current: Assignments) -> Overlap:
             f"assignments {before.shape} and {after.shape} are not of the same tokens; make both from the same rows."
         )
     _, row = np.unique(original.rows, return_inverse=True)
-    top_k, jaccard, unchanged = before.shape[2], [], []
+    top_k, sums = before.shape[2], {"jaccard": [], "unchanged": []}
     for old, new in zip(before, after, strict=True):
         shared = (old[:, :, None] == new[:, None, :]).any(axis=2).sum(axis=1)  # [T]
-        jaccard.append(np.bincount(row, shared / (2 * top_k - shared)))
-        unchanged.append(np.bincount(row, shared == top_k))
-    return Overlap(np.bincount(row), np.stack(jaccard, axis=1), np.stack(unchanged, axis=1))
+        sums["jaccard"].append(np.bincount(row, shared / (2 * top_k - shared)))
+        sums["unchanged"].append(np.bincount(row, shared == top_k))
+    by_row = {name: np.stack(layers, axis=1) for name, layers in sums.items()}
+    return {"tokens": np.bincount(row).astype(np.float64)} | by_row
+
+
+def overlap(original: Assignments, current: Assignments) -> dict[str, np.ndarray]:
+    """Means over tokens of `overlap_by_row`, f64 [L] each."""
+    by_row = overlap_by_row(original, current)
+    tokens = by_row.pop("tokens").sum()
+    return {name: sums.sum(axis=0) / tokens for name, sums in by_row.items()}
 
 
 def counts_by_row(assignments: Assignments, num_experts: int) -> np.ndarray:
@@ -288,7 +249,7 @@ def counts_by_row(assignments: Assignments, num_experts: int) -> np.ndarray:
     rows, row = np.unique(assignments.rows, return_inverse=True)
     cell = row[:, None] * num_experts
     counts = [
-        np.bincount((cell + layer).ravel(), minlength=len(rows) * num_experts).reshape(len(rows), num_experts)
+        np.bincount((cell + layer).ravel(), minlength=len(rows) * num_experts).reshape(-1, num_experts)
         for layer in assignments.indices
     ]
     return np.stack(counts, axis=1)

@@ -27,10 +27,8 @@ from trace_jax.io.files import as_path, local_copy, remove, replacing
 from trace_jax.models.model import Model
 from trace_jax.routing import config as settings
 from trace_jax.routing import controls
-from trace_jax.routing.calibration import Calibration, Certificate, match_frequencies, weighted_frequency
-from trace_jax.routing.config import CalibrationConfig
+from trace_jax.routing.calibration import Calibration, match_frequencies, weighted_frequency
 from trace_jax.routing.entropy_balancing import clipped_to_mean_one, effective_sample_size
-from trace_jax.routing.selection import random_like, select_experts
 from trace_jax.routing.statistics import (
     Assignments,
     ExpertStatistics,
@@ -54,16 +52,11 @@ class RetainWeights:
     calibration: Calibration | None = None  # of weightings that match experts
 
     @property
-    def certificate(self) -> Certificate | None:
-        """What the calibration reached."""
-        return None if self.calibration is None else self.calibration.certificate
-
-    @functools.cached_property
     def effective_sample_size(self) -> float:
         """(sum w)^2 / (T sum w^2)."""
         return effective_sample_size(self.tokens)
 
-    @functools.cached_property
+    @property
     def weights(self) -> np.ndarray:
         """f32 [N, S], w: zero where not valid."""
         return self._placed.astype(np.float32)
@@ -75,19 +68,13 @@ class RetainWeights:
         return np.full(rows, 1 / rows) if self.apply == "weights" else self._row_means / self._row_means.sum()
 
     @functools.cached_property
-    def loss_weights(self) -> np.ndarray:
-        """f32 [N, S], what multiplies the losses of a drawn row."""
+    def step_weights(self) -> np.ndarray:
+        """f32 [N, S]: what multiplies the losses of a drawn row; online, the weights to come."""
         if self.apply == "sampling":
             return self.valid.astype(np.float32)
-        return self.weights if self.apply == "weights" else (self._placed / self._divisor[:, None]).astype(np.float32)
-
-    @property
-    def step_weights(self) -> np.ndarray:
-        """f32 [N, S]: what a step gets for a row: its loss weights, or, online, the factor of its weights to come."""
-        if not self.online:
-            return self.loss_weights
-        factor = np.ones(len(self.valid)) if self.apply == "weights" else 1.0 / self._divisor
-        return np.broadcast_to(factor.astype(np.float32)[:, None], self.valid.shape)
+        weights = np.ones(self.valid.shape) if self.online else self._placed
+        divisor = self._row_means if self.apply == "both" else np.zeros(len(self.valid))
+        return (weights / np.where(divisor > 0, divisor, 1.0)[:, None]).astype(np.float32)
 
     @property
     def step_calibration(self) -> Calibration | None:
@@ -103,10 +90,6 @@ class RetainWeights:
     @functools.cached_property
     def _row_means(self) -> np.ndarray:
         return self._placed.sum(axis=1) / np.maximum(self.valid.sum(axis=1), 1)
-
-    @property
-    def _divisor(self) -> np.ndarray:
-        return np.where(self._row_means > 0, self._row_means, 1.0)
 
     def applied(self, weighting: settings.Weighting) -> "RetainWeights":
         """The same weights, acting where `weighting` says."""
@@ -134,7 +117,7 @@ class RetainWeights:
 
 
 def retain_weights(
-    config: CalibrationConfig,
+    config: settings.CalibrationConfig,
     *,
     model: Model,
     forget: Rows,
@@ -170,16 +153,16 @@ def retain_weights(
         return RetainWeights(clipped(tokens), valid).applied(weighting)
     if assignments is None:
         assignments = expert_assignments(model, sequential_batches(retain, batch_size), mesh=mesh)
-    selected = select_experts(forget_statistics, retain_statistics, rule=weighting.rule, seed=config.seed)
-    if isinstance(weighting, settings.RandomExperts):
-        selected = random_like(selected, seed=config.seed)
-    f_forget, f_retain, calibration, frequency = forget_statistics.frequency, retain_statistics.frequency, None, None
+    selected = settings.select_experts(forget_statistics, retain_statistics, rule=weighting.rule, seed=config.seed)
+    f_forget, calibration, frequency = forget_statistics.frequency, None, None
     if isinstance(weighting, settings.RatioWeights):
-        ratio = controls.ratio_weights(assignments.indices, selected, f_forget, f_retain, weighting.max_ratio)
-        tokens = clipped(ratio)
+        frequencies = f_forget, retain_statistics.frequency
+        tokens = clipped(controls.ratio_weights(assignments.indices, selected, *frequencies, weighting.max_ratio))
     elif solved is not None and solved.calibration is not None:
         calibration, tokens, frequency = solved.calibration, solved.tokens, solved.frequency
     else:
+        if isinstance(weighting, settings.RandomExperts):
+            selected = settings.random_like(selected, seed=config.seed)
         counts = retain_statistics.counts
         calibration, tokens, frequency = match_frequencies(assignments, counts, selected, f_forget, weighting)
     if isinstance(weighting, settings.Permuted):
@@ -232,7 +215,7 @@ class Drift:
 class Recalibration:
     """Solves weights anew for the model as it is after some steps."""
 
-    config: CalibrationConfig  # what to solve; the routing of its weighting is "recalibrated"
+    config: settings.CalibrationConfig  # what to solve; the routing of its weighting is "recalibrated"
     original: Model  # before unlearning; drift is measured from its routing
     forget: Rows
     retain: Rows
@@ -250,29 +233,27 @@ class Recalibration:
 
         Where nothing is selected any more, the weights from now on are `last`.
         """
-        now = self._route(current)
+        now, corpora = self._route(current), {"forget": self.forget, "retain": self.retain}
         (forget, _), (retain, assignments) = now["forget"], now["retain"]
-        new = retain_weights(
-            self.config,
-            model=current,
-            forget=self.forget,
-            retain=self.retain,
-            forget_statistics=forget,
-            retain_statistics=retain,
-            assignments=assignments,
-        )
+        made_of = {**corpora, "forget_statistics": forget, "retain_statistics": retain, "assignments": assignments}
+        new = retain_weights(self.config, model=current, **made_of)
         assert new.selected is not None and new.frequency is not None and last.selected is not None
         unchanged = not new.selected.any()
         weights = last if unchanged else new
         before = weighted_frequency(assignments.indices, last.tokens, new.selected.shape[1])
-        after = before if unchanged else new.frequency
+        frequencies = {
+            "unweighted": retain.frequency,
+            "before": before,
+            "after": before if unchanged else new.frequency,
+        }
         either, both = int((last.selected | new.selected).sum()), int((last.selected & new.selected).sum())
-        frequencies = {"unweighted": retain.frequency, "before": before, "after": after}
+        pairs = {name: (*self._start[name], *now[name]) for name in corpora}
         return weights, Drift(
             layers=tuple(current.config.moe_layers),
-            overlap={name: overlap(self._start[name][1], now[name][1]).jaccard for name in now},
+            overlap={name: overlap(first, routed)["jaccard"] for name, (_, first, _, routed) in pairs.items()},
             frequency_change={
-                name: frequency_gap(now[name][0].frequency, self._start[name][0].frequency) for name in now
+                name: frequency_gap(counted.frequency, first.frequency)
+                for name, (first, _, counted, _) in pairs.items()
             },
             selected=int(new.selected.sum()),
             selected_overlap=both / either if either else 1.0,

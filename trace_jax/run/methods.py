@@ -156,8 +156,8 @@ def calibrated(prepared: Prepared, config: CalibrationConfig, label: str) -> tup
             mesh=prepared.mesh,
         )
         weights.save(directory)
-        if weights.certificate is not None and solved is None:
-            say(f"calibration of {label}:\n{weights.certificate.text(most=0)}")
+        if weights.calibration is not None and solved is None:
+            say(f"calibration of {label}:\n{weights.calibration.certificate.text(most=0)}")
         return weights
 
     stage = Stage("weights", directory, weights_id)

@@ -10,7 +10,7 @@ import numpy as np
 from trace_jax.config import ConfigError
 from trace_jax.io.progress import aligned
 from trace_jax.models.architecture import ModelConfig, flat_specs
-from trace_jax.routing.selection import select_experts
+from trace_jax.routing.config import select_experts
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.unlearning.config import Calibrated, Patterns, Trainable, UnlearningConfig
 from trace_jax.unlearning.trained import factors, is_of_experts, rows_path
