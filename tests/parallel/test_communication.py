@@ -30,7 +30,7 @@ def test_bytes_of_the_forward_pass():
 
     program = jax.jit(on_mesh(run, config, mesh, out_specs=P(BATCH_AXES))).lower(params, tokens).compile()
     sent = dict.fromkeys(("all-gather", "reduce-scatter"), 0.0)
-    for collective in traffic(program.as_text(), 4).collectives:
+    for collective in traffic(program.as_text(), 4)[1]:
         sent[collective.kind] = sent.get(collective.kind, 0.0) + collective.bytes
 
     over_all = V * D + layers * (4 * D * H * C + D * E)  # embedding; q, k, v, o; router

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from trace_jax.plan.prediction import _needed, matmul_work
+from trace_jax.plan.programs import _needed, matmul_work
 
 N, D, F, E, LAYERS = 32, 16, 24, 4, 3
 MATMUL = 2 * N * D * F

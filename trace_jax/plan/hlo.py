@@ -23,11 +23,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)")
 
 
-class Array(NamedTuple):
-    """One array of a type: bytes, and whether it is in the chip's main memory (not in a cache the compiler uses)."""
-
-    bytes: int
-    in_memory: bool
+Arrays = list[tuple[int, bool]]  # of each its bytes, and whether it is in main memory (not in the compiler's cache)
 
 
 class Instruction(NamedTuple):
@@ -35,7 +31,7 @@ class Instruction(NamedTuple):
 
     name: str
     opcode: str
-    arrays: list[Array]
+    arrays: Arrays
     operands: list[str]
     arguments: str
     attributes: str
@@ -51,12 +47,8 @@ Computation = dict[str, Instruction]
 
 
 class Collective(NamedTuple):
-    """One kind of exchange among groups of one shape, summed over the program.
-
-    Attributes:
-      groups: [groups, devices of a group], partition numbers; what the links between them are is for the caller.
-      count: how often it runs.  bytes: what one device sends (and receives) in all, with ring algorithms.
-    """
+    """One kind of exchange among `groups` (partition numbers [groups, devices of a group]), summed over the program:
+    how often it runs, and what one device sends (and receives) in all, with ring algorithms."""
 
     kind: str
     groups: tuple[tuple[int, ...], ...]
@@ -64,19 +56,10 @@ class Collective(NamedTuple):
     bytes: float
 
 
-class Traffic(NamedTuple):
-    """Of one device: bytes read and written in its main memory, collectives, and loops whose length isn't known.
-
-    Such a loop (decoding, which may end early) is counted as one round.
-    """
-
-    memory_bytes: float
-    collectives: tuple[Collective, ...]
-    unknown_loops: int
-
-
-def traffic(text: str, num_devices: int) -> Traffic:
-    """Reads a compiled module's text (`compiled.as_text()`), which is the program of one device."""
+def traffic(text: str, num_devices: int) -> tuple[float, list[Collective], int]:
+    """Of a compiled module's text (`compiled.as_text()`), which is the program of one device: bytes read and written
+    in its main memory, collectives, and the number of loops of unknown length (decoding, which may end early), which
+    are counted as one round."""
     computations, entry = _parse(text)
     times, unknown = _times(computations, entry)
     total, sums = 0.0, {}
@@ -92,7 +75,7 @@ def traffic(text: str, num_devices: int) -> Traffic:
             if not fused:
                 total += count * _memory_bytes(instruction, around, computations)
     collectives = [Collective(*key, *counted) for key, counted in sums.items() if len(key[1][0]) > 1]
-    return Traffic(total, tuple(sorted(collectives, key=lambda c: (COLLECTIVES.index(c.kind), -c.bytes))), unknown)
+    return total, sorted(collectives, key=lambda c: (COLLECTIVES.index(c.kind), -c.bytes)), unknown
 
 
 def _parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -107,27 +90,26 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
             root, name, type_text, opcode, rest = match.groups()
             arguments, _, attributes = rest.partition("), ")
             arguments, operands = arguments.removesuffix(")"), re.findall(r"%([\w.\-]+)", arguments)
-            current[name] = Instruction(
-                name, opcode, arrays(type_text), operands, arguments, attributes, root is not None
-            )
+            arrays = _arrays(type_text)
+            current[name] = Instruction(name, opcode, arrays, operands, arguments, attributes, root is not None)
     if not entry:
         raise ValueError("the text of the compiled program has no ENTRY computation; it can't be read.")
     return computations, entry
 
 
-def arrays(type_text: str) -> list[Array]:
+def _arrays(type_text: str) -> Arrays:
     """The arrays of a type, tuples flattened."""
-    listed = []
+    arrays = []
     for dtype, digits, shape, layout in re.findall(r"\b([a-z]+(\d*)\w*)\[([\d,]*)\](\{[^}]*\})?", type_text):
         bits = _BITS.get(dtype, int(digits or 32))
         elements = math.prod(int(n) for n in shape.split(",") if n)
         space = re.search(r"S\((\d+)\)", layout)
-        listed.append(Array(-(-elements * bits // 8), space is None or space[1] == "0"))
-    return listed
+        arrays.append((-(-elements * bits // 8), space is None or space[1] == "0"))
+    return arrays
 
 
-def _bytes(listed: Iterable[Array], *, in_memory: bool = False) -> int:
-    return sum(array.bytes for array in listed if array.in_memory or not in_memory)
+def _bytes(arrays: Iterable[tuple[int, bool]], *, in_memory: bool = False) -> int:
+    return sum(size for size, is_there in arrays if is_there or not in_memory)
 
 
 def _source(instruction: Instruction, inside: Computation) -> Instruction:
@@ -156,9 +138,9 @@ def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, 
                 visit(instruction.called("body")[0], count * (1 if rounds is None else rounds), fused)
             elif not instruction.opcode.endswith(("-done", "-update")):
                 keys = ["calls", "branch_computations", "true_computation", "false_computation"]
-                keys += ["to_apply"] if instruction.opcode == "call" else []
-                for called in (called for key in keys for called in instruction.called(key)):
-                    visit(called, count, fused or instruction.opcode == "fusion")
+                for key in (*keys, *["to_apply"] * (instruction.opcode == "call")):
+                    for called in instruction.called(key):
+                        visit(called, count, fused or instruction.opcode == "fusion")
 
     visit(entry, 1, False)
     return times, unknown
@@ -247,7 +229,7 @@ def _memory_bytes(instruction: Instruction, around: Computation, computations: d
     operands = [around[name].arrays for name in instruction.operands]
     read, written = [_bytes(operand, in_memory=True) for operand in operands], _bytes(results, in_memory=True)
     if opcode.endswith("-start"):  # the type lists the operands too, and a slice reads no more than it writes
-        moved = [array for array in results if array.bytes > 4][len(read) :]
+        moved = [array for array in results if array[0] > 4][len(read) :]
         return sum(min(_bytes(moved), size) for size in read) + _bytes(moved, in_memory=True)
     if opcode in _SLICES:
         return min(read[0], _bytes(results)) + sum(read[1:]) + written

@@ -2,11 +2,10 @@
 
 import contextlib
 import dataclasses
-import math
 import os
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+import timeit
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,28 +20,19 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Limits of one chip, as its vendor states them.
-
-    Attributes:
-      flops: bf16 matmul rate, operations a second, no sparsity.
-      memory: bytes of main memory that a program may use.  bandwidth: bytes a second to and from it.
-      link: bytes a second in one direction: of each of a TPU's links, of a GPU's NVLinks together.
-      torus: chips along an axis of a TPU slice from which on its ends are linked too; 0 for what is no torus.
-      node, network: how many GPUs NVLink connects, and bytes a second of each one's network beyond them.
-    """
+    """Limits of one chip, as its vendor states them."""
 
     name: str
-    flops: float
-    memory: float
-    bandwidth: float
-    link: float
-    torus: int = 0
-    node: int = 0
-    network: float = 0.0
+    flops: float  # bf16 matmul rate, operations a second, no sparsity
+    memory: float  # bytes of main memory that a program may use
+    bandwidth: float  # bytes a second to and from it
+    link: float  # bytes a second in one direction: of each of a TPU's links, of a GPU's NVLinks together
+    torus: int = 0  # chips along an axis of a TPU slice from which on its ends are linked too; 0 for what is no torus
+    node: int = 0  # how many GPUs NVLink connects
+    network: float = 0.0  # bytes a second of each GPU's network beyond them
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Devices of one kind."""
 
     name: str
@@ -138,9 +128,9 @@ def cpus(count: int, dtype: str) -> Target:
     if len(devices) < count:
         raise ConfigError(f"{count} CPU devices are asked for; JAX has started with {len(devices)}. Start anew.")
     x, product = jnp.ones((1024, 1024), dtype), jax.jit(jnp.matmul)
-    flops = 2 * 1024**3 / _seconds(lambda: product(x, x).block_until_ready()) / count
+    flops = 2 * 1024**3 / min(timeit.repeat(lambda: product(x, x).block_until_ready(), number=1)) / count
     source, copy = np.ones(1 << 25), np.empty(1 << 25)
-    bandwidth = 2 * source.nbytes / _seconds(lambda: np.copyto(copy, source)) / count
+    bandwidth = 2 * source.nbytes / min(timeit.repeat(lambda: np.copyto(copy, source), number=1)) / count
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
     return Target(f"{count} x CPU", Chip("this CPU", flops, memory, bandwidth, bandwidth), devices[:count])
 
@@ -161,14 +151,3 @@ def _described(platform: str, package: str, **options: Any) -> Sequence[Any]:
             f"the compiler for {platform} can't be used here ({reason}). It comes with JAX's plugin, needs no such "
             f'device, and must match the JAX that is installed: pip install "{package}=={jax.__version__}"'
         ) from error
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """The shortest of a few runs."""
-    run()
-    best, end = math.inf, time.perf_counter() + 0.1
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best

@@ -3,8 +3,7 @@
 import argparse
 import dataclasses
 import itertools
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,25 @@ from jax.sharding import Mesh
 
 from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.io.files import write_json
-from trace_jax.io.progress import byte_size, say
+from trace_jax.io.progress import aligned, byte_size, say
 from trace_jax.models.architecture import ModelConfig, count_params
 from trace_jax.parallel.mesh import DATA, ParallelConfig, make_mesh
 from trace_jax.plan.machine import Target, cpus, gpus, tpu_slice
-from trace_jax.plan.prediction import Prediction, duration, predict, program_table, search_table
-from trace_jax.plan.programs import Program, assumed_experts, decoding_program, statistics_program, step_program
+from trace_jax.plan.programs import (
+    Program,
+    assumed_experts,
+    decoding_program,
+    predict,
+    statistics_program,
+    step_program,
+)
+
+_BOUNDS = {"compute": "matmul rate", "memory": "memory bandwidth", "interconnect": "interconnect"}
 
 
-def plan(
-    config: Any,
-    target: Target,
-    *,
-    price: float | None = None,
-    search: bool = False,
-    output: str | os.PathLike | None = None,
-) -> str:
-    """Compiles the unlearning step, the statistics pass and the decoding step of an experiment for `target`.
+def plan(config: Any, target: Target, *, price: float | None, search: bool, output: str | None) -> str:
+    """Compiles the unlearning step, the statistics pass and the decoding step of an experiment for `target`, and gives
+    tables as text.
 
     Args:
       config: the experiment (`trace_jax.run.experiment.ExperimentConfig`).
@@ -37,8 +38,6 @@ def plan(
       search: compile the step for every mesh and the fewest microbatches that fit there, rank them by predicted
         time, and plan all three programs for the first.
       output: where everything is written as JSON.
-    Returns:
-      The tables as text.
     """
     model, chips = shape_of(config.model), len(target.devices)
     layouts = ranked(config, model, target) if search else []
@@ -48,7 +47,7 @@ def plan(
     predictions = [_predicted(program, target, mesh) for program in programs(config, model, parallel, mesh)]
     parts = [_head(config, model, target, parallel)]
     if layouts:
-        parts.append(search_table([(_words(each), p) for each, p in layouts], chips=chips, price=price))
+        parts.append(search_table(layouts, chips=chips, price=price))
     parts.append(program_table(predictions, chips=chips, price=price))
     if output is not None:
         numbers = {
@@ -59,8 +58,8 @@ def plan(
             "chips": chips,
             "parallel": dataclasses.asdict(parallel),
             "price_per_chip_hour": price,
-            "programs": [prediction.to_json() for prediction in predictions],
-            "search": [{**dataclasses.asdict(each), **prediction.to_json()} for each, prediction in layouts],
+            "programs": predictions,
+            "search": [dataclasses.asdict(each) | prediction for each, prediction in layouts],
         }
         write_json(Path(output), numbers)
     return "\n\n".join(parts)
@@ -84,18 +83,17 @@ def programs(config: Any, model: ModelConfig, parallel: ParallelConfig, mesh: Me
     yield decoding_program(model, mesh, rows, row_length)
 
 
-def _predicted(program: Program, target: Target, mesh: Mesh) -> Prediction:
+def _predicted(program: Program, target: Target, mesh: Mesh) -> dict[str, Any]:
     say(f"compiling the {program.name} for {target.name}")
-    prediction = predict(program, target.chip, list(mesh.devices.flat))
-    peak, capacity = byte_size(prediction.peak), byte_size(prediction.capacity)
-    say(f"  {peak} of {capacity}, in {duration(prediction.compile_seconds)}")
-    return prediction
+    p = predict(program, target.chip, list(mesh.devices.flat))
+    say(f"  {byte_size(p['peak'])} of {byte_size(p['capacity'])}, in {duration(p['compile_seconds'])}")
+    return p
 
 
 # --- search
 
 
-def ranked(config: Any, model: ModelConfig, target: Target) -> list[tuple[ParallelConfig, Prediction]]:
+def ranked(config: Any, model: ModelConfig, target: Target) -> list[tuple[ParallelConfig, dict[str, Any]]]:
     """Every mesh with the fewest microbatches that fit there, quickest first; then those that don't fit."""
     layouts, rows = [], config.unlearning.forget_batch_size
     for data, expert, tensor in meshes(len(target.devices), model):
@@ -104,12 +102,12 @@ def ranked(config: Any, model: ModelConfig, target: Target) -> list[tuple[Parall
             parallel = dataclasses.replace(config.parallel, **sizes, microbatches=microbatches)
             say(_words(parallel))
             mesh = mesh_of(target, parallel)
-            prediction = _predicted(next(programs(config, model, parallel, mesh)), target, mesh)
-            stays = prediction.parameters + prediction.optimizer
-            if prediction.fits or stays > prediction.capacity or rows % (2 * microbatches * data * expert):
-                layouts.append((parallel, prediction))
+            p = _predicted(next(programs(config, model, parallel, mesh)), target, mesh)
+            too_large = p["parameters"] + p["optimizer"] > p["capacity"]
+            if p["fits"] or too_large or rows % (2 * microbatches * data * expert):
+                layouts.append((parallel, p))
                 break
-    return sorted(layouts, key=lambda each: (not each[1].fits, each[1].least if each[1].seconds else each[1].peak))
+    return sorted(layouts, key=lambda each: (not each[1]["fits"], each[1].get("least", each[1]["peak"])))
 
 
 def meshes(devices: int, model: ModelConfig) -> list[tuple[int, int, int]]:
@@ -144,6 +142,61 @@ def _head(config: Any, model: ModelConfig, target: Target, parallel: ParallelCon
         f"TFLOP/s, {chip.bandwidth / 1e9:.4g} GB/s\n"
         f"{_words(parallel)}; remat {parallel.remat}; a step takes {rows} rows of {config.data.row_length} tokens"
     )
+
+
+def program_table(predictions: Sequence[dict[str, Any]], *, chips: int, price: float | None) -> str:
+    """One column per program, one row per quantity, all of one chip."""
+    kinds = dict.fromkeys(e["kind"] for p in predictions for e in p["exchanges"])
+    columns = [_quantities(p, kinds, chips, price) for p in predictions]
+    return "\n".join(aligned([[name, *(column[name] for column in columns)] for name in columns[0]]))
+
+
+def search_table(layouts: Sequence[tuple[ParallelConfig, dict[str, Any]]], *, chips: int, price: float | None) -> str:
+    """One row per layout, as they come."""
+    head = ["mesh, microbatches", "peak memory", "of capacity", "least time", "bound by", "no overlap"]
+    rows = [[*head, "cost of 1,000 steps"]]
+    for parallel, p in layouts:
+        q = _quantities(p, (), chips, price)
+        times = q["time, all overlapping"], q["bound by"], q["time, no overlap"], q.get("cost of 1,000 times", "-")
+        rows.append([_words(parallel), q["peak memory"], q["of capacity"], *times])
+    return "\n".join(aligned(rows))
+
+
+def _quantities(p: dict[str, Any], kinds: Iterable[str], chips: int, price: float | None) -> dict[str, str]:
+    """What `predict` gives as text, by name. Costs are in the unit of `price` per chip and hour."""
+    exchanged = {e["kind"]: f"{e['count']:,} x, {byte_size(e['bytes'])}" for e in p["exchanges"]}
+    scale, unit = (1e12, "TFLOP") if p["flops"] >= 1e12 else (1e9, "GFLOP")
+    quantities = {
+        "per chip": p["program"],
+        "parameters": byte_size(p["parameters"]),
+        "optimizer, its weights": byte_size(p["optimizer"]),
+        "batch, cache, padding": byte_size(p["inputs"]),
+        "activations, temporaries": byte_size(p["temporaries"]),
+        "peak memory": byte_size(p["peak"]),
+        "of capacity": f"{p['peak'] / p['capacity']:.1%}" + ("" if p["fits"] else " DOESN'T FIT"),
+        "matmul operations": f"{p['flops'] / scale:.4g} {unit}",
+        "memory traffic": byte_size(p["memory_bytes"]),
+        **{kind: exchanged.get(kind, "-") for kind in kinds},
+        **{f"time at {words}": duration(p["seconds"].get(name)) for name, words in _BOUNDS.items()},
+        "time, all overlapping": duration(p.get("least")),
+        "time, no overlap": duration(p.get("most")),
+        "bound by": _BOUNDS[p["bound"]] if p["seconds"] else "-",
+        "tokens/s, all chips": f"{p['tokens'] / p['least']:,.0f} at most" if p["seconds"] else "-",
+    }
+    if price is not None:
+        costs = [f"{1000 * chips * price * p[times] / 3600:.2f}" for times in ("least", "most") if p["seconds"]]
+        quantities["cost of 1,000 times"] = " to ".join(costs) or "-"
+    return quantities | {"compiled in": duration(p["compile_seconds"])}
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in a unit that suits them."""
+    if seconds is None:
+        return "-"
+    if seconds >= 100:
+        return f"{seconds:,.0f} s"
+    scale, unit = (1, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "us")
+    return f"{seconds / scale:.3g} {unit}"
 
 
 # --- the command

@@ -1,20 +1,26 @@
-"""The programs that a run spends its time in, traced on shapes alone: nothing is allocated."""
+"""The programs that a run spends its time in, traced on shapes alone, and what each takes of a chip: memory, work,
+exchanges, and the time that they need at least."""
 
-import dataclasses
 import math
-from typing import Any
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.data.rows import Batch
 from trace_jax.models.architecture import ModelConfig, abstract_params, flatten, unflatten
 from trace_jax.models.generate import greedy_step
-from trace_jax.models.sharding import param_specs
+from trace_jax.models.sharding import param_shardings
 from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, ParallelConfig, row_shards
+from trace_jax.plan.hlo import COLLECTIVES, traffic
+from trace_jax.plan.machine import Chip, exchange_rate
 from trace_jax.routing.statistics import counting_pass
 from trace_jax.unlearning.config import GripProject, UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
@@ -23,13 +29,14 @@ from trace_jax.unlearning.rivals import Protection, protection_specs
 from trace_jax.unlearning.step import row_multiple, set_up, state_shardings, unlearning_step
 
 SELECTED = 8  # of so many experts one is taken to be selected, where selected experts train
+_PASSES = {jax.lax.Precision.HIGHEST: 6, jax.lax.Precision.HIGH: 3}
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """A traced program and what it works on, in bytes on each device.
 
-    filled: share of the room for tokens of a device's experts that a balanced load fills.
+    tokens: that one run of it processes, over all devices. filled: share of the room for tokens of a device's experts
+    that a balanced load fills.
     """
 
     name: str
@@ -37,7 +44,7 @@ class Program:
     parameters: int
     optimizer: int
     inputs: int
-    tokens: int  # that one run of it processes, over all devices
+    tokens: int
     filled: float
 
 
@@ -45,23 +52,22 @@ def step_program(
     unlearning: UnlearningConfig, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, row_length: int
 ) -> Program:
     """One unlearning step."""
-    selected = assumed_experts(unlearning, model)
+    selected, everywhere = assumed_experts(unlearning, model), NamedSharding(mesh, P())
     run = set_up(_params(model, mesh), unlearning, model, selected=selected, parallel=parallel, mesh=mesh)
-    constants, settings = Constants(run.constants.original, *_placed(run.constants[1:], mesh, P())), run.settings
+    constants, settings = Constants(run.constants.original, *_placed(run.constants[1:], everywhere)), run.settings
     state = jax.eval_shape(run.start, constants)
-    state = jax.tree.map(_array, state, state_shardings(state, settings, mesh))
+    state = _placed(state, state_shardings(state, settings, mesh))
     if "hidden" in unlearning.objective.needs:
-        target = _placed(jax.ShapeDtypeStruct((1, model.hidden_size), jnp.float32), mesh, P())
+        target = jax.ShapeDtypeStruct((1, model.hidden_size), jnp.float32, sharding=everywhere)
         constants = constants._replace(target=target)
     if isinstance(unlearning.grip, GripProject):
         constants = constants._replace(protection=_protection(unlearning.grip, model, mesh))
-    multiple = row_multiple(settings, mesh)
-    forget = _batch(unlearning.forget_batch_size, multiple, row_length, mesh)
-    retain = _batch(unlearning.retain_batch_size, multiple, row_length, mesh) if unlearning.retains else None
-    weights = (
-        None if retain is None else _placed(jax.ShapeDtypeStruct(retain.tokens.shape, jnp.float32), mesh, P(BATCH_AXES))
-    )
-    topic = _placed(jax.ShapeDtypeStruct(forget.tokens.shape[:1], jnp.int32), mesh, P(BATCH_AXES))
+    multiple, weights = row_multiple(settings, mesh), None
+    forget, retain = _batch(unlearning.forget_batch_size, multiple, row_length, mesh), None
+    if unlearning.retains:
+        retain = _batch(unlearning.retain_batch_size, multiple, row_length, mesh)
+        weights = jax.ShapeDtypeStruct(retain.tokens.shape, jnp.float32, sharding=retain.tokens.sharding)
+    topic = jax.ShapeDtypeStruct(forget.tokens.shape[:1], jnp.int32, sharding=forget.tokens.sharding)
     refusals = forget if "refusals" in unlearning.objective.needs else None
     rows = StepRows(forget, retain, weights, topic, refusals)
     traced = unlearning_step.trace(state, constants, rows, settings=settings, mesh=mesh)
@@ -79,12 +85,10 @@ def assumed_experts(unlearning: UnlearningConfig, model: ModelConfig) -> np.ndar
         return None
     rule: Any = unlearning.some_experts.experts
     layers, experts = len(model.moe_layers), model.num_experts
-    if not hasattr(rule, "top"):
-        return np.broadcast_to(np.arange(experts) < max(1, experts // SELECTED), (layers, experts))
-    if rule.scope == "layer":
-        return np.broadcast_to(np.arange(experts) < rule.top, (layers, experts))
-    in_turn = np.arange(layers * experts).reshape(experts, layers).T  # one of each layer, then the next of each
-    return in_turn < rule.top
+    if hasattr(rule, "top") and rule.scope != "layer":  # one of each layer, then the next of each
+        return rule.top > np.arange(layers * experts).reshape(experts, layers).T
+    top = rule.top if hasattr(rule, "top") else max(1, experts // SELECTED)
+    return np.broadcast_to(np.arange(experts) < top, (layers, experts))
 
 
 def statistics_program(model: ModelConfig, mesh: Mesh, rows: int, row_length: int) -> Program:
@@ -112,19 +116,18 @@ def _filled(model: ModelConfig, mesh: Mesh, buffer: float = 0.0) -> float:
     return 1 / min(worst, buffer or worst)
 
 
+def _placed(tree: Any, shardings: Any) -> Any:
+    """Shapes of arrays that lie as one sharding says, or as a pytree of them does."""
+
+    def one(leaf, sharding=shardings):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(one, tree, *([] if isinstance(shardings, NamedSharding) else [shardings]))
+
+
 def _params(model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     """Every parameter by path: shape, type and where it lies."""
-    specs = param_specs(model, mesh)
-    return {path: _placed(leaf, mesh, specs[path]) for path, leaf in flatten(abstract_params(model)).items()}
-
-
-def _array(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _placed(tree: Any, mesh: Mesh, spec: P) -> Any:
-    """Shapes of arrays that all lie on the mesh as `spec` says."""
-    return jax.tree.map(lambda leaf: _array(leaf, NamedSharding(mesh, spec)), tree)
+    return _placed(flatten(abstract_params(model)), param_shardings(model, mesh))
 
 
 def _protection(grip: GripProject, model: ModelConfig, mesh: Mesh) -> Protection:
@@ -139,18 +142,140 @@ def _protection(grip: GripProject, model: ModelConfig, mesh: Mesh) -> Protection
         scalar,
         scalar,
     )
-    specs = protection_specs(experts, mesh)
-    return jax.tree.map(lambda leaf, spec: _array(leaf, NamedSharding(mesh, spec)), shapes, specs)
+    return _placed(shapes, jax.tree.map(lambda spec: NamedSharding(mesh, spec), protection_specs(experts, mesh)))
 
 
 def _batch(rows: int, multiple: int, row_length: int, mesh: Mesh) -> Batch:
     """A batch, padded to a multiple of rows."""
-    shape = (-(-rows // multiple) * multiple, row_length)
-    return _placed(
-        Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.int32, bool))), mesh, P(BATCH_AXES)
-    )
+    shape, by_row = (-(-rows // multiple) * multiple, row_length), NamedSharding(mesh, P(BATCH_AXES))
+    return Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=by_row) for dtype in (jnp.int32, jnp.int32, bool)))
 
 
 def local_bytes(tree: Any) -> int:
     """Bytes on one device of abstract arrays that carry shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+# --- what they take
+
+
+def predict(program: Program, chip: Chip, devices: Sequence[Any]) -> dict[str, Any]:
+    """Compiles a traced program for the devices of a mesh and reads off what one run takes of each, by name.
+
+    "parameters", "optimizer": bytes of inputs that stay there between runs. "inputs": of the other inputs.
+    "temporaries": of activations and everything else that a run allocates, its own results and code included. "peak":
+    of all these. "memory_bytes": to and from main memory. "flops": of matmuls. "exchanges": of each kind of collective
+    how many run, the bytes that a device sends, and the seconds that this takes at least. "seconds": at the chip's
+    limits, each alone; "bound" is the limit that takes longest, "least" its time, the roofline, and "most" the sum, all
+    without overlap.
+
+    A program whose inputs alone don't fit, or that the compiler refuses for want of memory, is one that doesn't fit:
+    its "peak" is what it would need, and the rest is empty.
+    """
+    (flops, passes), start = matmul_work(program.traced.jaxpr, filled=program.filled).tolist(), time.perf_counter()
+    resident = program.parameters + program.optimizer
+    peak, compiled = resident + program.inputs, None
+    if peak <= chip.memory:
+        try:
+            compiled = program.traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            peak = _needed(error)
+    seconds_to_compile = time.perf_counter() - start
+    inputs = temporaries = memory_bytes = None
+    loops, exchanges, seconds, times = 0, [], {}, {}
+    if compiled is not None:
+        memory, (memory_bytes, collectives, loops) = (
+            compiled.memory_analysis(),
+            traffic(compiled.as_text(), len(devices)),
+        )
+        temporaries = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        temporaries += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        # The compiler pads small arrays to tiles, and doesn't count what a program never reads, which is there anyway.
+        inputs = max(memory.argument_size_in_bytes - resident, program.inputs)
+        peak = resident + inputs + temporaries
+        places = [tuple(d.coords) if chip.torus else (d.id // chip.node,) if chip.node else () for d in devices]
+        for kind in COLLECTIVES:
+            if alike := [c for c in collectives if c.kind == kind]:
+                needed = sum(c.bytes / min(exchange_rate(chip, group, places) for group in c.groups) for c in alike)
+                count, sent = sum(c.count for c in alike), sum(c.bytes for c in alike)
+                exchanges.append({"kind": kind, "count": count, "bytes": sent, "seconds": needed})
+        interconnect = sum(exchange["seconds"] for exchange in exchanges)
+        seconds = {
+            "compute": passes / chip.flops,
+            "memory": memory_bytes / chip.bandwidth,
+            "interconnect": interconnect,
+        }
+        bound = max(seconds, key=lambda name: seconds[name])
+        times = {"bound": bound, "least": seconds[bound], "most": sum(seconds.values())}
+    return {
+        "program": program.name,
+        "tokens": program.tokens,
+        "capacity": chip.memory,
+        "compile_seconds": seconds_to_compile,
+        "parameters": program.parameters,
+        "optimizer": program.optimizer,
+        "inputs": inputs,
+        "temporaries": temporaries,
+        "peak": peak,
+        "flops": flops,
+        "memory_bytes": memory_bytes,
+        "exchanges": exchanges,
+        "unknown_loops": loops,
+        "seconds": seconds,
+        "fits": compiled is not None and peak <= chip.memory,
+        **times,
+    }
+
+
+def _needed(error: Exception) -> int:
+    """Bytes that a program would need, from the compiler's refusal; the error itself if it refused otherwise."""
+    match = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or match is None:
+        raise error
+    number, unit = (part for part in match.groups() if part)
+    return int(float(number) * 1024 ** (1 + "KMGT".index(unit)))
+
+
+def matmul_work(jaxpr: Any, *, filled: float = 1.0) -> np.ndarray:
+    """f64 [2]: floating-point operations of matmuls, and the same in units of the chip's bf16 rate. There a float32
+    matmul at full precision counts six times, at high precision three times: so a unit for bfloat16 does it.
+
+    Args:
+      jaxpr: (closed) whose matmuls stand inside `jax.shard_map`; the work is that of one device.
+      filled: share of a grouped matmul's rows that belong to a group; its kernels spend no time on the others.
+
+    Counted on the equations: the compiled text hides it (a grouped matmul is an opaque kernel there), and XLA's own
+    count takes a loop once. A loop of unknown length counts as one round, of branches the dearest counts, and of a
+    Pallas kernel the cost estimate that it was given or, without one, its equations times its grid.
+    """
+    work = np.zeros(2)
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracting, _), _ = params["dimension_numbers"]
+            size = math.prod(equation.invars[0].aval.shape[d] for d in contracting)
+            work += _matmul(equation, size * equation.outvars[0].aval.size)
+        elif name == "ragged_dot_general":  # each row of the left meets the free dimensions of one group of the right
+            numbers = params["ragged_dot_dimension_numbers"]
+            (_, contracting), (_, batch) = numbers.dot_dimension_numbers
+            bound = {*contracting, *batch, *numbers.rhs_group_dimensions}
+            left, right = (operand.aval for operand in equation.invars[:2])
+            free = math.prod(size for d, size in enumerate(right.shape) if d not in bound)
+            work += filled * _matmul(equation, left.size * free)
+        elif name == "pallas_call" and params.get("cost_estimate") is not None:
+            work += filled * params["cost_estimate"].flops
+        elif name == "pallas_call":
+            work += math.prod(params["grid_mapping"].grid) * matmul_work(params["jaxpr"], filled=filled)
+        elif name == "cond":
+            work += max((matmul_work(branch, filled=filled) for branch in params["branches"]), key=lambda w: w[1])
+        else:
+            for inner in jaxprs_in_params(params):
+                work += (params["length"] if name == "scan" else 1) * matmul_work(inner, filled=filled)
+    return work
+
+
+def _matmul(equation: Any, multiplications: int) -> np.ndarray:
+    precision = equation.params.get("precision")
+    precision = precision[0] if isinstance(precision, tuple) else precision
+    is_float32 = all(operand.aval.dtype == "float32" for operand in equation.invars[:2])
+    return 2.0 * multiplications * np.array([1, _PASSES.get(precision, 1) if is_float32 else 1])
