@@ -7,7 +7,7 @@ import os
 import ml_collections
 import pytest
 
-from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.routing.config import CalibrationConfig

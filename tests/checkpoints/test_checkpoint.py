@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
-from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError
 from trace_jax.models.families import PUBLISHED, published_config
 

@@ -6,8 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_jax.checkpoints.accounting import Slot, parse_layout
-from trace_jax.checkpoints.parts import copy_tiled
+from trace_jax.checkpoints.parts import Slot, copy_tiled, parse_layout
 
 LETTERS = "abcdefgh"
 

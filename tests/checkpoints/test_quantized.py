@@ -10,8 +10,8 @@ from tiny import CONFIG, spread
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorFile, readable_tensor
+from trace_jax.checkpoints.parts import account
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.models.families import FAMILIES
 

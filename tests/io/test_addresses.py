@@ -9,7 +9,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tests.run.toy import experiment, numbers, on_one_device
 from trace_jax.checkpoints import state
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
-from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import DataError, read_source
 from trace_jax.io import files

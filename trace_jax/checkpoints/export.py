@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from trace_jax.checkpoints.accounting import Accounting, Slot, account, slots_of
 from trace_jax.checkpoints.checkpoint import (
     DTYPES,
     INDEX,
@@ -35,7 +34,7 @@ from trace_jax.checkpoints.checkpoint import (
     readable_tensor,
 )
 from trace_jax.checkpoints.model_card import ModelCard, base_model_of, licence_of, mixtral_config_json, readme
-from trace_jax.checkpoints.parts import PIECE_BYTES, THREADS, parts_of, places, take
+from trace_jax.checkpoints.parts import PIECE_BYTES, THREADS, Slot, account, parts_of, places, slots_of, take
 from trace_jax.io.files import free_bytes, is_remote
 from trace_jax.io.progress import progress
 from trace_jax.models.architecture import flat_specs, flatten
@@ -87,10 +86,10 @@ def save_pretrained(
         files = {name: (dtypes[slot.path], slot.tensor_shape) for slot in written for name in slot.names}
     else:
         family, checkpoint = family_of({"model_type": model.source.model_type}), open_checkpoint(model.source.directory)
-        accounting = account(checkpoint, model.config, family)
-        config_json, readable = dict(checkpoint.config), accounting.readable
+        slots, readable, unread = account(checkpoint, model.config, family)
+        config_json = dict(checkpoint.config)
         imported = {p: reference() for p, reference in model.source.imported.items()}
-        touched = [slot for slot in accounting.slots if params[slot.path] is not imported.get(slot.path)]
+        touched = [slot for slot in slots if params[slot.path] is not imported.get(slot.path)]
         packed = [slot for slot in touched if isinstance(readable[slot.names[0]], Quantised)]
         merged = [slot for slot in touched if isinstance(readable[slot.names[0]], Tensor)]
         files = {tensor.name: (tensor.dtype, tensor.shape) for tensor in checkpoint.tensors.values()}
@@ -98,7 +97,7 @@ def save_pretrained(
             config_json.pop("quantization_config", None)
             slots = slots_of(model.config, family, readable)
             written = [slot for slot in slots if isinstance(readable[slot.names[0]], Quantised)]
-            files, ignored = _decoded(files, written, checkpoint, accounting)
+            files, ignored = _decoded(files, written, checkpoint, readable, unread)
     if (needed := _nbytes(files) + 2**26) > (free := free_bytes(destination)):
         raise CheckpointError(f"{destination} needs {needed / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB free.")
     with _replacing_directory(destination) as directory:
@@ -123,20 +122,20 @@ def save_pretrained(
 
 
 def _decoded(
-    specs: Specs, slots: Sequence[Slot], checkpoint: Checkpoint, accounting: Accounting
+    specs: Specs, slots: Sequence[Slot], checkpoint: Checkpoint, readable: Mapping[str, Readable], unread: Iterable[str]
 ) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...]]], dict[str, Readable]]:
     """All tensors in the order of the files, those of `slots` as bfloat16 and without their scales; and the ignored
     ones that are decoded too, because config.json no longer says how they are stored."""
     tensors = checkpoint.tensors
     ignored = {
         name: readable_tensor(name, tensors, checkpoint.config)
-        for name in accounting.ignored
+        for name in unread
         if tensors[name].dtype == DTYPES["F8_E4M3"] and f"{name}_scale_inv" in tensors
     }
     shapes = {name: slot.tensor_shape for slot in slots for name in slot.names}
     decoded, scales = {}, set()
     for name in [*shapes, *ignored]:
-        data, scale = (ignored.get(name) or accounting.readable[name]).parts
+        data, scale = (ignored.get(name) or readable[name]).parts
         decoded[data.name] = name, (DTYPES["BF16"], shapes.get(name, data.shape))
         scales.add(scale.name)
     return dict(decoded.get(name, (name, spec)) for name, spec in specs.items() if name not in scales), ignored

@@ -1,16 +1,18 @@
-"""Parameters part by part, between a checkpoint's files and the devices.
+"""Which tensors of a checkpoint fill which parameter, and their way onto the devices and back, part by part.
 
 On import the host reads and transposes a part into a buffer while the devices place the one before, so that besides the
 parameters themselves only two parts exist. The programs that place and take run on every device for the shards that it
 holds. A parameter that is placed into is donated, so that XLA writes into its memory (on the CPU too).
 """
 
+import collections
 import dataclasses
 import functools
 import math
 import os
+import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from trace_jax.checkpoints.accounting import Slot
-from trace_jax.checkpoints.checkpoint import Readable
+from trace_jax.checkpoints.checkpoint import Checkpoint, CheckpointError, Readable, readable_tensor
+from trace_jax.models.architecture import ModelConfig, flat_specs
+from trace_jax.models.families import Family
 from trace_jax.parallel.mesh import to_host
 
 PART_BYTES = 2**26
@@ -31,28 +35,152 @@ _TILE = 128
 _scratch = threading.local()
 
 
+# --- which tensors fill which parameter
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One layer of one parameter (the whole parameter if `row` is None) and the names of the tensors that fill it.
+
+    `shape`: every letter's axis of the layout (`Stored`) apart, in the order of the disk; `separate`: how many of them
+    number tensors; `tensor_shape`: the shape of each tensor; `order`: the axes of the parameter as indices into
+    `shape`. `storage` is "mxfp4" for names that stand for two tensors each, blocks and scales.
+    """
+
+    path: str
+    row: int | None
+    names: tuple[str, ...]
+    storage: str
+    shape: tuple[int, ...]
+    separate: int
+    tensor_shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def apart(self, array: Any) -> Any:
+        """The parameter with its axes in the order of the disk, every letter apart."""
+        return array.transpose(np.argsort(self.order))
+
+
+def parse_layout(text: str, shape: tuple[int, ...], separate: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of a `Slot` that its layout says, for a parameter whose one layer has `shape`; `separate` are the
+    letters that number tensors."""
+    left, _, right = text.partition(" -> ")
+    groups = [re.findall("[a-z]", group) for group in re.findall(r"\([a-z ]+\)|[a-z1]", left)]
+    letters, axes = [letter for group in groups for letter in group], right.split()
+    assert tuple(letters[: len(separate)]) == separate and sorted(letters) == sorted(axes), text
+    size = dict(zip(axes, shape, strict=True))
+    return dict(
+        shape=tuple(size[letter] for letter in letters),
+        separate=len(separate),
+        tensor_shape=tuple(math.prod(size[letter] for letter in group) for group in groups[len(separate) :]),
+        order=tuple(letters.index(letter) for letter in axes),
+    )
+
+
+def slots_of(config: ModelConfig, family: Family, present: Collection[str]) -> list[Slot]:
+    """What fills each parameter: of alternatives the first of which a tensor is `present`, else the first."""
+    slots: list[Slot] = []
+    for path, spec in flat_specs(config).items():
+        stack = {"layers": config.moe_layers, "dense": config.dense_layers}.get(path.split("/")[0], ())
+        shape = spec.shape[1:] if stack else spec.shape
+        alternatives: list[list[Slot]] = []
+        for stored in family.tensors:
+            if stored.path != path or len(stored.layout.partition(" -> ")[2].split()) != len(shape):
+                continue
+            experts = range(config.num_experts) if "{expert}" in stored.names[0] else (0,)
+            separate = ("e",) * ("{expert}" in stored.names[0]) + ("g",) * (len(stored.names) > 1)
+            layout, filled = parse_layout(stored.layout, shape, separate), []
+            for row, layer in enumerate(stack or (0,)):
+                names = tuple(name.format(layer=layer, expert=expert) for expert in experts for name in stored.names)
+                filled.append(Slot(path, row if stack else None, names, stored.storage, **layout))
+            alternatives.append(filled)
+        if not alternatives:
+            raise ValueError(f"{family.model_type}: no tensor fills the parameter {path}.")
+        there = [filled for filled in alternatives if any(_on_disk(slot, slot.names[0]) in present for slot in filled)]
+        slots += (there or alternatives)[0]
+    return slots
+
+
+def _on_disk(slot: Slot, name: str) -> str:
+    return f"{name}_blocks" if slot.storage == "mxfp4" else name
+
+
+def account(
+    checkpoint: Checkpoint, config: ModelConfig, family: Family
+) -> tuple[list[Slot], dict[str, Readable], dict[str, str]]:
+    """Finds a place for every tensor of a checkpoint, each used once: slots in the order of the files, each parameter
+    filled once; the tensors that they name; and the others, each with why it is ignored.
+
+    Raises:
+      CheckpointError: tensors are missing, unexpected or misshapen, or stored in a way that can't be read. At most ten
+        are named, then counted.
+    """
+
+    def refuse(faults: Sequence[str], message: str) -> None:
+        if faults:
+            more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
+            raise CheckpointError(f"{checkpoint.directory}: {message.format(', '.join(faults[:10]) + more)}.")
+
+    tensors, quantization = checkpoint.tensors, checkpoint.config.get("quantization_config")
+    if quantization and (method := quantization.get("quant_method")) not in ("fp8", "mxfp4"):
+        raise CheckpointError(
+            f"config.json: quantization method {method!r} can't be read; supported are fp8, mxfp4 and unquantised "
+            "checkpoints."
+        )
+    slots = slots_of(config, family, tensors)
+    uses = collections.Counter(name for slot in slots for name in slot.names)
+    refuse([name for name, count in uses.items() if count > 1], "{} would fill two parameters")
+    refuse([name for slot in slots for name in slot.names if _on_disk(slot, name) not in tensors], "missing {}")
+    readable: dict[str, Readable] = {}
+    faults = []
+    for slot in slots:
+        for name in slot.names:
+            readable[name] = readable_tensor(name, tensors, checkpoint.config, slot.storage)
+            if (shape := readable[name].shape) != slot.tensor_shape:
+                faults.append(f"{name} is {list(shape)}, expected {list(slot.tensor_shape)}")
+        if len({readable[name].dtype for name in slot.names}) > 1:
+            faults.append(f"{slot.names[0]} and the other tensors of {slot.path} have different types")
+    refuse(faults, "{}")
+    used = {part.name for tensor in readable.values() for part in tensor.parts}
+    ignored = {name: _why_ignored(name, checkpoint, config, family) for name in tensors if name not in used}
+    refuse(
+        [name for name, reason in ignored.items() if not reason],
+        f"{{}} would stay unread; a {family.model_type} of this config.json has no such tensors",
+    )
+    place = {name: number for number, name in enumerate(tensors)}
+    return sorted(slots, key=lambda slot: place[readable[slot.names[0]].parts[0].name]), readable, ignored
+
+
+def _why_ignored(name: str, checkpoint: Checkpoint, config: ModelConfig, family: Family) -> str:
+    """The reason why a tensor may stay unread; empty if there is none."""
+    extra = int(checkpoint.config.get("num_nextn_predict_layers") or 1)
+    for pattern, reason in family.ignored.items():
+        match = re.search(pattern, name)
+        beyond = match and match.groupdict().get("beyond")
+        if match and (beyond is None or 0 <= int(beyond) - config.num_layers < extra):
+            return reason
+    return ""
+
+
+# --- parts of parameters
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """`count` indices of the first axis on disk of a slot, from `start` on, in every shard of that axis.
+    """`count` indices of the first axis on disk of a slot, from `start` on, in every one of the `shards` of that axis.
 
-    `axis`: where that axis stands in one layer of the parameter. `shards`: into how many pieces it is sharded.
-    `sharding`, `layer_sharding`: of the parameter, and of one layer of it.
+    `index`: of its first number in a device's shard of the parameter. `shape`: of one layer of the parameter, cut to
+    this part, all shards together. `sharding`, `layer_sharding`: of the parameter, and of one layer of it.
     """
 
     slot: Slot
-    sharding: NamedSharding | None
-    layer_sharding: NamedSharding | None
-    axis: int
+    index: tuple[np.int32, ...]
+    shape: tuple[int, ...]
     shards: int
     start: int
     count: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one layer of the parameter, cut to this part, all shards together."""
-        shape = [self.slot.shape[letter] for letter in self.slot.order]
-        shape[self.axis] = self.count * self.shards
-        return tuple(shape)
+    sharding: NamedSharding | None
+    layer_sharding: NamedSharding | None
 
 
 def parts_of(slot: Slot, sharding: Any, itemsize: int) -> list[Part]:
@@ -60,16 +188,19 @@ def parts_of(slot: Slot, sharding: Any, itemsize: int) -> list[Part]:
 
     The last one may overlap the one before: another shape would be another compilation.
     """
-    sharding, layer = sharding if isinstance(sharding, NamedSharding) else None, None
-    shape, axis, shards = slot.shape, slot.order.index(0), 1
+    sharding, layer, shards = sharding if isinstance(sharding, NamedSharding) else None, None, 1
     if sharding is not None:
-        layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[slot.row is not None :]))
-        shards = shape[0] // layer.shard_shape(tuple(shape[letter] for letter in slot.order))[axis]
-    size = shape[0] // shards
-    most = max(1, PART_BYTES // (itemsize * shards * math.prod(shape[1:])))
-    count = math.ceil(size / math.ceil(size / most))
-    starts = (min(start, size - count) for start in range(0, size, count))
-    return [Part(slot, sharding, layer, axis, shards, start, count) for start in starts]
+        layer = NamedSharding(sharding.mesh, P(*sharding.spec[slot.row is not None :]))
+        local = layer.shard_shape(tuple(slot.shape[letter] for letter in slot.order))
+        shards = slot.shape[0] // local[slot.order.index(0)]
+    size = slot.shape[0] // shards
+    most = max(1, PART_BYTES // (itemsize * shards * math.prod(slot.shape[1:])))
+    count, parts = math.ceil(size / math.ceil(size / most)), []
+    shape = tuple(slot.shape[letter] if letter else count * shards for letter in slot.order)
+    for start in (min(start, size - count) for start in range(0, size, count)):
+        index = [*[slot.row] * (slot.row is not None), *(0 if letter else start for letter in slot.order)]
+        parts.append(Part(slot, tuple(map(np.int32, index)), shape, shards, start, count, sharding, layer))
+    return parts
 
 
 def places(part: Part, disk: np.ndarray) -> Iterator[tuple[int, str, int, np.ndarray]]:
@@ -100,10 +231,26 @@ def stream(parts: Sequence[Part], readable: Mapping[str, Readable]) -> Iterator[
     for _ in range(2):
         buffer = np.empty(longest + 64, np.uint8)  # cut to an address that JAX's CPU backend uses without a copy
         buffers.append(buffer[-buffer.ctypes.data % 64 :])
+
+    def read(part: Part, dtype: np.dtype, buffer: np.ndarray) -> tuple[Part, np.ndarray, list[Future]]:
+        """Starts filling `buffer`. Shards that no device of this process holds aren't read."""
+        bits = buffer[: math.prod(part.shape) * dtype.itemsize].view(f"u{dtype.itemsize}").reshape(part.shape)
+        wanted, axis = {0}, part.slot.order.index(0)
+        if part.layer_sharding is not None:
+            indices = part.layer_sharding.addressable_devices_indices_map(part.shape).values()
+            wanted = {(index[axis].start or 0) // part.count for index in indices if index is not None}
+        futures = [
+            pool.submit(_read_piece, readable[name], begin + start, begin + stop, target[index])
+            for shard, name, begin, target in places(part, part.slot.apart(bits))
+            if shard in wanted
+            for index, start, stop in _pieces(target.shape, PIECE_BYTES // dtype.itemsize)
+        ]
+        return part, bits.view(dtype), futures
+
     with ThreadPoolExecutor(THREADS, "trace_jax-read") as pool:
         ahead = None
         for number, part in enumerate([*parts, None]):
-            behind, ahead = ahead, part and (part, *_read(pool, part, readable, dtypes[number], buffers[number % 2]))
+            behind, ahead = ahead, part and read(part, dtypes[number], buffers[number % 2])
             if not behind:
                 continue
             done, block, futures = behind
@@ -113,27 +260,6 @@ def stream(parts: Sequence[Part], readable: Mapping[str, Readable]) -> Iterator[
                 yield done, jax.device_put(block)
             else:
                 yield done, jax.make_array_from_callback(done.shape, sharding, block.__getitem__)
-
-
-def _read(
-    pool: ThreadPoolExecutor, part: Part, readable: Mapping[str, Readable], dtype: np.dtype, buffer: np.ndarray
-) -> tuple[np.ndarray, list[Future]]:
-    """Starts filling `buffer` with the numbers of a part; returns them as an array, and what to wait for.
-
-    Shards that no device of this process holds aren't read.
-    """
-    bits = buffer[: math.prod(part.shape) * dtype.itemsize].view(f"u{dtype.itemsize}").reshape(part.shape)
-    wanted = {0}
-    if part.layer_sharding is not None:
-        indices = part.layer_sharding.addressable_devices_indices_map(part.shape).values()
-        wanted = {(index[part.axis].start or 0) // part.count for index in indices if index is not None}
-    futures = [
-        pool.submit(_read_piece, readable[name], begin + start, begin + stop, target[index])
-        for shard, name, begin, target in places(part, part.slot.apart(bits))
-        if shard in wanted
-        for index, start, stop in _pieces(target.shape, PIECE_BYTES // dtype.itemsize)
-    ]
-    return bits.view(dtype), futures
 
 
 def _pieces(shape: tuple[int, ...], limit: int) -> Iterator[tuple[tuple, int, int]]:
@@ -179,16 +305,13 @@ def copy_tiled(source: np.ndarray, target: np.ndarray) -> None:
 
 def place(parameter: jax.Array, numbers: jax.Array, part: Part) -> jax.Array:
     """`parameter` with `numbers`, cast to its type, in the place of `part`; `parameter` itself is gone afterwards."""
-    row, start, stacked = np.int32(part.slot.row or 0), np.int32(part.start), part.slot.row is not None
-    return _place(parameter, numbers, row, start, part.sharding, part.layer_sharding, part.axis, stacked)
+    return _place(parameter, numbers, part.index, part.sharding, part.layer_sharding)
 
 
 def take(parameter: jax.Array, part: Part) -> np.ndarray:
     """What stands in the place of `part`, its axes in the order of the disk, contiguous, in every process; all must
     call it."""
-    row, start, stacked = np.int32(part.slot.row or 0), np.int32(part.start), part.slot.row is not None
-    taken = _take(parameter, row, start, part.sharding, part.layer_sharding, part.axis, stacked, part.count)
-    numbers = to_host(taken)
+    numbers = to_host(_take(parameter, part.index, part.shape, part.sharding, part.layer_sharding))
     source = numbers.view(f"u{numbers.dtype.itemsize}")
     disk = np.empty(part.slot.apart(source).shape, source.dtype)
     target = disk.transpose(part.slot.order)
@@ -197,38 +320,28 @@ def take(parameter: jax.Array, part: Part) -> np.ndarray:
     return disk.view(numbers.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7), donate_argnums=0)
-def _place(parameter, numbers, row, start, sharding, layer_sharding, axis, stacked) -> jax.Array:
-    def put(parameter, numbers, row, start):
-        stack = _bits(parameter if stacked else parameter[None])
-        index = _index(stack.ndim, row, start, axis)
-        placed = lax.dynamic_update_slice(stack, _bits(numbers.astype(parameter.dtype))[None], index)
-        return lax.bitcast_convert_type(placed if stacked else placed[0], parameter.dtype)
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _place(parameter, numbers, index, sharding, layer_sharding) -> jax.Array:
+    def put(parameter, numbers, index):
+        numbers = numbers.reshape((1,) * (parameter.ndim - numbers.ndim) + numbers.shape).astype(parameter.dtype)
+        placed = lax.dynamic_update_slice(_bits(parameter), _bits(numbers), index)
+        return lax.bitcast_convert_type(placed, parameter.dtype)
 
     if sharding is not None:
-        specs = (sharding.spec, layer_sharding.spec, PartitionSpec(), PartitionSpec())
+        specs = sharding.spec, layer_sharding.spec, P()
         put = jax.shard_map(put, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec)
-    return put(parameter, numbers, row, start)
+    return put(parameter, numbers, index)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
-def _take(parameter, row, start, sharding, layer_sharding, axis, stacked, count) -> jax.Array:
-    def cut(parameter, row, start):
-        stack = parameter if stacked else parameter[None]
-        sizes = [1, *stack.shape[1:]]
-        sizes[axis + 1] = count
-        return lax.dynamic_slice(stack, _index(stack.ndim, row, start, axis), sizes)[0]
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _take(parameter, index, shape, sharding, layer_sharding) -> jax.Array:
+    def cut(parameter, index):
+        local = shape if layer_sharding is None else layer_sharding.shard_shape(shape)
+        return lax.dynamic_slice(parameter, index, (1,) * (parameter.ndim - len(local)) + local).reshape(local)
 
     if sharding is not None:
-        specs = (sharding.spec, PartitionSpec(), PartitionSpec())
-        cut = jax.shard_map(cut, mesh=sharding.mesh, in_specs=specs, out_specs=layer_sharding.spec)
-    return cut(parameter, row, start)
-
-
-def _index(ndim: int, row: Any, start: Any, axis: int) -> list:
-    index = [row, *[np.int32(0)] * (ndim - 1)]
-    index[axis + 1] = start
-    return index
+        cut = jax.shard_map(cut, mesh=sharding.mesh, in_specs=(sharding.spec, P()), out_specs=layer_sharding.spec)
+    return cut(parameter, index)
 
 
 def _bits(array: jax.Array) -> jax.Array:

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from trace_jax.checkpoints.parts import account
 from trace_jax.checkpoints.pretrained import load_pretrained, read_tokenizer, special_tokens
 from trace_jax.io.progress import byte_size
 from trace_jax.models.architecture import ModelConfig, Rope, count_params, flat_specs
@@ -64,16 +64,17 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _description(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> Iterable[str]:
-    accounting, directory, config_json = account(checkpoint, config, family), checkpoint.directory, checkpoint.config
-    used = {part.name: part for tensor in accounting.readable.values() for part in tensor.parts}
+    slots, readable, ignored = account(checkpoint, config, family)
+    directory, config_json = checkpoint.directory, checkpoint.config
+    used = {part.name: part for tensor in readable.values() for part in tensor.parts}
     by_type, reasons, counts = collections.Counter(), collections.defaultdict(list), collections.Counter()
     for tensor in used.values():
         by_type[str(tensor.dtype)] += tensor.nbytes
     types = ", ".join(f"{name} {byte_size(count)}" for name, count in by_type.most_common())
     yield f"{directory}: {family.title} ({config_json['model_type']})"
     yield f"  read       {len(used)} tensors of {len(checkpoint.files)} file(s): {types}"
-    yield f"  into       {len({slot.path for slot in accounting.slots})} parameters, each filled once"
-    for name, reason in accounting.ignored.items():
+    yield f"  into       {len({slot.path for slot in slots})} parameters, each filled once"
+    for name, reason in ignored.items():
         reasons[reason].append(name)
     for reason, names in reasons.items():
         yield f"  ignored    {len(names)} tensors, such as {names[0]}: {reason}"

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.io.files import write_json
 from trace_jax.io.progress import aligned, byte_size, say
 from trace_jax.models.architecture import ModelConfig, count_params

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from trace_jax.checkpoints.accounting import account
 from trace_jax.checkpoints.checkpoint import open_checkpoint
-from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.checkpoints.parts import account
+from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.data.rows import read_codec
 from trace_jax.data.sources import HUGGINGFACE, TFDS, is_here, part, read_source
 from trace_jax.evaluation.task import EvaluationConfig, MultipleChoiceConfig
@@ -99,12 +99,12 @@ def _weights(config: ExperimentConfig, run: DryRun) -> str:
     model.shape()
     try:
         checkpoint = open_checkpoint(model.path)
-        accounting = account(checkpoint, model.shape(), family_of(checkpoint.config))
+        _, readable, _ = account(checkpoint, model.shape(), family_of(checkpoint.config))
         read_codec(model.path)
     except (ValueError, OSError) as error:
         run.wrong.append(f"weights: {error}")
         return f"in {model.path}"
-    return f"in {model.path}: every one of {len(accounting.readable):,} tensors has its place"
+    return f"in {model.path}: every one of {len(readable):,} tensors has its place"
 
 
 def _sources(config: ExperimentConfig) -> Iterator[tuple[Any, ...]]:

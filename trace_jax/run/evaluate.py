@@ -4,8 +4,7 @@ import argparse
 import dataclasses
 import os
 
-from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.checkpoints.pretrained import PretrainedConfig, load_pretrained
 from trace_jax.config import ConfigError, as_dict, fingerprint
 from trace_jax.evaluation.task import Evaluator, ScoreStore
 from trace_jax.io.environment import describe

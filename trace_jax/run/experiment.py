@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from trace_jax.attacks import AttacksConfig
-from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
 from trace_jax.evaluation.task import EvaluationConfig
 from trace_jax.io.progress import say

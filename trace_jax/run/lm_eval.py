@@ -3,8 +3,7 @@
 import argparse
 import functools
 
-from trace_jax.checkpoints.config import PretrainedConfig
-from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.checkpoints.pretrained import PretrainedConfig, load_pretrained
 from trace_jax.config import ConfigError
 from trace_jax.parallel.mesh import PLAIN
 from trace_jax.run.export import find_model

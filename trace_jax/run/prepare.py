@@ -14,7 +14,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from trace_jax.attacks.attack import Context
-from trace_jax.checkpoints.config import PretrainedConfig
+from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.corpora import Corpora, DataConfig, build_corpora
 from trace_jax.data.rows import Batch, Rows, mixture_batches, read_codec, sequential_batches

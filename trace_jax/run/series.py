@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_jax.checkpoints.config import PretrainedConfig
 from trace_jax.checkpoints.export import save_pretrained
+from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
 from trace_jax.data.sources import read_source
 from trace_jax.evaluation.comparison import number_text
