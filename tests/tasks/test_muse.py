@@ -336,7 +336,7 @@ def test_no_text_starts_twice_and_nothing_is_cut_or_changed_for_others(tokenizer
     assert reader.ids("<bos>river") == reader.ids("river")
     assert len(reader.ids("river stones apple clouds lamp")) > 4
     assert tokenizer.encode_special_tokens and tokenizer.truncation is not None
-    assert reader.text((BOS, *reader.ids(" lamp"))) == " lamp" and reader.written(EOS) == "<eos>"
+    assert reader.text((BOS, *reader.ids(" lamp"))) == " lamp" and reader.text([EOS], special=True) == "<eos>"
 
 
 # --- data

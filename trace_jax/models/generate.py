@@ -8,7 +8,7 @@ import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,6 @@ _CONTEXT = 8  # tokens of the prompt that a decoder gets to see, for the space b
 _ROWS = P(BATCH_AXES)
 _SETTINGS = {"eos": P(), "temperature": P(), "top_k": P(), "top_p": P(), "keys": _ROWS}
 
-Watch = Callable[[np.ndarray, np.ndarray], np.ndarray | None]
-
 
 def generate(
     params: dict,
@@ -46,7 +44,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     rows: Sequence[int] | None = None,
-    watch: Watch | None = None,
+    watch: Callable[[np.ndarray, np.ndarray], np.ndarray | None] | None = None,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
     """The next tokens of every prompt.
@@ -167,9 +165,9 @@ def _cache_specs(config: ModelConfig, mesh: Mesh) -> Cache:
     """How a cache lies on a mesh."""
     devices, grouped = mesh.shape[TENSOR], config.attention == "grouped"
     split = grouped and devices > 1 and config.num_kv_heads % devices == 0
-    heads: Any = P(None, BATCH_AXES, None, TENSOR) if split else P(None, BATCH_AXES)
-    rows: Any = _ROWS
-    return Cache(heads, heads if grouped else None, rows, rows, cast(Any, P()))
+    heads = P(None, BATCH_AXES, None, TENSOR) if split else P(None, BATCH_AXES)
+    specs: Any = heads, heads if grouped else None, _ROWS, _ROWS, P()
+    return Cache(*specs)
 
 
 @lru_cache(maxsize=32)
@@ -320,14 +318,8 @@ def continue_tokens(
 ) -> list[Generated]:
     """`generate_text` for prompts that are token ids already, none of them empty: nothing is put before them.
 
-    Args:
-      ends: tokens that end a text; the model's unless given.
-      apart: what is written is read without its prompt, and a special token's text can be a stop string, as in
-        lm-eval's class for transformers.
-      sampling: temperature, top_k, top_p and seed of `generate`.
-
-    Raises:
-      ValueError: an empty stop string, a model with a guide, or see `generate`.
+    `ends`: tokens that end a text; the model's unless given. `apart`: what is written is read without its prompt, and a
+    special token's text can be a stop string, as in lm-eval's class for transformers.
     """
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop is {stop!r}; expected a sequence of texts that are not empty.")

@@ -59,7 +59,7 @@ class Model:
         return dataclasses.replace(self, **changes)
 
     def unguided(self, task: str) -> Any:
-        """`params`, for a `task` that would not follow a guide. Raises ValueError if there is one."""
+        """`params`, for a `task` that would not follow a guide; a guide is refused."""
         if self.guide is not None:
             raise ValueError(
                 f"the model has a guide, whose routing is forced on it, and {task} can't be; only scores by likelihood "
@@ -78,23 +78,15 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class TextCodec:
-    """A tokenizer and what a model makes of it.
+    """A tokenizer and what a model makes of it."""
 
-    Attributes:
-      tokenizer: as in tokenizer.json.
-      special: marks that packing puts around a text.
-      size: token ids that the model knows.
-      directory: of the checkpoint, whose config.json and tokenizer_config.json name marks and length too.
-    """
-
-    tokenizer: Tokenizer
-    special: SpecialTokens
-    size: int
-    directory: Path | None = None
+    tokenizer: Tokenizer  # as in tokenizer.json
+    special: SpecialTokens  # marks that packing puts around a text
+    size: int  # token ids that the model knows
+    directory: Path | None = None  # of the checkpoint, whose two configurations name marks and length too
 
     @classmethod
     def of(cls, model: Model) -> "TextCodec":
-        """The codec of a model. Raises ConfigError if it has no tokenizer."""
         if model.tokenizer is None:
             raise ConfigError("the model has no tokenizer (tokenizer.json); texts can't be read.")
         directory = None if model.source is None else model.source.directory
@@ -114,10 +106,8 @@ class TextCodec:
         """Each (text, continuation) as the tokens of running text; `first_target` is where the continuation starts.
 
         Both are encoded at once, since a tokenizer may treat the beginning of a text otherwise. A token that holds
-        characters of both belongs to the continuation.
-
-        Raises:
-          ConfigError: a token that the model doesn't know; JAX would silently read another embedding.
+        characters of both belongs to the continuation. One that the model doesn't know is refused: JAX would silently
+        read another embedding.
         """
         encodings = self.literal.encode_batch([text + more for text, more in pairs], add_special_tokens=False)
         encoded = []
@@ -147,17 +137,14 @@ class TextCodec:
         ids = tuple(self.marked.encode(text, add_special_tokens=False).ids)
         return ids if ids[: len(self.start)] == self.start else self.start + ids
 
-    def text(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
-        return self.marked.decode(list(ids), skip_special_tokens=True)
-
-    def written(self, token: int) -> str:
-        """The text of a token, a special one too."""
-        return self.marked.decode([token], skip_special_tokens=False)
+    def text(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of ids, without or with special tokens."""
+        return self.marked.decode(list(ids), skip_special_tokens=not special)
 
     @functools.cached_property
-    def _marks(self) -> tuple[int | None, int]:
-        """(BOS, EOS) of the tokenizer, which need not be what the model's config.json says."""
+    def prefix_and_end(self) -> tuple[int, int]:
+        """(token before what has no context: the beginning of a text or, without one, its end; token that ends a text)
+        by the tokenizer, which need not be what the model's config.json says."""
         bos, end = self.special.bos, next(iter(self.special.eos), self.special.bos)
         own = self._file("tokenizer_config.json")
 
@@ -172,18 +159,7 @@ class TextCodec:
             end = end if named is None else named
         if end is None:
             raise ConfigError("the model names neither a beginning nor an end of text (bos_token_id, eos_token_id).")
-        return bos, end
-
-    @property
-    def end(self) -> int:
-        """Token that ends a text."""
-        return self._marks[1]
-
-    @property
-    def prefix(self) -> int:
-        """Token before what has no context: the beginning of a text or, without one, its end."""
-        bos, end = self._marks
-        return end if bos is None else bos
+        return end if bos is None else bos, end
 
     @functools.cached_property
     def context_length(self) -> int:
@@ -196,7 +172,8 @@ class TextCodec:
 
     def encode(self, text: str) -> list[int]:
         """Ids with the tokenizer's marks around them, unless the text starts with the written prefix."""
-        return self.marked.encode(text, add_special_tokens=not text.startswith(self.written(self.prefix))).ids
+        prefix = self.text(self.prefix_and_end[:1], special=True)
+        return self.marked.encode(text, add_special_tokens=not text.startswith(prefix)).ids
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """(ids of the context, ids of the continuation): both are read as one text, split where the context alone ends.
@@ -204,8 +181,8 @@ class TextCodec:
         White space at the end of the context goes to the continuation. An empty context is the prefix.
         """
         if not context:
-            ids = self.marked.encode(continuation, add_special_tokens=False).ids
-            return ([self.prefix], ids) if ids[:1] != [self.prefix] else (ids[:1], ids[1:])
+            ids, prefix = self.marked.encode(continuation, add_special_tokens=False).ids, [self.prefix_and_end[0]]
+            return prefix, ids[1:] if ids[:1] == prefix else ids
         both, before = self.encode(context + continuation), self.encode(context.rstrip())
         return before, both[len(before) :]
 
@@ -223,11 +200,7 @@ def whole_text(tokenizer: Tokenizer, *, literal: bool) -> Tokenizer:
 
 
 def start_and_end(special: SpecialTokens) -> tuple[int, int]:
-    """What a text starts and ends with. Without a BOS it starts with the first EOS, as if another text came before.
-
-    Raises:
-      ConfigError: the tokenizer has no EOS.
-    """
+    """What a text starts and ends with. Without a BOS it starts with the first EOS, as if another text came before."""
     if not special.eos:
         raise ConfigError("the checkpoint names no end of text (eos_token_id); it is needed to separate documents.")
     return special.eos[0] if special.bos is None else special.bos, special.eos[0]

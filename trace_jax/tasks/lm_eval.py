@@ -115,10 +115,10 @@ class TraceLM(LM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each request's text, in windows of `max_length` tokens that share one token."""
-        windows, owners = [], []
+        windows, owners, (prefix, _) = [], [], self._codec.prefix_and_end
         for number, request in enumerate(requests):
             ids = self._codec.encode(request.args[0])
-            several = get_rolling_token_windows(ids, self._codec.prefix, self.max_length, 1)
+            several = get_rolling_token_windows(ids, prefix, self.max_length, 1)
             own = [make_disjoint_window(window) for window in several]
             windows += own
             owners += [number] * len(own)
@@ -137,7 +137,7 @@ class TraceLM(LM):
         for number, request in enumerate(requests):
             decoding = read_decoding(request.args[1], max_new_tokens=self.max_new_tokens)
             groups.setdefault(decoding, []).append(number)
-        results: dict[int, str] = {}
+        results, (prefix, end) = {}, self._codec.prefix_and_end
         for decoding, numbers in groups.items():
             room = self.max_length - decoding.max_new_tokens  # of a context, which is cut from the left
             if room < 1:
@@ -148,8 +148,8 @@ class TraceLM(LM):
             contexts = [self._codec.encode(requests[number].args[0]) for number in numbers]
             generated = continue_tokens(
                 self._model,
-                [context[-room:] or [self._codec.prefix] for context in contexts],
-                ends=tuple(dict.fromkeys((*self._model.special.eos, self._codec.end))),
+                [context[-room:] or [prefix] for context in contexts],
+                ends=tuple(dict.fromkeys((*self._model.special.eos, end))),
                 apart=True,
                 batch_size=self.batch_size,
                 mesh=self._mesh,

@@ -142,7 +142,7 @@ class MuseTask:
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """Continues the prompts greedily and scores the texts. What both profiles ask is computed once."""
         codec, profiles = TextCodec.of(model), [PROFILES[name] for name in self.config.profiles]
-        end = codec.written(codec.special.eos[0]) if codec.special.eos else ""
+        end = codec.text(codec.special.eos[:1], special=True)
         arrays: dict[str, np.ndarray] = {}
         items: dict[str, Sequence[Mapping[str, Any]]] = {}
         asked = {profile.name: _asked(self.data, codec, profile) for profile in profiles}

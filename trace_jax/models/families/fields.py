@@ -78,6 +78,15 @@ class ConfigReader:
             raise ConfigError(f"config.json: {key} is {'null' if key in self._values else 'missing'}; it is needed.")
         return null if value is None else value
 
+    def number(self, *keys: str) -> Any:
+        """The field, which published files may spell once per layer."""
+        values = self.value(*keys)
+        if not isinstance(values, list):
+            return values
+        if len(set(values)) != 1:
+            raise ConfigError(f"config.json: {keys[0]} is {values}; one number for all layers is supported.")
+        return values[0]
+
     def expect(self, **fields: Any) -> None:
         """Refuses a value, or one of a list of them, but that (or the tuple of those) that is named, null or absent."""
         for key, allowed in fields.items():

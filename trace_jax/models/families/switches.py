@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trace_jax.config import ConfigError
 from trace_jax.models.families import fields
-from trace_jax.models.families.fields import ConfigReader, Group, Switches, unsupported
+from trace_jax.models.families.fields import ConfigReader, Group, Switches
 from trace_jax.models.families.tensors import TENSORS, Table, moe, norm
 
 MULTI_TOKEN = "multi-token prediction, which the model itself doesn't use"
@@ -147,10 +146,8 @@ def ernie4_5_moe(reader: ConfigReader) -> Switches:
 def _latent(reader: ConfigReader, *groups: Group, **switches: Any) -> Switches:
     """Latent attention and DeepSeek's experts."""
     sizes, rotary_size = fields.sizes(reader), reader.value("qk_rope_head_dim")
-    if sizes["num_kv_heads"] != sizes["num_heads"]:
-        raise unsupported("num_key_value_heads", sizes["num_kv_heads"], (sizes["num_heads"],))
     head_size = reader.value("qk_nope_head_dim") + rotary_size
-    reader.expect(head_dim=(rotary_size, head_size), qk_head_dim=head_size)
+    reader.expect(num_key_value_heads=sizes["num_heads"], head_dim=(rotary_size, head_size), qk_head_dim=head_size)
     base = {
         **sizes,
         **fields.attention_bias(reader, "all"),
@@ -268,24 +265,15 @@ def granitemoeshared(reader: ConfigReader) -> Switches:
 @family("hunyuan_v1_moe", "HunYuan-V1-MoE", "Hunyuan-A13B")
 def hunyuan_v1_moe(reader: ConfigReader) -> Switches:
     base, width = fields.sizes(reader), reader.value("intermediate_size")
-    reader.expect(use_cla=False, use_qk_norm=True, attention_head_dim=base["head_size"])
-    reader.expect(num_shared_expert=1, moe_intermediate_size=width)  # transformers' class knows no other values
-
-    def constant(*keys: str) -> int:
-        """Published files spell it per layer."""
-        values = reader.value(*keys)
-        if not isinstance(values, list):
-            return values
-        if len(set(values)) != 1:
-            raise ConfigError(f"config.json: {keys[0]} is {values}; one number for all layers is supported.")
-        return values[0]
-
-    base |= fields.attention_bias(reader, "all")
+    # transformers' class knows no other values.
+    reader.expect(use_cla=False, use_qk_norm=True, num_shared_expert=1, moe_intermediate_size=width)
+    reader.expect(attention_head_dim=base["head_size"])
+    base |= fields.rotary(reader, base["head_size"], supported=(*fields.STATIC, "dynamic"))
     return {
         **base,
-        **fields.rotary(reader, base["head_size"], supported=(*fields.STATIC, "dynamic")),
-        "num_experts": constant("num_experts", "num_local_experts"),
-        "experts_per_token": constant("moe_topk", "num_experts_per_tok"),
+        **fields.attention_bias(reader, "all"),
+        "num_experts": reader.number("num_experts", "num_local_experts"),
+        "experts_per_token": reader.number("moe_topk", "num_experts_per_tok"),
         "expert_hidden_size": width,
         "shared_hidden_size": width,
         "qk_norm": "head_after_rope",
