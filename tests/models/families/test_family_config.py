@@ -1,17 +1,28 @@
-"""config.json of every family: both spellings, defaults, and what is refused."""
+"""config.json of every family and of published models: both spellings, defaults, rotary settings, what is refused."""
 
+import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import transformers
 from tiny_checkpoints import KIMI, MODEL_TYPES
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import HunYuanMoEV1RotaryEmbedding
+from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
 from trace_jax.config import ConfigError
-from trace_jax.models.architecture import count_params
-from trace_jax.models.families import FAMILIES, family_of, model_config, unread_keys
+from trace_jax.models import families
+from trace_jax.models.architecture import count_params, flat_specs
+from trace_jax.models.families import FAMILIES, PUBLISHED, family_of, model_config, published_config, unread_keys
 from trace_jax.models.families.fields import complete
+from trace_jax.models.layers import frequencies
 
 # What a class leaves open although its model needs it.
 NEEDED = {
@@ -44,17 +55,9 @@ def test_absent_keys_have_the_defaults_of_the_class(model_type):
     assert read(model_type) == model_config(full, dtype="float32")
 
 
-@pytest.mark.parametrize(
-    ("model_type", "fields", "billions"),
-    [
-        ("mixtral", {}, 46.7),  # Mixtral-8x7B
-        ("olmoe", {"intermediate_size": 1024}, 6.9),  # OLMoE-1B-7B
-        ("deepseek_v3", {}, 671.0),  # DeepSeek-V3
-        ("gpt_oss", {}, 116.8),  # gpt-oss-120b
-    ],
-)
-def test_the_published_models_have_their_published_size(model_type, fields, billions):
-    assert round(count_params(read(model_type, **fields))[0] / 1e9, 1) == billions
+def test_the_defaults_of_a_class_are_those_of_a_published_model():
+    billions = [round(count_params(read(model_type))[0] / 1e9, 1) for model_type in ("deepseek_v3", "gpt_oss")]
+    assert billions == [671.0, 116.8]  # DeepSeek-V3, gpt-oss-120b
 
 
 def test_the_tests_cover_the_families_and_their_other_names():
@@ -132,3 +135,187 @@ assert model.config.num_experts == 8 and "transformers" in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- rotary settings
+
+LONG = {"factor": 8.0, "original_max_position_embeddings": 512}
+SETTINGS = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **LONG},
+    "yarn": {"rope_type": "yarn", **LONG},
+    "yarn, not truncated": {"rope_type": "yarn", "truncate": False, "beta_fast": 16.0, "beta_slow": 2.0, **LONG},
+    "yarn, two mscales": {"rope_type": "yarn", "mscale": 0.7, "mscale_all_dim": 1.2, **LONG},
+    "yarn, one mscale": {"rope_type": "yarn", "mscale": 0.7, **LONG},
+    "yarn, its own amplitude": {"rope_type": "yarn", "attention_factor": 1.3, **LONG},
+    "yarn, factor from the lengths": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 512},
+    "yarn, all pairs alike": {"rope_type": "yarn", "beta_fast": 1.0, "beta_slow": 1.0, "truncate": False, **LONG},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_frequencies_and_amplitude_are_those_of_transformers(settings):
+    fields = {"rope_parameters": {"rope_theta": 5e5, **settings}, "head_dim": 64, "max_position_embeddings": 4096}
+    theirs, amplitude = ROPE_INIT_FUNCTIONS[settings["rope_type"]](transformers.MixtralConfig(**fields))
+    (rope,) = read("mixtral", **fields).ropes
+    np.testing.assert_allclose(frequencies(rope, 64), theirs.numpy(), rtol=2e-6)
+    assert rope.amplitude == pytest.approx(amplitude)
+
+
+def test_old_spelling_means_the_same():
+    scaling = {"type": "yarn", **LONG}
+    new = read("mixtral", rope_parameters={"rope_type": "yarn", "rope_theta": 5e5, **LONG})
+    assert read("mixtral", rope_theta=5e5, rope_scaling=scaling) == new
+    beside = {"type": "yarn", "factor": 8.0}
+    assert read("mixtral", rope_theta=5e5, rope_scaling=beside, original_max_position_embeddings=512) == new
+
+
+def test_part_of_a_head_turns():
+    assert read("glm4_moe", head_dim=64).rotary_size == 32
+    assert read("glm4_moe", head_dim=64, partial_rotary_factor=0.25).rotary_size == 16
+    assert read("minimax_m2", rotary_dim=64).rotary_size == 64
+    assert read("minimax_m2", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25}).rotary_size == 32
+    assert read("minimax_m2").rotary_size == 0
+
+
+def test_alpha_of_hunyuan_changes_the_base():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}
+    config = transformers.AutoConfig.for_model("hunyuan_v1_moe", rope_parameters=rope, head_dim=128)
+    theirs = HunYuanMoEV1RotaryEmbedding(config).inv_freq.numpy()
+    (ours,) = read("hunyuan_v1_moe", rope_parameters=rope, head_dim=128).ropes
+    np.testing.assert_allclose(frequencies(ours, 128), theirs, rtol=2e-6)
+
+
+@pytest.mark.parametrize("length", [8, 40])
+def test_long_texts_change_the_amplitude_of_phi(length):
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0],
+        "short_mscale": 1.1, "long_mscale": 1.3, "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    fields = {"rope_parameters": rope, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = transformers.AutoConfig.for_model("phimoe", **fields)
+    cos, _ = PhimoeRotaryEmbedding(config)(torch.zeros(1), torch.arange(length)[None])
+    (ours,) = read("phimoe", **fields).ropes
+    amplitude = ours.long_amplitude if length > ours.original_length else ours.amplitude
+    expected = amplitude * np.cos(np.arange(length)[:, None] * frequencies(ours, 4))
+    np.testing.assert_allclose(cos[0, :, :2].numpy(), expected, atol=1e-5)
+
+
+def test_yarn_scales_the_scores_of_latent_attention():
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "mscale": 0.707, "mscale_all_dim": 0.9, **LONG}
+    attention = DeepseekV3Attention(
+        transformers.DeepseekV3Config(rope_parameters=rope, hidden_size=64, num_attention_heads=2), layer_idx=0
+    )
+    assert read("deepseek_v3", rope_parameters=rope).attention_scale == pytest.approx(attention.scaling)
+
+
+def test_layers_of_different_kinds_turn_differently():
+    kinds = ["full_attention", "sliding_attention"] * 14
+    config = read("mellum", layer_types=kinds)
+    assert [rope.theta for rope in config.ropes] == [5e5, 1e4]
+    assert config.layer_ropes == (0, 1) * 14
+    assert [rope.theta for rope in read("mellum").ropes] == [5e5]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope", "message"),
+    [
+        ("mixtral", {"rope_type": "dynamic", "factor": 2.0}, "rope_type is 'dynamic'; supported: default, linear"),
+        ("mixtral", {"rope_type": "proportional"}, "rope_type is 'proportional'; supported"),
+        ("mixtral", {"rope_type": "llama3", "factor": 2.0}, "low_freq_factor"),
+        ("mixtral", {"rope_type": "default", "mrope_section": [1, 2]}, "rope_parameters is 'mrope_section'"),
+        ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; supported: 1.0"),
+        ("hunyuan_v1_moe", {"rope_type": "dynamic", "factor": 2.0}, "dynamic without alpha"),
+        ("phimoe", {"rope_type": "linear", "factor": 2.0, "short_mscale": 1.0, "long_mscale": 1.0}, "'linear'"),
+        ("deepseek_v3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ],
+)
+def test_other_rotary_settings_are_refused(model_type, rope, message):
+    with pytest.raises(ConfigError, match=message):
+        read(model_type, rope_parameters=rope)
+
+
+# --- published models
+
+# Billions of parameters, in all and active per token, as model cards and papers round them. Whether the embedding,
+# which a token only looks up, is active is counted differently: "embedding" says that it is not.
+SIZES = {
+    "olmoe-1b-7b": (6.92, 1.28, ""),  # arXiv 2409.02060
+    "qwen1.5-moe-a2.7b": (14.3, 2.7, ""),  # the model's card
+    "deepseek-v2-lite": (15.7, 2.4, "embedding"),  # arXiv 2405.04434
+    "mixtral-8x7b": (46.7, 12.9, ""),  # the announcement of December 2023
+    "phi-3.5-moe": (41.9, 6.6, ""),  # the model's card: 16 x 3.8B, which share what is not an expert
+    "qwen3-30b-a3b": (30.5, 3.3, ""),  # arXiv 2505.09388
+    "gpt-oss-20b": (20.91, 3.61, "embedding"),  # arXiv 2508.10925
+}
+
+
+def test_every_published_model_is_counted():
+    assert set(SIZES) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_totals_and_active_parameters_are_the_published_ones(name):
+    """Totals within half a percent, active ones within 0.06 billion: they are rounded to tenths, some down."""
+    config, (billions, active_billions, without) = published_config(name, dtype="bfloat16"), SIZES[name]
+    total, active = count_params(config)
+    active -= config.vocab_size * config.hidden_size if without else 0
+    assert total / 1e9 == pytest.approx(billions, rel=0.005)
+    assert active / 1e9 == pytest.approx(active_billions, abs=0.06)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_no_field_is_misspelt(name):
+    assert not unread_keys(PUBLISHED[name])
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"'mixtral' is not a model .* known: olmoe-1b-7b, .*, gpt-oss-20b\."):
+        published_config("mixtral", dtype="bfloat16")
+
+
+def test_differences_name_the_fields_that_decide_parameters_and_no_others():
+    mixtral = published_config("mixtral-8x7b", dtype="bfloat16")
+    other = dataclasses.replace(mixtral, num_experts=16, dtype="float32", norm_epsilon=1e-6)
+    assert families.shape_differences(other, mixtral) == ["num_experts is 16, expected 8"]
+    for one in PUBLISHED:
+        for two in PUBLISHED:
+            first, second = (published_config(name, dtype="bfloat16") for name in (one, two))
+            assert bool(families.shape_differences(first, second)) == (flat_specs(first) != flat_specs(second))
+
+
+# --- the table of docs/models.md
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("models_table", ROOT / "scripts" / "models_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cells(markdown):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if "|" in line]
+
+
+def test_the_committed_table_lists_the_registry():
+    module = script()
+    _, *rows = cells((ROOT / "docs" / "models.md").read_text().split(module.BEGIN)[1].split(module.END)[0])
+    assert [row[0].strip("`") for row in rows[1:]] == [*FAMILIES, *families.ALIASES]
+    assert all(float(difference) <= 1e-4 for row in rows[1:] for difference in row[-4:])
+
+
+def test_the_table_is_written_from_the_record():
+    module = script()
+    record = {
+        "layouts": ["original"],
+        "transformers": "5.0",
+        "differences": {name: 10.0**-place for place, name in enumerate(module.MEASURES, 4)},
+    }
+    text = module.table(dict.fromkeys([*FAMILIES, *families.ALIASES], record))
+    first, family = cells(text)[2], next(iter(FAMILIES.values()))
+    differences = ["1e-04", "1e-05", "1e-06", "1e-07"]
+    assert first == [f"`{family.model_type}`", family.title, family.published, "original", *differences]
+    assert text.endswith("transformers 5.0.\n")
