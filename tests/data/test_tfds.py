@@ -224,10 +224,8 @@ def test_the_newest_version_is_read_and_a_sole_configuration_need_not_be_named(t
     (tfds_home / "wikitext/wikitext-2-raw-v1/1.0.0/published.json").unlink()  # as if it was not built here
     (tfds_home / "mine").mkdir()
     (tfds_home / "wikitext/wikitext-2-raw-v1/1.0.0").rename(tfds_home / "mine/2.0.0")
-    assert [d.text for d in read_source("tfds:mine").documents] == [
-        r["text"] for r in rows["wikitext-2-raw-v1", "train"]
-    ]
-    assert read_source("tfds:mine:train[:2]").documents[1].origin == "tfds:mine:train[:2]:2"
+    assert [d.text for d in read_source("tfds:mine")[0]] == [r["text"] for r in rows["wikitext-2-raw-v1", "train"]]
+    assert read_source("tfds:mine:train[:2]")[0][1].origin == "tfds:mine:train[:2]:2"
     assert revision_of("tfds:mine") == "version 2.0.0"
     assert is_here("tfds:mine:nowhere") and not is_here("tfds:muse_news/raw:forget")
 
@@ -270,7 +268,7 @@ def test_neither_tensorflow_nor_the_network_is_touched(tmp_path, books):
         from trace_jax.data.sources import read_records, read_source
         build("muse_books", source={books[0]!r})
         assert len(read_records("tfds:muse_books/knowmem:forget_qa")) == 100
-        assert len(read_source("tfds:muse_books/raw:forget[:2]").documents) == 2
+        assert len(read_source("tfds:muse_books/raw:forget[:2]")[0]) == 2
         assert "tensorflow" not in sys.modules
     """
     result = subprocess.run(

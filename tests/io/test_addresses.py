@@ -94,8 +94,8 @@ def test_lines_are_gathered_because_objects_can_not_be_extended(bucket, monkeypa
 def test_text_is_read_from_a_file_or_a_directory(bucket):
     for name, text in (("b.txt", "Second."), ("a.jsonl", '{"text": "First."}\n'), ("c.csv", "no")):
         (as_path(bucket) / "data" / name).write_text(text)
-    assert [d.text for d in read_source(f"{bucket}/data").documents] == ["First.", "Second."]
-    assert read_source(f"{bucket}/data/b.txt").documents[0].origin == "gs://bucket/data/b.txt:1"
+    assert [d.text for d in read_source(f"{bucket}/data")[0]] == ["First.", "Second."]
+    assert read_source(f"{bucket}/data/b.txt")[0][0].origin == "gs://bucket/data/b.txt:1"
     with pytest.raises(DataError, match=r"gs://bucket/data/d\.txt: there is no such file"):
         read_source(f"{bucket}/data/d.txt")
 

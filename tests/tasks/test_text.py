@@ -29,10 +29,6 @@ def files(tmp_path):
     }
 
 
-def read_documents(path):
-    return read_source(path).documents
-
-
 def config_of(files, **changes):
     return TextConfig(row_length=32, vocab_size=400, **{**files, **changes})
 
@@ -45,7 +41,7 @@ def config_of(files, **changes):
         ("a.jsonl", b'{"text": "x"}\n\xff\n', r"a\.jsonl:2: not UTF-8 \(byte 0xff\); save the file with UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl:3: not JSON \(.*column \d+\); expected"),
         ("a.jsonl", b'["x"]\n', r"a\.jsonl:1: a JSON list; expected \{"),
-        ("a.json", b'{"text": "x"}', r"a\.json: is JSON; expected JSON lines"),
+        ("a.json", b'{"text": "x"}', r"a\.json: expected JSON lines"),
         ("a.jsonl", b"null\n", r"a\.jsonl:1: a JSON NoneType; expected"),
         ("a.jsonl", b'{"txt": "x"}\n', r"a\.jsonl:1: the keys are txt; expected \{\"text\""),
         ("a.jsonl", b'{"question": "x"}\n', r"a\.jsonl:1: the keys are question; expected"),
@@ -59,16 +55,16 @@ def config_of(files, **changes):
 def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        read_documents(str(tmp_path / name))
+        read_source(str(tmp_path / name))
 
 
 def test_what_is_not_there_or_can_not_be_read(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"nothing\.txt: there is no such file or directory"):
-        read_documents(str(tmp_path / "nothing.txt"))
+        read_source(str(tmp_path / "nothing.txt"))
     with pytest.raises(DataError, match="The path is empty"):
-        read_documents("")
+        read_source("")
     with pytest.raises(DataError, match=r"holds no file that ends in \.jsonl, \.txt, \.md"):
-        read_documents(str(tmp_path))
+        read_source(str(tmp_path))
     (tmp_path / "a.txt").write_text("x")
 
     def refuse(path, mode):
@@ -76,21 +72,21 @@ def test_what_is_not_there_or_can_not_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "open", refuse)
     with pytest.raises(DataError, match=r"a\.txt: can't be read \(Permission denied\)"):
-        read_documents(str(tmp_path / "a.txt"))
+        read_source(str(tmp_path / "a.txt"))
 
 
 def test_a_directory_is_read_by_name_and_a_line_knows_where_it_stands(tmp_path):
     write(tmp_path / "b.jsonl", ["one", {"question": "Who?", "answer": "Nobody"}])
     (tmp_path / "a.txt").write_text("\ufeffplain\n", encoding="utf-8")
     (tmp_path / "c.csv").write_text("not text")
-    plain, one, question = read_documents(str(tmp_path))
+    plain, one, question = read_source(str(tmp_path))[0]
     assert (plain.text, plain.origin) == ("plain\n", f"{tmp_path}/a.txt:1")
     assert (one.text, one.origin, one.answer) == ("one", f"{tmp_path}/b.jsonl:1", None)
     assert (question.text, question.answer) == ("Question: Who?\nAnswer:", " Nobody")
-    short = read_source(str(tmp_path), min_length=50)  # questions are never left out
-    assert (len(short.documents), short.left_out) == (1, 2)
+    short, left_out = read_source(str(tmp_path), min_length=50)  # questions are never left out
+    assert (len(short), left_out) == (1, 2)
     lines = write(tmp_path / "d.jsonl", ["one", "two", {"wrong": "key"}])
-    assert [d.text for d in read_source(lines, most=2).documents] == ["one", "two"]
+    assert [d.text for d in read_source(lines, most=2)[0]] == ["one", "two"]
     with pytest.raises(DataError, match=r"d\.jsonl:3: the keys are wrong"):
         read_source(lines, most=3)
     assert is_here(lines) and is_here(f"huggingface:{tmp_path}:train[:5]")
@@ -171,7 +167,7 @@ def test_a_single_long_text_is_split_at_paragraph_ends(tmp_path, files, caplog):
 
 
 def test_a_tenth_is_held_out_at_least_one(tmp_path):
-    documents = read_documents(write(tmp_path / "a.jsonl", sentences("x", 50)))
+    documents = read_source(write(tmp_path / "a.jsonl", sentences("x", 50)))[0]
     split = hold_out(documents, "retain", repeated=set(), rng=np.random.default_rng(0))
     assert (len(split.train), len(split.validation), len(split.test)) == (40, 5, 5)
     assert {d.origin for d in [*split.train, *split.validation, *split.test]} == {d.origin for d in documents}
@@ -195,10 +191,10 @@ def named(tmp_path, monkeypatch):
 
 
 def test_a_named_data_set_is_read_by_its_columns(named):
-    documents = read_documents(f"huggingface:{named}")
+    documents = read_source(f"huggingface:{named}")[0]
     assert [d.text for d in documents] == ["one", "two", "three"]
     assert documents[1].origin == f"huggingface:{named}:2"
-    assert [d.text for d in read_documents(f"huggingface:{named}:train[1:]")] == ["two", "three"]
+    assert [d.text for d in read_source(f"huggingface:{named}:train[1:]")[0]] == ["two", "three"]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +207,7 @@ def test_a_named_data_set_is_read_by_its_columns(named):
 )
 def test_a_named_data_set_that_can_not_be_used(named, split, message):
     with pytest.raises(DataError, match=message):
-        read_documents(f"huggingface:{named}{split}")
+        read_source(f"huggingface:{named}{split}")
 
 
 def test_names_are_taken_apart_and_columns_chosen(monkeypatch):
@@ -223,16 +219,16 @@ def test_names_are_taken_apart_and_columns_chosen(monkeypatch):
         return datasets.Dataset.from_list([{"question": "Who?", "answer": "Nobody", "url": "x"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    (document,) = read_documents("huggingface:owner/name/config:validation")
+    (document,) = read_source("huggingface:owner/name/config:validation")[0]
     assert (document.text, document.answer) == ("Question: Who?\nAnswer:", " Nobody")
-    read_documents("huggingface:owner/name")
+    read_source("huggingface:owner/name")
     assert asked == [("owner/name", "config", "validation"), ("owner/name", "train")]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: datasets.Dataset.from_list([{"body": "x"}]))
     with pytest.raises(DataError, match=r"owner/name: the columns are body; expected text, or question and"):
-        read_documents("huggingface:owner/name")
+        read_source("huggingface:owner/name")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"needs the package datasets: pip install 'trace-jax\[data\]'"):
-        read_documents("huggingface:owner/name")
+        read_source("huggingface:owner/name")
 
 
 def test_several_forget_sources_are_topics_that_share_no_row(tmp_path, files):

@@ -328,5 +328,5 @@ class BenignRelearning(TrainingOn):
         if self.source is None:
             retain = context.corpora.retain
             return retain.take(np.flatnonzero(retain.domain == 0)) if (retain.domain == 0).any() else retain
-        documents = encode_documents(context.codec, read_source(self.source).documents)
+        documents = encode_documents(context.codec, read_source(self.source)[0])
         return pack_documents(documents, context.data.row_length, special=context.codec.special)

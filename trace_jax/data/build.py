@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib
 import io
 import itertools
 import json
@@ -18,10 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
+from huggingface_hub.errors import HTTPError
 
+from trace_jax.data import sources
 from trace_jax.data.published import INTEGER, TEXT, TEXT_OR_NULL, TEXTS, DataError, Published, overview, published
-from trace_jax.data.sources import RECORD, import_tfds, json_lines, text_lines, tfds_directory
 from trace_jax.io.files import as_path, is_remote, write_json
 from trace_jax.io.progress import say
 
@@ -41,27 +42,22 @@ def build(
     accept_counts: bool = False,
     overwrite: bool = False,
 ) -> str:
-    """Builds a published data set, or one configuration of it; returns what was built, for people.
+    """Builds a published data set, or one configuration of it (`published`); returns what was built, for people.
 
     All of it is written under a temporary name, and takes its place once everything is there and counted. Beside the
     data, `published.json` holds repository, revision, rows per split and the hashes of the files.
 
     Args:
-      name: NAME or NAME/CONFIG of the table (`published`).
       source: "hub", or a directory with the files of its repository as downloaded (`patterns`).
       revision: a commit, branch or tag of the hub, instead of the table's. Of a directory it is found in what
         `hf download` leaves there; where it is not, the hash of the files stands for it.
       data_dir: where data sets of tfds lie; `tfds_directory` unless given.
       accept_counts: build with other numbers of rows than the table's.
       overwrite: replace what is there.
-
-    Raises:
-      DataError: an unknown name; a file that is missing or of another form; other numbers of rows than the table's;
-        a data set that is there already; no access, or no connection.
     """
     base, dataset, configs = published(name)
-    tfds = import_tfds(name)  # what is missing is said before anything is downloaded
-    directory = as_path(data_dir) if data_dir else tfds_directory()
+    tfds = sources.import_tfds(name)  # what is missing is said before anything is downloaded
+    directory = as_path(data_dir) if data_dir else sources.tfds_directory()
     if is_remote(directory):
         raise DataError(f"{directory}: data sets are built on a local disk; copy them there after.")
     directory = directory.expanduser()
@@ -71,26 +67,22 @@ def build(
 
     if source == HUB:
         root, revision = _download(base, dataset, configs, revision or dataset.revision)
-    else:
-        root = Path(source).expanduser()
-        if not root.is_dir():
-            raise DataError(f"{source}: there is no such directory.")
+    elif not (root := Path(source).expanduser()).is_dir():
+        raise DataError(f"{source}: there is no such directory.")
     files = {c: {split: find(root, dataset, c, split) for split in dataset.subsets[c].rows} for c in configs}
-    hashes: dict[str, str] = {}
-    for file in (file for splits in files.values() for several in splits.values() for file in several):
+    hashes: dict[str, dict[str, str]] = {config: {} for config in configs}  # by the names of its files
+    for config, file in ((c, f) for c, splits in files.items() for several in splits.values() for f in several):
         with file.open("rb") as opened:
-            hashes[str(file.relative_to(root))] = hashlib.file_digest(opened, "sha256").hexdigest()
-    revision = _revision(root, hashes, revision)
-    counts = {  # every row is checked before any is written
-        c: {split: sum(1 for _ in rows(several, dataset.subsets[c].columns)) for split, several in splits.items()}
-        for c, splits in files.items()
-    }
-    for config, split in ((c, split) for c in configs for split in counts[c] if not accept_counts):
-        expected = dataset.subsets[config].rows[split]
-        if expected not in (None, counts[config][split]):
+            hashes[config][str(file.relative_to(root))] = hashlib.file_digest(opened, "sha256").hexdigest()
+    revision = _revision(root, {name: value for own in hashes.values() for name, value in own.items()}, revision)
+    counts: dict[str, dict[str, int]] = {config: {} for config in configs}
+    for config, split in ((c, split) for c in configs for split in files[c]):
+        subset = dataset.subsets[config]  # every row is checked before any is written
+        count = counts[config][split] = sum(1 for _ in rows(files[config][split], subset.columns))
+        if not accept_counts and subset.rows[split] not in (None, count):
             raise DataError(
-                f"{config}:{split} of {dataset.repository} has {counts[config][split]:,} rows at revision {revision}; "
-                f"expected {expected:,}, as at {dataset.revision}. What is measured on it doesn't compare with "
+                f"{config}:{split} of {dataset.repository} has {count:,} rows at revision {revision}; expected "
+                f"{subset.rows[split]:,}, as at {dataset.revision}. What is measured on it doesn't compare with "
                 "published numbers; add --accept-counts to build it all the same."
             )
 
@@ -99,9 +91,7 @@ def build(
         for config, splits in files.items():
             builder = _builder(tfds, base, dataset, config, splits, counts[config], revision)
             with contextlib.redirect_stdout(io.StringIO()):  # tfds announces a download of unknown size
-                builder(data_dir=scratch, config=config, file_format="array_record").download_and_prepare(
-                    download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-                )
+                builder(data_dir=scratch, config=config, file_format="array_record").download_and_prepare()
             for split, number in counts[config].items():
                 say(f"{base}/{config}:{split}: {number:,} rows")
             record = {
@@ -111,9 +101,9 @@ def build(
                 "pinned_revision": dataset.revision,
                 "licence": dataset.licence,
                 "rows": counts[config],
-                "sha256": {(n := str(f.relative_to(root))): hashes[n] for several in splits.values() for f in several},
+                "sha256": hashes[config],
             }
-            write_json(Path(scratch) / base / config / VERSION / RECORD, record)
+            write_json(Path(scratch) / base / config / VERSION / sources.RECORD, record)
         for config, target in targets.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
@@ -124,7 +114,7 @@ def build(
     if revision != dataset.revision:
         lines.append(f"the pinned revision is {dataset.revision}")
     lines.append(f"it is read as tfds:{base}/{configs[0]}:{next(iter(counts[configs[0]]))}")
-    if directory.resolve() != tfds_directory().resolve():
+    if directory.resolve() != sources.tfds_directory().resolve():
         lines.append(f"before that: export TFDS_DATA_DIR={directory.resolve()}")
     return "\n".join(lines)
 
@@ -132,22 +122,16 @@ def build(
 def _download(name: str, dataset: Published, configs: Sequence[str], revision: str) -> tuple[Path, str]:
     """(directory, commit) of the files of some configurations from the hub, or from its cache.
 
-    Args:
-      revision: a commit, or a branch or tag, for which the commit is found that it is now.
+    `revision` may be a branch or tag, for which the commit is found that it is now.
     """
-    try:
-        hub = importlib.import_module("huggingface_hub")
-        errors = importlib.import_module("huggingface_hub.errors")
-    except ImportError:
-        raise DataError(f"{name}: needs the package huggingface_hub: pip install 'trace-jax[data]'.") from None
     wanted = {p for c in configs for split in dataset.subsets[c].rows for p in patterns(dataset, c, split)}
     try:
         if not _COMMIT.fullmatch(revision):
-            revision = hub.HfApi().dataset_info(dataset.repository, revision=revision).sha
-        root = hub.snapshot_download(
+            revision = huggingface_hub.HfApi().dataset_info(dataset.repository, revision=revision).sha or revision
+        root = huggingface_hub.snapshot_download(
             dataset.repository, repo_type="dataset", revision=revision, allow_patterns=sorted(wanted)
         )
-    except (OSError, ValueError, errors.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         statuses = [getattr(getattr(e, "response", None), "status_code", None) for e in (error, error.__cause__)]
         if dataset.gated and {401, 403}.intersection(statuses):
             raise DataError(f"{name}: {dataset.repository} is gated: {dataset.gated}.") from None
@@ -197,18 +181,8 @@ def _builder(
     revision: str,
 ) -> Any:
     """The class of tfds that builds one configuration of the data set `name`."""
-    subset = dataset.subsets[config]
-
-    def feature(kind: str) -> Any:
-        if kind == INTEGER:
-            return tfds.features.Scalar(np.int64)
-        text = tfds.features.Text()
-        return tfds.features.Sequence(text) if kind == TEXTS else text
-
-    class Info(tfds.core.DatasetInfo):
-        def initialize_from_bucket(self) -> None:
-            """Nothing: these data sets aren't in Google's bucket, and it isn't asked."""
-
+    text, subset = tfds.features.Text(), dataset.subsets[config]
+    features = {INTEGER: tfds.features.Scalar(np.int64), TEXTS: tfds.features.Sequence(text)}
     with tfds.core.registered.skip_registration():
 
         class Builder(tfds.core.ShardBasedBuilder):
@@ -217,10 +191,10 @@ def _builder(
             code_path = None  # nothing beside this code, such as checksums of downloads, is of use to tfds
 
             def _info(self) -> Any:
-                return Info(
+                return tfds.core.DatasetInfo(
                     builder=self,
                     description=dataset.about,
-                    features=tfds.features.FeaturesDict({name: feature(k) for name, k in subset.columns.items()}),
+                    features=tfds.features.FeaturesDict({n: features.get(k, text) for n, k in subset.columns.items()}),
                     homepage=f"https://huggingface.co/datasets/{dataset.repository}",
                     license=dataset.licence,
                     disable_shuffling=True,
@@ -231,9 +205,8 @@ def _builder(
                 del dl_manager
                 shards = {}
                 for split, number in counts.items():
-                    shard = functools.partial(
-                        itertools.islice, enumerate(rows(files[split], subset.columns)), SHARD_ROWS
-                    )
+                    numbered = enumerate(rows(files[split], subset.columns))  # each shard goes on where one ended
+                    shard = functools.partial(itertools.islice, numbered, SHARD_ROWS)
                     shards[split] = [shard] * -(-number // SHARD_ROWS)
                 return shards
 
@@ -286,14 +259,11 @@ def is_kind(value: object, kind: str) -> bool:
         return type(value) is int and -(2**63) <= value < 2**63
     if kind == TEXTS:
         return isinstance(value, list) and all(is_kind(item, TEXT) for item in value)
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and not sources.has_surrogate(value)
 
 
 def _parquet(file: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    try:
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise DataError(f"{file}: needs the package pyarrow: pip install 'trace-jax[data]'.") from None
+    parquet = sources.import_optional(str(file), "pyarrow.parquet")
     try:
         with parquet.ParquetFile(file) as table:
             names = [name for name in columns if name in table.schema_arrow.names]
@@ -305,11 +275,11 @@ def _parquet(file: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any]]
 
 def _json(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, or of one JSON list."""
-    if not next(text_lines(file), "").lstrip().startswith("["):
-        yield from (item for item, _ in json_lines(file, "a JSON object"))
+    if not next(sources.text_lines(file), "").lstrip().startswith("["):
+        yield from (item for item, _ in sources.json_lines(file, "a JSON object"))
         return
     try:
-        items = json.loads("".join(text_lines(file)))
+        items = json.loads("".join(sources.text_lines(file)))
     except json.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}).") from None
     for number, item in enumerate(items, start=1):
@@ -335,6 +305,6 @@ def main(options: argparse.Namespace) -> int:
     if options.list:
         print(overview())
         return 0
-    names = ("source", "revision", "data_dir", "accept_counts", "overwrite")
-    print(build(options.name, **{name: getattr(options, name) for name in names}))
+    settings = ("source", "revision", "data_dir", "accept_counts", "overwrite")
+    print(build(options.name, **{name: getattr(options, name) for name in settings}))
     return 0

@@ -3,19 +3,17 @@
 Errors name the file and the line. Data sets that tfds has prepared in array_record are read without TensorFlow.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib
-import importlib.util
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from trace_jax.data.published import PUBLISHED, DataError
 from trace_jax.io.files import as_path, is_remote, read_json
@@ -42,14 +40,6 @@ class Document:
         return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The documents of a source."""
-
-    documents: list[Document]
-    left_out: int = 0  # texts that were too short to be one
-
-
 def overlap(left: Sequence[Document], right: Sequence[Document]) -> list[tuple[Document, Document]]:
     """Documents of `left` that stand in `right` too, each with its first twin there (`Document.hash`)."""
     twins: dict[str, Document] = {}
@@ -58,19 +48,17 @@ def overlap(left: Sequence[Document], right: Sequence[Document]) -> list[tuple[D
     return [(document, twins[document.hash]) for document in left if document.hash in twins]
 
 
-def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> Source:
-    """Documents of a JSONL file (one a line), a text file (one document) or a directory of such files, by name.
+def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> tuple[list[Document], int]:
+    """(documents, how many texts were left out as too short) of a JSONL file (one a line), a text file (one document)
+    or a directory of such files, by name.
 
     A line of JSONL is an object with "text", or with "question" and "answer"; other keys are refused.
     `huggingface:NAME[/CONFIG][:SPLIT]` and `tfds:NAME[/CONFIG][:SPLIT]` are data sets with such columns, among others
     (`read_records`). Files may be at gs://BUCKET/NAME.
 
     Args:
-      min_length: shorter texts (characters, white space around them not counted) are left out; questions never.
+      min_length: characters of the shortest text, white space around it not counted; questions are never left out.
       most: so many documents are read, and what follows isn't looked at.
-
-    Raises:
-      DataError: nothing there, unreadable, not UTF-8, empty, or a line of another form; every text is too short.
     """
     documents, left_out = [], 0
     for item, origin in _items(path):
@@ -79,8 +67,7 @@ def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> S
             left_out += 1
             continue
         for key in item:
-            value = text_of(item, key, origin)
-            if any("\ud800" <= character <= "\udfff" for character in value):
+            if has_surrogate(text_of(item, key, origin)):
                 raise DataError(f"{origin}: {key} holds half of a surrogate pair (\\ud800 to \\udfff).")
         if "text" in item:
             documents.append(Document(item["text"], origin))
@@ -88,30 +75,26 @@ def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> S
             documents.append(Document(f"Question: {item['question']}\nAnswer:", origin, f" {item['answer']}"))
         if len(documents) == most:
             break
-    if not documents and left_out:
+    if not documents:  # a source has at least one item
         raise DataError(f"{path}: all {left_out} texts have fewer than {min_length} characters; lower data.min_length.")
-    if not documents:
-        raise DataError(f"{path}: the file is empty; expected text, or one JSON object per line.")
-    return Source(documents, left_out)
+    return documents, left_out
 
 
 def _items(path: str) -> Iterator[tuple[dict, str]]:
-    """Every object {"text"} or {"question", "answer"} of a source, unchecked, with its origin."""
+    """Every object {"text"} or {"question", "answer"} of a source, unchecked, with its origin; at least one."""
     if not path:
         raise DataError("The path is empty; expected a JSONL file, a text file or a directory of such files.")
     if path.startswith((HUGGINGFACE, TFDS)):
-        columns, rows = _data_set(path)
-        fields = next((f for f in _FIELDS if f <= set(columns)), None)
-        if fields is None:
-            raise DataError(
-                f"{path}: the columns are {', '.join(columns)}; expected text, or question and "
-                "answer. Save what you need as JSONL."
-            )
-        yield from (({f: row[f] for f in fields}, f"{path}:{number}") for number, row in enumerate(rows, start=1))
+        for number, row in enumerate(_data_set(path), start=1):
+            fields = next((f for f in _FIELDS if f <= row.keys()), None)
+            if fields is None:
+                raise DataError(
+                    f"{path}: the columns are {', '.join(sorted(row))}; expected text, or question and answer. Save "
+                    "what you need as JSONL."
+                )
+            yield {f: row[f] for f in fields}, f"{path}:{number}"
         return
-    root = _local(path)
-    if not root.exists():
-        raise DataError(f"{root}: there is no such file or directory.")
+    root = _existing(path)
     files = [root]
     if root.is_dir():
         try:
@@ -121,10 +104,6 @@ def _items(path: str) -> Iterator[tuple[dict, str]]:
         if not files:
             raise DataError(f"{root}: the directory holds no file that ends in {', '.join(_SUFFIXES)}.")
     for file in files:
-        if file.suffix == ".json":
-            raise DataError(
-                f"{file}: is JSON; expected JSON lines: one object per line, in a file that ends in .jsonl."
-            )
         if file.suffix != ".jsonl":
             yield {"text": "".join(text_lines(file))}, f"{file}:1"
             continue
@@ -135,24 +114,16 @@ def _items(path: str) -> Iterator[tuple[dict, str]]:
 
 
 def read_records(source: str) -> list[dict[str, Any]]:
-    """Every row of a data set with all its columns.
+    """Every row of a data set with all its columns; at least one.
 
     Args:
       source: a file that ends in .jsonl, or huggingface:NAME[/CONFIG][:SPLIT] or tfds:NAME[/CONFIG][:SPLIT]. NAME is
         OWNER/NAME as on the hub, or a local directory of data files. SPLIT is train unless given, and may be a slice
         such as train[:1000].
-
-    Raises:
-      DataError: nothing there, another kind of file, a line that is no JSON object, or no rows. No text is quoted.
     """
     if source.startswith((HUGGINGFACE, TFDS)):
-        return [dict(row) for row in _data_set(source)[1]]
-    file = _local(source)
-    if not file.exists():
-        raise DataError(f"{file}: there is no such file.")
-    if file.suffix != ".jsonl":
-        raise DataError(f"{file}: expected JSON lines: one object per line, in a file that ends in .jsonl.")
-    return [item for item, _ in json_lines(file, "a JSON object")]
+        return list(_data_set(source))
+    return [item for item, _ in json_lines(_existing(source), "a JSON object")]
 
 
 def text_of(record: Mapping[str, Any], column: str, origin: str) -> str:
@@ -164,6 +135,11 @@ def text_of(record: Mapping[str, Any], column: str, origin: str) -> str:
     if not value.strip():
         raise DataError(f"{origin}: {column} is empty.")
     return value
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether half of a surrogate pair is in a text, which can't be encoded then."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def text_lines(file: pathlib.Path) -> Iterator[str]:
@@ -213,11 +189,9 @@ def part(base: str, config: str, split: str) -> str:
 def is_here(path: str) -> bool:
     """Whether a source lies on a disk of this machine, so that reading it downloads nothing."""
     if path.startswith(TFDS):
-        try:
-            prepared(path.removeprefix(TFDS).partition(":")[0])
-        except DataError:
-            return False
-        return True
+        with contextlib.suppress(DataError):
+            return prepared(path).is_dir()
+        return False
     path = path.removeprefix(HUGGINGFACE).partition(":")[0] if path.startswith(HUGGINGFACE) else path
     return not is_remote(path) and pathlib.Path(path).expanduser().exists()
 
@@ -228,78 +202,83 @@ def revision_of(source: str) -> str:
     A file is told by the start of its SHA-256. Empty where nothing is known: other data sets, and a directory.
     """
     if source.startswith(TFDS):
-        directory = prepared(source.removeprefix(TFDS).partition(":")[0])
+        directory = prepared(source)
         return (read_json(directory / RECORD) or {"revision": f"version {directory.name}"})["revision"]
     if source.startswith(HUGGINGFACE):
-        downloaded = _load_dataset(source.removeprefix(HUGGINGFACE)).info.download_checksums or {}
+        downloaded = _load_dataset(source).info.download_checksums or {}
         commits = {match[1] for name in downloaded if (match := re.search(r"@([0-9a-f]{40})/", name))}
         return ", ".join(sorted(commits))
-    file = _local(source)
+    file = _existing(source)
     return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}" if file.is_file() else ""
 
 
 def revision_and_content(source: str, content: str) -> str:
-    """`revision_of` a data set, where it is known, and the hash `content` of what was read of it.
-
-    A file has no revision: the hash of what was read is all there is to say.
-    """
+    """`revision_of` a data set, where it is known, and the hash `content` of what was read; of a file this alone."""
     revision = "" if source.endswith(".jsonl") else revision_of(source)
     return f"{revision} sha256:{content}".strip()
 
 
-def _local(source: str) -> pathlib.Path:
+def _existing(source: str) -> pathlib.Path:
+    """The file or directory of a source."""
     path = as_path(source)
-    return path if is_remote(path) else path.expanduser()
+    path = path if is_remote(path) else path.expanduser()
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file or directory.")
+    if path.suffix == ".json":
+        raise DataError(f"{path}: expected JSON lines: one object per line, in a file that ends in .jsonl.")
+    return path
 
 
-def _data_set(source: str) -> tuple[list[str], Iterable[dict[str, Any]]]:
-    """(columns, rows) of a named data set; at least one row."""
+def _data_set(source: str) -> Iterator[dict[str, Any]]:
+    """The rows of a named data set; at least one."""
     if source.startswith(HUGGINGFACE):
-        rows = _load_dataset(source.removeprefix(HUGGINGFACE))
-        return rows.column_names, rows
-    address, _, split = source.removeprefix(TFDS).partition(":")
-    directory = prepared(address)
-    builder = import_tfds(source).builder_from_directory(os.fspath(directory))
-    try:
-        rows = builder.as_data_source(split=split or "train")
-    except (ValueError, NotImplementedError, OSError) as error:
-        raise DataError(f"{source}: can't be read from {directory} ({str(error).splitlines()[0]}).") from error
+        rows, plain = _load_dataset(source), dict
+    else:
+        directory, split = prepared(source), source.removeprefix(TFDS).partition(":")[2]
+        builder = import_tfds(source).builder_from_directory(os.fspath(directory))
+        try:
+            rows, plain = builder.as_data_source(split=split or "train"), _plain
+        except (ValueError, NotImplementedError, OSError) as error:
+            raise DataError(f"{source}: can't be read from {directory} ({str(error).splitlines()[0]}).") from error
     if not len(rows):
         raise DataError(f"{source}: there are no rows.")
-    return sorted(builder.info.features), (_plain(rows[index]) for index in range(len(rows)))
+    yield from map(plain, rows)
 
 
-def _load_dataset(name: str) -> Any:
-    """A split of a data set of the package `datasets`, with at least one row.
+def _plain(row: Any) -> dict[str, Any]:
+    """A row of tfds as JSON would hold it: texts where it has bytes, numbers and lists where it has arrays."""
+    return json.loads(json.dumps(row, default=lambda x: x.decode() if isinstance(x, bytes) else x.tolist()))
+
+
+def _load_dataset(source: str) -> Any:
+    """A split of a data set of the package `datasets`.
 
     What `trace_jax.data.published` has is read at the revision that stands there, any other data set as it is now.
     """
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        raise DataError(
-            f"{HUGGINGFACE}{name}: needs the package datasets: pip install 'trace-jax[data]'. "
-            "Or save the text as JSONL."
-        ) from None
-    address, _, split = name.partition(":")
+    datasets = import_optional(source, "datasets")
+    address, _, split = source.removeprefix(HUGGINGFACE).partition(":")
     parts = [address] if pathlib.Path(address).exists() else address.split("/")
     path = "/".join(parts[:2])
     pinned = next(({"revision": entry.revision} for entry in PUBLISHED.values() if entry.repository == path), {})
     try:
-        rows = datasets.load_dataset(path, *parts[2:], split=split or "train", **pinned)
+        return datasets.load_dataset(path, *parts[2:], split=split or "train", **pinned)
     except (OSError, ValueError, TypeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{HUGGINGFACE}{name}: can't be loaded ({error}).") from error
-    if not len(rows):
-        raise DataError(f"{HUGGINGFACE}{name}: there are no rows.")
-    return rows
+        raise DataError(f"{source}: can't be loaded ({error}).") from error
 
 
-def import_tfds(name: str) -> Any:
-    """The package tensorflow_datasets, without TensorFlow. Raises DataError where it, or array_record, is missing."""
-    for package in ("tensorflow_datasets", "array_record"):
-        if importlib.util.find_spec(package) is None:
-            raise DataError(f"{name}: needs the package {package}: pip install 'trace-jax[data]'. Or use JSONL.")
-    return importlib.import_module("tensorflow_datasets")
+def import_optional(source: str, *packages: str) -> Any:
+    """The last of packages that not every source needs."""
+    try:
+        return [importlib.import_module(package) for package in packages][-1]
+    except ImportError as error:
+        raise DataError(
+            f"{source}: needs the package {error.name}: pip install 'trace-jax[data]'. Or save what you need as JSONL."
+        ) from None
+
+
+def import_tfds(source: str) -> Any:
+    """The package tensorflow_datasets, without TensorFlow."""
+    return import_optional(source, "array_record", "tensorflow_datasets")
 
 
 def tfds_directory() -> pathlib.Path:
@@ -307,38 +286,20 @@ def tfds_directory() -> pathlib.Path:
     return as_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
-def prepared(address: str) -> pathlib.Path:
-    """The directory of the newest prepared version of NAME or NAME/CONFIG.
+def prepared(source: str) -> pathlib.Path:
+    """The directory of the newest prepared version of tfds:NAME or tfds:NAME/CONFIG, with or without a split."""
+    address = source.removeprefix(TFDS).partition(":")[0]
 
-    Raises:
-      DataError: there is none (how to build it); several configurations, and none is named.
-    """
-
-    def versions(root: pathlib.Path) -> list[pathlib.Path]:
-        files = root.glob("*/dataset_info.json")
+    def versions(pattern: str) -> list[pathlib.Path]:
+        files = (tfds_directory() / address).glob(f"{pattern}/dataset_info.json")
         return [file.parent for file in files if re.fullmatch(r"\d+\.\d+\.\d+", file.parent.name)]
 
-    root = tfds_directory() / address
-    newest = versions(root)
-    if not newest:
-        configs = {path.name: several for path in root.glob("*") if (several := versions(path))}
-        if len(configs) > 1:
-            raise DataError(f"{TFDS}{address}: has the configurations {', '.join(sorted(configs))}; name one.")
-        newest = next(iter(configs.values()), [])
-    if not newest:
+    there = versions("*") or versions("*/*")
+    if len(configs := {path.parent.name for path in there}) > 1:
+        raise DataError(f"{TFDS}{address}: has the configurations {', '.join(sorted(configs))}; name one.")
+    if not there:
         raise DataError(
             f"{TFDS}{address}: is not in {tfds_directory()} (TFDS_DATA_DIR). Published data sets are built with "
             "python -m trace_jax.main data --name NAME; data --list says which there are."
         )
-    return max(newest, key=lambda path: tuple(map(int, path.name.split("."))))
-
-
-def _plain(value: Any) -> Any:
-    """What JSON would hold: text, numbers, lists and objects."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    return max(there, key=lambda path: tuple(map(int, path.name.split("."))))

@@ -113,12 +113,12 @@ def _sources(config: ExperimentConfig) -> Iterator[tuple[Any, ...]]:
     if isinstance(data, TextConfig):
 
         def first_documents(path: str) -> str:
-            source = read_source(path, min_length=data.min_length, most=FIRST)
-            answers, count = sum(d.answer is not None for d in source.documents), len(source.documents)
+            documents, left_out = read_source(path, min_length=data.min_length, most=FIRST)
+            answers, count = sum(d.answer is not None for d in documents), len(documents)
             kinds = [f"{count - answers} texts"] * (answers < count)
             kinds += [f"{answers} questions and answers"] * bool(answers)
-            short = f", {source.left_out} left out as shorter than {data.min_length} characters"
-            return f"the first {count} documents are {' and '.join(kinds)}{short if source.left_out else ''}"
+            short = f", {left_out} left out as shorter than {data.min_length} characters" if left_out else ""
+            return f"the first {count} documents are {' and '.join(kinds)}{short}"
 
         topics = data.forget_sources
         paths = {"forget" if len(topics) == 1 else f"forget, topic {n}": path for n, path in enumerate(topics)}

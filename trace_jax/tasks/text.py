@@ -8,7 +8,7 @@ from absl import logging
 
 from trace_jax.config import option
 from trace_jax.data.corpora import Benchmark, DataConfig, Part, Split
-from trace_jax.data.sources import DataError, Document, Source, overlap, read_source
+from trace_jax.data.sources import DataError, Document, overlap, read_source
 from trace_jax.evaluation.fronts import Scoreboard
 
 MIXTURE = {"general": 0.70, "forget": 0.30}
@@ -51,12 +51,7 @@ class TextConfig(DataConfig, name="text", kw_only=True):
     def build(self) -> Benchmark:
         """Forget text is trained on whole; of retain ("general") and neighbour text whole documents are held out.
 
-        A retain or neighbour set of one or two long documents is split at paragraph ends first (logged). Several forget
-        sources are topics (`Benchmark.topics`).
-
-        Raises:
-          DataError: `read_source`; no forget source; documents that stand in both forget and a set to keep (unless
-            `allow_overlap`); holdout documents that are trained on; a set too small to hold anything out.
+        A retain or neighbour set of one or two long documents is split at paragraph ends first (logged).
         """
         if not self.forget_sources:
             raise DataError("forget is an empty list; name at least one source to forget.")
@@ -64,14 +59,17 @@ class TextConfig(DataConfig, name="text", kw_only=True):
         paths = {"general": self.retain, "neighbour": self.neighbour, "holdout": self.holdout}
         paths = {name: path for name, path in paths.items() if path or name == "general"}
         sources = {name: read_source(path, min_length=self.min_length) for name, path in paths.items()}
-        forget, holdout = [d for topic in topics for d in topic.documents], sources.pop("holdout", Source([]))
-        for subject, source in sources.items():
+        left_out = {"forget": sum(short for _, short in topics)} | {name: short for name, (_, short) in sources.items()}
+        forget = [document for documents, _ in topics for document in documents]
+        to_keep = {name: documents for name, (documents, _) in sources.items()}
+        holdout = to_keep.pop("holdout", [])
+        for subject, documents in to_keep.items():
             if not self.allow_overlap:
-                _refuse_overlap("forget", forget, _NAMES[subject], source.documents)
-            _refuse_overlap("holdout", holdout.documents, _NAMES[subject], source.documents)
-        _refuse_overlap("holdout", holdout.documents, "forget", forget)
+                _refuse_overlap("forget", forget, _NAMES[subject], documents)
+            _refuse_overlap("holdout", holdout, _NAMES[subject], documents)
+        _refuse_overlap("holdout", holdout, "forget", forget)
 
-        to_keep = {subject: _enough(source.documents, _NAMES[subject]) for subject, source in sources.items()}
+        to_keep = {subject: _enough(documents, _NAMES[subject]) for subject, documents in to_keep.items()}
         # A document that stands twice anywhere stays in training: held out, its twin would give it away.
         counts = collections.Counter(d.hash for several in (forget, *to_keep.values()) for d in several)
         repeated = {key for key, count in counts.items() if count > 1}
@@ -79,15 +77,14 @@ class TextConfig(DataConfig, name="text", kw_only=True):
             subject: hold_out(documents, _NAMES[subject], repeated, np.random.default_rng([self.seed, order]))
             for order, (subject, documents) in enumerate(to_keep.items())
         }
-        left_out = {"forget": sum(topic.left_out for topic in topics)} | {n: s.left_out for n, s in sources.items()}
         return Benchmark(
             train={subject: split.train for subject, split in splits.items()} | {"forget": forget},
             mixture=MIXTURE_WITH_NEIGHBOUR if "neighbour" in to_keep else MIXTURE,
             validation=Part({subject: split.validation for subject, split in splits.items()}),
             test=Part({subject: split.test for subject, split in splits.items()}),
-            holdout=holdout.documents,
-            topics=tuple(len(topic.documents) for topic in topics),
-            left_out={name: n for name, n in {**left_out, "holdout": holdout.left_out}.items() if n},
+            holdout=holdout,
+            topics=tuple(len(documents) for documents, _ in topics),
+            left_out={name: count for name, count in left_out.items() if count},
         )
 
 
@@ -119,10 +116,10 @@ def hold_out(documents: Sequence[Document], name: str, repeated: Collection[str]
     )
 
 
-def _enough(documents: Sequence[Document], name: str) -> list[Document]:
+def _enough(documents: list[Document], name: str) -> list[Document]:
     """The documents, or their pieces where they are too few."""
     if len(documents) >= _FEWEST:
-        return list(documents)
+        return documents
     size = max(1, sum(len(d.text) for d in documents) // _PIECES)
     pieces = [p for d in documents for p in ([d] if d.answer is not None else split_at_paragraphs(d, size))]
     logging.warning(
@@ -136,8 +133,7 @@ def split_at_paragraphs(document: Document, size: int) -> list[Document]:
     """Pieces of whole paragraphs (ended by an empty line, or else by a line end), each of `size` characters or more."""
     separator = "\n\n" if "\n\n" in document.text else "\n"
     path, _, first = document.origin.rpartition(":")
-    pieces, current, line = [], "", int(first)
-    start = line
+    pieces, current, start, line = [], "", int(first), int(first)
     for paragraph in document.text.split(separator):
         current = f"{current}{separator}{paragraph}" if current else paragraph
         line += paragraph.count("\n") + separator.count("\n")
