@@ -5,7 +5,7 @@ import pytest
 from tests.two_processes import JOIN, run_processes
 from trace_jax.config import ConfigError, resolve
 from trace_jax.io.files import read_json, write_json
-from trace_jax.run.directory import Stage, open_workdir
+from trace_jax.run.directory import open_workdir, run_stage
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import find_model
 
@@ -22,8 +22,8 @@ def test_a_model_is_found_whatever_the_settings_of_unlearning_were_called_then(t
     write_json(tmp_path / "config.json", saved)
     write_json(tmp_path / "methods" / "uniform" / "results.json", {})
     write_json(tmp_path / "methods" / "uniform" / "unlearning.stage.json", {"identity": "a"})
-    model = find_model(tmp_path, None)
-    assert (model.label, model.identity, model.config.name) == ("uniform", "a", "x")
+    config, *found = find_model(tmp_path, None)
+    assert (config.name, *found) == ("x", "uniform", "a")
 
 
 def test_a_workdir_is_reopened_by_the_same_corpus_and_model_and_refused_to_others_untouched(tmp_path):
@@ -58,17 +58,16 @@ def test_a_full_disk_is_said_before_work_begins(tmp_path, monkeypatch):
 def test_a_stage_runs_once_and_again_only_when_it_failed_or_its_settings_change(tmp_path):
     calls = []
     with pytest.raises(ZeroDivisionError):
-        Stage("count", tmp_path, "a").run(lambda: 1 / 0, "counting")
+        run_stage("count", tmp_path, "a", "counting", lambda: 1 / 0)
     for identity in ("a", "a", "b", "b"):
-        stage = Stage("count", tmp_path, identity)
-        stage.run(lambda identity=identity: calls.append(identity), "counting")
+        run_stage("count", tmp_path, identity, "counting", lambda identity=identity: calls.append(identity))
     assert calls == ["a", "b"]
 
 
 WORKDIR = (
     JOIN
     + """
-import sys
+import functools, sys
 from pathlib import Path
 from tests.run.test_directory import experiment
 from trace_jax.run import directory
@@ -86,12 +85,12 @@ say(f"from {index}")
 with progress("work", 1) as advance:
     advance(1, "")
 append_line(path / "lines.jsonl", {"process": index})
-stage = directory.Stage("made", path, "x")
-made = stage.run(lambda: write_json(path / "made.json", index), "making")
+stage = functools.partial(directory.run_stage, "made", path, "x", "making")
+made = stage(lambda: write_json(path / "made.json", index))
 print(f"<{made} {read_json(path / 'made.json')}>")
 if index == 1:  # what one process alone sees decides nothing
-    directory.read_json = lambda file: None
-print(f"<{stage.run(lambda: 'made again', 'making', lambda: 'loaded')}>")
+    directory.files.read_json = lambda file: None
+print(f"<{stage(lambda: 'made again', lambda: 'loaded')}>")
 if index == 1:
     remove(path / "made.json")
 """

@@ -14,8 +14,8 @@ from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError
 from trace_jax.io.files import read_json, read_lines
 from trace_jax.models.architecture import flatten
-from trace_jax.run.directory import calibration_directory, write_run_report
-from trace_jax.run.export import export_run, find_model
+from trace_jax.run.directory import calibration_directory, write_report
+from trace_jax.run.export import export_run, find_model, load_model
 from trace_jax.run.methods import run
 
 
@@ -115,7 +115,7 @@ def test_the_report_is_rebuilt_from_files_those_of_a_run_from_before_weights_wer
         (path / "methods" / method / "weights.json").unlink()
     shutil.rmtree(path / "calibrations")
     (path / "report.html").unlink()
-    assert str(path / "report.html") in write_run_report(path)
+    assert str(path / "report.html") in write_report(path)
     new, old = ((p / "report.html").read_text() for p in (finished[0], path))
     assert "experts matched" in old and "Routing after unlearning" in old and len(old) == len(new)
 
@@ -128,7 +128,8 @@ def test_a_method_keeps_what_changed_and_its_model_can_be_exported(finished, dat
     results = read_json(path / "methods/uniform/results.json")
     assert all(row["kept"] and row["cosine"] > 0.95 for row in results["grip"])
     export_run(path, tmp_path / "out", label="uniform")
-    target, unlearned = (flatten(find_model(path, label).load().params) for label in ("target", "uniform"))
+    config, *_ = find_model(path, "uniform")
+    target, unlearned = (flatten(load_model(config, path, label).params) for label in ("target", "uniform"))
     assert not np.array_equal(target["layers/router"], unlearned["layers/router"])
     np.testing.assert_allclose(target["layers/router"], unlearned["layers/router"], atol=0.3)
     for name, leaf in flatten(load_pretrained(tmp_path / "out").params).items():

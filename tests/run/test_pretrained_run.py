@@ -19,7 +19,7 @@ from trace_jax.main import main
 from trace_jax.models.decoder import forward
 from trace_jax.run.directory import calibration_directory
 from trace_jax.run.experiment import load_config
-from trace_jax.run.export import export_run, find_model
+from trace_jax.run.export import export_run, find_model, load_model
 from trace_jax.run.methods import run
 
 
@@ -65,7 +65,8 @@ def tensors(directory):
 
 
 def test_the_export_is_the_unlearned_model_and_only_what_trained_differs(finished, checkpoint):
-    unlearned = find_model(finished, None).load()
+    config, label, _ = find_model(finished, None)
+    unlearned = load_model(config, finished, label)
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, (3, 20))
     ours = forward(unlearned.params, unlearned.config, jnp.asarray(tokens, jnp.int32)).logits
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -144,9 +145,9 @@ def test_a_run_is_exported_if_its_checkpoint_is_the_same_however_its_settings_we
     path = shutil.copytree(finished, tmp_path / "run")
     saved = read_json(path / "config.json")
     saved["config"]["data"]["forget_substances"] = None  # of another benchmark, as files of earlier runs have it
-    saved["identity"] = fingerprint(saved["config"]["data"], find_model(finished, None).config.model.identity())
+    saved["identity"] = fingerprint(saved["config"]["data"], find_model(finished, None)[0].model.identity())
     write_json(path / "config.json", saved)
-    assert find_model(path, None).label == "trace_rows"
+    assert find_model(path, None)[1] == "trace_rows"
     write_json(path / "config.json", {**saved, "identity": "other"})
     with pytest.raises(ConfigError, match="the checkpoint that this run started from has changed"):
         export_run(path, tmp_path / "out")

@@ -8,7 +8,7 @@ from tests.run.toy import experiment
 from trace_jax.evaluation.fronts import MEAN, Front
 from trace_jax.io.codec import decode
 from trace_jax.io.files import read_json, read_lines, write_json
-from trace_jax.run.directory import write_run_report
+from trace_jax.run.directory import write_report
 from trace_jax.run.export import model_card
 from trace_jax.run.methods import run
 
@@ -71,6 +71,6 @@ def test_a_failure_is_told_in_the_report_and_on_the_card(data, trained, tmp_path
     results = read_json(path / "results.json")
     results["methods"]["uniform"] |= {"stopped": reason, "failed": True}
     write_json(path / "results.json", results)
-    write_run_report(path)
+    write_report(path)
     assert f"failed: {reason}" in (path / "report.html").read_text()
     assert f"The run failed, and this is a state from before: {reason}." in str(model_card_of(path, data))

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests.unlearning.conftest import CONFIG, ONE, Stop, assert_same, flat_of, weights_of
-from trace_jax.config import ConfigError
+from trace_jax.config import ConfigError, resolve
 from trace_jax.data.rows import Rows
 from trace_jax.io.files import read_lines
 from trace_jax.models.architecture import flatten
@@ -16,7 +16,7 @@ from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, make_mesh, place, to_host
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.weights import Recalibration
-from trace_jax.run.experiment import Method
+from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants, coefficients
@@ -174,7 +174,8 @@ def test_what_can_not_be_weighed_is_refused(model, forget, retain):
     with pytest.raises(ConfigError, match="normalize is 'batch', and routing 'online'"):
         run(model, forget, retain, config=batch, weights=online)
     with pytest.raises(ConfigError, match="normalize is 'batch', and routing 'online'"):
-        Method("trace", CalibrationConfig({"name": "entropy", "routing": "online"}), batch)
+        unlearning = {"normalize": "batch"}
+        resolve(ExperimentConfig, {"name": "x", "calibration": {"routing": "online"}, "unlearning": unlearning})
     config = CalibrationConfig({"name": "entropy", "routing": "recalibrated"})
     with pytest.raises(ConfigError, match="recalibrate is given without weights"):
         run(model, forget, retain, recalibrate=Recalibration(config, model, forget, retain))

@@ -5,9 +5,9 @@ The unlearning step is traced on shapes at full size: nothing is allocated, comp
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -31,30 +31,12 @@ from trace_jax.unlearning.trainable import table_text, trainable_table
 FIRST = 100  # documents that are read of a source
 
 
-@dataclasses.dataclass
-class DryRun:
+class DryRun(NamedTuple):
     """A text to print, what is missing to run, and what is wrong."""
 
-    text: str = ""
-    missing: list[str] = dataclasses.field(default_factory=list)
-    wrong: list[str] = dataclasses.field(default_factory=list)
-
-    def look(self, use: str, source: str, check: Callable[[], str | None], columns: str = "") -> str:
-        """A line on a source: `check` may say what is here, and raises if it can't be used."""
-        data, said = use.partition(",")[0], f"must have the columns {columns}" if columns else "not looked at"
-        try:
-            if is_here(source):
-                said = check() or "can be used"
-            else:
-                where = "is downloaded by the run" if source.startswith(HUGGINGFACE) else "is not there"
-                if source.startswith(TFDS):
-                    name = source.removeprefix(TFDS).partition(":")[0]
-                    where = f"is not built: python -m trace_jax.main data --name {name}"
-                self.missing.append(f"{data} data: {source} {where}")
-        except (ValueError, OSError) as error:
-            self.wrong.append(f"{data} data: {error}")
-            said = "can't be used" + (f": the columns must be {columns}" if columns else "")
-        return f"{use}: {source}: {said}"
+    text: str
+    missing: list[str]
+    wrong: list[str]
 
 
 def dry_run(config: ExperimentConfig) -> DryRun:
@@ -67,25 +49,40 @@ def dry_run(config: ExperimentConfig) -> DryRun:
       ConfigError, CheckpointError: settings that don't fit the model; a config.json of another shape than
         `model.published`.
     """
-    run, settings, unlearning = DryRun(), config.model, config.unlearning
-    weights = _weights(config, run)
+    missing, wrong, settings = [], [], config.model
+    weights = _weights(config, missing, wrong)
     if isinstance(settings, PretrainedConfig) and settings.published and not Path(settings.path).is_dir():
         settings = dataclasses.replace(settings, path="")  # the published shape; else the checkpoint's
     model = shape_of(settings)
-    data = ["data:", *(run.look(*source) for source in _sources(config))]
+    data = ["data:"]
     if not isinstance(config.data, TextConfig):
-        data.insert(1, f"corpus: {config.data.name}: made here from what is installed")
-    selected = assumed_experts(unlearning, model)
-    trained = table_text(trainable_table(model, unlearning, selected))
+        data.append(f"corpus: {config.data.name}: made here from what is installed")
+    for use, source, check, *columns in _sources(config):
+        what, said = use.partition(",")[0], f"must have the columns {columns[0]}" if columns else "not looked at"
+        try:
+            if is_here(source):
+                said = words if isinstance(words := check(), str) else "can be used"
+            else:
+                where = "is downloaded by the run" if source.startswith(HUGGINGFACE) else "is not there"
+                if source.startswith(TFDS):
+                    name = source.removeprefix(TFDS).partition(":")[0]
+                    where = f"is not built: python -m trace_jax.main data --name {name}"
+                missing.append(f"{what} data: {source} {where}")
+        except (ValueError, OSError) as error:
+            wrong.append(f"{what} data: {error}")
+            said = "can't be used" + (f": the columns must be {columns[0]}" if columns else "")
+        data.append(f"{use}: {source}: {said}")
+    selected = assumed_experts(config.unlearning, model)
+    trained = table_text(trainable_table(model, config.unlearning, selected))
     if selected is not None:
         trained += f"\n  assumed: {selected.sum():,} of {selected.size:,} experts are chosen"
-    missing = ["missing to run:", *run.missing] if run.missing else ["nothing is missing to run"]
-    lists = [data, missing, ["wrong:", *run.wrong] if run.wrong else []]
-    run.text = "\n\n".join([_head(config, model, weights), trained, *("\n  ".join(lines) for lines in lists if lines)])
-    return run
+    lists = [data, ["missing to run:", *missing] if missing else ["nothing is missing to run"]]
+    lists += [["wrong:", *wrong]] * bool(wrong)
+    text = "\n\n".join([_head(config, model, weights), trained, *map("\n  ".join, lists)])
+    return DryRun(text, missing, wrong)
 
 
-def _weights(config: ExperimentConfig, run: DryRun) -> str:
+def _weights(config: ExperimentConfig, missing: list[str], wrong: list[str]) -> str:
     """Where the parameters come from, as words; every tensor of a checkpoint is accounted for by the files' headers."""
     model = config.model
     if not isinstance(model, PretrainedConfig):
@@ -94,21 +91,24 @@ def _weights(config: ExperimentConfig, run: DryRun) -> str:
     if not model.path or not Path(model.path).is_dir():
         where = f"{model.path} is not there; " if model.path else ""
         repository = PUBLISHED[model.published]["_name_or_path"] if model.published else "OWNER/NAME"
-        run.missing.append(f"weights: {where}hf download {repository} --local-dir DIR, and --config.model.path=DIR")
+        missing.append(f"weights: {where}hf download {repository} --local-dir DIR, and --config.model.path=DIR")
         return f"of {repository}, not here"
-    model.shape()
+    shape = model.shape()
     try:
         checkpoint = open_checkpoint(model.path)
-        _, readable, _ = account(checkpoint, model.shape(), family_of(checkpoint.config))
+        _, readable, _ = account(checkpoint, shape, family_of(checkpoint.config))
         read_codec(model.path)
     except (ValueError, OSError) as error:
-        run.wrong.append(f"weights: {error}")
+        wrong.append(f"weights: {error}")
         return f"in {model.path}"
     return f"in {model.path}: every one of {len(readable):,} tensors has its place"
 
 
 def _sources(config: ExperimentConfig) -> Iterator[tuple[Any, ...]]:
-    """Every text that the run reads, as `DryRun.look` takes it. Of a corpus the first documents are read, else all."""
+    """Every text that the run reads: its use, the source, a check that may say what is there, and columns it must have.
+
+    Of a corpus the first documents are read, else all.
+    """
     data = config.data
     if isinstance(data, TextConfig):
 
@@ -126,18 +126,15 @@ def _sources(config: ExperimentConfig) -> Iterator[tuple[Any, ...]]:
         for use, path in paths.items():
             yield use, path, functools.partial(first_documents, path), "text, or question and answer"
 
-    def readable(**task: Any) -> None:
-        build_tasks(EvaluationConfig(**task))
-
     evaluation = config.evaluation
     if muse := evaluation.muse:  # one file stands for all
-        yield "evaluation, muse", part(muse.data, "verbmem", "forget"), lambda: readable(muse=muse)
+        yield "evaluation, muse", part(muse.data, "verbmem", "forget"), lambda: build_tasks(EvaluationConfig(muse=muse))
     if tofu := evaluation.tofu:
         first = part(tofu.data, f"{tofu.forget}_perturbed", "train")
-        yield "evaluation, tofu", first, lambda: readable(tofu=tofu)
+        yield "evaluation, tofu", first, lambda: build_tasks(EvaluationConfig(tofu=tofu))
     for name, path in (evaluation.multiple_choice.sources if evaluation.multiple_choice else {}).items():
-        alone = MultipleChoiceConfig({name: path})
-        yield f"evaluation, {name}", path, functools.partial(readable, multiple_choice=alone)
+        alone = EvaluationConfig(multiple_choice=MultipleChoiceConfig({name: path}))
+        yield f"evaluation, {name}", path, functools.partial(build_tasks, alone)
     for name, attack in (config.attacks.chosen if config.attacks else {}).items():
         if attack.source:
             yield f"attack, {name.replace('_', ' ')}", attack.source, attack.check_source

@@ -4,7 +4,6 @@ A stage leaves an artefact with the hash of what made it, and is skipped when th
 """
 
 import argparse
-import dataclasses
 import datetime
 import json
 import os
@@ -18,102 +17,78 @@ import numpy as np
 
 from trace_jax.config import ConfigError, as_dict
 from trace_jax.evaluation.comparison import equal_forgetting, equal_forgetting_text
-from trace_jax.evaluation.fronts import Front, crossing
+from trace_jax.evaluation.fronts import Front, Scoreboard, crossing
 from trace_jax.evaluation.intervals import Interval
+from trace_jax.io import files
 from trace_jax.io.codec import decode, encode
-from trace_jax.io.files import (
-    as_path,
-    free_bytes,
-    is_remote,
-    local_copy,
-    read_json,
-    read_lines,
-    remove,
-    replacing,
-    shown,
-    write_json,
-)
 from trace_jax.io.progress import say
 from trace_jax.parallel.processes import all_processes, barrier, broadcast_from_process_0
 from trace_jax.report.page import render
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.run.experiment import METHODS, ExperimentConfig
-from trace_jax.tasks.benchmarks import BENCHMARKS, scoreboard
+from trace_jax.tasks.benchmarks import BENCHMARKS
 
 SPLIT = "test"
 CONTROLS = ("permuted", "random_experts", "ngram", "hidden", "loss", "oracle")
 _SECONDS_TO_SEE = 30.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One stage in its directory. `identity` is the hash of every setting that shapes its artefact."""
+def run_stage(
+    name: str,
+    directory: Path,
+    identity: str,
+    title: str,
+    make: Callable[[], Any],
+    load: Callable[[], Any] = lambda: None,
+) -> Any:
+    """What `make` makes, and writes into the directory, or what `load` reads where that has been made.
 
-    name: str
-    directory: Path
-    identity: str
-
-    @property
-    def _marker(self) -> Path:
-        return self.directory / f"{self.name}.stage.json"
-
-    def done(self) -> bool:
-        """Whether the artefact of exactly these settings is there; the same on every process."""
-        marker = read_json(self._marker)
-        return bool(broadcast_from_process_0(marker is not None and marker.get("identity") == self.identity))
-
-    def invalidate(self) -> None:
-        """Makes the stage run again."""
-        remove(self._marker)
-
-    def run(self, make: Callable[[], Any], title: str, load: Callable[[], Any] = lambda: None) -> Any:
-        """What `make` makes (and writes) or, if the stage is done, what `load` reads."""
-        if self.done():
-            say(f"{title}: already done")
-            return load()
-        if self._marker.exists():
-            say(f"{title}: its settings changed, so it is made anew")
-            self.invalidate()
-        result = make()
-        write_json(self._marker, {"identity": self.identity})
-        barrier(f"{title}: written")  # later stages read it, on every process
-        return result
+    `identity` is the hash of every setting that shapes it. NAME.stage.json keeps it; every process goes the same way.
+    """
+    marker = directory / f"{name}.stage.json"
+    stored = files.read_json(marker)
+    if broadcast_from_process_0(stored is not None and stored.get("identity") == identity):
+        say(f"{title}: already done")
+        return load()
+    if marker.exists():
+        say(f"{title}: its settings changed, so it is made anew")
+        files.remove(marker)
+    result = make()
+    files.write_json(marker, {"identity": identity})
+    barrier(f"{title}: written")  # later stages read it, on every process
+    return result
 
 
 def calibration_directory(workdir: Path, label: str) -> Path:
-    """Where the weights of `methods/LABEL` are, and the calibration they come from.
-
-    Methods with the same weights share them in `calibrations/HASH`; earlier versions have them in `methods/LABEL`.
-    """
+    """Where the weights of `methods/LABEL` are: in `calibrations/HASH`, or there, as earlier versions had them."""
     directory = workdir / "methods" / label
-    shared = read_json(directory / "weights.json")
+    shared = files.read_json(directory / "weights.json")
     return directory if shared is None else workdir / "calibrations" / shared["calibration"]
 
 
 def open_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Path:
     """Makes or reopens a run directory (`check_workdir`) and writes the resolved configuration into it."""
-    path = as_path(workdir)
+    path = files.as_path(workdir)
     replaces = check_workdir(config, path, overwrite=overwrite)
     barrier("the workdir as it was found")  # a process that is late must not see what is written now
     if replaces:
-        remove(path)
-    write_json(path / "config.json", {"identity": config.identity(), "config": as_dict(config)})
-    _check_shared(path)
+        files.remove(path)
+    files.write_json(path / "config.json", {"identity": config.identity(), "config": as_dict(config)})
+    if jax.distributed.is_initialized():
+        _check_shared(path)
     return path
 
 
 def _check_shared(path: Path) -> None:
     """Every process must see what process 0 writes: a run continues from its files, and states are written by all."""
-    if not jax.distributed.is_initialized():
-        return
     file, token = path / "shared.json", broadcast_from_process_0(int.from_bytes(os.urandom(3)))
-    write_json(file, token)
+    files.write_json(file, token)
     barrier("a token in the workdir")
     end = time.monotonic() + _SECONDS_TO_SEE
-    while not (seen := read_json(file) == token) and time.monotonic() < end:
+    while not (seen := files.read_json(file) == token) and time.monotonic() < end:
         time.sleep(0.5)  # network file systems take a while
     shared = all_processes(seen)
-    remove(file)
+    files.remove(file)
     if not shared:
         raise ConfigError(
             f"{path}: not every process sees what process 0 writes there; each host has a disk of its own. Give "
@@ -128,10 +103,10 @@ def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overw
       ConfigError: the directory belongs to another corpus or model (and `overwrite` is not given), holds something
         that is not a run, or is on a disk without space.
     """
-    path = as_path(workdir)
+    path = files.as_path(workdir)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: is a file; --workdir needs a directory.")
-    earlier = read_json(path / "config.json") if path.is_dir() else None
+    earlier = files.read_json(path / "config.json")
     if earlier is None and path.is_dir() and any(path.iterdir()):
         raise ConfigError(f"{path}: is not empty and holds no run (no config.json). Choose another --workdir.")
     replaces = earlier is not None and earlier.get("identity") != config.identity()
@@ -148,14 +123,14 @@ def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overw
             "pass --overwrite to replace that run."
         )
     check_export(config, path)
-    if (free := free_bytes(path)) < 1 << 30:
+    if (free := files.free_bytes(path)) < 1 << 30:
         raise ConfigError(f"{path}: only {free / 2**20:.0f} MiB are free there; a run needs 1 GiB.")
     return replaces
 
 
 def check_export(config: ExperimentConfig, workdir: str | os.PathLike) -> None:
     """Raises ConfigError if the run would export a checkpoint to an address."""
-    if config.export and is_remote(workdir):
+    if config.export and files.is_remote(workdir):
         raise ConfigError(
             f"{os.fspath(workdir)}: checkpoints are exported to a local disk. Pass --config.export=None; afterwards, "
             f"on one machine: python -m trace_jax.main export --workdir {os.fspath(workdir)} --output DIR."
@@ -167,48 +142,71 @@ def check_export(config: ExperimentConfig, workdir: str | os.PathLike) -> None:
 
 def needed(file: Path) -> dict[str, Any]:
     """The JSON object of a finished stage."""
-    value = read_json(file)
+    value = files.read_json(file)
     if value is None:
         raise ConfigError(f"{file}: is not there; the run is not finished. Run it first, with the same --workdir.")
     return value
 
 
-def write_run_report(workdir: str | os.PathLike) -> str:
+def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
+    """Writes results.json (references, every method's measurements and front, the tables) and report.html.
+
+    Returns the tables and where the report is, as text.
+    """
+    path = files.as_path(workdir)
+    config, references = needed(path / "config.json")["config"], needed(path / "references.json")
+    methods = {label: needed(path / "methods" / label / "results.json") for label in labels}
+    attacks = [name for name, settings in (config["attacks"] or {}).items() if settings is not None]
+    for label, result in methods.items():
+        result["attacks"] = {name: needed(path / "methods" / label / "attacks" / f"{name}.json") for name in attacks}
+    fronts = {label: decode(Front, result["fronts"][SPLIT]) for label, result in methods.items()}
+    benchmark, levels = config["data"]["benchmark"], config["evaluation"]["levels"]
+    board = BENCHMARKS[benchmark].board
+    tables = [equal_forgetting(fronts, board=board, level=level) for level in levels]
+    results = {
+        "name": config["name"],
+        "benchmark": benchmark,
+        "data": references["data"],
+        "references": references["measurements"],
+        "methods": methods,
+        "equal_forgetting": tables,
+        "table": "\n\n".join(map(equal_forgetting_text, tables)),
+    }
+    files.write_json(path / "results.json", results)
+    return f"{results['table']}\n\n{write_report(path)}"
+
+
+def write_report(workdir: str | os.PathLike) -> str:
     """Writes report.html of a finished run, study or series from its files. Returns where it is, as a sentence."""
-    path = as_path(workdir)
+    path = files.as_path(workdir)
     names = ("results.json", "study.json", "series.json")
     page = needed(next((path / name for name in names if (path / name).exists()), path / names[0]))
-    page |= {"config": needed(path / "config.json")["config"], "environment": needed(path / "environment.json")}
-    board, forgotten = scoreboard(page["benchmark"]), BENCHMARKS[page["benchmark"]].forgotten
-    page |= {"forgetting": board.forgetting, "chance": board.chance}
-    page |= {"generated": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")}
+    benchmark = BENCHMARKS[page["benchmark"]]
+    page |= {
+        "config": needed(path / "config.json")["config"],
+        "environment": needed(path / "environment.json"),
+        "forgetting": benchmark.board.forgetting,
+        "chance": benchmark.board.chance,
+        "generated": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
+    }
     if "methods" in page:
+        calibrations = {label: calibration_directory(path, label) for label in page["methods"]}
+        solved = {label: files.read_json(place / "calibration.json") for label, place in calibrations.items()}
         page |= {
-            "title": f"Unlearning {forgotten}",
-            "forgotten": forgotten,
-            "rows": _rows(path, page),
-            "frequency": _frequency(path, page["methods"]),
-            "certificates": {
-                label: saved["certificate"]
-                for label in page["methods"]
-                if (saved := read_json(calibration_directory(path, label) / "calibration.json")) is not None
-            },
+            "title": f"Unlearning {benchmark.forgotten}",
+            "forgotten": benchmark.forgotten,
+            "rows": _rows(path, page, benchmark.board),
+            "frequency": _frequency(path, calibrations),
+            "certificates": {label: saved["certificate"] for label, saved in solved.items() if saved is not None},
         }
-    with replacing(path / "report.html") as temporary:
+    with files.replacing(path / "report.html") as temporary:
         temporary.write_text(render(page), encoding="utf-8")
-    return f"report: {shown(path / 'report.html')}"
+    return f"report: {files.shown(path / 'report.html')}"
 
 
-def comparison_row(label: str, method: str, numbers: Mapping[str, Any], note: str, **rest: Any) -> dict[str, Any]:
-    """A row of the report (`trace_jax.report.page.render`) on a method of `METHODS`; `note` stands after what it is."""
-    kind, note = "control" if method in CONTROLS else "method", METHODS[method].summary + note
-    return {"method": label, "kind": kind, **numbers, "step": None, "note": note, **rest}
-
-
-def _rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(path: Path, results: Mapping[str, Any], board: Scoreboard) -> list[dict[str, Any]]:
     """References as measured; methods where their front first comes down to the level, with interpolated intervals."""
-    level, board = results["config"]["evaluation"]["levels"][0], scoreboard(results["benchmark"])
-    original = on_test(results["references"]["target"])
+    level, original = results["config"]["evaluation"]["levels"][0], on_test(results["references"]["target"])
     scales = {n: original[n].value if relative and n in original else 1.0 for n, relative in board.utilities.items()}
 
     def numbers(measured: Mapping[str, Interval]) -> dict[str, Any]:
@@ -221,7 +219,7 @@ def _rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
     for label, result in results["methods"].items():
         front = decode(Front, result["fronts"][SPLIT])
         read, lowest = crossing(front, level), int(np.argmin(front.forgetting))
-        lines, measured = read_lines(path / "methods" / label / "metrics.jsonl"), {}
+        lines, measured = files.read_lines(path / "methods" / label / "metrics.jsonl"), {}
         history = [on_test(line["evaluation"]) for line in lines if "evaluation" in line]
         for name in set.intersection(*map(set, history)) if history else ():
             points = [evaluation[name] for evaluation in history]
@@ -236,6 +234,12 @@ def _rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def comparison_row(label: str, method: str, numbers: Mapping[str, Any], note: str, **rest: Any) -> dict[str, Any]:
+    """A row of the report (`trace_jax.report.page.render`) on a method of `METHODS`; `note` stands after what it is."""
+    kind, note = "control" if method in CONTROLS else "method", METHODS[method].summary + note
+    return {"method": label, "kind": kind, **numbers, "step": None, "note": note, **rest}
+
+
 def on_test(measurements: Iterable[Mapping[str, Any]]) -> dict[str, Interval]:
     """What was measured on the test split, by name."""
     return {
@@ -245,51 +249,23 @@ def on_test(measurements: Iterable[Mapping[str, Any]]) -> dict[str, Interval]:
     }
 
 
-def _frequency(path: Path, labels: Iterable[str]) -> dict[str, Any] | None:
+def _frequency(path: Path, calibrations: Mapping[str, Path]) -> dict[str, Any] | None:
     """How often experts are used, and what each method selected (`trace_jax.report.page.render`)."""
-    files = [path / "statistics" / f"{name}.npz" for name in ("forget", "retain")]
-    if not all(file.exists() for file in files):
+    corpora = [path / "statistics" / f"{name}.npz" for name in ("forget", "retain")]
+    if not all(file.exists() for file in corpora):
         return None
-    forget, retain = map(ExpertStatistics.load, files)
+    forget, retain = map(ExpertStatistics.load, corpora)
     frequency = {
         "forget": forget.frequency, "retain": retain.frequency, "layers": forget.layers,
         "uniform": forget.top_k / forget.counts.shape[1], "calibrated": {}, "selected": {},
     }  # fmt: skip
-    for label in labels:
-        file = calibration_directory(path, label) / "weights.npz"
-        with local_copy(file) as local, np.load(local, allow_pickle=False) as arrays:
+    for label, directory in calibrations.items():
+        with files.local_copy(directory / "weights.npz") as local, np.load(local, allow_pickle=False) as arrays:
             if "frequency" in arrays and arrays["selected"].any():
                 frequency["calibrated"][label], frequency["selected"][label] = arrays["frequency"], arrays["selected"]
     return frequency
 
 
-def refresh(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
-    """Writes results.json (references, every method's measurements and front, the tables) and report.html anew.
-
-    Returns the tables and where the report is, as text.
-    """
-    path = as_path(workdir)
-    config, references = needed(path / "config.json")["config"], needed(path / "references.json")
-    methods = {label: needed(path / "methods" / label / "results.json") for label in labels}
-    attacks = [name for name, settings in (config["attacks"] or {}).items() if settings is not None]
-    for label, result in methods.items():
-        result["attacks"] = {name: needed(path / "methods" / label / "attacks" / f"{name}.json") for name in attacks}
-    fronts = {label: decode(Front, result["fronts"][SPLIT]) for label, result in methods.items()}
-    benchmark, levels = config["data"]["benchmark"], config["evaluation"]["levels"]
-    tables = [equal_forgetting(fronts, board=scoreboard(benchmark), level=level) for level in levels]
-    results = {
-        "name": config["name"],
-        "benchmark": benchmark,
-        "data": references["data"],
-        "references": references["measurements"],
-        "methods": methods,
-        "equal_forgetting": tables,
-        "table": "\n\n".join(map(equal_forgetting_text, tables)),
-    }
-    write_json(path / "results.json", results)
-    return f"{results['table']}\n\n{write_run_report(path)}"
-
-
 def main(options: argparse.Namespace) -> int:
-    print(write_run_report(options.workdir))
+    print(write_report(options.workdir))
     return 0

@@ -20,7 +20,7 @@ def evaluate_checkpoint(
     """Measures a checkpoint on the tasks of `config.evaluation`. Returns the measurements, and where they are, as text.
 
     Models are loaded one after the other. Their scores are kept in `output`, so that a second call scores only what
-    changed: another checkpoint, another task or another setting of it.
+    changed.
 
     Args:
       config: its `evaluation`, `parallel` and `seed` are read, and of `model` the checkpoint, a retrained one, and how
@@ -28,9 +28,6 @@ def evaluate_checkpoint(
       output: directory for results.json and scores; made if missing.
       original: checkpoint of the model before unlearning, which some measurements are relative to, as others are to the
         retrained one.
-
-    Raises:
-      ConfigError: no task is configured; CheckpointError, DataError: something given can't be read.
     """
     tasks, path, settings = build_tasks(config.evaluation), as_path(output), config.model
     if not tasks:
@@ -52,9 +49,8 @@ def evaluate_checkpoint(
         store = ScoreStore(path / "scores" / name, fingerprint(model.identity(), "evaluate"))
         scores[name] = evaluator.score(loaded, full=True, store=store)
         del loaded
-    evaluator = dataclasses.replace(
-        evaluator, original=scores.get("original", {}), retrained=scores.get("retrained", {})
-    )
+    references = {name: scores.get(name, {}) for name in ("original", "retrained")}
+    evaluator = dataclasses.replace(evaluator, **references)
     measured = {name: evaluator.measure(of_model) for name, of_model in scores.items()}
     results = {
         "models": as_dict(models),

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -32,8 +32,7 @@ _ROWS = {"name": "entropy", "unit": "row", **_BOUNDED}
 _TOKENS = {"name": "entropy", "unit": "token", "apply": "both"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Preset:
+class Preset(NamedTuple):
     """A named way of weighting the retain loss. `steps` multiplies the steps of the run (1 = equal budget)."""
 
     summary: str
@@ -58,17 +57,12 @@ METHODS: dict[str, Preset] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """One fully resolved way to unlearn."""
 
     name: str
     calibration: CalibrationConfig
     unlearning: UnlearningConfig
-
-    def __post_init__(self):
-        if isinstance(getattr(self.calibration.weighting, "routing", None), Online):
-            self.unlearning.check_online()
 
 
 class StudyConfig(Section):
@@ -79,9 +73,7 @@ class StudyConfig(Section):
     alphas: tuple[float, ...] = option(
         (4.0, 16.0, 48.0, 150.0), help="retain coefficients; each method is tuned over all of them", minimum=0.0
     )
-    learning_rates: tuple[float, ...] = option(
-        (1e-3,), help="learning rates of unlearning; tuned likewise", minimum=0.0
-    )
+    learning_rates: tuple[float, ...] = option((1e-3,), help="learning rates; tuned likewise", minimum=0.0)
     workers: int = option(0, help="runs side by side; 0 = one per core", minimum=0)
     # Objectives compared, each with settings of its own (a list of numbers is tuned over); none: that of `unlearning`.
     objectives: dict = dataclasses.field(default_factory=dict)
@@ -182,7 +174,10 @@ class ExperimentConfig(Section):
         changes |= unlearning
         for length in ("steps", "epochs"):
             changes[length] = changes.get(length, 0) * preset.steps
-        return Method(name, calibration, resolve(UnlearningConfig, changes, path="unlearning"))
+        training = resolve(UnlearningConfig, changes, path="unlearning")
+        if isinstance(getattr(weighting, "routing", None), Online):
+            training.check_online()
+        return Method(name, calibration, training)
 
     def identity(self) -> str:
         """Hash of what a run directory stays the same run by: corpus and model. Other settings may change in it."""
@@ -206,6 +201,7 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Experi
     """The experiment of a config file, `FILE` or `FILE:variant`, with overrides by dotted name applied.
 
     Another objective, or another kind of anything that has kinds, takes the place of the file's with its settings.
+    What the file sets of a retain term that overrides take away is left out.
 
     Raises:
       ConfigError: no such file, no `get_config` in it, an error in it, an unknown setting or a wrong value.
@@ -218,9 +214,17 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Experi
         values = _run(file, variant)
     finally:
         del sys.path[0]
-    for path, value in (overrides or {}).items():
+    overrides = overrides or {}
+    for path, value in overrides.items():
         _override(values, path, value)
-    _leave_out_retain_term(values.get("unlearning"), overrides or {})
+    unlearning = values.get("unlearning")
+    if isinstance(unlearning, dict) and {"unlearning.objective", "unlearning.retain_loss"} & overrides.keys():
+        objective = unlearning.get("objective")
+        kind = Objective.kinds.get(objective.get("name", "") if isinstance(objective, dict) else objective or "")
+        if unlearning.get("retain_loss") == "none" or (kind is not None and not kind.retains):
+            for setting in UnlearningConfig.OF_RETAIN:
+                if f"unlearning.{setting}" not in overrides and unlearning.pop(setting, None) is not None:
+                    say(f"unlearning.{setting} of the config file is left out: there is no retain term")
     return resolve(ExperimentConfig, values)
 
 
@@ -239,16 +243,14 @@ def _run(file: str, variant: str) -> dict[str, Any]:
         values = get_config(*arguments)
     except ConfigError:
         raise
-    except SyntaxError as error:
-        line = f":{error.lineno}" if error.lineno else ""
-        raise ConfigError(
-            f"{error.filename or file}{line}: is not Python ({error.msg}); --config takes a Python file with a "
-            "get_config function."
-        ) from error
     except Exception as error:  # whatever a user's code can raise
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+        problem = f"{type(error).__name__}: {error}"
+        if isinstance(error, SyntaxError):
+            file, lines = error.filename or file, [error.lineno] * bool(error.lineno)
+            problem = f"is not Python ({error.msg}); --config takes a Python file with a get_config function."
         line = f":{lines[-1]}" if lines else ""
-        raise ConfigError(f"{file}{line}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{file}{line}: {problem}") from error
     if not isinstance(values, (Mapping, ConfigDict)):
         raise ConfigError(f"{file}: get_config returned {values!r}; expected a ConfigDict, or settings in a dict.")
     return values.to_dict() if isinstance(values, ConfigDict) else dict(values)
@@ -266,15 +268,3 @@ def _override(values: dict, path: str, value: Any) -> None:
     before = values.get(key)
     if not (isinstance(before, dict) and isinstance(value, str) and before.get("name") == value):
         values[key] = value  # a variant that is named as in the file keeps its settings there
-
-
-def _leave_out_retain_term(unlearning: Any, overrides: Mapping[str, Any]) -> None:
-    """Leaves out what the file sets of a retain term that overrides have taken away, and says so."""
-    if not isinstance(unlearning, dict) or not {"unlearning.objective", "unlearning.retain_loss"} & overrides.keys():
-        return
-    objective, retain_loss = unlearning.get("objective"), unlearning.get("retain_loss")
-    kind = Objective.kinds.get(objective.get("name", "") if isinstance(objective, dict) else objective or "")
-    if retain_loss == "none" or (kind is not None and not kind.retains):
-        for name in UnlearningConfig.OF_RETAIN:
-            if f"unlearning.{name}" not in overrides and unlearning.pop(name, None) is not None:
-                say(f"unlearning.{name} of the config file is left out: there is no retain term")

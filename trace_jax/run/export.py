@@ -1,7 +1,6 @@
 """The models of a run: kept in its directory, read back, and handed on as a checkpoint that others can load."""
 
 import argparse
-import dataclasses
 import os
 from pathlib import Path
 
@@ -14,10 +13,10 @@ from trace_jax.checkpoints.pretrained import PretrainedConfig, load_pretrained
 from trace_jax.checkpoints.state import load_params, save_params
 from trace_jax.config import ConfigError, fingerprint, resolve
 from trace_jax.data.sources import HUGGINGFACE, TFDS
-from trace_jax.io.files import as_path, local_copy, replacing
+from trace_jax.io import files
 from trace_jax.io.progress import flatten as dotted
 from trace_jax.io.progress import format_interval, format_number, plain_name, say
-from trace_jax.models.architecture import ModelConfig, abstract_params, flatten, unflatten
+from trace_jax.models.architecture import abstract_params, flatten, unflatten
 from trace_jax.models.model import Model
 from trace_jax.run.directory import SPLIT, needed
 from trace_jax.run.experiment import METHODS, ExperimentConfig
@@ -31,28 +30,25 @@ _FILE, _TOKENIZER = "model.safetensors", "tokenizer.json"
 
 def save_trained(directory: Path, model: Model, identity: str) -> None:
     """Keeps a model that was trained here, with its tokenizer."""
-    with replacing(directory / _TOKENIZER) as temporary:
+    with files.replacing(directory / _TOKENIZER) as temporary:
         model.tokenizer.save(str(temporary))
     save_params(directory / _FILE, model.params, {"identity": identity})
 
 
-def load_trained(directory: Path, config: ModelConfig) -> Model:
-    """The inverse of `save_trained`."""
-    params, _ = load_params(directory / _FILE, abstract_params(config))
-    with local_copy(directory / _TOKENIZER) as local:
-        return Model(config, params, Tokenizer.from_file(str(local)))
+def load_model(config: ExperimentConfig, workdir: Path, label: str = TARGET, mesh: Mesh | None = None) -> Model:
+    """The model that a run unlearns from, "retrained", which never saw the forget set, or that of `methods/LABEL`.
 
-
-def load_model(config: ExperimentConfig, workdir: Path, name: str = TARGET, mesh: Mesh | None = None) -> Model:
-    """The model that a run unlearns from or, with the name "retrained", the one that never saw the forget set.
-
-    Either is a checkpoint, or was trained in WORKDIR/NAME.
+    The first two are checkpoints, or were trained in WORKDIR/LABEL.
     """
-    checkpoint = config.model
-    if not isinstance(checkpoint, PretrainedConfig):
-        return load_trained(workdir / name, checkpoint)
-    path = checkpoint.path if name == TARGET else checkpoint.retrained
-    return load_pretrained(path, dtype=checkpoint.dtype, grouped_matmul=checkpoint.grouped_matmul, mesh=mesh)
+    settings = config.model
+    if label not in (TARGET, RETRAINED):
+        return load_unlearned(workdir, label, load_model(config, workdir, mesh=mesh))
+    if isinstance(settings, PretrainedConfig):
+        path = settings.path if label == TARGET else settings.retrained
+        return load_pretrained(path, dtype=settings.dtype, grouped_matmul=settings.grouped_matmul, mesh=mesh)
+    params, _ = load_params(workdir / label / _FILE, abstract_params(settings))
+    with files.local_copy(workdir / label / _TOKENIZER) as local:
+        return Model(settings, params, Tokenizer.from_file(str(local)))
 
 
 def save_unlearned(directory: Path, unlearned: Unlearned, identity: str) -> None:
@@ -70,26 +66,8 @@ def load_unlearned(workdir: Path, label: str, target: Model) -> Model:
     return target.replace(params=unflatten({**flat, **trained}))
 
 
-@dataclasses.dataclass(frozen=True)
-class RunModel:
-    """Where a model of a run is: the one that `methods/LABEL` made or, with the label "target", what it started from.
-
-    `identity` is the hash of all that made it. Make one with `find_model`.
-    """
-
-    config: ExperimentConfig
-    workdir: Path
-    label: str
-    identity: str
-
-    def load(self, mesh: Mesh | None = None) -> Model:
-        """The model itself."""
-        target = load_model(self.config, self.workdir, mesh=mesh)
-        return target if self.label == TARGET else load_unlearned(self.workdir, self.label, target)
-
-
-def find_model(workdir: str | os.PathLike, label: str | None) -> RunModel:
-    """A model of a finished run.
+def find_model(workdir: str | os.PathLike, label: str | None) -> tuple[ExperimentConfig, str, str]:
+    """Of a model of a finished run what `load_model` takes: the experiment and its label; and the hash of what made it.
 
     Args:
       label: the method, or "target" for the model that all methods started from; None: the run's only method.
@@ -97,7 +75,7 @@ def find_model(workdir: str | os.PathLike, label: str | None) -> RunModel:
     Raises:
       ConfigError: no such run or method; the checkpoint that the run started from has changed.
     """
-    path = as_path(workdir)
+    path = files.as_path(workdir)
     saved = needed(path / "config.json")
     # Other settings may be spelled as an earlier version had them, and are not read; it had None for unset sizes.
     settings = {name: saved["config"][name] for name in ("name", "data", "model")}
@@ -116,27 +94,22 @@ def find_model(workdir: str | os.PathLike, label: str | None) -> RunModel:
             f"{path}: {label or 'no method'} is given; name one that is finished: --method={' or '.join(finished)}."
         )
     if label == TARGET and isinstance(config.model, PretrainedConfig):
-        return RunModel(config, path, label, config.model.identity())
+        return config, label, config.model.identity()
     made = path / "target" / "target.stage.json" if label == TARGET else methods / label / "unlearning.stage.json"
-    return RunModel(config, path, label, needed(made)["identity"])
+    return config, label, needed(made)["identity"]
 
 
 def export_run(
     workdir: str | os.PathLike, output: str | os.PathLike, *, label: str | None = None, overwrite: bool = False
 ) -> str:
-    """Exports the unlearned model of a finished run to the directory `output`. Returns where it is, as a sentence.
-
-    Args:
-      label: the method; needed where the run has several.
-
-    Raises:
-      ConfigError: the label is "target"; see also `find_model`.
-    """
+    """Exports the unlearned model of a finished run (`find_model`) to a directory. Returns where, as a sentence."""
     if label == TARGET:
         raise ConfigError("the target model isn't exported: it is what the run started from. Name a method.")
-    run = find_model(workdir, label)
-    say(f"export of {run.label}: writing {output}")
-    save_pretrained(run.load(), output, card=model_card(run.config, run.workdir, run.label), overwrite=overwrite)
+    path = files.as_path(workdir)
+    config, label, _ = find_model(path, label)
+    say(f"export of {label}: writing {output}")
+    card = model_card(config, path, label)
+    save_pretrained(load_model(config, path, label), output, card=card, overwrite=overwrite)
     return f"export: {Path(output).resolve()}"
 
 

@@ -1,8 +1,5 @@
-"""The stages of a run: what its methods share, then for each method calibration, unlearning, evaluation and attacks.
-
-Each stage leaves an artefact with the hash of everything that made it, and is skipped when that artefact is there; so a
-run that was interrupted, or whose later settings changed, continues from what it has.
-"""
+"""The stages of a run (`run_stage`): what its methods share, then for each of them weights, unlearning, evaluation and
+attacks. A run that was interrupted, or whose later settings changed, continues from what it has."""
 
 import argparse
 import dataclasses
@@ -29,7 +26,7 @@ from trace_jax.models.model import Model
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
 from trace_jax.routing.config import CalibrationConfig, Entropy, Permuted, RatioWeights
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
-from trace_jax.run.directory import Stage, needed, refresh
+from trace_jax.run.directory import needed, run_stage, write_results
 from trace_jax.run.experiment import ExperimentConfig, Method
 from trace_jax.run.export import UNLEARNED, load_unlearned, model_card, save_unlearned
 from trace_jax.run.prepare import Prepared, prepare, retrained_identity
@@ -72,20 +69,19 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
     for context in prepared.attacks.values():
         _ = context.prepared  # while there is nothing to lose
     models = {name: run_method(prepared, config.method(name), label=name) for name in config.methods}
-    text = refresh(prepared.workdir, config.methods) if is_main() else ""
+    text = write_results(prepared.workdir, config.methods) if is_main() else ""
     if (label := config.export) is None:
         return text
     path, output = prepared.workdir, prepared.workdir / "export"
-    stage = Stage("export", path, fingerprint(models[label], "export"))
     if not output.exists():
-        stage.invalidate()
+        remove(path / "export.stage.json")
 
     def export() -> None:
         say(f"export of {label}: writing {output}")
         model = load_unlearned(path, label, prepared.target)
         save_pretrained(model, output, card=model_card(config, path, label), overwrite=True)
 
-    stage.run(export, f"export of {label}")
+    run_stage("export", path, fingerprint(models[label], "export"), f"export of {label}", export)
     return f"{text}\nexport: {shown(output)}"
 
 
@@ -104,28 +100,23 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
     quick = [task.identity for task in tasks if task.quick]
     measured = config.evaluation.batch_size, config.evaluation.bootstrap  # what changes the evaluations on the way
     model_id = fingerprint(calibration_id, method.unlearning, measured, quick)
-    made = Stage("unlearning", directory, model_id).run(
-        lambda: _unlearn(prepared, method, weights, label, model_id), f"unlearning with {label}"
-    )
-
-    @functools.cache
-    def unlearned() -> Model:
-        return made or load_unlearned(prepared.workdir, label, prepared.target)
-
+    make = functools.partial(_unlearn, prepared, method, weights, label, model_id)
+    made = run_stage("unlearning", directory, model_id, f"unlearning with {label}", make)
+    unlearned = functools.cache(lambda: made or load_unlearned(prepared.workdir, label, prepared.target))
     identities = [task.identity for task in tasks]
     evaluation_id = fingerprint(model_id, config.evaluation, identities, retrained_identity(config))
-    Stage("evaluation", directory, evaluation_id).run(
-        lambda: _evaluate(prepared, unlearned(), weights, directory, model_id), f"evaluation of {label}"
-    )
+    evaluate = functools.partial(_evaluate, prepared, unlearned, weights, directory, model_id)
+    run_stage("evaluation", directory, evaluation_id, f"evaluation of {label}", evaluate)
     remove(directory / "checkpoints")
     place = directory / "attacks"
+
+    def attack(name: str, context: Context, identity: str) -> None:
+        write_json(place / f"{name}.json", Case(context, unlearned(), place / name, identity).attack())
+
     for name, context in prepared.attacks.items():
         identity = fingerprint(evaluation_id, name, context.attack, context.attack.revisions)
-
-        def attack(name: str = name, context: Context = context, identity: str = identity) -> None:
-            write_json(place / f"{name}.json", Case(context, unlearned(), place / name, identity).attack())
-
-        Stage(name, place, identity).run(attack, f"{name.replace('_', ' ')} of {label}")
+        title = f"{name.replace('_', ' ')} of {label}"
+        run_stage(name, place, identity, title, functools.partial(attack, name, context, identity))
     return model_id
 
 
@@ -160,8 +151,8 @@ def calibrated(prepared: Prepared, config: CalibrationConfig, label: str) -> tup
             say(f"calibration of {label}:\n{weights.calibration.certificate.text(most=0)}")
         return weights
 
-    stage = Stage("weights", directory, weights_id)
-    weights = stage.run(make, f"calibration of {label}", lambda: RetainWeights.load(directory))
+    load = functools.partial(RetainWeights.load, directory)
+    weights = run_stage("weights", directory, weights_id, f"calibration of {label}", make, load)
     return weights.applied(weighting), weights_id
 
 
@@ -201,9 +192,11 @@ def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: 
     return unlearned.model
 
 
-def _evaluate(prepared: Prepared, model: Model, weights: RetainWeights, directory: Path, model_id: str) -> None:
+def _evaluate(
+    prepared: Prepared, unlearned: Callable[[], Model], weights: RetainWeights, directory: Path, model_id: str
+) -> None:
     """Everything that is measured on an unlearned model, and on the weights it was made with: results.json."""
-    evaluation, corpora = prepared.config.evaluation, prepared.corpora
+    evaluation, corpora, model = prepared.config.evaluation, prepared.corpora, unlearned()
     scores = prepared.evaluator.score(model, full=True, store=ScoreStore(directory / "scores", model_id))
     routing = measure_routing(
         prepared.target,

@@ -1,8 +1,4 @@
-"""What the methods of a run share: data, target model (and retrained model), routing statistics, evaluator.
-
-Each stage leaves an artefact with the hash of everything that made it, and is skipped when that artefact is there; so a
-run that was interrupted, or whose later settings changed, continues from what it has.
-"""
+"""What the methods of a run share: data, target model (and retrained model), routing statistics, evaluator."""
 
 import dataclasses
 import functools
@@ -10,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -27,17 +24,10 @@ from trace_jax.io.progress import say, tracked
 from trace_jax.models.architecture import ModelConfig, count_params, flatten
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import check_joined
-from trace_jax.routing.statistics import (
-    MIN_ACTIVATIONS,
-    Assignments,
-    ExpertStatistics,
-    expert_assignments,
-    expert_routing,
-    expert_statistics,
-)
-from trace_jax.run.directory import Stage, check_workdir, open_workdir
+from trace_jax.routing import statistics as routing
+from trace_jax.run.directory import check_workdir, open_workdir, run_stage
 from trace_jax.run.experiment import ExperimentConfig
-from trace_jax.run.export import RETRAINED, TARGET, load_model, load_trained, save_trained
+from trace_jax.run.export import RETRAINED, TARGET, load_model, save_trained
 from trace_jax.tasks.benchmarks import build_tasks
 from trace_jax.unlearning.train import train_model
 from trace_jax.unlearning.trainable import trainable_paths
@@ -69,33 +59,35 @@ class Prepared:
 
     def _trained(self, name: str, mixture: Mapping[str, float], identity: str) -> Model:
         """Trains a model on a mixture of the corpora, or loads it."""
-        stage, shape, training = Stage(name, self.workdir / name, identity), self.config.model, self.config.target
+        config, directory, shape, training = self.config, self.workdir / name, self.config.model, self.config.target
         assert isinstance(shape, ModelConfig) and training is not None
 
         def make() -> Model:
             total, active = count_params(shape)
-            size = f"{training.batch_size} x {self.config.data.row_length} tokens"
+            size = f"{training.batch_size} x {config.data.row_length} tokens"
             say(f"{name} model: {total:,} parameters, {active:,} active per token; {training.steps} steps of {size}")
             model = train_model(
                 shape,
                 training,
-                mixture_batches(self.corpora.train, mixture, training.batch_size, seed=self.config.seed),
-                seed=self.config.seed,
+                mixture_batches(self.corpora.train, mixture, training.batch_size, seed=config.seed),
+                seed=config.seed,
                 mesh=self.mesh,
-                directory=stage.directory,
+                directory=directory,
                 identity=identity,
                 title=f"training the {name} model",
                 tokenizer=self.corpora.tokenizer,
             )
-            save_trained(stage.directory, model, identity)
+            save_trained(directory, model, identity)
             return model
 
-        model = stage.run(make, f"{name} model", lambda: load_trained(stage.directory, shape))
-        remove(stage.directory / "checkpoints")  # of use while it trains only
+        model = run_stage(
+            name, directory, identity, f"{name} model", make, lambda: load_model(config, self.workdir, name)
+        )
+        remove(directory / "checkpoints")  # of use while it trains only
         return model
 
     @functools.cached_property
-    def statistics(self) -> tuple[ExpertStatistics, ExpertStatistics]:
+    def statistics(self) -> tuple[routing.ExpertStatistics, routing.ExpertStatistics]:
         """Expert frequencies of the target model on forget and retain data; the experts of retain tokens are kept."""
         directory, size = self.workdir / "statistics", self.config.evaluation.batch_size
         files = directory / "forget.npz", directory / "retain.npz"
@@ -103,25 +95,29 @@ class Prepared:
         def batches(name: str, rows: Rows) -> Iterator[Batch]:
             return tracked(sequential_batches(rows, size), f"routing of the {name} corpus", -(-len(rows) // size))
 
-        def make() -> tuple[ExpertStatistics, ExpertStatistics]:
-            forget = expert_statistics(self.target, batches("forget", self.corpora.forget), mesh=self.mesh)
-            retain, assignments = expert_routing(
-                self.target, batches("retain", self.corpora.retain), mesh=self.mesh, min_activations=MIN_ACTIVATIONS
+        def make() -> tuple[routing.ExpertStatistics, routing.ExpertStatistics]:
+            of_forget, of_retain = batches("forget", self.corpora.forget), batches("retain", self.corpora.retain)
+            forget = routing.expert_statistics(self.target, of_forget, mesh=self.mesh)
+            retain, assignments = routing.expert_routing(
+                self.target, of_retain, mesh=self.mesh, min_activations=routing.MIN_ACTIVATIONS
             )
             forget.save(files[0])
             retain.save(files[1], assignments)
             return forget, retain
 
-        stage = Stage("statistics", directory, fingerprint(self.model_id, "routing"))
-        return stage.run(make, "routing statistics", lambda: tuple(map(ExpertStatistics.load, files)))
+        def load() -> tuple[routing.ExpertStatistics, ...]:
+            return tuple(map(routing.ExpertStatistics.load, files))
+
+        identity = fingerprint(self.model_id, "routing")
+        return run_stage("statistics", directory, identity, "routing statistics", make, load)
 
     @functools.cached_property
-    def retain_assignments(self) -> Assignments:
+    def retain_assignments(self) -> routing.Assignments:
         """The experts of every retain token under the target model."""
-        return Assignments.load(self.workdir / "statistics" / "retain.npz", self.corpora.retain.valid)
+        return routing.Assignments.load(self.workdir / "statistics" / "retain.npz", self.corpora.retain.valid)
 
     @functools.cached_property
-    def original_routing(self) -> dict[str, Assignments]:
+    def original_routing(self) -> dict[str, routing.Assignments]:
         """The target model's routing of the rows that `measure_routing` looks at.
 
         Of forget text it is never kept on disk: most of a text can be read back from its experts (2602.04105).
@@ -130,7 +126,7 @@ class Prepared:
         forget = forget.take(spread_indices(len(forget), settings.max_rows))
         batches = sequential_batches(forget, settings.batch_size)
         return {
-            "forget": expert_assignments(self.target, batches, mesh=self.mesh),
+            "forget": routing.expert_assignments(self.target, batches, mesh=self.mesh),
             "retain": self.retain_assignments.take(spread_indices(len(retain), settings.max_rows)),
         }
 
@@ -162,11 +158,7 @@ class Prepared:
             references[RETRAINED] = scores(RETRAINED, model, identity)
         evaluator = dataclasses.replace(evaluator, original=references[TARGET], retrained=references.get(RETRAINED, {}))
         measured = {name: [m.to_json() for m in evaluator.measure(score)] for name, score in references.items()}
-        data = {
-            "documents": dict(corpora.documents),
-            "tokens": dict(corpora.tokens),
-            "fingerprint": corpora.fingerprint,
-        }
+        data = {name: getattr(corpora, name) for name in ("documents", "tokens", "fingerprint")}
         write_json(self.workdir / "references.json", {"measurements": measured, "data": data})
         return evaluator
 
@@ -235,25 +227,24 @@ def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
 
     While a method trains, three of its states are on disk, and a fourth where the best is kept. Relearning trains all.
     """
-    arrays, sizes = flatten(target.params), {}
+    arrays, sizes, states = flatten(target.params), {}, []  # bytes by name; float32 numbers
     if config.export and not (path / "export").exists():
         sizes["export"] = sum(array.nbytes for array in arrays.values())
     for name in config.methods:
         if not (path / "methods" / name / "results.json").exists():
             unlearning = config.method(name).unlearning
             paths = trainable_paths(target.config, unlearning.trainable)
-            training = [arrays[path] for path in paths]
-            sizes[name], count = sum(array.nbytes for array in training), sum(array.size for array in training)
+            sizes[name] = sum(arrays[path].nbytes for path in paths)
+            shapes: Any = [arrays[path] for path in paths]
             if unlearning.lora is not None:
-                own = factors(target.config, paths, unlearning.lora.rank).values()
-                count = sum(math.prod(spec.shape) for spec in own)
-            states, numbers = 3 + unlearning.keeps_best, 1 + unlearning.optimizer.moments
-            sizes["states"] = max(sizes.get("states", 0), states * numbers * 4 * count)
+                shapes = factors(target.config, paths, unlearning.lora.rank).values()
+            count = sum(math.prod(one.shape) for one in shapes)
+            states.append((3 + unlearning.keeps_best) * (1 + unlearning.optimizer.moments) * count)
     for attack in (config.attacks.relearning, config.attacks.benign_relearning) if config.attacks else ():
         if attack is not None:
-            numbers = 1 + attack.optimization.optimizer.moments
             count = sum(array.size for array in arrays.values())
-            sizes["states"] = max(sizes.get("states", 0), 3 * numbers * 4 * count)
+            states.append(3 * (1 + attack.optimization.optimizer.moments) * count)
+    sizes["states"] = 4 * max(states, default=0)
     needed, free = sum(sizes.values()), free_bytes(path)
     if free < needed:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sizes.items())

@@ -22,7 +22,7 @@ from trace_jax.io.files import shown, write_json
 from trace_jax.io.progress import aligned, say
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
-from trace_jax.run.directory import SPLIT, Stage, check_export, needed, on_test, open_workdir, write_run_report
+from trace_jax.run.directory import SPLIT, check_export, needed, on_test, open_workdir, run_stage, write_report
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import RETRAINED, TARGET, load_model
 from trace_jax.run.methods import run
@@ -91,7 +91,7 @@ def _target(config: ExperimentConfig, path: Path, *, overwrite: bool) -> dict[st
         for name in names:
             save_pretrained(load_model(config, directory, name), directory / f"{name}-checkpoint", overwrite=True)
 
-    Stage("checkpoints", directory, fingerprint(identity, names)).run(make, "checkpoints of the target")
+    run_stage("checkpoints", directory, fingerprint(identity, names), "checkpoints of the target", make)
     paths = {"path" if n == TARGET else n: os.fspath(directory / f"{n}-checkpoint") for n in names}
     return {**paths, "dtype": shape.dtype, "grouped_matmul": shape.grouped_matmul}
 
@@ -147,7 +147,7 @@ def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) ->
         },
     )
     write_json(path / "environment.json", describe())
-    return f"{table}\n\nseries: {shown(path / 'series.json')}\n{write_run_report(path)}"
+    return f"{table}\n\nseries: {shown(path / 'series.json')}\n{write_report(path)}"
 
 
 add_arguments = add_process_arguments

@@ -11,10 +11,10 @@ import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,15 +27,14 @@ from trace_jax.io.environment import describe
 from trace_jax.io.files import read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
 from trace_jax.parallel.processes import keep_freed_memory
-from trace_jax.run.directory import check_workdir, comparison_row, needed, open_workdir, write_run_report
+from trace_jax.run.directory import check_workdir, comparison_row, needed, open_workdir, write_report
 from trace_jax.run.experiment import METHODS, ExperimentConfig, StudyConfig
 from trace_jax.run.methods import calibrated, run_method
 from trace_jax.run.prepare import Prepared, prepare, read_corpora
 from trace_jax.unlearning.objectives import Objective
 
 
-@dataclasses.dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """One run of a study."""
 
     method: str
@@ -63,23 +62,18 @@ def trials(config: ExperimentConfig) -> Iterator[Trial]:
                     yield Trial(method, seed, setting, unlearning, objective)
 
 
-def _grid(
-    study: StudyConfig, objective: type[Objective], given: Mapping[str, Any]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _grid(study: StudyConfig, objective: type[Objective], given: Mapping[str, Any]) -> Iterator[tuple[str, dict]]:
     """(name, settings) of everything that an objective is tuned over, the learning rate first."""
+    several = {name: value for name, value in given.items() if isinstance(value, (tuple, list))}
+    lists = {name: values for name, values in several.items() if all(isinstance(x, (int, float)) for x in values)}
     tuned: dict[str, Sequence[Any]] = {"learning_rate": study.learning_rates}
     if objective.retains and given.get("retain_loss") != "none":
         tuned["alpha"] = study.alphas
-    fixed: dict[str, Any] = {}
-    for name, value in given.items():
-        if isinstance(value, (tuple, list)) and all(isinstance(item, (int, float)) for item in value):
-            tuned[name] = value
-        else:
-            fixed[name] = value
-            tuned.pop(name, None)
-    short = {"learning_rate": "lr"}
+    tuned = {name: values for name, values in (tuned | lists).items() if name in lists or name not in given}
+    fixed = {name: value for name, value in given.items() if name not in lists}
     for values in itertools.product(*tuned.values()):
         point = dict(zip(tuned, values, strict=True))
+        short = {"learning_rate": "lr"}
         names = [f"{short.get(n, n)}={v:g}" for n, v in point.items() if len(tuned[n]) > 1 or n == "alpha"]
         yield ",".join(reversed(names)) or "only", {**fixed, **point}
 
@@ -88,9 +82,6 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
     """Runs what is missing of a study and compares. Returns the comparison as text.
 
     Writes study.json (fronts of every run, comparisons with intervals), tables.md and report.html into `workdir`.
-
-    Raises:
-      ConfigError: attacks are configured; see also `check_workdir`.
     """
     if config.attacks is not None and config.attacks.chosen:
         raise ConfigError(
@@ -113,12 +104,10 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
         workers, mp_context=context, initializer=_start_worker, initargs=(context.Value("i", 0), workers)
     ) as pool:
         try:
-            parts: list[tuple[str, str, Callable[[Path, Any], None], Sequence[Any]]] = [
-                ("study: target models", "model", prepare_seed, study.seeds),
-                ("study: unlearning", "run", run_trial, jobs),
-            ]
-            for title, unit, work, items in parts:
-                with progress(title, len(items), unit=unit) as advance:
+            for title, unit, work, items in (
+                ("target models", "model", prepare_seed, study.seeds), ("unlearning", "run", run_trial, jobs)
+            ):  # fmt: skip
+                with progress(f"study: {title}", len(items), unit=unit) as advance:
                     futures = [pool.submit(work, path, item) for item in items]
                     for done, future in enumerate(as_completed(futures), start=1):
                         future.result()
@@ -199,10 +188,7 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
     for objective, group in runs.items():
         kinds = itertools.product(config.evaluation.levels, READINGS)
         comparisons[objective] = [comparison.compare(group, level=level, reading=r, **settings) for level, r in kinds]
-
-    def named(objective: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        return {**({"objective": objective} if objective else {}), **fields}
-
+    of = {objective: {"objective": objective} if objective else {} for objective in runs}
     write_json(
         path / "study.json",
         {
@@ -211,10 +197,10 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
             "benchmark": benchmark,
             "forgotten": config.data.forgotten,
             "rows": _rows(comparisons),
-            "comparisons": [named(objective, encode(c)) for objective, cs in comparisons.items() for c in cs],
+            "comparisons": [of[objective] | encode(c) for objective, cs in comparisons.items() for c in cs],
             "seconds_per_step": {method: float(np.median(values)) for method, values in seconds.items()},
             "runs": [
-                named(objective, {"method": r.method, "setting": r.setting, "seed": r.seed, "test": encode(r.test)})
+                of[objective] | {"method": r.method, "setting": r.setting, "seed": r.seed, "test": encode(r.test)}
                 for objective, group in runs.items()
                 for r in group
             ],
@@ -231,7 +217,7 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
         temporary.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     write_json(path / "environment.json", describe())
     text = "\n\n".join(texts)
-    return f"{text}\n\nstudy: {shown(path / 'study.json')}\n{write_run_report(path)}"
+    return f"{text}\n\nstudy: {shown(path / 'study.json')}\n{write_report(path)}"
 
 
 def _rows(comparisons: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
