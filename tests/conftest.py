@@ -45,10 +45,14 @@ def few_programs():
         jax.clear_caches()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _in_the_repository(pytestconfig):
+    os.chdir(pytestconfig.rootpath)
+
+
 def pytest_addoption(parser):
-    parser.addoption(
-        "--record-families", metavar="DIR", help="write what the tests measured of each family there, one file each"
-    )
+    about = "write what the tests measured of each family there, one file each"
+    parser.addoption("--record-families", metavar="DIR", help=about)
 
 
 @pytest.fixture(scope="session")

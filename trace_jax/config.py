@@ -64,12 +64,13 @@ class Section:
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value, hint, default = getattr(self, field.name), hints[field.name], field.default
+            value, default = getattr(self, field.name), field.default
             if usual := field.metadata.get("usual"):
                 default = usual(self)
                 value = default if value is None else value
-            object.__setattr__(self, field.name, _convert(value, hint, field.name, default))
-            _check_range(field, getattr(self, field.name))
+            value = _convert(value, hints[field.name], field.name, default)
+            _check_range(field, value)
+            object.__setattr__(self, field.name, value)
 
 
 class Variant(Section):
@@ -135,10 +136,8 @@ def _moved(cls: type[Section], key: str) -> str | None:
 
 
 def _check_range(field: dataclasses.Field, value: Any) -> None:
-    name, choices = field.name, field.metadata.get("choices")
-    low, high = field.metadata.get("minimum", -math.inf), field.metadata.get("maximum", math.inf)
-    bounds = f"from {low} to {high}" if math.isfinite(low) else f"at most {high}"
-    bounds = bounds if math.isfinite(high) else f"at least {low}"
+    name, about = field.name, field.metadata or option(help="").metadata
+    choices, low, high = about["choices"], about["minimum"], about["maximum"]
     for item in value if isinstance(value, tuple) else () if value is None else (value,):
         if choices and item not in choices:
             names = ", ".join(map(str, choices))
@@ -146,7 +145,9 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
         if isinstance(item, float) and math.isnan(item):
             raise ConfigError(f"{name} is not a number (nan).")
         if fits(item, float) and not low <= item <= high:
-            raise ConfigError(f"{name} is {item!r}; expected a value {bounds} ({field.metadata['help']}).")
+            bounds = f"at least {low}" if high == math.inf else f"at most {high}"
+            bounds = bounds if math.inf in (-low, high) else f"from {low} to {high}"
+            raise ConfigError(f"{name} is {item!r}; expected a value {bounds} ({about['help']}).")
 
 
 def nearest(name: Any, names: Iterable) -> str:
@@ -158,10 +159,9 @@ def nearest(name: Any, names: Iterable) -> str:
 def _convert(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     """Value as the annotated type, or a `ConfigError`. Numbers are never guessed from text."""
     kinds = _kinds(hint)
-    if int in kinds and fits(value, int):
-        return int(value)
-    if float in kinds and fits(value, float):
-        return float(value)
+    for number in (int, float):
+        if number in kinds and fits(value, number):
+            return number(value)
     sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
     if sections and issubclass(sections[0], Variant):
         return _variant(value, sections[0], name, default)
@@ -187,22 +187,18 @@ def _kinds(hint: Any) -> tuple:
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value is of an annotated type. One kind of array stands for another, and a list for a tuple."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
     if origin in (types.UnionType, typing.Union):
         return any(fits(value, kind) for kind in arguments)
     if hint in (int, float):
         return isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool)
-    kind = origin or hint
-    if not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
+    kind, is_array = origin or hint, hasattr(value, "shape") and hasattr(value, "dtype")
+    if hint is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
         return True
-    if kind.__name__ in ("Array", "ndarray"):
-        return hasattr(value, "shape") and hasattr(value, "dtype")
-    if kind in (Sequence, tuple) and not isinstance(value, str) and isinstance(value, (list, tuple)):
-        return not arguments or all(fits(item, arguments[0]) for item in value)
-    if kind in (Sequence, Iterable) and (isinstance(value, str) or hasattr(value, "shape")):
-        return not isinstance(value, str)
-    return isinstance(value, kind)
+    if kind.__name__ in ("Array", "ndarray") or (is_array and kind in (Sequence, Iterable)):
+        return is_array
+    if kind in (Sequence, Iterable, tuple) and isinstance(value, (list, tuple)) and arguments:
+        return all(fits(item, arguments[0]) for item in value)
+    return isinstance(value, kind) and not (isinstance(value, str) and kind in (Sequence, Iterable))
 
 
 def type_name(hint: Any) -> str:
@@ -254,8 +250,8 @@ def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: s
             there = f"{inside}{there}"
             raise ConfigError(f"{inside}{key}: it belongs to {there.rpartition('.')[0]}; write {there}.")
         names = sorted(_names(cls))
-        there = f"{nearest(key, names)} Known here: {', '.join(names)}."
-        raise ConfigError(f"{inside}{key}: there is no setting of this name{there}")
+        near = nearest(key, names)
+        raise ConfigError(f"{inside}{key}: there is no setting of this name{near} Known here: {', '.join(names)}.")
     for name, field in _required(cls).items():
         if name not in values:
             raise ConfigError(f"{inside}{name} is missing: {field.metadata['help']}.")

@@ -18,7 +18,7 @@ from trace_jax.evaluation.comparison import (
     equal_forgetting_text,
 )
 from trace_jax.evaluation.fronts import MEAN, Front, RunItems, Series
-from trace_jax.io.codec import encode
+from trace_jax.io.files import encode
 from trace_jax.tasks.benchmarks import scoreboard
 
 

@@ -16,7 +16,7 @@ from trace_jax.evaluation.fronts import (
     mean_difference,
 )
 from trace_jax.evaluation.intervals import Measurement
-from trace_jax.io.codec import decode, encode
+from trace_jax.io.files import decode, encode
 from trace_jax.tasks.benchmarks import scoreboard
 
 

@@ -11,7 +11,7 @@ from scipy.stats import entropy
 
 from tests import handmade, tiny
 from trace_jax.evaluation.routing import corpus_routing, measure_calibration, measure_routing, routing_quantities
-from trace_jax.io.codec import encode
+from trace_jax.io.files import encode
 from trace_jax.models.decoder import forward
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.statistics import Assignments, ExpertStatistics

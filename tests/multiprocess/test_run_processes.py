@@ -46,8 +46,7 @@ def numbers_of(directory):
     return [value for name, value in values if not name.startswith(("membership", "privleak"))]
 
 
-def test_two_processes_end_in_the_numbers_of_one(data, tmp_path, pytestconfig, monkeypatch):
-    monkeypatch.chdir(pytestconfig.rootpath)
+def test_two_processes_end_in_the_numbers_of_one(data, tmp_path, monkeypatch):
     monkeypatch.setattr(decoder, "UNROLLED_LAYERS", 1)
     one, two, checkpoint = tmp_path / "one", tmp_path / "two", tmp_path / "olmoe"
     save_checkpoint(checkpoint, bos_token_id=None, eos_token_id=1, pad_token_id=1)

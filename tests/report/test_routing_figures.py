@@ -21,7 +21,7 @@ from trace_jax.evaluation.routing import (
     routing_quantities,
     summed,
 )
-from trace_jax.io.codec import encode
+from trace_jax.io.files import encode
 from trace_jax.report.figures import heat_map, layer_plot, method_styles, scale_of
 from trace_jax.report.page import render
 from trace_jax.report.routing import MOST_METHODS, STATES, routing_groups, times_uniform

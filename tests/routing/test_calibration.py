@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, minimize
 
 from trace_jax.config import ConfigError
-from trace_jax.io.codec import encode
+from trace_jax.io.files import encode
 from trace_jax.routing import entropy_balancing
 from trace_jax.routing.calibration import Calibration, calibrate, corpus_weights, count_activations
 from trace_jax.routing.entropy_balancing import entropy_balance

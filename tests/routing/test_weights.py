@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests import tiny
 from trace_jax.config import ConfigError
-from trace_jax.io.codec import encode
+from trace_jax.io.files import encode
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.sharding import on_mesh, placed_params

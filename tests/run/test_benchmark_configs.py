@@ -38,11 +38,6 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _in_the_repository(monkeypatch, request):
-    monkeypatch.chdir(request.config.rootpath)
-
-
 @pytest.fixture
 def local(tmp_path, monkeypatch):
     """Overrides that put a small data set of the right columns in the place of every source of a config."""

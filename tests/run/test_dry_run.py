@@ -99,8 +99,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(tmp_path):
         dry_run(config_of(tmp_path, unlearning={"trainable": "no/such/parameter"}))
 
 
-def test_the_command_needs_no_workdir_and_ends_with_2_for_wrong_data(tmp_path, capsys, request, monkeypatch):
-    monkeypatch.chdir(request.config.rootpath)
+def test_the_command_needs_no_workdir_and_ends_with_2_for_wrong_data(tmp_path, capsys):
     text = ["--config", "configs/text.py", "--dry-run", f"--config.data.retain={write_lines(tmp_path / 'r.jsonl', [])}"]
     assert main([*text, "--config.data.forget=nowhere.jsonl"]) == 2
     out = capsys.readouterr().out

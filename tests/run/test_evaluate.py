@@ -44,8 +44,7 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture
-def task(monkeypatch, request):
-    monkeypatch.chdir(request.config.rootpath)
+def task(monkeypatch):
     task = Likelihood()
     monkeypatch.setattr(trace_jax.run.evaluate, "build_tasks", lambda config: (task,))
     return task

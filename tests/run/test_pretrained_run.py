@@ -36,13 +36,6 @@ def command(checkpoint, data, path):
     return main(["--config", "configs/huggingface.py", "--workdir", str(path), *overrides])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _in_the_repository(request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(request.config.rootpath)
-        yield
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Layers without experts, experts that all tokens share; padding that is an end."""

@@ -36,8 +36,7 @@ def muse(tmp_path_factory):
 
 
 @pytest.fixture
-def config(checkpoints, muse, data, monkeypatch, request):
-    monkeypatch.chdir(request.config.rootpath)
+def config(checkpoints, muse, data):
     settings = {
         **SMALL,
         "model.path": str(checkpoints["target"]),

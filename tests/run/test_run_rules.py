@@ -6,8 +6,7 @@ import pytest
 
 from tests.run.toy import experiment
 from trace_jax.evaluation.fronts import MEAN, Front
-from trace_jax.io.codec import decode
-from trace_jax.io.files import read_json, read_lines, write_json
+from trace_jax.io.files import decode, read_json, read_lines, write_json
 from trace_jax.run.directory import write_report
 from trace_jax.run.export import model_card
 from trace_jax.run.methods import run

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from trace_jax.data.rows import Rows, sequential_batches
 from trace_jax.evaluation.intervals import TAILS, Interval, Measurement, named, resample_counts
 from trace_jax.evaluation.likelihood import spread_indices
-from trace_jax.io.codec import encode
+from trace_jax.io.files import encode
 from trace_jax.models.model import Model
 from trace_jax.routing import statistics
 from trace_jax.routing.statistics import Assignments, ExpertStatistics, expert_assignments

@@ -2,31 +2,38 @@
 
 A path may be an address such as gs://bucket/runs/a. It is then an `etils.epath` path, which behaves like a `pathlib`
 one; numbers and tensors are read and written through a local copy (`local_copy`, `replacing`).
+
+What is not a plain value goes to JSON and back by `encode` and `decode`. Arrays become lists. JSON has no NaN: numbers
+that are not finite become null, and null becomes NaN where a number is expected.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
+import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
+
+import numpy as np
 
 from trace_jax.config import ConfigError
 from trace_jax.parallel.processes import is_main
 
+T = TypeVar("T")
 _SCHEME = "gs://"
 _SECONDS_BETWEEN_WRITES = 30.0
+_hints = functools.lru_cache(typing.get_type_hints)
 
 
 def as_path(path: str | os.PathLike) -> Path:
-    """`path` as a `pathlib` path, or as the path that stands for an address gs://BUCKET/NAME.
-
-    Raises:
-      ConfigError: an address of another kind, without a bucket, or without the package that reads it.
-    """
+    """`path` as a `pathlib` path, or as the path that stands for an address gs://BUCKET/NAME."""
     text = os.fspath(path)
     if not is_remote(path):
         return Path(text)
@@ -122,32 +129,21 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any | None:
-    """The JSON value in `path`, or None if there is no such file.
-
-    Raises:
-      ValueError: the file is not JSON (names the file).
-    """
+    """The JSON value in `path`, or None if there is no such file."""
     path = as_path(path)
-    if not path.exists():
-        return None
     try:
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(path.read_bytes().decode("utf-8")) if path.exists() else None
+    except ValueError as error:  # of the text, or of its encoding
         raise ValueError(f"{path}: not valid JSON ({error}). Remove it to make it anew.") from error
 
 
 def read_lines(path: str | os.PathLike) -> list[dict]:
     """The JSON objects of a line-delimited file; a last line cut short by an interruption is dropped."""
     flush_lines()
-    path = as_path(path)
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_bytes().decode("utf-8").splitlines():
-        try:
+    path, rows = as_path(path), []
+    with contextlib.suppress(json.JSONDecodeError):
+        for line in path.read_bytes().decode("utf-8").splitlines() if path.exists() else ():
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return rows
 
 
@@ -180,3 +176,45 @@ def flush_lines() -> None:
 
 
 _PENDING: dict[str, tuple[float, list[str]]] = {}  # lines by address, and since when the first of them waits
+
+
+# --- JSON
+
+
+def encode(value: Any, *, digits: int | None = None) -> Any:
+    """A dataclass, mapping, sequence, array or number as plain values; floats with so many significant digits."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: encode(item, digits=digits) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item, digits=digits) for item in value]
+    if isinstance(value, float):
+        value = value if math.isfinite(value) else None
+    return float(f"{value:.{digits}g}") if digits is not None and isinstance(value, float) else value
+
+
+def decode(cls: type[T], plain: Mapping[str, Any]) -> T:
+    """The dataclass that `encode` made `plain` from: of numbers, text and arrays, and of tuples and mappings of them.
+
+    Raises:
+      ValueError: a field without a default is missing, or one is unknown.
+    """
+    try:
+        return cls(**{name: _decode(_hints(cls).get(name), value) for name, value in plain.items()})
+    except TypeError as error:
+        raise ValueError(f"not a {cls.__name__}: {error}.") from None
+
+
+def _decode(hint: Any, value: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is float:
+        return math.nan if value is None else float(value)
+    if hint is np.ndarray:
+        array = np.array(value)
+        return array.astype(np.float64) if array.dtype == object else array
+    if origin is tuple:
+        return tuple(_decode(arguments[0], item) for item in value)
+    return {key: _decode(arguments[1], item) for key, item in value.items()} if origin is Mapping else value

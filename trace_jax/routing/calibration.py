@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from trace_jax.io.codec import decode, encode
-from trace_jax.io.files import local_copy, read_json, replacing, write_json
+from trace_jax.io.files import decode, encode, local_copy, read_json, replacing, write_json
 from trace_jax.routing import entropy_balancing as solver
 from trace_jax.routing.config import Entropy
 from trace_jax.routing.statistics import Assignments

@@ -20,7 +20,7 @@ from trace_jax.evaluation.comparison import equal_forgetting, equal_forgetting_t
 from trace_jax.evaluation.fronts import Front, Scoreboard, crossing
 from trace_jax.evaluation.intervals import Interval
 from trace_jax.io import files
-from trace_jax.io.codec import decode, encode
+from trace_jax.io.files import decode, encode
 from trace_jax.io.progress import say
 from trace_jax.parallel.processes import all_processes, barrier, broadcast_from_process_0
 from trace_jax.report.page import render

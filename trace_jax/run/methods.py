@@ -19,8 +19,7 @@ from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.probes import item_outcomes
 from trace_jax.evaluation.routing import measure_calibration, measure_routing
 from trace_jax.evaluation.task import ScoreStore
-from trace_jax.io.codec import encode
-from trace_jax.io.files import flush_lines, remove, shown, write_json
+from trace_jax.io.files import encode, flush_lines, remove, shown, write_json
 from trace_jax.io.progress import say
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
@@ -198,22 +197,14 @@ def _evaluate(
     """Everything that is measured on an unlearned model, and on the weights it was made with: results.json."""
     evaluation, corpora, model = prepared.config.evaluation, prepared.corpora, unlearned()
     scores = prepared.evaluator.score(model, full=True, store=ScoreStore(directory / "scores", model_id))
-    routing = measure_routing(
-        prepared.target,
-        model,
-        forget=corpora.forget,
-        retain=corpora.retain,
-        mesh=prepared.mesh,
-        batch_size=evaluation.batch_size,
-        max_rows=evaluation.max_rows,
-        resamples=evaluation.bootstrap,
-        seed=prepared.config.seed,
-        original_routing=prepared.original_routing,
-    )
+    sizes = {"batch_size": evaluation.batch_size, "max_rows": evaluation.max_rows, "resamples": evaluation.bootstrap}
+    models, rows = (prepared.target, model), {"forget": corpora.forget, "retain": corpora.retain}
+    original, seed = prepared.original_routing, prepared.config.seed
+    routing = measure_routing(*models, **rows, **sizes, seed=seed, mesh=prepared.mesh, original_routing=original)
     calibration = measure_calibration(weights, *prepared.statistics)
     measured = [*prepared.evaluator.measure(scores), *routing.measurements(), *calibration.measurements()]
-    rows = front_rows(directory, model_id)
-    history = [(row["step"], [Measurement.from_json(m) for m in row["evaluation"]]) for row in rows]
+    evaluated = front_rows(directory, model_id)
+    history = [(row["step"], [Measurement.from_json(m) for m in row["evaluation"]]) for row in evaluated]
     board, splits = prepared.config.data.board, ("validation", "test")
     results = {
         **needed(directory / UNLEARNED),
@@ -226,9 +217,10 @@ def _evaluate(
 
 def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated]:
     """What is measured while unlearning. The numbers that rules read are those of the validation split."""
-    evaluator, original = prepared.evaluator, None
-    if evaluator.original and method.unlearning.needs_evaluation:
-        original = evaluator.measure(evaluator.original)
+    evaluator, board, original = prepared.evaluator, prepared.config.data.board, None
+    if method.unlearning.needs_evaluation:
+        measured = evaluator.measure(evaluator.original)
+        original = {m.name: m.value for m in measured if m.split == "validation"}
 
     def evaluate(params: Any) -> Evaluated:
         scores = evaluator.score(prepared.target.replace(params=params))
@@ -236,10 +228,7 @@ def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated
         rows = [m.to_json() for m in measured]
         if original is None:
             return Evaluated(rows, items=items)
-        before = {m.name: m.value for m in original if m.split == "validation"}
-        front = front_from_history(
-            [(0, measured)], board=prepared.config.data.board, split="validation", original=before
-        )
+        front = front_from_history([(0, measured)], board=board, split="validation", original=original)
         return Evaluated(rows, float(front.forgetting[0]), float(front.utilities[MEAN][0]), items)
 
     return evaluate

@@ -53,14 +53,14 @@ class Prepared:
     @functools.cached_property
     def target(self) -> Model:
         """The model that is unlearned from."""
-        if isinstance(self.config.model, PretrainedConfig):
-            return load_model(self.config, self.workdir, mesh=self.mesh)
-        return self._trained(TARGET, self.corpora.mixture, self.model_id)
+        return self._model(TARGET, self.corpora.mixture, self.model_id)
 
-    def _trained(self, name: str, mixture: Mapping[str, float], identity: str) -> Model:
-        """Trains a model on a mixture of the corpora, or loads it."""
+    def _model(self, name: str, mixture: Mapping[str, float], identity: str) -> Model:
+        """A model as `load_model` reads it; one that is not imported is first trained, on a mixture of the corpora."""
         config, directory, shape, training = self.config, self.workdir / name, self.config.model, self.config.target
-        assert isinstance(shape, ModelConfig) and training is not None
+        load = functools.partial(load_model, config, self.workdir, name, self.mesh)
+        if isinstance(shape, PretrainedConfig) or training is None:
+            return load()
 
         def make() -> Model:
             total, active = count_params(shape)
@@ -80,9 +80,7 @@ class Prepared:
             save_trained(directory, model, identity)
             return model
 
-        model = run_stage(
-            name, directory, identity, f"{name} model", make, lambda: load_model(config, self.workdir, name)
-        )
+        model = run_stage(name, directory, identity, f"{name} model", make, load)
         remove(directory / "checkpoints")  # of use while it trains only
         return model
 
@@ -136,12 +134,8 @@ class Prepared:
         settings, corpora, retrained = self.config.evaluation, self.corpora, retrained_identity(self.config)
         if hazardous(self.config.data.forget_sources):
             settings = dataclasses.replace(settings, audit_text=False)
-        probes = probe_tasks(
-            {"validation": corpora.validation, "test": corpora.test},
-            settings,
-            accuracies=self.config.data.board.questions,
-            identity=corpora.fingerprint,
-        )
+        splits, names = {"validation": corpora.validation, "test": corpora.test}, self.config.data.board.questions
+        probes = probe_tasks(splits, settings, accuracies=names, identity=corpora.fingerprint)
         evaluator = Evaluator(settings, (*probes, *self.tasks), self.mesh, self.config.seed)
         say("evaluation of the target model" + (" and of the retrained model" if retrained else ""))
 
@@ -151,10 +145,7 @@ class Prepared:
         references = {TARGET: scores(TARGET, self.target, fingerprint(self.model_id, "target"))}
         if retrained:  # it is held only while it is evaluated: it takes as much as the target
             identity = fingerprint(self.model_id, RETRAINED, retrained)
-            if isinstance(self.config.model, PretrainedConfig):
-                model = load_model(self.config, self.workdir, RETRAINED, self.mesh)
-            else:
-                model = self._trained(RETRAINED, corpora.retrain_mixture, identity)
+            model = self._model(RETRAINED, corpora.retrain_mixture, identity)
             references[RETRAINED] = scores(RETRAINED, model, identity)
         evaluator = dataclasses.replace(evaluator, original=references[TARGET], retrained=references.get(RETRAINED, {}))
         measured = {name: [m.to_json() for m in evaluator.measure(score)] for name, score in references.items()}
@@ -167,22 +158,14 @@ class Prepared:
         """What each attack of the run has for all methods, by name."""
         config, retrained = self.config, retrained_identity(self.config)
         tasks = [task.identity for task in self.evaluator.tasks]
-        return {
-            name: Context(
-                attack,
-                self.target,
-                self.corpora,
-                config.data,
-                self.evaluator,
-                self.mesh,
-                config.seed,
-                self.workdir / "attacks" / name,
-                fingerprint(self.model_id, retrained, name, attack, attack.revisions, config.evaluation, tasks),
-                lambda: self.original_routing["forget"],
-                functools.partial(load_model, config, self.workdir, RETRAINED, self.mesh) if retrained else None,
-            )
-            for name, attack in (config.attacks.chosen if config.attacks else {}).items()
-        }
+        shared = self.target, self.corpora, config.data, self.evaluator, self.mesh, config.seed
+        load = functools.partial(load_model, config, self.workdir, RETRAINED, self.mesh) if retrained else None
+        contexts = {}
+        for name, attack in (config.attacks.chosen if config.attacks else {}).items():
+            identity = fingerprint(self.model_id, retrained, name, attack, attack.revisions, config.evaluation, tasks)
+            place = self.workdir / "attacks" / name
+            contexts[name] = Context(attack, *shared, place, identity, lambda: self.original_routing["forget"], load)
+        return contexts
 
 
 def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Prepared:

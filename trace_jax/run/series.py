@@ -16,9 +16,8 @@ from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
 from trace_jax.data.sources import read_source
 from trace_jax.evaluation.comparison import number_text
-from trace_jax.io.codec import encode
 from trace_jax.io.environment import describe
-from trace_jax.io.files import shown, write_json
+from trace_jax.io.files import encode, shown, write_json
 from trace_jax.io.progress import aligned, say
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes

@@ -22,9 +22,8 @@ from trace_jax.config import ConfigError, resolve
 from trace_jax.evaluation import comparison
 from trace_jax.evaluation.comparison import READINGS, Comparison, Run
 from trace_jax.evaluation.fronts import Front, load_run_items
-from trace_jax.io.codec import decode, encode
 from trace_jax.io.environment import describe
-from trace_jax.io.files import read_json, replacing, shown, write_json
+from trace_jax.io.files import decode, encode, read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
 from trace_jax.parallel.processes import keep_freed_memory
 from trace_jax.run.directory import check_workdir, comparison_row, needed, open_workdir, write_report
@@ -104,9 +103,8 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
         workers, mp_context=context, initializer=_start_worker, initargs=(context.Value("i", 0), workers)
     ) as pool:
         try:
-            for title, unit, work, items in (
-                ("target models", "model", prepare_seed, study.seeds), ("unlearning", "run", run_trial, jobs)
-            ):  # fmt: skip
+            parts: Any = ("target models", "model", prepare_seed, study.seeds), ("unlearning", "run", run_trial, jobs)
+            for title, unit, work, items in parts:
                 with progress(f"study: {title}", len(items), unit=unit) as advance:
                     futures = [pool.submit(work, path, item) for item in items]
                     for done, future in enumerate(as_completed(futures), start=1):

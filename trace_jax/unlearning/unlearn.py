@@ -13,8 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from trace_jax.config import fingerprint
 from trace_jax.data.rows import Rows, encode_refusals, with_refusals
-from trace_jax.io.codec import encode
-from trace_jax.io.files import as_path, read_json, remove, write_json
+from trace_jax.io.files import as_path, encode, read_json, remove, write_json
 from trace_jax.io.progress import say
 from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.model import Model
