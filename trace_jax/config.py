@@ -37,14 +37,9 @@ def option(
     minimum: float = -math.inf,
     maximum: float = math.inf,
 ) -> Any:
-    """Declares one setting of a `Section`.
+    """Declares one setting of a `Section`; `help` says in a line what it does, with its unit. Bounds are inclusive.
 
-    Args:
-      default: the value when none is given, or a function of the section that gives it from the settings declared
-        before this one; None then stands for it.
-      help: one line on what the setting does, with its unit.
-      choices: the values allowed.
-      minimum, maximum: inclusive bounds of a number.
+    `default` may be a function of the section, which reads the settings declared before this one; None stands for it.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
     if callable(default):
@@ -103,20 +98,17 @@ def _variant(value: Any, base: type[Variant], name: str, default: Any) -> Varian
     """The kind that a name or a mapping names; a mapping without a name has settings of the default."""
     if isinstance(value, (base, *base.kinds.values())):
         return value
-    value = base.spelled_out(value)
+    value, names = base.spelled_out(value), ", ".join(base.kinds)
     if not isinstance(value, (str, Mapping)):
-        raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); expected one of {', '.join(base.kinds)}.")
+        raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); expected one of {names}.")
     settings = {base.tag: value} if isinstance(value, str) else dict(value)
     kind = settings.pop(base.tag, default.name if isinstance(default, Variant) else default)
     if kind not in base.kinds:
-        names = ", ".join(base.kinds)
         raise ConfigError(f"{name} is {kind!r}; expected one of {names}{nearest(kind, base.kinds)}")
     own = _names(base.kinds[kind])
     for key in sorted(settings.keys() - own):
-        if others := [other for other, cls in base.kinds.items() if key in _names(cls)]:
-            raise ConfigError(
-                f"{name}.{key} would have no effect: it belongs to {' and '.join(others)}, not to {kind}."
-            )
+        if others := " and ".join(other for other, cls in base.kinds.items() if key in _names(cls)):
+            raise ConfigError(f"{name}.{key} would have no effect: it belongs to {others}, not to {kind}.")
     usual = as_dict(default) if isinstance(default, Variant) else {}
     return resolve(base.kinds[kind], {key: usual[key] for key in own & usual.keys()} | settings, path=name)
 
@@ -124,14 +116,10 @@ def _variant(value: Any, base: type[Variant], name: str, default: Any) -> Varian
 def _moved(cls: type[Section], key: str) -> str | None:
     """Where a setting is that once was `key` of this section: "objective.beta" for "beta" or "objective_beta"."""
     for field, base in typing.get_type_hints(cls).items():
-        kinds = base.kinds.values() if isinstance(base, type) and issubclass(base, Variant) else ()
-        for kind in kinds:
-            for prefix in ("", f"{field}_", f"{kind.name}_"):
-                inner = key.removeprefix(prefix)
-                if inner in _names(kind):
-                    return f"{field}.{inner}"
-                if deeper := _moved(kind, inner):
-                    return f"{field}.{deeper}"
+        for kind in base.kinds.values() if isinstance(base, type) and issubclass(base, Variant) else ():
+            for inner in (key.removeprefix(prefix) for prefix in ("", f"{field}_", f"{kind.name}_")):
+                if there := inner if inner in _names(kind) else _moved(kind, inner):
+                    return f"{field}.{there}"
     return None
 
 
@@ -239,12 +227,9 @@ def checked(function: Callable) -> Callable:
 def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: str = "") -> SectionT:
     """Builds a section from a nested mapping (a dict or an ml_collections `ConfigDict`).
 
-    Raises:
-      ConfigError: an unknown key (the nearest known one is named), a wrong type, a value out of range, or a
-        setting that nothing would read. The message starts with the dotted path of the section.
+    What can't be used is a `ConfigError`, whose message starts with the dotted path of the setting.
     """
-    values = values.to_dict() if isinstance(values, ConfigDict) else values
-    inside = f"{path}." if path else ""
+    values, inside = values.to_dict() if isinstance(values, ConfigDict) else values, f"{path}." if path else ""
     for key in sorted(values.keys() - _names(cls), key=str):
         if there := _moved(cls, key):
             there = f"{inside}{there}"

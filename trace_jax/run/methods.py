@@ -197,10 +197,10 @@ def _evaluate(
     """Everything that is measured on an unlearned model, and on the weights it was made with: results.json."""
     evaluation, corpora, model = prepared.config.evaluation, prepared.corpora, unlearned()
     scores = prepared.evaluator.score(model, full=True, store=ScoreStore(directory / "scores", model_id))
-    sizes = {"batch_size": evaluation.batch_size, "max_rows": evaluation.max_rows, "resamples": evaluation.bootstrap}
-    models, rows = (prepared.target, model), {"forget": corpora.forget, "retain": corpora.retain}
-    original, seed = prepared.original_routing, prepared.config.seed
-    routing = measure_routing(*models, **rows, **sizes, seed=seed, mesh=prepared.mesh, original_routing=original)
+    about: dict[str, Any] = {"forget": corpora.forget, "retain": corpora.retain, "mesh": prepared.mesh}
+    about |= {"max_rows": evaluation.max_rows, "batch_size": evaluation.batch_size}
+    about |= {"resamples": evaluation.bootstrap, "seed": prepared.config.seed}
+    routing = measure_routing(prepared.target, model, original_routing=prepared.original_routing, **about)
     calibration = measure_calibration(weights, *prepared.statistics)
     measured = [*prepared.evaluator.measure(scores), *routing.measurements(), *calibration.measurements()]
     evaluated = front_rows(directory, model_id)

@@ -19,7 +19,6 @@ from trace_jax.evaluation.comparison import number_text
 from trace_jax.io.environment import describe
 from trace_jax.io.files import encode, shown, write_json
 from trace_jax.io.progress import aligned, say
-from trace_jax.models.architecture import ModelConfig
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
 from trace_jax.run.directory import SPLIT, check_export, needed, on_test, open_workdir, run_stage, write_report
 from trace_jax.run.experiment import ExperimentConfig
@@ -40,9 +39,6 @@ def run_series(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrit
     A model that is trained here is trained once, on `data.forget` and `data.retain` (in WORKDIR/target), and every step
     starts from its checkpoint. Scalability has the runs WORKDIR/step-N; sustainability has WORKDIR/METHOD/step-N, since
     every method goes on with its own model (step-N/export). Writes series.json and report.html.
-
-    Raises:
-      ConfigError, DataError: no series or one that can't be run; something given can't be used.
     """
     series = config.series
     if series is None:
@@ -78,9 +74,8 @@ def run_series(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrit
 def _target(config: ExperimentConfig, path: Path, *, overwrite: bool) -> dict[str, Any]:
     """Settings of the checkpoint that a series starts from; one that is trained here is trained and exported first."""
     shape = config.model
-    if isinstance(shape, PretrainedConfig):
+    if isinstance(shape, PretrainedConfig) or config.target is None:
         return as_dict(shape)
-    assert isinstance(shape, ModelConfig) and config.target is not None
     directory = path / TARGET
     alone = dataclasses.replace(config, series=None, export=None)
     identity = prepare(alone, directory, overwrite=overwrite).model_id
