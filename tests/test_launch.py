@@ -22,29 +22,23 @@ GKE = ["gke", "--image", "registry/trace:1", "--accelerator"]
 
 @pytest.fixture
 def dry_run(capsys):
-    def text(*arguments):
+    def text(*arguments, shell=True):
         assert launch([*arguments, "--dry-run"]) == 0
-        return capsys.readouterr().out
+        said = capsys.readouterr().out
+        checked = subprocess.run(["bash", "-n"], input=said if shell else "", text=True, capture_output=True)
+        assert checked.returncode == 0 and not checked.stderr, checked.stderr
+        return said
 
     return text
 
 
-def check_shell(text):
-    checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True)
-    assert checked.returncode == 0 and not checked.stderr, checked.stderr
-
-
-def gcloud_lines(text):
-    return [line.strip() for line in text.splitlines() if line.strip().startswith("gcloud")]
-
-
 def test_cloud_tpu_makes_a_slice_installs_runs_and_follows(dry_run):
     text = dry_run(*TPU, "v5e:4x4", "--name", "olmoe", "--project", "p", "--spot", *BEFORE, *RUN)
-    check_shell(text)
-    describe, create, copy, install, run, follow = gcloud_lines(text)
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("gcloud")]
+    describe, create, copy, install, run, follow = lines
     assert "16 chips on 4 hosts" in text and describe.endswith("||")
     assert "tpu-vm create olmoe --accelerator-type=v5litepod-16 --spot --version=v2-alpha-tpuv5-lite" in create
-    assert all("--zone=us-west4-a --project=p" in line for line in gcloud_lines(text))
+    assert all("--zone=us-west4-a --project=p" in line for line in lines)
     assert all("--worker=all" in line for line in (copy, install, run)) and "--worker=0" in follow
     assert QUOTED in run.replace("'\"'\"'", "'")
     assert install.endswith("cp -r gs://b/olmoe /tmp/olmoe'")
@@ -53,7 +47,6 @@ def test_cloud_tpu_makes_a_slice_installs_runs_and_follows(dry_run):
 
 def test_a_queued_slice_is_waited_for(dry_run):
     text = dry_run(*TPU, "v5p:2x2x4", "--queued", *RUN)
-    check_shell(text)
     assert "queued-resources create trace-jax --accelerator-type=v5p-32 --node-id=trace-jax" in text
     assert "--runtime-version=v2-alpha-tpuv5 " in text and '[ "$state" = ACTIVE ]' in text
 
@@ -62,10 +55,7 @@ def test_a_queued_slice_is_waited_for(dry_run):
     ("arguments", "words"),
     [
         ([*TPU, "v5e:4x4", "--delete"], "gcloud compute tpus tpu-vm delete trace-jax --quiet --zone=us-west4-a"),
-        (
-            [*TPU, "v5e:4x4", "--queued", "--delete"],
-            "queued-resources delete trace-jax --quiet --force --zone=us-west4-a",
-        ),
+        ([*TPU, "v5e:4x4", "--queued", "--delete"], "queued-resources delete trace-jax --quiet --force --zone=us"),
         ([*TPU, "v5e:4x4", "--logs"], "--command='cd trace_jax && tail -n +1 -F run.log"),
         ([*GKE, "v5e:4x4", "--delete"], "kubectl --namespace default delete jobset trace-jax"),
         ([*GKE, "v5e:4x4", "--logs"], "jobset-name=trace-jax,batch.kubernetes.io/job-completion-index=0"),
@@ -75,12 +65,7 @@ def test_a_queued_slice_is_waited_for(dry_run):
 )
 def test_logs_and_deletion_are_one_command_each_and_need_no_experiment(dry_run, arguments, words):
     text = dry_run(*arguments)
-    check_shell(text)
     assert words in text and len(text.splitlines()) == 1
-
-
-def find_pods(jobset):
-    return jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
 
 
 @pytest.mark.parametrize(
@@ -92,13 +77,15 @@ def find_pods(jobset):
     ],
 )
 def test_a_jobset_has_a_pod_for_every_host(dry_run, accelerator, pods, chips, gke, topology):
-    text = dry_run(*GKE, accelerator, "--name", "olmoe", "--spot", "--service-account", "writer", *RUN)
-    jobset = yaml.safe_load(text)
+    def jobset_of(*arguments):
+        jobset = yaml.safe_load(dry_run(*GKE, accelerator, *arguments, *RUN, shell=False))
+        (job,) = jobset["spec"]["replicatedJobs"]
+        return jobset, job, job["template"]["spec"]["template"]["spec"]
+
+    jobset, job, pod = jobset_of("--name", "olmoe", "--spot", "--service-account", "writer")
     assert (jobset["kind"], jobset["metadata"]) == ("JobSet", {"name": "olmoe", "namespace": "default"})
-    (job,) = jobset["spec"]["replicatedJobs"]
     assert job["replicas"] == 1
     assert (job["template"]["spec"]["parallelism"], job["template"]["spec"]["completions"]) == (pods, pods)
-    pod = find_pods(jobset)
     assert pod["serviceAccountName"] == "writer"
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": gke,
@@ -108,18 +95,16 @@ def test_a_jobset_has_a_pod_for_every_host(dry_run, accelerator, pods, chips, gk
     (container,) = pod["containers"]
     assert container["command"] == ["python", "-m", "trace_jax.main", *RUN]
     assert container["resources"]["limits"] == container["resources"]["requests"] == {"google.com/tpu": chips}
-    assert "# With XPK: xpk workload create" in text
-    (changed,) = find_pods(yaml.safe_load(dry_run(*GKE, accelerator, *BEFORE, *RUN)))["containers"]
+    (changed,) = jobset_of(*BEFORE)[2]["containers"]
     assert changed["command"] == ["bash", "-ec", f"{BEFORE[1]}; exec python {QUOTED}"]
-    plain = yaml.safe_load(dry_run(*GKE, accelerator, *RUN))
-    assert "tolerations" not in str(plain) and "serviceAccountName" not in str(plain)
+    assert "# With XPK: xpk workload create" in dry_run(*GKE, accelerator, *RUN, shell=False)
+    assert "tolerations" not in str(jobset_of()) and "serviceAccountName" not in str(jobset_of())
 
 
 def test_slurm_has_a_process_for_every_gpu(dry_run):
     text = dry_run(
         "slurm", "--nodes", "2", "--gpus-per-node", "8", "--python", "py", "--sbatch", "partition=h100", *RUN
     )
-    check_shell(text)
     directives = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
     assert {"nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "partition=h100", "requeue"} <= set(directives)
     assert text.startswith("#!/bin/bash\n#SBATCH") and f"cd {ROOT}\n" in text
