@@ -132,14 +132,12 @@ def test_a_run_at_an_address_equals_the_one_on_disk_and_continues(bucket, data, 
 
 
 def test_what_can_not_be_used_is_refused_with_what_to_do(bucket, monkeypatch):
-    with pytest.raises(ConfigError, match="s3://b/x: expected a local path, or an address gs://"):
-        as_path("s3://b/x")
-    with pytest.raises(ConfigError, match="gs://BUCKET/NAME"):
-        as_path("gs://")
-    with pytest.raises(CheckpointError, match=r"gcloud storage cp -r gs://bucket/olmoe DIRECTORY"):
-        open_checkpoint("gs://bucket/olmoe/")
-    with pytest.raises(CheckpointError, match="gs://bucket/olmoe"):
-        PretrainedConfig(path="gs://bucket/olmoe").identity()
+    for address in ("s3://b/x", "gs://"):
+        with pytest.raises(ConfigError, match=f"{address}: expected a local path, or an address gs://BUCKET/NAME"):
+            as_path(address)
+    for read in (open_checkpoint, lambda path: PretrainedConfig(path=path).identity()):
+        with pytest.raises(CheckpointError, match=r"gcloud storage cp -r gs://bucket/olmoe DIRECTORY"):
+            read("gs://bucket/olmoe")
 
     def missing(name):
         raise ImportError

@@ -27,16 +27,16 @@ def test_a_model_is_found_whatever_the_settings_of_unlearning_were_called_then(t
 
 
 def test_a_workdir_is_reopened_by_the_same_corpus_and_model_and_refused_to_others_untouched(tmp_path):
-    open_workdir(experiment(), tmp_path / "run")
-    open_workdir(experiment(unlearning={"steps": 5}), tmp_path / "run")
-    assert read_json(tmp_path / "run" / "config.json")["config"]["unlearning"]["steps"] == 5
-    write_json(tmp_path / "run" / "results.json", {})
-    other = experiment(model={"num_layers": 3})
+    path, other = tmp_path / "run", experiment(model={"num_layers": 3})
+    open_workdir(experiment(), path)
+    open_workdir(experiment(unlearning={"steps": 5}), path)
+    assert read_json(path / "config.json")["config"]["unlearning"]["steps"] == 5
+    write_json(path / "results.json", {})
     with pytest.raises(ConfigError, match=r"another configuration \(model.num_layers 2 -> 3\).*--overwrite"):
-        open_workdir(other, tmp_path / "run")
-    assert (tmp_path / "run" / "results.json").exists()
-    open_workdir(other, tmp_path / "run", overwrite=True)
-    assert not (tmp_path / "run" / "results.json").exists()
+        open_workdir(other, path)
+    assert (path / "results.json").exists()
+    open_workdir(other, path, overwrite=True)
+    assert not (path / "results.json").exists()
 
 
 def test_a_directory_that_is_no_run_is_never_touched(tmp_path):

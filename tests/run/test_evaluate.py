@@ -1,41 +1,23 @@
 """`evaluate`: the configured tasks on any checkpoint, relative to others, once per checkpoint."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 import trace_jax.run.evaluate
+from tests.evaluation.test_task import Counting
 from tests.run.toy import save_checkpoint
 from trace_jax.evaluation.intervals import Measurement
-from trace_jax.evaluation.likelihood import score_sequences
-from trace_jax.evaluation.task import TaskScores
 from trace_jax.io.files import read_json
 from trace_jax.main import main
 
 
-@dataclasses.dataclass
-class Likelihood:
-    """The likelihood of one sentence, and by how much it differs from the references'."""
-
-    name: str = "sentence"
-    quick: bool = True
-    identity: str = "one"
-    calls: int = 0
-
-    def score(self, model, *, batch_size, mesh):
-        self.calls += 1
-        ids = model.tokenizer.encode("river stone apple").ids
-        return TaskScores({"nll": -score_sequences(model, [ids], batch_size=batch_size, mesh=mesh)[0].log_prob})
+class Weights(Counting):
+    """The sum of the embedding's weights, and by how much it differs from the original's."""
 
     def measure(self, scores, *, original, retrained, resamples, seed):
-        value, n = float(scores.arrays["nll"].mean()), len(scores.arrays["nll"])
-        measured = [Measurement("sentence_nll", value, n, value, value, "test")]
-        for name, other in (("original", original), ("retrained", retrained)):
-            if other is not None:
-                change = value - float(other.arrays["nll"].mean())
-                measured.append(Measurement(f"sentence_against_{name}", change, n, change, change, "test"))
-        return measured
+        values = [float(of.arrays["values"].mean()) for of in (scores, original)]
+        measured = {"sum": values[0], "sum_against_original": values[0] - values[1]}
+        return [Measurement(name, value, 3, value, value, "test") for name, value in measured.items()]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +27,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture
 def task(monkeypatch):
-    task = Likelihood()
+    task = Weights()
     monkeypatch.setattr(trace_jax.run.evaluate, "build_tasks", lambda config: (task,))
     return task
 
@@ -61,12 +43,12 @@ def evaluate(checkpoint, output, **references):
 def test_a_checkpoint_is_measured_against_others_and_once(task, checkpoints, tmp_path, capsys):
     output = tmp_path / "out"
     assert evaluate(checkpoints["other"], output, original=checkpoints["olmoe"]) == 0
-    assert "sentence_against_original" in capsys.readouterr().out
+    assert "sum_against_original" in capsys.readouterr().out
     results = read_json(output / "results.json")
     values = {model: {m["name"]: m["value"] for m in measured} for model, measured in results["measurements"].items()}
-    assert values["original"]["sentence_against_original"] == 0
-    change = values["checkpoint"]["sentence_nll"] - values["original"]["sentence_nll"]
-    assert values["checkpoint"]["sentence_against_original"] == pytest.approx(change) and change != 0
+    assert values["original"]["sum_against_original"] == 0
+    change = values["checkpoint"]["sum"] - values["original"]["sum"]
+    assert values["checkpoint"]["sum_against_original"] == pytest.approx(change) and change != 0
     assert task.calls == 2
     assert evaluate(checkpoints["other"], output, original=checkpoints["olmoe"]) == 0
     assert task.calls == 2
@@ -74,7 +56,7 @@ def test_a_checkpoint_is_measured_against_others_and_once(task, checkpoints, tmp
     assert evaluate(checkpoints["olmoe"], output, original=checkpoints["olmoe"]) == 0
     assert task.calls == 3  # the checkpoint is another, the original is not
     now = {m["name"]: m["value"] for m in read_json(output / "results.json")["measurements"]["checkpoint"]}
-    np.testing.assert_allclose(now["sentence_nll"], values["original"]["sentence_nll"])
+    np.testing.assert_allclose(now["sum"], values["original"]["sum"])
 
 
 def test_what_cannot_be_evaluated_is_said(task, checkpoints, tmp_path, capsys, monkeypatch):

@@ -147,23 +147,11 @@ def test_a_run_is_exported_if_its_checkpoint_is_the_same_however_its_settings_we
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda c: (c / "tokenizer.json").unlink(), r"tokenizer\.json is missing.*AutoTokenizer.*save_pretrained"),
-        (
-            lambda c: write_json(c / "config.json", {**read_json(c / "config.json"), "vocab_size": 200}),
-            r"gives the id \d+, but the model knows 200 tokens",
-        ),
-    ],
-)
-def test_a_checkpoint_that_can_not_be_used_is_refused_before_anything_is_written(
-    checkpoint, data, tmp_path, capsys, spoil, message
-):
+def test_a_checkpoint_that_can_not_be_used_is_refused_before_anything_is_written(checkpoint, data, tmp_path, capsys):
     moved = shutil.copytree(checkpoint, tmp_path / "copy")
-    spoil(moved)
+    (moved / "tokenizer.json").unlink()
     assert command(moved, data, tmp_path / "run") == 2
-    assert re.search(message, capsys.readouterr().err)
+    assert re.search(r"tokenizer\.json is missing.*AutoTokenizer.*save_pretrained", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 

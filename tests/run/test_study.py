@@ -17,17 +17,12 @@ from trace_jax.routing import statistics, weights
 from trace_jax.run.directory import open_workdir
 from trace_jax.run.study import Trial, prepare_seed, run_study, run_trial, trials, write_study
 
+STUDY = {"methods": ["uniform", "trace_rows"], "seeds": [0], "alphas": [1.0, 4.0]}
+
 
 @pytest.fixture(scope="module")
 def config(data):
-    study = {"methods": ["uniform", "trace_rows"], "seeds": [0, 1], "alphas": [1.0, 4.0], "workers": 2}
-    return experiment(data, study=study)
-
-
-def test_trials_give_every_method_the_same_budget(config):
-    jobs = list(trials(config))
-    assert len(jobs) == 2 * 2 * 2 and len({(t.seed, t.label) for t in jobs}) == 8
-    assert jobs[0].unlearning["alpha"] == 1.0
+    return experiment(data, study={**STUDY, "seeds": [0, 1], "workers": 2})
 
 
 def test_every_objective_has_its_own_grid_and_only_settings_that_it_reads(data):
@@ -36,8 +31,7 @@ def test_every_objective_has_its_own_grid_and_only_settings_that_it_reads(data):
         "gradient_ascent": {"learning_rate": [1e-3, 2e-3], "nll_ceiling": 5.0},
         "rmu": {"alpha": 2.0, "layer": 2},
     }
-    study = {"methods": ["uniform", "trace_rows"], "seeds": [0], "alphas": [1.0, 4.0], "objectives": objectives}
-    config = experiment(data, study=study)
+    config = experiment(data, study={**STUDY, "objectives": objectives})
     jobs = list(trials(config))
     labels = {t.label for t in jobs if t.method == "uniform"}
     assert labels == {
@@ -65,8 +59,7 @@ def finish(path, jobs):
 
 
 def test_study_of_objectives_has_a_table_with_a_line_for_each(data, tmp_path):
-    study = {"methods": ["uniform", "trace_rows"], "seeds": [0], "alphas": [1.0]}
-    config = experiment(data, study={**study, "objectives": {"gradient_difference": {}, "npo": {}}})
+    config = experiment(data, study={**STUDY, "alphas": [1.0], "objectives": {"gradient_difference": {}, "npo": {}}})
     jobs = list(trials(config))
     open_workdir(config, tmp_path)
     finish(tmp_path, jobs)
@@ -87,6 +80,9 @@ def test_attacks_are_no_part_of_a_study(config, tmp_path):
 
 
 def test_study_runs_resumes_and_compares(config, finished, tmp_path):
+    """Every method has the same budget: two seeds, two settings."""
+    jobs = list(trials(config))
+    assert len(jobs) == 2 * 2 * 2 == len({(t.seed, t.label) for t in jobs}) and jobs[0].unlearning["alpha"] == 1.0
     open_workdir(config, tmp_path / "study")
     shutil.copytree(finished[0], tmp_path / "study/seed-0")  # whose target model is that of seed 0
     text = run_study(config, tmp_path / "study")
@@ -103,7 +99,7 @@ def test_study_runs_resumes_and_compares(config, finished, tmp_path):
 
 def test_a_study_routes_the_retain_corpus_once_and_solves_the_same_weights_once(data, tmp_path, monkeypatch):
     """Three methods, two alphas, one solve: `row_weights` and `permuted` use that of `trace_rows`."""
-    study = {"methods": ["trace_rows", "row_weights", "permuted"], "seeds": [0], "alphas": [1.0, 4.0]}
+    study = {**STUDY, "methods": ["trace_rows", "row_weights", "permuted"]}
     config = experiment(data, study=study, unlearning={"evaluate_every": 6})
     passes, solves, route, solve = [], [], statistics.run_batches, weights.match_frequencies
 
