@@ -83,8 +83,8 @@ def test_the_difference_equals_a_fine_sum_and_changes_sign_with_the_order(first,
 
 
 def measurements(**values):
-    made = [Measurement(name, value, 60, value, value, "test") for name, value in values.items()]
-    return [*made, Measurement("forget_accuracy", 0.123, 30, 0, 1, "validation")]
+    made = [Measurement(value, value, value, 60, name, "test") for name, value in values.items()]
+    return [*made, Measurement(0.123, 0, 1, 30, "forget_accuracy", "validation")]
 
 
 def test_the_front_of_a_run_divides_relative_utilities_by_the_original():

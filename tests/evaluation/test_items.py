@@ -7,7 +7,7 @@ import pytest
 
 from tests import handmade
 from trace_jax.evaluation.fronts import MEAN, RunItems, front_from_history, load_run_items, make_draws
-from trace_jax.evaluation.probes import item_outcomes, relative_likelihood
+from trace_jax.evaluation.probes import relative_likelihood
 from trace_jax.tasks.benchmarks import scoreboard
 from trace_jax.unlearning.metrics import Metrics, read_items
 
@@ -23,7 +23,7 @@ def run(request, tmp_path_factory):
     evaluator = dataclasses.replace(evaluator, original=scores[0])
     directory = tmp_path_factory.mktemp(request.param)
     for step, own in zip(STEPS, scores, strict=True):
-        Metrics(directory, "a").write_items(step, item_outcomes(evaluator, own))
+        Metrics(directory, "a").write_items(step, evaluator.outcomes(own))
     history = [(step, evaluator.measure(own)) for step, own in zip(STEPS, scores, strict=True)]
     return directory, board, evaluator, scores, front_from_history(history, board=board, split="test")
 
@@ -79,7 +79,7 @@ def test_a_resample_is_the_run_on_items_that_are_repeated(run):
 
 def test_questions_of_a_group_are_one_name_and_equal_rows_too():
     evaluator = handmade.make_evaluator(benchmark="handbook")
-    saved = item_outcomes(evaluator, handmade.scores(0))
+    saved = evaluator.outcomes(handmade.scores(0))
     groups = evaluator.tasks[0].data["test", "forget"].group
     names = saved["test/forget/question"]
     assert [len(set(names[groups == g])) for g in set(groups)] == [1] * 3 and len(set(names)) == 3
@@ -101,7 +101,7 @@ def test_without_items_at_every_step_of_the_front_there_are_none(run, tmp_path):
     directory, board, evaluator, scores, front = run
     assert load_run_items(tmp_path, front, board) is None
     for step, step_scores in list(zip(STEPS, scores, strict=True))[:2]:
-        Metrics(tmp_path, "a").write_items(step, item_outcomes(evaluator, step_scores))
+        Metrics(tmp_path, "a").write_items(step, evaluator.outcomes(step_scores))
     assert load_run_items(tmp_path, front, board) is None
     assert isinstance(load_run_items(directory, front, board), RunItems)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -166,27 +165,25 @@ def test_a_continuation_that_the_model_would_write_scores_one():
     assert part.unpadded(part.continuation) == [ragged.continuation[2, :1].tolist(), ragged.continuation[0].tolist()]
 
 
-# --- extraction strength and exact memorisation: by hand, also as open-unlearning counts them
+# --- extraction strength and exact memorisation
 
 T, F = True, False
-HAND = [  # flags, (strength, memorisation), (the same in open-unlearning's profile)
-    ([T, T, T, T], (1, 1), (1, 1)),
-    ([F, F, F, F], (0, 0), (1 / 3, 0)),
-    ([T, T, T, F], (0, 3 / 4), (1, 1)),  # its last token counts for nothing there
-    ([F, T, F, T, T], (2 / 5, 3 / 5), (1 / 4, 2 / 4)),
-    ([T, F, T, T], (2 / 4, 3 / 4), (1 / 3, 2 / 3)),
-    ([T], (1, 1), (0, np.nan)),
-    ([F], (0, 0), (0, np.nan)),
-    ([], (np.nan, np.nan), (0, np.nan)),
-]
 
 
-@pytest.mark.parametrize("flags, exact, theirs", HAND)
-def test_by_hand(flags, exact, theirs):
+@pytest.mark.parametrize(
+    ("flags", "strength", "memorised"),
+    [
+        ([T, T, T, T], 1, 1),
+        ([F, F, F, F], 0, 0),
+        ([T, T, T, F], 0, 3 / 4),
+        ([F, T, F, T, T], 2 / 5, 3 / 5),
+        ([F], 0, 0),
+        ([], np.nan, np.nan),
+    ],
+)
+def test_by_hand(flags, strength, memorised):
     flags = [np.array(flags, bool)]
-    for profile, (strength, memorised) in (("exact", exact), ("open_unlearning", theirs)):
-        np.testing.assert_allclose(extraction_strength(flags, profile), [strength])
-        np.testing.assert_allclose(exact_memorization(flags, profile), [memorised])
+    np.testing.assert_array_equal((extraction_strength(flags), exact_memorization(flags)), [[strength], [memorised]])
 
 
 def test_the_extractable_suffix_is_what_the_model_writes_after_the_rest():
@@ -202,4 +199,4 @@ def test_the_extractable_suffix_is_what_the_model_writes_after_the_rest():
     other = written([1, 7, 9, next(t for t in (3, 4) if t != greedy[3])], 9)
     flags = [s.greedy for s in score_sequences(model, [other, greedy, greedy, greedy], [3] * 4, batch_size=4)][:2]
     assert extraction_strength(flags) == pytest.approx([5 / 6, 1])
-    assert exact_memorization([jnp.array(one) for one in flags]) == pytest.approx([5 / 6, 1])  # from a device too
+    assert exact_memorization(flags) == pytest.approx([5 / 6, 1])

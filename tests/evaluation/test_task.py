@@ -9,11 +9,12 @@ import pytest
 
 from tests import handmade
 from trace_jax.evaluation.intervals import Measurement, find
-from trace_jax.evaluation.task import Evaluator, ScoreStore, TaskScores, hazardous
+from trace_jax.evaluation.task import Evaluator, ScoreStore, Task, TaskScores, hazardous
+from trace_jax.io.files import decode
 
 
 @dataclasses.dataclass
-class Counting:
+class Counting(Task):
     """A task that counts how often it is scored; each item is the sum of the embedding's weights."""
 
     identity: str = "one"
@@ -122,13 +123,11 @@ def test_text_of_wmdp_is_hazardous_wherever_it_comes_from():
 
 
 def test_a_measurement_survives_the_way_through_json():
-    accuracy = Measurement("forget_accuracy", 0.5, 60, 0.4, 0.6, "test")
-    for one in (accuracy, Measurement("privleak", -57.5, 200, -80, -30, "validation", "a note")):
-        assert Measurement.from_json(json.loads(json.dumps(one.to_json(), allow_nan=False))) == one
-    plain = Measurement("verbatim", 0.5, 1, math.nan, math.nan, "test").to_json()
-    assert plain["low"] is None and plain["high"] is None
-    assert math.isnan(Measurement.from_json(plain).low)
-    with pytest.raises(ValueError, match="missing"):
-        Measurement.from_json({"name": "forget_accuracy"})
+    accuracy = Measurement(0.5, 0.4, 0.6, 60, "forget_accuracy", "test")
+    for one in (accuracy, Measurement(-57.5, -80, -30, 200, "privleak", "validation", "a note")):
+        assert decode(Measurement, json.loads(json.dumps(one.to_json(), allow_nan=False))) == one
+    plain = Measurement(0.5, math.nan, math.nan, 1, "verbatim", "test").to_json()
+    assert next(iter(plain)) == "name" and plain["low"] is None and plain["high"] is None
+    assert math.isnan(decode(Measurement, plain).low)
     assert find([accuracy], "forget_accuracy", "test") is accuracy
     assert find([accuracy], "forget_accuracy", "validation") is None

@@ -1,7 +1,6 @@
 """Figures of routing show the numbers that were measured, on one stated scale, and stay small."""
 
 import base64
-import dataclasses
 import io
 import json
 import re
@@ -11,16 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trace_jax.evaluation.routing import (
-    MODELS,
-    SUBJECTS,
-    CalibrationMetrics,
-    RoutingMetrics,
-    _exact,
-    expert_frequency,
-    routing_quantities,
-    summed,
-)
+from trace_jax.evaluation.routing import MODELS, SUBJECTS, routing_quantities
 from trace_jax.io.files import encode
 from trace_jax.report.figures import heat_map, layer_plot, method_styles, scale_of
 from trace_jax.report.page import render
@@ -44,26 +34,18 @@ def measure(seed, layers=2, experts=16, top_k=2, *, calibrated=True, dead=None, 
             counts["unlearned"][..., dead] = 0.0
         kept = tokens[s][:, None] * rng.uniform(0.5, 1, (rows, layers))
         corpora[s] = {"tokens": tokens[s], "jaccard": kept, "unchanged": 0.8 * kept, **counts}
-    quantities = routing_quantities(corpora, top_k=top_k, resamples=100)
-    by_expert = np.full((layers, experts), drift)
-    metrics = RoutingMetrics(
-        layers=list(range(1, layers + 1)),
-        top_k=top_k,
-        experts=experts,
-        tokens={s: int(tokens[s].sum()) for s in SUBJECTS},
-        rows=dict.fromkeys(SUBJECTS, rows),
-        frequency={m: {s: expert_frequency(summed(corpora[s]), m)[0] for s in SUBJECTS} for m in MODELS},
-        expert_drift=by_expert,
-        quantities=quantities | {"router_drift": _exact(by_expert[:, 0])},
-    )
-    calibration = CalibrationMetrics(metrics.layers, 300, 0.25, 4.0)
+    by_expert, gap = np.full((layers, experts), drift), rng.uniform(0.2, 0.5, layers)
+    layer = {"value": by_expert[:, 0], "low": by_expert[:, 0], "high": by_expert[:, 0]}
+    calibration = {"layers": list(range(1, layers + 1)), "effective_sample_size": 0.25}
     if calibrated:
-        gap = rng.uniform(0.2, 0.5, layers)
-        calibration = dataclasses.replace(
-            calibration, selected=np.full(layers, 3), gap_before=gap, gap_after=gap / 4,
-            gap_elsewhere_before=gap, gap_elsewhere_after=gap,
-        )  # fmt: skip
-    return json.loads(json.dumps(metrics.to_json() | {"calibration": encode(calibration)}, allow_nan=False))
+        calibration |= {"gap_before": gap, "gap_after": gap / 4}
+    metrics = {
+        "layers": calibration["layers"], "top_k": top_k, "expert_drift": by_expert, "calibration": calibration,
+        "tokens": {s: int(tokens[s].sum()) for s in SUBJECTS}, "rows": dict.fromkeys(SUBJECTS, rows),
+        "frequency": {m: {s: corpora[s][m].sum(axis=0) / tokens[s].sum() for s in SUBJECTS} for m in MODELS},
+        "quantities": routing_quantities(corpora, top_k=top_k, resamples=100) | {"router_drift": layer},
+    }  # fmt: skip
+    return json.loads(json.dumps(encode(metrics, digits=6), allow_nan=False))
 
 
 def frequency(measured, selected=()):

@@ -17,7 +17,7 @@ class Weights(Counting):
     def measure(self, scores, *, original, retrained, resamples, seed):
         values = [float(of.arrays["values"].mean()) for of in (scores, original)]
         measured = {"sum": values[0], "sum_against_original": values[0] - values[1]}
-        return [Measurement(name, value, 3, value, value, "test") for name, value in measured.items()]
+        return [Measurement(value, value, value, 3, name, "test") for name, value in measured.items()]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from trace_jax.evaluation.intervals import Measurement, bootstrap_mean, find, na
 from trace_jax.evaluation.likelihood import NonFiniteScore, spread_indices
 from trace_jax.evaluation.routing import SPLIT as TRAIN
 from trace_jax.evaluation.task import SPLIT, Evaluator, ScoreStore
-from trace_jax.io.files import read_json, remove, write_json
+from trace_jax.io.files import decode, read_json, remove, write_json
 from trace_jax.models.architecture import ModelConfig, flat_specs, flatten, unflatten
 from trace_jax.models.model import Model, TextCodec
 from trace_jax.parallel.processes import barrier, broadcast_from_process_0
@@ -291,7 +291,7 @@ class TrainingOn(Attack):
             remove(directory / "checkpoints")
             barrier(f"{title}: measured")  # all processes read it
         rows_of = front_rows(directory, identity)
-        return {row["step"]: [Measurement.from_json(m) for m in row["evaluation"]] for row in rows_of}
+        return {row["step"]: [decode(Measurement, m) for m in row["evaluation"]] for row in rows_of}
 
 
 class Relearning(TrainingOn):

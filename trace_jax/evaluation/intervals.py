@@ -6,13 +6,13 @@ Bootstrap intervals are percentile intervals. They are invariant under increasin
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from trace_jax.io.files import decode, encode
+from trace_jax.io.files import encode
 
 LEVEL = 0.95
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
@@ -21,7 +21,7 @@ _CHUNK = 4_000_000  # counts of a bootstrap held at once
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """An estimate and the ends of its 95 % interval; NaN ends mean too few items to say."""
+    """An estimate over n items (questions, rows, texts) with the ends of its 95 % interval; NaN: too few to say."""
 
     value: float
     low: float
@@ -34,14 +34,11 @@ class Interval:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurement:
-    """A value on one split, with its 95 % interval.
+class Measurement(Interval):
+    """What was estimated, and where.
 
     Attributes:
       name: stable name, such as "forget_accuracy".
-      value: the estimate.
-      n: how many items (questions, rows or texts) it was measured on.
-      low, high: ends of the 95 % interval over items; NaN when there are too few items to give one (JSON: null).
       split: "validation" or "test"; "train" where the rows that were unlearned with are looked at (routing).
       note: what a reader must know beside the number, in a few words; often empty.
       profile: whose protocol was followed to the letter, where there are several, such as "open_unlearning".
@@ -49,23 +46,14 @@ class Measurement:
     """
 
     name: str
-    value: float
-    n: int
-    low: float
-    high: float
     split: str
     note: str = ""
     profile: str = ""
     revision: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dict that `json.dumps` takes; NaN becomes None, since JSON has no NaN."""
-        return {key: value for key, value in encode(self).items() if value != ""}
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> "Measurement":
-        """The inverse of `to_json`. Raises ValueError if a field is missing or unknown."""
-        return decode(cls, plain)
+        """Plain dict that `json.dumps` takes and `decode` reads; NaN becomes None, since JSON has no NaN."""
+        return {"name": self.name} | {key: value for key, value in encode(self).items() if value != ""}
 
     def __str__(self) -> str:
         note = f" ({self.note})" if self.note else ""
@@ -78,7 +66,8 @@ def named(
     """The measurement of an estimate with its interval; where that has no ends, the note says so."""
     if math.isnan(interval.low) or math.isnan(interval.high):
         note = f"{note}; too few items for an interval".removeprefix("; ")
-    return Measurement(name, interval.value, interval.n, interval.low, interval.high, split, note, profile, revision)
+    value, low, high, n = interval.value, interval.low, interval.high, interval.n
+    return Measurement(value, low, high, n, name, split, note, profile, revision)
 
 
 def find(measurements: Iterable[Measurement], name: str, split: str) -> Measurement | None:
@@ -94,28 +83,15 @@ def bootstrap_mean(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Mean, or ratio of sums, with a bootstrap interval over items or over groups of items.
+    """Mean of `values` [N], or sum(values) / sum(weights), with a bootstrap interval over items or groups of items.
 
-    Args:
-      values: f64 [N].
-      weights: f64 [N], the denominators: the estimate is sum(values) / sum(weights). None: ones, the plain mean.
-        With `values` total NLL and `weights` tokens of each row, the estimate is the NLL per token.
-      groups: i32 [N]; items of one group are not independent, so whole groups are resampled. None: every item alone.
-      resamples: bootstrap resamples.
-      seed: of the resampling.
-
-    Returns:
-      The interval; `n` is the number of items. Its ends are NaN with fewer than two groups.
-
-    Raises:
-      ValueError: no values, or weights that sum to zero.
+    With total NLL and tokens [N] of rows the estimate is the NLL per token. Items of one of `groups` i32 [N] are not
+    independent, so whole groups are resampled; with fewer than two the ends are NaN.
     """
     values, n = np.asarray(values, np.float64), len(values)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
-    if not n:
-        raise ValueError("there is no item to average; expected at least one.")
     if not weights.sum() > 0:
-        raise ValueError("the weights of the items sum to zero; there is nothing to average.")
+        raise ValueError("there is nothing to average: no item, or weights that sum to zero.")
     estimate = float(values.sum() / weights.sum())
     if groups is not None:
         _, group = np.unique(np.asarray(groups), return_inverse=True)
@@ -130,8 +106,6 @@ def bootstrap_mean(
 
 def wilson(successes: int, n: int) -> Interval:
     """Wilson's score interval of a proportion of independent items (Wilson 1927)."""
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"a proportion needs 0 <= successes <= n and n >= 1; got {successes} of {n}.")
     z, p = float(stats.norm.ppf(0.5 + LEVEL / 2)), successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -165,22 +139,18 @@ def t_interval(values: np.ndarray) -> Interval:
 
 
 def seeds_and_items(values: np.ndarray, resampled: np.ndarray, n: int) -> Interval:
-    """Mean over seeds [S] with its interval over other seeds and other items.
+    """Mean of `values` f64 [S], one a seed, with its interval over other seeds and other items, of which there are n.
 
-    The spread of the seeds holds whatever differs between them, items of their own included, but not what they share:
-    where several were measured on the same items, a resample moves them together. With `s` the standard deviation of
-    the values, and K the covariance of the resampled ones, the half width is
+    `resampled` are the values on resampled items, f64 [R, S]; resamples with a NaN are left out. The spread of the
+    seeds holds whatever differs between them, items of their own included, but not what they share: where several were
+    measured on the same items, a resample moves them together. With `s` the standard deviation of the values, and K the
+    covariance of the resampled ones, the half width is
 
         sqrt(t² s² / S + z² c), at least z sqrt(k),    c: mean of K off its diagonal, k: mean of all of K
 
     with Student's t of S - 1 degrees and the normal z: exact if every seed has its own items, and never narrower than
     the items alone allow, however close the seeds happen to lie. For one seed it is the percentile interval of its
     resamples. docs/evaluation.md has the coverage, which tests/evaluation/test_coverage.py simulates.
-
-    Args:
-      values: f64 [S], one estimate a seed.
-      resampled: f64 [R, S], the estimates on resampled items; resamples with a NaN are left out.
-      n: items, for the result.
     """
     resampled, seeds, mean = resampled[np.isfinite(resampled).all(axis=1)], len(values), float(values.mean())
     if seeds == 1 or len(resampled) < 2:
@@ -197,11 +167,9 @@ Counts = tuple[np.ndarray, np.ndarray]  # how often each positive f64 [R, P] and
 
 
 def auc(positive: np.ndarray, negative: np.ndarray, counts: Counts | None = None) -> np.ndarray:
-    """Probability that a positive scores above a negative, ties counted as one half: f64 [R], one for each resample.
+    """Probability that a positive [P] scores above a negative [N], ties counted as one half: f64 [R].
 
-    Args:
-      positive, negative: finite scores [P] and [N], at least one each.
-      counts: of R resamples; None: every item once, R = 1.
+    One for each resample that `counts` are of; None: every item once, R = 1.
     """
     positive, negative, (counts_p, counts_n) = _two_sides(positive, negative, counts)
     order = np.argsort(negative, kind="stable")
@@ -234,21 +202,15 @@ def resampled_sides(
     The same seed draws the same items, so that two models scored on the same texts can be compared resample by
     resample. Empty with fewer than two items on a side.
     """
-    sides = len(positive), len(negative)
-    if min(sides) < 2:
+    if min(len(positive), len(negative)) < 2:
         return np.zeros(0)
-    rngs = [np.random.default_rng((seed, side)) for side in (0, 1)]
-    draws = (
-        resample_counts(n, resamples=resamples, rng=rng, size=max(sides)) for n, rng in zip(sides, rngs, strict=True)
-    )
-    return np.concatenate([statistic(positive, negative, counts) for counts in zip(*draws, strict=True)])
+    draws = resample_sides([len(positive), len(negative)], resamples=resamples, seed=seed)
+    return np.concatenate([statistic(positive, negative, counts) for counts in draws])
 
 
-def bootstrap_sides(
-    statistic: Callable[..., np.ndarray], positive: np.ndarray, negative: np.ndarray, *, resamples: int, seed: int
-) -> Interval:
+def bootstrap_sides(statistic: Callable, positive: np.ndarray, negative: np.ndarray, **resampling: int) -> Interval:
     """`auc` or `true_positive_rate` with its bootstrap interval; `n` counts both sides."""
-    resampled = resampled_sides(statistic, positive, negative, resamples=resamples, seed=seed)
+    resampled = resampled_sides(statistic, positive, negative, **resampling)
     return quantile_interval(float(statistic(positive, negative)[0]), resampled, len(positive) + len(negative))
 
 
@@ -273,6 +235,15 @@ def resample_counts(
     for start in range(0, resamples, step):
         draws = rng.multinomial(items, np.full(items, 1 / items), size=min(step, resamples - start))
         yield draws.astype(np.float64)
+
+
+def resample_sides(
+    items: Sequence[int], *, resamples: int, seed: int, size: int = 0
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """The same for each of several sides, in step; `size`: numbers that a resample takes, at least the largest side."""
+    options = {"resamples": resamples, "size": max(*items, size)}
+    rngs = (np.random.default_rng((seed, side)) for side in range(len(items)))
+    return zip(*(resample_counts(n, rng=rng, **options) for n, rng in zip(items, rngs, strict=True)), strict=True)
 
 
 def _two_sides(

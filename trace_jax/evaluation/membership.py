@@ -27,7 +27,7 @@ from trace_jax.data.rows import Rows
 from trace_jax.evaluation import intervals
 from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import TokenScores, row_texts, score_sequences, spread_indices
-from trace_jax.evaluation.task import TaskScores, item_lines
+from trace_jax.evaluation.task import Task, TaskScores, item_lines
 from trace_jax.io.progress import tracked
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
@@ -48,14 +48,13 @@ Sides = tuple[np.ndarray, np.ndarray]  # numbers of the texts of each of SIDES
 
 
 @dataclasses.dataclass(frozen=True)
-class Membership:
+class Membership(Task):
     """The attacks on the rows of both sides, by split; the gradients of at most `gradients` texts a side are taken."""
 
     data: Mapping[str, tuple[Rows, Rows]]
     identity: str
     gradients: int
-    name: str = "membership"
-    quick: bool = False
+    name = "membership"
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """How unfamiliar the model finds each of N texts, by "SPLIT/SIDE/ATTACK"; higher is less familiar, f64 [N].

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -20,23 +20,20 @@ from trace_jax.data.rows import Rows
 from trace_jax.evaluation.intervals import Measurement, bootstrap_mean, named, proportion
 from trace_jax.evaluation.likelihood import row_texts, score_questions, score_rows, score_sequences, spread_indices
 from trace_jax.evaluation.membership import SIDES, Membership
-from trace_jax.evaluation.task import EvaluationConfig, Evaluator, Scores, Task, TaskScores, item_lines
+from trace_jax.evaluation.task import EvaluationConfig, Task, TaskScores, item_lines
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
 
 Key = tuple[str, str]  # (split, subject)
-Profile = Literal["exact", "open_unlearning"]
 
 
 def probe_tasks(
     probes: Mapping[str, Probes], config: EvaluationConfig, *, accuracies: Mapping[str, str], identity: str
 ) -> tuple[Task, ...]:
-    """The built-in tasks that there is something to measure on.
+    """The built-in tasks that there is something to measure on; `probes`, by split, have the hash `identity`.
 
-    Args:
-      probes: per split. Sets that are larger than the settings say are thinned evenly, the same way every time.
-      accuracies: name of the accuracy by subject (`Scoreboard.questions`).
-      identity: hash of the probes.
+    Sets that are larger than the settings say are thinned evenly, the same way every time. `accuracies`: name of the
+    accuracy by subject (`Scoreboard.questions`).
     """
 
     def thinned(items: Any, most: int) -> Any:
@@ -62,34 +59,8 @@ def probe_tasks(
     return tuple(task for task in tasks if task.data)
 
 
-def item_outcomes(evaluator: Evaluator, scores: Scores) -> dict[str, np.ndarray]:
-    """What each item of the quick probes gave, by "SPLIT/SUBJECT/NAME", to be kept at every evaluation of a run.
-
-    Of questions `question` (the group that it stands or falls with) and `correct`; of rows of text `row`, `tokens`,
-    `nll` and, where the evaluator has the original model's scores, its `original` NLL (nats, sums over the row).
-    Questions and rows are named by a hash of their tokens: the same number is the same item in every run.
-    """
-    outcomes: dict[str, np.ndarray] = {}
-    for task in evaluator.tasks:
-        own, original = scores.get(task.name), evaluator.original.get(task.name)
-        if isinstance(task, QuestionAccuracy) and own is not None:
-            for (split, subject), correct in task.correct(own):
-                questions = task.data[split, subject]
-                outcomes[f"{split}/{subject}/question"] = _hashes(questions.tokens, questions.group)
-                outcomes[f"{split}/{subject}/correct"] = correct
-        elif isinstance(task, TextLikelihood) and own is not None:
-            for (split, subject), rows in task.data.items():
-                where = f"{split}/{subject}"
-                outcomes[f"{where}/row"] = _hashes(rows.tokens)
-                outcomes[f"{where}/tokens"] = own.arrays[f"{where}/tokens"].astype(np.int32)
-                outcomes[f"{where}/nll"] = own.arrays[f"{where}/nll"].astype(np.float32)
-                if original is not None:
-                    outcomes[f"{where}/original"] = original.arrays[f"{where}/nll"].astype(np.float32)
-    return outcomes
-
-
 @dataclasses.dataclass(frozen=True)
-class QuestionAccuracy:
+class QuestionAccuracy(Task):
     """Share of multiple-choice questions whose right option is the likeliest (the first of equal ones).
 
     Questions of one group (a substance, a paragraph) stand or fall together, so intervals are over groups.
@@ -98,8 +69,8 @@ class QuestionAccuracy:
     data: Mapping[Key, Questions]
     identity: str
     accuracies: Mapping[str, str]
-    name: str = "questions"
-    quick: bool = True
+    name = "questions"
+    quick = True
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """`log_likelihood` f64 [Q, O]. Sets of equal option count share their batches, padded to the longest."""
@@ -120,18 +91,29 @@ class QuestionAccuracy:
                 split,
                 proportion(correct, groups=self.data[split, subject].group, **resampling),
             )
-            for (split, subject), correct in self.correct(scores)
+            for (split, subject), correct in self._correct(scores)
         ]
 
-    def correct(self, scores: TaskScores) -> Iterator[tuple[Key, np.ndarray]]:
-        """bool [Q] of every set."""
+    def outcomes(self, scores: TaskScores, original: TaskScores | None) -> dict[str, np.ndarray]:
+        """`question` (the group that it stands or falls with) and `correct`.
+
+        Questions, as rows of text, are named by a hash of their tokens: the same number is the same item in every run.
+        """
+        outcomes = {}
+        for (split, subject), correct in self._correct(scores):
+            questions = self.data[split, subject]
+            outcomes[f"{split}/{subject}/question"] = _hashes(questions.tokens, questions.group)
+            outcomes[f"{split}/{subject}/correct"] = correct
+        return outcomes
+
+    def _correct(self, scores: TaskScores) -> Iterator[tuple[Key, np.ndarray]]:
         for (split, subject), questions in self.data.items():
             values = scores.arrays[f"{split}/{subject}/log_likelihood"]
             yield (split, subject), values.argmax(axis=1) == questions.answer
 
 
 @dataclasses.dataclass(frozen=True)
-class TextLikelihood:
+class TextLikelihood(Task):
     """NLL per token of text, nats, and the per-token probability relative to the original model.
 
     The latter is exp(NLL_original - NLL), with its interval over rows, paired; capped at 1 for text that isn't
@@ -140,8 +122,8 @@ class TextLikelihood:
 
     data: Mapping[Key, Rows]
     identity: str
-    name: str = "text"
-    quick: bool = True
+    name = "text"
+    quick = True
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """`nll` f64 [N], sum over the scored tokens of each row, and their number, `tokens` f64 [N].
@@ -175,6 +157,18 @@ class TextLikelihood:
                 measurements.append(named(relative_likelihood(subject), split, ratio))
         return measurements
 
+    def outcomes(self, scores: TaskScores, original: TaskScores | None) -> dict[str, np.ndarray]:
+        """`row`, `tokens`, `nll` and, with the original model's scores, its `original` NLL (nats, sums over rows)."""
+        outcomes = {}
+        for (split, subject), rows in self.data.items():
+            where = f"{split}/{subject}"
+            outcomes[f"{where}/row"] = _hashes(rows.tokens)
+            outcomes[f"{where}/tokens"] = scores.arrays[f"{where}/tokens"].astype(np.int32)
+            outcomes[f"{where}/nll"] = scores.arrays[f"{where}/nll"].astype(np.float32)
+            if original is not None:
+                outcomes[f"{where}/original"] = original.arrays[f"{where}/nll"].astype(np.float32)
+        return outcomes
+
 
 def relative_likelihood(subject: str) -> str:
     """Name of the likelihood of a subject's text relative to the original model."""
@@ -182,7 +176,7 @@ def relative_likelihood(subject: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verbatim:
+class Verbatim(Task):
     """Greedy continuation of beginnings of forget documents against how they go on (MUSE's VerbMem, 2407.06460).
 
     As many new tokens are generated as the true continuation has; there are no stop strings and no stemmer.
@@ -190,8 +184,7 @@ class Verbatim:
 
     data: Mapping[str, Prompts]
     identity: str
-    name: str = "verbatim"
-    quick: bool = False
+    name = "verbatim"
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """ROUGE-L F of each prompt, `score` f64 [N] in 0..1. Lines have what was generated, and the truth."""
@@ -220,7 +213,7 @@ class Verbatim:
 
 
 @dataclasses.dataclass(frozen=True)
-class Memorization:
+class Memorization(Task):
     """How much of the forget text a model would continue word for word, under teacher forcing.
 
     Both scores read one flag per scored token: whether it is the model's greedy choice, given everything before it in
@@ -230,8 +223,7 @@ class Memorization:
 
     data: Mapping[str, Rows]
     identity: str
-    name: str = "memorization"
-    quick: bool = False
+    name = "memorization"
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """`extraction_strength` and `exact_memorization`, f64 [N], of every document that has a scored token."""
@@ -252,50 +244,33 @@ class Memorization:
         ]
 
 
-def extraction_strength(greedy: Sequence[np.ndarray], profile: Profile = "exact") -> np.ndarray:
+def extraction_strength(greedy: Sequence[np.ndarray]) -> np.ndarray:
     """Share of each text that the model gives back once it has seen the rest: f64 [N] in 0..1.
 
     1 - k/n for the smallest k such that the last n - k tokens are all the greedy choice (2406.09179, after 2012.07805):
-    1 if the text follows from its prompt alone, 0 if not even its last token follows.
-
-    Args:
-      greedy: bool [n] of each text. A text without a token has no score (NaN; 0 in profile "open_unlearning").
-      profile: "exact" is the definition. "open_unlearning" is what github.com/locuslab/open-unlearning computes
-        (src/evals/metrics/memorization.py): the last scored token is dropped (in question-answer data it is the end
-        token, in running text a word), and a text of n tokens of which nothing can be extracted scores 1/n, not 0.
+    1 if the text follows from its prompt alone, 0 if not even its last token follows. `greedy` is bool [n] of each
+    text; one without a token has no score (NaN).
     """
-    least, strengths = int(profile == "open_unlearning"), []
-    for flags in _scored(greedy, profile):
-        n, wrong = len(flags), np.flatnonzero(~flags)
-        suffix = n - 1 - wrong[-1] if len(wrong) else n
-        strengths.append(max(suffix, least) / n if n else 0.0 if least else np.nan)
-    return np.array(strengths)
+    suffixes = [len(flags) - 1 - np.flatnonzero(~flags).max(initial=-1) for flags in greedy]
+    return np.array([n / len(flags) if len(flags) else np.nan for n, flags in zip(suffixes, greedy, strict=True)])
 
 
-def exact_memorization(greedy: Sequence[np.ndarray], profile: Profile = "exact") -> np.ndarray:
-    """Share of the tokens of each text that are the greedy choice given the true text before: f64 [N] in 0..1.
+def exact_memorization(greedy: Sequence[np.ndarray]) -> np.ndarray:
+    """Share of each text's tokens that are the greedy choice given the true text before: f64 [N] in 0..1.
 
-    Exact memorisation of 2205.10770, for unlearning in 2406.09179; arguments as of `extraction_strength`. A text
-    without a token has no score (NaN).
+    Exact memorisation of 2205.10770, for unlearning in 2406.09179; else as `extraction_strength`.
     """
-    return np.array([flags.mean() if len(flags) else np.nan for flags in _scored(greedy, profile)])
+    return np.array([flags.mean() if len(flags) else np.nan for flags in greedy])
 
 
 MEMORIZED = {"extraction_strength": extraction_strength, "exact_memorization": exact_memorization}
 
 
-def _scored(greedy: Sequence[np.ndarray], profile: Profile) -> list[np.ndarray]:
-    flags = [np.asarray(one, bool) for one in greedy]
-    return [one[:-1] for one in flags] if profile == "open_unlearning" else flags
-
-
 def rouge_l(predictions: Sequence[str], references: Sequence[str], *, stem: bool = False) -> np.ndarray:
     """ROUGE-L F-measure of each prediction against its reference, f64 [N] in 0..1; 0 where one of them has no word.
 
-    Words are runs of a-z and 0-9 in lower case, so that white space and punctuation don't count.
-
-    Args:
-      stem: whether Porter's stemmer shortens words of more than three letters first.
+    Words are runs of a-z and 0-9 in lower case, so that white space and punctuation don't count; Porter's stemmer may
+    shorten those of more than three letters.
     """
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stem)
     return np.array([scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references, strict=True)])

@@ -9,7 +9,7 @@ import json
 import string
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -120,44 +120,32 @@ class TaskScores:
 Scores = Mapping[str, TaskScores]  # of one model, by the name of the task
 
 
-class Task(Protocol):
-    """Something that is measured on a model."""
+class Task:
+    """Something that is measured on a model.
 
-    @property
-    def name(self) -> str:
-        """Name of its files; of an external benchmark, the prefix of its measurements' names too."""
-        ...
+    Attributes:
+      name: of its files; of an external benchmark, the prefix of its measurements' names too.
+      quick: whether it is cheap enough to be scored at every evaluation while unlearning.
+      identity: hash of its data and settings: scores of a model hold as long as it stays the same.
+    """
 
-    @property
-    def quick(self) -> bool:
-        """Whether it is cheap enough to be scored at every evaluation while unlearning."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """Hash of its data and settings: scores of a model hold as long as it stays the same."""
-        ...
+    name: str
+    quick: bool = False
+    identity: str
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
-        """Runs the model over the task.
-
-        Raises:
-          NonFiniteScore: the model gives NaN or infinite likelihoods.
-          ValueError: the model has a guide, which what the task does can't follow.
-        """
-        ...
+        """Runs the model over the task. Raises `NonFiniteScore`, and ValueError for a guide that it can't follow."""
+        raise NotImplementedError
 
     def measure(
-        self,
-        scores: TaskScores,
-        *,
-        original: TaskScores | None,
-        retrained: TaskScores | None,
-        resamples: int,
-        seed: int,
+        self, scores: TaskScores, *, original: TaskScores | None, retrained: TaskScores | None, **resampling: int
     ) -> list[Measurement]:
         """Measurements of scores, relative to the original and the retrained model's where these are given."""
-        ...
+        raise NotImplementedError
+
+    def outcomes(self, scores: TaskScores, original: TaskScores | None) -> dict[str, np.ndarray]:
+        """What each item gave, to be kept at every evaluation of a run (`probes`); most tasks keep nothing."""
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,16 +168,21 @@ class Evaluator:
 
     def score(self, model: Model, *, full: bool = False, store: "ScoreStore | None" = None) -> Scores:
         """What the model gives on the quick tasks, or on all. What the store has of it is not scored again."""
-        scores = {}
+
+        def make(task: Task) -> TaskScores:
+            scores = task.score(model, batch_size=self.config.batch_size, mesh=self.mesh)
+            return scores if self.config.audit_text else without_texts(scores)
+
+        tasks = [task for task in self.tasks if full or task.quick]
+        return {task.name: make(task) if store is None else store.keep(task, make) for task in tasks}
+
+    def outcomes(self, scores: Scores) -> dict[str, np.ndarray]:
+        """What each item of the tasks that have scores gave, by "SPLIT/SUBJECT/NAME" (`Task.outcomes`)."""
+        outcomes: dict[str, np.ndarray] = {}
         for task in self.tasks:
-            if full or task.quick:
-
-                def make(task: Task = task) -> TaskScores:
-                    result = task.score(model, batch_size=self.config.batch_size, mesh=self.mesh)
-                    return result if self.config.audit_text else without_texts(result)
-
-                scores[task.name] = make() if store is None else store.keep(task, make)
-        return scores
+            if task.name in scores:
+                outcomes |= task.outcomes(scores[task.name], self.original.get(task.name))
+        return outcomes
 
     def measure(self, scores: Scores) -> list[Measurement]:
         """Measurements of scores, those of validation first."""
@@ -216,7 +209,7 @@ class ScoreStore:
     directory: Path
     model: str
 
-    def keep(self, task: Task, make: Callable[[], TaskScores]) -> TaskScores:
+    def keep(self, task: Task, make: Callable[[Task], TaskScores]) -> TaskScores:
         """What is there of the task, else what `make` gives, which is written.
 
         Scores that were there come back without their items; these stay in their files.
@@ -230,7 +223,7 @@ class ScoreStore:
             say(f"{task.name}: its scores are there from before")
             barrier(f"{task.name}: scores")
             return TaskScores(arrays)
-        scores = make()
+        scores = make(task)
         for part, lines in scores.items.items():
             with replacing(self.directory / f"{task.name}.{part}.jsonl") as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

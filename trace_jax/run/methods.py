@@ -14,12 +14,11 @@ import jax
 from trace_jax.attacks.attack import Case, Context
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import as_dict, fingerprint
+from trace_jax.evaluation import routing
 from trace_jax.evaluation.fronts import MEAN, front_from_history
 from trace_jax.evaluation.intervals import Measurement
-from trace_jax.evaluation.probes import item_outcomes
-from trace_jax.evaluation.routing import measure_calibration, measure_routing
 from trace_jax.evaluation.task import ScoreStore
-from trace_jax.io.files import encode, flush_lines, remove, shown, write_json
+from trace_jax.io.files import decode, encode, flush_lines, remove, shown, write_json
 from trace_jax.io.progress import say
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
@@ -200,17 +199,18 @@ def _evaluate(
     about: dict[str, Any] = {"forget": corpora.forget, "retain": corpora.retain, "mesh": prepared.mesh}
     about |= {"max_rows": evaluation.max_rows, "batch_size": evaluation.batch_size}
     about |= {"resamples": evaluation.bootstrap, "seed": prepared.config.seed}
-    routing = measure_routing(prepared.target, model, original_routing=prepared.original_routing, **about)
-    calibration = measure_calibration(weights, *prepared.statistics)
-    measured = [*prepared.evaluator.measure(scores), *routing.measurements(), *calibration.measurements()]
+    compared = routing.measure_routing(prepared.target, model, original_routing=prepared.original_routing, **about)
+    calibration = routing.measure_calibration(weights, *prepared.statistics)
+    measured = [*prepared.evaluator.measure(scores), *routing.routing_measurements(compared)]
+    measured += routing.calibration_measurements(calibration)
     evaluated = front_rows(directory, model_id)
-    history = [(row["step"], [Measurement.from_json(m) for m in row["evaluation"]]) for row in evaluated]
+    history = [(row["step"], [decode(Measurement, m) for m in row["evaluation"]]) for row in evaluated]
     board, splits = prepared.config.data.board, ("validation", "test")
     results = {
         **needed(directory / UNLEARNED),
         "fronts": {s: encode(front_from_history(history, board=board, split=s)) for s in splits},
         "measurements": [m.to_json() for m in measured],
-        "routing": routing.to_json() | {"calibration": encode(calibration)},
+        "routing": encode(compared, digits=6) | {"calibration": encode(calibration)},
     }
     write_json(directory / "results.json", results)
 
@@ -224,7 +224,7 @@ def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated
 
     def evaluate(params: Any) -> Evaluated:
         scores = evaluator.score(prepared.target.replace(params=params))
-        measured, items = evaluator.measure(scores), item_outcomes(evaluator, scores)
+        measured, items = evaluator.measure(scores), evaluator.outcomes(scores)
         rows = [m.to_json() for m in measured]
         if original is None:
             return Evaluated(rows, items=items)

@@ -24,7 +24,7 @@ from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import score_sequences
 from trace_jax.evaluation.membership import AUC_UNTRAINED, min_k_scores, privleak, privleak_auc
 from trace_jax.evaluation.probes import rouge_l
-from trace_jax.evaluation.task import SPLIT, MuseConfig, TaskScores
+from trace_jax.evaluation.task import SPLIT, MuseConfig, Task, TaskScores
 from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model, TextCodec
 
@@ -129,7 +129,7 @@ def read_muse(base: str) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class MuseTask:
+class MuseTask(Task):
     """MUSE with the profiles of `config`. Make one with `muse_task`."""
 
     config: MuseConfig
@@ -137,7 +137,6 @@ class MuseTask:
     identity: str
     revision: str  # of the published data set, if it is one, and the hash of all that was read
     name: str = "muse"
-    quick: bool = False
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """Continues the prompts greedily and scores the texts. What both profiles ask is computed once."""

@@ -21,7 +21,7 @@ from trace_jax.evaluation import intervals
 from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import TokenScores, score_sequences, spread_indices
 from trace_jax.evaluation.probes import exact_memorization, extraction_strength, rouge_recalls
-from trace_jax.evaluation.task import SPLIT, TaskScores, TofuConfig
+from trace_jax.evaluation.task import SPLIT, Task, TaskScores, TofuConfig
 from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model, TextCodec, start_and_end
 
@@ -131,14 +131,13 @@ class Question(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TofuTask:
+class TofuTask(Task):
     """TOFU's four sets. Make one with `tofu_task`."""
 
     config: TofuConfig
     sets: Mapping[str, Sequence[Question]]
     revision: str  # of the published data set, if it is one, and the hash of all that was read
     name: str = "tofu"
-    quick: bool = False  # it writes answers
 
     @property
     def identity(self) -> str:
@@ -201,7 +200,7 @@ class TofuTask:
             note = f"Kolmogorov-Smirnov test of {len(ratio)} truth ratios against the retrained model's; no interval"
             for key, value, kind in zip(("quality", "ks"), values, ("p-value", "statistic"), strict=True):
                 name = f"tofu_forget_{key}"
-                measurements.append(Measurement(name, value, len(ratio), np.nan, np.nan, SPLIT, f"{kind}, {note}"))
+                measurements.append(Measurement(value, np.nan, np.nan, len(ratio), name, SPLIT, f"{kind}, {note}"))
         probabilities = {
             name: np.exp(scores.arrays[f"{name}/answer"])
             if name in _PARAPHRASED

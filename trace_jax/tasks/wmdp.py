@@ -18,7 +18,7 @@ from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.sources import DataError, read_records, revision_and_content
 from trace_jax.evaluation.intervals import Measurement, named, wilson
 from trace_jax.evaluation.likelihood import score_texts, spread_indices
-from trace_jax.evaluation.task import SPLIT, MultipleChoiceConfig, TaskScores
+from trace_jax.evaluation.task import SPLIT, MultipleChoiceConfig, Task, TaskScores
 from trace_jax.models.model import Model
 
 PROFILE = "lm-eval 0-shot"
@@ -67,7 +67,7 @@ class Question:
 
 
 @dataclasses.dataclass(frozen=True)
-class MultipleChoice:
+class MultipleChoice(Task):
     """The task (`trace_jax.evaluation.task.Task`). Make one with `read_multiple_choice`."""
 
     questions: tuple[Question, ...]
