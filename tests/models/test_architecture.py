@@ -1,50 +1,252 @@
-"""One declaration per array: abstract tree, axes and first values can't disagree."""
+"""Every switch of the decoder, in three models: parameters, gradients, caches, devices and types agree.
+
+That a switch means what its family says is tested against transformers in tests/models/families.
+"""
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
 
-from trace_jax.models.architecture import ModelConfig, abstract_params, count_params, flat_specs, init_params
+from tests.tiny import mesh_of, random_params
+from trace_jax.config import ConfigError
+from trace_jax.models import architecture, decoder, layers
+from trace_jax.models.architecture import ModelConfig, Rope, flat_specs, flatten, init_params, unflatten
+from trace_jax.models.layers import init_cache
+from trace_jax.models.loss import token_kl, token_nll
+from trace_jax.models.moe import route
+from trace_jax.models.sharding import on_mesh, param_specs, placed_params
+from trace_jax.parallel.mesh import BATCH_AXES
 
-CONFIG = ModelConfig(
-    vocab_size=40, num_layers=3, num_experts=4, shared_hidden_size=24, num_heads=4, num_kv_heads=2, head_size=16
-)
+BASE = ModelConfig(
+    vocab_size=37, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8, num_experts=8,
+    experts_per_token=3, expert_hidden_size=9,
+)  # fmt: skip
+# Sizes that no mesh divides; with each a mesh.
+MODELS = {
+    "latent": {
+        "attention": "latent", "latent_size": 6, "query_latent_size": 5, "rotary_size": 4, "value_size": 6,
+        "attention_bias": "all", "rope_interleaved": True, "num_layers": 3, "dense_layers": (0,),
+        "dense_hidden_size": 10, "shared_hidden_size": 7, "router_score": "sigmoid", "router_correction": True,
+        "num_groups": 4, "groups_per_token": 2, "group_score": "top2", "normalize_minimum": 1e-20, "routing_scale": 2.5,
+    },
+    "windows": {
+        "num_experts": 7, "num_heads": 3, "num_kv_heads": 1, "sinks": True, "windows": (3, 0), "layer_ropes": (1, -1),
+        "ropes": (Rope(), Rope(theta=100.0, divisors=(1.0, 3.0), amplitude=1.2)), "rotary_size": 4, "qk_norm": "head",
+        "activation": "clamped_swiglu", "swiglu_limit": 0.5, "expert_bias": True, "router_bias": True,
+        "router_score": "softmax_top_k", "normalize_top_k": False, "attention_bias": "all", "attention_gate": True,
+        "norm_placement": "both", "embedding_scale": 5.6, "shared_gate": True, "shared_hidden_size": 8,
+        "mlp_bias": True,
+    },
+    "mixer": {
+        "num_experts": 7, "num_heads": 6, "num_kv_heads": 3, "norm": "layer", "head_bias": True, "tie_embeddings": True,
+        "router_score": "sparsemixer", "experts_per_token": 2, "normalize_top_k": False, "router_jitter": 0.3,
+        "norm_placement": "post", "qk_norm": "full", "clip_qkv": 1.5, "residual_scale": 0.3, "logits_divisor": 3.0,
+        "attention_scale": 0.1, "moe_output_norm": True, "attention_bias": "qkv", "grouped_matmul": "ragged",
+    },
+}  # fmt: skip
+MESHES = {"latent": (1, 2, 4), "windows": (1, 4, 2), "mixer": (2, 2, 2)}
+TOKENS = np.random.default_rng(2).integers(0, BASE.vocab_size, (8, 12)).astype(np.int32)
+DOCUMENTS = (np.arange(12)[None] < np.array([12, 12, 12, 9, 5, 1, 12, 8])[:, None]).astype(np.int32)
+DOCUMENTS[0, 5:], DOCUMENTS[1, :2] = 2, 0
+COLLECT = ("logits", "hidden", "layers", "router", "router_inputs", "counts")
+forward = jax.jit(decoder.forward, static_argnames=("config", "collect", "num_layers"))
 
 
-def test_first_values_have_the_declared_shapes_and_types():
-    for config in (CONFIG, dataclasses.replace(CONFIG, dtype="bfloat16", tie_embeddings=True, shared_hidden_size=0)):
-        params = init_params(config, jax.random.key(0))
+@pytest.fixture(autouse=True, scope="module")
+def scanned():
+    """Layers in a scan compile sooner than layers written out; that both are the same is tested in test_decoder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "UNROLLED_LAYERS", 1)
+        yield
+
+
+def config_of(name, **changes):
+    return dataclasses.replace(BASE, **(MODELS[name] | changes))
+
+
+@functools.cache
+def case(name):
+    """(configuration, parameters, output for all tokens) of a model."""
+    config = config_of(name)
+    params = random_params(config)
+    return config, params, forward(params, config, TOKENS, mask=DOCUMENTS, collect=COLLECT)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_has_a_gradient_and_on_a_mesh_the_same(name):
+    (config, params, output), mesh, chunk = case(name), mesh_of(*MESHES[name]), 7 if name == "mixer" else None
+
+    def losses(params, other, tokens, documents, total):
+        out = decoder.forward(params, config, tokens, mask=documents, collect=("hidden", "counts", "load"))
+        nll = token_nll(params, config, out.hidden, jnp.roll(tokens, -1, axis=1), chunk_size=chunk)
+        hidden = decoder.forward(other, config, tokens, mask=documents, collect=("hidden",)).hidden
+        kl = token_kl(other, hidden, params, out.hidden, config, chunk_size=chunk)
+        value = total(jnp.where(documents > 0, nll + kl, 0.0).sum()) + 0.1 * (total(out.router.load) ** 2).sum()
+        return value, total(out.router.counts)
+
+    def gradient(params, tokens, documents, total=lambda x: jax.lax.psum(x, BATCH_AXES)):
+        other = jax.tree.map(lambda x: 0.9 * x, params)
+        return jax.value_and_grad(losses, has_aux=True)(params, other, tokens, documents, total)
+
+    (value, counts), wanted = jax.jit(lambda *arrays: gradient(*arrays, lambda x: x))(params, TOKENS, DOCUMENTS)
+    wanted = flatten(wanted)
+    assert {path for path, g in wanted.items() if not np.any(np.asarray(g))} <= {"layers/router_correction"}
+    np.testing.assert_array_equal(counts, output.router.counts)
+    out_specs = ((P(), P()), unflatten(param_specs(config, mesh)))
+    spread = jax.jit(on_mesh(gradient, config, mesh, out_specs=out_specs))
+    (value_there, counts_there), there = spread(placed_params(params, config, mesh), TOKENS, DOCUMENTS)
+    np.testing.assert_array_equal(counts_there, counts)
+    np.testing.assert_allclose(value_there, value, rtol=1e-5)
+    for path, leaf in flatten(there).items():
+        scale = max(1.0, float(np.abs(wanted[path]).max()))
+        np.testing.assert_allclose(leaf, wanted[path], atol=3e-5 * scale, err_msg=path)
+
+
+def test_the_written_gradient_of_attention_is_the_derived_one():
+    rng, S = np.random.default_rng(0), 130  # two blocks of queries
+    q, k, v, weight = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((2, 2, 3, S, 4), (2, 2, S, 4), (2, 2, S, 5), (2, 2, 3, S, 5))
+    )
+    sinks, documents = rng.normal(size=(2, 3)).astype(np.float32), rng.integers(1, 3, (2, S)).astype(np.int32)
+    mask = layers.attention_mask(jnp.asarray(documents), S)
+
+    def gradients(attend):
+        return jax.jit(jax.grad(lambda q, k, v, s: (attend(q, k, v, mask, s) * weight).sum(), argnums=(0, 1, 2, 3)))
+
+    written = gradients(layers._causal_attend)(q, k, v, sinks)
+    derived = gradients(lambda *arrays: layers._attend_with_normalizer(*arrays)[0])(q, k, v, sinks)
+    for mine, other in zip(written, derived, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_reading_in_pieces_with_a_cache_gives_the_logits_of_one_pass(name):
+    config, params, output = case(name)
+    cache, parts = init_cache(config, 8, 14), []
+    for piece in (slice(0, 6), slice(6, 12)):
+        part = forward(params, config, TOKENS[:, piece], mask=DOCUMENTS[:, piece], cache=cache)
+        cache, parts = part.cache, [*parts, part.logits]
+    real = DOCUMENTS > 0
+    np.testing.assert_allclose(np.concatenate(parts, axis=1)[real], np.asarray(output.logits)[real], atol=2e-5)
+    assert int(cache.index) == 12
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_bfloat16_model_stays_bfloat16_and_close(name):
+    _, params, exact = case(name)
+    low = config_of(name, dtype="bfloat16")
+    params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, random_params(low))
+    output = forward(params, low, TOKENS, mask=DOCUMENTS, collect=(*COLLECT, "load"))
+    assert output.hidden.dtype == output.router.inputs.dtype == jnp.bfloat16
+    parts = output.logits, output.router.logits, output.router.weights, output.router.load
+    assert {part.dtype for part in parts} == {jnp.dtype("float32")}
+    difference = np.abs(np.asarray(output.logits - exact.logits))[DOCUMENTS > 0]
+    assert np.median(difference) < 0.05 * float(np.std(exact.logits)) + 0.02
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_routers_read_times_their_weights_are_their_scores(name):
+    config, params, output = case(name)
+    inputs, layers = np.asarray(output.router.inputs), jax.tree.map(np.asarray, params["layers"])
+    assert inputs.shape == (len(config.moe_layers), 8, 12, 16)
+    scores = np.einsum("lbsd,lde->lbse", inputs, layers["router"])
+    scores = scores + (layers["router_bias"][:, None, None] if config.router_bias else 0)
+    np.testing.assert_allclose(scores, output.router.logits, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_later_tokens_and_other_documents_change_nothing(name):
+    config, params, output = case(name)
+
+    def logits(tokens, documents):
+        return np.asarray(forward(params, config, tokens, mask=documents, collect=COLLECT).logits)
+
+    changed = np.where(np.arange(12)[None] < 9, TOKENS, (TOKENS + 1) % 37)
+    np.testing.assert_array_equal(logits(changed, DOCUMENTS)[:, :9], np.asarray(output.logits)[:, :9])
+    alone, documents = np.zeros_like(TOKENS), np.zeros_like(DOCUMENTS)
+    alone[0, :7], documents[0, :7] = TOKENS[0, 5:], 1
+    alone[1, :10], documents[1, :10] = TOKENS[1, 2:], 1
+    separate = logits(alone, documents)
+    np.testing.assert_allclose(separate[0, :7], output.logits[0, 5:], atol=2e-5)
+    np.testing.assert_allclose(separate[1, :10], output.logits[1, 2:], atol=2e-5)
+
+
+def test_a_window_hides_what_lies_further_back():
+    config, params, _ = case("windows")
+    documents = np.ones_like(DOCUMENTS)
+    tokens = TOKENS.copy()
+    tokens[:, 2] = (tokens[:, 2] + 1) % 37
+    layers = [forward(params, config, t, mask=documents, collect=COLLECT).layers for t in (TOKENS, tokens)]
+    moved = np.abs(np.asarray(layers[0] - layers[1])).max(axis=(1, 3)) > 0
+    assert moved[0].tolist() == [False] * 2 + [True] * 3 + [False] * 7
+    assert moved[1].tolist() == [False] * 2 + [True] * 10
+
+
+def test_a_partial_pass_is_the_beginning_of_the_whole_through_dense_layers():
+    config, params, complete = case("latent")
+    assert complete.layers.shape[0] == 3 and complete.router.counts.shape == (2, 8)
+    part = forward(params, config, TOKENS, mask=DOCUMENTS, collect=("hidden", "counts"), num_layers=2)
+    np.testing.assert_allclose(part.hidden, complete.layers[1], atol=1e-5)
+    np.testing.assert_array_equal(part.router.counts, complete.router.counts[:1])
+
+
+def test_an_expert_group_left_out_is_never_chosen():
+    config = config_of("latent", num_groups=2, groups_per_token=1)
+    layer = jax.tree.map(lambda a: a[0], random_params(config)["layers"])
+    groups = np.asarray(route(layer, config, jax.random.normal(jax.random.key(0), (40, 16))).indices) // 4
+    assert (groups == groups[..., :1]).all() and len(np.unique(groups)) == 2
+
+
+def test_first_values_have_the_declared_shapes_and_types_and_are_counted():
+    for config in (config_of("windows"), config_of("mixer", dtype="bfloat16")):
+        params, layers = init_params(config, jax.random.key(0)), architecture.abstract_params(config)["layers"]
         got = jax.tree.map(lambda a: (a.shape, a.dtype), params)
-        assert got == jax.tree.map(lambda a: (a.shape, a.dtype), abstract_params(config))
+        assert got == jax.tree.map(lambda a: (a.shape, a.dtype), architecture.abstract_params(config))
         assert ("head" in params) == (not config.tie_embeddings)
-        assert ("shared" in params["layers"]) == bool(config.shared_hidden_size)
-        assert params["layers"]["router"].dtype == jnp.float32
+        assert ("shared" in layers) == bool(config.shared_hidden_size) and layers["router"].dtype == jnp.float32
         for path, spec in flat_specs(config).items():
             assert len(spec.shape) == len(spec.axes), path
             assert (spec.axes[0] == "layers") == path.startswith("layers/"), path
+        total, active = architecture.count_params(config)
+        assert total == sum(math.prod(a.shape) for a in jax.tree.leaves(params))
+        routed = sum(math.prod(a.shape) for a in jax.tree.leaves(layers["experts"]))
+        assert total - active == routed - routed * config.experts_per_token // 7
 
 
-def test_first_values_depend_on_the_seed_alone():
-    a, b, c = (init_params(CONFIG, jax.random.key(seed)) for seed in (0, 0, 1))
+def test_first_values_depend_on_the_seed_alone_and_projections_on_the_number_of_inputs():
+    a, b, c = (init_params(BASE, jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert not np.array_equal(a["embed"], c["embed"])
     assert not np.array_equal(a["layers"]["q"], a["layers"]["o"].reshape(a["layers"]["q"].shape))
+    assert np.all(np.asarray(a["final_norm"]) == 1)
+    np.testing.assert_allclose(np.std(a["layers"]["experts"]["gate_up"]), 16**-0.5, rtol=0.05)
+    np.testing.assert_allclose(np.std(a["layers"]["experts"]["down"]), (9 * 2 * 2) ** -0.5, rtol=0.05)
 
 
-def test_projections_start_at_one_over_the_root_of_their_inputs():
-    params = init_params(CONFIG, jax.random.key(0))
-    np.testing.assert_allclose(np.std(params["layers"]["experts"]["gate_up"]), CONFIG.hidden_size**-0.5, rtol=0.05)
-    expected = (CONFIG.expert_hidden_size * 2 * CONFIG.num_layers) ** -0.5
-    np.testing.assert_allclose(np.std(params["layers"]["experts"]["down"]), expected, rtol=0.05)
-    assert np.all(np.asarray(params["final_norm"]) == 1)
-
-
-def test_counts_of_parameters():
-    total, active = count_params(CONFIG)
-    params = init_params(CONFIG, jax.random.key(0))
-    assert total == sum(math.prod(a.shape) for a in jax.tree.leaves(params))
-    routed = sum(math.prod(a.shape) for a in jax.tree.leaves(params["layers"]["experts"]))
-    assert total - active == routed // 2  # 2 of 4 experts
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dense_layers": (2,), "dense_hidden_size": 8}, "beyond the 2 layers"),
+        ({"dense_layers": (0,)}, "need a dense_hidden_size"),
+        ({"windows": (3, 3, 3)}, "3 entries for 2 layers"),
+        ({"layer_ropes": (0, 1)}, "not among the 1"),
+        ({"num_groups": 3}, "must divide num_experts 8"),
+        ({"num_groups": 8, "groups_per_token": 2}, "fewer than experts_per_token 3"),
+        ({"router_score": "sparsemixer"}, "chooses 2 experts"),
+        ({"rotary_size": 10}, "at most head_size"),
+        ({"latent_size": 8}, "latent_size"),
+        ({"experts_per_token": 20}, "only 8 experts"),
+        ({"num_heads": 3}, "must be a multiple of num_kv_heads"),
+        ({"head_size": 7}, "even number"),
+    ],
+)
+def test_switches_that_do_not_fit_together_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(BASE, **changes)

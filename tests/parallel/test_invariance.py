@@ -1,6 +1,6 @@
 """The same numbers on any mesh: losses and gradient norms of steps, optimizers, what finds no room.
 
-Gradients of every switch are in tests/models/test_switches.py, decoding in test_generate.py.
+Gradients of every switch are in tests/models/test_architecture.py, decoding in test_generate.py.
 """
 
 import dataclasses
