@@ -39,13 +39,13 @@ def our_step(model, forget: np.ndarray, retain: np.ndarray):
     config = UnlearningConfig(retain_loss="nll", alpha=1.0, learning_rate=LEARNING_RATE)
     mesh = make_mesh(jax.devices()[:1])
     original = place(flatten(model.params), mesh)
-    run = set_up(original, config, model.config, selected=None, parallel=PLAIN, mesh=mesh)
-    constants = Constants(original, *place(run.constants[1:], mesh))
+    settings, constants, start = set_up(original, config, model.config, selected=None, parallel=PLAIN, mesh=mesh)
+    constants = Constants(original, *place(constants[1:], mesh))
     rows = place(StepRows(_batch(forget), _batch(retain), _batch(retain).valid.astype(np.float32)), mesh)
-    holder = [run.start(constants)]
+    holder = [start(constants)]
 
     def step():
-        holder[0], metrics = unlearning_step(holder[0], constants, rows, settings=run.settings, mesh=mesh)
+        holder[0], metrics = unlearning_step(holder[0], constants, rows, settings=settings, mesh=mesh)
         return metrics
 
     return step

@@ -13,8 +13,9 @@ from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
+from trace_jax.unlearning.loop import TrainState
 from trace_jax.unlearning.losses import Constants, StepSettings
-from trace_jax.unlearning.step import TrainState, set_up, unlearning_step
+from trace_jax.unlearning.step import set_up, unlearning_step
 
 
 class Step(NamedTuple):
@@ -50,12 +51,12 @@ def prepared_step(
     selected: bool [L, E], for trainable="selected_experts".
     """
     original = flatten(placed_params(init_params(model, jax.random.key(0)), model, mesh))
-    run = set_up(original, config, model, selected=selected, parallel=parallel, mesh=mesh)
-    constants = Constants(original, *place(run.constants[1:], mesh))
+    settings, constants, start = set_up(original, config, model, selected=selected, parallel=parallel, mesh=mesh)
+    constants = Constants(original, *place(constants[1:], mesh))
     rng = np.random.default_rng(0)
     forget, retain = (random_batch(rows, length, model.vocab_size, rng) for _ in range(2))
     placed = place(StepRows(forget, retain, retain.valid.astype(np.float32)), mesh, P(BATCH_AXES))
-    return Step(run.start(constants), (constants, placed), run.settings, mesh)
+    return Step(start(constants), (constants, placed), settings, mesh)
 
 
 def random_batch(rows: int, length: int, vocab_size: int, rng: np.random.Generator) -> Batch:

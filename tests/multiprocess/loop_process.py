@@ -17,9 +17,7 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.io.signals import Interrupted
 from trace_jax.parallel.mesh import place
 from trace_jax.parallel.processes import start_processes
-from trace_jax.unlearning.loop import Hook, Loop
-from trace_jax.unlearning.rules import Evaluated, Rules
-from trace_jax.unlearning.step import TrainState
+from trace_jax.unlearning.loop import Evaluated, Hook, Loop, Rules, TrainState
 
 STEPS = 60
 

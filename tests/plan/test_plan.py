@@ -19,8 +19,7 @@ from trace_jax.plan.programs import predict
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.unlearning import unlearn as unlearning
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.trainable import trainable_paths
-from trace_jax.unlearning.trained import factors, is_of_experts
+from trace_jax.unlearning.trainable import factors, is_of_experts, trainable_paths
 
 CONFIG = {
     "name": "shrunken",

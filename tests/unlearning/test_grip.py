@@ -11,7 +11,7 @@ from trace_jax.config import ConfigError
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.moe import route
 from trace_jax.parallel.mesh import make_mesh, place, to_host
-from trace_jax.unlearning import rivals as grip
+from trace_jax.unlearning import grip
 from trace_jax.unlearning.config import GripProject
 
 L, N, D, E, K = 2, 12, 24, 6, 2
@@ -196,7 +196,7 @@ def test_realignment_is_the_closed_form_and_gives_the_old_scores_on_new_inputs()
     rng = np.random.default_rng(0)
     inputs, router = rng.normal(size=(200, D)), rng.normal(size=(D, E))
     new = inputs @ (np.eye(D) + 0.3 * rng.normal(size=(D, D)))
-    moments = grip.Moments(inputs.T @ inputs, inputs.T @ new, new.T @ new)
+    moments = inputs.T @ inputs, inputs.T @ new, new.T @ new
     found = grip.realigned(router, moments, 1e-6)
     x, y, theta = inputs.T, new.T, router.T  # as the paper writes them
     ridge = 1e-6 * np.trace(y @ y.T) / D

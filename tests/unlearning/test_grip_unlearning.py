@@ -16,9 +16,9 @@ from trace_jax.models.model import Model
 from trace_jax.models.moe import route
 from trace_jax.parallel.mesh import make_mesh, to_host
 from trace_jax.routing.statistics import expert_assignments, overlap
-from trace_jax.unlearning import rivals
+from trace_jax.unlearning import grip
 from trace_jax.unlearning.config import GripProject, GripRealign, UnlearningConfig
-from trace_jax.unlearning.router_passes import read_routers, realign, retain_protection, spread_tokens
+from trace_jax.unlearning.grip import read_routers, realign, retain_protection, spread_tokens
 from trace_jax.unlearning.unlearn import unlearn
 
 WIDE = dataclasses.replace(tiny.CONFIG, hidden_size=32, num_experts=6)
@@ -134,9 +134,9 @@ def test_more_tokens_than_directions_freeze_the_routers_and_it_says_so(model, re
         assert words in said.out + said.err and ("frozen" in said.out + said.err) == (tokens > 100)
         assert [row["free"] == 0 for row in table] == [tokens > 100] * 2
         router = model.params["layers"]["router"]
-        before, changed = ({rivals.ROUTER: array} for array in (router, router + 0.1))
-        held, _ = rivals.keep_routers(changed, before, protection, jax.numpy.int32(1), mesh=ONE)
-        assert np.allclose(held[rivals.ROUTER], router, atol=1e-5) == (tokens > 100)
+        before, changed = ({grip.ROUTER: array} for array in (router, router + 0.1))
+        held, _ = grip.keep_routers(changed, before, protection, jax.numpy.int32(1), mesh=ONE)
+        assert np.allclose(held[grip.ROUTER], router, atol=1e-5) == (tokens > 100)
 
 
 # --- B, the realignment
@@ -194,7 +194,7 @@ def test_realignment_is_the_same_on_four_devices(model, retain):
 
 
 def test_a_correction_that_does_not_bring_the_scores_back_is_dropped(model, retain, monkeypatch):
-    monkeypatch.setattr("trace_jax.unlearning.rivals.LEAST_COSINE", 0.9999)
+    monkeypatch.setattr("trace_jax.unlearning.grip.LEAST_COSINE", 0.9999)
     current = perturbed(model, 20.0)
     after, table = realign(model, current, retain, GripRealign(tokens=500, ridge=1e-6), mesh=ONE)
     assert [row["kept"] for row in table] == [True, False] and table[1]["cosine"] < 0.9999

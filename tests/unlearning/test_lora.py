@@ -19,7 +19,7 @@ from trace_jax.models.loss import token_nll
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.mesh import BATCH_AXES, make_mesh, place, to_host
 from trace_jax.unlearning.optimizer import groups, orthogonal
-from trace_jax.unlearning.trained import current_params, declarations, factors, merge, split, trained_specs
+from trace_jax.unlearning.trainable import current_params, declarations, factors, merge, split, trained_specs
 from trace_jax.unlearning.unlearn import unlearn
 
 GROUPED = dataclasses.replace(tiny.CONFIG, num_heads=4, num_kv_heads=2, expert_hidden_size=12, tie_embeddings=True)

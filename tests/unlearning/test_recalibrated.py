@@ -9,7 +9,7 @@ from tests.unlearning.conftest import ONE, weights_of
 from trace_jax.io.files import read_lines
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.weights import Recalibration, RetainWeights
-from trace_jax.unlearning.unlearn import Recalibrated
+from trace_jax.unlearning.unlearn import recalibration
 
 EVERY = {"name": "entropy", "rule": "all", "strength": 0.5, "ridge": 0.02}
 EVERY["routing"] = {"name": "recalibrated", "every": 2}
@@ -38,7 +38,8 @@ def models(model):
 
 def open_in(directory, solve, first, identity="a"):
     used = []
-    return Recalibrated(solve, first, used.append, directory=directory, identity=identity, title="test"), used
+    about = {"directory": directory, "identity": identity, "title": "test"}
+    return recalibration(solve, first, lambda model: model, used.append, **about), used
 
 
 def same(one: RetainWeights, other: RetainWeights) -> bool:
@@ -49,7 +50,7 @@ def same(one: RetainWeights, other: RetainWeights) -> bool:
 def test_new_weights_are_used_and_written_and_the_drift_is_noted(tmp_path, solve, first, models, forget, retain):
     recalibrated, used = open_in(tmp_path, solve, first)
     for step, current in models.items():
-        recalibrated.refresh(step, current)
+        recalibrated.call(step, current)
         assert same(used[-1], weights_of(current, forget, retain, **EVERY))
         where = tmp_path / "recalibration" / f"step-{step:06d}"
         assert same(RetainWeights.load(where), used[-1])
@@ -62,17 +63,17 @@ def test_new_weights_are_used_and_written_and_the_drift_is_noted(tmp_path, solve
 
 
 def test_weights_of_another_run_or_none_are_not_gone_on_with(tmp_path, solve, first, models):
-    open_in(tmp_path, solve, first, identity="other")[0].refresh(2, models[2])
+    open_in(tmp_path, solve, first, identity="other")[0].call(2, models[2])
     with pytest.raises(ValueError, match="step-000002: the weights that this run had solved for after step 2"):
         open_in(tmp_path, solve, first)[0].resumed(3)
-    open_in(tmp_path, solve, first, identity="other")[0].refresh(4, models[4])
-    open_in(tmp_path, solve, first)[0].refresh(2, models[2])
+    open_in(tmp_path, solve, first, identity="other")[0].call(4, models[4])
+    open_in(tmp_path, solve, first)[0].call(2, models[2])
     assert [path.name for path in (tmp_path / "recalibration").iterdir()] == ["step-000002"]
 
 
 def test_a_damaged_model_keeps_the_last_weights_and_says_so(tmp_path, solve, first, model, capsys):
     recalibrated, used = open_in(tmp_path, solve, first)
-    recalibrated.refresh(2, with_router(model, lambda r: r * np.nan))
+    recalibrated.call(2, with_router(model, lambda r: r * np.nan))
     assert used == [first]
     assert "NaN" in read_lines(tmp_path / "metrics.jsonl")[0]["recalibration"]["problem"]
     assert "The last weights are kept" in capsys.readouterr().err

@@ -11,9 +11,7 @@ from tests.unlearning.conftest import Stop
 from trace_jax.checkpoints.state import StateStore
 from trace_jax.io.files import read_lines
 from trace_jax.io.signals import Interrupted
-from trace_jax.unlearning.loop import Hook, Loop
-from trace_jax.unlearning.rules import Evaluated, Rules
-from trace_jax.unlearning.step import TrainState
+from trace_jax.unlearning.loop import Evaluated, Hook, Loop, Rules, TrainState
 
 # Forgetting and utility of the state after each of ten steps: forgetting falls, utility falls and comes back.
 FORGETTING = [1.0, 0.9, 0.8, 0.5, 0.4, 0.4, 0.3, 0.35, 0.3, 0.2, 0.1]

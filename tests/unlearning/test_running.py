@@ -15,10 +15,10 @@ from tests import tiny
 from trace_jax.data.rows import epoch_sampler
 from trace_jax.models.architecture import flatten
 from trace_jax.parallel.mesh import make_mesh
-from trace_jax.unlearning import train as train_module
+from trace_jax.unlearning import step as step_module
 from trace_jax.unlearning import unlearn as unlearn_module
 from trace_jax.unlearning.optimizer import TrainingConfig
-from trace_jax.unlearning.train import train_model
+from trace_jax.unlearning.step import train_model
 from trace_jax.unlearning.unlearn import unlearn
 
 STEPS = 7
@@ -80,7 +80,7 @@ def compilations():
 def test_nothing_is_compiled_after_the_first_step_and_no_step_moves_arrays(tmp_path, monkeypatch, compilations, kind):
     """The loop runs each step under `jax.transfer_guard("disallow")`. Its first save compiles the sum of the bits."""
     jax.clear_caches()
-    module, name = (unlearn_module, "unlearning_step") if kind == "unlearning" else (train_module, "training_step")
+    module, name = (unlearn_module, "unlearning_step") if kind == "unlearning" else (step_module, "training_step")
     step, counts = getattr(module, name), []
 
     def counted(*arguments, **settings):

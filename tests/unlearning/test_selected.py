@@ -21,11 +21,9 @@ from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, make_mesh, place, to_host
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
-from trace_jax.unlearning.losses import Constants
-from trace_jax.unlearning.rivals import anchor_loss
+from trace_jax.unlearning.losses import Constants, anchor_loss
 from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
-from trace_jax.unlearning.trainable import chosen_experts, trainable_paths
-from trace_jax.unlearning.trained import merge, selected_index, split
+from trace_jax.unlearning.trainable import chosen_experts, merge, selected_index, split, trainable_paths
 from trace_jax.unlearning.unlearn import unlearn
 
 MODEL = dataclasses.replace(tiny.CONFIG, num_experts=6)
@@ -62,13 +60,14 @@ def steps(forget, retain, mesh, *, masked):
     config = dataclasses.replace(ROWS, trainable="experts") if masked else ROWS
     original = flatten(placed_params(tiny.make_model(MODEL).params, MODEL, mesh))
     paths = trainable_paths(MODEL, ROWS.trainable)
-    run = set_up(original, config, MODEL, selected=None if masked else SELECTED, parallel=PLAIN, mesh=mesh)
-    constants = Constants(original, *place(run.constants[1:], mesh))
+    selected = None if masked else SELECTED
+    settings, constants, start = set_up(original, config, MODEL, selected=selected, parallel=PLAIN, mesh=mesh)
+    constants = Constants(original, *place(constants[1:], mesh))
     if masked:
         masks = {p: SELECTED.reshape(2, 6, *(1,) * (original[p].ndim - 2)).astype(np.float32) for p in paths}
         constants = constants._replace(masks=place(masks, mesh))
-    state, settings = run.start(constants), run.settings
     batches = [pad_rows(rows.batch(np.arange(8)), row_multiple(settings, mesh)) for rows in (forget, retain)]
+    state = start(constants)
     inputs = place(StepRows(*batches, batches[1].valid.astype(np.float32)), mesh, PartitionSpec(BATCH_AXES))
     for _ in range(5):
         state, _ = unlearning_step(state, constants, inputs, settings=settings, mesh=mesh)

@@ -15,7 +15,7 @@ from trace_jax.models.loss import token_nll
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.rules import Evaluated
+from trace_jax.unlearning.loop import Evaluated
 from trace_jax.unlearning.unlearn import unlearn
 
 KEEP = {"name": "best_utility", "forgetting": 0.5}

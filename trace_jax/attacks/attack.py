@@ -32,7 +32,7 @@ from trace_jax.parallel.processes import barrier, broadcast_from_process_0
 from trace_jax.routing.statistics import Assignments, expert_assignments, overlap_by_row
 from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.optimizer import Optimizer, OptimizerConfig
-from trace_jax.unlearning.train import train_on
+from trace_jax.unlearning.step import train_on
 
 _MATRICES = ("q", "k", "v", "o", "attention_gate", "kv_down", "kv_up", "q_down", "q_up", "gate_up", "down")
 _ROUTERS = ("layers/router", "layers/router_bias", "layers/router_correction")

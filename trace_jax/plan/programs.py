@@ -23,9 +23,9 @@ from trace_jax.plan.hlo import COLLECTIVES, traffic
 from trace_jax.plan.machine import Chip, exchange_rate
 from trace_jax.routing.statistics import counting_pass
 from trace_jax.unlearning.config import GripProject, UnlearningConfig
+from trace_jax.unlearning.grip import Protection, protection_specs
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants
-from trace_jax.unlearning.rivals import Protection, protection_specs
 from trace_jax.unlearning.step import row_multiple, set_up, state_shardings, unlearning_step
 
 SELECTED = 8  # of so many experts one is taken to be selected, where selected experts train
@@ -53,9 +53,10 @@ def step_program(
 ) -> Program:
     """One unlearning step."""
     selected, everywhere = assumed_experts(unlearning, model), NamedSharding(mesh, P())
-    run = set_up(_params(model, mesh), unlearning, model, selected=selected, parallel=parallel, mesh=mesh)
-    constants, settings = Constants(run.constants.original, *_placed(run.constants[1:], everywhere)), run.settings
-    state = jax.eval_shape(run.start, constants)
+    about: Any = {"selected": selected, "parallel": parallel, "mesh": mesh}
+    settings, constants, start = set_up(_params(model, mesh), unlearning, model, **about)
+    constants = Constants(constants.original, *_placed(constants[1:], everywhere))
+    state = jax.eval_shape(start, constants)
     state = _placed(state, state_shardings(state, settings, mesh))
     if "hidden" in unlearning.objective.needs:
         target = jax.ShapeDtypeStruct((1, model.hidden_size), jnp.float32, sharding=everywhere)
@@ -81,9 +82,8 @@ def assumed_experts(unlearning: UnlearningConfig, model: ModelConfig) -> np.ndar
 
     As many as the rule takes or, where that depends on the data, 1 of `SELECTED` in each layer.
     """
-    if unlearning.some_experts is None:
+    if (rule := unlearning.trainable.experts) is None:
         return None
-    rule: Any = unlearning.some_experts.experts
     layers, experts = len(model.moe_layers), model.num_experts
     if hasattr(rule, "top") and rule.scope != "layer":  # one of each layer, then the next of each
         return rule.top > np.arange(layers * experts).reshape(experts, layers).T

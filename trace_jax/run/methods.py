@@ -28,8 +28,8 @@ from trace_jax.run.directory import needed, run_stage, write_results
 from trace_jax.run.experiment import ExperimentConfig, Method
 from trace_jax.run.export import UNLEARNED, load_unlearned, model_card, save_unlearned
 from trace_jax.run.prepare import Prepared, prepare, retrained_identity
+from trace_jax.unlearning.loop import Evaluated
 from trace_jax.unlearning.metrics import front_rows
-from trace_jax.unlearning.rules import Evaluated
 from trace_jax.unlearning.trainable import chosen_experts
 from trace_jax.unlearning.unlearn import unlearn
 

@@ -29,9 +29,8 @@ from trace_jax.run.directory import check_workdir, open_workdir, run_stage
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import RETRAINED, TARGET, load_model, save_trained
 from trace_jax.tasks.benchmarks import build_tasks
-from trace_jax.unlearning.train import train_model
-from trace_jax.unlearning.trainable import trainable_paths
-from trace_jax.unlearning.trained import factors
+from trace_jax.unlearning.step import train_model
+from trace_jax.unlearning.trainable import factors, trainable_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,8 +218,8 @@ def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
             paths = trainable_paths(target.config, unlearning.trainable)
             sizes[name] = sum(arrays[path].nbytes for path in paths)
             shapes: Any = [arrays[path] for path in paths]
-            if unlearning.lora is not None:
-                shapes = factors(target.config, paths, unlearning.lora.rank).values()
+            if (rank := unlearning.trainable.rank) is not None:
+                shapes = factors(target.config, paths, rank).values()
             count = sum(math.prod(one.shape) for one in shapes)
             states.append((3 + unlearning.keeps_best) * (1 + unlearning.optimizer.moments) * count)
     for attack in (config.attacks.relearning, config.attacks.benign_relearning) if config.attacks else ():

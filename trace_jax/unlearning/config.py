@@ -1,12 +1,12 @@
 """Settings of unlearning. Those of an objective, an optimizer and the rules of a run stand beside what reads them."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from trace_jax.config import ConfigError, Section, Variant, option
 from trace_jax.routing import config as routing
+from trace_jax.unlearning.loop import Rules
 from trace_jax.unlearning.objectives import Objective, Steering
 from trace_jax.unlearning.optimizer import OptimizerConfig
-from trace_jax.unlearning.rules import Rules
 
 EXPERTS_DOWN = "layers/experts/down"
 _ANCHOR = "coefficient of SEUF's loss that keeps forget tokens on the experts that train; 0 = off"
@@ -31,6 +31,10 @@ class Trainable(Variant):
     """What trains: a preset, or `patterns` of paths; the first that matches decides, and a leading ! freezes."""
 
     patterns: ClassVar[tuple[str, ...]]
+    experts: ClassVar[Any] = None  # which train, where only some do
+    anchor: ClassVar[float] = 0.0
+    anchor_form: ClassVar[str] = "sum"
+    rank: ClassVar[Any] = None  # of low-rank factors, where they are what trains
 
     @classmethod
     def spelled_out(cls, value):
@@ -56,7 +60,7 @@ class DownProjections(Trainable, name="down_projections"):
 
 
 class Patterns(Trainable, name="patterns"):
-    patterns: tuple[str, ...] = option(help="of paths")  # pyright: ignore[reportIncompatibleVariableOverride] a setting
+    patterns: tuple[str, ...] = option(help="of paths")
 
 
 class SomeExperts(Section):
@@ -115,7 +119,7 @@ class RetainHidden(RetainLoss, name="hidden"):
 
 
 class Grip(Variant):
-    """GRIP holds routers to retain routing (`trace_jax.unlearning.rivals`)."""
+    """GRIP holds routers to retain routing (`trace_jax.unlearning.grip`)."""
 
 
 class NoGrip(Grip, name="none"): ...
@@ -228,18 +232,3 @@ class UnlearningConfig(Rules, OptimizerConfig):
         """(first, last) of the layers that train, from 1: RMU's authors train the steered one and the two below."""
         steers = isinstance(self.objective, Steering) and isinstance(self.trainable, DownProjections)
         return (max(1, self.layer - 2), self.layer) if steers else None
-
-    @property
-    def lora(self) -> Lora | None:
-        """Settings of low-rank factors, if they are what trains."""
-        return self.trainable if isinstance(self.trainable, Lora) else None
-
-    @property
-    def some_experts(self) -> SomeExperts | None:
-        """Settings of the experts that train, if only some do."""
-        return self.trainable if isinstance(self.trainable, SomeExperts) else None
-
-    @property
-    def anchor(self) -> float:
-        """Coefficient of SEUF's loss; 0: it is off."""
-        return self.some_experts.anchor if self.some_experts else 0.0

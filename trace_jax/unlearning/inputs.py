@@ -1,11 +1,11 @@
-"""What a run reads: which rows a step takes, for how many steps, and what is refused before anything is computed.
+"""What a run reads: which rows a step takes, and for how many steps.
 
 The rows of a step are a function of the step alone, so that a resumed run repeats itself.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from trace_jax.config import ConfigError
 from trace_jax.data.rows import Batch, IndexSampler, Rows, epoch_sampler, retain_sampler
 from trace_jax.io.files import local_copy, replacing
 from trace_jax.models.architecture import ModelConfig
@@ -24,9 +23,9 @@ from trace_jax.models.model import Model
 from trace_jax.models.sharding import map_batches
 from trace_jax.parallel.processes import barrier, broadcast_from_process_0
 from trace_jax.routing.controls import losses
-from trace_jax.routing.weights import Recalibration, RetainWeights
+from trace_jax.routing.weights import RetainWeights
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.objectives import RMU, AdaptiveRMU, Steering
+from trace_jax.unlearning.objectives import RMU, AdaptiveRMU
 
 
 @struct.dataclass
@@ -212,52 +211,3 @@ def batch_text(
     devices = f"{mesh.size} devices" if mesh.size > 1 else "one device"
     step = f"{config.steps:,} steps of {rows} = {tokens:,} tokens each, in {parts} on {devices}"
     return f"{step}; steps in an epoch: {epochs}"
-
-
-# --- what is refused
-
-
-def check_run(
-    model: Model, forget: Rows, retain: Rows | None, config: UnlearningConfig, *,
-    selected: np.ndarray | None, weights: RetainWeights | None, recalibrate: Recalibration | None,
-    evaluate: Callable | None,
-) -> None:  # fmt: skip
-    """Raises a ConfigError or ValueError that says what does not fit together (arguments as in `unlearn`)."""
-    if config.retains and retain is None:
-        raise ConfigError(
-            f"objective {config.objective.name!r} has a retain term; give retain rows, or set retain_loss to 'none'."
-        )
-    if config.layer > model.config.num_layers:
-        raise ConfigError(f"layer is {config.layer}, but the model has {model.config.num_layers} layers.")
-    if config.grip.name != "none" and retain is None:
-        raise ConfigError(f"grip {config.grip.name!r} holds on to the routing of retain text; give retain rows.")
-    for name, rows in (("forget", forget), ("retain", retain)):
-        if rows is not None and not rows.valid.any():
-            raise ValueError(f"the {name} rows hold no token that can be predicted; the data is too short.")
-    if config.needs_evaluation and evaluate is None:
-        raise ConfigError(
-            "stop_forgetting, stop_utility and keep are about evaluations, and there are none; give `evaluate`, or "
-            "leave them out."
-        )
-    if weights is not None and weights.online:
-        config.check_online()
-    if recalibrate is not None and weights is None:
-        raise ConfigError("recalibrate is given without weights; the steps before the first recalibration need some.")
-    if config.some_experts is None:
-        return
-    if selected is None or not selected.any():
-        raise ConfigError(
-            f"trainable is {config.trainable.name!r}, but no expert is selected: use a weighting that selects experts, "
-            "lower its tau, or name another rule in unlearning.trainable.experts."
-        )
-    shape = len(model.config.moe_layers), model.config.num_experts
-    if selected.shape != shape:
-        raise ValueError(f"selected is {selected.shape}; the model has {shape} (layers with experts, experts).")
-    layers = [model.config.moe_layers[i] + 1 for i in np.flatnonzero(selected.any(axis=1))]
-    if isinstance(config.objective, Steering) and layers[0] > config.layer:
-        where = ", ".join(map(str, layers))
-        raise ConfigError(
-            f"objective {config.objective.name!r} steers the output of layer {config.layer}, and the selected experts "
-            f"are in layers {where}, above it: they would learn nothing. Set unlearning.objective.layer to {layers[0]} "
-            "or more."
-        )

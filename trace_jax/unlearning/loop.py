@@ -1,44 +1,53 @@
-"""The training loop: resumable, interruptible, never ends in NaN."""
+"""The training loop: resumable, interruptible, never ends in NaN; and the rules by which it ends early."""
 
 import contextlib
 import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from flax import struct
 
 from trace_jax.checkpoints.state import StateStore
+from trace_jax.config import Section, Variant, option
 from trace_jax.io.files import flush_lines
 from trace_jax.io.progress import progress, say
 from trace_jax.io.signals import Interrupted, Interruption
 from trace_jax.parallel.processes import broadcast_from_process_0
 from trace_jax.unlearning.metrics import Metrics
-from trace_jax.unlearning.rules import Evaluated, Rules, Stop
-from trace_jax.unlearning.step import TrainState
-from trace_jax.unlearning.trained import Flat
+
+
+@struct.dataclass
+class TrainState:
+    """What changes while training: step i32 [], flat trainable parameters in float32, optax state.
+
+    A bfloat16 weight has 8 significant bits: a usual step, 1e-5 on a weight of 0.02, would be rounded away. So the
+    optimizer keeps float32, and the loss sees it rounded to the model's type.
+
+    `alpha` f32 []: the coefficient of the retain loss, where the objective adapts it (`Objective.adapts_alpha`).
+    """
+
+    step: jax.Array
+    trainable: dict[str, Any]
+    optimizer: Any
+    alpha: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopResult:
-    """The outcome of a run.
+    """The outcome of a run."""
 
-    Attributes:
-      trainable: float32, of the state that is kept.
-      step: the step after which it was in that state.
-      stopped: why the run ended before its last step, or "".
-      failed: whether that was an error; then the state is the last good one, or the best one where the best is kept.
-    """
-
-    trainable: Flat
-    step: int
-    stopped: str
+    trainable: dict[str, Any]  # float32, of the state that is kept
+    step: int  # after which the run was in that state
+    stopped: str  # why it ended before its last step, or ""
     seconds_per_step: float
-    failed: bool = False
+    failed: bool = False  # by an error; then the state is the last good one, or the best one where the best is kept
 
 
 class Hook(NamedTuple):
@@ -49,11 +58,84 @@ class Hook(NamedTuple):
     """
 
     every: int
-    call: Callable[[int, Flat], Any]
+    call: Callable[[int, dict[str, Any]], Any]
     resumed: Callable[[int], None] | None = None
 
-    def due(self, step: int) -> bool:
-        return step > 0 and self.every > 0 and step % self.every == 0
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation gave: `rows` (JSON) for metrics.jsonl, and the two numbers that rules read, where measured."""
+
+    rows: Any
+    forgetting: float | None = None  # lower means more forgotten
+    utility: float | None = None  # higher is better
+    items: Mapping[str, np.ndarray] | None = None  # what each item gave, arrays [N] by name for items.npz
+
+
+class Stop(NamedTuple):
+    """Why a run ends early. `failed`: by an error, so that the state it was in is of no use."""
+
+    reason: str
+    failed: bool
+
+
+class Keep(Variant):
+    """Which state is the result."""
+
+
+class KeepLast(Keep, name="last"):
+    """That which the run ends with."""
+
+
+class KeepBest(Keep, name="best_utility"):
+    """That of the evaluation with the highest utility among those that forgot enough; where there is none, that with
+    the lowest forgetting."""
+
+    forgetting: float = option(help="forgetting on validation that a state must be at or below")
+
+
+class Rules(Section):
+    """What is asked of the evaluations of a run."""
+
+    stop_forgetting: float | None = option(
+        None, help="end the run once forgetting, measured on validation, is at or below this"
+    )
+    stop_utility: float | None = option(None, help="end the run once mean utility on validation is below this")
+    keep: Keep = option("last", help="the state that is the result: the last, or the evaluated one of highest utility")
+
+    @property
+    def needs_evaluation(self) -> bool:
+        return self.keeps_best or self.stop_forgetting is not None or self.stop_utility is not None
+
+    @property
+    def keeps_best(self) -> bool:
+        return isinstance(self.keep, KeepBest)
+
+    def check(self, step: int, evaluated: Evaluated) -> None:
+        """Raises ValueError where a rule needs a number that an evaluation does not give."""
+        for name, rule in (("forgetting", self.stop_forgetting), ("utility", self.stop_utility)):
+            if (self.keeps_best or rule is not None) and getattr(evaluated, name) is None:
+                raise ValueError(
+                    f"the evaluation at step {step} gives no {name}, which stop_forgetting, stop_utility or keep "
+                    "reads; let `evaluate` return an `Evaluated` with it, or remove the rule."
+                )
+
+    def stops(self, step: int, evaluated: Any) -> str:
+        """Why the run ends at an `Evaluated` state, or nothing."""
+        if self.stop_forgetting is not None and evaluated.forgetting <= self.stop_forgetting:
+            reached = f"reached stop_forgetting {self.stop_forgetting:g}"
+            return f"forgetting {evaluated.forgetting:.4g} {reached} at step {step}"
+        if self.stop_utility is not None and evaluated.utility < self.stop_utility:
+            return f"utility {evaluated.utility:.4g} fell below stop_utility {self.stop_utility:g} at step {step}"
+        return ""
+
+    def best(self, evaluations: Mapping[int, Any]) -> int:
+        """The step whose state is the result, of those with an `Evaluated` each; of equals the first."""
+        bound = self.keep.forgetting if isinstance(self.keep, KeepBest) else -np.inf
+        reached = [step for step, evaluated in evaluations.items() if evaluated.forgetting <= bound]
+        if reached:
+            return max(reached, key=lambda step: evaluations[step].utility)
+        return min(evaluations, key=lambda step: evaluations[step].forgetting)
 
 
 @dataclasses.dataclass
@@ -87,10 +169,10 @@ class Loop:
     def should_evaluate(self, step: int) -> bool:
         if self.evaluation is None or step == 0:
             return self.evaluation is not None and self.evaluate_first
-        return self.evaluation.due(step) or step == self.steps
+        return step % self.evaluation.every == 0 or step == self.steps
 
     def should_refresh(self, step: int) -> bool:
-        return self.refresh is not None and self.refresh.due(step) and step < self.steps
+        return self.refresh is not None and 0 < step < self.steps and step % self.refresh.every == 0
 
     def run(
         self,

@@ -17,12 +17,11 @@ from trace_jax.models.loss import token_kl, token_nll, vocabulary_loss
 from trace_jax.models.moe import router_probabilities
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, as_varying, varying_axes
 from trace_jax.routing.calibration import Calibration, token_weights
-from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.config import Lora, UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.objectives import ForgetInputs, Objective
 from trace_jax.unlearning.optimizer import OptimizerConfig
-from trace_jax.unlearning.rivals import anchor_loss
-from trace_jax.unlearning.trained import Flat, current_params
+from trace_jax.unlearning.trainable import Flat, current_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Constants(NamedTuple):
     few do. masks: of updates (`trace_jax.unlearning.trainable.update_masks`).
     numbers: coefficients and numbers of the objective, f32 [] by name. target f32 [topics, D]: where RMU steers.
     online: what retain tokens are weighed with by their present routing; None: their weights come with the rows.
-    protection: `trace_jax.unlearning.rivals.Protection` of the routers.
+    protection: `trace_jax.unlearning.grip.Protection` of the routers.
     """
 
     original: Flat
@@ -62,10 +61,10 @@ class Constants(NamedTuple):
 def coefficients(config: UnlearningConfig) -> Flat:
     """The traced numbers of a run (`Constants.numbers`)."""
     numbers = config.objective.numbers() | ({"alpha": config.alpha} if config.retains else {})
-    if config.anchor:
-        numbers["anchor"] = config.anchor
-    if config.lora is not None:
-        numbers["lora_scale"] = config.lora.alpha / config.lora.rank
+    if config.trainable.anchor:
+        numbers["anchor"] = config.trainable.anchor
+    if isinstance(config.trainable, Lora):
+        numbers["lora_scale"] = config.trainable.alpha / config.trainable.rank
     return {name: jnp.float32(value) for name, value in numbers.items()}
 
 
@@ -201,6 +200,33 @@ def _sums(
         probabilities = router_probabilities(forget.logits, settings.model)
         sums["anchor"] = anchor_loss(probabilities, forget.indices, constants.index, rows.forget.valid, form=form)
     return sums, reference.dropped + inner.dropped + current.dropped
+
+
+def anchor_loss(
+    probabilities: jax.Array, indices: jax.Array, index: jax.Array, valid: jax.Array, *, form: str
+) -> jax.Array:
+    """f32 [], the sum over valid tokens and over the layers that have a target expert.
+
+    SEUF (2411.18797) unlearns in a few experts that forget tokens are routed to (preset "seuf" of `trainable`); this
+    keeps the tokens on them, so that the forget loss doesn't fall by routing elsewhere.
+
+    - "sum", the paper's equation 3: |g - a|^2 summed over experts; g is the router's probability of the chosen experts
+      and 0 for the others, a is 1 for target experts and 0 for the others.
+    - "mean", its released code: the mean over experts of (s - a)^2, s the probability of all experts, chosen or not.
+
+    Args:
+      probabilities: f32 [L, B, S, E], of the router, not renormalised over the chosen experts.
+      indices: i32 [L, B, S, K], the chosen experts. index: i32 [L, N], the target experts; E stands for none.
+      valid: bool [B, S].
+    """
+    num_experts = probabilities.shape[-1]
+    target = jax.nn.one_hot(index, num_experts, dtype=bool).any(axis=1)
+    if form == "sum":
+        chosen = jax.nn.one_hot(indices, num_experts, dtype=bool).any(axis=-2)
+        probabilities = jnp.where(chosen, probabilities, 0.0)
+    error = jnp.square(probabilities - target.astype(jnp.float32)[:, None, None, :])
+    of_layer = error.mean(-1) if form == "mean" else error.sum(-1)
+    return jnp.where(valid[None] & target.any(axis=-1)[:, None, None], of_layer, 0.0).sum()
 
 
 def _counts(objective: Objective, rows: StepRows) -> jax.Array:

@@ -1,4 +1,4 @@
-"""One optimizer step, for training a target model and for unlearning from it, and the state that it changes.
+"""One optimizer step, for training a target model and for unlearning from it; and what runs the former to an end.
 
 Loss and gradient are computed inside `jax.shard_map` over the whole mesh: parameters as they are stored, rows split.
 Then the optimizer updates every stored number where it is.
@@ -7,92 +7,68 @@ Then the optimizer updates every stored number where it is.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey
 
 from trace_jax.data.rows import Batch
-from trace_jax.models.architecture import ModelConfig, abstract_params, flatten, unflatten
+from trace_jax.models.architecture import ModelConfig, abstract_params, flatten, init_params, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
+from trace_jax.models.model import Model
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place, row_shards
+from trace_jax.unlearning import trainable
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.inputs import StepRows
+from trace_jax.unlearning.grip import check_router, keep_routers
+from trace_jax.unlearning.inputs import StepRows, pad_rows
+from trace_jax.unlearning.loop import Hook, Loop, LoopResult, TrainState
 from trace_jax.unlearning.losses import Constants, StepSettings, coefficients, gradient, share, targets
-from trace_jax.unlearning.optimizer import make_optimizer
-from trace_jax.unlearning.rivals import check_router, keep_routers
-from trace_jax.unlearning.trainable import trainable_paths, update_masks
-from trace_jax.unlearning.trained import Flat, current_params, declarations, selected_index, split, trained_specs
-
-
-@struct.dataclass
-class TrainState:
-    """What changes while training: step i32 [], flat trainable parameters in float32, optax state.
-
-    A bfloat16 weight has 8 significant bits: a usual step, 1e-5 on a weight of 0.02, would be rounded away. So the
-    optimizer keeps float32, and the loss sees it rounded to the model's type.
-
-    `alpha` f32 []: the coefficient of the retain loss, where the objective adapts it (`Objective.adapts_alpha`).
-    """
-
-    step: jax.Array
-    trainable: Flat
-    optimizer: Any
-    alpha: Any = None
-
-
-class SetUp(NamedTuple):
-    """A run before its data: see `set_up`."""
-
-    settings: StepSettings
-    paths: tuple[str, ...]  # of the parameters of which anything trains
-    constants: Constants
-    start: Callable[[Constants], TrainState]  # the state before the first step
+from trace_jax.unlearning.optimizer import OptimizerConfig, TrainingConfig, make_optimizer
+from trace_jax.unlearning.trainable import Flat, current_params, trained_specs
 
 
 def unlearning_settings(config: UnlearningConfig, model: ModelConfig, parallel: ParallelConfig = PLAIN) -> StepSettings:
     """The static part of an unlearning step."""
     # A constant rate does not depend on the number of steps; leaving it out saves a compilation per number.
     # Where the rows of an epoch are not known (a plan), their number is not either.
-    steps, some = 0 if config.schedule == "constant" else config.steps, config.some_experts
+    steps = 0 if config.schedule == "constant" else config.steps
     return StepSettings(
         model, config.optimization, steps, config.objective.without_numbers(), config.retain_loss.name,
-        config.normalize, config.layer, parallel, anchor_form=some.anchor_form if some else "sum",
+        config.normalize, config.layer, parallel, config.trainable.anchor_form,
     )  # fmt: skip
 
 
 def set_up(
     original: Flat, config: UnlearningConfig, model: ModelConfig, *,
     selected: np.ndarray | None, parallel: ParallelConfig, mesh: Mesh, seed: int = 0,
-) -> SetUp:  # fmt: skip
-    """What the step of a run works with, for the run itself and for a plan of it.
+) -> tuple[StepSettings, Constants, Callable[[Constants], TrainState]]:  # fmt: skip
+    """What the step of a run works with, for the run itself and for a plan of it, and what makes its first state.
 
     Args:
       original: parameters by path on the mesh, or their shapes. All else in the constants is small, and on the host.
       selected: bool [L, E], the experts that train where not all do.
     """
-    settings, paths = unlearning_settings(config, model, parallel), trainable_paths(model, config.trainable)
+    settings = unlearning_settings(config, model, parallel)
+    paths = trainable.trainable_paths(model, config.trainable)
     if config.grip.name == "project":
         check_router(model, paths)
-    masks = update_masks(paths, model, layers=config.layers, selected=selected)
-    index = None if selected is None else selected_index(selected)
+    masks = trainable.update_masks(paths, model, layers=config.layers, selected=selected)
+    index = None if selected is None else trainable.selected_index(selected)
     numbers = np.int32(seed), np.float32(config.alpha) if config.objective.adapts_alpha else None
+    static: Any = {"paths": paths, "rank": config.trainable.rank, "settings": settings, "mesh": mesh}
 
     def start(c: Constants) -> TrainState:
-        rank = config.lora and config.lora.rank
-        return _unlearning_state(
-            c.original, c.index, c.masks, *numbers, paths=paths, rank=rank, settings=settings, mesh=mesh
-        )
+        return _unlearning_state(c.original, c.index, c.masks, *numbers, **static)
 
-    return SetUp(settings, paths, Constants(original, index, masks, coefficients(config)), start)
+    return settings, Constants(original, index, masks, coefficients(config)), start
 
 
 def row_multiple(settings: StepSettings, mesh: Mesh) -> int:
@@ -111,7 +87,7 @@ def initial_state(trained: Flat, settings: StepSettings, mesh: Mesh) -> TrainSta
 
 @functools.partial(jax.jit, static_argnames=("paths", "rank", "settings", "mesh"))
 def _unlearning_state(original, index, masks, seed, alpha, *, paths, rank, settings: StepSettings, mesh) -> TrainState:
-    trained = split(original, paths, settings.model, mesh, index=index, rank=rank, seed=seed)
+    trained = trainable.split(original, paths, settings.model, mesh, index=index, rank=rank, seed=seed)
     return fresh_state(trained, masks, alpha, settings=settings, mesh=mesh)
 
 
@@ -125,7 +101,7 @@ def fresh_state(trained: Flat, masks: Flat | None, alpha: Any, *, settings: Step
 
 
 def _optimizer(settings: StepSettings, masks: Flat | None, trained: Flat) -> optax.GradientTransformation:
-    axes = {path: spec.axes for path, spec in declarations(settings.model, trained).items()}
+    axes = {path: spec.axes for path, spec in trainable.declarations(settings.model, trained).items()}
     return make_optimizer(settings.optimizer, settings.steps, axes, masks)
 
 
@@ -161,8 +137,8 @@ def apply_gradients(
     optimizer = _optimizer(settings, masks, state.trainable)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer count
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-    trainable: Any = optax.apply_updates(state.trainable, updates)
-    state = TrainState(state.step + 1, trainable, optimizer_state, state.alpha)
+    trained: Any = optax.apply_updates(state.trainable, updates)
+    state = TrainState(state.step + 1, trained, optimizer_state, state.alpha)
     return jax.lax.with_sharding_constraint(state, state_shardings(state, settings, mesh)), optax.tree.norm(gradients)
 
 
@@ -175,8 +151,8 @@ def training_step(state: TrainState, batch: Batch, *, settings: StepSettings, lo
     model = settings.model
     like = flatten(abstract_params(model))
 
-    def loss(trainable, batch):
-        params = unflatten(current_params(trainable, like))
+    def loss(trained, batch):
+        params = unflatten(current_params(trained, like))
         out: Any = forward(
             params, model, batch.tokens, mask=batch.segments, count_mask=batch.valid,
             collect=("hidden", "counts", "load"),
@@ -215,10 +191,10 @@ def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, 
     gradients, metrics = sharded(state.trainable, state.alpha, read, rows)
     state, norm = apply_gradients(state, gradients, settings, constants.masks, mesh)
     if constants.protection is not None:
-        trainable, metrics["grip_missed"] = keep_routers(
+        trained, metrics["grip_missed"] = keep_routers(
             state.trainable, constants.original, constants.protection, state.step, mesh=mesh
         )
-        state = dataclasses.replace(state, trainable=trainable)
+        state = dataclasses.replace(state, trainable=trained)
         state = jax.lax.with_sharding_constraint(state, state_shardings(state, settings, mesh))
     if state.alpha is not None:
         metrics["alpha"] = state.alpha
@@ -226,3 +202,55 @@ def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, 
         alpha = objective.next_alpha(state.alpha, state.step, metrics["retain_loss"])
         state = dataclasses.replace(state, alpha=alpha)
     return state, {**metrics, "gradient_norm": norm}
+
+
+# --- runs of next-token training
+
+
+def train_model(
+    model: ModelConfig, config: TrainingConfig, batch_at: Callable[[int], Batch], *,
+    seed: int, mesh: Mesh, directory: Path, identity: str, title: str, tokenizer: Any = None,
+) -> Model:  # fmt: skip
+    """Trains `config.steps` steps on `batch_at(step)`; continues from `directory` if it was interrupted.
+
+    Raises:
+      FloatingPointError: the loss stopped being finite; a target model that diverged is of no use to anyone.
+    """
+    loop = Loop(directory, identity, config.steps, config.checkpoint_every, title, seed=seed)
+    settings = StepSettings(model, config.optimization, config.steps)
+
+    def start():
+        return init_params(model, jax.random.key(seed))
+
+    result = _train(loop, start, batch_at, settings, mesh, config.load_balance)
+    if result.stopped:
+        raise FloatingPointError(f"{title}: {result.stopped}.")
+    return Model(model, _params(result.trainable, model), tokenizer)
+
+
+def train_on(
+    model: Model, config: OptimizerConfig, batch_at: Callable[[int], Batch], *,
+    steps: int, evaluate: Callable[[Any], Any], evaluate_every: int,
+    seed: int, mesh: Mesh, directory: Path, identity: str, title: str,
+) -> None:  # fmt: skip
+    """Trains all parameters of a model, which is not changed, on `batch_at(step)`; continues if it was interrupted.
+
+    `evaluate` is called with the parameters after every `evaluate_every` steps and at the end; what it returns is in
+    `directory` (`trace_jax.unlearning.metrics.front_rows`). A run that diverges ends.
+    """
+    evaluation = Hook(evaluate_every, lambda _, trained: evaluate(_params(trained, model.config)))
+    loop = Loop(directory, identity, steps, evaluate_every, title, evaluation, seed=seed, evaluate_first=False)
+    _train(loop, lambda: model.params, batch_at, StepSettings(model.config, config, steps), mesh)
+
+
+def _train(loop: Loop, start, batch_at, settings: StepSettings, mesh: Mesh, load_balance: float = 0.0) -> LoopResult:
+    multiple = row_multiple(settings, mesh)
+    return loop.run(
+        lambda: initial_state(flatten(start()), settings, mesh),
+        lambda index: place(pad_rows(batch_at(index), multiple), mesh, P(BATCH_AXES)),
+        lambda state, batch: training_step(state, batch, settings=settings, load_balance=load_balance, mesh=mesh),
+    )
+
+
+def _params(trained: Flat, config: ModelConfig) -> Any:
+    return unflatten(current_params(trained, flatten(abstract_params(config))))

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from trace_jax.config import fingerprint
+from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.rows import Rows, encode_refusals, with_refusals
 from trace_jax.io.files import as_path, encode, read_json, remove, write_json
 from trace_jax.io.progress import say
@@ -22,37 +22,28 @@ from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place
 from trace_jax.routing.statistics import DamagedRouting
 from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.config import Calibrated, GripRealign, UnlearningConfig
-from trace_jax.unlearning.inputs import Inputs, batch_text, cached_reference, check_run, steering_target, with_steps
+from trace_jax.unlearning.grip import grip_hooks, with_realigned
+from trace_jax.unlearning.inputs import Inputs, batch_text, cached_reference, steering_target, with_steps
 from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.losses import Constants
 from trace_jax.unlearning.metrics import Metrics
-from trace_jax.unlearning.objectives import Referring, Refusing, TaskVector
-from trace_jax.unlearning.router_passes import grip_hooks, with_realigned
+from trace_jax.unlearning.objectives import Referring, Refusing, Steering, TaskVector
 from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
-from trace_jax.unlearning.trainable import table_text, trainable_table
-from trace_jax.unlearning.trained import Flat, merge
+from trace_jax.unlearning.trainable import Flat, merge, table_text, trainable_table
 
 
 @dataclasses.dataclass(frozen=True)
 class Unlearned:
-    """The outcome of unlearning.
-
-    Attributes:
-      model: the model after unlearning; step: how many steps it is away from the target model.
-      steps: how many the run was to take.
-      stopped: why the run ended before that, or "". failed: whether by an error, not by a rule that was asked for.
-      trained: table of what trained (`trainable_table`).
-      grip: what was protected in each layer, or how its router was realigned (`trace_jax.unlearning.router_passes`).
-    """
+    """The outcome of unlearning."""
 
     model: Model
-    step: int
-    steps: int
-    stopped: str
-    failed: bool
-    trained: list[dict]
+    step: int  # how many steps it is away from the target model
+    steps: int  # how many the run was to take
+    stopped: str  # why the run ended before that, or ""
+    failed: bool  # whether by an error, not by a rule that was asked for
+    trained: list[dict]  # table of what trained (`trainable_table`)
     seconds_per_step: float
-    grip: list[dict] | None = None
+    grip: list[dict] | None = None  # what was protected in each layer, or how its router was realigned
 
 
 def unlearn(
@@ -86,12 +77,11 @@ def unlearn(
         experts missing; refusals without a tokenizer; a rule without an evaluation to read; online weights that a
         batch would have to be divided by; recalibration without weights to start from; routers that GRIP can't hold.
     """
-    some, objective = config.some_experts, config.objective
-    if selected is None and weights is not None and some is not None and isinstance(some.experts, Calibrated):
+    objective, experts = config.objective, config.trainable.experts
+    if selected is None and weights is not None and isinstance(experts, Calibrated):
         selected = weights.selected
-    selected = None if some is None else selected
-    about = {"weights": weights, "recalibrate": recalibrate, "evaluate": evaluate}
-    check_run(model, forget, retain, config, selected=selected, **about)
+    selected = None if experts is None else selected
+    _check(model, forget, retain, config, selected, weights, recalibrate, evaluate)
     refusals = None
     if isinstance(objective, Refusing):
         encoded = encode_refusals(objective.refusals, model.tokenizer, model.special)
@@ -99,21 +89,20 @@ def unlearn(
     mesh, config = mesh or parallel.mesh(), with_steps(config, forget, retain)
     say(f"{title}: {batch_text(config, forget, retain, mesh, parallel.microbatches, refusals)}")
     original = flatten(placed_params(model.params, model.config, mesh))
-    run = set_up(original, config, model.config, selected=selected, parallel=parallel, mesh=mesh, seed=seed)
+    about = {"selected": selected, "parallel": parallel, "mesh": mesh, "seed": seed}
+    settings, constants, start = set_up(original, config, model.config, **about)
     trained = trainable_table(model.config, config, selected)
     say(table_text(trained))
     identity = identity or fingerprint(config, model.config, None if selected is None else selected.tolist(), seed)
-    protection, finish = grip_hooks(
-        model.replace(params=unflatten(original)), retain, config, run.paths, seed=seed, mesh=mesh
-    )
-    constants = Constants(original, *place(run.constants[1:], mesh))._replace(
+    protection, finish = grip_hooks(model.replace(params=unflatten(original)), retain, config, seed=seed, mesh=mesh)
+    constants = Constants(original, *place(constants[1:], mesh))._replace(
         target=place(steering_target(model, forget, config, seed=seed, mesh=mesh), mesh),
         online=place(weights.step_calibration, mesh) if weights is not None and config.retains else None,
         protection=protection,
     )
 
-    def step(state, placed):
-        return unlearning_step(state, constants, placed, settings=run.settings, mesh=mesh)
+    def step(state, rows):
+        return unlearning_step(state, constants, rows, settings=settings, mesh=mesh)
 
     def model_of(trained: Flat, subtract: float = 0.0) -> Model:
         """The model that trains, or that it is subtracted from."""
@@ -126,7 +115,7 @@ def unlearn(
         return finish(model_of(trained, objective.task_scale if isinstance(objective, TaskVector) else 0.0))
 
     with tempfile.TemporaryDirectory() as scratch:
-        where, multiple, reference = as_path(directory or scratch), row_multiple(run.settings, mesh), None
+        where, multiple, reference = as_path(directory or scratch), row_multiple(settings, mesh), None
         if isinstance(objective, Referring) and objective.cache_reference:
             size = multiple * config.forget_batch_size
             reference = cached_reference(where, identity, model, forget, refusals, mesh=mesh, batch_size=size)
@@ -136,11 +125,11 @@ def unlearn(
         if evaluate is not None:
             evaluation = Hook(config.evaluate_every, lambda _, trained: evaluate(finished(trained)[0].params))
         if recalibrate is not None and weights is not None and config.retains:
-            solve = Recalibrated(recalibrate, weights, inputs.weigh, directory=where, identity=identity, title=title)
-            refresh = Hook(recalibrate.every, lambda n, trained: solve.refresh(n, model_of(trained)), solve.resumed)
+            of_run = {"directory": where, "identity": identity, "title": title}
+            refresh = recalibration(recalibrate, weights, model_of, inputs.weigh, **of_run)
         steps, every = config.steps, config.checkpoint_every
         loop = Loop(where, identity, steps, every, title, evaluation, refresh, seed, rules=config)
-        result = loop.run(lambda: run.start(constants), lambda i: place(inputs.at(i), mesh, P(BATCH_AXES)), step)
+        result = loop.run(lambda: start(constants), lambda i: place(inputs.at(i), mesh, P(BATCH_AXES)), step)
     unlearned, table = finished(result.trainable)
     if table is not None and isinstance(config.grip, GripRealign):
         trained = with_realigned(trained, table)
@@ -149,58 +138,97 @@ def unlearn(
     )
 
 
-@dataclasses.dataclass
-class Recalibrated:
-    """Retain weights that are solved anew while a run goes on, and kept on disk so that a continued run has the same.
+def _check(
+    model: Model, forget: Rows, retain: Rows | None, config: UnlearningConfig, selected: np.ndarray | None,
+    weights: RetainWeights | None, recalibrate: Recalibration | None, evaluate: Callable | None,
+) -> None:  # fmt: skip
+    """Raises a ConfigError or ValueError that says what does not fit together (arguments as in `unlearn`)."""
+    if config.retains and retain is None:
+        raise ConfigError(
+            f"objective {config.objective.name!r} has a retain term; give retain rows, or set retain_loss to 'none'."
+        )
+    if config.layer > model.config.num_layers:
+        raise ConfigError(f"layer is {config.layer}, but the model has {model.config.num_layers} layers.")
+    if config.grip.name != "none" and retain is None:
+        raise ConfigError(f"grip {config.grip.name!r} holds on to the routing of retain text; give retain rows.")
+    for name, rows in (("forget", forget), ("retain", retain)):
+        if rows is not None and not rows.valid.any():
+            raise ValueError(f"the {name} rows hold no token that can be predicted; the data is too short.")
+    if config.needs_evaluation and evaluate is None:
+        raise ConfigError(
+            "stop_forgetting, stop_utility and keep are about evaluations, and there are none; give `evaluate`, or "
+            "leave them out."
+        )
+    if weights is not None and weights.online:
+        config.check_online()
+    if recalibrate is not None and weights is None:
+        raise ConfigError("recalibrate is given without weights; the steps before the first recalibration need some.")
+    if config.trainable.experts is None:
+        return
+    if selected is None or not selected.any():
+        raise ConfigError(
+            f"trainable is {config.trainable.name!r}, but no expert is selected: use a weighting that selects experts, "
+            "lower its tau, or name another rule in unlearning.trainable.experts."
+        )
+    shape = len(model.config.moe_layers), model.config.num_experts
+    if selected.shape != shape:
+        raise ValueError(f"selected is {selected.shape}; the model has {shape} (layers with experts, experts).")
+    layers = [model.config.moe_layers[i] + 1 for i in np.flatnonzero(selected.any(axis=1))]
+    if isinstance(config.objective, Steering) and layers[0] > config.layer:
+        where = ", ".join(map(str, layers))
+        raise ConfigError(
+            f"objective {config.objective.name!r} steers the output of layer {config.layer}, and the selected experts "
+            f"are in layers {where}, above it: they would learn nothing. Set unlearning.objective.layer to {layers[0]} "
+            "or more."
+        )
+
+
+def recalibration(
+    solve: Recalibration, weights: RetainWeights, model_of: Callable[[Any], Model],
+    use: Callable[[RetainWeights], None], *, directory: Path, identity: str, title: str,
+) -> Hook:  # fmt: skip
+    """Solves retain weights anew while a run goes on, and keeps them on disk so that a continued run has the same.
 
     Every recalibration has a directory of its own, `recalibration/step-NNNNNN`: the weights from step NNNNNN on (see
     `RetainWeights.save`), then drift.json, without which they do not count. The drift is also a line of metrics.jsonl.
 
-    weights: those in force. use: called with those that replace them.
-    directory, identity, title: as in `Loop`.
+    weights: those in force; `use` is called with those that replace them. model_of: the model of what trains.
     """
+    metrics = Metrics(directory, identity)
 
-    solve: Recalibration
-    weights: RetainWeights
-    use: Callable[[RetainWeights], None]
-    directory: Path
-    identity: str
-    title: str
+    def folder(step: int) -> Path:
+        return directory / "recalibration" / f"step-{step:06d}"
 
-    def __post_init__(self):
-        self._metrics = Metrics(self.directory, self.identity)
-
-    def refresh(self, step: int, current: Model) -> None:
+    def refresh(step: int, trained: Any) -> None:
         """Solves for the weights of the steps from `step` on, under the model before that step."""
-        folder = self._folder(step)
-        if step == self.solve.every:  # what is there is of an earlier run
-            remove(folder.parent)
+        nonlocal weights
+        if step == solve.every:  # what is there is of an earlier run
+            remove(folder(step).parent)
         try:
-            self.weights, drift = self.solve(current, self.weights)
+            weights, drift = solve(model_of(trained), weights)
             values, words = encode(drift), drift.text()
         except DamagedRouting as error:  # the next step's loss says so too, and ends the run
             values, words = {"problem": str(error)}, f"{error} The last weights are kept."
-        self.weights.save(folder)
-        write_json(folder / "drift.json", {"step": step, "identity": self.identity, **values})
-        if not self._metrics.has(step, "recalibration"):  # a run that continues after this very step has it
-            self._metrics.write(step, recalibration=values)
-        say(f"{self.title}: recalibration after step {step}: {words}")
-        self.use(self.weights)
+        weights.save(folder(step))
+        write_json(folder(step) / "drift.json", {"step": step, "identity": identity, **values})
+        if not metrics.has(step, "recalibration"):  # a run that continues after this very step has it
+            metrics.write(step, recalibration=values)
+        say(f"{title}: recalibration after step {step}: {words}")
+        use(weights)
 
-    def resumed(self, step: int) -> None:
+    def resumed(step: int) -> None:
         """Reads the weights that step `step - 1` was taken with; those of `step` are solved for again where due."""
-        newest = (step - 1) // self.solve.every * self.solve.every
+        nonlocal weights
+        newest = (step - 1) // solve.every * solve.every
         if newest == 0:
             return
-        folder = self._folder(newest)
-        about = read_json(folder / "drift.json")
-        if about is None or about.get("identity") != self.identity:
+        about = read_json(folder(newest) / "drift.json")
+        if about is None or about.get("identity") != identity:
             raise ValueError(
-                f"{folder}: the weights that this run had solved for after step {newest} are not there, and it can't "
-                f"go on as it was. Remove {self.directory / 'checkpoints'} to run it from the beginning."
+                f"{folder(newest)}: the weights that this run had solved for after step {newest} are not there, and it "
+                f"can't go on as it was. Remove {directory / 'checkpoints'} to run it from the beginning."
             )
-        self.weights = RetainWeights.load(folder)
-        self.use(self.weights)
+        weights = RetainWeights.load(folder(newest))
+        use(weights)
 
-    def _folder(self, step: int) -> Path:
-        return self.directory / "recalibration" / f"step-{step:06d}"
+    return Hook(solve.every, refresh, resumed)
