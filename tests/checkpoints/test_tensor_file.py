@@ -73,8 +73,9 @@ def test_a_tensor_can_be_written_in_parts_of_its_type_and_size(tmp_path):
     tensor.write(array[2:], start=12)
     tensor.write(array[:3])
     np.testing.assert_array_equal(safetensors.torch.load_file(tmp_path / "m.safetensors")["x"].numpy(), array)
-    with pytest.raises(ValueError, match=r"x is int32\[4, 6\]; got int64\[2\] from 0 on"):
-        tensor.write(np.zeros(2, np.int64))
+    for wrong in (np.zeros(2, np.int64), np.zeros(25, np.int32)):
+        with pytest.raises(AssertionError, match="x"):
+            tensor.write(wrong)
 
 
 @pytest.mark.parametrize(

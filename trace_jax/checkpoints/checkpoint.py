@@ -26,20 +26,10 @@ from safetensors import SafetensorError, safe_open
 from trace_jax.io.files import is_remote
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
+_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_FLOATS |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+_OTHERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+DTYPES = {name: np.dtype(kind) for name, kind in {**_FLOATS, **_OTHERS}.items()}
 _FLOAT8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 _FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _FLOAT4 = np.concatenate([_FLOAT4, -_FLOAT4])
@@ -55,7 +45,7 @@ class CheckpointError(ValueError):
 class Tensor:
     """One tensor of a `TensorFile`; nothing of it is in memory."""
 
-    file: "TensorFile" = dataclasses.field(repr=False)
+    file: "TensorFile"
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -89,10 +79,7 @@ class Tensor:
 
     def write(self, array: np.ndarray, start: int = 0) -> None:
         """Writes `array` (of the tensor's type) as the numbers from `start` on, in row-major order."""
-        if array.dtype != self.dtype or start + array.size > self.size:
-            raise ValueError(
-                f"{self.name} is {self.dtype}{list(self.shape)}; got {array.dtype}{list(array.shape)} from {start} on."
-            )
+        assert array.dtype == self.dtype and start + array.size <= self.size, self.name
         left = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         position = self.offset + start * self.dtype.itemsize
         while left:
@@ -143,8 +130,7 @@ class Quantised:
         first, last = int(block_row[0]), int(block_row[-1]) + 1
         scales = self.scales.read(first * scale_columns, last * scale_columns).astype(np.float32)
         scales = scales.reshape(-1, scale_columns)[block_row - first]
-        for column in range(scale_columns):
-            values[:, column * block_columns : (column + 1) * block_columns] *= scales[:, column, None]
+        values *= np.repeat(scales, block_columns, axis=1)[:, :columns]
         return values.reshape(-1)
 
 
@@ -152,30 +138,26 @@ Readable = Tensor | Quantised
 
 
 class TensorFile:
-    """A safetensors file. `tensors`, in the order of the file, can be written to if it is `writable`.
-
-    Raises:
-      CheckpointError: the file is truncated, longer than its tensors, or its header is wrong; the message names it.
-    """
+    """A safetensors file. `tensors`, in the order of the file, can be written to if it is `writable`. A CheckpointError
+    if it is truncated, longer than its tensors, or its header is wrong."""
 
     def __init__(self, path: str | os.PathLike, *, writable: bool = False):
         self.path = Path(path)
         self.descriptor = os.open(self.path, os.O_RDWR if writable else os.O_RDONLY)
         weakref.finalize(self, os.close, self.descriptor)
+        self.tensors: dict[str, Tensor] = {}
+        offset = 8 + int.from_bytes(os.pread(self.descriptor, 8, 0), "little")  # behind the header there are no gaps
         try:
             with safe_open(self.path, framework="numpy") as file:
                 slices = {name: file.get_slice(name) for name in file.offset_keys()}
-                specs = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
         except SafetensorError as error:
             raise CheckpointError(
                 f"{self.path}: {error}. It was cut short on its way or is no safetensors file; download it again."
             ) from None
-        self.tensors: dict[str, Tensor] = {}
-        offset = 8 + int.from_bytes(os.pread(self.descriptor, 8, 0), "little")  # behind the header there are no gaps
-        for name, (dtype, shape) in specs.items():
-            if dtype not in DTYPES:
+        for name, one in slices.items():
+            if (dtype := one.get_dtype()) not in DTYPES:
                 raise CheckpointError(f"{self.path}: {name} has dtype {dtype!r}; readable are {', '.join(DTYPES)}.")
-            self.tensors[name] = Tensor(self, name, DTYPES[dtype], shape, offset)
+            self.tensors[name] = Tensor(self, name, DTYPES[dtype], tuple(one.get_shape()), offset)
             offset += self.tensors[name].nbytes
 
 
@@ -286,11 +268,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def readable_tensor(
     name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], storage: str = "plain"
 ) -> Readable:
-    """The tensor `name`: with its scales if it is float8, of its blocks and scales if `storage` is "mxfp4".
-
-    Raises:
-      CheckpointError: the scales are missing or don't fit the numbers.
-    """
+    """The tensor `name`: with its scales if it is float8, of its blocks and scales if `storage` is "mxfp4"."""
     if storage == "mxfp4":
         blocks, scales = tensors[f"{name}_blocks"], tensors.get(f"{name}_scales")
         if scales is None or blocks.shape[-1:] != (16,) or scales.shape != blocks.shape[:-1]:

@@ -43,11 +43,8 @@ def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = No
 
 
 def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:
-    """Reads (params, metadata). Names, shapes and types must be exactly those of `abstract`.
-
-    Raises:
-      ValueError: the file is missing, truncated or holds other tensors than the model needs; each is named.
-    """
+    """(params, metadata) of a file whose names, shapes and types must be exactly those of `abstract`; else a ValueError
+    names each."""
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(abstract, sep="."))
     try:
         with local_copy(path) as local, safe_open(local, framework="flax") as file:
@@ -66,18 +63,7 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-class _Retention(PreservationPolicy):
-    """The two newest states stay, and the protected one."""
-
-    def __init__(self, store: "StateStore"):
-        self._store = store
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        newest = len(checkpoints) - 2
-        return [index >= newest or one.step == self._store.protected for index, one in enumerate(checkpoints)]
-
-
-class StateStore:
+class StateStore(PreservationPolicy):
     """Saved states of one run in one directory, named by their step; the two newest are kept, and a protected one.
 
     A state is written under a temporary name and renamed by Orbax, so that an interruption leaves the previous one.
@@ -95,9 +81,8 @@ class StateStore:
         # With its processes named Orbax waits for them without the devices, which may be in the middle of a step.
         everyone = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Retention(self), cleanup_tmp_directories=True, multiprocessing_options=everyone,
-            create=False,
-        )  # fmt: skip
+            preservation_policy=self, cleanup_tmp_directories=True, multiprocessing_options=everyone, create=False
+        )
         # One copy of every shard. Orbax would cut copies into parts: programs to compile, and memory on devices.
         arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
@@ -106,6 +91,11 @@ class StateStore:
         path.mkdir(parents=True, exist_ok=True)
         handlers = {"state": writer, "about": ocp.JsonCheckpointHandler()}
         self._manager = _Manager(path, options=options, item_handlers=handlers)
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Which states stay: what Orbax asks."""
+        newest = len(checkpoints) - 2
+        return [index >= newest or one.step == self.protected for index, one in enumerate(checkpoints)]
 
     def save(self, step: int, state: Any) -> None:
         """Starts writing `state` (a pytree of arrays of any sharding); its arrays may be donated at once.
@@ -156,9 +146,24 @@ class StateStore:
         return 0, None
 
     def _checked(self, step: int, like: Any) -> tuple[Any | None, str]:
-        """(state, "") once every process has read what was saved, or (None, what is wrong, as `_read` says it)."""
+        """(state, "") once every process has read what was saved, or (None, what is wrong with it; nothing if it is of
+        other settings)."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        state, sums, problem = self._read(step, abstract)
+        folder, me = self._manager.directory / str(step), jax.process_index()
+        state, sums, problem = None, [], ""
+        try:  # without any waiting for other processes, which may fail where this one does not
+            about = json.loads((folder / "about" / "metadata").read_text())
+            sums = about.pop("sums", [])
+            if about == self._described(step):
+                alone = MultiprocessingOptions(primary_host=me, active_processes={me})
+                arguments = ocp.args.StandardRestore(abstract)
+                state = ocp.StandardCheckpointHandler(multiprocessing_options=alone).restore(
+                    folder / "state", args=arguments
+                )
+        except Exception as error:  # Orbax raises many types; any unreadable state means: use the one before.
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise  # the state is good, and would be removed
+            problem = f"{type(error).__name__}: {str(error)[:200]}"
         if all_processes(state is not None):
             if all_processes(jax.device_get(_sums(state)).tolist() == sums):
                 return state, ""
@@ -172,26 +177,6 @@ class StateStore:
     def _described(self, step: int) -> dict[str, Any]:
         """Batches and all that is random depend on the seed and the step alone; there is no other position to keep."""
         return {**self._about, "step": step, "data_position": step}
-
-    def _read(self, step: int, abstract: Any) -> tuple[Any, list[int], str]:
-        """(state, its sums, "") or (None, [], what is wrong with it; nothing if it is of other settings).
-
-        Without any waiting for other processes, which may fail where this one does not.
-        """
-        folder = self._manager.directory / str(step)
-        me = jax.process_index()
-        alone = MultiprocessingOptions(primary_host=me, active_processes={me})
-        try:
-            about = json.loads((folder / "about" / "metadata").read_text())
-            sums = about.pop("sums", [])
-            if about != self._described(step):
-                return None, [], ""
-            reader = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-            return reader.restore(folder / "state", args=ocp.args.StandardRestore(abstract)), sums, ""
-        except Exception as error:  # Orbax raises many types; any unreadable state means: use the one before.
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-                raise  # the state is good, and would be removed
-            return None, [], f"{type(error).__name__}: {str(error)[:200]}"
 
     def __enter__(self) -> "StateStore":
         return self
