@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trace_jax.checkpoints.model_card import ModelCard, base_model_of, licence_of, readme
+from trace_jax.checkpoints.export import ModelCard, base_model_of, licence_of, readme
 
 CARD = ModelCard(
     unlearned="The model was made to forget the presidents.",

@@ -5,9 +5,11 @@ quantised tensors that have changed, models trained here and other sizes of file
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,35 +19,32 @@ from typing import Any
 import jax
 import numpy as np
 
-from trace_jax.checkpoints.checkpoint import (
-    DTYPES,
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    CheckpointError,
-    Quantised,
-    Readable,
-    Specs,
-    Tensor,
-    TensorFile,
-    check_arrays,
-    create_file,
-    open_checkpoint,
-    readable_tensor,
-)
-from trace_jax.checkpoints.model_card import ModelCard, base_model_of, licence_of, mixtral_config_json, readme
+from trace_jax.checkpoints import checkpoint
+from trace_jax.checkpoints.checkpoint import INDEX, SINGLE, CheckpointError, Quantised, Readable, Specs, Tensor
 from trace_jax.checkpoints.parts import PIECE_BYTES, THREADS, Slot, account, parts_of, places, slots_of, take
+from trace_jax.config import ConfigError
 from trace_jax.io.files import free_bytes, is_remote
 from trace_jax.io.progress import progress
-from trace_jax.models.architecture import flat_specs, flatten
-from trace_jax.models.families import FAMILIES, family_of
-from trace_jax.models.model import Model
+from trace_jax.models.architecture import ModelConfig, flat_specs, flatten
+from trace_jax.models.families import FAMILIES, family_of, model_config
+from trace_jax.models.model import Model, SpecialTokens
 from trace_jax.parallel.processes import is_main
 
 # What travels along with the tensors. Code and weights of other formats don't.
 _ALONG = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 _ALONG += ("vocab*", "merges.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 _NEVER = {".py", ".bin", ".pt", ".pth", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCard:
+    """What a reader of the checkpoint should know: what the model was made to forget, in a sentence; by which method,
+    with which settings by name; and, in rows of a table with the same columns, what was measured."""
+
+    unlearned: str
+    method: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    measured: Sequence[Mapping[str, Any]] = ()
 
 
 def save_pretrained(
@@ -76,32 +75,32 @@ def save_pretrained(
     if is_remote(path):
         raise CheckpointError(f"{os.fspath(path)}: a checkpoint is exported to a local disk. Copy it there afterwards.")
     destination, params, specs = Path(path).absolute(), flatten(model.params), flat_specs(model.config)
-    check_arrays("the model", params, specs)
+    checkpoint.check_arrays("the model", params, specs)
     _check_destination(destination, overwrite=overwrite, source=model.source.directory if model.source else None)
-    checkpoint, written, merged, ignored = None, (), (), {}  # written: slots whose tensors are new in the files
+    source, written, merged, ignored = None, [], [], {}  # written: slots whose tensors are new in the files
     if model.source is None:
         config_json = mixtral_config_json(model.config, model.special)
         written = slots_of(model.config, FAMILIES["mixtral"], ())
         dtypes = {path: np.dtype(leaf.dtype) for path, leaf in params.items()}
         files = {name: (dtypes[slot.path], slot.tensor_shape) for slot in written for name in slot.names}
     else:
-        family, checkpoint = family_of({"model_type": model.source.model_type}), open_checkpoint(model.source.directory)
-        slots, readable, unread = account(checkpoint, model.config, family)
-        config_json = dict(checkpoint.config)
+        family = family_of({"model_type": model.source.model_type})
+        source = checkpoint.open_checkpoint(model.source.directory)
+        slots, readable, unread = account(source, model.config, family)
+        config_json, files = dict(source.config), _specs(source)
         imported = {p: reference() for p, reference in model.source.imported.items()}
         touched = [slot for slot in slots if params[slot.path] is not imported.get(slot.path)]
         packed = [slot for slot in touched if isinstance(readable[slot.names[0]], Quantised)]
         merged = [slot for slot in touched if isinstance(readable[slot.names[0]], Tensor)]
-        files = {tensor.name: (tensor.dtype, tensor.shape) for tensor in checkpoint.tensors.values()}
         if _write(packed, params, readable, dry=True):
             config_json.pop("quantization_config", None)
             slots = slots_of(model.config, family, readable)
             written = [slot for slot in slots if isinstance(readable[slot.names[0]], Quantised)]
-            files, ignored = _decoded(files, written, checkpoint, readable, unread)
+            files, ignored = _decoded(written, source, readable, unread)
     if (needed := _nbytes(files) + 2**26) > (free := free_bytes(destination)):
         raise CheckpointError(f"{destination} needs {needed / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB free.")
-    with _replacing_directory(destination) as directory:
-        tensors = _lay_out(directory, files, checkpoint, shard_bytes) if directory else {}
+    with _replacing(destination) if is_main() else contextlib.nullcontext() as directory:
+        tensors = _lay_out(directory, files, source, shard_bytes) if directory else {}
         changed = _write([*written, *merged], params, tensors)
         if directory is None:
             return
@@ -111,49 +110,88 @@ def save_pretrained(
                 numbers = tensor.read(start, min(start + step, tensors[name].size))
                 tensors[name].write(numbers.astype(tensors[name].dtype), start)
         changed |= ignored.keys() | {name for slot in written for name in slot.names}
-        _write_others(directory, model, checkpoint, config_json)
+        _write_others(directory, model, source, config_json)
         text = readme(
             card,
-            base_model=base_model_of(checkpoint.directory, checkpoint.config) if checkpoint else None,
-            licence=licence_of(checkpoint.directory) if checkpoint else {},
-            note=_note(len(changed), len(files), bool(checkpoint), decoded=bool(written)),
+            base_model=base_model_of(source.directory, source.config) if source else None,
+            licence=licence_of(source.directory) if source else {},
+            note=_note(len(changed), len(files), bool(source), decoded=bool(written)),
         )
         (directory / "README.md").write_text(text, encoding="utf-8")
 
 
+def _check_destination(path: Path, *, overwrite: bool, source: Path | None) -> None:
+    """Refuses a directory that must not be replaced."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"{path} exists; choose another directory, or overwrite it (--overwrite).")
+    if source is not None and source.resolve().is_relative_to(path.resolve()):
+        raise CheckpointError(f"{path} holds the checkpoint that the model came from; choose another directory.")
+    if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").exists()):
+        raise CheckpointError(f"{path} is no checkpoint, and is not replaced by one; choose another directory.")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a new directory beside `path`; on success it takes the place of `path`, on any error it vanishes."""
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+# --- tensors
+
+
+def _specs(source: checkpoint.Checkpoint | None) -> Specs:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in source.tensors.items()} if source else {}
+
+
+def _nbytes(specs: Specs) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+
+
 def _decoded(
-    specs: Specs, slots: Sequence[Slot], checkpoint: Checkpoint, readable: Mapping[str, Readable], unread: Iterable[str]
-) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...]]], dict[str, Readable]]:
+    slots: Sequence[Slot], source: checkpoint.Checkpoint, readable: Mapping[str, Readable], unread: Iterable[str]
+) -> tuple[Specs, dict[str, Readable]]:
     """All tensors in the order of the files, those of `slots` as bfloat16 and without their scales; and the ignored
     ones that are decoded too, because config.json no longer says how they are stored."""
-    tensors = checkpoint.tensors
     ignored = {
-        name: readable_tensor(name, tensors, checkpoint.config)
+        name: checkpoint.readable_tensor(name, source.tensors, source.config)
         for name in unread
-        if tensors[name].dtype == DTYPES["F8_E4M3"] and f"{name}_scale_inv" in tensors
+        if source.tensors[name].dtype == checkpoint.DTYPES["F8_E4M3"] and f"{name}_scale_inv" in source.tensors
     }
     shapes = {name: slot.tensor_shape for slot in slots for name in slot.names}
     decoded, scales = {}, set()
     for name in [*shapes, *ignored]:
         data, scale = (ignored.get(name) or readable[name]).parts
-        decoded[data.name] = name, (DTYPES["BF16"], shapes.get(name, data.shape))
+        decoded[data.name] = name, (checkpoint.DTYPES["BF16"], shapes.get(name, data.shape))
         scales.add(scale.name)
-    return dict(decoded.get(name, (name, spec)) for name, spec in specs.items() if name not in scales), ignored
+    return dict(decoded.get(name, (name, spec)) for name, spec in _specs(source).items() if name not in scales), ignored
 
 
-def _lay_out(directory: Path, specs: Specs, checkpoint: Checkpoint | None, limit: int) -> dict[str, Tensor]:
+def _lay_out(directory: Path, specs: Specs, source: checkpoint.Checkpoint | None, limit: int) -> dict[str, Tensor]:
     """Makes the files, with the source's bytes wherever a tensor has its type and shape. Returns the tensors.
 
     They are copies of the source's files if these hold the same tensors and none is beyond `limit` bytes; else they are
     cut anew, with an index if there are several.
     """
-    source = checkpoint.tensors if checkpoint else {}
-    sizes = [sum(tensor.nbytes for tensor in file.tensors.values()) for file in checkpoint.files] if checkpoint else []
-    if checkpoint and max(sizes) <= limit and specs == {name: (t.dtype, t.shape) for name, t in source.items()}:
-        names = [file.path.name for file in checkpoint.files]
+    before = _specs(source)
+    sizes = [sum(tensor.nbytes for tensor in file.tensors.values()) for file in source.files] if source else []
+    if source and specs == before and max(sizes) <= limit:
+        names = [file.path.name for file in source.files]
         for name in (*names, *[INDEX] * (names != [SINGLE])):
-            shutil.copyfile(checkpoint.directory / name, directory / name)
-        files = [TensorFile(directory / name, writable=True) for name in names]
+            shutil.copyfile(source.directory / name, directory / name)
+        files = [checkpoint.TensorFile(directory / name, writable=True) for name in names]
         return {name: tensor for file in files for name, tensor in file.tensors.items()}
     shards: list[dict] = [{}]
     for name, spec in specs.items():
@@ -163,47 +201,39 @@ def _lay_out(directory: Path, specs: Specs, checkpoint: Checkpoint | None, limit
     tensors, file_of = {}, {}
     for number, shard in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors |= create_file(directory / file, shard, {"format": "pt"}).tensors
+        tensors |= checkpoint.create_file(directory / file, shard, {"format": "pt"}).tensors
         file_of |= dict.fromkeys(shard, file)
-    for name, (dtype, shape) in specs.items():
-        if name in source and (source[name].dtype, source[name].shape) == (dtype, shape):
-            tensors[name].copy(source[name])
+    for name, spec in specs.items():
+        if source and before.get(name) == spec:
+            tensors[name].copy(source.tensors[name])
     if len(shards) > 1:
         index = {"metadata": {"total_size": _nbytes(specs)}, "weight_map": dict(sorted(file_of.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return tensors
 
 
-def _nbytes(specs: Specs) -> int:
-    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
-
-
 def _write(
-    slots: Sequence[Slot],
-    params: Mapping[str, jax.Array],
-    tensors: Mapping[str, Readable],
-    *,
-    dry: bool = False,
+    slots: Sequence[Slot], params: Mapping[str, jax.Array], tensors: Mapping[str, Readable], *, dry: bool = False
 ) -> set[str]:
     """Writes parameters over the tensors of their slots; returns the names of those that got other numbers.
 
-    A number that the import would cast to the parameter's stays as it is, bit by bit.
-
-    Args:
-      tensors: of the files; empty in processes that don't write.
-      dry: only compares.
+    A number that the import would cast to the parameter's stays as it is, bit by bit. `dry` only compares. `tensors`
+    is empty in processes that don't write.
     """
+
+    def bits(array: np.ndarray) -> np.ndarray:
+        return array.view(f"u{array.dtype.itemsize}")
 
     def write(place: tuple[int, str, int, np.ndarray]) -> str | None:
         _, name, start, view = place
         tensor, numbers = tensors[name], view.reshape(-1)
         before = tensor.read(start, start + numbers.size)
         on_device = before.astype(jax.dtypes.canonicalize_dtype(before.dtype), copy=False)
-        differs = _bits(on_device.astype(numbers.dtype, copy=False)) != _bits(numbers)
+        differs = bits(on_device.astype(numbers.dtype, copy=False)) != bits(numbers)
         if not differs.any():
             return None
         if not dry and isinstance(tensor, Tensor):
-            np.copyto(_bits(before), _bits(numbers.astype(tensor.dtype, copy=False)), where=differs)
+            np.copyto(bits(before), bits(numbers.astype(tensor.dtype, copy=False)), where=differs)
             tensor.write(before, start)
         return name
 
@@ -221,18 +251,19 @@ def _write(
     return {name for name in changed if name}
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    return array.view(f"u{array.dtype.itemsize}")
+# --- what lies beside them
 
 
-def _write_others(directory: Path, model: Model, checkpoint: Checkpoint | None, config_json: Mapping[str, Any]) -> None:
+def _write_others(
+    directory: Path, model: Model, source: checkpoint.Checkpoint | None, config_json: Mapping[str, Any]
+) -> None:
     """config.json, the tokenizer and what else travels along."""
-    if checkpoint and config_json == checkpoint.config:
-        shutil.copyfile(checkpoint.directory / "config.json", directory / "config.json")
+    if source and config_json == source.config:
+        shutil.copyfile(source.directory / "config.json", directory / "config.json")
     else:
         (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
-    if checkpoint:
-        for file in sorted({file for pattern in _ALONG for file in checkpoint.directory.glob(pattern)}):
+    if source:
+        for file in sorted({file for pattern in _ALONG for file in source.directory.glob(pattern)}):
             if file.is_file() and file.suffix not in _NEVER:
                 shutil.copyfile(file, directory / file.name)
     elif model.tokenizer is not None:
@@ -259,36 +290,80 @@ def _note(changed: int, total: int, has_source: bool, *, decoded: bool) -> str:
     return f"{changed} of {total} tensors differ from the base model's; the rest are its bytes."
 
 
-def _check_destination(path: Path, *, overwrite: bool, source: Path | None) -> None:
-    """Refuses a directory that must not be replaced."""
-    if not path.exists():
-        return
-    if not overwrite:
-        raise CheckpointError(f"{path} exists; choose another directory, or overwrite it (--overwrite).")
-    if source is not None and source.resolve().is_relative_to(path.resolve()):
-        raise CheckpointError(f"{path} holds the checkpoint that the model came from; choose another directory.")
-    if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").exists()):
-        raise CheckpointError(f"{path} is no checkpoint, and is not replaced by one; choose another directory.")
+def readme(card: ModelCard | None, *, base_model: str | None, licence: Mapping[str, str], note: str) -> str:
+    """The text of README.md. `note` says how the files differ from the source's."""
+    front: dict[str, Any] = {**licence, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    if base_model:
+        front["base_model"] = base_model
+    if card:
+        front["tags"] = ["unlearning", "trace_jax"]
+    name = base_model or "a model trained by trace_jax"
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+    if card:
+        lines += [f"# {name}, unlearned", "", card.unlearned, "", f"Method: {card.method}, by trace_jax.", ""]
+        lines += _table([{"setting": key, "value": value} for key, value in card.settings.items()], "Settings")
+        lines += _table(card.measured, "Measured")
+    else:
+        lines += [f"# {name}", "", "Written by trace_jax; nothing is recorded about how it was made.", ""]
+    lines += ["## Files", "", note, ""]
+    return "\n".join(lines)
 
 
-@contextlib.contextmanager
-def _replacing_directory(path: Path) -> Iterator[Path | None]:
-    """Yields a new directory beside `path`; on success it takes the place of `path`, on any error it vanishes.
+def _table(rows: Sequence[Mapping[str, Any]], title: str) -> list[str]:
+    if not rows:
+        return []
+    columns = list(rows[0])
+    cells = [[str(row.get(column, "")).replace("|", "\\|").replace("\n", " ") for column in columns] for row in rows]
+    lines = [columns, ["---"] * len(columns), *cells]
+    return [f"## {title}", "", *("| " + " | ".join(line) + " |" for line in lines), ""]
 
-    Yields None in other processes than 0.
-    """
-    if not is_main():
-        yield None
-        return
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+def licence_of(directory: Path) -> dict[str, str]:
+    """The licence fields in the front matter of a checkpoint's README.md; none if it has none."""
+    path, keys = directory / "README.md", ("license", "license_name", "license_link")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    front = re.match(r"---\n(.*?)\n---(\n|$)", text, re.DOTALL)
+    pairs = [line.partition(":") for line in front[1].splitlines()] if front else []
+    return {key: value.strip().strip("'\"") for key, _, value in pairs if key in keys and value.strip()}
+
+
+def base_model_of(directory: Path, config_json: Mapping[str, Any]) -> str:
+    """The name of a checkpoint: of its hub repository where the path or config.json tells it, else its directory's."""
+    cached = next((part for part in directory.absolute().parts if part.startswith("models--")), None)
+    if cached:
+        return cached.removeprefix("models--").replace("--", "/")
+    return str(config_json.get("_name_or_path") or directory.absolute().name)
+
+
+def mixtral_config_json(config: ModelConfig, special: SpecialTokens) -> dict[str, Any]:
+    """config.json of a model trained here; a ConfigError names switches that Mixtral doesn't have."""
+    windows = set(config.windows)
+    fields = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.expert_hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": config.ropes[0].theta,
+        "sliding_window": max(windows, default=0) or None,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": config.dtype,
+        "bos_token_id": special.bos,
+        "eos_token_id": list(special.eos),
+        "pad_token_id": special.pad,
+    }
+    read = dataclasses.replace(model_config(fields, dtype=config.dtype), grouped_matmul=config.grouped_matmul)
+    names = [field.name for field in dataclasses.fields(config)]
+    if other := [f"{n} = {getattr(config, n)!r}" for n in names if getattr(config, n) != getattr(read, n)]:
+        raise ConfigError(
+            f"a model that was not imported is exported as a mixtral, which can't express {', '.join(other)}."
+        )
+    return fields

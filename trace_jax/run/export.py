@@ -7,8 +7,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from trace_jax.checkpoints.export import save_pretrained
-from trace_jax.checkpoints.model_card import ModelCard
+from trace_jax.checkpoints.export import ModelCard, save_pretrained
 from trace_jax.checkpoints.pretrained import PretrainedConfig, load_pretrained
 from trace_jax.checkpoints.state import load_params, save_params
 from trace_jax.config import ConfigError, fingerprint, resolve
