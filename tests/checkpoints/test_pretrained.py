@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 
 from trace_jax.checkpoints import parts, pretrained
 from trace_jax.checkpoints.checkpoint import CheckpointError
-from trace_jax.checkpoints.pretrained import load_pretrained, special_tokens
+from trace_jax.checkpoints.pretrained import load_pretrained, read_tokenizer
 from trace_jax.models.architecture import abstract_params, flatten
 from trace_jax.models.model import Source, SpecialTokens
 from trace_jax.models.sharding import param_shardings
@@ -148,7 +148,7 @@ def test_no_model_comes_of_a_file_that_is_short_or_shrinks_while_it_is_read(tiny
 )
 def test_special_tokens_from_ids(generation, config, want, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert special_tokens(tmp_path, config) == want
+    assert read_tokenizer(tmp_path, config)[1] == want
 
 
 def test_the_tokenizer_comes_along_and_says_the_ids_of_special_tokens(tiny_checkpoint, tmp_path):
@@ -156,7 +156,7 @@ def test_the_tokenizer_comes_along_and_says_the_ids_of_special_tokens(tiny_check
     Tokenizer(models.WordLevel({"a": 0, "<s>": 1, "</s>": 2}, unk_token="a")).save(str(directory / "tokenizer.json"))
     settings = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": None}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert special_tokens(directory, {}) == SpecialTokens(1, (2,), 2)
+    assert read_tokenizer(directory, {})[1] == SpecialTokens(1, (2,), 2)
     model = load_pretrained(directory, grouped_matmul="ragged")
     assert model.tokenizer.encode("</s>").ids == [2]
     assert model.config.grouped_matmul == "ragged"

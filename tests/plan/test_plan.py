@@ -14,8 +14,8 @@ from trace_jax.main import main
 from trace_jax.models.architecture import abstract_params, count_params, flatten, init_params
 from trace_jax.models.model import Model
 from trace_jax.plan.machine import cpus
-from trace_jax.plan.plan import mesh_of, meshes, programs, ranked
-from trace_jax.plan.programs import predict
+from trace_jax.plan.plan import mesh_of, meshes, ranked
+from trace_jax.plan.programs import predict, programs
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.unlearning import unlearn as unlearning
 from trace_jax.unlearning.config import UnlearningConfig

@@ -186,8 +186,7 @@ def check_arrays(where: Any, arrays: Mapping[str, Any], expected: Mapping[str, A
         missing, unexpected = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
         raise ValueError(f"{where}: missing tensors {missing}, unexpected {unexpected}.")
     for name, want in expected.items():
-        got = arrays[name]
-        if got.shape != want.shape or got.dtype != want.dtype:
+        if (got := arrays[name]).shape != want.shape or got.dtype != want.dtype:
             raise ValueError(
                 f"{where}: {name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}."
             )
@@ -220,12 +219,9 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             f"{directory} is no directory. A model of the Hugging Face hub is downloaded first: "
             f"hf download {'/'.join(directory.parts[-2:])} --local-dir DIRECTORY."
         )
-    config = read_object(directory / "config.json")
-    single, index_path = directory / SINGLE, directory / INDEX
-    if single.exists():
-        file = TensorFile(single)
-        return Checkpoint(directory, config, (file,), file.tensors)
-    if not index_path.exists():
+    config, index = read_object(directory / "config.json"), directory / INDEX
+    is_single = (directory / SINGLE).exists()
+    if not is_single and not index.exists():
         pickles = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         if not pickles:
             raise CheckpointError(f"{directory}: has neither {SINGLE} nor {INDEX}.")
@@ -234,21 +230,21 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             f'trust it: python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained('
             f"'{directory}', dtype='auto').save_pretrained('CONVERTED')\", and copy the tokenizer's files."
         )
-    file_of = read_object(index_path).get("weight_map")
+    file_of = {} if is_single else read_object(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
-        raise CheckpointError(f"{index_path}: weight_map must give each tensor's file.")
+        raise CheckpointError(f"{index}: weight_map must give each tensor's file.")
     files, tensors = {}, {}
-    for name in sorted(set(file_of.values())):
+    for name in [SINGLE] if is_single else sorted(set(file_of.values())):
         shard = directory / name
         if shard.parent != directory or not shard.is_file():
-            raise CheckpointError(f"{index_path}: names the file {name}, which isn't there.")
+            raise CheckpointError(f"{index}: names the file {name}, which isn't there.")
         files[name] = TensorFile(shard)
         if twice := tensors.keys() & files[name].tensors.keys():
             raise CheckpointError(f"{shard}: {min(twice)} is also in {tensors[min(twice)].file.path.name}.")
         tensors |= files[name].tensors
     for name, file in file_of.items():
         if name not in files[file].tensors:
-            raise CheckpointError(f"{index_path}: {name} should be in {file}, but isn't.")
+            raise CheckpointError(f"{index}: {name} should be in {file}, but isn't.")
     return Checkpoint(directory, config, tuple(files.values()), tensors)
 
 

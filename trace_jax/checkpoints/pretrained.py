@@ -138,7 +138,7 @@ def load_pretrained(
     config_json = checkpoint.config
     config = dataclasses.replace(model_config(config_json, dtype=dtype), grouped_matmul=grouped_matmul)
     slots, readable, _ = account(checkpoint, config, family_of(config_json))
-    specs = flat_specs(config)
+    specs, params = flat_specs(config), {}
     placing: dict[str, NamedSharding | None] = dict.fromkeys(specs)  # uncommitted on the default device
     if shardings is not None:
         placing = flatten(shardings)
@@ -150,8 +150,7 @@ def load_pretrained(
     parts = [
         part for slot in slots for part in parts_of(slot, placing[slot.path], readable[slot.names[0]].dtype.itemsize)
     ]
-    tokenizer, special = read_tokenizer(directory), special_tokens(directory, config_json)
-    params: dict[str, jax.Array] = {}
+    tokenizer, special = read_tokenizer(directory, config_json)
     with progress(f"Reading {directory.name}", len(parts), unit="part") as advance:
         for done, (part, numbers) in enumerate(stream(parts, readable)):
             name = part.slot.path
@@ -160,44 +159,37 @@ def load_pretrained(
                 params[name] = make(specs[name].shape, specs[name].dtype)
             params[name] = jax.block_until_ready(place(params[name], numbers, part))
             advance(done + 1, name)
-    return Model(
-        config=config,
-        params=unflatten(params),
-        tokenizer=tokenizer,
-        special=special,
-        source=Source(directory.absolute(), str(config_json["model_type"]), {p: ref(a) for p, a in params.items()}),
-    )
+    source = Source(directory.absolute(), str(config_json["model_type"]), {p: ref(a) for p, a in params.items()})
+    return Model(config, unflatten(params), tokenizer, special, source)
 
 
-def read_tokenizer(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint, if it has one in the form of tokenizer.json."""
-    file = directory / "tokenizer.json"
-    try:
-        return Tokenizer.from_file(str(file)) if file.exists() else None
-    except Exception as error:  # the library raises nothing more special
-        raise CheckpointError(f"{file}: can't be read as a tokenizer ({error}). Download it again.") from error
+def read_tokenizer(directory: Path, config_json: Mapping[str, Any]) -> tuple[Tokenizer | None, SpecialTokens]:
+    """The tokenizer of a checkpoint, if it has one in the form of tokenizer.json, and its special tokens.
 
-
-def special_tokens(directory: Path, config_json: Mapping[str, Any]) -> SpecialTokens:
-    """Ids from generation_config.json, config.json or, by the tokens' text, tokenizer_config.json; in this order.
-
-    Without a token to fill rows with, the first that ends a text serves.
+    Their ids are those of generation_config.json, config.json or, by the tokens' text, tokenizer_config.json; in this
+    order. Without a token to fill rows with, the first that ends a text serves.
     """
 
     def read(name: str) -> dict[str, Any]:
         return read_object(directory / name) if (directory / name).exists() else {}
 
-    tokenizer, texts = None, read("tokenizer_config.json")
+    file, generation, texts = (
+        directory / "tokenizer.json",
+        read("generation_config.json"),
+        read("tokenizer_config.json"),
+    )
+    try:
+        tokenizer = Tokenizer.from_file(str(file)) if file.exists() else None
+    except Exception as error:  # the library raises nothing more special
+        raise CheckpointError(f"{file}: can't be read as a tokenizer ({error}). Download it again.") from error
     ids: dict[str, Any] = {}
     for kind in ("bos", "eos", "pad"):
-        values = [file.get(f"{kind}_token_id") for file in (read("generation_config.json"), config_json)]
-        ids[kind] = next((value for value in values if value is not None), None)
         token = texts.get(f"{kind}_token")
         text = token.get("content") if isinstance(token, dict) else token
-        if ids[kind] is None and isinstance(text, str):
-            tokenizer = tokenizer or read_tokenizer(directory)
-            ids[kind] = tokenizer.token_to_id(text) if tokenizer else None
+        by_text = tokenizer.token_to_id(text) if tokenizer and isinstance(text, str) else None
+        values = generation.get(f"{kind}_token_id"), config_json.get(f"{kind}_token_id"), by_text
+        ids[kind] = next((value for value in values if value is not None), None)
     eos = ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]]
     eos = tuple(int(token) for token in eos if token is not None)
     pad = ids["pad"] if ids["pad"] is not None else next(iter(eos), 0)
-    return SpecialTokens(bos=ids["bos"], eos=eos, pad=int(pad))
+    return tokenizer, SpecialTokens(bos=ids["bos"], eos=eos, pad=int(pad))

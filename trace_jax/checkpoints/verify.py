@@ -17,7 +17,7 @@ import numpy as np
 
 from trace_jax.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from trace_jax.checkpoints.parts import account
-from trace_jax.checkpoints.pretrained import load_pretrained, read_tokenizer, special_tokens
+from trace_jax.checkpoints.pretrained import load_pretrained, read_tokenizer
 from trace_jax.io.progress import byte_size
 from trace_jax.models.architecture import ModelConfig, Rope, count_params, flat_specs
 from trace_jax.models.decoder import forward
@@ -82,9 +82,9 @@ def _description(checkpoint: Checkpoint, family: Family, config: ModelConfig) ->
         yield "  ignored    nothing"
     yield f"  quantised  {(config_json.get('quantization_config') or {}).get('quant_method', 'none')}"
     yield f"  config     keys that nobody read: {', '.join(unread_keys(config_json)) or 'none'}"
-    tokenizer = read_tokenizer(directory)
+    tokenizer, special = read_tokenizer(directory, config_json)
     size = f"{tokenizer.get_vocab_size()} tokens" if tokenizer else "no tokenizer.json"
-    yield f"  tokenizer  {size}; {special_tokens(directory, config_json)}"
+    yield f"  tokenizer  {size}; {special}"
     for path, spec in flat_specs(config).items():
         kind = next(kind for kind, pattern in _KINDS.items() if re.search(pattern, path))
         counts[kind] += math.prod(spec.shape)
@@ -168,8 +168,8 @@ def _ours(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> dict[str, np
     model = load_pretrained(directory)
     run = jax.jit(forward, static_argnames=("config", "collect"))
     output = run(model.params, model.config, tokens, mask=mask, collect=("logits", "router_logits", "indices"))
-    arrays = {"logits": output.logits, "router logits": output.router.logits, "experts": output.router.indices}
-    return {name: np.asarray(array) for name, array in arrays.items()}
+    router = {"router logits": output.router.logits, "experts": output.router.indices}
+    return jax.device_get({"logits": output.logits, **router})
 
 
 def _theirs(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from flax import struct
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from trace_jax.checkpoints.checkpoint import open_checkpoint
-from trace_jax.checkpoints.pretrained import read_tokenizer, special_tokens
+from trace_jax.checkpoints.pretrained import read_tokenizer
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import Document
 from trace_jax.models.families import model_config
@@ -82,14 +82,14 @@ class Rows:
 def read_codec(checkpoint: str) -> TextCodec:
     """The codec of a checkpoint, without its parameters. Raises ConfigError: it has no tokenizer.json."""
     directory, config_json = Path(checkpoint), open_checkpoint(checkpoint).config
-    tokenizer = read_tokenizer(directory)
+    tokenizer, special = read_tokenizer(directory, config_json)
     if tokenizer is None:
         raise ConfigError(
             f"{directory / 'tokenizer.json'} is missing; it is the tokenizer in the form that every model can be read "
             f"in. transformers makes it: AutoTokenizer.from_pretrained('{directory}').save_pretrained('{directory}')."
         )
     size = model_config(config_json, dtype="float32").vocab_size
-    return TextCodec(tokenizer, special_tokens(directory, config_json), size, directory)
+    return TextCodec(tokenizer, special, size, directory)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,7 @@ from trace_jax.io.progress import aligned, byte_size, say
 from trace_jax.models.architecture import ModelConfig, count_params
 from trace_jax.parallel.mesh import DATA, ParallelConfig, make_mesh
 from trace_jax.plan.machine import Target, cpus, gpus, tpu_slice
-from trace_jax.plan.programs import (
-    Program,
-    assumed_experts,
-    decoding_program,
-    predict,
-    statistics_program,
-    step_program,
-)
+from trace_jax.plan.programs import Program, assumed_experts, predict, programs
 
 _BOUNDS = {"compute": "matmul rate", "memory": "memory bandwidth", "interconnect": "interconnect"}
 
@@ -73,14 +66,6 @@ def shape_of(model: PretrainedConfig | ModelConfig) -> ModelConfig:
 def mesh_of(target: Target, parallel: ParallelConfig) -> Mesh:
     """The target's devices as a mesh."""
     return make_mesh(target.devices, data=parallel.data, expert=parallel.expert, tensor=parallel.tensor)
-
-
-def programs(config: Any, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> Iterator[Program]:
-    """The three programs of a run, each traced when it is asked for."""
-    rows, row_length = config.evaluation.batch_size, config.data.row_length
-    yield step_program(config.unlearning, model, parallel, mesh, row_length)
-    yield statistics_program(model, mesh, rows, row_length)
-    yield decoding_program(model, mesh, rows, row_length)
 
 
 def _predicted(program: Program, target: Target, mesh: Mesh) -> dict[str, Any]:

@@ -4,7 +4,7 @@ exchanges, and the time that they need at least."""
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +48,19 @@ class Program(NamedTuple):
     filled: float
 
 
+def programs(config: Any, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> Iterator[Program]:
+    """Those of a run of an experiment, each traced when it is asked for: the unlearning step; the pass that counts how
+    often each expert is used, on one batch; and writing one token to every row greedily, with a cache for a row."""
+    rows, row_length, filled = config.evaluation.batch_size, config.data.row_length, _filled(model, mesh)
+    yield step_program(config.unlearning, model, parallel, mesh, row_length)
+    params, batch = unflatten(_params(model, mesh)), _batch(rows, row_shards(mesh), row_length, mesh)
+    traced = counting_pass(model, mesh).trace(params, batch.tokens, batch.segments, batch.valid)
+    weights = local_bytes(params)
+    yield Program("statistics pass", traced, weights, 0, local_bytes(batch), batch.tokens.size, filled)
+    write, inputs = greedy_step(model, mesh, rows, row_length)
+    yield Program("decoding step", write.trace(params, *inputs), weights, 0, local_bytes(inputs), rows, filled)
+
+
 def step_program(
     unlearning: UnlearningConfig, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, row_length: int
 ) -> Program:
@@ -89,22 +102,6 @@ def assumed_experts(unlearning: UnlearningConfig, model: ModelConfig) -> np.ndar
         return rule.top > np.arange(layers * experts).reshape(experts, layers).T
     top = rule.top if hasattr(rule, "top") else max(1, experts // SELECTED)
     return np.broadcast_to(np.arange(experts) < top, (layers, experts))
-
-
-def statistics_program(model: ModelConfig, mesh: Mesh, rows: int, row_length: int) -> Program:
-    """The pass that counts how often each expert is used, on one batch."""
-    params, batch = unflatten(_params(model, mesh)), _batch(rows, row_shards(mesh), row_length, mesh)
-    traced = counting_pass(model, mesh).trace(params, batch.tokens, batch.segments, batch.valid)
-    return Program(
-        "statistics pass", traced, local_bytes(params), 0, local_bytes(batch), batch.tokens.size, _filled(model, mesh)
-    )
-
-
-def decoding_program(model: ModelConfig, mesh: Mesh, rows: int, row_length: int) -> Program:
-    """Writing one token to every row greedily, with a cache that holds `row_length` tokens of each."""
-    params, (write, inputs) = unflatten(_params(model, mesh)), greedy_step(model, mesh, rows, row_length)
-    traced = write.trace(params, *inputs)
-    return Program("decoding step", traced, local_bytes(params), 0, local_bytes(inputs), rows, _filled(model, mesh))
 
 
 def _filled(model: ModelConfig, mesh: Mesh, buffer: float = 0.0) -> float:
