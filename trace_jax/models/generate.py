@@ -234,26 +234,20 @@ def _write(config: ModelConfig, kind: str, params, settings, last, done, n, coun
 
 def _choose(logits: jax.Array, kind: str, settings: dict, n: jax.Array) -> jax.Array:
     """The n-th new token i32 [B] of logits f32 [B, V]."""
+    place = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :]
     if kind != "greedy":
         logits = logits / settings["temperature"]
-        if kind == "filtered":
-            logits = filter_logits(logits, settings["top_k"], settings["top_p"])
+        if kind == "filtered":  # to the `top_k` likeliest, and the fewest of them with `top_p` of their mass
+            ordered, among = jnp.sort(logits, axis=-1, descending=True), place < settings["top_k"]
+            probability = jax.nn.softmax(jnp.where(among, ordered, -jnp.inf), axis=-1)
+            among = among & (jnp.cumsum(probability, axis=-1) - probability < settings["top_p"])
+            least = jnp.min(jnp.where(among, ordered, jnp.inf), axis=-1, keepdims=True)
+            logits = jnp.where(logits >= least, logits, -jnp.inf)
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(settings["keys"], n)
         logits = logits + jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
     # The first of the largest. Quicker than argmax, which XLA doesn't vectorise on CPUs.
-    place = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :]
     largest = logits == jnp.max(logits, axis=-1, keepdims=True)
     return jnp.min(jnp.where(largest, place, logits.shape[1] - 1), axis=-1)
-
-
-def filter_logits(logits: jax.Array, top_k: jax.Array | int, top_p: jax.Array | float) -> jax.Array:
-    """Logits [B, V], minus infinity outside the `top_k` likeliest and the fewest of them with `top_p` of their mass."""
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    among = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :] < top_k
-    probability = jax.nn.softmax(jnp.where(among, ordered, -jnp.inf), axis=-1)
-    among = among & (jnp.cumsum(probability, axis=-1) - probability < top_p)
-    least = jnp.min(jnp.where(among, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)

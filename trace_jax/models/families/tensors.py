@@ -7,10 +7,9 @@ import dataclasses
 class Stored:
     """How one parameter stands in a checkpoint.
 
-    `layout` says which axes the parameter (without its "layers" axis) has on disk: "(h c) d -> d h c" is a matrix
-    [H*C, D] that becomes [D, H, C]. Letters on the left that no single tensor has are enumerated by the names, leading
-    and in this order: `e` where a name has {expert}, `g` (gate, up) where there are two names. An axis of size 1 that
-    only exists on disk is spelt `1`. Every size follows from the parameter's `ArraySpec`.
+    `layout` says which axes the parameter (one layer of it) has on disk: "(h c) d -> d h c" is a matrix [H*C, D] that
+    becomes [D, H, C]. Letters that no single tensor has lead on the left: `e` where a name has {expert}, then `g`
+    (gate, up) where there are two names. An axis of size 1 that only exists on disk is spelt `1`.
 
     Several `Stored` of one path are alternatives: of those with as many axes as the parameter, the first that has a
     tensor in the checkpoint holds.
@@ -23,11 +22,10 @@ class Stored:
 
 
 Table = tuple[Stored, ...]
-Entry = tuple[str, ...]  # path below the layer, layout, names below the layer...
 
 
-def block(*entries: Entry, stacks: tuple[str, ...] = ("layers", "dense"), storage: str = "plain") -> Table:
-    """Entries of each stack of layers: by default those that every layer has."""
+def block(*entries: tuple[str, ...], stacks: tuple[str, ...] = ("layers", "dense"), storage: str = "plain") -> Table:
+    """Entries (path below the layer, layout, names below the layer...) of each stack; by default, of every layer."""
     return tuple(
         Stored(f"{stack}/{leaf}", layout, tuple("model.layers.{layer}." + name for name in names), storage)
         for stack in stacks
@@ -35,7 +33,7 @@ def block(*entries: Entry, stacks: tuple[str, ...] = ("layers", "dense"), storag
     )
 
 
-def moe(*entries: Entry, storage: str = "plain") -> Table:
+def moe(*entries: tuple[str, ...], storage: str = "plain") -> Table:
     """Entries that layers with experts have."""
     return block(*entries, stacks=("layers",), storage=storage)
 
