@@ -200,9 +200,7 @@ def match_frequencies(
     layer, expert = np.nonzero(matched)
     names = np.array(tokens.layers or range(len(counts)))
     before, after = np.abs(counts / total - target), np.abs(frequency - target)
-    touched = np.zeros(total, bool)
-    for layer_matched, chosen in zip(matched, indices, strict=True):
-        touched |= layer_matched[chosen].any(axis=1)
+    touched = np.any([of_layer[chosen].any(axis=1) for of_layer, chosen in zip(matched, indices, strict=True)], axis=0)
     absent = tuple((int(names[row]), int(column)) for row, column in np.argwhere(selected & ~matched))
     certificate = Certificate(
         layer=names[layer], expert=expert, forget=target[matched], retain=moment,

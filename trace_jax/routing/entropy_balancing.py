@@ -224,14 +224,18 @@ def find_patterns(
       the T tokens are of units with the pattern (whole numbers: exact sums).
     """
     activations = activation_matrix(indices, matched)
-    key = _keys(activations)
+    # A random number of 64 bits stands for each column; a pattern's key is the sum over its activations, modulo 2^64.
+    # Sums have no order, and two of 10^6 different patterns share a key with probability 10^-7.
+    numbers = np.random.default_rng(0).integers(0, 2**64, activations.shape[1], np.uint64, endpoint=False)
+    key = activations.astype(np.uint64) @ numbers  # [T]
     if unit == "token":
         _, first, tokens = np.unique(key, return_index=True, return_counts=True)
         features = activations[first]
         features.sort_indices()  # so that sums over a pattern don't depend on the order of a token's experts
         return features, tokens.astype(np.float64)
     members, _ = row_members(rows)
-    row_keys = members.astype(np.uint64) @ (key + _LENGTH_KEY)
+    length_key = np.uint64(0x9E3779B97F4A7C15)  # counted once per token, so that a row's key holds its length
+    row_keys = members.astype(np.uint64) @ (key + length_key)
     _, first, of_row = np.unique(row_keys, return_index=True, return_inverse=True)
     lengths = members @ np.ones(len(key))
     features = (members[first] @ activations).toarray() / lengths[first, None]
@@ -278,15 +282,3 @@ def constant_directions(features: Matrix, matched: np.ndarray, moment: np.ndarra
         if free.any() and np.isclose(moment[inside].sum(), top_k, rtol=1e-12, atol=0.0):
             directions.append(free / np.sqrt(free.sum()))
     return np.stack(directions, axis=1) if directions else np.zeros((len(moment), 0))
-
-
-# A random number of 64 bits stands for each column; a pattern's key is the sum over its activations, modulo 2^64. Sums
-# have no order, and two of 10^6 different patterns share a key with probability 10^-7.
-_LENGTH_KEY = np.uint64(0x9E3779B97F4A7C15)  # counted once per token, so that a row's key holds its length
-
-
-def _keys(activations: Matrix) -> np.ndarray:
-    """uint64 [T]; equal for tokens with the same activations."""
-    numbers = np.random.default_rng(0).integers(0, 2**64, activations.shape[1], np.uint64, endpoint=False)
-    ones = np.ones(activations.nnz, np.uint64)
-    return csr_array((ones, activations.indices, activations.indptr), activations.shape) @ numbers
