@@ -36,6 +36,12 @@ def make_model(config: ModelConfig = CONFIG, seed: int = 0) -> Model:
     return Model(config, jax.tree.map(lambda x: x * 2.0, init_params(config, jax.random.key(seed))))
 
 
+def with_router(model: Model, change) -> Model:
+    """The model with `change(router)` in the place of its routers [L, D, E]."""
+    layers = {**model.params["layers"], "router": change(model.params["layers"]["router"])}
+    return model.replace(params={**model.params, "layers": layers})
+
+
 def random_params(config: ModelConfig, seed: int = 0, noise: float = 0.1) -> dict:
     """As at the start of training, with noise on all, so that no bias is zero and no norm one. Compiles nothing."""
     rng = np.random.default_rng(seed)

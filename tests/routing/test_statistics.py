@@ -35,11 +35,6 @@ from trace_jax.routing.statistics import (
 ONE = tiny.one_device()
 
 
-def with_router(model, change):
-    layers = {**model.params["layers"], "router": change(model.params["layers"]["router"])}
-    return model.replace(params={**model.params, "layers": layers})
-
-
 @pytest.fixture(scope="module")
 def rows(corpora):
     return corpora["retain"].take(np.arange(14))
@@ -111,7 +106,7 @@ def test_a_corpus_too_small_for_statistics_is_refused(tiny_model):
 
 
 def test_nan_in_the_router_is_an_error_that_names_the_layer(tiny_model, rows):
-    broken = with_router(tiny_model, lambda router: router.at[1, 0, 3].set(jnp.nan))
+    broken = tiny.with_router(tiny_model, lambda router: router.at[1, 0, 3].set(jnp.nan))
     with pytest.raises(DamagedRouting, match="router of layer 1 gave NaN"):
         expert_statistics(broken, sequential_batches(rows, 8), mesh=ONE)
 
@@ -151,7 +146,7 @@ def test_overlap_by_hand_leaves_out_rows_without_tokens():
 
 
 def test_router_drift_is_relative_to_the_original_router(tiny_model):
-    moved = with_router(tiny_model, lambda router: router.at[1].multiply(1.1))
+    moved = tiny.with_router(tiny_model, lambda router: router.at[1].multiply(1.1))
     np.testing.assert_allclose(router_drift(tiny_model, moved)[0], [0.0, 0.1], atol=1e-6)
-    one = with_router(tiny_model, lambda router: router.at[0, :, 2].multiply(3.0))
+    one = tiny.with_router(tiny_model, lambda router: router.at[0, :, 2].multiply(3.0))
     np.testing.assert_allclose(router_drift(tiny_model, one)[1], [[0, 0, 2, 0], [0, 0, 0, 0]], atol=1e-6)

@@ -289,10 +289,8 @@ ALL = recalibrated(rule="all", strength=0.5)
 @pytest.fixture(scope="module")
 def moved(tiny_model, routed):
     """`setting` of the model with other routers."""
-    router = tiny_model.params["layers"]["router"]
-    noise = 2.0 * router.std() * jax.random.normal(jax.random.key(5), router.shape)
-    layers = {**tiny_model.params["layers"], "router": router + noise}
-    return routed(tiny_model.replace(params={**tiny_model.params, "layers": layers}))
+    noise = jax.random.normal(jax.random.key(5), tiny_model.params["layers"]["router"].shape)
+    return routed(tiny.with_router(tiny_model, lambda router: router + 2.0 * router.std() * noise))
 
 
 def anew(config, setting, current, last):

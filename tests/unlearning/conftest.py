@@ -13,8 +13,9 @@ from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import to_host
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.statistics import expert_statistics
-from trace_jax.routing.weights import retain_weights
+from trace_jax.routing.weights import Recalibration, retain_weights
 from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.unlearn import unlearn
 
 ONE = tiny.one_device()
 CONFIG = UnlearningConfig(
@@ -35,14 +36,26 @@ def statistics_of(model, *corpora):
     return [expert_statistics(model, sequential_batches(r, 8), min_activations=1, mesh=ONE) for r in corpora]
 
 
+def run(model, forget, retain, config=CONFIG, mesh=ONE, **options):
+    return unlearn(model, forget, retain, config=config, mesh=mesh, **options)
+
+
+def calibration(**settings) -> CalibrationConfig:
+    """By default of all experts."""
+    return CalibrationConfig({"name": "entropy", "rule": "all", "strength": 0.5, "ridge": 0.02, **settings})
+
+
 def weights_of(model, forget, retain, **settings):
-    """Weights of a calibration, by default of all experts."""
-    config = CalibrationConfig({"name": "entropy", "rule": "all", "strength": 0.5, "ridge": 0.02, **settings})
     forget_statistics, retain_statistics = statistics_of(model, forget, retain)
     return retain_weights(
-        config, model=model, forget=forget, retain=retain,
+        calibration(**settings), model=model, forget=forget, retain=retain,
         forget_statistics=forget_statistics, retain_statistics=retain_statistics,
     )  # fmt: skip
+
+
+def solver_of(model, forget, retain, every, **settings) -> Recalibration:
+    routing = {"name": "recalibrated", "every": every}
+    return Recalibration(calibration(routing=routing, **settings), model, forget, retain, mesh=ONE)
 
 
 def flat_of(model: Model) -> dict[str, np.ndarray]:

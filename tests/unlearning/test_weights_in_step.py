@@ -1,27 +1,31 @@
-"""What the weights of retain tokens do in a step: they count tokens, and online they follow the model's routing."""
+"""What the weights of retain tokens do in a run: they count tokens, follow the model's routing, or are solved anew.
+
+Weights that are solved anew are in force at once, on disk, and the same after an interruption.
+"""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.unlearning.conftest import CONFIG, ONE, Stop, assert_same, flat_of, weights_of
+from tests import tiny
+from tests.unlearning.conftest import CONFIG, ONE, Stop, assert_same, flat_of, run, solver_of, weights_of
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.rows import Rows
 from trace_jax.io.files import read_lines
 from trace_jax.models.architecture import flatten
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, make_mesh, place, to_host
-from trace_jax.routing.config import CalibrationConfig
-from trace_jax.routing.weights import Recalibration
+from trace_jax.routing.weights import RetainWeights
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants, coefficients
 from trace_jax.unlearning.step import initial_state, unlearning_settings, unlearning_step
-from trace_jax.unlearning.unlearn import unlearn
+from trace_jax.unlearning.unlearn import recalibration
 
 ROWS = 48  # retain rows of every step, most of them empty in some: one program
 
@@ -101,21 +105,17 @@ def test_online_weights_see_all_layers_also_where_the_losses_do_not(model, forge
     assert float(metrics["weight_mean"]) == pytest.approx(1.0, rel=1e-5)
 
 
-def run(model, forget, retain, **options):
-    return unlearn(model, forget, retain, mesh=ONE, **{"config": CONFIG, **options})
-
-
 @pytest.mark.parametrize(
     ("routing", "apply", "unit"),
     [("offline", "both", "token"), ("offline", "weights", "row"), ("online", "weights", "token"),
-     ({"name": "recalibrated", "every": 2}, "both", "token")],
+     ("recalibrated", "both", "token")],
 )  # fmt: skip
 def test_weights_of_one_train_bit_identically_to_no_weights(model, retain, routing, apply, unit):
     """Forget and retain text are the same: under any routing every weight is exactly one, and TRACE plain GradDiff."""
-    settings = {"apply": apply, "unit": unit, "routing": routing, "strength": 1.0, "ridge": 1e-3}
-    weights, config = weights_of(model, retain, retain, **settings), {"name": "entropy", "rule": "all", **settings}
+    settings = {"apply": apply, "unit": unit, "strength": 1.0, "ridge": 1e-3}
+    solve = solver_of(model, retain, retain, 2, **settings) if routing == "recalibrated" else None
+    weights = weights_of(model, retain, retain, routing=routing, **settings)
     assert (weights.weights == retain.valid).all()
-    solve = Recalibration(CalibrationConfig(config), model, retain, retain) if isinstance(routing, dict) else None
     plain = run(model, retain, retain)
     assert_same(run(model, retain, retain, weights=weights, recalibrate=solve).model.params, plain.model.params)
 
@@ -132,10 +132,8 @@ def test_an_interrupted_run_that_recalibrates_equals_the_uninterrupted_one(
     model, forget, retain, tmp_path, stop, trainable
 ):
     """Saved every 2 steps and recalibrated every 3: it goes on before, at and after recalibrations."""
-    settings = {"rule": {"name": "difference", "top": 2}, "routing": {"name": "recalibrated", "every": 3}}
-    weights = weights_of(model, forget, retain, **settings)
-    solve = Recalibration(CalibrationConfig({"name": "entropy", "strength": 0.5, "ridge": 0.02, **settings}),
-                          model, forget, retain)  # fmt: skip
+    rule = {"name": "difference", "top": 2}
+    weights, solve = weights_of(model, forget, retain, rule=rule), solver_of(model, forget, retain, 3, rule=rule)
     config = dataclasses.replace(CONFIG, steps=8, evaluate_every=1, checkpoint_every=2, trainable=trainable)
     options = {"config": config, "weights": weights, "identity": "a"}
 
@@ -176,6 +174,70 @@ def test_what_can_not_be_weighed_is_refused(model, forget, retain):
     with pytest.raises(ConfigError, match="normalize is 'batch', and routing 'online'"):
         unlearning = {"normalize": "batch"}
         resolve(ExperimentConfig, {"name": "x", "calibration": {"routing": "online"}, "unlearning": unlearning})
-    config = CalibrationConfig({"name": "entropy", "routing": "recalibrated"})
     with pytest.raises(ConfigError, match="recalibrate is given without weights"):
-        run(model, forget, retain, recalibrate=Recalibration(config, model, forget, retain))
+        run(model, forget, retain, recalibrate=solver_of(model, forget, retain, 20))
+
+
+# --- solved anew
+
+
+@pytest.fixture(scope="module")
+def solve(model, forget, retain):
+    return solver_of(model, forget, retain, 2)
+
+
+@pytest.fixture(scope="module")
+def first(model, forget, retain):
+    return weights_of(model, forget, retain)
+
+
+@pytest.fixture(scope="module")
+def models(model):
+    """The model after 2 and after 4 steps, as it were: with experts in another order."""
+    return {2: tiny.with_router(model, lambda r: r[..., ::-1]), 4: tiny.with_router(model, lambda r: r[:, ::-1])}
+
+
+def open_in(directory, solve, first, identity="a"):
+    used = []
+    about = {"directory": directory, "identity": identity, "title": "test"}
+    return recalibration(solve, first, lambda model: model, used.append, **about), used
+
+
+def same(one: RetainWeights, other: RetainWeights) -> bool:
+    names = ("weights", "row_probability", "step_weights", "selected", "frequency")
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
+
+
+def test_new_weights_are_used_and_written_and_the_drift_is_noted(tmp_path, solve, first, models, forget, retain):
+    recalibrated, used = open_in(tmp_path, solve, first)
+    for step, current in models.items():
+        recalibrated.call(step, current)
+        assert same(used[-1], weights_of(current, forget, retain))
+        where = tmp_path / "recalibration" / f"step-{step:06d}"
+        assert same(RetainWeights.load(where), used[-1])
+        about = json.loads((where / "drift.json").read_text())
+        line = read_lines(tmp_path / "metrics.jsonl")[-1]
+        assert line["step"] == about["step"] == step and line["identity"] == about["identity"] == "a"
+        assert {"step": step, "identity": "a", **line["recalibration"]} == about
+        assert len(about["overlap"]["retain"]) == 2 and about["gap"]["after"] < about["gap"]["before"]
+    assert not same(used[0], used[1])
+
+
+def test_weights_of_another_run_or_none_are_not_gone_on_with(tmp_path, solve, first, models):
+    open_in(tmp_path, solve, first, identity="other")[0].call(2, models[2])
+    with pytest.raises(ValueError, match="step-000002: the weights that this run had solved for after step 2"):
+        open_in(tmp_path, solve, first)[0].resumed(3)
+    open_in(tmp_path, solve, first, identity="other")[0].call(4, models[4])
+    open_in(tmp_path, solve, first)[0].call(2, models[2])
+    assert [path.name for path in (tmp_path / "recalibration").iterdir()] == ["step-000002"]
+
+
+def test_a_damaged_model_keeps_the_last_weights_and_says_so(tmp_path, solve, first, model, capsys):
+    recalibrated, used = open_in(tmp_path, solve, first)
+    recalibrated.call(2, tiny.with_router(model, lambda r: r * np.nan))
+    assert used == [first]
+    assert "NaN" in read_lines(tmp_path / "metrics.jsonl")[0]["recalibration"]["problem"]
+    assert "The last weights are kept" in capsys.readouterr().err
+    again, read = open_in(tmp_path, solve, first)
+    again.resumed(3)
+    assert same(read[0], first)
