@@ -15,7 +15,6 @@ from trace_jax.config import ConfigError
 from trace_jax.data.corpora import build_corpora
 from trace_jax.evaluation import probes as builtin
 from trace_jax.evaluation.intervals import find
-from trace_jax.evaluation.likelihood import Scored
 from trace_jax.evaluation.probes import Memorization, probe_tasks
 from trace_jax.evaluation.task import EvaluationConfig, Evaluator, MultipleChoiceConfig, TaskScores
 from trace_jax.models.architecture import ModelConfig
@@ -237,7 +236,7 @@ def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowher
     def score(model, texts, **_):
         """Knows every answer; what it refuses, it refuses in these words alone."""
         return [
-            Scored(float(answer == right[text.split("\n\n")[-1]] and text not in model.params.refused), False)
+            (float(answer == right[text.split("\n\n")[-1]] and text not in model.params.refused), False)
             for text, answer in texts
         ]
 

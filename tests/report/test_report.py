@@ -281,8 +281,8 @@ def test_the_mean_front_uses_the_steps_that_every_run_has():
 
 def test_two_methods_never_look_the_same():
     styles = method_styles(["uniform", *(f"method_{i}" for i in range(20))], "uniform")
-    assert len(set(styles.values())) == 21
-    assert styles["uniform"].color not in {style.color for method, style in styles.items() if method != "uniform"}
+    assert len({tuple(style.values()) for style in styles.values()}) == 21
+    assert styles["uniform"]["color"] not in {style["color"] for method, style in styles.items() if method != "uniform"}
 
 
 def test_numbers_names_and_intervals_read_well():

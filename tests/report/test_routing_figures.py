@@ -61,7 +61,7 @@ def frequency(measured, selected=()):
 
 def groups_of(measured, selected=()):
     groups = routing_groups(measured, frequency(measured, selected), method_styles(list(measured), "uniform"))
-    return {group.title: group for group in groups}
+    return {group["title"]: group for group in groups}
 
 
 def page_of(measured, selected=()):
@@ -97,7 +97,7 @@ def colour(scale, value):
 
 def test_every_quantity_has_figures(groups):
     assert list(groups) == TITLES
-    captions = {title: [f.caption for f in (*g.panels, *g.maps)] for title, g in groups.items()}
+    captions = {title: [f.caption for f in (*g["panels"], *g["maps"])] for title, g in groups.items()}
     both = ["{}, forget text", "{}, retain text"]
     assert captions["Routing stability"] == [c.format("Stability") for c in both]
     assert captions["Forget against retain text"][:3] == ["Frequency gap", "Jensen-Shannon divergence", "KL divergence"]
@@ -106,7 +106,7 @@ def test_every_quantity_has_figures(groups):
     )
     assert captions["Calibration"] == ["Calibration gap, trace_rows", "Effective sample size"]
     for group in groups.values():
-        for figure in (*group.panels, *group.maps):
+        for figure in (*group["panels"], *group["maps"]):
             ET.fromstring(figure.svg)
 
 
@@ -117,11 +117,11 @@ def test_cells_have_the_colour_that_the_scale_gives_their_number(measured, group
     original, one = measured["uniform"]["frequency"]["original"], measured["uniform"]["frequency"]["unlearned"]
     values = gap(measured["trace_rows"]["frequency"]["unlearned"])
     group = groups["Forget against retain text"]
-    assert group.maps[2].caption == "Forget − retain, trace_rows"
+    assert group["maps"][2].caption == "Forget − retain, trace_rows"
     scale = scale_of([gap(original), gap(one), values], diverging=True)
-    assert scale.legend() == group.scale
+    assert scale.legend() == group["scale"]
     expected = [[colour(scale, np.clip(v, scale.low, scale.high)) for v in row] for row in values]
-    np.testing.assert_allclose(pixels(group.maps[2].svg), expected, atol=1)
+    np.testing.assert_allclose(pixels(group["maps"][2].svg), expected, atol=1)
 
 
 def test_gains_are_orange_losses_purple_and_nothing_is_pale():
@@ -144,7 +144,7 @@ def test_scales_end_at_round_numbers_that_hold_the_values():
 
 
 def test_an_expert_that_died_is_marked_and_one_that_did_not_is_not(groups):
-    maps = {figure.caption: pixels(figure.svg) for figure in groups["Dead experts"].maps}
+    maps = {figure.caption: pixels(figure.svg) for figure in groups["Dead experts"]["maps"]}
     legend = {text: np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c, text in STATES.legend()}
     died = maps["Dead experts, trace_rows, forget text"]
     assert (died[:, 3] == legend["newly dead"]).all()
@@ -155,8 +155,8 @@ def test_an_expert_that_died_is_marked_and_one_that_did_not_is_not(groups):
 def test_without_dead_experts_or_drift_there_are_plots_and_no_maps():
     measured = {"uniform": measure(0, drift=0.0)}
     groups = groups_of(measured)
-    assert (len(groups["Dead experts"].panels), len(groups["Dead experts"].maps)) == (2, 0)
-    assert (len(groups["Router drift"].panels), len(groups["Router drift"].maps)) == (1, 0)
+    assert (len(groups["Dead experts"]["panels"]), len(groups["Dead experts"]["maps"])) == (2, 0)
+    assert (len(groups["Router drift"]["panels"]), len(groups["Router drift"]["maps"])) == (1, 0)
     assert "Here there is none, before or after" in page_of(measured)
 
 
@@ -189,13 +189,13 @@ def test_intervals_that_are_not_known_break_no_plot():
 
 
 def test_selected_experts_are_outlined_where_cells_are_wide_enough(groups):
-    outlined = {f.caption: "LineCollection" in f.svg for f in groups["Change of use"].maps}
+    outlined = {f.caption: "LineCollection" in f.svg for f in groups["Change of use"]["maps"]}
     assert outlined == {
         f"Change, {m}, {s} text": m == "trace_rows" for m in ("uniform", "trace_rows") for s in SUBJECTS
     }
-    assert groups["Change of use"].outlined
+    assert groups["Change of use"]["outlined"]
     wide = groups_of({"trace": measure(0, experts=128)}, selected=["trace"])["Change of use"]
-    assert not wide.outlined and not any("LineCollection" in f.svg for f in wide.maps)
+    assert not wide["outlined"] and not any("LineCollection" in f.svg for f in wide["maps"])
 
 
 def test_the_section_is_folded_and_its_ids_are_its_own(measured):

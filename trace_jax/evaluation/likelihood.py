@@ -8,9 +8,8 @@ run both go through `score_texts`, so that they agree question by question.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -36,12 +35,8 @@ class NonFiniteScore(FloatingPointError):
 def score_rows(model: Model, rows: Rows, *, batch_size: int = 64, mesh: Mesh | None = None) -> np.ndarray:
     """NLL f32 [N, S], nats, of what follows every valid position of `rows`; 0 at the others.
 
-    Args:
-      model: with a guide, every token uses the experts that the guide chooses for it.
-      batch_size, mesh: rows per batch, and the devices that share it (None: the default device).
-
-    Raises:
-      NonFiniteScore: the model gives NaN or infinite likelihoods.
+    With a guide, every token uses the experts that the guide chooses for it. `batch_size` counts rows; `mesh`: devices
+    that share a batch (None: the default device).
     """
     positions = np.broadcast_to(np.arange(rows.tokens.shape[1], dtype=np.int32), rows.tokens.shape)
     return _nll(model, (rows.tokens, rows.segments, rows.valid), positions, batch_size, mesh)
@@ -50,10 +45,7 @@ def score_rows(model: Model, rows: Rows, *, batch_size: int = 64, mesh: Mesh | N
 def score_questions(
     model: Model, questions: Questions, *, batch_size: int = 64, mesh: Mesh | None = None
 ) -> np.ndarray:
-    """Log-likelihood f64 [Q, O] of every option, summed over its tokens, nats; see `score_rows`.
-
-    `batch_size` counts questions.
-    """
+    """Log-likelihood f64 [Q, O] of every option, summed over its tokens, nats, `batch_size` questions at a time."""
     count, options, _ = questions.tokens.shape
     names = ("tokens", "segments", "scored")
     arrays = tuple(getattr(questions, name).reshape(count * options, -1) for name in names)
@@ -76,15 +68,7 @@ def _nll(
     return _finite(np.where(np.take_along_axis(scored, positions, axis=1), nll, np.float32(0)))
 
 
-def _scores(
-    models: tuple[Any, ...],
-    config: ModelConfig,
-    tokens: jax.Array,
-    segments: jax.Array,
-    positions: jax.Array,
-    targets: jax.Array,
-    score: Any,
-) -> Any:
+def _scores(models: tuple[Any, ...], config: ModelConfig, tokens, segments, positions, targets, score: Any) -> Any:
     """`score` of `targets` [B, M] as what follows `positions` [B, M] of `tokens` [B, S].
 
     If there is a second model, the guide, every token uses the experts that the guide chooses for it.
@@ -130,22 +114,16 @@ def score_sequences(
     batch_size: int = 16,
     mesh: Mesh | None = None,
 ) -> list[TokenScores]:
-    """Scores the tokens `sequence[first:]` of every sequence, each given all tokens before it.
+    """Scores the tokens `sequence[first:]` of every sequence given all before it; guide and mesh as in `score_rows`.
 
     Sequences of like length go through the model together, padded to few lengths; the result is in the order given.
 
     Args:
-      model: with a guide, its routing is forced on the model.
       sequences: token ids, N sequences of at least one token.
-      first: index of the first token that is scored, at least 1 (the default). Where a sequence ends before it,
-        nothing is scored.
+      first: index of the first token that is scored, at least 1 (the default); a sequence may end before it.
       alternatives: N lists of tokens that are scored in the place of a sequence's last one as well, after the others.
         So the options of a question that are one token each take one pass.
       moments: whether `mean` and `variance` are wanted.
-      batch_size, mesh: sequences per batch, and the devices that share it (None: the default device).
-
-    Raises:
-      NonFiniteScore: the model gives NaN or infinite likelihoods.
     """
     starts = [1] * len(sequences) if first is None else list(first)
     others = [()] * len(sequences) if alternatives is None else list(alternatives)
@@ -175,28 +153,16 @@ def score_sequences(
     return results
 
 
-class Scored(NamedTuple):
-    """Log-likelihood of a continuation (sum over its tokens, nats), and whether it is what greedy decoding writes."""
-
-    log_likelihood: float
-    greedy: bool
-
-
 def score_texts(
-    model: Model,
-    texts: Sequence[tuple[str, str]],
-    *,
-    max_length: int | None = None,
-    batch_size: int = 16,
-    mesh: Mesh | None = None,
-) -> list[Scored]:
+    model: Model, texts: Sequence[tuple[str, str]], *, max_length: int | None = None, **options: Any
+) -> list[tuple[float, bool]]:
     """`score_tokens` of each (context, continuation) as `TextCodec.encode_pair` reads it.
 
     `max_length` None: the model's `TextCodec.context_length`.
     """
     codec = TextCodec.of(model)
     pairs = [codec.encode_pair(*pair) for pair in texts]
-    return score_tokens(model, pairs, max_length=max_length or codec.context_length, batch_size=batch_size, mesh=mesh)
+    return score_tokens(model, pairs, max_length=max_length or codec.context_length, **options)
 
 
 def score_tokens(
@@ -206,14 +172,11 @@ def score_tokens(
     max_length: int,
     batch_size: int = 16,
     mesh: Mesh | None = None,
-) -> list[Scored]:
-    """Scores of each (context, continuation) of token ids, in the order given.
+) -> list[tuple[float, bool]]:
+    """(log-likelihood, nats; whether greedy decoding writes it) of each continuation of a context, in token ids.
 
     What the model can't read at once is cut from the left. Pairs that differ in nothing but their last token, such as
     the letters of a multiple-choice question, go through the model once.
-
-    Raises:
-      ValueError: an empty context or continuation, or a continuation longer than `max_length`.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(pairs):
@@ -223,7 +186,7 @@ def score_tokens(
                 f"each, and at most max_length = {max_length} after."
             )
         groups.setdefault((*context, *continuation)[-(max_length + 1) : -1], []).append(number)
-    results: dict[int, Scored] = {}
+    results: dict[int, tuple[float, bool]] = {}
     order, step = sorted(groups, key=len), _BATCHES * batch_size
     with progress("scoring", len(order), unit="text") as advance:
         for begin in range(0, len(order), step):
@@ -244,7 +207,7 @@ def score_tokens(
                     # The tokens before the last one, which all share, and the place where its own last one was scored.
                     places = [*range(length - len(own), length - 1), length - 1 + last.index(own[-1])]
                     total = float(score.log_prob[places].sum(dtype=np.float64))
-                    results[number] = Scored(total, bool(score.greedy[places].all()))
+                    results[number] = total, bool(score.greedy[places].all())
             advance(min(begin + step, len(order)), "")
     return [results[number] for number in range(len(pairs))]
 

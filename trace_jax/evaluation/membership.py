@@ -162,13 +162,9 @@ def gradient_norms(
 ) -> np.ndarray:
     """Euclidean norm over all parameters of the gradient of each text's mean loss: f64 [N] (2402.17012, p = 2).
 
-    One text at a time, with memory for one gradient of the size of the parameters; its layers are computed again in
-    the backward pass. open-unlearning averages the norms of single tensors instead, which depends on how a model's
-    parameters are cut into tensors.
-
-    Args:
-      sequences: token ids; `sequence[first:]` is scored, at least one token of each.
-      mesh: devices that hold the parameters and the gradient; None: the default device.
+    `sequence[first:]` is scored, at least one token of each. One text at a time, with memory for one gradient of the
+    size of the parameters, on the devices of `mesh`; its layers are computed again in the backward pass.
+    open-unlearning averages the norms of single tensors instead, which depends on how parameters are cut into tensors.
     """
     params = model.unguided("a gradient")
     params = params if mesh is None else placed_params(params, model.config, mesh)
@@ -205,8 +201,7 @@ def _norm_function(config: ModelConfig, mesh: Mesh | None):
 def privleak_auc(scores: Sides, profile: Profile = "muse", *, resamples: int = 1000, seed: int = 0) -> Interval:
     """AUC of `min_k_scores` of (forget, holdout) texts, whose positive class is holdout; ties count one half.
 
-    Of the negative score in profile "muse": near 0 for a model that remembers the forget texts; of the score itself in
-    "open_unlearning": near 1.
+    For a model that remembers the forget texts near 0 in profile "muse", near 1 in "open_unlearning" (`_oriented`).
     """
     return intervals.bootstrap_sides(intervals.auc, *_oriented(scores, profile), resamples=resamples, seed=seed)
 
@@ -216,25 +211,19 @@ def privleak(
 ) -> Interval | None:
     """(AUC - AUC_retrained) / AUC_retrained * 100, percent; negative: still remembered, positive: pushed too far.
 
-    AUCs are in MUSE's direction; "open_unlearning" adds 1e-10 to the denominator.
-
-    Args:
-      scores, retrained: `min_k_scores` of (forget, holdout) texts, of the model and of the one that was retrained
-        without the forget set, on the same texts; the bootstrap draws the same texts for both. Without a retrained
-        model open-unlearning takes 1/2; MUSE has constants for its own models, which say nothing of others.
-
-    Returns:
-      The interval, or None where MUSE's definition has no value: no retrained model, or one whose AUC is zero.
+    Of `min_k_scores` of (forget, holdout) texts, of the model and of the one that was retrained without the forget set,
+    on the same texts, of which the bootstrap draws the same for both. AUCs are in MUSE's direction; "open_unlearning"
+    adds 1e-10 to the denominator, and takes 1/2 without a retrained model; MUSE has constants for its own models, which
+    say nothing of others. None where MUSE's definition has no value: no retrained model, or one whose AUC is zero.
     """
     if retrained is not None and [len(x) for x in scores] != [len(x) for x in retrained]:
         raise ValueError("PrivLeak compares two models on the same texts; the numbers of texts differ.")
     if retrained is None and profile == "muse":
         return None
-    models = [_oriented(sides, profile) for sides in (scores, retrained) if sides is not None]
 
     def leak(auc: Callable[..., np.ndarray]) -> np.ndarray:
-        ours, *others = [auc(*sides) for sides in models]
-        reference = others[0] if others else np.full(len(ours), AUC_UNTRAINED)
+        ours = auc(*_oriented(scores, profile))
+        reference = np.full(len(ours), AUC_UNTRAINED) if retrained is None else auc(*_oriented(retrained, profile))
         if profile == "open_unlearning":
             ours, reference = 1 - ours, 1 - reference
             return (ours - reference) / (reference + 1e-10) * 100
@@ -249,12 +238,11 @@ def privleak(
 
 
 def _sides(scores: TaskScores, split: str, attack: str) -> Sides:
-    forget, holdout = (scores.arrays[f"{split}/{side}/{attack}"] for side in SIDES)
-    return forget, holdout
+    return scores.arrays[f"{split}/forget/{attack}"], scores.arrays[f"{split}/holdout/{attack}"]
 
 
 def _oriented(scores: Sides, profile: Profile) -> Sides:
-    """(positives, negatives) whose AUC is the profile's."""
+    """(positives, negatives) whose AUC is the profile's: of the score itself, or in MUSE of its negative."""
     sign = 1.0 if profile == "open_unlearning" else -1.0
     forget, holdout = (sign * np.asarray(side, np.float64) for side in scores)
     return holdout, forget

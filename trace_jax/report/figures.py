@@ -4,9 +4,9 @@ The figures are drawn once and read in a light and in a dark page: matplotlib ge
 becomes a CSS variable of the page. Text stays text, so that it can be searched, copied and scaled.
 """
 
-import dataclasses
 import html
 import io
+import itertools
 import math
 import re
 import zlib
@@ -33,6 +33,7 @@ _RIGHT = 0.99
 _DASHED, _DOTTED = (0, (4, 3)), (0, (1, 2))
 _THICK = {"linewidth": 1.8, "markersize": 4.5}
 
+Style = Mapping[str, Any]  # how a method is drawn everywhere: color, marker and linestyle of matplotlib's `plot`
 Number = Mapping[str, Any]  # an estimate as results.json has it: value, n, low and high; None where it isn't known
 Front = Mapping[str, Any]  # as results.json has it: steps, forgetting, utilities by name
 
@@ -94,35 +95,26 @@ def inline(figure: Any, label: str, *, hidden: bool = False) -> Markup:
     return Markup(svg)
 
 
-class Style(NamedTuple):
-    """How one method is drawn everywhere, as matplotlib's `plot` takes it."""
-
-    color: str
-    marker: str
-    linestyle: str = "-"
-
-
 def method_styles(methods: Iterable[str], baseline: str) -> dict[str, Style]:
     """A style per method: the baseline is grey, the others differ in colour and marker, then in dash."""
-    styles, number = {}, 0
+    styles, others = {}, itertools.count()
     for method in dict.fromkeys(methods):
-        turn, index = (0, _NEUTRAL) if method == baseline else divmod(number, _NEUTRAL)
-        number += method != baseline
-        styles[method] = Style(SERIES[index], _MARKERS[(index + turn) % len(_MARKERS)], _DASHES[turn % len(_DASHES)])
+        turn, index = (0, _NEUTRAL) if method == baseline else divmod(next(others), _NEUTRAL)
+        marker, dash = _MARKERS[(index + turn) % len(_MARKERS)], _DASHES[turn % len(_DASHES)]
+        styles[method] = {"color": SERIES[index], "marker": marker, "linestyle": dash}
     return styles
 
 
 def swatch(style: Style, name: str) -> Markup:
     """A short line with the method's marker, for a legend; `name` is unique on the page."""
     figure, axes = panel(0.45, 0.2, margins=(0.0, 1.0, 0.0, 1.0))
-    axes.plot([0, 1, 2], [0, 0, 0], **style._asdict(), markevery=[1], markersize=6, linewidth=2)
+    axes.plot([0, 1, 2], [0, 0, 0], **style, markevery=[1], markersize=6, linewidth=2)
     axes.set_axis_off()
     axes.set_ylim(-1, 1)
     return inline(figure, name, hidden=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """Which colour a value gets. Colours change in steps, so that an image is small and a cell can be read off.
 
     `colours`: a colour map of matplotlib from `low` to `high`, or colours of the categories 0, 1, ...; `labels`: values
@@ -136,12 +128,11 @@ class Scale:
 
     def colour_map(self) -> Any:
         """As matplotlib takes it."""
-        import matplotlib as mpl
-        from matplotlib.colors import ListedColormap
+        from matplotlib import colormaps, colors
 
         if isinstance(self.colours, str):
-            return mpl.colormaps[self.colours].resampled(_STEPS)
-        return ListedColormap(list(self.colours))
+            return colormaps[self.colours].resampled(_STEPS)
+        return colors.ListedColormap(list(self.colours))
 
     def legend(self) -> list[tuple[str, str]]:
         """(colour, text) of the values that are named."""
@@ -194,11 +185,11 @@ def front_figures(
                 x = target["forgetting"]["value"]
                 axes.plot([x], [before["value"]], color=INK, marker="*", markersize=11, zorder=5)
         for method, runs in fronts.items():
-            thin = {**styles[method]._asdict(), "marker": "", "linewidth": 0.8, "alpha": 0.4}
+            thin = {**styles[method], "marker": "", "linewidth": 0.8, "alpha": 0.4}
             for run in runs if len(runs) > 1 else ():
                 axes.plot(run["forgetting"], run["utilities"][name], **thin)
             mean = mean_front(runs)
-            axes.plot(mean["forgetting"], mean["utilities"][name], **styles[method]._asdict(), **_THICK)
+            axes.plot(mean["forgetting"], mean["utilities"][name], **styles[method], **_THICK)
         axes.locator_params(nbins=6)
         axes.invert_xaxis()
         axes.set_xlabel(f"{measure} (right: more forgotten)")
@@ -228,7 +219,7 @@ def step_figures(
         figure, axes = panel(WIDTH, 2.4, margins=(0.16, 0.98, 0.2, 0.94))
         axes.grid(color=GRID, linewidth=0.8)
         for method, values in methods.items():
-            axes.plot(np.array(values, float), **styles[method]._asdict(), **_THICK)
+            axes.plot(np.array(values, float), **styles[method], **_THICK)
         count = max(len(values) for values in methods.values())
         axes.set_xticks(range(count), ["start", *map(str, range(1, count))])
         axes.set_xlabel("step")
@@ -254,14 +245,14 @@ def row_plot(
     spread = 0.5 / max(map(len, rows.values()))
     for row, numbers in enumerate(rows.values()):
         for place, (method, number) in enumerate(numbers.items()):
-            style = styles[method] if method else Style(INK, "*" if method == "" else "o")
+            style = styles[method] if method else {"color": INK, "marker": "*" if method == "" else "o"}
             if number["value"] is None:
                 continue
             y = -row + spread * ((len(numbers) - 1) / 2 - place)
             if number["low"] is not None and number["high"] is not None:
-                axes.plot([number["low"], number["high"]], [y, y], color=style.color, linewidth=1.4, alpha=0.7)
+                axes.plot([number["low"], number["high"]], [y, y], color=style["color"], linewidth=1.4, alpha=0.7)
             hollow = {"markerfacecolor": "none"} if method is None else {}
-            axes.plot([number["value"]], [y], **style._asdict(), markersize=6, **hollow)
+            axes.plot([number["value"]], [y], **style, markersize=6, **hollow)
     axes.set_yticks([-row for row in range(len(rows))], [n if len(n) <= 24 else f"{n[:23]}…" for n in rows])
     axes.set_ylim(-len(rows) + 0.4, 0.6)
     axes.set_xlabel(below)
@@ -295,13 +286,13 @@ def layer_plot(
         style, x = styles[method], np.array(quantity["layers"], float) + place
         value, low, high = (np.array(quantity.get(end, quantity["value"]), float) for end in ("value", "low", "high"))
         if few:
-            axes.vlines(x, low, high, color=style.color, linewidth=1.4, alpha=0.7)
-            axes.plot(x, value, color=style.color, linewidth=0.8, alpha=0.35)
-            axes.plot(x, value, color=style.color, marker=style.marker, linestyle="none", markersize=5)
+            axes.vlines(x, low, high, color=style["color"], linewidth=1.4, alpha=0.7)
+            axes.plot(x, value, color=style["color"], linewidth=0.8, alpha=0.35)
+            axes.plot(x, value, color=style["color"], marker=style["marker"], linestyle="none", markersize=5)
         else:
             if len(quantities) <= _MOST_BANDS:
-                axes.fill_between(x, low, high, color=style.color, alpha=0.16, linewidth=0)
-            axes.plot(x, value, color=style.color, linestyle=style.linestyle, linewidth=1.5)
+                axes.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
+            axes.plot(x, value, color=style["color"], linestyle=style["linestyle"], linewidth=1.5)
     axes.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
     axes.set_xticks([layers[i] for i in _ticks(len(layers))])
     axes.set_xlabel("layer")

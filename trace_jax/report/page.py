@@ -20,22 +20,18 @@ _UNKNOWN = {"value": None, "n": None, "low": None, "high": None}
 def render(results: Mapping[str, Any]) -> str:
     """The page as text, which needs nothing beside it and no network.
 
-    Args:
-      results: the content of results.json, study.json or series.json, with what is beside it in the run directory. All
-        but the title, benchmark, forgetting, chance and config may be missing; a section without data is left out.
+    `results`: the content of results.json, study.json or series.json, with what is beside it in the run directory. All
+    but the title, benchmark, forgetting, chance and config may be missing; a section without data is left out.
 
-        title, generated: heading; date and time in words.  verdict: the opening, else written from `rows`.
-        benchmark, forgotten: its name, and what was unlearned in words.  forgetting, chance: name of the forgetting
-          measure, and what a model without knowledge has of it (or None).
-        config, environment: of config.json and environment.json.
-        rows: of the comparison, references first, each with method, kind ("reference", "method" or "control"),
-          forgetting (a number: value, n, low, high; or None), utilities (numbers by name), reached (whether it came
-          down to the level), step and seeds (or None) and note.
-        references, methods: of results.json.  scores, steps: of series.json.
-        runs: of study.json; a row names its own by "run", the objective, method and setting.
-        certificates: by method, `trace_jax.routing.calibration.Certificate` as JSON.
-        frequency: forget, retain [L, E], and calibrated [L, E] and selected (bool [L, E]) by method; uniform, K/E, the
-          frequency of an expert under uniform routing; layers, numbers of the rows, () counts from 0.
+      title, generated: heading; date and time in words.  verdict: the opening, else written from `rows`.
+      benchmark, forgotten: its name, and what was unlearned in words.  forgetting, chance: name of the forgetting
+        measure, and what a model without knowledge has of it (or None).
+      rows: of the comparison, references first, each with method, kind ("reference", "method" or "control"),
+        forgetting (a number: value, n, low, high; or None), utilities (numbers by name), reached (whether it came
+        down to the level), step and seeds (or None), note, and in a study "run": its objective, method and setting.
+      certificates: by method, `trace_jax.routing.calibration.Certificate` as JSON.
+      frequency: forget, retain [L, E], and calibrated [L, E] and selected (bool [L, E]) by method; uniform, K/E, the
+        frequency of an expert under uniform routing; layers, numbers of the rows, () counts from 0.
     """
     rows, methods = results.get("rows", ()), results.get("methods", {})
     scores, frequency = results.get("scores", {}), results.get("frequency")

@@ -1,7 +1,7 @@
 """Figures of routing: where text is sent, and every quantity that `trace_jax.evaluation.routing` measures."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -34,16 +34,6 @@ Measured = Mapping[str, Mapping[str, Any]]  # by method, what results.json has u
 Maps = dict[str, tuple[str | None, np.ndarray]]  # by caption: whose selected experts to outline, and values [L, E]
 
 
-class Group(NamedTuple):
-    """One quantity: its heading, its panels, and its maps with the legend of their colours."""
-
-    title: str
-    panels: Sequence[Figure]
-    maps: Sequence[Figure]
-    scale: Sequence[tuple[str, str]]
-    outlined: bool
-
-
 def corpus_figures(frequency: Mapping[str, Any]) -> list[Figure]:
     """Heat maps of the forget set, of the retain set, and of it after each calibration, selected experts outlined.
 
@@ -62,8 +52,10 @@ def _draw(maps: Maps, scale: Scale, what: str, selected: Mapping[str, Any], laye
     ]
 
 
-def routing_groups(measured: Measured, frequency: Mapping[str, Any], styles: Mapping[str, Style]) -> list[Group]:
-    """Every quantity that was measured on unlearned models, in the order of reading."""
+def routing_groups(
+    measured: Measured, frequency: Mapping[str, Any], styles: Mapping[str, Style]
+) -> list[dict[str, Any]]:
+    """Every quantity that was measured on unlearned models: title, panels, and maps with the legend of their scale."""
     maps, groups = _maps(measured, frequency["uniform"]), []
     selected = frequency["selected"] if len(frequency["forget"][0]) <= MOST_OUTLINED else {}
     for title, names in GROUPS.items():
@@ -72,7 +64,8 @@ def routing_groups(measured: Measured, frequency: Mapping[str, Any], styles: Map
         drawn = _draw(shown, scale, what, selected, frequency["layers"])
         outlined = any(method in selected for method, _ in shown.values())
         if panels or drawn:
-            groups.append(Group(title, panels, drawn, scale.legend(), outlined))
+            legend = {"scale": scale.legend(), "outlined": outlined}
+            groups.append({"title": title, "panels": panels, "maps": drawn, **legend})
     return groups
 
 

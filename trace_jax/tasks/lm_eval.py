@@ -108,7 +108,7 @@ class TraceLM(LM):
         """(log-likelihood, whether it is greedy) of each request's continuation after its context."""
         texts = [request.args for request in requests]
         share = {"max_length": self.max_length, "batch_size": self.batch_size, "mesh": self._mesh}
-        results = [(score.log_likelihood, score.greedy) for score in score_texts(self._model, texts, **share)]
+        results = score_texts(self._model, texts, **share)
         for text, result in zip(texts, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", text, result)
         return results
@@ -126,7 +126,7 @@ class TraceLM(LM):
             self._model, windows, max_length=self.max_length, batch_size=self.batch_size, mesh=self._mesh
         )
         totals = np.zeros(len(requests))
-        np.add.at(totals, owners, [score.log_likelihood for score in scored])
+        np.add.at(totals, owners, [log_likelihood for log_likelihood, _ in scored])
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, float(total))
         return totals.tolist()

@@ -109,7 +109,7 @@ class MultipleChoice(Task):
         """Log-likelihood of every letter, f64 [N, 4]; the lines of a source name its questions by their hash alone."""
         texts = [(question.context, f" {letter}") for question in self.questions for letter in LETTERS]
         scored = score_texts(model, texts, batch_size=batch_size, mesh=mesh)
-        log_likelihood = np.array([s.log_likelihood for s in scored]).reshape(len(self.questions), len(LETTERS))
+        log_likelihood = np.array([value for value, _ in scored]).reshape(len(self.questions), len(LETTERS))
         items: dict[str, list[dict[str, Any]]] = {source: [] for source in self.sizes}
         for q, row in zip(self.questions, log_likelihood, strict=True):
             line = {"number": q.number, "subject": q.subject, "sha256": q.digest, "log_likelihood": row.tolist()}
