@@ -13,27 +13,13 @@ import numpy as np
 
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.layers import Cache, attention, attention_mask, gated_mlp, norm, rotary
-from trace_jax.models.moe import Routing, moe_layer
+from trace_jax.models.moe import RouterOutput, moe_layer, router_probabilities
 from trace_jax.models.sharding import assembled, rematerialized
 from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
 UNROLLED_LAYERS = 4
-_ROUTER = ("router_inputs", "router_logits", "indices", "weights", "counts", "load", "dropped")
-COLLECT = ("logits", "hidden", "layers", "router", *_ROUTER)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RouterOutput:
-    """The routers of the layers that have one (`config.moe_layers`, L of them); what wasn't asked for is None."""
-
-    inputs: jax.Array | None = None  # [L, B, S, D] what the router reads, after the norm, in the model's type
-    logits: jax.Array | None = None  # f32 [L, B, S, E] raw scores
-    indices: jax.Array | None = None  # i32 [L, B, S, K] chosen experts by descending score
-    weights: jax.Array | None = None  # f32 [L, B, S, K] gate weight of each chosen expert
-    counts: jax.Array | None = None  # i32 [L, E] how often each expert was chosen over `count_mask`
-    load: jax.Array | None = None  # f32 [L, E] sum of router probabilities over `count_mask`
-    dropped: jax.Array | None = None  # i32 [L] choices that found no room in `expert_buffer` on this device
+_OF_TOKENS = ("router_inputs", "router_logits", "indices", "weights")
+COLLECT = ("logits", "hidden", "layers", "router", *_OF_TOKENS, "counts", "load", "dropped")
 
 
 @jax.tree_util.register_dataclass
@@ -41,22 +27,21 @@ class RouterOutput:
 class ModelOutput:
     """What `forward` was asked for; the rest is None."""
 
-    logits: jax.Array | None = None  # f32 [B, S, V]
-    hidden: jax.Array | None = None  # [B, S, D]
-    layers: jax.Array | None = None  # [L, B, S, D] output of every layer
-    router: RouterOutput = RouterOutput()
-    cache: Cache | None = None
+    logits: jax.Array | None  # f32 [B, S, V]
+    hidden: jax.Array | None  # [B, S, D]
+    layers: jax.Array | None  # [L, B, S, D] output of every layer
+    router: RouterOutput
+    cache: Cache | None
 
 
 def output_operands(params: dict, config: ModelConfig, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(hidden [..., D'], matrix [D', V]) whose product is the logits of final hidden states [..., D].
 
-    On a mesh, this device's share of the vocabulary, whose last columns are padding where it doesn't divide.
-
-    A bias of the head is one more row of the matrix, so that whoever multiplies in pieces need not know of it.
+    On a mesh, this device's share of the vocabulary, whose last columns are padding where it doesn't divide. A bias of
+    the head is one more row of the matrix.
     """
-    names = ("embed" if config.tie_embeddings else "head", *(("head_bias",) if config.head_bias else ()))
-    params = assembled({name: params[name] for name in names}, config)
+    names = ("embed" if config.tie_embeddings else "head", "head_bias")
+    params = assembled({name: params[name] for name in names if name in params}, config)
     matrix = params["embed"].T if config.tie_embeddings else params["head"]
     if config.logits_divisor != 1.0:
         hidden = (hidden.astype(jnp.float32) / config.logits_divisor).astype(hidden.dtype)
@@ -80,8 +65,8 @@ def _logits(params: dict, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     return jax.lax.psum(every, TENSOR)[..., : config.vocab_size]
 
 
-def _embedded(params: dict, config: ModelConfig, tokens: jax.Array) -> jax.Array:
-    """[B, S, D]: the embeddings of tokens."""
+def _embeddings(params: dict, config: ModelConfig, tokens: jax.Array) -> jax.Array:
+    """[B, S, D], of tokens."""
     table = assembled({"embed": params["embed"]}, config)["embed"]
     if axis_sizes().get(TENSOR, 1) == 1:
         x = table[tokens]
@@ -132,8 +117,8 @@ def forward(
       ValueError: an unknown name in `collect`, logits of a part of the layers, shapes that don't fit, or `experts` with
         a cache.
     """
-    wanted = _check(config, tokens, mask, count_mask, collect, num_layers, experts, cache)
-    B, S = tokens.shape
+    _check(config, tokens, mask, count_mask, collect, num_layers, experts, cache)
+    wanted, (B, S) = {*collect, *(_OF_TOKENS[1:] if "router" in collect else ())}, tokens.shape
     documents, start = None if mask is None else mask.astype(jnp.int32), 0
     key_documents = documents
     if cache is not None:
@@ -159,59 +144,51 @@ def forward(
     def layer_step(stack, x, inputs):
         layer, layer_cache, numbers, chosen = inputs
         layer = assembled(layer, config, f"{stack}/")
-        readable = allowed & (distance < numbers["window"]) if config.windows else allowed
         rope_table = rope_tables[numbers["rope"]] if config.layer_ropes else rope_tables[0]
+        readable = allowed & (distance < numbers["window"]) if config.windows else allowed
         layer_cache = None if cache is None else (*layer_cache, start)
-
-        def mix(x):
-            return attention(layer, config, x, rope_table=rope_table, mask=readable, cache=layer_cache)
+        mix = partial(attention, layer, config, rope_table=rope_table, mask=readable, cache=layer_cache)
 
         def feed_forward(x):
             flat = x.reshape(B * S, -1)
             if "mlp" in layer:
                 return gated_mlp(layer["mlp"], config, flat).reshape(x.shape), None
             chosen_TK = None if chosen is None else chosen.reshape(B * S, -1)
-            y, routing = moe_layer(layer, config, flat, buffer=expert_buffer, chosen_TK=chosen_TK)
-            return y.reshape(x.shape), routing
+            y, router = moe_layer(layer, config, flat, buffer=expert_buffer, chosen_TK=chosen_TK)
+            return y.reshape(x.shape), _collected(router, config, wanted, count_mask)
 
         x, keys_values = _residual(layer, config, x, "attention", mix)
-        x, routing = _residual(layer, config, x, "mlp", feed_forward)
-        out = {} if routing is None else _router_parts(routing, wanted, count_mask)
-        if "layers" in wanted:
-            out["layers"] = x
-        if cache is not None:
-            out["cache"] = keys_values
-        return x, out
+        x, router = _residual(layer, config, x, "mlp", feed_forward)
+        return x, (router, x if "layers" in wanted else None, None if cache is None else keys_values)
 
     # The residual stream is equal on the devices of "tensor", and known to be, because every part of it is a sum.
-    x, outs = as_varying(_embedded(params, config, tokens), frozenset(axis_sizes()) - {TENSOR}), {}
-    for stack, inside, layers in _runs(config, num_layers or config.num_layers):
+    x, outs = as_varying(_embeddings(params, config, tokens), frozenset(axis_sizes()) - {TENSOR}), []
+    kinds = ["dense" if layer in config.dense_layers else "layers" for layer in range(num_layers or config.num_layers)]
+    for stack, run in itertools.groupby(range(len(kinds)), kinds.__getitem__):  # runs of one kind
+        first, *others = run
+        before, depth = kinds[:first].count(stack), 1 + len(others)
+        layers, inside = slice(first, first + depth), slice(before, before + depth)
         arrays = jax.tree.map(lambda a: a[inside], params[stack])  # noqa: B023
         caches = None if cache is None else jax.tree.map(lambda a: a[layers], (cache.k, cache.v))  # noqa: B023
         numbers = {name: jnp.asarray(values[layers]) for name, values in per_layer.items()}
         chosen = None if experts is None or stack == "dense" else jnp.asarray(experts, jnp.int32)[inside]
         # Few layers are unrolled: then what the backward pass keeps isn't copied into and out of stacks.
-        depth = layers.stop - layers.start
         step = rematerialized(partial(layer_step, stack), remat, arrays, config, f"{stack}/")
         inputs = arrays, caches, numbers, chosen
         x, out = jax.lax.scan(step, x, inputs, unroll=depth if depth <= UNROLLED_LAYERS else 1)
-        for name, part in out.items():
-            outs.setdefault(name, []).append(part)
-    out = {
-        name: parts[0] if len(parts) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *parts)
-        for name, parts in outs.items()
-    }
+        outs.append(out)
+    (routers, outputs, caches), join = zip(*outs, strict=True), partial(jax.tree.map, lambda *a: jnp.concatenate(a))
     if num_layers is None:
         x = norm(params, "final_norm", config, x)  # vectors are not cut
     logits = _logits(params, config, x) if "logits" in wanted else None
     if cache is not None:
-        k, v = out["cache"]
+        k, v = join(*caches)
         if num_layers is not None:
             k, v = jax.tree.map(lambda old, new: old.at[: len(new)].set(new), (cache.k, cache.v), (k, v))
         places = {"documents": key_documents, "positions": key_positions, "index": start + S}
         cache = dataclasses.replace(cache, k=k, v=v, **places)
-    router = RouterOutput(**{name.removeprefix("router_"): out.get(name) for name in _ROUTER})
-    return ModelOutput(logits, x if "hidden" in wanted else None, out.get("layers"), router, cache)
+    router = join(*([router for router in routers if router is not None] or [RouterOutput()]))
+    return ModelOutput(logits, x if "hidden" in wanted else None, join(*outputs), router, cache)
 
 
 def _residual(layer: dict, config: ModelConfig, x: jax.Array, name: str, part):
@@ -223,23 +200,11 @@ def _residual(layer: dict, config: ModelConfig, x: jax.Array, name: str, part):
     return x + (y * jnp.asarray(config.residual_scale, y.dtype) if config.residual_scale != 1.0 else y), more
 
 
-def _runs(config: ModelConfig, num_layers: int) -> list[tuple[str, slice, slice]]:
-    """The first layers as runs of one kind: (which stack of parameters, where in it, which layers of the network)."""
-    runs, used, layer = [], {"layers": 0, "dense": 0}, 0
-    kinds = ("dense" if layer in config.dense_layers else "layers" for layer in range(num_layers))
-    for stack, run in itertools.groupby(kinds):
-        depth, first = len(list(run)), used[stack]
-        runs.append((stack, slice(first, first + depth), slice(layer, layer + depth)))
-        used[stack], layer = first + depth, layer + depth
-    return runs
-
-
-def _check(config, tokens, mask, count_mask, collect, num_layers, experts, cache) -> frozenset:
-    """The names in `collect` with "router" spelt out, or a ValueError that says what is wrong."""
+def _check(config, tokens, mask, count_mask, collect, num_layers, experts, cache) -> None:
+    """Raises a ValueError that says what of the arguments of `forward` is wrong."""
     if isinstance(collect, str):
         raise ValueError(f"collect is the text {collect!r}; expected a tuple of names, such as ({collect!r},).")
-    unknown = [name for name in collect if name not in COLLECT]
-    if unknown:
+    if unknown := [name for name in collect if name not in COLLECT]:
         raise ValueError(f"collect names {unknown[0]!r}; known: {', '.join(COLLECT)}.")
     if tokens.ndim != 2:
         raise ValueError(f"tokens has shape {tokens.shape}; expected [B, S].")
@@ -260,19 +225,16 @@ def _check(config, tokens, mask, count_mask, collect, num_layers, experts, cache
                 f"experts is {experts.dtype} of shape {experts.shape}; expected integers {expected}: for each layer "
                 "that has a router, row and position, the experts of the token."
             )
-    wanted = frozenset(collect)
-    return wanted | {"router_logits", "indices", "weights"} if "router" in wanted else wanted
 
 
-def _router_parts(routing: Routing, wanted: frozenset, count_mask: jax.Array) -> dict:
-    """The parts of one layer's routing that were asked for; counts and load are sums over the count mask."""
-    counted, num_experts = count_mask.reshape(-1), routing.logits.shape[-1]
-    per_token = (routing.inputs, routing.logits, routing.indices, routing.weights)
-    named = zip(_ROUTER[:4], per_token, strict=True)
-    parts = {name: value.reshape(*count_mask.shape, -1) for name, value in named if name in wanted}
+def _collected(router: RouterOutput, config: ModelConfig, wanted: set[str], count_mask: jax.Array) -> RouterOutput:
+    """What was asked for of one layer's routing, by row and position; counts and load are sums over the count mask."""
+    counted = count_mask.reshape(-1, 1)
+    names = [name.removeprefix("router_") for name in _OF_TOKENS if name in wanted]
+    parts = {name: getattr(router, name).reshape(*count_mask.shape, -1) for name in names}
     if "counts" in wanted:
-        chosen = routing.indices[:, :, None] == jnp.arange(num_experts, dtype=jnp.int32)[None, None, :]
-        parts["counts"] = jnp.sum((chosen & counted[:, None, None]).astype(jnp.int32), axis=(0, 1))
+        chosen = router.indices[:, :, None] == jnp.arange(config.num_experts, dtype=jnp.int32)[None, None, :]
+        parts["counts"] = jnp.sum((chosen & counted[:, :, None]).astype(jnp.int32), axis=(0, 1))
     if "load" in wanted:
-        parts["load"] = jnp.sum(jnp.where(counted[:, None], routing.probabilities, 0.0), axis=0)
-    return parts | ({"dropped": routing.dropped} if "dropped" in wanted else {})
+        parts["load"] = jnp.sum(jnp.where(counted, router_probabilities(router.logits, config), 0.0), axis=0)
+    return RouterOutput(**parts, dropped=router.dropped if "dropped" in wanted else None)

@@ -7,6 +7,7 @@ below say. Both are gathers, which are quick everywhere and deterministic.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +20,22 @@ from trace_jax.parallel.mesh import EXPERT, TENSOR, as_varying, axis_sizes, sum_
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Routing:
-    """What the router of one layer said about T tokens. It means the same for every family (docs/models.md)."""
+class RouterOutput:
+    """What routers decided, the same for every family (docs/models.md); what wasn't asked for is None.
 
-    inputs: jax.Array  # [T, D] what it was asked about
-    logits: jax.Array  # f32 [T, E] raw scores, bias included: before softmax, sigmoid and correction
-    probabilities: jax.Array  # f32 [T, E] softmax of the logits, or sigmoids over their sum
-    indices: jax.Array  # i32 [T, K] chosen experts by descending score
-    weights: jax.Array  # f32 [T, K] what each chosen expert's output is multiplied by
-    dropped: jax.Array | None = None  # i32 [] choices of this device's experts that found no room
+    Of one layer [T, ...]; of `forward` the L layers that have a router (`config.moe_layers`), [L, B, S, ...].
+    """
+
+    inputs: Any = None  # [..., D] what the router reads, after the norm, in the model's type
+    logits: Any = None  # f32 [..., E] raw scores, bias included: before softmax, sigmoid and correction
+    indices: Any = None  # i32 [..., K] chosen experts by descending score
+    weights: Any = None  # f32 [..., K] what each chosen expert's output is multiplied by
+    counts: Any = None  # i32 [L, E] how often each expert was chosen over `count_mask`
+    load: Any = None  # f32 [L, E] sum of router probabilities over `count_mask`
+    dropped: Any = None  # i32 [L] choices that found no room in `expert_buffer` on this device
 
 
-def route(layer: dict, config: ModelConfig, x_TD: jax.Array, *, chosen_TK: jax.Array | None = None) -> Routing:
+def route(layer: dict, config: ModelConfig, x_TD: jax.Array, *, chosen_TK: jax.Array | None = None) -> RouterOutput:
     """Scores all experts, chooses K exactly and weighs them; in float32 whatever the type of `x`.
 
     Args:
@@ -40,8 +45,7 @@ def route(layer: dict, config: ModelConfig, x_TD: jax.Array, *, chosen_TK: jax.A
     logits = jnp.dot(x_TD.astype(jnp.float32), layer["router"], precision=jax.lax.Precision.HIGHEST)
     if config.router_bias:
         logits = logits + layer["router_bias"][None]
-    probabilities = router_probabilities(logits, config)
-    scores = jax.nn.sigmoid(logits) if config.router_score == "sigmoid" else probabilities
+    scores = jax.nn.sigmoid(logits) if config.router_score == "sigmoid" else router_probabilities(logits, config)
     if config.router_score == "sparsemixer":
         indices, weights = _sparse_mixer(logits, config.router_jitter, chosen_TK)
     else:
@@ -57,7 +61,7 @@ def route(layer: dict, config: ModelConfig, x_TD: jax.Array, *, chosen_TK: jax.A
         weights = weights / (jnp.maximum(total, config.normalize_minimum) if config.normalize_minimum else total)
     if config.routing_scale != 1.0:
         weights = weights * config.routing_scale
-    return Routing(x_TD, logits, probabilities, indices, weights)
+    return RouterOutput(x_TD, logits, indices, weights)
 
 
 def router_probabilities(logits: jax.Array, config: ModelConfig) -> jax.Array:
@@ -105,19 +109,16 @@ def _sparse_mixer(logits_TE: jax.Array, jitter: float, chosen_TK: jax.Array | No
 
 def moe_layer(
     layer: dict, config: ModelConfig, x_TD: jax.Array, *, buffer: float = 0.0, chosen_TK: jax.Array | None = None
-) -> tuple[jax.Array, Routing]:
-    """Output [T,D] of the routed (and shared) experts of one layer, and what the router said.
+) -> tuple[jax.Array, RouterOutput]:
+    """Output [T,D] of the routed (and shared) experts of one layer, and what the router decided.
 
     Devices of the axis "expert" show each other their tokens, compute those of their own experts, and add up the
     parts of each token. Once K is near the number of devices this moves less than sending a token once for each choice.
 
-    Args:
-      layer: the arrays of one layer: router [D,E], experts {gate_up [E,D,2,F], down [E,F,D]}, optional shared.
-      buffer: see `forward`, `expert_buffer`.
-      chosen_TK: see `route`.
+    `buffer` is the `expert_buffer` of `forward`, `chosen_TK` as for `route`.
     """
-    routing = route(layer, config, x_TD, chosen_TK=chosen_TK)
-    weights, operands, size = layer["experts"], (x_TD, routing.indices, routing.weights), axis_sizes().get(EXPERT, 1)
+    router = route(layer, config, x_TD, chosen_TK=chosen_TK)
+    weights, operands, size = layer["experts"], (x_TD, router.indices, router.weights), axis_sizes().get(EXPERT, 1)
     if size == 1:
         y, dropped = experts(weights, config, *operands)
         y = sum_over(y, TENSOR)
@@ -136,7 +137,7 @@ def moe_layer(
             shared = shared * jax.nn.sigmoid(x_TD @ layer["shared"]["gate"][:, None])
         y = y + shared
     y = norm(layer, "moe_output_norm", config, y) if config.moe_output_norm else y
-    return y, dataclasses.replace(routing, dropped=dropped)
+    return y, dataclasses.replace(router, dropped=dropped)
 
 
 def experts(
