@@ -1,6 +1,6 @@
 """The compiled step against a plain gradient of the same formula; the same numbers on any number of devices.
 
-What an objective makes of its inputs is proved in `test_objectives` and tests/models/test_vocabulary_loss.py. Here one
+What an objective makes of its inputs is proved in `test_objectives` and tests/models/test_loss.py. Here one
 objective stands for all that look at the same things.
 """
 

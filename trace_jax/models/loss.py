@@ -6,7 +6,7 @@ exact. Where a mesh splits the vocabulary, each device has the logits of its sha
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -45,13 +45,14 @@ class Vocabulary:
         """Mean of `values` [T, V'] over the vocabulary."""
         return self.total(values) / self.size
 
-    def _maximum(self, scores: jax.Array) -> jax.Array:
+    def maximum(self, scores: jax.Array) -> jax.Array:
+        """f32 [T, 1], the largest of `scores` [T, V'] over the vocabulary. It takes no gradient."""
         own = jax.lax.stop_gradient(scores).max(-1, keepdims=True)
         return jax.lax.pmax(own, TENSOR) if self.split else own
 
     def softmax(self) -> tuple[jax.Array, jax.Array]:
         """(softmax f32 [T, V'], log of its normaliser f32 [T])."""
-        largest = self._maximum(self.logits)
+        largest = self.maximum(self.logits)
         exponential = jnp.exp(self.logits - largest)
         total = jnp.sum(exponential, axis=-1, keepdims=True)
         total = jax.lax.psum(total, TENSOR) if self.split else total
@@ -59,25 +60,17 @@ class Vocabulary:
 
     def largest(self) -> jax.Array:
         """The largest logit. Equal ones share its gradient."""
-        is_largest = (self.logits == self._maximum(self.logits)).astype(jnp.float32)
+        is_largest = (self.logits == self.maximum(self.logits)).astype(jnp.float32)
         return self.total(is_largest * self.logits) / self.total(is_largest)
 
     def of_target(self, values: jax.Array) -> jax.Array:
         """`values` [T, V'] at each token's target."""
         return self.total(jnp.where(self.is_target, values, 0.0))
 
-    def is_likeliest(self) -> jax.Array:
-        """bool [T]: no other token is likelier than the target."""
-        return self.of_target(self.logits) >= self._maximum(self.logits)[:, 0]
-
     def log_normalizer(self, scores: jax.Array) -> jax.Array:
         """log sum exp of `scores` [T, V']."""
-        largest = self._maximum(scores)
+        largest = self.maximum(scores)
         return largest[:, 0] + jnp.log(self.total(jnp.exp(scores - largest)))
-
-    def without_target(self, scores: jax.Array) -> jax.Array:
-        """`scores` [T, V'] with the target's at the bottom."""
-        return jnp.where(self.is_target, MASKED, scores)
 
     def cross_entropy(self, scores: jax.Array) -> jax.Array:
         """-sum_v q_v log p_v: of the model's softmax p, against q = softmax(scores), which takes no gradient."""
@@ -86,92 +79,65 @@ class Vocabulary:
         return self.log_normalizer(self.logits) - self.total(q * self.logits)
 
 
-Numbers = Mapping[str, jax.Array]
-VocabularyFunction = Callable[[Vocabulary, Vocabulary | None, Numbers], jax.Array]
 MAX_CHUNK_ELEMENTS = 2**24  # of one chunk's logits: 64 MiB in float32
 
 
-def token_nll(
-    params: dict, config: ModelConfig, hidden: jax.Array, targets: jax.Array, *, chunk_size: int | None = None
-) -> jax.Array:
+def token_nll(params: dict, config: ModelConfig, hidden: jax.Array, targets: jax.Array) -> jax.Array:
     """-log p(target) at every position: f32 [B, S].
 
     Args:
       hidden: [B, S, D], `forward(..., collect=("hidden",)).hidden`.
       targets: i32 [B, S], the next token of each position; any valid id where there is none (mask the result).
-      chunk_size: tokens whose logits exist at a time; default: as many as make `MAX_CHUNK_ELEMENTS` logits.
     """
-    return _losses(_nll, {}, params, config, hidden, targets, None, None, chunk_size)
+    return _losses(_nll, {}, params, config, hidden, targets)
 
 
 def token_kl(
-    params_ref: dict,
-    hidden_ref: jax.Array,
-    params: dict,
-    hidden: jax.Array,
-    config: ModelConfig,
-    *,
-    chunk_size: int | None = None,
+    params_ref: dict, hidden_ref: jax.Array, params: dict, hidden: jax.Array, config: ModelConfig
 ) -> jax.Array:
-    """KL(p_ref || p) over the vocabulary at every position: f32 [B, S]. The reference takes no gradient.
+    """KL(p_ref || p) over the vocabulary at every position, from final hidden states [B, S, D]: f32 [B, S].
 
-    Args:
-      hidden_ref, hidden: [B, S, D], final hidden states under `params_ref` and `params`.
-      chunk_size: as in `token_nll`.
+    The reference takes no gradient.
     """
     unread = jnp.zeros(hidden.shape[:-1], jnp.int32)
-    return _losses(_kl, {}, params, config, hidden, unread, params_ref, hidden_ref, chunk_size)
+    return _losses(_kl, {}, params, config, hidden, unread, (params_ref, hidden_ref))
 
 
-def vocabulary_loss(
-    fn: VocabularyFunction,
-    numbers: Numbers,
-    params: dict,
-    config: ModelConfig,
-    hidden: jax.Array,
-    targets: jax.Array,
-    *,
-    params_ref: dict | None = None,
-    hidden_ref: jax.Array | None = None,
-    chunk_size: int | None = None,
-) -> jax.Array:
+def vocabulary_loss(fn: Callable, numbers, params, config: ModelConfig, hidden, targets, reference=None) -> jax.Array:
     """What `fn` makes of the logits at every position: f32 [B, S].
 
     Args:
-      fn: (vocabulary of the model, of the reference or None, numbers) -> f32 [T], for any number of tokens T, each
-        from its own logits.
+      fn: (`Vocabulary` of the model, that of the reference or None, numbers) -> f32 [T], for any number of tokens T,
+        each from its own logits.
       numbers: f32 [], by name. They and the reference take no gradient.
-      hidden, targets, chunk_size: as in `token_nll`; params_ref, hidden_ref: of the reference, where `fn` reads it.
+      reference: its (parameters, final hidden states), where `fn` reads it.
     """
-    with_slope = partial(_with_slope, fn)
-    return _losses(with_slope, dict(numbers), params, config, hidden, targets, params_ref, hidden_ref, chunk_size)
+
+    def with_slope(vocabulary: Vocabulary, other: Vocabulary | None, numbers):
+        values, pull_back = jax.vjp(
+            lambda x: fn(dataclasses.replace(vocabulary, logits=x), other, numbers), vocabulary.logits
+        )
+        return values, pull_back(as_varying(jnp.ones(values.shape, values.dtype), varying_axes(values)))[0]
+
+    return _losses(with_slope, numbers, params, config, hidden, targets, reference)
 
 
 def token_scores(
-    params: dict,
-    config: ModelConfig,
-    hidden: jax.Array,
-    targets: jax.Array,
-    *,
-    moments: bool = False,
-    chunk_size: int | None = None,
+    params: dict, config: ModelConfig, hidden: jax.Array, targets: jax.Array, *, moments: bool = False
 ) -> dict[str, jax.Array]:
     """What is told of a target by the distribution at its place, without gradients; each [B, S].
 
-    Args:
-      hidden, targets, chunk_size: as in `token_nll`.
-      moments: whether the mean and the variance of the log-probability are wanted.
-
-    Returns:
-      log_prob f32, nats; greedy bool: no other token is likelier; with `moments` also mean and variance f32 of
-      log p(v) over tokens v drawn from the model's own distribution p.
+    log_prob f32, nats; greedy bool: no other token is likelier; with `moments` also mean and variance f32 of log p(v)
+    over tokens v drawn from the model's own distribution p.
     """
-    chunks, vocabulary_of, (head, *rows) = _operands(config, chunk_size, params, hidden, targets)
+    chunks, vocabulary_of, (head, *rows) = _operands(config, params, hidden, targets)
 
     def chunk(rows):
         vocabulary = vocabulary_of(head, *rows)
-        log_probs = vocabulary.logits - vocabulary.log_normalizer(vocabulary.logits)[:, None]
-        scores = {"log_prob": vocabulary.of_target(log_probs), "greedy": vocabulary.is_likeliest()}
+        logits = vocabulary.logits
+        log_probs = logits - vocabulary.log_normalizer(logits)[:, None]
+        greedy = vocabulary.of_target(logits) >= vocabulary.maximum(logits)[:, 0]
+        scores = {"log_prob": vocabulary.of_target(log_probs), "greedy": greedy}
         if moments:
             p = jnp.exp(log_probs)
             scores["mean"] = vocabulary.total(p * log_probs)
@@ -185,38 +151,31 @@ def token_scores(
 # --- losses: (value f32 [T], slope f32 [T, V']) of the logits of T tokens
 
 
-def _nll(vocabulary: Vocabulary, _: None, __: Numbers) -> tuple[jax.Array, jax.Array]:
+def _nll(vocabulary: Vocabulary, _reference, _numbers):
     p, normalizer = vocabulary.softmax()
     return normalizer - vocabulary.of_target(vocabulary.logits), jnp.where(vocabulary.is_target, p - 1.0, p)
 
 
-def _kl(vocabulary: Vocabulary, reference: Vocabulary, _: Numbers) -> tuple[jax.Array, jax.Array]:
+def _kl(vocabulary: Vocabulary, reference: Vocabulary, _numbers):
     (p, normalizer), (p_ref, normalizer_ref) = vocabulary.softmax(), reference.softmax()
     mean = vocabulary.total(p_ref * (reference.logits - vocabulary.logits))
     return mean - normalizer_ref + normalizer, p - p_ref
 
 
-def _with_slope(fn: VocabularyFunction, vocabulary: Vocabulary, reference: Vocabulary | None, numbers: Numbers):
-    values, pull_back = jax.vjp(
-        lambda x: fn(dataclasses.replace(vocabulary, logits=x), reference, numbers), vocabulary.logits
-    )
-    return values, pull_back(as_varying(jnp.ones(values.shape, values.dtype), varying_axes(values)))[0]
-
-
 # --- in chunks
 
 
-def _operands(config: ModelConfig, chunk_size, params, hidden, targets, params_ref=None, hidden_ref=None):
+def _operands(config: ModelConfig, params, hidden, targets, reference=None):
     """(number of chunks, function from (head, hidden, targets) of some tokens to their `Vocabulary`, operands).
 
     The operands are head [D,V'], hidden [T,D], targets [T], and the head and hidden of the reference, if there is one.
     """
     hidden, head = output_operands(params, config, hidden)
     operands = [head, hidden.reshape(-1, head.shape[0]), targets.reshape(-1)]
-    if params_ref is not None and hidden_ref is not None:
-        hidden_ref, head_ref = output_operands(params_ref, config, hidden_ref)
+    if reference is not None:
+        hidden_ref, head_ref = output_operands(reference[0], config, reference[1])
         operands += jax.lax.stop_gradient([head_ref, hidden_ref.reshape(-1, head_ref.shape[0])])
-    chunks = -(-targets.size // (chunk_size or max(1, MAX_CHUNK_ELEMENTS // head.shape[1])))
+    chunks = -(-targets.size // max(1, MAX_CHUNK_ELEMENTS // head.shape[1]))
     size, devices = config.vocab_size, axis_sizes().get(TENSOR, 1)
 
     def vocabulary_of(head_DV, hidden_TD, targets_T) -> Vocabulary:
@@ -230,12 +189,11 @@ def _operands(config: ModelConfig, chunk_size, params, hidden, targets, params_r
     return chunks, vocabulary_of, as_varying(tuple(operands), varying_axes(*operands))
 
 
-def _losses(fn, numbers, params, config: ModelConfig, hidden, targets, params_ref, hidden_ref, chunk_size) -> jax.Array:
+def _losses(fn, numbers, params, config: ModelConfig, hidden, targets, reference=None) -> jax.Array:
     """f32 like `targets`: the values of `fn`, which gives (values, slopes)."""
-    chunks, vocabulary_of, operands = _operands(config, chunk_size, params, hidden, targets, params_ref, hidden_ref)
+    chunks, vocabulary_of, operands = _operands(config, params, hidden, targets, reference)
 
     def of_chunk(numbers, head_DV, reference, hidden_TD, targets_T, *hidden_ref):
-        """(values, slopes) of one chunk's tokens."""
         other = vocabulary_of(reference[0], hidden_ref[0], targets_T) if reference else None
         return fn(vocabulary_of(head_DV, hidden_TD, targets_T), other, numbers)
 
@@ -244,18 +202,10 @@ def _losses(fn, numbers, params, config: ModelConfig, hidden, targets, params_re
 
 def _split(num_chunks: int, *arrays):
     """Arrays [T, ...] as [num_chunks, T/num_chunks, ...], padded with zeros at the end."""
-
-    def split(x):
-        rows = -(-x.shape[0] // num_chunks)
-        padded = jnp.pad(x, ((0, rows * num_chunks - x.shape[0]), *((0, 0),) * (x.ndim - 1)))
-        return padded.reshape(num_chunks, rows, *x.shape[1:])
-
-    return tuple(split(x) for x in arrays)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _values(chunks, of_chunk, numbers, head_DV, hidden_TD, targets_T, *reference):
-    return _forward(chunks, of_chunk, numbers, head_DV, hidden_TD, targets_T, *reference)[0]
+    rows = -(-len(arrays[0]) // num_chunks)
+    missing = rows * num_chunks - len(arrays[0])
+    padded = (jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) for x in arrays)
+    return tuple(x.reshape(num_chunks, rows, *x.shape[1:]) for x in padded)
 
 
 def _forward(chunks, of_chunk, numbers, head_DV, hidden_TD, targets_T, *reference):
@@ -287,4 +237,5 @@ def _backward(chunks, of_chunk, residuals, gradient_T):
     return zeros[0], of_head.astype(head_DV.dtype), of_hidden, None, *zeros[1]
 
 
+_values = jax.custom_vjp(lambda *operands: _forward(*operands)[0], nondiff_argnums=(0, 1))
 _values.defvjp(_forward, _backward)

@@ -143,11 +143,11 @@ def _forget_inputs(
     if "hidden" in needs:
         read |= {"hidden": current.outputs["forget"].inner, "target": constants.target[rows.topic]}
     if "logits" in needs:
-        compared = reference.outputs["forget"].final if "reference_logits" in needs else None
+        compared = (reference.params, reference.outputs["forget"].final) if "reference_logits" in needs else None
         read["vocabulary"] = vocabulary_loss(
             lambda own, original, numbers: settings.objective.with_numbers(numbers).vocabulary(own, original),
             constants.numbers, current.params, settings.model, current.outputs["forget"].final,
-            targets(rows.forget.tokens), params_ref=reference.params, hidden_ref=compared,
+            targets(rows.forget.tokens), compared,
         )  # fmt: skip
     return ForgetInputs(rows.forget.valid, **read)
 
