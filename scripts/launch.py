@@ -227,7 +227,7 @@ spec:
             terminationGracePeriodSeconds: 120{account}
             nodeSelector:
               cloud.google.com/gke-tpu-accelerator: {topology.gke_accelerator}
-              cloud.google.com/gke-tpu-topology: {json.dumps(topology.gke_topology)}{spot}{tolerations}
+              cloud.google.com/gke-tpu-topology: {json.dumps(topology.shape)}{spot}{tolerations}
             containers:
             - name: trace-jax
               image: {json.dumps(options.image)}

@@ -20,7 +20,7 @@ from trace_jax.parallel.topology import parse_topology
 )
 def test_slices(name, chips, hosts, accelerator_type, machine_type):
     topology = parse_topology(f" {name.upper()} ")
-    assert f"{topology.kind}:{topology.gke_topology}" == name and topology.gke_accelerator.startswith("tpu-v")
+    assert f"{topology.kind}:{topology.shape}" == name and topology.gke_accelerator.startswith("tpu-v")
     assert (topology.name, topology.chips, topology.hosts) == (name, chips, hosts)
     assert (topology.accelerator_type, topology.machine_type) == (accelerator_type, machine_type)
     assert topology.chips_per_host * topology.hosts == chips

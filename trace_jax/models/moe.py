@@ -38,9 +38,7 @@ class RouterOutput:
 def route(layer: dict, config: ModelConfig, x_TD: jax.Array, *, chosen_TK: jax.Array | None = None) -> RouterOutput:
     """Scores all experts, chooses K exactly and weighs them; in float32 whatever the type of `x`.
 
-    Args:
-      layer: router [D,E]; router_bias [E] and router_correction [E] where the model has them.
-      chosen_TK: i32, K different experts of each token that are weighed as if they had been the K best.
+    `chosen_TK` i32: K different experts of each token that are weighed as if they had been the K best.
     """
     logits = jnp.dot(x_TD.astype(jnp.float32), layer["router"], precision=jax.lax.Precision.HIGHEST)
     if config.router_bias:
@@ -140,16 +138,13 @@ def moe_layer(
     return y, dataclasses.replace(router, dropped=dropped)
 
 
-def experts(
-    weights: dict, config: ModelConfig, x_TD: jax.Array, indices_TK: jax.Array, gates_TK: jax.Array, *,
-    room: int | None = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, room: int | None = None):
     """(sum over the chosen experts of gate times expert [T,D], choices that found no room i32 []).
 
     Args:
       weights: of the experts; "trained" bool [E], where there is one, says which of them take a gradient.
-      indices_TK: chosen experts. With `room`, an index that is no expert of `weights` is another device's.
-      room: for how many choices there is room at least; default: all of them.
+      room: for how many choices there is room at least; default: all of them. With `room`, an index that is no expert
+        of `weights` is another device's.
     """
     implementation, activate = grouped.resolve_implementation(config.grouped_matmul), activation(config)
     trained = weights.get("trained")

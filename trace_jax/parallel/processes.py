@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 import urllib.request
-from typing import Any
 
 import jax
 import numpy as np
@@ -39,19 +38,13 @@ def start_processes(
 
     Without arguments the environment decides: `VARIABLES`, Slurm (srun), Open MPI (mpirun), a TPU slice on Google
     Kubernetes Engine or on Cloud TPU. A single process does nothing. After `timeout` seconds without the others the
-    process ends with exit code 2 and says whom it waited for.
-
-    Args:
-      coordinator: HOST:PORT of process 0, reachable from all. The three arguments are given together or not at all.
-
-    Raises:
-      ConfigError: only some of the three are given, or they contradict each other.
+    process ends with exit code 2 and says whom it waited for. The three arguments go together: `coordinator` is the
+    HOST:PORT of process 0, reachable from all. ConfigError where one is missing or they contradict each other.
     """
-    values = (coordinator, num_processes, process_id)
-    if all(value is None for value in values):
-        values = tuple(os.environ.get(name) for name in VARIABLES)
-    address: tuple[Any, ...] = ()
-    if all(value is None for value in values):
+    values, address = (coordinator, num_processes, process_id), ()
+    if values == (None,) * 3:
+        values = tuple(map(os.environ.get, VARIABLES))
+    if values == (None,) * 3:
         said_by, count = expected_processes()
         failure = f"{said_by} says that there are {count} processes, but they have not all come. "
         failure += "Start one on every host (srun, mpirun, or the launcher of scripts/); see docs/scaling.md."
@@ -81,10 +74,8 @@ def start_processes(
 
 
 def _checked(coordinator, num_processes, process_id) -> tuple[str, int, int]:
-    values = {
-        "--coordinator HOST:PORT": coordinator, "--num-processes N": num_processes, "--process-id I": process_id
-    }  # fmt: skip
-    if missing := [name for name, value in values.items() if value is None]:
+    values = {"coordinator HOST:PORT": coordinator, "num-processes N": num_processes, "process-id I": process_id}
+    if missing := [f"--{name}" for name, value in values.items() if value is None]:
         raise ConfigError(f"{', '.join(missing)}: missing; the three are given together ({', '.join(VARIABLES)}).")
     try:
         count, index = int(num_processes), int(process_id)
@@ -149,9 +140,7 @@ def barrier(name: str) -> None:
 
 def broadcast_from_process_0(number: int) -> int:
     """The number (below 2^31) that process 0 has; all processes must call it."""
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def all_processes(flag: bool) -> bool:
@@ -164,14 +153,11 @@ def keep_freed_memory() -> bool:
 
     XLA on CPU allocates the temporaries of a step anew each time. glibc maps such buffers from the system and unmaps
     them when freed, so that every step pays a page fault per 4 KiB: a third of the time of a small training step
-    (measured by benchmarks/train_step.py). Peak memory is the same; it only isn't returned between steps. Does nothing
-    where the C library isn't glibc.
+    (measured by benchmarks/train_step.py). Peak memory is the same; it only isn't returned between steps.
     """
-    if not sys.platform.startswith("linux"):
-        return False
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
+    except (OSError, AttributeError):  # the C library isn't glibc
         return False
     # M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD of glibc's <malloc.h>
     return all([mallopt(name, value) == 1 for name, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1))])

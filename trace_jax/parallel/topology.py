@@ -25,29 +25,22 @@ _KINDS = {
 class Topology:
     """A slice of TPU chips.
 
-    name: "v5e:4x4", as `jax.experimental.topologies` takes it. accelerator_type: gcloud's name. software: gcloud's
-    default runtime. machine_type, gke_accelerator, gke_topology: the labels of a node pool of Google Kubernetes Engine.
+    name: "v5e:4x4", as `jax.experimental.topologies` takes it; kind and shape are its two sides. accelerator_type and
+    software: gcloud's name and default runtime. machine_type, gke_accelerator (and shape): the labels of a node pool of
+    Google Kubernetes Engine.
     """
 
-    name: str
+    kind: str
+    shape: str
     chips: int
-    hosts: int
+    chips_per_host: int
     accelerator_type: str
     software: str
     machine_type: str
     gke_accelerator: str
 
-    @property
-    def kind(self) -> str:
-        return self.name.partition(":")[0]
-
-    @property
-    def gke_topology(self) -> str:
-        return self.name.partition(":")[2]
-
-    @property
-    def chips_per_host(self) -> int:
-        return self.chips // self.hosts
+    name = property(lambda self: f"{self.kind}:{self.shape}")
+    hosts = property(lambda self: self.chips // self.chips_per_host)
 
 
 def parse_topology(name: str) -> Topology:
@@ -68,12 +61,5 @@ def parse_topology(name: str) -> Topology:
         more = f", larger ones of multiples of 4 (4x4x8), up to {most} chips" if shapes is _CUBES else ""
         raise ConfigError(f"{name!r}: expected {kind}: and the shape of the slice, one of {', '.join(shapes)}{more}.")
     per_host = chips if chips in single_host else 4  # of a host in slices of several
-    return Topology(
-        name=f"{kind}:{'x'.join(map(str, shape))}",
-        chips=chips,
-        hosts=chips // per_host,
-        accelerator_type=f"{accelerator}-{chips * unit}",
-        software=software,
-        machine_type=f"{machine}-{per_host}t",
-        gke_accelerator=gke,
-    )
+    names = f"{accelerator}-{chips * unit}", software, f"{machine}-{per_host}t", gke
+    return Topology(kind, "x".join(map(str, shape)), chips, per_host, *names)
