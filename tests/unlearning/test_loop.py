@@ -17,31 +17,40 @@ from trace_jax.unlearning.loop import Hook, Loop, TrainState
 from trace_jax.unlearning.metrics import front_rows
 
 
-def fresh():
-    return TrainState(jnp.zeros((), jnp.int32), {"w": jnp.ones(3)}, {"m": jnp.zeros(3)})
+def fresh(size=3):
+    trainable = {"w": jnp.ones(size), "count": jnp.zeros(())}
+    return TrainState(jnp.zeros((), jnp.int32), trainable, {"m": jnp.zeros(size)})
 
 
 def placed(index):
     return index, jax.device_put(np.float32(index))
 
 
-def step_until(stop=None, nan_at=None):
-    """A step with momentum, so that a wrong optimizer state would show."""
+@jax.jit
+def update(state, number):
+    """With momentum, so that a wrong optimizer state would show; "count" is the number of steps."""
+    gradient = state.trainable["w"] * (jnp.float32(0.1) * (number + jnp.float32(1)))
+    momentum = state.optimizer["m"] * 0.9 + gradient
+    trainable = {"w": state.trainable["w"] - 0.1 * momentum, "count": state.trainable["count"] + 1.0}
+    return TrainState(state.step + 1, trainable, {"m": momentum}), {"loss": number}
 
-    @jax.jit
-    def update(state, number):
-        gradient = state.trainable["w"] * (jnp.float32(0.1) * (number + jnp.float32(1)))
-        momentum = state.optimizer["m"] * 0.9 + gradient
-        loss = jnp.where(number == (-1 if nan_at is None else nan_at), jnp.nan, number)
-        return TrainState(state.step + 1, {"w": state.trainable["w"] - 0.1 * momentum}, {"m": momentum}), {"loss": loss}
+
+def step_until(stop=None, nan_at=None, signal_at=None, number=signal.SIGTERM, repeat=1):
+    """A step in which an error, a NaN or a signal comes; Python runs the handler of a signal at the next chance."""
 
     def step(state, inputs):
-        index, number = inputs
+        index, value = inputs
         if index == stop:
             raise Stop
-        return update(state, number)
+        for _ in range(repeat if index == signal_at else 0):
+            signal.raise_signal(number)
+        state, metrics = update(state, value)
+        return state, metrics | ({"loss": NAN} if index == nan_at else {})
 
     return step
+
+
+NAN = jax.device_put(np.float32(np.nan))
 
 
 def first_weight(step, trained):
@@ -94,50 +103,33 @@ def test_state_of_other_settings_is_not_continued(tmp_path):
 
 
 def test_a_model_that_can_not_be_scored_any_more_stops_the_run(tmp_path):
-    def evaluate(_, trained):
-        if float(trained["w"][0]) < 0.99:
+    def evaluate(step, _):
+        if step == 4:
             raise FloatingPointError("likelihoods are NaN")
         return {}
 
-    result = make_loop(tmp_path, evaluate=evaluate).run(fresh, placed, step_until())
-    assert result.stopped == "the evaluation at step 4 failed: likelihoods are NaN"
-    assert result.step == 3
+    with pytest.raises(Interrupted):  # also where the state is saved, and its evaluation comes later
+        make_loop(tmp_path / "late").run(fresh, placed, step_until(signal_at=3))
+    for name in ("plain", "late"):
+        result = make_loop(tmp_path / name, evaluate=evaluate).run(fresh, placed, step_until())
+        assert (result.step, result.stopped) == (3, "the evaluation at step 4 failed: likelihoods are NaN")
 
 
 # --- signals
 
 
-def signalling(number, at, repeat=1):
-    """A step during which `number` arrives; Python runs its handler at the next chance."""
-    plain = step_until()
-
-    def step(state, inputs):
-        if inputs[0] == at:
-            for _ in range(repeat):
-                signal.raise_signal(number)
-        return plain(state, inputs)
-
-    return step
-
-
 @pytest.mark.parametrize(
-    ("number", "repeat", "at"), [(signal.SIGTERM, 3, 4), (signal.SIGINT, 1, 4), (signal.SIGTERM, 1, 8)]
+    ("number", "repeat", "at", "saved"),
+    [(signal.SIGTERM, 3, 4, 5), (signal.SIGINT, 1, 4, 5), (signal.SIGTERM, 1, 8, 9), (signal.SIGTERM, 1, 0, 0)],
 )
-def test_a_signal_ends_the_run_once_the_step_in_flight_is_saved(tmp_path, whole, number, repeat, at, capsys):
-    """Also at step 5 (`at` 4) that nothing was due at, and after step 9, where a state is saved anyway."""
+def test_a_signal_ends_the_run_once_the_step_in_flight_is_saved(tmp_path, whole, number, repeat, at, saved, capsys):
+    """Step 5, that nothing was due at; step 9, after which a state is saved anyway; at the first step at once."""
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Interrupted) as caught:
-        make_loop(tmp_path).run(fresh, placed, signalling(number, at, repeat))
-    assert caught.value.signal == number and newest(tmp_path) == at + 1
+        make_loop(tmp_path).run(fresh, placed, step_until(signal_at=at, number=number, repeat=repeat))
+    assert caught.value.signal == number and newest(tmp_path) == saved
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert f"the state after step {at + 1} is saved" in capsys.readouterr().err
-    assert_continues_like_a_whole_run(tmp_path, whole)
-
-
-def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, whole):
-    with pytest.raises(Interrupted):
-        make_loop(tmp_path).run(fresh, placed, signalling(signal.SIGTERM, 0))
-    assert newest(tmp_path) == 0
+    assert (f"the state after step {saved} is saved" in capsys.readouterr().err) == (saved > 0)
     assert_continues_like_a_whole_run(tmp_path, whole)
 
 
@@ -152,17 +144,6 @@ def test_a_signal_while_evaluating_saves_first_and_evaluates_on_continuing(tmp_p
         make_loop(tmp_path, evaluate=evaluate).run(fresh, placed, step_until())
     assert newest(tmp_path) == step
     assert_continues_like_a_whole_run(tmp_path, whole)
-
-
-def test_a_state_that_fails_its_late_evaluation_is_not_kept(tmp_path):
-    with pytest.raises(Interrupted):
-        make_loop(tmp_path).run(fresh, placed, signalling(signal.SIGTERM, 3))
-
-    def evaluate(*_):
-        raise FloatingPointError("likelihoods are NaN")
-
-    result = make_loop(tmp_path, evaluate=evaluate).run(fresh, placed, step_until())
-    assert (result.step, result.stopped) == (3, "the evaluation at step 4 failed: likelihoods are NaN")
 
 
 def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
@@ -242,7 +223,7 @@ def test_no_two_states_are_in_memory_while_one_is_restored(tmp_path, monkeypatch
     """Counted by the arrays of 64 KiB: the trainable half and the moments."""
 
     def start():
-        return TrainState(jnp.zeros((), jnp.int32), {"w": jnp.ones(1 << 14)}, {"m": jnp.zeros(1 << 14)})
+        return fresh(1 << 14)
 
     def large():
         return sum(x.nbytes >= 1 << 16 for x in jax.live_arrays())
@@ -266,10 +247,12 @@ def test_no_two_states_are_in_memory_while_one_is_restored(tmp_path, monkeypatch
 class Refreshing:
     """Inputs that depend on a number which each refresh takes from the model and leaves on disk, as a file would."""
 
-    def __init__(self):
-        self.disk, self.scale, self.made, self.calls = {0: 1.0}, 1.0, [], []
+    def __init__(self, signal_at=None):
+        self.disk, self.scale, self.made, self.calls, self.signal_at = {0: 1.0}, 1.0, [], [], signal_at
 
     def refresh(self, step, trainable):
+        if step == self.signal_at:
+            signal.raise_signal(signal.SIGTERM)
         self.calls.append(("refresh", step))
         self.scale = self.disk[step] = float(trainable["w"][0])
 
@@ -295,34 +278,21 @@ def test_it_refreshes_before_the_inputs_of_the_step_are_made_and_never_at_the_st
     assert run.made == list(range(9)) and len(set(run.disk.values())) == 3
 
 
-@pytest.mark.parametrize(("stop", "calls"), [(2, []), (5, [("resumed", 4)]), (9, [("resumed", 8)])])
-def test_a_resumed_run_reads_what_an_earlier_refresh_left_and_repeats_later_ones(tmp_path, stop, calls):
-    whole, cut = Refreshing(), Refreshing()
+@pytest.mark.parametrize(
+    ("stop", "signal_at", "calls"),
+    [(2, None, []), (5, None, [("resumed", 4)]), (9, None, [("resumed", 8)]), (None, 6, [("resumed", 6)])],
+)
+def test_a_resumed_run_reads_what_an_earlier_refresh_left_and_repeats_later_ones(tmp_path, stop, signal_at, calls):
+    """A signal while refreshing saves first; on continuing it refreshes again."""
+    whole, cut = Refreshing(), Refreshing(signal_at)
     expected = whole.loop(tmp_path / "whole").run(fresh, whole.inputs, step_until())
-    with pytest.raises(Stop):
+    with pytest.raises((Stop, Interrupted)):
         cut.loop(tmp_path / "cut").run(fresh, cut.inputs, step_until(stop=stop))
     cut.calls.clear()
-    cut.scale = None
+    cut.scale = cut.signal_at = None
     if not calls:  # nothing was saved
         cut.scale, cut.disk = 1.0, {0: 1.0}
-    found = cut.loop(tmp_path / "cut").run(fresh, cut.inputs, step_until())
-    np.testing.assert_array_equal(found.trainable["w"], expected.trainable["w"])
-    assert cut.calls == calls + [("refresh", n) for n in (3, 6, 9) if not calls or n > calls[0][1]]
+    resumed = cut.loop(tmp_path / "cut").run(fresh, cut.inputs, step_until())
+    np.testing.assert_array_equal(resumed.trainable["w"], expected.trainable["w"])
+    assert cut.calls == calls + [("refresh", n) for n in (3, 6, 9) if not calls or n >= calls[0][1]]
     assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-
-
-def test_a_signal_while_refreshing_saves_first_and_refreshes_again_on_continuing(tmp_path):
-    whole, cut = Refreshing(), Refreshing()
-    expected = whole.loop(tmp_path / "whole").run(fresh, whole.inputs, step_until())
-
-    def refresh(step, trainable):
-        if step == 6:
-            signal.raise_signal(signal.SIGTERM)
-        cut.refresh(step, trainable)
-
-    with pytest.raises(Interrupted):
-        Loop(tmp_path, "a", 10, 4, "test", refresh=Hook(3, refresh)).run(fresh, cut.inputs, step_until())
-    cut.calls.clear()
-    found = cut.loop(tmp_path).run(fresh, cut.inputs, step_until())
-    assert cut.calls == [("resumed", 6), ("refresh", 6), ("refresh", 9)]
-    np.testing.assert_array_equal(found.trainable["w"], expected.trainable["w"])

@@ -1,17 +1,18 @@
-"""Rules about evaluations: when a run ends, which state it keeps, and that an interruption changes neither."""
+"""Rules about evaluations: when a run ends, which state it keeps, and that an interruption changes neither.
 
-import signal
+What each item gave is kept by step: an interrupted run leaves the file of an uninterrupted one.
+"""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.unlearning.conftest import Stop
+from tests.unlearning.test_loop import fresh, placed, step_until
 from trace_jax.checkpoints.state import StateStore
 from trace_jax.io.files import read_lines
 from trace_jax.io.signals import Interrupted
-from trace_jax.unlearning.loop import Evaluated, Hook, Loop, Rules, TrainState
+from trace_jax.unlearning.loop import Evaluated, Hook, Loop, Rules
+from trace_jax.unlearning.metrics import Metrics, read_items
 
 # Forgetting and utility of the state after each of ten steps: forgetting falls, utility falls and comes back.
 FORGETTING = [1.0, 0.9, 0.8, 0.5, 0.4, 0.4, 0.3, 0.35, 0.3, 0.2, 0.1]
@@ -25,44 +26,16 @@ def best_at(forgetting, **stops):
 BEST = best_at(0.4)
 
 
-def fresh():
-    return TrainState(jnp.zeros((), jnp.int32), {"w": jnp.zeros(3)}, {"m": jnp.ones(3)})
-
-
-@jax.jit
-def advance(state, loss):
-    moment = state.optimizer["m"] * 1.5
-    return TrainState(state.step + 1, {"w": state.trainable["w"] + 1.0}, {"m": moment}), {"loss": loss}
-
-
-def stepping(stop=None, signal_at=None, nan_at=None):
-    def step(state, given):
-        index, loss = given
-        if index == stop:
-            raise Stop
-        if index == signal_at:
-            signal.raise_signal(signal.SIGTERM)
-        return advance(state, loss)
-
-    def inputs(index):
-        return index, jax.device_put(np.float32(np.nan if index == nan_at else 0.0))
-
-    return inputs, step
-
-
-def evaluate(trainable):
-    """The weight counts the steps."""
-    step = int(trainable["w"][0])
-    return Evaluated({"step": step}, FORGETTING[step], UTILITY[step])
-
-
 def run(path, rules, *, every=1, save=4, **how):
-    loop = Loop(path, "a", 10, save, "test", Hook(every, lambda _, trained: evaluate(trained)), rules=rules)
-    return loop.run(fresh, *stepping(**how))
+    def evaluate(step, _):
+        return Evaluated({"step": step}, FORGETTING[step], UTILITY[step])
+
+    loop = Loop(path, "a", 10, save, "test", Hook(every, evaluate), rules=rules)
+    return loop.run(fresh, placed, step_until(**how))
 
 
 def kept(result):
-    assert int(result.trainable["w"][0]) == result.step
+    assert int(result.trainable["count"]) == result.step
     return result.step
 
 
@@ -138,7 +111,7 @@ def test_a_best_state_that_can_not_be_read_gives_way_to_the_newest(tmp_path, cap
 def test_an_evaluation_without_the_number_that_a_rule_reads_is_refused(tmp_path):
     loop = Loop(tmp_path, "a", 10, 4, "test", Hook(1, lambda *_: {"accuracy": 1.0}), rules=Rules(stop_utility=0.5))
     with pytest.raises(ValueError, match="the evaluation at step 0 gives no utility"):
-        loop.run(fresh, *stepping())
+        loop.run(fresh, placed, step_until())
 
 
 def test_of_equal_evaluations_the_first_is_best():
@@ -147,3 +120,48 @@ def test_of_equal_evaluations_the_first_is_best():
     assert best_at(0.2).best(evaluations) == 2
     del evaluations[3]
     assert best_at(0.0).best(evaluations) == 1
+
+
+# --- what each item gave
+
+
+def items(step):
+    return {"test/forget/correct": np.array([True, step > 3, False]), "test/general/nll": np.float32([step, 2.5])}
+
+
+def write(path, steps, identity="a"):
+    metrics = Metrics(path, identity)
+    for step in steps:
+        metrics.write_items(step, items(step))
+    return metrics
+
+
+def same(path, steps, identity="a"):
+    stored, arrays = read_items(path, identity)
+    assert stored.tolist() == steps
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(values, np.stack([items(step)[name] for step in steps]))
+        assert values.dtype == items(0)[name].dtype
+
+
+def test_a_step_that_is_evaluated_again_replaces_itself_and_later_ones(tmp_path):
+    write(tmp_path, [0, 3, 6, 9])
+    write(tmp_path, [6])
+    same(tmp_path, [0, 3, 6])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_continuing_drops_what_comes_after_the_state_and_starting_anew_drops_all(tmp_path):
+    metrics = write(tmp_path, [0, 3, 6])
+    metrics.trim(4)
+    same(tmp_path, [0, 3])
+    metrics.trim(0)
+    assert read_items(tmp_path) is None
+
+
+def test_items_of_another_run_are_not_continued(tmp_path):
+    write(tmp_path, [0, 3])
+    assert read_items(tmp_path, "b") is None
+    write(tmp_path, [0], identity="b")
+    same(tmp_path, [0], identity="b")
+    assert read_items(tmp_path, "a") is None
