@@ -51,7 +51,7 @@ BAD = [
     (["--config", "configs/plan.py:big", "--workdir", "w"], "'big' is not a model whose shape is known here"),
     (["--config", "configs/wmdp_cyber.py:mixtral"], "has no model 'mixtral'; did you mean 'mixtral-8x7b'? "),
     (["--config", "configs/wmdp_cyber.py:mixtral-8x7b,rmo"], "has no method 'rmo'; did you mean 'rmu'? "),
-    (["--config", "configs/muse_news.py:olmoe-1b-7b,npo,sust"], "no kind 'sust'; "),
+    (["--config", "configs/muse_news.py:olmoe-1b-7b,npo,sust"], "has no kind 'sust'. A variant is MODEL or"),
     (["report", "--workdir", "w"], "the run is not finished"),
     (["export", "--workdir", "w", "--output", "w"], "the run is not finished"),
     (["verify", "--checkpoint", "w"], "is no directory"),

@@ -68,16 +68,18 @@ def main(_: argparse.Namespace) -> int:
     except Exception as error:  # a broken accelerator plugin can raise anything; that is what doctor is for
         print("\n".join([*lines, f"  devices: jax can't start ({type(error).__name__}: {error})"]))
         return 1
-    head = f"trace_jax {about['trace_jax']}, Python {about['python']}, {about['platform']}, {about['cores']} cores"
     kinds, count, (said_by, expected) = collections.Counter(about["devices"]), about["processes"], expected_processes()
     others = "" if expected == count else f" ({said_by} says {expected} processes; `run` joins them)"
     free = shutil.disk_usage(".").free
-    lines += [
+    healthy = free > _FREE_BYTES and all(about["packages"].values())
+    lines = [
+        f"trace_jax {about['trace_jax']}, Python {about['python']}, {about['platform']}, {about['cores']} cores",
+        *lines,
         f"  devices            {', '.join(f'{number} x {kind}' for kind, number in kinds.items())}",
         f"  processes          {count}; a mesh has {len(about['devices'])} devices{others}",
         *(f"  {name:18} {_version(name) or 'not installed (' + how + ')'}" for name, how in OPTIONAL.items()),
         f"  free disk here     {free / 2**30:.1f} GiB{'' if free > _FREE_BYTES else '  (a run writes up to 2 GiB)'}",
+        "ready." if healthy else "not ready: see above.",
     ]
-    healthy = free > _FREE_BYTES and all(about["packages"].values())
-    print("\n".join([head, *lines, "ready." if healthy else "not ready: see above."]))
+    print("\n".join(lines))
     return 0 if healthy else 1

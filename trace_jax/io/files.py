@@ -61,9 +61,9 @@ def shown(path: str | os.PathLike) -> str:
 
 def free_bytes(path: str | os.PathLike) -> float:
     """Space left where `path` is or will be; endless in an object store."""
-    there = Path(path).absolute()
     if is_remote(path):
         return float("inf")
+    there = Path(path).absolute()
     return shutil.disk_usage(next(p for p in (there, *there.parents) if p.exists())).free
 
 
@@ -176,9 +176,6 @@ def flush_lines() -> None:
 
 
 _PENDING: dict[str, tuple[float, list[str]]] = {}  # lines by address, and since when the first of them waits
-
-
-# --- JSON
 
 
 def encode(value: Any, *, digits: int | None = None) -> Any:

@@ -67,23 +67,18 @@ def tracked(batches: Iterable[Any], title: str, total: int) -> Iterator[Any]:
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
     """Lines of a table: the first `left` columns to the left, the others to the right; a rule under the header."""
-    width = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, width, strict=True)))
-        for row in rows
-    ]
-    rule = "-" * max(len(line) for line in lines)
-    return [lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    line = "  ".join(f"{{:{'<' if i < left else '>'}{width}}}" for i, width in enumerate(widths))
+    first, *lines = (line.format(*row) for row in rows)
+    return [first.rstrip(), "-" * len(first), *(line.rstrip() for line in lines)]
 
 
 def byte_size(count: float | None) -> str:
     """Bytes in a unit that suits them; a dash where there is no number."""
     if count is None:
         return "-"
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count:.0f} B"
+    units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+    return next((f"{count / scale:.2f} {unit}" for unit, scale in units.items() if count >= scale), f"{count:.0f} B")
 
 
 def format_number(value: Any) -> str:

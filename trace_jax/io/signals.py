@@ -36,9 +36,7 @@ class Interruption:
     """
 
     def __init__(self):
-        self.unsaved = False
-        self._number = 0
-        self._before = {}
+        self.unsaved, self._number, self._before = False, 0, {}
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():

@@ -40,14 +40,10 @@ class DryRun(NamedTuple):
 
 
 def dry_run(config: ExperimentConfig) -> DryRun:
-    """Checks an experiment as far as this machine can.
+    """Checks an experiment as far as this machine can; settings that don't fit the model are errors.
 
     Missing weights and data are reported. Those that are here are looked at: the headers of the weights, and the first
     documents of each source; what is wrong with them is collected, so that one dry run finds everything.
-
-    Raises:
-      ConfigError, CheckpointError: settings that don't fit the model; a config.json of another shape than
-        `model.published`.
     """
     missing, wrong, settings = [], [], config.model
     weights = _weights(config, missing, wrong)
@@ -144,8 +140,7 @@ def _head(config: ExperimentConfig, model: ModelConfig, weights: str) -> str:
     total, active = count_params(model)
     unlearning, length = config.unlearning, config.data.row_length
     parallel = dataclasses.replace(config.parallel, data=1, expert=1, tensor=1)
-    one = make_mesh(jax.devices("cpu")[:1], data=1, expert=1, tensor=1)
-    program = step_program(unlearning, model, parallel, one, length)
+    program = step_program(unlearning, model, parallel, make_mesh(jax.devices("cpu")[:1]), length)
     objective, rows = unlearning.objective.name, f"{unlearning.forget_batch_size} forget rows"
     if unlearning.retains:
         objective += f" with retain loss {unlearning.retain_loss.name} x {unlearning.alpha:g}"

@@ -16,8 +16,7 @@ import jax
 import numpy as np
 
 from trace_jax.config import ConfigError, as_dict
-from trace_jax.evaluation.comparison import equal_forgetting, equal_forgetting_text
-from trace_jax.evaluation.fronts import Front, Scoreboard, crossing
+from trace_jax.evaluation import comparison, fronts
 from trace_jax.evaluation.intervals import Interval
 from trace_jax.io import files
 from trace_jax.io.files import decode, encode
@@ -137,9 +136,6 @@ def check_export(config: ExperimentConfig, workdir: str | os.PathLike) -> None:
         )
 
 
-# --- what a finished run says
-
-
 def needed(file: Path) -> dict[str, Any]:
     """The JSON object of a finished stage."""
     value = files.read_json(file)
@@ -159,10 +155,10 @@ def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
     attacks = [name for name, settings in (config["attacks"] or {}).items() if settings is not None]
     for label, result in methods.items():
         result["attacks"] = {name: needed(path / "methods" / label / "attacks" / f"{name}.json") for name in attacks}
-    fronts = {label: decode(Front, result["fronts"][SPLIT]) for label, result in methods.items()}
+    on_split = {label: decode(fronts.Front, result["fronts"][SPLIT]) for label, result in methods.items()}
     benchmark, levels = config["data"]["benchmark"], config["evaluation"]["levels"]
     board = BENCHMARKS[benchmark].board
-    tables = [equal_forgetting(fronts, board=board, level=level) for level in levels]
+    tables = [comparison.equal_forgetting(on_split, board=board, level=level) for level in levels]
     results = {
         "name": config["name"],
         "benchmark": benchmark,
@@ -170,7 +166,7 @@ def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
         "references": references["measurements"],
         "methods": methods,
         "equal_forgetting": tables,
-        "table": "\n\n".join(map(equal_forgetting_text, tables)),
+        "table": "\n\n".join(map(comparison.equal_forgetting_text, tables)),
     }
     files.write_json(path / "results.json", results)
     return f"{results['table']}\n\n{write_report(path)}"
@@ -204,7 +200,7 @@ def write_report(workdir: str | os.PathLike) -> str:
     return f"report: {files.shown(path / 'report.html')}"
 
 
-def _rows(path: Path, results: Mapping[str, Any], board: Scoreboard) -> list[dict[str, Any]]:
+def _rows(path: Path, results: Mapping[str, Any], board: fronts.Scoreboard) -> list[dict[str, Any]]:
     """References as measured; methods where their front first comes down to the level, with interpolated intervals."""
     level, original = results["config"]["evaluation"]["levels"][0], on_test(results["references"]["target"])
     scales = {n: original[n].value if relative and n in original else 1.0 for n, relative in board.utilities.items()}
@@ -217,8 +213,8 @@ def _rows(path: Path, results: Mapping[str, Any], board: Scoreboard) -> list[dic
     rest = {"kind": "reference", "reached": True, "step": None, "seeds": None, "note": ""}
     rows = [{"method": f"{n} model", **numbers(on_test(ms)), **rest} for n, ms in results["references"].items()]
     for label, result in results["methods"].items():
-        front = decode(Front, result["fronts"][SPLIT])
-        read, lowest = crossing(front, level), int(np.argmin(front.forgetting))
+        front = decode(fronts.Front, result["fronts"][SPLIT])
+        read, lowest = fronts.crossing(front, level), int(np.argmin(front.forgetting))
         lines, measured = files.read_lines(path / "methods" / label / "metrics.jsonl"), {}
         history = [on_test(line["evaluation"]) for line in lines if "evaluation" in line]
         for name in set.intersection(*map(set, history)) if history else ():

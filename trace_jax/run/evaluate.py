@@ -19,15 +19,9 @@ def evaluate_checkpoint(
 ) -> str:
     """Measures a checkpoint on the tasks of `config.evaluation`. Returns the measurements, and where they are, as text.
 
-    Models are loaded one after the other. Their scores are kept in `output`, so that a second call scores only what
+    Some measurements are relative to `original`, the checkpoint before unlearning, and to `model.retrained`. Models are
+    loaded one after the other. Their scores are kept in the directory `output`, so that a second call scores only what
     changed.
-
-    Args:
-      config: its `evaluation`, `parallel` and `seed` are read, and of `model` the checkpoint, a retrained one, and how
-        weights are read.
-      output: directory for results.json and scores; made if missing.
-      original: checkpoint of the model before unlearning, which some measurements are relative to, as others are to the
-        retrained one.
     """
     tasks, path, settings = build_tasks(config.evaluation), as_path(output), config.model
     if not tasks:

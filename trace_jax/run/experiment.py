@@ -70,9 +70,7 @@ class StudyConfig(Section):
 
     methods: tuple[str, ...] = option(tuple(METHODS), help="methods compared", choices=tuple(METHODS))
     seeds: tuple[int, ...] = option((0, 1, 2), help="seeds of data, base model and batch order", minimum=0)
-    alphas: tuple[float, ...] = option(
-        (4.0, 16.0, 48.0, 150.0), help="retain coefficients; each method is tuned over all of them", minimum=0.0
-    )
+    alphas: tuple[float, ...] = option((4.0, 16.0, 48.0, 150.0), help="retain coefficients; tuned over", minimum=0.0)
     learning_rates: tuple[float, ...] = option((1e-3,), help="learning rates; tuned likewise", minimum=0.0)
     workers: int = option(0, help="runs side by side; 0 = one per core", minimum=0)
     # Objectives compared, each with settings of its own (a list of numbers is tuned over); none: that of `unlearning`.
@@ -82,10 +80,8 @@ class StudyConfig(Section):
         super().__post_init__()
         for name, given in self.objectives.items():
             if name not in Objective.kinds or not isinstance(given, Mapping):
-                raise ConfigError(
-                    f"objectives has {name!r}: {given!r}; expected settings by name, for objectives of "
-                    f"{', '.join(Objective.kinds)}."
-                )
+                expected = f"expected settings by name, for objectives of {', '.join(Objective.kinds)}."
+                raise ConfigError(f"objectives has {name!r}: {given!r}; {expected}")
 
 
 class SeriesConfig(Section):
@@ -108,9 +104,7 @@ class ExperimentConfig(Section):
 
     name: str = option(help="name of the experiment")
     seed: int = option(0, help="seed of initial parameters and of batch order", minimum=0)
-    methods: tuple[str, ...] = option(
-        ("uniform", "trace", "trace_rows"), help="methods compared", choices=tuple(METHODS)
-    )
+    methods: tuple[str, ...] = option(("uniform", "trace", "trace_rows"), help="compared", choices=tuple(METHODS))
     data: DataConfig = option("handbook", help="the corpora: `benchmark` and its settings")
     model: PretrainedConfig | ModelConfig = dataclasses.field(default_factory=ModelConfig)  # with a path: imported
     target: TrainingConfig | None = None  # how the model is trained; an imported one is not
@@ -141,21 +135,17 @@ class ExperimentConfig(Section):
         else:
             size = self.data.vocab_size or self.model.vocab_size
             if size > self.model.vocab_size:
-                raise ConfigError(
-                    f"data.vocab_size is {size}, and the model knows {self.model.vocab_size} tokens "
-                    "(model.vocab_size); it can't be larger."
-                )
+                raise ConfigError(f"data.vocab_size is {size}, and the model knows {self.model.vocab_size} tokens.")
             object.__setattr__(self, "data", dataclasses.replace(self.data, vocab_size=size))
             object.__setattr__(self, "target", self.target or TrainingConfig())
         for method in self.methods:
             self.method(method)
-        for key in sorted(self.calibration):
-            if not any(key in _read_by(METHODS[method]) for method in self.methods + self.study.methods):
-                if not any(key in _read_by(preset) for preset in METHODS.values()):
-                    resolve(Entropy, {key: self.calibration[key]}, path="calibration")  # says what there is
-                raise ConfigError(
-                    f"calibration.{key} would have no effect: none of the methods {', '.join(self.methods)} reads it."
-                )
+        read = set().union(*(_read_by(METHODS[method]) for method in self.methods + self.study.methods))
+        for key in sorted(self.calibration.keys() - read):
+            if not any(key in _read_by(preset) for preset in METHODS.values()):
+                resolve(Entropy, {key: self.calibration[key]}, path="calibration")  # says what there is
+            names = ", ".join(self.methods)
+            raise ConfigError(f"calibration.{key} would have no effect: none of the methods {names} reads it.")
 
     def method(self, name: str, **unlearning: Any) -> Method:
         """The settings of one method: its preset, then `calibration` where the method reads it, then `unlearning`."""
@@ -191,10 +181,7 @@ class ExperimentConfig(Section):
 def _read_by(preset: Preset) -> set[str]:
     """The settings of `calibration` that a method with this preset reads: those of its weighting, and the seed."""
     own = {field.name for field in dataclasses.fields(Weighting.kinds[preset.weighting["name"]])}
-    return own | {"seed"} if own else own
-
-
-# --- from a file
+    return own and own | {"seed"}
 
 
 def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:

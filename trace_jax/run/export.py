@@ -12,9 +12,7 @@ from trace_jax.checkpoints.pretrained import PretrainedConfig, load_pretrained
 from trace_jax.checkpoints.state import load_params, save_params
 from trace_jax.config import ConfigError, fingerprint, resolve
 from trace_jax.data.sources import HUGGINGFACE, TFDS
-from trace_jax.io import files
-from trace_jax.io.progress import flatten as dotted
-from trace_jax.io.progress import format_interval, format_number, plain_name, say
+from trace_jax.io import files, progress
 from trace_jax.models.architecture import abstract_params, flatten, unflatten
 from trace_jax.models.model import Model
 from trace_jax.run.directory import SPLIT, needed
@@ -34,22 +32,6 @@ def save_trained(directory: Path, model: Model, identity: str) -> None:
     save_params(directory / _FILE, model.params, {"identity": identity})
 
 
-def load_model(config: ExperimentConfig, workdir: Path, label: str = TARGET, mesh: Mesh | None = None) -> Model:
-    """The model that a run unlearns from, "retrained", which never saw the forget set, or that of `methods/LABEL`.
-
-    The first two are checkpoints, or were trained in WORKDIR/LABEL.
-    """
-    settings = config.model
-    if label not in (TARGET, RETRAINED):
-        return load_unlearned(workdir, label, load_model(config, workdir, mesh=mesh))
-    if isinstance(settings, PretrainedConfig):
-        path = settings.path if label == TARGET else settings.retrained
-        return load_pretrained(path, dtype=settings.dtype, grouped_matmul=settings.grouped_matmul, mesh=mesh)
-    params, _ = load_params(workdir / label / _FILE, abstract_params(settings))
-    with files.local_copy(workdir / label / _TOKENIZER) as local:
-        return Model(settings, params, Tokenizer.from_file(str(local)))
-
-
 def save_unlearned(directory: Path, unlearned: Unlearned, identity: str) -> None:
     """Keeps what a method has trained, by path; the rest is the target model's."""
     flat = flatten(unlearned.model.params)
@@ -57,12 +39,25 @@ def save_unlearned(directory: Path, unlearned: Unlearned, identity: str) -> None
     save_params(directory / _FILE, trained, {"identity": identity, "step": unlearned.step})
 
 
-def load_unlearned(workdir: Path, label: str, target: Model) -> Model:
-    """The model that `methods/LABEL` of a run made from `target`, with which it shares what did not train."""
-    directory, flat = workdir / "methods" / label, flatten(target.params)
-    table = needed(directory / UNLEARNED)["trained"]
-    trained, _ = load_params(directory / _FILE, {row["path"]: flat[row["path"]] for row in table if row["trained"]})
-    return target.replace(params=unflatten({**flat, **trained}))
+def load_model(
+    config: ExperimentConfig, workdir: Path, label: str = TARGET, mesh: Mesh | None = None, target: Model | None = None
+) -> Model:
+    """The model that a run unlearns from, "retrained", which never saw the forget set, or that of `methods/LABEL`.
+
+    The first two are checkpoints, or were trained in WORKDIR/LABEL. With the `target` others share what did not train.
+    """
+    settings, directory = config.model, workdir / label
+    if label not in (TARGET, RETRAINED):
+        target, directory = target or load_model(config, workdir, mesh=mesh), workdir / "methods" / label
+        flat, table = flatten(target.params), needed(directory / UNLEARNED)["trained"]
+        trained, _ = load_params(directory / _FILE, {row["path"]: flat[row["path"]] for row in table if row["trained"]})
+        return target.replace(params=unflatten({**flat, **trained}))
+    if isinstance(settings, PretrainedConfig):
+        path = settings.path if label == TARGET else settings.retrained
+        return load_pretrained(path, dtype=settings.dtype, grouped_matmul=settings.grouped_matmul, mesh=mesh)
+    params, _ = load_params(directory / _FILE, abstract_params(settings))
+    with files.local_copy(directory / _TOKENIZER) as local:
+        return Model(settings, params, Tokenizer.from_file(str(local)))
 
 
 def find_model(workdir: str | os.PathLike, label: str | None) -> tuple[ExperimentConfig, str, str]:
@@ -106,7 +101,7 @@ def export_run(
         raise ConfigError("the target model isn't exported: it is what the run started from. Name a method.")
     path = files.as_path(workdir)
     config, label, _ = find_model(path, label)
-    say(f"export of {label}: writing {output}")
+    progress.say(f"export of {label}: writing {output}")
     card = model_card(config, path, label)
     save_pretrained(load_model(config, path, label), output, card=card, overwrite=overwrite)
     return f"export: {Path(output).resolve()}"
@@ -117,15 +112,15 @@ def model_card(config: ExperimentConfig, workdir: Path, label: str) -> ModelCard
     result, references = needed(workdir / "methods" / label / "results.json"), needed(workdir / "references.json")
     documents, tokens = (references["data"][key]["train/forget"] for key in ("documents", "tokens"))
     settings = {"seed": result["seed"], "steps done": result["step"], "row_length": config.data.row_length}
-    made_with = dotted({section: result[section] for section in ("calibration", "unlearning")})
+    made_with = progress.flatten({section: result[section] for section in ("calibration", "unlearning")})
     settings |= {name: value for name, value in made_with if value != "not set"}
     before = {m["name"]: m for m in references["measurements"]["target"] if m["split"] == SPLIT}
     measured = [
         {
-            "on the test split": plain_name(m["name"]),
-            "before": format_number(before.get(m["name"], {}).get("value")),
-            "after": format_number(m["value"]),
-            "95 % interval": format_interval(m["low"], m["high"]),
+            "on the test split": progress.plain_name(m["name"]),
+            "before": progress.format_number(before.get(m["name"], {}).get("value")),
+            "after": progress.format_number(m["value"]),
+            "95 % interval": progress.format_interval(m["low"], m["high"]),
             "n": m["n"],
         }
         for m in result["measurements"]

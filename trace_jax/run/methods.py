@@ -26,7 +26,7 @@ from trace_jax.routing.config import CalibrationConfig, Entropy, Permuted, Ratio
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
 from trace_jax.run.directory import needed, run_stage, write_results
 from trace_jax.run.experiment import ExperimentConfig, Method
-from trace_jax.run.export import UNLEARNED, load_unlearned, model_card, save_unlearned
+from trace_jax.run.export import UNLEARNED, load_model, model_card, save_unlearned
 from trace_jax.run.prepare import Prepared, prepare, retrained_identity
 from trace_jax.unlearning.loop import Evaluated
 from trace_jax.unlearning.metrics import front_rows
@@ -76,14 +76,11 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
 
     def export() -> None:
         say(f"export of {label}: writing {output}")
-        model = load_unlearned(path, label, prepared.target)
+        model = load_model(config, path, label, target=prepared.target)
         save_pretrained(model, output, card=model_card(config, path, label), overwrite=True)
 
     run_stage("export", path, fingerprint(models[label], "export"), f"export of {label}", export)
     return f"{text}\nexport: {shown(output)}"
-
-
-# --- one method
 
 
 def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
@@ -100,7 +97,8 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
     model_id = fingerprint(calibration_id, method.unlearning, measured, quick)
     make = functools.partial(_unlearn, prepared, method, weights, label, model_id)
     made = run_stage("unlearning", directory, model_id, f"unlearning with {label}", make)
-    unlearned = functools.cache(lambda: made or load_unlearned(prepared.workdir, label, prepared.target))
+    load = functools.partial(load_model, config, prepared.workdir, label, target=prepared.target)
+    unlearned = functools.cache(lambda: made or load())
     identities = [task.identity for task in tasks]
     evaluation_id = fingerprint(model_id, config.evaluation, identities, retrained_identity(config))
     evaluate = functools.partial(_evaluate, prepared, unlearned, weights, directory, model_id)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from trace_jax.attacks.attack import Context
 from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.corpora import Corpora, DataConfig, build_corpora
-from trace_jax.data.rows import Batch, Rows, mixture_batches, read_codec, sequential_batches
+from trace_jax.data.rows import Rows, mixture_batches, read_codec, sequential_batches
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.task import Evaluator, Scores, ScoreStore, Task, hazardous
@@ -89,14 +89,15 @@ class Prepared:
         directory, size = self.workdir / "statistics", self.config.evaluation.batch_size
         files = directory / "forget.npz", directory / "retain.npz"
 
-        def batches(name: str, rows: Rows) -> Iterator[Batch]:
-            return tracked(sequential_batches(rows, size), f"routing of the {name} corpus", -(-len(rows) // size))
+        def route(name: str, rows: Rows) -> tuple[routing.ExpertStatistics, routing.Assignments]:
+            batches = tracked(sequential_batches(rows, size), f"routing of the {name} corpus", -(-len(rows) // size))
+            enough, keep = routing.MIN_ACTIVATIONS, name == "retain"
+            return routing.expert_routing(self.target, batches, mesh=self.mesh, min_activations=enough, assign=keep)
 
-        def make() -> tuple[routing.ExpertStatistics, routing.ExpertStatistics]:
-            of_forget, of_retain = batches("forget", self.corpora.forget), batches("retain", self.corpora.retain)
-            forget = routing.expert_statistics(self.target, of_forget, mesh=self.mesh)
-            retain, assignments = routing.expert_routing(
-                self.target, of_retain, mesh=self.mesh, min_activations=routing.MIN_ACTIVATIONS
+        def make() -> tuple[routing.ExpertStatistics, ...]:
+            (forget, _), (retain, assignments) = (
+                route("forget", self.corpora.forget),
+                route("retain", self.corpora.retain),
             )
             forget.save(files[0])
             retain.save(files[1], assignments)

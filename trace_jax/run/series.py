@@ -90,9 +90,6 @@ def _target(config: ExperimentConfig, path: Path, *, overwrite: bool) -> dict[st
     return {**paths, "dtype": shape.dtype, "grouped_matmul": shape.grouped_matmul}
 
 
-# --- reading the runs
-
-
 def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) -> str:
     """Writes series.json and report.html of a finished series from its runs; returns the table as text."""
     series, board = config.series, config.data.board

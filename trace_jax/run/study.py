@@ -94,14 +94,10 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
     jobs = list(trials(config))
     study, cores = config.study, getattr(os, "sched_getaffinity", None)
     workers = study.workers or (len(cores(0)) if cores else os.cpu_count() or 1)
-    say(
-        f"study: {len(jobs)} runs ({len(study.objectives) or 1} objectives, {len(study.methods)} methods, "
-        f"{len(study.seeds)} seeds), {min(workers, len(jobs))} side by side"
-    )
+    counts = f"{len(study.objectives) or 1} objectives, {len(study.methods)} methods, {len(study.seeds)} seeds"
+    say(f"study: {len(jobs)} runs ({counts}), {min(workers, len(jobs))} side by side")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(context.Value("i", 0), workers)
-    ) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0), workers)) as pool:
         try:
             parts: Any = ("target models", "model", prepare_seed, study.seeds), ("unlearning", "run", run_trial, jobs)
             for title, unit, work, items in parts:
@@ -116,9 +112,6 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
                 worker.terminate()
             raise
     return write_study(config, path, jobs)
-
-
-# --- in a worker process
 
 
 def _start_worker(counter, workers: int) -> None:
@@ -162,9 +155,6 @@ def run_trial(path: Path, trial: Trial) -> None:
     """One run, or nothing where it is done."""
     prepared = prepared_seed(path, trial.seed)
     run_method(prepared, prepared.config.method(trial.method, **trial.unlearning), label=trial.label)
-
-
-# --- reading the runs
 
 
 def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> str:
@@ -226,12 +216,11 @@ def _rows(comparisons: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any
             name = f"{objective}: {result.method}" if objective else result.method
             forgetting = {"value": first.level, "n": None, "low": None, "high": None} if result.seeds else None
             missed = f"; seeds {', '.join(map(str, result.missed))} did not reach the level" if result.missed else ""
-            row = comparison_row(
-                name, result.method, {"forgetting": forgetting, "utilities": encode(result.utilities)},
-                f"; {result.setting} chosen of {result.settings}{missed}",
-                reached=bool(result.seeds), seeds=len(result.seeds),
-            )  # fmt: skip
-            rows.append({**row, "run": (objective, result.method, result.setting)})
+            note = f"; {result.setting} chosen of {result.settings}{missed}"
+            numbers = {"forgetting": forgetting, "utilities": encode(result.utilities)}
+            rest = {"reached": bool(result.seeds), "seeds": len(result.seeds)}
+            rest["run"] = objective, result.method, result.setting
+            rows.append(comparison_row(name, result.method, numbers, note, **rest))
     return rows
 
 
