@@ -1,6 +1,7 @@
 """A dry run says what is missing, refuses what is there and wrong, and needs no workdir."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,9 +22,8 @@ def checked_of(tmp_path):
         retain = write_lines(tmp_path / "retain.jsonl", [{"text": f"public {i}"} for i in range(3)])
         data = {"benchmark": "text", "retain": retain, "forget": str(tmp_path / "forget.jsonl"), **dict(data)}
         usual = {"model": {"path": "", "published": "olmoe-1b-7b"}, "unlearning": {"trainable": "down_projections"}}
-        return dry_run(
-            resolve(ExperimentConfig, {"name": "x", "methods": ["uniform"], "data": data, **usual, **sections})
-        )
+        config = resolve(ExperimentConfig, {"name": "x", "methods": ["uniform"], "data": data, **usual, **sections})
+        return SimpleNamespace(**dict(zip(("text", "missing", "wrong"), dry_run(config), strict=True)))
 
     return checked
 

@@ -101,18 +101,18 @@ def test_a_study_routes_the_retain_corpus_once_and_solves_the_same_weights_once(
     """Three methods, two alphas, one solve: `row_weights` and `permuted` use that of `trace_rows`."""
     study = {**STUDY, "methods": ["trace_rows", "row_weights", "permuted"]}
     config = experiment(data, study=study, unlearning={"evaluate_every": 6})
-    passes, solves, route, solve = [], [], statistics.run_batches, weights.match_frequencies
+    passes, solves, route, solve = [], [], statistics.map_batches, weights.match_frequencies
 
-    def routed(model, batches, *arguments, **keywords):
+    def routed(fn, params, config, batches, **keywords):
         batches = list(batches)
-        passes.append((model, sum(len(batch.tokens) for batch in batches)))
-        return route(model, batches, *arguments, **keywords)
+        passes.append((params, sum(len(tokens) for tokens, *_ in batches)))
+        return route(fn, params, config, batches, **keywords)
 
     def solved(*arguments):
         solves.append(arguments)
         return solve(*arguments)
 
-    monkeypatch.setattr(statistics, "run_batches", routed)
+    monkeypatch.setattr(statistics, "map_batches", routed)
     monkeypatch.setattr(weights, "match_frequencies", solved)
     open_workdir(config, tmp_path)
     prepare_seed(tmp_path, 0)

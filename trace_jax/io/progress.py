@@ -118,10 +118,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, Mapping):
-            rows += flatten(value, name)
-        elif isinstance(value, (list, tuple)):
-            rows.append((name, ", ".join(map(str, value))))
-        else:
-            rows.append((name, "not set" if value is None else str(value)))
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        rows += flatten(value, name) if isinstance(value, Mapping) else [(name, "not set" if value is None else text)]
     return rows

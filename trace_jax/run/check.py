@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -31,16 +31,8 @@ from trace_jax.unlearning.trainable import table_text, trainable_table
 FIRST = 100  # documents that are read of a source
 
 
-class DryRun(NamedTuple):
-    """A text to print, what is missing to run, and what is wrong."""
-
-    text: str
-    missing: list[str]
-    wrong: list[str]
-
-
-def dry_run(config: ExperimentConfig) -> DryRun:
-    """Checks an experiment as far as this machine can; settings that don't fit the model are errors.
+def dry_run(config: ExperimentConfig) -> tuple[str, list[str], list[str]]:
+    """Checks an experiment as far as this machine can. Returns a text, what is missing to run, and what is wrong.
 
     Missing weights and data are reported. Those that are here are looked at: the headers of the weights, and the first
     documents of each source; what is wrong with them is collected, so that one dry run finds everything.
@@ -75,7 +67,7 @@ def dry_run(config: ExperimentConfig) -> DryRun:
     lists = [data, ["missing to run:", *missing] if missing else ["nothing is missing to run"]]
     lists += [["wrong:", *wrong]] * bool(wrong)
     text = "\n\n".join([_head(config, model, weights), trained, *map("\n  ".join, lists)])
-    return DryRun(text, missing, wrong)
+    return text, missing, wrong
 
 
 def _weights(config: ExperimentConfig, missing: list[str], wrong: list[str]) -> str:

@@ -33,12 +33,7 @@ _SECONDS_TO_SEE = 30.0
 
 
 def run_stage(
-    name: str,
-    directory: Path,
-    identity: str,
-    title: str,
-    make: Callable[[], Any],
-    load: Callable[[], Any] = lambda: None,
+    name: str, directory: Path, identity: str, title: str, make: Callable[[], Any], load: Callable = lambda: None
 ) -> Any:
     """What `make` makes, and writes into the directory, or what `load` reads where that has been made.
 
@@ -210,23 +205,21 @@ def _rows(path: Path, results: Mapping[str, Any], board: fronts.Scoreboard) -> l
         utilities = {n: measured[n].map(lambda x, n=n: x / scales[n]) for n in scales if n in measured}
         return encode({"forgetting": measured.get(board.forgetting), "utilities": utilities})
 
-    rest = {"kind": "reference", "reached": True, "step": None, "seeds": None, "note": ""}
-    rows = [{"method": f"{n} model", **numbers(on_test(ms)), **rest} for n, ms in results["references"].items()]
+    same = {"kind": "reference", "reached": True, "step": None, "seeds": None, "note": ""}
+    rows = [{"method": f"{n} model", **numbers(on_test(ms)), **same} for n, ms in results["references"].items()]
     for label, result in results["methods"].items():
         front = decode(fronts.Front, result["fronts"][SPLIT])
-        read, lowest = fronts.crossing(front, level), int(np.argmin(front.forgetting))
+        crossing, lowest = fronts.crossing(front, level), int(np.argmin(front.forgetting))
+        read = crossing or (lambda column, lowest=lowest: float(column[lowest]))
         lines, measured = files.read_lines(path / "methods" / label / "metrics.jsonl"), {}
         history = [on_test(line["evaluation"]) for line in lines if "evaluation" in line]
         for name in set.intersection(*map(set, history)) if history else ():
             points = [evaluation[name] for evaluation in history]
-            columns = (np.array([getattr(point, end) for point in points]) for end in ("value", "low", "high"))
-            value, low, high = (float(c[lowest]) if read is None else read(c) for c in columns)
-            measured[name] = Interval(value, low, high, points[0].n)
+            ends = (read(np.array([getattr(point, end) for point in points])) for end in ("value", "low", "high"))
+            measured[name] = Interval(*ends, points[0].n)
+        rest = {"reached": bool(crossing), "step": round(crossing(front.steps)) if crossing else None, "seeds": 1}
         failed = f"; failed: {result['stopped']}" if result["failed"] else ""
-        step = None if read is None else round(read(front.steps))
-        rows.append(
-            comparison_row(label, result["method"], numbers(measured), failed, reached=bool(read), step=step, seeds=1)
-        )
+        rows.append(comparison_row(label, result["method"], numbers(measured), failed, **rest))
     return rows
 
 

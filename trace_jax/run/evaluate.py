@@ -1,8 +1,11 @@
-"""Published benchmarks on a checkpoint, whoever made it: `python -m trace_jax.main evaluate`."""
+"""Published benchmarks on a checkpoint, from any source: `python -m trace_jax.main evaluate`.
+
+Some measurements are relative to the model before unlearning, and to one that never saw the forget set. Models are
+loaded one after the other, and their scores are kept, so that a second call scores only what changed.
+"""
 
 import argparse
 import dataclasses
-import os
 
 from trace_jax.checkpoints.pretrained import PretrainedConfig, load_pretrained
 from trace_jax.config import ConfigError, as_dict, fingerprint
@@ -10,29 +13,28 @@ from trace_jax.evaluation.task import Evaluator, ScoreStore
 from trace_jax.io.environment import describe
 from trace_jax.io.files import as_path, is_remote, shown, write_json
 from trace_jax.io.progress import say
-from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.tasks.benchmarks import build_tasks
 
 
-def evaluate_checkpoint(
-    config: ExperimentConfig, output: str | os.PathLike, *, original: str | os.PathLike | None = None
-) -> str:
-    """Measures a checkpoint on the tasks of `config.evaluation`. Returns the measurements, and where they are, as text.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the checkpoint that is measured")
+    parser.add_argument("--original", metavar="DIR", help="the model before unlearning, to compare with")
+    parser.add_argument("--retrained", metavar="DIR", help="a model trained without the forget set, to compare with")
+    parser.add_argument("--output", required=True, metavar="DIR", help="for results.json and scores; made if missing")
 
-    Some measurements are relative to `original`, the checkpoint before unlearning, and to `model.retrained`. Models are
-    loaded one after the other. Their scores are kept in the directory `output`, so that a second call scores only what
-    changed.
-    """
-    tasks, path, settings = build_tasks(config.evaluation), as_path(output), config.model
+
+def main(options: argparse.Namespace) -> int:
+    places = {"original": options.original, "retrained": options.retrained, "checkpoint": options.checkpoint}
+    options.overrides["model.path"] = options.checkpoint
+    config = options.load_config()
+    assert isinstance(config.model, PretrainedConfig)  # it has a path
+    tasks, path = build_tasks(config.evaluation), as_path(options.output)
     if not tasks:
         raise ConfigError("the configuration names no task to evaluate; set evaluation.muse or another of its tasks.")
     if not is_remote(path) and path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: is a file; --output needs a directory.")
-    if not isinstance(settings, PretrainedConfig):
-        raise ConfigError("model.path is not set; give the directory of the checkpoint.")
-    places = {"original": original, "retrained": settings.retrained, "checkpoint": settings.path}
-    alone = dataclasses.replace(settings, published=None, retrained="")
-    models = {name: dataclasses.replace(alone, path=os.fspath(place)) for name, place in places.items() if place}
+    alone = dataclasses.replace(config.model, published=None, retrained="")
+    models = {name: dataclasses.replace(alone, path=place) for name, place in places.items() if place}
     for model in models.values():
         model.check()
     mesh = config.parallel.mesh()
@@ -53,18 +55,6 @@ def evaluate_checkpoint(
         "environment": describe(),
     }
     write_json(path / "results.json", results)
-    text = "\n".join(f"{name:<12}{m}" for name, of_model in measured.items() for m in of_model)
-    return f"{text}\nresults: {shown(path / 'results.json')}"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the checkpoint that is measured")
-    parser.add_argument("--original", metavar="DIR", help="the model before unlearning, to compare with")
-    parser.add_argument("--retrained", metavar="DIR", help="a model trained without the forget set, to compare with")
-    parser.add_argument("--output", required=True, metavar="DIR", help="for results.json and scores; made if missing")
-
-
-def main(options: argparse.Namespace) -> int:
-    options.overrides |= {"model.path": options.checkpoint, "model.retrained": options.retrained or ""}
-    print(evaluate_checkpoint(options.load_config(), options.output, original=options.original))
+    print(*(f"{name:<12}{m}" for name, of_model in measured.items() for m in of_model), sep="\n")
+    print(f"results: {shown(path / 'results.json')}")
     return 0

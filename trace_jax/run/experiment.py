@@ -129,8 +129,7 @@ class ExperimentConfig(Section):
             for name, value in (("target", self.target), ("data.vocab_size", self.data.vocab_size)):
                 if value is not None:
                     raise ConfigError(
-                        f"{name} would have no effect: model.path names a checkpoint, which is trained and has a "
-                        "tokenizer. Remove one of the two."
+                        f"{name} would have no effect: model.path names a checkpoint. Remove one of them."
                     )
         else:
             size = self.data.vocab_size or self.model.vocab_size

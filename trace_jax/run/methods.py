@@ -14,8 +14,7 @@ import jax
 from trace_jax.attacks.attack import Case, Context
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import as_dict, fingerprint
-from trace_jax.evaluation import routing
-from trace_jax.evaluation.fronts import MEAN, front_from_history
+from trace_jax.evaluation import fronts, routing
 from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.task import ScoreStore
 from trace_jax.io.files import decode, encode, flush_lines, remove, shown, write_json
@@ -45,9 +44,9 @@ def main(options: argparse.Namespace) -> int:
         from trace_jax.run.check import dry_run
 
         jax.config.update("jax_platforms", "cpu")  # nothing is computed
-        checked = dry_run(config)
-        print(checked.text)
-        return 2 if checked.wrong else 0
+        text, _, wrong = dry_run(config)
+        print(text)
+        return 2 if wrong else 0
     keep_freed_memory()
     start_processes(options.coordinator, options.num_processes, options.process_id)
     if text := run(config, options.workdir or f"runs/{config.name}", overwrite=options.overwrite):
@@ -206,7 +205,7 @@ def _evaluate(
     board, splits = prepared.config.data.board, ("validation", "test")
     results = {
         **needed(directory / UNLEARNED),
-        "fronts": {s: encode(front_from_history(history, board=board, split=s)) for s in splits},
+        "fronts": {s: encode(fronts.front_from_history(history, board=board, split=s)) for s in splits},
         "measurements": [m.to_json() for m in measured],
         "routing": encode(compared, digits=6) | {"calibration": encode(calibration)},
     }
@@ -226,7 +225,7 @@ def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated
         rows = [m.to_json() for m in measured]
         if original is None:
             return Evaluated(rows, items=items)
-        front = front_from_history([(0, measured)], board=board, split="validation", original=original)
-        return Evaluated(rows, float(front.forgetting[0]), float(front.utilities[MEAN][0]), items)
+        front = fronts.front_from_history([(0, measured)], board=board, split="validation", original=original)
+        return Evaluated(rows, float(front.forgetting[0]), float(front.utilities[fronts.MEAN][0]), items)
 
     return evaluate

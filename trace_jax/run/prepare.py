@@ -65,17 +65,10 @@ class Prepared:
             total, active = count_params(shape)
             size = f"{training.batch_size} x {config.data.row_length} tokens"
             say(f"{name} model: {total:,} parameters, {active:,} active per token; {training.steps} steps of {size}")
-            model = train_model(
-                shape,
-                training,
-                mixture_batches(self.corpora.train, mixture, training.batch_size, seed=config.seed),
-                seed=config.seed,
-                mesh=self.mesh,
-                directory=directory,
-                identity=identity,
-                title=f"training the {name} model",
-                tokenizer=self.corpora.tokenizer,
-            )
+            batches = mixture_batches(self.corpora.train, mixture, training.batch_size, seed=config.seed)
+            about: dict[str, Any] = {"directory": directory, "identity": identity, "tokenizer": self.corpora.tokenizer}
+            about |= {"seed": config.seed, "mesh": self.mesh, "title": f"training the {name} model"}
+            model = train_model(shape, training, batches, **about)
             save_trained(directory, model, identity)
             return model
 

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trace_jax.config import ConfigError, resolve
-from trace_jax.evaluation import comparison
+from trace_jax.evaluation import comparison, fronts
 from trace_jax.evaluation.comparison import READINGS, Comparison, Run
-from trace_jax.evaluation.fronts import Front, load_run_items
 from trace_jax.io.environment import describe
 from trace_jax.io.files import decode, encode, read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
@@ -159,14 +158,13 @@ def run_trial(path: Path, trial: Trial) -> None:
 
 def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> str:
     """Compares finished runs at every level; writes study.json and returns the tables as text."""
-    benchmark, board = config.data.name, config.data.board
     runs: dict[str, list[Run]] = {trial.objective: [] for trial in jobs}
     seconds = collections.defaultdict(list)  # of a step, by method
     for trial in jobs:
         directory = path / f"seed-{trial.seed}" / "methods" / trial.label
         if (result := read_json(directory / "results.json")) is not None:
-            validation, test = (decode(Front, result["fronts"][split]) for split in ("validation", "test"))
-            items = load_run_items(directory, test, board)
+            validation, test = (decode(fronts.Front, result["fronts"][split]) for split in ("validation", "test"))
+            items = fronts.load_run_items(directory, test, config.data.board)
             runs[trial.objective].append(Run(trial.method, trial.setting, trial.seed, validation, test, items))
             if result["seconds_per_step"] is not None:
                 seconds[trial.method].append(result["seconds_per_step"])
@@ -182,7 +180,7 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
         {
             "name": config.name,
             "title": f"Study: unlearning {config.data.forgotten}",
-            "benchmark": benchmark,
+            "benchmark": config.data.name,
             "forgotten": config.data.forgotten,
             "rows": _rows(comparisons),
             "comparisons": [of[objective] | encode(c) for objective, cs in comparisons.items() for c in cs],
