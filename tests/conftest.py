@@ -10,13 +10,9 @@ from pathlib import Path
 # the key.
 os.environ["XLA_FLAGS"] = " ".join(
     dict.fromkeys(
-        [
-            *os.environ.get("XLA_FLAGS", "").split(),
-            "--xla_backend_optimization_level=0",
-            "--xla_llvm_disable_expensive_passes=true",
-            "--xla_cpu_use_fusion_emitters=false",
-            "--xla_cpu_parallel_codegen_split_count=1",
-        ]
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+        "--xla_cpu_parallel_codegen_split_count=1".split()
     )
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".jax_cache"))
@@ -86,13 +82,8 @@ WORDS = [
 def data(tmp_path_factory):
     """Forget text and retain text with words of their own, so that there is something to tell apart."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for name, words, count in (
-        ("forget", WORDS[:5], 12),
-        ("retain", WORDS[4:], 60),
-        ("neighbour", WORDS[2:8], 30),
-        ("holdout", WORDS[:5], 12),
-    ):
-        with (folder / f"{name}.jsonl").open("w") as file:
-            for _ in range(count):
-                file.write(json.dumps({"text": " ".join(rng.choice(words, 60))}) + "\n")
+    sets = {"forget": (WORDS[:5], 12), "retain": (WORDS[4:], 60), "neighbour": (WORDS[2:8], 30)}
+    for name, (words, count) in (sets | {"holdout": sets["forget"]}).items():
+        lines = [json.dumps({"text": " ".join(rng.choice(words, 60))}) + "\n" for _ in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
     return folder

@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 
 from trace_jax.checkpoints.pretrained import PretrainedConfig
-from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
+from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.run.experiment import METHODS, ExperimentConfig
@@ -96,12 +96,8 @@ def test_settings_are_hashable_and_frozen_and_told_apart_by_their_content():
 
 
 def test_a_section_converts_whole_numbers_to_floats_and_lists_to_tuples():
-    class Example(Section):
-        ratio: float = option(1.0, help="ratio")
-        sizes: tuple[int, ...] = option((1,), help="sizes")
-
-    example = resolve(Example, {"ratio": 2, "sizes": [3, 4]})
-    assert isinstance(example.ratio, float) and example.sizes == (3, 4)
+    config = experiment(study={"seeds": [3, 4]}, unlearning={"alpha": 2})
+    assert isinstance(config.unlearning.alpha, float) and config.study.seeds == (3, 4)
 
 
 @pytest.mark.parametrize("name", METHODS)

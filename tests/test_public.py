@@ -12,27 +12,19 @@ import trace_jax
 from trace_jax.config import fits
 from trace_jax.run.methods import run
 
-FUNCTIONS = [
-    name
-    for name in trace_jax.__all__
-    if callable(getattr(trace_jax, name)) and not isinstance(getattr(trace_jax, name), type)
-]
-
-
+PUBLIC = {name: getattr(trace_jax, name) for name in trace_jax.__all__}
+FUNCTIONS = [name for name, value in PUBLIC.items() if callable(value) and not isinstance(value, type)]
 CALLS = [
     ("calibrate", {"assignments": np.zeros((2, 2, 2)), "max_weight": None}, "max_weight is None (NoneType)"),
     ("unlearn", {"config": {}}, "config is {} (dict); expected UnlearningConfig."),
     ("unlearn", {"forget": ["text"]}, "forget is ['text'] (list); expected Rows."),
-    ("unlearn", {"parallel": None}, "parallel is None (NoneType); expected ParallelConfig."),
     ("generate_text", {"prompts": "one text"}, "prompts is 'one text' (str); expected a list, each item text."),
     ("generate_text", {"prompts": [1]}, "prompts is [1] (list); expected a list, each item text."),
     ("generate_text", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5 (float); expected a whole number."),
     ("load_config", {"name": None}, "name is None (NoneType); expected text."),
     ("load_pretrained", {"path": 3}, "path is 3 (int); expected text or a path."),
     ("run", {"config": "configs/quickstart.py"}, "config is 'configs/quickstart.py' (str); expected ExperimentConfig."),
-    ("sequential_batches", {"rows": ["text"]}, "rows is ['text'] (list); expected Rows."),
     ("expert_statistics", {"batches": "text"}, "batches is 'text' (str); expected a list, each item Batch."),
-    ("make_mesh", {"data": "2"}, "data is '2' (str); expected a whole number."),
 ]
 
 

@@ -25,16 +25,14 @@ TEXT, PAIR = {"text": "a text of some length, " * 10}, {"question": "Who was it?
 EXTRA = {"wmdp_bio": {"title": "a title", "abstract": "an abstract", "doi": "10.1/1"}}
 CHOICES = {"question": "Which is it?", "choices": ["a", "b", "c", "d"], "answer": 2, "subject": "virology"}
 # Every column that MUSE and TOFU read.
-ASKED = {
-    **TEXT, **PAIR, "prompt": "It was", "gt": "nobody", "paraphrased_answer": "No one", "perturbed_answer": ["He"],
-}  # fmt: skip
+ASKED = {**TEXT, **PAIR, "prompt": "It was", "gt": "nobody", "paraphrased_answer": "No", "perturbed_answer": ["He"]}
 FILES = {
-    "muse": (
-        "verbmem/forget", "knowmem/forget_qa", "knowmem/forget_qa_icl", "knowmem/retain_qa", "knowmem/retain_qa_icl",
-        "privleak/forget", "privleak/holdout",
-    ),
-    "tofu": tuple(f"{s}_perturbed/train" for s in ("forget10", "retain", "real_authors", "world_facts")),
-}  # fmt: skip
+    "muse": [
+        *("verbmem/forget", "privleak/forget", "privleak/holdout"),
+        *(f"knowmem/{use}_{kind}" for use in ("forget", "retain") for kind in ("qa", "qa_icl")),
+    ],
+    "tofu": [f"{split}_perturbed/train" for split in ("forget10", "retain", "real_authors", "world_facts")],
+}
 
 
 @pytest.fixture
@@ -105,10 +103,8 @@ def test_every_benchmark_is_evaluated_on_itself():
     assert load_config("configs/tofu.py").evaluation.tofu == TofuConfig("huggingface:locuslab/TOFU", "forget10")
     for topic in ("bio", "cyber"):
         config = load_config(f"configs/wmdp_{topic}.py").evaluation
-        sources = {
-            f"wmdp_{topic}": f"huggingface:cais/wmdp/wmdp-{topic}:test",
-            "mmlu": "huggingface:cais/mmlu/all:test",
-        }
+        sources = {f"wmdp_{topic}": f"huggingface:cais/wmdp/wmdp-{topic}:test"}
+        sources["mmlu"] = "huggingface:cais/mmlu/all:test"
         assert config.multiple_choice.sources == sources and not config.audit_text
         for source in sources.values():
             owner, name, subset, split = re.fullmatch("huggingface:(.+)/(.+)/(.+):(.+)", source).groups()
@@ -123,10 +119,9 @@ def test_published_numbers_reach_the_settings():
     mixtral, qwen = unlearning("mixtral-8x7b,rmu"), unlearning("qwen1.5-moe-a2.7b,rmu")
     assert (mixtral.objective, mixtral.alpha, mixtral.steps) == (RMU(layer=8, steering=300.0), 1600.0, 400)
     assert (qwen.objective.steering, qwen.alpha, qwen.retain_loss.name) == (3000.0, 1200.0, "hidden")
-    olmoe = unlearning("olmoe-1b-7b,rmu")
-    assert olmoe.objective == AdaptiveRMU(layer=8, steering_scale=5.0)
-    betas = [unlearning(f"{model},npo").objective.beta for model in ("deepseek-v2-lite", "olmoe-1b-7b")]
-    assert betas == [0.001, 0.0225]
+    assert unlearning("olmoe-1b-7b,rmu").objective == AdaptiveRMU(layer=8, steering_scale=5.0)
+    for model, beta in (("deepseek-v2-lite", 0.001), ("olmoe-1b-7b", 0.0225)):
+        assert unlearning(f"{model},npo").objective.beta == beta
     assert load_config("configs/wmdp_cyber.py:mixtral-8x7b,rmu").data.min_length == 200
 
 

@@ -20,21 +20,18 @@ from trace_jax.run.methods import run
 
 
 def test_a_run_leaves_every_artefact_and_a_table(finished):
+    """Every measurement has its number of items and an interval."""
     path, text = finished
     assert "trace_rows" in text and "target model" in text and str(path / "report.html") in text
-    expected = {"config.json", "environment.json", "references.json", "results.json", "report.html"}
-    assert expected | {"calibrations", "statistics", "target", "methods"} <= {file.name for file in path.iterdir()}
-    method = {file.name for file in (path / "methods" / "trace_rows").iterdir()}
-    assert {"weights.json", "metrics.jsonl", "model.safetensors", "results.json"} <= method
+    files = {str(file.relative_to(path)) for file in path.rglob("*")}
+    assert {"config.json", "environment.json", "references.json", "results.json", "report.html", "statistics"} <= files
+    made = ("weights.json", "metrics.jsonl", "model.safetensors", "results.json")
+    assert {f"methods/trace_rows/{name}" for name in made} <= files and not any(".tmp" in name for name in files)
     shared = {file.name for file in calibration_directory(path, "trace_rows").iterdir()}
     assert {"calibration.json", "calibration.npz", "weights.npz"} <= shared
-    assert not list(path.rglob("*.tmp*"))
-
-
-def test_every_measurement_has_n_and_interval(finished):
-    methods = numbers(finished[0])["methods"].values()
-    assert all(m["n"] > 0 and m["low"] <= m["value"] <= m["high"] for r in methods for m in r["measurements"])
-    names = {m["name"] for method in methods for m in method["measurements"]}
+    measured = [m for method in numbers(path)["methods"].values() for m in method["measurements"]]
+    assert all(m["n"] > 0 and m["low"] <= m["value"] <= m["high"] for m in measured)
+    names = {m["name"] for m in measured}
     assert {"general_utility", "neighbour_utility", "forget_probability_ratio", "verbatim", "privleak_auc"} <= names
     assert {"routing_jaccard_forget", "routing_gap", "router_drift", "calibration_gap_after"} <= names
 

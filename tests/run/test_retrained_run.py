@@ -53,9 +53,8 @@ def test_a_retrained_model_makes_privleak_and_no_method_unlearns_again(config, c
     run(config(), path)
     before = measured(path, "uniform")
     assert before["muse_verbmem"]["n"] == 2 and before["muse_ou_verbmem"]["profile"] == "open_unlearning"
-    assert (
-        not {"muse_privleak", "privleak"} & set(before) and "no retrained model" in before["muse_privleak_auc"]["note"]
-    )
+    assert not {"muse_privleak", "privleak"} & set(before)
+    assert "no retrained model" in before["muse_privleak_auc"]["note"]
     unlearned = path / "methods" / "uniform" / "model.safetensors"
     made = unlearned.stat().st_mtime_ns
 

@@ -11,11 +11,10 @@ from tests.run.toy import experiment
 from trace_jax.attacks import AttacksConfig
 from trace_jax.attacks.attack import RouterSwap
 from trace_jax.config import ConfigError
-from trace_jax.evaluation.comparison import UnequalBudget
 from trace_jax.io.files import read_json, write_json
 from trace_jax.routing import statistics, weights
 from trace_jax.run.directory import open_workdir
-from trace_jax.run.study import Trial, prepare_seed, run_study, run_trial, trials, write_study
+from trace_jax.run.study import prepare_seed, run_study, run_trial, trials, write_study
 
 STUDY = {"methods": ["uniform", "trace_rows"], "seeds": [0], "alphas": [1.0, 4.0]}
 
@@ -125,10 +124,3 @@ def test_a_study_routes_the_retain_corpus_once_and_solves_the_same_weights_once(
     assert passes[1][1] != forget_rows and len(passes) == 3 + 2 * 6, "and each unlearned model for its metrics"
     assert len(solves) == 1 and solves[0][0].indices.shape[1] == tokens
     assert len(list((tmp_path / "seed-0/calibrations").iterdir())) == 2
-
-
-def test_a_missing_run_is_an_unequal_budget(config, tmp_path):
-    jobs = [Trial(m, 0, f"alpha={a}", {}) for m in ("uniform", "trace_rows") for a in (1, 4)]
-    finish(tmp_path, jobs[:3])
-    with pytest.raises(UnequalBudget, match="unequal budgets"):
-        write_study(config, tmp_path, jobs)

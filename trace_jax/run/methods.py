@@ -130,17 +130,12 @@ def calibrated(prepared: Prepared, config: CalibrationConfig, label: str) -> tup
         if isinstance(weighting, Permuted):
             entropy = Entropy(**{field.name: getattr(weighting, field.name) for field in dataclasses.fields(Entropy)})
             solved, _ = calibrated(prepared, dataclasses.replace(config, weighting=entropy), label)
-        weights = retain_weights(
-            config,
-            model=prepared.target,
-            forget=prepared.corpora.forget,
-            retain=prepared.corpora.retain,
-            forget_statistics=prepared.statistics[0],
-            retain_statistics=prepared.statistics[1],
-            assignments=prepared.retain_assignments if isinstance(weighting, (Entropy, RatioWeights)) else None,
-            solved=solved,
-            mesh=prepared.mesh,
-        )
+        about: dict[str, Any] = {"model": prepared.target, "mesh": prepared.mesh, "solved": solved}
+        about |= {"forget": prepared.corpora.forget, "retain": prepared.corpora.retain}
+        about["forget_statistics"], about["retain_statistics"] = prepared.statistics
+        if isinstance(weighting, (Entropy, RatioWeights)):
+            about["assignments"] = prepared.retain_assignments
+        weights = retain_weights(config, **about)
         weights.save(directory)
         if weights.calibration is not None and solved is None:
             say(f"calibration of {label}:\n{weights.calibration.certificate.text(most=0)}")

@@ -98,8 +98,7 @@ def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) ->
     # What is relative to the start of a step is left out: in a sequence every step has another.
     relative = {board.forgetting, *board.utilities}
     start = on_test(runs[0][3]["references"]["target"])
-    scores: dict[str, dict[str, list[float | None]]] = {}  # per step, by measurement and method
-    notes = []
+    scores, notes = {}, []  # scores per step, by measurement and method
     for number, methods, _, results in runs:
         for method in methods:
             result = results["methods"][method]

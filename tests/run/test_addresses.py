@@ -6,7 +6,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.run.toy import experiment, numbers, on_one_device
+from tests.run.toy import experiment, numbers
 from trace_jax.checkpoints import state
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from trace_jax.checkpoints.pretrained import PretrainedConfig
@@ -34,12 +34,6 @@ class Bucket(MemoryFileSystem):
         if "w" in mode:
             self.writes.append(path)
         return super()._open(path, mode=mode, **kwargs)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_device():
-    with on_one_device():
-        yield
 
 
 @pytest.fixture
@@ -100,10 +94,10 @@ def test_text_is_read_from_a_file_or_a_directory(bucket):
         read_source(f"{bucket}/data/d.txt")
 
 
-def test_a_run_at_an_address_equals_the_one_on_disk_and_continues(bucket, data, tmp_path, monkeypatch, capsys):
-    config = experiment(data, methods=["trace_rows"])
-    run(config, tmp_path / "local")
-    manager = state._Manager
+def test_a_run_at_an_address_equals_the_one_on_disk_and_continues(
+    bucket, data, finished, tmp_path, monkeypatch, capsys
+):
+    config, (here, _), manager = experiment(data), finished, state._Manager
 
     def on_disk(directory, **more):
         assert str(directory).startswith("gs://bucket/runs/a/")
@@ -115,18 +109,17 @@ def test_a_run_at_an_address_equals_the_one_on_disk_and_continues(bucket, data, 
     text = run(config, f"{bucket}/runs/a")
     assert "report: gs://bucket/runs/a/report.html" in text
     address = as_path(f"{bucket}/runs/a")
-    assert numbers(address) == numbers(tmp_path / "local")
+    assert numbers(address) == numbers(here)
     assert "<html" in (address / "report.html").read_text()
     names = {name.removeprefix("/bucket/runs/a/") for name in Bucket.store}
-    here = {str(f.relative_to(tmp_path / "local")) for f in (tmp_path / "local").rglob("*") if f.is_file()}
-    assert names == here
+    assert names == {str(file.relative_to(here)) for file in here.rglob("*") if file.is_file()}
     (address / "methods" / "trace_rows" / "unlearning.stage.json").unlink()
     Bucket.writes.clear()
     capsys.readouterr()
     assert run(config, address) == text
     assert "target model: already done" in capsys.readouterr().err
     assert not any("target/" in name for name in Bucket.writes)
-    assert export_run(address, tmp_path / "out").endswith(str(tmp_path / "out"))
+    assert export_run(address, tmp_path / "out", label="trace_rows").endswith(str(tmp_path / "out"))
     with pytest.raises(ConfigError, match=r"export --workdir gs://bucket/runs/b --output DIR"):
         run(experiment(data, export="trace_rows", methods=["trace_rows"]), f"{bucket}/runs/b")
 
