@@ -91,11 +91,9 @@ def _check_shared(path: Path) -> None:
 
 
 def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> bool:
-    """Whether a run of another configuration is in `workdir` and would be replaced. Writes nothing.
+    """Whether a run of another corpus or model is in `workdir` and would be replaced. Writes nothing.
 
-    Raises:
-      ConfigError: the directory belongs to another corpus or model (and `overwrite` is not given), holds something
-        that is not a run, or is on a disk without space.
+    Refuses to replace it without `overwrite`, a directory that holds anything else, and a disk without space.
     """
     path = files.as_path(workdir)
     if path.exists() and not path.is_dir():

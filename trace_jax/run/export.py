@@ -63,11 +63,7 @@ def load_model(
 def find_model(workdir: str | os.PathLike, label: str | None) -> tuple[ExperimentConfig, str, str]:
     """Of a model of a finished run what `load_model` takes: the experiment and its label; and the hash of what made it.
 
-    Args:
-      label: the method, or "target" for the model that all methods started from; None: the run's only method.
-
-    Raises:
-      ConfigError: no such run or method; the checkpoint that the run started from has changed.
+    The label is a method's, or "target" for the model that all methods started from; None: the run's only method.
     """
     path = files.as_path(workdir)
     saved = needed(path / "config.json")
