@@ -14,7 +14,7 @@ from trace_jax.attacks.attack import Context
 from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.corpora import Corpora, DataConfig, build_corpora
-from trace_jax.data.rows import Rows, mixture_batches, read_codec, sequential_batches
+from trace_jax.data.rows import mixture_batches, read_codec, sequential_batches
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.task import Evaluator, Scores, ScoreStore, Task, hazardous
@@ -80,27 +80,19 @@ class Prepared:
     def statistics(self) -> tuple[routing.ExpertStatistics, routing.ExpertStatistics]:
         """Expert frequencies of the target model on forget and retain data; the experts of retain tokens are kept."""
         directory, size = self.workdir / "statistics", self.config.evaluation.batch_size
-        files = directory / "forget.npz", directory / "retain.npz"
 
-        def route(name: str, rows: Rows) -> tuple[routing.ExpertStatistics, routing.Assignments]:
-            batches = tracked(sequential_batches(rows, size), f"routing of the {name} corpus", -(-len(rows) // size))
-            enough, keep = routing.MIN_ACTIVATIONS, name == "retain"
-            return routing.expert_routing(self.target, batches, mesh=self.mesh, min_activations=enough, assign=keep)
+        def make() -> None:
+            for name, rows in (("forget", self.corpora.forget), ("retain", self.corpora.retain)):
+                title, keep, enough = f"routing of the {name} corpus", name == "retain", routing.MIN_ACTIVATIONS
+                batches = tracked(sequential_batches(rows, size), title, -(-len(rows) // size))
+                statistics, assignments = routing.expert_routing(
+                    self.target, batches, mesh=self.mesh, min_activations=enough, assign=keep
+                )
+                statistics.save(directory / f"{name}.npz", assignments if keep else None)
 
-        def make() -> tuple[routing.ExpertStatistics, ...]:
-            (forget, _), (retain, assignments) = (
-                route("forget", self.corpora.forget),
-                route("retain", self.corpora.retain),
-            )
-            forget.save(files[0])
-            retain.save(files[1], assignments)
-            return forget, retain
-
-        def load() -> tuple[routing.ExpertStatistics, ...]:
-            return tuple(map(routing.ExpertStatistics.load, files))
-
-        identity = fingerprint(self.model_id, "routing")
-        return run_stage("statistics", directory, identity, "routing statistics", make, load)
+        run_stage("statistics", directory, fingerprint(self.model_id, "routing"), "routing statistics", make)
+        forget, retain = (routing.ExpertStatistics.load(directory / f"{name}.npz") for name in ("forget", "retain"))
+        return forget, retain
 
     @functools.cached_property
     def retain_assignments(self) -> routing.Assignments:
