@@ -213,8 +213,9 @@ def _rows(path: Path, results: Mapping[str, Any], board: fronts.Scoreboard) -> l
         history = [on_test(line["evaluation"]) for line in lines if "evaluation" in line]
         for name in set.intersection(*map(set, history)) if history else ():
             points = [evaluation[name] for evaluation in history]
-            ends = (read(np.array([getattr(point, end) for point in points])) for end in ("value", "low", "high"))
-            measured[name] = Interval(*ends, points[0].n)
+            ends = ([getattr(point, end) for point in points] for end in ("value", "low", "high"))
+            value, low, high = (read(np.array(column)) for column in ends)
+            measured[name] = Interval(value, low, high, points[0].n)
         rest = {"reached": bool(crossing), "step": round(crossing(front.steps)) if crossing else None, "seeds": 1}
         failed = f"; failed: {result['stopped']}" if result["failed"] else ""
         rows.append(comparison_row(label, result["method"], numbers(measured), failed, **rest))
