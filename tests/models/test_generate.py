@@ -262,7 +262,6 @@ def test_special_tokens_in_a_prompt_are_read_as_such(model):
     [
         ({"model": {"tokenizer": None}}, "no tokenizer"),
         ({"model": {"special": SpecialTokens(bos=None)}, "prompts": ["a", ""]}, "prompt 1 is empty"),
-        ({"prompts": "abc"}, "one text"),
         ({"stop": "abc"}, "stop is"),
         ({"stop": [""]}, "stop is"),
         ({"batch_size": 0}, "batch_size is 0"),

@@ -283,10 +283,6 @@ def generate_text(
     Raises:
       ValueError: a model without tokenizer, an empty prompt without BOS, an empty stop string, or see `generate`.
     """
-    if isinstance(prompts, str):
-        raise ValueError("prompts is one text; expected a sequence of texts, such as [text].")
-    if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer; texts can't be read. Use generate with token ids.")
     bos = model.special.bos
     encodings = TextCodec.of(model).marked.encode_batch(list(prompts), add_special_tokens=False)
     ids = [e.ids if bos is None or e.ids[:1] == [bos] else [bos, *e.ids] for e in encodings]
