@@ -11,6 +11,7 @@ from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError
 from trace_jax.models.families import PUBLISHED, published_config
 
+A, B = "a.safetensors", "b.safetensors"
 ONE = {"x": np.arange(3, dtype=np.float32)}
 TWO = {"y": np.arange(4, dtype=np.float32)}
 
@@ -30,9 +31,8 @@ def test_one_file_or_several_with_an_index(tmp_path):
     config = '{"model_type": "olmoe"}'
     one = open_checkpoint(write(tmp_path / "one", {"model.safetensors": ONE | TWO}, config=config))
     assert (one.config, set(one.tensors)) == ({"model_type": "olmoe"}, {"x", "y"})
-    files = {"a.safetensors": ONE, "b.safetensors": TWO}
-    several = open_checkpoint(write(tmp_path / "several", files, {"x": "a.safetensors", "y": "b.safetensors"}))
-    assert [tensor.file.path.name for tensor in several.tensors.values()] == ["a.safetensors", "b.safetensors"]
+    several = open_checkpoint(write(tmp_path / "several", {A: ONE, B: TWO}, {"x": A, "y": B}))
+    assert [tensor.file.path.name for tensor in several.tensors.values()] == [A, B]
 
 
 @pytest.mark.parametrize("absolute", [False, True], ids=["as given", "made absolute by a config"])
@@ -43,38 +43,24 @@ def test_a_name_of_the_hub_is_no_directory(absolute, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "files", "message"),
+    ("config", "files", "weight_map", "message"),
     [
-        (None, ["model.safetensors"], r"config\.json is missing"),
-        ("{", ["model.safetensors"], r"config\.json: .*Download it again"),
-        ("[]", ["model.safetensors"], r"config\.json: .*Download it again"),
-        ("{}", ["pytorch_model.bin"], r"holds pytorch_model\.bin, a pickle.*save_pretrained"),
-        ("{}", ["consolidated.00.pth"], r"holds consolidated\.00\.pth, a pickle.*save_pretrained"),
-        ("{}", [], r"neither model\.safetensors nor model\.safetensors\.index\.json"),
+        (None, {"model.safetensors": ONE}, None, r"config\.json is missing"),
+        ("{", {"model.safetensors": ONE}, None, r"config\.json: .*Download it again"),
+        ("[]", {"model.safetensors": ONE}, None, r"config\.json: .*Download it again"),
+        ("{}", {"pytorch_model.bin": ONE}, None, r"holds pytorch_model\.bin, a pickle.*save_pretrained"),
+        ("{}", {"consolidated.00.pth": ONE}, None, r"holds consolidated\.00\.pth, a pickle.*save_pretrained"),
+        ("{}", {}, None, r"neither model\.safetensors nor model\.safetensors\.index\.json"),
+        ("{}", {A: ONE}, {"x": A, "y": B}, r"names the file b\.safetensors"),
+        ("{}", {A: ONE}, {"x": f"../{A}"}, r"names the file \.\./a\.safetensors"),
+        ("{}", {A: ONE}, {"x": A, "y": A}, r"y should be in a\.safetensors"),
+        ("{}", {A: ONE, B: ONE | TWO}, {"x": A, "y": B}, r"b\.safetensors: x is also in a\.safetensors"),
+        ("{}", {A: ONE}, ["x"], "weight_map must give each tensor's file"),
     ],
 )
-def test_a_directory_that_is_no_checkpoint(config, files, message, tmp_path):
+def test_a_directory_that_is_no_checkpoint_or_whose_index_does_not_fit(config, files, weight_map, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(write(tmp_path, dict.fromkeys(files, ONE), config=config))
-
-
-@pytest.mark.parametrize(
-    ("files", "weight_map", "message"),
-    [
-        ({"a.safetensors": ONE}, {"x": "a.safetensors", "y": "b.safetensors"}, r"names the file b\.safetensors"),
-        ({"a.safetensors": ONE}, {"x": "../a.safetensors"}, r"names the file \.\./a\.safetensors"),
-        ({"a.safetensors": ONE}, {"x": "a.safetensors", "y": "a.safetensors"}, r"y should be in a\.safetensors"),
-        (
-            {"a.safetensors": ONE, "b.safetensors": ONE | TWO},
-            {"x": "a.safetensors", "y": "b.safetensors"},
-            r"b\.safetensors: x is also in a\.safetensors",
-        ),
-        ({"a.safetensors": ONE}, ["x"], "weight_map must give each tensor's file"),
-    ],
-)
-def test_an_index_that_does_not_fit_its_files(files, weight_map, message, tmp_path):
-    with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(write(tmp_path, files, weight_map))
+        open_checkpoint(write(tmp_path, files, weight_map, config))
 
 
 def mixtral_in(directory, **changes):

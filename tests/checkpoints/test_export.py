@@ -5,6 +5,7 @@ import filecmp
 import functools
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,14 @@ from tokenizers import Tokenizer, models
 
 from trace_jax.checkpoints import export
 from trace_jax.checkpoints.checkpoint import CheckpointError
-from trace_jax.checkpoints.export import save_pretrained
+from trace_jax.checkpoints.export import ModelCard, base_model_of, licence_of, readme, save_pretrained
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError
+from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import SpecialTokens
 
+NEVER = {"modeling_x.py", "tokenizer_x.py", "pytorch_model.bin", "model.gguf"}
 DOWN = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
 TOKENS = np.random.default_rng(0).integers(3, 60, (2, 12)).astype(np.int32)
 logits = functools.partial(jax.jit, static_argnums=1)(lambda params, config: forward(params, config, TOKENS).logits)
@@ -34,31 +37,28 @@ def tensors_of(directory):
     return {name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()}
 
 
-def different(got, want):
-    """Names whose tensors are not the same bytes."""
-    got, want = tensors_of(got), tensors_of(want)
+def different(*directories):
+    """Names whose tensors are not the same bytes in both."""
+    got, want = (
+        {name: (t.dtype, t.shape, t.reshape(-1).view(torch.uint8).tolist()) for name, t in tensors_of(d).items()}
+        for d in directories
+    )
     assert set(got) == set(want)
-
-    def bits(tensor):
-        return tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-    return {name for name in got if bits(got[name]) != bits(want[name])}
+    return {name for name in got if got[name] != want[name]}
 
 
 def twice_one_expert(model):
     """`model` with one expert's second projection doubled."""
-    layers = model.params["layers"]
-    down = jax.jit(lambda down: down.at[1, 2].multiply(2))(layers["experts"]["down"])
-    layers = {**layers, "experts": {**layers["experts"], "down": down}}
-    return model.replace(params={**model.params, "layers": layers})
+    flat = flatten(model.params)
+    flat["layers/experts/down"] = jax.jit(lambda down: down.at[1, 2].multiply(2))(flat["layers/experts/down"])
+    return model.replace(params=unflatten(flat))
 
 
 def theirs(directory):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
-    with torch.no_grad():
-        return model(torch.from_numpy(TOKENS)).logits.numpy()
+    return model(torch.from_numpy(TOKENS)).logits.detach().numpy()
 
 
 @pytest.fixture
@@ -67,12 +67,9 @@ def source(tiny_checkpoint, tmp_path):
     directory = tmp_path / "source"
     shutil.copytree(tiny_checkpoint("mixtral"), directory)
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(directory / "tokenizer.json"))
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "vocab.json"):
+    beside = "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "LICENSE"
+    for name in (*beside, "tokenizer.model", "chat_template.jinja", *NEVER):
         (directory / name).write_text("{ }")
-    for name in ("tokenizer.model", "chat_template.jinja", "merges.txt", "LICENSE"):
-        (directory / name).write_text(name)
-    for name in ("modeling_x.py", "tokenizer_x.py", "pytorch_model.bin", "model.gguf"):
-        (directory / name).write_text("never")
     (directory / "README.md").write_text("---\nlicense: apache-2.0\ntags: [moe]\n---\n# A model\nlicense: fake\n")
     return directory
 
@@ -98,8 +95,7 @@ def test_transformers_gives_our_logits(tiny_checkpoint, tmp_path):
 
 def test_what_lies_beside_the_tensors_travels_along_but_no_code_and_no_other_weights(source, tmp_path):
     save_pretrained(load_pretrained(source), tmp_path / "out")
-    names = {file.name for file in source.iterdir()}
-    names -= {"modeling_x.py", "tokenizer_x.py", "pytorch_model.bin", "model.gguf"}
+    names = {file.name for file in source.iterdir()} - NEVER
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
     same = sorted(names - {"README.md"})
     assert filecmp.cmpfiles(source, tmp_path / "out", same, shallow=False) == (same, [], [])
@@ -125,7 +121,7 @@ def test_a_model_spread_over_devices_is_written_as_from_one(source, tmp_path):
     shardings = tiny.spread(single.config, {"experts": "expert", "embed": "data", "heads": "expert"})
     save_pretrained(twice_one_expert(load_pretrained(source, shardings=shardings)), tmp_path / "out")
     save_pretrained(twice_one_expert(single), tmp_path / "single")
-    assert different(tmp_path / "out", tmp_path / "single") == set()
+    assert not different(tmp_path / "out", tmp_path / "single")
     assert different(tmp_path / "out", source) == {DOWN}
 
 
@@ -135,9 +131,8 @@ def test_quantised_tensors_are_written_decoded_where_one_changed_and_else_stay(p
     save_pretrained(imported, tmp_path / "same")
     names = ["config.json", "model.safetensors"]
     assert filecmp.cmpfiles(packed, tmp_path / "same", names, shallow=False) == (names, [], [])
-    save_pretrained(
-        imported.replace(params={**imported.params, "head": 2 * imported.params["head"]}), tmp_path / "head"
-    )
+    head = {"head": 2 * imported.params["head"]}
+    save_pretrained(imported.replace(params=imported.params | head), tmp_path / "head")
     assert different(tmp_path / "head", packed) == {"lm_head.weight"}
 
     model = twice_one_expert(imported)
@@ -192,8 +187,7 @@ def test_only_a_checkpoint_is_replaced_and_only_when_that_is_wanted(source, tmp_
     for path in (source, tmp_path):
         with pytest.raises(CheckpointError, match="holds the checkpoint that the model came from"):
             save_pretrained(model, path, overwrite=True)
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "draft.txt").write_text("")
+    (tmp_path / "thesis" / "draft").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="thesis is no checkpoint, and is not replaced"):
         save_pretrained(model, tmp_path / "thesis", overwrite=True)
     assert (source / "model.safetensors").exists()
@@ -224,3 +218,71 @@ def test_space_and_parameters_are_checked_first(source, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"out needs 0\.1 GB, and there are 0\.0 GB free"):
         save_pretrained(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# --- the card
+
+CARD = ModelCard(
+    unlearned="The model was made to forget the presidents.",
+    method="trace",
+    settings={"learning_rate": 1e-5, "steps": "b | c\nd"},
+    measured=[{"score": "verbatim memory", "before": 0.91, "after": 0.1}, {"score": "utility", "before": 0.6}],
+)
+
+
+def test_front_matter_and_tables():
+    text = readme(CARD, base_model="org/base", licence={"license": "apache-2.0"}, note="3 of 9 tensors differ.")
+    _, front, body = text.split("---\n", 2)
+    assert front.splitlines() == [
+        'license: "apache-2.0"',
+        'library_name: "transformers"',
+        'pipeline_tag: "text-generation"',
+        'base_model: "org/base"',
+        'tags: ["unlearning", "trace_jax"]',
+    ]
+    for line in (
+        "The model was made to forget the presidents.",
+        "Method: trace, by trace_jax.",
+        "| learning_rate | 1e-05 |",
+        "| steps | b \\| c d |",
+        "| score | before | after |",
+        "| verbatim memory | 0.91 | 0.1 |",
+        "3 of 9 tensors differ.",
+    ):
+        assert line in body.splitlines()
+
+
+def test_without_a_card_nothing_is_claimed():
+    text = readme(None, base_model="base", licence={}, note="An unchanged re-export.")
+    assert "An unchanged re-export." in text
+    assert "unlearn" not in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        (
+            "---\nlicense: other\nlicense_name: 'x y'\nlicense_link: https://a.b/c\n---\n",
+            {"license": "other", "license_name": "x y", "license_link": "https://a.b/c"},
+        ),
+        ("---\nlicense: mit\n# never closed\n", {}),
+        ("# license: mit\n", {}),
+        (None, {}),
+    ],
+)
+def test_the_licence_fields_are_those_of_the_front_matter(text, want, tmp_path):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert licence_of(tmp_path) == want
+
+
+@pytest.mark.parametrize(
+    ("path", "config", "want"),
+    [
+        ("/cache/models--allenai--OLMoE-1B-7B-0924/snapshots/abc", {}, "allenai/OLMoE-1B-7B-0924"),
+        ("/data/mine", {"_name_or_path": "org/base"}, "org/base"),
+        ("/data/mine", {}, "mine"),
+    ],
+)
+def test_the_base_model_is_named_as_well_as_can_be(path, config, want):
+    assert base_model_of(Path(path), config) == want

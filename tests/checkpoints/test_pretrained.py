@@ -33,35 +33,31 @@ def assert_equal(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def resaved(source, directory, dtype=torch.float32, shard_of=None):
-    """A copy of a checkpoint in another type, or cut into the files that `shard_of(number of the tensor)` says."""
+def resaved(source, directory, dtype=torch.float32, files=1):
+    """A copy of a checkpoint in another type, or with its tensors dealt to so many files."""
     directory.mkdir()
     shutil.copy(source / "config.json", directory)
-    tensors = {
-        name: tensor.to(dtype) for name, tensor in safetensors.torch.load_file(source / "model.safetensors").items()
-    }
-    if shard_of is None:
-        safetensors.torch.save_file(tensors, directory / "model.safetensors")
-        return directory
-    weight_map = {name: f"part-{shard_of(number)}.safetensors" for number, name in enumerate(tensors)}
-    for file in set(weight_map.values()):
-        mine = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
-        safetensors.torch.save_file(mine, directory / file)
+    disk, weight_map = safetensors.torch.load_file(source / "model.safetensors"), {}
+    for part in range(files):
+        file = "model.safetensors" if files == 1 else f"part-{part}.safetensors"
+        tensors = {name: disk[name].to(dtype) for name in list(disk)[part::files]}
+        safetensors.torch.save_file(tensors, directory / file)
+        weight_map |= dict.fromkeys(tensors, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return directory
 
 
 def test_parameters_are_the_tensors_of_the_file(tiny_checkpoint, mixtral):
-    directory, model, config = tiny_checkpoint("mixtral"), mixtral, mixtral.config
+    directory, params, config = tiny_checkpoint("mixtral"), jax.device_get(mixtral.params), mixtral.config
     disk, want = load_file(directory / "model.safetensors"), abstract_params(config)
-    assert jax.tree.all(jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), model.params, want))
-    assert model.source == Source(directory.absolute(), "mixtral")
-    np.testing.assert_array_equal(model.params["head"], disk["lm_head.weight"].T)
-    experts = jax.tree.map(np.asarray, model.params["layers"]["experts"])
+    assert jax.tree.all(jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), params, want))
+    assert mixtral.source == Source(directory.absolute(), "mixtral")
+    np.testing.assert_array_equal(params["head"], disk["lm_head.weight"].T)
+    experts = params["layers"]["experts"]
     for layer in range(config.num_layers):
         at = f"model.layers.{layer}."
         heads = disk[f"{at}self_attn.q_proj.weight"].reshape(config.num_heads, config.head_size, -1)
-        np.testing.assert_array_equal(np.asarray(model.params["layers"]["q"])[layer], heads.transpose(2, 0, 1))
+        np.testing.assert_array_equal(params["layers"]["q"][layer], heads.transpose(2, 0, 1))
         for expert in range(config.num_experts):
             w1, w2, w3 = (disk[f"{at}block_sparse_moe.experts.{expert}.w{k}.weight"] for k in (1, 2, 3))
             np.testing.assert_array_equal(experts["gate_up"][layer, expert], np.stack([w1.T, w3.T], axis=1))
@@ -70,7 +66,7 @@ def test_parameters_are_the_tensors_of_the_file(tiny_checkpoint, mixtral):
 
 def test_how_tensors_are_spread_over_files_does_not_matter(tiny_checkpoint, mixtral, tmp_path):
     """Also one expert's three matrices, and gate and up, in different files."""
-    directory = resaved(tiny_checkpoint("mixtral"), tmp_path / "cut", shard_of=lambda number: number % 3)
+    directory = resaved(tiny_checkpoint("mixtral"), tmp_path / "cut", files=3)
     assert_equal(load_pretrained(directory).params, mixtral.params)
 
 
@@ -79,14 +75,13 @@ def test_how_tensors_are_spread_over_files_does_not_matter(tiny_checkpoint, mixt
 )
 def test_types_are_cast_once_and_the_router_is_float32(stored, dtype, tiny_checkpoint, tmp_path):
     directory = resaved(tiny_checkpoint("mixtral"), tmp_path / "cast", getattr(torch, stored))
-    params = load_pretrained(directory, dtype=dtype).params
+    params = jax.device_get(load_pretrained(directory, dtype=dtype).params)
     disk = safetensors.torch.load_file(directory / "model.safetensors")
     router = disk["model.layers.0.block_sparse_moe.gate.weight"].float().numpy()
     head = disk["lm_head.weight"].to(getattr(torch, dtype)).float().numpy()
-    assert params["layers"]["router"].dtype == np.float32
-    assert params["head"].dtype == dtype
-    np.testing.assert_array_equal(np.asarray(params["layers"]["router"])[0], router.T)
-    np.testing.assert_array_equal(np.asarray(params["head"]).astype(np.float32), head.T)
+    assert (params["layers"]["router"].dtype, params["head"].dtype) == (np.float32, dtype)
+    np.testing.assert_array_equal(params["layers"]["router"][0], router.T)
+    np.testing.assert_array_equal(params["head"].astype(np.float32), head.T)
 
 
 @pytest.mark.parametrize("limit", [1000, 20_000])
@@ -121,7 +116,7 @@ def test_shared_by_the_devices_of_a_mesh(tiny_checkpoint, mixtral):
 
 
 def test_no_model_comes_of_a_file_that_is_short_or_shrinks_while_it_is_read(tiny_checkpoint, tmp_path, monkeypatch):
-    short = resaved(tiny_checkpoint("mixtral"), tmp_path / "bad", shard_of=lambda number: number % 2)
+    short = resaved(tiny_checkpoint("mixtral"), tmp_path / "bad", files=2)
     os.truncate(short / "part-1.safetensors", (short / "part-1.safetensors").stat().st_size - 1)
     with monkeypatch.context() as patched, pytest.raises(CheckpointError, match=r"part-1\.saf.*not fully covered"):
         patched.setattr(pretrained, "stream", lambda *_: pytest.fail("tensors were read"))

@@ -41,14 +41,9 @@ def line(devices):
 
 def values(seed):
     rng = np.random.default_rng(seed)
-    return {
-        "step": np.int32(seed),
-        "embedding": rng.normal(size=(64, 33)).astype(np.float32),
-        "moments": {
-            "m": rng.normal(size=(3, 16, 5)).astype(np.float32),
-            "half": rng.normal(size=9).astype(jnp.bfloat16),
-        },
-    }
+    embedding, m = (rng.normal(size=shape).astype(np.float32) for shape in ((64, 33), (3, 16, 5)))
+    moments = {"m": m, "half": rng.normal(size=9).astype(jnp.bfloat16)}
+    return {"step": np.int32(seed), "embedding": embedding, "moments": moments}
 
 
 def placed(seed, mesh=None):
@@ -56,8 +51,7 @@ def placed(seed, mesh=None):
 
 
 def assert_same(state, expected):
-    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +75,9 @@ def restore(path, like=None, about=ABOUT):
         return store.restore(placed(0) if like is None else like)
 
 
-def data_files(path):
-    """What holds the values, largest first."""
-    files = [file for file in (path / "state").rglob("*") if file.is_file()]
-    return sorted(files, key=lambda file: -file.stat().st_size)
+def values_of(path):
+    """The file that holds the values of a state: its largest."""
+    return max((file for file in (path / "state").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
 
 
 def test_the_two_newest_are_kept_and_say_what_they_are(saved):
@@ -96,9 +89,8 @@ def test_the_two_newest_are_kept_and_say_what_they_are(saved):
 def test_a_state_of_four_devices_is_restored_on_one_or_by_its_shapes_on_a_mesh_of_another_shape(saved):
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
     specs = {"step": P(), "embedding": P(("data", "expert")), "moments": {"m": P(None, "expert"), "half": P()}}
-    cut = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), values(0), shardings(mesh, specs)
-    )
+    shapes = jax.eval_shape(lambda: values(0))
+    cut = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, shardings(mesh, specs))
     for like in (placed(0, line(1)), cut):
         step, state = restore(saved, like)
         assert step == 3
@@ -144,14 +136,13 @@ def flip(file):
     ],
 )
 def test_a_damaged_state_is_skipped_for_the_one_before(states, which, damage, caplog):
-    damage(
-        data_files(states / "3")[0] if which == "values" else next((states / "3").rglob(which), states / "3" / which)
-    )
+    newest = states / "3"
+    damage(values_of(newest) if which == "values" else next(newest.rglob(which), newest / which))
     step, state = restore(states)
     assert step == 2
     assert_same(state, values(2))
     assert "the state of step 3 can't be restored and is skipped" in caplog.text or which == "about/metadata"
-    assert not (states / "3").exists()
+    assert not newest.exists()
 
 
 def test_what_a_kill_leaves_while_saving_is_no_state_and_is_cleared_away(states):
@@ -168,7 +159,7 @@ def test_what_a_kill_leaves_while_saving_is_no_state_and_is_cleared_away(states)
 
 def test_where_none_can_be_restored_the_run_starts_from_the_beginning_and_says_so(states, caplog):
     for step in ("2", "3"):
-        truncate(data_files(states / step)[0])
+        truncate(values_of(states / step))
     assert restore(states) == (0, None)
     assert "no saved state can be restored; starting from the beginning" in caplog.text
     with StateStore(states, ABOUT) as store:
@@ -211,10 +202,7 @@ def test_parameters_come_back_with_what_is_known_of_them(tmp_path):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (
-            {"embed": PARAMS["embed"], "other": jnp.ones(1)},
-            r"missing tensors \['layers.down'\], unexpected \['other'\]",
-        ),
+        ({"embed": PARAMS["embed"], "x": jnp.ones(1)}, r"missing tensors \['layers.down'\], unexpected \['x'\]"),
         ({**PARAMS, "embed": jnp.ones((2, 2))}, r"embed is float32\[2, 2\], expected float32\[3, 2\]"),
         (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "can't be read as safetensors"),
     ],

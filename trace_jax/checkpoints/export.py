@@ -237,18 +237,16 @@ def _write(
             tensor.write(before, start)
         return name
 
-    changed: set[str | None] = set()
-    if not slots:
-        return set()
+    changed: set[str] = set()
     with ThreadPoolExecutor(THREADS) as pool, progress("Writing", len(slots), unit="slot") as advance:
         for done, slot in enumerate(slots):
             parameter = params[slot.path]
             for part in parts_of(slot, parameter.sharding, parameter.dtype.itemsize):
                 numbers = take(parameter, part)
                 if tensors:
-                    changed.update(pool.map(write, places(part, numbers)))
+                    changed.update(filter(None, pool.map(write, places(part, numbers))))
             advance(done + 1, slot.path)
-    return {name for name in changed if name}
+    return changed
 
 
 # --- what lies beside them

@@ -173,11 +173,8 @@ def read_tokenizer(directory: Path, config_json: Mapping[str, Any]) -> tuple[Tok
     def read(name: str) -> dict[str, Any]:
         return read_object(directory / name) if (directory / name).exists() else {}
 
-    file, generation, texts = (
-        directory / "tokenizer.json",
-        read("generation_config.json"),
-        read("tokenizer_config.json"),
-    )
+    generation, texts = read("generation_config.json"), read("tokenizer_config.json")
+    file = directory / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(file)) if file.exists() else None
     except Exception as error:  # the library raises nothing more special

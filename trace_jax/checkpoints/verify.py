@@ -67,18 +67,17 @@ def _description(checkpoint: Checkpoint, family: Family, config: ModelConfig) ->
     slots, readable, ignored = account(checkpoint, config, family)
     directory, config_json = checkpoint.directory, checkpoint.config
     used = {part.name: part for tensor in readable.values() for part in tensor.parts}
-    by_type, reasons, counts = collections.Counter(), collections.defaultdict(list), collections.Counter()
+    by_type, counts = collections.Counter(), collections.Counter()
     for tensor in used.values():
         by_type[str(tensor.dtype)] += tensor.nbytes
     types = ", ".join(f"{name} {byte_size(count)}" for name, count in by_type.most_common())
     yield f"{directory}: {family.title} ({config_json['model_type']})"
     yield f"  read       {len(used)} tensors of {len(checkpoint.files)} file(s): {types}"
     yield f"  into       {len({slot.path for slot in slots})} parameters, each filled once"
-    for name, reason in ignored.items():
-        reasons[reason].append(name)
-    for reason, names in reasons.items():
+    for reason in dict.fromkeys(ignored.values()):
+        names = [name for name in ignored if ignored[name] == reason]
         yield f"  ignored    {len(names)} tensors, such as {names[0]}: {reason}"
-    if not reasons:
+    if not ignored:
         yield "  ignored    nothing"
     yield f"  quantised  {(config_json.get('quantization_config') or {}).get('quant_method', 'none')}"
     yield f"  config     keys that nobody read: {', '.join(unread_keys(config_json)) or 'none'}"

@@ -190,9 +190,7 @@ def _groups(attributes: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
         grid = _numbered(mesh[2] or f"[{num_devices}]", num_devices).reshape(tuple(sizes.values()))
         grid = np.moveaxis(grid, along, range(-len(along), 0))
         grid = grid.reshape(-1, math.prod(grid.shape[-len(along) :]))
-    elif pairs := re.search(r"source_target_pairs=\{(.*?)\}\}?(?:,|$)", attributes):
-        return tuple(_numbers(pair) for pair in re.findall(r"\{?(\d+,\d+)\}?", pairs[1]))
-    elif listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
+    elif listed := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}", attributes):
         return tuple(_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
     elif iota:
         grid = _numbered(iota[2], num_devices).reshape(_numbers(iota[1]))
