@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trace_jax.evaluation.comparison import (
-    Run,
-    UnequalBudget,
-    as_text,
-    check_equal_budgets,
-    choose_setting,
-    compare,
-    equal_forgetting,
-    equal_forgetting_text,
-)
+from trace_jax.evaluation import comparison
+from trace_jax.evaluation.comparison import Run, UnequalBudget, as_text, compare
 from trace_jax.evaluation.fronts import MEAN, Front, RunItems, Series
 from trace_jax.io.files import encode
 from trace_jax.tasks.benchmarks import scoreboard
@@ -25,8 +17,7 @@ from trace_jax.tasks.benchmarks import scoreboard
 def front(at_half, *, lowest=0.0, last_step=60):
     """Straight front from (1, 1) that has utility `at_half` at forgetting 0.5."""
     forgetting = np.array([1.0, lowest])
-    neighbour = 1 - (1 - forgetting) * 2 * (1 - at_half)
-    general = np.ones(2)
+    neighbour, general = 1 - (1 - forgetting) * 2 * (1 - at_half), np.ones(2)
     utilities = {"neighbour_accuracy": neighbour, "general_utility": general, MEAN: (neighbour + general) / 2}
     measured = {"forget_accuracy": forgetting, "neighbour_accuracy": 0.9 * neighbour, "general_utility": general}
     return Front(np.array([0, last_step]), forgetting, utilities, measured)
@@ -65,14 +56,10 @@ def test_the_setting_is_chosen_on_validation_and_the_gain_is_paired_by_seed():
 
 
 def test_a_setting_that_reaches_the_level_with_more_seeds_is_chosen_first():
-    runs = [
-        Run("uniform", "gentle", 0, front(0.99), front(0.99)),
-        Run("uniform", "gentle", 1, front(0.99, lowest=0.7), front(0.99)),
-        Run("uniform", "firm", 0, front(0.8), front(0.8)),
-        Run("uniform", "firm", 1, front(0.8), front(0.8)),
-    ]
-    assert choose_setting(runs, level=0.5) == "firm"
-    assert choose_setting(runs, level=0.8) == "gentle"
+    runs = study(uniform={"gentle": (0.99, [0.99, 0.99]), "firm": (0.8, [0.8, 0.8])})
+    runs[1] = dataclasses.replace(runs[1], validation=front(0.99, lowest=0.7))
+    assert comparison.choose_setting(runs, level=0.5) == "firm"
+    assert comparison.choose_setting(runs, level=0.8) == "gentle"
 
 
 def test_seeds_that_never_forget_enough_are_named_and_not_averaged():
@@ -83,29 +70,21 @@ def test_seeds_that_never_forget_enough_are_named_and_not_averaged():
     assert (none.utilities, none.gains, none.missed) == ({}, {}, (0, 1, 2))
 
 
-def test_an_unequal_budget_is_refused():
-    check_equal_budgets(RUNS)
-    for extra in (
-        Run("uniform", "alpha=48", 0, front(0.9), front(0.9)),  # one setting more, and with one seed only
-        Run("ngram", "alpha=4", 0, front(0.9), front(0.9)),  # fewer settings and seeds
+def test_an_unequal_budget_is_refused_unless_the_method_is_labelled_so():
+    comparison.check_equal_budgets(RUNS)
+    longer = [dataclasses.replace(r, method="uniform_2x", test=front(0.8, last_step=120)) for r in RUNS[:6]]
+    for extra, message in (
+        (study(uniform={"alpha=48": (0.9, [0.9])}), "different seeds"),
+        (study(ngram={"alpha=4": (0.9, [0.9])}), "ngram: 1 settings"),
+        (longer, "120 steps"),
     ):
-        with pytest.raises(UnequalBudget):
-            compare([*RUNS, extra], level=0.5)
+        with pytest.raises(UnequalBudget, match=message):
+            compare([*RUNS, *extra], level=0.5)
+    assert compare([*RUNS, *longer], level=0.5, exempt=("uniform_2x",)).exempt == ("uniform_2x",)
     with pytest.raises(ValueError, match="run twice"):
-        check_equal_budgets([*RUNS, RUNS[0]])
+        comparison.check_equal_budgets([*RUNS, RUNS[0]])
     with pytest.raises(ValueError, match="baseline 'tuned'"):
         compare(RUNS, level=0.5, baseline="tuned")
-
-
-def test_more_steps_are_refused_unless_the_method_is_labelled_so():
-    longer = [
-        Run("uniform_2x", setting, seed, front(0.8, last_step=120), front(0.8, last_step=120))
-        for setting in ("alpha=4", "alpha=16")
-        for seed in range(3)
-    ]
-    with pytest.raises(UnequalBudget, match="120 steps"):
-        compare([*RUNS, *longer], level=0.5)
-    assert compare([*RUNS, *longer], level=0.5, exempt=("uniform_2x",)).exempt == ("uniform_2x",)
 
 
 def test_the_best_reading_takes_the_step_from_validation_and_the_value_from_test():
@@ -175,15 +154,12 @@ def test_the_crossing_is_found_anew_on_every_resample():
     assert first.high - first.low > 1.5 * (best.high - best.low)
 
 
-def test_one_seed_has_an_interval_over_its_items_and_says_so():
+def test_without_other_seeds_or_items_intervals_are_over_the_rest_and_say_so():
     compared = compare(pairs([0]), level=0.5)
     assert compared.over == "items" and "over items (one seed)" in as_text(compared)
     assert np.isnan(compared.results[1].over_seeds["gains"][MEAN].low)
-
-
-def test_without_the_items_of_every_run_intervals_are_over_seeds():
-    runs = [*pairs(range(3))[:-1], dataclasses.replace(pairs(range(3))[-1], items=None)]
-    compared = compare(runs, level=0.5)
+    runs = pairs(range(3))
+    compared = compare([*runs[:-1], dataclasses.replace(runs[-1], items=None)], level=0.5)
     assert compared.over == "seeds" and "over seeds (no items were kept)" in as_text(compared)
     for result in compared.results:
         assert result.utilities == result.over_seeds["utilities"] and result.gains == result.over_seeds["gains"]
@@ -193,20 +169,19 @@ def test_a_comparison_is_plain_json_and_text():
     single = [run for run in RUNS if run.seed == 0]  # one seed: no interval, null in JSON
     plain = json.loads(json.dumps(encode(compare(single, level=0.5)), allow_nan=False))
     assert plain["results"][1]["gains"][MEAN]["low"] is None
-    text = as_text(compare(RUNS, level=0.5))
-    assert "trace_rows" in text and "alpha=4" in text and "3/3" in text
+    assert all(word in as_text(compare(RUNS, level=0.5)) for word in ("trace_rows", "alpha=4", "3/3"))
 
 
 def test_the_table_at_equal_forgetting():
     fronts = {"uniform": front(0.7), "trace_rows": front(0.9), "timid": front(0.99, lowest=0.8)}
-    table = equal_forgetting(fronts, board=scoreboard("handbook"), level=0.5)
+    table = comparison.equal_forgetting(fronts, board=scoreboard("handbook"), level=0.5)
     target, uniform, _, timid = table["rows"]
     assert target["name"] == "target model" and target["values"]["neighbour_accuracy"] == pytest.approx(0.9)
     assert uniform["values"]["forget_accuracy"] == pytest.approx(0.5) and uniform["step"] == pytest.approx(30)
     assert uniform["values"]["neighbour_accuracy"] == pytest.approx(0.9 * 0.7)
     assert (timid["reached"], timid["values"], timid["lowest"]) == (False, {}, 0.8)
     assert json.loads(json.dumps(table)) == table
-    lines = equal_forgetting_text(table).splitlines()
+    lines = comparison.equal_forgetting_text(table).splitlines()
     assert lines[0] == "At equal forgetting (forget accuracy <= 0.5), test split"
     assert lines[4].split() == ["uniform", "0.500", "0.630", "1.000", "0.850", "30.0"]
     assert lines[6].endswith("lowest 0.800")

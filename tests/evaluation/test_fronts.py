@@ -7,14 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_jax.evaluation.fronts import (
-    MEAN,
-    Front,
-    crossing,
-    crossings,
-    front_from_history,
-    mean_difference,
-)
+from trace_jax.evaluation import fronts
+from trace_jax.evaluation.fronts import MEAN, Front, front_from_history, mean_difference
 from trace_jax.evaluation.intervals import Measurement
 from trace_jax.io.files import decode, encode
 from trace_jax.tasks.benchmarks import scoreboard
@@ -22,14 +16,12 @@ from trace_jax.tasks.benchmarks import scoreboard
 
 def front(forgetting, utility, steps=None):
     steps = np.arange(len(forgetting)) * 4 if steps is None else np.asarray(steps)
-    utility = np.asarray(utility, float)
-    return Front(
-        steps, np.asarray(forgetting, float), {MEAN: utility}, {"forget_accuracy": np.asarray(forgetting, float)}
-    )
+    forgetting, utility = np.asarray(forgetting, float), np.asarray(utility, float)
+    return Front(steps, forgetting, {MEAN: utility}, {"forget_accuracy": forgetting})
 
 
 def utility_at(run, level):
-    read = crossing(run, level)
+    read = fronts.crossing(run, level)
     return None if read is None else read(run.utilities[MEAN])
 
 
@@ -55,7 +47,7 @@ def test_utility_at_a_level(run, level, utility):
 def test_many_fronts_are_read_at_once_as_each_alone_would_be():
     rng = np.random.default_rng(0)
     forgetting, utility = rng.uniform(size=(200, 6)).round(1), rng.uniform(size=(200, 6))
-    for f, u, value in zip(forgetting, utility, crossings(forgetting, 0.2)(utility), strict=True):
+    for f, u, value in zip(forgetting, utility, fronts.crossings(forgetting, 0.2)(utility), strict=True):
         expected = utility_at(front(f, u), 0.2)
         assert value == pytest.approx(u[f.argmin()] if expected is None else expected)
 
@@ -98,12 +90,11 @@ def test_the_front_of_a_run_divides_relative_utilities_by_the_original():
     assert run.utilities[MEAN] == pytest.approx([1.0, (0.75 + 0.96) / 2])
     assert run.measured["neighbour_accuracy"].tolist() == [0.8, 0.6]
     assert encode(decode(Front, json.loads(json.dumps(encode(run))))) == encode(run)
-
-
-def test_text_without_neighbours_has_general_utility_alone():
     history = [(0, measurements(forget_probability_ratio=1.0, general_utility=1.0))]
-    run = front_from_history(history, board=scoreboard("text"), split="test")
-    assert set(run.utilities) == {"general_utility", MEAN}
+    assert set(front_from_history(history, board=scoreboard("text"), split="test").utilities) == {
+        "general_utility",
+        MEAN,
+    }
 
 
 def test_what_a_front_cannot_be_made_of_is_named():

@@ -75,14 +75,9 @@ def test_resamples_without_a_value_are_left_out():
 
 
 def test_auc_resamples_equal_the_auc_of_repeated_items():
-    positive, negative = np.array([1.0, 2.0, 2.0]), np.array([0.0, 2.0])
-    counts_p, counts_n = np.array([[2.0, 0.0, 1.0]]), np.array([[0.0, 2.0]])
-    result = intervals.auc(positive, negative, (counts_p, counts_n))
+    counts = np.array([[2.0, 0.0, 1.0]]), np.array([[0.0, 2.0]])
+    result = intervals.auc(np.array([1.0, 2.0, 2.0]), np.array([0.0, 2.0]), counts)
     assert result == intervals.auc(np.array([1.0, 1.0, 2.0]), np.array([2.0, 2.0]))
-
-
-def test_auc_needs_scores_on_both_sides():
-    with pytest.raises(ValueError, match="at least one finite score"):
-        intervals.auc(np.zeros(0), np.ones(3))
-    with pytest.raises(ValueError, match="at least one finite score"):
-        intervals.auc(np.array([np.nan]), np.ones(3))
+    for nothing in (np.zeros(0), np.array([np.nan])):
+        with pytest.raises(ValueError, match="at least one finite score"):
+            intervals.auc(nothing, np.ones(3))

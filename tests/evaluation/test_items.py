@@ -7,7 +7,7 @@ import pytest
 
 from tests import handmade
 from trace_jax.evaluation.fronts import MEAN, RunItems, front_from_history, load_run_items, make_draws
-from trace_jax.evaluation.probes import relative_likelihood
+from trace_jax.evaluation.task import TaskScores
 from trace_jax.tasks.benchmarks import scoreboard
 from trace_jax.unlearning.metrics import Metrics, read_items
 
@@ -39,42 +39,29 @@ def test_the_items_of_a_run_have_its_front(run):
 
 
 def test_a_resample_is_the_run_on_items_that_are_repeated(run):
-    """Against the scores of explicitly repeated items, measured as everything else is."""
+    """Against the front of explicitly repeated items, measured as everything else is."""
     directory, board, evaluator, scores, front = run
-    items = load_run_items(directory, front, board)
-    draws = make_draws(resamples=3, seed=1)
-    forgetting, utilities = items.resampled(draws)
-    result = {board.forgetting: forgetting, **utilities}
-    saved = read_items(directory)[1]
-
-    def repeated(subject, name, resample):
-        distinct, group = np.unique(saved[f"test/{subject}/{name}"][0], return_inverse=True)
-        return np.repeat(np.arange(len(group)), draws(distinct)[resample].astype(int)[group])
-
-    checked = set()
-    for at, step_scores in enumerate(scores):
-        arrays, first = ({**one["questions"].arrays, **one["text"].arrays} for one in (step_scores, scores[0]))
-        for resample in range(3):
-            for subject in {key[1] for task in evaluator.tasks[:2] for key in task.data}:
-                name = board.questions.get(subject, f"{subject}_accuracy")
-                if f"test/{subject}/log_likelihood" in arrays and name in result:
-                    rows = repeated(subject, "question", resample)
-                    answer = evaluator.tasks[0].data["test", subject].answer[rows]
-                    ours, before = (
-                        np.mean(x[f"test/{subject}/log_likelihood"][rows].argmax(axis=1) == answer)
-                        for x in (arrays, first)
-                    )
-                    expected = ours / before if board.utilities.get(name) else ours
-                    assert result[name][resample, at] == pytest.approx(expected)
-                    checked.add(name)
-                if (name := relative_likelihood(subject)) in result:
-                    rows = repeated(subject, "row", resample)
-                    ours, before = (x[f"test/{subject}/nll"][rows].sum() for x in (arrays, first))
-                    gain = np.exp((before - ours) / arrays[f"test/{subject}/tokens"][rows].sum())
-                    expected = gain if subject == "forget" else min(gain, 1)
-                    assert result[name][resample, at] == pytest.approx(expected, rel=1e-5)
-                    checked.add(name)
-    assert checked == set(result) - {MEAN}
+    draws, saved = make_draws(resamples=3, seed=1), read_items(directory)[1]
+    forgetting, utilities = load_run_items(directory, front, board).resampled(draws)
+    for resample in range(3):
+        tasks, repeated = [], [{name: {} for name in QUICK} for _ in scores]
+        for task, item in zip(evaluator.tasks, ("question", "row"), strict=False):
+            data = {}
+            for split, subject in task.data:
+                names, group = np.unique(saved[f"{split}/{subject}/{item}"][0], return_inverse=True)
+                rows = np.repeat(np.arange(len(group)), draws(names)[resample].astype(int)[group])
+                data[split, subject] = type(sets := task.data[split, subject])(*(x[rows] for x in vars(sets).values()))
+                for own, of_step in zip(scores, repeated, strict=True):
+                    arrays = own[task.name].arrays.items()
+                    of_step[task.name] |= {n: x[rows] for n, x in arrays if n.startswith(f"{split}/{subject}/")}
+            tasks.append(dataclasses.replace(task, data=data))
+        repeated = [{name: TaskScores(arrays) for name, arrays in own.items()} for own in repeated]
+        again = dataclasses.replace(evaluator, tasks=tuple(tasks), original=repeated[0])
+        history = [(step, again.measure(own)) for step, own in zip(STEPS, repeated, strict=True)]
+        expected = front_from_history(history, board=board, split="test")
+        np.testing.assert_allclose(forgetting[resample], expected.forgetting, rtol=1e-5)
+        for name, values in expected.utilities.items():
+            np.testing.assert_allclose(utilities[name][resample], values, rtol=1e-5, err_msg=name)
 
 
 def test_questions_of_a_group_are_one_name_and_equal_rows_too():

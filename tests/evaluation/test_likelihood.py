@@ -9,13 +9,7 @@ import numpy as np
 import pytest
 
 from tests import handmade, tiny
-from trace_jax.evaluation.likelihood import (
-    NonFiniteScore,
-    score_questions,
-    score_rows,
-    score_sequences,
-    spread_indices,
-)
+from trace_jax.evaluation.likelihood import NonFiniteScore, score_questions, score_rows, score_sequences, spread_indices
 from trace_jax.evaluation.membership import gradient_norms
 from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model
@@ -55,9 +49,9 @@ def test_scores_equal_one_text_at_a_time(seed):
     nll = score_rows(model, ROWS, batch_size=4)
     check_rows(nll, guide)
     if guide is not None:
-        assert np.abs(nll - score_rows(model.replace(guide=None), ROWS, batch_size=4)).max() > 0.1
-        own = score_rows(model.replace(guide=PARAMS), ROWS, batch_size=4)
-        np.testing.assert_allclose(own, score_rows(model.replace(guide=None), ROWS, batch_size=4), rtol=1e-4, atol=1e-5)
+        own, unguided = (score_rows(model.replace(guide=other), ROWS, batch_size=4) for other in (PARAMS, None))
+        assert np.abs(nll - unguided).max() > 0.1
+        np.testing.assert_allclose(own, unguided, rtol=1e-4, atol=1e-5)
     result, expected = score_questions(model, QUESTIONS, batch_size=2), np.zeros((3, 4))
     for q, o in np.ndindex(3, 4):
         length = int(QUESTIONS.segments[q, o].sum())
@@ -76,8 +70,7 @@ def test_a_guide_is_followed_on_several_devices():
 
 
 def test_what_cannot_follow_a_guide_is_refused():
-    guide = handmade.make_params(1)
-    model = handmade.make_model().replace(guide=guide)
+    model = handmade.make_model().replace(guide=handmade.make_params(1))
     with pytest.raises(ValueError, match="generation can't be"):
         continue_tokens(model, [[3, 4]], max_new_tokens=2)
     with pytest.raises(ValueError, match="a gradient can't be"):

@@ -54,8 +54,7 @@ def test_min_k_is_the_mean_of_the_40_percent_least_likely_tokens_and_of_one_at_l
 
 def test_min_k_plus_plus_where_the_model_is_certain():
     """Its variance is 0 there, and counts as 1e-6: the certain token tells nothing, any other very much."""
-    certain = TokenScores(array(0), np.ones(1, bool), array(0), array(0))
-    surprised = TokenScores(array(-3), np.ones(1, bool), array(0), array(0))
+    certain, surprised = (TokenScores(array(x), np.ones(1, bool), array(0), array(0)) for x in (0, -3))
     assert membership.min_k_plus_plus_scores([certain, surprised]) == pytest.approx([0, 3 / 1e-3])
 
 
@@ -68,19 +67,19 @@ def test_compressed_sizes_are_of_the_text_without_marks():
     assert np.isnan(membership.compressed_sizes(None, [[4]])).all()
 
 
-def test_an_attacker_finds_what_was_memorised_and_is_misled_by_what_was_pushed_too_far():
-    unknown = text_scores([3.0, 4.0, 5.0])
-    for seen, auc, rate in ((text_scores([0.1, 0.2]), 1, 1), (text_scores([8.0, 9.0]), 0, 0)):
-        result = by_name(members(seen, unknown))
-        for attack in ATTACKS:
-            measured = result[f"membership_{attack}_auc"], result[f"membership_{attack}_tpr_at_fpr_1"]
-            assert [(m.value, m.low, m.high, m.n) for m in measured] == [(auc, auc, auc, 5), (rate, rate, rate, 5)]
-
-
-def test_equal_scores_are_half_a_win_and_nothing_is_found():
-    result = by_name(members(text_scores([1, 1]), text_scores([1, 1, 1])))
-    assert result["membership_min_k_auc"].value == 0.5
-    assert result["membership_min_k_tpr_at_fpr_1"].value == 0
+@pytest.mark.parametrize(
+    ("seen", "holdout", "auc", "rate"),
+    [
+        ([0.1, 0.2], [3.0, 4.0, 5.0], 1, 1),  # memorised
+        ([8.0, 9.0], [3.0, 4.0, 5.0], 0, 0),  # pushed too far
+        ([1.0, 1.0], [1.0, 1.0, 1.0], 0.5, 0),  # equal scores are half a win, and nothing is found
+    ],
+)
+def test_an_attacker_finds_what_was_memorised_and_is_misled_by_what_was_pushed_too_far(seen, holdout, auc, rate):
+    result = by_name(members(text_scores(seen), text_scores(holdout)))
+    for attack in ATTACKS:
+        measured = result[f"membership_{attack}_auc"], result[f"membership_{attack}_tpr_at_fpr_1"]
+        assert [(m.value, m.low, m.high, m.n) for m in measured] == [(auc, auc, auc, 5), (rate, rate, rate, 5)]
 
 
 def test_aucs_are_those_of_scikit_learn_and_their_intervals_those_of_a_naive_bootstrap():
@@ -107,12 +106,8 @@ def test_the_reference_attack_compares_two_models_text_by_text():
     assert "membership_reference_auc" not in without and "privleak" not in without
     assert "no reference attack" in without["membership_loss_auc"].note
     assert "no PrivLeak" in without["privleak_auc"].note
-
-
-def test_the_reference_must_be_scored_on_the_same_texts():
-    scores = members(text_scores([5, 6]), text_scores([1, 2]))
     with pytest.raises(ValueError, match="same texts"):
-        by_name(scores, members(text_scores([5]), text_scores([1, 2])))
+        by_name(ours, members(text_scores([5]), text_scores([1, 2])))
 
 
 def test_what_was_not_scored_is_left_out():
@@ -128,11 +123,10 @@ def test_what_was_not_scored_is_left_out():
     assert by_name(members(forget, text_scores([]))) == {}
 
 
-def test_few_holdout_texts_are_pointed_out():
-    few = by_name(members(text_scores([1, 2]), text_scores(range(99))))
-    assert "fewer than 100" in few["membership_loss_tpr_at_fpr_1"].note
-    enough = by_name(members(text_scores([1, 2]), text_scores(range(100))))
-    assert "fewer" not in enough["membership_loss_tpr_at_fpr_1"].note
+@pytest.mark.parametrize("count", [99, 100])
+def test_few_holdout_texts_are_pointed_out(count):
+    result = by_name(members(text_scores([1, 2]), text_scores(range(count))))
+    assert ("fewer than 100" in result["membership_loss_tpr_at_fpr_1"].note) == (count < 100)
 
 
 # --- from a model
@@ -179,7 +173,7 @@ def test_a_gradient_norm_is_that_of_the_mean_loss_of_the_text():
     np.testing.assert_allclose(result, norms, rtol=0.2)
 
 
-# --- PrivLeak
+# --- PrivLeak; tests/tasks/test_muse.py has its values
 
 
 def test_privleak_of_the_retrained_model_itself_is_zero_in_every_resample():
@@ -189,11 +183,8 @@ def test_privleak_of_the_retrained_model_itself_is_zero_in_every_resample():
     assert (result.value, result.low, result.high, result.n) == (0, 0, 0, 60)
 
 
-def test_privleak_does_not_exist_where_the_retrained_model_has_auc_0():
+def test_privleak_has_no_value_where_the_retrained_auc_is_0_and_no_interval_of_one_text_a_side():
     assert membership.privleak((array(1, 2), array(2, 1)), (array(1, 1), array(2, 2))) is None
-
-
-def test_one_text_a_side_gives_a_value_without_an_interval():
     result = membership.privleak_auc((array(1), array(2)))
     assert result.value == 0.0 and math.isnan(result.low)
     assert math.isnan(membership.privleak((array(1), array(2)), (array(2), array(1))).low)

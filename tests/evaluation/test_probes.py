@@ -8,16 +8,10 @@ import pytest
 
 from tests import handmade, tiny
 from trace_jax.data.corpora import Probes, Prompts, prompts_of
+from trace_jax.evaluation import probes
 from trace_jax.evaluation.intervals import find
 from trace_jax.evaluation.likelihood import score_questions, score_rows, score_sequences
-from trace_jax.evaluation.probes import (
-    QuestionAccuracy,
-    TextLikelihood,
-    Verbatim,
-    exact_memorization,
-    extraction_strength,
-    rouge_l,
-)
+from trace_jax.evaluation.probes import QuestionAccuracy, TextLikelihood, Verbatim, rouge_l
 from trace_jax.evaluation.task import Evaluator, TaskScores
 from trace_jax.models.generate import generate
 
@@ -57,22 +51,12 @@ def test_full_measurements_of_a_text_benchmark():
     assert "no reference attack" in find(alone, "membership_loss_auc", "test").note
     result = dataclasses.replace(evaluator, original=original, retrained=retrained).measure(unlearned)
     attacks = ("loss", "min_k", "min_k_plus_plus", "zlib", "gradient_norm", "reference")
-    assert names(result, "test") == [
-        "cloze_accuracy",
-        "neighbour_accuracy",
-        "forget_nll",
-        "forget_probability_ratio",
-        "neighbour_nll",
-        "neighbour_utility",
-        "general_nll",
-        "general_utility",
-        "verbatim",
-        "extraction_strength",
-        "exact_memorization",
-        *(f"membership_{attack}_{score}" for attack in attacks for score in ("auc", "tpr_at_fpr_1")),
-        "privleak_auc",
-        "privleak",
-    ]
+    scores = [f"membership_{attack}_{score}" for attack in attacks for score in ("auc", "tpr_at_fpr_1")]
+    likelihoods = ["forget_nll", "forget_probability_ratio"]
+    likelihoods += [f"{subject}_{score}" for subject in ("neighbour", "general") for score in ("nll", "utility")]
+    memorised = ["verbatim", "extraction_strength", "exact_memorization"]
+    expected = ["cloze_accuracy", "neighbour_accuracy", *likelihoods, *memorised, *scores, "privleak_auc", "privleak"]
+    assert names(result, "test") == expected
     ratio, nll = (find(result, name, "test").value for name in ("forget_probability_ratio", "forget_nll"))
     assert ratio == pytest.approx(math.exp(find(evaluator.measure(original), "forget_nll", "test").value - nll))
     counts = {"verbatim": 3, "extraction_strength": 6, "membership_loss_auc": 14, "membership_gradient_norm_auc": 4}
@@ -182,21 +166,21 @@ T, F = True, False
     ],
 )
 def test_by_hand(flags, strength, memorised):
-    flags = [np.array(flags, bool)]
-    np.testing.assert_array_equal((extraction_strength(flags), exact_memorization(flags)), [[strength], [memorised]])
+    scores = [score([np.array(flags, bool)])[0] for score in probes.MEMORIZED.values()]
+    np.testing.assert_array_equal(scores, [strength, memorised])
 
 
 def test_the_extractable_suffix_is_what_the_model_writes_after_the_rest():
     """Teacher-forced flags say what greedy decoding gives: from k on it writes the true text, from k - 1 it doesn't."""
     model = handmade.make_model()
 
-    def written(start, length):
-        while len(start) < length:
+    def written(start):
+        while len(start) < 9:
             start = [*start, int(handmade.log_probabilities(model.params, start)[-1].argmax())]
         return start
 
-    greedy = written([1, 7, 9], 9)
-    other = written([1, 7, 9, next(t for t in (3, 4) if t != greedy[3])], 9)
+    greedy = written([1, 7, 9])
+    other = written([1, 7, 9, next(t for t in (3, 4) if t != greedy[3])])
     flags = [s.greedy for s in score_sequences(model, [other, greedy, greedy, greedy], [3] * 4, batch_size=4)][:2]
-    assert extraction_strength(flags) == pytest.approx([5 / 6, 1])
-    assert exact_memorization(flags) == pytest.approx([5 / 6, 1])
+    assert probes.extraction_strength(flags) == pytest.approx([5 / 6, 1])
+    assert probes.exact_memorization(flags) == pytest.approx([5 / 6, 1])

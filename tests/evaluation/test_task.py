@@ -77,30 +77,27 @@ def test_quick_scoring_leaves_out_what_is_slow(evaluator):
     assert list(evaluator.score(handmade.make_model())) == ["questions", "text"]
 
 
-def of(lines, **chosen):
-    return [line for line in lines if all(line[key] == value for key, value in chosen.items())]
-
-
 def test_measurements_can_be_made_of_the_lines(evaluator, tmp_path):
     result = evaluator.measure(evaluator.score(handmade.make_model(), full=True, store=ScoreStore(tmp_path, "model")))
-    lines = {
-        file.name.split(".")[0]: [json.loads(line) for line in file.read_text().splitlines()]
-        for file in tmp_path.glob("*.jsonl")
-    }
-    questions = of(lines["questions"], split="test", subject="forget")
+
+    def of(task, **chosen):
+        lines = map(json.loads, next(tmp_path.glob(f"{task}.*.jsonl")).read_text().splitlines())
+        return [line for line in lines if all(line[key] == value for key, value in chosen.items())]
+
+    questions = of("questions", split="test", subject="forget")
     assert [line["item"] for line in questions] == list(range(9))
     assert all(np.argmax(q["log_likelihood"]) == q["answer"] for q in questions if q["correct"])
     assert find(result, "cloze_accuracy", "test").value == pytest.approx(np.mean([q["correct"] for q in questions]))
-    rows = of(lines["text"], split="test", subject="general")
+    rows = of("text", split="test", subject="general")
     nll = sum(r["nll"] for r in rows) / sum(r["tokens"] for r in rows)
     assert len(rows) == 5 and find(result, "general_nll", "test").value == pytest.approx(nll)
-    verbatim = of(lines["verbatim"], split="validation")
+    verbatim = of("verbatim", split="validation")
     assert find(result, "verbatim", "validation").value == pytest.approx(np.mean([v["score"] for v in verbatim]))
     prompts = next(task.data for task in evaluator.tasks if task.name == "verbatim")
-    first = of(lines["verbatim"], split="test", item=0)[0]
+    first = of("verbatim", split="test", item=0)[0]
     assert first["ground_truth"] == " ".join(f"w{i}" for i in prompts["test"].continuation[0])
     assert len(first["generation"].split()) == 4
-    sides = [of(lines["membership"], split="test", side=side) for side in ("forget", "holdout")]
+    sides = [of("membership", split="test", side=side) for side in ("forget", "holdout")]
     wins = np.mean([[(h["min_k"] < f["min_k"]) + 0.5 * (h["min_k"] == f["min_k"]) for h in sides[1]] for f in sides[0]])
     assert find(result, "privleak_auc", "test").value == pytest.approx(wins)
     assert find(result, "membership_min_k_auc", "test").value == pytest.approx(1 - wins)

@@ -4,7 +4,6 @@ Every number has its n and its interval, or says why it has none; all are the sa
 """
 
 import dataclasses
-import json
 import math
 
 import jax
@@ -20,18 +19,8 @@ from trace_jax.tasks.benchmarks import build_tasks
 
 WORDS = ["river", "stone", "apple", "cloud", "tiger", "amber", "lemon", "metal"]  # of one length: few programs
 CONFIG = dataclasses.replace(handmade.CONFIG, vocab_size=300)
-PREFIXES = (
-    "muse_",
-    "muse_ou_",
-    "tofu_",
-    "wmdp",
-    "mmlu",
-    "membership_",
-    "privleak",
-    "verbatim",
-    "extraction_",
-    "exact_",
-)
+BENCHMARKS = ("muse_", "muse_ou_", "tofu_", "wmdp", "mmlu")
+PREFIXES = (*BENCHMARKS, "membership_", "privleak", "verbatim", "extraction_", "exact_")
 # What is counted, chosen or written, and so is the same or is not.
 EXACT = ("generated", "extraction_strength", "exact_memorization", "rouge", "verbmem", "knowmem", "tokens")
 
@@ -46,8 +35,7 @@ def make_evaluator(directory, *, count, mesh=None):
     def write(name, make):
         file = directory / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(make(i)) + "\n" for i in range(count)))
-        return str(file)
+        return handmade.write_lines(file, map(make, range(count)))
 
     def question(i):
         return {"question": words(4), "choices": [words(1) for _ in "ABCD"], "answer": i % 4, "subject": "virology"}
@@ -108,7 +96,7 @@ def check_measurements(evaluator, original, unlearned, retrained):
     assert all(any(m.name.startswith(prefix) for m in result) for prefix in PREFIXES)
     assert {m.name for m in result} - {m.name for m in alone} >= {"privleak", "muse_privleak", "tofu_forget_quality"}
     assert len({(m.name, m.split) for m in result}) == len(result), "no two numbers of a split have one name"
-    tasks = [m for m in result if m.name.startswith(("muse_", "tofu_", "wmdp", "mmlu"))]
+    tasks = [m for m in result if m.name.startswith(BENCHMARKS)]
     assert all(m.revision.startswith("sha256:") and m.split == "test" for m in tasks)
     for m in (*alone, *result):
         assert m.n >= 1 and math.isfinite(m.value), m
