@@ -19,8 +19,7 @@ CONFIG = {"data": {"benchmark": "handbook"}, "evaluation": {"levels": [0.5]}, "u
 
 
 def number(value, n=240, half_width=0.03):
-    ends = [None, None] if half_width is None else [value - half_width, value + half_width]
-    return {"value": value, "n": n, "low": ends[0], "high": ends[1]}
+    return {"value": value, "n": n, "low": value - half_width, "high": value + half_width}
 
 
 def measured(value, name="forget_accuracy", **rest):
@@ -35,9 +34,10 @@ def row(method, value, *, kind="method", reached=True, half_width=0.03):
     }  # fmt: skip
 
 
-def front(drop, steps=(0, 20, 48)):
-    utilities = {"neighbour_accuracy": [1 - drop * s for s in steps], "general_utility": [0.99] * len(steps)}
-    return {"steps": list(steps), "forgetting": [0.98 - 0.01 * s for s in steps], "utilities": utilities}
+def front(drop):
+    steps = [0, 20, 48]
+    utilities = {"neighbour_accuracy": [1 - drop * s for s in steps], "general_utility": [0.99] * 3}
+    return {"steps": steps, "forgetting": [0.98 - 0.01 * s for s in steps], "utilities": utilities}
 
 
 def certificate():
@@ -50,21 +50,17 @@ def certificate():
     }  # fmt: skip
 
 
+def attack(*points, strongest=0, failed=""):
+    points = [{"at": at, "measurements": [measured(value)]} | rest for at, value, rest in points]
+    return {"points": points, "strongest": strongest, "failed": failed}
+
+
 ATTACKS = {
-    "quantization": {
-        "points": [{"at": f"{b} bits", "measurements": [measured(v)]} for b, v in ((8, 0.4), (4, 0.65))],
-        "strongest": 1, "failed": "",
-    },
-    "prompting": {
-        "points": [{"at": "3 examples", "measurements": [measured(0.5)], "original": [measured(0.6)]}],
-        "strongest": 0, "failed": "",
-    },
-    "benign_relearning": {
-        "points": [{"at": "9 steps", "measurements": [measured(0.3)], "retrained": [measured(0.35)]}],
-        "strongest": 0, "failed": "",
-    },
-    "relearning": {"points": [], "strongest": None, "failed": "the model gives NaN"},
-}  # fmt: skip
+    "quantization": attack(("8 bits", 0.4, {}), ("4 bits", 0.65, {}), strongest=1),
+    "prompting": attack(("3 examples", 0.5, {"original": [measured(0.6)]})),
+    "benign_relearning": attack(("9 steps", 0.3, {"retrained": [measured(0.35)]})),
+    "relearning": attack(strongest=None, failed="the model gives NaN"),
+}
 
 
 def method(index, **rest):
@@ -139,8 +135,8 @@ def test_the_page_stands_alone_and_can_be_read_aloud(page):
     references = re.findall(r'(?:src|href|xlink:href)="([^"]*)"', page)
     assert references and all(r.startswith(("#", "data:")) for r in references)
     outline = Outline(page)
-    assert len(outline.ids) == len(set(outline.ids))
-    assert set(re.findall(r'(?:url\(|href=")#([^")]+)', page)) <= set(outline.ids)
+    assert len(outline.ids) == len(set(outline.ids)) and {r[1:] for r in references if r[0] == "#"} <= set(outline.ids)
+    assert set(re.findall(r"url\(#([^)]+)", page)) <= set(outline.ids)
     assert [tag for tag in outline.tags if tag in ("h1", "main")] == ["h1", "main"]
     figures = re.findall(r"<svg [^>]*>", page)
     assert all('role="img" aria-label="' in figure or 'aria-hidden="true"' in figure for figure in figures)
@@ -149,28 +145,25 @@ def test_the_page_stands_alone_and_can_be_read_aloud(page):
 def test_figures_are_inline_svg_in_the_colours_of_the_page(page):
     fronts, heat_maps, swatches = 2, 3, 3
     assert page.count("<svg") == fronts + heat_maps + swatches
-    assert "var(--series-0)" in page and "var(--ink)" in page
     assert not re.search(r"#0a0[bc]", page)  # every stand-in colour has become a variable
-    assert "prefers-color-scheme: dark" in page and "@media print" in page
+    for used in ("var(--series-0)", "var(--ink)", "prefers-color-scheme: dark", "@media print"):
+        assert used in page
 
 
 def test_every_method_and_number_is_there(page):
+    """The verdict states prices, and whether intervals overlap."""
     text = visible_text(page)
-    for method in (*METHODS, "permuted", "target model"):
-        assert method in text
-    for shown in ("0.930", "[0.900, 0.960]", "n = 600", "0.400 → 0.010", "9.3 %", "50.00", "0.610 (0.750)", "(0, 1)"):
+    for shown in (
+        *METHODS, "permuted", "target model", "0.930", "[0.900, 0.960]", "n = 600", "0.400 → 0.010", "9.3 %", "50.00",
+        "0.610 (0.750)", "(0, 1)", "did not reach the level", "100 of 4,050 parameters",
+        "unlearning.learning_rate 0.001",
+        "Unlearned: 60 substances. Methods are compared where forget accuracy has come down to 0.5, from",
+        "(chance: 0.25).",
+        "keeps neighbour accuracy 0.730 and general utility 0.980.",
+        "neighbour accuracy 0.930 (uniform: 0.730, intervals apart)",
+        "general utility 0.980 (uniform: 0.980, intervals overlap)",
+    ):  # fmt: skip
         assert shown in text
-    assert "did not reach the level" in text and "100 of 4,050 parameters" in text
-    assert "unlearning.learning_rate 0.001" in text
-
-
-def test_the_verdict_states_prices_and_whether_intervals_overlap(page):
-    text = visible_text(page)
-    assert "Unlearned: 60 substances. Methods are compared where forget accuracy has come down to 0.5, from" in text
-    assert "(chance: 0.25)." in text
-    assert "keeps neighbour accuracy 0.730 and general utility 0.980." in text
-    assert "neighbour accuracy 0.930 (uniform: 0.730, intervals apart)" in text
-    assert "general utility 0.980 (uniform: 0.980, intervals overlap)" in text
     text = visible_text(render(results(rows=[row("trace", 0.9, reached=False)])))
     assert "did not reach it (lowest forget accuracy: 0.500); at that point it has neighbour accuracy" in text
     assert "No method has been evaluated yet" in visible_text(render(results(rows=[])))
@@ -243,9 +236,6 @@ def test_the_table_and_the_figure_of_attacks_hold_every_attack():
     ):  # fmt: skip
         assert line in text
     assert "Under attack" not in render(results())
-
-
-def test_where_unlearning_took_nothing_away_no_share_of_it_is_back():
     assert recovered(0.65, 0.4, 0.4) is None and recovered(None, 0.4, 0.9) is None
 
 

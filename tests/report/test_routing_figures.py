@@ -14,12 +14,7 @@ from trace_jax.evaluation.routing import MODELS, SUBJECTS, routing_quantities
 from trace_jax.io.files import encode
 from trace_jax.report.figures import heat_map, layer_plot, method_styles, scale_of
 from trace_jax.report.page import render
-from trace_jax.report.routing import MOST_METHODS, STATES, routing_groups, times_uniform
-
-TITLES = [
-    *("Top-K overlap with the original model", "Routing stability", "Use of each expert", "Change of use"),
-    *("Forget against retain text", "Evenness of the load", "Dead experts", "Router drift", "Calibration"),
-]
+from trace_jax.report.routing import GROUPS, MOST_METHODS, STATES, routing_groups, times_uniform
 
 
 def measure(seed, layers=2, experts=16, top_k=2, *, calibrated=True, dead=None, drift=0.1):
@@ -96,7 +91,7 @@ def colour(scale, value):
 
 
 def test_every_quantity_has_figures(groups):
-    assert list(groups) == TITLES
+    assert list(groups) == list(GROUPS)
     captions = {title: [f.caption for f in (*g["panels"], *g["maps"])] for title, g in groups.items()}
     both = ["{}, forget text", "{}, retain text"]
     assert captions["Routing stability"] == [c.format("Stability") for c in both]
@@ -185,7 +180,7 @@ def test_intervals_that_are_not_known_break_no_plot():
     one = measure(0)
     for quantity in one["quantities"].values():
         quantity["low"] = quantity["high"] = [None, None]
-    assert list(groups_of({"uniform": one})) == TITLES
+    assert list(groups_of({"uniform": one})) == list(GROUPS)
 
 
 def test_selected_experts_are_outlined_where_cells_are_wide_enough(groups):
