@@ -177,7 +177,27 @@ def _compiled(config: ModelConfig, kind: str, mesh: Mesh | None):
     def read(params, tokens, real, positions, cache):
         return forward(params, config, tokens, mask=real, positions=positions, collect=(), cache=cache).cache
 
-    write, empty, stored = partial(_write, config, kind), partial(init_cache, config), None
+    def write(params, settings, last, done, n, count, cache):
+        """(up to CHUNK tokens i32 [B, CHUNK], the last of them, rows that are done, cache); fewer when all rows are."""
+
+        def unfinished(state):
+            i, _, _, done, _ = state
+            return (i < count) & (sum_over(jnp.sum(~done, dtype=jnp.int32), *BATCH_AXES) > 0)
+
+        def step(state):
+            i, tokens, last, done, cache = state
+            output = forward(params, config, last[:, None], cache=cache)
+            assert output.logits is not None
+            last = jnp.where(done, last, _choose(output.logits[:, 0], kind, settings, n + i))
+            done = done | jnp.any(last[:, None] == settings["eos"][None, :], axis=1)
+            # Filled to the end: a row that is done holds its last token, also where the loop ends early.
+            later = jnp.arange(CHUNK, dtype=jnp.int32)[None, :] >= i
+            return i + 1, jnp.where(later, last[:, None], tokens), last, done, output.cache
+
+        tokens = jnp.broadcast_to(last[:, None], (len(last), CHUNK))
+        return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), tokens, last, done, cache))[1:]
+
+    empty, stored = partial(init_cache, config), None
     if mesh is not None:
         params, cache = unflatten(param_specs(config, mesh)), _cache_specs(config, mesh)
         read = jax.shard_map(read, mesh=mesh, in_specs=(params, _ROWS, _ROWS, _ROWS, cache), out_specs=cache)
@@ -208,28 +228,6 @@ def greedy_step(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> tupl
         jax.eval_shape(inputs), specs,
     )  # fmt: skip
     return _compiled(config, "greedy", mesh)[2], shapes
-
-
-def _write(config: ModelConfig, kind: str, params, settings, last, done, n, count, cache):
-    """(up to CHUNK tokens i32 [B, CHUNK], the last of them, rows that are done, cache); fewer when all rows are."""
-    tokens = jnp.broadcast_to(last[:, None], (len(last), CHUNK))
-
-    def unfinished(state):
-        i, _, _, done, _ = state
-        return (i < count) & (sum_over(jnp.sum(~done, dtype=jnp.int32), *BATCH_AXES) > 0)
-
-    def step(state):
-        i, tokens, last, done, cache = state
-        output = forward(params, config, last[:, None], cache=cache)
-        assert output.logits is not None
-        last = jnp.where(done, last, _choose(output.logits[:, 0], kind, settings, n + i))
-        done = done | jnp.any(last[:, None] == settings["eos"][None, :], axis=1)
-        # Filled to the end: a row that is done holds its last token, also where the loop ends early.
-        later = jnp.arange(CHUNK, dtype=jnp.int32)[None, :] >= i
-        return i + 1, jnp.where(later, last[:, None], tokens), last, done, output.cache
-
-    state = jnp.zeros((), jnp.int32), tokens, last, done, cache
-    return jax.lax.while_loop(unfinished, step, state)[1:]
 
 
 def _choose(logits: jax.Array, kind: str, settings: dict, n: jax.Array) -> jax.Array:

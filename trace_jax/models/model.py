@@ -154,9 +154,8 @@ class TextCodec:
 
         if "bos_token" in own:
             bos = id_of(own["bos_token"])
-        if own.get("eos_token") is not None:
-            named = id_of(own["eos_token"])
-            end = end if named is None else named
+        if (named := id_of(own.get("eos_token"))) is not None:
+            end = named
         if end is None:
             raise ConfigError("the model names neither a beginning nor an end of text (bos_token_id, eos_token_id).")
         return end if bos is None else bos, end
