@@ -1,4 +1,7 @@
-"""Unlearning as a user calls it: what it changes, what it leaves alone, and what it refuses."""
+"""Unlearning as a user calls it: what it changes, what it leaves alone, and what it refuses.
+
+What is particular to some objectives in a run: task vectors, cached references, steering, refusals, PDU's dual.
+"""
 
 import dataclasses
 
@@ -7,22 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.unlearning.conftest import CONFIG, ONE, assert_same
+from tests import tiny
+from tests.unlearning.conftest import CONFIG, ONE, assert_same, flat_of, make_rows, run
+from tests.unlearning.test_step import Traced
 from trace_jax.config import ConfigError
+from trace_jax.data.rows import encode_refusals, with_refusals
+from trace_jax.io.files import read_lines
 from trace_jax.models.architecture import abstract_params, flatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
+from trace_jax.unlearning import inputs as inputs_module
+from trace_jax.unlearning import unlearn as unlearn_module
 from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.inputs import steering_directions
 from trace_jax.unlearning.loop import Evaluated
-from trace_jax.unlearning.unlearn import unlearn
 
 KEEP = {"name": "best_utility", "forgetting": 0.5}
-
-
-def run(model, forget, retain, config=CONFIG, **options):
-    return unlearn(model, forget, retain, config=config, mesh=ONE, **options)
 
 
 def test_forget_text_becomes_less_likely_and_the_target_model_is_not_changed(model, forget, retain):
@@ -168,3 +173,93 @@ def test_missing_or_empty_data_is_refused(model, forget, retain):
 def test_settings_that_contradict_each_other_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         UnlearningConfig(**settings)
+
+
+# --- what is particular to some objectives
+
+
+def setting(name, own=None, **changes):
+    """own: settings of the objective."""
+    refusals = {"refusals": ("w7",)} if name in ("dpo", "idk") else {}
+    base = {"steps": 3, "forget_batch_size": 4, "learning_rate": 0.01}
+    return UnlearningConfig(objective={"name": name, **refusals, **(own or {})}, **base | changes)
+
+
+def test_a_task_vector_is_what_was_learnt_times_minus_the_scale(model, forget):
+    """One step of plain ascent and one of descent move every parameter equally far, in opposite directions."""
+    shared = {"steps": 1, "forget_batch_size": 8, "clip_norm": 0.0, "learning_rate": 0.003}
+    subtracted, ascent = (
+        flat_of(run(model, forget, None, setting(name, own, **shared)).model)
+        for name, own in (("task_vector", {"task_scale": 3.0}), ("gradient_ascent", None))
+    )
+    for path, before in flat_of(model).items():
+        wanted = 3.0 * (ascent[path] - before)
+        np.testing.assert_allclose(subtracted[path] - before, wanted, atol=2e-6, err_msg=path)
+
+
+def test_cached_log_probabilities_give_the_same_run_and_are_read_again(model, forget, retain, tmp_path, monkeypatch):
+    """Those of forget rows and of refusals."""
+    model = dataclasses.replace(model, tokenizer=tiny.make_tokenizer())
+    run(model, forget, retain, setting("dpo"), directory=tmp_path / "plain")
+    cached = setting("dpo", {"cache_reference": True})
+    first = run(model, forget, retain, cached, directory=tmp_path / "a", identity="a")
+    one, other = (read_lines(tmp_path / name / "metrics.jsonl")[0] for name in ("plain", "a"))
+    for name in ("loss", "forget_loss", "retain_loss", "gradient_norm"):
+        assert one[name] == pytest.approx(other[name], rel=2e-5, abs=1e-6), name
+    monkeypatch.setattr(inputs_module, "losses", lambda *_, **__: pytest.fail("computed again"))
+    again = run(model, forget, retain, cached, directory=tmp_path / "a", identity="a")
+    assert_same(again.model.params, first.model.params)
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        run(model, forget, retain, cached, directory=tmp_path / "a", identity="another run")
+
+
+def test_adaptive_rmu_steers_by_the_first_batch_of_each_topic(model, retain, monkeypatch):
+    forget = dataclasses.replace(make_rows(12, seed=4), domain=np.arange(12, dtype=np.int32) % 2)
+    config = setting("adaptive_rmu", {"steering_scale": 5.0, "layer": 2}, topics="alternating")
+    original, seen = unlearn_module.unlearning_step, []
+
+    def step(state, constants, rows, **settings):
+        seen.append((np.asarray(constants.target), rows))
+        return original(state, constants, rows, **settings)
+
+    monkeypatch.setattr(unlearn_module, "unlearning_step", step)
+    run(model, forget, retain, config, seed=7)
+    directions = steering_directions(jax.random.key(7), 2, 16)
+    for topic, (target, rows) in enumerate(seen[:2]):
+        batch = rows.forget
+        filled = np.asarray(batch.valid).any(1)  # not only added for the devices
+        assert filled.sum() == 4 and set(np.asarray(rows.topic)[filled].tolist()) == {topic}
+        out = forward(model.params, model.config, batch.tokens, mask=batch.segments, collect=("layers",)).layers[1]
+        length = np.linalg.norm(np.asarray(out), axis=-1)[np.asarray(batch.valid)].mean()
+        np.testing.assert_allclose(target[topic], 5.0 * length * directions[topic], rtol=1e-4)
+
+
+def test_pdu_raises_its_coefficient_while_the_retain_loss_is_above_the_bound(model, forget, retain, tmp_path):
+    own = {"retain_bound": 0.01, "dual_rate": 10.0, "dual_warmup": 2}
+    config = setting("pdu", own, alpha=1.0, steps=5)
+    run(model, forget, retain, config, directory=tmp_path)
+    rows = [row for row in read_lines(tmp_path / "metrics.jsonl") if "loss" in row]
+    alphas, losses = ([row[name] for row in rows] for name in ("alpha", "retain_loss"))
+    assert alphas[:3] == [1.0, 1.0, 1.0]
+    for now, loss, following in zip(alphas[2:], losses[2:], alphas[3:], strict=False):
+        assert following == pytest.approx(max(0.0, now + 10.0 * (loss - 0.01)), rel=1e-5)
+    assert alphas[-1] > 1.0
+
+
+def test_an_epoch_is_of_the_rows_that_the_objective_reads(model, retain, capsys, monkeypatch):
+    """Documents paired with refusals need room for the longer side, so there may be more rows than before."""
+    forget = make_rows(9, seed=5)
+    model = dataclasses.replace(model, tokenizer=tiny.make_tokenizer())
+    longer = ("w7 w7 w7 w7 w7",)  # six tokens with the end mark, half a row
+    paired, _ = with_refusals(forget, encode_refusals(longer, model.tokenizer, model.special))
+    assert len(paired) > len(forget)
+    config = setting("idk", {"refusals": longer}, steps=None, epochs=1.0, retain_loss="none")
+
+    def step(*_, **__):
+        raise Traced
+
+    monkeypatch.setattr(unlearn_module, "unlearning_step", step)
+    with pytest.raises(Traced):
+        run(model, forget, retain, config)
+    said = f"{-(-len(paired) // 4)} steps of 4 forget rows x 12 + 4 refusal rows x 12 = 96 tokens each, in one batch on"
+    assert said in capsys.readouterr().err
