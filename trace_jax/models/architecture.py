@@ -232,18 +232,17 @@ def parameter_specs(config: ModelConfig) -> dict:
     return specs
 
 
-Dimension = tuple[int, str]  # size, logical axis
+Dims = tuple[tuple[int, str], ...]  # (size, logical axis) each
 
 
-def _array(config: ModelConfig, scale: float | None, *dimensions: Dimension, dtype: str = "") -> ArraySpec:
-    shape, axes = zip(*dimensions, strict=True)
+def _array(config: ModelConfig, scale: float | None, *dims: tuple[int, str], dtype: str = "") -> ArraySpec:
+    shape, axes = zip(*dims, strict=True)
     return ArraySpec(shape, dtype or config.dtype, axes, scale)
 
 
 def _linear(
-    config: ModelConfig, name: str, inputs: tuple[Dimension, ...], outputs: tuple[Dimension, ...], *,
-    each: tuple[Dimension, ...] = (), bias: bool = False, dtype: str = "",
-) -> dict:  # fmt: skip
+    config: ModelConfig, name: str, inputs: Dims, outputs: Dims, *, each: Dims = (), bias=False, dtype=""
+) -> dict:
     """A matrix, or one of `each`, and its bias. It starts at 1/sqrt(fan in); one that writes to the residual stream at
     1/sqrt(2 L) of that, so that the stream's variance doesn't grow with depth (GPT-2)."""
     scale = math.prod(size for size, _ in inputs) ** -0.5
@@ -287,7 +286,7 @@ def _stack(config: ModelConfig, *, dense: bool = False) -> dict:
     )
 
 
-def _gated(config: ModelConfig, width: Dimension, *each: Dimension, bias: bool) -> dict:
+def _gated(config: ModelConfig, width: tuple[int, str], *each: tuple[int, str], bias: bool) -> dict:
     """A gated feed-forward part, or one of `each`: gate_up [(E,) D, 2, F], down [(E,) F, D] and biases."""
     D = (config.hidden_size, "embed")
     gate_up = _linear(config, "gate_up", (D,), ((2, "gate_up"), width), each=each, bias=bias)
