@@ -9,15 +9,17 @@ Result:    docs/scaling.md, "Planning".
 
 import ml_collections
 
-from trace_jax.config import as_dict
-from trace_jax.models.families import published_config
+from trace_jax.config import ConfigError, as_dict
+from trace_jax.models.families import PUBLISHED, model_config
 
 
 def get_config(variant: str = "olmoe-1b-7b") -> ml_collections.ConfigDict:
     """Trains what configs/huggingface.py trains: the down projections of all experts."""
+    if variant not in PUBLISHED:
+        raise ConfigError(f"configs/plan.py has the variants {', '.join(PUBLISHED)}; got {variant!r}.")
     config = ml_collections.ConfigDict()
     config.name = variant
-    config.model = as_dict(published_config(variant, dtype="bfloat16"))
+    config.model = as_dict(model_config(PUBLISHED[variant], dtype="bfloat16"))
     config.data = {"row_length": 512}
     config.unlearning = {
         "objective": {"name": "gradient_difference", "nll_ceiling": 6.0},

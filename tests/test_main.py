@@ -47,7 +47,7 @@ BAD = [
     ([*QUICK, "--config.name.x=3"], "name is a single setting"),
     (["--config", f"{QUICKSTART}:big", "--workdir", "w"], "has the variant 'attacks'; got 'big'"),
     (["--config", "configs/text.py:big", "--workdir", "w"], "has no variants, and 'big' is given"),
-    (["--config", "configs/plan.py:big", "--workdir", "w"], "'big' is not a model whose shape is known here"),
+    (["--config", "configs/plan.py:big", "--workdir", "w"], "has the variants olmoe-1b-7b, "),
     (["--config", "configs/wmdp_cyber.py:mixtral"], "has no model 'mixtral'; did you mean 'mixtral-8x7b'? "),
     (["--config", "configs/wmdp_cyber.py:mixtral-8x7b,rmo"], "has no method 'rmo'; did you mean 'rmu'? "),
     (["--config", "configs/muse_news.py:olmoe-1b-7b,npo,sust"], "has no kind 'sust'. A variant is MODEL or"),

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError
-from trace_jax.models.families import PUBLISHED, published_config
+from trace_jax.models.families import PUBLISHED, model_config
 
 A, B = "a.safetensors", "b.safetensors"
 ONE = {"x": np.arange(3, dtype=np.float32)}
@@ -77,7 +77,7 @@ def test_without_a_path_the_shape_is_the_published_one_and_a_run_is_refused():
 
 def test_a_path_must_have_that_shape_and_tensors(tmp_path):
     same = PretrainedConfig(path=mixtral_in(tmp_path), published="mixtral-8x7b")
-    assert same.shape() == published_config("mixtral-8x7b", dtype="bfloat16")
+    assert same.shape() == model_config(PUBLISHED["mixtral-8x7b"], dtype="bfloat16")
     with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
         same.check()
     mixtral_in(tmp_path, num_local_experts=16, num_experts_per_tok=1, rms_norm_eps=1e-6)

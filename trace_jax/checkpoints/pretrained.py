@@ -20,7 +20,7 @@ from trace_jax.config import ConfigError, Section, fingerprint, option
 from trace_jax.io.files import is_remote
 from trace_jax.io.progress import progress
 from trace_jax.models.architecture import GROUPED_MATMULS, ModelConfig, flat_specs, flatten, unflatten
-from trace_jax.models.families import PUBLISHED, family_of, model_config, published_config, shape_differences
+from trace_jax.models.families import PUBLISHED, family_of, model_config, shape_differences
 from trace_jax.models.model import Model, Source, SpecialTokens
 from trace_jax.models.sharding import param_shardings
 
@@ -54,7 +54,7 @@ class PretrainedConfig(Section):
     def shape(self) -> ModelConfig:
         """The model that config.json describes or, without a path, the published one. Weights are not read; a shape
         other than that of `published` is a ConfigError."""
-        published = published_config(self.published, dtype=self.dtype) if self.published else None
+        published = model_config(PUBLISHED[self.published], dtype=self.dtype) if self.published else None
         shape = published
         if self.path or shape is None:
             shape = model_config(read_object(Path(self.path) / "config.json"), dtype=self.dtype)

@@ -15,7 +15,7 @@ from tiny_checkpoints import LAYOUTS, LENGTH, MODEL_TYPES
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.models import decoder
-from trace_jax.models.architecture import count_params
+from trace_jax.models.architecture import count_params, flatten, unflatten
 from trace_jax.models.families import family_of
 from trace_jax.models.generate import generate
 
@@ -77,17 +77,11 @@ def largest_difference(ours, theirs):
     return float(np.abs(np.asarray(ours) - theirs)[..., MASK, :].max())
 
 
-def unfelt_parameters(model, logits):
-    """Parameters that could be zero without the logits telling."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(model.params)
-    unfelt = []
-    for place, (path, leaf) in enumerate(leaves):
-        assert leaf.size
-        changed = [np.zeros(a.shape, a.dtype) if at == place else a for at, (_, a) in enumerate(leaves)]
-        moved = compute(jax.tree.unflatten(structure, changed), model.config).logits
-        if largest_difference(moved, logits) < 100 * TOLERANCE:
-            unfelt.append(jax.tree_util.keystr(path, simple=True, separator="/"))
-    return unfelt
+def is_felt(path, model, logits):
+    """Whether the logits tell when a parameter is zero."""
+    flat = flatten(model.params)
+    changed = unflatten(flat | {path: np.zeros(flat[path].shape, flat[path].dtype)})
+    return largest_difference(compute(changed, model.config).logits, logits) >= 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -109,7 +103,7 @@ def test_a_family_equals_transformers(model_type, tiny_model, tiny_checkpoint, i
         "logits": largest_difference(output.logits, theirs["logits"]),
     }
     assert max(differences.values()) <= TOLERANCE, differences
-    assert unfelt_parameters(model, theirs["logits"]) == []
+    assert [path for path in flatten(model.params) if not is_felt(path, model, theirs["logits"])] == []
     arrays = {tensor.data_ptr(): tensor for tensor in tiny_model(model_type).state_dict().values()}  # each once
     assert count_params(model.config)[0] == sum(array.numel() for array in arrays.values())
     if directory := request.config.getoption("--record-families"):  # for docs/models.md (scripts/models_table.py)

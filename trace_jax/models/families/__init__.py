@@ -54,13 +54,6 @@ def unread_keys(config_json: Mapping[str, Any]) -> tuple[str, ...]:
     return reader.unread()
 
 
-def published_config(name: str, *, dtype: str) -> ModelConfig:
-    """The shape of a model of `PUBLISHED`."""
-    if name not in PUBLISHED:
-        raise ConfigError(f"{name!r} is not a model whose shape is known here; known: {', '.join(PUBLISHED)}.")
-    return model_config(PUBLISHED[name], dtype=dtype)
-
-
 def shape_differences(model: ModelConfig, expected: ModelConfig) -> list[str]:
     """Fields of the shape in which two models differ, each as "field is A, expected B"."""
     pairs = ((field, getattr(model, field), getattr(expected, field)) for field in _SHAPE)
