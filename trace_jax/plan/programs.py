@@ -82,7 +82,7 @@ def step_program(
         retain = _batch(unlearning.retain_batch_size, multiple, row_length, mesh)
         weights = jax.ShapeDtypeStruct(retain.tokens.shape, jnp.float32, sharding=retain.tokens.sharding)
     topic = jax.ShapeDtypeStruct(forget.tokens.shape[:1], jnp.int32, sharding=forget.tokens.sharding)
-    refusals = forget if "refusals" in unlearning.objective.needs else None
+    refusals = forget if "refusal_nll" in unlearning.objective.needs else None
     rows = StepRows(forget, retain, weights, topic, refusals)
     traced = unlearning_step.trace(state, constants, rows, settings=settings, mesh=mesh)
     tokens = sum(batch.tokens.size for batch in (forget, retain, refusals) if batch is not None)

@@ -64,7 +64,7 @@ class Patterns(Trainable, name="patterns"):
 
 
 class SomeExperts(Section):
-    """Presets that train some experts of each layer."""
+    """Presets that train some experts of each layer; seuf trains the routers of their layers, too."""
 
     experts: Experts = option("calibration", help="which experts train")
     anchor: float = option(0.0, help=_ANCHOR, minimum=0.0)
@@ -78,8 +78,6 @@ class SelectedExperts(SomeExperts, Trainable, name="selected_experts"):
 
 
 class SEUF(SomeExperts, Trainable, name="seuf"):
-    """Those experts, and the routers of their layers."""
-
     experts: Experts = option(routing.Affinity(top=1, scope="model"), help="which experts train")
     anchor: float = option(1.0, help=_ANCHOR, minimum=0.0)
     patterns = ("layers/experts/*", "layers/router*")
@@ -94,19 +92,17 @@ class Lora(Trainable, name="lora"):
 
 
 class RetainLoss(Variant):
-    """The loss of a retain token; every one takes weights."""
+    """The loss of a retain token, which its weight multiplies: nll -log p(x_{t+1}); kl KL(p_ref || p) over the
+    vocabulary; none leaves the retain set out."""
 
 
-class NoRetain(RetainLoss, name="none"):
-    """The retain set is left out."""
+class NoRetain(RetainLoss, name="none"): ...
 
 
-class RetainNLL(RetainLoss, name="nll"):
-    """-log p(x_{t+1})."""
+class RetainNLL(RetainLoss, name="nll"): ...
 
 
-class RetainKL(RetainLoss, name="kl"):
-    """KL(p_ref || p) over the vocabulary."""
+class RetainKL(RetainLoss, name="kl"): ...
 
 
 class RetainHidden(RetainLoss, name="hidden"):
@@ -119,15 +115,14 @@ class RetainHidden(RetainLoss, name="hidden"):
 
 
 class Grip(Variant):
-    """GRIP holds routers to retain routing (`trace_jax.unlearning.grip`)."""
+    """GRIP holds routers to retain routing (`trace_jax.unlearning.grip`): by a projection after every step, or a
+    realignment at the end."""
 
 
 class NoGrip(Grip, name="none"): ...
 
 
 class GripProject(Grip, name="project"):
-    """A projection after every step."""
-
     tokens: int = option(1024, help="retain tokens whose routing is protected", minimum=1)
     null: float = option(
         1e-2, help="directions of protected inputs with a smaller squared singular value are not protected", minimum=0.0
@@ -139,8 +134,6 @@ class GripProject(Grip, name="project"):
 
 
 class GripRealign(Grip, name="realign"):
-    """A realignment at the end."""
-
     tokens: int = option(16_384, help="retain tokens whose routing is protected", minimum=1)
     ridge: float = option(
         1e-6, help="ridge of the realignment, relative to the mean square of a router's inputs", minimum=0.0

@@ -1,7 +1,4 @@
-"""What a run reads: which rows a step takes, and for how many steps.
-
-The rows of a step are a function of the step alone, so that a resumed run repeats itself.
-"""
+"""What a run reads, and for how many steps. Rows depend on the step alone, so that a resumed run repeats itself."""
 
 import dataclasses
 import math
@@ -58,18 +55,16 @@ def pad_rows(rows: Any, multiple: int) -> Any:
 
 
 class Inputs:
-    """`at(step)` is the `StepRows` of a step, NumPy arrays padded to a multiple of rows."""
+    """`at(step)` is the `StepRows` of a step, NumPy arrays padded to a multiple of rows.
+
+    forget, refusals: row i of one belongs to row i of the other. `forget.domain` numbers the topics.
+    reference: log-probabilities of both that were computed before (`cached_reference`).
+    """
 
     def __init__(
         self, forget: Rows, retain: Rows | None, weights: RetainWeights | None, config: UnlearningConfig, *,
         seed: int, multiple: int, refusals: Rows | None = None, reference: Mapping[str, Any] | None = None,
     ):  # fmt: skip
-        """
-        Args:
-          forget, refusals: row i of one belongs to row i of the other. `forget.domain` numbers the topics.
-          retain, weights: None where there is no retain term; no weights: all the same.
-          reference: log-probabilities of `forget` and `refusals` that were computed before (`cached_reference`).
-        """
         self._forget, self._refusals, self._reference = forget, refusals, reference or {}
         self._sampler, self._multiple = forget_sampler(forget.domain, config, seed=seed), multiple
         self._retain, self._size, self._seed = retain if config.retains else None, config.retain_batch_size, seed + 1
@@ -78,7 +73,7 @@ class Inputs:
     def weigh(self, weights: RetainWeights | None) -> None:
         """Draws and weighs retain rows with `weights` from now on; None: all the same."""
         if self._retain is not None:
-            probability = weights.row_probability if weights is not None else None
+            probability = None if weights is None else weights.row_probability
             self._drawn = retain_sampler(len(self._retain), self._size, seed=self._seed, probability=probability)
             self._weights = self._retain.valid.astype(np.float32) if weights is None else weights.step_weights
 
@@ -99,11 +94,8 @@ class Inputs:
 
 
 def forget_sampler(topics: np.ndarray, config: UnlearningConfig, *, seed: int) -> IndexSampler:
-    """Which forget rows a step reads, of `topics` i32 [N].
-
-    Topics are mixed, or alternate (as RMU trains on bio and cyber, 2403.03218): step i is of topic i mod n, and each is
-    gone through in epochs of its own.
-    """
+    """Which forget rows a step reads, of `topics` i32 [N]: mixed, or alternating (as RMU trains on bio and cyber,
+    2403.03218): step i is of topic i mod n, and each is gone through in epochs of its own."""
     of_turn = np.unique(topics) if config.topics == "alternating" else [topics]
     rows, size = [np.flatnonzero(topics == topic) for topic in of_turn], config.forget_batch_size
     samplers = [epoch_sampler(len(of_topic), size, seed=seed + i) for i, of_topic in enumerate(rows)]
@@ -150,10 +142,8 @@ def steering_directions(key: jax.Array, topics: int, width: int) -> jax.Array:
 
 
 def steering_target(model: Model, forget: Rows, config: UnlearningConfig, *, seed: int, mesh: Mesh) -> jax.Array | None:
-    """f32 [topics, D]: where RMU steers the rows of each topic, c u. None for other objectives.
-
-    Adaptive RMU (2408.06223): c is a multiple of mean |h_layer| over the valid tokens of the topic in its first batch.
-    """
+    """f32 [topics, D]: where RMU steers the rows of each topic, c u; None for other objectives. In adaptive RMU
+    (2408.06223) c is a multiple of mean |h_layer| over the valid tokens of the topic in its first batch."""
     objective, topics = config.objective, int(forget.domain.max()) + 1
     if not isinstance(objective, (RMU, AdaptiveRMU)):
         return None
@@ -186,11 +176,9 @@ def with_steps(config: UnlearningConfig, forget: Rows, retain: Rows | None) -> U
     """The settings with `steps` in place of `epochs`, now that the rows of an epoch are known."""
     if not config.epochs:
         return config
-    rows, batch = len(forget), config.forget_batch_size
-    if config.epoch_anchor == "retain":
-        assert retain is not None
-        rows, batch = len(retain), config.retain_batch_size
-    steps = math.ceil(config.epochs * rows / batch - 1e-9)  # 0.1 of 30 rows is 3 rows, and a little in floating point
+    sides = {"forget": (forget, config.forget_batch_size), "retain": (retain or (), config.retain_batch_size)}
+    rows, batch = sides[config.epoch_anchor]
+    steps = math.ceil(config.epochs * len(rows) / batch - 1e-9)  # 0.1 of 30 rows is 3, and a little in floating point
     return dataclasses.replace(config, steps=max(1, steps), epochs=0.0, epoch_anchor="forget")
 
 
@@ -199,11 +187,9 @@ def batch_text(
     refusals: Rows | None = None,
 ) -> str:  # fmt: skip
     """What a step reads, and how many steps go through each side once, as a sentence."""
-    sides = [("forget", forget, config.forget_batch_size)]
-    if refusals is not None:
-        sides.append(("refusal", refusals, config.forget_batch_size))
-    if config.retains and retain is not None:
-        sides.append(("retain", retain, config.retain_batch_size))
+    named = ("forget", forget), ("refusal", refusals), ("retain", retain if config.retains else None)
+    sizes = config.forget_batch_size, config.forget_batch_size, config.retain_batch_size
+    sides = [(name, rows, batch) for (name, rows), batch in zip(named, sizes, strict=True) if rows is not None]
     rows = " + ".join(f"{batch} {name} rows x {rows.tokens.shape[1]}" for name, rows, batch in sides)
     tokens = sum(batch * rows.tokens.shape[1] for _, rows, batch in sides)
     epochs = " and ".join(f"{math.ceil(len(rows) / batch):,} of the {name} rows" for name, rows, batch in sides)

@@ -30,7 +30,7 @@ class TrainState:
     A bfloat16 weight has 8 significant bits: a usual step, 1e-5 on a weight of 0.02, would be rounded away. So the
     optimizer keeps float32, and the loss sees it rounded to the model's type.
 
-    `alpha` f32 []: the coefficient of the retain loss, where the objective adapts it (`Objective.adapts_alpha`).
+    `alpha` f32 []: the coefficient of the retain loss, where the objective adapts it (`Objective.next_alpha`).
     """
 
     step: jax.Array
@@ -140,15 +140,14 @@ class Rules(Section):
 
 @dataclasses.dataclass
 class Loop:
-    """Steps, and all that goes on around them.
+    """Steps, and all that goes on around them. `identity` and `seed` are of what is run, see `StateStore`.
 
-    directory: holds `checkpoints/`, `metrics.jsonl` and `items.npz`. identity, seed: of what is run, see `StateStore`.
+    directory: holds `checkpoints/`, `metrics.jsonl` and `items.npz`.
     evaluation: is also called at step 0 (if `evaluate_first`) and at the end; what it returns, or the `rows` of the
       `Evaluated` that it returns, goes into metrics.jsonl under "evaluation", and the `items` into items.npz. A
       FloatingPointError from it ends the run like a NaN loss.
     refresh: for what inputs depend on and the model changes: it is called before the inputs of the next step are made,
       never at the end. A run that continues after step n calls it again with the same arrays.
-    rules: when the run ends early, and which evaluated state is its result.
     """
 
     directory: Path
@@ -174,13 +173,8 @@ class Loop:
     def should_refresh(self, step: int) -> bool:
         return self.refresh is not None and 0 < step < self.steps and step % self.refresh.every == 0
 
-    def run(
-        self,
-        start: Callable[[], TrainState],
-        inputs: Callable[[int], Any],
-        step: Callable[[TrainState, Any], tuple[TrainState, dict]],
-    ) -> LoopResult:
-        """Runs `step(state, inputs(i))` for i = 0..steps-1 from the newest saved state on, or from `start()`.
+    def run(self, start: Callable[[], TrainState], inputs: Callable[[int], Any], step: Callable) -> LoopResult:
+        """Runs `state, metrics = step(state, inputs(i))` for i = 0..steps-1, from the newest saved state or `start()`.
 
         `inputs` depends on i alone, so that a resumed run repeats the uninterrupted one. It runs in a thread of its
         own, one step ahead, and returns arrays that are where the step wants them: the step itself is not allowed to
@@ -204,10 +198,7 @@ class Loop:
         return LoopResult(state.trainable, done, reason, seconds, failed)
 
     def _begin(self, done: int, state: TrainState) -> Stop | None:
-        """Takes up the lines of the run so far, and does what is due before the next step. Returns why it ends there.
-
-        A run may end between the save of a state and its evaluation.
-        """
+        """Takes up the run so far, and does what is due before the next step. Returns why it ends there, or None."""
         evaluations = [row for row in self._metrics.trim(done) if "evaluation" in row]
         for row in evaluations:
             self._evaluations[row["step"]] = Evaluated(None, row.get("forgetting"), row.get("utility"))
@@ -217,6 +208,7 @@ class Loop:
                 self.refresh.resumed(done)
         if (best := self._best()) is not None:
             self._store.protected = best
+        # A run may end between the save of a state and its evaluation.
         evaluated = broadcast_from_process_0(any(row["step"] == done for row in evaluations))
         stop = self._evaluate(done, state) if self.should_evaluate(done) and not evaluated else self._reached(done)
         if stop and stop.failed:
@@ -257,8 +249,7 @@ class Loop:
     def _after(self, step: int, state: TrainState, asked: int) -> Stop | None:
         """Evaluates, saves and refreshes what is due after a step; returns why the run ends here, or None.
 
-        Raises:
-          Interrupted: `asked`, or a signal came while evaluating. The state is saved; it is evaluated on continuing.
+        If `asked`, or a signal came while evaluating, it saves and raises: the state is evaluated on continuing.
         """
         stop = None
         if self.should_evaluate(step) and not asked:
@@ -291,10 +282,8 @@ class Loop:
             return None
         index, metrics = pending
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            names = ", ".join(bad)
-            return Stop(f"{names} is not finite at step {index}; lower the learning rate or the coefficients", True)
+        if bad := ", ".join(name for name, value in values.items() if not math.isfinite(value)):
+            return Stop(f"{bad} is not finite at step {index}; lower the learning rate or the coefficients", True)
         if dropped := values.get("dropped"):
             lost = f"{dropped:.0f} choices of experts had no room at step {index}"
             return Stop(f"{lost}; raise parallel.expert_buffer", True)
@@ -340,15 +329,12 @@ class Loop:
     # --- states on disk
 
     def _restored(self, step: int | None = None) -> tuple[int, TrainState]:
-        """(step, state) after `step`; None, or where that can't be read: after the newest saved step, or the start.
-
-        There are never two states in memory.
-        """
+        """(step, state) after `step`; None, or where that can't be read: after the newest saved step, or the start."""
         state = self._start()
         if step == 0 or self._store.empty:
             return 0, state
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        del state
+        del state  # there are never two in memory
         step, state = self._store.restore(like, step)
         return step, self._start() if state is None else state
 
@@ -364,9 +350,7 @@ class Loop:
         raise Interrupted(asked)
 
 
-def _one_ahead(
-    inputs: Callable[[int], Any], indices: range, waits: Callable[[int], bool]
-) -> Generator[tuple[int, Any]]:
+def _one_ahead(inputs: Callable, indices: range, waits: Callable[[int], bool]) -> Generator[tuple[int, Any]]:
     """(i, inputs(i)) in order; a thread makes the next while the caller works on one. Its errors are raised here.
 
     Inputs of which `waits(i)` is true are not made ahead, but when the caller asks for them. The thread ends with the

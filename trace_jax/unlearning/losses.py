@@ -78,36 +78,30 @@ def share(total: jax.Array, count: jax.Array) -> jax.Array:
     return jax.lax.psum(total, BATCH_AXES) / jnp.maximum(count, 1.0)
 
 
-class _Outputs(NamedTuple):
-    """What a forward pass gave for the rows of one part of a step; None for what wasn't asked for."""
+class _Output(NamedTuple):
+    """What a model's forward pass gave for the rows of one part of a step; None for what wasn't asked for."""
 
+    params: Any
+    config: ModelConfig
+    tokens: jax.Array
     final: Any  # [B, S, D], before the output head
     inner: Any  # [B, S, D], of the layer that RMU steers or `hidden` compares
     indices: Any  # [L, B, S, K], the chosen experts
     logits: Any  # f32 [L, B, S, E], raw scores of the routers
 
-
-class _Pass(NamedTuple):
-    """A model's forward pass over parts of a step ("forget", "refusals", "retain"); dropped: choices without room."""
-
-    params: Any
-    config: ModelConfig
-    batches: dict[str, Batch]
-    outputs: dict[str, _Outputs]
-    dropped: Any
-
-    def nll(self, part: str) -> jax.Array:
+    def nll(self) -> jax.Array:
         """f32 [B, S], -log p of the next token."""
-        return token_nll(self.params, self.config, self.outputs[part].final, targets(self.batches[part].tokens))
+        return token_nll(self.params, self.config, self.final, targets(self.tokens))
 
 
 def _forward(
     params, settings: StepSettings, batches: dict[str, Batch], *, full: bool = True, inner: bool = False,
     routers: tuple[str, ...] = (),
-) -> _Pass:  # fmt: skip
-    """One pass over the rows of all parts. Unless `full`, nothing above the steered or compared layer is computed."""
+) -> tuple[dict[str, _Output], Any]:  # fmt: skip
+    """(What one pass over the rows of all parts gave, by part; choices of experts without room). Unless `full`, nothing
+    above the steered or compared layer is computed."""
     if not batches:
-        return _Pass(params, settings.model, {}, {}, 0)
+        return {}, 0
     parallel, layer = settings.parallel, settings.layer
     tokens, segments = (jnp.concatenate([getattr(b, f) for b in batches.values()]) for f in ("tokens", "segments"))
     layers, dropped = ("layers",) if full and inner else (), ("dropped",) if parallel.expert_buffer else ()
@@ -121,33 +115,32 @@ def _forward(
     for name, batch in batches.items():
         part = slice(end, end := end + len(batch.tokens))
         pieces = jax.tree.map(lambda x, p=part: x[p], of_rows), jax.tree.map(lambda x, p=part: x[:, p], of_layers)
-        outputs[name] = _Outputs(*pieces[0], *pieces[1])
-    return _Pass(params, settings.model, batches, outputs, out.router.dropped.sum() if dropped else 0)
+        outputs[name] = _Output(params, settings.model, batch.tokens, *pieces[0], *pieces[1])
+    return outputs, out.router.dropped.sum() if dropped else 0
 
 
 def _forget_inputs(
-    current: _Pass, reference: _Pass, rows: StepRows, constants: Constants, settings: StepSettings
-) -> ForgetInputs:
+    current: dict[str, _Output], reference: dict[str, _Output], rows: StepRows, constants: Constants,
+    settings: StepSettings,
+) -> ForgetInputs:  # fmt: skip
     """What the objective looks at."""
-    needs, read = settings.objective.needs, {}
+    forget, needs, read = current["forget"], settings.objective.needs, {}
     if "nll" in needs:
-        read["nll"] = current.nll("forget")
-    if "refusals" in needs:
-        read |= {"refusal_valid": current.batches["refusals"].valid, "refusal_nll": current.nll("refusals")}
-    for need, name, part in (
-        ("reference_nll", "reference_nll", "forget"), ("reference_refusals", "refusal_reference_nll", "refusals"),
-    ):  # fmt: skip
-        if need in needs:
+        read["nll"] = forget.nll()
+    if "refusal_nll" in needs and rows.refusals is not None:
+        read |= {"refusal_valid": rows.refusals.valid, "refusal_nll": current["refusals"].nll()}
+    for name, part in (("reference_nll", "forget"), ("refusal_reference_nll", "refusals")):
+        if name in needs:
             computed_before = getattr(rows, name)
-            read[name] = reference.nll(part) if computed_before is None else computed_before
+            read[name] = reference[part].nll() if computed_before is None else computed_before
     if "hidden" in needs:
-        read |= {"hidden": current.outputs["forget"].inner, "target": constants.target[rows.topic]}
+        read |= {"hidden": forget.inner, "target": constants.target[rows.topic]}
     if "logits" in needs:
-        compared = (reference.params, reference.outputs["forget"].final) if "reference_logits" in needs else None
+        before = reference.get("forget") if "reference_logits" in needs else None
         read["vocabulary"] = vocabulary_loss(
             lambda own, original, numbers: settings.objective.with_numbers(numbers).vocabulary(own, original),
-            constants.numbers, current.params, settings.model, current.outputs["forget"].final,
-            targets(rows.forget.tokens), compared,
+            constants.numbers, forget.params, settings.model, forget.final, targets(rows.forget.tokens),
+            None if before is None else (before.params, before.final),
         )  # fmt: skip
     return ForgetInputs(rows.forget.valid, **read)
 
@@ -155,26 +148,24 @@ def _forget_inputs(
 def _sums(
     trainable: Flat, constants: Constants, objective: Objective, rows: StepRows, settings: StepSettings
 ) -> tuple[dict[str, jax.Array], Any]:
-    """Over this device's rows: (sums of the losses and of online weights, by name; choices of experts without room).
-
-    Of forward passes what the losses need, and no more.
-    """
+    """(Sums of the losses and of online weights over this device's rows, by name; choices of experts without room)."""
     numbers, needs, retain_loss = constants.numbers, objective.needs, settings.retain_loss
     named = {"forget": rows.forget, "refusals": rows.refusals, "retain": rows.retain}
     batches = {name: batch for name, batch in named.items() if batch is not None}
     compared = {
         "forget": "reference_logits" in needs or ("reference_nll" in needs and rows.reference_nll is None),
-        "refusals": "reference_refusals" in needs and rows.refusal_reference_nll is None,
+        "refusals": "refusal_reference_nll" in needs and rows.refusal_reference_nll is None,
         "retain": retain_loss == "kl",
     }
     original = unflatten(constants.original)
-    reference = _forward(original, settings, {name: batches[name] for name, wanted in compared.items() if wanted})
+    parts = {name: batches[name] for name, wanted in compared.items() if wanted}
+    reference, dropped = _forward(original, settings, parts)
     retained = {"retain": batches["retain"]} if retain_loss == "hidden" else {}
-    inner = _forward(original, settings, retained, full=False, inner=True)
+    inner, inner_dropped = _forward(original, settings, retained, full=False, inner=True)
     # RMU with its own retain term computes no more than the layer it steers; online weights and anchors look at all.
     steers, anchored, online = "hidden" in needs, "anchor" in numbers, constants.online is not None
     params = current_params(trainable, constants.original, constants.index, numbers.get("lora_scale"))
-    current = _forward(
+    current, current_dropped = _forward(
         unflatten(params), settings, batches, inner=steers or retain_loss == "hidden",
         full=online or anchored or not (steers and retain_loss in ("none", "hidden")),
         routers=("router_logits", "indices") if anchored else ("indices",) if online else (),
@@ -182,42 +173,39 @@ def _sums(
     values = objective.loss(_forget_inputs(current, reference, rows, constants, settings))
     sums = {"forget": jnp.where(_counts(objective, rows) > 0, values, 0.0).sum()}
     if rows.retain is not None:
-        valid, weights, retain = rows.retain.valid, rows.weights, current.outputs["retain"]
+        valid, weights, retain = rows.retain.valid, rows.weights, current["retain"]
         if constants.online is not None:
             weights = token_weights(retain.indices, constants.online, mask=valid) * weights
             sums["weights"] = weights.sum()
         if retain_loss == "nll":
-            losses = current.nll("retain")
+            losses = retain.nll()
         elif retain_loss == "kl":
-            before = reference.outputs["retain"].final
-            losses = token_kl(original, before, current.params, retain.final, settings.model)
+            losses = token_kl(original, reference["retain"].final, retain.params, retain.final, settings.model)
         else:
-            before = jax.lax.stop_gradient(inner.outputs["retain"].inner)
+            before = jax.lax.stop_gradient(inner["retain"].inner)
             losses = jnp.square(retain.inner.astype(jnp.float32) - before.astype(jnp.float32)).mean(-1)
         sums["retain"] = jnp.where(valid, jax.lax.stop_gradient(weights) * losses, 0.0).sum()
     if anchored:
-        forget, form = current.outputs["forget"], settings.anchor_form
+        forget, form = current["forget"], settings.anchor_form
         probabilities = router_probabilities(forget.logits, settings.model)
         sums["anchor"] = anchor_loss(probabilities, forget.indices, constants.index, rows.forget.valid, form=form)
-    return sums, reference.dropped + inner.dropped + current.dropped
+    return sums, dropped + inner_dropped + current_dropped
 
 
 def anchor_loss(
     probabilities: jax.Array, indices: jax.Array, index: jax.Array, valid: jax.Array, *, form: str
 ) -> jax.Array:
-    """f32 [], the sum over valid tokens and over the layers that have a target expert.
+    """f32 [], the sum over valid tokens bool [B, S] and over the layers that have a target expert.
 
     SEUF (2411.18797) unlearns in a few experts that forget tokens are routed to (preset "seuf" of `trainable`); this
-    keeps the tokens on them, so that the forget loss doesn't fall by routing elsewhere.
+    keeps the tokens on them, so that the forget loss doesn't fall by routing elsewhere. By `form`:
 
     - "sum", the paper's equation 3: |g - a|^2 summed over experts; g is the router's probability of the chosen experts
       and 0 for the others, a is 1 for target experts and 0 for the others.
     - "mean", its released code: the mean over experts of (s - a)^2, s the probability of all experts, chosen or not.
 
-    Args:
-      probabilities: f32 [L, B, S, E], of the router, not renormalised over the chosen experts.
-      indices: i32 [L, B, S, K], the chosen experts. index: i32 [L, N], the target experts; E stands for none.
-      valid: bool [B, S].
+    probabilities: f32 [L, B, S, E], of the router, not renormalised over the chosen experts, indices i32 [L, B, S, K].
+    index: i32 [L, N], the target experts; E stands for none.
     """
     num_experts = probabilities.shape[-1]
     target = jax.nn.one_hot(index, num_experts, dtype=bool).any(axis=1)
@@ -241,9 +229,7 @@ def gradient(
 
     L_retain is divided by the number of valid positions and not by the sum of weights, which have mean one over the
     corpus: so its expectation is exactly the reweighted loss at any batch size (`normalize` "batch" does otherwise).
-
-    Args:
-      alpha: the coefficient of the retain loss where it changes; None: that of `constants`.
+    Its coefficient is `alpha` where that changes, else that of `constants`.
     """
     numbers, objective = constants.numbers, settings.objective.with_numbers(constants.numbers)
     counts = {"forget": _counts(objective, rows), "anchor": rows.forget.valid}

@@ -1,7 +1,5 @@
-"""What is written along a run: metrics.jsonl, a line for each step and each evaluation, and items.npz.
-
-items.npz holds what each item of an evaluation gave: "steps" i64 [T], "identity", and arrays [T, N] by name.
-"""
+"""What is written along a run: metrics.jsonl, a line for each step and each evaluation, and items.npz, what each item
+of the evaluations gave: "steps" i64 [T], "identity", and arrays [T, N] by name."""
 
 import os
 from collections.abc import Mapping
@@ -45,10 +43,8 @@ class Metrics:
             append_line(self._path, {"step": step, "identity": self._identity, **values})
 
     def write_items(self, step: int, items: Mapping[str, np.ndarray]) -> None:
-        """Drops what is there of `step` and later ones, and adds what each item gave at `step`, if there is anything.
-
-        items: arrays [N] of the same names and lengths every time.
-        """
+        """Drops what is there of `step` and later ones, and adds what each item gave at `step`, if there is anything:
+        arrays [N] of the same names and lengths every time."""
         if not is_main():
             return
         steps, before = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
@@ -67,10 +63,8 @@ class Metrics:
 def read_items(
     directory: str | os.PathLike, identity: str | None = None
 ) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
-    """Steps i64 [T] of a run's evaluations, and what each item gave at them, [T, N] by name; None if that is not kept.
-
-    With an `identity`, what another run left is taken for nothing.
-    """
+    """Steps i64 [T] of a run's evaluations, and what each item gave at them, [T, N] by name; None if that is not kept,
+    or is of another run than `identity`."""
     path = as_path(directory) / _ITEMS
     if not path.exists():
         return None

@@ -42,8 +42,9 @@ class Objective(Variant):
     Attributes:
       source: arXiv number. retains: whether there is a retain term.
       usual_retain_loss, usual_trainable: settings that go with it. over_rows: the loss is a mean over rows.
-      adapts_alpha: the retain loss is a constraint, and its coefficient follows it (`next_alpha`).
-      subtracts_update: it learns the forget set, and what it learnt is subtracted from the model.
+      needs: of "hidden", "logits", "reference_logits", "nll", "reference_nll", "refusal_nll", "refusal_reference_nll".
+      next_alpha: (alpha, step, retain loss) -> alpha after the step, where the retain loss is a constraint.
+      task_scale: how often what was learnt is subtracted from the model in the end.
     """
 
     gamma: float = option(1.0, help="coefficient of the forget loss", minimum=0.0)
@@ -52,15 +53,10 @@ class Objective(Variant):
     retains: ClassVar[bool] = True
     usual_retain_loss: ClassVar[str] = "kl"
     usual_trainable: ClassVar[str] = "all"
-    adapts_alpha: ClassVar[bool] = False
-    subtracts_update: ClassVar[bool] = False
     over_rows: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = ("nll",)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Of "nll", "reference_nll", "refusals", "reference_refusals", "hidden", "logits", "reference_logits"."""
-        return self.reads
+    needs: ClassVar[tuple[str, ...]] = ("nll",)
+    next_alpha: ClassVar[Any] = None
+    task_scale: ClassVar[float] = 0.0
 
     def loss(self, inputs: ForgetInputs) -> jax.Array:
         """f32 [B, S] of tokens, or f32 [B] of rows. Default: what `vocabulary` gives."""
@@ -77,10 +73,6 @@ class Objective(Variant):
     def completed(self, retain_loss: str) -> Self:
         """With the settings that depend on the retain loss; raises ConfigError if it can't be used with it."""
         return self
-
-    def next_alpha(self, alpha: jax.Array, step: jax.Array, retain_loss: jax.Array) -> jax.Array:
-        """The coefficient of the retain loss after a step, where `adapts_alpha`."""
-        raise NotImplementedError
 
     def numbers(self) -> dict[str, float]:
         """The settings that are traced."""
@@ -171,7 +163,6 @@ class TaskVector(Objective, name="task_vector"):
     task_scale: float = option(5.0, help="how often what was learnt is subtracted", minimum=0.0)
     source = "2212.04089"
     retains, usual_retain_loss = False, "none"
-    subtracts_update = True
 
     def loss(self, inputs):
         return inputs.nll
@@ -192,7 +183,7 @@ class TNPO(Referring, Objective, name="tnpo"):
 
     beta: float = option(4.0, help="inverse temperature", minimum=1e-6)
     source = "2502.19301"
-    reads = ("nll", "reference_nll")
+    needs = ("nll", "reference_nll")
 
     def loss(self, inputs):
         return ascent(2.0 * jax.nn.sigmoid(self.beta * (inputs.reference_nll - inputs.nll)), inputs.nll)
@@ -215,11 +206,11 @@ class _Preference(Objective):
     """A mean over rows; form muse_logits: over tokens, of a loss on every raw logit."""
 
     form: str = form_option("muse_logits")
-    reads_logits: ClassVar[tuple[str, ...]] = ("logits",)
+    of_paper, of_logits = ("nll",), ("logits",)
 
     @property
     def needs(self):
-        return self.reads_logits if self.form == "muse_logits" else self.reads
+        return self.of_logits if self.form == "muse_logits" else self.of_paper
 
     def counts(self, valid, refusal_valid):
         return valid if self.form == "muse_logits" else valid.any(-1)
@@ -237,7 +228,7 @@ class NPO(_Preference, Referring, name="npo"):
     beta: float = option(0.1, help="inverse temperature", minimum=1e-6)
     form: str = form_option("gemma", "muse_logits")
     source = "2404.05868"
-    reads, reads_logits = ("nll", "reference_nll"), ("logits", "reference_logits")
+    of_paper, of_logits = ("nll", "reference_nll"), ("logits", "reference_logits")
 
     def of_rows(self, inputs):
         losses = softened(row_sums(inputs.nll - inputs.reference_nll, inputs.valid), self.beta)
@@ -267,7 +258,7 @@ class DPO(Refusing, Referring, Objective, name="dpo"):
 
     beta: float = option(0.1, help="inverse temperature", minimum=1e-6)
     source = "2305.18290"
-    reads = ("nll", "reference_nll", "refusals", "reference_refusals")
+    needs = ("nll", "reference_nll", "refusal_nll", "refusal_reference_nll")
     over_rows = True
 
     def loss(self, inputs):
@@ -280,7 +271,7 @@ class IDK(Refusing, Objective, name="idk"):
     """mean nll_t of the refusals."""
 
     source = "2401.06121"
-    reads = ("refusals",)
+    needs = ("refusal_nll",)
 
     def loss(self, inputs):
         return inputs.refusal_nll
@@ -294,7 +285,7 @@ class FLAT(Refusing, Objective, name="flat"):
     total variation."""
 
     source = "2410.11143"
-    reads = ("nll", "refusals")
+    needs = ("nll", "refusal_nll")
     over_rows = True
 
     def loss(self, inputs):
@@ -314,7 +305,7 @@ class Steering(Section):
     form: str = form_option("wmdp", "open_unlearning")
     usual_retain_loss: ClassVar[str] = "hidden"
     usual_trainable: ClassVar[str] = "down_projections"
-    reads: ClassVar[tuple[str, ...]] = ("hidden",)
+    needs: ClassVar[tuple[str, ...]] = ("hidden",)
 
     def loss(self, inputs):
         error = jnp.square(inputs.hidden.astype(jnp.float32) - inputs.target[:, None, :]).mean(-1)
@@ -346,7 +337,7 @@ class UNDIAL(Objective, name="undial"):
 
     beta: float = option(10.0, help="how much the target's logit is lowered", minimum=1e-6)
     source = "2402.10052"
-    reads = ("logits", "reference_logits")
+    needs = ("logits", "reference_logits")
 
     def vocabulary(self, own, reference):
         return own.cross_entropy(reference.logits - self.beta * reference.is_target.astype(jnp.float32))
@@ -356,7 +347,7 @@ class CEU(Objective, name="ceu"):
     """Cross-entropy to the model's own softmax without the target; the first token of a document stays out."""
 
     source = "2503.01224"
-    reads = ("logits",)
+    needs = ("logits",)
 
     def counts(self, valid, refusal_valid):
         return valid & jnp.pad(valid[:, :-1], ((0, 0), (1, 0)))
@@ -372,8 +363,7 @@ class PDU(Objective, name="pdu"):
     retain_bound: float = option(0.0, help="largest retain loss accepted; 0 = 0.05, usual for kl", minimum=0.0)
     dual_warmup: int = option(0, help="steps before that coefficient moves", minimum=0)
     source = "2506.05314"
-    reads = ("logits",)
-    adapts_alpha = True
+    needs = ("logits",)
 
     def vocabulary(self, own, reference):
         return jnp.square(own.largest() - own.mean(own.logits))

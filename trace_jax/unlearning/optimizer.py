@@ -20,15 +20,12 @@ _FACTORED_FROM = 128  # Adafactor keeps the second moment of smaller matrices wh
 
 
 class Optimizer(Variant):
-    """How gradients become updates.
+    """How gradients become updates."""
 
-    moments: how many numbers it keeps for each parameter at most (Adafactor: of small matrices).
-    """
-
-    moments: ClassVar[int]
+    moments: ClassVar[int]  # numbers that it keeps for each parameter at most (Adafactor: of small matrices)
 
     def direction(self, axes: Axes) -> optax.GradientTransformation:
-        """Updates before decay and learning rate. axes: of parameters by path, see `make_optimizer`."""
+        """Updates before decay and learning rate, of parameters with these axes (see `make_optimizer`)."""
         raise NotImplementedError
 
 
@@ -116,31 +113,26 @@ class TrainingConfig(OptimizerConfig):
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up to the peak, then constant, cosine or linear decay to zero at `steps`."""
-    decay = max(1, steps - config.warmup_steps)
+    peak, warmup = config.learning_rate, config.warmup_steps
+    decay = max(1, steps - warmup)
     after = {
-        "constant": optax.constant_schedule(config.learning_rate),
-        "cosine": optax.cosine_decay_schedule(config.learning_rate, decay),
-        "linear": optax.linear_schedule(config.learning_rate, 0.0, decay),
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, decay),
+        "linear": optax.linear_schedule(peak, 0.0, decay),
     }[config.schedule]
-    if not config.warmup_steps:
+    if not warmup:
         return after
-    warmup = optax.linear_schedule(
-        config.learning_rate / config.warmup_steps, config.learning_rate, config.warmup_steps
-    )
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
+    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup), after], [warmup])
 
 
 def make_optimizer(
     config: OptimizerConfig, steps: int, axes: Axes, masks: dict[str, jax.Array] | None = None
 ) -> optax.GradientTransformation:
-    """The optimizer that `config` names, whose frozen slices stay bit-identical.
+    """The optimizer that `config` names. `axes` by path (`ArraySpec.axes`) say where the matrices of parameters are.
 
-    Gradients are masked first, so that the clipping norm is that of what trains. Updates are masked last: masking
-    gradients alone would let weight decay and old momentum move frozen experts.
-
-    Args:
-      axes: logical axes of parameters by path (`ArraySpec.axes`), which say where the matrices in them are.
-      masks: by path; gradients and updates are multiplied by them.
+    What `masks` (by path) freeze stays bit-identical. Gradients are masked first, so that the clipping norm is that of
+    what trains. Updates are masked last: masking gradients alone would let weight decay and old momentum move frozen
+    experts.
     """
     masked = optax.identity()
     if masks is not None:
@@ -156,10 +148,8 @@ def make_optimizer(
 
 
 def groups(axes: tuple[str, ...]) -> list[list[int]]:
-    """The dimensions of each vector or matrix in an array, in order: one list for a vector, two for a matrix.
-
-    Heads and their width are one side of a matrix. Dimensions in no list are stacked: they count the matrices.
-    """
+    """The dimensions of each vector (one list) or matrix (two) in an array. Heads and their width are one side of a
+    matrix. Dimensions in no list are stacked: they count the matrices."""
     sides: list[list[int]] = []
     for dimension, name in enumerate(axes):
         if name == "head" and sides:
@@ -170,38 +160,35 @@ def groups(axes: tuple[str, ...]) -> list[list[int]]:
 
 
 def orthogonal(axes: tuple[str, ...]) -> bool:
-    """Whether Muon orthogonalises the updates of an array: whether it is of matrices inside the network.
-
-    A row of the embedding or the head belongs to one token, most of which a step never sees, and a column of the router
-    to one expert: an orthogonal update would move them all alike.
-    """
+    """Whether Muon orthogonalises the updates of an array: whether it is of matrices inside the network. A row of the
+    embedding or the head belongs to one token, most of which a step never sees, and a column of the router to one
+    expert: an orthogonal update would move them all alike."""
     return len(groups(axes)) == 2 and not {"vocab", "router"} & set(axes)
 
 
-class _Matrices:
-    """Where the matrices (or vectors) are in an array of `shape` with these `axes`."""
+def _matrices(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[Callable, Callable, Callable]:
+    """(apart, its inverse together, mapped: a function of one matrix or vector as one of all) for an array's shape."""
+    inner = groups(axes)
+    within = [dimension for group in inner for dimension in group]
+    stacked = [dimension for dimension in range(len(shape)) if dimension not in within]
+    order = stacked + within
+    apart_shape = (*(shape[d] for d in stacked), *(math.prod(shape[d] for d in group) for group in inner))
 
-    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...]):
-        inner = groups(axes)
-        within = [dimension for group in inner for dimension in group]
-        self.stacked = [dimension for dimension in range(len(shape)) if dimension not in within]
-        self.shape, self.order = shape, self.stacked + within
-        self.apart_shape = (*(shape[d] for d in self.stacked), *(math.prod(shape[d] for d in g) for g in inner))
-
-    def apart(self, array: jax.Array) -> jax.Array:
+    def apart(array: jax.Array) -> jax.Array:
         """[stacked..., rows, columns], or [stacked..., width]; arrays of another shape as they are."""
-        return array.transpose(self.order).reshape(self.apart_shape) if array.shape == self.shape else array
+        return array.transpose(order).reshape(apart_shape) if array.shape == shape else array
 
-    def together(self, array: jax.Array) -> jax.Array:
-        """The inverse of `apart`."""
-        if array.shape != self.apart_shape:
+    def together(array: jax.Array) -> jax.Array:
+        if array.shape != apart_shape:
             return array
-        return array.reshape([self.shape[d] for d in self.order]).transpose(np.argsort(self.order).tolist())
+        return array.reshape([shape[d] for d in order]).transpose(np.argsort(order).tolist())
 
-    def mapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        for _ in self.stacked:
+    def mapped(function: Callable) -> Callable:
+        for _ in stacked:
             function = jax.vmap(function)
         return function
+
+    return apart, together, mapped
 
 
 def per_matrix(transform: optax.GradientTransformation, axes: Axes) -> optax.GradientTransformation:
@@ -211,25 +198,24 @@ def per_matrix(transform: optax.GradientTransformation, axes: Axes) -> optax.Gra
     them; they come first in the state's arrays. Those of a parameter's own size have its shape.
     """
 
-    def matrices(tree: Mapping[str, Any]) -> dict[str, _Matrices]:
+    def matrices(tree: Mapping[str, Any]) -> dict[str, tuple[Callable, Callable, Callable]]:
         """Without what `optax.partition` leaves to another optimizer."""
         arrays = {path: leaf for path, leaf in tree.items() if not isinstance(leaf, optax.MaskedNode)}
-        return {path: _Matrices(leaf.shape, axes[path]) for path, leaf in arrays.items()}
+        return {path: _matrices(leaf.shape, axes[path]) for path, leaf in arrays.items()}
 
     def init(params):
         return {
-            path: jax.tree.map(m.together, m.mapped(transform.init)(m.apart(params[path])))
-            for path, m in matrices(params).items()
+            path: jax.tree.map(together, mapped(transform.init)(apart(params[path])))
+            for path, (apart, together, mapped) in matrices(params).items()
         }
 
     def update(updates, state, params=None):
         assert params is not None
         result, changed = dict(updates), {}
-        for path, m in matrices(updates).items():
-            one = m.mapped(lambda u, p, s: transform.update(u, s, p))
-            arrays = m.apart(updates[path]), m.apart(params[path]), jax.tree.map(m.apart, state[path])
-            update, after = one(*arrays)
-            result[path], changed[path] = m.together(update), jax.tree.map(m.together, after)
+        for path, (apart, together, mapped) in matrices(updates).items():
+            one = mapped(lambda u, p, s: transform.update(u, s, p))
+            update, after = one(apart(updates[path]), apart(params[path]), jax.tree.map(apart, state[path]))
+            result[path], changed[path] = together(update), jax.tree.map(together, after)
         return result, changed
 
     return optax.GradientTransformation(init, update)

@@ -52,9 +52,8 @@ def set_up(
 ) -> tuple[StepSettings, Constants, Callable[[Constants], TrainState]]:  # fmt: skip
     """What the step of a run works with, for the run itself and for a plan of it, and what makes its first state.
 
-    Args:
-      original: parameters by path on the mesh, or their shapes. All else in the constants is small, and on the host.
-      selected: bool [L, E], the experts that train where not all do.
+    original: parameters by path on the mesh, or their shapes. All else in the constants is small, and on the host.
+    selected: bool [L, E], the experts that train where not all do.
     """
     settings = unlearning_settings(config, model, parallel)
     paths = trainable.trainable_paths(model, config.trainable)
@@ -62,7 +61,7 @@ def set_up(
         check_router(model, paths)
     masks = trainable.update_masks(paths, model, layers=config.layers, selected=selected)
     index = None if selected is None else trainable.selected_index(selected)
-    numbers = np.int32(seed), np.float32(config.alpha) if config.objective.adapts_alpha else None
+    numbers = np.int32(seed), np.float32(config.alpha) if config.objective.next_alpha else None
     static: Any = {"paths": paths, "rank": config.trainable.rank, "settings": settings, "mesh": mesh}
 
     def start(c: Constants) -> TrainState:
@@ -177,11 +176,7 @@ def training_step(state: TrainState, batch: Batch, *, settings: StepSettings, lo
 
 @functools.partial(jax.jit, static_argnames=("settings", "mesh"), donate_argnums=0)
 def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, settings: StepSettings, mesh: Mesh):
-    """One step of gamma L_forget + alpha L_retain.
-
-    Rows are a multiple of the devices that split them times the microbatches (`row_multiple`).
-    Returns (state, metrics: f32 scalars).
-    """
+    """(state, metrics) after a step of gamma L_forget + alpha L_retain on a multiple of `row_multiple` rows."""
     trains = trained_specs(settings.model, state.trainable, mesh)
     others = (P() for _ in Constants._fields[1:])
     constant_specs: Any = Constants(param_specs(settings.model, mesh), *others)  # pyright: ignore[reportArgumentType] specs

@@ -63,9 +63,7 @@ def chosen_experts(
     seed: int,
 ) -> np.ndarray | None:  # fmt: skip
     """bool [L, E], the experts that train as `config.trainable.experts` says; None where not only some experts train.
-
-    calibrated: bool [L, E], those that the calibration of the retain weights selected. seed: of the rule "random".
-    """
+    calibrated: bool [L, E], those that the calibration of the retain weights selected."""
     rule = config.trainable.experts
     if rule is None or isinstance(rule, Calibrated):
         return None if rule is None else calibrated
@@ -117,9 +115,7 @@ def update_masks(
 
 def trainable_table(model: ModelConfig, config: UnlearningConfig, selected: np.ndarray | None = None) -> list[dict]:
     """One row per parameter: path, shape, how many numbers it has, how many train, and which ("" where none do).
-
-    selected: bool [L, E], the experts that train where not all do.
-    """
+    selected: bool [L, E], the experts that train where not all do."""
     paths, rank, rows = trainable_paths(model, config.trainable), config.trainable.rank, []
     masks = update_masks(paths, model, layers=config.layers, selected=selected)
     for path, spec in sorted(flat_specs(model).items()):
@@ -218,10 +214,8 @@ def split(
 
 
 def current_params(trained: Flat, original: Mapping[str, Any], index: Any = None, scale: Any = None) -> Flat:
-    """All parameters of the model that trains: plain arrays, and `Delta` where a part of one trains.
-
-    original: arrays (or shapes, where whole arrays train). index: i32 [L, N], of rows. scale: f32 [], alpha / rank.
-    """
+    """All parameters of the model that trains: plain arrays, and `Delta` where a part of one trains. `original` may be
+    shapes where whole arrays train. index: i32 [L, N], of rows. scale: f32 [], alpha / rank."""
     changed: Flat = {}
     for path, leaf in trained.items():
         parameter, _, part = path.rpartition("/")
@@ -239,10 +233,8 @@ def current_params(trained: Flat, original: Mapping[str, Any], index: Any = None
 def merge(
     original: Flat, trained: Flat, model: ModelConfig, mesh: Mesh, *, index=None, scale=None, subtract: float = 0.0
 ) -> Flat:
-    """Parameters of an ordinary model: `original` with what trained in its place (see `current_params`).
-
-    subtract: with s > 0, original - s (trained - original) instead, in float32: a task vector is subtracted.
-    """
+    """Parameters of an ordinary model: `original` with what trained in its place (see `current_params`); with
+    `subtract` s > 0, original - s (trained - original) instead, in float32: a task vector is subtracted."""
     if subtract and scale is not None:
         scale = -subtract * scale
     elif subtract:

@@ -27,7 +27,7 @@ from trace_jax.unlearning.inputs import Inputs, batch_text, cached_reference, st
 from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.losses import Constants
 from trace_jax.unlearning.metrics import Metrics
-from trace_jax.unlearning.objectives import Referring, Refusing, Steering, TaskVector
+from trace_jax.unlearning.objectives import Referring, Refusing, Steering
 from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
 from trace_jax.unlearning.trainable import Flat, merge, table_text, trainable_table
 
@@ -112,7 +112,7 @@ def unlearn(
 
     def finished(trained: Flat) -> tuple[Model, list[dict] | None]:
         """(what a run gives that ends here, rows about what GRIP did to its routers)."""
-        return finish(model_of(trained, objective.task_scale if isinstance(objective, TaskVector) else 0.0))
+        return finish(model_of(trained, objective.task_scale))
 
     with tempfile.TemporaryDirectory() as scratch:
         where, multiple, reference = as_path(directory or scratch), row_multiple(settings, mesh), None
