@@ -13,8 +13,7 @@ from PIL import Image
 from trace_jax.evaluation.routing import MODELS, SUBJECTS, routing_quantities
 from trace_jax.io.files import encode
 from trace_jax.report.figures import heat_map, layer_plot, method_styles, scale_of
-from trace_jax.report.page import render
-from trace_jax.report.routing import GROUPS, MOST_METHODS, STATES, routing_groups, times_uniform
+from trace_jax.report.page import GROUPS, MOST_METHODS, STATES, render, routing_groups, times_uniform
 
 
 def measure(seed, layers=2, experts=16, top_k=2, *, calibrated=True, dead=None, drift=0.1):

@@ -45,8 +45,11 @@ class Figure(NamedTuple):
     svg: Markup
 
 
-def panel(width: float, height: float, *, margins: tuple[float, float, float, float]) -> tuple[Any, Any]:
-    """(figure, axes) of a size in inches; margins are left, right, bottom and top of the axes, as shares."""
+def panel(width: float, height: float, margins: tuple[float, float, float, float], grid: Any = None) -> tuple[Any, Any]:
+    """(figure, axes) of a size in inches; margins are left, right, bottom and top of the axes, as shares.
+
+    `grid`: "x" or "both", along which axes there are lines.
+    """
     from matplotlib.figure import Figure as Canvas  # here, because importing matplotlib takes a second
 
     left, right, bottom, top = margins
@@ -60,6 +63,8 @@ def panel(width: float, height: float, *, margins: tuple[float, float, float, fl
     axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=10, width=0.8)
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set(color=INK, fontsize=10.5)
+    if grid:
+        axes.grid(axis=grid, color=GRID, linewidth=0.8)
     return figure, axes
 
 
@@ -107,7 +112,7 @@ def method_styles(methods: Iterable[str], baseline: str) -> dict[str, Style]:
 
 def swatch(style: Style, name: str) -> Markup:
     """A short line with the method's marker, for a legend; `name` is unique on the page."""
-    figure, axes = panel(0.45, 0.2, margins=(0.0, 1.0, 0.0, 1.0))
+    figure, axes = panel(0.45, 0.2, (0.0, 1.0, 0.0, 1.0))
     axes.plot([0, 1, 2], [0, 0, 0], **style, markevery=[1], markersize=6, linewidth=2)
     axes.set_axis_off()
     axes.set_ylim(-1, 1)
@@ -173,8 +178,7 @@ def front_figures(
     """
     figures, measure = [], plain_name(forgetting)
     for name in dict.fromkeys(name for runs in fronts.values() for front in runs for name in front["utilities"]):
-        figure, axes = panel(WIDTH, 3.0, margins=(0.115, 0.98, 0.16, 0.94))
-        axes.grid(color=GRID, linewidth=0.8)
+        figure, axes = panel(WIDTH, 3.0, (0.115, 0.98, 0.16, 0.94), grid="both")
         axes.axvline(level, color=MUTED, linewidth=1, linestyle=_DASHED)
         at = {"transform": axes.get_xaxis_transform(), "ha": "center"}
         axes.text(level, 1.02, f"level {level:g}", **at, color=MUTED, fontsize=9)
@@ -216,8 +220,7 @@ def step_figures(
     """Each measurement before the first step of a series and after every step, one line per method."""
     figures = []
     for name, methods in scores.items():
-        figure, axes = panel(WIDTH, 2.4, margins=(0.16, 0.98, 0.2, 0.94))
-        axes.grid(color=GRID, linewidth=0.8)
+        figure, axes = panel(WIDTH, 2.4, (0.16, 0.98, 0.2, 0.94), grid="both")
         for method, values in methods.items():
             axes.plot(np.array(values, float), **styles[method], **_THICK)
         count = max(len(values) for values in methods.values())
@@ -238,8 +241,7 @@ def row_plot(
     is the words under the axis, a dotted line at `chance`. A `share` is drawn from 0 to 1.
     """
     height = 0.75 + 0.34 * len(rows)
-    figure, axes = panel(5.6, height, margins=(0.3, 0.98, 0.55 / height, 0.98))
-    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    figure, axes = panel(5.6, height, (0.3, 0.98, 0.55 / height, 0.98), grid="x")
     if chance is not None:
         axes.axvline(chance, color=MUTED, linewidth=1, linestyle=_DOTTED)
     spread = 0.5 / max(map(len, rows.values()))
@@ -264,15 +266,14 @@ def row_plot(
 
 def layer_plot(
     quantities: Mapping[str, Mapping[str, Any]], styles: Mapping[str, Style], caption: str, label: str, *,
-    original: Mapping[str, Any] | None, limits: tuple[float, float | None],
+    original: Mapping[str, Any] | None, limits: tuple[float, float],
 ) -> Figure:  # fmt: skip
     """A quantity against the layer, one line per method, with 95 % intervals; `limits` are the ends of its axis.
 
     `quantities`: by method, lists "layers" (their numbers) and "value", and where it has intervals "low" and "high";
     `original`: the same of the original model, drawn dotted.
     """
-    figure, axes = panel(WIDTH, 2.3, margins=(0.125, 0.985, 0.2, 0.96))
-    axes.grid(color=GRID, linewidth=0.8)
+    figure, axes = panel(WIDTH, 2.3, (0.125, 0.985, 0.2, 0.96), grid="both")
     layers = list(next(iter(quantities.values()))["layers"])
     few = len(layers) <= _FEW_LAYERS
     places = np.linspace(-0.25, 0.25, len(quantities) + 2)[1:-1] if few else np.zeros(len(quantities))
@@ -296,9 +297,8 @@ def layer_plot(
     axes.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
     axes.set_xticks([layers[i] for i in _ticks(len(layers))])
     axes.set_xlabel("layer")
-    bottom, top = limits
-    room = 0.04 * ((top or 1.0) - bottom)
-    axes.set_ylim(bottom - room, None if top is None else top + room)
+    room = 0.04 * (limits[1] - limits[0])
+    axes.set_ylim(limits[0] - room, limits[1] + room)
     axes.locator_params(axis="y", nbins=5)
     return Figure(caption, inline(figure, label))
 
@@ -311,12 +311,12 @@ def heat_map(
     `selected`: bool [L, E], experts to outline. `layers`: numbers of the rows; () counts from 0. The caption, unique on
     the page, and `what` is shown are read out to who can't see the map.
     """
-    values_LxE = np.atleast_2d(np.array(values, float))
+    values_LxE = np.array(values, float)
     count, experts = values_LxE.shape
     height = count * float(np.clip(240 / count, 4, 24)) / 72 + 0.5
     names = [layers[row] if len(layers) else row for row in _ticks(count)]
     left = 0.078 + 0.022 * max(len(str(name)) for name in names)
-    figure, axes = panel(WIDTH, height, margins=(left, _RIGHT, 0.42 / height, 1 - 0.06 / height))
+    figure, axes = panel(WIDTH, height, (left, _RIGHT, 0.42 / height, 1 - 0.06 / height))
     clipped = np.nan_to_num(np.clip(values_LxE, scale.low, scale.high), nan=0.0)
     axes.imshow(
         clipped, cmap=scale.colour_map(), vmin=scale.low, vmax=scale.high, aspect="auto", interpolation="none",
@@ -324,7 +324,7 @@ def heat_map(
     )  # fmt: skip
     if selected is not None:
         cell_width = 72 * WIDTH * (_RIGHT - left) / experts
-        _outline(axes, np.atleast_2d(np.array(selected, bool)), float(np.clip(0.12 * cell_width, 0.5, 1.6)))
+        _outline(axes, np.array(selected, bool), float(np.clip(0.12 * cell_width, 0.5, 1.6)))
     axes.set_xticks(_ticks(experts))
     axes.set_yticks(_ticks(count), names)
     axes.tick_params(length=0, labelsize=10)
