@@ -10,7 +10,7 @@ from tests import handmade, tiny
 from trace_jax.data.corpora import Probes, Prompts, prompts_of
 from trace_jax.evaluation import probes
 from trace_jax.evaluation.intervals import find
-from trace_jax.evaluation.likelihood import score_questions, score_rows, score_sequences
+from trace_jax.evaluation.likelihood import score_questions, score_sequences
 from trace_jax.evaluation.probes import QuestionAccuracy, TextLikelihood, Verbatim, rouge_l
 from trace_jax.evaluation.task import Evaluator, TaskScores
 from trace_jax.models.generate import generate
@@ -21,7 +21,8 @@ def names(measurements, split):
 
 
 def test_quick_measurements_of_the_handbook():
-    evaluator, other = handmade.make_evaluator(benchmark="handbook"), handmade.make_model(1)
+    """`test_task.py` has their values."""
+    evaluator = handmade.make_evaluator(benchmark="handbook")
     own, later = ({name: handmade.scores(seed)[name] for name in ("questions", "text")} for seed in (0, 1))
     quick = ["forget_accuracy", "neighbour_accuracy", "forget_nll", "neighbour_nll", "general_nll"]
     assert names(evaluator.measure(own), "test") == quick
@@ -31,14 +32,7 @@ def test_quick_measurements_of_the_handbook():
                  "general_utility"]  # fmt: skip
     assert names(result, "validation") == names(result, "test") == quick
     assert [m.split for m in result] == ["validation"] * 8 + ["test"] * 8
-    questions = handmade.PROBES["test"].questions["forget"]
-    correct = score_questions(other, questions, batch_size=4).argmax(axis=1) == questions.answer
-    accuracy = find(result, "forget_accuracy", "test")
-    assert (accuracy.value, accuracy.n) == (correct.mean(), 9)
-    rows = handmade.PROBES["test"].text["general"].take(np.array([0, 1, 2, 4, 5]))  # seven rows thinned to five
-    nll = find(result, "general_nll", "test")
-    assert nll.value == pytest.approx(score_rows(other, rows, batch_size=4).sum() / rows.valid.sum(), rel=1e-5)
-    assert nll.n == 5 and nll.low < nll.value < nll.high
+    assert all(m.low < m.value < m.high for m in result if m.name.endswith("nll"))
     one = find(evaluator.measure(own), "general_utility", "test")
     assert (one.value, one.low, one.high) == (1, 1, 1)
 

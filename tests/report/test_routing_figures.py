@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.report.test_report import check_alone
 from trace_jax.evaluation.routing import MODELS, SUBJECTS, routing_quantities
 from trace_jax.io.files import encode
 from trace_jax.report.figures import heat_map, layer_plot, method_styles, scale_of
@@ -149,15 +150,9 @@ def test_an_expert_that_died_is_marked_and_one_that_did_not_is_not(groups):
 def test_without_dead_experts_or_drift_there_are_plots_and_no_maps():
     measured = {"uniform": measure(0, drift=0.0)}
     groups = groups_of(measured)
-    assert (len(groups["Dead experts"]["panels"]), len(groups["Dead experts"]["maps"])) == (2, 0)
-    assert (len(groups["Router drift"]["panels"]), len(groups["Router drift"]["maps"])) == (1, 0)
+    for title, panels in (("Dead experts", 2), ("Router drift", 1)):
+        assert (len(groups[title]["panels"]), len(groups[title]["maps"])) == (panels, 0)
     assert "Here there is none, before or after" in page_of(measured)
-
-
-def marks(svg):
-    """Places of the markers, [n, 2] in the order drawn, y upwards."""
-    found = re.findall(r'<use [^>]*?href="#[^"]*-m\w+"[^>]*? x="([\d.]+)" y="([\d.]+)"[^>]*?fill: var\(--series', svg)
-    return np.array(found, float) * (1, -1)
 
 
 def test_points_stand_where_their_values_are():
@@ -165,8 +160,9 @@ def test_points_stand_where_their_values_are():
     quantities = {m: {"layers": [3, 4, 5], "value": v, "low": v, "high": v} for m, v in values.items()}
     styles = method_styles(list(values), "uniform")
     svg = layer_plot(quantities, styles, "p", "x", original=None, limits=(0.0, 1.0)).svg
-    places = marks(svg).reshape(2, 3, 2)
-    heights = places[..., 1]
+    found = re.findall(r'<use [^>]*?href="#[^"]*-m\w+"[^>]*? x="([\d.]+)" y="([\d.]+)"[^>]*?fill: var\(--series', svg)
+    places = np.array(found, float).reshape(2, 3, 2)
+    heights = -places[..., 1]  # upwards
     unit = heights[0, 1] - heights[0, 0]
     np.testing.assert_allclose(heights - heights[0, 0], [[0, unit, 2 * unit], [unit, 2 * unit, 3 * unit]], atol=1e-3)
     assert unit > 0 and (np.diff(places[..., 0], axis=1) > 0).all()
@@ -184,26 +180,23 @@ def test_intervals_that_are_not_known_break_no_plot():
 
 def test_selected_experts_are_outlined_where_cells_are_wide_enough(groups):
     outlined = {f.caption: "LineCollection" in f.svg for f in groups["Change of use"]["maps"]}
-    assert outlined == {
-        f"Change, {m}, {s} text": m == "trace_rows" for m in ("uniform", "trace_rows") for s in SUBJECTS
-    }
+    methods = {"uniform": False, "trace_rows": True}
+    assert outlined == {f"Change, {m}, {s} text": there for m, there in methods.items() for s in SUBJECTS}
     assert groups["Change of use"]["outlined"]
     wide = groups_of({"trace": measure(0, experts=128)}, selected=["trace"])["Change of use"]
     assert not wide["outlined"] and not any("LineCollection" in f.svg for f in wide["maps"])
 
 
-def test_the_section_is_folded_and_its_ids_are_its_own(measured):
+def test_the_section_is_folded_and_stands_alone(measured):
     page = page_of(measured, selected=["trace_rows"])
+    check_alone(page)
     assert "<h2>Routing after unlearning</h2>" in page and "<details><summary>Routing, quantity by quantity" in page
-    ids = re.findall(r'\bid="([^"]+)"', page)
-    assert len(ids) == len(set(ids)) and set(re.findall(r'(?:url\(|href=")#([^")]+)', page)) <= set(ids)
     assert f"{measured['uniform']['tokens']['forget']} forget tokens of 6 rows" in page
 
 
 def test_many_methods_on_a_large_model_stay_small():
     one = measure(0, layers=48, experts=128, top_k=8, dead=0)
-    measured = {f"method_{i}": one for i in range(6)}
-    page = page_of(measured)
+    page = page_of({f"method_{i}": one for i in range(6)})
     assert page.count('aria-label="Change, ') == 2 * MOST_METHODS
     assert len(page.encode()) < 1_500_000
     assert "the arrays of 2 more are in results.json" in page
