@@ -18,7 +18,7 @@ import transformers
 from tokenizers import Tokenizer, models
 
 from trace_jax.checkpoints import export
-from trace_jax.checkpoints.checkpoint import CheckpointError
+from trace_jax.checkpoints.checkpoint import Checkpoint, CheckpointError
 from trace_jax.checkpoints.export import ModelCard, base_model_of, licence_of, readme, save_pretrained
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError
@@ -230,8 +230,8 @@ CARD = ModelCard(
 )
 
 
-def test_front_matter_and_tables():
-    text = readme(CARD, base_model="org/base", licence={"license": "apache-2.0"}, note="3 of 9 tensors differ.")
+def test_front_matter_and_tables(source):
+    text = readme(CARD, Checkpoint(source, {"_name_or_path": "org/base"}, (), {}), "3 of 9 tensors differ.")
     _, front, body = text.split("---\n", 2)
     assert front.splitlines() == [
         'license: "apache-2.0"',
@@ -253,7 +253,7 @@ def test_front_matter_and_tables():
 
 
 def test_without_a_card_nothing_is_claimed():
-    text = readme(None, base_model="base", licence={}, note="An unchanged re-export.")
+    text = readme(None, None, "An unchanged re-export.")
     assert "An unchanged re-export." in text
     assert "unlearn" not in text.lower()
 

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from trace_jax.checkpoints import checkpoint
 from trace_jax.checkpoints.checkpoint import INDEX, SINGLE, CheckpointError, Quantised, Readable, Specs, Tensor
 from trace_jax.checkpoints.parts import PIECE_BYTES, THREADS, Slot, account, parts_of, places, slots_of, take
 from trace_jax.config import ConfigError
-from trace_jax.io.files import free_bytes, is_remote
+from trace_jax.io.files import free_bytes, is_remote, replacing
 from trace_jax.io.progress import progress
 from trace_jax.models.architecture import ModelConfig, flat_specs, flatten
 from trace_jax.models.families import FAMILIES, family_of, model_config
@@ -99,8 +99,11 @@ def save_pretrained(
             files, ignored = _decoded(written, source, readable, unread)
     if (needed := _nbytes(files) + 2**26) > (free := free_bytes(destination)):
         raise CheckpointError(f"{destination} needs {needed / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB free.")
-    with _replacing(destination) if is_main() else contextlib.nullcontext() as directory:
-        tensors = _lay_out(directory, files, source, shard_bytes) if directory else {}
+    with replacing(destination) if is_main() else contextlib.nullcontext() as directory:
+        tensors = {}
+        if directory is not None:
+            directory.mkdir()
+            tensors = _lay_out(directory, files, source, shard_bytes)
         changed = _write([*written, *merged], params, tensors)
         if directory is None:
             return
@@ -111,12 +114,7 @@ def save_pretrained(
                 tensors[name].write(numbers.astype(tensors[name].dtype), start)
         changed |= ignored.keys() | {name for slot in written for name in slot.names}
         _write_others(directory, model, source, config_json)
-        text = readme(
-            card,
-            base_model=base_model_of(source.directory, source.config) if source else None,
-            licence=licence_of(source.directory) if source else {},
-            note=_note(len(changed), len(files), bool(source), decoded=bool(written)),
-        )
+        text = readme(card, source, _note(len(changed), len(files), bool(source), decoded=bool(written)))
         (directory / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -130,23 +128,6 @@ def _check_destination(path: Path, *, overwrite: bool, source: Path | None) -> N
         raise CheckpointError(f"{path} holds the checkpoint that the model came from; choose another directory.")
     if not path.is_dir() or (any(path.iterdir()) and not (path / "config.json").exists()):
         raise CheckpointError(f"{path} is no checkpoint, and is not replaced by one; choose another directory.")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yields a new directory beside `path`; on success it takes the place of `path`, on any error it vanishes."""
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 # --- tensors
@@ -288,14 +269,15 @@ def _note(changed: int, total: int, has_source: bool, *, decoded: bool) -> str:
     return f"{changed} of {total} tensors differ from the base model's; the rest are its bytes."
 
 
-def readme(card: ModelCard | None, *, base_model: str | None, licence: Mapping[str, str], note: str) -> str:
+def readme(card: ModelCard | None, source: checkpoint.Checkpoint | None, note: str) -> str:
     """The text of README.md. `note` says how the files differ from the source's."""
-    front: dict[str, Any] = {**licence, "library_name": "transformers", "pipeline_tag": "text-generation"}
-    if base_model:
-        front["base_model"] = base_model
+    front: dict[str, Any] = licence_of(source.directory) if source else {}
+    front |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    name = "a model trained by trace_jax"
+    if source:
+        name = front["base_model"] = base_model_of(source.directory, source.config)
     if card:
         front["tags"] = ["unlearning", "trace_jax"]
-    name = base_model or "a model trained by trace_jax"
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
     if card:
         lines += [f"# {name}, unlearned", "", card.unlearned, "", f"Method: {card.method}, by trace_jax.", ""]

@@ -69,10 +69,8 @@ def free_bytes(path: str | os.PathLike) -> float:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary local path; on success it takes the place of `path`, on any error it vanishes.
-
-    In other processes than 0 it always vanishes.
-    """
+    """Yields a temporary local path, of a file or (not for an address) a directory to be made; on success it takes the
+    place of `path`, on any error it vanishes. In other processes than 0 it always vanishes."""
     path = as_path(path)
     if not is_main() or is_remote(path):
         with tempfile.TemporaryDirectory() as scratch:
@@ -83,12 +81,17 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
                 _copy(temporary, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary, old = (path.with_name(f".{path.stem}.{os.getpid()}.{kind}{path.suffix}") for kind in ("tmp", "old"))
     try:
         yield temporary
+        if path.is_dir():  # no directory is replaced by one in a single step
+            path.rename(old)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for left in (temporary, old):
+            remove(left)
 
 
 def _copy(source: Path, target: Path) -> None:
