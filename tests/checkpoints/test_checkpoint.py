@@ -1,15 +1,124 @@
-"""Directories: what is a checkpoint, of which shape, and what is refused with which advice."""
+"""Safetensors files: read as the library reads them, slice by slice; written as it writes them, tensor by tensor.
+Quantised tensors decode as transformers decodes them."""
 
 import json
 
+import jax
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantised_checkpoints import FP8, random_fp8, random_mxfp4
 from safetensors.numpy import save_file
+from tiny import CONFIG, spread
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
-from trace_jax.checkpoints.pretrained import PretrainedConfig
-from trace_jax.config import ConfigError
-from trace_jax.models.families import PUBLISHED, model_config
+from trace_jax.checkpoints.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    CheckpointError,
+    TensorFile,
+    create_file,
+    open_checkpoint,
+    readable_tensor,
+)
+from trace_jax.checkpoints.parts import account
+from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.models.families import FAMILIES
+
+TORCH = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    **{name: getattr(torch, DTYPES[name].name) for name in DTYPES if name[:2] not in ("F8", "BO")},
+}
+
+
+def numbers(dtype, shape=(5, 7, 3)):
+    """Every kind of bits (for BOOL: 0 and 1) in a torch tensor."""
+    itemsize = dtype.itemsize
+    data = np.random.default_rng(0).integers(0, 2 if dtype == torch.bool else 256, (*shape, itemsize), np.uint8)
+    return torch.from_numpy(data).view(dtype).reshape(shape)
+
+
+def bits(tensor):
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def entry(shape, begin, end, dtype="U8"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_any_slice_of_any_type_is_what_the_library_wrote(name, tmp_path):
+    want = {"a": numbers(TORCH[name], (2, 3)), "b": numbers(TORCH[name])}
+    safetensors.torch.save_file(want, tmp_path / "m.safetensors")
+    tensor = TensorFile(tmp_path / "m.safetensors").tensors["b"]
+    assert (tensor.dtype, tensor.shape, tensor.nbytes) == (DTYPES[name], (5, 7, 3), 105 * DTYPES[name].itemsize)
+    assert tensor.read().tobytes() == bits(want["b"])
+
+    @settings(deadline=None, max_examples=20)
+    @given(st.lists(st.integers(0, 105), min_size=2, max_size=2).map(sorted))
+    def check(bounds):
+        start, stop = bounds
+        assert tensor.read(start, stop).tobytes() == bits(want["b"].reshape(-1)[start:stop])
+
+    check()
+
+
+def test_written_files_are_those_of_the_library(tmp_path):
+    want = {name: numbers(dtype) for name, dtype in TORCH.items()}
+    safetensors.torch.save_file(want, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    theirs = TensorFile(tmp_path / "theirs.safetensors")
+    specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in theirs.tensors.values()}
+    ours = create_file(tmp_path / "ours.safetensors", specs, {"format": "pt"})
+    for name in reversed(list(specs)):  # in any order
+        ours.tensors[name].copy(theirs.tensors[name])
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_a_tensor_can_be_written_in_parts_of_its_type_and_size(tmp_path):
+    array = np.arange(24, dtype=np.int32).reshape(4, 6)
+    tensor = create_file(tmp_path / "m.safetensors", {"x": (array.dtype, array.shape)}, {}).tensors["x"]
+    tensor.write(array[2:], start=12)
+    tensor.write(array[:3])
+    np.testing.assert_array_equal(safetensors.torch.load_file(tmp_path / "m.safetensors")["x"].numpy(), array)
+    for wrong in (np.zeros(2, np.int64), np.zeros(25, np.int32)):
+        with pytest.raises(AssertionError, match="x"):
+            tensor.write(wrong)
+
+
+@pytest.mark.parametrize(
+    ("header", "size", "message"),
+    [
+        ({"x": entry([4], 0, 4), "y": entry([4], 4, 8)}, 7, "file not fully covered"),
+        ({"x": entry([4], 0, 4)}, 6, "file not fully covered"),
+        ({"x": entry([4], 0, 4), "y": entry([4], 2, 6)}, 6, "invalid offset for tensor `y`"),
+        ({"x": entry([4], 0, 4), "y": entry([4], 6, 10)}, 10, "invalid offset for tensor `y`"),
+        ({"x": entry([2, 3], 0, 4)}, 4, "invalid shape, data type, or offset"),
+        ({"x": entry([4], 0, 2, "F4")}, 2, "x has dtype 'F4'; readable are F64"),
+        ({"x": entry([4], 0, 4, "Q7")}, 4, "unknown variant `Q7`"),
+        ({"x": entry([-4], 0, 4)}, 4, "invalid value: integer `-4`"),
+        (b"\x09\x00\x00\x00\x00\x00\x00\x00{not json", 0, "invalid JSON in header"),
+        ([], 0, "invalid JSON in header"),
+        (b"", 0, "header.*cut short on its way"),
+        (b"\xff" * 8 + b"{}", 0, "header.*cut short on its way"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", 0, "header.*cut short on its way"),
+    ],
+)
+def test_a_wrong_header_is_refused_with_its_file(header, size, message, tmp_path):
+    if not isinstance(header, bytes):
+        text = json.dumps(header).encode()
+        header = len(text).to_bytes(8, "little") + text
+    (tmp_path / "m.safetensors").write_bytes(header + bytes(size))
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: .*" + message):
+        TensorFile(tmp_path / "m.safetensors")
+
+
+# --- directories
 
 A, B = "a.safetensors", "b.safetensors"
 ONE = {"x": np.arange(3, dtype=np.float32)}
@@ -63,28 +172,75 @@ def test_a_directory_that_is_no_checkpoint_or_whose_index_does_not_fit(config, f
         open_checkpoint(write(tmp_path, files, weight_map, config))
 
 
-def mixtral_in(directory, **changes):
-    (directory / "config.json").write_text(json.dumps({**PUBLISHED["mixtral-8x7b"], **changes}))
-    return str(directory)
+# --- quantised tensors
 
 
-def test_without_a_path_the_shape_is_the_published_one_and_a_run_is_refused():
-    model = PretrainedConfig(path="", published="mixtral-8x7b", dtype="float32", grouped_matmul="ragged")
-    assert (model.shape().num_experts, model.shape().dtype, model.shape().grouped_matmul) == (8, "float32", "ragged")
-    with pytest.raises(ConfigError, match=r"path is empty; .*--config\.model\.path=DIR"):
-        model.check()
+def opened(tmp_path, tensors):
+    safetensors.torch.save_file(tensors, tmp_path / "m.safetensors")
+    return TensorFile(tmp_path / "m.safetensors").tensors
 
 
-def test_a_path_must_have_that_shape_and_tensors(tmp_path):
-    same = PretrainedConfig(path=mixtral_in(tmp_path), published="mixtral-8x7b")
-    assert same.shape() == model_config(PUBLISHED["mixtral-8x7b"], dtype="bfloat16")
-    with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
-        same.check()
-    mixtral_in(tmp_path, num_local_experts=16, num_experts_per_tok=1, rms_norm_eps=1e-6)
-    with pytest.raises(
-        ConfigError,
-        match=r"is no mixtral-8x7b \(model\.published\): num_experts is 16, expected 8; experts_per_token is 1, "
-        r"expected 2\. Give the directory of mistralai/Mixtral-8x7B-Instruct-v0\.1",
-    ):
-        same.shape()
-    assert PretrainedConfig(path=str(tmp_path)).shape().num_experts == 16
+@pytest.mark.parametrize("shape", [(24, 32), (3, 16, 48)])
+def test_fp8_blocks_decode_as_in_transformers(shape, tmp_path):
+    weight, scales = random_fp8(np.random.default_rng(0), shape, (8, 16))
+    tensors = opened(tmp_path, {"w": weight, "w_scale_inv": scales})
+    tensor = readable_tensor("w", tensors, {"quantization_config": FP8})
+    want = Fp8Dequantize(None)._dequantize_one(weight, scales).numpy().reshape(-1)
+    np.testing.assert_array_equal(tensor.read(), want)
+    columns = shape[-1]
+    for start, stop in ((0, 1), (7, 9), (5, 20), (15, 17)):
+        part = slice(start * columns, stop * columns)
+        np.testing.assert_array_equal(tensor.read(part.start, part.stop), want[part])
+
+
+def test_fp8_blocks_at_the_edge_may_be_cut(tmp_path):
+    """DeepSeek-V3's kv_a_proj has 576 rows: 4.5 blocks. (transformers 5.24 refuses such a matrix.)"""
+    weight, scales = random_fp8(np.random.default_rng(0), (20, 40), (8, 16))
+    tensors = opened(tmp_path, {"w": weight, "w_scale_inv": scales})
+    decoded = readable_tensor("w", tensors, {"quantization_config": FP8}).read().reshape(20, 40)
+    row, column = np.indices((20, 40))
+    np.testing.assert_array_equal(decoded, weight.float() * scales[row // 8, column // 16])
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 64), (1, 3, 32)])
+def test_mxfp4_decodes_as_in_transformers(shape, tmp_path):
+    blocks, scales = random_mxfp4(np.random.default_rng(0), shape)
+    tensors = opened(tmp_path, {"w_blocks": blocks, "w_scales": scales})
+    tensor = readable_tensor("w", tensors, {}, "mxfp4")
+    assert tensor.shape == shape
+    want = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2).numpy().reshape(-1)
+    np.testing.assert_array_equal(tensor.read(), want)
+    np.testing.assert_array_equal(tensor.read(32, 96), want[32:96])
+
+
+@pytest.mark.parametrize(
+    ("scales", "config", "message"),
+    [
+        ({}, FP8, "w is float8; it needs w_scale_inv"),
+        ({"w_scale_inv": torch.ones(1, 1)}, None, "quantization_config.weight_block_size"),
+        ({"w_scale_inv": torch.ones(2, 2)}, FP8, r"w_scale_inv is \[2, 2\], expected \[1, 1\]"),
+    ],
+)
+def test_float8_without_its_scales_is_refused(scales, config, message, tmp_path):
+    stored = opened(tmp_path, {"w": torch.zeros(8, 16).to(torch.float8_e4m3fn), **scales})
+    with pytest.raises(CheckpointError, match=message):
+        readable_tensor("w", stored, {"quantization_config": config})
+
+
+def test_what_cannot_be_decoded_is_refused(tmp_path):
+    blocks, _ = random_mxfp4(np.random.default_rng(0), (2, 4, 32))
+    with pytest.raises(CheckpointError, match=r"w_blocks is \[2, 4, 1, 16\] and w_scales missing"):
+        readable_tensor("w", opened(tmp_path, {"w_blocks": blocks}), {}, "mxfp4")
+    for method in ("gptq", None):
+        checkpoint = Checkpoint(tmp_path, {"quantization_config": {"quant_method": method}}, (), {})
+        with pytest.raises(CheckpointError, match=rf"method {method!r} can't be read; supported are fp8, mxfp4"):
+            account(checkpoint, CONFIG, FAMILIES["mixtral"])
+
+
+def test_a_quantised_checkpoint_imports_as_its_decoded_twin_on_one_device_and_on_four(packed_and_plain):
+    packed, plain = (load_pretrained(directory) for directory in packed_and_plain)
+    assert packed.config == plain.config
+    jax.tree.map(np.testing.assert_array_equal, packed.params, plain.params)
+    rules = {"experts": "expert", "embed": "data", "heads": "data", "latent": "expert"}
+    cut = load_pretrained(packed_and_plain[0], shardings=spread(plain.config, rules))
+    jax.tree.map(np.testing.assert_array_equal, cut.params, plain.params)

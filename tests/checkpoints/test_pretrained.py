@@ -15,8 +15,10 @@ from tokenizers import Tokenizer, models
 
 from trace_jax.checkpoints import parts, pretrained
 from trace_jax.checkpoints.checkpoint import CheckpointError
-from trace_jax.checkpoints.pretrained import load_pretrained, read_tokenizer
+from trace_jax.checkpoints.pretrained import PretrainedConfig, load_pretrained, read_tokenizer
+from trace_jax.config import ConfigError
 from trace_jax.models.architecture import abstract_params, flatten
+from trace_jax.models.families import PUBLISHED, model_config
 from trace_jax.models.model import Source, SpecialTokens
 from trace_jax.models.sharding import param_shardings
 from trace_jax.parallel.mesh import make_mesh
@@ -158,3 +160,30 @@ def test_the_tokenizer_comes_along_and_says_the_ids_of_special_tokens(tiny_check
     (directory / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: can't be read as a tokenizer"):
         load_pretrained(directory)
+
+
+# --- which checkpoint
+
+
+def mixtral_in(directory, **changes):
+    (directory / "config.json").write_text(json.dumps({**PUBLISHED["mixtral-8x7b"], **changes}))
+    return str(directory)
+
+
+def test_without_a_path_the_shape_is_the_published_one_and_a_run_is_refused():
+    model = PretrainedConfig(path="", published="mixtral-8x7b", dtype="float32", grouped_matmul="ragged")
+    assert (model.shape().num_experts, model.shape().dtype, model.shape().grouped_matmul) == (8, "float32", "ragged")
+    with pytest.raises(ConfigError, match=r"path is empty; .*--config\.model\.path=DIR"):
+        model.check()
+
+
+def test_a_path_must_have_that_shape_and_tensors(tmp_path):
+    same = PretrainedConfig(path=mixtral_in(tmp_path), published="mixtral-8x7b")
+    assert same.shape() == model_config(PUBLISHED["mixtral-8x7b"], dtype="bfloat16")
+    with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
+        same.check()
+    mixtral_in(tmp_path, num_local_experts=16, num_experts_per_tok=1, rms_norm_eps=1e-6)
+    differs = r"num_experts is 16, expected 8; experts_per_token is 1, expected 2\. Give .* mistralai/Mixtral-8x7B-In"
+    with pytest.raises(ConfigError, match=rf"is no mixtral-8x7b \(model\.published\): {differs}"):
+        same.shape()
+    assert PretrainedConfig(path=str(tmp_path)).shape().num_experts == 16

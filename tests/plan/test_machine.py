@@ -7,30 +7,26 @@ import pytest
 from trace_jax.config import ConfigError
 from trace_jax.plan.machine import GPUS, TPUS, cpus, exchange_rate, gpus, tpu_slice
 
-
-def slice_places(*shape):
-    return list(itertools.product(*map(range, shape)))
+V5E, V5P, H100 = TPUS["v5e"], TPUS["v5p"], GPUS["h100"]
 
 
-def test_a_group_uses_the_links_along_the_axes_that_it_spans():
-    v5e, places = TPUS["v5e"], slice_places(4, 4)
-    row, column = [0, 1, 2, 3], [0, 4, 8, 12]
-    assert exchange_rate(v5e, row, places) == exchange_rate(v5e, column, places) == 50e9
-    assert exchange_rate(v5e, range(16), places) == 100e9
-
-
-def test_an_axis_that_closes_to_a_ring_is_used_in_both_directions():
-    places = slice_places(2, 2, 4)
-    assert exchange_rate(TPUS["v5p"], [0, 1, 2, 3], places) == 200e9
-    assert exchange_rate(TPUS["v5p"], [0, 4], places) == 100e9
-    assert exchange_rate(TPUS["v5p"], range(16), places) == 400e9
-    assert exchange_rate(TPUS["v5e"], range(16), slice_places(16, 16)) == 100e9
-
-
-def test_gpus_leave_nvlink_when_they_leave_their_node():
-    places = [(number // 8,) for number in range(16)]
-    assert exchange_rate(GPUS["h100"], range(8), places) == 450e9
-    assert exchange_rate(GPUS["h100"], [0, 8], places) == 50e9
+@pytest.mark.parametrize(
+    ("chip", "shape", "group", "rate"),
+    [
+        (V5E, (4, 4), [0, 1, 2, 3], 50e9),  # the links along the axes that a group spans
+        (V5E, (4, 4), [0, 4, 8, 12], 50e9),
+        (V5E, (4, 4), range(16), 100e9),
+        (V5P, (2, 2, 4), [0, 1, 2, 3], 200e9),  # in both directions where the axis closes to a ring
+        (V5P, (2, 2, 4), [0, 4], 100e9),
+        (V5P, (2, 2, 4), range(16), 400e9),
+        (V5E, (16, 16), range(16), 100e9),
+        (H100, (2, 8), range(8), 450e9),  # NVLink within a node, the network beyond
+        (H100, (2, 8), [0, 8], 50e9),
+    ],
+)
+def test_how_fast_a_group_of_chips_exchanges(chip, shape, group, rate):
+    places = list(itertools.product(*map(range, shape)))
+    assert exchange_rate(chip, group, places if chip.torus else [place[:1] for place in places]) == rate
 
 
 def test_this_machine_is_measured_and_shared():
