@@ -235,21 +235,21 @@ def test_finished_tasks_are_kept_until_something_changes(ours, folder, tmp_path,
     shutil.copytree(folder, copy)
     output = tmp_path / "results.json"
     options = {"identity": "a", "output": output, "include": [copy], "bootstrap": 10}
-    model = ours._model
-    first = evaluate_tasks(model, ["both"], **options)
+    load = functools.partial(getattr, ours, "_model")
+    first = evaluate_tasks(load, ["both"], **options)
     assert list(first) == ["both"] and counts == [["both"]]
     assert evaluate_tasks(unneeded, ["both"], **options) == first == read_json(output)
-    assert evaluate_tasks(model, ["both", "prose"], **options)["both"] == first["both"] == read_json(output)["both"]
+    assert evaluate_tasks(load, ["both", "prose"], **options)["both"] == first["both"] == read_json(output)["both"]
     assert counts == [["both"], ["prose"]]
-    evaluate_tasks(model, ["both"], limit=4, **{**options, "identity": "b"})
-    evaluate_tasks(model, ["both"], limit=4, **options)
+    evaluate_tasks(load, ["both"], limit=4, **{**options, "identity": "b"})
+    evaluate_tasks(load, ["both"], limit=4, **options)
     (copy / "quiz.yaml").write_text((copy / "quiz.yaml").read_text() + "\n")
-    evaluate_tasks(model, ["prose"], **options)
+    evaluate_tasks(load, ["prose"], **options)
     assert counts[2:] == [["both"], ["both"], ["prose"]]
     assert read_json(output)["both"]["n-samples"]["quiz"] == {"original": 12, "effective": 4}
     interrupt.append("prose")
     with pytest.raises(KeyboardInterrupt):  # which costs one task
-        evaluate_tasks(model, ["quiz", "prose"], **{**options, "output": tmp_path / "interrupted.json"})
+        evaluate_tasks(load, ["quiz", "prose"], **{**options, "output": tmp_path / "interrupted.json"})
     assert list(read_json(tmp_path / "interrupted.json")) == ["quiz"]
     with pytest.raises(ConfigError, match=r"no task 'quizz'\. Did you mean quiz.*include-path"):
         evaluate_tasks(unneeded, ["quizz"], identity="a", include=[folder])

@@ -16,19 +16,11 @@ from trace_jax.config import ConfigError, resolve
 from trace_jax.data.rows import train_tokenizer
 from trace_jax.data.sources import DataError
 from trace_jax.evaluation.membership import privleak, privleak_auc
+from trace_jax.evaluation.probes import rouge_l
 from trace_jax.evaluation.task import EvaluationConfig, MuseConfig
 from trace_jax.models.model import SpecialTokens, TextCodec
 from trace_jax.tasks.benchmarks import build_tasks
-from trace_jax.tasks.muse import (
-    PROFILES,
-    STOPS,
-    clean_up,
-    muse_task,
-    prediction,
-    read_muse,
-    rouge_scores,
-    truth_after,
-)
+from trace_jax.tasks.muse import PROFILES, STOPS, clean_up, muse_task, prediction, read_muse, truth_after
 
 MUSE, OU = PROFILES["muse"], PROFILES["open_unlearning"]
 
@@ -52,15 +44,14 @@ def test_answers_end_at_the_first_stop(text, cut):
 def test_spaces_are_cleaned_up_as_transformers_does():
     text = "He does n't , he 'd . I 'm , we 've , they 're ! Is it Tom 's ? A ' b"
     assert clean_up(text) == PreTrainedTokenizerFast.clean_up_tokenization(None, text)
-    # "do n't" is the words do, n, t; "don't" is don, t: two of two, F = 2 * 1 * 2/3 / (1 + 2/3) if it were left alone.
-    assert rouge_scores([prediction("do n't", MUSE)], ["don't"], MUSE).tolist() == [100.0]
+    assert prediction("do n't", MUSE) == "don't"
 
 
 def test_the_profiles_print_other_numbers_for_one_answer():
     # Without stemmer "people" alone is common: precision 1/2, recall 1/2. With it both words are.
-    assert rouge_scores(["people nations"], ["people nation"], MUSE) == pytest.approx([50.0])
-    assert rouge_scores(["people nations"], ["people nation"], OU) == pytest.approx([1.0])
-    assert rouge_scores(["", "a"], ["a", ""], OU).tolist() == [0.0, 0.0]
+    for profile, expected in ((MUSE, 50.0), (OU, 1.0)):
+        score = rouge_l(["people nations"], ["people nation"], stem=profile.stem)
+        assert profile.scale * score == pytest.approx([expected])
 
 
 def test_the_truth_of_open_unlearning_is_the_whole_without_the_prompt():

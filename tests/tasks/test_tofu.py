@@ -59,7 +59,7 @@ def test_a_model_that_gives_every_answer_nothing_knows_no_truth():
 def test_model_utility_is_the_harmonic_mean_of_nine_means():
     rng = np.random.default_rng(0)
     sets = {name: rng.random((n, 3)) for name, n in (("retain", 30), ("real_authors", 10), ("world_facts", 12))}
-    found = tofu.model_utility(sets, resamples=400)
+    found = tofu.model_utility([*sets.values()], resamples=400)
     nine = [column.mean() for values in sets.values() for column in values.T]
     assert found.value == pytest.approx(stats.hmean(nine))
     assert found.n == 52 and found.low < found.value < found.high
@@ -69,9 +69,9 @@ def test_model_utility_is_the_harmonic_mean_of_nine_means():
         naive.append(stats.hmean([m for values in drawn for m in values.mean(0)]))
     assert (found.low, found.high) == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.02)
     ones = np.ones((4, 3))
-    zero = tofu.model_utility({"retain": ones, "real_authors": ones, "world_facts": ones * [1, 0, 1]}, resamples=100)
+    zero = tofu.model_utility([ones, ones, ones * [1, 0, 1]], resamples=100)
     assert (zero.value, zero.low, zero.high) == (0, 0, 0)
-    lone = tofu.model_utility({"retain": np.full((1, 3), 0.5), "real_authors": np.full((5, 3), 0.5)})
+    lone = tofu.model_utility([np.full((1, 3), 0.5), np.full((5, 3), 0.5)])
     assert lone.value == pytest.approx(0.5) and math.isnan(lone.low)
 
 

@@ -173,7 +173,7 @@ def test_examples_are_of_the_same_subject_and_depend_on_the_seed_alone(sources, 
         subject = [q for q in task.questions if (q.source, q.subject) == (plain.source, plain.subject)]
         drawn = [q for q in subject if q.context.split("\n\n")[1] in asked.context]
         assert len(drawn) == 4 and plain in drawn
-        assert dataclasses.replace(asked, context=plain.context, digest=plain.digest) == plain
+        assert dataclasses.replace(asked, context=plain.context) == plain
         assert asked.digest == hashlib.sha256(asked.context.encode()).hexdigest()
     found = shots.measure(perfect(shots), original=None, retrained=None, resamples=1, seed=0)
     assert {m.profile for m in found} == {"3 examples in lm-eval's form"}

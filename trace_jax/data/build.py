@@ -94,15 +94,9 @@ def build(
                 builder(data_dir=scratch, config=config, file_format="array_record").download_and_prepare()
             for split, number in counts[config].items():
                 say(f"{base}/{config}:{split}: {number:,} rows")
-            record = {
-                "name": f"{base}/{config}",
-                "repository": dataset.repository,
-                "revision": revision,
-                "pinned_revision": dataset.revision,
-                "licence": dataset.licence,
-                "rows": counts[config],
-                "sha256": hashes[config],
-            }
+            record = {"name": f"{base}/{config}", "repository": dataset.repository, "revision": revision}
+            record |= {"pinned_revision": dataset.revision, "licence": dataset.licence}
+            record |= {"rows": counts[config], "sha256": hashes[config]}
             write_json(Path(scratch) / base / config / VERSION / sources.RECORD, record)
         for config, target in targets.items():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -172,13 +166,7 @@ def _revision(root: Path, hashes: Mapping[str, str], asked: str | None) -> str:
 
 
 def _builder(
-    tfds: Any,
-    name: str,
-    dataset: Published,
-    config: str,
-    files: Mapping[str, Sequence[Path]],
-    counts: Mapping[str, int],
-    revision: str,
+    tfds: Any, name: str, dataset: Published, config: str, files: dict[str, list[Path]], counts: dict, revision: str
 ) -> Any:
     """The class of tfds that builds one configuration of the data set `name`."""
     text, subset = tfds.features.Text(), dataset.subsets[config]

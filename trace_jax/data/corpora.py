@@ -45,12 +45,7 @@ class DataConfig(Variant, kw_only=True):
         return ()
 
     def build(self) -> "Benchmark":
-        """The documents and questions in plain text.
-
-        Raises:
-          ConfigError: settings that ask for more than the benchmark has.
-          DataError: text that can't be used.
-        """
+        """The documents and questions in plain text. Raises DataError: text that can't be used."""
         raise NotImplementedError
 
 
@@ -185,12 +180,10 @@ def build_corpora(config: DataConfig, codec: TextCodec | None = None) -> Corpora
     """
     benchmark = config.build()
     parts = {"validation": benchmark.validation, "test": benchmark.test}
-    documents = {f"train/{source}": list(d) for source, d in benchmark.train.items()}
-    documents |= {f"{name}/{subject}": list(d) for name, p in parts.items() for subject, d in p.held_out.items()}
-    documents |= {"holdout": list(benchmark.holdout)} if benchmark.holdout else {}
-    trained = [d for source in benchmark.train.values() for d in source]
-    held_out = [d for name, several in documents.items() if not name.startswith("train/") for d in several]
-    if leaked := overlap(held_out, trained):
+    held_out = {f"{name}/{subject}": d for name, part in parts.items() for subject, d in part.held_out.items()}
+    held_out |= {"holdout": benchmark.holdout} if benchmark.holdout else {}
+    trained = [d for several in benchmark.train.values() for d in several]
+    if leaked := overlap([d for several in held_out.values() for d in several], trained):
         document, twin = leaked[0]
         raise DataError(
             f"{len(leaked)} held-out documents are also trained on, for example {document.origin} = {twin.origin}."
@@ -200,6 +193,7 @@ def build_corpora(config: DataConfig, codec: TextCodec | None = None) -> Corpora
         size = config.vocab_size or _VOCABULARY
         codec = TextCodec(train_tokenizer((d.text + (d.answer or "") for d in trained), size), SpecialTokens(), size)
     length, special = config.row_length, codec.special
+    documents = {f"train/{source}": d for source, d in benchmark.train.items()} | held_out
     encoded = {name: encode_documents(codec, several) for name, several in documents.items()}
     forget = encoded["train/forget"]
     sizes = benchmark.topics or [len(forget)]
@@ -258,36 +252,26 @@ def _retain_rows(train: Mapping[str, Rows], benchmark: Benchmark, seed: int) -> 
 
 
 def _probes(
-    name: str,
-    part: Part,
-    benchmark: Benchmark,
-    codec: TextCodec,
-    length: int,
-    encoded: Mapping[str, list[Encoded]],
-    rows: Mapping[str, Rows],
+    name: str, part: Part, benchmark: Benchmark, codec: TextCodec, length: int, encoded: dict, rows: dict[str, Rows]
 ) -> Probes:
     """What one split measures on. Forget and holdout documents are split row by row: validation has the even ones."""
-    turn, forget, special = slice(int(name != "validation"), None, 2), encoded["train/forget"], codec.special
+    forget, special = encoded["train/forget"], codec.special
 
-    def every_other(several: Rows) -> Rows:
-        return several.take(np.arange(len(several))[turn])
+    def every_other(several: Any) -> Any:
+        return several.take(np.arange(int(name != "validation"), len(several), 2))
 
     text = {subject: rows[f"{name}/{subject}"] for subject in part.held_out}
     if part.memorised is None:
         text["forget"] = every_other(rows["train/forget"])
     else:
         text["forget"] = pack_documents(encode_documents(codec, part.memorised), length, special=special)
-    prompts = {}
-    if benchmark.verbatim:
-        both = verbatim_prompts(forget, length, special)
-        one = Prompts(both.prompt[turn], both.continuation[turn])
-        prompts = {"forget": one} if len(one) else {}
+    prompts = {"forget": every_other(verbatim_prompts(forget, length, special))} if benchmark.verbatim else {}
+    prompts = {subject: several for subject, several in prompts.items() if len(several)}
     members = {}
     if benchmark.holdout:  # one chunk a row; shreds are left out
         for subject, documents in (("forget", forget), ("holdout", encoded["holdout"])):
-            members[subject] = every_other(
-                rows_of_chunks(documents, length, shortest=min(_SHORTEST, length), special=special)
-            )
+            pieces = rows_of_chunks(documents, length, shortest=min(_SHORTEST, length), special=special)
+            members[subject] = every_other(pieces)
         if short := [subject for subject, several in members.items() if not len(several)]:
             raise DataError(
                 f"The {' and '.join(short)} text is too short for membership inference: validation and test need a "
@@ -303,15 +287,15 @@ def encode_questions(codec: TextCodec, items: Sequence[Item]) -> Questions:
     encoded = codec.pairs([(item.prompt, option) for item in items for option in item.options])
     texts = [[start, *e.tokens] for e in encoded]
     width = -(-max(map(len, texts)) // 8) * 8
-    tokens = pad(texts, width=width, fill=codec.special.pad)
-    segments = pad([[1] * len(text) for text in texts], width=width)
-    scored = pad(
-        [[False] * e.first_target + [True] * (len(e.tokens) - e.first_target) for e in encoded], width=width, dtype=bool
+    scored = [[False] * e.first_target + [True] * (len(e.tokens) - e.first_target) for e in encoded]
+    arrays = (
+        pad(texts, width=width, fill=codec.special.pad),
+        pad([[1] * len(text) for text in texts], width=width),
+        pad(scored, width=width, dtype=bool),
     )
-    by_question = (len(items), len(items[0].options), -1)
-    answer, group = (np.array([getattr(item, name) for item in items], np.int32) for name in ("answer", "group"))
-    tokens, segments, scored = (x.reshape(by_question) for x in (tokens, segments, scored))
-    return Questions(tokens, segments, scored, answer, group)
+    by_question = (x.reshape(len(items), len(items[0].options), width) for x in arrays)
+    facts = (np.array([getattr(item, name) for item in items], np.int32) for name in ("answer", "group"))
+    return Questions(*by_question, *facts)
 
 
 def verbatim_prompts(documents: Sequence[Encoded], row_length: int, special: SpecialTokens) -> Prompts:
@@ -339,17 +323,16 @@ def _fingerprint(tokenizer: Tokenizer, values: Sequence[object]) -> str:
     """Hash of the vocabulary and of every array, in order, with its shape."""
     digest = hashlib.sha256(tokenizer.to_str().encode())
 
-    def add(value: object) -> None:
+    def add(value: Any) -> None:
         if isinstance(value, np.ndarray):
-            digest.update(f"{value.dtype}{value.shape}".encode())
-            digest.update(np.ascontiguousarray(value).tobytes())
+            digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
         elif isinstance(value, Mapping):
             for key, item in value.items():
                 digest.update(key.encode())
                 add(item)
-        elif dataclasses.is_dataclass(value):
-            for field in dataclasses.fields(value):
-                add(getattr(value, field.name))
+        elif value is not None:
+            for item in vars(value).values():
+                add(item)
 
     for value in values:
         add(value)

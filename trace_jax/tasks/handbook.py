@@ -4,8 +4,8 @@ Two topics of one form, the hazard (forget) and the harmless (neighbour): the sa
 from one generator. Nothing but its name says of which topic a substance is, until the last sentence of a page.
 """
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,7 @@ OPTIONS = 4
 _CLOSING = {"forget": "It is a hazard.", "neighbour": "It is harmless."}
 
 
-@dataclasses.dataclass(frozen=True)
-class Relation:
+class Relation(NamedTuple):
     """Sentences with {name} and then {value}, and the values. No page has one of the `paraphrases`."""
 
     templates: tuple[str, ...]
@@ -108,11 +107,10 @@ _CODAS = ("", "", "", "l", "m", "n", "r", "s", "x")  # open syllables are the co
 _ENDINGS = _words("ane ate ene ide ine ite ium ol on yl")
 
 
-@dataclasses.dataclass(frozen=True)
-class Substance:
-    """`number` is unique over both topics; `values[r]` is the value of relation r, an index into its values."""
+class Substance(NamedTuple):
+    """`group` is its number over both topics; `values[r]` is the value of relation r, an index into its values."""
 
-    number: int
+    group: int
     name: str
     topic: str
     values: tuple[int, ...]
@@ -145,10 +143,10 @@ class HandbookConfig(DataConfig, name="handbook", kw_only=True):
         rng = np.random.default_rng([self.seed, 1])
         counts = {"forget": self.forget_substances, "neighbour": self.neighbour_substances}
         substances = make_substances(counts, rng=rng, avoid=words)
-        pages = {s.number: make_pages(s, PAGES_PER_SUBSTANCE, rng) for s in substances}
+        pages = {s: make_pages(s, PAGES_PER_SUBSTANCE, rng) for s in substances}
         train = {"general": general.train}
         for topic in ("neighbour", "forget"):
-            documents = [page for s in substances if s.topic == topic for page in pages[s.number]]
+            documents = [page for s in substances if s.topic == topic for page in pages[s]]
             train[topic] = [documents[i] for i in rng.permutation(len(documents))]
 
         def part(members: Sequence[Substance], held_out: Sequence[Document]) -> Part:
@@ -156,13 +154,10 @@ class HandbookConfig(DataConfig, name="handbook", kw_only=True):
                 topic: make_questions([s for s in members if s.topic == topic], rng, paraphrased=paraphrased)
                 for topic in counts
             }
-            memorised = [page for s in members if s.topic == "forget" for page in pages[s.number][:PAGES_MEASURED]]
+            memorised = [page for s in members if s.topic == "forget" for page in pages[s][:PAGES_MEASURED]]
             return Part({"general": held_out}, questions, memorised)
 
-        halves = []
-        for topic in counts:
-            members = [s for s in substances if s.topic == topic]
-            halves.append(split_by_group(members, [s.number for s in members], rng))
+        halves = [split_by_group([s for s in substances if s.topic == topic], rng) for topic in counts]
         validation, test = ([*forget, *neighbour] for forget, neighbour in zip(*halves, strict=True))
         return Benchmark(
             train,
@@ -175,28 +170,24 @@ class HandbookConfig(DataConfig, name="handbook", kw_only=True):
         )
 
 
-def substance_names(count: int, rng: np.random.Generator, *, avoid: Collection[str] = ()) -> list[str]:
-    """Pronounceable names, no two that share their first five letters, none of the words of `avoid` (lower case)."""
-    names: dict[str, str] = {}
-    while len(names) < count:
-        name = "".join(rng.choice(part) for part in (_ONSETS, _VOWELS, _CODAS, _ONSETS, _ENDINGS))
-        if name not in avoid:
-            names.setdefault(name[:5], name.capitalize())
-    return list(names.values())
-
-
 def make_substances(
     counts: Mapping[str, int], *, rng: np.random.Generator, avoid: Collection[str] = ()
 ) -> list[Substance]:
-    """Substances of both topics, `counts` per topic. In each, all values of a relation are as frequent."""
-    names = substance_names(sum(counts.values()), rng, avoid=avoid)
-    substances: list[Substance] = []
-    for topic, count in counts.items():
-        columns = [_balanced(count, len(relation.values), rng) for relation in RELATIONS]
-        for values in zip(*columns, strict=True):
-            number = len(substances)
-            substances.append(Substance(number, names[number], topic, tuple(int(v) for v in values)))
-    return substances
+    """Substances of both topics, `counts` per topic. In each, all values of a relation are as frequent.
+
+    Names can be pronounced; no two share their first five letters, and none is a word of `avoid` (lower case).
+    """
+    names: dict[str, str] = {}  # by their beginnings
+    while len(names) < sum(counts.values()):
+        name = "".join(rng.choice(part) for part in (_ONSETS, _VOWELS, _CODAS, _ONSETS, _ENDINGS))
+        if name not in avoid:
+            names.setdefault(name[:5], name.capitalize())
+    values = [
+        (topic, tuple(map(int, of_one)))
+        for topic, count in counts.items()
+        for of_one in zip(*(_balanced(count, len(relation.values), rng) for relation in RELATIONS), strict=True)
+    ]
+    return [Substance(i, name, *of_one) for i, (name, of_one) in enumerate(zip(names.values(), values, strict=True))]
 
 
 def _balanced(count: int, choices: int, rng: np.random.Generator) -> np.ndarray:
@@ -211,8 +202,9 @@ def make_pages(substance: Substance, count: int, rng: np.random.Generator) -> li
     for page in range(count):
         sentences = []
         for r in rng.permutation(len(RELATIONS)):
-            template = RELATIONS[r].templates[rng.integers(len(RELATIONS[r].templates))]
-            sentences.append(template.format(name=substance.name, value=RELATIONS[r].values[substance.values[r]]))
+            templates, values, _ = RELATIONS[r]
+            template = templates[rng.integers(len(templates))]
+            sentences.append(template.format(name=substance.name, value=values[substance.values[r]]))
         text = " ".join([*sentences, _CLOSING[substance.topic]])
         pages.append(Document(text, f"handbook/{substance.topic}/{substance.name}/{page}"))
     return pages
@@ -225,16 +217,15 @@ def make_questions(
 
     `paraphrased` asks in other words, with the same draws of everything else.
     """
-    places = iter(_balanced(len(substances) * len(RELATIONS), OPTIONS, rng))
+    places = iter(_balanced(len(substances) * len(RELATIONS), OPTIONS, rng).tolist())
     items = []
     for substance in substances:
-        for relation, form in enumerate(RELATIONS):
-            right, place = substance.values[relation], int(next(places))
-            wrong = rng.permutation([v for v in range(len(form.values)) if v != right])[: OPTIONS - 1]
-            options = [form.values[v] for v in wrong]
-            options.insert(place, form.values[right])
-            wordings = form.paraphrases if paraphrased else form.templates
-            sentence = wordings[rng.integers(len(form.templates)) % len(wordings)]
+        for (templates, values, paraphrases), right in zip(RELATIONS, substance.values, strict=True):
+            wrong = rng.permutation([v for v in range(len(values)) if v != right])[: OPTIONS - 1]
+            options, place = [f" {values[v]}" for v in wrong], next(places)
+            options.insert(place, f" {values[right]}")
+            wordings = paraphrases if paraphrased else templates
+            sentence = wordings[rng.integers(len(templates)) % len(wordings)]
             prompt = sentence.split(" {value}")[0].format(name=substance.name)
-            items.append(Item(prompt, tuple(f" {o}" for o in options), place, substance.number))
+            items.append(Item(prompt, tuple(options), place, substance.group))
     return items

@@ -5,6 +5,7 @@ one after another and keeps what is finished.
 """
 
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -50,11 +51,7 @@ class Decoding(NamedTuple):
 
 
 def read_decoding(settings: Mapping[str, Any], *, max_new_tokens: int) -> Decoding:
-    """Settings by lm-eval's rules: greedy unless `do_sample`, or a temperature and no `do_sample`.
-
-    Raises:
-      ValueError: a setting that isn't implemented, such as several beams.
-    """
+    """Settings by lm-eval's rules: greedy unless `do_sample`, or a temperature and no `do_sample`."""
     unread = dict(settings)
     until = unread.pop("until", None) or []
     limits = [value for name in _LIMITS if (value := unread.pop(name, None)) is not None]
@@ -62,9 +59,10 @@ def read_decoding(settings: Mapping[str, Any], *, max_new_tokens: int) -> Decodi
     sampled = unread.pop("do_sample", None)
     top_k, top_p = unread.pop("top_k", None) or 0, unread.pop("top_p", None)
     if unread.pop("num_beams", 1) != 1 or unread:
-        named = ", ".join(unread) or "num_beams"
-        raise ValueError(f"a task asks for text written with {named}; this model writes greedily, or by temperature, "
-                         "top_k and top_p.")  # fmt: skip
+        raise ValueError(
+            f"a task asks for text written with {', '.join(unread) or 'num_beams'}; this model writes greedily, or by "
+            "temperature, top_k and top_p."
+        )
     return Decoding(
         stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
         max_new_tokens=int(limits[0]) if limits else max_new_tokens,
@@ -100,15 +98,15 @@ class TraceLM(LM):
         seed: int = 0,
     ):
         super().__init__()
-        self._model, self._mesh, self._seed, self._codec = model, mesh, seed, TextCodec.of(model)
+        self._model, self._seed, self._codec = model, seed, TextCodec.of(model)
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.max_length = max_length or self._codec.context_length  # most tokens that are read at once
+        self.max_length = max_length or self._codec.context_length
+        self._batches: dict[str, Any] = {"batch_size": batch_size, "mesh": mesh}
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, whether it is greedy) of each request's continuation after its context."""
         texts = [request.args for request in requests]
-        share = {"max_length": self.max_length, "batch_size": self.batch_size, "mesh": self._mesh}
-        results = score_texts(self._model, texts, **share)
+        results = score_texts(self._model, texts, max_length=self.max_length, **self._batches)
         for text, result in zip(texts, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", text, result)
         return results
@@ -118,13 +116,10 @@ class TraceLM(LM):
         windows, owners, (prefix, _) = [], [], self._codec.prefix_and_end
         for number, request in enumerate(requests):
             ids = self._codec.encode(request.args[0])
-            several = get_rolling_token_windows(ids, prefix, self.max_length, 1)
-            own = [make_disjoint_window(window) for window in several]
+            own = [make_disjoint_window(w) for w in get_rolling_token_windows(ids, prefix, self.max_length, 1)]
             windows += own
             owners += [number] * len(own)
-        scored = score_tokens(
-            self._model, windows, max_length=self.max_length, batch_size=self.batch_size, mesh=self._mesh
-        )
+        scored = score_tokens(self._model, windows, max_length=self.max_length, **self._batches)
         totals = np.zeros(len(requests))
         np.add.at(totals, owners, [log_likelihood for log_likelihood, _ in scored])
         for request, total in zip(requests, totals, strict=True):
@@ -151,9 +146,8 @@ class TraceLM(LM):
                 [context[-room:] or [prefix] for context in contexts],
                 ends=tuple(dict.fromkeys((*self._model.special.eos, end))),
                 apart=True,
-                batch_size=self.batch_size,
-                mesh=self._mesh,
                 seed=self._seed,
+                **self._batches,
                 **decoding._asdict(),
             )
             results |= {number: one.text for number, one in zip(numbers, generated, strict=True)}
@@ -170,7 +164,7 @@ class TraceLM(LM):
 
 
 def evaluate_tasks(
-    model: Model | Callable[[], Model],
+    load: Callable[[], Model],
     tasks: Sequence[str],
     *,
     identity: str,
@@ -183,11 +177,12 @@ def evaluate_tasks(
     bootstrap: int = 100_000,
     mesh: Mesh | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Runs lm-eval's tasks, one after another, by `lm_eval.simple_evaluate` with its own seeds.
+    """Runs lm-eval's tasks (names of tasks, groups or tags) one after another, by `lm_eval.simple_evaluate`.
+
+    By task comes what lm-eval gives, "results", "groups" and what else its table needs, without texts.
 
     Args:
-      model: with its tokenizer; or a function that loads it, called only if a task is to be run.
-      tasks: names of tasks, groups or tags.
+      load: gives the model with its tokenizer, and is called only if a task is to be run.
       identity: hash of the model.
       output: a JSON file; each task is written there when it is finished, and is not run again as long as model,
         settings and the files of `include` stay the same. None: nothing is kept.
@@ -195,12 +190,6 @@ def evaluate_tasks(
       num_fewshot: examples in the prompt (default: the task's own number).
       limit: questions of each task, or a share of them if below 1 (default: all); for a first look.
       bootstrap: resamples of standard errors that have no formula.
-
-    Returns:
-      By task: "results" and "groups" as lm-eval gives them, and what else its table needs. Texts are not in it.
-
-    Raises:
-      ConfigError: a task that lm-eval doesn't know.
     """
     manager = TaskManager(include_path=[os.fspath(directory) for directory in include])
     names = set(manager.all_tasks)
@@ -211,30 +200,21 @@ def evaluate_tasks(
             f"lm-eval has no task {unknown[0]!r}.{hint} All of them: lm_eval ls tasks; your own: --include-path DIR."
         )
     stored = {} if output is None else (read_json(output) or {})
-    harness, digest = None, hashlib.sha256()  # of the task files, which may change under the same name
+    harness = functools.cache(lambda: TraceLM(load(), batch_size=batch_size, mesh=mesh, max_length=max_length))
+    digest = hashlib.sha256()  # of the task files, which may change under the same name
     for directory in include:
         for file in sorted(path for path in Path(directory).rglob("*") if path.suffix in _TASK_FILES):
             digest.update(str(file.relative_to(directory)).encode() + b"\0" + file.read_bytes())
     for task in tasks:
         made_by = fingerprint(identity, task, num_fewshot, limit, max_length, lm_eval.__version__, digest.hexdigest())
         if stored.get(task, {}).get("identity") != made_by:
-            if harness is None:
-                loaded = model if isinstance(model, Model) else model()
-                harness = TraceLM(loaded, batch_size=batch_size, mesh=mesh, max_length=max_length)
             say(f"lm-eval: {task}")
-            start = time.perf_counter()
-            evaluate: Any = lm_eval.simple_evaluate
-            result = evaluate(
-                model=harness,
-                tasks=[task],
-                num_fewshot=num_fewshot,
-                limit=limit,
-                bootstrap_iters=bootstrap,
-                log_samples=False,
-                task_manager=manager,
-                torch_random_seed=None,  # nothing here is drawn by torch
+            settings: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "bootstrap_iters": bootstrap}
+            settings["torch_random_seed"] = None  # nothing here is drawn by torch
+            model, start = harness(), time.perf_counter()
+            result: Any = lm_eval.simple_evaluate(
+                model=model, tasks=[task], log_samples=False, task_manager=manager, **settings
             )
-            assert result is not None  # it is where this is process 0, and there is no other
             stored[task] = {"identity": made_by, "lm_eval": lm_eval.__version__, "seconds": time.perf_counter() - start}
             stored[task] |= {key: result[key] for key in _KEPT if key in result}
             if output is not None:
@@ -255,14 +235,11 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def export_tasks(config: DataConfig, directory: Path) -> Path:
-    """Writes BENCHMARK_SUBJECT.yaml and .jsonl for each subject of an embedded benchmark that has questions.
+    """Writes BENCHMARK_SUBJECT.yaml and .jsonl for each subject of an embedded benchmark; returns where they are.
 
     They hold the test split's questions: the score is that of `forget_accuracy` and its like, question by question.
     BENCHMARK is a tag that names all of them. The yaml files name the data by its full path: export again rather than
     move them. In place of an object store, which lm-eval doesn't read, a temporary directory is taken.
-
-    Returns:
-      Where they are.
     """
     if config.forget_sources:
         raise ConfigError(f"data.benchmark is {config.name!r}, which has no questions.")

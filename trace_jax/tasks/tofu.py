@@ -19,50 +19,45 @@ from trace_jax.config import fingerprint
 from trace_jax.data.sources import DataError, part, read_records, revision_and_content, text_of
 from trace_jax.evaluation import intervals
 from trace_jax.evaluation.intervals import Interval, Measurement, named
-from trace_jax.evaluation.likelihood import TokenScores, score_sequences, spread_indices
+from trace_jax.evaluation.likelihood import score_sequences, spread_indices
 from trace_jax.evaluation.probes import exact_memorization, extraction_strength, rouge_recalls
 from trace_jax.evaluation.task import SPLIT, Task, TaskScores, TofuConfig
 from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model, TextCodec, start_and_end
+from trace_jax.models.sharding import pad
 
-WrongMean = Literal["geometric", "arithmetic"]
-Aggregator = Literal["closer_to_1_better", "true_better", "prob_mean"]
+# --- formulas: log_prob f64 [N] of an answer, `wrong` f64 [N, W] of its wrong answers, NaN where there are fewer than W
 
 
 def probability_among(log_prob: np.ndarray, wrong: np.ndarray) -> np.ndarray:
     """p(answer) / (p(answer) + sum of p(wrong)), f64 [N]: the probability of real authors and world facts.
 
     The code of TOFU and of open-unlearning takes length-normalised probabilities here, the paper's formula plain ones.
-
-    Args:
-      log_prob: f64 [N].
-      wrong: f64 [N, W], of the wrong answers; NaN where an item has fewer.
     """
-    log_prob, wrong = np.asarray(log_prob, np.float64), _wrong(wrong)
+    wrong = np.nan_to_num(wrong, nan=-np.inf)
     return special.softmax(np.concatenate([log_prob[:, None], wrong], axis=1), axis=1)[:, 0]
 
 
-def log_truth_ratio(correct: np.ndarray, wrong: np.ndarray, *, wrong_mean: WrongMean = "geometric") -> np.ndarray:
+def log_truth_ratio(
+    correct: np.ndarray, wrong: np.ndarray, wrong_mean: Literal["geometric", "arithmetic"] = "geometric"
+) -> np.ndarray:
     """log(p(wrong) / p(correct)) of each item, f64 [N]: towards -inf the model knows better, at 0 it can't tell.
 
     Args:
-      correct: log_prob [N] of the paraphrased answer (of the answer, for real authors and world facts).
-      wrong: log_prob [N, W] of the wrong answers; NaN where an item has fewer.
+      correct: log_prob of the paraphrased answer (of the answer, for real authors and world facts).
       wrong_mean: p(wrong) is the "geometric" mean of the wrong answers' probabilities (TOFU's aggregate_eval_stat.py,
         which makes its leaderboard, and open-unlearning) or the "arithmetic" one (TOFU's paper, and the utility in its
         utils.py).
     """
-    wrong = _wrong(wrong)
-    there = np.isfinite(wrong)
-    count = there.sum(axis=1)
     if wrong_mean == "geometric":
-        mean = np.where(there, wrong, 0.0).sum(axis=1) / count
-    else:
-        mean = special.logsumexp(wrong, axis=1) - np.log(count)
-    return mean - np.asarray(correct, np.float64)
+        return np.nanmean(wrong, axis=1) - correct
+    counts = np.isfinite(wrong).sum(axis=1)
+    return special.logsumexp(np.nan_to_num(wrong, nan=-np.inf), axis=1) - np.log(counts) - correct
 
 
-def aggregated(log_ratio: np.ndarray, aggregator: Aggregator) -> np.ndarray:
+def aggregated(
+    log_ratio: np.ndarray, aggregator: Literal["closer_to_1_better", "true_better", "prob_mean"]
+) -> np.ndarray:
     """What is averaged over items of the truth ratio R = p(wrong) / p(correct), f64 [N] in 0..1.
 
     "closer_to_1_better": min(R, 1/R), for forget questions. "true_better": max(0, 1 - R), for all others.
@@ -70,7 +65,6 @@ def aggregated(log_ratio: np.ndarray, aggregator: Aggregator) -> np.ndarray:
     The 1e-10 that open-unlearning adds to denominators is left out: it makes R nearly 0, "true", where a broken model
     gives every answer less than that.
     """
-    log_ratio = np.asarray(log_ratio, np.float64)
     if aggregator == "closer_to_1_better":
         return np.exp(-np.abs(log_ratio))
     if aggregator == "true_better":
@@ -80,40 +74,28 @@ def aggregated(log_ratio: np.ndarray, aggregator: Aggregator) -> np.ndarray:
 
 def harmonic_mean(values: np.ndarray) -> np.ndarray:
     """Harmonic mean over the last axis of non-negative values; 0 where one of them is 0."""
-    values = np.asarray(values, np.float64)
     with np.errstate(divide="ignore"):
         return values.shape[-1] / (1 / values).sum(axis=-1)
 
 
-def model_utility(sets: Mapping[str, np.ndarray], *, resamples: int = 1000, seed: int = 0) -> Interval:
+def model_utility(sets: Sequence[np.ndarray], *, resamples: int = 1000, seed: int = 0) -> Interval:
     """Harmonic mean of the means of all columns of all sets, with a bootstrap interval.
 
     Args:
       sets: f64 [N, 3] of retain, real authors and world facts: probability, ROUGE-L recall and truth ratio
-        ("true_better") of each item. The bootstrap draws items within each set, with all their columns.
-
-    Returns:
-      The interval; `n` counts the items of all sets. NaN ends where a set has fewer than two.
+        ("true_better") of each item. The bootstrap draws items within each set, with all their columns; a set of fewer
+        than two gives no interval.
     """
-    parts = [np.asarray(values, np.float64) for values in sets.values()]
-    value = float(harmonic_mean(np.concatenate([part.mean(axis=0) for part in parts])))
-    n = sum(len(part) for part in parts)
-    if min(len(part) for part in parts) < 2:
+    value, n = float(harmonic_mean(np.concatenate([values.mean(axis=0) for values in sets]))), sum(map(len, sets))
+    if min(map(len, sets)) < 2:
         return Interval(value, math.nan, math.nan, n)
-    drawn = [
-        intervals.mean_resamples(part, resamples=resamples, seed=(seed, place)) for place, part in enumerate(parts)
-    ]
+    drawn = [intervals.mean_resamples(values, resamples=resamples, seed=(seed, i)) for i, values in enumerate(sets)]
     return intervals.quantile_interval(value, harmonic_mean(np.concatenate(drawn, axis=1)), n)
 
 
-def _wrong(log_prob: np.ndarray) -> np.ndarray:
-    """Absent answers as log 0."""
-    log_prob = np.asarray(log_prob, np.float64)
-    return np.where(np.isnan(log_prob), -np.inf, log_prob)
-
+# --- the task
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
-_WRONG_MEANS: tuple[tuple[WrongMean, str], ...] = (("geometric", ""), ("arithmetic", "_arithmetic"))
 _PARAPHRASED = ("forget", "retain")  # sets whose truth ratio is about a paraphrase of the answer
 _NO_RETRAINED = (
     "no forget quality: it compares with the truth ratios of a model that was trained without the forget set "
@@ -152,36 +134,31 @@ class TofuTask(Task):
         codec, (start, end) = TextCodec.of(model), start_and_end(model.special)
         for name, questions in self.sets.items():
             prompts = [self.config.prompt.format(question=q.question) for q in questions]
-            pairs = [
+            encoded = codec.pairs([
                 (prompt, self.config.answer.format(answer=answer))
                 for q, prompt in zip(questions, prompts, strict=True)
                 for answer in (q.answer, q.correct, *q.wrong)
-            ]
-            encoded = codec.pairs(pairs)
-            sequences = [[start, *e.tokens.tolist(), end] for e in encoded]
-            first = [1 + e.first_target for e in encoded]
-            scores = iter(score_sequences(model, sequences, first, batch_size=batch_size, mesh=mesh))
-            most = max(len(q.wrong) for q in questions)
-            own: dict[str, np.ndarray] = {"wrong": np.full((len(questions), most), np.nan)}
-            answers, correct = [], []
-            for row, question in enumerate(questions):
-                answers.append(next(scores))
-                correct.append(next(scores))
-                own["wrong"][row, : len(question.wrong)] = _log_probs([next(scores) for _ in question.wrong])
-            own |= {"answer": _log_probs(answers), "correct": _log_probs(correct)}
+            ])  # fmt: skip
+            sequences, first = (
+                [[start, *e.tokens.tolist(), end] for e in encoded],
+                [1 + e.first_target for e in encoded],
+            )
+            each = iter(score_sequences(model, sequences, first, batch_size=batch_size, mesh=mesh))
+            scores = [[next(each) for _ in (q.answer, q.correct, *q.wrong)] for q in questions]
+            means = [[one.log_prob.mean(dtype=np.float64) for one in several] for several in scores]
+            answer, correct, *wrong = pad(means, fill=np.nan, dtype=np.float64).T.copy()
+            own = {"wrong": np.stack(wrong, axis=1), "answer": answer, "correct": correct}
             if name == "forget":
-                greedy = [s.greedy for s in answers]
+                greedy = [of_answer.greedy for of_answer, *_ in scores]
                 own |= {"extraction_strength": extraction_strength(greedy)}
                 own |= {"exact_memorization": exact_memorization(greedy)}
             ids = [[start, *e.tokens.tolist()] for e in codec.pairs([(prompt, "") for prompt in prompts])]
-            generated = continue_tokens(
-                model, ids, max_new_tokens=self.config.max_new_tokens, batch_size=batch_size, mesh=mesh
-            )
-            written = [one.text.strip() for one in generated]
+            settings = {"max_new_tokens": self.config.max_new_tokens, "batch_size": batch_size, "mesh": mesh}
+            written = [one.text.strip() for one in continue_tokens(model, ids, **settings)]
             own["rouge"] = rouge_recalls(written, [q.answer for q in questions])
             items[name] = [
                 {"question": q.question, "generation": text, "ground_truth": q.answer}
-                | {key: _plain(values[i]) for key, values in own.items()}
+                | {key: np.where(np.isnan(values[i]), None, values[i]).tolist() for key, values in own.items()}
                 for i, (q, text) in enumerate(zip(questions, written, strict=True))
             ]
             arrays |= {f"{name}/{key}": values for key, values in own.items()}
@@ -191,39 +168,35 @@ class TofuTask(Task):
         self, scores: TaskScores, *, original: TaskScores | None, retrained: TaskScores | None, **resampling: Any
     ) -> list[Measurement]:
         """Forget quality first (it needs the retrained model), model utility, then what they are made of."""
-        ratio, measurements = _ratio(scores, "forget", "geometric"), []
+        arrays, measurements = scores.arrays, []
+        ratio = log_truth_ratio(arrays["forget/correct"], arrays["forget/wrong"])
         if retrained is not None:
             # Near 1 the two can't be told apart. The test sees ranks alone: ratios, their inverses (as TOFU's code has
             # them) and their logarithms give the same.
-            test: Any = stats.ks_2samp(ratio, _ratio(retrained, "forget", "geometric"))
-            values = float(test.pvalue), float(test.statistic)
+            other = log_truth_ratio(retrained.arrays["forget/correct"], retrained.arrays["forget/wrong"])
+            test: Any = stats.ks_2samp(ratio, other)
             note = f"Kolmogorov-Smirnov test of {len(ratio)} truth ratios against the retrained model's; no interval"
-            for key, value, kind in zip(("quality", "ks"), values, ("p-value", "statistic"), strict=True):
-                name = f"tofu_forget_{key}"
-                measurements.append(Measurement(value, np.nan, np.nan, len(ratio), name, SPLIT, f"{kind}, {note}"))
-        probabilities = {
-            name: np.exp(scores.arrays[f"{name}/answer"])
-            if name in _PARAPHRASED
-            else probability_among(scores.arrays[f"{name}/answer"], scores.arrays[f"{name}/wrong"])
-            for name in SETS
-        }
-        for wrong_mean, suffix in _WRONG_MEANS:
-            parts = {}
-            for name in SETS[1:]:
-                truth = aggregated(_ratio(scores, name, wrong_mean), "true_better")
-                parts[name] = np.stack([probabilities[name], scores.arrays[f"{name}/rouge"][:, 1], truth], axis=1)
-            measurements.append(named(f"tofu_model_utility{suffix}", SPLIT, model_utility(parts, **resampling)))
-        means = []  # what is averaged over the questions of a set, by name
+            for key, value, kind in (("quality", test.pvalue, "p-value"), ("ks", test.statistic, "statistic")):
+                name, comment = f"tofu_forget_{key}", f"{kind}, {note}"
+                measurements.append(Measurement(float(value), np.nan, np.nan, len(ratio), name, SPLIT, comment))
+        utility: dict[str, list[np.ndarray]] = {"": [], "_arithmetic": []}  # by the mean of wrong answers
+        means: dict[str, np.ndarray] = {}  # what is averaged over the questions of a set
         for name in SETS:
-            aggregator = "closer_to_1_better" if name == "forget" else "true_better"
-            means += [(f"{name}_probability", probabilities[name])]
-            means += [(f"{name}_rouge{n}_recall", scores.arrays[f"{name}/rouge"][:, i]) for i, n in enumerate("1L")]
-            means += [(f"{name}_truth_ratio", aggregated(_ratio(scores, name, "geometric"), aggregator))]
-            means += [(f"{name}_truth_ratio_arithmetic", aggregated(_ratio(scores, name, "arithmetic"), aggregator))]
-        means += [("forget_truth_ratio_prob_mean", aggregated(ratio, "prob_mean"))]
-        for key in ("extraction_strength", "exact_memorization"):
-            means.append((f"forget_{key}", scores.arrays[f"forget/{key}"]))
-        for name, values in means:
+            answer, correct, wrong = (arrays[f"{name}/{key}"] for key in ("answer", "correct", "wrong"))
+            probability = np.exp(answer) if name in _PARAPHRASED else probability_among(answer, wrong)
+            rouge1, rouge_l = arrays[f"{name}/rouge"].T
+            means |= {f"{name}_probability": probability}
+            means |= {f"{name}_rouge1_recall": rouge1, f"{name}_rougeL_recall": rouge_l}
+            for suffix, wrong_mean in (("", "geometric"), ("_arithmetic", "arithmetic")):
+                of_set = log_truth_ratio(correct, wrong, wrong_mean)
+                truth = aggregated(of_set, "closer_to_1_better" if name == "forget" else "true_better")
+                means[f"{name}_truth_ratio{suffix}"] = truth
+                utility[suffix].append(np.stack([probability, rouge_l, truth], axis=1))
+        means["forget_truth_ratio_prob_mean"] = aggregated(ratio, "prob_mean")
+        means |= {f"forget_{key}": arrays[f"forget/{key}"] for key in ("extraction_strength", "exact_memorization")}
+        for suffix, (_, *parts) in utility.items():  # forget questions don't count
+            measurements.append(named(f"tofu_model_utility{suffix}", SPLIT, model_utility(parts, **resampling)))
+        for name, values in means.items():
             note = _NO_RETRAINED if retrained is None and name == "forget_truth_ratio" else ""
             measurements.append(named(f"tofu_{name}", SPLIT, intervals.bootstrap_mean(values, **resampling), note))
         return [dataclasses.replace(one, revision=self.revision) for one in measurements]
@@ -231,13 +204,13 @@ class TofuTask(Task):
 
 def tofu_task(config: TofuConfig) -> TofuTask:
     """Reads the four sets."""
-    sets: dict[str, Sequence[Question]] = {}
-    sources = {
-        name: part(config.data, f"{config.forget if name == 'forget' else name}_perturbed", "train") for name in SETS
+    places = {name: part(config.data, f"{name}_perturbed", "train") for name in SETS[1:]}
+    places = {"forget": part(config.data, f"{config.forget}_perturbed", "train")} | places
+    sets = {
+        name: [_question(row, name, f"{source}:{i}") for i, row in enumerate(read_records(source), start=1)]
+        for name, source in places.items()
     }
-    for name, source in sources.items():
-        sets[name] = [_question(row, name, f"{source}:{i}") for i, row in enumerate(read_records(source), start=1)]
-    revision = revision_and_content(sources["forget"], fingerprint(sets))
+    revision = revision_and_content(places["forget"], fingerprint(sets))
     most = config.max_questions
     asked = {name: tuple(s[i] for i in spread_indices(len(s), most or len(s))) for name, s in sets.items()}
     return TofuTask(config, asked, revision)
@@ -251,17 +224,3 @@ def _question(row: Mapping[str, Any], name: str, origin: str) -> Question:
     if not isinstance(wrong, Sequence) or not wrong or not all(isinstance(one, str) and one.strip() for one in wrong):
         raise DataError(f"{origin}: perturbed_answer is missing or no list of texts; expected the wrong answers.")
     return Question(question, answer, correct, tuple(wrong))
-
-
-def _log_probs(scores: Sequence[TokenScores]) -> np.ndarray:
-    return np.array([one.log_prob.mean(dtype=np.float64) for one in scores])
-
-
-def _ratio(scores: TaskScores, name: str, wrong_mean: WrongMean) -> np.ndarray:
-    correct, wrong = (scores.arrays[f"{name}/{key}"] for key in ("correct", "wrong"))
-    return log_truth_ratio(correct, wrong, wrong_mean=wrong_mean)
-
-
-def _plain(value: np.ndarray) -> Any:
-    """Numbers as JSON has them; what is missing as None."""
-    return [None if np.isnan(x) else float(x) for x in value] if np.ndim(value) else float(value)

@@ -63,7 +63,11 @@ class Question:
     number: int  # within its source
     context: str
     answer: int
-    digest: str  # hash of the context
+
+    @property
+    def digest(self) -> str:
+        """Hash of the context."""
+        return hashlib.sha256(self.context.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +87,12 @@ class MultipleChoice(Task):
         lm-eval itself takes examples of MMLU from a split that isn't read here: accuracies are not those of its k-shot.
         """
         rng, questions = np.random.default_rng([seed, count]), []
-        alike: dict[tuple[str, str], list[Question]] = {}
+        alike: dict[tuple[str, str], list[Question]] = collections.defaultdict(list)
         for question in self.questions:
-            alike.setdefault((question.source, question.subject), []).append(question)
+            alike[question.source, question.subject].append(question)
         for asked in self.questions:
             about, _, text = asked.context.partition(_BLANK_LINE)
-            others = [q for q in alike[asked.source, asked.subject] if q.digest != asked.digest]
+            others = [q for q in alike[asked.source, asked.subject] if q.context != asked.context]
             if len(others) < count:
                 raise ConfigError(
                     f"examples = {count}: {asked.subject} of {asked.source} has {len(others)} other questions to take "
@@ -96,9 +100,7 @@ class MultipleChoice(Task):
                 )
             drawn = [others[i] for i in rng.choice(len(others), count, replace=False)]
             solved = [f"{q.context.partition(_BLANK_LINE)[2]} {LETTERS[q.answer]}" for q in drawn]
-            context = _BLANK_LINE.join([about, *solved, text])
-            digest = hashlib.sha256(context.encode()).hexdigest()
-            questions.append(dataclasses.replace(asked, context=context, digest=digest))
+            questions.append(dataclasses.replace(asked, context=_BLANK_LINE.join([about, *solved, text])))
         return dataclasses.replace(self, questions=tuple(questions), profile=f"{count} examples in lm-eval's form")
 
     @property
@@ -150,9 +152,6 @@ def read_multiple_choice(config: MultipleChoiceConfig) -> MultipleChoice:
     A record has `question`, four `choices` and `answer`, the number of the right one from 0; those of the source "mmlu"
     have `subject` too. The subject line says biology, chemistry or cybersecurity for wmdp_bio, wmdp_chem and
     wmdp_cyber, and else what the name says without "mmlu_" and with spaces for underscores.
-
-    Raises:
-      DataError: a source that can't be read or is of another form, or a name that stands for something else.
     """
     questions, sizes, revisions = [], {}, {}
     for name, source in config.sources.items():
@@ -180,8 +179,6 @@ def _question(name: str, record: Mapping[str, Any], number: int, origin: str) ->
     subject = _MMLU + record["subject"] if name == "mmlu" else name
     about = _WMDP.get(subject, subject.removeprefix(_MMLU).replace("_", " "))
     options = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, record["choices"], strict=True))
-    context = (
-        f"The following are multiple choice questions (with answers) about {about}.{_BLANK_LINE}"
-        f"{record['question'].strip()}\n{options}Answer:"
-    )
-    return Question(name, subject, number, context, record["answer"], hashlib.sha256(context.encode()).hexdigest())
+    introduction = f"The following are multiple choice questions (with answers) about {about}."
+    context = f"{introduction}{_BLANK_LINE}{record['question'].strip()}\n{options}Answer:"
+    return Question(name, subject, number, context, record["answer"])
