@@ -109,21 +109,14 @@ def test_protected_retain_routing_is_the_same_after_twenty_steps(forget, retain,
     assert all(0.3 < row["free"] < 1 for row in result.grip)
 
 
-@pytest.mark.parametrize("trainable", ["layers/router*", "layers/router"])
-def test_a_bias_that_trains_is_held_with_the_router(forget, retain, trainable):
+@pytest.mark.parametrize(("trainable", "mesh"), [("layers/router*", ONE), ("layers/router", FOUR)])
+def test_a_bias_that_trains_is_held_with_the_router_on_any_mesh(forget, retain, trainable, mesh):
     model = target(dataclasses.replace(WIDE, router_bias=True, router_score="softmax_top_k"))
-    result = run(forget, retain, model, grip=PROJECT, trainable=(trainable,))
+    result = run(forget, retain, model, mesh, grip=PROJECT, trainable=(trainable,))
     change, other = change_of(model, result.model, spread_tokens(retain, TOKENS))
     assert change < 1e-4 and other == 0
     bias = result.model.params["layers"]["router_bias"]
     assert (np.asarray(bias) != np.asarray(model.params["layers"]["router_bias"])).any() == ("*" in trainable)
-
-
-def test_the_same_routers_on_four_devices(forget, retain):
-    one, four = (run(forget, retain, mesh=mesh, grip=PROJECT, objective="npo", steps=5) for mesh in (ONE, FOUR))
-    np.testing.assert_allclose(
-        to_host(four.model.params["layers"]["router"]), one.model.params["layers"]["router"], atol=2e-5
-    )
 
 
 def test_more_tokens_than_directions_freeze_the_routers_and_it_says_so(model, retain, capsys):

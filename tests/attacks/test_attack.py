@@ -1,7 +1,7 @@
 """Attacks on plants of which the answer is known.
 
 A change below a step of rounding is undone; what was hidden by routers alone is back with the original routing, and
-what experts have lost is not.
+what experts have lost is not. Relearning is next-token training on the rows that it says, measured as it goes.
 """
 
 import dataclasses
@@ -11,17 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.attacks.attack import (
-    ExpertForcing,
-    Quantization,
-    RouterSwap,
-    quantized,
-    round_to_nearest,
-    with_routers_of,
-)
+from trace_jax.attacks import attack as attacks
+from trace_jax.attacks.attack import BenignRelearning, ExpertForcing, Quantization, Relearning, RouterSwap
 from trace_jax.config import ConfigError
+from trace_jax.evaluation.likelihood import score_rows
 from trace_jax.models.architecture import ModelConfig, flat_specs, flatten, parameter_specs, unflatten
 from trace_jax.models.decoder import forward
+from trace_jax.models.loss import token_nll
+from trace_jax.unlearning.metrics import front_rows
 
 RATIO = "forget_probability_ratio"
 NAMES = ("forget_accuracy", "forget_nll", RATIO)
@@ -32,16 +29,15 @@ def test_each_output_has_a_step_of_its_own():
     weights = jnp.asarray([[1.4, 0.07, 0], [0.5, -0.021, 0], [-0.29, 0.0, 0]], jnp.float32)  # [inputs, outputs]
     # 4 bits: 7 steps to the largest, .2 and .01. .5 / .2 = 2.5 goes to the even 2, -.29 / .2 = -1.45 to -1.
     expected = np.float32([[1.4, 0.07, 0], [0.4, -0.02, 0], [-0.2, 0, 0]])
-    np.testing.assert_allclose(round_to_nearest(weights, axes=(0,), bits=4), expected, rtol=1e-6, atol=1e-9)
-    fine = round_to_nearest(weights, axes=(0,), bits=8)
+    np.testing.assert_allclose(attacks.round_to_nearest(weights, axes=(0,), bits=4), expected, rtol=1e-6, atol=1e-9)
+    fine = attacks.round_to_nearest(weights, axes=(0,), bits=8)
     assert (np.abs(fine - weights) <= np.float32([1.4, 0.07, 0]) / 127 / 2 + 1e-9).all()
 
 
 def test_matrices_are_rounded_and_the_rest_is_left(original):
-    before, after = flatten(original.params), flatten(quantized(original.params, original.config, bits=4))
+    before, after = flatten(original.params), flatten(attacks.quantized(original.params, original.config, bits=4))
     same = {path for path in before if after[path] is before[path]}
     assert {path for path in same if "norm" not in path} == set(UNROUNDED)
-    assert {"layers/q", "layers/o", "layers/experts/gate_up", "layers/experts/down"} <= set(before) - same
     gate_up = np.asarray(after["layers/experts/gate_up"])  # [L, E, D, 2, F]: inputs D
     assert all(len(np.unique(gate_up[0, 1, :, 0, f])) <= 15 for f in range(gate_up.shape[-1]))
     o = np.asarray(after["layers/o"])  # [L, H, C, D]: inputs H and C together
@@ -49,13 +45,13 @@ def test_matrices_are_rounded_and_the_rest_is_left(original):
 
 
 def test_no_bias_norm_or_gate_vector_counts_as_a_matrix(monkeypatch):
-    monkeypatch.setattr("trace_jax.attacks.attack.round_to_nearest", lambda array, **_: array + 0)
+    monkeypatch.setattr(attacks, "round_to_nearest", lambda array, **_: array + 0)
     config = ModelConfig(
         num_experts=4, router_bias=True, router_correction=True, expert_bias=True, attention_bias="all",
         qk_norm="full", norm="layer", sinks=True, shared_hidden_size=8, shared_gate=True, mlp_bias=True,
     )  # fmt: skip
     flat = {path: np.zeros(spec.shape, spec.dtype) for path, spec in flat_specs(config).items()}
-    after = flatten(quantized(unflatten(flat), config, bits=2))
+    after = flatten(attacks.quantized(unflatten(flat), config, bits=2))
     rounded = {path.rsplit("/", 1)[-1] for path in flat if after[path] is not flat[path]}
     assert rounded == {"q", "k", "v", "o", "gate_up", "down"}
     assert set(flatten(parameter_specs(config))) == set(after)
@@ -63,7 +59,7 @@ def test_no_bias_norm_or_gate_vector_counts_as_a_matrix(monkeypatch):
 
 def test_a_change_below_a_step_is_undone(original, make_case, value):
     # The original lies on the grid of 4 bits; the change is a fifth of a step of its channel, and spares the largest.
-    on_grid = flatten(quantized(original.params, original.config, bits=4))
+    on_grid = flatten(attacks.quantized(original.params, original.config, bits=4))
     off_grid = {}
     for path, array in on_grid.items():
         first, second = flat_specs(original.config)[path].sides
@@ -127,7 +123,11 @@ def test_knowledge_that_only_the_router_hid_is_back_exactly(original, make_case,
 
 def test_only_routers_are_swapped_and_nothing_is_copied(original):
     other = jax.tree.map(lambda x: np.asarray(x) + 1, original.params)
-    swapped, own, donor = flatten(with_routers_of(other, original.params)), flatten(other), flatten(original.params)
+    swapped, own, donor = (
+        flatten(attacks.with_routers_of(other, original.params)),
+        flatten(other),
+        flatten(original.params),
+    )
     routers = {"layers/router", "layers/router_bias"}
     assert all(swapped[path] is (donor if path in routers else own)[path] for path in own)
     assert set(swapped) == set(own)
@@ -170,3 +170,91 @@ def test_forced_share_counts_tokens_and_layers_that_were_sent_elsewhere(original
     share = forcing.forced_share(case)
     assert share.value == pytest.approx((before != after).mean())
     assert share.low < share.value < share.high
+
+
+# --- training goes on
+
+
+TRAINING = {"steps": 6, "evaluate_every": 4, "batch_size": 4, "learning_rate": 2e-3}  # one program for all tests
+
+
+@pytest.fixture(scope="module")
+def forgetful(original):
+    """The original with a weaker output head: it knows less of everything."""
+    return {**original.params, "head": original.params["head"] * 0.3}
+
+
+def test_a_step_is_a_step_of_gradient_descent_on_the_forget_rows(forgetful, make_case, value):
+    attack = Relearning(share=1.0, steps=1, evaluate_every=1, batch_size=8, learning_rate=0.1, optimizer="sgd")
+    case = make_case(attack, forgetful)
+    (point,) = attack.points(case)
+    rows, model = case.context.corpora.forget, case.unlearned
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        out = forward(params, model.config, rows.tokens, mask=rows.segments, collect=("hidden",))
+        nll = token_nll(params, model.config, out.hidden, jnp.roll(rows.tokens, -1, axis=1))
+        return jnp.where(rows.valid, nll, 0).sum() / rows.valid.sum(dtype=np.float32)
+
+    slope = gradient(model.params)
+    norm = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(slope)))
+    scale = 0.1 * jnp.minimum(1, 1 / norm)
+    expected = model.replace(params=jax.tree.map(lambda p, g: p - scale * g, model.params, slope))
+    nll = score_rows(expected, rows, batch_size=8)
+    assert point.at == "1 steps"
+    assert value(point.measurements, "forget_nll") == pytest.approx(nll.sum() / rows.valid.sum(), rel=1e-4)
+
+
+def test_what_was_hidden_comes_back_with_training_and_the_worst_point_counts(forgetful, make_case, value, measured):
+    attack = Relearning(share=1.0, **TRAINING)
+    case = make_case(attack, forgetful)
+    result = case.attack()
+    assert [point["at"] for point in result["points"]] == ["4 steps", "6 steps"]
+    points = attack.points(case)
+    ratios = [value(point.measurements, RATIO) for point in points]
+    assert value(measured(case), RATIO) < min(ratios)
+    assert (result["measure"], result["strongest"]) == (RATIO, int(np.argmax(ratios)))
+    assert not (case.directory / "checkpoints").exists()
+    # A finished attack is not trained again: it would fail. Another one is.
+    assert attack.points(make_case(attack, None)) == points
+    assert attack.points(make_case(attack, forgetful, identity="another")) == points
+    assert not front_rows(case.directory, case.identity)  # what another attack left is gone
+
+
+def test_share_takes_that_many_rows(original, make_case):
+    taken = [make_case(Relearning(share=share), original.params).context for share in (0.01, 0.5, 1.0)]
+    forget = taken[0].corpora.forget.tokens
+    assert [len(context.prepared) for context in taken] == [1, 4, 8]
+    assert np.array_equal(taken[2].prepared.tokens, forget)
+    assert all((forget == row).all(axis=1).any() for row in taken[1].prepared.tokens)
+    with pytest.raises(ConfigError, match="share is 0"):
+        Relearning(share=0.0)
+
+
+def test_benign_text_is_the_retain_corpus_without_neighbours(forgetful, make_case, value):
+    attack = BenignRelearning(**TRAINING)
+    case = make_case(attack, forgetful)
+    retain = case.context.corpora.retain
+    assert np.array_equal(case.context.prepared.tokens, retain.tokens[retain.domain == 0])
+    assert value(attack.points(case)[-1].measurements, RATIO) > 0
+
+
+def test_a_model_that_diverges_keeps_what_was_measured_until_then_and_is_not_trained_again(forgetful, make_case):
+    attack = Relearning(share=1.0, steps=4, evaluate_every=1, batch_size=8, learning_rate=1e30, optimizer="sgd")
+    result = attack.points(make_case(attack, forgetful))
+    assert len(result) < 4
+    assert attack.points(make_case(attack, None)) == result
+
+
+def test_what_the_training_teaches_a_model_that_never_knew_stands_beside_it(original, forgetful, make_case, tmp_path):
+    attack = Relearning(share=0.5, **TRAINING)
+    weak = original.replace(params=forgetful)
+    first = attack.points(make_case(attack, weak.params, load_retrained=lambda: weak))
+    assert all(point.retrained == point.measurements for point in first)  # the same model, trained in the same way
+    assert all(set(point.to_json()) == {"at", "measurements", "retrained"} for point in first)
+    # A second method of the run takes the control from before: it would fail if it were trained.
+    other = {"load_retrained": lambda: original.replace(params=None), "directory": tmp_path / "b", "identity": "b"}
+    second = attack.points(make_case(attack, original.params, **other))
+    assert [point.retrained for point in second] == [point.retrained for point in first]
+    assert second[0].measurements != first[0].measurements
