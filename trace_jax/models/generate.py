@@ -313,48 +313,42 @@ def continue_tokens(
         raise ValueError(f"stop is {stop!r}; expected a sequence of texts that are not empty.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
-    params, ends = model.unguided("generation"), model.special.eos if ends is None else tuple(ends)
+    params, decode = model.unguided("generation"), model.tokenizer.decode
+    ends = model.special.eos if ends is None else tuple(ends)
+
+    def text(row: int, tokens: np.ndarray, special: bool = False) -> str:
+        """What new tokens of a row add to the text of its prompt."""
+        before, read = [] if apart else list(ids[row][-_CONTEXT:]), partial(decode, skip_special_tokens=not special)
+        return read([*before, *tokens.tolist()])[len(read(before)) :]
+
+    def stops(row: int, tokens: np.ndarray) -> bool:
+        written = text(row, tokens, special=apart) if stop else ""
+        return any(s in written for s in stop)
+
+    def finish(row: int, tokens: np.ndarray) -> Generated:
+        """The tokens up to an end token or to the one that completes a stop string, and their text without it."""
+        places = np.flatnonzero(np.isin(tokens, ends))
+        tokens, why = (tokens[: places[0]], "eos") if len(places) else (tokens, "length")
+        if stops(row, tokens):
+            first = bisect.bisect_left(range(len(tokens)), True, key=lambda n: stops(row, tokens[:n]))
+            tokens, why = tokens[:first], "stop"
+        written = text(row, tokens)
+        return Generated(written[: min([len(written), *(written.find(s) for s in stop if s in written)])], tokens, why)
+
     results: dict[int, Generated] = {}
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     with progress("generating", len(ids) * max_new_tokens, unit="token") as advance:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            writers = [_Writer(model.tokenizer, () if apart else ids[row][-_CONTEXT:], stop, apart) for row in rows]
 
-            def watch(tokens, done, start=start, writers=writers):
+            def watch(tokens, done, start=start, rows=rows):
                 advance(start * max_new_tokens + tokens.size, "")
-                return np.array([bool(d) or w.stops(t) for w, t, d in zip(writers, tokens, done, strict=True)])
+                return np.array([bool(d) or stops(row, t) for row, t, d in zip(rows, tokens, done, strict=True)])
 
             prompts = [ids[row] for row in rows]
             tokens = generate(
                 params, model.config, pad(prompts), lengths=np.array([len(prompt) for prompt in prompts]),
                 max_new_tokens=max_new_tokens, eos_ids=ends, rows=rows, watch=watch, mesh=mesh, **sampling,
             )  # fmt: skip
-            results |= {row: w.finish(t, ends) for row, w, t in zip(rows, writers, tokens, strict=True)}
+            results |= {row: finish(row, t) for row, t in zip(rows, tokens, strict=True)}
     return [results[row] for row in range(len(ids))]
-
-
-class _Writer:
-    """Turns the new tokens of one prompt into text."""
-
-    def __init__(self, tokenizer, context: Sequence[int], stop: Sequence[str], special: bool):
-        self._tokenizer, self._context, self._stop, self._special = tokenizer, list(context), stop, special
-        self._skip = len(self._text(np.zeros(0, np.int32))) if self._context else 0
-
-    def _text(self, tokens: np.ndarray, *, special: bool = False) -> str:
-        return self._tokenizer.decode([*self._context, *tokens.tolist()], skip_special_tokens=not special)
-
-    def stops(self, tokens: np.ndarray) -> bool:
-        """Whether there is a stop string in the text of `tokens`."""
-        text = self._text(tokens, special=self._special)[self._skip :] if self._stop else ""
-        return any(s in text for s in self._stop)
-
-    def finish(self, tokens: np.ndarray, ends: Sequence[int]) -> Generated:
-        """The tokens up to an end token or to the one that completes a stop string, and their text without it."""
-        places = np.flatnonzero(np.isin(tokens, ends))
-        tokens, why = (tokens[: places[0]], "eos") if len(places) else (tokens, "length")
-        if self.stops(tokens):
-            first = bisect.bisect_left(range(len(tokens)), True, key=lambda n: self.stops(tokens[:n]))
-            tokens, why = tokens[:first], "stop"
-        text = self._text(tokens)[self._skip :]
-        return Generated(text[: min([len(text), *(text.find(s) for s in self._stop if s in text)])], tokens, why)
