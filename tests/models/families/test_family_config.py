@@ -21,7 +21,6 @@ from trace_jax.config import ConfigError
 from trace_jax.models import families
 from trace_jax.models.architecture import count_params, flat_specs
 from trace_jax.models.families import FAMILIES, PUBLISHED, family_of, model_config, shape_differences, unread_keys
-from trace_jax.models.families.fields import complete
 from trace_jax.models.layers import frequencies
 
 # What a class leaves open although its model needs it.
@@ -130,10 +129,6 @@ def test_groups_are_chosen_from_where_the_method_says_so():
         config = read("deepseek_v2", topk_method=method, n_group=8, topk_group=3)
         assert (config.num_groups, config.groups_per_token) == groups
     assert read("deepseek_v2", q_lora_rank=None).query_latent_size == 0
-
-
-def test_a_family_that_transformers_does_not_know_has_the_values_of_the_file():
-    assert complete({"model_type": "new_moe", "a": 1}, "new_moe") == {"model_type": "new_moe", "a": 1}
 
 
 def test_a_checkpoint_is_read_without_torch_and_transformers_is_imported_only_then(tiny_checkpoint):

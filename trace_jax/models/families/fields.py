@@ -43,14 +43,11 @@ def complete(config_json: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     """A config.json as transformers' class of the `model_type` reads it: old spellings in the new one, rotary settings
     in `rope_parameters`, absent keys with the class's value, kinds of layers by the class's rule.
 
-    transformers is imported here, late, and no code of a checkpoint ever runs. A `model_type` that the installed
-    transformers doesn't know has the values of the file.
+    transformers is imported here, late, and no code of a checkpoint ever runs.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing concerns nobody here
     import transformers
 
-    if model_type not in transformers.CONFIG_MAPPING:
-        return dict(config_json)
     fields = copy.deepcopy({key: value for key, value in config_json.items() if key not in _WITHHELD})
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it warns of rotary settings that it reads nevertheless
