@@ -44,28 +44,17 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class MethodResult:
-    """A method at one forgetting level, on test.
-
-    Attributes:
-      method, setting: the setting chosen on validation.
-      settings: how many were tried.
-      seeds: seeds that reached the level on test; only these are averaged. `missed`: those that did not.
-      utilities: mean over seeds with its interval, per utility; empty if no seed reached the level.
-      gains: relative gain over the baseline, utility / baseline - 1, paired by seed and item; likewise.
-      over_seeds: {"utilities", "gains"}, the same with Student's intervals over seeds.
-      area: how much higher the mean utility is than the baseline's on average over the forgetting levels that both
-        reach (`mean_difference`), paired by seed, with Student's interval; None where no seed has such a range.
-    """
+    """A method at one forgetting level, on test: means over the seeds that reached it, with intervals."""
 
     method: str
-    setting: str
-    settings: int
-    seeds: tuple[int, ...]
-    missed: tuple[int, ...]
-    utilities: Mapping[str, Interval]
-    gains: Mapping[str, Interval]
-    over_seeds: Mapping[str, Mapping[str, Interval]]
-    area: Interval | None
+    setting: str  # chosen on validation
+    settings: int  # that were tried
+    seeds: tuple[int, ...]  # that reached the level
+    missed: tuple[int, ...]  # those that did not
+    utilities: Mapping[str, Interval]  # empty if no seed reached the level
+    gains: Mapping[str, Interval]  # utility / baseline - 1, paired by seed and item; likewise
+    over_seeds: Mapping[str, Mapping[str, Interval]]  # "utilities" and "gains" with Student's intervals over seeds
+    area: Interval | None  # `fronts.mean_difference` to the baseline, paired by seed, with Student's interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,21 +80,20 @@ def check_equal_budgets(runs: Sequence[Run], *, exempt: Collection[str] = ()) ->
     Methods that are `exempt`, labelled as having another budget, such as "uniform_2x", are checked against nothing but
     themselves (every setting with the same seeds).
     """
-    seeds, steps = collections.defaultdict(lambda: collections.defaultdict(list)), collections.defaultdict(int)
-    for run in runs:
-        seeds[run.method][run.setting].append(run.seed)
-        steps[run.method] = max(steps[run.method], int(run.test.steps[-1]))  # a run that diverged ends early
     budgets = {}
-    for method, by_setting in seeds.items():
-        for setting, used in by_setting.items():
+    for method in dict.fromkeys(run.method for run in runs):
+        own, seeds = [run for run in runs if run.method == method], collections.defaultdict(list)
+        for run in own:
+            seeds[run.setting].append(run.seed)
+        for setting, used in seeds.items():
             if len(set(used)) != len(used):
                 raise ValueError(f"{method} with {setting} was run twice with one seed: seeds {sorted(used)}.")
-        distinct = {tuple(sorted(used)) for used in by_setting.values()}
+        distinct = {tuple(sorted(used)) for used in seeds.values()}
         if len(distinct) > 1:
-            listed = "; ".join(f"{setting}: {sorted(used)}" for setting, used in by_setting.items())
+            listed = "; ".join(f"{setting}: {sorted(used)}" for setting, used in seeds.items())
             raise UnequalBudget(f"the settings of {method} were run with different seeds: {listed}.")
-        if method not in exempt:
-            budgets[method] = (len(by_setting), distinct.pop(), steps[method])
+        if method not in exempt:  # a run that diverged ends early
+            budgets[method] = len(seeds), distinct.pop(), max(int(run.test.steps[-1]) for run in own)
     if len(set(budgets.values())) > 1:
         lines = "; ".join(f"{m}: {n} settings, seeds {list(s)}, {t} steps" for m, (n, s, t) in budgets.items())
         raise UnequalBudget(

@@ -27,36 +27,22 @@ MEAN = "mean_utility"
 
 @dataclasses.dataclass(frozen=True)
 class Scoreboard:
-    """Names of the measurements that methods are compared on, on one benchmark.
+    """Names of the measurements that methods are compared on, on one benchmark."""
 
-    Attributes:
-      forgetting: lower means more forgotten.
-      utilities: higher is better, 1 is the original model; by name, whether the original's value has to be divided by.
-      questions: name of the accuracy measured on each subject's questions.
-      chance: value of `forgetting` for a model that knows nothing, for the report; None where there is none.
-    """
-
-    forgetting: str
-    utilities: Mapping[str, bool]
-    questions: Mapping[str, str]
-    chance: float | None = None
+    forgetting: str  # lower means more forgotten
+    utilities: Mapping[str, bool]  # higher is better; whether the original model's value is to be divided by
+    questions: Mapping[str, str]  # name of the accuracy measured on each subject's questions
+    chance: float | None = None  # `forgetting` of a model that knows nothing, for the report; None: there is none
 
 
 @dataclasses.dataclass(frozen=True)
 class Front:
-    """One run on one split, point by point along training.
+    """One run on one split, point by point along training."""
 
-    Attributes:
-      steps: i64 [N], increasing.
-      forgetting: f64 [N], lower means more forgotten.
-      utilities: f64 [N] per name; 1 is the original model. "mean_utility" is the mean of the others.
-      measured: f64 [N] per name, every value as it was measured (accuracies not divided by the original's).
-    """
-
-    steps: np.ndarray
-    forgetting: np.ndarray
-    utilities: Mapping[str, np.ndarray]
-    measured: Mapping[str, np.ndarray]
+    steps: np.ndarray  # i64 [N], increasing
+    forgetting: np.ndarray  # f64 [N], lower means more forgotten
+    utilities: Mapping[str, np.ndarray]  # f64 [N]; 1 is the original model; "mean_utility" is the mean of the others
+    measured: Mapping[str, np.ndarray]  # f64 [N], every value as it was measured, not divided by the original's
 
     def __post_init__(self):
         for name, values in {"forgetting": self.forgetting, **self.utilities, **self.measured}.items():
@@ -164,19 +150,14 @@ def make_draws(*, resamples: int, seed: int) -> Draws:
 class Series:
     """One score along a run as a ratio of sums over its items.
 
-    Attributes:
-      names: u32 [G], one for each item or group of items that is drawn as a whole.
-      above: f64 [G, T], sum over the group at each evaluation.
-      below: f64 [G], its share of the denominator: questions, or tokens.
-      counts: i64 [G], items in the group.
-      finish: what the ratio becomes: "share" as it is, "relative" over that of the first evaluation, "ratio" its
-        exponential, "utility" that, at most 1.
+    `finish`: what the ratio becomes: "share" as it is, "relative" over that of the first evaluation, "ratio" its
+    exponential, "utility" that, at most 1.
     """
 
-    names: np.ndarray
-    above: np.ndarray
-    below: np.ndarray
-    counts: np.ndarray
+    names: np.ndarray  # u32 [G], one for each item or group of items that is drawn as a whole
+    above: np.ndarray  # f64 [G, T], sum over the group at each evaluation
+    below: np.ndarray  # f64 [G], its share of the denominator: questions, or tokens
+    counts: np.ndarray  # i64 [G], items in the group
     finish: str
 
     def values(self, draws: Draws) -> np.ndarray:

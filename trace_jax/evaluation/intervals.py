@@ -35,21 +35,13 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement(Interval):
-    """What was estimated, and where.
+    """What was estimated, and where."""
 
-    Attributes:
-      name: stable name, such as "forget_accuracy".
-      split: "validation" or "test"; "train" where the rows that were unlearned with are looked at (routing).
-      note: what a reader must know beside the number, in a few words; often empty.
-      profile: whose protocol was followed to the letter, where there are several, such as "open_unlearning".
-      revision: of the data set, where it is known.
-    """
-
-    name: str
-    split: str
-    note: str = ""
-    profile: str = ""
-    revision: str = ""
+    name: str  # stable, such as "forget_accuracy"
+    split: str  # "validation" or "test"; "train" where the rows that were unlearned with are looked at (routing)
+    note: str = ""  # what a reader must know beside the number, in a few words
+    profile: str = ""  # whose protocol was followed to the letter, where there are several, such as "open_unlearning"
+    revision: str = ""  # of the data set, where it is known
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict that `json.dumps` takes and `decode` reads; NaN becomes None, since JSON has no NaN."""

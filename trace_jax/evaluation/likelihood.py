@@ -89,19 +89,12 @@ def _models(model: Model) -> tuple[Any, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class TokenScores:
-    """Scores of the scored tokens of one sequence, in its order.
+    """Scores of the scored tokens of one sequence, in its order."""
 
-    Attributes:
-      log_prob: f32 [n], nats.
-      greedy: bool [n], whether no other token is likelier.
-      mean, variance: f32 [n], of the log-probability of a token drawn from the model's own distribution at that place;
-        None unless they were asked for.
-    """
-
-    log_prob: np.ndarray
-    greedy: np.ndarray
-    mean: np.ndarray | None = None
-    variance: np.ndarray | None = None
+    log_prob: np.ndarray  # f32 [n], nats
+    greedy: np.ndarray  # bool [n], whether no other token is likelier
+    mean: np.ndarray | None = None  # f32 [n], of the log-probability of a token drawn from the model; if asked for
+    variance: np.ndarray | None = None  # f32 [n], likewise
 
 
 def score_sequences(

@@ -92,14 +92,10 @@ class EvaluationConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class TaskScores:
-    """What one model gave on one task.
+    """What one model gave on one task."""
 
-    Attributes:
-      arrays: per-item results by name, everything that `Task.measure` reads.
-      items: lines of JSON per part of the task, for whoever wants to check a number. Never hazardous text.
-    """
-
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray]  # per-item results by name, everything that `Task.measure` reads
+    # Lines of JSON per part of the task, for whoever wants to check a number. Never hazardous text.
     items: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
@@ -107,17 +103,11 @@ Scores = Mapping[str, TaskScores]  # of one model, by the name of the task
 
 
 class Task:
-    """Something that is measured on a model.
+    """Something that is measured on a model."""
 
-    Attributes:
-      name: of its files; of an external benchmark, the prefix of its measurements' names too.
-      quick: whether it is cheap enough to be scored at every evaluation while unlearning.
-      identity: hash of its data and settings: scores of a model hold as long as it stays the same.
-    """
-
-    name: str
-    quick: bool = False
-    identity: str
+    name: str  # of its files; of an external benchmark, the prefix of its measurements' names too
+    quick: bool = False  # whether it is cheap enough to be scored at every evaluation while unlearning
+    identity: str  # hash of its data and settings: scores of a model hold as long as it stays the same
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """Runs the model over the task. Raises `NonFiniteScore`, and ValueError for a guide that it can't follow."""
@@ -138,17 +128,14 @@ class Task:
 class Evaluator:
     """Everything that is measured on a model, by `tasks` of different names.
 
-    Attributes:
-      mesh: devices that share each batch; None: the default device.
-      seed: of the bootstrap.
-      original, retrained: scores of the model before unlearning, and of the one that was trained without forget data;
-        measurements that are relative to what is not there are left out.
+    `original`, `retrained`: scores of the model before unlearning, and of the one that was trained without forget data;
+    measurements that are relative to what is not there are left out.
     """
 
     config: EvaluationConfig
     tasks: tuple[Task, ...]
-    mesh: Mesh | None = None
-    seed: int = 0
+    mesh: Mesh | None = None  # devices that share each batch; None: the default device
+    seed: int = 0  # of the bootstrap
     original: Scores = dataclasses.field(default_factory=dict)
     retrained: Scores = dataclasses.field(default_factory=dict)
 
