@@ -26,7 +26,7 @@ from trace_jax.io.files import decode, encode, read_json, replacing, shown, writ
 from trace_jax.io.progress import progress, say
 from trace_jax.parallel.processes import keep_freed_memory
 from trace_jax.run.directory import check_workdir, comparison_row, needed, open_workdir, write_report
-from trace_jax.run.experiment import METHODS, ExperimentConfig, StudyConfig
+from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.run.methods import calibrated, run_method
 from trace_jax.run.prepare import Prepared, prepare, read_corpora
 from trace_jax.unlearning.objectives import Objective
@@ -47,33 +47,30 @@ class Trial(NamedTuple):
 
 
 def trials(config: ExperimentConfig) -> Iterator[Trial]:
-    """Every run of the study, cheapest information first: all methods of a seed and setting before the next."""
+    """Every run of the study, cheapest information first: all methods of a seed and setting before the next.
+
+    A setting is a point of the grid over everything that its objective is tuned over.
+    """
     study = config.study
-    for seed in study.seeds:
-        for objective, given in (study.objectives or {"": {}}).items():
-            kind = Objective.kinds[objective] if objective else type(config.unlearning.objective)
-            for setting, unlearning in _grid(study, kind, given):
-                if objective:
-                    own = {f.name for f in dataclasses.fields(kind)} & unlearning.keys()
-                    unlearning["objective"] = {"name": objective} | {name: unlearning.pop(name) for name in sorted(own)}
-                for method in study.methods:
-                    yield Trial(method, seed, setting, unlearning, objective)
-
-
-def _grid(study: StudyConfig, objective: type[Objective], given: Mapping[str, Any]) -> Iterator[tuple[str, dict]]:
-    """(name, settings) of everything that an objective is tuned over, the learning rate first."""
-    several = {name: value for name, value in given.items() if isinstance(value, (tuple, list))}
-    lists = {name: values for name, values in several.items() if all(isinstance(x, (int, float)) for x in values)}
-    tuned: dict[str, Sequence[Any]] = {"learning_rate": study.learning_rates}
-    if objective.retains and given.get("retain_loss") != "none":
-        tuned["alpha"] = study.alphas
-    tuned = {name: values for name, values in (tuned | lists).items() if name in lists or name not in given}
-    fixed = {name: value for name, value in given.items() if name not in lists}
-    for values in itertools.product(*tuned.values()):
-        point = dict(zip(tuned, values, strict=True))
-        short = {"learning_rate": "lr"}
-        names = [f"{short.get(n, n)}={v:g}" for n, v in point.items() if len(tuned[n]) > 1 or n == "alpha"]
-        yield ",".join(reversed(names)) or "only", {**fixed, **point}
+    for seed, (objective, given) in itertools.product(study.seeds, (study.objectives or {"": {}}).items()):
+        kind = Objective.kinds[objective] if objective else type(config.unlearning.objective)
+        own = {field.name for field in dataclasses.fields(kind)} if objective else set()
+        several = {name: value for name, value in given.items() if isinstance(value, (tuple, list))}
+        lists = {name: values for name, values in several.items() if all(isinstance(x, (int, float)) for x in values)}
+        tuned: dict[str, Sequence[Any]] = {"learning_rate": study.learning_rates}
+        if kind.retains and given.get("retain_loss") != "none":
+            tuned["alpha"] = study.alphas
+        tuned = {name: values for name, values in (tuned | lists).items() if name in lists or name not in given}
+        for values in itertools.product(*tuned.values()):
+            point = dict(zip(tuned, values, strict=True))
+            short = {"learning_rate": "lr"}
+            names = [f"{short.get(n, n)}={v:g}" for n, v in point.items() if len(tuned[n]) > 1 or n == "alpha"]
+            settings = {**given, **point}
+            unlearning = {name: value for name, value in settings.items() if name not in own}
+            if objective:
+                unlearning["objective"] = {"name": objective, **{n: settings[n] for n in sorted(own & settings.keys())}}
+            for method in study.methods:
+                yield Trial(method, seed, ",".join(reversed(names)) or "only", unlearning, objective)
 
 
 def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> str:
