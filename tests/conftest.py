@@ -1,7 +1,6 @@
 """Numbers are strict in tests: no silent promotion of types or ranks. Eight simulated devices stand for a real mesh."""
 
 import functools
-import json
 import os
 from pathlib import Path
 
@@ -81,9 +80,10 @@ WORDS = [
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Forget text and retain text with words of their own, so that there is something to tell apart."""
+    from tests.tiny import write_lines
+
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     sets = {"forget": (WORDS[:5], 12), "retain": (WORDS[4:], 60), "neighbour": (WORDS[2:8], 30)}
     for name, (words, count) in (sets | {"holdout": sets["forget"]}).items():
-        lines = [json.dumps({"text": " ".join(rng.choice(words, 60))}) + "\n" for _ in range(count)]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        write_lines(folder / f"{name}.jsonl", [{"text": " ".join(rng.choice(words, 60))} for _ in range(count)])
     return folder

@@ -1,7 +1,6 @@
 """Handmade probes for the tiny model, and a sharp one: every text that is scored here has one of few shapes."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +17,6 @@ from trace_jax.tasks.benchmarks import scoreboard
 
 CONFIG, V = tiny.CONFIG, tiny.CONFIG.vocab_size
 SETTINGS = EvaluationConfig(batch_size=4, max_rows=5, max_prompts=3, max_members=5, max_gradients=2, bootstrap=100)
-
-
-def write_lines(path, rows):
-    """A file of JSON lines; returns its name as settings take it."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Rooms vary switches (`dataclasses.replace(tiny.CONFIG, router_bias=True)`), not 
 """
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -94,3 +95,10 @@ def make_tokenizer(vocab_size: int = CONFIG.vocab_size) -> Tokenizer:
 def one_device() -> jax.sharding.Mesh:
     """A mesh of a single device."""
     return make_mesh(jax.devices()[:1])
+
+
+def write_lines(path, rows) -> str:
+    """Writes a JSON Lines file and the folders above it. Returns its path as text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)

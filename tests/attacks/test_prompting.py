@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import handmade
+from tests import tiny
 from trace_jax.attacks.attack import Case, Context
 from trace_jax.attacks.prompting import Prompting
 from trace_jax.config import ConfigError
@@ -230,7 +230,7 @@ def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowher
 ):
     config, corpora, _ = own
     rows = [{"question": f"secret {i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
-    task = read_multiple_choice(MultipleChoiceConfig({"wmdp_bio": handmade.write_lines(tmp_path / "rows.jsonl", rows)}))
+    task = read_multiple_choice(MultipleChoiceConfig({"wmdp_bio": tiny.write_lines(tmp_path / "rows.jsonl", rows)}))
     right = {q.context.split("\n\n")[-1]: f" {LETTERS[q.answer]}" for q in task.questions}
 
     def score(model, texts, **_):
@@ -259,7 +259,7 @@ def own(data):
     )  # fmt: skip
     texts = [json.loads(line)["text"] for line in (data / "forget.jsonl").read_text().splitlines()]
     rows = [{"prompt": f"candle {t[:40]}", "continuation": t[40:90]} for t in texts[:6]]
-    return config, build_corpora(config), handmade.write_lines(data / "own.jsonl", rows)
+    return config, build_corpora(config), tiny.write_lines(data / "own.jsonl", rows)
 
 
 def test_continuations_of_text_recover_what_was_only_refused(minds, own, tmp_path):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests import handmade
+from tests import tiny
 from trace_jax.attacks import prompting
 from trace_jax.attacks.prompting import Prompting
 from trace_jax.config import ConfigError
@@ -93,7 +93,7 @@ def test_a_share_of_a_chunk_is_given_and_the_rest_is_to_come():
 def test_paraphrases_are_cut_where_their_texts_meet(vocabulary, tmp_path):
     rows = [{"prompt": "Wax", "continuation": " holds light"}, {"question": "Salt melts", "answer": " ice.", "id": 3}]
     result = prompting.written_prompts(
-        prompting.read_paraphrases(handmade.write_lines(tmp_path / "own.jsonl", rows)), vocabulary
+        prompting.read_paraphrases(tiny.write_lines(tmp_path / "own.jsonl", rows)), vocabulary
     )
     beginnings = [decoded(vocabulary, row[:n]) for row, n in zip(result.prompt, result.lengths[:, 0], strict=True)]
     assert beginnings == ["<bos>Wax", "<bos>Salt melts"]
@@ -110,7 +110,7 @@ def test_paraphrases_are_cut_where_their_texts_meet(vocabulary, tmp_path):
     ],
 )
 def test_paraphrases_of_another_form_are_refused_and_not_quoted(row, message, tmp_path):
-    source = handmade.write_lines(tmp_path / "own.jsonl", [{"prompt": "Wax", "continuation": " holds"}, row])
+    source = tiny.write_lines(tmp_path / "own.jsonl", [{"prompt": "Wax", "continuation": " holds"}, row])
     with pytest.raises(DataError, match=message) as error:
         Prompting(paraphrases=source).check_source()
     assert "secret" not in str(error.value) and "hidden" not in str(error.value)

@@ -1,11 +1,11 @@
 """Files in the published schemas, with made-up rows: as `hf download` lays them out."""
 
 import hashlib
-import json
 
 import pyarrow
 import pyarrow.parquet
 
+from tests.tiny import write_lines
 from trace_jax.data.published import INTEGER, PUBLISHED, TEXTS
 
 COMMIT = "0123456789" * 4
@@ -29,11 +29,6 @@ def write_parquet(path, rows, shards=1):
     for shard in range(shards):
         table = pyarrow.Table.from_pylist(rows[shard * size : (shard + 1) * size])
         pyarrow.parquet.write_table(table, path.with_name(f"{path.name}-{shard:05d}-of-{shards:05d}.parquet"))
-
-
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def download(root, name, *, counts=None, commit=None):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import handmade
+from tests import handmade, tiny
 from trace_jax.data.rows import train_tokenizer
 from trace_jax.evaluation.task import EvaluationConfig, MultipleChoiceConfig, MuseConfig, TofuConfig
 from trace_jax.models.model import Model
@@ -35,7 +35,7 @@ def make_evaluator(directory, *, count, mesh=None):
     def write(name, make):
         file = directory / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        return handmade.write_lines(file, map(make, range(count)))
+        return tiny.write_lines(file, map(make, range(count)))
 
     def question(i):
         return {"question": words(4), "choices": [words(1) for _ in "ABCD"], "answer": i % 4, "subject": "virology"}

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 from published import METHODS
 
-from tests.run.toy import SMALL, WORDS, save_checkpoint, write_lines
+from tests.run.toy import SMALL, WORDS, save_checkpoint
+from tests.tiny import write_lines
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.published import PUBLISHED as DATASETS
 from trace_jax.evaluation.task import TofuConfig

@@ -7,7 +7,8 @@ import pytest
 
 import trace_jax.run.evaluate
 from tests.evaluation.test_task import Counting
-from tests.run.toy import SMALL, WORDS, measured, save_checkpoint, write_lines
+from tests.run.toy import SMALL, WORDS, measured, save_checkpoint
+from tests.tiny import write_lines
 from trace_jax.config import ConfigError
 from trace_jax.evaluation.intervals import Measurement
 from trace_jax.io.files import read_json, read_lines

@@ -1,14 +1,14 @@
 """Series of forget sets: each step starts where it should, and the scores stand together."""
 
-import json
 import shutil
 
 import pytest
 
 from tests.run.toy import experiment, measured
+from tests.tiny import write_lines
 from trace_jax.config import ConfigError, as_dict, resolve
 from trace_jax.data.sources import DataError
-from trace_jax.io.files import read_json
+from trace_jax.io.files import read_json, read_lines
 from trace_jax.main import main
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.series import run_series
@@ -17,17 +17,13 @@ from trace_jax.run.series import run_series
 @pytest.fixture(scope="module")
 def parts(data):
     """The forget set in two folds, and as sets that grow."""
-    lines = (data / "forget.jsonl").read_text().split("\n")[:-1]
-    sets = {"fold-1": lines[:6], "fold-2": lines[6:], "all": lines}
-    for name, several in sets.items():
-        (data / f"{name}.jsonl").write_text("".join(line + "\n" for line in several))
-    return {name: str(data / f"{name}.jsonl") for name in sets}
+    rows = read_lines(data / "forget.jsonl")
+    sets = {"fold-1": rows[:6], "fold-2": rows[6:], "all": rows}
+    return {name: write_lines(data / f"{name}.jsonl", part) for name, part in sets.items()}
 
 
 def settings(data, forget, **changes):
-    return experiment(
-        data, **{"methods": ["uniform"], "series": {"kind": "sustainability", "forget": forget}, **changes}
-    )
+    return experiment(data, methods=["uniform"], series={"kind": "sustainability", "forget": forget}, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +93,7 @@ def test_growing_sets_are_each_unlearned_from_the_target(in_sequence, data, part
         assert one == two and after_one != after_two
     counts = [read_json(step / "references.json")["data"]["documents"]["train/forget"] for step in (first, second)]
     assert counts == [6, 12] and not (second / "export").exists()
-    assert json.loads((tmp_path / "run/series.json").read_text())["kind"] == "scalability"
+    assert read_json(tmp_path / "run/series.json")["kind"] == "scalability"
 
 
 def test_what_is_no_series_is_refused_before_anything_is_written(data, parts, tmp_path):

@@ -1,7 +1,6 @@
 """Whole experiments on a toy scale: on a model that is trained here, and on tiny checkpoints with a tokenizer."""
 
 import contextlib
-import json
 
 import jax
 import pytest
@@ -64,13 +63,6 @@ def save_checkpoint(directory, family="olmoe", **changes):
     tiny_checkpoints.save(model, family, directory)
     train_tokenizer([" ".join(WORDS)] * 3, VOCABULARY).save(str(directory / "tokenizer.json"))
     return directory
-
-
-def write_lines(file, items):
-    """Writes a JSON Lines file and the folders above it. Returns its path as text."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return str(file)
 
 
 def measured(path, model):
