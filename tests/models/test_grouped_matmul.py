@@ -22,7 +22,7 @@ from trace_jax.models.grouped_matmul import (
     resolve_implementation,
 )
 
-IMPLEMENTATIONS = [name for name in GROUPED_MATMULS if name not in ("auto", "blocked")]  # that: test_blocked_experts
+IMPLEMENTATIONS = [name for name in GROUPED_MATMULS if name not in ("auto", "blocked")]  # that: test_moe
 NUM_ROWS, D, F = 45, 5, 3
 GROUPS = {
     "even": [9, 9, 9, 9, 9],

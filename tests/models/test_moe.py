@@ -1,4 +1,7 @@
-"""The MoE layer is exact: as every expert on every token, in value and gradient. (test_decoder loops over tokens.)"""
+"""The MoE layer is exact, in value and gradient: as every expert on every token, and in blocks as in general.
+
+(test_decoder loops over tokens.) Blocks are compared over biases, activations, types, empty experts and missing slots.
+"""
 
 import dataclasses
 
@@ -9,33 +12,37 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tiny import random_params
+from trace_jax.models import grouped_matmul
 from trace_jax.models.architecture import ModelConfig
-from trace_jax.models.grouped_matmul import implementations
-from trace_jax.models.moe import count_and_rank, moe_layer, route
+from trace_jax.models.moe import count_and_rank, experts, moe_layer, route
 
-T, D, E, F = 23, 6, 5, 4
-IMPLEMENTATIONS = [name for name in implementations("cpu") if name != "auto"]
-BASE = ModelConfig(hidden_size=D, num_experts=E, experts_per_token=2, expert_hidden_size=F, grouped_matmul="blocked")
-CASES = {
-    **{name: dataclasses.replace(BASE, grouped_matmul=name) for name in IMPLEMENTATIONS},
+T, D, E, F, K = 150, 24, 6, 20, 3
+BASE = ModelConfig(
+    vocab_size=2, num_layers=1, hidden_size=D, num_experts=E, experts_per_token=K, expert_hidden_size=F,
+    grouped_matmul="blocked",
+)  # fmt: skip
+RAGGED = dataclasses.replace(BASE, grouped_matmul="ragged")
+LAYERS = {
+    "blocked": BASE,
+    "ragged": RAGGED,
     "top 1, not normalised, shared expert": dataclasses.replace(
         BASE, experts_per_token=1, normalize_top_k=False, shared_hidden_size=3
     ),
     "every expert": dataclasses.replace(BASE, experts_per_token=E),
 }
+EXPERTS = {
+    "plain": BASE,
+    "biases and limits": dataclasses.replace(BASE, activation="clamped_swiglu", expert_bias=True, swiglu_limit=0.7),
+    "bfloat16": dataclasses.replace(BASE, dtype="bfloat16"),
+}
 
 
-def make_layer(config, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-    layer = {"router": normal(D, E), "experts": {"gate_up": normal(E, D, 2, F), "down": normal(E, F, D)}}
-    if config.shared_hidden_size:
-        width = config.shared_hidden_size
-        layer["shared"] = {"gate_up": normal(D, 2, width), "down": normal(width, D)}
-    return layer, normal(T, D), normal(T, D)
+def make_layer(config):
+    """(router, experts and shared expert, x and a cotangent [T, D])."""
+    layer = jax.tree.map(lambda array: array[0], random_params(config)["layers"])
+    x, cotangent = (jnp.asarray(np.random.default_rng(i).normal(size=(T, D)), config.dtype) for i in (1, 2))
+    return {name: layer[name] for name in ("router", "experts", "shared") if name in layer}, x, cotangent
 
 
 def every_expert_masked(layer, config, x):
@@ -54,21 +61,20 @@ def every_expert_masked(layer, config, x):
     return y
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LAYERS)
 def test_layer_and_its_gradients_equal_those_of_the_dense_layer(case):
-    config = CASES[case]
+    config = LAYERS[case]
     layer, x, cotangent = make_layer(config)
 
     def with_gradients(fn):
         def total(layer, x):
-            y = fn(layer, x)
+            y = fn(layer, config, x)
             return jnp.sum(y * cotangent), y
 
         return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(layer, x)
 
-    got = with_gradients(lambda layer, x: moe_layer(layer, config, x)[0])
-    wanted = with_gradients(lambda layer, x: every_expert_masked(layer, config, x))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), got, wanted)
+    got, wanted = with_gradients(lambda *operands: moe_layer(*operands)[0]), with_gradients(every_expert_masked)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5), got, wanted)
     assert float(jnp.max(jnp.abs(got[0][0]["router"]))) > 1e-2
 
 
@@ -76,30 +82,102 @@ def test_no_gradient_adds_into_tokens_with_a_scatter():
     layer, x, _ = make_layer(BASE)
     gradient = jax.grad(lambda layer, x: jnp.sum(moe_layer(layer, BASE, x)[0]), argnums=(0, 1))
     text = str(jax.make_jaxpr(gradient)(layer, x))
-    for shape in (f"f32[{T},{D}] = scatter-add", f"f32[{2 * T},{D}] = scatter-add", f"f32[{T},{E}] = scatter-add"):
+    for shape in (f"f32[{T},{D}] = scatter-add", f"f32[{K * T},{D}] = scatter-add", f"f32[{T},{E}] = scatter-add"):
         assert shape not in text
 
 
 def test_router_stays_float32_in_a_bfloat16_model():
-    config = dataclasses.replace(BASE, dtype="bfloat16")
-    layer, x, _ = make_layer(config)
-    low = jnp.asarray(x, jnp.bfloat16)
-    routing = route({"router": jnp.asarray(layer["router"])}, config, low)
-    assert routing.logits.dtype == routing.weights.dtype == jnp.float32
-    exact = np.asarray(low.astype(jnp.float32), np.float64) @ np.asarray(layer["router"], np.float64)
-    np.testing.assert_allclose(routing.logits, exact, rtol=1e-5, atol=1e-5)
+    layer, x, _ = make_layer(EXPERTS["bfloat16"])
+    router = route(layer, EXPERTS["bfloat16"], x)
+    assert router.logits.dtype == router.weights.dtype == jnp.float32
+    exact = np.asarray(x.astype(jnp.float32), np.float64) @ np.asarray(layer["router"], np.float64)
+    np.testing.assert_allclose(router.logits, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_equal_scores_go_to_the_lower_expert():
-    routing = route({"router": jnp.zeros((D, E))}, BASE, jnp.ones((T, D)))
-    np.testing.assert_array_equal(routing.indices, np.tile([0, 1], (T, 1)))
+    router = route({"router": jnp.zeros((D, E))}, BASE, jnp.ones((T, D)))
+    np.testing.assert_array_equal(router.indices, np.tile([0, 1, 2], (T, 1)))
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=40, max_size=40))
 def test_count_and_rank_are_a_stable_counting_sort(chosen):
-    counts, rank = count_and_rank(jnp.asarray(chosen, jnp.int32), 7)
-    counts, rank = np.asarray(counts), np.asarray(rank)
+    counts, rank = map(np.asarray, count_and_rank(jnp.asarray(chosen, jnp.int32), 7))
     np.testing.assert_array_equal(counts, np.bincount(chosen, minlength=7))
     place = (np.cumsum(counts) - counts)[chosen] + rank
     np.testing.assert_array_equal(np.argsort(place), np.argsort(chosen, kind="stable"))
+
+
+def make_inputs(config):
+    """(experts, x, gates, indices, cotangent), where nobody chooses expert 4."""
+    layer, x, cotangent = make_layer(config)
+    scores = np.random.default_rng(3).normal(np.array([0, 2, 0, 0, -99, 0]), size=(T, E))
+    gates, indices = jax.lax.top_k(jnp.asarray(scores, jnp.float32), K)
+    return layer["experts"], x, jax.nn.sigmoid(gates), indices, cotangent
+
+
+def result(config, cotangent, indices, *operands):
+    """(output, gradients of weights, x and gates) of the experts."""
+
+    @jax.jit
+    def run(weights, x, gates):
+        trained = {"trained": weights.pop("trained")} if "trained" in weights else {}
+        y, pull = jax.vjp(lambda w, x, g: experts({**w, **trained}, config, x, indices, g)[0], weights, x, gates)
+        return y, *pull(cotangent)
+
+    return run(*operands)
+
+
+def assert_close(got, wanted):
+    def close(a, b):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance, rtol=tolerance)
+
+    tolerance = 0.1 if got[0].dtype == jnp.bfloat16 else 2e-5
+    jax.tree.map(close, got, wanted)
+
+
+@pytest.mark.parametrize(("case", "blocks"), [("plain", 4), ("biases and limits", 4), ("bfloat16", 1)])
+def test_experts_in_blocks_and_every_gradient_equal_those_of_the_general_path(case, blocks, monkeypatch):
+    monkeypatch.setattr(grouped_matmul, "MOST_BLOCKS", blocks)
+    weights, x, gates, indices, cotangent = make_inputs(EXPERTS[case])
+    configs = EXPERTS[case], dataclasses.replace(EXPERTS[case], grouped_matmul="ragged")
+    assert_close(*(result(config, cotangent, indices, weights, x, gates) for config in configs))
+
+
+def test_choices_of_experts_elsewhere_count_as_zero_and_take_no_gradient():
+    config = EXPERTS["biases and limits"]
+    weights, x, gates, indices, cotangent = make_inputs(config)
+    indices = indices.at[70:].set(E)
+
+    @jax.jit
+    def total(gates):
+        return jnp.sum(experts(weights, config, x, indices, gates, room=indices.size)[0] * cotangent)
+
+    gradient = jax.grad(total)(gates)
+    assert np.all(gradient[70:] == 0) and np.all(gradient[:70] != 0)
+    np.testing.assert_allclose(total(gates.at[70:].set(99.0)), total(gates), rtol=1e-6)
+
+
+def test_with_less_room_than_slots_nothing_is_lost_uncounted():
+    weights, x, gates, indices, _ = make_inputs(BASE)
+    run, complete = jax.jit(experts, static_argnames=("config", "room")), []
+    expected, _ = run(weights, BASE, x, indices, gates)
+    for room in (indices.size - 1, indices.size - 52, indices.size - 103):
+        y, dropped = run(weights, BASE, x, indices, gates, room=room)
+        complete.append(int(dropped) == 0)
+        assert np.allclose(y, expected, atol=1e-5) == complete[-1]
+    assert complete[0] and not complete[-1]
+
+
+@pytest.mark.parametrize(("case", "blocks"), [("biases and limits", 1), ("bfloat16", 4)])
+def test_of_experts_that_do_not_train_only_the_weights_take_no_gradient(case, blocks, monkeypatch):
+    monkeypatch.setattr(grouped_matmul, "MOST_BLOCKS", blocks)
+    weights, x, gates, indices, cotangent = make_inputs(EXPERTS[case])
+    trained = np.array([0, 0, 0, 1, 0, 1], bool)
+    y, of_weights, *others = result(
+        EXPERTS[case], cotangent, indices, {**weights, "trained": jnp.asarray(trained)}, x, gates
+    )
+    expected, of_all, *all_others = result(EXPERTS[case], cotangent, indices, weights, x, gates)
+    of_weights, of_all = ({name: w[trained] for name, w in tree.items()} for tree in (of_weights, of_all))
+    assert_close((y, of_weights, *others), (expected, of_all, *all_others))
