@@ -1,4 +1,4 @@
-"""The same numbers on any mesh: losses and gradient norms of steps, optimizers, what finds no room.
+"""The same numbers on any mesh: losses and gradient norms of steps, optimizers, what finds no room; and what is sent.
 
 Gradients of every switch are in tests/models/test_architecture.py, decoding in test_generate.py.
 """
@@ -17,6 +17,7 @@ from trace_jax.models.architecture import ModelConfig, flat_specs, flatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place, to_host
+from trace_jax.plan.hlo import traffic
 from trace_jax.unlearning import optimizer as optimizer_module
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
@@ -120,3 +121,26 @@ def test_choices_without_room_are_counted():
 
     run = jax.jit(on_mesh(dropped, CONFIG, mesh, out_specs=P()))
     assert np.all(run(placed_params(params, CONFIG, mesh), rows(8, 0).tokens) > 0)
+
+
+def test_devices_send_each_other_what_the_documents_say_to_the_byte():
+    """The forward pass of docs/scaling.md."""
+    L, V, D, H, C, E, K, F = 6, 64, 16, 4, 8, 8, 2, 12  # so many layers are a loop
+    config = dataclasses.replace(CONFIG, num_layers=L, num_kv_heads=H, shared_hidden_size=0)
+    mesh, tokens = mesh_of(2, 2, 1), 2 * 8  # of a device
+
+    def run(params, tokens):
+        return forward(params, config, tokens, collect=("hidden",)).hidden
+
+    params = placed_params(random_params(config), config, mesh)
+    spread = jax.jit(on_mesh(run, config, mesh, out_specs=P(BATCH_AXES)))
+    program = spread.lower(params, np.zeros((4 * 2, 8), np.int32)).compile()
+    sent = dict.fromkeys(("all-gather", "reduce-scatter"), 0.0)
+    for collective in traffic(program.as_text(), 4).collectives:
+        sent[collective.kind] = sent.get(collective.kind, 0.0) + collective.bytes
+
+    over_all = V * D + L * (4 * D * H * C + D * E)  # embedding; q, k, v, o; router
+    over_data = L * E // 2 * 3 * D * F  # one device's experts
+    shown = L * tokens * (D + 2 * K)  # tokens, indices, gates, to the one other device
+    gathered = over_all * 3 / 4 + over_data / 2 + shown
+    assert sent == {"all-gather": 4 * gathered, "reduce-scatter": 4 * L * tokens * D}

@@ -9,27 +9,17 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.config import ConfigError
 from trace_jax.models.architecture import ModelConfig, abstract_params, flatten
 from trace_jax.models.sharding import param_specs
-from trace_jax.parallel.mesh import (
-    AXES,
-    BATCH_AXES,
-    as_varying,
-    make_mesh,
-    place,
-    row_shards,
-    storage_spec,
-    sum_over,
-    to_host,
-    varying_axes,
-)
+from trace_jax.parallel import mesh as meshes
+from trace_jax.parallel.mesh import BATCH_AXES, make_mesh, storage_spec
 
 GATE_UP = ("layers", "experts", "embed", "gate_up", "expert_hidden")
 SIZES = {"data": 4, "expert": 2, "tensor": 2}
 
 
 def test_a_mesh_has_three_axes_and_data_takes_what_is_left():
-    assert make_mesh().axis_names == AXES and make_mesh().shape["data"] == len(jax.devices()) == 8
+    assert make_mesh().axis_names == meshes.AXES and make_mesh().shape["data"] == len(jax.devices()) == 8
     mesh = make_mesh(expert=2, tensor=2)
-    assert dict(mesh.shape) == {"data": 2, "expert": 2, "tensor": 2} and row_shards(mesh) == 4
+    assert dict(mesh.shape) == {"data": 2, "expert": 2, "tensor": 2} and meshes.row_shards(mesh) == 4
 
 
 @pytest.mark.parametrize("sizes", [{"expert": 3}, {"data": 3}, {"data": 8, "tensor": 2}])
@@ -70,19 +60,19 @@ def test_as_varying_marks_what_differs_between_devices_and_sum_over_sums_only_th
     mesh = make_mesh(jax.devices()[:2])
 
     def check(equal, split):
-        assert varying_axes(equal) == frozenset() and varying_axes(split) == {"data", "expert"}
-        assert varying_axes(as_varying(equal, varying_axes(equal, split))) == {"data", "expert"}
-        return sum_over(equal, *BATCH_AXES), sum_over(split, *BATCH_AXES)
+        assert meshes.varying_axes(equal) == frozenset() and meshes.varying_axes(split) == {"data", "expert"}
+        assert meshes.varying_axes(meshes.as_varying(equal, meshes.varying_axes(equal, split))) == {"data", "expert"}
+        return meshes.sum_over(equal, *BATCH_AXES), meshes.sum_over(split, *BATCH_AXES)
 
     run = jax.shard_map(check, mesh=mesh, in_specs=(P(), P(BATCH_AXES)), out_specs=P())
     equal, split = run(jnp.float32(3), jnp.arange(2, dtype=jnp.float32))
     assert float(equal) == 3 and split.tolist() == [1.0]
-    assert varying_axes(jnp.zeros(2)) == frozenset()
+    assert meshes.varying_axes(jnp.zeros(2)) == frozenset()
 
 
 def test_arrays_go_to_the_mesh_and_come_back():
     mesh, x = make_mesh(expert=2, tensor=2), np.arange(24, dtype=np.float32).reshape(8, 3)
-    placed = place({"a": x, "b": x}, mesh, {"a": P(BATCH_AXES), "b": P("tensor")})
+    placed = meshes.place({"a": x, "b": x}, mesh, {"a": P(BATCH_AXES), "b": P("tensor")})
     assert placed["a"].addressable_shards[0].data.shape == (2, 3)
     assert placed["b"].addressable_shards[0].data.shape == (4, 3)
-    assert all(np.array_equal(back, x) for back in to_host(placed).values())
+    assert all(np.array_equal(back, x) for back in meshes.to_host(placed).values())
