@@ -126,13 +126,10 @@ class Blocks(NamedTuple):
 
 
 def make_blocks(slot, block_group, used, place_TK, weights: dict, trained=None) -> Blocks:
-    """Blocks of the rows of a layout.
+    """Blocks of P rows with a `slot` each (T*K: none); P/B rows at a time are of an expert of `block_group` i32 [B].
 
-    Args:
-      slot: i32 [P] slot of each row, T*K where there is none.
-      block_group: i32 [B] expert of each block of P/B rows, of which the first `used` i32 [] (or all) hold slots.
-      place_TK: i32 row of each slot; any number from P on = it is not here, and counts as zero.
-      trained: i32 [] how many blocks, the first, have weights that take a gradient; None: all.
+    The first `used` i32 [] blocks (or all) hold slots; the first `trained` i32 [] have weights that take a gradient
+    (None: all). `place_TK` is the row of each slot; from P on it is not here, and counts as zero.
     """
     num_blocks, here = block_group.shape[0], place_TK < slot.shape[0]
     per_turn = max(1, min(MOST_BLOCKS, num_blocks, MOST_WEIGHTS // weights["gate_up"][0].size))

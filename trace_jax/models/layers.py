@@ -285,9 +285,9 @@ def _attend_with_normalizer(q, k, v, mask, sinks):
 
 
 def _attend_gradient(q, k, v, mask, normalizer, dot, gradient):
-    """Gradients of q, k, v. Scores are computed again, keys first: then only one of the products needs a transpose.
+    """Gradients of q, k, v; `dot` f32 [B,G,R,S] is the product of the gradient with the mixed values.
 
-    dot: f32 [B,G,R,S], the product of the gradient with the mixed values.
+    Scores are computed again, keys first: then only one of the products needs a transpose.
     """
     B, G, R, S, C = q.shape
     M = k.shape[2]

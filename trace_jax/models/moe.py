@@ -112,14 +112,12 @@ def moe_layer(
 
     Devices of the axis "expert" show each other their tokens, compute those of their own experts, and add up the
     parts of each token. Once K is near the number of devices this moves less than sending a token once for each choice.
-
     `buffer` is the `expert_buffer` of `forward`, `chosen_TK` as for `route`.
     """
     router = route(layer, config, x_TD, chosen_TK=chosen_TK)
     weights, operands, size = layer["experts"], (x_TD, router.indices, router.weights), axis_sizes().get(EXPERT, 1)
     if size == 1:
         y, dropped = experts(weights, config, *operands)
-        y = sum_over(y, TENSOR)
     else:
         operands = as_varying(operands, varying_axes(weights))  # gradients are scattered, then summed over "tensor"
         rows, indices, gates = (jax.lax.all_gather(a, EXPERT, axis=0, tiled=True) for a in operands)
@@ -128,7 +126,8 @@ def moe_layer(
         room = min(worst, -(-int(buffer * indices.size) // size)) if buffer else worst
         y, dropped = experts(weights, config, rows, indices - jax.lax.axis_index(EXPERT) * here, gates, room=room)
         dropped = jax.lax.pmax(dropped, TENSOR) if TENSOR in varying_axes(dropped) else dropped  # equal, known to be
-        y = sum_over(jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True), TENSOR)
+        y = jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True)
+    y = sum_over(y, TENSOR)
     if config.shared_hidden_size:
         shared = gated_mlp(layer["shared"], config, x_TD)
         if config.shared_gate:
@@ -150,11 +149,10 @@ def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, r
     trained = weights.get("trained")
     weights = {name: array for name, array in weights.items() if name != "trained"}
     # The backward passes below mix tokens with weights: what is equal on some devices must be known to be summed.
-    operands = (weights, x_TD, indices_TK, gates_TK)
-    weights, x_TD, indices_TK, gates_TK = as_varying(operands, varying_axes(*operands))
+    operands = weights, x_TD, indices_TK, gates_TK
+    weights, x_TD, indices_TK, gates_TK = as_varying(operands, varying_axes(operands))
     num_experts, num_slots = weights["gate_up"].shape[0], indices_TK.size if room is None else room
-    blocked = implementation == "blocked"
-    size = grouped.block_size(num_slots, num_experts) if blocked else 1
+    size = grouped.block_size(num_slots, num_experts) if (blocked := implementation == "blocked") else 1
     group_sizes, rank = count_and_rank(indices_TK.reshape(-1), num_experts)
     if blocked and trained is not None:  # experts that train are laid out before the others
         expert = jnp.arange(num_experts, dtype=jnp.int32)
