@@ -92,6 +92,12 @@ def plain_weight_gradient(x, dy, group_sizes, *, interpret=False):
     return jnp.einsum("ne,nd,nf->edf", own, x, dy)
 
 
+def spread_over(mesh, implementation, of_sizes):
+    """The compiled value and gradients with rows split over the axis "data" of a mesh."""
+    step, rows = partial(value_and_gradients, implementation=implementation), P("data")
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(rows, P(), rows, of_sizes), out_specs=(rows, rows, P())))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradient_of_replicated_weights_is_the_sum_over_devices(implementation, monkeypatch):
     for kernels in (grouped_matmul_gpu, grouped_matmul_tpu):
@@ -101,20 +107,13 @@ def test_gradient_of_replicated_weights_is_the_sum_over_devices(implementation, 
     mesh = Mesh(jax.devices()[:2], ("data",), axis_types=(AxisType.Auto,))
     sizes = np.asarray([GROUPS["uneven tail"], GROUPS["empty group"]], np.int32)
     x, w, cotangent = arrays(5)
-    wanted = [loop_over_groups(x, w, cotangent, sizes[0]), loop_over_groups(x[::-1], w, cotangent[::-1], sizes[1])]
-    spread = jax.shard_map(
-        partial(value_and_gradients, implementation=implementation),
-        mesh=mesh,
-        in_specs=(P("data"), P(), P("data"), P("data")),
-        out_specs=(P("data"), P("data"), P()),
-        check_vma=True,
-    )
-    y, gradient_x, gradient_w = jax.jit(spread)(
-        np.concatenate([x, x[::-1]]), w, np.concatenate([cotangent, cotangent[::-1]]), sizes.reshape(-1)
-    )
-    np.testing.assert_allclose(y, np.concatenate([wanted[0][0], wanted[1][0]]), atol=2e-5)
-    np.testing.assert_allclose(gradient_x, np.concatenate([wanted[0][1], wanted[1][1]]), atol=2e-5)
-    np.testing.assert_allclose(gradient_w, wanted[0][2] + wanted[1][2], atol=4e-5)
+    first, second = (x, w, cotangent, sizes[0]), (x[::-1], w, cotangent[::-1], sizes[1])
+    wanted = list(zip(loop_over_groups(*first), loop_over_groups(*second), strict=True))
+    x, _, cotangent, sizes = map(np.concatenate, zip(first, second, strict=True))
+    got = spread_over(mesh, implementation, P("data"))(x, w, cotangent, sizes)
+    for actual, parts in zip(got[:2], wanted[:2], strict=True):
+        np.testing.assert_allclose(actual, np.concatenate(parts), atol=2e-5)
+    np.testing.assert_allclose(got[2], sum(wanted[2]), atol=4e-5)
 
 
 @pytest.mark.parametrize("size", [1, 4, 8])
@@ -159,18 +158,13 @@ def test_the_platform_is_that_of_the_mesh_where_there_is_one(name, platform):
 
 def on_devices_that_are_not_here(platform, kind, *shapes, dtype):
     """StableHLO of value and gradients with "auto", rows split over two devices of `platform`: text."""
-    mesh = mesh_of(platform, kind)
-    specs = (P("data"), P(), P("data"), P())
-    arguments = [
-        jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
-        for shape, kind, spec in zip(shapes, (dtype, dtype, dtype, jnp.int32), specs, strict=True)
-    ]
-
-    step = partial(value_and_gradients, implementation="auto")
-    spread = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(P("data"), P("data"), P()), check_vma=True)
-    lowering = "cuda" if platform == "gpu" else platform
+    mesh, lowering = mesh_of(platform, kind), "cuda" if platform == "gpu" else platform
+    types, specs = (dtype, dtype, dtype, jnp.int32), (P("data"), P(), P("data"), P())
+    shardings = [NamedSharding(mesh, spec) for spec in specs]
+    arguments = [jax.ShapeDtypeStruct(s, t, sharding=p) for s, t, p in zip(shapes, types, shardings, strict=True)]
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(spread).trace(*arguments).lower(lowering_platforms=(lowering,)).as_text()
+        traced = spread_over(mesh, "auto", P()).trace(*arguments)
+        return traced.lower(lowering_platforms=(lowering,)).as_text()
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # from jax 0.12 on

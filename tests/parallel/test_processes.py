@@ -8,7 +8,7 @@ import threading
 import jax
 import pytest
 
-from tests.two_processes import CLUSTERS, DEVICES, free_port, run_processes
+from tests.two_processes import CLUSTERS, DEVICES, free_port, launch, run_processes
 from trace_jax.config import ConfigError
 from trace_jax.parallel import processes
 from trace_jax.parallel.processes import VARIABLES, barrier, is_main, start_processes
@@ -47,17 +47,12 @@ def test_two_processes_sum_a_number_and_agree():
 def test_processes_whose_others_do_not_come_end_and_say_so():
     program = "import sys; from trace_jax.parallel.processes import start_processes as s; "
     program += "s(sys.argv[1], 2, int(sys.argv[2]), timeout=2)"
-    words = {0: "not all of the other 1 came", 1: "got no answer from the"}
-    addresses = {index: f"127.0.0.1:{free_port()}" for index in words}
-    children = {
-        index: subprocess.Popen([sys.executable, "-c", program, address, str(index)], stderr=subprocess.PIPE, text=True)
-        for index, address in addresses.items()
-    }
-    for index, child in children.items():
-        _, error = child.communicate(timeout=60)
-        assert child.returncode == 2
-        for said in (f"trace_jax: process {index}", words[index], addresses[index], "(waited 2 s)"):
-            assert said in error
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    children = [launch(program, [(address, index)])[0] for index, address in enumerate(addresses)]
+    for index, words in enumerate(("not all of the other 1 came", "got no answer from the")):
+        _, error = children[index].communicate(timeout=60)
+        assert children[index].returncode == 2
+        assert all(said in error for said in (f"process {index}", words, addresses[index], "(waited 2 s)")), error
 
 
 @pytest.fixture
@@ -70,41 +65,34 @@ def alone(monkeypatch):
     return started
 
 
-def test_a_single_process_starts_nothing(alone, monkeypatch):
-    assert start_processes() == 1
-    assert start_processes("10.0.0.1:99", 1, 0) == 1
-    monkeypatch.setenv("SLURM_NTASKS", "4")  # of a batch script, outside srun
-    assert start_processes() == 1
-    assert alone == []
-    assert is_main()
+def test_a_single_process_starts_nothing(alone):
+    assert start_processes() == start_processes("10.0.0.1:99", 1, 0) == 1
+    assert alone == [] and is_main()
     barrier("nobody to wait for")
 
 
 @pytest.mark.parametrize(
-    "variables",
+    ("variables", "count"),
     [
-        {"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-2]"},
-        {"OMPI_COMM_WORLD_SIZE": "2"},
-        {"TPU_WORKER_HOSTNAMES": "a,b"},
+        ({"SLURM_NTASKS": "4"}, 1),  # of a batch script, outside srun
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-2]"}, 4),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 2),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, 2),
     ],
 )
-def test_clusters_are_recognised(alone, monkeypatch, variables):
+def test_clusters_are_recognised(alone, monkeypatch, variables, count):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    start_processes()
-    assert alone == [()]
+    assert start_processes() == count and alone == [()] * (count > 1)
 
 
 @pytest.mark.parametrize(("workers", "started"), [("w:0:10.0.0.1,w:1:10.0.0.2", [()]), ("w:0:10.0.0.1", [])])
 def test_a_cloud_tpu_slice_is_recognised_by_its_metadata(alone, monkeypatch, workers, started):
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.headers["Metadata-Flavor"] == "Google" else 403)
+            self.send_response_only(200 if self.headers["Metadata-Flavor"] == "Google" else 403)
             self.end_headers()
             self.wfile.write(workers.encode())
-
-        def log_message(self, *_):
-            pass
 
     monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "libtpu")
