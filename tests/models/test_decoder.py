@@ -269,14 +269,7 @@ def test_a_mesh_gives_the_same_with_forced_experts():
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-4)
 
 
-def test_experts_that_do_not_fit_are_refused():
-    config = config_of("softmax, normalised")
-    params, indices = random_params(config), other_experts(config, (2, *TOKENS.shape))
-    for wrong in (indices[:1], indices[:, :3], indices[..., :2], indices.astype(np.float32)):
-        with pytest.raises(ValueError, match=r"expected integers \(2, 4, 9, 3\)"):
-            forward(params, config, TOKENS, experts=wrong)
-    with pytest.raises(ValueError, match="with a cache"):
-        forward(params, config, TOKENS, experts=indices, cache=init_cache(config, 4, 9))
+EXPERTS = np.zeros((L, 2, 9, K), np.int32)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +280,11 @@ def test_experts_that_do_not_fit_are_refused():
         ({"num_layers": 1}, "no logits"),
         ({"collect": ("hidden",), "num_layers": 3}, "layers 1 to 2"),
         ({"mask": np.ones((2, 8), bool)}, r"mask has shape \(2, 8\)"),
+        *(
+            ({"experts": wrong}, r"expected integers \(2, 2, 9, 2\)")
+            for wrong in (EXPERTS[:1], EXPERTS[:, :1], EXPERTS[..., :1], EXPERTS.astype(np.float32))
+        ),
+        ({"experts": EXPERTS, "cache": init_cache(CONFIG, 2, 9)}, "with a cache"),
     ],
 )
 def test_wrong_requests_are_named(arguments, message):

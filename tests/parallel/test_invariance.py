@@ -62,8 +62,8 @@ def trajectory(config, sizes, parallel=PLAIN):
 
 
 @pytest.fixture(scope="module")
-def ragged_on_one_device():
-    """The oracle: every expert on every token, one device."""
+def oracle():
+    """Every expert on every token, one device."""
     return trajectory(dataclasses.replace(CONFIG, grouped_matmul="ragged"), (1, 1, 1))
 
 
@@ -75,12 +75,10 @@ def ragged_on_one_device():
         ((1, 4, 2), ParallelConfig(remat="dots", expert_buffer=4.0)),
     ],
 )
-def test_steps_are_those_of_the_ragged_product_on_one_device_whatever_memory_is_saved(
-    sizes, parallel, ragged_on_one_device
-):
+def test_steps_are_those_of_the_ragged_product_on_one_device_whatever_memory_is_saved(sizes, parallel, oracle):
     metrics, params, last = trajectory(CONFIG, sizes, parallel)
-    np.testing.assert_allclose(metrics, ragged_on_one_device[0], rtol=1e-4)
-    for path, wanted in ragged_on_one_device[1].items():
+    np.testing.assert_allclose(metrics, oracle[0], rtol=1e-4)
+    for path, wanted in oracle[1].items():
         np.testing.assert_allclose(params[path], wanted, atol=2e-3, err_msg=path)
     assert not parallel.expert_buffer or float(last["dropped"]) == 0
 

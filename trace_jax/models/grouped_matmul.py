@@ -51,9 +51,7 @@ def resolve_implementation(implementation: str, platform: str | None = None) -> 
     return DEFAULTS.get(platform, "blocked") if implementation == "auto" else implementation
 
 
-def grouped_matmul(
-    x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, implementation: str = "auto", interpret: bool = False
-) -> jax.Array:
+def grouped_matmul(x, w, group_sizes, *, implementation: str = "auto", interpret: bool = False) -> jax.Array:
     """[N, F]: rows x [N, D] times the weights w [E, D, F] of their group, in one type; kernels add up in float32.
 
     Args:

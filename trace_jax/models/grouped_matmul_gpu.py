@@ -29,14 +29,13 @@ def _tile(width: int, largest: int) -> int:
 
 def _read(ref, first, second, size, *where):
     """The tile ref[*where, first, second], with zeros beyond `size`; `first` is [m,1] and `second` [1,n]."""
-    shape = (first.shape[0], second.shape[1])
-    at = tuple(jnp.broadcast_to(index, shape) for index in (first, second))
+    at = jnp.broadcast_arrays(first, second)
     inside = (at[0] < size[0]) & (at[1] < size[1])
     return plgpu.load(ref.at[(*where, *at)], mask=inside, other=0)
 
 
 def _write(ref, value, first, second, size, *where):
-    at = tuple(jnp.broadcast_to(index, value.shape) for index in (first, second))
+    at = jnp.broadcast_arrays(first, second)
     inside = (at[0] < size[0]) & (at[1] < size[1])
     plgpu.store(ref.at[(*where, *at)], value.astype(ref.dtype), mask=inside)
 
@@ -90,9 +89,8 @@ def _weight_gradient_kernel(start, end, x, dy, dw, *, rows: int, tile_D: int, ti
     def add(step, total):
         row = _span(start[group] + step * rows, rows, 0)
         left = _read(x, row, d, (end[group], x.shape[1])).T
-        return total + jax.lax.dot(
-            left, _read(dy, row, f, (end[group], dy.shape[1])), preferred_element_type=jnp.float32
-        )
+        right = _read(dy, row, f, (end[group], dy.shape[1]))
+        return total + jax.lax.dot(left, right, preferred_element_type=jnp.float32)
 
     steps = (end[group] - start[group] + rows - 1) // rows
     total = jax.lax.fori_loop(0, steps, add, jnp.zeros((tile_D, tile_F), jnp.float32))
@@ -117,8 +115,5 @@ def weight_gradient(x, dy, group_sizes, *, interpret: bool = False) -> jax.Array
 
 
 def _cost(x, other, outputs):
-    return pl.CostEstimate(
-        flops=2 * x.size * other.shape[-1],
-        bytes_accessed=x.nbytes + other.nbytes + outputs * x.itemsize,
-        transcendentals=0,
-    )
+    moved = x.nbytes + other.nbytes + outputs * x.itemsize
+    return pl.CostEstimate(flops=2 * x.size * other.shape[-1], bytes_accessed=moved, transcendentals=0)

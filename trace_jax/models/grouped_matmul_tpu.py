@@ -63,9 +63,8 @@ def _weight_gradient_kernel(group, tile, starts, ends, x, dy, dw, total, *, rows
             row = jax.lax.broadcasted_iota(jnp.int32, ref.shape, 0) + tile[visit] * rows
             return jnp.where((row >= starts[here]) & (row < ends[here]), ref[...].astype(jnp.float32), 0.0)
 
-        total[...] += jax.lax.dot(
-            own(x).T.astype(x.dtype), own(dy).astype(dy.dtype), preferred_element_type=jnp.float32
-        )
+        left, right = own(x).T.astype(x.dtype), own(dy).astype(dy.dtype)
+        total[...] += jax.lax.dot(left, right, preferred_element_type=jnp.float32)
 
     @pl.when((visit == last) | (group[following] != here))
     def _():
@@ -79,6 +78,7 @@ def weight_gradient(x: jax.Array, dy: jax.Array, group_sizes: jax.Array, *, inte
     num_tiles = pl.cdiv(N, rows)
     group, tile = visits(group_sizes, num_tiles, rows)
     ends = jnp.cumsum(group_sizes)
+    moved = x.nbytes * pl.cdiv(F, tile_F) + dy.nbytes * pl.cdiv(D, tile_D) + E * D * F * x.itemsize
     return pl.pallas_call(
         partial(_weight_gradient_kernel, rows=rows),
         out_shape=jax.ShapeDtypeStruct((E, D, F), x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
@@ -93,11 +93,7 @@ def weight_gradient(x: jax.Array, dy: jax.Array, group_sizes: jax.Array, *, inte
             scratch_shapes=[pltpu.VMEM((tile_D, tile_F), jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * N * D * F,
-            bytes_accessed=x.nbytes * pl.cdiv(F, tile_F) + dy.nbytes * pl.cdiv(D, tile_D) + E * D * F * x.itemsize,
-            transcendentals=0,
-        ),
+        cost_estimate=pl.CostEstimate(flops=2 * N * D * F, bytes_accessed=moved, transcendentals=0),
         interpret=interpret,
         name="grouped_weight_gradient",
     )(group, tile, ends - group_sizes, ends, x, dy)

@@ -76,11 +76,8 @@ def rotate(x: jax.Array, table: jax.Array, *, interleaved: bool) -> jax.Array:
     """
     width = 2 * table.shape[-1]
     turned, rest = x[..., :width], x[..., width:]
-    if interleaved:
-        halves = jnp.swapaxes(turned.reshape(*turned.shape[:3], width // 2, 2), 3, 4)
-    else:
-        halves = turned.reshape(*turned.shape[:3], 2, width // 2)
-    halves = halves.astype(jnp.float32)
+    halves = turned.reshape(*turned.shape[:3], *((width // 2, 2) if interleaved else (2, width // 2)))
+    halves = (jnp.swapaxes(halves, 3, 4) if interleaved else halves).astype(jnp.float32)
     turned = (halves * table[0] + jnp.flip(halves, axis=3) * table[1]).reshape(turned.shape).astype(x.dtype)
     return turned if not rest.shape[-1] else jnp.concatenate([turned, rest], axis=-1)
 

@@ -92,9 +92,7 @@ def token_nll(params: dict, config: ModelConfig, hidden: jax.Array, targets: jax
     return _losses(_nll, {}, params, config, hidden, targets)
 
 
-def token_kl(
-    params_ref: dict, hidden_ref: jax.Array, params: dict, hidden: jax.Array, config: ModelConfig
-) -> jax.Array:
+def token_kl(params_ref: dict, hidden_ref, params: dict, hidden, config: ModelConfig) -> jax.Array:
     """KL(p_ref || p) over the vocabulary at every position, from final hidden states [B, S, D]: f32 [B, S].
 
     The reference takes no gradient.
@@ -122,9 +120,7 @@ def vocabulary_loss(fn: Callable, numbers, params, config: ModelConfig, hidden, 
     return _losses(with_slope, numbers, params, config, hidden, targets, reference)
 
 
-def token_scores(
-    params: dict, config: ModelConfig, hidden: jax.Array, targets: jax.Array, *, moments: bool = False
-) -> dict[str, jax.Array]:
+def token_scores(params: dict, config: ModelConfig, hidden, targets, *, moments: bool = False) -> dict[str, jax.Array]:
     """What is told of a target by the distribution at its place, without gradients; each [B, S].
 
     log_prob f32, nats; greedy bool: no other token is likelier; with `moments` also mean and variance f32 of log p(v)
