@@ -30,17 +30,16 @@ def random_mxfp4(generator, shape):
 
 def twins(kind, directory):
     """A tiny checkpoint with some tensors quantised, and the same with what transformers decodes them to."""
-    if kind == "fp8":
-        model_type, sizes = "deepseek_v3", {"moe_intermediate_size": 32, "num_hidden_layers": 3}
-    else:
-        model_type, sizes = "gpt_oss", {"hidden_size": 64, "intermediate_size": 32}
+    model_type, sizes, quantization, quantise = {
+        "fp8": ("deepseek_v3", {"moe_intermediate_size": 32, "num_hidden_layers": 3}, FP8, as_fp8),
+        "mxfp4": ("gpt_oss", {"hidden_size": 64, "intermediate_size": 32}, MXFP4, as_mxfp4),
+    }[kind]
     source = tiny_checkpoints.save(tiny_checkpoints.build(model_type, **sizes), model_type, directory / "source")
     fields = json.loads((source / "config.json").read_text())
-    configs = {**fields, "quantization_config": FP8 if kind == "fp8" else MXFP4}, fields
-    contents = (as_fp8 if kind == "fp8" else as_mxfp4)(safetensors.torch.load_file(source / "model.safetensors"))
-    for name, tensors, config in zip(("packed", "plain"), contents, configs, strict=True):
+    packed, plain = quantise(safetensors.torch.load_file(source / "model.safetensors"))
+    for name, tensors, more in (("packed", packed, {"quantization_config": quantization}), ("plain", plain, {})):
         (directory / name).mkdir()
-        (directory / name / "config.json").write_text(json.dumps(config))
+        (directory / name / "config.json").write_text(json.dumps(fields | more))
         safetensors.torch.save_file(tensors, directory / name / "model.safetensors", metadata={"format": "pt"})
     return directory / "packed", directory / "plain"
 

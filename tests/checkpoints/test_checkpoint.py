@@ -29,18 +29,13 @@ from trace_jax.checkpoints.parts import account
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.models.families import FAMILIES
 
-TORCH = {
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "BOOL": torch.bool,
-    **{name: getattr(torch, DTYPES[name].name) for name in DTYPES if name[:2] not in ("F8", "BO")},
-}
+TORCH = {name: getattr(torch, dtype.name) for name, dtype in DTYPES.items()}
 
 
 def numbers(dtype, shape=(5, 7, 3)):
     """Every kind of bits (for BOOL: 0 and 1) in a torch tensor."""
-    itemsize = dtype.itemsize
-    data = np.random.default_rng(0).integers(0, 2 if dtype == torch.bool else 256, (*shape, itemsize), np.uint8)
+    stop = 2 if dtype == torch.bool else 256
+    data = np.random.default_rng(0).integers(0, stop, (*shape, dtype.itemsize), np.uint8)
     return torch.from_numpy(data).view(dtype).reshape(shape)
 
 

@@ -233,23 +233,14 @@ CARD = ModelCard(
 def test_front_matter_and_tables(source):
     text = readme(CARD, Checkpoint(source, {"_name_or_path": "org/base"}, (), {}), "3 of 9 tensors differ.")
     _, front, body = text.split("---\n", 2)
-    assert front.splitlines() == [
-        'license: "apache-2.0"',
-        'library_name: "transformers"',
-        'pipeline_tag: "text-generation"',
-        'base_model: "org/base"',
-        'tags: ["unlearning", "trace_jax"]',
-    ]
-    for line in (
-        "The model was made to forget the presidents.",
-        "Method: trace, by trace_jax.",
-        "| learning_rate | 1e-05 |",
-        "| steps | b \\| c d |",
-        "| score | before | after |",
-        "| verbatim memory | 0.91 | 0.1 |",
-        "3 of 9 tensors differ.",
-    ):
-        assert line in body.splitlines()
+    assert front == (
+        'license: "apache-2.0"\nlibrary_name: "transformers"\npipeline_tag: "text-generation"\n'
+        'base_model: "org/base"\ntags: ["unlearning", "trace_jax"]\n'
+    )
+    lines = ["The model was made to forget the presidents.", "Method: trace, by trace_jax.", "3 of 9 tensors differ."]
+    lines += ["| learning_rate | 1e-05 |", "| steps | b \\| c d |"]
+    lines += ["| score | before | after |", "| verbatim memory | 0.91 | 0.1 |"]
+    assert set(lines) <= set(body.splitlines())
 
 
 def test_without_a_card_nothing_is_claimed():
@@ -258,22 +249,14 @@ def test_without_a_card_nothing_is_claimed():
     assert "unlearn" not in text.lower()
 
 
-@pytest.mark.parametrize(
-    ("text", "want"),
-    [
-        (
-            "---\nlicense: other\nlicense_name: 'x y'\nlicense_link: https://a.b/c\n---\n",
-            {"license": "other", "license_name": "x y", "license_link": "https://a.b/c"},
-        ),
-        ("---\nlicense: mit\n# never closed\n", {}),
-        ("# license: mit\n", {}),
-        (None, {}),
-    ],
-)
-def test_the_licence_fields_are_those_of_the_front_matter(text, want, tmp_path):
-    if text is not None:
+def test_the_licence_fields_are_those_of_the_front_matter(tmp_path):
+    assert licence_of(tmp_path) == {}
+    for text in ("---\nlicense: mit\n# never closed\n", "# license: mit\n"):
         (tmp_path / "README.md").write_text(text)
-    assert licence_of(tmp_path) == want
+        assert licence_of(tmp_path) == {}
+    fields = {"license": "other", "license_name": "x y", "license_link": "https://a.b/c"}
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: 'x y'\nlicense_link: https://a.b/c\n---\n")
+    assert licence_of(tmp_path) == fields
 
 
 @pytest.mark.parametrize(

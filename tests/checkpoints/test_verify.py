@@ -20,17 +20,18 @@ def copy(tiny_checkpoint, tmp_path):
     return shutil.copytree(tiny_checkpoint("olmoe"), tmp_path / "copy")
 
 
-def run(directory, *options):
-    return main(["verify", "--checkpoint", str(directory), *options])
+@pytest.fixture
+def run(capsys):
+    """run(directory, option, ...): exit code and text."""
+    return lambda *words: (main(["verify", "--checkpoint", *map(str, words)]), capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
     ("model_type", "switch"), [("olmoe", "qk_norm"), ("gpt_oss", "sinks"), ("deepseek_v3", "latent_size")]
 )
-def test_a_good_checkpoint_passes(model_type, switch, tiny_checkpoint, capsys):
+def test_a_good_checkpoint_passes(model_type, switch, tiny_checkpoint, run):
     directory = tiny_checkpoint(model_type)
-    assert run(directory) == 0
-    text = capsys.readouterr().out
+    code, text = run(directory)
     tensors = load_file(directory / "model.safetensors")
     total, active = count_params(model_config(json.loads((directory / "config.json").read_text()), dtype="float32"))
     size = byte_size(sum(array.nbytes for array in tensors.values()))
@@ -39,23 +40,21 @@ def test_a_good_checkpoint_passes(model_type, switch, tiny_checkpoint, capsys):
     assert total == sum(array.size for array in tensors.values())
     assert f"\n  {switch} " in text
     assert "none of" in text and "sets differ" in text
-    assert text.endswith("PASS\n")
+    assert text.endswith("PASS\n") and code == 0
 
 
-def test_what_is_ignored_and_unread_is_said(copy, capsys):
+def test_what_is_ignored_and_unread_is_said(copy, run):
     file = copy / "model.safetensors"
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}
     save_file({**load_file(file), **frequencies}, file, {"format": "pt"})
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "mystery": 3}))
-    assert run(copy, "--no-compare") == 0
-    text = capsys.readouterr().out
+    code, text = run(copy, "--no-compare")
     assert "1 tensors, such as model.layers.0.self_attn.rotary_emb.inv_freq: rotary frequencies" in text
-    assert "nobody read: mystery" in text
-    assert "skipped (--no-compare)" in text
+    assert "nobody read: mystery" in text and "skipped (--no-compare)" in text and code == 0
 
 
-def test_another_computation_fails(copy, capsys, monkeypatch):
+def test_another_computation_fails(copy, run, monkeypatch):
     theirs = verify._theirs
 
     def of_changed_config(directory, tokens, mask):
@@ -64,9 +63,8 @@ def test_another_computation_fails(copy, capsys, monkeypatch):
         return theirs(directory, tokens, mask)
 
     monkeypatch.setattr(verify, "_theirs", of_changed_config)
-    assert run(copy) == 1
-    text = capsys.readouterr().out
-    assert "FAIL: transformers computes something else." in text
+    code, text = run(copy)
+    assert "FAIL: transformers computes something else." in text and code == 1
 
 
 @pytest.mark.parametrize(
@@ -76,8 +74,7 @@ def test_another_computation_fails(copy, capsys, monkeypatch):
         (("trace_jax.checkpoints.verify._available_bytes", lambda: 1000), "KiB of memory, 1000 B are free"),
     ],
 )
-def test_the_comparison_is_skipped_where_it_cannot_be_made(patch, reason, tiny_checkpoint, capsys, monkeypatch):
+def test_the_comparison_is_skipped_where_it_cannot_be_made(patch, reason, tiny_checkpoint, run, monkeypatch):
     monkeypatch.setattr(*patch)
-    assert run(tiny_checkpoint("olmoe")) == 0
-    text = capsys.readouterr().out
-    assert "skipped (" in text and reason in text
+    code, text = run(tiny_checkpoint("olmoe"))
+    assert "skipped (" in text and reason in text and code == 0

@@ -86,11 +86,12 @@ class Tensor:
             count = os.pwrite(self.file.descriptor, left, position)
             position, left = position + count, left[count:]
 
-    def copy(self, other: "Tensor") -> None:
-        """Writes the bytes of `other`, which has the same type and shape."""
-        step = 2**23 // self.dtype.itemsize
+    def copy(self, other: "Readable") -> None:
+        """Writes the numbers of `other`, which has the same shape, whole rows at a time."""
+        row = max(1, math.prod(self.shape[-1:]))
+        step = row * max(1, 2**21 // row)
         for start in range(0, self.size, step):
-            self.write(other.read(start, min(start + step, self.size)), start)
+            self.write(other.read(start, min(start + step, self.size)).astype(self.dtype, copy=False), start)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 
 from trace_jax.checkpoints import checkpoint
 from trace_jax.checkpoints.checkpoint import INDEX, SINGLE, CheckpointError, Quantised, Readable, Specs, Tensor
-from trace_jax.checkpoints.parts import PIECE_BYTES, THREADS, Slot, account, parts_of, places, slots_of, take
+from trace_jax.checkpoints.parts import THREADS, Slot, account, parts_of, places, slots_of, take
 from trace_jax.config import ConfigError
 from trace_jax.io.files import free_bytes, is_remote, replacing
 from trace_jax.io.progress import progress
@@ -108,10 +108,7 @@ def save_pretrained(
         if directory is None:
             return
         for name, tensor in ignored.items():
-            step = max(1, PIECE_BYTES // tensor.shape[-1]) * tensor.shape[-1]
-            for start in range(0, tensors[name].size, step):
-                numbers = tensor.read(start, min(start + step, tensors[name].size))
-                tensors[name].write(numbers.astype(tensors[name].dtype), start)
+            tensors[name].copy(tensor)
         changed |= ignored.keys() | {name for slot in written for name in slot.names}
         _write_others(directory, model, source, config_json)
         text = readme(card, source, _note(len(changed), len(files), bool(source), decoded=bool(written)))
