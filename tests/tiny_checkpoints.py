@@ -155,56 +155,38 @@ def fields_of(model_type: str) -> dict[str, Any]:
     return copy.deepcopy({**_COMMON, **CONFIGS[model_type]})
 
 
-def build(model_type: str, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
-    """A tiny model of the family in float32, eager attention, evaluation mode. `changes` are config.json's fields."""
+def build(model_type: str, **changes: Any) -> transformers.PreTrainedModel:
+    """A tiny model of the family in float32, eager attention, evaluation mode. `changes` are config.json's fields.
+
+    Ordinary values everywhere: logits with a standard deviation of about 1 to 3, routing that is not near-tied.
+    """
     fields = {**fields_of(model_type), **changes}
     config = transformers.AutoConfig.for_model("deepseek_v3" if model_type == KIMI else model_type, **fields)
     config._attn_implementation = config._experts_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    randomize(model, seed)
-    return model.requires_grad_(False)
-
-
-@torch.no_grad()
-def randomize(model: transformers.PreTrainedModel, seed: int) -> None:
-    """Ordinary values everywhere: logits with a standard deviation of about 1 to 3, routing that is not near-tied."""
-    generator = torch.Generator().manual_seed(seed)
-    tied = model.config.tie_word_embeddings
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    generator, tied = torch.Generator().manual_seed(0), config.tie_word_embeddings
     for name, tensor in sorted(model.state_dict().items()):
-        if tied and name == "lm_head.weight":
-            continue
-        tensor.normal_(generator=generator)
-        scale, shift = _scale_and_shift(name, tensor, tied)
-        tensor.mul_(scale).add_(shift)
+        if not (tied and name == "lm_head.weight"):
+            scale = 0.3 if tied and "embed_tokens" in name else _scale(name, tensor)
+            is_norm = "norm" in name and name.endswith("weight")
+            tensor.normal_(generator=generator).mul_(scale).add_(float(is_norm))
+    return model
 
 
-def _scale_and_shift(name: str, tensor: torch.Tensor, tied: bool) -> tuple[float, float]:
+def _scale(name: str, tensor: torch.Tensor) -> float:
     if "correction_bias" in name or "expert_bias" in name:
-        return 0.15, 0.0
+        return 0.15
     if "norm" in name and name.endswith("weight"):
-        return 0.3, 1.0
+        return 0.3
     if name.endswith("bias"):
-        return 0.2, 0.0
-    if tensor.ndim == 1:  # sinks
-        return 1.0, 0.0
-    if "embed_tokens" in name:
-        return 0.3 if tied else 1.0, 0.0
-    fan_in = tensor.shape[-1]
-    if "experts" in name and "_proj" in name and tensor.ndim == 3 and "gpt_oss" in str(type(tensor)):
-        fan_in = tensor.shape[-2]
+        return 0.2
+    if tensor.ndim == 1 or "embed_tokens" in name:  # sinks, embeddings
+        return 1.0
     is_router = name.endswith(("gate.weight", "router.weight", "wg.weight"))
-    gain = 2.0 if is_router else 1.5 if name == "lm_head.weight" else 1.2
-    return gain / math.sqrt(fan_in), 0.0
+    return (2.0 if is_router else 1.5 if name == "lm_head.weight" else 1.2) / math.sqrt(tensor.shape[-1])
 
 
-def save(
-    model: transformers.PreTrainedModel,
-    model_type: str,
-    directory: Path,
-    *,
-    layout: str = "original",
-    legacy: bool = False,
-) -> Path:
+def save(model: Any, model_type: str, directory: Path, *, layout: str = "original", legacy: bool = False) -> Path:
     """Saves `model` in one of `LAYOUTS`; `legacy` spells config.json as transformers 4 did."""
     model.save_pretrained(directory, save_original_format=layout == "original")
     path = directory / "config.json"
