@@ -73,7 +73,7 @@ def main():
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
     certificate = calibration.certificate
 
-    features, tokens = find_patterns(retain, selected, unit="token", rows=np.arange(options.tokens))
+    features, tokens = find_patterns(retain, selected, "token", np.arange(options.tokens))
     begin = time.perf_counter()
     solved = entropy_balance(features, f_forget[selected], base=tokens, ridge=1e-3)
     solve_seconds = time.perf_counter() - begin

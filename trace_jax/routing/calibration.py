@@ -182,7 +182,7 @@ def match_frequencies(
     """
     indices, matched = tokens.indices, selected & (counts > 0)
     total = indices.shape[1]
-    features, base = solver.find_patterns(indices, matched, unit=settings.unit, rows=tokens.rows)
+    features, base = solver.find_patterns(indices, matched, settings.unit, tokens.rows)
     moment = counts[matched] / total
     goal = np.minimum(target[matched], settings.max_ratio * moment)
     constant = solver.constant_directions(features, matched, moment, indices.shape[2])

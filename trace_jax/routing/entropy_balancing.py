@@ -206,22 +206,16 @@ def effective_sample_size(weights: np.ndarray, base: np.ndarray | None = None) -
 # --- the units that are weighted, as features
 
 
-def find_patterns(
-    indices: np.ndarray, matched: np.ndarray, *, unit: str, rows: np.ndarray
-) -> tuple[Matrix, np.ndarray]:
+def find_patterns(indices: np.ndarray, matched: np.ndarray, unit: str, rows: np.ndarray) -> tuple[Matrix, np.ndarray]:
     """The P distinct activation patterns of the units ("token" or "row") of a corpus of T tokens, for C experts.
 
     Two units with the same activations always get the same weight, so only distinct patterns are kept, in an order that
     depends on the patterns alone. The solver therefore returns bit for bit the same multipliers however the corpus was
     shuffled, batched or sharded.
 
-    Args:
-      indices: integer [L, T, K], the chosen experts of every valid token.
-      matched: bool [L, E], the columns of the features, in the order of `np.nonzero(matched)`.
-      rows: integer [T], the row of each token.
-    Returns:
-      Features f64 [P, C]: 0 or 1 for a token (sparse), a mean over tokens for a row (dense); and f64 [P], how many of
-      the T tokens are of units with the pattern (whole numbers: exact sums).
+    indices integer [L, T, K], the chosen experts of every valid token, and rows [T], its row; matched bool [L, E], the
+    columns of the features, in the order of `np.nonzero`. Returns features f64 [P, C], 0 or 1 for a token (sparse), a
+    mean over tokens for a row (dense); and f64 [P], how many tokens the pattern stands for (whole numbers: exact sums).
     """
     activations = activation_matrix(indices, matched)
     # A random number of 64 bits stands for each column; a pattern's key is the sum over its activations, modulo 2^64.
@@ -243,10 +237,7 @@ def find_patterns(
 
 
 def activation_matrix(indices: np.ndarray, matched: np.ndarray, chunk: int = 65_536) -> Matrix:
-    """a_c(t) as a sparse f64 [T, C]: 1 where the expert of column c is among the token's top K.
-
-    indices: integer [L, T, K]; matched: bool [L, E], its C true entries are the columns.
-    """
+    """a_c(t) as a sparse f64 [T, C]: 1 where the expert of column c is among the token's top K."""
     column_of = np.full(matched.shape, -1, np.int32)
     column_of[matched] = np.arange(matched.sum())
     columns, per_token = [], []
@@ -263,8 +254,7 @@ def activation_matrix(indices: np.ndarray, matched: np.ndarray, chunk: int = 65_
 def row_members(rows: np.ndarray) -> tuple[Matrix, np.ndarray]:
     """(0/1 matrix [rows, T], the row number of each token from 0)."""
     _, row = np.unique(rows, return_inverse=True)
-    tokens = np.arange(len(rows))
-    return csr_array((np.ones(len(rows)), (row, tokens)), (int(row.max()) + 1, len(rows))), row
+    return csr_array((np.ones(len(rows)), (row, np.arange(len(rows)))), (int(row.max()) + 1, len(rows))), row
 
 
 def constant_directions(features: Matrix, matched: np.ndarray, moment: np.ndarray, top_k: int) -> np.ndarray:

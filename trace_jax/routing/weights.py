@@ -197,12 +197,9 @@ class Drift:
 
     def text(self) -> str:
         """One line for a terminal."""
-        same = {corpus: f"{values.mean():.1%}" for corpus, values in self.overlap.items()}
-        moved = {corpus: f"{values.mean():.3f}" for corpus, values in self.frequency_change.items()}
-        routing = (
-            f"routing overlaps with the original by {same['forget']} (forget) and {same['retain']} (retain), "
-            f"frequencies moved by {moved['forget']} and {moved['retain']} per layer"
-        )
+        same = " and ".join(f"{values.mean():.1%} ({corpus})" for corpus, values in self.overlap.items())
+        moved = " and ".join(f"{values.mean():.3f}" for values in self.frequency_change.values())
+        routing = f"routing overlaps with the original by {same}, frequencies moved by {moved} per layer"
         if self.unchanged:
             return f"{routing}; no expert is selected any more, so the last weights are kept"
         return (
@@ -233,28 +230,22 @@ class Recalibration:
 
         Where nothing is selected any more, the weights from now on are `last`.
         """
-        now, corpora = self._route(current), {"forget": self.forget, "retain": self.retain}
+        now = self._route(current)
         (forget, _), (retain, assignments) = now["forget"], now["retain"]
-        made_of = {**corpora, "forget_statistics": forget, "retain_statistics": retain, "assignments": assignments}
-        new = retain_weights(self.config, model=current, **made_of)
+        made_of = {"forget_statistics": forget, "retain_statistics": retain, "assignments": assignments}
+        new = retain_weights(self.config, model=current, forget=self.forget, retain=self.retain, **made_of)
         assert new.selected is not None and new.frequency is not None and last.selected is not None
         unchanged = not new.selected.any()
         weights = last if unchanged else new
         before = weighted_frequency(assignments.indices, last.tokens, new.selected.shape[1])
-        frequencies = {
-            "unweighted": retain.frequency,
-            "before": before,
-            "after": before if unchanged else new.frequency,
-        }
+        after = before if unchanged else new.frequency
+        frequencies = {"unweighted": retain.frequency, "before": before, "after": after}
         either, both = int((last.selected | new.selected).sum()), int((last.selected & new.selected).sum())
-        pairs = {name: (*self._start[name], *now[name]) for name in corpora}
+        start = self._start
         return weights, Drift(
             layers=tuple(current.config.moe_layers),
-            overlap={name: overlap(first, routed)["jaccard"] for name, (_, first, _, routed) in pairs.items()},
-            frequency_change={
-                name: frequency_gap(counted.frequency, first.frequency)
-                for name, (first, _, counted, _) in pairs.items()
-            },
+            overlap={name: overlap(start[name][1], now[name][1])["jaccard"] for name in now},
+            frequency_change={name: frequency_gap(now[name][0].frequency, start[name][0].frequency) for name in now},
             selected=int(new.selected.sum()),
             selected_overlap=both / either if either else 1.0,
             gap={name: float(np.abs(f - forget.frequency)[new.selected].sum()) for name, f in frequencies.items()},
