@@ -1,8 +1,15 @@
-"""Data and runs at gs:// addresses, against a bucket in memory (but for states: Orbax speaks to Google itself)."""
+"""Files are whole or absent and dataclasses come back from JSON, on disk and at gs:// addresses; so data and runs are.
 
+Against a bucket in memory, but for states: Orbax speaks to Google itself.
+"""
+
+import dataclasses
 import json
+import math
+from collections.abc import Mapping
 
 import fsspec
+import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -13,7 +20,7 @@ from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import DataError, read_source
 from trace_jax.io import files
-from trace_jax.io.files import append_line, as_path, flush_lines, read_json, read_lines, replacing, write_json
+from trace_jax.io.files import append_line, as_path, decode, encode, flush_lines, read_json, read_lines, write_json
 from trace_jax.run.export import export_run
 from trace_jax.run.methods import run
 
@@ -50,21 +57,62 @@ def bucket(monkeypatch):
     files._PENDING.clear()
 
 
-def test_small_files_are_written_whole_and_read_back(bucket):
-    write_json(f"{bucket}/run/a.json", {"x": 1})
-    assert read_json(f"{bucket}/run/a.json") == {"x": 1}
-    assert read_json(as_path(bucket) / "run" / "absent.json") is None
-    with pytest.raises(RuntimeError), replacing(f"{bucket}/run/a.json") as temporary:
+@pytest.mark.parametrize("remote", [False, True])
+def test_files_are_written_whole_and_read_back(bucket, tmp_path, remote):
+    place = as_path(bucket if remote else tmp_path) / "run"
+    write_json(place / "a.json", {"x": 1})
+    with pytest.raises(RuntimeError), files.replacing(place / "a.json") as temporary:
         temporary.write_text("half")
         raise RuntimeError
-    assert list(Bucket.store) == ["/bucket/run/a.json"] and read_json(f"{bucket}/run/a.json") == {"x": 1}
-    with files.local_copy(f"{bucket}/run/a.json") as local:
+    assert read_json(place / "a.json") == {"x": 1} and read_json(place / "absent.json") is None
+    assert [file.name for file in place.iterdir()] == ["a.json"]
+    with files.local_copy(place / "a.json") as local:
         assert json.loads(local.read_text()) == {"x": 1}
-    assert not local.exists()
-    assert files.shown(as_path(bucket) / "run") == "gs://bucket/run"
-    assert files.free_bytes(f"{bucket}/run") == float("inf")
-    files.remove(f"{bucket}/run")
-    assert not Bucket.store
+    assert local.exists() == (not remote) and (files.free_bytes(place) == math.inf) == remote
+    assert files.shown(place) == ("gs://bucket/run" if remote else str(place))
+    (place / "a.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a\.json: not valid JSON"):
+        read_json(place / "a.json")
+    files.remove(place)
+    assert not (place / "a.json").exists() and not Bucket.store
+
+
+def test_a_last_line_cut_short_is_dropped(tmp_path):
+    append_line(tmp_path / "m.jsonl", {"step": 1})
+    append_line(tmp_path / "m.jsonl", {"step": 2})
+    with (tmp_path / "m.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3})[:-4])
+    assert read_lines(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    value: float
+    array: np.ndarray
+    pairs: tuple[tuple[float, float], ...]
+    by_name: Mapping[str, np.ndarray]
+    name: str = ""
+    flag: bool | None = None
+
+
+def test_what_is_written_is_read_back():
+    array = np.array([[0.5, math.nan], [math.inf, 2.0]])
+    stored = Stored(math.nan, array, ((1, 0.25), (2, math.nan)), {"a": np.arange(3)}, name="x")
+    back = decode(Stored, json.loads(json.dumps(encode(stored), allow_nan=False)))
+    assert (back.name, back.flag, back.pairs[0]) == ("x", None, (1, 0.25))
+    assert math.isnan(back.value) and math.isnan(back.pairs[1][1])
+    np.testing.assert_array_equal(back.array, [[0.5, math.nan], [math.nan, 2.0]])
+    assert back.by_name["a"].dtype == np.int64 and back.by_name["a"].tolist() == [0, 1, 2]
+
+
+def test_numbers_may_be_shortened():
+    assert encode({"x": np.float64(0.123456789), "n": 123456789}, digits=3) == {"x": 0.123, "n": 123456789}
+
+
+@pytest.mark.parametrize("change, name", [({"valu": 1.0}, "valu"), ({}, "by_name")])
+def test_fields_that_do_not_fit_are_named(change, name):
+    with pytest.raises(ValueError, match=rf"not a Stored: .*'{name}'"):
+        decode(Stored, {"value": 1.0, "array": [], "pairs": []} | change)
 
 
 def test_lines_are_gathered_because_objects_can_not_be_extended(bucket, monkeypatch):
