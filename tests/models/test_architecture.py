@@ -240,6 +240,7 @@ def test_first_values_depend_on_the_seed_alone_and_projections_on_the_number_of_
         ({"windows": (3, 3, 3)}, "3 entries for 2 layers"),
         ({"layer_ropes": (0, 1)}, "not among the 1"),
         ({"num_groups": 3}, "must divide num_experts 8"),
+        ({"num_groups": 2, "groups_per_token": 3}, "only 2 groups"),
         ({"num_groups": 8, "groups_per_token": 2}, "fewer than experts_per_token 3"),
         ({"router_score": "sparsemixer"}, "chooses 2 experts"),
         ({"rotary_size": 10}, "at most head_size"),

@@ -1,8 +1,8 @@
 """config.json of every family and of published models: both spellings, defaults, rotary settings, what is refused."""
 
 import dataclasses
-import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -184,10 +184,10 @@ def test_part_of_a_head_turns():
 
 
 def test_alpha_of_hunyuan_changes_the_base():
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}
-    config = transformers.AutoConfig.for_model("hunyuan_v1_moe", rope_parameters=rope, head_dim=128)
+    fields = rope(rope_type="dynamic", rope_theta=1e4, alpha=1000.0, factor=1.0) | {"head_dim": 128}
+    config = transformers.AutoConfig.for_model("hunyuan_v1_moe", **fields)
     theirs = HunYuanMoEV1RotaryEmbedding(config).inv_freq.numpy()
-    (ours,) = read("hunyuan_v1_moe", rope_parameters=rope, head_dim=128).ropes
+    (ours,) = read("hunyuan_v1_moe", **fields).ropes
     np.testing.assert_allclose(frequencies(ours, 128), theirs, rtol=2e-6)
 
 
@@ -207,11 +207,10 @@ def test_long_texts_change_the_amplitude_of_phi(length):
 
 
 def test_yarn_scales_the_scores_of_latent_attention():
-    rope = {"rope_type": "yarn", "rope_theta": 1e4, "mscale": 0.707, "mscale_all_dim": 0.9, **LONG}
-    attention = DeepseekV3Attention(
-        transformers.DeepseekV3Config(rope_parameters=rope, hidden_size=64, num_attention_heads=2), layer_idx=0
-    )
-    assert read("deepseek_v3", rope_parameters=rope).attention_scale == pytest.approx(attention.scaling)
+    yarn = rope(rope_type="yarn", rope_theta=1e4, mscale=0.707, mscale_all_dim=0.9, **LONG)
+    config = transformers.DeepseekV3Config(**yarn, hidden_size=64, num_attention_heads=2)
+    expected = DeepseekV3Attention(config, layer_idx=0).scaling
+    assert read("deepseek_v3", **yarn).attention_scale == pytest.approx(expected)
 
 
 def test_layers_of_different_kinds_turn_differently():
@@ -261,13 +260,7 @@ def test_differences_name_the_fields_that_decide_parameters_and_no_others():
 # --- the table of docs/models.md
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("models_table", ROOT / "scripts" / "models_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "models_table.py"))
 
 
 def cells(markdown):
@@ -275,21 +268,17 @@ def cells(markdown):
 
 
 def test_the_committed_table_lists_the_registry():
-    module = script()
-    _, *rows = cells((ROOT / "docs" / "models.md").read_text().split(module.BEGIN)[1].split(module.END)[0])
+    page = (ROOT / "docs" / "models.md").read_text()
+    _, *rows = cells(page.split(SCRIPT["BEGIN"])[1].split(SCRIPT["END"])[0])
     assert [row[0].strip("`") for row in rows[1:]] == [*FAMILIES, *families.ALIASES]
     assert all(float(difference) <= 1e-4 for row in rows[1:] for difference in row[-4:])
 
 
 def test_the_table_is_written_from_the_record():
-    module = script()
-    record = {
-        "layouts": ["original"],
-        "transformers": "5.0",
-        "differences": {name: 10.0**-place for place, name in enumerate(module.MEASURES, 4)},
-    }
-    text = module.table(dict.fromkeys([*FAMILIES, *families.ALIASES], record))
+    differences = {name: 10.0**-place for place, name in enumerate(SCRIPT["MEASURES"], 4)}
+    record = {"layouts": ["original"], "transformers": "5.0", "differences": differences}
+    text = SCRIPT["table"](dict.fromkeys([*FAMILIES, *families.ALIASES], record))
     first, family = cells(text)[2], next(iter(FAMILIES.values()))
-    differences = ["1e-04", "1e-05", "1e-06", "1e-07"]
-    assert first == [f"`{family.model_type}`", family.title, family.published, "original", *differences]
+    numbers = ["1e-04", "1e-05", "1e-06", "1e-07"]
+    assert first == [f"`{family.model_type}`", family.title, family.published, "original", *numbers]
     assert text.endswith("transformers 5.0.\n")
