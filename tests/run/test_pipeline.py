@@ -160,17 +160,13 @@ def result_of(path):
     return read_json(path / "methods" / "uniform" / "results.json")
 
 
-def test_the_number_of_steps_is_recorded(trained):
-    result = result_of(trained)
-    rows = read_json(trained / "config.json")["config"]["unlearning"]["forget_batch_size"]
-    assert rows == 4 and result["unlearning"]["epochs"] == 2.0 and result["unlearning"]["steps"] == 0
-    assert result["steps"] == result["step"] == len([r for r in read_lines(trained / METRICS) if "loss" in r]) > 4
-    assert (result["stopped"], result["failed"]) == ("", False)
-
-
 def test_a_run_stops_and_keeps_by_its_validation_front(data, trained, tmp_path):
     """The rules are set between the points of the run without them, so that what they must do is known."""
-    front = decode(Front, result_of(trained)["fronts"]["validation"])
+    result, config = result_of(trained), experiment(data, methods=["uniform"])
+    assert result["unlearning"]["epochs"] == 2.0 and result["unlearning"]["steps"] == 0
+    assert result["steps"] == result["step"] == len([r for r in read_lines(trained / METRICS) if "loss" in r]) > 4
+    assert (result["stopped"], result["failed"]) == ("", False)
+    front = decode(Front, result["fronts"]["validation"])
     falls = [i for i in range(1, len(front.steps)) if front.forgetting[i] < front.forgetting[:i].min()]
     target = falls[len(falls) // 2]
     level = (front.forgetting[target] + front.forgetting[:target].min()) / 2
@@ -182,7 +178,7 @@ def test_a_run_stops_and_keeps_by_its_validation_front(data, trained, tmp_path):
     points = [row for row in read_lines(path / METRICS) if "evaluation" in row]
     assert [row["forgetting"] for row in points] == pytest.approx(front.forgetting[: target + 1])
     assert [row["utility"] for row in points] == pytest.approx(front.utilities[MEAN][: target + 1])
-    assert "was ended by a rule: forgetting" in str(model_card_of(path, data))
+    assert "was ended by a rule: forgetting" in str(model_card(config, path, "uniform"))
 
     keep = {"keep": {"name": "best_utility", "forgetting": float(level)}}
     run(experiment(data, methods=["uniform"], unlearning=LENGTH | keep), path)
@@ -190,10 +186,6 @@ def test_a_run_stops_and_keeps_by_its_validation_front(data, trained, tmp_path):
     best = max(reached, key=lambda i: front.utilities[MEAN][i])
     assert result_of(path)["step"] == front.steps[best]
     assert not (path / "methods" / "uniform" / "checkpoints").exists()
-
-
-def model_card_of(path, data):
-    return model_card(experiment(data, methods=["uniform"]), path, "uniform")
 
 
 def test_a_failure_is_told_in_the_report_and_on_the_card(data, trained, tmp_path):
@@ -205,4 +197,5 @@ def test_a_failure_is_told_in_the_report_and_on_the_card(data, trained, tmp_path
     write_json(path / "results.json", results)
     write_report(path)
     assert f"failed: {reason}" in (path / "report.html").read_text()
-    assert f"The run failed, and this is a state from before: {reason}." in str(model_card_of(path, data))
+    card = str(model_card(experiment(data), path, "uniform"))
+    assert f"The run failed, and this is a state from before: {reason}." in card
