@@ -92,11 +92,6 @@ def make_tokenizer(vocab_size: int = CONFIG.vocab_size) -> Tokenizer:
     return tokenizer
 
 
-def one_device() -> jax.sharding.Mesh:
-    """A mesh of a single device."""
-    return make_mesh(jax.devices()[:1])
-
-
 def write_lines(path, rows) -> str:
     """Writes a JSON Lines file and the folders above it. Returns its path as text."""
     path.parent.mkdir(parents=True, exist_ok=True)

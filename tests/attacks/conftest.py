@@ -54,7 +54,7 @@ def probes(original):
 def evaluator(original, probes):
     settings = EvaluationConfig(batch_size=8, bootstrap=100)
     tasks = probe_tasks({"test": probes}, settings, accuracies={}, identity="")
-    made = Evaluator(settings, tasks, tiny.one_device())
+    made = Evaluator(settings, tasks, tiny.mesh_of(1, 1, 1))
     return dataclasses.replace(made, original=made.score(original, full=True))
 
 

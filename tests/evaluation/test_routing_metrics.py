@@ -35,7 +35,7 @@ def indices(model, subject):
 
 
 def measure(current):
-    return routing.measure_routing(MODEL, current, **CORPORA, batch_size=8, resamples=100, mesh=tiny.one_device())
+    return routing.measure_routing(MODEL, current, **CORPORA, batch_size=8, resamples=100, mesh=tiny.mesh_of(1, 1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def calibrated(**settings):
         **CORPORA,
         forget_statistics=statistics["forget"],
         retain_statistics=statistics["retain"],
-        mesh=tiny.one_device(),
+        mesh=tiny.mesh_of(1, 1, 1),
     )
     return weights, routing.measure_calibration(weights, **statistics)
 

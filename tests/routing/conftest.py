@@ -7,7 +7,7 @@ from tests import tiny
 from trace_jax.data.rows import sequential_batches
 from trace_jax.routing.statistics import expert_routing
 
-ONE = tiny.one_device()
+ONE = tiny.mesh_of(1, 1, 1)
 
 
 @pytest.fixture(scope="session")

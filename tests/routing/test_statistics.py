@@ -32,7 +32,7 @@ from trace_jax.routing.statistics import (
     smoothed_shares,
 )
 
-ONE = tiny.one_device()
+ONE = tiny.mesh_of(1, 1, 1)
 
 
 @pytest.fixture(scope="module")

@@ -269,7 +269,7 @@ def moved(tiny_model, routed):
 
 
 def anew(config, setting, current, last):
-    solve = Recalibration(config, setting["model"], setting["forget"], setting["retain"], tiny.one_device(), 8)
+    solve = Recalibration(config, setting["model"], setting["forget"], setting["retain"], tiny.mesh_of(1, 1, 1), 8)
     return solve(current, last)
 
 
