@@ -147,16 +147,16 @@ def check_router(config: ModelConfig, training: Collection[str]) -> None:
             "grip is 'project', but trainable leaves the routers as they are, so there is nothing to project; use grip "
             "'realign' (experts that change also change what later routers read), or let routers train."
         )
-    why = ""
     if config.num_groups > 1:
         why = f"chooses among {config.num_groups} groups of experts first (num_groups)"
     elif config.router_score == "softmax" and config.router_correction:
         why = "adds a correction to probabilities, which depend on the scores of all experts (router_correction)"
-    if why:
-        raise ConfigError(
-            f"grip is 'project', but this model {why}; margins of single scores would not keep its choices. Use "
-            "grip 'realign', or freeze the routers."
-        )
+    else:
+        return
+    raise ConfigError(
+        f"grip is 'project', but this model {why}; margins of single scores would not keep its choices. Use "
+        "grip 'realign', or freeze the routers."
+    )
 
 
 def retain_protection(

@@ -27,20 +27,14 @@ from trace_jax.unlearning.objectives import RMU, AdaptiveRMU
 
 @struct.dataclass
 class StepRows:
-    """What one step reads; parts that the objective doesn't read are None. Every leaf has the rows first.
-
-    weights f32 [B, S]: multiply the retain losses (or their weights, where the step weighs tokens by their present
-    routing). topic i32 [B]: which topic a forget row is of. refusals: for each forget row, its beginnings with a
-    refusal after each. reference_nll, refusal_reference_nll f32 [B, S]: of both under the original model, where they
-    were computed before.
-    """
+    """What one step reads; parts that the objective doesn't read are None. Every leaf has the rows first."""
 
     forget: Batch
     retain: Batch | None = None
-    weights: Any = None
-    topic: Any = None
-    refusals: Batch | None = None
-    reference_nll: Any = None
+    weights: Any = None  # f32 [B, S], of retain losses, or of the weights by which the step weighs tokens as routed now
+    topic: Any = None  # i32 [B], which topic a forget row is of
+    refusals: Batch | None = None  # for each forget row, its beginnings with a refusal after each
+    reference_nll: Any = None  # f32 [B, S], of forget rows under the original model, where computed before
     refusal_reference_nll: Any = None
 
 

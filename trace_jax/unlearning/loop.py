@@ -25,18 +25,16 @@ from trace_jax.unlearning.metrics import Metrics
 
 @struct.dataclass
 class TrainState:
-    """What changes while training: step i32 [], flat trainable parameters in float32, optax state.
+    """What changes while training.
 
     A bfloat16 weight has 8 significant bits: a usual step, 1e-5 on a weight of 0.02, would be rounded away. So the
     optimizer keeps float32, and the loss sees it rounded to the model's type.
-
-    `alpha` f32 []: the coefficient of the retain loss, where the objective adapts it (`Objective.next_alpha`).
     """
 
-    step: jax.Array
-    trainable: dict[str, Any]
-    optimizer: Any
-    alpha: Any = None
+    step: jax.Array  # i32 []
+    trainable: dict[str, Any]  # parameters by path, float32
+    optimizer: Any  # optax state
+    alpha: Any = None  # f32 [], the coefficient of the retain loss, where the objective adapts it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,17 +78,14 @@ class Stop(NamedTuple):
 
 
 class Keep(Variant):
-    """Which state is the result."""
+    """Which state is the result: that which the run ends with, or that of the evaluation with the highest utility among
+    those that forgot enough; where there is none, that with the lowest forgetting."""
 
 
-class KeepLast(Keep, name="last"):
-    """That which the run ends with."""
+class KeepLast(Keep, name="last"): ...
 
 
 class KeepBest(Keep, name="best_utility"):
-    """That of the evaluation with the highest utility among those that forgot enough; where there is none, that with
-    the lowest forgetting."""
-
     forgetting: float = option(help="forgetting on validation that a state must be at or below")
 
 
@@ -162,7 +157,6 @@ class Loop:
     evaluate_first: bool = True
 
     def should_checkpoint(self, step: int) -> bool:
-        """True after every `checkpoint_every` steps and after the last."""
         return step % self.checkpoint_every == 0 or step == self.steps
 
     def should_evaluate(self, step: int) -> bool:

@@ -40,22 +40,15 @@ class StepSettings:
 
 
 class Constants(NamedTuple):
-    """Arrays that a run never changes.
+    """Arrays that a run never changes."""
 
-    original: all parameters of the model before unlearning, by path. index i32 [L, N]: the experts that train, where a
-    few do. masks: of updates (`trace_jax.unlearning.trainable.update_masks`).
-    numbers: coefficients and numbers of the objective, f32 [] by name. target f32 [topics, D]: where RMU steers.
-    online: what retain tokens are weighed with by their present routing; None: their weights come with the rows.
-    protection: `trace_jax.unlearning.grip.Protection` of the routers.
-    """
-
-    original: Flat
-    index: Any
-    masks: Flat | None
-    numbers: Flat
-    target: Any = None
-    online: Calibration | None = None
-    protection: Any = None
+    original: Flat  # all parameters of the model before unlearning, by path
+    index: Any  # i32 [L, N], the experts that train, where a few do
+    masks: Flat | None  # of updates (`trace_jax.unlearning.trainable.update_masks`)
+    numbers: Flat  # coefficients and numbers of the objective, f32 [] by name
+    target: Any = None  # f32 [topics, D], where RMU steers
+    online: Calibration | None = None  # weighs retain tokens by their present routing, beside the weights of their rows
+    protection: Any = None  # `trace_jax.unlearning.grip.Protection` of the routers
 
 
 def coefficients(config: UnlearningConfig) -> Flat:
@@ -171,7 +164,8 @@ def _sums(
         routers=("router_logits", "indices") if anchored else ("indices",) if online else (),
     )  # fmt: skip
     values = objective.loss(_forget_inputs(current, reference, rows, constants, settings))
-    sums = {"forget": jnp.where(_counts(objective, rows) > 0, values, 0.0).sum()}
+    counts = objective.counts(rows.forget.valid, rows.refusals and rows.refusals.valid).astype(jnp.float32)
+    sums = {"forget": jnp.where(counts > 0, values, 0.0).sum()}
     if rows.retain is not None:
         valid, weights, retain = rows.retain.valid, rows.weights, current["retain"]
         if constants.online is not None:
@@ -217,11 +211,6 @@ def anchor_loss(
     return jnp.where(valid[None] & target.any(axis=-1)[:, None, None], of_layer, 0.0).sum()
 
 
-def _counts(objective: Objective, rows: StepRows) -> jax.Array:
-    counts = objective.counts(rows.forget.valid, None if rows.refusals is None else rows.refusals.valid)
-    return counts.astype(jnp.float32)
-
-
 def gradient(
     trainable: Flat, alpha: jax.Array | None, constants: Constants, rows: StepRows, settings: StepSettings
 ) -> tuple[Flat, dict]:
@@ -232,7 +221,8 @@ def gradient(
     Its coefficient is `alpha` where that changes, else that of `constants`.
     """
     numbers, objective = constants.numbers, settings.objective.with_numbers(constants.numbers)
-    counts = {"forget": _counts(objective, rows), "anchor": rows.forget.valid}
+    counts = {"anchor": rows.forget.valid}
+    counts["forget"] = objective.counts(rows.forget.valid, rows.refusals and rows.refusals.valid)
     if rows.retain is not None:
         valid = rows.retain.valid
         counts["retain"] = jnp.where(valid, rows.weights, 0.0) if settings.normalize == "batch" else valid

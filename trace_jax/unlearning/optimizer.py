@@ -34,15 +34,12 @@ class _Adam(Section):
     b2: float = option(0.98, help="decay of Adam's second moment", minimum=0.0, maximum=1.0)
     eps: float = option(1e-8, help="added to the root of Adam's second moment", minimum=0.0)
 
-    def adam(self) -> optax.GradientTransformation:
+    def direction(self, axes: Axes) -> optax.GradientTransformation:
         return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps)
 
 
 class AdamW(_Adam, Optimizer, name="adamw"):
     moments = 2
-
-    def direction(self, axes):
-        return self.adam()
 
 
 class Adafactor(Optimizer, name="adafactor"):
@@ -77,7 +74,7 @@ class Muon(_Adam, Optimizer, name="muon"):
             return {path: "muon" if orthogonal(axes[path]) else "adam" for path in tree}
 
         muon = optax.chain(optax.contrib.scale_by_muon(beta=self.momentum), optax.stateless(like_adam))
-        return optax.partition({"muon": per_matrix(muon, axes), "adam": self.adam()}, labels)
+        return optax.partition({"muon": per_matrix(muon, axes), "adam": super().direction(axes)}, labels)
 
 
 class OptimizerConfig(Section):

@@ -147,15 +147,12 @@ def apply_gradients(
 @functools.partial(jax.jit, static_argnames=("settings", "load_balance", "mesh"), donate_argnums=0)
 def training_step(state: TrainState, batch: Batch, *, settings: StepSettings, load_balance: float, mesh: Mesh):
     """One step of next-token training on `batch`. Returns (state, metrics: f32 scalars)."""
-    model = settings.model
-    like = flatten(abstract_params(model))
+    model, like = settings.model, flatten(abstract_params(settings.model))
 
     def loss(trained, batch):
         params = unflatten(current_params(trained, like))
-        out: Any = forward(
-            params, model, batch.tokens, mask=batch.segments, count_mask=batch.valid,
-            collect=("hidden", "counts", "load"),
-        )  # fmt: skip
+        collect = ("hidden", "counts", "load")
+        out: Any = forward(params, model, batch.tokens, mask=batch.segments, count_mask=batch.valid, collect=collect)
         nll = token_nll(params, model, out.hidden, targets(batch.tokens))
         tokens = jnp.maximum(jax.lax.psum(batch.valid.sum(dtype=jnp.float32), BATCH_AXES), 1.0)
         mean = share(jnp.where(batch.valid, nll, 0.0).sum(), tokens)
@@ -166,9 +163,8 @@ def training_step(state: TrainState, batch: Batch, *, settings: StepSettings, lo
         return mean + load_balance * balance, {"loss": mean, "balance": balance}
 
     specs = param_specs(model, mesh)
-    sharded = jax.shard_map(
-        jax.grad(loss, has_aux=True), mesh=mesh, in_specs=(specs, P(BATCH_AXES)), out_specs=(specs, P())
-    )
+    in_specs, of_device = (specs, P(BATCH_AXES)), jax.grad(loss, has_aux=True)
+    sharded = jax.shard_map(of_device, mesh=mesh, in_specs=in_specs, out_specs=(specs, P()))
     gradients, metrics = sharded(state.trainable, batch)
     state, norm = apply_gradients(state, gradients, settings, None, mesh)
     return state, {**metrics, "gradient_norm": norm}
@@ -206,18 +202,11 @@ def train_model(
     model: ModelConfig, config: TrainingConfig, batch_at: Callable[[int], Batch], *,
     seed: int, mesh: Mesh, directory: Path, identity: str, title: str, tokenizer: Any = None,
 ) -> Model:  # fmt: skip
-    """Trains `config.steps` steps on `batch_at(step)`; continues from `directory` if it was interrupted.
-
-    Raises:
-      FloatingPointError: the loss stopped being finite; a target model that diverged is of no use to anyone.
-    """
+    """Trains `config.steps` steps on `batch_at(step)`; continues from `directory` if it was interrupted. A target model
+    that diverged is of no use to anyone: raises FloatingPointError where the loss stops being finite."""
     loop = Loop(directory, identity, config.steps, config.checkpoint_every, title, seed=seed)
-    settings = StepSettings(model, config.optimization, config.steps)
-
-    def start():
-        return init_params(model, jax.random.key(seed))
-
-    result = _train(loop, start, batch_at, settings, mesh, config.load_balance)
+    first, settings = jax.random.key(seed), StepSettings(model, config.optimization, config.steps)
+    result = _train(loop, lambda: init_params(model, first), batch_at, settings, mesh, config.load_balance)
     if result.stopped:
         raise FloatingPointError(f"{title}: {result.stopped}.")
     return Model(model, _params(result.trainable, model), tokenizer)

@@ -70,8 +70,9 @@ def unlearn(
       identity: hash of everything that made this run; state of another one in `directory` is not continued.
       evaluate: called with parameters at step 0, every `config.evaluate_every` steps and at the end. What it returns
         (JSON) goes into metrics.jsonl; rules about when to stop and what to keep need an `Evaluated`.
-    Returns:
-      `Unlearned`; after a NaN, the last good state and the reason.
+
+    After a NaN it returns the last good state and the reason.
+
     Raises:
       ConfigError: retain data missing for an objective that needs it; a layer the model doesn't have; selected
         experts missing; refusals without a tokenizer; a rule without an evaluation to read; online weights that a
@@ -104,15 +105,11 @@ def unlearn(
     def step(state, rows):
         return unlearning_step(state, constants, rows, settings=settings, mesh=mesh)
 
-    def model_of(trained: Flat, subtract: float = 0.0) -> Model:
-        """The model that trains, or that it is subtracted from."""
-        scale = constants.numbers.get("lora_scale")
-        params = merge(original, trained, model.config, mesh, index=constants.index, scale=scale, subtract=subtract)
+    def model_of(trained: Flat) -> Model:
+        """The model that trains, or that what it has learnt is subtracted from."""
+        how: Any = {"scale": constants.numbers.get("lora_scale"), "subtract": objective.task_scale}
+        params = merge(original, trained, model.config, mesh, index=constants.index, **how)
         return model.replace(params=unflatten(params))
-
-    def finished(trained: Flat) -> tuple[Model, list[dict] | None]:
-        """(what a run gives that ends here, rows about what GRIP did to its routers)."""
-        return finish(model_of(trained, objective.task_scale))
 
     with tempfile.TemporaryDirectory() as scratch:
         where, multiple, reference = as_path(directory or scratch), row_multiple(settings, mesh), None
@@ -123,14 +120,14 @@ def unlearn(
         inputs = Inputs(forget, retain, weights, config, seed=seed, multiple=multiple, **rows)
         evaluation = refresh = None
         if evaluate is not None:
-            evaluation = Hook(config.evaluate_every, lambda _, trained: evaluate(finished(trained)[0].params))
+            evaluation = Hook(config.evaluate_every, lambda _, trained: evaluate(finish(model_of(trained))[0].params))
         if recalibrate is not None and weights is not None and config.retains:
             of_run = {"directory": where, "identity": identity, "title": title}
             refresh = recalibration(recalibrate, weights, model_of, inputs.weigh, **of_run)
         steps, every = config.steps, config.checkpoint_every
         loop = Loop(where, identity, steps, every, title, evaluation, refresh, seed, rules=config)
         result = loop.run(lambda: start(constants), lambda i: place(inputs.at(i), mesh, P(BATCH_AXES)), step)
-    unlearned, table = finished(result.trainable)
+    unlearned, table = finish(model_of(result.trainable))
     if table is not None and isinstance(config.grip, GripRealign):
         trained = with_realigned(trained, table)
     return Unlearned(
