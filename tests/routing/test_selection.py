@@ -49,12 +49,10 @@ def test_rules_by_hand(rule, settings, expected):
     assert np.flatnonzero(select_experts(FORGET, RETAIN, rule=rule, **settings)[0]).tolist() == expected
 
 
-def test_ratio_takes_an_expert_that_the_retain_corpus_never_uses():
-    retain = statistics([[0, 700, 500, 800]], 1000)
-    assert select_experts(FORGET, retain, rule="ratio", kappa=0.5, tau=100.0)[0].tolist() == [True, False, False, False]
-
-
-def test_difference_over_the_whole_model():
+def test_experts_never_used_ties_and_the_model_as_a_scope():
+    unused, even = statistics([[0, 700, 500, 800]], 1000), statistics([[5, 5, 5, 5]], 10)
+    assert select_experts(FORGET, unused, rule="ratio", kappa=0.5, tau=100.0)[0].tolist() == [True, False, False, False]
+    assert select_experts(even, even, rule="difference", top=2)[0].tolist() == [True, True, False, False]
     forget, retain = statistics([[9, 1], [6, 4]], 10, 1), statistics([[5, 5], [5, 5]], 10, 1)
     selected = select_experts(forget, retain, rule="difference", top=2, scope="model")
     assert selected.tolist() == [[True, False], [True, False]]
@@ -68,11 +66,6 @@ def test_log_odds_is_the_two_proportion_z_score_which_noise_of_a_small_corpus_do
     small = statistics([[3, 2, 2, 1]], 4)  # .75 against .4, but only four tokens
     assert not select_experts(small, RETAIN, rule="log_odds", z=5.0).any()
     assert not z_scores(statistics([[0, 4]], 4, 1), statistics([[0, 9]], 9, 1)).any()  # no variance, no score
-
-
-def test_ties_go_to_the_lower_expert():
-    even = statistics([[5, 5, 5, 5]], 10)
-    assert select_experts(even, even, rule="difference", top=2)[0].tolist() == [True, True, False, False]
 
 
 def test_random_is_seeded_and_differs_between_seeds():
@@ -107,13 +100,13 @@ def test_properties_of_every_rule(counts, top, mass, kappa, tau, seed):
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ConfigError, match="rule is 'best'; expected one of ratio"):
-        select_experts(FORGET, RETAIN, rule="best")
-    with pytest.raises(ConfigError, match=r"difference\.tau"):
-        select_experts(FORGET, RETAIN, rule="difference", tau=2.0)
-    with pytest.raises(ConfigError, match="top is 5; expected 1 to 4"):
-        select_experts(FORGET, RETAIN, rule="difference", top=5)
-    with pytest.raises(ConfigError, match=r"scope is 'expert'"):
-        select_experts(FORGET, RETAIN, rule="random", top=1, scope="expert")
+    for rule, own, message in (
+        ("best", {}, "rule is 'best'; expected one of ratio"),
+        ("difference", {"tau": 2.0}, r"difference\.tau"),
+        ("difference", {"top": 5}, "top is 5; expected 1 to 4"),
+        ("random", {"scope": "expert"}, "scope is 'expert'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            select_experts(FORGET, RETAIN, rule=rule, **own)
     with pytest.raises(ValueError, match="same model"):
         select_experts(FORGET, statistics([[1, 1]], 1), rule="all")
