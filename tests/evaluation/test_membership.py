@@ -20,10 +20,6 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 
 
-def array(*values):
-    return np.array(values, np.float64)
-
-
 def text_scores(values, **others):
     values = np.asarray(values, np.float64)
     return {attack: np.asarray(others.get(attack, values), np.float64) for attack in ATTACKS}
@@ -49,7 +45,7 @@ def test_min_k_is_the_mean_of_the_40_percent_least_likely_tokens_and_of_one_at_l
 
 def test_min_k_plus_plus_where_the_model_is_certain():
     """Its variance is 0 there, and counts as 1e-6: the certain token tells nothing, any other very much."""
-    certain, surprised = (TokenScores(array(x), np.ones(1, bool), array(0), array(0)) for x in (0, -3))
+    certain, surprised = (TokenScores(np.array([x]), np.ones(1, bool), np.zeros(1), np.zeros(1)) for x in (0.0, -3.0))
     assert membership.min_k_plus_plus_scores([certain, surprised]) == pytest.approx([0, 3 / 1e-3])
 
 
@@ -179,7 +175,8 @@ def test_privleak_of_the_retrained_model_itself_is_zero_in_every_resample():
 
 
 def test_privleak_has_no_value_where_the_retrained_auc_is_0_and_no_interval_of_one_text_a_side():
-    assert membership.privleak((array(1, 2), array(2, 1)), (array(1, 1), array(2, 2))) is None
-    result = membership.privleak_auc((array(1), array(2)))
+    low, high = np.array([1.0]), np.array([2.0])
+    assert membership.privleak((low, high), (low, high)) is None
+    result = membership.privleak_auc((low, high))
     assert result.value == 0.0 and math.isnan(result.low)
-    assert math.isnan(membership.privleak((array(1), array(2)), (array(2), array(1))).low)
+    assert math.isnan(membership.privleak((low, high), (high, low)).low)

@@ -104,8 +104,8 @@ def test_intervals_equal_a_plain_bootstrap_over_rows(random_corpora):
     rows = {s: [r for r, n in enumerate(lengths) if n] for s, lengths in LENGTHS.items()}
     unchanged, gaps = [], []
     for _ in range(4000):
-        drawn = {s: rng.choice(rows[s], len(rows[s])) for s in rows}
-        where = {s: np.concatenate([np.flatnonzero(random_corpora[s][1].rows == r) for r in drawn[s]]) for s in rows}
+        drawn = {s: [random_corpora[s][1].rows == r for r in rng.choice(own, len(own))] for s, own in rows.items()}
+        where = {s: np.concatenate([*map(np.flatnonzero, own)]) for s, own in drawn.items()}
         before, after = (a.indices[:, where["forget"]] for a in random_corpora["forget"])
         unchanged.append((np.sort(before) == np.sort(after)).all(-1).mean(1))
         frequency = [

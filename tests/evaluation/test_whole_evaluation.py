@@ -73,20 +73,15 @@ def models():
     return [Model(CONFIG, handmade.make_params(seed, CONFIG), tokenizer) for seed in range(3)]
 
 
-@pytest.fixture(scope="module")
-def score(models, tmp_path_factory):
-    """score(count): the evaluator, and what it gives on each model."""
-
-    def scored(count):
-        evaluator = make_evaluator(tmp_path_factory.mktemp("benchmarks"), count=count)
-        return evaluator, [evaluator.score(model, full=True) for model in models]
-
-    return scored
+def score(models, directory, count):
+    """An evaluator of so many items, and what it gives on each model."""
+    evaluator = make_evaluator(directory, count=count)
+    return evaluator, [evaluator.score(model, full=True) for model in models]
 
 
 @pytest.fixture(scope="module")
-def several(score):
-    return score(3)
+def several(models, tmp_path_factory):
+    return score(models, tmp_path_factory.mktemp("benchmarks"), 3)
 
 
 def check_measurements(evaluator, original, unlearned, retrained):
@@ -107,13 +102,18 @@ def check_measurements(evaluator, original, unlearned, retrained):
     return {m.name for m in result if math.isnan(m.low)}
 
 
-def test_every_number_has_n_and_an_interval_or_says_why_not(several, score):
+def test_every_number_has_n_and_an_interval_or_says_why_not(several, models, tmp_path):
     evaluator, scores = several
     assert check_measurements(evaluator, *scores) == {"tofu_forget_quality", "tofu_forget_ks"}
-    evaluator, scores = score(1)
+    evaluator, scores = score(models, tmp_path, 1)
     without = check_measurements(evaluator, *scores)
     assert {"tofu_model_utility", "muse_verbmem", "muse_privleak_auc"} <= without
     assert not any(name.startswith(("wmdp", "mmlu")) for name in without), "Wilson's interval has an n of one"
+
+
+def without_floats(line):
+    """Texts, choices and counts."""
+    return {key: value for key, value in line.items() if isinstance(value, str | int)}
 
 
 def test_a_whole_evaluation_is_that_of_one_device(several, models, tmp_path):
@@ -130,15 +130,9 @@ def test_a_whole_evaluation_is_that_of_one_device(several, models, tmp_path):
             else:
                 np.testing.assert_allclose(scores.arrays[path], wanted, rtol=1e-4, atol=1e-5, err_msg=path)
         for part, lines in expected[name].items.items():
-            texts, same = ([_words(line) for line in x] for x in (lines, scores.items[part]))
-            assert texts == same
+            assert [*map(without_floats, lines)] == [*map(without_floats, scores.items[part])]
     one, other = one_device.measure(expected), evaluator.measure(result)
     assert [(m.name, m.split, m.n) for m in one] == [(m.name, m.split, m.n) for m in other]
     shares = [m.name.endswith("accuracy") or m.name.startswith(("wmdp", "mmlu")) for m in one]
     assert sum(shares) >= 6 and all(a.value == b.value for a, b, s in zip(one, other, shares, strict=True) if s)
     np.testing.assert_allclose([m.value for m in other], [m.value for m in one], rtol=1e-4, atol=1e-5)
-
-
-def _words(line):
-    """What a line says without its float numbers: texts, choices and counts."""
-    return {key: value for key, value in line.items() if isinstance(value, str | int)}

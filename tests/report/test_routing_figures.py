@@ -148,8 +148,12 @@ def test_an_expert_that_died_is_marked_and_one_that_did_not_is_not(groups):
 
 
 def test_without_dead_experts_or_drift_there_are_plots_and_no_maps():
+    """Also without intervals."""
     measured = {"uniform": measure(0, drift=0.0)}
+    for quantity in measured["uniform"]["quantities"].values():
+        quantity["low"] = quantity["high"] = [None, None]
     groups = groups_of(measured)
+    assert list(groups) == list(GROUPS)
     for title, panels in (("Dead experts", 2), ("Router drift", 1)):
         assert (len(groups[title]["panels"]), len(groups[title]["maps"])) == (panels, 0)
     assert "Here there is none, before or after" in page_of(measured)
@@ -169,13 +173,6 @@ def test_points_stand_where_their_values_are():
     assert (places[0, :, 0] < places[1, :, 0]).all()  # side by side
     for text in (">3<", ">5<", ">layer<"):
         assert text in svg
-
-
-def test_intervals_that_are_not_known_break_no_plot():
-    one = measure(0)
-    for quantity in one["quantities"].values():
-        quantity["low"] = quantity["high"] = [None, None]
-    assert list(groups_of({"uniform": one})) == list(GROUPS)
 
 
 def test_selected_experts_are_outlined_where_cells_are_wide_enough(groups):
