@@ -102,9 +102,7 @@ class ModelConfig(Section):
         choices=("none", "head", "full", "head_after_rope"),
     )
     clip_qkv: float = option(0.0, help="largest absolute query, key and value; 0 = no limit", minimum=0.0)
-    windows: tuple[int, ...] = option(
-        (), help="keys that each layer sees, itself included (0 = all); () = all", minimum=0
-    )
+    windows: tuple[int, ...] = option((), help="keys that each layer sees, itself included; 0, () = all", minimum=0)
     ropes: tuple[Rope, ...] = option((Rope(),), help="rotary embeddings")
     layer_ropes: tuple[int, ...] = option((), help="which of them each layer uses (-1 = none); () = the first")
     rotary_size: int = option(0, help="leading (latent: last) dimensions of a head that turn; 0 = all", minimum=0)
