@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+import tiny
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.checkpoints import state as state_module
@@ -20,8 +21,9 @@ from trace_jax.checkpoints.state import StateStore, load_params, save_params
 # Orbax leaves the coroutines of failed reads behind; they end when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
+FOUR = tiny.mesh_of(4, 1, 1)
 ABOUT = {"identity": "a", "seed": 7}
-SPECS = {"step": P(), "embedding": P("x"), "moments": {"m": P(None, "x"), "half": P()}}
+SPECS = {"step": P(), "embedding": P("data"), "moments": {"m": P(None, "data"), "half": P()}}
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +37,6 @@ def shardings(mesh, specs=SPECS):
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
-def line(devices):
-    return Mesh(np.array(jax.devices()[:devices]), ("x",), axis_types=(AxisType.Auto,))
-
-
 def values(seed):
     rng = np.random.default_rng(seed)
     embedding, m = (rng.normal(size=shape).astype(np.float32) for shape in ((64, 33), (3, 16, 5)))
@@ -47,7 +45,7 @@ def values(seed):
 
 
 def placed(seed, mesh=None):
-    return jax.device_put(values(seed), shardings(mesh or line(4)))
+    return jax.device_put(values(seed), shardings(mesh or FOUR))
 
 
 def assert_same(state, expected):
@@ -87,22 +85,21 @@ def test_the_two_newest_are_kept_and_say_what_they_are(saved):
 
 
 def test_a_state_of_four_devices_is_restored_on_one_or_by_its_shapes_on_a_mesh_of_another_shape(saved):
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
     specs = {"step": P(), "embedding": P(("data", "expert")), "moments": {"m": P(None, "expert"), "half": P()}}
     shapes = jax.eval_shape(lambda: values(0))
-    cut = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, shardings(mesh, specs))
-    for like in (placed(0, line(1)), cut):
+    cut = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, shardings(tiny.mesh_of(2, 2, 1), specs))
+    for like in (placed(0, tiny.one_device()), cut):
         step, state = restore(saved, like)
         assert step == 3
         assert_same(state, values(3))
         assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, like)
 
 
-@pytest.mark.parametrize("spec", [P(), P("x")])
+@pytest.mark.parametrize("spec", [P(), P("data")])
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, spec):
     """32 MiB take the writer longer than the steps that overwrite them."""
     step = functools.partial(jax.jit, donate_argnums=0)(lambda x: x + jnp.float32(1))
-    x = jax.device_put(np.zeros((1 << 21,), np.float32), NamedSharding(line(4), spec))
+    x = jax.device_put(np.zeros((1 << 21,), np.float32), NamedSharding(FOUR, spec))
     with StateStore(tmp_path, ABOUT) as store:
         store.save(1, {"x": x})
         for _ in range(5):
