@@ -187,14 +187,8 @@ def calibrated(**settings):
     for subject, rows in CORPORA.items():
         counts = np.stack([np.bincount(layer.ravel(), minlength=4) for layer in indices(MODEL, subject)])
         statistics[subject] = ExpertStatistics(counts, np.zeros((2, 4)), int(rows.valid.sum()), 2)
-    weights = retain_weights(
-        CalibrationConfig(settings),
-        model=MODEL,
-        **CORPORA,
-        forget_statistics=statistics["forget"],
-        retain_statistics=statistics["retain"],
-        mesh=tiny.mesh_of(1, 1, 1),
-    )
+    both, mesh = {f"{subject}_statistics": own for subject, own in statistics.items()}, tiny.mesh_of(1, 1, 1)
+    weights = retain_weights(CalibrationConfig(settings), model=MODEL, **CORPORA, **both, mesh=mesh)
     return weights, routing.measure_calibration(weights, **statistics)
 
 

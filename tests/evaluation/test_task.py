@@ -91,8 +91,8 @@ def test_measurements_can_be_made_of_the_lines(evaluator, tmp_path):
     rows = of("text", split="test", subject="general")
     nll = sum(r["nll"] for r in rows) / sum(r["tokens"] for r in rows)
     assert len(rows) == 5 and find(result, "general_nll", "test").value == pytest.approx(nll)
-    verbatim = of("verbatim", split="validation")
-    assert find(result, "verbatim", "validation").value == pytest.approx(np.mean([v["score"] for v in verbatim]))
+    scores = [line["score"] for line in of("verbatim", split="validation")]
+    assert find(result, "verbatim", "validation").value == pytest.approx(np.mean(scores))
     prompts = next(task.data for task in evaluator.tasks if task.name == "verbatim")
     first = of("verbatim", split="test", item=0)[0]
     assert first["ground_truth"] == " ".join(f"w{i}" for i in prompts["test"].continuation[0])
@@ -110,13 +110,10 @@ def test_no_text_is_written_where_it_may_not_be(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "verbatim.items.jsonl").read_text().splitlines()]
     assert lines and all(set(line) == {"split", "item", "score"} for line in lines)
     written = "".join(file.read_text() for file in tmp_path.glob("*.jsonl"))
-    assert "secret" not in written and not any(f"w{i} " in written or f'w{i}"' in written for i in range(handmade.V))
-
-
-def test_text_of_wmdp_is_hazardous_wherever_it_comes_from():
     assert hazardous(["huggingface:cais/wmdp-corpora/cyber-forget-corpus:train"])
     assert hazardous(["a.jsonl", "data/WMDP-bio-forget.jsonl"])
     assert not hazardous(["a.jsonl", "huggingface:muse-bench/MUSE-Books"]) and not hazardous([])
+    assert "secret" not in written and not any(f"w{i} " in written or f'w{i}"' in written for i in range(handmade.V))
 
 
 def test_a_measurement_survives_the_way_through_json():

@@ -52,16 +52,10 @@ def make_evaluator(directory, *, count, mesh=None):
         write(f"muse/privleak/{side}", lambda i: {"text": words(8)})
     for name in ("forget10", "retain", "real_authors", "world_facts"):
         write(f"tofu/{name}_perturbed/train", answer)
-    settings = EvaluationConfig(
-        batch_size=1,
-        max_gradients=2,
-        bootstrap=200,
-        muse=MuseConfig(str(directory / "muse")),
-        tofu=TofuConfig(str(directory / "tofu"), max_new_tokens=6),
-        multiple_choice=MultipleChoiceConfig(
-            {name: write(name, question) for name in ("wmdp_bio", "wmdp_chem", "wmdp_cyber", "mmlu")}
-        ),
-    )
+    sources = {name: write(name, question) for name in ("wmdp_bio", "wmdp_chem", "wmdp_cyber", "mmlu")}
+    sizes = {"batch_size": 1, "max_gradients": 2, "bootstrap": 200}
+    muse, tofu = MuseConfig(str(directory / "muse")), TofuConfig(str(directory / "tofu"), max_new_tokens=6)
+    settings = EvaluationConfig(**sizes, muse=muse, tofu=tofu, multiple_choice=MultipleChoiceConfig(sources))
     probes, tasks = {"test": handmade.make_probes()}, build_tasks(settings)
     return handmade.make_evaluator(probes, settings=settings, benchmark="presidents", tasks=tasks, mesh=mesh)
 

@@ -194,7 +194,7 @@ def test_parts_may_be_missing(parts):
 
 
 def test_missing_numbers_are_dashes_and_break_no_figure():
-    missing = number(0.5) | {"value": None, "low": None, "high": None}
+    missing = number(0.5) | dict.fromkeys(("value", "low", "high"))
     data = results(
         rows=[row("uniform", 0.5) | {"forgetting": missing, "utilities": {"general_utility": missing}}],
         methods={"uniform": method(0, measurements=[measured(0.5) | {"value": None}])},
@@ -240,13 +240,12 @@ def test_a_large_study_stays_under_two_megabytes():
     rng = np.random.default_rng(1)
     frequency, names = rng.dirichlet(np.ones(128) / 2, size=48) * 8, [f"method_{i}" for i in range(12)]
     experts = {k: rng.random(2000).tolist() for k in ("layer", "expert", "forget", "retain", "target", "weighted")}
-    many = {n: frequency for n in names[:4]}
-    selected = {n: frequency > 0.1 for n in many}
+    many, selected = dict.fromkeys(names[:4], frequency), dict.fromkeys(names[:4], frequency > 0.1)
     large = results(
         rows=[row(name, 0.9) for name in names],
         methods={n: method(i, measurements=[measured(0.5)] * 5000) for i, n in enumerate(names)},
         frequency=frequencies(frequency, uniform=1 / 16, calibrated=many, selected=selected),
-        certificates={name: certificate() | experts for name in names},
+        certificates=dict.fromkeys(names, certificate() | experts),
     )
     page = render(large)
     assert len(page.encode()) < 2_000_000
