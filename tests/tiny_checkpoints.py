@@ -155,7 +155,7 @@ def fields_of(model_type: str) -> dict[str, Any]:
     return copy.deepcopy({**_COMMON, **CONFIGS[model_type]})
 
 
-def build(model_type: str, **changes: Any) -> transformers.PreTrainedModel:
+def build(model_type: str, *, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
     """A tiny model of the family in float32, eager attention, evaluation mode. `changes` are config.json's fields.
 
     Ordinary values everywhere: logits with a standard deviation of about 1 to 3, routing that is not near-tied.
@@ -164,7 +164,7 @@ def build(model_type: str, **changes: Any) -> transformers.PreTrainedModel:
     config = transformers.AutoConfig.for_model("deepseek_v3" if model_type == KIMI else model_type, **fields)
     config._attn_implementation = config._experts_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    generator, tied = torch.Generator().manual_seed(0), config.tie_word_embeddings
+    generator, tied = torch.Generator().manual_seed(seed), config.tie_word_embeddings
     for name, tensor in sorted(model.state_dict().items()):
         if not (tied and name == "lm_head.weight"):
             scale = 0.3 if tied and "embed_tokens" in name else _scale(name, tensor)
