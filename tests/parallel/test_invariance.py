@@ -11,8 +11,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.tiny import mesh_of, random_params
-from trace_jax.data.rows import Batch
+from tests.tiny import LENGTH, make_rows, mesh_of, random_params
 from trace_jax.models.architecture import ModelConfig, flat_specs, flatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
@@ -32,27 +31,18 @@ CONFIG = ModelConfig(
 STEPS = 6
 
 
-def rows(count, seed, length=12):
-    """Rows with padding and with two documents in one."""
-    tokens = np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (count, length)).astype(np.int32)
-    segments = np.ones(tokens.shape, np.int32)
-    segments[0, -3:], segments[1, 5:] = 0, 2
-    return Batch(tokens, segments, segments > 0)
-
-
 def trajectory(config, sizes, parallel=PLAIN):
     """(losses and gradient norms [STEPS, 2], parameters and metrics after the last step) of unlearning on a mesh."""
-    mesh, start = mesh_of(*sizes), flatten(random_params(config, noise=0.05))
+    mesh = mesh_of(*sizes)
     unlearning = UnlearningConfig(objective="npo", retain_loss="kl", alpha=3.0, learning_rate=3e-3, clip_norm=1.0)
     settings = unlearning_settings(unlearning, config, parallel)
-    placed = place(start, mesh, param_specs(config, mesh))
+    placed = place(flatten(random_params(config, noise=0.05)), mesh, param_specs(config, mesh))
     constants = Constants(placed, None, None, place(coefficients(unlearning), mesh))
-    multiple = row_multiple(settings, mesh)
     state = initial_state({path: leaf * 1.05 for path, leaf in placed.items()}, settings, mesh)
-    forget, retain = (pad_rows(rows(count, count), multiple) for count in (6, 8))
-    weights = np.random.default_rng(0).exponential(size=(8, 12)).astype(np.float32)
-    weights = np.pad(weights, ((0, len(retain.tokens) - 8), (0, 0)))
-    inputs, metrics = place(StepRows(forget, retain, weights), mesh, P(BATCH_AXES)), []
+    forget, retain = (make_rows(count, seed=count).batch(np.arange(count)) for count in (6, 8))
+    weights = np.random.default_rng(0).exponential(size=(8, LENGTH)).astype(np.float32)
+    padded = (pad_rows(part, row_multiple(settings, mesh)) for part in (forget, retain, weights))
+    inputs, metrics = place(StepRows(*padded), mesh, P(BATCH_AXES)), []
     compiled = unlearning_step._cache_size()
     for _ in range(STEPS):
         state, now = unlearning_step(state, constants, inputs, settings=settings, mesh=mesh)
@@ -118,7 +108,7 @@ def test_choices_without_room_are_counted():
         return jax.lax.psum(router.dropped, BATCH_AXES)
 
     run = jax.jit(on_mesh(dropped, CONFIG, mesh, out_specs=P()))
-    assert np.all(run(placed_params(params, CONFIG, mesh), rows(8, 0).tokens) > 0)
+    assert np.all(run(placed_params(params, CONFIG, mesh), make_rows(8).tokens) > 0)
 
 
 def test_devices_send_each_other_what_the_documents_say_to_the_byte():
