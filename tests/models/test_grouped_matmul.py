@@ -9,18 +9,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from trace_jax.models import grouped_matmul as grouped
 from trace_jax.models import grouped_matmul_gpu, grouped_matmul_tpu
 from trace_jax.models.architecture import GROUPED_MATMULS
-from trace_jax.models.grouped_matmul import (
-    DEFAULTS,
-    KERNELS,
-    block_layout,
-    block_size,
-    grouped_matmul,
-    implementations,
-    program_platform,
-    resolve_implementation,
-)
 
 IMPLEMENTATIONS = [name for name in GROUPED_MATMULS if name not in ("auto", "blocked")]  # that: test_moe
 NUM_ROWS, D, F = 45, 5, 3
@@ -55,9 +46,9 @@ def loop_over_groups(x, w, cotangent, sizes):
 
 
 def value_and_gradients(x, w, cotangent, sizes, implementation):
-    interpret = implementation in KERNELS
+    interpret = implementation in grouped.KERNELS
     y, pullback = jax.vjp(
-        lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation, interpret=interpret), x, w
+        lambda x, w: grouped.grouped_matmul(x, w, sizes, implementation=implementation, interpret=interpret), x, w
     )
     return y, *pullback(cotangent)
 
@@ -119,7 +110,7 @@ def test_gradient_of_replicated_weights_is_the_sum_over_devices(implementation, 
 @pytest.mark.parametrize("size", [1, 4, 8])
 def test_block_layout_gives_each_group_whole_blocks_of_its_own(size):
     for sizes in ([7, 0, 12, 1], [0, 0, 20, 0], [5, 5, 5, 5], [1, 1, 1, 17]):
-        first, block_group = block_layout(jnp.asarray(sizes, jnp.int32), 20, size)
+        first, block_group = grouped.block_layout(jnp.asarray(sizes, jnp.int32), 20, size)
         owner = np.asarray(block_group)
         for group, count in enumerate(sizes):
             assert first[group] % size == 0
@@ -127,20 +118,21 @@ def test_block_layout_gives_each_group_whole_blocks_of_its_own(size):
             assert np.all(owner[rows // size] == group)
 
 
-def test_block_size_grows_with_the_root_of_the_mean_group():
-    assert block_size(8192, 16) == 128
-    assert block_size(320, 16) == 32
-    assert block_size(4, 64) == 8
-    assert block_size(2**20, 8) == 256
+def test_blocks_grow_with_the_root_of_the_mean_group_and_tiles_follow_group_width_and_type():
+    assert [grouped.block_size(*n) for n in ((8192, 16), (320, 16), (4, 64), (2**20, 8))] == [128, 32, 8, 256]
+    assert grouped_matmul_tpu.tiles(32768, 64, 2048, 1408, 2) == (128, 1024, 768)
+    assert grouped_matmul_tpu.tiles(8192, 8, 4096, 7168, 2) == (256, 1024, 1024)
+    assert grouped_matmul_tpu.tiles(32768, 8, 2048, 704, 4) == (512, 512, 384)
+    assert grouped_matmul_tpu.tiles(64, 16, 64, 300, 4) == (128, 64, 300)
 
 
 def test_every_platform_has_a_default_that_it_can_run():
     for platform in ("cpu", "gpu", "tpu", "unheard-of"):
-        assert resolve_implementation("auto", platform) == DEFAULTS.get(platform, "blocked")
-        assert resolve_implementation("auto", platform) in implementations(platform)
-    assert set(implementations("cpu")) == set(GROUPED_MATMULS) - {"mosaic", "triton"}
-    assert set(implementations("gpu")) == set(GROUPED_MATMULS) - {"mosaic"}
-    assert set(implementations("tpu")) == set(GROUPED_MATMULS) - {"triton"}
+        assert grouped.resolve_implementation("auto", platform) == grouped.DEFAULTS.get(platform, "blocked")
+        assert grouped.resolve_implementation("auto", platform) in grouped.implementations(platform)
+    assert set(grouped.implementations("cpu")) == set(GROUPED_MATMULS) - {"mosaic", "triton"}
+    assert set(grouped.implementations("gpu")) == set(GROUPED_MATMULS) - {"mosaic"}
+    assert set(grouped.implementations("tpu")) == set(GROUPED_MATMULS) - {"triton"}
 
 
 def mesh_of(platform, kind="any"):
@@ -150,10 +142,10 @@ def mesh_of(platform, kind="any"):
 
 @pytest.mark.parametrize("name, platform", [("cpu", "cpu"), ("gpu", "gpu"), ("cuda", "gpu"), ("tpu", "tpu")])
 def test_the_platform_is_that_of_the_mesh_where_there_is_one(name, platform):
-    assert program_platform() == jax.devices()[0].platform == "cpu"
+    assert grouped.program_platform() == jax.devices()[0].platform == "cpu"
     with jax.sharding.use_abstract_mesh(mesh_of(name)):
-        assert program_platform() == platform
-        assert resolve_implementation("auto") == DEFAULTS[platform]
+        assert grouped.program_platform() == platform
+        assert grouped.resolve_implementation("auto") == grouped.DEFAULTS[platform]
 
 
 def on_devices_that_are_not_here(platform, kind, *shapes, dtype):
@@ -196,13 +188,6 @@ def test_every_tile_is_visited_once_for_each_group_in_it(sizes):
         assert all(0 <= t < num_tiles for t in tile.tolist())
 
 
-def test_tiles_of_the_weight_gradient_follow_group_width_and_type():
-    assert grouped_matmul_tpu.tiles(32768, 64, 2048, 1408, 2) == (128, 1024, 768)
-    assert grouped_matmul_tpu.tiles(8192, 8, 4096, 7168, 2) == (256, 1024, 1024)
-    assert grouped_matmul_tpu.tiles(32768, 8, 2048, 704, 4) == (512, 512, 384)
-    assert grouped_matmul_tpu.tiles(64, 16, 64, 300, 4) == (128, 64, 300)
-
-
 @pytest.mark.parametrize(
     ("implementation", "message"),
     [
@@ -213,4 +198,4 @@ def test_tiles_of_the_weight_gradient_follow_group_width_and_type():
 )
 def test_implementations_that_cannot_run_are_named(implementation, message):
     with pytest.raises(ValueError, match=message):
-        resolve_implementation(implementation)
+        grouped.resolve_implementation(implementation)
