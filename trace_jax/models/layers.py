@@ -158,7 +158,7 @@ def attention_mask(documents, length: int, key_documents=None, start: jax.Array 
     query = jnp.arange(length, dtype=jnp.int32) + start
     key = jnp.arange(length if key_documents is None else key_documents.shape[1], dtype=jnp.int32)
     causal = (query[:, None] >= key[None, :])[None]
-    return causal if documents is None else causal & (documents[:, :, None] == key_documents[:, None, :])
+    return causal if key_documents is None else causal & (documents[:, :, None] == key_documents[:, None, :])
 
 
 def attention(layer: dict, config: ModelConfig, x: jax.Array, *, rope_table: jax.Array, mask: jax.Array, cache=None):

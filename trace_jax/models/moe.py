@@ -137,7 +137,7 @@ def moe_layer(
     return y, dataclasses.replace(router, dropped=dropped)
 
 
-def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, room: int | None = None):
+def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, room: int | None = None) -> tuple:
     """(sum over the chosen experts of gate times expert [T,D], choices that found no room i32 []).
 
     Args:

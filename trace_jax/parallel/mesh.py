@@ -89,8 +89,8 @@ def sum_over(x, *axes: str):
 
 def storage_spec(shape: tuple[int, ...], axes: tuple[str, ...], sizes: Mapping[str, int]) -> P:
     """How an array with logical `axes` is stored on a mesh with `sizes` (of axes "data", "expert", "tensor")."""
-    rules = zip(shape, map(RULES.get, axes), strict=True)
-    entries = [(axis,) if axis and sizes.get(axis, 1) > 1 and n % sizes[axis] == 0 else () for n, axis in rules]
+    rules = zip(shape, (RULES.get(name, "") for name in axes), strict=True)
+    entries: list[Any] = [(axis,) if sizes.get(axis, 1) > 1 and n % sizes[axis] == 0 else () for n, axis in rules]
     free = [name for name in BATCH_AXES if sizes.get(name, 1) > 1 and (name,) not in entries]
     inner = [d for d, name in enumerate(axes) if name not in _WHOLE]
     if len(inner) > 1:  # vectors are too small to be worth gathering

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import urllib.request
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +42,8 @@ def start_processes(
     process ends with exit code 2 and says whom it waited for. The three arguments go together: `coordinator` is the
     HOST:PORT of process 0, reachable from all. ConfigError where one is missing or they contradict each other.
     """
-    values, address = (coordinator, num_processes, process_id), ()
+    values: tuple[Any, ...] = (coordinator, num_processes, process_id)
+    address: tuple[Any, ...] = ()
     if values == (None,) * 3:
         values = tuple(map(os.environ.get, VARIABLES))
     if values == (None,) * 3:
