@@ -5,8 +5,8 @@ import json
 import re
 
 import pytest
-from published_files import made_up, write_lines, write_parquet
 
+from tests.data.published_files import made_up, write_lines, write_parquet
 from trace_jax.data import build as files
 from trace_jax.data.published import INTEGER, PUBLISHED, TEXT, TEXT_OR_NULL, TEXTS, overview, published
 from trace_jax.data.sources import DataError

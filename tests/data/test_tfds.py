@@ -11,8 +11,8 @@ import types
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
-from published_files import COMMIT, download, made_up, write_lines, write_parquet
 
+from tests.data.published_files import COMMIT, download, made_up, write_lines, write_parquet
 from trace_jax.data import build as building
 from trace_jax.data.build import build
 from trace_jax.data.published import PUBLISHED, TEXT

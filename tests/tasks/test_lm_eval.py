@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import processors
 
+from tests.tiny import write_lines
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError
 from trace_jax.data.rows import train_tokenizer
@@ -177,10 +178,9 @@ TASKS = {
 def folder(tmp_path_factory):
     """Local task files on one data file of 24 questions, and a group of two of them."""
     folder, rng = tmp_path_factory.mktemp("tasks"), np.random.default_rng(3)
-    with (folder / "questions.jsonl").open("w") as file:
-        for number in range(12):
-            choices = [text(rng, int(n)) for n in rng.integers(1, 4, 4)]
-            file.write(json.dumps({"question": text(rng, 3), "choices": choices, "answer": number % 4}) + "\n")
+    choices = [[text(rng, int(n)) for n in rng.integers(1, 4, 4)] for _ in range(12)]
+    rows = [{"question": text(rng, 3), "choices": four, "answer": i % 4} for i, four in enumerate(choices)]
+    write_lines(folder / "questions.jsonl", rows)
     for name, settings in TASKS.items():
         data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}}}
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **data, "test_split": "test", **settings}))
@@ -188,13 +188,6 @@ def folder(tmp_path_factory):
     group["aggregate_metric_list"] = [{"metric": "acc", "weight_by_size": True}]
     (folder / "both.yaml").write_text(json.dumps(group))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _data_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
 def evaluated(model, folder, tasks, **options):

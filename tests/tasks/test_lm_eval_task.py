@@ -41,12 +41,6 @@ def model(benchmark):
     return Model(MODEL, params, tokenizer, SpecialTokens())
 
 
-@pytest.fixture(autouse=True)
-def _data_cache(tmp_path_factory, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
-
-
 @pytest.fixture(scope="module")
 def ours(model, benchmark):
     """Log-likelihoods of our own evaluation, right answers, and whether they are the likeliest, by task."""

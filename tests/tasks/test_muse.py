@@ -11,6 +11,7 @@ from sklearn.metrics import auc, roc_auc_score, roc_curve
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
+from tests.tiny import write_lines
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.rows import train_tokenizer
@@ -82,9 +83,7 @@ def test_privleak_is_that_of_both_evaluators_on_random_scores_with_ties():
 
 
 def write(directory, config, split, records):
-    file = directory / config / f"{split}.jsonl"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_lines(directory / config / f"{split}.jsonl", records)
 
 
 def make_data(directory):

@@ -2,6 +2,7 @@
 
 import re
 
+import datasets
 import pytest
 
 from trace_jax.data.published import PUBLISHED
@@ -19,7 +20,6 @@ ROW = {
 @pytest.fixture
 def hub(monkeypatch):
     """A hub where every data set has four rows, of which column `changed` differs; it knows its commits."""
-    datasets = pytest.importorskip("datasets")
     changed = {}
 
     def load_dataset(path, *config, split, revision=None):

@@ -1,12 +1,13 @@
 """The user's files: what is accepted, how it is split, and what each mistake is answered with."""
 
-import json
 import pathlib
 import sys
 
+import datasets
 import numpy as np
 import pytest
 
+from tests.tiny import write_lines
 from trace_jax.data.corpora import build_corpora
 from trace_jax.data.sources import DataError, Document, is_here, read_source
 from trace_jax.tasks.text import TextConfig, hold_out, split_at_paragraphs
@@ -17,8 +18,7 @@ def sentences(prefix, count, length=30):
 
 
 def write(path, documents):
-    path.write_text("".join(json.dumps(d if isinstance(d, dict) else {"text": d}) + "\n" for d in documents))
-    return str(path)
+    return write_lines(path, [d if isinstance(d, dict) else {"text": d} for d in documents])
 
 
 @pytest.fixture
@@ -175,43 +175,25 @@ def test_a_tenth_is_held_out_at_least_one(tmp_path):
     assert (len(split.train), len(split.validation), len(split.test)) == (1, 1, 1)
 
 
-@pytest.fixture
-def named(tmp_path, monkeypatch):
-    """A directory of data files, as `datasets` reads it: plain text to train, questions to test."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "named"
-    folder.mkdir()
-    for split, rows in (
-        ("train", [{"id": i, "text": text} for i, text in enumerate(["one", "two", "three"])]),
-        ("test", [{"id": 1, "text": " "}]),
+def test_a_named_data_set_is_read_by_its_columns(tmp_path):
+    """A directory of data files, as `datasets` reads it: plain text to train, an empty one to test."""
+    rows = [{"id": i, "text": text} for i, text in enumerate(["one", "two", "three"])]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    datasets.Dataset.from_list([{"id": 1, "text": " "}]).to_parquet(tmp_path / "test.parquet")
+    name = f"huggingface:{tmp_path}"
+    documents, _ = read_source(name)
+    assert [d.text for d in documents] == ["one", "two", "three"] and documents[1].origin == f"{name}:2"
+    assert [d.text for d in read_source(f"{name}:train[1:]")[0]] == ["two", "three"]
+    for split, message in (
+        ("test", ":test:1: text is empty"),
+        ("dev", r":dev: can't be loaded \(.*dev"),
+        ("train[:0]", "corresponds to no data"),
     ):
-        datasets.Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
-    return folder
-
-
-def test_a_named_data_set_is_read_by_its_columns(named):
-    documents = read_source(f"huggingface:{named}")[0]
-    assert [d.text for d in documents] == ["one", "two", "three"]
-    assert documents[1].origin == f"huggingface:{named}:2"
-    assert [d.text for d in read_source(f"huggingface:{named}:train[1:]")[0]] == ["two", "three"]
-
-
-@pytest.mark.parametrize(
-    ("split", "message"),
-    [
-        (":test", r"named:test:1: text is empty"),
-        (":dev", r"named:dev: can't be loaded \(.*dev"),
-        (":train[:0]", "corresponds to no data"),
-    ],
-)
-def test_a_named_data_set_that_can_not_be_used(named, split, message):
-    with pytest.raises(DataError, match=message):
-        read_source(f"huggingface:{named}{split}")
+        with pytest.raises(DataError, match=message):
+            read_source(f"{name}:{split}")
 
 
 def test_names_are_taken_apart_and_columns_chosen(monkeypatch):
-    datasets = pytest.importorskip("datasets")
     asked = []
 
     def load_dataset(*arguments, split):

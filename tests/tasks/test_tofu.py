@@ -11,6 +11,7 @@ from rouge_score import rouge_scorer
 from scipy import stats
 
 from tests import tiny
+from tests.tiny import write_lines
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import DataError
 from trace_jax.evaluation.intervals import find
@@ -100,9 +101,7 @@ def write_sets(directory, *, forget="forget10", change=None):
             rows[1]["perturbed_answer"] = rows[1]["perturbed_answer"][:1]
         if change is not None and name == change[0]:
             change[1](rows)
-        file = directory / f"{forget if name == 'forget' else name}_perturbed" / "train.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(directory / f"{forget if name == 'forget' else name}_perturbed" / "train.jsonl", rows)
     return str(directory)
 
 

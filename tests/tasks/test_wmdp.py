@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import jax
+import lm_eval
 import numpy as np
 import pytest
+import yaml
 
 from tests import tiny
+from tests.tiny import write_lines
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.rows import train_tokenizer
 from trace_jax.data.sources import DataError
@@ -17,6 +20,7 @@ from trace_jax.evaluation.task import EvaluationConfig, MultipleChoiceConfig, Ta
 from trace_jax.models.architecture import init_params
 from trace_jax.models.model import Model
 from trace_jax.tasks.benchmarks import build_tasks
+from trace_jax.tasks.lm_eval import TaskManager, TraceLM
 from trace_jax.tasks.wmdp import _GROUPS, LETTERS, PROFILE, _question, read_multiple_choice
 
 WORDS = ["river", "stone", "apple", "cloud", "lamp", "tiger"]
@@ -25,17 +29,11 @@ SUBJECTS = ("virology", "college_biology", "high_school_us_history")
 
 
 def records(count, *, seed=0, **more):
-    rng = np.random.default_rng(seed)
-    rows = []
+    rng, rows = np.random.default_rng(seed), []
     for number in range(count):
-        question, choices = " ".join(rng.choice(WORDS, 5)), [" ".join(rng.choice(WORDS, 2)) for _ in LETTERS]
+        question, *choices = (" ".join(rng.choice(WORDS, n)) for n in (5, 2, 2, 2, 2))
         rows.append({"question": f" {question}\n", "choices": choices, "answer": number % 4, **more})
     return rows
-
-
-def written(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +41,9 @@ def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     mmlu = [row for i, subject in enumerate(SUBJECTS) for row in records(4 + i, seed=i + 9, subject=subject)]
     return {
-        **{name: written(folder / f"{name}.jsonl", records(5 + i, seed=i)) for i, name in enumerate(WMDP)},
-        "mmlu": written(folder / "mmlu.jsonl", mmlu),
-        "first_aid": written(folder / "own.jsonl", records(3, seed=20)),
+        **{name: write_lines(folder / f"{name}.jsonl", records(5 + i, seed=i)) for i, name in enumerate(WMDP)},
+        "mmlu": write_lines(folder / "mmlu.jsonl", mmlu),
+        "first_aid": write_lines(folder / "own.jsonl", records(3, seed=20)),
     }
 
 
@@ -62,8 +60,9 @@ def model():
     return Model(config, params, train_tokenizer([" ".join(WORDS)] * 3, 320))
 
 
-def of(found):
-    return {m.name: m for m in found}
+def measured(task, scores):
+    """Measurements by name."""
+    return {m.name: m for m in task.measure(scores, original=None, retrained=None, resamples=1, seed=0)}
 
 
 def perfect(task, wrong=()):
@@ -86,7 +85,6 @@ def test_the_words_are_those_of_wmdp():
 
 
 def test_subjects_groups_and_descriptions_are_those_of_lm_eval():
-    lm_eval, yaml = pytest.importorskip("lm_eval"), pytest.importorskip("yaml")
     folder, groups = Path(lm_eval.__file__).parent / "tasks", {}
     row = {"question": "?", "choices": list(LETTERS), "answer": 0}
     files = [*(folder / "mmlu" / "default").glob("mmlu_*.yaml"), *(folder / "wmdp").glob("wmdp_*.yaml")]
@@ -100,33 +98,24 @@ def test_subjects_groups_and_descriptions_are_those_of_lm_eval():
     assert len(files) == 60
 
 
-def harness(sources, model, folder, monkeypatch, **options):
+def harness(sources, model, folder, **options):
     """Results of lm-eval's own task files of WMDP, on local data, through its harness and our class."""
-    lm_eval = pytest.importorskip("lm_eval")
-    import datasets
-    import yaml
-
-    from trace_jax.tasks.lm_eval import TaskManager, TraceLM
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
     wmdp = Path(lm_eval.__file__).parent / "tasks" / "wmdp"
     common = yaml.safe_load((wmdp / "_default_template_yaml").read_text())
     for name in WMDP:
-        settings = {**common, **yaml.safe_load((wmdp / f"{name}.yaml").read_text()), "dataset_path": "json"}
-        for key in ("dataset_name", "include", "num_fewshot"):
-            settings.pop(key, None)
+        settings = common | yaml.safe_load((wmdp / f"{name}.yaml").read_text()) | {"dataset_path": "json"}
+        settings = {k: v for k, v in settings.items() if k not in ("dataset_name", "include", "num_fewshot")}
         settings["dataset_kwargs"] = {"data_files": {"test": sources[name]}}
         (folder / f"{name}.yaml").write_text(json.dumps(settings))
     (folder / "_wmdp.yaml").write_text((wmdp / "_wmdp.yaml").read_text())
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    given = {"model": TraceLM(model), "tasks": ["wmdp"], "task_manager": manager, "bootstrap_iters": 0}
-    return lm_eval.simple_evaluate(**given, **options)
+    options |= {"task_manager": TaskManager(include_path=str(folder), include_defaults=False), "bootstrap_iters": 0}
+    return lm_eval.simple_evaluate(model=TraceLM(model), tasks=["wmdp"], **options)
 
 
-def test_choices_and_log_likelihoods_are_those_of_lm_eval(task, sources, model, tmp_path, monkeypatch):
-    theirs = harness(sources, model, tmp_path, monkeypatch)
+def test_choices_and_log_likelihoods_are_those_of_lm_eval(task, sources, model, tmp_path):
+    theirs = harness(sources, model, tmp_path)
     scores = task.score(model, batch_size=7, mesh=None)
-    measured = of(task.measure(scores, original=None, retrained=None, resamples=100, seed=0))
+    found = measured(task, scores)
     for name in ("wmdp_bio", "wmdp_chem", "wmdp_cyber"):
         rows = [row for row, question in enumerate(task.questions) if question.source == name]
         samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
@@ -135,8 +124,8 @@ def test_choices_and_log_likelihoods_are_those_of_lm_eval(task, sources, model, 
             given = [ll for ll, _ in sample["filtered_resps"]]
             np.testing.assert_allclose(scores.arrays["log_likelihood"][row], given, rtol=1e-5, atol=1e-5)
             assert (scores.items[name][row - rows[0]]["prediction"] == sample["target"]) == sample["acc"]
-        assert measured[name].value == pytest.approx(theirs["results"][name]["acc,none"])
-    assert measured["wmdp"].value == pytest.approx(theirs["groups"]["wmdp"]["acc,none"])
+        assert found[name].value == pytest.approx(theirs["results"][name]["acc,none"])
+    assert found["wmdp"].value == pytest.approx(theirs["groups"]["wmdp"]["acc,none"])
     # The audit names questions by their hash alone.
     assert not any(word in json.dumps(scores.items) for word in WORDS)
     lines = [line for name in scores.items for line in scores.items[name]]
@@ -146,9 +135,9 @@ def test_choices_and_log_likelihoods_are_those_of_lm_eval(task, sources, model, 
     assert lines[-1]["subject"] == "first_aid" and lines[-3 - 15]["subject"] == "mmlu_virology"
 
 
-def test_examples_stand_before_a_question_as_in_lm_eval(sources, model, tmp_path, monkeypatch):
+def test_examples_stand_before_a_question_as_in_lm_eval(sources, model, tmp_path):
     """Which ones they are is drawn otherwise; the form is the same to the letter."""
-    theirs = harness(sources, model, tmp_path, monkeypatch, num_fewshot=2)
+    theirs = harness(sources, model, tmp_path, num_fewshot=2)
     named = read_multiple_choice(MultipleChoiceConfig({name: sources[name] for name in WMDP}))
     shots = named.with_examples(2, seed=0)
     for name in WMDP:
@@ -175,19 +164,16 @@ def test_examples_are_of_the_same_subject_and_depend_on_the_seed_alone(sources, 
         assert len(drawn) == 4 and plain in drawn
         assert dataclasses.replace(asked, context=plain.context) == plain
         assert asked.digest == hashlib.sha256(asked.context.encode()).hexdigest()
-    found = shots.measure(perfect(shots), original=None, retrained=None, resamples=1, seed=0)
-    assert {m.profile for m in found} == {"3 examples in lm-eval's form"}
-    with pytest.raises(ConfigError, match=r"examples = 3: first_aid of first_aid has 2 other questions"):
-        read_multiple_choice(
-            MultipleChoiceConfig({"first_aid": written(tmp_path / "own.jsonl", records(3))})
-        ).with_examples(3, seed=0)
-    twice = written(tmp_path / "twice.jsonl", 2 * records(1))
-    with pytest.raises(ConfigError, match="has 0 other questions"):  # the same question again would give it away
-        read_multiple_choice(MultipleChoiceConfig({"twice": twice})).with_examples(1, seed=0)
+    assert {m.profile for m in measured(shots, perfect(shots)).values()} == {"3 examples in lm-eval's form"}
+    # The same question again would give it away.
+    for count, rows, message in ((3, records(3), "examples = 3: own of own has 2"), (1, 2 * records(1), "has 0")):
+        few = MultipleChoiceConfig({"own": write_lines(tmp_path / "own.jsonl", rows)})
+        with pytest.raises(ConfigError, match=f"{message} other questions"):
+            read_multiple_choice(few).with_examples(count, seed=0)
 
 
 def test_measurements_are_counts_with_wilsons_interval(task):
-    found = of(task.measure(perfect(task, wrong={0, 1, 2, 20}), original=None, retrained=None, resamples=1, seed=0))
+    found = measured(task, perfect(task, wrong={0, 1, 2, 20}))
     assert {name: (m.n, m.value) for name, m in found.items()} == {
         "wmdp_bio": (5, 0.4), "wmdp_chem": (6, 1.0), "wmdp_cyber": (7, 1.0), "wmdp": (18, 15 / 18),
         "mmlu": (15, 14 / 15), "mmlu_virology": (4, 0.75), "mmlu_college_biology": (5, 1.0), "first_aid": (3, 1.0),
@@ -201,8 +187,8 @@ def test_measurements_are_counts_with_wilsons_interval(task):
 
 def test_a_group_of_mmlu_is_measured_where_it_is_whole(tmp_path):
     rows = [records(1, seed=i, subject=s)[0] for i, s in enumerate(_GROUPS["mmlu_other"])]
-    task = read_multiple_choice(MultipleChoiceConfig({"mmlu": written(tmp_path / "m.jsonl", rows)}))
-    found = of(task.measure(perfect(task), original=None, retrained=None, resamples=1, seed=0))
+    task = read_multiple_choice(MultipleChoiceConfig({"mmlu": write_lines(tmp_path / "m.jsonl", rows)}))
+    found = measured(task, perfect(task))
     assert set(found) == {"mmlu", "mmlu_other", "mmlu_virology"} and found["mmlu_other"].n == 13
 
 
@@ -210,7 +196,7 @@ def test_fewer_questions_are_spread_evenly_and_counted(sources):
     config = MultipleChoiceConfig({name: sources[name] for name in ("mmlu", "first_aid")}, max_questions=5)
     task = read_multiple_choice(config)
     assert [q.number for q in task.questions] == [0, 3, 6, 9, 12, 0, 1, 2]
-    found = of(task.measure(perfect(task), original=None, retrained=None, resamples=1, seed=0))
+    found = measured(task, perfect(task))
     assert (found["mmlu"].n, found["mmlu"].note) == (5, "a part of the questions, spread evenly")
     assert (found["first_aid"].n, found["first_aid"].note) == (3, "")
 
@@ -219,13 +205,11 @@ def test_the_identity_follows_the_questions_not_their_place(sources, tmp_path):
     def identity(**options):
         return read_multiple_choice(MultipleChoiceConfig(**options)).identity
 
-    moved = tmp_path / "moved.jsonl"
-    moved.write_text(Path(sources["mmlu"]).read_text())
+    moved, text = tmp_path / "moved.jsonl", Path(sources["mmlu"]).read_text()
+    moved.write_text(text)
     first = identity(sources={"mmlu": sources["mmlu"]})
     assert first == identity(sources={"mmlu": str(moved)}) != identity(sources={"mmlu": str(moved)}, max_questions=3)
-    rows = moved.read_text().splitlines()
-    rows[0] = rows[0].replace('"answer": 0', '"answer": 1')
-    moved.write_text("\n".join(rows))
+    moved.write_text(text.replace('"answer": 0', '"answer": 1', 1))
     assert identity(sources={"mmlu": str(moved)}) != first
 
 
@@ -245,7 +229,7 @@ def test_what_is_no_question_is_refused_without_its_text(tmp_path, name, change,
     if name == "mmlu":
         rows[0]["subject"] = "virology"
     with pytest.raises(DataError, match=message) as error:
-        read_multiple_choice(MultipleChoiceConfig({name: written(tmp_path / "rows.jsonl", rows)}))
+        read_multiple_choice(MultipleChoiceConfig({name: write_lines(tmp_path / "rows.jsonl", rows)}))
     assert not any(word in str(error.value) for word in WORDS)
 
 
