@@ -1,4 +1,4 @@
-"""Rows hold every token of every document once as a target, refusals pair with them, and a step fixes its rows."""
+"""Tokens lose no text, rows hold each once as a target, refusals pair with them, and a step fixes its rows."""
 
 import collections
 import itertools
@@ -7,13 +7,100 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trace_jax.config import ConfigError
 from trace_jax.data import rows as module
-from trace_jax.data.rows import Rows, epoch_sampler, mixture_batches, pack_documents, retain_sampler, with_refusals
-from trace_jax.models.model import Encoded, SpecialTokens
+from trace_jax.data.rows import (
+    Rows,
+    epoch_sampler,
+    mixture_batches,
+    pack_documents,
+    retain_sampler,
+    train_tokenizer,
+    with_refusals,
+)
+from trace_jax.data.sources import Document
+from trace_jax.models.model import Encoded, SpecialTokens, TextCodec, start_and_end
 
 PAD, BOS, EOS = 0, 1, 2
+OWN = SpecialTokens()
+
+
+# --- text as tokens
+
+TEXTS = [
+    "The union of the states, and the state of the union.",
+    "Naïve façades — 12,000 of them.\n\nTabs\tand lines.",
+] * 9
+TOKENIZER = train_tokenizer(TEXTS, 320)
+
+
+def encoded(document, tokenizer=TOKENIZER, special=OWN, size=320):
+    return module.encode_documents(TextCodec(tokenizer, special, size), [document])[0]
+
+
+@hypothesis.given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+@hypothesis.example("a<eos><bos><pad> b")
+@hypothesis.example(" \x00\r\n\u2028  🏛️ é ﬁ ")
+@hypothesis.settings(deadline=None)
+def test_any_text_survives_a_round_trip(text):
+    tokens = encoded(Document(text, "a:1")).tokens
+    assert tokens.min(initial=3) >= 3, "a special token was read from plain text"
+    assert TOKENIZER.decode(tokens.tolist()) == text
+
+
+def test_a_vocabulary_starts_with_special_tokens_and_bytes_and_is_never_larger_than_asked():
+    assert [TOKENIZER.token_to_id(t) for t in ("<pad>", "<bos>", "<eos>")] == [PAD, BOS, EOS]
+    assert sorted(TOKENIZER.get_vocab().values()) == list(range(TOKENIZER.get_vocab_size()))
+    assert all(len(TOKENIZER.id_to_token(i)) == 1 for i in range(3, 3 + 256))
+    assert train_tokenizer(TEXTS, 320).to_str() == TOKENIZER.to_str(), "training is deterministic"
+    assert TOKENIZER.get_vocab_size() <= 320 and train_tokenizer(["ab"], 5000).get_vocab_size() < 300
+    with pytest.raises(ConfigError, match=r"vocab_size is 200; .* at least 259"):
+        train_tokenizer(TEXTS, 200)
+
+
+def test_an_answer_starts_a_new_token():
+    question = Document("Question: Of what?\nAnswer:", "a:1", " states")
+    first, second = encoded(question), encoded(Document("the state", "a:2"))
+    assert TOKENIZER.decode(first.tokens[: first.first_target].tolist()) == question.text
+    assert TOKENIZER.decode(first.tokens[first.first_target :].tolist()) == question.answer
+    assert second.first_target == 0 and first.tokens.dtype == np.int32
+
+
+def test_a_question_reads_like_running_text_with_a_tokenizer_that_marks_beginnings():
+    """Metaspace tokenizers put a space before every text they are given; an answer alone would get a second one."""
+    words = {"▁Who": 0, "?": 1, "▁Polk": 2, "▁": 3, "<unk>": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="always"), pre_tokenizers.Punctuation()]
+    )
+    question = encoded(Document("Who?", "a:1", " Polk"), tokenizer, size=5)
+    assert (question.tokens.tolist(), question.first_target) == ([0, 1, 2], 2)
+
+
+@pytest.mark.parametrize(("special", "size", "largest"), [(OWN, 100, r"\d+"), (SpecialTokens(700), 320, "700")])
+def test_a_tokenizer_of_another_model_is_refused(special, size, largest):
+    with pytest.raises(ConfigError, match=f"gives the id {largest}, but the model knows {size} tokens"):
+        encoded(Document("the union", "a:1"), special=special, size=size)
+
+
+def test_settings_of_a_checkpoints_tokenizer_do_not_cut_or_fill_a_text():
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=50)
+    tokens = encoded(Document("the union<eos>", "a:1"), tokenizer).tokens
+    assert tokenizer.decode(tokens.tolist()) == "the union<eos>"
+
+
+def test_a_text_starts_with_the_first_end_where_there_is_no_beginning():
+    assert start_and_end(SpecialTokens(bos=5, eos=(7, 8))) == (5, 7)
+    assert start_and_end(SpecialTokens(bos=None, eos=(7, 8))) == (7, 7)
+    with pytest.raises(ConfigError, match="no end of text"):
+        start_and_end(SpecialTokens(bos=5, eos=()))
+
+
+# --- tokens in rows
 
 
 def documents_of(lengths, first_targets=None):
@@ -29,11 +116,11 @@ def documents_of(lengths, first_targets=None):
     ("special", "document", "tokens", "valid"),
     [
         # Neither BOS nor the last token of a document predicts; the token before EOS does.
-        (SpecialTokens(), Encoded(np.array([10, 11])), [BOS, 10, 11, EOS, PAD, PAD], [0, 1, 1, 0, 0, 0]),
+        (OWN, Encoded(np.array([10, 11])), [BOS, 10, 11, EOS, PAD, PAD], [0, 1, 1, 0, 0, 0]),
         # Without a beginning mark the first end starts a document, and padding may look like it.
         (SpecialTokens(None, (7, 8), 7), Encoded(np.array([10, 7])), [7, 10, 7, 7, 7, 7], [0, 1, 1, 0, 0, 0]),
         # Only the answer is predicted.
-        (SpecialTokens(), Encoded(np.arange(10, 14), 2), [BOS, 10, 11, 12, 13, EOS], [0, 0, 1, 1, 1, 0]),
+        (OWN, Encoded(np.arange(10, 14), 2), [BOS, 10, 11, 12, 13, EOS], [0, 0, 1, 1, 1, 0]),
     ],
 )
 def test_a_row_by_hand(special, document, tokens, valid):
@@ -157,12 +244,12 @@ def test_both_of_a_pair_stand_in_rows_of_one_number():
 
 
 def test_refusals_follow_like_answers_and_end_the_text():
-    tokenizer = module.train_tokenizer(["I do not know. No."] * 3, 300)
-    encoded = module.encode_refusals(["I do not know.", " No. "], tokenizer, SpecialTokens())
+    tokenizer = train_tokenizer(["I do not know. No."] * 3, 300)
+    encoded = module.encode_refusals(["I do not know.", " No. "], tokenizer, OWN)
     assert [tokenizer.decode(ids[:-1].tolist()) for ids in encoded] == [" I do not know.", " No."]
     assert all(ids[-1] == 2 and ids.dtype == np.int32 for ids in encoded)
     with pytest.raises(ConfigError, match="need a tokenizer"):
-        module.encode_refusals(["No."], None, SpecialTokens())
+        module.encode_refusals(["No."], None, OWN)
 
 
 # --- rows of a step

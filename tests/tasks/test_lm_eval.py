@@ -1,10 +1,13 @@
-"""lm-eval on our models: the same numbers and texts as lm-eval's own class for transformers gives, item by item."""
+"""lm-eval on our models: the same numbers and texts as lm-eval's own class for transformers gives, item by item; and
+WMDP's whole path, model class, task file and harness, on the questions of a little handbook."""
 
+import dataclasses
 import functools
 import json
 import shutil
 import types
 
+import jax
 import lm_eval
 import numpy as np
 import pytest
@@ -13,28 +16,33 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import processors
 
+from tests import tiny
 from tests.tiny import write_lines
 from trace_jax.checkpoints.pretrained import load_pretrained
-from trace_jax.config import ConfigError
+from trace_jax.config import ConfigError, as_dict, resolve
+from trace_jax.data.corpora import encode_questions
 from trace_jax.data.rows import train_tokenizer
 from trace_jax.evaluation import likelihood
-from trace_jax.io.files import read_json
+from trace_jax.io.files import read_json, write_json
+from trace_jax.main import main
+from trace_jax.models.architecture import init_params
+from trace_jax.models.model import Model, TextCodec
+from trace_jax.run.experiment import ExperimentConfig
+from trace_jax.run.export import save_trained
 from trace_jax.tasks import lm_eval as module
-from trace_jax.tasks.lm_eval import TraceLM, evaluate_tasks, read_decoding, table
+from trace_jax.tasks.handbook import HandbookConfig
+from trace_jax.tasks.lm_eval import TraceLM, evaluate_tasks, export_tasks, read_decoding, table
+from trace_jax.tasks.text import TextConfig
 
 VOCABULARY = 320
 WORDS = ["river", "stone", "apple", "cloud", "lamp", "tiger", "violin", "harbour", "window", "garden", "candle"]
 LOCAL = functools.partial(TaskManager, include_defaults=False)  # quicker: lm-eval's own thousands are not looked at
 WITH_BOS = pytest.mark.parametrize("checkpoint", ["with_bos"], indirect=True)
 # By name: family, marks of config.json, marks of the tokenizer, whether it puts BOS before a text.
+TWO_ENDS = {"eos_token_id": [2, 1], "pad_token_id": 0}
 KINDS = {
     "with_bos": ("mixtral", {}, {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}, True),
-    "without_bos": (
-        "olmoe",
-        {"eos_token_id": [2, 1], "pad_token_id": 0},
-        {"bos_token": None, "eos_token": "<eos>"},
-        False,
-    ),
+    "without_bos": ("olmoe", TWO_ENDS, {"bos_token": None, "eos_token": "<eos>"}, False),
 }
 
 
@@ -65,10 +73,6 @@ def theirs(checkpoint):
 
 def requests(*arguments):
     return [types.SimpleNamespace(args=a, task_name="t") for a in arguments]
-
-
-def unneeded():
-    raise AssertionError("a model is loaded, and nothing is to be run")
 
 
 def text(rng, count):
@@ -231,7 +235,7 @@ def test_finished_tasks_are_kept_until_something_changes(ours, folder, tmp_path,
     load = functools.partial(getattr, ours, "_model")
     first = evaluate_tasks(load, ["both"], **options)
     assert list(first) == ["both"] and counts == [["both"]]
-    assert evaluate_tasks(unneeded, ["both"], **options) == first == read_json(output)
+    assert evaluate_tasks(pytest.fail, ["both"], **options) == first == read_json(output)  # nothing is loaded
     assert evaluate_tasks(load, ["both", "prose"], **options)["both"] == first["both"] == read_json(output)["both"]
     assert counts == [["both"], ["prose"]]
     evaluate_tasks(load, ["both"], limit=4, **{**options, "identity": "b"})
@@ -245,7 +249,71 @@ def test_finished_tasks_are_kept_until_something_changes(ours, folder, tmp_path,
         evaluate_tasks(load, ["quiz", "prose"], **{**options, "output": tmp_path / "interrupted.json"})
     assert list(read_json(tmp_path / "interrupted.json")) == ["quiz"]
     with pytest.raises(ConfigError, match=r"no task 'quizz'\. Did you mean quiz.*include-path"):
-        evaluate_tasks(unneeded, ["quizz"], identity="a", include=[folder])
+        evaluate_tasks(pytest.fail, ["quizz"], identity="a", include=[folder])
     text = table(first)
     assert "|both" in text and "acc_norm" in text and "Stderr" in text and "n: quiz 12, cloze 12" in text
     assert "river" not in output.read_text() + text, "no question is written"
+
+
+# --- the handbook's questions
+
+DATA = HandbookConfig(forget_substances=6, neighbour_substances=9, retain_rows=8, row_length=64, vocab_size=512)
+MODEL = dataclasses.replace(tiny.CONFIG, vocab_size=512)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return DATA.build()
+
+
+@pytest.fixture(scope="module")
+def model(benchmark):
+    """Random, and sharp enough that options differ clearly."""
+    params = jax.tree.map(lambda x: 2 * x, init_params(MODEL, jax.random.key(0)))
+    return Model(MODEL, params, train_tokenizer([page.text for page in benchmark.train["forget"]], 512))
+
+
+@pytest.fixture(scope="module")
+def own(model, benchmark):
+    """Log-likelihoods of our own evaluation, right answers, and whether they are the likeliest, by task."""
+    scores = {}
+    for subject, items in benchmark.test.questions.items():
+        asked = encode_questions(TextCodec.of(model), items)
+        ll = likelihood.score_questions(model, asked)
+        scores[f"handbook_{subject}"] = ll, asked.answer, ll.argmax(axis=1) == asked.answer
+    return scores
+
+
+def test_the_harness_scores_the_handbook_as_we_do_question_by_question(model, own, tmp_path):
+    assert all(0 < correct.mean() < 1 for _, _, correct in own.values())
+    manager = LOCAL(include_path=str(export_tasks(DATA, tmp_path)))
+    found = lm_eval.simple_evaluate(model=TraceLM(model), tasks=["handbook"], task_manager=manager, bootstrap_iters=0)
+    assert set(found["samples"]) == set(own)
+    for task, (log_likelihood, answer, correct) in own.items():
+        samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+        given = np.array([[ll for ll, _ in sample["filtered_resps"]] for sample in samples])
+        np.testing.assert_allclose(given, log_likelihood, rtol=2e-5, atol=1e-4)
+        assert [sample["acc"] for sample in samples] == correct.tolist()
+        assert [sample["target"] for sample in samples] == answer.tolist()
+        assert found["results"][task]["acc,none"] == pytest.approx(correct.mean())
+    with pytest.raises(ConfigError, match="has no questions"):
+        export_tasks(TextConfig(forget="a", retain="b"), tmp_path)
+
+
+def test_the_command_evaluates_the_model_of_a_run(model, own, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "TaskManager", LOCAL)
+    config = resolve(ExperimentConfig, {"name": "little", "data": as_dict(DATA), "model": as_dict(MODEL)})
+    write_json(tmp_path / "config.json", {"identity": config.identity(), "config": as_dict(config)})
+    save_trained(tmp_path / "target", model, "a")
+    write_json(tmp_path / "target" / "target.stage.json", {"identity": "a"})
+    command = ["lm-eval", "--workdir", str(tmp_path), "--method", "target"]
+    assert main(command) == 0
+    text, stored = capsys.readouterr().out, read_json(tmp_path / "lm_eval" / "target.json")
+    expected = {name: correct.mean() for name, (_, _, correct) in own.items()}
+    accuracies = {name: result["acc,none"] for name, result in stored["handbook"]["results"].items()}
+    assert accuracies == pytest.approx(expected)
+    assert all(f"{name} {len(correct)}" in text for name, (_, _, correct) in own.items())
+    monkeypatch.setattr(module, "TraceLM", None)  # what is stored needs no model
+    assert main(command) == 0 and capsys.readouterr().out == text
+    assert main([*command[:-1], "uniform"]) == 2
+    assert "uniform is given; name one that is finished" in capsys.readouterr().err

@@ -129,21 +129,16 @@ def reference(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(reference, tokenizer, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("checkpoint")
-    tiny_checkpoints.save(reference[0], "mixtral", directory)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
-
-
-@pytest.fixture(scope="module")
 def task(data):
     return muse_task(MuseConfig(str(data)))
 
 
 @pytest.fixture(scope="module")
-def scores(task, checkpoint):
-    return task.score(load_pretrained(checkpoint), batch_size=2, mesh=None)
+def scores(task, reference, tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    tiny_checkpoints.save(reference[0], "mixtral", directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return task.score(load_pretrained(directory), batch_size=2, mesh=None)
 
 
 def measured(task, scores, retrained=None):
@@ -180,11 +175,20 @@ class Naive:
         pairs = self.read("knowmem", f"{name}_qa_icl")
         return "".join(f"Question: {p['question']}\nAnswer: {p['answer']}\n\n" for p in pairs)
 
+    def rouge(self, pairs, stops=()):
+        scores = []
+        for text, truth in pairs:
+            for word in stops:
+                text = text.split(word)[0]
+            scores.append(self.scorer.score(truth, self.stripped(text))["rougeL"].fmeasure)
+        return np.mean(scores) * self.scale
+
+    def sides(self):
+        return [[self.score(d["text"]) for d in self.read("privleak", side)] for side in ("forget", "holdout")]
+
 
 class NaiveMuse(Naive):
-    def rouge(self, pairs):
-        scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
-        return np.mean([scorer.score(truth, text)["rougeL"].fmeasure for text, truth in pairs]) * 100
+    scorer, scale, stripped = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False), 100, staticmethod(str)
 
     def verbmem(self):
         encode = self.tokenizer
@@ -197,43 +201,37 @@ class NaiveMuse(Naive):
         pairs = []
         for d in self.read("knowmem", f"{name}_qa"):
             prompt = self.examples(name) + f"Question: {d['question']}\nAnswer: "
-            text = self.write(self.tokenizer(prompt)["input_ids"], 32)
-            for word in ("\n\n", "\nQuestion", "Question:"):
-                text = text.split(word)[0]
-            pairs.append((text, d["answer"]))
-        return self.rouge(pairs)
+            pairs.append((self.write(self.tokenizer(prompt)["input_ids"], 32), d["answer"]))
+        return self.rouge(pairs, ("\n\n", "\nQuestion", "Question:"))
+
+    def score(self, text):
+        log_probs = [float(x) for x in self.log_probs(self.tokenizer(text)["input_ids"])]
+        return float(-np.mean(np.sort(log_probs)[: int(len(log_probs) * 0.4)]))
 
     def auc(self):
-        def score(text):
-            found = [float(x) for x in self.log_probs(self.tokenizer(text)["input_ids"])]
-            return float(-np.mean(np.sort(found)[: int(len(found) * 0.4)]))
-
-        sides = [[score(d["text"]) for d in self.read("privleak", side)] for side in ("forget", "holdout")]
-        false, true, _ = roc_curve([0] * len(sides[0]) + [1] * len(sides[1]), -np.array(sides[0] + sides[1]))
+        forget, holdout = self.sides()
+        false, true, _ = roc_curve([0] * len(forget) + [1] * len(holdout), -np.array(forget + holdout))
         return auc(false, true)
 
 
 class NaiveOpenUnlearning(Naive):
-    def rouge(self, pairs):
-        scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-        found = []
-        for text, truth in pairs:
-            for word in ("<eos>", "\n\n", "\nQuestion", "Question:") if self.stops else ("<eos>",):
-                text = text.split(word)[0]
-            found.append(scorer.score(truth, text.strip())["rougeL"].fmeasure)
-        return np.mean(found)
+    scorer, scale, stripped = (
+        rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True),
+        1,
+        staticmethod(str.strip),
+    )
 
     def verbmem(self):
-        pairs, self.stops = [], False
+        pairs = []
         for d in self.read("verbmem", "forget"):
             prefix = self.tokenizer(d["prompt"])["input_ids"]
             whole = self.tokenizer(d["prompt"] + " " + d["gt"])["input_ids"][: len(prefix) + 2048]
             truth = self.decode(whole[len(prefix) :]).replace(self.decode(prefix), "").strip()
             pairs.append((self.write(prefix, 128), truth))
-        return self.rouge(pairs)
+        return self.rouge(pairs, ("<eos>",))
 
     def knowmem(self, name):
-        pairs, self.stops = [], True
+        pairs = []
         for d in self.read("knowmem", f"{name}_qa"):
             prompt = self.examples(name) + "Question: " + d["question"] + "\n" + "Answer: "
             cut = {"max_length": 512, "truncation": True, "add_special_tokens": True}
@@ -241,28 +239,24 @@ class NaiveOpenUnlearning(Naive):
             whole = whole if whole[-1] == EOS else [*whole, EOS]
             truth = self.decode(whole).replace(self.decode(prefix), "").strip()
             pairs.append((self.write(prefix, 32), truth))
-        return self.rouge(pairs)
+        return self.rouge(pairs, ("<eos>", "\n\n", "\nQuestion", "Question:"))
+
+    def score(self, text):
+        ids = self.tokenizer(text)["input_ids"][: len(self.tokenizer("")["input_ids"]) + 2048]
+        log_probs = self.log_probs(ids)[:-1]
+        return -np.mean(np.sort(log_probs)[: max(1, int(len(log_probs) * 0.4))])
 
     def auc(self):
-        def score(text):
-            ids = self.tokenizer(text)["input_ids"][: len(self.tokenizer("")["input_ids"]) + 2048]
-            found = self.log_probs(ids)[:-1]
-            return -np.mean(np.sort(found)[: max(1, int(len(found) * 0.4))])
-
-        sides = [[score(d["text"]) for d in self.read("privleak", side)] for side in ("forget", "holdout")]
-        return roc_auc_score([0] * len(sides[0]) + [1] * len(sides[1]), sides[0] + sides[1])
+        forget, holdout = self.sides()
+        return roc_auc_score([0] * len(forget) + [1] * len(holdout), forget + holdout)
 
 
 def test_every_number_is_that_of_both_evaluators(task, scores, data, reference):
     found = measured(task, scores)
     for naive, prefix in ((NaiveMuse, "muse_"), (NaiveOpenUnlearning, "muse_ou_")):
         evaluator = naive(*reference, data)
-        values = {
-            "verbmem": evaluator.verbmem(),
-            "knowmem_forget": evaluator.knowmem("forget"),
-            "knowmem_retain": evaluator.knowmem("retain"),
-            "privleak_auc": evaluator.auc(),
-        }
+        values = {"verbmem": evaluator.verbmem(), "privleak_auc": evaluator.auc()}
+        values |= {f"knowmem_{name}": evaluator.knowmem(name) for name in ("forget", "retain")}
         assert values["verbmem"] > 0 and values["knowmem_forget"] > 0 and 0 < values["privleak_auc"] < 1
         for name, value in values.items():
             assert found[prefix + name].value == pytest.approx(value, abs=1e-6), prefix + name
@@ -305,27 +299,21 @@ def of_tokenizer(tokenizer, bos=BOS):
     return TextCodec(tokenizer, SpecialTokens(bos=bos, eos=(EOS,)), 100)
 
 
-def test_a_text_starts_as_its_tokenizer_has_it(tokenizer):
-    bare = Tokenizer.from_str(tokenizer.to_str())
-    bare.post_processor = None
-    silent = Tokenizer.from_str(tokenizer.to_str())
-    silent.post_processor = processors.ByteLevel(trim_offsets=False)
+def test_a_text_starts_once_as_its_tokenizer_has_it(tokenizer):
+    bare, silent, strict = (Tokenizer.from_str(tokenizer.to_str()) for _ in range(3))
+    bare.post_processor, silent.post_processor = None, processors.ByteLevel(trim_offsets=False)
     text = tuple(tokenizer.encode("river", add_special_tokens=False).ids)
     assert of_tokenizer(tokenizer).ids("river") == (BOS, *text)
     assert of_tokenizer(tokenizer, bos=None).ids("river") == (BOS, *text), "the tokenizer decides"
     assert of_tokenizer(bare).ids("river") == (BOS, *text), "a bare tokenizer leaves it to the model"
     assert of_tokenizer(bare, bos=None).ids("river") == text
     assert of_tokenizer(silent).ids("river") == text, "Qwen's adds nothing, though its config.json names a BOS"
-
-
-def test_no_text_starts_twice_and_nothing_is_cut_or_changed_for_others(tokenizer):
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    tokenizer.encode_special_tokens = True
-    tokenizer.enable_truncation(3)
-    reader = of_tokenizer(tokenizer)
+    strict.encode_special_tokens = True
+    strict.enable_truncation(3)
+    reader = of_tokenizer(strict)
     assert reader.ids("<bos>river") == reader.ids("river")
-    assert len(reader.ids("river stones apple clouds lamp")) > 4
-    assert tokenizer.encode_special_tokens and tokenizer.truncation is not None
+    assert len(reader.ids("river stones apple clouds lamp")) > 4, "nothing is cut"
+    assert strict.encode_special_tokens and strict.truncation is not None, "or changed for others"
     assert reader.text((BOS, *reader.ids(" lamp"))) == " lamp" and reader.text([EOS], special=True) == "<eos>"
 
 
@@ -347,13 +335,18 @@ def test_data_of_another_form_is_refused(data, tmp_path):
     (other / "privleak" / "holdout.jsonl").unlink()
     with pytest.raises(DataError, match=r"privleak/holdout\.jsonl: there is no such file"):
         read_muse(str(other))
-    write(other, "privleak", "holdout", [{"text": "a"}, {"text": " "}])
-    with pytest.raises(DataError, match=r"holdout\.jsonl row 2: text is empty"):
-        read_muse(str(other))
-    write(other, "privleak", "holdout", [{"text": "a"}])
-    write(other, "knowmem", "retain_qa", [{"question": "a", "response": "b"}])
-    with pytest.raises(DataError, match=r"answer is missing; .* \(the columns are question, response\)"):
-        read_muse(str(other))
+    for config, split, rows, message in (
+        ("privleak", "holdout", [{"text": "a"}, {"text": " "}], r"holdout\.jsonl row 2: text is empty"),
+        (
+            "knowmem",
+            "retain_qa",
+            [{"question": "a", "say": "b"}],
+            r"answer is missing; .* \(the columns are question, say",
+        ),
+    ):
+        write(other, config, split, rows)
+        with pytest.raises(DataError, match=message):
+            read_muse(str(other))
 
 
 def test_the_section_builds_the_task_and_names_known_profiles(data):
