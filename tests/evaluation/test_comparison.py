@@ -41,9 +41,11 @@ RUNS = study(
 
 def test_the_setting_is_chosen_on_validation_and_the_gain_is_paired_by_seed():
     """However good another setting is on test."""
-    baseline, result = compare(RUNS, level=0.5).results
+    compared = compare(RUNS, level=0.5)
+    baseline, result = compared.results
     assert (baseline.method, baseline.setting, baseline.settings) == ("uniform", "alpha=16", 2)
     assert (result.method, result.setting, result.settings) == ("trace_rows", "alpha=4", 2)
+    assert all(word in as_text(compared) for word in ("trace_rows", "alpha=4", "3/3"))
     assert result.utilities["neighbour_accuracy"].value == pytest.approx(np.mean([0.90, 0.93, 0.92]))
     gain = result.gains["neighbour_accuracy"]
     ratios = np.array([0.90 / 0.72, 0.93 / 0.70, 0.92 / 0.74]) - 1
@@ -139,37 +141,37 @@ def test_intervals_are_over_seeds_and_items_and_count_items():
     assert "95 % intervals over seeds and items; gains over tuned uniform, paired by seed and item" in text
 
 
-def test_the_gain_is_paired_by_item():
+@pytest.fixture(scope="module")
+def one_seed():
+    return compare(pairs([0]), level=0.5)
+
+
+def test_the_gain_is_paired_by_item(one_seed):
     """Both methods do the same to every item, up to a factor: their difference is far more certain than either."""
-    gain, utility = (getattr(compare(pairs([0]), level=0.5).results[1], f)[MEAN] for f in ("gains", "utilities"))
+    gain, utility = one_seed.results[1].gains[MEAN], one_seed.results[1].utilities[MEAN]
     assert gain.high - gain.low < 0.4 * (utility.high - utility.low) / utility.value
     assert 0 < gain.low < gain.value < gain.high
-    baseline = compare(pairs([0]), level=0.5).results[0].gains[MEAN]
+    baseline = one_seed.results[0].gains[MEAN]
     assert (baseline.value, baseline.low, baseline.high) == (0, 0, 0)
 
 
-def test_the_crossing_is_found_anew_on_every_resample():
+def test_the_crossing_is_found_anew_on_every_resample(one_seed):
     """Utility at a fixed step would not move with the forget questions; at a level of forgetting it does."""
-    first, best = (compare(pairs([0]), level=0.5, reading=r).results[0].utilities[MEAN] for r in ("first", "best"))
+    best = compare(pairs([0]), level=0.5, reading="best").results[0].utilities[MEAN]
+    first = one_seed.results[0].utilities[MEAN]
     assert first.high - first.low > 1.5 * (best.high - best.low)
 
 
-def test_without_other_seeds_or_items_intervals_are_over_the_rest_and_say_so():
-    compared = compare(pairs([0]), level=0.5)
-    assert compared.over == "items" and "over items (one seed)" in as_text(compared)
-    assert np.isnan(compared.results[1].over_seeds["gains"][MEAN].low)
+def test_without_other_seeds_or_items_intervals_are_over_the_rest_and_say_so(one_seed):
+    assert one_seed.over == "items" and "over items (one seed)" in as_text(one_seed)
+    assert np.isnan(one_seed.results[1].over_seeds["gains"][MEAN].low)
+    plain = json.loads(json.dumps(encode(one_seed), allow_nan=False))
+    assert plain["results"][1]["over_seeds"]["gains"][MEAN]["low"] is None
     runs = pairs(range(3))
     compared = compare([*runs[:-1], dataclasses.replace(runs[-1], items=None)], level=0.5)
     assert compared.over == "seeds" and "over seeds (no items were kept)" in as_text(compared)
     for result in compared.results:
         assert result.utilities == result.over_seeds["utilities"] and result.gains == result.over_seeds["gains"]
-
-
-def test_a_comparison_is_plain_json_and_text():
-    single = [run for run in RUNS if run.seed == 0]  # one seed: no interval, null in JSON
-    plain = json.loads(json.dumps(encode(compare(single, level=0.5)), allow_nan=False))
-    assert plain["results"][1]["gains"][MEAN]["low"] is None
-    assert all(word in as_text(compare(RUNS, level=0.5)) for word in ("trace_rows", "alpha=4", "3/3"))
 
 
 def test_the_table_at_equal_forgetting():

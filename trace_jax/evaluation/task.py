@@ -78,10 +78,10 @@ class EvaluationConfig(Section):
     batch_size: int = option(64, help="rows per evaluation batch", minimum=1)
     max_rows: int = option(96, help="most rows of held-out text per score, spread evenly over the documents", minimum=1)
     max_prompts: int = option(48, help="most prompts continued in the verbatim score", minimum=1)
-    max_members: int = option(200, help="most texts a side in membership attacks, spread likewise", minimum=2)
-    max_gradients: int = option(32, help="of these, in the gradient-norm attack; 0 = leave it out", minimum=0)
+    max_members: int = option(200, help="most texts a side in membership attacks, spread evenly", minimum=2)
+    max_gradients: int = option(32, help="most texts a side in the gradient-norm attack; 0 = leave it out", minimum=0)
     bootstrap: int = option(1000, help="bootstrap resamples for intervals", minimum=100)
-    levels: tuple[float, ...] = option((0.5,), help="of the benchmark's own forgetting, where utility is compared")
+    levels: tuple[float, ...] = option((0.5,), help="forgetting on the benchmark's own scale where utility is compared")
     audit_text: bool = option(
         True, help="keep what was generated, with the true text, beside the scores; never done for text of WMDP"
     )
