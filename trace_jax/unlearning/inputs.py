@@ -72,19 +72,14 @@ class Inputs:
             self._weights = self._retain.valid.astype(np.float32) if weights is None else weights.step_weights
 
     def at(self, step: int) -> StepRows:
-        chosen = self._sampler(step)
-        rows = StepRows(
-            self._forget.batch(chosen),
-            topic=self._forget.domain[chosen],
-            refusals=None if self._refusals is None else self._refusals.batch(chosen),
-            **{name: array[chosen] for name, array in self._reference.items()},
-        )
-        padded = pad_rows(rows, self._multiple)
-        if self._retain is None:
-            return padded
-        drawn = self._drawn(step)
-        retain, weights = pad_rows((self._retain.batch(drawn), self._weights[drawn]), self._multiple)
-        return dataclasses.replace(padded, retain=retain, weights=weights)
+        chosen, retain, weights = self._sampler(step), None, None
+        if self._retain is not None:
+            drawn = self._drawn(step)
+            retain, weights = self._retain.batch(drawn), self._weights[drawn]
+        refusals = None if self._refusals is None else self._refusals.batch(chosen)
+        reference = {name: array[chosen] for name, array in self._reference.items()}
+        rows = StepRows(self._forget.batch(chosen), retain, weights, self._forget.domain[chosen], refusals, **reference)
+        return pad_rows(rows, self._multiple)
 
 
 def forget_sampler(topics: np.ndarray, config: UnlearningConfig, *, seed: int) -> IndexSampler:
