@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from tests import tiny
 from tests.unlearning.conftest import ONE
 from trace_jax.data.rows import with_refusals
 from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.decoder import forward
-from trace_jax.parallel.mesh import make_mesh
+from trace_jax.models.sharding import placed_params
+from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, make_mesh, place, to_host
 from trace_jax.unlearning import unlearn as unlearn_module
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
@@ -100,25 +102,28 @@ def plain_loss(current, original, config, rows):
     return loss + c["alpha"] * jnp.where(valid, rows.weights * per_token, 0.0).sum() / valid.sum().astype(np.float32)
 
 
-def moved(flat):
+def moved(flat, away=0.05):
     """Parameters a little away from the reference, so that no retain term vanishes."""
     keys = jax.random.split(jax.random.key(7), len(flat))
-    return {k: v + 0.05 * jax.random.normal(s, v.shape) for s, (k, v) in zip(keys, flat.items(), strict=True)}
+    pairs = zip(keys, flat.items(), strict=True)
+    return {path: leaf + np.float32(away) * jax.random.normal(key, leaf.shape) for key, (path, leaf) in pairs}
 
 
-def gradient_of_step(config, model, rows, mesh=ONE):
+def gradient_of_step(config, model, rows, mesh=ONE, *, parallel=PLAIN, online=None, away=0.05):
     """(metrics, gradient) of the compiled step, read off the first moments of Adam."""
-    training = flatten(model.params)
-    settings = unlearning_settings(config, model.config)
-    target = jnp.asarray(TARGETS) if "hidden" in config.objective.needs else None
-    constants = Constants(training, None, None, coefficients(config), target)
-    state = initial_state(moved(training), settings, mesh)
+    settings = unlearning_settings(config, model.config, parallel)
+    training = flatten(placed_params(model.params, model.config, mesh))
+    target = TARGETS if "hidden" in config.objective.needs else None
+    numbers, target, online = place((coefficients(config), target, online), mesh)
+    constants = Constants(training, None, None, numbers, target, online=online)
     if not config.retains:
         rows = dataclasses.replace(rows, retain=None, weights=None)
-    state, metrics = unlearning_step(state, constants, pad_rows(rows, mesh.size), settings=settings, mesh=mesh)
+    rows = place(pad_rows(rows, mesh.size), mesh, P(BATCH_AXES))
+    state = initial_state(moved(training, away), settings, mesh)
+    state, metrics = unlearning_step(state, constants, rows, settings=settings, mesh=mesh)
     first_moment = next(s for s in state.optimizer if hasattr(s, "mu")).mu
-    gradient = jax.tree.map(lambda m: np.asarray(m) / np.float32(0.1), first_moment)
-    return {k: float(v) for k, v in metrics.items()}, gradient
+    metrics, first_moment = to_host((metrics, first_moment))
+    return jax.tree.map(float, metrics), {path: moment / np.float32(0.1) for path, moment in first_moment.items()}
 
 
 @pytest.fixture(scope="module")
