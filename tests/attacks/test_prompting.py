@@ -148,9 +148,8 @@ def test_other_queries_recover_what_was_only_refused(case, measured):
             assert value(point.original, "forget_accuracy", split) == 1
         names = {m.name for m in point.measurements}
         assert names == {"forget_accuracy", "neighbour_accuracy"}
-        assert find(point.measurements, "forget_accuracy", "test").n == len(
-            refuses.context.corpora.test.questions["forget"]
-        )
+        forget = refuses.context.corpora.test.questions["forget"]
+        assert find(point.measurements, "forget_accuracy", "test").n == len(forget)
 
 
 def test_what_is_lost_stays_lost_though_the_model_copies_what_it_reads(case, measured):
@@ -210,19 +209,15 @@ def test_more_than_the_model_reads_is_refused_before_anything_is_scored(case):
     lost.directory.mkdir()
     (lost.directory / "config.json").write_text('{"max_position_embeddings": 32}')
     short = lost.context.original.replace(source=Source(lost.directory, "olmoe"))
-    with pytest.raises(
-        ConfigError, match=r"with 3 examples the longest query has \d+ tokens, and the model reads 32 at"
-    ):
+    with pytest.raises(ConfigError, match=r"with 3 examples the longest query has \d+ .* the model reads 32 at"):
         prompting(Prompting(), lost, original=short)
     assert [path.name for path in lost.directory.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"prefixes": (0.0,)}, {"prefixes": (1.0,)}, {"prefixes": (1.5,)}, {"examples": (0,)}]
-)
-def test_shares_and_counts_that_ask_for_nothing_are_refused(wrong):
-    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} "):
-        Prompting(**wrong)
+@pytest.mark.parametrize(("name", "wrong"), [("prefixes", 0.0), ("prefixes", 1.0), ("prefixes", 1.5), ("examples", 0)])
+def test_shares_and_counts_that_ask_for_nothing_are_refused(name, wrong):
+    with pytest.raises(ConfigError, match=f"{name} "):
+        Prompting(**{name: (wrong,)})
 
 
 def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowhere(
@@ -253,10 +248,8 @@ def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowher
 @pytest.fixture(scope="module")
 def own(data):
     """Own text, its settings and a file of paraphrases that continue with forget text."""
-    config = TextConfig(
-        forget=str(data / "forget.jsonl"), retain=str(data / "retain.jsonl"), vocab_size=400,
-        row_length=96,
-    )  # fmt: skip
+    files = {name: str(data / f"{name}.jsonl") for name in ("forget", "retain")}
+    config = TextConfig(**files, vocab_size=400, row_length=96)
     texts = [json.loads(line)["text"] for line in (data / "forget.jsonl").read_text().splitlines()]
     rows = [{"prompt": f"candle {t[:40]}", "continuation": t[40:90]} for t in texts[:6]]
     return config, build_corpora(config), tiny.write_lines(data / "own.jsonl", rows)
@@ -269,11 +262,9 @@ def test_continuations_of_text_recover_what_was_only_refused(minds, own, tmp_pat
         for row, segments in zip(corpora.forget.tokens, corpora.forget.segments, strict=True)
         for s in range(1, segments.max() + 1)
     ]
-    prompts = [
-        tuple(p) for probes in (corpora.validation, corpora.test) for p in probes.prompts["forget"].prompt.tolist()
-    ]
-    knows, lost = Mind({}, tuple(chunks)), Mind({})
-    refuses = Mind({}, tuple(chunks), frozenset(prompts))
+    parts = (corpora.validation, corpora.test)
+    prompts = frozenset(tuple(p) for probes in parts for p in probes.prompts["forget"].prompt.tolist())
+    knows, refuses, lost = Mind({}, tuple(chunks)), Mind({}, tuple(chunks), prompts), Mind({})
     settings = Prompting(examples=(2,), paraphrases=paraphrases)
     for unlearned, recovered in ((refuses, True), (lost, False)):
         case = make_case(config, corpora, unlearned, knows, tmp_path / str(recovered))
@@ -282,9 +273,8 @@ def test_continuations_of_text_recover_what_was_only_refused(minds, own, tmp_pat
         for point in points:
             result, original = (value(m, "verbatim") for m in (point.measurements, point.original))
             assert value(point.original, "forget_probability_ratio") == 1
-            assert value(point.measurements, "forget_probability_ratio") == pytest.approx(
-                1 if recovered else np.exp(-8.9)
-            )
+            ratio = value(point.measurements, "forget_probability_ratio")
+            assert ratio == pytest.approx(1 if recovered else np.exp(-8.9))
             assert (result == original > 0.3) if recovered else (result < 0.05 < original), point.at
     assert find(points[-1].measurements, "verbatim", "test").n == SETTINGS.max_prompts
     assert find(points[-1].measurements, "verbatim", "validation") is None

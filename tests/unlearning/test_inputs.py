@@ -18,13 +18,10 @@ def numbered(count, *, topics=(0,), length=4):
     return Rows(tokens, np.ones_like(tokens), np.ones(tokens.shape, bool), domain)
 
 
-def read(inputs, steps):
-    return [inputs.at(step) for step in range(steps)]
-
-
 def test_topics_take_turns_and_each_goes_through_its_own_epochs():
     config = UnlearningConfig(forget_batch_size=2, retain_batch_size=3, topics="alternating")
-    steps = read(Inputs(numbered(10, topics=(0, 1)), numbered(9), None, config, seed=0, multiple=1), 10)
+    inputs = Inputs(numbered(10, topics=(0, 1)), numbered(9), None, config, seed=0, multiple=1)
+    steps = [inputs.at(step) for step in range(10)]
     assert [set(step.topic.tolist()) for step in steps] == [{0}, {1}] * 5
     for topic in (0, 1):
         seen = np.concatenate([step.forget.tokens[:, 0] for step in steps[topic::2]])
@@ -34,7 +31,8 @@ def test_topics_take_turns_and_each_goes_through_its_own_epochs():
 
 def test_mixed_topics_share_the_batches():
     config = UnlearningConfig(forget_batch_size=4)
-    steps = read(Inputs(numbered(40, topics=(0, 1)), numbered(9), None, config, seed=0, multiple=1), 10)
+    inputs = Inputs(numbered(40, topics=(0, 1)), numbered(9), None, config, seed=0, multiple=1)
+    steps = [inputs.at(step) for step in range(10)]
     assert len(np.unique(np.concatenate([step.forget.tokens[:, 0] for step in steps]))) == 40
     assert any(len(set(step.topic.tolist())) == 2 for step in steps)
     for step in steps:

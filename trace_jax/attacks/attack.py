@@ -165,8 +165,7 @@ class Quantization(Attack):
 def quantized(params: Any, config: ModelConfig, *, bits: int) -> Any:
     """Parameters with every matrix of attention, experts and dense layers rounded to `bits` bits and back.
 
-    Embedding, output head, routers, norms and biases stay as they are, as the usual tools leave them. See
-    `round_to_nearest`.
+    Embedding, output head, routers, norms and biases stay as they are, as the usual tools leave them.
     """
     specs, flat = flat_specs(config), flatten(params)
     matrices = [path for path in flat if path.rpartition("/")[2] in _MATRICES]  # in one order in all processes
@@ -257,9 +256,7 @@ class TrainingOn(Attack):
         if context.load_retrained is not None:
             control = (context.load_retrained, context.directory, context.identity, f"{title} of the retrained model")
             others = self._evaluations(context, *control)
-        return [
-            Point(f"{step} steps", measured, retrained=others.get(step, ())) for step, measured in evaluated.items()
-        ]
+        return [Point(f"{step} steps", own, retrained=others.get(step, ())) for step, own in evaluated.items()]
 
     def _evaluations(
         self, context: Context, load: Callable[[], Model], directory: Path, identity: str, title: str

@@ -34,9 +34,7 @@ class Prompting(Attack):
     """The same questions and texts, asked for in other ways."""
 
     examples: tuple[int, ...] = option((3,), help="solved examples before a query, one attack each", minimum=1)
-    prefixes: tuple[float, ...] = option(
-        (0.5, 0.75), help="share of a forget text that is given, the rest is to come; one attack each"
-    )
+    prefixes: tuple[float, ...] = option((0.5, 0.75), help="share of a forget text that is given, one attack each")
     paraphrases: str | None = option(
         None, help="queries in other words (`trace_jax.attacks.prompting.read_paraphrases`); the handbook has its own"
     )

@@ -47,11 +47,9 @@ class ExpertStatistics:
 
     def save(self, path, assignments: "Assignments | None" = None) -> None:
         """Writes `path` (.npz), with the experts of every token where given: L * K bytes each up to 256 experts."""
-        arrays: dict[str, Any] = dataclasses.asdict(self)
-        if assignments is not None:
-            arrays["indices"] = assignments.indices
+        indices = {} if assignments is None else {"indices": assignments.indices}
         with replacing(path) as temporary:
-            np.savez(temporary, **arrays)
+            np.savez(temporary, **dataclasses.asdict(self), **indices)
 
     @classmethod
     def load(cls, path) -> "ExpertStatistics":

@@ -102,8 +102,8 @@ class RetainWeights:
         arrays = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         with replacing(as_path(directory) / "weights.npz") as temporary:
             np.savez_compressed(temporary, **arrays)
-        for suffix in (".npz", ".json"):  # of another weighting, saved here before
-            remove(as_path(directory) / f"calibration{suffix}")
+        for name in ("calibration.npz", "calibration.json"):  # of another weighting, saved here before
+            remove(as_path(directory) / name)
         if self.calibration is not None:
             self.calibration.save(as_path(directory) / "calibration")
 
