@@ -101,38 +101,29 @@ def test_every_form_of_file_gives_the_same_rows(tmp_path, form):
 
 
 SECRET = "this must not be quoted"
+GOOD = {"question": "q", "choices": ["a"], "answer": 0}
 ROWS = [
     ({"question": SECRET, "answer": 1}, r"a\.jsonl:2: there is no column choices; the columns are question, answer"),
-    ({"question": None, "choices": [SECRET], "answer": 1}, r":2: question is a NoneType; expected text"),
-    ({"question": f"{SECRET}\ud800", "choices": [], "answer": 1}, r":2: question is a str; expected text"),
-    ({"question": SECRET, "choices": SECRET, "answer": 1}, r":2: choices is a str; expected a list of texts"),
-    ({"question": SECRET, "choices": [SECRET, 3], "answer": 1}, r":2: choices is a list; expected a list of texts"),
-    ({"question": SECRET, "choices": [SECRET], "answer": "A"}, r":2: answer is a str; expected an integer"),
-    ({"question": SECRET, "choices": [SECRET], "answer": True}, r":2: answer is a bool; expected an integer"),
-    ({"question": SECRET, "choices": [SECRET], "answer": 2**63}, r":2: answer is a int; expected an integer"),
+    (GOOD | {"question": None}, r":2: question is a NoneType; expected text"),
+    (GOOD | {"question": f"{SECRET}\ud800"}, r":2: question is a str; expected text"),
+    (GOOD | {"choices": SECRET}, r":2: choices is a str; expected a list of texts"),
+    (GOOD | {"choices": [SECRET, 3]}, r":2: choices is a list; expected a list of texts"),
+    (GOOD | {"answer": SECRET}, r":2: answer is a str; expected an integer"),
+    (GOOD | {"answer": True}, r":2: answer is a bool; expected an integer"),
+    (GOOD | {"answer": 2**63}, r":2: answer is a int; expected an integer"),
     ([SECRET], r"a\.jsonl:2: a JSON list; expected a JSON object"),
+]
+WRONG = [("a.jsonl", f"{json.dumps(GOOD)}\n{json.dumps(row)}\n".encode(), message) for row, message in ROWS] + [
+    ("a.jsonl", json.dumps(GOOD).encode() + b'\n{"text": \n', r"a\.jsonl:2: not JSON \(.*column \d+\)"),
+    ("a.json", b'[{"text": "ok"},\n{"text" 5}]', r"a\.json:2: not JSON \(.*column \d+\)"),
+    ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not UTF-8"),
+    ("a.parquet", b"no parquet", r"a\.parquet: can't be read as parquet; download it again"),
 ]
 
 
-@pytest.mark.parametrize(("row", "message"), ROWS, ids=[message for _, message in ROWS])
-def test_a_wrong_row_is_named_by_file_and_number_and_not_quoted(tmp_path, row, message):
-    good = {"question": "q", "choices": ["a"], "answer": 0}
-    write_lines(tmp_path / "a.jsonl", [good, row])
-    with pytest.raises(DataError, match=message) as raised:
-        list(files.rows([tmp_path / "a.jsonl"], WMDP.subsets["wmdp-bio"].columns))
-    assert SECRET not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "ok"}\n{"text": \n', r"a\.jsonl:2: not JSON \(.*column \d+\)"),
-        ("a.json", b'[{"text": "ok"},\n{"text" 5}]', r"a\.json:2: not JSON \(.*column \d+\)"),
-        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not UTF-8"),
-        ("a.parquet", b"no parquet", r"a\.parquet: can't be read as parquet; download it again"),
-    ],
-)
-def test_a_broken_file_is_named(tmp_path, name, content, message):
+@pytest.mark.parametrize(("name", "content", "message"), WRONG, ids=[message for *_, message in WRONG])
+def test_a_wrong_row_or_file_is_named_and_not_quoted(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        list(files.rows([tmp_path / name], {"text": TEXT}))
+    with pytest.raises(DataError, match=message) as raised:
+        list(files.rows([tmp_path / name], WMDP.subsets["wmdp-bio"].columns))
+    assert SECRET not in str(raised.value)

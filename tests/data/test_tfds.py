@@ -67,27 +67,26 @@ def test_the_record_says_revision_rows_and_files(tfds_home, books):
     assert sorted(path.name for path in tfds_home.iterdir()) == ["muse_books"]
 
 
-def test_a_set_that_is_there_is_replaced_only_when_asked(tmp_path, books):
+def test_a_set_that_is_there_is_replaced_whole_and_only_when_asked(tmp_path, tfds_home, books):
     build("muse_books/raw", source=books[0])
     with pytest.raises(DataError, match=r"raw/1\.0\.0: is there already; add --overwrite"):
         build("muse_books", source=books[0])
-    other = [{"text": f"other {n}"} for n in range(4)]
-    shutil.rmtree(tmp_path / "copy/.cache")
-    write_parquet(tmp_path / "copy/raw/forget", other)
-    build("muse_books", source=books[0], overwrite=True)
-    assert read_records("tfds:muse_books/raw:forget") == other
-    assert read_records("tfds:muse_books/verbmem:forget") == books[1]["verbmem", "forget"]
-
-
-def test_an_error_half_way_leaves_what_was_there(tmp_path, tfds_home, books):
-    build("muse_books/raw", source=books[0])
     shutil.rmtree(tmp_path / "copy/.cache")
     write_parquet(tmp_path / "copy/verbmem/forget", [{"prompt": "p"}] * 100)
     with pytest.raises(DataError, match=r"forget-00000-of-00001\.parquet:1: there is no column gt; the columns are"):
         build("muse_books", source=books[0], overwrite=True)
-    assert sorted(path.name for path in tfds_home.iterdir()) == ["muse_books"]
-    assert sorted(path.name for path in (tfds_home / "muse_books").iterdir()) == ["raw"]
+    assert [path.name for folder in (tfds_home, tfds_home / "muse_books") for path in folder.iterdir()] == [
+        "muse_books", "raw",
+    ]  # fmt: skip
     assert read_records("tfds:muse_books/raw:forget") == books[1]["raw", "forget"]
+    other = {
+        "verbmem": [{"prompt": "p", "gt": f"{n}"} for n in range(100)],
+        "raw": [{"text": f"{n}"} for n in range(4)],
+    }
+    for config, rows in other.items():
+        write_parquet(tmp_path / f"copy/{config}/forget", rows)
+    build("muse_books", source=books[0], overwrite=True)
+    assert {config: read_records(f"tfds:muse_books/{config}:forget") for config in other} == other
 
 
 def test_an_interruption_leaves_nothing(tfds_home, books, monkeypatch):

@@ -42,7 +42,10 @@ def test_no_passage_of_a_held_out_document_is_in_training(corpora):
     assert len(windows(corpora.validation.text["forget"]) & windows(corpora.forget)) > 100
 
 
-def test_the_unlearner_gets_the_rows_it_should(corpora):
+def test_the_unlearner_gets_the_rows_it_should_and_they_are_counted(corpora):
+    # Every token and every EOS is a target once, but for the first token of a document.
+    assert all(corpora.tokens[f"train/{source}"] == rows.valid.sum() for source, rows in corpora.train.items())
+    assert corpora.documents["test/general"] == 14 and corpora.documents["validation/general"] == 7
     assert len(corpora.retain) == 2000 and corpora.retain.domain.sum() == 40
     assert corpora.forget is corpora.train["forget"] and not corpora.forget.domain.any()
     trained = {(row.tobytes()) for source in ("general", "neighbour") for row in corpora.train[source].tokens}
@@ -50,13 +53,6 @@ def test_the_unlearner_gets_the_rows_it_should(corpora):
     assert set(rows) <= trained and len(set(rows)) == 2000
     neighbours = {row.tobytes() for row in corpora.train["neighbour"].tokens}
     assert [row in neighbours for row in rows] == corpora.retain.domain.astype(bool).tolist()
-
-
-def test_counts_are_those_of_the_rows(corpora):
-    for source, rows in corpora.train.items():
-        # Every token and every EOS is a target once, but for the first token of a document.
-        assert corpora.tokens[f"train/{source}"] == rows.valid.sum()
-    assert corpora.documents["test/general"] == 14 and corpora.documents["validation/general"] == 7
 
 
 def test_questions_are_scored_on_their_options(corpora):

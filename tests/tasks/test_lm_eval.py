@@ -137,10 +137,9 @@ def test_what_no_task_may_ask_for_is_said():
     greedy = read_decoding({"do_sample": False, "temperature": 1}, max_new_tokens=256)
     assert read_decoding({}, max_new_tokens=256) == greedy
     assert read_decoding({"temperature": 0.5, "top_p": 0.9}, max_new_tokens=7).temperature == 0.5
-    with pytest.raises(ValueError, match="num_beams"):
-        read_decoding({"num_beams": 4}, max_new_tokens=1)
-    with pytest.raises(ValueError, match="repetition_penalty"):
-        read_decoding({"repetition_penalty": 1.1}, max_new_tokens=1)
+    for setting, value in (("num_beams", 4), ("repetition_penalty", 1.1)):
+        with pytest.raises(ValueError, match=setting):
+            read_decoding({setting: value}, max_new_tokens=1)
 
 
 def test_more_than_the_model_can_read_is_said(ours):

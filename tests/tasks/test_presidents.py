@@ -6,36 +6,32 @@ import numpy as np
 import pytest
 
 from trace_jax.data.sources import Document
-from trace_jax.tasks.presidents import (
-    OPTIONS,
-    PresidentsConfig,
-    held_out_addresses,
-    knowledge_questions,
-    load_addresses,
-)
+from trace_jax.tasks import presidents as module
+from trace_jax.tasks.presidents import OPTIONS, held_out_addresses, knowledge_questions
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    return PresidentsConfig().build()
+    return module.PresidentsConfig().build()
+
+
+def year_of(document):
+    return int(document.origin.split("/")[1][:4])
 
 
 def test_documents_are_who_they_should_be(benchmark):
     assert [d.origin for d in benchmark.train["forget"]] == [f"addresses/{y}-Polk-1" for y in (1845, 1846, 1847)]
     assert [d.origin for d in benchmark.holdout] == ["addresses/1848-Polk-1"]
-    neighbours = [*benchmark.train["neighbour"], *benchmark.validation.held_out["neighbour"]]
-    neighbours += benchmark.test.held_out["neighbour"]
-    years = {int(d.origin.split("/")[1][:4]) for d in neighbours}
-    assert years == set(range(1829, 1865)) - {1845, 1846, 1847, 1848}
-    general = [*benchmark.train["general"], *benchmark.test.held_out["general"]]
-    assert min(int(d.origin.split("/")[1][:4]) for d in general) >= 1901
+    sets = (benchmark.train, benchmark.validation.held_out, benchmark.test.held_out)
+    neighbours, general = ({year_of(d) for part in sets for d in part[name]} for name in ("neighbour", "general"))
+    assert neighbours == set(range(1829, 1865)) - {1845, 1846, 1847, 1848} and min(general) >= 1901
 
 
 def test_held_out_addresses_are_whole_and_stand_alone_in_their_year():
-    addresses = [a for a in load_addresses() if a.year >= 1901]
+    addresses = [a for a in module.load_addresses() if a.year >= 1901]
     split = held_out_addresses(addresses, seed=0)
     assert (len(split.train), len(split.validation), len(split.test)) == (len(addresses) - 21, 7, 14)
-    years = [[int(d.origin.split("/")[1][:4]) for d in part] for part in (split.train, split.validation, split.test)]
+    years = [[year_of(d) for d in part] for part in (split.train, split.validation, split.test)]
     assert not set(years[0]) & {*years[1], *years[2]} and not set(years[1]) & set(years[2])
     assert max(years[1]) - min(years[1]) > 70 and max(years[2]) - min(years[2]) > 90
     assert held_out_addresses(addresses, seed=0) == split != held_out_addresses(addresses, seed=1)
@@ -46,8 +42,10 @@ def test_held_out_addresses_are_whole_and_stand_alone_in_their_year():
 def test_answers_occur_in_the_forget_documents_only(benchmark):
     forget = "\n".join(d.text for d in benchmark.train["forget"])
     elsewhere = "\n".join(d.text for source in ("general", "neighbour") for d in benchmark.train[source])
-    items = [*benchmark.validation.questions["forget"], *benchmark.test.questions["forget"]]
-    assert len(items) >= 100
+    validation, test = (part.questions["forget"] for part in (benchmark.validation, benchmark.test))
+    items = [*validation, *test]
+    assert len(items) >= 100 and not {i.group for i in validation} & {i.group for i in test}
+    assert np.ptp(np.bincount([i.answer for i in items], minlength=OPTIONS)) <= 1, "places are balanced"
     for item in items:
         assert f"{item.prompt}{item.options[item.answer]}" in forget
         assert len(set(item.options)) == OPTIONS and 8 <= len(item.prompt.split(" ")) <= 36
@@ -56,12 +54,6 @@ def test_answers_occur_in_the_forget_documents_only(benchmark):
             assert option.strip() not in item.prompt
         kinds = {option[1].isalpha() + 2 * (option[1] == "$") for option in item.options}
         assert len(kinds) == 1
-
-
-def test_questions_are_split_by_paragraph_and_balanced_over_places(benchmark):
-    validation, test = (part.questions["forget"] for part in (benchmark.validation, benchmark.test))
-    assert not {i.group for i in validation} & {i.group for i in test}
-    assert np.ptp(np.bincount([i.answer for i in [*validation, *test]], minlength=OPTIONS)) <= 1
 
 
 def test_a_case_by_hand():
