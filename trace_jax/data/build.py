@@ -19,7 +19,7 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  (its HTTP client's, whichever)
 
 from trace_jax.data import sources
 from trace_jax.data.published import INTEGER, TEXT, TEXT_OR_NULL, TEXTS, DataError, Published, overview, published

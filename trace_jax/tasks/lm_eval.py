@@ -212,9 +212,8 @@ def evaluate_tasks(
             settings: dict[str, Any] = {"num_fewshot": num_fewshot, "limit": limit, "bootstrap_iters": bootstrap}
             settings["torch_random_seed"] = None  # nothing here is drawn by torch
             model, start = harness(), time.perf_counter()
-            result: Any = lm_eval.simple_evaluate(
-                model=model, tasks=[task], log_samples=False, task_manager=manager, **settings
-            )
+            evaluate: Any = lm_eval.simple_evaluate
+            result = evaluate(model=model, tasks=[task], log_samples=False, task_manager=manager, **settings)
             stored[task] = {"identity": made_by, "lm_eval": lm_eval.__version__, "seconds": time.perf_counter() - start}
             stored[task] |= {key: result[key] for key in _KEPT if key in result}
             if output is not None:

@@ -158,7 +158,7 @@ class TofuTask(Task):
             own["rouge"] = rouge_recalls(written, [q.answer for q in questions])
             items[name] = [
                 {"question": q.question, "generation": text, "ground_truth": q.answer}
-                | {key: np.where(np.isnan(values[i]), None, values[i]).tolist() for key, values in own.items()}
+                | {key: np.where(np.isnan(of[i]), np.array(None), of[i]).tolist() for key, of in own.items()}
                 for i, (q, text) in enumerate(zip(questions, written, strict=True))
             ]
             arrays |= {f"{name}/{key}": values for key, values in own.items()}
@@ -187,8 +187,8 @@ class TofuTask(Task):
             rouge1, rouge_l = arrays[f"{name}/rouge"].T
             means |= {f"{name}_probability": probability}
             means |= {f"{name}_rouge1_recall": rouge1, f"{name}_rougeL_recall": rouge_l}
-            for suffix, wrong_mean in (("", "geometric"), ("_arithmetic", "arithmetic")):
-                of_set = log_truth_ratio(correct, wrong, wrong_mean)
+            for suffix in utility:
+                of_set = log_truth_ratio(correct, wrong, "arithmetic" if suffix else "geometric")
                 truth = aggregated(of_set, "closer_to_1_better" if name == "forget" else "true_better")
                 means[f"{name}_truth_ratio{suffix}"] = truth
                 utility[suffix].append(np.stack([probability, rouge_l, truth], axis=1))
