@@ -279,7 +279,7 @@ def _by_layer(measured: Measured, names: Sequence[str], styles: Mapping[str, Sty
     def values_of(name: str) -> dict[str, Mapping[str, Any]]:
         return {m: {"layers": r["layers"], **q} for m, r in measured.items() if (q := r["quantities"].get(name))}
 
-    figures = []
+    plots = []
     for name in names:
         kind, _, subject = name.rpartition("_") if name.endswith(SUBJECTS) else (name, "", "")
         alike = [n for other in names if other.startswith(kind) for n in (other, f"{other}_original")]
@@ -289,8 +289,8 @@ def _by_layer(measured: Measured, names: Sequence[str], styles: Mapping[str, Sty
             caption += f", {subject} text" if subject else ""
             original = next(iter(values_of(f"{name}_original").values()), None)
             label, limits = f"{plain_name(name)} by layer, one line per method", _limits(kind, drawn)
-            figures.append(layer_plot(shown, styles, caption, label, original=original, limits=limits))
-    return figures
+            plots.append(layer_plot(shown, styles, caption, label, original=original, limits=limits))
+    return plots
 
 
 def _limits(kind: str, quantities: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
@@ -308,7 +308,7 @@ def _calibration(measured: Measured, styles: Mapping[str, Style]) -> list[Figure
     calibrated = {m: r["calibration"] for m, r in measured.items() if r.get("calibration")}
     gaps = {m: c for m, c in calibrated.items() if c.get("gap_after") is not None}
     top = max((x for c in gaps.values() for x in (*c["gap_before"], *c["gap_after"])), default=0.0) or 1.0
-    figures = [
+    plots = [
         layer_plot(
             {method: {"layers": c["layers"], "value": c["gap_after"]}}, styles, f"Calibration gap, {method}",
             f"calibration gap of {method} by layer, before and after", original={"value": c["gap_before"]},
@@ -320,8 +320,8 @@ def _calibration(measured: Measured, styles: Mapping[str, Style]) -> list[Figure
     if shares:
         rows = {f"{m}: {format_share(x)}": {m: {"value": x, "low": None, "high": None}} for m, x in shares.items()}
         label = "effective sample size of the retain weights, by method"
-        figures.append(row_plot(rows, styles, "Effective sample size", label, share=True))
-    return figures
+        plots.append(row_plot(rows, styles, "Effective sample size", label, share=True))
+    return plots
 
 
 def times_uniform(frequency: Any, uniform: float) -> np.ndarray:
