@@ -314,7 +314,6 @@ def base_model_of(directory: Path, config_json: Mapping[str, Any]) -> str:
 
 def mixtral_config_json(config: ModelConfig, special: SpecialTokens) -> dict[str, Any]:
     """config.json of a model trained here; a ConfigError names switches that Mixtral doesn't have."""
-    windows = set(config.windows)
     fields = {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
@@ -330,7 +329,7 @@ def mixtral_config_json(config: ModelConfig, special: SpecialTokens) -> dict[str
         "num_experts_per_tok": config.experts_per_token,
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.ropes[0].theta,
-        "sliding_window": max(windows, default=0) or None,
+        "sliding_window": max(config.windows, default=0) or None,
         "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": config.dtype,
         "bos_token_id": special.bos,

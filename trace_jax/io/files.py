@@ -84,7 +84,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     temporary, old = (path.with_name(f".{path.stem}.{os.getpid()}.{kind}{path.suffix}") for kind in ("tmp", "old"))
     try:
         yield temporary
-        if path.is_dir():  # no directory is replaced by one in a single step
+        if temporary.is_dir() and path.is_dir():  # which is not replaced in a single step
             path.rename(old)
         os.replace(temporary, path)
     finally:
