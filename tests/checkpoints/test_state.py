@@ -88,7 +88,7 @@ def test_a_state_of_four_devices_is_restored_on_one_or_by_its_shapes_on_a_mesh_o
     specs = {"step": P(), "embedding": P(("data", "expert")), "moments": {"m": P(None, "expert"), "half": P()}}
     shapes = jax.eval_shape(lambda: values(0))
     cut = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, shardings(tiny.mesh_of(2, 2, 1), specs))
-    for like in (placed(0, tiny.one_device()), cut):
+    for like in (placed(0, tiny.mesh_of(1, 1, 1)), cut):
         step, state = restore(saved, like)
         assert step == 3
         assert_same(state, values(3))
