@@ -1,17 +1,37 @@
-"""The mesh, where parameters lie on it, and what keeps sums over it from being lost."""
+"""The mesh, where parameters lie on it, what is sent, and the same numbers on every mesh: steps, optimizers, lost choices.
+
+Gradients of every switch are in tests/models/test_architecture.py, decoding in test_generate.py.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests.tiny import LENGTH, make_rows, mesh_of, random_params
 from trace_jax.config import ConfigError
-from trace_jax.models.architecture import ModelConfig, abstract_params, flatten
-from trace_jax.models.sharding import param_specs
+from trace_jax.models.architecture import ModelConfig, flat_specs, flatten
+from trace_jax.models.decoder import forward
+from trace_jax.models.sharding import on_mesh, param_specs, placed_params
 from trace_jax.parallel import mesh as meshes
-from trace_jax.parallel.mesh import BATCH_AXES, make_mesh, storage_spec
+from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, make_mesh, place, to_host
+from trace_jax.plan.hlo import traffic
+from trace_jax.unlearning import optimizer as optimizer_module
+from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.inputs import StepRows, pad_rows
+from trace_jax.unlearning.losses import Constants, coefficients
+from trace_jax.unlearning.optimizer import OptimizerConfig, make_optimizer
+from trace_jax.unlearning.step import initial_state, row_multiple, unlearning_settings, unlearning_step
 
+CONFIG = ModelConfig(
+    vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8, num_experts=8,
+    experts_per_token=2, expert_hidden_size=12, shared_hidden_size=8,
+)  # fmt: skip
+STEPS = 6
 GATE_UP = ("layers", "experts", "embed", "gate_up", "expert_hidden")
 SIZES = {"data": 4, "expert": 2, "tensor": 2}
 
@@ -43,16 +63,13 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
     ],
 )  # fmt: skip
 def test_storage(shape, axes, spec):
-    assert storage_spec(shape, axes, SIZES) == spec
+    assert meshes.storage_spec(shape, axes, SIZES) == spec
 
 
 def test_every_matrix_of_an_even_model_is_cut_over_all_devices_but_tensor_at_least():
-    config = ModelConfig(vocab_size=64, hidden_size=16, num_experts=8, expert_hidden_size=8, shared_hidden_size=8)
-    mesh = make_mesh(expert=2, tensor=2)
-    shapes = flatten(abstract_params(config))
-    for path, spec in param_specs(config, mesh).items():
-        used = {axis for entry in spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)}
-        if len(shapes[path].shape) - path.startswith("layers") > 1:
+    for path, spec in param_specs(CONFIG, make_mesh(expert=2, tensor=2)).items():
+        used = {axis for dimension in range(len(spec)) for axis in meshes.spec_axes(spec, dimension)}
+        if len(flat_specs(CONFIG)[path].shape) - path.startswith("layers") > 1:
             assert used >= {"data", "expert"}, path
 
 
@@ -72,7 +89,110 @@ def test_as_varying_marks_what_differs_between_devices_and_sum_over_sums_only_th
 
 def test_arrays_go_to_the_mesh_and_come_back():
     mesh, x = make_mesh(expert=2, tensor=2), np.arange(24, dtype=np.float32).reshape(8, 3)
-    placed = meshes.place({"a": x, "b": x}, mesh, {"a": P(BATCH_AXES), "b": P("tensor")})
+    placed = place({"a": x, "b": x}, mesh, {"a": P(BATCH_AXES), "b": P("tensor")})
     assert placed["a"].addressable_shards[0].data.shape == (2, 3)
     assert placed["b"].addressable_shards[0].data.shape == (4, 3)
-    assert all(np.array_equal(back, x) for back in meshes.to_host(placed).values())
+    assert all(np.array_equal(back, x) for back in to_host(placed).values())
+
+
+def trajectory(config, sizes, parallel=PLAIN):
+    """(losses and gradient norms [STEPS, 2], parameters and metrics after the last step) of unlearning on a mesh."""
+    mesh = mesh_of(*sizes)
+    unlearning = UnlearningConfig(objective="npo", retain_loss="kl", alpha=3.0, learning_rate=3e-3, clip_norm=1.0)
+    settings = unlearning_settings(unlearning, config, parallel)
+    placed = place(flatten(random_params(config, noise=0.05)), mesh, param_specs(config, mesh))
+    constants = Constants(placed, None, None, place(coefficients(unlearning), mesh))
+    state = initial_state({path: leaf * 1.05 for path, leaf in placed.items()}, settings, mesh)
+    forget, retain = (make_rows(count, seed=count).batch(np.arange(count)) for count in (6, 8))
+    weights = np.random.default_rng(0).exponential(size=(8, LENGTH)).astype(np.float32)
+    padded = (pad_rows(part, row_multiple(settings, mesh)) for part in (forget, retain, weights))
+    inputs, metrics = place(StepRows(*padded), mesh, P(BATCH_AXES)), []
+    compiled = unlearning_step._cache_size()
+    for _ in range(STEPS):
+        state, now = unlearning_step(state, constants, inputs, settings=settings, mesh=mesh)
+        metrics.append([float(now["loss"]), float(now["gradient_norm"])])
+    assert unlearning_step._cache_size() == compiled + 1
+    return np.array(metrics), to_host(state.trainable), now
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """Every expert on every token, one device."""
+    return trajectory(dataclasses.replace(CONFIG, grouped_matmul="ragged"), (1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parallel"),
+    [
+        ((8, 1, 1), PLAIN),
+        ((2, 2, 2), ParallelConfig(remat="layer", microbatches=2)),
+        ((1, 4, 2), ParallelConfig(remat="dots", expert_buffer=4.0)),
+    ],
+)
+def test_steps_are_those_of_the_ragged_product_on_one_device_whatever_memory_is_saved(sizes, parallel, oracle):
+    metrics, params, last = trajectory(CONFIG, sizes, parallel)
+    np.testing.assert_allclose(metrics, oracle[0], rtol=1e-4)
+    for path, wanted in oracle[1].items():
+        np.testing.assert_allclose(params[path], wanted, atol=2e-3, err_msg=path)
+    assert not parallel.expert_buffer or float(last["dropped"]) == 0
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_optimizers_take_the_same_steps_on_four_devices(name, monkeypatch):
+    """Factored means and orthogonal updates are of whole matrices, wherever their parts lie."""
+    monkeypatch.setattr(optimizer_module, "_FACTORED_FROM", 8)
+    mesh, specs = mesh_of(2, 1, 2), param_specs(CONFIG, mesh_of(2, 1, 2))
+    config = OptimizerConfig(optimizer=name, learning_rate=3e-3, weight_decay=0.1, clip_norm=1.0)
+    axes = {path: spec.axes for path, spec in flat_specs(CONFIG).items()}
+    optimizer = make_optimizer(config, 4, axes=axes)
+    params, gradients = (flatten(random_params(CONFIG, seed, noise=0.05)) for seed in (0, 1))
+
+    @jax.jit
+    def step(params, state, gradients):
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes
+            updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def steps(params, gradients):
+        state = jax.jit(optimizer.init)(params)
+        for _ in range(3):
+            params, state = step(params, state, gradients)
+        return to_host(params)
+
+    one, four = steps(params, gradients), steps(*(place(tree, mesh, specs) for tree in (params, gradients)))
+    for path, wanted in one.items():
+        np.testing.assert_allclose(four[path], wanted, atol=1e-4, err_msg=path)
+
+
+def test_choices_without_room_are_counted():
+    mesh, params = mesh_of(1, 4, 1), random_params(CONFIG)
+
+    def dropped(params, tokens):
+        router = forward(params, CONFIG, tokens, collect=("dropped",), expert_buffer=0.25).router
+        return jax.lax.psum(router.dropped, BATCH_AXES)
+
+    run = jax.jit(on_mesh(dropped, CONFIG, mesh, out_specs=P()))
+    assert np.all(run(placed_params(params, CONFIG, mesh), make_rows(8).tokens) > 0)
+
+
+def test_devices_send_each_other_what_the_documents_say_to_the_byte():
+    """The forward pass of docs/scaling.md."""
+    L, V, D, H, C, E, K, F = 6, 64, 16, 4, 8, 8, 2, 12  # so many layers are a loop
+    config = dataclasses.replace(CONFIG, num_layers=L, num_kv_heads=H, shared_hidden_size=0)
+    mesh, tokens = mesh_of(2, 2, 1), 2 * 8  # of a device
+
+    def run(params, tokens):
+        return forward(params, config, tokens, collect=("hidden",)).hidden
+
+    params = placed_params(random_params(config), config, mesh)
+    spread = jax.jit(on_mesh(run, config, mesh, out_specs=P(BATCH_AXES)))
+    program = spread.lower(params, np.zeros((4 * 2, 8), np.int32)).compile()
+    sent = dict.fromkeys(("all-gather", "reduce-scatter"), 0.0)
+    for collective in traffic(program.as_text(), 4)[1]:
+        sent[collective.kind] = sent.get(collective.kind, 0.0) + collective.bytes
+
+    over_all = V * D + L * (4 * D * H * C + D * E)  # embedding; q, k, v, o; router
+    over_data = L * E // 2 * 3 * D * F  # one device's experts
+    shown = L * tokens * (D + 2 * K)  # tokens, indices, gates, to the one other device
+    gathered = over_all * 3 / 4 + over_data / 2 + shown
+    assert sent == {"all-gather": 4 * gathered, "reduce-scatter": 4 * L * tokens * D}

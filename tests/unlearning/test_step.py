@@ -179,7 +179,7 @@ def test_normalize_batch_divides_by_the_weights_and_empty_rows_change_nothing(mo
 
 
 def test_same_gradient_on_four_devices(model, rows, steps):
-    """Rows and vocabulary are split; `tests/parallel/test_invariance.py` has other meshes."""
+    """Rows and vocabulary are split; `tests/parallel/test_mesh.py` has other meshes."""
     one = steps["undial", "kl"]
     many = gradient_of_step(setting({"name": "undial"}, "kl"), model, rows, make_mesh(jax.devices()[:4], tensor=2))
     assert many[0] == pytest.approx(one[0], rel=1e-5)
