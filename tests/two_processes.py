@@ -27,36 +27,28 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def launch(program, arguments, *, variables=True):
-    """A process of `program` (a script or code) for each list of arguments.
-
-    Args:
-      variables: whether the environment says which process it is (`VARIABLES`); otherwise the first arguments do.
-    """
+def launch(program, arguments):
+    """A process of `program` (a script or code) for each list of arguments; the environment says which each is."""
     clean = {name: value for name, value in os.environ.items() if name not in (*VARIABLES, *CLUSTERS)}
     clean["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), clean.get("PYTHONPATH", "")])
     address, children = f"127.0.0.1:{free_port()}", []
     for index, own in enumerate(arguments):
-        values = (address, str(len(arguments)), str(index))
-        more = dict(zip(VARIABLES, values, strict=True)) if variables else {}
-        code = [program] if isinstance(program, Path) else ["-c", program]
-        command = [sys.executable, *code, *(() if variables else values), *map(str, own)]
+        which = dict(zip(VARIABLES, (address, str(len(arguments)), str(index)), strict=True))
+        command = [sys.executable, *([program] if isinstance(program, Path) else ["-c", program]), *map(str, own)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        children.append(subprocess.Popen(command, env=clean | more, **pipes))
+        children.append(subprocess.Popen(command, env=clean | which, **pipes))
     return children
 
 
-def run_processes(program, arguments, *, variables=True, seconds=120):
+def run_processes(program, arguments, *, seconds=120):
     """[(exit code, what it printed between < and >, stderr)] of the processes of `launch`.
 
     Gloo prints too, from several threads at once, so that whole lines can't be told apart.
     """
-    children = launch(program, arguments, variables=variables)
+    children = launch(program, arguments)
     try:
         said = [child.communicate(timeout=seconds) for child in children]
     finally:
         for child in children:
             child.kill()
-    return [
-        (child.returncode, re.findall("<(.*?)>", out), err) for child, (out, err) in zip(children, said, strict=True)
-    ]
+    return [(c.returncode, re.findall("<(.*?)>", out), err) for c, (out, err) in zip(children, said, strict=True)]

@@ -1,4 +1,4 @@
-"""The mesh, where parameters lie on it, what is sent, and the same numbers on every mesh: steps, optimizers, lost choices.
+"""The mesh, where parameters lie on it, what is sent, and the same numbers on every mesh: steps, optimizers, drops.
 
 Gradients of every switch are in tests/models/test_architecture.py, decoding in test_generate.py.
 """

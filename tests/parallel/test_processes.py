@@ -36,7 +36,8 @@ print("<", *said, ">")
 
 
 def test_two_processes_sum_a_number_and_agree():
-    ended = run_processes(SUM, [(), ()], variables=False)  # with them: tests/multiprocess/test_run_processes.py
+    address = f"127.0.0.1:{free_port()}"  # arguments go before the environment, which other tests rely on
+    ended = run_processes(SUM, [(address, 2, index) for index in range(2)])
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert [out[0].split() for _, out, _ in ended] == [
         ["2", "0", "True", "10.0", "7", "True", "False"],
