@@ -320,8 +320,11 @@ def test_a_text_starts_once_as_its_tokenizer_has_it(tokenizer):
 # --- data
 
 
-def test_the_identity_follows_the_data(data, task, tmp_path):
-    assert muse_task(MuseConfig(str(data))).identity == task.identity
+def test_the_section_builds_the_task_whose_identity_follows_the_data(data, task, tmp_path):
+    (built,) = build_tasks(resolve(EvaluationConfig, {"muse": {"data": str(data)}}))
+    assert build_tasks(EvaluationConfig()) == () and built == task and (built.name, built.quick) == ("muse", False)
+    with pytest.raises(ConfigError, match="expected one of muse, open_unlearning"):
+        MuseConfig(str(data), profiles=("ou",))
     other = make_data(tmp_path)
     write(other, "verbmem", "forget", [{"prompt": "a", "gt": "b"}])
     changed = muse_task(MuseConfig(str(other)))
@@ -347,12 +350,3 @@ def test_data_of_another_form_is_refused(data, tmp_path):
         write(other, config, split, rows)
         with pytest.raises(DataError, match=message):
             read_muse(str(other))
-
-
-def test_the_section_builds_the_task_and_names_known_profiles(data):
-    assert build_tasks(EvaluationConfig()) == ()
-    (built,) = build_tasks(resolve(EvaluationConfig, {"muse": {"data": str(data), "profiles": ["muse"]}}))
-    assert (built.name, built.quick, built.config.profiles) == ("muse", False, ("muse",))
-    assert built.data == read_muse(str(data))
-    with pytest.raises(ConfigError, match="expected one of muse, open_unlearning"):
-        MuseConfig(str(data), profiles=("ou",))

@@ -112,14 +112,19 @@ def test_overlap_is_counted_and_refused_unless_allowed(tmp_path, files):
 
 
 def test_sets_that_are_too_small(tmp_path, files):
-    with pytest.raises(DataError, match=r"retain: 1 documents, 1 of them unlike all others; at least 3"):
-        config_of(files, retain=write(tmp_path / "r.jsonl", ["only one paragraph"])).build()
-    with pytest.raises(DataError, match=r"retain: 5 documents, 1 of them unlike all others"):
-        config_of(files, retain=write(tmp_path / "r.jsonl", ["a", "a", "b", "b", "c"])).build()
-    with pytest.raises(DataError, match=r"train/forget has 1 rows of 32 tokens, and at least 2 are needed"):
-        build_corpora(config_of(files, forget=write(tmp_path / "f.jsonl", ["secret"])))
-    with pytest.raises(DataError, match="holdout text is too short for membership inference"):
-        build_corpora(config_of(files, holdout=write(tmp_path / "h.jsonl", ["short"])))
+    for build, name, texts, message in (
+        (
+            TextConfig.build,
+            "retain",
+            ["one paragraph"],
+            r"retain: 1 documents, 1 of them unlike all others; at least 3",
+        ),
+        (TextConfig.build, "retain", [*"aabbc"], r"retain: 5 documents, 1 of them unlike all others"),
+        (build_corpora, "forget", ["secret"], r"train/forget has 1 rows of 32 tokens, and at least 2 are needed"),
+        (build_corpora, "holdout", ["short"], "holdout text is too short for membership inference"),
+    ):
+        with pytest.raises(DataError, match=message):
+            build(config_of(files, **{name: write(tmp_path / "few.jsonl", texts)}))
 
 
 def test_corpora_of_user_text(tmp_path, files):
@@ -224,18 +229,15 @@ def test_several_forget_sources_are_topics_that_share_no_row(tmp_path, files):
         text = both.tokenizer.decode(rows.tokens.ravel().tolist())
         assert f"{word} number" in text and ("secret" in text) == (topic == 0)
     assert both.fingerprint != one.fingerprint and not both.retain.domain.any()
-    swapped = build_corpora(config_of(files, forget=[other, files["forget"]]))
-    assert swapped.fingerprint != both.fingerprint
-
-
-def test_every_topic_is_checked(tmp_path, files):
+    assert build_corpora(config_of(files, forget=[other, files["forget"]])).fingerprint != both.fingerprint
     leaking = write(tmp_path / "other.jsonl", [*sentences("hidden", 5), sentences("public", 1)[0]])
-    with pytest.raises(DataError, match=r"1 of 18 forget documents also stand in retain, .*other\.jsonl:6 = "):
-        config_of(files, forget=[files["forget"], leaking]).build()
-    with pytest.raises(DataError, match="no such file"):
-        config_of(files, forget=[files["forget"], str(tmp_path / "nowhere.jsonl")]).build()
-    with pytest.raises(DataError, match="forget is an empty list"):
-        config_of(files, forget=[]).build()
+    for forget, message in (
+        ([files["forget"], leaking], r"1 of 18 forget documents also stand in retain, .*other\.jsonl:6 = "),
+        ([files["forget"], str(tmp_path / "nowhere.jsonl")], "no such file"),
+        ([], "forget is an empty list"),
+    ):
+        with pytest.raises(DataError, match=message):
+            config_of(files, forget=forget).build()
 
 
 def test_short_texts_are_left_out_and_counted(tmp_path, files):

@@ -56,7 +56,9 @@ def build(
       overwrite: replace what is there.
     """
     base, dataset, configs = published(name)
-    tfds = sources.import_tfds(name)  # what is missing is said before anything is downloaded
+    tfds = sources.import_optional(
+        name, *sources.TFDS_PACKAGES
+    )  # what is missing is said before anything is downloaded
     directory = as_path(data_dir) if data_dir else sources.tfds_directory()
     if is_remote(directory):
         raise DataError(f"{directory}: data sets are built on a local disk; copy them there after.")

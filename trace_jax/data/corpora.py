@@ -15,7 +15,6 @@ from trace_jax.models.model import Encoded, SpecialTokens, TextCodec, start_and_
 from trace_jax.models.sharding import pad
 
 _SHORTEST = 16  # tokens of a text for membership inference
-_VOCABULARY = 2048  # tokens of a tokenizer that is trained here, unless the settings say otherwise
 
 
 class DataConfig(Variant, kw_only=True):
@@ -190,7 +189,7 @@ def build_corpora(config: DataConfig, codec: TextCodec | None = None) -> Corpora
         )
 
     if codec is None:
-        size = config.vocab_size or _VOCABULARY
+        size = config.vocab_size or 2048
         codec = TextCodec(train_tokenizer((d.text + (d.answer or "") for d in trained), size), SpecialTokens(), size)
     length, special = config.row_length, codec.special
     documents = {f"train/{source}": d for source, d in benchmark.train.items()} | held_out

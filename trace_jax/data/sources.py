@@ -19,6 +19,7 @@ from trace_jax.data.published import PUBLISHED, DataError
 from trace_jax.io.files import as_path, is_remote, read_json
 
 HUGGINGFACE, TFDS = "huggingface:", "tfds:"
+TFDS_PACKAGES = ("array_record", "tensorflow_datasets")  # which import no TensorFlow
 RECORD = "published.json"  # beside the data of what was built here: its revision, rows and files
 _SUFFIXES = (".jsonl", ".txt", ".md")
 _FIELDS = ({"text"}, {"question", "answer"})
@@ -235,7 +236,8 @@ def _data_set(source: str) -> Iterator[dict[str, Any]]:
         rows, plain = _load_dataset(source), dict
     else:
         directory, split = prepared(source), source.removeprefix(TFDS).partition(":")[2]
-        builder = import_tfds(source).builder_from_directory(os.fspath(directory))
+        tfds = import_optional(source, *TFDS_PACKAGES)
+        builder = tfds.builder_from_directory(os.fspath(directory))
         try:
             rows, plain = builder.as_data_source(split=split or "train"), _plain
         except (ValueError, NotImplementedError, OSError) as error:
@@ -274,11 +276,6 @@ def import_optional(source: str, *packages: str) -> Any:
         raise DataError(
             f"{source}: needs the package {error.name}: pip install 'trace-jax[data]'. Or save what you need as JSONL."
         ) from None
-
-
-def import_tfds(source: str) -> Any:
-    """The package tensorflow_datasets, without TensorFlow."""
-    return import_optional(source, "array_record", "tensorflow_datasets")
 
 
 def tfds_directory() -> pathlib.Path:
