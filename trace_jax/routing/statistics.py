@@ -47,7 +47,7 @@ class ExpertStatistics:
 
     def save(self, path, assignments: "Assignments | None" = None) -> None:
         """Writes `path` (.npz), with the experts of every token where given: L * K bytes each up to 256 experts."""
-        indices = {} if assignments is None else {"indices": assignments.indices}
+        indices: dict[str, Any] = {} if assignments is None else {"indices": assignments.indices}
         with replacing(path) as temporary:
             np.savez(temporary, **dataclasses.asdict(self), **indices)
 
