@@ -145,23 +145,12 @@ def test_a_continuation_that_the_model_would_write_scores_one():
 
 # --- extraction strength and exact memorisation
 
-T, F = True, False
 
-
-@pytest.mark.parametrize(
-    ("flags", "strength", "memorised"),
-    [
-        ([T, T, T, T], 1, 1),
-        ([F, F, F, F], 0, 0),
-        ([T, T, T, F], 0, 3 / 4),
-        ([F, T, F, T, T], 2 / 5, 3 / 5),
-        ([F], 0, 0),
-        ([], np.nan, np.nan),
-    ],
-)
-def test_by_hand(flags, strength, memorised):
-    scores = [score([np.array(flags, bool)])[0] for score in probes.MEMORIZED.values()]
-    np.testing.assert_array_equal(scores, [strength, memorised])
+def test_by_hand():
+    texts = [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0], [0, 1, 0, 1, 1], [0], []
+    flags = [np.array(text, bool) for text in texts]
+    np.testing.assert_array_equal(probes.extraction_strength(flags), [1, 0, 0, 2 / 5, 0, np.nan])
+    np.testing.assert_array_equal(probes.exact_memorization(flags), [1, 0, 3 / 4, 3 / 5, 0, np.nan])
 
 
 def test_the_extractable_suffix_is_what_the_model_writes_after_the_rest():
