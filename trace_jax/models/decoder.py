@@ -13,7 +13,7 @@ import numpy as np
 
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.layers import Cache, attention, attention_mask, gated_mlp, norm, rotary
-from trace_jax.models.moe import RouterOutput, moe_layer, router_probabilities
+from trace_jax.models.moe import RouterOutput, moe_layer
 from trace_jax.models.sharding import assembled, rematerialized
 from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
@@ -236,5 +236,5 @@ def _collected(router: RouterOutput, config: ModelConfig, wanted: set[str], coun
         chosen = router.indices[:, :, None] == jnp.arange(config.num_experts, dtype=jnp.int32)[None, None, :]
         parts["counts"] = jnp.sum((chosen & counted[:, :, None]).astype(jnp.int32), axis=(0, 1))
     if "load" in wanted:
-        parts["load"] = jnp.sum(jnp.where(counted, router_probabilities(router.logits, config), 0.0), axis=0)
+        parts["load"] = jnp.sum(jnp.where(counted, router.load, 0.0), axis=0)
     return RouterOutput(**parts, dropped=router.dropped if "dropped" in wanted else None)

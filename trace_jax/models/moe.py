@@ -31,7 +31,7 @@ class RouterOutput:
     indices: Any = None  # i32 [..., K] chosen experts by descending score
     weights: Any = None  # f32 [..., K] what each chosen expert's output is multiplied by
     counts: Any = None  # i32 [L, E] how often each expert was chosen over `count_mask`
-    load: Any = None  # f32 [L, E] sum of router probabilities over `count_mask`
+    load: Any = None  # f32 [L, E] sum of router probabilities over `count_mask`; of one layer these, [T, E]
     dropped: Any = None  # i32 [L] choices that found no room in `expert_buffer` on this device
 
 
@@ -43,7 +43,8 @@ def route(layer: dict, config: ModelConfig, x_TD: jax.Array, *, chosen_TK: jax.A
     logits = jnp.dot(x_TD.astype(jnp.float32), layer["router"], precision=jax.lax.Precision.HIGHEST)
     if config.router_bias:
         logits = logits + layer["router_bias"][None]
-    scores = jax.nn.sigmoid(logits) if config.router_score == "sigmoid" else router_probabilities(logits, config)
+    probabilities = router_probabilities(logits, config)
+    scores = jax.nn.sigmoid(logits) if config.router_score == "sigmoid" else probabilities
     if config.router_score == "sparsemixer":
         indices, weights = _sparse_mixer(logits, config.router_jitter, chosen_TK)
     else:
@@ -59,7 +60,7 @@ def route(layer: dict, config: ModelConfig, x_TD: jax.Array, *, chosen_TK: jax.A
         weights = weights / (jnp.maximum(total, config.normalize_minimum) if config.normalize_minimum else total)
     if config.routing_scale != 1.0:
         weights = weights * config.routing_scale
-    return RouterOutput(x_TD, logits, indices, weights)
+    return RouterOutput(x_TD, logits, indices, weights, load=probabilities)
 
 
 def router_probabilities(logits: jax.Array, config: ModelConfig) -> jax.Array:
