@@ -67,17 +67,6 @@ def test_every_weighting_has_mean_one_on_valid_positions_and_zero_elsewhere(sett
     assert encode(loaded.calibration) == encode(found.calibration)
 
 
-@pytest.mark.parametrize("apply", ["weights", "sampling", "both"])
-def test_equal_frequencies_leave_plain_uniform_training(setting, apply):
-    retain = setting["retain"].take(np.delete(np.arange(24), 5))
-    same = {**setting, "forget_statistics": setting["retain_statistics"], "retain": retain, "assignments": None}
-    for unit in ("token", "row"):
-        found = weights_of(same, name="entropy", rule="all", unit=unit, apply=apply)
-        assert np.array_equal(found.weights, retain.valid.astype(np.float32))
-        assert np.array_equal(found.step_weights, retain.valid.astype(np.float32))
-        assert (found.row_probability == 1 / 23).all()
-
-
 @pytest.mark.parametrize("lengths", [(4, 4, 4, 4), (1, 4, 2, 3)])
 @pytest.mark.parametrize("rows_per_batch", [1, 3])
 def test_drawing_rows_aims_at_the_same_loss_as_weighting_them(lengths, rows_per_batch):
@@ -215,8 +204,7 @@ def test_under_the_original_routing_online_weights_are_the_offline_ones(setting,
     found.save(tmp_path)
     loaded = RetainWeights.load(tmp_path)
     assert np.array_equal(loaded.step_weights, found.step_weights)
-    for one, other in zip(*map(jax.tree.leaves, (loaded.step_calibration, found.step_calibration)), strict=True):
-        assert np.array_equal(one, other)
+    assert encode(loaded.step_calibration) == encode(found.step_calibration)
 
 
 @pytest.mark.parametrize("apply", ["weights", "both"])

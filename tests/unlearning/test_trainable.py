@@ -26,6 +26,7 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.families import model_config
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, place, to_host
+from trace_jax.routing.config import select_experts
 from trace_jax.unlearning.config import SomeExperts, Trainable, UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants, anchor_loss
@@ -310,19 +311,10 @@ def test_rules_of_seuf_take_one_expert_of_the_model_and_those_of_others_four_of_
     assert (some(rule).trainable.experts.top, some(rule).trainable.experts.scope) == (4, "layer")
 
 
-def test_esft_covers_a_share_of_the_forget_activations_in_every_layer(statistics):
-    config = some({"name": "cumulative", "mass": 0.6})
-    chosen = chosen_experts(config, np.zeros((2, 4), bool), *statistics, seed=0)
-    forget, retain = (s.frequency for s in statistics)
-    for layer, experts in enumerate(chosen):
-        order = np.argsort(-forget[layer])
-        enough = int(np.searchsorted(np.cumsum(forget[layer][order]), 0.6 * 2)) + 1
-        covering = np.isin(np.arange(4), order[:enough])
-        assert experts.tolist() == (covering & (forget[layer] > retain[layer])).tolist()
+def test_esft_covers_as_the_rule_does_random_experts_follow_the_seed_and_the_calibration_is_the_default(statistics):
+    esft = chosen_experts(some({"name": "cumulative", "mass": 0.6}), ONE_EXPERT, *statistics, seed=0)
+    assert (esft == select_experts(*statistics, rule="cumulative", mass=0.6)).all() and esft.any()
     assert some("cumulative").trainable.experts.mass == 0.15
-
-
-def test_random_experts_follow_the_seed_and_the_calibration_is_the_default(statistics):
     config = some({"name": "random", "top": 2})
     one, again, other = (chosen_experts(config, ONE_EXPERT, *statistics, seed=seed) for seed in (0, 0, 1))
     assert (one.sum(axis=1) == 2).all() and (one == again).all() and (one != other).any()

@@ -90,7 +90,7 @@ def test_online_weights_see_all_layers_also_where_the_losses_do_not(model, forge
 
 @pytest.mark.parametrize(
     ("routing", "apply", "unit"),
-    [("offline", "both", "token"), ("offline", "weights", "row"), ("online", "weights", "token"),
+    [("offline", "both", "token"), ("offline", "sampling", "row"), ("online", "weights", "token"),
      ("recalibrated", "both", "token")],
 )  # fmt: skip
 def test_weights_of_one_train_bit_identically_to_no_weights(model, retain, routing, apply, unit):

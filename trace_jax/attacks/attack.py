@@ -191,14 +191,9 @@ class RouterSwap(Attack):
 
     def points(self, case: Case) -> list[Point]:
         """Measures the unlearned model with every router, its bias and its correction as they were before."""
-        swapped = with_routers_of(case.unlearned.params, case.context.original.params)
+        routers = {path: x for path, x in flatten(case.context.original.params).items() if path in _ROUTERS}
+        swapped = unflatten(flatten(case.unlearned.params) | routers)
         return [Point("original routers", case.measure(swapped, "original-routers"))]
-
-
-def with_routers_of(params: Any, donor: Any) -> Any:
-    """`params` with the routers of another model of the same shape; every other array is shared."""
-    routers = {path: array for path, array in flatten(donor).items() if path in _ROUTERS}
-    return unflatten(flatten(params) | routers)
 
 
 class ExpertForcing(Attack):
