@@ -105,11 +105,8 @@ def _optimizer(settings: StepSettings, masks: Flat | None, trained: Flat) -> opt
 
 
 def state_shardings(state: Any, settings: StepSettings, mesh: Mesh) -> Any:
-    """How a `TrainState` is stored: whatever is kept for a parameter lies where the parameter does.
-
-    An array of another shape, such as a mean over the rows of a matrix, does so in the first dimensions that it has in
-    common with the parameter: layers and experts.
-    """
+    """How a `TrainState` is stored: whatever is kept for a parameter lies where the parameter does; an array of another
+    shape, such as a mean over the rows of a matrix, in the first dimensions that both have: layers and experts."""
     specs = trained_specs(settings.model, state.trainable, mesh)
 
     def one(path, leaf):
@@ -217,11 +214,9 @@ def train_on(
     steps: int, evaluate: Callable[[Any], Any], evaluate_every: int,
     seed: int, mesh: Mesh, directory: Path, identity: str, title: str,
 ) -> None:  # fmt: skip
-    """Trains all parameters of a model, which is not changed, on `batch_at(step)`; continues if it was interrupted.
-
-    `evaluate` is called with the parameters after every `evaluate_every` steps and at the end; what it returns is in
-    `directory` (`trace_jax.unlearning.metrics.front_rows`). A run that diverges ends.
-    """
+    """Trains all parameters of a model, which is not changed, on `batch_at(step)`; continues if interrupted, and ends
+    if it diverges. `evaluate` is called with the parameters after every `evaluate_every` steps and at the end; what it
+    returns is in `directory` (`trace_jax.unlearning.metrics.front_rows`)."""
     evaluation = Hook(evaluate_every, lambda _, trained: evaluate(_params(trained, model.config)))
     loop = Loop(directory, identity, steps, evaluate_every, title, evaluation, seed=seed, evaluate_first=False)
     _train(loop, lambda: model.params, batch_at, StepSettings(model.config, config, steps), mesh)
