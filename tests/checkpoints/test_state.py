@@ -1,6 +1,5 @@
 """What a run keeps survives the disk bit by bit: parameters, and states on any mesh, never a damaged one."""
 
-import functools
 import gc
 import json
 import shutil
@@ -98,7 +97,7 @@ def test_a_state_of_four_devices_is_restored_on_one_or_by_its_shapes_on_a_mesh_o
 @pytest.mark.parametrize("spec", [P(), P("data")])
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, spec):
     """32 MiB take the writer longer than the steps that overwrite them."""
-    step = functools.partial(jax.jit, donate_argnums=0)(lambda x: x + jnp.float32(1))
+    step = jax.jit(lambda x: x + jnp.float32(1), donate_argnums=0)
     x = jax.device_put(np.zeros((1 << 21,), np.float32), NamedSharding(FOUR, spec))
     with StateStore(tmp_path, ABOUT) as store:
         store.save(1, {"x": x})
