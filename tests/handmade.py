@@ -13,7 +13,7 @@ from trace_jax.evaluation.task import EvaluationConfig, Evaluator
 from trace_jax.models.architecture import abstract_params
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
-from trace_jax.tasks.benchmarks import scoreboard
+from trace_jax.tasks.benchmarks import BENCHMARKS
 
 CONFIG, V = tiny.CONFIG, tiny.CONFIG.vocab_size
 SETTINGS = EvaluationConfig(batch_size=4, max_rows=5, max_prompts=3, max_members=5, max_gradients=2, bootstrap=100)
@@ -72,7 +72,7 @@ PROBES = {"test": make_probes(5), "validation": make_probes(0)}
 
 def make_evaluator(probes=PROBES, *, settings=SETTINGS, benchmark="text", tasks=(), mesh=None):
     """An evaluator of probes per split and of other tasks."""
-    names = scoreboard(benchmark).questions
+    names = BENCHMARKS[benchmark].board.questions
     return Evaluator(settings, (*probe_tasks(probes, settings, accuracies=names, identity="probes"), *tasks), mesh)
 
 

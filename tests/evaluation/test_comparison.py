@@ -11,7 +11,7 @@ from trace_jax.evaluation import comparison
 from trace_jax.evaluation.comparison import Run, UnequalBudget, as_text, compare
 from trace_jax.evaluation.fronts import MEAN, Front, RunItems, Series
 from trace_jax.io.files import encode
-from trace_jax.tasks.benchmarks import scoreboard
+from trace_jax.tasks.benchmarks import BENCHMARKS
 
 
 def front(at_half, *, lowest=0.0, last_step=60):
@@ -176,7 +176,7 @@ def test_without_other_seeds_or_items_intervals_are_over_the_rest_and_say_so(one
 
 def test_the_table_at_equal_forgetting():
     fronts = {"uniform": front(0.7), "trace_rows": front(0.9), "timid": front(0.99, lowest=0.8)}
-    table = comparison.equal_forgetting(fronts, board=scoreboard("handbook"), level=0.5)
+    table = comparison.equal_forgetting(fronts, board=BENCHMARKS["handbook"].board, level=0.5)
     target, uniform, _, timid = table["rows"]
     assert target["name"] == "target model" and target["values"]["neighbour_accuracy"] == pytest.approx(0.9)
     assert uniform["values"]["forget_accuracy"] == pytest.approx(0.5) and uniform["step"] == pytest.approx(30)

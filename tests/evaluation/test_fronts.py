@@ -11,7 +11,7 @@ from trace_jax.evaluation import fronts
 from trace_jax.evaluation.fronts import MEAN, Front, front_from_history, mean_difference
 from trace_jax.evaluation.intervals import Measurement
 from trace_jax.io.files import decode, encode
-from trace_jax.tasks.benchmarks import scoreboard
+from trace_jax.tasks.benchmarks import BENCHMARKS
 
 
 def front(forgetting, utility, steps=None):
@@ -84,17 +84,17 @@ def test_the_front_of_a_run_divides_relative_utilities_by_the_original():
         (0, measurements(forget_accuracy=0.98, neighbour_accuracy=0.8, general_utility=1.0)),
         (4, measurements(forget_accuracy=0.4, neighbour_accuracy=0.6, general_utility=0.96)),
     ]
-    run = front_from_history(history, board=scoreboard("handbook"), split="test")
+    run = front_from_history(history, board=BENCHMARKS["handbook"].board, split="test")
     assert run.forgetting.tolist() == [0.98, 0.4]
     assert run.utilities["neighbour_accuracy"] == pytest.approx([1.0, 0.75])
     assert run.utilities[MEAN] == pytest.approx([1.0, (0.75 + 0.96) / 2])
     assert run.measured["neighbour_accuracy"].tolist() == [0.8, 0.6]
     assert encode(decode(Front, json.loads(json.dumps(encode(run))))) == encode(run)
     original = {"neighbour_accuracy": 0.8, "general_utility": 1.0}  # in place of step 0
-    later = front_from_history(history[1:], board=scoreboard("handbook"), split="test", original=original)
+    later = front_from_history(history[1:], board=BENCHMARKS["handbook"].board, split="test", original=original)
     assert (later.forgetting[0], later.utilities[MEAN][0]) == (0.4, pytest.approx(run.utilities[MEAN][1]))
     history = [(0, measurements(forget_probability_ratio=1.0, general_utility=1.0))]
-    alone = front_from_history(history, board=scoreboard("text"), split="test")
+    alone = front_from_history(history, board=BENCHMARKS["text"].board, split="test")
     assert set(alone.utilities) == {"general_utility", MEAN}
 
 
@@ -105,7 +105,7 @@ def test_what_a_front_cannot_be_made_of_is_named():
         ({"forget_accuracy": 0.4}, "no utility was measured"),
     ):
         with pytest.raises(ValueError, match=message):
-            front_from_history([(0, measurements(**values))], board=scoreboard("handbook"), split="test")
+            front_from_history([(0, measurements(**values))], board=BENCHMARKS["handbook"].board, split="test")
     with pytest.raises(ValueError, match="increasing steps"):
         front([1.0, 0.5], [1.0, 0.9], steps=[4, 4])
     with pytest.raises(ValueError, match="finite"):

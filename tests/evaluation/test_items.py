@@ -8,7 +8,7 @@ import pytest
 from tests import handmade
 from trace_jax.evaluation.fronts import MEAN, RunItems, front_from_history, load_run_items, make_draws
 from trace_jax.evaluation.task import TaskScores
-from trace_jax.tasks.benchmarks import scoreboard
+from trace_jax.tasks.benchmarks import BENCHMARKS
 from trace_jax.unlearning.metrics import Metrics, read_items
 
 STEPS = (0, 4, 8)
@@ -18,7 +18,7 @@ QUICK = ("questions", "text")
 @pytest.fixture(scope="module", params=["handbook", "text"])
 def run(request, tmp_path_factory):
     """(directory, scoreboard, evaluator, scores at each step, front on test) of three models in place of a run."""
-    evaluator, board = handmade.make_evaluator(benchmark=request.param), scoreboard(request.param)
+    evaluator, board = handmade.make_evaluator(benchmark=request.param), BENCHMARKS[request.param].board
     scores = [{name: handmade.scores(seed)[name] for name in QUICK} for seed in range(len(STEPS))]
     evaluator = dataclasses.replace(evaluator, original=scores[0])
     directory = tmp_path_factory.mktemp(request.param)

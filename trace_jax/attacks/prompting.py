@@ -166,7 +166,8 @@ def items_with_examples(
 
 def items_with_statements(items: Sequence[Item], share: float) -> list[Item]:
     """The items, each behind true statements about its group: the share (rounded up) of the group's other items that
-    comes first, solved. Items that are alone in their group stay as they are."""
+    comes first, solved. Items that are alone in their group stay as they are.
+    """
     behind = []
     for item in items:
         others = [other for other in items if other.group == item.group and other is not item]

@@ -66,7 +66,8 @@ class Tensor:
 
     def read(self, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """The numbers `start` to `stop` of the tensor in row-major order, 1-D: in `out` (their bytes, contiguous), if
-        it is there, else fresh."""
+        it is there, else fresh.
+        """
         if out is None:
             out = np.empty(((self.size if stop is None else stop) - start) * self.dtype.itemsize, np.uint8)
         left, position = out.data, self.offset + start * self.dtype.itemsize
@@ -140,7 +141,8 @@ Readable = Tensor | Quantised
 
 class TensorFile:
     """A safetensors file. `tensors`, in the order of the file, can be written to if it is `writable`. A CheckpointError
-    if it is truncated, longer than its tensors, or its header is wrong."""
+    if it is truncated, longer than its tensors, or its header is wrong.
+    """
 
     def __init__(self, path: str | os.PathLike, *, writable: bool = False):
         self.path = Path(path)

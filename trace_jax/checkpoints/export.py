@@ -39,7 +39,8 @@ _NEVER = {".py", ".bin", ".pt", ".pth", ".safetensors", ".gguf", ".h5", ".msgpac
 @dataclasses.dataclass(frozen=True)
 class ModelCard:
     """What a reader of the checkpoint should know: what the model was made to forget, in a sentence; by which method,
-    with which settings by name; and, in rows of a table with the same columns, what was measured."""
+    with which settings by name; and, in rows of a table with the same columns, what was measured.
+    """
 
     unlearned: str
     method: str
@@ -142,7 +143,8 @@ def _decoded(
     slots: Sequence[Slot], source: checkpoint.Checkpoint, readable: Mapping[str, Readable], unread: Iterable[str]
 ) -> tuple[Specs, dict[str, Readable]]:
     """All tensors in the order of the files, those of `slots` as bfloat16 and without their scales; and the ignored
-    ones that are decoded too, because config.json no longer says how they are stored."""
+    ones that are decoded too, because config.json no longer says how they are stored.
+    """
     ignored = {
         name: checkpoint.readable_tensor(name, source.tensors, source.config)
         for name in unread

@@ -63,7 +63,8 @@ class Slot:
 
 def parse_layout(text: str, shape: tuple[int, ...], separate: tuple[str, ...] = ()) -> dict[str, Any]:
     """The fields of a `Slot` that its layout says, for a parameter whose one layer has `shape`; `separate` are the
-    letters that number tensors."""
+    letters that number tensors.
+    """
     left, _, right = text.partition(" -> ")
     groups = [re.findall("[a-z]", group) for group in re.findall(r"\([a-z ]+\)|[a-z1]", left)]
     letters, axes = [letter for group in groups for letter in group], right.split()
@@ -310,7 +311,8 @@ def place(parameter: jax.Array, numbers: jax.Array, part: Part) -> jax.Array:
 
 def take(parameter: jax.Array, part: Part) -> np.ndarray:
     """What stands in the place of `part`, its axes in the order of the disk, contiguous, in every process; all must
-    call it."""
+    call it.
+    """
     numbers = to_host(_take(parameter, part.index, part.shape, part.sharding, part.layer_sharding))
     source = numbers.view(f"u{numbers.dtype.itemsize}")
     disk = np.empty(part.slot.apart(source).shape, source.dtype)

@@ -53,7 +53,8 @@ class PretrainedConfig(Section):
 
     def shape(self) -> ModelConfig:
         """The model that config.json describes or, without a path, the published one. Weights are not read; a shape
-        other than that of `published` is a ConfigError."""
+        other than that of `published` is a ConfigError.
+        """
         published = model_config(PUBLISHED[self.published], dtype=self.dtype) if self.published else None
         shape = published
         if self.path or shape is None:
@@ -68,7 +69,8 @@ class PretrainedConfig(Section):
 
     def check(self) -> None:
         """Refuses what a run can't start from before anything is read or written: no path, no complete checkpoint
-        there, another shape than `published` or the retrained model has."""
+        there, another shape than `published` or the retrained model has.
+        """
         if not self.path:
             raise ConfigError(_NO_PATH)
         open_checkpoint(self.path)
@@ -82,7 +84,8 @@ class PretrainedConfig(Section):
 
     def identity(self, *, retrained: bool = False) -> str:
         """Hash of what is in the checkpoint `path`, wherever it lies, and of how it is read; or, empty where there is
-        none, of `retrained`."""
+        none, of `retrained`.
+        """
         if not (path := self.retrained if retrained else self.path) and retrained:
             return ""
         stats = [file.stat() for file in sorted(Path(path).glob("*.safetensors"))]

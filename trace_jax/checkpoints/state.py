@@ -1,5 +1,6 @@
 """What a run keeps on disk: parameters of a finished stage (one safetensors file, readable by anybody), and training
-state (Orbax), saved every few steps, restored after any interruption, on any mesh."""
+state (Orbax), saved every few steps, restored after any interruption, on any mesh.
+"""
 
 import contextlib
 import gc
@@ -44,7 +45,8 @@ def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = No
 
 def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:
     """(params, metadata) of a file whose names, shapes and types must be exactly those of `abstract`; else a ValueError
-    names each."""
+    names each.
+    """
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(abstract, sep="."))
     try:
         with local_copy(path) as local, safe_open(local, framework="flax") as file:
@@ -147,7 +149,8 @@ class StateStore(PreservationPolicy):
 
     def _checked(self, step: int, like: Any) -> tuple[Any | None, str]:
         """(state, "") once every process has read what was saved, or (None, what is wrong with it; nothing if it is of
-        other settings)."""
+        other settings).
+        """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         folder, me = self._manager.directory / str(step), jax.process_index()
         state, sums, problem = None, [], ""

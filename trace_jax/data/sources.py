@@ -181,7 +181,8 @@ def json_lines(file: pathlib.Path, expected: str) -> Iterator[tuple[dict, str]]:
 
 def part(base: str, config: str, split: str) -> str:
     """The source of one configuration and split of a data set: huggingface:OWNER/NAME/CONFIG:SPLIT,
-    tfds:NAME/CONFIG:SPLIT, or the file DIRECTORY/CONFIG/SPLIT.jsonl."""
+    tfds:NAME/CONFIG:SPLIT, or the file DIRECTORY/CONFIG/SPLIT.jsonl.
+    """
     if base.startswith((HUGGINGFACE, TFDS)):
         return f"{base}/{config}:{split}"
     return f"{base}/{config}/{split}.jsonl"

@@ -70,7 +70,8 @@ def free_bytes(path: str | os.PathLike) -> float:
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary local path, of a file or (not for an address) a directory to be made; on success it takes the
-    place of `path`, on any error it vanishes. In other processes than 0 it always vanishes."""
+    place of `path`, on any error it vanishes. In other processes than 0 it always vanishes.
+    """
     path = as_path(path)
     if not is_main() or is_remote(path):
         with tempfile.TemporaryDirectory() as scratch:

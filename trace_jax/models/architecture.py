@@ -242,7 +242,8 @@ def _linear(
     config: ModelConfig, name: str, inputs: Dims, outputs: Dims, *, each: Dims = (), bias=False, dtype=""
 ) -> dict:
     """A matrix, or one of `each`, and its bias. It starts at 1/sqrt(fan in); one that writes to the residual stream at
-    1/sqrt(2 L) of that, so that the stream's variance doesn't grow with depth (GPT-2)."""
+    1/sqrt(2 L) of that, so that the stream's variance doesn't grow with depth (GPT-2).
+    """
     scale = math.prod(size for size, _ in inputs) ** -0.5
     if outputs[-1][1] == "embed":
         scale *= (2 * config.num_layers) ** -0.5

@@ -125,7 +125,8 @@ class TextCodec:
     @functools.cached_property
     def start(self) -> tuple[int, ...]:
         """What the tokenizer itself puts before a text: the BOS of Llama, Mixtral and DeepSeek, nothing for OLMoE and
-        Qwen. One that doesn't say (such as was trained here) leaves it to the model's BOS."""
+        Qwen. One that doesn't say (such as was trained here) leaves it to the model's BOS.
+        """
         if self.tokenizer.post_processor is None:
             return () if self.special.bos is None else (self.special.bos,)
         plain = self.marked.encode("a", add_special_tokens=False).ids
@@ -144,7 +145,8 @@ class TextCodec:
     @functools.cached_property
     def prefix_and_end(self) -> tuple[int, int]:
         """(token before what has no context: the beginning of a text or, without one, its end; token that ends a text)
-        by the tokenizer, which need not be what the model's config.json says."""
+        by the tokenizer, which need not be what the model's config.json says.
+        """
         bos, end = self.special.bos, next(iter(self.special.eos), self.special.bos)
         own = self._file("tokenizer_config.json")
 

@@ -48,7 +48,8 @@ Computation = dict[str, Instruction]
 
 class Collective(NamedTuple):
     """One kind of exchange among `groups` (partition numbers [groups, devices of a group]), summed over the program:
-    how often it runs, and what one device sends (and receives) in all, with ring algorithms."""
+    how often it runs, and what one device sends (and receives) in all, with ring algorithms.
+    """
 
     kind: str
     groups: tuple[tuple[int, ...], ...]
@@ -59,7 +60,8 @@ class Collective(NamedTuple):
 def traffic(text: str, num_devices: int) -> tuple[float, list[Collective], int]:
     """Of a compiled module's text (`compiled.as_text()`), which is the program of one device: bytes read and written
     in its main memory, collectives, and the number of loops of unknown length (decoding, which may end early), which
-    are counted as one round."""
+    are counted as one round.
+    """
     computations, entry = _parse(text)
     times, unknown = _times(computations, entry)
     total, sums = 0.0, {}

@@ -96,7 +96,8 @@ def tpu_slice(name: str) -> Target:
 
 def gpus(count: int, name: str) -> Target:
     """`count` GPUs of one kind. Needs JAX's CUDA plugin, which holds the compiler, but no GPU; ConfigError without it,
-    or where they don't fill whole nodes."""
+    or where they don't fill whole nodes.
+    """
     chip = _find(GPUS, name)
     nodes = max(1, count // chip.node)
     if count < 1 or (count > chip.node and count % chip.node):

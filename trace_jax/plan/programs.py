@@ -1,5 +1,6 @@
 """The programs that a run spends its time in, traced on shapes alone, and what each takes of a chip: memory, work,
-exchanges, and the time that they need at least."""
+exchanges, and the time that they need at least.
+"""
 
 import math
 import re
@@ -50,7 +51,8 @@ class Program(NamedTuple):
 
 def programs(config: Any, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> Iterator[Program]:
     """Those of a run of an experiment, each traced when it is asked for: the unlearning step; the pass that counts how
-    often each expert is used, on one batch; and writing one token to every row greedily, with a cache for a row."""
+    often each expert is used, on one batch; and writing one token to every row greedily, with a cache for a row.
+    """
     rows, row_length, filled = config.evaluation.batch_size, config.data.row_length, _filled(model, mesh)
     yield step_program(config.unlearning, model, parallel, mesh, row_length)
     params, batch = unflatten(_params(model, mesh)), _batch(rows, row_shards(mesh), row_length, mesh)

@@ -120,7 +120,8 @@ def _fronts(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 
 def _columns(rows: Sequence[Mapping[str, Any]], forgetting: str) -> dict[str, float]:
     """Columns of the comparison and the ends of their bars, which start at 0: 1 for shares, a little above the largest
-    otherwise; 0 draws no bars."""
+    otherwise; 0 draws no bars.
+    """
     ends = {}
     for name in dict.fromkeys([forgetting, *(name for row in rows for name in row["utilities"])]):
         numbers = [row["forgetting"] if name == forgetting else row["utilities"].get(name) for row in rows]

@@ -1,5 +1,6 @@
 """The stages of a run (`run_stage`): what its methods share, then for each of them weights, unlearning, evaluation and
-attacks. A run that was interrupted, or whose later settings changed, continues from what it has."""
+attacks. A run that was interrupted, or whose later settings changed, continues from what it has.
+"""
 
 import argparse
 import dataclasses

@@ -1,8 +1,6 @@
 """The benchmarks: kinds of `DataConfig` that are unlearned from, and published tasks that models are scored on."""
 
-from trace_jax.config import ConfigError
 from trace_jax.data.corpora import DataConfig
-from trace_jax.evaluation.fronts import Scoreboard
 from trace_jax.evaluation.task import EvaluationConfig, Task
 from trace_jax.tasks.handbook import HandbookConfig
 from trace_jax.tasks.muse import muse_task
@@ -12,13 +10,6 @@ from trace_jax.tasks.tofu import tofu_task
 from trace_jax.tasks.wmdp import read_multiple_choice
 
 BENCHMARKS: dict[str, type[DataConfig]] = {kind.name: kind for kind in (HandbookConfig, PresidentsConfig, TextConfig)}
-
-
-def scoreboard(benchmark: str) -> Scoreboard:
-    """The scoreboard of a benchmark, or a ConfigError that names those there are."""
-    if benchmark not in BENCHMARKS:
-        raise ConfigError(f"benchmark is {benchmark!r}; expected one of {', '.join(BENCHMARKS)}.")
-    return BENCHMARKS[benchmark].board
 
 
 def build_tasks(config: EvaluationConfig) -> tuple[Task, ...]:

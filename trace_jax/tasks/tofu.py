@@ -129,7 +129,8 @@ class TofuTask(Task):
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """Arrays by "SET/NAME", f64 over the N questions of a set: answer [N], correct [N], wrong [N, W] (mean
         log-probabilities, NaN where a question has fewer than W wrong answers), rouge [N, 2] (`rouge_recalls`), and of
-        the forget set extraction_strength [N] and exact_memorization [N]."""
+        the forget set extraction_strength [N] and exact_memorization [N].
+        """
         arrays, items = {}, {}
         codec, (start, end) = TextCodec.of(model), start_and_end(model.special)
         for name, questions in self.sets.items():

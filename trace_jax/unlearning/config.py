@@ -93,7 +93,8 @@ class Lora(Trainable, name="lora"):
 
 class RetainLoss(Variant):
     """The loss of a retain token, which its weight multiplies: nll -log p(x_{t+1}); kl KL(p_ref || p) over the
-    vocabulary; none leaves the retain set out."""
+    vocabulary; none leaves the retain set out.
+    """
 
 
 class NoRetain(RetainLoss, name="none"): ...
@@ -116,7 +117,8 @@ class RetainHidden(RetainLoss, name="hidden"):
 
 class Grip(Variant):
     """GRIP holds routers to retain routing (`trace_jax.unlearning.grip`): by a projection after every step, or a
-    realignment at the end."""
+    realignment at the end.
+    """
 
 
 class NoGrip(Grip, name="none"): ...

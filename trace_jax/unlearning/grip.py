@@ -187,7 +187,8 @@ def protect(
 ) -> Protection:  # fmt: skip
     """The protection, as numpy arrays, of what the original model's routers read of retain text, [L, n, W] (with a last
     1 where the bias trains), scored, f32 [L, n, E], and chose, i32 [L, n, K]. correction: f32 [L, E], added to scores
-    for choosing, where the model has it."""
+    for choosing, where the model has it.
+    """
     bases, bounds = [], []
     for layer, x in enumerate(inputs.astype(np.float64)):
         of_layer = None if correction is None else correction[layer].astype(np.float64)
@@ -206,7 +207,8 @@ def protect(
 
 def headroom(scores: np.ndarray, indices: np.ndarray, config: ModelConfig, correction: np.ndarray | None) -> np.ndarray:
     """f64 [n, E]: by how much each score may rise until its expert draws level with the last chosen one, tau; infinite
-    where no score is high enough. With a correction, what compares is scores (or their sigmoids) plus it."""
+    where no score is high enough. With a correction, what compares is scores (or their sigmoids) plus it.
+    """
     corrected, offset = correction is not None, 0.0 if correction is None else correction[None]
     sigmoids = corrected and config.router_score == "sigmoid"
     compared = (1 / (1 + np.exp(-scores)) if sigmoids else scores) + offset
@@ -370,7 +372,8 @@ def _products(params: tuple, config: ModelConfig, tokens, segments, valid, layer
 
 def realigned(router: np.ndarray, moments: Sequence[np.ndarray], ridge: float) -> np.ndarray:
     """f64 [W, E]: the router that scores the current inputs as `router` [W, E] scored the original ones. The ridge is
-    relative to the mean diagonal of X~ X~', so that it means the same for any number and scale of inputs."""
+    relative to the mean diagonal of X~ X~', so that it means the same for any number and scale of inputs.
+    """
     _, cross, current = moments
     penalty = ridge * np.trace(current) / len(current) * np.eye(len(current))
     return scipy.linalg.solve(current + penalty, cross.T @ router, assume_a="pos")

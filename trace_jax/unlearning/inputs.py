@@ -84,7 +84,8 @@ class Inputs:
 
 def forget_sampler(topics: np.ndarray, config: UnlearningConfig, *, seed: int) -> IndexSampler:
     """Which forget rows a step reads, of `topics` i32 [N]: mixed, or alternating (as RMU trains on bio and cyber,
-    2403.03218): step i is of topic i mod n, and each is gone through in epochs of its own."""
+    2403.03218): step i is of topic i mod n, and each is gone through in epochs of its own.
+    """
     of_turn = np.unique(topics) if config.topics == "alternating" else [topics]
     rows, size = [np.flatnonzero(topics == topic) for topic in of_turn], config.forget_batch_size
     samplers = [epoch_sampler(len(of_topic), size, seed=seed + i) for i, of_topic in enumerate(rows)]
@@ -103,7 +104,8 @@ def cached_reference(
     directory: Path, identity: str, model: Model, forget: Rows, refusals: Rows | None, *, mesh: Mesh, batch_size: int
 ) -> dict[str, np.ndarray]:
     """-log p of every token of the rows under `model`, which every epoch would compute again: f32 [N, S] by name in
-    `StepRows`. From `directory` if the run of this identity left it there."""
+    `StepRows`. From `directory` if the run of this identity left it there.
+    """
     file, sets = directory / "reference.npz", {"reference_nll": forget}
     if refusals is not None:
         sets["refusal_reference_nll"] = refusals
@@ -132,7 +134,8 @@ def steering_directions(key: jax.Array, topics: int, width: int) -> jax.Array:
 
 def steering_target(model: Model, forget: Rows, config: UnlearningConfig, *, seed: int, mesh: Mesh) -> jax.Array | None:
     """f32 [topics, D]: where RMU steers the rows of each topic, c u; None for other objectives. In adaptive RMU
-    (2408.06223) c is a multiple of mean |h_layer| over the valid tokens of the topic in its first batch."""
+    (2408.06223) c is a multiple of mean |h_layer| over the valid tokens of the topic in its first batch.
+    """
     objective, topics = config.objective, int(forget.domain.max()) + 1
     if not isinstance(objective, (RMU, AdaptiveRMU)):
         return None

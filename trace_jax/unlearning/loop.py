@@ -79,7 +79,8 @@ class Stop(NamedTuple):
 
 class Keep(Variant):
     """Which state is the result: that which the run ends with, or that of the evaluation with the highest utility among
-    those that forgot enough; where there is none, that with the lowest forgetting."""
+    those that forgot enough; where there is none, that with the lowest forgetting.
+    """
 
 
 class KeepLast(Keep, name="last"): ...

@@ -92,7 +92,8 @@ def _forward(
     routers: tuple[str, ...] = (),
 ) -> tuple[dict[str, _Output], Any]:  # fmt: skip
     """(What one pass over the rows of all parts gave, by part; choices of experts without room). Unless `full`, nothing
-    above the steered or compared layer is computed."""
+    above the steered or compared layer is computed.
+    """
     if not batches:
         return {}, 0
     parallel, layer = settings.parallel, settings.layer

@@ -1,5 +1,6 @@
 """What is written along a run: metrics.jsonl, a line for each step and each evaluation, and items.npz, what each item
-of the evaluations gave: "steps" i64 [T], "identity", and arrays [T, N] by name."""
+of the evaluations gave: "steps" i64 [T], "identity", and arrays [T, N] by name.
+"""
 
 import os
 from collections.abc import Mapping
@@ -44,7 +45,8 @@ class Metrics:
 
     def write_items(self, step: int, items: Mapping[str, np.ndarray]) -> None:
         """Drops what is there of `step` and later ones, and adds what each item gave at `step`, if there is anything:
-        arrays [N] of the same names and lengths every time."""
+        arrays [N] of the same names and lengths every time.
+        """
         if not is_main():
             return
         steps, before = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
@@ -64,7 +66,8 @@ def read_items(
     directory: str | os.PathLike, identity: str | None = None
 ) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
     """Steps i64 [T] of a run's evaluations, and what each item gave at them, [T, N] by name; None if that is not kept,
-    or is of another run than `identity`."""
+    or is of another run than `identity`.
+    """
     path = as_path(directory) / _ITEMS
     if not path.exists():
         return None

@@ -136,7 +136,8 @@ class Refusing(Section):
 
 class _Ascent(Section):
     """-mean nll_t over tokens. With a ceiling > 0: mean over rows of max(0, ceiling - row mean nll), which stops
-    pushing a row that is forgotten instead of letting it dominate the step."""
+    pushing a row that is forgotten instead of letting it dominate the step.
+    """
 
     nll_ceiling: float = option(0.0, help="mean NLL (nats) past which a row is no longer pushed; 0 = none", minimum=0.0)
     source: ClassVar[str] = "2401.06121"
@@ -282,7 +283,8 @@ class IDK(Refusing, Objective, name="idk"):
 
 class FLAT(Refusing, Objective, name="flat"):
     """mean_y (tanh(P(forget)) - tanh(P(refusal))) / 2, P the mean probability of a row's tokens: the f-divergence of
-    total variation."""
+    total variation.
+    """
 
     source = "2410.11143"
     needs = ("nll", "refusal_nll")

@@ -146,7 +146,8 @@ def make_optimizer(
 
 def groups(axes: tuple[str, ...]) -> list[list[int]]:
     """The dimensions of each vector (one list) or matrix (two) in an array. Heads and their width are one side of a
-    matrix. Dimensions in no list are stacked: they count the matrices."""
+    matrix. Dimensions in no list are stacked: they count the matrices.
+    """
     sides: list[list[int]] = []
     for dimension, name in enumerate(axes):
         if name == "head" and sides:
@@ -159,7 +160,8 @@ def groups(axes: tuple[str, ...]) -> list[list[int]]:
 def orthogonal(axes: tuple[str, ...]) -> bool:
     """Whether Muon orthogonalises the updates of an array: whether it is of matrices inside the network. A row of the
     embedding or the head belongs to one token, most of which a step never sees, and a column of the router to one
-    expert: an orthogonal update would move them all alike."""
+    expert: an orthogonal update would move them all alike.
+    """
     return len(groups(axes)) == 2 and not {"vocab", "router"} & set(axes)
 
 

@@ -106,7 +106,8 @@ def _optimizer(settings: StepSettings, masks: Flat | None, trained: Flat) -> opt
 
 def state_shardings(state: Any, settings: StepSettings, mesh: Mesh) -> Any:
     """How a `TrainState` is stored: whatever is kept for a parameter lies where the parameter does; an array of another
-    shape, such as a mean over the rows of a matrix, in the first dimensions that both have: layers and experts."""
+    shape, such as a mean over the rows of a matrix, in the first dimensions that both have: layers and experts.
+    """
     specs = trained_specs(settings.model, state.trainable, mesh)
 
     def one(path, leaf):
@@ -200,7 +201,8 @@ def train_model(
     seed: int, mesh: Mesh, directory: Path, identity: str, title: str, tokenizer: Any = None,
 ) -> Model:  # fmt: skip
     """Trains `config.steps` steps on `batch_at(step)`; continues from `directory` if it was interrupted. A target model
-    that diverged is of no use to anyone: raises FloatingPointError where the loss stops being finite."""
+    that diverged is of no use to anyone: raises FloatingPointError where the loss stops being finite.
+    """
     loop = Loop(directory, identity, config.steps, config.checkpoint_every, title, seed=seed)
     first, settings = jax.random.key(seed), StepSettings(model, config.optimization, config.steps)
     result = _train(loop, lambda: init_params(model, first), batch_at, settings, mesh, config.load_balance)
@@ -216,7 +218,8 @@ def train_on(
 ) -> None:  # fmt: skip
     """Trains all parameters of a model, which is not changed, on `batch_at(step)`; continues if interrupted, and ends
     if it diverges. `evaluate` is called with the parameters after every `evaluate_every` steps and at the end; what it
-    returns is in `directory` (`trace_jax.unlearning.metrics.front_rows`)."""
+    returns is in `directory` (`trace_jax.unlearning.metrics.front_rows`).
+    """
     evaluation = Hook(evaluate_every, lambda _, trained: evaluate(_params(trained, model.config)))
     loop = Loop(directory, identity, steps, evaluate_every, title, evaluation, seed=seed, evaluate_first=False)
     _train(loop, lambda: model.params, batch_at, StepSettings(model.config, config, steps), mesh)

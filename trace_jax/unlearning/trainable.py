@@ -63,7 +63,8 @@ def chosen_experts(
     seed: int,
 ) -> np.ndarray | None:  # fmt: skip
     """bool [L, E], the experts that train as `config.trainable.experts` says; None where not only some experts train.
-    calibrated: bool [L, E], those that the calibration of the retain weights selected."""
+    calibrated: bool [L, E], those that the calibration of the retain weights selected.
+    """
     rule = config.trainable.experts
     if rule is None or isinstance(rule, Calibrated):
         return None if rule is None else calibrated
@@ -115,7 +116,8 @@ def update_masks(
 
 def trainable_table(model: ModelConfig, config: UnlearningConfig, selected: np.ndarray | None = None) -> list[dict]:
     """One row per parameter: path, shape, how many numbers it has, how many train, and which ("" where none do).
-    selected: bool [L, E], the experts that train where not all do."""
+    selected: bool [L, E], the experts that train where not all do.
+    """
     paths, rank, rows = trainable_paths(model, config.trainable), config.trainable.rank, []
     masks = update_masks(paths, model, layers=config.layers, selected=selected)
     for path, spec in sorted(flat_specs(model).items()):
@@ -215,7 +217,8 @@ def split(
 
 def current_params(trained: Flat, original: Mapping[str, Any], index: Any = None, scale: Any = None) -> Flat:
     """All parameters of the model that trains: plain arrays, and `Delta` where a part of one trains. `original` may be
-    shapes where whole arrays train. index: i32 [L, N], of rows. scale: f32 [], alpha / rank."""
+    shapes where whole arrays train. index: i32 [L, N], of rows. scale: f32 [], alpha / rank.
+    """
     changed: Flat = {}
     for path, leaf in trained.items():
         parameter, _, part = path.rpartition("/")
@@ -234,7 +237,8 @@ def merge(
     original: Flat, trained: Flat, model: ModelConfig, mesh: Mesh, *, index=None, scale=None, subtract: float = 0.0
 ) -> Flat:
     """Parameters of an ordinary model: `original` with what trained in its place (see `current_params`); with
-    `subtract` s > 0, original - s (trained - original) instead, in float32: a task vector is subtracted."""
+    `subtract` s > 0, original - s (trained - original) instead, in float32: a task vector is subtracted.
+    """
     if subtract and scale is not None:
         scale = -subtract * scale
     elif subtract:

@@ -61,7 +61,8 @@ def complete(config_json: Mapping[str, Any], model_type: str) -> dict[str, Any]:
 
 class ConfigReader:
     """Reads the fields of one config.json, completed, and notes which. transformers' class and `ModelConfig` check
-    their types. Of several keys the first that is there is read: spellings of one field."""
+    their types. Of several keys the first that is there is read: spellings of one field.
+    """
 
     def __init__(self, config_json: Mapping[str, Any], model_type: str):
         self._file, self._values, self._read = config_json, complete(config_json, model_type), set()
@@ -182,7 +183,8 @@ def dense(reader: ConfigReader, layers: Iterable[int]) -> Switches:
 
 def leading_dense(reader: ConfigReader) -> Switches:
     """Dense layers by `mlp_layer_types`, else DeepSeek's rule: the first `first_k_dense_replace` are dense, and after
-    them all but every `moe_layer_freq`-th."""
+    them all but every `moe_layer_freq`-th.
+    """
     reader.expect(mlp_layer_types=("dense", "sparse"))
     first, every = reader.value("first_k_dense_replace", null=0), reader.value("moe_layer_freq", null=1)
     if (kinds := reader.value("mlp_layer_types", null=None)) is not None:
