@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trace_jax.models import grouped_matmul as grouped
 from trace_jax.models.architecture import ModelConfig
+from trace_jax.models.blocked_experts import block_layout, block_size, blocked_experts, make_blocks
+from trace_jax.models.grouped_matmul import grouped_matmul, resolve_implementation
 from trace_jax.models.layers import activation, gated_mlp, norm
 from trace_jax.parallel.mesh import EXPERT, TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
@@ -146,22 +147,22 @@ def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, r
       room: for how many choices there is room at least; default: all of them. With `room`, an index that is no expert
         of `weights` is another device's.
     """
-    implementation, activate = grouped.resolve_implementation(config.grouped_matmul), activation(config)
+    implementation, activate = resolve_implementation(config.grouped_matmul), activation(config)
     trained = weights.get("trained")
     weights = {name: array for name, array in weights.items() if name != "trained"}
     # The backward passes below mix tokens with weights: what is equal on some devices must be known to be summed.
     operands = weights, x_TD, indices_TK, gates_TK
     weights, x_TD, indices_TK, gates_TK = as_varying(operands, varying_axes(operands))
     num_experts, num_slots = weights["gate_up"].shape[0], indices_TK.size if room is None else room
-    size = grouped.block_size(num_slots, num_experts) if (blocked := implementation == "blocked") else 1
+    size = block_size(num_slots, num_experts) if (blocked := implementation == "blocked") else 1
     group_sizes, rank = count_and_rank(indices_TK.reshape(-1), num_experts)
     if blocked and trained is not None:  # experts that train are laid out before the others
         expert = jnp.arange(num_experts, dtype=jnp.int32)
         order = jax.lax.sort((jnp.where(trained, 0, 1).astype(jnp.int32), expert), num_keys=1)[1]
-        starts, group = grouped.block_layout(group_sizes[order], num_slots, size)
+        starts, group = block_layout(group_sizes[order], num_slots, size)
         first, block_group = jnp.zeros_like(starts).at[order].set(starts, unique_indices=True), order[group]
     else:
-        first, block_group = grouped.block_layout(group_sizes, num_slots, size)
+        first, block_group = block_layout(group_sizes, num_slots, size)
     num_places = block_group.shape[0] * size
     place_TK, dropped = _places(indices_TK, rank, first, num_places, some_elsewhere=room is not None)
     slots = jnp.arange(place_TK.size, dtype=jnp.int32)
@@ -172,15 +173,15 @@ def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, r
     if blocked:
         used = (group_sizes + (size - 1)) // size
         of_trained = None if trained is None else jnp.sum(jnp.where(trained, used, 0))
-        blocks = grouped.make_blocks(slot, block_group, jnp.sum(used), place_TK, weights, of_trained)
-        return grouped.blocked_experts(activate, weights, x_TD, gates_TK, blocks), dropped
+        blocks = make_blocks(slot, block_group, jnp.sum(used), place_TK, weights, of_trained)
+        return blocked_experts(activate, weights, x_TD, gates_TK, blocks), dropped
 
     if room is not None:  # groups end where the room ends
         group_sizes = jnp.clip(num_slots - (jnp.cumsum(group_sizes) - group_sizes), 0, group_sizes)
 
     def multiply(x, name):
         w = weights[name].reshape(num_experts, x.shape[-1], -1)
-        y = grouped.grouped_matmul(x, w, group_sizes, implementation=implementation)
+        y = grouped_matmul(x, w, group_sizes, implementation=implementation)
         bias = weights.get(f"{name}_bias")
         return y if bias is None else y + bias.reshape(num_experts, -1)[block_group]
 
