@@ -80,7 +80,7 @@ def test_routers_are_read_at_the_valid_tokens(model, retain, mesh):
     parts = ("router_inputs", "router_logits", "indices")
     out = forward(model.params, model.config, rows.tokens, mask=rows.segments, collect=parts).router
     for read, of_all in ((inputs, out.inputs), (scores, out.logits)):
-        np.testing.assert_allclose(read, np.asarray(of_all)[:, rows.valid], atol=1e-5)
+        np.testing.assert_allclose(read, np.asarray(of_all)[:, rows.valid], atol=5e-5)
     np.testing.assert_array_equal(indices, np.asarray(out.indices)[:, rows.valid])
 
 
