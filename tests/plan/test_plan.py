@@ -114,7 +114,7 @@ def test_more_devices_hold_less_each(config):
 
 @pytest.mark.parametrize("trainable", ["seuf", "lora"])
 def test_a_plan_of_a_part_counts_the_numbers_of_the_part(config, trainable):
-    """On one device, where nothing is split: weights and two moments in float32 of what trains."""
+    """On one device, where nothing is split: weights and two moments in float32 of trainable parameters."""
     model, some = config.model, UnlearningConfig(trainable=trainable, forget_batch_size=8)
     paths, shapes = trainable_paths(model, some.trainable), flatten(abstract_params(model))
     if trainable == "lora":

@@ -141,15 +141,16 @@ def _head(config: ExperimentConfig, model: ModelConfig, weights: str) -> str:
     for name in config.methods:
         of = config.method(name).unlearning  # how many steps an epoch has is known once the data is read
         steps.append(f"{f'{of.epochs:g} epochs of the {of.epoch_anchor} rows' if of.epochs else of.steps} of {name}")
+    count = parallel.microbatches
     facts = {
         "experiment": config.name,
         "model": f"{total:,} parameters in {model.dtype}, {active:,} active per token",
         "weights": weights,
         "objective": objective,
         "methods": "; ".join(f"{name} ({METHODS[name].summary})" for name in config.methods),
-        "a step": f"{rows} of {length} tokens: {program.tokens:,} tokens, in {parallel.microbatches} part(s)",
+        "a step": f"{rows} of {length} tokens: {program.tokens:,} tokens, in {count} microbatch{'es' * (count > 1)}",
         "steps": ", ".join(steps),
-        "memory": f"{byte_size(program.parameters)} parameters, {byte_size(program.optimizer)} what trains in float32 "
+        "memory": f"{byte_size(program.parameters)} parameters, {byte_size(program.optimizer)} trainable in float32 "
         "and the optimizer's state, over all devices; activations come on top (plan has them)",
     }
     return "\n".join(f"{name:<12}{words}" for name, words in facts.items())

@@ -28,13 +28,13 @@ class Covering(Experts, routing.Cumulative, name="cumulative"):
 
 
 class Trainable(Variant):
-    """What trains: a preset, or `patterns` of paths; the first that matches decides, and a leading ! freezes."""
+    """Trainable parameters: a preset, or `patterns` of paths; the first that matches decides, a leading ! freezes."""
 
     patterns: ClassVar[tuple[str, ...]]
     experts: ClassVar[Any] = None  # which train, where only some do
     anchor: ClassVar[float] = 0.0
     anchor_form: ClassVar[str] = "sum"
-    rank: ClassVar[Any] = None  # of low-rank factors, where they are what trains
+    rank: ClassVar[Any] = None  # of low-rank factors, where they train
 
     @classmethod
     def spelled_out(cls, value):
@@ -161,7 +161,7 @@ class UnlearningConfig(Rules, OptimizerConfig):
     topics: str = option("mixed", help="how several forget topics share the steps", choices=("mixed", "alternating"))
     trainable: Trainable = option(
         lambda config: config.objective.usual_trainable,
-        help="preset, or path patterns of what trains; down_projections for RMU, else all",
+        help="preset, or path patterns of trainable parameters; down_projections for RMU, else all",
     )
     grip: Grip = option("none", help="whether and how routers are held to retain routing")
     epochs: float = option(

@@ -1,4 +1,4 @@
-"""What trains: chosen by path, layer and expert, told in a table, split off from a model, and merged into it again.
+"""Trainable parameters: chosen by path, layer and expert, told in a table, split off from a model, merged into it.
 
 A parameter trains as it is, under its own path; by the rows of a few experts, PATH/rows; or by two low-rank factors,
 PATH/lora_a and PATH/lora_b. Gradients and optimizer state exist for these arrays alone, in float32.
@@ -177,7 +177,7 @@ def declarations(model: ModelConfig, trained: Mapping[str, Any]) -> dict[str, Ar
 
 
 def trained_specs(model: ModelConfig, trained: Mapping[str, Any], mesh: Mesh) -> dict[str, P]:
-    """How what trains is stored on `mesh`."""
+    """How trained arrays are stored on `mesh`."""
     return {path: storage_spec(s.shape, s.axes, mesh.shape) for path, s in declarations(model, trained).items()}
 
 
@@ -188,7 +188,7 @@ def trained_specs(model: ModelConfig, trained: Mapping[str, Any], mesh: Mesh) ->
 def split(
     original: Flat, paths: tuple[str, ...], model: ModelConfig, mesh: Mesh, *, index=None, rank=None, seed=0
 ) -> Flat:
-    """What trains of the parameters at `paths`, as it is before the first step. `original` is on the mesh.
+    """The arrays that train, of the parameters at `paths`, before the first step. `original` is on the mesh.
 
     index: i32 [L, N], the experts that train where not all do (`selected_index`).
     rank: of low-rank factors of all `paths`, drawn with `seed` and the parameter's name.

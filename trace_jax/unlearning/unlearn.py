@@ -189,7 +189,7 @@ def recalibration(
     Every recalibration has a directory of its own, `recalibration/step-NNNNNN`: the weights from step NNNNNN on (see
     `RetainWeights.save`), then drift.json, without which they do not count. The drift is also a line of metrics.jsonl.
 
-    weights: those in force; `use` is called with those that replace them. model_of: the model of what trains.
+    weights: those in force; `use` is called with those that replace them. model_of: the model of trained arrays.
     """
     metrics = Metrics(directory, identity)
 
