@@ -94,10 +94,10 @@ def matrices(path, array):
     """The matrices of one of `AXES` as a list of 2-D arrays."""
     array = np.asarray(array)
     if path == "gate_up":
-        return [array[l, e, :, g] for l in range(2) for e in range(4) for g in range(2)]  # noqa: E741
+        return [array[layer, e, :, g] for layer in range(2) for e in range(4) for g in range(2)]
     if path == "down":
-        return [array[l, e] for l in range(2) for e in range(4)]  # noqa: E741
-    return [array[l].reshape((8, 12) if path == "q" else (12, 8)) for l in range(2)]  # noqa: E741
+        return [array[layer, e] for layer in range(2) for e in range(4)]
+    return [array[layer].reshape((8, 12) if path == "q" else (12, 8)) for layer in range(2)]
 
 
 def test_muon_of_each_matrix_and_adam_of_the_rest():
