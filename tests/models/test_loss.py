@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 from tests.tiny import mesh_of, random_params
 from trace_jax.models import loss
 from trace_jax.models.architecture import ModelConfig, unflatten
-from trace_jax.models.loss import token_kl, token_nll, vocabulary_loss
+from trace_jax.models.loss import document_sums, token_kl, token_nll, vocabulary_loss
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
 from trace_jax.parallel.mesh import BATCH_AXES
 from trace_jax.unlearning.objectives import PAPER, Objective
@@ -191,3 +191,18 @@ def test_objectives_are_finite_in_bfloat16(inputs, name, form):
     value, gradient = jax.jit(jax.value_and_grad(total))(ours)
     assert value.dtype == jnp.float32 and np.isfinite(value)
     assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in jax.tree.leaves(gradient))
+
+
+def test_sums_of_documents_stay_within_their_row():
+    """Also on a mesh, and the gradient of a document's sum reaches its own positions alone."""
+    segments = np.array([[1, 1, 2, 2, 2, 0], [1, 2, 3, 4, 5, 6], [0] * 6, [1] * 6], np.int32)
+    values = np.arange(24, dtype=np.float32).reshape(4, 6)
+    wanted = np.array([[values[b, segments[b] == i].sum() for i in range(7)] for b in range(4)])
+
+    def on_device(_, values, segments):
+        return document_sums(values, segments), jax.grad(lambda v: document_sums(v, segments)[:, 2].sum())(values)
+
+    spread = on_mesh(on_device, MODEL, mesh_of(2, 1, 1), out_specs=(P(BATCH_AXES), P(BATCH_AXES)))
+    sums, gradient = jax.jit(spread)(placed_params(random_params(MODEL, 0), MODEL, mesh_of(2, 1, 1)), values, segments)
+    np.testing.assert_array_equal(sums, wanted)
+    np.testing.assert_array_equal(gradient, segments == 2)

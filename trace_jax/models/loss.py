@@ -144,6 +144,17 @@ def token_scores(params: dict, config: ModelConfig, hidden, targets, *, moments:
     return {name: x.reshape(-1)[: targets.size].reshape(targets.shape) for name, x in scores.items()}
 
 
+def document_sums(values: jax.Array, segments: jax.Array) -> jax.Array:
+    """f32 [B, S + 1], the sum of values f32 [B, S] over each document of a row: entry i is of the positions where
+    `segments` i32 [B, S] is i, entry 0 of padding. Documents that a row does not have give 0.
+    """
+
+    def of_row(values_S, segments_S):
+        return jax.ops.segment_sum(values_S, segments_S, num_segments=len(segments_S) + 1)
+
+    return jax.vmap(of_row)(values, segments)
+
+
 # --- losses: (value f32 [T], slope f32 [T, V']) of the logits of T tokens
 
 
