@@ -90,17 +90,21 @@ def test_an_unequal_budget_is_refused_unless_the_method_is_labelled_so():
 
 
 def test_the_best_reading_takes_the_step_from_validation_and_the_value_from_test():
-    """A run that dips on its way to the level and recovers is judged where validation says it is best."""
+    """A run that dips on its way to the level and recovers is judged where validation says it is best. The forgetting
+    on test stands beside it: it may not be what validation promised.
+    """
 
-    def dipping(utility):
-        forgetting, values = np.array([1.0, 0.4, 0.4, 0.4]), np.array([1.0, *utility])
+    def dipping(utility, later=0.4):
+        forgetting, values = np.array([1.0, 0.4, later, 0.4]), np.array([1.0, *utility])
         utilities = {"general_utility": values, MEAN: values}
         return Front(np.arange(4), forgetting, utilities, {"forget_accuracy": forgetting, "general_utility": values})
 
-    runs = [Run("uniform", "alpha=4", s, dipping([0.5, 0.8, 0.7]), dipping([0.5, 0.75, 0.9])) for s in (0, 1)]
-    first, best = (compare(runs, level=0.5, reading=r).results[0].utilities[MEAN] for r in ("first", "best"))
-    assert first.value == pytest.approx(1 - 0.5 * 5 / 6)
-    assert best.value == pytest.approx(0.75)
+    runs = [Run("uniform", "alpha=4", s, dipping([0.5, 0.8, 0.7]), dipping([0.5, 0.75, 0.9], 0.6)) for s in (0, 1)]
+    first, best = (compare(runs, level=0.5, reading=reading) for reading in ("first", "best"))
+    assert first.results[0].utilities[MEAN].value == pytest.approx(1 - 0.5 * 5 / 6)
+    assert best.results[0].utilities[MEAN].value == pytest.approx(0.75)
+    assert first.results[0].forgetting is None and best.results[0].forgetting.value == pytest.approx(0.6)
+    assert "test forgetting" not in as_text(first) and "0.600" in as_text(best)
 
 
 # --- with items
@@ -157,9 +161,11 @@ def test_the_gain_is_paired_by_item(one_seed):
 
 def test_the_crossing_is_found_anew_on_every_resample(one_seed):
     """Utility at a fixed step would not move with the forget questions; at a level of forgetting it does."""
-    best = compare(pairs([0]), level=0.5, reading="best").results[0].utilities[MEAN]
-    first = one_seed.results[0].utilities[MEAN]
+    result = compare(pairs([0]), level=0.5, reading="best").results[0]
+    best, first = result.utilities[MEAN], one_seed.results[0].utilities[MEAN]
     assert first.high - first.low > 1.5 * (best.high - best.low)
+    assert result.forgetting.low < result.forgetting.value < result.forgetting.high
+    assert result.forgetting.n == QUESTIONS
 
 
 def test_without_other_seeds_or_items_intervals_are_over_the_rest_and_say_so(one_seed):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from trace_jax.evaluation import fronts
-from trace_jax.evaluation.fronts import MEAN, Draws, Front, RunItems, Scoreboard
+from trace_jax.evaluation.fronts import FORGETTING, MEAN, Draws, Front, RunItems, Scoreboard
 from trace_jax.evaluation.intervals import Interval, seeds_and_items, t_interval
 from trace_jax.io.progress import aligned
 
@@ -55,6 +55,7 @@ class MethodResult:
     gains: Mapping[str, Interval]  # utility / baseline - 1, paired by seed and item; likewise
     over_seeds: Mapping[str, Mapping[str, Interval]]  # "utilities" and "gains" with Student's intervals over seeds
     area: Interval | None  # `fronts.mean_difference` to the baseline, paired by seed, with Student's interval
+    forgetting: Interval | None = None  # of reading "best" on test, where it may be off the level that validation met
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +143,13 @@ def compare(
     has_items = all(run.items is not None for run in runs)
     over = "seeds" if not has_items else "seeds and items" if len({run.seed for run in runs}) > 1 else "items"
     draws = fronts.make_draws(resamples=resamples, seed=0) if has_items else None
-    chosen, readings = {}, {}
+    chosen, readings, forgetting = {}, {}, {}
     for method, group in by_method.items():
         setting = choose_setting(group, level=level, reading=reading)
         chosen[method] = {run.seed: run for run in group if run.setting == setting}
         values = {seed: _read(run, level, reading, draws) for seed, run in chosen[method].items()}
         readings[method] = {seed: value for seed, value in values.items() if value is not None}
+        forgetting[method] = {seed: {FORGETTING: value.pop(FORGETTING)} for seed, value in readings[method].items()}
     results = []
     for method, group in by_method.items():
         reached, runs_of, others = readings[method], chosen[method], readings[baseline]
@@ -166,17 +168,18 @@ def compare(
                 gains=_combined(gains, items),
                 over_seeds={"utilities": _combined(reached, {}), "gains": _combined(gains, {})},
                 area=t_interval(np.array(areas)) if areas else None,
+                forgetting=_combined(forgetting[method], items).get(FORGETTING) if reading == "best" else None,
             )
         )
     return Comparison(level, reading, over, baseline, tuple(m for m in by_method if m in exempt), tuple(results))
 
 
 # Values of one seed by name, f64 [1 + R]: first of the items as they are, then of the resamples (R = 0: none).
-Reading = Mapping[str, np.ndarray]
+Reading = dict[str, np.ndarray]
 
 
 def _read(run: Run, level: float, reading: str, draws: Draws | None = None) -> Reading | None:
-    """Utilities of a run on test where it is at the level; None if it doesn't reach it."""
+    """Utilities and forgetting of a run on test where it is at the level; None if it doesn't reach it."""
     below = np.flatnonzero((run.test if reading == "first" else run.validation).forgetting <= level)
     if not len(below):
         return None
@@ -188,8 +191,9 @@ def _read(run: Run, level: float, reading: str, draws: Draws | None = None) -> R
     else:
         best = below[np.argmax(run.validation.utilities[MEAN][below])]
         readers = [lambda values: values[:, best]] * len(samples)
-    both = list(zip(readers, samples, strict=True))
-    return {name: np.concatenate([read(u[name]) for read, (_, u) in both]) for name in run.test.utilities}
+    both = [(read, {**utilities, FORGETTING: f}) for read, (f, utilities) in zip(readers, samples, strict=True)]
+    names = (*run.test.utilities, FORGETTING)
+    return {name: np.concatenate([read(values[name]) for read, values in both]) for name in names}
 
 
 def _gains(ours: Reading, baseline: Reading) -> Reading:
@@ -297,13 +301,14 @@ def _caption(comparison: Comparison) -> str:
 def _comparison_cells(comparison: Comparison) -> list[list[str]]:
     names = list(dict.fromkeys(n for r in comparison.results for n in r.utilities))
     titles = [n.replace("_", " ") for n in names]
-    lines = [["", "setting", "seeds", *titles, *(f"gain on {t}" for t in titles)]]
+    best = ["test forgetting"] * (comparison.reading == "best")
+    lines = [["", "setting", "seeds", *best, *titles, *(f"gain on {t}" for t in titles)]]
     for result in comparison.results:
         label = result.method + (" (own budget)" if result.method in comparison.exempt else "")
         seeds = f"{len(result.seeds)}/{len(result.seeds) + len(result.missed)}"
         cells = [_interval(result.utilities.get(n)) for n in names]
         gains = [_interval(result.gains.get(n), percent=True) for n in names]
-        lines.append([label, result.setting, seeds, *cells, *gains])
+        lines.append([label, result.setting, seeds, *(_interval(result.forgetting) for _ in best), *cells, *gains])
     return lines
 
 

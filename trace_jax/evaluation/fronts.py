@@ -22,7 +22,7 @@ from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.probes import relative_likelihood
 from trace_jax.unlearning.metrics import read_items
 
-MEAN = "mean_utility"
+MEAN, FORGETTING = "mean_utility", "forgetting"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,9 +185,10 @@ class RunItems:
         utilities[MEAN] = np.mean(list(utilities.values()), axis=0)
         return self.forgetting.values(draws), utilities
 
-    def counts(self, utility: str) -> dict[int, int]:
-        """Items behind a utility, by the name of their group."""
-        chosen = self.utilities.values() if utility == MEAN else (self.utilities[utility],)
+    def counts(self, score: str) -> dict[int, int]:
+        """Items behind a utility or the forgetting score, by the name of their group."""
+        series = {**self.utilities, FORGETTING: self.forgetting}
+        chosen = self.utilities.values() if score == MEAN else (series[score],)
         return {int(name): int(n) for s in chosen for name, n in zip(s.names, s.counts, strict=True)}
 
 
