@@ -95,8 +95,10 @@ def test_properties_of_every_rule(counts, top, mass, kappa, tau, seed):
     assert (forget.frequency > retain.frequency)[covering].all()
     assert not select_experts(forget, forget, rule="cumulative", mass=mass).any()
     assert not select_experts(forget, forget, rule="log_odds", z=0.0).any()
-    drawn = random_like(covering, seed=seed)
-    assert (drawn.sum(axis=1) == covering.sum(axis=1)).all()
+    for selected in (covering, looser):
+        drawn, count = random_like(selected, seed=seed), selected.sum(axis=1)
+        assert (drawn.sum(axis=1) == count).all()
+        assert ((drawn & selected).sum(axis=1) == np.maximum(0, 2 * count - 6)).all()  # none where there are others
 
 
 def test_bad_arguments_are_named():

@@ -124,8 +124,12 @@ def z_scores(forget: ExpertStatistics, retain: ExpertStatistics) -> np.ndarray:
 
 
 def random_like(selected: np.ndarray, *, seed: int) -> np.ndarray:
-    """bool [L, E]: in every layer as many experts as `selected` has there, drawn at random: a control."""
-    return ranks(-np.random.default_rng(seed).random(selected.shape)) < selected.sum(axis=1, keepdims=True)
+    """bool [L, E]: in every layer as many experts as `selected` has there, drawn at random from the others: a control.
+
+    Where the others are too few, all of them, and selected ones for the rest.
+    """
+    others_first = np.random.default_rng(seed).random(selected.shape) + selected  # selected ones are 1 and more
+    return ranks(-others_first) < selected.sum(axis=1, keepdims=True)
 
 
 # --- what is matched, and where the weights act
