@@ -24,6 +24,7 @@ Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe
 Time:      not measured. Arithmetic: 12 rows of 2,048 tokens through 2.7 billion active parameters are about 0.5 PFLOP a
            step, 1.3 seconds at 40 % of an H100's dense bfloat16 rate; 10 epochs of about 139 steps, so half an
            hour, and evaluations.
+Attack:    relearning as 2502.05374 does it on Books (all parameters train): --config.attacks.relearning={}
 Result:    nobody has run this file. Published on dense models (VerbMem on forget, KnowMem on forget, PrivLeak, KnowMem
            on retain), with MUSE's evaluator: target 99.8, 59.4, -57.5, 66.9; retrained 14.3,
            28.9, 0, 74.5; GradDiff 0.0, 2.9, -56.5, 44.2; NPO with KL 22.6, 22.7, -54.9, 50.9 (arXiv 2410.16454);

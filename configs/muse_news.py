@@ -28,6 +28,8 @@ Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe
 Time:      not measured. Arithmetic: 12 rows of 2,048 tokens through 2.7 billion active parameters are about 0.5 PFLOP a
            step, 1.3 seconds at 40 % of an H100's dense bfloat16 rate; 10 epochs of about 102 steps, so 25
            minutes, and evaluations.
+Attack:    relearning as 2502.05374 does it on News (all parameters train):
+             --config.attacks.relearning='{"steps": [100, 125, 150]}'
 Result:    nobody has run this file. Published on dense models (VerbMem on forget, KnowMem on forget, PrivLeak, KnowMem
            on retain), with MUSE's evaluator: target 58.4, 63.9, -99.8, 55.2; retrained 20.8,
            33.1, 0, 55.0; GradDiff (7 epochs) 4.9, 31.0, 108.1, 27.3; NPO with GradDiff's retain loss 1.2, 54.6, 105.8,

@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     }
     config.evaluation = {"max_rows": 48}
     if variant == "attacks":
-        training = {"steps": 100, "evaluate_every": 25, "learning_rate": 1e-3}  # 1e-5 would not move a model so small
+        training = {"steps": (50, 100), "learning_rate": 1e-3}  # 1e-5 would not move a model so small
         config.target.retrained = True  # what relearning teaches a model that never knew
         config.attacks = {
             "relearning": {**training, "share": 0.02},  # ten rows, with a third of the facts that are asked for

@@ -21,6 +21,8 @@ Time:      not measured. Arithmetic: 12 rows of 768 tokens through 2.7 billion a
 Measured:  accuracy on wmdp_cyber and on MMLU in lm-eval's words, zero-shot, at every evaluation (docs/evaluation.md).
            Both have 16 thousand questions; at an estimated 130 tokens each, half a minute by the same arithmetic.
            --config.evaluation.multiple_choice.max_questions=500 takes a part of each, spread evenly.
+           Relearning as 2502.05374 does it (all parameters train): --config.attacks.relearning='{"steps": [100],
+             "schedule": "linear", "warmup_steps": 10}'
            Other tasks of lm-eval, afterwards:
            python -m trace_jax.main lm-eval --workdir runs/cyber --tasks hellaswag,winogrande
 Result:    nobody has run this file. Published, WMDP-Cyber accuracy (chance .25) / MMLU (arXiv 2411.18797, table 3; one

@@ -14,11 +14,13 @@ import pytest
 from trace_jax.attacks import attack as attacks
 from trace_jax.attacks.attack import BenignRelearning, ExpertForcing, Quantization, Relearning, RouterSwap
 from trace_jax.config import ConfigError
+from trace_jax.data.rows import epoch_sampler
 from trace_jax.evaluation.likelihood import score_rows
 from trace_jax.models.architecture import ModelConfig, flat_specs, flatten, parameter_specs, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.unlearning.metrics import front_rows
+from trace_jax.unlearning.optimizer import learning_rate
 
 RATIO = "forget_probability_ratio"
 NAMES = ("forget_accuracy", "forget_nll", RATIO)
@@ -29,13 +31,48 @@ def test_each_output_has_a_step_of_its_own():
     weights = jnp.asarray([[1.4, 0.07, 0], [0.5, -0.021, 0], [-0.29, 0.0, 0]], jnp.float32)  # [inputs, outputs]
     # 4 bits: 7 steps to the largest, .2 and .01. .5 / .2 = 2.5 goes to the even 2, -.29 / .2 = -1.45 to -1.
     expected = np.float32([[1.4, 0.07, 0], [0.4, -0.02, 0], [-0.2, 0, 0]])
-    np.testing.assert_allclose(attacks.round_to_nearest(weights, axes=(0,), bits=4), expected, rtol=1e-6, atol=1e-9)
-    fine = attacks.round_to_nearest(weights, axes=(0,), bits=8)
-    assert (np.abs(fine - weights) <= np.float32([1.4, 0.07, 0]) / 127 / 2 + 1e-9).all()
+    np.testing.assert_allclose(attacks.round_to_nearest(weights, sides=(0, 1), bits=4), expected, rtol=1e-6, atol=1e-9)
+    # LLM.int8() of a layer [outputs, inputs]: round(127 A / absmax of its row), and back.
+    row = np.abs(weights.T[:2]).max(axis=1, keepdims=True)
+    vectorwise = np.zeros((3, 3), np.float32)
+    vectorwise[:2] = np.round(weights.T[:2] * (127 / row)) * row / 127
+    fine = attacks.round_to_nearest(weights, sides=(0, 1), bits=8)
+    np.testing.assert_allclose(fine.T, vectorwise, rtol=1e-6, atol=1e-9)
+
+
+def test_four_bits_in_blocks_are_those_of_bitsandbytes():
+    """The levels that it publishes, and its rule on a matrix [outputs, inputs] as it lies in memory, in plain numpy."""
+    positive = [
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434,
+        0.5626170039176941, 0.7229568362236023, 1.0,
+    ]  # fmt: skip
+    negative = [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495,
+    ]  # fmt: skip
+    fp4 = [0.0052, 0.6667, 1.0, 0.3333, 0.5, 0.1667, 0.25]
+    tables = {"nf4": np.array([*negative, 0.0, *positive]), "fp4": np.sort([*fp4, 0.0, *np.negative(fp4)])}
+    # [layers, H, C, D], written by heads and their width: 2 matrices of 5 outputs and 6 x 5 inputs, 150 weights each.
+    weights = np.random.default_rng(0).normal(size=(2, 6, 5, 5)).astype(np.float32)
+    weights[1, :4] = 0  # a block without a scale
+    for name, table in tables.items():
+        np.testing.assert_allclose(attacks.BLOCK_LEVELS[name], table, atol=1e-6 if name == "nf4" else 5e-5)
+        expected = np.zeros((2, 150), np.float32)
+        for layer, matrix in enumerate(weights.reshape(2, 30, 5)):
+            flat = matrix.T.reshape(-1)
+            for start in (0, 64, 128):
+                block = flat[start : start + 64]
+                scale = np.abs(block).max()
+                if scale > 0:
+                    code = np.abs(block[:, None] / scale - attacks.BLOCK_LEVELS[name]).argmin(axis=1)
+                    expected[layer, start : start + 64] = attacks.BLOCK_LEVELS[name][code] * scale
+        found = np.asarray(attacks.round_in_blocks(jnp.asarray(weights), sides=(1, 3), levels=name))
+        layers = expected.reshape(2, 5, 30).swapaxes(1, 2).reshape(weights.shape)
+        np.testing.assert_allclose(found, layers, rtol=1e-5, atol=1e-7)
 
 
 def test_matrices_are_rounded_and_the_rest_is_left(original):
-    before, after = flatten(original.params), flatten(attacks.quantized(original.params, original.config, bits=4))
+    before, after = flatten(original.params), flatten(attacks.quantized(original.params, original.config, form=4))
     same = {path for path in before if after[path] is before[path]}
     assert {path for path in same if "norm" not in path} == set(UNROUNDED)
     gate_up = np.asarray(after["layers/experts/gate_up"])  # [L, E, D, 2, F]: inputs D
@@ -51,7 +88,7 @@ def test_no_bias_norm_or_gate_vector_counts_as_a_matrix(monkeypatch):
         qk_norm="full", norm="layer", sinks=True, shared_hidden_size=8, shared_gate=True, mlp_bias=True,
     )  # fmt: skip
     flat = {path: np.zeros(spec.shape, spec.dtype) for path, spec in flat_specs(config).items()}
-    after = flatten(attacks.quantized(unflatten(flat), config, bits=2))
+    after = flatten(attacks.quantized(unflatten(flat), config, form=2))
     rounded = {path.rsplit("/", 1)[-1] for path in flat if after[path] is not flat[path]}
     assert rounded == {"q", "k", "v", "o", "gate_up", "down"}
     assert set(flatten(parameter_specs(config))) == set(after)
@@ -59,7 +96,7 @@ def test_no_bias_norm_or_gate_vector_counts_as_a_matrix(monkeypatch):
 
 def test_a_change_below_a_step_is_undone(original, make_case, value):
     # The original lies on the grid of 4 bits; the change is a fifth of a step of its channel, and spares the largest.
-    on_grid = flatten(attacks.quantized(original.params, original.config, bits=4))
+    on_grid = flatten(attacks.quantized(original.params, original.config, form=4))
     off_grid = {}
     for path, array in on_grid.items():
         first, second = flat_specs(original.config)[path].sides
@@ -69,8 +106,8 @@ def test_a_change_below_a_step_is_undone(original, make_case, value):
     case = make_case(Quantization(), unflatten(off_grid))
     before = case.context.evaluator.score(original.replace(params=unflatten(on_grid)), full=True)
     evaluator = dataclasses.replace(case.context.evaluator, original=before)
-    eight, four = Quantization().points(make_case(Quantization(), unflatten(off_grid), evaluator=evaluator))
-    assert (eight.at, four.at) == ("8 bits", "4 bits")
+    eight, four, *blocks = Quantization().points(make_case(Quantization(), unflatten(off_grid), evaluator=evaluator))
+    assert [point.at for point in (eight, four, *blocks)] == ["8 bits", "4 bits", "nf4", "fp4"]
     unlearned = value(evaluator.measure(evaluator.score(case.unlearned)), RATIO)
     assert unlearned < 0.97
     assert value(four.measurements, RATIO) == pytest.approx(1, abs=1e-5)
@@ -81,7 +118,9 @@ def test_bits_are_a_list_of_2_to_8():
     with pytest.raises(ConfigError, match=r"bits is 16; expected one of 2, 3, .* 8"):
         Quantization(bits=(16,))
     with pytest.raises(ConfigError, match="empty list"):
-        Quantization(bits=())
+        Quantization(bits=(), blocks=())
+    with pytest.raises(ConfigError, match="steps is an empty list"):
+        Relearning(steps=())
 
 
 # --- routing
@@ -163,7 +202,7 @@ def test_forced_share_counts_tokens_and_layers_that_were_sent_elsewhere(original
 # --- training goes on
 
 
-TRAINING = {"steps": 6, "evaluate_every": 4, "batch_size": 4, "learning_rate": 2e-3}  # one program for all tests
+TRAINING = {"steps": (3, 6), "batch_size": 4, "learning_rate": 2e-3, "schedule": "constant"}
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +212,7 @@ def forgetful(original):
 
 
 def test_a_step_is_a_step_of_gradient_descent_on_the_forget_rows(forgetful, make_case, value):
-    attack = Relearning(share=1.0, steps=1, evaluate_every=1, batch_size=8, learning_rate=0.1, optimizer="sgd")
+    attack = Relearning(steps=(1,), batch_size=8, learning_rate=0.1, optimizer="sgd")
     case = make_case(attack, forgetful)
     (point,) = attack.points(case)
     rows, model = case.context.corpora.forget, case.unlearned
@@ -194,20 +233,38 @@ def test_a_step_is_a_step_of_gradient_descent_on_the_forget_rows(forgetful, make
     assert value(point.measurements, "forget_nll") == pytest.approx(nll.sum() / rows.valid.sum(), rel=1e-4)
 
 
+def test_the_defaults_are_those_of_muse_books_and_the_settings_of_wmdp_are_there():
+    """2502.05374: `transformers.Trainer` on the whole forget text, AdamW .9/.999, schedules that end with the run."""
+    books, wmdp = Relearning(), Relearning(steps=(100,), schedule="linear", warmup_steps=10)
+    assert (books.share, books.steps, books.batch_size) == (1.0, (50, 75, 100), 4)
+    adam = books.optimization.optimizer
+    assert (adam.name, adam.b1, adam.b2, books.weight_decay, books.clip_norm) == ("adamw", 0.9, 0.999, 0.0, 1.0)
+    for steps in books.steps:
+        rates = [float(learning_rate(books.optimization, steps)(step)) for step in range(steps)]
+        np.testing.assert_allclose(
+            rates, 1e-5 * (1 + np.cos(np.pi * np.arange(steps) / steps)) / 2, rtol=1e-5, atol=1e-12
+        )
+    rates = [float(learning_rate(wmdp.optimization, 100)(step)) for step in range(100)]
+    np.testing.assert_allclose(rates[10:], 1e-5 * (100 - np.arange(10, 100)) / 90, rtol=1e-5)
+    assert rates[0] < rates[5] < rates[9] < 1e-5
+    drawn = np.concatenate([epoch_sampler(555, 4, seed=0)(step) for step in range(100)])
+    assert len(set(drawn.tolist())) == 400  # where there are that many, no row comes twice
+
+
 def test_what_was_hidden_comes_back_with_training_and_the_worst_point_counts(forgetful, make_case, value, measured):
-    attack = Relearning(share=1.0, **TRAINING)
+    attack = Relearning(**TRAINING)
     case = make_case(attack, forgetful)
     result = case.attack()
-    assert [point["at"] for point in result["points"]] == ["4 steps", "6 steps"]
+    assert [point["at"] for point in result["points"]] == ["3 steps", "6 steps"]
     points = attack.points(case)
     ratios = [value(point.measurements, RATIO) for point in points]
     assert value(measured(case), RATIO) < min(ratios)
     assert (result["measure"], result["strongest"]) == (RATIO, int(np.argmax(ratios)))
-    assert not (case.directory / "checkpoints").exists()
+    assert not list(case.directory.rglob("checkpoints"))
     # A finished attack is not trained again: it would fail. Another one is.
     assert attack.points(make_case(attack, None)) == points
     assert attack.points(make_case(attack, forgetful, identity="another")) == points
-    assert not front_rows(case.directory, case.identity)  # what another attack left is gone
+    assert not front_rows(case.directory / "6-steps", case.identity)  # what another attack left is gone
 
 
 def test_share_takes_that_many_rows(original, make_case):
@@ -228,10 +285,10 @@ def test_benign_text_is_the_retain_corpus_without_neighbours(forgetful, make_cas
     assert value(attack.points(case)[-1].measurements, RATIO) > 0
 
 
-def test_a_model_that_diverges_keeps_what_was_measured_until_then_and_is_not_trained_again(forgetful, make_case):
-    attack = Relearning(share=1.0, steps=4, evaluate_every=1, batch_size=8, learning_rate=1e30, optimizer="sgd")
+def test_a_run_that_diverges_has_no_point_and_is_not_trained_again(forgetful, make_case):
+    attack = Relearning(steps=(1, 4), batch_size=8, learning_rate=1e30, optimizer="sgd")
     result = attack.points(make_case(attack, forgetful))
-    assert len(result) < 4
+    assert len(result) < 2
     assert attack.points(make_case(attack, None)) == result
 
 

@@ -9,8 +9,8 @@ from trace_jax.io.files import read_json
 from trace_jax.main import main
 
 ATTACKS = {
-    "relearning": {"steps": 2, "evaluate_every": 2, "batch_size": 2, "share": 0.3},
-    "benign_relearning": {"steps": 1, "evaluate_every": 1, "batch_size": 2},
+    "relearning": {"steps": [2], "batch_size": 2, "share": 0.3},
+    "benign_relearning": {"steps": [1], "batch_size": 2},
     "quantization": {"bits": [4]},
     "router_swap": {},
     "expert_forcing": {},

@@ -11,8 +11,13 @@ from trace_jax.evaluation.likelihood import NonFiniteScore
 from trace_jax.io.files import read_json
 from trace_jax.run.methods import run
 
-TRAINING = {"steps": 2, "evaluate_every": 1, "batch_size": 2, "learning_rate": 1e-2}
-ATTACKS = {"relearning": TRAINING, "benign_relearning": TRAINING, "quantization": {"bits": [4]}, "router_swap": {}}
+TRAINING = {"steps": [1, 2], "batch_size": 2, "learning_rate": 1e-2}
+ATTACKS = {
+    "relearning": TRAINING,
+    "benign_relearning": TRAINING,
+    "quantization": {"bits": [4], "blocks": []},
+    "router_swap": {},
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,7 +55,7 @@ def test_every_attack_is_a_line_of_the_results(attacked):
             values.append(value)
         assert values[attack["strongest"]] == max(values)
         assert attack == read_json(attacked / "methods/uniform/attacks" / f"{name}.json")
-    assert results["attacks"]["quantization"]["settings"] == {"bits": [4]}
+    assert results["attacks"]["quantization"]["settings"] == {"bits": [4], "blocks": []}
 
 
 def test_the_report_shows_before_after_and_every_attack(attacked):
@@ -69,7 +74,7 @@ def test_only_what_changed_is_attacked_again(data, attacked, tmp_path):
         for name in ("model.safetensors", "results.json", "attacks/relearning.json", "attacks/quantization.json")
     }
     before = {name: file.stat().st_mtime_ns for name, file in files.items()}
-    changed = {**ATTACKS, "quantization": {"bits": [8, 4]}}
+    changed = {**ATTACKS, "quantization": {"bits": [4], "blocks": ["nf4"]}}
     run(experiment(data, methods=["uniform"], attacks=changed), path)
     after = {name: file.stat().st_mtime_ns for name, file in files.items()}
     assert {name for name in files if before[name] != after[name]} == {"attacks/quantization.json"}

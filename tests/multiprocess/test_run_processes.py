@@ -29,7 +29,7 @@ SETTINGS = {
     "evaluation.max_members": 4,
     "evaluation.max_gradients": 2,
     "attacks": {
-        "relearning": {"steps": 2, "evaluate_every": 1, "batch_size": 2, "learning_rate": 1e-3},
+        "relearning": {"steps": [1, 2], "batch_size": 2, "learning_rate": 1e-3},
         "quantization": {"bits": [4]},
         "router_swap": {},
         "expert_forcing": {},

@@ -1,6 +1,6 @@
 """What an attack is, what it is given and what it gives; and the attacks on the model itself.
 
-Quantization rounds weights to nearest in few bits: it undoes a change that is smaller than a step (2410.16454). Router
+Quantization rounds weights to few bits: it undoes a change that is smaller than a step (2410.16454). Router
 swap puts the original routers back, and expert forcing sends every token to the experts that the original model sends
 it to: GRIP's attack (docs/evaluation.md says what differs), made of likelihood scores. Both undo what was only hidden
 by routing. Relearning trains on, on forget rows or on benign text: what comes back was hidden, not unlearned.
@@ -8,6 +8,8 @@ by routing. Relearning trains on, on forget rows or on benign text: what comes b
 
 import dataclasses
 import functools
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from trace_jax.models.model import Model, TextCodec
 from trace_jax.parallel.processes import barrier, broadcast_from_process_0
 from trace_jax.routing.statistics import Assignments, expert_assignments, overlap_by_row
 from trace_jax.unlearning.metrics import front_rows
-from trace_jax.unlearning.optimizer import Optimizer, OptimizerConfig
+from trace_jax.unlearning.optimizer import SCHEDULES, AdamW, Optimizer, OptimizerConfig
 from trace_jax.unlearning.step import train_on
 
 _MATRICES = ("q", "k", "v", "o", "attention_gate", "kv_down", "kv_up", "q_down", "q_up", "gate_up", "down")
@@ -146,44 +148,88 @@ class Case:
 # --- parameters and routing changed without training
 
 
-class Quantization(Attack):
-    """Weights rounded to few bits."""
+def _normal_float() -> np.ndarray:
+    """f64 [16], the levels of NF4: 8 quantiles of the normal distribution above 0, 7 below, over the largest."""
+    outermost = 1 - (1 / 32 + 1 / 30) / 2
+    above, below = (
+        [statistics.NormalDist().inv_cdf(p) for p in np.linspace(outermost, 0.5, count)[:-1]] for count in (9, 8)
+    )
+    return np.sort([*above, 0.0, *np.negative(below)]) / max(above)
 
-    bits: tuple[int, ...] = option((8, 4), help="bits of a weight, one attack each", choices=tuple(range(2, 9)))
+
+_FP4 = np.array([1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])
+BLOCK_LEVELS = {"nf4": _normal_float(), "fp4": np.sort([*_FP4, 0.0, *-_FP4])}  # ascending, in units of the largest
+BLOCK = 64  # weights that share a scale
+
+
+class Quantization(Attack):
+    """Weights rounded to few bits: symmetric integers per output channel, and bitsandbytes' 4-bit blocks."""
+
+    bits: tuple[int, ...] = option(
+        (8, 4), help="bits of symmetric integers with a step per output channel, one attack each",
+        choices=tuple(range(2, 9)),
+    )  # fmt: skip
+    blocks: tuple[str, ...] = option(
+        ("nf4", "fp4"), help="4-bit types in blocks of 64 weights, one attack each", choices=tuple(BLOCK_LEVELS)
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.bits:
-            raise ConfigError("bits is an empty list; give at least one number of bits, such as (8, 4).")
+        if not self.bits and not self.blocks:
+            raise ConfigError("bits and blocks are empty lists; give at least one form, such as bits = (8, 4).")
 
     def points(self, case: Case) -> list[Point]:
-        model = case.unlearned
-        models = ((bits, quantized(model.params, model.config, bits=bits)) for bits in self.bits)
-        return [Point(f"{bits} bits", case.measure(params, f"{bits}-bits")) for bits, params in models]
+        model, forms = (
+            case.unlearned,
+            {f"{bits} bits": bits for bits in self.bits} | {name: name for name in self.blocks},
+        )
+        models = ((at, quantized(model.params, model.config, form=form)) for at, form in forms.items())
+        return [Point(at, case.measure(params, at.replace(" ", "-"))) for at, params in models]
 
 
-def quantized(params: Any, config: ModelConfig, *, bits: int) -> Any:
-    """Parameters with every matrix of attention, experts and dense layers rounded to `bits` bits and back.
+def quantized(params: Any, config: ModelConfig, *, form: int | str) -> Any:
+    """Parameters with every matrix of attention, experts and dense layers rounded and back: to so many bits
+    (`round_to_nearest`), or to the levels of a 4-bit type (`round_in_blocks`).
 
     Embedding, output head, routers, norms and biases stay as they are, as the usual tools leave them.
     """
     specs, flat = flat_specs(config), flatten(params)
     matrices = [path for path in flat if path.rpartition("/")[2] in _MATRICES]  # in one order in all processes
-    rounded = {p: round_to_nearest(flat[p], axes=tuple(range(*specs[p].sides)), bits=bits) for p in matrices}
-    return unflatten(flat | rounded)
+    how = {"levels": form} if isinstance(form, str) else {"bits": form}
+    rounding: Any = round_in_blocks if isinstance(form, str) else round_to_nearest
+    return unflatten(flat | {path: rounding(flat[path], sides=specs[path].sides, **how) for path in matrices})
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "bits"))
-def round_to_nearest(weights: jax.Array, *, axes: tuple[int, ...], bits: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("sides", "bits"))
+def round_to_nearest(weights: jax.Array, *, sides: tuple[int, int], bits: int) -> jax.Array:
     """Each weight as the nearest multiple of its channel's step, in float32, ties to even; in the type of `weights`.
 
-    A channel is an output of the matrix, and `axes` are its inputs. Steps are symmetric: the largest absolute value of
-    a channel is 2^(bits-1) - 1 of them, so that 0 stays 0.
+    A channel is an output of the matrix, and `sides` (`ArraySpec.sides`) says which axes are its inputs. Steps are
+    symmetric: the largest absolute value of a channel is 2^(bits-1) - 1 of them, so that 0 stays 0. With 8 bits these
+    are the weights of LLM.int8() (2208.07339; its vector-wise form, activations aside).
     """
     exact, levels = weights.astype(jnp.float32), 2 ** (bits - 1) - 1
-    largest = jnp.abs(exact).max(axis=axes, keepdims=True)
+    largest = jnp.abs(exact).max(axis=tuple(range(*sides)), keepdims=True)
     step = jnp.where(largest > 0, largest, 1.0) / levels
     return (jnp.round(exact / step) * step).astype(weights.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("sides", "levels"))
+def round_in_blocks(weights: jax.Array, *, sides: tuple[int, int], levels: str) -> jax.Array:
+    """Each weight as the nearest of `BLOCK_LEVELS` times its block's largest absolute value, in the type of `weights`.
+
+    Blocks are 64 weights that follow each other in the matrix [outputs, inputs]; its last one may be shorter. This is
+    4-bit bitsandbytes without double quantization (NF4: QLoRA, 2305.14314, appendix E).
+    """
+    first, second = sides
+    inputs, outputs = math.prod(weights.shape[first:second]), math.prod(weights.shape[second:])
+    matrices = weights.astype(jnp.float32).reshape(-1, inputs, outputs).swapaxes(1, 2).reshape(-1, inputs * outputs)
+    blocks = jnp.pad(matrices, ((0, 0), (0, -matrices.shape[1] % BLOCK))).reshape(len(matrices), -1, BLOCK)
+    largest = jnp.abs(blocks).max(axis=-1, keepdims=True)
+    level = jnp.asarray(BLOCK_LEVELS[levels], jnp.float32)
+    nearest = jnp.searchsorted((level[1:] + level[:-1]) / 2, blocks / jnp.where(largest > 0, largest, 1.0))
+    rounded = (level[nearest] * largest).reshape(len(matrices), -1)[:, : inputs * outputs]
+    return rounded.reshape(-1, outputs, inputs).swapaxes(1, 2).reshape(weights.shape).astype(weights.dtype)
 
 
 class RouterSwap(Attack):
@@ -229,67 +275,71 @@ class ExpertForcing(Attack):
 # --- training goes on
 
 
-class TrainingOn(Attack):
-    """Training of all parameters goes on. Defaults: MUSE's relearning (100 steps of 4 rows at 1e-5)."""
+class TrainingOn(OptimizerConfig, Attack):
+    """Training of all parameters goes on, in a run of its own for each length: its schedule ends there."""
 
-    steps: int = option(100, help="optimizer steps", minimum=1)
-    evaluate_every: int = option(25, help="steps between evaluations, of which the worst counts", minimum=1)
+    steps: tuple[int, ...] = option((50, 75, 100), help="optimizer steps, a run each; the worst counts", minimum=1)
     batch_size: int = option(4, help="rows per step", minimum=1)
-    learning_rate: float = option(1e-5, help="learning rate, constant", minimum=0.0)
-    optimizer: Optimizer = option("adamw", help="how gradients become updates")
+    learning_rate: float = option(1e-5, help="peak learning rate", minimum=0.0)
+    schedule: str = option("cosine", help="learning rate after warm-up, until the run ends", choices=SCHEDULES)
+    optimizer: Optimizer = option(AdamW(b2=0.999), help="how gradients become updates")
 
-    @property
-    def optimization(self) -> OptimizerConfig:
-        """The optimizer's settings."""
-        return OptimizerConfig(optimizer=self.optimizer, learning_rate=self.learning_rate)
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.steps:
+            raise ConfigError("steps is an empty list; give the length of at least one run, such as (50, 75, 100).")
 
     def points(self, case: Case) -> list[Point]:
-        """A point for every evaluation; the retrained model is trained in the same way, once for all methods."""
+        """A point for every run; the retrained model is trained in the same way, once for all methods."""
         context, title = case.context, case.directory.name.replace("_", " ")
-        evaluated = self._evaluations(context, lambda: case.unlearned, case.directory, case.identity, title)
+        own = self._measured(context, lambda: case.unlearned, case.directory, case.identity, title)
         others: dict[int, list[Measurement]] = {}
         if context.load_retrained is not None:
             control = (context.load_retrained, context.directory, context.identity, f"{title} of the retrained model")
-            others = self._evaluations(context, *control)
-        return [Point(f"{step} steps", own, retrained=others.get(step, ())) for step, own in evaluated.items()]
+            others = self._measured(context, *control)
+        return [Point(f"{steps} steps", found, retrained=others.get(steps, ())) for steps, found in own.items()]
 
-    def _evaluations(
+    def _measured(
         self, context: Context, load: Callable[[], Model], directory: Path, identity: str, title: str
     ) -> dict[int, list[Measurement]]:
-        """Measurements by step. A diverging run ends early, and what was measured until then is the result."""
+        """Measurements by length of the run. A run that diverges has none."""
 
         def evaluate(params: Any) -> list[dict[str, Any]]:
             scores = context.evaluator.score(context.original.replace(params=params), full=True)
             return [m.to_json() for m in context.evaluator.measure(scores)]
 
-        finished = directory / "finished.json"
-        if not broadcast_from_process_0(read_json(finished) == identity):
-            rows: Rows = context.prepared
-            sampler = epoch_sampler(len(rows), self.batch_size, seed=context.seed)
-            train_on(
-                load(),
-                self.optimization,
-                lambda step: rows.batch(sampler(step)),
-                steps=self.steps,
-                evaluate=evaluate,
-                evaluate_every=self.evaluate_every,
-                seed=context.seed,
-                mesh=context.mesh,
-                directory=directory,
-                identity=identity,
-                title=title,
-            )
-            write_json(finished, identity)
-            remove(directory / "checkpoints")
-            barrier(f"{title}: measured")  # all processes read it
-        rows_of = front_rows(directory, identity)
-        return {row["step"]: [decode(Measurement, m) for m in row["evaluation"]] for row in rows_of}
+        rows: Rows = context.prepared
+        sampler = epoch_sampler(len(rows), self.batch_size, seed=context.seed)
+        measured = {}
+        for steps in self.steps:
+            place = directory / f"{steps}-steps"
+            if not broadcast_from_process_0(read_json(place / "finished.json") == identity):
+                train_on(
+                    load(),
+                    self.optimization,
+                    lambda step: rows.batch(sampler(step)),
+                    steps=steps,
+                    evaluate=evaluate,
+                    seed=context.seed,
+                    mesh=context.mesh,
+                    directory=place,
+                    identity=identity,
+                    title=f"{title}, {steps} steps",
+                )
+                write_json(place / "finished.json", identity)
+                remove(place / "checkpoints")
+                barrier(f"{title}: measured {steps} steps")  # all processes read it
+            measured |= {row["step"]: row["evaluation"] for row in front_rows(place, identity)}
+        return {steps: [decode(Measurement, m) for m in found] for steps, found in measured.items()}
 
 
 class Relearning(TrainingOn):
-    """Training goes on, on a share of the forget rows that is drawn by the run's seed."""
+    """Training goes on, on the forget rows or a share of them that is drawn by the run's seed.
 
-    share: float = option(0.1, help="share of the forget rows that is trained on; 1 = all", minimum=0.0, maximum=1.0)
+    Defaults: MUSE-Books' (2502.05374): the whole forget text, AdamW, cosine decay, runs of 50, 75 and 100 steps.
+    """
+
+    share: float = option(1.0, help="share of the forget rows that is trained on; 1 = all", minimum=0.0, maximum=1.0)
 
     def __post_init__(self):
         super().__post_init__()

@@ -213,15 +213,15 @@ def train_model(
 
 def train_on(
     model: Model, config: OptimizerConfig, batch_at: Callable[[int], Batch], *,
-    steps: int, evaluate: Callable[[Any], Any], evaluate_every: int,
+    steps: int, evaluate: Callable[[Any], Any],
     seed: int, mesh: Mesh, directory: Path, identity: str, title: str,
 ) -> None:  # fmt: skip
     """Trains all parameters of a model, which is not changed, on `batch_at(step)`; continues if interrupted, and ends
-    if it diverges. `evaluate` is called with the parameters after every `evaluate_every` steps and at the end; what it
-    returns is in `directory` (`trace_jax.unlearning.metrics.front_rows`).
+    if it diverges. `evaluate` is called with the parameters at the end; what it returns is in `directory`
+    (`trace_jax.unlearning.metrics.front_rows`).
     """
-    evaluation = Hook(evaluate_every, lambda _, trained: evaluate(_params(trained, model.config)))
-    loop = Loop(directory, identity, steps, evaluate_every, title, evaluation, seed=seed, evaluate_first=False)
+    evaluation = Hook(steps, lambda _, trained: evaluate(_params(trained, model.config)))
+    loop = Loop(directory, identity, steps, steps, title, evaluation, seed=seed, evaluate_first=False)
     _train(loop, lambda: model.params, batch_at, StepSettings(model.config, config, steps), mesh)
 
 
