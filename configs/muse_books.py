@@ -43,8 +43,10 @@ DATA = {
     "row_length": 2048,
 }
 # MUSE (arXiv 2407.06460; github.com/swj0419/muse_bench): chunks of 2048 tokens, 4 a step, AdamW at a constant 1e-5, 10
-# epochs; the best epoch is chosen afterwards. An epoch was 139 steps with
-# Llama's tokens.
+# epochs; the best epoch is chosen afterwards. An epoch was 139 steps with Llama's tokens. Its chunks end without an end
+# mark, share no token, the last is filled up from the first, and forget chunk i goes with retain chunk i mod n. Here
+# the end of a text is a target too, a chunk repeats the last token of the one before, a text's last chunk is shorter,
+# and retain rows are drawn at random.
 COMMON = {
     "learning_rate": 1e-5,
     "epochs": 10.0,
@@ -58,7 +60,7 @@ METHODS = {
     "trace": {"retain_batch_size": 8},
     "graddiff": {"alpha": 1.0},
     # MUSE's code applies NPO to logits (--config.unlearning.objective.form=muse_logits); this is the paper's loss,
-    # rows summed.
+    # each chunk summed.
     "npo": {"alpha": 1.0, "objective": {"beta": 0.1}},
     # github.com/OPTML-Group/Unlearn-Simple, MUSE: beta, delta 0, coefficients 1 and 0.1; its loss is on logits too.
     "simnpo": {"alpha": 0.1, "objective": {"gamma": 1.0, "beta": 0.75, "delta": 0.0}},

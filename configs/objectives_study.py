@@ -9,6 +9,7 @@ import ml_collections
 
 RATES = (1e-3, 2e-3, 4e-3)
 WEAKER, WEAKEST = (1.0, 4.0, 16.0), (0.25, 1.0, 4.0)  # of objectives that push less
+ALONE = (0.0, 1.0, 4.0)  # of those that their authors run without a retain term, which alpha 0 is
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -33,13 +34,13 @@ def get_config() -> ml_collections.ConfigDict:
             "idk": {"alpha": WEAKER},
             "rmu": {"alpha": WEAKEST, "layer": 2, "steering": 20.0},
             "adaptive_rmu": {"alpha": WEAKEST, "layer": 2},
-            "undial": {"learning_rate": 4e-3},
+            "undial": {"learning_rate": 4e-3, "alpha": ALONE},
             "wga": {"alpha": WEAKER},
             "tnpo": {"alpha": WEAKER},
             "satimp": {"alpha": WEAKER, "gamma": 1.0, "beta1": 1.0},
-            "ceu": {"alpha": WEAKER},
+            "ceu": {"alpha": ALONE},
             "pdu": {},
-            "flat": {"alpha": WEAKER},
+            "flat": {"alpha": ALONE},
             "task_vector": {"task_scale": (1.0, 2.5, 5.0), "learning_rate": 1e-3},
         },
     }

@@ -37,8 +37,8 @@ import ml_collections
 from published import benchmark_config
 
 BENCHMARK = "huggingface:locuslab/TOFU"
-# Only answers carry loss. A row holds the pairs that fit it, two or three, and NPO and SimNPO take a row as one sample;
-# their authors take one pair.
+# Only answers carry loss. A row holds the pairs that fit it, two or three; NPO and SimNPO take each as a sample of its
+# own, as their authors do.
 DATA = {
     "forget": f"{BENCHMARK}/forget10:train",
     "retain": f"{BENCHMARK}/retain90:train",

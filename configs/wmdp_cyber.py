@@ -56,9 +56,9 @@ METHODS = {
     # TRACE's own settings aren't published: GradDiff's rate, and this package's other defaults. Not tuned at this size.
     "trace": {"learning_rate": 5e-6, "retain_batch_size": 8},
     # Zephyr-7B on WMDP-Bio (github.com/OPTML-Group/Unlearn-Simple): rates, beta, 1 x 4 rows. NPO there takes the mean
-    # over tokens; here the sum over a row (docs/method.md), so its beta is too large by the length of a row.
+    # over a text's tokens, not their sum.
     "graddiff": {"learning_rate": 5e-6, "alpha": 1.0},
-    "npo": {"learning_rate": 5e-6, "alpha": 1.0, "objective": {"beta": 0.0225}},
+    "npo": {"learning_rate": 5e-6, "alpha": 1.0, "objective": {"beta": 0.0225, "form": "token_mean"}},
     "simnpo": {"learning_rate": 9.5e-6, "alpha": 1.0, "objective": {"gamma": 1.0, "beta": 0.1, "delta": 0.0}},
     # Zephyr-7B (arXiv 2403.03218 and its notebook): the output of layer 7, counted from 0, and the down projections of
     # layers 5 to 7; 150 batches of 4. Here of all routed experts. Where no c is published for a model, it is five mean
@@ -70,7 +70,7 @@ METHODS = {
 }
 # arXiv 2411.18797, appendix A: Qwen1.5-MoE and DeepSeek-V2-Lite on this benchmark. RMU trains all three matrices there.
 _SEUF_GRADDIFF = {"learning_rate": 5e-5}
-_SEUF_NPO = {"learning_rate": 5e-5, "objective": {"beta": 0.001}}
+_SEUF_NPO = {"learning_rate": 5e-5, "objective": {"beta": 0.001, "form": "paper"}}
 MODELS = {
     ("graddiff", "qwen1.5-moe-a2.7b"): _SEUF_GRADDIFF,
     ("graddiff", "deepseek-v2-lite"): _SEUF_GRADDIFF,

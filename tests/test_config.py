@@ -83,6 +83,9 @@ def test_conditional_defaults_follow_the_deciding_setting():
     assert UnlearningConfig(objective="simnpo").objective == SimNPO(beta=4.5, gamma=0.125)
     rmu, ascent = UnlearningConfig(objective="rmu"), UnlearningConfig(objective="gradient_ascent")
     assert (rmu.retain_loss.name, rmu.layer, rmu.trainable.name) == ("hidden", 1, "down_projections")
+    rmu.check_layer(4)
+    with pytest.raises(ConfigError, match=r"the model has 24: set unlearning\.objective\.layer"):
+        rmu.check_layer(24)
     assert not ascent.retains and ascent.trainable.name == "all"
     assert CalibrationConfig("entropy").weighting.rule.name == "ratio"
 

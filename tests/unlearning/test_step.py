@@ -32,7 +32,8 @@ CASES = [
     ({"name": "gradient_difference"}, "nll"),
     ({"name": "npo"}, "kl"),
     ({"name": "dpo"}, "hidden"),
-    ({"name": "rmu"}, "hidden"),
+    ({"name": "rmu", "form": "wmdp"}, "hidden"),
+    ({"name": "flat", "form": "released"}, "none"),
     ({"name": "rmu", "form": "open_unlearning"}, "kl"),
     ({"name": "undial"}, "kl"),
     ({"name": "simnpo", "form": "muse_logits", "beta": 0.5}, "nll"),
@@ -83,11 +84,12 @@ def plain_loss(current, original, config, rows):
         None if "logits" not in objective.needs else whole_vocabulary(objective, logits, reference_logits, targets, c)
     )
     inputs = ForgetInputs(
-        jnp.asarray(forget.valid), nll, reference_nll, hidden, TARGETS[rows.topic], special,
-        jnp.asarray(rows.refusals.valid), refused, refused_before,
+        jnp.asarray(forget.valid), jnp.asarray(forget.segments), nll, reference_nll, hidden, TARGETS[rows.topic],
+        special, jnp.asarray(rows.refusals.valid), jnp.asarray(rows.refusals.segments), refused, refused_before,
     )  # fmt: skip
-    counts = objective.counts(inputs.valid, inputs.refusal_valid).astype(jnp.float32)
-    loss = c["gamma"] * jnp.where(counts > 0, objective.loss(inputs), 0.0).sum() / counts.sum()
+    counts = objective.counts(inputs).astype(jnp.float32)
+    means = jnp.where(counts > 0, objective.loss(inputs), 0.0).sum((-2, -1)) / counts.sum()
+    loss = c["gamma"] * objective.of_means(means, 1)
     if not config.retains:
         return loss
     nll_r, logits_r, hidden_r, _ = parts(current, "retain")
@@ -98,8 +100,10 @@ def plain_loss(current, original, config, rows):
         "kl": (jnp.exp(log_ref) * (log_ref - log_p)).sum(-1),
         "hidden": ((hidden_r - hidden_ref) ** 2).mean(-1),
     }[config.retain_loss.name]
-    valid = rows.retain.valid
-    return loss + c["alpha"] * jnp.where(valid, rows.weights * per_token, 0.0).sum() / valid.sum().astype(np.float32)
+    valid, weights = rows.retain.valid, rows.weights
+    if getattr(objective, "form", "") == "wmdp":  # all positions, those without a weight at 1
+        valid, weights = np.ones_like(valid), np.where(valid, weights, np.float32(1))
+    return loss + c["alpha"] * jnp.where(valid, weights * per_token, 0.0).sum() / valid.sum().astype(np.float32)
 
 
 def moved(flat, away=0.05):

@@ -142,7 +142,10 @@ def test_missing_or_empty_data_is_refused(model, forget, retain):
     [
         ({"keep": "best_utility"}, r"keep\.forgetting is missing"),
         ({"keep": "best"}, "keep is 'best'; expected one of last, best_utility"),
-        ({"objective": {"name": "npo", "form": "wmdp"}}, "form is 'wmdp'; expected one of paper, gemma, muse_logits"),
+        (
+            {"objective": {"name": "npo", "form": "wmdp"}},
+            "form is 'wmdp'; expected one of paper, token_mean, gemma, muse_logits",
+        ),
         ({"objective": "pdu", "retain_loss": "none"}, "needs one"),
         ({"objective": "pdu", "retain_loss": "nll"}, "retain_bound is needed"),
         ({"objective": {"name": "wga", "delta": 0.1}}, "delta would have no effect: it belongs to simnpo"),

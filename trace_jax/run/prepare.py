@@ -24,6 +24,7 @@ from trace_jax.io.progress import say, tracked
 from trace_jax.models.architecture import ModelConfig, count_params, flatten
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import check_joined
+from trace_jax.plan.plan import shape_of
 from trace_jax.routing import statistics as routing
 from trace_jax.run.directory import check_workdir, open_workdir, run_stage
 from trace_jax.run.experiment import ExperimentConfig
@@ -157,6 +158,7 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
     """Data, target model (and retrained model), statistics and the evaluator: what every method starts from."""
     if isinstance(config.model, PretrainedConfig):
         config.model.check()
+    config.unlearning.check_layer(shape_of(config.model).num_layers)
     check_workdir(config, workdir, overwrite=overwrite)
     check_joined()
     mesh = config.parallel.mesh()

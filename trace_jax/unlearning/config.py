@@ -188,7 +188,7 @@ class UnlearningConfig(Rules, OptimizerConfig):
                 raise ConfigError(f"{name} = {value!r} would have no effect: there is no retain term. Leave it out.")
         object.__setattr__(self, "objective", self.objective.completed(self.retain_loss.name))
         if isinstance(self.retain_loss, RetainHidden):
-            steered = self.objective.layer if isinstance(self.objective, Steering) else self.retain_loss.layer or 1
+            steered = self.layer or 1
             if self.retain_loss.layer not in (0, steered):
                 raise ConfigError(
                     f"retain_loss.layer is {self.retain_loss.layer}, and the objective steers layer {steered}; one "
@@ -211,6 +211,16 @@ class UnlearningConfig(Rules, OptimizerConfig):
                 "of it has been routed. Set normalize to 'count', or routing to 'offline' or 'recalibrated'."
             )
 
+    def check_layer(self, num_layers: int) -> None:
+        """Raises ConfigError where the model lacks the layer that a loss looks at, or is deep and none is named."""
+        if self.layer > num_layers:
+            raise ConfigError(f"layer is {self.layer}, but the model has {num_layers} layers.")
+        if isinstance(self.objective, Steering) and not self.objective.layer and num_layers > 4:
+            raise ConfigError(
+                f"objective {self.objective.name!r} steers the output of one layer, and the model has {num_layers}: "
+                "set unlearning.objective.layer, counted from 1 (RMU's authors take 8 of 32)."
+            )
+
     @property
     def retains(self) -> bool:
         """Whether there is a retain term."""
@@ -219,8 +229,9 @@ class UnlearningConfig(Rules, OptimizerConfig):
     @property
     def layer(self) -> int:
         """The layer (from 1) whose output a loss looks at; 0: none does."""
-        looking = self.objective if isinstance(self.objective, Steering) else self.retain_loss
-        return getattr(looking, "layer", 0)
+        if isinstance(self.objective, Steering):
+            return self.objective.layer or 1
+        return getattr(self.retain_loss, "layer", 0)
 
     @property
     def layers(self) -> tuple[int, int] | None:

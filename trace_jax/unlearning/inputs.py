@@ -134,7 +134,7 @@ def steering_directions(key: jax.Array, topics: int, width: int) -> jax.Array:
 
 def steering_target(model: Model, forget: Rows, config: UnlearningConfig, *, seed: int, mesh: Mesh) -> jax.Array | None:
     """f32 [topics, D]: where RMU steers the rows of each topic, c u; None for other objectives. In adaptive RMU
-    (2408.06223) c is a multiple of mean |h_layer| over the valid tokens of the topic in its first batch.
+    (2408.06223) c is a multiple of mean |h_layer| over the topic's tokens in its first batch that the loss counts.
     """
     objective, topics = config.objective, int(forget.domain.max()) + 1
     if not isinstance(objective, (RMU, AdaptiveRMU)):
@@ -148,17 +148,18 @@ def steering_target(model: Model, forget: Rows, config: UnlearningConfig, *, see
         rows, step = forget.take(sampler(step)), step + 1
         for topic in missing & set(rows.domain.tolist()):
             of_topic = rows.take(np.flatnonzero(rows.domain == topic))
-            arrays = [(of_topic.tokens, of_topic.segments, of_topic.valid)]
-            [sums] = map_batches(_lengths, model.params, model.config, arrays, mesh=mesh, static=(objective.layer,))
-            lengths[topic] = float(sums[: len(of_topic)].sum() / max(1, of_topic.valid.sum()))
+            counts = np.asarray(objective.retain_counts(of_topic.valid, of_topic.segments))
+            arrays = [(of_topic.tokens, of_topic.segments, counts)]
+            [sums] = map_batches(_lengths, model.params, model.config, arrays, mesh=mesh, static=(config.layer,))
+            lengths[topic] = float(sums[: len(of_topic)].sum() / max(1.0, counts.sum()))
             missing.remove(topic)
     return directions * (objective.steering_scale * jnp.asarray(lengths))[:, None]
 
 
-def _lengths(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array, layer: int):
-    """f32 [B], |h_layer| summed over the valid tokens of each row."""
+def _lengths(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, counts: jax.Array, layer: int):
+    """f32 [B], |h_layer| summed over the tokens of each row, each as often as it counts."""
     hidden: Any = forward(params, config, tokens, mask=segments, collect=("hidden",), num_layers=layer).hidden
-    return jnp.where(valid, jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1), 0.0).sum(-1)
+    return (counts * jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1)).sum(-1)
 
 
 # --- how long a run is

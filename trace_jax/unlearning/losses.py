@@ -19,7 +19,7 @@ from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, as_varyin
 from trace_jax.routing.calibration import Calibration, token_weights
 from trace_jax.unlearning.config import Lora, UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows
-from trace_jax.unlearning.objectives import ForgetInputs, Objective
+from trace_jax.unlearning.objective import ForgetInputs, Objective
 from trace_jax.unlearning.optimizer import OptimizerConfig
 from trace_jax.unlearning.trainable import Flat, current_params
 
@@ -122,7 +122,7 @@ def _forget_inputs(
     if "nll" in needs:
         read["nll"] = forget.nll()
     if "refusal_nll" in needs and rows.refusals is not None:
-        read |= {"refusal_valid": rows.refusals.valid, "refusal_nll": current["refusals"].nll()}
+        read["refusal_nll"] = current["refusals"].nll()
     for name, part in (("reference_nll", "forget"), ("refusal_reference_nll", "refusals")):
         if name in needs:
             computed_before = getattr(rows, name)
@@ -136,7 +136,22 @@ def _forget_inputs(
             constants.numbers, forget.params, settings.model, forget.final, targets(rows.forget.tokens),
             None if before is None else (before.params, before.final),
         )  # fmt: skip
-    return ForgetInputs(rows.forget.valid, **read)
+    return _masks(rows)._replace(**read)
+
+
+def _masks(rows: StepRows) -> ForgetInputs:
+    """What the objective looks at before any model has read it."""
+    masks = ForgetInputs(rows.forget.valid, rows.forget.segments)
+    if rows.refusals is None:
+        return masks
+    return masks._replace(refusal_valid=rows.refusals.valid, refusal_segments=rows.refusals.segments)
+
+
+def _retain_counts(rows: Batch, objective: Objective, settings: StepSettings) -> jax.Array:
+    """f32 [B, S], how much each retain loss counts beside its weight."""
+    compares = settings.retain_loss == "hidden"
+    counts = objective.retain_counts(rows.valid, rows.segments) if compares else rows.valid
+    return counts.astype(jnp.float32)
 
 
 def _sums(
@@ -165,8 +180,8 @@ def _sums(
         routers=("router_logits", "indices") if anchored else ("indices",) if online else (),
     )  # fmt: skip
     values = objective.loss(_forget_inputs(current, reference, rows, constants, settings))
-    counts = objective.counts(rows.forget.valid, rows.refusals and rows.refusals.valid).astype(jnp.float32)
-    sums = {"forget": jnp.where(counts > 0, values, 0.0).sum()}
+    counts = objective.counts(_masks(rows)).astype(jnp.float32)
+    sums = {"forget": jnp.where(counts > 0, values, 0.0).sum((-2, -1))}
     if rows.retain is not None:
         valid, weights, retain = rows.retain.valid, rows.weights, current["retain"]
         if constants.online is not None:
@@ -179,7 +194,9 @@ def _sums(
         else:
             before = jax.lax.stop_gradient(inner["retain"].inner)
             losses = jnp.square(retain.inner.astype(jnp.float32) - before.astype(jnp.float32)).mean(-1)
-        sums["retain"] = jnp.where(valid, jax.lax.stop_gradient(weights) * losses, 0.0).sum()
+        counts = _retain_counts(rows.retain, objective, settings)
+        weights = jax.lax.stop_gradient(jnp.where(valid, weights, 1.0))  # of padding, where a form counts it
+        sums["retain"] = jnp.where(counts > 0, counts * weights * losses, 0.0).sum()
     if anchored:
         forget, form = current["forget"], settings.anchor_form
         probabilities = router_probabilities(forget.logits, settings.model)
@@ -222,11 +239,12 @@ def gradient(
     Its coefficient is `alpha` where that changes, else that of `constants`.
     """
     numbers, objective = constants.numbers, settings.objective.with_numbers(constants.numbers)
-    counts = {"anchor": rows.forget.valid}
-    counts["forget"] = objective.counts(rows.forget.valid, rows.refusals and rows.refusals.valid)
+    number = settings.parallel.microbatches
+    counts = {"anchor": rows.forget.valid, "forget": objective.counts(_masks(rows))}
     if rows.retain is not None:
-        valid = rows.retain.valid
-        counts["retain"] = jnp.where(valid, rows.weights, 0.0) if settings.normalize == "batch" else valid
+        counts["retain"] = _retain_counts(rows.retain, objective, settings)
+        if settings.normalize == "batch":
+            counts["retain"] *= jnp.where(rows.retain.valid, rows.weights, 1.0)
     counts = {name: jax.lax.psum(count.astype(jnp.float32).sum(), BATCH_AXES) for name, count in counts.items()}
     factors = {"forget": numbers["gamma"], "retain": numbers.get("alpha") if alpha is None else alpha}
     factors["anchor"] = numbers.get("anchor")
@@ -234,6 +252,7 @@ def gradient(
     def loss(trainable, part):
         sums, dropped = _sums(trainable, constants, objective, part, settings)
         means = {name: share(sums[name], counts[name]) for name in factors if name in sums}
+        means["forget"] = objective.of_means(means["forget"], number)
         total = sum((factors[name] * mean for name, mean in means.items()), start=jnp.float32(0.0))
         metrics = {"loss": total} | {f"{name}_loss": mean for name, mean in means.items()}
         if "weights" in sums:
@@ -242,7 +261,7 @@ def gradient(
             metrics["dropped"] = jax.lax.psum(as_varying(jnp.float32(dropped), frozenset(BATCH_AXES)), BATCH_AXES)
         return total, metrics
 
-    of_part, number = jax.grad(loss, has_aux=True), settings.parallel.microbatches
+    of_part = jax.grad(loss, has_aux=True)
     if number == 1:
         return of_part(trainable, rows)
 

@@ -1,103 +1,20 @@
 """Forget losses, one class each: its settings, what it looks at, and a pure function (docs/methods.md).
 
-A loss gives a value for every token [B, S] or every row [B], and `counts` how much each of them counts. L_forget is the
-sum of values over the sum of counts, both added over devices, so that it does not depend on how rows are split. Counts
-depend on masks alone. Shapes: B rows, S positions, D hidden size.
-
 Where a released code differs from its paper, the paper's form is the default and the code's is a `form`. To add an
 objective, add a class here.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from trace_jax.config import ConfigError, Section, Variant, option
-from trace_jax.models.loss import Vocabulary
+from trace_jax.config import ConfigError, Section, option
+from trace_jax.unlearning.objective import ForgetInputs, Objective, everywhere, lengths, means, sums, targets_of
 
 PAPER = "paper"
 REFUSALS = ("I do not know.", "I can't help with that.", "That is something I have no knowledge of.")
-
-
-class ForgetInputs(NamedTuple):
-    """What a forget loss may look at. Parts that an objective does not ask for (`Objective.needs`) are None."""
-
-    valid: Any  # bool [B, S]
-    nll: Any = None  # f32 [B, S] in nats
-    reference_nll: Any = None  # f32 [B, S], under the original model
-    hidden: Any = None  # [B, S, D], output of the steered layer
-    target: Any = None  # f32 [B, D], where RMU steers the rows: c u of their topic
-    vocabulary: Any = None  # f32 [B, S], what `Objective.vocabulary` made of the logits
-    refusal_valid: Any = None  # the same of rows that end in refusals
-    refusal_nll: Any = None
-    refusal_reference_nll: Any = None
-
-
-class Objective(Variant):
-    """A forget loss. Settings of type float are traced in a step, so that a sweep over them compiles once.
-
-    Attributes:
-      source: arXiv number. retains: whether there is a retain term.
-      usual_retain_loss, usual_trainable: settings that go with it. over_rows: the loss is a mean over rows.
-      needs: of "hidden", "logits", "reference_logits", "nll", "reference_nll", "refusal_nll", "refusal_reference_nll".
-      next_alpha: (alpha, step, retain loss) -> alpha after the step, where the retain loss is a constraint.
-      task_scale: how often what was learnt is subtracted from the model in the end.
-    """
-
-    gamma: float = option(1.0, help="coefficient of the forget loss", minimum=0.0)
-
-    source: ClassVar[str]
-    retains: ClassVar[bool] = True
-    usual_retain_loss: ClassVar[str] = "kl"
-    usual_trainable: ClassVar[str] = "all"
-    over_rows: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("nll",)
-    next_alpha: ClassVar[Any] = None
-    task_scale: ClassVar[float] = 0.0
-
-    def loss(self, inputs: ForgetInputs) -> jax.Array:
-        """f32 [B, S] of tokens, or f32 [B] of rows. Default: what `vocabulary` gives."""
-        return inputs.vocabulary
-
-    def counts(self, valid: jax.Array, refusal_valid: Any) -> jax.Array:
-        """How much each value of `loss` counts; where it is 0 the value is not read. Default: every valid token."""
-        return valid.any(-1) if self.over_rows else valid
-
-    def vocabulary(self, own: Vocabulary, reference: Any) -> jax.Array:
-        """f32 [tokens], for losses of more than the target's probability; `reference` is the original `Vocabulary`."""
-        raise NotImplementedError
-
-    def completed(self, retain_loss: str) -> Self:
-        """With the settings that depend on the retain loss; raises ConfigError if it can't be used with it."""
-        return self
-
-    def numbers(self) -> dict[str, float]:
-        """The settings that are traced."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type is float}
-
-    def with_numbers(self, numbers: Mapping[str, Any]) -> Self:
-        """The same with traced arrays, f32 [], in place of its numbers."""
-        made = object.__new__(type(self))  # past the checks, which are of Python numbers
-        for field in dataclasses.fields(self):
-            object.__setattr__(made, field.name, numbers.get(field.name, getattr(self, field.name)))
-        return made
-
-    def without_numbers(self) -> Self:
-        """What shapes a compiled step: the same for all numbers."""
-        return self.with_numbers(dict.fromkeys(self.numbers()))
-
-
-def row_sums(values: jax.Array, valid: jax.Array) -> jax.Array:
-    """f32 [B], the sum of values [B, S] at the valid positions of each row."""
-    return jnp.where(valid, values, 0.0).sum(-1)
-
-
-def row_means(values: jax.Array, valid: jax.Array) -> jax.Array:
-    """f32 [B], their mean; 0 for a row without any."""
-    return row_sums(values, valid) / jnp.maximum(valid.sum(-1, dtype=jnp.float32), 1.0)
 
 
 def softened(x: jax.Array, beta: Any) -> jax.Array:
@@ -135,19 +52,21 @@ class Refusing(Section):
 
 
 class _Ascent(Section):
-    """-mean nll_t over tokens. With a ceiling > 0: mean over rows of max(0, ceiling - row mean nll), which stops
-    pushing a row that is forgotten instead of letting it dominate the step.
+    """-mean nll_t over tokens. With a ceiling > 0: mean over documents of max(0, ceiling - the document's mean nll),
+    which stops pushing one that is forgotten instead of letting it dominate the step.
     """
 
-    nll_ceiling: float = option(0.0, help="mean NLL (nats) past which a row is no longer pushed; 0 = none", minimum=0.0)
+    nll_ceiling: float = option(
+        0.0, help="mean NLL (nats) past which a document is no longer pushed; 0 = none", minimum=0.0
+    )
     source: ClassVar[str] = "2401.06121"
 
     def loss(self, inputs):
-        hinge = jnp.maximum(0.0, self.nll_ceiling - row_means(inputs.nll, inputs.valid))
-        return jnp.where(self.nll_ceiling > 0, hinge, -row_sums(inputs.nll, inputs.valid))
+        of = inputs.nll, inputs.valid, inputs.segments
+        return jnp.where(self.nll_ceiling > 0, jnp.maximum(0.0, self.nll_ceiling - means(*of)), -sums(*of))
 
-    def counts(self, valid, refusal_valid):
-        length = valid.sum(-1, dtype=jnp.float32)
+    def counts(self, masks):
+        length = lengths(masks.valid, masks.segments)
         return jnp.where(self.nll_ceiling > 0, jnp.minimum(length, 1.0), length)
 
 
@@ -180,14 +99,21 @@ class WGA(Objective, name="wga"):
 
 
 class TNPO(Referring, Objective, name="tnpo"):
-    """The same with weight 2 p^beta / (p^beta + p_ref^beta)."""
+    """The same with weight 2 p^beta / (p^beta + p_ref^beta). g_effect: tmlr-group/G-effect, 1e-5 more below the line,
+    which lets improbable tokens go.
+    """
 
     beta: float = option(4.0, help="inverse temperature", minimum=1e-6)
+    form: str = form_option("g_effect")
     source = "2502.19301"
     needs = ("nll", "reference_nll")
 
     def loss(self, inputs):
-        return ascent(2.0 * jax.nn.sigmoid(self.beta * (inputs.reference_nll - inputs.nll)), inputs.nll)
+        weight = 2.0 * jax.nn.sigmoid(self.beta * (inputs.reference_nll - inputs.nll))
+        if self.form == "g_effect":
+            p, p_ref = jnp.exp(-self.beta * inputs.nll), jnp.exp(-self.beta * inputs.reference_nll)
+            weight = 2.0 * p / (p + p_ref + 1e-5)
+        return ascent(weight, inputs.nll)
 
 
 class SatImp(Objective, name="satimp"):
@@ -204,7 +130,7 @@ class SatImp(Objective, name="satimp"):
 
 
 class _Preference(Objective):
-    """A mean over rows; form muse_logits: over tokens, of a loss on every raw logit."""
+    """A mean over documents; form muse_logits: over all positions, of a loss on every raw logit."""
 
     form: str = form_option("muse_logits")
     of_paper, of_logits = ("nll",), ("logits",)
@@ -213,26 +139,32 @@ class _Preference(Objective):
     def needs(self):
         return self.of_logits if self.form == "muse_logits" else self.of_paper
 
-    def counts(self, valid, refusal_valid):
-        return valid if self.form == "muse_logits" else valid.any(-1)
+    by_document = True
+
+    def counts(self, masks):
+        return everywhere(masks.segments) if self.form == "muse_logits" else super().counts(masks)
 
     def loss(self, inputs):
-        return inputs.vocabulary if self.form == "muse_logits" else self.of_rows(inputs)
+        return inputs.vocabulary if self.form == "muse_logits" else self.of_documents(inputs)
 
-    def of_rows(self, inputs: ForgetInputs) -> jax.Array:
+    def of_documents(self, inputs: ForgetInputs) -> jax.Array:
         raise NotImplementedError
 
 
 class NPO(_Preference, Referring, name="npo"):
-    """-(2/beta) mean_y log sigma(beta (NLL - NLL_ref)), rows summed. gemma: google-deepmind/gemma, without 2/beta."""
+    """-(2/beta) mean_y log sigma(beta (NLL - NLL_ref)), each document summed. token_mean: its mean, as in
+    OPTML-Group/Unlearn-Simple's WMDP code. gemma: google-deepmind/gemma, without 2/beta.
+    """
 
     beta: float = option(0.1, help="inverse temperature", minimum=1e-6)
-    form: str = form_option("gemma", "muse_logits")
+    form: str = form_option("token_mean", "gemma", "muse_logits")
     source = "2404.05868"
     of_paper, of_logits = ("nll", "reference_nll"), ("logits", "reference_logits")
 
-    def of_rows(self, inputs):
-        losses = softened(row_sums(inputs.nll - inputs.reference_nll, inputs.valid), self.beta)
+    def of_documents(self, inputs):
+        of_document = means if self.form == "token_mean" else sums
+        risen = of_document(inputs.nll - inputs.reference_nll, inputs.valid, inputs.segments)
+        losses = softened(risen, self.beta)
         return losses * (self.beta / 2.0) if self.form == "gemma" else losses
 
     def vocabulary(self, own, reference):
@@ -244,28 +176,32 @@ class SimNPO(_Preference, name="simnpo"):
 
     gamma: float = option(0.125, help="coefficient of the forget loss", minimum=0.0)
     beta: float = option(4.5, help="inverse temperature", minimum=1e-6)
-    delta: float = option(0.0, help="margin (nats per token)")
+    delta: float = option(0.0, help="margin (nats per token): gamma / beta of the paper")
     source = "2410.07163"
 
-    def of_rows(self, inputs):
-        return softened(row_means(inputs.nll, inputs.valid) - self.delta, self.beta)
+    def of_documents(self, inputs):
+        return softened(means(inputs.nll, inputs.valid, inputs.segments) - self.delta, self.beta)
 
     def vocabulary(self, own, reference):
         return own.mean(softened(-own.logits - self.delta, self.beta))
 
 
 class DPO(Refusing, Referring, Objective, name="dpo"):
-    """-(2/beta) mean_y log sigma(beta (r(refusal) - r(forget))), r = NLL_ref - NLL of a row, rows summed."""
+    """-(2/beta) mean_y log sigma(beta (r(refusal) - r(forget))), r = NLL_ref - NLL of a document, summed: DPO
+    (2305.18290) as NPO's authors run it. tofu: locuslab/tofu, without 2/beta, as DPO's own paper.
+    """
 
     beta: float = option(0.1, help="inverse temperature", minimum=1e-6)
-    source = "2305.18290"
+    form: str = form_option("tofu")
+    source = "2404.05868"
     needs = ("nll", "reference_nll", "refusal_nll", "refusal_reference_nll")
-    over_rows = True
+    by_document = True
 
     def loss(self, inputs):
-        lost = row_sums(inputs.nll - inputs.reference_nll, inputs.valid)
-        won = row_sums(inputs.refusal_reference_nll - inputs.refusal_nll, inputs.refusal_valid)
-        return softened(won + lost, self.beta)
+        lost = sums(inputs.nll - inputs.reference_nll, inputs.valid, inputs.segments)
+        gained = inputs.refusal_reference_nll - inputs.refusal_nll
+        losses = softened(sums(gained, inputs.refusal_valid, inputs.refusal_segments) + lost, self.beta)
+        return losses * (self.beta / 2.0) if self.form == "tofu" else losses
 
 
 class IDK(Refusing, Objective, name="idk"):
@@ -277,33 +213,49 @@ class IDK(Refusing, Objective, name="idk"):
     def loss(self, inputs):
         return inputs.refusal_nll
 
-    def counts(self, valid, refusal_valid):
-        return refusal_valid
+    def counts(self, masks):
+        return masks.refusal_valid
 
 
 class FLAT(Refusing, Objective, name="flat"):
-    """mean_y (tanh(P(forget)) - tanh(P(refusal))) / 2, P the mean probability of a row's tokens: the f-divergence of
-    total variation.
+    """mean_y (tanh(P(forget)) - tanh(P(refusal))) / 2, P the mean probability of a document's tokens: the f-divergence
+    of total variation. released: UCSC-REAL/FLAT, P is the mean over all positions of a batch's rows but their last,
+    where those without a target have 0, and tanh comes after it (of a microbatch, where a batch is taken in parts).
     """
 
+    form: str = form_option("released")
     source = "2410.11143"
     needs = ("nll", "refusal_nll")
-    over_rows = True
+    by_document = True
+
+    def counts(self, masks):
+        if self.form == "released":
+            return everywhere(masks.segments).at[:, -1].set(False)
+        return super().counts(masks)
 
     def loss(self, inputs):
-        forget = row_means(jnp.exp(-inputs.nll), inputs.valid)
-        refusal = row_means(jnp.exp(-inputs.refusal_nll), inputs.refusal_valid)
-        return (jnp.tanh(forget) - jnp.tanh(refusal)) / 2.0
+        p, p_refusal = jnp.exp(-inputs.nll), jnp.exp(-inputs.refusal_nll)
+        if self.form == "released":
+            return jnp.stack([jnp.where(inputs.valid, p, 0.0), jnp.where(inputs.refusal_valid, p_refusal, 0.0)])
+        forget = means(p, inputs.valid, inputs.segments)
+        return _variation(forget, means(p_refusal, inputs.refusal_valid, inputs.refusal_segments))
+
+    def of_means(self, means, parts):
+        return _variation(*(parts * means)) / parts if self.form == "released" else means
+
+
+def _variation(forget: jax.Array, refusal: jax.Array) -> jax.Array:
+    return (jnp.tanh(forget) - jnp.tanh(refusal)) / 2.0
 
 
 class Steering(Section):
     """mean |h_l(x_f) - c u|^2 / D over tokens, u a fixed random unit direction for each topic.
 
-    wmdp: centerforaisafety/wmdp, every position counts, padding too. (Empty rows, which only fill up a batch for the
-    devices, stay out.) open_unlearning: mean over the tokens of a row, then over rows.
+    wmdp: centerforaisafety/wmdp, every position counts, padding too. open_unlearning: mean over the target tokens of a
+    document, then over documents. Both read retain rows alike where `retain_loss` is "hidden", and the first batch.
     """
 
-    layer: int = option(1, help="layer (from 1) whose output is steered", minimum=1)
+    layer: int = option(0, help="layer (from 1) whose output is steered; 0 = 1, in models of up to 4 layers", minimum=0)
     form: str = form_option("wmdp", "open_unlearning")
     usual_retain_loss: ClassVar[str] = "hidden"
     usual_trainable: ClassVar[str] = "down_projections"
@@ -311,13 +263,17 @@ class Steering(Section):
 
     def loss(self, inputs):
         error = jnp.square(inputs.hidden.astype(jnp.float32) - inputs.target[:, None, :]).mean(-1)
-        return row_means(error, inputs.valid) if self.form == "open_unlearning" else error
+        return error * self.counts(inputs)
 
-    def counts(self, valid, refusal_valid):
-        rows = valid.any(-1)
-        if self.form == "wmdp":
-            return jnp.broadcast_to(rows[:, None], valid.shape)
-        return rows if self.form == "open_unlearning" else valid
+    def counts(self, masks):
+        return self.retain_counts(masks.valid, masks.segments)
+
+    def retain_counts(self, valid, segments):
+        if self.form == "open_unlearning":
+            read = targets_of(valid)
+            length = jnp.take_along_axis(lengths(read, segments), segments, axis=1)
+            return jnp.where(read, 1.0 / jnp.maximum(length, 1.0), 0.0)
+        return (everywhere(segments) if self.form == "wmdp" else valid).astype(jnp.float32)
 
 
 class RMU(Steering, Objective, name="rmu"):
@@ -351,21 +307,27 @@ class CEU(Objective, name="ceu"):
     source = "2503.01224"
     needs = ("logits",)
 
-    def counts(self, valid, refusal_valid):
-        return valid & jnp.pad(valid[:, :-1], ((0, 0), (1, 0)))
+    def counts(self, masks):
+        return masks.valid & targets_of(masks.valid)
 
     def vocabulary(self, own, reference):
         return own.cross_entropy(jnp.where(own.is_target, -jnp.inf, own.logits))
 
 
 class PDU(Objective, name="pdu"):
-    """(largest logit - mean logit)^2 under a bound on the retain loss, whose coefficient is the multiplier."""
+    """(largest logit - mean logit)^2 under a bound on the retain loss, whose coefficient is the multiplier.
+    open_unlearning: at the positions of the target tokens, not at those that predict them.
+    """
 
     dual_rate: float = option(1.0, help="step size of the coefficient that holds the retain loss down", minimum=0.0)
     retain_bound: float = option(0.0, help="largest retain loss accepted; 0 = 0.05, usual for kl", minimum=0.0)
     dual_warmup: int = option(0, help="steps before that coefficient moves", minimum=0)
+    form: str = form_option("open_unlearning")
     source = "2506.05314"
     needs = ("logits",)
+
+    def counts(self, masks):
+        return targets_of(masks.valid) if self.form == "open_unlearning" else masks.valid
 
     def vocabulary(self, own, reference):
         return jnp.square(own.largest() - own.mean(own.logits))

@@ -55,6 +55,7 @@ def set_up(
     original: parameters by path on the mesh, or their shapes. All else in the constants is small, and on the host.
     selected: bool [L, E], the experts that train where not all do.
     """
+    config.check_layer(model.num_layers)
     settings = unlearning_settings(config, model, parallel)
     paths = trainable.trainable_paths(model, config.trainable)
     if config.grip.name == "project":

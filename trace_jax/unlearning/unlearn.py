@@ -144,8 +144,6 @@ def _check(
         raise ConfigError(
             f"objective {config.objective.name!r} has a retain term; give retain rows, or set retain_loss to 'none'."
         )
-    if config.layer > model.config.num_layers:
-        raise ConfigError(f"layer is {config.layer}, but the model has {model.config.num_layers} layers.")
     if config.grip.name != "none" and retain is None:
         raise ConfigError(f"grip {config.grip.name!r} holds on to the routing of retain text; give retain rows.")
     for name, rows in (("forget", forget), ("retain", retain)):
