@@ -17,6 +17,8 @@ _NAMES = {
     "data.corpora": ["build_corpora"],
     "routing.statistics": ["expert_statistics", "expert_assignments"],
     "routing.config": ["select_experts", "CalibrationConfig"],
+    "routing.captures": ["read_capture"],
+    "routing.diagnosis": ["diagnose"],
     "routing.calibration": ["calibrate", "token_weights"],
     "routing.weights": ["retain_weights", "Recalibration"],
     "unlearning.unlearn": ["unlearn"],

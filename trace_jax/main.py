@@ -28,6 +28,7 @@ COMMANDS = {
     "export": ("run.export", "writes an unlearned model as a Hugging Face checkpoint", "finished"),
     "lm-eval": ("run.lm_eval", "runs tasks of lm-eval on a checkpoint, or on a model of a run", ""),
     "verify": ("checkpoints.verify", "accounts for every tensor of a checkpoint; compares it with transformers", ""),
+    "diagnose": ("run.diagnose", "says whether there is anything to calibrate, before training", ""),
     "plan": ("plan.plan", "says what an experiment takes on a machine that need not be there", "config"),
     "data": ("data.build", "builds published data sets; no TensorFlow", ""),
     "doctor": ("io.environment", "versions, devices, what is missing", ""),

@@ -54,13 +54,14 @@ def render(results: Mapping[str, Any]) -> str:
       rows: of the comparison, references first, each with method, kind ("reference", "method" or "control"),
         forgetting (a number: value, n, low, high; or None), utilities (numbers by name), reached (whether it came
         down to the level), step and seeds (or None), note, and in a study "run": its objective, method and setting.
+      diagnosis: `trace_jax.routing.diagnosis.Diagnosis` as JSON, with its "sentence".
       certificates: by method, `trace_jax.routing.calibration.Certificate` as JSON.
       frequency: forget, retain [L, E], and calibrated [L, E] and selected (bool [L, E]) by method; uniform, K/E, the
         frequency of an expert under uniform routing; layers, numbers of the rows, () counts from 0.
     """
     rows, methods = results.get("rows", ()), results.get("methods", {})
     scores, frequency = results.get("scores", {}), results.get("frequency")
-    level, forgetting = results["config"]["evaluation"]["levels"][0], results["forgetting"]
+    level, forgetting = results["config"].get("evaluation", {"levels": [None]})["levels"][0], results["forgetting"]
     fronts, attacks = _fronts(results), _attacks(results, forgetting)
     measured = {m: r["routing"] for m, r in methods.items() if frequency and "quantities" in r.get("routing", {})}
     styles = figures.method_styles([*fronts, *(m for values in scores.values() for m in values)], BASELINE)
@@ -75,7 +76,7 @@ def render(results: Mapping[str, Any]) -> str:
 
     measure = plain_name(forgetting)
     page = {
-        "verdict": "", "forgotten": "the forget corpus", "generated": "",
+        "verdict": "", "forgotten": "the forget corpus", "generated": "", "diagnosis": None,
         **results,
         "rows": rows, "columns": _columns(rows, forgetting), "target": target,
         "baseline": next((row for row in rows if row["method"] == BASELINE and row["kind"] == "method"), None),
@@ -87,6 +88,7 @@ def render(results: Mapping[str, Any]) -> str:
         "attacks": attacks,
         "maps": corpus_figures(frequency) if frequency else (),
         "map_scale": TIMES_UNIFORM.legend(),
+        "mismatch": diagnosis_figures(results["diagnosis"]) if results.get("diagnosis") else (),
         "measured": list(measured.values()), "most_maps": MOST_METHODS,
         "routing": routing_groups(measured, frequency, styles) if measured and frequency else (),
         "routing_legend": legend(measured, "routing"),
@@ -214,6 +216,17 @@ def corpus_figures(frequency: Mapping[str, Any]) -> list[Figure]:
     maps |= {f"Retain set, calibrated by {m}": (m, values) for m, values in frequency["calibrated"].items()}
     scaled = {caption: (m, times_uniform(values, frequency["uniform"])) for caption, (m, values) in maps.items()}
     return _draw(scaled, TIMES_UNIFORM, "activation frequency", frequency["selected"], frequency["layers"])
+
+
+def diagnosis_figures(diagnosis: Mapping[str, Any]) -> list[Figure]:
+    """By layer how differently two texts are routed, with the noise dotted."""
+    styles, plots = figures.method_styles([BASELINE, "texts"], BASELINE), []
+    for name, of in diagnosis["quantities"].items():
+        drawn = {"texts": {"layers": diagnosis["layers"], "value": of["value"]}}
+        noise, caption = {"value": of["noise"]}, f"{plain_name(name).capitalize()} by layer"
+        label, limits = f"{caption}, forget against retain text", _limits(name, [drawn["texts"], noise])
+        plots.append(layer_plot(drawn, styles, caption, label, original=noise, limits=limits))
+    return plots
 
 
 def _draw(maps: Maps, scale: Scale, what: str, selected: Mapping[str, Any], layers: Sequence[int]) -> list[Figure]:

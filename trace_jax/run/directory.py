@@ -186,6 +186,7 @@ def write_report(workdir: str | os.PathLike) -> str:
             "forgotten": benchmark.forgotten,
             "rows": _rows(path, page, benchmark.board),
             "frequency": _frequency(path, calibrations),
+            "diagnosis": files.read_json(path / "statistics" / "diagnosis.json"),
             "certificates": {label: saved["certificate"] for label, saved in solved.items() if saved is not None},
         }
     with files.replacing(path / "report.html") as temporary:

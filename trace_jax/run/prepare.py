@@ -19,13 +19,14 @@ from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.task import Evaluator, Scores, ScoreStore, Task, hazardous
 from trace_jax.io.environment import describe
-from trace_jax.io.files import free_bytes, remove, write_json
+from trace_jax.io.files import free_bytes, read_json, remove, write_json
 from trace_jax.io.progress import say, tracked
 from trace_jax.models.architecture import ModelConfig, count_params, flatten
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import check_joined
 from trace_jax.plan.plan import shape_of
 from trace_jax.routing import statistics as routing
+from trace_jax.routing.diagnosis import diagnose
 from trace_jax.run.directory import check_workdir, open_workdir, run_stage
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import RETRAINED, TARGET, load_model, save_trained
@@ -79,19 +80,28 @@ class Prepared:
 
     @functools.cached_property
     def statistics(self) -> tuple[routing.ExpertStatistics, routing.ExpertStatistics]:
-        """Expert frequencies of the target model on forget and retain data; the experts of retain tokens are kept."""
+        """Expert frequencies of the target model on forget and retain data; the experts of retain tokens are kept.
+
+        Whether they differ is said before anything trains.
+        """
         directory, size = self.workdir / "statistics", self.config.evaluation.batch_size
 
         def make() -> None:
+            found = []
             for name, rows in (("forget", self.corpora.forget), ("retain", self.corpora.retain)):
-                title, keep, enough = f"routing of the {name} corpus", name == "retain", routing.MIN_ACTIVATIONS
+                title, enough = f"routing of the {name} corpus", routing.MIN_ACTIVATIONS
                 batches = tracked(sequential_batches(rows, size), title, -(-len(rows) // size))
                 statistics, assignments = routing.expert_routing(
-                    self.target, batches, mesh=self.mesh, min_activations=enough, assign=keep
+                    self.target, batches, mesh=self.mesh, min_activations=enough
                 )
-                statistics.save(directory / f"{name}.npz", assignments if keep else None)
+                statistics.save(directory / f"{name}.npz", assignments if name == "retain" else None)
+                found.append(assignments)
+            diagnosis = diagnose(*found, num_experts=self.target.config.num_experts, seed=self.config.seed)
+            write_json(directory / "diagnosis.json", diagnosis.to_json())
 
         run_stage("statistics", directory, fingerprint(self.model_id, "routing"), "routing statistics", make)
+        if diagnosis := read_json(directory / "diagnosis.json"):  # earlier versions had none
+            say(f"mismatch {diagnosis['sentence']}")
         forget, retain = (routing.ExpertStatistics.load(directory / f"{name}.npz") for name in ("forget", "retain"))
         return forget, retain
 

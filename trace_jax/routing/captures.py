@@ -1,0 +1,105 @@
+"""Routing that another program recorded, as `Assignments`: `.npz` or `.npy` files of expert ids.
+
+Shapes and encodings of four servers, and how to write such a file from their answers: docs/method.md.
+"""
+
+import os
+import zipfile
+from collections.abc import Mapping
+
+import numpy as np
+
+from trace_jax.io.files import local_copy
+from trace_jax.routing.statistics import Assignments
+
+BLOCK = 256  # tokens that stand for a row where a capture names no rows
+_KEYS = ("expert_ids", "row_lengths", "gate_weights")
+
+
+class CaptureError(ValueError):
+    """A capture that can't be used. The message is one sentence that names the file and the place."""
+
+
+def read_capture(path: str | os.PathLike, num_experts: int) -> Assignments:
+    """The chosen experts of every token that a capture holds, in its order.
+
+    `expert_ids` is an integer array [tokens, layers, K] or [layers, tokens, K]: its axis of tokens is the one that
+    `row_lengths` sums to, or without row lengths the longer one, and blocks of 256 tokens then stand for rows. A layer
+    with nothing but zeros (a dense one, to which servers give a place) and tokens of which every id is -1 (which were
+    not recorded) are left out; rows keep their numbers. `gate_weights` must have the shape of the ids; nothing reads
+    them. A bare `.npy` holds the ids.
+
+    Raises:
+      CaptureError: no such file; pickled, ragged or wrong arrays; an id that is no expert, or twice in one token.
+    """
+    name, arrays = os.fspath(path), _read(path)
+    ids, lengths, gates = (arrays.get(key) for key in _KEYS)
+    if ids is None or arrays.keys() - set(_KEYS):
+        raise CaptureError(f"{name}: has the keys {', '.join(arrays) or 'none'}; expected {', '.join(_KEYS)}.")
+    if ids.ndim != 3 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+        raise CaptureError(f"{name}: expert_ids is {ids.dtype} {ids.shape}; expected integers [tokens, layers, K].")
+    if gates is not None and gates.shape != ids.shape:
+        raise CaptureError(f"{name}: gate_weights is {gates.shape}; expected {ids.shape}, the shape of expert_ids.")
+    if lengths is None:
+        tokens, said = max(ids.shape[:2]), "there are no row_lengths"
+        lengths = np.full(-(-tokens // BLOCK), BLOCK)
+        lengths[-1] -= lengths.sum() - tokens
+    elif lengths.ndim != 1 or not np.issubdtype(lengths.dtype, np.integer) or (lengths < 0).any():
+        raise CaptureError(f"{name}: row_lengths is {lengths.dtype} {lengths.shape}; expected counts [rows].")
+    else:
+        tokens = int(lengths.sum())
+        said = f"row_lengths sum to {tokens}"
+    axes = [axis for axis in (0, 1) if ids.shape[axis] == tokens]
+    if len(axes) != 1:
+        why = "either of the first two axes can be the tokens" if axes else "none of the first two axes is that long"
+        raise CaptureError(f"{name}: expert_ids is {ids.shape} and {said}; {why}.")
+    ids = np.moveaxis(ids, axes[0], 1)
+    rows = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    routed = ~np.isin(ids, (0, -1)).all(axis=(1, 2)) | (ids.shape[2] == 1)
+    layers, places = np.flatnonzero(routed), np.flatnonzero((ids[routed] != -1).any(axis=(0, 2)))
+    ids, rows = ids[routed][:, places], rows[places]
+    if not ids.size:
+        raise CaptureError(f"{name}: expert_ids holds nothing but 0 and -1; the server recorded no routing.")
+
+    def refuse(wrong: np.ndarray, what: str) -> None:
+        """Names the first token [L, T] that is wrong."""
+        if wrong.any():
+            token, layer = np.argwhere(wrong.T)[0]
+            raise CaptureError(
+                f"{name}: token {places[token]} (row {rows[token]}), layer {layers[layer]}: the experts are "
+                f"{ids[layer, token].tolist()}; {what}."
+            )
+
+    refuse(((ids < 0) | (ids >= num_experts)).any(axis=2), f"there are {num_experts}, from 0")
+    ids = ids.astype(np.min_scalar_type(num_experts - 1))
+    refuse((np.diff(np.sort(ids, axis=2), axis=2) == 0).any(axis=2), "the experts of a token are distinct")
+    return Assignments(ids, rows, layers=tuple(layers.tolist()))
+
+
+def _read(path: str | os.PathLike) -> Mapping[str, np.ndarray]:
+    name = os.fspath(path)
+    try:
+        with local_copy(path) as local, local.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return {"expert_ids": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except FileNotFoundError:
+        raise CaptureError(f"{name}: there is no such file.") from None
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise CaptureError(
+            f"{name}: can't be read as .npz or .npy ({error}). Pickled arrays are refused; rows of unequal length are "
+            "one array, with row_lengths."
+        ) from None
+
+
+def join(parts: list[Assignments]) -> Assignments:
+    """Several captures of one model as one corpus; `CaptureError`: they differ in layers or in K."""
+    kinds = [(part.layers, part.indices.shape[2]) for part in parts]
+    for layers, top_k in kinds:
+        if (layers, top_k) != kinds[0]:
+            raise CaptureError(
+                f"captures of one model have the same layers and K; one has {len(kinds[0][0])} layers and K = "
+                f"{kinds[0][1]}, another {len(layers)} layers and K = {top_k}."
+            )
+    starts = np.cumsum([0, *(part.rows.max() + 1 for part in parts[:-1])])
+    rows = np.concatenate([part.rows + start for part, start in zip(parts, starts, strict=True)])
+    return Assignments(np.concatenate([part.indices for part in parts], axis=1), rows, layers=parts[0].layers)

@@ -1,0 +1,98 @@
+"""Whether there is anything to calibrate, from a checkpoint and texts or from captures of routing alone:
+`python -m trace_jax.main diagnose`.
+"""
+
+import argparse
+import datetime
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from trace_jax.checkpoints.pretrained import load_pretrained
+from trace_jax.config import ConfigError
+from trace_jax.data.rows import Rows, encode_documents, pack_documents, read_codec, sequential_batches
+from trace_jax.data.sources import read_source
+from trace_jax.io import files
+from trace_jax.io.environment import describe
+from trace_jax.io.progress import say, tracked
+from trace_jax.parallel.mesh import PLAIN
+from trace_jax.report.page import render
+from trace_jax.routing.captures import join, read_capture
+from trace_jax.routing.diagnosis import diagnose
+from trace_jax.routing.statistics import Assignments, expert_assignments
+
+_ROW_LENGTH, _BATCH_SIZE = 512, 16  # of texts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--forget", required=True, metavar="F", help="a capture (.npz, .npy), or a text (.jsonl, ...)")
+    parser.add_argument("--retain", required=True, nargs="+", metavar="R", help="one capture or text, or several")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--num-experts", type=int, metavar="E", help="routed experts of a layer: F and R are captures")
+    which.add_argument("--checkpoint", metavar="DIR", help="the model that routes F and R, which are texts")
+    parser.add_argument("--output", required=True, metavar="DIR", help="for diagnosis.json and diagnosis.html; made")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier diagnosis there")
+
+
+def main(options: argparse.Namespace) -> int:
+    output = Path(os.path.abspath(options.output))
+    if files.is_remote(options.output) or (output.exists() and not options.overwrite):
+        raise ConfigError(f"{options.output}: exists, or is no local path; choose another directory (or --overwrite).")
+    if output.exists() and not (output / "diagnosis.json").exists():
+        raise ConfigError(
+            f"{output}: holds no earlier diagnosis, and is not replaced by one; choose another directory."
+        )
+    if options.checkpoint:
+        forget, retain, num_experts = _route(options.checkpoint, [[options.forget], options.retain])
+    else:
+        if (num_experts := options.num_experts) < 1:
+            raise ConfigError(f"--num-experts is {num_experts}; expected the number of routed experts of a layer.")
+        forget, *rest = (read_capture(path, num_experts) for path in (options.forget, *options.retain))
+        retain = join(rest)
+    found = diagnose(forget, retain, num_experts=num_experts)
+    given = {name: getattr(options, name) for name in ("forget", "retain", "num_experts", "checkpoint")}
+    saved = found.to_json() | {"given": given, "environment": describe()}
+    with files.replacing(output) as directory:
+        directory.mkdir()
+        files.write_json(directory / "diagnosis.json", saved)
+        (directory / "diagnosis.html").write_text(_page(saved), encoding="utf-8")
+    print(f"{found.text()}\n\ndiagnosis: {output / 'diagnosis.html'}")
+    return 0
+
+
+def _page(saved: dict) -> str:
+    forget, retain, selected = (saved[name] for name in ("forget", "retain", "selected"))
+    uniform = saved["top_k"] / len(forget[0])
+    return render(
+        {
+            "title": "Diagnosis before training", "benchmark": "", "forgetting": "", "chance": None,
+            "generated": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
+            "verdict": saved["sentence"], "diagnosis": saved, "config": saved["given"],
+            "frequency": {
+                "forget": forget, "retain": retain, "uniform": uniform, "layers": saved["layers"],
+                "calibrated": {}, "selected": {"": selected},
+            },
+            "environment": saved["environment"],
+        }
+    )  # fmt: skip
+
+
+def _route(checkpoint: str, texts: Sequence[Sequence[str]]) -> tuple[Assignments, Assignments, int]:
+    """Routing of the sources of each of two texts, in rows of 512 tokens, and the number of experts."""
+    codec = read_codec(checkpoint)
+    rows = [
+        Rows.concatenate(
+            [
+                pack_documents(encode_documents(codec, read_source(source)[0]), _ROW_LENGTH, special=codec.special)
+                for source in sources
+            ]
+        )
+        for sources in texts
+    ]
+    mesh = PLAIN.mesh()
+    say(f"routing of {len(rows[0]):,} forget rows and {len(rows[1]):,} retain rows by {checkpoint}")
+    model, routed = load_pretrained(checkpoint, dtype="bfloat16", mesh=mesh), []
+    for of in rows:
+        batches = tracked(sequential_batches(of, _BATCH_SIZE), "routing", -(-len(of) // _BATCH_SIZE))
+        routed.append(expert_assignments(model, batches, mesh=mesh))
+    return routed[0], routed[1], model.config.num_experts
