@@ -196,7 +196,7 @@ class Traced(Exception):
     """Stands for the end of a run whose step is traced and not compiled."""
 
 
-@pytest.mark.parametrize("name", Objective.kinds)
+@pytest.mark.parametrize("name", [name for name in Objective.kinds if name != "repselect"])  # its steps are others
 def test_every_objective_gets_what_it_looks_at_also_in_bfloat16(model, forget, retain, monkeypatch, name):
     """Types and ranks are strict, so that a step that can be traced mixes none. The router stays in float32."""
     half = {k: v if "router" in k else v.astype(jnp.bfloat16) for k, v in flatten(model.params).items()}

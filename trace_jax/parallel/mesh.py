@@ -56,6 +56,15 @@ def row_shards(mesh: Mesh) -> int:
     return mesh.shape[DATA] * mesh.shape[EXPERT]
 
 
+def dividing_axes(number: int, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes over which `number` things can be split evenly."""
+    axes, devices = (), 1
+    for name in AXES:
+        if number % (devices * mesh.shape[name]) == 0:
+            axes, devices = (*axes, name), devices * mesh.shape[name]
+    return axes
+
+
 def axis_sizes() -> dict[str, int]:
     """Sizes of the mesh axes that the code being traced is split over; empty outside `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()

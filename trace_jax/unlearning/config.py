@@ -1,14 +1,15 @@
 """Settings of unlearning. Those of an objective, an optimizer and the rules of a run stand beside what reads them."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 from trace_jax.config import ConfigError, Section, Variant, option
 from trace_jax.routing import config as routing
 from trace_jax.unlearning.loop import Rules
-from trace_jax.unlearning.objectives import Objective, Steering
-from trace_jax.unlearning.optimizer import OptimizerConfig
+from trace_jax.unlearning.objectives import Objective, RepSelect, Steering
+from trace_jax.unlearning.optimizer import SGD, AdamW, OptimizerConfig
 
-EXPERTS_DOWN = "layers/experts/down"
+EXPERT_MATRICES = _, EXPERTS_DOWN = "layers/experts/gate_up", "layers/experts/down"
 _ANCHOR = "coefficient of SEUF's loss that keeps forget tokens on the experts that train; 0 = off"
 
 
@@ -88,7 +89,7 @@ class Lora(Trainable, name="lora"):
 
     rank: int = option(8, help="columns of a low-rank adapter's first factor", minimum=1)
     alpha: float = option(16.0, help="adapters are multiplied by alpha / rank", minimum=0.0)
-    patterns = ("*/[qkvo]", "*/q_down", "*/q_up", "*/kv_down", "*/kv_up", "layers/experts/gate_up", EXPERTS_DOWN)
+    patterns = ("*/[qkvo]", "*/q_down", "*/q_up", "*/kv_down", "*/kv_up", *EXPERT_MATRICES)
 
 
 class RetainLoss(Variant):
@@ -202,6 +203,21 @@ class UnlearningConfig(Rules, OptimizerConfig):
         if self.epoch_anchor == "retain" and not (self.epochs and self.retains):
             missing = "epochs is not set" if not self.epochs else "there is no retain term"
             raise ConfigError(f"epoch_anchor = 'retain' would have no effect: {missing}. Leave it out.")
+
+        if isinstance(self.objective, RepSelect) and not (
+            self.optimizer in (AdamW(), SGD(0.0)) and self.clip_norm in (1.0, 0.0) and not self.weight_decay
+        ):
+            raise ConfigError(
+                "optimizer, clip_norm and weight_decay would have no effect: objective 'repselect' takes plain steps. "
+                "Leave them out."
+            )
+
+    @property
+    def optimization(self) -> OptimizerConfig:
+        """The optimizer's settings alone."""
+        settings = super().optimization
+        plain = isinstance(self.objective, RepSelect)
+        return dataclasses.replace(settings, optimizer=SGD(0.0), clip_norm=0.0) if plain else settings
 
     def check_online(self) -> None:
         """Raises ConfigError where retain tokens can't be weighed by their present routing."""

@@ -38,7 +38,7 @@ from trace_jax.models.architecture import ModelConfig, flatten, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import map_batches, placed_params
-from trace_jax.parallel.mesh import AXES, BATCH_AXES, as_varying, place, row_shards, spec_axes, to_host
+from trace_jax.parallel.mesh import BATCH_AXES, as_varying, dividing_axes, place, row_shards, spec_axes, to_host
 from trace_jax.unlearning.config import GripProject, GripRealign, UnlearningConfig
 from trace_jax.unlearning.trainable import trainable_paths
 
@@ -234,10 +234,7 @@ def span(inputs: np.ndarray, null: float) -> np.ndarray:
 
 def protection_specs(num_experts: int, mesh: Mesh) -> Protection:
     """How a `Protection` lies on the mesh: experts split over the axes that divide them."""
-    axes, devices = (), 1
-    for name in AXES:
-        if num_experts % (devices * mesh.shape[name]) == 0:
-            axes, devices = (*axes, name), devices * mesh.shape[name]
+    axes = dividing_axes(num_experts, mesh)
     return Protection(P(), P(None, axes), P(None, axes), P(), P())
 
 

@@ -88,6 +88,21 @@ class TaskVector(Objective, name="task_vector"):
         return inputs.nll
 
 
+class RepSelect(Objective, name="repselect"):
+    """-mean nll_t, of which one collapsed gradient makes all steps (`trace_jax.unlearning.repselect`)."""
+
+    components: int = option(512, help="singular components of each matrix's gradient that are collapsed", minimum=1)
+    adversary_rate: float = option(
+        0.01, help="learning rate of the factors that are taught the forget set before; 0 = none", minimum=0.0
+    )
+    source = "2606.17168"
+    retains, usual_retain_loss = False, "none"
+    usual_trainable = "layers/experts/gate_up"
+
+    def loss(self, inputs):
+        return -inputs.nll
+
+
 class WGA(Objective, name="wga"):
     """-mean sg(weight_t) nll_t over tokens, weight p_t^beta."""
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey
 
+from trace_jax.config import ConfigError
 from trace_jax.data.rows import Batch
 from trace_jax.models.architecture import ModelConfig, abstract_params, flatten, init_params, unflatten
 from trace_jax.models.decoder import forward
@@ -26,11 +27,12 @@ from trace_jax.models.model import Model
 from trace_jax.models.sharding import param_specs
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place, row_shards
 from trace_jax.unlearning import trainable
-from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.config import EXPERT_MATRICES, UnlearningConfig
 from trace_jax.unlearning.grip import check_router, keep_routers
 from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.loop import Hook, Loop, LoopResult, TrainState
 from trace_jax.unlearning.losses import Constants, StepSettings, coefficients, gradient, share, targets
+from trace_jax.unlearning.objectives import RepSelect
 from trace_jax.unlearning.optimizer import OptimizerConfig, TrainingConfig, make_optimizer
 from trace_jax.unlearning.trainable import Flat, current_params, trained_specs
 
@@ -60,6 +62,11 @@ def set_up(
     paths = trainable.trainable_paths(model, config.trainable)
     if config.grip.name == "project":
         check_router(model, paths)
+    if isinstance(config.objective, RepSelect) and (rest := set(paths) - set(EXPERT_MATRICES)):
+        raise ConfigError(
+            f"objective 'repselect' collapses gradients of the matrices of experts; {', '.join(sorted(rest))} would "
+            f"train as well. Set trainable to one or both of {', '.join(EXPERT_MATRICES)}, or to selected_experts."
+        )
     masks = trainable.update_masks(paths, model, layers=config.layers, selected=selected)
     index = None if selected is None else trainable.selected_index(selected)
     numbers = np.int32(seed), np.float32(config.alpha) if config.objective.next_alpha else None
@@ -169,16 +176,30 @@ def training_step(state: TrainState, batch: Batch, *, settings: StepSettings, lo
     return state, {**metrics, "gradient_norm": norm}
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "mesh"), donate_argnums=0)
-def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, settings: StepSettings, mesh: Mesh):
-    """(state, metrics) after a step of gamma L_forget + alpha L_retain on a multiple of `row_multiple` rows."""
-    trains = trained_specs(settings.model, state.trainable, mesh)
+@functools.partial(jax.jit, static_argnames=("settings", "mesh"))
+def batch_gradient(
+    trained: Flat, alpha: Any, constants: Constants, rows: StepRows, *, settings: StepSettings, mesh: Mesh
+) -> tuple[Flat, dict]:
+    """(gradient of gamma L_forget + alpha L_retain by what trains, metrics); alpha f32 [] only where it changes."""
+    trains = trained_specs(settings.model, trained, mesh)
     others = (P() for _ in Constants._fields[1:])
     constant_specs: Any = Constants(param_specs(settings.model, mesh), *others)  # pyright: ignore[reportArgumentType] specs
     in_specs, of_device = (trains, P(), constant_specs, P(BATCH_AXES)), functools.partial(gradient, settings=settings)
     sharded = jax.shard_map(of_device, mesh=mesh, in_specs=in_specs, out_specs=(trains, P()))
-    read = constants._replace(masks=None, protection=None)
-    gradients, metrics = sharded(state.trainable, state.alpha, read, rows)
+    return sharded(trained, alpha, constants._replace(masks=None, protection=None), rows)
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "mesh"), donate_argnums=0)
+def step_along(state: TrainState, direction: Flat, masks: Flat | None, *, settings: StepSettings, mesh: Mesh):
+    """(state, metrics) after a step down a gradient that is given."""
+    state, norm = apply_gradients(state, direction, settings, masks, mesh)
+    return state, {"gradient_norm": norm}
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "mesh"), donate_argnums=0)
+def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, settings: StepSettings, mesh: Mesh):
+    """(state, metrics) after a step of gamma L_forget + alpha L_retain on a multiple of `row_multiple` rows."""
+    gradients, metrics = batch_gradient(state.trainable, state.alpha, constants, rows, settings=settings, mesh=mesh)
     state, norm = apply_gradients(state, gradients, settings, constants.masks, mesh)
     if constants.protection is not None:
         trained, metrics["grip_missed"] = keep_routers(

@@ -27,8 +27,9 @@ from trace_jax.unlearning.inputs import Inputs, batch_text, cached_reference, st
 from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.losses import Constants
 from trace_jax.unlearning.metrics import Metrics
-from trace_jax.unlearning.objectives import Referring, Refusing, Steering
-from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
+from trace_jax.unlearning.objectives import Referring, Refusing, RepSelect, Steering
+from trace_jax.unlearning.repselect import forget_direction
+from trace_jax.unlearning.step import row_multiple, set_up, step_along, unlearning_step
 from trace_jax.unlearning.trainable import Flat, merge, table_text, trainable_table
 
 
@@ -104,6 +105,12 @@ def unlearn(
 
     def step(state, rows):
         return unlearning_step(state, constants, rows, settings=settings, mesh=mesh)
+
+    if isinstance(objective, RepSelect):
+        direction = forget_direction(constants, forget, config, settings, seed=seed, mesh=mesh)
+
+        def step(state, rows):
+            return step_along(state, direction, constants.masks, settings=settings, mesh=mesh)
 
     def model_of(trained: Flat) -> Model:
         """The model that trains, or that what it has learnt is subtracted from."""
