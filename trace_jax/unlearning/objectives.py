@@ -93,7 +93,7 @@ class RepSelect(Objective, name="repselect"):
 
     components: int = option(512, help="singular components of each matrix's gradient that are collapsed", minimum=1)
     adversary_rate: float = option(
-        0.01, help="learning rate of the factors that are taught the forget set before; 0 = none", minimum=0.0
+        5.0, help="learning rate of the factors that are taught the forget set before; 0 = none", minimum=0.0
     )
     source = "2606.17168"
     retains, usual_retain_loss = False, "none"
