@@ -1,10 +1,11 @@
-"""Time to solve a calibration, against scipy's L-BFGS on the same problem. Run from the repository root:
+"""Time to solve a calibration, against scipy's L-BFGS on the same dual. Run from the repository root:
 
     python benchmarks/calibration.py            # 10^6 tokens, 256 selected experts
     python benchmarks/calibration.py --tokens 100000 --layers 4
 
-"all" also finds the patterns and makes the certificate; both solves start from the same features. Routing is random,
-in domains that prefer other experts. The row is also written to benchmarks/results/calibration.json.
+"all" also makes features of the routing, finds the rho that keeps the effective sample size, and makes the certificate;
+L-BFGS is given that rho, so its time is that of one solve. Routing is random, in domains that prefer other experts. The
+row is also written to benchmarks/results/calibration.json.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import scipy
 from scipy.optimize import minimize
 
 from trace_jax.routing.calibration import calibrate, count_activations
-from trace_jax.routing.entropy_balancing import clipped_to_mean_one, entropy_balance, find_patterns
+from trace_jax.routing.solver import closest_match, find_patterns
 
 
 def random_routing(generator, preference, tokens, top_k):
@@ -34,19 +35,20 @@ def random_routing(generator, preference, tokens, top_k):
     return chosen
 
 
-def lbfgs(features, target, base, ridge, tolerance):
-    """(multipliers, gradient norm) of the same dual by scipy."""
+def lbfgs(features, target, base, rho, max_weight, tolerance):
+    """(multipliers, intercept, gradient norm) of the same dual by scipy."""
+    base = base / base.sum()
 
-    def dual(multipliers):
-        scores = features @ multipliers
-        top = scores.max()
-        mass = base * np.exp(scores - top)
-        value = top + np.log(mass.sum() / base.sum()) - multipliers @ target + ridge / 2 * multipliers @ multipliers
-        return value, features.T @ (mass / mass.sum()) - target + ridge * multipliers
+    def dual(point):
+        multipliers, scores = point[:-1], features @ point[:-1] + point[-1]
+        weights = np.clip(scores, 0.0, max_weight)
+        value = base @ (weights * (scores - weights / 2)) - multipliers @ target - point[-1]
+        slope = features.T @ (base * weights) - target + rho * multipliers
+        return value + rho / 2 * multipliers @ multipliers, np.append(slope, base @ weights - 1)
 
     options = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-16, "gtol": tolerance, "maxcor": 20}
-    found = minimize(dual, np.zeros(len(target)), jac=True, method="L-BFGS-B", options=options)
-    return found.x, float(np.abs(found.jac).max())
+    found = minimize(dual, np.append(np.zeros(len(target)), 1.0), jac=True, method="L-BFGS-B", options=options)
+    return found.x[:-1], found.x[-1], float(np.abs(found.jac).max())
 
 
 def main():
@@ -56,6 +58,7 @@ def main():
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--selected", type=int, default=16, help="experts selected per layer")
+    parser.add_argument("--size", type=float, default=0.2, help="effective sample size that is to remain")
     parser.add_argument("--output", default="benchmarks/results/calibration.json")
     options = parser.parse_args()
 
@@ -69,31 +72,28 @@ def main():
     selected = rank < options.selected
 
     begin, begin_cpu = time.perf_counter(), time.process_time()
-    calibration = calibrate(retain, selected=selected, target=f_forget, ridge=1e-3)
+    calibration = calibrate(retain, selected=selected, target=f_forget, min_effective_sample_size=options.size)
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
     certificate = calibration.certificate
 
-    features, tokens = find_patterns(retain, selected, "token", np.arange(options.tokens))
+    features, base, _ = find_patterns(retain, selected, None)
     begin = time.perf_counter()
-    solved = entropy_balance(features, f_forget[selected], base=tokens, ridge=1e-3)
+    solved = closest_match(features, f_forget[selected], base=base, sizes=[options.size])[0]
     solve_seconds = time.perf_counter() - begin
     begin = time.perf_counter()
-    multipliers, gradient = lbfgs(features, f_forget[selected], tokens, 1e-3, 1e-8)
+    multipliers, intercept, gradient = lbfgs(features, f_forget[selected], base, solved.rho, 50.0, 1e-8)
     scipy_seconds = time.perf_counter() - begin
-    of_scipy = np.exp(features @ multipliers)
-    of_scipy, ours = (
-        clipped_to_mean_one(weights / np.average(weights, weights=tokens), 50.0, tokens)[0]
-        for weights in (of_scipy, solved.weights)
-    )
-    difference = np.abs(ours / of_scipy - 1).max()
+    difference = np.abs(np.clip(features @ multipliers + intercept, 0.0, 50.0) - solved.weights).max()
 
     row = {
         "tokens": options.tokens, "layers": options.layers, "experts": options.experts, "top_k": options.top_k,
-        "selected": int(selected.sum()), "patterns": len(tokens), "calibrate_seconds": round(seconds, 2),
+        "selected": int(selected.sum()), "patterns": len(base), "size": options.size,
+        "calibrate_seconds": round(seconds, 2),
         "calibrate_cpu_seconds": round(cpu_seconds, 2), "solve_seconds": round(solve_seconds, 2),
-        "newton_steps": solved.iterations, "gradient": solved.gradient_norm,
+        "gradient": solved.gradient_norm,
         "scipy_lbfgs_seconds": round(scipy_seconds, 2), "scipy_gradient": gradient,
-        "largest_relative_weight_difference": float(difference), "gap_before": certificate.gap_before,
+        "largest_weight_difference": float(difference), "closed": certificate.closed,
+        "gap_before": certificate.gap_before,
         "gap_after": certificate.gap_after, "effective_sample_size": certificate.effective_sample_size,
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1),

@@ -36,7 +36,7 @@ WRONG = [
     ({"unlearning": {"objective": {"nll_ceiling": -1}}}, r"unlearning\.objective\.nll_ceiling is -1"),
     ({"unlearning": {"beta": 0.1}}, r"unlearning\.beta: .* write unlearning\.objective\.beta"),
     ({"calibration": {"tau": 1.5}}, r"calibration\.tau: .* write calibration\.rule\.tau"),
-    ({"calibration": {"stength": 0.5}}, r"calibration\.stength: .* did you mean 'strength'"),
+    ({"calibration": {"divergense": "kl"}}, r"calibration\.divergense: .* did you mean 'divergence'"),
     ({"calibration": {"rule": {"name": "difference", "tau": 1.5}}}, r"calibration\.rule\.tau would have no effect"),
     ({**HIDDEN, "calibration": {"rule": "all"}}, r"calibration\.rule would have no effect"),
     ({"model": {"experts_per_token": 17}}, r"17 but there are only 16 experts"),
@@ -87,7 +87,7 @@ def test_conditional_defaults_follow_the_deciding_setting():
     with pytest.raises(ConfigError, match=r"the model has 24: set unlearning\.objective\.layer"):
         rmu.check_layer(24)
     assert not ascent.retains and ascent.trainable.name == "all"
-    assert CalibrationConfig("entropy").weighting.rule.name == "ratio"
+    assert CalibrationConfig("matching").weighting.rule.name == "difference"
 
 
 def test_settings_are_hashable_and_frozen_and_told_apart_by_their_content():
@@ -111,7 +111,7 @@ def test_every_method_resolves_at_the_budget_of_the_run(name):
 
 
 def test_calibration_settings_reach_the_methods_that_read_them():
-    config = experiment(calibration={"rule": {"tau": 1.5}, "max_weight": 9.0, "seed": 3})
+    config = experiment(calibration={"rule": {"name": "ratio", "tau": 1.5}, "max_weight": 9.0, "seed": 3})
     trace, hidden = (config.method(name).calibration for name in ("trace", "hidden"))
     assert (trace.weighting.rule.tau, trace.weighting.max_weight, trace.seed) == (1.5, 9.0, 3)
     assert (hidden.weighting.name, hidden.weighting.max_weight) == ("hidden", 9.0)
@@ -123,10 +123,11 @@ def test_calibration_settings_reach_the_methods_that_read_them():
 def test_the_two_presets_of_trace():
     """docs/method.md: `trace` is the abstract read literally, `trace_rows` this project's variant."""
     trace, rows = (experiment().method(n).calibration.weighting for n in ("trace", "trace_rows"))
-    assert (trace.unit, trace.apply, trace.strength) == ("token", "both", 1.0)
-    assert (trace.rule.name, trace.rule.kappa) == ("ratio", 0.5)
-    assert (rows.unit, rows.apply, rows.strength, rows.min_effective_sample_size) == ("row", "sampling", 0.75, 0.2)
-    assert trace.ridge == rows.ridge == 1e-3 and trace.max_weight == rows.max_weight == 50.0
+    assert (trace.unit, trace.apply) == ("token", "both")
+    assert (trace.rule.name, trace.rule.top) == ("difference", 4)
+    assert (rows.unit, rows.apply) == ("row", "sampling")
+    assert trace.min_effective_sample_size == rows.min_effective_sample_size == 0.2
+    assert trace.divergence == rows.divergence == "chi2" and trace.max_weight == rows.max_weight == 50.0
 
 
 @pytest.mark.parametrize(

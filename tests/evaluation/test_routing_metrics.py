@@ -51,7 +51,7 @@ def assign(seed, lengths, *, favourite=None):
     if favourite is not None:
         scores[..., favourite] += 0.6
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    return Assignments(np.argsort(-scores, axis=-1)[..., :K].astype(np.uint8), rows)
+    return Assignments(np.argsort(-scores, axis=-1)[..., :K].astype(np.uint8), rows, rows)
 
 
 LENGTHS = {"forget": (5, 0, 9, 7, 4, 8), "retain": (6, 6, 3, 9, 0, 7, 5)}
@@ -152,7 +152,9 @@ def test_what_is_measured_on_a_model_equals_its_own_router(moved):
     corpora = {}
     for subject, rows in CORPORA.items():
         each = np.nonzero(rows.valid)[0]
-        corpora[subject] = routing.corpus_routing(*(Assignments(indices(m, subject), each) for m in (MODEL, OTHER)), 4)
+        corpora[subject] = routing.corpus_routing(
+            *(Assignments(indices(m, subject), each, each) for m in (MODEL, OTHER)), 4
+        )
         for name, model in (("original", MODEL), ("unlearned", OTHER)):
             used = [np.bincount(layer.ravel(), minlength=4) / len(each) for layer in indices(model, subject)]
             np.testing.assert_allclose(moved["frequency"][name][subject], used)
@@ -193,7 +195,7 @@ def calibrated(**settings):
 
 
 def test_gaps_of_the_calibration_sum_to_those_of_its_certificate():
-    weights, result = calibrated(name="entropy", rule={"name": "difference", "top": 3}, strength=0.5)
+    weights, result = calibrated(name="matching", rule={"name": "difference", "top": 3})
     certificate = weights.calibration.certificate
     for name in ("gap_before", "gap_after", "gap_elsewhere_before", "gap_elsewhere_after"):
         assert result[name].sum() == pytest.approx(getattr(certificate, name))

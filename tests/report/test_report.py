@@ -42,11 +42,11 @@ def front(drop):
 
 def certificate():
     experts = {"layer": [0, 1], "expert": [3, 2], "forget": [0.4, 0.3], "retain": [0.1, 0.2], "target": [0.4, 0.3]}
-    totals = ["gap_elsewhere_before", "gap_elsewhere_after", "clipped", "ridge", "iterations", "gradient_norm"]
+    totals = ["gap_elsewhere_before", "gap_elsewhere_after", "clipped", "rho", "iterations", "gradient_norm"]
     return experts | dict.fromkeys(totals, 0) | {
         "weighted": [0.39, 0.3], "gap_before": 0.4, "gap_after": 0.01, "effective_sample_size": 0.093,
-        "largest_weight": 50.0, "touched": 0.612, "infeasible": [[0, 1]], "strength": 0.61, "strength_asked": 0.75,
-        "tokens": 1000, "notes": ["strength lowered"],
+        "largest_weight": 50.0, "touched": 0.612, "infeasible": [[0, 1]], "tokens": 1000,
+        "notes": ["the target is missed"],
     }  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def test_every_method_and_number_is_there(page):
     text = visible_text(page)
     for shown in (
         *METHODS, "permuted", "target model", "0.930", "[0.900, 0.960]", "n = 600", "0.400 → 0.010", "9.3 %", "50.00",
-        "0.610 (0.750)", "(0, 1)", "did not reach the level", "100 of 4,050 parameters",
+        "97.5 %", "(0, 1)", "did not reach the level", "100 of 4,050 parameters",
         "unlearning.learning_rate 0.001",
         "Unlearned: 60 substances. Methods are compared where forget accuracy has come down to 0.5, from",
         "(chance: 0.25).",

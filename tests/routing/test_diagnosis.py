@@ -19,7 +19,8 @@ def text(seed, *, shift=0.0, rows=40, length=60, kind=1.0):
     preference[..., :4] += shift
     scores = preference + rng.gumbel(size=(3, rows, length, EXPERTS))
     chosen = np.argsort(-scores, axis=-1)[..., :2].astype(np.uint8).reshape(3, -1, 2)
-    return Assignments(chosen, np.repeat(np.arange(rows, dtype=np.int32), length))
+    row = np.repeat(np.arange(rows, dtype=np.int32), length)
+    return Assignments(chosen, row, row)
 
 
 CASES = {

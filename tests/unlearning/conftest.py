@@ -42,7 +42,7 @@ def run(model, forget, retain, config=CONFIG, mesh=ONE, **options):
 
 def calibration(**settings) -> CalibrationConfig:
     """By default of all experts."""
-    return CalibrationConfig({"name": "entropy", "rule": "all", "strength": 0.5, "ridge": 0.02, **settings})
+    return CalibrationConfig({"name": "matching", "rule": "all", **settings})
 
 
 def weights_of(model, forget, retain, **settings):

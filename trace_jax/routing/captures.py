@@ -73,7 +73,7 @@ def read_capture(path: str | os.PathLike, num_experts: int) -> Assignments:
     refuse(((ids < 0) | (ids >= num_experts)).any(axis=2), f"there are {num_experts}, from 0")
     ids = ids.astype(np.min_scalar_type(num_experts - 1))
     refuse((np.diff(np.sort(ids, axis=2), axis=2) == 0).any(axis=2), "the experts of a token are distinct")
-    return Assignments(ids, rows, layers=tuple(layers.tolist()))
+    return Assignments(ids, rows, rows, tuple(layers.tolist()))
 
 
 def _read(path: str | os.PathLike) -> Mapping[str, np.ndarray]:
@@ -102,4 +102,4 @@ def join(parts: list[Assignments]) -> Assignments:
             )
     starts = np.cumsum([0, *(part.rows.max() + 1 for part in parts[:-1])])
     rows = np.concatenate([part.rows + start for part, start in zip(parts, starts, strict=True)])
-    return Assignments(np.concatenate([part.indices for part in parts], axis=1), rows, layers=parts[0].layers)
+    return Assignments(np.concatenate([part.indices for part in parts], axis=1), rows, rows, parts[0].layers)

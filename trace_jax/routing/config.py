@@ -20,7 +20,7 @@ class Ratio(SelectionRule, name="ratio"):
     """f^F >= kappa * K/E and f^F / (f^R + eps) >= tau."""
 
     kappa: float = option(0.5, help="least forget frequency, in units of K/E", minimum=0.0)
-    tau: float = option(1.2, help="least ratio of forget to retain frequency", minimum=0.0)
+    tau: float = option(3.0, help="least ratio of forget to retain frequency", minimum=0.0)
 
 
 class _Top(SelectionRule):
@@ -45,7 +45,7 @@ class Cumulative(SelectionRule, name="cumulative"):
 
 
 class Affinity(_Top, name="affinity"):
-    """The `top` experts by mean gate weight in a forget document, and over these (SEUF, 2411.18797, eq. 2)."""
+    """The `top` experts by mean gate score on forget data (SEUF, 2411.18797)."""
 
 
 class Random(_Top, name="random"):
@@ -96,7 +96,7 @@ def select_experts(
         case Difference(top, scope):
             return highest(f_forget - f_retain, top, scope)
         case Affinity(top, scope):
-            return highest(forget.affinity, top, scope)
+            return highest(forget.gate_mass / forget.tokens, top, scope)
         case Random(top, scope):
             return highest(np.random.default_rng(seed).random(f_forget.shape), top, scope)
     return np.ones(f_forget.shape, bool)
@@ -162,25 +162,20 @@ class Uniform(Weighting, name="uniform"):
 
 
 class Weighted(Weighting):
-    max_weight: float = option(50.0, help="largest weight before renormalisation (1 is uniform)", minimum=1.0)
+    """Weightings that concentrate: all keep the same sample, so that they can be compared."""
+
+    min_effective_sample_size: float = option(
+        0.2, help="share of the retain tokens that is to remain, (sum w)^2 / (T sum w^2); 0 = no bound",
+        minimum=0.0, maximum=1.0,
+    )  # fmt: skip
+    max_weight: float = option(50.0, help="largest weight (1 is uniform)", minimum=1.0)
     apply: str = option(
         "both", help="whether losses are weighted, rows drawn by them, or both", choices=("weights", "sampling", "both")
     )
 
 
-class _Bounded(Weighted):
-    min_effective_sample_size: float = option(
-        0.0, help="share of the tokens; the strength is lowered to keep it", minimum=0.0, maximum=1.0
-    )
-
-
-class Matching(_Bounded):
-    strength: float = option(1.0, help="s, from retain (0) to forget frequencies (1)", minimum=0.0, maximum=1.0)
-    ridge: float = option(1e-3, help="quadratic penalty on the multipliers, rho", minimum=0.0)
-
-
 class _Selecting(Weighted):
-    rule: SelectionRule = option("ratio", help="which experts are forget-critical")
+    rule: SelectionRule = option("difference", help="which experts are forget-critical")
     routing: RoutingSource = option("offline", help="whose routing gives a token its weight")
     max_ratio: float = option(100.0, help="largest forget/retain frequency ratio asked for, r_max", minimum=1.0)
 
@@ -189,7 +184,7 @@ class _Selecting(Weighted):
         if isinstance(self.routing, Online) and isinstance(self, (RatioWeights, Permuted)):
             raise ConfigError(
                 f"routing is 'online' and the weighting {self.name!r}, which has no multipliers to weigh a token by "
-                "the experts it uses now; choose 'entropy' or 'random_experts', or the routing 'recalibrated'."
+                "the experts it uses now; choose 'matching' or 'random_experts', or the routing 'recalibrated'."
             )
         if isinstance(self.routing, Online) and self.apply == "sampling":
             raise ConfigError(
@@ -198,17 +193,20 @@ class _Selecting(Weighted):
             )
 
 
-class Entropy(Matching, _Selecting, name="entropy"):
-    """The calibration: the least change of weights with which the selected experts are used as on forget data."""
+class Matching(_Selecting, name="matching"):
+    """The calibration: the selected experts are used as on forget data, as nearly as the sample allows."""
 
-    unit: str = option("token", help="what shares one weight", choices=("token", "row"))
+    unit: str = option("token", help="what shares one weight", choices=("token", "row", "document"))
+    divergence: str = option(
+        "chi2", help="distance from uniform weights that is kept small: chi-square, or entropy", choices=("chi2", "kl")
+    )
 
 
-class Permuted(Entropy, name="permuted"):
+class Permuted(Matching, name="permuted"):
     """Control: the same weights dealt out at random."""
 
 
-class RandomExperts(Entropy, name="random_experts"):
+class RandomExperts(Matching, name="random_experts"):
     """Control: the calibration of as many experts per layer, drawn at random."""
 
 
@@ -216,11 +214,11 @@ class RatioWeights(_Selecting, name="ratio"):
     """Rival: the mean frequency ratio of a token's selected experts."""
 
 
-class NGram(_Bounded, name="ngram"):
+class NGram(Weighted, name="ngram"):
     """Rival: density ratio of rows under hashed uni- and bigrams (DSIR, 2302.03169)."""
 
 
-class Hidden(Matching, name="hidden"):
+class Hidden(Weighted, name="hidden"):
     """Rival: the same calibration of rows on mean hidden states in place of experts."""
 
 
@@ -229,7 +227,7 @@ class Loss(Weighted, name="loss"):
 
 
 class Domain(Weighted, name="domain"):
-    """Upper reference: told which rows are near the forget domain."""
+    """Upper reference: told which rows are near the forget domain, which get as much as the sample allows."""
 
 
 class CalibrationConfig(Section):

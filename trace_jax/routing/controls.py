@@ -1,6 +1,6 @@
 """Rivals and controls: weights for retain tokens that do not come from matched experts.
 
-Each returns f64 weights that are not normalised yet, per token [T] (valid positions in row order) or per row [N].
+Each gives f64 weights or scores per token [T] (valid positions in row order) or per row [N].
 """
 
 from collections.abc import Callable
@@ -19,31 +19,41 @@ from trace_jax.models.model import Model
 from trace_jax.models.sharding import map_batches
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.routing import config as settings
-from trace_jax.routing.entropy_balancing import clipped_to_mean_one, effective_sample_size, strongest_balance
+from trace_jax.routing import solver
 
 BUCKETS = 10_000  # of hashed n-grams, as in DSIR
 
 
 def weights_without_experts(
-    weighting: settings.Weighting, model: Model, forget: Rows, retain: Rows, **passes: Any
+    weighting: settings.Weighted, model: Model, forget: Rows, retain: Rows, **passes: Any
 ) -> np.ndarray:
     """f64 [T], for every weighting that looks at no expert; `passes`: mesh and batch_size of passes over the rows."""
     lengths, row = retain.valid.sum(axis=1).astype(np.float64), np.nonzero(retain.valid)[0]
+    filled, by_row = np.flatnonzero(lengths), np.zeros(len(retain))
+    base = lengths[filled]
     match weighting:
         case settings.Loss():
-            return losses(model, retain, **passes)[retain.valid].astype(np.float64)
+            found = np.maximum(losses(model, retain, **passes)[retain.valid].astype(np.float64), 1e-12)
+            return bounded(np.log(found), np.ones(len(found)), weighting)
         case settings.Domain():
-            return domain_weights(retain.domain, lengths)[row]
+            scores = domain_scores(retain.domain[filled], base)
         case settings.NGram():
-            return ngram_weights(ngram_log_ratio(forget, retain), lengths, weighting)[row]
+            scores = ngram_log_ratio(forget, retain)[filled]
         case settings.Hidden():
-            filled, by_row = np.flatnonzero(lengths), np.zeros(len(retain))
-            base = lengths[filled]
             means = _per_row(_hidden, model, retain.take(filled), **passes).astype(np.float64) / base[:, None]
             forget_mean = _per_row(_hidden, model, forget, **passes).astype(np.float64).sum(0) / forget.valid.sum()
             by_row[filled] = hidden_weights(means, forget_mean, base, weighting)
             return by_row[row]
-    return np.ones(len(row))  # uniform
+        case _:
+            raise NotImplementedError(weighting.name)
+    by_row[filled] = bounded(scores, base, weighting)
+    return by_row[row]
+
+
+def bounded(scores: np.ndarray, base: np.ndarray, weighting: settings.Weighted) -> np.ndarray:
+    """f64 [U]: exp(score), with the bounds that a weighting sets (`trace_jax.routing.solver.concentrated`)."""
+    size = weighting.min_effective_sample_size
+    return solver.concentrated(scores, base, size=size, max_weight=weighting.max_weight)
 
 
 def permuted(weights: np.ndarray, units: np.ndarray, *, seed: int) -> np.ndarray:
@@ -79,67 +89,45 @@ def _ngrams(rows: Rows) -> list[np.ndarray]:
     return [both[:, valid].ravel() for both, valid in zip(buckets, rows.valid, strict=True)]
 
 
-def ngram_weights(log_ratio: np.ndarray, base: np.ndarray, weighting: settings.NGram) -> np.ndarray:
-    """f64 [N]: exp(b * log_ratio) kept within 1/max_weight and max_weight, mean one.
-
-    The power b is 1, or the largest one (to 1e-6) that keeps the effective sample size, as calibration lowers its
-    strength. base f64 [N]: valid tokens per row.
-    """
-    limit = np.log(weighting.max_weight)
-
-    def powered(b: float) -> np.ndarray:
-        return np.exp(np.clip(b * log_ratio, -limit, limit))
-
-    def enough(b: float) -> bool:
-        return effective_sample_size(powered(b), base) >= weighting.min_effective_sample_size
-
-    low, high = (1.0 if enough(1.0) else 0.0), 1.0
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (middle, high) if enough(middle) else (low, middle)
-    return clipped_to_mean_one(powered(low), np.inf, base)[0]
-
-
-def domain_weights(domain: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """f64 [N]: rows with domain 1 make half of the total mass. An oracle: methods do not know the domain.
+def domain_scores(domain: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """f64 [N]: far higher for rows with domain 1. An oracle: methods do not know the domain.
 
     domain i32 [N]; base f64 [N], valid tokens per row.
     """
-    inside = domain == 1
-    share = base[inside].sum() / base.sum()
+    share = base[domain == 1].sum() / base.sum()
     if not 0 < share < 1:
         raise ValueError(
             f"the domain oracle needs retain rows inside and outside of the neighbour domain; {share:.0%} of tokens "
             "are inside. Only embedded benchmarks and text data with a neighbour file know the domain."
         )
-    return np.where(inside, 0.5 / share, 0.5 / (1 - share))
+    return 50.0 * (domain == 1)
 
 
 def hidden_weights(
     retain_means: np.ndarray, forget_mean: np.ndarray, base: np.ndarray, weighting: settings.Hidden
 ) -> np.ndarray:
-    """f64 [N], mean one, clipped: the same calibration on hidden states of rows instead of experts.
+    """f64 [N], mean one: the same calibration on hidden states of rows instead of experts.
 
     Args:
       retain_means: f64 [N, D], mean final hidden state of every row; forget_mean: f64 [D], over the forget corpus.
       base: f64 [N], valid tokens per row.
 
-    States are standardised by the retain corpus (mean 0, variance 1); the target is `strength` times the forget mean.
+    States are standardised by the retain corpus (mean 0, variance 1).
     """
     mean = base @ retain_means / base.sum()
     deviation = np.sqrt(base @ (retain_means - mean) ** 2 / base.sum())
     deviation = np.where(deviation > 1e-12, deviation, np.inf)  # a direction that never varies can't be matched
     features, goal = (retain_means - mean) / deviation, (forget_mean - mean) / deviation
-    _, balance = strongest_balance(features, np.zeros(len(goal)), goal, base=base, settings=weighting)
-    return clipped_to_mean_one(balance.weights, weighting.max_weight, base)[0]
+    sizes = [weighting.min_effective_sample_size]
+    return solver.closest_match(features, goal, base=base, sizes=sizes, max_weight=weighting.max_weight)[0].weights
 
 
 def ratio_weights(
     indices: np.ndarray, selected: np.ndarray, forget: np.ndarray, retain: np.ndarray, max_ratio: float
 ) -> np.ndarray:
-    """f64 [T]: mean over the selected experts active at t of clip(f^F / f^R, 1, max_ratio), then mean one.
+    """f64 [T]: mean over the selected experts active at t of clip(f^F / f^R, 1, max_ratio).
 
-    Cheap, and does not solve the matching. A token that no selected expert handles counts 1 before the normalisation.
+    Cheap, and does not solve the matching. A token that no selected expert handles counts 1.
     indices integer [L, T, K]; selected bool [L, E]; forget, retain: frequencies f64 [L, E].
     """
     ratio = np.full(retain.shape, float(max_ratio))
@@ -147,8 +135,7 @@ def ratio_weights(
     ratio = np.where(selected, np.clip(ratio, 1.0, max_ratio), 0.0)
     total = sum(values[chosen].sum(-1) for values, chosen in zip(ratio, indices, strict=True))
     active = sum(chosen_in[chosen].sum(-1) for chosen_in, chosen in zip(selected, indices, strict=True))
-    weights = np.where(active > 0, total / np.maximum(active, 1), 1.0)
-    return weights / weights.mean()
+    return np.where(active > 0, total / np.maximum(active, 1), 1.0)
 
 
 def losses(model: Model, rows: Rows, *, mesh: Mesh | None = None, batch_size: int = 32) -> np.ndarray:

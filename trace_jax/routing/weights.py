@@ -28,7 +28,7 @@ from trace_jax.models.model import Model
 from trace_jax.routing import config as settings
 from trace_jax.routing import controls
 from trace_jax.routing.calibration import Calibration, match_frequencies, weighted_frequency
-from trace_jax.routing.entropy_balancing import clipped_to_mean_one, effective_sample_size
+from trace_jax.routing.solver import effective_sample_size
 from trace_jax.routing.statistics import (
     Assignments,
     ExpertStatistics,
@@ -89,7 +89,8 @@ class RetainWeights:
 
     @functools.cached_property
     def _row_means(self) -> np.ndarray:
-        return self._placed.sum(axis=1) / np.maximum(self.valid.sum(axis=1), 1)
+        means = self._placed.sum(axis=1) / np.maximum(self.valid.sum(axis=1), 1)
+        return np.where(means > 1e-6, means, 0.0)  # less is the rounding of nothing, and no row to divide by
 
     def applied(self, weighting: settings.Weighting) -> "RetainWeights":
         """The same weights, acting where `weighting` says."""
@@ -129,7 +130,7 @@ def retain_weights(
     mesh: Mesh | None = None,
     batch_size: int = 32,
 ) -> RetainWeights:
-    """Weights of the retain corpus as `config` asks; every weighting is clipped at `max_weight` and has mean one.
+    """Weights of the retain corpus as `config` asks; every weighting keeps its bounds and has mean one.
 
     Args:
       model: the frozen original model, whose routing, hidden states or losses are used.
@@ -145,29 +146,31 @@ def retain_weights(
             "statistics of another corpus were given."
         )
 
-    def clipped(tokens: np.ndarray) -> np.ndarray:
-        return clipped_to_mean_one(tokens / tokens.mean(), getattr(weighting, "max_weight", np.inf))[0]
-
-    if not isinstance(weighting, (settings.Entropy, settings.RatioWeights)):
+    if isinstance(weighting, settings.Uniform):
+        return RetainWeights(np.ones(retain_statistics.tokens), valid)
+    if not isinstance(weighting, (settings.Matching, settings.RatioWeights)):
         tokens = controls.weights_without_experts(weighting, model, forget, retain, mesh=mesh, batch_size=batch_size)
-        return RetainWeights(clipped(tokens), valid).applied(weighting)
+        return RetainWeights(tokens, valid).applied(weighting)
     if assignments is None:
         assignments = expert_assignments(model, sequential_batches(retain, batch_size), mesh=mesh)
     selected = settings.select_experts(forget_statistics, retain_statistics, rule=weighting.rule, seed=config.seed)
     f_forget, calibration, frequency = forget_statistics.frequency, None, None
     if isinstance(weighting, settings.RatioWeights):
         frequencies = f_forget, retain_statistics.frequency
-        tokens = clipped(controls.ratio_weights(assignments.indices, selected, *frequencies, weighting.max_ratio))
+        raw = controls.ratio_weights(assignments.indices, selected, *frequencies, weighting.max_ratio)
+        tokens = controls.bounded(np.log(raw), np.ones(len(raw)), weighting)
     elif solved is not None and solved.calibration is not None:
         calibration, tokens, frequency = solved.calibration, solved.tokens, solved.frequency
     else:
         if isinstance(weighting, settings.RandomExperts):
             selected = settings.random_like(selected, seed=config.seed)
         counts = retain_statistics.counts
-        calibration, tokens, frequency = match_frequencies(assignments, counts, selected, f_forget, weighting)
+        calibration, tokens, frequency = match_frequencies(assignments, counts, selected, f_forget, weighting)[0]
     if isinstance(weighting, settings.Permuted):
-        units = assignments.rows if weighting.unit == "row" else np.arange(len(tokens))
-        tokens, frequency = clipped(controls.permuted(tokens, units, seed=config.seed)), None
+        units = assignments.units(weighting.unit)
+        units = np.arange(len(tokens)) if units is None else units
+        tokens, frequency = controls.permuted(tokens, units, seed=config.seed), None
+        tokens = tokens / tokens.mean()  # units of other lengths got them
     if frequency is None:
         frequency = weighted_frequency(assignments.indices, tokens, selected.shape[1])
     selected = selected if calibration is None else calibration.selected
@@ -203,7 +206,7 @@ class Drift:
         if self.unchanged:
             return f"{routing}; no expert is selected any more, so the last weights are kept"
         return (
-            f"{routing}; {self.selected} experts matched, gap {self.gap['before']:.4f} -> {self.gap['after']:.4f}, "
+            f"{routing}; {self.selected} experts selected, gap {self.gap['before']:.4f} -> {self.gap['after']:.4f}, "
             f"effective sample size {self.effective_sample_size:.1%}"
         )
 

@@ -21,15 +21,15 @@ from trace_jax.evaluation.task import EvaluationConfig
 from trace_jax.io.progress import say
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.parallel.mesh import PLAIN, ParallelConfig
-from trace_jax.routing.config import CalibrationConfig, Entropy, Online, Weighting
+from trace_jax.routing.config import CalibrationConfig, Matching, Online, Weighting
 from trace_jax.tasks.benchmarks import DataConfig
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.objectives import Objective
 from trace_jax.unlearning.optimizer import TrainingConfig
 
-_BOUNDED = {"apply": "sampling", "strength": 0.75, "min_effective_sample_size": 0.2}
-_ROWS = {"name": "entropy", "unit": "row", **_BOUNDED}
-_TOKENS = {"name": "entropy", "unit": "token", "apply": "both"}
+_ROWS = {"name": "matching", "unit": "row", "apply": "sampling"}
+_TOKENS = {"name": "matching", "unit": "token", "apply": "both"}
+_NGRAM = {"name": "ngram", "apply": "sampling"}
 
 
 class Preset(NamedTuple):
@@ -49,8 +49,9 @@ METHODS: dict[str, Preset] = {
     "row_weights": Preset("row weights on uniformly drawn rows", {**_ROWS, "apply": "weights"}),
     "permuted": Preset("control: trace_rows' weights shuffled over rows", {**_ROWS, "name": "permuted"}),
     "random_experts": Preset("control: as many experts, drawn at random", {**_ROWS, "name": "random_experts"}),
-    "ngram": Preset("rival: n-gram density ratio of rows (DSIR)", {"name": "ngram", "apply": "sampling"}),
-    "hidden": Preset("rival: hidden states matched instead of experts", {"name": "hidden", **_BOUNDED}),
+    "ngram": Preset("rival: n-gram density ratio of rows", _NGRAM),
+    "ngram_dsir": Preset("the same without bound on the sample (DSIR)", {**_NGRAM, "min_effective_sample_size": 0.0}),
+    "hidden": Preset("rival: hidden states matched instead of experts", {"name": "hidden", "apply": "sampling"}),
     "loss": Preset("rival: tokens weighted by their loss", {"name": "loss", "apply": "both"}),
     "ratio_weights": Preset("frequency ratio of a token's experts, unsolved", {"name": "ratio", "apply": "both"}),
     "oracle": Preset("upper reference: told which rows are neighbours", {"name": "domain", "apply": "sampling"}),
@@ -142,7 +143,7 @@ class ExperimentConfig(Section):
         read = set().union(*(_read_by(METHODS[method]) for method in self.methods + self.study.methods))
         for key in sorted(self.calibration.keys() - read):
             if not any(key in _read_by(preset) for preset in METHODS.values()):
-                resolve(Entropy, {key: self.calibration[key]}, path="calibration")  # says what there is
+                resolve(Matching, {key: self.calibration[key]}, path="calibration")  # says what there is
             names = ", ".join(self.methods)
             raise ConfigError(f"calibration.{key} would have no effect: none of the methods {names} reads it.")
 

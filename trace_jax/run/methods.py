@@ -22,7 +22,7 @@ from trace_jax.io.files import decode, encode, flush_lines, remove, shown, write
 from trace_jax.io.progress import say
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
-from trace_jax.routing.config import CalibrationConfig, Entropy, Permuted, RatioWeights
+from trace_jax.routing.config import CalibrationConfig, Matching, Permuted, RatioWeights
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
 from trace_jax.run.directory import needed, run_stage, write_results
 from trace_jax.run.experiment import ExperimentConfig, Method
@@ -129,12 +129,12 @@ def calibrated(prepared: Prepared, config: CalibrationConfig, label: str) -> tup
     def make() -> RetainWeights:
         solved = None
         if isinstance(weighting, Permuted):
-            entropy = Entropy(**{field.name: getattr(weighting, field.name) for field in dataclasses.fields(Entropy)})
-            solved, _ = calibrated(prepared, dataclasses.replace(config, weighting=entropy), label)
+            plainly = Matching(**{field.name: getattr(weighting, field.name) for field in dataclasses.fields(Matching)})
+            solved, _ = calibrated(prepared, dataclasses.replace(config, weighting=plainly), label)
         about: dict[str, Any] = {"model": prepared.target, "mesh": prepared.mesh, "solved": solved}
         about |= {"forget": prepared.corpora.forget, "retain": prepared.corpora.retain}
         about["forget_statistics"], about["retain_statistics"] = prepared.statistics
-        if isinstance(weighting, (Entropy, RatioWeights)):
+        if isinstance(weighting, (Matching, RatioWeights)):
             about["assignments"] = prepared.retain_assignments
         weights = retain_weights(config, **about)
         weights.save(directory)

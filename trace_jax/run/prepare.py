@@ -99,9 +99,7 @@ class Prepared:
             diagnosis = diagnose(*found, num_experts=self.target.config.num_experts, seed=self.config.seed)
             write_json(directory / "diagnosis.json", diagnosis.to_json())
 
-        run_stage(
-            "statistics", directory, fingerprint(self.model_id, "routing by document"), "routing statistics", make
-        )
+        run_stage("statistics", directory, fingerprint(self.model_id, "routing"), "routing statistics", make)
         if diagnosis := read_json(directory / "diagnosis.json"):  # earlier versions had none
             say(f"mismatch {diagnosis['sentence']}")
         forget, retain = (routing.ExpertStatistics.load(directory / f"{name}.npz") for name in ("forget", "retain"))
@@ -110,7 +108,7 @@ class Prepared:
     @functools.cached_property
     def retain_assignments(self) -> routing.Assignments:
         """The experts of every retain token under the target model."""
-        return routing.Assignments.load(self.workdir / "statistics" / "retain.npz", self.corpora.retain.valid)
+        return routing.Assignments.load(self.workdir / "statistics" / "retain.npz", self.corpora.retain)
 
     @functools.cached_property
     def original_routing(self) -> dict[str, routing.Assignments]:

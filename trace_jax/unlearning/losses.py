@@ -185,7 +185,8 @@ def _sums(
     if rows.retain is not None:
         valid, weights, retain = rows.retain.valid, rows.weights, current["retain"]
         if constants.online is not None:
-            weights = token_weights(retain.indices, constants.online, mask=valid) * weights
+            own = token_weights(retain.indices, constants.online, mask=valid, segments=rows.retain.segments)
+            weights = weights * own
             sums["weights"] = weights.sum()
         if retain_loss == "nll":
             losses = retain.nll()
