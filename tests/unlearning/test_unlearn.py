@@ -24,7 +24,7 @@ from trace_jax.models.sharding import placed_params
 from trace_jax.unlearning import inputs as inputs_module
 from trace_jax.unlearning import unlearn as unlearn_module
 from trace_jax.unlearning.config import UnlearningConfig
-from trace_jax.unlearning.inputs import steering_directions
+from trace_jax.unlearning.inputs import steering_directions, steering_target
 from trace_jax.unlearning.loop import Evaluated
 
 KEEP = {"name": "best_utility", "forgetting": 0.5}
@@ -235,6 +235,10 @@ def test_adaptive_rmu_steers_by_the_first_batch_of_each_topic(model, retain, mon
         out = forward(model.params, model.config, batch.tokens, mask=batch.segments, collect=("layers",)).layers[1]
         length = np.linalg.norm(np.asarray(out), axis=-1)[np.asarray(batch.valid)].mean()
         np.testing.assert_allclose(target[topic], 5.0 * length * directions[topic], rtol=1e-4)
+        of_code = dataclasses.replace(config, objective=dataclasses.replace(config.objective, form="wmdp"))
+        all_positions = np.linalg.norm(np.asarray(out), axis=-1)[filled].mean()  # start marks and padding too
+        measured = steering_target(model, forget, of_code, seed=7, mesh=ONE)
+        np.testing.assert_allclose(measured[topic], 5.0 * all_positions * directions[topic], rtol=1e-4)
 
 
 def test_pdu_raises_its_coefficient_while_the_retain_loss_is_above_the_bound(model, forget, retain, tmp_path):

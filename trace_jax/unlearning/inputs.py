@@ -22,6 +22,7 @@ from trace_jax.parallel.processes import barrier, broadcast_from_process_0
 from trace_jax.routing.controls import losses
 from trace_jax.routing.weights import RetainWeights
 from trace_jax.unlearning.config import UnlearningConfig
+from trace_jax.unlearning.objective import ForgetInputs
 from trace_jax.unlearning.objectives import RMU, AdaptiveRMU
 
 
@@ -148,7 +149,7 @@ def steering_target(model: Model, forget: Rows, config: UnlearningConfig, *, see
         rows, step = forget.take(sampler(step)), step + 1
         for topic in missing & set(rows.domain.tolist()):
             of_topic = rows.take(np.flatnonzero(rows.domain == topic))
-            counts = np.asarray(objective.retain_counts(of_topic.valid, of_topic.segments))
+            counts = np.asarray(objective.counts(ForgetInputs(of_topic.valid, of_topic.segments)))
             arrays = [(of_topic.tokens, of_topic.segments, counts)]
             [sums] = map_batches(_lengths, model.params, model.config, arrays, mesh=mesh, static=(config.layer,))
             lengths[topic] = float(sums[: len(of_topic)].sum() / max(1.0, counts.sum()))

@@ -148,9 +148,9 @@ def _masks(rows: StepRows) -> ForgetInputs:
 
 
 def _retain_counts(rows: Batch, objective: Objective, settings: StepSettings) -> jax.Array:
-    """f32 [B, S], how much each retain loss counts beside its weight."""
-    compares = settings.retain_loss == "hidden"
-    counts = objective.retain_counts(rows.valid, rows.segments) if compares else rows.valid
+    """f32 [B, S], how much each retain loss counts beside its weight: RMU's own as its forget loss does."""
+    own = settings.retain_loss == "hidden" and "hidden" in objective.needs
+    counts = objective.counts(ForgetInputs(rows.valid, rows.segments)) if own else rows.valid
     return counts.astype(jnp.float32)
 
 

@@ -63,14 +63,8 @@ class Objective(Variant):
         """How much each value of `loss` counts; where it is 0 the value is not read. Default: every valid token."""
         return lengths(masks.valid, masks.segments) > 0 if self.by_document else masks.valid
 
-    def retain_counts(self, valid: jax.Array, segments: jax.Array) -> jax.Array:
-        """[B, S], the same of retain losses that compare hidden states."""
-        return valid
-
     def of_means(self, means: jax.Array, parts: int) -> jax.Array:
-        """L_forget, from the sum of values over the sum of counts: the same, unless a batch is one sample. Of a batch
-        that is taken in `parts`, both the means and what is made of them are a part's share.
-        """
+        """L_forget from sum of values over sum of counts; of a batch taken in `parts`, both are one part's share."""
         return means
 
     def vocabulary(self, own: Vocabulary, reference: Any) -> jax.Array:

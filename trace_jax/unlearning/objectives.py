@@ -5,6 +5,7 @@ objective, add a class here.
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -124,11 +125,10 @@ class TNPO(Referring, Objective, name="tnpo"):
     needs = ("nll", "reference_nll")
 
     def loss(self, inputs):
-        weight = 2.0 * jax.nn.sigmoid(self.beta * (inputs.reference_nll - inputs.nll))
+        odds = self.beta * (inputs.nll - inputs.reference_nll)  # log p_ref^beta - log p^beta
         if self.form == "g_effect":
-            p, p_ref = jnp.exp(-self.beta * inputs.nll), jnp.exp(-self.beta * inputs.reference_nll)
-            weight = 2.0 * p / (p + p_ref + 1e-5)
-        return ascent(weight, inputs.nll)
+            odds = jnp.logaddexp(odds, self.beta * inputs.nll + math.log(1e-5))
+        return ascent(2.0 * jax.nn.sigmoid(-odds), inputs.nll)
 
 
 class SatImp(Objective, name="satimp"):
@@ -249,18 +249,15 @@ class FLAT(Refusing, Objective, name="flat"):
         return super().counts(masks)
 
     def loss(self, inputs):
-        p, p_refusal = jnp.exp(-inputs.nll), jnp.exp(-inputs.refusal_nll)
+        forget = jnp.exp(-inputs.nll), inputs.valid, inputs.segments
+        sides = forget, (jnp.exp(-inputs.refusal_nll), inputs.refusal_valid, inputs.refusal_segments)
         if self.form == "released":
-            return jnp.stack([jnp.where(inputs.valid, p, 0.0), jnp.where(inputs.refusal_valid, p_refusal, 0.0)])
-        forget = means(p, inputs.valid, inputs.segments)
-        return _variation(forget, means(p_refusal, inputs.refusal_valid, inputs.refusal_segments))
+            return jnp.stack([jnp.where(valid, p, 0.0) for p, valid, _ in sides])
+        return jnp.stack([jnp.tanh(means(*side)) for side in sides])
 
     def of_means(self, means, parts):
-        return _variation(*(parts * means)) / parts if self.form == "released" else means
-
-
-def _variation(forget: jax.Array, refusal: jax.Array) -> jax.Array:
-    return (jnp.tanh(forget) - jnp.tanh(refusal)) / 2.0
+        forget, refusal = jnp.tanh(parts * means) / parts if self.form == "released" else means
+        return (forget - refusal) / 2.0
 
 
 class Steering(Section):
@@ -281,14 +278,11 @@ class Steering(Section):
         return error * self.counts(inputs)
 
     def counts(self, masks):
-        return self.retain_counts(masks.valid, masks.segments)
-
-    def retain_counts(self, valid, segments):
         if self.form == "open_unlearning":
-            read = targets_of(valid)
-            length = jnp.take_along_axis(lengths(read, segments), segments, axis=1)
+            read = targets_of(masks.valid)
+            length = jnp.take_along_axis(lengths(read, masks.segments), masks.segments, axis=1)
             return jnp.where(read, 1.0 / jnp.maximum(length, 1.0), 0.0)
-        return (everywhere(segments) if self.form == "wmdp" else valid).astype(jnp.float32)
+        return (everywhere(masks.segments) if self.form == "wmdp" else masks.valid).astype(jnp.float32)
 
 
 class RMU(Steering, Objective, name="rmu"):
