@@ -33,9 +33,9 @@ def read_capture(path: str | os.PathLike, num_experts: int) -> Assignments:
       CaptureError: no such file; pickled, ragged or wrong arrays; an id that is no expert, or twice in one token.
     """
     name, arrays = os.fspath(path), _read(path)
-    ids, lengths, gates = (arrays.get(key) for key in _KEYS)
-    if ids is None or arrays.keys() - set(_KEYS):
+    if "expert_ids" not in arrays or arrays.keys() - set(_KEYS):
         raise CaptureError(f"{name}: has the keys {', '.join(arrays) or 'none'}; expected {', '.join(_KEYS)}.")
+    ids, lengths, gates = arrays["expert_ids"], arrays.get("row_lengths"), arrays.get("gate_weights")
     if ids.ndim != 3 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
         raise CaptureError(f"{name}: expert_ids is {ids.dtype} {ids.shape}; expected integers [tokens, layers, K].")
     if gates is not None and gates.shape != ids.shape:
@@ -60,20 +60,16 @@ def read_capture(path: str | os.PathLike, num_experts: int) -> Assignments:
     ids, rows = ids[routed][:, places], rows[places]
     if not ids.size:
         raise CaptureError(f"{name}: expert_ids holds nothing but 0 and -1; the server recorded no routing.")
-
-    def refuse(wrong: np.ndarray, what: str) -> None:
-        """Names the first token [L, T] that is wrong."""
-        if wrong.any():
-            token, layer = np.argwhere(wrong.T)[0]
+    outside = ((ids < 0) | (ids >= num_experts)).any(axis=2)
+    repeated = (np.diff(np.sort(ids, axis=2), axis=2) == 0).any(axis=2)
+    for wrong, why in ((outside, f"there are {num_experts}, from 0"), (repeated, "those of a token are distinct")):
+        if np.any(wrong):
+            token, layer = np.argwhere(np.transpose(wrong))[0]
             raise CaptureError(
                 f"{name}: token {places[token]} (row {rows[token]}), layer {layers[layer]}: the experts are "
-                f"{ids[layer, token].tolist()}; {what}."
+                f"{ids[layer, token].tolist()}; {why}."
             )
-
-    refuse(((ids < 0) | (ids >= num_experts)).any(axis=2), f"there are {num_experts}, from 0")
-    ids = ids.astype(np.min_scalar_type(num_experts - 1))
-    refuse((np.diff(np.sort(ids, axis=2), axis=2) == 0).any(axis=2), "the experts of a token are distinct")
-    return Assignments(ids, rows, rows, tuple(layers.tolist()))
+    return Assignments(ids.astype(np.min_scalar_type(num_experts - 1)), rows, rows, tuple(layers.tolist()))
 
 
 def _read(path: str | os.PathLike) -> Mapping[str, np.ndarray]:
@@ -92,14 +88,14 @@ def _read(path: str | os.PathLike) -> Mapping[str, np.ndarray]:
 
 
 def join(parts: list[Assignments]) -> Assignments:
-    """Several captures of one model as one corpus; `CaptureError`: they differ in layers or in K."""
-    kinds = [(part.layers, part.indices.shape[2]) for part in parts]
-    for layers, top_k in kinds:
-        if (layers, top_k) != kinds[0]:
+    """Several captures of one model as one corpus. Raises CaptureError: they differ in layers or in K."""
+    first = parts[0]
+    for part in parts:
+        if part.layers != first.layers or part.indices.shape[2] != first.indices.shape[2]:
             raise CaptureError(
-                f"captures of one model have the same layers and K; one has {len(kinds[0][0])} layers and K = "
-                f"{kinds[0][1]}, another {len(layers)} layers and K = {top_k}."
+                f"captures of one model have the same layers and K; one is {first.indices.shape} [layers, tokens, K], "
+                f"another {part.indices.shape}."
             )
     starts = np.cumsum([0, *(part.rows.max() + 1 for part in parts[:-1])])
     rows = np.concatenate([part.rows + start for part, start in zip(parts, starts, strict=True)])
-    return Assignments(np.concatenate([part.indices for part in parts], axis=1), rows, rows, parts[0].layers)
+    return Assignments(np.concatenate([part.indices for part in parts], axis=1), rows, rows, first.layers)

@@ -6,7 +6,7 @@ same between two samples of one text, made from its quarters; so it is a little 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,7 @@ _ADVICE = {
     "absent": "there is nothing to calibrate, and weights by experts amount to uniform ones",
     "undecided": "the noise hides what there is: give more rows of text",
 }
-# Each has one value per layer, and one of all layers.
-_OF_ALL = {"largest_ratio": np.max, "above_ratio_2": np.mean, "gap": np.mean}
+_SHOWN = {"largest_ratio": format_number, "above_ratio_2": format_share, "gap": format_number}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Diagnosis:
     noise: float  # the same between two samples of one text
     # largest_ratio: f^F / f^R, of the experts with f^F of at least half of uniform; above_ratio_2: share of the experts
     # where it is above 2; gap: sum_e |f^F - f^R|, 0 to 2K. Each has "value" and "noise" f64 [L], which is between two
-    # halves of one text, and "of_all" and "noise_of_all".
+    # halves of one text, and "of_all" and "noise_of_all" layers: of their largest ratio, of the means of the rest.
     quantities: Mapping[str, Mapping[str, Any]]
     forget: np.ndarray  # f64 [L, E], f^F
     retain: np.ndarray  # f64 [L, E], f^R
@@ -60,30 +59,28 @@ class Diagnosis:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, with the sentence: counts and frequencies, and no token's experts."""
+        """As plain values, with the sentence: frequencies, and no token's experts."""
         return {"sentence": self.sentence()} | encode(self, digits=6)
 
     def text(self, most: int = 12) -> str:
         """A screen for a terminal: of more layers than `most`, evenly spread ones."""
-        sizes = " and ".join(f"{self.tokens[s]:,} tokens in {self.rows[s]:,} rows of {s} text" for s in self.tokens)
         rows = sorted({round(row) for row in np.linspace(0, len(self.layers) - 1, most)})
-        table = [["layer"], ["all"], *([str(self.layers[row])] for row in rows)]
-        for name, show in (("largest_ratio", format_number), ("above_ratio_2", format_share), ("gap", format_number)):
+        columns = [["layer", "all", *(str(self.layers[row]) for row in rows)]]
+        for name, show in _SHOWN.items():
             of = self.quantities[name]
-            values = [(of["of_all"], of["noise_of_all"]), *((of["value"][row], of["noise"][row]) for row in rows)]
-            columns = [(name.replace("_", " "), "noise"), *((show(float(a)), show(float(b))) for a, b in values)]
-            for line, column in zip(table, columns, strict=True):
-                line += column
-        share = f"{self.selected.sum():,} ({self.selected.mean():.1%})"
-        chosen = ["selected experts", share, *(" ".join(map(str, np.flatnonzero(self.selected[row]))) for row in rows)]
-        lines = aligned([[*line, column] for line, column in zip(table, chosen, strict=True)])
+            pairs = [(of["of_all"], of["noise_of_all"]), *((of["value"][row], of["noise"][row]) for row in rows)]
+            shown = (f"{show(float(value))} ({show(float(noise))})" for value, noise in pairs)
+            columns.append([f"{name.replace('_', ' ')} (noise)", *shown])
+        experts = (" ".join(map(str, np.flatnonzero(self.selected[row]))) for row in rows)
+        columns.append(["selected experts", f"{self.selected.sum():,} ({self.selected.mean():.1%})", *experts])
+        sizes = " and ".join(f"{self.tokens[s]:,} tokens in {self.rows[s]:,} rows of {s} text" for s in self.tokens)
         return "\n".join(
             [
                 f"mismatch {self.sentence()}",
                 f"present from {PRESENT:g}, weak from {WEAK:g}, and above the noise; absent below {WEAK:g}",
                 f"{sizes}; {len(self.layers)} layers, {self.top_k} of {self.forget.shape[1]} experts a token",
                 "",
-                *lines,
+                *aligned(list(zip(*columns, strict=True))),
             ]
         )
 
@@ -99,105 +96,84 @@ def diagnose(forget: Assignments, retain: Assignments, *, num_experts: int, seed
     Raises:
       ValueError: routing of different models.
     """
-    texts = {"forget": forget, "retain": retain}
     if forget.layers != retain.layers or forget.indices.shape[::2] != retain.indices.shape[::2]:
         raise ValueError(
             f"forget routing is {forget.indices.shape} [layers, tokens, K], retain routing {retain.indices.shape}; "
             "both must come from the same layers of one model."
         )
-    top_k, uniform = forget.indices.shape[2], forget.indices.shape[2] / num_experts
-    counts = {name: _counts(text, num_experts) for name, text in texts.items()}  # f64 [G, L, E] and [G]
-    whole = [(c.sum(axis=0), n.sum()) for c, n in counts.values()]
-    values = _quantities(*whole, uniform)
-    rng, noise, ratio, noisy = np.random.default_rng(seed), [], np.nan, np.nan
-    if min(len(n) for _, n in counts.values()) >= MIN_ROWS:
-        drawn = [_parts(*counts[name], 2, rng) for name in texts]
-        ratio = float(np.median(_held_out(drawn[0], drawn[1], top_k)))
-        ends = []
-        for c, n in counts.values():
-            noise.append([_quantities(*halves, uniform) for halves in _parts(c, n, 2, rng)])
-            quarters = _parts(c, n, 4, rng)
-            ends.append(np.quantile(_held_out([q[:2] for q in quarters], [q[2:] for q in quarters], top_k), _QUANTILE))
-        noisy = float(max(ends))
-
-    def with_noise(name: str) -> dict[str, Any]:
-        layers = [[sample[name] for sample in samples] for samples in noise]  # of each text [R, L]
-        shape = values[name].shape
-        high = [np.quantile(of, _QUANTILE, axis=0) for of in layers] or [np.full(shape, np.nan)]
-        highest = [np.quantile(_OF_ALL[name](of, axis=1), _QUANTILE) for of in layers] or [np.nan]
-        of_all = {"of_all": float(_OF_ALL[name](values[name])), "noise_of_all": float(max(highest))}
-        return {"value": values[name], "noise": np.max(high, axis=0), **of_all}
-
-    statistics = [_statistics(*of, top_k) for of in whole]
+    rng, texts = np.random.default_rng(seed), {"forget": forget, "retain": retain}
+    grouped = [_grouped(text, num_experts) for text in texts.values()]
+    whole = [_statistics(counts.sum(axis=0), tokens.sum(), top_k) for counts, tokens, top_k in grouped]
+    values, ratio, noise = _quantities(*whole), np.nan, np.nan
+    noises = np.full_like(values, np.nan)
+    if min(len(tokens) for _, tokens, _ in grouped) >= MIN_ROWS:
+        halves = [_parts(*of, 2, rng) for of in grouped]
+        ratio = float(np.median([_held_out(f[0], r[0], f[1], r[1]) for f, r in zip(*halves, strict=True)]))
+        held_out = [[_held_out(*quarters) for quarters in _parts(*of, 4, rng)] for of in grouped]
+        noise = float(np.quantile(held_out, _QUANTILE, axis=1).max())
+        between = [[_quantities(*two) for two in of] for of in halves]
+        noises = np.quantile(between, _QUANTILE, axis=1).max(axis=0)
+    verdict = "undecided"  # the noise is not known, or too large
+    if ratio < WEAK and noise < PRESENT:
+        verdict = "absent"
+    elif ratio > noise and ratio >= WEAK:
+        verdict = "present" if ratio >= PRESENT else "weak"
     return Diagnosis(
-        verdict=_verdict(ratio, noisy),
+        verdict=verdict,
         held_out=ratio,
-        noise=noisy,
-        quantities={name: with_noise(name) for name in values},
-        forget=statistics[0].frequency,
-        retain=statistics[1].frequency,
-        selected=select_experts(*statistics, rule="difference"),
-        tokens={name: int(n.sum()) for name, (_, n) in counts.items()},
+        noise=noise,
+        quantities={
+            name: {"value": v[1:], "noise": n[1:], "of_all": v[0], "noise_of_all": n[0]}
+            for name, v, n in zip(_SHOWN, values, noises, strict=True)
+        },
+        forget=whole[0].frequency,
+        retain=whole[1].frequency,
+        selected=select_experts(*whole, rule="difference"),
+        tokens={name: text.indices.shape[1] for name, text in texts.items()},
         rows={name: len(np.unique(text.rows)) for name, text in texts.items()},
-        top_k=top_k,
-        layers=forget.layers or tuple(range(len(values["gap"]))),
+        top_k=whole[0].top_k,
+        layers=forget.layers or tuple(range(len(whole[0].counts))),
     )
 
 
-def _verdict(ratio: float, noise: float) -> str:
-    if ratio < WEAK and noise < PRESENT:
-        return "absent"
-    if not ratio > noise:  # too close, or not known
-        return "undecided"
-    return "present" if ratio >= PRESENT else "weak"
-
-
-Sample = tuple[np.ndarray, Any]  # counts f64 [L, E] of some rows, and their tokens
-
-
-def _counts(text: Assignments, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Counts f64 [G, L, E] and tokens [G] of each row, or of groups of neighbours."""
+def _grouped(text: Assignments, num_experts: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Counts f64 [G, L, E] and tokens [G] of each row, or of groups of neighbours, and K."""
     rows, row = np.unique(text.rows, return_inverse=True)
-    groups = min(len(rows), _GROUPS)
-    group = row * groups // len(rows)
+    group = row * min(len(rows), _GROUPS) // len(rows)
     counts = counts_by_row(dataclasses.replace(text, rows=group), num_experts)
-    return counts.astype(np.float64), np.bincount(group, minlength=groups)
-
-
-def _parts(counts: np.ndarray, tokens: np.ndarray, parts: int, rng: np.random.Generator) -> list[list[Sample]]:
-    """A text dealt into `parts` of equally many rows, once per repetition."""
-    order = rng.permuted(np.tile(np.arange(len(tokens)) % parts, (_REPETITIONS, 1)), axis=1)
-    flat = counts.reshape(len(counts), -1)
-    sums = [((order == p) @ flat).reshape(-1, *counts.shape[1:]) for p in range(parts)]
-    sizes = [(order == p) @ tokens for p in range(parts)]
-    return [[(sums[p][r], sizes[p][r]) for p in range(parts)] for r in range(_REPETITIONS)]
-
-
-def _held_out(forget: Sequence[Sequence[Sample]], retain: Sequence[Sequence[Sample]], top_k: int) -> list[float]:
-    """By repetition: selected on the first samples of both texts and looked at in the second, and the other way."""
-    ratios = []
-    for of_forget, of_retain in zip(forget, retain, strict=True):
-        (f, g), (r, s) = ([_statistics(*sample, top_k) for sample in of] for of in (of_forget, of_retain))
-        both = [(select_experts(f, r, rule="difference"), g, s), (select_experts(g, s, rule="difference"), f, r)]
-        ratios.append(np.mean([_ratio(x.counts[c].sum(), x.tokens, y.counts[c].sum(), y.tokens) for c, x, y in both]))
-    return ratios
-
-
-def _quantities(forget: Sample, retain: Sample, uniform: float) -> dict[str, np.ndarray]:
-    """Of two samples, by name, f64 [L]."""
-    (c, n), (d, m) = forget, retain
-    ratio = np.where(c / n >= uniform / 2, _ratio(c, n, d, m), 0.0)
-    return {
-        "largest_ratio": ratio.max(axis=1),
-        "above_ratio_2": (ratio > 2).mean(axis=1),
-        "gap": frequency_gap(c / n, d / m),
-    }
-
-
-def _ratio(forget: Any, forget_tokens: Any, retain: Any, retain_tokens: Any) -> Any:
-    """f^F / f^R of counts, finite where the retain text never uses an expert: that counts as half a use."""
-    return (forget / forget_tokens) / (np.maximum(retain, 0.5) / retain_tokens)
+    return counts.astype(np.float64), np.bincount(group), text.indices.shape[2]
 
 
 def _statistics(counts: np.ndarray, tokens: Any, top_k: int) -> ExpertStatistics:
     return ExpertStatistics(counts, np.zeros(counts.shape), int(tokens), top_k)
+
+
+def _parts(
+    counts: np.ndarray, tokens: np.ndarray, top_k: int, parts: int, rng: np.random.Generator
+) -> list[list[ExpertStatistics]]:
+    """A text dealt into `parts` of equally many rows, once per repetition."""
+    repetitions, flat = [], counts.reshape(len(counts), -1)
+    for _ in range(_REPETITIONS):
+        dealt = np.arange(parts)[:, None] == rng.permutation(np.arange(len(tokens)) % parts)
+        sums = (dealt @ flat).reshape(parts, *counts.shape[1:])
+        repetitions.append([_statistics(s, n, top_k) for s, n in zip(sums, dealt @ tokens, strict=True)])
+    return repetitions
+
+
+def _held_out(f1: ExpertStatistics, r1: ExpertStatistics, f2: ExpertStatistics, r2: ExpertStatistics) -> float:
+    """Selected on the first samples of two texts and looked at in the second, and the other way; the mean of both."""
+    ratios = []
+    for f, r, forget, retain in ((f1, r1, f2, r2), (f2, r2, f1, r1)):
+        selected = select_experts(f, r, rule="difference")
+        least = 0.5 / retain.tokens
+        ratios.append(forget.frequency[selected].sum() / max(retain.frequency[selected].sum(), least))
+    return float(np.mean(ratios))
+
+
+def _quantities(forget: ExpertStatistics, retain: ExpertStatistics) -> np.ndarray:
+    """f64 [3, 1 + L]: what `Diagnosis.quantities` names, of all layers and of each. No use counts as half of one."""
+    f, r = forget.frequency, retain.frequency
+    used = f >= forget.top_k / f.shape[1] / 2
+    ratio = np.where(used, f / np.maximum(r, 0.5 / retain.tokens), 0.0)
+    largest, above, gap = ratio.max(axis=1), (ratio > 2).mean(axis=1), frequency_gap(f, r)
+    return np.array([[largest.max(), *largest], [above.mean(), *above], [gap.mean(), *gap]])

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError
-from trace_jax.data.rows import Rows, encode_documents, pack_documents, read_codec, sequential_batches
+from trace_jax.data.rows import encode_documents, pack_documents, read_codec, sequential_batches
 from trace_jax.data.sources import read_source
 from trace_jax.io import files
 from trace_jax.io.environment import describe
-from trace_jax.io.progress import say, tracked
+from trace_jax.io.progress import tracked
 from trace_jax.parallel.mesh import PLAIN
 from trace_jax.report.page import render
 from trace_jax.routing.captures import join, read_capture
@@ -43,56 +43,38 @@ def main(options: argparse.Namespace) -> int:
             f"{output}: holds no earlier diagnosis, and is not replaced by one; choose another directory."
         )
     if options.checkpoint:
-        forget, retain, num_experts = _route(options.checkpoint, [[options.forget], options.retain])
+        forget, retain, num_experts = _route(options.checkpoint, [options.forget], options.retain)
     else:
-        if (num_experts := options.num_experts) < 1:
-            raise ConfigError(f"--num-experts is {num_experts}; expected the number of routed experts of a layer.")
+        num_experts = options.num_experts
         forget, *rest = (read_capture(path, num_experts) for path in (options.forget, *options.retain))
         retain = join(rest)
     found = diagnose(forget, retain, num_experts=num_experts)
     given = {name: getattr(options, name) for name in ("forget", "retain", "num_experts", "checkpoint")}
     saved = found.to_json() | {"given": given, "environment": describe()}
+    frequency = {name: saved[name] for name in ("forget", "retain", "layers")} | {
+        "uniform": found.top_k / num_experts, "calibrated": {}, "selected": {"": saved["selected"]},
+    }  # fmt: skip
+    page = {
+        "title": "Diagnosis before training", "benchmark": "", "forgetting": "", "chance": None,
+        "generated": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
+        "verdict": saved["sentence"], "diagnosis": saved, "frequency": frequency, "config": given,
+        "environment": saved["environment"],
+    }  # fmt: skip
     with files.replacing(output) as directory:
         directory.mkdir()
         files.write_json(directory / "diagnosis.json", saved)
-        (directory / "diagnosis.html").write_text(_page(saved), encoding="utf-8")
+        (directory / "diagnosis.html").write_text(render(page), encoding="utf-8")
     print(f"{found.text()}\n\ndiagnosis: {output / 'diagnosis.html'}")
     return 0
 
 
-def _page(saved: dict) -> str:
-    forget, retain, selected = (saved[name] for name in ("forget", "retain", "selected"))
-    uniform = saved["top_k"] / len(forget[0])
-    return render(
-        {
-            "title": "Diagnosis before training", "benchmark": "", "forgetting": "", "chance": None,
-            "generated": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
-            "verdict": saved["sentence"], "diagnosis": saved, "config": saved["given"],
-            "frequency": {
-                "forget": forget, "retain": retain, "uniform": uniform, "layers": saved["layers"],
-                "calibrated": {}, "selected": {"": selected},
-            },
-            "environment": saved["environment"],
-        }
-    )  # fmt: skip
-
-
-def _route(checkpoint: str, texts: Sequence[Sequence[str]]) -> tuple[Assignments, Assignments, int]:
-    """Routing of the sources of each of two texts, in rows of 512 tokens, and the number of experts."""
-    codec = read_codec(checkpoint)
-    rows = [
-        Rows.concatenate(
-            [
-                pack_documents(encode_documents(codec, read_source(source)[0]), _ROW_LENGTH, special=codec.special)
-                for source in sources
-            ]
-        )
-        for sources in texts
-    ]
-    mesh = PLAIN.mesh()
-    say(f"routing of {len(rows[0]):,} forget rows and {len(rows[1]):,} retain rows by {checkpoint}")
-    model, routed = load_pretrained(checkpoint, dtype="bfloat16", mesh=mesh), []
-    for of in rows:
-        batches = tracked(sequential_batches(of, _BATCH_SIZE), "routing", -(-len(of) // _BATCH_SIZE))
+def _route(checkpoint: str, *texts: Sequence[str]) -> tuple[Assignments, Assignments, int]:
+    """Routing of two texts, of one or several sources each, and the number of experts."""
+    codec, mesh, routed = read_codec(checkpoint), PLAIN.mesh(), []
+    documents = [[d for source in sources for d in read_source(source)[0]] for sources in texts]
+    model = load_pretrained(checkpoint, dtype="bfloat16", mesh=mesh)
+    for text in documents:
+        rows = pack_documents(encode_documents(codec, text), _ROW_LENGTH, special=codec.special)
+        batches = tracked(sequential_batches(rows, _BATCH_SIZE), "routing", -(-len(rows) // _BATCH_SIZE))
         routed.append(expert_assignments(model, batches, mesh=mesh))
     return routed[0], routed[1], model.config.num_experts
