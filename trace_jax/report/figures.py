@@ -303,6 +303,22 @@ def layer_plot(
     return Figure(caption, inline(figure, label))
 
 
+def curve_plot(curve: Sequence[Mapping[str, float]]) -> Figure:
+    """Share of the gap that weights close, of selected and of all experts, against the effective sample they leave."""
+    figure, axes = panel(WIDTH, 2.3, (0.125, 0.985, 0.2, 0.96), grid="both")
+    sizes = [100 * point["effective_sample_size"] for point in curve]
+    for name, words, colour in (("closed", "selected experts", SERIES[0]), ("closed_all", "all experts", SERIES[1])):
+        closed = [100 * point[name] for point in curve]
+        axes.plot(sizes, closed, color=colour, marker="o", **_THICK)
+        axes.annotate(
+            words, (sizes[-1], closed[-1]), xytext=(6, 0), textcoords="offset points", color=colour, fontsize=9
+        )
+    axes.set_ylim(-3, 103)
+    axes.set_xlabel("effective sample, % of the retain tokens")
+    caption = "Gap closed, %, against the effective sample"
+    return Figure(caption, inline(figure, caption))
+
+
 def heat_map(
     values: Any, scale: Scale, caption: str, what: str, *, selected: Any = None, layers: Sequence[int] = ()
 ) -> Figure:

@@ -219,14 +219,14 @@ def corpus_figures(frequency: Mapping[str, Any]) -> list[Figure]:
 
 
 def diagnosis_figures(diagnosis: Mapping[str, Any]) -> list[Figure]:
-    """By layer how differently two texts are routed, with the noise dotted."""
+    """By layer how differently two texts are routed, with the noise dotted; and what weights can do about it."""
     styles, plots = figures.method_styles([BASELINE, "texts"], BASELINE), []
     for name, of in diagnosis["quantities"].items():
         drawn = {"texts": {"layers": diagnosis["layers"], "value": of["value"]}}
         noise, caption = {"value": of["noise"]}, f"{plain_name(name).capitalize()} by layer"
         label, limits = f"{caption}, forget against retain text", _limits(name, [drawn["texts"], noise])
         plots.append(layer_plot(drawn, styles, caption, label, original=noise, limits=limits))
-    return plots
+    return [*plots, figures.curve_plot(diagnosis["curve"])] if diagnosis["curve"] else plots
 
 
 def _draw(maps: Maps, scale: Scale, what: str, selected: Mapping[str, Any], layers: Sequence[int]) -> list[Figure]:

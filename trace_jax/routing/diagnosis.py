@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from trace_jax.io.files import encode
-from trace_jax.io.progress import aligned, format_number, format_share
+from trace_jax.io.progress import MISSING, aligned, format_number, format_share
+from trace_jax.routing.calibration import trade_off
 from trace_jax.routing.config import select_experts
 from trace_jax.routing.statistics import Assignments, ExpertStatistics, counts_by_row, frequency_gap
 
@@ -27,6 +28,12 @@ _ADVICE = {
     "undecided": "the noise hides what there is: give more rows of text",
 }
 _SHOWN = {"largest_ratio": format_number, "above_ratio_2": format_share, "gap": format_number}
+_CURVE = {  # of `Certificate`
+    "effective_sample_size": "effective sample",
+    "closed": "gap closed, selected",
+    "closed_all": "gap closed, all",
+    "largest_weight": "largest weight",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Diagnosis:
     rows: Mapping[str, int]
     top_k: int
     layers: tuple[int, ...]  # of the network, from 0
+    # What weights of tokens reach (`trade_off`): effective_sample_size, falling, closed, closed_all, largest_weight.
+    curve: tuple[Mapping[str, float], ...] = ()
 
     def sentence(self) -> str:
         """The verdict, and what it rests on."""
@@ -69,10 +78,14 @@ class Diagnosis:
         for name, show in _SHOWN.items():
             of = self.quantities[name]
             pairs = [(of["of_all"], of["noise_of_all"]), *((of["value"][row], of["noise"][row]) for row in rows)]
-            shown = (f"{show(float(value))} ({show(float(noise))})" for value, noise in pairs)
+            shown = (f"{show(float(v))} ({MISSING if np.isnan(n) else show(float(n))})" for v, n in pairs)
             columns.append([f"{name.replace('_', ' ')} (noise)", *shown])
         experts = (" ".join(map(str, np.flatnonzero(self.selected[row]))) for row in rows)
         columns.append(["selected experts", f"{self.selected.sum():,} ({self.selected.mean():.1%})", *experts])
+        curve = [
+            [words, *(format_number(p[key]) if key == "largest_weight" else f"{p[key]:.1%}" for p in self.curve)]
+            for key, words in _CURVE.items()
+        ]
         sizes = " and ".join(f"{self.tokens[s]:,} tokens in {self.rows[s]:,} rows of {s} text" for s in self.tokens)
         return "\n".join(
             [
@@ -81,16 +94,20 @@ class Diagnosis:
                 f"{sizes}; {len(self.layers)} layers, {self.top_k} of {self.forget.shape[1]} experts a token",
                 "",
                 *aligned(list(zip(*columns, strict=True))),
+                *(["", *aligned(curve)] if self.curve else []),
             ]
         )
 
 
-def diagnose(forget: Assignments, retain: Assignments, *, num_experts: int, seed: int = 0) -> Diagnosis:
+def diagnose(
+    forget: Assignments, retain: Assignments, *, num_experts: int, curve: bool = True, seed: int = 0
+) -> Diagnosis:
     """Says whether there is a mismatch between the routing of two texts, and what the default rule selects.
 
     Args:
       forget, retain: `expert_assignments` of one model, or `read_capture`.
       num_experts: E, the routed experts of a layer.
+      curve: whether to solve for what weights reach at each effective sample size (`trade_off`).
       seed: of the halves.
 
     Raises:
@@ -118,6 +135,8 @@ def diagnose(forget: Assignments, retain: Assignments, *, num_experts: int, seed
         verdict = "absent"
     elif ratio > noise and ratio >= WEAK:
         verdict = "present" if ratio >= PRESENT else "weak"
+    selected = select_experts(*whole, rule="difference")
+    reached = trade_off(retain, selected=selected, target=whole[0].frequency) if curve else ()
     return Diagnosis(
         verdict=verdict,
         held_out=ratio,
@@ -128,11 +147,12 @@ def diagnose(forget: Assignments, retain: Assignments, *, num_experts: int, seed
         },
         forget=whole[0].frequency,
         retain=whole[1].frequency,
-        selected=select_experts(*whole, rule="difference"),
+        selected=selected,
         tokens={name: text.indices.shape[1] for name, text in texts.items()},
         rows={name: len(np.unique(text.rows)) for name, text in texts.items()},
         top_k=whole[0].top_k,
         layers=forget.layers or tuple(range(len(whole[0].counts))),
+        curve=tuple({name: getattr(certificate, name) for name in _CURVE} for certificate in reached),
     )
 
 

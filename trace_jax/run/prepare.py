@@ -96,7 +96,8 @@ class Prepared:
                 )
                 statistics.save(directory / f"{name}.npz", assignments if name == "retain" else None)
                 found.append(assignments)
-            diagnosis = diagnose(*found, num_experts=self.target.config.num_experts, seed=self.config.seed)
+            experts, seed = self.target.config.num_experts, self.config.seed
+            diagnosis = diagnose(*found, num_experts=experts, curve=False, seed=seed)
             write_json(directory / "diagnosis.json", diagnosis.to_json())
 
         run_stage("statistics", directory, fingerprint(self.model_id, "routing"), "routing statistics", make)
