@@ -311,7 +311,7 @@ def curve_plot(curve: Sequence[Mapping[str, float]]) -> Figure:
         closed = [100 * point[name] for point in curve]
         axes.plot(sizes, closed, color=colour, marker="o", **_THICK)
         axes.annotate(
-            words, (sizes[-1], closed[-1]), xytext=(6, 0), textcoords="offset points", color=colour, fontsize=9
+            words, (sizes[-1], closed[-1]), xytext=(6, 5), textcoords="offset points", color=colour, fontsize=9
         )
     axes.set_ylim(-3, 103)
     axes.set_xlabel("effective sample, % of the retain tokens")
