@@ -30,7 +30,7 @@ MOST_STEPS = 100  # of Newton's method
 MOST_PRODUCTS = 12  # of the linear solver, before the Hessian that steers it is made anew
 SAMPLE = 65_536  # units whose Hessian steers the linear solver; the equations themselves use all
 CHUNK = 8_192  # units of one product on the device
-CLOSE = 1e-9  # of the logarithm of an effective sample size
+CLOSE = 1e-8  # of the logarithm of an effective sample size
 LOOK = 16_384  # tokens that tell whether patterns repeat
 STRIDE = float(np.log(8.0))  # of log rho, on the way down
 
@@ -275,7 +275,6 @@ def find_patterns(
         tokens = activations.shape[0]
         some = keys(activations[:: tokens // LOOK + 1])
         if tokens > 4 * LOOK and len(np.unique(some)) > 0.9 * len(some):
-            activations.sort_indices()
             return activations, np.ones(tokens), np.arange(tokens)
         _, first, unit, counts = np.unique(
             keys(activations), return_index=True, return_inverse=True, return_counts=True
