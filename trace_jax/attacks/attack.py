@@ -26,6 +26,7 @@ from trace_jax.data.sources import read_source, revision_of
 from trace_jax.evaluation.intervals import Measurement, bootstrap_mean, find, named
 from trace_jax.evaluation.likelihood import NonFiniteScore, spread_indices
 from trace_jax.evaluation.routing import SPLIT as TRAIN
+from trace_jax.evaluation.scoreboard import Scoreboard
 from trace_jax.evaluation.task import SPLIT, Evaluator, ScoreStore
 from trace_jax.io.files import decode, read_json, remove, write_json
 from trace_jax.models.architecture import ModelConfig, flat_specs, flatten, unflatten
@@ -90,6 +91,7 @@ class Context:
     original: Model  # before unlearning
     corpora: Corpora
     data: DataConfig
+    board: Scoreboard
     evaluator: Evaluator  # measures relative to the original (and the retrained) model
     mesh: Mesh
     seed: int
@@ -129,7 +131,7 @@ class Case:
         "strongest" is the place of the point at which "measure", the forgetting measure, is largest on test (the first
         of equal ones), or None. An attack that breaks the model has no points, and "failed" says why.
         """
-        points, failed, measure = [], "", self.context.data.board.forgetting
+        points, failed, measure = [], "", self.context.board.forgetting
         try:
             points = self.context.attack.points(self)
         except NonFiniteScore as error:

@@ -28,7 +28,7 @@ class DataConfig(Variant, kw_only=True):
 
     tag = "benchmark"
     forgotten: ClassVar[str]  # what is, for titles
-    board: ClassVar[Any]  # what counts as forgetting and as utility (`trace_jax.evaluation.fronts.Scoreboard`)
+    board: ClassVar[Any]  # what counts as forgetting and as utility (`trace_jax.evaluation.scoreboard.Scoreboard`)
 
     @classmethod
     def spelled_out(cls, value: Any) -> Any:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from trace_jax.evaluation import fronts
-from trace_jax.evaluation.fronts import FORGETTING, MEAN, Draws, Front, RunItems, Scoreboard
+from trace_jax.evaluation.fronts import FORGETTING, MEAN, Draws, Front, RunItems
 from trace_jax.evaluation.intervals import Interval, seeds_and_items, t_interval
+from trace_jax.evaluation.scoreboard import Scoreboard
 from trace_jax.io.progress import aligned
 
 READINGS = ("first", "best")

@@ -17,22 +17,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
 from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.probes import relative_likelihood
+from trace_jax.evaluation.scoreboard import Scoreboard
 from trace_jax.unlearning.metrics import read_items
 
 MEAN, FORGETTING = "mean_utility", "forgetting"
-
-
-@dataclasses.dataclass(frozen=True)
-class Scoreboard:
-    """Names of the measurements that methods are compared on, on one benchmark."""
-
-    forgetting: str  # lower means more forgotten
-    utilities: Mapping[str, bool]  # higher is better; whether the original model's value is to be divided by
-    questions: Mapping[str, str]  # name of the accuracy measured on each subject's questions
-    chance: float | None = None  # `forgetting` of a model that knows nothing, for the report; None: there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +142,8 @@ def make_draws(*, resamples: int, seed: int) -> Draws:
 class Series:
     """One score along a run as a ratio of sums over its items.
 
-    `finish`: what the ratio becomes: "share" as it is, "relative" over that of the first evaluation, "ratio" its
-    exponential, "utility" that, at most 1.
+    `finish`: what the ratio becomes: "share" as it is, "ratio" its exponential, "utility" that, at most 1. With "ks" it
+    is no ratio, but the Kolmogorov-Smirnov statistic of `above` against `below`.
     """
 
     names: np.ndarray  # u32 [G], one for each item or group of items that is drawn as a whole
@@ -163,10 +155,9 @@ class Series:
     def values(self, draws: Draws) -> np.ndarray:
         """The score f64 [R, T] on the resamples."""
         counts = draws(self.names)
+        if self.finish == "ks":
+            return np.stack([ks_statistic(own, self.below, counts) for own in self.above.T], axis=1)
         ratio = counts @ self.above / (counts @ self.below)[:, None]
-        if self.finish == "relative":
-            with np.errstate(divide="ignore", invalid="ignore"):  # the original may have none of the drawn ones right
-                return ratio / ratio[:, :1]
         if self.finish == "share":
             return ratio
         return np.exp(np.minimum(ratio, 0.0) if self.finish == "utility" else ratio)
@@ -177,19 +168,37 @@ class RunItems:
     """What each item of one split gave along a run: the series of the forgetting score and of every utility."""
 
     forgetting: Series
-    utilities: Mapping[str, Series]
+    utilities: Mapping[str, Sequence[Series]]  # of several the harmonic mean
+    relative: Mapping[str, bool]  # utilities that are divided by those of the first evaluation
 
     def resampled(self, draws: Draws) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Forgetting and utilities f64 [R, T] on resampled items, as `front_from_history` makes them of the items."""
-        utilities = {name: series.values(draws) for name, series in self.utilities.items()}
+        utilities = {}
+        for name, several in self.utilities.items():
+            values = [series.values(draws) for series in several]
+            with np.errstate(divide="ignore", invalid="ignore"):  # the original may have none of the drawn ones right
+                mean = values[0] if len(values) == 1 else stats.hmean(values)
+                utilities[name] = mean / mean[:, :1] if self.relative[name] else mean
         utilities[MEAN] = np.mean(list(utilities.values()), axis=0)
         return self.forgetting.values(draws), utilities
 
     def counts(self, score: str) -> dict[int, int]:
         """Items behind a utility or the forgetting score, by the name of their group."""
-        series = {**self.utilities, FORGETTING: self.forgetting}
+        series = {**self.utilities, FORGETTING: [self.forgetting]}
         chosen = self.utilities.values() if score == MEAN else (series[score],)
-        return {int(name): int(n) for s in chosen for name, n in zip(s.names, s.counts, strict=True)}
+        return {int(name): int(n) for own in chosen for s in own for name, n in zip(s.names, s.counts, strict=True)}
+
+
+def ks_statistic(values: np.ndarray, others: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Largest distance of the distribution functions of values [G] and others [G], drawn counts f64 [R, G] times: [R].
+
+    Both are of the same items, which are drawn together.
+    """
+    both = np.concatenate([values, others])
+    order = np.argsort(both, kind="stable")
+    last = np.append(np.diff(both[order]) > 0, True)  # of equal ones
+    distance = np.cumsum(np.concatenate([counts, -counts], axis=1)[:, order], axis=1)[:, last]
+    return np.abs(distance).max(axis=1) / counts.sum(axis=1)
 
 
 def load_run_items(directory: str | os.PathLike, front: Front, board: Scoreboard) -> RunItems | None:
@@ -202,25 +211,30 @@ def load_run_items(directory: str | os.PathLike, front: Front, board: Scoreboard
         split, subject, name = path.split("/")
         if split == "test":
             by_subject.setdefault(subject, {})[name] = values[np.searchsorted(steps, front.steps)]
-    series = {}
+    series: dict[str, list[Series]] = {}
     for subject, columns in by_subject.items():  # [T, N]
-        if "correct" in columns:
-            name, correct = board.questions.get(subject, f"{subject}_accuracy"), columns["correct"].astype(np.float64)
-            finish = "relative" if board.utilities.get(name) else "share"
-            series[name] = _grouped(columns["question"][0], correct, np.ones(correct.shape[1]), finish)
+        score = columns.get("score", columns.get("correct"))
+        if "reference" in columns and score is not None:
+            about = columns["question"][0], score.T, columns["reference"][0], np.ones(score.shape[1], int), "ks"
+            series[board.questions.get(subject, subject)] = [Series(*about)]
+        elif score is not None:
+            score, name = score.astype(np.float64), board.questions.get(subject, f"{subject}_accuracy")
+            one = _grouped(columns["question"][0], score, np.ones(score.shape[1]), "share")
+            series.setdefault(name, []).append(one)
         if "original" in columns and columns["tokens"][0].any():
             gain, tokens = columns["original"].astype(np.float64) - columns["nll"], columns["tokens"][0]
             finish = "ratio" if subject == "forget" else "utility"
             name = relative_likelihood(subject)
-            series[name] = _grouped(columns["row"][0], gain, tokens.astype(np.float64), finish)
+            series[name] = [_grouped(columns["row"][0], gain, tokens.astype(np.float64), finish)]
     utilities = {name: series[name] for name in board.utilities if name in series}
     if board.forgetting not in series or set(utilities) != set(front.utilities) - {MEAN}:
         return None
-    return RunItems(series[board.forgetting], utilities)
+    return RunItems(series[board.forgetting][0], utilities, board.utilities)
 
 
 def _grouped(names: np.ndarray, above: np.ndarray, below: np.ndarray, finish: str) -> Series:
     scored = below > 0  # a row of which nothing is scored is no item
     names, group, counts = np.unique(names[scored], return_inverse=True, return_counts=True)
-    member = (np.arange(len(names))[:, None] == group).astype(np.float64)  # [G, N]
-    return Series(names, member @ above[:, scored].T, member @ below[scored], counts, finish)
+    sums = np.zeros((len(names), len(above)))
+    np.add.at(sums, group, above[:, scored].T)
+    return Series(names, sums, np.bincount(group, below[scored], len(names)), counts, finish)

@@ -94,7 +94,7 @@ class QuestionAccuracy(Task):
             for (split, subject), correct in self._correct(scores)
         ]
 
-    def outcomes(self, scores: TaskScores, original: TaskScores | None) -> dict[str, np.ndarray]:
+    def outcomes(self, scores: TaskScores, original: TaskScores | None, retrained) -> dict[str, np.ndarray]:
         """`question` (the group that it stands or falls with) and `correct`.
 
         Questions, as rows of text, are named by a hash of their tokens: the same number is the same item in every run.
@@ -157,7 +157,7 @@ class TextLikelihood(Task):
                 measurements.append(named(relative_likelihood(subject), split, ratio))
         return measurements
 
-    def outcomes(self, scores: TaskScores, original: TaskScores | None) -> dict[str, np.ndarray]:
+    def outcomes(self, scores: TaskScores, original: TaskScores | None, retrained) -> dict[str, np.ndarray]:
         """`row`, `tokens`, `nll` and, with the original model's scores, its `original` NLL (nats, sums over rows)."""
         outcomes = {}
         for (split, subject), rows in self.data.items():

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, Section, option
 from trace_jax.evaluation.intervals import Measurement
+from trace_jax.evaluation.scoreboard import Scoreboard
 from trace_jax.io.files import local_copy, replacing
 from trace_jax.io.progress import say
 from trace_jax.models.model import Model
@@ -108,6 +109,8 @@ class Task:
     name: str  # of its files; of an external benchmark, the prefix of its measurements' names too
     quick: bool = False  # whether it is cheap enough to be scored at every evaluation while unlearning
     identity: str  # hash of its data and settings: scores of a model hold as long as it stays the same
+    board: Scoreboard | None = None  # of a published benchmark: what its methods are compared on
+    generates: bool = False  # whether it writes text, for which a model can't have a guide
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """Runs the model over the task. Raises `NonFiniteScore`, and ValueError for a guide that it can't follow."""
@@ -119,7 +122,9 @@ class Task:
         """Measurements of scores, relative to the original and the retrained model's where these are given."""
         raise NotImplementedError
 
-    def outcomes(self, scores: TaskScores, original: TaskScores | None) -> dict[str, np.ndarray]:
+    def outcomes(
+        self, scores: TaskScores, original: TaskScores | None, retrained: TaskScores | None
+    ) -> dict[str, np.ndarray]:
         """What each item gave, to be kept at every evaluation of a run (`probes`); most tasks keep nothing."""
         return {}
 
@@ -140,13 +145,16 @@ class Evaluator:
     retrained: Scores = dataclasses.field(default_factory=dict)
 
     def score(self, model: Model, *, full: bool = False, store: "ScoreStore | None" = None) -> Scores:
-        """What the model gives on the quick tasks, or on all. What the store has of it is not scored again."""
+        """What the model gives on the quick tasks (those that can follow its guide), or on all.
+
+        What the store has of it is not scored again.
+        """
 
         def make(task: Task) -> TaskScores:
             scores = task.score(model, batch_size=self.config.batch_size, mesh=self.mesh)
             return scores if self.config.audit_text else without_texts(scores)
 
-        tasks = [task for task in self.tasks if full or task.quick]
+        tasks = [task for task in self.tasks if full or (task.quick and (model.guide is None or not task.generates))]
         return {task.name: make(task) if store is None else store.keep(task, make) for task in tasks}
 
     def outcomes(self, scores: Scores) -> dict[str, np.ndarray]:
@@ -154,7 +162,8 @@ class Evaluator:
         outcomes: dict[str, np.ndarray] = {}
         for task in self.tasks:
             if task.name in scores:
-                outcomes |= task.outcomes(scores[task.name], self.original.get(task.name))
+                references = self.original.get(task.name), self.retrained.get(task.name)
+                outcomes |= task.outcomes(scores[task.name], *references)
         return outcomes
 
     def measure(self, scores: Scores) -> list[Measurement]:

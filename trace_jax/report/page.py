@@ -163,8 +163,10 @@ def _attacks(results: Mapping[str, Any], measure: str) -> dict[str, Any] | None:
     for name in next(iter(methods.values()))["attacks"]:
         attacks = {label: result["attacks"][name] for label, result in methods.items()}
         cells = {m: [cell(m, point) for point in attack["points"]] for m, attack in attacks.items()}
-        strongest = {m: cells[m][attack["strongest"]] for m, attack in attacks.items() if cells[m]}
-        failed = {m: {**_UNKNOWN, "failed": attack["failed"]} for m, attack in attacks.items()}
+        strongest = {
+            m: cells[m][attack["strongest"]] for m, attack in attacks.items() if attack["strongest"] is not None
+        }
+        failed = {m: {**_UNKNOWN, "failed": attack["failed"] or "not measured"} for m, attack in attacks.items()}
         lines.append((plain_name(name), "", list((failed | strongest).values())))
         if strongest:
             controls = [c["control"] for c in strongest.values() if "control" in c]

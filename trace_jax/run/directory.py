@@ -18,6 +18,7 @@ import numpy as np
 from trace_jax.config import ConfigError, as_dict
 from trace_jax.evaluation import comparison, fronts
 from trace_jax.evaluation.intervals import Interval
+from trace_jax.evaluation.scoreboard import Scoreboard
 from trace_jax.io import files
 from trace_jax.io.files import decode, encode
 from trace_jax.io.progress import say
@@ -137,6 +138,11 @@ def needed(file: Path) -> dict[str, Any]:
     return value
 
 
+def scoreboard(results: Mapping[str, Any], benchmark: str) -> Scoreboard:
+    """What results were read on; those of earlier versions have the benchmark's own."""
+    return decode(Scoreboard, results["board"]) if "board" in results else BENCHMARKS[benchmark].board
+
+
 def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
     """Writes results.json (references, every method's measurements and front, the tables) and report.html.
 
@@ -150,11 +156,12 @@ def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
         result["attacks"] = {name: needed(path / "methods" / label / "attacks" / f"{name}.json") for name in attacks}
     on_split = {label: decode(fronts.Front, result["fronts"][SPLIT]) for label, result in methods.items()}
     benchmark, levels = config["data"]["benchmark"], config["evaluation"]["levels"]
-    board = BENCHMARKS[benchmark].board
+    board = scoreboard(next(iter(methods.values())), benchmark)
     tables = [comparison.equal_forgetting(on_split, board=board, level=level) for level in levels]
     results = {
         "name": config["name"],
         "benchmark": benchmark,
+        "board": encode(board),
         "data": references["data"],
         "references": references["measurements"],
         "methods": methods,
@@ -170,12 +177,12 @@ def write_report(workdir: str | os.PathLike) -> str:
     path = files.as_path(workdir)
     names = ("results.json", "study.json", "series.json")
     page = needed(next((path / name for name in names if (path / name).exists()), path / names[0]))
-    benchmark = BENCHMARKS[page["benchmark"]]
+    benchmark, board = BENCHMARKS[page["benchmark"]], scoreboard(page, page["benchmark"])
     page |= {
         "config": needed(path / "config.json")["config"],
         "environment": needed(path / "environment.json"),
-        "forgetting": benchmark.board.forgetting,
-        "chance": benchmark.board.chance,
+        "forgetting": board.forgetting,
+        "chance": board.chance,
         "generated": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
     }
     if "methods" in page:
@@ -184,7 +191,7 @@ def write_report(workdir: str | os.PathLike) -> str:
         page |= {
             "title": f"Unlearning {benchmark.forgotten}",
             "forgotten": benchmark.forgotten,
-            "rows": _rows(path, page, benchmark.board),
+            "rows": _rows(path, page, board),
             "frequency": _frequency(path, calibrations),
             "diagnosis": files.read_json(path / "statistics" / "diagnosis.json"),
             "certificates": {label: saved["certificate"] for label, saved in solved.items() if saved is not None},
@@ -194,7 +201,7 @@ def write_report(workdir: str | os.PathLike) -> str:
     return f"report: {files.shown(path / 'report.html')}"
 
 
-def _rows(path: Path, results: Mapping[str, Any], board: fronts.Scoreboard) -> list[dict[str, Any]]:
+def _rows(path: Path, results: Mapping[str, Any], board: Scoreboard) -> list[dict[str, Any]]:
     """References as measured; methods where their front first comes down to the level, with interpolated intervals."""
     level, original = results["config"]["evaluation"]["levels"][0], on_test(results["references"]["target"])
     scales = {n: original[n].value if relative and n in original else 1.0 for n, relative in board.utilities.items()}

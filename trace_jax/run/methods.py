@@ -17,6 +17,7 @@ from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import as_dict, fingerprint
 from trace_jax.evaluation import fronts, routing
 from trace_jax.evaluation.intervals import Measurement
+from trace_jax.evaluation.scoreboard import SPLITS
 from trace_jax.evaluation.task import ScoreStore
 from trace_jax.io.files import decode, encode, flush_lines, remove, shown, write_json
 from trace_jax.io.progress import say
@@ -94,6 +95,7 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
     calibration_id = fingerprint(prepared.model_id, "calibration", method.calibration)
     quick = [task.identity for task in tasks if task.quick]
     measured = config.evaluation.batch_size, config.evaluation.bootstrap  # what changes the evaluations on the way
+    quick += [] if prepared.board == config.data.board else [prepared.board.forgetting]
     model_id = fingerprint(calibration_id, method.unlearning, measured, quick)
     make = functools.partial(_unlearn, prepared, method, weights, label, model_id)
     made = run_stage("unlearning", directory, model_id, f"unlearning with {label}", make)
@@ -198,10 +200,11 @@ def _evaluate(
     measured += routing.calibration_measurements(calibration)
     evaluated = front_rows(directory, model_id)
     history = [(row["step"], [decode(Measurement, m) for m in row["evaluation"]]) for row in evaluated]
-    board, splits = prepared.config.data.board, ("validation", "test")
+    board = prepared.board
     results = {
         **needed(directory / UNLEARNED),
-        "fronts": {s: encode(fronts.front_from_history(history, board=board, split=s)) for s in splits},
+        "fronts": {s: encode(fronts.front_from_history(history, board=board, split=s)) for s in SPLITS},
+        "board": encode(board),
         "measurements": [m.to_json() for m in measured],
         "routing": encode(compared, digits=6) | {"calibration": encode(calibration)},
     }
@@ -210,7 +213,7 @@ def _evaluate(
 
 def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated]:
     """What is measured while unlearning. The numbers that rules read are those of the validation split."""
-    evaluator, board, original = prepared.evaluator, prepared.config.data.board, None
+    evaluator, board, original = prepared.evaluator, prepared.board, None
     if method.unlearning.needs_evaluation:
         measured = evaluator.measure(evaluator.original)
         original = {m.name: m.value for m in measured if m.split == "validation"}

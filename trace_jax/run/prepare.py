@@ -17,6 +17,7 @@ from trace_jax.data.corpora import Corpora, DataConfig, build_corpora
 from trace_jax.data.rows import mixture_batches, read_codec, sequential_batches
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.probes import probe_tasks
+from trace_jax.evaluation.scoreboard import SPLITS, Scoreboard
 from trace_jax.evaluation.task import Evaluator, Scores, ScoreStore, Task, hazardous
 from trace_jax.io.environment import describe
 from trace_jax.io.files import free_bytes, read_json, remove, write_json
@@ -151,11 +152,27 @@ class Prepared:
         return evaluator
 
     @functools.cached_property
+    def board(self) -> Scoreboard:
+        """What methods are compared on: of the first published benchmark that the target model can be read on, else of
+        the data.
+        """
+        values = {(m.name, m.split): m.value for m in self.evaluator.measure(self.evaluator.original)}
+        for task in self.tasks:
+            if (board := task.board) is not None:
+                names = f"{board.forgetting} against {', '.join(board.utilities)}"
+                utilities = [values.get((name, split), 0.0) for name in board.utilities for split in SPLITS]
+                if all((board.forgetting, split) in values for split in SPLITS) and min(utilities) > 0:
+                    say(f"levels and rules are read on {names}")
+                    return board
+                say(f"levels and rules are not read on {names}: the target model lacks one of them, or it is 0")
+        return self.config.data.board
+
+    @functools.cached_property
     def attacks(self) -> dict[str, Context]:
         """What each attack of the run has for all methods, by name."""
         config, retrained = self.config, retrained_identity(self.config)
         tasks = [task.identity for task in self.evaluator.tasks]
-        shared = self.target, self.corpora, config.data, self.evaluator, self.mesh, config.seed
+        shared = self.target, self.corpora, config.data, self.board, self.evaluator, self.mesh, config.seed
         load = functools.partial(load_model, config, self.workdir, RETRAINED, self.mesh) if retrained else None
         contexts = {}
         for name, attack in (config.attacks.chosen if config.attacks else {}).items():

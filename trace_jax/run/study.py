@@ -25,7 +25,7 @@ from trace_jax.io.environment import describe
 from trace_jax.io.files import decode, encode, read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
 from trace_jax.parallel.processes import keep_freed_memory
-from trace_jax.run.directory import check_workdir, comparison_row, needed, open_workdir, write_report
+from trace_jax.run.directory import check_workdir, comparison_row, needed, open_workdir, scoreboard, write_report
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.run.methods import calibrated, run_method
 from trace_jax.run.prepare import Prepared, prepare, read_corpora
@@ -156,12 +156,13 @@ def run_trial(path: Path, trial: Trial) -> None:
 def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> str:
     """Compares finished runs at every level; writes study.json and returns the tables as text."""
     runs: dict[str, list[Run]] = {trial.objective: [] for trial in jobs}
-    seconds = collections.defaultdict(list)  # of a step, by method
+    seconds, board = collections.defaultdict(list), config.data.board  # seconds of a step, by method
     for trial in jobs:
         directory = path / f"seed-{trial.seed}" / "methods" / trial.label
         if (result := read_json(directory / "results.json")) is not None:
             validation, test = (decode(fronts.Front, result["fronts"][split]) for split in ("validation", "test"))
-            items = fronts.load_run_items(directory, test, config.data.board)
+            board = scoreboard(result, config.data.name)
+            items = fronts.load_run_items(directory, test, board)
             runs[trial.objective].append(Run(trial.method, trial.setting, trial.seed, validation, test, items))
             if result["seconds_per_step"] is not None:
                 seconds[trial.method].append(result["seconds_per_step"])
@@ -178,6 +179,7 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
             "name": config.name,
             "title": f"Study: unlearning {config.data.forgotten}",
             "benchmark": config.data.name,
+            "board": encode(board),
             "forgotten": config.data.forgotten,
             "rows": _rows(comparisons),
             "comparisons": [of[objective] | encode(c) for objective, cs in comparisons.items() for c in cs],

@@ -24,6 +24,7 @@ from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import score_sequences
 from trace_jax.evaluation.membership import AUC_UNTRAINED, SIDES, min_k_scores, privleak, privleak_auc
 from trace_jax.evaluation.probes import rouge_l
+from trace_jax.evaluation.scoreboard import HALF, Scoreboard, half_outcomes, halves
 from trace_jax.evaluation.task import SPLIT, MuseConfig, Task, TaskScores
 from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model, TextCodec
@@ -33,6 +34,7 @@ STOPS = ("\n\n", "\nQuestion", "Question:")  # what ends an answer
 _PROMPT, _TEXT = 512, 2048  # tokens at which open-unlearning cuts prompts of KnowMem (with their marks) and other texts
 _SETS = ("forget", "retain")  # of KnowMem
 _KNOWMEM = tuple(f"knowmem_{name}" for name in _SETS)
+_ASKED = ("verbmem", *_KNOWMEM)
 
 # What transformers makes of decoded text with clean_up_tokenization_spaces=True, in this order.
 _CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't"}
@@ -116,6 +118,14 @@ class MuseTask(Task):
     identity: str
     revision: str  # of the published data set, if it is one, and the hash of all that was read
     name: str = "muse"
+    quick: bool = True
+    generates: bool = True
+
+    @property
+    def board(self) -> Scoreboard:
+        """KnowMem on forget against KnowMem on retain, of the profile that is named first."""
+        halved = {name: f"{PROFILES[self.config.profiles[0]].prefix}{name}_half" for name in _ASKED}
+        return Scoreboard(halved["knowmem_forget"], {halved["knowmem_retain"]: True}, halved)
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """Continues the prompts greedily and scores the texts. What both profiles ask is computed once."""
@@ -162,14 +172,16 @@ class MuseTask(Task):
         """The scores of each profile with their intervals. The original model's are not needed."""
         measurements: list[Measurement] = []
 
-        def add(name: str, interval: Interval, note: str = "") -> None:
+        def add(name: str, interval: Interval, note: str = "", split: str = SPLIT) -> None:
             full = f"{profile.prefix}{name}"
-            measurements.append(named(full, SPLIT, interval, note, profile=profile.name, revision=self.revision))
+            measurements.append(named(full, split, interval, note, profile=profile.name, revision=self.revision))
 
         for profile in (PROFILES[name] for name in self.config.profiles):
-            for name in ("verbmem", *_KNOWMEM):
+            for name in _ASKED:
                 values = scores.arrays[f"{profile.prefix}{name}"]
                 add(name, intervals.bootstrap_mean(values, **resampling))
+                for split, half in halves(len(values)).items():
+                    add(f"{name}_half", intervals.bootstrap_mean(values[half], **resampling), HALF, split)
             sides, reference = _sides(scores, profile), _sides(retrained, profile) if retrained else None
             note = f"near {int(profile.member_is_high)} the forget texts are remembered"
             leak = privleak(sides, reference, profile.name, **resampling)
@@ -182,6 +194,14 @@ class MuseTask(Task):
                 assumed = f"AUC_retrain = {AUC_UNTRAINED} assumed: no retrained model" if reference is None else ""
                 add("privleak", leak, assumed)
         return measurements
+
+    def outcomes(self, scores: TaskScores, original, retrained) -> dict[str, np.ndarray]:
+        """`question` and `score` of the halves of each set, of the profile that is named first."""
+        pairs = [self.data["verbmem"], *(self.data["questions"][s] for s in _SETS)]
+        prefix, outcomes = PROFILES[self.config.profiles[0]].prefix, {}
+        for name, own in zip(_ASKED, pairs, strict=True):
+            outcomes |= half_outcomes(name, ["\n".join(pair) for pair in own], score=scores.arrays[prefix + name])
+        return outcomes
 
 
 def muse_task(config: MuseConfig) -> MuseTask:

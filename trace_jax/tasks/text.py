@@ -9,7 +9,7 @@ from absl import logging
 from trace_jax.config import option
 from trace_jax.data.corpora import Benchmark, DataConfig, Part, Split
 from trace_jax.data.sources import DataError, Document, overlap, read_source
-from trace_jax.evaluation.fronts import Scoreboard
+from trace_jax.evaluation.scoreboard import Scoreboard
 
 MIXTURE = {"general": 0.70, "forget": 0.30}
 MIXTURE_WITH_NEIGHBOUR = {"general": 0.35, "neighbour": 0.35, "forget": 0.30}

@@ -21,6 +21,7 @@ from trace_jax.evaluation import intervals
 from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import score_sequences, spread_indices
 from trace_jax.evaluation.probes import exact_memorization, extraction_strength, rouge_recalls
+from trace_jax.evaluation.scoreboard import HALF, Scoreboard, half_outcomes, halves
 from trace_jax.evaluation.task import SPLIT, Task, TaskScores, TofuConfig
 from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model, TextCodec, start_and_end
@@ -96,6 +97,8 @@ def model_utility(sets: Sequence[np.ndarray], *, resamples: int = 1000, seed: in
 # --- the task
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
+_COLUMNS = ("probability", "rougeL_recall", "truth_ratio")  # what model utility averages over the questions of a set
+_HALVES = {f"tofu_{name}_{column}": "tofu_model_utility_half" for name in SETS[1:] for column in _COLUMNS}
 _PARAPHRASED = ("forget", "retain")  # sets whose truth ratio is about a paraphrase of the answer
 _NO_RETRAINED = (
     "no forget quality: it compares with the truth ratios of a model that was trained without the forget set "
@@ -120,6 +123,13 @@ class TofuTask(Task):
     sets: Mapping[str, Sequence[Question]]
     revision: str  # of the published data set, if it is one, and the hash of all that was read
     name: str = "tofu"
+    quick: bool = True
+    generates: bool = True
+    # Of forget quality the statistic, not the p-value: lower is more forgotten, it doesn't depend on the number of
+    # questions, and what lies between two evaluations is near a line, where p goes through tens of powers of ten.
+    board = Scoreboard(
+        "tofu_forget_ks_half", {"tofu_model_utility_half": True}, {"tofu_forget": "tofu_forget_ks_half", **_HALVES}
+    )
 
     @property
     def identity(self) -> str:
@@ -169,38 +179,68 @@ class TofuTask(Task):
         self, scores: TaskScores, *, original: TaskScores | None, retrained: TaskScores | None, **resampling: Any
     ) -> list[Measurement]:
         """Forget quality first (it needs the retrained model), model utility, then what they are made of."""
-        arrays, measurements = scores.arrays, []
-        ratio = log_truth_ratio(arrays["forget/correct"], arrays["forget/wrong"])
-        if retrained is not None:
+        arrays, ratio, measurements = scores.arrays, _forget_ratio(scores), []
+        others = None if retrained is None else _forget_ratio(retrained)
+        parts = {split: ("_half", half) for split, half in halves(len(ratio)).items()}
+        for split, (suffix, asked) in (
+            [(SPLIT, ("", np.arange(len(ratio)))), *parts.items()] if others is not None else ()
+        ):
             # Near 1 the two can't be told apart. The test sees ranks alone: ratios, their inverses (as TOFU's code has
             # them) and their logarithms give the same.
-            other = log_truth_ratio(retrained.arrays["forget/correct"], retrained.arrays["forget/wrong"])
-            test: Any = stats.ks_2samp(ratio, other)
-            note = f"Kolmogorov-Smirnov test of {len(ratio)} truth ratios against the retrained model's; no interval"
+            test: Any = stats.ks_2samp(ratio[asked], others[asked])
+            note = f"Kolmogorov-Smirnov test of {len(asked)} truth ratios against the retrained model's; no interval"
             for key, value, kind in (("quality", test.pvalue, "p-value"), ("ks", test.statistic, "statistic")):
-                name, comment = f"tofu_forget_{key}", f"{kind}, {note}"
-                measurements.append(Measurement(float(value), np.nan, np.nan, len(ratio), name, SPLIT, comment))
+                name, comment = f"tofu_forget_{key}{suffix}", f"{kind}, {note}"
+                measurements.append(Measurement(float(value), np.nan, np.nan, len(asked), name, split, comment))
         utility: dict[str, list[np.ndarray]] = {"": [], "_arithmetic": []}  # by the mean of wrong answers
         means: dict[str, np.ndarray] = {}  # what is averaged over the questions of a set
         for name in SETS:
-            answer, correct, wrong = (arrays[f"{name}/{key}"] for key in ("answer", "correct", "wrong"))
-            probability = np.exp(answer) if name in _PARAPHRASED else probability_among(answer, wrong)
-            rouge1, rouge_l = arrays[f"{name}/rouge"].T
-            means |= {f"{name}_probability": probability}
-            means |= {f"{name}_rouge1_recall": rouge1, f"{name}_rougeL_recall": rouge_l}
-            for suffix in utility:
-                of_set = log_truth_ratio(correct, wrong, "arithmetic" if suffix else "geometric")
-                truth = aggregated(of_set, "closer_to_1_better" if name == "forget" else "true_better")
-                means[f"{name}_truth_ratio{suffix}"] = truth
-                utility[suffix].append(np.stack([probability, rouge_l, truth], axis=1))
+            for suffix, columns in utility.items():
+                columns.append(_columns(arrays, name, "arithmetic" if suffix else "geometric"))
+                means |= {
+                    f"{name}_{column}": x for column, x in zip(_COLUMNS, columns[-1].T, strict=True) if not suffix
+                }
+                means[f"{name}_truth_ratio{suffix}"] = columns[-1][:, 2]
+            means[f"{name}_rouge1_recall"] = arrays[f"{name}/rouge"][:, 0]
         means["forget_truth_ratio_prob_mean"] = aggregated(ratio, "prob_mean")
         means |= {f"forget_{key}": arrays[f"forget/{key}"] for key in ("extraction_strength", "exact_memorization")}
         for suffix, (_, *parts) in utility.items():  # forget questions don't count
             measurements.append(named(f"tofu_model_utility{suffix}", SPLIT, model_utility(parts, **resampling)))
+        for split in halves(min(map(len, utility[""]))):
+            own = [columns[halves(len(columns))[split]] for columns in utility[""][1:]]
+            measurements.append(named("tofu_model_utility_half", split, model_utility(own, **resampling), HALF))
         for name, values in means.items():
             note = _NO_RETRAINED if retrained is None and name == "forget_truth_ratio" else ""
             measurements.append(named(f"tofu_{name}", SPLIT, intervals.bootstrap_mean(values, **resampling), note))
         return [dataclasses.replace(one, revision=self.revision) for one in measurements]
+
+    def outcomes(self, scores: TaskScores, original, retrained: TaskScores | None) -> dict[str, np.ndarray]:
+        """`question` and `score` of the halves: what model utility averages; and log R of forget questions, with the
+        retrained model's as `reference`.
+        """
+        asked, outcomes = {name: [q.question for q in questions] for name, questions in self.sets.items()}, {}
+        for name in SETS[1:]:
+            for column, score in zip(_COLUMNS, _columns(scores.arrays, name).T, strict=True):
+                outcomes |= half_outcomes(f"tofu_{name}_{column}", asked[name], score=score)
+        if retrained is not None:
+            ratios = {"score": _forget_ratio(scores), "reference": _forget_ratio(retrained)}
+            outcomes |= half_outcomes("tofu_forget", asked["forget"], **ratios)
+        return outcomes
+
+
+def _forget_ratio(scores: TaskScores) -> np.ndarray:
+    return log_truth_ratio(scores.arrays["forget/correct"], scores.arrays["forget/wrong"])
+
+
+def _columns(
+    arrays: Mapping[str, np.ndarray], name: str, wrong_mean: Literal["geometric", "arithmetic"] = "geometric"
+) -> np.ndarray:
+    """`_COLUMNS` of each question of a set, f64 [N, 3]."""
+    answer, correct, wrong = (arrays[f"{name}/{key}"] for key in ("answer", "correct", "wrong"))
+    probability = np.exp(answer) if name in _PARAPHRASED else probability_among(answer, wrong)
+    ratio = log_truth_ratio(correct, wrong, wrong_mean)
+    truth = aggregated(ratio, "closer_to_1_better" if name == "forget" else "true_better")
+    return np.stack([probability, arrays[f"{name}/rouge"][:, 1], truth], axis=1)
 
 
 def tofu_task(config: TofuConfig) -> TofuTask:
