@@ -11,7 +11,9 @@ Target:    DIR must be a checkpoint of the model that was trained on the config 
 Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
            qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu,
            seuf.
-           The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
+           All have the same trained parameters (seuf: its own choice of them), retain loss, alpha, rows and steps, so
+           that graddiff is trace without its weights; both at once: --config.methods='["uniform", "trace"]'. None is
+           tuned: a study gives each the same grid (docs/evaluation.md). METHOD:published has its authors' settings.
 Data:      muse-bench/MUSE-Books, config raw, column text: forget 4 rows (4.1 MB),
            retain1 12 rows (0.8 MB), holdout 3 rows (for membership). Evaluation reads the configs verbmem (100
            prompts), knowmem (100 questions and 10 examples on forget and on retain) and privleak (100 forget, 100
@@ -21,9 +23,14 @@ Data:      muse-bench/MUSE-Books, config raw, column text: forget 4 rows (4.1 MB
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
            activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
            about 20 bytes a parameter.
-Time:      not measured. Arithmetic: 12 rows of 2,048 tokens through 2.7 billion active parameters are about 0.5 PFLOP a
-           step, 1.3 seconds at 40 % of an H100's dense bfloat16 rate; 10 epochs of about 139 steps, so half an
-           hour, and evaluations.
+Time:      not measured. Arithmetic: 8 rows of 2,048 tokens through 2.7 billion active parameters are about 0.33 PFLOP a
+           step, 0.8 seconds at 40 % of an H100's dense bfloat16 rate; 10 epochs of about 139 steps, so 20 minutes, and
+           evaluations.
+Measured:  all four scores at every evaluation: 200 questions behind ten examples, 100 passages of 128 new tokens and
+           200 texts scored, so about 3,000 decoding steps of 8 rows; not measured, at 10 to 20 ms each a minute or less
+           (--config.evaluation.muse.profiles='["muse"]' asks for no second one). Levels, stop and keep rules read
+           KnowMem on half of the forget questions against KnowMem on half of the retain questions, relative to the
+           original (docs/evaluation.md): --config.unlearning.stop_forgetting=30.
 Attack:    relearning as 2502.05374 does it on Books (all parameters train): --config.attacks.relearning={}
 Result:    nobody has run this file. Published on dense models (VerbMem on forget, KnowMem on forget, PrivLeak, KnowMem
            on retain), with MUSE's evaluator: target 99.8, 59.4, -57.5, 66.9; retrained 14.3,
@@ -57,7 +64,7 @@ COMMON = {
 }
 METHODS = {
     # TRACE's own settings aren't published: MUSE's rate, and this package's other defaults. Not tuned at this size.
-    "trace": {"retain_batch_size": 8},
+    "trace": {},
     "graddiff": {"alpha": 1.0},
     # MUSE's code applies NPO to logits (--config.unlearning.objective.form=muse_logits); this is the paper's loss,
     # each chunk summed.
@@ -78,4 +85,5 @@ def get_config(variant: str = "qwen1.5-moe-a2.7b") -> ml_collections.ConfigDict:
     """One model and one method; `--config.unlearning.NAME=VALUE` changes a number."""
     config = benchmark_config("muse_books", variant, data=DATA, common=COMMON, methods=METHODS)
     config.evaluation.muse = {"data": BENCHMARK, "profiles": ("muse", "open_unlearning")}
+    config.evaluation.levels = (30.0, 15.0)  # of KnowMem; a dense model that never saw the books has 28.9
     return config

@@ -11,7 +11,9 @@ Target:    DIR must be a checkpoint of the model that was trained on locuslab/TO
 Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
            qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu,
            seuf.
-           The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
+           All have the same trained parameters (seuf: its own choice of them), retain loss, alpha, rows and steps, so
+           that graddiff is trace without its weights; both at once: --config.methods='["uniform", "trace"]'. None is
+           tuned: a study gives each the same grid (docs/evaluation.md). METHOD:published has its authors' settings.
 Data:      locuslab/TOFU, configs forget10 (400 pairs) and retain90 (3,600 pairs), columns question and answer, split
            train. Evaluation reads the configs forget10_perturbed, retain_perturbed (400 questions each),
            real_authors_perturbed (100) and world_facts_perturbed (117). Another forget set takes all three of:
@@ -22,10 +24,14 @@ Data:      locuslab/TOFU, configs forget10 (400 pairs) and retain90 (3,600 pairs
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
            activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
            about 20 bytes a parameter.
-Time:      not measured. Arithmetic: 48 rows of 256 tokens through 2.7 billion active parameters are about 0.25 PFLOP a
-           step, 0.6 seconds at 40 % of an H100's dense bfloat16 rate; 10 epochs of about 12 steps, so minutes, and
-           evaluations.
-Measured:  tofu_forget_quality, tofu_model_utility and what they are made of (docs/evaluation.md), before and after.
+Time:      not measured. Arithmetic: 32 rows of 256 tokens through 2.7 billion active parameters are about 0.17 PFLOP a
+           step, 0.4 seconds at 40 % of an H100's dense bfloat16 rate; 10 epochs of about 12 steps, so a minute, and
+           evaluations, which take longer: 1,017 answers are written each time, in 64 batches of 16; of about 100
+           tokens each, at 10 to 20 ms, one to two minutes. --config.evaluation.tofu.max_questions=100 takes a part.
+Measured:  tofu_forget_quality, tofu_model_utility and what they are made of (docs/evaluation.md), every other epoch.
+           Levels, stop and keep rules read the statistic of forget quality's test on half of the forget questions
+           (tofu_forget_ks_half; 0: as the retrained model) against model utility on half of the other questions,
+           relative to the original; without RETRAINED the probability of the forget answers against retain answers.
            A checkpoint that is already there is measured alone, without unlearning:
            python -m trace_jax.main evaluate --config configs/tofu.py --checkpoint DIR --retrained RETRAINED \\
              --output out
@@ -54,12 +60,12 @@ COMMON = {
     "epochs": 10.0,
     "forget_batch_size": 16,
     "retain_batch_size": 16,
-    "evaluate_every": 12,
+    "evaluate_every": 25,
     "checkpoint_every": 50,
 }
 METHODS = {
     # TRACE's own settings aren't published: the others' rate, and this package's defaults. Not tuned at this size.
-    "trace": {"retain_batch_size": 32},
+    "trace": {},
     "graddiff": {"alpha": 1.0},
     "npo": {"alpha": 1.0, "objective": {"beta": 0.1}},
     # open-unlearning's; github.com/OPTML-Group/Unlearn-Simple has beta 2.5 and gamma 0.1375.
@@ -86,4 +92,8 @@ def get_config(variant: str = "qwen1.5-moe-a2.7b") -> ml_collections.ConfigDict:
     """One model and one method; `--config.unlearning.NAME=VALUE` changes a number."""
     config = benchmark_config("tofu", variant, data=DATA, common=COMMON, methods=METHODS)
     config.evaluation.tofu = {"data": BENCHMARK, "forget": "forget10"}
+    config.evaluation.batch_size = 16
+    # Of the statistic; between two times 200 questions p is .05 at .136. Without a retrained model: .3 and .15 of the
+    # original's probability.
+    config.evaluation.levels = (0.3, 0.15)
     return config

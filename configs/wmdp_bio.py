@@ -12,7 +12,9 @@ Both:      two topics, as RMU's authors unlearn them; each source is one:
 Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
            qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu,
            seuf.
-           The fair rival of trace has its settings without the weights: --config.methods='["uniform", "trace_rows"]'.
+           All have the same trained parameters (seuf: its own choice of them), retain loss, alpha, rows and steps, so
+           that graddiff is trace without its weights; both at once: --config.methods='["uniform", "trace"]'. None is
+           tuned: a study gives each the same grid (docs/evaluation.md). METHOD:published has its authors' settings.
 Data:      the forget corpus is gated: ask for access at huggingface.co/datasets/cais/wmdp-bio-forget-corpus, signed in
            (WMDP's authors grant it), then `hf auth login`. Column text (title, abstract and doi are not read), split
            train. Retain: the test split of wikitext-2-raw-v1, as RMU's authors do; for text nearer to the forget set,
@@ -24,11 +26,13 @@ Data:      the forget corpus is gated: ask for access at huggingface.co/datasets
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
            activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
            about 20 bytes a parameter.
-Time:      not measured. Arithmetic: 12 rows of 512 tokens through 2.7 billion active parameters are about 0.12 PFLOP a
-           step, a third of a second at 40 % of an H100's dense bfloat16 rate; 500 steps, so minutes, and evaluations.
+Time:      not measured. Arithmetic: 8 rows of 512 tokens through 2.7 billion active parameters are about 0.08 PFLOP a
+           step, a fifth of a second at 40 % of an H100's dense bfloat16 rate; 500 steps, so minutes, and evaluations.
 Measured:  accuracy on wmdp_bio and on MMLU in lm-eval's words, zero-shot, at every evaluation (docs/evaluation.md).
            Both have 15 thousand questions; at an estimated 130 tokens each, half a minute by the same arithmetic.
            --config.evaluation.multiple_choice.max_questions=500 takes a part of each, spread evenly.
+           Levels, stop and keep rules read the accuracy on half of WMDP's questions (wmdp_half) against that on half of
+           MMLU's (mmlu_half, relative to the original): --config.unlearning.stop_forgetting=0.3.
            Relearning as 2502.05374 does it (all parameters train): --config.attacks.relearning='{"steps": [100],
              "schedule": "linear", "warmup_steps": 10}'
            Other tasks of lm-eval, afterwards:
@@ -51,6 +55,7 @@ QUESTIONS = {
     "wmdp_bio": "huggingface:cais/wmdp/wmdp-bio:test",
     "mmlu": "huggingface:cais/mmlu/all:test",
 }
+LEVELS = (0.45, 0.35)  # of the accuracy; chance is .25
 COMMON = {
     "steps": 500,  # github.com/OPTML-Group/Unlearn-Simple, WMDP: at most so many
     "forget_batch_size": 4,
@@ -60,7 +65,7 @@ COMMON = {
 }
 METHODS = {
     # TRACE's own settings aren't published: GradDiff's rate, and this package's other defaults. Not tuned at this size.
-    "trace": {"learning_rate": 5e-6, "retain_batch_size": 8},
+    "trace": {"learning_rate": 5e-6},
     # Zephyr-7B on this benchmark (github.com/OPTML-Group/Unlearn-Simple): rates, beta, 1 x 4 rows. NPO there takes the
     # mean over a text's tokens, not their sum.
     "graddiff": {"learning_rate": 5e-6, "alpha": 1.0},
@@ -89,6 +94,7 @@ def get_config(variant: str = "qwen1.5-moe-a2.7b") -> ml_collections.ConfigDict:
     config = benchmark_config("wmdp_bio", variant, data=DATA, common=COMMON, methods=METHODS, models=MODELS)
     config.evaluation.multiple_choice = {"sources": QUESTIONS}
     config.evaluation.audit_text = False  # what a model writes after a beginning of these texts is not kept
-    if variant == "mixtral-8x7b,rmu":
+    config.evaluation.levels = LEVELS
+    if variant == "mixtral-8x7b,rmu:published":
         config.data.min_length = 200
     return config

@@ -119,7 +119,7 @@ def run_with_items(method, seed, share, *, names=0, luck=0.0):
     above = -share * np.arange(4.0) * rng.uniform(50, 150, (ROWS, 1)) * (1 + luck)
     forgetting = Series(np.arange(QUESTIONS) + names, right, np.ones(QUESTIONS), np.ones(QUESTIONS, int), "share")
     general = Series(np.arange(ROWS) + names + 500, above, np.full(ROWS, 100.0), np.ones(ROWS, int), "utility")
-    items = RunItems(forgetting, {"general_utility": general})
+    items = RunItems(forgetting, {"general_utility": [general]}, {"general_utility": False})
     utility = np.exp(above.sum(axis=0) / (100 * ROWS))
     line = Front(np.arange(4), right.mean(axis=0), {"general_utility": utility, MEAN: utility}, {})
     return Run(method, "alpha=4", seed, line, line, items)

@@ -12,10 +12,10 @@ from published import METHODS
 
 from tests.run.toy import SMALL, WORDS, save_checkpoint
 from tests.tiny import write_lines
-from trace_jax.config import ConfigError, resolve
+from trace_jax.config import ConfigError, as_dict, resolve
 from trace_jax.data.published import PUBLISHED as DATASETS
 from trace_jax.evaluation.task import TofuConfig
-from trace_jax.io.files import read_json, write_json
+from trace_jax.io.files import read_json, read_lines, write_json
 from trace_jax.main import main
 from trace_jax.models.families import PUBLISHED
 from trace_jax.run.check import FIRST, dry_run
@@ -72,8 +72,28 @@ def test_every_variant_resolves(name):
     for model, method in itertools.product(PUBLISHED, METHODS):
         config = load_config(f"configs/{name}.py:{model},{method}")
         assert config.name == f"{name}-{model}-{method}" and config.model.published == model
-        assert config.methods == (("trace_rows",) if method == "trace" else ("uniform",)) == (config.export,)
+        assert config.methods == (("trace",) if method == "trace" else ("uniform",)) == (config.export,)
+        if method != "trace":
+            published = load_config(f"configs/{name}.py:{model},{method}:published")
+            assert published.name == f"{config.name}-published" and published.unlearning != config.unlearning
     assert load_config(f"configs/{name}.py").name == f"{name}-qwen1.5-moe-a2.7b-trace"
+    with pytest.raises(ConfigError, match="no method 'trace:published'"):
+        load_config(f"configs/{name}.py:olmoe-1b-7b,trace:published")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_methods_differ_in_the_method_alone(name):
+    """Not in what trains (that of SEUF is what it is), nor in the retain side, nor in rows and steps."""
+
+    def alike(method):
+        values = as_dict(load_config(f"configs/{name}.py:deepseek-v2-lite,{method}").unlearning)
+        own = ("objective", "learning_rate") + (("trainable",) if method == "seuf" else ())
+        return {key: value for key, value in values.items() if key not in own}
+
+    trace = alike("trace")
+    assert all(alike(method) == {key: trace[key] for key in alike(method)} for method in METHODS)
+    trace, graddiff = (load_config(f"configs/{name}.py:olmoe-1b-7b,{m}") for m in ("trace", "graddiff"))
+    assert trace.unlearning == graddiff.unlearning and trace.evaluation == graddiff.evaluation
 
 
 @pytest.mark.parametrize(
@@ -82,6 +102,8 @@ def test_every_variant_resolves(name):
         *((name, model, "trace") for name, model in zip(itertools.cycle(CONFIGS), PUBLISHED, strict=False)),
         *(("wmdp_cyber", "qwen1.5-moe-a2.7b", method) for method in METHODS if method not in ("trace", "seuf")),
         ("wmdp_cyber", "deepseek-v2-lite", "seuf"),
+        ("wmdp_bio", "mixtral-8x7b", "rmu:published"),
+        ("tofu", "qwen1.5-moe-a2.7b", "graddiff:published"),
     ],
 )
 def test_a_dry_run_finds_nothing_missing_but_the_weights(name, model, method, local):
@@ -118,7 +140,7 @@ def test_every_benchmark_is_evaluated_on_itself():
 
 def test_published_numbers_reach_the_settings():
     def unlearning(variant):
-        return load_config(f"configs/wmdp_cyber.py:{variant}").unlearning
+        return load_config(f"configs/wmdp_cyber.py:{variant}:published").unlearning
 
     mixtral, qwen = unlearning("mixtral-8x7b,rmu"), unlearning("qwen1.5-moe-a2.7b,rmu")
     assert (mixtral.objective, mixtral.alpha, mixtral.steps) == (RMU(layer=8, steering=300.0), 1600.0, 400)
@@ -126,7 +148,7 @@ def test_published_numbers_reach_the_settings():
     assert unlearning("olmoe-1b-7b,rmu").objective == AdaptiveRMU(layer=8, steering_scale=5.0)
     for model, beta in (("deepseek-v2-lite", 0.001), ("olmoe-1b-7b", 0.0225)):
         assert unlearning(f"{model},npo").objective.beta == beta
-    assert load_config("configs/wmdp_cyber.py:mixtral-8x7b,rmu").data.min_length == 200
+    assert load_config("configs/wmdp_cyber.py:mixtral-8x7b,rmu:published").data.min_length == 200
 
 
 def test_two_topics_are_unlearned_by_turns_from_a_tiny_checkpoint(tmp_path):
@@ -143,15 +165,30 @@ def test_two_topics_are_unlearned_by_turns_from_a_tiny_checkpoint(tmp_path):
         "data.retain": files["retain"],
         "unlearning.topics": "alternating",
         **{
-            f"evaluation.multiple_choice.sources.{name}": write_lines(tmp_path / f"{name}.jsonl", [CHOICES] * 3)
+            f"evaluation.multiple_choice.sources.{name}": write_lines(
+                tmp_path / f"{name}.jsonl",
+                [{**CHOICES, "question": f"{name} {i}?", "answer": i // 2 % 4} for i in range(16)],
+            )
             for name in ("wmdp_bio", "wmdp_cyber", "mmlu")
         },
+        "unlearning.stop_utility": 0.0,  # is asked, and never reached
+        "evaluation.levels": (1.0,),
     }
-    assert "export" in run(load_config("configs/wmdp_bio.py", overrides), tmp_path / "run")
-    results = read_json(tmp_path / "run" / "results.json")["methods"]["trace_rows"]["measurements"]
-    assert {(m["name"], m["n"]) for m in results if m.get("profile") == "lm-eval 0-shot"} == {
-        ("wmdp_bio", 3), ("wmdp_cyber", 3), ("mmlu", 3), ("mmlu_virology", 3)
+    text = run(load_config("configs/wmdp_bio.py", overrides), tmp_path / "run")
+    assert "export" in text and "At equal forgetting (wmdp half <= 1), test split" in text
+    results = read_json(tmp_path / "run" / "results.json")
+    assert results["board"]["forgetting"] == "wmdp_half" and list(results["board"]["utilities"]) == ["mmlu_half"]
+    measured = results["methods"]["trace"]["measurements"]
+    assert {(m["name"], m["split"], m["n"]) for m in measured if m.get("profile") == "lm-eval 0-shot"} == {
+        ("wmdp_bio", "test", 16), ("wmdp_cyber", "test", 16), ("mmlu", "test", 16), ("mmlu_virology", "test", 16),
+        *((f"{name}_half", split, n) for name, n in (("wmdp", 16), ("mmlu", 8)) for split in ("validation", "test")),
     }  # fmt: skip
+    for row in read_lines(tmp_path / "run" / "methods" / "trace" / "metrics.jsonl"):
+        for m in row.get("evaluation", ()):  # a rule reads the validation half
+            if (m["name"], m["split"]) == ("wmdp_half", "validation"):
+                assert row["forgetting"] == m["value"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "wmdp half (right: more forgotten)" in page and "mmlu half" in page
     counts = read_json(tmp_path / "run" / "references.json")["data"]["documents"]
     assert [counts[f"train/forget{topic}"] for topic in ("", "/0", "/1")] == [24, 12, 12]
     card = (tmp_path / "run" / "export" / "README.md").read_text()
