@@ -180,18 +180,17 @@ class TofuTask(Task):
     ) -> list[Measurement]:
         """Forget quality first (it needs the retrained model), model utility, then what they are made of."""
         arrays, ratio, measurements = scores.arrays, _forget_ratio(scores), []
-        others = None if retrained is None else _forget_ratio(retrained)
-        parts = {split: ("_half", half) for split, half in halves(len(ratio)).items()}
-        for split, (suffix, asked) in (
-            [(SPLIT, ("", np.arange(len(ratio)))), *parts.items()] if others is not None else ()
-        ):
+        if retrained is not None:
             # Near 1 the two can't be told apart. The test sees ranks alone: ratios, their inverses (as TOFU's code has
             # them) and their logarithms give the same.
-            test: Any = stats.ks_2samp(ratio[asked], others[asked])
-            note = f"Kolmogorov-Smirnov test of {len(asked)} truth ratios against the retrained model's; no interval"
-            for key, value, kind in (("quality", test.pvalue, "p-value"), ("ks", test.statistic, "statistic")):
-                name, comment = f"tofu_forget_{key}{suffix}", f"{kind}, {note}"
-                measurements.append(Measurement(float(value), np.nan, np.nan, len(asked), name, split, comment))
+            both = np.stack([ratio, _forget_ratio(retrained)])
+            parts = [("_half", split, both[:, half]) for split, half in halves(len(ratio)).items()]
+            for suffix, split, asked in [("", SPLIT, both), *parts]:
+                test: Any = stats.ks_2samp(*asked)
+                n, against = asked.shape[1], "truth ratios against the retrained model's; no interval"
+                for key, value, kind in (("quality", test.pvalue, "p-value"), ("ks", test.statistic, "statistic")):
+                    name, comment = f"tofu_forget_{key}{suffix}", f"{kind}, Kolmogorov-Smirnov test of {n} {against}"
+                    measurements.append(Measurement(float(value), np.nan, np.nan, n, name, split, comment))
         utility: dict[str, list[np.ndarray]] = {"": [], "_arithmetic": []}  # by the mean of wrong answers
         means: dict[str, np.ndarray] = {}  # what is averaged over the questions of a set
         for name in SETS:
