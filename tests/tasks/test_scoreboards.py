@@ -1,7 +1,5 @@
 """Published benchmarks' scoreboards: halves of their questions, and fronts that other items would have given."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -81,11 +79,3 @@ def test_the_distance_of_a_resample_is_that_of_repeated_items(tmp_path):
     for found, counts in zip(items.resampled(draws)[0][:, 0], draws(items.forgetting.names), strict=True):
         mine, theirs = (np.repeat(ratio, counts.astype(int)) for ratio in ratios)
         assert found == pytest.approx(stats.ks_2samp(mine, theirs).statistic)
-
-
-def test_what_one_half_lacks_makes_no_scoreboard():
-    few = dataclasses.replace(
-        wmdp()[0], questions=(Question("wmdp_bio", "wmdp_bio", 0, "a", 0),), sizes={"wmdp_bio": 1}
-    )
-    found = few.measure(TaskScores({"log_likelihood": np.eye(4)[:1]}), original=None, retrained=None)
-    assert [(m.name, m.split) for m in found if m.name.endswith("_half")] == [("wmdp_half", "validation")]

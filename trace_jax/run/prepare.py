@@ -154,17 +154,21 @@ class Prepared:
     @functools.cached_property
     def board(self) -> Scoreboard:
         """What methods are compared on: of the first published benchmark that the target model can be read on, else of
-        the data.
+        the data. Raises ConfigError: it can't, for it knows nothing, and rules were to read it.
         """
         values = {(m.name, m.split): m.value for m in self.evaluator.measure(self.evaluator.original)}
         for task in self.tasks:
             if (board := task.board) is not None:
                 names = f"{board.forgetting} against {', '.join(board.utilities)}"
-                utilities = [values.get((name, split), 0.0) for name in board.utilities for split in SPLITS]
-                if all((board.forgetting, split) in values for split in SPLITS) and min(utilities) > 0:
+                known = [values.get((name, split), -1.0) for name in board.utilities for split in SPLITS]
+                measured = all((board.forgetting, split) in values for split in SPLITS)
+                if measured and min(known) > 0:
                     say(f"levels and rules are read on {names}")
                     return board
-                say(f"levels and rules are not read on {names}: the target model lacks one of them, or it is 0")
+                why = f"levels and rules can't be read on {names}: the target model has none of one of these"
+                if measured and min(known) == 0 and self.config.unlearning.needs_evaluation:
+                    raise ConfigError(f"{why}. Give one that knows what is to be kept, or remove the rules.")
+                say(why)
         return self.config.data.board
 
     @functools.cached_property

@@ -53,7 +53,6 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 _TAKEN = ("wmdp", *_GROUPS)  # names of means over several sources or subjects
-_BOARD = Scoreboard("wmdp_half", {"mmlu_half": True}, {"wmdp": "wmdp_half", "mmlu": "mmlu_half"}, 1 / len(LETTERS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,7 @@ class MultipleChoice(Task):
     name: str = "multiple_choice"
     quick: bool = True
     profile: str = PROFILE  # how they are asked
-    board = _BOARD
+    board = Scoreboard("wmdp_half", {"mmlu_half": True}, {"wmdp": "wmdp_half", "mmlu": "mmlu_half"}, chance=0.25)
 
     def with_examples(self, count: int, *, seed: int) -> "MultipleChoice":
         """The same questions, each behind `count` other solved ones of its subject, drawn for it, in lm-eval's form.
@@ -127,16 +126,15 @@ class MultipleChoice(Task):
         """Accuracy of every source, of the groups that are there whole, and of the MMLU subjects near WMDP's."""
         correct = self._correct(scores)
 
-        def accuracy(name: str, sources: set[str], subjects: set[str] | None = None, half: str = "") -> Measurement:
-            """Share of right choices over all questions of some sources or of some of their subjects, or over half."""
-            chosen = self._places(sources, subjects)
-            chosen = chosen[halves(len(chosen))[half]] if half else chosen
-            interval = wilson(int(correct[chosen].sum()), len(chosen))
+        def accuracy(name: str, sources: set[str], subjects: set[str] | None = None) -> Measurement:
+            """Share of right choices over all questions of some sources, or of some of their subjects."""
+            chosen = [q.source in sources and (subjects is None or q.subject in subjects) for q in self.questions]
+            interval = wilson(int(correct[chosen].sum()), sum(chosen))
             asked = collections.Counter(q.source for q in self.questions)
             every = all(asked[source] == self.sizes[source] for source in sources)
             revision = "; ".join(self.revisions[source] for source in sorted(sources))
-            note = HALF if half else "" if every else "a part of the questions, spread evenly"
-            return named(name, half or SPLIT, interval, note, self.profile, revision)
+            note = "" if every else "a part of the questions, spread evenly"
+            return named(name, SPLIT, interval, note, self.profile, revision)
 
         measurements = [accuracy(source, {source}) for source in self.sizes]
         if set(_WMDP) <= set(self.sizes):
@@ -147,29 +145,29 @@ class MultipleChoice(Task):
             groups = {group: subjects for group, subjects in groups.items() if subjects <= there}
             groups |= {_MMLU + subject: {_MMLU + subject} for subject in _NEAR if _MMLU + subject in there}
             measurements += [accuracy(name, {"mmlu"}, subjects) for name, subjects in groups.items()]
-        for name, sources in self._compared().items():
-            parts = halves(len(self._places(sources)))
-            measurements += [accuracy(_BOARD.questions[name], sources, half=half) for half in parts]
+        for name, places in self._compared().items():
+            revision = "; ".join(
+                self.revisions[source] for source in sorted({self.questions[i].source for i in places})
+            )
+            for split, half in halves(len(places)).items():
+                interval = wilson(int(correct[places[half]].sum()), len(half))
+                measurements.append(named(f"{name}_half", split, interval, HALF, self.profile, revision))
         return measurements
 
     def outcomes(self, scores: TaskScores, original, retrained) -> dict[str, np.ndarray]:
         """`question` and `score`, whether the choice was right, of the halves of WMDP's and of MMLU's questions."""
         outcomes, correct = {}, self._correct(scores)
-        for name, sources in self._compared().items():
-            places = self._places(sources)
+        for name, places in self._compared().items():
             outcomes |= half_outcomes(name, [self.questions[i].digest for i in places], score=correct[places])
         return outcomes
 
     def _correct(self, scores: TaskScores) -> np.ndarray:
         return scores.arrays["log_likelihood"].argmax(axis=1) == [question.answer for question in self.questions]
 
-    def _compared(self) -> dict[str, set[str]]:
-        """The sources of WMDP, and those of MMLU."""
-        return {name: {source for source in self.sizes if source.split("_")[0] == name} for name in _BOARD.questions}
-
-    def _places(self, sources: set[str], subjects: set[str] | None = None) -> np.ndarray:
-        asked = [q.source in sources and (subjects is None or q.subject in subjects) for q in self.questions]
-        return np.flatnonzero(asked)
+    def _compared(self) -> dict[str, np.ndarray]:
+        """Places of all questions of WMDP, and of MMLU."""
+        kinds = np.array([q.source.split("_")[0] for q in self.questions])
+        return {name: np.flatnonzero(kinds == name) for name in self.board.questions}
 
 
 def read_multiple_choice(config: MultipleChoiceConfig) -> MultipleChoice:
