@@ -167,6 +167,8 @@ def closest_match(
     A solution keeps more than that size where the target is met before, or no weights come closer. features f64 [U, C],
     dense or scipy CSR; target f64 [C]; base f64 [U], base weight of each unit, above 0, of any scale.
     """
+    if max_weight == 1.0:  # leaves one solution
+        target = features.T @ (base / base.sum())
     dual = _Dual(features, target, base, divergence, max_weight)
     neutral = np.zeros(len(target)), 1.0 if divergence == "chi2" else 0.0  # all weights one
     moved = features @ (target - features.T @ dual.base)
