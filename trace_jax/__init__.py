@@ -15,7 +15,7 @@ _NAMES = {
     "models.generate": ["generate", "generate_text"],
     "data.rows": ["Batch", "Rows", "sequential_batches"],
     "data.corpora": ["build_corpora"],
-    "routing.statistics": ["expert_statistics", "expert_assignments"],
+    "routing.statistics": ["expert_statistics", "expert_assignments", "expert_sensitivity"],
     "routing.config": ["select_experts", "CalibrationConfig"],
     "routing.captures": ["read_capture"],
     "routing.diagnosis": ["diagnose"],

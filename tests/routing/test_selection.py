@@ -10,15 +10,13 @@ from trace_jax.routing.config import random_like, select_experts, z_scores
 from trace_jax.routing.statistics import ExpertStatistics
 
 
-def statistics(counts, tokens, top_k=2, gate_mass=None):
+def statistics(counts, tokens, top_k=2, affinity=None):
     counts = np.asarray(counts, np.int64)
-    return ExpertStatistics(
-        counts, np.zeros(counts.shape) if gate_mass is None else np.asarray(gate_mass), tokens, top_k
-    )
+    return ExpertStatistics(counts, np.zeros(counts.shape) if affinity is None else np.asarray(affinity), tokens, top_k)
 
 
 # One layer, 100 forget and 1000 retain tokens, K = 2, E = 4, so K/E = 0.5.
-FORGET = statistics([[90, 60, 30, 20]], 100, gate_mass=[[10.0, 50.0, 30.0, 10.0]])
+FORGET = statistics([[90, 60, 30, 20]], 100, affinity=[[0.1, 0.5, 0.3, 0.1]])
 RETAIN = statistics([[400, 700, 100, 800]], 1000)
 
 
@@ -39,7 +37,7 @@ RETAIN = statistics([[400, 700, 100, 800]], 1000)
         ("cumulative", {"mass": 0.5}, [0]),  # needs 0 and 1; 1 falls below its retain frequency
         ("cumulative", {"mass": 0.76}, [0, 2]),
         ("cumulative", {"mass": 0.0}, []),
-        # Mean gate scores .1, .5, .3, .1
+        # Affinities .1, .5, .3, .1
         ("affinity", {"top": 2}, [1, 2]),
         ("affinity", {"top": 1, "scope": "model"}, [1]),
         ("all", {}, [0, 1, 2, 3]),

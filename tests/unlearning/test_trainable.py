@@ -300,7 +300,7 @@ def some(experts):
 
 def test_by_default_the_expert_of_highest_affinity_of_the_model_trains(statistics):
     chosen = chosen_experts(SEUF, np.zeros((2, 4), bool), *statistics, seed=0)
-    affinity = statistics[0].gate_mass
+    affinity = statistics[0].affinity
     assert chosen.sum() == 1 and affinity[chosen] == affinity.max()
 
 

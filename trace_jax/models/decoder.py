@@ -91,6 +91,7 @@ def forward(
     remat: str = "none",
     expert_buffer: float = 0.0,
     experts: jax.Array | None = None,
+    gates_added: jax.Array | None = None,
 ) -> ModelOutput:
     """Runs the decoder on `tokens` i32 [B, S].
 
@@ -108,6 +109,7 @@ def forward(
       remat: what the backward pass computes again (`rematerialized`).
       experts: i32 [L, B, S, K], K different experts of every token in every layer of `config.moe_layers` that it uses
         in place of the K best. Their gate weights are what the router makes of its own scores of these experts.
+      gates_added: f32 [L, B, S, K], added to the gate weights of the chosen experts, for a gradient by them.
       expert_buffer: room for the tokens of a device's experts, as a multiple of the balanced load; 0 = for the worst
         case. It matters where experts are split over devices only. What finds no room is counted in "dropped".
 
@@ -142,7 +144,7 @@ def forward(
     distance = positions[:, :, None] - key_positions[:, None, :]
 
     def layer_step(stack, x, inputs):
-        layer, layer_cache, numbers, chosen = inputs
+        layer, layer_cache, numbers, chosen, added = inputs
         layer = assembled(layer, config, f"{stack}/")
         rope_table = rope_tables[numbers["rope"]] if config.layer_ropes else rope_tables[0]
         readable = allowed & (distance < numbers["window"]) if config.windows else allowed
@@ -153,8 +155,8 @@ def forward(
             flat = x.reshape(B * S, -1)
             if "mlp" in layer:
                 return gated_mlp(layer["mlp"], config, flat).reshape(x.shape), None
-            chosen_TK = None if chosen is None else chosen.reshape(B * S, -1)
-            y, router = moe_layer(layer, config, flat, buffer=expert_buffer, chosen_TK=chosen_TK)
+            chosen_TK, added_TK = (None if a is None else a.reshape(B * S, -1) for a in (chosen, added))
+            y, router = moe_layer(layer, config, flat, buffer=expert_buffer, chosen_TK=chosen_TK, added_TK=added_TK)
             return y.reshape(x.shape), _collected(router, config, wanted, count_mask)
 
         x, keys_values = _residual(layer, config, x, "attention", mix)
@@ -174,7 +176,8 @@ def forward(
         chosen = None if experts is None or stack == "dense" else jnp.asarray(experts, jnp.int32)[inside]
         # Few layers are unrolled: then what the backward pass keeps isn't copied into and out of stacks.
         step = rematerialized(partial(layer_step, stack), remat, arrays, config, f"{stack}/")
-        inputs = arrays, caches, numbers, chosen
+        added = None if gates_added is None or stack == "dense" else gates_added[inside]
+        inputs = arrays, caches, numbers, chosen, added
         x, out = jax.lax.scan(step, x, inputs, unroll=depth if depth <= UNROLLED_LAYERS else 1)
         outs.append(out)
     (routers, outputs, caches), join = zip(*outs, strict=True), partial(jax.tree.map, lambda *a: jnp.concatenate(a))

@@ -108,15 +108,22 @@ def _sparse_mixer(logits_TE: jax.Array, jitter: float, chosen_TK: jax.Array | No
 
 
 def moe_layer(
-    layer: dict, config: ModelConfig, x_TD: jax.Array, *, buffer: float = 0.0, chosen_TK: jax.Array | None = None
+    layer: dict,
+    config: ModelConfig,
+    x_TD: jax.Array,
+    *,
+    buffer: float = 0.0,
+    chosen_TK: jax.Array | None = None,
+    added_TK: jax.Array | None = None,
 ) -> tuple[jax.Array, RouterOutput]:
     """Output [T,D] of the routed (and shared) experts of one layer, and what the router decided.
 
     Devices of the axis "expert" show each other their tokens, compute those of their own experts, and add up the
     parts of each token. Once K is near the number of devices this moves less than sending a token once for each choice.
-    `buffer` is the `expert_buffer` of `forward`, `chosen_TK` as for `route`.
+    `buffer` is the `expert_buffer` of `forward`, `chosen_TK` as for `route`, `added_TK` what is added to gate weights.
     """
     router = route(layer, config, x_TD, chosen_TK=chosen_TK)
+    router = router if added_TK is None else dataclasses.replace(router, weights=router.weights + added_TK)
     weights, operands, size = layer["experts"], (x_TD, router.indices, router.weights), axis_sizes().get(EXPERT, 1)
     if size == 1:
         y, dropped = experts(weights, config, *operands)

@@ -45,7 +45,7 @@ class Cumulative(SelectionRule, name="cumulative"):
 
 
 class Affinity(_Top, name="affinity"):
-    """The `top` experts by mean gate score on forget data (SEUF, 2411.18797)."""
+    """The `top` experts by mean gate weight in a forget document, and over these (SEUF, 2411.18797, eq. 2)."""
 
 
 class Random(_Top, name="random"):
@@ -96,7 +96,7 @@ def select_experts(
         case Difference(top, scope):
             return highest(f_forget - f_retain, top, scope)
         case Affinity(top, scope):
-            return highest(forget.gate_mass / forget.tokens, top, scope)
+            return highest(forget.affinity, top, scope)
         case Random(top, scope):
             return highest(np.random.default_rng(seed).random(f_forget.shape), top, scope)
     return np.ones(f_forget.shape, bool)

@@ -1,4 +1,5 @@
-"""How often each expert is used, and by which token: one pass over a corpus counts, and keeps each token's experts.
+"""How often each expert is used, and by which token: one pass over a corpus counts, and keeps each token's experts;
+another gives the gradient by their gates.
 
 Counts are exact: int32 on the device, summed over devices as integers, int64 on the host; so they are the same at any
 batch size and device count. Below: how differently two corpora use the experts, and how far a model's routing has
@@ -19,9 +20,10 @@ from trace_jax.data.rows import Batch, Rows
 from trace_jax.io.files import local_copy, replacing
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
+from trace_jax.models.loss import document_sums, token_nll
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import compiled, map_batches
-from trace_jax.parallel.mesh import BATCH_AXES, make_mesh, to_host
+from trace_jax.parallel.mesh import BATCH_AXES, as_varying, make_mesh, to_host, varying_axes
 
 MIN_ACTIVATIONS = 10  # activations per expert that a corpus must hold on average (T * K / E)
 
@@ -35,7 +37,7 @@ class ExpertStatistics:
     """Use of the experts over the valid positions of a corpus."""
 
     counts: np.ndarray  # i64 [L, E], how often each expert was among the top K
-    gate_mass: np.ndarray  # f64 [L, E], sum over positions of the router's softmax
+    affinity: np.ndarray  # f64 [L, E], mean over documents of each one's mean gate weight, 0 where not chosen
     tokens: int  # valid positions, T
     top_k: int  # experts per token, K
     layers: tuple[int, ...] = ()  # of the network each row is of, from 0 (dense layers have none); () = 0 to L - 1
@@ -55,7 +57,8 @@ class ExpertStatistics:
     def load(cls, path) -> "ExpertStatistics":
         with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
             layers = tuple(file["layers"].tolist()) if "layers" in file else ()
-            return cls(file["counts"], file["gate_mass"], int(file["tokens"]), int(file["top_k"]), layers)
+            unknown = np.full(file["counts"].shape, np.nan)  # runs of before kept another mean
+            return cls(file["counts"], file.get("affinity", unknown), int(file["tokens"]), int(file["top_k"]), layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,23 +132,22 @@ def expert_routing(
     """`expert_statistics` and, unless `assign` is False (then without indices), `expert_assignments`, from one pass."""
     config = model.config
     counts = np.zeros((len(config.moe_layers), config.num_experts), np.int64)
-    gate_mass, rows, documents = np.zeros(counts.shape), 0, 0
+    affinity, rows, documents = np.zeros(counts.shape), 0, 0
     places = [np.zeros((2, 0), np.int32)]  # row and document of each token
     indices = [np.zeros((len(counts), 0, config.experts_per_token), _index_type(config))]
-    out_specs = (*_SUMS, PartitionSpec(BATCH_AXES)) if assign else _SUMS
     batches, again = itertools.tee(batches)
     arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
-    layout = {"mesh": mesh or make_mesh(), "out_specs": out_specs, "static": (assign,)}
+    layout = {"mesh": mesh or make_mesh(), "out_specs": _out_specs(assign), "static": (assign,)}
     outputs = map_batches(_routing, model.params, config, arrays, **layout)
-    for batch, (batch_counts, load, *chosen) in zip(again, outputs, strict=True):
+    for batch, (batch_counts, gates, *chosen) in zip(again, outputs, strict=True):
         valid = np.asarray(batch.valid)
-        if (bad := ~np.isfinite(load).all(axis=1)).any():
+        if (bad := ~np.isfinite(gates).all(axis=(0, 2))).any():
             raise DamagedRouting(
                 f"the router of layer {config.moe_layers[int(np.argmax(bad))]} gave NaN or infinite scores; the model "
                 "is damaged (diverged training, or a wrong checkpoint), and no statistics can be taken from it."
             )
         counts += batch_counts
-        gate_mass += load
+        affinity += gates.sum(axis=0, dtype=np.float64)
         row, document = _places(valid, np.asarray(batch.segments))
         places.append(np.stack([row + rows, document + documents]))
         rows, documents = rows + len(valid), documents + document.max(initial=0)
@@ -158,11 +160,12 @@ def expert_routing(
             f"{config.experts_per_token} chosen per token need at least {int(np.ceil(needed))} "
             f"({min_activations:g} activations per expert on average). Give more text, or lower min_activations."
         )
-    statistics = ExpertStatistics(counts, gate_mass, tokens, config.experts_per_token, config.moe_layers)
+    statistics = ExpertStatistics(counts, affinity / documents, tokens, config.experts_per_token, config.moe_layers)
     return statistics, Assignments(np.concatenate(indices, axis=1), *np.concatenate(places, axis=1), config.moe_layers)
 
 
-_SUMS = (PartitionSpec(), PartitionSpec())  # counts and sums of softmax, the same on all devices
+def _out_specs(assign: bool) -> tuple[PartitionSpec, ...]:
+    return (PartitionSpec(), PartitionSpec(BATCH_AXES), *[PartitionSpec(BATCH_AXES)] * assign)
 
 
 def _index_type(config: ModelConfig) -> Any:
@@ -172,16 +175,54 @@ def _index_type(config: ModelConfig) -> Any:
 def _routing(
     params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array, assign: bool
 ) -> tuple[jax.Array, ...]:
-    """(counts i32 [L, E], sum of softmax f32 [L, E]) of the whole batch, and the experts [B, S, L, K] of its rows."""
-    collect = ("counts", "load", "indices") if assign else ("counts", "load")
-    router = forward(params, config, tokens, mask=segments, count_mask=valid, collect=collect).router
-    sums = jax.lax.psum((router.counts, router.load), BATCH_AXES)
-    return sums if router.indices is None else (*sums, jnp.moveaxis(router.indices, 0, 2).astype(_index_type(config)))
+    """(counts i32 [L, E] of the whole batch; of each row f32 [B, L, E], the sum over its documents of the mean gate
+    weight; and the experts [B, S, L, K] of its rows).
+    """
+    collect: Any = ("counts", "indices", "weights")
+    router: Any = forward(params, config, tokens, mask=segments, count_mask=valid, collect=collect).router
+    length = jnp.take_along_axis(document_sums(valid.astype(jnp.float32), segments), segments, axis=1)
+    share = jnp.where(valid, 1 / jnp.maximum(length, 1), 0.0)
+    gates = _by_expert(router.weights * share[None, :, :, None], router.indices, config)
+    results = jax.lax.psum(router.counts, BATCH_AXES), gates
+    return (*results, jnp.moveaxis(router.indices, 0, 2).astype(_index_type(config))) if assign else results
+
+
+def _by_expert(values: jax.Array, indices: jax.Array, config: ModelConfig) -> jax.Array:
+    """f32 [B, L, E]: sums over the positions of each row of values [L, B, S, K] of the chosen experts `indices`."""
+    is_chosen = indices[..., None] == jnp.arange(config.num_experts, dtype=jnp.int32)[(None,) * indices.ndim]
+    return jnp.moveaxis(jnp.where(is_chosen, values[..., None], 0.0).sum(axis=(2, 3)), 0, 1)
 
 
 def counting_pass(config: ModelConfig, mesh: Mesh) -> Any:
-    """The compiled function of `expert_statistics`: (params, tokens, segments, valid) -> (counts, sums of softmax)."""
-    return compiled(_routing, config, mesh, _SUMS, (False,))
+    """The compiled function of `expert_statistics`: (params, tokens, segments, valid) -> (counts, gates by row)."""
+    return compiled(_routing, config, mesh, _out_specs(False), (False,))
+
+
+def expert_sensitivity(model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None) -> np.ndarray:
+    """f64 [L, E]: mean over valid positions of |d NLL / d gate|, the summed NLL of what follows them by the weight that
+    an expert's output is multiplied by at the position; 0 where it was not chosen. One backward pass, on all devices of
+    `mesh` (default: all).
+    """
+    batches, again = itertools.tee(batches)
+    arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
+    layout = {"mesh": mesh or make_mesh(), "out_specs": PartitionSpec(BATCH_AXES)}
+    passes = map_batches(_slopes, model.params, model.config, arrays, **layout)
+    total = sum(slopes.sum(axis=0, dtype=np.float64) for slopes in passes)
+    return total / sum(int(np.asarray(batch.valid).sum()) for batch in again)
+
+
+def _slopes(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array) -> jax.Array:
+    """f32 [B, L, E]: sums over each row of |d NLL / d gate|. The summed NLL of a row is all that its gates change."""
+    collect = ("hidden", "indices")
+
+    def loss(added: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out: Any = forward(params, config, tokens, mask=segments, collect=collect, gates_added=added, remat="layer")
+        nll = token_nll(params, config, out.hidden, jnp.roll(tokens, -1, axis=1))
+        return jnp.where(valid, nll, 0.0).sum(), out.router.indices
+
+    shape = len(config.moe_layers), *tokens.shape, config.experts_per_token
+    slopes, indices = jax.grad(loss, has_aux=True)(as_varying(jnp.zeros(shape, jnp.float32), varying_axes(tokens)))
+    return _by_expert(jnp.abs(slopes), indices, config)
 
 
 # --- routing compared
