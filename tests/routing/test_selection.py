@@ -40,6 +40,7 @@ RETAIN = statistics([[400, 700, 100, 800]], 1000)
         # Affinities .1, .5, .3, .1
         ("affinity", {"top": 2}, [1, 2]),
         ("affinity", {"top": 1, "scope": "model"}, [1]),
+        ("sensitivity", {"top": 2, "sensitivity": np.array([[0.2, 0.1, 0.4, 0.3]])}, [2, 3]),
         ("all", {}, [0, 1, 2, 3]),
     ],
 )
@@ -110,3 +111,5 @@ def test_bad_arguments_are_named():
             select_experts(FORGET, RETAIN, rule=rule, **own)
     with pytest.raises(ValueError, match="same model"):
         select_experts(FORGET, statistics([[1, 1]], 1), rule="all")
+    with pytest.raises(ValueError, match="needs sensitivity"):
+        select_experts(FORGET, RETAIN, rule="sensitivity")

@@ -10,13 +10,14 @@ import pytest
 
 from tests import tiny
 from trace_jax.config import ConfigError
+from trace_jax.data.rows import sequential_batches
 from trace_jax.io.files import encode
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.routing.calibration import count_activations, match_frequencies, token_weights, weighted_frequency
 from trace_jax.routing.config import CalibrationConfig, Matching, Weighting
 from trace_jax.routing.solver import effective_sample_size
-from trace_jax.routing.statistics import Assignments
+from trace_jax.routing.statistics import Assignments, expert_sensitivity
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
 
 
@@ -33,6 +34,12 @@ def forwarded(setting):
     run = jax.jit(lambda t, s: forward(model.params, model.config, t, mask=s, collect=("indices", "hidden")))
     output = run(*arrays)
     return output.router.indices, output.hidden
+
+
+def test_the_rule_by_sensitivity_takes_the_experts_with_the_steepest_loss_on_forget_rows(setting):
+    found = weights_of(setting, name="ratio", rule={"name": "sensitivity", "top": 1}).selected
+    slopes = expert_sensitivity(setting["model"], sequential_batches(setting["forget"], 8), mesh=setting["mesh"])
+    assert (found == (slopes == slopes.max(axis=1, keepdims=True))).all()
 
 
 @pytest.mark.parametrize("name", Weighting.kinds)

@@ -311,10 +311,24 @@ def test_rules_of_seuf_take_one_expert_of_the_model_and_those_of_others_four_of_
     assert (some(rule).trainable.experts.top, some(rule).trainable.experts.scope) == (4, "layer")
 
 
-def test_esft_covers_as_the_rule_does_random_experts_follow_the_seed_and_the_calibration_is_the_default(statistics):
+def test_esft_takes_experts_by_falling_share_until_they_cover_enough_and_asks_no_retain_set(statistics):
+    """generate_expert_config.py of deepseek-ai/ESFT on one layer's shares, as the paper has them: sums over experts."""
+    forget, _ = statistics
     esft = chosen_experts(some({"name": "cumulative", "mass": 0.6}), ONE_EXPERT, *statistics, seed=0)
-    assert (esft == select_experts(*statistics, rule="cumulative", mass=0.6)).all() and esft.any()
+    for layer, counts in enumerate(forget.counts):
+        shares, taken, covered = counts / counts.sum(), [], 0.0
+        for expert in sorted(range(len(shares)), key=lambda e: -shares[e]):
+            if covered >= 0.6:
+                break
+            taken.append(expert)
+            covered += shares[expert]
+        assert sorted(taken) == np.flatnonzero(esft[layer]).tolist()
+    critical = select_experts(*statistics, rule="cumulative", mass=0.6)
+    assert (esft | ~critical).all() and esft.sum() > critical.sum() > 0
     assert some("cumulative").trainable.experts.mass == 0.15
+
+
+def test_random_experts_follow_the_seed_and_the_calibration_is_the_default(statistics):
     config = some({"name": "random", "top": 2})
     one, again, other = (chosen_experts(config, ONE_EXPERT, *statistics, seed=seed) for seed in (0, 0, 1))
     assert (one.sum(axis=1) == 2).all() and (one == again).all() and (one != other).any()

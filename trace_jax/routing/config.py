@@ -4,7 +4,7 @@ A weighting and a selection rule are named and carry their own settings: `{"name
 {"name": "difference", "top": 4}}`.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -41,11 +41,16 @@ class LogOdds(SelectionRule, name="log_odds"):
 class Cumulative(SelectionRule, name="cumulative"):
     """The fewest experts of a layer whose f^F sums to mass * K (ESFT, 2407.01906), of those the ones with f^F > f^R."""
 
+    critical: ClassVar[bool] = True  # the last condition, which ESFT has not
     mass: float = option(0.5, help="share p of the forget activations to cover", minimum=0.0, maximum=1.0)
 
 
 class Affinity(_Top, name="affinity"):
     """The `top` experts by mean gate weight in a forget document, and over these (SEUF, 2411.18797, eq. 2)."""
+
+
+class Sensitivity(_Top, name="sensitivity"):
+    """The `top` experts by mean |d NLL / d gate| on forget data (`statistics.expert_sensitivity`)."""
 
 
 class Random(_Top, name="random"):
@@ -62,16 +67,17 @@ def select_experts(
     *,
     rule: str | SelectionRule = "ratio",
     seed: int = 0,
+    sensitivity: np.ndarray | None = None,
     **settings: Any,
 ) -> np.ndarray:
     """bool [L, E], the selected experts. Ties go to the lower layer, then the lower expert.
 
     rule: a `SelectionRule`, or the name of one in trace_jax/routing/config.py and its settings (`tau=1.5`).
-    seed: of the rule "random".
+    seed: of the rule "random".  sensitivity: of the rule of that name, `expert_sensitivity` of forget rows.
 
     Raises:
       ConfigError: an unknown rule or setting of it, or `top` beyond the number of experts.
-      ValueError: statistics of different models.
+      ValueError: statistics of different models, or no `sensitivity` for its rule.
     """
     if isinstance(rule, str):
         if rule not in SelectionRule.kinds:
@@ -92,11 +98,16 @@ def select_experts(
         case Cumulative(mass):
             falling = -np.sort(-f_forget, axis=1)
             higher = np.take_along_axis(np.cumsum(falling, axis=1) - falling, ranks(f_forget), axis=1)
-            return (higher < mass * forget.top_k - 1e-12) & (f_forget > f_retain)
+            prefix = higher < mass * forget.top_k - 1e-12
+            return prefix & (f_forget > f_retain) if rule.critical else prefix
         case Difference(top, scope):
             return highest(f_forget - f_retain, top, scope)
         case Affinity(top, scope):
             return highest(forget.affinity, top, scope)
+        case Sensitivity(top, scope):
+            if sensitivity is None:
+                raise ValueError("rule 'sensitivity' needs sensitivity = expert_sensitivity(model, forget batches).")
+            return highest(sensitivity, top, scope)
         case Random(top, scope):
             return highest(np.random.default_rng(seed).random(f_forget.shape), top, scope)
     return np.ones(f_forget.shape, bool)

@@ -34,6 +34,7 @@ from trace_jax.routing.statistics import (
     ExpertStatistics,
     expert_assignments,
     expert_routing,
+    expert_sensitivity,
     frequency_gap,
     overlap,
 )
@@ -153,7 +154,12 @@ def retain_weights(
         return RetainWeights(tokens, valid).applied(weighting)
     if assignments is None:
         assignments = expert_assignments(model, sequential_batches(retain, batch_size), mesh=mesh)
-    selected = settings.select_experts(forget_statistics, retain_statistics, rule=weighting.rule, seed=config.seed)
+    slopes = None
+    if isinstance(weighting.rule, settings.Sensitivity):
+        slopes = expert_sensitivity(model, sequential_batches(forget, batch_size), mesh=mesh)
+    selected = settings.select_experts(
+        forget_statistics, retain_statistics, rule=weighting.rule, seed=config.seed, sensitivity=slopes
+    )
     f_forget, calibration, frequency = forget_statistics.frequency, None, None
     if isinstance(weighting, settings.RatioWeights):
         frequencies = f_forget, retain_statistics.frequency

@@ -14,15 +14,20 @@ _ANCHOR = "coefficient of SEUF's loss that keeps forget tokens on the experts th
 
 
 class Experts(routing.SelectionRule):
-    """Which experts train: those of a selection rule, or those that the calibration of the retain weights selected."""
+    """Which experts train: those of a selection rule that reads statistics alone, or those that the calibration of the
+    retain weights selected.
+    """
 
-    kinds: ClassVar = dict(routing.SelectionRule.kinds)
+    kinds: ClassVar = {name: rule for name, rule in routing.SelectionRule.kinds.items() if name != "sensitivity"}
 
 
 class Calibrated(Experts, name="calibration"): ...
 
 
 class Covering(Experts, routing.Cumulative, name="cumulative"):
+    """ESFT's own choice: the fewest experts of a layer that cover `mass`, whatever the retain set uses."""
+
+    critical: ClassVar = False
     mass: float = option(
         0.15, help="share p of the forget activations to cover; 0.15 is SEUF's ESFT baseline", minimum=0.0, maximum=1.0
     )
