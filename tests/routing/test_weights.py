@@ -42,6 +42,15 @@ def test_the_rule_by_sensitivity_takes_the_experts_with_the_steepest_loss_on_for
     assert (found == (slopes == slopes.max(axis=1, keepdims=True))).all()
 
 
+def test_random_experts_that_have_to_be_selected_ones_are_counted_in_the_certificate(setting):
+    few, many = (
+        weights_of(setting, name="random_experts", rule={"name": "difference", "top": top}).calibration.certificate
+        for top in (2, 3)
+    )
+    assert not any("random experts" in note for note in few.notes)
+    assert "4 of 6 random experts are forget-critical ones: there are too few others." in many.notes
+
+
 @pytest.mark.parametrize("name", Weighting.kinds)
 def test_every_weighting_has_mean_one_on_valid_positions_and_zero_elsewhere(setting, name, tmp_path):
     valid = setting["retain"].valid

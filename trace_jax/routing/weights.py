@@ -168,10 +168,18 @@ def retain_weights(
     elif solved is not None and solved.calibration is not None:
         calibration, tokens, frequency = solved.calibration, solved.tokens, solved.frequency
     else:
+        critical = np.zeros_like(selected)
         if isinstance(weighting, settings.RandomExperts):
-            selected = settings.random_like(selected, seed=config.seed)
+            critical, selected = selected, settings.random_like(selected, seed=config.seed)
         counts = retain_statistics.counts
         calibration, tokens, frequency = match_frequencies(assignments, counts, selected, f_forget, weighting)[0]
+        if shared := int((critical & selected).sum()):
+            note = (
+                f"{shared} of {int(selected.sum())} random experts are forget-critical ones: there are too few others."
+            )
+            certificate = calibration.certificate
+            certificate = dataclasses.replace(certificate, notes=(*certificate.notes, note))
+            calibration = dataclasses.replace(calibration, certificate=certificate)
     if isinstance(weighting, settings.Permuted):
         units = assignments.units(weighting.unit)
         units = np.arange(len(tokens)) if units is None else units
