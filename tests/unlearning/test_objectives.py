@@ -177,20 +177,14 @@ def test_rmu_pulls_hidden_states_to_the_direction_of_their_topic(name):
 @pytest.mark.parametrize(
     ("name", "form", "read"),
     [
+        ("ceu", PAPER, VALID & np.roll(VALID, 1, axis=1)),  # not the first token that a document predicts
         ("pdu", "open_unlearning", np.roll(VALID, 1, axis=1)),  # pdu.py masks by `labels != -100`, not shifted
         ("npo", "muse_logits", np.repeat([[True], [True], [False]], 6, axis=1)),  # iterative.py of muse_bench: no mask
     ],
 )
-def test_codes_that_read_other_positions_than_their_papers(name, form, read):
+def test_losses_that_read_other_positions_than_valid_ones(name, form, read):
     inputs = ForgetInputs(jnp.asarray(VALID), jnp.asarray(SEGMENTS), vocabulary=jnp.asarray(NLL))
     assert value_of(make(name, form), inputs) == pytest.approx(NLL[read].mean())
-
-
-def test_ceu_leaves_out_the_first_token_that_a_document_predicts():
-    valid = np.array([[0, 1, 1, 1, 0, 1, 1]], bool)
-    segments = jnp.asarray([[1, 1, 1, 1, 2, 2, 2]])
-    inputs = ForgetInputs(jnp.asarray(valid), segments, vocabulary=jnp.arange(7, dtype=jnp.float32)[None])
-    assert float(value_of(make("ceu"), inputs)) == pytest.approx((2 + 3 + 6) / 3)
 
 
 def test_every_objective_names_its_source_and_numbers_do_not_shape_a_step():
