@@ -208,21 +208,16 @@ class UnlearningConfig(Rules, OptimizerConfig):
         if self.epoch_anchor == "retain" and not (self.epochs and self.retains):
             missing = "epochs is not set" if not self.epochs else "there is no retain term"
             raise ConfigError(f"epoch_anchor = 'retain' would have no effect: {missing}. Leave it out.")
-
-        if isinstance(self.objective, RepSelect) and not (
-            self.optimizer in (AdamW(), SGD(0.0)) and self.clip_norm in (1.0, 0.0) and not self.weight_decay
-        ):
+        if isinstance(self.objective, RepSelect) and (self.weight_decay or self.optimizer not in (AdamW(), SGD(0.0))):
             raise ConfigError(
-                "optimizer, clip_norm and weight_decay would have no effect: objective 'repselect' takes plain steps. "
-                "Leave them out."
+                "optimizer and weight_decay would have no effect: objective 'repselect' takes plain steps."
             )
 
     @property
     def optimization(self) -> OptimizerConfig:
         """The optimizer's settings alone."""
-        settings = super().optimization
-        plain = isinstance(self.objective, RepSelect)
-        return dataclasses.replace(settings, optimizer=SGD(0.0), clip_norm=0.0) if plain else settings
+        plain = {"optimizer": SGD(0.0)} if isinstance(self.objective, RepSelect) else {}
+        return dataclasses.replace(super().optimization, **plain)
 
     def check_online(self) -> None:
         """Raises ConfigError where retain tokens can't be weighed by their present routing."""

@@ -33,6 +33,7 @@ from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants, StepSettings
 from trace_jax.unlearning.objectives import RepSelect
+from trace_jax.unlearning.optimizer import OptimizerConfig
 from trace_jax.unlearning.step import batch_gradient, fresh_state, row_multiple, unlearning_step
 from trace_jax.unlearning.trainable import Flat, declarations, merge, split, trainable_paths
 
@@ -58,8 +59,8 @@ def forget_direction(
         return Constants(params, index, None, place({k: np.float32(v) for k, v in numbers.items()}, mesh))
 
     if objective.adversary_rate:
-        descent = dataclasses.replace(config.optimization, learning_rate=objective.adversary_rate, warmup_steps=0)
-        taught = dataclasses.replace(settings, optimizer=dataclasses.replace(descent, schedule="constant"), steps=0)
+        descent = OptimizerConfig(config.optimization.optimizer, objective.adversary_rate, clip_norm=0.0)
+        taught = dataclasses.replace(settings, optimizer=descent, steps=0)
         factors = split(params, paths, model, mesh, rank=ADVERSARY_RANK, seed=seed)
         state = fresh_state(factors, None, None, settings=taught, mesh=mesh)
         learning = reading(params, gamma=-1.0, lora_scale=1.0)

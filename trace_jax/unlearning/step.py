@@ -62,10 +62,10 @@ def set_up(
     paths = trainable.trainable_paths(model, config.trainable)
     if config.grip.name == "project":
         check_router(model, paths)
-    if isinstance(config.objective, RepSelect) and (rest := set(paths) - set(EXPERT_MATRICES)):
+    if isinstance(config.objective, RepSelect) and (rest := sorted(set(paths) - set(EXPERT_MATRICES))):
         raise ConfigError(
-            f"objective 'repselect' collapses gradients of the matrices of experts; {', '.join(sorted(rest))} would "
-            f"train as well. Set trainable to one or both of {', '.join(EXPERT_MATRICES)}, or to selected_experts."
+            f"objective 'repselect' collapses gradients of matrices of experts, and {', '.join(rest)} would train as "
+            f"well; leave trainable out, or take of {', '.join(EXPERT_MATRICES)}."
         )
     masks = trainable.update_masks(paths, model, layers=config.layers, selected=selected)
     index = None if selected is None else trainable.selected_index(selected)
