@@ -79,6 +79,31 @@ def test_hidden_weights_move_the_mean_state_to_the_forget_mean():
     assert effective_sample_size(far, base) == pytest.approx(0.6)
 
 
+def nearest_in_turn(forget, retain, base, size):
+    """The rule of the published data sets, pair by pair: rounds of nearest rows, the most similar pair first."""
+    cosine = np.array([[f @ r / np.linalg.norm(f) / np.linalg.norm(r) for r in retain] for f in forget])
+    counts = np.zeros(len(retain))
+    for place in range(len(retain)):
+        pairs = sorted((-np.sort(-row)[place], np.argsort(-row)[place]) for row in cosine)[::-1]
+        for _, row in pairs:
+            if place and effective_sample_size(counts, base) >= size:
+                return counts
+            counts[row] += 1
+    return counts
+
+
+@pytest.mark.parametrize("size", [0.0, 0.2, 0.6, 1.0])
+def test_rows_are_chosen_by_the_forget_rows_that_they_are_nearest_to(size):
+    generator = np.random.default_rng(0)
+    retain, base = generator.normal(size=(60, 4)), generator.integers(5, 20, 60).astype(float)
+    forget = 3.0 + generator.normal(size=(7, 4))
+    counts = controls.nearest_counts(forget, retain, base, size)
+    assert np.array_equal(counts, nearest_in_turn(forget, retain, base, size))
+    assert counts.sum() >= 7 and effective_sample_size(counts, base) >= min(size, 0.99)
+    chosen = retain[counts > 0] @ forget.mean(0) / np.linalg.norm(retain[counts > 0], axis=1)
+    assert size == 1.0 or chosen.mean() > (retain @ forget.mean(0) / np.linalg.norm(retain, axis=1)).mean()
+
+
 @pytest.mark.parametrize(
     ("forget", "retain", "raw"),
     [

@@ -143,6 +143,20 @@ def test_rivals_weigh_by_what_they_look_at(setting, forwarded):
     assert min(found.effective_sample_size for found in (hidden, ngram)) >= 0.2 - 1e-6
 
 
+@pytest.mark.parametrize("name", [name for name in Weighting.kinds if name not in ("uniform", "permuted")])
+def test_every_weighting_keeps_the_sample_that_is_asked_for_and_changes_for_nothing_else(setting, name):
+    """Similarity draws rows by whole numbers: it keeps a little more."""
+
+    def bounded(size):
+        return weights_of(setting, name=name, max_weight=1e6, min_effective_sample_size=size)
+
+    raw = bounded(0.0)
+    asked = (1.0 + raw.effective_sample_size) / 2
+    kept, loose = bounded(asked).effective_sample_size, bounded(raw.effective_sample_size / 2)
+    assert asked < 0.998 and kept > asked - 1e-4 and (name == "similarity" or kept < asked + 1e-4)
+    np.testing.assert_allclose(loose.tokens, raw.tokens, rtol=1e-4, atol=1e-4)
+
+
 def test_statistics_of_another_corpus_are_refused(setting):
     with pytest.raises(ValueError, match="statistics of another corpus"):
         weights_of({**setting, "retain": setting["forget"]}, name="uniform")

@@ -229,6 +229,10 @@ class NGram(Weighted, name="ngram"):
     """Rival: density ratio of rows under hashed uni- and bigrams (DSIR, 2302.03169)."""
 
 
+class Similarity(Weighted, name="similarity"):
+    """Rival: rows whose mean hidden states are nearest to those of forget rows (OpenReview EyXBv291ST)."""
+
+
 class Hidden(Weighted, name="hidden"):
     """Rival: the same calibration of rows on mean hidden states in place of experts."""
 

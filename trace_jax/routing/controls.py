@@ -3,6 +3,7 @@
 Each gives f64 weights or scores per token [T] (valid positions in row order) or per row [N].
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,11 +40,15 @@ def weights_without_experts(
             scores = domain_scores(retain.domain[filled], base)
         case settings.NGram():
             scores = ngram_log_ratio(forget, retain)[filled]
-        case settings.Hidden():
-            means = _per_row(_hidden, model, retain.take(filled), **passes).astype(np.float64) / base[:, None]
-            forget_mean = _per_row(_hidden, model, forget, **passes).astype(np.float64).sum(0) / forget.valid.sum()
-            by_row[filled] = hidden_weights(means, forget_mean, base, weighting)
-            return by_row[row]
+        case settings.Hidden() | settings.Similarity():
+            forget, retain = forget.take(np.flatnonzero(forget.valid.any(axis=1))), retain.take(filled)
+            own, others = (_per_row(_hidden, model, rows, **passes).astype(np.float64) for rows in (forget, retain))
+            if isinstance(weighting, settings.Hidden):
+                means, forget_mean = others / base[:, None], own.sum(axis=0) / forget.valid.sum()
+                by_row[filled] = hidden_weights(means, forget_mean, base, weighting)
+                return by_row[row]
+            counts = nearest_counts(own, others, base, weighting.min_effective_sample_size)
+            scores = np.log(np.maximum(counts, 1e-300))
         case _:
             raise NotImplementedError(weighting.name)
     by_row[filled] = bounded(scores, base, weighting)
@@ -120,6 +125,37 @@ def hidden_weights(
     features, goal = (retain_means - mean) / deviation, (forget_mean - mean) / deviation
     sizes = [weighting.min_effective_sample_size]
     return solver.closest_match(features, goal, base=base, sizes=sizes, max_weight=weighting.max_weight)[0].weights
+
+
+def nearest_counts(forget: np.ndarray, retain: np.ndarray, base: np.ndarray, size: float) -> np.ndarray:
+    """f64 [N], of how many forget rows each retain row is among the nearest by the cosine of their states [*, D].
+
+    Every forget row takes its nearest retain row, then each its second nearest, and so on, in every round the most
+    similar pairs first, until the effective sample size of the counts is `size`. The data sets that OpenReview
+    EyXBv291ST publishes are taken so (praveensonu/iclr2026: columns rank_in_group and semantic_score of data/mix), from
+    embeddings of sentence-transformers, until pairs are 5, 10 or 20 % of the retain set. base f64 [N]: valid tokens.
+    """
+    forget, retain = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (forget, retain))
+    rounds = max(1, min(len(retain), math.ceil(size * len(retain) / len(forget))))  # fewer can't be enough
+
+    def nearest(chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cosines = chunk @ retain.T
+        rows = np.argsort(-cosines, axis=1, kind="stable")[:, :rounds]
+        return rows, np.take_along_axis(cosines, rows, axis=1)
+
+    while True:
+        chunks = [nearest(forget[start : start + 512]) for start in range(0, len(forget), 512)]
+        rows, cosines = (np.concatenate(parts).T.ravel() for parts in zip(*chunks, strict=True))
+        taken = rows[np.lexsort((-cosines, np.repeat(np.arange(rounds), len(forget))))]
+        order = np.argsort(taken, kind="stable")
+        before = np.empty(len(taken), np.int64)  # how often a pair's row was taken before
+        before[order] = np.arange(len(taken)) - np.searchsorted(taken[order], taken[order])
+        sizes = np.cumsum(base[taken]) ** 2 / (base.sum() * np.cumsum(base[taken] * (2 * before + 1)))
+        enough = np.flatnonzero(sizes[len(forget) - 1 :] >= size)
+        if len(enough) or rounds == len(retain):
+            number = len(forget) + (enough[0] if len(enough) else len(taken))
+            return np.bincount(taken[:number], minlength=len(retain)).astype(np.float64)
+        rounds = min(2 * rounds, len(retain))
 
 
 def ratio_weights(

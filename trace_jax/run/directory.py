@@ -29,7 +29,7 @@ from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.tasks.benchmarks import BENCHMARKS
 
 SPLIT = "test"
-CONTROLS = ("permuted", "random_experts", "ngram", "hidden", "loss", "oracle")
+CONTROLS = ("permuted", "random_experts", "ngram", "ngram_dsir", "hidden", "similarity", "loss", "oracle")
 _SECONDS_TO_SEE = 30.0
 
 
