@@ -37,6 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
             "random_experts",
             "ngram",
             "hidden",
+            "similarity",
             "loss",
             "oracle",
         ),
