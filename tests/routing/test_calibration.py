@@ -274,7 +274,13 @@ def test_a_certificate_computed_by_hand():
 def test_weights_that_nothing_is_solved_for_keep_the_same_bounds():
     generator = np.random.default_rng(0)
     base = generator.integers(1, 9, 300).astype(float)
-    for scores in (generator.normal(0, 30, 300), 50.0 * (generator.random(300) < 0.1), generator.normal(0, 0.1, 300)):
+    far_apart = np.repeat([300.0, -800.0], [2, 298])  # the exponentials of all others are 0
+    for scores in (
+        far_apart,
+        generator.normal(0, 30, 300),
+        50.0 * (generator.random(300) < 0.1),
+        generator.normal(0, 0.1, 300),
+    ):
         for size, cap in ((0.2, 50.0), (0.5, 3.0), (0.0, 20.0)):
             weights = solver.concentrated(scores, base, size=size, max_weight=cap)
             np.testing.assert_allclose(base @ weights / base.sum(), 1.0)

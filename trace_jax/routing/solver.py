@@ -234,13 +234,15 @@ def concentrated(scores: np.ndarray, base: np.ndarray, *, size: float, max_weigh
     base = base / base.sum()
 
     def powered(b: float) -> np.ndarray:
-        weights, above = np.exp(b * (scores - scores.max())), np.zeros(len(scores), bool)
-        while True:  # what is above the largest weight gets that, the rest share what is left
-            left = 1.0 - max_weight * base[above].sum()
-            weights = np.where(above, max_weight, weights * left / (base * weights)[~above].sum())
+        weights, above = np.empty(len(scores)), np.zeros(len(scores), bool)
+        while not above.all():  # what is above the largest weight gets that, the rest share what is left
+            left, rest = 1.0 - max_weight * base[above].sum(), scores[~above]
+            shares = np.exp(b * (rest - rest.max()))
+            weights[~above] = shares * left / (base[~above] @ shares)
             if not (more := (weights > max_weight) & ~above).any():
-                return weights
-            above |= more
+                break
+            weights[more], above = max_weight, above | more
+        return weights
 
     def excess(b: float) -> float:
         return effective_sample_size(powered(b), base) - size
