@@ -236,6 +236,26 @@ def test_the_table_and_the_figure_of_attacks_hold_every_attack():
     assert recovered(0.65, 0.4, 0.4) is None and recovered(None, 0.4, 0.9) is None
 
 
+def test_what_returns_with_original_experts_is_drawn_and_said():
+    names = [(kind, kind, 0) for kind in ("original", "unlearned", "all", "part")]
+    names += [(kind, f"{size} {kind}", size) for size in (1, 2) for kind in ("critical", "random", "least")]
+    models = [
+        {"kind": k, "name": n, "size": s, "values": {"forget_accuracy": number(0.3 + 0.01 * i, 120)}}
+        for i, (k, n, s) in enumerate(names)
+    ]
+    models[4]["over_random"] = models[7]["over_random"] = {"forget_accuracy": number(0.083)}
+    put = {"drift": [[0.1, 0.2, 0.0, 0.3]], "ratio": [[1.0, 4.0, 0.0, None]], "models": models, "note": ""}
+    put["correlation"] = {"ratio": number(0.82, 32)}
+    nothing = {**put, "models": [], "note": "Nothing was put back: unlearning changed no parameter."}
+    page = render(results(methods={"uniform": method(0, patching=put), "trace": method(1, patching=nothing)}))
+    text = visible_text(page)
+    assert "over the 32 experts that moved: 0.820 [0.790, 0.850]" in text
+    assert "critical beyond random ones, paired: 1 of each layer 0.083 [0.053, 0.113] , 2 of each layer" in text
+    assert nothing["note"] in text and "Part by part" in text
+    assert page.count("with original experts put back") == 1 and page.count("drift of each expert, ") == 2
+    assert "Which experts carry the damage" not in visible_text(render(results()))
+
+
 def test_a_large_study_stays_under_two_megabytes():
     rng = np.random.default_rng(1)
     frequency, names = rng.dirichlet(np.ones(128) / 2, size=48) * 8, [f"method_{i}" for i in range(12)]

@@ -76,6 +76,27 @@ def test_a_changed_setting_reruns_its_stage_and_those_after_it(data, finished, t
     assert after["unlearning"]["alpha"] == 2.0 and after["measurements"] != before["measurements"]
 
 
+def test_experts_are_put_back_into_the_models_of_a_finished_run(data, finished, tmp_path):
+    """Nothing else is made again; and nothing at all the second time."""
+    path = shutil.copytree(finished[0], tmp_path / "copy")
+    made = {
+        f"methods/{method}/patching{end}" for method in ("uniform", "trace_rows") for end in (".json", ".stage.json")
+    }
+    for expected in (made, set()):
+        before = {file: file.stat().st_mtime_ns for file in (path / "methods").rglob("*.*")}
+        run(experiment(data, evaluation={"patching": True}), path)
+        after = {file: file.stat().st_mtime_ns for file in (path / "methods").rglob("*.*")}
+        changed = {str(file.relative_to(path)) for file, written in after.items() if before.get(file) != written}
+        assert changed - {f"methods/{method}/weights.json" for method in ("uniform", "trace_rows")} == expected
+    for result in numbers(path)["methods"].values():
+        put = {row["name"]: row["values"] for row in result["patching"]["models"]}
+        assert (
+            put["original"]["forget_probability_ratio"]["value"] == 1.0 and np.array(result["patching"]["drift"]).all()
+        )
+        assert {"1 critical", "all experts", "experts, layer 1", "routers", "attention"} <= put.keys()
+    assert "Which experts carry the damage" in (path / "report.html").read_text()
+
+
 def test_weights_follow_the_model_where_a_run_asks_for_it(data, finished, tmp_path):
     path = shutil.copytree(finished[0], tmp_path / "copy")
     settings = {"rule": {"name": "difference", "top": 1}}

@@ -14,7 +14,7 @@ from trace_jax.run.experiment import ExperimentConfig
 
 VOCABULARY = 320
 WORDS = ["river", "stone", "apple", "cloud", "lamp", "tiger", "violin", "harbour", "window"]
-EVALUATION = {"max_rows": 8, "max_prompts": 4, "max_gradients": 0, "bootstrap": 100}
+EVALUATION = {"max_rows": 8, "max_prompts": 4, "max_gradients": 0, "bootstrap": 100, "patching": False}
 # For configs/huggingface.py and those like it.
 SMALL = {
     "model.dtype": "float32",

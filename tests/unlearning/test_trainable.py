@@ -27,6 +27,7 @@ from trace_jax.models.families import model_config
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, place, to_host
 from trace_jax.routing.config import select_experts
+from trace_jax.routing.statistics import expert_drift
 from trace_jax.unlearning.config import SomeExperts, Trainable, UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants, anchor_loss
@@ -250,6 +251,7 @@ def test_exactly_its_parameters_train_also_after_the_selection_changes(model, fo
     """Twenty steps of AdamW with weight decay; the second run starts where the first ended, with another expert."""
     first, _ = unlearned
     assert_only(model, first.model, ONE_EXPERT)
+    np.testing.assert_array_equal(expert_drift(model, first.model) > 0, ONE_EXPERT)
     second = run(first.model, forget, retain, OTHER, steps=20)
     assert_only(first.model, second.model, OTHER)
 

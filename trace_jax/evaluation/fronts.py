@@ -206,11 +206,23 @@ def load_run_items(directory: str | os.PathLike, front: Front, board: Scoreboard
     steps, items = read_items(directory) or (np.zeros(0), {})
     if not np.isin(front.steps, steps).all():
         return None
+    series = board_series({name: values[np.searchsorted(steps, front.steps)] for name, values in items.items()}, board)
+    utilities = {name: series[name] for name in board.utilities if name in series}
+    if board.forgetting not in series or set(utilities) != set(front.utilities) - {MEAN}:
+        return None
+    return RunItems(series[board.forgetting][0], utilities, board.utilities)
+
+
+def board_series(items: Mapping[str, np.ndarray], board: Scoreboard) -> dict[str, list[Series]]:
+    """The scores that items of the test split give, by name.
+
+    `items`: arrays [T, N] of T evaluations by "SPLIT/SUBJECT/NAME" (`Task.outcomes`).
+    """
     by_subject: dict[str, dict[str, np.ndarray]] = {}
     for path, values in items.items():
         split, subject, name = path.split("/")
         if split == "test":
-            by_subject.setdefault(subject, {})[name] = values[np.searchsorted(steps, front.steps)]
+            by_subject.setdefault(subject, {})[name] = values
     series: dict[str, list[Series]] = {}
     for subject, columns in by_subject.items():  # [T, N]
         score = columns.get("score", columns.get("correct"))
@@ -226,10 +238,7 @@ def load_run_items(directory: str | os.PathLike, front: Front, board: Scoreboard
             finish = "ratio" if subject == "forget" else "utility"
             name = relative_likelihood(subject)
             series[name] = [_grouped(columns["row"][0], gain, tokens.astype(np.float64), finish)]
-    utilities = {name: series[name] for name in board.utilities if name in series}
-    if board.forgetting not in series or set(utilities) != set(front.utilities) - {MEAN}:
-        return None
-    return RunItems(series[board.forgetting][0], utilities, board.utilities)
+    return series
 
 
 def _grouped(names: np.ndarray, above: np.ndarray, below: np.ndarray, finish: str) -> Series:

@@ -83,12 +83,20 @@ class EvaluationConfig(Section):
     max_gradients: int = option(32, help="most texts a side in the gradient-norm attack; 0 = leave it out", minimum=0)
     bootstrap: int = option(1000, help="bootstrap resamples for intervals", minimum=100)
     levels: tuple[float, ...] = option((0.5,), help="forgetting on the benchmark's own scale where utility is compared")
+    patching: bool = option(
+        True, help="measure what returns when original experts are put back into what a method made; not in a study"
+    )
     audit_text: bool = option(
         True, help="keep what was generated, with the true text, beside the scores; never done for text of WMDP"
     )
     muse: MuseConfig | None = None
     tofu: TofuConfig | None = None
     multiple_choice: MultipleChoiceConfig | None = None
+
+    @property
+    def of_scores(self) -> "EvaluationConfig":
+        """What scores and attacks depend on: experts are put back after the one and before the other."""
+        return dataclasses.replace(self, patching=False)
 
 
 @dataclasses.dataclass(frozen=True)

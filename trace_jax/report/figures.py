@@ -266,12 +266,13 @@ def row_plot(
 
 def layer_plot(
     quantities: Mapping[str, Mapping[str, Any]], styles: Mapping[str, Style], caption: str, label: str, *,
-    original: Mapping[str, Any] | None, limits: tuple[float, float],
+    original: Mapping[str, Any] | None, limits: tuple[float, float], below: str = "layer", ticks: Sequence[str] = (),
 ) -> Figure:  # fmt: skip
     """A quantity against the layer, one line per method, with 95 % intervals; `limits` are the ends of its axis.
 
     `quantities`: by method, lists "layers" (their numbers) and "value", and where it has intervals "low" and "high";
-    `original`: the same of the original model, drawn dotted.
+    `original`: the same of the original model, drawn dotted. `below`, `ticks`: words under the axis, and in the place
+    of the layers' numbers.
     """
     figure, axes = panel(WIDTH, 2.3, (0.125, 0.985, 0.2, 0.96), grid="both")
     layers = list(next(iter(quantities.values()))["layers"])
@@ -295,8 +296,8 @@ def layer_plot(
                 axes.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
             axes.plot(x, value, color=style["color"], linestyle=style["linestyle"], linewidth=1.5)
     axes.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
-    axes.set_xticks([layers[i] for i in _ticks(len(layers))])
-    axes.set_xlabel("layer")
+    axes.set_xticks([layers[i] for i in _ticks(len(layers))], ticks or None)
+    axes.set_xlabel(below)
     room = 0.04 * (limits[1] - limits[0])
     axes.set_ylim(limits[0] - room, limits[1] + room)
     axes.locator_params(axis="y", nbins=5)
@@ -317,6 +318,19 @@ def curve_plot(curve: Sequence[Mapping[str, float]]) -> Figure:
     axes.set_xlabel("effective sample, % of the retain tokens")
     caption = "Gap closed, %, against the effective sample"
     return Figure(caption, inline(figure, caption))
+
+
+def drift_plot(ratio: Any, drift: Any, label: str) -> Figure:
+    """Relative change of each expert's weights against how much more often forget text uses it than retain text."""
+    figure, axes = panel(WIDTH, 2.6, (0.155, 0.985, 0.2, 0.96), grid="both")
+    with np.errstate(divide="ignore"):
+        x, y = np.clip(np.log2(np.array(ratio, float).ravel()), -4, 4), np.array(drift, float).ravel()
+    axes.scatter(x, y, s=12, color=SERIES[0], alpha=0.7, linewidths=0, rasterized=len(y) > _MOST_SEGMENTS)
+    axes.set_xticks(range(-4, 5, 2), ["≤ 1/16", "1/4", "1", "4", "≥ 16"])
+    axes.set_xlabel("forget / retain frequency")
+    axes.locator_params(axis="y", nbins=6)
+    axes.set_ylim(bottom=0)
+    return Figure("drift of each expert", inline(figure, label))
 
 
 def heat_map(

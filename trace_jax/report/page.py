@@ -19,6 +19,7 @@ _UNKNOWN = {"value": None, "n": None, "low": None, "high": None}
 MOST_METHODS = 4  # that have heat maps; results.json has the arrays of all
 MOST_OUTLINED = 64  # experts of a layer; in narrower cells outlines would hide the colours
 SUBJECTS = ("forget", "retain")
+_ENDS = ("value", "low", "high")
 _ALIVE, _DEAD, _NEWLY_DEAD, _REVIVED = range(4)
 STATES = Scale(
     -0.5, 3.5, ("#efeff1", "#8b929b", "#b35806", "#542788"),
@@ -92,6 +93,7 @@ def render(results: Mapping[str, Any]) -> str:
         "measured": list(measured.values()), "most_maps": MOST_METHODS,
         "routing": routing_groups(measured, frequency, styles) if measured and frequency else (),
         "routing_legend": legend(measured, "routing"),
+        "damage": _damage({m: r["patching"] for m, r in methods.items() if "patching" in r}, styles),
         "certificates": certificates,
         "expert_columns": EXPERT_COLUMNS,
         "measurements": _measurements(results),
@@ -176,6 +178,41 @@ def _attacks(results: Mapping[str, Any], measure: str) -> dict[str, Any] | None:
             forms.append((plain_name(name), at, of_form))
     retrained = any("control" in c for _, _, cells in forms for c in cells)
     return {"methods": list(methods), "lines": lines, "forms": forms, "rows": rows, "retrained": retrained}
+
+
+def _damage(patching: Mapping[str, Mapping[str, Any]], styles: Mapping[str, Style]) -> dict[str, Any] | None:
+    """Figures of what `measure_patching` gave: curves and drift of the first methods, parts put back of all."""
+    curves, methods = figures.method_styles(("critical", "random", "least"), "random"), []
+    parts: dict[str, dict[str, dict[str | None, Number]]] = {}
+    for method, result in patching.items():
+        models, panels, names = result["models"], [], []
+        for name in models[0]["values"] if models else ():
+            by_kind: dict[str, list[Mapping[str, Any]]] = {}
+            for model in models:
+                by_kind.setdefault(model["kind"], []).append({"size": model["size"], **model["values"][name]})
+                if model["kind"] not in curves:
+                    row = parts.setdefault(name, {}).setdefault(model["name"], {})
+                    row["" if model["kind"] == "original" else method] = model["values"][name]
+            if "critical" in by_kind:
+                names.append(name)
+                panels.append(_curves(by_kind, curves, name, method))
+        panels.append(figures.drift_plot(result["ratio"], result["drift"], f"drift of each expert, {method}"))
+        methods.append({"name": method, "names": names, "panels": panels, **result})
+    plots = [row_plot(rows, styles, plain_name(n), f"{plain_name(n)} with parts put back") for n, rows in parts.items()]
+    legends = [[(n, swatch(s[n], f"{n} damage")) for n in names] for s, names in ((curves, curves), (styles, patching))]
+    return {"methods": methods[:MOST_METHODS], "parts": plots, "legends": legends} if methods else None
+
+
+def _curves(of: Mapping[str, list[Mapping[str, Any]]], styles: Mapping[str, Style], name: str, method: str) -> Figure:
+    """A measure against how many experts of each layer are original again."""
+    rows = {kind: [*of["unlearned"], *of[kind], *of["all"]] for kind in styles}
+    ticks = ["none", *(str(n["size"]) for n in of["critical"]), "all"]
+    lines = {k: {"layers": range(len(ticks)), **{e: [n[e] for n in r] for e in _ENDS}} for k, r in rows.items()}
+    before = {"value": [of["original"][0]["value"]] * len(ticks)}
+    values = [x for line in (*lines.values(), before) for e in _ENDS for x in line.get(e, ()) if x is not None]
+    label = f"{plain_name(name)} of {method} with original experts put back"
+    about: Any = {"limits": (min(values), max(values)), "below": "original experts in each layer", "ticks": ticks}
+    return layer_plot(lines, styles, plain_name(name), label, original=before, **about)
 
 
 def recovered(attacked: float | None, unlearned: float | None, original: float | None) -> float | None:

@@ -321,3 +321,25 @@ def router_drift(original: Model, current: Model) -> tuple[np.ndarray, np.ndarra
         return np.sqrt(((after - before) ** 2).sum(axis=axes)) / np.where(norm > 0, norm, 1.0)
 
     return change((1, 2)), change((1,))
+
+
+def expert_drift(original: Model, current: Model) -> np.ndarray:
+    """f64 [L, E]: |W - W_0| / |W_0| of all weights W of each routed expert together, its biases too.
+
+    Sums are float32, on the devices that hold the experts; an expert that didn't train gives exactly 0.
+    """
+    change, norm = to_host(_squares(*(model.params["layers"]["experts"] for model in (original, current))))
+    return np.sqrt(change.astype(np.float64) / np.where(norm > 0, norm, 1.0))
+
+
+@jax.jit
+def _squares(before: dict[str, jax.Array], after: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """(|W - W_0|^2, |W_0|^2), f32 [L, E]."""
+
+    def total(arrays: Iterable[jax.Array]) -> Any:
+        # Summed in two turns, which XLA would join: a float32 sum over an expert's millions of weights loses digits.
+        rows = [jax.lax.optimization_barrier(jnp.sum(jnp.square(x), axis=-1)) for x in arrays]
+        return sum(jnp.sum(x, axis=tuple(range(2, x.ndim))) for x in rows)
+
+    w0, w = ([tree[name].astype(jnp.float32) for name in before] for tree in (before, after))
+    return total(x - x0 for x, x0 in zip(w, w0, strict=True)), total(w0)

@@ -153,6 +153,8 @@ def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
     methods = {label: needed(path / "methods" / label / "results.json") for label in labels}
     attacks = [name for name, settings in (config["attacks"] or {}).items() if settings is not None]
     for label, result in methods.items():
+        if config["evaluation"].get("patching"):
+            result["patching"] = needed(path / "methods" / label / "patching.json")
         result["attacks"] = {name: needed(path / "methods" / label / "attacks" / f"{name}.json") for name in attacks}
     on_split = {label: decode(fronts.Front, result["fronts"][SPLIT]) for label, result in methods.items()}
     benchmark, levels = config["data"]["benchmark"], config["evaluation"]["levels"]

@@ -17,6 +17,7 @@ from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import as_dict, fingerprint
 from trace_jax.evaluation import fronts, routing
 from trace_jax.evaluation.intervals import Measurement
+from trace_jax.evaluation.patching import measure_patching
 from trace_jax.evaluation.scoreboard import SPLITS
 from trace_jax.evaluation.task import ScoreStore
 from trace_jax.io.files import decode, encode, flush_lines, remove, shown, write_json
@@ -102,10 +103,14 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
     load = functools.partial(load_model, config, prepared.workdir, label, target=prepared.target)
     unlearned = functools.cache(lambda: made or load())
     identities = [task.identity for task in tasks]
-    evaluation_id = fingerprint(model_id, config.evaluation, identities, retrained_identity(config))
+    evaluation_id = fingerprint(model_id, config.evaluation.of_scores, identities, retrained_identity(config))
     evaluate = functools.partial(_evaluate, prepared, unlearned, weights, directory, model_id)
     run_stage("evaluation", directory, evaluation_id, f"evaluation of {label}", evaluate)
     remove(directory / "checkpoints")
+    if config.evaluation.patching:
+        patch = functools.partial(_put_back, prepared, unlearned, directory)
+        patching_id = fingerprint(model_id, measured, quick, "patching")
+        run_stage("patching", directory, patching_id, f"drift and patching of {label}", patch)
     place = directory / "attacks"
 
     def attack(name: str, context: Context, identity: str) -> None:
@@ -209,6 +214,17 @@ def _evaluate(
         "routing": encode(compared, digits=6) | {"calibration": encode(calibration)},
     }
     write_json(directory / "results.json", results)
+
+
+def _put_back(prepared: Prepared, unlearned: Callable[[], Model], directory: Path) -> None:
+    """Which experts carry what the method did: patching.json."""
+    config, (forget, retain) = prepared.config, prepared.statistics
+    about: dict[str, Any] = {"forget": forget, "retain": retain, "seed": config.seed}
+    boards = prepared.board, config.data.board
+    put = measure_patching(prepared.target, unlearned(), prepared.evaluator, boards, **about)
+    if put["note"]:
+        say(put["note"])
+    write_json(directory / "patching.json", encode(put, digits=6))
 
 
 def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated]:

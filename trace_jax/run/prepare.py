@@ -176,13 +176,13 @@ class Prepared:
     @functools.cached_property
     def attacks(self) -> dict[str, Context]:
         """What each attack of the run has for all methods, by name."""
-        config, retrained = self.config, retrained_identity(self.config)
+        config, retrained, settings = self.config, retrained_identity(self.config), self.config.evaluation.of_scores
         tasks = [task.identity for task in self.evaluator.tasks]
         shared = self.target, self.corpora, config.data, self.board, self.evaluator, self.mesh, config.seed
         load = functools.partial(load_model, config, self.workdir, RETRAINED, self.mesh) if retrained else None
         contexts = {}
         for name, attack in (config.attacks.chosen if config.attacks else {}).items():
-            identity = fingerprint(self.model_id, retrained, name, attack, attack.revisions, config.evaluation, tasks)
+            identity = fingerprint(self.model_id, retrained, name, attack, attack.revisions, settings, tasks)
             place = self.workdir / "attacks" / name
             contexts[name] = Context(attack, *shared, place, identity, lambda: self.original_routing["forget"], load)
         return contexts

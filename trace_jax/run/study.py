@@ -136,6 +136,7 @@ def prepared_seed(path: Path, seed: int) -> Prepared:
         _PREPARED.clear()  # first, so that a process never holds two models
         values = needed(path / "config.json")["config"]
         values["seed"], values["data"]["seed"] = seed, seed
+        values["evaluation"]["patching"] = False  # a study reads fronts
         _PREPARED[path, seed] = prepare(resolve(ExperimentConfig, values), path / f"seed-{seed}")
     return _PREPARED[path, seed]
 
