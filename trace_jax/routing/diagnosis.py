@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from trace_jax.io.files import encode
-from trace_jax.io.progress import MISSING, aligned, format_number, format_share
+from trace_jax.io.progress import aligned, format_number
 from trace_jax.routing.calibration import trade_off
-from trace_jax.routing.config import select_experts
+from trace_jax.routing.config import Difference, select_experts
 from trace_jax.routing.statistics import Assignments, ExpertStatistics, counts_by_row, frequency_gap
 
 PRESENT, WEAK = 2.0, 1.25  # least held-out ratio
@@ -27,11 +27,11 @@ _ADVICE = {
     "absent": "there is nothing to calibrate, and weights by experts amount to uniform ones",
     "undecided": "the noise hides what there is: give more rows of text",
 }
-_SHOWN = {"largest_ratio": format_number, "above_ratio_2": format_share, "gap": format_number}
-_CURVE = {  # of `Certificate`
+_QUANTITIES = ("largest_ratio", "above_ratio_2", "gap")
+_CURVE = {  # fields of `Certificate`
     "effective_sample_size": "effective sample",
-    "closed": "gap closed, selected",
-    "closed_all": "gap closed, all",
+    "closed": "gap closed, selected experts",
+    "closed_all": "gap closed, all experts",
     "largest_weight": "largest weight",
 }
 
@@ -45,7 +45,7 @@ class Diagnosis:
     noise: float  # the same between two samples of one text
     # largest_ratio: f^F / f^R, of the experts with f^F of at least half of uniform; above_ratio_2: share of the experts
     # where it is above 2; gap: sum_e |f^F - f^R|, 0 to 2K. Each has "value" and "noise" f64 [L], which is between two
-    # halves of one text, and "of_all" and "noise_of_all" layers: of their largest ratio, of the means of the rest.
+    # halves of one text.
     quantities: Mapping[str, Mapping[str, Any]]
     forget: np.ndarray  # f64 [L, E], f^F
     retain: np.ndarray  # f64 [L, E], f^R
@@ -54,8 +54,7 @@ class Diagnosis:
     rows: Mapping[str, int]
     top_k: int
     layers: tuple[int, ...]  # of the network, from 0
-    # What weights of tokens reach (`trade_off`): effective_sample_size, falling, closed, closed_all, largest_weight.
-    curve: tuple[Mapping[str, float], ...] = ()
+    curve: tuple[Mapping[str, float], ...]  # what weights of tokens reach (`trade_off`): fields of `Certificate`
 
     def sentence(self) -> str:
         """The verdict, and what it rests on."""
@@ -73,30 +72,25 @@ class Diagnosis:
 
     def text(self, most: int = 12) -> str:
         """A screen for a terminal: of more layers than `most`, evenly spread ones."""
-        rows = sorted({round(row) for row in np.linspace(0, len(self.layers) - 1, most)})
-        columns = [["layer", "all", *(str(self.layers[row]) for row in rows)]]
-        for name, show in _SHOWN.items():
-            of = self.quantities[name]
-            pairs = [(of["of_all"], of["noise_of_all"]), *((of["value"][row], of["noise"][row]) for row in rows)]
-            shown = (f"{show(float(v))} ({MISSING if np.isnan(n) else show(float(n))})" for v, n in pairs)
-            columns.append([f"{name.replace('_', ' ')} (noise)", *shown])
-        experts = (" ".join(map(str, np.flatnonzero(self.selected[row]))) for row in rows)
-        columns.append(["selected experts", f"{self.selected.sum():,} ({self.selected.mean():.1%})", *experts])
-        curve = [
-            [words, *(format_number(p[key]) if key == "largest_weight" else f"{p[key]:.1%}" for p in self.curve)]
-            for key, words in _CURVE.items()
+        table = [["layer", *(f"{name.replace('_', ' ')} (noise)" for name in _QUANTITIES), "selected experts"]]
+        for row in sorted({round(row) for row in np.linspace(0, len(self.layers) - 1, most)}):
+            cells = (f"{of['value'][row]:.3g} ({of['noise'][row]:.3g})" for of in self.quantities.values())
+            table.append([str(self.layers[row]), *cells, " ".join(map(str, np.flatnonzero(self.selected[row])))])
+        share = f"{self.selected.sum():,} ({self.selected.mean():.1%})"
+        ratio, above = (self.quantities[name]["value"] for name in _QUANTITIES[:2])
+        lines = [
+            f"mismatch {self.sentence()}",
+            f"present from {PRESENT:g}, weak from {WEAK:g}, and above the noise; absent below {WEAK:g}",
+            *(f"{self.tokens[s]:,} tokens in {self.rows[s]:,} rows of {s} text" for s in self.tokens),
+            f"{len(self.layers)} layers, {self.top_k} of {self.selected.shape[1]} experts a token: largest ratio "
+            f"{ratio.max():.1f}, above 2 at {above.mean():.1%}; selected {share}",
+            "",
+            *aligned(table),
         ]
-        sizes = " and ".join(f"{self.tokens[s]:,} tokens in {self.rows[s]:,} rows of {s} text" for s in self.tokens)
-        return "\n".join(
-            [
-                f"mismatch {self.sentence()}",
-                f"present from {PRESENT:g}, weak from {WEAK:g}, and above the noise; absent below {WEAK:g}",
-                f"{sizes}; {len(self.layers)} layers, {self.top_k} of {self.forget.shape[1]} experts a token",
-                "",
-                *aligned(list(zip(*columns, strict=True))),
-                *(["", *aligned(curve)] if self.curve else []),
-            ]
-        )
+        if self.curve:
+            curve = [[words, *(format_number(p[name]) for p in self.curve)] for name, words in _CURVE.items()]
+            lines += ["", *aligned(curve)]
+        return "\n".join(lines)
 
 
 def diagnose(
@@ -135,16 +129,13 @@ def diagnose(
         verdict = "absent"
     elif ratio > noise and ratio >= WEAK:
         verdict = "present" if ratio >= PRESENT else "weak"
-    selected = select_experts(*whole, rule="difference")
+    selected = _selected(*whole)
     reached = trade_off(retain, selected=selected, target=whole[0].frequency) if curve else ()
     return Diagnosis(
         verdict=verdict,
         held_out=ratio,
         noise=noise,
-        quantities={
-            name: {"value": v[1:], "noise": n[1:], "of_all": v[0], "noise_of_all": n[0]}
-            for name, v, n in zip(_SHOWN, values, noises, strict=True)
-        },
+        quantities={name: {"value": v, "noise": n} for name, v, n in zip(_QUANTITIES, values, noises, strict=True)},
         forget=whole[0].frequency,
         retain=whole[1].frequency,
         selected=selected,
@@ -184,16 +175,20 @@ def _held_out(f1: ExpertStatistics, r1: ExpertStatistics, f2: ExpertStatistics, 
     """Selected on the first samples of two texts and looked at in the second, and the other way; the mean of both."""
     ratios = []
     for f, r, forget, retain in ((f1, r1, f2, r2), (f2, r2, f1, r1)):
-        selected = select_experts(f, r, rule="difference")
-        least = 0.5 / retain.tokens
-        ratios.append(forget.frequency[selected].sum() / max(retain.frequency[selected].sum(), least))
+        selected = _selected(f, r)
+        ratios.append(forget.counts[selected].sum() / max(retain.counts[selected].sum(), 0.5))
+        ratios[-1] *= retain.tokens / forget.tokens
     return float(np.mean(ratios))
 
 
+def _selected(forget: ExpertStatistics, retain: ExpertStatistics) -> np.ndarray:
+    """What the default rule selects, of models with fewer experts too."""
+    return select_experts(forget, retain, rule=Difference(top=min(Difference().top, forget.counts.shape[1])))
+
+
 def _quantities(forget: ExpertStatistics, retain: ExpertStatistics) -> np.ndarray:
-    """f64 [3, 1 + L]: what `Diagnosis.quantities` names, of all layers and of each. No use counts as half of one."""
+    """f64 [3, L]: what `Diagnosis.quantities` names. No use counts as half of one."""
     f, r = forget.frequency, retain.frequency
     used = f >= forget.top_k / f.shape[1] / 2
     ratio = np.where(used, f / np.maximum(r, 0.5 / retain.tokens), 0.0)
-    largest, above, gap = ratio.max(axis=1), (ratio > 2).mean(axis=1), frequency_gap(f, r)
-    return np.array([[largest.max(), *largest], [above.mean(), *above], [gap.mean(), *gap]])
+    return np.array([ratio.max(axis=1), (ratio > 2).mean(axis=1), frequency_gap(f, r)])
