@@ -72,35 +72,24 @@ def changed(place, values):
     return change
 
 
+def given(**others):
+    return lambda ids: {"expert_ids": ids, **others}
+
+
 MALFORMED = {
-    "an id beyond E": (
-        changed((95, 2), [1, 8]),
-        "token 95 (row 1), layer 2: the experts are [1, 8]; there are 8, from 0",
-    ),
+    "an id beyond E": (changed((95, 2), [1, 8]), "token 95 (row 1), layer 2: the experts are [1, 8]; there are 8,"),
     "half a token": (changed((7, 1), [3, -1]), "token 7 (row 0), layer 1: the experts are [3, -1]; there are 8"),
     "one layer": (changed((299, 0), [-1, -1]), "token 299 (row 2), layer 0: the experts are [-1, -1]; there are 8"),
-    "a repeated expert": (
-        changed((100, 0), [4, 4]),
-        "token 100 (row 2), layer 0: the experts are [4, 4]; those of a token",
-    ),
+    "a repeated expert": (changed((100, 0), [4, 4]), "token 100 (row 2), layer 0: the experts are [4, 4]; those of"),
     "nothing recorded": (changed((), 0), "holds nothing but 0 and -1"),
     "another type": (lambda ids: {"expert_ids": ids.astype(np.float32)}, "expert_ids is float32 (3, 300, 2)"),
     "flat": (lambda ids: {"expert_ids": ids.ravel()}, "expert_ids is uint8 (1800,); expected integers"),
-    "lengths": (
-        lambda ids: {"expert_ids": ids, "row_lengths": LENGTHS[1:]},
-        "row_lengths sum to 210; none of the first",
-    ),
     "two axes": (lambda ids: {"expert_ids": ids[:, :3]}, "(3, 3, 2) and there are no row_lengths; either of the first"),
-    "no lengths": (
-        lambda ids: {"expert_ids": ids, "row_lengths": LENGTHS / 2},
-        "row_lengths is float64 (3,); expected",
-    ),
-    "weights": (
-        lambda ids: {"expert_ids": ids, "gate_weights": ids[0]},
-        "gate_weights is (300, 2); expected (3, 300, 2)",
-    ),
-    "a key": (lambda ids: {"expert_ids": ids, "row_length": LENGTHS}, "has the keys expert_ids, row_length; expected"),
     "ragged": (lambda ids: {"expert_ids": np.array([ids[0], ids[1, :9]], object)}, "Pickled arrays are refused"),
+    "lengths": (given(row_lengths=LENGTHS[1:]), "row_lengths sum to 210; none of the first"),
+    "no lengths": (given(row_lengths=LENGTHS / 2), "row_lengths is float64 (3,); expected counts"),
+    "weights": (given(gate_weights=np.ones((300, 2))), "gate_weights is (300, 2); expected (3, 300, 2)"),
+    "a key": (given(row_length=LENGTHS), "has the keys expert_ids, row_length; expected"),
 }
 
 
