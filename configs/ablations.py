@@ -15,8 +15,9 @@ from trace_jax.config import ConfigError, nearest
 
 # What takes the place of the quickstart's settings.
 VARIANTS: dict[str, dict[str, Any]] = {
-    # Weights: fewer experts count as forget-critical; the bounds of weights, of ratios.
+    # Weights: fewer or other experts count as forget-critical; the bounds of weights, of ratios.
     "stricter_rule": {"calibration": {"rule": {"name": "ratio", "tau": 1.5, "kappa": 1.0}}},
+    "sensitive_experts": {"calibration": {"rule": {"name": "sensitivity", "top": 4}}},
     "smaller_weights": {"calibration": {"max_weight": 10.0}},
     "smaller_ratios": {"methods": ("ratio_weights",), "calibration": {"max_ratio": 10.0}},
     "weighted_mean": {"unlearning": {"normalize": "batch"}},

@@ -150,30 +150,22 @@ class Case:
 # --- parameters and routing changed without training
 
 
-def _normal_float() -> np.ndarray:
-    """f64 [16], the levels of NF4: 8 quantiles of the normal distribution above 0, 7 below, over the largest."""
-    outermost = 1 - (1 / 32 + 1 / 30) / 2
-    above, below = (
-        [statistics.NormalDist().inv_cdf(p) for p in np.linspace(outermost, 0.5, count)[:-1]] for count in (9, 8)
-    )
-    return np.sort([*above, 0.0, *np.negative(below)]) / max(above)
-
-
 _FP4 = np.array([1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1])
-BLOCK_LEVELS = {"nf4": _normal_float(), "fp4": np.sort([*_FP4, 0.0, *-_FP4])}  # ascending, in units of the largest
-BLOCK = 64  # weights that share a scale
+_ABOVE, _BELOW = (  # quantiles of the normal distribution, 8 and 7
+    np.array([statistics.NormalDist().inv_cdf(p) for p in np.linspace(1 - (1 / 32 + 1 / 30) / 2, 0.5, n)[:-1]])
+    for n in (9, 8)
+)
+BLOCK_LEVELS = {"nf4": np.sort([*_ABOVE, 0, *-_BELOW]) / _ABOVE[0], "fp4": np.sort([*_FP4, 0, *-_FP4])}
+BLOCK = 64  # weights that share a scale, their largest: the unit of the levels
 
 
 class Quantization(Attack):
     """Weights rounded to few bits: symmetric integers per output channel, and bitsandbytes' 4-bit blocks."""
 
     bits: tuple[int, ...] = option(
-        (8, 4), help="bits of symmetric integers with a step per output channel, one attack each",
-        choices=tuple(range(2, 9)),
-    )  # fmt: skip
-    blocks: tuple[str, ...] = option(
-        ("nf4", "fp4"), help="4-bit types in blocks of 64 weights, one attack each", choices=tuple(BLOCK_LEVELS)
+        (8, 4), help="bits of symmetric integers, one attack each", choices=tuple(range(2, 9))
     )
+    blocks: tuple[str, ...] = option(("nf4", "fp4"), help="4-bit types, one attack each", choices=tuple(BLOCK_LEVELS))
 
     def __post_init__(self):
         super().__post_init__()
@@ -181,10 +173,7 @@ class Quantization(Attack):
             raise ConfigError("bits and blocks are empty lists; give at least one form, such as bits = (8, 4).")
 
     def points(self, case: Case) -> list[Point]:
-        model, forms = (
-            case.unlearned,
-            {f"{bits} bits": bits for bits in self.bits} | {name: name for name in self.blocks},
-        )
+        model, forms = case.unlearned, {f"{bits} bits": bits for bits in self.bits} | {n: n for n in self.blocks}
         models = ((at, quantized(model.params, model.config, form=form)) for at, form in forms.items())
         return [Point(at, case.measure(params, at.replace(" ", "-"))) for at, params in models]
 
@@ -197,13 +186,12 @@ def quantized(params: Any, config: ModelConfig, *, form: int | str) -> Any:
     """
     specs, flat = flat_specs(config), flatten(params)
     matrices = [path for path in flat if path.rpartition("/")[2] in _MATRICES]  # in one order in all processes
-    how = {"levels": form} if isinstance(form, str) else {"bits": form}
     rounding: Any = round_in_blocks if isinstance(form, str) else round_to_nearest
-    return unflatten(flat | {path: rounding(flat[path], sides=specs[path].sides, **how) for path in matrices})
+    return unflatten(flat | {path: rounding(flat[path], form, sides=specs[path].sides) for path in matrices})
 
 
 @functools.partial(jax.jit, static_argnames=("sides", "bits"))
-def round_to_nearest(weights: jax.Array, *, sides: tuple[int, int], bits: int) -> jax.Array:
+def round_to_nearest(weights: jax.Array, bits: int, *, sides: tuple[int, int]) -> jax.Array:
     """Each weight as the nearest multiple of its channel's step, in float32, ties to even; in the type of `weights`.
 
     A channel is an output of the matrix, and `sides` (`ArraySpec.sides`) says which axes are its inputs. Steps are
@@ -217,7 +205,7 @@ def round_to_nearest(weights: jax.Array, *, sides: tuple[int, int], bits: int) -
 
 
 @functools.partial(jax.jit, static_argnames=("sides", "levels"))
-def round_in_blocks(weights: jax.Array, *, sides: tuple[int, int], levels: str) -> jax.Array:
+def round_in_blocks(weights: jax.Array, levels: str, *, sides: tuple[int, int]) -> jax.Array:
     """Each weight as the nearest of `BLOCK_LEVELS` times its block's largest absolute value, in the type of `weights`.
 
     Blocks are 64 weights that follow each other in the matrix [outputs, inputs]; its last one may be shorter. This is
@@ -286,11 +274,6 @@ class TrainingOn(OptimizerConfig, Attack):
     schedule: str = option("cosine", help="learning rate after warm-up, until the run ends", choices=SCHEDULES)
     optimizer: Optimizer = option(AdamW(b2=0.999), help="how gradients become updates")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.steps:
-            raise ConfigError("steps is an empty list; give the length of at least one run, such as (50, 75, 100).")
-
     def points(self, case: Case) -> list[Point]:
         """A point for every run; the retrained model is trained in the same way, once for all methods."""
         context, title = case.context, case.directory.name.replace("_", " ")
@@ -317,17 +300,10 @@ class TrainingOn(OptimizerConfig, Attack):
             place = directory / f"{steps}-steps"
             if not broadcast_from_process_0(read_json(place / "finished.json") == identity):
                 train_on(
-                    load(),
-                    self.optimization,
-                    lambda step: rows.batch(sampler(step)),
-                    steps=steps,
-                    evaluate=evaluate,
-                    seed=context.seed,
-                    mesh=context.mesh,
-                    directory=place,
-                    identity=identity,
+                    load(), self.optimization, lambda step: rows.batch(sampler(step)), steps=steps, evaluate=evaluate,
+                    seed=context.seed, mesh=context.mesh, directory=place, identity=identity,
                     title=f"{title}, {steps} steps",
-                )
+                )  # fmt: skip
                 write_json(place / "finished.json", identity)
                 remove(place / "checkpoints")
                 barrier(f"{title}: measured {steps} steps")  # all processes read it

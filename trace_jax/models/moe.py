@@ -108,14 +108,9 @@ def _sparse_mixer(logits_TE: jax.Array, jitter: float, chosen_TK: jax.Array | No
 
 
 def moe_layer(
-    layer: dict,
-    config: ModelConfig,
-    x_TD: jax.Array,
-    *,
-    buffer: float = 0.0,
-    chosen_TK: jax.Array | None = None,
-    added_TK: jax.Array | None = None,
-) -> tuple[jax.Array, RouterOutput]:
+    layer: dict, config: ModelConfig, x_TD: jax.Array, *, buffer: float = 0.0,
+    chosen_TK: jax.Array | None = None, added_TK: jax.Array | None = None,
+) -> tuple[jax.Array, RouterOutput]:  # fmt: skip
     """Output [T,D] of the routed (and shared) experts of one layer, and what the router decided.
 
     Devices of the axis "expert" show each other their tokens, compute those of their own experts, and add up the

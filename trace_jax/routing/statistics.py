@@ -205,18 +205,18 @@ def expert_sensitivity(model: Model, batches: Iterable[Batch], *, mesh: Mesh | N
     """
     batches, again = itertools.tee(batches)
     arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
-    layout = {"mesh": mesh or make_mesh(), "out_specs": PartitionSpec(BATCH_AXES)}
-    passes = map_batches(_slopes, model.params, model.config, arrays, **layout)
-    total = sum(slopes.sum(axis=0, dtype=np.float64) for slopes in passes)
+    total, layout = np.zeros(()), {"mesh": mesh or make_mesh(), "out_specs": PartitionSpec(BATCH_AXES)}
+    for slopes in map_batches(_slopes, model.params, model.config, arrays, **layout):
+        total = total + slopes.sum(axis=0, dtype=np.float64)
     return total / sum(int(np.asarray(batch.valid).sum()) for batch in again)
 
 
 def _slopes(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array) -> jax.Array:
     """f32 [B, L, E]: sums over each row of |d NLL / d gate|. The summed NLL of a row is all that its gates change."""
-    collect = ("hidden", "indices")
 
     def loss(added: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out: Any = forward(params, config, tokens, mask=segments, collect=collect, gates_added=added, remat="layer")
+        options: Any = {"collect": ("hidden", "indices"), "gates_added": added, "remat": "layer"}
+        out: Any = forward(params, config, tokens, mask=segments, **options)
         nll = token_nll(params, config, out.hidden, jnp.roll(tokens, -1, axis=1))
         return jnp.where(valid, nll, 0.0).sum(), out.router.indices
 

@@ -101,9 +101,8 @@ class Prepared:
             diagnosis = diagnose(*found, num_experts=experts, curve=False, seed=seed)
             write_json(directory / "diagnosis.json", diagnosis.to_json())
 
-        run_stage(
-            "statistics", directory, fingerprint(self.model_id, "routing by document"), "routing statistics", make
-        )
+        identity = fingerprint(self.model_id, "routing by document")
+        run_stage("statistics", directory, identity, "routing statistics", make)
         if diagnosis := read_json(directory / "diagnosis.json"):  # earlier versions had none
             say(f"mismatch {diagnosis['sentence']}")
         forget, retain = (routing.ExpertStatistics.load(directory / f"{name}.npz") for name in ("forget", "retain"))
