@@ -10,8 +10,9 @@ import pytest
 from tests import tiny
 from tests.unlearning.conftest import ONE, Stop, flat_of, run
 from trace_jax.config import ConfigError
-from trace_jax.models.architecture import flatten, unflatten
+from trace_jax.models.architecture import abstract_params, flatten, unflatten
 from trace_jax.models.decoder import forward
+from trace_jax.models.model import Model
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.repselect import ADVERSARY_RANK, collapse
 from trace_jax.unlearning.trainable import split
@@ -102,6 +103,17 @@ def test_the_same_on_a_mesh_in_other_batches_and_after_an_interruption(model, fo
     other = dataclasses.replace(CONFIG, forget_batch_size=8)
     again = run(model, forget, None, other, directory=tmp_path, identity="one", mesh=tiny.mesh_of(1, 2, 1))
     np.testing.assert_allclose(flat_of(again.model)[PATH], whole[PATH], atol=1e-3)
+
+
+def test_selected_experts_of_a_bfloat16_model_move_and_no_others(model, forget):
+    like = abstract_params(config := dataclasses.replace(model.config, dtype="bfloat16"))
+    half = Model(config, jax.tree.map(lambda x, spec: x.astype(spec.dtype), model.params, like))
+    selected = np.array([[True, False, True, False], [False, True, False, False]])
+    chosen = dataclasses.replace(CONFIG, trainable="selected_experts")
+    after = flat_of(run(half, forget, None, chosen, selected=selected).model)
+    for path in (PATH, "layers/experts/down"):
+        moved = (after[path] != flat_of(half)[path]).reshape(2, 4, -1).any(axis=-1)
+        assert np.array_equal(moved, selected) and after[path].dtype == jnp.bfloat16
 
 
 def test_what_it_does_not_read_is_refused(model, forget):

@@ -67,7 +67,8 @@ def forget_direction(
         for rows, _ in batches(forget.take(np.random.default_rng(seed).permutation(len(forget)))):
             state, _ = unlearning_step(state, learning, rows, settings=taught, mesh=mesh)
         params = merge(params, state.trainable, model, mesh, scale=jnp.float32(1.0))
-    trained, total = split(params, paths, model, mesh, index=constants.index), None
+    first, total = split(params, paths, model, mesh, index=constants.index), None
+    trained = fresh_state(first, None, None, settings=settings, mesh=mesh).trainable  # float32, as what trains is
     for rows, share in batches(forget):
         of_batch = reading(params, constants.index, gamma=objective.gamma * share)
         gradient, _ = batch_gradient(trained, None, of_batch, rows, settings=settings, mesh=mesh)
