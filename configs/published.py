@@ -108,6 +108,6 @@ def check_name(what: str, name: str, names: Iterable[str], config: str) -> None:
     """Refuses a part of a variant of configs/CONFIG.py that is none of `names`, with the nearest of them."""
     if name not in (names := list(names)):
         raise ConfigError(
-            f"configs/{config}.py has no {what} {name!r}{nearest(name, names)} A variant is MODEL, or MODEL,METHOD; "
+            f"configs/{config}.py has no {what} {name!r}{nearest(name, names)} A variant is MODEL or MODEL,METHOD; "
             f"{what}s: {', '.join(names)}."
         )

@@ -167,7 +167,7 @@ class MultipleChoice(Task):
     def _compared(self) -> dict[str, np.ndarray]:
         """Places of all questions of WMDP, and of MMLU."""
         kinds = np.array([q.source.split("_")[0] for q in self.questions])
-        return {name: np.flatnonzero(kinds == name) for name in self.board.questions}
+        return {name: np.flatnonzero(kinds == name) for name in ("wmdp", "mmlu")}
 
 
 def read_multiple_choice(config: MultipleChoiceConfig) -> MultipleChoice:
