@@ -93,7 +93,7 @@ def get_config(variant: str = "qwen1.5-moe-a2.7b") -> ml_collections.ConfigDict:
     config = benchmark_config("tofu", variant, data=DATA, common=COMMON, methods=METHODS)
     config.evaluation.tofu = {"data": BENCHMARK, "forget": "forget10"}
     config.evaluation.batch_size = 16
-    # Of the statistic; between two times 200 questions p is .05 at .136. Without a retrained model: .3 and .15 of the
+    # Of the statistic; between two times 200 questions p is .04 at .14. Without a retrained model: .3 and .15 of the
     # original's probability.
     config.evaluation.levels = (0.3, 0.15)
     return config

@@ -125,8 +125,8 @@ class TofuTask(Task):
     name: str = "tofu"
     quick: bool = True
     generates: bool = True
-    # Of forget quality the statistic, not the p-value: lower is more forgotten, it doesn't depend on the number of
-    # questions, and what lies between two evaluations is near a line, where p goes through tens of powers of ten.
+    # Of forget quality the statistic, not the p-value: lower is more forgotten, its scale doesn't depend on the number
+    # of questions, and between two evaluations a line can be drawn, where p goes through tens of powers of ten.
     board = Scoreboard(
         "tofu_forget_ks_half", {"tofu_model_utility_half": True}, {"tofu_forget": "tofu_forget_ks_half", **_HALVES}
     )
@@ -194,12 +194,11 @@ class TofuTask(Task):
         utility: dict[str, list[np.ndarray]] = {"": [], "_arithmetic": []}  # by the mean of wrong answers
         means: dict[str, np.ndarray] = {}  # what is averaged over the questions of a set
         for name in SETS:
-            for suffix, columns in utility.items():
-                columns.append(_columns(arrays, name, "arithmetic" if suffix else "geometric"))
-                means |= {
-                    f"{name}_{column}": x for column, x in zip(_COLUMNS, columns[-1].T, strict=True) if not suffix
-                }
-                means[f"{name}_truth_ratio{suffix}"] = columns[-1][:, 2]
+            columns, arithmetic = _columns(arrays, name), _columns(arrays, name, "arithmetic")
+            utility[""].append(columns)
+            utility["_arithmetic"].append(arithmetic)
+            means |= {f"{name}_{column}": x for column, x in zip(_COLUMNS, columns.T, strict=True)}
+            means[f"{name}_truth_ratio_arithmetic"] = arithmetic[:, 2]
             means[f"{name}_rouge1_recall"] = arrays[f"{name}/rouge"][:, 0]
         means["forget_truth_ratio_prob_mean"] = aggregated(ratio, "prob_mean")
         means |= {f"forget_{key}": arrays[f"forget/{key}"] for key in ("extraction_strength", "exact_memorization")}
