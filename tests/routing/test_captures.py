@@ -6,7 +6,8 @@ import io
 import numpy as np
 import pytest
 
-from trace_jax.routing.captures import CaptureError, join, read_capture
+from trace_jax.data.published import DataError
+from trace_jax.routing.captures import join, read_capture
 
 EXPERTS, LENGTHS = 8, np.array([90, 10, 200])
 
@@ -97,18 +98,21 @@ MALFORMED = {
 def test_a_malformed_capture_is_refused_with_the_place(case, chosen, tmp_path):
     make, message = MALFORMED[case]
     np.savez(tmp_path / "capture.npz", **make(chosen))
-    with pytest.raises(CaptureError) as error:
+    with pytest.raises(DataError) as error:
         read_capture(tmp_path / "capture.npz", EXPERTS)
     assert str(error.value).startswith(f"{tmp_path / 'capture.npz'}: ") and message in str(error.value)
 
 
 def test_files_that_hold_no_array_and_captures_of_two_models_are_refused(chosen, tmp_path):
-    for content in (b"", b"not an array", b"PK\x03\x04"):
+    np.savez_compressed(tmp_path / "whole.npz", expert_ids=chosen)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    damaged = whole[:200] + bytes(50) + whole[250:]
+    for content in (b"", b"not an array", b"PK\x03\x04", damaged):
         (tmp_path / "capture.npy").write_bytes(content)
-        with pytest.raises(CaptureError, match=r"can't be read as \.npz or \.npy"):
+        with pytest.raises(DataError, match=r"can't be read as \.npz or \.npy"):
             read_capture(tmp_path / "capture.npy", EXPERTS)
     np.save(tmp_path / "capture.npy", chosen)
     other = read_capture(tmp_path / "capture.npy", EXPERTS)
     np.save(tmp_path / "capture.npy", chosen[:2])
-    with pytest.raises(CaptureError, match=r"one is \(3, 300, 2\) .* another \(2, 300, 2\)"):
+    with pytest.raises(DataError, match=r"one is \(3, 300, 2\) .* another \(2, 300, 2\)"):
         join([other, read_capture(tmp_path / "capture.npy", EXPERTS)])

@@ -5,19 +5,17 @@ Shapes and encodings of four servers, and how to write such a file from their an
 
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
 
+from trace_jax.data.published import DataError
 from trace_jax.io.files import local_copy
 from trace_jax.routing.statistics import Assignments
 
 BLOCK = 256  # tokens that stand for a row where a capture names no rows
 _KEYS = ("expert_ids", "row_lengths", "gate_weights")
-
-
-class CaptureError(ValueError):
-    """A capture that can't be used. The message is one sentence that names the file and the place."""
 
 
 def read_capture(path: str | os.PathLike, num_experts: int) -> Assignments:
@@ -30,42 +28,42 @@ def read_capture(path: str | os.PathLike, num_experts: int) -> Assignments:
     them. A bare `.npy` holds the ids.
 
     Raises:
-      CaptureError: no such file; pickled, ragged or wrong arrays; an id that is no expert, or twice in one token.
+      DataError: no such file; pickled, ragged or wrong arrays; an id that is no expert, or twice in one token.
     """
     name, arrays = os.fspath(path), _read(path)
     if "expert_ids" not in arrays or arrays.keys() - set(_KEYS):
-        raise CaptureError(f"{name}: has the keys {', '.join(arrays) or 'none'}; expected {', '.join(_KEYS)}.")
+        raise DataError(f"{name}: has the keys {', '.join(arrays) or 'none'}; expected {', '.join(_KEYS)}.")
     ids, lengths, gates = arrays["expert_ids"], arrays.get("row_lengths"), arrays.get("gate_weights")
     if ids.ndim != 3 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-        raise CaptureError(f"{name}: expert_ids is {ids.dtype} {ids.shape}; expected integers [tokens, layers, K].")
+        raise DataError(f"{name}: expert_ids is {ids.dtype} {ids.shape}; expected integers [tokens, layers, K].")
     if gates is not None and gates.shape != ids.shape:
-        raise CaptureError(f"{name}: gate_weights is {gates.shape}; expected {ids.shape}, the shape of expert_ids.")
+        raise DataError(f"{name}: gate_weights is {gates.shape}; expected {ids.shape}, the shape of expert_ids.")
     if lengths is None:
         tokens, said = max(ids.shape[:2]), "there are no row_lengths"
         lengths = np.full(-(-tokens // BLOCK), BLOCK)
         lengths[-1] -= lengths.sum() - tokens
     elif lengths.ndim != 1 or not np.issubdtype(lengths.dtype, np.integer) or (lengths < 0).any():
-        raise CaptureError(f"{name}: row_lengths is {lengths.dtype} {lengths.shape}; expected counts [rows].")
+        raise DataError(f"{name}: row_lengths is {lengths.dtype} {lengths.shape}; expected counts [rows].")
     else:
         tokens = int(lengths.sum())
         said = f"row_lengths sum to {tokens}"
     axes = [axis for axis in (0, 1) if ids.shape[axis] == tokens]
     if len(axes) != 1:
         why = "either of the first two axes can be the tokens" if axes else "none of the first two axes is that long"
-        raise CaptureError(f"{name}: expert_ids is {ids.shape} and {said}; {why}.")
+        raise DataError(f"{name}: expert_ids is {ids.shape} and {said}; {why}.")
     ids = np.moveaxis(ids, axes[0], 1)
     rows = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     routed = ~np.isin(ids, (0, -1)).all(axis=(1, 2)) | (ids.shape[2] == 1)
     layers, places = np.flatnonzero(routed), np.flatnonzero((ids[routed] != -1).any(axis=(0, 2)))
     ids, rows = ids[routed][:, places], rows[places]
     if not ids.size:
-        raise CaptureError(f"{name}: expert_ids holds nothing but 0 and -1; the server recorded no routing.")
+        raise DataError(f"{name}: expert_ids holds nothing but 0 and -1; the server recorded no routing.")
     outside = ((ids < 0) | (ids >= num_experts)).any(axis=2)
     repeated = (np.diff(np.sort(ids, axis=2), axis=2) == 0).any(axis=2)
     for wrong, why in ((outside, f"there are {num_experts}, from 0"), (repeated, "those of a token are distinct")):
         if np.any(wrong):
             token, layer = np.argwhere(np.transpose(wrong))[0]
-            raise CaptureError(
+            raise DataError(
                 f"{name}: token {places[token]} (row {rows[token]}), layer {layers[layer]}: the experts are "
                 f"{ids[layer, token].tolist()}; {why}."
             )
@@ -79,20 +77,20 @@ def _read(path: str | os.PathLike) -> Mapping[str, np.ndarray]:
             loaded = np.load(file, allow_pickle=False)
             return {"expert_ids": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
     except FileNotFoundError:
-        raise CaptureError(f"{name}: there is no such file.") from None
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise CaptureError(
+        raise DataError(f"{name}: there is no such file.") from None
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(
             f"{name}: can't be read as .npz or .npy ({error}). Pickled arrays are refused; rows of unequal length are "
             "one array, with row_lengths."
         ) from None
 
 
 def join(parts: list[Assignments]) -> Assignments:
-    """Several captures of one model as one corpus. Raises CaptureError: they differ in layers or in K."""
+    """Several captures of one model as one corpus. Raises DataError: they differ in layers or in K."""
     first = parts[0]
     for part in parts:
         if part.layers != first.layers or part.indices.shape[2] != first.indices.shape[2]:
-            raise CaptureError(
+            raise DataError(
                 f"captures of one model have the same layers and K; one is {first.indices.shape} [layers, tokens, K], "
                 f"another {part.indices.shape}."
             )
