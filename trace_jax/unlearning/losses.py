@@ -49,6 +49,7 @@ class Constants(NamedTuple):
     target: Any = None  # f32 [topics, D], where RMU steers
     online: Calibration | None = None  # weighs retain tokens by their present routing, beside the weights of their rows
     protection: Any = None  # `trace_jax.unlearning.grip.Protection` of the routers
+    direction: Flat | None = None  # the gradient of every step, where one was made before (repselect)
 
 
 def coefficients(config: UnlearningConfig) -> Flat:

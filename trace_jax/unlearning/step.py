@@ -186,20 +186,15 @@ def batch_gradient(
     constant_specs: Any = Constants(param_specs(settings.model, mesh), *others)  # pyright: ignore[reportArgumentType] specs
     in_specs, of_device = (trains, P(), constant_specs, P(BATCH_AXES)), functools.partial(gradient, settings=settings)
     sharded = jax.shard_map(of_device, mesh=mesh, in_specs=in_specs, out_specs=(trains, P()))
-    return sharded(trained, alpha, constants._replace(masks=None, protection=None), rows)
-
-
-@functools.partial(jax.jit, static_argnames=("settings", "mesh"), donate_argnums=0)
-def step_along(state: TrainState, direction: Flat, masks: Flat | None, *, settings: StepSettings, mesh: Mesh):
-    """(state, metrics) after a step down a gradient that is given."""
-    state, norm = apply_gradients(state, direction, settings, masks, mesh)
-    return state, {"gradient_norm": norm}
+    return sharded(trained, alpha, constants._replace(masks=None, protection=None, direction=None), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "mesh"), donate_argnums=0)
 def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, settings: StepSettings, mesh: Mesh):
     """(state, metrics) after a step of gamma L_forget + alpha L_retain on a multiple of `row_multiple` rows."""
-    gradients, metrics = batch_gradient(state.trainable, state.alpha, constants, rows, settings=settings, mesh=mesh)
+    gradients, metrics = constants.direction, {}
+    if gradients is None:
+        gradients, metrics = batch_gradient(state.trainable, state.alpha, constants, rows, settings=settings, mesh=mesh)
     state, norm = apply_gradients(state, gradients, settings, constants.masks, mesh)
     if constants.protection is not None:
         trained, metrics["grip_missed"] = keep_routers(

@@ -29,7 +29,7 @@ from trace_jax.unlearning.losses import Constants
 from trace_jax.unlearning.metrics import Metrics
 from trace_jax.unlearning.objectives import Referring, Refusing, RepSelect, Steering
 from trace_jax.unlearning.repselect import forget_direction
-from trace_jax.unlearning.step import row_multiple, set_up, step_along, unlearning_step
+from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
 from trace_jax.unlearning.trainable import Flat, merge, table_text, trainable_table
 
 
@@ -102,15 +102,12 @@ def unlearn(
         online=place(weights.step_calibration, mesh) if weights is not None and config.retains else None,
         protection=protection,
     )
+    if isinstance(objective, RepSelect):
+        direction = forget_direction(constants, forget, config, settings, seed=seed, mesh=mesh)
+        constants = constants._replace(direction=direction)
 
     def step(state, rows):
         return unlearning_step(state, constants, rows, settings=settings, mesh=mesh)
-
-    if isinstance(objective, RepSelect):
-        direction = forget_direction(constants, forget, config, settings, seed=seed, mesh=mesh)
-
-        def step(state, rows):
-            return step_along(state, direction, constants.masks, settings=settings, mesh=mesh)
 
     def model_of(trained: Flat) -> Model:
         """The model that trains, or that what it has learnt is subtracted from."""
