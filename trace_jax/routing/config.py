@@ -1,6 +1,6 @@
 """How retain tokens are weighted: which experts are selected, what is matched, where the weights act (docs/method.md).
 
-A weighting and a selection rule are named and carry their own settings: `{"name": "entropy", "unit": "row", "rule":
+A weighting and a selection rule are named and carry their own settings: `{"name": "matching", "unit": "row", "rule":
 {"name": "difference", "top": 4}}`.
 """
 
@@ -65,7 +65,7 @@ def select_experts(
     forget: ExpertStatistics,
     retain: ExpertStatistics,
     *,
-    rule: str | SelectionRule = "ratio",
+    rule: str | SelectionRule = "difference",
     seed: int = 0,
     sensitivity: np.ndarray | None = None,
     **settings: Any,
