@@ -48,7 +48,10 @@ def test_an_imported_model_is_attacked_in_every_way(data, tmp_path, monkeypatch,
     overrides = {**SETTINGS, "model.path": str(checkpoint), "model.retrained": str(checkpoint), **files}
     arguments = [f"--config.{name}={value}" for name, value in overrides.items()]
     assert main(["--config", "configs/huggingface.py", "--workdir", str(tmp_path / "run"), *arguments]) == 0
-    result = read_json(tmp_path / "run/results.json")["methods"]["uniform"]["attacks"]
+    result = read_json(tmp_path / "run/results.json")["methods"]["uniform"]
+    put = {row["name"] for row in result["patching"]["models"]}  # only down projections trained
+    assert {"1 critical", "all experts", "shared and dense MLPs"} <= put and not put & {"attention", "routers"}
+    result = result["attacks"]
     assert set(result) == set(ATTACKS)
     for attack in result.values():
         assert attack["points"] and attack["strongest"] is not None and not attack["failed"]

@@ -28,6 +28,7 @@ SETTINGS = {
     "unlearning.trainable": "selected_experts",
     "evaluation.max_members": 4,
     "evaluation.max_gradients": 2,
+    "evaluation.patching": True,
     "attacks": {
         "relearning": {"steps": [1, 2], "batch_size": 2, "learning_rate": 1e-3},
         "quantization": {"bits": [4]},
@@ -43,6 +44,8 @@ def numbers_of(directory):
     for name in SETTINGS["attacks"]:
         points += read_json(directory / "attacks" / f"{name}.json")["points"]
     values = [(m["name"], m["value"]) for point in points for m in point["measurements"]]
+    put = read_json(directory / "patching.json")["models"]
+    values += [(name, number["value"]) for row in put for name, number in row["values"].items()]
     return [value for name, value in values if not name.startswith(("membership", "privleak"))]
 
 

@@ -243,3 +243,14 @@ def test_the_section_of_a_configuration_makes_the_task(sources):
         MultipleChoiceConfig({"mmlu": 3})
     with pytest.raises(DataError, match=r"sources\.mmlu_virology: is a part of sources\.mmlu"):
         read_multiple_choice(MultipleChoiceConfig({"mmlu": sources["mmlu"], "mmlu_virology": sources["mmlu"]}))
+
+
+def test_a_thinned_task_asks_test_questions_of_each_subject(task, model):
+    thin = task.thinned(2)
+    assert len(thin.questions) == 8 and task.thinned(100).questions == task.questions[:-4]
+    whole, part = (t.outcomes(t.score(model, batch_size=4, mesh=None), None, None) for t in (task, thin))
+    for subject in ("wmdp", "mmlu"):
+        names, thinned = (x[f"test/{subject}/question"] for x in (whole, part))
+        assert len(thinned) == 2 and np.isin(thinned, names).all()
+        scores = (x[f"test/{subject}/score"] for x in (whole, part))
+        assert next(scores)[np.isin(names, thinned)].tolist() == next(scores).tolist()

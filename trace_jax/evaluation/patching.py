@@ -28,6 +28,7 @@ from trace_jax.routing.config import highest, ranks
 from trace_jax.routing.statistics import ExpertStatistics, expert_drift
 
 DRAWS, MOST_SIZES, MOST_BLOCKS = 3, 4, 8  # of random experts; numbers of experts and blocks of layers at most
+MOST_ITEMS = 500  # test items of a subject, where a benchmark has thousands
 EXPERTS = "experts"
 # The parts of a model by the paths of their parameters; the first pattern that fits counts.
 PARTS = {
@@ -127,14 +128,16 @@ def measure_patching(
     correlations = {"ratio": drift_correlation(drift, ratio), "difference": drift_correlation(drift, difference)}
     result = {"drift": drift, "ratio": ratio, "correlation": correlations, "note": "", "models": []}
     differ = to_host(_differ(flatten(original.params), flatten(current.params)))
-    found = ((scorer, board) for board in boards if (scorer := _scorer(evaluator, board)))
-    scorer, board = next(found, (None, boards[0]))
+    found = ((tasks, board) for board in boards if (tasks := _tasks(evaluator, board)))
+    tasks, board = next(found, ((), boards[0]))
     models = _models({part_of(path) for path in differ if differ[path]}, drift, difference, current, seed)
-    if scorer is None or not models:
+    if not tasks or not models:
         missing = f"no items are kept for {board.forgetting} and a utility"
-        return result | {"note": f"Nothing was put back: {missing if scorer is None else 'no parameter changed'}."}
-    outcomes = [scorer.outcomes(evaluator.original)]
+        return result | {"note": f"Nothing was put back: {'no parameter changed' if tasks else missing}."}
+    scorer = dataclasses.replace(evaluator, tasks=tasks)
     try:
+        scorer = dataclasses.replace(scorer, original=scorer.score(original))
+        outcomes = [scorer.outcomes(scorer.original)]
         outcomes.append(scorer.outcomes(scorer.score(current)))
         for *_, what in tracked(models, "putting originals back", len(models)):
             outcomes.append(scorer.outcomes(scorer.score(put_back(current, original, what))))
@@ -162,9 +165,9 @@ def _models(
     return models + [("part", part, 0, part) for part in others]
 
 
-def _scorer(evaluator: Evaluator, board: Scoreboard) -> Evaluator | None:
-    """The test split of the quick tasks behind the forgetting score and the first utility; None: items aren't kept, or
-    text has to be written for them, which is too dear for many models.
+def _tasks(evaluator: Evaluator, board: Scoreboard) -> tuple[Task, ...]:
+    """The quick tasks behind the forgetting score and the first utility, on the test split; none where items aren't
+    kept, or where text has to be written for them, which is too dear for many models.
     """
 
     def scores_of(*tasks: Task) -> set[str]:
@@ -177,9 +180,7 @@ def _scorer(evaluator: Evaluator, board: Scoreboard) -> Evaluator | None:
             task = dataclasses.replace(cast(Any, task), data=own)
         tasks.append(task)
     names = scores_of(*tasks)
-    if len(names) < 2:
-        return None
-    return dataclasses.replace(evaluator, tasks=tuple(task for task in tasks if names & scores_of(task)))
+    return tuple(task.thinned(MOST_ITEMS) for task in tasks if names & scores_of(task)) if len(names) == 2 else ()
 
 
 def _series(outcomes: Sequence[Mapping[str, np.ndarray]], board: Scoreboard) -> dict[str, list[Series]]:

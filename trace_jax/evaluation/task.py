@@ -136,6 +136,10 @@ class Task:
         """What each item gave, to be kept at every evaluation of a run (`probes`); most tasks keep nothing."""
         return {}
 
+    def thinned(self, most: int) -> "Task":
+        """For many models: at most so many test items of each subject, spread evenly; the same where there are few."""
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:

@@ -161,6 +161,14 @@ class MultipleChoice(Task):
             outcomes |= half_outcomes(name, [self.questions[i].digest for i in places], score=correct[places])
         return outcomes
 
+    def thinned(self, most: int) -> "MultipleChoice":
+        """Pairs of the halves, so that those of the test half stay in it."""
+        chosen: list[int] = []
+        for places in self._compared().values():
+            first = 2 * spread_indices(len(places) // 2, most)
+            chosen += places[np.sort(np.concatenate([first, first + 1]))].tolist()
+        return dataclasses.replace(self, questions=tuple(self.questions[i] for i in chosen))
+
     def _correct(self, scores: TaskScores) -> np.ndarray:
         return scores.arrays["log_likelihood"].argmax(axis=1) == [question.answer for question in self.questions]
 
