@@ -57,8 +57,8 @@ class ExpertStatistics:
     def load(cls, path) -> "ExpertStatistics":
         with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
             layers = tuple(file["layers"].tolist()) if "layers" in file else ()
-            unknown = np.full(file["counts"].shape, np.nan)  # runs of before kept another mean
-            return cls(file["counts"], file.get("affinity", unknown), int(file["tokens"]), int(file["top_k"]), layers)
+            affinity = file.get("affinity", np.nan * file["counts"])  # runs of before kept another mean
+            return cls(file["counts"], affinity, int(file["tokens"]), int(file["top_k"]), layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ def expert_routing(
     indices = [np.zeros((len(counts), 0, config.experts_per_token), _index_type(config))]
     batches, again = itertools.tee(batches)
     arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
-    layout = {"mesh": mesh or make_mesh(), "out_specs": _out_specs(assign), "static": (assign,)}
+    layout = {"mesh": mesh or make_mesh(), "out_specs": _OUT_SPECS[: 2 + assign], "static": (assign,)}
     outputs = map_batches(_routing, model.params, config, arrays, **layout)
     for batch, (batch_counts, gates, *chosen) in zip(again, outputs, strict=True):
         valid = np.asarray(batch.valid)
@@ -164,8 +164,7 @@ def expert_routing(
     return statistics, Assignments(np.concatenate(indices, axis=1), *np.concatenate(places, axis=1), config.moe_layers)
 
 
-def _out_specs(assign: bool) -> tuple[PartitionSpec, ...]:
-    return (PartitionSpec(), PartitionSpec(BATCH_AXES), *[PartitionSpec(BATCH_AXES)] * assign)
+_OUT_SPECS = (PartitionSpec(), *[PartitionSpec(BATCH_AXES)] * 2)  # counts, the same on all devices; gates and experts
 
 
 def _index_type(config: ModelConfig) -> Any:
@@ -189,13 +188,18 @@ def _routing(
 
 def _by_expert(values: jax.Array, indices: jax.Array, config: ModelConfig) -> jax.Array:
     """f32 [B, L, E]: sums over the positions of each row of values [L, B, S, K] of the chosen experts `indices`."""
-    is_chosen = indices[..., None] == jnp.arange(config.num_experts, dtype=jnp.int32)[(None,) * indices.ndim]
-    return jnp.moveaxis(jnp.where(is_chosen, values[..., None], 0.0).sum(axis=(2, 3)), 0, 1)
+    expert = jnp.arange(config.num_experts, dtype=jnp.int32)[None, None, None, :]
+
+    def of_layer(layer: tuple[jax.Array, jax.Array]) -> jax.Array:
+        values_BSK, indices_BSK = layer
+        return jnp.where(indices_BSK[..., None] == expert, values_BSK[..., None], 0.0).sum(axis=(1, 2))
+
+    return jnp.moveaxis(jax.lax.map(of_layer, (values, indices)), 0, 1)
 
 
 def counting_pass(config: ModelConfig, mesh: Mesh) -> Any:
     """The compiled function of `expert_statistics`: (params, tokens, segments, valid) -> (counts, gates by row)."""
-    return compiled(_routing, config, mesh, _out_specs(False), (False,))
+    return compiled(_routing, config, mesh, _OUT_SPECS[:2], (False,))
 
 
 def expert_sensitivity(model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None) -> np.ndarray:
