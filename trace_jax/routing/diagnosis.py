@@ -24,7 +24,7 @@ _GROUPS = 200  # neighbouring rows of a longer text are dealt together
 _ADVICE = {
     "present": "there is something to calibrate",
     "weak": "expect little beyond uniform weights",
-    "absent": "there is nothing to calibrate: weights by experts would follow noise, so expect what uniform ones give",
+    "absent": "there is nothing worth calibrating, so expect from weights by experts what uniform ones give",
     "undecided": "the noise hides what there is: give more rows of text",
 }
 _QUANTITIES = ("largest_ratio", "above_ratio_2", "gap")
