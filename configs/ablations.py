@@ -19,6 +19,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stricter_rule": {"calibration": {"rule": {"name": "ratio", "tau": 1.5, "kappa": 1.0}}},
     "sensitive_experts": {"calibration": {"rule": {"name": "sensitivity", "top": 4}}},
     "smaller_weights": {"calibration": {"max_weight": 10.0}},
+    "by_document": {"calibration": {"unit": "document", "apply": "both"}},
+    "entropy": {"calibration": {"divergence": "kl"}},
     "smaller_ratios": {"methods": ("ratio_weights",), "calibration": {"max_ratio": 10.0}},
     "weighted_mean": {"unlearning": {"normalize": "batch"}},
     # Trainable parameters, and how routers are held to retain routing (GRIP).

@@ -36,6 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
             "permuted",
             "random_experts",
             "ngram",
+            "ngram_dsir",
             "hidden",
             "similarity",
             "loss",
