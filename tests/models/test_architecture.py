@@ -19,7 +19,6 @@ from trace_jax.models import architecture, decoder, layers, loss
 from trace_jax.models.architecture import ModelConfig, Rope, flat_specs, flatten, init_params, unflatten
 from trace_jax.models.layers import init_cache
 from trace_jax.models.loss import token_kl, token_nll
-from trace_jax.models.moe import route
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
 from trace_jax.parallel.mesh import BATCH_AXES
 
@@ -180,30 +179,12 @@ def test_later_tokens_and_other_documents_change_nothing(name):
     np.testing.assert_allclose(separate[1, :10], output.logits[1, 2:], atol=2e-5)
 
 
-def test_a_window_hides_what_lies_further_back():
-    config, params, _ = case("windows")
-    documents = np.ones_like(DOCUMENTS)
-    tokens = TOKENS.copy()
-    tokens[:, 2] = (tokens[:, 2] + 1) % 37
-    layers = [forward(params, config, t, mask=documents, collect=COLLECT).layers for t in (TOKENS, tokens)]
-    moved = np.abs(np.asarray(layers[0] - layers[1])).max(axis=(1, 3)) > 0
-    assert moved[0].tolist() == [False] * 2 + [True] * 3 + [False] * 7
-    assert moved[1].tolist() == [False] * 2 + [True] * 10
-
-
 def test_a_partial_pass_is_the_beginning_of_the_whole_through_dense_layers():
     config, params, complete = case("latent")
     assert complete.layers.shape[0] == 3 and complete.router.counts.shape == (2, 8)
     part = forward(params, config, TOKENS, mask=DOCUMENTS, collect=("hidden", "counts"), num_layers=2)
     np.testing.assert_allclose(part.hidden, complete.layers[1], atol=1e-5)
     np.testing.assert_array_equal(part.router.counts, complete.router.counts[:1])
-
-
-def test_an_expert_group_left_out_is_never_chosen():
-    config = config_of("latent", num_groups=2, groups_per_token=1)
-    layer = jax.tree.map(lambda a: a[0], random_params(config)["layers"])
-    groups = np.asarray(route(layer, config, jax.random.normal(jax.random.key(0), (40, 16))).indices) // 4
-    assert (groups == groups[..., :1]).all() and len(np.unique(groups)) == 2
 
 
 def test_first_values_have_the_declared_shapes_and_types_and_are_counted():

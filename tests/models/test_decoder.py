@@ -1,4 +1,4 @@
-"""The decoder against a slow reference in numpy, and what must hold of it whatever its parameters.
+"""The decoder against a reference in numpy, and what must hold of it whatever its parameters.
 
 Experts that are forced on a model: its own change nothing, others are weighed as its gate weighs its own.
 """
@@ -42,59 +42,50 @@ def tokens_of(rows=2, length=9):
 
 
 def reference(params, config, tokens, documents):
-    """The decoder in float64 loops over rows, tokens and heads: logits, layer outputs and chosen experts."""
+    """The decoder in float64 numpy: logits [B,S,V], layer outputs [L,B,S,D] and chosen experts [L,B,S,K]."""
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    H, G, C = config.num_heads, config.num_kv_heads, config.head_size
+    C, per_head = config.head_size, config.num_heads // config.num_kv_heads
+    seen = (documents[:, :, None] == documents[:, None]) & np.tri(tokens.shape[1], dtype=bool)
+    angle = (seen.sum(-1) - 1)[:, :, None, None] / config.ropes[0].theta ** (np.arange(C // 2) * 2 / C)
 
     def norm(x, weight):
-        return x / np.sqrt(np.mean(x**2) + config.norm_epsilon) * weight
+        return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_epsilon) * weight
 
-    def rope(x, position):
-        angle = position / config.ropes[0].theta ** (np.arange(C // 2) * 2 / C)
-        pairs = (x[: C // 2] + 1j * x[C // 2 :]) * np.exp(1j * angle)
-        return np.concatenate([pairs.real, pairs.imag])
+    def rope(x):
+        pairs = (x[..., : C // 2] + 1j * x[..., C // 2 :]) * np.exp(1j * angle)
+        return np.concatenate([pairs.real, pairs.imag], axis=-1)
 
-    def mlp(weights, x, e=...):
-        gate, up = np.einsum("d,dgf->gf", x, weights["gate_up"][e])
-        return (gate / (1 + np.exp(-gate)) * up) @ weights["down"][e]
+    def attention(layer, x):
+        q, k, v = (np.einsum("bsd,dhc->bshc", x, layer[name]) for name in "qkv")
+        k, v = (np.repeat(heads, per_head, axis=2) for heads in (rope(k), v))
+        scores = np.where(seen[:, None], np.einsum("bshc,bmhc->bhsm", rope(q), k) / np.sqrt(C), -np.inf)
+        return np.einsum("bhsm,bmhc,hcd->bsd", softmax(scores, axis=-1), v, layer["o"])
+
+    def mlp(weights, x, chosen):
+        gate, up = np.moveaxis(np.einsum("bsd,bskdgf->bskgf", x, weights["gate_up"][chosen]), 3, 0)
+        return np.einsum("bskf,bskfd->bskd", gate / (1 + np.exp(-gate)) * up, weights["down"][chosen])
 
     def experts(layer, x):
-        scores = softmax(x @ layer["router"])
-        chosen = np.argsort(-scores, kind="stable")[: config.experts_per_token]
-        weights = scores[chosen] / (scores[chosen].sum() if config.normalize_top_k else 1)
-        y = sum(w * mlp(layer["experts"], x, e) for w, e in zip(weights, chosen, strict=True))
-        return y + (mlp(layer["shared"], x) if "shared" in layer else 0), chosen
+        scores = softmax(x @ layer["router"], axis=-1)
+        chosen = np.argsort(-scores, axis=-1, kind="stable")[..., : config.experts_per_token]
+        weights = np.take_along_axis(scores, chosen, axis=-1)
+        weights = weights / (weights.sum(-1, keepdims=True) if config.normalize_top_k else 1)
+        y = np.einsum("bsk,bskd->bsd", weights, mlp(layer["experts"], x, chosen))
+        shared = {name: w[None] for name, w in layer.get("shared", {}).items()}
+        return y + (mlp(shared, x, np.zeros_like(chosen[..., :1]))[:, :, 0] if shared else 0), chosen
 
-    def attention(layer, x, seen, s):
-        positions = {m: sum(n in seen[m] for n in range(m)) for m in seen[s]}
-        heads = []
-        for h in range(H):
-            g = h // (H // G)
-            q = rope(x[s] @ layer["q"][:, h], positions[s])
-            scores = np.array([q @ rope(x[m] @ layer["k"][:, g], positions[m]) for m in seen[s]]) / np.sqrt(C)
-            heads.append(softmax(scores) @ np.array([x[m] @ layer["v"][:, g] for m in seen[s]]))
-        return sum(heads[h] @ layer["o"][h] for h in range(H))
-
-    def of_row(tokens, document):
-        seen = [[m for m in range(s + 1) if document[m] == document[s]] for s in range(len(tokens))]
-        x, outputs, chosen = params["embed"][tokens], [], []
-        for index in range(config.num_layers):
-            layer = jax.tree.map(lambda a, index=index: a[index], params["layers"])
-            normed = np.array([norm(v, layer["attention_norm"]) for v in x])
-            x = x + np.array([attention(layer, normed, seen, s) for s in range(len(tokens))])
-            parts = [experts(layer, norm(v, layer["mlp_norm"])) for v in x]
-            x = x + np.array([part[0] for part in parts])
-            outputs.append(x)
-            chosen.append([part[1] for part in parts])
-        head = params["embed"].T if config.tie_embeddings else params["head"]
-        return np.array([norm(v, params["final_norm"]) for v in x]) @ head, outputs, chosen
-
-    logits, outputs, chosen = map(np.array, zip(*map(of_row, tokens, documents), strict=True))
-    return logits, outputs.swapaxes(0, 1), chosen.swapaxes(0, 1)
+    x, outputs, indices = params["embed"][tokens], [], []
+    for index in range(config.num_layers):
+        layer = jax.tree.map(lambda a, index=index: a[index], params["layers"])
+        x = x + attention(layer, norm(x, layer["attention_norm"]))
+        y, chosen = experts(layer, norm(x, layer["mlp_norm"]))
+        x, outputs, indices = x + y, [*outputs, x + y], [*indices, chosen]
+    head = params["embed"].T if config.tie_embeddings else params["head"]
+    return norm(x, params["final_norm"]) @ head, np.array(outputs), np.array(indices)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_equals_the_slow_reference(name, monkeypatch):
+def test_equals_the_reference(name, monkeypatch):
     config, tokens = VARIANTS[name], tokens_of()
     params = random_params(config)
     documents = np.ones((2, 9), np.int32)

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trace_jax.models import blocked_experts, grouped_matmul_gpu, grouped_matmul_tpu
 from trace_jax.models import grouped_matmul as grouped
+from trace_jax.models import grouped_matmul_gpu, grouped_matmul_tpu
 from trace_jax.models.architecture import GROUPED_MATMULS
 
 IMPLEMENTATIONS = [name for name in GROUPED_MATMULS if name not in ("auto", "blocked")]  # that: test_moe
@@ -107,19 +107,8 @@ def test_gradient_of_replicated_weights_is_the_sum_over_devices(implementation, 
     np.testing.assert_allclose(got[2], sum(wanted[2]), atol=4e-5)
 
 
-@pytest.mark.parametrize("size", [1, 4, 8])
-def test_block_layout_gives_each_group_whole_blocks_of_its_own(size):
-    for sizes in ([7, 0, 12, 1], [0, 0, 20, 0], [5, 5, 5, 5], [1, 1, 1, 17]):
-        first, block_group = blocked_experts.block_layout(jnp.asarray(sizes, jnp.int32), 20, size)
-        owner = np.asarray(block_group)
-        for group, count in enumerate(sizes):
-            assert first[group] % size == 0
-            rows = int(first[group]) + np.arange(count)
-            assert np.all(owner[rows // size] == group)
-
-
 def test_blocks_grow_with_the_root_of_the_mean_group_and_tiles_follow_group_width_and_type():
-    assert [blocked_experts.block_size(*n) for n in ((8192, 16), (320, 16), (4, 64), (2**20, 8))] == [128, 32, 8, 256]
+    assert [grouped.block_size(*n) for n in ((8192, 16), (320, 16), (4, 64), (2**20, 8))] == [128, 32, 8, 256]
     assert grouped_matmul_tpu.tiles(32768, 64, 2048, 1408, 2) == (128, 1024, 768)
     assert grouped_matmul_tpu.tiles(8192, 8, 4096, 7168, 2) == (256, 1024, 1024)
     assert grouped_matmul_tpu.tiles(32768, 8, 2048, 704, 4) == (512, 512, 384)

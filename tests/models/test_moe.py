@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import random_params
-from trace_jax.models import blocked_experts
+from trace_jax.models import grouped_matmul
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.moe import count_and_rank, experts, moe_layer, route
 
@@ -139,7 +139,7 @@ def assert_close(got, wanted):
 
 @pytest.mark.parametrize(("case", "blocks"), [("plain", 4), ("biases and limits", 4), ("bfloat16", 1)])
 def test_experts_in_blocks_and_every_gradient_equal_those_of_the_general_path(case, blocks, monkeypatch):
-    monkeypatch.setattr(blocked_experts, "MOST_BLOCKS", blocks)
+    monkeypatch.setattr(grouped_matmul, "MOST_BLOCKS", blocks)
     weights, x, gates, indices, cotangent = make_inputs(EXPERTS[case])
     configs = EXPERTS[case], dataclasses.replace(EXPERTS[case], grouped_matmul="ragged")
     assert_close(*(result(config, cotangent, indices, weights, x, gates) for config in configs))
@@ -172,7 +172,7 @@ def test_with_less_room_than_slots_nothing_is_lost_uncounted():
 
 @pytest.mark.parametrize(("case", "blocks"), [("biases and limits", 1), ("bfloat16", 4)])
 def test_of_experts_that_do_not_train_only_the_weights_take_no_gradient(case, blocks, monkeypatch):
-    monkeypatch.setattr(blocked_experts, "MOST_BLOCKS", blocks)
+    monkeypatch.setattr(grouped_matmul, "MOST_BLOCKS", blocks)
     weights, x, gates, indices, cotangent = make_inputs(EXPERTS[case])
     trained = np.array([0, 0, 0, 1, 0, 1], bool)
     y, of_weights, *others = result(

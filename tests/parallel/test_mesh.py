@@ -66,13 +66,6 @@ def test_storage(shape, axes, spec):
     assert meshes.storage_spec(shape, axes, SIZES) == spec
 
 
-def test_every_matrix_of_an_even_model_is_cut_over_all_devices_but_tensor_at_least():
-    for path, spec in param_specs(CONFIG, make_mesh(expert=2, tensor=2)).items():
-        used = {axis for dimension in range(len(spec)) for axis in meshes.spec_axes(spec, dimension)}
-        if len(flat_specs(CONFIG)[path].shape) - path.startswith("layers") > 1:
-            assert used >= {"data", "expert"}, path
-
-
 def test_as_varying_marks_what_differs_between_devices_and_sum_over_sums_only_that():
     mesh = make_mesh(jax.devices()[:2])
 

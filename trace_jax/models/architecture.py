@@ -123,6 +123,7 @@ class ModelConfig(Section):
         H, G, C, turn = self.num_heads, self.num_kv_heads, self.head_size, self.rotary_width
         E, K, groups, best = self.num_experts, self.experts_per_token, self.num_groups, self.groups_per_token
         L, windows, ropes, dense = self.num_layers, self.windows, self.layer_ropes, self.dense_layers
+        R, score, attention, of_ropes = self.latent_size, self.router_score, self.attention, range(-1, len(self.ropes))
         for wrong, sentence in (
             (K > E, f"experts_per_token is {K} but there are only {E} experts (num_experts)."),
             (H % G, f"num_heads {H} must be a multiple of num_kv_heads {G}."),
@@ -130,20 +131,11 @@ class ModelConfig(Section):
             (E % groups, f"num_groups {groups} must divide num_experts {E}."),
             (best > groups, f"groups_per_token is {best}, but there are only {groups} groups (num_groups)."),
             (best * E // groups < K, f"{best} groups hold fewer than experts_per_token {K} experts."),
-            (
-                self.router_score == "sparsemixer" and K != 2,
-                f"the sparse mixer chooses 2 experts; experts_per_token is {K}.",
-            ),
-            (
-                (self.attention == "latent") != bool(self.latent_size),
-                f"latent_size is {self.latent_size} and attention {self.attention!r}; they go together.",
-            ),
+            (score == "sparsemixer" and K != 2, f"the sparse mixer chooses 2 experts; experts_per_token is {K}."),
+            ((attention == "latent") != bool(R), f"latent_size is {R} and attention {attention!r}; they go together."),
             (len(windows) not in (0, L), f"windows has {len(windows)} entries for {L} layers."),
             (len(ropes) not in (0, L), f"layer_ropes has {len(ropes)} entries for {L} layers."),
-            (
-                set(ropes) - set(range(-1, len(self.ropes))),
-                f"layer_ropes {ropes} names a rope that is not among the {len(self.ropes)}.",
-            ),
+            (set(ropes) - set(of_ropes), f"layer_ropes {ropes} names a rope that is not among the {len(self.ropes)}."),
             (set(dense) - set(range(L)), f"dense_layers {dense} names a layer beyond the {L} layers."),
             (dense and not self.dense_hidden_size, "dense_layers need a dense_hidden_size."),
             (len(set(dense)) == L, "every layer is dense; this is no Mixture-of-Experts model."),
@@ -172,7 +164,7 @@ class ModelConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """Declaration of one array. Sharding rules refer to `axes`, which name its dimensions ("layers", "embed", ...)."""
+    """Declaration of one array. `axes` name its dimensions ("layers", "embed", ...) for sharding rules."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -341,11 +333,7 @@ def abstract_params(config: ModelConfig) -> dict:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
-    """First values of every parameter. The same key gives the same values on any machine and device count.
-
-    Args:
-      key: from `jax.random.key(seed)`.
-    """
+    """First values of every parameter. The same `key` (`jax.random.key(seed)`) gives the same values everywhere."""
     specs, structure = jax.tree.flatten(parameter_specs(config))
     keys = jax.random.split(key, len(specs))
     return jax.tree.unflatten(structure, [spec.initialize(keys[i]) for i, spec in enumerate(specs)])

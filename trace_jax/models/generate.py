@@ -68,8 +68,7 @@ def generate(
     prompt = np.where(ends >= 0, np.take_along_axis(np.asarray(prompt, np.int32), np.maximum(ends, 0), axis=1), 0)
     B, size = len(prompt), _padded_rows(len(prompt), mesh)
     kind = "greedy" if temperature == 0 else "filtered" if top_k or top_p < 1 else "drawn"
-    numbers = np.zeros(size, np.int32)
-    numbers[:B] = np.arange(B) if rows is None else rows
+    numbers = np.pad(np.asarray(range(B) if rows is None else rows, np.int32), (0, size - B))
     empty, read, write = _compiled(config, kind, mesh)
     params = params if mesh is None else placed_params(params, config, mesh)
     # Beyond these lengths a rotary embedding has another amplitude for all tokens of a text: they are read again.

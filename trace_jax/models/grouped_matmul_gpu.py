@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from trace_jax.models.blocked_experts import block_layout
+from trace_jax.models.grouped_matmul import block_layout
 
 WIDTH_TILE, SMALLEST = 128, 16  # of an output tile; what tensor cores need at least
 SUM_BYTES = 128  # of a row of the tiles that are multiplied: 64 values in bfloat16, 32 in float32

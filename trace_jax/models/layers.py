@@ -151,8 +151,7 @@ def attention_mask(documents, length: int, key_documents=None, start: jax.Array 
     """bool [B or 1, S, M]: whether query s may read key m: same document, and not later.
 
     Padding (document 0) reads earlier padding, so that every query reads at least itself. `documents` i32 [B, S] are
-    the queries' (None: all of one), `key_documents` i32 [B, M] the keys', among which queries begin at `start` (None:
-    the same).
+    the queries' (None: all of one); `key_documents` i32 [B, M] (None: the same) hold them from `start` on.
     """
     key_documents = documents if key_documents is None else key_documents
     query = jnp.arange(length, dtype=jnp.int32) + start
@@ -164,10 +163,8 @@ def attention_mask(documents, length: int, key_documents=None, start: jax.Array 
 def attention(layer: dict, config: ModelConfig, x: jax.Array, *, rope_table: jax.Array, mask: jax.Array, cache=None):
     """One layer's (self-attention [B, S, D] of normalised x, (k, v) with the new tokens).
 
-    Args:
-      rope_table: f32 [2, B or 1, S, 1, 2, W/2], this layer's entry of `rotary`.
-      mask: bool [B or 1, S, M]: what this layer's queries may read.
-      cache: (k [B, M, ...], v or None, i32 place where the new ones are written before all are read), or None (M = S).
+    `rope_table` is its entry of `rotary`, `mask` bool [B or 1, S, M] what queries may read, and `cache` (k [B, M, ...],
+    v or None, i32 place where the new ones are written before all are read), or None (M = S).
     """
     mix = _latent_attention if config.attention == "latent" else _grouped_attention
     mixed, keys_values = mix(layer, config, x, rope_table, mask, cache)

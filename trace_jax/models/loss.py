@@ -83,32 +83,22 @@ MAX_CHUNK_ELEMENTS = 2**24  # of one chunk's logits: 64 MiB in float32
 
 
 def token_nll(params: dict, config: ModelConfig, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p(target) at every position: f32 [B, S].
-
-    Args:
-      hidden: [B, S, D], `forward(..., collect=("hidden",)).hidden`.
-      targets: i32 [B, S], the next token of each position; any valid id where there is none (mask the result).
-    """
+    """f32 [B, S], -log p of `targets` i32 [B, S] (any id where there is none) by final `hidden` states [B, S, D]."""
     return _losses(_nll, {}, params, config, hidden, targets)
 
 
 def token_kl(params_ref: dict, hidden_ref, params: dict, hidden, config: ModelConfig) -> jax.Array:
-    """KL(p_ref || p) over the vocabulary at every position, from final hidden states [B, S, D]: f32 [B, S].
-
-    The reference takes no gradient.
-    """
+    """f32 [B, S], KL(p_ref || p) over the vocabulary. The reference takes no gradient."""
     unread = jnp.zeros(hidden.shape[:-1], jnp.int32)
     return _losses(_kl, {}, params, config, hidden, unread, (params_ref, hidden_ref))
 
 
 def vocabulary_loss(fn: Callable, numbers, params, config: ModelConfig, hidden, targets, reference=None) -> jax.Array:
-    """What `fn` makes of the logits at every position: f32 [B, S].
+    """f32 [B, S], what `fn` makes of the logits at every position.
 
-    Args:
-      fn: (`Vocabulary` of the model, that of the reference or None, numbers) -> f32 [T], for any number of tokens T,
-        each from its own logits.
-      numbers: f32 [], by name. They and the reference take no gradient.
-      reference: its (parameters, final hidden states), where `fn` reads it.
+    It takes the `Vocabulary` of the model, that of the `reference` (its parameters and final hidden states) or None,
+    and `numbers` f32 [] by name, and gives f32 [T] for any number of tokens T, each from its own logits. Reference and
+    numbers take no gradient.
     """
 
     def with_slope(vocabulary: Vocabulary, other: Vocabulary | None, numbers):
@@ -148,11 +138,7 @@ def document_sums(values: jax.Array, segments: jax.Array) -> jax.Array:
     """f32 [B, S + 1], the sum of values f32 [B, S] over each document of a row: entry i is of the positions where
     `segments` i32 [B, S] is i, entry 0 of padding. Documents that a row does not have give 0.
     """
-
-    def of_row(values_S, segments_S):
-        return jax.ops.segment_sum(values_S, segments_S, num_segments=len(segments_S) + 1)
-
-    return jax.vmap(of_row)(values, segments)
+    return jax.vmap(partial(jax.ops.segment_sum, num_segments=segments.shape[1] + 1))(values, segments)
 
 
 # --- losses: (value f32 [T], slope f32 [T, V']) of the logits of T tokens

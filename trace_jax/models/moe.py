@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trace_jax.models import grouped_matmul as grouped
 from trace_jax.models.architecture import ModelConfig
-from trace_jax.models.blocked_experts import block_layout, block_size, blocked_experts, make_blocks
-from trace_jax.models.grouped_matmul import grouped_matmul, resolve_implementation
 from trace_jax.models.layers import activation, gated_mlp, norm
 from trace_jax.parallel.mesh import EXPERT, TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
@@ -144,27 +143,25 @@ def moe_layer(
 def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, room: int | None = None) -> tuple:
     """(sum over the chosen experts of gate times expert [T,D], choices that found no room i32 []).
 
-    Args:
-      weights: of the experts; "trained" bool [E], where there is one, says which of them take a gradient.
-      room: for how many choices there is room at least; default: all of them. With `room`, an index that is no expert
-        of `weights` is another device's.
+    "trained" bool [E] in `weights` says which experts take a gradient (default: all); `room`, for how many choices
+    there is room at least (default: all), and that an index that is no expert of `weights` is another device's.
     """
-    implementation, activate = resolve_implementation(config.grouped_matmul), activation(config)
+    implementation, activate = grouped.resolve_implementation(config.grouped_matmul), activation(config)
     trained = weights.get("trained")
     weights = {name: array for name, array in weights.items() if name != "trained"}
     # The backward passes below mix tokens with weights: what is equal on some devices must be known to be summed.
     operands = weights, x_TD, indices_TK, gates_TK
     weights, x_TD, indices_TK, gates_TK = as_varying(operands, varying_axes(operands))
     num_experts, num_slots = weights["gate_up"].shape[0], indices_TK.size if room is None else room
-    size = block_size(num_slots, num_experts) if (blocked := implementation == "blocked") else 1
+    size = grouped.block_size(num_slots, num_experts) if (blocked := implementation == "blocked") else 1
     group_sizes, rank = count_and_rank(indices_TK.reshape(-1), num_experts)
     if blocked and trained is not None:  # experts that train are laid out before the others
         expert = jnp.arange(num_experts, dtype=jnp.int32)
         order = jax.lax.sort((jnp.where(trained, 0, 1).astype(jnp.int32), expert), num_keys=1)[1]
-        starts, group = block_layout(group_sizes[order], num_slots, size)
+        starts, group = grouped.block_layout(group_sizes[order], num_slots, size)
         first, block_group = jnp.zeros_like(starts).at[order].set(starts, unique_indices=True), order[group]
     else:
-        first, block_group = block_layout(group_sizes, num_slots, size)
+        first, block_group = grouped.block_layout(group_sizes, num_slots, size)
     num_places = block_group.shape[0] * size
     place_TK, dropped = _places(indices_TK, rank, first, num_places, some_elsewhere=room is not None)
     slots = jnp.arange(place_TK.size, dtype=jnp.int32)
@@ -175,15 +172,15 @@ def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, r
     if blocked:
         used = (group_sizes + (size - 1)) // size
         of_trained = None if trained is None else jnp.sum(jnp.where(trained, used, 0))
-        blocks = make_blocks(slot, block_group, jnp.sum(used), place_TK, weights, of_trained)
-        return blocked_experts(activate, weights, x_TD, gates_TK, blocks), dropped
+        blocks = grouped.make_blocks(slot, block_group, jnp.sum(used), place_TK, weights, of_trained)
+        return grouped.blocked_experts(activate, weights, x_TD, gates_TK, blocks), dropped
 
     if room is not None:  # groups end where the room ends
         group_sizes = jnp.clip(num_slots - (jnp.cumsum(group_sizes) - group_sizes), 0, group_sizes)
 
     def multiply(x, name):
         w = weights[name].reshape(num_experts, x.shape[-1], -1)
-        y = grouped_matmul(x, w, group_sizes, implementation=implementation)
+        y = grouped.grouped_matmul(x, w, group_sizes, implementation=implementation)
         bias = weights.get(f"{name}_bias")
         return y if bias is None else y + bias.reshape(num_experts, -1)[block_group]
 
@@ -192,9 +189,8 @@ def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, r
 
 
 def _places(indices_TK, rank, first, num_places: int, *, some_elsewhere: bool) -> tuple[jax.Array, jax.Array]:
-    """(place of every choice i32 [T,K], choices of own experts that have none i32 []).
-
-    A choice without a place gets a number of its own beyond the last, so that all stay unique.
+    """(place of every choice i32 [T,K], choices of own experts that have none i32 []); those without one get unique
+    numbers beyond the last.
     """
     flat, num_experts = indices_TK.reshape(-1), first.shape[0]
     if not some_elsewhere:

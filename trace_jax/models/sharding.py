@@ -115,12 +115,10 @@ def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array, *, first: jax.
 
 
 def rematerialized(layer: Callable, policy: str, params: Any, config: ModelConfig, prefix: str) -> Callable:
-    """`layer(x, (params, ...))` with what its backward pass computes again.
+    """`layer(x, (params, ...))` of a stack of layers below `prefix`, with what its backward pass computes again.
 
-    Args:
-      policy: "none": nothing, except that weights in pieces (cut by a mesh, or a `Delta`) are put together again;
-        "dots": everything but matrix products without batch dimensions; "layer": everything, from its input on.
-      params: of a stack of layers, below the path `prefix`.
+    "none": nothing, except that weights in pieces (cut by a mesh, or a `Delta`) are put together again; "dots":
+    everything but matrix products without batch dimensions; "layer": everything, from its input on.
     """
     if policy == "layer":
         return jax.checkpoint(layer)
@@ -150,9 +148,8 @@ def rematerialized(layer: Callable, policy: str, params: Any, config: ModelConfi
 def on_mesh(fn: Callable, config: ModelConfig, mesh: Mesh, *, out_specs: Any) -> Callable:
     """`fn(params, *arrays)` run on every device with its part of the parameters and its rows of the arrays.
 
-    `fn` sums over devices itself: `jax.lax.psum(value, BATCH_AXES)`. `out_specs` is `PartitionSpec()` for outputs that
-    are equal on all devices, `PartitionSpec(BATCH_AXES)` for per-row ones, or a pytree of both. `params` may also be a
-    tuple: the parameters of several models of this configuration.
+    `fn` sums over devices itself: `jax.lax.psum(value, BATCH_AXES)`. `out_specs` is P() for outputs that are equal on
+    all devices, P(BATCH_AXES) for per-row ones, or a pytree of both. `params` may be a tuple: of several models.
     """
 
     def call(params, *arrays):
@@ -189,10 +186,7 @@ def map_batches(
 
     The next batch is already running when one is handed out. Smaller batches, and those that the devices can't share
     evenly, are filled up with rows of zeros to the largest size before: outputs per row may be longer than the batch.
-
-    Args:
-      fn: a function of a module, compiled once for it and for the hashable `static`; with a mesh as in `on_mesh`.
-      mesh: devices that share each batch; None: the default device.
+    `fn`, a function of a module, is compiled once for it and for the hashable `static`; with a mesh as in `on_mesh`.
     """
     run = compiled(fn, config, mesh, out_specs, static)
     if mesh is not None:

@@ -125,9 +125,7 @@ def spec_axes(spec: P, dimension: int) -> tuple[str, ...]:
 def assemble(array: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
     """One stored array as this device computes with it: whole but for its share of the dimensions in `RULES`.
 
-    Args:
-      array: this device's part of an array that is stored by `storage_spec(shape, axes, sizes)`, its layers cut off.
-      shape, axes: of the whole array, without layers.
+    `array` is its part of one that is stored by `storage_spec`; all are without layers, `shape` of the whole.
     """
     sizes = axis_sizes()
     spec = storage_spec(shape, axes, sizes)
@@ -155,8 +153,7 @@ def share(length: int, name: str) -> int:
 def place(tree: Any, mesh: Mesh, specs: Any = REPLICATED) -> Any:
     """Host arrays, the same in every process, as arrays on the mesh; those that are placed so already are not copied.
 
-    Args:
-      specs: one `PartitionSpec` for all arrays, or a pytree of them like `tree`.
+    `specs` is one `PartitionSpec` for all arrays, or a pytree of them like `tree`.
     """
 
     def one(x, spec):
@@ -203,9 +200,9 @@ class ParallelConfig(Section):
         minimum=0.0,
     )
 
-    def mesh(self) -> Mesh:
-        """The mesh over all devices; errors as of `make_mesh`."""
-        return make_mesh(data=self.data, expert=self.expert, tensor=self.tensor)
+    def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """`make_mesh` of these sizes."""
+        return make_mesh(devices, data=self.data, expert=self.expert, tensor=self.tensor)
 
 
 PLAIN = ParallelConfig()

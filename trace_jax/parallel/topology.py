@@ -23,32 +23,23 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of TPU chips.
-
-    name: "v5e:4x4", as `jax.experimental.topologies` takes it; kind and shape are its two sides. accelerator_type and
-    software: gcloud's name and default runtime. machine_type, gke_accelerator (and shape): the labels of a node pool of
-    Google Kubernetes Engine.
-    """
+    """A slice of TPU chips."""
 
     kind: str
     shape: str
     chips: int
     chips_per_host: int
-    accelerator_type: str
-    software: str
-    machine_type: str
+    accelerator_type: str  # gcloud's name
+    software: str  # gcloud's default runtime
+    machine_type: str  # with the next and `shape`, the labels of a node pool of Google Kubernetes Engine
     gke_accelerator: str
 
-    name = property(lambda self: f"{self.kind}:{self.shape}")
+    name = property(lambda self: f"{self.kind}:{self.shape}")  # as `jax.experimental.topologies` takes it
     hosts = property(lambda self: self.chips // self.chips_per_host)
 
 
 def parse_topology(name: str) -> Topology:
-    """The slice named KIND:SHAPE, for example "v5e:4x4" or "v5p:2x2x4".
-
-    Raises:
-      ConfigError: no such kind of chip, or a shape that it does not come in.
-    """
+    """The slice named KIND:SHAPE, for example "v5e:4x4" or "v5p:2x2x4"."""
     kind, _, text = name.strip().lower().partition(":")
     if kind not in _KINDS:
         near = nearest(kind, _KINDS)

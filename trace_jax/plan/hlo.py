@@ -18,7 +18,6 @@ _FREE = """
 parameter constant tuple get-tuple-element bitcast while conditional call after-all add-dependency domain opt-barrier
 optimization-barrier partition-id replica-id get-dimension-size rng-get-and-update-state async-start
 """
-_FREE = frozenset(_FREE.split())
 _SLICES = ("dynamic-slice", "slice", "gather")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)")
 
@@ -224,7 +223,7 @@ def _sent(kind: str, instruction: Instruction, around: Computation, size: int) -
 def _memory_bytes(instruction: Instruction, around: Computation, computations: dict[str, Computation]) -> float:
     """Bytes that one run of an instruction reads and writes in main memory."""
     opcode, results = instruction.opcode, instruction.arrays
-    if opcode in _FREE or opcode.endswith(("-done", "-update")):
+    if opcode in _FREE.split() or opcode.endswith(("-done", "-update")):
         return 0.0
     operands = [around[name].arrays for name in instruction.operands]
     read, written = [_bytes(operand, in_memory=True) for operand in operands], _bytes(results, in_memory=True)

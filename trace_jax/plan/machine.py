@@ -69,9 +69,8 @@ _CARDS = {
 def exchange_rate(chip: Chip, group: Sequence[int], places: Sequence[tuple[int, ...]]) -> float:
     """Bytes a second that each device of a group can send to the others, all groups exchanging at once.
 
-    A group uses the links along the axes of the TPU slice that it spans, in both directions where an axis is closed to
-    a ring; GPUs of one node use NVLink, others their network. `group` holds positions in `places`, the coordinates of
-    devices in their slice or the numbers of their nodes.
+    `group` holds positions in `places`, coordinates in a TPU slice or numbers of nodes. It uses the links along the
+    axes that it spans, both ways where an axis is closed to a ring; GPUs of one node use NVLink, others their network.
     """
     if not chip.torus:
         return chip.link if len({places[n] for n in group}) == 1 else chip.network

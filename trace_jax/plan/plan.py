@@ -14,7 +14,7 @@ from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.io.files import write_json
 from trace_jax.io.progress import aligned, byte_size, say
 from trace_jax.models.architecture import ModelConfig, count_params
-from trace_jax.parallel.mesh import DATA, ParallelConfig, make_mesh
+from trace_jax.parallel.mesh import DATA, ParallelConfig
 from trace_jax.plan.machine import Target, cpus, gpus, tpu_slice
 from trace_jax.plan.programs import Program, assumed_experts, predict, programs
 
@@ -22,20 +22,16 @@ _BOUNDS = {"compute": "matmul rate", "memory": "memory bandwidth", "interconnect
 
 
 def plan(config: Any, target: Target, *, price: float | None, search: bool, output: str | None) -> str:
-    """Compiles the unlearning step, the statistics pass and the decoding step of an experiment for `target`, and gives
-    tables as text.
+    """Compiles the programs of an experiment (`ExperimentConfig`) for `target`: tables as text; `output` gets every
+    number as JSON.
 
-    Args:
-      config: the experiment (`trace_jax.run.experiment.ExperimentConfig`).
-      price: of one chip for one hour, in any currency; None leaves costs out.
-      search: compile the step for every mesh and the fewest microbatches that fit there, rank them by predicted
-        time, and plan all three programs for the first.
-      output: where everything is written as JSON.
+    `price` is of one chip for one hour, in any currency; None leaves costs out. `search` compiles the step for every
+    mesh, ranks them by predicted time, and plans all programs for the first.
     """
     model, chips = shape_of(config.model), len(target.devices)
     layouts = ranked(config, model, target) if search else []
     parallel = layouts[0][0] if layouts else config.parallel
-    mesh = mesh_of(target, parallel)
+    mesh = parallel.mesh(target.devices)
     parallel = dataclasses.replace(parallel, data=mesh.shape[DATA])
     predictions = [_predicted(program, target, mesh) for program in programs(config, model, parallel, mesh)]
     parts = [_head(config, model, target, parallel)]
@@ -63,11 +59,6 @@ def shape_of(model: PretrainedConfig | ModelConfig) -> ModelConfig:
     return model.shape() if isinstance(model, PretrainedConfig) else model
 
 
-def mesh_of(target: Target, parallel: ParallelConfig) -> Mesh:
-    """The target's devices as a mesh."""
-    return make_mesh(target.devices, data=parallel.data, expert=parallel.expert, tensor=parallel.tensor)
-
-
 def _predicted(program: Program, target: Target, mesh: Mesh) -> dict[str, Any]:
     say(f"compiling the {program.name} for {target.name}")
     p = predict(program, target.chip, list(mesh.devices.flat))
@@ -86,7 +77,7 @@ def ranked(config: Any, model: ModelConfig, target: Target) -> list[tuple[Parall
         for microbatches in (2**n for n in itertools.count()):
             parallel = dataclasses.replace(config.parallel, **sizes, microbatches=microbatches)
             say(_words(parallel))
-            mesh = mesh_of(target, parallel)
+            mesh = parallel.mesh(target.devices)
             p = _predicted(next(programs(config, model, parallel, mesh)), target, mesh)
             too_large = p["parameters"] + p["optimizer"] > p["capacity"]
             if p["fits"] or too_large or rows % (2 * microbatches * data * expert):

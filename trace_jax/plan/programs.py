@@ -34,24 +34,20 @@ _PASSES = {jax.lax.Precision.HIGHEST: 6, jax.lax.Precision.HIGH: 3}
 
 
 class Program(NamedTuple):
-    """A traced program and what it works on, in bytes on each device.
-
-    tokens: that one run of it processes, over all devices. filled: share of the room for tokens of a device's experts
-    that a balanced load fills.
-    """
+    """A traced program and what it works on, in bytes on each device."""
 
     name: str
     traced: Any  # jax.stages.Traced
     parameters: int
     optimizer: int
     inputs: int
-    tokens: int
-    filled: float
+    tokens: int  # that one run of it processes, over all devices
+    filled: float  # share of the room for tokens of a device's experts that a balanced load fills
 
 
 def programs(config: Any, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> Iterator[Program]:
-    """Those of a run of an experiment, each traced when it is asked for: the unlearning step; the pass that counts how
-    often each expert is used, on one batch; and writing one token to every row greedily, with a cache for a row.
+    """Those of a run, each traced when it is asked for: the unlearning step; the pass that counts how often each expert
+    is used, on one batch; and writing one token to every row greedily, with a cache for a row.
     """
     rows, row_length, filled = config.evaluation.batch_size, config.data.row_length, _filled(model, mesh)
     yield step_program(config.unlearning, model, parallel, mesh, row_length)
@@ -161,15 +157,13 @@ def local_bytes(tree: Any) -> int:
 def predict(program: Program, chip: Chip, devices: Sequence[Any]) -> dict[str, Any]:
     """Compiles a traced program for the devices of a mesh and reads off what one run takes of each, by name.
 
-    "parameters", "optimizer": bytes of inputs that stay there between runs. "inputs": of the other inputs.
-    "temporaries": of activations and everything else that a run allocates, its own results and code included. "peak":
-    of all these. "memory_bytes": to and from main memory. "flops": of matmuls. "exchanges": of each kind of collective
-    how many run, the bytes that a device sends, and the seconds that this takes at least. "seconds": at the chip's
-    limits, each alone; "bound" is the limit that takes longest, "least" its time, the roofline, and "most" the sum, all
-    without overlap.
+    "peak": bytes of "parameters" and "optimizer", which stay there between runs, of other "inputs", and of
+    "temporaries": all that a run allocates, its results and code included. "memory_bytes": to and from main memory.
+    "flops": of matmuls. "exchanges": of each kind of collective how many run, the bytes that a device sends, and the
+    seconds that this takes at least. "seconds": at the chip's limits, each alone; "bound" is the limit that takes
+    longest, "least" its time, the roofline, and "most" the sum, all without overlap.
 
-    A program whose inputs alone don't fit, or that the compiler refuses for want of memory, is one that doesn't fit:
-    its "peak" is what it would need, and the rest is empty.
+    Of a program that doesn't fit, by its inputs alone or as the compiler says, "peak" is what it would need.
     """
     (flops, passes), start = matmul_work(program.traced.jaxpr, filled=program.filled).tolist(), time.perf_counter()
     resident = program.parameters + program.optimizer
@@ -183,10 +177,8 @@ def predict(program: Program, chip: Chip, devices: Sequence[Any]) -> dict[str, A
     inputs = temporaries = memory_bytes = None
     loops, exchanges, seconds, times = 0, [], {}, {}
     if compiled is not None:
-        memory, (memory_bytes, collectives, loops) = (
-            compiled.memory_analysis(),
-            traffic(compiled.as_text(), len(devices)),
-        )
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        memory_bytes, collectives, loops = traffic(text, len(devices))
         temporaries = memory.output_size_in_bytes - memory.alias_size_in_bytes
         temporaries += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         # The compiler pads small arrays to tiles, and doesn't count what a program never reads, which is there anyway.
@@ -198,12 +190,8 @@ def predict(program: Program, chip: Chip, devices: Sequence[Any]) -> dict[str, A
                 needed = sum(c.bytes / min(exchange_rate(chip, group, places) for group in c.groups) for c in alike)
                 count, sent = sum(c.count for c in alike), sum(c.bytes for c in alike)
                 exchanges.append({"kind": kind, "count": count, "bytes": sent, "seconds": needed})
-        interconnect = sum(exchange["seconds"] for exchange in exchanges)
-        seconds = {
-            "compute": passes / chip.flops,
-            "memory": memory_bytes / chip.bandwidth,
-            "interconnect": interconnect,
-        }
+        seconds = {"compute": passes / chip.flops, "memory": memory_bytes / chip.bandwidth}
+        seconds["interconnect"] = sum(exchange["seconds"] for exchange in exchanges)
         bound = max(seconds, key=lambda name: seconds[name])
         times = {"bound": bound, "least": seconds[bound], "most": sum(seconds.values())}
     return {
@@ -236,12 +224,9 @@ def _needed(error: Exception) -> int:
 
 
 def matmul_work(jaxpr: Any, *, filled: float = 1.0) -> np.ndarray:
-    """f64 [2]: floating-point operations of matmuls, and the same in units of the chip's bf16 rate. There a float32
-    matmul at full precision counts six times, at high precision three times: so a unit for bfloat16 does it.
-
-    Args:
-      jaxpr: (closed) whose matmuls stand inside `jax.shard_map`; the work is that of one device.
-      filled: share of a grouped matmul's rows that belong to a group; its kernels spend no time on the others.
+    """f64 [2]: floating-point operations of one device's matmuls, and the same in units of the chip's bf16 rate, where
+    a float32 matmul at full precision counts six times, at high precision three times. `filled` is the share of a
+    grouped matmul's rows that belong to a group; its kernels spend no time on the others.
 
     Counted on the equations: the compiled text hides it (a grouped matmul is an opaque kernel there), and XLA's own
     count takes a loop once. A loop of unknown length counts as one round, of branches the dearest counts, and of a

@@ -37,11 +37,7 @@ def family_of(config_json: Mapping[str, Any]) -> Family:
 
 
 def model_config(config_json: Mapping[str, Any], *, dtype: str) -> ModelConfig:
-    """What a parsed config.json describes. `dtype` is that of weights and activations, whatever the file says.
-
-    Raises:
-      ConfigError: a missing key, a wrong type, or a value that isn't implemented, with what is supported.
-    """
+    """What a parsed config.json describes. `dtype` is that of weights and activations, whatever the file says."""
     family = family_of(config_json)
     return ModelConfig(**family.switches(ConfigReader(config_json, family.model_type)), dtype=dtype)
 

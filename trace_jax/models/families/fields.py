@@ -76,6 +76,10 @@ class ConfigReader:
             raise ConfigError(f"config.json: {key} is {'null' if key in self._values else 'missing'}; it is needed.")
         return null if value is None else value
 
+    def values(self, **keys: str) -> Switches:
+        """Each switch's field, by its key."""
+        return {switch: self.value(key) for switch, key in keys.items()}
+
     def number(self, *keys: str) -> Any:
         """The field, which published files may spell once per layer."""
         values = self.value(*keys)
@@ -120,13 +124,11 @@ def sizes(reader: ConfigReader) -> Switches:
     reader.expect(hidden_act=("silu", "swish"))  # two names of one function
     heads, width = reader.value("num_attention_heads"), reader.value("hidden_size")
     return {
-        "vocab_size": reader.value("vocab_size"),
+        **reader.values(vocab_size="vocab_size", num_layers="num_hidden_layers", norm_epsilon="rms_norm_eps"),
         "hidden_size": width,
-        "num_layers": reader.value("num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": reader.value("num_key_value_heads", null=heads),
         "head_size": reader.value("head_dim", null=width // heads),
-        "norm_epsilon": reader.value("rms_norm_eps"),
         "tie_embeddings": reader.value("tie_word_embeddings", null=False),
     }
 
@@ -228,12 +230,8 @@ def rope_where_sliding(reader: ConfigReader) -> Switches:
 
 def sigmoid_router(reader: ConfigReader, scale: str) -> Switches:
     """A sigmoid, a correction that only chooses, weights renormalised and multiplied by the field `scale`."""
-    return {
-        "router_score": "sigmoid",
-        "router_correction": True,
-        "normalize_minimum": 1e-20,
-        "routing_scale": reader.value(scale),
-    }
+    switches = {"router_score": "sigmoid", "router_correction": True, "normalize_minimum": 1e-20}
+    return switches | reader.values(routing_scale=scale)
 
 
 def corrected_router(reader: ConfigReader) -> Switches:

@@ -94,33 +94,20 @@ def exaone_moe(reader: ConfigReader) -> Switches:
 def hy_v3(reader: ConfigReader) -> Switches:
     reader.ignore("enable_moe_fp32_combine")  # concerns rounding below float32 only
     reader.expect(qk_norm=True, route_norm=True, moe_router_use_sigmoid=True, moe_router_enable_expert_bias=True)
-    return fields.grouped(
-        reader,
-        fields.shared,
-        fields.leading_dense,
-        **fields.sigmoid_router(reader, "router_scaling_factor"),
-        bias="all",
-        mlp_bias=reader.value("mlp_bias", null=False),
-        qk_norm="head",
-    )
+    switches = fields.sigmoid_router(reader, "router_scaling_factor") | {"qk_norm": "head"}
+    mlp_bias = reader.value("mlp_bias", null=False)
+    return fields.grouped(reader, fields.shared, fields.leading_dense, bias="all", mlp_bias=mlp_bias, **switches)
 
 
 @family("afmoe", "AFMoE", "Trinity-Nano, Trinity-Mini", norm("mlp_norm", "pre_mlp_layernorm"))
 def afmoe(reader: ConfigReader) -> Switches:
     reader.expect(score_func="sigmoid", route_norm=True, n_group=1, num_expert_groups=1)
-    return fields.grouped(
-        reader,
-        fields.shared,
-        fields.windows,
-        fields.rope_where_sliding,
-        **fields.dense(reader, range(reader.value("num_dense_layers", null=0))),
-        **fields.sigmoid_router(reader, "route_scale"),
-        bias="all",
-        attention_gate=True,
-        norm_placement="both",
-        qk_norm="head",
-        embedding_scale=reader.value("hidden_size") ** 0.5 if reader.value("mup_enabled", null=False) else 1.0,
-    )
+    dense = fields.dense(reader, range(reader.value("num_dense_layers", null=0)))
+    scale = reader.value("hidden_size") ** 0.5 if reader.value("mup_enabled", null=False) else 1.0
+    switches = {"attention_gate": True, "norm_placement": "both", "qk_norm": "head", "embedding_scale": scale}
+    switches |= dense | fields.sigmoid_router(reader, "route_scale")
+    groups = fields.shared, fields.windows, fields.rope_where_sliding
+    return fields.grouped(reader, *groups, bias="all", **switches)
 
 
 @family(
@@ -130,17 +117,10 @@ def ernie4_5_moe(reader: ConfigReader) -> Switches:
     bias = reader.value("use_bias", null=False)
     first, last = reader.value("moe_layer_start_index"), reader.value("moe_layer_end_index")
     interval, layers = reader.value("moe_layer_interval"), range(reader.value("num_hidden_layers"))
-    return fields.grouped(
-        reader,
-        fields.shared,
-        **fields.dense(reader, (at for at in layers if not first <= at <= last or (at + 1) % interval)),
-        attention_bias="all" if bias else "none",
-        mlp_bias=bias,
-        head_bias=bias,
-        router_correction=True,
-        normalize_minimum=reader.value("moe_norm_min"),
-        rope_interleaved=True,
-    )
+    switches = fields.dense(reader, (at for at in layers if not first <= at <= last or (at + 1) % interval))
+    switches |= {"attention_bias": "all" if bias else "none", "mlp_bias": bias, "head_bias": bias}
+    switches |= {"router_correction": True, "normalize_minimum": reader.value("moe_norm_min")}
+    return fields.grouped(reader, fields.shared, rope_interleaved=True, **switches)
 
 
 def _latent(reader: ConfigReader, *groups: Group, **switches: Any) -> Switches:
@@ -148,16 +128,9 @@ def _latent(reader: ConfigReader, *groups: Group, **switches: Any) -> Switches:
     sizes, rotary_size = fields.sizes(reader), reader.value("qk_rope_head_dim")
     head_size = reader.value("qk_nope_head_dim") + rotary_size
     reader.expect(num_key_value_heads=sizes["num_heads"], head_dim=(rotary_size, head_size), qk_head_dim=head_size)
-    base = {
-        **sizes,
-        **fields.attention_bias(reader, "all"),
-        **fields.latent_rotary(reader, head_size, rotary_size),
-        "attention": "latent",
-        "head_size": head_size,
-        "value_size": reader.value("v_head_dim"),
-        "latent_size": reader.value("kv_lora_rank"),
-        "query_latent_size": reader.value("q_lora_rank", null=0),
-    }
+    base = sizes | fields.attention_bias(reader, "all") | fields.latent_rotary(reader, head_size, rotary_size)
+    base |= reader.values(value_size="v_head_dim", latent_size="kv_lora_rank")
+    base |= {"attention": "latent", "head_size": head_size, "query_latent_size": reader.value("q_lora_rank", null=0)}
     return fields.join(reader, base, fields.experts, fields.shared, fields.leading_dense, *groups, **switches)
 
 
@@ -165,17 +138,11 @@ def _latent(reader: ConfigReader, *groups: Group, **switches: Any) -> Switches:
 def deepseek_v2(reader: ConfigReader) -> Switches:
     reader.expect(scoring_func="softmax", topk_method=("greedy", "group_limited_greedy"))
     reader.ignore("norm_topk_prob")  # has no effect in transformers either
+    switches = {"normalize_top_k": False, "rope_interleaved": True, "mlp_bias": reader.value("mlp_bias", null=False)}
+    switches |= reader.values(routing_scale="routed_scaling_factor")
+    groups = {"num_groups": reader.value("n_group", null=1), "groups_per_token": reader.value("topk_group", null=1)}
     grouped = reader.value("topk_method", null="") == "group_limited_greedy"
-    groups, chosen = reader.value("n_group", null=1), reader.value("topk_group", null=1)
-    return _latent(
-        reader,
-        mlp_bias=reader.value("mlp_bias", null=False),
-        num_groups=groups if grouped else 1,
-        groups_per_token=chosen if grouped else 1,
-        normalize_top_k=False,
-        routing_scale=reader.value("routed_scaling_factor"),
-        rope_interleaved=True,
-    )
+    return _latent(reader, **switches, **(groups if grouped else {}))
 
 
 @family("deepseek_v3", "DeepSeek-V3", "DeepSeek-V3, -R1 and -V3.1, Kimi-K2, Moonlight-16B-A3B", ignored=EXTRA_LAYERS)
@@ -195,6 +162,8 @@ def axk1(reader: ConfigReader) -> Switches:
 
 
 # --- a router that scores by softmax: Mixtral and its kin
+
+SOFTMAX_OF_CHOSEN = {"router_score": "softmax_top_k", "normalize_top_k": False}
 
 
 @family("mixtral", "Mixtral", "Mixtral-8x7B, Mixtral-8x22B")
@@ -217,15 +186,9 @@ def flex_olmo(reader: ConfigReader) -> Switches:
 
 @family("qwen2_moe", "Qwen2-MoE", "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B")
 def qwen2_moe(reader: ConfigReader) -> Switches:
-    return fields.grouped(
-        reader,
-        fields.sparse_step,
-        fields.windows,
-        fields.normalized,
-        **fields.attention_bias(reader, "qkv", key="qkv_bias"),
-        shared_hidden_size=reader.value("shared_expert_intermediate_size"),
-        shared_gate=True,
-    )
+    switches = fields.attention_bias(reader, "qkv", key="qkv_bias") | {"shared_gate": True}
+    switches |= reader.values(shared_hidden_size="shared_expert_intermediate_size")
+    return fields.grouped(reader, fields.sparse_step, fields.windows, fields.normalized, **switches)
 
 
 @family("qwen3_moe", "Qwen3-MoE", "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder")
@@ -244,22 +207,14 @@ def mellum(reader: ConfigReader) -> Switches:
 
 @family("granitemoe", "Granite-MoE", "granite-3.0 and -3.1 1b-a400m and 3b-a800m, PowerMoE-3b")
 def granitemoe(reader: ConfigReader) -> Switches:
-    return fields.grouped(
-        reader,
-        width="intermediate_size",
-        bias="all",
-        router_score="softmax_top_k",
-        normalize_top_k=False,
-        attention_scale=reader.value("attention_multiplier"),
-        embedding_scale=reader.value("embedding_multiplier"),
-        residual_scale=reader.value("residual_multiplier"),
-        logits_divisor=reader.value("logits_scaling"),
-    )
+    scales = reader.values(attention_scale="attention_multiplier", embedding_scale="embedding_multiplier")
+    scales |= reader.values(residual_scale="residual_multiplier", logits_divisor="logits_scaling")
+    return fields.grouped(reader, width="intermediate_size", bias="all", **SOFTMAX_OF_CHOSEN, **scales)
 
 
 @family("granitemoeshared", "Granite-MoE-shared", "moe-7b-1b-active-shared-experts")
 def granitemoeshared(reader: ConfigReader) -> Switches:
-    return {**granitemoe(reader), "shared_hidden_size": reader.value("shared_intermediate_size")}
+    return granitemoe(reader) | reader.values(shared_hidden_size="shared_intermediate_size")
 
 
 @family("hunyuan_v1_moe", "HunYuan-V1-MoE", "Hunyuan-A13B")
@@ -269,31 +224,18 @@ def hunyuan_v1_moe(reader: ConfigReader) -> Switches:
     reader.expect(use_cla=False, use_qk_norm=True, num_shared_expert=1, moe_intermediate_size=width)
     reader.expect(attention_head_dim=base["head_size"])
     base |= fields.rotary(reader, base["head_size"], supported=(*fields.STATIC, "dynamic"))
-    return {
-        **base,
-        **fields.attention_bias(reader, "all"),
-        "num_experts": reader.number("num_experts", "num_local_experts"),
-        "experts_per_token": reader.number("moe_topk", "num_experts_per_tok"),
-        "expert_hidden_size": width,
-        "shared_hidden_size": width,
-        "qk_norm": "head_after_rope",
-    }
+    base |= {"expert_hidden_size": width, "shared_hidden_size": width, "qk_norm": "head_after_rope"}
+    base |= {"num_experts": reader.number("num_experts", "num_local_experts")}
+    base |= {"experts_per_token": reader.number("moe_topk", "num_experts_per_tok")}
+    return base | fields.attention_bias(reader, "all")
 
 
 @family("phimoe", "Phi-3.5-MoE", "Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE")
 def phimoe(reader: ConfigReader) -> Switches:
-    return fields.grouped(
-        reader,
-        fields.windows,
-        width="intermediate_size",
-        bias="all",
-        ropes=("default", "longrope"),
-        norm="layer",
-        head_bias=reader.value("lm_head_bias", null=False),
-        router_score="sparsemixer",
-        normalize_top_k=False,
-        router_jitter=reader.value("router_jitter_noise"),
-    )
+    switches = reader.values(router_jitter="router_jitter_noise") | {"router_score": "sparsemixer"}
+    switches |= {"normalize_top_k": False, "norm": "layer", "head_bias": reader.value("lm_head_bias", null=False)}
+    ropes = "default", "longrope"
+    return fields.grouped(reader, fields.windows, width="intermediate_size", bias="all", ropes=ropes, **switches)
 
 
 # Gate and up stand in alternate columns. MXFP4 packs along the input axis, which is the last one there.
@@ -314,17 +256,6 @@ GPT_OSS_EXPERTS = (
 
 @family("gpt_oss", "GPT-OSS", "gpt-oss-20b, gpt-oss-120b", GPT_OSS_EXPERTS)
 def gpt_oss(reader: ConfigReader) -> Switches:
-    return fields.grouped(
-        reader,
-        fields.windows,
-        width="intermediate_size",
-        bias="all",
-        router_score="softmax_top_k",
-        normalize_top_k=False,
-        router_bias=True,
-        expert_bias=True,
-        sinks=True,
-        activation="clamped_swiglu",
-        swiglu_alpha=reader.value("swiglu_alpha"),
-        swiglu_limit=reader.value("swiglu_limit"),
-    )
+    switches = reader.values(swiglu_alpha="swiglu_alpha", swiglu_limit="swiglu_limit") | SOFTMAX_OF_CHOSEN
+    switches |= {"activation": "clamped_swiglu", "router_bias": True, "expert_bias": True, "sinks": True}
+    return fields.grouped(reader, fields.windows, width="intermediate_size", bias="all", **switches)
