@@ -137,12 +137,23 @@ def assert_close(got, wanted):
     jax.tree.map(close, got, wanted)
 
 
-@pytest.mark.parametrize(("case", "blocks"), [("plain", 4), ("biases and limits", 4), ("bfloat16", 1)])
-def test_experts_in_blocks_and_every_gradient_equal_those_of_the_general_path(case, blocks, monkeypatch):
+@pytest.mark.parametrize(("case", "blocks"), [("plain", 4), ("biases and limits", 1), ("bfloat16", 4)])
+def test_experts_in_blocks_equal_the_general_path_and_only_weights_of_others_take_no_gradient(
+    case, blocks, monkeypatch
+):
+    """In value and every gradient; then where some train: only the weights of the others take no gradient."""
     monkeypatch.setattr(grouped_matmul, "MOST_BLOCKS", blocks)
-    weights, x, gates, indices, cotangent = make_inputs(EXPERTS[case])
-    configs = EXPERTS[case], dataclasses.replace(EXPERTS[case], grouped_matmul="ragged")
-    assert_close(*(result(config, cotangent, indices, weights, x, gates) for config in configs))
+    config, trained = EXPERTS[case], np.array([0, 0, 0, 1, 0, 1], bool)
+    weights, *rest, indices, cotangent = make_inputs(config)
+    in_blocks = result(config, cotangent, indices, weights, *rest)
+    general = dataclasses.replace(config, grouped_matmul="ragged")
+    assert_close(in_blocks, result(general, cotangent, indices, weights, *rest))
+    of_some = result(config, cotangent, indices, {**weights, "trained": jnp.asarray(trained)}, *rest)
+    of_some, in_blocks = (
+        (y, {name: w[trained] for name, w in of_weights.items()}, *others)
+        for y, of_weights, *others in (of_some, in_blocks)
+    )
+    assert_close(of_some, in_blocks)
 
 
 def test_choices_of_experts_elsewhere_count_as_zero_and_take_no_gradient():
@@ -168,16 +179,3 @@ def test_with_less_room_than_slots_nothing_is_lost_uncounted():
         complete.append(int(dropped) == 0)
         assert np.allclose(y, expected, atol=1e-5) == complete[-1]
     assert complete[0] and not complete[-1]
-
-
-@pytest.mark.parametrize(("case", "blocks"), [("biases and limits", 1), ("bfloat16", 4)])
-def test_of_experts_that_do_not_train_only_the_weights_take_no_gradient(case, blocks, monkeypatch):
-    monkeypatch.setattr(grouped_matmul, "MOST_BLOCKS", blocks)
-    weights, x, gates, indices, cotangent = make_inputs(EXPERTS[case])
-    trained = np.array([0, 0, 0, 1, 0, 1], bool)
-    y, of_weights, *others = result(
-        EXPERTS[case], cotangent, indices, {**weights, "trained": jnp.asarray(trained)}, x, gates
-    )
-    expected, of_all, *all_others = result(EXPERTS[case], cotangent, indices, weights, x, gates)
-    of_weights, of_all = ({name: w[trained] for name, w in tree.items()} for tree in (of_weights, of_all))
-    assert_close((y, of_weights, *others), (expected, of_all, *all_others))

@@ -178,19 +178,16 @@ class ArraySpec:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """(first axis that its matrices read from, first axis that they write to).
-
-        Matrices are stored inputs first. Those that write to the residual stream end in "embed" and read from all axes
-        before it; every other reads from one axis.
+        """(first axis that its matrices read from, first that they write to). Those that end in "embed" write to the
+        residual stream and read from all axes before it; every other reads from one axis.
         """
         first = sum(axis in STACKED for axis in self.axes)
         return first, len(self.axes) - 1 if self.axes[-1] == "embed" else first + 1
 
 
 def low_rank(spec: ArraySpec, rank: int) -> tuple[ArraySpec, ArraySpec]:
-    """Two factors a [..., inputs, rank] and b [..., rank, outputs] in float32, whose product is shaped like `spec`.
-
-    First values of a are N(0, 1/inputs), those of b zero. A `rank` above the matrix's own is a ConfigError.
+    """Two float32 factors whose product is shaped like `spec`: a [..., inputs, rank], at first N(0, 1/inputs), and
+    b [..., rank, outputs], at first zero. A `rank` above the matrix's own is a ConfigError.
     """
     first, second = spec.sides
     inputs, outputs = math.prod(spec.shape[first:second]), math.prod(spec.shape[second:])
@@ -206,10 +203,8 @@ def low_rank(spec: ArraySpec, rank: int) -> tuple[ArraySpec, ArraySpec]:
 
 
 def parameter_specs(config: ModelConfig) -> dict:
-    """Nested dict of `ArraySpec`, the shape of the parameter tree.
-
-    Layers with experts are stacked along the leading axis of "layers", dense ones along that of "dense", each in the
-    order of the network. The router is float32 whatever the type of the rest.
+    """Nested dict of `ArraySpec`, the shape of the parameter tree. Layers with experts are stacked in "layers", dense
+    ones in "dense", along the leading axis. The router is float32 whatever the type of the rest.
     """
     D, V = (config.hidden_size, "embed"), (config.vocab_size, "vocab")
     specs = {"embed": _array(config, D[0] ** -0.5, V, D), "layers": _stack(config), **_norm(config, "final_norm")}

@@ -35,10 +35,8 @@ class ModelOutput:
 
 
 def output_operands(params: dict, config: ModelConfig, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(hidden [..., D'], matrix [D', V]) whose product is the logits of final hidden states [..., D].
-
-    On a mesh, this device's share of the vocabulary, whose last columns are padding where it doesn't divide. A bias of
-    the head is one more row of the matrix.
+    """(hidden [..., D'], matrix [D', V]) whose product is the logits of final hidden states [..., D]; on a mesh, this
+    device's share, whose last columns are padding where it doesn't divide. A bias of the head is one more row.
     """
     names = ("embed" if config.tie_embeddings else "head", "head_bias")
     params = assembled({name: params[name] for name in names if name in params}, config)

@@ -78,10 +78,9 @@ def generate(
         return arrays if mesh is None else place(arrays, mesh, specs)
 
     def start(texts, lengths, room: int):
-        """(last tokens i32 [size], cache that holds all tokens before them and has `room` for more).
-
-        Padding stands before a text and is of another document, so it is never read nor counted in positions, and all
-        rows write their n-th new token in one place of the cache.
+        """(last tokens i32 [size], cache that holds all tokens before them and has `room` for more). Padding stands
+        before a text and is of another document: never read nor counted in positions, while all rows write their n-th
+        new token in one place of the cache.
         """
         longest = texts.shape[1] - 1
         piece = _PIECE if longest >= _PIECE and not long else padded_size(longest + 1)
@@ -209,9 +208,8 @@ def _compiled(config: ModelConfig, kind: str, mesh: Mesh | None):
 
 
 def greedy_step(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> tuple[Any, tuple]:
-    """(the compiled function that writes tokens greedily, its inputs after the parameters as shapes on `mesh`).
-
-    The cache holds `length` tokens of each of `rows` rows, padded as `generate` does.
+    """(the compiled function that writes tokens greedily, its inputs after the parameters as shapes on `mesh`), with a
+    cache for `length` tokens of each of `rows` rows, padded as `generate` does.
     """
     size = _padded_rows(rows, mesh)
 
@@ -303,10 +301,9 @@ def continue_tokens(
     mesh: Mesh | None = None,
     **sampling: Any,
 ) -> list[Generated]:
-    """`generate_text` for prompts that are token ids already, none of them empty: nothing is put before them.
-
-    `ends`: tokens that end a text; the model's unless given. `apart`: what is written is read without its prompt, and a
-    special token's text can be a stop string, as in lm-eval's class for transformers.
+    """`generate_text` for prompts that are token ids, none of them empty: nothing is put before them. `ends` are the
+    tokens that end a text (default: the model's). `apart`: what is written is read without its prompt, and a special
+    token's text can be a stop string, as in lm-eval's class for transformers.
     """
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop is {stop!r}; expected a sequence of texts that are not empty.")

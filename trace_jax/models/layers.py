@@ -190,7 +190,6 @@ def _grouped_attention(layer, config: ModelConfig, x, rope_table, mask, cache):
 
 def _read_by_own_heads(kv, config: ModelConfig, num_heads: int):
     """Keys or values [B,M,G,C] of the heads that this device's queries read; one per query head if not all do so alike.
-
     Heads split evenly need nothing. Where there are fewer key heads than devices, each device has all of them.
     """
     if num_heads == config.num_heads or kv.shape[2] < config.num_kv_heads:
@@ -279,9 +278,8 @@ def _attend_with_normalizer(q, k, v, mask, sinks):
 
 
 def _attend_gradient(q, k, v, mask, normalizer, dot, gradient):
-    """Gradients of q, k, v; `dot` f32 [B,G,R,S] is the product of the gradient with the mixed values.
-
-    Scores are computed again, keys first: then only one of the products needs a transpose.
+    """Gradients of q, k, v; `dot` f32 [B,G,R,S] is the product of the gradient with the mixed values. Scores are
+    computed again, keys first: then only one of the products needs a transpose.
     """
     B, G, R, S, C = q.shape
     M = k.shape[2]

@@ -103,11 +103,9 @@ class TextCodec:
         return whole_text(self.tokenizer, literal=False)
 
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
-        """Each (text, continuation) as the tokens of running text; `first_target` is where the continuation starts.
-
-        Both are encoded at once, since a tokenizer may treat the beginning of a text otherwise. A token that holds
-        characters of both belongs to the continuation. One that the model doesn't know is refused: JAX would silently
-        read another embedding.
+        """Each (text, continuation) as the tokens of running text, encoded at once, since a tokenizer may treat the
+        beginning of a text otherwise. A token that holds characters of both belongs to the continuation. One that the
+        model doesn't know is refused: JAX would silently read another embedding.
         """
         encodings = self.literal.encode_batch([text + more for text, more in pairs], add_special_tokens=False)
         encoded = []
@@ -177,9 +175,8 @@ class TextCodec:
         return self.marked.encode(text, add_special_tokens=not text.startswith(prefix)).ids
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """(ids of the context, ids of the continuation): both are read as one text, split where the context alone ends.
-
-        White space at the end of the context goes to the continuation. An empty context is the prefix.
+        """(ids of the context, ids of the continuation), read as one text, split where the context alone ends. White
+        space at its end goes to the continuation. An empty context is the prefix.
         """
         if not context:
             ids, prefix = self.marked.encode(continuation, add_special_tokens=False).ids, [self.prefix_and_end[0]]

@@ -36,9 +36,8 @@ class RouterOutput:
 
 
 def route(layer: dict, config: ModelConfig, x_TD: jax.Array, *, chosen_TK: jax.Array | None = None) -> RouterOutput:
-    """Scores all experts, chooses K exactly and weighs them; in float32 whatever the type of `x`.
-
-    `chosen_TK` i32: K different experts of each token that are weighed as if they had been the K best.
+    """Scores all experts, chooses K exactly (or `chosen_TK` i32, K different ones of each token, as if they had been
+    the best) and weighs them; in float32 whatever the type of `x`.
     """
     logits = jnp.dot(x_TD.astype(jnp.float32), layer["router"], precision=jax.lax.Precision.HIGHEST)
     if config.router_bias:
@@ -203,10 +202,9 @@ def _places(indices_TK, rank, first, num_places: int, *, some_elsewhere: bool) -
 
 
 def count_and_rank(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
-    """For `expert` i32 [N]: slots per expert i32 [E], and each slot's rank among the slots of its expert i32 [N].
-
-    This is all of a counting sort but the copy; no comparison sort is needed. The running sum over N is a triangular
-    matmul within blocks (exact), then a sum over blocks.
+    """For `expert` i32 [N]: slots per expert i32 [E], and each slot's rank among those of its expert i32 [N], all of
+    a counting sort but the copy. The running sum over N is a triangular matmul within blocks (exact), then a sum over
+    blocks.
     """
     chosen = expert[:, None] == jnp.arange(num_experts, dtype=jnp.int32)[None, :]
     N, size = len(expert), min(128, len(expert))

@@ -47,7 +47,6 @@ class Delta:
 
 def merged(array: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """`array` + `a` `b` in the type of `array`: [..., inputs, outputs] and factors, without layers. The sum is float32.
-
     Inputs are the axes that `a` has before its last. Where there are experts, both factors have them in front.
     """
     stacked = a.ndim + b.ndim - 2 - array.ndim  # 1 where there are experts: counted in both factors
@@ -82,7 +81,6 @@ def placed_params(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
 
 def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
     """Nested parameters, or those of one layer, below the path `prefix`, as a device computes with them (`assemble`).
-
     Beside experts of which some are the rows of a `Delta`, "trained" bool [E] says which: the others need no gradient.
     """
     declared, result = flat_specs(config), {}

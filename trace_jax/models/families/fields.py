@@ -41,9 +41,8 @@ Switches = dict[str, Any]  # fields of `ModelConfig`
 
 def complete(config_json: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     """A config.json as transformers' class of the `model_type` reads it: old spellings in the new one, rotary settings
-    in `rope_parameters`, absent keys with the class's value, kinds of layers by the class's rule.
-
-    transformers is imported here, late, and no code of a checkpoint ever runs.
+    in `rope_parameters`, absent keys with the class's value, kinds of layers by the class's rule. transformers is
+    imported here, late, and no code of a checkpoint ever runs.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing concerns nobody here
     import transformers
@@ -102,9 +101,8 @@ class ConfigReader:
         self._read.update(keys)
 
     def unread(self) -> tuple[str, ...]:
-        """Keys of the file that nobody looked at and that aren't known to be harmless.
-
-        One that the class no longer has stands in another's place: an old spelling.
+        """Keys of the file that nobody looked at and that aren't harmless. One that the class no longer has stands in
+        another's place: an old spelling.
         """
         return tuple(sorted(set(self._file) & set(self._values) - self._read - set(_HARMLESS.split())))
 
