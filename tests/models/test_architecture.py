@@ -79,29 +79,35 @@ def case(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_has_a_gradient_and_on_a_mesh_the_same(name, monkeypatch):
-    (config, params, output), mesh = case(name), mesh_of(*MESHES[name])
+    """Of one model with experts that are forced on it."""
+    (config, params, output), mesh, forced = case(name), mesh_of(*MESHES[name]), name == "windows"
+    drawn = np.random.default_rng(0).random((8, config.num_layers, 12, config.num_experts))
+    chosen = np.argsort(drawn, axis=-1)[..., : config.experts_per_token].astype(np.int32)
     if name == "mixer":
         monkeypatch.setattr(loss, "MAX_CHUNK_ELEMENTS", 7 * config.vocab_size)
 
-    def losses(params, other, tokens, documents, total):
-        out = decoder.forward(params, config, tokens, mask=documents, collect=("hidden", "counts", "load"))
+    def losses(params, other, tokens, documents, chosen, total):
+        experts = chosen.swapaxes(0, 1) if forced else None
+        collect = ("hidden", "counts", "load")
+        out = decoder.forward(params, config, tokens, mask=documents, collect=collect, experts=experts)
         nll = token_nll(params, config, out.hidden, jnp.roll(tokens, -1, axis=1))
         hidden = decoder.forward(other, config, tokens, mask=documents, collect=("hidden",)).hidden
         kl = token_kl(other, hidden, params, out.hidden, config)
         value = total(jnp.where(documents > 0, nll + kl, 0.0).sum()) + 0.1 * (total(out.router.load) ** 2).sum()
         return value, total(out.router.counts)
 
-    def gradient(params, tokens, documents, total=lambda x: jax.lax.psum(x, BATCH_AXES)):
+    def gradient(params, *rows, total=lambda x: jax.lax.psum(x, BATCH_AXES)):
         other = jax.tree.map(lambda x: 0.9 * x, params)
-        return jax.value_and_grad(losses, has_aux=True)(params, other, tokens, documents, total)
+        return jax.value_and_grad(losses, has_aux=True)(params, other, *rows, total)
 
-    (value, counts), wanted = jax.jit(lambda *arrays: gradient(*arrays, lambda x: x))(params, TOKENS, DOCUMENTS)
+    rows = TOKENS, DOCUMENTS, chosen
+    (value, counts), wanted = jax.jit(functools.partial(gradient, total=lambda x: x))(params, *rows)
     wanted = flatten(wanted)
     assert {path for path, g in wanted.items() if not np.any(np.asarray(g))} <= {"layers/router_correction"}
-    np.testing.assert_array_equal(counts, output.router.counts)
+    assert np.array_equal(counts, output.router.counts) != forced
     out_specs = ((P(), P()), unflatten(param_specs(config, mesh)))
     spread = jax.jit(on_mesh(gradient, config, mesh, out_specs=out_specs))
-    (value_there, counts_there), there = spread(placed_params(params, config, mesh), TOKENS, DOCUMENTS)
+    (value_there, counts_there), there = spread(placed_params(params, config, mesh), *rows)
     np.testing.assert_array_equal(counts_there, counts)
     np.testing.assert_allclose(value_there, value, rtol=1e-5)
     for path, leaf in flatten(there).items():

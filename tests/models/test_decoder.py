@@ -9,17 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 from scipy.special import softmax
 
-from tests.tiny import mesh_of, random_params
+from tests.tiny import random_params
 from trace_jax.models import decoder
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.layers import init_cache
 from trace_jax.models.loss import token_nll
 from trace_jax.models.moe import moe_layer
-from trace_jax.models.sharding import on_mesh, placed_params
-from trace_jax.parallel.mesh import BATCH_AXES
 
 V, L, E, K = 31, 2, 6, 2
 CONFIG = ModelConfig(
@@ -233,24 +230,6 @@ def test_every_layer_gets_its_own_experts():
     assert np.abs(np.asarray(free.logits - expected.logits)).max() > 0.1
     part = forward(params, config, TOKENS, mask=MASK, experts=indices, num_layers=2, collect=("hidden",)).hidden
     np.testing.assert_allclose(part, expected.layers[1], rtol=1e-5, atol=1e-5)
-
-
-def test_a_mesh_gives_the_same_with_forced_experts():
-    """Seven experts and six wide, which the mesh doesn't divide: all are padded."""
-    config = config_of("softmax over the chosen", num_experts=7, experts_per_token=2)
-    params, indices, mesh = random_params(config, noise=0.5), other_experts(config, (4, 2, 9)), mesh_of(1, 2, 2)
-
-    def run(params, tokens, mask, indices):
-        collect, indices = ("logits", "router"), indices.swapaxes(0, 1)
-        out = decoder.forward(params, config, tokens, mask=mask, collect=collect, experts=indices)
-        return out.logits, out.router.indices.swapaxes(0, 1), out.router.weights.swapaxes(0, 1)
-
-    expected = jax.jit(run)(params, TOKENS, MASK, indices)
-    spread = jax.jit(on_mesh(run, config, mesh, out_specs=P(BATCH_AXES)))
-    there = spread(placed_params(params, config, mesh), TOKENS, MASK, indices)
-    np.testing.assert_array_equal(there[1], indices)
-    for one, other in zip(expected, there, strict=True):
-        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-4)
 
 
 EXPERTS = np.zeros((L, 2, 9, K), np.int32)

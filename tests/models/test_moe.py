@@ -156,20 +156,6 @@ def test_experts_in_blocks_equal_the_general_path_and_only_weights_of_others_tak
     assert_close(of_some, in_blocks)
 
 
-def test_choices_of_experts_elsewhere_count_as_zero_and_take_no_gradient():
-    config = EXPERTS["biases and limits"]
-    weights, x, gates, indices, cotangent = make_inputs(config)
-    indices = indices.at[70:].set(E)
-
-    @jax.jit
-    def total(gates):
-        return jnp.sum(experts(weights, config, x, indices, gates, room=indices.size)[0] * cotangent)
-
-    gradient = jax.grad(total)(gates)
-    assert np.all(gradient[70:] == 0) and np.all(gradient[:70] != 0)
-    np.testing.assert_allclose(total(gates.at[70:].set(99.0)), total(gates), rtol=1e-6)
-
-
 def test_with_less_room_than_slots_nothing_is_lost_uncounted():
     weights, x, gates, indices, _ = make_inputs(BASE)
     run, complete = jax.jit(experts, static_argnames=("config", "room")), []

@@ -6,7 +6,6 @@ Gradients of every switch are in tests/models/test_architecture.py, decoding in 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -64,28 +63,6 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
 )  # fmt: skip
 def test_storage(shape, axes, spec):
     assert meshes.storage_spec(shape, axes, SIZES) == spec
-
-
-def test_as_varying_marks_what_differs_between_devices_and_sum_over_sums_only_that():
-    mesh = make_mesh(jax.devices()[:2])
-
-    def check(equal, split):
-        assert meshes.varying_axes(equal) == frozenset() and meshes.varying_axes(split) == {"data", "expert"}
-        assert meshes.varying_axes(meshes.as_varying(equal, meshes.varying_axes(equal, split))) == {"data", "expert"}
-        return meshes.sum_over(equal, *BATCH_AXES), meshes.sum_over(split, *BATCH_AXES)
-
-    run = jax.shard_map(check, mesh=mesh, in_specs=(P(), P(BATCH_AXES)), out_specs=P())
-    equal, split = run(jnp.float32(3), jnp.arange(2, dtype=jnp.float32))
-    assert float(equal) == 3 and split.tolist() == [1.0]
-    assert meshes.varying_axes(jnp.zeros(2)) == frozenset()
-
-
-def test_arrays_go_to_the_mesh_and_come_back():
-    mesh, x = make_mesh(expert=2, tensor=2), np.arange(24, dtype=np.float32).reshape(8, 3)
-    placed = place({"a": x, "b": x}, mesh, {"a": P(BATCH_AXES), "b": P("tensor")})
-    assert placed["a"].addressable_shards[0].data.shape == (2, 3)
-    assert placed["b"].addressable_shards[0].data.shape == (4, 3)
-    assert all(np.array_equal(back, x) for back in to_host(placed).values())
 
 
 def trajectory(config, sizes, parallel=PLAIN):

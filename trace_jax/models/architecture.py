@@ -26,10 +26,8 @@ STACKED = ("layers", "experts")  # along these an array holds many matrices
 
 
 class Rope(Section):
-    """One rotary embedding: dimension pair i turns by position * theta^(-i/pairs) / divisors[i].
-
-    Every published kind (linear, yarn, llama3, longrope) is a choice of divisors and amplitude
-    (`trace_jax.models.families.fields` derives them).
+    """One rotary embedding: dimension pair i turns by position * theta^(-i/pairs) / divisors[i]. Every published kind
+    (linear, yarn, llama3, longrope) is a choice of divisors and amplitude (`trace_jax.models.families.fields`).
     """
 
     theta: float = option(10_000.0, help="base of the frequencies", minimum=1.0)

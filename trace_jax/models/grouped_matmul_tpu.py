@@ -1,10 +1,9 @@
 """`grouped_matmul` on TPU ("mosaic"): XLA's own kernel for the products, a Pallas kernel for the gradient of w.
 
-XLA has a TPU kernel for `jax.lax.ragged_dot`, which serves the product and the gradient of x. The gradient of w it
-expands to every group times every row with jax 0.10.2 (docs/scaling.md). The kernel here reads rows in aligned tiles,
-visits a tile that several groups share once for each, and adds a group's visits up in one accumulator. The kernels
-that JAX ships (`pallas.ops.tpu.megablox`) do the same, but can't be traced inside `jax.shard_map` with
-`check_vma=True`.
+XLA's TPU kernel for `jax.lax.ragged_dot` serves the product and the gradient of x; the gradient of w it expands to
+every group times every row with jax 0.10.2 (docs/scaling.md). The kernel here reads rows in aligned tiles, visits a
+tile that several groups share once for each, and adds a group's visits up in one accumulator. JAX's own kernels
+(`pallas.ops.tpu.megablox`) do the same, but can't be traced inside `jax.shard_map` with `check_vma=True`.
 """
 
 from functools import partial
@@ -32,9 +31,8 @@ def _even(width: int, most: int) -> int:
 
 
 def visits(group_sizes: jax.Array, num_tiles: int, rows: int) -> tuple[jax.Array, jax.Array]:
-    """(group, tile of rows) of each visit, i32 [num_tiles + E - 1], by group; every group has one at least.
-
-    Visits left over repeat the last one; they are those from `sum of visits` on.
+    """(group, tile of rows) of each visit, i32 [num_tiles + E - 1], by group; every group has one at least, and visits
+    left over repeat the last one.
     """
     ends = jnp.cumsum(group_sizes)
     first = jnp.minimum((ends - group_sizes) // rows, num_tiles - 1)

@@ -41,10 +41,9 @@ def norm(params: dict, name: str, config: ModelConfig, x: jax.Array) -> jax.Arra
 
 
 def rotary(positions: jax.Array, config: ModelConfig) -> jax.Array:
-    """Cosines and sines at `positions` i32 [B or 1, S]: f32 [N, 2, B or 1, S, 1, 2, W/2].
-
-    N: one for each of `config.ropes`, and a last one that turns nothing (`layer_ropes` = -1). W: the dimensions that
-    turn; the two coordinates of a pair stand in halves, and the sine carries the sign of each half.
+    """Cosines and sines at `positions` i32 [B or 1, S]: f32 [N, 2, B or 1, S, 1, 2, W/2], one for each `config.ropes`
+    and a last one that turns nothing (`layer_ropes` = -1). Of the W dimensions that turn the two coordinates of a pair
+    stand in halves, and the sine carries the sign of each half.
     """
     tables = [_table(positions, rope, config.rotary_width) for rope in config.ropes]
     still = jnp.stack([jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][0])])
@@ -125,10 +124,8 @@ _swiglu.defvjp(lambda gate_up: (_swiglu(gate_up), gate_up), _swiglu_backward)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What decoding needs of the tokens so far. M = room for tokens.
-
-    Latent attention keeps the latent and the rotated key that all heads share as one key of width R + W, and no values:
-    they are part of the latent.
+    """What decoding needs of the tokens so far, with room for M. Latent attention keeps the latent and the rotated key
+    that all heads share as one key of width R + W, and no values: they are part of the latent.
     """
 
     k: jax.Array  # [L, B, M, G, C] or [L, B, M, 1, R + W]

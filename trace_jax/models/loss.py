@@ -21,20 +21,13 @@ from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, varying_axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Scores of T tokens over the vocabulary. Every method gives what the whole vocabulary says, f32 [T].
+    """Scores of T tokens over the vocabulary. Every method gives what the whole vocabulary says, f32 [T]."""
 
-    Attributes:
-      logits: f32 [T, V'], the columns of this device; where they only pad its share, a very low score.
-      is_target: bool [T, V'], the column of each token's target.
-      real: bool [1, V'], False where a column only pads; None: none does.
-      size: tokens in the vocabulary. split: whether other devices have the other columns.
-    """
-
-    logits: jax.Array
-    is_target: jax.Array
-    real: jax.Array | None
-    size: int = dataclasses.field(metadata={"static": True})
-    split: bool = dataclasses.field(metadata={"static": True})
+    logits: jax.Array  # f32 [T, V'], the columns of this device; where they only pad its share, a very low score
+    is_target: jax.Array  # bool [T, V'], the column of each token's target
+    real: jax.Array | None  # bool [1, V'], False where a column only pads; None: none does
+    size: int = dataclasses.field(metadata={"static": True})  # tokens in the vocabulary
+    split: bool = dataclasses.field(metadata={"static": True})  # whether other devices have the other columns
 
     def total(self, values: jax.Array) -> jax.Array:
         """Sum of `values` [T, V'] over the vocabulary."""

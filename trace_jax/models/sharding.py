@@ -32,10 +32,9 @@ _PER_ROW = P(BATCH_AXES)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """`array` and what changes it, of all layers or of one.
-
-    Either `rows` [L,N,...] in the places of the experts `index` i32 [L,N] (E: in none) of `array` [L,E,...]; or the
-    product of `a` [..., inputs, R] and `b` [..., R, outputs], added to `array` [..., inputs, outputs].
+    """`array` and what changes it, of all layers or of one: `rows` [L,N,...] in the places of the experts `index` i32
+    [L,N] (E: in none) of `array` [L,E,...]; or the product of `a` [..., inputs, R] and `b` [..., R, outputs], added to
+    `array` [..., inputs, outputs].
     """
 
     array: jax.Array
