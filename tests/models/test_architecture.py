@@ -5,7 +5,6 @@ That a switch means what its family says is tested against transformers in tests
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from tests.tiny import mesh_of, random_params
 from trace_jax.config import ConfigError
 from trace_jax.models import architecture, decoder, layers, loss
-from trace_jax.models.architecture import ModelConfig, Rope, flat_specs, flatten, init_params, unflatten
+from trace_jax.models.architecture import ModelConfig, Rope, flatten, init_params, unflatten
 from trace_jax.models.layers import init_cache
 from trace_jax.models.loss import token_kl, token_nll
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
@@ -193,20 +192,11 @@ def test_a_partial_pass_is_the_beginning_of_the_whole_through_dense_layers():
     np.testing.assert_array_equal(part.router.counts, complete.router.counts[:1])
 
 
-def test_first_values_have_the_declared_shapes_and_types_and_are_counted():
+def test_first_values_have_the_declared_shapes_and_types():
     for config in (config_of("windows"), config_of("mixer", dtype="bfloat16")):
-        params, layers = init_params(config, jax.random.key(0)), architecture.abstract_params(config)["layers"]
-        got = jax.tree.map(lambda a: (a.shape, a.dtype), params)
-        assert got == jax.tree.map(lambda a: (a.shape, a.dtype), architecture.abstract_params(config))
-        assert ("head" in params) == (not config.tie_embeddings)
-        assert ("shared" in layers) == bool(config.shared_hidden_size) and layers["router"].dtype == jnp.float32
-        for path, spec in flat_specs(config).items():
-            assert len(spec.shape) == len(spec.axes), path
-            assert (spec.axes[0] == "layers") == path.startswith("layers/"), path
-        total, active = architecture.count_params(config)
-        assert total == sum(math.prod(a.shape) for a in jax.tree.leaves(params))
-        routed = sum(math.prod(a.shape) for a in jax.tree.leaves(layers["experts"]))
-        assert total - active == routed - routed * config.experts_per_token // 7
+        trees = init_params(config, jax.random.key(0)), architecture.abstract_params(config)
+        got, declared = (jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in trees)
+        assert got == declared and got["layers"]["router"][1] == jnp.float32
 
 
 def test_first_values_depend_on_the_seed_alone_and_projections_on_the_number_of_inputs():
