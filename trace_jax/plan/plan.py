@@ -37,7 +37,9 @@ def plan(config: Any, target: Target, *, price: float | None, search: bool, outp
     parts = [_head(config, model, target, parallel)]
     if layouts:
         parts.append(search_table(layouts, chips=chips, price=price))
-    parts.append(program_table(predictions, chips=chips, price=price))
+    kinds = dict.fromkeys(e["kind"] for p in predictions for e in p["exchanges"])
+    columns = [_quantities(p, kinds, chips, price) for p in predictions]
+    parts.append("\n".join(aligned([[name, *(column[name] for column in columns)] for name in columns[0]])))
     if output is not None:
         numbers = {
             "experiment": config.name,
@@ -118,13 +120,6 @@ def _head(config: Any, model: ModelConfig, target: Target, parallel: ParallelCon
         f"TFLOP/s, {chip.bandwidth / 1e9:.4g} GB/s\n"
         f"{_words(parallel)}; remat {parallel.remat}; a step takes {rows} rows of {config.data.row_length} tokens"
     )
-
-
-def program_table(predictions: Sequence[dict[str, Any]], *, chips: int, price: float | None) -> str:
-    """One column per program, one row per quantity, all of one chip."""
-    kinds = dict.fromkeys(e["kind"] for p in predictions for e in p["exchanges"])
-    columns = [_quantities(p, kinds, chips, price) for p in predictions]
-    return "\n".join(aligned([[name, *(column[name] for column in columns)] for name in columns[0]]))
 
 
 def search_table(layouts: Sequence[tuple[ParallelConfig, dict[str, Any]]], *, chips: int, price: float | None) -> str:
