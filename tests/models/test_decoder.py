@@ -165,12 +165,6 @@ def config_of(gate, **changes):
     return dataclasses.replace(BASE, **(GATES[gate] | changes))
 
 
-def other_experts(config, shape, seed=2):
-    """i32 [..., K], K different experts each, at random."""
-    drawn = np.random.default_rng(seed).random((*shape, config.num_experts))
-    return np.argsort(drawn, axis=-1)[..., : config.experts_per_token].astype(np.int32)
-
-
 def gate_weights(logits, indices, config):
     """f64 [N, K] from logits f64 [N, E]: what each family's gate makes of these experts, one token at a time."""
     weights = np.zeros(indices.shape)
@@ -196,7 +190,8 @@ def gate_weights(logits, indices, config):
 def test_own_experts_change_nothing_and_others_get_the_weights_that_the_gate_gives_them(gate):
     config, x = config_of(gate), np.random.default_rng(3).normal(size=(20, BASE.hidden_size)).astype(np.float32)
     layer = jax.tree.map(lambda array: array[1], random_params(config, noise=0.5)["layers"])
-    chosen = other_experts(config, (20,))
+    drawn = np.random.default_rng(2).random((20, config.num_experts))
+    chosen = np.argsort(drawn, axis=-1)[:, : config.experts_per_token].astype(np.int32)
     run = jax.jit(lambda *chosen: moe_layer(layer, config, jnp.asarray(x), chosen_TK=chosen[0] if chosen else None))
     free_y, free = run()
     forced_y, forced = run(free.indices)

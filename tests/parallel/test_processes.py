@@ -15,9 +15,7 @@ from trace_jax.parallel.processes import VARIABLES, barrier, is_main, start_proc
 
 ALL = [*VARIABLES, *CLUSTERS, "TPU_SKIP_MDS_QUERY", "GCE_METADATA_IP"]
 
-SUM = (
-    DEVICES
-    + """
+SUM = """
 import sys
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -32,12 +30,11 @@ said = count, index, is_main(), float(total(numbers)), broadcast_from_process_0(
 said += all_processes(True), all_processes(index == 0)
 print("<", *said, ">")
 """
-)
 
 
 def test_two_processes_sum_a_number_and_agree():
     address = f"127.0.0.1:{free_port()}"  # arguments go before the environment, which other tests rely on
-    ended = run_processes(SUM, [(address, 2, index) for index in range(2)])
+    ended = run_processes(DEVICES + SUM, [(address, 2, index) for index in range(2)])
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert [out[0].split() for _, out, _ in ended] == [
         ["2", "0", "True", "10.0", "7", "True", "False"],
