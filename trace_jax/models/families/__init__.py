@@ -106,7 +106,7 @@ def exaone_moe(reader: ConfigReader) -> Switches:
 def hy_v3(reader: ConfigReader) -> Switches:
     reader.ignore("enable_moe_fp32_combine")  # concerns rounding below float32 only
     reader.expect(qk_norm=True, route_norm=True, moe_router_use_sigmoid=True, moe_router_enable_expert_bias=True)
-    switches = fields.sigmoid_router(reader, "router_scaling_factor") | {"qk_norm": "head"}
+    switches: Switches = fields.sigmoid_router(reader, "router_scaling_factor") | {"qk_norm": "head"}
     mlp_bias = reader.value("mlp_bias", null=False)
     return fields.grouped(reader, fields.shared, fields.leading_dense, bias="all", mlp_bias=mlp_bias, **switches)
 
@@ -198,7 +198,7 @@ def flex_olmo(reader: ConfigReader) -> Switches:
 
 @family("qwen2_moe", "Qwen2-MoE", "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B")
 def qwen2_moe(reader: ConfigReader) -> Switches:
-    switches = fields.attention_bias(reader, "qkv", key="qkv_bias") | {"shared_gate": True}
+    switches: Switches = fields.attention_bias(reader, "qkv", key="qkv_bias") | {"shared_gate": True}
     switches |= reader.values(shared_hidden_size="shared_expert_intermediate_size")
     return fields.grouped(reader, fields.sparse_step, fields.windows, fields.normalized, **switches)
 
@@ -244,7 +244,7 @@ def hunyuan_v1_moe(reader: ConfigReader) -> Switches:
 
 @family("phimoe", "Phi-3.5-MoE", "Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE")
 def phimoe(reader: ConfigReader) -> Switches:
-    switches = reader.values(router_jitter="router_jitter_noise") | {"router_score": "sparsemixer"}
+    switches: Switches = reader.values(router_jitter="router_jitter_noise") | {"router_score": "sparsemixer"}
     switches |= {"normalize_top_k": False, "norm": "layer", "head_bias": reader.value("lm_head_bias", null=False)}
     ropes = "default", "longrope"
     return fields.grouped(reader, fields.windows, width="intermediate_size", bias="all", ropes=ropes, **switches)
