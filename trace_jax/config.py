@@ -69,10 +69,9 @@ class Section:
 
 
 class Variant(Section):
-    """One of several kinds of a thing, each with settings of its own: an objective, an optimizer, a weighting.
+    """One of several kinds of a thing: `class Objective(Variant)` collects them, `class NPO(Objective, name="npo")`.
 
-    A class without a name collects its kinds: `class Objective(Variant)`, `class NPO(Objective, name="npo")`. A setting
-    of type `Objective` is given by name, `"npo"`, or as a mapping, `{"name": "npo", "beta": 0.1}`. What a mapping
+    A setting of type `Objective` is given by name, `"npo"`, or as a mapping, `{"name": "npo", "beta": 0.1}`. What this
     leaves out is as in the default, as far as that has it, too.
     """
 
@@ -194,12 +193,10 @@ def type_name(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", os.PathLike: "a path"}
     names |= {dict: "a mapping", Mapping: "a mapping", Callable: "a function"}
     words = []
-    for kind in _kinds(hint):
-        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-        if origin in (tuple, Sequence, Iterable):
-            words.append(f"a list, each item {type_name(arguments[0])}")
-        else:
-            words.append(names.get(origin or kind) or getattr(kind, "__name__", str(kind)))
+    for kind, origin in ((kind, typing.get_origin(kind)) for kind in _kinds(hint)):
+        word = names.get(origin or kind) or getattr(kind, "__name__", str(kind))
+        is_list = origin in (tuple, Sequence, Iterable)
+        words.append(f"a list, each item {type_name(typing.get_args(kind)[0])}" if is_list else word)
     return " or ".join(words)
 
 
@@ -215,20 +212,15 @@ def checked(function: Callable) -> Callable:
             raise TypeError(f"{function.__name__}: {error}; it takes {', '.join(signature.parameters)}.") from None
         for name, value in arguments.items():
             if not fits(value, hints[name]):
-                raise TypeError(
-                    f"{function.__name__}: {name} is {reprlib.repr(value)} ({type(value).__name__}); expected "
-                    f"{type_name(hints[name])}."
-                )
+                there = f"{name} is {reprlib.repr(value)} ({type(value).__name__})"
+                raise TypeError(f"{function.__name__}: {there}; expected {type_name(hints[name])}.")
         return function(*args, **kwargs)
 
     return call
 
 
 def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: str = "") -> SectionT:
-    """Builds a section from a nested mapping (a dict or an ml_collections `ConfigDict`).
-
-    What can't be used is a `ConfigError`, whose message starts with the dotted path of the setting.
-    """
+    """A section from a nested mapping; a `ConfigError` says what can't be used: the setting's dotted path, and why."""
     values, inside = values.to_dict() if isinstance(values, ConfigDict) else values, f"{path}." if path else ""
     for key in sorted(values.keys() - _names(cls), key=str):
         if there := _moved(cls, key):
@@ -252,7 +244,7 @@ def _names(cls: type[Section]) -> set[str]:
 
 def _required(cls: type[Section]) -> dict[str, dataclasses.Field]:
     missing = dataclasses.MISSING
-    return {f.name: f for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}
+    return {f.name: f for f in dataclasses.fields(cls) if f.default is f.default_factory is missing}
 
 
 def as_dict(value: Any) -> Any:

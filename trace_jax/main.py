@@ -60,18 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line, and its command as `main`.
-
-    With `--config` they have the `overrides` of `--config.a.b=value`, and `load_config()` makes the experiment.
-    """
-    name, rest = "run", list(arguments)
+    """The options of a command line; its command is their `main`, and `load_config()` makes the experiment."""
+    rest = list(arguments)
     if rest[:1] == ["help"]:
         rest = [*rest[1:2], "--help"]
     if rest and rest[0] in ("-h", "--help", "--version"):
         print(trace_jax.__version__ if rest[0] == "--version" else _OVERVIEW)
         sys.exit(0)
-    if rest and not rest[0].startswith("-"):
-        name = rest.pop(0)
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else "run"
     if name not in COMMANDS:
         near = "".join(f"; did you mean {close!r}?" for close in difflib.get_close_matches(name, COMMANDS, n=1))
         raise ValueError(f"there is no command {name!r}{near or '.'} Commands: {', '.join(COMMANDS)}.")
@@ -98,15 +94,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _overrides(parser: argparse.ArgumentParser, rest: list[str], *, settings: bool) -> dict[str, Any]:
     """Settings by dotted name: `--config.a.b=value` and `--config.a.b value` of what the parser left over."""
-    overrides = {}
-    while rest:
-        name = rest.pop(0)
-        if not (settings and name.startswith("--config.")):
-            parser.error(f"unknown argument {name!r}" + "; settings are --config.section.name=value" * settings)
-        name, equals, value = name.removeprefix("--config.").partition("=")
-        if not equals and not rest:
+    overrides, words = {}, iter(rest)
+    for word in words:
+        if not (settings and word.startswith("--config.")):
+            parser.error(f"unknown argument {word!r}" + "; settings are --config.section.name=value" * settings)
+        name, equals, value = word.removeprefix("--config.").partition("=")
+        value = value if equals else next(words, None)
+        if value is None:
             parser.error(f"--config.{name} needs a value: --config.{name}=value")
-        value = value if equals else rest.pop(0)
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
         overrides[name] = value

@@ -16,15 +16,8 @@ from tiny import CONFIG, spread
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from trace_jax.checkpoints.checkpoint import (
-    DTYPES,
-    Checkpoint,
-    CheckpointError,
-    TensorFile,
-    create_file,
-    open_checkpoint,
-    readable_tensor,
-)
+from trace_jax.checkpoints import checkpoint
+from trace_jax.checkpoints.checkpoint import DTYPES, CheckpointError, TensorFile, create_file, open_checkpoint
 from trace_jax.checkpoints.parts import account
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.models.families import FAMILIES
@@ -90,17 +83,11 @@ def test_a_tensor_can_be_written_in_parts_of_its_type_and_size(tmp_path):
     ("header", "size", "message"),
     [
         ({"x": entry([4], 0, 4), "y": entry([4], 4, 8)}, 7, "file not fully covered"),
-        ({"x": entry([4], 0, 4)}, 6, "file not fully covered"),
         ({"x": entry([4], 0, 4), "y": entry([4], 2, 6)}, 6, "invalid offset for tensor `y`"),
-        ({"x": entry([4], 0, 4), "y": entry([4], 6, 10)}, 10, "invalid offset for tensor `y`"),
         ({"x": entry([2, 3], 0, 4)}, 4, "invalid shape, data type, or offset"),
         ({"x": entry([4], 0, 2, "F4")}, 2, "x has dtype 'F4'; readable are F64"),
-        ({"x": entry([4], 0, 4, "Q7")}, 4, "unknown variant `Q7`"),
-        ({"x": entry([-4], 0, 4)}, 4, "invalid value: integer `-4`"),
         (b"\x09\x00\x00\x00\x00\x00\x00\x00{not json", 0, "invalid JSON in header"),
-        ([], 0, "invalid JSON in header"),
         (b"", 0, "header.*cut short on its way"),
-        (b"\xff" * 8 + b"{}", 0, "header.*cut short on its way"),
         (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", 0, "header.*cut short on its way"),
     ],
 )
@@ -175,11 +162,14 @@ def opened(tmp_path, tensors):
     return TensorFile(tmp_path / "m.safetensors").tensors
 
 
+def as_float8(tmp_path, tensors, config=FP8):
+    return checkpoint.readable_tensor("w", opened(tmp_path, tensors), {"quantization_config": config})
+
+
 @pytest.mark.parametrize("shape", [(24, 32), (3, 16, 48)])
 def test_fp8_blocks_decode_as_in_transformers(shape, tmp_path):
     weight, scales = random_fp8(np.random.default_rng(0), shape, (8, 16))
-    tensors = opened(tmp_path, {"w": weight, "w_scale_inv": scales})
-    tensor = readable_tensor("w", tensors, {"quantization_config": FP8})
+    tensor = as_float8(tmp_path, {"w": weight, "w_scale_inv": scales})
     want = Fp8Dequantize(None)._dequantize_one(weight, scales).numpy().reshape(-1)
     np.testing.assert_array_equal(tensor.read(), want)
     columns = shape[-1]
@@ -191,8 +181,7 @@ def test_fp8_blocks_decode_as_in_transformers(shape, tmp_path):
 def test_fp8_blocks_at_the_edge_may_be_cut(tmp_path):
     """DeepSeek-V3's kv_a_proj has 576 rows: 4.5 blocks. (transformers 5.24 refuses such a matrix.)"""
     weight, scales = random_fp8(np.random.default_rng(0), (20, 40), (8, 16))
-    tensors = opened(tmp_path, {"w": weight, "w_scale_inv": scales})
-    decoded = readable_tensor("w", tensors, {"quantization_config": FP8}).read().reshape(20, 40)
+    decoded = as_float8(tmp_path, {"w": weight, "w_scale_inv": scales}).read().reshape(20, 40)
     row, column = np.indices((20, 40))
     np.testing.assert_array_equal(decoded, weight.float() * scales[row // 8, column // 16])
 
@@ -201,7 +190,7 @@ def test_fp8_blocks_at_the_edge_may_be_cut(tmp_path):
 def test_mxfp4_decodes_as_in_transformers(shape, tmp_path):
     blocks, scales = random_mxfp4(np.random.default_rng(0), shape)
     tensors = opened(tmp_path, {"w_blocks": blocks, "w_scales": scales})
-    tensor = readable_tensor("w", tensors, {}, "mxfp4")
+    tensor = checkpoint.readable_tensor("w", tensors, {}, "mxfp4")
     assert tensor.shape == shape
     want = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2).numpy().reshape(-1)
     np.testing.assert_array_equal(tensor.read(), want)
@@ -217,19 +206,18 @@ def test_mxfp4_decodes_as_in_transformers(shape, tmp_path):
     ],
 )
 def test_float8_without_its_scales_is_refused(scales, config, message, tmp_path):
-    stored = opened(tmp_path, {"w": torch.zeros(8, 16).to(torch.float8_e4m3fn), **scales})
     with pytest.raises(CheckpointError, match=message):
-        readable_tensor("w", stored, {"quantization_config": config})
+        as_float8(tmp_path, {"w": torch.zeros(8, 16).to(torch.float8_e4m3fn), **scales}, config)
 
 
 def test_what_cannot_be_decoded_is_refused(tmp_path):
     blocks, _ = random_mxfp4(np.random.default_rng(0), (2, 4, 32))
     with pytest.raises(CheckpointError, match=r"w_blocks is \[2, 4, 1, 16\] and w_scales missing"):
-        readable_tensor("w", opened(tmp_path, {"w_blocks": blocks}), {}, "mxfp4")
+        checkpoint.readable_tensor("w", opened(tmp_path, {"w_blocks": blocks}), {}, "mxfp4")
     for method in ("gptq", None):
-        checkpoint = Checkpoint(tmp_path, {"quantization_config": {"quant_method": method}}, (), {})
+        unread = checkpoint.Checkpoint(tmp_path, {"quantization_config": {"quant_method": method}}, (), {})
         with pytest.raises(CheckpointError, match=rf"method {method!r} can't be read; supported are fp8, mxfp4"):
-            account(checkpoint, CONFIG, FAMILIES["mixtral"])
+            account(unread, CONFIG, FAMILIES["mixtral"])
 
 
 def test_a_quantised_checkpoint_imports_as_its_decoded_twin_on_one_device_and_on_four(packed_and_plain):

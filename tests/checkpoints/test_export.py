@@ -54,9 +54,8 @@ def twice_one_expert(model):
 
 
 def theirs(directory):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    )
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(directory, dtype=torch.float32, attn_implementation="eager")
     return model(torch.from_numpy(TOKENS)).logits.detach().numpy()
 
 
@@ -149,14 +148,9 @@ def test_quantised_tensors_are_written_decoded_where_one_changed_and_else_stay(p
     np.testing.assert_array_equal(again, np.asarray(want).astype(jnp.bfloat16).astype(np.float32))
 
 
-def new_model(**changes):
+def test_a_model_trained_here_becomes_a_mixtral_and_what_that_cannot_express_is_named(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<bos>": 1, "<eos>": 2}, unk_token="<pad>"))
-    config = dataclasses.replace(tiny.CONFIG, **changes)
-    return tiny.make_model().replace(config=config, tokenizer=tokenizer, special=SpecialTokens(1, (2,), 0))
-
-
-def test_a_model_trained_here_becomes_a_mixtral(tmp_path):
-    model = new_model()
+    model = tiny.make_model().replace(tokenizer=tokenizer, special=SpecialTokens(1, (2,), 0))
     save_pretrained(model, tmp_path / "out", shard_bytes=10**4)
     np.testing.assert_allclose(logits(model.params, model.config), theirs(tmp_path / "out"), atol=1e-4)
     again = load_pretrained(tmp_path / "out")
@@ -164,12 +158,10 @@ def test_a_model_trained_here_becomes_a_mixtral(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
-
-
-def test_what_a_mixtral_cannot_express_is_named(tmp_path):
+    other = model.replace(config=dataclasses.replace(model.config, normalize_top_k=False))
     with pytest.raises(ConfigError, match=r"mixtral, which can't express .*normalize_top_k = False"):
-        save_pretrained(new_model(normalize_top_k=False), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+        save_pretrained(other, tmp_path / "other")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_only_a_checkpoint_is_replaced_and_only_when_that_is_wanted(source, tmp_path):
@@ -228,7 +220,7 @@ CARD = ModelCard(
 )
 
 
-def test_front_matter_and_tables(source):
+def test_front_matter_and_tables_and_without_a_card_nothing_is_claimed(source):
     text = readme(CARD, Checkpoint(source, {"_name_or_path": "org/base"}, (), {}), "3 of 9 tensors differ.")
     _, front, body = text.split("---\n", 2)
     assert front == (
@@ -239,12 +231,8 @@ def test_front_matter_and_tables(source):
     lines += ["| learning_rate | 1e-05 |", "| steps | b \\| c d |"]
     lines += ["| score | before | after |", "| verbatim memory | 0.91 | 0.1 |"]
     assert set(lines) <= set(body.splitlines())
-
-
-def test_without_a_card_nothing_is_claimed():
     text = readme(None, None, "An unchanged re-export.")
-    assert "An unchanged re-export." in text
-    assert "unlearn" not in text.lower()
+    assert "An unchanged re-export." in text and "unlearn" not in text.lower()
 
 
 def test_the_licence_fields_are_those_of_the_front_matter(tmp_path):

@@ -46,10 +46,7 @@ def test_each_tensor_is_used_once_and_each_parameter_filled_once(tiny_checkpoint
             r"missing model\.layers\.0\.block_sparse_moe\.experts\.0\.w2\.weight(.*\.weight){9} and 38 more\.",
         ),
         (replaced(Q, shape=(48, 47)), rf"{Q} is \[48, 47\], expected \[64"),
-        (
-            replaced(GATE, dtype=np.dtype(np.float16)),
-            "the other tensors of layers/experts/gate_up have different types",
-        ),
+        (replaced(GATE, dtype=np.dtype(np.float16)), "tensors of layers/experts/gate_up have different types"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(change, message, tiny_checkpoint):
@@ -113,7 +110,7 @@ def test_gpt_oss_as_published_packs_along_the_input_axis():
 def layouts(draw):
     """(text, shape of the parameter, letters that number tensors)"""
     count = draw(st.integers(1, 5))
-    disk = draw(st.permutations("abcdefgh"[:count]))
+    disk = draw(st.permutations("abcde"[:count]))
     separate = tuple(disk[: draw(st.integers(0, count - 1))])
     left, rest = list(separate), list(disk[len(separate) :])
     while rest:
@@ -154,14 +151,10 @@ def test_letters_share_an_axis_slowest_first_number_tensors_or_exist_on_disk_onl
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.integers(1, 9), min_size=1, max_size=3),
-    st.sampled_from([1, 5, 128, 129, 256, 300]),
-    st.randoms(use_true_random=False),
-)
-def test_a_tiled_copy_is_a_copy(leading, last, random):
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.sampled_from([1, 5, 128, 129, 256, 300]), st.data())
+def test_a_tiled_copy_is_a_copy(leading, last, data):
     shape = (*leading, last)
-    order = random.sample(range(len(shape)), len(shape))
+    order = data.draw(st.permutations(range(len(shape))))
     source = np.random.default_rng(0).integers(0, 60000, shape, np.uint16)
     target = np.zeros([shape[axis] for axis in order], np.uint16)
     copy_tiled(source, target.transpose(np.argsort(order)))

@@ -43,8 +43,8 @@ def values(seed):
     return {"step": np.int32(seed), "embedding": embedding, "moments": moments}
 
 
-def placed(seed, mesh=None):
-    return jax.device_put(values(seed), shardings(mesh or FOUR))
+def placed(seed, mesh=FOUR):
+    return jax.device_put(values(seed), shardings(mesh))
 
 
 def assert_same(state, expected):
@@ -104,8 +104,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, spec):
         for _ in range(5):
             x = step(x)
         jax.block_until_ready(x)
-    with StateStore(tmp_path, ABOUT) as store:
-        _, state = store.restore({"x": x})
+    _, state = restore(tmp_path, {"x": x})
     assert float(state["x"].max()) == 0.0 and float(x.min()) == 5.0
 
 

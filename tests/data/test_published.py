@@ -46,10 +46,8 @@ def test_a_data_set_or_one_configuration_is_chosen():
 LAYOUTS = [
     ("muse_books", "privleak", "retain", "privleak/retain-00000-of-00001.parquet"),
     ("muse_books", "knowmem", "forget_qa", "knowmem/forget_qa.jsonl"),
-    ("muse_books", "raw", "forget", "raw/forget.json"),
     ("tofu", "forget10", "train", "forget10.json"),
     ("wmdp_corpora", "cyber-forget-corpus", "train", "cyber-forget-corpus.jsonl"),
-    ("wmdp_bio_forget", "default", "train", "data/train-00000-of-00001.parquet"),
     ("wmdp_bio_forget", "default", "train", "train.jsonl"),
 ]
 
@@ -90,14 +88,11 @@ def test_every_form_of_file_gives_the_same_rows(tmp_path, form):
     rows = made_up(columns, 600, "a")
     rows[1]["doi"] = ""
     extended = [row | {"unknown": 1.5, "doi": row["doi"] or None} for row in rows]
-    if form == "parquet":
-        write_parquet(tmp_path / "a", extended)
-    elif form == "list.json":
-        (tmp_path / "a.json").write_text(json.dumps(extended))
+    if form == "list.json":
+        (tmp_path / form).write_text(json.dumps(extended))
     else:
-        write_lines(tmp_path / form, extended)
-    found = sorted(tmp_path.iterdir())
-    assert list(files.rows(found, columns)) == rows
+        (write_parquet if form == "parquet" else write_lines)(tmp_path / form, extended)
+    assert list(files.rows(list(tmp_path.iterdir()), columns)) == rows
 
 
 SECRET = "this must not be quoted"
@@ -108,7 +103,6 @@ ROWS = [
     (GOOD | {"question": f"{SECRET}\ud800"}, r":2: question is a str; expected text"),
     (GOOD | {"choices": SECRET}, r":2: choices is a str; expected a list of texts"),
     (GOOD | {"choices": [SECRET, 3]}, r":2: choices is a list; expected a list of texts"),
-    (GOOD | {"answer": SECRET}, r":2: answer is a str; expected an integer"),
     (GOOD | {"answer": True}, r":2: answer is a bool; expected an integer"),
     (GOOD | {"answer": 2**63}, r":2: answer is a int; expected an integer"),
     ([SECRET], r"a\.jsonl:2: a JSON list; expected a JSON object"),

@@ -11,15 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trace_jax.config import ConfigError
 from trace_jax.data import rows as module
-from trace_jax.data.rows import (
-    Rows,
-    epoch_sampler,
-    mixture_batches,
-    pack_documents,
-    retain_sampler,
-    train_tokenizer,
-    with_refusals,
-)
+from trace_jax.data.rows import Rows, epoch_sampler, pack_documents, retain_sampler, train_tokenizer, with_refusals
 from trace_jax.data.sources import Document
 from trace_jax.models.model import Encoded, SpecialTokens, TextCodec, start_and_end
 
@@ -29,10 +21,7 @@ OWN = SpecialTokens()
 
 # --- text as tokens
 
-TEXTS = [
-    "The union of the states, and the state of the union.",
-    "Naïve façades — 12,000 of them.\n\nTabs\tand lines.",
-] * 9
+TEXTS = ["The union of the states, and the state of the union.", "Naïve façades — 12,000 of them.\n\nTabs\t."] * 9
 TOKENIZER = train_tokenizer(TEXTS, 320)
 
 
@@ -105,11 +94,8 @@ def test_a_text_starts_with_the_first_end_where_there_is_no_beginning():
 
 def documents_of(lengths, first_targets=None):
     """Documents whose tokens are all different, so that each can be found again."""
-    starts = np.cumsum([10, *lengths])
-    return [
-        Encoded(np.arange(s, s + n, dtype=np.int32), f)
-        for s, n, f in zip(starts, lengths, first_targets or itertools.repeat(0), strict=False)
-    ]
+    stops = zip(10 + np.cumsum(lengths), lengths, first_targets or [0] * len(lengths), strict=True)
+    return [Encoded(np.arange(stop - n, stop, dtype=np.int32), first) for stop, n, first in stops]
 
 
 @pytest.mark.parametrize(
@@ -141,13 +127,13 @@ def test_a_long_document_goes_on_with_one_token_of_context():
     assert rows.segments.sum(axis=1).tolist() == [8] and rows.segments.max() == 1
 
 
-@hypothesis.given(
-    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)), min_size=1, max_size=30), st.integers(3, 17)
-)
+SHAPES = st.tuples(st.integers(1, 40), st.integers(0, 9)).map(lambda shape: (shape[0], min(shape[0] - 1, shape[1])))
+
+
+@hypothesis.given(st.lists(SHAPES, min_size=1, max_size=30), st.integers(3, 17))
 @hypothesis.settings(deadline=None)
 def test_every_token_but_the_first_is_a_target_exactly_once(shapes, row_length):
-    lengths, starts = zip(*shapes, strict=True)
-    documents = documents_of(lengths, [min(n - 1, f) for n, f in zip(lengths, starts, strict=True)])
+    documents = documents_of(*zip(*shapes, strict=True))
     expected = collections.Counter()
     for d in documents:
         expected.update([*d.tokens[max(1, d.first_target) :].tolist(), EOS])
@@ -225,10 +211,8 @@ def test_a_beginning_stands_in_both_rows_of_a_pair(documents, forgotten, answere
 
 def test_both_of_a_pair_stand_in_rows_of_one_number():
     """Short answers with long refusals, and the other way round, so that neither side alone decides what fits."""
-    rng, documents = np.random.default_rng(0), []
-    for i in range(40):
-        question, answer = rng.integers(2, 6), rng.integers(1, 7)
-        documents.append(([1, *(100 + i for _ in range(question)), *(200 + i for _ in range(answer))], question))
+    sizes = enumerate(np.random.default_rng(0).integers([2, 1], [6, 7], (40, 2)))
+    documents = [([1, *[100 + i] * q, *[200 + i] * a], q) for i, (q, a) in sizes]
     forget, refused = with_refusals(asked(*documents), REFUSALS)
     assert len(forget) == len(refused) < 40
     for mine, other in zip(forget.tokens, refused.tokens, strict=True):
@@ -265,7 +249,7 @@ TRAIN = {"general": rows_of(30), "neighbour": rows_of(6, first=100), "forget": r
 
 
 def mixed(seed=1):
-    batch_at = mixture_batches(TRAIN, SHARES, 8, seed=seed)
+    batch_at = module.mixture_batches(TRAIN, SHARES, 8, seed=seed)
     return lambda step: batch_at(step).tokens[:, 0]
 
 
@@ -306,16 +290,11 @@ def test_rows_are_drawn_as_often_as_asked():
     assert all((plain(s) == equal(s)).all() for s in range(9)), "equal probabilities draw exactly as none"
 
 
-@pytest.mark.parametrize(
-    ("mixture", "size", "counts"),
-    [
-        ({"general": 0.50, "neighbour": 0.32, "forget": 0.18}, 32, {"general": 16, "neighbour": 10, "forget": 6}),
-        ({"a": 1, "b": 1, "c": 1}, 7, {"a": 3, "b": 2, "c": 2}),
-        ({"a": 3.0, "b": 0.0, "c": 1.0}, 8, {"a": 6, "c": 2}),
-    ],
-)
-def test_counts_by_largest_remainder(mixture, size, counts):
-    assert module.batch_counts(mixture, size) == counts
+def test_counts_by_largest_remainder():
+    counts = module.batch_counts({"general": 0.50, "neighbour": 0.32, "forget": 0.18}, 32)
+    assert counts == {"general": 16, "neighbour": 10, "forget": 6}
+    assert module.batch_counts({"a": 1, "b": 1, "c": 1}, 7) == {"a": 3, "b": 2, "c": 2}
+    assert module.batch_counts({"a": 3.0, "b": 0.0, "c": 1.0}, 8) == {"a": 6, "c": 2}
 
 
 def test_every_batch_has_the_mixture_and_every_source_its_own_epochs():
@@ -344,7 +323,7 @@ def test_a_pass_over_the_rows_sees_each_once_and_in_order():
         (lambda: retain_sampler(3, 2, seed=0, probability=np.ones(4)), r"probabilities \[4\] are given for 3 rows"),
         (lambda: module.batch_counts({"a": 0.99, "b": 0.01}, 4), "batch of 4 rows has no room for the sources b"),
         (lambda: module.batch_counts({"a": -1.0, "b": 2.0}, 4), "non-negative"),
-        (lambda: mixture_batches({"a": rows_of(2)}, {"b": 1.0}, 4, seed=0), "names b, but the sources are a"),
+        (lambda: module.mixture_batches({"a": rows_of(2)}, {"b": 1.0}, 4, seed=0), "names b, but the sources are a"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(make, message):

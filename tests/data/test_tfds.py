@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import types
+import unittest.mock
 
 import huggingface_hub
 import pytest
@@ -75,9 +76,7 @@ def test_a_set_that_is_there_is_replaced_whole_and_only_when_asked(tmp_path, tfd
     write_parquet(tmp_path / "copy/verbmem/forget", [{"prompt": "p"}] * 100)
     with pytest.raises(DataError, match=r"forget-00000-of-00001\.parquet:1: there is no column gt; the columns are"):
         build("muse_books", source=books[0], overwrite=True)
-    assert [path.name for folder in (tfds_home, tfds_home / "muse_books") for path in folder.iterdir()] == [
-        "muse_books", "raw",
-    ]  # fmt: skip
+    assert [path.name for path in (*tfds_home.iterdir(), *tfds_home.glob("muse_books/*"))] == ["muse_books", "raw"]
     assert read_records("tfds:muse_books/raw:forget") == books[1]["raw", "forget"]
     other = {
         "verbmem": [{"prompt": "p", "gt": f"{n}"} for n in range(100)],
@@ -90,15 +89,8 @@ def test_a_set_that_is_there_is_replaced_whole_and_only_when_asked(tmp_path, tfd
 
 
 def test_an_interruption_leaves_nothing(tfds_home, books, monkeypatch):
-    read, seen = building.rows, []
-
-    def interrupted(files, columns):
-        seen.append(files)
-        if len(seen) == 15 + 6:  # each of 15 splits is counted before
-            raise KeyboardInterrupt
-        return read(files, columns)
-
-    monkeypatch.setattr(building, "rows", interrupted)
+    results = [unittest.mock.DEFAULT] * (15 + 5) + [KeyboardInterrupt]  # each of 15 splits is counted before
+    monkeypatch.setattr(building, "rows", unittest.mock.Mock(wraps=building.rows, side_effect=results))
     with pytest.raises(KeyboardInterrupt):
         build("muse_books", source=books[0])
     assert list(tfds_home.iterdir()) == [] and not is_here("tfds:muse_books/raw:forget")
@@ -147,17 +139,14 @@ def test_a_copy_of_another_revision_or_changed_after_its_download_is_refused(tmp
 
 
 def test_the_hub_is_asked_for_the_pinned_commit_and_no_more_files_than_needed(books, monkeypatch):
-    asked = {}
-
-    def snapshot(repository, **kwargs):
-        asked.update(repository=repository, **kwargs)
-        return books[0]
-
+    snapshot = unittest.mock.Mock(return_value=books[0])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     build("muse_books/privleak")
-    assert (asked["repository"], asked["revision"]) == ("muse-bench/MUSE-Books", BOOKS.revision)
-    assert asked["repo_type"] == "dataset" and "privleak/retain-*-of-*.parquet" in asked["allow_patterns"]
-    assert all("privleak" in pattern for pattern in asked["allow_patterns"])
+    wanted = snapshot.call_args.kwargs["allow_patterns"]
+    snapshot.assert_called_once_with(
+        BOOKS.repository, repo_type="dataset", revision=BOOKS.revision, allow_patterns=wanted
+    )
+    assert "privleak/retain-*-of-*.parquet" in wanted and all("privleak" in pattern for pattern in wanted)
     assert read_records("tfds:muse_books/privleak:retain") == books[1]["privleak", "retain"]
 
 
@@ -171,9 +160,8 @@ def test_a_branch_is_resolved_to_its_commit(tmp_path, monkeypatch):
 
 
 def refused(kind, status):
-    return kind(
-        "Access is restricted\nmore", response=types.SimpleNamespace(status_code=status, headers={}, request=None)
-    )
+    response = types.SimpleNamespace(status_code=status, headers={}, request=None)
+    return kind("Access is restricted\nmore", response=response)
 
 
 @pytest.mark.parametrize(
@@ -187,10 +175,7 @@ def refused(kind, status):
     ],
 )
 def test_without_access_or_connection_the_way_round_is_said(monkeypatch, name, error, message):
-    def failing(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", failing)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unittest.mock.Mock(side_effect=error))
     with pytest.raises(DataError, match=message):
         build(name)
 
@@ -253,16 +238,12 @@ def test_the_command_line_builds_and_lists(tmp_path, capsys, books):
 
 def test_neither_tensorflow_nor_the_network_is_touched(tmp_path, books):
     """In a process of its own, with a TensorFlow that leaves a mark when it is imported and sockets that don't open."""
-    (tmp_path / "fake/tensorflow").mkdir(parents=True)
-    (tmp_path / "fake/tensorflow/__init__.py").write_text(
-        "import pathlib\npathlib.Path(__file__).with_name('imported').touch()\nraise AssertionError\n"
-    )
+    mark = "import pathlib\npathlib.Path(__file__).with_suffix('.mark').touch()\nraise AssertionError\n"
+    (tmp_path / "tensorflow.py").write_text(mark)
     script = f"""
         import socket, sys
-        sys.path.insert(0, {str(tmp_path / "fake")!r})
-        def refuse(*args, **kwargs):
-            raise AssertionError("the network is used")
-        socket.socket.connect = socket.getaddrinfo = refuse
+        sys.path.insert(0, {str(tmp_path)!r})
+        socket.socket.connect = socket.getaddrinfo = None
         from trace_jax.data.build import build
         from trace_jax.data.sources import read_records, read_source
         build("muse_books", source={books[0]!r})
@@ -270,11 +251,9 @@ def test_neither_tensorflow_nor_the_network_is_touched(tmp_path, books):
         assert len(read_source("tfds:muse_books/raw:forget[:2]")[0]) == 2
         assert "tensorflow" not in sys.modules
     """
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert not (tmp_path / "fake/tensorflow/imported").exists()
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and not (tmp_path / "tensorflow.mark").exists(), result.stderr
 
 
 def test_a_file_is_told_by_its_hash_and_other_sources_by_what_is_known(tmp_path, monkeypatch):

@@ -26,13 +26,12 @@ from safetensors import SafetensorError, safe_open
 from trace_jax.io.files import is_remote
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_FLOATS |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
-_OTHERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
-DTYPES = {name: np.dtype(kind) for name, kind in {**_FLOATS, **_OTHERS}.items()}
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+DTYPES |= {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+DTYPES = {name: np.dtype(kind) for name, kind in DTYPES.items()}
 _FLOAT8 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-_FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-_FLOAT4 = np.concatenate([_FLOAT4, -_FLOAT4])
+_FLOAT4 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 # Both numbers of every byte, as one 8-byte item, so that one look-up decodes two.
 _PAIRS = np.stack([np.tile(_FLOAT4, 16), np.repeat(_FLOAT4, 16)], axis=-1).view(np.complex64).reshape(256)
 
@@ -65,9 +64,7 @@ class Tensor:
         return (self,)
 
     def read(self, start: int = 0, stop: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
-        """The numbers `start` to `stop` of the tensor in row-major order, 1-D: in `out` (their bytes, contiguous), if
-        it is there, else fresh.
-        """
+        """The numbers `start` to `stop` in row-major order, 1-D; in `out` (contiguous bytes) where it is given."""
         if out is None:
             out = np.empty(((self.size if stop is None else stop) - start) * self.dtype.itemsize, np.uint8)
         left, position = out.data, self.offset + start * self.dtype.itemsize
@@ -97,14 +94,11 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """Packed numbers and their scales, two tensors on disk that read as one of float32.
-
-    `block`: rows and columns of a float8 matrix that share a scale; () for MXFP4.
-    """
+    """Packed numbers and their scales, two tensors on disk that read as one of float32."""
 
     data: Tensor
     scales: Tensor
-    block: tuple[int, ...] = ()
+    block: tuple[int, ...] = ()  # rows and columns of a float8 matrix that share a scale; () for MXFP4
     dtype = np.dtype(np.float32)
 
     @property
@@ -113,8 +107,7 @@ class Quantised:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        shape = self.data.shape
-        return shape if self.block else (*shape[:-2], 32 * shape[-2])
+        return self.data.shape if self.block else (*self.data.shape[:-2], 32 * self.data.shape[-2])
 
     def read(self, start: int = 0, stop: int | None = None, _out: Any = None) -> np.ndarray:
         """The numbers `start` to `stop` (whole rows, or multiples of 32) in row-major order, float32 [stop - start]."""
@@ -140,9 +133,7 @@ Readable = Tensor | Quantised
 
 
 class TensorFile:
-    """A safetensors file. `tensors`, in the order of the file, can be written to if it is `writable`. A CheckpointError
-    if it is truncated, longer than its tensors, or its header is wrong.
-    """
+    """A safetensors file; its `tensors`, in the order of the file, can be written to if it is `writable`."""
 
     def __init__(self, path: str | os.PathLike, *, writable: bool = False):
         self.path = Path(path)
@@ -154,9 +145,8 @@ class TensorFile:
             with safe_open(self.path, framework="numpy") as file:
                 slices = {name: file.get_slice(name) for name in file.offset_keys()}
         except SafetensorError as error:
-            raise CheckpointError(
-                f"{self.path}: {error}. It was cut short on its way or is no safetensors file; download it again."
-            ) from None
+            why = f"{error}. It was cut short on its way or is no safetensors file; download it again."
+            raise CheckpointError(f"{self.path}: {why}") from None
         for name, one in slices.items():
             if (dtype := one.get_dtype()) not in DTYPES:
                 raise CheckpointError(f"{self.path}: {name} has dtype {dtype!r}; readable are {', '.join(DTYPES)}.")
@@ -189,10 +179,9 @@ def check_arrays(where: Any, arrays: Mapping[str, Any], expected: Mapping[str, A
         missing, unexpected = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
         raise ValueError(f"{where}: missing tensors {missing}, unexpected {unexpected}.")
     for name, want in expected.items():
-        if (got := arrays[name]).shape != want.shape or got.dtype != want.dtype:
-            raise ValueError(
-                f"{where}: {name} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}."
-            )
+        got, wanted = (f"{array.dtype}{list(array.shape)}" for array in (arrays[name], want))
+        if got != wanted:
+            raise ValueError(f"{where}: {name} is {got}, expected {wanted}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,22 +195,15 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Reads config.json, the index and every file's header; no tensor.
-
-    Raises:
-      CheckpointError: `path` is no directory with a complete safetensors checkpoint; the message says what to do.
-    """
+    """Reads config.json, the index and every file's header; no tensor. What isn't complete is a CheckpointError."""
     if is_remote(path):
-        raise CheckpointError(
-            f"{os.fspath(path)}: tensors are read from a local disk. Copy the checkpoint to every host first: "
-            f"gcloud storage cp -r {os.fspath(path).rstrip('/')} DIRECTORY."
-        )
+        copy = f"copy it to every host first: gcloud storage cp -r {os.fspath(path).rstrip('/')} DIRECTORY."
+        raise CheckpointError(f"{os.fspath(path)}: tensors are read from a local disk; {copy}")
     directory = Path(path)
     if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory} is no directory. A model of the Hugging Face hub is downloaded first: "
-            f"hf download {'/'.join(directory.parts[-2:])} --local-dir DIRECTORY."
-        )
+        download = f"hf download {'/'.join(directory.parts[-2:])} --local-dir DIRECTORY."
+        why = "is no directory. A model of the Hugging Face hub is downloaded first"
+        raise CheckpointError(f"{directory} {why}: {download}")
     config, index = read_object(directory / "config.json"), directory / INDEX
     is_single = (directory / SINGLE).exists()
     if not is_single and not index.exists():
@@ -281,13 +263,9 @@ def readable_tensor(
         return tensor
     block = (config.get("quantization_config") or {}).get("weight_block_size")
     if not block or scales is None or len(tensor.shape) < 2:
-        raise CheckpointError(
-            f"{tensor.file.path}: {name} is float8; it needs {name}_scale_inv in the checkpoint and "
-            "quantization_config.weight_block_size in config.json."
-        )
-    grid = tuple(math.ceil(size / width) for size, width in zip(tensor.shape[-2:], block, strict=True))
-    if scales.shape != (*tensor.shape[:-2], *grid):
-        raise CheckpointError(
-            f"{scales.file.path}: {scales.name} is {list(scales.shape)}, expected {[*tensor.shape[:-2], *grid]}."
-        )
+        needed = f"{name}_scale_inv in the checkpoint and quantization_config.weight_block_size in config.json"
+        raise CheckpointError(f"{tensor.file.path}: {name} is float8; it needs {needed}.")
+    grid = (math.ceil(size / width) for size, width in zip(tensor.shape[-2:], block, strict=True))
+    if scales.shape != (wanted := (*tensor.shape[:-2], *grid)):
+        raise CheckpointError(f"{scales.file.path}: {scales.name} is {list(scales.shape)}, expected {list(wanted)}.")
     return Quantised(tensor, scales, tuple(block))

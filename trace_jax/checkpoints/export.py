@@ -23,7 +23,7 @@ from trace_jax.checkpoints import checkpoint
 from trace_jax.checkpoints.checkpoint import INDEX, SINGLE, CheckpointError, Quantised, Readable, Specs, Tensor
 from trace_jax.checkpoints.parts import THREADS, Slot, account, parts_of, places, slots_of, take
 from trace_jax.config import ConfigError
-from trace_jax.io.files import free_bytes, is_remote, replacing
+from trace_jax.io.files import free_bytes, is_remote, replacing, write_json
 from trace_jax.io.progress import progress
 from trace_jax.models.architecture import ModelConfig, flat_specs, flatten
 from trace_jax.models.families import FAMILIES, family_of, model_config
@@ -142,8 +142,8 @@ def _nbytes(specs: Specs) -> int:
 def _decoded(
     slots: Sequence[Slot], source: checkpoint.Checkpoint, readable: Mapping[str, Readable], unread: Iterable[str]
 ) -> tuple[Specs, dict[str, Readable]]:
-    """All tensors in the order of the files, those of `slots` as bfloat16 and without their scales; and the ignored
-    ones that are decoded too, because config.json no longer says how they are stored.
+    """All tensors in the order of the files, those of `slots` as bfloat16 without scales; and the ignored ones that are
+    decoded too, because config.json no longer says how they are stored.
     """
     ignored = {
         name: checkpoint.readable_tensor(name, source.tensors, source.config)
@@ -160,10 +160,8 @@ def _decoded(
 
 
 def _lay_out(directory: Path, specs: Specs, source: checkpoint.Checkpoint | None, limit: int) -> dict[str, Tensor]:
-    """Makes the files, with the source's bytes wherever a tensor has its type and shape. Returns the tensors.
-
-    They are copies of the source's files if these hold the same tensors and none is beyond `limit` bytes; else they are
-    cut anew, with an index if there are several.
+    """The tensors of new files, with the source's bytes wherever one has its type and shape: copies of the source's
+    files if they hold the same tensors and none is beyond `limit` bytes, else cut anew, with an index for several.
     """
     before = _specs(source)
     sizes = [sum(tensor.nbytes for tensor in file.tensors.values()) for file in source.files] if source else []
@@ -188,17 +186,15 @@ def _lay_out(directory: Path, specs: Specs, source: checkpoint.Checkpoint | None
             tensors[name].copy(source.tensors[name])
     if len(shards) > 1:
         index = {"metadata": {"total_size": _nbytes(specs)}, "weight_map": dict(sorted(file_of.items()))}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / INDEX, index)
     return tensors
 
 
 def _write(
     slots: Sequence[Slot], params: Mapping[str, jax.Array], tensors: Mapping[str, Readable], *, dry: bool = False
 ) -> set[str]:
-    """Writes parameters over the tensors of their slots; returns the names of those that got other numbers.
-
-    A number that the import would cast to the parameter's stays as it is, bit by bit. `dry` only compares. `tensors`
-    is empty in processes that don't write.
+    """Writes parameters over the tensors of their slots (`dry`: compares); the names of those that get other numbers.
+    A number that the import would cast to the parameter's stays, bit by bit. Without `tensors` a process only helps.
     """
 
     def bits(array: np.ndarray) -> np.ndarray:
@@ -239,7 +235,7 @@ def _write_others(
     if source and config_json == source.config:
         shutil.copyfile(source.directory / "config.json", directory / "config.json")
     else:
-        (directory / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / "config.json", config_json)
     if source:
         for file in sorted({file for pattern in _ALONG for file in source.directory.glob(pattern)}):
             if file.is_file() and file.suffix not in _NEVER:
@@ -247,25 +243,19 @@ def _write_others(
     elif model.tokenizer is not None:
         model.tokenizer.save(str(directory / "tokenizer.json"))
         ids = {"bos": model.special.bos, "eos": next(iter(model.special.eos), None), "pad": model.special.pad}
-        tokens = {
-            f"{kind}_token": model.tokenizer.id_to_token(token) for kind, token in ids.items() if token is not None
-        }
-        text = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **tokens}, indent=2) + "\n"
-        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        fields = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        fields |= {f"{kind}_token": model.tokenizer.id_to_token(i) for kind, i in ids.items() if i is not None}
+        write_json(directory / "tokenizer_config.json", fields)
 
 
 def _note(changed: int, total: int, has_source: bool, *, decoded: bool) -> str:
     """How the files differ from the source's."""
     if not has_source:
         return "All tensors are this model's own."
-    if decoded:
-        return (
-            f"The base model's quantised tensors changed; all of them are written as bfloat16. {changed} of "
-            f"{total} tensors are not the base model's bytes; the rest are."
-        )
     if not changed:
         return f"An unchanged re-export: all {total} tensors are the base model's, byte for byte."
-    return f"{changed} of {total} tensors differ from the base model's; the rest are its bytes."
+    why = "The base model's quantised tensors changed; all of them are written as bfloat16. " if decoded else ""
+    return f"{why}{changed} of {total} tensors differ from the base model's; the rest are its bytes."
 
 
 def readme(card: ModelCard | None, source: checkpoint.Checkpoint | None, note: str) -> str:
@@ -275,17 +265,14 @@ def readme(card: ModelCard | None, source: checkpoint.Checkpoint | None, note: s
     name = "a model trained by trace_jax"
     if source:
         name = front["base_model"] = base_model_of(source.directory, source.config)
+    lines = [f"# {name}", "", "Written by trace_jax; nothing is recorded about how it was made.", ""]
     if card:
         front["tags"] = ["unlearning", "trace_jax"]
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
-    if card:
-        lines += [f"# {name}, unlearned", "", card.unlearned, "", f"Method: {card.method}, by trace_jax.", ""]
+        lines = [f"# {name}, unlearned", "", card.unlearned, "", f"Method: {card.method}, by trace_jax.", ""]
         lines += _table([{"setting": key, "value": value} for key, value in card.settings.items()], "Settings")
         lines += _table(card.measured, "Measured")
-    else:
-        lines += [f"# {name}", "", "Written by trace_jax; nothing is recorded about how it was made.", ""]
-    lines += ["## Files", "", note, ""]
-    return "\n".join(lines)
+    head = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
+    return "\n".join([*head, *lines, "## Files", "", note, ""])
 
 
 def _table(rows: Sequence[Mapping[str, Any]], title: str) -> list[str]:
@@ -308,8 +295,7 @@ def licence_of(directory: Path) -> dict[str, str]:
 
 def base_model_of(directory: Path, config_json: Mapping[str, Any]) -> str:
     """The name of a checkpoint: of its hub repository where the path or config.json tells it, else its directory's."""
-    cached = next((part for part in directory.absolute().parts if part.startswith("models--")), None)
-    if cached:
+    if cached := next((part for part in directory.absolute().parts if part.startswith("models--")), ""):
         return cached.removeprefix("models--").replace("--", "/")
     return str(config_json.get("_name_or_path") or directory.absolute().name)
 
@@ -340,8 +326,6 @@ def mixtral_config_json(config: ModelConfig, special: SpecialTokens) -> dict[str
     }
     read = dataclasses.replace(model_config(fields, dtype=config.dtype), grouped_matmul=config.grouped_matmul)
     names = [field.name for field in dataclasses.fields(config)]
-    if other := [f"{n} = {getattr(config, n)!r}" for n in names if getattr(config, n) != getattr(read, n)]:
-        raise ConfigError(
-            f"a model that was not imported is exported as a mixtral, which can't express {', '.join(other)}."
-        )
+    if other := ", ".join(f"{n} = {getattr(config, n)!r}" for n in names if getattr(config, n) != getattr(read, n)):
+        raise ConfigError(f"a model that was not imported is exported as a mixtral, which can't express {other}.")
     return fields

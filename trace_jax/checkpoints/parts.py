@@ -62,9 +62,7 @@ class Slot:
 
 
 def parse_layout(text: str, shape: tuple[int, ...], separate: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of a `Slot` that its layout says, for a parameter whose one layer has `shape`; `separate` are the
-    letters that number tensors.
-    """
+    """The fields of a `Slot` by its layout; `shape`: of a layer; `separate`: the letters that number tensors."""
     left, _, right = text.partition(" -> ")
     groups = [re.findall("[a-z]", group) for group in re.findall(r"\([a-z ]+\)|[a-z1]", left)]
     letters, axes = [letter for group in groups for letter in group], right.split()
@@ -109,12 +107,8 @@ def _on_disk(slot: Slot, name: str) -> str:
 def account(
     checkpoint: Checkpoint, config: ModelConfig, family: Family
 ) -> tuple[list[Slot], dict[str, Readable], dict[str, str]]:
-    """Finds a place for every tensor of a checkpoint, each used once: slots in the order of the files, each parameter
-    filled once; the tensors that they name; and the others, each with why it is ignored.
-
-    Raises:
-      CheckpointError: tensors are missing, unexpected or misshapen, or stored in a way that can't be read. At most ten
-        are named, then counted.
+    """A place for every tensor of a checkpoint, each used once: slots in the order of the files, each parameter filled
+    once; the tensors that they name; the others, each with why it is ignored. What doesn't fit is a CheckpointError.
     """
 
     def refuse(faults: Sequence[str], message: str) -> None:
@@ -124,16 +118,13 @@ def account(
 
     tensors, quantization = checkpoint.tensors, checkpoint.config.get("quantization_config")
     if quantization and (method := quantization.get("quant_method")) not in ("fp8", "mxfp4"):
-        raise CheckpointError(
-            f"config.json: quantization method {method!r} can't be read; supported are fp8, mxfp4 and unquantised "
-            "checkpoints."
-        )
+        supported = "supported are fp8, mxfp4 and unquantised checkpoints"
+        raise CheckpointError(f"config.json: quantization method {method!r} can't be read; {supported}.")
     slots = slots_of(config, family, tensors)
     uses = collections.Counter(name for slot in slots for name in slot.names)
     refuse([name for name, count in uses.items() if count > 1], "{} would fill two parameters")
     refuse([name for slot in slots for name in slot.names if _on_disk(slot, name) not in tensors], "missing {}")
-    readable: dict[str, Readable] = {}
-    faults = []
+    readable, faults = {}, []
     for slot in slots:
         for name in slot.names:
             readable[name] = readable_tensor(name, tensors, checkpoint.config, slot.storage)
@@ -144,10 +135,8 @@ def account(
     refuse(faults, "{}")
     used = {part.name for tensor in readable.values() for part in tensor.parts}
     ignored = {name: _why_ignored(name, checkpoint, config, family) for name in tensors if name not in used}
-    refuse(
-        [name for name, reason in ignored.items() if not reason],
-        f"{{}} would stay unread; a {family.model_type} of this config.json has no such tensors",
-    )
+    unread = [name for name, reason in ignored.items() if not reason]
+    refuse(unread, f"{{}} would stay unread; a {family.model_type} of this config.json has no such tensors")
     place = {name: number for number, name in enumerate(tensors)}
     return sorted(slots, key=lambda slot: place[readable[slot.names[0]].parts[0].name]), readable, ignored
 
@@ -168,26 +157,21 @@ def _why_ignored(name: str, checkpoint: Checkpoint, config: ModelConfig, family:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """`count` indices of the first axis on disk of a slot, from `start` on, in every one of the `shards` of that axis.
-
-    `index`: of its first number in a device's shard of the parameter. `shape`: of one layer of the parameter, cut to
-    this part, all shards together. `sharding`, `layer_sharding`: of the parameter, and of one layer of it.
-    """
+    """`count` indices of the first axis on disk of a slot, from `start` on, in each of the `shards` of that axis."""
 
     slot: Slot
-    index: tuple[np.int32, ...]
-    shape: tuple[int, ...]
+    index: tuple[np.int32, ...]  # of its first number in a device's shard of the parameter
+    shape: tuple[int, ...]  # of one layer of the parameter, cut to this part, all shards together
     shards: int
     start: int
     count: int
-    sharding: NamedSharding | None
-    layer_sharding: NamedSharding | None
+    sharding: NamedSharding | None  # of the parameter
+    layer_sharding: NamedSharding | None  # of one layer of it
 
 
 def parts_of(slot: Slot, sharding: Any, itemsize: int) -> list[Part]:
-    """Cuts a slot into parts of at most `PART_BYTES` (or of one index), all of one shape.
-
-    The last one may overlap the one before: another shape would be another compilation.
+    """Parts of a slot of at most `PART_BYTES` (or one index), of one shape so that they compile once; the last may
+    overlap the one before.
     """
     sharding, layer, shards = sharding if isinstance(sharding, NamedSharding) else None, None, 1
     if sharding is not None:
@@ -205,10 +189,7 @@ def parts_of(slot: Slot, sharding: Any, itemsize: int) -> list[Part]:
 
 
 def places(part: Part, disk: np.ndarray) -> Iterator[tuple[int, str, int, np.ndarray]]:
-    """Where the numbers of a part stand on disk: (shard, tensor, its first number, their view).
-
-    `disk` is the part with its axes in the order of the disk, every letter apart.
-    """
+    """Where the numbers of a part stand on disk: (shard, tensor, its first number, their view in `disk`: `apart`)."""
     slot = part.slot
     for shard in range(part.shards):
         first, begin = shard * (slot.shape[0] // part.shards) + part.start, shard * part.count
@@ -228,10 +209,8 @@ def stream(parts: Sequence[Part], readable: Mapping[str, Readable]) -> Iterator[
     """
     dtypes = [readable[part.slot.names[0]].dtype for part in parts]
     longest = max((math.prod(part.shape) * d.itemsize for part, d in zip(parts, dtypes, strict=True)), default=0)
-    buffers = []
-    for _ in range(2):
-        buffer = np.empty(longest + 64, np.uint8)  # cut to an address that JAX's CPU backend uses without a copy
-        buffers.append(buffer[-buffer.ctypes.data % 64 :])
+    buffers = [np.empty(longest + 64, np.uint8) for _ in range(2)]
+    buffers = [b[-b.ctypes.data % 64 :] for b in buffers]  # an address that JAX's CPU backend uses without a copy
 
     def read(part: Part, dtype: np.dtype, buffer: np.ndarray) -> tuple[Part, np.ndarray, list[Future]]:
         """Starts filling `buffer`. Shards that no device of this process holds aren't read."""
@@ -286,10 +265,8 @@ def _read_piece(tensor: Readable, start: int, stop: int, target: np.ndarray) -> 
 
 
 def copy_tiled(source: np.ndarray, target: np.ndarray) -> None:
-    """`target[...] = source` (contiguous), ten times as fast as numpy does it where the two differ in their last axis.
-
-    Tiles keep both sides of the transposition in the processor's cache. XLA on a CPU transposes more slowly still,
-    which is why the host does it, not the device.
+    """`target[...] = source` (contiguous), ten times as fast as numpy where their last axes differ: tiles keep both
+    sides of the transposition in the processor's cache. XLA on a CPU transposes more slowly still.
     """
     if target.ndim < 2 or target.strides[-1] == target.itemsize:
         target[...] = source
@@ -310,9 +287,7 @@ def place(parameter: jax.Array, numbers: jax.Array, part: Part) -> jax.Array:
 
 
 def take(parameter: jax.Array, part: Part) -> np.ndarray:
-    """What stands in the place of `part`, its axes in the order of the disk, contiguous, in every process; all must
-    call it.
-    """
+    """What stands in the place of `part`, its axes as on disk, contiguous, in every process; all must call it."""
     numbers = to_host(_take(parameter, part.index, part.shape, part.sharding, part.layer_sharding))
     source = numbers.view(f"u{numbers.dtype.itemsize}")
     disk = np.empty(part.slot.apart(source).shape, source.dtype)

@@ -32,16 +32,10 @@ class PretrainedConfig(Section):
     """A model that is imported (`load_pretrained`) instead of trained."""
 
     path: str = option(help="directory of a Hugging Face checkpoint; may be empty where `published` is given")
-    published: str | None = option(
-        None, help="published model whose shape the checkpoint must have", choices=tuple(PUBLISHED)
-    )
+    published: str | None = option(None, help="published model whose shape it must have", choices=tuple(PUBLISHED))
     dtype: str = option("bfloat16", help="type of weights and activations", choices=("float32", "bfloat16"))
-    grouped_matmul: str = option(
-        "auto", help="how experts are multiplied; auto chooses by platform", choices=GROUPED_MATMULS
-    )
-    retrained: str = option(
-        "", help="directory of the same model trained without the forget set, which PrivLeak and others compare with"
-    )
+    grouped_matmul: str = option("auto", help="how experts are multiplied; auto: by platform", choices=GROUPED_MATMULS)
+    retrained: str = option("", help="directory of the same model trained without the forget set, to compare with")
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,39 +46,31 @@ class PretrainedConfig(Section):
                 object.__setattr__(self, name, os.path.abspath(os.path.expanduser(path)))  # `export` may run elsewhere
 
     def shape(self) -> ModelConfig:
-        """The model that config.json describes or, without a path, the published one. Weights are not read; a shape
-        other than that of `published` is a ConfigError.
-        """
-        published = model_config(PUBLISHED[self.published], dtype=self.dtype) if self.published else None
-        shape = published
-        if self.path or shape is None:
-            shape = model_config(read_object(Path(self.path) / "config.json"), dtype=self.dtype)
-        if published is not None and (differences := shape_differences(shape, published)):
+        """The model of config.json or, without a path, the published one. Another than `published` is a ConfigError."""
+        published = PUBLISHED[self.published] if self.published else {}
+        fields = read_object(Path(self.path) / "config.json") if self.path else published
+        shape = model_config(fields, dtype=self.dtype)
+        if published and (differences := shape_differences(shape, model_config(published, dtype=self.dtype))):
             raise ConfigError(
                 f"{self.path}: this is no {self.published} (model.published): {'; '.join(differences)}. Give the "
-                f"directory of {PUBLISHED[self.published or '']['_name_or_path']} or a model trained from it, or "
-                "--config.model.published=None."
+                f"directory of {published['_name_or_path']}, of one trained from it, or --config.model.published=None."
             )
         return dataclasses.replace(shape, grouped_matmul=self.grouped_matmul)
 
     def check(self) -> None:
-        """Refuses what a run can't start from before anything is read or written: no path, no complete checkpoint
-        there, another shape than `published` or the retrained model has.
-        """
+        """Refuses what a run can't start from, before anything else is read or anything written."""
         if not self.path:
             raise ConfigError(_NO_PATH)
         open_checkpoint(self.path)
         shape = self.shape()
         retrained = model_config(open_checkpoint(self.retrained).config, dtype=self.dtype) if self.retrained else shape
         if differences := shape_differences(retrained, shape):
-            raise ConfigError(
-                f"{self.retrained} (model.retrained) is another model than {self.path}: {'; '.join(differences)}. It "
-                "must be the same one, trained on the same text without the forget set."
-            )
+            why = f"is another model than {self.path}: {'; '.join(differences)}. It must be the same one"
+            raise ConfigError(f"{self.retrained} (model.retrained) {why}, trained without the forget set.")
 
     def identity(self, *, retrained: bool = False) -> str:
-        """Hash of what is in the checkpoint `path`, wherever it lies, and of how it is read; or, empty where there is
-        none, of `retrained`.
+        """Hash of what is in the checkpoint `path`, wherever it lies, and of how it is read; or (else empty) of
+        `retrained`.
         """
         if not (path := self.retrained if retrained else self.path) and retrained:
             return ""
@@ -95,10 +81,8 @@ class PretrainedConfig(Section):
 
 @functools.lru_cache(maxsize=4)
 def _content(path: str, _stamps: tuple) -> str:
-    """Hash of config.json, of every tensor's name, type and shape, and of samples of its content.
-
-    Samples are tensors of up to 256 KiB, and the first 4 KiB of every 256 KiB of larger ones: so other weights of the
-    same shapes are told apart by reading 200 MB of 13 GB.
+    """Hash of config.json, of every tensor's name, type and shape, and of its content: all of it up to 256 KiB, and the
+    first 4 KiB of every 256 KiB of larger ones, which is 200 MB of 13 GB.
     """
     checkpoint = open_checkpoint(path)
     digest = hashlib.sha256((checkpoint.directory / "config.json").read_bytes())
@@ -136,8 +120,7 @@ def load_pretrained(
       ConfigError: a model_type or a value of config.json that isn't implemented; the message lists what is.
       ValueError: a sharded "layers" axis.
     """
-    directory = Path(path)
-    checkpoint = open_checkpoint(directory)
+    directory, checkpoint = Path(path), open_checkpoint(path)
     config_json = checkpoint.config
     config = dataclasses.replace(model_config(config_json, dtype=dtype), grouped_matmul=grouped_matmul)
     slots, readable, _ = account(checkpoint, config, family_of(config_json))
@@ -150,9 +133,8 @@ def load_pretrained(
     for name, sharding in placing.items():
         if sharding and specs[name].axes[0] == "layers" and sharding.spec[:1] not in ((), (None,)):
             raise ValueError(f"{name}: its layers can't be sharded ({sharding.spec}); shard another axis.")
-    parts = [
-        part for slot in slots for part in parts_of(slot, placing[slot.path], readable[slot.names[0]].dtype.itemsize)
-    ]
+    sizes = [readable[slot.names[0]].dtype.itemsize for slot in slots]
+    parts = [part for slot, size in zip(slots, sizes, strict=True) for part in parts_of(slot, placing[slot.path], size)]
     tokenizer, special = read_tokenizer(directory, config_json)
     with progress(f"Reading {directory.name}", len(parts), unit="part") as advance:
         for done, (part, numbers) in enumerate(stream(parts, readable)):
@@ -167,10 +149,8 @@ def load_pretrained(
 
 
 def read_tokenizer(directory: Path, config_json: Mapping[str, Any]) -> tuple[Tokenizer | None, SpecialTokens]:
-    """The tokenizer of a checkpoint, if it has one in the form of tokenizer.json, and its special tokens.
-
-    Their ids are those of generation_config.json, config.json or, by the tokens' text, tokenizer_config.json; in this
-    order. Without a token to fill rows with, the first that ends a text serves.
+    """The tokenizer of a checkpoint, if it has a tokenizer.json, and its special tokens: of generation_config.json, of
+    config.json or, by their text, of tokenizer_config.json. Where none fills rows, the first that ends a text does.
     """
 
     def read(name: str) -> dict[str, Any]:
@@ -184,8 +164,8 @@ def read_tokenizer(directory: Path, config_json: Mapping[str, Any]) -> tuple[Tok
         raise CheckpointError(f"{file}: can't be read as a tokenizer ({error}). Download it again.") from error
     ids: dict[str, Any] = {}
     for kind in ("bos", "eos", "pad"):
-        token = texts.get(f"{kind}_token")
-        text = token.get("content") if isinstance(token, dict) else token
+        text = texts.get(f"{kind}_token")
+        text = text.get("content") if isinstance(text, dict) else text
         by_text = tokenizer.token_to_id(text) if tokenizer and isinstance(text, str) else None
         values = generation.get(f"{kind}_token_id"), config_json.get(f"{kind}_token_id"), by_text
         ids[kind] = next((value for value in values if value is not None), None)

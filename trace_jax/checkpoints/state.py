@@ -28,10 +28,7 @@ logger = logging.getLogger("trace_jax")
 
 
 def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = None) -> None:
-    """Writes nested parameters to `path`, one at a time, under a temporary name. `metadata` must be JSON.
-
-    With several processes all must call it; process 0 writes.
-    """
+    """Writes nested parameters to `path`, one at a time, with `metadata` (JSON). All processes call it, 0 writes."""
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="."))  # the spelling of the file
     specs = {name: (np.dtype(leaf.dtype), leaf.shape) for name, leaf in flat.items()}
     about = {"trace_jax": json.dumps(metadata or {})}
@@ -44,9 +41,7 @@ def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = No
 
 
 def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:
-    """(params, metadata) of a file whose names, shapes and types must be exactly those of `abstract`; else a ValueError
-    names each.
-    """
+    """(params, metadata) of a file whose names, shapes and types must be those of `abstract`, else a ValueError."""
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(abstract, sep="."))
     try:
         with local_copy(path) as local, safe_open(local, framework="flax") as file:
@@ -71,15 +66,12 @@ class StateStore(PreservationPolicy):
     A state is written under a temporary name and renamed by Orbax, so that an interruption leaves the previous one.
     Of several processes each writes and reads its own shards in a directory that all of them see; all make the same
     calls, and agree on what is restored. Use as a context manager; leaving it waits for the last write.
-
-    `protected`: the step whose state stays whatever is saved after it; -1: none.
     """
 
-    protected = -1
+    protected = -1  # the step whose state stays whatever is saved after it; -1: none
 
     def __init__(self, directory: str | os.PathLike, about: dict[str, Any]):
-        """about: JSON that says what made the states (hash of the settings, seed); others are not restored."""
-        self._about = about
+        self._about = about  # JSON: what made the states (hash of the settings, seed); others are not restored
         # With its processes named Orbax waits for them without the devices, which may be in the middle of a step.
         everyone = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
         options = ocp.CheckpointManagerOptions(
@@ -89,7 +81,7 @@ class StateStore(PreservationPolicy):
         arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         writer = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=everyone)
-        path = epath.Path(directory) if is_remote(directory) else epath.Path(directory).absolute()
+        path = epath.Path(directory if is_remote(directory) else os.path.abspath(directory))
         path.mkdir(parents=True, exist_ok=True)
         handlers = {"state": writer, "about": ocp.JsonCheckpointHandler()}
         self._manager = _Manager(path, options=options, item_handlers=handlers)
@@ -100,10 +92,8 @@ class StateStore(PreservationPolicy):
         return [index >= newest or one.step == self.protected for index, one in enumerate(checkpoints)]
 
     def save(self, step: int, state: Any) -> None:
-        """Starts writing `state` (a pytree of arrays of any sharding); its arrays may be donated at once.
-
-        Orbax waits until they are on the host; on a CPU it writes from the arrays themselves, and JAX does not donate
-        an array that is read so.
+        """Starts writing `state` (a pytree of arrays of any sharding). Its arrays may be donated at once: Orbax waits
+        until they are on the host, or on a CPU writes from the arrays, which JAX doesn't donate while they are read.
         """
         if step in self._manager.all_steps():
             return
@@ -127,11 +117,9 @@ class StateStore(PreservationPolicy):
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any]:
         """(step, state) of that `step` or, where it is None or can't be read, of the newest readable state of this run;
-        (0, None) if there is none.
-
-        `like` (arrays or `jax.ShapeDtypeStruct`) gives structure, shapes, types and shardings, which need not be those
-        that were saved. A state that any process can't read is skipped with a warning; it and states of other settings
-        are removed, so that they can't be mistaken for this run's later.
+        (0, None) if there is none. `like` (arrays or `jax.ShapeDtypeStruct`) gives shapes, types and shardings, which
+        need not be those that were saved. What any process can't read is skipped with a warning; it and states of other
+        settings are removed, so that they can't be mistaken for this run's later.
         """
         self.wait()
         if step is not None and (state := self._checked(step, like)[0]) is not None:
@@ -148,9 +136,7 @@ class StateStore(PreservationPolicy):
         return 0, None
 
     def _checked(self, step: int, like: Any) -> tuple[Any | None, str]:
-        """(state, "") once every process has read what was saved, or (None, what is wrong with it; nothing if it is of
-        other settings).
-        """
+        """(state, "") as every process has read it, or (None, what is wrong; nothing if it is of other settings)."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         folder, me = self._manager.directory / str(step), jax.process_index()
         state, sums, problem = None, [], ""
@@ -159,10 +145,8 @@ class StateStore(PreservationPolicy):
             sums = about.pop("sums", [])
             if about == self._described(step):
                 alone = MultiprocessingOptions(primary_host=me, active_processes={me})
-                arguments = ocp.args.StandardRestore(abstract)
-                state = ocp.StandardCheckpointHandler(multiprocessing_options=alone).restore(
-                    folder / "state", args=arguments
-                )
+                reader = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+                state = reader.restore(folder / "state", args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax raises many types; any unreadable state means: use the one before.
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise  # the state is good, and would be removed
@@ -193,10 +177,7 @@ class StateStore(PreservationPolicy):
 
 @jax.jit
 def _sums(state: Any) -> jax.Array:
-    """Sum u32 [arrays] of the bits of every array: the same on every mesh, and another if any one bit is.
-
-    The files hold no checksum of the values: a flipped bit would be restored without notice.
-    """
+    """Sum u32 [arrays] of the bits of every array, the same on every mesh: the files hold no checksum of the values."""
 
     def total(x):
         return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).sum(dtype=jnp.uint32)

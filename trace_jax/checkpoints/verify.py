@@ -51,8 +51,7 @@ def main(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(options.checkpoint)
     family, config = family_of(checkpoint.config), model_config(checkpoint.config, dtype="float32")
     print("\n".join(_description(checkpoint, family, config)), flush=True)
-    skipped = "--no-compare" if options.no_compare else _obstacle(config, checkpoint.config)
-    if skipped:
+    if skipped := "--no-compare" if options.no_compare else _obstacle(config, checkpoint.config):
         print(f"\ncomparison with transformers: skipped ({skipped})\neverything is accounted for.")
         return 0
     lines, equal = _compare(checkpoint.directory, config.vocab_size)
@@ -85,8 +84,7 @@ def _description(checkpoint: Checkpoint, family: Family, config: ModelConfig) ->
     size = f"{tokenizer.get_vocab_size()} tokens" if tokenizer else "no tokenizer.json"
     yield f"  tokenizer  {size}; {special}"
     for path, spec in flat_specs(config).items():
-        kind = next(kind for kind, pattern in _KINDS.items() if re.search(pattern, path))
-        counts[kind] += math.prod(spec.shape)
+        counts[next(kind for kind, pattern in _KINDS.items() if re.search(pattern, path))] += math.prod(spec.shape)
     total, active = count_params(config)
     yield f"\nparameters{'all':>23}{'active per token':>19}"
     for kind in (kind for kind in _KINDS if counts[kind]):
@@ -133,16 +131,14 @@ def _obstacle(config: ModelConfig, config_json: Any) -> str:
 
 def _available_bytes() -> int:
     """Memory that is free, or, where the system doesn't say, that there is."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        return int(dict(line.split(":") for line in meminfo.read_text().splitlines())["MemAvailable"].split()[0]) * 1024
+    if (meminfo := Path("/proc/meminfo")).exists():
+        return int(re.findall(r"MemAvailable: *(\d+)", meminfo.read_text())[0]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _compare(directory: Path, vocab_size: int) -> tuple[list[str], bool]:
-    """Lines about the differences from transformers on random tokens, and whether they are within `TOLERANCE`.
-
-    Both compute in float32 on right-padded rows of `LENGTHS`; the models are in memory one after the other.
+    """Lines about the differences from transformers on right-padded rows of random tokens, and whether they are within
+    `TOLERANCE`. Both compute in float32; the models are in memory one after the other.
     """
     mask = np.arange(max(LENGTHS))[None] < np.array(LENGTHS)[:, None]
     tokens = np.where(mask, np.random.default_rng(0).integers(0, vocab_size, mask.shape), 0).astype(np.int32)
@@ -189,11 +185,6 @@ def _theirs(directory: Path, tokens: np.ndarray, mask: np.ndarray) -> dict[str, 
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask.astype(np.int64))).logits
     if not routers or not all(isinstance(output, tuple) and len(output) == 3 for output in routers):
-        raise CheckpointError(
-            f"transformers {transformers.__version__}: its routers return no (logits, weights, experts)."
-        )
-    stacked = {
-        name: np.stack([output[part].reshape(*tokens.shape, -1).numpy() for output in routers])
-        for part, name in ((0, "router logits"), (2, "experts"))
-    }
-    return {"logits": logits.numpy(), **stacked}
+        raise CheckpointError(f"transformers {transformers.__version__}: routers return no (logits, weights, experts).")
+    parts = [np.stack([x.reshape(*tokens.shape, -1).numpy() for x in part]) for part in zip(*routers, strict=True)]
+    return {"logits": logits.numpy(), "router logits": parts[0], "experts": parts[2]}

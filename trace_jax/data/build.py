@@ -44,21 +44,11 @@ def build(
 ) -> str:
     """Builds a published data set, or one configuration of it (`published`); returns what was built, for people.
 
-    All of it is written under a temporary name, and takes its place once everything is there and counted. Beside the
-    data, `published.json` holds repository, revision, rows per split and the hashes of the files.
-
-    Args:
-      source: "hub", or a directory with the files of its repository as downloaded (`patterns`).
-      revision: a commit, branch or tag of the hub, instead of the table's. Of a directory it is found in what
-        `hf download` leaves there; where it is not, the hash of the files stands for it.
-      data_dir: where data sets of tfds lie; `tfds_directory` unless given.
-      accept_counts: build with other numbers of rows than the table's.
-      overwrite: replace what is there.
+    The options are those of the command. All of it is written under a temporary name, and takes its place once it is
+    there and counted, with `published.json`: repository, revision, rows per split and the hashes of the files.
     """
     base, dataset, configs = published(name)
-    tfds = sources.import_optional(
-        name, *sources.TFDS_PACKAGES
-    )  # what is missing is said before anything is downloaded
+    tfds = sources.import_optional(name, *sources.TFDS_PACKAGES)  # before anything is downloaded
     directory = as_path(data_dir) if data_dir else sources.tfds_directory()
     if is_remote(directory):
         raise DataError(f"{directory}: data sets are built on a local disk; copy them there after.")
@@ -116,10 +106,7 @@ def build(
 
 
 def _download(name: str, dataset: Published, configs: Sequence[str], revision: str) -> tuple[Path, str]:
-    """(directory, commit) of the files of some configurations from the hub, or from its cache.
-
-    `revision` may be a branch or tag, for which the commit is found that it is now.
-    """
+    """(directory, commit) of the files of some configurations of the hub, or its cache, at a commit, branch or tag."""
     wanted = {p for c in configs for split in dataset.subsets[c].rows for p in patterns(dataset, c, split)}
     try:
         if not _COMMIT.fullmatch(revision):
@@ -128,8 +115,8 @@ def _download(name: str, dataset: Published, configs: Sequence[str], revision: s
             dataset.repository, repo_type="dataset", revision=revision, allow_patterns=sorted(wanted)
         )
     except (OSError, ValueError, HTTPError) as error:
-        statuses = [getattr(getattr(e, "response", None), "status_code", None) for e in (error, error.__cause__)]
-        if dataset.gated and {401, 403}.intersection(statuses):
+        statuses = {getattr(getattr(e, "response", None), "status_code", None) for e in (error, error.__cause__)}
+        if dataset.gated and statuses & {401, 403}:
             raise DataError(f"{name}: {dataset.repository} is gated: {dataset.gated}.") from None
         why = str(error).strip().split("\n")[0] or type(error).__name__
         gated = f" It is gated: {dataset.gated}." if dataset.gated else ""
@@ -142,10 +129,8 @@ def _download(name: str, dataset: Published, configs: Sequence[str], revision: s
 
 
 def _revision(root: Path, hashes: Mapping[str, str], asked: str | None) -> str:
-    """The commit that the files are of; "sha256:" and their hash where nothing says so.
-
-    `hf download` leaves the commit of each file beside it, and the SHA-256 of large ones. A cache of the hub has a
-    directory per commit.
+    """The commit that the files are of: a cache of the hub has it in its path, and `hf download` leaves it beside each
+    file, with the SHA-256 of large ones. Else what was `asked` for, or "sha256:" and their hash.
     """
     commits = set()
     for name, value in hashes.items():
@@ -156,11 +141,10 @@ def _revision(root: Path, hashes: Mapping[str, str], asked: str | None) -> str:
         commits.add(commit)
     if _COMMIT.fullmatch(root.resolve().name):
         commits = {root.resolve().name}
-    if len(commits) > 1:
-        raise DataError(
-            f"{root}: its files are of several revisions: {', '.join(c or 'unknown' for c in sorted(commits))}."
-        )
-    (commit,) = commits
+    commit, *others = sorted(commits)
+    if others:
+        several = ", ".join([commit or "unknown", *others])
+        raise DataError(f"{root}: its files are of several revisions: {several}.")
     if commit and asked and asked != commit:
         raise DataError(f"{root}: is of revision {commit}, and {asked} is given.")
     content = hashlib.sha256("".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes)).encode())
@@ -172,7 +156,8 @@ def _builder(
 ) -> Any:
     """The class of tfds that builds one configuration of the data set `name`."""
     text, subset = tfds.features.Text(), dataset.subsets[config]
-    features = {INTEGER: tfds.features.Scalar(np.int64), TEXTS: tfds.features.Sequence(text)}
+    kinds = {INTEGER: tfds.features.Scalar(np.int64), TEXTS: tfds.features.Sequence(text)}
+    features = {name: kinds.get(kind, text) for name, kind in subset.columns.items()}
     with tfds.core.registered.skip_registration():
 
         class Builder(tfds.core.ShardBasedBuilder):
@@ -184,7 +169,7 @@ def _builder(
                 return tfds.core.DatasetInfo(
                     builder=self,
                     description=dataset.about,
-                    features=tfds.features.FeaturesDict({n: features.get(k, text) for n, k in subset.columns.items()}),
+                    features=tfds.features.FeaturesDict(features),
                     homepage=f"https://huggingface.co/datasets/{dataset.repository}",
                     license=dataset.licence,
                     disable_shuffling=True,
@@ -234,8 +219,7 @@ def rows(files: Sequence[Path], columns: Mapping[str, str]) -> Iterator[dict[str
             checked = {}
             for name, kind in columns.items():
                 if name not in row:
-                    there = ", ".join(row)
-                    raise DataError(f"{file}:{number}: there is no column {name}; the columns are {there}.")
+                    raise DataError(f"{file}:{number}: there is no column {name}; the columns are {', '.join(row)}.")
                 value = "" if row[name] is None and kind == TEXT_OR_NULL else row[name]
                 if not is_kind(value, kind):
                     raise DataError(f"{file}:{number}: {name} is a {type(value).__name__}; expected {kind}.")

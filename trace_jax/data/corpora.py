@@ -21,9 +21,7 @@ class DataConfig(Variant, kw_only=True):
     """Settings of the corpora. Each benchmark of `trace_jax.tasks` is a kind, with settings of its own."""
 
     row_length: int = option(128, help="tokens per row, S", minimum=8)
-    vocab_size: int | None = option(
-        None, help="size of the byte-level BPE that is trained; the model's, unless given", minimum=300
-    )
+    vocab_size: int | None = option(None, help="entries of the BPE that is trained; else the model's", minimum=300)
     seed: int = option(0, help="seed of generated text, of splits and of batch order", minimum=0)
 
     tag = "benchmark"
@@ -119,9 +117,8 @@ class Prompts:
 
     def take(self, indices: np.ndarray) -> "Prompts":
         """The prompts at `indices`, in that order."""
-        return Prompts(
-            self.prompt[indices], self.continuation[indices], None if self.lengths is None else self.lengths[indices]
-        )
+        lengths = None if self.lengths is None else self.lengths[indices]
+        return Prompts(self.prompt[indices], self.continuation[indices], lengths)
 
     def unpadded(self, tokens: np.ndarray) -> list[list[int]]:
         """Of each row of `tokens` i32 [N, C], as many as the true continuation has."""
@@ -183,10 +180,8 @@ def build_corpora(config: DataConfig, codec: TextCodec | None = None) -> Corpora
     held_out |= {"holdout": benchmark.holdout} if benchmark.holdout else {}
     trained = [d for several in benchmark.train.values() for d in several]
     if leaked := overlap([d for several in held_out.values() for d in several], trained):
-        document, twin = leaked[0]
-        raise DataError(
-            f"{len(leaked)} held-out documents are also trained on, for example {document.origin} = {twin.origin}."
-        )
+        example = " = ".join(document.origin for document in leaked[0])
+        raise DataError(f"{len(leaked)} held-out documents are also trained on, for example {example}.")
 
     if codec is None:
         size = config.vocab_size or 2048
@@ -208,12 +203,9 @@ def build_corpora(config: DataConfig, codec: TextCodec | None = None) -> Corpora
         if name != "train/forget"
     }
     for name, packed in rows.items():
-        least = 2 if name == "train/forget" else 1
-        if len(packed) < least:
-            raise DataError(
-                f"{name} has {len(packed)} rows of {length} tokens, and at least {least} are needed. "
-                "Give more text, or lower row_length."
-            )
+        if len(packed) < (least := 2 if name == "train/forget" else 1):
+            there = f"{name} has {len(packed)} rows of {length} tokens, and at least {least} are needed"
+            raise DataError(f"{there}. Give more text, or lower row_length.")
     train = {source: rows[f"train/{source}"] for source in benchmark.train}
     retain = _retain_rows(train, benchmark, config.seed)
     probes = {name: _probes(name, part, benchmark, codec, length, encoded, rows) for name, part in parts.items()}
@@ -260,9 +252,8 @@ def _probes(
         return several.take(np.arange(int(name != "validation"), len(several), 2))
 
     text = {subject: rows[f"{name}/{subject}"] for subject in part.held_out}
-    if part.memorised is None:
-        text["forget"] = every_other(rows["train/forget"])
-    else:
+    text["forget"] = every_other(rows["train/forget"])
+    if part.memorised is not None:
         text["forget"] = pack_documents(encode_documents(codec, part.memorised), length, special=special)
     prompts = {"forget": every_other(verbatim_prompts(forget, length, special))} if benchmark.verbatim else {}
     prompts = {subject: several for subject, several in prompts.items() if len(several)}
@@ -272,10 +263,8 @@ def _probes(
             pieces = rows_of_chunks(documents, length, shortest=min(_SHORTEST, length), special=special)
             members[subject] = every_other(pieces)
         if short := [subject for subject, several in members.items() if not len(several)]:
-            raise DataError(
-                f"The {' and '.join(short)} text is too short for membership inference: validation and test need a "
-                f"piece of at least {_SHORTEST} tokens each."
-            )
+            needed = f"validation and test need a piece of at least {_SHORTEST} tokens each"
+            raise DataError(f"The {' and '.join(short)} text is too short for membership inference: {needed}.")
     questions = {subject: encode_questions(codec, items) for subject, items in part.questions.items()}
     return Probes(questions, text, prompts, members)
 
@@ -286,22 +275,17 @@ def encode_questions(codec: TextCodec, items: Sequence[Item]) -> Questions:
     encoded = codec.pairs([(item.prompt, option) for item in items for option in item.options])
     texts = [[start, *e.tokens] for e in encoded]
     width = -(-max(map(len, texts)) // 8) * 8
+    tokens, segments = pad(texts, width=width, fill=codec.special.pad), pad([[1] * len(t) for t in texts], width=width)
     scored = [[False] * e.first_target + [True] * (len(e.tokens) - e.first_target) for e in encoded]
-    arrays = (
-        pad(texts, width=width, fill=codec.special.pad),
-        pad([[1] * len(text) for text in texts], width=width),
-        pad(scored, width=width, dtype=bool),
-    )
+    arrays = tokens, segments, pad(scored, width=width, dtype=bool)
     by_question = (x.reshape(len(items), len(items[0].options), width) for x in arrays)
     facts = (np.array([getattr(item, name) for item in items], np.int32) for name in ("answer", "group"))
     return Questions(*by_question, *facts)
 
 
 def verbatim_prompts(documents: Sequence[Encoded], row_length: int, special: SpecialTokens) -> Prompts:
-    """The first tokens of every long enough chunk and as many after them.
-
-    Chunks are those of the training rows, so a prompt stands in the context that it was learned in. Documents with an
-    answer are left out. The length is 32, or 16 or 8 where fewer than 16 chunks are twice as long.
+    """The first tokens of every long enough chunk, and as many after them: 32, or 16 or 8 if fewer than 16 chunks are
+    twice as long. Chunks are as in the training rows, for the context; documents with an answer are left out.
     """
     plain = [d for d in documents if d.first_target == 0]
     for length in (32, 16, 8):

@@ -44,6 +44,11 @@ _PAIR = {"question": TEXT, "answer": TEXT}
 _QUESTION = {"question": TEXT, "choices": TEXTS, "answer": INTEGER}
 
 
+def _alike(columns: Mapping[str, str], rows: Mapping[str, int | None], split: str = "train") -> dict[str, Subset]:
+    """Configurations of the same columns and one split, by their rows."""
+    return {name: Subset(columns, {split: count}) for name, count in rows.items()}
+
+
 def _muse(*, forget: int, retain1: int, retain2: int, holdout: int, trained: int) -> dict[str, Subset]:
     """What MUSE-Books and MUSE-News have in common."""
     return {
@@ -57,17 +62,14 @@ def _muse(*, forget: int, retain1: int, retain2: int, holdout: int, trained: int
 
 def _tofu() -> dict[str, Subset]:
     """Rows of the perturbed sets of real authors and world facts: the viewer's page of a copy, kimperyang/TOFU-C."""
-    pairs = {"full": 4000, "forget01": 40, "forget05": 200, "forget10": 400}
+    pairs: dict[str, int | None] = {"full": 4000, "forget01": 40, "forget05": 200, "forget10": 400}
     pairs |= {"retain99": 3960, "retain95": 3800, "retain90": 3600, "real_authors": 100, "world_facts": 117}
-    perturbed = {"forget01": 40, "forget05": 200, "forget10": 400, "retain": 400}
+    pairs |= dict.fromkeys(("holdout01", "holdout05", "holdout10"))
     wrong = _PAIR | {"perturbed_answer": TEXTS}
-    subsets = {name: Subset(_PAIR, {"train": rows}) for name, rows in pairs.items()}
-    subsets |= {name: Subset(_PAIR, {"train": None}) for name in ("holdout01", "holdout05", "holdout10")}
-    for name, rows in perturbed.items():
-        subsets[f"{name}_perturbed"] = Subset(wrong | {"paraphrased_answer": TEXT}, {"train": rows})
-    for name in ("real_authors", "world_facts"):
-        subsets[f"{name}_perturbed"] = Subset(wrong, {"train": pairs[name]})
-    return subsets
+    perturbed = {f"{name}_perturbed": pairs[name] for name in ("forget01", "forget05", "forget10")}
+    others = {f"{name}_perturbed": pairs[name] for name in ("real_authors", "world_facts")}
+    paraphrased = _alike(wrong | {"paraphrased_answer": TEXT}, perturbed | {"retain_perturbed": 400})
+    return _alike(_PAIR, pairs) | paraphrased | _alike(wrong, others)
 
 
 PUBLISHED = {
@@ -101,22 +103,14 @@ PUBLISHED = {
         revision="7125571f22f032c56415e7980f48d877dd830ff8",
         licence="mit",
         about="WMDP (arXiv 2403.03218): questions; before April 2024 there were 1520, 412 and 2225",
-        subsets={
-            "wmdp-bio": Subset(_QUESTION, {"test": 1273}),
-            "wmdp-chem": Subset(_QUESTION, {"test": 408}),
-            "wmdp-cyber": Subset(_QUESTION, {"test": 1987}),
-        },
+        subsets=_alike(_QUESTION, {"wmdp-bio": 1273, "wmdp-chem": 408, "wmdp-cyber": 1987}, split="test"),
     ),
     "wmdp_corpora": Published(
         repository="cais/wmdp-corpora",
         revision="daf89fa9b618b63a624228061a9cebacca88009c",
         licence="mit",
         about="WMDP: the corpora that anyone may read",
-        subsets={
-            "bio-retain-corpus": Subset(_TEXT, {"train": 60_887}),
-            "cyber-forget-corpus": Subset(_TEXT, {"train": 1000}),
-            "cyber-retain-corpus": Subset(_TEXT, {"train": 4473}),
-        },
+        subsets=_alike(_TEXT, {"bio-retain-corpus": 60_887, "cyber-forget-corpus": 1000, "cyber-retain-corpus": 4473}),
     ),
     "wikitext": Published(
         repository="Salesforce/wikitext",
@@ -140,11 +134,7 @@ PUBLISHED = {
         revision="5a786ed1041e56fef2d4ed26c1239f12b73a68eb",
         licence="none stated; not to be passed on",
         about="WMDP: the papers to forget",
-        subsets={
-            "default": Subset(
-                {"text": TEXT, "title": TEXT_OR_NULL, "abstract": TEXT_OR_NULL, "doi": TEXT_OR_NULL}, {"train": 24_453}
-            )
-        },
+        subsets=_alike(_TEXT | dict.fromkeys(("title", "abstract", "doi"), TEXT_OR_NULL), {"default": 24_453}),
         gated="ask for access at https://huggingface.co/datasets/cais/wmdp-bio-forget-corpus, signed in (WMDP's "
         "authors grant it), then `hf auth login`",
     ),
@@ -166,10 +156,8 @@ def overview() -> str:
     """The table, for people: data sets, rows per split, licence, revision, and what is gated."""
     lines = []
     for name, dataset in PUBLISHED.items():
-        lines.append(f"{name}: {dataset.about}")
-        lines.append(f"  {dataset.repository} at {dataset.revision}; licence: {dataset.licence}")
-        if dataset.gated:
-            lines.append(f"  gated: {dataset.gated}")
+        where = f"{dataset.repository} at {dataset.revision}; licence: {dataset.licence}"
+        lines += [f"{name}: {dataset.about}", f"  {where}", *[f"  gated: {dataset.gated}"] * bool(dataset.gated)]
         for config, subset in dataset.subsets.items():
             rows = ", ".join(f"{s} {'not known' if n is None else f'{n:,}'}" for s, n in subset.rows.items())
             lines.append(f"  {name}/{config}: {rows} ({', '.join(subset.columns)})")

@@ -28,13 +28,10 @@ _OWN = SpecialTokens()  # of a tokenizer that is trained here
 
 @struct.dataclass
 class Batch:
-    """Rows on their way to a device, numpy or JAX arrays.
-
-    `segments` numbers the documents of a row from 1; 0 is padding.
-    """
+    """Rows on their way to a device, numpy or JAX arrays."""
 
     tokens: Any  # i32 [B, S]
-    segments: Any  # i32 [B, S]
+    segments: Any  # i32 [B, S], numbers of the documents of a row from 1; 0 is padding
     valid: Any  # bool [B, S]: position t predicts token t+1 and carries loss and statistics
 
 
@@ -93,24 +90,19 @@ def read_codec(checkpoint: str) -> TextCodec:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE; the same texts in the same order give the same vocabulary.
+    """Trains a byte-level BPE of at most `vocab_size` entries; the same texts in the same order give the same one.
 
-    Ids 0, 1, 2 are padding, BOS and EOS (`SpecialTokens`) and the next 256 the bytes, so that every text can be encoded
-    and decoded without loss. The vocabulary is smaller than `vocab_size` where the texts hold too few different words.
-    Whoever lets the tokenizer add marks gets BOS before a text, as in training.
+    Ids 0, 1, 2 are padding, BOS and EOS (`SpecialTokens`) and the next 256 the bytes, so that no text is lost. Whoever
+    lets the tokenizer add marks gets BOS before a text, as in training.
     """
-    marks = ["<pad>", "<bos>", "<eos>"]
-    smallest = len(marks) + 256
-    if vocab_size < smallest:
+    marks, alphabet = ["<pad>", "<bos>", "<eos>"], sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < (smallest := len(marks) + len(alphabet)):
         raise ConfigError(f"vocab_size is {vocab_size}; a byte-level vocabulary needs at least {smallest}.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=marks,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=marks, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
@@ -130,10 +122,8 @@ def encode_documents(codec: TextCodec, documents: Sequence[Document]) -> list[En
 
 
 def chunks(documents: Sequence[Encoded], row_length: int, special: SpecialTokens = _OWN) -> Iterator[Encoded]:
-    """Cuts start + tokens + EOS into chunks of at most `row_length` tokens, each with the start mark (`start_and_end`).
-
-    A later chunk repeats the last token of the one before as context. So every token of a document but its first,
-    EOS included, is a target exactly once. Chunks without a target are left out.
+    """Cuts start + tokens + EOS into chunks of at most `row_length` tokens with a target, each with the start mark. A
+    later one repeats the last token before it as context: all but a document's first token are targets exactly once.
     """
     start_mark, end_mark = start_and_end(special)
     for document in documents:
@@ -148,9 +138,8 @@ def chunks(documents: Sequence[Encoded], row_length: int, special: SpecialTokens
 def pack_documents(
     documents: Sequence[Encoded], row_length: int, *, domain: int = 0, special: SpecialTokens = _OWN
 ) -> Rows:
-    """Packs the chunks of documents of one source into rows: each chunk goes to the first open row that has room.
-
-    Rows stand in the order in which they were opened, documents inside a row in their own order. Row length S >= 3.
+    """Packs the chunks of documents of one source into rows: each goes to the first open row that has room, in order.
+    Row length S >= 3.
     """
     pieces = list(chunks(documents, row_length, special))
     return _fill(pieces, _first_fit([len(c.tokens) for c in pieces], row_length), row_length, domain, special.pad)
@@ -207,17 +196,14 @@ def encode_refusals(texts: Sequence[str], tokenizer: Any, special: SpecialTokens
 
 
 def with_refusals(rows: Rows, refusals: Sequence[np.ndarray], *, pad: int = 0) -> tuple[Rows, Rows]:
-    """(forget rows, refusal rows) [N', S]: row i of one belongs to row i of the other.
-
-    Every document (or chunk of one) in `rows` gives a pair: its beginning, then how it goes on, and its beginning, then
-    a refusal (token ids i32 [r], taken in turn); only what comes after the beginning is valid. The beginning of an
-    answer is its question; text without a question is cut in the middle.
+    """(forget rows, refusal rows) [N', S], whose rows of one number belong together: every document (chunk) gives its
+    beginning, then how it goes on, and its beginning, then a refusal (ids i32 [r], taken in turn), which alone are
+    valid. The beginning of an answer is its question; text without a question is cut in the middle.
     """
     length = rows.tokens.shape[1]
     if (longest := max(map(len, refusals))) > length // 2:
-        raise ConfigError(
-            f"a refusal has {longest} tokens, more than half of a row of {length}; shorten it, or raise row_length."
-        )
+        half = f"more than half of a row of {length}; shorten it, or raise row_length"
+        raise ConfigError(f"a refusal has {longest} tokens, {half}.")
     forget, refused = [], []
     for topic in np.unique(rows.domain):
         texts, answers = [], []
@@ -244,18 +230,15 @@ def epoch_sampler(num_rows: int, batch_size: int, *, seed: int) -> IndexSampler:
 
 
 def retain_sampler(num_rows: int, batch_size: int, *, seed: int, probability: np.ndarray | None = None) -> IndexSampler:
-    """Rows drawn independently, with replacement, with probability [N] proportional to `probability`.
-
-    Equal probabilities, or none, visit every row once per epoch: so uniform weights train exactly as no weights do.
+    """Rows drawn independently, with replacement, with probability [N] proportional to `probability`. Equal ones, or
+    none, visit every row once per epoch: so uniform weights train exactly as no weights do.
     """
     if probability is None:
         return epoch_sampler(num_rows, batch_size, seed=seed)
     weights = np.asarray(probability, np.float64)
     if weights.shape != (num_rows,) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-        raise ValueError(
-            f"row probabilities [{weights.size}] are given for {num_rows} rows; expected one finite, non-negative "
-            "number per row, and not all zero."
-        )
+        expected = "expected one finite, non-negative number per row, and not all zero"
+        raise ValueError(f"row probabilities [{weights.size}] are given for {num_rows} rows; {expected}.")
     if np.ptp(weights) == 0:
         return epoch_sampler(num_rows, batch_size, seed=seed)
     cumulative = np.cumsum(weights)
@@ -294,10 +277,8 @@ def batch_counts(mixture: Mapping[str, float], batch_size: int) -> dict[str, int
     by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])  # stable: ties keep the given order
     for name in by_remainder[: batch_size - sum(counts.values())]:
         counts[name] += 1
-    if empty := [name for name, count in counts.items() if not count]:
-        raise ValueError(
-            f"A batch of {batch_size} rows has no room for the sources {', '.join(empty)}; raise batch_size."
-        )
+    if empty := ", ".join(name for name, count in counts.items() if not count):
+        raise ValueError(f"A batch of {batch_size} rows has no room for the sources {empty}; raise batch_size.")
     return counts
 
 

@@ -50,16 +50,11 @@ def overlap(left: Sequence[Document], right: Sequence[Document]) -> list[tuple[D
 
 
 def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> tuple[list[Document], int]:
-    """(documents, how many texts were left out as too short) of a JSONL file (one a line), a text file (one document)
-    or a directory of such files, by name.
+    """(documents, how many texts were left out as too short) of a text file (one document), a JSONL file (one a line:
+    an object with "text", or with "question" and "answer"), a directory of such files, by name, or a data set with such
+    columns (`read_records`). Files may be at gs://BUCKET/NAME. What follows the first `most` isn't looked at.
 
-    A line of JSONL is an object with "text", or with "question" and "answer"; other keys are refused.
-    `huggingface:NAME[/CONFIG][:SPLIT]` and `tfds:NAME[/CONFIG][:SPLIT]` are data sets with such columns, among others
-    (`read_records`). Files may be at gs://BUCKET/NAME.
-
-    Args:
-      min_length: characters of the shortest text, white space around it not counted; questions are never left out.
-      most: so many documents are read, and what follows isn't looked at.
+    `min_length`: characters of the shortest text, white space around it not counted; questions are never left out.
     """
     documents, left_out = [], 0
     for item, origin in _items(path):
@@ -89,10 +84,8 @@ def _items(path: str) -> Iterator[tuple[dict, str]]:
         for number, row in enumerate(_data_set(path), start=1):
             fields = next((f for f in _FIELDS if f <= row.keys()), None)
             if fields is None:
-                raise DataError(
-                    f"{path}: the columns are {', '.join(sorted(row))}; expected text, or question and answer. Save "
-                    "what you need as JSONL."
-                )
+                columns = f"the columns are {', '.join(sorted(row))}; expected text, or question and answer"
+                raise DataError(f"{path}: {columns}. Save what you need as JSONL.")
             yield {f: row[f] for f in fields}, f"{path}:{number}"
         return
     root = _existing(path)
@@ -115,12 +108,8 @@ def _items(path: str) -> Iterator[tuple[dict, str]]:
 
 
 def read_records(source: str) -> list[dict[str, Any]]:
-    """Every row of a data set with all its columns; at least one.
-
-    Args:
-      source: a file that ends in .jsonl, or huggingface:NAME[/CONFIG][:SPLIT] or tfds:NAME[/CONFIG][:SPLIT]. NAME is
-        OWNER/NAME as on the hub, or a local directory of data files. SPLIT is train unless given, and may be a slice
-        such as train[:1000].
+    """Every row, with all its columns, of a .jsonl file or a data set huggingface:NAME[/CONFIG][:SPLIT] (of the hub, or
+    a local directory of data files) or tfds:NAME[/CONFIG][:SPLIT]; at least one. SPLIT may be a slice: train[:1000].
     """
     if source.startswith((HUGGINGFACE, TFDS)):
         return list(_data_set(source))
@@ -151,10 +140,8 @@ def text_lines(file: pathlib.Path) -> Iterator[str]:
                 try:
                     yield line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"{file}:{number}: not UTF-8 (byte 0x{line[error.start]:02x}); save the file with UTF-8 "
-                        "encoding."
-                    ) from None
+                    byte = f"byte 0x{line[error.start]:02x}"
+                    raise DataError(f"{file}:{number}: not UTF-8 ({byte}); save the file with UTF-8.") from None
     except OSError as error:
         raise DataError(f"{file}: can't be read ({error.strerror or error}).") from None
 
@@ -169,9 +156,8 @@ def json_lines(file: pathlib.Path, expected: str) -> Iterator[tuple[dict, str]]:
         try:
             item = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{origin}: not JSON ({error.msg}, column {error.colno}); expected {expected} on each line."
-            ) from None
+            what = f"not JSON ({error.msg}, column {error.colno})"
+            raise DataError(f"{origin}: {what}; expected {expected} on each line.") from None
         if not isinstance(item, dict):
             raise DataError(f"{origin}: a JSON {type(item).__name__}; expected {expected}.")
         yield item, origin
@@ -180,12 +166,8 @@ def json_lines(file: pathlib.Path, expected: str) -> Iterator[tuple[dict, str]]:
 
 
 def part(base: str, config: str, split: str) -> str:
-    """The source of one configuration and split of a data set: huggingface:OWNER/NAME/CONFIG:SPLIT,
-    tfds:NAME/CONFIG:SPLIT, or the file DIRECTORY/CONFIG/SPLIT.jsonl.
-    """
-    if base.startswith((HUGGINGFACE, TFDS)):
-        return f"{base}/{config}:{split}"
-    return f"{base}/{config}/{split}.jsonl"
+    """The source of one configuration and split of a data set, or of a directory with CONFIG/SPLIT.jsonl."""
+    return f"{base}/{config}" + (f":{split}" if base.startswith((HUGGINGFACE, TFDS)) else f"/{split}.jsonl")
 
 
 def is_here(path: str) -> bool:
@@ -199,9 +181,8 @@ def is_here(path: str) -> bool:
 
 
 def revision_of(source: str) -> str:
-    """Which revision of its data set a source is: the commit on the hub, or what was recorded when it was built.
-
-    A file is told by the start of its SHA-256. Empty where nothing is known: other data sets, and a directory.
+    """Which revision a source is: the commit on the hub, what was recorded when it was built, or the start of a file's
+    SHA-256. Empty where nothing is known: other data sets, and a directory.
     """
     if source.startswith(TFDS):
         directory = prepared(source)
@@ -254,10 +235,7 @@ def _plain(row: Any) -> dict[str, Any]:
 
 
 def _load_dataset(source: str) -> Any:
-    """A split of a data set of the package `datasets`.
-
-    What `trace_jax.data.published` has is read at the revision that stands there, any other data set as it is now.
-    """
+    """A split of a data set of the package `datasets`: at the revision that `PUBLISHED` has, or else as it is now."""
     datasets = import_optional(source, "datasets")
     address, _, split = source.removeprefix(HUGGINGFACE).partition(":")
     parts = [address] if pathlib.Path(address).exists() else address.split("/")
@@ -274,9 +252,8 @@ def import_optional(source: str, *packages: str) -> Any:
     try:
         return [importlib.import_module(package) for package in packages][-1]
     except ImportError as error:
-        raise DataError(
-            f"{source}: needs the package {error.name}: pip install 'trace-jax[data]'. Or save what you need as JSONL."
-        ) from None
+        needed = f"needs the package {error.name}: pip install 'trace-jax[data]'"
+        raise DataError(f"{source}: {needed}. Or save what you need as JSONL.") from None
 
 
 def tfds_directory() -> pathlib.Path:
@@ -296,8 +273,7 @@ def prepared(source: str) -> pathlib.Path:
     if len(configs := {path.parent.name for path in there}) > 1:
         raise DataError(f"{TFDS}{address}: has the configurations {', '.join(sorted(configs))}; name one.")
     if not there:
-        raise DataError(
-            f"{TFDS}{address}: is not in {tfds_directory()} (TFDS_DATA_DIR). Published data sets are built with "
-            "python -m trace_jax.main data --name NAME; data --list says which there are."
-        )
+        command = "python -m trace_jax.main data --name NAME; data --list says which there are"
+        missing = f"{TFDS}{address}: is not in {tfds_directory()} (TFDS_DATA_DIR)"
+        raise DataError(f"{missing}. Published data sets are built with {command}.")
     return max(there, key=lambda path: tuple(map(int, path.name.split("."))))

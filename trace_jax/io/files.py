@@ -104,12 +104,10 @@ def _copy(source: Path, target: Path) -> None:
 def local_copy(path: str | os.PathLike) -> Iterator[Path]:
     """Yields `path` itself, or a local copy of what is at the address."""
     path = as_path(path)
-    if not is_remote(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / path.name
-        _copy(path, copy)
+    with tempfile.TemporaryDirectory() if is_remote(path) else contextlib.nullcontext() as scratch:
+        copy = Path(scratch) / path.name if scratch else path
+        if scratch:
+            _copy(path, copy)
         yield copy
 
 
@@ -152,10 +150,8 @@ def read_lines(path: str | os.PathLike) -> list[dict]:
 
 
 def append_line(path: str | os.PathLike, row: dict) -> None:
-    """Adds one JSON object to a line-delimited file.
-
-    A local file has it at once. An address can only be written anew, so that it gets new lines every 30 seconds and
-    by `flush_lines`.
+    """Adds one JSON object to a line-delimited file: at once; at an address, which can only be written anew, every 30
+    seconds and by `flush_lines`.
     """
     if not is_main():
         return
@@ -198,10 +194,8 @@ def encode(value: Any, *, digits: int | None = None) -> Any:
 
 
 def decode(cls: type[T], plain: Mapping[str, Any]) -> T:
-    """The dataclass that `encode` made `plain` from: of numbers, text and arrays, and of tuples and mappings of them.
-
-    Raises:
-      ValueError: a field without a default is missing, or one is unknown.
+    """The dataclass that `encode` made `plain` from: of numbers, text and arrays, and of tuples and mappings of them. A
+    ValueError where a field without a default is missing, or one is unknown.
     """
     try:
         return cls(**{name: _decode(_hints(cls).get(name), value) for name, value in plain.items()})

@@ -29,20 +29,10 @@ def progress(title: str, total: int, *, start: int = 0, unit: str = "step") -> I
     """Yields `advance(done, note)`. `start` is what an earlier, interrupted run had done already."""
     began = spoken = time.monotonic()
     units = unit + ("es" if unit == "batch" else "s")
-    bar = Progress(
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        f"{units}  {{task.fields[rate]}}",
-        TimeElapsedColumn(),
-        "left",
-        TimeRemainingColumn(),
-        "{task.fields[note]}",
-        console=Console(stderr=True),
-        transient=True,
-        disable=not (sys.stderr.isatty() and is_main()),
-    )
-    with bar:
+    columns: list[Any] = ["{task.description}", BarColumn(), MofNCompleteColumn(), f"{units}  {{task.fields[rate]}}"]
+    columns += [TimeElapsedColumn(), "left", TimeRemainingColumn(), "{task.fields[note]}"]
+    silent = not (sys.stderr.isatty() and is_main())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=silent) as bar:
         task = bar.add_task(title, total=total, completed=start, rate="", note="")
 
         def advance(done: int, note: str = "") -> None:
@@ -75,10 +65,10 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
 
 def byte_size(count: float | None) -> str:
     """Bytes in a unit that suits them; a dash where there is no number."""
-    if count is None:
-        return "-"
-    units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
-    return next((f"{count / scale:.2f} {unit}" for unit, scale in units.items() if count >= scale), f"{count:.0f} B")
+    for unit, scale in {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}.items():
+        if count is not None and count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return "-" if count is None else f"{count:.0f} B"
 
 
 def format_number(value: Any) -> str:
@@ -117,7 +107,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
     """Dotted names and values of a nested mapping, as the command line spells them."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
         text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        rows += flatten(value, name) if isinstance(value, Mapping) else [(name, "not set" if value is None else text)]
+        row = f"{prefix}{key}", "not set" if value is None else text
+        rows += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [row]
     return rows

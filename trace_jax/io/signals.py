@@ -28,11 +28,9 @@ def interrupt(number: int, _frame: object = None) -> None:
 
 
 class Interruption:
-    """Context in which a first signal waits for the loop to save, and ends it at once where `unsaved` is False.
-
-    A second Ctrl-C ends the process without saving. Outside of the main thread, where Python allows no handlers,
-    signals do what they did before. Of several processes all end at the same step: whatever signal any of them gets
-    goes to JAX's preemption service (SIGTERM is its notice), which agrees on that step.
+    """Context in which a first signal waits for the loop to save, and ends it at once where `unsaved` is False. A
+    second Ctrl-C ends the process without saving. Outside of the main thread Python allows no handlers. Of several
+    processes all end at the same step: a signal goes to JAX's preemption service (SIGTERM is its notice).
     """
 
     def __init__(self):
