@@ -36,11 +36,9 @@ WRONG = [
     ({"unlearning": {"objective": {"nll_ceiling": -1}}}, r"unlearning\.objective\.nll_ceiling is -1"),
     ({"unlearning": {"beta": 0.1}}, r"unlearning\.beta: .* write unlearning\.objective\.beta"),
     ({"calibration": {"tau": 1.5}}, r"calibration\.tau: .* write calibration\.rule\.tau"),
-    ({"calibration": {"divergense": "kl"}}, r"calibration\.divergense: .* did you mean 'divergence'"),
     ({"calibration": {"rule": {"name": "difference", "tau": 1.5}}}, r"calibration\.rule\.tau would have no effect"),
     ({**HIDDEN, "calibration": {"rule": "all"}}, r"calibration\.rule would have no effect"),
     ({"model": {"experts_per_token": 17}}, r"17 but there are only 16 experts"),
-    ({"model": {"num_heads": 3, "num_kv_heads": 2}}, r"num_heads 3 must be a multiple"),
     ({"methods": ("trase",)}, r"methods is 'trase'; .* did you mean 'trace'"),
     ({"methods": ()}, r"methods is empty"),
     ({"study": {"objectives": {"npoo": {}}}}, r"study\.objectives has 'npoo': .* expected settings by name, for obj"),
@@ -48,8 +46,6 @@ WRONG = [
     ({"data": {"benchmark": "text"}}, r"data\.forget is missing"),
     ({"data": {"benchmark": "presidents", "forget_substances": 9}}, r"data\.forget_substances .* belongs to handbook"),
     ({"model": {"path": "x", "hidden_size": 8}}, r"model\.hidden_size: .* Known here: dtype, .*path"),
-    ({"model": {"path": ""}}, r"model\.path is empty; give the directory of a checkpoint: --config\.model\.path=DIR"),
-    ({"model": {"path": "x", "dtype": "float16"}}, r"model\.dtype is 'float16'; expected one of float32, bfloat16"),
     ({**IMPORTED, "target": {"steps": 9}}, r"target would have no effect: model\.path names a checkpoint"),
     ({**IMPORTED, "data": {"vocab_size": 400}}, r"data\.vocab_size would have no effect: model\.path names"),
     ({"data": {"vocab_size": 4096}}, r"data\.vocab_size is 4096, and the model knows 2048 tokens"),
@@ -72,10 +68,10 @@ def test_a_model_with_a_path_is_imported_and_another_is_trained_with_a_vocabular
 
 
 def test_config_dict_and_json_give_the_same_settings():
-    values = {"name": "x", "methods": ("uniform",), "unlearning": {"optimizer": {"b2": 0.9}}}
+    values = {"name": "x", "methods": ("uniform",), "unlearning": {"alpha": 2, "optimizer": {"b2": 0.9}}}
     direct, wrapped = experiment(**values), resolve(ExperimentConfig, ml_collections.ConfigDict(values))
     again = resolve(ExperimentConfig, json.loads(json.dumps(as_dict(direct))))
-    assert direct == wrapped == again
+    assert direct == wrapped == again and isinstance(direct.unlearning.alpha, float)
     assert direct.unlearning.optimization.optimizer.b2 == 0.9 and direct.target.optimization.learning_rate == 5e-3
 
 
@@ -96,11 +92,6 @@ def test_settings_are_hashable_and_frozen_and_told_apart_by_their_content():
     assert fingerprint(one, 1) == fingerprint(same, 1) not in (fingerprint(one, 2), fingerprint(other, 1))
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.num_layers = 3
-
-
-def test_a_section_converts_whole_numbers_to_floats_and_lists_to_tuples():
-    config = experiment(study={"seeds": [3, 4]}, unlearning={"alpha": 2})
-    assert isinstance(config.unlearning.alpha, float) and config.study.seeds == (3, 4)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import pytest
@@ -18,8 +19,6 @@ QUICKSTART = "configs/quickstart.py"
 QUICK = ["--config", QUICKSTART, "--workdir", "w"]
 OBJECTIVE = "--config.unlearning.objective"
 TEXT = ["--config", "configs/huggingface.py", "--workdir", "w", "--config.data.forget=a", "--config.data.retain=b"]
-
-
 NAMES = ("quickstart", "presidents", "handbook_study", "presidents_study")
 FILES = {**dict.fromkeys(VARIANTS, "ablations.py:{}"), **dict.fromkeys(PUBLISHED, "plan.py:{}")}
 
@@ -79,9 +78,8 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_file_that_makes_no_experiment_is_answered_with_its_line(tmp_path, capsys, case):
-    text, message = BROKEN[case]
+@pytest.mark.parametrize(("text", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_file_that_makes_no_experiment_is_answered_with_its_line(tmp_path, capsys, text, message):
     (tmp_path / "wrong.py").write_text(text + "\n")
     assert main(["--config", str(tmp_path / "wrong.py")]) == 2
     error = capsys.readouterr().err
@@ -149,9 +147,6 @@ def test_what_the_file_sets_of_a_retain_term_goes_with_it(capsys):
 
 
 def test_a_run_without_a_workdir_goes_where_its_name_says(monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "trace_jax.run.methods.run", lambda config, workdir, *, overwrite: seen.append(workdir) or "done"
-    )
-    assert main(["--config", QUICKSTART, "--config.name=mine"]) == 0
-    assert seen == ["runs/mine"]
+    run = mock.Mock(return_value="done")
+    monkeypatch.setattr("trace_jax.run.methods.run", run)
+    assert main(["--config", QUICKSTART, "--config.name=mine"]) == 0 and run.call_args.args[1] == "runs/mine"

@@ -5,6 +5,7 @@ import filecmp
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -189,12 +190,8 @@ def test_an_interrupted_export_leaves_everything_as_it_was(error, overwrite, sou
     if overwrite:
         save_pretrained(model, tmp_path / "out")
     before = sorted(tmp_path.rglob("*"))
-
-    def fail(*_, **__):
-        raise error
-
     for name in ("take", "readme"):
-        monkeypatch.setattr(export, name, fail)
+        monkeypatch.setattr(export, name, mock.Mock(side_effect=error))
         with pytest.raises(type(error)):
             save_pretrained(twice_one_expert(model), tmp_path / "out", overwrite=overwrite)
         assert sorted(tmp_path.rglob("*")) == before
@@ -223,10 +220,8 @@ CARD = ModelCard(
 def test_front_matter_and_tables_and_without_a_card_nothing_is_claimed(source):
     text = readme(CARD, Checkpoint(source, {"_name_or_path": "org/base"}, (), {}), "3 of 9 tensors differ.")
     _, front, body = text.split("---\n", 2)
-    assert front == (
-        'license: "apache-2.0"\nlibrary_name: "transformers"\npipeline_tag: "text-generation"\n'
-        'base_model: "org/base"\ntags: ["unlearning", "trace_jax"]\n'
-    )
+    want = ['license: "apache-2.0"', 'library_name: "transformers"', 'pipeline_tag: "text-generation"']
+    assert front.splitlines() == [*want, 'base_model: "org/base"', 'tags: ["unlearning", "trace_jax"]']
     lines = ["The model was made to forget the presidents.", "Method: trace, by trace_jax.", "3 of 9 tensors differ."]
     lines += ["| learning_rate | 1e-05 |", "| steps | b \\| c d |"]
     lines += ["| score | before | after |", "| verbatim memory | 0.91 | 0.1 |"]
@@ -237,21 +232,15 @@ def test_front_matter_and_tables_and_without_a_card_nothing_is_claimed(source):
 
 def test_the_licence_fields_are_those_of_the_front_matter(tmp_path):
     assert licence_of(tmp_path) == {}
-    for text in ("---\nlicense: mit\n# never closed\n", "# license: mit\n"):
-        (tmp_path / "README.md").write_text(text)
-        assert licence_of(tmp_path) == {}
     fields = {"license": "other", "license_name": "x y", "license_link": "https://a.b/c"}
-    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: 'x y'\nlicense_link: https://a.b/c\n---\n")
-    assert licence_of(tmp_path) == fields
+    front = "---\nlicense: other\nlicense_name: 'x y'\nlicense_link: https://a.b/c\n"
+    for text, want in (("# license: mit\n", {}), (front, {}), (f"{front}---\n", fields)):  # the second is never closed
+        (tmp_path / "README.md").write_text(text)
+        assert licence_of(tmp_path) == want
 
 
-@pytest.mark.parametrize(
-    ("path", "config", "want"),
-    [
-        ("/cache/models--allenai--OLMoE-1B-7B-0924/snapshots/abc", {}, "allenai/OLMoE-1B-7B-0924"),
-        ("/data/mine", {"_name_or_path": "org/base"}, "org/base"),
-        ("/data/mine", {}, "mine"),
-    ],
-)
-def test_the_base_model_is_named_as_well_as_can_be(path, config, want):
-    assert base_model_of(Path(path), config) == want
+def test_the_base_model_is_named_as_well_as_can_be():
+    cached = Path("/cache/models--allenai--OLMoE-1B-7B-0924/snapshots/abc")
+    assert base_model_of(cached, {}) == "allenai/OLMoE-1B-7B-0924"
+    assert base_model_of(Path("/data/mine"), {"_name_or_path": "org/base"}) == "org/base"
+    assert base_model_of(Path("/data/mine"), {}) == "mine"

@@ -131,17 +131,14 @@ def test_no_model_comes_of_a_file_that_is_short_or_shrinks_while_it_is_read(tiny
         load_pretrained(shrinking)
 
 
-@pytest.mark.parametrize(
-    ("generation", "config", "want"),
-    [
+def test_special_tokens_from_ids(tmp_path):
+    for generation, config, want in (
         ({}, {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 7}, SpecialTokens(5, (6,), 7)),
         ({"eos_token_id": [8, 9]}, {"bos_token_id": None, "eos_token_id": 6}, SpecialTokens(None, (8, 9), 8)),
         ({"bos_token_id": 0}, {"bos_token_id": 5}, SpecialTokens(0, (), 0)),
-    ],
-)
-def test_special_tokens_from_ids(generation, config, want, tmp_path):
-    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert read_tokenizer(tmp_path, config)[1] == want
+    ):
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        assert read_tokenizer(tmp_path, config)[1] == want
 
 
 def test_the_tokenizer_comes_along_and_says_the_ids_of_special_tokens(tiny_checkpoint, tmp_path):

@@ -5,16 +5,17 @@ import json
 import shutil
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from trace_jax.checkpoints import state as state_module
 from trace_jax.checkpoints.state import StateStore, load_params, save_params
 
 # Orbax leaves the coroutines of failed reads behind; they end when they are collected.
@@ -115,7 +116,7 @@ def truncate(file):
 def flip(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 0x10
-    file.write_bytes(bytes(data))
+    file.write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -169,13 +170,10 @@ def test_states_of_other_settings_are_removed(states, caplog):
 
 
 def test_too_little_memory_does_not_cost_the_state(states, monkeypatch):
-    def full(*_, **__):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(state_module.ocp.StandardCheckpointHandler, "restore", full)
-        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
-            restore(states)
+    full = mock.Mock(side_effect=jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    with monkeypatch.context() as patched, pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        patched.setattr(ocp.StandardCheckpointHandler, "restore", full)
+        restore(states)
     assert restore(states)[0] == 3
 
 

@@ -44,23 +44,21 @@ def test_a_good_checkpoint_passes(model_type, switch, tiny_checkpoint, run):
 
 
 def test_what_is_ignored_and_unread_is_said(copy, run):
-    file = copy / "model.safetensors"
-    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}
-    save_file({**load_file(file), **frequencies}, file, {"format": "pt"})
+    file, unread = copy / "model.safetensors", "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**load_file(file), unread: np.ones(6, np.float32)}, file, {"format": "pt"})
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "mystery": 3}))
     code, text = run(copy, "--no-compare")
-    assert "1 tensors, such as model.layers.0.self_attn.rotary_emb.inv_freq: rotary frequencies" in text
+    assert f"1 tensors, such as {unread}: rotary frequencies" in text
     assert "nobody read: mystery" in text and "skipped (--no-compare)" in text and code == 0
 
 
 def test_another_computation_fails(copy, run, monkeypatch):
-    theirs = verify._theirs
+    theirs, path = verify._theirs, copy / "config.json"
 
-    def of_changed_config(directory, tokens, mask):
-        path = directory / "config.json"
+    def of_changed_config(*arguments):
         path.write_text(json.dumps({**json.loads(path.read_text()), "norm_topk_prob": True}))
-        return theirs(directory, tokens, mask)
+        return theirs(*arguments)
 
     monkeypatch.setattr(verify, "_theirs", of_changed_config)
     code, text = run(copy)

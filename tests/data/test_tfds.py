@@ -33,8 +33,7 @@ def tfds_home(tmp_path, monkeypatch):
 @pytest.fixture
 def books(tmp_path):
     """A copy of MUSE-Books' files, and its rows per configuration and split."""
-    rows = download(tmp_path / "copy", "muse_books", commit=BOOKS.revision)
-    return str(tmp_path / "copy"), rows
+    return str(tmp_path / "copy"), download(tmp_path / "copy", "muse_books", commit=BOOKS.revision)
 
 
 @pytest.mark.parametrize("name", ["muse_books", "tofu", "wmdp", "wmdp_bio_forget"])
@@ -108,19 +107,18 @@ def test_other_numbers_of_rows_are_refused_until_accepted(tmp_path):
 
 
 def test_the_revision_of_a_copy_is_found_or_is_the_hash_of_its_files(tmp_path, books):
-    build("muse_books/raw", source=books[0])
-    assert revision_of("tfds:muse_books/raw") == BOOKS.revision
-    download(tmp_path / COMMIT, "muse_books")  # as the hub's cache names a snapshot
-    build("muse_books/raw", source=str(tmp_path / COMMIT), overwrite=True)
-    assert revision_of("tfds:muse_books/raw:retain1") == COMMIT
-    download(tmp_path / "bare", "muse_books")
-    build("muse_books/raw", source=str(tmp_path / "bare"), overwrite=True)
-    first = revision_of("tfds:muse_books/raw")
+    def built(source, **options):
+        build("muse_books/raw", source=str(source), overwrite=True, **options)
+        return revision_of("tfds:muse_books/raw")
+
+    assert built(books[0]) == BOOKS.revision
+    for name in (COMMIT, "bare"):
+        download(tmp_path / name, "muse_books")
+    assert built(tmp_path / COMMIT) == COMMIT  # as the hub's cache names a snapshot
+    first = built(tmp_path / "bare")
     write_parquet(tmp_path / "bare/raw/forget", [{"text": "changed"}] * 4)
-    build("muse_books/raw", source=str(tmp_path / "bare"), overwrite=True)
-    assert first.startswith("sha256:") and first != revision_of("tfds:muse_books/raw")
-    build("muse_books/raw", source=str(tmp_path / "bare"), revision="mine", overwrite=True)
-    assert revision_of("tfds:muse_books/raw") == "mine"
+    assert first.startswith("sha256:") and first != built(tmp_path / "bare")
+    assert built(tmp_path / "bare", revision="mine") == "mine"
 
 
 def test_a_copy_of_another_revision_or_changed_after_its_download_is_refused(tmp_path, books):
@@ -201,21 +199,20 @@ def test_what_cannot_be_read_is_said(books):
 def test_the_newest_version_is_read_and_a_sole_configuration_need_not_be_named(tmp_path, tfds_home):
     rows = download(tmp_path / "copy", "wikitext", counts={("wikitext-2-raw-v1", "train"): 5})
     build("wikitext", source=str(tmp_path / "copy"), accept_counts=True)
-    assert read_records("tfds:wikitext") == rows["wikitext-2-raw-v1", "train"]
-    (tfds_home / "wikitext/wikitext-2-raw-v1/0.9.0").mkdir()
-    (tfds_home / "wikitext/wikitext-2-raw-v1/10.0.0").mkdir()  # nothing in it: not a prepared one
-    assert read_records("tfds:wikitext:train[:3]") == rows["wikitext-2-raw-v1", "train"][:3]
-    (tfds_home / "wikitext/wikitext-2-raw-v1/1.0.0/published.json").unlink()  # as if it was not built here
+    there, rows = tfds_home / "wikitext/wikitext-2-raw-v1", rows["wikitext-2-raw-v1", "train"]
+    assert read_records("tfds:wikitext") == rows
+    (there / "10.0.0").mkdir()  # nothing in it: not a prepared one
+    assert read_records("tfds:wikitext:train[:3]") == rows[:3]
+    (there / "1.0.0/published.json").unlink()  # as if it was not built here
     (tfds_home / "mine").mkdir()
-    (tfds_home / "wikitext/wikitext-2-raw-v1/1.0.0").rename(tfds_home / "mine/2.0.0")
-    assert [d.text for d in read_source("tfds:mine")[0]] == [r["text"] for r in rows["wikitext-2-raw-v1", "train"]]
+    (there / "1.0.0").rename(tfds_home / "mine/2.0.0")
+    assert [d.text for d in read_source("tfds:mine")[0]] == [row["text"] for row in rows]
     assert read_source("tfds:mine:train[:2]")[0][1].origin == "tfds:mine:train[:2]:2"
     assert revision_of("tfds:mine") == "version 2.0.0"
     assert is_here("tfds:mine:nowhere") and not is_here("tfds:muse_news/raw:forget")
 
 
-def test_a_dry_run_says_what_is_to_be_built(tmp_path, request, monkeypatch, capsys, books):
-    monkeypatch.chdir(request.config.rootpath)
+def test_a_dry_run_says_what_is_to_be_built(capsys, books):
     build("muse_books/raw", source=books[0])
     sources = ["--config.data.forget=tfds:muse_books/raw:forget", "--config.data.retain=tfds:muse_news/raw:retain1"]
     assert main(["--config", "configs/text.py", "--dry-run", *sources]) == 0

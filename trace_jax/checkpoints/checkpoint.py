@@ -253,10 +253,9 @@ def readable_tensor(
     if storage == "mxfp4":
         blocks, scales = tensors[f"{name}_blocks"], tensors.get(f"{name}_scales")
         if scales is None or blocks.shape[-1:] != (16,) or scales.shape != blocks.shape[:-1]:
-            raise CheckpointError(
-                f"{blocks.file.path}: {blocks.name} is {list(blocks.shape)} and {name}_scales "
-                f"{list(scales.shape) if scales else 'missing'}; expected [..., 16] and the same without the 16."
-            )
+            found = list(scales.shape) if scales else "missing"
+            why = f"{blocks.name} is {list(blocks.shape)} and {name}_scales {found}"
+            raise CheckpointError(f"{blocks.file.path}: {why}; expected [..., 16] and the same without the 16.")
         return Quantised(blocks, scales)
     tensor, scales = tensors[name], tensors.get(f"{name}_scale_inv")
     if tensor.dtype != DTYPES["F8_E4M3"]:

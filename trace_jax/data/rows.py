@@ -81,10 +81,8 @@ def read_codec(checkpoint: str) -> TextCodec:
     directory, config_json = Path(checkpoint), open_checkpoint(checkpoint).config
     tokenizer, special = read_tokenizer(directory, config_json)
     if tokenizer is None:
-        raise ConfigError(
-            f"{directory / 'tokenizer.json'} is missing; it is the tokenizer in the form that every model can be read "
-            f"in. transformers makes it: AutoTokenizer.from_pretrained('{directory}').save_pretrained('{directory}')."
-        )
+        call = f"AutoTokenizer.from_pretrained('{directory}').save_pretrained('{directory}')"
+        raise ConfigError(f"{directory / 'tokenizer.json'} is missing; transformers makes it: {call}.")
     size = model_config(config_json, dtype="float32").vocab_size
     return TextCodec(tokenizer, special, size, directory)
 
