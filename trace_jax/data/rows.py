@@ -195,8 +195,8 @@ def encode_refusals(texts: Sequence[str], tokenizer: Any, special: SpecialTokens
 
 def with_refusals(rows: Rows, refusals: Sequence[np.ndarray], *, pad: int = 0) -> tuple[Rows, Rows]:
     """(forget rows, refusal rows) [N', S], whose rows of one number belong together: every document (chunk) gives its
-    beginning, then how it goes on, and its beginning, then a refusal (ids i32 [r], taken in turn), which alone are
-    valid. The beginning of an answer is its question; text without a question is cut in the middle.
+    beginning, then how it goes on, and its beginning, then a refusal (ids i32 [r], taken in turn). Only what follows a
+    beginning is valid: a question, or of text without one the first half.
     """
     length = rows.tokens.shape[1]
     if (longest := max(map(len, refusals))) > length // 2:
