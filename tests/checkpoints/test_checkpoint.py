@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from quantised_checkpoints import FP8, random_fp8, random_mxfp4
 from safetensors.numpy import save_file
 from tiny import CONFIG, spread
@@ -46,15 +44,8 @@ def test_any_slice_of_any_type_is_what_the_library_wrote(name, tmp_path):
     safetensors.torch.save_file(want, tmp_path / "m.safetensors")
     tensor = TensorFile(tmp_path / "m.safetensors").tensors["b"]
     assert (tensor.dtype, tensor.shape, tensor.nbytes) == (DTYPES[name], (5, 7, 3), 105 * DTYPES[name].itemsize)
-    assert tensor.read().tobytes() == bits(want["b"])
-
-    @settings(deadline=None, max_examples=20)
-    @given(st.lists(st.integers(0, 105), min_size=2, max_size=2).map(sorted))
-    def check(bounds):
-        start, stop = bounds
+    for start, stop in ((0, None), (0, 1), (7, 7), (13, 90), (21, 105), (104, None)):
         assert tensor.read(start, stop).tobytes() == bits(want["b"].reshape(-1)[start:stop])
-
-    check()
 
 
 def test_written_files_are_those_of_the_library(tmp_path):
@@ -73,7 +64,7 @@ def test_a_tensor_can_be_written_in_parts_of_its_type_and_size(tmp_path):
     tensor = create_file(tmp_path / "m.safetensors", {"x": (array.dtype, array.shape)}, {}).tensors["x"]
     tensor.write(array[2:], start=12)
     tensor.write(array[:3])
-    np.testing.assert_array_equal(safetensors.torch.load_file(tmp_path / "m.safetensors")["x"].numpy(), array)
+    np.testing.assert_array_equal(tensor.read().reshape(4, 6), array)
     for wrong in (np.zeros(2, np.int64), np.zeros(25, np.int32)):
         with pytest.raises(AssertionError, match="x"):
             tensor.write(wrong)

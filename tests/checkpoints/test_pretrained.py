@@ -31,7 +31,6 @@ def mixtral(tiny_checkpoint):
 
 
 def assert_equal(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 

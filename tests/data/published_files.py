@@ -15,9 +15,8 @@ def made_up(columns, count, tag):
     """`count` rows with a value of the right kind in every column, told apart by their numbers."""
 
     def value(name, kind, number):
-        if kind == INTEGER:
-            return number % 4
-        return [f"{name} {number} {i}" for i in range(4)] if kind == TEXTS else f"{tag} {name} {number} é"
+        values = {INTEGER: number % 4, TEXTS: [f"{name} {number} {i}" for i in range(4)]}
+        return values.get(kind, f"{tag} {name} {number} é")
 
     return [{name: value(name, kind, number) for name, kind in columns.items()} for number in range(count)]
 
@@ -47,10 +46,9 @@ def download(root, name, *, counts=None, commit=None):
                 write_parquet(root / "data" / split, rows, shards=2)
             else:
                 write_parquet(root / config / split, rows)
-    if commit:
-        for file in [f for f in root.rglob("*") if f.is_file()]:
-            note = root / ".cache" / "huggingface" / "download" / f"{file.relative_to(root)}.metadata"
-            note.parent.mkdir(parents=True, exist_ok=True)
-            etag = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".parquet" else COMMIT
-            note.write_text(f"{commit}\n{etag}\n1712656091.123\n")
+    for file in [file for file in root.rglob("*") if commit and file.is_file()]:
+        note = root / ".cache" / "huggingface" / "download" / f"{file.relative_to(root)}.metadata"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        etag = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".parquet" else COMMIT
+        note.write_text(f"{commit}\n{etag}\n1712656091.123\n")
     return written

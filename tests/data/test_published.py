@@ -54,8 +54,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("name", "config", "split", "path"), LAYOUTS)
 def test_a_split_is_found_where_it_is_published(tmp_path, name, config, split, path):
-    (tmp_path / path).parent.mkdir(exist_ok=True)
-    (tmp_path / path).touch()
+    write_lines(tmp_path / path, [])
     assert files.find(tmp_path, PUBLISHED[name], config, split) == [tmp_path / path]
 
 
