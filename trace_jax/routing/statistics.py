@@ -161,7 +161,8 @@ def expert_routing(
             f"({min_activations:g} activations per expert on average). Give more text, or lower min_activations."
         )
     statistics = ExpertStatistics(counts, affinity / documents, tokens, config.experts_per_token, config.moe_layers)
-    return statistics, Assignments(np.concatenate(indices, axis=1), *np.concatenate(places, axis=1), config.moe_layers)
+    row, document = np.concatenate(places, axis=1)
+    return statistics, Assignments(np.concatenate(indices, axis=1), row, document, config.moe_layers)
 
 
 _OUT_SPECS = (PartitionSpec(), *[PartitionSpec(BATCH_AXES)] * 2)  # counts, the same on all devices; gates and experts
