@@ -1,8 +1,7 @@
 """Settings: nested mappings in, checked and frozen dataclasses out.
 
 Each room declares its own settings as a `Section`; `trace_jax.run.experiment` composes them. A section checks itself
-when it is made, so that a wrong value cannot travel: types, ranges, choices, and settings that the rest of the
-section would never read ("unused") are all errors that name the setting, what was given and what was expected.
+when it is made, so that a wrong value cannot travel: an error names the setting, what was given and what was expected.
 """
 
 import dataclasses

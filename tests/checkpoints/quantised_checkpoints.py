@@ -58,13 +58,10 @@ def as_fp8(tensors):
 
 
 def as_mxfp4(tensors):
-    generator, packed, plain = np.random.default_rng(1), {}, dict(tensors)
-    for name, tensor in tensors.items():
-        if name.endswith(("gate_up_proj", "down_proj")):
-            experts, inputs, outputs = tensor.shape
-            blocks, scales = random_mxfp4(generator, (experts, outputs, inputs))
-            packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-            plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-        else:
-            packed[name] = tensor
+    generator, packed, plain = np.random.default_rng(1), dict(tensors), dict(tensors)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = packed.pop(name).shape
+        blocks, scales = random_mxfp4(generator, (experts, outputs, inputs))
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     return packed, plain

@@ -131,7 +131,6 @@ def test_a_name_of_the_hub_is_no_directory(absolute, tmp_path):
         ("{", {"model.safetensors": ONE}, None, r"config\.json: .*Download it again"),
         ("[]", {"model.safetensors": ONE}, None, r"config\.json: .*Download it again"),
         ("{}", {"pytorch_model.bin": ONE}, None, r"holds pytorch_model\.bin, a pickle.*save_pretrained"),
-        ("{}", {"consolidated.00.pth": ONE}, None, r"holds consolidated\.00\.pth, a pickle.*save_pretrained"),
         ("{}", {}, None, r"neither model\.safetensors nor model\.safetensors\.index\.json"),
         ("{}", {A: ONE}, {"x": A, "y": B}, r"names the file b\.safetensors"),
         ("{}", {A: ONE}, {"x": f"../{A}"}, r"names the file \.\./a\.safetensors"),
@@ -163,10 +162,8 @@ def test_fp8_blocks_decode_as_in_transformers(shape, tmp_path):
     tensor = as_float8(tmp_path, {"w": weight, "w_scale_inv": scales})
     want = Fp8Dequantize(None)._dequantize_one(weight, scales).numpy().reshape(-1)
     np.testing.assert_array_equal(tensor.read(), want)
-    columns = shape[-1]
-    for start, stop in ((0, 1), (7, 9), (5, 20), (15, 17)):
-        part = slice(start * columns, stop * columns)
-        np.testing.assert_array_equal(tensor.read(part.start, part.stop), want[part])
+    for start, stop in shape[-1] * np.array([(0, 1), (7, 9), (5, 20), (15, 17)]):
+        np.testing.assert_array_equal(tensor.read(start, stop), want[start:stop])
 
 
 def test_fp8_blocks_at_the_edge_may_be_cut(tmp_path):

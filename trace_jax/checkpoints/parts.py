@@ -40,21 +40,16 @@ _scratch = threading.local()
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One layer of one parameter (the whole parameter if `row` is None) and the names of the tensors that fill it.
-
-    `shape`: every letter's axis of the layout (`Stored`) apart, in the order of the disk; `separate`: how many of them
-    number tensors; `tensor_shape`: the shape of each tensor; `order`: the axes of the parameter as indices into
-    `shape`. `storage` is "mxfp4" for names that stand for two tensors each, blocks and scales.
-    """
+    """One layer of one parameter (the whole parameter if `row` is None) and the names of the tensors that fill it."""
 
     path: str
     row: int | None
     names: tuple[str, ...]
-    storage: str
-    shape: tuple[int, ...]
-    separate: int
+    storage: str  # "mxfp4": each name stands for two tensors, blocks and scales
+    shape: tuple[int, ...]  # every letter's axis of the layout (`Stored`) apart, in the order of the disk
+    separate: int  # how many of these axes number tensors
     tensor_shape: tuple[int, ...]
-    order: tuple[int, ...]
+    order: tuple[int, ...]  # the axes of the parameter as indices into `shape`
 
     def apart(self, array: Any) -> Any:
         """The parameter with its axes in the order of the disk, every letter apart."""

@@ -177,7 +177,6 @@ def _builder(
                 )
 
             def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list]:
-                del dl_manager
                 shards = {}
                 for split, number in counts.items():
                     numbered = enumerate(rows(files[split], subset.columns))  # each shard goes on where one ended
