@@ -22,10 +22,9 @@ BASE = ModelConfig(
     vocab_size=2, num_layers=1, hidden_size=D, num_experts=E, experts_per_token=K, expert_hidden_size=F,
     grouped_matmul="blocked",
 )  # fmt: skip
-RAGGED = dataclasses.replace(BASE, grouped_matmul="ragged")
 LAYERS = {
     "blocked": BASE,
-    "ragged": RAGGED,
+    "ragged": dataclasses.replace(BASE, grouped_matmul="ragged"),
     "top 1, not normalised, shared expert": dataclasses.replace(
         BASE, experts_per_token=1, normalize_top_k=False, shared_hidden_size=3
     ),

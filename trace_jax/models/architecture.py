@@ -190,10 +190,7 @@ def low_rank(spec: ArraySpec, rank: int) -> tuple[ArraySpec, ArraySpec]:
     first, second = spec.sides
     inputs, outputs = math.prod(spec.shape[first:second]), math.prod(spec.shape[second:])
     if not 1 <= rank <= min(inputs, outputs):
-        raise ConfigError(
-            f"rank is {rank}; a matrix of {inputs} x {outputs} ({', '.join(spec.axes[first:])}) takes 1 to "
-            f"{min(inputs, outputs)}."
-        )
+        raise ConfigError(f"rank is {rank}; a matrix of {inputs} x {outputs} takes 1 to {min(inputs, outputs)}.")
     a = ArraySpec((*spec.shape[:second], rank), "float32", (*spec.axes[:second], "rank"), inputs**-0.5)
     stacked = spec.shape[:first], spec.axes[:first]
     b = ArraySpec((*stacked[0], rank, *spec.shape[second:]), "float32", (*stacked[1], "rank", *spec.axes[second:]), 0.0)

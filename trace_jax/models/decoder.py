@@ -222,10 +222,8 @@ def _check(config, tokens, mask, count_mask, collect, num_layers, experts, cache
             raise ValueError("experts are given together with a cache; routing can be forced on whole texts only.")
         expected = (len(config.moe_layers), *tokens.shape, config.experts_per_token)
         if experts.shape != expected or not jnp.issubdtype(experts.dtype, jnp.integer):
-            raise ValueError(
-                f"experts is {experts.dtype} of shape {experts.shape}; expected integers {expected}: for each layer "
-                "that has a router, row and position, the experts of the token."
-            )
+            got = f"experts is {experts.dtype} of shape {experts.shape}"
+            raise ValueError(f"{got}; expected integers {expected}: [layers that have a router, B, S, K].")
 
 
 def _collected(router: RouterOutput, config: ModelConfig, wanted: set[str], count_mask: jax.Array) -> RouterOutput:

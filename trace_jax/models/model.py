@@ -114,10 +114,8 @@ class TextCodec:
             encoded.append(Encoded(np.asarray(encoding.ids, np.int32), int(first)))
         marks = (*start_and_end(self.special), self.special.pad)
         if (largest := max(*marks, *(int(e.tokens.max(initial=0)) for e in encoded))) >= self.size:
-            raise ConfigError(
-                f"the tokenizer gives the id {largest}, but the model knows {self.size} tokens (vocab_size): it is "
-                "the tokenizer of another model."
-            )
+            numbers = f"the tokenizer gives the id {largest}, but the model knows {self.size} tokens (vocab_size)"
+            raise ConfigError(f"{numbers}: it is the tokenizer of another model.")
         return encoded
 
     @functools.cached_property

@@ -82,9 +82,8 @@ def _checked(coordinator, num_processes, process_id) -> tuple[str, int, int]:
     try:
         count, index = int(num_processes), int(process_id)
     except ValueError:
-        raise ConfigError(
-            f"--num-processes is {num_processes!r} and --process-id {process_id!r}; expected whole numbers."
-        ) from None
+        said = f"--num-processes is {num_processes!r} and --process-id {process_id!r}"
+        raise ConfigError(f"{said}; expected whole numbers.") from None
     if count < 1 or not 0 <= index < count:
         raise ConfigError(f"--process-id is {index} of {count} processes; expected a number from 0 to {count - 1}.")
     host, colon, port = coordinator.rpartition(":")

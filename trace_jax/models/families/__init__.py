@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trace_jax.config import ConfigError
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.families import fields
 from trace_jax.models.families.fields import ConfigReader, Group, Switches
@@ -290,9 +289,7 @@ def family_of(config_json: Mapping[str, Any]) -> Family:
     name = config_json.get("model_type")
     model_type = ALIASES.get(str(name), str(name))
     if model_type not in FAMILIES:
-        raise ConfigError(
-            f"config.json: model_type is {name!r}; supported: {', '.join(sorted({*FAMILIES, *ALIASES}))}."
-        )
+        raise fields.unsupported("model_type", name, tuple(sorted({*FAMILIES, *ALIASES})))
     return FAMILIES[model_type]
 
 
