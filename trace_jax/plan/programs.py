@@ -127,16 +127,11 @@ def _params(model: ModelConfig, mesh: Mesh) -> dict[str, Any]:
 
 def _protection(grip: GripProject, model: ModelConfig, mesh: Mesh) -> Protection:
     """What holds routers, if the busiest expert is chosen twice as often as the average one."""
-    layers, tokens, experts = len(model.moe_layers), grip.tokens, model.num_experts
-    rank = min(model.hidden_size, tokens, -(-2 * tokens * model.experts_per_token // experts))
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    shapes = Protection(
-        jax.ShapeDtypeStruct((layers, tokens, model.hidden_size), model.dtype),
-        jax.ShapeDtypeStruct((layers, experts, model.hidden_size, rank), jnp.float32),
-        jax.ShapeDtypeStruct((layers, experts, tokens), jnp.float32),
-        scalar,
-        scalar,
-    )
+    layers, tokens, experts, D = len(model.moe_layers), grip.tokens, model.num_experts, model.hidden_size
+    rank, array = min(D, tokens, -(-2 * tokens * model.experts_per_token // experts)), jax.ShapeDtypeStruct
+    inputs, bases = array((layers, tokens, D), model.dtype), array((layers, experts, D, rank), jnp.float32)
+    scalars = [array((), jnp.int32)] * 2
+    shapes = Protection(inputs, bases, array((layers, experts, tokens), jnp.float32), *scalars)
     return _placed(shapes, jax.tree.map(lambda spec: NamedSharding(mesh, spec), protection_specs(experts, mesh)))
 
 

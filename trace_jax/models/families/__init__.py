@@ -151,8 +151,7 @@ def deepseek_v2(reader: ConfigReader) -> Switches:
     reader.ignore("norm_topk_prob")  # has no effect in transformers either
     switches = {"normalize_top_k": False, "rope_interleaved": True, "mlp_bias": reader.value("mlp_bias", null=False)}
     switches |= reader.values(routing_scale="routed_scaling_factor")
-    groups = {"num_groups": reader.value("n_group", null=1), "groups_per_token": reader.value("topk_group", null=1)}
-    grouped = reader.value("topk_method", null="") == "group_limited_greedy"
+    groups, grouped = fields.expert_groups(reader), reader.value("topk_method", null="") == "group_limited_greedy"
     return _latent(reader, **switches, **(groups if grouped else {}))
 
 
@@ -184,10 +183,8 @@ def mixtral(reader: ConfigReader) -> Switches:
 
 @family("olmoe", "OLMoE", "OLMoE-1B-7B-0924, OLMoE-1B-7B-0125")
 def olmoe(reader: ConfigReader) -> Switches:
-    clip = reader.value("clip_qkv", null=0.0)
-    return fields.grouped(
-        reader, fields.normalized, width="intermediate_size", bias="all", qk_norm="full", clip_qkv=clip
-    )
+    switches: Switches = {"qk_norm": "full", "clip_qkv": reader.value("clip_qkv", null=0.0)}
+    return fields.grouped(reader, fields.normalized, width="intermediate_size", bias="all", **switches)
 
 
 @family("flex_olmo", "FlexOlmo", "FlexOlmo-7x7B-1T")

@@ -232,16 +232,15 @@ def sigmoid_router(reader: ConfigReader, scale: str) -> Switches:
     return switches | reader.values(routing_scale=scale)
 
 
+def expert_groups(reader: ConfigReader) -> Switches:
+    return {"num_groups": reader.value("n_group", null=1), "groups_per_token": reader.value("topk_group", null=1)}
+
+
 def corrected_router(reader: ConfigReader) -> Switches:
     """DeepSeek-V3's router: groups by their two best, renormalised if the field says so."""
     reader.expect(scoring_func=("sigmoid", "noaux_tc"), topk_method="noaux_tc")
-    return {
-        **sigmoid_router(reader, "routed_scaling_factor"),
-        **normalized(reader),
-        "num_groups": reader.value("n_group", null=1),
-        "groups_per_token": reader.value("topk_group", null=1),
-        "group_score": "top2",
-    }
+    router = sigmoid_router(reader, "routed_scaling_factor") | normalized(reader) | expert_groups(reader)
+    return router | {"group_score": "top2"}
 
 
 # --- rotary embeddings
@@ -317,11 +316,8 @@ def _scaling(kind: str, settings: Mapping[str, Any], theta: float, width: int) -
     if kind == "linear":
         return [settings["factor"]] * (width // 2), {}
     if kind == "longrope":  # Phi-3.5-MoE as transformers computes it: only the amplitude knows of long texts
-        return settings["short_factor"], {
-            "amplitude": settings["short_mscale"],
-            "long_amplitude": settings["long_mscale"],
-            "original_length": settings["original_max_position_embeddings"],
-        }
+        amplitudes = {"amplitude": settings["short_mscale"], "long_amplitude": settings["long_mscale"]}
+        return settings["short_factor"], {**amplitudes, "original_length": settings["original_max_position_embeddings"]}
     original, factor = settings["original_max_position_embeddings"], _factor(settings)
     if kind == "llama3":
         low, high = settings["low_freq_factor"], settings["high_freq_factor"]

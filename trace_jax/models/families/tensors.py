@@ -103,11 +103,8 @@ TENSORS: Table = (
     ),
     *gated("mlp", "mlp", stack="dense"),
     *moe(
-        *(
-            ("router", "e d -> d e", f"block_sparse_moe.{module}.weight")
-            for module in ("gate", "router", "router.layer")
-        ),
-        *(("router", "e d -> d e", f"mlp.{module}.weight") for module in ("gate", "gate.wg", "router", "router.gate")),
+        *(("router", "e d -> d e", f"block_sparse_moe.{name}.weight") for name in ("gate", "router", "router.layer")),
+        *(("router", "e d -> d e", f"mlp.{name}.weight") for name in ("gate", "gate.wg", "router", "router.gate")),
         ("router_bias", "e -> e", "mlp.router.bias"),
         ("router_correction", "e -> e", "block_sparse_moe.e_score_correction_bias"),
         ("router_correction", "e -> e", "mlp.gate.e_score_correction_bias"),
