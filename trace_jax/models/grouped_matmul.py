@@ -54,7 +54,7 @@ def resolve_implementation(implementation: str, platform: str | None = None) -> 
 def grouped_matmul(x, w, group_sizes, *, implementation: str = "auto", interpret: bool = False) -> jax.Array:
     """[N, F]: rows x [N, D] times the weights w [E, D, F] of their group, in one type; kernels add up in float32.
 
-    Rows beyond the sum of `group_sizes` i32 [E] give zeros and take no gradient. `implementation` is no "blocked".
+    Rows beyond the sum of `group_sizes` i32 [E] give zeros and take no gradient. `implementation` is any but "blocked".
     `interpret` runs a kernel on a platform it isn't for, step by step in XLA; only for tests.
     """
     name = resolve_implementation(implementation, KERNELS.get(implementation) if interpret else None)

@@ -41,9 +41,9 @@ def norm(params: dict, name: str, config: ModelConfig, x: jax.Array) -> jax.Arra
 
 
 def rotary(positions: jax.Array, config: ModelConfig) -> jax.Array:
-    """Cosines and sines at `positions` i32 [B or 1, S]: f32 [N, 2, B or 1, S, 1, 2, W/2], one for each `config.ropes`
-    and a last one that turns nothing (`layer_ropes` = -1). Of the W dimensions that turn the two coordinates of a pair
-    stand in halves, and the sine carries the sign of each half.
+    """Cosines and sines at `positions` i32 [B or 1, S]: f32 [N, 2, B or 1, S, 1, 2, W/2], for each of `config.ropes`
+    and, last, for none (`layer_ropes` = -1), which turns nothing. W dimensions turn; both coordinates of a pair stand
+    in halves, and the sine carries the sign of each half.
     """
     tables = [_table(positions, rope, config.rotary_width) for rope in config.ropes]
     still = jnp.stack([jnp.ones_like(tables[0][0]), jnp.zeros_like(tables[0][0])])
