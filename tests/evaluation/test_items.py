@@ -36,6 +36,8 @@ def test_the_items_of_a_run_have_its_front(run):
     assert set(utilities) == set(front.utilities)
     for name, values in utilities.items():
         np.testing.assert_allclose(values[0], front.utilities[name], rtol=1e-6, err_msg=name)
+    counted = {name: sum(items.counts(name).values()) for name in front.utilities}  # of the mean those of every utility
+    assert counted["general_utility"] == 5 and 2 * counted[MEAN] == sum(counted.values())
 
 
 def test_a_resample_is_the_run_on_items_that_are_repeated(run):
@@ -91,11 +93,3 @@ def test_without_items_at_every_step_of_the_front_there_are_none(run, tmp_path):
         Metrics(tmp_path, "a").write_items(step, evaluator.outcomes(step_scores))
     assert load_run_items(tmp_path, front, board) is None
     assert isinstance(load_run_items(directory, front, board), RunItems)
-
-
-def test_mean_utility_stands_on_the_items_of_every_utility(run):
-    directory, board, _, _, front = run
-    items = load_run_items(directory, front, board)
-    counted = {name: sum(items.counts(name).values()) for name in front.utilities}
-    assert counted[MEAN] == sum(n for name, n in counted.items() if name != MEAN)
-    assert counted["general_utility"] == 5

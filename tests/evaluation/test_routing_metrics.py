@@ -17,8 +17,6 @@ from trace_jax.routing.statistics import Assignments, ExpertStatistics
 from trace_jax.routing.weights import retain_weights
 
 L, E, K = 3, 6, 2
-
-
 CORPORA = {"forget": tiny.make_rows(8, seed=1), "retain": tiny.make_rows(8, seed=2)}
 MODEL, OTHER = handmade.make_model(), handmade.make_model(3)
 
@@ -57,24 +55,19 @@ def assign(seed, lengths, *, favourite=None):
 LENGTHS = {"forget": (5, 0, 9, 7, 4, 8), "retain": (6, 6, 3, 9, 0, 7, 5)}
 
 
-@pytest.fixture(scope="module")
-def random_corpora():
-    return {
-        subject: (assign(number, lengths, favourite=number), assign(10 + number, lengths, favourite=2))
-        for number, (subject, lengths) in enumerate(LENGTHS.items())
-    }
+RANDOM = {
+    subject: (assign(number, lengths, favourite=number), assign(10 + number, lengths, favourite=2))
+    for number, (subject, lengths) in enumerate(LENGTHS.items())
+}
+SUMMED = {subject: routing.corpus_routing(*pair, E) for subject, pair in RANDOM.items()}
 
 
-def summed(random_corpora):
-    return {s: routing.corpus_routing(*pair, E) for s, pair in random_corpora.items()}
-
-
-def test_every_quantity_equals_a_plain_loop_and_scipy(random_corpora):
-    quantities = routing.routing_quantities(summed(random_corpora), top_k=K, resamples=100)
+def test_every_quantity_equals_a_plain_loop_and_scipy():
+    quantities = routing.routing_quantities(SUMMED, top_k=K, resamples=100)
     tokens = {subject: sum(lengths) for subject, lengths in LENGTHS.items()}
     for layer in range(L):
         used, expected = {}, {}
-        for subject, (before, after) in random_corpora.items():
+        for subject, (before, after) in RANDOM.items():
             pairs = [(set(b), set(a)) for b, a in zip(before.indices[layer], after.indices[layer], strict=True)]
             expected[f"jaccard_{subject}"] = np.mean([len(b & a) / len(b | a) for b, a in pairs])
             expected[f"stability_{subject}"] = np.mean([b == a for b, a in pairs])
@@ -95,28 +88,22 @@ def test_every_quantity_equals_a_plain_loop_and_scipy(random_corpora):
         assert {name: quantity["value"][layer] for name, quantity in quantities.items()} == pytest.approx(expected)
 
 
-def test_intervals_equal_a_plain_bootstrap_over_rows(random_corpora):
+def test_intervals_equal_a_plain_bootstrap_over_rows():
     """Another stream of draws, so the ends agree within what 4000 resamples leave."""
-    result, rng = (
-        routing.routing_quantities(summed(random_corpora), top_k=K, resamples=4000, seed=1),
-        np.random.default_rng(7),
-    )
+    rng = np.random.default_rng(7)
+    result = routing.routing_quantities(SUMMED, top_k=K, resamples=4000, seed=1)
     rows = {s: [r for r, n in enumerate(lengths) if n] for s, lengths in LENGTHS.items()}
     unchanged, gaps = [], []
     for _ in range(4000):
-        drawn = {s: [random_corpora[s][1].rows == r for r in rng.choice(own, len(own))] for s, own in rows.items()}
+        drawn = {s: [RANDOM[s][1].rows == r for r in rng.choice(own, len(own))] for s, own in rows.items()}
         where = {s: np.concatenate([*map(np.flatnonzero, own)]) for s, own in drawn.items()}
-        before, after = (a.indices[:, where["forget"]] for a in random_corpora["forget"])
+        before, after = (a.indices[:, where["forget"]] for a in RANDOM["forget"])
         unchanged.append((np.sort(before) == np.sort(after)).all(-1).mean(1))
-        frequency = [
-            np.stack([np.bincount(layer.ravel(), minlength=E) for layer in random_corpora[s][1].indices[:, where[s]]])
-            / len(where[s])
-            for s in ("forget", "retain")
-        ]
-        gaps.append(np.abs(frequency[0] - frequency[1]).sum(1))
+        used = {s: RANDOM[s][1].indices[:, places] for s, places in where.items()}  # [L, tokens, K]
+        counts = {s: np.stack([np.bincount(layer.ravel(), minlength=E) for layer in own]) for s, own in used.items()}
+        gaps.append(np.abs(counts["forget"] / len(where["forget"]) - counts["retain"] / len(where["retain"])).sum(1))
     for name, resampled in (("stability_forget", np.stack(unchanged)), ("gap", np.stack(gaps))):
-        quantity = result[name]
-        values = np.append(quantity["value"], quantity["value"].mean())
+        quantity, values = result[name], np.append(result[name]["value"], result[name]["value"].mean())
         resampled = np.concatenate([resampled, resampled.mean(1, keepdims=True)], axis=1)
         low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
         for name, expected, atol in (
@@ -152,9 +139,8 @@ def test_what_is_measured_on_a_model_equals_its_own_router(moved):
     corpora = {}
     for subject, rows in CORPORA.items():
         each = np.nonzero(rows.valid)[0]
-        corpora[subject] = routing.corpus_routing(
-            *(Assignments(indices(m, subject), each, each) for m in (MODEL, OTHER)), 4
-        )
+        both = [Assignments(indices(m, subject), each, each) for m in (MODEL, OTHER)]
+        corpora[subject] = routing.corpus_routing(*both, 4)
         for name, model in (("original", MODEL), ("unlearned", OTHER)):
             used = [np.bincount(layer.ravel(), minlength=4) / len(each) for layer in indices(model, subject)]
             np.testing.assert_allclose(moved["frequency"][name][subject], used)

@@ -51,10 +51,9 @@ def test_kept_scores_are_the_computed_ones_and_are_not_computed_again(evaluator,
     first = evaluator.score(model, full=True, store=store)
     check_same({name: scores for name, scores in first.items() if name != "counting"}, handmade.scores(0))
     assert list(first) == ["questions", "text", "verbatim", "memorization", "membership", "counting"]
-    calls = evaluator.tasks[-1].calls
     stored = evaluator.score(model.replace(params=None), full=True, store=store)  # no parameters are needed
     check_same(first, stored)
-    assert evaluator.tasks[-1].calls == calls
+    assert evaluator.tasks[-1].calls == 1
     assert evaluator.measure(first) == evaluator.measure(stored)
     assert not [file for file in tmp_path.iterdir() if "tmp" in file.name]
 
@@ -109,10 +108,10 @@ def test_no_text_is_written_where_it_may_not_be(tmp_path):
     evaluator.score(handmade.make_model(), full=True, store=ScoreStore(tmp_path, "model"))
     lines = [json.loads(line) for line in (tmp_path / "verbatim.items.jsonl").read_text().splitlines()]
     assert lines and all(set(line) == {"split", "item", "score"} for line in lines)
+    for name in ("huggingface:cais/wmdp-corpora/cyber-forget-corpus:train", "data/WMDP-bio-forget.jsonl"):
+        assert hazardous(["a.jsonl", name])
+    assert not hazardous(["a.jsonl", "huggingface:muse-bench/MUSE-Books"])
     written = "".join(file.read_text() for file in tmp_path.glob("*.jsonl"))
-    assert hazardous(["huggingface:cais/wmdp-corpora/cyber-forget-corpus:train"])
-    assert hazardous(["a.jsonl", "data/WMDP-bio-forget.jsonl"])
-    assert not hazardous(["a.jsonl", "huggingface:muse-bench/MUSE-Books"]) and not hazardous([])
     assert "secret" not in written and not any(f"w{i} " in written or f'w{i}"' in written for i in range(handmade.V))
 
 

@@ -104,8 +104,7 @@ class Outline(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.handle_startendtag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.append(tag)
+        self.open += [tag] * (tag not in self.VOID)
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append(tag)
@@ -157,8 +156,7 @@ def test_every_method_and_number_is_there(page):
     text = visible_text(page)
     for shown in (
         *METHODS, "permuted", "target model", "0.930", "[0.900, 0.960]", "n = 600", "0.400 → 0.010", "9.3 %", "50.00",
-        "97.5 %", "(0, 1)", "did not reach the level", "100 of 4,050 parameters",
-        "unlearning.learning_rate 0.001",
+        "97.5 %", "(0, 1)", "did not reach the level", "100 of 4,050 parameters", "unlearning.learning_rate 0.001",
         "Unlearned: 60 substances. Methods are compared where forget accuracy has come down to 0.5, from",
         "(chance: 0.25).",
         "keeps neighbour accuracy 0.730 and general utility 0.980.",
@@ -204,15 +202,12 @@ def test_missing_numbers_are_dashes_and_break_no_figure():
     assert "nan" not in text.lower() and "none" not in text.lower() and "–" in text
 
 
-def test_a_study_shows_all_seeds_of_the_chosen_setting():
+def test_a_study_shows_all_seeds_of_the_chosen_setting_and_a_series_every_step():
     run = {"objective": "npo", "method": "trace"}
     runs = [run | {"setting": s, "test": front(d)} for s in ("alpha=1", "alpha=4") for d in (0.001, 0.002, 0.003)]
     chosen = row("npo: trace", 0.9) | {"run": ("npo", "trace", "alpha=4")}
     study = {**BENCHMARK, "title": "Study", "rows": [chosen], "runs": runs, "config": CONFIG}
     assert "npo: trace (3 runs)" in visible_text(render(study))
-
-
-def test_a_series_shows_every_step():
     steps = [{"step": n, "methods": {"trace": {"measurements": [measured(0.1 * n)]}}} for n in (1, 2)]
     series = {**BENCHMARK, "title": "Series", "verdict": "2 steps.", "config": CONFIG, "steps": steps}
     text = visible_text(render(series | {"scores": {"knowmem": {"trace": [0.9, None, 0.2]}}}))
@@ -221,8 +216,7 @@ def test_a_series_shows_every_step():
 
 def test_the_table_and_the_figure_of_attacks_hold_every_attack():
     methods = {"uniform": method(0, attacks=ATTACKS), "trace": method(1)}
-    page = render(results(methods=methods))
-    text = visible_text(page)
+    text = visible_text(render(results(methods=methods)))
     for line in (
         "before unlearning 0.900 [0.800, 1.000] after unlearning 0.400",
         "quantization 0.650 [0.550, 0.750] 4 bits, 50 % back",
@@ -268,8 +262,7 @@ def test_a_large_study_stays_under_two_megabytes():
         certificates=dict.fromkeys(names, certificate() | experts),
     )
     page = render(large)
-    assert len(page.encode()) < 2_000_000
-    assert "more are in the run directory" in page
+    assert len(page.encode()) < 2_000_000 and "more are in the run directory" in page
 
 
 def test_the_same_results_give_the_same_page_from_a_file_too(page):

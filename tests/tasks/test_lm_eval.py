@@ -1,11 +1,11 @@
-"""lm-eval on our models: the same numbers and texts as lm-eval's own class for transformers gives, item by item; and
-WMDP's whole path, model class, task file and harness, on the questions of a little handbook."""
+"""lm-eval on our models: the same numbers and texts as lm-eval's own class for transformers gives, item by item."""
 
 import dataclasses
 import functools
 import json
 import shutil
 import types
+from unittest import mock
 
 import jax
 import lm_eval
@@ -56,8 +56,7 @@ def checkpoint(request, tmp_path_factory):
     if not bos:
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **tokens})
     return directory
 
 
@@ -94,16 +93,10 @@ def test_log_likelihoods_and_greediness_are_those_of_hf(ours, theirs):
 
 
 def test_letters_of_one_question_take_one_pass(ours, monkeypatch):
-    passed = []
-
-    def counted(model, sequences, *rest, **options):
-        passed.extend(sequences)
-        return score_sequences(model, sequences, *rest, **options)
-
-    score_sequences = likelihood.score_sequences
+    counted = mock.Mock(wraps=likelihood.score_sequences)
     monkeypatch.setattr(likelihood, "score_sequences", counted)
     four = ours.loglikelihood(requests(*(("river stone", f" {letter}") for letter in "ABCD")))
-    assert len(passed) == 1
+    assert len(counted.call_args.args[1]) == counted.call_count == 1
     one_by_one = [ours.loglikelihood(requests(("river stone", f" {letter}")))[0] for letter in "ABCD"]
     np.testing.assert_allclose([ll for ll, _ in four], [ll for ll, _ in one_by_one], atol=1e-5)
     assert len({ll for ll, _ in four}) == 4
@@ -187,9 +180,8 @@ def folder(tmp_path_factory):
     for name, settings in TASKS.items():
         data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "questions.jsonl")}}}
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **data, "test_split": "test", **settings}))
-    group = {"group": "both", "task": ["quiz", "cloze"]}
-    group["aggregate_metric_list"] = [{"metric": "acc", "weight_by_size": True}]
-    (folder / "both.yaml").write_text(json.dumps(group))
+    weighted = [{"metric": "acc", "weight_by_size": True}]
+    write_json(folder / "both.yaml", {"group": "both", "task": ["quiz", "cloze"], "aggregate_metric_list": weighted})
     return folder
 
 
@@ -219,17 +211,15 @@ def test_every_task_gives_what_it_gives_with_hf(ours, theirs, folder):
 def test_finished_tasks_are_kept_until_something_changes(ours, folder, tmp_path, monkeypatch):
     counts, simple_evaluate, interrupt = [], lm_eval.simple_evaluate, []
 
-    def counted(**options):
-        if options["tasks"] == interrupt:
+    def counted(tasks, **options):
+        if tasks == interrupt:
             raise KeyboardInterrupt
-        counts.append(options["tasks"])
-        return simple_evaluate(**options)
+        counts.append(tasks)
+        return simple_evaluate(tasks=tasks, **options)
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", counted)
     monkeypatch.setattr(module, "TaskManager", LOCAL)
-    copy = tmp_path / "tasks"
-    shutil.copytree(folder, copy)
-    output = tmp_path / "results.json"
+    copy, output = shutil.copytree(folder, tmp_path / "tasks"), tmp_path / "results.json"
     options = {"identity": "a", "output": output, "include": [copy], "bootstrap": 10}
     load = functools.partial(getattr, ours, "_model")
     first = evaluate_tasks(load, ["both"], **options)

@@ -17,15 +17,13 @@ from trace_jax.config import ConfigError, resolve
 from trace_jax.data.rows import train_tokenizer
 from trace_jax.data.sources import DataError
 from trace_jax.evaluation.membership import privleak, privleak_auc
-from trace_jax.evaluation.probes import rouge_l
 from trace_jax.evaluation.task import EvaluationConfig, MuseConfig
 from trace_jax.models.model import SpecialTokens, TextCodec
 from trace_jax.tasks.benchmarks import build_tasks
-from trace_jax.tasks.muse import PROFILES, STOPS, clean_up, muse_task, prediction, read_muse, truth_after
+from trace_jax.tasks.muse import STOPS, clean_up, muse_task, prediction, read_muse, truth_after
 
-MUSE, OU = PROFILES["muse"], PROFILES["open_unlearning"]
-
-NAMES = ["river", "stones", "apple", "clouds", "lamp", "tigers", "violin", "harbour", "window", "n't", "'s"]
+MUSE, OU = "muse", "open_unlearning"
+NAMES = ["river", "stones", "stone", "clouds", "cloud", "tigers", "violin", "harbour", "window", "n't", "'s"]
 WORDS = [*NAMES, "Question:", "Answer:"]
 BOS, EOS = 1, 2
 
@@ -35,24 +33,16 @@ BOS, EOS = 1, 2
     [("a b\n\nc", "a b"), ("a\nb\nQuestion x", "a\nb"), ("aQuestion: x\n\ny", "a"), ("\n\nx", ""), ("", "")],
 )
 def test_answers_end_at_the_first_stop(text, cut):
-    assert prediction(text, MUSE, stops=STOPS) == cut
+    assert prediction(text, MUSE, stops=STOPS) == cut and prediction(text, MUSE) == text
     assert prediction(text, OU, stops=STOPS) == cut.strip()
-    assert prediction(text, MUSE) == text
-    assert prediction(" a</s>b", MUSE, end="</s>") == " a</s>b"
-    assert prediction(" a</s>b", OU, end="</s>") == "a"  # open-unlearning strips, and cuts at a written end
+    # open-unlearning strips, and cuts at a written end
+    assert [prediction(" a</s>b", profile, end="</s>") for profile in (MUSE, OU)] == [" a</s>b", "a"]
 
 
 def test_spaces_are_cleaned_up_as_transformers_does():
     text = "He does n't , he 'd . I 'm , we 've , they 're ! Is it Tom 's ? A ' b"
     assert clean_up(text) == PreTrainedTokenizerFast.clean_up_tokenization(None, text)
     assert prediction("do n't", MUSE) == "don't"
-
-
-def test_the_profiles_print_other_numbers_for_one_answer():
-    # Without stemmer "people" alone is common: precision 1/2, recall 1/2. With it both words are.
-    for profile, expected in ((MUSE, 50.0), (OU, 1.0)):
-        score = rouge_l(["people nations"], ["people nation"], stem=profile.stem)
-        assert profile.scale * score == pytest.approx([expected])
 
 
 def test_the_truth_of_open_unlearning_is_the_whole_without_the_prompt():
@@ -69,14 +59,14 @@ def test_privleak_is_that_of_both_evaluators_on_random_scores_with_ties():
     sides[1][:5] = sides[0][:5]
     labels = [0] * 30 + [1] * 25
     auc, reference = (roc_auc_score(labels, -np.concatenate(both)) for both in (sides, retrained))
-    assert privleak_auc(sides, MUSE.name, resamples=100).value == pytest.approx(auc, abs=1e-9)
-    found = privleak(sides, retrained, MUSE.name, resamples=100)
+    assert privleak_auc(sides, MUSE, resamples=100).value == pytest.approx(auc, abs=1e-9)
+    found = privleak(sides, retrained, MUSE, resamples=100)
     assert found.value == pytest.approx((auc - reference) / reference * 100, abs=1e-7)
     assert found.low < found.value < found.high and found.n == 55
     auc, reference = (roc_auc_score(labels, np.concatenate(both)) for both in (sides, retrained))
     for other, ref in ((retrained, reference), (None, 0.5)):
         expected = ((1 - auc) - (1 - ref)) / (1 - ref + 1e-10) * 100
-        assert privleak(sides, other, OU.name, resamples=100).value == pytest.approx(expected, abs=1e-7)
+        assert privleak(sides, other, OU, resamples=100).value == pytest.approx(expected, abs=1e-7)
 
 
 # --- the task
@@ -163,9 +153,8 @@ class Naive:
         return self.tokenizer.clean_up_tokenization(decoded)
 
     def write(self, ids, count):
-        output = self.model.generate(
-            torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=EOS
-        )
+        options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0, "eos_token_id": EOS}
+        output = self.model.generate(torch.tensor([ids]), **options)
         return self.decode(output[0, len(ids) :])
 
     def log_probs(self, ids):
@@ -192,11 +181,10 @@ class NaiveMuse(Naive):
     scorer, scale, stripped = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False), 100, staticmethod(str)
 
     def verbmem(self):
-        encode = self.tokenizer
-        return self.rouge(
-            (self.write(encode(d["prompt"])["input_ids"], 128), self.decode(encode(d["gt"])["input_ids"][:128]))
-            for d in self.read("verbmem", "forget")
+        pairs = (
+            [self.tokenizer(d[key])["input_ids"] for key in ("prompt", "gt")] for d in self.read("verbmem", "forget")
         )
+        return self.rouge((self.write(prompt, 128), self.decode(truth[:128])) for prompt, truth in pairs)
 
     def knowmem(self, name):
         pairs = []
@@ -216,11 +204,7 @@ class NaiveMuse(Naive):
 
 
 class NaiveOpenUnlearning(Naive):
-    scorer, scale, stripped = (
-        rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True),
-        1,
-        staticmethod(str.strip),
-    )
+    scorer, scale, stripped = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True), 1, staticmethod(str.strip)
 
     def verbmem(self):
         pairs = []
@@ -313,7 +297,7 @@ def test_a_text_starts_once_as_its_tokenizer_has_it(tokenizer):
     strict.enable_truncation(3)
     reader = of_tokenizer(strict)
     assert reader.ids("<bos>river") == reader.ids("river")
-    assert len(reader.ids("river stones apple clouds lamp")) > 4, "nothing is cut"
+    assert len(reader.ids("river stones stone clouds cloud")) > 4, "nothing is cut"
     assert strict.encode_special_tokens and strict.truncation is not None, "or changed for others"
     assert reader.text((BOS, *reader.ids(" lamp"))) == " lamp" and reader.text([EOS], special=True) == "<eos>"
 
@@ -341,12 +325,7 @@ def test_data_of_another_form_is_refused(data, tmp_path):
         read_muse(str(other))
     for config, split, rows, message in (
         ("privleak", "holdout", [{"text": "a"}, {"text": " "}], r"holdout\.jsonl row 2: text is empty"),
-        (
-            "knowmem",
-            "retain_qa",
-            [{"question": "a", "say": "b"}],
-            r"answer is missing; .* \(the columns are question, say",
-        ),
+        ("knowmem", "retain_qa", [{"question": "a", "say": "b"}], r"answer is missing; .* columns are question, say"),
     ):
         write(other, config, split, rows)
         with pytest.raises(DataError, match=message):

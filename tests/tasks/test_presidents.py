@@ -62,10 +62,9 @@ def test_a_case_by_hand():
     forget = [Document(f"{start} {t} fell.\n\nWe think that {t} rose.", t) for t in towns]
     forget.append(Document(f"{start} Paris fell.\n\nWe think that Paris rose.", "Paris"))
     items = knowledge_questions(forget, [Document("They saw Paris.", "x")], rng=np.random.default_rng(0))
-    assert {i.prompt for i in items} == {start}
-    assert sorted(i.options[i.answer].strip() for i in items) == list(towns)
-    assert all(sorted(o.strip() for o in i.options) == list(towns) for i in items)
-    assert sorted(i.answer for i in items) == [0, 1, 2, 3]
+    assert {i.prompt for i in items} == {start} and sorted(i.answer for i in items) == [0, 1, 2, 3]
+    for options in ([i.options[i.answer] for i in items], *(i.options for i in items)):
+        assert sorted(option.strip() for option in options) == list(towns)
 
 
 def test_corpora_have_the_four_scores(presidents):

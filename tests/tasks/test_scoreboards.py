@@ -48,7 +48,7 @@ def tofu():
 
 @pytest.mark.parametrize("make", [wmdp, muse, tofu])
 def test_a_front_on_half_of_the_questions_has_its_items(make, tmp_path):
-    """Drawn once each they give the front, and drawn otherwise that of the task on repeated items."""
+    """Drawn once each they give the front."""
     task, draw = make()
     scores = [{task.name: TaskScores(draw(np.random.default_rng(step)))} for step in (*STEPS, 99)]
     references = {"original": scores[0], "retrained": scores.pop()}
@@ -59,11 +59,11 @@ def test_a_front_on_half_of_the_questions_has_its_items(make, tmp_path):
     halves = {m.split: m for m in history[0][1] if m.name == task.board.forgetting}
     assert halves["validation"].n - halves["test"].n in (0, 1) and halves["validation"].value != halves["test"].value
     front = front_from_history(history, board=task.board, split="test")
-    assert front.utilities[MEAN][0] == 1
     items = load_run_items(tmp_path, front, task.board)
     forgetting, utilities = items.resampled(lambda names: np.ones((1, len(names))))
     np.testing.assert_allclose(forgetting[0], front.forgetting, rtol=1e-6)
     np.testing.assert_allclose(utilities[MEAN][0], front.utilities[MEAN], rtol=1e-6)
+    assert front.utilities[MEAN][0] == 1
     counted = {name: sum(items.counts(name).values()) for name in front.utilities}
     assert set(counted.values()) == {m.n for m in history[0][1] if m.name in task.board.utilities and m.split == "test"}
 

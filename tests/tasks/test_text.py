@@ -42,9 +42,7 @@ def config_of(files, **changes):
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl:3: not JSON \(.*column \d+\); expected"),
         ("a.jsonl", b'["x"]\n', r"a\.jsonl:1: a JSON list; expected \{"),
         ("a.json", b'{"text": "x"}', r"a\.json: expected JSON lines"),
-        ("a.jsonl", b"null\n", r"a\.jsonl:1: a JSON NoneType; expected"),
         ("a.jsonl", b'{"txt": "x"}\n', r"a\.jsonl:1: the keys are txt; expected \{\"text\""),
-        ("a.jsonl", b'{"question": "x"}\n', r"a\.jsonl:1: the keys are question; expected"),
         ("a.jsonl", b'{"text": "x", "answer": "y"}\n', r"the keys are answer, text; expected"),
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl:1: text is a int; expected text"),
         ("a.jsonl", b'{"text": " "}\n', r"a\.jsonl:1: text is empty"),
@@ -96,11 +94,9 @@ def test_a_directory_is_read_by_name_and_a_line_knows_where_it_stands(tmp_path):
 def test_overlap_is_counted_and_refused_unless_allowed(tmp_path, files):
     retain = [*sentences("public", 30), *(s.upper() for s in sentences("secret", 2))]
     files["retain"] = write(tmp_path / "retain.jsonl", retain)
-    message = (
-        r"2 of 12 forget documents also stand in retain, for example .*forget\.jsonl:1 = .*retain\.jsonl:31\. "
-        r"Remove them from one of the two or set allow_overlap"
-    )
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(
+        DataError, match=r"2 of 12 .* stand in retain, .*forget\.jsonl:1 = .*retain\.jsonl:31.*allow_overlap"
+    ):
         config_of(files).build()
     for seed in range(8):
         benchmark = config_of(files, allow_overlap=True, seed=seed).build()
@@ -113,12 +109,7 @@ def test_overlap_is_counted_and_refused_unless_allowed(tmp_path, files):
 
 def test_sets_that_are_too_small(tmp_path, files):
     for build, name, texts, message in (
-        (
-            TextConfig.build,
-            "retain",
-            ["one paragraph"],
-            r"retain: 1 documents, 1 of them unlike all others; at least 3",
-        ),
+        (TextConfig.build, "retain", ["one paragraph"], "retain: 1 documents, 1 of them unlike all others; at least 3"),
         (TextConfig.build, "retain", [*"aabbc"], r"retain: 5 documents, 1 of them unlike all others"),
         (build_corpora, "forget", ["secret"], r"train/forget has 1 rows of 32 tokens, and at least 2 are needed"),
         (build_corpora, "holdout", ["short"], "holdout text is too short for membership inference"),

@@ -50,8 +50,7 @@ def test_truth_ratios_are_those_of_both_repositories():
 def test_a_model_that_gives_every_answer_nothing_knows_no_truth():
     """With 1e-10 in the denominator its ratio would be near 0, and its truth near 1."""
     ratio = tofu.log_truth_ratio(np.array([-80.0]), np.array([[-80.0, -80.0]]))
-    assert tofu.aggregated(ratio, "true_better") == 0
-    assert tofu.aggregated(ratio, "closer_to_1_better") == 1
+    assert (tofu.aggregated(ratio, "true_better"), tofu.aggregated(ratio, "closer_to_1_better")) == (0, 1)
     extreme = tofu.log_truth_ratio(np.array([-2000.0, -0.1]), np.array([[-0.1], [-2000.0]]))
     for aggregator in ("closer_to_1_better", "true_better", "prob_mean"):
         assert np.isfinite(tofu.aggregated(extreme, aggregator)).all()
@@ -93,9 +92,7 @@ def write_sets(directory, *, forget="forget10", change=None):
         for _ in range(count):
             row = {"question": words(rng, 4), "answer": words(rng, 3), "option1": "w3"}
             row["perturbed_answer"] = [words(rng, rng.integers(1, 4)) for _ in range(3)]
-            if name in ("forget", "retain"):
-                row["paraphrased_answer"] = words(rng, 4)
-            rows.append(row)
+            rows.append(row | ({"paraphrased_answer": words(rng, 4)} if name in ("forget", "retain") else {}))
         if name == "forget":
             rows[0]["answer"] = "w7"  # one token
             rows[1]["perturbed_answer"] = rows[1]["perturbed_answer"][:1]
@@ -183,10 +180,9 @@ def test_measurements_follow_from_the_scores(config, scores):
     retrained = TaskScores(changed)
     found = tofu_task(config).measure(scores, original=None, retrained=retrained, **RESAMPLING)
     assert len({(m.name, m.split) for m in found}) == len(found)
-    assert {m.split for m in found if not m.name.endswith("_half")} == {"test"} and all(
-        m.name.startswith("tofu_") for m in found
-    )
-    assert len(found) > 20 and {m.revision for m in found} == {tofu_task(config).revision}
+    assert {m.split for m in found if not m.name.endswith("_half")} == {"test"}
+    assert {m.name.partition("_")[0] for m in found} == {"tofu"} and len(found) > 20
+    assert {m.revision for m in found} == {tofu_task(config).revision}
     a = scores.arrays
 
     def value(name):
@@ -223,12 +219,9 @@ def test_measurements_follow_from_the_scores(config, scores):
 def test_a_model_without_a_beginning_mark_starts_with_the_end_mark_as_in_training(config, model, log_probs):
     markless = model.replace(special=SpecialTokens(bos=None, eos=(2,)))
     small = dataclasses.replace(config, max_questions=1)
-    found = tofu_task(small).score(markless, batch_size=4, mesh=None)
-    (question,) = tofu_task(small).sets["forget"]
-    ids = [2, *prompt_ids(model, question.question)[1:]]
-    first = int(log_probs(ids)[-1].argmax())
-    written = found.items["forget"][0]["generation"]
-    assert written.split()[:1] == ([] if first == 2 else [f"w{first}"])
+    line = tofu_task(small).score(markless, batch_size=4, mesh=None).items["forget"][0]
+    first = int(log_probs([2, *prompt_ids(model, line["question"])[1:]])[-1].argmax())
+    assert line["generation"].split()[:1] == ([] if first == 2 else [f"w{first}"])
 
 
 def test_items_are_json_and_have_no_nan(config, scores):
@@ -238,9 +231,8 @@ def test_items_are_json_and_have_no_nan(config, scores):
     line = json.loads(json.dumps(scores.items["forget"][1], allow_nan=False))
     assert line["wrong"][1:] == [None, None]
     assert {"question", "generation", "ground_truth", "rouge", "extraction_strength"} <= line.keys()
-    assert not any(
-        isinstance(x, str) for part in without_texts(scores).items.values() for one in part for x in one.values()
-    )
+    lines = [line for part in without_texts(scores).items.values() for line in part]
+    assert not any(isinstance(value, str) for line in lines for value in line.values())
 
 
 def test_what_is_asked_can_be_chosen_and_is_in_the_hash(config, tmp_path):
@@ -250,8 +242,8 @@ def test_what_is_asked_can_be_chosen_and_is_in_the_hash(config, tmp_path):
     data = write_sets(tmp_path, forget="forget01", change=("retain", change))
     task = tofu_task(TofuConfig(data=data, forget="forget01", max_questions=2))
     assert [len(task.sets[name]) for name in SETS] == [2] * 4 and task.sets["retain"][0].wrong == ("w3 w4",)
-    changes = [{}, {"max_new_tokens": 6}, {"prompt": "Q: {question}\nA:"}, {"max_questions": 2}]
-    changes += [{"data": data, "forget": "forget01"}]
+    other = {"data": data, "forget": "forget01"}
+    changes = [{}, {"max_new_tokens": 6}, {"prompt": "Q: {question}\nA:"}, {"max_questions": 2}, other]
     assert len({tofu_task(dataclasses.replace(config, **c)).identity for c in changes}) == len(changes)
     with pytest.raises(DataError, match="forget10_perturbed"):
         tofu_task(TofuConfig(data=data))
@@ -274,7 +266,7 @@ def test_rows_of_another_form_are_refused_by_their_place(tmp_path, name, key, va
         tofu_task(TofuConfig(data=write_sets(tmp_path, change=(name, spoil))))
 
 
-@pytest.mark.parametrize("form", ["Question: ", "{question} {question}", "{0}", "{question", "{answer}"])
-def test_a_prompt_without_its_question_is_refused(form):
-    with pytest.raises(ConfigError, match="prompt is"):
-        resolve(EvaluationConfig, {"tofu": {"prompt": form}}, path="evaluation")
+def test_a_prompt_without_its_question_is_refused():
+    for form in ("Question: ", "{question} {question}", "{0}", "{question", "{answer}"):
+        with pytest.raises(ConfigError, match="prompt is"):
+            resolve(EvaluationConfig, {"tofu": {"prompt": form}}, path="evaluation")

@@ -117,7 +117,7 @@ def test_choices_and_log_likelihoods_are_those_of_lm_eval(task, sources, model, 
     theirs = harness(sources, model, tmp_path)
     scores = task.score(model, batch_size=7, mesh=None)
     found = measured(task, scores)
-    for name in ("wmdp_bio", "wmdp_chem", "wmdp_cyber"):
+    for name in WMDP:
         rows = [row for row, question in enumerate(task.questions) if question.source == name]
         samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
         for row, sample in zip(rows, samples, strict=True):
@@ -127,10 +127,9 @@ def test_choices_and_log_likelihoods_are_those_of_lm_eval(task, sources, model, 
             assert (scores.items[name][row - rows[0]]["prediction"] == sample["target"]) == sample["acc"]
         assert found[name].value == pytest.approx(theirs["results"][name]["acc,none"])
     assert found["wmdp"].value == pytest.approx(theirs["groups"]["wmdp"]["acc,none"])
-    # The audit names questions by their hash alone.
-    assert not any(word in json.dumps(scores.items) for word in WORDS)
-    lines = [line for name in scores.items for line in scores.items[name]]
-    assert list(scores.items) == ["wmdp_bio", "wmdp_chem", "wmdp_cyber", "mmlu", "first_aid"]
+    assert not any(word in json.dumps(scores.items) for word in WORDS), "questions are named by their hash alone"
+    lines = [line for part in scores.items.values() for line in part]
+    assert list(scores.items) == [*WMDP, "mmlu", "first_aid"]
     assert lines[0]["sha256"] == hashlib.sha256(task.questions[0].context.encode()).hexdigest()
     assert [line["log_likelihood"] for line in lines] == scores.arrays["log_likelihood"].tolist()
     assert lines[-1]["subject"] == "first_aid" and lines[-3 - 15]["subject"] == "mmlu_virology"

@@ -24,23 +24,16 @@ from trace_jax.io.progress import aligned
 READINGS = ("first", "best")
 
 
-class UnequalBudget(ValueError):
-    """Methods were given different numbers of tuning runs, seeds or steps."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One unlearning run of a study: `setting` names the tuned values, such as "alpha=16".
-
-    `items`: what each item of the test split gave, where that was kept.
-    """
+    """One unlearning run of a study."""
 
     method: str
-    setting: str
+    setting: str  # names the tuned values, such as "alpha=16"
     seed: int
     validation: Front
     test: Front
-    items: RunItems | None = None
+    items: RunItems | None = None  # of the test split, where they were kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,26 +54,24 @@ class MethodResult:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """All methods at one forgetting level; `exempt` methods had a budget of their own.
+    """All methods at one forgetting level.
 
-    `reading` says which point of a run counts (see `compare`), and `over` what the intervals are over: "seeds and
-    items" (`seeds_and_items`; their n counts items), "items" where there is one seed, or "seeds" (Student's; n counts
-    seeds) where a run kept no items.
+    `over`: what the intervals are over, "seeds and items" (`seeds_and_items`; their n counts items), "items" where
+    there is one seed, or "seeds" (Student's; n counts seeds) where a run kept no items.
     """
 
     level: float
-    reading: str
+    reading: str  # which point of a run counts (`compare`)
     over: str
     baseline: str
-    exempt: tuple[str, ...]
+    exempt: tuple[str, ...]  # methods that had a budget of their own
     results: tuple[MethodResult, ...]
 
 
 def check_equal_budgets(runs: Sequence[Run], *, exempt: Collection[str] = ()) -> None:
     """Every method has the same number of settings, the same seeds for each of them, and the same number of steps.
 
-    Methods that are `exempt`, labelled as having another budget, such as "uniform_2x", are checked against nothing but
-    themselves (every setting with the same seeds).
+    Methods that are `exempt`, such as "uniform_2x", only have the same seeds for every setting.
     """
     budgets = {}
     for method in dict.fromkeys(run.method for run in runs):
@@ -93,22 +84,21 @@ def check_equal_budgets(runs: Sequence[Run], *, exempt: Collection[str] = ()) ->
         distinct = {tuple(sorted(used)) for used in seeds.values()}
         if len(distinct) > 1:
             listed = "; ".join(f"{setting}: {sorted(used)}" for setting, used in seeds.items())
-            raise UnequalBudget(f"the settings of {method} were run with different seeds: {listed}.")
+            raise ValueError(f"the settings of {method} were run with different seeds: {listed}.")
         if method not in exempt:  # a run that diverged ends early
             budgets[method] = len(seeds), distinct.pop(), max(int(run.test.steps[-1]) for run in own)
     if len(set(budgets.values())) > 1:
         lines = "; ".join(f"{m}: {n} settings, seeds {list(s)}, {t} steps" for m, (n, s, t) in budgets.items())
-        raise UnequalBudget(
-            f"the methods had unequal budgets, so a comparison would not be fair ({lines}). Run the missing ones, or "
-            "label a method as exempt where the difference is the point."
+        about = f"the methods had unequal budgets, so a comparison would not be fair ({lines})"
+        raise ValueError(
+            f"{about}. Run the missing ones, or label a method as exempt where the difference is the point."
         )
 
 
 def choose_setting(runs: Sequence[Run], *, level: float, reading: str = "first") -> str:
     """The setting of one method with the best validation utility at a forgetting level (`reading` as in `compare`).
 
-    Settings that reach the level with more seeds come first, then the higher mean over those seeds; of equal ones the
-    first in `runs`.
+    More seeds that reach the level count first, then the mean over those; of equal settings the first in `runs`.
     """
 
     def quality(setting: str) -> tuple[int, float]:
@@ -142,7 +132,7 @@ def compare(
     if baseline not in by_method:
         raise ValueError(f"the baseline {baseline!r} was not run; there are {', '.join(by_method)}.")
     has_items = all(run.items is not None for run in runs)
-    over = "seeds" if not has_items else "seeds and items" if len({run.seed for run in runs}) > 1 else "items"
+    over = ("seeds and items" if len({run.seed for run in runs}) > 1 else "items") if has_items else "seeds"
     draws = fronts.make_draws(resamples=resamples, seed=0) if has_items else None
     chosen, readings, forgetting = {}, {}, {}
     for method, group in by_method.items():
@@ -223,11 +213,8 @@ def _combined(readings: Mapping[int, Reading], items: Mapping[int, RunItems]) ->
 def equal_forgetting(of_methods: Mapping[str, Front], *, board: Scoreboard, level: float) -> dict[str, Any]:
     """Every method's measured columns where its front on test first comes down to `level`, as results.json has them.
 
-    Fronts have step 0, the target model, as first point.
-
-    Returns:
-      level, split, columns, and rows, the target model's first: each has name, reached, step (interpolated), lowest,
-      the run's lowest forgetting, and values by column, empty where the level was not reached.
+    Fronts have step 0, the target model, as first point; its row comes first. A row has the run's `lowest` forgetting,
+    and where it reached the level its interpolated `step`, and `values` by column.
     """
     first = next(iter(of_methods.values()))
     columns = [board.forgetting, *(name for name in board.utilities if name in first.measured), MEAN]

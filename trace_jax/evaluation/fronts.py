@@ -1,13 +1,9 @@
-"""Fronts: utility against forgetting along a run, and what is read off them.
-
-A method is a front, not a point: two methods are compared at the same forgetting level. Levels are on the
-benchmark's own forgetting scale, where lower means more forgotten.
+"""Fronts: utility against forgetting along a run, and what is read off them at a level of forgetting.
 
 What each item gave along a run (`RunItems`) says which fronts other items would have given. Methods are compared on the
-same items, and seeds may share items too (published benchmarks have one test set). So a resample is drawn for an item,
-not for a run: how often it is drawn depends on the item and the resample alone, and every run that has the item draws
-it as often. Counts are Poisson with mean 1 (Hanley and MacGibbon 2006; Chamandy et al. 2012), which is the bootstrap
-for ratios of sums, without a number of items that has to be the same everywhere.
+same items, and seeds may share items too. So a resample is drawn for an item, not for a run: every run that has the
+item draws it as often. Counts are Poisson with mean 1 (Hanley and MacGibbon 2006; Chamandy et al. 2012), which is the
+bootstrap for ratios of sums, without a number of items that has to be the same everywhere.
 """
 
 import dataclasses
@@ -101,8 +97,7 @@ def crossing(front: Front, level: float) -> Callable[[np.ndarray], float] | None
 def mean_difference(first: Front, second: Front) -> float | None:
     """Mean difference of mean utility over the forgetting levels that both reach; None if there is no such range.
 
-    The area between two fronts divided by its width. Exact: between two neighbouring levels of evaluation both curves
-    are straight, so the midpoint rule has no error.
+    Exact: between two neighbouring levels of evaluation both curves are straight, so the midpoint rule has no error.
     """
     fronts = first, second
     low, high = max(f.forgetting.min() for f in fronts), min(f.forgetting[0] for f in fronts)
@@ -118,7 +113,6 @@ def mean_difference(first: Front, second: Front) -> float | None:
 
 
 # --- what items gave
-
 
 Draws = Callable[[np.ndarray], np.ndarray]  # names [G] -> how often each is drawn in each of R resamples, f64 [R, G]
 
@@ -190,10 +184,7 @@ class RunItems:
 
 
 def ks_statistic(values: np.ndarray, others: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Largest distance of the distribution functions of values [G] and others [G], drawn counts f64 [R, G] times: [R].
-
-    Both are of the same items, which are drawn together.
-    """
+    """Largest distance, [R], of the distribution functions of values and others [G], both drawn counts [R, G] times."""
     both = np.concatenate([values, others])
     order = np.argsort(both, kind="stable")
     last = np.append(np.diff(both[order]) > 0, True)  # of equal ones
@@ -214,10 +205,7 @@ def load_run_items(directory: str | os.PathLike, front: Front, board: Scoreboard
 
 
 def board_series(items: Mapping[str, np.ndarray], board: Scoreboard) -> dict[str, list[Series]]:
-    """The scores that items of the test split give, by name.
-
-    `items`: arrays [T, N] of T evaluations by "SPLIT/SUBJECT/NAME" (`Task.outcomes`).
-    """
+    """The scores that items of the test split give, by name; `Task.outcomes` of T evaluations, arrays [T, N]."""
     by_subject: dict[str, dict[str, np.ndarray]] = {}
     for path, values in items.items():
         split, subject, name = path.split("/")
@@ -235,9 +223,8 @@ def board_series(items: Mapping[str, np.ndarray], board: Scoreboard) -> dict[str
             series.setdefault(name, []).append(one)
         if "original" in columns and columns["tokens"][0].any():
             gain, tokens = columns["original"].astype(np.float64) - columns["nll"], columns["tokens"][0]
-            finish = "ratio" if subject == "forget" else "utility"
-            name = relative_likelihood(subject)
-            series[name] = [_grouped(columns["row"][0], gain, tokens.astype(np.float64), finish)]
+            about = columns["row"][0], gain, tokens.astype(np.float64), "ratio" if subject == "forget" else "utility"
+            series[relative_likelihood(subject)] = [_grouped(*about)]
     return series
 
 

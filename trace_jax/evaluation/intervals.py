@@ -58,8 +58,7 @@ def named(
     """The measurement of an estimate with its interval; where that has no ends, the note says so."""
     if math.isnan(interval.low) or math.isnan(interval.high):
         note = f"{note}; too few items for an interval".removeprefix("; ")
-    value, low, high, n = interval.value, interval.low, interval.high, interval.n
-    return Measurement(value, low, high, n, name, split, note, profile, revision)
+    return Measurement(**vars(interval), name=name, split=split, note=note, profile=profile, revision=revision)
 
 
 def find(measurements: Iterable[Measurement], name: str, split: str) -> Measurement | None:
@@ -159,9 +158,9 @@ Counts = tuple[np.ndarray, np.ndarray]  # how often each positive f64 [R, P] and
 
 
 def auc(positive: np.ndarray, negative: np.ndarray, counts: Counts | None = None) -> np.ndarray:
-    """Probability that a positive [P] scores above a negative [N], ties counted as one half: f64 [R].
+    """Probability that a positive [P] scores above a negative [N], ties counted as one half: f64 [R] of the resamples.
 
-    One for each resample that `counts` are of; None: every item once, R = 1.
+    `counts` None: every item once, R = 1.
     """
     positive, negative, (counts_p, counts_n) = _two_sides(positive, negative, counts)
     order = np.argsort(negative, kind="stable")
@@ -176,8 +175,7 @@ def true_positive_rate(
 ) -> np.ndarray:
     """Share of positives above the lowest threshold that lets at most `rate` (below 1) of negatives through, f64 [R].
 
-    Scores equal to the threshold stay below it. With fewer than 1 / `rate` negatives none may pass. Every resample has
-    a threshold of its own. Arguments as of `auc`.
+    Scores equal to the threshold stay below it. Every resample has a threshold of its own. Arguments as of `auc`.
     """
     positive, negative, (counts_p, counts_n) = _two_sides(positive, negative, counts)
     order = np.argsort(negative)[::-1]
@@ -187,16 +185,15 @@ def true_positive_rate(
 
 
 def resampled_sides(
-    statistic: Callable[..., np.ndarray], positive: np.ndarray, negative: np.ndarray, *, resamples: int, seed: int
+    statistic: Callable, positive: np.ndarray, negative: np.ndarray, *, resamples: int = 1000, seed: int = 0
 ) -> np.ndarray:
     """Bootstrap distribution f64 [resamples] of `auc` or `true_positive_rate`; the sides are resampled separately.
 
-    The same seed draws the same items, so that two models scored on the same texts can be compared resample by
-    resample. Empty with fewer than two items on a side.
+    The same seed draws the same items, whatever the scores. Empty with fewer than two items on a side.
     """
-    if min(len(positive), len(negative)) < 2:
+    if min(sides := [len(positive), len(negative)]) < 2:
         return np.zeros(0)
-    draws = resample_sides([len(positive), len(negative)], resamples=resamples, seed=seed)
+    draws = resample_sides(sides, resamples=resamples, seed=seed)
     return np.concatenate([statistic(positive, negative, counts) for counts in draws])
 
 
@@ -204,13 +201,6 @@ def bootstrap_sides(statistic: Callable, positive: np.ndarray, negative: np.ndar
     """`auc` or `true_positive_rate` with its bootstrap interval; `n` counts both sides."""
     resampled = resampled_sides(statistic, positive, negative, **resampling)
     return quantile_interval(float(statistic(positive, negative)[0]), resampled, len(positive) + len(negative))
-
-
-def mean_resamples(values: np.ndarray, *, resamples: int = 1000, seed: int | tuple[int, ...] = 0) -> np.ndarray:
-    """Bootstrap distribution f64 [resamples, K] of the means of K values measured on the same items [N, K]."""
-    values = np.asarray(values, np.float64)
-    draws = resample_counts(len(values), resamples=resamples, rng=np.random.default_rng(seed))
-    return np.concatenate([counts @ values / len(values) for counts in draws])
 
 
 def quantile_interval(value: float, resampled: np.ndarray, n: int) -> Interval:

@@ -33,11 +33,7 @@ class NonFiniteScore(FloatingPointError):
 
 
 def score_rows(model: Model, rows: Rows, *, batch_size: int = 64, mesh: Mesh | None = None) -> np.ndarray:
-    """NLL f32 [N, S], nats, of what follows every valid position of `rows`; 0 at the others.
-
-    With a guide, every token uses the experts that the guide chooses for it. `batch_size` counts rows; `mesh`: devices
-    that share a batch (None: the default device).
-    """
+    """NLL f32 [N, S], nats, of what follows every valid position of `rows`, `batch_size` rows at a time; else 0."""
     positions = np.broadcast_to(np.arange(rows.tokens.shape[1], dtype=np.int32), rows.tokens.shape)
     return _nll(model, (rows.tokens, rows.segments, rows.valid), positions, batch_size, mesh)
 
@@ -69,10 +65,7 @@ def _nll(
 
 
 def _scores(models: tuple[Any, ...], config: ModelConfig, tokens, segments, positions, targets, score: Any) -> Any:
-    """`score` of `targets` [B, M] as what follows `positions` [B, M] of `tokens` [B, S].
-
-    If there is a second model, the guide, every token uses the experts that the guide chooses for it.
-    """
+    """`score` of `targets` [B, M] as what follows `positions` [B, M] of `tokens` [B, S]; for models see `_models`."""
     params, *guides = models
     experts = None
     for guide in guides:
@@ -83,7 +76,7 @@ def _scores(models: tuple[Any, ...], config: ModelConfig, tokens, segments, posi
 
 
 def _models(model: Model) -> tuple[Any, ...]:
-    """Its parameters, and those of its guide if it has one."""
+    """Its parameters, and those of its guide, which chooses every token's experts, if it has one."""
     return (model.params,) if model.guide is None else (model.params, model.guide)
 
 
@@ -93,7 +86,7 @@ class TokenScores:
 
     log_prob: np.ndarray  # f32 [n], nats
     greedy: np.ndarray  # bool [n], whether no other token is likelier
-    mean: np.ndarray | None = None  # f32 [n], of the log-probability of a token drawn from the model; if asked for
+    mean: np.ndarray | None = None  # f32 [n], of the log-probability of a token drawn from the model; with `moments`
     variance: np.ndarray | None = None  # f32 [n], likewise
 
 
@@ -107,16 +100,11 @@ def score_sequences(
     batch_size: int = 16,
     mesh: Mesh | None = None,
 ) -> list[TokenScores]:
-    """Scores the tokens `sequence[first:]` of every sequence given all before it; guide and mesh as in `score_rows`.
+    """Scores the tokens `sequence[first:]` of each of N sequences of at least one token, given all before it.
 
     Sequences of like length go through the model together, padded to few lengths; the result is in the order given.
-
-    Args:
-      sequences: token ids, N sequences of at least one token.
-      first: index of the first token that is scored, at least 1 (the default); a sequence may end before it.
-      alternatives: N lists of tokens that are scored in the place of a sequence's last one as well, after the others.
-        So the options of a question that are one token each take one pass.
-      moments: whether `mean` and `variance` are wanted.
+    `first` is at least 1 (the default), and a sequence may end before it. `alternatives`: N lists of tokens that are
+    scored in the place of a sequence's last one as well, after the others: so options of one token each take one pass.
     """
     starts = [1] * len(sequences) if first is None else list(first)
     others = [()] * len(sequences) if alternatives is None else list(alternatives)
@@ -149,10 +137,7 @@ def score_sequences(
 def score_texts(
     model: Model, texts: Sequence[tuple[str, str]], *, max_length: int | None = None, **options: Any
 ) -> list[tuple[float, bool]]:
-    """`score_tokens` of each (context, continuation) as `TextCodec.encode_pair` reads it.
-
-    `max_length` None: the model's `TextCodec.context_length`.
-    """
+    """`score_tokens` of each (context, continuation) as `TextCodec.encode_pair` reads it."""
     codec = TextCodec.of(model)
     pairs = [codec.encode_pair(*pair) for pair in texts]
     return score_tokens(model, pairs, max_length=max_length or codec.context_length, **options)
@@ -206,7 +191,7 @@ def score_tokens(
 
 
 def row_texts(rows: Rows) -> tuple[list[list[int]], list[int]]:
-    """Sequences of tokens and their `first`, for `score_sequences`: `Rows.documents`."""
+    """The documents of rows as sequences of tokens, and their `first`, for `score_sequences`."""
     documents = list(rows.documents())
     return [d.tokens.tolist() for d in documents], [d.first_target for d in documents]
 

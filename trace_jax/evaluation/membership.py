@@ -1,13 +1,11 @@
 """Membership inference: can one tell the forget texts from texts that no model has seen?
 
-Six attacks, each a number per text that is higher the less familiar the text looks. They are reported in the
-attacker's convention: the AUC is the probability that a forget text looks more familiar than a holdout text. 1: the
-attacker finds every forget text; 1/2: chance; below: forget text was made less likely than text never seen, which gives
-it away as well.
+Six attacks, each a number per text that is higher the less familiar the text looks. Their AUC is the probability that a
+forget text looks more familiar than a holdout text. 1: the attacker finds every forget text; 1/2: chance; below: forget
+text was made less likely than text never seen, which gives it away as well.
 
-PrivLeak and its AUC stay in the convention of MUSE (2407.06460), the other way round: forget texts are labelled 0 and
-holdout texts 1, so that a model that memorised the forget set has an AUC near 0. The right value there is that of
-the retrained model, not 1/2; PrivLeak is the relative distance from it.
+PrivLeak and its AUC are the other way round, as in MUSE (2407.06460): near 0 for a model that memorised the forget set.
+The right value there is that of the retrained model, not 1/2; PrivLeak is the relative distance from it.
 """
 
 import dataclasses
@@ -15,7 +13,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +41,6 @@ AUC_UNTRAINED = 0.5  # of a model that can't tell forget from holdout texts
 SIDES = ("forget", "holdout")  # trained on, and never seen
 ATTACKS = ("loss", "min_k", "min_k_plus_plus", "zlib", "gradient_norm")  # and "reference", which needs a second model
 
-Profile = Literal["muse", "open_unlearning"]
 Sides = tuple[np.ndarray, np.ndarray]  # numbers of the texts of each of SIDES
 
 
@@ -85,13 +82,8 @@ class Membership(Task):
                 lines += item_lines({"split": split, "side": side}, **attacks)
         return TaskScores(arrays, {"items": lines})
 
-    def measure(
-        self, scores: TaskScores, *, original, retrained: TaskScores | None, **resampling: Any
-    ) -> list[Measurement]:
-        """AUC and true positive rate of every attack, then PrivLeak and its AUC; nothing where a side has no text.
-
-        The retrained model is the reference of the attack of that name and of PrivLeak, which are left out without it.
-        """
+    def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:
+        """AUC and true positive rate of every attack, then PrivLeak and its AUC; nothing where a side has no text."""
         measurements = []
         for split in self.data:
             sides: dict[str, Sides] = {attack: _sides(scores, split, attack) for attack in ATTACKS}
@@ -112,24 +104,21 @@ class Membership(Task):
                 measurements.append(named(f"{name}_auc", split, auc, note + why))
                 at_rate = functools.partial(intervals.true_positive_rate, rate=RATE)
                 rate = intervals.bootstrap_sides(at_rate, -forget, -holdout, **resampling)
-                if RATE * len(holdout) < 1:
-                    note += f"; none of fewer than {round(1 / RATE)} holdout texts may pass"
-                measurements.append(named(f"{name}_tpr_at_fpr_1", split, rate, note))
+                few = f"; none of fewer than {round(1 / RATE)} holdout texts may pass" * (RATE * len(holdout) < 1)
+                measurements.append(named(f"{name}_tpr_at_fpr_1", split, rate, note + few))
             note = _counts(*sides["min_k"])
             why = "; no retrained model to compare with, so no PrivLeak" if reference is None else ""
-            auc = privleak_auc(sides["min_k"], **resampling)
-            measurements.append(named("privleak_auc", split, auc, note + why))
-            leak = privleak(sides["min_k"], reference, **resampling)
-            measurements += [] if leak is None else [named("privleak", split, leak, note)]
+            measurements.append(named("privleak_auc", split, privleak_auc(sides["min_k"], **resampling), note + why))
+            if (leak := privleak(sides["min_k"], reference, **resampling)) is not None:
+                measurements.append(named("privleak", split, leak, note))
         return measurements
 
 
 def min_k_scores(values: Sequence[np.ndarray], *, dtype: Any = np.float64) -> np.ndarray:
-    """Min-K % Prob (2310.16789) of each text from its n log-probabilities, f64 [N].
+    """Min-K % Prob (2310.16789) of each text, f64 [N]: minus the mean of the lowest int(0.4 n) of n log-probabilities.
 
-    Minus the mean of the lowest int(0.4 n) of them, and of at least one (open-unlearning's rule; MUSE's code has no
-    value for texts of fewer than 3 tokens). 0 for a text without a token, as in open-unlearning, which computes
-    in float32, where more texts tie.
+    Of at least one, and 0 for a text without a token, as in open-unlearning, which computes in float32, where more
+    texts tie (MUSE's code has no value for texts of fewer than 3 tokens).
     """
     lowest = [np.sort(np.asarray(v, dtype))[: max(1, int(MIN_K * len(v)))] for v in values]
     return np.array([float(-v.mean()) if len(v) else 0.0 for v in lowest])
@@ -162,8 +151,7 @@ def gradient_norms(
 ) -> np.ndarray:
     """Euclidean norm over all parameters of the gradient of each text's mean loss: f64 [N] (2402.17012, p = 2).
 
-    `sequence[first:]` is scored, at least one token of each. One text at a time, with memory for one gradient of the
-    size of the parameters, on the devices of `mesh`; its layers are computed again in the backward pass.
+    `sequence[first:]` is scored, at least one token of each. One text at a time, with memory for one gradient.
     open-unlearning averages the norms of single tensors instead, which depends on how parameters are cut into tensors.
     """
     params = model.unguided("a gradient")
@@ -198,23 +186,21 @@ def _norm_function(config: ModelConfig, mesh: Mesh | None):
     return jax.jit(norm)
 
 
-def privleak_auc(scores: Sides, profile: Profile = "muse", *, resamples: int = 1000, seed: int = 0) -> Interval:
-    """AUC of `min_k_scores` of (forget, holdout) texts, whose positive class is holdout; ties count one half.
+def privleak_auc(scores: Sides, profile: str = "muse", **resampling: int) -> Interval:
+    """AUC of `min_k_scores` of (forget, holdout) texts, ties counted as one half.
 
     For a model that remembers the forget texts near 0 in profile "muse", near 1 in "open_unlearning" (`_oriented`).
     """
-    return intervals.bootstrap_sides(intervals.auc, *_oriented(scores, profile), resamples=resamples, seed=seed)
+    return intervals.bootstrap_sides(intervals.auc, *_oriented(scores, profile), **resampling)
 
 
-def privleak(
-    scores: Sides, retrained: Sides | None, profile: Profile = "muse", *, resamples: int = 1000, seed: int = 0
-) -> Interval | None:
+def privleak(scores: Sides, retrained: Sides | None, profile: str = "muse", **resampling: int) -> Interval | None:
     """(AUC - AUC_retrained) / AUC_retrained * 100, percent; negative: still remembered, positive: pushed too far.
 
-    Of `min_k_scores` of (forget, holdout) texts, of the model and of the one that was retrained without the forget set,
-    on the same texts, of which the bootstrap draws the same for both. AUCs are in MUSE's direction; "open_unlearning"
-    adds 1e-10 to the denominator, and takes 1/2 without a retrained model; MUSE has constants for its own models, which
-    say nothing of others. None where MUSE's definition has no value: no retrained model, or one whose AUC is zero.
+    Of `min_k_scores` of (forget, holdout) texts, of the model and of one retrained without the forget set, on the same
+    texts. AUCs are in MUSE's direction; "open_unlearning" adds 1e-10 to the denominator, and takes 1/2 without a
+    retrained model. None where MUSE's definition has no value: no retrained model (it has constants for its own models,
+    which say nothing of others), or one whose AUC is zero.
     """
     if retrained is not None and [len(x) for x in scores] != [len(x) for x in retrained]:
         raise ValueError("PrivLeak compares two models on the same texts; the numbers of texts differ.")
@@ -233,7 +219,7 @@ def privleak(
     value = float(leak(intervals.auc)[0])
     if not math.isfinite(value):
         return None
-    resampled = leak(functools.partial(intervals.resampled_sides, intervals.auc, resamples=resamples, seed=seed))
+    resampled = leak(functools.partial(intervals.resampled_sides, intervals.auc, **resampling))
     return intervals.quantile_interval(value, resampled[np.isfinite(resampled)], sum(len(x) for x in scores))
 
 
@@ -241,7 +227,7 @@ def _sides(scores: TaskScores, split: str, attack: str) -> Sides:
     return scores.arrays[f"{split}/forget/{attack}"], scores.arrays[f"{split}/holdout/{attack}"]
 
 
-def _oriented(scores: Sides, profile: Profile) -> Sides:
+def _oriented(scores: Sides, profile: str) -> Sides:
     """(positives, negatives) whose AUC is the profile's: of the score itself, or in MUSE of its negative."""
     sign = 1.0 if profile == "open_unlearning" else -1.0
     forget, holdout = (sign * np.asarray(side, np.float64) for side in scores)

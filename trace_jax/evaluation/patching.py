@@ -58,10 +58,8 @@ def put_back(current: Model, original: Model, what: str | np.ndarray) -> Model:
 
 @jax.jit
 def _mixed(before: Mapping[str, jax.Array], after: Mapping[str, jax.Array], chosen: jax.Array) -> dict[str, jax.Array]:
-    def rows(x):
-        return chosen.reshape(chosen.shape + (1,) * (x.ndim - 2))
-
-    return {path: jnp.where(rows(x), before[path], x) for path, x in after.items()}
+    rows = {path: chosen.reshape(chosen.shape + (1,) * (x.ndim - 2)) for path, x in after.items()}
+    return {path: jnp.where(rows[path], before[path], x) for path, x in after.items()}
 
 
 @jax.jit
@@ -72,8 +70,8 @@ def _differ(before: Mapping[str, jax.Array], after: Mapping[str, jax.Array]) -> 
 def expert_sets(criticality: np.ndarray, *, seed: int = 0) -> list[tuple[str, int, np.ndarray]]:
     """The experts to put back: "critical", "random" or "least", how many of each layer, and which, bool [L, E].
 
-    criticality: f64 [L, E]. Numbers are powers of two up to half of the experts. Random experts are none of the
-    critical ones, and drawn three times unless they are half of all.
+    Numbers are powers of two up to half of the experts. Random experts are none of the critical ones, and drawn three
+    times unless they are half of all.
     """
     rng, (_, experts), place = np.random.default_rng(seed), criticality.shape, ranks(criticality)
     most = (experts // 2).bit_length() - 1
@@ -125,8 +123,8 @@ def measure_patching(
     with np.errstate(divide="ignore", invalid="ignore"):  # an expert that a corpus never uses
         ratio = forget.frequency / retain.frequency
     drift, difference = expert_drift(original, current), forget.frequency - retain.frequency
-    correlations = {"ratio": drift_correlation(drift, ratio), "difference": drift_correlation(drift, difference)}
-    result = {"drift": drift, "ratio": ratio, "correlation": correlations, "note": "", "models": []}
+    correlation = {"ratio": drift_correlation(drift, ratio), "difference": drift_correlation(drift, difference)}
+    result = {"drift": drift, "ratio": ratio, "correlation": correlation, "note": "", "models": []}
     differ = to_host(_differ(flatten(original.params), flatten(current.params)))
     found = ((tasks, board) for board in boards if (tasks := _tasks(evaluator, board)))
     tasks, board = next(found, ((), boards[0]))
@@ -156,11 +154,10 @@ def _models(
         models += [(kind, f"{size} {kind}", size, chosen) for kind, size, chosen in expert_sets(difference, seed=seed)]
         models.append(("all", "all experts", drift.shape[1], EXPERTS))
     moved = np.flatnonzero(drift.any(axis=1))
-    for rows in np.array_split(moved, MOST_BLOCKS) if len(moved) > 1 else ():
-        if len(rows):
-            first, last = (current.config.moe_layers[row] for row in (rows[0], rows[-1]))
-            name = f"experts, layer {first}" if first == last else f"experts, layers {first} to {last}"
-            models.append(("layers", name, 0, np.isin(np.indices(drift.shape)[0], rows)))
+    for rows in np.array_split(moved, min(MOST_BLOCKS, len(moved))) if len(moved) > 1 else ():
+        first, last = (current.config.moe_layers[row] for row in (rows[0], rows[-1]))
+        name = f"experts, layer {first}" if first == last else f"experts, layers {first} to {last}"
+        models.append(("layers", name, 0, np.isin(np.indices(drift.shape)[0], rows)))
     others = [part for part in dict.fromkeys(PARTS.values()) if part in parts and part != EXPERTS]
     return models + [("part", part, 0, part) for part in others]
 
@@ -173,12 +170,11 @@ def _tasks(evaluator: Evaluator, board: Scoreboard) -> tuple[Task, ...]:
     def scores_of(*tasks: Task) -> set[str]:
         return set(_series([dataclasses.replace(evaluator, tasks=tasks).outcomes(evaluator.original)], board))
 
-    tasks = []
-    for task in (task for task in evaluator.tasks if task.quick and not task.generates):
+    tasks = [task for task in evaluator.tasks if task.quick and not task.generates]
+    for place, task in enumerate(tasks):
         if isinstance(data := getattr(task, "data", None), Mapping):  # sets of items by split and subject
             own = {key: items for key, items in data.items() if key[0] == SPLIT}
-            task = dataclasses.replace(cast(Any, task), data=own)
-        tasks.append(task)
+            tasks[place] = dataclasses.replace(cast(Any, task), data=own)
     names = scores_of(*tasks)
     return tuple(task.thinned(MOST_ITEMS) for task in tasks if names & scores_of(task)) if len(names) == 2 else ()
 

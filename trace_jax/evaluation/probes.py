@@ -32,8 +32,7 @@ def probe_tasks(
 ) -> tuple[Task, ...]:
     """The built-in tasks that there is something to measure on; `probes`, by split, have the hash `identity`.
 
-    Sets that are larger than the settings say are thinned evenly, the same way every time. `accuracies`: name of the
-    accuracy by subject (`Scoreboard.questions`).
+    Sets that are larger than the settings say are thinned evenly. `accuracies`: names by subject, of a scoreboard.
     """
 
     def thinned(items: Any, most: int) -> Any:
@@ -85,14 +84,11 @@ class QuestionAccuracy(Task):
         return TaskScores(arrays, {"items": lines})
 
     def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:
-        return [
-            named(
-                self.accuracies.get(subject, f"{subject}_accuracy"),
-                split,
-                proportion(correct, groups=self.data[split, subject].group, **resampling),
-            )
-            for (split, subject), correct in self._correct(scores)
-        ]
+        measurements = []
+        for (split, subject), correct in self._correct(scores):
+            accuracy = proportion(correct, groups=self.data[split, subject].group, **resampling)
+            measurements.append(named(self.accuracies.get(subject, f"{subject}_accuracy"), split, accuracy))
+        return measurements
 
     def outcomes(self, scores: TaskScores, original: TaskScores | None, retrained) -> dict[str, np.ndarray]:
         """`question` (the group that it stands or falls with) and `correct`.
@@ -139,9 +135,7 @@ class TextLikelihood(Task):
             arrays[f"{split}/{subject}/tokens"] = tokens.astype(np.float64)
         return TaskScores(arrays, {"items": lines})
 
-    def measure(
-        self, scores: TaskScores, *, original: TaskScores | None, retrained, **resampling: Any
-    ) -> list[Measurement]:
+    def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:
         measurements = []
         for split, subject in self.data:
             nll, tokens = (scores.arrays[f"{split}/{subject}/{name}"] for name in ("nll", "tokens"))
@@ -149,11 +143,9 @@ class TextLikelihood(Task):
                 continue
             mean = bootstrap_mean(nll, weights=tokens, **resampling)
             measurements.append(named(f"{subject}_nll", split, mean))
-            before = original.arrays.get(f"{split}/{subject}/nll") if original else None
-            if before is not None:
+            if original is not None and (before := original.arrays.get(f"{split}/{subject}/nll")) is not None:
                 ratio = bootstrap_mean(before - nll, weights=tokens, **resampling).map(math.exp)
-                if subject != "forget":
-                    ratio = ratio.map(lambda x: min(x, 1.0))
+                ratio = ratio if subject == "forget" else ratio.map(lambda x: min(x, 1.0))
                 measurements.append(named(relative_likelihood(subject), split, ratio))
         return measurements
 
@@ -214,11 +206,10 @@ class Verbatim(Task):
 
 @dataclasses.dataclass(frozen=True)
 class Memorization(Task):
-    """How much of the forget text a model would continue word for word, under teacher forcing.
+    """How much of the forget text a model would continue word for word, from its greedy choices given the true text.
 
-    Both scores read one flag per scored token: whether it is the model's greedy choice, given everything before it in
-    the true text (`TokenScores.greedy`). A greedy continuation from a true prefix follows the text for as long as the
-    flags are true, so that nothing has to be generated.
+    A greedy continuation from a true prefix follows the text for as long as it is the greedy choice (`TokenScores`), so
+    that nothing has to be generated.
     """
 
     data: Mapping[str, Rows]
@@ -245,21 +236,17 @@ class Memorization(Task):
 
 
 def extraction_strength(greedy: Sequence[np.ndarray]) -> np.ndarray:
-    """Share of each text that the model gives back once it has seen the rest: f64 [N] in 0..1.
+    """Share of each text that the model gives back once it has seen the rest: f64 [N] in 0..1; NaN without a token.
 
-    1 - k/n for the smallest k such that the last n - k tokens are all the greedy choice (2406.09179, after 2012.07805):
-    1 if the text follows from its prompt alone, 0 if not even its last token follows. `greedy` is bool [n] of each
-    text; one without a token has no score (NaN).
+    1 - k/n for the smallest k such that the last n - k of `greedy`, bool [n], are true (2406.09179, after 2012.07805):
+    1 if the text follows from its prompt alone, 0 if not even its last token follows.
     """
     suffixes = [len(flags) - 1 - np.flatnonzero(~flags).max(initial=-1) for flags in greedy]
     return np.array([n / len(flags) if len(flags) else np.nan for n, flags in zip(suffixes, greedy, strict=True)])
 
 
 def exact_memorization(greedy: Sequence[np.ndarray]) -> np.ndarray:
-    """Share of each text's tokens that are the greedy choice given the true text before: f64 [N] in 0..1.
-
-    Exact memorisation of 2205.10770, for unlearning in 2406.09179; else as `extraction_strength`.
-    """
+    """Share of each text's tokens that are the greedy choice: f64 [N] in 0..1 or NaN (2205.10770; 2406.09179)."""
     return np.array([flags.mean() if len(flags) else np.nan for flags in greedy])
 
 
@@ -269,8 +256,7 @@ MEMORIZED = {"extraction_strength": extraction_strength, "exact_memorization": e
 def rouge_l(predictions: Sequence[str], references: Sequence[str], *, stem: bool = False) -> np.ndarray:
     """ROUGE-L F-measure of each prediction against its reference, f64 [N] in 0..1; 0 where one of them has no word.
 
-    Words are runs of a-z and 0-9 in lower case, so that white space and punctuation don't count; Porter's stemmer may
-    shorten those of more than three letters.
+    Words are runs of a-z and 0-9 in lower case; Porter's stemmer may shorten those of more than three letters.
     """
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stem)
     return np.array([scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references, strict=True)])

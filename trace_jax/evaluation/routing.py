@@ -1,8 +1,7 @@
 """What unlearning did to routing, per layer, and what a calibration of the retain loss reached.
 
-Every quantity is defined in docs/evaluation.md. Routing metrics hold an unlearned model next to the original, on forget
-and on retain text. Their intervals are over rows: forget rows and retain rows are resampled separately, and both models
-are counted on the same resample. Metrics are mappings of arrays, as results.json has them.
+Every quantity is defined in docs/evaluation.md. Intervals are over rows: forget rows and retain rows are resampled
+separately, and both models are counted on the same resample. Metrics are mappings of arrays, as in results.json.
 """
 
 import math
@@ -49,14 +48,9 @@ def measure_routing(
 
     Returns:
       layers: which layer of the network each row of an array is of, counted from 0.
-      top_k, experts: chosen per token, and there are, in a layer.
-      tokens, rows: that each corpus was measured on.
-      frequency: by model and corpus, f64 [L, E].
+      top_k, experts: chosen per token, and there are, in a layer.  tokens, rows: that each corpus was measured on.
+      frequency: by model and corpus, f64 [L, E].  quantities: by name, as in `routing_quantities`.
       expert_drift: f64 [L, E], relative change of each expert's router weights.
-      quantities: by name, as in `routing_quantities`.
-
-    Raises:
-      DamagedRouting: NaN or infinite router scores.  ValueError: a corpus has no valid position.
     """
     experts, top_k, corpora = current.config.num_experts, current.config.experts_per_token, {}
     for subject, rows in zip(SUBJECTS, (forget, retain), strict=True):
@@ -119,17 +113,15 @@ def routing_quantities(
     in "_forget" and "_retain"; what the original model gives on the same rows ends in "_original".
 
     Gaps, divergences, entropies and dead experts of a finite sample are biased: corpora look more different, loads less
-    even and more experts dead than on endless text. A percentile interval would add the bias once more, so this is the
-    basic bootstrap interval, 2 value - (resampled quantiles) (Davison & Hinkley 1997, 5.2), which takes it off; it is
-    widened to hold the value itself, and `bias` says how large the bias is (the mean over resamples less the value).
+    even and more experts dead than on endless text. So this is the basic bootstrap interval, 2 value - (resampled
+    quantiles) (Davison & Hinkley 1997, 5.2), which takes the bias off, where a percentile interval would add it once
+    more; it is widened to hold the value itself. `bias`: the mean over resamples less the value.
     """
     rows, (_, experts) = [len(corpora[s]["tokens"]) for s in SUBJECTS], corpora["forget"]["original"].shape[1:]
     values_of = {name: v[0] for name, v in _measured(corpora, [np.ones((1, n)) for n in rows]).items()}
-    parts = []
-    if min(rows) > 1:
-        size = corpora["forget"]["original"][0].size
-        draws = resample_sides(rows, resamples=resamples, seed=seed, size=size)
-        parts = [_measured(corpora, drawn) for drawn in draws]
+    size = corpora["forget"]["original"][0].size
+    draws = resample_sides(rows, resamples=resamples, seed=seed, size=size) if min(rows) > 1 else ()
+    parts = [_measured(corpora, drawn) for drawn in draws]
     largest = {"gap": 2.0 * top_k, "kl": math.inf, "js": math.log(2), "dead": experts, "newly": experts}
     quantities = {}
     for name, values in values_of.items():
@@ -157,8 +149,7 @@ def _measured(corpora: Mapping[str, CorpusRouting], draws: Sequence[np.ndarray])
     sums, quantities = {}, {}
     for s, drawn in zip(SUBJECTS, draws, strict=True):
         for name, values in corpora[s].items():
-            total = drawn @ values.reshape(len(values), -1)
-            sums[s, name] = total.reshape(len(drawn), *values.shape[1:])
+            sums[s, name] = (drawn @ values.reshape(len(values), -1)).reshape(len(drawn), *values.shape[1:])
         tokens = sums[s, "tokens"][:, None]
         quantities |= {f"jaccard_{s}": sums[s, "jaccard"] / tokens, f"stability_{s}": sums[s, "unchanged"] / tokens}
     for model, end in zip(MODELS, ("_original", ""), strict=True):
@@ -170,8 +161,8 @@ def _measured(corpora: Mapping[str, CorpusRouting], draws: Sequence[np.ndarray])
             f"js{end}": statistics.js_divergence(*(f / f.sum(axis=-1, keepdims=True) for f in frequencies)),
         }
         for s, f in zip(SUBJECTS, frequencies, strict=True):
-            quantities |= {f"load_entropy_{s}{end}": statistics.load_entropy(f)}
-            quantities |= {f"dead_experts_{s}{end}": (f == 0).sum(axis=-1).astype(np.float64)}
+            quantities[f"load_entropy_{s}{end}"] = statistics.load_entropy(f)
+            quantities[f"dead_experts_{s}{end}"] = (f == 0).sum(axis=-1).astype(np.float64)
     for s in SUBJECTS:
         before, after = (sums[s, model] for model in MODELS)
         quantities[f"newly_dead_{s}"] = ((before > 0) & (after == 0)).sum(axis=-1).astype(np.float64)
@@ -181,19 +172,16 @@ def _measured(corpora: Mapping[str, CorpusRouting], draws: Sequence[np.ndarray])
 def measure_calibration(weights: RetainWeights, forget: ExpertStatistics, retain: ExpertStatistics) -> dict[str, Any]:
     """What a calibration reached, with the weights that unlearning began with, made from statistics of the original.
 
-    Gaps are sums over experts of |f - f^F|, f the retain frequency before, and the weighted one after. Nothing is
-    sampled, so intervals have no width. Weights that follow the model are described in metrics.jsonl as it trains.
+    Gaps are sums over experts of |f - f^F|, f the retain frequency before, and the weighted one after.
 
     Returns:
-      layers: which layer of the network each entry is of, counted from 0.
-      tokens: of the retain corpus.
-      effective_sample_size: (sum w)^2 / (T sum w^2) of the token weights; they act on all layers, so it is one number.
-      largest_weight: the mean is one.
+      layers: which layer of the network each entry is of, counted from 0.  tokens: of the retain corpus.
+      effective_sample_size: (sum w)^2 / (T sum w^2) of the token weights.  largest_weight: the mean is one.
       selected: i64 [L], experts that weights were made from; gap_before, gap_after: f64 [L], of these;
         gap_elsewhere_before, gap_elsewhere_after: of all other experts. None for weightings that look at no expert.
     """
-    gaps: dict[str, Any] = {"selected": None} | {f"gap_{n}": None for n in ("before", "after")}
-    gaps |= {f"gap_elsewhere_{n}": None for n in ("before", "after")}
+    names = ("gap_before", "gap_after", "gap_elsewhere_before", "gap_elsewhere_after")
+    gaps: dict[str, Any] = dict.fromkeys(("selected", *names))
     if weights.frequency is not None and weights.selected is not None:
         gaps["selected"] = weights.selected.sum(axis=1)
         for name, frequencies in (("before", retain.frequency), ("after", weights.frequency)):

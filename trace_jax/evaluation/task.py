@@ -5,9 +5,10 @@ model or the task is another. Measuring is arithmetic on scores, and may compare
 """
 
 import dataclasses
+import itertools
 import json
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,7 @@ class TaskScores:
     """What one model gave on one task."""
 
     arrays: Mapping[str, np.ndarray]  # per-item results by name, everything that `Task.measure` reads
-    # Lines of JSON per part of the task, for whoever wants to check a number. Never hazardous text.
-    items: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
+    items: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)  # JSON lines, by part
 
 
 Scores = Mapping[str, TaskScores]  # of one model, by the name of the task
@@ -145,8 +145,7 @@ class Task:
 class Evaluator:
     """Everything that is measured on a model, by `tasks` of different names.
 
-    `original`, `retrained`: scores of the model before unlearning, and of the one that was trained without forget data;
-    measurements that are relative to what is not there are left out.
+    `original`, `retrained`: scores of the model before unlearning, and of one trained without forget data, or nothing.
     """
 
     config: EvaluationConfig
@@ -157,10 +156,7 @@ class Evaluator:
     retrained: Scores = dataclasses.field(default_factory=dict)
 
     def score(self, model: Model, *, full: bool = False, store: "ScoreStore | None" = None) -> Scores:
-        """What the model gives on the quick tasks (those that can follow its guide), or on all.
-
-        What the store has of it is not scored again.
-        """
+        """What the model gives on the quick tasks (those that can follow its guide), or on all; stored scores count."""
 
         def make(task: Task) -> TaskScores:
             scores = task.score(model, batch_size=self.config.batch_size, mesh=self.mesh)
@@ -169,45 +165,33 @@ class Evaluator:
         tasks = [task for task in self.tasks if full or (task.quick and (model.guide is None or not task.generates))]
         return {task.name: make(task) if store is None else store.keep(task, make) for task in tasks}
 
+    def _compared(self, scores: Scores) -> Iterator[tuple[Task, TaskScores, dict[str, TaskScores | None]]]:
+        """The tasks that have scores, with these and those of the references."""
+        references = {"original": self.original, "retrained": self.retrained}
+        for task in (task for task in self.tasks if task.name in scores):
+            yield task, scores[task.name], {model: own.get(task.name) for model, own in references.items()}
+
     def outcomes(self, scores: Scores) -> dict[str, np.ndarray]:
         """What each item of the tasks that have scores gave, by "SPLIT/SUBJECT/NAME" (`Task.outcomes`)."""
-        outcomes: dict[str, np.ndarray] = {}
-        for task in self.tasks:
-            if task.name in scores:
-                references = self.original.get(task.name), self.retrained.get(task.name)
-                outcomes |= task.outcomes(scores[task.name], *references)
-        return outcomes
+        each = (task.outcomes(own, **references).items() for task, own, references in self._compared(scores))
+        return dict(itertools.chain.from_iterable(each))
 
     def measure(self, scores: Scores) -> list[Measurement]:
         """Measurements of scores, those of validation first."""
-        measurements: list[Measurement] = []
-        for task in self.tasks:
-            if task.name in scores:
-                measurements += task.measure(
-                    scores[task.name],
-                    original=self.original.get(task.name),
-                    retrained=self.retrained.get(task.name),
-                    resamples=self.config.bootstrap,
-                    seed=self.seed,
-                )
-        return sorted(measurements, key=lambda m: m.split != "validation")
+        resampling = {"resamples": self.config.bootstrap, "seed": self.seed}
+        each = (task.measure(own, **references, **resampling) for task, own, references in self._compared(scores))
+        return sorted(itertools.chain.from_iterable(each), key=lambda m: m.split != "validation")
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreStore:
-    """Scores of one model on disk: NAME.npz per task, and NAME.PART.jsonl for whoever wants to check single items.
-
-    `model` is the hash of what made the model.
-    """
+    """Scores of one model on disk: NAME.npz per task, and NAME.PART.jsonl for whoever wants to check single items."""
 
     directory: Path
-    model: str
+    model: str  # hash of what made it
 
     def keep(self, task: Task, make: Callable[[Task], TaskScores]) -> TaskScores:
-        """What is there of the task, else what `make` gives, which is written.
-
-        Scores that were there come back without their items; these stay in their files.
-        """
+        """What is there of the task, without its items, else what `make` gives, which is written."""
         file, identity = self.directory / f"{task.name}.npz", f"{self.model}/{task.identity}"
         arrays: dict[str, Any] = {}
         if file.exists():
@@ -238,11 +222,11 @@ def item_lines(where: Mapping[str, str], **columns: Any) -> list[dict[str, Any]]
 
 def without_texts(scores: TaskScores) -> TaskScores:
     """The same with audit lines that hold no text."""
-    items = {
-        part: [{name: value for name, value in line.items() if name not in TEXTS} for line in lines]
-        for part, lines in scores.items.items()
-    }
-    return TaskScores(scores.arrays, items)
+
+    def plain(line: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in line.items() if name not in TEXTS}
+
+    return TaskScores(scores.arrays, {part: [*map(plain, lines)] for part, lines in scores.items.items()})
 
 
 def hazardous(sources: Sequence[str]) -> bool:

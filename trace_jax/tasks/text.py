@@ -18,7 +18,6 @@ _FEWEST = 3  # documents: one to train on, one for validation, one for test
 _PIECES = 30  # into about which a text is split that has too few documents
 _NAMES = {"general": "retain", "neighbour": "neighbour"}  # of subjects as people know them
 
-
 # On running text there is no question to fail, and the verbatim score is too slow to take along the way. Forgetting
 # is then the per-token probability of the forget text relative to the original model, exp(NLL_original - NLL): 1 for
 # the original, towards 0 as the text becomes unlikely, and comparable between corpora of different difficulty.
@@ -108,12 +107,8 @@ def hold_out(documents: Sequence[Document], name: str, repeated: Collection[str]
             "different documents (or paragraphs of one text) are needed, one each to train on, to tune on and to test."
         )
     drawn = [eligible[i] for i in rng.permutation(len(eligible))[: 2 * each]]
-    held_out = {*drawn}
-    return Split(
-        [d for i, d in enumerate(documents) if i not in held_out],
-        [documents[i] for i in sorted(drawn[:each])],
-        [documents[i] for i in sorted(drawn[each:])],
-    )
+    rest = sorted({*range(len(documents))} - {*drawn})
+    return Split(*([documents[i] for i in sorted(part)] for part in (rest, drawn[:each], drawn[each:])))
 
 
 def _enough(documents: list[Document], name: str) -> list[Document]:

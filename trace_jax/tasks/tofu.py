@@ -20,7 +20,7 @@ from trace_jax.data.sources import DataError, part, read_records, revision_and_c
 from trace_jax.evaluation import intervals
 from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import score_sequences, spread_indices
-from trace_jax.evaluation.probes import exact_memorization, extraction_strength, rouge_recalls
+from trace_jax.evaluation.probes import MEMORIZED, rouge_recalls
 from trace_jax.evaluation.scoreboard import HALF, Scoreboard, half_outcomes, halves
 from trace_jax.evaluation.task import SPLIT, Task, TaskScores, TofuConfig
 from trace_jax.models.generate import continue_tokens
@@ -44,11 +44,9 @@ def log_truth_ratio(
 ) -> np.ndarray:
     """log(p(wrong) / p(correct)) of each item, f64 [N]: towards -inf the model knows better, at 0 it can't tell.
 
-    Args:
-      correct: log_prob of the paraphrased answer (of the answer, for real authors and world facts).
-      wrong_mean: p(wrong) is the "geometric" mean of the wrong answers' probabilities (TOFU's aggregate_eval_stat.py,
-        which makes its leaderboard, and open-unlearning) or the "arithmetic" one (TOFU's paper, and the utility in its
-        utils.py).
+    `correct` is of the paraphrased answer (of the answer, for real authors and world facts). p(wrong): the "geometric"
+    mean of the wrong answers' probabilities (TOFU's aggregate_eval_stat.py, which makes its leaderboard, and
+    open-unlearning) or the "arithmetic" one (TOFU's paper, and the utility in its utils.py).
     """
     if wrong_mean == "geometric":
         return np.nanmean(wrong, axis=1) - correct
@@ -62,9 +60,8 @@ def aggregated(
     """What is averaged over items of the truth ratio R = p(wrong) / p(correct), f64 [N] in 0..1.
 
     "closer_to_1_better": min(R, 1/R), for forget questions. "true_better": max(0, 1 - R), for all others.
-    "prob_mean": 1 / (1 + R) = p(correct) / (p(correct) + p(wrong)), how much is known (open-unlearning, 2506.12618).
-    The 1e-10 that open-unlearning adds to denominators is left out: it makes R nearly 0, "true", where a broken model
-    gives every answer less than that.
+    "prob_mean": 1 / (1 + R) = p(correct) / (p(correct) + p(wrong)) (open-unlearning, 2506.12618, which adds 1e-10 to
+    denominators: that makes R nearly 0, "true", where a broken model gives every answer less).
     """
     if aggregator == "closer_to_1_better":
         return np.exp(-np.abs(log_ratio))
@@ -80,18 +77,16 @@ def harmonic_mean(values: np.ndarray) -> np.ndarray:
 
 
 def model_utility(sets: Sequence[np.ndarray], *, resamples: int = 1000, seed: int = 0) -> Interval:
-    """Harmonic mean of the means of all columns of all sets, with a bootstrap interval.
+    """Harmonic mean of the means of all columns of all sets, with a bootstrap interval over the items within each set.
 
-    Args:
-      sets: f64 [N, 3] of retain, real authors and world facts: probability, ROUGE-L recall and truth ratio
-        ("true_better") of each item. The bootstrap draws items within each set, with all their columns; a set of fewer
-        than two gives no interval.
+    `sets`: `_COLUMNS` of retain, real authors and world facts, f64 [N, 3] each; one of fewer than two has no interval.
     """
     value, n = float(harmonic_mean(np.concatenate([values.mean(axis=0) for values in sets]))), sum(map(len, sets))
     if min(map(len, sets)) < 2:
         return Interval(value, math.nan, math.nan, n)
-    drawn = [intervals.mean_resamples(values, resamples=resamples, seed=(seed, i)) for i, values in enumerate(sets)]
-    return intervals.quantile_interval(value, harmonic_mean(np.concatenate(drawn, axis=1)), n)
+    draws = intervals.resample_sides([*map(len, sets)], resamples=resamples, seed=seed)
+    means = [np.concatenate([c @ x / len(x) for c, x in zip(counts, sets, strict=True)], axis=1) for counts in draws]
+    return intervals.quantile_interval(value, harmonic_mean(np.concatenate(means)), n)
 
 
 # --- the task
@@ -150,10 +145,8 @@ class TofuTask(Task):
                 for q, prompt in zip(questions, prompts, strict=True)
                 for answer in (q.answer, q.correct, *q.wrong)
             ])  # fmt: skip
-            sequences, first = (
-                [[start, *e.tokens.tolist(), end] for e in encoded],
-                [1 + e.first_target for e in encoded],
-            )
+            sequences = [[start, *e.tokens.tolist(), end] for e in encoded]
+            first = [1 + e.first_target for e in encoded]
             each = iter(score_sequences(model, sequences, first, batch_size=batch_size, mesh=mesh))
             scores = [[next(each) for _ in (q.answer, q.correct, *q.wrong)] for q in questions]
             means = [[one.log_prob.mean(dtype=np.float64) for one in several] for several in scores]
@@ -161,8 +154,7 @@ class TofuTask(Task):
             own = {"wrong": np.stack(wrong, axis=1), "answer": answer, "correct": correct}
             if name == "forget":
                 greedy = [of_answer.greedy for of_answer, *_ in scores]
-                own |= {"extraction_strength": extraction_strength(greedy)}
-                own |= {"exact_memorization": exact_memorization(greedy)}
+                own |= {name: memorised(greedy) for name, memorised in MEMORIZED.items()}
             ids = [[start, *e.tokens.tolist()] for e in codec.pairs([(prompt, "") for prompt in prompts])]
             settings = {"max_new_tokens": self.config.max_new_tokens, "batch_size": batch_size, "mesh": mesh}
             written = [one.text.strip() for one in continue_tokens(model, ids, **settings)]
@@ -175,9 +167,7 @@ class TofuTask(Task):
             arrays |= {f"{name}/{key}": values for key, values in own.items()}
         return TaskScores(arrays, items)
 
-    def measure(
-        self, scores: TaskScores, *, original: TaskScores | None, retrained: TaskScores | None, **resampling: Any
-    ) -> list[Measurement]:
+    def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:
         """Forget quality first (it needs the retrained model), model utility, then what they are made of."""
         arrays, ratio, measurements = scores.arrays, _forget_ratio(scores), []
         if retrained is not None:
@@ -201,7 +191,7 @@ class TofuTask(Task):
             means[f"{name}_truth_ratio_arithmetic"] = arithmetic[:, 2]
             means[f"{name}_rouge1_recall"] = arrays[f"{name}/rouge"][:, 0]
         means["forget_truth_ratio_prob_mean"] = aggregated(ratio, "prob_mean")
-        means |= {f"forget_{key}": arrays[f"forget/{key}"] for key in ("extraction_strength", "exact_memorization")}
+        means |= {f"forget_{key}": arrays[f"forget/{key}"] for key in MEMORIZED}
         for suffix, (_, *parts) in utility.items():  # forget questions don't count
             measurements.append(named(f"tofu_model_utility{suffix}", SPLIT, model_utility(parts, **resampling)))
         for split in halves(min(map(len, utility[""]))):

@@ -57,7 +57,7 @@ _TAKEN = ("wmdp", *_GROUPS)  # names of means over several sources or subjects
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question as it is put to a model."""
+    """A question as it is put to a model; `digest` is the hash of its context."""
 
     source: str
     subject: str
@@ -67,7 +67,6 @@ class Question:
 
     @property
     def digest(self) -> str:
-        """Hash of the context."""
         return hashlib.sha256(self.context.encode()).hexdigest()
 
 
@@ -86,7 +85,7 @@ class MultipleChoice(Task):
     def with_examples(self, count: int, *, seed: int) -> "MultipleChoice":
         """The same questions, each behind `count` other solved ones of its subject, drawn for it, in lm-eval's form.
 
-        lm-eval itself takes examples of MMLU from a split that isn't read here: accuracies are not those of its k-shot.
+        lm-eval takes examples of MMLU from a split that isn't read here: accuracies are not those of its k-shot.
         """
         rng, questions = np.random.default_rng([seed, count]), []
         alike: dict[tuple[str, str], list[Question]] = collections.defaultdict(list)
@@ -120,9 +119,7 @@ class MultipleChoice(Task):
             items[q.source].append(line | {"answer": q.answer, "prediction": int(row.argmax())})
         return TaskScores({"log_likelihood": log_likelihood}, items)
 
-    def measure(
-        self, scores: TaskScores, *, original: TaskScores | None, retrained: TaskScores | None, **resampling: Any
-    ) -> list[Measurement]:
+    def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:
         """Accuracy of every source, of the groups that are there whole, and of the MMLU subjects near WMDP's."""
         correct = self._correct(scores)
 
@@ -146,9 +143,8 @@ class MultipleChoice(Task):
             groups |= {_MMLU + subject: {_MMLU + subject} for subject in _NEAR if _MMLU + subject in there}
             measurements += [accuracy(name, {"mmlu"}, subjects) for name, subjects in groups.items()]
         for name, places in self._compared().items():
-            revision = "; ".join(
-                self.revisions[source] for source in sorted({self.questions[i].source for i in places})
-            )
+            sources = sorted({self.questions[i].source for i in places})
+            revision = "; ".join(self.revisions[source] for source in sources)
             for split, half in halves(len(places)).items():
                 interval = wilson(int(correct[places[half]].sum()), len(half))
                 measurements.append(named(f"{name}_half", split, interval, HALF, self.profile, revision))
