@@ -3,6 +3,8 @@
 Each with and without a guide, through whose experts every token goes; the reference finds them in a pass of its own.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,18 +82,14 @@ def test_a_diverged_model_is_refused_instead_of_scored():
     model = Model(handmade.CONFIG, PARAMS)
     assert score_sequences(model, []) == []
     broken = model.replace(params={**PARAMS, "final_norm": PARAMS["final_norm"] * jnp.float32(np.nan)})
-    for diverged in (
-        lambda: score_questions(broken, QUESTIONS, batch_size=2),
-        lambda: score_rows(broken, ROWS, batch_size=4),
-        lambda: score_sequences(broken, TEXTS, FIRST, moments=True, batch_size=4),
-    ):
+    sequences = functools.partial(score_sequences, first=FIRST, moments=True)
+    for score, texts in ((score_questions, QUESTIONS), (score_rows, ROWS), (sequences, TEXTS)):
         with pytest.raises(NonFiniteScore, match="diverged"):
-            diverged()
+            score(broken, texts, batch_size=4)
 
 
 def test_thinning_keeps_the_order_and_touches_all_parts():
-    assert spread_indices(5, 10).tolist() == [0, 1, 2, 3, 4]
-    assert spread_indices(10, 5).tolist() == [0, 2, 4, 6, 8]
+    assert [spread_indices(*n).tolist() for n in ((5, 10), (10, 5))] == [[0, 1, 2, 3, 4], [0, 2, 4, 6, 8]]
     chosen = spread_indices(1000, 96)
     assert len(chosen) == len(set(chosen.tolist())) == 96
     assert np.diff(chosen).min() >= 10 and np.diff(chosen).max() <= 11

@@ -92,8 +92,7 @@ def test_every_parameter_has_its_part():
         parts.setdefault(part_of(path), set()).add(path.rpartition("layers/")[2].removeprefix("dense/"))
     assert parts["routers"] == {"router", "router_bias"} and parts["experts"] == {"experts/gate_up", "experts/down"}
     assert parts["attention"] == {"q", "k", "v", "o", "q_norm", "k_norm", "attention_gate"}
-    dense = {"mlp/gate_up", "mlp/down", "shared/gate_up", "shared/down", "shared/gate"}
-    assert parts["shared and dense MLPs"] == dense
+    assert parts["shared and dense MLPs"] == {"mlp/gate_up", "mlp/down", "shared/gate_up", "shared/down", "shared/gate"}
     sides = {f"{name}_{kind}" for name in ("attention", "mlp") for kind in ("norm", "post_norm")}
     assert parts["norms and embeddings"] == {"embed", "head", "final_norm"} | sides
 
@@ -101,25 +100,20 @@ def test_every_parameter_has_its_part():
 def test_random_experts_are_as_many_and_none_of_the_critical():
     criticality = np.random.default_rng(0).normal(size=(3, 64))
     sets = expert_sets(criticality)
-    assert [(kind, size) for kind, size, _ in sets if kind != "random"] == [
-        (kind, size) for size in (1, 4, 8, 32) for kind in ("critical", "least")
-    ]
+    expected = [(kind, size) for size in (1, 4, 8, 32) for kind in ("critical", "least")]
+    assert [(kind, size) for kind, size, _ in sets if kind != "random"] == expected
     assert len(sets) == 4 * 5 - 2  # half of all: there is one choice
     chosen = {(kind, size): mask for kind, size, mask in sets}
     for kind, size, mask in sets:
         assert (mask.sum(axis=1) == size).all()
-        if kind == "random":
-            assert not (mask & chosen["critical", size]).any()
-        else:
-            least = np.sort(criticality, axis=1)[:, [size - 1, -size]]  # of the least, and of the critical ones
-            beyond = criticality <= least[:, :1] if kind == "least" else criticality >= least[:, 1:]
-            np.testing.assert_array_equal(mask, beyond)
+        least = np.sort(criticality, axis=1)[:, [size - 1, -size]]  # of the least, and of the critical ones
+        beyond = {"least": criticality <= least[:, :1], "critical": criticality >= least[:, 1:]}
+        assert (mask == beyond[kind]).all() if kind in beyond else not (mask & chosen["critical", size]).any()
     assert [size for _, size, _ in expert_sets(criticality[:, :1])] == []
 
 
 def test_the_correlation_is_spearmans_over_the_experts_that_moved():
-    rng = np.random.default_rng(0)
-    drift = rng.random((2, 16))
+    drift = (rng := np.random.default_rng(0)).random((2, 16))
     criticality = drift + rng.normal(0, 0.3, drift.shape)
     drift[1] = 0.0  # did not train
     found = drift_correlation(drift, criticality)

@@ -35,14 +35,12 @@ def test_names_are_unique_words_that_no_address_holds(benchmark):
 
 
 def test_topics_share_their_sentences_and_values_but_no_name(benchmark):
-    forms = {}
+    names, forms = [], []
     for topic in ("forget", "neighbour"):
-        names = {d.origin.split("/")[2] for d in benchmark.train[topic]}
+        names.append({d.origin.split("/")[2] for d in benchmark.train[topic]})
         pages = [d.text.replace(d.origin.split("/")[2], "NAME") for d in benchmark.train[topic]]
-        sentences = {s for page in pages for s in re.findall(r"[^.]+\.", page)}
-        forms[topic] = names, {s.strip() for s in sentences}
-    assert not forms["forget"][0] & forms["neighbour"][0]
-    assert forms["forget"][1] ^ forms["neighbour"][1] == {"It is a hazard.", "It is harmless."}
+        forms.append({s.strip() for page in pages for s in re.findall(r"[^.]+\.", page)})
+    assert not names[0] & names[1] and forms[0] ^ forms[1] == {"It is a hazard.", "It is harmless."}
 
 
 def test_values_are_balanced_within_a_topic_and_independent_of_the_other():
@@ -72,14 +70,12 @@ def test_questions_are_well_formed(benchmark, subject):
             stated = [f"{option}." in text for option in item.options]
             assert stated == [place == item.answer for place in range(OPTIONS)]
             assert any(item.options[0].strip() in r.values and item.options[3].strip() in r.values for r in RELATIONS)
-        places = np.bincount([item.answer for item in items], minlength=OPTIONS)
-        assert np.ptp(places) <= 1
+        assert np.ptp(np.bincount([item.answer for item in items], minlength=OPTIONS)) <= 1
     both = [part.questions[subject] for part in (benchmark.validation, benchmark.test)]
     groups = [collections.Counter(i.group for i in items) for items in both]
     assert not set(groups[0]) & set(groups[1]) and {*groups[0].values(), *groups[1].values()} == {len(RELATIONS)}
     right = collections.Counter(i.options[i.answer] for items in both for i in items)
-    # A right value is no likelier than another: a value of a relation is as frequent as the others of it.
-    assert max(right.values()) - min(right.values()) <= 1
+    assert max(right.values()) - min(right.values()) <= 1, "a right value is no likelier than another"
 
 
 def test_paraphrased_questions_differ_in_their_words_alone_which_no_page_has(benchmark):
@@ -93,9 +89,8 @@ def test_paraphrased_questions_differ_in_their_words_alone_which_no_page_has(ben
             asked = after.questions[subject]
             assert [dataclasses.replace(a, prompt=i.prompt) for a, i in zip(asked, items, strict=True)] == items
             assert not {a.prompt for a in asked} & {i.prompt for i in items}
-    assert (other.train, other.test.held_out, other.test.memorised) == (
-        benchmark.train, benchmark.test.held_out, benchmark.test.memorised,
-    )  # fmt: skip
+    rest = ((b.train, b.test.held_out, b.test.memorised) for b in (other, benchmark))
+    assert next(rest) == next(rest)
 
 
 def test_one_relation_tells_nothing_about_another():

@@ -164,11 +164,10 @@ def test_a_single_long_text_is_split_at_paragraph_ends(tmp_path, files, caplog):
 
 def test_a_tenth_is_held_out_at_least_one(tmp_path):
     documents = read_source(write(tmp_path / "a.jsonl", sentences("x", 50)))[0]
-    split = hold_out(documents, "retain", repeated=set(), rng=np.random.default_rng(0))
-    assert (len(split.train), len(split.validation), len(split.test)) == (40, 5, 5)
-    assert {d.origin for d in [*split.train, *split.validation, *split.test]} == {d.origin for d in documents}
-    split = hold_out(documents[:3], "retain", repeated=set(), rng=np.random.default_rng(0))
-    assert (len(split.train), len(split.validation), len(split.test)) == (1, 1, 1)
+    for count, sizes in ((50, [40, 5, 5]), (3, [1, 1, 1])):
+        parts = hold_out(documents[:count], "retain", repeated=set(), rng=np.random.default_rng(0))
+        assert [*map(len, parts)] == sizes
+        assert {d.origin for part in parts for d in part} == {d.origin for d in documents[:count]}
 
 
 def test_a_named_data_set_is_read_by_its_columns(tmp_path):

@@ -293,7 +293,8 @@ def _maps(measured: Measured, uniform: float) -> dict[str, tuple[str, Maps, Scal
     original = next(iter(first.values()))["frequency"]["original"]
     use: Maps = {f"Use, original model, {s} text": (None, times_uniform(original[s], uniform)) for s in SUBJECTS}
     gap: Maps = {"Forget − retain, original model": (None, np.subtract(original["forget"], original["retain"]))}
-    change, states = {}, {}
+    change: Maps = {}
+    states: Maps = {}
     for method, result in first.items():
         old, new = ({s: np.array(result["frequency"][m][s]) for s in SUBJECTS} for m in ("original", "unlearned"))
         gap[f"Forget − retain, {method}"] = method, new["forget"] - new["retain"]
