@@ -298,9 +298,8 @@ def test_the_command_evaluates_the_model_of_a_run(model, own, tmp_path, capsys, 
     command = ["lm-eval", "--workdir", str(tmp_path), "--method", "target"]
     assert main(command) == 0
     text, stored = capsys.readouterr().out, read_json(tmp_path / "lm_eval" / "target.json")
-    expected = {name: correct.mean() for name, (_, _, correct) in own.items()}
     accuracies = {name: result["acc,none"] for name, result in stored["handbook"]["results"].items()}
-    assert accuracies == pytest.approx(expected)
+    assert accuracies == pytest.approx({name: correct.mean() for name, (_, _, correct) in own.items()})
     assert all(f"{name} {len(correct)}" in text for name, (_, _, correct) in own.items())
     monkeypatch.setattr(module, "TraceLM", None)  # what is stored needs no model
     assert main(command) == 0 and capsys.readouterr().out == text

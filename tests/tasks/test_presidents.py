@@ -30,8 +30,8 @@ def test_documents_are_who_they_should_be(benchmark):
 def test_held_out_addresses_are_whole_and_stand_alone_in_their_year():
     addresses = [a for a in module.load_addresses() if a.year >= 1901]
     split = held_out_addresses(addresses, seed=0)
-    assert (len(split.train), len(split.validation), len(split.test)) == (len(addresses) - 21, 7, 14)
-    years = [[year_of(d) for d in part] for part in (split.train, split.validation, split.test)]
+    assert [*map(len, split)] == [len(addresses) - 21, 7, 14]
+    years = [[year_of(d) for d in part] for part in split]
     assert not set(years[0]) & {*years[1], *years[2]} and not set(years[1]) & set(years[2])
     assert max(years[1]) - min(years[1]) > 70 and max(years[2]) - min(years[2]) > 90
     assert held_out_addresses(addresses, seed=0) == split != held_out_addresses(addresses, seed=1)

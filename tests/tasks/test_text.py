@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -57,18 +58,15 @@ def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, message):
 
 
 def test_what_is_not_there_or_can_not_be_read(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match=r"nothing\.txt: there is no such file or directory"):
-        read_source(str(tmp_path / "nothing.txt"))
-    with pytest.raises(DataError, match="The path is empty"):
-        read_source("")
-    with pytest.raises(DataError, match=r"holds no file that ends in \.jsonl, \.txt, \.md"):
-        read_source(str(tmp_path))
+    for path, message in (
+        (tmp_path / "nothing.txt", r"nothing\.txt: there is no such file or directory"),
+        ("", "The path is empty"),
+        (tmp_path, r"holds no file that ends in \.jsonl, \.txt, \.md"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_source(str(path))
     (tmp_path / "a.txt").write_text("x")
-
-    def refuse(path, mode):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    monkeypatch.setattr(pathlib.Path, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(DataError, match=r"a\.txt: can't be read \(Permission denied\)"):
         read_source(str(tmp_path / "a.txt"))
 
@@ -99,9 +97,8 @@ def test_overlap_is_counted_and_refused_unless_allowed(tmp_path, files):
     ):
         config_of(files).build()
     for seed in range(8):
-        benchmark = config_of(files, allow_overlap=True, seed=seed).build()
-        origins = [d.origin for d in benchmark.train["general"]]
-        assert any(o.endswith(":31") for o in origins) and any(o.endswith(":32") for o in origins)
+        trained = config_of(files, allow_overlap=True, seed=seed).build().train["general"]
+        assert {":31", ":32"} <= {d.origin[-3:] for d in trained}
     files["holdout"] = write(tmp_path / "holdout.jsonl", ["new text", sentences("secret", 3)[2]])
     with pytest.raises(DataError, match=r"1 of 2 holdout documents also stand in forget, .*holdout\.jsonl:2 = .*:3\. "):
         config_of(files, allow_overlap=True).build()
@@ -189,18 +186,15 @@ def test_a_named_data_set_is_read_by_its_columns(tmp_path):
 
 
 def test_names_are_taken_apart_and_columns_chosen(monkeypatch):
-    asked = []
-
-    def load_dataset(*arguments, split):
-        asked.append((*arguments, split))
-        return datasets.Dataset.from_list([{"question": "Who?", "answer": "Nobody", "url": "x"}])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = datasets.Dataset.from_list([{"question": "Who?", "answer": "Nobody", "url": "x"}])
+    load = mock.Mock(return_value=rows)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     (document,) = read_source("huggingface:owner/name/config:validation")[0]
     assert (document.text, document.answer) == ("Question: Who?\nAnswer:", " Nobody")
     read_source("huggingface:owner/name")
-    assert asked == [("owner/name", "config", "validation"), ("owner/name", "train")]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: datasets.Dataset.from_list([{"body": "x"}]))
+    asked = mock.call("owner/name", "config", split="validation"), mock.call("owner/name", split="train")
+    assert load.call_args_list == [*asked]
+    load.return_value = datasets.Dataset.from_list([{"body": "x"}])
     with pytest.raises(DataError, match=r"owner/name: the columns are body; expected text, or question and"):
         read_source("huggingface:owner/name")
     monkeypatch.setitem(sys.modules, "datasets", None)

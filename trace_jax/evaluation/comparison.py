@@ -122,8 +122,7 @@ def compare(
 
     Reading "first" reads a run where it first comes down to the level, interpolated; "best" reads it at the evaluation
     with the best validation utility among those at or below the level on validation, so that a run that loses utility
-    on its way and regains it is judged by what it regains, and not by the best of noisy test points. The items of every
-    run are resampled; `exempt` as in `check_equal_budgets`.
+    on its way and regains it is judged by what it regains, and not by the best of noisy test points.
     """
     check_equal_budgets(runs, exempt=exempt)
     by_method = collections.defaultdict(list)

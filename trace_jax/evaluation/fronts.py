@@ -49,7 +49,7 @@ def front_from_history(
 ) -> Front:
     """The front of a run from the (step, measurements) of its evaluations; names that not every point has are left out.
 
-    `original`: values of the original model that relative utilities are divided by; None: those of step 0.
+    `original`: values that relative utilities are divided by; None: those of step 0.
     """
     points = {step: {m.name: m.value for m in ms if m.split == split} for step, ms in history}
     steps = sorted(points)

@@ -133,15 +133,13 @@ def seeds_and_items(values: np.ndarray, resampled: np.ndarray, n: int) -> Interv
     """Mean of `values` f64 [S], one a seed, with its interval over other seeds and other items, of which there are n.
 
     `resampled` are the values on resampled items, f64 [R, S]; resamples with a NaN are left out. The spread of the
-    seeds holds whatever differs between them, items of their own included, but not what they share: where several were
-    measured on the same items, a resample moves them together. With `s` the standard deviation of the values, and K the
-    covariance of the resampled ones, the half width is
+    seeds holds whatever differs between them, but not the items that they share, which a resample moves together. With
+    `s` the standard deviation of the values, and K the covariance of the resampled ones, the half width is
 
         sqrt(t² s² / S + z² c), at least z sqrt(k),    c: mean of K off its diagonal, k: mean of all of K
 
     with Student's t of S - 1 degrees and the normal z: exact if every seed has its own items, and never narrower than
-    the items alone allow, however close the seeds happen to lie. For one seed it is the percentile interval of its
-    resamples. docs/evaluation.md has the coverage, which tests/evaluation/test_coverage.py simulates.
+    the items alone allow. One seed: the percentile interval of its resamples. docs/evaluation.md has the coverage.
     """
     resampled, seeds, mean = resampled[np.isfinite(resampled).all(axis=1)], len(values), float(values.mean())
     if seeds == 1 or len(resampled) < 2:

@@ -127,8 +127,7 @@ def min_k_scores(values: Sequence[np.ndarray], *, dtype: Any = np.float64) -> np
 def min_k_plus_plus_scores(scores: Sequence[TokenScores]) -> np.ndarray:
     """Min-K %++ (2404.02936) of each text, f64 [N]: `min_k_scores` of (log-probability - its mean) / deviation.
 
-    Mean and deviation are of the log-probability of a token drawn from the model at that place. As in open-unlearning,
-    the variance counts as 1e-6 at least: where a model is certain it is 0. `scores` have moments (`score_sequences`).
+    As in open-unlearning, the variance counts as 1e-6 at least: where a model is certain it is 0.
     """
     standardised = []
     for one in scores:

@@ -44,10 +44,9 @@ Maps = dict[str, tuple[str | None, np.ndarray]]  # by caption: whose selected ex
 
 
 def render(results: Mapping[str, Any]) -> str:
-    """The page as text, which needs nothing beside it and no network.
+    """The page, which needs nothing beside it and no network, of results.json, study.json or series.json.
 
-    `results`: the content of results.json, study.json or series.json, with what is beside it in the run directory. All
-    but the title, benchmark, forgetting, chance and config may be missing; a section without data is left out.
+    All but the title, benchmark, forgetting, chance and config may be missing; a section without data is left out.
 
       title, generated: heading; date and time in words.  verdict: the opening, else written from `rows`.
       benchmark, forgotten: its name, and what was unlearned in words.  forgetting, chance: name of the forgetting
@@ -55,8 +54,7 @@ def render(results: Mapping[str, Any]) -> str:
       rows: of the comparison, references first, each with method, kind ("reference", "method" or "control"),
         forgetting (a number: value, n, low, high; or None), utilities (numbers by name), reached (whether it came
         down to the level), step and seeds (or None), note, and in a study "run": its objective, method and setting.
-      diagnosis: `trace_jax.routing.diagnosis.Diagnosis` as JSON, with its "sentence".
-      certificates: by method, `trace_jax.routing.calibration.Certificate` as JSON.
+      diagnosis: a `Diagnosis` as JSON, with its "sentence".  certificates: by method, a `Certificate` as JSON.
       frequency: forget, retain [L, E], and calibrated [L, E] and selected (bool [L, E]) by method; uniform, K/E, the
         frequency of an expert under uniform routing; layers, numbers of the rows, () counts from 0.
     """

@@ -135,8 +135,7 @@ class HandbookConfig(DataConfig, name="handbook", kw_only=True):
     def build(self, *, paraphrased: bool = False) -> Benchmark:
         """Addresses of 1901 and later (14 held out for test, 7 for validation) and pages about substances.
 
-        Every substance is trained on; the questions are split between validation and test by substance. `paraphrased`
-        puts the same questions in words that no page has; nothing else changes.
+        Questions are split between validation and test by substance; `paraphrased` puts them in words that no page has.
         """
         general = held_out_addresses([a for a in load_addresses() if a.year >= 1901], seed=self.seed)
         words = {word for d in general.train for word in d.text.lower().split()}

@@ -51,7 +51,7 @@ def load_addresses() -> tuple[Address, ...]:
 def held_out_addresses(addresses: Sequence[Address], *, seed: int, validation: int = 7, test: int = 14) -> Split:
     """Holds out whole addresses, one drawn from each of `validation + test` equal stretches of the list.
 
-    Only years with a single address are eligible: the spoken and the written message of one year say the same.
+    Only of years with a single address: the spoken and the written message of one year say the same.
     """
     per_year = collections.Counter(a.year for a in addresses)
     eligible = [a for a in addresses if per_year[a.year] == 1]

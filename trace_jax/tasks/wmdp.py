@@ -178,8 +178,7 @@ def read_multiple_choice(config: MultipleChoiceConfig) -> MultipleChoice:
     """The task with the questions of every source.
 
     A record has `question`, four `choices` and `answer`, the number of the right one from 0; those of the source "mmlu"
-    have `subject` too. The subject line says biology, chemistry or cybersecurity for wmdp_bio, wmdp_chem and
-    wmdp_cyber, and else what the name says without "mmlu_" and with spaces for underscores.
+    have `subject` too. Else the name of the source says what it is about.
     """
     questions, sizes, revisions = [], {}, {}
     for name, source in config.sources.items():
