@@ -165,7 +165,7 @@ class Evaluator:
         tasks = [task for task in self.tasks if full or (task.quick and (model.guide is None or not task.generates))]
         return {task.name: make(task) if store is None else store.keep(task, make) for task in tasks}
 
-    def _compared(self, scores: Scores) -> Iterator[tuple[Task, TaskScores, dict[str, TaskScores | None]]]:
+    def _compared(self, scores: Scores) -> Iterator[tuple[Task, TaskScores, dict[str, Any]]]:
         """The tasks that have scores, with these and those of the references."""
         references = {"original": self.original, "retrained": self.retrained}
         for task in (task for task in self.tasks if task.name in scores):
@@ -178,7 +178,7 @@ class Evaluator:
 
     def measure(self, scores: Scores) -> list[Measurement]:
         """Measurements of scores, those of validation first."""
-        resampling = {"resamples": self.config.bootstrap, "seed": self.seed}
+        resampling: Any = {"resamples": self.config.bootstrap, "seed": self.seed}
         each = (task.measure(own, **references, **resampling) for task, own, references in self._compared(scores))
         return sorted(itertools.chain.from_iterable(each), key=lambda m: m.split != "validation")
 
