@@ -18,9 +18,8 @@ from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.unlearn import unlearn
 
 ONE = tiny.mesh_of(1, 1, 1)
-CONFIG = UnlearningConfig(
-    steps=6, forget_batch_size=4, retain_batch_size=4, learning_rate=0.05, alpha=1.0, checkpoint_every=6
-)
+BATCHES = {"forget_batch_size": 4, "retain_batch_size": 4}
+CONFIG = UnlearningConfig(**BATCHES, steps=6, learning_rate=0.05, alpha=1.0, checkpoint_every=6)
 
 
 class Stop(Exception):

@@ -29,19 +29,14 @@ ROUTERS = {
 def routers(seed=0):
     """(inputs [L,N,D], routers [L,D,E], changes of them [L,D,E]); the changes alter most choices."""
     rng = np.random.default_rng(seed)
-    return (
-        rng.normal(size=(L, N, D)).astype(np.float32),
-        rng.normal(size=(L, D, E)).astype(np.float32) / 5,
-        rng.normal(size=(L, D, E)).astype(np.float32) / 5,
-    )
+    inputs, router, change = (rng.normal(size=size).astype(np.float32) for size in ((L, N, D), (L, D, E), (L, D, E)))
+    return inputs, router / 5, change / 5
 
 
 def decided(config, router, bias, correction, inputs):
     """(scores [L,N,E], choices [L,N,K]) as the model itself makes them."""
-    said = [
-        route({"router": r, "router_bias": b, "router_correction": c}, config, x)
-        for r, b, c, x in zip(router, bias, correction, inputs, strict=True)
-    ]
+    names, layers = ("router", "router_bias", "router_correction"), zip(router, bias, correction, strict=True)
+    said = [route(dict(zip(names, of, strict=True)), config, x) for of, x in zip(layers, inputs, strict=True)]
     return np.stack([s.logits for s in said]), np.stack([s.indices for s in said])
 
 
@@ -70,9 +65,8 @@ def test_protected_inputs_keep_their_experts_and_scores(name):
     kept, missed = constrained(moved, rows, protection)
     assert missed <= grip.TOLERANCE
     assert not np.allclose(kept, rows, atol=0.01)  # there is room, and it is used
-    new_scores, new_indices = decided(
-        config, kept[:, :D], kept[:, D] if config.router_bias else bias, correction, inputs
-    )
+    new_bias = kept[:, D] if config.router_bias else bias
+    new_scores, new_indices = decided(config, kept[:, :D], new_bias, correction, inputs)
     free_scores, free_indices = decided(config, moved[:, :D], bias, correction, inputs)
     assert (np.sort(free_indices) != np.sort(indices)).any(axis=-1).mean() > 0.5  # without it, most choices change
     np.testing.assert_array_equal(np.sort(new_indices), np.sort(indices))
@@ -120,9 +114,8 @@ def test_the_projection_is_that_of_a_slow_one_in_float64(world):
 @pytest.mark.parametrize("devices", [4, 8])  # 6 experts: split over two of four and of eight
 def test_the_same_routers_on_any_devices_and_again(world, devices):
     _, router, changed, _, _ = world
-    alone, again, many, other = (
-        constrained(changed, router, protected(world), *how)[0] for how in ((), (), (devices,), (1, 1))
-    )
+    how = (), (), (devices,), (1, 1)
+    alone, again, many, other = (constrained(changed, router, protected(world), *each)[0] for each in how)
     np.testing.assert_array_equal(alone, again)
     np.testing.assert_allclose(alone, many, atol=1e-5)
     assert (alone != other).any()  # another step: another order of draws
@@ -151,10 +144,8 @@ def test_the_span_leaves_out_directions_that_hardly_occur(count):
 
 
 def walk(change, inputs, bound, limit, seed=0):
-    basis = jnp.zeros((len(change), 1), jnp.float32)
-    return jax.jit(grip.constrained_row)(
-        jnp.asarray(change), basis, jnp.asarray(bound), jnp.asarray(inputs), jax.random.key(seed), jnp.int32(limit)
-    )
+    arrays = map(jnp.asarray, (change, np.zeros((len(change), 1), np.float32), bound, inputs))
+    return jax.jit(grip.constrained_row)(*arrays, jax.random.key(seed), jnp.int32(limit))
 
 
 def test_kaczmarz_meets_bounds_that_can_be_met_and_moves_no_further_than_its_limit():

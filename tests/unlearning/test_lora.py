@@ -117,9 +117,8 @@ def test_a_mesh_gives_the_same_numbers(plain):
 
         return jax.value_and_grad(total)(trainable)
 
-    run = jax.shard_map(
-        of_device, mesh=mesh, in_specs=(storage, specs, P(BATCH_AXES), P(BATCH_AXES)), out_specs=(P(), storage)
-    )
+    in_specs = storage, specs, P(BATCH_AXES), P(BATCH_AXES)
+    run = jax.shard_map(of_device, mesh=mesh, in_specs=in_specs, out_specs=(P(), storage))
     placed = place(trainable, mesh, storage), place(params, mesh, specs)
     got, of_factors = jax.jit(run)(*placed, *place(batch(config), mesh, P(BATCH_AXES)))
     np.testing.assert_allclose(got, value, rtol=1e-5)
@@ -175,9 +174,8 @@ def test_neither_merged_weights_nor_their_gradients_exist_for_all_layers():
     trainable = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), factors(config, paths, RANK))
     rows = [jax.ShapeDtypeStruct((7, 11), jnp.int32)] * 2  # no activation is as large as an array by chance
     of_loss = jax.grad(partial(adapted_loss, config=config, remat="layer"))
-    program = jax.make_jaxpr(lambda factors, params, a, b: of_loss(factors, params, tokens=a, segments=b))(
-        trainable, params, *rows
-    )
+    traced = jax.make_jaxpr(lambda factors, params, a, b: of_loss(factors, params, tokens=a, segments=b))
+    program = traced(trainable, params, *rows)
     sizes = {params[path].size for path in paths}
     shapes = [v.aval.shape for eqn in every_equation(program.jaxpr) for v in eqn.outvars]
     stacked = [shape for shape in shapes if shape[:1] == (6,)]  # what the backward pass keeps is stacked
@@ -218,9 +216,8 @@ def test_a_task_vector_of_adapters_is_subtracted():
 
 
 def test_a_rank_beyond_the_matrix_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"trainable.rank: layers/experts/down: rank is 13; a matrix of 12 x 16 .*1 to 12"
-    ):
+    message = r"trainable.rank: layers/experts/down: rank is 13; a matrix of 12 x 16 .*1 to 12"
+    with pytest.raises(ConfigError, match=message):
         factors(GROUPED, adapted_paths(GROUPED), 13)
     assert low_rank(flat_specs(GROUPED)["layers/o"], 5)[0].shape == (2, 4, 8, 5)
 
@@ -229,14 +226,10 @@ def test_optimizers_of_matrices_know_the_sides_of_factors():
     """Each factor is one matrix for every layer and expert; heads and their width are one side of it."""
     paths = ["layers/q", "layers/o", "layers/experts/gate_up", "layers/experts/down"]
     sides = {path: groups(spec.axes) for path, spec in factors(GROUPED, paths, RANK).items()}
+    expected = [[[1], [2]], [[1], [2, 3]]], [[[1, 2], [3]], [[1], [2]]], [[[2], [3]], [[2], [4]]], [[[2], [3]]] * 2
     assert sides == {
-        "layers/q/lora_a": [[1], [2]],
-        "layers/q/lora_b": [[1], [2, 3]],
-        "layers/o/lora_a": [[1, 2], [3]],
-        "layers/o/lora_b": [[1], [2]],
-        "layers/experts/gate_up/lora_a": [[2], [3]],
-        "layers/experts/gate_up/lora_b": [[2], [4]],
-        "layers/experts/down/lora_a": [[2], [3]],
-        "layers/experts/down/lora_b": [[2], [3]],
+        f"{path}/lora_{n}": of
+        for path, two in zip(paths, expected, strict=True)
+        for n, of in zip("ab", two, strict=True)
     }
     assert all(map(orthogonal, (spec.axes for spec in factors(GROUPED, paths, RANK).values())))

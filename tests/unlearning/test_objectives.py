@@ -20,10 +20,8 @@ REFUSED = np.array([[0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0], [0] * 6], bool)
 REFUSAL_NLL = np.array([[8.0, 1.5, 8.0, 2.5, 0.75, 8.0], [4.0] + [8.0] * 5, [8.0] * 6], np.float32)
 REFUSAL_REFERENCE = np.array([[6.0, 2.0, 6.0, 3.0, 1.0, 6.0], [3.5] + [6.0] * 5, [6.0] * 6], np.float32)
 NUMBERS = {"beta": 0.5, "delta": 0.3, "nll_ceiling": 0.0, "beta1": 2.0, "beta2": 1.5}
-PLAIN = (
-    "gradient_ascent", "gradient_difference", "npo", "simnpo", "dpo", "idk", "wga", "tnpo", "satimp", "flat",
-    "task_vector",
-)  # fmt: skip
+PLAIN = ("gradient_ascent", "gradient_difference", "task_vector", "npo", "simnpo", "dpo", "idk", "wga", "tnpo")
+PLAIN += ("satimp", "flat")
 FORMS = [("npo", "gemma"), ("npo", "token_mean"), ("tnpo", "g_effect"), ("dpo", "tofu"), ("flat", "released")]
 CASES = [*((name, PAPER) for name in PLAIN), *FORMS]
 
@@ -106,9 +104,8 @@ def slow(name, form, nll, refusal, *, beta=0.5, delta=0.3, beta1=2.0, beta2=1.5,
 
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_equals_plain_reference_in_value_and_gradient(name, form):
-    value, gradients = jax.value_and_grad(lambda nll, refusal: ratio(name, nll, form, refusal), argnums=(0, 1))(
-        jnp.asarray(NLL), jnp.asarray(REFUSAL_NLL)
-    )
+    of = jax.value_and_grad(lambda nll, refusal: ratio(name, nll, form, refusal), argnums=(0, 1))
+    value, gradients = of(jnp.asarray(NLL), jnp.asarray(REFUSAL_NLL))
     point = [NLL.astype(np.float64), REFUSAL_NLL.astype(np.float64)]
     assert value == pytest.approx(slow(name, form, *point), rel=1e-5)
     for side, gradient in enumerate(gradients):

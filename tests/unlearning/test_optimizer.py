@@ -30,10 +30,8 @@ AXES = {
     "gate_up": ("layers", "experts", "embed", "gate_up", "expert_hidden"),
     "down": ("layers", "experts", "expert_hidden", "embed"),
 }
-SIZES = {
-    "vocab": 20, "embed": 8, "layers": 2, "heads": 3, "head": 4, "router": 4, "experts": 4, "gate_up": 2,
-    "expert_hidden": 6,
-}  # fmt: skip
+SIZES = {"vocab": 20, "embed": 8, "layers": 2, "heads": 3, "head": 4, "router": 4, "experts": 4, "gate_up": 2}
+SIZES["expert_hidden"] = 6
 
 
 def arrays(seed, sizes=SIZES):
@@ -226,18 +224,15 @@ def test_an_update_on_a_mesh_needs_no_array_of_experts_whole(name, monkeypatch):
 def test_whatever_has_a_parameters_size_lies_where_it_does():
     """With "data", "expert" and "tensor" all in use; means over rows or columns at least by expert."""
     mesh = make_mesh(jax.devices()[:8], data=2, expert=2, tensor=2)
-    model = ModelConfig(
-        hidden_size=128, num_heads=4, num_kv_heads=2, num_experts=4, expert_hidden_size=128, num_layers=2,
-        vocab_size=64,
-    )  # fmt: skip
+    sizes = {"hidden_size": 128, "expert_hidden_size": 128, "vocab_size": 64}
+    model = ModelConfig(num_heads=4, num_kv_heads=2, num_experts=4, num_layers=2, **sizes)
     params = jax.eval_shape(lambda: flatten(init_params(model, jax.random.key(0))))
     for name in Optimizer.kinds:
         settings = StepSettings(model, setting(name), 1)
         state = jax.eval_shape(lambda p, s=settings: fresh_state(p, None, None, settings=s, mesh=mesh), params)
         placed = state_shardings(state, settings, mesh)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(state.optimizer), jax.tree.leaves(placed.optimizer), strict=True
-        ):
+        leaves = jax.tree_util.tree_leaves_with_path(state.optimizer)
+        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(placed.optimizer), strict=True):
             owners = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in params]
             if leaf.size <= 16:  # counts, and what stands for nothing
                 continue

@@ -82,9 +82,8 @@ def test_every_step_goes_along_the_collapsed_gradient_of_a_model_that_was_taught
         taught = np.einsum("ledr,lecr,lecgf->ledgf", a, a, descent(model, forget, weights))
         weights = weights - rate * taught
     objective = dataclasses.replace(CONFIG.objective, adversary_rate=rate)
-    after = flat_of(
-        run(model, forget, None, dataclasses.replace(CONFIG, objective=objective, forget_batch_size=8)).model
-    )
+    config = dataclasses.replace(CONFIG, objective=objective, forget_batch_size=8)
+    after = flat_of(run(model, forget, None, config).model)
     expected = -3 * 50.0 * direction(-descent(model, forget, weights))
     change, size = after[PATH] - before[PATH], np.abs(expected).max()
     np.testing.assert_allclose(change, expected, rtol=0, atol=0.02 * size)

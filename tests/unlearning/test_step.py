@@ -80,9 +80,8 @@ def plain_loss(current, original, config, rows):
     nll, logits, hidden, targets = parts(current, "forget")
     reference_nll, reference_logits, _, _ = parts(original, "forget")
     refused, refused_before = (parts(outputs, "refusals")[0] for outputs in (current, original))
-    special = (
-        None if "logits" not in objective.needs else whole_vocabulary(objective, logits, reference_logits, targets, c)
-    )
+    whole = "logits" in objective.needs
+    special = whole_vocabulary(objective, logits, reference_logits, targets, c) if whole else None
     inputs = ForgetInputs(
         jnp.asarray(forget.valid), jnp.asarray(forget.segments), nll, reference_nll, hidden, TARGETS[rows.topic],
         special, jnp.asarray(rows.refusals.valid), jnp.asarray(rows.refusals.segments), refused, refused_before,
@@ -152,10 +151,8 @@ def plain(model, rows):
 @pytest.fixture(scope="module")
 def steps(model, rows):
     """Metrics and gradient of each case's step, by objective and retain loss."""
-    return {
-        (*objective.values(), retain): gradient_of_step(setting(objective, retain), model, rows)
-        for objective, retain in CASES
-    }
+    settings = {(*objective.values(), retain): setting(objective, retain) for objective, retain in CASES}
+    return {case: gradient_of_step(config, model, rows) for case, config in settings.items()}
 
 
 @pytest.mark.parametrize(("objective", "retain_loss"), CASES, ids=str)
@@ -166,9 +163,8 @@ def test_gradient_equals_plain_formula(steps, rows, plain, objective, retain_los
     value, by_outputs = jax.value_and_grad(lambda c: plain_loss(c, original, config, rows))(current)
     assert metrics["loss"] == pytest.approx(float(value), rel=2e-5)
     for path, wanted in pull_back(by_outputs).items():
-        np.testing.assert_allclose(
-            gradient[path], wanted, atol=5e-5 * max(1.0, float(np.abs(wanted).max())), err_msg=path
-        )
+        scale = max(1.0, float(np.abs(wanted).max()))
+        np.testing.assert_allclose(gradient[path], wanted, atol=5e-5 * scale, err_msg=path)
 
 
 def test_normalize_batch_divides_by_the_weights_and_empty_rows_change_nothing(model, rows, steps):
@@ -211,10 +207,9 @@ def test_every_objective_gets_what_it_looks_at_also_in_bfloat16(model, forget, r
 
     monkeypatch.setattr(unlearn_module, "unlearning_step", step)
     refusals = {"refusals": ("w7",)} if issubclass(Objective.kinds[name], Refusing) else {}
+    unlearning = UnlearningConfig(objective={"name": name, **refusals})
     with pytest.raises(Traced):
-        unlearn_module.unlearn(
-            half, forget, retain, mesh=ONE, config=UnlearningConfig(objective={"name": name, **refusals})
-        )
+        unlearn_module.unlearn(half, forget, retain, mesh=ONE, config=unlearning)
 
 
 def test_training_learns_and_is_the_same_on_four_devices(model, retain):

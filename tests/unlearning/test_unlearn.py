@@ -87,9 +87,8 @@ def test_a_run_that_reaches_its_target_is_a_success_and_its_best_state_is_a_mode
                 raise KeyboardInterrupt
             return Evaluated({"step": step}, *numbers[step])
 
-        config = dataclasses.replace(
-            CONFIG, steps=8, evaluate_every=2, checkpoint_every=3, stop_forgetting=0.1, **more
-        )  # fmt: skip
+        more |= {"steps": 8, "evaluate_every": 2, "checkpoint_every": 3, "stop_forgetting": 0.1}
+        config = dataclasses.replace(CONFIG, **more)
         return run(model, forget, retain, config, directory=tmp_path / directory, evaluate=evaluate), seen
 
     last, seen = rules("last")
@@ -111,12 +110,10 @@ def test_a_run_that_reaches_its_target_is_a_success_and_its_best_state_is_a_mode
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trainable": "selected_experts"}, "no expert is selected"),
         ({"retain_loss": {"name": "hidden", "layer": 9}}, "layer is 9, but the model has 2 layers"),
-        ({"trainable": "experst"}, "neither a preset"),
-        ({"stop_forgetting": 0.1}, "are about evaluations, and there are none"),
-        ({"stop_utility": 0.9}, "are about evaluations, and there are none"),
-        ({"keep": KEEP}, "are about evaluations, and there are none"),
+        ({"stop_forgetting": 0.1}, "read evaluations; give"),
+        ({"stop_utility": 0.9}, "read evaluations; give"),
+        ({"keep": KEEP}, "read evaluations; give"),
         ({"objective": "idk"}, "need a tokenizer"),
         ({"grip": "project", "trainable": "experts"}, "leaves the routers as they are"),
         ({"grip": {"name": "realign", "tokens": 5}}, "5 retain tokens for routers of 16 inputs"),
@@ -142,10 +139,7 @@ def test_missing_or_empty_data_is_refused(model, forget, retain):
     [
         ({"keep": "best_utility"}, r"keep\.forgetting is missing"),
         ({"keep": "best"}, "keep is 'best'; expected one of last, best_utility"),
-        (
-            {"objective": {"name": "npo", "form": "wmdp"}},
-            "form is 'wmdp'; expected one of paper, token_mean, gemma, muse_logits",
-        ),
+        ({"objective": {"name": "npo", "form": "wmdp"}}, "form is 'wmdp'; expected one of paper, token_mean"),
         ({"objective": "pdu", "retain_loss": "none"}, "needs one"),
         ({"objective": "pdu", "retain_loss": "nll"}, "retain_bound is needed"),
         ({"objective": {"name": "wga", "delta": 0.1}}, "delta would have no effect: it belongs to simnpo"),
@@ -191,10 +185,8 @@ def setting(name, own=None, **changes):
 def test_a_task_vector_is_what_was_learnt_times_minus_the_scale(model, forget):
     """One step of plain ascent and one of descent move every parameter equally far, in opposite directions."""
     shared = {"steps": 1, "forget_batch_size": 8, "clip_norm": 0.0, "learning_rate": 0.003}
-    subtracted, ascent = (
-        flat_of(run(model, forget, None, setting(name, own, **shared)).model)
-        for name, own in (("task_vector", {"task_scale": 3.0}), ("gradient_ascent", None))
-    )
+    settings = setting("task_vector", {"task_scale": 3.0}, **shared), setting("gradient_ascent", **shared)
+    subtracted, ascent = (flat_of(run(model, forget, None, config).model) for config in settings)
     for path, before in flat_of(model).items():
         wanted = 3.0 * (ascent[path] - before)
         np.testing.assert_allclose(subtracted[path] - before, wanted, atol=2e-6, err_msg=path)

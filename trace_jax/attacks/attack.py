@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from trace_jax.models.architecture import ModelConfig, flat_specs, flatten, unfl
 from trace_jax.models.model import Model, TextCodec
 from trace_jax.parallel.processes import barrier, broadcast_from_process_0
 from trace_jax.routing.statistics import Assignments, expert_assignments, overlap_by_row
-from trace_jax.unlearning.metrics import front_rows
+from trace_jax.unlearning.loop import front_rows
 from trace_jax.unlearning.optimizer import SCHEDULES, AdamW, Optimizer, OptimizerConfig
 from trace_jax.unlearning.step import train_on
 
@@ -59,9 +59,11 @@ class Point:
 class Attack(Section):
     """Settings of an attack, and what it does. `trace_jax.attacks` names them all."""
 
+    read: ClassVar[Callable[[str], Any]] = staticmethod(read_source)
+
     @property
     def source(self) -> str | None:
-        """A text of the user's own that the attack reads (`trace_jax.data.sources.read_records`), if any."""
+        """A text of the user's own that the attack reads, by `read`, if any."""
         return None
 
     @property
@@ -71,11 +73,12 @@ class Attack(Section):
 
     def check_source(self) -> None:
         """Reads the text, long before the attack does. Raises DataError: it isn't there, or has another form."""
+        if self.source:
+            self.read(self.source)
 
     def prepare(self, context: "Context") -> Any:
-        """What the attack makes once for all methods of a run (`Context.prepared`), before anything is unlearned.
-
-        Raises a ConfigError where the attack asks for more than the model reads at once, or than there is.
+        """What the attack makes once for all methods of a run (`Context.prepared`), before anything is unlearned; a
+        ConfigError where the attack asks for more than the model reads at once, or than there is.
         """
 
     def points(self, case: "Case") -> list[Point]:
@@ -126,10 +129,9 @@ class Case:
         return self.context.evaluator.measure(self.context.evaluator.score(model, full=True, store=store))
 
     def attack(self) -> dict[str, Any]:
-        """Attacks the model. Returns the content of NAME.json.
-
-        "strongest" is the place of the point at which "measure", the forgetting measure, is largest on test (the first
-        of equal ones), or None. An attack that breaks the model has no points, and "failed" says why.
+        """Attacks the model. Returns the content of NAME.json: "strongest" is the place of the point at which
+        "measure", the forgetting measure, is largest on test (the first of equal ones), or None. An attack that breaks
+        the model has no points, and "failed" says why.
         """
         points, failed, measure = [], "", self.context.board.forgetting
         try:
@@ -162,9 +164,7 @@ BLOCK = 64  # weights that share a scale, their largest: the unit of the levels
 class Quantization(Attack):
     """Weights rounded to few bits: symmetric integers per output channel, and bitsandbytes' 4-bit blocks."""
 
-    bits: tuple[int, ...] = option(
-        (8, 4), help="bits of symmetric integers, one attack each", choices=tuple(range(2, 9))
-    )
+    bits: tuple[int, ...] = option((8, 4), help="bits of integers, one attack each", choices=tuple(range(2, 9)))
     blocks: tuple[str, ...] = option(("nf4", "fp4"), help="4-bit types, one attack each", choices=tuple(BLOCK_LEVELS))
 
     def __post_init__(self):
@@ -180,9 +180,8 @@ class Quantization(Attack):
 
 def quantized(params: Any, config: ModelConfig, *, form: int | str) -> Any:
     """Parameters with every matrix of attention, experts and dense layers rounded and back: to so many bits
-    (`round_to_nearest`), or to the levels of a 4-bit type (`round_in_blocks`).
-
-    Embedding, output head, routers, norms and biases stay as they are, as the usual tools leave them.
+    (`round_to_nearest`), or to the levels of a 4-bit type (`round_in_blocks`). Embedding, output head, routers, norms
+    and biases stay as they are, as the usual tools leave them.
     """
     specs, flat = flat_specs(config), flatten(params)
     matrices = [path for path in flat if path.rpartition("/")[2] in _MATRICES]  # in one order in all processes
@@ -194,9 +193,8 @@ def quantized(params: Any, config: ModelConfig, *, form: int | str) -> Any:
 def round_to_nearest(weights: jax.Array, bits: int, *, sides: tuple[int, int]) -> jax.Array:
     """Each weight as the nearest multiple of its channel's step, in float32, ties to even; in the type of `weights`.
 
-    A channel is an output of the matrix, and `sides` (`ArraySpec.sides`) says which axes are its inputs. Steps are
-    symmetric: the largest absolute value of a channel is 2^(bits-1) - 1 of them, so that 0 stays 0. With 8 bits these
-    are the weights of LLM.int8() (2208.07339; its vector-wise form, activations aside).
+    A channel is an output, and `sides` (`ArraySpec.sides`) says which axes are inputs. Its largest absolute value is
+    2^(bits-1) - 1 steps, so that 0 stays 0: with 8 bits LLM.int8() (2208.07339; vector-wise, activations aside).
     """
     exact, levels = weights.astype(jnp.float32), 2 ** (bits - 1) - 1
     largest = jnp.abs(exact).max(axis=tuple(range(*sides)), keepdims=True)
@@ -223,39 +221,33 @@ def round_in_blocks(weights: jax.Array, levels: str, *, sides: tuple[int, int]) 
 
 
 class RouterSwap(Attack):
-    """The original routers put back under the unlearned experts. Nothing to set."""
+    """The original routers, their biases and corrections put back under the unlearned experts. Nothing to set."""
 
     def points(self, case: Case) -> list[Point]:
-        """Measures the unlearned model with every router, its bias and its correction as they were before."""
         routers = {path: x for path, x in flatten(case.context.original.params).items() if path in _ROUTERS}
         swapped = unflatten(flatten(case.unlearned.params) | routers)
         return [Point("original routers", case.measure(swapped, "original-routers"))]
 
 
 class ExpertForcing(Attack):
-    """Tokens forced to the experts that the original model sends them to. Nothing to set."""
+    """Every token forced in every layer to the experts that the original model sends it to; gate weights are what the
+    unlearned model's routers make of their own scores of these experts. Nothing to set.
+    """
 
     def points(self, case: Case) -> list[Point]:
-        """Measures the unlearned model while the original chooses the experts of every token in every layer.
-
-        Gate weights are what the unlearned model's routers make of their own scores of these experts. `forced_share` is
-        measured beside: how often that differs from what the unlearned model would have chosen.
-        """
         evaluator = case.context.evaluator
         scores = evaluator.score(case.unlearned.replace(guide=case.context.original.params))
         return [Point("original's experts", [*evaluator.measure(scores), self.forced_share(case)])]
 
     def forced_share(self, case: Case) -> Measurement:
-        """Share of (token, layer) pairs of the forget rows at which the two models choose different sets.
-
-        Of rows thinned evenly to `evaluation.max_rows`; the interval is over rows.
+        """Share of (token, layer) pairs at which the two models choose different sets, of forget rows thinned evenly to
+        `evaluation.max_rows`; the interval is over rows.
         """
         context, settings = case.context, case.context.evaluator.config
         rows = context.corpora.forget.take(spread_indices(len(context.corpora.forget), settings.max_rows))
         batches = sequential_batches(rows, settings.batch_size)
-        overlap = overlap_by_row(
-            context.original_routing(), expert_assignments(case.unlearned, batches, mesh=context.mesh)
-        )
+        now = expert_assignments(case.unlearned, batches, mesh=context.mesh)
+        overlap = overlap_by_row(context.original_routing(), now)
         pairs = overlap["tokens"] * overlap["unchanged"].shape[1]
         changed = pairs - overlap["unchanged"].sum(axis=1)
         interval = bootstrap_mean(changed, weights=pairs, resamples=settings.bootstrap, seed=context.seed)
@@ -278,10 +270,9 @@ class TrainingOn(OptimizerConfig, Attack):
         """A point for every run; the retrained model is trained in the same way, once for all methods."""
         context, title = case.context, case.directory.name.replace("_", " ")
         own = self._measured(context, lambda: case.unlearned, case.directory, case.identity, title)
-        others: dict[int, list[Measurement]] = {}
+        control, others = (context.directory, context.identity, f"{title} of the retrained model"), {}
         if context.load_retrained is not None:
-            control = (context.load_retrained, context.directory, context.identity, f"{title} of the retrained model")
-            others = self._measured(context, *control)
+            others = self._measured(context, context.load_retrained, *control)
         return [Point(f"{steps} steps", found, retrained=others.get(steps, ())) for steps, found in own.items()]
 
     def _measured(
@@ -293,9 +284,8 @@ class TrainingOn(OptimizerConfig, Attack):
             scores = context.evaluator.score(context.original.replace(params=params), full=True)
             return [m.to_json() for m in context.evaluator.measure(scores)]
 
-        rows: Rows = context.prepared
+        rows, measured = context.prepared, {}
         sampler = epoch_sampler(len(rows), self.batch_size, seed=context.seed)
-        measured = {}
         for steps in self.steps:
             place = directory / f"{steps}-steps"
             if not broadcast_from_process_0(read_json(place / "finished.json") == identity):
@@ -312,9 +302,8 @@ class TrainingOn(OptimizerConfig, Attack):
 
 
 class Relearning(TrainingOn):
-    """Training goes on, on the forget rows or a share of them that is drawn by the run's seed.
-
-    Defaults: MUSE-Books' (2502.05374): the whole forget text, AdamW, cosine decay, runs of 50, 75 and 100 steps.
+    """Training goes on, on the forget rows or a share of them that is drawn by the run's seed. Defaults: those of
+    MUSE-Books (2502.05374): the whole forget text, AdamW, cosine decay, runs of 50, 75 and 100 steps.
     """
 
     share: float = option(1.0, help="share of the forget rows that is trained on; 1 = all", minimum=0.0, maximum=1.0)
@@ -327,21 +316,14 @@ class Relearning(TrainingOn):
     def prepare(self, context: Context) -> Rows:
         """The rows that are trained on."""
         rows = context.corpora.forget
-        number = max(1, round(self.share * len(rows)))
-        drawn = np.random.default_rng([context.seed, 5]).permutation(len(rows))[:number]
-        return rows.take(np.sort(drawn))
+        drawn = np.random.default_rng([context.seed, 5]).permutation(len(rows))
+        return rows.take(np.sort(drawn[: max(1, round(self.share * len(rows)))]))
 
 
 class BenignRelearning(TrainingOn):
     """Training goes on, on text that has nothing to do with the forget set (2406.13356, 2409.18025)."""
 
-    source: str | None = option(
-        None, help="that text (`trace_jax.data.sources.read_source`); None: rows of the retain corpus, neighbours aside"
-    )
-
-    def check_source(self) -> None:
-        if self.source:
-            read_source(self.source)
+    source: str | None = option(None, help="that text (`read_source`); None: retain rows, neighbours aside")
 
     def prepare(self, context: Context) -> Rows:
         """The source's text in rows like those of the run; without one, retain rows that are not of neighbours."""

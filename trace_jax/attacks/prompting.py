@@ -6,7 +6,7 @@ Each changes the queries alone: they are scored and measured as ever, on the unl
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -35,9 +35,9 @@ class Prompting(Attack):
 
     examples: tuple[int, ...] = option((3,), help="solved examples before a query, one attack each", minimum=1)
     prefixes: tuple[float, ...] = option((0.5, 0.75), help="share of a forget text that is given, one attack each")
-    paraphrases: str | None = option(
-        None, help="queries in other words (`trace_jax.attacks.prompting.read_paraphrases`); the handbook has its own"
-    )
+    paraphrases: str | None = option(None, help="queries in other words (`read_paraphrases`), beside the handbook's")
+
+    read: ClassVar = staticmethod(lambda source: read_paraphrases(source))
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,18 +48,9 @@ class Prompting(Attack):
     def source(self) -> str | None:
         return self.paraphrases
 
-    def check_source(self) -> None:
-        if self.paraphrases:
-            read_paraphrases(self.paraphrases)
-
     def prepare(self, context: Context) -> list[tuple[str, tuple[Task, ...]]]:
-        """The forms that there is something to ask in, such as "3 examples", each with what it is measured by.
-
-        Examples of one split are taken from the other, with the run's seed; all models are asked the same.
-
-        Raises:
-          ConfigError: more examples than there are, or than the model can read at once.
-          DataError: a file of paraphrases that can't be read.
+        """The forms that there is something to ask in, such as "3 examples", each with what it is measured by. Examples
+        of one split are taken from the other, with the run's seed; all models are asked the same.
         """
         forms, codec = [], context.codec
         for at, items, prompts, choices in self._forms(context):
@@ -87,9 +78,8 @@ class Prompting(Attack):
         return forms
 
     def points(self, case: Case) -> list[Point]:
-        """A point for each form, on the unlearned and on the original model.
-
-        Likelihoods of continuations are measured too, relative to the original model asked in the same way.
+        """A point for each form, on the unlearned and on the original model; likelihoods of continuations are relative
+        to the original model asked in the same way.
         """
         context, points = case.context, []
         settings = dataclasses.replace(context.evaluator.config, audit_text=self._audited(context))
@@ -149,10 +139,8 @@ class Prompting(Attack):
 def items_with_examples(
     items: Sequence[Item], solved: Sequence[Item], count: int, rng: np.random.Generator
 ) -> list[Item]:
-    """The items, each behind `count` of `solved` with their right options, drawn for it and joined by blank lines.
-
-    An example is never of the item's own group, and none of the item's options stands in it: what was forgotten can't
-    be copied.
+    """The items, each behind `count` of `solved` with their right options, drawn for it and joined by blank lines: none
+    of its own group or with one of its options, so that what was forgotten can't be copied.
     """
     behind = []
     for item in items:
@@ -179,9 +167,8 @@ def items_with_statements(items: Sequence[Item], share: float) -> list[Item]:
 def prompts_with_examples(
     prompts: Prompts, others: Prompts, count: int, rng: np.random.Generator, separator: Sequence[int]
 ) -> Prompts:
-    """The prompts, each behind `count` of `others` with their continuations, drawn for it, `separator` in between.
-
-    The start mark stands once, at the beginning. What contains the prompt's own continuation is no example.
+    """The prompts, each behind `count` of `others` with their continuations, drawn for it, `separator` in between, and
+    the start mark once. What contains the prompt's own continuation is no example.
     """
     texts = [[*prompt[1:], *rest] for prompt, rest in _pairs(others)]
     written = [np.array(text, np.int32).tobytes() for text in texts]
@@ -195,12 +182,8 @@ def prompts_with_examples(
 
 
 def longer_prompts(prompts: Prompts, rows: Rows, share: float, end_mark: int) -> Prompts:
-    """The chunks of `rows` that `prompts` begin, cut in two: `share` of the text is given, the rest is to come.
-
-    At least one token is given, and at least one is to come; the end mark isn't text.
-
-    Args:
-      rows: the forget rows, in which every prompt with its continuation is the beginning of a chunk.
+    """The chunks of `rows` (forget) that `prompts` with their continuations begin, cut in two: `share` of the text is
+    given, at least one token, and the rest is to come, at least one; the end mark isn't text.
     """
     beginnings = [(*prompt, *continuation) for prompt, continuation in _pairs(prompts)]
     texts, lengths = reversed(row_texts(rows)[0]), {len(beginning) for beginning in beginnings}
@@ -216,11 +199,7 @@ def longer_prompts(prompts: Prompts, rows: Rows, share: float, end_mark: int) ->
 
 def read_paraphrases(source: str) -> list[tuple[str, str]]:
     """(what is asked, what should come) of every row {"prompt", "continuation"} or {"question", "answer"} of a source.
-
-    The second follows the first as it is: white space in between belongs to one of them.
-
-    Raises:
-      DataError: nothing there (`read_records`), or a row of another form. No text is quoted.
+    The second follows the first as it is: white space in between belongs to one of them. Errors quote no text.
     """
     pairs = []
     for number, record in enumerate(read_records(source), 1):

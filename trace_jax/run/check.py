@@ -32,10 +32,8 @@ FIRST = 100  # documents that are read of a source
 
 
 def dry_run(config: ExperimentConfig) -> tuple[str, list[str], list[str]]:
-    """Checks an experiment as far as this machine can. Returns a text, what is missing to run, and what is wrong.
-
-    Missing weights and data are reported. Those that are here are looked at: the headers of the weights, and the first
-    documents of each source; what is wrong with them is collected, so that one dry run finds everything.
+    """Checks an experiment as far as this machine can. Returns a text, what is missing to run, and what is wrong: with
+    the headers of the weights, and the first documents of each source, where they are here. One run finds everything.
     """
     missing, wrong, settings = [], [], config.model
     weights = _weights(config, missing, wrong)
@@ -93,9 +91,8 @@ def _weights(config: ExperimentConfig, missing: list[str], wrong: list[str]) -> 
 
 
 def _sources(config: ExperimentConfig) -> Iterator[tuple[Any, ...]]:
-    """Every text that the run reads: its use, the source, a check that may say what is there, and columns it must have.
-
-    Of a corpus the first documents are read, else all.
+    """Every text that the run reads: its use, the source, a check that may say what is there, of the first documents of
+    a corpus or all else, and columns it must have.
     """
     data = config.data
     if isinstance(data, TextConfig):
@@ -129,8 +126,7 @@ def _sources(config: ExperimentConfig) -> Iterator[tuple[Any, ...]]:
 
 
 def _head(config: ExperimentConfig, model: ModelConfig, weights: str) -> str:
-    total, active = count_params(model)
-    unlearning, length = config.unlearning, config.data.row_length
+    (total, active), unlearning, length = count_params(model), config.unlearning, config.data.row_length
     parallel = dataclasses.replace(config.parallel, data=1, expert=1, tensor=1)
     program = step_program(unlearning, model, parallel, make_mesh(jax.devices("cpu")[:1]), length)
     objective, rows = unlearning.objective.name, f"{unlearning.forget_batch_size} forget rows"

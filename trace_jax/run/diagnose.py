@@ -1,6 +1,4 @@
-"""Whether there is anything to calibrate, from a checkpoint and texts or from captures of routing alone:
-`python -m trace_jax.main diagnose`.
-"""
+"""Whether there is anything to calibrate, from texts or captures of routing: `python -m trace_jax.main diagnose`."""
 
 import argparse
 import datetime
@@ -39,9 +37,7 @@ def main(options: argparse.Namespace) -> int:
     if files.is_remote(options.output) or (output.exists() and not options.overwrite):
         raise ConfigError(f"{options.output}: exists, or is no local path; choose another directory (or --overwrite).")
     if output.exists() and not (output / "diagnosis.json").exists():
-        raise ConfigError(
-            f"{output}: holds no earlier diagnosis, and is not replaced by one; choose another directory."
-        )
+        raise ConfigError(f"{output}: holds no earlier diagnosis, and is not replaced by one; choose another place.")
     if options.checkpoint:
         forget, retain, num_experts = _route(options.checkpoint, [options.forget], options.retain)
     else:
@@ -51,9 +47,8 @@ def main(options: argparse.Namespace) -> int:
     found = diagnose(forget, retain, num_experts=num_experts)
     given = {name: getattr(options, name) for name in ("forget", "retain", "num_experts", "checkpoint")}
     saved = found.to_json() | {"given": given, "environment": describe()}
-    frequency = {name: saved[name] for name in ("forget", "retain", "layers")} | {
-        "uniform": found.top_k / num_experts, "calibrated": {}, "selected": {"": saved["selected"]},
-    }  # fmt: skip
+    frequency = {name: saved[name] for name in ("forget", "retain", "layers")}
+    frequency |= {"uniform": found.top_k / num_experts, "calibrated": {}, "selected": {"": saved["selected"]}}
     page = {
         "title": "Diagnosis before training", "benchmark": "", "forgetting": "", "chance": None,
         "generated": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),

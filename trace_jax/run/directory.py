@@ -1,6 +1,5 @@
-"""The directory of a run: stages that leave artefacts there, and what a finished run says, from its files.
-
-A stage leaves an artefact with the hash of what made it, and is skipped when that is there.
+"""The directory of a run: stages, each of which leaves an artefact there with the hash of what made it, and is skipped
+when that is there; and what a finished run says, from its files.
 """
 
 import argparse
@@ -36,9 +35,8 @@ _SECONDS_TO_SEE = 30.0
 def run_stage(
     name: str, directory: Path, identity: str, title: str, make: Callable[[], Any], load: Callable = lambda: None
 ) -> Any:
-    """What `make` makes, and writes into the directory, or what `load` reads where that has been made.
-
-    `identity` is the hash of every setting that shapes it. NAME.stage.json keeps it; every process goes the same way.
+    """What `make` makes, and writes into the directory, or what `load` reads where that has been made. NAME.stage.json
+    keeps `identity`, the hash of every setting that shapes it; every process goes the same way.
     """
     marker = directory / f"{name}.stage.json"
     stored = files.read_json(marker)
@@ -92,9 +90,8 @@ def _check_shared(path: Path) -> None:
 
 
 def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> bool:
-    """Whether a run of another corpus or model is in `workdir` and would be replaced. Writes nothing.
-
-    Refuses to replace it without `overwrite`, a directory that holds anything else, and a disk without space.
+    """Whether a run of another corpus or model is in `workdir` and would be replaced. Writes nothing. Refuses to
+    replace it without `overwrite`, a directory that holds anything else, and a disk without space.
     """
     path = files.as_path(workdir)
     if path.exists() and not path.is_dir():
@@ -144,9 +141,8 @@ def scoreboard(results: Mapping[str, Any], benchmark: str) -> Scoreboard:
 
 
 def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
-    """Writes results.json (references, every method's measurements and front, the tables) and report.html.
-
-    Returns the tables and where the report is, as text.
+    """Writes results.json (references, every method's measurements and front, the tables) and report.html; returns the
+    tables and where the report is, as text.
     """
     path = files.as_path(workdir)
     config, references = needed(path / "config.json")["config"], needed(path / "references.json")
@@ -160,16 +156,9 @@ def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
     benchmark, levels = config["data"]["benchmark"], config["evaluation"]["levels"]
     board = scoreboard(next(iter(methods.values())), benchmark)
     tables = [comparison.equal_forgetting(on_split, board=board, level=level) for level in levels]
-    results = {
-        "name": config["name"],
-        "benchmark": benchmark,
-        "board": encode(board),
-        "data": references["data"],
-        "references": references["measurements"],
-        "methods": methods,
-        "equal_forgetting": tables,
-        "table": "\n\n".join(map(comparison.equal_forgetting_text, tables)),
-    }
+    results = {"name": config["name"], "benchmark": benchmark, "board": encode(board), "data": references["data"]}
+    results |= {"references": references["measurements"], "methods": methods, "equal_forgetting": tables}
+    results["table"] = "\n\n".join(map(comparison.equal_forgetting_text, tables))
     files.write_json(path / "results.json", results)
     return f"{results['table']}\n\n{write_report(path)}"
 
@@ -180,24 +169,16 @@ def write_report(workdir: str | os.PathLike) -> str:
     names = ("results.json", "study.json", "series.json")
     page = needed(next((path / name for name in names if (path / name).exists()), path / names[0]))
     benchmark, board = BENCHMARKS[page["benchmark"]], scoreboard(page, page["benchmark"])
-    page |= {
-        "config": needed(path / "config.json")["config"],
-        "environment": needed(path / "environment.json"),
-        "forgetting": board.forgetting,
-        "chance": board.chance,
-        "generated": datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
-    }
+    page["config"], page["environment"] = needed(path / "config.json")["config"], needed(path / "environment.json")
+    page |= {"forgetting": board.forgetting, "chance": board.chance}
+    page["generated"] = datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")
     if "methods" in page:
         calibrations = {label: calibration_directory(path, label) for label in page["methods"]}
         solved = {label: files.read_json(place / "calibration.json") for label, place in calibrations.items()}
-        page |= {
-            "title": f"Unlearning {benchmark.forgotten}",
-            "forgotten": benchmark.forgotten,
-            "rows": _rows(path, page, board),
-            "frequency": _frequency(path, calibrations),
-            "diagnosis": files.read_json(path / "statistics" / "diagnosis.json"),
-            "certificates": {label: saved["certificate"] for label, saved in solved.items() if saved is not None},
-        }
+        page |= {"title": f"Unlearning {benchmark.forgotten}", "forgotten": benchmark.forgotten}
+        page |= {"rows": _rows(path, page, board), "frequency": _frequency(path, calibrations)}
+        page["diagnosis"] = files.read_json(path / "statistics" / "diagnosis.json")
+        page["certificates"] = {label: s["certificate"] for label, s in solved.items() if s is not None}
     with files.replacing(path / "report.html") as temporary:
         temporary.write_text(render(page), encoding="utf-8")
     return f"report: {files.shown(path / 'report.html')}"
@@ -222,10 +203,9 @@ def _rows(path: Path, results: Mapping[str, Any], board: Scoreboard) -> list[dic
         lines, measured = files.read_lines(path / "methods" / label / "metrics.jsonl"), {}
         history = [on_test(line["evaluation"]) for line in lines if "evaluation" in line]
         for name in set.intersection(*map(set, history)) if history else ():
-            points = [evaluation[name] for evaluation in history]
-            ends = ([getattr(point, end) for point in points] for end in ("value", "low", "high"))
-            value, low, high = (read(np.array(column)) for column in ends)
-            measured[name] = Interval(value, low, high, points[0].n)
+            columns = ([getattr(point[name], end) for point in history] for end in ("value", "low", "high"))
+            value, low, high = (read(np.array(column)) for column in columns)
+            measured[name] = Interval(value, low, high, history[0][name].n)
         rest = {"reached": bool(crossing), "step": round(crossing(front.steps)) if crossing else None, "seeds": 1}
         failed = f"; failed: {result['stopped']}" if result["failed"] else ""
         rows.append(comparison_row(label, result["method"], numbers(measured), failed, **rest))

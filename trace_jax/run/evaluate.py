@@ -48,13 +48,9 @@ def main(options: argparse.Namespace) -> int:
     references = {name: scores.get(name, {}) for name in ("original", "retrained")}
     evaluator = dataclasses.replace(evaluator, **references)
     measured = {name: evaluator.measure(of_model) for name, of_model in scores.items()}
-    results = {
-        "models": as_dict(models),
-        "evaluation": as_dict(config.evaluation),
-        "measurements": {name: [m.to_json() for m in of_model] for name, of_model in measured.items()},
-        "environment": describe(),
-    }
-    write_json(path / "results.json", results)
+    results = as_dict({"models": models, "evaluation": config.evaluation})
+    results["measurements"] = {name: [m.to_json() for m in of_model] for name, of_model in measured.items()}
+    write_json(path / "results.json", results | {"environment": describe()})
     print(*(f"{name:<12}{m}" for name, of_model in measured.items() for m in of_model), sep="\n")
     print(f"results: {shown(path / 'results.json')}")
     return 0

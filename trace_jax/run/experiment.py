@@ -130,9 +130,7 @@ class ExperimentConfig(Section):
         if isinstance(self.model, PretrainedConfig):
             for name, value in (("target", self.target), ("data.vocab_size", self.data.vocab_size)):
                 if value is not None:
-                    raise ConfigError(
-                        f"{name} would have no effect: model.path names a checkpoint. Remove one of them."
-                    )
+                    raise ConfigError(f"{name} would have no effect: model.path names a checkpoint. Remove one.")
         else:
             size = self.data.vocab_size or self.model.vocab_size
             if size > self.model.vocab_size:

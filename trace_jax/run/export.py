@@ -3,6 +3,7 @@
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
@@ -80,9 +81,8 @@ def find_model(workdir: str | os.PathLike, label: str | None) -> tuple[Experimen
     if label is None and len(finished) == 1:
         label = finished[0]
     if label not in (TARGET, *finished):
-        raise ConfigError(
-            f"{path}: {label or 'no method'} is given; name one that is finished: --method={' or '.join(finished)}."
-        )
+        given = f"{path}: {label or 'no method'} is given"
+        raise ConfigError(f"{given}; name one that is finished: --method={' or '.join(finished)}.")
     if label == TARGET and isinstance(config.model, PretrainedConfig):
         return config, label, config.model.identity()
     made = path / "target" / "target.stage.json" if label == TARGET else methods / label / "unlearning.stage.json"
@@ -95,12 +95,18 @@ def export_run(
     """Exports the unlearned model of a finished run (`find_model`) to a directory. Returns where, as a sentence."""
     if label == TARGET:
         raise ConfigError("the target model isn't exported: it is what the run started from. Name a method.")
-    path = files.as_path(workdir)
-    config, label, _ = find_model(path, label)
-    progress.say(f"export of {label}: writing {output}")
-    card = model_card(config, path, label)
-    save_pretrained(load_model(config, path, label), output, card=card, overwrite=overwrite)
+    config, label, _ = find_model(workdir, label)
+    write_checkpoint(config, files.as_path(workdir), label, output, overwrite=overwrite)
     return f"export: {Path(output).resolve()}"
+
+
+def write_checkpoint(
+    config: ExperimentConfig, path: Path, label: str, output: str | os.PathLike, *, overwrite: bool, target: Any = None
+) -> None:
+    """Writes the model of `methods/LABEL` (`load_model`) with its card."""
+    progress.say(f"export of {label}: writing {output}")
+    card, model = model_card(config, path, label), load_model(config, path, label, target=target)
+    save_pretrained(model, output, card=card, overwrite=overwrite)
 
 
 def model_card(config: ExperimentConfig, workdir: Path, label: str) -> ModelCard:

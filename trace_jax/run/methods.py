@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from trace_jax.attacks.attack import Case, Context
-from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.config import as_dict, fingerprint
 from trace_jax.evaluation import fronts, routing
 from trace_jax.evaluation.intervals import Measurement
@@ -28,10 +27,9 @@ from trace_jax.routing.config import CalibrationConfig, Matching, Permuted, Rati
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
 from trace_jax.run.directory import needed, run_stage, write_results
 from trace_jax.run.experiment import ExperimentConfig, Method
-from trace_jax.run.export import UNLEARNED, load_model, model_card, save_unlearned
+from trace_jax.run.export import UNLEARNED, load_model, save_unlearned, write_checkpoint
 from trace_jax.run.prepare import Prepared, prepare, retrained_identity
-from trace_jax.unlearning.loop import Evaluated
-from trace_jax.unlearning.metrics import front_rows
+from trace_jax.unlearning.loop import Evaluated, front_rows
 from trace_jax.unlearning.trainable import chosen_experts
 from trace_jax.unlearning.unlearn import unlearn
 
@@ -75,20 +73,14 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool
     path, output = prepared.workdir, prepared.workdir / "export"
     if not output.exists():
         remove(path / "export.stage.json")
-
-    def export() -> None:
-        say(f"export of {label}: writing {output}")
-        model = load_model(config, path, label, target=prepared.target)
-        save_pretrained(model, output, card=model_card(config, path, label), overwrite=True)
-
+    export = functools.partial(write_checkpoint, config, path, label, output, target=prepared.target, overwrite=True)
     run_stage("export", path, fingerprint(models[label], "export"), f"export of {label}", export)
     return f"{text}\nexport: {shown(output)}"
 
 
 def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
-    """Calibrates, unlearns, evaluates and attacks with one method in `methods/LABEL`, or keeps what is there.
-
-    Returns the hash of everything that made the model.
+    """Calibrates, unlearns, evaluates and attacks with one method in `methods/LABEL`, or keeps what is there. Returns
+    the hash of everything that made the model.
     """
     directory, config, tasks = prepared.workdir / "methods" / label, prepared.config, prepared.evaluator.tasks
     weights, weights_id = calibrated(prepared, method.calibration, label)
@@ -124,9 +116,8 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
 
 
 def calibrated(prepared: Prepared, config: CalibrationConfig, label: str) -> tuple[RetainWeights, str]:
-    """Weights of the retain tokens, and the hash of what made them.
-
-    They are in `calibrations/HASH`, shared by all methods whose weights are the same, wherever these act.
+    """Weights of the retain tokens, and the hash of what made them: they are in `calibrations/HASH`, shared by all
+    methods whose weights are the same, wherever these act.
     """
     weighting, plain = config.weighting, as_dict(config.weighting)
     made_by = {name: value for name, value in plain.items() if name not in ("apply", "routing")}
@@ -156,30 +147,19 @@ def calibrated(prepared: Prepared, config: CalibrationConfig, label: str) -> tup
 
 def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: str, model_id: str) -> Model:
     """Unlearns, and keeps the model and how it was made (unlearned.json)."""
-    config, corpora = prepared.config, prepared.corpora
-    directory = prepared.workdir / "methods" / label
+    config, corpora, directory = prepared.config, prepared.corpora, prepared.workdir / "methods" / label
     recalibrate = None
     if method.calibration.recalibrates_every is not None:
         settings = method.calibration, prepared.target, corpora.forget, corpora.retain, prepared.mesh
         recalibrate = Recalibration(*settings, config.evaluation.batch_size)
     else:
         remove(directory / "recalibration")  # of other settings
-    unlearned = unlearn(
-        prepared.target,
-        corpora.forget,
-        corpora.retain,
-        config=method.unlearning,
-        weights=weights,
-        recalibrate=recalibrate,
-        selected=chosen_experts(method.unlearning, weights.selected, *prepared.statistics, seed=config.seed),
-        seed=config.seed,
-        mesh=prepared.mesh,
-        parallel=config.parallel,
-        directory=directory,
-        identity=model_id,
-        title=f"unlearning with {label}",
-        evaluate=_evaluation(prepared, method),
-    )
+    selected = chosen_experts(method.unlearning, weights.selected, *prepared.statistics, seed=config.seed)
+    of_weights: Any = {"weights": weights, "recalibrate": recalibrate, "selected": selected}
+    where: Any = {"mesh": prepared.mesh, "parallel": config.parallel, "directory": directory, "identity": model_id}
+    about: Any = {"seed": config.seed, "title": f"unlearning with {label}", "evaluate": _evaluation(prepared, method)}
+    data = corpora.forget, corpora.retain
+    unlearned = unlearn(prepared.target, *data, config=method.unlearning, **of_weights, **where, **about)
     save_unlearned(directory, unlearned, model_id)
     flush_lines()
     how = {"method": method.name, "label": label, "seed": config.seed}
@@ -203,9 +183,8 @@ def _evaluate(
     calibration = routing.measure_calibration(weights, *prepared.statistics)
     measured = [*prepared.evaluator.measure(scores), *routing.routing_measurements(compared)]
     measured += routing.calibration_measurements(calibration)
-    evaluated = front_rows(directory, model_id)
+    evaluated, board = front_rows(directory, model_id), prepared.board
     history = [(row["step"], [decode(Measurement, m) for m in row["evaluation"]]) for row in evaluated]
-    board = prepared.board
     results = {
         **needed(directory / UNLEARNED),
         "fronts": {s: encode(fronts.front_from_history(history, board=board, split=s)) for s in SPLITS},

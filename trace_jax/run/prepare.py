@@ -81,24 +81,22 @@ class Prepared:
 
     @functools.cached_property
     def statistics(self) -> tuple[routing.ExpertStatistics, routing.ExpertStatistics]:
-        """Expert frequencies of the target model on forget and retain data; the experts of retain tokens are kept.
-
-        Whether they differ is said before anything trains.
+        """Expert frequencies of the target model on forget and retain data, and whether they differ, said before
+        anything trains; the experts of retain tokens are kept.
         """
         directory, size = self.workdir / "statistics", self.config.evaluation.batch_size
 
         def make() -> None:
             found = []
             for name, rows in (("forget", self.corpora.forget), ("retain", self.corpora.retain)):
-                title, enough = f"routing of the {name} corpus", routing.MIN_ACTIVATIONS
+                title = f"routing of the {name} corpus"
                 batches = tracked(sequential_batches(rows, size), title, -(-len(rows) // size))
-                statistics, assignments = routing.expert_routing(
-                    self.target, batches, mesh=self.mesh, min_activations=enough
-                )
+                how = {"mesh": self.mesh, "min_activations": routing.MIN_ACTIVATIONS}
+                statistics, assignments = routing.expert_routing(self.target, batches, **how)
                 statistics.save(directory / f"{name}.npz", assignments if name == "retain" else None)
                 found.append(assignments)
-            experts, seed = self.target.config.num_experts, self.config.seed
-            diagnosis = diagnose(*found, num_experts=experts, curve=False, seed=seed)
+            experts = self.target.config.num_experts
+            diagnosis = diagnose(*found, num_experts=experts, curve=False, seed=self.config.seed)
             write_json(directory / "diagnosis.json", diagnosis.to_json())
 
         identity = fingerprint(self.model_id, "routing by document")
@@ -115,9 +113,8 @@ class Prepared:
 
     @functools.cached_property
     def original_routing(self) -> dict[str, routing.Assignments]:
-        """The target model's routing of the rows that `measure_routing` looks at.
-
-        Of forget text it is never kept on disk: most of a text can be read back from its experts (2602.04105).
+        """The target model's routing of the rows that `measure_routing` looks at. Of forget text it is never kept on
+        disk: most of a text can be read back from its experts (2602.04105).
         """
         settings, forget, retain = self.config.evaluation, self.corpora.forget, self.corpora.retain
         forget = forget.take(spread_indices(len(forget), settings.max_rows))
@@ -226,9 +223,8 @@ def retrained_identity(config: ExperimentConfig) -> str:
 
 
 def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
-    """Refuses a run whose files would not fit.
-
-    While a method trains, three of its states are on disk, and a fourth where the best is kept. Relearning trains all.
+    """Refuses a run whose files would not fit: while a method trains, three of its states are on disk, and a fourth
+    where the best is kept. Relearning trains all.
     """
     arrays, sizes, states = flatten(target.params), {}, []  # bytes by name; float32 numbers
     if config.export and not (path / "export").exists():
@@ -236,11 +232,9 @@ def _check_disk(config: ExperimentConfig, path: Path, target: Model) -> None:
     for name in config.methods:
         if not (path / "methods" / name / "results.json").exists():
             unlearning = config.method(name).unlearning
-            paths = trainable_paths(target.config, unlearning.trainable)
+            paths, rank = trainable_paths(target.config, unlearning.trainable), unlearning.trainable.rank
             sizes[name] = sum(arrays[path].nbytes for path in paths)
-            shapes: Any = [arrays[path] for path in paths]
-            if (rank := unlearning.trainable.rank) is not None:
-                shapes = factors(target.config, paths, rank).values()
+            shapes: Any = [arrays[p] for p in paths] if rank is None else factors(target.config, paths, rank).values()
             count = sum(math.prod(one.shape) for one in shapes)
             states.append((3 + unlearning.keeps_best) * (1 + unlearning.optimizer.moments) * count)
     for attack in (config.attacks.relearning, config.attacks.benign_relearning) if config.attacks else ():

@@ -1,7 +1,5 @@
-"""Several requests to forget on one model: ever larger ones (scalability), or one after the other (sustainability).
-
-MUSE (2407.06460, section 3) asks both of a method. Every step is an ordinary run directory, which continues where it
-stopped, so a series does too.
+"""Several requests to forget on one model, as MUSE (2407.06460, section 3) asks of a method: ever larger ones
+(scalability), or one after the other (sustainability). Every step is an ordinary run directory, which continues.
 """
 
 import argparse
@@ -113,29 +111,15 @@ def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) ->
         lines += [[name.replace("_", " "), m, *map(number_text, values)] for m, values in of_methods.items()]
     own = "forget text and membership are of each step's own forget set; start: the target, on those of step 1"
     table = "\n".join([f"{_TITLES[series.kind]}, {SPLIT} split", *aligned(lines, left=2), own, *notes])
-    names = ("step", "steps", "stopped", "failed", "measurements")
-    write_json(
-        path / "series.json",
-        {
-            "name": config.name,
-            "title": _TITLES[series.kind],
-            "benchmark": config.data.name,
-            "verdict": f"{len(series.forget)} steps. {own[0].upper()}{own[1:]}.",
-            "kind": series.kind,
-            "forget": series.forget,
-            "steps": [
-                {
-                    "step": number,
-                    "directory": os.fspath(directory.relative_to(path)),
-                    "references": results["references"],
-                    "methods": {m: {name: results["methods"][m][name] for name in names} for m in methods},
-                }
-                for number, methods, directory, results in runs
-            ],
-            "scores": encode(scores),
-            "table": table,
-        },
-    )
+    names, told = ("step", "steps", "stopped", "failed", "measurements"), []
+    for number, methods, directory, results in runs:
+        of_methods = {m: {name: results["methods"][m][name] for name in names} for m in methods}
+        where = {"step": number, "directory": os.fspath(directory.relative_to(path))}
+        told.append({**where, "references": results["references"], "methods": of_methods})
+    saved: dict[str, Any] = {"name": config.name, "title": _TITLES[series.kind], "benchmark": config.data.name}
+    saved["verdict"] = f"{len(series.forget)} steps. {own[0].upper()}{own[1:]}."
+    saved |= {"kind": series.kind, "forget": series.forget, "steps": told, "scores": encode(scores), "table": table}
+    write_json(path / "series.json", saved)
     write_json(path / "environment.json", describe())
     return f"{table}\n\nseries: {shown(path / 'series.json')}\n{write_report(path)}"
 

@@ -47,9 +47,8 @@ class Trial(NamedTuple):
 
 
 def trials(config: ExperimentConfig) -> Iterator[Trial]:
-    """Every run of the study, cheapest information first: all methods of a seed and setting before the next.
-
-    A setting is a point of the grid over everything that its objective is tuned over.
+    """Every run of the study, cheapest information first: all methods of a seed and setting (a point of the grid over
+    everything that its objective is tuned over) before the next.
     """
     study = config.study
     for seed, (objective, given) in itertools.product(study.seeds, (study.objectives or {"": {}}).items()):
@@ -111,9 +110,8 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
 
 
 def _start_worker(counter, workers: int) -> None:
-    """Pins the process to its share of the cores before JAX starts its threads: side by side beats interleaved.
-
-    A worker ends with its parent, however that ends; left alone it would wait for work for ever.
+    """Pins the process to its share of the cores before JAX starts its threads: side by side beats interleaved. It ends
+    with its parent, however that ends; left alone it would wait for work for ever.
     """
     keep_freed_memory()
     parent = multiprocessing.parent_process()
@@ -174,24 +172,14 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
         kinds = itertools.product(config.evaluation.levels, READINGS)
         comparisons[objective] = [comparison.compare(group, level=level, reading=r, **settings) for level, r in kinds]
     of = {objective: {"objective": objective} if objective else {} for objective in runs}
-    write_json(
-        path / "study.json",
-        {
-            "name": config.name,
-            "title": f"Study: unlearning {config.data.forgotten}",
-            "benchmark": config.data.name,
-            "board": encode(board),
-            "forgotten": config.data.forgotten,
-            "rows": _rows(comparisons),
-            "comparisons": [of[objective] | encode(c) for objective, cs in comparisons.items() for c in cs],
-            "seconds_per_step": {method: float(np.median(values)) for method, values in seconds.items()},
-            "runs": [
-                of[objective] | {"method": r.method, "setting": r.setting, "seed": r.seed, "test": encode(r.test)}
-                for objective, group in runs.items()
-                for r in group
-            ],
-        },
-    )
+    forgotten, names = config.data.forgotten, ("method", "setting", "seed", "test")
+    study = {"name": config.name, "title": f"Study: unlearning {forgotten}", "benchmark": config.data.name}
+    study |= {"board": encode(board), "forgotten": forgotten, "rows": _rows(comparisons)}
+    study["comparisons"] = [of[objective] | encode(c) for objective, cs in comparisons.items() for c in cs]
+    study["seconds_per_step"] = {method: float(np.median(values)) for method, values in seconds.items()}
+    told = ((of[objective], r) for objective, group in runs.items() for r in group)
+    study["runs"] = [which | {name: encode(getattr(r, name)) for name in names} for which, r in told]
+    write_json(path / "study.json", study)
     tables, texts = [], []
     for objective, compared in comparisons.items():
         tables += [f"## {objective}"] * bool(objective) + list(map(comparison.as_markdown, compared))

@@ -1,11 +1,12 @@
-"""Settings of unlearning. Those of an objective, an optimizer and the rules of a run stand beside what reads them."""
+"""Settings of unlearning. Those of an objective and of an optimizer stand beside what reads them."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from trace_jax.config import ConfigError, Section, Variant, option
 from trace_jax.routing import config as routing
-from trace_jax.unlearning.loop import Rules
 from trace_jax.unlearning.objectives import Objective, RepSelect, Steering
 from trace_jax.unlearning.optimizer import SGD, AdamW, OptimizerConfig
 
@@ -28,9 +29,7 @@ class Covering(Experts, routing.Cumulative, name="cumulative"):
     """ESFT's own choice: the fewest experts of a layer that cover `mass`, whatever the retain set uses."""
 
     critical: ClassVar = False
-    mass: float = option(
-        0.15, help="share p of the forget activations to cover; 0.15 is SEUF's ESFT baseline", minimum=0.0, maximum=1.0
-    )
+    mass: float = option(0.15, help="share of forget activations; 0.15: SEUF's ESFT baseline", minimum=0.0, maximum=1.0)
 
 
 class Trainable(Variant):
@@ -115,10 +114,7 @@ class RetainKL(RetainLoss, name="kl"): ...
 class RetainHidden(RetainLoss, name="hidden"):
     """|h - h_ref|^2 / D at the output of a layer (RMU's retain term, 2403.03218)."""
 
-    layer: int = option(
-        0, help="layer (from 1) whose output is compared; 0 = the one that the objective steers, else the first",
-        minimum=0,
-    )  # fmt: skip
+    layer: int = option(0, help="layer (from 1) whose output is compared; 0 = the steered one, or 1", minimum=0)
 
 
 class Grip(Variant):
@@ -132,20 +128,69 @@ class NoGrip(Grip, name="none"): ...
 
 class GripProject(Grip, name="project"):
     tokens: int = option(1024, help="retain tokens whose routing is protected", minimum=1)
-    null: float = option(
-        1e-2, help="directions of protected inputs with a smaller squared singular value are not protected", minimum=0.0
-    )
-    margin: float = option(
-        1e-2, help="by how much the score of an expert that was not chosen stays below those that were", minimum=0.0
-    )
+    null: float = option(1e-2, help="smallest squared singular value of inputs that is protected", minimum=0.0)
+    margin: float = option(1e-2, help="by how much scores of other experts stay below the chosen ones'", minimum=0.0)
     sweeps: int = option(100, help="most sweeps over protected inputs after a step", minimum=0)
 
 
 class GripRealign(Grip, name="realign"):
     tokens: int = option(16_384, help="retain tokens whose routing is protected", minimum=1)
-    ridge: float = option(
-        1e-6, help="ridge of the realignment, relative to the mean square of a router's inputs", minimum=0.0
-    )
+    ridge: float = option(1e-6, help="of the realignment, relative to the inputs' mean square", minimum=0.0)
+
+
+class Keep(Variant):
+    """Which state is the result: that which the run ends with, or that of the evaluation with the highest utility among
+    those that forgot enough; where there is none, that with the lowest forgetting.
+    """
+
+
+class KeepLast(Keep, name="last"): ...
+
+
+class KeepBest(Keep, name="best_utility"):
+    forgetting: float = option(help="forgetting on validation that a state must be at or below")
+
+
+class Rules(Section):
+    """What is asked of the evaluations of a run."""
+
+    stop_forgetting: float | None = option(None, help="end the run once forgetting on validation is at or below this")
+    stop_utility: float | None = option(None, help="end the run once mean utility on validation is below this")
+    keep: Keep = option("last", help="the state that is the result: the last, or the evaluated one of highest utility")
+
+    @property
+    def keeps_best(self) -> bool:
+        return isinstance(self.keep, KeepBest)
+
+    @property
+    def needs_evaluation(self) -> bool:
+        return self.keeps_best or self.stop_forgetting is not None or self.stop_utility is not None
+
+    def check(self, step: int, evaluated: Any) -> None:
+        """Raises ValueError where a rule needs a number that an evaluation does not give."""
+        for name, rule in (("forgetting", self.stop_forgetting), ("utility", self.stop_utility)):
+            if (self.keeps_best or rule is not None) and getattr(evaluated, name) is None:
+                raise ValueError(
+                    f"the evaluation at step {step} gives no {name}, which stop_forgetting, stop_utility or keep "
+                    "reads; let `evaluate` return an `Evaluated` with it, or remove the rule."
+                )
+
+    def stops(self, step: int, evaluated: Any) -> str:
+        """Why the run ends at an `Evaluated` state, or nothing."""
+        if self.stop_forgetting is not None and evaluated.forgetting <= self.stop_forgetting:
+            reached = f"reached stop_forgetting {self.stop_forgetting:g}"
+            return f"forgetting {evaluated.forgetting:.4g} {reached} at step {step}"
+        if self.stop_utility is not None and evaluated.utility < self.stop_utility:
+            return f"utility {evaluated.utility:.4g} fell below stop_utility {self.stop_utility:g} at step {step}"
+        return ""
+
+    def best(self, evaluations: Mapping[int, Any]) -> int:
+        """The step whose state is the result, of those with an `Evaluated` each; of equals the first."""
+        bound = self.keep.forgetting if isinstance(self.keep, KeepBest) else -math.inf
+        reached = [step for step, evaluated in evaluations.items() if evaluated.forgetting <= bound]
+        if reached:
+            return max(reached, key=lambda step: evaluations[step].utility)
+        return min(evaluations, key=lambda step: evaluations[step].forgetting)
 
 
 class UnlearningConfig(Rules, OptimizerConfig):
@@ -170,13 +215,9 @@ class UnlearningConfig(Rules, OptimizerConfig):
         help="preset, or path patterns of trainable parameters; down_projections for RMU, else all",
     )
     grip: Grip = option("none", help="whether and how routers are held to retain routing")
-    epochs: float = option(
-        0.0, help="instead of steps: how often the rows of epoch_anchor are gone through; 0 = steps", minimum=0.0
-    )
+    epochs: float = option(0.0, help="instead of steps: passes over the rows of epoch_anchor; 0 = steps", minimum=0.0)
     epoch_anchor: str = option("forget", help="whose rows epochs counts", choices=("forget", "retain"))
-    steps: int = option(
-        lambda config: 0 if config.epochs else 60, help="optimizer steps; 60 unless epochs is given", minimum=0
-    )
+    steps: int = option(lambda config: 0 if config.epochs else 60, help="optimizer steps; 60 without epochs", minimum=0)
     forget_batch_size: int = option(8, help="forget rows per step", minimum=1)
     retain_batch_size: int = option(16, help="retain rows per step", minimum=1)
     evaluate_every: int = option(4, help="steps between evaluations", minimum=1)
@@ -196,22 +237,18 @@ class UnlearningConfig(Rules, OptimizerConfig):
         if isinstance(self.retain_loss, RetainHidden):
             steered = self.layer or 1
             if self.retain_loss.layer not in (0, steered):
-                raise ConfigError(
-                    f"retain_loss.layer is {self.retain_loss.layer}, and the objective steers layer {steered}; one "
-                    "layer is looked at. Leave out retain_loss.layer."
-                )
+                own = f"retain_loss.layer is {self.retain_loss.layer}, and the objective steers layer {steered}"
+                raise ConfigError(f"{own}; one layer is looked at. Leave out retain_loss.layer.")
             object.__setattr__(self, "retain_loss", RetainHidden(steered))
         if bool(self.epochs) == bool(self.steps):
             raise ConfigError(
-                f"steps is {self.steps} and epochs is {self.epochs:g}; a run has one length. Set one of them to 0."
+                f"steps is {self.steps} and epochs is {self.epochs:g}; a run has one length. Set one to 0."
             )
         if self.epoch_anchor == "retain" and not (self.epochs and self.retains):
             missing = "epochs is not set" if not self.epochs else "there is no retain term"
             raise ConfigError(f"epoch_anchor = 'retain' would have no effect: {missing}. Leave it out.")
         if isinstance(self.objective, RepSelect) and (self.weight_decay or self.optimizer not in (AdamW(), SGD(0.0))):
-            raise ConfigError(
-                "optimizer and weight_decay would have no effect: objective 'repselect' takes plain steps."
-            )
+            raise ConfigError("optimizer and weight_decay would have no effect: 'repselect' takes plain steps.")
 
     @property
     def optimization(self) -> OptimizerConfig:

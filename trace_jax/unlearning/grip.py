@@ -51,9 +51,8 @@ LEAST_COSINE = 0.95  # of a layer's scores before and after, for its realignment
 class Protection:
     """What the routers of L layers must keep. W is D, or D + 1 where the router's bias trains.
 
-    The basis is what takes memory: 4 L E W R bytes in float32, R the largest number of directions that any expert
-    must keep, at most min(W, n). With n inputs of which a share K/E chose each expert, and twice that the busiest one,
-    it is about 8 n K L W bytes (n 1024, K 8, L 48, W 2048: 6 GiB), split over the devices as far as they divide E.
+    The basis takes 4 L E W R bytes, with R <= min(W, n) the most directions that an expert must keep: about 8 n K L W
+    where the busiest one is chosen twice as often as the mean (n 1024, K 8, L 48, W 2048: 6 GiB), split over devices.
     """
 
     inputs: Any  # [L, n, W] protected inputs, in the model's type
@@ -70,10 +69,10 @@ def grip_hooks(
     model that comes of it, and rows about what was protected, or realigned, in each layer). `original`: before the run.
     """
     grip = config.grip
-    if retain is None or not isinstance(grip, (GripProject, GripRealign)):
-        return None, lambda model: (model, None)
-    if isinstance(grip, GripRealign):
+    if retain is not None and isinstance(grip, GripRealign):
         return None, lambda model: realign(original, model, retain, grip, mesh=mesh)
+    if retain is None or not isinstance(grip, GripProject):
+        return None, lambda model: (model, None)
     bias = BIAS in trainable_paths(original.config, config.trainable)
     protection, table = retain_protection(original, retain, grip, bias=bias, seed=seed, mesh=mesh)
 
@@ -162,10 +161,9 @@ def check_router(config: ModelConfig, training: Collection[str]) -> None:
 def retain_protection(
     model: Model, retain: Rows, grip: GripProject, *, bias: bool, seed: int, mesh: Mesh
 ) -> tuple[Protection, list[dict]]:
-    """(the protection of the original model's routers on retain text, on the mesh; one row per layer about it).
-
-    A row has the layer (of the network, from 0), how many tokens are protected, and the share `free` of directions in
-    which an expert's row of the router may still move, mean over experts. bias: the routers' bias trains as well.
+    """(the protection of the original model's routers on retain text, on the mesh; one row per layer about it: its
+    number in the network, from 0, how many tokens are protected, and the share `free` of directions in which an
+    expert's row of the router may still move, mean over experts). bias: the routers' bias trains as well.
     """
     inputs, scores, indices = read_routers(model, spread_tokens(retain, grip.tokens), mesh=mesh)
     reads = np.pad(inputs, ((0, 0), (0, 0), (0, int(bias))), constant_values=1)
@@ -185,9 +183,8 @@ def protect(
     inputs: np.ndarray, scores: np.ndarray, indices: np.ndarray, config: ModelConfig, grip: GripProject, *,
     correction: np.ndarray | None = None, seed: int,
 ) -> Protection:  # fmt: skip
-    """The protection, as numpy arrays, of what the original model's routers read of retain text, [L, n, W] (with a last
-    1 where the bias trains), scored, f32 [L, n, E], and chose, i32 [L, n, K]. correction: f32 [L, E], added to scores
-    for choosing, where the model has it.
+    """Protection, in numpy, of what the original model's routers read of retain text, [L, n, W] (with a last 1 where
+    the bias trains), scored, f32 [L, n, E], and chose, i32 [L, n, K], with the correction f32 [L, E] if there is one.
     """
     bases, bounds = [], []
     for layer, x in enumerate(inputs.astype(np.float64)):
@@ -207,7 +204,7 @@ def protect(
 
 def headroom(scores: np.ndarray, indices: np.ndarray, config: ModelConfig, correction: np.ndarray | None) -> np.ndarray:
     """f64 [n, E]: by how much each score may rise until its expert draws level with the last chosen one, tau; infinite
-    where no score is high enough. With a correction, what compares is scores (or their sigmoids) plus it.
+    where no score is high enough. A correction is added to scores (or their sigmoids) before.
     """
     corrected, offset = correction is not None, 0.0 if correction is None else correction[None]
     sigmoids = corrected and config.router_score == "sigmoid"
@@ -221,12 +218,10 @@ def headroom(scores: np.ndarray, indices: np.ndarray, config: ModelConfig, corre
 
 def span(inputs: np.ndarray, null: float) -> np.ndarray:
     """f64 [W, r]: left singular vectors of inputs' [m, W] with squared singular value above `null`."""
-    if len(inputs) >= inputs.shape[1]:
-        squares, vectors = np.linalg.eigh(inputs.T @ inputs)
-        return vectors[:, squares > null]
-    squares, vectors = np.linalg.eigh(inputs @ inputs.T)  # the smaller of the two
-    large = squares > null
-    return inputs.T @ (vectors[:, large] / np.sqrt(squares[large]))
+    wide = len(inputs) < inputs.shape[1]
+    squares, vectors = np.linalg.eigh(inputs @ inputs.T if wide else inputs.T @ inputs)  # the smaller of the two
+    squares, vectors = squares[squares > null], vectors[:, squares > null]
+    return inputs.T @ (vectors / np.sqrt(squares)) if wide else vectors
 
 
 # --- A. after a step, on the devices in float32
@@ -243,9 +238,8 @@ def keep_routers(
     arrays: Mapping[str, jax.Array], original: Mapping[str, jax.Array], protection: Protection, step, *, mesh: Mesh
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """(flat parameters with routers nearby that keep what is protected, by how much a bound is still missed f32 []).
-
-    Every device of the mesh constrains its share of the experts, one layer after the other: beside one layer's inputs
-    in float32 and [E, n] scores of it nothing is held. Deterministic given the protection's seed and `step` i32 [].
+    Each device constrains its share of the experts, layer by layer: beside one layer's inputs in float32 and scores
+    [E, n] of it nothing is held. Deterministic given the protection's seed and `step` i32 [].
     """
     bias, num_experts = protection.inputs.shape[-1] > original[ROUTER].shape[1], original[ROUTER].shape[2]
     specs = protection_specs(num_experts, mesh)
@@ -318,12 +312,10 @@ def constrained_row(
 def realign(
     original: Model, current: Model, retain: Rows, grip: GripRealign, *, mesh: Mesh
 ) -> tuple[Model, list[dict]]:
-    """`current` with routers that score retain text as those of `original` do, and one row per layer about it.
-
-    From the first layer with a router to the last: each is realigned to inputs that corrected routers have made. A
-    layer costs one pass of both models over the tokens. Biases of routers are realigned with them. A correction is kept
-    if the cosine of scores before and after is at least `LEAST_COSINE`. A row has the layer (of the network, from 0),
-    whether that was so, and the cosines of the original's scores with those after and before the correction.
+    """`current` with routers, and their biases, that score retain text as those of `original` do, and one row per layer
+    about it: its number in the network, from 0, whether the correction was kept (`LEAST_COSINE`), and the cosines of
+    the original's scores with those after and before it. From the first layer to the last, one pass of both models
+    each: every router is realigned to inputs that corrected routers have made.
     """
     config, rows = original.config, spread_tokens(retain, grip.tokens)
     if rows.valid.sum() < config.hidden_size:

@@ -104,12 +104,9 @@ def forget_sampler(topics: np.ndarray, config: UnlearningConfig, *, seed: int) -
 def cached_reference(
     directory: Path, identity: str, model: Model, forget: Rows, refusals: Rows | None, *, mesh: Mesh, batch_size: int
 ) -> dict[str, np.ndarray]:
-    """-log p of every token of the rows under `model`, which every epoch would compute again: f32 [N, S] by name in
-    `StepRows`. From `directory` if the run of this identity left it there.
-    """
-    file, sets = directory / "reference.npz", {"reference_nll": forget}
-    if refusals is not None:
-        sets["refusal_reference_nll"] = refusals
+    """-log p of every token of the rows under `model`, f32 [N, S] by name in `StepRows`; kept in `directory`."""
+    file = directory / "reference.npz"
+    sets = {"reference_nll": forget} | ({} if refusals is None else {"refusal_reference_nll": refusals})
 
     def stored() -> dict[str, np.ndarray]:
         if not file.exists():
@@ -144,7 +141,7 @@ def steering_target(model: Model, forget: Rows, config: UnlearningConfig, *, see
     if isinstance(objective, RMU):
         return directions * objective.steering
     lengths, step, sampler = np.zeros(topics, np.float32), 0, forget_sampler(forget.domain, config, seed=seed)
-    missing = set(np.unique(forget.domain).tolist())
+    missing = set(forget.domain.tolist())
     while missing:
         rows, step = forget.take(sampler(step)), step + 1
         for topic in missing & set(rows.domain.tolist()):
@@ -170,8 +167,8 @@ def with_steps(config: UnlearningConfig, forget: Rows, retain: Rows | None) -> U
     """The settings with `steps` in place of `epochs`, now that the rows of an epoch are known."""
     if not config.epochs:
         return config
-    sides = {"forget": (forget, config.forget_batch_size), "retain": (retain or (), config.retain_batch_size)}
-    rows, batch = sides[config.epoch_anchor]
+    rows: Any = retain if config.epoch_anchor == "retain" else forget
+    batch = getattr(config, f"{config.epoch_anchor}_batch_size")
     steps = math.ceil(config.epochs * len(rows) / batch - 1e-9)  # 0.1 of 30 rows is 3, and a little in floating point
     return dataclasses.replace(config, steps=max(1, steps), epochs=0.0, epoch_anchor="forget")
 

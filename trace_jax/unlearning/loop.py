@@ -1,8 +1,12 @@
-"""The training loop: resumable, interruptible, never ends in NaN; and the rules by which it ends early."""
+"""The training loop: resumable, interruptible, never ends in NaN; and what it writes along a run: metrics.jsonl, a line
+for each step and each evaluation, and items.npz, what each item of the evaluations gave: "steps" i64 [T], "identity",
+and arrays [T, N] by name.
+"""
 
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -15,20 +19,19 @@ import numpy as np
 from flax import struct
 
 from trace_jax.checkpoints.state import StateStore
-from trace_jax.config import Section, Variant, option
-from trace_jax.io.files import flush_lines
+from trace_jax.io import files
 from trace_jax.io.progress import progress, say
 from trace_jax.io.signals import Interrupted, Interruption
-from trace_jax.parallel.processes import broadcast_from_process_0
-from trace_jax.unlearning.metrics import Metrics
+from trace_jax.parallel.processes import broadcast_from_process_0, is_main
+from trace_jax.unlearning.config import Rules
+
+_FILE, _ITEMS = "metrics.jsonl", "items.npz"
 
 
 @struct.dataclass
 class TrainState:
-    """What changes while training.
-
-    A bfloat16 weight has 8 significant bits: a usual step, 1e-5 on a weight of 0.02, would be rounded away. So the
-    optimizer keeps float32, and the loss sees it rounded to the model's type.
+    """What changes while training. The optimizer keeps float32, and the loss sees it rounded to the model's type: a
+    bfloat16 weight has 8 significant bits, and a usual step, 1e-5 on a weight of 0.02, would be rounded away.
     """
 
     step: jax.Array  # i32 []
@@ -37,10 +40,7 @@ class TrainState:
     alpha: Any = None  # f32 [], the coefficient of the retain loss, where the objective adapts it
 
 
-@dataclasses.dataclass(frozen=True)
-class LoopResult:
-    """The outcome of a run."""
-
+class LoopResult(NamedTuple):
     trainable: dict[str, Any]  # float32, of the state that is kept
     step: int  # after which the run was in that state
     stopped: str  # why it ended before its last step, or ""
@@ -49,10 +49,8 @@ class LoopResult:
 
 
 class Hook(NamedTuple):
-    """What a loop calls beside its steps: `call(n, trained)` after step n, for every multiple n of `every`.
-
-    It may not hold on to the arrays. `resumed(n)`, if there is one, is called before anything else where a run
-    continues after step n, so that what an earlier call left is read again.
+    """What a loop calls beside its steps: `call(n, trained)` after step n, for every multiple n of `every`; it may not
+    hold on to the arrays. `resumed(n)` is called first where a run continues after step n, to read what a call left.
     """
 
     every: int
@@ -60,8 +58,7 @@ class Hook(NamedTuple):
     resumed: Callable[[int], None] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluated:
+class Evaluated(NamedTuple):
     """What an evaluation gave: `rows` (JSON) for metrics.jsonl, and the two numbers that rules read, where measured."""
 
     rows: Any
@@ -75,63 +72,6 @@ class Stop(NamedTuple):
 
     reason: str
     failed: bool
-
-
-class Keep(Variant):
-    """Which state is the result: that which the run ends with, or that of the evaluation with the highest utility among
-    those that forgot enough; where there is none, that with the lowest forgetting.
-    """
-
-
-class KeepLast(Keep, name="last"): ...
-
-
-class KeepBest(Keep, name="best_utility"):
-    forgetting: float = option(help="forgetting on validation that a state must be at or below")
-
-
-class Rules(Section):
-    """What is asked of the evaluations of a run."""
-
-    stop_forgetting: float | None = option(
-        None, help="end the run once forgetting, measured on validation, is at or below this"
-    )
-    stop_utility: float | None = option(None, help="end the run once mean utility on validation is below this")
-    keep: Keep = option("last", help="the state that is the result: the last, or the evaluated one of highest utility")
-
-    @property
-    def needs_evaluation(self) -> bool:
-        return self.keeps_best or self.stop_forgetting is not None or self.stop_utility is not None
-
-    @property
-    def keeps_best(self) -> bool:
-        return isinstance(self.keep, KeepBest)
-
-    def check(self, step: int, evaluated: Evaluated) -> None:
-        """Raises ValueError where a rule needs a number that an evaluation does not give."""
-        for name, rule in (("forgetting", self.stop_forgetting), ("utility", self.stop_utility)):
-            if (self.keeps_best or rule is not None) and getattr(evaluated, name) is None:
-                raise ValueError(
-                    f"the evaluation at step {step} gives no {name}, which stop_forgetting, stop_utility or keep "
-                    "reads; let `evaluate` return an `Evaluated` with it, or remove the rule."
-                )
-
-    def stops(self, step: int, evaluated: Any) -> str:
-        """Why the run ends at an `Evaluated` state, or nothing."""
-        if self.stop_forgetting is not None and evaluated.forgetting <= self.stop_forgetting:
-            reached = f"reached stop_forgetting {self.stop_forgetting:g}"
-            return f"forgetting {evaluated.forgetting:.4g} {reached} at step {step}"
-        if self.stop_utility is not None and evaluated.utility < self.stop_utility:
-            return f"utility {evaluated.utility:.4g} fell below stop_utility {self.stop_utility:g} at step {step}"
-        return ""
-
-    def best(self, evaluations: Mapping[int, Any]) -> int:
-        """The step whose state is the result, of those with an `Evaluated` each; of equals the first."""
-        bound = self.keep.forgetting if isinstance(self.keep, KeepBest) else -np.inf
-        reached = [step for step, evaluated in evaluations.items() if evaluated.forgetting <= bound]
-        if reached:
-            return max(reached, key=lambda step: evaluations[step].utility)
-        return min(evaluations, key=lambda step: evaluations[step].forgetting)
 
 
 @dataclasses.dataclass
@@ -173,10 +113,8 @@ class Loop:
 
         `inputs` depends on i alone, so that a resumed run repeats the uninterrupted one. It runs in a thread of its
         own, one step ahead, and returns arrays that are where the step wants them: the step itself is not allowed to
-        move any. Step i+1 is dispatched before the metrics of step i are read.
-
-        Raises:
-          Interrupted: a signal asked to stop. What was done until then is saved, and the same call continues.
+        move any. Step i+1 is dispatched before the metrics of step i are read. Where a signal asks to stop, what was
+        done until then is saved, and Interrupted is raised; the same call continues.
         """
         about = {"identity": self.identity, "seed": self.seed}
         self._start, self._metrics = start, Metrics(self.directory, self.identity)
@@ -242,9 +180,8 @@ class Loop:
         return done, state, stop, seconds / timed if timed > 0 and not (stop and stop.failed) else math.nan
 
     def _after(self, step: int, state: TrainState, asked: int) -> Stop | None:
-        """Evaluates, saves and refreshes what is due after a step; returns why the run ends here, or None.
-
-        If `asked`, or a signal came while evaluating, it saves and raises: the state is evaluated on continuing.
+        """Evaluates, saves and refreshes what is due after a step; returns why the run ends here, or None. If `asked`,
+        or a signal came while evaluating, it saves and raises: the state is evaluated on continuing.
         """
         stop = None
         if self.should_evaluate(step) and not asked:
@@ -298,7 +235,7 @@ class Loop:
             return Stop(f"the evaluation at step {step} failed: {error}", True)
         result = result if isinstance(result, Evaluated) else Evaluated(result)
         self.rules.check(step, result)
-        self._evaluations[step] = dataclasses.replace(result, rows=None, items=None)
+        self._evaluations[step] = result._replace(rows=None, items=None)
         if result.items:
             self._metrics.write_items(step, result.items)
         numbers = {"forgetting": result.forgetting, "utility": result.utility}
@@ -334,7 +271,7 @@ class Loop:
         return step, self._start() if state is None else state
 
     def _save(self, step: int, state: TrainState) -> None:
-        flush_lines()
+        files.flush_lines()
         self._store.save(step, state)
         self._signals.unsaved = False
 
@@ -346,10 +283,8 @@ class Loop:
 
 
 def _one_ahead(inputs: Callable, indices: range, waits: Callable[[int], bool]) -> Generator[tuple[int, Any]]:
-    """(i, inputs(i)) in order; a thread makes the next while the caller works on one. Its errors are raised here.
-
-    Inputs of which `waits(i)` is true are not made ahead, but when the caller asks for them. The thread ends with the
-    generator: close it where the loop may end early.
+    """(i, inputs(i)) in order; a thread makes the next while the caller works on one, unless `waits(i)`. Its errors are
+    raised here, and it ends with the generator: close it where the loop may end early.
     """
     with ThreadPoolExecutor(1, "inputs") as pool:
         following = None
@@ -358,3 +293,74 @@ def _one_ahead(inputs: Callable, indices: range, waits: Callable[[int], bool]) -
             ahead = index + 1 in indices and not waits(index + 1)
             following = pool.submit(inputs, index + 1) if ahead else None
             yield index, current.result()
+
+
+# --- what is written along a run
+
+
+class Metrics:
+    """The lines and items of one run, `identity`, in `directory`. Process 0 alone reads and writes them."""
+
+    def __init__(self, directory: Path, identity: str):
+        self._directory, self._path, self._identity = directory, directory / _FILE, identity
+
+    def trim(self, done: int) -> list[dict]:
+        """Drops what other runs wrote, and what belongs to steps after `done`, which comes again. Returns the lines."""
+        if not is_main():
+            return []
+        self.write_items(done + 1 if done else 0, {})
+        own = [row for row in files.read_lines(self._path) if row.get("identity") == self._identity] if done else []
+        rows = [row for row in own if row["step"] <= done]
+        with files.replacing(self._path) as temporary:
+            temporary.touch()
+            for row in rows:
+                files.append_line(temporary, row)
+        return rows
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether there is a line of `step` with a value of that name, of whichever run; process 0 alone knows."""
+        return is_main() and any(row["step"] == step and name in row for row in files.read_lines(self._path))
+
+    def write(self, step: int, **values) -> None:
+        """Adds a line."""
+        if is_main():
+            files.append_line(self._path, {"step": step, "identity": self._identity, **values})
+
+    def write_items(self, step: int, items: Mapping[str, np.ndarray]) -> None:
+        """Drops what is there of `step` and later ones, and adds what each item gave at `step`, if there is anything:
+        arrays [N] of the same names and lengths every time.
+        """
+        if not is_main():
+            return
+        steps, before = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
+        arrays = {name: list(values[steps < step]) for name, values in {"steps": steps, **before}.items()}
+        if items:
+            more = {"steps": step, **items}
+            arrays = {name: [*arrays.get(name, ()), np.asarray(value)] for name, value in more.items()}
+        if not arrays["steps"]:
+            files.remove(self._directory / _ITEMS)
+            return
+        stacked: dict[str, Any] = {name: np.stack(values) for name, values in arrays.items()}
+        with files.replacing(self._directory / _ITEMS) as temporary:
+            np.savez_compressed(temporary, identity=np.array(self._identity), **stacked)
+
+
+def read_items(
+    directory: str | os.PathLike, identity: str | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
+    """Steps i64 [T] of a run's evaluations, and what each item gave at them, [T, N] by name; None if that is not kept,
+    or is of another run than `identity`.
+    """
+    path = files.as_path(directory) / _ITEMS
+    if not path.exists():
+        return None
+    with files.local_copy(path) as local, np.load(local, allow_pickle=False) as file:
+        items = dict(file)
+    steps, identity_of = items.pop("steps"), str(items.pop("identity"))
+    return (steps, items) if identity in (None, identity_of) else None
+
+
+def front_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:
+    """Evaluations of a run in the order of its steps: [{"step", "evaluation": {...}}]."""
+    rows = files.read_lines(files.as_path(directory) / _FILE)
+    return [row for row in rows if "evaluation" in row and identity in (None, row.get("identity"))]

@@ -1,10 +1,9 @@
-"""What a device computes from its rows: forward passes of both models, forget and retain losses, their gradient.
-
-Every loss is a sum that is added over devices and divided by a count of the whole batch, so that the numbers do not
-depend on how rows are split.
+"""What a device computes from its rows: forward passes of both models, forget and retain losses, their gradient. A loss
+is a sum over all devices, divided by a count of the whole batch: numbers do not depend on how rows are split.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -142,10 +141,8 @@ def _forget_inputs(
 
 def _masks(rows: StepRows) -> ForgetInputs:
     """What the objective looks at before any model has read it."""
-    masks = ForgetInputs(rows.forget.valid, rows.forget.segments)
-    if rows.refusals is None:
-        return masks
-    return masks._replace(refusal_valid=rows.refusals.valid, refusal_segments=rows.refusals.segments)
+    of = {} if rows.refusals is None else {f"refusal_{n}": getattr(rows.refusals, n) for n in ("valid", "segments")}
+    return ForgetInputs(rows.forget.valid, rows.forget.segments, **of)
 
 
 def _retain_counts(rows: Batch, objective: Objective, settings: StepSettings) -> jax.Array:
@@ -212,20 +209,18 @@ def anchor_loss(
     """f32 [], the sum over valid tokens bool [B, S] and over the layers that have a target expert.
 
     SEUF (2411.18797) unlearns in a few experts that forget tokens are routed to (preset "seuf" of `trainable`); this
-    keeps the tokens on them, so that the forget loss doesn't fall by routing elsewhere. By `form`:
+    keeps the tokens on them, so that the forget loss doesn't fall by routing elsewhere. With a = 1 for target experts,
+    `index` i32 [L, N] (E stands for none), and 0 for others, by `form`:
 
-    - "sum", the paper's equation 3: |g - a|^2 summed over experts; g is the router's probability of the chosen experts
-      and 0 for the others, a is 1 for target experts and 0 for the others.
+    - "sum", the paper's equation 3: |g - a|^2 summed over experts; g is the probability of those chosen, else 0.
     - "mean", its released code: the mean over experts of (s - a)^2, s the probability of all experts, chosen or not.
 
     probabilities: f32 [L, B, S, E], of the router, not renormalised over the chosen experts, indices i32 [L, B, S, K].
-    index: i32 [L, N], the target experts; E stands for none.
     """
-    num_experts = probabilities.shape[-1]
-    target = jax.nn.one_hot(index, num_experts, dtype=bool).any(axis=1)
+    one_hot = functools.partial(jax.nn.one_hot, num_classes=probabilities.shape[-1], dtype=bool)
+    target = one_hot(index).any(axis=1)
     if form == "sum":
-        chosen = jax.nn.one_hot(indices, num_experts, dtype=bool).any(axis=-2)
-        probabilities = jnp.where(chosen, probabilities, 0.0)
+        probabilities = jnp.where(one_hot(indices).any(axis=-2), probabilities, 0.0)
     error = jnp.square(probabilities - target.astype(jnp.float32)[:, None, None, :])
     of_layer = error.mean(-1) if form == "mean" else error.sum(-1)
     return jnp.where(valid[None] & target.any(axis=-1)[:, None, None], of_layer, 0.0).sum()
@@ -240,16 +235,16 @@ def gradient(
     corpus: so its expectation is exactly the reweighted loss at any batch size (`normalize` "batch" does otherwise).
     Its coefficient is `alpha` where that changes, else that of `constants`.
     """
-    numbers, objective = constants.numbers, settings.objective.with_numbers(constants.numbers)
-    number = settings.parallel.microbatches
+    numbers, number = constants.numbers, settings.parallel.microbatches
+    objective = settings.objective.with_numbers(numbers)
     counts = {"anchor": rows.forget.valid, "forget": objective.counts(_masks(rows))}
     if rows.retain is not None:
         counts["retain"] = _retain_counts(rows.retain, objective, settings)
         if settings.normalize == "batch":
             counts["retain"] *= jnp.where(rows.retain.valid, rows.weights, 1.0)
     counts = {name: jax.lax.psum(count.astype(jnp.float32).sum(), BATCH_AXES) for name, count in counts.items()}
-    factors = {"forget": numbers["gamma"], "retain": numbers.get("alpha") if alpha is None else alpha}
-    factors["anchor"] = numbers.get("anchor")
+    retained = numbers.get("alpha") if alpha is None else alpha
+    factors = {"forget": numbers["gamma"], "retain": retained, "anchor": numbers.get("anchor")}
 
     def loss(trainable, part):
         sums, dropped = _sums(trainable, constants, objective, part, settings)

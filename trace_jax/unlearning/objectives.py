@@ -36,9 +36,7 @@ def form_option(*codes: str) -> Any:
 class Referring(Section):
     """Objectives that compare log-probabilities with the original model's."""
 
-    cache_reference: bool = option(
-        False, help="compute the original model's log-probabilities of the forget rows once, and keep them on disk"
-    )
+    cache_reference: bool = option(False, help="compute the original model's log-probabilities once, and keep them")
 
 
 class Refusing(Section):
@@ -57,9 +55,7 @@ class _Ascent(Section):
     which stops pushing one that is forgotten instead of letting it dominate the step.
     """
 
-    nll_ceiling: float = option(
-        0.0, help="mean NLL (nats) past which a document is no longer pushed; 0 = none", minimum=0.0
-    )
+    nll_ceiling: float = option(0.0, help="mean NLL (nats) where pushing a document ends; 0 = none", minimum=0.0)
     source: ClassVar[str] = "2401.06121"
 
     def loss(self, inputs):
@@ -93,9 +89,7 @@ class RepSelect(Objective, name="repselect"):
     """-mean nll_t, of which one collapsed gradient makes all steps (`trace_jax.unlearning.repselect`)."""
 
     components: int = option(512, help="singular components of each matrix's gradient that are collapsed", minimum=1)
-    adversary_rate: float = option(
-        5.0, help="learning rate of the factors that are taught the forget set before; 0 = none", minimum=0.0
-    )
+    adversary_rate: float = option(5.0, help="learning rate of the factors taught before; 0 = none", minimum=0.0)
     source = "2606.17168"
     retains, usual_retain_loss = False, "none"
     usual_trainable = "layers/experts/gate_up"
@@ -343,16 +337,12 @@ class PDU(Objective, name="pdu"):
 
     def completed(self, retain_loss):
         if retain_loss == "none":
-            raise ConfigError(
-                "retain_loss is 'none'; objective 'pdu' holds the retain loss below a bound and needs one."
-            )
+            raise ConfigError("retain_loss is 'none'; objective 'pdu' bounds the retain loss and needs one.")
         if self.retain_bound > 0:
             return self
         if retain_loss != "kl":
-            raise ConfigError(
-                f"objective.retain_bound is needed when retain_loss is {retain_loss!r}: the largest mean retain loss "
-                "that is accepted, for example the original model's plus 0.05."
-            )
+            bound = "the largest mean retain loss that is accepted, for example the original model's plus 0.05"
+            raise ConfigError(f"objective.retain_bound is needed when retain_loss is {retain_loss!r}: {bound}.")
         return dataclasses.replace(self, retain_bound=0.05)
 
     def next_alpha(self, alpha, step, retain_loss):

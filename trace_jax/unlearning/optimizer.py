@@ -90,9 +90,7 @@ class OptimizerConfig(Section):
     @property
     def optimization(self) -> "OptimizerConfig":
         """The optimizer's settings alone."""
-        return OptimizerConfig(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(OptimizerConfig)}
-        )
+        return OptimizerConfig(*(getattr(self, field.name) for field in dataclasses.fields(OptimizerConfig)))
 
 
 class TrainingConfig(OptimizerConfig):
@@ -127,9 +125,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer that `config` names. `axes` by path (`ArraySpec.axes`) say where the matrices of parameters are.
 
-    What `masks` (by path) freeze stays bit-identical. Gradients are masked first, so that the clipping norm is that of
-    what trains. Updates are masked last: masking gradients alone would let weight decay and old momentum move frozen
-    experts.
+    What `masks` (by path) freeze stays bit-identical: gradients are masked first, so that the clipping norm is that of
+    what trains, and updates last, so that weight decay and old momentum don't move frozen experts.
     """
     masked = optax.identity()
     if masks is not None:
@@ -158,9 +155,8 @@ def groups(axes: tuple[str, ...]) -> list[list[int]]:
 
 
 def orthogonal(axes: tuple[str, ...]) -> bool:
-    """Whether Muon orthogonalises the updates of an array: whether it is of matrices inside the network. A row of the
-    embedding or the head belongs to one token, most of which a step never sees, and a column of the router to one
-    expert: an orthogonal update would move them all alike.
+    """Whether Muon orthogonalises an array's updates: of matrices inside the network. A row of embedding or head is of
+    one token, which most steps never see, and a column of the router of one expert: it would move them all alike.
     """
     return len(groups(axes)) == 2 and not {"vocab", "router"} & set(axes)
 
@@ -178,9 +174,8 @@ def _matrices(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[Callable, 
         return array.transpose(order).reshape(apart_shape) if array.shape == shape else array
 
     def together(array: jax.Array) -> jax.Array:
-        if array.shape != apart_shape:
-            return array
-        return array.reshape([shape[d] for d in order]).transpose(np.argsort(order).tolist())
+        back = np.argsort(order).tolist()
+        return array.reshape([shape[d] for d in order]).transpose(back) if array.shape == apart_shape else array
 
     def mapped(function: Callable) -> Callable:
         for _ in stacked:
@@ -191,10 +186,9 @@ def _matrices(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[Callable, 
 
 
 def per_matrix(transform: optax.GradientTransformation, axes: Axes) -> optax.GradientTransformation:
-    """`transform` of each matrix, or vector, of every parameter by itself; the state is a dict by path.
-
-    Stacked dimensions are mapped over (`jax.vmap`) and never merged, so that arrays stay spread over devices along
-    them; they come first in the state's arrays. Those of a parameter's own size have its shape.
+    """`transform` of each matrix, or vector, of every parameter by itself; the state is a dict by path. Stacked
+    dimensions are mapped over (`jax.vmap`) and never merged, so that arrays stay spread over devices along them; they
+    come first in the state's arrays. Those of a parameter's own size have its shape.
     """
 
     def matrices(tree: Mapping[str, Any]) -> dict[str, tuple[Callable, Callable, Callable]]:

@@ -71,10 +71,7 @@ def set_up(
     index = None if selected is None else trainable.selected_index(selected)
     numbers = np.int32(seed), np.float32(config.alpha) if config.objective.next_alpha else None
     static: Any = {"paths": paths, "rank": config.trainable.rank, "settings": settings, "mesh": mesh}
-
-    def start(c: Constants) -> TrainState:
-        return _unlearning_state(c.original, c.index, c.masks, *numbers, **static)
-
+    start = functools.partial(_unlearning_state, *numbers, **static)
     return settings, Constants(original, index, masks, coefficients(config)), start
 
 
@@ -93,9 +90,9 @@ def initial_state(trained: Flat, settings: StepSettings, mesh: Mesh) -> TrainSta
 
 
 @functools.partial(jax.jit, static_argnames=("paths", "rank", "settings", "mesh"))
-def _unlearning_state(original, index, masks, seed, alpha, *, paths, rank, settings: StepSettings, mesh) -> TrainState:
-    trained = trainable.split(original, paths, settings.model, mesh, index=index, rank=rank, seed=seed)
-    return fresh_state(trained, masks, alpha, settings=settings, mesh=mesh)
+def _unlearning_state(seed, alpha, c: Constants, *, paths, rank, settings: StepSettings, mesh: Mesh) -> TrainState:
+    trained = trainable.split(c.original, paths, settings.model, mesh, index=c.index, rank=rank, seed=seed)
+    return fresh_state(trained, c.masks, alpha, settings=settings, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "mesh"))
@@ -127,10 +124,8 @@ def state_shardings(state: Any, settings: StepSettings, mesh: Mesh) -> Any:
             return NamedSharding(mesh, spec)
         pairs = enumerate(zip(leaf.shape, shape, strict=False))
         same = next((d for d, (size, other) in pairs if size != other), min(len(leaf.shape), len(shape)))
-        entries = list(spec[:same])
-        while entries and entries[-1] is None:
-            entries.pop()
-        return NamedSharding(mesh, P(*entries))
+        used = max((d + 1 for d, entry in enumerate(spec[:same]) if entry is not None), default=0)
+        return NamedSharding(mesh, P(*spec[:used]))
 
     return jax.tree_util.tree_map_with_path(one, state)
 
@@ -168,9 +163,8 @@ def training_step(state: TrainState, batch: Batch, *, settings: StepSettings, lo
         balance = model.num_experts * (frequency * probability).sum(-1).mean()
         return mean + load_balance * balance, {"loss": mean, "balance": balance}
 
-    specs = param_specs(model, mesh)
-    in_specs, of_device = (specs, P(BATCH_AXES)), jax.grad(loss, has_aux=True)
-    sharded = jax.shard_map(of_device, mesh=mesh, in_specs=in_specs, out_specs=(specs, P()))
+    specs, of_device = param_specs(model, mesh), jax.grad(loss, has_aux=True)
+    sharded = jax.shard_map(of_device, mesh=mesh, in_specs=(specs, P(BATCH_AXES)), out_specs=(specs, P()))
     gradients, metrics = sharded(state.trainable, batch)
     state, norm = apply_gradients(state, gradients, settings, None, mesh)
     return state, {**metrics, "gradient_norm": norm}
@@ -197,16 +191,14 @@ def unlearning_step(state: TrainState, constants: Constants, rows: StepRows, *, 
         gradients, metrics = batch_gradient(state.trainable, state.alpha, constants, rows, settings=settings, mesh=mesh)
     state, norm = apply_gradients(state, gradients, settings, constants.masks, mesh)
     if constants.protection is not None:
-        trained, metrics["grip_missed"] = keep_routers(
-            state.trainable, constants.original, constants.protection, state.step, mesh=mesh
-        )
+        held = constants.original, constants.protection, state.step
+        trained, metrics["grip_missed"] = keep_routers(state.trainable, *held, mesh=mesh)
         state = dataclasses.replace(state, trainable=trained)
         state = jax.lax.with_sharding_constraint(state, state_shardings(state, settings, mesh))
     if state.alpha is not None:
         metrics["alpha"] = state.alpha
-        objective = settings.objective.with_numbers(constants.numbers)
-        alpha = objective.next_alpha(state.alpha, state.step, metrics["retain_loss"])
-        state = dataclasses.replace(state, alpha=alpha)
+        following = settings.objective.with_numbers(constants.numbers).next_alpha
+        state = dataclasses.replace(state, alpha=following(state.alpha, state.step, metrics["retain_loss"]))
     return state, {**metrics, "gradient_norm": norm}
 
 
@@ -234,8 +226,7 @@ def train_on(
     seed: int, mesh: Mesh, directory: Path, identity: str, title: str,
 ) -> None:  # fmt: skip
     """Trains all parameters of a model, which is not changed, on `batch_at(step)`; continues if interrupted, and ends
-    if it diverges. `evaluate` is called with the parameters at the end; what it returns is in `directory`
-    (`trace_jax.unlearning.metrics.front_rows`).
+    if it diverges. What `evaluate` makes of the parameters at the end is in `directory` (`loop.front_rows`).
     """
     evaluation = Hook(steps, lambda _, trained: evaluate(_params(trained, model.config)))
     loop = Loop(directory, identity, steps, steps, title, evaluation, seed=seed, evaluate_first=False)

@@ -62,8 +62,8 @@ def chosen_experts(
     config: UnlearningConfig, calibrated: np.ndarray | None, forget: ExpertStatistics, retain: ExpertStatistics, *,
     seed: int,
 ) -> np.ndarray | None:  # fmt: skip
-    """bool [L, E], the experts that train as `config.trainable.experts` says; None where not only some experts train.
-    calibrated: bool [L, E], those that the calibration of the retain weights selected.
+    """bool [L, E], the experts that train as `config.trainable.experts` says (`calibrated`: those that the calibration
+    of the retain weights selected); None where not only some experts train.
     """
     rule = config.trainable.experts
     if rule is None or isinstance(rule, Calibrated):
@@ -92,9 +92,8 @@ def update_masks(
 ) -> dict[str, np.ndarray] | None:  # fmt: skip
     """f32 masks by path that multiply (broadcast) the updates of stacked arrays; None when all of every array trains.
 
-    Args:
-      layers: (first, last), layers of the network counted from 1, inclusive; only these train.
-      selected: bool [L, E], the experts whose rows alone train; of all else (routers) only their layers train.
+    layers: (first, last), layers of the network counted from 1, inclusive; only these train.
+    selected: bool [L, E], the experts whose rows alone train; of all else (routers) only their layers train.
     """
     if layers is None and (selected is None or all(map(is_of_experts, paths))):
         return None
@@ -205,13 +204,11 @@ def split(
         rows = jnp.where(inside.reshape(*index.shape, *(1,) * (array.ndim - 2)), rows, 0)
         return sum_over(rows, EXPERT) if here < model.num_experts else rows
 
-    specs, result = param_specs(model, mesh), {}
-    for path in paths:
-        if index is None or not is_of_experts(path):
-            result[path] = original[path]
-        else:
-            sides = {"in_specs": (specs[path], P()), "out_specs": _on_all_experts(specs[path])}
-            result[f"{path}/{_ROWS}"] = jax.shard_map(cut, mesh=mesh, **sides)(original[path], index)
+    specs, rows = param_specs(model, mesh), [path for path in paths if index is not None and is_of_experts(path)]
+    result = {path: original[path] for path in paths if path not in rows}
+    for path in rows:
+        sides = {"in_specs": (specs[path], P()), "out_specs": _on_all_experts(specs[path])}
+        result[f"{path}/{_ROWS}"] = jax.shard_map(cut, mesh=mesh, **sides)(original[path], index)
     return result
 
 
@@ -244,9 +241,7 @@ def merge(
     elif subtract:
         paths = tuple(path.removesuffix(f"/{_ROWS}") for path in trained)
         first = split(original, paths, model, mesh, index=index)
-        trained = {
-            path: first[path].astype(jnp.float32) * (1.0 + subtract) - subtract * leaf for path, leaf in trained.items()
-        }
+        trained = {p: first[p].astype(jnp.float32) * (1.0 + subtract) - subtract * x for p, x in trained.items()}
     current = current_params(trained, original, index, scale)
     deltas = {path: leaf for path, leaf in current.items() if isinstance(leaf, Delta)}
     return {**current, **(_merged(deltas, model=model, mesh=mesh) if deltas else {})}

@@ -24,9 +24,8 @@ from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.config import Calibrated, GripRealign, UnlearningConfig
 from trace_jax.unlearning.grip import grip_hooks, with_realigned
 from trace_jax.unlearning.inputs import Inputs, batch_text, cached_reference, steering_target, with_steps
-from trace_jax.unlearning.loop import Hook, Loop
+from trace_jax.unlearning.loop import Hook, Loop, Metrics
 from trace_jax.unlearning.losses import Constants
-from trace_jax.unlearning.metrics import Metrics
 from trace_jax.unlearning.objectives import Referring, Refusing, RepSelect, Steering
 from trace_jax.unlearning.repselect import forget_direction
 from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
@@ -134,9 +133,8 @@ def unlearn(
     unlearned, table = finish(model_of(result.trainable))
     if table is not None and isinstance(config.grip, GripRealign):
         trained = with_realigned(trained, table)
-    return Unlearned(
-        unlearned, result.step, config.steps, result.stopped, result.failed, trained, result.seconds_per_step, table
-    )
+    how = result.step, config.steps, result.stopped, result.failed, trained, result.seconds_per_step, table
+    return Unlearned(unlearned, *how)
 
 
 def _check(
@@ -145,9 +143,8 @@ def _check(
 ) -> None:  # fmt: skip
     """Raises a ConfigError or ValueError that says what does not fit together (arguments as in `unlearn`)."""
     if config.retains and retain is None:
-        raise ConfigError(
-            f"objective {config.objective.name!r} has a retain term; give retain rows, or set retain_loss to 'none'."
-        )
+        name = config.objective.name
+        raise ConfigError(f"objective {name!r} has a retain term; give retain rows, or set retain_loss to 'none'.")
     if config.grip.name != "none" and retain is None:
         raise ConfigError(f"grip {config.grip.name!r} holds on to the routing of retain text; give retain rows.")
     for name, rows in (("forget", forget), ("retain", retain)):
@@ -155,8 +152,7 @@ def _check(
             raise ValueError(f"the {name} rows hold no token that can be predicted; the data is too short.")
     if config.needs_evaluation and evaluate is None:
         raise ConfigError(
-            "stop_forgetting, stop_utility and keep are about evaluations, and there are none; give `evaluate`, or "
-            "leave them out."
+            "stop_forgetting, stop_utility and keep read evaluations; give `evaluate`, or leave them out."
         )
     if weights is not None and weights.online:
         config.check_online()
@@ -174,11 +170,10 @@ def _check(
         raise ValueError(f"selected is {selected.shape}; the model has {shape} (layers with experts, experts).")
     layers = [model.config.moe_layers[i] + 1 for i in np.flatnonzero(selected.any(axis=1))]
     if isinstance(config.objective, Steering) and layers[0] > config.layer:
-        where = ", ".join(map(str, layers))
         raise ConfigError(
             f"objective {config.objective.name!r} steers the output of layer {config.layer}, and the selected experts "
-            f"are in layers {where}, above it: they would learn nothing. Set unlearning.objective.layer to {layers[0]} "
-            "or more."
+            f"are in layers {', '.join(map(str, layers))}, above it: they would learn nothing. Set "
+            f"unlearning.objective.layer to {layers[0]} or more."
         )
 
 
@@ -186,12 +181,10 @@ def recalibration(
     solve: Recalibration, weights: RetainWeights, model_of: Callable[[Any], Model],
     use: Callable[[RetainWeights], None], *, directory: Path, identity: str, title: str,
 ) -> Hook:  # fmt: skip
-    """Solves retain weights anew while a run goes on, and keeps them on disk so that a continued run has the same.
-
-    Every recalibration has a directory of its own, `recalibration/step-NNNNNN`: the weights from step NNNNNN on (see
-    `RetainWeights.save`), then drift.json, without which they do not count. The drift is also a line of metrics.jsonl.
-
-    weights: those in force; `use` is called with those that replace them. model_of: the model of trained arrays.
+    """Solves retain weights anew while a run goes on, and keeps them on disk so that a continued run has the same: in
+    `recalibration/step-NNNNNN`, the weights from step NNNNNN on (see `RetainWeights.save`), then drift.json, without
+    which they do not count. The drift is also a line of metrics.jsonl. `use` is called with those that replace
+    `weights`; `model_of` makes the model of trained arrays.
     """
     metrics = Metrics(directory, identity)
 
