@@ -1,8 +1,7 @@
 """Scoring by likelihood: of rows, of the options of questions, of sequences of any length, of continuations of texts.
 
 One function scores everything. It gathers the hidden states at the positions that are scored before the output head
-runs, so that a question pays for the logits of its options only. lm-eval and the quick multiple-choice score along a
-run both go through `score_texts`, so that they agree question by question.
+runs, so that a question pays for the logits of its options only.
 """
 
 import dataclasses

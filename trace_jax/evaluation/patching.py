@@ -1,7 +1,4 @@
-"""Which experts carry what unlearning did: what returns when originals are put back, read on the scoreboard's items.
-
-Every model is read on the same items, so that differences are paired. docs/evaluation.md defines every number.
-"""
+"""Which experts carry what unlearning did: what returns when originals are put back, by the scoreboard's items."""
 
 import dataclasses
 import fnmatch

@@ -91,10 +91,7 @@ class QuestionAccuracy(Task):
         return measurements
 
     def outcomes(self, scores: TaskScores, original: TaskScores | None, retrained) -> dict[str, np.ndarray]:
-        """`question` (the group that it stands or falls with) and `correct`.
-
-        Questions, as rows of text, are named by a hash of their tokens: the same number is the same item in every run.
-        """
+        """`question`, a hash of the group that it stands or falls with, the same in every run, and `correct`."""
         outcomes = {}
         for (split, subject), correct in self._correct(scores):
             questions = self.data[split, subject]
@@ -122,10 +119,7 @@ class TextLikelihood(Task):
     quick = True
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
-        """`nll` f64 [N], sum over the scored tokens of each row, and their number, `tokens` f64 [N].
-
-        Sets of equal row length share their batches.
-        """
+        """`nll` f64 [N], sum over the scored tokens of each row, and their number, `tokens` f64 [N]."""
         arrays, lines = {}, []
         scores = _scored_together(self.data, lambda rows: score_rows(model, rows, batch_size=batch_size, mesh=mesh))
         for (split, subject), by_token in scores.items():

@@ -108,9 +108,9 @@ def routing_quantities(
 ) -> dict[str, dict[str, Any]]:
     """Every quantity of the two corpora that comes from text, by name, with 95 % intervals from a bootstrap over rows.
 
-    Each has `value`, `low`, `high` and `bias`, f64 [L], and `mean`, the same of the mean over layers, whose interval
-    resamples all layers together; ends are NaN where there are too few rows to say. Names of what is of one corpus end
-    in "_forget" and "_retain"; what the original model gives on the same rows ends in "_original".
+    Each has `value`, `low`, `high` and `bias`, f64 [L], and `mean`, the same of the mean over layers, resampled
+    together; ends are NaN where there are too few rows to say. Names end in "_forget" and "_retain" where they are of
+    one corpus, and in "_original" where they are of the original model.
 
     Gaps, divergences, entropies and dead experts of a finite sample are biased: corpora look more different, loads less
     even and more experts dead than on endless text. So this is the basic bootstrap interval, 2 value - (resampled

@@ -48,10 +48,7 @@ class TextConfig(DataConfig, name="text", kw_only=True):
         return (self.forget,) if isinstance(self.forget, str) else self.forget
 
     def build(self) -> Benchmark:
-        """Forget text is trained on whole; of retain ("general") and neighbour text whole documents are held out.
-
-        A retain or neighbour set of one or two long documents is split at paragraph ends first (logged).
-        """
+        """Forget text is trained on whole; of retain ("general") and neighbour text whole documents are held out."""
         if not self.forget_sources:
             raise DataError("forget is an empty list; name at least one source to forget.")
         topics = [read_source(path, min_length=self.min_length) for path in self.forget_sources]
