@@ -90,17 +90,15 @@ class _Dual:
                 break  # solved, or the descent is lost in rounding
             step = self._step(self.curvature(scores, weights), gradient, rho)
             along, slope = self.features @ step[:-1] + step[-1], gradient @ step
-            size, trial = 1.0, None
-            while size > 1e-12:
+            for size in 0.5 ** np.arange(40):
                 trial = multipliers + size * step[:-1], intercept + size * step[-1], scores + size * along
                 of_trial = weight_of(trial[2], self.divergence, self.max_weight)
                 new = self._value(rho, *trial, of_trial)
                 if new <= value + 1e-4 * size * slope + 1e-14 * max(1.0, abs(value)):
+                    (multipliers, intercept, scores), weights, value = trial, of_trial, new
                     break
-                size /= 2
-            if size <= 1e-12:
-                break
-            (multipliers, intercept, scores), weights, value = trial, of_trial, new
+            else:
+                break  # no step is downhill any more
         size, missed = effective_sample_size(weights, self.base), float(np.linalg.norm(mean - self.target))
         return Balance(multipliers, float(intercept), weights, rho, iteration, norm, size, missed)
 
@@ -207,7 +205,8 @@ def closest_match(
             above, x = x, x - stride
         if excess(x, size) < 0:
             below, x = x, above
-            found.append(solve(brentq(excess, below, above, args=(size,), xtol=1e-12)))
+            root: Any = brentq(excess, below, above, args=(size,), xtol=1e-12)
+            found.append(solve(root))
         else:
             found.append(solve(x))
     return found
@@ -247,7 +246,8 @@ def concentrated(scores: np.ndarray, base: np.ndarray, *, size: float, max_weigh
     def excess(b: float) -> float:
         return effective_sample_size(powered(b), base) - size
 
-    return powered(1.0 if excess(1.0) >= 0 else brentq(excess, 0.0, 1.0, xtol=1e-12))
+    power: Any = 1.0 if excess(1.0) >= 0 else brentq(excess, 0.0, 1.0, xtol=1e-12)
+    return powered(power)
 
 
 # --- the units that are weighted, as features

@@ -147,7 +147,7 @@ def retain_weights(
             "statistics of another corpus were given."
         )
 
-    if isinstance(weighting, settings.Uniform):
+    if not isinstance(weighting, settings.Weighted):
         return RetainWeights(np.ones(retain_statistics.tokens), valid)
     if not isinstance(weighting, (settings.Matching, settings.RatioWeights)):
         tokens = controls.weights_without_experts(weighting, model, forget, retain, mesh=mesh, batch_size=batch_size)
