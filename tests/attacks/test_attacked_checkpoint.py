@@ -2,9 +2,7 @@
 
 import math
 
-import tiny_checkpoints
-
-from trace_jax.data.rows import train_tokenizer
+from tests.run.toy import SMALL, save_checkpoint
 from trace_jax.io.files import read_json
 from trace_jax.main import main
 
@@ -17,33 +15,15 @@ ATTACKS = {
     "prompting": {"examples": [1], "prefixes": [0.5]},
 }
 MARKS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-SETTINGS = {
-    "model.dtype": "bfloat16",
-    "data.row_length": 32,
-    "unlearning.steps": 2,
-    "unlearning.learning_rate": 1e-2,
-    "unlearning.warmup_steps": 0,
-    "unlearning.evaluate_every": 2,
-    "evaluation.max_rows": 4,
-    "evaluation.max_prompts": 2,
-    "evaluation.max_members": 4,
-    "evaluation.max_gradients": 0,
-    "evaluation.bootstrap": 100,
-    "methods": ("uniform",),
-    "export": None,
-    "attacks": ATTACKS,
-}
+SETTINGS = {**SMALL, "model.dtype": "bfloat16", "methods": ("uniform",), "export": None, "attacks": ATTACKS}
+EVALUATION = {"max_rows": 4, "max_prompts": 2, "max_members": 4, "patching": True}
+SETTINGS |= {f"evaluation.{name}": value for name, value in EVALUATION.items()}
 
 
 def test_an_imported_model_is_attacked_in_every_way(data, tmp_path, monkeypatch, request):
     """The checkpoint stands for the retrained model too."""
     monkeypatch.chdir(request.config.rootpath)
-    checkpoint = tmp_path / "model"
-    checkpoint.mkdir()
-    model = tiny_checkpoints.build("deepseek_v3", vocab_size=320, max_position_embeddings=128, **MARKS)
-    tiny_checkpoints.save(model, "deepseek_v3", checkpoint)
-    tokenizer = train_tokenizer(["river stone apple cloud lamp tiger violin harbour window"] * 3, 320)
-    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    checkpoint = save_checkpoint(tmp_path / "model", "deepseek_v3", max_position_embeddings=128, **MARKS)
     files = {f"data.{name}": str(data / f"{name}.jsonl") for name in ("forget", "retain")}
     overrides = {**SETTINGS, "model.path": str(checkpoint), "model.retrained": str(checkpoint), **files}
     arguments = [f"--config.{name}={value}" for name, value in overrides.items()]

@@ -12,12 +12,8 @@ from trace_jax.io.files import read_json
 from trace_jax.run.methods import run
 
 TRAINING = {"steps": [1, 2], "batch_size": 2, "learning_rate": 1e-2}
-ATTACKS = {
-    "relearning": TRAINING,
-    "benign_relearning": TRAINING,
-    "quantization": {"bits": [4], "blocks": []},
-    "router_swap": {},
-}
+ROUNDING = {"bits": [4], "blocks": []}
+ATTACKS = {"relearning": TRAINING, "benign_relearning": TRAINING, "quantization": ROUNDING, "router_swap": {}}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,12 +31,9 @@ def attacked(data, tmp_path_factory):
 
 def test_every_attack_is_a_line_of_the_results(attacked):
     results = numbers(attacked)["methods"]["uniform"]
-    assert {name: [p["at"] for p in a["points"]] for name, a in results["attacks"].items()} == {
-        "relearning": ["1 steps", "2 steps"],
-        "benign_relearning": ["1 steps", "2 steps"],
-        "quantization": ["4 bits"],
-        "router_swap": ["original routers"],
-    }
+    lengths, others = ["1 steps", "2 steps"], {"quantization": ["4 bits"], "router_swap": ["original routers"]}
+    points = {name: [p["at"] for p in a["points"]] for name, a in results["attacks"].items()}
+    assert points == {"relearning": lengths, "benign_relearning": lengths, **others}
     usual = {(m["name"], m["split"]) for m in results["measurements"] if not m["name"].startswith(("routing", "cal"))}
     usual -= {("router_drift", "train")}
     for name, attack in results["attacks"].items():
@@ -49,13 +42,11 @@ def test_every_attack_is_a_line_of_the_results(attacked):
         for point in attack["points"]:
             assert {(m["name"], m["split"]) for m in point["measurements"]} == usual
             assert all(m["n"] > 0 and m["low"] <= m["value"] <= m["high"] for m in point["measurements"])
-            (value,) = (
-                m["value"] for m in point["measurements"] if m["name"] == attack["measure"] and m["split"] == "test"
-            )
-            values.append(value)
+            read = {(m["name"], m["split"]): m["value"] for m in point["measurements"]}
+            values.append(read[attack["measure"], "test"])
         assert values[attack["strongest"]] == max(values)
         assert attack == read_json(attacked / "methods/uniform/attacks" / f"{name}.json")
-    assert results["attacks"]["quantization"]["settings"] == {"bits": [4], "blocks": []}
+    assert results["attacks"]["quantization"]["settings"] == ROUNDING
 
 
 def test_the_report_shows_before_after_and_every_attack(attacked):
@@ -69,10 +60,8 @@ def test_the_report_shows_before_after_and_every_attack(attacked):
 
 def test_only_what_changed_is_attacked_again(data, attacked, tmp_path):
     path = shutil.copytree(attacked, tmp_path / "run")
-    files = {
-        name: path / "methods/uniform" / name
-        for name in ("model.safetensors", "results.json", "attacks/relearning.json", "attacks/quantization.json")
-    }
+    names = "model.safetensors", "results.json", "attacks/relearning.json", "attacks/quantization.json"
+    files = {name: path / "methods/uniform" / name for name in names}
     before = {name: file.stat().st_mtime_ns for name, file in files.items()}
     changed = {**ATTACKS, "quantization": {"bits": [4], "blocks": ["nf4"]}}
     run(experiment(data, methods=["uniform"], attacks=changed), path)

@@ -19,7 +19,7 @@ from trace_jax.evaluation.probes import Memorization, probe_tasks
 from trace_jax.evaluation.task import EvaluationConfig, Evaluator, MultipleChoiceConfig, TaskScores
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.model import Model, Source
-from trace_jax.parallel.mesh import ParallelConfig
+from trace_jax.parallel.mesh import PLAIN
 from trace_jax.tasks import wmdp
 from trace_jax.tasks.handbook import HandbookConfig
 from trace_jax.tasks.text import TextConfig
@@ -91,14 +91,12 @@ def handbook():
 
 
 def make_case(data, corpora, unlearned, original, directory, *, tasks=()):
-    config = ModelConfig(vocab_size=2048)
-    models = [Model(config, params, corpora.tokenizer) for params in (original, unlearned)]
+    models = [Model(ModelConfig(vocab_size=2048), params, corpora.tokenizer) for params in (original, unlearned)]
     probes = {"validation": corpora.validation, "test": corpora.test}
     probes = probe_tasks(probes, SETTINGS, accuracies=data.board.questions, identity="probes")
     evaluator = Evaluator(SETTINGS, (*probes, *tasks))
-    mesh = ParallelConfig().mesh()
-    shared = directory / "shared"
-    context = Context(Prompting(), models[0], corpora, data, data.board, evaluator, mesh, 3, shared, "shared", dict)
+    where = PLAIN.mesh(), 3, directory / "shared", "shared", dict
+    context = Context(Prompting(), models[0], corpora, data, data.board, evaluator, *where)
     return Case(context, models[1], directory, "known")
 
 
@@ -186,10 +184,8 @@ def names_in(text):
 def test_examples_of_one_split_are_from_the_other(case, own, tmp_path):
     _, tasks = forms_of(Prompting(examples=(2,)), case("lost"))[0]
     corpora = case("lost").context.corpora
-    asked = {
-        key: [text.split("\n\n") for text in asked_of(questions, corpora.tokenizer)]
-        for key, questions in tasks[0].data.items()
-    }
+    texts = {key: asked_of(questions, corpora.tokenizer) for key, questions in tasks[0].data.items()}
+    asked = {key: [text.split("\n\n") for text in several] for key, several in texts.items()}
     for split, other in (("test", "validation"), ("validation", "test")):
         for subject in ("forget", "neighbour"):
             there = {name for *_, query in asked[other, subject] for name in names_in(query)}
@@ -230,10 +226,8 @@ def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowher
 
     def score(model, texts, **_):
         """Knows every answer; what it refuses, it refuses in these words alone."""
-        return [
-            (float(answer == right[text.split("\n\n")[-1]] and text not in model.params.refused), False)
-            for text, answer in texts
-        ]
+        told = ((text not in model.params.refused, text.split("\n\n")[-1], answer) for text, answer in texts)
+        return [(float(answers and answer == right[asked]), False) for answers, asked, answer in told]
 
     monkeypatch.setattr(wmdp, "score_texts", score)
     refuses = Mind({}, refused=frozenset(q.context for q in task.questions))
@@ -257,11 +251,8 @@ def own(data):
 
 def test_continuations_of_text_recover_what_was_only_refused(minds, own, tmp_path):
     config, corpora, paraphrases = own
-    chunks = [
-        tuple(row[segments == s].tolist())
-        for row, segments in zip(corpora.forget.tokens, corpora.forget.segments, strict=True)
-        for s in range(1, segments.max() + 1)
-    ]
+    rows = zip(corpora.forget.tokens, corpora.forget.segments, strict=True)
+    chunks = [tuple(row[of == s].tolist()) for row, of in rows for s in range(1, of.max() + 1)]
     parts = (corpora.validation, corpora.test)
     prompts = frozenset(tuple(p) for probes in parts for p in probes.prompts["forget"].prompt.tolist())
     knows, refuses, lost = Mind({}, tuple(chunks)), Mind({}, tuple(chunks), prompts), Mind({})

@@ -41,12 +41,10 @@ def test_the_layout_of_a_question_behind_examples(vocabulary):
     examples = result.prompt.split("\n\n")
     assert sorted(examples[:2]) == ["Glue holds stone", "Salt melts ice"] and examples[2:] == ["Wax holds"]
     questions = encode_questions(vocabulary, [result])
-    for option, (tokens, segments, scored) in enumerate(
-        zip(questions.tokens[0], questions.segments[0], questions.scored[0], strict=True)
-    ):
-        n = segments.sum()
-        assert decoded(vocabulary, tokens[:n]) == f"<bos>{result.prompt}{asked.options[option]}"
-        assert decoded(vocabulary, tokens[1:][scored[:-1]]) == asked.options[option]
+    arrays = questions.tokens[0], questions.segments[0], questions.scored[0]
+    for option, tokens, segments, scored in zip(asked.options, *arrays, strict=True):
+        assert decoded(vocabulary, tokens[: segments.sum()]) == f"<bos>{result.prompt}{option}"
+        assert decoded(vocabulary, tokens[1:][scored[:-1]]) == option
 
 
 def test_the_layout_of_a_question_behind_what_else_is_known_of_its_group():
@@ -57,12 +55,8 @@ def test_the_layout_of_a_question_behind_what_else_is_known_of_its_group():
         Item("B lies in", (" Rome", " Oslo"), 0, 2),
     ]
     half, all_of_it = (prompting.items_with_statements(items, share) for share in (0.5, 0.75))
-    assert [item.prompt for item in half] == [
-        "A is made of tin. A lies in",
-        "A lies in Oslo. A is made of",
-        "A lies in Oslo. A holds",
-        "B lies in",
-    ]
+    prompts = "A is made of tin. A lies in", "A lies in Oslo. A is made of", "A lies in Oslo. A holds", "B lies in"
+    assert tuple(item.prompt for item in half) == prompts
     assert all_of_it[2].prompt == "A lies in Oslo. A is made of tin. A holds"
     assert [dataclasses.replace(h, prompt=i.prompt) for h, i in zip(half, items, strict=True)] == items
 
@@ -92,9 +86,8 @@ def test_a_share_of_a_chunk_is_given_and_the_rest_is_to_come():
 
 def test_paraphrases_are_cut_where_their_texts_meet(vocabulary, tmp_path):
     rows = [{"prompt": "Wax", "continuation": " holds light"}, {"question": "Salt melts", "answer": " ice.", "id": 3}]
-    result = prompting.written_prompts(
-        prompting.read_paraphrases(tiny.write_lines(tmp_path / "own.jsonl", rows)), vocabulary
-    )
+    pairs = prompting.read_paraphrases(tiny.write_lines(tmp_path / "own.jsonl", rows))
+    result = prompting.written_prompts(pairs, vocabulary)
     beginnings = [decoded(vocabulary, row[:n]) for row, n in zip(result.prompt, result.lengths[:, 0], strict=True)]
     assert beginnings == ["<bos>Wax", "<bos>Salt melts"]
     assert [decoded(vocabulary, t) for t in result.unpadded(result.continuation)] == [" holds light", " ice."]

@@ -64,11 +64,9 @@ def test_mistakes_write_nothing_and_nothing_else_is_replaced(arguments, tmp_path
 
 
 def test_a_checkpoint_routes_texts_and_counts_alone_are_kept(data, tmp_path, capsys):
-    checkpoint, texts = (
-        save_checkpoint(tmp_path / "model", "deepseek_v3"),
-        (data / "forget.jsonl", data / "retain.jsonl"),
-    )
-    given = ["--forget", str(texts[0]), "--retain", str(texts[1]), "--checkpoint", str(checkpoint)]
+    checkpoint = save_checkpoint(tmp_path / "model", "deepseek_v3")
+    texts = (f"--{name}={data / name}.jsonl" for name in ("forget", "retain"))
+    given = [*texts, "--checkpoint", str(checkpoint)]
     assert main(["diagnose", *given, "--output", str(tmp_path / "out")]) == 0
     saved = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
     config = load_pretrained(checkpoint).config
@@ -80,10 +78,8 @@ def test_a_checkpoint_routes_texts_and_counts_alone_are_kept(data, tmp_path, cap
 def test_every_run_says_it_before_it_trains_and_keeps_counts_of_forget_text(finished):
     path, _ = finished
     saved = json.loads((path / "statistics" / "diagnosis.json").read_text())
-    assert (
-        saved["sentence"].startswith(saved["verdict"])
-        and "Is there anything to calibrate?" in (path / "report.html").read_text()
-    )
+    assert saved["sentence"].startswith(saved["verdict"])
+    assert "Is there anything to calibrate?" in (path / "report.html").read_text()
     for name, kept in (("forget", False), ("retain", True)):
         with np.load(path / "statistics" / f"{name}.npz") as arrays:
             assert ("indices" in arrays) == kept

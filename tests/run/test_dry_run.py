@@ -30,13 +30,9 @@ EXTRA = {"wmdp_bio": {"title": "a title", "abstract": "an abstract", "doi": "10.
 CHOICES = {"question": "Which is it?", "choices": ["a", "b", "c", "d"], "answer": 2, "subject": "virology"}
 # Every column that MUSE and TOFU read.
 ASKED = {**TEXT, **PAIR, "prompt": "It was", "gt": "nobody", "paraphrased_answer": "No", "perturbed_answer": ["He"]}
-FILES = {
-    "muse": [
-        *("verbmem/forget", "privleak/forget", "privleak/holdout"),
-        *(f"knowmem/{use}_{kind}" for use in ("forget", "retain") for kind in ("qa", "qa_icl")),
-    ],
-    "tofu": [f"{split}_perturbed/train" for split in ("forget10", "retain", "real_authors", "world_facts")],
-}
+FILES = {"tofu": [f"{split}_perturbed/train" for split in ("forget10", "retain", "real_authors", "world_facts")]}
+FILES["muse"] = [f"knowmem/{use}_{kind}" for use in ("forget", "retain") for kind in ("qa", "qa_icl")]
+FILES["muse"] += ["verbmem/forget", "privleak/forget", "privleak/holdout"]
 
 
 @pytest.fixture
@@ -158,22 +154,14 @@ def test_two_topics_are_unlearned_by_turns_from_a_tiny_checkpoint(tmp_path):
     for order, name in enumerate(("bio", "cyber", "retain")):
         texts = [" ".join(WORDS[(i + j * (order + 2)) % 9] for j in range(30 + i)) for i in range(12)]
         files[name] = write_lines(tmp_path / f"{name}.jsonl", [{"text": text} for text in texts])
-    overrides = {
-        **SMALL,
-        "model": {"path": str(save_checkpoint(tmp_path / "tiny", **marks)), "dtype": "float32"},
-        "data.forget": [files["bio"], files["cyber"]],
-        "data.retain": files["retain"],
-        "unlearning.topics": "alternating",
-        **{
-            f"evaluation.multiple_choice.sources.{name}": write_lines(
-                tmp_path / f"{name}.jsonl",
-                [{**CHOICES, "question": f"{name} {i}?", "answer": i // 2 % 4} for i in range(16)],
-            )
-            for name in ("wmdp_bio", "wmdp_cyber", "mmlu")
-        },
-        "unlearning.stop_utility": 0.0,  # is asked, and never reached
-        "evaluation.levels": (1.0,),
-    }
+    overrides = {**SMALL, "model": {"path": str(save_checkpoint(tmp_path / "tiny", **marks)), "dtype": "float32"}}
+    overrides |= {"data.forget": [files["bio"], files["cyber"]], "data.retain": files["retain"]}
+    for name in ("wmdp_bio", "wmdp_cyber", "mmlu"):
+        asked = [{**CHOICES, "question": f"{name} {i}?", "answer": i // 2 % 4} for i in range(16)]
+        file = write_lines(tmp_path / f"{name}.jsonl", asked)
+        overrides[f"evaluation.multiple_choice.sources.{name}"] = file
+    overrides |= {"unlearning.topics": "alternating", "evaluation.levels": (1.0,)}
+    overrides["unlearning.stop_utility"] = 0.0  # is asked, and never reached
     text = run(load_config("configs/wmdp_bio.py", overrides), tmp_path / "run")
     assert "export" in text and "At equal forgetting (wmdp half <= 1), test split" in text
     results = read_json(tmp_path / "run" / "results.json")

@@ -64,10 +64,8 @@ def test_a_changed_setting_reruns_its_stage_and_those_after_it(data, finished, t
     run(experiment(data, evaluation={"max_prompts": 2}), path)
     assert written == [file.stat().st_mtime_ns for file in shared + made]
     after = numbers(path)["methods"]["trace_rows"]
-    verbatim, others = (
-        [[m for m in r["measurements"] if (m["name"] == "verbatim") == is_it] for r in (before, after)]
-        for is_it in (True, False)
-    )
+    pairs = [[(m["name"] == "verbatim", m) for m in r["measurements"]] for r in (before, after)]
+    verbatim, others = ([[m for is_it, m in pair if is_it == of] for pair in pairs] for of in (True, False))
     assert [measured[0]["n"] for measured in verbatim] == [4, 2]
     assert others[0] == others[1] and before["fronts"] == after["fronts"]
     run(experiment(data, unlearning={"alpha": 2.0}), path)
@@ -79,20 +77,18 @@ def test_a_changed_setting_reruns_its_stage_and_those_after_it(data, finished, t
 def test_experts_are_put_back_into_the_models_of_a_finished_run(data, finished, tmp_path):
     """Nothing else is made again; and nothing at all the second time."""
     path = shutil.copytree(finished[0], tmp_path / "copy")
-    made = {
-        f"methods/{method}/patching{end}" for method in ("uniform", "trace_rows") for end in (".json", ".stage.json")
-    }
+    methods = "uniform", "trace_rows"
+    made = {f"methods/{method}/patching{end}" for method in methods for end in (".json", ".stage.json")}
     for expected in (made, set()):
         before = {file: file.stat().st_mtime_ns for file in (path / "methods").rglob("*.*")}
         run(experiment(data, evaluation={"patching": True}), path)
         after = {file: file.stat().st_mtime_ns for file in (path / "methods").rglob("*.*")}
         changed = {str(file.relative_to(path)) for file, written in after.items() if before.get(file) != written}
-        assert changed - {f"methods/{method}/weights.json" for method in ("uniform", "trace_rows")} == expected
+        assert changed - {f"methods/{method}/weights.json" for method in methods} == expected
     for result in numbers(path)["methods"].values():
         put = {row["name"]: row["values"] for row in result["patching"]["models"]}
-        assert (
-            put["original"]["forget_probability_ratio"]["value"] == 1.0 and np.array(result["patching"]["drift"]).all()
-        )
+        assert np.array(result["patching"]["drift"]).all()
+        assert put["original"]["forget_probability_ratio"]["value"] == 1.0
         assert {"1 critical", "all experts", "experts, layer 1", "routers", "attention"} <= put.keys()
     assert "Which experts carry the damage" in (path / "report.html").read_text()
 

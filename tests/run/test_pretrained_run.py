@@ -24,11 +24,8 @@ from trace_jax.run.methods import run
 
 
 def settings(checkpoint, data):
-    return {
-        **SMALL,
-        "model.path": str(checkpoint),
-        **{f"data.{n}": str(data / f"{n}.jsonl") for n in ("forget", "retain")},
-    }
+    files = {f"data.{name}": str(data / f"{name}.jsonl") for name in ("forget", "retain")}
+    return SMALL | {"model.path": str(checkpoint)} | files
 
 
 def command(checkpoint, data, path):
@@ -62,9 +59,8 @@ def test_the_export_is_the_unlearned_model_and_only_what_trained_differs(finishe
     unlearned = load_model(config, finished, label)
     tokens = np.random.default_rng(0).integers(3, VOCABULARY, (3, 20))
     ours = forward(unlearned.params, unlearned.config, jnp.asarray(tokens, jnp.int32)).logits
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        finished / "export", attn_implementation="eager", experts_implementation="eager"
-    )
+    how = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(finished / "export", **how)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
     np.testing.assert_allclose(np.asarray(ours), expected, atol=1e-4)

@@ -42,14 +42,9 @@ def muse(tmp_path_factory):
 
 @pytest.fixture
 def config(checkpoints, muse, data):
-    settings = {
-        **SMALL,
-        "model.path": str(checkpoints["target"]),
-        "methods": ["uniform"],
-        "export": None,
-        **{f"data.{name}": str(data / f"{name}.jsonl") for name in ("forget", "retain", "holdout")},
-        "evaluation.muse.data": str(muse),
-    }
+    settings = {**SMALL, "model.path": str(checkpoints["target"]), "methods": ["uniform"], "export": None}
+    settings |= {f"data.{name}": str(data / f"{name}.jsonl") for name in ("forget", "retain", "holdout")}
+    settings["evaluation.muse.data"] = str(muse)
     return lambda **changes: load_config("configs/huggingface.py", {**settings, **changes})
 
 
@@ -102,11 +97,9 @@ def task(monkeypatch):
 
 
 def evaluate(checkpoint, output, **references):
-    more = [f"--{name}={where}" for name, where in references.items()]
-    return main(
-        ["evaluate", "--config", "configs/huggingface.py", "--config.model.dtype=float32", "--config.data.forget=x",
-         "--config.data.retain=y", "--checkpoint", str(checkpoint), "--output", str(output), *more]
-    )  # fmt: skip
+    given = {"config": "configs/huggingface.py", "config.model.dtype": "float32", "config.data.forget": "x"}
+    given |= {"config.data.retain": "y", "checkpoint": checkpoint, "output": output, **references}
+    return main(["evaluate", *(f"--{name}={value}" for name, value in given.items())])
 
 
 def test_a_checkpoint_is_measured_against_others_and_once(task, checkpoints, tmp_path, capsys):

@@ -16,16 +16,10 @@ VOCABULARY = 320
 WORDS = ["river", "stone", "apple", "cloud", "lamp", "tiger", "violin", "harbour", "window"]
 EVALUATION = {"max_rows": 8, "max_prompts": 4, "max_gradients": 0, "bootstrap": 100, "patching": False}
 # For configs/huggingface.py and those like it.
-SMALL = {
-    "model.dtype": "float32",
-    "data.row_length": 32,
-    "unlearning.steps": 2,
-    "unlearning.learning_rate": 1e-2,
-    "unlearning.warmup_steps": 0,
-    "unlearning.evaluate_every": 2,
-    "unlearning.checkpoint_every": 2,
-    **{f"evaluation.{name}": value for name, value in EVALUATION.items()},
-}
+SMALL = {"model.dtype": "float32", "data.row_length": 32}
+SMALL |= {"unlearning.learning_rate": 1e-2, "unlearning.warmup_steps": 0}
+SMALL |= {f"unlearning.{name}": 2 for name in ("steps", "evaluate_every", "checkpoint_every")}
+SMALL |= {f"evaluation.{name}": value for name, value in EVALUATION.items()}
 
 
 @contextlib.contextmanager
@@ -38,17 +32,16 @@ def on_one_device():
 
 def experiment(data, **changes):
     sources = {name: str(data / f"{name}.jsonl") for name in ("forget", "retain", "neighbour", "holdout")}
+    batches = {"forget_batch_size": 4, "retain_batch_size": 4}
     values = {
         "name": "toy",
         "methods": ["uniform", "trace_rows"],
         "data": {"benchmark": "text", "row_length": 32, "vocab_size": VOCABULARY, **sources},
         "model": as_dict(tiny.CONFIG) | {"vocab_size": VOCABULARY, "num_kv_heads": 2},
         "target": {"steps": 8, "batch_size": 8, "checkpoint_every": 3},
-        "unlearning": {
-            "steps": 6, "forget_batch_size": 4, "retain_batch_size": 4, "evaluate_every": 3, "checkpoint_every": 2,
-        },
+        "unlearning": {"steps": 6, **batches, "evaluate_every": 3, "checkpoint_every": 2},
         "evaluation": {"batch_size": 16, "levels": [0.99], **EVALUATION},
-    }  # fmt: skip
+    }
     for key, value in changes.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
     return resolve(ExperimentConfig, values)

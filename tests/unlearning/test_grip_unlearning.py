@@ -24,7 +24,7 @@ from trace_jax.unlearning.unlearn import unlearn
 WIDE = dataclasses.replace(tiny.CONFIG, hidden_size=32, num_experts=6)
 FOUR = make_mesh(jax.devices()[:4], data=2, expert=2)
 TOKENS = 24
-PROJECT = {"name": "project", "tokens": TOKENS}
+PROJECT, TASK_VECTOR = {"name": "project", "tokens": TOKENS}, {"name": "task_vector", "task_scale": 3.0}
 ROUTERS = {  # only routers train, so that what they read stays and their scores can be compared
     "objective": "gradient_difference", "steps": 20, "learning_rate": 0.02, "forget_batch_size": 4, "alpha": 0.1,
     "retain_batch_size": 4, "checkpoint_every": 20, "trainable": ("layers/router*",), "weight_decay": 0.1,
@@ -87,9 +87,7 @@ def test_routers_are_read_at_the_valid_tokens(model, retain, mesh):
 # --- A, the projection
 
 
-@pytest.mark.parametrize(
-    ("objective", "weighted"), [("npo", True), ({"name": "task_vector", "task_scale": 3.0}, False)]
-)
+@pytest.mark.parametrize(("objective", "weighted"), [("npo", True), (TASK_VECTOR, False)])
 def test_protected_retain_routing_is_the_same_after_twenty_steps(forget, retain, objective, weighted):
     rule = {"name": "difference", "top": 1}
     weights = weights_of(target(), forget, retain, rule=rule) if weighted else None
@@ -147,9 +145,8 @@ def test_realignment_follows_training_and_counts_as_trained(forget, retain):
     trained = {row["path"]: row["trained"] for row in result.trained}
     assert trained["layers/router"] == target().params["layers"]["router"].size
     assert {row["path"]: row["trained"] for row in plain.trained}["layers/router"] == 0
-    np.testing.assert_array_equal(
-        result.model.params["layers"]["experts"]["down"], plain.model.params["layers"]["experts"]["down"]
-    )
+    down = (r.model.params["layers"]["experts"]["down"] for r in (result, plain))
+    np.testing.assert_array_equal(*down)
 
 
 def perturbed(model, size):
@@ -177,12 +174,10 @@ def test_realignment_brings_retain_routing_back(model, retain):
 
 
 def test_realignment_is_the_same_on_four_devices(model, retain):
-    one, four = (
-        realign(model, perturbed(model, 0.25), retain, GripRealign(tokens=60, ridge=1e-4), mesh=m) for m in (ONE, FOUR)
-    )
-    np.testing.assert_allclose(
-        one[0].params["layers"]["router"], to_host(four[0].params["layers"]["router"]), atol=1e-3
-    )
+    given = model, perturbed(model, 0.25), retain, GripRealign(tokens=60, ridge=1e-4)
+    one, four = (realign(*given, mesh=mesh) for mesh in (ONE, FOUR))
+    routers = (to_host(of[0].params["layers"]["router"]) for of in (one, four))
+    np.testing.assert_allclose(*routers, atol=1e-3)
     assert [row["cosine"] for row in one[1]] == pytest.approx([row["cosine"] for row in four[1]], abs=1e-4)
 
 
@@ -197,10 +192,9 @@ def test_a_correction_that_does_not_bring_the_scores_back_is_dropped(model, reta
 def test_a_routers_bias_is_realigned_with_it(model, retain):
     config = dataclasses.replace(model.config, router_bias=True)
     bias = np.array([[0.1, 0.2, -0.1, 0.0], [0.0, 0.3, 0.1, -0.2]], np.float32)
-    original = Model(config, {**model.params, "layers": {**model.params["layers"], "router_bias": bias}})
-    current = original.replace(
-        params={**original.params, "layers": {**original.params["layers"], "router_bias": bias + 1.5 * bias[::-1]}}
-    )
+    biases = bias, bias + 1.5 * bias[::-1]
+    layers = ({**model.params["layers"], "router_bias": b} for b in biases)
+    original, current = (Model(config, {**model.params, "layers": of}) for of in layers)
     after, _ = realign(original, current, retain, GripRealign(tokens=500, ridge=1e-9), mesh=ONE)
     scores = [read_routers(m, retain, mesh=ONE)[1] for m in (original, current, after)]
     assert np.abs(scores[1] - scores[0]).max() > 0.1

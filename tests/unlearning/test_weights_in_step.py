@@ -66,9 +66,8 @@ TENSORS = make_mesh(jax.devices()[:4], data=1, expert=2, tensor=2), ParallelConf
 )
 def test_online_weights_are_the_offline_ones_before_the_first_step(model, forget, retain, unit, apply, where):
     mesh, parallel = where
-    offline, online = (
-        weights_of(model, forget, retain, unit=unit, apply=apply, routing=routing) for routing in ("offline", "online")
-    )
+    how = {"unit": unit, "apply": apply}
+    offline, online = (weights_of(model, forget, retain, routing=name, **how) for name in ("offline", "online"))
     options = {"config": NLL, "away": 0.0, "mesh": mesh, "parallel": parallel}
     on = gradient(model, forget, retain, online.step_weights, online=online.step_calibration, **options)
     assert_close(on, gradient(model, forget, retain, offline.step_weights, **options))
@@ -84,9 +83,8 @@ def test_online_weights_see_all_layers_also_where_the_losses_do_not(model, forge
     config = UnlearningConfig(objective=rmu, steps=6, retain_loss="hidden", alpha=1.0, trainable="all")
     online = weights_of(model, forget, retain, apply="weights", routing="online")
     assert online.calibration.multipliers[1].any()
-    metrics, _ = gradient(
-        model, forget, retain, online.step_weights, config=config, online=online.step_calibration, away=0.0
-    )
+    options = {"config": config, "online": online.step_calibration, "away": 0.0}
+    metrics, _ = gradient(model, forget, retain, online.step_weights, **options)
     assert metrics["weight_mean"] == pytest.approx(1.0, rel=1e-5)
 
 
