@@ -146,8 +146,7 @@ def calibrate(
         unit=unit, divergence=divergence, max_weight=max_weight, max_ratio=max_ratio,
         min_effective_sample_size=min_effective_sample_size,
     )  # fmt: skip
-    tokens = _checked(assignments, selected, target, unit, rows)
-    counts = count_activations(tokens.indices, selected.shape[1])
+    tokens, counts = _checked(assignments, selected, target, unit, rows)
     return match_frequencies(tokens, counts, selected, target, settings)[0][0]
 
 
@@ -161,14 +160,15 @@ def trade_off(
     sizes: Sequence[float] = SIZES,
 ) -> "tuple[Certificate, ...]":
     """What `calibrate` reaches at each effective sample size of `sizes`, which fall: the curve to choose one on."""
-    tokens = _checked(assignments, selected, target, unit, rows)
-    counts = count_activations(tokens.indices, selected.shape[1])
+    tokens, counts = _checked(assignments, selected, target, unit, rows)
     solved = match_frequencies(tokens, counts, selected, target, Matching(unit=unit), sizes)
     return tuple(calibration.certificate for calibration, _, _ in solved)
 
 
-def _checked(assignments, selected: np.ndarray, target: np.ndarray, unit: str, rows: np.ndarray | None) -> Assignments:
-    """The assignments of a caller, where everything that came with them fits together."""
+def _checked(
+    assignments, selected: np.ndarray, target: np.ndarray, unit: str, rows: np.ndarray | None
+) -> tuple[Assignments, np.ndarray]:
+    """The assignments of a caller and their counts i64 [L, E], where everything that came with them fits together."""
     tokens = assignments
     if not isinstance(tokens, Assignments):
         if unit != "token" and rows is None:
@@ -194,7 +194,7 @@ def _checked(assignments, selected: np.ndarray, target: np.ndarray, unit: str, r
         raise ValueError(f"assignments name expert {int(indices.max())}; there are {selected.shape[1]} (from 0).")
     if not (np.isfinite(target).all() and (target >= 0).all() and (target <= 1).all()):
         raise ValueError("target holds a number that is no frequency (NaN, negative, or above 1).")
-    return tokens
+    return tokens, count_activations(indices, selected.shape[1])
 
 
 def match_frequencies(
