@@ -17,14 +17,21 @@ FUNCTIONS = [name for name, value in PUBLIC.items() if callable(value) and not i
 CALLS = [
     ("calibrate", {"assignments": np.zeros((2, 2, 2)), "max_weight": None}, "max_weight is None (NoneType)"),
     ("unlearn", {"config": {}}, "config is {} (dict); expected UnlearningConfig."),
-    ("unlearn", {"forget": ["text"]}, "forget is ['text'] (list); expected Rows."),
+    ("unlearn", {"forget": ["text"]}, "forget is ['text'] (list); expected Rows (pack(texts, model) makes them)."),
     ("generate_text", {"prompts": "one text"}, "prompts is 'one text' (str); expected a list, each item text."),
     ("generate_text", {"prompts": [1]}, "prompts is [1] (list); expected a list, each item text."),
     ("generate_text", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5 (float); expected a whole number."),
     ("load_config", {"name": None}, "name is None (NoneType); expected text."),
     ("load_pretrained", {"path": 3}, "path is 3 (int); expected text or a path."),
     ("run", {"config": "configs/quickstart.py"}, "config is 'configs/quickstart.py' (str); expected ExperimentConfig."),
-    ("expert_statistics", {"batches": "text"}, "batches is 'text' (str); expected a list, each item Batch."),
+    ("expert_statistics", {"rows": "text"}, "rows is 'text' (str); expected Rows (pack(texts, model) makes them) or a"),
+    (
+        "expert_sensitivity",
+        {"rows": ["text"]},
+        "rows is ['text'] (list); expected Rows (pack(texts, model) makes them)",
+    ),
+    ("pack", {"texts": "text"}, "texts is 'text' (str); expected a list, each item text or (text, text)."),
+    ("pack", {"texts": [("a", "b", "c")]}, "texts is [('a', 'b', 'c')] (list); expected a list, each item text or"),
 ]
 
 

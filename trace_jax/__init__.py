@@ -7,13 +7,14 @@ __version__ = "0.1.0"
 
 # Public names by module. Imported on first use, so that `import trace_jax` costs nothing.
 _NAMES = {
-    "models.model": ["Model"],
+    "models.model": ["Model", "SpecialTokens"],
     "models.architecture": ["ModelConfig", "init_params"],
     "models.decoder": ["forward"],
     "checkpoints.pretrained": ["load_pretrained"],
     "checkpoints.export": ["save_pretrained"],
     "models.generate": ["generate", "generate_text"],
-    "data.rows": ["Batch", "Rows", "sequential_batches"],
+    "data.rows": ["Batch", "Rows", "sequential_batches", "train_tokenizer"],
+    "data.text": ["pack", "read_rows"],
     "data.corpora": ["build_corpora"],
     "routing.statistics": ["expert_statistics", "expert_assignments", "expert_sensitivity"],
     "routing.config": ["select_experts", "CalibrationConfig"],
@@ -25,6 +26,7 @@ _NAMES = {
     "unlearning.config": ["UnlearningConfig"],
     "parallel.mesh": ["make_mesh", "ParallelConfig"],
     "config": ["ConfigError"],
+    "tasks.benchmarks": ["DataConfig"],
     "tasks.lm_eval": ["TraceLM"],
     "run.experiment": ["load_config"],
     "run.methods": ["run"],

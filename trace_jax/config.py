@@ -182,6 +182,8 @@ def fits(value: Any, hint: Any) -> bool:
         return True
     if kind.__name__ in ("Array", "ndarray") or (is_array and kind in (Sequence, Iterable)):
         return is_array
+    if kind is tuple and isinstance(value, (list, tuple)) and Ellipsis not in arguments:
+        return len(value) == len(arguments) and all(map(fits, value, arguments))
     if kind in (Sequence, Iterable, tuple) and isinstance(value, (list, tuple)) and arguments:
         return all(fits(item, arguments[0]) for item in value)
     return isinstance(value, kind) and not (isinstance(value, str) and kind in (Sequence, Iterable))
@@ -194,8 +196,11 @@ def type_name(hint: Any) -> str:
     words = []
     for kind, origin in ((kind, typing.get_origin(kind)) for kind in _kinds(hint)):
         word = names.get(origin or kind) or getattr(kind, "__name__", str(kind))
-        is_list = origin in (tuple, Sequence, Iterable)
-        words.append(f"a list, each item {type_name(typing.get_args(kind)[0])}" if is_list else word)
+        of = [type_name(one) for one in typing.get_args(kind) if one is not Ellipsis]
+        if origin in (tuple, Sequence, Iterable):
+            is_pair = origin is tuple and Ellipsis not in typing.get_args(kind)
+            word = f"({', '.join(of)})" if is_pair else f"a list, each item {of[0]}"
+        words.append(f"{word} ({kind.made_by})" if hasattr(kind, "made_by") else word)
     return " or ".join(words)
 
 

@@ -69,7 +69,7 @@ def test_one_pass_is_exact_at_any_batch_size_and_on_any_mesh(tiny_model, rows, s
     np.testing.assert_allclose(found.frequency.sum(axis=1), 2.0, rtol=1e-12)
     assert assignments.indices.dtype == np.uint8 and np.array_equal(assignments.indices, chosen)
     assert assignments.rows.dtype == np.int32 and np.array_equal(assignments.rows, np.nonzero(rows.valid)[0])
-    counted = expert_statistics(tiny_model, sequential_batches(rows, batch_size), mesh=mesh)
+    counted = expert_statistics(tiny_model, rows, batch_size=batch_size, mesh=mesh)
     assert np.array_equal(counted.counts, found.counts)
     if mesh.size > 1:  # and so is what is solved from it
         selected, target = np.array([[True, False, False, True]] * 2), setting["forget_statistics"].frequency
@@ -111,9 +111,16 @@ def test_a_corpus_too_small_for_statistics_is_refused(tiny_model):
         expert_statistics(tiny_model, sequential_batches(small, 8), mesh=ONE)
     found = expert_statistics(tiny_model, sequential_batches(small, 8), min_activations=1, mesh=ONE)
     assert found.tokens == small.valid.sum()
-    for empty in (expert_statistics, expert_assignments):
+    nothing = dataclasses.replace(small, valid=np.zeros_like(small.valid))
+    batches = sequential_batches(small, 8)
+    for passed in (expert_statistics, expert_assignments, expert_sensitivity):
+        list(batches)
+        with pytest.raises(ValueError, match="an iterator can be read once"):
+            passed(tiny_model, batches, mesh=ONE)
+        with pytest.raises(TypeError, match="a str came where a Batch was expected; give Rows"):
+            passed(tiny_model, iter(["text"]), mesh=ONE)
         with pytest.raises(ValueError, match="has 0 valid tokens"):
-            empty(tiny_model, [])
+            passed(tiny_model, nothing, mesh=ONE)
 
 
 def test_nan_in_the_router_is_an_error_that_names_the_layer(tiny_model, rows):

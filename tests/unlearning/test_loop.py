@@ -1,6 +1,7 @@
 """The loop: interrupted anywhere and started again it ends in the same numbers; it never ends in NaN."""
 
 import contextlib
+import dataclasses
 import signal
 import threading
 
@@ -86,6 +87,26 @@ def test_resuming_equals_an_uninterrupted_run(tmp_path, whole, stop):
     with pytest.raises(Stop):
         make_loop(tmp_path).run(fresh, placed, step_until(stop=stop))
     assert_continues_like_a_whole_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("stop", [2, 6, 10])
+def test_what_a_callback_raises_leaves_a_run_that_continues(tmp_path, whole, stop):
+    """Also where the step it comes from is one that was due to be saved."""
+    seen = []
+
+    def callback(step, metrics):
+        seen.append((step, metrics["loss"]))
+        if len(seen) == stop:
+            raise Stop
+
+    for _ in range(2):
+        with contextlib.suppress(Stop):
+            loop = dataclasses.replace(make_loop(tmp_path), callback=callback)
+            result = loop.run(fresh, placed, step_until())
+    np.testing.assert_array_equal(result.trainable["w"], whole[0].trainable["w"])
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole[1]
+    first = (stop - 1) // 3 * 3  # saved before
+    assert seen == [(step, step - 1.0) for step in [*range(1, stop + 1), *range(first + 1, 11)]]
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_state(tmp_path):

@@ -57,6 +57,8 @@ def test_killed_while_saving_it_ends_in_the_same_numbers(tmp_path):
     assert process.exitcode == -signal.SIGKILL
     resumed = unlearn_in(cut)
     assert resumed.step == whole.step == STEPS
+    assert resumed.history == whole.history and [row["step"] for row in whole.history] == list(range(1, STEPS + 1))
+    assert {"loss", "forget_loss", "retain_loss", "gradient_norm"} <= whole.history[0].keys()
     for path, leaf in flatten(resumed.model.params).items():
         np.testing.assert_array_equal(leaf, flatten(whole.model.params)[path], err_msg=path)
     assert (cut / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()

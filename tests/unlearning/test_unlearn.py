@@ -42,6 +42,17 @@ def test_forget_text_becomes_less_likely_and_the_target_model_is_not_changed(mod
     assert nll(after) > nll(model.params) + 0.5
 
 
+def test_a_silent_run_says_nothing_and_tells_the_same_to_its_callback(model, forget, retain, capsys):
+    seen = []
+    quiet = run(
+        model, forget, retain, verbose=False, callback=lambda step, of_step: seen.append({"step": step, **of_step})
+    )
+    assert capsys.readouterr().err == ""
+    loud = run(model, forget, retain)
+    assert "6 steps of 4 forget rows" in capsys.readouterr().err, "silence ends with the run it was asked for"
+    assert seen == quiet.history == loud.history and len(seen) == CONFIG.steps
+
+
 def test_same_seed_same_result_and_another_seed_another(model, forget, retain):
     first, again, other = (run(model, forget, retain, seed=s).model.params for s in (1, 1, 2))
     assert_same(first, again)

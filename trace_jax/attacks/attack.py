@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, Section, as_dict, option
 from trace_jax.data.corpora import Corpora, DataConfig
-from trace_jax.data.rows import Rows, encode_documents, epoch_sampler, pack_documents, sequential_batches
+from trace_jax.data.rows import Rows, encode_documents, epoch_sampler, pack_documents
 from trace_jax.data.sources import read_source, revision_of
 from trace_jax.evaluation.intervals import Measurement, bootstrap_mean, find, named
 from trace_jax.evaluation.likelihood import NonFiniteScore, spread_indices
@@ -245,8 +245,7 @@ class ExpertForcing(Attack):
         """
         context, settings = case.context, case.context.evaluator.config
         rows = context.corpora.forget.take(spread_indices(len(context.corpora.forget), settings.max_rows))
-        batches = sequential_batches(rows, settings.batch_size)
-        now = expert_assignments(case.unlearned, batches, mesh=context.mesh)
+        now = expert_assignments(case.unlearned, rows, batch_size=settings.batch_size, mesh=context.mesh)
         overlap = overlap_by_row(context.original_routing(), now)
         pairs = overlap["tokens"] * overlap["unchanged"].shape[1]
         changed = pairs - overlap["unchanged"].sum(axis=1)

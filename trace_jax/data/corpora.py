@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from trace_jax.config import ConfigError, Variant, option
 from trace_jax.data.rows import Rows, encode_documents, pack_documents, rows_of_chunks, train_tokenizer
 from trace_jax.data.sources import DataError, Document, overlap
+from trace_jax.data.text import SHORTEST_ROW, rows_of_documents
 from trace_jax.models.model import Encoded, SpecialTokens, TextCodec, start_and_end
 from trace_jax.models.sharding import pad
 
@@ -20,7 +21,7 @@ _SHORTEST = 16  # tokens of a text for membership inference
 class DataConfig(Variant, kw_only=True):
     """Settings of the corpora. Each benchmark of `trace_jax.tasks` is a kind, with settings of its own."""
 
-    row_length: int = option(128, help="tokens per row, S", minimum=8)
+    row_length: int = option(128, help="tokens per row, S", minimum=SHORTEST_ROW)
     vocab_size: int | None = option(None, help="entries of the BPE that is trained; else the model's", minimum=300)
     seed: int = option(0, help="seed of generated text, of splits and of batch order", minimum=0)
 
@@ -254,7 +255,7 @@ def _probes(
     text = {subject: rows[f"{name}/{subject}"] for subject in part.held_out}
     text["forget"] = every_other(rows["train/forget"])
     if part.memorised is not None:
-        text["forget"] = pack_documents(encode_documents(codec, part.memorised), length, special=special)
+        text["forget"] = rows_of_documents(codec, part.memorised, length)
     prompts = {"forget": every_other(verbatim_prompts(forget, length, special))} if benchmark.verbatim else {}
     prompts = {subject: several for subject, several in prompts.items() if len(several)}
     members = {}

@@ -7,7 +7,7 @@ neither on the number of devices nor on the steps before, so that resuming needs
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
@@ -47,6 +47,8 @@ class Rows:
     # i32 [N]. Of retain rows: 1 where the row is neighbour text (embedded benchmarks and a neighbour file say so), else
     # 0; for the domain oracle and evaluation, never for a method. Of forget rows: the row's topic, from 0
     domain: np.ndarray
+
+    made_by: ClassVar = "pack(texts, model) makes them"  # for who gives something else
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -278,6 +280,22 @@ def batch_counts(mixture: Mapping[str, float], batch_size: int) -> dict[str, int
     if empty := ", ".join(name for name, count in counts.items() if not count):
         raise ValueError(f"A batch of {batch_size} rows has no room for the sources {empty}; raise batch_size.")
     return counts
+
+
+def batches_of(rows: Rows | Iterable[Batch], batch_size: int) -> Iterator[Batch]:
+    """Rows in batches of `batch_size`; batches as they are. Raises: there is none, or what comes is no batch."""
+    empty = True
+    for batch in sequential_batches(rows, batch_size) if isinstance(rows, Rows) else rows:
+        if not isinstance(batch, Batch):
+            kind = f"a {type(batch).__name__} came where a Batch was expected"
+            raise TypeError(f"{kind}; give Rows (pack(texts, model) makes them), or sequential_batches(rows, size).")
+        empty = False
+        yield batch
+    if empty:
+        raise ValueError(
+            "there is no batch: an iterator can be read once, and this one has been; make it anew for each pass, or "
+            "give the Rows themselves."
+        )
 
 
 def sequential_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:

@@ -62,18 +62,22 @@ def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> t
         if min_length and isinstance(text, str) and len(text.strip()) < min_length:
             left_out += 1
             continue
-        for key in item:
-            if has_surrogate(text_of(item, key, origin)):
-                raise DataError(f"{origin}: {key} holds half of a surrogate pair (\\ud800 to \\udfff).")
-        if "text" in item:
-            documents.append(Document(item["text"], origin))
-        else:
-            documents.append(Document(f"Question: {item['question']}\nAnswer:", origin, f" {item['answer']}"))
+        documents.append(document_of(item, origin))
         if len(documents) == most:
             break
     if not documents:  # a source has at least one item
-        raise DataError(f"{path}: all {left_out} texts have fewer than {min_length} characters; lower data.min_length.")
+        raise DataError(f"{path}: all {left_out} texts have fewer than {min_length} characters; lower min_length.")
     return documents, left_out
+
+
+def document_of(item: Mapping[str, Any], origin: str) -> Document:
+    """The document of an object with "text", or with "question" and "answer". DataError: text that can't be used."""
+    for key in item:
+        if has_surrogate(text_of(item, key, origin)):
+            raise DataError(f"{origin}: {key} holds half of a surrogate pair (\\ud800 to \\udfff).")
+    if "text" in item:
+        return Document(item["text"], origin)
+    return Document(f"Question: {item['question']}\nAnswer:", origin, f" {item['answer']}")
 
 
 def _items(path: str) -> Iterator[tuple[dict, str]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from trace_jax.data.rows import Rows, sequential_batches
+from trace_jax.data.rows import Rows
 from trace_jax.evaluation.intervals import TAILS, Interval, Measurement, named, resample_sides
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.models.model import Model
@@ -56,7 +56,7 @@ def measure_routing(
     for subject, rows in zip(SUBJECTS, (forget, retain), strict=True):
         rows = rows.take(spread_indices(len(rows), max_rows))
         before, after = (
-            expert_assignments(model, sequential_batches(rows, batch_size), mesh=mesh)
+            expert_assignments(model, rows, batch_size=batch_size, mesh=mesh)
             if model is current or original_routing is None
             else original_routing[subject]
             for model in (original, current)

@@ -1,6 +1,7 @@
 """What a person sees of a run: progress (a bar on a terminal, else plain lines), tables, numbers and names as text."""
 
 import contextlib
+import contextvars
 import math
 import numbers
 import sys
@@ -18,9 +19,22 @@ _SECONDS_BETWEEN_LINES = 15.0
 _ABBREVIATIONS = frozenset({"nll", "auc", "tpr", "fpr", "kl", "js"})
 
 
+_quiet = contextvars.ContextVar("quiet", default=False)
+
+
+@contextlib.contextmanager
+def quiet(wanted: bool = True) -> Iterator[None]:
+    """Within it nothing is said and no bar is shown, if `wanted`."""
+    before = _quiet.set(wanted or _quiet.get())
+    try:
+        yield
+    finally:
+        _quiet.reset(before)
+
+
 def say(text: str) -> None:
     """One line for the person at the keyboard (stderr, so that results on stdout stay clean), from process 0."""
-    if is_main():
+    if is_main() and not _quiet.get():
         print(text, file=sys.stderr, flush=True)
 
 
@@ -31,7 +45,7 @@ def progress(title: str, total: int, *, start: int = 0, unit: str = "step") -> I
     units = unit + ("es" if unit == "batch" else "s")
     columns: list[Any] = ["{task.description}", BarColumn(), MofNCompleteColumn(), f"{units}  {{task.fields[rate]}}"]
     columns += [TimeElapsedColumn(), "left", TimeRemainingColumn(), "{task.fields[note]}"]
-    silent = not (sys.stderr.isatty() and is_main())
+    silent = _quiet.get() or not (sys.stderr.isatty() and is_main())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=silent) as bar:
         task = bar.add_task(title, total=total, completed=start, rate="", note="")
 

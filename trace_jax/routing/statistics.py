@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from trace_jax.data.rows import Batch, Rows
+from trace_jax.data.rows import Batch, Rows, batches_of
 from trace_jax.io.files import local_copy, replacing
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
@@ -96,35 +96,58 @@ def _places(valid: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def expert_statistics(
-    model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None, min_activations: float = MIN_ACTIVATIONS
+    model: Model,
+    rows: Rows | Iterable[Batch],
+    *,
+    batch_size: int = 32,
+    mesh: Mesh | None = None,
+    min_activations: float = MIN_ACTIVATIONS,
 ) -> ExpertStatistics:
-    """Counts expert activations over the valid positions of `batches`, on all devices of `mesh` (default: all).
+    """Counts expert activations over the valid positions of `rows`, on all devices of `mesh` (default: all).
 
     Args:
       model: the frozen original model.
-      batches: rows in any order and batch size.
+      rows: `Rows`, or batches of any sizes and order.
+      batch_size: rows per forward pass, of `Rows`; changes no count.
       min_activations: least average number of activations per expert, T * K / E. Below it a frequency of K/E is not
         known to within a third, and selection would follow noise.
 
     Raises:
-      ValueError: too few valid positions.  DamagedRouting: NaN or infinite router scores.
+      ValueError: too few valid positions, no batch, tokens that the model doesn't know.
+      DamagedRouting: NaN or infinite router scores.
+
+    Example:
+      >>> statistics = tj.expert_statistics(model, retain, min_activations=1)
+      >>> statistics.frequency.sum(axis=1).round(6)  # each layer chooses K experts a token
+      array([2., 2.])
     """
-    return expert_routing(model, batches, mesh=mesh, min_activations=min_activations, assign=False)[0]
+    how = {"batch_size": batch_size, "mesh": mesh, "min_activations": min_activations}
+    return expert_routing(model, rows, **how, assign=False)[0]
 
 
-def expert_assignments(model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None) -> Assignments:
-    """The chosen experts of every valid position, in row order: L * K bytes per token up to 256 experts.
+def expert_assignments(
+    model: Model, rows: Rows | Iterable[Batch], *, batch_size: int = 32, mesh: Mesh | None = None
+) -> Assignments:
+    """The chosen experts of every valid position, in row order: L * K bytes per token up to 256 experts. Arguments are
+    those of `expert_statistics`.
 
     Raises:
-      ValueError: no valid position.  DamagedRouting: NaN or infinite router scores.
+      ValueError: no valid position, no batch, tokens that the model doesn't know.
+      DamagedRouting: NaN or infinite router scores.
+
+    Example:
+      >>> routed = tj.expert_assignments(model, retain)
+      >>> routed.indices.shape == (2, int(retain.valid.sum()), 2)  # layers, tokens, experts of a token
+      True
     """
-    return expert_routing(model, batches, mesh=mesh)[1]
+    return expert_routing(model, rows, batch_size=batch_size, mesh=mesh)[1]
 
 
 def expert_routing(
     model: Model,
-    batches: Iterable[Batch],
+    rows: Rows | Iterable[Batch],
     *,
+    batch_size: int = 32,
     mesh: Mesh | None = None,
     min_activations: float = 0.0,
     assign: bool = True,
@@ -132,10 +155,10 @@ def expert_routing(
     """`expert_statistics` and, unless `assign` is False (then without indices), `expert_assignments`, from one pass."""
     config = model.config
     counts = np.zeros((len(config.moe_layers), config.num_experts), np.int64)
-    affinity, rows, documents = np.zeros(counts.shape), 0, 0
+    affinity, read, documents = np.zeros(counts.shape), 0, 0
     places = [np.zeros((2, 0), np.int32)]  # row and document of each token
     indices = [np.zeros((len(counts), 0, config.experts_per_token), _index_type(config))]
-    batches, again = itertools.tee(batches)
+    batches, again = itertools.tee(batches_of(rows, batch_size))
     arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
     layout = {"mesh": mesh or make_mesh(), "out_specs": _OUT_SPECS[: 2 + assign], "static": (assign,)}
     outputs = map_batches(_routing, model.params, config, arrays, **layout)
@@ -149,8 +172,8 @@ def expert_routing(
         counts += batch_counts
         affinity += gates.sum(axis=0, dtype=np.float64)
         row, document = _places(valid, np.asarray(batch.segments))
-        places.append(np.stack([row + rows, document + documents]))
-        rows, documents = rows + len(valid), documents + document.max(initial=0)
+        places.append(np.stack([row + read, document + documents]))
+        read, documents = read + len(valid), documents + document.max(initial=0)
         indices += [np.moveaxis(experts[: len(valid)][valid], 1, 0) for experts in chosen]
     tokens = sum(part.shape[1] for part in places)
     needed = max(1.0, min_activations * config.num_experts / config.experts_per_token)
@@ -203,17 +226,26 @@ def counting_pass(config: ModelConfig, mesh: Mesh) -> Any:
     return compiled(_routing, config, mesh, _OUT_SPECS[:2], (False,))
 
 
-def expert_sensitivity(model: Model, batches: Iterable[Batch], *, mesh: Mesh | None = None) -> np.ndarray:
+def expert_sensitivity(
+    model: Model, rows: Rows | Iterable[Batch], *, batch_size: int = 32, mesh: Mesh | None = None
+) -> np.ndarray:
     """f64 [L, E]: mean over valid positions of |d NLL / d gate|, the summed NLL of what follows them by the weight that
     an expert's output is multiplied by at the position; 0 where it was not chosen. One backward pass, on all devices of
-    `mesh` (default: all).
+    `mesh` (default: all). Arguments are those of `expert_statistics`.
+
+    Example:
+      >>> slopes = tj.expert_sensitivity(model, forget)
+      >>> tj.select_experts(statistics, statistics, rule="sensitivity", sensitivity=slopes).dtype
+      dtype('bool')
     """
-    batches, again = itertools.tee(batches)
+    batches, again = itertools.tee(batches_of(rows, batch_size))
     arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
     total, layout = np.zeros(()), {"mesh": mesh or make_mesh(), "out_specs": PartitionSpec(BATCH_AXES)}
     for slopes in map_batches(_slopes, model.params, model.config, arrays, **layout):
         total = total + slopes.sum(axis=0, dtype=np.float64)
-    return total / sum(int(np.asarray(batch.valid).sum()) for batch in again)
+    if not (tokens := sum(int(np.asarray(batch.valid).sum()) for batch in again)):
+        raise ValueError("the corpus has 0 valid tokens; there is no loss to take a slope of. Give more text.")
+    return total / tokens
 
 
 def _slopes(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 import numpy as np
 from jax.sharding import Mesh
 
-from trace_jax.data.rows import Rows, sequential_batches
+from trace_jax.data.rows import Rows
 from trace_jax.io.files import as_path, local_copy, remove, replacing
 from trace_jax.models.model import Model
 from trace_jax.routing import config as settings
@@ -153,10 +153,10 @@ def retain_weights(
         tokens = controls.weights_without_experts(weighting, model, forget, retain, mesh=mesh, batch_size=batch_size)
         return RetainWeights(tokens, valid).applied(weighting)
     if assignments is None:
-        assignments = expert_assignments(model, sequential_batches(retain, batch_size), mesh=mesh)
+        assignments = expert_assignments(model, retain, batch_size=batch_size, mesh=mesh)
     slopes = None
     if isinstance(weighting.rule, settings.Sensitivity):
-        slopes = expert_sensitivity(model, sequential_batches(forget, batch_size), mesh=mesh)
+        slopes = expert_sensitivity(model, forget, batch_size=batch_size, mesh=mesh)
     selected = settings.select_experts(
         forget_statistics, retain_statistics, rule=weighting.rule, seed=config.seed, sensitivity=slopes
     )
@@ -277,6 +277,6 @@ class Recalibration:
 
     def _route(self, model: Model) -> dict[str, tuple[ExpertStatistics, Assignments]]:
         return {
-            name: expert_routing(model, sequential_batches(rows, self.batch_size), mesh=self.mesh)
+            name: expert_routing(model, rows, batch_size=self.batch_size, mesh=self.mesh)
             for name, rows in (("forget", self.forget), ("retain", self.retain))
         }

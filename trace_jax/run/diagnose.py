@@ -8,8 +8,9 @@ from pathlib import Path
 
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError
-from trace_jax.data.rows import encode_documents, pack_documents, read_codec, sequential_batches
+from trace_jax.data.rows import read_codec, sequential_batches
 from trace_jax.data.sources import read_source
+from trace_jax.data.text import rows_of_documents
 from trace_jax.io import files
 from trace_jax.io.environment import describe
 from trace_jax.io.progress import tracked
@@ -69,7 +70,7 @@ def _route(checkpoint: str, *texts: Sequence[str]) -> tuple[Assignments, Assignm
     documents = [[d for source in sources for d in read_source(source)[0]] for sources in texts]
     model = load_pretrained(checkpoint, dtype="bfloat16", mesh=mesh)
     for text in documents:
-        rows = pack_documents(encode_documents(codec, text), _ROW_LENGTH, special=codec.special)
+        rows = rows_of_documents(codec, text, _ROW_LENGTH)
         batches = tracked(sequential_batches(rows, _BATCH_SIZE), "routing", -(-len(rows) // _BATCH_SIZE))
         routed.append(expert_assignments(model, batches, mesh=mesh))
     return routed[0], routed[1], model.config.num_experts

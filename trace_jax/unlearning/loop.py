@@ -84,6 +84,7 @@ class Loop:
       FloatingPointError from it ends the run like a NaN loss.
     refresh: for what inputs depend on and the model changes: it is called before the inputs of the next step are made,
       never at the end. A run that continues after step n calls it again with the same arrays.
+    callback: gets each step's number and metrics once they are read, on every process; what it raises ends the run.
     """
 
     directory: Path
@@ -96,6 +97,7 @@ class Loop:
     seed: int = 0
     rules: Rules = dataclasses.field(default_factory=Rules)
     evaluate_first: bool = True
+    callback: Callable[[int, dict[str, float]], Any] | None = None
 
     def should_checkpoint(self, step: int) -> bool:
         return step % self.checkpoint_every == 0 or step == self.steps
@@ -220,6 +222,8 @@ class Loop:
             lost = f"{dropped:.0f} choices of experts had no room at step {index}"
             return Stop(f"{lost}; raise parallel.expert_buffer", True)
         self._metrics.write(index, **values)
+        if self.callback is not None:
+            self.callback(index, values)
         return None
 
     # --- evaluations
@@ -316,6 +320,12 @@ class Metrics:
             for row in rows:
                 files.append_line(temporary, row)
         return rows
+
+    def history(self) -> list[dict]:
+        """What each step measured, {"step", "loss", ...}, since the run began; process 0 alone knows."""
+        rows = files.read_lines(self._path) if is_main() else []
+        rows = [row for row in rows if row.pop("identity", "") == self._identity]
+        return [row for row in rows if not row.keys() & {"evaluation", "recalibration"}]
 
     def has(self, step: int, name: str) -> bool:
         """Whether there is a line of `step` with a value of that name, of whichever run; process 0 alone knows."""

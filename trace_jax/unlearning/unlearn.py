@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.rows import Rows, encode_refusals, with_refusals
 from trace_jax.io.files import as_path, encode, read_json, remove, write_json
-from trace_jax.io.progress import say
+from trace_jax.io.progress import quiet, say
 from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
@@ -44,6 +44,9 @@ class Unlearned:
     trained: list[dict]  # table of what trained (`trainable_table`)
     seconds_per_step: float
     grip: list[dict] | None = None  # what was protected in each layer, or how its router was realigned
+    # What each step measured, from the first on, also where a run was continued: {"step", "loss", "forget_loss",
+    # "gradient_norm", ...}; of several processes the first one has it
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
 def unlearn(
@@ -51,7 +54,8 @@ def unlearn(
     config: UnlearningConfig, weights: RetainWeights | None = None, selected: np.ndarray | None = None,
     recalibrate: Recalibration | None = None, seed: int = 0, mesh: Mesh | None = None, parallel: ParallelConfig = PLAIN,
     directory: str | os.PathLike | None = None, identity: str | None = None,
-    evaluate: Callable[[Any], Any] | None = None, title: str = "unlearning",
+    evaluate: Callable[[Any], Any] | None = None,
+    callback: Callable[[int, dict[str, float]], Any] | None = None, title: str = "unlearning", verbose: bool = True,
 ) -> Unlearned:  # fmt: skip
     """Unlearns `forget` from `model` while holding on to `retain`.
 
@@ -70,6 +74,9 @@ def unlearn(
       identity: hash of everything that made this run; state of another one in `directory` is not continued.
       evaluate: called with parameters at step 0, every `config.evaluate_every` steps and at the end. What it returns
         (JSON) goes into metrics.jsonl; rules about when to stop and what to keep need an `Evaluated`.
+      callback: called with the number of each step, from 1, and its metrics, while the next one runs, on every process.
+        What it raises ends the run; the same call with the same `directory` goes on from the last saved state.
+      verbose: whether stderr says what is done, with a progress bar on a terminal.
 
     After a NaN it returns the last good state and the reason.
 
@@ -77,44 +84,53 @@ def unlearn(
       ConfigError: retain data missing for an objective that needs it; a layer the model doesn't have; selected
         experts missing; refusals without a tokenizer; a rule without an evaluation to read; online weights that a
         batch would have to be divided by; recalibration without weights to start from; routers that GRIP can't hold.
+      ValueError: rows without a token that can be predicted.
+
+    Example:
+      >>> config = tj.UnlearningConfig(steps=3, forget_batch_size=2, retain_batch_size=2)
+      >>> losses = []
+      >>> keep = lambda step, metrics: losses.append(metrics["forget_loss"])
+      >>> done = tj.unlearn(model, forget, retain, config=config, callback=keep, verbose=False)
+      >>> losses == [row["forget_loss"] for row in done.history], done.step
+      (True, 3)
     """
     objective, experts = config.objective, config.trainable.experts
     if selected is None and weights is not None and isinstance(experts, Calibrated):
         selected = weights.selected
     selected = None if experts is None else selected
     _check(model, forget, retain, config, selected, weights, recalibrate, evaluate)
-    refusals = None
-    if isinstance(objective, Refusing):
-        encoded = encode_refusals(objective.refusals, model.tokenizer, model.special)
-        forget, refusals = with_refusals(forget, encoded, pad=model.special.pad)
-    mesh, config = mesh or parallel.mesh(), with_steps(config, forget, retain)
-    say(f"{title}: {batch_text(config, forget, retain, mesh, parallel.microbatches, refusals)}")
-    original = flatten(placed_params(model.params, model.config, mesh))
-    about = {"selected": selected, "parallel": parallel, "mesh": mesh, "seed": seed}
-    settings, constants, start = set_up(original, config, model.config, **about)
-    trained = trainable_table(model.config, config, selected)
-    say(table_text(trained))
-    identity = identity or fingerprint(config, model.config, None if selected is None else selected.tolist(), seed)
-    protection, finish = grip_hooks(model.replace(params=unflatten(original)), retain, config, seed=seed, mesh=mesh)
-    constants = Constants(original, *place(constants[1:], mesh))._replace(
-        target=place(steering_target(model, forget, config, seed=seed, mesh=mesh), mesh),
-        online=place(weights.step_calibration, mesh) if weights is not None and config.retains else None,
-        protection=protection,
-    )
-    if isinstance(objective, RepSelect):
-        direction = forget_direction(constants, forget, config, settings, seed=seed, mesh=mesh)
-        constants = constants._replace(direction=direction)
+    with quiet(not verbose), tempfile.TemporaryDirectory() as scratch:
+        refusals = None
+        if isinstance(objective, Refusing):
+            encoded = encode_refusals(objective.refusals, model.tokenizer, model.special)
+            forget, refusals = with_refusals(forget, encoded, pad=model.special.pad)
+        mesh, config = mesh or parallel.mesh(), with_steps(config, forget, retain)
+        say(f"{title}: {batch_text(config, forget, retain, mesh, parallel.microbatches, refusals)}")
+        original = flatten(placed_params(model.params, model.config, mesh))
+        about = {"selected": selected, "parallel": parallel, "mesh": mesh, "seed": seed}
+        settings, constants, start = set_up(original, config, model.config, **about)
+        trained = trainable_table(model.config, config, selected)
+        say(table_text(trained))
+        identity = identity or fingerprint(config, model.config, None if selected is None else selected.tolist(), seed)
+        protection, finish = grip_hooks(model.replace(params=unflatten(original)), retain, config, seed=seed, mesh=mesh)
+        constants = Constants(original, *place(constants[1:], mesh))._replace(
+            target=place(steering_target(model, forget, config, seed=seed, mesh=mesh), mesh),
+            online=place(weights.step_calibration, mesh) if weights is not None and config.retains else None,
+            protection=protection,
+        )
+        if isinstance(objective, RepSelect):
+            direction = forget_direction(constants, forget, config, settings, seed=seed, mesh=mesh)
+            constants = constants._replace(direction=direction)
 
-    def step(state, rows):
-        return unlearning_step(state, constants, rows, settings=settings, mesh=mesh)
+        def step(state, rows):
+            return unlearning_step(state, constants, rows, settings=settings, mesh=mesh)
 
-    def model_of(trained: Flat) -> Model:
-        """The model that trains, or that what it has learnt is subtracted from."""
-        how: Any = {"scale": constants.numbers.get("lora_scale"), "subtract": objective.task_scale}
-        params = merge(original, trained, model.config, mesh, index=constants.index, **how)
-        return model.replace(params=unflatten(params))
+        def model_of(trained: Flat) -> Model:
+            """The model that trains, or that what it has learnt is subtracted from."""
+            how: Any = {"scale": constants.numbers.get("lora_scale"), "subtract": objective.task_scale}
+            params = merge(original, trained, model.config, mesh, index=constants.index, **how)
+            return model.replace(params=unflatten(params))
 
-    with tempfile.TemporaryDirectory() as scratch:
         where, multiple, reference = as_path(directory or scratch), row_multiple(settings, mesh), None
         if isinstance(objective, Referring) and objective.cache_reference:
             size = multiple * config.forget_batch_size
@@ -128,13 +144,14 @@ def unlearn(
             of_run = {"directory": where, "identity": identity, "title": title}
             refresh = recalibration(recalibrate, weights, model_of, inputs.weigh, **of_run)
         steps, every = config.steps, config.checkpoint_every
-        loop = Loop(where, identity, steps, every, title, evaluation, refresh, seed, rules=config)
+        about = {"seed": seed, "rules": config, "callback": callback}
+        loop = Loop(where, identity, steps, every, title, evaluation, refresh, **about)
         result = loop.run(lambda: start(constants), lambda i: place(inputs.at(i), mesh, P(BATCH_AXES)), step)
-    unlearned, table = finish(model_of(result.trainable))
-    if table is not None and isinstance(config.grip, GripRealign):
-        trained = with_realigned(trained, table)
-    how = result.step, config.steps, result.stopped, result.failed, trained, result.seconds_per_step, table
-    return Unlearned(unlearned, *how)
+        unlearned, table = finish(model_of(result.trainable))
+        if table is not None and isinstance(config.grip, GripRealign):
+            trained = with_realigned(trained, table)
+        how = result.step, config.steps, result.stopped, result.failed, trained, result.seconds_per_step, table
+        return Unlearned(unlearned, *how, Metrics(where, identity).history())
 
 
 def _check(
