@@ -30,6 +30,7 @@ _NAMES = {
     "tasks.lm_eval": ["TraceLM"],
     "run.experiment": ["load_config"],
     "run.methods": ["run"],
+    "interop.flax": ["as_nnx", "from_nnx"],
 }
 _PUBLIC = {name: f"trace_jax.{module}" for module, names in _NAMES.items() for name in names}
 
