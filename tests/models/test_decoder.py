@@ -248,3 +248,12 @@ EXPERTS = np.zeros((L, 2, 9, K), np.int32)
 def test_wrong_requests_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         forward(PARAMS, CONFIG, tokens_of(), **arguments)
+
+
+@pytest.mark.parametrize("wrong", [CONFIG.vocab_size, -1])
+def test_tokens_beyond_the_vocabulary_are_refused(wrong):
+    tokens = jnp.asarray(tokens_of()).at[1, 3].set(wrong)
+    with pytest.raises(ValueError, match=rf"hold the id {wrong}, and the model knows 0 to {CONFIG.vocab_size - 1}\."):
+        decoder.forward(PARAMS, CONFIG, tokens)
+    with pytest.raises(ValueError, match=f"hold the id {wrong}"):
+        decoder.forward(PARAMS, CONFIG, np.asarray(tokens))

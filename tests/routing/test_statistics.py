@@ -121,6 +121,8 @@ def test_a_corpus_too_small_for_statistics_is_refused(tiny_model):
             passed(tiny_model, iter(["text"]), mesh=ONE)
         with pytest.raises(ValueError, match="has 0 valid tokens"):
             passed(tiny_model, nothing, mesh=ONE)
+        with pytest.raises(ValueError, match="hold the id 118, and the model knows 0 to 63"):
+            passed(tiny_model, dataclasses.replace(small, tokens=small.tokens + 64), mesh=ONE)
 
 
 def test_nan_in_the_router_is_an_error_that_names_the_layer(tiny_model, rows):

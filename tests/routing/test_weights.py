@@ -20,6 +20,8 @@ from trace_jax.routing.solver import effective_sample_size
 from trace_jax.routing.statistics import Assignments, expert_sensitivity
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
 
+MADE_FROM = ("model", "forget", "retain", "mesh", "batch_size")
+
 
 def weights_of(setting, **settings):
     config = CalibrationConfig(settings, seed=settings.pop("seed", 0))
@@ -34,6 +36,14 @@ def forwarded(setting):
     run = jax.jit(lambda t, s: forward(model.params, model.config, t, mask=s, collect=("indices", "hidden")))
     output = run(*arrays)
     return output.router.indices, output.hidden
+
+
+@pytest.mark.parametrize("name", ["uniform", "ratio", "matching", "ngram"])
+def test_statistics_that_are_not_given_are_made(setting, name):
+    given = weights_of(setting, name=name)
+    made = weights_of({key: value for key, value in setting.items() if key in MADE_FROM}, name=name)
+    np.testing.assert_array_equal(made.tokens, given.tokens)
+    np.testing.assert_array_equal(made.selected, given.selected)
 
 
 def test_the_rule_by_sensitivity_takes_the_experts_with_the_steepest_loss_on_forget_rows(setting):

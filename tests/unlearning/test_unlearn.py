@@ -143,6 +143,9 @@ def test_missing_or_empty_data_is_refused(model, forget, retain):
     empty = dataclasses.replace(forget, valid=np.zeros_like(forget.valid))
     with pytest.raises(ValueError, match="forget rows hold no token"):
         run(model, empty, retain)
+    foreign = dataclasses.replace(retain, tokens=retain.tokens - 1)  # padding becomes -1
+    with pytest.raises(ValueError, match="the retain rows hold the id -1, and the model knows 0 to 63"):
+        run(model, forget, foreign)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.pretrained import read_tokenizer
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import Document
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.families import model_config
 from trace_jax.models.model import Encoded, SpecialTokens, TextCodec, start_and_end, whole_text
 
@@ -282,13 +283,14 @@ def batch_counts(mixture: Mapping[str, float], batch_size: int) -> dict[str, int
     return counts
 
 
-def batches_of(rows: Rows | Iterable[Batch], batch_size: int) -> Iterator[Batch]:
-    """Rows in batches of `batch_size`; batches as they are. Raises: there is none, or what comes is no batch."""
+def batches_of(rows: Rows | Iterable[Batch], batch_size: int, config: ModelConfig) -> Iterator[Batch]:
+    """Rows in batches of `batch_size`; batches as they are. Raises: there is none, or one that can't be read."""
     empty = True
     for batch in sequential_batches(rows, batch_size) if isinstance(rows, Rows) else rows:
         if not isinstance(batch, Batch):
             kind = f"a {type(batch).__name__} came where a Batch was expected"
             raise TypeError(f"{kind}; give Rows (pack(texts, model) makes them), or sequential_batches(rows, size).")
+        config.check_tokens(np.asarray(batch.tokens))
         empty = False
         yield batch
     if empty:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from trace_jax.config import ConfigError, Section, option
@@ -140,6 +141,13 @@ class ModelConfig(Section):
         ):
             if wrong:
                 raise ConfigError(sentence)
+
+    def check_tokens(self, tokens: Any, name: str = "tokens") -> None:
+        """Raises a ValueError: an id on the host that the model doesn't know, in whose place JAX would read another."""
+        low, high = int(np.min(tokens, initial=0)), int(np.max(tokens, initial=0))
+        if low < 0 or high >= self.vocab_size:
+            there = f"{name} hold the id {low if low < 0 else high}, and the model knows 0 to {self.vocab_size - 1}"
+            raise ValueError(f"{there}. Use the model's own tokenizer; padding needs a known id, too.")
 
     @property
     def rotary_width(self) -> int:

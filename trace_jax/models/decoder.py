@@ -114,8 +114,8 @@ def forward(
     On every device of a mesh (inside `jax.shard_map`, see `on_mesh`), tokens are the device's rows, and outputs theirs.
 
     Raises:
-      ValueError: an unknown name in `collect`, logits of a part of the layers, shapes that don't fit, or `experts` with
-        a cache.
+      ValueError: an unknown name in `collect`, logits of a part of the layers, shapes that don't fit, `experts` with a
+        cache, or, outside of `jax.jit`, tokens that the model doesn't know.
     """
     _check(config, tokens, mask, count_mask, collect, num_layers, experts, cache)
     wanted, (B, S) = {*collect, *(_OF_TOKENS[1:] if "router" in collect else ())}, tokens.shape
@@ -209,6 +209,8 @@ def _check(config, tokens, mask, count_mask, collect, num_layers, experts, cache
         raise ValueError(f"collect names {unknown[0]!r}; known: {', '.join(COLLECT)}.")
     if tokens.ndim != 2:
         raise ValueError(f"tokens has shape {tokens.shape}; expected [B, S].")
+    if not isinstance(tokens, jax.core.Tracer):
+        config.check_tokens(np.asarray(tokens))
     for name, array in (("mask", mask), ("count_mask", count_mask)):
         if array is not None and array.shape != tokens.shape:
             raise ValueError(f"{name} has shape {array.shape}; expected that of tokens, {tokens.shape}.")

@@ -66,6 +66,7 @@ def generate(
     lengths = _check(prompt, lengths, max_new_tokens, temperature, top_k, top_p, rows)
     ends = np.arange(lengths.max()) + (lengths - lengths.max())[:, None]  # prompts go to the right end of their rows
     prompt = np.where(ends >= 0, np.take_along_axis(np.asarray(prompt, np.int32), np.maximum(ends, 0), axis=1), 0)
+    config.check_tokens(prompt, "prompts")
     B, size = len(prompt), _padded_rows(len(prompt), mesh)
     kind = "greedy" if temperature == 0 else "filtered" if top_k or top_p < 1 else "drawn"
     numbers = np.pad(np.asarray(range(B) if rows is None else rows, np.int32), (0, size - B))

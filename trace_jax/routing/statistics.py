@@ -158,7 +158,7 @@ def expert_routing(
     affinity, read, documents = np.zeros(counts.shape), 0, 0
     places = [np.zeros((2, 0), np.int32)]  # row and document of each token
     indices = [np.zeros((len(counts), 0, config.experts_per_token), _index_type(config))]
-    batches, again = itertools.tee(batches_of(rows, batch_size))
+    batches, again = itertools.tee(batches_of(rows, batch_size, config))
     arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
     layout = {"mesh": mesh or make_mesh(), "out_specs": _OUT_SPECS[: 2 + assign], "static": (assign,)}
     outputs = map_batches(_routing, model.params, config, arrays, **layout)
@@ -238,7 +238,7 @@ def expert_sensitivity(
       >>> tj.select_experts(statistics, statistics, rule="sensitivity", sensitivity=slopes).dtype
       dtype('bool')
     """
-    batches, again = itertools.tee(batches_of(rows, batch_size))
+    batches, again = itertools.tee(batches_of(rows, batch_size, model.config))
     arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
     total, layout = np.zeros(()), {"mesh": mesh or make_mesh(), "out_specs": PartitionSpec(BATCH_AXES)}
     for slopes in map_batches(_slopes, model.params, model.config, arrays, **layout):

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -30,11 +31,13 @@ from trace_jax.routing import controls
 from trace_jax.routing.calibration import Calibration, match_frequencies, weighted_frequency
 from trace_jax.routing.solver import effective_sample_size
 from trace_jax.routing.statistics import (
+    MIN_ACTIVATIONS,
     Assignments,
     ExpertStatistics,
     expert_assignments,
     expert_routing,
     expert_sensitivity,
+    expert_statistics,
     frequency_gap,
     overlap,
 )
@@ -124,8 +127,8 @@ def retain_weights(
     model: Model,
     forget: Rows,
     retain: Rows,
-    forget_statistics: ExpertStatistics,
-    retain_statistics: ExpertStatistics,
+    forget_statistics: ExpertStatistics | None = None,
+    retain_statistics: ExpertStatistics | None = None,
     assignments: Assignments | None = None,
     solved: RetainWeights | None = None,
     mesh: Mesh | None = None,
@@ -135,28 +138,42 @@ def retain_weights(
 
     Args:
       model: the frozen original model, whose routing, hidden states or losses are used.
-      forget, retain: the two corpora; `*_statistics` their `expert_statistics` under `model`.
-      assignments: the `expert_assignments` of the retain corpus under `model`, where they were made before.
+      forget, retain: the two corpora.
+      forget_statistics, retain_statistics: their `expert_statistics` under `model`, and
+      assignments: the `expert_assignments` of the retain corpus, where they were made before.
       solved: for weighting "permuted", the weights that it deals out, where they were made before.
       batch_size: rows per forward pass; changes no result.
+
+    Raises:
+      ValueError: statistics of another corpus, or a corpus too small for any.
+
+    Example:
+      >>> config = tj.CalibrationConfig(weighting={"name": "matching", "unit": "row", "apply": "sampling"})
+      >>> weights = tj.retain_weights(config, model=model, forget=forget, retain=retain)
+      >>> bool(abs(weights.tokens.mean() - 1) < 1e-9)
+      True
     """
     valid, weighting = retain.valid, config.weighting
-    if int(valid.sum()) != retain_statistics.tokens:
+    if retain_statistics is not None and int(valid.sum()) != retain_statistics.tokens:
         raise ValueError(
             f"the retain rows hold {int(valid.sum())} valid tokens, their statistics {retain_statistics.tokens}; "
             "statistics of another corpus were given."
         )
 
     if not isinstance(weighting, settings.Weighted):
-        return RetainWeights(np.ones(retain_statistics.tokens), valid)
+        return RetainWeights(np.ones(int(valid.sum())), valid)
     if not isinstance(weighting, (settings.Matching, settings.RatioWeights)):
         tokens = controls.weights_without_experts(weighting, model, forget, retain, mesh=mesh, batch_size=batch_size)
         return RetainWeights(tokens, valid).applied(weighting)
-    if assignments is None:
-        assignments = expert_assignments(model, retain, batch_size=batch_size, mesh=mesh)
+    passes: Any = {"batch_size": batch_size, "mesh": mesh}
+    if retain_statistics is None:
+        retain_statistics, routed = expert_routing(model, retain, **passes, min_activations=MIN_ACTIVATIONS)
+        assignments = assignments or routed
+    assignments = assignments or expert_assignments(model, retain, **passes)
+    forget_statistics = forget_statistics or expert_statistics(model, forget, **passes)
     slopes = None
     if isinstance(weighting.rule, settings.Sensitivity):
-        slopes = expert_sensitivity(model, forget, batch_size=batch_size, mesh=mesh)
+        slopes = expert_sensitivity(model, forget, **passes)
     selected = settings.select_experts(
         forget_statistics, retain_statistics, rule=weighting.rule, seed=config.seed, sensitivity=slopes
     )

@@ -84,7 +84,7 @@ def unlearn(
       ConfigError: retain data missing for an objective that needs it; a layer the model doesn't have; selected
         experts missing; refusals without a tokenizer; a rule without an evaluation to read; online weights that a
         batch would have to be divided by; recalibration without weights to start from; routers that GRIP can't hold.
-      ValueError: rows without a token that can be predicted.
+      ValueError: rows without a token that can be predicted, or with tokens that the model doesn't know.
 
     Example:
       >>> config = tj.UnlearningConfig(steps=3, forget_batch_size=2, retain_batch_size=2)
@@ -167,6 +167,8 @@ def _check(
     for name, rows in (("forget", forget), ("retain", retain)):
         if rows is not None and not rows.valid.any():
             raise ValueError(f"the {name} rows hold no token that can be predicted; the data is too short.")
+        if rows is not None:
+            model.config.check_tokens(rows.tokens, f"the {name} rows")
     if config.needs_evaluation and evaluate is None:
         raise ConfigError(
             "stop_forgetting, stop_utility and keep read evaluations; give `evaluate`, or leave them out."
