@@ -76,7 +76,7 @@ def main():
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
     certificate = calibration.certificate
 
-    features, base, _ = find_patterns(retain, selected, None)
+    features, base, *_ = find_patterns(retain, selected, None)
     begin = time.perf_counter()
     solved = closest_match(features, f_forget[selected], base=base, sizes=[options.size])[0]
     solve_seconds = time.perf_counter() - begin

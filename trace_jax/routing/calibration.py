@@ -210,7 +210,7 @@ def match_frequencies(
     counts: i64 [L, E], activations of `tokens`. Gives calibrations, weights f64 [T], weighted frequencies f64 [L, E].
     """
     indices, matched, total = tokens.indices, selected & (counts > 0), tokens.indices.shape[1]
-    features, base, pattern = solver.find_patterns(indices, matched, tokens.units(settings.unit))
+    features, base, pattern, touched = solver.find_patterns(indices, matched, tokens.units(settings.unit))
     moment = counts[matched] / total
     goal = np.minimum(target[matched], settings.max_ratio * moment)
     reachable = solver.reachable(features, matched, moment, goal, indices.shape[2])
@@ -222,11 +222,10 @@ def match_frequencies(
     names = np.array(tokens.layers or range(len(counts)))
     absent = tuple((int(names[row]), int(column)) for row, column in np.argwhere(selected & ~matched))
     before = np.abs(counts / total - target)
-    touched = np.any([of_layer[chosen].any(axis=1) for of_layer, chosen in zip(matched, indices, strict=True)], axis=0)
     same: dict[str, Any] = {
         "layer": names[layer], "expert": expert, "forget": target[matched], "retain": moment, "target": goal,
         "gap_before": float(before[matched].sum()), "gap_elsewhere_before": float(before[~matched].sum()),
-        "touched": float(touched.mean()), "infeasible": absent, "tokens": total, "num_experts": int(selected.size),
+        "touched": touched, "infeasible": absent, "tokens": total, "num_experts": int(selected.size),
     }  # fmt: skip
     solved = []
     for size, balance in zip(sizes, balances, strict=True):

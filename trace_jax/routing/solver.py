@@ -31,7 +31,9 @@ MOST_PRODUCTS = 12  # of the linear solver, before the Hessian that steers it is
 SAMPLE = 65_536  # units whose Hessian steers the linear solver; the equations themselves use all
 CHUNK = 8_192  # units of one product on the device
 CLOSE = 1e-8  # of the logarithm of an effective sample size
+NEAR = 1e-4  # the same where only a place to begin is sought
 LOOK = 16_384  # tokens that tell whether patterns repeat
+MOST_SECANTS = 6  # of the search for rho from a good guess
 STRIDE = float(np.log(8.0))  # of log rho, on the way down
 
 
@@ -47,6 +49,7 @@ class Balance:
     gradient_norm: float  # largest entry of the final gradient
     effective_sample_size: float
     missed: float  # |f~ - p|, Euclidean
+    elasticity: float = 0.5  # d log effective sample size / d log rho near here, as the search saw it
 
 
 def weight_of(scores: Any, divergence: str, max_weight: Any, xp: Any = np) -> Any:
@@ -159,11 +162,13 @@ def closest_match(
     sizes: Sequence[float],
     divergence: str = "chi2",
     max_weight: float = 50.0,
+    close: float = CLOSE,
 ) -> list[Balance]:
     """The closest match at each effective sample size of `sizes`, which fall; 0 asks for the exact match.
 
     A solution keeps more than that size where the target is met before, or no weights come closer. features f64 [U, C],
-    dense or scipy CSR; target f64 [C]; base f64 [U], base weight of each unit, above 0, of any scale.
+    dense or scipy CSR; target f64 [C]; base f64 [U], base weight of each unit, above 0, of any scale; close: of the
+    logarithm of a size, counts as met.
     """
     if max_weight == 1.0:  # leaves one solution
         target = features.T @ (base / base.sum())
@@ -177,7 +182,7 @@ def closest_match(
     coarse: list[Balance | None] = [None] * len(sizes)
     if len(base) > 2 * SAMPLE:  # where to begin is found on every n-th unit
         some = slice(None, None, len(base) // SAMPLE)
-        options: dict[str, Any] = {"sizes": sizes, "divergence": divergence, "max_weight": max_weight}
+        options: dict[str, Any] = {"sizes": sizes, "divergence": divergence, "max_weight": max_weight, "close": NEAR}
         coarse = [*closest_match(features[some], target, base=base[some], **options)]
         guesses |= {np.log(b.rho): (b.multipliers, b.intercept) for b in coarse if b is not None}
 
@@ -188,27 +193,36 @@ def closest_match(
         return solved[x]
 
     def excess(x: float, size: float) -> float:
-        """log of the effective sample size over what is wanted; 0 within `CLOSE`, so that the search ends there."""
+        """log of the effective sample size over what is wanted; 0 within `close`, so that the search ends there."""
         over = float(np.log(solve(x).effective_sample_size / max(size, 1e-300)))
-        return over if abs(over) > CLOSE else 0.0
+        return over if abs(over) > close else 0.0
+
+    def slope(x: float) -> float:
+        """The elasticity at x, by the other solution that is nearest."""
+        y = min((y for y in solved if y != x), key=lambda y: abs(y - x), default=x)
+        sizes = [np.log(solve(z).effective_sample_size) for z in (x, y)]
+        return float((sizes[0] - sizes[1]) / (x - y)) if x != y else 0.5
 
     found, x = [], np.log(spread)
     for size, guess in zip(sizes, coarse, strict=True):
-        stride = STRIDE
         if guess is not None and guess.effective_sample_size < 1.01 * size:
-            x = np.log(guess.rho)
-            stride = 4 * abs(excess(x, size)) or STRIDE
+            x, step = np.log(guess.rho), guess.elasticity
+            for _ in range(MOST_SECANTS):
+                if excess(x, size) == 0:
+                    break
+                x -= excess(x, size) / max(step, 0.01)
+                excess(x, size)
+                step = slope(x)
         while excess(x, size) < 0:
-            x += stride
+            x += STRIDE
         above = x
         while excess(x, size) > 0 and not _settled(solve(x), solved.get(above) if above > x else None):
-            above, x = x, x - stride
+            above, x = x, x - STRIDE
         if excess(x, size) < 0:
             below, x = x, above
             root: Any = brentq(excess, below, above, args=(size,), xtol=1e-12)
-            found.append(solve(root))
-        else:
-            found.append(solve(x))
+            x = root
+        found.append(dataclasses.replace(solve(x), elasticity=slope(x)))
     return found
 
 
@@ -255,8 +269,9 @@ def concentrated(scores: np.ndarray, base: np.ndarray, *, size: float, max_weigh
 
 def find_patterns(
     indices: np.ndarray, matched: np.ndarray, units: np.ndarray | None
-) -> tuple[Matrix, np.ndarray, np.ndarray]:
-    """The distinct activation patterns of the units of a corpus of T tokens, for C experts: (features, base, unit).
+) -> tuple[Matrix, np.ndarray, np.ndarray, float]:
+    """The distinct activation patterns of the units of a corpus of T tokens, for C experts: (features, base, unit,
+    share of the tokens that use any of the experts).
 
     Two units with the same activations always get the same weight, so only distinct patterns are kept, in an order that
     depends on the patterns alone: the solver returns the same bits however the corpus was shuffled, batched or sharded.
@@ -268,6 +283,7 @@ def find_patterns(
     the pattern stands for (whole numbers: exact sums); and the pattern of each token, integer [T].
     """
     activations = activation_matrix(indices, matched)
+    touched = float(np.count_nonzero(np.diff(activations.indptr)) / activations.shape[0])
     # A random number of 64 bits stands for each column; a pattern's key is the sum over its activations, modulo 2^64.
     # Sums have no order, and two of 10^6 different patterns share a key with probability 10^-7.
     numbers = np.random.default_rng(0).integers(0, 2**64, activations.shape[1], np.uint64, endpoint=False)
@@ -279,32 +295,32 @@ def find_patterns(
         tokens = activations.shape[0]
         some = keys(activations[:: tokens // LOOK + 1])
         if tokens > 4 * LOOK and len(np.unique(some)) > 0.9 * len(some):
-            return activations, np.ones(tokens), np.arange(tokens)
+            return activations, np.ones(tokens), np.arange(tokens), touched
         _, first, unit, counts = np.unique(
             keys(activations), return_index=True, return_inverse=True, return_counts=True
         )
         features = activations[first]
         features.sort_indices()  # so that sums over a pattern don't depend on the order of a token's experts
-        return features, counts.astype(np.float64), unit
+        return features, counts.astype(np.float64), unit, touched
     members, of_token = row_members(units)
     length_key = np.uint64(0x9E3779B97F4A7C15)  # counted once per token, so that a unit's key holds its length
     unit_keys = members.astype(np.uint64) @ (keys(activations) + length_key)
     _, first, pattern = np.unique(unit_keys, return_index=True, return_inverse=True)
     lengths = members @ np.ones(activations.shape[0])
     features = (members[first] @ activations).toarray() / lengths[first, None]
-    return features, np.bincount(pattern, lengths, minlength=len(first)), pattern[of_token]
+    return features, np.bincount(pattern, lengths, minlength=len(first)), pattern[of_token], touched
 
 
-def activation_matrix(indices: np.ndarray, matched: np.ndarray, chunk: int = 65_536) -> Matrix:
+def activation_matrix(indices: np.ndarray, matched: np.ndarray, chunk: int = 4_096) -> Matrix:
     """a_c(t) as a sparse f64 [T, C]: 1 where the expert of column c is among the token's top K."""
-    column_of = np.full(matched.shape, -1, np.int32)
+    column_of = np.full(matched.shape, -1, np.int16 if matched.size < 2**15 else np.int32)
     column_of[matched] = np.arange(matched.sum())
     columns, per_token = [], []
     for start in range(0, indices.shape[1], chunk):
         pairs = zip(column_of, indices[:, start : start + chunk], strict=True)
         table = np.concatenate([of_layer[chosen] for of_layer, chosen in pairs], axis=1)  # [chunk, L K]
-        columns.append(table[table >= 0])
-        per_token.append((table >= 0).sum(axis=1))
+        columns.append(np.extract(table >= 0, table).astype(np.int32))
+        per_token.append(np.count_nonzero(table >= 0, axis=1))
     column = np.concatenate(columns)
     ends = np.concatenate([[0], np.cumsum(np.concatenate(per_token))]).astype(np.int32 if len(column) < 2**31 else int)
     return csr_array((np.ones(len(column)), column, ends), (indices.shape[1], int(matched.sum())))
