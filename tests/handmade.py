@@ -36,15 +36,15 @@ def make_model(seed=0):
     return Model(CONFIG, make_params(seed), tiny.make_tokenizer())
 
 
-def make_questions(count, *, options=4, length=14, seed=0, group_size=3):
-    """A prompt of 3 to 6 tokens and options of 1 to 3, behind BOS."""
+def make_questions(count, *, options=4, length=14, seed=0, group_size=3, longest=3):
+    """A prompt of 3 to 6 tokens and options of 1 to `longest`, behind BOS."""
     rng = np.random.default_rng(seed)
     shape = (count, options, length)
     tokens, segments, scored = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
     for q in range(count):
         prompt = [1, *rng.integers(3, V, rng.integers(3, 7))]
         for o in range(options):
-            option = rng.integers(3, V, rng.integers(1, 4))
+            option = rng.integers(3, V, rng.integers(1, longest + 1))
             end = len(prompt) + len(option)
             tokens[q, o, :end], segments[q, o, :end] = [*prompt, *option], 1
             scored[q, o, len(prompt) - 1 : end - 1] = True

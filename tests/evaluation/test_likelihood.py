@@ -3,6 +3,7 @@
 Each with and without a guide, through whose experts every token goes; the reference finds them in a pass of its own.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -54,11 +55,15 @@ def test_scores_equal_one_text_at_a_time(seed):
         own, unguided = (score_rows(model.replace(guide=other), ROWS, batch_size=4) for other in (PARAMS, None))
         assert np.abs(nll - unguided).max() > 0.1
         np.testing.assert_allclose(own, unguided, rtol=1e-4, atol=1e-5)
-    result = score_questions(model, QUESTIONS, batch_size=2)
-    for q, o in np.ndindex(3, 4):
-        length = int(QUESTIONS.segments[q, o].sum())
-        log_p = handmade.log_probability(PARAMS, QUESTIONS.tokens[q, o, :length], guide=guide)
-        assert result[q, o] == pytest.approx(log_p[QUESTIONS.scored[q, o, : length - 1]].sum(), rel=1e-4)
+    one_token = handmade.make_questions(3, longest=1)
+    strangers = dataclasses.replace(one_token, tokens=one_token.tokens.copy())  # options without a common beginning
+    strangers.tokens[:, 1, 1] += 1
+    for questions in (QUESTIONS, one_token, strangers):
+        result = score_questions(model, questions, batch_size=2)
+        for q, o in np.ndindex(3, 4):
+            length = int(questions.segments[q, o].sum())
+            log_p = handmade.log_probability(PARAMS, questions.tokens[q, o, :length], guide=guide)
+            assert result[q, o] == pytest.approx(log_p[questions.scored[q, o, : length - 1]].sum(), rel=1e-4)
     check_sequences(score_sequences(model, TEXTS, FIRST, moments=guide is None, batch_size=4), guide)
 
 

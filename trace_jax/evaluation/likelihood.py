@@ -34,33 +34,45 @@ class NonFiniteScore(FloatingPointError):
 def score_rows(model: Model, rows: Rows, *, batch_size: int = 64, mesh: Mesh | None = None) -> np.ndarray:
     """NLL f32 [N, S], nats, of what follows every valid position of `rows`, `batch_size` rows at a time; else 0."""
     positions = np.broadcast_to(np.arange(rows.tokens.shape[1], dtype=np.int32), rows.tokens.shape)
-    return _nll(model, (rows.tokens, rows.segments, rows.valid), positions, batch_size, mesh)
+    columns = rows.tokens, rows.segments, positions, _following(rows.tokens)
+    return _nll(model, columns, rows.valid, batch_size, mesh)
 
 
 def score_questions(
     model: Model, questions: Questions, *, batch_size: int = 64, mesh: Mesh | None = None
 ) -> np.ndarray:
-    """Log-likelihood f64 [Q, O] of every option, summed over its tokens, nats, `batch_size` questions at a time."""
-    count, options, _ = questions.tokens.shape
-    names = ("tokens", "segments", "scored")
-    arrays = tuple(getattr(questions, name).reshape(count * options, -1) for name in names)
-    most = max(1, int(arrays[2].sum(axis=1).max()))
-    positions = np.argsort(~arrays[2], axis=1, kind="stable")[:, :most].astype(np.int32)
-    nll = _nll(model, arrays, positions, batch_size * options, mesh)
+    """Log-likelihood f64 [Q, O] of every option, summed over its tokens, nats, `batch_size` questions at a time.
+
+    Where each option is one token, a question goes through the model once for all of them.
+    """
+    tokens, segments, scored = questions.tokens, questions.segments, questions.scored
+    count, options, length = tokens.shape
+    most = max(1, int(scored.sum(axis=2).max()))
+    positions = np.argsort(~scored, axis=2, kind="stable")[:, :, :most]
+    targets, counted = (np.take_along_axis(x, positions, axis=2) for x in (_following(tokens), scored))
+    read = np.arange(length) <= positions[:, :, -1:]
+    if most == 1 and all((x == x[:, :1])[read].all() for x in (tokens, segments)):
+        columns = tokens[:, 0], segments[:, 0], positions[:, :, 0], targets[:, :, 0]
+        return -_nll(model, columns, counted[:, :, 0], batch_size * options, mesh).astype(np.float64)
+    columns = tuple(x.reshape(count * options, -1) for x in (tokens, segments, positions, targets))
+    nll = _nll(model, columns, counted.reshape(count * options, -1), batch_size * options, mesh)
     return -nll.sum(axis=1, dtype=np.float64).reshape(count, options)
 
 
+def _following(tokens: np.ndarray) -> np.ndarray:
+    """The token after each, [..., S]; after the last one itself."""
+    return np.concatenate([tokens[..., 1:], tokens[..., -1:]], axis=-1)
+
+
 def _nll(
-    model: Model, arrays: tuple[np.ndarray, ...], positions: np.ndarray, batch_size: int, mesh: Mesh | None
+    model: Model, columns: Sequence[np.ndarray], counted: np.ndarray, batch_size: int, mesh: Mesh | None
 ) -> np.ndarray:
-    """NLL f32 [N, M] of the token after each of `positions` i32 [N, M]; 0 where that isn't scored."""
-    tokens, segments, scored = arrays  # each [N, S]
-    targets = np.concatenate([tokens[:, 1:], tokens[:, -1:]], axis=1)
-    columns = [x.astype(np.int32) for x in (tokens, segments, positions, np.take_along_axis(targets, positions, 1))]
-    batches = ([x[start : start + batch_size] for x in columns] for start in range(0, len(tokens), batch_size))
+    """NLL f32 [N, M] of targets [N, M]; 0 where one isn't `counted`. columns: what `_scores` takes, N rows each."""
+    starts, columns = range(0, len(counted), batch_size), [x.astype(np.int32) for x in columns]
+    batches = ([x[start : start + batch_size] for x in columns] for start in starts)
     passes = map_batches(_scores, _models(model), model.config, batches, mesh=mesh, static=(token_nll,))
-    nll = np.concatenate([x[:batch_size] for x in passes])[: len(tokens)]
-    return _finite(np.where(np.take_along_axis(scored, positions, axis=1), nll, np.float32(0)))
+    nll = np.concatenate([x[:batch_size] for x in passes])[: len(counted)]
+    return _finite(np.where(counted, nll, np.float32(0)))
 
 
 def _scores(models: tuple[Any, ...], config: ModelConfig, tokens, segments, positions, targets, score: Any) -> Any:
