@@ -11,7 +11,8 @@ from tests import handmade, tiny
 from trace_jax.evaluation.patching import PARTS, drift_correlation, expert_sets, measure_patching, part_of, put_back
 from trace_jax.models.architecture import flat_specs, flatten, unflatten
 from trace_jax.models.sharding import param_shardings, placed_params
-from trace_jax.routing.statistics import ExpertStatistics, expert_drift
+from trace_jax.routing.differences import expert_drift
+from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.tasks.benchmarks import BENCHMARKS
 
 MODEL = handmade.make_model()

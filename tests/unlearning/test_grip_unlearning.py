@@ -15,7 +15,8 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.models.moe import route
 from trace_jax.parallel.mesh import make_mesh, to_host
-from trace_jax.routing.statistics import expert_assignments, overlap
+from trace_jax.routing.differences import overlap
+from trace_jax.routing.statistics import expert_assignments
 from trace_jax.unlearning import grip
 from trace_jax.unlearning.config import GripProject, GripRealign, UnlearningConfig
 from trace_jax.unlearning.grip import read_routers, realign, retain_protection, spread_tokens

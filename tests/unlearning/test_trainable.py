@@ -27,7 +27,7 @@ from trace_jax.models.families import model_config
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, place, to_host
 from trace_jax.routing.config import select_experts
-from trace_jax.routing.statistics import expert_drift
+from trace_jax.routing.differences import expert_drift
 from trace_jax.unlearning.config import SomeExperts, Trainable, UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants, anchor_loss

@@ -22,7 +22,8 @@ from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import to_host
 from trace_jax.routing.config import highest, ranks
-from trace_jax.routing.statistics import ExpertStatistics, expert_drift
+from trace_jax.routing.differences import expert_drift
+from trace_jax.routing.statistics import ExpertStatistics
 
 DRAWS, MOST_SIZES, MOST_BLOCKS = 3, 4, 8  # of random experts; numbers of experts and blocks of layers at most
 MOST_ITEMS = 500  # test items of a subject, where a benchmark has thousands

@@ -15,7 +15,7 @@ from trace_jax.data.rows import Rows
 from trace_jax.evaluation.intervals import TAILS, Interval, Measurement, named, resample_sides
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.models.model import Model
-from trace_jax.routing import statistics
+from trace_jax.routing import differences
 from trace_jax.routing.statistics import Assignments, ExpertStatistics, expert_assignments
 from trace_jax.routing.weights import RetainWeights
 
@@ -63,7 +63,7 @@ def measure_routing(
         )
         corpora[subject] = corpus_routing(before, after, experts)
     quantities = routing_quantities(corpora, top_k=top_k, resamples=resamples, seed=seed)
-    router_drift, expert_drift = statistics.router_drift(original, current)
+    router_drift, expert_drift = differences.router_drift(original, current)
     drift = np.append(router_drift, router_drift.mean())  # for which no text is drawn
     tokens = {s: corpora[s]["tokens"].sum() for s in SUBJECTS}
     return {
@@ -99,8 +99,8 @@ def routing_measurements(routing: Mapping[str, Any]) -> list[Measurement]:
 
 def corpus_routing(original: Assignments, current: Assignments, num_experts: int) -> CorpusRouting:
     """What `routing_quantities` needs of a corpus, per row, from both models' assignments of its tokens."""
-    counts = [statistics.counts_by_row(x, num_experts).astype(np.float64) for x in (original, current)]
-    return statistics.overlap_by_row(original, current) | dict(zip(MODELS, counts, strict=True))
+    counts = [differences.counts_by_row(x, num_experts).astype(np.float64) for x in (original, current)]
+    return differences.overlap_by_row(original, current) | dict(zip(MODELS, counts, strict=True))
 
 
 def routing_quantities(
@@ -156,12 +156,12 @@ def _measured(corpora: Mapping[str, CorpusRouting], draws: Sequence[np.ndarray])
         counts = [sums[s, model] for s in SUBJECTS]
         frequencies = [sums[s, model] / sums[s, "tokens"][:, None, None] for s in SUBJECTS]
         quantities |= {
-            f"gap{end}": statistics.frequency_gap(*frequencies),
-            f"kl{end}": statistics.kl_divergence(*map(statistics.smoothed_shares, counts)),
-            f"js{end}": statistics.js_divergence(*(f / f.sum(axis=-1, keepdims=True) for f in frequencies)),
+            f"gap{end}": differences.frequency_gap(*frequencies),
+            f"kl{end}": differences.kl_divergence(*map(differences.smoothed_shares, counts)),
+            f"js{end}": differences.js_divergence(*(f / f.sum(axis=-1, keepdims=True) for f in frequencies)),
         }
         for s, f in zip(SUBJECTS, frequencies, strict=True):
-            quantities[f"load_entropy_{s}{end}"] = statistics.load_entropy(f)
+            quantities[f"load_entropy_{s}{end}"] = differences.load_entropy(f)
             quantities[f"dead_experts_{s}{end}"] = (f == 0).sum(axis=-1).astype(np.float64)
     for s in SUBJECTS:
         before, after = (sums[s, model] for model in MODELS)

@@ -15,7 +15,8 @@ from trace_jax.io.files import encode
 from trace_jax.io.progress import aligned, format_number
 from trace_jax.routing.calibration import trade_off
 from trace_jax.routing.config import Difference, select_experts
-from trace_jax.routing.statistics import Assignments, ExpertStatistics, counts_by_row, frequency_gap
+from trace_jax.routing.differences import counts_by_row, frequency_gap
+from trace_jax.routing.statistics import Assignments, ExpertStatistics
 
 PRESENT, WEAK = 2.0, 1.25  # least held-out ratio
 MIN_ROWS = 8  # of either text, two for each quarter

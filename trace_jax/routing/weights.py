@@ -29,6 +29,7 @@ from trace_jax.models.model import Model
 from trace_jax.routing import config as settings
 from trace_jax.routing import controls
 from trace_jax.routing.calibration import Calibration, match_frequencies, weighted_frequency
+from trace_jax.routing.differences import frequency_gap, overlap
 from trace_jax.routing.solver import effective_sample_size
 from trace_jax.routing.statistics import (
     MIN_ACTIVATIONS,
@@ -38,8 +39,6 @@ from trace_jax.routing.statistics import (
     expert_routing,
     expert_sensitivity,
     expert_statistics,
-    frequency_gap,
-    overlap,
 )
 
 
