@@ -1,13 +1,23 @@
 # ---
 # jupyter:
-#   accelerator: TPU
-#   colab: {gpuType: V5E1, provenance: []}
+#   colab: {provenance: []}
 # ---
 
 # %% [markdown]
 # # Is there anything to calibrate?
 #
-# Says before any training whether forget and retain text use the experts of a model differently.
+# Says before any training whether forget and retain text use the experts of a model differently. If
+# they do not, weights by experts have nothing to match, and you can save yourself the run.
+#
+# You need one of these; without either, **Run all** shows the answer on generated routing:
+#
+# - the routing of both texts, recorded by a server (vLLM, SGLang, TensorRT-LLM): no weights, no
+#   accelerator; or
+# - a checkpoint directory and both texts (`.jsonl`, `.txt` or a directory). To get one:
+#   `!hf download allenai/OLMoE-1B-7B-0924 --local-dir olmoe`
+#
+# For recorded routing any runtime will do; for a checkpoint choose one with a TPU or GPU. What the words
+# mean is in the documentation, `docs/method.md`.
 
 # %%
 # @title Set up: what is here, what is needed { display-mode: "form" }
@@ -43,7 +53,7 @@ def numbers(version):
 
 
 def too(version, bounds):
-    """ "too old", "too new", "missing", or nothing where it fits."""
+    """What is wrong with a version: "too old", "too new" or "missing"; nothing where it fits."""
     low, _, high = bounds.partition(",")
     if version is None:
         return "missing"
@@ -123,38 +133,216 @@ if stale:
 print("No restart needed: go on.")
 
 # %% [markdown]
-# ## Routing to look at
+# ## 1. What to look at
 #
-# Drawn at random here: forget text prefers the last four of 32 experts.
+# Choose a source and say where the files are (drag them into the file browser on the left, or mount a
+# drive). `generated_mismatch` belongs to the generated routing: 0 makes two samples of the same text,
+# 2 two very different texts.
+
+# %%
+# @title Source of the routing
+source = "generated"  # @param ["generated", "captures", "checkpoint"]
+forget_path = "forget.npz"  # @param {type: "string"}
+retain_path = "retain.npz"  # @param {type: "string"}
+num_experts = 64  # @param {type: "integer"}
+checkpoint = "olmoe"  # @param {type: "string"}
+generated_mismatch = 1.5  # @param {type: "slider", min: 0, max: 2, step: 0.25}
+
+# %% [markdown]
+# **How to record routing.** A capture is one `.npz` file for each text: the chosen experts of every
+# token, and how many tokens each request had. From the answers of vLLM 0.21 (started with routed
+# experts returned):
+#
+# ```python
+# requests = [np.concatenate([o.prompt_routed_experts, o.outputs[0].routed_experts]) for o in outputs]
+# np.savez("forget.npz", expert_ids=np.concatenate(requests), row_lengths=[len(r) for r in requests])
+# ```
+#
+# From SGLang, whose answers hold text:
+# `np.frombuffer(base64.b64decode(a["meta_info"]["routed_experts"]), np.int32).reshape(-1, layers, k)`
+# for each answer `a`, then the same `np.savez`.
+#
+# A capture of forget text is as sensitive as the text: most tokens can be read back from their
+# experts. What this notebook keeps are counts.
+
+# %% [markdown]
+# ## 2. The routing
+#
+# Only for `generated`: writes two captures, as a server would. Forget text prefers six of the
+# experts of each layer, and so does one retain text in twenty.
 
 # %%
 import numpy as np
+import pandas as pd
 
 import trace_jax as tj
 
-rng = np.random.default_rng(0)
-for name, preference in (("forget", 2.0), ("retain", 0.0)):
-    scores = rng.gumbel(size=(40 * 64, 4, 32))
-    scores[..., -4:] += preference
-    chosen = np.argsort(-scores, axis=2)[..., :4].astype(np.int32)
-    np.savez(f"{name}.npz", expert_ids=chosen, row_lengths=np.full(40, 64))
+
+def generate(path, number, rows, share, layers=4 if CI else 16, top_k=8, length=64):
+    """Routing of `rows` texts, of which a share has the topic that prefers six experts."""
+    common, own = np.random.default_rng(0), np.random.default_rng(number)
+    topic = own.random((rows, 1)) < share
+    chosen = []
+    for layer in range(layers):
+        liking = common.normal(0, 0.5, num_experts) + own.normal(0, 0.4, (rows, num_experts))
+        preferred = np.isin(np.arange(num_experts), common.choice(num_experts, 6, replace=False))
+        liking = liking + topic * preferred * generated_mismatch * (1 + layer / layers)
+        scores = liking[:, None] + own.gumbel(size=(rows, length, num_experts))
+        chosen.append(np.argsort(-scores, axis=2)[..., :top_k].reshape(rows * length, top_k))
+    np.savez(path, expert_ids=np.array(chosen, np.int32), row_lengths=np.full(rows, length))
+
+
+if source == "generated":
+    forget_path, retain_path = "generated_forget.npz", "generated_retain.npz"
+    generate(forget_path, 1, rows=60 if CI else 200, share=1.0)
+    generate(retain_path, 2, rows=90 if CI else 400, share=0.05)
 
 # %% [markdown]
-# ## The verdict
+# Reads the captures, or lets the checkpoint route both texts. The table says what was read. The more
+# rows, the smaller the noise; with fewer than 8 rows of either text there is no verdict.
 
 # %%
-found = tj.diagnose(tj.read_capture("forget.npz", 32), tj.read_capture("retain.npz", 32), num_experts=32)
-print(found.text())
+if source == "checkpoint":
+    model = tj.load_pretrained(checkpoint, dtype="bfloat16")
+    num_experts = model.config.num_experts
+    texts = (tj.read_rows(path, model, row_length=512) for path in (forget_path, retain_path))
+    forget, retain = (tj.expert_assignments(model, rows, batch_size=16) for rows in texts)
+else:
+    forget, retain = (tj.read_capture(path, num_experts) for path in (forget_path, retain_path))
+
+read = [[*text.indices.shape, len(set(text.rows))] for text in (forget, retain)]
+pd.DataFrame(read, index=["forget", "retain"], columns=["layers", "tokens", "experts a token", "rows"])
 
 # %% [markdown]
-# ## How often each expert is used
+# ## 3. The verdict
 #
-# A row is a layer, a column an expert; red experts are used more often on forget text.
+# The rows of each text are dealt into two halves. Experts are selected on the first halves; the
+# **held-out ratio** says how many times as often forget text uses them as retain text does, in the
+# second halves, so that chance can't make it large. The **noise** is the same ratio between two
+# samples of one text. The verdict is `present` from a ratio of 2, `weak` from 1.25, both above the
+# noise; `absent` below 1.25; else `undecided`.
 
-# %% tags=["picture"]
+# %%
+found = tj.diagnose(forget, retain, num_experts=num_experts)
+print(found.sentence())
+
+# %% [markdown]
+# The dot is the held-out ratio, and the grey bar reaches as far as noise does. A dot in the green, right
+# of the bar, means that there is something to calibrate.
+
+# %%
 import matplotlib.pyplot as plt
 
-plt.figure(figsize=(8, 2))
-plt.imshow(found.forget - found.retain, cmap="RdBu_r", vmin=-0.5, vmax=0.5, aspect="auto")
-plt.colorbar(label="forget minus retain")
+plt.rcParams.update({"figure.dpi": 90, "axes.spines.top": False, "axes.spines.right": False})
+RED, BLUE, GREY = "#b5403a", "#2f6690", "#bdbdbd"
+
+end = 1.2 * np.nanmax([found.held_out, found.noise, 2.2])
+zones = {"absent": (0.85, 1.25, "#f1e3e2"), "weak": (1.25, 2, "#f6f0dc"), "present": (2, end, "#e2efe2")}
+figure, axis = plt.subplots(figsize=(9, 1.6), layout="constrained")
+for name, (low, high, colour) in zones.items():
+    axis.axvspan(low, high, color=colour)
+    axis.text(np.sqrt(low * high), 0.8, name, ha="center", va="center")
+axis.barh(0, found.noise - 0.85, left=0.85, height=0.3, color=GREY, label="noise")
+axis.plot(found.held_out, 0, "o", color=RED, markersize=11, label="held-out ratio")
+axis.set(xscale="log", xlim=(0.85, end), ylim=(-0.6, 1.1), yticks=[])
+axis.set(xlabel="times as often on forget as on retain text (logarithmic)")
+axis.set_xticks([tick for tick in (1, 1.25, 2, 3, 4, 6, 8, 12, 16, 24, 32) if tick < end])
+axis.xaxis.set_major_formatter("{x:g}")
+axis.minorticks_off()
+axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 plt.show()
+
+# %% [markdown]
+# ## 4. Mismatch by layer
+#
+# Left: the largest ratio of any expert of a layer, forget over retain frequency. Right: the gap, which is
+# the sum over experts of the differences of their frequencies. Grey is what two halves of one text show:
+# only what rises out of the grey says something.
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+for axis, name, words in zip(axes, ("largest_ratio", "gap"), ("largest ratio", "gap"), strict=True):
+    of = found.quantities[name]
+    axis.bar(found.layers, of["noise"], width=0.9, color=GREY, label="noise")
+    axis.plot(found.layers, of["value"], "o-", color=RED, label="forget against retain")
+    axis.set(xlabel="layer", ylabel=words, ylim=(0, 1.25 * np.nanmax([of["value"], of["noise"]])))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+axes[0].legend(frameon=False, loc="upper left", ncols=2)
+plt.show()
+
+# %% [markdown]
+# ## 5. The selected experts
+#
+# A row is a layer, a column an expert. Red experts are used more often on forget text, blue ones on
+# retain text. Dots mark those that the default rule selects, the four largest differences of each layer:
+# weights would bring them into use on retain text.
+
+# %% tags=["picture"]
+difference = found.forget - found.retain
+most = np.abs(difference).max()
+layers, experts = np.nonzero(found.selected)
+figure, axis = plt.subplots(figsize=(9, 1 + 0.2 * len(difference)), layout="constrained")
+colours = {"cmap": "RdBu_r", "vmin": -most, "vmax": most}
+image = axis.imshow(difference, aspect="auto", interpolation="nearest", **colours)
+axis.plot(experts, layers, "o", color="black", markersize=3)
+axis.set(xlabel="expert", ylabel="layer", yticks=range(len(difference)), yticklabels=found.layers)
+figure.colorbar(image, label="share of tokens,\nforget − retain")
+plt.show()
+
+# %% [markdown]
+# The ten selected experts that differ most. A frequency is the share of a text's tokens that use the expert.
+
+# %%
+table = pd.DataFrame({"layer": np.array(found.layers)[layers], "expert": experts})
+table["forget"], table["retain"] = found.forget[found.selected], found.retain[found.selected]
+table["difference"] = table.forget - table.retain
+table["ratio"] = table.forget / table.retain
+table.nlargest(10, "difference").style.format(precision=3).hide()
+
+# %% [markdown]
+# ## 6. How far calibration can go
+#
+# Calibration weights retain tokens so that they use the selected experts as forget text does. The closer
+# the match, the fewer tokens carry the weight: the **effective sample size** is the share of the retain
+# tokens that still counts. Read from left, where all tokens weigh the same, to right. The left figure
+# shows how much of the gap is closed, the right one the weight of the heaviest token. You choose the
+# place by `min_effective_sample_size`; the default is 0.2.
+
+# %%
+curve = pd.DataFrame(found.curve)
+figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+axes[0].plot(curve.effective_sample_size, curve.closed, "o-", color=RED, label="selected experts")
+axes[0].plot(curve.effective_sample_size, curve.closed_all, "s--", color=BLUE, label="all experts")
+axes[0].set(ylabel="share of the gap closed", ylim=(min(0, curve.closed_all.min() - 0.05), 1.05))
+axes[1].plot(curve.effective_sample_size, curve.largest_weight, "o-", color=RED)
+axes[1].set(ylabel="largest weight of a token", ylim=(0, None))
+for axis in axes:
+    axis.axvline(0.2, color="black", linewidth=0.8, linestyle=":", label="default")
+    axis.set(xlabel="effective sample size", xlim=(1, 0))
+axes[0].legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# The same as numbers: `closed` of the gap of the selected experts, `closed_all` of the gap of all.
+
+# %%
+curve.style.format(precision=3).hide()
+
+# %% [markdown]
+# ## 7. What to do now
+#
+# The advice, and a file with the verdict and all numbers above, for your notes or a script.
+
+# %%
+import json
+
+NEXT = {
+    "present": "Calibrate: the methods trace and trace_rows are worth their comparison with uniform weights.",
+    "weak": "Try uniform weights first; calibration may gain a little. Compare both, with intervals.",
+    "absent": "Use uniform weights. Weights by experts would follow noise.",
+    "undecided": "Record more rows of both texts, and run this again.",
+}
+print(f"{found.verdict}: {NEXT[found.verdict]}")
+with open("diagnosis.json", "w") as file:
+    json.dump(found.to_json(), file)
+print("Written: diagnosis.json (the verdict and the frequencies; no token's experts).")

@@ -31,7 +31,7 @@ def numbers(version):
 
 
 def too(version, bounds):
-    """ "too old", "too new", "missing", or nothing where it fits."""
+    """What is wrong with a version: "too old", "too new" or "missing"; nothing where it fits."""
     low, _, high = bounds.partition(",")
     if version is None:
         return "missing"

@@ -5,6 +5,7 @@ CI=true python scripts/notebooks.py run NAME DIR  # runs it top to bottom in DIR
 python scripts/notebooks.py record DIR/NAME.ipynb # keeps the picture that the cell tagged "picture" drew, from anywhere
 """
 
+import itertools
 import os
 import re
 import sys
@@ -82,9 +83,14 @@ def record(executed: Path) -> None:
     path.write_text(nbformat.writes(target) + "\n")
 
 
-def run(name: str, directory: Path) -> nbformat.NotebookNode:
-    """Runs colab/NAME.ipynb there, each cell, and keeps what it gave beside it. Raises CellExecutionError."""
+def run(name: str, directory: Path, **form: object) -> nbformat.NotebookNode:
+    """Runs colab/NAME.ipynb there, each cell, with other values in its form, and keeps what it gave beside it.
+
+    Raises CellExecutionError.
+    """
     opened = nbformat.read(COLAB / f"{name}.ipynb", as_version=4)
+    for (key, value), cell in itertools.product(form.items(), opened.cells):
+        cell.source = re.sub(rf"(?m)^{key} = .*(?=  # @param)", lambda _, k=key, v=value: f"{k} = {v!r}", cell.source)
     kept = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"}  # figures are to be in the page
     try:
         NotebookClient(opened).execute(cwd=str(directory), env=kept | {"IPYTHONDIR": str(directory / ".ipython")})
