@@ -34,7 +34,7 @@ os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL
 os.environ.pop("NPROC", None)  # XLA takes as many as there are cores
 ROOT = Path(__file__).resolve().parents[1]
 # What a clock, a date or the spelling of settings decides.
-PASSING = ("seconds", "seconds_per_step", "step_seconds", "tokens_per_second", "generated", "table", "identity")
+PASSING = ("time", "seconds", "seconds_per_step", "step_seconds", "tokens_per_second", "generated", "table", "identity")
 SETTINGS = re.compile(r"^/results/methods/[^/]+/(calibration|unlearning|attacks/[^/]+/settings)/")
 SHOWN = 12
 TEXT = "river stone apple cloud lamp tiger violin harbour window garden candle forest mirror ladder"
@@ -121,9 +121,27 @@ def numbers(workdir: Path) -> dict[str, Any]:
     """Every number that a run leaves: results, the history of each method, and the tensors of its export."""
     found: dict[str, Any] = {"results": json.loads((workdir / "results.json").read_text())}
     for file in sorted(workdir.glob("methods/*/metrics.jsonl")):
-        found[file.parent.name] = [json.loads(line) for line in file.read_text().splitlines()]
+        found[file.parent.name] = history(file)
     for file in sorted(workdir.glob("export/*.safetensors")):
         found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
+
+
+def history(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl as records have them: an evaluation is one, and a step's hold what it computed."""
+    found, measured = [], []
+    for line in map(json.loads, file.read_text().splitlines()):
+        kind, step, of_step = line.pop("kind"), line.pop("step"), ("tokens", "learning_rate")
+        line.pop("identity")
+        if kind == "measurement":
+            measured.append(line)
+        elif kind == "evaluation":
+            found.append({"step": step, "evaluation": measured, **line})
+            measured = []
+        elif kind == "recalibration":
+            found.append({"step": step, "recalibration": line})
+        else:
+            found.append({"step": step} | {name: value for name, value in line.items() if name not in of_step})
     return found
 
 

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from trace_jax.data.rows import Rows
+from trace_jax.io.files import read_lines
 from trace_jax.models.architecture import ModelConfig, init_params, parameter_specs
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import make_mesh
@@ -97,3 +98,13 @@ def write_lines(path, rows) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def history(directory) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without what a clock decides."""
+    return timeless(read_lines(directory / "metrics.jsonl"))
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    """Rows of a run's history, without what a clock decides."""
+    return [{n: value for n, value in row.items() if n not in ("time", "tokens_per_second")} for row in rows]

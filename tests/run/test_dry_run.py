@@ -15,12 +15,13 @@ from tests.tiny import write_lines
 from trace_jax.config import ConfigError, as_dict, resolve
 from trace_jax.data.published import PUBLISHED as DATASETS
 from trace_jax.evaluation.task import TofuConfig
-from trace_jax.io.files import read_json, read_lines, write_json
+from trace_jax.io.files import read_json, write_json
 from trace_jax.main import main
 from trace_jax.models.families import PUBLISHED
 from trace_jax.run.check import FIRST, dry_run
 from trace_jax.run.experiment import ExperimentConfig, load_config
 from trace_jax.run.methods import run
+from trace_jax.unlearning.loop import front_rows
 from trace_jax.unlearning.objectives import RMU, AdaptiveRMU
 
 CONFIGS = ("wmdp_cyber", "wmdp_bio", "muse_books", "muse_news", "tofu")
@@ -171,8 +172,8 @@ def test_two_topics_are_unlearned_by_turns_from_a_tiny_checkpoint(tmp_path):
         ("wmdp_bio", "test", 16), ("wmdp_cyber", "test", 16), ("mmlu", "test", 16), ("mmlu_virology", "test", 16),
         *((f"{name}_half", split, n) for name, n in (("wmdp", 16), ("mmlu", 8)) for split in ("validation", "test")),
     }  # fmt: skip
-    for row in read_lines(tmp_path / "run" / "methods" / "trace" / "metrics.jsonl"):
-        for m in row.get("evaluation", ()):  # a rule reads the validation half
+    for row in front_rows(tmp_path / "run" / "methods" / "trace"):
+        for m in row["evaluation"]:  # a rule reads the validation half
             if (m["name"], m["split"]) == ("wmdp_half", "validation"):
                 assert row["forgetting"] == m["value"]
     page = (tmp_path / "run" / "report.html").read_text()

@@ -44,8 +44,8 @@ def test_the_last_evaluation_along_a_run_is_what_is_measured_afterwards(finished
     """The same state, once as it trains and once as the finished model."""
     for name, method in numbers(finished[0])["methods"].items():
         rows = read_lines(finished[0] / "methods" / name / "metrics.jsonl")
-        step, along = next((row["step"], row["evaluation"]) for row in reversed(rows) if "evaluation" in row)
-        assert (step, len(along)) == (6, 12)
+        along = [row for row in rows if row["kind"] == "measurement" and row["step"] == 6]
+        assert len(along) == 12 and rows[-1]["kind"] == "evaluation"
         after = {(m["name"], m["split"]): m for m in method["measurements"]}
         for measured in along:
             other = after[measured["name"], measured["split"]]
@@ -99,11 +99,11 @@ def test_weights_follow_the_model_where_a_run_asks_for_it(data, finished, tmp_pa
     recalibrated = {**settings, "routing": {"name": "recalibrated", "every": 2}}
     run(experiment(data, methods=["trace"], calibration=recalibrated), path)
     directory = path / "methods" / "trace"
-    rows = [row for row in read_lines(directory / "metrics.jsonl") if "recalibration" in row]
+    rows = [row for row in read_lines(directory / "metrics.jsonl") if row["kind"] == "recalibration"]
     assert [row["step"] for row in rows] == [2, 4]
     for row in rows:
         where = directory / "recalibration" / f"step-{row['step']:06d}"
-        assert read_json(where / "drift.json")["gap"] == row["recalibration"]["gap"]
+        assert read_json(where / "drift.json")["gap"] == row["gap"]
         assert (where / "weights.npz").exists() and (where / "calibration.json").exists()
     run(experiment(data, methods=["trace"], calibration={**settings, "routing": "online"}), path)
     steps = [row for row in read_lines(directory / "metrics.jsonl") if "loss" in row]
@@ -192,7 +192,7 @@ def test_a_run_stops_and_keeps_by_its_validation_front(data, trained, tmp_path):
     result = result_of(path)
     assert result["step"] == front.steps[target] < result["steps"] and not result["failed"]
     assert result["stopped"].startswith("forgetting ") and f"at step {front.steps[target]}" in result["stopped"]
-    points = [row for row in read_lines(path / METRICS) if "evaluation" in row]
+    points = [row for row in read_lines(path / METRICS) if row["kind"] == "evaluation"]
     assert [row["forgetting"] for row in points] == pytest.approx(front.forgetting[: target + 1])
     assert [row["utility"] for row in points] == pytest.approx(front.utilities[MEAN][: target + 1])
     assert "was ended by a rule: forgetting" in str(model_card(config, path, "uniform"))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import tiny
 from tests.unlearning.conftest import Stop
 from trace_jax.checkpoints.state import StateStore
 from trace_jax.io.files import read_lines
@@ -50,6 +51,7 @@ def step_until(stop=None, nan_at=None, signal_at=None, number=signal.SIGTERM, re
     return step
 
 
+HEAD = ("kind", "identity")
 NAN = jax.device_put(np.float32(np.nan))
 
 
@@ -63,18 +65,20 @@ def make_loop(path, identity="a", evaluate=first_weight):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(result, metrics.jsonl) of a run that nothing interrupts."""
+    """(result, history, directory) of a run that nothing interrupts."""
     path = tmp_path_factory.mktemp("whole")
     result = make_loop(path).run(fresh, placed, step_until())
-    assert [row["step"] for row in read_lines(path / "metrics.jsonl") if "loss" in row] == list(range(1, 11))
+    steps = [row for row in read_lines(path / "metrics.jsonl") if row["kind"] == "step"]
+    assert [row["step"] for row in steps] == list(range(1, 11))
+    assert all(isinstance(value, (int, float)) for row in steps for name, value in row.items() if name not in HEAD)
     assert [row["step"] for row in front_rows(path)] == [0, 4, 8, 10]
-    return result, (path / "metrics.jsonl").read_bytes()
+    return result, tiny.history(path), path
 
 
 def assert_continues_like_a_whole_run(path, whole):
     resumed = make_loop(path).run(fresh, placed, step_until())
     np.testing.assert_array_equal(resumed.trainable["w"], whole[0].trainable["w"])
-    assert (path / "metrics.jsonl").read_bytes() == whole[1]
+    assert tiny.history(path) == whole[1]
 
 
 def newest(path):
@@ -104,7 +108,7 @@ def test_what_a_callback_raises_leaves_a_run_that_continues(tmp_path, whole, sto
             loop = dataclasses.replace(make_loop(tmp_path), callback=callback)
             result = loop.run(fresh, placed, step_until())
     np.testing.assert_array_equal(result.trainable["w"], whole[0].trainable["w"])
-    assert (tmp_path / "metrics.jsonl").read_bytes() == whole[1]
+    assert tiny.history(tmp_path) == whole[1]
     first = (stop - 1) // 3 * 3  # saved before
     assert seen == [(step, step - 1.0) for step in [*range(1, stop + 1), *range(first + 1, 11)]]
 
@@ -133,6 +137,24 @@ def test_a_model_that_can_not_be_scored_any_more_stops_the_run(tmp_path):
     for name in ("plain", "late"):
         result = make_loop(tmp_path / name, evaluate=evaluate).run(fresh, placed, step_until())
         assert (result.step, result.stopped) == (3, "the evaluation at step 4 failed: likelihoods are NaN")
+
+
+def test_a_run_that_an_earlier_version_began_is_continued_and_its_evaluations_are_read(tmp_path, whole):
+    """Its lines had no kind, and an evaluation was one of them. Measurements whose evaluation was cut short go."""
+    with pytest.raises(Stop):
+        make_loop(tmp_path).run(fresh, placed, step_until(stop=8))
+    rows, file, old = read_lines(tmp_path / "metrics.jsonl"), tmp_path / "metrics.jsonl", []
+    for row in rows:
+        head, rest = {"step": row["step"], "identity": "a"}, {n: row[n] for n in ("loss", "w") if n in row}
+        if row["kind"] != "evaluation":
+            old.append({**head, "evaluation": rest} if row["kind"] == "measurement" else head | rest)
+    tiny.write_lines(file, [*old, {"kind": "measurement", "step": 6, "identity": "a", "w": 0.0}])
+    make_loop(tmp_path).run(fresh, placed, step_until())
+    assert read_lines(file)[:8] == old[:8]
+    expected = {row["step"]: row["evaluation"][0] for row in front_rows(whole[2])}
+    assert [(row["step"], row["evaluation"]) for row in front_rows(tmp_path)] == [
+        *((step, expected[step]) for step in (0, 4)), *((step, [expected[step]]) for step in (8, 10))
+    ]  # fmt: skip
 
 
 # --- signals
@@ -315,4 +337,4 @@ def test_a_resumed_run_reads_what_an_earlier_refresh_left_and_repeats_later_ones
     resumed = cut.loop(tmp_path / "cut").run(fresh, cut.inputs, step_until())
     np.testing.assert_array_equal(resumed.trainable["w"], expected.trainable["w"])
     assert cut.calls == calls + [("refresh", n) for n in (3, 6, 9) if not calls or n >= calls[0][1]]
-    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert tiny.history(tmp_path / "cut") == tiny.history(tmp_path / "whole")

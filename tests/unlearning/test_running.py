@@ -9,6 +9,7 @@ import time
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests import tiny
@@ -17,6 +18,7 @@ from trace_jax.models.architecture import flatten
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.unlearning import step as step_module
 from trace_jax.unlearning import unlearn as unlearn_module
+from trace_jax.unlearning.inputs import Inputs
 from trace_jax.unlearning.optimizer import TrainingConfig
 from trace_jax.unlearning.step import train_model
 from trace_jax.unlearning.unlearn import unlearn
@@ -57,11 +59,28 @@ def test_killed_while_saving_it_ends_in_the_same_numbers(tmp_path):
     assert process.exitcode == -signal.SIGKILL
     resumed = unlearn_in(cut)
     assert resumed.step == whole.step == STEPS
-    assert resumed.history == whole.history and [row["step"] for row in whole.history] == list(range(1, STEPS + 1))
+    assert tiny.timeless(resumed.history) == tiny.timeless(whole.history)
+    assert [row["step"] for row in whole.history] == list(range(1, STEPS + 1))
     assert {"loss", "forget_loss", "retain_loss", "gradient_norm"} <= whole.history[0].keys()
     for path, leaf in flatten(resumed.model.params).items():
         np.testing.assert_array_equal(leaf, flatten(whole.model.params)[path], err_msg=path)
-    assert (cut / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert tiny.history(cut) == tiny.history(tmp_path / "whole")
+
+
+def test_a_step_is_written_with_its_tokens_their_rate_the_learning_rate_and_the_time(model, forget, retain, tmp_path):
+    from tests.unlearning.conftest import CONFIG, ONE
+
+    began = time.time()
+    config = dataclasses.replace(CONFIG, learning_rate=0.08, schedule="linear", warmup_steps=2)
+    unlearn(model, forget, retain, config=config, directory=tmp_path, mesh=ONE)
+    frame = pd.read_json(tmp_path / "metrics.jsonl", lines=True)
+    assert set(frame.kind) == {"step"} and list(frame.step) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(frame.learning_rate, [0.04, 0.06, 0.08, 0.06, 0.04, 0.02], rtol=1e-5)
+    of_step = Inputs(forget, retain, None, config, seed=0, multiple=1)
+    counts = [rows.forget.valid.sum() + rows.retain.valid.sum() for rows in map(of_step.at, range(6))]
+    assert list(frame.tokens) == counts and frame.time.between(began - 1, time.time() + 1).all()
+    assert frame.tokens_per_second.isna().tolist() == [True] + [False] * 5  # the first step compiles
+    assert (frame.tokens_per_second[1:] * frame.time.diff()[1:]).to_numpy() == pytest.approx(counts[1:], rel=0.5)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from trace_jax.report.page import render
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.tasks.benchmarks import BENCHMARKS
+from trace_jax.unlearning.loop import front_rows
 
 SPLIT = "test"
 CONTROLS = ("permuted", "random_experts", "ngram", "ngram_dsir", "hidden", "similarity", "loss", "oracle")
@@ -200,8 +201,7 @@ def _rows(path: Path, results: Mapping[str, Any], board: Scoreboard) -> list[dic
         front = decode(fronts.Front, result["fronts"][SPLIT])
         crossing, lowest = fronts.crossing(front, level), int(np.argmin(front.forgetting))
         read = crossing or (lambda column, lowest=lowest: float(column[lowest]))
-        lines, measured = files.read_lines(path / "methods" / label / "metrics.jsonl"), {}
-        history = [on_test(line["evaluation"]) for line in lines if "evaluation" in line]
+        history, measured = [on_test(row["evaluation"]) for row in front_rows(path / "methods" / label)], {}
         for name in set.intersection(*map(set, history)) if history else ():
             columns = ([getattr(point[name], end) for point in history] for end in ("value", "low", "high"))
             value, low, high = (read(np.array(column)) for column in columns)

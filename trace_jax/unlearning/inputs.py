@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from trace_jax.data.rows import Batch, IndexSampler, Rows, epoch_sampler, retain_sampler
 from trace_jax.io.files import local_copy, replacing
@@ -18,6 +19,7 @@ from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import map_batches
+from trace_jax.parallel.mesh import BATCH_AXES, place
 from trace_jax.parallel.processes import barrier, broadcast_from_process_0
 from trace_jax.routing.controls import losses
 from trace_jax.routing.weights import RetainWeights
@@ -96,6 +98,27 @@ def forget_sampler(topics: np.ndarray, config: UnlearningConfig, *, seed: int) -
         return rows[topic][samplers[topic](turn)]
 
     return sampler
+
+
+class Feed:
+    """The rows of each step on their way from the host to a mesh, and what the host knows of a step without asking the
+    devices: how many valid tokens it reads, and its learning rate.
+    """
+
+    def __init__(self, rows_at: Callable[[int], Any], rates: np.ndarray, mesh: Mesh):
+        self._rows_at, self._rates, self._mesh = rows_at, rates, mesh
+        self._tokens: dict[int, int] = {}
+
+    def at(self, step: int) -> Any:
+        """The rows of a step (`StepRows` or a `Batch`), shared by the devices."""
+        rows = self._rows_at(step)
+        batches = jax.tree.leaves(rows, is_leaf=lambda part: isinstance(part, Batch))
+        self._tokens[step] = sum(int(part.valid.sum()) for part in batches if isinstance(part, Batch))
+        return place(rows, self._mesh, P(BATCH_AXES))
+
+    def known(self, step: int) -> dict[str, float]:
+        """{"tokens", "learning_rate"} of a step whose rows were made; once."""
+        return {"tokens": self._tokens.pop(step), "learning_rate": float(f"{self._rates[step]:.6g}")}
 
 
 # --- what is asked of the original model before the first step

@@ -1,8 +1,9 @@
-"""The training loop: resumable, interruptible, never ends in NaN; and what it writes along a run: metrics.jsonl, a line
-for each step and each evaluation, and items.npz, what each item of the evaluations gave: "steps" i64 [T], "identity",
-and arrays [T, N] by name.
+"""The training loop: resumable, interruptible, never ends in NaN; and what it writes along a run: metrics.jsonl
+(docs/tracking.md), and items.npz, what each item of the evaluations gave: "steps" i64 [T], "identity", and arrays
+[T, N] by name.
 """
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -26,6 +27,7 @@ from trace_jax.parallel.processes import broadcast_from_process_0, is_main
 from trace_jax.unlearning.config import Rules
 
 _FILE, _ITEMS = "metrics.jsonl", "items.npz"
+_HEAD = ("kind", "step", "identity")  # of every line
 
 
 @struct.dataclass
@@ -59,7 +61,9 @@ class Hook(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation gave: `rows` (JSON) for metrics.jsonl, and the two numbers that rules read, where measured."""
+    """What an evaluation gave: `rows` (JSON), of which each is a line of metrics.jsonl, and the two numbers that rules
+    read, where measured.
+    """
 
     rows: Any
     forgetting: float | None = None  # lower means more forgotten
@@ -80,8 +84,8 @@ class Loop:
 
     directory: holds `checkpoints/`, `metrics.jsonl` and `items.npz`.
     evaluation: is also called at step 0 (if `evaluate_first`) and at the end; what it returns, or the `rows` of the
-      `Evaluated` that it returns, goes into metrics.jsonl under "evaluation", and the `items` into items.npz. A
-      FloatingPointError from it ends the run like a NaN loss.
+      `Evaluated` that it returns, goes into metrics.jsonl, and the `items` into items.npz. A FloatingPointError from it
+      ends the run like a NaN loss.
     refresh: for what inputs depend on and the model changes: it is called before the inputs of the next step are made,
       never at the end. A run that continues after step n calls it again with the same arrays.
     callback: gets each step's number and metrics once they are read, on every process; what it raises ends the run.
@@ -110,16 +114,20 @@ class Loop:
     def should_refresh(self, step: int) -> bool:
         return self.refresh is not None and 0 < step < self.steps and step % self.refresh.every == 0
 
-    def run(self, start: Callable[[], TrainState], inputs: Callable[[int], Any], step: Callable) -> LoopResult:
+    def run(
+        self, start: Callable[[], TrainState], inputs: Callable[[int], Any], step: Callable,
+        known: Callable[[int], Mapping[str, float]] = lambda _: {},
+    ) -> LoopResult:  # fmt: skip
         """Runs `state, metrics = step(state, inputs(i))` for i = 0..steps-1, from the newest saved state or `start()`.
 
         `inputs` depends on i alone, so that a resumed run repeats the uninterrupted one. It runs in a thread of its
         own, one step ahead, and returns arrays that are where the step wants them: the step itself is not allowed to
         move any. Step i+1 is dispatched before the metrics of step i are read. Where a signal asks to stop, what was
-        done until then is saved, and Interrupted is raised; the same call continues.
+        done until then is saved, and Interrupted is raised; the same call continues. `known(i)`, what the host knows of
+        step i, is written with its metrics; its "tokens" per second, too.
         """
         about = {"identity": self.identity, "seed": self.seed}
-        self._start, self._metrics = start, Metrics(self.directory, self.identity)
+        self._start, self._known, self._metrics = start, known, Metrics(self.directory, self.identity)
         self._evaluations: dict[int, Evaluated] = {}  # by step; on continuing only process 0 knows the earlier ones
         with Interruption() as self._signals, StateStore(self.directory / "checkpoints", about) as self._store:
             done, state, stop, seconds = self._steps(*self._restored(), inputs, step)
@@ -134,7 +142,7 @@ class Loop:
 
     def _begin(self, done: int, state: TrainState) -> Stop | None:
         """Takes up the run so far, and does what is due before the next step. Returns why it ends there, or None."""
-        evaluations = [row for row in self._metrics.trim(done) if "evaluation" in row]
+        evaluations = [row for row in self._metrics.trim(done) if _kind(row) == "evaluation"]
         for row in evaluations:
             self._evaluations[row["step"]] = Evaluated(None, row.get("forgetting"), row.get("utility"))
         if done:
@@ -155,6 +163,7 @@ class Loop:
     def _steps(self, first: int, state: TrainState, inputs, step) -> tuple[int, TrainState, Stop | None, float]:
         """(steps done, state, why they ended early, seconds per step)."""
         done, pending, began, aside = first, None, time.monotonic(), 0.0
+        self._read = math.nan  # when the metrics of the step before were there; the first step compiles
         if stop := self._begin(first, state):
             return first, state, stop, math.nan
         ahead = contextlib.closing(_one_ahead(inputs, range(first, self.steps), self.should_refresh))
@@ -173,7 +182,8 @@ class Loop:
                     stop, pending = self._log(pending), None
                     paused = time.monotonic()
                     stop = stop or self._after(done, state, asked)
-                    aside += time.monotonic() - paused
+                    self._read = time.monotonic()
+                    aside += self._read - paused
                 if stop:
                     break
                 advance(done, "")
@@ -221,7 +231,12 @@ class Loop:
         if dropped := values.get("dropped"):
             lost = f"{dropped:.0f} choices of experts had no room at step {index}"
             return Stop(f"{lost}; raise parallel.expert_buffer", True)
-        self._metrics.write(index, **values)
+        known, now = dict(self._known(index - 1)), time.monotonic()
+        if "tokens" in known and not math.isnan(self._read):
+            known["tokens_per_second"] = round(known["tokens"] / (now - self._read), 1)
+        self._read = now
+        values = {"time": round(time.time(), 3), **known, **values}
+        self._metrics.write("step", index, values)
         if self.callback is not None:
             self.callback(index, values)
         return None
@@ -244,7 +259,10 @@ class Loop:
             self._metrics.write_items(step, result.items)
         numbers = {"forgetting": result.forgetting, "utility": result.utility}
         measured = {name: float(value) for name, value in numbers.items() if value is not None}
-        self._metrics.write(step, evaluation=result.rows, **measured)
+        rows = result.rows if isinstance(result.rows, (list, tuple)) else [result.rows] * (result.rows is not None)
+        for row in rows:
+            self._metrics.write("measurement", step, row if isinstance(row, Mapping) else {"value": row})
+        self._metrics.write("evaluation", step, {"time": round(time.time(), 3), **measured})
         if self._best() == step:
             self._store.protected = step
         return self._reached(step)
@@ -314,7 +332,8 @@ class Metrics:
             return []
         self.write_items(done + 1 if done else 0, {})
         own = [row for row in files.read_lines(self._path) if row.get("identity") == self._identity] if done else []
-        rows = [row for row in own if row["step"] <= done]
+        ended = {row["step"] for row in own if _kind(row) == "evaluation"}  # others were cut short
+        rows = [row for row in own if row["step"] <= done and (_kind(row) != "measurement" or row["step"] in ended)]
         with files.replacing(self._path) as temporary:
             temporary.touch()
             for row in rows:
@@ -322,19 +341,20 @@ class Metrics:
         return rows
 
     def history(self) -> list[dict]:
-        """What each step measured, {"step", "loss", ...}, since the run began; process 0 alone knows."""
+        """What is written of each step, {"step", "time", "loss", ...}, since the run began; process 0 alone knows."""
         rows = files.read_lines(self._path) if is_main() else []
-        rows = [row for row in rows if row.pop("identity", "") == self._identity]
-        return [row for row in rows if not row.keys() & {"evaluation", "recalibration"}]
+        rows = [row for row in rows if _kind(row) == "step" and row["identity"] == self._identity]
+        return [{name: value for name, value in row.items() if name not in ("kind", "identity")} for row in rows]
 
-    def has(self, step: int, name: str) -> bool:
-        """Whether there is a line of `step` with a value of that name, of whichever run; process 0 alone knows."""
-        return is_main() and any(row["step"] == step and name in row for row in files.read_lines(self._path))
+    def has(self, kind: str, step: int) -> bool:
+        """Whether there is a line of that kind on `step`, of whichever run; process 0 alone knows."""
+        return is_main() and any((_kind(row), row["step"]) == (kind, step) for row in files.read_lines(self._path))
 
-    def write(self, step: int, **values) -> None:
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Adds a line."""
         if is_main():
-            files.append_line(self._path, {"step": step, "identity": self._identity, **values})
+            head = dict(zip(_HEAD, (kind, step, self._identity), strict=True))
+            files.append_line(self._path, {**head, **values, **head})
 
     def write_items(self, step: int, items: Mapping[str, np.ndarray]) -> None:
         """Drops what is there of `step` and later ones, and adds what each item gave at `step`, if there is anything:
@@ -370,7 +390,19 @@ def read_items(
     return (steps, items) if identity in (None, identity_of) else None
 
 
+def _kind(row: Mapping[str, Any]) -> str:
+    """Lines of earlier versions don't say what they are; their evaluations are one line with everything."""
+    return row.get("kind") or next((kind for kind in ("evaluation", "recalibration") if kind in row), "step")
+
+
 def front_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:
-    """Evaluations of a run in the order of its steps: [{"step", "evaluation": {...}}]."""
-    rows = files.read_lines(files.as_path(directory) / _FILE)
-    return [row for row in rows if "evaluation" in row and identity in (None, row.get("identity"))]
+    """Evaluations of a run in the order of its steps: [{"step", "evaluation": [{...}, ...]}]."""
+    rows, measured = [], collections.defaultdict(list)
+    for row in files.read_lines(files.as_path(directory) / _FILE):
+        if identity not in (None, row.get("identity")):
+            continue
+        if (kind := _kind(row)) == "measurement":
+            measured[row["step"]].append({name: value for name, value in row.items() if name not in _HEAD})
+        elif kind == "evaluation":
+            rows.append({"evaluation": measured.pop(row["step"], []), **row})
+    return rows

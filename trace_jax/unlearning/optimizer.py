@@ -120,6 +120,12 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup), after], [warmup])
 
 
+def learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
+    """f32 [steps], the rate of every step, computed at once: nobody waits for the device for one while it trains."""
+    with jax.numpy_dtype_promotion("standard"):  # optax divides integers
+        return np.asarray(jax.vmap(learning_rate(config, steps))(jnp.arange(steps)), np.float32)
+
+
 def make_optimizer(
     config: OptimizerConfig, steps: int, axes: Axes, masks: dict[str, jax.Array] | None = None
 ) -> optax.GradientTransformation:

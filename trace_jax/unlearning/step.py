@@ -29,11 +29,11 @@ from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place, ro
 from trace_jax.unlearning import trainable
 from trace_jax.unlearning.config import EXPERT_MATRICES, UnlearningConfig
 from trace_jax.unlearning.grip import check_router, keep_routers
-from trace_jax.unlearning.inputs import StepRows, pad_rows
+from trace_jax.unlearning.inputs import Feed, StepRows, pad_rows
 from trace_jax.unlearning.loop import Hook, Loop, LoopResult, TrainState
 from trace_jax.unlearning.losses import Constants, StepSettings, coefficients, gradient, share, targets
 from trace_jax.unlearning.objectives import RepSelect
-from trace_jax.unlearning.optimizer import OptimizerConfig, TrainingConfig, make_optimizer
+from trace_jax.unlearning.optimizer import OptimizerConfig, TrainingConfig, learning_rates, make_optimizer
 from trace_jax.unlearning.trainable import Flat, current_params, trained_specs
 
 
@@ -234,11 +234,13 @@ def train_on(
 
 
 def _train(loop: Loop, start, batch_at, settings: StepSettings, mesh: Mesh, load_balance: float = 0.0) -> LoopResult:
-    multiple = row_multiple(settings, mesh)
+    multiple, rates = row_multiple(settings, mesh), learning_rates(settings.optimizer, loop.steps)
+    feed = Feed(lambda index: pad_rows(batch_at(index), multiple), rates, mesh)
     return loop.run(
         lambda: initial_state(flatten(start()), settings, mesh),
-        lambda index: place(pad_rows(batch_at(index), multiple), mesh, P(BATCH_AXES)),
+        feed.at,
         lambda state, batch: training_step(state, batch, settings=settings, load_balance=load_balance, mesh=mesh),
+        feed.known,
     )
 
 

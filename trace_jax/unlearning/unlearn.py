@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.rows import Rows, encode_refusals, with_refusals
@@ -18,15 +17,16 @@ from trace_jax.io.progress import quiet, say
 from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
-from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place
+from trace_jax.parallel.mesh import PLAIN, ParallelConfig, place
 from trace_jax.routing.statistics import DamagedRouting
 from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.config import Calibrated, GripRealign, UnlearningConfig
 from trace_jax.unlearning.grip import grip_hooks, with_realigned
-from trace_jax.unlearning.inputs import Inputs, batch_text, cached_reference, steering_target, with_steps
+from trace_jax.unlearning.inputs import Feed, Inputs, batch_text, cached_reference, steering_target, with_steps
 from trace_jax.unlearning.loop import Hook, Loop, Metrics
 from trace_jax.unlearning.losses import Constants
 from trace_jax.unlearning.objectives import Referring, Refusing, RepSelect, Steering
+from trace_jax.unlearning.optimizer import learning_rates
 from trace_jax.unlearning.repselect import forget_direction
 from trace_jax.unlearning.step import row_multiple, set_up, unlearning_step
 from trace_jax.unlearning.trainable import Flat, merge, table_text, trainable_table
@@ -44,8 +44,8 @@ class Unlearned:
     trained: list[dict]  # table of what trained (`trainable_table`)
     seconds_per_step: float
     grip: list[dict] | None = None  # what was protected in each layer, or how its router was realigned
-    # What each step measured, from the first on, also where a run was continued: {"step", "loss", "forget_loss",
-    # "gradient_norm", ...}; of several processes the first one has it
+    # What is written of each step, from the first on, also where a run was continued: {"step", "time", "tokens",
+    # "learning_rate", "loss", "forget_loss", "gradient_norm", ...}; of several processes the first one has it
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
@@ -73,9 +73,11 @@ def unlearn(
       directory: where metrics.jsonl and resumable state go; None keeps nothing.
       identity: hash of everything that made this run; state of another one in `directory` is not continued.
       evaluate: called with parameters at step 0, every `config.evaluate_every` steps and at the end. What it returns
-        (JSON) goes into metrics.jsonl; rules about when to stop and what to keep need an `Evaluated`.
-      callback: called with the number of each step, from 1, and its metrics, while the next one runs, on every process.
-        What it raises ends the run; the same call with the same `directory` goes on from the last saved state.
+        (JSON; of a list each item) is a line of metrics.jsonl; rules about when to stop and what to keep need an
+        `Evaluated`.
+      callback: called with the number of each step, from 1, and its metrics, the time, the tokens and the learning rate
+        (docs/tracking.md), while the next one runs, on every process. What it raises ends the run; the same call with
+        the same `directory` goes on from the last saved state.
       verbose: whether stderr says what is done, with a progress bar on a terminal.
 
     After a NaN it returns the last good state and the reason.
@@ -146,7 +148,8 @@ def unlearn(
         steps, every = config.steps, config.checkpoint_every
         about = {"seed": seed, "rules": config, "callback": callback}
         loop = Loop(where, identity, steps, every, title, evaluation, refresh, **about)
-        result = loop.run(lambda: start(constants), lambda i: place(inputs.at(i), mesh, P(BATCH_AXES)), step)
+        feed = Feed(inputs.at, learning_rates(config, steps), mesh)
+        result = loop.run(lambda: start(constants), feed.at, step, feed.known)
         unlearned, table = finish(model_of(result.trainable))
         if table is not None and isinstance(config.grip, GripRealign):
             trained = with_realigned(trained, table)
@@ -222,8 +225,8 @@ def recalibration(
             values, words = {"problem": str(error)}, f"{error} The last weights are kept."
         weights.save(folder(step))
         write_json(folder(step) / "drift.json", {"step": step, "identity": identity, **values})
-        if not metrics.has(step, "recalibration"):  # a run that continues after this very step has it
-            metrics.write(step, recalibration=values)
+        if not metrics.has("recalibration", step):  # a run that continues after this very step has it
+            metrics.write("recalibration", step, values)
         say(f"{title}: recalibration after step {step}: {words}")
         use(weights)
 
