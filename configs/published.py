@@ -42,14 +42,19 @@ _PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "npo": {"retain_loss": "nll", "trainable": "all"},
     "simnpo": {"retain_loss": "nll", "trainable": "all"},
     "seuf": {"objective": "gradient_difference", "retain_loss": "nll"},
-    "rmu": {"retain_loss": "hidden", "clip_norm": 0.0, "trainable": "down_projections"},
+    "rmu": {
+        "objective": {"form": "wmdp"},  # as the authors' code has it, whose alpha counts padding too
+        "retain_loss": "hidden",
+        "clip_norm": 0.0,
+        "trainable": "down_projections",
+    },
 }
 _DEFAULT = "trace"
 
 
 def rmu(steering: float, layer: int, **changes: Any) -> Mapping[str, Any]:
     """RMU of a layer with a length c that is known, instead of the adaptive one of `METHODS`."""
-    return {"objective": {"name": "rmu", "steering": steering, "layer": layer}, **changes}
+    return {"objective": {"name": "rmu", "form": "wmdp", "steering": steering, "layer": layer}, **changes}
 
 
 def benchmark_config(

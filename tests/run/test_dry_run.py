@@ -140,9 +140,9 @@ def test_published_numbers_reach_the_settings():
         return load_config(f"configs/wmdp_cyber.py:{variant}:published").unlearning
 
     mixtral, qwen = unlearning("mixtral-8x7b,rmu"), unlearning("qwen1.5-moe-a2.7b,rmu")
-    assert (mixtral.objective, mixtral.alpha, mixtral.steps) == (RMU(layer=8, steering=300.0), 1600.0, 400)
+    assert (mixtral.objective, mixtral.alpha, mixtral.steps) == (RMU(layer=8, form="wmdp", steering=300.0), 1600.0, 400)
     assert (qwen.objective.steering, qwen.alpha, qwen.retain_loss.name) == (3000.0, 1200.0, "hidden")
-    assert unlearning("olmoe-1b-7b,rmu").objective == AdaptiveRMU(layer=8, steering_scale=5.0)
+    assert unlearning("olmoe-1b-7b,rmu").objective == AdaptiveRMU(layer=8, form="wmdp", steering_scale=5.0)
     for model, beta in (("deepseek-v2-lite", 0.001), ("olmoe-1b-7b", 0.0225)):
         assert unlearning(f"{model},npo").objective.beta == beta
     assert load_config("configs/wmdp_cyber.py:mixtral-8x7b,rmu:published").data.min_length == 200
