@@ -8,8 +8,10 @@ from unittest import mock
 import jax
 import pytest
 from ablations import VARIANTS
+from ml_collections import ConfigDict
 
 import trace_jax
+from trace_jax.config import ConfigError
 from trace_jax.main import COMMANDS, main, parse
 from trace_jax.models.families import PUBLISHED
 from trace_jax.run.experiment import load_config
@@ -147,6 +149,15 @@ def test_what_the_file_sets_of_a_retain_term_goes_with_it(capsys):
 
 
 def test_a_run_without_a_workdir_goes_where_its_name_says(monkeypatch):
-    run = mock.Mock(return_value="done")
-    monkeypatch.setattr("trace_jax.run.methods.run", run)
-    assert main(["--config", QUICKSTART, "--config.name=mine"]) == 0 and run.call_args.args[1] == "runs/mine"
+    prepare = mock.Mock(side_effect=ConfigError("no further"))
+    monkeypatch.setattr("trace_jax.run.methods.prepare", prepare)
+    assert main(["--config", QUICKSTART, "--config.name=mine"]) == 2 and prepare.call_args.args[1] == "runs/mine"
+
+
+def test_settings_in_a_mapping_are_an_experiment_and_stay_as_they_are():
+    given = {"name": "mine", "data": {"benchmark": "text", "forget": "a", "retain": "b"}}
+    config = load_config(given, {"data.retain": "c", "unlearning.steps": 3})
+    assert (config.data.retain, config.unlearning.steps) == ("c", 3) and given["data"]["retain"] == "b"
+    assert load_config(ConfigDict(given)) == load_config(given)
+    with pytest.raises(ConfigError, match="there is no setting of this name; did you mean 'steps'"):
+        load_config({**given, "unlearning": {"stepz": 3}})

@@ -21,7 +21,7 @@ CALLS = [
     ("generate_text", {"prompts": "one text"}, "prompts is 'one text' (str); expected a list, each item text."),
     ("generate_text", {"prompts": [1]}, "prompts is [1] (list); expected a list, each item text."),
     ("generate_text", {"max_new_tokens": 2.5}, "max_new_tokens is 2.5 (float); expected a whole number."),
-    ("load_config", {"name": None}, "name is None (NoneType); expected text."),
+    ("load_config", {"name": None}, "name is None (NoneType); expected text or a mapping or ConfigDict."),
     ("load_pretrained", {"path": 3}, "path is 3 (int); expected text or a path."),
     ("run", {"config": "configs/quickstart.py"}, "config is 'configs/quickstart.py' (str); expected ExperimentConfig."),
     ("expert_statistics", {"rows": "text"}, "rows is 'text' (str); expected Rows (pack(texts, model) makes them) or a"),

@@ -29,7 +29,11 @@ _NAMES = {
     "tasks.benchmarks": ["DataConfig"],
     "tasks.lm_eval": ["TraceLM"],
     "run.experiment": ["load_config"],
-    "run.methods": ["run"],
+    "run.methods": ["run", "attack"],
+    "run.result": ["Run", "open_run"],
+    "run.directory": ["write_report"],
+    "run.export": ["export"],
+    "run.evaluate": ["evaluate"],
     "interop.flax": ["as_nnx", "from_nnx"],
 }
 _PUBLIC = {name: f"trace_jax.{module}" for module, names in _NAMES.items() for name in names}

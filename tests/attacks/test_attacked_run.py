@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+import trace_jax
 from tests.run.toy import experiment, numbers, on_one_device
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import DataError
@@ -63,10 +64,16 @@ def test_only_what_changed_is_attacked_again(data, attacked, tmp_path):
     names = "model.safetensors", "results.json", "attacks/relearning.json", "attacks/quantization.json"
     files = {name: path / "methods/uniform" / name for name in names}
     before = {name: file.stat().st_mtime_ns for name, file in files.items()}
-    changed = {**ATTACKS, "quantization": {"bits": [4], "blocks": ["nf4"]}}
-    run(experiment(data, methods=["uniform"], attacks=changed), path)
+    again = trace_jax.attack(path, {"quantization": {"bits": [4], "blocks": ["nf4"]}})
     after = {name: file.stat().st_mtime_ns for name, file in files.items()}
     assert {name for name in files if before[name] != after[name]} == {"attacks/quantization.json"}
+    frame = again.attacks().set_index(["method", "attack", "at", "split", "name"]).value.sort_index()
+    assert frame.index.is_unique and set(frame.index.get_level_values("attack")) == set(ATTACKS)
+    found = read_json(files["attacks/quantization.json"])["points"][1]["measurements"]
+    rounded = frame["uniform", "quantization", "nf4"]
+    assert {(m["split"], m["name"]): m["value"] for m in found} == rounded.to_dict()
+    with pytest.raises(ConfigError, match="no setting of this name; did you mean 'router_swap'"):
+        trace_jax.attack(path, {"routerswap": {}})
     run(experiment(data, methods=["uniform"]), path)  # none is asked for: none is reported
     assert numbers(path)["methods"]["uniform"]["attacks"] == {}
     assert "Under attack" not in (path / "report.html").read_text()

@@ -14,7 +14,7 @@ def _one_device():
 
 @pytest.fixture(scope="session")
 def finished(data, tmp_path_factory):
-    """(directory of a finished run, what it said)."""
+    """(directory of a finished run, the run)."""
     path = tmp_path_factory.mktemp("runs") / "whole"
     with on_one_device():
         return path, run(experiment(data), path)

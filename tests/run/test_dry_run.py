@@ -163,7 +163,7 @@ def test_two_topics_are_unlearned_by_turns_from_a_tiny_checkpoint(tmp_path):
         overrides[f"evaluation.multiple_choice.sources.{name}"] = file
     overrides |= {"unlearning.topics": "alternating", "evaluation.levels": (1.0,)}
     overrides["unlearning.stop_utility"] = 0.0  # is asked, and never reached
-    text = run(load_config("configs/wmdp_bio.py", overrides), tmp_path / "run")
+    text = str(run(load_config("configs/wmdp_bio.py", overrides), tmp_path / "run"))
     assert "export" in text and "At equal forgetting (wmdp half <= 1), test split" in text
     results = read_json(tmp_path / "run" / "results.json")
     assert results["board"]["forgetting"] == "wmdp_half" and list(results["board"]["utilities"]) == ["mmlu_half"]

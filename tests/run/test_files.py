@@ -21,7 +21,7 @@ from trace_jax.config import ConfigError
 from trace_jax.data.sources import DataError, read_source
 from trace_jax.io import files
 from trace_jax.io.files import append_line, as_path, decode, encode, flush_lines, read_json, read_lines, write_json
-from trace_jax.run.export import export_run
+from trace_jax.run.export import export
 from trace_jax.run.methods import run
 
 
@@ -154,7 +154,7 @@ def test_a_run_at_an_address_equals_the_one_on_disk_and_continues(
         return manager(local, **more)
 
     monkeypatch.setattr(state, "_Manager", on_disk)
-    text = run(config, f"{bucket}/runs/a")
+    text = str(run(config, f"{bucket}/runs/a"))
     assert "report: gs://bucket/runs/a/report.html" in text
     address = as_path(f"{bucket}/runs/a")
     assert numbers(address) == numbers(here)
@@ -164,10 +164,10 @@ def test_a_run_at_an_address_equals_the_one_on_disk_and_continues(
     (address / "methods" / "trace_rows" / "unlearning.stage.json").unlink()
     Bucket.writes.clear()
     capsys.readouterr()
-    assert run(config, address) == text
+    assert str(run(config, address)) == text
     assert "target model: already done" in capsys.readouterr().err
     assert not any("target/" in name for name in Bucket.writes)
-    assert export_run(address, tmp_path / "out", label="trace_rows").endswith(str(tmp_path / "out"))
+    assert export(address, tmp_path / "out", method="trace_rows") == tmp_path / "out"
     with pytest.raises(ConfigError, match=r"export --workdir gs://bucket/runs/b --output DIR"):
         run(experiment(data, export="trace_rows", methods=["trace_rows"]), f"{bucket}/runs/b")
 

@@ -115,8 +115,13 @@ def test_a_checkpoint_is_measured_against_others_and_once(task, checkpoints, tmp
     assert evaluate(checkpoints["retrained"], output, original=checkpoints["target"]) == 0
     assert task.calls == 2
     assert read_json(output / "results.json")["measurements"] == results["measurements"]
+    config = load_config({"name": "mine", "data": {"benchmark": "handbook"}, "model": {"dtype": "float32"}})
+    alone = trace_jax.evaluate(checkpoints["retrained"], config, original=checkpoints["target"])
+    assert repr(alone) == "Evaluation(2 of original, 2 of checkpoint)"
+    frame = alone.metrics().set_index(["method", "split", "name"]).value.sort_index()
+    assert frame["checkpoint", "test"].to_dict() == values["checkpoint"] and task.calls == 4
     assert evaluate(checkpoints["target"], output, original=checkpoints["target"]) == 0
-    assert task.calls == 3  # the checkpoint is another, the original is not
+    assert task.calls == 5  # the checkpoint is another, the original is not
     now = {m["name"]: m["value"] for m in read_json(output / "results.json")["measurements"]["checkpoint"]}
     np.testing.assert_allclose(now["sum"], values["original"]["sum"])
 

@@ -11,6 +11,7 @@ from trace_jax.data.sources import DataError
 from trace_jax.io.files import read_json, read_lines
 from trace_jax.main import main
 from trace_jax.run.experiment import ExperimentConfig
+from trace_jax.run.result import open_run
 from trace_jax.run.series import run_series
 
 
@@ -65,6 +66,18 @@ def test_scores_of_all_steps_stand_in_one_table(in_sequence):
     assert "utility" not in text and "probability ratio" not in text, "they are relative to each step's own start"
     page = (path / "report.html").read_text()
     assert "Step by step" in page and page.count("after each step, one line per method") > 3
+
+
+def test_a_series_is_opened_with_the_runs_of_its_steps(in_sequence):
+    path = in_sequence[1]
+    series = open_run(path)
+    assert series.methods == ("uniform/step-1/uniform", "uniform/step-2/uniform") and series.table() in in_sequence[2]
+    frame = series.metrics().set_index(["variant", "method", "step", "split", "name"]).value.sort_index()
+    for number in (1, 2):
+        values = [
+            frame[f"uniform/step-{number}", m, s, "test", "general_nll"] for m, s in (("target", 0), ("uniform", 6))
+        ]
+        assert values == general_nll(path / f"uniform/step-{number}")
 
 
 def test_a_series_continues_with_the_step_that_is_missing(in_sequence):

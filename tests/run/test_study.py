@@ -14,6 +14,7 @@ from trace_jax.config import ConfigError
 from trace_jax.io.files import read_json, write_json
 from trace_jax.routing import statistics, weights
 from trace_jax.run.directory import open_workdir
+from trace_jax.run.result import open_run
 from trace_jax.run.study import prepare_seed, run_study, run_trial, trials, write_study
 
 STUDY = {"methods": ["uniform", "trace_rows"], "seeds": [0], "alphas": [1.0, 4.0]}
@@ -84,6 +85,17 @@ def test_study_runs_resumes_and_compares(config, finished, tmp_path):
     assert len(saved["runs"]) == 8 and set(saved["seconds_per_step"]) == {"uniform", "trace_rows"}
     result = {r["method"]: r for r in saved["comparisons"][0]["results"]}
     assert result["uniform"]["gains"]["mean_utility"]["value"] == 0.0
+    opened = open_run(tmp_path / "study")
+    assert opened.methods[0] == "seed-0/uniform@alpha=1" and len(opened.methods) == 8 and "2/2" in opened.table()
+    frame = opened.metrics().set_index(["seed", "method", "variant", "step", "split", "name"]).sort_index()
+    assert frame.index.is_unique and len(frame.loc[0, "target", "", 0]) == len(frame.loc[1, "target", "", 0])
+    along = frame.loc[1, "trace_rows", "alpha=4", :, "test", "forget_probability_ratio"]
+    front = next(
+        r["test"] for r in saved["runs"] if (r["seed"], r["method"], r["setting"]) == (1, "trace_rows", "alpha=4")
+    )
+    assert along.index.tolist() == front["steps"] and along.value.tolist() == front["forgetting"]
+    target, made = (opened.model(f"seed-1/{label}").params for label in ("target", "trace_rows@alpha=4"))
+    assert (target["embed"] != made["embed"]).any()
     (tmp_path / "study" / "seed-1" / "methods" / "trace_rows@alpha=4" / "unlearning.stage.json").unlink()
     alone = dataclasses.replace(config, study=dataclasses.replace(config.study, workers=1))
     assert run_study(alone, tmp_path / "study").split("\n")[3:] == text.split("\n")[3:]

@@ -141,10 +141,14 @@ def scoreboard(results: Mapping[str, Any], benchmark: str) -> Scoreboard:
     return decode(Scoreboard, results["board"]) if "board" in results else BENCHMARKS[benchmark].board
 
 
-def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
-    """Writes results.json (references, every method's measurements and front, the tables) and report.html; returns the
-    tables and where the report is, as text.
-    """
+def finished(path: Path) -> dict[str, Any]:
+    """What a finished run, study or series says of itself: its results.json, study.json or series.json."""
+    names = ("results.json", "study.json", "series.json")
+    return needed(next((path / name for name in names if (path / name).exists()), path / names[0]))
+
+
+def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> None:
+    """Writes results.json (references, every method's measurements and front, the tables) and report.html."""
     path = files.as_path(workdir)
     config, references = needed(path / "config.json")["config"], needed(path / "references.json")
     methods = {label: needed(path / "methods" / label / "results.json") for label in labels}
@@ -161,14 +165,13 @@ def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> str:
     results |= {"references": references["measurements"], "methods": methods, "equal_forgetting": tables}
     results["table"] = "\n\n".join(map(comparison.equal_forgetting_text, tables))
     files.write_json(path / "results.json", results)
-    return f"{results['table']}\n\n{write_report(path)}"
+    write_report(path)
 
 
-def write_report(workdir: str | os.PathLike) -> str:
-    """Writes report.html of a finished run, study or series from its files. Returns where it is, as a sentence."""
+def write_report(workdir: str | os.PathLike) -> Path:
+    """Writes report.html of a finished run, study or series from its files. Returns where it is."""
     path = files.as_path(workdir)
-    names = ("results.json", "study.json", "series.json")
-    page = needed(next((path / name for name in names if (path / name).exists()), path / names[0]))
+    page = finished(path)
     benchmark, board = BENCHMARKS[page["benchmark"]], scoreboard(page, page["benchmark"])
     page["config"], page["environment"] = needed(path / "config.json")["config"], needed(path / "environment.json")
     page |= {"forgetting": board.forgetting, "chance": board.chance}
@@ -182,7 +185,7 @@ def write_report(workdir: str | os.PathLike) -> str:
         page["certificates"] = {label: s["certificate"] for label, s in solved.items() if s is not None}
     with files.replacing(path / "report.html") as temporary:
         temporary.write_text(render(page), encoding="utf-8")
-    return f"report: {files.shown(path / 'report.html')}"
+    return path / "report.html"
 
 
 def _rows(path: Path, results: Mapping[str, Any], board: Scoreboard) -> list[dict[str, Any]]:
@@ -245,5 +248,5 @@ def _frequency(path: Path, calibrations: Mapping[str, Path]) -> dict[str, Any] |
 
 
 def main(options: argparse.Namespace) -> int:
-    print(write_report(options.workdir))
+    print(f"report: {files.shown(write_report(options.workdir))}")
     return 0

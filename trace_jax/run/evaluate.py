@@ -6,14 +6,23 @@ loaded one after the other, and their scores are kept, so that a second call sco
 
 import argparse
 import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from trace_jax.checkpoints.pretrained import PretrainedConfig, load_pretrained
 from trace_jax.config import ConfigError, as_dict, fingerprint
+from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.task import Evaluator, ScoreStore
 from trace_jax.io.environment import describe
 from trace_jax.io.files import as_path, is_remote, shown, write_json
 from trace_jax.io.progress import say
+from trace_jax.run.experiment import ExperimentConfig
+from trace_jax.run.result import measured_frame
 from trace_jax.tasks.benchmarks import build_tasks
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,33 +33,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    places = {"original": options.original, "retrained": options.retrained, "checkpoint": options.checkpoint}
     options.overrides["model.path"] = options.checkpoint
-    config = options.load_config()
-    assert isinstance(config.model, PretrainedConfig)  # it has a path
-    tasks, path = build_tasks(config.evaluation), as_path(options.output)
+    references = {"original": options.original, "retrained": options.retrained}
+    print(evaluate(options.checkpoint, options.load_config(), **references, output=options.output))
+    print(f"results: {shown(as_path(options.output) / 'results.json')}")
+    return 0
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Evaluation:
+    """What was measured on a checkpoint, and on the ones that it is compared with. `print` writes a line for each."""
+
+    measurements: Mapping[str, Sequence[Measurement]]  # of "original", "retrained" and "checkpoint", as far as given
+
+    def metrics(self) -> "pd.DataFrame":
+        """A number a row: columns method ("checkpoint", "original", "retrained"), split, name, value, low, high, n."""
+        groups = (({"method": name}, [m.to_json() for m in found]) for name, found in self.measurements.items())
+        return measured_frame(groups, ["method"])
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<12}{m}" for name, found in self.measurements.items() for m in found)
+
+    def __repr__(self) -> str:
+        return f"Evaluation({', '.join(f'{len(found)} of {name}' for name, found in self.measurements.items())})"
+
+
+def evaluate(
+    checkpoint: str | os.PathLike,
+    config: ExperimentConfig,
+    *,
+    original: str | os.PathLike | None = None,
+    retrained: str | os.PathLike | None = None,
+    output: str | os.PathLike | None = None,
+) -> Evaluation:
+    """Measures a checkpoint of any source on the tasks that an experiment's `evaluation` names.
+
+    Args:
+      checkpoint: directory of a Hugging Face checkpoint.
+      config: of it `evaluation`, `parallel`, `seed` and how `model` is read (dtype, grouped_matmul) are used.
+      original: the model before unlearning; some measurements are relative to it.
+      retrained: a model that was trained without the forget set, for those relative to it.
+      output: a directory, or an address gs://BUCKET/NAME, for results.json and scores; made if missing. A later call
+        scores only what changed. None: nothing is kept.
+
+    Raises:
+      ConfigError: there is no task, or something given can't be used.
+    """
+    tasks, path = build_tasks(config.evaluation), None if output is None else as_path(output)
     if not tasks:
         raise ConfigError("the configuration names no task to evaluate; set evaluation.muse or another of its tasks.")
-    if not is_remote(path) and path.exists() and not path.is_dir():
+    if path is not None and not is_remote(path) and path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: is a file; --output needs a directory.")
-    alone = dataclasses.replace(config.model, published=None, retrained="")
-    models = {name: dataclasses.replace(alone, path=place) for name, place in places.items() if place}
+    places = {"original": original, "retrained": retrained, "checkpoint": checkpoint}
+    read = {"dtype": config.model.dtype, "grouped_matmul": config.model.grouped_matmul}
+    models = {name: PretrainedConfig(path=os.fspath(place), **read) for name, place in places.items() if place}
     for model in models.values():
         model.check()
     mesh = config.parallel.mesh()
     evaluator, scores = Evaluator(config.evaluation, tasks, mesh, config.seed), {}
     for name, model in models.items():
         say(f"evaluation of the {name}, {model.path}" if name == "checkpoint" else f"evaluation of the {name} model")
-        loaded = load_pretrained(model.path, mesh=mesh, dtype=model.dtype, grouped_matmul=model.grouped_matmul)
-        store = ScoreStore(path / "scores" / name, fingerprint(model.identity(), "evaluate"))
+        loaded, identity = load_pretrained(model.path, mesh=mesh, **read), fingerprint(model.identity(), "evaluate")
+        store = None if path is None else ScoreStore(path / "scores" / name, identity)
         scores[name] = evaluator.score(loaded, full=True, store=store)
         del loaded
     references = {name: scores.get(name, {}) for name in ("original", "retrained")}
     evaluator = dataclasses.replace(evaluator, **references)
     measured = {name: evaluator.measure(of_model) for name, of_model in scores.items()}
-    results = as_dict({"models": models, "evaluation": config.evaluation})
-    results["measurements"] = {name: [m.to_json() for m in of_model] for name, of_model in measured.items()}
-    write_json(path / "results.json", results | {"environment": describe()})
-    print(*(f"{name:<12}{m}" for name, of_model in measured.items() for m in of_model), sep="\n")
-    print(f"results: {shown(path / 'results.json')}")
-    return 0
+    if path is not None:
+        results = as_dict({"models": models, "evaluation": config.evaluation})
+        results["measurements"] = {name: [m.to_json() for m in of_model] for name, of_model in measured.items()}
+        write_json(path / "results.json", results | {"environment": describe()})
+    return Evaluation(measured)

@@ -183,24 +183,23 @@ def _read_by(preset: Preset) -> set[str]:
     return own and own | {"seed"}
 
 
-def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> ExperimentConfig:
-    """The experiment of a config file, `FILE` or `FILE:variant`, with overrides by dotted name applied.
+def load_config(
+    name: str | Mapping[str, Any] | ConfigDict, overrides: Mapping[str, Any] | None = None
+) -> ExperimentConfig:
+    """The experiment of a config file, or of settings, with overrides by dotted name applied.
 
     Another objective, or another kind of anything that has kinds, takes the place of the file's with its settings.
     What the file sets of a retain term that overrides take away is left out.
 
+    Args:
+      name: `FILE` or `FILE:variant`; or the settings that its get_config would return, in a mapping. These are left as
+        they are.
+      overrides: such as {"unlearning.steps": 100}.
+
     Raises:
       ConfigError: no such file, no `get_config` in it, an error in it, an unknown setting or a wrong value.
     """
-    file, _, variant = name.partition(":")
-    if not Path(file).is_file():
-        raise ConfigError(f"{file}: no such config file. Give --config a Python file with a get_config function.")
-    sys.path.insert(0, str(Path(file).resolve().parent))  # for what configs share, which lies beside them
-    try:
-        values = _run(file, variant)
-    finally:
-        del sys.path[0]
-    overrides = overrides or {}
+    values, overrides = _plain(name) if not isinstance(name, str) else _read(name), overrides or {}
     for path, value in overrides.items():
         _override(values, path, value)
     unlearning = values.get("unlearning")
@@ -214,9 +213,17 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Experi
     return resolve(ExperimentConfig, values)
 
 
-def _run(file: str, variant: str) -> dict[str, Any]:
-    """What the file's get_config returns; it takes the variant if the file has any."""
+def _plain(values: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    return values.to_dict() if isinstance(values, ConfigDict) else as_dict(values)
+
+
+def _read(name: str) -> dict[str, Any]:
+    """What the get_config of `FILE` or `FILE:variant` returns; it takes the variant if the file has any."""
+    file, _, variant = name.partition(":")
+    if not Path(file).is_file():
+        raise ConfigError(f"{file}: no such config file. Give --config a Python file with a get_config function.")
     arguments = [variant] if variant else []
+    sys.path.insert(0, str(Path(file).resolve().parent))  # for what configs share, which lies beside them
     try:
         get_config = runpy.run_path(file).get("get_config")
         if not callable(get_config):
@@ -237,9 +244,11 @@ def _run(file: str, variant: str) -> dict[str, Any]:
             problem = f"is not Python ({error.msg}); --config takes a Python file with a get_config function."
         line = f":{lines[-1]}" if lines else ""
         raise ConfigError(f"{file}{line}: {problem}") from error
+    finally:
+        del sys.path[0]
     if not isinstance(values, (Mapping, ConfigDict)):
         raise ConfigError(f"{file}: get_config returned {values!r}; expected a ConfigDict, or settings in a dict.")
-    return values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+    return _plain(values)
 
 
 def _override(values: dict, path: str, value: Any) -> None:

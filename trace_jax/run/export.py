@@ -89,15 +89,28 @@ def find_model(workdir: str | os.PathLike, label: str | None) -> tuple[Experimen
     return config, label, needed(made)["identity"]
 
 
-def export_run(
-    workdir: str | os.PathLike, output: str | os.PathLike, *, label: str | None = None, overwrite: bool = False
-) -> str:
-    """Exports the unlearned model of a finished run (`find_model`) to a directory. Returns where, as a sentence."""
-    if label == TARGET:
+def export(
+    workdir: str | os.PathLike, output: str | os.PathLike, method: str | None = None, *, overwrite: bool = False
+) -> Path:
+    """Writes the model that a method of a finished run made as a Hugging Face checkpoint, with a card: what was
+    unlearned, how, and what was measured.
+
+    Args:
+      workdir: the run, or its directory.
+      output: a directory, which is made; one that is there is replaced with `overwrite` alone.
+      method: its label; None: the run's only one.
+
+    Returns:
+      the full path of `output`.
+
+    Raises:
+      ConfigError: the run is not finished, or has no such method.
+    """
+    if method == TARGET:
         raise ConfigError("the target model isn't exported: it is what the run started from. Name a method.")
-    config, label, _ = find_model(workdir, label)
+    config, label, _ = find_model(workdir, method)
     write_checkpoint(config, files.as_path(workdir), label, output, overwrite=overwrite)
-    return f"export: {Path(output).resolve()}"
+    return Path(output).resolve()
 
 
 def write_checkpoint(
@@ -147,5 +160,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    print(export_run(options.workdir, options.output, label=options.method, overwrite=options.overwrite))
+    print(f"export: {export(options.workdir, options.output, options.method, overwrite=options.overwrite)}")
     return 0

@@ -6,29 +6,31 @@ import argparse
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from trace_jax.attacks import AttacksConfig
 from trace_jax.attacks.attack import Case, Context
-from trace_jax.config import as_dict, fingerprint
+from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
 from trace_jax.evaluation import fronts, routing
 from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.patching import measure_patching
 from trace_jax.evaluation.scoreboard import SPLITS
 from trace_jax.evaluation.task import ScoreStore
-from trace_jax.io.files import decode, encode, flush_lines, remove, shown, write_json
+from trace_jax.io.files import as_path, decode, encode, flush_lines, remove, write_json
 from trace_jax.io.progress import say
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
 from trace_jax.routing.config import CalibrationConfig, Matching, Permuted, RatioWeights
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
-from trace_jax.run.directory import needed, run_stage, write_results
+from trace_jax.run.directory import finished, needed, run_stage, write_results
 from trace_jax.run.experiment import ExperimentConfig, Method
 from trace_jax.run.export import UNLEARNED, load_model, save_unlearned, write_checkpoint
 from trace_jax.run.prepare import Prepared, prepare, retrained_identity
+from trace_jax.run.result import Run, open_run
 from trace_jax.unlearning.loop import Evaluated, front_rows
 from trace_jax.unlearning.trainable import chosen_experts
 from trace_jax.unlearning.unlearn import unlearn
@@ -50,32 +52,57 @@ def main(options: argparse.Namespace) -> int:
         return 2 if wrong else 0
     keep_freed_memory()
     start_processes(options.coordinator, options.num_processes, options.process_id)
-    if text := run(config, options.workdir or f"runs/{config.name}", overwrite=options.overwrite):
-        print(text)
+    done = run(config, options.workdir, overwrite=options.overwrite)
+    if is_main():
+        print(done)
     return 0
 
 
-def run(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> str:
-    """Runs, or continues, every stage of an experiment. Returns the table and where the report is, as text.
+def run(config: ExperimentConfig, workdir: str | os.PathLike | None = None, *, overwrite: bool = False) -> Run:
+    """Runs, or continues, every stage of an experiment: data, target model, and for each method weights, unlearning,
+    evaluation and attacks; then the report.
 
-    With several processes (`start_processes`) each runs this; process 0 writes and has the table.
+    With several processes (`start_processes`) each runs this, and process 0 writes.
+
+    Args:
+      config: of `load_config`.
+      workdir: the directory of the run, or its address gs://BUCKET/NAME; made if missing. Default: runs/NAME.
+      overwrite: whether a run of another corpus or model that is there is replaced.
 
     Raises:
       ConfigError, ValueError: something given can't be used; the message says what, and what to do.
     """
-    prepared = prepare(config, workdir, overwrite=overwrite)
+    prepared = prepare(config, workdir or f"runs/{config.name}", overwrite=overwrite)
     for context in prepared.attacks.values():
         _ = context.prepared  # while there is nothing to lose
     models = {name: run_method(prepared, config.method(name), label=name) for name in config.methods}
-    text = write_results(prepared.workdir, config.methods) if is_main() else ""
-    if (label := config.export) is None:
-        return text
-    path, output = prepared.workdir, prepared.workdir / "export"
-    if not output.exists():
-        remove(path / "export.stage.json")
-    export = functools.partial(write_checkpoint, config, path, label, output, target=prepared.target, overwrite=True)
-    run_stage("export", path, fingerprint(models[label], "export"), f"export of {label}", export)
-    return f"{text}\nexport: {shown(output)}"
+    if is_main():
+        write_results(prepared.workdir, config.methods)
+    if (label := config.export) is not None:
+        path, output = prepared.workdir, prepared.workdir / "export"
+        if not output.exists():
+            remove(path / "export.stage.json")
+        about: dict[str, Any] = {"target": prepared.target, "overwrite": True}
+        export = functools.partial(write_checkpoint, config, path, label, output, **about)
+        run_stage("export", path, fingerprint(models[label], "export"), f"export of {label}", export)
+    return Run(prepared.workdir)
+
+
+def attack(workdir: str | os.PathLike, attacks: Mapping[str, Any]) -> Run:
+    """Attacks what each method of a finished run made; all else is kept as it is. `Run.attacks()` has the numbers.
+
+    Args:
+      workdir: the run, or its directory. Its configuration is what it was, with these attacks in addition.
+      attacks: settings by attack, as in a configuration: {"router_swap": {}, "quantization": {"bits": [4]}}.
+
+    Raises:
+      ConfigError: the run is not finished, or there is no such attack or setting.
+    """
+    if "methods" not in finished(as_path(workdir)):
+        raise ConfigError(f"{os.fspath(workdir)}: is a study or a series; attacks are made on a single run.")
+    config = open_run(workdir).config
+    sections = {**as_dict(config.attacks or AttacksConfig()), **attacks}
+    return run(dataclasses.replace(config, attacks=resolve(AttacksConfig, sections, "attacks")), workdir)
 
 
 def run_method(prepared: Prepared, method: Method, *, label: str) -> str:

@@ -121,7 +121,7 @@ def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) ->
     saved |= {"kind": series.kind, "forget": series.forget, "steps": told, "scores": encode(scores), "table": table}
     write_json(path / "series.json", saved)
     write_json(path / "environment.json", describe())
-    return f"{table}\n\nseries: {shown(path / 'series.json')}\n{write_report(path)}"
+    return f"{table}\n\nseries: {shown(path / 'series.json')}\nreport: {shown(write_report(path))}"
 
 
 add_arguments = add_process_arguments

@@ -29,6 +29,7 @@ from trace_jax.run.directory import check_workdir, comparison_row, needed, open_
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.run.methods import calibrated, run_method
 from trace_jax.run.prepare import Prepared, prepare, read_corpora
+from trace_jax.run.result import trial_label
 from trace_jax.unlearning.objectives import Objective
 
 
@@ -43,7 +44,7 @@ class Trial(NamedTuple):
 
     @property
     def label(self) -> str:
-        return f"{self.objective + '+' if self.objective else ''}{self.method}@{self.setting}"
+        return trial_label(self.method, self.setting, self.objective)
 
 
 def trials(config: ExperimentConfig) -> Iterator[Trial]:
@@ -191,7 +192,7 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
         temporary.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     write_json(path / "environment.json", describe())
     text = "\n\n".join(texts)
-    return f"{text}\n\nstudy: {shown(path / 'study.json')}\n{write_report(path)}"
+    return f"{text}\n\nstudy: {shown(path / 'study.json')}\nreport: {shown(write_report(path))}"
 
 
 def _rows(comparisons: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:
