@@ -246,8 +246,8 @@ def test_an_expert_in_every_token_keeps_its_frequency_and_disturbs_nothing(corpo
     calibration = calibrate(always, selected=wider, target=wider_target)
     plain = calibrate(retain, selected=selected, target=forget)
     np.testing.assert_allclose(calibration.multipliers[:, :E], plain.multipliers, atol=1e-8)
-    np.testing.assert_allclose(calibration.multipliers[:, E], 0.0, atol=1e-9)
-    assert (calibration.certificate.weighted[calibration.certificate.expert == E] > 1 - 1e-9).all()
+    np.testing.assert_allclose(calibration.multipliers[:, E], 0.0, atol=1e-8)
+    assert (calibration.certificate.weighted[calibration.certificate.expert == E] > 1 - 1e-8).all()
 
 
 def test_a_certificate_computed_by_hand():
