@@ -283,14 +283,17 @@ def batch_counts(mixture: Mapping[str, float], batch_size: int) -> dict[str, int
     return counts
 
 
-def batches_of(rows: Rows | Iterable[Batch], batch_size: int, config: ModelConfig) -> Iterator[Batch]:
-    """Rows in batches of `batch_size`; batches as they are. Raises: there is none, or one that can't be read."""
+def batches_of(rows: Rows | Iterable[Batch], batch_size: int, config: ModelConfig | None) -> Iterator[Batch]:
+    """Rows in batches of `batch_size`; batches as they are. Raises: there is none, or one that can't be read (by the
+    model of `config`, where it is known).
+    """
     empty = True
     for batch in sequential_batches(rows, batch_size) if isinstance(rows, Rows) else rows:
         if not isinstance(batch, Batch):
             kind = f"a {type(batch).__name__} came where a Batch was expected"
             raise TypeError(f"{kind}; give Rows (pack(texts, model) makes them), or sequential_batches(rows, size).")
-        config.check_tokens(np.asarray(batch.tokens))
+        if config is not None:
+            config.check_tokens(np.asarray(batch.tokens))
         empty = False
         yield batch
     if empty:

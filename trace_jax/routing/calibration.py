@@ -22,6 +22,7 @@ from trace_jax.io.files import decode, encode, local_copy, read_json, replacing,
 from trace_jax.models.loss import document_sums
 from trace_jax.routing import solver
 from trace_jax.routing.config import Matching
+from trace_jax.routing.indices import count_activations
 from trace_jax.routing.statistics import Assignments
 
 _NUMBERS = ("multipliers", "intercept", "max_weight")  # what a weight is computed from
@@ -252,11 +253,6 @@ def match_frequencies(
 def _closed(before: np.ndarray, after: np.ndarray) -> float:
     """Share of a gap that is closed, of its size by expert before and after; 1 where there was none."""
     return 1.0 - float(after.sum() / before.sum()) if before.any() else 1.0
-
-
-def count_activations(indices: np.ndarray, num_experts: int) -> np.ndarray:
-    """i64 [L, E]: how often each expert occurs in `indices` [L, T, K]."""
-    return np.stack([np.bincount(layer.ravel(), minlength=num_experts) for layer in indices])
 
 
 # --- what a calibration did

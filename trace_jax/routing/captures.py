@@ -12,6 +12,7 @@ import numpy as np
 
 from trace_jax.data.published import DataError
 from trace_jax.io.files import local_copy
+from trace_jax.routing.indices import first_misfit
 from trace_jax.routing.statistics import Assignments
 
 BLOCK = 256  # tokens that stand for a row where a capture names no rows
@@ -58,15 +59,9 @@ def read_capture(path: str | os.PathLike, num_experts: int) -> Assignments:
     ids, rows = ids[routed][:, places], rows[places]
     if not ids.size:
         raise DataError(f"{name}: expert_ids holds nothing but 0 and -1; the server recorded no routing.")
-    outside = ((ids < 0) | (ids >= num_experts)).any(axis=2)
-    repeated = (np.diff(np.sort(ids, axis=2), axis=2) == 0).any(axis=2)
-    for wrong, why in ((outside, f"there are {num_experts}, from 0"), (repeated, "those of a token are distinct")):
-        if np.any(wrong):
-            token, layer = np.argwhere(np.transpose(wrong))[0]
-            raise DataError(
-                f"{name}: token {places[token]} (row {rows[token]}), layer {layers[layer]}: the experts are "
-                f"{ids[layer, token].tolist()}; {why}."
-            )
+    if misfit := first_misfit(ids, num_experts):
+        layer, token, what = misfit
+        raise DataError(f"{name}: token {places[token]} (row {rows[token]}), layer {layers[layer]}: {what}.")
     return Assignments(ids.astype(np.min_scalar_type(num_experts - 1)), rows, rows, tuple(layers.tolist()))
 
 

@@ -103,6 +103,8 @@ def select_experts(
         case Difference(top, scope):
             return highest(f_forget - f_retain, top, scope)
         case Affinity(top, scope):
+            if np.isnan(forget.affinity).any():
+                raise ValueError("rule 'affinity' needs gate weights; these forget statistics were taken without any.")
             return highest(forget.affinity, top, scope)
         case Sensitivity(top, scope):
             if sensitivity is None:

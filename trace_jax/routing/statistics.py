@@ -7,7 +7,7 @@ batch size and device count.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from trace_jax.models.loss import document_sums, token_nll
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import compiled, map_batches
 from trace_jax.parallel.mesh import BATCH_AXES, as_varying, make_mesh, varying_axes
+from trace_jax.routing.indices import index_type, of_function
 
 MIN_ACTIVATIONS = 10  # activations per expert that a corpus must hold on average (T * K / E)
 
@@ -36,7 +37,8 @@ class ExpertStatistics:
     """Use of the experts over the valid positions of a corpus."""
 
     counts: np.ndarray  # i64 [L, E], how often each expert was among the top K
-    affinity: np.ndarray  # f64 [L, E], mean over documents of each one's mean gate weight, 0 where not chosen
+    # f64 [L, E], mean over documents of each one's mean gate weight, 0 where not chosen; NaN where gates aren't known
+    affinity: np.ndarray
     tokens: int  # valid positions, T
     top_k: int  # experts per token, K
     layers: tuple[int, ...] = ()  # of the network each row is of, from 0 (dense layers have none); () = 0 to L - 1
@@ -95,43 +97,49 @@ def _places(valid: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def expert_statistics(
-    model: Model,
-    rows: Rows | Iterable[Batch],
-    *,
-    batch_size: int = 32,
-    mesh: Mesh | None = None,
-    min_activations: float = MIN_ACTIVATIONS,
-) -> ExpertStatistics:
+    model: Model | Callable[..., Any], rows: Rows | Iterable[Batch], *, num_experts: int | None = None,
+    batch_size: int = 32, mesh: Mesh | None = None, min_activations: float = MIN_ACTIVATIONS,
+) -> ExpertStatistics:  # fmt: skip
     """Counts expert activations over the valid positions of `rows`, on all devices of `mesh` (default: all).
 
     Args:
-      model: the frozen original model.
+      model: the frozen original model; or a function of a model of any library, from tokens i32 [B, S] to the chosen
+        experts, integers [L, B, S, K]. It gets each document in a row of its own, filled up with zeros behind it. Gate
+        weights are not known then, so that affinities are NaN.
       rows: `Rows`, or batches of any sizes and order.
+      num_experts: E, of a function; a model says its own.
       batch_size: rows per forward pass, of `Rows`; changes no count.
+      mesh: of a model; a function places its arrays itself.
       min_activations: least average number of activations per expert, T * K / E. Below it a frequency of K/E is not
         known to within a third, and selection would follow noise.
 
     Raises:
-      ValueError: too few valid positions, no batch, tokens that the model doesn't know.
+      ValueError: too few valid positions, no batch, tokens that the model doesn't know; a function's answer that isn't
+        K different experts of E for each token.
       DamagedRouting: NaN or infinite router scores.
 
     Example:
       >>> statistics = tj.expert_statistics(model, retain, min_activations=1)
       >>> statistics.frequency.sum(axis=1).round(6)  # each layer chooses K experts a token
       array([2., 2.])
+      >>> route = jax.jit(lambda t: tj.forward(model.params, model.config, t, collect=("indices",)).router.indices)
+      >>> of_function = tj.expert_statistics(route, retain, num_experts=model.config.num_experts, min_activations=1)
+      >>> np.array_equal(of_function.counts, statistics.counts)
+      True
     """
-    how = {"batch_size": batch_size, "mesh": mesh, "min_activations": min_activations}
+    how = {"num_experts": num_experts, "batch_size": batch_size, "mesh": mesh, "min_activations": min_activations}
     return expert_routing(model, rows, **how, assign=False)[0]
 
 
 def expert_assignments(
-    model: Model, rows: Rows | Iterable[Batch], *, batch_size: int = 32, mesh: Mesh | None = None
-) -> Assignments:
+    model: Model | Callable[..., Any], rows: Rows | Iterable[Batch], *, num_experts: int | None = None,
+    batch_size: int = 32, mesh: Mesh | None = None,
+) -> Assignments:  # fmt: skip
     """The chosen experts of every valid position, in row order: L * K bytes per token up to 256 experts. Arguments are
     those of `expert_statistics`.
 
     Raises:
-      ValueError: no valid position, no batch, tokens that the model doesn't know.
+      ValueError: no valid position, no batch, tokens that the model doesn't know; what a function may not give.
       DamagedRouting: NaN or infinite router scores.
 
     Example:
@@ -139,59 +147,65 @@ def expert_assignments(
       >>> routed.indices.shape == (2, int(retain.valid.sum()), 2)  # layers, tokens, experts of a token
       True
     """
-    return expert_routing(model, rows, batch_size=batch_size, mesh=mesh)[1]
+    return expert_routing(model, rows, num_experts=num_experts, batch_size=batch_size, mesh=mesh)[1]
 
 
 def expert_routing(
-    model: Model,
-    rows: Rows | Iterable[Batch],
-    *,
-    batch_size: int = 32,
-    mesh: Mesh | None = None,
-    min_activations: float = 0.0,
-    assign: bool = True,
-) -> tuple[ExpertStatistics, Assignments]:
+    model: Model | Callable[..., Any], rows: Rows | Iterable[Batch], *, num_experts: int | None = None,
+    batch_size: int = 32, mesh: Mesh | None = None, min_activations: float = 0.0, assign: bool = True,
+) -> tuple[ExpertStatistics, Assignments]:  # fmt: skip
     """`expert_statistics` and, unless `assign` is False (then without indices), `expert_assignments`, from one pass."""
+    layers, batches = (), batches_of(rows, batch_size, model.config if isinstance(model, Model) else None)
+    if isinstance(model, Model) and num_experts is None:
+        layers, num_experts = model.config.moe_layers, model.config.num_experts
+        outputs = _of_model(model, batches, mesh or make_mesh(), assign)
+    elif not isinstance(model, Model) and num_experts is not None and mesh is None:
+        outputs = of_function(model, batches, num_experts)
+    else:
+        raise ValueError("with a function give num_experts and no mesh; a Model says its num_experts itself.")
+    read, documents, places, indices = 0, 0, [], []
+    counts, affinity = np.zeros((), np.int64), np.zeros(())
+    for batch, batch_counts, gates, chosen in outputs:
+        counts, affinity = counts + batch_counts, affinity + gates
+        row, document = _places(np.asarray(batch.valid), np.asarray(batch.segments))
+        places.append(np.stack([row + read, document + documents]))  # of each token
+        read, documents = read + len(batch.valid), documents + document.max(initial=0)
+        indices.append(chosen)
+    indices, (row, document) = np.concatenate(indices, axis=1), np.concatenate(places, axis=1)
+    tokens, top_k = len(row), indices.shape[2]
+    needed = max(1.0, min_activations * num_experts / top_k)
+    if tokens < needed:
+        raise ValueError(
+            f"the corpus has {tokens} valid tokens; statistics of {num_experts} experts with {top_k} chosen per token "
+            f"need at least {int(np.ceil(needed))} ({min_activations:g} activations per expert on average). Give more "
+            "text, or lower min_activations."
+        )
+    statistics = ExpertStatistics(counts, affinity / documents, tokens, top_k, layers)
+    return statistics, Assignments(indices, row, document, layers)
+
+
+def _of_model(
+    model: Model, batches: Iterable[Batch], mesh: Mesh, assign: bool
+) -> Iterator[tuple[Batch, np.ndarray, np.ndarray, np.ndarray]]:
+    """As `of_function`, with the sum over documents of mean gate weights; without `assign` the experts of no token."""
     config = model.config
-    counts = np.zeros((len(config.moe_layers), config.num_experts), np.int64)
-    affinity, read, documents = np.zeros(counts.shape), 0, 0
-    places = [np.zeros((2, 0), np.int32)]  # row and document of each token
-    indices = [np.zeros((len(counts), 0, config.experts_per_token), _index_type(config))]
-    batches, again = itertools.tee(batches_of(rows, batch_size, config))
+    nothing = np.zeros((len(config.moe_layers), 0, config.experts_per_token), index_type(config.num_experts))
+    batches, again = itertools.tee(batches)
     arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
-    layout = {"mesh": mesh or make_mesh(), "out_specs": _OUT_SPECS[: 2 + assign], "static": (assign,)}
+    layout = {"mesh": mesh, "out_specs": _OUT_SPECS[: 2 + assign], "static": (assign,)}
     outputs = map_batches(_routing, model.params, config, arrays, **layout)
-    for batch, (batch_counts, gates, *chosen) in zip(again, outputs, strict=True):
-        valid = np.asarray(batch.valid)
+    for batch, (counts, gates, *chosen) in zip(again, outputs, strict=True):
         if (bad := ~np.isfinite(gates).all(axis=(0, 2))).any():
             raise DamagedRouting(
                 f"the router of layer {config.moe_layers[int(np.argmax(bad))]} gave NaN or infinite scores; the model "
                 "is damaged (diverged training, or a wrong checkpoint), and no statistics can be taken from it."
             )
-        counts += batch_counts
-        affinity += gates.sum(axis=0, dtype=np.float64)
-        row, document = _places(valid, np.asarray(batch.segments))
-        places.append(np.stack([row + read, document + documents]))
-        read, documents = read + len(valid), documents + document.max(initial=0)
-        indices += [np.moveaxis(experts[: len(valid)][valid], 1, 0) for experts in chosen]
-    tokens = sum(part.shape[1] for part in places)
-    needed = max(1.0, min_activations * config.num_experts / config.experts_per_token)
-    if tokens < needed:
-        raise ValueError(
-            f"the corpus has {tokens} valid tokens; statistics of {config.num_experts} experts with "
-            f"{config.experts_per_token} chosen per token need at least {int(np.ceil(needed))} "
-            f"({min_activations:g} activations per expert on average). Give more text, or lower min_activations."
-        )
-    statistics = ExpertStatistics(counts, affinity / documents, tokens, config.experts_per_token, config.moe_layers)
-    row, document = np.concatenate(places, axis=1)
-    return statistics, Assignments(np.concatenate(indices, axis=1), row, document, config.moe_layers)
+        valid = np.asarray(batch.valid)
+        experts = np.moveaxis(chosen[0][: len(valid)][valid], 1, 0) if assign else nothing
+        yield batch, counts.astype(np.int64), gates.sum(axis=0, dtype=np.float64), experts
 
 
 _OUT_SPECS = (PartitionSpec(), *[PartitionSpec(BATCH_AXES)] * 2)  # counts, the same on all devices; gates and experts
-
-
-def _index_type(config: ModelConfig) -> Any:
-    return np.uint8 if config.num_experts <= 256 else np.uint16
 
 
 def _routing(
@@ -206,7 +220,7 @@ def _routing(
     share = jnp.where(valid, 1 / jnp.maximum(length, 1), 0.0)
     gates = _by_expert(router.weights * share[None, :, :, None], router.indices, config)
     results = jax.lax.psum(router.counts, BATCH_AXES), gates
-    return (*results, jnp.moveaxis(router.indices, 0, 2).astype(_index_type(config))) if assign else results
+    return (*results, jnp.moveaxis(router.indices, 0, 2).astype(index_type(config.num_experts))) if assign else results
 
 
 def _by_expert(values: jax.Array, indices: jax.Array, config: ModelConfig) -> jax.Array:
