@@ -24,6 +24,8 @@ _NAMES = {
     "routing.weights": ["retain_weights", "Recalibration"],
     "unlearning.unlearn": ["unlearn"],
     "unlearning.config": ["UnlearningConfig"],
+    "unlearning.optimizer": ["TrainingConfig"],
+    "unlearning.step": ["train"],
     "parallel.mesh": ["make_mesh", "ParallelConfig"],
     "config": ["ConfigError"],
     "tasks.benchmarks": ["DataConfig"],

@@ -1,11 +1,14 @@
 """Links, nodes and rings: how fast a group of chips exchanges data."""
 
 import itertools
+import math
+import types
 
+import jax
 import pytest
 
 from trace_jax.config import ConfigError
-from trace_jax.plan.machine import GPUS, TPUS, cpus, exchange_rate, gpus, tpu_slice
+from trace_jax.plan.machine import GPUS, TPUS, cpus, exchange_rate, gpus, here, tpu_slice
 
 V5E, V5P, H100 = TPUS["v5e"], TPUS["v5p"], GPUS["h100"]
 
@@ -33,6 +36,22 @@ def test_this_machine_is_measured_and_shared():
     one, four = (cpus(count, "float32").chip for count in (1, 4))
     assert one.memory == 4 * four.memory
     assert four.flops > 1e7 and four.bandwidth > 1e6
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [("TPU v5 lite", V5E.flops), ("TPU v5p", V5P.flops), ("NVIDIA H100 80GB HBM3", H100.flops), ("Tesla T4", math.inf)],
+)
+def test_devices_that_are_here_have_the_memory_that_jax_says(kind, flops, monkeypatch):
+    device = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: {"bytes_limit": 123})
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    target = here("bfloat16")
+    assert (target.name, target.chip.memory, target.chip.flops) == (f"1 x {kind}", 123, flops)
+    assert target.devices == [device]
+
+
+def test_without_an_accelerator_the_processor_is_here():
+    assert here("float32").chip.name == "this CPU" and len(here("float32").devices) == len(jax.devices())
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants, StepSettings, coefficients
 from trace_jax.unlearning.objectives import ForgetInputs, Objective, Refusing
 from trace_jax.unlearning.optimizer import TrainingConfig
-from trace_jax.unlearning.step import initial_state, training_step, unlearning_settings, unlearning_step
+from trace_jax.unlearning.step import initial_state, train, training_step, unlearning_settings, unlearning_step
 
 CASES = [
     ({"name": "gradient_ascent"}, "none"),
@@ -225,3 +225,14 @@ def test_training_learns_and_is_the_same_on_four_devices(model, retain):
     assert losses[1][-1] < losses[1][0] - 0.3
     # Later steps may differ more: a rounding difference that flips one routing decision is amplified by training.
     assert losses[4][:4] == pytest.approx(losses[1][:4], rel=1e-4)
+
+
+def test_a_model_trained_on_rows_knows_them_and_is_the_same_again():
+    """Rows without structure are learnt by heart, to far below the loss of a guess, log V."""
+    rows, training = tiny.make_rows(8), TrainingConfig(steps=60, batch_size=8, warmup_steps=5, load_balance=0.0)
+    one, again = (train(tiny.CONFIG, rows, config=training, mesh=ONE, verbose=False) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one.params, again.params)
+    logits = forward(one.params, one.config, rows.tokens, mask=rows.segments).logits
+    nll = -jax.nn.log_softmax(logits)[:, :-1]
+    nll = np.take_along_axis(np.asarray(nll), rows.tokens[:, 1:, None], axis=-1)[..., 0]
+    assert nll[rows.valid[:, :-1]].mean() < np.log(tiny.CONFIG.vocab_size) / 4

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import timeit
 from collections.abc import Sequence
@@ -56,6 +57,8 @@ GPUS = {
     "h200": Chip("NVIDIA H200", 989e12, 141e9, 4800e9, 450e9, node=8, network=50e9),
     "b200": Chip("NVIDIA B200", 2250e12, 180e9, 8000e9, 900e9, node=8, network=50e9),
 }
+# By a part of the name that JAX has for a device ("TPU v5 lite"), the special ones first.
+_SEEN_AS = {"v5 lite": TPUS["v5e"], "v5e": TPUS["v5e"], "v5": TPUS["v5p"], "v6": TPUS["v6e"], **GPUS}
 # What XLA's GPU compiler asks of a card: compute capability, multiprocessors, shared memory of one and of a block,
 # second-level cache, clock in GHz (NVIDIA's architecture white papers and tuning guides).
 _CARDS = {
@@ -133,6 +136,19 @@ def cpus(count: int, dtype: str) -> Target:
     bandwidth = 2 * source.nbytes / min(timeit.repeat(lambda: np.copyto(copy, source), number=1)) / count
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
     return Target(f"{count} x CPU", Chip("this CPU", flops, memory, bandwidth, bandwidth), devices[:count])
+
+
+def here(dtype: str) -> Target:
+    """The devices that JAX has here, with the memory that it lets a program use of each. Of an accelerator that plan
+    doesn't know no time is predicted (0). `dtype`: what a CPU is measured in.
+    """
+    devices = jax.devices()
+    kind, memory = devices[0].device_kind, (devices[0].memory_stats() or {}).get("bytes_limit")
+    if memory is None:
+        return cpus(len(devices), dtype)
+    chip = next((chip for part, chip in _SEEN_AS.items() if part in kind.lower()), None)
+    chip = chip or Chip(kind, math.inf, memory, math.inf, math.inf)
+    return Target(f"{len(devices)} x {kind}", dataclasses.replace(chip, name=kind, memory=memory), devices)
 
 
 def _find(table: dict[str, Chip], name: str) -> Chip:

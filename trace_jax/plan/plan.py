@@ -21,7 +21,9 @@ from trace_jax.plan.programs import Program, assumed_experts, predict, programs
 _BOUNDS = {"compute": "matmul rate", "memory": "memory bandwidth", "interconnect": "interconnect"}
 
 
-def plan(config: Any, target: Target, *, price: float | None, search: bool, output: str | None) -> str:
+def plan(
+    config: Any, target: Target, *, price: float | None = None, search: bool = False, output: str | None = None
+) -> str:
     """Compiles the programs of an experiment (`ExperimentConfig`) for `target`: tables as text; `output` gets every
     number as JSON.
 

@@ -308,7 +308,7 @@ class Certificate:
         for c in order[:most]:
             numbers = (self.forget[c], self.retain[c], self.target[c], self.weighted[c])
             lines.append(f"  {self.layer[c]:5d} {self.expert[c]:6d} " + " ".join(f"{n:8.5f}" for n in numbers))
-        if len(order) > most:
+        if len(order) > most > 0:
             lines.append(f"  ... and {len(order) - most} more")
         return "\n".join(lines)
 

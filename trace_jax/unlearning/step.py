@@ -6,6 +6,7 @@ Then the optimizer updates every stored number where it is.
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey
+from tokenizers import Tokenizer
 
 from trace_jax.config import ConfigError
-from trace_jax.data.rows import Batch
+from trace_jax.data.rows import Batch, Rows, epoch_sampler
+from trace_jax.io.progress import quiet
 from trace_jax.models.architecture import ModelConfig, abstract_params, flatten, init_params, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
@@ -218,6 +221,33 @@ def train_model(
     if result.stopped:
         raise FloatingPointError(f"{title}: {result.stopped}.")
     return Model(model, _params(result.trainable, model), tokenizer)
+
+
+def train(
+    model: ModelConfig, rows: Rows, *, config: TrainingConfig | None = None, tokenizer: Tokenizer | None = None,
+    seed: int = 0, mesh: Mesh | None = None, verbose: bool = True,
+) -> Model:  # fmt: skip
+    """A small model trained on `rows` from its first values on, to try things on; nothing is kept on disk.
+
+    Args:
+      model: its shape; rows: packed text, each row once in an epoch, reshuffled.
+      config: steps, rows per step and the optimizer; default `TrainingConfig()`.
+      tokenizer: what the rows were packed with; the model keeps it.
+      verbose: whether stderr says how far it is.
+
+    Raises:
+      FloatingPointError: the loss stopped being finite.
+
+    Example:
+      >>> trained = tj.train(model.config, retain, config=tj.TrainingConfig(steps=2, batch_size=4), verbose=False)
+      >>> trained.config == model.config
+      True
+    """
+    config, mesh = config or TrainingConfig(), mesh or PLAIN.mesh()
+    order = epoch_sampler(len(rows), config.batch_size, seed=seed)
+    with tempfile.TemporaryDirectory() as scratch, quiet(not verbose):
+        about: Any = {"directory": Path(scratch), "identity": "", "title": "training", "tokenizer": tokenizer}
+        return train_model(model, config, lambda step: rows.batch(order(step)), seed=seed, mesh=mesh, **about)
 
 
 def train_on(
