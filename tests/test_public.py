@@ -1,16 +1,25 @@
 """Every public function answers an argument of another type with one sentence: what it is, and what is expected."""
 
+import dataclasses
 import inspect
 import re
 import typing
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import trace_jax
+from tests import tiny
 from trace_jax.config import fits
+from trace_jax.models.architecture import abstract_params
+from trace_jax.models.model import Model, Source
+from trace_jax.routing.statistics import Assignments, ExpertStatistics
+from trace_jax.routing.weights import RetainWeights
 from trace_jax.run.methods import run
+from trace_jax.unlearning.unlearn import Unlearned
 
 PUBLIC = {name: getattr(trace_jax, name) for name in trace_jax.__all__}
 FUNCTIONS = [name for name, value in PUBLIC.items() if callable(value) and not isinstance(value, type)]
@@ -71,3 +80,33 @@ def test_the_walks_of_contributing_pass_files_and_names_that_are_there():
     for file, text in rows:
         names = set(re.findall(r"`([A-Za-z_]+)", text))
         assert names and names <= set(re.findall(r"\w+", (root / "trace_jax" / file).read_text())), file
+
+
+def test_an_object_in_the_hand_is_a_line_that_says_what_a_person_wants_to_know():
+    config = dataclasses.replace(tiny.CONFIG, num_layers=3, dense_layers=(0,), dense_hidden_size=8)
+    params = jax.tree.map(lambda like: jax.ShapeDtypeStruct(like.shape, like.dtype), abstract_params(config))
+    count = sum(array.size for array in jax.tree.leaves(params))
+    model = Model(config, params, source=Source(Path("olmoe"), "olmoe"))
+    assert repr(model) == f"Model(olmoe, {count:,} parameters, 2 layers x 4 experts (+ 1 dense), top 2, float32)"
+    large = Model(config, {"a": jax.ShapeDtypeStruct((6_919_161_856,), np.float32)})
+    assert repr(large).startswith("Model(6.92 B parameters, 2 layers")
+    rows = tiny.make_rows(4, seed=1)
+    made = f"Rows(4 rows x 12, 6 documents, {rows.valid.sum()} tokens to predict)"
+    assert repr(rows) == made
+    counts = np.array([[30, 10, 5, 5], [10, 20, 10, 10]])
+    statistics = ExpertStatistics(counts, counts / 25, 25, 2, (1, 2))
+    assert "(25 tokens, 2 layers x 4 experts, top 2, most used: layer 1 expert 0 by 120.0%)" in repr(statistics)
+    indices = np.random.default_rng(0).integers(0, 2, (2, 200, 1)) + np.array([0, 2])
+    routed = Assignments(indices, np.arange(200) // 50, np.arange(200) // 10)
+    assert repr(routed) == "Assignments(200 tokens of 4 rows, 2 layers, top 2)"
+    target = np.array([[0.9, 0.1, 0.9, 0.1]] * 2)
+    found = trace_jax.calibrate(routed, selected=np.array([[False] * 4, [True, False] * 2]), target=target)
+    weights = RetainWeights(np.array([1.5, 0.5]), np.ones((1, 2), bool), calibration=found)
+    history = [{"step": step, "forget_loss": step / 2} for step in (1, 2, 3)]
+    done = Unlearned(model, 3, 9, "reached", False, [], 0.1, history=history)
+    assert repr(found) == f"Calibration({found.certificate.summary})" in repr(weights)
+    assert repr(done) == f"Unlearned(step 3 of 9, reached, forget_loss 0.5 -> 1.5, {model})"
+    assert "constants of a step" in repr(found.for_step()) and found.for_step()._repr_html_() is None
+    for thing, maps in ((statistics, 1), (found, 2)):
+        page = ET.fromstring(thing._repr_html_().replace("&emsp;", " "))
+        assert len(page.findall(".//svg")) == maps and page.find("code").text == repr(thing)

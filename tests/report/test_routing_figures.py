@@ -12,9 +12,10 @@ from PIL import Image
 
 from tests.report.test_report import check_alone
 from trace_jax.evaluation.routing import MODELS, SUBJECTS, routing_quantities
+from trace_jax.io.drawing import heat_map, scale_of, times
 from trace_jax.io.files import encode
-from trace_jax.report.figures import heat_map, layer_plot, method_styles, scale_of
-from trace_jax.report.page import GROUPS, MOST_METHODS, STATES, render, routing_groups, times_uniform
+from trace_jax.report.figures import layer_plot, method_styles
+from trace_jax.report.page import GROUPS, MOST_METHODS, STATES, render, routing_groups
 
 
 def measure(seed, layers=2, experts=16, top_k=2, *, calibrated=True, dead=None, drift=0.1):
@@ -133,7 +134,7 @@ def test_scales_end_at_round_numbers_that_hold_the_values():
     assert scale_of([outlier], diverging=True).high == 0.1  # one cell in a hundred may be off the scale
     texts = [text for _, text in scale_of([np.array([0.5])], diverging=True).legend()]
     assert texts == ["−0.5 and less", "−0.25", "0", "+0.25", "+0.5 and more"]
-    assert times_uniform([[0.5, 0.25, 0.0]], 0.25).tolist() == [[1.0, 0.0, -np.inf]]
+    assert times([[0.5, 0.25, 0.0]], 0.25).tolist() == [[1.0, 0.0, -np.inf]]
 
 
 def test_an_expert_that_died_is_marked_and_one_that_did_not_is_not(groups):

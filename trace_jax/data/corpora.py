@@ -19,7 +19,13 @@ _SHORTEST = 16  # tokens of a text for membership inference
 
 
 class DataConfig(Variant, kw_only=True):
-    """Settings of the corpora. Each benchmark of `trace_jax.tasks` is a kind, with settings of its own."""
+    """Settings of the corpora. Each benchmark of `trace_jax.tasks` is a kind, with settings of its own.
+
+    Example:
+      >>> config = tj.DataConfig.kinds["text"](forget="forget.jsonl", retain="retain.jsonl", row_length=256)
+      >>> config.forget_sources
+      ('forget.jsonl',)
+    """
 
     row_length: int = option(128, help="tokens per row, S", minimum=SHORTEST_ROW)
     vocab_size: int | None = option(None, help="entries of the BPE that is trained; else the model's", minimum=300)

@@ -54,6 +54,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __repr__(self) -> str:
+        documents, (count, length) = self.segments.max(axis=1, initial=0).sum(), self.tokens.shape
+        return f"Rows({count:,} rows x {length}, {documents:,} documents, {self.valid.sum():,} tokens to predict)"
+
     def take(self, indices: np.ndarray) -> "Rows":
         """The rows at `indices`, in that order."""
         return Rows(self.tokens[indices], self.segments[indices], self.valid[indices], self.domain[indices])
@@ -95,6 +99,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Ids 0, 1, 2 are padding, BOS and EOS (`SpecialTokens`) and the next 256 the bytes, so that no text is lost. Whoever
     lets the tokenizer add marks gets BOS before a text, as in training.
+
+    Example:
+      >>> tj.train_tokenizer(["The council met.", "It decided nothing."], vocab_size=280).encode("It met.").tokens[0]
+      '<bos>'
     """
     marks, alphabet = ["<pad>", "<bos>", "<eos>"], sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < (smallest := len(marks) + len(alphabet)):

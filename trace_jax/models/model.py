@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from weakref import ref
 
+import jax
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -24,7 +25,12 @@ _LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")  # of config.json
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Ids with a meaning: what a text starts with (None: nothing), what ends it, what fills a row."""
+    """Ids with a meaning: what a text starts with (None: nothing), what ends it, what fills a row.
+
+    Example:
+      >>> tj.SpecialTokens(bos=None, eos=(50279,), pad=1).bos is None  # as OLMoE's: a text starts with the end of one
+      True
+    """
 
     bos: int | None = 1
     eos: tuple[int, ...] = (2,)
@@ -54,6 +60,14 @@ class Model:
     special: SpecialTokens = SpecialTokens()
     source: Source | None = None
     guide: Any = None
+
+    def __repr__(self) -> str:
+        config, size = self.config, sum(array.size for array in jax.tree.leaves(self.params))
+        scale, unit = next(((s, u) for s, u in ((1e9, "B "), (1e6, "M ")) if size >= s), (1, ""))
+        count = f"{size / scale:.3g} {unit}parameters" if unit else f"{size:,} parameters"
+        dense = f" (+ {len(config.dense_layers)} dense)" if config.dense_layers else ""
+        shape = f"{len(config.moe_layers)} layers x {config.num_experts} experts{dense}, top {config.experts_per_token}"
+        return f"Model({self.source.model_type + ', ' if self.source else ''}{count}, {shape}, {config.dtype})"
 
     def replace(self, **changes) -> "Model":
         return dataclasses.replace(self, **changes)

@@ -8,9 +8,11 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from trace_jax.io import drawing
+from trace_jax.io.drawing import TIMES_UNIFORM, Figure, Scale, times
 from trace_jax.io.progress import flatten, format_interval, format_number, format_share, plain_name
 from trace_jax.report import figures
-from trace_jax.report.figures import TIMES_UNIFORM, Figure, Number, Scale, Style, layer_plot, row_plot, swatch
+from trace_jax.report.figures import Number, Style, layer_plot, row_plot, swatch
 
 BASELINE = "uniform"  # the method that the verdict compares the others with
 SPLIT = "test"
@@ -246,7 +248,7 @@ def corpus_figures(frequency: Mapping[str, Any]) -> list[Figure]:
     """Heat maps of the forget set, of the retain set, and of it after each calibration, selected experts outlined."""
     maps: Maps = {"Forget set": (None, frequency["forget"]), "Retain set, before": (None, frequency["retain"])}
     maps |= {f"Retain set, calibrated by {m}": (m, values) for m, values in frequency["calibrated"].items()}
-    scaled = {caption: (m, times_uniform(values, frequency["uniform"])) for caption, (m, values) in maps.items()}
+    scaled = {caption: (m, times(values, frequency["uniform"])) for caption, (m, values) in maps.items()}
     return _draw(scaled, TIMES_UNIFORM, "activation frequency", frequency["selected"], frequency["layers"])
 
 
@@ -263,7 +265,7 @@ def diagnosis_figures(diagnosis: Mapping[str, Any]) -> list[Figure]:
 
 def _draw(maps: Maps, scale: Scale, what: str, selected: Mapping[str, Any], layers: Sequence[int]) -> list[Figure]:
     return [
-        figures.heat_map(values, scale, caption, what, selected=selected.get(method or ""), layers=layers)
+        drawing.heat_map(values, scale, caption, what, selected=selected.get(method or ""), layers=layers)
         for caption, (method, values) in maps.items()
     ]
 
@@ -289,7 +291,7 @@ def _maps(measured: Measured, uniform: float) -> dict[str, tuple[str, Maps, Scal
     """By title: what the maps of the first methods show, the maps, and the scale that they share."""
     first = dict(list(measured.items())[:MOST_METHODS])
     original = next(iter(first.values()))["frequency"]["original"]
-    use: Maps = {f"Use, original model, {s} text": (None, times_uniform(original[s], uniform)) for s in SUBJECTS}
+    use: Maps = {f"Use, original model, {s} text": (None, times(original[s], uniform)) for s in SUBJECTS}
     gap: Maps = {"Forget − retain, original model": (None, np.subtract(original["forget"], original["retain"]))}
     change: Maps = {}
     states: Maps = {}
@@ -297,7 +299,7 @@ def _maps(measured: Measured, uniform: float) -> dict[str, tuple[str, Maps, Scal
         old, new = ({s: np.array(result["frequency"][m][s]) for s in SUBJECTS} for m in ("original", "unlearned"))
         gap[f"Forget − retain, {method}"] = method, new["forget"] - new["retain"]
         for s in SUBJECTS:
-            use[f"Use, {method}, {s} text"] = method, times_uniform(new[s], uniform)
+            use[f"Use, {method}, {s} text"] = method, times(new[s], uniform)
             change[f"Change, {method}, {s} text"] = method, new[s] - old[s]
             was, is_used = old[s] > 0, new[s] > 0
             state = np.select([was & is_used, ~was & ~is_used, was], [_ALIVE, _DEAD, _NEWLY_DEAD], _REVIVED)
@@ -305,7 +307,7 @@ def _maps(measured: Measured, uniform: float) -> dict[str, tuple[str, Maps, Scal
     drift: Maps = {f"Drift by expert, {m}": (m, np.array(r["expert_drift"])) for m, r in first.items()}
 
     def scale(maps: Maps, *, diverging: bool = True) -> Scale:
-        return figures.scale_of([values for _, values in maps.values()], diverging=diverging)
+        return drawing.scale_of([values for _, values in maps.values()], diverging=diverging)
 
     maps = {
         "Use of each expert": ("activation frequency", use, TIMES_UNIFORM),
@@ -368,9 +370,3 @@ def _calibration(measured: Measured, styles: Mapping[str, Style]) -> list[Figure
         label = "effective sample size of the retain weights, by method"
         plots.append(row_plot(rows, styles, "Effective sample size", label, share=True))
     return plots
-
-
-def times_uniform(frequency: Any, uniform: float) -> np.ndarray:
-    """Frequencies [L, E] on `TIMES_UNIFORM`."""
-    with np.errstate(divide="ignore"):
-        return np.log2(np.array(frequency) / uniform)

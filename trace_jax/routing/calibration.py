@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from trace_jax.io.drawing import TIMES_UNIFORM, card, heat_map, times
 from trace_jax.io.files import decode, encode, local_copy, read_json, replacing, write_json
 from trace_jax.models.loss import document_sums
 from trace_jax.routing import solver
@@ -40,6 +41,22 @@ class Calibration:
     unit: str = struct.field(pytree_node=False, default="token")  # or "row" or "document"
     divergence: str = struct.field(pytree_node=False, default="chi2")  # or "kl"
     certificate: Any = struct.field(pytree_node=False, default=None)  # what was reached; None in a step
+
+    def __repr__(self) -> str:
+        return f"Calibration({'constants of a step' if self.certificate is None else self.certificate.summary})"
+
+    def _repr_html_(self) -> str | None:
+        """Forget over retain frequency of the calibrated experts, before and after, in the layers that have any."""
+        c, rows = self.certificate, [] if self.selected is None else np.flatnonzero(self.selected.any(axis=1))
+        if c is None or not len(rows):
+            return None
+        scale, maps = TIMES_UNIFORM._replace(labels=[(v, "equal" if not v else t) for v, t in TIMES_UNIFORM.labels]), []
+        for caption, retain in (("forget / retain frequency", c.retain), ("after weighting", c.weighted)):
+            ratio = np.full(self.selected.shape, np.nan)
+            ratio[self.selected] = times(c.forget, retain)
+            about = {"selected": self.selected[rows], "layers": list(dict.fromkeys(c.layer.tolist()))}
+            maps.append(heat_map(ratio[rows], scale, caption, c.summary, **about))
+        return card(repr(self), maps, scale)
 
     def for_step(self) -> "Calibration":
         """The constants of a training step, f32, on the host."""
@@ -290,12 +307,22 @@ class Certificate:
     num_experts: int  # of the model, in all layers
     notes: tuple[str, ...] = ()  # what a reader must know, in words
 
+    @property
+    def summary(self) -> str:
+        """What it does and costs, in a line."""
+        return (
+            f"closes {self.closed:.1%} of the gap of {len(self.layer)} selected experts "
+            f"({self.closed_all:.1%} over all {self.num_experts}), effective sample {self.effective_sample_size:.1%}, "
+            f"largest weight {self.largest_weight:.2f}"
+        )
+
+    def __repr__(self) -> str:
+        return f"Certificate({self.summary})"
+
     def text(self, most: int = 24) -> str:
         """A page for a terminal: totals, notes, and the `most` experts with the largest forget-retain gap."""
         lines = [
-            f"calibration: closes {self.closed:.1%} of the gap of {len(self.layer)} selected experts "
-            f"({self.closed_all:.1%} over all {self.num_experts}), effective sample {self.effective_sample_size:.1%}, "
-            f"largest weight {self.largest_weight:.2f}",
+            f"calibration: {self.summary}",
             f"  gap to the forget frequencies {self.gap_before:.4f} -> {self.gap_after:.4f}"
             f" (other experts {self.gap_elsewhere_before:.4f} -> {self.gap_elsewhere_after:.4f})",
             f"  {self.tokens:,} retain tokens: {self.touched:.1%} use a selected expert, {self.zero:.1%} weigh 0, "

@@ -57,6 +57,9 @@ class Diagnosis:
     layers: tuple[int, ...]  # of the network, from 0
     curve: tuple[Mapping[str, float], ...]  # what weights of tokens reach (`trade_off`): fields of `Certificate`
 
+    def __repr__(self) -> str:
+        return f"Diagnosis({self.sentence()})"
+
     def sentence(self) -> str:
         """The verdict, and what it rests on."""
         if np.isnan(self.held_out):

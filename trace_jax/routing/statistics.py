@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from trace_jax.data.rows import Batch, Rows, batches_of
+from trace_jax.io.drawing import TIMES_UNIFORM, card, heat_map, times
 from trace_jax.io.files import local_copy, replacing
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
@@ -48,6 +49,17 @@ class ExpertStatistics:
         """f64 [L, E], share of positions that use the expert; each layer sums to K."""
         return self.counts / self.tokens
 
+    def __repr__(self) -> str:
+        (layers, experts), most = self.counts.shape, np.unravel_index(self.counts.argmax(), self.counts.shape)
+        where = f"layer {(self.layers or range(layers))[most[0]]} expert {most[1]}"
+        shape = f"{layers} layers x {experts} experts, top {self.top_k}"
+        return f"ExpertStatistics({self.tokens:,} tokens, {shape}, most used: {where} by {self.frequency.max():.1%})"
+
+    def _repr_html_(self) -> str:
+        use, what = times(self.frequency, self.top_k / self.counts.shape[1]), f"frequency over {self.tokens} tokens"
+        figure = heat_map(use, TIMES_UNIFORM, "use of each expert, times uniform", what, layers=self.layers)
+        return card(repr(self), [figure], TIMES_UNIFORM)
+
     def save(self, path, assignments: "Assignments | None" = None) -> None:
         """Writes `path` (.npz), with the experts of every token where given: L * K bytes each up to 256 experts."""
         indices: dict[str, Any] = {} if assignments is None else {"indices": assignments.indices}
@@ -70,6 +82,10 @@ class Assignments:
     rows: np.ndarray  # i32 [T], the row of each token
     documents: np.ndarray  # i32 [T], its document, numbered through the corpus
     layers: tuple[int, ...] = ()  # as in `ExpertStatistics`
+
+    def __repr__(self) -> str:
+        layers, tokens, top_k = self.indices.shape
+        return f"Assignments({tokens:,} tokens of {len(np.unique(self.rows)):,} rows, {layers} layers, top {top_k})"
 
     @classmethod
     def load(cls, path, corpus: Rows) -> "Assignments":

@@ -54,6 +54,11 @@ class RetainWeights:
     frequency: np.ndarray | None = None  # f64 [L, E], of them the weighted frequency sum_t w_t a_t / sum_t w_t
     calibration: Calibration | None = None  # of weightings that match experts
 
+    def __repr__(self) -> str:
+        sizes = f"{len(self.valid):,} rows, {len(self.tokens):,} tokens, apply {self.apply}"
+        sample = f"effective sample {self.effective_sample_size:.1%}, largest {self.tokens.max():.2f}"
+        return f"RetainWeights({sizes}, {sample}{'' if self.calibration is None else f', {self.calibration}'})"
+
     @property
     def effective_sample_size(self) -> float:
         """(sum w)^2 / (T sum w^2)."""

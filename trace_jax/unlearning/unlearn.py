@@ -48,6 +48,12 @@ class Unlearned:
     # "learning_rate", "loss", "forget_loss", "gradient_norm", ...}; of several processes the first one has it
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
+    def __repr__(self) -> str:
+        why = [self.stopped] if self.stopped else []
+        ends = self.history[:1] + self.history[-1:]
+        losses = [f"{n} {' -> '.join(f'{row[n]:.3g}' for row in ends)}" for n in (ends or [{}])[0] if "loss" in n]
+        return f"Unlearned({', '.join([f'step {self.step} of {self.steps}', *why, *losses, repr(self.model)])})"
+
 
 def unlearn(
     model: Model, forget: Rows, retain: Rows | None, *,
