@@ -1,20 +1,23 @@
 """A finished run in Python gives what its directory holds, and no number another time."""
 
+import doctest
 import shutil
 
 import numpy as np
 import pytest
 
+import trace_jax as tj
 from tests.run.toy import experiment, measured
 from trace_jax.config import ConfigError
 from trace_jax.io.files import read_json, write_json
 from trace_jax.models.architecture import flatten
+from trace_jax.run.methods import run
 from trace_jax.run.result import open_run
 
 
 def test_every_measurement_is_one_row_of_the_frame(finished):
-    path, run = finished
-    frame = run.metrics().set_index(["method", "step", "split", "name"]).sort_index()
+    path, done = finished
+    frame = done.metrics().set_index(["method", "step", "split", "name"]).sort_index()
     assert frame.index.is_unique and frame.columns.tolist() == ["value", "low", "high", "n"]
     for method, step in (("target", 0), ("uniform", 6), ("trace_rows", 6)):
         rows = frame.loc[method, step, "test"]
@@ -27,29 +30,29 @@ def test_every_measurement_is_one_row_of_the_frame(finished):
 
 
 def test_it_is_opened_from_its_directory_and_shows_itself(data, finished):
-    path, run = finished
+    path, done = finished
     opened = open_run(str(path))
-    assert str(opened) == str(run) and opened.config == experiment(data)
+    assert str(opened) == str(done) and opened.config == experiment(data)
     assert repr(opened) == f"Run({path}: uniform, trace_rows)"
     page = opened._repr_html_()
-    assert page.count("<tr>") == 4 and "<td>trace_rows</td>" in page and str(opened.report) in page
+    assert page.count("<tr") == 4 and "<td>trace_rows</td>" in page and str(opened.report) in page
     assert opened.history("uniform").step.tolist() == [1, 2, 3, 4, 5, 6]
     assert (opened.history("uniform").loss != opened.history("trace_rows").loss).any()
 
 
 def test_models_and_weights_are_those_of_the_method(finished):
-    run = finished[1]
-    target, unlearned = (flatten(run.model(label).params) for label in ("target", "trace_rows"))
+    done = finished[1]
+    target, unlearned = (flatten(done.model(label).params) for label in ("target", "trace_rows"))
     assert not np.array_equal(target["layers/experts/down"], unlearned["layers/experts/down"])
-    weights, same = run.calibration("trace_rows"), run.calibration("uniform")
+    weights, same = done.calibration("trace_rows"), done.calibration("uniform")
     assert weights.apply == "sampling" and weights.calibration is not None and weights.tokens.std() > 0.1
     assert (same.apply, same.calibration) == ("weights", None) and (same.tokens == 1).all()
     with pytest.raises(
         ConfigError, match=r"there is no method 'trace_row'; did you mean 'trace_rows'\? It has uniform, "
     ):
-        run.model("trace_row")
+        done.model("trace_row")
     with pytest.raises(ConfigError, match="name one of its methods"):
-        run.history()
+        done.history()
 
 
 def test_what_an_earlier_version_spelled_otherwise_is_refused_and_all_else_is_read(finished, tmp_path):
@@ -57,11 +60,25 @@ def test_what_an_earlier_version_spelled_otherwise_is_refused_and_all_else_is_re
     saved = read_json(path / "config.json")
     saved["config"]["unlearning"] = {"beta": 0.1}
     write_json(path / "config.json", saved)
-    run = open_run(path)
-    assert run.metrics().equals(finished[1].metrics()) and run.model("uniform").tokenizer is not None
+    opened = open_run(path)
+    assert opened.metrics().equals(finished[1].metrics()) and opened.model("uniform").tokenizer is not None
     with pytest.raises(
         ConfigError, match=r"config\.json: an earlier version spelled its settings otherwise \(unlearning"
     ):
-        _ = run.config
+        _ = opened.config
     with pytest.raises(ConfigError, match="the run is not finished"):
         open_run(tmp_path)
+
+
+EXAMPLES = ("load_config", "run", "open_run", "Run", "attack", "export", "write_report", "evaluate")
+
+
+def test_the_examples_of_runs_give_what_they_say(data, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished[0], "runs/mine")
+    for name in EXAMPLES:
+        about = {"tj": tj, "config": experiment(data)}
+        example = doctest.DocTestParser().get_doctest(
+            (run if name == "run" else getattr(tj, name)).__doc__, about, name, None, 0
+        )
+        assert example.examples and doctest.DocTestRunner().run(example).failed == 0, name

@@ -8,7 +8,6 @@ seeds and items: where a run comes down to the level is read anew on every resam
 import collections
 import dataclasses
 import functools
-import html
 import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -231,8 +230,8 @@ def equal_forgetting(of_methods: Mapping[str, Front], *, board: Scoreboard, leve
     return {"level": level, "split": "test", "columns": columns, "rows": rows}
 
 
-def _equal_forgetting_lines(table: Mapping[str, Any]) -> tuple[str, list[list[str]], list[str]]:
-    """Caption, lines (the first has the names of columns) and notes of what `equal_forgetting` returns."""
+def equal_forgetting_text(table: Mapping[str, Any]) -> str:
+    """What `equal_forgetting` returns as plain text, columns aligned."""
     lines = [["", *(c.replace("_", " ") for c in table["columns"]), "step"]]
     for row in table["rows"]:
         step = "-" if row["step"] is None else f"{row['step']:.1f}"
@@ -240,26 +239,7 @@ def _equal_forgetting_lines(table: Mapping[str, Any]) -> tuple[str, list[list[st
         lines.append([row["name"], *(number_text(row["values"].get(c)) for c in table["columns"]), step])
     caption = f"At equal forgetting ({lines[0][1]} <= {table['level']:g}), {table['split']} split"
     note = [] if all(row["reached"] for row in table["rows"]) else ["-: did not reach the level; its lowest is given"]
-    return caption, lines, note
-
-
-def equal_forgetting_text(table: Mapping[str, Any]) -> str:
-    """What `equal_forgetting` returns as plain text, columns aligned."""
-    caption, lines, note = _equal_forgetting_lines(table)
     return "\n".join([caption, *aligned(lines), *note])
-
-
-def equal_forgetting_html(table: Mapping[str, Any]) -> str:
-    """The same as a table of a page."""
-    caption, lines, note = _equal_forgetting_lines(table)
-    kinds = ["th", *["td"] * (len(lines) - 1)]
-    cells = (
-        ("".join(f"<{k}>{html.escape(text)}</{k}>" for text in line)) for k, line in zip(kinds, lines, strict=True)
-    )
-    rows = "".join(f"<tr>{line}</tr>" for line in cells)
-    return f"<table><caption>{html.escape(caption)}</caption>{rows}</table>" + "".join(
-        f"<p>{html.escape(n)}</p>" for n in note
-    )
 
 
 def as_text(comparison: Comparison) -> str:

@@ -169,7 +169,12 @@ def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> None:
 
 
 def write_report(workdir: str | os.PathLike) -> Path:
-    """Writes report.html of a finished run, study or series from its files. Returns where it is."""
+    """Writes report.html of a finished run, study or series from its files. Returns where it is.
+
+    Example:
+      >>> tj.write_report("runs/mine").name
+      'report.html'
+    """
     path = files.as_path(workdir)
     page = finished(path)
     benchmark, board = BENCHMARKS[page["benchmark"]], scoreboard(page, page["benchmark"])

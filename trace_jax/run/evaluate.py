@@ -78,6 +78,16 @@ def evaluate(
 
     Raises:
       ConfigError: there is no task, or something given can't be used.
+
+    Example:
+      >>> import json
+      >>> question = {"question": "Who met?", "choices": ["He", "She", "They", "It"], "answer": 2, "subject": "law"}
+      >>> with open("exam.jsonl", "w") as file:
+      ...     json.dump(question, file)
+      >>> asked = {"multiple_choice": {"sources": {"exam": "exam.jsonl"}}}
+      >>> config = tj.load_config({"name": "exam", "evaluation": asked})
+      >>> tj.evaluate("checkpoint", config).metrics().name.tolist()
+      ['exam']
     """
     tasks, path = build_tasks(config.evaluation), None if output is None else as_path(output)
     if not tasks:

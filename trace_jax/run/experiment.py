@@ -198,6 +198,12 @@ def load_config(
 
     Raises:
       ConfigError: no such file, no `get_config` in it, an error in it, an unknown setting or a wrong value.
+
+    Example:
+      >>> data = {"benchmark": "text", "forget": "forget.txt", "retain": "retain.txt"}
+      >>> config = tj.load_config({"name": "mine", "data": data}, {"unlearning.learning_rate": 1e-4})
+      >>> config.methods, config.unlearning.learning_rate
+      (('uniform', 'trace', 'trace_rows'), 0.0001)
     """
     values, overrides = _plain(name) if not isinstance(name, str) else _read(name), overrides or {}
     for path, value in overrides.items():

@@ -105,6 +105,11 @@ def export(
 
     Raises:
       ConfigError: the run is not finished, or has no such method.
+
+    Example:
+      >>> place = tj.export("runs/mine", "checkpoint", "trace_rows")
+      >>> tj.load_pretrained(place).config.num_layers
+      2
     """
     if method == TARGET:
         raise ConfigError("the target model isn't exported: it is what the run started from. Name a method.")

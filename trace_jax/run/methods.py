@@ -71,6 +71,11 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike | None = None, *, o
 
     Raises:
       ConfigError, ValueError: something given can't be used; the message says what, and what to do.
+
+    Example:
+      >>> run = tj.run(config, "runs/mine")
+      >>> print(run.table())  # doctest: +ELLIPSIS
+      At equal forgetting (forget probability ratio <= ...
     """
     prepared = prepare(config, workdir or f"runs/{config.name}", overwrite=overwrite)
     for context in prepared.attacks.values():
@@ -97,6 +102,11 @@ def attack(workdir: str | os.PathLike, attacks: Mapping[str, Any]) -> Run:
 
     Raises:
       ConfigError: the run is not finished, or there is no such attack or setting.
+
+    Example:
+      >>> run = tj.attack("runs/mine", {"router_swap": {}})
+      >>> sorted(set(run.attacks()["at"]))
+      ['original routers']
     """
     if "methods" not in finished(as_path(workdir)):
         raise ConfigError(f"{os.fspath(workdir)}: is a study or a series; attacks are made on a single run.")

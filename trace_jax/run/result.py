@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, SectionT, nearest, resolve
-from trace_jax.evaluation import comparison
-from trace_jax.io.files import as_path, read_lines, shown
+from trace_jax.io.files import as_path, shown
 from trace_jax.models.model import Model
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.weights import RetainWeights
 from trace_jax.run.directory import calibration_directory, finished, needed
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import RETRAINED, TARGET, find_model, load_model
-from trace_jax.unlearning.loop import front_rows
+from trace_jax.unlearning.loop import front_rows, step_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +52,16 @@ class Run:
 
     A label names a method of a run. Methods of a study or series have the run's place in the label:
     "seed-0/trace_rows@alpha=4", "step-1/uniform".
+
+    Example:
+      >>> run = tj.open_run("runs/mine")
+      >>> run.methods, run.config.unlearning.steps
+      (('uniform', 'trace_rows'), 6)
+      >>> frame = run.metrics().query("split == 'test' and name == 'general_nll'")
+      >>> frame[frame.method == "trace_rows"].step.tolist()
+      [0, 3, 6]
+      >>> run.model("trace_rows").config == run.model("target").config
+      True
     """
 
     directory: Path
@@ -97,12 +106,13 @@ class Run:
         return RetainWeights.load(calibration_directory(directory, name)).applied(made.weighting)
 
     def history(self, label: str | None = None) -> "pd.DataFrame":
-        """What was measured at every step of unlearning with a method: a row for each, a column for each number."""
+        """What was measured at every step of unlearning with a method: a row for each, a column for each number
+        (docs/tracking.md).
+        """
         import pandas as pd
 
         directory, name = self._place(label)
-        lines = read_lines(directory / "methods" / name / "metrics.jsonl")
-        return pd.DataFrame([line for line in lines if "loss" in line]).drop(columns="identity", errors="ignore")
+        return pd.DataFrame(step_rows(directory / "methods" / name))
 
     def metrics(self) -> "pd.DataFrame":
         """Everything that was measured, a number a row: columns method, step, split, name, value, low, high, n.
@@ -182,9 +192,16 @@ class Run:
         return f"Run({self.directory}: {textwrap.shorten(', '.join(self.methods), 100, placeholder=' ...')})"
 
     def _repr_html_(self) -> str:
-        tables = [comparison.equal_forgetting_html(t) for t in finished(self.directory).get("equal_forgetting", ())]
-        shown_as = "".join(tables) or f"<pre>{html.escape(self.table())}</pre>"
-        return f"{shown_as}<p>report: {html.escape(shown(self.report))}</p>"
+        import pandas as pd
+
+        told, text, page = finished(self.directory), self.table(), ""
+        for table, lines in zip(told.get("equal_forgetting", ()), text.split("\n\n"), strict=False):
+            frame = pd.DataFrame([{"": row["name"], **row["values"], "step": row["step"]} for row in table["rows"]])
+            frame.columns = [name.replace("_", " ") for name in frame]
+            written = frame.to_html(index=False, border=0, na_rep="-", float_format="{:.3f}".format)
+            page += f"<p>{html.escape(lines.splitlines()[0])}</p>{written}"
+        page = page or f"<pre>{html.escape(text)}</pre>"
+        return f"{page}<p>report: {html.escape(shown(self.report))}</p>"
 
 
 def _settings(kind: type[SectionT], file: Path, name: str) -> SectionT:
@@ -203,6 +220,10 @@ def open_run(workdir: str | os.PathLike) -> Run:
 
     Raises:
       ConfigError: none is there, or it is not finished.
+
+    Example:
+      >>> tj.open_run("runs/mine")
+      Run(runs/mine: uniform, trace_rows)
     """
     run = Run(as_path(workdir))
     finished(run.directory)

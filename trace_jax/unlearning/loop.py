@@ -340,12 +340,6 @@ class Metrics:
                 files.append_line(temporary, row)
         return rows
 
-    def history(self) -> list[dict]:
-        """What is written of each step, {"step", "time", "loss", ...}, since the run began; process 0 alone knows."""
-        rows = files.read_lines(self._path) if is_main() else []
-        rows = [row for row in rows if _kind(row) == "step" and row["identity"] == self._identity]
-        return [{name: value for name, value in row.items() if name not in ("kind", "identity")} for row in rows]
-
     def has(self, kind: str, step: int) -> bool:
         """Whether there is a line of that kind on `step`, of whichever run; process 0 alone knows."""
         return is_main() and any((_kind(row), row["step"]) == (kind, step) for row in files.read_lines(self._path))
@@ -393,6 +387,13 @@ def read_items(
 def _kind(row: Mapping[str, Any]) -> str:
     """Lines of earlier versions don't say what they are; their evaluations are one line with everything."""
     return row.get("kind") or next((kind for kind in ("evaluation", "recalibration") if kind in row), "step")
+
+
+def step_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:
+    """What is written of each step of a run, {"step", "time", "loss", ...}, since it began."""
+    rows = files.read_lines(files.as_path(directory) / _FILE)
+    own = [row for row in rows if _kind(row) == "step" and identity in (None, row.get("identity"))]
+    return [{name: value for name, value in row.items() if name not in ("kind", "identity")} for row in own]
 
 
 def front_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:

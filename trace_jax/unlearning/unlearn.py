@@ -18,12 +18,13 @@ from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
 from trace_jax.parallel.mesh import PLAIN, ParallelConfig, place
+from trace_jax.parallel.processes import is_main
 from trace_jax.routing.statistics import DamagedRouting
 from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.config import Calibrated, GripRealign, UnlearningConfig
 from trace_jax.unlearning.grip import grip_hooks, with_realigned
 from trace_jax.unlearning.inputs import Feed, Inputs, batch_text, cached_reference, steering_target, with_steps
-from trace_jax.unlearning.loop import Hook, Loop, Metrics
+from trace_jax.unlearning.loop import Hook, Loop, Metrics, step_rows
 from trace_jax.unlearning.losses import Constants
 from trace_jax.unlearning.objectives import Referring, Refusing, RepSelect, Steering
 from trace_jax.unlearning.optimizer import learning_rates
@@ -160,7 +161,7 @@ def unlearn(
         if table is not None and isinstance(config.grip, GripRealign):
             trained = with_realigned(trained, table)
         how = result.step, config.steps, result.stopped, result.failed, trained, result.seconds_per_step, table
-        return Unlearned(unlearned, *how, Metrics(where, identity).history())
+        return Unlearned(unlearned, *how, step_rows(where, identity) if is_main() else [])
 
 
 def _check(
