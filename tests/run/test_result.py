@@ -25,6 +25,9 @@ def test_every_measurement_is_one_row_of_the_frame(finished):
             name: (row.value, row.n) for name, row in rows.iterrows()
         }
     front = read_json(path / "results.json")["methods"]["trace_rows"]["fronts"]["test"]
+    ends = done.metrics(final=True).set_index(["method", "step", "split", "name"])
+    assert ends.equals(frame.loc[ends.index]) and set(ends.loc["uniform"].index.get_level_values("step")) == {6}
+    assert len(ends) == len(frame) - 4 * len(frame.loc["uniform", 0])
     along = frame.loc["trace_rows", :, "test", "forget_probability_ratio"]
     assert along.index.tolist() == front["steps"] == [0, 3, 6] and along.value.tolist() == front["forgetting"]
 

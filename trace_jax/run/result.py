@@ -114,14 +114,14 @@ class Run:
         directory, name = self._place(label)
         return pd.DataFrame(step_rows(directory / "methods" / name))
 
-    def metrics(self) -> "pd.DataFrame":
+    def metrics(self, *, final: bool = False) -> "pd.DataFrame":
         """Everything that was measured, a number a row: columns method, step, split, name, value, low, high, n.
 
         low and high are the ends of the 95 % interval over n items; NaN where there are too few. The rows are:
         - of the target model, method "target", and of the retrained one where there is one, "retrained": step 0;
-        - of every evaluation while a method unlearned, step 0 among them: what the quick tasks measure;
-        - of a method's final evaluation, at the step whose state was kept: all that is measured. What was measured at
-          that step on the way is the same, and not repeated.
+        - of every evaluation while a method unlearned, step 0 among them: what the quick tasks measure; not if `final`;
+        - of a method's final evaluation, at the step whose state was kept, which need not be the last: all that is
+          measured. What was measured at that step on the way is the same, and not repeated.
 
         A study and a series have two columns more. `seed` is the run's; `variant` is the setting of a study's run,
         such as "alpha=4" (after its objective, where several are compared), or the step's directory in a series.
@@ -135,7 +135,7 @@ class Run:
                 groups.append((of_step, seed, name, 0, measurements))
             for label, (variant, method) in labels.items():
                 result = needed(directory / "methods" / label / "results.json")
-                lines = front_rows(directory / "methods" / label)
+                lines = [] if final else front_rows(directory / "methods" / label)
                 measured = [(line["step"], line["evaluation"]) for line in lines if line["step"] != result["step"]]
                 measured.append((result["step"], result["measurements"]))
                 groups += [(variant, seed, method, step, measurements) for step, measurements in measured]
