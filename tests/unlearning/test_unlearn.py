@@ -21,6 +21,7 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
+from trace_jax.routing.weights import RetainWeights
 from trace_jax.unlearning import inputs as inputs_module
 from trace_jax.unlearning import unlearn as unlearn_module
 from trace_jax.unlearning.config import UnlearningConfig
@@ -58,6 +59,13 @@ def test_same_seed_same_result_and_another_seed_another(model, forget, retain):
     first, again, other = (run(model, forget, retain, seed=s).model.params for s in (1, 1, 2))
     assert_same(first, again)
     assert not np.array_equal(first["head"], other["head"])
+
+
+def test_a_finished_run_of_other_rows_or_weights_is_not_taken_for_this_one(model, forget, retain, tmp_path):
+    weights = RetainWeights(np.linspace(0.5, 1.5, retain.valid.sum()), retain.valid)
+    texts = (forget, retain, None), (retain, retain, None), (retain, retain, weights)
+    ends = [run(model, f, r, weights=w, directory=tmp_path).history[-1]["loss"] for f, r, w in texts]
+    assert ends == [run(model, f, r, weights=w).history[-1]["loss"] for f, r, w in texts] and len(set(ends)) == 3
 
 
 def test_rmu_trains_down_projections_up_to_its_layer_and_shares_what_is_frozen(model, forget, retain):

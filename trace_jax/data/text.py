@@ -36,9 +36,9 @@ def pack(
       ConfigError: a model without a tokenizer, marks that the tokenizer doesn't have, a row length below 8.
 
     Example:
-      >>> rows = tj.pack(["The council met.", ("Who decided?", "The council.")], model, row_length=32)
+      >>> rows = tj.pack(["The council met.", ("Who decided?", "The council.")], model, row_length=128)
       >>> rows.tokens.shape
-      (1, 32)
+      (1, 128)
     """
     items = [{"text": text} if isinstance(text, str) else _pair(text, f"texts[{i}]") for i, text in enumerate(texts)]
     if not items:
@@ -68,7 +68,7 @@ def read_rows(
     Example:
       >>> with open("notes.txt", "w") as file:
       ...     _ = file.write("The harbour was closed in winter.")
-      >>> len(tj.read_rows("notes.txt", model, row_length=32))
+      >>> len(tj.read_rows("notes.txt", model, row_length=64))
       1
     """
     codec = _codec(model, special)

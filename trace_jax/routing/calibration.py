@@ -47,14 +47,15 @@ class Calibration:
 
     def _repr_html_(self) -> str | None:
         """Forget over retain frequency of the calibrated experts, before and after, in the layers that have any."""
-        c, rows = self.certificate, [] if self.selected is None else np.flatnonzero(self.selected.any(axis=1))
-        if c is None or not len(rows):
+        c, selected = self.certificate, self.selected
+        if c is None or selected is None or not selected.any():
             return None
+        rows = np.flatnonzero(selected.any(axis=1))
         scale, maps = TIMES_UNIFORM._replace(labels=[(v, "equal" if not v else t) for v, t in TIMES_UNIFORM.labels]), []
         for caption, retain in (("forget / retain frequency", c.retain), ("after weighting", c.weighted)):
-            ratio = np.full(self.selected.shape, np.nan)
-            ratio[self.selected] = times(c.forget, retain)
-            about = {"selected": self.selected[rows], "layers": list(dict.fromkeys(c.layer.tolist()))}
+            ratio = np.full(selected.shape, np.nan)
+            ratio[selected] = times(c.forget, retain)
+            about = {"selected": selected[rows], "layers": list(dict.fromkeys(c.layer.tolist()))}
             maps.append(heat_map(ratio[rows], scale, caption, c.summary, **about))
         return card(repr(self), maps, scale)
 

@@ -1,6 +1,7 @@
 """Unlearning: from a model, forget rows and weighted retain rows to a model that has forgotten."""
 
 import dataclasses
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -78,7 +79,8 @@ def unlearn(
       seed: of batch order, of RMU's directions and of low-rank factors.
       mesh, parallel: the devices, and how the step is laid out on them; no mesh: one as `parallel` says.
       directory: where metrics.jsonl and resumable state go; None keeps nothing.
-      identity: hash of everything that made this run; state of another one in `directory` is not continued.
+      identity: hash of everything that made this run; state of another one in `directory` is not continued. Default:
+        of settings, shape, rows and weights, not of the model's parameters.
       evaluate: called with parameters at step 0, every `config.evaluate_every` steps and at the end. What it returns
         (JSON; of a list each item) is a line of metrics.jsonl; rules about when to stop and what to keep need an
         `Evaluated`.
@@ -120,7 +122,11 @@ def unlearn(
         settings, constants, start = set_up(original, config, model.config, **about)
         trained = trainable_table(model.config, config, selected)
         say(table_text(trained))
-        identity = identity or fingerprint(config, model.config, None if selected is None else selected.tolist(), seed)
+        if identity is None:
+            of = [*vars(forget).values(), *({} if retain is None else vars(retain)).values()]
+            of += [] if weights is None else [weights.tokens, weights.row_probability, weights.step_weights]
+            of = [hashlib.sha256(array.tobytes()).hexdigest() for array in of]
+            identity = fingerprint(config, model.config, None if selected is None else selected.tolist(), seed, of)
         protection, finish = grip_hooks(model.replace(params=unflatten(original)), retain, config, seed=seed, mesh=mesh)
         constants = Constants(original, *place(constants[1:], mesh))._replace(
             target=place(steering_target(model, forget, config, seed=seed, mesh=mesh), mesh),
