@@ -41,9 +41,19 @@ def test_a_checkpoint_is_exported_after_it_has_unlearned():
     assert load_config("configs/text.py", {"data.forget": "a", "data.retain": "b"}).data.retain == "b"
 
 
+def test_what_comes_with_the_package_is_named_from_anywhere(tmp_path, monkeypatch, capsys):
+    here = load_config("configs/quickstart.py:attacks")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("quickstart:attacks") == load_config("configs/quickstart.py:attacks") == here
+    assert main(["configs"]) == 0
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert listed["quickstart"].startswith("Unlearn one topic") and "published" not in listed
+
+
 BAD = [
     (["stduy", "--config", QUICKSTART], "no command 'stduy'; did you mean 'study'?"),
     (["--config", "nowhere.py", "--workdir", "w"], "nowhere.py: no such config file"),
+    (["--config", "quikstart", "--workdir", "w"], "no such config file; did you mean 'quickstart'? Give --config"),
     ([*QUICK, "--config.unlearning.stepz=3"], "did you mean 'steps'"),
     ([*QUICK, "--config.name.x=3"], "name is a single setting"),
     (["--config", f"{QUICKSTART}:big", "--workdir", "w"], "has the variant 'attacks'; got 'big'"),

@@ -31,6 +31,7 @@ COMMANDS = {
     "diagnose": ("run.diagnose", "says whether there is anything to calibrate, before training", ""),
     "plan": ("plan.plan", "says what an experiment takes on a machine that need not be there", "config"),
     "data": ("data.build", "builds published data sets; no TensorFlow", ""),
+    "configs": ("run.experiment", "lists the experiments that come with the package, for --config NAME", ""),
     "doctor": ("io.environment", "versions, devices, what is missing", ""),
 }
 _OVERVIEW = """usage: python -m trace_jax.main [COMMAND] [OPTION ...]
@@ -76,7 +77,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(f"trace_jax.main {name}", description=about)
     if "config" in shared:
         parser.epilog = _EPILOG
-        parser.add_argument("--config", required=True, metavar="FILE[:variant]", help="the experiment")
+        parser.add_argument(
+            "--config",
+            required=True,
+            metavar="FILE[:variant]",
+            help="the experiment: a Python file, or a name that `configs` lists",
+        )
     if "workdir" in shared:
         where = "for its artefacts (or gs://BUCKET/NAME); made if missing; default: runs/ and the experiment's name"
         parser.add_argument("--workdir", metavar="DIR", help=where)

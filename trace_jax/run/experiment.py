@@ -3,6 +3,8 @@
 An experiment is a Python file with a `get_config` function, and the overrides of the command line.
 """
 
+import argparse
+import ast
 import dataclasses
 import inspect
 import runpy
@@ -16,7 +18,7 @@ from ml_collections import ConfigDict
 
 from trace_jax.attacks import AttacksConfig
 from trace_jax.checkpoints.pretrained import PretrainedConfig
-from trace_jax.config import ConfigError, Section, as_dict, fingerprint, option, resolve
+from trace_jax.config import ConfigError, Section, as_dict, fingerprint, nearest, option, resolve
 from trace_jax.evaluation.task import EvaluationConfig
 from trace_jax.io.progress import say
 from trace_jax.models.architecture import ModelConfig
@@ -227,7 +229,13 @@ def _read(name: str) -> dict[str, Any]:
     """What the get_config of `FILE` or `FILE:variant` returns; it takes the variant if the file has any."""
     file, _, variant = name.partition(":")
     if not Path(file).is_file():
-        raise ConfigError(f"{file}: no such config file. Give --config a Python file with a get_config function.")
+        own, short = shipped_configs(), file.removeprefix("configs/").removesuffix(".py")
+        if short not in own:
+            raise ConfigError(
+                f"{file}: no such config file{nearest(short, own)} Give --config a Python file with a get_config "
+                f"function, or the name of one that comes with the package: {', '.join(own)}."
+            )
+        file = str(own[short])
     arguments = [variant] if variant else []
     sys.path.insert(0, str(Path(file).resolve().parent))  # for what configs share, which lies beside them
     try:
@@ -255,6 +263,22 @@ def _read(name: str) -> dict[str, Any]:
     if not isinstance(values, (Mapping, ConfigDict)):
         raise ConfigError(f"{file}: get_config returned {values!r}; expected a ConfigDict, or settings in a dict.")
     return _plain(values)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The files of configs/ that describe an experiment, by name: in a wheel beside the code, else in its checkout."""
+    package = Path(__file__).resolve().parents[1]
+    found = (package / "configs", package.parent / "configs")
+    files = sorted(file for directory in found for file in directory.glob("*.py"))
+    return {file.stem: file for file in files if "\ndef get_config(" in file.read_text("utf-8")}
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command `configs`."""
+    for name, file in shipped_configs().items():
+        about = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
+        print(f"{name:<18}{about.partition(chr(10))[0]}")
+    return 0
 
 
 def _override(values: dict, path: str, value: Any) -> None:
