@@ -196,8 +196,15 @@ class Run:
 
         told, text, page = finished(self.directory), self.table(), ""
         for table, lines in zip(told.get("equal_forgetting", ()), text.split("\n\n"), strict=False):
-            steps = [row["step"] if row["reached"] else f"lowest {row['lowest']:.3f}" for row in table["rows"]]
-            frame = pd.DataFrame([{"": row["name"], **row["values"]} for row in table["rows"]]).assign(step=steps)
+            frame = pd.DataFrame([{"": row["name"], **row["values"]} for row in table["rows"]])
+            frame["step"] = [
+                f"lowest {row['lowest']:.3f}"
+                if not row["reached"]
+                else "-"
+                if row["step"] is None
+                else f"{row['step']:.1f}"
+                for row in table["rows"]
+            ]
             frame.columns = [name.replace("_", " ") for name in frame]
             written = frame.to_html(index=False, border=0, na_rep="-", float_format="{:.3f}".format)
             page += f"<p>{html.escape(lines.splitlines()[0])}</p>{written}"
