@@ -6,8 +6,9 @@ import pytest
 
 from tests import tiny
 from trace_jax.models.decoder import forward
-from trace_jax.routing.config import select_experts
+from trace_jax.routing.config import CalibrationConfig, select_experts
 from trace_jax.routing.statistics import expert_assignments, expert_statistics
+from trace_jax.routing.weights import retain_weights
 
 ONE = tiny.mesh_of(1, 1, 1)
 
@@ -59,6 +60,10 @@ def test_answers_that_change_and_settings_that_do_not_go_together_are_refused(ti
         expert_assignments(
             lambda tokens: np.tile(np.arange(2), (next(answers), *tokens.shape, 1)), tiny.make_rows(4), num_experts=4
         )
+    for weighting in ("hidden", {"name": "matching", "rule": {"name": "sensitivity", "top": 1}}):
+        with pytest.raises(ValueError, match=r"'(hidden|sensitivity)' looks into the model"):
+            rows, config = tiny.make_rows(4), CalibrationConfig(weighting)
+            retain_weights(config, model=len, num_experts=4, forget=rows, retain=rows)
     for model, given in ((tiny_model, {"num_experts": 4}), (len, {}), (len, {"num_experts": 4, "mesh": ONE})):
         with pytest.raises(ValueError, match="with a function give num_experts and no mesh"):
             expert_statistics(model, tiny.make_rows(4), **given)

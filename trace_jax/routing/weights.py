@@ -17,7 +17,7 @@ times a factor of the row, 1 for "weights" and 1 / (the row's mean weight by the
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -128,9 +128,10 @@ class RetainWeights:
 def retain_weights(
     config: settings.CalibrationConfig,
     *,
-    model: Model,
+    model: Model | Callable[..., Any],
     forget: Rows,
     retain: Rows,
+    num_experts: int | None = None,
     forget_statistics: ExpertStatistics | None = None,
     retain_statistics: ExpertStatistics | None = None,
     assignments: Assignments | None = None,
@@ -141,7 +142,8 @@ def retain_weights(
     """Weights of the retain corpus as `config` asks; every weighting keeps its bounds and has mean one.
 
     Args:
-      model: the frozen original model, whose routing, hidden states or losses are used.
+      model: the frozen original model, whose routing, hidden states or losses are used; or a function that routes,
+        with `num_experts`, as `expert_statistics` takes it, for weightings that need no more.
       forget, retain: the two corpora.
       forget_statistics, retain_statistics: their `expert_statistics` under `model`, and
       assignments: the `expert_assignments` of the retain corpus, where they were made before.
@@ -149,7 +151,8 @@ def retain_weights(
       batch_size: rows per forward pass; changes no result.
 
     Raises:
-      ValueError: statistics of another corpus, or a corpus too small for any.
+      ValueError: statistics of another corpus, a corpus too small for any, or a function where the weighting looks
+        into the model.
 
     Example:
       >>> config = tj.CalibrationConfig(weighting={"name": "matching", "unit": "row", "apply": "sampling"})
@@ -164,12 +167,17 @@ def retain_weights(
             "statistics of another corpus were given."
         )
 
+    whole: Any = model
+    inside = settings.Hidden, settings.Loss, settings.Similarity, settings.Sensitivity
+    looking = [way.name for way in (weighting, getattr(weighting, "rule", None)) if isinstance(way, inside)]
+    if looking and not isinstance(model, Model):
+        raise ValueError(f"{looking[0]!r} looks into the model, and model is a function that routes; give a Model.")
     if not isinstance(weighting, settings.Weighted):
         return RetainWeights(np.ones(int(valid.sum())), valid)
     if not isinstance(weighting, (settings.Matching, settings.RatioWeights)):
-        tokens = controls.weights_without_experts(weighting, model, forget, retain, mesh=mesh, batch_size=batch_size)
+        tokens = controls.weights_without_experts(weighting, whole, forget, retain, mesh=mesh, batch_size=batch_size)
         return RetainWeights(tokens, valid).applied(weighting)
-    passes: Any = {"batch_size": batch_size, "mesh": mesh}
+    passes: Any = {"batch_size": batch_size, "mesh": mesh, "num_experts": num_experts}
     if retain_statistics is None:
         retain_statistics, routed = expert_routing(model, retain, **passes, min_activations=MIN_ACTIVATIONS)
         assignments = assignments or routed
@@ -177,7 +185,7 @@ def retain_weights(
     forget_statistics = forget_statistics or expert_statistics(model, forget, **passes)
     slopes = None
     if isinstance(weighting.rule, settings.Sensitivity):
-        slopes = expert_sensitivity(model, forget, **passes)
+        slopes = expert_sensitivity(whole, forget, batch_size=batch_size, mesh=mesh)
     selected = settings.select_experts(
         forget_statistics, retain_statistics, rule=weighting.rule, seed=config.seed, sensitivity=slopes
     )
