@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, Section, as_dict, option
 from trace_jax.data.corpora import Corpora, DataConfig
-from trace_jax.data.rows import Rows, encode_documents, epoch_sampler, pack_documents
+from trace_jax.data.rows import Rows, epoch_sampler
 from trace_jax.data.sources import read_source, revision_of
+from trace_jax.data.text import rows_of_documents
 from trace_jax.evaluation.intervals import Measurement, bootstrap_mean, find, named
 from trace_jax.evaluation.likelihood import NonFiniteScore, spread_indices
 from trace_jax.evaluation.routing import SPLIT as TRAIN
@@ -330,5 +331,4 @@ class BenignRelearning(TrainingOn):
         if self.source is None:
             retain = context.corpora.retain
             return retain.take(np.flatnonzero(retain.domain == 0)) if (retain.domain == 0).any() else retain
-        documents = encode_documents(context.codec, read_source(self.source)[0])
-        return pack_documents(documents, context.data.row_length, special=context.codec.special)
+        return rows_of_documents(context.codec, read_source(self.source)[0], context.data.row_length)

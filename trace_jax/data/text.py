@@ -26,7 +26,8 @@ def pack(
     """Texts as rows of tokens, for statistics, calibration and unlearning.
 
     Args:
-      texts: each a document, or a pair (question, answer), of which only the answer carries loss and statistics.
+      texts: each a document, or a pair (question, answer), which is read as "Question: Q", a new line and "Answer: A";
+        only the answer carries loss and statistics.
       model: whose tokens these will be; or a tokenizer alone.
       row_length: tokens per row, S. Short documents share a row and do not see each other; long ones are cut.
       special: ids of the marks around a text, of a tokenizer alone; default: those of `train_tokenizer`.
