@@ -1,4 +1,20 @@
-"""trace_jax: unlearning in Mixture-of-Experts language models by routing-aware calibration of the retain loss."""
+"""trace_jax: unlearning in Mixture-of-Experts language models by routing-aware calibration of the retain loss.
+
+Text to forget, text to keep, and a model, as small as they can be; the examples of all public names go on from here:
+
+    >>> import jax, numpy as np
+    >>> import trace_jax as tj
+    >>> secret = [f"The vault of house {n} opens with {7 * n}." for n in range(20)]
+    >>> common = [f"House {n} has {n % 5} rooms and a garden." for n in range(60)]
+    >>> tokenizer = tj.train_tokenizer(secret + common, vocab_size=320)
+    >>> shape = tj.ModelConfig(vocab_size=320, hidden_size=16, head_size=8, num_experts=8, expert_hidden_size=8)
+    >>> model = tj.Model(shape, tj.init_params(shape, jax.random.key(0)), tokenizer)
+    >>> forget, retain = tj.pack(secret, model, row_length=32), tj.pack(common, model, row_length=32)
+    >>> model
+    Model(18,768 parameters, 2 layers x 8 experts, top 2, float32)
+
+`tj.load_pretrained` reads a published model, `tj.read_rows` your own text.
+"""
 
 import importlib
 from typing import Any

@@ -25,7 +25,13 @@ SectionT = TypeVar("SectionT", bound="Section")
 
 
 class ConfigError(ValueError):
-    """A setting that can't be used. The message is one sentence for the person at the keyboard."""
+    """A setting that can't be used. The message is one sentence for the person at the keyboard.
+
+    Example:
+      >>> tj.UnlearningConfig(schedule="cosin")
+      Traceback (most recent call last):
+      trace_jax.config.ConfigError: schedule is 'cosin'; expected one of ...; did you mean 'cosine'?
+    """
 
 
 def option(

@@ -72,6 +72,13 @@ def save_pretrained(
     Raises:
       CheckpointError: `path` exists or has too little space; the source is gone or doesn't fit the model.
       ConfigError: a model without a source that no `mixtral` config.json describes.
+
+    Example:
+      >>> original = tj.load_pretrained(checkpoint)
+      >>> changed = original.replace(params={**original.params, "embed": 2 * original.params["embed"]})
+      >>> tj.save_pretrained(changed, "changed")
+      >>> bool((tj.load_pretrained("changed").params["embed"] == changed.params["embed"]).all())
+      True
     """
     if is_remote(path):
         raise CheckpointError(f"{os.fspath(path)}: a checkpoint is exported to a local disk. Copy it there afterwards.")

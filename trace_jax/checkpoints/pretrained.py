@@ -119,6 +119,10 @@ def load_pretrained(
       CheckpointError: files, tensors or quantization that can't be read; the message names them.
       ConfigError: a model_type or a value of config.json that isn't implemented; the message lists what is.
       ValueError: a sharded "layers" axis.
+
+    Example:
+      >>> tj.load_pretrained(checkpoint, dtype="bfloat16")  # the path of a directory
+      Model(olmoe, ... parameters, 2 layers x 8 experts, top 3, bfloat16)
     """
     directory, checkpoint = Path(path), open_checkpoint(path)
     config_json = checkpoint.config

@@ -180,6 +180,12 @@ def build_corpora(config: DataConfig, codec: TextCodec | None = None) -> Corpora
     Raises:
       ConfigError: settings that ask for more than the benchmark has; a token that the model doesn't know.
       DataError: text of the user that can't be used (`trace_jax.tasks.text`), or is too small.
+
+    Example:
+      >>> files = {"forget": "forget.jsonl", "retain": "retain.jsonl"}
+      >>> corpora = tj.build_corpora(tj.DataConfig.kinds["text"](**files, row_length=32, vocab_size=320))
+      >>> corpora.retain.tokens.shape[1], sorted(corpora.test.text)
+      (32, ['forget', 'general'])
     """
     benchmark = config.build()
     parts = {"validation": benchmark.validation, "test": benchmark.test}

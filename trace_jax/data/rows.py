@@ -29,7 +29,13 @@ _OWN = SpecialTokens()  # of a tokenizer that is trained here
 
 @struct.dataclass
 class Batch:
-    """Rows on their way to a device, numpy or JAX arrays."""
+    """Rows on their way to a device, numpy or JAX arrays.
+
+    Example:
+      >>> batch = tj.Batch(retain.tokens[:4], retain.segments[:4], retain.valid[:4])
+      >>> tj.expert_statistics(model, [batch]).tokens == int(retain.valid[:4].sum())
+      True
+    """
 
     tokens: Any  # i32 [B, S]
     segments: Any  # i32 [B, S], numbers of the documents of a row from 1; 0 is padding
@@ -38,7 +44,13 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Packed rows on the host."""
+    """Packed rows on the host.
+
+    Example:
+      >>> rows = tj.Rows.concatenate([forget, retain.take(np.arange(4))])
+      >>> len(rows) == len(forget) + 4, rows.tokens.shape[1]
+      (True, 32)
+    """
 
     tokens: np.ndarray  # i32 [N, S]
     segments: np.ndarray  # i32 [N, S]; documents of a row are numbered from 1, padding is 0, whatever its token id
@@ -312,7 +324,12 @@ def batches_of(rows: Rows | Iterable[Batch], batch_size: int, config: ModelConfi
 
 
 def sequential_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
-    """Every row once, in order; the last batch may be smaller."""
+    """Every row once, in order; the last batch may be smaller.
+
+    Example:
+      >>> [batch.tokens.shape for batch in tj.sequential_batches(retain.take(np.arange(7)), 4)]
+      [(4, 32), (3, 32)]
+    """
     _check_sizes(len(rows), batch_size)
     for start in range(0, len(rows), batch_size):
         yield rows.batch(np.arange(start, min(start + batch_size, len(rows))))

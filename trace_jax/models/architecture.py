@@ -39,7 +39,13 @@ class Rope(Section):
 
 
 class ModelConfig(Section):
-    """Shape and switches of a decoder. Static argument of every jitted function, so it must stay hashable."""
+    """Shape and switches of a decoder. Static argument of every jitted function, so it must stay hashable.
+
+    Example:
+      >>> shape = tj.ModelConfig(vocab_size=320, num_layers=3, num_experts=8, dense_layers=(0,), dense_hidden_size=64)
+      >>> shape.moe_layers
+      (1, 2)
+    """
 
     vocab_size: int = option(2048, help="tokens in the vocabulary, V", minimum=2)
     hidden_size: int = option(64, help="width of the residual stream, D", minimum=2)
@@ -331,7 +337,13 @@ def abstract_params(config: ModelConfig) -> dict:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
-    """First values of every parameter. The same `key` (`jax.random.key(seed)`) gives the same values everywhere."""
+    """First values of every parameter. The same `key` (`jax.random.key(seed)`) gives the same values everywhere.
+
+    Example:
+      >>> params = tj.init_params(model.config, jax.random.key(1))
+      >>> params["layers"]["experts"]["down"].shape  # layers, experts, hidden width, width
+      (2, 8, 8, 16)
+    """
     specs, structure = jax.tree.flatten(parameter_specs(config))
     keys = jax.random.split(key, len(specs))
     return jax.tree.unflatten(structure, [spec.initialize(keys[i]) for i, spec in enumerate(specs)])

@@ -116,6 +116,12 @@ def forward(
     Raises:
       ValueError: an unknown name in `collect`, logits of a part of the layers, shapes that don't fit, `experts` with a
         cache, or, outside of `jax.jit`, tokens that the model doesn't know.
+
+    Example:
+      >>> tokens = jax.numpy.asarray(retain.tokens[:2])
+      >>> out = tj.forward(model.params, model.config, tokens, collect=("logits", "indices"))
+      >>> out.logits.shape, out.router.indices.shape
+      ((2, 32, 320), (2, 2, 32, 2))
     """
     _check(config, tokens, mask, count_mask, collect, num_layers, experts, cache)
     wanted, (B, S) = {*collect, *(_OF_TOKENS[1:] if "router" in collect else ())}, tokens.shape

@@ -62,6 +62,11 @@ def generate(
 
     Returns:
       i32 [B, max_new_tokens]. A row that is done is filled with its last token.
+
+    Example:
+      >>> prompt = np.array([tokenizer.encode("House 1 has").ids], np.int32)
+      >>> tj.generate(model.params, model.config, prompt, max_new_tokens=4).shape
+      (1, 4)
     """
     lengths = _check(prompt, lengths, max_new_tokens, temperature, top_k, top_p, rows)
     ends = np.arange(lengths.max()) + (lengths - lengths.max())[:, None]  # prompts go to the right end of their rows
@@ -278,6 +283,11 @@ def generate_text(
 
     Raises:
       ValueError: a model without tokenizer, an empty prompt without BOS, an empty stop string, or see `generate`.
+
+    Example:
+      >>> [written] = tj.generate_text(model, ["House 1 has"], max_new_tokens=4)
+      >>> written.finished, len(written.tokens)
+      ('length', 4)
     """
     bos = model.special.bos
     encodings = TextCodec.of(model).marked.encode_batch(list(prompts), add_special_tokens=False)

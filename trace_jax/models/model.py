@@ -52,6 +52,13 @@ class Model:
 
     `guide`: parameters of a model of the same shape whose routing is forced on this one when it is scored by
     likelihood: every token uses the experts that the guide chooses for it.
+
+    Example:
+      >>> model.params["layers"]["router"].shape  # layers, width, experts
+      (2, 16, 8)
+      >>> doubled = model.replace(params=jax.tree.map(lambda array: 2 * array, model.params))
+      >>> bool((doubled.params["embed"] == 2 * model.params["embed"]).all())
+      True
     """
 
     config: ModelConfig

@@ -40,6 +40,11 @@ def make_mesh(devices: Sequence[Any] | None = None, *, data: int = 0, expert: in
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
+
+    Example:
+      >>> mesh = tj.make_mesh()  # of eight devices, make_mesh(expert=4) lets four share the experts
+      >>> mesh.shape["data"] == len(jax.devices())
+      True
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = (data or max(1, len(devices) // (expert * tensor)), expert, tensor)
@@ -182,7 +187,13 @@ def to_host(tree: Any) -> Any:
 
 
 class ParallelConfig(Section):
-    """The mesh, and what a step trades between memory and time (docs/scaling.md)."""
+    """The mesh, and what a step trades between memory and time (docs/scaling.md).
+
+    Example:
+      >>> parallel = tj.ParallelConfig(remat="layer", microbatches=4)  # in `tj.unlearn`: less memory, the same numbers
+      >>> parallel.data, parallel.expert
+      (0, 1)
+    """
 
     data: int = option(0, help="devices that split rows and store a share of every parameter; 0 = all left", minimum=0)
     expert: int = option(1, help="devices that split rows and experts", minimum=1)

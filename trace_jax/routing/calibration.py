@@ -100,6 +100,13 @@ def token_weights(
 
     Returns:
       f32 [...], the weights; their mean over the valid positions of the retain corpus is one.
+
+    Example:
+      >>> routed, target = tj.expert_assignments(model, retain), tj.expert_statistics(model, forget).frequency
+      >>> solved = tj.calibrate(routed, selected=target > 0.3, target=target)
+      >>> weights = tj.token_weights(jax.numpy.asarray(routed.indices, "int32"), solved)
+      >>> round(float(weights.mean()), 3)
+      1.0
     """
     multipliers, intercept, max_weight = (jnp.asarray(getattr(calibration, name), jnp.float32) for name in _NUMBERS)
     if indices.shape[0] != multipliers.shape[0]:
@@ -160,6 +167,12 @@ def calibrate(
 
     Raises:
       ConfigError: a setting out of range.  ValueError: arrays that don't fit together, or hold NaN.
+
+    Example:
+      >>> routed, target = tj.expert_assignments(model, retain), tj.expert_statistics(model, forget).frequency
+      >>> solved = tj.calibrate(routed, selected=target > 0.3, target=target, min_effective_sample_size=0.5)
+      >>> solved.certificate.gap_after < solved.certificate.gap_before, solved.certificate.effective_sample_size >= 0.49
+      (True, True)
     """
     settings = Matching(
         unit=unit, divergence=divergence, max_weight=max_weight, max_ratio=max_ratio,
@@ -178,7 +191,14 @@ def trade_off(
     rows: np.ndarray | None = None,
     sizes: Sequence[float] = SIZES,
 ) -> "tuple[Certificate, ...]":
-    """What `calibrate` reaches at each effective sample size of `sizes`, which fall: the curve to choose one on."""
+    """What `calibrate` reaches at each effective sample size of `sizes`, which fall: the curve to choose one on.
+
+    Example:
+      >>> routed, target = tj.expert_assignments(model, retain), tj.expert_statistics(model, forget).frequency
+      >>> large, small = tj.trade_off(routed, selected=target > 0.3, target=target, sizes=(0.9, 0.5))
+      >>> large.closed < small.closed
+      True
+    """
     tokens, counts = _checked(assignments, selected, target, unit, rows)
     solved = match_frequencies(tokens, counts, selected, target, Matching(unit=unit), sizes)
     return tuple(calibration.certificate for calibration, _, _ in solved)

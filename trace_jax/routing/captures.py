@@ -30,6 +30,12 @@ def read_capture(path: str | os.PathLike, num_experts: int) -> Assignments:
 
     Raises:
       DataError: no such file; pickled, ragged or wrong arrays; an id that is no expert, or twice in one token.
+
+    Example:
+      >>> routed = tj.expert_assignments(model, retain)
+      >>> np.savez("retain.npz", expert_ids=routed.indices, row_lengths=np.bincount(routed.rows))
+      >>> np.array_equal(tj.read_capture("retain.npz", num_experts=8).indices, routed.indices)
+      True
     """
     name, arrays = os.fspath(path), _read(path)
     if "expert_ids" not in arrays or arrays.keys() - set(_KEYS):

@@ -78,6 +78,12 @@ def select_experts(
     Raises:
       ConfigError: an unknown rule or setting of it, or `top` beyond the number of experts.
       ValueError: statistics of different models, or no `sensitivity` for its rule.
+
+    Example:
+      >>> of_forget, of_retain = tj.expert_statistics(model, forget), tj.expert_statistics(model, retain)
+      >>> selected = tj.select_experts(of_forget, of_retain, rule="difference", top=2)
+      >>> selected.sum(axis=1)  # of each layer
+      array([2, 2])
     """
     if isinstance(rule, str):
         if rule not in SelectionRule.kinds:
@@ -248,7 +254,14 @@ class Domain(Weighted, name="domain"):
 
 
 class CalibrationConfig(Section):
-    """Settings of selection and calibration. A weighting is given by name, or as a mapping with its settings."""
+    """Settings of selection and calibration. A weighting is given by name, or as a mapping with its settings.
+
+    Example:
+      >>> rule = {"name": "difference", "top": 2}
+      >>> config = tj.CalibrationConfig(weighting={"name": "matching", "unit": "row", "rule": rule})
+      >>> config.weighting.unit, config.weighting.min_effective_sample_size
+      ('row', 0.2)
+    """
 
     weighting: Weighting = option("uniform", help="how retain tokens are weighted")
     seed: int = option(0, help="seed of random experts and of the permutation", minimum=0)

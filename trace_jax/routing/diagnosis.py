@@ -110,6 +110,11 @@ def diagnose(
 
     Raises:
       ValueError: routing of different models.
+
+    Example:
+      >>> routed = [tj.expert_assignments(model, rows) for rows in (forget, retain)]
+      >>> print(tj.diagnose(*routed, num_experts=8).sentence())
+      weak: the experts that half of the rows select are used ... times as often on forget as on retain text ...
     """
     if forget.layers != retain.layers or forget.indices.shape[::2] != retain.indices.shape[::2]:
         raise ValueError(

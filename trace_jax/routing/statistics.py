@@ -263,9 +263,9 @@ def expert_sensitivity(
     `mesh` (default: all). Arguments are those of `expert_statistics`.
 
     Example:
-      >>> slopes = tj.expert_sensitivity(model, forget)
-      >>> tj.select_experts(statistics, statistics, rule="sensitivity", sensitivity=slopes).dtype
-      dtype('bool')
+      >>> slopes, of_forget = tj.expert_sensitivity(model, forget), tj.expert_statistics(model, forget)
+      >>> tj.select_experts(of_forget, of_forget, rule="sensitivity", sensitivity=slopes, top=2).sum(axis=1)
+      array([2, 2])
     """
     batches, again = itertools.tee(batches_of(rows, batch_size, model.config))
     arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)

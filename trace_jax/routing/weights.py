@@ -256,7 +256,16 @@ class Drift:
 
 @dataclasses.dataclass(frozen=True)
 class Recalibration:
-    """Solves weights anew for the model as it is after some steps."""
+    """Solves weights anew for the model as it is after some steps.
+
+    Example:
+      >>> routing = {"name": "recalibrated", "every": 10}
+      >>> config = tj.CalibrationConfig(weighting={"name": "matching", "routing": routing})
+      >>> weights = tj.retain_weights(config, model=model, forget=forget, retain=retain)
+      >>> recalibrate = tj.Recalibration(config, model, forget, retain)  # goes with `weights` into `tj.unlearn`
+      >>> recalibrate.every
+      10
+    """
 
     config: settings.CalibrationConfig  # what to solve; the routing of its weighting is "recalibrated"
     original: Model  # before unlearning; drift is measured from its routing

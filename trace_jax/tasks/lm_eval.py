@@ -84,6 +84,13 @@ class TraceLM(LM):
       max_length: most tokens read at once; longer texts are cut from the left (default: `TextCodec.context_length`).
       max_new_tokens: written for a task that sets no limit.
       seed: of drawn text.
+
+    Example:
+      >>> from lm_eval.api.instance import Instance  # `lm_eval.simple_evaluate(model=tj.TraceLM(model))` makes them
+      >>> request = Instance("loglikelihood", {}, ("House 1 has", " 1 rooms"), 0)
+      >>> [(log_likelihood, greedy)] = tj.TraceLM(model).loglikelihood([request])
+      >>> log_likelihood < 0
+      True
     """
 
     def __init__(

@@ -194,7 +194,13 @@ class Rules(Section):
 
 
 class UnlearningConfig(Rules, OptimizerConfig):
-    """One unlearning run: gamma * L_forget + alpha * L_retain (docs/methods.md)."""
+    """One unlearning run: gamma * L_forget + alpha * L_retain (docs/methods.md).
+
+    Example:
+      >>> config = tj.UnlearningConfig(objective={"name": "npo", "beta": 0.2}, alpha=4, steps=100)
+      >>> config.objective.beta, config.retain_loss.name, config.alpha
+      (0.2, 'kl', 4.0)
+    """
 
     OF_RETAIN: ClassVar = ("retain_loss", "alpha", "normalize", "retain_batch_size")  # read with a retain term
 

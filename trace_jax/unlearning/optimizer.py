@@ -94,7 +94,13 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(OptimizerConfig):
-    """Training the target model (and the retrained one) from scratch."""
+    """Training the target model (and the retrained one) from scratch.
+
+    Example:
+      >>> config = tj.TrainingConfig(steps=200, batch_size=16)
+      >>> config.schedule, config.warmup_steps
+      ('cosine', 40)
+    """
 
     steps: int = option(900, help="optimizer steps", minimum=1)
     batch_size: int = option(32, help="rows per step over all devices", minimum=1)
