@@ -1,17 +1,14 @@
 """A finished run in Python gives what its directory holds, and no number another time."""
 
-import doctest
 import shutil
 
 import numpy as np
 import pytest
 
-import trace_jax as tj
 from tests.run.toy import experiment, measured
 from trace_jax.config import ConfigError
 from trace_jax.io.files import read_json, write_json
 from trace_jax.models.architecture import flatten
-from trace_jax.run.methods import run
 from trace_jax.run.result import open_run
 
 
@@ -71,17 +68,3 @@ def test_what_an_earlier_version_spelled_otherwise_is_refused_and_all_else_is_re
         _ = opened.config
     with pytest.raises(ConfigError, match="the run is not finished"):
         open_run(tmp_path)
-
-
-EXAMPLES = ("load_config", "run", "open_run", "Run", "attack", "export", "write_report", "evaluate")
-
-
-def test_the_examples_of_runs_give_what_they_say(data, finished, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(finished[0], "runs/mine")
-    for name in EXAMPLES:
-        about = {"tj": tj, "config": experiment(data)}
-        example = doctest.DocTestParser().get_doctest(
-            (run if name == "run" else getattr(tj, name)).__doc__, about, name, None, 0
-        )
-        assert example.examples and doctest.DocTestRunner().run(example).failed == 0, name

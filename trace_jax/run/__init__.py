@@ -1,4 +1,13 @@
-"""Runs of experiments. The room is also the public function `trace_jax.run`, which has its name."""
+"""Runs of experiments. The room is also the public function `trace_jax.run`, which has its name.
+
+Example:
+  >>> data = {"benchmark": "text", "forget": "forget.jsonl", "retain": "retain.jsonl", "row_length": 32}
+  >>> short = {"target.steps": 8, "unlearning.steps": 6, "unlearning.evaluate_every": 3, "evaluation.patching": False}
+  >>> run = tj.run(tj.load_config({"name": "mine", "methods": ["uniform", "trace_rows"], "data": data}, short))
+  >>> print(run.table())
+  At equal forgetting (forget probability ratio <= 0.5), test split
+  ...
+"""
 
 import os
 import sys

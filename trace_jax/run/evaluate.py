@@ -86,7 +86,7 @@ def evaluate(
       ...     json.dump(question, file)
       >>> asked = {"multiple_choice": {"sources": {"exam": "exam.jsonl"}}}
       >>> config = tj.load_config({"name": "exam", "evaluation": asked})
-      >>> tj.evaluate("checkpoint", config).metrics().name.tolist()
+      >>> tj.evaluate(checkpoint, config).metrics().name.tolist()
       ['exam']
     """
     tasks, path = build_tasks(config.evaluation), None if output is None else as_path(output)

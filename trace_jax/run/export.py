@@ -107,7 +107,7 @@ def export(
       ConfigError: the run is not finished, or has no such method.
 
     Example:
-      >>> place = tj.export("runs/mine", "checkpoint", "trace_rows")
+      >>> place = tj.export("runs/mine", "exported", "trace_rows")
       >>> tj.load_pretrained(place).config.num_layers
       2
     """

@@ -71,11 +71,6 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike | None = None, *, o
 
     Raises:
       ConfigError, ValueError: something given can't be used; the message says what, and what to do.
-
-    Example:
-      >>> run = tj.run(config, "runs/mine")
-      >>> print(run.table())  # doctest: +ELLIPSIS
-      At equal forgetting (forget probability ratio <= ...
     """
     prepared = prepare(config, workdir or f"runs/{config.name}", overwrite=overwrite)
     for context in prepared.attacks.values():
