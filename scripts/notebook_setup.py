@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 VERSION = "0.1.0"  # of trace-jax
 install_from = ""  # @param {type: "string"}
@@ -77,6 +78,7 @@ def free_memory():
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
+warnings.filterwarnings("ignore", message="To exit")  # of IPython, where this cell ends a run
 before, (device, packages) = installed(), accelerator()
 python = ".".join(map(str, sys.version_info[:3]))
 for name, version, bounds in [("Python", python, PYTHON), *((n, before[n], b) for n, b in NEEDED.items())]:

@@ -5,6 +5,8 @@ CI=true python scripts/notebooks.py run NAME DIR  # runs it top to bottom in DIR
 python scripts/notebooks.py record DIR/NAME.ipynb # keeps the picture that the cell tagged "picture" drew, from anywhere
 """
 
+import base64
+import io
 import itertools
 import os
 import re
@@ -15,6 +17,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 COLAB, README, SETUP = ROOT / "colab", ROOT / "README.md", ROOT / "scripts" / "notebook_setup.py"
@@ -72,9 +75,12 @@ def picture_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def record(executed: Path) -> None:
-    """Keeps the picture of an executed notebook in colab/, under the same name."""
+    """Keeps the picture of an executed notebook in colab/, under the same name, in fewer colours."""
     cell = picture_cell(nbformat.read(executed, as_version=4))
-    (picture,) = (output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", ()))
+    (drawn,) = (output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", ()))
+    small = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(drawn))).convert("RGB").quantize(96).save(small, "PNG", optimize=True)
+    picture = base64.b64encode(small.getvalue()).decode()
     if len(picture) > LARGEST:
         raise SystemExit(f"the picture of {executed} has {len(picture):,} bytes; at most {LARGEST:,} are kept.")
     path = COLAB / executed.name
@@ -83,7 +89,7 @@ def record(executed: Path) -> None:
     path.write_text(nbformat.writes(target) + "\n")
 
 
-def run(name: str, directory: Path, **form: object) -> nbformat.NotebookNode:
+def run(name: str, directory: Path, /, **form: object) -> nbformat.NotebookNode:
     """Runs colab/NAME.ipynb there, each cell, with other values in its form, and keeps what it gave beside it.
 
     Raises CellExecutionError.
