@@ -17,12 +17,9 @@ _OWN = SpecialTokens()  # of `train_tokenizer`
 
 
 def pack(
-    texts: Iterable[str | tuple[str, str]],
-    model: Model | Tokenizer,
-    *,
-    row_length: int = 256,
+    texts: Iterable[str | tuple[str, str]], model: Model | Tokenizer, *, row_length: int = 256,
     special: SpecialTokens | None = None,
-) -> Rows:
+) -> Rows:  # fmt: skip
     """Texts as rows of tokens, for statistics, calibration and unlearning.
 
     Args:
@@ -41,21 +38,16 @@ def pack(
       >>> rows.tokens.shape
       (1, 128)
     """
-    items = [{"text": text} if isinstance(text, str) else _pair(text, f"texts[{i}]") for i, text in enumerate(texts)]
-    if not items:
+    documents = [document_of(_item(text, f"texts[{i}]"), f"texts[{i}]") for i, text in enumerate(texts)]
+    if not documents:
         raise DataError("texts is empty; expected a list of texts, or of pairs (question, answer).")
-    documents = [document_of(item, f"texts[{number}]") for number, item in enumerate(items)]
     return rows_of_documents(_codec(model, special), documents, row_length)
 
 
 def read_rows(
-    path: str | os.PathLike,
-    model: Model | Tokenizer,
-    *,
-    row_length: int = 256,
-    special: SpecialTokens | None = None,
-    min_length: int = 0,
-) -> Rows:
+    path: str | os.PathLike, model: Model | Tokenizer, *, row_length: int = 256,
+    special: SpecialTokens | None = None, min_length: int = 0,
+) -> Rows:  # fmt: skip
     """`pack` of the documents at a path: what `trace_jax.data.sources.read_source` reads.
 
     Args:
@@ -99,8 +91,10 @@ def _codec(model: Model | Tokenizer, special: SpecialTokens | None) -> TextCodec
     return TextCodec(model, special or _OWN, 1 + max(model.get_vocab().values(), default=0))
 
 
-def _pair(pair: Any, origin: str) -> dict[str, Any]:
-    """A question with its answer, as a line of a JSONL file has it."""
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise DataError(f"{origin} is {reprlib.repr(pair)}; expected text, or a pair (question, answer).")
-    return dict(zip(("question", "answer"), pair, strict=True))
+def _item(text: Any, origin: str) -> dict[str, Any]:
+    """A text, or a question with its answer, as a line of a JSONL file has it."""
+    if isinstance(text, str):
+        return {"text": text}
+    if not isinstance(text, (tuple, list)) or len(text) != 2:
+        raise DataError(f"{origin} is {reprlib.repr(text)}; expected text, or a pair (question, answer).")
+    return dict(zip(("question", "answer"), text, strict=True))
