@@ -19,7 +19,7 @@ from trace_jax.evaluation.likelihood import score_rows
 from trace_jax.models.architecture import ModelConfig, flat_specs, flatten, parameter_specs, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
-from trace_jax.unlearning.loop import front_rows
+from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.optimizer import learning_rate
 
 RATIO = "forget_probability_ratio"

@@ -9,7 +9,7 @@ from tests import handmade
 from trace_jax.evaluation.fronts import MEAN, RunItems, front_from_history, load_run_items, make_draws
 from trace_jax.evaluation.task import TaskScores
 from trace_jax.tasks.benchmarks import BENCHMARKS
-from trace_jax.unlearning.loop import Metrics, read_items
+from trace_jax.unlearning.metrics import Metrics, read_items
 
 STEPS = (0, 4, 8)
 QUICK = ("questions", "text")

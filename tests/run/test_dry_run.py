@@ -21,7 +21,7 @@ from trace_jax.models.families import PUBLISHED
 from trace_jax.run.check import FIRST, dry_run
 from trace_jax.run.experiment import ExperimentConfig, load_config
 from trace_jax.run.methods import run
-from trace_jax.unlearning.loop import front_rows
+from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.objectives import RMU, AdaptiveRMU
 
 CONFIGS = ("wmdp_cyber", "wmdp_bio", "muse_books", "muse_news", "tofu")

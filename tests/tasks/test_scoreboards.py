@@ -11,7 +11,7 @@ from trace_jax.tasks.muse import MuseTask
 from trace_jax.tasks.tofu import SETS, TofuTask
 from trace_jax.tasks.tofu import Question as Pair
 from trace_jax.tasks.wmdp import MultipleChoice, Question
-from trace_jax.unlearning.loop import Metrics
+from trace_jax.unlearning.metrics import Metrics
 
 N, STEPS = 13, (0, 4, 8)
 

@@ -15,7 +15,8 @@ from tests.unlearning.conftest import Stop
 from trace_jax.checkpoints.state import StateStore
 from trace_jax.io.files import read_lines
 from trace_jax.io.signals import Interrupted
-from trace_jax.unlearning.loop import Hook, Loop, TrainState, front_rows
+from trace_jax.unlearning.loop import Hook, Loop, TrainState
+from trace_jax.unlearning.metrics import front_rows
 
 
 def fresh(size=3):

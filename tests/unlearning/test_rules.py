@@ -12,7 +12,8 @@ from tests.unlearning.test_loop import fresh, placed, step_until
 from trace_jax.checkpoints.state import StateStore
 from trace_jax.io.files import read_lines
 from trace_jax.io.signals import Interrupted
-from trace_jax.unlearning.loop import Evaluated, Hook, Loop, Metrics, Rules, read_items
+from trace_jax.unlearning.loop import Evaluated, Hook, Loop, Rules
+from trace_jax.unlearning.metrics import Metrics, read_items
 
 # Forgetting and utility of the state after each of ten steps: forgetting falls, utility falls and comes back.
 FORGETTING = [1.0, 0.9, 0.8, 0.5, 0.4, 0.4, 0.3, 0.35, 0.3, 0.2, 0.2]

@@ -35,7 +35,7 @@ from trace_jax.models.model import Model, TextCodec
 from trace_jax.parallel.processes import barrier, broadcast_from_process_0
 from trace_jax.routing.differences import overlap_by_row
 from trace_jax.routing.statistics import Assignments, expert_assignments
-from trace_jax.unlearning.loop import front_rows
+from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.optimizer import SCHEDULES, AdamW, Optimizer, OptimizerConfig
 from trace_jax.unlearning.step import train_on
 

@@ -18,7 +18,7 @@ from scipy import stats
 from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.probes import relative_likelihood
 from trace_jax.evaluation.scoreboard import Scoreboard
-from trace_jax.unlearning.loop import read_items
+from trace_jax.unlearning.metrics import read_items
 
 MEAN, FORGETTING = "mean_utility", "forgetting"
 

@@ -21,6 +21,9 @@ PACKAGES = (
 OPTIONAL = {
     "libtpu": "only for that accelerator: pip install 'trace-jax[tpu]'",
     "jax-cuda13-plugin": "only for that accelerator: pip install 'trace-jax[cuda]'",
+    "tensorboardX": "only for tracking: pip install 'trace-jax[tensorboard]'",
+    "wandb": "only for tracking: pip install 'trace-jax[wandb]'",
+    "trackio": "only for tracking: pip install 'trace-jax[trackio]'",
     "gcsfs": "only for gs:// addresses: pip install 'trace-jax[gcs]'",
 }
 _FREE_BYTES = 2 << 30
@@ -36,11 +39,12 @@ def describe() -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
         "processes": jax.process_count(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of a package that is installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -62,7 +66,7 @@ def _commit() -> str | None:
 
 def main(_: argparse.Namespace) -> int:
     """The command `doctor`: a page for the person at the keyboard; 1 if something that is needed is missing."""
-    lines = [f"  {name:18} {_version(name) or 'MISSING: pip install ' + name}" for name in PACKAGES]
+    lines = [f"  {name:18} {version_of(name) or 'MISSING: pip install ' + name}" for name in PACKAGES]
     try:
         about = describe()
     except Exception as error:  # a broken accelerator plugin can raise anything; that is what doctor is for
@@ -77,7 +81,7 @@ def main(_: argparse.Namespace) -> int:
         *lines,
         f"  devices            {', '.join(f'{number} x {kind}' for kind, number in kinds.items())}",
         f"  processes          {count}; a mesh has {len(about['devices'])} devices{others}",
-        *(f"  {name:18} {_version(name) or 'not installed (' + how + ')'}" for name, how in OPTIONAL.items()),
+        *(f"  {name:18} {version_of(name) or 'not installed (' + how + ')'}" for name, how in OPTIONAL.items()),
         f"  free disk here     {free / 2**30:.1f} GiB{'' if free > _FREE_BYTES else '  (a run writes up to 2 GiB)'}",
         "ready." if healthy else "not ready: see above.",
     ]

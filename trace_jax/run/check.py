@@ -14,6 +14,7 @@ import jax
 from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.parts import account
 from trace_jax.checkpoints.pretrained import PretrainedConfig
+from trace_jax.config import ConfigError
 from trace_jax.data.rows import read_codec
 from trace_jax.data.sources import HUGGINGFACE, TFDS, is_here, part, read_source
 from trace_jax.evaluation.task import EvaluationConfig, MultipleChoiceConfig
@@ -58,6 +59,10 @@ def dry_run(config: ExperimentConfig) -> tuple[str, list[str], list[str]]:
             wrong.append(f"{what} data: {error}")
             said = "can't be used" + (f": the columns must be {columns[0]}" if columns else "")
         data.append(f"{use}: {source}: {said}")
+    try:
+        config.tracking.check()
+    except ConfigError as error:
+        missing.append(str(error))
     selected = assumed_experts(config.unlearning, model)
     trained = table_text(trainable_table(model, config.unlearning, selected))
     if selected is not None:

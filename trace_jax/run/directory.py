@@ -26,7 +26,7 @@ from trace_jax.report.page import render
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.tasks.benchmarks import BENCHMARKS
-from trace_jax.unlearning.loop import front_rows
+from trace_jax.unlearning.metrics import front_rows
 
 SPLIT = "test"
 CONTROLS = ("permuted", "random_experts", "ngram", "ngram_dsir", "hidden", "similarity", "loss", "oracle")

@@ -21,6 +21,7 @@ from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError, Section, as_dict, fingerprint, nearest, option, resolve
 from trace_jax.evaluation.task import EvaluationConfig
 from trace_jax.io.progress import say
+from trace_jax.io.tracking import TrackingConfig
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.parallel.mesh import PLAIN, ParallelConfig
 from trace_jax.routing.config import CalibrationConfig, Matching, Online, Weighting
@@ -117,6 +118,7 @@ class ExperimentConfig(Section):
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     attacks: AttacksConfig | None = None
     parallel: ParallelConfig = PLAIN
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     study: StudyConfig = dataclasses.field(default_factory=StudyConfig)
     series: SeriesConfig | None = None
     export: str | None = option(None, help="method whose model is exported into WORKDIR/export at the end")

@@ -20,8 +20,9 @@ from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.patching import measure_patching
 from trace_jax.evaluation.scoreboard import SPLITS
 from trace_jax.evaluation.task import ScoreStore
-from trace_jax.io.files import as_path, decode, encode, flush_lines, remove, write_json
+from trace_jax.io.files import as_path, decode, encode, flush_lines, read_json, remove, write_json
 from trace_jax.io.progress import say
+from trace_jax.io.tracking import Tracker
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
 from trace_jax.routing.config import CalibrationConfig, Matching, Permuted, RatioWeights
@@ -31,7 +32,8 @@ from trace_jax.run.experiment import ExperimentConfig, Method
 from trace_jax.run.export import UNLEARNED, load_model, save_unlearned, write_checkpoint
 from trace_jax.run.prepare import Prepared, prepare, retrained_identity
 from trace_jax.run.result import Run, open_run
-from trace_jax.unlearning.loop import Evaluated, front_rows
+from trace_jax.unlearning.loop import Evaluated
+from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.trainable import chosen_experts
 from trace_jax.unlearning.unlearn import unlearn
 
@@ -78,6 +80,10 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike | None = None, *, o
     models = {name: run_method(prepared, config.method(name), label=name) for name in config.methods}
     if is_main():
         write_results(prepared.workdir, config.methods)
+        for label in config.methods if config.tracking.chosen else ():
+            with _tracker(prepared, config.method(label), label) as tracker:
+                tracker.begin(None)
+                tracker.attach(prepared.workdir / "report.html", needed(prepared.workdir / "results.json")["table"])
     if (label := config.export) is not None:
         path, output = prepared.workdir, prepared.workdir / "export"
         if not output.exists():
@@ -191,7 +197,8 @@ def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: 
     where: Any = {"mesh": prepared.mesh, "parallel": config.parallel, "directory": directory, "identity": model_id}
     about: Any = {"seed": config.seed, "title": f"unlearning with {label}", "evaluate": _evaluation(prepared, method)}
     data = corpora.forget, corpora.retain
-    unlearned = unlearn(prepared.target, *data, config=method.unlearning, **of_weights, **where, **about)
+    with _tracker(prepared, method, label) as about["tracker"]:
+        unlearned = unlearn(prepared.target, *data, config=method.unlearning, **of_weights, **where, **about)
     save_unlearned(directory, unlearned, model_id)
     flush_lines()
     how = {"method": method.name, "label": label, "seed": config.seed}
@@ -200,6 +207,14 @@ def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: 
     how |= {name: getattr(unlearned, name) for name in names}
     write_json(directory / UNLEARNED, encode(how))
     return unlearned.model
+
+
+def _tracker(prepared: Prepared, method: Method, label: str) -> Tracker:
+    """Shows the run of a method with its own settings in place of the experiment's."""
+    config, path = prepared.config, prepared.workdir
+    settings = as_dict(config) | {"method": label, "calibration": as_dict(method.calibration)}
+    settings |= {"unlearning": as_dict(method.unlearning), "environment": read_json(path / "environment.json")}
+    return Tracker(config.tracking, path / "methods" / label, project=config.name, settings=settings)
 
 
 def _evaluate(

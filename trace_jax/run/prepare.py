@@ -190,6 +190,7 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
         config.model.check()
     config.unlearning.check_layer(shape_of(config.model).num_layers)
     check_workdir(config, workdir, overwrite=overwrite)
+    config.tracking.check()
     check_joined()
     mesh = config.parallel.mesh()
     # Before anything is written: they may be refused.

@@ -19,7 +19,7 @@ from trace_jax.routing.weights import RetainWeights
 from trace_jax.run.directory import calibration_directory, finished, needed
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import RETRAINED, TARGET, find_model, load_model
-from trace_jax.unlearning.loop import front_rows, step_rows
+from trace_jax.unlearning.metrics import front_rows, step_rows
 
 if TYPE_CHECKING:
     import pandas as pd

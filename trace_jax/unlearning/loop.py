@@ -1,13 +1,8 @@
-"""The training loop: resumable, interruptible, never ends in NaN; and what it writes along a run: metrics.jsonl
-(docs/tracking.md), and items.npz, what each item of the evaluations gave: "steps" i64 [T], "identity", and arrays
-[T, N] by name.
-"""
+"""The training loop: resumable, interruptible, never ends in NaN."""
 
-import collections
 import contextlib
 import dataclasses
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -23,11 +18,10 @@ from trace_jax.checkpoints.state import StateStore
 from trace_jax.io import files
 from trace_jax.io.progress import progress, say
 from trace_jax.io.signals import Interrupted, Interruption
-from trace_jax.parallel.processes import broadcast_from_process_0, is_main
+from trace_jax.io.tracking import Tracker
+from trace_jax.parallel.processes import broadcast_from_process_0
 from trace_jax.unlearning.config import Rules
-
-_FILE, _ITEMS = "metrics.jsonl", "items.npz"
-_HEAD = ("kind", "step", "identity")  # of every line
+from trace_jax.unlearning.metrics import Metrics, kind_of
 
 
 @struct.dataclass
@@ -89,6 +83,7 @@ class Loop:
     refresh: for what inputs depend on and the model changes: it is called before the inputs of the next step are made,
       never at the end. A run that continues after step n calls it again with the same arrays.
     callback: gets each step's number and metrics once they are read, on every process; what it raises ends the run.
+    tracker: shows what is written.
     """
 
     directory: Path
@@ -102,6 +97,7 @@ class Loop:
     rules: Rules = dataclasses.field(default_factory=Rules)
     evaluate_first: bool = True
     callback: Callable[[int, dict[str, float]], Any] | None = None
+    tracker: Tracker | None = None
 
     def should_checkpoint(self, step: int) -> bool:
         return step % self.checkpoint_every == 0 or step == self.steps
@@ -127,7 +123,7 @@ class Loop:
         step i, is written with its metrics; its "tokens" per second, too.
         """
         about = {"identity": self.identity, "seed": self.seed}
-        self._start, self._known, self._metrics = start, known, Metrics(self.directory, self.identity)
+        self._start, self._known, self._metrics = start, known, Metrics(self.directory, self.identity, self.tracker)
         self._evaluations: dict[int, Evaluated] = {}  # by step; on continuing only process 0 knows the earlier ones
         with Interruption() as self._signals, StateStore(self.directory / "checkpoints", about) as self._store:
             done, state, stop, seconds = self._steps(*self._restored(), inputs, step)
@@ -142,7 +138,7 @@ class Loop:
 
     def _begin(self, done: int, state: TrainState) -> Stop | None:
         """Takes up the run so far, and does what is due before the next step. Returns why it ends there, or None."""
-        evaluations = [row for row in self._metrics.trim(done) if _kind(row) == "evaluation"]
+        evaluations = [row for row in self._metrics.trim(done) if kind_of(row) == "evaluation"]
         for row in evaluations:
             self._evaluations[row["step"]] = Evaluated(None, row.get("forgetting"), row.get("utility"))
         if done:
@@ -315,95 +311,3 @@ def _one_ahead(inputs: Callable, indices: range, waits: Callable[[int], bool]) -
             ahead = index + 1 in indices and not waits(index + 1)
             following = pool.submit(inputs, index + 1) if ahead else None
             yield index, current.result()
-
-
-# --- what is written along a run
-
-
-class Metrics:
-    """The lines and items of one run, `identity`, in `directory`. Process 0 alone reads and writes them."""
-
-    def __init__(self, directory: Path, identity: str):
-        self._directory, self._path, self._identity = directory, directory / _FILE, identity
-
-    def trim(self, done: int) -> list[dict]:
-        """Drops what other runs wrote, and what belongs to steps after `done`, which comes again. Returns the lines."""
-        if not is_main():
-            return []
-        self.write_items(done + 1 if done else 0, {})
-        own = [row for row in files.read_lines(self._path) if row.get("identity") == self._identity] if done else []
-        ended = {row["step"] for row in own if _kind(row) == "evaluation"}  # others were cut short
-        rows = [row for row in own if row["step"] <= done and (_kind(row) != "measurement" or row["step"] in ended)]
-        with files.replacing(self._path) as temporary:
-            temporary.touch()
-            for row in rows:
-                files.append_line(temporary, row)
-        return rows
-
-    def has(self, kind: str, step: int) -> bool:
-        """Whether there is a line of that kind on `step`, of whichever run; process 0 alone knows."""
-        return is_main() and any((_kind(row), row["step"]) == (kind, step) for row in files.read_lines(self._path))
-
-    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Adds a line."""
-        if is_main():
-            head = dict(zip(_HEAD, (kind, step, self._identity), strict=True))
-            files.append_line(self._path, {**head, **values, **head})
-
-    def write_items(self, step: int, items: Mapping[str, np.ndarray]) -> None:
-        """Drops what is there of `step` and later ones, and adds what each item gave at `step`, if there is anything:
-        arrays [N] of the same names and lengths every time.
-        """
-        if not is_main():
-            return
-        steps, before = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
-        arrays = {name: list(values[steps < step]) for name, values in {"steps": steps, **before}.items()}
-        if items:
-            more = {"steps": step, **items}
-            arrays = {name: [*arrays.get(name, ()), np.asarray(value)] for name, value in more.items()}
-        if not arrays["steps"]:
-            files.remove(self._directory / _ITEMS)
-            return
-        stacked: dict[str, Any] = {name: np.stack(values) for name, values in arrays.items()}
-        with files.replacing(self._directory / _ITEMS) as temporary:
-            np.savez_compressed(temporary, identity=np.array(self._identity), **stacked)
-
-
-def read_items(
-    directory: str | os.PathLike, identity: str | None = None
-) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
-    """Steps i64 [T] of a run's evaluations, and what each item gave at them, [T, N] by name; None if that is not kept,
-    or is of another run than `identity`.
-    """
-    path = files.as_path(directory) / _ITEMS
-    if not path.exists():
-        return None
-    with files.local_copy(path) as local, np.load(local, allow_pickle=False) as file:
-        items = dict(file)
-    steps, identity_of = items.pop("steps"), str(items.pop("identity"))
-    return (steps, items) if identity in (None, identity_of) else None
-
-
-def _kind(row: Mapping[str, Any]) -> str:
-    """Lines of earlier versions don't say what they are; their evaluations are one line with everything."""
-    return row.get("kind") or next((kind for kind in ("evaluation", "recalibration") if kind in row), "step")
-
-
-def step_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:
-    """What is written of each step of a run, {"step", "time", "loss", ...}, since it began."""
-    rows = files.read_lines(files.as_path(directory) / _FILE)
-    own = [row for row in rows if _kind(row) == "step" and identity in (None, row.get("identity"))]
-    return [{name: value for name, value in row.items() if name not in ("kind", "identity")} for row in own]
-
-
-def front_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:
-    """Evaluations of a run in the order of its steps: [{"step", "evaluation": [{...}, ...]}]."""
-    rows, measured = [], collections.defaultdict(list)
-    for row in files.read_lines(files.as_path(directory) / _FILE):
-        if identity not in (None, row.get("identity")):
-            continue
-        if (kind := _kind(row)) == "measurement":
-            measured[row["step"]].append({name: value for name, value in row.items() if name not in _HEAD})
-        elif kind == "evaluation":
-            rows.append({"evaluation": measured.pop(row["step"], []), **row})
-    return rows

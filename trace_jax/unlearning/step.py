@@ -256,7 +256,7 @@ def train_on(
     seed: int, mesh: Mesh, directory: Path, identity: str, title: str,
 ) -> None:  # fmt: skip
     """Trains all parameters of a model, which is not changed, on `batch_at(step)`; continues if interrupted, and ends
-    if it diverges. What `evaluate` makes of the parameters at the end is in `directory` (`loop.front_rows`).
+    if it diverges. What `evaluate` makes of the parameters at the end is in `directory` (`metrics.front_rows`).
     """
     evaluation = Hook(steps, lambda _, trained: evaluate(_params(trained, model.config)))
     loop = Loop(directory, identity, steps, steps, title, evaluation, seed=seed, evaluate_first=False)

@@ -15,6 +15,7 @@ from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.rows import Rows, encode_refusals, with_refusals
 from trace_jax.io.files import as_path, encode, read_json, remove, write_json
 from trace_jax.io.progress import quiet, say
+from trace_jax.io.tracking import Tracker
 from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import placed_params
@@ -25,8 +26,9 @@ from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.config import Calibrated, GripRealign, UnlearningConfig
 from trace_jax.unlearning.grip import grip_hooks, with_realigned
 from trace_jax.unlearning.inputs import Feed, Inputs, batch_text, cached_reference, steering_target, with_steps
-from trace_jax.unlearning.loop import Hook, Loop, Metrics, step_rows
+from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.losses import Constants
+from trace_jax.unlearning.metrics import Metrics, step_rows
 from trace_jax.unlearning.objectives import Referring, Refusing, RepSelect, Steering
 from trace_jax.unlearning.optimizer import learning_rates
 from trace_jax.unlearning.repselect import forget_direction
@@ -64,6 +66,7 @@ def unlearn(
     directory: str | os.PathLike | None = None, identity: str | None = None,
     evaluate: Callable[[Any], Any] | None = None,
     callback: Callable[[int, dict[str, float]], Any] | None = None, title: str = "unlearning", verbose: bool = True,
+    tracker: Tracker | None = None,
 ) -> Unlearned:  # fmt: skip
     """Unlearns `forget` from `model` while holding on to `retain`.
 
@@ -88,6 +91,7 @@ def unlearn(
         (docs/tracking.md), while the next one runs, on every process. What it raises ends the run; the same call with
         the same `directory` goes on from the last saved state.
       verbose: whether stderr says what is done, with a progress bar on a terminal.
+      tracker: shows what goes into metrics.jsonl; what it can't do ends no run.
 
     After a NaN it returns the last good state and the reason.
 
@@ -159,7 +163,7 @@ def unlearn(
             of_run = {"directory": where, "identity": identity, "title": title}
             refresh = recalibration(recalibrate, weights, model_of, inputs.weigh, **of_run)
         steps, every = config.steps, config.checkpoint_every
-        about = {"seed": seed, "rules": config, "callback": callback}
+        about = {"seed": seed, "rules": config, "callback": callback, "tracker": tracker}
         loop = Loop(where, identity, steps, every, title, evaluation, refresh, **about)
         feed = Feed(inputs.at, learning_rates(config, steps), mesh)
         result = loop.run(lambda: start(constants), feed.at, step, feed.known)

@@ -1,0 +1,114 @@
+"""What is written along a run: metrics.jsonl (docs/tracking.md), and items.npz, what each item of the evaluations gave:
+"steps" i64 [T], "identity", and arrays [T, N] by name.
+"""
+
+import collections
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trace_jax.io import files
+from trace_jax.io.tracking import Tracker
+from trace_jax.parallel.processes import is_main
+
+_FILE, _ITEMS = "metrics.jsonl", "items.npz"
+_HEAD = ("kind", "step", "identity")  # of every line
+
+
+def kind_of(row: Mapping[str, Any]) -> str:
+    """What a line is; those of earlier versions don't say, and their evaluations are one line with everything."""
+    return row.get("kind") or next((kind for kind in ("evaluation", "recalibration") if kind in row), "step")
+
+
+class Metrics:
+    """The lines and items of one run, `identity`, in `directory`. Process 0 alone reads and writes them, and shows the
+    lines of one that was trimmed to the `tracker`.
+    """
+
+    def __init__(self, directory: Path, identity: str, tracker: Tracker | None = None):
+        self._directory, self._path, self._identity = directory, directory / _FILE, identity
+        self._tracker = tracker
+
+    def trim(self, done: int) -> list[dict]:
+        """Drops what other runs wrote, and what belongs to steps after `done`, which comes again. Returns the lines."""
+        if not is_main():
+            return []
+        self.write_items(done + 1 if done else 0, {})
+        own = [row for row in files.read_lines(self._path) if row.get("identity") == self._identity] if done else []
+        ended = {row["step"] for row in own if kind_of(row) == "evaluation"}  # others were cut short
+        rows = [row for row in own if row["step"] <= done and (kind_of(row) != "measurement" or row["step"] in ended)]
+        with files.replacing(self._path) as temporary:
+            temporary.touch()
+            for row in rows:
+                files.append_line(temporary, row)
+        if self._tracker is not None:
+            self._tracker.begin(done, {(kind_of(row), row["step"]) for row in own})
+        return rows
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether there is a line of that kind on `step`, of whichever run; process 0 alone knows."""
+        return is_main() and any((kind_of(row), row["step"]) == (kind, step) for row in files.read_lines(self._path))
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Adds a line."""
+        if is_main():
+            head = dict(zip(_HEAD, (kind, step, self._identity), strict=True))
+            files.append_line(self._path, row := {**head, **values, **head})
+            if self._tracker is not None:
+                self._tracker.line(row)
+
+    def write_items(self, step: int, items: Mapping[str, np.ndarray]) -> None:
+        """Drops what is there of `step` and later ones, and adds what each item gave at `step`, if there is anything:
+        arrays [N] of the same names and lengths every time.
+        """
+        if not is_main():
+            return
+        steps, before = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
+        arrays = {name: list(values[steps < step]) for name, values in {"steps": steps, **before}.items()}
+        if items:
+            more = {"steps": step, **items}
+            arrays = {name: [*arrays.get(name, ()), np.asarray(value)] for name, value in more.items()}
+        if not arrays["steps"]:
+            files.remove(self._directory / _ITEMS)
+            return
+        stacked: dict[str, Any] = {name: np.stack(values) for name, values in arrays.items()}
+        with files.replacing(self._directory / _ITEMS) as temporary:
+            np.savez_compressed(temporary, identity=np.array(self._identity), **stacked)
+
+
+def read_items(
+    directory: str | os.PathLike, identity: str | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
+    """Steps i64 [T] of a run's evaluations, and what each item gave at them, [T, N] by name; None if that is not kept,
+    or is of another run than `identity`.
+    """
+    path = files.as_path(directory) / _ITEMS
+    if not path.exists():
+        return None
+    with files.local_copy(path) as local, np.load(local, allow_pickle=False) as file:
+        items = dict(file)
+    steps, identity_of = items.pop("steps"), str(items.pop("identity"))
+    return (steps, items) if identity in (None, identity_of) else None
+
+
+def front_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:
+    """Evaluations of a run in the order of its steps: [{"step", "evaluation": [{...}, ...]}]."""
+    rows, measured = [], collections.defaultdict(list)
+    for row in files.read_lines(files.as_path(directory) / _FILE):
+        if identity not in (None, row.get("identity")):
+            continue
+        if (kind := kind_of(row)) == "measurement":
+            measured[row["step"]].append({name: value for name, value in row.items() if name not in _HEAD})
+        elif kind == "evaluation":
+            rows.append({"evaluation": measured.pop(row["step"], []), **row})
+    return rows
+
+
+def step_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:
+    """What is written of each step of a run, {"step", "time", "loss", ...}, since it began."""
+    rows = files.read_lines(files.as_path(directory) / _FILE)
+    own = [row for row in rows if kind_of(row) == "step" and identity in (None, row.get("identity"))]
+    return [{name: value for name, value in row.items() if name not in ("kind", "identity")} for row in own]
