@@ -172,15 +172,44 @@ def test_without_other_seeds_or_items_intervals_are_over_the_rest_and_say_so(one
 
 
 def test_the_table_at_equal_forgetting():
-    fronts = {"uniform": front(0.7), "trace_rows": front(0.9), "timid": front(0.99, lowest=0.8)}
-    table = comparison.equal_forgetting(fronts, board=BENCHMARKS["handbook"].board, level=0.5)
+    methods = {"uniform": front(0.7), "trace_rows": front(0.9), "timid": front(0.99, lowest=0.8)}
+    runs = [Run(name, "", 0, one, one) for name, one in methods.items()]
+    table = comparison.equal_forgetting(runs, board=BENCHMARKS["handbook"].board, level=0.5)
     target, uniform, _, timid = table["rows"]
     assert target["name"] == "target model" and target["values"]["neighbour_accuracy"] == pytest.approx(0.9)
     assert uniform["values"]["forget_accuracy"] == pytest.approx(0.5) and uniform["step"] == pytest.approx(30)
     assert uniform["values"]["neighbour_accuracy"] == pytest.approx(0.9 * 0.7)
+    assert uniform["between"] == [{"step": 0, "forgetting": 1.0}, {"step": 60, "forgetting": 0.0}]
     assert (timid["reached"], timid["values"], timid["lowest"]) == (False, {}, 0.8)
-    assert json.loads(json.dumps(table)) == table
+    assert json.loads(json.dumps(table, allow_nan=False)) == table
     lines = comparison.equal_forgetting_text(table).splitlines()
     assert lines[0] == "At equal forgetting (forget accuracy <= 0.5), test split"
-    assert lines[4].split() == ["uniform", "0.500", "0.630", "1.000", "0.850", "30.0"]
-    assert lines[6].endswith("lowest 0.800")
+    assert lines[4].split() == ["uniform", "0.500", "0.630", "1.000", "0.850", "-", "30.0"]
+    assert lines[6].endswith("lowest 0.800") and lines[-1].startswith("values lie on straight lines")
+    best = "At forget accuracy 0.5 the best mean utility is that of {}, 0.950, +11.8 % over uniform"
+    assert comparison.conclusion(table) == f"{best.format('trace_rows')}. One seed; settings not tuned."
+    about = {"board": BENCHMARKS["handbook"].board, "level": 0.5}
+    controlled = comparison.equal_forgetting(runs, **about, controls=["trace_rows"])
+    assert "that of uniform, 0.850; controls and rivals with more: trace_rows 0.950" in comparison.conclusion(
+        controlled
+    )
+    missed = comparison.equal_forgetting(runs[2:], **about)
+    told = comparison.conclusion(missed)
+    assert missed["best"] is None and told.startswith("Not reached: no method came down to forget accuracy 0.5 (lowest")
+    assert all(name in told for name in ("timid, 0.800", "unlearning.steps", "unlearning.alpha", "evaluation.levels"))
+
+
+def test_the_interval_of_one_run_holds_where_it_crosses_the_level(one_seed):
+    """It is that of a study with this one seed, and wider than that of the utility at a step."""
+
+    def with_measured(run):
+        measured = {"forget_accuracy": run.test.forgetting, "general_utility": run.test.utilities[MEAN]}
+        return dataclasses.replace(run, test=dataclasses.replace(run.test, measured=measured))
+
+    runs = [*map(with_measured, pairs([0]))]
+    table = comparison.equal_forgetting(runs, board=BENCHMARKS["handbook"].board, level=0.5)
+    for row, result in zip(table["rows"][1:], one_seed.results, strict=True):
+        assert row["intervals"][MEAN] == encode(result.utilities[MEAN])
+    assert table["rows"][2]["gains"][MEAN] == encode(one_seed.results[1].gains[MEAN])
+    told = comparison.study_conclusion(one_seed, "forget_accuracy", ["uniform"])
+    assert told.replace("tuned ", "") == comparison.conclusion(table).replace("; settings not tuned", "")

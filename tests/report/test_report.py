@@ -30,7 +30,7 @@ def row(method, value, *, kind="method", reached=True, half_width=0.03):
     utilities = {"neighbour_accuracy": number(value, 600, half_width), "general_utility": number(0.98, 96, 0.004)}
     return {
         "method": method, "kind": kind, "forgetting": number(0.5), "utilities": utilities, "reached": reached,
-        "step": 28, "seeds": 2, "note": "",
+        "step": 28.4, "seeds": 2, "note": "", "between": [], "gain": None,
     }  # fmt: skip
 
 
@@ -153,20 +153,24 @@ def test_the_page_stands_alone_and_figures_are_inline_svg_in_its_colours(page):
 
 
 def test_every_method_and_number_is_there(page):
-    """The verdict states prices, and whether intervals overlap."""
+    """The conclusion comes first; what was not measured is marked, and one seed is called one seed."""
     text = visible_text(page)
     for shown in (
         *METHODS, "permuted", "target model", "0.930", "[0.900, 0.960]", "n = 600", "0.400 → 0.010", "9.3 %", "50.00",
         "97.5 %", "(0, 1)", "did not reach the level", "100 of 4,050 parameters", "unlearning.learning_rate 0.001",
-        "Unlearned: 60 substances. Methods are compared where forget accuracy has come down to 0.5, from",
-        "(chance: 0.25).",
-        "keeps neighbour accuracy 0.730 and general utility 0.980.",
-        "neighbour accuracy 0.930 (uniform: 0.730, intervals apart)",
-        "general utility 0.980 (uniform: 0.980, intervals overlap)",
+        "To unlearn: 60 substances. Methods are compared where forget accuracy has come down to 0.5, from",
+        "(chance: 0.25).", "step 28.4",
     ):  # fmt: skip
         assert shown in text
-    text = visible_text(render(results(rows=[row("trace", 0.9, reached=False)])))
-    assert "did not reach it (lowest forget accuracy: 0.500); at that point it has neighbour accuracy" in text
+    assert "No ranking" not in text and "≈" not in text and "intervals apart" not in text
+    around = [{"step": 10, "forgetting": 0.742}, {"step": 15, "forgetting": 0.383}]
+    single = row("trace", 0.9) | {"between": around, "gain": number(0.12, 600, 0.02)}
+    text = visible_text(render(results(rows=[single], conclusion="trace is best.", config=CONFIG | {"seed": 7})))
+    for shown in (
+        "trace is best.", "No ranking. One seed (7), settings not tuned.", "≈ 0.900", "+12.0 % [+10.0 %, +14.0 %]",
+        "trace, steps 10 and 15 (forget accuracy 0.742 and 0.383).",
+    ):  # fmt: skip
+        assert shown in text
     assert "No method has been evaluated yet" in visible_text(render(results(rows=[])))
 
 

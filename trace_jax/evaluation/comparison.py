@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from trace_jax.evaluation import fronts
 from trace_jax.evaluation.fronts import FORGETTING, MEAN, Draws, Front, RunItems
 from trace_jax.evaluation.intervals import Interval, seeds_and_items, t_interval
 from trace_jax.evaluation.scoreboard import Scoreboard
-from trace_jax.io.progress import aligned
+from trace_jax.io.files import decode, encode
+from trace_jax.io.progress import aligned, plain_name
 
 READINGS = ("first", "best")
 
@@ -209,36 +210,117 @@ def _combined(readings: Mapping[int, Reading], items: Mapping[int, RunItems]) ->
 # --- as text
 
 
-def equal_forgetting(of_methods: Mapping[str, Front], *, board: Scoreboard, level: float) -> dict[str, Any]:
-    """Every method's measured columns where its front on test first comes down to `level`, as results.json has them.
+def equal_forgetting(
+    runs: Sequence[Run], *, board: Scoreboard, level: float, baseline: str = "uniform", controls: Collection[str] = (),
+    resamples: int = 1000,
+) -> dict[str, Any]:  # fmt: skip
+    """The methods of one run, one seed, where each first comes down to `level` on test, as results.json has them.
 
     Fronts have step 0, the target model, as first point; its row comes first. A row has the run's `lowest` forgetting,
-    and where it reached the level its interpolated `step`, and `values` by column.
+    and where it reached the level its interpolated `step` with the two evaluations that it lies `between` (none where
+    it is one), and by column `values` as they were measured, their `intervals` and `gains` over the baseline. These
+    are over items, and a run is read anew on every resample of them (`fronts.RunItems`); without items they have no
+    ends. `best`: the method with the highest mean utility that reached the level and is none of `controls`, or None.
     """
-    first = next(iter(of_methods.values()))
-    columns = [board.forgetting, *(name for name in board.utilities if name in first.measured), MEAN]
+    columns = [board.forgetting, *(name for name in board.utilities if name in runs[0].test.measured), MEAN]
+    draws = fronts.make_draws(resamples=resamples, seed=0)
+    found = {run.method: _measured(run, columns, level, draws) for run in runs}
+    rows: list[dict[str, Any]] = [{"name": "target model", "reached": True, "step": None, "between": []}]
+    first = runs[0].test
+    series = {**first.utilities, **first.measured}
+    rows[0] |= {"lowest": float(first.forgetting[0]), "values": {c: float(series[c][0]) for c in columns}}
+    rows[0] |= {"intervals": {}, "gains": {}}
+    for run in runs:
+        front, reading, other = run.test, found[run.method], found.get(baseline)
+        row = {"name": run.method, "reached": reading is not None, "step": None, "between": []}
+        row |= {"lowest": float(front.forgetting.min()), "values": {}, "intervals": {}, "gains": {}}
+        rows.append(row)
+        if reading is None:
+            continue
+        at = int(np.argmax(front.forgetting <= level))
+        if at and front.forgetting[at] < level:
+            around = ((int(front.steps[i]), float(front.forgetting[i])) for i in (at - 1, at))
+            row["between"] = [{"step": step, "forgetting": forgetting} for step, forgetting in around]
+        row["step"] = float(fronts.crossings(front.forgetting[None], level)(front.steps[None])[0])
+        row["values"] = {board.forgetting: float(reading.pop(FORGETTING)[0])}
+        row["values"] |= {name: float(values[0]) for name, values in reading.items()}
+        row["intervals"] = encode(_combined({run.seed: reading}, {run.seed: run.items} if run.items else {}))
+        if other is not None and run.method != baseline:
+            paired = all(one.items for one in runs if one.method in (run.method, baseline))
+            items = {run.seed: run.items} if run.items and paired else {}
+            row["gains"] = encode(_combined({run.seed: _gains(reading, other)}, items))
+    reached = [row for row in rows[1:] if row["reached"] and row["name"] not in controls]
+    best = max(reached, key=lambda row: row["values"][MEAN])["name"] if reached else None
+    about = {"level": level, "split": "test", "columns": columns, "baseline": baseline, "seed": runs[0].seed}
+    return {**about, "best": best, "rows": rows}
 
-    def row(name: str, front: Front, read: Callable | None) -> dict[str, Any]:
-        series = {**front.utilities, **front.measured}
-        values = {column: read(series[column]) for column in columns} if read else {}
-        step, lowest = read(front.steps) if read else None, float(front.forgetting.min())
-        return {"name": name, "reached": read is not None, "step": step, "lowest": lowest, "values": values}
 
-    rows = [row("target model", first, lambda values: float(values[0]))]
-    rows[0] |= {"step": None, "lowest": float(first.forgetting[0])}
-    rows += [row(name, front, fronts.crossing(front, level)) for name, front in of_methods.items()]
-    return {"level": level, "split": "test", "columns": columns, "rows": rows}
+def _measured(run: Run, columns: Sequence[str], level: float, draws: Draws) -> Reading | None:
+    """What `_read` gives at the first crossing, of values as they were measured: a mean utility stays relative."""
+    relative = _read(run, level, "first", draws)
+    if relative is None:
+        return None
+    names = [name for name in columns if name in run.test.utilities and name != MEAN]
+    front = dataclasses.replace(run.test, utilities={name: run.test.measured[name] for name in names})
+    items = run.items and dataclasses.replace(run.items, relative=dict.fromkeys(run.items.utilities, False))
+    plain = _read(dataclasses.replace(run, test=front, items=items), level, "first", draws)
+    return {**(plain or {}), MEAN: relative[MEAN]}
+
+
+def conclusion(table: Mapping[str, Any]) -> str:
+    """What `equal_forgetting` found, in a sentence or two: the best method and its gain, or what to change."""
+    where = f"{plain_name(table['columns'][0])} {table['level']:g}"
+    if not any(row["reached"] for row in table["rows"][1:]):
+        low = min(table["rows"][1:], key=lambda row: row["lowest"])
+        return (
+            f"Not reached: no method came down to {where} (lowest: {low['name']}, {low['lowest']:.3f}). Train longer "
+            "(unlearning.steps), weight the retain loss less (unlearning.alpha), or compare at a higher level "
+            "(evaluation.levels)."
+        )
+    utilities, gains = ({r["name"]: r[of].get(MEAN) for r in table["rows"][1:]} for of in ("intervals", "gains"))
+    found = _best(table["best"], utilities, gains, table["baseline"])
+    return f"At {where} {found}. One seed; settings not tuned."
+
+
+def study_conclusion(compared: Comparison, measure: str, controls: Collection[str]) -> str:
+    """The same of a study, over its seeds."""
+    where = f"{plain_name(measure)} {compared.level:g}"
+    utilities = {r.method: encode(r.utilities.get(MEAN)) for r in compared.results}
+    gains = {r.method: encode(r.gains.get(MEAN)) for r in compared.results if r.method != compared.baseline}
+    own = {name: u["value"] for name, u in utilities.items() if u and name not in controls}
+    if not any(utilities.values()):
+        return f"Not reached: no method came down to {where}. Try more steps, lower alphas, or a higher level."
+    found = _best(max(own, key=lambda n: own[n]) if own else None, utilities, gains, f"tuned {compared.baseline}")
+    count = max(len(result.seeds) for result in compared.results)
+    return f"At {where} {found}. {count} seeds." if count > 1 else f"At {where} {found}. One seed."
+
+
+def _best(best: str | None, utilities: Mapping[str, Any], gains: Mapping[str, Any], baseline: str) -> str:
+    """Utilities and gains by method, an `Interval` as JSON or None; controls and rivals that kept more are named."""
+    least = utilities[best]["value"] if best else -math.inf
+    above = {name: u["value"] for name, u in utilities.items() if u and name != best and u["value"] > least}
+    text = "no method but controls came"
+    if best:
+        text = f"the best mean utility is that of {best}, {_interval(decode(Interval, utilities[best]))}"
+        if gain := gains.get(best):
+            text += f", {_interval(decode(Interval, gain), percent=True)} over {baseline}"
+    others = ", ".join(f"{name} {value:.3f}" for name, value in above.items())
+    return f"{text}; controls and rivals with more: {others}" if others else text
 
 
 def equal_forgetting_text(table: Mapping[str, Any]) -> str:
     """What `equal_forgetting` returns as plain text, columns aligned."""
-    lines = [["", *(c.replace("_", " ") for c in table["columns"]), "step"]]
+    lines = [["", *(c.replace("_", " ") for c in table["columns"]), "95 % interval", "step"]]
     for row in table["rows"]:
         step = "-" if row["step"] is None else f"{row['step']:.1f}"
         step = step if row["reached"] else f"lowest {row['lowest']:.3f}"
-        lines.append([row["name"], *(number_text(row["values"].get(c)) for c in table["columns"]), step])
+        ends = [row["intervals"].get(MEAN, {}).get(end) for end in ("low", "high")]
+        interval = "-" if None in ends else f"{ends[0]:.3f} to {ends[1]:.3f}"
+        lines.append([row["name"], *(number_text(row["values"].get(c)) for c in table["columns"]), interval, step])
     caption = f"At equal forgetting ({lines[0][1]} <= {table['level']:g}), {table['split']} split"
     note = [] if all(row["reached"] for row in table["rows"]) else ["-: did not reach the level; its lowest is given"]
+    if any(row["between"] for row in table["rows"]):
+        note.append("values lie on straight lines between the evaluations around the level")
     return "\n".join([caption, *aligned(lines), *note])
 
 

@@ -50,12 +50,14 @@ def render(results: Mapping[str, Any]) -> str:
 
     All but the title, benchmark, forgetting, chance and config may be missing; a section without data is left out.
 
-      title, generated: heading; date and time in words.  verdict: the opening, else written from `rows`.
+      title, generated: heading; date and time in words.  verdict: the opening, else `conclusion`, what was found.
       benchmark, forgotten: its name, and what was unlearned in words.  forgetting, chance: name of the forgetting
         measure, and what a model without knowledge has of it (or None).
       rows: of the comparison, references first, each with method, kind ("reference", "method" or "control"),
         forgetting (a number: value, n, low, high; or None), utilities (numbers by name), reached (whether it came
-        down to the level), step and seeds (or None), note, and in a study "run": its objective, method and setting.
+        down to the level), step and seeds (or None), note, between (the two evaluations, step and forgetting, that its
+        values are interpolated between; or none), gain (of mean utility over the baseline, a number or None), and in a
+        study "run": its objective, method and setting.
       diagnosis: a `Diagnosis` as JSON, with its "sentence".  certificates: by method, a `Certificate` as JSON.
       frequency: forget, retain [L, E], and calibrated [L, E] and selected (bool [L, E]) by method; uniform, K/E, the
         frequency of an expert under uniform routing; layers, numbers of the rows, () counts from 0.
@@ -77,11 +79,11 @@ def render(results: Mapping[str, Any]) -> str:
 
     measure = plain_name(forgetting)
     page = {
-        "verdict": "", "forgotten": "the forget corpus", "generated": "", "diagnosis": None,
+        "verdict": "", "conclusion": "", "forgotten": "the forget corpus", "generated": "", "diagnosis": None,
         **results,
         "rows": rows, "columns": _columns(rows, forgetting), "target": target,
-        "baseline": next((row for row in rows if row["method"] == BASELINE and row["kind"] == "method"), None),
-        "level": level,
+        "baseline": BASELINE, "level": level, "single": "runs" not in results and results["config"].get("seed"),
+        "gains": any(row.get("gain") for row in rows),
         "fronts": figures.front_figures(fronts, styles, forgetting=forgetting, level=level, target=target),
         "steps": figures.step_figures(scores, styles),
         "runs": {method: len(runs) for method, runs in fronts.items()},
@@ -107,8 +109,13 @@ def render(results: Mapping[str, Any]) -> str:
         page["attack_figure"] = row_plot(attacks["rows"], styles, "", label, below=below, chance=results["chance"])
     strict: Any = {"autoescape": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **strict)
-    environment.filters |= {"number": format_number, "share": format_share, "plain": plain_name}
-    environment.globals |= {"interval": format_interval, "overlap": overlap}
+    environment.filters |= {
+        "number": format_number,
+        "share": format_share,
+        "plain": plain_name,
+        "gain": lambda x: f"{100 * x:+.1f} %",
+    }
+    environment.globals |= {"interval": format_interval}
     source = resources.files("trace_jax.report").joinpath("template.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(page)
 
@@ -215,13 +222,6 @@ def recovered(attacked: float | None, unlearned: float | None, original: float |
     if attacked is None or unlearned is None or original is None or original <= unlearned:
         return None
     return (attacked - unlearned) / (original - unlearned)
-
-
-def overlap(one: Number, other: Number) -> bool | None:
-    """Whether the intervals of two numbers overlap; None if one of them has no interval."""
-    if None in (one["low"], one["high"], other["low"], other["high"]):
-        return None
-    return one["low"] <= other["high"] and other["low"] <= one["high"]
 
 
 def _number(measurements: Sequence[Mapping[str, Any]], name: str) -> Number:

@@ -157,15 +157,27 @@ def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> None:
         if config["evaluation"].get("patching"):
             result["patching"] = needed(path / "methods" / label / "patching.json")
         result["attacks"] = {name: needed(path / "methods" / label / "attacks" / f"{name}.json") for name in attacks}
-    on_split = {label: decode(fronts.Front, result["fronts"][SPLIT]) for label, result in methods.items()}
-    benchmark, levels = config["data"]["benchmark"], config["evaluation"]["levels"]
-    board = scoreboard(next(iter(methods.values())), benchmark)
-    tables = [comparison.equal_forgetting(on_split, board=board, level=level) for level in levels]
-    results = {"name": config["name"], "benchmark": benchmark, "board": encode(board), "data": references["data"]}
-    results |= {"references": references["measurements"], "methods": methods, "equal_forgetting": tables}
+    results: dict[str, Any] = {"name": config["name"], "benchmark": config["data"]["benchmark"], "methods": methods}
+    board = scoreboard(next(iter(methods.values())), results["benchmark"])
+    results |= {"board": encode(board), "data": references["data"], "references": references["measurements"]}
+    results["equal_forgetting"] = tables = equal_forgetting(path, config, results, board)
     results["table"] = "\n\n".join(map(comparison.equal_forgetting_text, tables))
     files.write_json(path / "results.json", results)
     write_report(path)
+
+
+def equal_forgetting(
+    path: Path, config: Mapping[str, Any], results: Mapping[str, Any], board: Scoreboard
+) -> list[dict[str, Any]]:
+    """`comparison.equal_forgetting` of a run's methods, at each of its levels."""
+    runs, evaluation = [], config["evaluation"]
+    for label, result in results["methods"].items():
+        front = decode(fronts.Front, result["fronts"][SPLIT])
+        items = fronts.load_run_items(path / "methods" / label, front, board)
+        runs.append(comparison.Run(label, "", config["seed"], front, front, items))
+    controls = [label for label, result in results["methods"].items() if result["method"] in CONTROLS]
+    about: dict[str, Any] = {"board": board, "controls": controls, "resamples": evaluation["bootstrap"]}
+    return [comparison.equal_forgetting(runs, level=level, **about) for level in evaluation["levels"]]
 
 
 def write_report(workdir: str | os.PathLike) -> Path:
@@ -185,7 +197,12 @@ def write_report(workdir: str | os.PathLike) -> Path:
         calibrations = {label: calibration_directory(path, label) for label in page["methods"]}
         solved = {label: files.read_json(place / "calibration.json") for label, place in calibrations.items()}
         page |= {"title": f"Unlearning {benchmark.forgotten}", "forgotten": benchmark.forgotten}
-        page |= {"rows": _rows(path, page, board), "frequency": _frequency(path, calibrations)}
+        table = equal_forgetting(path, page["config"], page, board)[0]
+        page |= {
+            "rows": _rows(path, page, board, table),
+            "conclusion": comparison.conclusion(table),
+            "frequency": _frequency(path, calibrations),
+        }
         page["diagnosis"] = files.read_json(path / "statistics" / "diagnosis.json")
         page["certificates"] = {label: s["certificate"] for label, s in solved.items() if s is not None}
     with files.replacing(path / "report.html") as temporary:
@@ -193,37 +210,40 @@ def write_report(workdir: str | os.PathLike) -> Path:
     return path / "report.html"
 
 
-def _rows(path: Path, results: Mapping[str, Any], board: Scoreboard) -> list[dict[str, Any]]:
-    """References as measured; methods where their front first comes down to the level, with interpolated intervals."""
-    level, original = results["config"]["evaluation"]["levels"][0], on_test(results["references"]["target"])
-    scales = {n: original[n].value if relative and n in original else 1.0 for n, relative in board.utilities.items()}
+def _rows(path: Path, results: Mapping[str, Any], board: Scoreboard, table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """References as measured; methods where they first come down to the level, those that don't at their lowest."""
 
     def numbers(measured: Mapping[str, Interval]) -> dict[str, Any]:
-        """Forgetting, and utilities over the target model's, as the fronts are drawn."""
-        utilities = {n: measured[n].map(lambda x, n=n: x / scales[n]) for n in scales if n in measured}
-        return encode({"forgetting": measured.get(board.forgetting), "utilities": utilities})
+        utilities = {n: measured[n] for n in board.utilities if n in measured}
+        return {"forgetting": encode(measured.get(board.forgetting)), "utilities": encode(utilities)}
 
-    same = {"kind": "reference", "reached": True, "step": None, "seeds": None, "note": ""}
+    same = {"kind": "reference", "reached": True, "step": None, "seeds": None, "note": "", "between": [], "gain": None}
     rows = [{"method": f"{n} model", **numbers(on_test(ms)), **same} for n, ms in results["references"].items()]
-    for label, result in results["methods"].items():
+    exact = {"value": 1.0, "low": None, "high": None, "n": None}
+    rows[0]["utilities"][fronts.MEAN] = exact | {"value": table["rows"][0]["values"][fronts.MEAN]}
+    for row in table["rows"][1:]:
+        label, result = row["name"], results["methods"][row["name"]]
         front = decode(fronts.Front, result["fronts"][SPLIT])
-        crossing, lowest = fronts.crossing(front, level), int(np.argmin(front.forgetting))
-        read = crossing or (lambda column, lowest=lowest: float(column[lowest]))
-        history, measured = [on_test(row["evaluation"]) for row in front_rows(path / "methods" / label)], {}
-        for name in set.intersection(*map(set, history)) if history else ():
-            columns = ([getattr(point[name], end) for point in history] for end in ("value", "low", "high"))
-            value, low, high = (read(np.array(column)) for column in columns)
-            measured[name] = Interval(value, low, high, history[0][name].n)
-        rest = {"reached": bool(crossing), "step": round(crossing(front.steps)) if crossing else None, "seeds": 1}
+        if row["reached"]:
+            at = exact | {"value": row["values"][board.forgetting]}
+            measured = {"forgetting": at, "utilities": row["intervals"]}
+        else:
+            lowest = int(np.argmin(front.forgetting))
+            history = {int(one["step"]): one["evaluation"] for one in front_rows(path / "methods" / label)}
+            measured = numbers(on_test(history.get(int(front.steps[lowest]), ())))
+            measured["utilities"][fronts.MEAN] = exact | {"value": float(front.utilities[fronts.MEAN][lowest])}
+        rest = {"reached": row["reached"], "step": row["step"], "between": row["between"], "seeds": 1}
+        rest["gain"] = row["gains"].get(fronts.MEAN)
         failed = f"; failed: {result['stopped']}" if result["failed"] else ""
-        rows.append(comparison_row(label, result["method"], numbers(measured), failed, **rest))
+        rows.append(comparison_row(label, result["method"], measured, failed, **rest))
     return rows
 
 
 def comparison_row(label: str, method: str, numbers: Mapping[str, Any], note: str, **rest: Any) -> dict[str, Any]:
     """A row of the report (`trace_jax.report.page.render`) on a method of `METHODS`; `note` stands after what it is."""
     kind, note = "control" if method in CONTROLS else "method", METHODS[method].summary + note
-    return {"method": label, "kind": kind, **numbers, "step": None, "note": note, **rest}
+    plain = {"step": None, "between": [], "gain": None}
+    return {"method": label, "kind": kind, **numbers, **plain, "note": note, **rest}
 
 
 def on_test(measurements: Iterable[Mapping[str, Any]]) -> dict[str, Interval]:
