@@ -130,7 +130,8 @@ def test_a_continued_run_goes_on_in_the_same_place_without_a_step_twice(tmp_path
 
 def test_a_run_is_shown_with_its_settings_its_evaluations_and_its_report(data, finished, tmp_path, stores):
     path = shutil.copytree(finished[0], tmp_path / "shown")
-    run(experiment(data, methods=["uniform"], unlearning={"alpha": 2.0}, tracking=ALL), path)
+    for _ in range(2):  # nothing is sent twice
+        run(experiment(data, methods=["uniform"], unlearning={"alpha": 2.0}, tracking=ALL), path)
     steps = step_rows(path / "methods/uniform")
     fronts = front_rows(path / "methods/uniform")
     expected = {

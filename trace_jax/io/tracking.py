@@ -59,6 +59,7 @@ class Tracker:
         self.group = os.path.basename(shown(workdir))
         self.project, self.name, self.id, self.settings = project, f"{self.group}/{label}", "", settings
         self.events = workdir / "tensorboard" / label
+        self.report = re.sub(r"[^\w.-]", "-", f"{self.group}-report", flags=re.ASCII)
         self._directory, self._chosen = directory, config.chosen
         self._workers: list[_Worker] = []
         self._measured: dict[str, float] = {}
@@ -174,8 +175,8 @@ class _WandB:
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise RuntimeError("not logged in: wandb login, or set WANDB_API_KEY, or WANDB_MODE=offline")
         where = {"project": os.environ.get("WANDB_PROJECT", run.project), "group": run.group, "name": run.name}
-        how: Any = {"resume": "allow", "reinit": "create_new", "settings": wandb.Settings(console="off")}
-        self._wandb, self._artifact = wandb, _artifact_name(run)
+        how: Any = {"resume": "allow", "reinit": "create_new", "settings": wandb.Settings(console="off", quiet=True)}
+        self._artifact = wandb.Artifact(run.report, "report")
         self._run = wandb.init(**where, id=run.id, config=run.settings, **how)
         self._run.define_metric("*", step_metric="step")  # its own steps can't be written to twice
 
@@ -183,10 +184,9 @@ class _WandB:
         self._run.log({"step": step, **values})
 
     def attach(self, page: Path, text: str) -> None:
-        artifact = self._wandb.Artifact(self._artifact, "report")
         with local_copy(page) as local:
-            artifact.add_file(os.fspath(local), name="report.html")
-        self._run.log_artifact(artifact)
+            self._artifact.add_file(os.fspath(local), name="report.html")
+        self._run.log_artifact(self._artifact)
 
     def close(self) -> None:
         self._run.finish()
@@ -196,7 +196,7 @@ class _Trackio:
     package, purges = "trackio", False
 
     def __init__(self, run: Tracker, step: int | None):
-        self._artifact = _artifact_name(run)
+        self._artifact = run.report
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
             import trackio
 
@@ -214,10 +214,6 @@ class _Trackio:
     def close(self) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             self._run.finish()
-
-
-def _artifact_name(run: Tracker) -> str:
-    return re.sub(r"[^\w.-]", "-", f"{run.group}-report", flags=re.ASCII)
 
 
 _BACKENDS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WandB, "trackio": _Trackio}

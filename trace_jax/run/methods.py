@@ -80,10 +80,10 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike | None = None, *, o
     models = {name: run_method(prepared, config.method(name), label=name) for name in config.methods}
     if is_main():
         write_results(prepared.workdir, config.methods)
-        for label in config.methods if config.tracking.chosen else ():
-            with _tracker(prepared, config.method(label), label) as tracker:
-                tracker.begin(None)
-                tracker.attach(prepared.workdir / "report.html", needed(prepared.workdir / "results.json")["table"])
+    if config.tracking.chosen:
+        identity = fingerprint(read_json(prepared.workdir / "results.json"), config.tracking)
+        attach = functools.partial(_attach, prepared)
+        run_stage("tracking", prepared.workdir, identity, "report in the trackers", attach)
     if (label := config.export) is not None:
         path, output = prepared.workdir, prepared.workdir / "export"
         if not output.exists():
@@ -215,6 +215,15 @@ def _tracker(prepared: Prepared, method: Method, label: str) -> Tracker:
     settings = as_dict(config) | {"method": label, "calibration": as_dict(method.calibration)}
     settings |= {"unlearning": as_dict(method.unlearning), "environment": read_json(path / "environment.json")}
     return Tracker(config.tracking, path / "methods" / label, project=config.name, settings=settings)
+
+
+def _attach(prepared: Prepared) -> None:
+    """Adds the report of a run to what the trackers show of each method."""
+    config, path = prepared.config, prepared.workdir
+    for label in config.methods if is_main() else ():
+        with _tracker(prepared, config.method(label), label) as tracker:
+            tracker.begin(None)
+            tracker.attach(path / "report.html", needed(path / "results.json")["table"])
 
 
 def _evaluate(
