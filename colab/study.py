@@ -146,13 +146,13 @@ show = ""  # @param {type: "string"}
 # topics. If it is interrupted, run the cell again: it continues.
 
 # %%
+import os
 import subprocess
 import sys
 
 import numpy as np
 
-methods = "('uniform', 'trace_rows')"
-settings = {"study.methods": methods, "study.seeds": (0, 1), "study.alphas": (16.0, 48.0)}
+settings = {"study.methods": ("uniform", "trace_rows"), "study.seeds": (0, 1), "study.alphas": (16.0, 48.0)}
 if CI:  # random words, and little of everything
     for name, words in {"forget": "river stone apple", "retain": "apple cloud lamp tiger"}.items():
         texts = np.random.default_rng(0).choice(words.split(), (40, 60))
@@ -167,7 +167,7 @@ if not directory:
     directory = "small_study"
     command = [sys.executable, "-m", "trace_jax.main", "study", "--config", "handbook_study", "--workdir", directory]
     command += [f"--config.{name}={value}" for name, value in settings.items()]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})  # its workers share no accelerator
 
 # %% [markdown]
 # ## 3. Everything that was measured
@@ -204,7 +204,7 @@ frame[frame.split == "test"].sample(5, random_state=0)
 is_study = (runs[0].directory / "study.json").exists()
 told = json.loads((runs[0].directory / ("study.json" if is_study else "results.json")).read_text())
 if is_study:
-    forgetting, utilities = told["board"]["forgetting"], [*told["board"]["utilities"]]
+    forgetting, utilities = told["board"]["forgetting"], told["board"]["utilities"]
     level = told["comparisons"][0]["level"]
 else:
     forgetting, *utilities, _ = told["equal_forgetting"][0]["columns"]
