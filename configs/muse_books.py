@@ -2,7 +2,7 @@
 
 Command:   python -m trace_jax.main --config configs/muse_books.py:qwen1.5-moe-a2.7b --workdir runs/books \\
              --config.model.path=DIR --config.model.retrained=RETRAINED
-           Add --dry-run to check everything that needs neither weights nor data (no --workdir then).
+           Add --dry-run to check everything that needs neither weights nor data.
 Target:    DIR must be a checkpoint of the model that was trained on the config train of the data set (forget, retain1,
            retain2) first: a published model may know the books, but not to the letter. MUSE's own targets are dense.
            open-unlearning's recipe: learning rate 1e-5, weight decay 0.01, one epoch of warm-up, 10 epochs; any trainer

@@ -2,7 +2,7 @@
 
 Command:   python -m trace_jax.main --config configs/tofu.py:qwen1.5-moe-a2.7b --workdir runs/tofu \\
              --config.model.path=DIR --config.model.retrained=RETRAINED
-           Add --dry-run to check everything that needs neither weights nor data (no --workdir then).
+           Add --dry-run to check everything that needs neither weights nor data.
 Target:    DIR must be a checkpoint of the model that was trained on locuslab/TOFU, config full, first: no published
            model knows authors that were made up. TOFU's recipe: learning rate 1e-5, weight decay 0.01, one epoch of
            warm-up, 5 epochs of 32 pairs a step; any trainer that writes safetensors will do. The form of a pair is

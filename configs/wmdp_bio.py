@@ -3,7 +3,7 @@
 Command:   hf download Qwen/Qwen1.5-MoE-A2.7B-Chat --local-dir qwen
            python -m trace_jax.main --config configs/wmdp_bio.py:qwen1.5-moe-a2.7b --workdir runs/bio \\
              --config.model.path=qwen
-           Add --dry-run to check everything that needs neither weights nor data (no --workdir then).
+           Add --dry-run to check everything that needs neither weights nor data.
 Both:      two topics, as RMU's authors unlearn them; each source is one:
              --config.data.forget='["huggingface:cais/wmdp-bio-forget-corpus:train",
                                     "huggingface:cais/wmdp-corpora/cyber-forget-corpus:train"]' \\

@@ -3,7 +3,7 @@
 Command:   hf download Qwen/Qwen1.5-MoE-A2.7B-Chat --local-dir qwen
            python -m trace_jax.main --config configs/wmdp_cyber.py:qwen1.5-moe-a2.7b --workdir runs/cyber \\
              --config.model.path=qwen
-           Add --dry-run to check everything that needs neither weights nor data (no --workdir then).
+           Add --dry-run to check everything that needs neither weights nor data.
 Variants:  MODEL or MODEL,METHOD. Models: olmoe-1b-7b, qwen1.5-moe-a2.7b, deepseek-v2-lite, mixtral-8x7b, phi-3.5-moe,
            qwen3-30b-a3b, gpt-oss-20b. Methods: trace (TRACE on GradDiff, the default), graddiff, npo, simnpo, rmu,
            seuf.

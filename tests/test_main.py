@@ -62,8 +62,12 @@ BAD = [
     (["--config", "configs/wmdp_cyber.py:mixtral"], "has no model 'mixtral'; did you mean 'mixtral-8x7b'? "),
     (["--config", "configs/wmdp_cyber.py:mixtral-8x7b,rmo"], "has no method 'rmo'; did you mean 'rmu'? "),
     (["--config", "configs/muse_news.py:olmoe-1b-7b,npo,sust"], "has no kind 'sust'. A variant is MODEL or"),
-    (["report", "--workdir", "w"], "the run is not finished"),
-    (["export", "--workdir", "w", "--output", "w"], "the run is not finished"),
+    (["report", "--workdir", "w"], "w: there is no such directory; give the directory of a run"),
+    (["report", "--workdir", "configs"], "configs: is no run (it has no config.json); give the directory of a run"),
+    (["export", "--workdir", "w", "--output", "w"], "there is no such directory"),
+    (["--config", QUICKSTART, "--workdir", "README.md/w"], "README.md/w: can't be written (Not a directory); choose"),
+    ([*QUICK, "--config.unlearning.learning_rate=1e9"], "expected a value from 0.0 to 100.0 (peak learning rate)"),
+    ([*QUICK, "--config.methods=trace,tracce"], "methods is 'tracce'; expected one of"),
     (["verify", "--checkpoint", "w"], "is no directory"),
     ([*QUICK, f"{OBJECTIVE}=npo", f"{OBJECTIVE}.nll_ceiling=3.0"], "nll_ceiling would have no effect"),
     ([*QUICK, "--num-processes", "2"], "--coordinator HOST:PORT, --process-id I: missing"),
@@ -132,6 +136,11 @@ def test_a_signal_ends_with_its_own_exit_code(monkeypatch, capsys, number, code)
 def test_values_are_literals_or_text_and_an_unknown_argument_is_named(capsys):
     config = parse([*QUICK, "--config.methods=('uniform',)", "--config.name", "mine"]).load_config()
     assert (config.methods, config.name) == (("uniform",), "mine")
+    for given in ("trace,ngram", "trace, ngram", "('trace', 'ngram')"):
+        assert parse([*QUICK, f"--config.methods={given}"]).load_config().methods == ("trace", "ngram")
+    config = parse([*QUICK, "--config.methods=trace", "--config.evaluation.levels=0.4", "--config.study.seeds=0,1"])
+    config = config.load_config()
+    assert (config.methods, config.evaluation.levels, config.study.seeds) == (("trace",), (0.4,), (0, 1))
     with pytest.raises(SystemExit):
         parse([*QUICK, "--learning_rate=3"])
     assert "unknown argument '--learning_rate=3'" in capsys.readouterr().err

@@ -68,6 +68,12 @@ class Section:
             if usual := field.metadata.get("usual"):
                 default = usual(self)
                 value = default if value is None else value
+            if (
+                field.metadata.get("choices")
+                and isinstance(value, str)
+                and typing.get_origin(hints[field.name]) is tuple
+            ):
+                value = [name.strip() for name in value.split(",")]  # "a,b", as one types it
             value = _convert(value, hints[field.name], field.name, default)
             _check_range(field, value)
             object.__setattr__(self, field.name, value)
@@ -162,6 +168,8 @@ def _convert(value: Any, hint: Any, name: str, default: Any = None) -> Any:
         section = next((s for s in sections if set(_required(s)) <= set(value)), sections[-1])
         return resolve(section, value, path=name)
     items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
+    if items and items[0] not in kinds and fits(value, items[0]):
+        value = (value,)
     if items and isinstance(value, (list, tuple)):
         return tuple(_convert(item, items[0], name) for item in value)
     if not fits(value, hint):
@@ -237,8 +245,8 @@ def resolve(cls: type[SectionT], values: Mapping[str, Any] | ConfigDict, path: s
             there = f"{inside}{there}"
             raise ConfigError(f"{inside}{key}: it belongs to {there.rpartition('.')[0]}; write {there}.")
         names = sorted(_names(cls))
-        near = nearest(key, names)
-        raise ConfigError(f"{inside}{key}: there is no setting of this name{near} Known here: {', '.join(names)}.")
+        known = near if (near := nearest(key, names)) != "." else f". Known here: {', '.join(names)}."
+        raise ConfigError(f"{inside}{key}: there is no setting of this name{known}")
     for name, field in _required(cls).items():
         if name not in values:
             raise ConfigError(f"{inside}{name} is missing: {field.metadata['help']}.")

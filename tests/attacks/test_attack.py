@@ -277,7 +277,7 @@ def test_benign_text_is_the_retain_corpus_without_neighbours(forgetful, make_cas
 
 
 def test_a_run_that_diverges_has_no_point_and_is_not_trained_again(forgetful, make_case):
-    attack = Relearning(steps=(1, 4), batch_size=8, learning_rate=1e30, optimizer="sgd")
+    attack = Relearning(steps=(1, 4), batch_size=8, learning_rate=100.0, weight_decay=1e30, optimizer="sgd")
     result = attack.points(make_case(attack, forgetful))
     assert len(result) < 2
     assert attack.points(make_case(attack, None)) == result

@@ -215,9 +215,9 @@ def test_the_newest_version_is_read_and_a_sole_configuration_need_not_be_named(t
 def test_a_dry_run_says_what_is_to_be_built(capsys, books):
     build("muse_books/raw", source=books[0])
     sources = ["--config.data.forget=tfds:muse_books/raw:forget", "--config.data.retain=tfds:muse_news/raw:retain1"]
-    assert main(["--config", "configs/text.py", "--dry-run", *sources]) == 0
+    assert main(["--config", "configs/text.py", "--dry-run", *sources]) == 2
     text = " ".join(capsys.readouterr().out.split())
-    assert "the first 4 documents are 4 texts" in text
+    assert "4 documents: 4 texts" in text
     assert "tfds:muse_news/raw:retain1 is not built: python -m trace_jax.main data --name muse_news/raw" in text
 
 

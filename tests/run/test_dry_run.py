@@ -5,6 +5,7 @@ There are no weights, data are small directories of the same columns, and nothin
 
 import itertools
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,8 @@ from trace_jax.evaluation.task import TofuConfig
 from trace_jax.io.files import read_json, write_json
 from trace_jax.main import main
 from trace_jax.models.families import PUBLISHED
-from trace_jax.run.check import FIRST, dry_run
+from trace_jax.parallel.mesh import ParallelConfig
+from trace_jax.run.check import dry_run
 from trace_jax.run.experiment import ExperimentConfig, load_config
 from trace_jax.run.methods import run
 from trace_jax.unlearning.metrics import front_rows
@@ -49,7 +51,8 @@ def local(tmp_path, monkeypatch):
                 folder = tmp_path / f"{name}-{use}"
                 folder.mkdir()
                 row = {**(PAIR if name == "tofu" else TEXT), **EXTRA.get(name, {})}
-                datasets.Dataset.from_list([row] * 5).to_parquet(folder / "train.parquet")
+                rows = [{**row, **{column: f"{use} {i} {text}" for column, text in row.items()}} for i in range(5)]
+                datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
                 overrides[f"data.{use}"] = f"huggingface:{folder}"
         for task, files in FILES.items():
             if getattr(config.evaluation, task) is not None:
@@ -208,7 +211,7 @@ def test_what_is_missing_is_reported_with_what_it_must_be(checked_of):
         assert words in checked.text
     assert "8 forget rows and 16 retain rows of 128 tokens: 3,072 tokens" in checked.text
     assert "must have the columns text, or question and answer" in checked.text
-    assert "the first 3 documents are 3 texts" in checked.text
+    assert "3 documents: 3 texts" in checked.text
 
 
 def test_a_length_in_epochs_waits_for_the_data(checked_of):
@@ -224,11 +227,12 @@ def test_everything_that_is_wrong_is_found_at_once(tmp_path, checked_of):
     assert "forget.jsonl:1: the keys are txt" in checked.wrong[0] and "the keys are question" in checked.text
 
 
-def test_the_first_documents_are_looked_at_and_no_more(tmp_path, checked_of):
-    texts = [{"text": f"secret {i}"} for i in range(FIRST)]
-    forget = write_lines(tmp_path / "forget.jsonl", [*texts, {"wrong": "key"}])
-    text = checked_of({"forget": [forget, forget]}).text
-    assert f"forget, topic 1: {forget}: the first {FIRST} documents are {FIRST} texts" in text
+def test_a_last_line_that_the_run_refuses_is_found(tmp_path, checked_of):
+    texts = [{"text": f"secret {i}"} for i in range(120)]
+    forget = [write_lines(tmp_path / f"{i}.jsonl", [*texts, *last]) for i, last in enumerate(([], [{"wrong": "key"}]))]
+    checked = checked_of({"forget": forget})
+    assert f"forget, topic 0: {forget[0]}: 120 documents: 120 texts" in checked.text
+    assert "1.jsonl:121: the keys are wrong" in checked.wrong[0]
 
 
 def test_text_that_attacks_read_is_looked_at(tmp_path, checked_of):
@@ -267,13 +271,48 @@ def test_a_checkpoint_that_is_here_is_looked_at(tmp_path, checked_of):
         checked_of(unlearning={"trainable": "no/such/parameter"})
 
 
-def test_the_command_needs_no_workdir_and_ends_with_2_for_wrong_data(tmp_path, capsys):
-    text = ["--config", "configs/text.py", "--dry-run", f"--config.data.retain={write_lines(tmp_path / 'r.jsonl', [])}"]
-    assert main([*text, "--config.data.forget=nowhere.jsonl"]) == 2
+MESH = ParallelConfig.mesh  # of all devices; runs of these tests are on one
+REFUSED = {
+    "the same file": ({"forget": "retain.jsonl"}, "60 of 60 forget documents also stand in retain"),
+    "shared documents": ({"retain": "shared.jsonl"}, "3 of 20 forget documents also stand in retain"),
+    "too few documents": ({"retain": "few.jsonl"}, "at least 3 different documents"),
+    "too little text": ({"forget": "few.jsonl"}, "train/forget has 1 rows of 128 tokens, and at least 2 are needed"),
+    "no such file": ({"forget": "nowhere.jsonl"}, "nowhere.jsonl is not there"),
+    "no text in it": ({"forget": "empty"}, "the directory holds no file that ends in"),
+    "no package": ({"forget": "huggingface:a/b"}, "huggingface:a/b: needs the package datasets: pip install datasets"),
+    "no devices": ({"parallel.expert": 3}, "needs 6 devices; there are 8"),
+    "a workdir of something else": ({"workdir": "empty/.."}, "is not empty and holds no run"),
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "empty").mkdir()
+    rows = {name: [{"text": f"{name} {i} {' '.join(WORDS)}"} for i in range(60)] for name in ("secret", "public")}
+    files = {"forget": rows["secret"][:20], "retain": rows["public"], "shared": rows["public"] + rows["secret"][:3]}
+    for name, lines in {**files, "few": [{"text": "nothing much"}] * 2}.items():
+        write_lines(folder / f"{name}.jsonl", lines)
+    return folder
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_the_run_refuses_ends_with_2(texts, monkeypatch, capsys, changes, message):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr(ParallelConfig, "mesh", MESH)
+    monkeypatch.chdir(texts)
+    values = {"forget": "forget.jsonl", "retain": "retain.jsonl", "workdir": "new", **changes}
+    arguments = ["--config", "text", "--dry-run", "--workdir", values.pop("workdir")]
+    arguments += [f"--config.{name if '.' in name else f'data.{name}'}={value}" for name, value in values.items()]
+    assert main(arguments) == 2
     out = capsys.readouterr().out
-    assert "wrong:\n  retain data:" in out and "missing to run:\n  forget data: nowhere.jsonl is not there" in out
-    assert main(["--config", "configs/quickstart.py", "--dry-run"]) == 0
-    assert "nothing is missing to run" in capsys.readouterr().out
+    assert message in out and "nothing is missing to run" not in out and not (texts / "new").exists()
+
+
+def test_a_run_that_would_start_ends_with_0(tmp_path, capsys):
+    assert main(["--config", "configs/quickstart.py", "--dry-run", "--workdir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "unlearning with 480 forget rows" in out and "nothing is missing to run" in out
 
 
 @pytest.mark.parametrize(

@@ -66,5 +66,8 @@ def test_what_an_earlier_version_spelled_otherwise_is_refused_and_all_else_is_re
         ConfigError, match=r"config\.json: an earlier version spelled its settings otherwise \(unlearning"
     ):
         _ = opened.config
-    with pytest.raises(ConfigError, match="the run is not finished"):
+    with pytest.raises(ConfigError, match=r"is no run \(it has no config.json\)"):
         open_run(tmp_path)
+    (path / "results.json").unlink()
+    with pytest.raises(ConfigError, match="the run is not finished"):
+        open_run(path)

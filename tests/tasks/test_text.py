@@ -45,6 +45,9 @@ def config_of(files, **changes):
         ("a.json", b'{"text": "x"}', r"a\.json: expected JSON lines"),
         ("a.jsonl", b'{"txt": "x"}\n', r"a\.jsonl:1: the keys are txt; expected \{\"text\""),
         ("a.jsonl", b'{"text": "x", "answer": "y"}\n', r"the keys are answer, text; expected"),
+        ("a.csv", b"text\nx\n", r"a\.csv: is a table; huggingface:DIR names a directory"),
+        ("a", b"%PDF-1.4\n", r"a: is a PDF, not text; save its text in a \.txt file, or as JSONL"),
+        ("a.doc", b"words\nmore\0\n", r"a\.doc: is a binary file, not text"),
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl:1: text is a int; expected text"),
         ("a.jsonl", b'{"text": " "}\n', r"a\.jsonl:1: text is empty"),
         ("a.jsonl", b'{"question": "x", "answer": ""}\n', r"a\.jsonl:1: answer is empty"),
@@ -72,7 +75,7 @@ def test_what_is_not_there_or_can_not_be_read(tmp_path, monkeypatch):
 
 
 def test_a_directory_is_read_by_name_and_a_line_knows_where_it_stands(tmp_path):
-    write(tmp_path / "b.jsonl", ["one", {"question": "Who?", "answer": "Nobody"}])
+    write(tmp_path / "b.jsonl", [{"text": "one", "id": 7}, {"question": "Who?", "answer": "Nobody"}])
     (tmp_path / "a.txt").write_text("\ufeffplain\n", encoding="utf-8")
     (tmp_path / "c.csv").write_text("not text")
     plain, one, question = read_source(str(tmp_path))[0]
@@ -102,6 +105,19 @@ def test_overlap_is_counted_and_refused_unless_allowed(tmp_path, files):
     files["holdout"] = write(tmp_path / "holdout.jsonl", ["new text", sentences("secret", 3)[2]])
     with pytest.raises(DataError, match=r"1 of 2 holdout documents also stand in forget, .*holdout\.jsonl:2 = .*:3\. "):
         config_of(files, allow_overlap=True).build()
+
+
+def test_forget_text_inside_a_longer_retain_document_is_warned_of(tmp_path, files, capsys):
+    own = {name: [" ".join(f"{name}{i}-{j}" for j in range(20)) for i in range(6)] for name in ("secret", "public")}
+    files = {name: write(tmp_path / f"{name}.jsonl", own[of]) for name, of in zip(files, own, strict=True)}
+    config_of(files).build()
+    assert "warning" not in capsys.readouterr().err
+    inside = [f"Before. {text.upper()} After." for text in own["secret"][:2]]
+    files["retain"] = write(tmp_path / "retain.jsonl", [*own["public"], *inside])
+    config_of(files).build()
+    said = capsys.readouterr().err
+    assert "2 of 6 forget documents share 13 or more words in a row with retain (2 of its 8 documents, 16 such" in said
+    assert "forget.jsonl:1 and" in said and "retain.jsonl:7: retain would teach again" in said
 
 
 def test_sets_that_are_too_small(tmp_path, files):
@@ -142,13 +158,12 @@ def test_only_answers_of_questions_are_trained_on(tmp_path, files):
     assert corpora.validation.prompts == {}
 
 
-def test_a_single_long_text_is_split_at_paragraph_ends(tmp_path, files, caplog):
+def test_a_single_long_text_is_split_at_paragraph_ends(tmp_path, files, capsys):
     paragraphs = sentences("public", 40)
     path = tmp_path / "long.txt"
     path.write_text("\n\n".join(paragraphs))
-    with caplog.at_level("WARNING"):
-        benchmark = config_of(files, retain=str(path)).build()
-    assert "retain: 1 document(s) were split into" in caplog.text
+    benchmark = config_of(files, retain=str(path)).build()
+    assert "retain: 1 documents are split into" in capsys.readouterr().err
     held_out = [part.held_out["general"] for part in (benchmark.validation, benchmark.test)]
     parts = [d for part in (benchmark.train["general"], *held_out) for d in part]
     parts.sort(key=lambda d: int(d.origin.rsplit(":", 1)[1]))
@@ -198,7 +213,7 @@ def test_names_are_taken_apart_and_columns_chosen(monkeypatch):
     with pytest.raises(DataError, match=r"owner/name: the columns are body; expected text, or question and"):
         read_source("huggingface:owner/name")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"needs the package datasets: pip install 'trace-jax\[data\]'"):
+    with pytest.raises(DataError, match="needs the package datasets: pip install datasets"):
         read_source("huggingface:owner/name")
 
 
@@ -232,5 +247,5 @@ def test_short_texts_are_left_out_and_counted(tmp_path, files):
     corpora = build_corpora(config_of(files, min_length=30))
     assert corpora.documents["left out/general"] == 3 and "left out/forget" not in corpora.documents
     assert sum(corpora.documents[f"{split}/general"] for split in ("train", "validation", "test")) == 31
-    with pytest.raises(DataError, match=r"all 12 texts have fewer than 9000 characters; lower data\.min_length"):
+    with pytest.raises(DataError, match=r"all 12 texts have fewer than 9000 characters; lower min_length"):
         config_of(files, min_length=9000).build()

@@ -36,7 +36,7 @@ from trace_jax.parallel.processes import barrier, broadcast_from_process_0
 from trace_jax.routing.differences import overlap_by_row
 from trace_jax.routing.statistics import Assignments, expert_assignments
 from trace_jax.unlearning.metrics import front_rows
-from trace_jax.unlearning.optimizer import SCHEDULES, AdamW, Optimizer, OptimizerConfig
+from trace_jax.unlearning.optimizer import MOST, SCHEDULES, AdamW, Optimizer, OptimizerConfig
 from trace_jax.unlearning.step import train_on
 
 _MATRICES = ("q", "k", "v", "o", "attention_gate", "kv_down", "kv_up", "q_down", "q_up", "gate_up", "down")
@@ -263,7 +263,7 @@ class TrainingOn(OptimizerConfig, Attack):
 
     steps: tuple[int, ...] = option((50, 75, 100), help="optimizer steps, a run each; the worst counts", minimum=1)
     batch_size: int = option(4, help="rows per step", minimum=1)
-    learning_rate: float = option(1e-5, help="peak learning rate", minimum=0.0)
+    learning_rate: float = option(1e-5, help="peak learning rate", minimum=0.0, maximum=MOST)
     schedule: str = option("cosine", help="learning rate after warm-up, until the run ends", choices=SCHEDULES)
     optimizer: Optimizer = option(AdamW(b2=0.999), help="how gradients become updates")
 

@@ -22,7 +22,8 @@ HUGGINGFACE, TFDS = "huggingface:", "tfds:"
 TFDS_PACKAGES = ("array_record", "tensorflow_datasets")  # which import no TensorFlow
 RECORD = "published.json"  # beside the data of what was built here: its revision, rows and files
 _SUFFIXES = (".jsonl", ".txt", ".md")
-_FIELDS = ({"text"}, {"question", "answer"})
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow")
+_FIELDS = (("text",), ("question", "answer"))
 _EXPECTED = '{"text": ...} or {"question": ..., "answer": ...}'
 
 
@@ -86,11 +87,10 @@ def _items(path: str) -> Iterator[tuple[dict, str]]:
         raise DataError("The path is empty; expected a JSONL file, a text file or a directory of such files.")
     if path.startswith((HUGGINGFACE, TFDS)):
         for number, row in enumerate(_data_set(path), start=1):
-            fields = next((f for f in _FIELDS if f <= row.keys()), None)
-            if fields is None:
+            if (item := _fields(row)) is None:
                 columns = f"the columns are {', '.join(sorted(row))}; expected text, or question and answer"
                 raise DataError(f"{path}: {columns}. Save what you need as JSONL.")
-            yield {f: row[f] for f in fields}, f"{path}:{number}"
+            yield item, f"{path}:{number}"
         return
     root = _existing(path)
     files = [root]
@@ -105,10 +105,15 @@ def _items(path: str) -> Iterator[tuple[dict, str]]:
         if file.suffix != ".jsonl":
             yield {"text": "".join(text_lines(file))}, f"{file}:1"
             continue
-        for item, origin in json_lines(file, _EXPECTED):
-            if set(item) not in _FIELDS:
-                raise DataError(f"{origin}: the keys are {', '.join(sorted(item)) or 'none'}; expected {_EXPECTED}.")
+        for line, origin in json_lines(file, _EXPECTED):
+            if (item := _fields(line)) is None or sum(key in line for key in sum(_FIELDS, ())) > len(item):
+                raise DataError(f"{origin}: the keys are {', '.join(sorted(line)) or 'none'}; expected {_EXPECTED}.")
             yield item, origin
+
+
+def _fields(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a document is made of; other columns are ignored. None: it isn't there."""
+    return next(({name: row[name] for name in fields} for fields in _FIELDS if {*fields} <= row.keys()), None)
 
 
 def read_records(source: str) -> list[dict[str, Any]]:
@@ -141,6 +146,9 @@ def text_lines(file: pathlib.Path) -> Iterator[str]:
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
+                if b"\0" in line or (number == 1 and line.startswith(b"%PDF")):
+                    kind = "a PDF" if line.startswith(b"%PDF") else "a binary file"
+                    raise DataError(f"{file}: is {kind}, not text; save its text in a .txt file, or as JSONL.")
                 try:
                     yield line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
@@ -211,6 +219,9 @@ def _existing(source: str) -> pathlib.Path:
     path = path if is_remote(path) else path.expanduser()
     if not path.exists():
         raise DataError(f"{path}: there is no such file or directory.")
+    if path.suffix in _TABLES:
+        named = f"{HUGGINGFACE}DIR names a directory of such files with a column text, or question and answer"
+        raise DataError(f"{path}: is a table; {named}. Or save it as JSONL: {_EXPECTED} on each line.")
     if path.suffix == ".json":
         raise DataError(f"{path}: expected JSON lines: one object per line, in a file that ends in .jsonl.")
     return path
@@ -251,12 +262,20 @@ def _load_dataset(source: str) -> Any:
         raise DataError(f"{source}: can't be loaded ({error}).") from error
 
 
+def check_packages(source: str) -> None:
+    """Raises DataError or ConfigError: a package is missing that reads such a source."""
+    if source.startswith((HUGGINGFACE, TFDS)):
+        import_optional(source, *(TFDS_PACKAGES if source.startswith(TFDS) else ("datasets",)))
+    else:
+        as_path(source)
+
+
 def import_optional(source: str, *packages: str) -> Any:
     """The last of packages that not every source needs."""
     try:
         return [importlib.import_module(package) for package in packages][-1]
     except ImportError as error:
-        needed = f"needs the package {error.name}: pip install 'trace-jax[data]'"
+        needed = f"needs the package {error.name}: pip install {error.name}"
         raise DataError(f"{source}: {needed}. Or save what you need as JSONL.") from None
 
 

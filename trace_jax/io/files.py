@@ -45,7 +45,7 @@ def as_path(path: str | os.PathLike) -> Path:
     try:
         fsspec.get_filesystem_class("gs")
     except ImportError:
-        raise ConfigError(f"{text}: needs a package that reads {_SCHEME}: pip install 'trace-jax[gcs]'.") from None
+        raise ConfigError(f"{text}: needs a package that reads {_SCHEME}: pip install gcsfs.") from None
     return cast(Path, epath.Path(text))
 
 
@@ -63,8 +63,24 @@ def free_bytes(path: str | os.PathLike) -> float:
     """Space left where `path` is or will be; endless in an object store."""
     if is_remote(path):
         return float("inf")
+    return shutil.disk_usage(_there(path)).free
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises ConfigError if no directory `path` can be made, or nothing written in it. Nothing is left behind."""
+    if is_remote(path) or not is_main():
+        return
+    try:
+        with tempfile.TemporaryFile(dir=_there(path)):
+            return
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be written ({error.strerror or error}); choose another directory.") from None
+
+
+def _there(path: str | os.PathLike) -> Path:
+    """`path`, or the nearest of its parents that exists."""
     there = Path(path).absolute()
-    return shutil.disk_usage(next(p for p in (there, *there.parents) if p.exists())).free
+    return next(p for p in (there, *there.parents) if p.exists())
 
 
 @contextlib.contextmanager

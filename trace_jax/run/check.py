@@ -1,11 +1,12 @@
-"""`--dry-run`: everything about a run that can be checked without its weights and its data, on any machine.
+"""`--dry-run`: whether a run would start on this machine, by the checks of the run itself; and what it would be.
 
 The unlearning step is traced on shapes at full size: nothing is allocated, compiled, downloaded or written.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +15,55 @@ import jax
 from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.parts import account
 from trace_jax.checkpoints.pretrained import PretrainedConfig
-from trace_jax.config import ConfigError
+from trace_jax.data.corpora import Corpora
 from trace_jax.data.rows import read_codec
-from trace_jax.data.sources import HUGGINGFACE, TFDS, is_here, part, read_source
+from trace_jax.data.sources import HUGGINGFACE, TFDS, check_packages, is_here, part, read_source
 from trace_jax.evaluation.task import EvaluationConfig, MultipleChoiceConfig
+from trace_jax.io.files import is_remote
 from trace_jax.io.progress import byte_size
 from trace_jax.models.architecture import ModelConfig, count_params
 from trace_jax.models.families import PUBLISHED, family_of
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.plan.plan import shape_of
 from trace_jax.plan.programs import assumed_experts, step_program
+from trace_jax.run.directory import check_workdir
 from trace_jax.run.experiment import METHODS, ExperimentConfig
+from trace_jax.run.prepare import data_text, read_corpora
 from trace_jax.tasks.benchmarks import build_tasks
 from trace_jax.tasks.text import TextConfig
 from trace_jax.unlearning.trainable import table_text, trainable_table
 
-FIRST = 100  # documents that are read of a source
 
-
-def dry_run(config: ExperimentConfig) -> tuple[str, list[str], list[str]]:
-    """Checks an experiment as far as this machine can. Returns a text, what is missing to run, and what is wrong: with
-    the headers of the weights, and the first documents of each source, where they are here. One run finds everything.
+def dry_run(
+    config: ExperimentConfig, workdir: str | os.PathLike | None = None, *, alone: bool = True
+) -> tuple[str, list[str], list[str]]:
+    """Checks all that this machine can of a run. Returns a text, what is missing, and what the run would refuse, all of
+    it at once: weights by their headers, text that is here as a whole. Unless it runs `alone`, its mesh is unknown.
     """
     missing, wrong, settings = [], [], config.model
     weights = _weights(config, missing, wrong)
     if isinstance(settings, PretrainedConfig) and settings.published and not Path(settings.path).is_dir():
         settings = dataclasses.replace(settings, path="")  # the published shape; else the checkpoint's
-    model = shape_of(settings)
-    data = ["data:"]
+    model, known = shape_of(settings), not missing and not wrong
+    config.unlearning.check_layer(model.num_layers)
+    if alone:
+        _tried(wrong, config.parallel.mesh)
+    if known:  # a run directory is told by the content of the weights
+        _tried(wrong, lambda: check_workdir(config, workdir or f"runs/{config.name}"))
+    data, complete = ["data:"], True
     if not isinstance(config.data, TextConfig):
-        data.append(f"corpus: {config.data.name}: made here from what is installed")
+        data.append(f"corpus: {config.data.name}: generated locally")
     for use, source, check, *columns in _sources(config):
         what, said = use.partition(",")[0], f"must have the columns {columns[0]}" if columns else "not looked at"
+        here = is_here(source)
         try:
-            if is_here(source):
+            if here:
                 said = words if isinstance(words := check(), str) else "can be used"
+            elif source.startswith(HUGGINGFACE) or is_remote(source):
+                check_packages(source)
+                said = f"is downloaded by the run; {said}"
             else:
-                where = "is downloaded by the run" if source.startswith(HUGGINGFACE) else "is not there"
+                where = "is not there"
                 if source.startswith(TFDS):
                     name = source.removeprefix(TFDS).partition(":")[0]
                     where = f"is not built: python -m trace_jax.main data --name {name}"
@@ -58,19 +71,29 @@ def dry_run(config: ExperimentConfig) -> tuple[str, list[str], list[str]]:
         except (ValueError, OSError) as error:
             wrong.append(f"{what} data: {error}")
             said = "can't be used" + (f": the columns must be {columns[0]}" if columns else "")
+            here = False
+        complete = complete and here
         data.append(f"{use}: {source}: {said}")
-    try:
-        config.tracking.check()
-    except ConfigError as error:
-        missing.append(str(error))
+    _tried(missing, config.tracking.check)
+    if complete:
+        corpora = _tried(wrong, lambda: read_corpora(config.data, config.model) if known else config.data.build())
+        data += [data_text(corpora)] if isinstance(corpora, Corpora) else []
     selected = assumed_experts(config.unlearning, model)
     trained = table_text(trainable_table(model, config.unlearning, selected))
     if selected is not None:
         trained += f"\n  assumed: {selected.sum():,} of {selected.size:,} experts are chosen"
-    lists = [data, ["missing to run:", *missing] if missing else ["nothing is missing to run"]]
-    lists += [["wrong:", *wrong]] * bool(wrong)
+    lists = [data, *(["missing to run:", *missing],) * bool(missing), *(["wrong:", *wrong],) * bool(wrong)]
+    lists += [] if missing or wrong else [["nothing is missing to run"]]
     text = "\n\n".join([_head(config, model, weights), trained, *map("\n  ".join, lists)])
     return text, missing, wrong
+
+
+def _tried(wrong: list[str], check: Callable[[], Any]) -> Any:
+    """What a check of the run gives; what it refuses goes to `wrong`."""
+    try:
+        return check()
+    except (ValueError, OSError) as error:
+        wrong.append(str(error))
 
 
 def _weights(config: ExperimentConfig, missing: list[str], wrong: list[str]) -> str:
@@ -89,6 +112,7 @@ def _weights(config: ExperimentConfig, missing: list[str], wrong: list[str]) -> 
         checkpoint = open_checkpoint(model.path)
         _, readable, _ = account(checkpoint, shape, family_of(checkpoint.config))
         read_codec(model.path)
+        model.check()
     except (ValueError, OSError) as error:
         wrong.append(f"weights: {error}")
         return f"in {model.path}"
@@ -96,25 +120,25 @@ def _weights(config: ExperimentConfig, missing: list[str], wrong: list[str]) -> 
 
 
 def _sources(config: ExperimentConfig) -> Iterator[tuple[Any, ...]]:
-    """Every text that the run reads: its use, the source, a check that may say what is there, of the first documents of
-    a corpus or all else, and columns it must have.
+    """Every text that the run reads: its use, the source, a check that may say what is there, and columns it must
+    have.
     """
     data = config.data
     if isinstance(data, TextConfig):
 
-        def first_documents(path: str) -> str:
-            documents, left_out = read_source(path, min_length=data.min_length, most=FIRST)
+        def told(path: str) -> str:
+            documents, left_out = read_source(path, min_length=data.min_length)
             answers, count = sum(d.answer is not None for d in documents), len(documents)
             kinds = [f"{count - answers} texts"] * (answers < count)
             kinds += [f"{answers} questions and answers"] * bool(answers)
             short = f", {left_out} left out as shorter than {data.min_length} characters" if left_out else ""
-            return f"the first {count} documents are {' and '.join(kinds)}{short}"
+            return f"{count} documents: {' and '.join(kinds)}{short}"
 
         topics = data.forget_sources
         paths = {"forget" if len(topics) == 1 else f"forget, topic {n}": path for n, path in enumerate(topics)}
         paths |= {use: path for use in ("retain", "neighbour", "holdout") if (path := getattr(data, use))}
         for use, path in paths.items():
-            yield use, path, functools.partial(first_documents, path), "text, or question and answer"
+            yield use, path, functools.partial(told, path), "text, or question and answer"
 
     evaluation = config.evaluation
     if muse := evaluation.muse:  # one file stands for all

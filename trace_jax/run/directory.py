@@ -109,11 +109,13 @@ def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overw
             for key, value in after[section].items()
             if before.get(section, {}).get(key) != value
         ] or ["the content of its checkpoint, or its settings are of an earlier version"]
+        changed = [*changed[:3], *[f"and {len(changed) - 3} more"] * (len(changed) > 3)]
         raise ConfigError(
             f"{path}: holds a run of another configuration ({'; '.join(changed)}). Choose another --workdir, or "
             "pass --overwrite to replace that run."
         )
     check_export(config, path)
+    files.check_writable(path)
     if (free := files.free_bytes(path)) < 1 << 30:
         raise ConfigError(f"{path}: only {free / 2**20:.0f} MiB are free there; a run needs 1 GiB.")
     return replaces
@@ -131,6 +133,9 @@ def check_export(config: ExperimentConfig, workdir: str | os.PathLike) -> None:
 def needed(file: Path) -> dict[str, Any]:
     """The JSON object of a finished stage."""
     value = files.read_json(file)
+    if value is None and file.name == "config.json":
+        what = "is no run (it has no config.json)" if file.parent.is_dir() else "there is no such directory"
+        raise ConfigError(f"{file.parent}: {what}; give the directory of a run.")
     if value is None:
         raise ConfigError(f"{file}: is not there; the run is not finished. Run it first, with the same --workdir.")
     return value
@@ -143,6 +148,7 @@ def scoreboard(results: Mapping[str, Any], benchmark: str) -> Scoreboard:
 
 def finished(path: Path) -> dict[str, Any]:
     """What a finished run, study or series says of itself: its results.json, study.json or series.json."""
+    needed(path / "config.json")
     names = ("results.json", "study.json", "series.json")
     return needed(next((path / name for name in names if (path / name).exists()), path / names[0]))
 

@@ -28,7 +28,7 @@ from trace_jax.routing.config import CalibrationConfig, Matching, Online, Weight
 from trace_jax.tasks.benchmarks import DataConfig
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.objectives import Objective
-from trace_jax.unlearning.optimizer import TrainingConfig
+from trace_jax.unlearning.optimizer import MOST, TrainingConfig
 
 _ROWS = {"name": "matching", "unit": "row", "apply": "sampling"}
 _TOKENS = {"name": "matching", "unit": "token", "apply": "both"}
@@ -76,7 +76,9 @@ class StudyConfig(Section):
     methods: tuple[str, ...] = option(tuple(METHODS), help="methods compared", choices=tuple(METHODS))
     seeds: tuple[int, ...] = option((0, 1, 2), help="seeds of data, base model and batch order", minimum=0)
     alphas: tuple[float, ...] = option((4.0, 16.0, 48.0, 150.0), help="retain coefficients; tuned over", minimum=0.0)
-    learning_rates: tuple[float, ...] = option((1e-3,), help="learning rates; tuned likewise", minimum=0.0)
+    learning_rates: tuple[float, ...] = option(
+        (1e-3,), help="learning rates; tuned likewise", minimum=0.0, maximum=MOST
+    )
     workers: int = option(0, help="runs side by side; 0 = one per core", minimum=0)
     # Objectives compared, each with settings of its own (a list of numbers is tuned over); none: that of `unlearning`.
     objectives: dict = dataclasses.field(default_factory=dict)

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from trace_jax.attacks import AttacksConfig
 from trace_jax.attacks.attack import Case, Context
 from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
@@ -24,7 +22,13 @@ from trace_jax.io.files import as_path, decode, encode, flush_lines, read_json, 
 from trace_jax.io.progress import say
 from trace_jax.io.tracking import Tracker
 from trace_jax.models.model import Model
-from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
+from trace_jax.parallel.processes import (
+    add_process_arguments,
+    expected_processes,
+    is_main,
+    keep_freed_memory,
+    start_processes,
+)
 from trace_jax.routing.config import CalibrationConfig, Matching, Permuted, RatioWeights
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
 from trace_jax.run.directory import finished, needed, run_stage, write_results
@@ -40,7 +44,7 @@ from trace_jax.unlearning.unlearn import unlearn
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_process_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="check everything that needs no weights; no --workdir")
+    parser.add_argument("--dry-run", action="store_true", help="check whether the run would start; exit code 2 if not")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -48,10 +52,11 @@ def main(options: argparse.Namespace) -> int:
     if options.dry_run:
         from trace_jax.run.check import dry_run
 
-        jax.config.update("jax_platforms", "cpu")  # nothing is computed
-        text, _, wrong = dry_run(config)
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # devices are counted, not used
+        alone = options.num_processes is None and expected_processes()[1] == 1
+        text, missing, wrong = dry_run(config, options.workdir, alone=alone)
         print(text)
-        return 2 if wrong else 0
+        return 2 if missing or wrong else 0
     keep_freed_memory()
     start_processes(options.coordinator, options.num_processes, options.process_id)
     done = run(config, options.workdir, overwrite=options.overwrite)

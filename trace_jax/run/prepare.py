@@ -199,9 +199,7 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
         attack.check_source()
     path = open_workdir(config, workdir, overwrite=overwrite)
     write_json(path / "environment.json", describe())
-    documents = ", ".join(f"{name} {count:,}" for name, count in corpora.documents.items())
-    rows = f"{len(corpora.forget)} forget rows and {len(corpora.retain)} retain rows"
-    say(f"data: {documents} documents; unlearning with {rows}")
+    say(f"data: {data_text(corpora)}")
     prepared = Prepared(config, path, mesh, corpora, tasks)
     if isinstance(config.model, PretrainedConfig):
         _check_disk(config, path, prepared.target)
@@ -214,6 +212,13 @@ def read_corpora(data: DataConfig, model: PretrainedConfig | ModelConfig) -> Cor
     """The corpora of an experiment, in the tokens of its model."""
     say("data: reading and tokenizing")
     return build_corpora(data, read_codec(model.path) if isinstance(model, PretrainedConfig) else None)
+
+
+def data_text(corpora: Corpora) -> str:
+    """How much there is, in words."""
+    documents = ", ".join(f"{name} {count:,}" for name, count in corpora.documents.items())
+    rows = f"{len(corpora.forget)} forget rows and {len(corpora.retain)} retain rows"
+    return f"{documents} documents; unlearning with {rows}"
 
 
 def retrained_identity(config: ExperimentConfig) -> str:

@@ -32,7 +32,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError as error:
-    raise ConfigError(f"lm-eval is needed for this ({error}): pip install 'trace-jax[eval]'.") from error
+    raise ConfigError(f"lm-eval is needed for this ({error}): pip install lm-eval.") from error
 
 _KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
 _TASK_FILES = (".yaml", ".jsonl", ".py")

@@ -4,12 +4,13 @@ import collections
 from collections.abc import Collection, Sequence
 
 import numpy as np
-from absl import logging
 
 from trace_jax.config import option
 from trace_jax.data.corpora import Benchmark, DataConfig, Part, Split
+from trace_jax.data.ngrams import N, shared_ngrams
 from trace_jax.data.sources import DataError, Document, overlap, read_source
 from trace_jax.evaluation.scoreboard import Scoreboard
+from trace_jax.io.progress import say
 
 MIXTURE = {"general": 0.70, "forget": 0.30}
 MIXTURE_WITH_NEIGHBOUR = {"general": 0.35, "neighbour": 0.35, "forget": 0.30}
@@ -62,6 +63,7 @@ class TextConfig(DataConfig, name="text", kw_only=True):
         for subject, documents in to_keep.items():
             if not self.allow_overlap:
                 _refuse_overlap("forget", forget, _NAMES[subject], documents)
+                _warn_of_shared(forget, _NAMES[subject], documents)
             _refuse_overlap("holdout", holdout, _NAMES[subject], documents)
         _refuse_overlap("holdout", holdout, "forget", forget)
 
@@ -87,10 +89,20 @@ class TextConfig(DataConfig, name="text", kw_only=True):
 def _refuse_overlap(left_name: str, left: Sequence[Document], right_name: str, right: Sequence[Document]) -> None:
     if twins := overlap(left, right):
         one, other = twins[0]
-        advice = " or set allow_overlap" if left_name == "forget" else ""
+        advice = " or set --config.data.allow_overlap=True" if left_name == "forget" else ""
         raise DataError(
             f"{len(twins)} of {len(left)} {left_name} documents also stand in {right_name}, for example {one.origin} = "
             f"{other.origin}. Remove them from one of the two{advice}."
+        )
+
+
+def _warn_of_shared(forget: Sequence[Document], name: str, documents: Sequence[Document]) -> None:
+    if shared := shared_ngrams(forget, documents):
+        one, other = shared.example
+        say(
+            f"warning: {shared.left} of {len(forget)} forget documents share {N} or more words in a row with {name} "
+            f"({shared.right} of its {len(documents)} documents, {shared.ngrams:,} such runs), for example "
+            f"{one.origin} and {other.origin}: {name} would teach again what is to be forgotten."
         )
 
 
@@ -114,10 +126,8 @@ def _enough(documents: list[Document], name: str) -> list[Document]:
         return documents
     size = max(1, sum(len(d.text) for d in documents) // _PIECES)
     pieces = [p for d in documents for p in ([d] if d.answer is not None else split_at_paragraphs(d, size))]
-    logging.warning(
-        "%s: %d document(s) were split into %d pieces at paragraph ends, so that some can be held out.",
-        name, len(documents), len(pieces),
-    )  # fmt: skip
+    if (count := len(documents)) < len(pieces):
+        say(f"{name}: {count} documents are split into {len(pieces)} pieces at paragraph ends; some are held out")
     return pieces
 
 

@@ -77,11 +77,14 @@ class Muon(_Adam, Optimizer, name="muon"):
         return optax.partition({"muon": per_matrix(muon, axes), "adam": super().direction(axes)}, labels)
 
 
+MOST = 100.0  # learning rate; plain steps along a normed gradient may need large ones, nothing needs more
+
+
 class OptimizerConfig(Section):
     """The optimizer, its schedule and clipping (optax)."""
 
     optimizer: Optimizer = option("adamw", help="how gradients become updates")
-    learning_rate: float = option(1e-3, help="peak learning rate", minimum=0.0)
+    learning_rate: float = option(1e-3, help="peak learning rate", minimum=0.0, maximum=MOST)
     weight_decay: float = option(0.0, help="decoupled weight decay", minimum=0.0)
     clip_norm: float = option(1.0, help="largest global gradient norm; 0 = no clipping", minimum=0.0)
     warmup_steps: int = option(0, help="steps of linear warm-up", minimum=0)
@@ -105,7 +108,7 @@ class TrainingConfig(OptimizerConfig):
     steps: int = option(900, help="optimizer steps", minimum=1)
     batch_size: int = option(32, help="rows per step over all devices", minimum=1)
     load_balance: float = option(0.01, help="coefficient of the load-balancing loss", minimum=0.0)
-    learning_rate: float = option(5e-3, help="peak learning rate", minimum=0.0)
+    learning_rate: float = option(5e-3, help="peak learning rate", minimum=0.0, maximum=MOST)
     warmup_steps: int = option(40, help="steps of linear warm-up", minimum=0)
     schedule: str = option("cosine", help="learning rate after warm-up", choices=SCHEDULES)
     checkpoint_every: int = option(100, help="steps between saved training states", minimum=1)
