@@ -42,7 +42,7 @@ class TrackingConfig(Section):
         """Raises ConfigError where a tracker's package is not installed."""
         for name in self.chosen:
             if version_of(package := _BACKENDS[name].package) is None:
-                how = f"pip install 'trace-jax[{name}]', or leave tracking.{name} out"
+                how = f"pip install {package}, or leave tracking.{name} out"
                 raise ConfigError(f"tracking.{name} is on, and its package {package} is not installed: {how}.")
 
 
