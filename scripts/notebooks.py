@@ -116,7 +116,9 @@ def with_badges(readme: str, texts: dict[Path, str]) -> str:
             f"[![Open in {where}]({image})]({address.format(f'{place}/blob/main/colab/{path.stem}.ipynb')})"
             for where, (image, address) in BADGES.items()
         )
-        lines.append(f"| [{title}](colab/{path.stem}.ipynb): {about} | {' '.join(badges)} |")
+        lines.append(
+            f"| [{title}](https://github.com/{place}/blob/main/colab/{path.stem}.ipynb): {about} | {' '.join(badges)} |"
+        )
     before, rest = readme.split(BEGIN)
     return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n\n{END}{rest.split(END)[1]}"
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Format, lint, types, import contract and tests: what CI runs. Every check runs; the exit status is non-zero if one failed.
+# Format, lint, types, import contract, documentation and tests: what CI runs. Every check runs; the exit status is
+# non-zero if one failed.
 #
 #   bash scripts/test.sh                    # everything
 #   bash scripts/test.sh tests/routing -k calibration   # the same checks, these tests only
@@ -23,6 +24,7 @@ check "format" ruff format --check .
 check "lint" ruff check .
 check "types" pyright --pythonpath "$root/.venv/bin/python"
 check "imports" lint-imports
+check "docs" sphinx-build -W --keep-going -q docs "$root/.venv/site"
 check "tests" pytest -n "${TEST_WORKERS:-2}" "$@"
 
 # What the house weighs: it is to stay one that a person can hold in mind.

@@ -258,9 +258,9 @@ def counting_pass(config: ModelConfig, mesh: Mesh) -> Any:
 def expert_sensitivity(
     model: Model, rows: Rows | Iterable[Batch], *, batch_size: int = 32, mesh: Mesh | None = None
 ) -> np.ndarray:
-    """f64 [L, E]: mean over valid positions of |d NLL / d gate|, the summed NLL of what follows them by the weight that
-    an expert's output is multiplied by at the position; 0 where it was not chosen. One backward pass, on all devices of
-    `mesh` (default: all). Arguments are those of `expert_statistics`.
+    """f64 [L, E]: mean over valid positions of `|d NLL / d gate|`, the summed NLL of what follows them by the weight
+    that an expert's output is multiplied by at the position; 0 where it was not chosen. One backward pass, on all
+    devices of `mesh` (default: all). Arguments are those of `expert_statistics`.
 
     Example:
       >>> slopes, of_forget = tj.expert_sensitivity(model, forget), tj.expert_statistics(model, forget)

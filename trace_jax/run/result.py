@@ -118,6 +118,7 @@ class Run:
         """Everything that was measured, a number a row: columns method, step, split, name, value, low, high, n.
 
         low and high are the ends of the 95 % interval over n items; NaN where there are too few. The rows are:
+
         - of the target model, method "target", and of the retrained one where there is one, "retrained": step 0;
         - of every evaluation while a method unlearned, step 0 among them: what the quick tasks measure; not if `final`;
         - of a method's final evaluation, at the step whose state was kept, which need not be the last: all that is
