@@ -1,7 +1,8 @@
 # Sourced by the other scripts. Makes .venv in the repository and installs the package into it, once per pyproject.toml.
 #
-#   prepare_environment        the package
-#   prepare_environment test   the package and what its tests need
+#   prepare_environment              the package
+#   prepare_environment test         the package and what its tests need
+#   prepare_environment test .other  the same in .other
 #
 # Afterwards $root is the repository and .venv/bin is first in PATH. PYTHON=/path/to/python3.12 chooses the interpreter.
 
@@ -27,19 +28,19 @@ find_python() {
 }
 
 prepare_environment() {
-  local extra="${1:-}" venv="$root/.venv" python stamp expected
+  local extra="${1:-}" venv="$root/${2:-.venv}" python stamp expected
   cd "$root" || exit 1
   # One that was moved, half made or whose Python is gone can't be repaired, only made again.
   if ! grep -qF "$venv" "$venv/bin/pip" 2>/dev/null || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python="$(find_python)" || exit 1
-    echo "Making .venv with $python"
+    echo "Making $venv with $python"
     "$python" -m venv --clear "$venv" || fail "Could not make $venv with $python."
   fi
   PATH="$venv/bin:$PATH"; export PATH; unset PYTHONHOME
   stamp="$venv/installed${extra:+-$extra}"
   expected="$root $(cksum <pyproject.toml)"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$expected" ]; then
-    echo "Installing trace_jax${extra:+[$extra]} and what it needs into .venv (once; a minute or two) ..."
+    echo "Installing trace_jax${extra:+[$extra]} and what it needs into $venv (once; a minute or two) ..."
     python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}" \
       || fail "The installation failed; the lines above say why. Run the same command again to retry."
     echo "$expected" >"$venv/installed"
