@@ -175,7 +175,7 @@ print(weights.calibration.certificate.text(most=0))
 # **Unlearn.** The first model stays as it is.
 
 # %%
-how = tj.UnlearningConfig(objective="npo", steps=40, learning_rate=5e-3)
+how = tj.UnlearningConfig(objective="npo", steps=40, learning_rate=2e-3)
 done = tj.unlearn(model, forget, retain, config=how, weights=weights, verbose=False)
 
 # %% [markdown]

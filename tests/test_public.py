@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -65,6 +66,11 @@ def test_every_argument_has_a_type_that_is_checked(name):
     assert {parameter for parameter in unchecked if hints[parameter] is not typing.Any} <= {"watch"}
     with pytest.raises(TypeError, match=r"nothing_like_it|missing"):
         function(nothing_like_it=1)
+
+
+def test_one_kind_of_array_stands_for_another():
+    for kind in (jax.Array, np.ndarray):
+        assert fits(np.zeros(2), kind) and fits(jnp.zeros(2), kind) and not fits([0.0, 0.0], kind)
 
 
 def test_every_public_name_is_there():

@@ -194,7 +194,7 @@ def fits(value: Any, hint: Any) -> bool:
     kind, is_array = origin or hint, hasattr(value, "shape") and hasattr(value, "dtype")
     if hint is Any or not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
         return True
-    if kind.__name__ in ("Array", "ndarray") or (is_array and kind in (Sequence, Iterable)):
+    if kind.__name__.rpartition(".")[2] in ("Array", "ndarray") or (is_array and kind in (Sequence, Iterable)):
         return is_array
     if kind is tuple and isinstance(value, (list, tuple)) and Ellipsis not in arguments:
         return len(value) == len(arguments) and all(map(fits, value, arguments))
