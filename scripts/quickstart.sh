@@ -9,3 +9,4 @@ set -euo pipefail
 prepare_environment
 
 python -m trace_jax.main --config configs/quickstart.py --workdir "$root/runs/quickstart" "$@"
+echo "first:  source $root/.venv/bin/activate    # once in a terminal, before any command"

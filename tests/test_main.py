@@ -119,6 +119,16 @@ def test_help_and_version_need_no_jax():
         assert done.returncode == 0 and expected in done.stdout, done.stderr
 
 
+def test_a_missing_package_is_a_sentence():
+    program = "import sys; sys.modules['ml_collections'] = None; from trace_jax.main import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", program, "configs"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(
+        f"trace_jax: the package ml_collections is not installed for {sys.executable}; activate"
+    )
+    assert f"{sys.executable} -m pip install " in done.stderr
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_with_its_own_exit_code(monkeypatch, capsys, number, code):
     """Ctrl-C arrives as Python's own KeyboardInterrupt, unless a loop makes it wait."""

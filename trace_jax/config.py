@@ -156,7 +156,7 @@ def nearest(name: Any, names: Iterable) -> str:
 
 def _convert(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     """Value as the annotated type, or a `ConfigError`. Numbers are never guessed from text."""
-    kinds = _kinds(hint)
+    kinds = kinds_of(hint)
     for number in (int, float):
         if number in kinds and fits(value, number):
             return number(value)
@@ -177,7 +177,7 @@ def _convert(value: Any, hint: Any, name: str, default: Any = None) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def _kinds(hint: Any) -> tuple:
+def kinds_of(hint: Any) -> tuple:
     """The types of a union, but for None; otherwise the type alone."""
     if typing.get_origin(hint) not in (types.UnionType, typing.Union):
         return (hint,)
@@ -208,7 +208,7 @@ def type_name(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", os.PathLike: "a path"}
     names |= {dict: "a mapping", Mapping: "a mapping", Callable: "a function"}
     words = []
-    for kind, origin in ((kind, typing.get_origin(kind)) for kind in _kinds(hint)):
+    for kind, origin in ((kind, typing.get_origin(kind)) for kind in kinds_of(hint)):
         word = names.get(origin or kind) or getattr(kind, "__name__", str(kind))
         of = [type_name(one) for one in typing.get_args(kind) if one is not Ellipsis]
         if origin in (tuple, Sequence, Iterable):

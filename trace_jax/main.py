@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import trace_jax
@@ -32,6 +33,7 @@ COMMANDS = {
     "plan": ("plan.plan", "says what an experiment takes on a machine that need not be there", "config"),
     "data": ("data.build", "builds published data sets; no TensorFlow", ""),
     "configs": ("run.experiment", "lists the experiments that come with the package, for --config NAME", ""),
+    "settings": ("run.settings", "every setting of an experiment: its default, what it may be, what it is", ""),
     "doctor": ("io.environment", "versions, devices, what is missing", ""),
 }
 _OVERVIEW = """usage: python -m trace_jax.main [COMMAND] [OPTION ...]
@@ -39,7 +41,7 @@ _OVERVIEW = """usage: python -m trace_jax.main [COMMAND] [OPTION ...]
 commands (run if none is named; COMMAND --help says more):
 """ + "\n".join(f"  {name:<10}{about}" for name, (_, about, _) in COMMANDS.items())
 _EPILOG = """Any setting can be overridden: --config.unlearning.learning_rate=1e-5 (values are Python literals or text).
---config FILE:variant passes the variant to the file's get_config."""
+--config FILE:variant passes the variant to the file's get_config. `settings` lists all settings."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print("\ninterrupted; the same command continues where it stopped.", file=sys.stderr)
         return 128 + (error.signal if isinstance(error, Interrupted) else signal.SIGINT)
+    except ModuleNotFoundError as error:
+        package, root = (error.name or "").partition(".")[0], Path(trace_jax.__file__).parents[1]
+        if package in ("", "trace_jax") or os.environ.get("TRACE_JAX_TRACEBACK"):
+            raise
+        install = f"{sys.executable} -m pip install {root if (root / 'pyproject.toml').exists() else package}"
+        print(
+            f"trace_jax: the package {package} is not installed for {sys.executable}; activate the environment that "
+            f"has it (after scripts/quickstart.sh: source .venv/bin/activate), or: {install}",
+            file=sys.stderr,
+        )
+        return 2
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("TRACE_JAX_TRACEBACK"):
             raise

@@ -70,6 +70,9 @@ class Method(NamedTuple):
     unlearning: UnlearningConfig
 
 
+_OBJECTIVES = "compared, each with settings of its own (a list of numbers is tuned over); none: that of unlearning"
+
+
 class StudyConfig(Section):
     """Many runs under one budget: methods x settings x seeds."""
 
@@ -80,8 +83,7 @@ class StudyConfig(Section):
         (1e-3,), help="learning rates; tuned likewise", minimum=0.0, maximum=MOST
     )
     workers: int = option(0, help="runs side by side; 0 = one per core", minimum=0)
-    # Objectives compared, each with settings of its own (a list of numbers is tuned over); none: that of `unlearning`.
-    objectives: dict = dataclasses.field(default_factory=dict)
+    objectives: dict = dataclasses.field(default_factory=dict, metadata=option(help=_OBJECTIVES).metadata)
 
     def __post_init__(self):
         super().__post_init__()
