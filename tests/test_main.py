@@ -66,7 +66,7 @@ BAD = [
     (["report", "--workdir", "configs"], "configs: is no run (it has no config.json); give the directory of a run"),
     (["export", "--workdir", "w", "--output", "w"], "there is no such directory"),
     (["--config", QUICKSTART, "--workdir", "README.md/w"], "README.md/w: can't be written (Not a directory); choose"),
-    ([*QUICK, "--config.unlearning.learning_rate=1e9"], "expected a value from 0.0 to 100.0 (peak learning rate)"),
+    ([*QUICK, "--config.unlearning.learning_rate=1e9"], "expected a value from 0.0 to 10000.0 (peak learning rate)"),
     ([*QUICK, "--config.methods=trace,tracce"], "methods is 'tracce'; expected one of"),
     (["verify", "--checkpoint", "w"], "is no directory"),
     ([*QUICK, f"{OBJECTIVE}=npo", f"{OBJECTIVE}.nll_ceiling=3.0"], "nll_ceiling would have no effect"),

@@ -26,7 +26,8 @@ LENGTH = {"steps": None, "epochs": 2.0, "evaluate_every": 1, "learning_rate": 0.
 def test_a_run_leaves_every_artefact_and_a_table(finished):
     """Every measurement has its number of items and an interval."""
     path, text = finished[0], str(finished[1])
-    assert "trace_rows" in text and "target model" in text and str(path / "report.html") in text
+    assert "trace_rows" in text and "target model" in text and f"report: {(path / 'report.html').as_uri()}" in text
+    assert "best: " in text and f"next: python -m trace_jax.main export --workdir {path} --method " in text
     files = {str(file.relative_to(path)) for file in path.rglob("*")}
     assert {"config.json", "environment.json", "references.json", "results.json", "report.html", "statistics"} <= files
     made = ("weights.json", "metrics.jsonl", "model.safetensors", "results.json")
@@ -54,7 +55,7 @@ def test_the_last_evaluation_along_a_run_is_what_is_measured_afterwards(finished
                 assert other[key] == pytest.approx(measured[key], rel=1e-6)
 
 
-def test_a_changed_setting_reruns_its_stage_and_those_after_it(data, finished, tmp_path):
+def test_a_changed_setting_reruns_its_stage_and_those_after_it(data, finished, tmp_path, capsys):
     """Another way to evaluate does not unlearn again; another alpha does, with the same weights."""
     path = shutil.copytree(finished[0], tmp_path / "copy")
     shared = [path / "target/model.safetensors", path / "statistics/forget.npz"]
@@ -68,8 +69,11 @@ def test_a_changed_setting_reruns_its_stage_and_those_after_it(data, finished, t
     verbatim, others = ([[m for is_it, m in pair if is_it == of] for pair in pairs] for of in (True, False))
     assert [measured[0]["n"] for measured in verbatim] == [4, 2]
     assert others[0] == others[1] and before["fronts"] == after["fronts"]
+    capsys.readouterr()
     run(experiment(data, unlearning={"alpha": 2.0}), path)
-    assert written[:3] == [file.stat().st_mtime_ns for file in shared]
+    said = capsys.readouterr().err
+    assert said.count("parameter  ") == 1 and said.count(": trainable parameters: ") == 2  # one table, a line a method
+    assert said.count(": compiling") == 2 and written[:3] == [file.stat().st_mtime_ns for file in shared]
     after = numbers(path)["methods"]["trace_rows"]
     assert after["unlearning"]["alpha"] == 2.0 and after["measurements"] != before["measurements"]
 

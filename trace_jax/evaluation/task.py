@@ -4,6 +4,7 @@ Scoring runs the model and is the expensive part: what a model gave is kept on d
 model or the task is another. Measuring is arithmetic on scores, and may compare models.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -19,7 +20,7 @@ from trace_jax.config import ConfigError, Section, option
 from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.scoreboard import Scoreboard
 from trace_jax.io.files import local_copy, replacing
-from trace_jax.io.progress import say
+from trace_jax.io.progress import progress, say
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import barrier, broadcast_from_process_0
 
@@ -163,7 +164,13 @@ class Evaluator:
             return scores if self.config.audit_text else without_texts(scores)
 
         tasks = [task for task in self.tasks if full or (task.quick and (model.guide is None or not task.generates))]
-        return {task.name: make(task) if store is None else store.keep(task, make) for task in tasks}
+        scores = {}
+        bar = progress("evaluation", len(tasks), unit="task") if full else contextlib.nullcontext(lambda *_: None)
+        with bar as advance:
+            for done, task in enumerate(tasks):
+                advance(done, task.name)
+                scores[task.name] = make(task) if store is None else store.keep(task, make)
+        return scores
 
     def _compared(self, scores: Scores) -> Iterator[tuple[Task, TaskScores, dict[str, Any]]]:
         """The tasks that have scores, with these and those of the references."""

@@ -59,6 +59,11 @@ def shown(path: str | os.PathLike) -> str:
     return os.fspath(path) if is_remote(path) else str(Path(path).resolve())
 
 
+def link(path: str | os.PathLike) -> str:
+    """The address of a file, file://... or gs://..., which most terminals open."""
+    return os.fspath(path) if is_remote(path) else Path(path).resolve().as_uri()
+
+
 def free_bytes(path: str | os.PathLike) -> float:
     """Space left where `path` is or will be; endless in an object store."""
     if is_remote(path):

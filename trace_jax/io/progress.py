@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from trace_jax.parallel.processes import is_main
 
 MISSING = "–"
 _SECONDS_BETWEEN_LINES = 15.0
+_WORTH_SAYING = 3.0  # seconds
 _ABBREVIATIONS = frozenset({"nll", "auc", "tpr", "fpr", "kl", "js"})
 
 
@@ -39,24 +40,44 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int, *, start: int = 0, unit: str = "step") -> Iterator[Callable[[int, str], None]]:
-    """Yields `advance(done, note)`. `start` is what an earlier, interrupted run had done already."""
-    began = spoken = time.monotonic()
+def timed(title: str) -> Iterator[None]:
+    """Says how long what is done within it took, where that is more than a moment."""
+    began = time.monotonic()
+    yield
+    if (seconds := time.monotonic() - began) >= _WORTH_SAYING:
+        say(f"{title}: done in {duration(seconds)}")
+
+
+@contextlib.contextmanager
+def progress(
+    title: str, total: int, *, start: int = 0, unit: str = "step", first: str = ""
+) -> Iterator[Callable[[int, str], None]]:
+    """Yields `advance(done, note)`. `start` is what an earlier, interrupted run had done already; `first` is what goes
+    on until the first is done, whose time is none of the others'.
+    """
+    began, base, spoken = time.monotonic(), start, time.monotonic()
     units = unit + ("es" if unit == "batch" else "s")
-    columns: list[Any] = ["{task.description}", BarColumn(), MofNCompleteColumn(), f"{units}  {{task.fields[rate]}}"]
-    columns += [TimeElapsedColumn(), "left", TimeRemainingColumn(), "{task.fields[note]}"]
+    columns: list[Any] = ["{task.description}", BarColumn(), MofNCompleteColumn(), units]
+    columns += [TimeElapsedColumn(), "{task.fields[note]}"]
     silent = _quiet.get() or not (sys.stderr.isatty() and is_main())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=silent) as bar:
-        task = bar.add_task(title, total=total, completed=start, rate="", note="")
+        task = bar.add_task(title, total=total, completed=start, note=first)
+        if bar.disable and first:
+            say(f"{title}: {first}")
 
         def advance(done: int, note: str = "") -> None:
-            nonlocal spoken
-            now = time.monotonic()
-            rate = (done - start) / max(now - began, 1e-9)
-            bar.update(task, completed=done, rate=f"{rate:.1f}/s", note=note)
+            nonlocal began, base, spoken
+            now, about = time.monotonic(), [note] * bool(note)
+            if first and base == start < done:
+                began, base = now, done
+            if done > base:
+                each = (now - began) / (done - base)
+                rate = f"{1 / each:.1f}/s" if each < 1 else f"{duration(each)} each"
+                about = [rate, f"{duration((total - done) * each)} left", *about]
+            bar.update(task, completed=done, note=", ".join(about))
             if bar.disable and now - spoken >= _SECONDS_BETWEEN_LINES:  # logs of pods and notebooks stay readable
-                spoken, left = now, (total - done) / max(rate, 1e-9)
-                say(f"{title}: {done}/{total} {units}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip())
+                spoken = now
+                say(", ".join([f"{title}: {done}/{total} {units}", *about]))
 
         yield advance
 
@@ -75,6 +96,17 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
     line = "  ".join(f"{{:{'<' if i < left else '>'}{width}}}" for i, width in enumerate(widths))
     first, *lines = (line.format(*row) for row in rows)
     return [first.rstrip(), "-" * len(first), *(line.rstrip() for line in lines)]
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in a unit that suits them."""
+    if seconds is None:
+        return "-"
+    if seconds >= 100:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+    scale, unit = (1, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "us")
+    return f"{seconds / scale:.3g} {unit}"
 
 
 def byte_size(count: float | None) -> str:

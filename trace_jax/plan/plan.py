@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.io.files import write_json
-from trace_jax.io.progress import aligned, byte_size, say
+from trace_jax.io.progress import aligned, byte_size, duration, say
 from trace_jax.models.architecture import ModelConfig, count_params
 from trace_jax.parallel.mesh import DATA, ParallelConfig
 from trace_jax.plan.machine import Target, cpus, gpus, tpu_slice
@@ -160,16 +160,6 @@ def _quantities(p: dict[str, Any], kinds: Iterable[str], chips: int, price: floa
         costs = [f"{1000 * chips * price * p[times] / 3600:.2f}" for times in ("least", "most") if p["seconds"]]
         quantities["cost of 1,000 times"] = " to ".join(costs) or "-"
     return quantities | {"compiled in": duration(p["compile_seconds"])}
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in a unit that suits them."""
-    if seconds is None:
-        return "-"
-    if seconds >= 100:
-        return f"{seconds:,.0f} s"
-    scale, unit = (1, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "us")
-    return f"{seconds / scale:.3g} {unit}"
 
 
 # --- the command

@@ -20,7 +20,7 @@ from trace_jax.evaluation.intervals import Interval
 from trace_jax.evaluation.scoreboard import Scoreboard
 from trace_jax.io import files
 from trace_jax.io.files import decode, encode
-from trace_jax.io.progress import say
+from trace_jax.io.progress import say, timed
 from trace_jax.parallel.processes import all_processes, barrier, broadcast_from_process_0
 from trace_jax.report.page import render
 from trace_jax.routing.statistics import ExpertStatistics
@@ -47,7 +47,8 @@ def run_stage(
     if marker.exists():
         say(f"{title}: its settings changed, so it is made anew")
         files.remove(marker)
-    result = make()
+    with timed(title):
+        result = make()
     files.write_json(marker, {"identity": identity})
     barrier(f"{title}: written")  # later stages read it, on every process
     return result
@@ -279,5 +280,5 @@ def _frequency(path: Path, calibrations: Mapping[str, Path]) -> dict[str, Any] |
 
 
 def main(options: argparse.Namespace) -> int:
-    print(f"report: {files.shown(write_report(options.workdir))}")
+    print(f"report: {files.link(write_report(options.workdir))}")
     return 0

@@ -19,7 +19,7 @@ from trace_jax.evaluation.patching import measure_patching
 from trace_jax.evaluation.scoreboard import SPLITS
 from trace_jax.evaluation.task import ScoreStore
 from trace_jax.io.files import as_path, decode, encode, flush_lines, read_json, remove, write_json
-from trace_jax.io.progress import say
+from trace_jax.io.progress import plain_name, say, timed
 from trace_jax.io.tracking import Tracker
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import (
@@ -38,7 +38,7 @@ from trace_jax.run.prepare import Prepared, prepare, retrained_identity
 from trace_jax.run.result import Run, open_run
 from trace_jax.unlearning.loop import Evaluated
 from trace_jax.unlearning.metrics import front_rows
-from trace_jax.unlearning.trainable import chosen_experts
+from trace_jax.unlearning.trainable import chosen_experts, table_text, trainable_table
 from trace_jax.unlearning.unlearn import unlearn
 
 
@@ -59,7 +59,8 @@ def main(options: argparse.Namespace) -> int:
         return 2 if missing or wrong else 0
     keep_freed_memory()
     start_processes(options.coordinator, options.num_processes, options.process_id)
-    done = run(config, options.workdir, overwrite=options.overwrite)
+    with timed("run"):
+        done = run(config, options.workdir, overwrite=options.overwrite)
     if is_main():
         print(done)
     return 0
@@ -84,7 +85,8 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike | None = None, *, o
         _ = context.prepared  # while there is nothing to lose
     models = {name: run_method(prepared, config.method(name), label=name) for name in config.methods}
     if is_main():
-        write_results(prepared.workdir, config.methods)
+        with timed("report"):
+            write_results(prepared.workdir, config.methods)
     if config.tracking.chosen:
         identity = fingerprint(read_json(prepared.workdir / "results.json"), config.tracking)
         attach = functools.partial(_attach, prepared)
@@ -180,7 +182,7 @@ def calibrated(prepared: Prepared, config: CalibrationConfig, label: str) -> tup
         weights = retain_weights(config, **about)
         weights.save(directory)
         if weights.calibration is not None and solved is None:
-            say(f"calibration of {label}:\n{weights.calibration.certificate.text(most=0)}")
+            say(f"calibration of {label}: {weights.calibration.certificate.text(most=0).removeprefix('calibration: ')}")
         return weights
 
     load = functools.partial(RetainWeights.load, directory)
@@ -198,6 +200,9 @@ def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: 
     else:
         remove(directory / "recalibration")  # of other settings
     selected = chosen_experts(method.unlearning, weights.selected, *prepared.statistics, seed=config.seed)
+    if (table := table_text(trainable_table(prepared.target.config, method.unlearning, selected))) not in prepared.said:
+        say(table)
+        prepared.said.add(table)
     of_weights: Any = {"weights": weights, "recalibrate": recalibrate, "selected": selected}
     where: Any = {"mesh": prepared.mesh, "parallel": config.parallel, "directory": directory, "identity": model_id}
     about: Any = {"seed": config.seed, "title": f"unlearning with {label}", "evaluate": _evaluation(prepared, method)}
@@ -278,9 +283,11 @@ def _evaluation(prepared: Prepared, method: Method) -> Callable[[Any], Evaluated
         scores = evaluator.score(prepared.target.replace(params=params))
         measured, items = evaluator.measure(scores), evaluator.outcomes(scores)
         rows = [m.to_json() for m in measured]
+        note = {m.name: f"{plain_name(m.name)} {m.value:.3f}" for m in measured if m.split == "validation"}
+        about: Any = {"items": items, "note": note.get(board.forgetting, "")}
         if original is None:
-            return Evaluated(rows, items=items)
+            return Evaluated(rows, **about)
         front = fronts.front_from_history([(0, measured)], board=board, split="validation", original=original)
-        return Evaluated(rows, float(front.forgetting[0]), float(front.utilities[fronts.MEAN][0]), items)
+        return Evaluated(rows, float(front.forgetting[0]), float(front.utilities[fronts.MEAN][0]), **about)
 
     return evaluate

@@ -21,7 +21,7 @@ from trace_jax.evaluation.scoreboard import SPLITS, Scoreboard
 from trace_jax.evaluation.task import Evaluator, Scores, ScoreStore, Task, hazardous
 from trace_jax.io.environment import describe
 from trace_jax.io.files import free_bytes, read_json, remove, write_json
-from trace_jax.io.progress import say, tracked
+from trace_jax.io.progress import say, timed, tracked
 from trace_jax.models.architecture import ModelConfig, count_params, flatten
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import check_joined
@@ -45,6 +45,7 @@ class Prepared:
     mesh: Mesh
     corpora: Corpora
     tasks: tuple[Task, ...]
+    said: set[str] = dataclasses.field(default_factory=set)  # what one method said for all
 
     @functools.cached_property
     def model_id(self) -> str:
@@ -133,10 +134,12 @@ class Prepared:
         splits, names = {"validation": corpora.validation, "test": corpora.test}, self.config.data.board.questions
         probes = probe_tasks(splits, settings, accuracies=names, identity=corpora.fingerprint)
         evaluator = Evaluator(settings, (*probes, *self.tasks), self.mesh, self.config.seed)
-        say("evaluation of the target model" + (" and of the retrained model" if retrained else ""))
 
         def scores(name: str, model: Model, identity: str) -> Scores:
-            return evaluator.score(model, full=True, store=ScoreStore(self.workdir / "scores" / name, identity))
+            title = f"evaluation of the {name} model"
+            say(title)
+            with timed(title):
+                return evaluator.score(model, full=True, store=ScoreStore(self.workdir / "scores" / name, identity))
 
         references = {TARGET: scores(TARGET, self.target, fingerprint(self.model_id, "target"))}
         if retrained:  # it is held only while it is evaluated: it takes as much as the target
@@ -194,7 +197,8 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
     check_joined()
     mesh = config.parallel.mesh()
     # Before anything is written: they may be refused.
-    corpora, tasks = read_corpora(config.data, config.model), build_tasks(config.evaluation)
+    with timed("data"):
+        corpora, tasks = read_corpora(config.data, config.model), build_tasks(config.evaluation)
     for attack in config.attacks.chosen.values() if config.attacks else ():
         attack.check_source()
     path = open_workdir(config, workdir, overwrite=overwrite)

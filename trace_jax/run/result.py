@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, SectionT, nearest, resolve
-from trace_jax.io.files import as_path, shown
+from trace_jax.evaluation.fronts import MEAN
+from trace_jax.io.files import as_path, link, shown
 from trace_jax.models.model import Model
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.weights import RetainWeights
@@ -186,8 +187,20 @@ class Run:
 
     def __str__(self) -> str:
         export = needed(self.directory / "config.json")["config"].get("export")
-        written = f"\nexport: {shown(self.directory / 'export')}" if export else ""
-        return f"{self.table()}\n\nreport: {shown(self.report)}{written}"
+        lines, best = [f"{self.table()}\n"], None
+        for table in finished(self.directory).get("equal_forgetting", ())[:1]:
+            values = {row["name"]: row["values"] for row in table["rows"] if row["reached"]}
+            if best := table.get("best"):  # runs of earlier versions don't say
+                lines += [f"best: {best}, mean utility {values[best][MEAN]:.3f}; of one seed, `study` compares several"]
+            elif len(values) == 1:  # the target model's
+                lines += [
+                    f"no method reached {table['level']:g}: take more steps, lower alpha, or raise evaluation.levels"
+                ]
+        lines += [f"report: {link(self.report)}"] + [f"export: {shown(self.directory / 'export')}"] * bool(export)
+        if best and not export:
+            where = f"--workdir {self.directory} --method {best} --output DIR"
+            lines += [f"next: python -m trace_jax.main export {where}  # a checkpoint of {best}'s model"]
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         return f"Run({self.directory}: {textwrap.shorten(', '.join(self.methods), 100, placeholder=' ...')})"

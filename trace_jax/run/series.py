@@ -15,7 +15,7 @@ from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
 from trace_jax.data.sources import read_source
 from trace_jax.evaluation.comparison import number_text
 from trace_jax.io.environment import describe
-from trace_jax.io.files import encode, shown, write_json
+from trace_jax.io.files import encode, link, shown, write_json
 from trace_jax.io.progress import aligned, say
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
 from trace_jax.run.directory import SPLIT, check_export, needed, on_test, open_workdir, run_stage, write_report
@@ -121,7 +121,7 @@ def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) ->
     saved |= {"kind": series.kind, "forget": series.forget, "steps": told, "scores": encode(scores), "table": table}
     write_json(path / "series.json", saved)
     write_json(path / "environment.json", describe())
-    return f"{table}\n\nseries: {shown(path / 'series.json')}\nreport: {shown(write_report(path))}"
+    return f"{table}\n\nseries: {shown(path / 'series.json')}\nreport: {link(write_report(path))}"
 
 
 add_arguments = add_process_arguments

@@ -22,7 +22,7 @@ from trace_jax.config import ConfigError, resolve
 from trace_jax.evaluation import comparison, fronts
 from trace_jax.evaluation.comparison import READINGS, Comparison, Run
 from trace_jax.io.environment import describe
-from trace_jax.io.files import decode, encode, read_json, replacing, shown, write_json
+from trace_jax.io.files import decode, encode, link, read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
 from trace_jax.parallel.processes import keep_freed_memory
 from trace_jax.run.directory import (
@@ -204,7 +204,7 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
         temporary.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     write_json(path / "environment.json", describe())
     text = "\n\n".join(texts)
-    return f"{text}\n\nstudy: {shown(path / 'study.json')}\nreport: {shown(write_report(path))}"
+    return f"{text}\n\nstudy: {shown(path / 'study.json')}\nreport: {link(write_report(path))}"
 
 
 def _rows(comparisons: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any]]:

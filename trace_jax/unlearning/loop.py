@@ -63,6 +63,7 @@ class Evaluated(NamedTuple):
     forgetting: float | None = None  # lower means more forgotten
     utility: float | None = None  # higher is better
     items: Mapping[str, np.ndarray] | None = None  # what each item gave, arrays [N] by name for items.npz
+    note: str = ""  # for the progress of the run
 
 
 class Stop(NamedTuple):
@@ -159,11 +160,12 @@ class Loop:
     def _steps(self, first: int, state: TrainState, inputs, step) -> tuple[int, TrainState, Stop | None, float]:
         """(steps done, state, why they ended early, seconds per step)."""
         done, pending, began, aside = first, None, time.monotonic(), 0.0
+        self._loss = self._note = ""  # of the last step and evaluation
         self._read = math.nan  # when the metrics of the step before were there; the first step compiles
         if stop := self._begin(first, state):
             return first, state, stop, math.nan
         ahead = contextlib.closing(_one_ahead(inputs, range(first, self.steps), self.should_refresh))
-        with progress(self.title, self.steps, start=first) as advance, ahead as prepared:
+        with progress(self.title, self.steps, start=first, first="compiling") as advance, ahead as prepared:
             for index, placed in prepared:
                 with jax.transfer_guard("disallow"):
                     state, metrics = step(state, placed)
@@ -182,7 +184,7 @@ class Loop:
                     aside += self._read - paused
                 if stop:
                     break
-                advance(done, "")
+                advance(done, ", ".join(note for note in (self._loss, self._note) if note))
         self._signals.unsaved = False
         timed, seconds = done - first - 1, time.monotonic() - began - aside
         return done, state, stop, seconds / timed if timed > 0 and not (stop and stop.failed) else math.nan
@@ -232,6 +234,7 @@ class Loop:
             known["tokens_per_second"] = round(known["tokens"] / (now - self._read), 1)
         self._read = now
         values = {"time": round(time.time(), 3), **known, **values}
+        self._loss = f"loss {values['loss']:.3f}" if "loss" in values else ""
         self._metrics.write("step", index, values)
         if self.callback is not None:
             self.callback(index, values)
@@ -250,7 +253,7 @@ class Loop:
             return Stop(f"the evaluation at step {step} failed: {error}", True)
         result = result if isinstance(result, Evaluated) else Evaluated(result)
         self.rules.check(step, result)
-        self._evaluations[step] = result._replace(rows=None, items=None)
+        self._evaluations[step], self._note = result._replace(rows=None, items=None), result.note
         if result.items:
             self._metrics.write_items(step, result.items)
         numbers = {"forgetting": result.forgetting, "utility": result.utility}

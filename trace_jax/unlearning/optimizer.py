@@ -77,7 +77,7 @@ class Muon(_Adam, Optimizer, name="muon"):
         return optax.partition({"muon": per_matrix(muon, axes), "adam": super().direction(axes)}, labels)
 
 
-MOST = 100.0  # learning rate; plain steps along a normed gradient may need large ones, nothing needs more
+MOST = 1e4  # learning rate; RepSelect's plain steps along a small gradient take 2000
 
 
 class OptimizerConfig(Section):

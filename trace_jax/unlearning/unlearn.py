@@ -125,7 +125,7 @@ def unlearn(
         about = {"selected": selected, "parallel": parallel, "mesh": mesh, "seed": seed}
         settings, constants, start = set_up(original, config, model.config, **about)
         trained = trainable_table(model.config, config, selected)
-        say(table_text(trained).partition("\n")[0])  # --dry-run has the whole table
+        say(f"{title}: {table_text(trained).partition(chr(10))[0]}")
         if identity is None:
             of = [*vars(forget).values(), *({} if retain is None else vars(retain)).values()]
             of += [] if weights is None else [weights.tokens, weights.row_probability, weights.step_weights]
