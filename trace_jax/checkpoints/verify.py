@@ -96,11 +96,10 @@ def _description(checkpoint: Checkpoint, family: Family, config: ModelConfig) ->
         f"token uses {config.experts_per_token}; vocabulary {config.vocab_size}, width {config.hidden_size}, "
         f"{config.num_heads} query and {config.num_kv_heads} key heads of {config.head_size}"
     )
-    yield "differs from the plain decoder in"
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in _SIZES and value != field.default:
-            yield f"  {field.name:20} {_words(value)}"
+    values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
+    switches = {f.name: value for f, value in values.items() if f.name not in _SIZES and value != f.default}
+    yield f"differs from the plain decoder in{'' if switches else ' nothing'}"
+    yield from (f"  {name:20} {_words(value)}" for name, value in switches.items())
 
 
 def _words(value: Any) -> str:
