@@ -25,6 +25,7 @@ COMMANDS = {
     "study": ("run.study", "compares methods over settings and seeds", "config workdir"),
     "series": ("run.series", "unlearns several forget sets, one after another", "config workdir"),
     "report": ("run.directory", "writes the report of a finished run again", "finished"),
+    "table": ("run.table", "writes the comparison of runs or studies as Markdown, LaTeX or CSV", ""),
     "evaluate": ("run.evaluate", "measures a checkpoint on the tasks of an experiment", "config"),
     "export": ("run.export", "writes an unlearned model as a Hugging Face checkpoint", "finished"),
     "lm-eval": ("run.lm_eval", "runs tasks of lm-eval on a checkpoint, or on a model of a run", ""),

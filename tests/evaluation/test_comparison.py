@@ -211,5 +211,5 @@ def test_the_interval_of_one_run_holds_where_it_crosses_the_level(one_seed):
     for row, result in zip(table["rows"][1:], one_seed.results, strict=True):
         assert row["intervals"][MEAN] == encode(result.utilities[MEAN])
     assert table["rows"][2]["gains"][MEAN] == encode(one_seed.results[1].gains[MEAN])
-    told = comparison.study_conclusion(one_seed, "forget_accuracy", ["uniform"])
+    told = comparison.study_conclusion(encode(one_seed), "forget_accuracy", ["uniform"])
     assert told.replace("tuned ", "") == comparison.conclusion(table).replace("; settings not tuned", "")

@@ -95,7 +95,14 @@ def test_measurements_can_be_made_of_the_lines(evaluator, tmp_path):
     prompts = next(task.data for task in evaluator.tasks if task.name == "verbatim")
     first = of("verbatim", split="test", item=0)[0]
     assert first["ground_truth"] == " ".join(f"w{i}" for i in prompts["test"].continuation[0])
-    assert len(first["generation"].split()) == 4
+    assert len(first["generation"].split()) == 4 and first["prompt"].split()[-1] == f"w{prompts['test'].prompt[0][-1]}"
+    shown = [line for line in questions if "options" in line]
+    asked = next(task.data for task in evaluator.tasks if task.name == "questions")["test", "forget"]
+    assert len(shown) == 5 and "options" not in of("questions", split="validation")[0]
+    for line in shown:
+        whole = [f"{line['question']} {option}".split() for option in line["options"]]
+        padded = asked.tokens[line["item"]], asked.segments[line["item"]] > 0
+        assert whole == [[f"w{t}" for t in row[own]] for row, own in zip(*padded, strict=True)]
     sides = [of("membership", split="test", side=side) for side in ("forget", "holdout")]
     wins = np.mean([[(h["min_k"] < f["min_k"]) + 0.5 * (h["min_k"] == f["min_k"]) for h in sides[1]] for f in sides[0]])
     assert find(result, "privleak_auc", "test").value == pytest.approx(wins)

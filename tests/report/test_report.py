@@ -10,7 +10,7 @@ import pytest
 
 from trace_jax.io.progress import format_interval, format_number, plain_name
 from trace_jax.report.figures import mean_front, method_styles
-from trace_jax.report.page import recovered, render
+from trace_jax.report.page import figure_files, recovered, render
 
 METHODS = ("uniform", "trace", "trace_rows")
 BENCHMARK = {"benchmark": "handbook", "forgetting": "forget_accuracy", "chance": 0.25}
@@ -162,13 +162,13 @@ def test_every_method_and_number_is_there(page):
         "(chance: 0.25).", "step 28.4",
     ):  # fmt: skip
         assert shown in text
-    assert "No ranking" not in text and "≈" not in text and "intervals apart" not in text
+    assert "No ranking" not in text and "≈ 0" not in text and "intervals apart" not in text
     around = [{"step": 10, "forgetting": 0.742}, {"step": 15, "forgetting": 0.383}]
     single = row("trace", 0.9) | {"between": around, "gain": number(0.12, 600, 0.02)}
     text = visible_text(render(results(rows=[single], conclusion="trace is best.", config=CONFIG | {"seed": 7})))
     for shown in (
         "trace is best.", "No ranking. One seed (7), settings not tuned.", "≈ 0.900", "+12.0 % [+10.0 %, +14.0 %]",
-        "trace, steps 10 and 15 (forget accuracy 0.742 and 0.383).",
+        "trace: steps 10 and 15, forget accuracy 0.742 and 0.383).",
     ):  # fmt: skip
         assert shown in text
     assert "No method has been evaluated yet" in visible_text(render(results(rows=[])))
@@ -216,7 +216,7 @@ def test_a_study_shows_all_seeds_of_the_chosen_setting_and_a_series_every_step()
     steps = [{"step": n, "methods": {"trace": {"measurements": [measured(0.1 * n)]}}} for n in (1, 2)]
     series = {**BENCHMARK, "title": "Series", "verdict": "2 steps.", "config": CONFIG, "steps": steps}
     text = visible_text(render(series | {"scores": {"knowmem": {"trace": [0.9, None, 0.2]}}}))
-    assert all(words in text for words in ("2 steps.", "Step by step", "knowmem", "trace, step 2"))
+    assert all(words in text for words in ("2 steps.", "Step by step", "knowmem", "Step 2, test split"))
 
 
 def test_the_table_and_the_figure_of_attacks_hold_every_attack():
@@ -255,14 +255,44 @@ def test_what_returns_with_original_experts_is_drawn_and_said():
     assert page.count("with original experts put back") == 1 and page.count("drift of each expert, ") == 2
 
 
+def test_what_models_say_and_how_they_were_trained_is_shown():
+    question = {"prompt": "Which salt?", "options": ["blue", "red"], "truth": "red", "answers": {"trace": [0.75, 0.25]}}
+    text = {"prompt": "It", "options": (), "truth": "is <so>", "answers": {"target model": "is so", "trace": "was"}}
+    curve = {"step": [1, 2], "loss": [2.0, 1.0], "forget_loss": [None, None]}
+    environment = {"devices": ["tpu:v5e"] * 8, "cores": 4, "command": "trace-jax run --config quickstart"}
+    about = {"losses": {"trace": curve}, "environment": environment, "changed": {"unlearning"}}
+    page = render(results(examples=[question, text], config=CONFIG | {"seed": 3}, **about))
+    shown = visible_text(page)
+    for words in (
+        "Which salt?", "red right 0.25", "truth is <so> target model is so trace was", "Losses while unlearning",
+        "seed 3",
+        "8 × v5e; 4 CPU cores", "trace-jax run --config quickstart",
+        "4,050 parameters, 3 MoE layers of 8 experts, top 2",
+        "Settings that differ from the defaults unlearning.learning_rate 0.001 Whole configuration 4 settings",
+    ):  # fmt: skip
+        assert words in shown
+    assert "Loss at each step" in page and "Forget loss at each step" not in page
+
+
+def test_figures_for_papers_are_in_the_colours_of_a_light_page():
+    files = figure_files(results())
+    assert set(files) == {f"front-{n}.{s}" for n in ("neighbour_accuracy", "general_utility") for s in ("svg", "pdf")}
+    svg, pdf = (files[f"front-general_utility.{suffix}"] for suffix in ("svg", "pdf"))
+    assert b"#0072b2" in svg and b"trace_rows" in svg and not re.search(rb"#0a0[bc]", svg)
+    assert b" ".join(b"%.10f" % (int(c, 16) / 255) for c in ("00", "72", "b2")) in b" ".join(pdf.split())
+    start = int(re.search(rb"startxref\n(\d+)", pdf)[1])
+    assert pdf[start:].startswith(b"xref") and b"0.0392156863" not in pdf  # no stand-in is left, no place moved
+
+
 def test_a_large_study_stays_under_two_megabytes():
     rng = np.random.default_rng(1)
     frequency, names = rng.dirichlet(np.ones(128) / 2, size=48) * 8, [f"method_{i}" for i in range(12)]
     experts = {k: rng.random(2000).tolist() for k in ("layer", "expert", "forget", "retain", "target", "weighted")}
     many, selected = dict.fromkeys(names[:4], frequency), dict.fromkeys(names[:4], frequency > 0.1)
+    many_numbers = [measured(0.5, f"name_{i}") for i in range(5000)]
     large = results(
         rows=[row(name, 0.9) for name in names],
-        methods={n: method(i, measurements=[measured(0.5)] * 5000) for i, n in enumerate(names)},
+        methods={n: method(i, measurements=many_numbers) for i, n in enumerate(names)},
         frequency=frequencies(frequency, uniform=1 / 16, calibrated=many, selected=selected),
         certificates=dict.fromkeys(names, certificate() | experts),
     )
@@ -279,8 +309,10 @@ def test_the_mean_front_uses_the_steps_that_every_run_has():
     np.testing.assert_allclose(mean["utilities"]["u"], [0.75, 0.6])
 
 
-def test_two_methods_never_look_the_same():
-    styles = method_styles(["uniform", *(f"method_{i}" for i in range(20))], "uniform")
+def test_two_methods_never_look_the_same_and_one_looks_the_same_on_every_page():
+    known = ("uniform", "trace", "trace_rows")
+    styles = method_styles(["uniform", *(f"method_{i}" for i in range(18)), "trace_rows", "trace"], "uniform", known)
+    assert all(method_styles([name], "uniform", known)[name] == styles[name] for name in known)
     assert len({tuple(style.values()) for style in styles.values()}) == 21
     assert styles["uniform"]["color"] not in {style["color"] for method, style in styles.items() if method != "uniform"}
 

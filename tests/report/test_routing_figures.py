@@ -15,7 +15,8 @@ from trace_jax.evaluation.routing import MODELS, SUBJECTS, routing_quantities
 from trace_jax.io.drawing import heat_map, scale_of, times
 from trace_jax.io.files import encode
 from trace_jax.report.figures import layer_plot, method_styles
-from trace_jax.report.page import GROUPS, MOST_METHODS, STATES, render, routing_groups
+from trace_jax.report.page import render
+from trace_jax.report.routing import GROUPS, MOST_METHODS, STATES, routing_groups
 
 
 def measure(seed, layers=2, experts=16, top_k=2, *, calibrated=True, dead=None, drift=0.1):
@@ -146,15 +147,15 @@ def test_an_expert_that_died_is_marked_and_one_that_did_not_is_not(groups):
     assert (maps["Dead experts, uniform, forget text"] == legend["used"]).all()
 
 
-def test_without_dead_experts_or_drift_there_are_plots_and_no_maps():
+def test_without_dead_experts_or_drift_there_is_no_empty_figure():
     """Also without intervals."""
     measured = {"uniform": measure(0, drift=0.0)}
     for quantity in measured["uniform"]["quantities"].values():
         quantity["low"] = quantity["high"] = [None, None]
     groups = groups_of(measured)
     assert list(groups) == list(GROUPS)
-    for title, panels in (("Dead experts", 2), ("Router drift", 1)):
-        assert (len(groups[title]["panels"]), len(groups[title]["maps"])) == (panels, 0)
+    for title in ("Dead experts", "Router drift"):
+        assert (groups[title]["panels"], groups[title]["maps"]) == ([], [])
     assert "Here there is none, before or after" in page_of(measured)
 
 
@@ -175,8 +176,7 @@ def test_points_stand_where_their_values_are():
 
 def test_selected_experts_are_outlined_where_cells_are_wide_enough(groups):
     outlined = {f.caption: "LineCollection" in f.svg for f in groups["Change of use"]["maps"]}
-    methods = {"uniform": False, "trace_rows": True}
-    assert outlined == {f"Change, {m}, {s} text": there for m, there in methods.items() for s in SUBJECTS}
+    assert outlined == {f"Change, {m}, {s} text": True for m in ("uniform", "trace_rows") for s in SUBJECTS}
     assert groups["Change of use"]["outlined"]
     wide = groups_of({"trace": measure(0, experts=128)}, selected=["trace"])["Change of use"]
     assert not wide["outlined"] and not any("LineCollection" in f.svg for f in wide["maps"])
@@ -185,7 +185,7 @@ def test_selected_experts_are_outlined_where_cells_are_wide_enough(groups):
 def test_the_section_is_folded_and_stands_alone(measured):
     page = page_of(measured, selected=["trace_rows"])
     check_alone(page)
-    assert "<h2>Routing after unlearning</h2>" in page and "<details><summary>Routing, quantity by quantity" in page
+    assert '<h2 id="routing">' in page and "<details><summary>Routing, quantity by quantity" in page
     assert f"{measured['uniform']['tokens']['forget']} forget tokens of 6 rows" in page
 
 

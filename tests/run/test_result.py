@@ -8,8 +8,10 @@ import pytest
 from tests.run.toy import experiment, measured
 from trace_jax.config import ConfigError
 from trace_jax.io.files import read_json, write_json
+from trace_jax.main import main
 from trace_jax.models.architecture import flatten
 from trace_jax.run.result import open_run
+from trace_jax.run.table import table
 
 
 def test_every_measurement_is_one_row_of_the_frame(finished):
@@ -38,6 +40,19 @@ def test_it_is_opened_from_its_directory_and_shows_itself(data, finished):
     assert page.count("<tr") == 4 and "<td>trace_rows</td>" in page and str(opened.report) in page
     assert opened.history("uniform").step.tolist() == [1, 2, 3, 4, 5, 6]
     assert (opened.history("uniform").loss != opened.history("trace_rows").loss).any()
+
+
+def test_tables_for_papers_and_spreadsheets_hold_the_numbers_of_the_run(finished, capsys):
+    path, done = finished
+    first = read_json(path / "results.json")["equal_forgetting"][0]
+    utility = first["rows"][-1]["intervals"]["mean_utility"]
+    text = f"{utility['value']:.3f} [{utility['low']:.3f}, {utility['high']:.3f}]"
+    lines = table([path]).splitlines()
+    assert lines[0].startswith("| method |") and lines[3].startswith("| trace_rows |") and text in lines[3]
+    assert main(["table", "--workdir", str(path), str(path), "--format", "latex"]) == 0
+    written = capsys.readouterr().out
+    assert written.count(text) == 2 and "trace\\_rows" in written and written.startswith("\\begin{tabular}")
+    assert len(table([path], "csv").splitlines()) == 1 + len(done.metrics(final=True))
 
 
 def test_models_and_weights_are_those_of_the_method(finished):

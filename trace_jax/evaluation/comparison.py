@@ -282,17 +282,17 @@ def conclusion(table: Mapping[str, Any]) -> str:
     return f"At {where} {found}. One seed; settings not tuned."
 
 
-def study_conclusion(compared: Comparison, measure: str, controls: Collection[str]) -> str:
-    """The same of a study, over its seeds."""
-    where = f"{plain_name(measure)} {compared.level:g}"
-    utilities = {r.method: encode(r.utilities.get(MEAN)) for r in compared.results}
-    gains = {r.method: encode(r.gains.get(MEAN)) for r in compared.results if r.method != compared.baseline}
+def study_conclusion(compared: Mapping[str, Any], measure: str, controls: Collection[str]) -> str:
+    """The same of a `Comparison` as JSON, over its seeds."""
+    where, baseline, results = f"{plain_name(measure)} {compared['level']:g}", compared["baseline"], compared["results"]
+    utilities = {r["method"]: r["utilities"].get(MEAN) for r in results}
+    gains = {r["method"]: r["gains"].get(MEAN) for r in results if r["method"] != baseline}
     own = {name: u["value"] for name, u in utilities.items() if u and name not in controls}
     if not any(utilities.values()):
         return f"Not reached: no method came down to {where}. Try more steps, lower alphas, or a higher level."
-    found = _best(max(own, key=lambda n: own[n]) if own else None, utilities, gains, f"tuned {compared.baseline}")
-    count = max(len(result.seeds) for result in compared.results)
-    return f"At {where} {found}. {count} seeds." if count > 1 else f"At {where} {found}. One seed."
+    found = _best(max(own, key=lambda n: own[n]) if own else None, utilities, gains, f"tuned {baseline}")
+    seeds = max(len(r["seeds"]) for r in results)
+    return f"At {where} {found}. {seeds} seeds." if seeds > 1 else f"At {where} {found}. One seed."
 
 
 def _best(best: str | None, utilities: Mapping[str, Any], gains: Mapping[str, Any], baseline: str) -> str:
@@ -301,9 +301,9 @@ def _best(best: str | None, utilities: Mapping[str, Any], gains: Mapping[str, An
     above = {name: u["value"] for name, u in utilities.items() if u and name != best and u["value"] > least}
     text = "no method but controls came"
     if best:
-        text = f"the best mean utility is that of {best}, {_interval(decode(Interval, utilities[best]))}"
+        text = f"the best mean utility is that of {best}, {interval_text(decode(Interval, utilities[best]))}"
         if gain := gains.get(best):
-            text += f", {_interval(decode(Interval, gain), percent=True)} over {baseline}"
+            text += f", {interval_text(decode(Interval, gain), percent=True)} over {baseline}"
     others = ", ".join(f"{name} {value:.3f}" for name, value in above.items())
     return f"{text}; controls and rivals with more: {others}" if others else text
 
@@ -331,7 +331,7 @@ def as_text(comparison: Comparison) -> str:
 
 def as_markdown(comparison: Comparison) -> str:
     """The same as a Markdown table."""
-    return f"{_caption(comparison)}:\n\n{_markdown(_comparison_cells(comparison))}"
+    return f"{_caption(comparison)}:\n\n{markdown_table(_comparison_cells(comparison))}"
 
 
 def objectives_markdown(comparisons: Mapping[str, Comparison]) -> str:
@@ -342,14 +342,15 @@ def objectives_markdown(comparisons: Mapping[str, Comparison]) -> str:
     lines = [["objective", *methods, *(f"gain of {method}" for method in others), "settings chosen"]]
     for objective, comparison in comparisons.items():
         results = {result.method: result for result in comparison.results}
-        utilities = [_interval(results[m].utilities.get(MEAN)) for m in methods]
-        gains = [_interval(results[m].gains.get(MEAN), percent=True) for m in others]
+        utilities = [interval_text(results[m].utilities.get(MEAN)) for m in methods]
+        gains = [interval_text(results[m].gains.get(MEAN), percent=True) for m in others]
         settings = "; ".join(f"{m} {results[m].setting}" for m in methods)
         lines.append([f"`{objective}`", *utilities, *gains, settings])
-    return f"{_caption(first)}; mean utility:\n\n{_markdown(lines, last='---')}"
+    return f"{_caption(first)}; mean utility:\n\n{markdown_table(lines, last='---')}"
 
 
-def _markdown(lines: Sequence[Sequence[str]], *, last: str = "---:") -> str:
+def markdown_table(lines: Sequence[Sequence[str]], *, last: str = "---:") -> str:
+    """Rows of cells, the head first, as Markdown; numbers to the right."""
     rule = ["---", *["---:"] * (len(lines[0]) - 2), last]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (lines[0], rule, *lines[1:]))
 
@@ -375,9 +376,9 @@ def _comparison_cells(comparison: Comparison) -> list[list[str]]:
     for result in comparison.results:
         label = result.method + (" (own budget)" if result.method in comparison.exempt else "")
         seeds = f"{len(result.seeds)}/{len(result.seeds) + len(result.missed)}"
-        cells = [_interval(result.utilities.get(n)) for n in names]
-        gains = [_interval(result.gains.get(n), percent=True) for n in names]
-        lines.append([label, result.setting, seeds, *(_interval(result.forgetting) for _ in best), *cells, *gains])
+        cells = [interval_text(result.utilities.get(n)) for n in names]
+        gains = [interval_text(result.gains.get(n), percent=True) for n in names]
+        lines.append([label, result.setting, seeds, *(interval_text(result.forgetting) for _ in best), *cells, *gains])
     return lines
 
 
@@ -386,7 +387,8 @@ def number_text(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-def _interval(interval: Interval | None, *, percent: bool = False) -> str:
+def interval_text(interval: Interval | None, *, percent: bool = False) -> str:
+    """`0.860 [0.814, 0.906]`, in percent with its sign; a dash where there is none."""
     if interval is None:
         return "-"
     numbers = interval.value, interval.low, interval.high

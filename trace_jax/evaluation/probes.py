@@ -25,6 +25,7 @@ from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
 
 Key = tuple[str, str]  # (split, subject)
+SHOWN, MOST_SHOWN = ("test", "forget"), 5  # questions whose text is kept beside the scores
 
 
 def probe_tasks(
@@ -72,7 +73,9 @@ class QuestionAccuracy(Task):
     quick = True
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
-        """`log_likelihood` f64 [Q, O]. Sets of equal option count share their batches, padded to the longest."""
+        """`log_likelihood` f64 [Q, O]. Sets of equal option count share their batches, padded to the longest. Lines of
+        the first few questions that are to be forgotten have their text.
+        """
         scores = _scored_together(self.data, lambda q: score_questions(model, q, batch_size=batch_size, mesh=mesh))
         arrays, lines = {}, []
         for (split, subject), values in scores.items():
@@ -80,6 +83,9 @@ class QuestionAccuracy(Task):
             columns = {"group": own.group, "log_likelihood": values, "answer": own.answer}
             correct = values.argmax(axis=1) == own.answer
             lines += item_lines({"split": split, "subject": subject}, **columns, correct=correct)
+            if (split, subject) == SHOWN and model.tokenizer is not None:
+                for index in spread_indices(len(own), MOST_SHOWN).tolist():
+                    lines[index - len(own)] |= _question_text(own, index, model.tokenizer)
             arrays[f"{split}/{subject}/log_likelihood"] = values
         return TaskScores(arrays, {"items": lines})
 
@@ -156,6 +162,14 @@ class TextLikelihood(Task):
         return outcomes
 
 
+def _question_text(questions: Questions, index: int, tokenizer: Any) -> dict[str, Any]:
+    """A question and its options as text."""
+    tokens, scored = questions.tokens[index], questions.scored[index]
+    options = [row[1:][flags[:-1]].tolist() for row, flags in zip(tokens, scored, strict=True)]
+    prompt = tokens[0, : int(scored[0].argmax()) + 1].tolist()
+    return {"question": tokenizer.decode(prompt).strip(), "options": [tokenizer.decode(o).strip() for o in options]}
+
+
 def relative_likelihood(subject: str) -> str:
     """Name of the likelihood of a subject's text relative to the original model."""
     return "forget_probability_ratio" if subject == "forget" else f"{subject}_utility"
@@ -173,7 +187,7 @@ class Verbatim(Task):
     name = "verbatim"
 
     def score(self, model: Model, *, batch_size: int, mesh: Mesh | None) -> TaskScores:
-        """ROUGE-L F of each prompt, `score` f64 [N] in 0..1. Lines have what was generated, and the truth."""
+        """ROUGE-L F of each prompt, `score` f64 [N] in 0..1. Lines have prompt, generation and truth."""
         params, arrays, lines = model.unguided("generation"), {}, []
         if model.tokenizer is None:
             raise ValueError("the verbatim score decodes generated text; the model has no tokenizer.")
@@ -190,7 +204,10 @@ class Verbatim(Task):
             written, truth = map(model.tokenizer.decode_batch, map(prompts.unpadded, (generated, prompts.continuation)))
             score = rouge_l(written, truth)
             arrays |= {f"{split}/score": score, f"{split}/generated": generated}
-            lines += item_lines({"split": split}, score=score, generation=written, ground_truth=truth)
+            sizes = [prompts.prompt.shape[1]] * count if prompts.lengths is None else prompts.lengths[:, 0].tolist()
+            begun = [row[:size] for row, size in zip(prompts.prompt.tolist(), sizes, strict=True)]
+            texts = {"prompt": model.tokenizer.decode_batch(begun), "generation": written, "ground_truth": truth}
+            lines += item_lines({"split": split}, score=score, **texts)
         return TaskScores(arrays, {"items": lines})
 
     def measure(self, scores: TaskScores, *, original, retrained, **resampling: Any) -> list[Measurement]:

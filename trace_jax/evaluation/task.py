@@ -25,7 +25,7 @@ from trace_jax.models.model import Model
 from trace_jax.parallel.processes import barrier, broadcast_from_process_0
 
 SPLIT = "test"  # published benchmarks have one split, and it is for reporting
-TEXTS = ("generation", "ground_truth", "question")  # fields of audit lines that hold text
+TEXTS = ("generation", "ground_truth", "question", "prompt", "options")  # fields of audit lines that hold text
 
 
 class MuseConfig(Section):

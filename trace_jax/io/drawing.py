@@ -17,19 +17,27 @@ import numpy as np
 from markupsafe import Markup
 
 INK, MUTED, GRID = "#0a0b01", "#0a0b02", "#0a0b03"
-SERIES = tuple(f"#0a0c{i:02x}" for i in range(7))
+SERIES = tuple(f"#0a0c{i:02x}" for i in range(1, 8))
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"} | {c: f"--series-{i}" for i, c in enumerate(SERIES)}
 WIDTH = 3.9  # inches of 72 units: about the width of a phone, where a panel fills the page
+_LIGHT = dict(zip(
+    (INK, MUTED, GRID, *SERIES),
+    ("#16191d", "#5b6470", "#dfe3e8", "#0072b2", "#d55e00", "#008a65", "#b2558f", "#2f9bd8", "#b87a00", "#6c737c"),
+    strict=True,
+))  # the colours of a page in light, for files  # fmt: skip
+WIDE = 32  # experts beyond which a map is wider
+_ENLARGED = 1.3  # most CSS pixels of a unit, so that text has one size on the whole page
 _STEPS = 33  # colours of a scale
 MOST_SEGMENTS = 400  # outlines beyond this become pixels, which take less room in the file
 _RIGHT = 0.99
 
 
 class Figure(NamedTuple):
-    """One panel: its caption and its SVG."""
+    """One panel: its caption, its SVG, and what `as_files` takes."""
 
     caption: str
     svg: Markup
+    canvas: Any = None
 
 
 def panel(width: float, height: float, margins: tuple[float, float, float, float], grid: Any = None) -> tuple[Any, Any]:
@@ -71,7 +79,8 @@ def inline(figure: Any, label: str, *, hidden: bool = False) -> Markup:
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\s*", "", svg, flags=re.DOTALL)
     width, height = (72 * inches for inches in figure.get_size_inches())
     name = 'aria-hidden="true"' if hidden else f'role="img" aria-label="{html.escape(label)}"'
-    svg = re.sub(r"<svg[^>]*>", lambda _: f'<svg viewBox="0 0 {width:g} {height:g}" {name}>', svg, count=1)
+    style = f'style="max-width:{_ENLARGED * width / 16:.1f}rem"'
+    svg = re.sub(r"<svg[^>]*>", lambda _: f'<svg viewBox="0 0 {width:g} {height:g}" {style} {name}>', svg, count=1)
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", svg)
@@ -82,6 +91,34 @@ def inline(figure: Any, label: str, *, hidden: bool = False) -> Markup:
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return Markup(svg)
+
+
+def as_files(figure: Figure) -> dict[str, bytes]:
+    """A figure for a paper, by suffix "svg" and "pdf", in the colours of a light page, with its legend."""
+    axes = figure.canvas.axes[0]
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=8)
+    axes.set_title(figure.caption, fontsize=10, color=INK, loc="left")
+    files: dict[str, bytes] = {}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "x", "text.parse_math": False, "pdf.compression": 0}
+    for suffix, metadata in (("svg", {"Date": None, "Creator": None}), ("pdf", {"CreationDate": None})):
+        import matplotlib as mpl
+
+        buffer = io.BytesIO()
+        with mpl.rc_context(settings):
+            figure.canvas.savefig(buffer, format=suffix, bbox_inches="tight", metadata=metadata)
+        content = buffer.getvalue()
+        for stand_in, colour in _LIGHT.items():
+            old, new = map(_pdf_colour, (stand_in, colour))
+            content = content.replace(stand_in.encode(), colour.encode())
+            content = re.sub(rb"(\s)".join(old), rb"%b\g<1>%b\g<2>%b" % new, content)
+        files[suffix] = content
+    return files
+
+
+def _pdf_colour(colour: str) -> tuple[bytes, ...]:
+    """As matplotlib writes it; always as long, so that places in the file stay."""
+    return tuple(b"%.10f" % (int(colour[i : i + 2], 16) / 255) for i in (1, 3, 5))
 
 
 class Scale(NamedTuple):
@@ -156,12 +193,13 @@ def heat_map(
     height = count * float(np.clip(240 / count, 4, 24)) / 72 + 0.5
     names = [layers[row] if len(layers) else row for row in tick_places(count)]
     left = 0.078 + 0.022 * max(len(str(name)) for name in names)
-    figure, axes = panel(WIDTH, height, (left, _RIGHT, 0.42 / height, 1 - 0.06 / height))
+    width = WIDTH if experts <= WIDE else 1.4 * WIDTH
+    figure, axes = panel(width, height, (left, _RIGHT, 0.42 / height, 1 - 0.06 / height))
     clipped = np.nan_to_num(np.clip(values_LxE, scale.low, scale.high), nan=0.0)
     colours = {"cmap": scale.colour_map(), "vmin": scale.low, "vmax": scale.high}
     axes.imshow(clipped, **colours, aspect="auto", interpolation="none", origin="lower")
     if selected is not None:
-        cell_width = 72 * WIDTH * (_RIGHT - left) / experts
+        cell_width = 72 * width * (_RIGHT - left) / experts
         _outline(axes, np.array(selected, bool), float(np.clip(0.12 * cell_width, 0.5, 1.6)))
     axes.set_xticks(tick_places(experts))
     axes.set_yticks(tick_places(count), names)
@@ -169,7 +207,7 @@ def heat_map(
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     axes.spines[:].set_visible(False)
-    return Figure(caption, inline(figure, f"{caption}: {what} by layer and expert"))
+    return Figure(caption, inline(figure, f"{caption}: {what} by layer and expert"), figure)
 
 
 def tick_places(count: int) -> list[int]:

@@ -5,8 +5,10 @@ import collections
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -39,6 +41,7 @@ def describe() -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
         "processes": jax.process_count(),
+        "command": _command(),
         "packages": {name: version_of(name) for name in PACKAGES},
     }
 
@@ -49,6 +52,14 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _command() -> str | None:
+    """As it was typed; None where Python called."""
+    program, arguments = Path(sys.argv[0]), shlex.join(sys.argv[1:])
+    module = program.parts[-2:] == ("trace_jax", "main.py")
+    name = "python -m trace_jax.main" if module else "trace-jax" if program.name == "trace-jax" else None
+    return name and f"{name} {arguments}"
 
 
 def _commit() -> str | None:

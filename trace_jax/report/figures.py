@@ -23,11 +23,19 @@ Number = Mapping[str, Any]  # an estimate as results.json has it: value, n, low 
 Front = Mapping[str, Any]  # as results.json has it: steps, forgetting, utilities by name
 
 
-def method_styles(methods: Iterable[str], baseline: str) -> dict[str, Style]:
-    """A style per method: the baseline is grey, the others differ in colour and marker, then in dash."""
-    styles, others = {}, itertools.count()
-    for method in dict.fromkeys(methods):
-        turn, index = (0, _NEUTRAL) if method == baseline else divmod(next(others), _NEUTRAL)
+def method_styles(methods: Iterable[str], baseline: str, known: Sequence[str] = ()) -> dict[str, Style]:
+    """A style per method: the baseline is grey, the others differ in colour and marker, then in dash.
+
+    One of the `known` looks the same on every page, whatever the others are.
+    """
+    places = {name: place for place, name in enumerate(name for name in known if name != baseline)}
+    names = list(dict.fromkeys(methods))
+    taken = {places[name] for name in names if name in places}
+    free, styles = (place for place in itertools.count() if place not in taken), {}
+    for method in names:
+        place = None if method == baseline else places.get(method)
+        place = next(free) if place is None and method != baseline else place
+        turn, index = (0, _NEUTRAL) if place is None else divmod(place, _NEUTRAL)
         marker, dash = _MARKERS[(index + turn) % len(_MARKERS)], _DASHES[turn % len(_DASHES)]
         styles[method] = {"color": SERIES[index], "marker": marker, "linestyle": dash}
     return styles
@@ -46,33 +54,40 @@ def swatch(style: Style, name: str) -> Markup:
 
 
 def front_figures(
-    fronts: Mapping[str, Sequence[Front]], styles: Mapping[str, Style], *, forgetting: str, level: float,
-    target: Mapping[str, Any] | None,
-) -> list[Figure]:  # fmt: skip
-    """Utility against forgetting, one panel per utility; `target` is the row of the model before unlearning."""
+    fronts: Mapping[str, Sequence[Front]], styles: Mapping[str, Style], *, forgetting: str, level: float
+) -> list[Figure]:
+    """Utility against forgetting, a panel per utility, on one range. A star is where runs of one seed start."""
     figures, measure = [], plain_name(forgetting)
+    single = fronts and all(len(runs) == 1 for runs in fronts.values())
+    start = next(iter(fronts.values()))[0] if single else None
+    every = [x for runs in fronts.values() for front in runs for values in front["utilities"].values() for x in values]
+    low, high = min(every, default=0.0), max(every, default=1.0)
+    room = 0.04 * (high - low) or 0.01
     for name in dict.fromkeys(name for runs in fronts.values() for front in runs for name in front["utilities"]):
         figure, axes = panel(WIDTH, 3.0, (0.115, 0.98, 0.16, 0.94), grid="both")
         axes.axvline(level, color=MUTED, linewidth=1, linestyle=_DASHED)
         at = {"transform": axes.get_xaxis_transform(), "ha": "center"}
         axes.text(level, 1.02, f"level {level:g}", **at, color=MUTED, fontsize=9)
-        before = target["utilities"].get(name) if target else None
-        if target and before and before["value"] is not None:
-            axes.axhline(before["value"], color=MUTED, linewidth=1, linestyle=_DOTTED)
-            if target["forgetting"]:
-                x = target["forgetting"]["value"]
-                axes.plot([x], [before["value"]], color=INK, marker="*", markersize=11, zorder=5)
+        if start is not None:
+            axes.axhline(start["utilities"][name][0], color=MUTED, linewidth=1, linestyle=_DOTTED)
+            point = [start["forgetting"][0]], [start["utilities"][name][0]]
+            axes.plot(*point, color=INK, marker="*", markersize=11, zorder=5)
         for method, runs in fronts.items():
             thin = {**styles[method], "marker": "", "linewidth": 0.8, "alpha": 0.4}
             for run in runs if len(runs) > 1 else ():
                 axes.plot(run["forgetting"], run["utilities"][name], **thin)
             mean = mean_front(runs)
-            axes.plot(mean["forgetting"], mean["utilities"][name], **styles[method], **_THICK)
+            axes.plot(mean["forgetting"], mean["utilities"][name], **styles[method], **_THICK, label=method)
+        axes.set_ylim(low - room, high + room)
         axes.locator_params(nbins=6)
         axes.invert_xaxis()
         axes.set_xlabel(f"{measure} (right: more forgotten)")
-        label = f"{plain_name(name)} against {measure}, one line per method"
-        figures.append(Figure(plain_name(name), inline(figure, label)))
+        ends = (
+            f"{m} ends at {measure} {runs[0]['forgetting'][-1]:.2f}, {runs[0]['utilities'][name][-1]:.2f}"
+            for m, runs in fronts.items()
+        )
+        label = f"{plain_name(name)} against {measure}, one line per method: {'; '.join(ends)}"
+        figures.append(Figure(plain_name(name), inline(figure, label), figure))
     return figures
 
 
@@ -94,25 +109,42 @@ def step_figures(scores: Mapping[str, Mapping[str, Sequence]], styles: Mapping[s
     for name, methods in scores.items():
         figure, axes = panel(WIDTH, 2.4, (0.16, 0.98, 0.2, 0.94), grid="both")
         for method, values in methods.items():
-            axes.plot(np.array(values, float), **styles[method], **_THICK)
+            axes.plot(np.array(values, float), **styles[method], **_THICK, label=method)
         count = max(len(values) for values in methods.values())
         axes.set_xticks(range(count), ["start", *map(str, range(1, count))])
         axes.set_xlabel("step")
         label = f"{plain_name(name)} after each step, one line per method"
-        figures.append(Figure(plain_name(name), inline(figure, label)))
+        figures.append(Figure(plain_name(name), inline(figure, label), figure))
+    return figures
+
+
+def loss_figures(curves: Mapping[str, Mapping[str, Sequence]], styles: Mapping[str, Style]) -> list[Figure]:
+    """What was written of every step of training, one line per method; `curves` have "step" and the quantities."""
+    figures = []
+    for name in dict.fromkeys(name for curve in curves.values() for name in curve if name != "step"):
+        drawn = {m: curve for m, curve in curves.items() if any(x is not None for x in curve[name])}
+        if drawn:
+            figure, axes = panel(WIDTH, 2.3, (0.155, 0.985, 0.2, 0.96), grid="both")
+            for method, curve in drawn.items():
+                style = {**styles[method], "marker": "", "linewidth": 1.4}
+                axes.plot(curve["step"], np.array(curve[name], float), **style, label=method)
+            axes.set_xlabel("step")
+            axes.locator_params(nbins=6)
+            caption = plain_name(name).capitalize()
+            figures.append(Figure(caption, inline(figure, f"{caption} at each step, one line per method"), figure))
     return figures
 
 
 def row_plot(
     rows: Mapping[str, Mapping[Any, Number]], styles: Mapping[str, Style], caption: str, label: str, *,
-    below: str = "", chance: float | None = None, share: bool = False,
+    below: str = "", chance: float | None = None, share: bool = False, width: float = 5.6,
 ) -> Figure:  # fmt: skip
     """Values side by side: one row per name, in it one marker per method with its 95 % interval, rows downwards.
 
     A value under "" (the model before unlearning) is a star, one under None (a control) a hollow circle.
     """
     height = 0.75 + 0.34 * len(rows)
-    figure, axes = panel(5.6, height, (0.3, 0.98, 0.55 / height, 0.98), grid="x")
+    figure, axes = panel(width, height, (1.68 / width, 0.98, 0.55 / height, 0.98), grid="x")
     if chance is not None:
         axes.axvline(chance, color=MUTED, linewidth=1, linestyle=_DOTTED)
     spread = 0.5 / max(map(len, rows.values()))
@@ -132,7 +164,7 @@ def row_plot(
     if share:
         axes.set_xlim(-0.01, 1.02)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
-    return Figure(caption, inline(figure, label))
+    return Figure(caption, inline(figure, label), figure)
 
 
 def layer_plot(

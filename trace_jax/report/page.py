@@ -5,44 +5,44 @@ from importlib import resources
 from typing import Any
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
 
-from trace_jax.io import drawing
-from trace_jax.io.drawing import TIMES_UNIFORM, Figure, Scale, times
+from trace_jax.io.drawing import TIMES_UNIFORM, WIDE, Figure, as_files
 from trace_jax.io.progress import flatten, format_interval, format_number, format_share, plain_name
 from trace_jax.report import figures
 from trace_jax.report.figures import Number, Style, layer_plot, row_plot, swatch
+from trace_jax.report.routing import BASELINE, MOST_METHODS, corpus_figures, diagnosis_figures, routing_groups
 
-BASELINE = "uniform"  # the method that the verdict compares the others with
 SPLIT = "test"
 EXPERT_COLUMNS = ("layer", "expert", "forget", "retain", "target", "weighted")
 _UNKNOWN = {"value": None, "n": None, "low": None, "high": None}
-MOST_METHODS = 4  # that have heat maps; results.json has the arrays of all
-MOST_OUTLINED = 64  # experts of a layer; in narrower cells outlines would hide the colours
-SUBJECTS = ("forget", "retain")
 _ENDS = ("value", "low", "high")
-_ALIVE, _DEAD, _NEWLY_DEAD, _REVIVED = range(4)
-STATES = Scale(
-    -0.5, 3.5, ("#efeff1", "#8b929b", "#b35806", "#542788"),
-    ((_ALIVE, "used"), (_DEAD, "dead before and after"), (_NEWLY_DEAD, "newly dead"), (_REVIVED, "used again")),
-)  # fmt: skip
-_CAPTIONS = {"gap": "Frequency gap", "js": "Jensen-Shannon divergence", "kl": "KL divergence", "jaccard": "Overlap"}
-# By title, the quantities that have one value per layer; the page says how to read each.
-GROUPS = {
-    "Top-K overlap with the original model": ("jaccard_forget", "jaccard_retain"),
-    "Routing stability": ("stability_forget", "stability_retain"),
-    "Use of each expert": (),
-    "Change of use": (),
-    "Forget against retain text": ("gap", "js", "kl"),
-    "Evenness of the load": ("load_entropy_forget", "load_entropy_retain"),
-    "Dead experts": ("dead_experts_forget", "dead_experts_retain"),
-    "Router drift": ("router_drift",),
-    "Calibration": (),
+_FILES = ("style.css", "template.html")
+_SPLITS = ("test", "validation", "train")
+MOST_ROWS = 400  # of a table of measurements; the run directory has all
+SECTIONS = {
+    "comparison": "At equal forgetting", "fronts": "Utility against forgetting", "steps": "Step by step",
+    "examples": "What the models say", "attacks": "Under attack", "mismatch": "Is there anything to calibrate?",
+    "maps": "Expert activation", "routing": "Routing after unlearning", "damage": "Which experts carry the damage",
+    "certificates": "Certificate of the calibration", "losses": "Losses while unlearning",
+    "measurements": "All measurements", "made": "How it was made", "terms": "Terms",
+}  # fmt: skip
+TERMS = {
+    "forget accuracy": "share of questions on the forget set that the model answers right",
+    "neighbour accuracy": "share of questions right on text that resembles the forget set and is to be kept",
+    "forget probability ratio": "probability per token of the forget text, relative to the target model",
+    "neighbour utility": "probability per token of neighbouring text relative to the target model, at most 1",
+    "general utility": "probability per token of general text relative to the target model, at most 1",
+    "mean utility": "mean of the utilities, each relative to the target model where it is an accuracy",
+    "level": "the value of the forgetting measure at which methods are compared (evaluation.levels)",
+    "uniform": "the baseline: every retain token counts the same",
+    "gain": "mean utility over the baseline's, minus 1, on the same items",
+    "effective sample size": "share of the retain tokens that would say as much if all weighed the same",
+    "target model": "the model before unlearning",
+    "retrained model": "a model that was trained without the forget set",
+    "95 % interval": "where the number would lie on other test items, 95 times of 100; it says nothing of other seeds",
+    "≈": "interpolated on a straight line between two evaluations",
 }
-
-Measured = Mapping[str, Mapping[str, Any]]  # by method, what results.json has under "routing"
-Maps = dict[str, tuple[str | None, np.ndarray]]  # by caption: whose selected experts to outline, and values [L, E]
 
 
 def render(results: Mapping[str, Any]) -> str:
@@ -53,6 +53,7 @@ def render(results: Mapping[str, Any]) -> str:
       title, generated: heading; date and time in words.  verdict: the opening, else `conclusion`, what was found.
       benchmark, forgotten: its name, and what was unlearned in words.  forgetting, chance: name of the forgetting
         measure, and what a model without knowledge has of it (or None).
+      methods_known: methods in the order of their colours.  examples, losses, changed: of `trace_jax.run.page`.
       rows: of the comparison, references first, each with method, kind ("reference", "method" or "control"),
         forgetting (a number: value, n, low, high; or None), utilities (numbers by name), reached (whether it came
         down to the level), step and seeds (or None), note, between (the two evaluations, step and forgetting, that its
@@ -62,12 +63,14 @@ def render(results: Mapping[str, Any]) -> str:
       frequency: forget, retain [L, E], and calibrated [L, E] and selected (bool [L, E]) by method; uniform, K/E, the
         frequency of an expert under uniform routing; layers, numbers of the rows, () counts from 0.
     """
-    rows, methods = results.get("rows", ()), results.get("methods", {})
+    rows, methods = [{"between": (), "gain": None, **r} for r in results.get("rows", ())], results.get("methods", {})
     scores, frequency = results.get("scores", {}), results.get("frequency")
     level, forgetting = results["config"].get("evaluation", {"levels": [None]})["levels"][0], results["forgetting"]
     fronts, attacks = _fronts(results), _attacks(results, forgetting)
     measured = {m: r["routing"] for m, r in methods.items() if frequency and "quantities" in r.get("routing", {})}
-    styles = figures.method_styles([*fronts, *(m for values in scores.values() for m in values)], BASELINE)
+    names = [*fronts, *(m for values in scores.values() for m in values)]
+    styles = figures.method_styles(names, BASELINE, results.get("methods_known", ()))
+    losses, settings = results.get("losses", {}), flatten(results["config"])
     target = next((row for row in rows if row["kind"] == "reference"), None)
     certificates = {}
     for name, certificate in results.get("certificates", {}).items():  # the largest gap of forget and retain first
@@ -82,14 +85,15 @@ def render(results: Mapping[str, Any]) -> str:
         "verdict": "", "conclusion": "", "forgotten": "the forget corpus", "generated": "", "diagnosis": None,
         **results,
         "rows": rows, "columns": _columns(rows, forgetting), "target": target,
-        "baseline": BASELINE, "level": level, "single": "runs" not in results and results["config"].get("seed"),
+        "baseline": BASELINE, "level": level, "single": None if "runs" in results else results["config"].get("seed"),
         "gains": any(row.get("gain") for row in rows),
-        "fronts": figures.front_figures(fronts, styles, forgetting=forgetting, level=level, target=target),
+        "fronts": figures.front_figures(fronts, styles, forgetting=forgetting, level=level),
         "steps": figures.step_figures(scores, styles),
         "runs": {method: len(runs) for method, runs in fronts.items()},
         "legend": legend(styles, "fronts"),
         "attacks": attacks,
         "maps": corpus_figures(frequency) if frequency else (),
+        "wide_maps": bool(frequency) and len(frequency["forget"][0]) > WIDE,
         "map_scale": TIMES_UNIFORM.legend(),
         "mismatch": diagnosis_figures(results["diagnosis"]) if results.get("diagnosis") else (),
         "measured": list(measured.values()), "most_maps": MOST_METHODS,
@@ -98,10 +102,16 @@ def render(results: Mapping[str, Any]) -> str:
         "damage": _damage({m: r["patching"] for m, r in methods.items() if "patching" in r}, styles),
         "certificates": certificates,
         "expert_columns": EXPERT_COLUMNS,
-        "measurements": _measurements(results),
+        "losses": figures.loss_figures(losses, styles), "loss_legend": legend(losses, "losses"),
+        "measurements": _measurements(results), "most_rows": MOST_ROWS,
+        "facts": _facts(results), "terms": TERMS,
+        "examples": results.get("examples", ()),
         "trained": {m: r["trained"] for m, r in methods.items() if "trained" in r},
-        "settings": flatten(results["config"]), "versions": flatten(results.get("environment", {})),
+        "settings": settings, "versions": flatten(results.get("environment", {})),
     }  # fmt: skip
+    changed = results.get("changed")
+    page["changed"] = [(n, v) for n, v in settings if changed and any(n == c or n.startswith(f"{c}.") for c in changed)]
+    page["sections"] = {name: title for name, title in SECTIONS.items() if name == "made" or _is_there(page, name)}
     if attacks:
         page["attack_legend"] = legend(attacks["methods"], "attacks")
         label = f"{measure} before and after unlearning and after each attack, one marker per method"
@@ -116,8 +126,52 @@ def render(results: Mapping[str, Any]) -> str:
         "gain": lambda x: f"{100 * x:+.1f} %",
     }
     environment.globals |= {"interval": format_interval}
-    source = resources.files("trace_jax.report").joinpath("template.html").read_text(encoding="utf-8")
+    page["style"], source = (resources.files("trace_jax.report").joinpath(n).read_text("utf-8") for n in _FILES)
     return environment.from_string(source).render(page)
+
+
+def _is_there(page: Mapping[str, Any], section: str) -> bool:
+    return bool(page["rows" if section == "comparison" else section])
+
+
+def figure_files(results: Mapping[str, Any]) -> dict[str, bytes]:
+    """The fronts, steps and losses of `render` as files for a paper, by name."""
+    fronts, scores, losses = _fronts(results), results.get("scores", {}), results.get("losses", {})
+    names = [*fronts, *(m for values in scores.values() for m in values)]
+    styles = figures.method_styles(names, BASELINE, results.get("methods_known", ()))
+    level = results["config"].get("evaluation", {"levels": [None]})["levels"][0]
+    about: dict[str, Any] = {"forgetting": results["forgetting"], "level": level}
+    groups = {"front": figures.front_figures(fronts, styles, **about), "step": figures.step_figures(scores, styles)}
+    groups["training"] = figures.loss_figures(losses, styles)
+    drawn = {f"{group}-{f.caption.replace(' ', '_')}": f for group, several in groups.items() for f in several}
+    return {f"{name}.{suffix}": content for name, f in drawn.items() for suffix, content in as_files(f).items()}
+
+
+def _facts(results: Mapping[str, Any]) -> dict[str, str]:
+    """What the numbers cost and are of, in words."""
+    facts, methods, environment = {}, results.get("methods", {}), results.get("environment", {})
+    frequency, config = results.get("frequency"), results["config"]
+    if trained := next((result["trained"] for result in methods.values() if result.get("trained")), None):
+        facts["model"] = f"{format_number(sum(array['parameters'] for array in trained))} parameters"
+        if frequency:
+            layers, experts = len(frequency["forget"]), len(frequency["forget"][0])
+            facts["model"] += f", {layers} MoE layers of {experts} experts, top {round(frequency['uniform'] * experts)}"
+        if path := config.get("model", {}).get("path"):
+            facts["model"] += f" ({path})"
+    timed = {m: r for m, r in methods.items() if r.get("seconds_per_step")}
+    if timed:
+        each = (f"{m} {format_number(r['seconds_per_step'] * r['step'])} s" for m, r in timed.items())
+        steps = ", ".join(dict.fromkeys(format_number(r["step"]) for r in timed.values()))
+        facts["unlearning"] = f"{steps} steps: {', '.join(each)}, without compilation and evaluation"
+    if devices := environment.get("devices"):
+        kinds = ", ".join(f"{devices.count(kind)} × {kind.split(':')[-1]}" for kind in dict.fromkeys(devices))
+        facts["device"] = f"{kinds}; {environment['cores']} CPU cores" if environment.get("cores") else kinds
+    if "seed" in config:
+        seeds = config.get("study", {}).get("seeds", ()) if "runs" in results else [config["seed"]]
+        facts["seeds" if len(seeds) > 1 else "seed"] = ", ".join(map(str, seeds))
+    if environment.get("command"):
+        facts["command"] = environment["command"]
+    return facts
 
 
 def _fronts(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
@@ -228,145 +282,39 @@ def _number(measurements: Sequence[Mapping[str, Any]], name: str) -> Number:
     return next((m for m in measurements if m["name"] == name and m["split"] == SPLIT), _UNKNOWN)
 
 
-def _measurements(results: Mapping[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
-    """Every list of measurements in results.json or series.json, by what was measured."""
-    lists, methods = {f"{n} model": ms for n, ms in results.get("references", {}).items()}, results.get("methods", {})
-    lists |= {label: result["measurements"] for label, result in methods.items()}
+def _measurements(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Tables of everything that was measured, a line a measure and a column a model: of the references and methods,
+    then of each attack and of each step of a series.
+    """
+    methods = results.get("methods", {})
+    models = {f"{name} model": measured for name, measured in results.get("references", {}).items()}
+    models |= {label: result["measurements"] for label, result in methods.items()}
+    groups = {"": models}
     for label, result in methods.items():
         for name, attack in result.get("attacks", {}).items():
-            for point in attack["points"]:
-                lists[f"{label}, {name.replace('_', ' ')}, {point['at']}"] = point["measurements"]
+            of_attack = groups.setdefault(f"after {plain_name(name)}, ", {})
+            of_attack |= {f"{label}, {point['at']}": point["measurements"] for point in attack["points"]}
     for step in results.get("steps", ()):
-        lists |= {f"{label}, step {step['step']}": r["measurements"] for label, r in step["methods"].items()}
-    return lists
-
-
-# --- routing: where text is sent, and every quantity that `trace_jax.evaluation.routing` measures
-
-
-def corpus_figures(frequency: Mapping[str, Any]) -> list[Figure]:
-    """Heat maps of the forget set, of the retain set, and of it after each calibration, selected experts outlined."""
-    maps: Maps = {"Forget set": (None, frequency["forget"]), "Retain set, before": (None, frequency["retain"])}
-    maps |= {f"Retain set, calibrated by {m}": (m, values) for m, values in frequency["calibrated"].items()}
-    scaled = {caption: (m, times(values, frequency["uniform"])) for caption, (m, values) in maps.items()}
-    return _draw(scaled, TIMES_UNIFORM, "activation frequency", frequency["selected"], frequency["layers"])
-
-
-def diagnosis_figures(diagnosis: Mapping[str, Any]) -> list[Figure]:
-    """By layer how differently two texts are routed, with the noise dotted; and what weights can do about it."""
-    styles, plots = figures.method_styles([BASELINE, "texts"], BASELINE), []
-    for name, of in diagnosis["quantities"].items():
-        drawn = {"texts": {"layers": diagnosis["layers"], "value": of["value"]}}
-        noise, caption = {"value": of["noise"]}, f"{plain_name(name).capitalize()} by layer"
-        label, limits = f"{caption}, forget against retain text", _limits(name, [drawn["texts"], noise])
-        plots.append(layer_plot(drawn, styles, caption, label, original=noise, limits=limits))
-    return [*plots, figures.curve_plot(diagnosis["curve"])] if diagnosis["curve"] else plots
-
-
-def _draw(maps: Maps, scale: Scale, what: str, selected: Mapping[str, Any], layers: Sequence[int]) -> list[Figure]:
+        groups[f"step {step['step']}, "] = {label: r["measurements"] for label, r in step["methods"].items()}
     return [
-        drawing.heat_map(values, scale, caption, what, selected=selected.get(method or ""), layers=layers)
-        for caption, (method, values) in maps.items()
+        {"title": f"{title}{split} split", "columns": list(of), "rows": rows}
+        for title, of in groups.items()
+        for split in _SPLITS
+        if (rows := _lines(of, split))
     ]
 
 
-def routing_groups(
-    measured: Measured, frequency: Mapping[str, Any], styles: Mapping[str, Style]
-) -> list[dict[str, Any]]:
-    """Every quantity that was measured on unlearned models: title, panels, and maps with the legend of their scale."""
-    maps, groups = _maps(measured, frequency["uniform"]), []
-    selected = frequency["selected"] if len(frequency["forget"][0]) <= MOST_OUTLINED else {}
-    for title, names in GROUPS.items():
-        panels = _calibration(measured, styles) if title == "Calibration" else _by_layer(measured, names, styles)
-        what, shown, scale = maps.get(title, ("", {}, TIMES_UNIFORM))
-        drawn = _draw(shown, scale, what, selected, frequency["layers"])
-        outlined = any(method in selected for method, _ in shown.values())
-        if panels or drawn:
-            legend = {"scale": scale.legend(), "outlined": outlined}
-            groups.append({"title": title, "panels": panels, "maps": drawn, **legend})
-    return groups
-
-
-def _maps(measured: Measured, uniform: float) -> dict[str, tuple[str, Maps, Scale]]:
-    """By title: what the maps of the first methods show, the maps, and the scale that they share."""
-    first = dict(list(measured.items())[:MOST_METHODS])
-    original = next(iter(first.values()))["frequency"]["original"]
-    use: Maps = {f"Use, original model, {s} text": (None, times(original[s], uniform)) for s in SUBJECTS}
-    gap: Maps = {"Forget − retain, original model": (None, np.subtract(original["forget"], original["retain"]))}
-    change: Maps = {}
-    states: Maps = {}
-    for method, result in first.items():
-        old, new = ({s: np.array(result["frequency"][m][s]) for s in SUBJECTS} for m in ("original", "unlearned"))
-        gap[f"Forget − retain, {method}"] = method, new["forget"] - new["retain"]
-        for s in SUBJECTS:
-            use[f"Use, {method}, {s} text"] = method, times(new[s], uniform)
-            change[f"Change, {method}, {s} text"] = method, new[s] - old[s]
-            was, is_used = old[s] > 0, new[s] > 0
-            state = np.select([was & is_used, ~was & ~is_used, was], [_ALIVE, _DEAD, _NEWLY_DEAD], _REVIVED)
-            states[f"Dead experts, {method}, {s} text"] = None, state
-    drift: Maps = {f"Drift by expert, {m}": (m, np.array(r["expert_drift"])) for m, r in first.items()}
-
-    def scale(maps: Maps, *, diverging: bool = True) -> Scale:
-        return drawing.scale_of([values for _, values in maps.values()], diverging=diverging)
-
-    maps = {
-        "Use of each expert": ("activation frequency", use, TIMES_UNIFORM),
-        "Change of use": ("change of activation frequency", change, scale(change)),
-        "Forget against retain text": ("forget − retain frequency", gap, scale(gap)),
-    }
-    if any(values.any() for _, values in states.values()):
-        maps["Dead experts"] = "dead experts", states, STATES
-    if any(values.any() for _, values in drift.values()):
-        maps["Router drift"] = "relative change of router weights", drift, scale(drift, diverging=False)
-    return maps
-
-
-def _by_layer(measured: Measured, names: Sequence[str], styles: Mapping[str, Style]) -> list[Figure]:
-    """One plot by layer per quantity; plots of one quantity on both corpora share their axis."""
-
-    def values_of(name: str) -> dict[str, Mapping[str, Any]]:
-        return {m: {"layers": r["layers"], **q} for m, r in measured.items() if (q := r["quantities"].get(name))}
-
-    plots = []
-    for name in names:
-        kind, _, subject = name.rpartition("_") if name.endswith(SUBJECTS) else (name, "", "")
-        alike = [n for other in names if other.startswith(kind) for n in (other, f"{other}_original")]
-        drawn = [quantity for n in alike for quantity in values_of(n).values()]
-        if shown := values_of(name):
-            caption = _CAPTIONS.get(kind) or plain_name(kind).capitalize()
-            caption += f", {subject} text" if subject else ""
-            original = next(iter(values_of(f"{name}_original").values()), None)
-            label, limits = f"{plain_name(name)} by layer, one line per method", _limits(kind, drawn)
-            plots.append(layer_plot(shown, styles, caption, label, original=original, limits=limits))
-    return plots
-
-
-def _limits(kind: str, quantities: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """Ends of the axis: shares from 0 to 1; entropies from a little below the lowest to 1; others from 0."""
-    if kind in ("jaccard", "stability"):
-        return 0.0, 1.0
-    values = [x for q in quantities for end in ("value", "low", "high") for x in q.get(end, ()) if x is not None]
-    if kind == "load_entropy":
-        return max(0.0, np.floor(10 * min(values, default=0.0)) / 10), 1.0
-    return 0.0, max(values, default=1.0) or 1.0
-
-
-def _calibration(measured: Measured, styles: Mapping[str, Style]) -> list[Figure]:
-    """The gap by layer of each method, and the effective sample size of all."""
-    calibrated = {m: r["calibration"] for m, r in measured.items() if r.get("calibration")}
-    gaps = {m: c for m, c in calibrated.items() if c.get("gap_after") is not None}
-    top = max((x for c in gaps.values() for x in (*c["gap_before"], *c["gap_after"])), default=0.0) or 1.0
-    plots = [
-        layer_plot(
-            {method: {"layers": c["layers"], "value": c["gap_after"]}}, styles, f"Calibration gap, {method}",
-            f"calibration gap of {method} by layer, before and after", original={"value": c["gap_before"]},
-            limits=(0.0, top),
-        )
-        for method, c in list(gaps.items())[:MOST_METHODS]
-    ]  # fmt: skip
-    shares = {m: c["effective_sample_size"] for m, c in calibrated.items() if c["effective_sample_size"] is not None}
-    if shares:
-        rows = {f"{m}: {format_share(x)}": {m: {"value": x, "low": None, "high": None}} for m, x in shares.items()}
-        label = "effective sample size of the retain weights, by method"
-        plots.append(row_plot(rows, styles, "Effective sample size", label, share=True))
-    return plots
+def _lines(columns: Mapping[str, Sequence[Mapping[str, Any]]], split: str) -> list[dict[str, Any]]:
+    """Name, n (of all, else None and of each), notes, and a number or None for each column."""
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    for column, measured in columns.items():
+        for one in measured:
+            if one["split"] == split:
+                lines.setdefault((one["name"], one.get("profile", "")), {})[column] = one
+    rows = []
+    for (name, profile), cells in lines.items():
+        counts = {cell["n"] for cell in cells.values()}
+        notes = dict.fromkeys(cell["note"] for cell in cells.values() if cell.get("note"))
+        about = {"profile": profile, "n": counts.pop() if len(counts) == 1 else None, "notes": "; ".join(notes)}
+        rows.append({"name": name, **about, "cells": [cells.get(column) for column in columns]})
+    return rows

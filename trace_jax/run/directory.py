@@ -22,9 +22,10 @@ from trace_jax.io import files
 from trace_jax.io.files import decode, encode
 from trace_jax.io.progress import say, timed
 from trace_jax.parallel.processes import all_processes, barrier, broadcast_from_process_0
-from trace_jax.report.page import render
+from trace_jax.report.page import figure_files, render
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.run.experiment import METHODS, ExperimentConfig
+from trace_jax.run.page import changed_settings, loss_curves, text_examples
 from trace_jax.tasks.benchmarks import BENCHMARKS
 from trace_jax.unlearning.metrics import front_rows
 
@@ -188,7 +189,8 @@ def equal_forgetting(
 
 
 def write_report(workdir: str | os.PathLike) -> Path:
-    """Writes report.html of a finished run, study or series from its files. Returns where it is.
+    """Writes report.html of a finished run, study or series from its files, and its fronts and curves as figures/*.svg
+    and *.pdf. Returns where the page is.
 
     Example:
       >>> tj.write_report("runs/mine").name
@@ -199,7 +201,17 @@ def write_report(workdir: str | os.PathLike) -> Path:
     benchmark, board = BENCHMARKS[page["benchmark"]], scoreboard(page, page["benchmark"])
     page["config"], page["environment"] = needed(path / "config.json")["config"], needed(path / "environment.json")
     page |= {"forgetting": board.forgetting, "chance": board.chance}
+    page |= {"methods_known": tuple(dict.fromkeys(("uniform", "trace", "trace_rows", *METHODS)))}
+    page["changed"] = changed_settings(page["config"])
     page["generated"] = datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")
+    if "comparisons" in page:
+        first = {c.get("objective", ""): c for c in reversed(page["comparisons"])}
+        found = {o: comparison.study_conclusion(c, board.forgetting, CONTROLS) for o, c in reversed(first.items())}
+        page["conclusion"] = " ".join(f"{o}: {text}" if o else text for o, text in found.items())
+        for row in page["rows"]:
+            objective, method, _ = row["run"]
+            gains = {r["method"]: r["gains"].get(fronts.MEAN) for r in first[objective]["results"]}
+            row["gain"] = gains[method] if method != first[objective]["baseline"] else None
     if "methods" in page:
         calibrations = {label: calibration_directory(path, label) for label in page["methods"]}
         solved = {label: files.read_json(place / "calibration.json") for label, place in calibrations.items()}
@@ -210,8 +222,13 @@ def write_report(workdir: str | os.PathLike) -> Path:
             "conclusion": comparison.conclusion(table),
             "frequency": _frequency(path, calibrations),
         }
+        page["examples"] = text_examples(path, page["config"], page["methods"])
+        page["losses"] = loss_curves(path, page["methods"])
         page["diagnosis"] = files.read_json(path / "statistics" / "diagnosis.json")
         page["certificates"] = {label: s["certificate"] for label, s in solved.items() if s is not None}
+    for name, content in figure_files(page).items():
+        with files.replacing(path / "figures" / name) as temporary:
+            temporary.write_bytes(content)
     with files.replacing(path / "report.html") as temporary:
         temporary.write_text(render(page), encoding="utf-8")
     return path / "report.html"
@@ -227,7 +244,11 @@ def _rows(path: Path, results: Mapping[str, Any], board: Scoreboard, table: Mapp
     same = {"kind": "reference", "reached": True, "step": None, "seeds": None, "note": "", "between": [], "gain": None}
     rows = [{"method": f"{n} model", **numbers(on_test(ms)), **same} for n, ms in results["references"].items()]
     exact = {"value": 1.0, "low": None, "high": None, "n": None}
-    rows[0]["utilities"][fronts.MEAN] = exact | {"value": table["rows"][0]["values"][fronts.MEAN]}
+    target = on_test(results["references"]["target"])
+    for row, measured in zip(rows, map(on_test, results["references"].values()), strict=True):
+        own = {n: measured[n].value for n in board.utilities if n in measured and n in target}
+        relative = [value / target[n].value if board.utilities[n] else value for n, value in own.items()]
+        row["utilities"][fronts.MEAN] = encode(exact | {"value": float(np.mean(relative)) if relative else None})
     for row in table["rows"][1:]:
         label, result = row["name"], results["methods"][row["name"]]
         front = decode(fronts.Front, result["fronts"][SPLIT])

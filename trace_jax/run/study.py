@@ -26,7 +26,6 @@ from trace_jax.io.files import decode, encode, link, read_json, replacing, shown
 from trace_jax.io.progress import progress, say
 from trace_jax.parallel.processes import keep_freed_memory
 from trace_jax.run.directory import (
-    CONTROLS,
     check_workdir,
     comparison_row,
     needed,
@@ -184,10 +183,6 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> 
     forgotten, names = config.data.forgotten, ("method", "setting", "seed", "test")
     study = {"name": config.name, "title": f"Study: unlearning {forgotten}", "benchmark": config.data.name}
     study |= {"board": encode(board), "forgotten": forgotten, "rows": _rows(comparisons)}
-    found = {
-        o: comparison.study_conclusion(first, board.forgetting, CONTROLS) for o, (first, *_) in comparisons.items()
-    }
-    study["conclusion"] = " ".join(f"{o}: {text}" if o else text for o, text in found.items())
     study["comparisons"] = [of[objective] | encode(c) for objective, cs in comparisons.items() for c in cs]
     study["seconds_per_step"] = {method: float(np.median(values)) for method, values in seconds.items()}
     told = ((of[objective], r) for objective, group in runs.items() for r in group)
@@ -217,8 +212,7 @@ def _rows(comparisons: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any
             missed = f"; seeds {', '.join(map(str, result.missed))} did not reach the level" if result.missed else ""
             note = f"; {result.setting} chosen of {result.settings}{missed}"
             numbers = {"forgetting": forgetting, "utilities": encode(result.utilities)}
-            gain = None if result.method == first.baseline else encode(result.gains.get(fronts.MEAN))
-            rest = {"reached": bool(result.seeds), "seeds": len(result.seeds), "gain": gain}
+            rest = {"reached": bool(result.seeds), "seeds": len(result.seeds)}
             rest["run"] = objective, result.method, result.setting
             rows.append(comparison_row(name, result.method, numbers, note, **rest))
     return rows
