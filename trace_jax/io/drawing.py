@@ -95,6 +95,8 @@ def inline(figure: Any, label: str, *, hidden: bool = False) -> Markup:
 
 def as_files(figure: Figure) -> dict[str, bytes]:
     """A figure for a paper, by suffix "svg" and "pdf", in the colours of a light page, with its legend."""
+    import matplotlib as mpl
+
     axes = figure.canvas.axes[0]
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=8)
@@ -102,8 +104,6 @@ def as_files(figure: Figure) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "x", "text.parse_math": False, "pdf.compression": 0}
     for suffix, metadata in (("svg", {"Date": None, "Creator": None}), ("pdf", {"CreationDate": None})):
-        import matplotlib as mpl
-
         buffer = io.BytesIO()
         with mpl.rc_context(settings):
             figure.canvas.savefig(buffer, format=suffix, bbox_inches="tight", metadata=metadata)
