@@ -153,7 +153,8 @@ def test_values_are_literals_or_text_and_an_unknown_argument_is_named(capsys):
     assert (config.methods, config.evaluation.levels, config.study.seeds) == (("trace",), (0.4,), (0, 1))
     with pytest.raises(SystemExit):
         parse([*QUICK, "--learning_rate=3"])
-    assert "unknown argument '--learning_rate=3'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "unknown argument '--learning_rate=3'; did you mean --config.target.learning_rate=3 or --config.unl" in said
 
 
 def test_doctor_reports_versions(capsys):
@@ -161,6 +162,7 @@ def test_doctor_reports_versions(capsys):
     out = capsys.readouterr().out
     assert trace_jax.__version__ in out and "ready." in out
     count = jax.device_count()
+    assert "  commit  " in out and "  memory  " in out and "  Hugging Face token " in out and "  datasets  " in out
     assert f"{count} x cpu:cpu" in out and f"processes          1; a mesh has {count} devices\n" in out
 
 

@@ -37,10 +37,15 @@ COMMANDS = {
     "settings": ("run.settings", "every setting of an experiment: its default, what it may be, what it is", ""),
     "doctor": ("io.environment", "versions, devices, what is missing", ""),
 }
-_OVERVIEW = """usage: python -m trace_jax.main [COMMAND] [OPTION ...]
+_COMMANDS = "\n".join(f"  {name:<10}{about}" for name, (_, about, _) in COMMANDS.items())
+_OVERVIEW = f"""usage: trace-jax [COMMAND] [OPTION ...]     (or python -m trace_jax.main)
 
 commands (run if none is named; COMMAND --help says more):
-""" + "\n".join(f"  {name:<10}{about}" for name, (_, about, _) in COMMANDS.items())
+{_COMMANDS}
+
+first:       trace-jax --config quickstart
+your text:   trace-jax --config text --config.data.forget=forget.jsonl --config.data.retain=retain.jsonl --dry-run
+TRACE_JAX_TRACEBACK=1 in the environment shows where an error comes from."""
 _EPILOG = """Any setting can be overridden: --config.unlearning.learning_rate=1e-5 (values are Python literals or text).
 --config FILE:variant passes the variant to the file's get_config. `settings` lists all settings."""
 
@@ -88,7 +93,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise ValueError(f"there is no command {name!r}{near or '.'} Commands: {', '.join(COMMANDS)}.")
     module, about, shared = COMMANDS[name]
     command = importlib.import_module(f"trace_jax.{module}")
-    parser = argparse.ArgumentParser(f"trace_jax.main {name}", description=about)
+    parser = argparse.ArgumentParser(f"trace-jax {name}", description=about)
     if "config" in shared:
         parser.epilog = _EPILOG
         parser.add_argument(
@@ -117,7 +122,7 @@ def _overrides(parser: argparse.ArgumentParser, rest: list[str], *, settings: bo
     overrides, words = {}, iter(rest)
     for word in words:
         if not (settings and word.startswith("--config.")):
-            parser.error(f"unknown argument {word!r}" + "; settings are --config.section.name=value" * settings)
+            parser.error(f"unknown argument {word!r}" + (f"; {_spelling(word)}" if settings else ""))
         name, equals, value = word.removeprefix("--config.").partition("=")
         value = value if equals else next(words, None)
         if value is None:
@@ -126,6 +131,17 @@ def _overrides(parser: argparse.ArgumentParser, rest: list[str], *, settings: bo
             value = ast.literal_eval(value)
         overrides[name] = value
     return overrides
+
+
+def _spelling(word: str) -> str:
+    """How the setting is given that an unknown argument seems to mean."""
+    from trace_jax.run.settings import settings
+
+    name, equals, value = word.lstrip("-").partition("=")
+    paths = [s.path for s in settings() if f".{s.path}".endswith(f".{name}")]
+    if not paths:
+        return "settings are --config.section.name=value; the command `settings` lists them"
+    return f"did you mean {' or '.join(f'--config.{path}{equals}{value}' for path in dict.fromkeys(paths))}?"
 
 
 if __name__ == "__main__":

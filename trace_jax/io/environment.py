@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import jax
 
 import trace_jax
@@ -27,6 +28,9 @@ OPTIONAL = {
     "wandb": "only for tracking: pip install wandb",
     "trackio": "only for tracking: pip install trackio",
     "gcsfs": "only for gs:// addresses: pip install gcsfs",
+    "datasets": "only for huggingface: sources: pip install datasets",
+    "tensorflow-datasets": "only for tfds: sources: pip install tensorflow-datasets array_record",
+    "lm-eval": "only for its tasks: pip install lm-eval",
 }
 _FREE_BYTES = 2 << 30
 
@@ -87,11 +91,15 @@ def main(_: argparse.Namespace) -> int:
     others = "" if expected == count else f" ({said_by} says {expected} processes; `run` joins them)"
     free = shutil.disk_usage(".").free
     healthy = free > _FREE_BYTES and all(about["packages"].values())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     lines = [
         f"trace_jax {about['trace_jax']}, Python {about['python']}, {about['platform']}, {about['cores']} cores",
         *lines,
         f"  devices            {', '.join(f'{number} x {kind}' for kind, number in kinds.items())}",
         f"  processes          {count}; a mesh has {len(about['devices'])} devices{others}",
+        f"  commit             {about['commit'] or 'not of a checkout'}",
+        f"  memory             {memory:.1f} GiB of this machine",
+        f"  Hugging Face token {'yes' if huggingface_hub.get_token() else 'no (gated data and models need one)'}",
         *(f"  {name:18} {version_of(name) or 'not installed (' + how + ')'}" for name, how in OPTIONAL.items()),
         f"  free disk here     {free / 2**30:.1f} GiB{'' if free > _FREE_BYTES else '  (a run writes up to 2 GiB)'}",
         "ready." if healthy else "not ready: see above.",
