@@ -39,7 +39,9 @@ def shared_ngrams(left: Sequence[Document], right: Sequence[Document], n: int = 
         return None
     ngrams = np.unique(known[found])
     sharing = np.unique(owners[np.isin(known, ngrams)])
-    return Shared(len(sharing), len(np.unique(holders)), len(ngrams), (left[owners[found[0]]], right[holders[0]]))
+    return Shared(
+        len(sharing), len(np.unique(holders)), len(ngrams), (left[int(owners[found[0]])], right[int(holders[0])])
+    )
 
 
 def _words(document: Document) -> list[str]:

@@ -70,10 +70,11 @@ def progress(
             now, about = time.monotonic(), [note] * bool(note)
             if first and base == start < done:
                 began, base = now, done
-            if done > base:
+            if done > base and now - began >= 1.0:  # steps are dispatched ahead: earlier it would be that rate
                 each = (now - began) / (done - base)
                 rate = f"{1 / each:.1f}/s" if each < 1 else f"{duration(each)} each"
-                about = [rate, f"{duration((total - done) * each)} left", *about]
+                left = [f"{duration(max(1, round((total - done) * each)))} left"] * (done < total)
+                about = [rate, *left, *about]
             bar.update(task, completed=done, note=", ".join(about))
             if bar.disable and now - spoken >= _SECONDS_BETWEEN_LINES:  # logs of pods and notebooks stay readable
                 spoken = now

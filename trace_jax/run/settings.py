@@ -49,7 +49,7 @@ def _walk(cls: type[Section], path: str, of: str, count: int) -> Iterator[tuple[
             accepts = ", ".join(variants[0].kinds) if variants else _accepted(about, hints[field.name])
             yield name, of, count, usual.get(field.name, "required"), accepts, about["help"]
         for kind in [kind for variant in variants for kind in variant.kinds.values()] or sections:
-            named = kind.name if variants else kind.__name__ if len(sections) > 1 else ""
+            named = kind.name if issubclass(kind, Variant) else kind.__name__ if len(sections) > 1 else ""
             yield from _walk(kind, f"{name}.", named, len(variants[0].kinds) if variants else len(sections))
 
 
