@@ -9,7 +9,7 @@
 # Reads a study or several runs with pandas, draws their fronts, and writes the table of a paper in LaTeX.
 # A study is what `python -m trace_jax.main study` leaves: methods, settings and seeds under one budget.
 #
-# Without one, **Run all** makes a small one here: on two CPU cores that takes some ten minutes.
+# Without one, **Run all** makes a small one here: that takes some minutes.
 
 # %%
 # @title Set up: what is here, what is needed { display-mode: "form" }
@@ -188,7 +188,8 @@ frames = []
 for run in runs:
     of_run = run.metrics()
     if "seed" not in of_run:  # no study
-        of_run = of_run.assign(variant=run.directory.name, seed=run.config.seed)
+        settings = json.loads((run.directory / "config.json").read_text())["config"]
+        of_run = of_run.assign(variant=run.directory.name, seed=settings["seed"])
     frames.append(of_run)
 frame = pd.concat(frames, ignore_index=True)
 print(f"{len(frame):,} numbers; for example:")
@@ -197,48 +198,53 @@ frame[frame.split == "test"].sample(5, random_state=0)
 # %% [markdown]
 # ## 4. What is compared
 #
-# The file beside the report says which score tells forgetting (lower is more forgotten), and which ones
-# tell the utility that is to remain.
+# The file beside the report says which score tells forgetting (lower is more forgotten), which ones tell the
+# utility that is to remain, and at which level of forgetting methods are compared.
 
 # %%
 is_study = (runs[0].directory / "study.json").exists()
-told = json.loads((runs[0].directory / ("study.json" if is_study else "results.json")).read_text())
+files = [run.directory / ("study.json" if is_study else "results.json") for run in runs]
+told = [json.loads(file.read_text()) for file in files]
 if is_study:
-    forgetting, utilities = told["board"]["forgetting"], told["board"]["utilities"]
-    level = told["comparisons"][0]["level"]
+    board, level = told[0]["board"], told[0]["comparisons"][0]["level"]
+    forgetting, utilities = board["forgetting"], board["utilities"]
 else:
-    forgetting, *utilities, _ = told["equal_forgetting"][0]["columns"]
+    first = told[0]["equal_forgetting"][0]
+    level, (forgetting, *utilities) = first["level"], first["columns"]
 utilities = [name for name in utilities if name in set(frame.name)]
-forgetting, utilities
+print(f"{forgetting} of {level:g}; utility: {', '.join(utilities)}")
 
 # %% [markdown]
-# Of a study, each method is read with the setting that did best on the validation split, on the test
-# split, where forgetting first comes down to the level of the study: means over the seeds that come so
-# far, with 95 % intervals over seeds and questions. Gains are over the tuned baseline, paired by seed and
-# question. Of runs it is the state that each method kept, measured on the test split.
+# Each method is read on the test split where it first comes down to that level. Intervals are over the
+# questions, and over seeds where there are several; gains are over the baseline, paired by question. Of a
+# study it is the setting that did best on the validation split, and 1 is the model before unlearning.
 
 # %%
 about, compared = {}, []
+
+
+def add(label, method, setting, seeds, values, gains):
+    about[label] = method, setting, seeds
+    compared.extend({"label": label, "name": name, **number} for name, number in values.items())
+    if "mean_utility" in gains:
+        compared.append({"label": label, "name": "gain in mean utility", **gains["mean_utility"]})
+
+
 if is_study:
-    for comparison in told["comparisons"]:
-        if (comparison["level"], comparison["reading"]) != (level, "first"):
-            continue
-        objective = comparison.get("objective", "")  # where the study compares several
-        for result in comparison["results"]:
-            label = f"{objective} {result['method']}".strip()
-            setting, seeds = f"{objective} {result['setting']}".strip(), len(result["seeds"])
-            about[label] = result["method"], setting, f"{seeds} of {seeds + len(result['missed'])}"
-            reached = {"gain in mean utility": result["gains"]["mean_utility"]} if result["gains"] else {}
-            for name, interval in (result["utilities"] | reached).items():
-                compared.append({"label": label, "name": name, **interval})
+    for comparison in told[0]["comparisons"]:
+        if (comparison["level"], comparison["reading"]) == (level, "first"):
+            objective = comparison.get("objective", "")  # where the study compares several
+            for one in comparison["results"]:
+                label, setting = (f"{objective} {one[name]}".strip() for name in ("method", "setting"))
+                seeds = f"{len(one['seeds'])} of {len(one['seeds']) + len(one['missed'])}"
+                add(label, one["method"], setting, seeds, one["utilities"], one["gains"])
 else:
-    for run in runs:
-        seed, final = run.config.seed, run.metrics(final=True).query("split == 'test'")
-        for method, own in final[final.name.isin([forgetting, *utilities])].groupby("method", sort=False):
-            if method in run.methods:
-                label = method if len(runs) == 1 else f"{run.directory.name}: {method}"
-                about[label] = method, run.directory.name, seed
-                compared += own.assign(label=label).to_dict("records")
+    for of_run, results in zip(frames, told, strict=True):
+        place, seed = of_run.variant[0], of_run.seed[0]
+        for row in results["equal_forgetting"][0]["rows"][1:]:  # the first is the target model
+            label = row["name"] if len(runs) == 1 else f"{place}: {row['name']}"
+            values = row.get("intervals") or {name: {"value": v} for name, v in row["values"].items()}
+            add(label, row["name"], place, seed, values, row.get("gains", {}))
 
 compared = pd.DataFrame(compared, columns=["label", "name", "value", "low", "high"])
 about = pd.DataFrame(about, index=["method", "setting", "seeds" if is_study else "seed"]).T
@@ -285,26 +291,27 @@ plt.show()
 # ## 6. All methods side by side
 #
 # A panel for each quantity of section 4. Dots are means over seeds, lines 95 % intervals, and the dotted
-# line is the first method. Gains are paired: where their interval leaves out 0, the method is better or
+# line is the first method, or no gain. Gains are paired: where their interval leaves out 0, the method is better or
 # worse than the baseline, even if the intervals of other panels overlap.
 
 # %%
-names = list(dict.fromkeys(compared.name))
+names = [name for name in dict.fromkeys(compared.name) if name != forgetting]
 size = (3 * len(names) + 1, 0.7 + 0.26 * len(about))
 figure, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained")
 for axis, name in zip(axes[0], names, strict=True):
     of = compared[compared.name == name].set_index("label").reindex(about.index)
     bars = [of.value - of.low, of.high - of.value]
     axis.errorbar(of.value, range(len(of)), xerr=np.maximum(bars, 0), fmt="o", color="#b5403a", elinewidth=1.5)
-    axis.axvline(of.value.iloc[0], color="black", linestyle=":", linewidth=1)
+    axis.axvline(0 if name.startswith("gain") else of.value.iloc[0], color="black", linestyle=":", linewidth=1)
     axis.set(xlabel=name.replace("_", " "), yticks=range(len(of)), yticklabels=of.index)
-axes[0, 0].invert_yaxis()
+axes[0, 0].set_ylim(len(about) - 0.5, -0.5)
 plt.show()
 
 # %% [markdown]
 # ## 7. The table of a paper
 #
-# Means and 95 % intervals. A method without numbers did not come down to the level.
+# Means and 95 % intervals. A method without numbers did not come down to the level. Outside a notebook
+# `python -m trace_jax.main table --workdir DIR --format latex` writes such a table.
 
 # %%
 compared["text"] = [
@@ -319,11 +326,10 @@ table
 # The same for LaTeX, here and in the file `table.tex`; it needs `\usepackage{booktabs}`.
 
 # %%
-place = f"where {forgetting} first comes down to {level:g}" if is_study else "of the state that was kept"
 latex = table.to_latex(
     escape=True,
     column_format="lll" + "r" * len(names),
-    caption=f"Test split, {place.replace('_', ' ')}: means and 95 \\% intervals.",
+    caption=f"Where {forgetting.replace('_', ' ')} first comes down to {level:g}, on test: means and 95 \\% intervals.",
     label="tab:methods",
     position="t",
 )
