@@ -24,7 +24,7 @@ COMMANDS = {
     "run": ("run.methods", "unlearns with every method of an experiment, measures and reports", "config workdir"),
     "study": ("run.study", "compares methods over settings and seeds", "config workdir"),
     "series": ("run.series", "unlearns several forget sets, one after another", "config workdir"),
-    "report": ("run.directory", "writes the report of a finished run again", "finished"),
+    "report": ("run.directory", "writes the report of a finished run again, or of several side by side", ""),
     "table": ("run.table", "writes the comparison of runs or studies as Markdown, LaTeX or CSV", ""),
     "evaluate": ("run.evaluate", "measures a checkpoint on the tasks of an experiment", "config"),
     "export": ("run.export", "writes an unlearned model as a Hugging Face checkpoint", "finished"),

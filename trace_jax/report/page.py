@@ -82,6 +82,7 @@ def render(results: Mapping[str, Any]) -> str:
 
     measure = plain_name(forgetting)
     page = {
+        "changed_title": "Settings that differ from the defaults",
         "verdict": "", "conclusion": "", "forgotten": "the forget corpus", "generated": "", "diagnosis": None,
         **results,
         "rows": rows, "columns": _columns(rows, forgetting), "target": target,
@@ -151,8 +152,9 @@ def _facts(results: Mapping[str, Any]) -> dict[str, str]:
     """What the numbers cost and are of, in words."""
     facts, methods, environment = {}, results.get("methods", {}), results.get("environment", {})
     frequency, config = results.get("frequency"), results["config"]
-    if trained := next((result["trained"] for result in methods.values() if result.get("trained")), None):
-        facts["model"] = f"{format_number(sum(array['parameters'] for array in trained))} parameters"
+    arrays = [result["trained"] for result in methods.values() if result.get("trained")]
+    if len(sizes := {sum(one["parameters"] for one in each) for each in arrays}) == 1:  # of one model
+        facts["model"] = f"{format_number(sizes.pop())} parameters"
         if frequency:
             layers, experts = len(frequency["forget"]), len(frequency["forget"][0])
             facts["model"] += f", {layers} MoE layers of {experts} experts, top {round(frequency['uniform'] * experts)}"

@@ -25,7 +25,7 @@ from trace_jax.parallel.processes import all_processes, barrier, broadcast_from_
 from trace_jax.report.page import figure_files, render
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.run.experiment import METHODS, ExperimentConfig
-from trace_jax.run.page import changed_settings, loss_curves, text_examples
+from trace_jax.run.page import changed_settings, loss_curves, side_by_side, text_examples
 from trace_jax.tasks.benchmarks import BENCHMARKS
 from trace_jax.unlearning.metrics import front_rows
 
@@ -197,6 +197,17 @@ def write_report(workdir: str | os.PathLike) -> Path:
       'report.html'
     """
     path = files.as_path(workdir)
+    page = _page(path)
+    for name, content in figure_files(page).items():
+        with files.replacing(path / "figures" / name) as temporary:
+            temporary.write_bytes(content)
+    with files.replacing(path / "report.html") as temporary:
+        temporary.write_text(render(page), encoding="utf-8")
+    return path / "report.html"
+
+
+def _page(path: Path) -> dict[str, Any]:
+    """What `render` draws of a finished run, study or series."""
     page = finished(path)
     benchmark, board = BENCHMARKS[page["benchmark"]], scoreboard(page, page["benchmark"])
     page["config"], page["environment"] = needed(path / "config.json")["config"], needed(path / "environment.json")
@@ -226,12 +237,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
         page["losses"] = loss_curves(path, page["methods"])
         page["diagnosis"] = files.read_json(path / "statistics" / "diagnosis.json")
         page["certificates"] = {label: s["certificate"] for label, s in solved.items() if s is not None}
-    for name, content in figure_files(page).items():
-        with files.replacing(path / "figures" / name) as temporary:
-            temporary.write_bytes(content)
-    with files.replacing(path / "report.html") as temporary:
-        temporary.write_text(render(page), encoding="utf-8")
-    return path / "report.html"
+    return page
 
 
 def _rows(path: Path, results: Mapping[str, Any], board: Scoreboard, table: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -300,6 +306,20 @@ def _frequency(path: Path, calibrations: Mapping[str, Path]) -> dict[str, Any] |
     return frequency
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    about = "a finished run, study or series, or gs://BUCKET/NAME; several runs: one page that sets them side by side"
+    parser.add_argument("--workdir", nargs="+", required=True, metavar="DIR", help=about)
+    about = "where that page is written; default: comparison.html"
+    parser.add_argument("--output", default="comparison.html", metavar="FILE", help=about)
+
+
 def main(options: argparse.Namespace) -> int:
-    print(f"report: {files.link(write_report(options.workdir))}")
+    if len(options.workdir) == 1:
+        path = write_report(options.workdir[0])
+    else:
+        path = files.as_path(options.output)
+        pages = {workdir: _page(files.as_path(workdir)) for workdir in options.workdir}
+        with files.replacing(path) as temporary:
+            temporary.write_text(render(side_by_side(pages)), encoding="utf-8")
+    print(f"report: {files.link(path)}")
     return 0

@@ -12,6 +12,7 @@ from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.probes import MOST_SHOWN
 from trace_jax.evaluation.task import hazardous
 from trace_jax.io.files import read_lines
+from trace_jax.io.progress import flatten
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.unlearning.metrics import step_rows
 
@@ -76,6 +77,46 @@ def loss_curves(path: Path, labels: Iterable[str]) -> dict[str, dict[str, list[f
         if rows:
             curves[label] = {name: [row.get(name) for row in rows] for name in ("step", *CURVES)}
     return curves
+
+
+def side_by_side(pages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """One page of several runs, by workdir: their methods together, and the settings in which the runs differ.
+
+    Raises ConfigError: one is a study or series, or was compared on another measure or level.
+    """
+    first, names = next(iter(pages.values())), _short_names(list(pages))
+    on = [(p["forgetting"], p["config"].get("evaluation", {}).get("levels", [None])[0]) for p in pages.values()]
+    for (workdir, page), own in zip(pages.items(), on, strict=True):
+        if "methods" not in page:
+            raise ConfigError(f"{workdir}: is a study or a series; single runs are set side by side.")
+        if own != on[0]:
+            raise ConfigError(f"{workdir}: was compared on another measure or level than {next(iter(pages))}.")
+    kinds = ("reference", "method", "control")
+    rows = [
+        {**row, "method": f"{n}: {row['method']}"}
+        for n, p in zip(names, pages.values(), strict=True)
+        for row in p["rows"]
+    ]
+    told = {name: first[name] for name in ("benchmark", "forgotten", "forgetting", "chance", "generated")}
+    told |= {"title": f"{len(pages)} runs side by side", "rows": sorted(rows, key=lambda row: kinds.index(row["kind"]))}
+    told["conclusion"] = " ".join(f"{n}: {p['conclusion']}" for n, p in zip(names, pages.values(), strict=True))
+    for part in ("references", "methods", "certificates", "losses"):
+        both = ((n, p.get(part, {})) for n, p in zip(names, pages.values(), strict=True))
+        told[part] = {f"{n}: {label}": value for n, of in both for label, value in of.items()}
+    for label, result in told["methods"].items():  # of models of different runs, these are not drawn together
+        told["methods"][label] = {n: of for n, of in result.items() if n not in ("attacks", "patching", "routing")}
+    settings = [dict(flatten(page["config"])) for page in pages.values()]
+    differing = [
+        key for key in dict.fromkeys(k for s in settings for k in s) if len({s.get(key) for s in settings}) > 1
+    ]
+    of_runs = {n: {key: s[key] for key in differing if key in s} for n, s in zip(names, settings, strict=True)}
+    told |= {"changed": set(names), "changed_title": "Settings in which the runs differ"}
+    return told | {"config": {"evaluation": first["config"]["evaluation"], **of_runs}}
+
+
+def _short_names(workdirs: Sequence[str]) -> list[str]:
+    short = [Path(workdir).name for workdir in workdirs]
+    return short if len(set(short)) == len(short) else list(workdirs)
 
 
 def changed_settings(config: Mapping[str, Any]) -> set[str] | None:
