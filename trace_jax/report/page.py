@@ -253,7 +253,9 @@ def _damage(patching: Mapping[str, Mapping[str, Any]], styles: Mapping[str, Styl
                     row["" if model["kind"] == "original" else method] = model["values"][name]
             if "critical" in by_kind:
                 names.append(name)
-                panels.append(_curves(by_kind, curves, name, method))
+                numbers = (m["values"][name] for r in patching.values() for m in r["models"] if name in m["values"])
+                ends = [x for number in numbers for end in _ENDS if (x := number.get(end)) is not None]
+                panels.append(_curves(by_kind, curves, name, method, (min(ends), max(ends))))
         panels.append(figures.drift_plot(result["ratio"], result["drift"], f"drift of each expert, {method}"))
         methods.append({"name": method, "names": names, "panels": panels, **result})
     plots = [row_plot(rows, styles, plain_name(n), f"{plain_name(n)} with parts put back") for n, rows in parts.items()]
@@ -261,15 +263,17 @@ def _damage(patching: Mapping[str, Mapping[str, Any]], styles: Mapping[str, Styl
     return {"methods": methods[:MOST_METHODS], "parts": plots, "legends": legends} if methods else None
 
 
-def _curves(of: Mapping[str, list[Mapping[str, Any]]], styles: Mapping[str, Style], name: str, method: str) -> Figure:
-    """A measure against how many experts of each layer are original again."""
+def _curves(
+    of: Mapping[str, list[Mapping[str, Any]]], styles: Mapping[str, Style], name: str, method: str,
+    limits: tuple[float, float],
+) -> Figure:  # fmt: skip
+    """A measure against how many experts of each layer are original again; `limits` are those of all methods."""
     rows = {kind: [*of["unlearned"], *of[kind], *of["all"]] for kind in styles}
     ticks = ["none", *(str(n["size"]) for n in of["critical"]), "all"]
     lines = {k: {"layers": range(len(ticks)), **{e: [n[e] for n in r] for e in _ENDS}} for k, r in rows.items()}
     before = {"value": [of["original"][0]["value"]] * len(ticks)}
-    values = [x for line in (*lines.values(), before) for e in _ENDS for x in line.get(e, ()) if x is not None]
     label = f"{plain_name(name)} of {method} with original experts put back"
-    about: Any = {"limits": (min(values), max(values)), "below": "original experts in each layer", "ticks": ticks}
+    about: Any = {"limits": limits, "below": "original experts in each layer", "ticks": ticks}
     return layer_plot(lines, styles, plain_name(name), label, original=before, **about)
 
 
