@@ -189,8 +189,8 @@ def equal_forgetting(
 
 
 def write_report(workdir: str | os.PathLike) -> Path:
-    """Writes report.html of a finished run, study or series from its files, and its fronts and curves as figures/*.svg
-    and *.pdf. Returns where the page is.
+    """Writes report.html of a finished run, study or series from its files, and its fronts and curves as
+    `figures/*.svg` and `*.pdf`. Returns where the page is.
 
     Example:
       >>> tj.write_report("runs/mine").name
