@@ -33,7 +33,7 @@ TERMS = {
     "forget probability ratio": "probability per token of the forget text, relative to the target model",
     "neighbour utility": "probability per token of neighbouring text relative to the target model, at most 1",
     "general utility": "probability per token of general text relative to the target model, at most 1",
-    "mean utility": "mean of the utilities, each relative to the target model where it is an accuracy",
+    "mean utility": "mean of the utilities, each over that of the target model",
     "level": "the value of the forgetting measure at which methods are compared (evaluation.levels)",
     "uniform": "the baseline: every retain token counts the same",
     "gain": "mean utility over the baseline's, minus 1, on the same items",

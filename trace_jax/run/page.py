@@ -111,7 +111,9 @@ def side_by_side(pages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     ]
     of_runs = {n: {key: s[key] for key in differing if key in s} for n, s in zip(names, settings, strict=True)}
     told |= {"changed": set(names), "changed_title": "Settings in which the runs differ"}
-    return told | {"config": {"evaluation": first["config"]["evaluation"], **of_runs}}
+    seeds = {page["config"].get("seed") for page in pages.values()}
+    shared = {"seed": seeds.pop()} if len(seeds) == 1 else {}
+    return told | {"config": {"evaluation": first["config"]["evaluation"], **shared, **of_runs}}
 
 
 def _short_names(workdirs: Sequence[str]) -> list[str]:
