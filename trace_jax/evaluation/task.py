@@ -89,7 +89,9 @@ class EvaluationConfig(Section):
         True, help="measure what returns when original experts are put back into what a method made; not in a study"
     )
     audit_text: bool = option(
-        True, help="keep what was generated, with the true text, beside the scores; never done for text of WMDP"
+        True,
+        help="keep a few questions, and what was generated with the true text, beside the scores, and show some in the "
+        "report; never done for text of WMDP",
     )
     muse: MuseConfig | None = None
     tofu: TofuConfig | None = None
