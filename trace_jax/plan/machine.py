@@ -93,7 +93,8 @@ def tpu_slice(name: str) -> Target:
     for setting in ("TPU_SKIP_MDS_QUERY=1", "TPU_WORKER_HOSTNAMES=localhost", "TPU_ACCELERATOR_TYPE=v5p-8"):
         os.environ.setdefault(*setting.split("="))
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return Target(topology.name, chip, _described("tpu", "jax[tpu]", topology_name=topology.name))
+    one = {"chips_per_host_bounds": (1, 1, 1)} if topology.chips == 1 else {}  # else libtpu takes hosts of 2 x 2
+    return Target(topology.name, chip, _described("tpu", "jax[tpu]", topology_name=topology.name, **one))
 
 
 def gpus(count: int, name: str) -> Target:
