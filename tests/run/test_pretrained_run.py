@@ -89,7 +89,7 @@ def test_statistics_and_certificate_name_the_layers_of_the_network(finished, che
     assert len(results["routing"]["expert_drift"]) == len(config.moe_layers)
     layers = set(read_json(calibration_directory(finished, "trace_rows") / "calibration.json")["certificate"]["layer"])
     assert layers <= set(config.moe_layers)
-    assert "Where the text is routed" in (finished / "report.html").read_text()
+    assert "Expert activation" in (finished / "report.html").read_text()
 
 
 def test_the_export_command_writes_the_same_and_never_over_something(finished, tmp_path, capsys):
