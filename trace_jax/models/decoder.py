@@ -8,6 +8,7 @@ import itertools
 from functools import partial
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
