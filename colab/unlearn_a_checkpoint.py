@@ -230,17 +230,31 @@ choices = [
 # %%
 # @title (A test without a network makes a tiny checkpoint instead. Skip this cell.) { display-mode: "form" }
 if CI:
+    import numpy as np
     import transformers
+    from safetensors.numpy import save_file
 
     import trace_jax as tj
 
     sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2}
     marks = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    tiny = transformers.GraniteMoeForCausalLM(transformers.GraniteMoeConfig(**sizes, **marks))
+    shapes = {"embed_tokens": (512, 64), "norm": (64,)}
+    of_layer = {f"self_attn.{x}_proj": (32 if x in "kv" else 64, 64) for x in "qkvo"}
+    of_layer |= {"input_layernorm": (64,), "post_attention_layernorm": (64,), "block_sparse_moe.router.layer": (8, 64)}
+    of_layer |= {"block_sparse_moe.input_linear": (8, 64, 64), "block_sparse_moe.output_linear": (8, 64, 32)}
+    shapes |= {f"layers.{layer}.{name}": shape for layer in range(2) for name, shape in of_layer.items()}
+    shapes = {"lm_head.weight": (512, 64)} | {f"model.{name}.weight": shape for name, shape in shapes.items()}
+    rng = np.random.default_rng(0)
+    tensors = {n: np.ones(s) if "norm" in n else 0.02 * rng.standard_normal(s) for n, s in shapes.items()}
+    Path("untrained").mkdir(exist_ok=True)
+    save_file(
+        {name: x.astype(np.float32) for name, x in tensors.items()}, "untrained/model.safetensors", {"format": "pt"}
+    )
     tokenizer = tj.train_tokenizer(texts["forget"], sizes["vocab_size"])
     named = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    for part in (tiny, transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)):
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+    for part in (transformers.GraniteMoeConfig(**sizes, **marks, dtype="float32"), tokenizer):
         part.save_pretrained("untrained")
     tiny = tj.load_pretrained("untrained")
     rows = tj.pack([text for name in files for text in texts[name]], tiny, row_length=128)

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.run.toy import save_checkpoint
+import pytest
 
 NAME = "is_there_anything_to_calibrate"
 
@@ -15,6 +15,9 @@ def test_it_runs_and_tells_two_texts_from_one(printed, tmp_path):
 
 
 def test_it_routes_texts_by_a_checkpoint(printed, data, tmp_path):
+    pytest.importorskip("torch", reason="transformers makes the checkpoint of this test with it")
+    from tests.run.toy import save_checkpoint
+
     texts = {f"{name}_path": str(data / f"{name}.jsonl") for name in ("forget", "retain")}
     said = printed(NAME, source="checkpoint", checkpoint=str(save_checkpoint(tmp_path / "model")), **texts)
     assert "undecided: Record more rows of both texts" in said and "fewer than 8 rows" in said
