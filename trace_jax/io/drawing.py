@@ -126,9 +126,7 @@ class Scale(NamedTuple):
 
     low: float
     high: float
-    colours: (
-        str | tuple[str, ...]
-    )  # a colour map of matplotlib from low to high, or colours of the categories 0, 1, ...
+    colours: str | tuple[str, ...]  # a colour map of matplotlib from low to high, or those of categories 0, 1, ...
     labels: Sequence[tuple[float, str]]  # values that the legend names, with their text
 
     def colour_map(self) -> Any:

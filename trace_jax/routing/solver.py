@@ -200,8 +200,8 @@ def closest_match(
     def slope(x: float) -> float:
         """The elasticity at x, by the other solution that is nearest."""
         y = min((y for y in solved if y != x), key=lambda y: abs(y - x), default=x)
-        sizes = [np.log(solve(z).effective_sample_size) for z in (x, y)]
-        return float((sizes[0] - sizes[1]) / (x - y)) if x != y else 0.5
+        here, there = (np.log(solve(z).effective_sample_size) for z in (x, y))
+        return float((here - there) / (x - y)) if x != y else 0.5
 
     found, x = [], np.log(spread)
     for size, guess in zip(sizes, coarse, strict=True):
@@ -211,7 +211,6 @@ def closest_match(
                 if excess(x, size) == 0:
                     break
                 x -= excess(x, size) / max(step, 0.01)
-                excess(x, size)
                 step = slope(x)
         while excess(x, size) < 0:
             x += STRIDE
