@@ -44,6 +44,5 @@ def get_config() -> ml_collections.ConfigDict:
         ),
         "seeds": (0, 1, 2),
         "alphas": (4.0, 16.0, 48.0, 150.0, 500.0),
-        "learning_rates": (2e-3,),
     }
     return config

@@ -24,7 +24,6 @@ def get_config() -> ml_collections.ConfigDict:
         "methods": ("uniform", "trace_rows"),
         "seeds": (0,),
         "alphas": (4.0, 16.0, 64.0),
-        "learning_rates": (2e-3,),
         "objectives": {
             "gradient_ascent": {"learning_rate": RATES, "nll_ceiling": 5.0},
             "gradient_difference": {"nll_ceiling": 5.0},

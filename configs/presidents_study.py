@@ -27,6 +27,5 @@ def get_config() -> ml_collections.ConfigDict:
         ),
         "seeds": (0, 1, 2),
         "alphas": (4.0, 8.0, 16.0),
-        "learning_rates": (3e-3,),
     }  # fmt: skip
     return config

@@ -31,7 +31,7 @@ def test_every_objective_has_its_own_grid_and_only_settings_that_it_reads(data):
         "gradient_ascent": {"learning_rate": [1e-3, 2e-3], "nll_ceiling": 5.0},
         "rmu": {"alpha": 2.0, "layer": 2},
     }
-    config = experiment(data, study={**STUDY, "objectives": objectives})
+    config = experiment(data, study={**STUDY, "objectives": objectives}, unlearning={"learning_rate": 0.003})
     jobs = list(trials(config))
     labels = {t.label for t in jobs if t.method == "uniform"}
     assert labels == {
@@ -42,6 +42,7 @@ def test_every_objective_has_its_own_grid_and_only_settings_that_it_reads(data):
     assert len(jobs) == 2 * len(labels)
     methods = {t.label: config.method(t.method, **t.unlearning).unlearning for t in jobs}
     assert methods["npo+uniform@beta=0.5,alpha=4"].learning_rate == 0.02
+    assert methods["rmu+uniform@only"].learning_rate == 0.003
     assert methods["gradient_ascent+uniform@lr=0.002"].objective.nll_ceiling == 5.0
     rmu = methods["rmu+trace_rows@only"]
     assert (rmu.alpha, rmu.layer, rmu.retain_loss.name, rmu.trainable.name) == (2.0, 2, "hidden", "down_projections")

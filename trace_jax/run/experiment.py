@@ -80,7 +80,7 @@ class StudyConfig(Section):
     seeds: tuple[int, ...] = option((0, 1, 2), help="seeds of data, base model and batch order", minimum=0)
     alphas: tuple[float, ...] = option((4.0, 16.0, 48.0, 150.0), help="retain coefficients; tuned over", minimum=0.0)
     learning_rates: tuple[float, ...] = option(
-        (1e-3,), help="learning rates; tuned likewise", minimum=0.0, maximum=MOST
+        (), help="learning rates; tuned likewise; none: unlearning.learning_rate", minimum=0.0, maximum=MOST
     )
     workers: int = option(0, help="runs side by side; 0 = one per core", minimum=0)
     objectives: dict = dataclasses.field(default_factory=dict, metadata=option(help=_OBJECTIVES).metadata)

@@ -64,7 +64,7 @@ def trials(config: ExperimentConfig) -> Iterator[Trial]:
         own = {field.name for field in dataclasses.fields(kind)} if objective else set()
         several = {name: value for name, value in given.items() if isinstance(value, (tuple, list))}
         lists = {name: values for name, values in several.items() if all(isinstance(x, (int, float)) for x in values)}
-        tuned: dict[str, Sequence[Any]] = {"learning_rate": study.learning_rates}
+        tuned: dict[str, Sequence[Any]] = {"learning_rate": study.learning_rates or (config.unlearning.learning_rate,)}
         if kind.retains and given.get("retain_loss") != "none":
             tuned["alpha"] = study.alphas
         tuned = {name: values for name, values in (tuned | lists).items() if name in lists or name not in given}
