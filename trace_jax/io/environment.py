@@ -42,12 +42,25 @@ def describe() -> dict:
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
         "processes": jax.process_count(),
         "command": _command(),
         "packages": {name: version_of(name) for name in PACKAGES},
     }
+
+
+def _cpu() -> str | None:
+    """Model and widest vector instructions of the processor, which ratios of speed depend on; None where unknown."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = about.get("flags", "").split()
+    widest = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), None)
+    return ", ".join(filter(None, (about.get("model name"), widest))) or None
 
 
 def version_of(package: str) -> str | None:
