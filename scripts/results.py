@@ -140,6 +140,7 @@ def draw(figure: Mapping[str, Any]) -> bytes:
     kinds = {"lines": _lines, "points": _points, "bars": _bars, "map": _map}
     with mpl.rc_context({"text.parse_math": False}):
         canvas, axes = panel(1.5 * WIDTH, 3.4, (0.11, 0.98, 0.15, 0.9), grid="both")
+        axes.set_axisbelow(True)
         kinds[figure["kind"]](axes, figure)
         axes.set_xlabel(figure["x"])
         axes.set_ylabel(figure["y"])
@@ -161,15 +162,22 @@ def _series(figure: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Mapping
 def _lines(axes: Any, figure: Mapping[str, Any]) -> None:
     for style, series, errors in _series(figure):
         axes.errorbar(series["x"], series["y"], yerr=errors, capsize=2, markersize=4.5, linewidth=1.6, **style)
-    if figure.get("log_x"):
-        axes.set_xscale("log")
+    _log(axes, figure)
 
 
 def _points(axes: Any, figure: Mapping[str, Any]) -> None:
     for style, series, errors in _series(figure):
         axes.errorbar(series["x"], series["y"], yerr=errors, linestyle="", markersize=5, alpha=0.8, **style)
+    _log(axes, figure)
+
+
+def _log(axes: Any, figure: Mapping[str, Any]) -> None:
+    """A logarithmic x axis, with ticks where the points are."""
     if figure.get("log_x"):
+        places = sorted({x for series in figure["series"] for x in series["x"]})
         axes.set_xscale("log")
+        axes.set_xticks(places, [f"{x:g}" for x in places])
+        axes.minorticks_off()
 
 
 def _bars(axes: Any, figure: Mapping[str, Any]) -> None:
