@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.report.test_report import check_alone
 from trace_jax.evaluation.routing import MODELS, SUBJECTS, routing_quantities
-from trace_jax.io.drawing import heat_map, scale_of, times
+from trace_jax.io.drawing import TIMES_UNIFORM, heat_map, scale_of, times
 from trace_jax.io.files import encode
 from trace_jax.report.figures import layer_plot, method_styles
 from trace_jax.report.page import render
@@ -119,12 +119,15 @@ def test_cells_have_the_colour_that_the_scale_gives_their_number(measured, group
     np.testing.assert_allclose(pixels(group["maps"][2].svg), expected, atol=1)
 
 
-def test_gains_are_orange_losses_purple_and_nothing_is_pale():
+def test_gains_are_orange_and_losses_purple_and_a_print_in_grey_says_so_too():
     values = np.array([[0.2, -0.2, 0.0]])
     drawn = heat_map(values, scale_of([values], diverging=True), "x", "x")
     red, green, blue = np.moveaxis(pixels(drawn.svg).astype(int), -1, 0)
-    assert red[0, 0] > blue[0, 0] and blue[0, 1] > red[0, 1]
-    assert min(red[0, 2], green[0, 2], blue[0, 2]) > 230
+    assert red[0, 0] > blue[0, 0] and blue[0, 1] > green[0, 1]
+    assert np.ptp([red[0, 2], green[0, 2], blue[0, 2]]) < 8
+    for scale in (TIMES_UNIFORM, scale_of([values], diverging=True), scale_of([values], diverging=False)):
+        greys = [np.array([0.299, 0.587, 0.114]) @ colour(scale, x) for x in np.linspace(scale.low, scale.high, 33)]
+        assert (np.diff(greys) < -2).all() and greys[0] - greys[-1] > 150
 
 
 def test_scales_end_at_round_numbers_that_hold_the_values():

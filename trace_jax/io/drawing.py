@@ -27,7 +27,6 @@ _LIGHT = dict(zip(
 ))  # the colours of a page in light, for files  # fmt: skip
 WIDE = 32  # experts beyond which a map is wider
 _ENLARGED = 1.3  # most CSS pixels of a unit, so that text has one size on the whole page
-_STEPS = 33  # colours of a scale
 MOST_SEGMENTS = 400  # outlines beyond this become pixels, which take less room in the file
 _RIGHT = 0.99
 
@@ -126,16 +125,15 @@ class Scale(NamedTuple):
 
     low: float
     high: float
-    colours: str | tuple[str, ...]  # a colour map of matplotlib from low to high, or those of categories 0, 1, ...
+    colours: tuple[str, ...]  # from low to high, blended; those of categories 0, 1, ... where there are as many steps
     labels: Sequence[tuple[float, str]]  # values that the legend names, with their text
+    steps: int = 33
 
     def colour_map(self) -> Any:
         """As matplotlib takes it."""
-        from matplotlib import colormaps, colors
+        from matplotlib.colors import LinearSegmentedColormap
 
-        if isinstance(self.colours, str):
-            return colormaps[self.colours].resampled(_STEPS)
-        return colors.ListedColormap(list(self.colours))
+        return LinearSegmentedColormap.from_list("scale", list(self.colours), self.steps)
 
     def legend(self) -> list[tuple[str, str]]:
         """(colour, text) of the values that are named."""
@@ -145,9 +143,11 @@ class Scale(NamedTuple):
         return [(to_hex(colours((value - self.low) / span)), text) for value, text in self.labels]
 
 
-# log2(f / uniform), from a quarter and less to four times and more. Purple and orange differ for every kind of eye.
-TIMES_UNIFORM = Scale(
-    -2.0, 2.0, "PuOr_r", ((-2, "¼ and less"), (-1, "½"), (0, "uniform (K/E)"), (1, "2"), (2, "4 and more"))
+# The darker the more, so that a print in grey says the same; hues differ for every kind of eye.
+_SIGNED = "#f6f2fe", "#cdbdf0", "#a5a1a8", "#c8621a", "#551d00"  # purple, grey in the middle, orange
+_FROM_ZERO = "#fff5eb", "#fd8d3c", "#7f2704"
+TIMES_UNIFORM = Scale(  # log2(f / uniform), from a quarter and less to four times and more
+    -2.0, 2.0, _SIGNED, ((-2, "¼ and less"), (-1, "½"), (0, "uniform (K/E)"), (1, "2"), (2, "4 and more"))
 )
 
 
@@ -158,9 +158,9 @@ def scale_of(arrays: Sequence[np.ndarray], *, diverging: bool) -> Scale:
     power = 10.0 ** math.floor(math.log10(largest))
     end = next(step * power for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * power >= largest * (1 - 1e-9))
     if not diverging:
-        return Scale(0.0, end, "Oranges", ((0.0, "0"), (end / 2, f"{end / 2:g}"), (end, f"{end:g} and more")))
+        return Scale(0.0, end, _FROM_ZERO, ((0.0, "0"), (end / 2, f"{end / 2:g}"), (end, f"{end:g} and more")))
     texts = (f"−{end:g} and less", f"−{end / 2:g}", "0", f"+{end / 2:g}", f"+{end:g} and more")
-    return Scale(-end, end, "PuOr_r", tuple(zip((-end, -end / 2, 0.0, end / 2, end), texts, strict=True)))
+    return Scale(-end, end, _SIGNED, tuple(zip((-end, -end / 2, 0.0, end / 2, end), texts, strict=True)))
 
 
 def times(values: Any, base: Any) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from trace_jax.io import drawing
-from trace_jax.io.drawing import TIMES_UNIFORM, WIDTH, Figure, Scale, times
+from trace_jax.io.drawing import TIMES_UNIFORM, Figure, Scale, times
 from trace_jax.io.progress import format_share, plain_name
 from trace_jax.report import figures
 from trace_jax.report.figures import Style, layer_plot, row_plot
@@ -19,6 +19,7 @@ _ALIVE, _DEAD, _NEWLY_DEAD, _REVIVED = range(4)
 STATES = Scale(
     -0.5, 3.5, ("#efeff1", "#8b929b", "#b35806", "#542788"),
     ((_ALIVE, "used"), (_DEAD, "dead before and after"), (_NEWLY_DEAD, "newly dead"), (_REVIVED, "used again")),
+    steps=4,
 )  # fmt: skip
 _CAPTIONS = {"gap": "Frequency gap", "js": "Jensen-Shannon divergence", "kl": "KL divergence", "jaccard": "Overlap"}
 # By title, the quantities that have one value per layer; the page says how to read each.
@@ -164,5 +165,5 @@ def _calibration(measured: Measured, styles: Mapping[str, Style]) -> list[Figure
     if shares:
         rows = {f"{m}: {format_share(x)}": {m: {"value": x, "low": None, "high": None}} for m, x in shares.items()}
         label = "effective sample size of the retain weights, by method"
-        plots.append(row_plot(rows, styles, "Effective sample size", label, share=True, width=WIDTH))
+        plots.append(row_plot(rows, styles, "Effective sample size", label, share=True))
     return plots
