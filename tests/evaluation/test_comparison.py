@@ -187,7 +187,7 @@ def test_the_table_at_equal_forgetting():
     assert lines[4].split() == ["uniform", "0.500", "0.630", "1.000", "0.850", "-", "30.0"]
     assert lines[6].endswith("lowest 0.800") and lines[-1].startswith("values lie on straight lines")
     best = "At forget accuracy 0.5 the best mean utility is that of {}, 0.950, +11.8 % over uniform"
-    assert comparison.conclusion(table) == f"{best.format('trace_rows')}. One seed; settings not tuned."
+    assert comparison.conclusion(table) == f"{best.format('trace_rows')}."
     about = {"board": BENCHMARKS["handbook"].board, "level": 0.5}
     controlled = comparison.equal_forgetting(runs, **about, controls=["trace_rows"])
     assert "that of uniform, 0.850; controls and rivals with more: trace_rows 0.950" in comparison.conclusion(
@@ -212,4 +212,4 @@ def test_the_interval_of_one_run_holds_where_it_crosses_the_level(one_seed):
         assert row["intervals"][MEAN] == encode(result.utilities[MEAN])
     assert table["rows"][2]["gains"][MEAN] == encode(one_seed.results[1].gains[MEAN])
     told = comparison.study_conclusion(encode(one_seed), "forget_accuracy", ["uniform"])
-    assert told.replace("tuned ", "") == comparison.conclusion(table).replace("; settings not tuned", "")
+    assert told.replace("tuned ", "") == f"{comparison.conclusion(table)} One seed."

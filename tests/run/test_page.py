@@ -66,13 +66,15 @@ def test_curves_of_long_runs_are_thinned(tmp_path):
 
 
 def test_runs_side_by_side_have_one_comparison_and_the_settings_in_which_they_differ():
-    config = results()["config"]
-    first = results(generated="today", conclusion="trace_rows is best.")
-    second = first | {"config": config | {"unlearning": {"learning_rate": 0.5}}, "conclusion": "trace is best."}
+    config = results()["config"] | {"seed": 0}
+    first = results(generated="today", conclusion="trace_rows is best.", config=config)
+    changed = config | {"unlearning": {"learning_rate": 0.5}, "seed": 1}
+    second = first | {"config": changed, "conclusion": "trace is best."}
     text = visible_text(render(side_by_side({"runs/a": first, "runs/b": second})))
     for words in (
         "2 runs side by side", "a: trace_rows is best. b: trace is best.", "a: target model", "b: permuted",
-        "Settings in which the runs differ a.unlearning.learning_rate 0.001 b.unlearning.learning_rate 0.5 Whole",
+        "No ranking. One seed a run (0, 1), settings not tuned.", "Settings in which the runs differ",
+        "a.unlearning.learning_rate 0.001", "b.unlearning.learning_rate 0.5",
     ):  # fmt: skip
         assert words in text
     others = second | {"config": config | {"evaluation": {"levels": [0.1]}}}, {**second, "forgetting": "x"}

@@ -268,7 +268,7 @@ def _measured(run: Run, columns: Sequence[str], level: float, draws: Draws) -> R
 
 
 def conclusion(table: Mapping[str, Any]) -> str:
-    """What `equal_forgetting` found, in a sentence or two: the best method and its gain, or what to change."""
+    """What `equal_forgetting` found of one seed, in a sentence or two: the best method and its gain, or what to do."""
     where = f"{plain_name(table['columns'][0])} {table['level']:g}"
     if not any(row["reached"] for row in table["rows"][1:]):
         low = min(table["rows"][1:], key=lambda row: row["lowest"])
@@ -279,7 +279,7 @@ def conclusion(table: Mapping[str, Any]) -> str:
         )
     utilities, gains = ({r["name"]: r[of].get(MEAN) for r in table["rows"][1:]} for of in ("intervals", "gains"))
     found = _best(table["best"], utilities, gains, table["baseline"])
-    return f"At {where} {found}. One seed; settings not tuned."
+    return f"At {where} {found}."
 
 
 def study_conclusion(compared: Mapping[str, Any], measure: str, controls: Collection[str]) -> str:

@@ -154,7 +154,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
     """Dotted names and values of a nested mapping, as the command line spells them."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
-        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        row = f"{prefix}{key}", "not set" if value is None else text
+        if isinstance(value, (list, tuple)):  # of sections: each by its place
+            sections = bool(value) and isinstance(value[0], Mapping)
+            value = dict(enumerate(value)) if sections else ", ".join(map(str, value)) or "none"
+        row = f"{prefix}{key}", "not set" if value is None else str(value)
         rows += flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [row]
     return rows

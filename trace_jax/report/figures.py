@@ -14,7 +14,7 @@ _NEUTRAL = 6  # the grey of the series: the baseline
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", ":", "-.")
 _FEW_LAYERS = 8  # up to here points have error bars, above lines have bands
-_MOST_BANDS = 4
+MOST_BANDS = 4  # of more lines each is drawn alone, without its interval or its runs
 _DASHED, _DOTTED = (0, (4, 3)), (0, (1, 2))
 _THICK = {"linewidth": 1.8, "markersize": 4.5}
 
@@ -74,7 +74,7 @@ def front_figures(
             axes.plot(*point, color=INK, marker="*", markersize=11, zorder=5)
         for method, runs in fronts.items():
             thin = {**styles[method], "marker": "", "linewidth": 0.8, "alpha": 0.4}
-            for run in runs if len(runs) > 1 else ():
+            for run in runs if len(runs) > 1 and len(fronts) <= MOST_BANDS else ():
                 axes.plot(run["forgetting"], run["utilities"][name], **thin)
             mean = mean_front(runs)
             axes.plot(mean["forgetting"], mean["utilities"][name], **styles[method], **_THICK, label=method)
@@ -137,14 +137,14 @@ def loss_figures(curves: Mapping[str, Mapping[str, Sequence]], styles: Mapping[s
 
 def row_plot(
     rows: Mapping[str, Mapping[Any, Number]], styles: Mapping[str, Style], caption: str, label: str, *,
-    below: str = "", chance: float | None = None, share: bool = False, width: float = 5.6,
+    below: str = "", chance: float | None = None, share: bool = False,
 ) -> Figure:  # fmt: skip
     """Values side by side: one row per name, in it one marker per method with its 95 % interval, rows downwards.
 
     A value under "" (the model before unlearning) is a star, one under None (a control) a hollow circle.
     """
     height = 0.75 + 0.34 * len(rows)
-    figure, axes = panel(width, height, (1.68 / width, 0.98, 0.55 / height, 0.98), grid="x")
+    figure, axes = panel(WIDTH, height, (1.68 / WIDTH, 0.98, 0.55 / height, 0.98), grid="x")
     if chance is not None:
         axes.axvline(chance, color=MUTED, linewidth=1, linestyle=_DOTTED)
     spread = 0.5 / max(map(len, rows.values()))
@@ -160,7 +160,8 @@ def row_plot(
             axes.plot([number["value"]], [y], **style, markersize=6, **hollow)
     axes.set_yticks([-row for row in range(len(rows))], [n if len(n) <= 24 else f"{n[:23]}…" for n in rows])
     axes.set_ylim(-len(rows) + 0.4, 0.6)
-    axes.set_xlabel(below)
+    axes.set_xlabel(below, loc="right")
+    axes.locator_params(axis="x", nbins=5)
     if share:
         axes.set_xlim(-0.01, 1.02)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
@@ -194,7 +195,7 @@ def layer_plot(
             axes.plot(x, value, color=style["color"], linewidth=0.8, alpha=0.35)
             axes.plot(x, value, color=style["color"], marker=style["marker"], linestyle="none", markersize=5)
         else:
-            if len(quantities) <= _MOST_BANDS:
+            if len(quantities) <= MOST_BANDS:
                 axes.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
             axes.plot(x, value, color=style["color"], linestyle=style["linestyle"], linewidth=1.5)
     axes.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
@@ -223,10 +224,10 @@ def curve_plot(curve: Sequence[Mapping[str, float]]) -> Figure:
 
 def drift_plot(ratio: Any, drift: Any, label: str) -> Figure:
     """Relative change of each expert's weights against how much more often forget text uses it than retain text."""
-    figure, axes = panel(WIDTH, 2.6, (0.155, 0.985, 0.2, 0.96), grid="both")
+    figure, axes = panel(WIDTH, 2.3, (0.155, 0.985, 0.2, 0.96), grid="both")
     with np.errstate(divide="ignore"):
         x, y = np.clip(np.log2(np.array(ratio, float).ravel()), -4, 4), np.array(drift, float).ravel()
-    axes.scatter(x, y, s=12, color=SERIES[0], alpha=0.7, linewidths=0, rasterized=len(y) > MOST_SEGMENTS)
+    axes.scatter(x, y, s=12, color=SERIES[0], alpha=0.7, linewidths=0, zorder=3, rasterized=len(y) > MOST_SEGMENTS)
     axes.set_xticks(range(-4, 5, 2), ["≤ 1/16", "1/4", "1", "4", "≥ 16"])
     axes.set_xlabel("forget / retain frequency")
     axes.locator_params(axis="y", nbins=6)

@@ -64,13 +64,9 @@ def render(results: Mapping[str, Any]) -> str:
         frequency of an expert under uniform routing; layers, numbers of the rows, () counts from 0.
     """
     rows, methods = [{"between": (), "gain": None, **r} for r in results.get("rows", ())], results.get("methods", {})
-    scores, frequency = results.get("scores", {}), results.get("frequency")
-    level, forgetting = results["config"].get("evaluation", {"levels": [None]})["levels"][0], results["forgetting"]
-    fronts, attacks = _fronts(results), _attacks(results, forgetting)
+    frequency, forgetting, settings = results.get("frequency"), results["forgetting"], flatten(results["config"])
+    (styles, drawn), attacks = _lines_of_methods(results), _attacks(results, forgetting)
     measured = {m: r["routing"] for m, r in methods.items() if frequency and "quantities" in r.get("routing", {})}
-    names = [*fronts, *(m for values in scores.values() for m in values)]
-    styles = figures.method_styles(names, BASELINE, results.get("methods_known", ()))
-    losses, settings = results.get("losses", {}), flatten(results["config"])
     target = next((row for row in rows if row["kind"] == "reference"), None)
     certificates = {}
     for name, certificate in results.get("certificates", {}).items():  # the largest gap of forget and retain first
@@ -86,11 +82,11 @@ def render(results: Mapping[str, Any]) -> str:
         "verdict": "", "conclusion": "", "forgotten": "the forget corpus", "generated": "", "diagnosis": None,
         **results,
         "rows": rows, "columns": _columns(rows, forgetting), "target": target,
-        "baseline": BASELINE, "level": level, "single": None if "runs" in results else results["config"].get("seed"),
+        "baseline": BASELINE, "level": _level(results),
+        "single": None if "runs" in results else results["config"].get("seed"),
         "gains": any(row.get("gain") for row in rows),
-        "fronts": figures.front_figures(fronts, styles, forgetting=forgetting, level=level),
-        "steps": figures.step_figures(scores, styles),
-        "runs": {method: len(runs) for method, runs in fronts.items()},
+        **drawn,
+        "thin": len(styles) <= figures.MOST_BANDS,
         "legend": legend(styles, "fronts"),
         "attacks": attacks,
         "maps": corpus_figures(frequency) if frequency else (),
@@ -102,8 +98,7 @@ def render(results: Mapping[str, Any]) -> str:
         "routing_legend": legend(measured, "routing"),
         "damage": _damage({m: r["patching"] for m, r in methods.items() if "patching" in r}, styles),
         "certificates": certificates,
-        "expert_columns": EXPERT_COLUMNS,
-        "losses": figures.loss_figures(losses, styles), "loss_legend": legend(losses, "losses"),
+        "expert_columns": EXPERT_COLUMNS, "loss_legend": legend(results.get("losses", {}), "losses"),
         "measurements": _measurements(results), "most_rows": MOST_ROWS,
         "facts": _facts(results), "terms": TERMS,
         "examples": results.get("examples", ()),
@@ -112,7 +107,8 @@ def render(results: Mapping[str, Any]) -> str:
     }  # fmt: skip
     changed = results.get("changed")
     page["changed"] = [(n, v) for n, v in settings if changed and any(n == c or n.startswith(f"{c}.") for c in changed)]
-    page["sections"] = {name: title for name, title in SECTIONS.items() if name == "made" or _is_there(page, name)}
+    there = {**page, "comparison": rows, "made": True}
+    page["sections"] = {name: title for name, title in SECTIONS.items() if there[name]}
     if attacks:
         page["attack_legend"] = legend(attacks["methods"], "attacks")
         label = f"{measure} before and after unlearning and after each attack, one marker per method"
@@ -120,32 +116,32 @@ def render(results: Mapping[str, Any]) -> str:
         page["attack_figure"] = row_plot(attacks["rows"], styles, "", label, below=below, chance=results["chance"])
     strict: Any = {"autoescape": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **strict)
-    environment.filters |= {
-        "number": format_number,
-        "share": format_share,
-        "plain": plain_name,
-        "gain": lambda x: f"{100 * x:+.1f} %",
-    }
+    environment.filters |= {"number": format_number, "share": format_share, "plain": plain_name}
+    environment.filters["gain"] = lambda x: f"{100 * x:+.1f} %"
     environment.globals |= {"interval": format_interval}
     page["style"], source = (resources.files("trace_jax.report").joinpath(n).read_text("utf-8") for n in _FILES)
     return environment.from_string(source).render(page)
 
 
-def _is_there(page: Mapping[str, Any], section: str) -> bool:
-    return bool(page["rows" if section == "comparison" else section])
-
-
 def figure_files(results: Mapping[str, Any]) -> dict[str, bytes]:
     """The fronts, steps and losses of `render` as files for a paper, by name."""
-    fronts, scores, losses = _fronts(results), results.get("scores", {}), results.get("losses", {})
+    groups = zip(("front", "step", "training"), _lines_of_methods(results)[1].values(), strict=True)
+    drawn = {f"{group}-{f.caption.replace(' ', '_')}": f for group, several in groups for f in several}
+    return {f"{name}.{suffix}": content for name, f in drawn.items() for suffix, content in as_files(f).items()}
+
+
+def _lines_of_methods(results: Mapping[str, Any]) -> tuple[dict[str, Style], dict[str, list[Figure]]]:
+    """How methods look, and the figures of their fronts, steps and losses."""
+    fronts, scores = _fronts(results), results.get("scores", {})
     names = [*fronts, *(m for values in scores.values() for m in values)]
     styles = figures.method_styles(names, BASELINE, results.get("methods_known", ()))
-    level = results["config"].get("evaluation", {"levels": [None]})["levels"][0]
-    about: dict[str, Any] = {"forgetting": results["forgetting"], "level": level}
-    groups = {"front": figures.front_figures(fronts, styles, **about), "step": figures.step_figures(scores, styles)}
-    groups["training"] = figures.loss_figures(losses, styles)
-    drawn = {f"{group}-{f.caption.replace(' ', '_')}": f for group, several in groups.items() for f in several}
-    return {f"{name}.{suffix}": content for name, f in drawn.items() for suffix, content in as_files(f).items()}
+    drawn = {"fronts": figures.front_figures(fronts, styles, forgetting=results["forgetting"], level=_level(results))}
+    drawn |= {"steps": figures.step_figures(scores, styles)}
+    return styles, drawn | {"losses": figures.loss_figures(results.get("losses", {}), styles)}
+
+
+def _level(results: Mapping[str, Any]) -> float | None:
+    return results["config"].get("evaluation", {"levels": [None]})["levels"][0]
 
 
 def _facts(results: Mapping[str, Any]) -> dict[str, str]:

@@ -218,7 +218,7 @@ def _page(path: Path) -> dict[str, Any]:
     if "comparisons" in page:
         first = {c.get("objective", ""): c for c in reversed(page["comparisons"])}
         found = {o: comparison.study_conclusion(c, board.forgetting, CONTROLS) for o, c in reversed(first.items())}
-        page["conclusion"] = " ".join(f"{o}: {text}" if o else text for o, text in found.items())
+        page["conclusion"] = "\n".join(f"{o}: {text}" if o else text for o, text in found.items())
         for row in page["rows"]:
             objective, method, _ = row["run"]
             gains = {r["method"]: r["gains"].get(fronts.MEAN) for r in first[objective]["results"]}

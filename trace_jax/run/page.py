@@ -99,7 +99,7 @@ def side_by_side(pages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     ]
     told = {name: first[name] for name in ("benchmark", "forgotten", "forgetting", "chance", "generated")}
     told |= {"title": f"{len(pages)} runs side by side", "rows": sorted(rows, key=lambda row: kinds.index(row["kind"]))}
-    told["conclusion"] = " ".join(f"{n}: {p['conclusion']}" for n, p in zip(names, pages.values(), strict=True))
+    told["conclusion"] = "\n".join(f"{n}: {p['conclusion']}" for n, p in zip(names, pages.values(), strict=True))
     for part in ("references", "methods", "certificates", "losses"):
         both = ((n, p.get(part, {})) for n, p in zip(names, pages.values(), strict=True))
         told[part] = {f"{n}: {label}": value for n, of in both for label, value in of.items()}
@@ -111,9 +111,8 @@ def side_by_side(pages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     ]
     of_runs = {n: {key: s[key] for key in differing if key in s} for n, s in zip(names, settings, strict=True)}
     told |= {"changed": set(names), "changed_title": "Settings in which the runs differ"}
-    seeds = {page["config"].get("seed") for page in pages.values()}
-    shared = {"seed": seeds.pop()} if len(seeds) == 1 else {}
-    return told | {"config": {"evaluation": first["config"]["evaluation"], **shared, **of_runs}}
+    seeds = ", ".join(dict.fromkeys(str(page["config"]["seed"]) for page in pages.values()))
+    return told | {"config": {"evaluation": first["config"]["evaluation"], "seed": seeds, **of_runs}}
 
 
 def _short_names(workdirs: Sequence[str]) -> list[str]:

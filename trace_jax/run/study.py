@@ -209,7 +209,8 @@ def _rows(comparisons: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any
         for result in first.results:
             name = f"{objective}: {result.method}" if objective else result.method
             forgetting = {"value": first.level, "n": None, "low": None, "high": None} if result.seeds else None
-            missed = f"; seeds {', '.join(map(str, result.missed))} did not reach the level" if result.missed else ""
+            seeds = ("seed " if len(result.missed) == 1 else "seeds ") + ", ".join(map(str, result.missed))
+            missed = f"; {seeds} did not reach the level" if result.missed else ""
             note = f"; {result.setting} chosen of {result.settings}{missed}"
             numbers = {"forgetting": forgetting, "utilities": encode(result.utilities)}
             rest = {"reached": bool(result.seeds), "seeds": len(result.seeds)}
