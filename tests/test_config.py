@@ -41,6 +41,7 @@ WRONG = [
     ({"model": {"experts_per_token": 17}}, r"17 but there are only 16 experts"),
     ({"methods": ("trase",)}, r"methods is 'trase'; .* did you mean 'trace'"),
     ({"methods": ()}, r"methods is empty"),
+    ({"study": {"seeds": [0, 1], "tuning_seeds": [1, 2]}}, r"study\.tuning_seeds has \[1\], which are seeds"),
     ({"study": {"objectives": {"npoo": {}}}}, r"study\.objectives has 'npoo': .* expected settings by name, for obj"),
     ({"study": {"objectives": {"npo": 3}}}, r"study\.objectives has 'npo': 3; expected settings by name"),
     ({"data": {"benchmark": "text"}}, r"data\.forget is missing"),

@@ -43,8 +43,8 @@ def test_the_setting_is_chosen_on_validation_and_the_gain_is_paired_by_seed():
     """However good another setting is on test."""
     compared = compare(RUNS, level=0.5)
     baseline, result = compared.results
-    assert (baseline.method, baseline.setting, baseline.settings) == ("uniform", "alpha=16", 2)
-    assert (result.method, result.setting, result.settings) == ("trace_rows", "alpha=4", 2)
+    assert (baseline.method, baseline.setting, len(baseline.tried)) == ("uniform", "alpha=16", 2)
+    assert (result.method, result.setting, len(result.tried)) == ("trace_rows", "alpha=4", 2)
     assert all(word in as_text(compared) for word in ("trace_rows", "alpha=4", "3/3"))
     assert result.utilities["neighbour_accuracy"].value == pytest.approx(np.mean([0.90, 0.93, 0.92]))
     gain = result.gains["neighbour_accuracy"]
@@ -60,12 +60,44 @@ def test_the_setting_is_chosen_on_validation_and_the_gain_is_paired_by_seed():
 def test_seeds_that_never_forget_enough_count_first_and_are_named_and_not_averaged():
     runs = study(uniform={"gentle": (0.99, [0.99, 0.99]), "firm": (0.8, [0.8, 0.8])})
     runs[1] = dataclasses.replace(runs[1], validation=front(0.99, lowest=0.7))
-    assert [comparison.choose_setting(runs, level=level) for level in (0.5, 0.8)] == ["firm", "gentle"]
+    tried = [comparison.try_settings(runs, level=level) for level in (0.5, 0.8)]
+    assert [*map(comparison.choose_setting, tried)] == ["firm", "gentle"]
+    assert tried[0] == {"gentle": (1, pytest.approx(0.995)), "firm": (2, pytest.approx(0.9))}
     runs = [Run("uniform", "a", s, front(0.8), front(0.8, lowest=0.6 if s == 1 else 0.0)) for s in range(3)]
     result = compare(runs, level=0.5).results[0]
     assert (result.seeds, result.missed) == ((0, 2), (1,))
     none = compare(runs, level=-0.1).results[0]
     assert (none.utilities, none.gains, none.missed) == ({}, {}, (0, 1, 2))
+
+
+def test_settings_chosen_on_other_seeds_are_read_on_the_seeds_that_are_reported_alone():
+    """`trace_rows` is better with alpha 16 on the tuning seed, and with 4 on those that are reported."""
+    tuning = [
+        Run(m, f"alpha={a}", 100, front(v), front(0.1))
+        for m in ("uniform", "trace_rows")
+        for a, v in ((4, 0.6), (16, 0.7))
+    ]
+    compared = compare(RUNS, tuning=tuning, level=0.5)
+    assert [r.setting for r in compared.results] == ["alpha=16", "alpha=16"]
+    assert compared.results[1].utilities["neighbour_accuracy"].value == pytest.approx(0.99)
+    assert compared.results[1].tried == {"alpha=4": (1, pytest.approx(0.8)), "alpha=16": (1, pytest.approx(0.85))}
+    assert compared.results[1].seeds == (0, 1, 2) and "chosen on seed 100" in as_text(compared)
+    with pytest.raises(ValueError, match="same seeds in the settings"):
+        compare([run for run in RUNS if run.method == "uniform" or run.seed], tuning=tuning, level=0.5)
+
+
+def test_the_widest_bracket_of_a_crossing_is_told():
+    """By hand: .8 to .45 and .55 to .5, which is an evaluation at the level."""
+    fronts = [
+        dataclasses.replace(
+            front(0.8), steps=np.arange(3), forgetting=np.array(f), utilities={MEAN: np.ones(3)}, measured={}
+        )
+        for f in ([1, 0.8, 0.45], [1, 0.55, 0.5])
+    ]
+    runs = [Run("uniform", "a", seed, each, each) for seed, each in enumerate(fronts)]
+    assert compare(runs, level=0.5).results[0].bracket == pytest.approx(0.35)
+    assert compare(runs[1:], level=0.5).results[0].bracket == 0
+    assert compare(runs, level=0.5, reading="best").results[0].bracket is None
 
 
 def test_an_unequal_budget_is_refused_unless_the_method_is_labelled_so():

@@ -126,3 +126,21 @@ def test_a_study_routes_the_retain_corpus_once_and_solves_the_same_weights_once(
     assert passes[1][1] != forget_rows and len(passes) == 3 + 2 * 6, "and each unlearned model for its metrics"
     assert solve.call_count == 1 and solve.call_args.args[0].indices.shape[1] == tokens
     assert len(list((tmp_path / "seed-0/calibrations").iterdir())) == 2
+
+
+def test_tuning_seeds_run_the_grid_and_fresh_ones_what_was_chosen(config, finished, tmp_path):
+    """A study that is interrupted between the two continues there."""
+    study = dataclasses.replace(config.study, tuning_seeds=(1,), seeds=(0,))
+    tuned, path = dataclasses.replace(config, study=study), tmp_path / "study"
+    open_workdir(tuned, path)
+    shutil.copytree(finished[0], path / "seed-0")
+    text = run_study(tuned, path)
+    made = {seed: [p.name for p in sorted((path / f"seed-{seed}" / "methods").glob("*@*"))] for seed in (0, 1)}
+    saved = read_json(path / "study.json")
+    chosen = {f"{r['method']}@{r['setting']}" for c in saved["comparisons"] for r in c["results"]}
+    assert set(made[0]) == chosen and len(made[1]) == 4 and set(made[0]) < set(made[1])
+    assert {run["seed"] for run in saved["runs"]} == {0} and saved["comparisons"][0]["tuning_seeds"] == [1]
+    assert all(set(r["tried"]) == {"alpha=1", "alpha=4"} for r in saved["comparisons"][0]["results"])
+    assert "settings chosen on seed 1" in text and "chosen of 2 on seed 1" in (path / "report.html").read_text()
+    shutil.rmtree(path / "seed-0/methods" / made[0][0])
+    assert run_study(tuned, path).split("\n\n")[:2] == text.split("\n\n")[:2]

@@ -1,8 +1,9 @@
 """Comparing methods fairly: equal budgets, settings chosen on validation, numbers reported on test.
 
 For every method and forgetting level the setting (such as alpha) with the best mean validation utility over seeds is
-chosen, and its test utility is reported, next to the gain over a baseline paired by seed and item. Intervals are over
-seeds and items: where a run comes down to the level is read anew on every resample of its items; the setting stays.
+chosen, on the seeds that are reported or on others, and its test utility is reported, next to the gain over a baseline
+paired by seed and item. Intervals are over seeds and items: where a run comes down to the level is read anew on every
+resample of its items; the setting stays.
 """
 
 import collections
@@ -11,7 +12,7 @@ import functools
 import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,19 +38,29 @@ class Run:
     items: RunItems | None = None  # of the test split, where they were kept
 
 
+class Tried(NamedTuple):
+    """What validation says of a setting at a level."""
+
+    reached: int  # seeds that reached it
+    utility: float  # mean utility over these; NaN if there are none
+
+
 @dataclasses.dataclass(frozen=True)
 class MethodResult:
     """A method at one forgetting level, on test: means over the seeds that reached it, with intervals."""
 
     method: str
     setting: str  # chosen on validation
-    settings: int  # that were tried
+    tried: Mapping[str, Tried]  # by setting
     seeds: tuple[int, ...]  # that reached the level
     missed: tuple[int, ...]  # those that did not
     utilities: Mapping[str, Interval]  # empty if no seed reached the level
     gains: Mapping[str, Interval]  # utility / baseline - 1, paired by seed and item; likewise
     over_seeds: Mapping[str, Mapping[str, Interval]]  # "utilities" and "gains" with Student's intervals over seeds
     area: Interval | None  # `fronts.mean_difference` to the baseline, paired by seed, with Student's interval
+    bracket: float | None = (
+        None  # widest forgetting between two evaluations that "first" interpolates between, any seed
+    )
     forgetting: Interval | None = None  # of reading "best" on test, where it may be off the level that validation met
 
 
@@ -67,6 +78,7 @@ class Comparison:
     baseline: str
     exempt: tuple[str, ...]  # methods that had a budget of their own
     results: tuple[MethodResult, ...]
+    tuning_seeds: tuple[int, ...] = ()  # that settings were chosen on; none: those that are reported
 
 
 def check_equal_budgets(runs: Sequence[Run], *, exempt: Collection[str] = ()) -> None:
@@ -96,24 +108,26 @@ def check_equal_budgets(runs: Sequence[Run], *, exempt: Collection[str] = ()) ->
         )
 
 
-def choose_setting(runs: Sequence[Run], *, level: float, reading: str = "first") -> str:
-    """The setting of one method with the best validation utility at a forgetting level (`reading` as in `compare`).
-
-    More seeds that reach the level count first, then the mean over those; of equal settings the first in `runs`.
-    """
-
-    def quality(setting: str) -> tuple[int, float]:
+def try_settings(runs: Sequence[Run], *, level: float, reading: str = "first") -> dict[str, Tried]:
+    """What the settings of one method give on validation at a forgetting level (`reading` as in `compare`)."""
+    tried = {}
+    for setting in dict.fromkeys(run.setting for run in runs):
         validated = [dataclasses.replace(run, test=run.validation) for run in runs if run.setting == setting]
         reached = [values[MEAN][0] for run in validated if (values := _read(run, level, reading)) is not None]
-        return len(reached), float(np.mean(reached)) if reached else -math.inf
+        tried[setting] = Tried(len(reached), float(np.mean(reached)) if reached else math.nan)
+    return tried
 
-    return max(dict.fromkeys(run.setting for run in runs), key=quality)
+
+def choose_setting(tried: Mapping[str, Tried]) -> str:
+    """More seeds that reach the level count first, then the utility; of equal settings the first."""
+    return max(tried, key=lambda setting: (tried[setting].reached, tried[setting].reached and tried[setting].utility))
 
 
 def compare(
     runs: Sequence[Run],
     *,
     level: float,
+    tuning: Sequence[Run] = (),
     baseline: str = "uniform",
     exempt: Collection[str] = (),
     reading: str = "first",
@@ -124,45 +138,54 @@ def compare(
     Reading "first" reads a run where it first comes down to the level, interpolated; "best" reads it at the evaluation
     with the best validation utility among those at or below the level on validation, so that a run that loses utility
     on its way and regains it is judged by what it regains, and not by the best of noisy test points.
+
+    `tuning`: runs of other seeds, on which the settings are chosen; of `runs` those with a chosen setting count then.
     """
-    check_equal_budgets(runs, exempt=exempt)
+    check_equal_budgets(tuning or runs, exempt=exempt)
     by_method = collections.defaultdict(list)
-    for run in runs:
+    for run in tuning or runs:
         by_method[run.method].append(run)
-    if baseline not in by_method:
-        raise ValueError(f"the baseline {baseline!r} was not run; there are {', '.join(by_method)}.")
+    tried = {method: try_settings(group, level=level, reading=reading) for method, group in by_method.items()}
+    settings = {method: choose_setting(of_method) for method, of_method in tried.items()}
+    runs = [run for run in runs if run.setting == settings[run.method]]
+    if len({tuple(sorted(run.seed for run in runs if run.method == method)) for method in settings}) > 1:
+        raise ValueError("the methods were not run with the same seeds in the settings that were chosen.")
+    if baseline not in settings:
+        raise ValueError(f"the baseline {baseline!r} was not run; there are {', '.join(settings)}.")
     has_items = all(run.items is not None for run in runs)
     over = ("seeds and items" if len({run.seed for run in runs}) > 1 else "items") if has_items else "seeds"
     draws = fronts.make_draws(resamples=resamples, seed=0) if has_items else None
     chosen, readings, forgetting = {}, {}, {}
-    for method, group in by_method.items():
-        setting = choose_setting(group, level=level, reading=reading)
-        chosen[method] = {run.seed: run for run in group if run.setting == setting}
+    for method in settings:
+        chosen[method] = {run.seed: run for run in runs if run.method == method}
         values = {seed: _read(run, level, reading, draws) for seed, run in chosen[method].items()}
         readings[method] = {seed: value for seed, value in values.items() if value is not None}
         forgetting[method] = {seed: {FORGETTING: value.pop(FORGETTING)} for seed, value in readings[method].items()}
     results = []
-    for method, group in by_method.items():
+    for method, setting in settings.items():
         reached, runs_of, others = readings[method], chosen[method], readings[baseline]
         gains = {seed: _gains(ours, others[seed]) for seed, ours in reached.items() if seed in others}
         items = {seed: run.items for seed, run in runs_of.items() if run.items and has_items}
         pairs = [(run.test, chosen[baseline][seed].test) for seed, run in runs_of.items() if seed in chosen[baseline]]
+        brackets = [fronts.bracket(runs_of[seed].test.forgetting, level) for seed in reached]
         areas = [area for area in (fronts.mean_difference(*pair) for pair in pairs) if area is not None]
         results.append(
             MethodResult(
                 method=method,
-                setting=next(iter(runs_of.values())).setting,
-                settings=len({run.setting for run in group}),
+                setting=setting,
+                tried=tried[method],
                 seeds=tuple(sorted(reached)),
-                missed=tuple(sorted({run.seed for run in group} - set(reached))),
+                missed=tuple(sorted(runs_of.keys() - reached.keys())),
                 utilities=_combined(reached, items),
                 gains=_combined(gains, items),
                 over_seeds={"utilities": _combined(reached, {}), "gains": _combined(gains, {})},
                 area=t_interval(np.array(areas)) if areas else None,
+                bracket=max(brackets, default=None) if reading == "first" else None,
                 forgetting=_combined(forgetting[method], items).get(FORGETTING) if reading == "best" else None,
             )
         )
-    return Comparison(level, reading, over, baseline, tuple(m for m in by_method if m in exempt), tuple(results))
+    own_budget, tuned_on = tuple(m for m in settings if m in exempt), tuple(sorted({run.seed for run in tuning}))
+    return Comparison(level, reading, over, baseline, own_budget, tuple(results), tuned_on)
 
 
 # Values of one seed by name, f64 [1 + R]: first of the items as they are, then of the resamples (R = 0: none).
@@ -292,7 +315,8 @@ def study_conclusion(compared: Mapping[str, Any], measure: str, controls: Collec
         return f"Not reached: no method came down to {where}. Try more steps, lower alphas, or a higher level."
     found = _best(max(own, key=lambda n: own[n]) if own else None, utilities, gains, f"tuned {baseline}")
     seeds = max(len(r["seeds"]) for r in results)
-    return f"At {where} {found}. {seeds} seeds." if seeds > 1 else f"At {where} {found}. One seed."
+    tuned = tuned_text(compared.get("tuning_seeds", ()), ", settings chosen on")
+    return f"At {where} {found}. {f'{seeds} seeds' if seeds > 1 else 'One seed'}{tuned}."
 
 
 def _best(best: str | None, utilities: Mapping[str, Any], gains: Mapping[str, Any], baseline: str) -> str:
@@ -365,20 +389,30 @@ def _caption(comparison: Comparison) -> str:
     return (
         f"Test split, {where[comparison.reading]} forgetting {comparison.level:g}; means over seeds, 95 % intervals "
         f"over {comparison.over}{note}; gains over tuned {comparison.baseline}, paired by {paired}"
+        + tuned_text(comparison.tuning_seeds, "; settings chosen on")
     )
+
+
+def tuned_text(seeds: Sequence[int], before: str) -> str:
+    """On which seeds settings were chosen, after words that lead there; empty where it were those that are reported."""
+    return f"{before} seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""
 
 
 def _comparison_cells(comparison: Comparison) -> list[list[str]]:
     names = list(dict.fromkeys(n for r in comparison.results for n in r.utilities))
     titles = [n.replace("_", " ") for n in names]
     best = ["test forgetting"] * (comparison.reading == "best")
-    lines = [["", "setting", "seeds", *best, *titles, *(f"gain on {t}" for t in titles)]]
+    between = [] if best else ["bracket"]
+    lines = [["", "setting", "seeds", *between, *best, *titles, *(f"gain on {t}" for t in titles)]]
     for result in comparison.results:
         label = result.method + (" (own budget)" if result.method in comparison.exempt else "")
         seeds = f"{len(result.seeds)}/{len(result.seeds) + len(result.missed)}"
         cells = [interval_text(result.utilities.get(n)) for n in names]
         gains = [interval_text(result.gains.get(n), percent=True) for n in names]
-        lines.append([label, result.setting, seeds, *(interval_text(result.forgetting) for _ in best), *cells, *gains])
+        bracket = [number_text(result.bracket) for _ in between]
+        lines.append(
+            [label, result.setting, seeds, *bracket, *(interval_text(result.forgetting) for _ in best), *cells, *gains]
+        )
     return lines
 
 

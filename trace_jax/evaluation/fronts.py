@@ -86,6 +86,12 @@ def crossings(forgetting: np.ndarray, level: float) -> Callable[[np.ndarray], np
     return lambda values: values[rows, before] * (1 - share) + values[rows, index] * share
 
 
+def bracket(forgetting: np.ndarray, level: float) -> float:
+    """How far apart in forgetting the two evaluations are that a front, forgetting f64 [N], is read between there."""
+    index = int(np.argmax(forgetting <= level))
+    return float(forgetting[index - 1] - forgetting[index]) if index and forgetting[index] < level else 0.0
+
+
 def crossing(front: Front, level: float) -> Callable[[np.ndarray], float] | None:
     """What reads values [N] of the points of one front there (`crossings`); None if it stays above the level."""
     if front.forgetting.min() > level:

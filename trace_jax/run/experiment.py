@@ -78,6 +78,7 @@ class StudyConfig(Section):
 
     methods: tuple[str, ...] = option(tuple(METHODS), help="methods compared", choices=tuple(METHODS))
     seeds: tuple[int, ...] = option((0, 1, 2), help="seeds of data, base model and batch order", minimum=0)
+    tuning_seeds: tuple[int, ...] = option((), help="seeds that settings are chosen on; none: `seeds`", minimum=0)
     alphas: tuple[float, ...] = option((4.0, 16.0, 48.0, 150.0), help="retain coefficients; tuned over", minimum=0.0)
     learning_rates: tuple[float, ...] = option(
         (), help="learning rates; tuned likewise; none: unlearning.learning_rate", minimum=0.0, maximum=MOST
@@ -87,6 +88,10 @@ class StudyConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        if both := sorted({*self.seeds} & {*self.tuning_seeds}):
+            raise ConfigError(
+                f"tuning_seeds has {both}, which are seeds, too; what is reported needs seeds of its own."
+            )
         for name, given in self.objectives.items():
             if name not in Objective.kinds or not isinstance(given, Mapping):
                 expected = f"expected settings by name, for objectives of {', '.join(Objective.kinds)}."

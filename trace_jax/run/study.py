@@ -1,7 +1,8 @@
 """Many runs under one budget: methods x settings x seeds, side by side on idle cores, resumable, read off as fronts.
 
 Every run is a method directory of its seed's run directory (`seed-0/methods/trace_rows@alpha=16`), so a study that was
-interrupted continues with the runs that are missing.
+interrupted continues with the runs that are missing. With tuning seeds the whole grid runs on these, and the seeds that
+are reported run the settings that were chosen there.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,11 +56,13 @@ class Trial(NamedTuple):
 
 
 def trials(config: ExperimentConfig) -> Iterator[Trial]:
-    """Every run of the study, cheapest information first: all methods of a seed and setting (a point of the grid over
-    everything that its objective is tuned over) before the next.
+    """Every run that settings are chosen by, cheapest information first: all methods of a seed and setting (a point of
+    the grid over everything that its objective is tuned over) before the next.
     """
     study = config.study
-    for seed, (objective, given) in itertools.product(study.seeds, (study.objectives or {"": {}}).items()):
+    for seed, (objective, given) in itertools.product(
+        study.tuning_seeds or study.seeds, (study.objectives or {"": {}}).items()
+    ):
         kind = Objective.kinds[objective] if objective else type(config.unlearning.objective)
         own = {field.name for field in dataclasses.fields(kind)} if objective else set()
         several = {name: value for name, value in given.items() if isinstance(value, (tuple, list))}
@@ -78,6 +81,20 @@ def trials(config: ExperimentConfig) -> Iterator[Trial]:
                 unlearning["objective"] = {"name": objective, **{n: settings[n] for n in sorted(own & settings.keys())}}
             for method in study.methods:
                 yield Trial(method, seed, ",".join(reversed(names)) or "only", unlearning, objective)
+
+
+def final_trials(config: ExperimentConfig, path: Path, tuning: Sequence[Trial]) -> list[Trial]:
+    """The runs of `study.seeds` in the settings that the finished runs of the tuning seeds choose, for any level and
+    reading; none without tuning seeds.
+    """
+    chosen, kinds = set(), list(itertools.product(config.evaluation.levels, READINGS))
+    for objective, group in _runs(config, path, tuning).items() if config.study.tuning_seeds else ():
+        for method, (level, reading) in itertools.product(config.study.methods, kinds):
+            own = [run for run in group if run.method == method]
+            tried = comparison.try_settings(own, level=level, reading=reading)
+            chosen.add((objective, method, comparison.choose_setting(tried)))
+    of_one = [t for t in tuning if t.seed == tuning[0].seed and (t.objective, t.method, t.setting) in chosen]
+    return [trial._replace(seed=seed) for seed in config.study.seeds for trial in of_one]
 
 
 def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> str:
@@ -101,20 +118,25 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
     say(f"study: {len(jobs)} runs ({counts}), {min(workers, len(jobs))} side by side")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0), workers)) as pool:
+
+        def each(title: str, unit: str, work: Callable, items: Sequence[Any]) -> None:
+            with progress(f"study: {title}", len(items), unit=unit) as advance:
+                futures = [pool.submit(work, path, item) for item in items]
+                for done, future in enumerate(as_completed(futures), start=1):
+                    future.result()
+                    advance(done, "")
+
         try:
-            parts: Any = ("target models", "model", prepare_seed, study.seeds), ("unlearning", "run", run_trial, jobs)
-            for title, unit, work, items in parts:
-                with progress(f"study: {title}", len(items), unit=unit) as advance:
-                    futures = [pool.submit(work, path, item) for item in items]
-                    for done, future in enumerate(as_completed(futures), start=1):
-                        future.result()
-                        advance(done, "")
+            each("target models", "model", prepare_seed, study.tuning_seeds + study.seeds)
+            each("tuning" if study.tuning_seeds else "unlearning", "run", run_trial, jobs)
+            if final := final_trials(config, path, jobs):
+                each("unlearning", "run", run_trial, final)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
-    return write_study(config, path, jobs)
+    return write_study(config, path, jobs, final)
 
 
 def _start_worker(counter, workers: int) -> None:
@@ -160,24 +182,41 @@ def run_trial(path: Path, trial: Trial) -> None:
     run_method(prepared, prepared.config.method(trial.method, **trial.unlearning), label=trial.label)
 
 
-def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> str:
-    """Compares finished runs at every level; writes study.json and returns the tables as text."""
-    runs: dict[str, list[Run]] = {trial.objective: [] for trial in jobs}
-    seconds, board = collections.defaultdict(list), config.data.board  # seconds of a step, by method
+def _results(path: Path, jobs: Sequence[Trial]) -> Iterator[tuple[Trial, Path, dict[str, Any]]]:
+    """Of the finished ones: the trial, its directory, and its results."""
     for trial in jobs:
         directory = path / f"seed-{trial.seed}" / "methods" / trial.label
         if (result := read_json(directory / "results.json")) is not None:
-            validation, test = (decode(fronts.Front, result["fronts"][split]) for split in ("validation", "test"))
-            board = scoreboard(result, config.data.name)
-            items = fronts.load_run_items(directory, test, board)
-            runs[trial.objective].append(Run(trial.method, trial.setting, trial.seed, validation, test, items))
-            if result["seconds_per_step"] is not None:
-                seconds[trial.method].append(result["seconds_per_step"])
+            yield trial, directory, result
+
+
+def _runs(config: ExperimentConfig, path: Path, jobs: Sequence[Trial], *, items: bool = False) -> dict[str, list[Run]]:
+    """The finished ones of these runs by objective, with their items where asked."""
+    runs: dict[str, list[Run]] = {trial.objective: [] for trial in jobs}
+    for trial, directory, result in _results(path, jobs):
+        validation, test = (decode(fronts.Front, result["fronts"][split]) for split in ("validation", "test"))
+        board = scoreboard(result, config.data.name)
+        kept = fronts.load_run_items(directory, test, board) if items else None
+        runs[trial.objective].append(Run(trial.method, trial.setting, trial.seed, validation, test, kept))
+    return runs
+
+
+def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial], final: Sequence[Trial] = ()) -> str:
+    """Compares finished runs at every level, `final` in the settings that the others choose, if there are any; writes
+    study.json and returns the tables as text.
+    """
+    runs, tuning = _runs(config, path, final or jobs, items=True), _runs(config, path, jobs) if final else {}
+    seconds, board = collections.defaultdict(list), config.data.board  # seconds of a step, by method
+    for trial, _, result in _results(path, final or jobs):
+        board = scoreboard(result, config.data.name)
+        if result["seconds_per_step"] is not None:
+            seconds[trial.method].append(result["seconds_per_step"])
     exempt = [method for method in config.study.methods if METHODS[method].steps != 1]
-    settings = {"exempt": exempt, "resamples": config.evaluation.bootstrap}
     comparisons: dict[str, list[Comparison]] = {}
     for objective, group in runs.items():
         kinds = itertools.product(config.evaluation.levels, READINGS)
+        settings: Any = {"exempt": exempt, "resamples": config.evaluation.bootstrap}
+        settings["tuning"] = tuning.get(objective, ())
         comparisons[objective] = [comparison.compare(group, level=level, reading=r, **settings) for level, r in kinds]
     of = {objective: {"objective": objective} if objective else {} for objective in runs}
     forgotten, names = config.data.forgotten, ("method", "setting", "seed", "test")
@@ -211,7 +250,8 @@ def _rows(comparisons: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any
             forgetting = {"value": first.level, "n": None, "low": None, "high": None} if result.seeds else None
             seeds = ("seed " if len(result.missed) == 1 else "seeds ") + ", ".join(map(str, result.missed))
             missed = f"; {seeds} did not reach the level" if result.missed else ""
-            note = f"; {result.setting} chosen of {result.settings}{missed}"
+            where = comparison.tuned_text(first.tuning_seeds, " on")
+            note = f"; {result.setting} chosen of {len(result.tried)}{where}{missed}"
             numbers = {"forgetting": forgetting, "utilities": encode(result.utilities)}
             rest = {"reached": bool(result.seeds), "seeds": len(result.seeds)}
             rest["run"] = objective, result.method, result.setting
