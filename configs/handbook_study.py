@@ -2,10 +2,10 @@
 
 Command:   python -m trace_jax.main study --config configs/handbook_study.py --workdir runs/handbook_study
 Hardware:  2 CPU cores, 4 GB of memory.
-Run time:  an hour, expected of what its parts take on one core. Ten targets of 130 s, and 25 s of statistics and weights:
-           26 min. A run of 16 s: 10 s of 60 steps, 5 s of 31 evaluations, 1 s at the end; uniform_2x counts twice.
-           Tuning: 6 settings x 14 x 2 seeds = 168 runs, 45 min. Final: 14 x 8 seeds, of one or two settings each (one
-           for each reading) = 112 to 224 runs, 30 to 60 min. On two cores 50 to 65 min.
+Run time:  about an hour, by what its parts take on one core. Ten targets of 130 s, with 25 s of statistics and weights
+           each: 26 min. A run of 16 s: 10 s of 60 steps, 5 s of 31 evaluations, 1 s at the end; uniform_2x counts twice.
+           Tuning: 6 settings x 14 x 2 seeds = 168 runs, 45 min. Final: 14 x 8 seeds = 112 runs, 30 min, and twice that
+           if all methods had other settings in the second reading. On two cores 50 to 65 min.
 Result:    docs/results.md.
 """
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trace_jax.evaluation import comparison
-from trace_jax.evaluation.comparison import Run, as_text, compare
+from trace_jax.evaluation import comparison, comparison_text
+from trace_jax.evaluation.comparison import Run, compare
+from trace_jax.evaluation.comparison_text import as_text
 from trace_jax.evaluation.fronts import MEAN, Front, RunItems, Series
 from trace_jax.io.files import encode
 from trace_jax.tasks.benchmarks import BENCHMARKS
@@ -214,19 +215,19 @@ def test_the_table_at_equal_forgetting():
     assert uniform["between"] == [{"step": 0, "forgetting": 1.0}, {"step": 60, "forgetting": 0.0}]
     assert (timid["reached"], timid["values"], timid["lowest"]) == (False, {}, 0.8)
     assert json.loads(json.dumps(table, allow_nan=False)) == table
-    lines = comparison.equal_forgetting_text(table).splitlines()
+    lines = comparison_text.equal_forgetting_text(table).splitlines()
     assert lines[0] == "At equal forgetting (forget accuracy <= 0.5), test split"
     assert lines[4].split() == ["uniform", "0.500", "0.630", "1.000", "0.850", "-", "30.0"]
     assert lines[6].endswith("lowest 0.800") and lines[-1].startswith("values lie on straight lines")
     best = "At forget accuracy 0.5 the best mean utility is that of {}, 0.950, +11.8 % over uniform"
-    assert comparison.conclusion(table) == f"{best.format('trace_rows')}."
+    assert comparison_text.conclusion(table) == f"{best.format('trace_rows')}."
     about = {"board": BENCHMARKS["handbook"].board, "level": 0.5}
     controlled = comparison.equal_forgetting(runs, **about, controls=["trace_rows"])
-    assert "that of uniform, 0.850; controls and rivals with more: trace_rows 0.950" in comparison.conclusion(
+    assert "that of uniform, 0.850; controls and rivals with more: trace_rows 0.950" in comparison_text.conclusion(
         controlled
     )
     missed = comparison.equal_forgetting(runs[2:], **about)
-    told = comparison.conclusion(missed)
+    told = comparison_text.conclusion(missed)
     assert missed["best"] is None and told.startswith("Not reached: no method came down to forget accuracy 0.5 (lowest")
     assert all(name in told for name in ("timid, 0.800", "unlearning.steps", "unlearning.alpha", "evaluation.levels"))
 
@@ -243,5 +244,5 @@ def test_the_interval_of_one_run_holds_where_it_crosses_the_level(one_seed):
     for row, result in zip(table["rows"][1:], one_seed.results, strict=True):
         assert row["intervals"][MEAN] == encode(result.utilities[MEAN])
     assert table["rows"][2]["gains"][MEAN] == encode(one_seed.results[1].gains[MEAN])
-    told = comparison.study_conclusion(encode(one_seed), "forget_accuracy", ["uniform"])
-    assert told.replace("tuned ", "") == f"{comparison.conclusion(table)} One seed."
+    told = comparison_text.study_conclusion(encode(one_seed), "forget_accuracy", ["uniform"])
+    assert told.replace("tuned ", "") == f"{comparison_text.conclusion(table)} One seed."

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from trace_jax.config import ConfigError, as_dict
-from trace_jax.evaluation import comparison, fronts
+from trace_jax.evaluation import comparison, comparison_text, fronts
 from trace_jax.evaluation.intervals import Interval
 from trace_jax.evaluation.scoreboard import Scoreboard
 from trace_jax.io import files
@@ -169,7 +169,7 @@ def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> None:
     board = scoreboard(next(iter(methods.values())), results["benchmark"])
     results |= {"board": encode(board), "data": references["data"], "references": references["measurements"]}
     results["equal_forgetting"] = tables = equal_forgetting(path, config, results, board)
-    results["table"] = "\n\n".join(map(comparison.equal_forgetting_text, tables))
+    results["table"] = "\n\n".join(map(comparison_text.equal_forgetting_text, tables))
     files.write_json(path / "results.json", results)
     write_report(path)
 
@@ -217,7 +217,7 @@ def _page(path: Path) -> dict[str, Any]:
     page["generated"] = datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")
     if "comparisons" in page:
         first = {c.get("objective", ""): c for c in reversed(page["comparisons"])}
-        found = {o: comparison.study_conclusion(c, board.forgetting, CONTROLS) for o, c in reversed(first.items())}
+        found = {o: comparison_text.study_conclusion(c, board.forgetting, CONTROLS) for o, c in reversed(first.items())}
         page["conclusion"] = "\n".join(f"{o}: {text}" if o else text for o, text in found.items())
         for row in page["rows"]:
             objective, method, _ = row["run"]
@@ -230,7 +230,7 @@ def _page(path: Path) -> dict[str, Any]:
         table = equal_forgetting(path, page["config"], page, board)[0]
         page |= {
             "rows": _rows(path, page, board, table),
-            "conclusion": comparison.conclusion(table),
+            "conclusion": comparison_text.conclusion(table),
             "frequency": _frequency(path, calibrations),
         }
         page["examples"] = text_examples(path, page["config"], page["methods"])

@@ -13,7 +13,7 @@ from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
 from trace_jax.data.sources import read_source
-from trace_jax.evaluation.comparison import number_text
+from trace_jax.evaluation.comparison_text import number_text
 from trace_jax.io.environment import describe
 from trace_jax.io.files import encode, link, shown, write_json
 from trace_jax.io.progress import aligned, say

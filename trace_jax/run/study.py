@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trace_jax.config import ConfigError, resolve
-from trace_jax.evaluation import comparison, fronts
+from trace_jax.evaluation import comparison, comparison_text, fronts
 from trace_jax.evaluation.comparison import READINGS, Comparison, Run
 from trace_jax.io.environment import describe
 from trace_jax.io.files import decode, encode, link, read_json, replacing, shown, write_json
@@ -229,11 +229,11 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial], fin
     write_json(path / "study.json", study)
     tables, texts = [], []
     for objective, compared in comparisons.items():
-        tables += [f"## {objective}"] * bool(objective) + list(map(comparison.as_markdown, compared))
-        texts += [objective] * bool(objective) + list(map(comparison.as_text, compared))
+        tables += [f"## {objective}"] * bool(objective) + list(map(comparison_text.as_markdown, compared))
+        texts += [objective] * bool(objective) + list(map(comparison_text.as_text, compared))
     if config.study.objectives:
         of_reading = ({o: compared[i] for o, compared in comparisons.items()} for i in range(len(READINGS)))
-        tables = [*map(comparison.objectives_markdown, of_reading), *tables]
+        tables = [*map(comparison_text.objectives_markdown, of_reading), *tables]
     with replacing(path / "tables.md") as temporary:
         temporary.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     write_json(path / "environment.json", describe())
@@ -250,7 +250,7 @@ def _rows(comparisons: Mapping[str, Sequence[Comparison]]) -> list[dict[str, Any
             forgetting = {"value": first.level, "n": None, "low": None, "high": None} if result.seeds else None
             seeds = ("seed " if len(result.missed) == 1 else "seeds ") + ", ".join(map(str, result.missed))
             missed = f"; {seeds} did not reach the level" if result.missed else ""
-            where = comparison.tuned_text(first.tuning_seeds, " on")
+            where = comparison_text.tuned_text(first.tuning_seeds, " on")
             note = f"; {result.setting} chosen of {len(result.tried)}{where}{missed}"
             numbers = {"forgetting": forgetting, "utilities": encode(result.utilities)}
             rest = {"reached": bool(result.seeds), "seeds": len(result.seeds)}

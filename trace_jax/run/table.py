@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_jax.config import ConfigError
 from trace_jax.evaluation import fronts
-from trace_jax.evaluation.comparison import interval_text, markdown_table
+from trace_jax.evaluation.comparison_text import interval_text, markdown_table
 from trace_jax.evaluation.intervals import Interval
 from trace_jax.io.files import as_path, decode
 from trace_jax.io.progress import MISSING, plain_name
