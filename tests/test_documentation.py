@@ -9,7 +9,7 @@ import yaml
 
 import trace_jax
 from trace_jax.main import COMMANDS
-from trace_jax.run.experiment import shipped_configs
+from trace_jax.run.configs import shipped_configs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -67,12 +67,37 @@ BAD = [
     (["export", "--workdir", "w", "--output", "w"], "there is no such directory"),
     (["--config", QUICKSTART, "--workdir", "README.md/w"], "README.md/w: can't be written (Not a directory); choose"),
     ([*QUICK, "--config.unlearning.learning_rate=1e9"], "expected a value from 0.0 to 10000.0 (peak learning rate)"),
+    ([*QUICK, "--config.unlearning.alpha=-1"], "alpha is -1.0; expected a value at least 0"),
+    ([*QUICK, "--config.unlearning.steps=abc"], "steps is 'abc' (str); expected a whole number"),
+    ([*QUICK, f"{OBJECTIVE}=npoo"], "objective is 'npoo'; expected one of"),
+    ([*QUICK, "--config.data.benchmark=handbok"], "data is 'handbok'; expected one of"),
     ([*QUICK, "--config.methods=trace,tracce"], "methods is 'tracce'; expected one of"),
     (["verify", "--checkpoint", "w"], "is no directory"),
     ([*QUICK, f"{OBJECTIVE}=npo", f"{OBJECTIVE}.nll_ceiling=3.0"], "nll_ceiling would have no effect"),
     ([*QUICK, "--num-processes", "2"], "--coordinator HOST:PORT, --process-id I: missing"),
     ([*TEXT, "--config.model.path=w"], "is no directory. A model of the Hugging Face hub is downloaded first"),
 ]
+
+
+UNUSABLE = {
+    "forget.csv": ("text\nx", "is a table; huggingface:DIR names a directory of such files"),
+    "forget.txt": ("%PDF-1.7", "is a PDF, not text; save its text in a .txt file"),
+    "forget.json": ("[]", "expected JSON lines: one object per line, in a file that ends in .jsonl"),
+    "forget.jsonl": ('{"prompt": "a", "completion": "b"}', "the keys are completion, prompt; expected"),
+    "broken.jsonl": ('{"text": "a"}\n{"text', "broken.jsonl:2: not JSON"),
+    "empty.jsonl": ("", "the file is empty; expected text, or one JSON object per line"),
+    "retain.jsonl": ('{"text": "a"}', "1 of 1 forget documents also stand in retain"),
+    "few.jsonl": ('{"text": "b"}', "retain: 1 documents, 1 of them unlike all others; at least 3 different documents"),
+}
+
+
+@pytest.mark.parametrize(("file", "content", "message"), [(name, *of) for name, of in UNUSABLE.items()], ids=UNUSABLE)
+def test_text_that_can_not_be_used_ends_in_a_sentence(tmp_path, capsys, file, content, message):
+    (tmp_path / "retain.jsonl").write_text('{"text": "a"}')
+    (tmp_path / file).write_text(content)
+    sources = (f"--config.data.{use}={tmp_path / name}" for use, name in (("forget", file), ("retain", "retain.jsonl")))
+    assert main(["--config", "text", "--workdir", str(tmp_path / "w"), *sources]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[m for _, m in BAD])
@@ -112,11 +137,22 @@ def test_every_command_says_what_it_takes(command, spelling, capsys):
     assert ("--config FILE[:variant]" in out) == (command in ("run", "study", "series", "evaluate", "plan"))
 
 
-def test_help_and_version_need_no_jax():
-    for flag, expected in (("help", "study "), ("--help", "doctor "), ("--version", trace_jax.__version__)):
+def test_what_computes_nothing_needs_no_jax():
+    for flag, expected in (
+        ("help", "study "),
+        ("configs", "quickstart "),
+        ("--help", "doctor "),
+        ("--version", trace_jax.__version__),
+    ):
         program = f"import sys, trace_jax.main as m\ntry: m.main([{flag!r}])\nfinally: assert 'jax' not in sys.modules"
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert done.returncode == 0 and expected in done.stdout, done.stderr
+
+
+def test_a_run_imports_what_takes_long_when_it_needs_it():
+    program = "import sys, trace_jax.run.methods; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"grain", "matplotlib", "nltk", "pandas", "scipy.stats"} & {*done.stdout.split()}
 
 
 def test_a_missing_package_is_a_sentence():

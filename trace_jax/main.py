@@ -33,7 +33,7 @@ COMMANDS = {
     "diagnose": ("run.diagnose", "says whether there is anything to calibrate, before training", ""),
     "plan": ("plan.plan", "says what an experiment takes on a machine that need not be there", "config"),
     "data": ("data.build", "builds published data sets; no TensorFlow", ""),
-    "configs": ("run.experiment", "lists the experiments that come with the package, for --config NAME", ""),
+    "configs": ("run.configs", "lists the experiments that come with the package, for --config NAME", ""),
     "settings": ("run.settings", "every setting of an experiment: its default, what it may be, what it is", ""),
     "doctor": ("io.environment", "versions, devices, what is missing", ""),
 }
@@ -106,12 +106,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         where = "for its artefacts (or gs://BUCKET/NAME); made if missing; default: runs/ and the experiment's name"
         parser.add_argument("--workdir", metavar="DIR", help=where)
         parser.add_argument("--overwrite", action="store_true", help="replace a workdir of another corpus or model")
+        parser.add_argument("--dry-run", action="store_true", help="check whether it would start; exit code 2 if not")
     if "finished" in shared:
         parser.add_argument("--workdir", required=True, metavar="DIR", help="a finished run, or gs://BUCKET/NAME")
     if hasattr(command, "add_arguments"):
         command.add_arguments(parser)
     parser.set_defaults(main=command.main)
     options, rest = parser.parse_known_args(rest)
+    if getattr(options, "dry_run", False):
+        options.main, options.command = importlib.import_module("trace_jax.run.check").main, name
     options.overrides = _overrides(parser, rest, settings="config" in shared)
     options.load_config = lambda: trace_jax.load_config(options.config, options.overrides)
     return options

@@ -64,6 +64,7 @@ def test_mistakes_write_nothing_and_nothing_else_is_replaced(arguments, tmp_path
 
 
 def test_a_checkpoint_routes_texts_and_counts_alone_are_kept(data, tmp_path, capsys):
+    """Few and short texts are in short rows, so that there are enough for a verdict."""
     checkpoint = save_checkpoint(tmp_path / "model", "deepseek_v3")
     texts = (f"--{name}={data / name}.jsonl" for name in ("forget", "retain"))
     given = [*texts, "--checkpoint", str(checkpoint)]
@@ -72,7 +73,7 @@ def test_a_checkpoint_routes_texts_and_counts_alone_are_kept(data, tmp_path, cap
     config = load_pretrained(checkpoint).config
     assert saved["layers"] == list(config.moe_layers) and saved["top_k"] == config.experts_per_token
     assert np.allclose(np.sum(saved["retain"], axis=1), config.experts_per_token)
-    assert "mismatch undecided: a text has fewer than 8 rows" in capsys.readouterr().out
+    assert min(saved["rows"].values()) >= 24 and "fewer than 8 rows" not in capsys.readouterr().out
 
 
 def test_every_run_says_it_before_it_trains_and_keeps_counts_of_forget_text(finished):

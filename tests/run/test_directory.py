@@ -5,7 +5,7 @@ import pytest
 from tests.two_processes import JOIN, run_processes
 from trace_jax.config import ConfigError, resolve
 from trace_jax.io.files import read_json, write_json
-from trace_jax.run.directory import open_workdir, run_stage
+from trace_jax.run.directory import check_workdir, open_workdir, run_stage
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import find_model
 
@@ -37,6 +37,28 @@ def test_a_workdir_is_reopened_by_the_same_corpus_and_model_and_refused_to_other
     assert (path / "results.json").exists()
     open_workdir(other, path, overwrite=True)
     assert not (path / "results.json").exists()
+
+
+def test_text_is_the_same_however_its_files_are_named(tmp_path, monkeypatch):
+    """By full paths, or as it was spelled: a directory that moves with its text is the same run, as one of earlier
+    versions is, which know the spelling alone."""
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+
+    def text(*forget):
+        return experiment(data={"benchmark": "text", "forget": forget, "retain": str(tmp_path / "a" / "../retain.txt")})
+
+    open_workdir(text("forget.txt", "huggingface:a/b"), tmp_path / "run")
+    assert not check_workdir(text(str(tmp_path / "a/forget.txt"), "huggingface:a/b"), tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert not check_workdir(text("a/forget.txt", "huggingface:a/b"), tmp_path / "run")
+    assert not check_workdir(text("forget.txt", "huggingface:a/b"), tmp_path / "run")
+    with pytest.raises(ConfigError, match="another configuration"):
+        check_workdir(text("a/forget.txt", "a/b"), tmp_path / "run")
+    saved = read_json(tmp_path / "run" / "config.json")
+    del saved["located"]
+    write_json(tmp_path / "run" / "config.json", saved)
+    assert not check_workdir(text("forget.txt", "huggingface:a/b"), tmp_path / "run")
 
 
 def test_a_directory_that_is_no_run_is_never_touched(tmp_path):

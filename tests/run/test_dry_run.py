@@ -14,6 +14,7 @@ from published import METHODS
 from tests.run.toy import SMALL, WORDS, save_checkpoint
 from tests.tiny import write_lines
 from trace_jax.config import ConfigError, as_dict, resolve
+from trace_jax.data import sources
 from trace_jax.data.published import PUBLISHED as DATASETS
 from trace_jax.evaluation.task import TofuConfig
 from trace_jax.io.files import read_json, write_json
@@ -290,7 +291,12 @@ def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     (folder / "empty").mkdir()
     rows = {name: [{"text": f"{name} {i} {' '.join(WORDS)}"} for i in range(60)] for name in ("secret", "public")}
-    files = {"forget": rows["secret"][:20], "retain": rows["public"], "shared": rows["public"] + rows["secret"][:3]}
+    files = {
+        "forget": rows["secret"][:20],
+        "more": rows["secret"][20:],
+        "retain": rows["public"],
+        "shared": rows["public"] + rows["secret"][:3],
+    }
     for name, lines in {**files, "few": [{"text": "nothing much"}] * 2}.items():
         write_lines(folder / f"{name}.jsonl", lines)
     return folder
@@ -307,6 +313,31 @@ def test_what_the_run_refuses_ends_with_2(texts, monkeypatch, capsys, changes, m
     assert main(arguments) == 2
     out = capsys.readouterr().out
     assert message in out and "nothing is missing to run" not in out and not (texts / "new").exists()
+
+
+ALIKE = {
+    "a study": ("study", {"study.methods": "uniform,trace", "study.alphas": "1,4"}, "12, of 2 methods and 3 seeds", 0),
+    "a series": ("series", {"series.kind": "scalability"}, "2, of 2 steps", 0),
+    "a sequence": ("series", {"series.kind": "sustainability", "methods": "uniform,trace"}, "4, of 2 steps and 2 m", 0),
+    "a step": ("series", {"series.kind": "scalability", "series.forget": ["few.jsonl"]}, "at least 2 are needed", 2),
+    "no series": ("series", {"series": None}, "the configuration has no series: set --config.series.kind=", 2),
+    "attacks in a study": ("study", {"attacks.router_swap": {}}, "a study compares fronts, and attacks none of its", 2),
+    "a rival's setting": ("study", {"study.objectives": {"npo": {"steering": 1.0}}}, "steering: it belongs to", 2),
+}
+
+
+@pytest.mark.parametrize(("command", "changes", "message", "code"), ALIKE.values(), ids=ALIKE)
+def test_studies_and_series_are_checked_as_runs_are(texts, monkeypatch, capsys, command, changes, message, code):
+    monkeypatch.chdir(texts)
+    usual = {"data.forget": "forget.jsonl", "data.retain": "retain.jsonl", "data.seed": 7}
+    usual |= {"series.forget": ["forget.jsonl", "more.jsonl"]} if changes.get("series.kind") else {}
+    given = [f"--config.{name}={value}" for name, value in {**usual, **changes}.items()]
+    read, existing = [], sources._existing
+    monkeypatch.setattr(sources, "_existing", lambda source: read.append(source) or existing(source))
+    assert main([command, "--config", "text", "--dry-run", "--workdir", "new", *given]) == code
+    assert message in capsys.readouterr().out and not (texts / "new").exists()
+    if command == "study" and not code:
+        assert sorted(read) == ["forget.jsonl", "retain.jsonl"], "each once"
 
 
 def test_a_run_that_would_start_ends_with_0(tmp_path, capsys):

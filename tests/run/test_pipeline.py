@@ -27,7 +27,8 @@ def test_a_run_leaves_every_artefact_and_a_table(finished):
     """Every measurement has its number of items and an interval."""
     path, text = finished[0], str(finished[1])
     assert "trace_rows" in text and "target model" in text and f"report: {(path / 'report.html').as_uri()}" in text
-    assert "best: " in text and f"next: python -m trace_jax.main export --workdir {path} --method " in text
+    assert " the best mean utility is that of " in text
+    assert f"next: python -m trace_jax.main export --workdir {path} --method " in text
     files = {str(file.relative_to(path)) for file in path.rglob("*")}
     assert {"config.json", "environment.json", "references.json", "results.json", "report.html", "statistics"} <= files
     made = ("weights.json", "metrics.jsonl", "model.safetensors", "results.json")

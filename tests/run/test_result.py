@@ -88,7 +88,7 @@ def test_what_an_earlier_version_spelled_otherwise_is_refused_and_all_else_is_re
         row["reached"] = False
     results["equal_forgetting"][0]["best"] = None
     write_json(path / "results.json", results)
-    assert "no method reached 0.99: take more steps, lower alpha, or raise evaluation.levels" in str(open_run(path))
+    assert "Not reached: no method came down to forget probability ratio 0.99 (lowest: " in str(open_run(path))
     (path / "results.json").unlink()
     with pytest.raises(ConfigError, match="the run is not finished"):
         open_run(path)

@@ -48,6 +48,10 @@ class DataConfig(Variant, kw_only=True):
         """Where each forget topic is read from; of an embedded benchmark nowhere."""
         return ()
 
+    def located(self) -> "DataConfig":
+        """The same with the full path of every file."""
+        return self
+
     def build(self) -> "Benchmark":
         """The documents and questions in plain text. Raises DataError: text that can't be used."""
         raise NotImplementedError

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import grain
 import numpy as np
 from flax import struct
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -245,6 +244,8 @@ def with_refusals(rows: Rows, refusals: Sequence[np.ndarray], *, pad: int = 0) -
 
 def epoch_sampler(num_rows: int, batch_size: int, *, seed: int) -> IndexSampler:
     """Every row once per epoch, reshuffled each epoch. A batch may span two epochs."""
+    import grain  # here, because importing it takes half a second
+
     _check_sizes(num_rows, batch_size)
     batches = grain.MapDataset.range(num_rows).seed(seed).shuffle().repeat().batch(batch_size)
     return lambda step: np.asarray(batches[int(step)], np.int64)
@@ -262,6 +263,8 @@ def retain_sampler(num_rows: int, batch_size: int, *, seed: int, probability: np
         raise ValueError(f"row probabilities [{weights.size}] are given for {num_rows} rows; {expected}.")
     if np.ptp(weights) == 0:
         return epoch_sampler(num_rows, batch_size, seed=seed)
+    import grain
+
     cumulative = np.cumsum(weights)
     cumulative /= cumulative[-1]
 

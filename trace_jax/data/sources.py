@@ -4,6 +4,7 @@ Errors name the file and the line. Data sets that tfds has prepared in array_rec
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -50,6 +51,19 @@ def overlap(left: Sequence[Document], right: Sequence[Document]) -> list[tuple[D
     return [(document, twins[document.hash]) for document in left if document.hash in twins]
 
 
+_kept: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def reading_once() -> Iterator[None]:
+    """Within it the documents of a source are kept, and it is not read again."""
+    before = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(before)
+
+
 def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> tuple[list[Document], int]:
     """(documents, how many texts were left out as too short) of a text file (one document), a JSONL file (one a line:
     an object with "text", or with "question" and "answer"), a directory of such files, by name, or a data set with such
@@ -57,6 +71,9 @@ def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> t
 
     `min_length`: characters of the shortest text, white space around it not counted; questions are never left out.
     """
+    kept, key = _kept.get(), (path, min_length, most)
+    if kept and key in kept:
+        return kept[key]
     documents, left_out = [], 0
     for item, origin in _items(path):
         text = item.get("text")
@@ -68,6 +85,8 @@ def read_source(path: str, *, min_length: int = 0, most: int | None = None) -> t
             break
     if not documents:  # a source has at least one item
         raise DataError(f"{path}: all {left_out} texts have fewer than {min_length} characters; lower min_length.")
+    if kept is not None:
+        kept[key] = documents, left_out
     return documents, left_out
 
 
@@ -175,6 +194,13 @@ def json_lines(file: pathlib.Path, expected: str) -> Iterator[tuple[dict, str]]:
         yield item, origin
     if empty:
         raise DataError(f"{file}: the file is empty; expected text, or one JSON object per line.")
+
+
+def located(source: str) -> str:
+    """A source on this machine by its full path, which is one however it is given; the name of any other as it is."""
+    if not source or source.startswith((HUGGINGFACE, TFDS)) or is_remote(source):
+        return source
+    return os.path.realpath(os.path.expanduser(source))
 
 
 def part(base: str, config: str, split: str) -> str:

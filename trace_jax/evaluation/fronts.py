@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.probes import relative_likelihood
@@ -177,7 +177,7 @@ class RunItems:
         for name, several in self.utilities.items():
             values = [series.values(draws) for series in several]
             with np.errstate(divide="ignore", invalid="ignore"):  # the original may have none of the drawn ones right
-                mean = values[0] if len(values) == 1 else stats.hmean(values)
+                mean = values[0] if len(values) == 1 else scipy.stats.hmean(values)
                 utilities[name] = mean / mean[:, :1] if self.relative[name] else mean
         utilities[MEAN] = np.mean(list(utilities.values()), axis=0)
         return self.forgetting.values(draws), utilities

@@ -9,7 +9,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
+import scipy
 
 from trace_jax.evaluation.fronts import FORGETTING, RunItems, Series, board_series, make_draws
 from trace_jax.evaluation.intervals import LEVEL, Interval, quantile_interval
@@ -90,11 +90,11 @@ def drift_correlation(drift: np.ndarray, criticality: np.ndarray) -> Interval:
     taken as independent. NaN where fewer than ten have moved, or all the same.
     """
     moved = (drift > 0) & ~np.isnan(criticality)
-    n, order = int(moved.sum()), np.stack([stats.rankdata(values[moved]) for values in (drift, criticality)])
+    n, order = int(moved.sum()), np.stack([scipy.stats.rankdata(values[moved]) for values in (drift, criticality)])
     if n < 10 or (np.ptp(order, axis=1) == 0).any():
         return Interval(math.nan, math.nan, math.nan, n)
     r = float(np.corrcoef(order)[0, 1])
-    half = stats.norm.ppf(0.5 + LEVEL / 2) * math.sqrt((1 + r * r / 2) / (n - 3))
+    half = scipy.special.ndtri(0.5 + LEVEL / 2) * math.sqrt((1 + r * r / 2) / (n - 3))
     low, high = np.tanh(np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12)) + np.array([-half, half]))
     return Interval(r, float(low), float(high), n)
 

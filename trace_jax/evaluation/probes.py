@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from rouge_score import rouge_scorer
 
 from trace_jax.config import fingerprint
 from trace_jax.data.corpora import Probes, Prompts, Questions
@@ -269,12 +268,16 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str], *, stem: bool
 
     Words are runs of a-z and 0-9 in lower case; Porter's stemmer may shorten those of more than three letters.
     """
+    from rouge_score import rouge_scorer  # here: it imports all of nltk
+
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=stem)
     return np.array([scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(predictions, references, strict=True)])
 
 
 def rouge_recalls(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """ROUGE-1 and ROUGE-L recall with stemmer of each prediction, f64 [N, 2] in 0..1; 0 where nothing is predicted."""
+    from rouge_score import rouge_scorer
+
     scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     scores = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
     return np.array([[one["rouge1"].recall, one["rougeL"].recall] for one in scores]).reshape(-1, 2)

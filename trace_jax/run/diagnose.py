@@ -17,10 +17,11 @@ from trace_jax.io.progress import tracked
 from trace_jax.parallel.mesh import PLAIN
 from trace_jax.report.page import render
 from trace_jax.routing.captures import join, read_capture
-from trace_jax.routing.diagnosis import diagnose
+from trace_jax.routing.diagnosis import MIN_ROWS, diagnose
 from trace_jax.routing.statistics import Assignments, expert_assignments
 
-_ROW_LENGTH, _BATCH_SIZE = 512, 16  # of texts
+_LONGEST_ROW, _SHORTEST_ROW, _ROWS = 512, 32, 4 * MIN_ROWS  # of texts; rows are halved until there are so many
+_BATCH_SIZE = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +71,10 @@ def _route(checkpoint: str, *texts: Sequence[str]) -> tuple[Assignments, Assignm
     documents = [[d for source in sources for d in read_source(source)[0]] for sources in texts]
     model = load_pretrained(checkpoint, dtype="bfloat16", mesh=mesh)
     for text in documents:
-        rows = rows_of_documents(codec, text, _ROW_LENGTH)
+        length, rows = _LONGEST_ROW, rows_of_documents(codec, text, _LONGEST_ROW)
+        while len(rows) < _ROWS and length > _SHORTEST_ROW:
+            length //= 2
+            rows = rows_of_documents(codec, text, length)
         batches = tracked(sequential_batches(rows, _BATCH_SIZE), "routing", -(-len(rows) // _BATCH_SIZE))
         routed.append(expert_assignments(model, batches, mesh=mesh))
     return routed[0], routed[1], model.config.num_experts

@@ -69,7 +69,7 @@ def open_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwr
     barrier("the workdir as it was found")  # a process that is late must not see what is written now
     if replaces:
         files.remove(path)
-    files.write_json(path / "config.json", {"identity": config.identity(), "config": as_dict(config)})
+    files.write_json(path / "config.json", {**config.identities(), "config": as_dict(config)})
     if jax.distributed.is_initialized():
         _check_shared(path)
     return path
@@ -102,7 +102,7 @@ def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overw
     earlier = files.read_json(path / "config.json")
     if earlier is None and path.is_dir() and any(path.iterdir()):
         raise ConfigError(f"{path}: is not empty and holds no run (no config.json). Choose another --workdir.")
-    replaces = earlier is not None and earlier.get("identity") != config.identity()
+    replaces = earlier is not None and not any(earlier.get(key) == it for key, it in config.identities().items())
     if earlier is not None and replaces and not overwrite:
         before, after = earlier["config"], json.loads(json.dumps(as_dict(config)))  # tuples are lists, as in the file
         changed = [

@@ -3,8 +3,6 @@
 An experiment is a Python file with a `get_config` function, and the overrides of the command line.
 """
 
-import argparse
-import ast
 import dataclasses
 import inspect
 import runpy
@@ -25,6 +23,7 @@ from trace_jax.io.tracking import TrackingConfig
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.parallel.mesh import PLAIN, ParallelConfig
 from trace_jax.routing.config import CalibrationConfig, Matching, Online, Weighting
+from trace_jax.run.configs import shipped_configs
 from trace_jax.tasks.benchmarks import DataConfig
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.objectives import Objective
@@ -181,9 +180,13 @@ class ExperimentConfig(Section):
             training.check_online()
         return Method(name, calibration, training)
 
-    def identity(self) -> str:
+    def identity(self, data: DataConfig | None = None) -> str:
         """Hash of what a run directory stays the same run by: corpus and model. Other settings may change in it."""
-        return fingerprint(self.data, self.model_identity())
+        return fingerprint(data or self.data, self.model_identity())
+
+    def identities(self) -> dict[str, str]:
+        """Hashes of which one that stays is enough: files of text as they are spelled, and by their full paths."""
+        return {"identity": self.identity(), "located": self.identity(self.data.located())}
 
     def model_identity(self) -> Any:
         """What tells the model apart: its settings, or the content of its checkpoint."""
@@ -274,22 +277,6 @@ def _read(name: str) -> dict[str, Any]:
     if not isinstance(values, (Mapping, ConfigDict)):
         raise ConfigError(f"{file}: get_config returned {values!r}; expected a ConfigDict, or settings in a dict.")
     return _plain(values)
-
-
-def shipped_configs() -> dict[str, Path]:
-    """The files of configs/ that describe an experiment, by name: in a wheel beside the code, else in its checkout."""
-    package = Path(__file__).resolve().parents[1]
-    found = (package / "configs", package.parent / "configs")
-    files = sorted(file for directory in found for file in directory.glob("*.py"))
-    return {file.stem: file for file in files if "\ndef get_config(" in file.read_text("utf-8")}
-
-
-def main(options: argparse.Namespace) -> int:
-    """The command `configs`."""
-    for name, file in shipped_configs().items():
-        about = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
-        print(f"{name:<18}{about.partition(chr(10))[0]}")
-    return 0
 
 
 def _override(values: dict, path: str, value: Any) -> None:

@@ -24,7 +24,6 @@ from trace_jax.io.tracking import Tracker
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import (
     add_process_arguments,
-    expected_processes,
     is_main,
     keep_freed_memory,
     start_processes,
@@ -41,22 +40,11 @@ from trace_jax.unlearning.metrics import front_rows
 from trace_jax.unlearning.trainable import chosen_experts, table_text, trainable_table
 from trace_jax.unlearning.unlearn import unlearn
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_process_arguments(parser)
-    parser.add_argument("--dry-run", action="store_true", help="check whether the run would start; exit code 2 if not")
+add_arguments = add_process_arguments
 
 
 def main(options: argparse.Namespace) -> int:
     config = options.load_config()
-    if options.dry_run:
-        from trace_jax.run.check import dry_run
-
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # devices are counted, not used
-        alone = options.num_processes is None and expected_processes()[1] == 1
-        text, missing, wrong = dry_run(config, options.workdir, alone=alone)
-        print(text)
-        return 2 if missing or wrong else 0
     keep_freed_memory()
     start_processes(options.coordinator, options.num_processes, options.process_id)
     with timed("run"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, SectionT, nearest, resolve
-from trace_jax.evaluation.fronts import MEAN
+from trace_jax.evaluation.comparison_text import conclusion
 from trace_jax.io.files import as_path, link, shown
 from trace_jax.models.model import Model
 from trace_jax.routing.config import CalibrationConfig
@@ -189,13 +189,9 @@ class Run:
         export = needed(self.directory / "config.json")["config"].get("export")
         lines, best = [f"{self.table()}\n"], None
         for table in finished(self.directory).get("equal_forgetting", ())[:1]:
-            values = {row["name"]: row["values"] for row in table["rows"] if row["reached"]}
-            if best := table.get("best"):  # runs of earlier versions don't say
-                lines += [f"best: {best}, mean utility {values[best][MEAN]:.3f}; of one seed, `study` compares several"]
-            elif len(values) == 1:  # the target model's
-                lines += [
-                    f"no method reached {table['level']:g}: take more steps, lower alpha, or raise evaluation.levels"
-                ]
+            if "best" in table:  # runs of earlier versions don't say
+                best = table["best"]
+                lines += [conclusion(table) + " One seed: `study` compares several." * bool(best)]
         lines += [f"report: {link(self.report)}"] + [f"export: {shown(self.directory / 'export')}"] * bool(export)
         if best and not export:
             where = f"--workdir {self.directory} --method {best} --output DIR"

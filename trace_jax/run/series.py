@@ -19,7 +19,7 @@ from trace_jax.io.files import encode, link, shown, write_json
 from trace_jax.io.progress import aligned, say
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
 from trace_jax.run.directory import SPLIT, check_export, needed, on_test, open_workdir, run_stage, write_report
-from trace_jax.run.experiment import ExperimentConfig
+from trace_jax.run.experiment import ExperimentConfig, SeriesConfig
 from trace_jax.run.export import RETRAINED, TARGET, load_model
 from trace_jax.run.methods import run
 from trace_jax.run.prepare import prepare
@@ -38,19 +38,10 @@ def run_series(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrit
     starts from its checkpoint. Scalability has the runs WORKDIR/step-N; sustainability has WORKDIR/METHOD/step-N, since
     every method goes on with its own model (step-N/export). Writes series.json and report.html.
     """
-    series = config.series
-    if series is None:
-        raise ConfigError(
-            "the configuration has no series: set --config.series.kind=scalability or sustainability, and "
-            "--config.series.forget to a list with the forget source of each step."
-        )
-    if config.data.name != "text":
-        raise ConfigError(f"a series unlearns sources of text (data.benchmark = text), not {config.data.name}.")
+    series = check_series(config, workdir)
     for source in series.forget:  # so that a wrong name is known at once
         read_source(source, most=1)
     sequence = series.kind == "sustainability"
-    if sequence:
-        check_export(dataclasses.replace(config, export=config.methods[0]), workdir)
     path = open_workdir(config, workdir, overwrite=overwrite)
     target = _target(config, path, overwrite=overwrite)
     steps, start = [], target
@@ -67,6 +58,20 @@ def run_series(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrit
             start = {**target, "path": os.fspath(directory / "export")}
             steps.append((number, methods, directory))
     return write_series(config, path, steps) if is_main() else ""
+
+
+def check_series(config: ExperimentConfig, workdir: str | os.PathLike) -> SeriesConfig:
+    """The series of a configuration. Raises ConfigError: it has none, or one that can't run in `workdir`."""
+    if config.series is None:
+        raise ConfigError(
+            "the configuration has no series: set --config.series.kind=scalability or sustainability, and "
+            "--config.series.forget to a list with the forget source of each step."
+        )
+    if config.data.name != "text":
+        raise ConfigError(f"a series unlearns sources of text (data.benchmark = text), not {config.data.name}.")
+    if config.series.kind == "sustainability":
+        check_export(dataclasses.replace(config, export=config.methods[0]), workdir)
+    return config.series
 
 
 def _target(config: ExperimentConfig, path: Path, *, overwrite: bool) -> dict[str, Any]:

@@ -55,6 +55,19 @@ class Trial(NamedTuple):
         return trial_label(self.method, self.setting, self.objective)
 
 
+def check_study(config: ExperimentConfig) -> list[Trial]:
+    """Every run of the study. Raises ConfigError: one has a setting that it can't have, or the study has attacks."""
+    if config.attacks is not None and config.attacks.chosen:
+        raise ConfigError(
+            "attacks would have no effect: a study compares fronts, and attacks none of its runs. Run the method with "
+            "the setting that the study chose, and attack that; here --config.attacks=None."
+        )
+    jobs = list(trials(config))
+    for trial in jobs:
+        config.method(trial.method, **trial.unlearning)
+    return jobs
+
+
 def trials(config: ExperimentConfig) -> Iterator[Trial]:
     """Every run that settings are chosen by, cheapest information first: all methods of a seed and setting (a point of
     the grid over everything that its objective is tuned over) before the next.
@@ -102,16 +115,11 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
 
     Writes study.json (fronts of every run, comparisons with intervals), tables.md and report.html into `workdir`.
     """
-    if config.attacks is not None and config.attacks.chosen:
-        raise ConfigError(
-            "attacks would have no effect: a study compares fronts, and attacks none of its runs. Run the method with "
-            "the setting that the study chose, and attack that; here --config.attacks=None."
-        )
+    jobs = check_study(config)
     check_workdir(config, workdir, overwrite=overwrite)
     if config.data.name == "text":
         read_corpora(config.data, config.model)  # before anything is written: the user's files may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
-    jobs = list(trials(config))
     study, cores = config.study, getattr(os, "sched_getaffinity", None)
     workers = study.workers or (len(cores(0)) if cores else os.cpu_count() or 1)
     counts = f"{len(study.objectives) or 1} objectives, {len(study.methods)} methods, {len(study.seeds)} seeds"

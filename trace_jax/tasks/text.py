@@ -1,6 +1,7 @@
 """The user's own text: files to forget, files to keep, and what can be measured on them."""
 
 import collections
+import dataclasses
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from trace_jax.config import option
 from trace_jax.data.corpora import Benchmark, DataConfig, Part, Split
 from trace_jax.data.ngrams import N, shared_ngrams
-from trace_jax.data.sources import DataError, Document, overlap, read_source
+from trace_jax.data.sources import DataError, Document, located, overlap, read_source
 from trace_jax.evaluation.scoreboard import Scoreboard
 from trace_jax.io.progress import say
 
@@ -47,6 +48,11 @@ class TextConfig(DataConfig, name="text", kw_only=True):
     @property
     def forget_sources(self) -> tuple[str, ...]:
         return (self.forget,) if isinstance(self.forget, str) else self.forget
+
+    def located(self) -> "TextConfig":
+        paths = {name: located(getattr(self, name)) for name in ("retain", "neighbour", "holdout")}
+        forget = tuple(map(located, self.forget_sources))
+        return dataclasses.replace(self, forget=forget[0] if isinstance(self.forget, str) else forget, **paths)
 
     def build(self) -> Benchmark:
         """Forget text is trained on whole; of retain ("general") and neighbour text whole documents are held out."""

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import scipy
 from jax.sharding import Mesh
-from scipy import special, stats
+from scipy import special
 
 from trace_jax.config import fingerprint
 from trace_jax.data.sources import DataError, part, read_records, revision_and_content, text_of
@@ -176,7 +177,7 @@ class TofuTask(Task):
             both = np.stack([ratio, _forget_ratio(retrained)])
             parts = [("_half", split, both[:, half]) for split, half in halves(len(ratio)).items()]
             for suffix, split, asked in [("", SPLIT, both), *parts]:
-                test: Any = stats.ks_2samp(*asked)
+                test: Any = scipy.stats.ks_2samp(*asked)
                 n, against = asked.shape[1], "truth ratios against the retrained model's; no interval"
                 for key, value, kind in (("quality", test.pvalue, "p-value"), ("ks", test.statistic, "statistic")):
                     name, comment = f"tofu_forget_{key}{suffix}", f"{kind}, Kolmogorov-Smirnov test of {n} {against}"
