@@ -164,6 +164,8 @@ def _facts(results: Mapping[str, Any]) -> dict[str, str]:
     if devices := environment.get("devices"):
         kinds = ", ".join(f"{devices.count(kind)} × {kind.split(':')[-1]}" for kind in dict.fromkeys(devices))
         facts["device"] = f"{kinds}; {environment['cores']} CPU cores" if environment.get("cores") else kinds
+    if "runs" in results:
+        facts["runs"] = f"{len(results['runs'])}, of {len({run['method'] for run in results['runs']})} methods"
     if "seed" in config:
         seeds = config.get("study", {}).get("seeds", ()) if "runs" in results else [config["seed"]]
         facts["seeds" if len(seeds) > 1 else "seed"] = ", ".join(map(str, seeds))
@@ -299,7 +301,7 @@ def _measurements(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     for step in results.get("steps", ()):
         groups[f"step {step['step']}, "] = {label: r["measurements"] for label, r in step["methods"].items()}
     return [
-        {"title": f"{title}{split} split", "columns": list(of), "rows": rows}
+        {"title": f"{title}{split} split", "attacked": title.startswith("after"), "columns": list(of), "rows": rows}
         for title, of in groups.items()
         for split in _SPLITS
         if (rows := _lines(of, split))
