@@ -14,7 +14,13 @@ from trace_jax.data.rows import sequential_batches
 from trace_jax.io.files import encode
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
-from trace_jax.routing.calibration import count_activations, match_frequencies, token_weights, weighted_frequency
+from trace_jax.routing.calibration import (
+    calibrate,
+    count_activations,
+    match_frequencies,
+    token_weights,
+    weighted_frequency,
+)
 from trace_jax.routing.config import CalibrationConfig, Matching, Weighting
 from trace_jax.routing.solver import effective_sample_size
 from trace_jax.routing.statistics import Assignments, expert_sensitivity
@@ -50,6 +56,20 @@ def test_the_rule_by_sensitivity_takes_the_experts_with_the_steepest_loss_on_for
     found = weights_of(setting, name="ratio", rule={"name": "sensitivity", "top": 1}).selected
     slopes = expert_sensitivity(setting["model"], sequential_batches(setting["forget"], 8), mesh=setting["mesh"])
     assert (found == (slopes == slopes.max(axis=1, keepdims=True))).all()
+
+
+def test_experts_of_ones_own_choice_are_matched_in_place_of_those_of_the_rule(setting):
+    own = np.array([[True, False, False, True], [False, False, True, False]])
+    found = weights_of({**setting, "selected": own}, name="matching", unit="row")
+    by_hand = calibrate(setting["assignments"], selected=own, target=setting["forget_statistics"].frequency, unit="row")
+    assert (found.selected == own).all()
+    np.testing.assert_array_equal(found.calibration.multipliers, by_hand.multipliers)
+    others = weights_of({**setting, "selected": own}, name="random_experts").selected
+    assert (others.sum(axis=1) == [2, 1]).all() and not (others & own).any()
+    with pytest.raises(ValueError, match=r"selected is bool \(2, 3\); expected bool \(2, 4\)"):
+        weights_of({**setting, "selected": own[:, :3]}, name="matching")
+    with pytest.raises(ValueError, match="'ngram' looks at no expert"):
+        weights_of({**setting, "selected": own}, name="ngram")
 
 
 def test_random_experts_that_have_to_be_selected_ones_are_counted_in_the_certificate(setting):

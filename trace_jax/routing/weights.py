@@ -135,6 +135,7 @@ def retain_weights(
     forget_statistics: ExpertStatistics | None = None,
     retain_statistics: ExpertStatistics | None = None,
     assignments: Assignments | None = None,
+    selected: np.ndarray | None = None,
     solved: RetainWeights | None = None,
     mesh: Mesh | None = None,
     batch_size: int = 32,
@@ -147,12 +148,13 @@ def retain_weights(
       forget, retain: the two corpora.
       forget_statistics, retain_statistics: their `expert_statistics` under `model`, and
       assignments: the `expert_assignments` of the retain corpus, where they were made before.
+      selected: bool [L, E], experts of your own choice in place of those that the weighting's rule selects.
       solved: for weighting "permuted", the weights that it deals out, where they were made before.
       batch_size: rows per forward pass; changes no result.
 
     Raises:
-      ValueError: statistics of another corpus, a corpus too small for any, or a function where the weighting looks
-        into the model.
+      ValueError: statistics of another corpus, a corpus too small for any, a function where the weighting looks into
+        the model, or `selected` of another shape or with a weighting that looks at no expert.
 
     Example:
       >>> config = tj.CalibrationConfig(weighting={"name": "matching", "unit": "row", "apply": "sampling"})
@@ -172,6 +174,8 @@ def retain_weights(
     looking = [way.name for way in (weighting, getattr(weighting, "rule", None)) if isinstance(way, inside)]
     if looking and not isinstance(model, Model):
         raise ValueError(f"{looking[0]!r} looks into the model, and model is a function that routes; give a Model.")
+    if selected is not None and not isinstance(weighting, (settings.Matching, settings.RatioWeights)):
+        raise ValueError(f"selected is given, and the weighting {weighting.name!r} looks at no expert; leave it out.")
     if not isinstance(weighting, settings.Weighted):
         return RetainWeights(np.ones(int(valid.sum())), valid)
     if not isinstance(weighting, (settings.Matching, settings.RatioWeights)):
@@ -183,12 +187,15 @@ def retain_weights(
         assignments = assignments or routed
     assignments = assignments or expert_assignments(model, retain, **passes)
     forget_statistics = forget_statistics or expert_statistics(model, forget, **passes)
-    slopes = None
-    if isinstance(weighting.rule, settings.Sensitivity):
-        slopes = expert_sensitivity(whole, forget, batch_size=batch_size, mesh=mesh)
-    selected = settings.select_experts(
-        forget_statistics, retain_statistics, rule=weighting.rule, seed=config.seed, sensitivity=slopes
-    )
+    if selected is None:
+        slopes = None
+        if isinstance(weighting.rule, settings.Sensitivity):
+            slopes = expert_sensitivity(whole, forget, batch_size=batch_size, mesh=mesh)
+        selected = settings.select_experts(
+            forget_statistics, retain_statistics, rule=weighting.rule, seed=config.seed, sensitivity=slopes
+        )
+    elif selected.dtype != bool or selected.shape != (shape := retain_statistics.counts.shape):
+        raise ValueError(f"selected is {selected.dtype} {selected.shape}; expected bool {shape} (layers, experts).")
     f_forget, calibration, frequency = forget_statistics.frequency, None, None
     if isinstance(weighting, settings.RatioWeights):
         frequencies = f_forget, retain_statistics.frequency
