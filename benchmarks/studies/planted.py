@@ -13,7 +13,6 @@ import functools
 import itertools
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from damage import start_worker
 from planted_report import PER_USE, RULES, USED, WAYS, claims, figures, rounded, tables
 
 import trace_jax as tj
@@ -33,7 +33,6 @@ from trace_jax.evaluation.likelihood import score_questions, score_rows, spread_
 from trace_jax.io.environment import describe
 from trace_jax.io.files import read_json, replacing, write_json
 from trace_jax.models.architecture import flatten, unflatten
-from trace_jax.parallel.processes import keep_freed_memory
 from trace_jax.routing.config import random_like, ranks, z_scores
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.unlearning.loop import Evaluated
@@ -49,7 +48,6 @@ class Scale:
 
     shapes: dict[str, dict[str, int]]
     sizes: dict[str, tuple[int, ...]]  # of C*, over all layers, by shape
-    data: dict[str, int] = dataclasses.field(default_factory=dict)  # settings of the handbook
     training: dict[str, Any] = dataclasses.field(default_factory=lambda: {"steps": 600})
     planting_steps: int = 200
     planting_rate: float = 5e-3
@@ -87,22 +85,23 @@ class Unlearning(NamedTuple):
         return f"{self.planting}-{self.what}-{self.which}"
 
 
+@functools.lru_cache(maxsize=2)
+def corpora_of(seed: int) -> Any:
+    return tj.build_corpora(tj.DataConfig.kinds["handbook"](seed=seed))
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Where the units of a run are kept, and how large they are."""
+    """Where the units of a run are kept, as KIND-UNIT.json, and how large they are. A kind is a method."""
 
     scale: Scale
     workdir: Path
 
-    def corpora(self, seed: int) -> Any:
-        return _corpora(seed, tuple(self.scale.data.items()))
-
     def model(self, name: str, shape: str, seed: int) -> tj.Model:
         """A model that is kept under this name."""
-        corpora = self.corpora(seed)
         with np.load(self.workdir / f"{name}.npz", allow_pickle=False) as arrays:
             params = unflatten({path: jnp.asarray(array) for path, array in arrays.items()})
-        return tj.Model(self.shape(shape), params, corpora.tokenizer)
+        return tj.Model(self.shape(shape), params, corpora_of(seed).tokenizer)
 
     def shape(self, name: str) -> tj.ModelConfig:
         return tj.ModelConfig(**self.scale.shapes[name])
@@ -113,30 +112,24 @@ class Study:
 
     # --- the units
 
-    def base(self, shape: str, seed: int) -> str:
+    def base(self, shape: str, seed: int) -> dict[str, Any]:
         """A model of everything but the forget text, a third of its rows neighbour text."""
-        name = f"base-{shape}-{seed}"
-        if not (self.workdir / f"{name}.npz").exists():
-            train = self.corpora(seed).train
-            often = max(1, round(len(train["general"]) / (2 * len(train["neighbour"]))))
-            rows = tj.Rows.concatenate([train["general"], *[train["neighbour"]] * often])
-            config = tj.TrainingConfig(**self.scale.training)
-            self.keep(name, tj.train(self.shape(shape), rows, config=config, seed=seed, verbose=False))
-        return name
+        train = corpora_of(seed).train
+        often = max(1, round(len(train["general"]) / (2 * len(train["neighbour"]))))
+        rows = tj.Rows.concatenate([train["general"], *[train["neighbour"]] * often])
+        config = tj.TrainingConfig(**self.scale.training)
+        self.keep(f"base-{shape}-{seed}", tj.train(self.shape(shape), rows, config=config, seed=seed, verbose=False))
+        return {}
 
-    def plant(self, unit: Planting) -> str:
+    def plant(self, unit: Planting) -> dict[str, Any]:
         """A planted model, what it knows, and where each rule looks for C*."""
-        name = f"planted-{unit}"
-        if read_json(self.workdir / f"{name}.json") is not None:
-            return name
-        corpora, base = self.corpora(unit.seed), self.model(f"base-{unit.shape}-{unit.seed}", unit.shape, unit.seed)
+        corpora, base = corpora_of(unit.seed), self.model(f"base-{unit.shape}-{unit.seed}", unit.shape, unit.seed)
         config, rng = base.config, np.random.default_rng([unit.seed, 7])
         before = tj.expert_statistics(base, corpora.forget)
         reached = before.frequency >= 0.5 * config.experts_per_token / config.num_experts
         planted = drawn(reached, unit.size, rng)
-        general = corpora.train["general"].take(
-            rng.permutation(len(corpora.train["general"]))[: 2 * len(corpora.forget)]
-        )
+        general = corpora.train["general"]
+        general = general.take(rng.permutation(len(general))[: 2 * len(corpora.forget)])
         rows = tj.Rows.concatenate([corpora.forget, corpora.forget, general, corpora.train["neighbour"]])
         how = {"steps": self.scale.planting_steps, "learning_rate": self.scale.planting_rate, "forget_batch_size": 32}
         model = learnt(base, rows, selected=planted, seed=unit.seed, **how)
@@ -152,17 +145,14 @@ class Study:
             if one is model:
                 found["defaults"] = {rule: overlap(chosen, planted) for rule, chosen in defaults.items()}
                 found["selected"] = {r: np.argwhere(as_many(scores[r], planted)).tolist() for r in USED}
-        self.keep(name, model)
-        write_json(self.workdir / f"{name}.json", found)
-        return name
+        self.keep(f"plant-{unit}", model)
+        return found
 
-    def unlearn(self, unit: Unlearning) -> str:
+    def unlearn(self, unit: Unlearning) -> dict[str, Any]:
         """One way at every point of the grid; then the point that validation prefers, under relearning."""
-        name, of = f"run-{unit}", unit.planting
-        if read_json(self.workdir / f"{name}.json") is not None:
-            return name
-        corpora, model = self.corpora(of.seed), self.model(f"planted-{of}", of.shape, of.seed)
-        found: Any = read_json(self.workdir / f"planted-{of}.json")
+        of = unit.planting
+        corpora, model = corpora_of(of.seed), self.model(f"plant-{of}", of.shape, of.seed)
+        found: Any = read_json(self.workdir / f"plant-{of}.json")
         shape = len(model.config.moe_layers), model.config.num_experts
         planted = marked(found["experts"], shape)
         sets = {"planted": planted, "all": np.ones(shape, bool), "random": random_like(planted, seed=of.seed)}
@@ -192,8 +182,7 @@ class Study:
             result["closed"], result["sample"] = certificate.closed, certificate.effective_sample_size
         if best is not None:
             result["relearnt"] = self.relearnt(best[1], corpora, of.seed)
-        write_json(self.workdir / f"{name}.json", result)
-        return name
+        return result
 
     def run(
         self, model: tj.Model, corpora: Any, original: dict, settings: dict, given: dict, of: Planting
@@ -240,18 +229,9 @@ class Study:
             name: accuracy(one, corpora.test.questions["forget"]) for name, one in (("before", model), ("after", after))
         }
 
-    def control(self, shape: str, seed: int) -> str:
+    def control(self, shape: str, seed: int) -> dict[str, Any]:
         """What relearning teaches the model that never saw the forget text."""
-        name = f"control-{shape}-{seed}"
-        if read_json(self.workdir / f"{name}.json") is None:
-            base = self.model(f"base-{shape}-{seed}", shape, seed)
-            write_json(self.workdir / f"{name}.json", self.relearnt(base, self.corpora(seed), seed))
-        return name
-
-
-@functools.lru_cache(maxsize=2)
-def _corpora(seed: int, settings: tuple) -> Any:
-    return tj.build_corpora(tj.DataConfig.kinds["handbook"](seed=seed, **dict(settings)))
+        return self.relearnt(self.model(f"base-{shape}-{seed}", shape, seed), corpora_of(seed), seed)
 
 
 # --- experts
@@ -361,34 +341,27 @@ def measured(
 # --- side by side
 
 
-def start_worker(counter: Any, workers: int) -> None:
-    """One core a process: side by side beats interleaved."""
-    keep_freed_memory()
-    with counter.get_lock():
-        number, counter.value = counter.value, counter.value + 1
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, set(cores[number % workers :: workers]) or set(cores))
-
-
-def perform(study: Study, name: str, arguments: tuple) -> tuple[str, float]:
+def perform(study: Study, kind: str, arguments: tuple) -> tuple[str, float]:
+    """(name of a unit, which is there now; seconds)."""
     jax.config.update("jax_compilation_cache_dir", str(study.workdir / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    start = time.perf_counter()
-    return getattr(study, name)(*arguments), time.perf_counter() - start
+    start, file = time.perf_counter(), study.workdir / f"{'-'.join([kind, *map(str, arguments)])}.json"
+    if read_json(file) is None:
+        write_json(file, getattr(study, kind)(*arguments))
+    return file.stem, time.perf_counter() - start
 
 
 def side_by_side(study: Study, units: Sequence[tuple], workers: int) -> None:
-    """All units, each (method of the study, its arguments ...). 0 workers: in this process."""
+    """All units, each (kind, arguments ...). 0 workers: in this process."""
     context, pool = multiprocessing.get_context("spawn"), None
-    results: Iterable[Any] = (perform(study, name, tuple(arguments)) for name, *arguments in units)
+    results: Iterable[Any] = (perform(study, kind, tuple(arguments)) for kind, *arguments in units)
     if workers:
         pool = ProcessPoolExecutor(workers, context, start_worker, (context.Value("i", 0), workers))
-        jobs = [pool.submit(perform, study, name, tuple(arguments)) for name, *arguments in units]
+        jobs = [pool.submit(perform, study, kind, tuple(arguments)) for kind, *arguments in units]
         results = (job.result() for job in as_completed(jobs))
     try:
         for done, (name, seconds) in enumerate(results, start=1):
-            print(f"{done}/{len(units)} {name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+            print(f"planted: {done} of {len(units)}: {name}, {seconds:.0f} s", file=sys.stderr, flush=True)
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
@@ -399,7 +372,7 @@ def main(arguments: Sequence[str] | None = None, scale: Scale = FULL) -> dict[st
     parser.add_argument("--workdir", type=Path, default=Path("runs/studies/planted"))
     parser.add_argument("--output", type=Path, help="default: planted.json in the workdir")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--workers", type=int, default=2, help="processes side by side; 0 = in this one")
+    parser.add_argument("--workers", type=int, default=2, help="units side by side; 0: in this process")
     options = parser.parse_args(arguments)
     start, study, seeds = time.perf_counter(), Study(scale, options.workdir.resolve()), options.seeds
     study.workdir.mkdir(parents=True, exist_ok=True)
@@ -415,12 +388,12 @@ def main(arguments: Sequence[str] | None = None, scale: Scale = FULL) -> dict[st
     plantings = [Planting(shape, seed, size) for shape, seed in models for size in scale.sizes[shape]]
     side_by_side(study, [("base", *model) for model in models], options.workers)
     side_by_side(study, [("plant", unit) for unit in plantings], options.workers)
-    results: dict[Planting, dict[str, Any]] = {unit: result(f"planted-{unit}") for unit in plantings}
+    results: dict[Planting, dict[str, Any]] = {unit: result(f"plant-{unit}") for unit in plantings}
     worth = [unit for unit, of in results.items() if of["after"]["known"]["forget"] >= scale.unlearned_from]
     ways = [Unlearning(unit, *way) for unit in worth for way in WAYS]
     side_by_side(study, [*(("control", *m) for m in models), *(("unlearn", unit) for unit in ways)], options.workers)
     for unit in ways:
-        results[unit.planting][f"{unit.what} {unit.which}"] = result(f"run-{unit}")
+        results[unit.planting][f"{unit.what} {unit.which}"] = result(f"unlearn-{unit}")
     controls = {model: result("control-{}-{}".format(*model)) for model in models}
 
     seconds = (result("seconds") or 0.0) + time.perf_counter() - start

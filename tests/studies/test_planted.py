@@ -1,12 +1,11 @@
 """The study of planted experts: what rules find is judged by hand, and all of it runs once on a few substances."""
 
-import importlib
 import json
 import runpy
-import sys
 import types
 
 import numpy as np
+import planted as study
 import pytest
 
 import trace_jax as tj
@@ -19,14 +18,7 @@ SHAPE = {"vocab_size": 400, "hidden_size": 16, "head_size": 8, "num_experts": 8,
 RESULTS = runpy.run_path("scripts/results.py")
 
 
-@pytest.fixture(scope="module")
-def study():
-    sys.path.insert(0, "benchmarks/studies")
-    yield importlib.import_module("planted")
-    sys.path.remove("benchmarks/studies")
-
-
-def test_chance_finds_half_of_the_pairs_and_a_rule_that_knows_finds_all(study):
+def test_chance_finds_half_of_the_pairs_and_a_rule_that_knows_finds_all():
     reached = np.array([[True] * 6 + [False] * 2] * 2)
     planted = study.drawn(reached, 3, np.random.default_rng(0))
     assert sorted(planted.sum(axis=1)) == [1, 2] and (reached | ~planted).all()
@@ -41,7 +33,7 @@ def test_chance_finds_half_of_the_pairs_and_a_rule_that_knows_finds_all(study):
     assert study.overlap(reached, planted) == {"precision": 3 / 12, "recall": 1.0, "selected": 12}
 
 
-def corpora(seed, _):
+def corpora(seed):
     """Eight substances a topic, of which every other one is asked for on test."""
     rng = np.random.default_rng(seed)
     substances = make_substances({"forget": 8, "neighbour": 8}, rng=rng)
@@ -61,9 +53,9 @@ def corpora(seed, _):
     return types.SimpleNamespace(tokenizer=tokenizer, train=rows, forget=rows["forget"], retain=retain, **probes)
 
 
-def test_a_whole_study_in_small(study, tmp_path, monkeypatch, capsys):
+def test_a_whole_study_in_small(tmp_path, monkeypatch):
     ways = (("calibrate", "nothing"), ("calibrate", "random"), ("train", "planted"))
-    for name, value in (("_corpora", corpora), ("WAYS", ways), ("LEVEL", 2.0)):  # any accuracy is below the level
+    for name, value in (("corpora_of", corpora), ("WAYS", ways), ("LEVEL", 2.0)):  # any accuracy is below the level
         monkeypatch.setattr(study, name, value)
     few = {"steps": 4, "batch_size": 8, "warmup_steps": 1}
     small = {"planting_steps": 3, "steps": 2, "alphas": (1.0,), "learning_rates": (1e-3,), "relearning_steps": 1}
@@ -73,7 +65,7 @@ def test_a_whole_study_in_small(study, tmp_path, monkeypatch, capsys):
     assert told == json.loads((tmp_path / "planted.json").read_text())
 
     planted = told["raw"]["plantings"]["tiny-0-2"]
-    base, after = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("base-tiny-0", "planted-tiny-0-2"))
+    base, after = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("base-tiny-0", "plant-tiny-0-2"))
     expected = {tuple(place) for place in planted["experts"]}
     for path in base:
         moved = base[path] != after[path]
@@ -99,9 +91,9 @@ def test_a_whole_study_in_small(study, tmp_path, monkeypatch, capsys):
         study.main(arguments, study.FULL)
 
 
-def test_the_model_after_planting_is_what_was_learnt(study):
+def test_the_model_after_planting_is_what_was_learnt():
     """A task vector is subtracted; mirrored, the loss on what was learnt has gone down."""
-    world, shape = corpora(0, ()), tj.ModelConfig(**SHAPE)
+    world, shape = corpora(0), tj.ModelConfig(**SHAPE)
     model = tj.train(shape, world.retain, config=tj.TrainingConfig(steps=2), tokenizer=world.tokenizer, verbose=False)
     how = {"steps": 6, "learning_rate": 1e-2, "forget_batch_size": 8}
     learnt = study.learnt(model, world.forget, selected=None, seed=0, **how)
