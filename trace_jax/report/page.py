@@ -140,7 +140,7 @@ def _lines_of_methods(results: Mapping[str, Any]) -> tuple[dict[str, Style], dic
     return styles, drawn | {"losses": figures.loss_figures(results.get("losses", {}), styles)}
 
 
-def _level(results: Mapping[str, Any]) -> float | None:
+def _level(results: Mapping[str, Any]) -> Any:
     return results["config"].get("evaluation", {"levels": [None]})["levels"][0]
 
 
