@@ -151,7 +151,7 @@ forget, retain = (tj.pack(texts[name], tokenizer, row_length=64) for name in tex
 # `tj.pack(texts, model)` above.
 
 # %%
-shape, training = tj.ModelConfig(vocab_size=512), tj.TrainingConfig(steps=150)
+shape, training = tj.ModelConfig(vocab_size=512), tj.TrainingConfig(steps=20 if CI else 150)
 model = tj.train(shape, tj.Rows.concatenate([forget, retain]), config=training, tokenizer=tokenizer)
 
 # %% [markdown]

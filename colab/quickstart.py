@@ -168,7 +168,7 @@ texts = {name: [t.strip() for t in text.split("\n\n") if t.strip()] for name, te
 if not any(texts.values()):
     rng = np.random.default_rng(0)
     for substance in make_substances({"forget": 12, "neighbour": 12}, rng=rng):
-        texts[substance.topic] += [page.text for page in make_pages(substance, 24, rng)]
+        texts[substance.topic] += [page.text for page in make_pages(substance, 8 if CI else 24, rng)]
     addresses = [a.document.text for a in load_addresses() if a.year >= (2015 if CI else 1990)]
     texts["retain"] = [paragraph for text in addresses for paragraph in text.split("\n\n")]
 
@@ -202,14 +202,14 @@ settings = {
     "name": "quickstart",
     "methods": ("uniform",),
     "data": {"benchmark": "text", **files},
-    "target": {"steps": 40 if CI else 250},
+    "target": {"steps": 10 if CI else 250},
     "unlearning": {
         "objective": {"name": "gradient_difference", "nll_ceiling": 8.0},
         "learning_rate": 2e-3,
         "steps": 10 if CI else 40,
         "evaluate_every": 5,
     },
-    "evaluation": {"max_rows": 48, "patching": False},
+    "evaluation": {"max_rows": 16 if CI else 48, "patching": False},
 }
 run = tj.run(tj.load_config(settings), overwrite=True)
 run

@@ -204,10 +204,10 @@ def settings(checkpoint, experts):
             "alpha": 16.0,
             "learning_rate": 1e-2 if CI else 1e-5,
             "warmup_steps": 2 if CI else 20,
-            "steps": 24 if CI else 200,
+            "steps": 8 if CI else 200,
             "forget_batch_size": 4,
             "retain_batch_size": 8,
-            "evaluate_every": 6 if CI else 25,
+            "evaluate_every": 4 if CI else 25,
         },
         "evaluation": {"batch_size": 8, "max_rows": 16 if CI else 96, "max_prompts": 16, "patching": False},
         "parallel": {"remat": "layer"},
@@ -258,7 +258,7 @@ if CI:
         part.save_pretrained("untrained")
     tiny = tj.load_pretrained("untrained")
     rows = tj.pack([text for name in files for text in texts[name]], tiny, row_length=128)
-    trained = tj.train(tiny.config, rows, config=tj.TrainingConfig(steps=100))
+    trained = tj.train(tiny.config, rows, config=tj.TrainingConfig(steps=10))
     tj.save_pretrained(tiny.replace(params=trained.params), "tiny-granite", overwrite=True)
     choices = [("tiny-granite", 2)]
 

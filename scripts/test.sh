@@ -6,19 +6,29 @@
 #   bash scripts/test.sh tests/routing -k calibration   # the same checks, these tests only
 set -uo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+beside="$(mktemp -d)"  # what is said by what goes on beside something else
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$beside"' EXIT
+
+is_colab_python() { "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 13))' 2>/dev/null; }
+
+# Colab has Python 3.13: where that is here and is not the one of .venv, the notebooks run on it, those that compare with
+# PyTorch on both. It gets its environment while .venv gets its own.
+colab_python="" tests=(-n "${TEST_WORKERS:-2}")
+if [ "$#" -eq 0 ] && ! is_colab_python "$(find_python)"; then
+  for candidate in $(type -ap python3.13); do
+    if is_colab_python "$candidate"; then colab_python="$candidate"; break; fi
+  done
+fi
+if [ -n "$colab_python" ]; then
+  tests+=(--ignore=tests/colab/test_{quickstart,study_notebook,python_api}.py)
+  (PYTHON="$colab_python" prepare_environment notebooks .venv-colab) >"$beside/environment" 2>&1 &
+fi
 prepare_environment test
 
 # Two workers share the cores: one thread each for XLA and BLAS, or they would fight for them.
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 NPROC=1
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" MPLBACKEND=agg
-
-find_colab_python() {
-  local candidate
-  for candidate in $(type -ap python3.13); do
-    if "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then echo "$candidate"; return; fi
-  done
-  return 1
-}
 
 # tests/report/test_accessibility.py: in a browser, where one is here, with axe-core, which pyright's node can fetch.
 if [ -z "${AXE_CORE:-}" ] && { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then
@@ -39,17 +49,23 @@ check() {
 
 check "format" ruff format --check .
 check "lint" ruff check .
-check "types" pyright --pythonpath "$root/.venv/bin/python"
 check "imports" lint-imports
+# Types and documentation keep one core busy for a minute and a half: beside the tests, and shown after them.
+(failed=()
+check "types" pyright --pythonpath "$root/.venv/bin/python"
 check "docs" sphinx-build -W --keep-going -q docs "$root/.venv/site"
-check "tests" pytest -n "${TEST_WORKERS:-2}" "$@"
+[ "${#failed[@]}" -eq 0 ]) >"$beside/types-and-docs" 2>&1 &
+types_and_docs=$!
+check "tests" pytest "${tests[@]}" "$@"
+wait "$types_and_docs" || failed+=("types or docs")
+cat "$beside/types-and-docs"
 
-# Colab has Python 3.13: where that is here and is not the one of .venv, the notebooks run on it as well.
 on_colab_python() (
-  prepare_environment notebooks .venv-colab && pytest -n "${TEST_WORKERS:-2}" tests/colab
+  cat "$beside/environment"
+  PYTHON="$colab_python" prepare_environment notebooks .venv-colab && pytest -n "${TEST_WORKERS:-2}" tests/colab
 )
-if [ "$#" -eq 0 ] && ! python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))' && PYTHON="$(find_colab_python)"; then
-  export PYTHON
+if [ -n "$colab_python" ]; then
+  wait
   check "notebooks on Python 3.13" on_colab_python
 fi
 
