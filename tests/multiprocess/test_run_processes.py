@@ -30,7 +30,7 @@ SETTINGS = {
     "evaluation.max_gradients": 2,
     "evaluation.patching": True,
     "attacks": {
-        "relearning": {"steps": [1, 2], "batch_size": 2, "learning_rate": 1e-3},
+        "relearning": {"steps": [2], "batch_size": 2, "learning_rate": 1e-3},
         "quantization": {"bits": [4]},
         "router_swap": {},
         "expert_forcing": {},
