@@ -21,8 +21,8 @@ def front(forgetting, utility, steps=None):
 
 
 def utility_at(run, level):
-    read = fronts.crossing(run, level)
-    return None if read is None else read(run.utilities[MEAN])
+    read = fronts.crossings(run.forgetting[None], level)
+    return None if run.forgetting.min() > level else read(run.utilities[MEAN][None])[0]
 
 
 FALLS, RETURNS = front([1.0, 0.5, 0.2], [1.0, 0.9, 0.1]), front([1.0, 0.4, 0.9, 0.3], [1.0, 0.8, 0.95, 0.2])

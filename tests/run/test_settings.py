@@ -6,10 +6,11 @@ To write docs/settings.md again after a change that is meant: TRACE_JAX_WRITE_GO
 import os
 from pathlib import Path
 
+from scripts.settings_page import settings_page
 from trace_jax.config import as_dict
 from trace_jax.main import main
 from trace_jax.run.experiment import load_config
-from trace_jax.run.settings import settings, settings_page
+from trace_jax.run.settings import settings
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 

@@ -92,14 +92,6 @@ def bracket(forgetting: np.ndarray, level: float) -> float:
     return float(forgetting[index - 1] - forgetting[index]) if index and forgetting[index] < level else 0.0
 
 
-def crossing(front: Front, level: float) -> Callable[[np.ndarray], float] | None:
-    """What reads values [N] of the points of one front there (`crossings`); None if it stays above the level."""
-    if front.forgetting.min() > level:
-        return None
-    read = crossings(front.forgetting[None], level)
-    return lambda values: float(read(values[None])[0])
-
-
 def mean_difference(first: Front, second: Front) -> float | None:
     """Mean difference of mean utility over the forgetting levels that both reach; None if there is no such range.
 

@@ -210,11 +210,9 @@ def retain_weights(
         counts = retain_statistics.counts
         calibration, tokens, frequency = match_frequencies(assignments, counts, selected, f_forget, weighting)[0]
         if shared := int((critical & selected).sum()):
-            note = (
-                f"{shared} of {int(selected.sum())} random experts are forget-critical ones: there are too few others."
-            )
-            certificate = calibration.certificate
-            certificate = dataclasses.replace(certificate, notes=(*certificate.notes, note))
+            of_all = f"{shared} of {int(selected.sum())} random experts"
+            notes = *calibration.certificate.notes, f"{of_all} are forget-critical ones: there are too few others."
+            certificate = dataclasses.replace(calibration.certificate, notes=notes)
             calibration = dataclasses.replace(calibration, certificate=certificate)
     if isinstance(weighting, settings.Permuted):
         units = assignments.units(weighting.unit)

@@ -1,6 +1,4 @@
-"""Every setting of an experiment with its default, what it may be, and what it is: of the command `settings` and of
-docs/settings.md.
-"""
+"""Every setting of an experiment with its default, what it may be, and what it is: the command `settings`."""
 
 import argparse
 import dataclasses
@@ -92,24 +90,6 @@ def settings_text(section: str = "") -> str:
     for path, of, default, accepts, about in found:
         lines += [f"{path} = {default or '(empty)'}    [{accepts}]" + f"  of {of}" * bool(of), f"    {about}"]
     return "\n".join(lines)
-
-
-def settings_page() -> str:
-    """docs/settings.md."""
-    lines = ["# Settings", "", "Each is given in a configuration file, or as `--config.NAME=VALUE`; in a terminal"]
-    lines += [
-        "`python -m trace_jax.main settings [NAME]` shows those under a name. A name in brackets says which kind of"
-    ]
-    lines += ["its section has the setting. Written by tests/run/test_settings.py from the declarations in the code."]
-    last = None
-    for path, of, default, accepts, about in settings():
-        head = path.partition(".")[0] if "." in path else "experiment"
-        if head != last:
-            lines += ["", f"## {head}", "", "| setting | default | accepts | |", "|---|---|---|---|"]
-        last = head
-        cells = [f"`{path}`" + f" [{of}]" * bool(of), f"`{default}`" if default else "", accepts, about]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
