@@ -68,7 +68,7 @@ class Design(NamedTuple):
     map_shape: str = "quickstart"
     map_seeds: int = 3
     map_topic: str = "hazard"
-    map_domains: tuple[str, ...] = ("same sentences and values", "people", "recipes")
+    map_domains: tuple[str, ...] = ("same sentences and values", "other relations", "recipes")
     map_shares: tuple[float, ...] = (0.005, 0.02, 0.07, 0.2)
     map_alphas: tuple[float, ...] = (16.0, 64.0)
     map_rows: int = 800

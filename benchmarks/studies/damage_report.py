@@ -11,7 +11,7 @@ from trace_jax.evaluation.intervals import t_interval
 from trace_jax.io.environment import describe
 
 ALL, FEW, RANDOM = "routing, all experts", "routing, few critical experts", "routing, few random experts"
-WORDS, STATES, GRADIENT = "n-gram ratio", "hidden states", "gradient"
+WORDS, STATES, GRADIENT, SIZES = "n-gram ratio", "hidden states", "gradient", "gradient, absolute values"
 NEAR = "near", "middling", "far"  # the map's domains, in order
 
 
@@ -113,6 +113,7 @@ def prediction(design: Any, seeds: Sequence[int], kept: Any, found: Mapping[str,
         paired(ALL, STATES, "Routing predicts damage better than hidden states."),
         paired(ALL, f"{STATES}, projected as routing", "Routing predicts damage better than states read the same way."),
         paired(GRADIENT, ALL, "Gradient similarity predicts damage better than routing."),
+        paired(SIZES, ALL, "Which parameters gradients touch predicts damage better than routing."),
         paired(GRADIENT, WORDS, "Gradient similarity predicts damage better than the n-gram ratio."),
     ]  # fmt: skip
     rows = []
@@ -129,7 +130,7 @@ def prediction(design: Any, seeds: Sequence[int], kept: Any, found: Mapping[str,
     ]
     for topic in design.topics:
         tables.append(_domain_table(shapes, seeds, kept, topic, names))
-    main = [ALL, FEW, RANDOM, WORDS, STATES, GRADIENT]
+    main = [ALL, FEW, RANDOM, WORDS, STATES, GRADIENT, SIZES]
     series = []
     for i, shape in enumerate(shapes):
         of = [interval(np.nanmean(found[name][:, i], axis=1)) for name in main]

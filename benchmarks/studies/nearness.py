@@ -23,6 +23,7 @@ class Features(NamedTuple):
     square: np.ndarray  # f64 [N, D], their squares
     words: np.ndarray  # f64 [N, V + BUCKETS], frequencies of tokens and of pairs of tokens
     gradients: np.ndarray  # f64 [N, N], inner products of the gradients of the mean NLL by all parameters
+    sizes: np.ndarray  # f64 [N, N], the same of their absolute values
     loss: np.ndarray  # f64 [N], the mean NLL
 
 
@@ -40,8 +41,9 @@ def _gradient(params, config, batch):
     return jax.numpy.concatenate([x.ravel() for x in jax.tree.leaves(gradient)]), sums
 
 
-def features(model: tj.Model, train: Mapping[str, tj.Rows], *, gradient_rows: int = 32) -> Features:
-    """Of training rows, since what a method may see is the retain set. Gradients and states: of the first few."""
+def features(model: tj.Model, train: Mapping[str, tj.Rows], *, most: int = 64, gradient_rows: int = 32) -> Features:
+    """Of the first `most` training rows, since what a method may see is the retain set; of fewer by gradients."""
+    train = {name: rows.take(np.arange(min(most, len(rows)))) for name, rows in train.items()}
     frequency, words, gradients, rest = [], [], [], []
     for rows in train.values():
         frequency.append(tj.expert_statistics(model, rows).frequency)
@@ -55,8 +57,14 @@ def features(model: tj.Model, train: Mapping[str, tj.Rows], *, gradient_rows: in
         gradients.append(np.asarray(gradient) / few.valid.sum())
         rest.append([np.asarray(x, np.float64) / few.valid.sum() for x in sums])
     stacked, (loss, hidden, square) = np.stack(gradients), map(np.stack, zip(*rest, strict=True))
-    products = np.array([[np.dot(a.astype(np.float64), b) for b in stacked] for a in stacked])
-    return Features(np.stack(frequency), hidden, square, np.stack(words), products, loss)
+    products = _products(stacked), _products(np.abs(stacked))
+    return Features(np.stack(frequency), hidden, square, np.stack(words), *products, loss)
+
+
+def _products(rows: np.ndarray) -> Any:
+    """f64 [N, N]: inner products of rows f32 [N, P], summed in float64 over parts of P."""
+    parts = np.array_split(rows, max(1, rows.shape[1] // 4096), axis=1)
+    return sum((part @ part.T).astype(np.float64) for part in parts)
 
 
 def _projection(values: np.ndarray, variance: np.ndarray, topic: int) -> np.ndarray:
@@ -95,14 +103,18 @@ def nearness(of: Features, train: Mapping[str, tj.Rows], topic: str, *, few: int
     ratio = {
         n: logs[end - len(train[n]) : end].sum() / train[n].valid.sum() for n, end in zip(others, ends, strict=True)
     }
-    lengths = np.sqrt(np.diag(of.gradients))
+
+    def cosine_of(products: np.ndarray) -> np.ndarray:
+        lengths = np.sqrt(np.diag(products))
+        return products[t] / np.maximum(lengths * lengths[t], 1e-30)
+
     return {
         "routing, all experts": routed(order),
         "routing, few critical experts": routed(order[:, :count]),
         "routing, few random experts": np.stack(random),
         "n-gram ratio": np.array([ratio.get(n, math.nan) for n in names]),
         "hidden states": _cosine(of.hidden, t),
-        "gradient": of.gradients[t] / (lengths * lengths[t]),
+        "gradient": cosine_of(of.gradients),
         # other readings, so that none loses by how it was read
         "routing, cosine": _cosine((of.frequency - f).reshape(domains, -1), t),
         "n-grams, projected as routing": _projection(
@@ -110,5 +122,6 @@ def nearness(of: Features, train: Mapping[str, tj.Rows], topic: str, *, few: int
         ),
         "hidden states, projected as routing": _projection(of.hidden, retain["square"] - retain["hidden"] ** 2, t),
         "gradient, inner product": of.gradients[t],
+        "gradient, absolute values": cosine_of(of.sizes),
         "the domain's own loss": of.loss,
     }

@@ -75,7 +75,7 @@ def hand_made_features():
     frequency = np.array([[[0.8, 0.2, 0.5, 0.5]], [[0.6, 0.4, 0.5, 0.5]], [[0.4, 0.6, 0.5, 0.5]]])
     gradients = np.array([[4.0, 2.0, 0.0], [2.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
     ones = np.ones((3, 2))
-    return nearness.Features(frequency, ones, ones + 1, ones / 2, gradients, np.arange(3.0))
+    return nearness.Features(frequency, ones, ones + 1, ones / 2, gradients, gradients, np.arange(3.0))
 
 
 def test_nearness_where_it_is_known():
