@@ -27,8 +27,7 @@ from trace_jax.data.text import rows_of_documents
 from trace_jax.evaluation.intervals import Measurement, bootstrap_mean, find, named
 from trace_jax.evaluation.likelihood import NonFiniteScore, spread_indices
 from trace_jax.evaluation.routing import SPLIT as TRAIN
-from trace_jax.evaluation.scoreboard import Scoreboard
-from trace_jax.evaluation.task import SPLIT, Evaluator, ScoreStore
+from trace_jax.evaluation.task import SPLIT, Evaluator, Scoreboard, ScoreStore
 from trace_jax.io.files import decode, read_json, remove, write_json
 from trace_jax.models.architecture import ModelConfig, flat_specs, flatten, unflatten
 from trace_jax.models.model import Model, TextCodec

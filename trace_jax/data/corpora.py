@@ -33,7 +33,7 @@ class DataConfig(Variant, kw_only=True):
 
     tag = "benchmark"
     forgotten: ClassVar[str]  # what is, for titles
-    board: ClassVar[Any]  # what counts as forgetting and as utility (`trace_jax.evaluation.scoreboard.Scoreboard`)
+    board: ClassVar[Any]  # what counts as forgetting and as utility (`trace_jax.evaluation.task.Scoreboard`)
 
     @classmethod
     def spelled_out(cls, value: Any) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 from trace_jax.evaluation import fronts
 from trace_jax.evaluation.fronts import FORGETTING, MEAN, Draws, Front, RunItems
 from trace_jax.evaluation.intervals import Interval, seeds_and_items, t_interval
-from trace_jax.evaluation.scoreboard import Scoreboard
+from trace_jax.evaluation.task import Scoreboard
 from trace_jax.io.files import encode
 
 READINGS = ("first", "best")

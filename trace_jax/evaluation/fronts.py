@@ -17,7 +17,7 @@ import scipy
 
 from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.probes import relative_likelihood
-from trace_jax.evaluation.scoreboard import Scoreboard
+from trace_jax.evaluation.task import Scoreboard
 from trace_jax.unlearning.metrics import read_items
 
 MEAN, FORGETTING = "mean_utility", "forgetting"

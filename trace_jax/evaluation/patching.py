@@ -14,8 +14,7 @@ import scipy
 from trace_jax.evaluation.fronts import FORGETTING, RunItems, Series, board_series, make_draws
 from trace_jax.evaluation.intervals import LEVEL, Interval, quantile_interval
 from trace_jax.evaluation.likelihood import NonFiniteScore
-from trace_jax.evaluation.scoreboard import Scoreboard
-from trace_jax.evaluation.task import SPLIT, Evaluator, Task
+from trace_jax.evaluation.task import SPLIT, Evaluator, Scoreboard, Task
 from trace_jax.io.progress import tracked
 from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.model import Model

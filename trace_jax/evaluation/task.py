@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import string
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, Section, option
 from trace_jax.evaluation.intervals import Measurement
-from trace_jax.evaluation.scoreboard import Scoreboard
 from trace_jax.io.files import local_copy, replacing
 from trace_jax.io.progress import progress, say
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import barrier, broadcast_from_process_0
 
+SPLITS = ("validation", "test")  # settings are chosen on the first, and the second is reported
+HALF = "every other question"
 SPLIT = "test"  # published benchmarks have one split, and it is for reporting
 TEXTS = ("generation", "ground_truth", "question", "prompt", "options")  # fields of audit lines that hold text
 
@@ -101,6 +103,16 @@ class EvaluationConfig(Section):
     def of_scores(self) -> "EvaluationConfig":
         """What scores and attacks depend on: experts are put back after the one and before the other."""
         return dataclasses.replace(self, patching=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoreboard:
+    """Names of the measurements that methods are compared on, on one benchmark."""
+
+    forgetting: str  # lower means more forgotten
+    utilities: Mapping[str, bool]  # higher is better; whether the original model's value is to be divided by
+    questions: Mapping[str, str]  # by subject of `Task.outcomes`, what is measured; several of one: its harmonic mean
+    chance: float | None = None  # `forgetting` of a model that knows nothing, for the report; None: there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,3 +253,15 @@ def without_texts(scores: TaskScores) -> TaskScores:
 def hazardous(sources: Sequence[str]) -> bool:
     """Whether text of these sources must not be copied anywhere: the corpora of WMDP (2403.03218)."""
     return any("wmdp" in source.lower() for source in sources)
+
+
+def halves(count: int) -> dict[str, np.ndarray]:
+    """Places of the items of each of our splits, of a benchmark that has one: every other item is of validation."""
+    return {split: np.arange(first, count, 2) for first, split in enumerate(SPLITS) if first < count}
+
+
+def half_outcomes(subject: str, names: Sequence[str], **columns: np.ndarray) -> dict[str, np.ndarray]:
+    """`Task.outcomes` of both halves of a subject's items: `question`, a hash of the name, and columns [N]."""
+    columns = {"question": np.array([zlib.crc32(name.encode()) for name in names], np.uint32), **columns}
+    parts = halves(len(names)).items()
+    return {f"{split}/{subject}/{name}": x[half] for split, half in parts for name, x in columns.items()}

@@ -23,8 +23,7 @@ from trace_jax.io.files import decode, encode, local_copy, read_json, replacing,
 from trace_jax.models.loss import document_sums
 from trace_jax.routing import solver
 from trace_jax.routing.config import Matching
-from trace_jax.routing.indices import count_activations
-from trace_jax.routing.statistics import Assignments
+from trace_jax.routing.statistics import Assignments, count_activations
 
 _NUMBERS = ("multipliers", "intercept", "max_weight")  # what a weight is computed from
 SIZES = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05)  # effective sample sizes that a choice is shown for

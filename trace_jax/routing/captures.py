@@ -12,8 +12,7 @@ import numpy as np
 
 from trace_jax.data.published import DataError
 from trace_jax.io.files import local_copy
-from trace_jax.routing.indices import first_misfit
-from trace_jax.routing.statistics import Assignments
+from trace_jax.routing.statistics import Assignments, first_misfit
 
 BLOCK = 256  # tokens that stand for a row where a capture names no rows
 _KEYS = ("expert_ids", "row_lengths", "gate_weights")

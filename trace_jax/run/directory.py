@@ -17,7 +17,7 @@ import numpy as np
 from trace_jax.config import ConfigError, as_dict
 from trace_jax.evaluation import comparison, comparison_text, fronts
 from trace_jax.evaluation.intervals import Interval
-from trace_jax.evaluation.scoreboard import Scoreboard
+from trace_jax.evaluation.task import Scoreboard
 from trace_jax.io import files
 from trace_jax.io.files import decode, encode
 from trace_jax.io.progress import say, timed

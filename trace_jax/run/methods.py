@@ -16,8 +16,7 @@ from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
 from trace_jax.evaluation import fronts, routing
 from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.patching import measure_patching
-from trace_jax.evaluation.scoreboard import SPLITS
-from trace_jax.evaluation.task import ScoreStore
+from trace_jax.evaluation.task import SPLITS, ScoreStore
 from trace_jax.io.files import as_path, decode, encode, flush_lines, read_json, remove, write_json
 from trace_jax.io.progress import plain_name, say, timed
 from trace_jax.io.tracking import Tracker

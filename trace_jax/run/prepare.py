@@ -17,8 +17,7 @@ from trace_jax.data.corpora import Corpora, DataConfig, build_corpora
 from trace_jax.data.rows import mixture_batches, read_codec, sequential_batches
 from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.probes import probe_tasks
-from trace_jax.evaluation.scoreboard import SPLITS, Scoreboard
-from trace_jax.evaluation.task import Evaluator, Scores, ScoreStore, Task, hazardous
+from trace_jax.evaluation.task import SPLITS, Evaluator, Scoreboard, Scores, ScoreStore, Task, hazardous
 from trace_jax.io.environment import describe
 from trace_jax.io.files import free_bytes, read_json, remove, write_json
 from trace_jax.io.progress import say, timed, tracked

@@ -12,7 +12,7 @@ import numpy as np
 from trace_jax.config import option
 from trace_jax.data.corpora import Benchmark, DataConfig, Item, Part
 from trace_jax.data.sources import Document
-from trace_jax.evaluation.scoreboard import Scoreboard
+from trace_jax.evaluation.task import Scoreboard
 from trace_jax.tasks.presidents import held_out_addresses, load_addresses, split_by_group
 
 MIXTURE = {"general": 0.50, "neighbour": 0.32, "forget": 0.18}

@@ -24,8 +24,7 @@ from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import score_sequences
 from trace_jax.evaluation.membership import AUC_UNTRAINED, SIDES, min_k_scores, privleak, privleak_auc
 from trace_jax.evaluation.probes import rouge_l
-from trace_jax.evaluation.scoreboard import HALF, Scoreboard, half_outcomes, halves
-from trace_jax.evaluation.task import SPLIT, MuseConfig, Task, TaskScores
+from trace_jax.evaluation.task import HALF, SPLIT, MuseConfig, Scoreboard, Task, TaskScores, half_outcomes, halves
 from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model, TextCodec
 

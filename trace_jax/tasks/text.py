@@ -2,20 +2,23 @@
 
 import collections
 import dataclasses
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from trace_jax.config import option
 from trace_jax.data.corpora import Benchmark, DataConfig, Part, Split
-from trace_jax.data.ngrams import N, shared_ngrams
 from trace_jax.data.sources import DataError, Document, located, overlap, read_source
-from trace_jax.evaluation.scoreboard import Scoreboard
+from trace_jax.evaluation.task import Scoreboard
 from trace_jax.io.progress import say
 
 MIXTURE = {"general": 0.70, "forget": 0.30}
 MIXTURE_WITH_NEIGHBOUR = {"general": 0.35, "neighbour": 0.35, "forget": 0.30}
 HELD_OUT_SHARE = 0.1  # of the documents, for validation and again for test
+N = 13  # words that passages share; the length at which GPT-3 (2005.14165, appendix C) and others call text shared
+_WORDS = 1 << 20  # that are hashed at once
 _FEWEST = 3  # documents: one to train on, one for validation, one for test
 _PIECES = 30  # into about which a text is split that has too few documents
 _NAMES = {"general": "retain", "neighbour": "neighbour"}  # of subjects as people know them
@@ -151,3 +154,62 @@ def split_at_paragraphs(document: Document, size: int) -> list[Document]:
     if current.strip():
         pieces.append(Document(current, f"{path}:{start}"))
     return pieces
+
+
+# --- passages that two sets of documents share: runs of words, found by hashes of all runs of a length
+
+
+class Shared(NamedTuple):
+    """How much of `left` also stands in `right`, in numbers of documents, and the first place where it does."""
+
+    left: int
+    right: int
+    ngrams: int  # different ones
+    example: tuple[Document, Document]
+
+
+def shared_ngrams(left: Sequence[Document], right: Sequence[Document]) -> Shared | None:
+    """The documents that share runs of `N` words, whatever their case and white space, or None where none do."""
+    numbers = {word: i for i, word in enumerate(dict.fromkeys(w for d in left for w in _words(d)), start=1)}
+    keys = np.random.default_rng(0).integers(1 << 64, size=len(numbers) + 1, dtype=np.uint64)
+    known, owners = map(np.concatenate, zip(*_hashes(left, numbers, keys), strict=True))
+    order = np.argsort(known, kind="stable")
+    known, owners = known[order], owners[order]
+    found, holders = [], []
+    for hashes, documents in _hashes(right, numbers, keys):
+        place = np.searchsorted(known, hashes)
+        same = np.append(known, np.uint64(0))[place] == hashes
+        found.append(place[same])
+        holders.append(documents[same])
+    found, holders = np.concatenate(found), np.concatenate(holders)
+    if not len(found):
+        return None
+    ngrams = np.unique(known[found])
+    sharing = np.unique(owners[np.isin(known, ngrams)])
+    return Shared(
+        len(sharing), len(np.unique(holders)), len(ngrams), (left[int(owners[found[0]])], right[int(holders[0])])
+    )
+
+
+def _words(document: Document) -> list[str]:
+    return f"{document.text} {document.answer or ''}".casefold().split()
+
+
+def _hashes(
+    documents: Sequence[Document], numbers: dict[str, int], keys: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(hash u64, index of its document) of every run of `N` words that all have a number, in parts."""
+    factors = np.random.default_rng(1).integers(1 << 63, size=N, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    words, ends, first = [], [], 0
+    for index, document in enumerate(documents):
+        words.extend(map(numbers.get, _words(document), itertools.repeat(0)))
+        words.append(0)  # no run goes on into the next
+        ends.append(len(words))
+        if len(words) > _WORDS or index == len(documents) - 1:
+            numbered = np.array(words + [0] * N)
+            starts = np.flatnonzero(np.convolve(numbered == 0, np.ones(N), "valid") == 0)
+            hashes = np.zeros(len(starts), np.uint64)
+            for offset in range(N):
+                hashes += keys[numbered[starts + offset]] * factors[offset]
+            yield hashes, first + np.searchsorted(ends, starts, side="right")
+            words, ends, first = [], [], index + 1

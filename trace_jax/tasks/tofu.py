@@ -22,8 +22,7 @@ from trace_jax.evaluation import intervals
 from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import score_sequences, spread_indices
 from trace_jax.evaluation.probes import MEMORIZED, rouge_recalls
-from trace_jax.evaluation.scoreboard import HALF, Scoreboard, half_outcomes, halves
-from trace_jax.evaluation.task import SPLIT, Task, TaskScores, TofuConfig
+from trace_jax.evaluation.task import HALF, SPLIT, Scoreboard, Task, TaskScores, TofuConfig, half_outcomes, halves
 from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model, TextCodec, start_and_end
 from trace_jax.models.sharding import pad

@@ -18,8 +18,16 @@ from trace_jax.config import ConfigError, fingerprint
 from trace_jax.data.sources import DataError, read_records, revision_and_content
 from trace_jax.evaluation.intervals import Measurement, named, wilson
 from trace_jax.evaluation.likelihood import score_texts, spread_indices
-from trace_jax.evaluation.scoreboard import HALF, Scoreboard, half_outcomes, halves
-from trace_jax.evaluation.task import SPLIT, MultipleChoiceConfig, Task, TaskScores
+from trace_jax.evaluation.task import (
+    HALF,
+    SPLIT,
+    MultipleChoiceConfig,
+    Scoreboard,
+    Task,
+    TaskScores,
+    half_outcomes,
+    halves,
+)
 from trace_jax.models.model import Model
 
 PROFILE = "lm-eval 0-shot"
