@@ -61,18 +61,22 @@ class Design(NamedTuple):
     row_length: int = 128
     domains: tuple[str, ...] = ()  # empty: all
     level: float = 1.0  # rise of the forgotten rows' NLL, nats a token, at which damage is read
+    real_level: float = 0.3  # the same of real text, whose relatives hold it back
     steps: int = 60
     alpha: float = 16.0
     learning_rate: float = 1e-3
     # the map
     map_shape: str = "quickstart"
-    map_seeds: int = 3
+    map_seeds: int = 4
     map_topic: str = "hazard"
     map_domains: tuple[str, ...] = ("same sentences and values", "other relations", "recipes")
     map_shares: tuple[float, ...] = (0.005, 0.02, 0.07, 0.2)
-    map_alphas: tuple[float, ...] = (16.0, 64.0)
+    map_alphas: tuple[float, ...] = (16.0, 48.0)
     map_rows: int = 800
     weightings: tuple[str, ...] = tuple(WEIGHTINGS)
+
+    def level_of(self, topic: str) -> float:
+        return self.real_level if topic in graded.ERAS else self.level
 
 
 FINE = tj.ModelConfig(num_layers=3, num_experts=64, experts_per_token=4, expert_hidden_size=32)
@@ -154,7 +158,7 @@ def crossing(rows: Sequence[Mapping[str, Any]], level: float) -> dict[str, float
 
 def unlearned(
     design: Design, target: tj.Model, forget: tj.Rows, retain: tj.Rows, held: Mapping[str, tj.Rows], *,
-    alpha: float, seed: int, weights: Any = None,
+    level: float, alpha: float, seed: int, weights: Any = None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Rise of NLL at every evaluation, until the forgotten rows' has risen to the level: of them and of each `held`."""
     parts = {"forget": forget.take(np.arange(min(24, len(forget)))), **held}
@@ -167,7 +171,7 @@ def unlearned(
 
     config = tj.UnlearningConfig(
         objective="gradient_difference", alpha=alpha, steps=design.steps, learning_rate=design.learning_rate,
-        evaluate_every=2, checkpoint_every=1000, stop_forgetting=-design.level,
+        evaluate_every=2, checkpoint_every=1000, stop_forgetting=-level,
     )  # fmt: skip
     tj.unlearn(target, forget, retain, config=config, weights=weights, seed=seed, evaluate=evaluate, verbose=False)
     return rows
@@ -193,8 +197,9 @@ def damage(design: Design, workdir: Path, seed: int, shape: str, topic: str) -> 
     of = world(design, workdir, seed, shape)
     others = [name for name in of.train if name != topic]
     retain, held = tj.Rows.concatenate([of.train[n] for n in others]), {n: of.held[n] for n in others}
-    rows = unlearned(design, of.model, of.train[topic], retain, held, alpha=design.alpha, seed=seed)
-    return {"evaluations": len(rows), "forget": [row["forget"] for row in rows], "damage": crossing(rows, design.level)}
+    about = {"level": design.level_of(topic), "alpha": design.alpha, "seed": seed}
+    rows = unlearned(design, of.model, of.train[topic], retain, held, **about)
+    return {"forget": [row["forget"] for row in rows], "damage": crossing(rows, about["level"])}
 
 
 def mapped(design: Design, workdir: Path, seed: int, domain: str, share: float, weighting: str) -> dict[str, Any]:
@@ -220,7 +225,8 @@ def mapped(design: Design, workdir: Path, seed: int, domain: str, share: float, 
     about = {"domain_share": float(per_row[:count].sum()), "effective_sample": weights.effective_sample_size}
     runs = {}
     for alpha in design.map_alphas:
-        rows = unlearned(design, of.model, forget, retain, held, alpha=alpha, seed=seed, weights=weights)
+        about_run = {"level": design.level, "alpha": alpha, "seed": seed, "weights": weights}
+        rows = unlearned(design, of.model, forget, retain, held, **about_run)
         runs[f"{alpha:g}"] = {"evaluations": len(rows), "damage": crossing(rows, design.level)}
     return about | {"runs": runs}
 
@@ -310,7 +316,7 @@ def main(arguments: Sequence[str] | None = None, design: Design = FULL) -> dict[
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/studies/damage"))
     parser.add_argument("--output", type=Path, help="JSON of what was found")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=cores, help="units side by side; 0: in this process")
     options = parser.parse_args(arguments)

@@ -5,13 +5,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from graded import ERAS
 from scipy.stats import spearmanr
 
 from trace_jax.evaluation.intervals import t_interval
 from trace_jax.io.environment import describe
 
+COSINE = "routing, cosine"
 ALL, FEW, RANDOM = "routing, all experts", "routing, few critical experts", "routing, few random experts"
-WORDS, STATES, GRADIENT, SIZES = "n-gram ratio", "hidden states", "gradient", "gradient, absolute values"
+WORDS, WORDS_TOO, STATES, STATES_TOO, GRADIENT, SIZES = (
+    *("n-gram ratio", "n-grams, projected as routing", "hidden states", "hidden states, projected as routing"),
+    *("gradient", "gradient, absolute values"),
+)
 NEAR = "near", "middling", "far"  # the map's domains, in order
 
 
@@ -43,7 +48,7 @@ def report(design: Any, seeds: Sequence[int], kept: Mapping[str, Mapping[tuple, 
         "correlations_over": "seeds x shapes x topics",
         "gains": gains,
         "core_seconds": round(seconds),
-        "level": design.level,
+        "level": {topic: design.level_of(topic) for topic in design.topics},
     }
     return {
         "question": 2,
@@ -68,20 +73,23 @@ def _rounded(values: Mapping[str, float] | None) -> dict[str, float] | None:
 
 
 def correlation_table(
-    design: Any, seeds: Sequence[int], kept: Mapping[str, Mapping[tuple, Any]]
+    design: Any, seeds: Sequence[int], kept: Mapping[str, Mapping[tuple, Any]], *, own_kind: bool = False
 ) -> dict[str, np.ndarray]:
-    """By predictor f64 [seeds, shapes, topics]: Spearman's over domains; NaN where the level was not reached."""
+    """By predictor f64 [seeds, shapes, topics]: Spearman's over domains, or over those that are real or generated as
+    the topic is; NaN where the level was not reached, or there are fewer than three.
+    """
     shapes = [shape for shape, _ in design.shapes]
     size, found = (len(seeds), len(shapes), len(design.topics)), {}
     for place in itertools.product(*map(range, size)):
         seed, shape, topic = seeds[place[0]], shapes[place[1]], design.topics[place[2]]
-        names = kept["target"][seed, shape]["held_out_nll"]
+        names = list(kept["target"][seed, shape]["held_out_nll"])
         damage = kept["damage"][seed, shape, topic]["damage"]
+        among = [n for n in names if n != topic and (not own_kind or (n in ERAS) == (topic in ERAS))]
+        use = [names.index(n) for n in among]
         for predictor, values in kept["nearness"][seed, shape][topic].items():
             of = found.setdefault(predictor, np.full(size, np.nan))
-            if damage is not None:
-                use = [i for i, name in enumerate(names) if name != topic]
-                rise = [damage[name] for name in names if name != topic]
+            if damage is not None and len(among) >= 3:
+                rise = [damage[n] for n in among]
                 of[place] = np.mean([spearmanr(row[use], rise)[0] for row in np.atleast_2d(np.asarray(values))])
     return found
 
@@ -92,49 +100,53 @@ def by_seed(values: np.ndarray) -> np.ndarray:
 
 
 def prediction(design: Any, seeds: Sequence[int], kept: Any, found: Mapping[str, np.ndarray], names: Sequence[str]):
-    shapes = [shape for shape, _ in design.shapes]
-    reached = sum(int(np.isfinite(found[ALL][s]).sum()) for s in range(len(seeds)))
-    over = f"{len(seeds)} seeds (mean of {len(shapes)} models x {len(design.topics)} topics; {len(names) - 1} domains)"
+    """Claims, tables and figures on what predicts damage; `found`: the correlations over all domains."""
+    shapes, kind = [shape for shape, _ in design.shapes], correlation_table(design, seeds, kept, own_kind=True)
+    reached = int(np.isfinite(found[ALL]).sum())
+    over = f"{len(seeds)} seeds (mean of {len(shapes)} models x {len(design.topics)} topics; {{}})"
+    everywhere, within = (
+        over.format(f"{len(names) - 1} domains"),
+        over.format("generated or real domains as the topic is"),
+    )
     corr, diff = "Spearman's correlation with damage", "difference of Spearman's correlations with damage"
-
-    def alone(name: str, text: str) -> dict:
-        return claim(text, corr, by_seed(found[name]), over)
-
-    def paired(first: str, second: str, text: str) -> dict:
-        return claim(text, f"{diff}: {first} less {second}", by_seed(found[first] - found[second]), over)
-
     claims = [
-        alone(ALL, "Domains that route like the forgotten one (all experts) are damaged more."),
-        alone(WORDS, "Domains with the forgotten one's words (n-gram ratio) are damaged more."),
-        paired(ALL, WORDS, "Routing predicts damage better than the n-gram ratio."),
-        paired(ALL, "n-grams, projected as routing", "Routing predicts damage better than n-grams read the same way."),
-        paired(FEW, RANDOM, "The four most critical experts a layer predict damage better than four random ones."),
-        paired(FEW, ALL, "The four most critical experts a layer predict damage better than all experts."),
-        paired(ALL, STATES, "Routing predicts damage better than hidden states."),
-        paired(ALL, f"{STATES}, projected as routing", "Routing predicts damage better than states read the same way."),
-        paired(GRADIENT, ALL, "Gradient similarity predicts damage better than routing."),
-        paired(SIZES, ALL, "Which parameters gradients touch predicts damage better than routing."),
-        paired(GRADIENT, WORDS, "Gradient similarity predicts damage better than the n-gram ratio."),
-    ]  # fmt: skip
+        claim(
+            f"Domains that are near the forgotten one by {name} are damaged more.",
+            corr,
+            by_seed(found[name]),
+            everywhere,
+        )
+        for name in (ALL, WORDS)
+    ]
+    pairs = [
+        (ALL, WORDS),
+        (ALL, WORDS_TOO),
+        (COSINE, WORDS),
+        (FEW, RANDOM),
+        (FEW, ALL),
+        (ALL, STATES),
+        (ALL, STATES_TOO),
+    ]
+    pairs += [(GRADIENT, ALL), (SIZES, ALL), (SIZES, WORDS)]
+    for first, second in pairs:
+        text = f"Damage is predicted better by {first} than by {second}"
+        claims.append(claim(f"{text}.", diff, by_seed(found[first] - found[second]), everywhere))
+        of_kind = by_seed(kind[first] - kind[second])
+        claims.append(claim(f"{text}, among domains of the topic's own kind.", diff, of_kind, within))
     rows = []
     for name, of in found.items():
         cells = [interval(np.nanmean(of[:, i], axis=1)) for i in range(len(shapes))]
         topics = [round(float(np.nanmean(of[:, :, t])), 3) for t in range(len(design.topics))]
-        rows.append([name, interval(by_seed(of)), *cells, *topics])
-    tables = [
-        {
-            "title": f"Rank correlation of nearness with damage ({reached} of {found[ALL].size} runs got there)",
-            "columns": ["nearness by", "all", *shapes, *(f"forgotten: {t}" for t in design.topics)],
-            "rows": rows,
-        }
-    ]
+        rows.append([name, interval(by_seed(of)), interval(by_seed(kind[name])), *cells, *topics])
+    columns = ["nearness by", "all domains", "domains of the topic's kind", *(f"all, {shape}" for shape in shapes)]
+    title = f"Rank correlation of nearness with damage ({reached} of {found[ALL].size} runs reached the level)"
+    tables = [{"title": title, "columns": [*columns, *(f"all, forgotten: {t}" for t in design.topics)], "rows": rows}]
     for topic in design.topics:
         tables.append(_domain_table(shapes, seeds, kept, topic, names))
-    main = [ALL, FEW, RANDOM, WORDS, STATES, GRADIENT, SIZES]
-    series = []
-    for i, shape in enumerate(shapes):
-        of = [interval(np.nanmean(found[name][:, i], axis=1)) for name in main]
-        series.append({"name": shape, "x": main, **{y: [x[key] for x in of] for y, key in _ENDS}})
+    main, series = [ALL, COSINE, FEW, RANDOM, WORDS, WORDS_TOO, STATES, STATES_TOO, GRADIENT, SIZES], []
+    for name, table in (("all domains", found), ("domains of the topic's kind", kind)):
+        of = [interval(by_seed(table[predictor])) for predictor in main]
+        series.append({"name": name, "x": main, **{y: [x[key] for x in of] for y, key in _ENDS}})
     title = "What predicts which domains are damaged"
     caption = "Rank correlation over domains of damage with nearness to the forgotten domain; intervals over seeds."
     axes = {"x": "nearness by", "y": "Spearman's correlation"}

@@ -20,6 +20,7 @@ SMALL = damage.Design(
     row_length=64,
     domains=NAMES,
     level=0.2,
+    real_level=0.1,
     steps=40,
     learning_rate=5e-3,
     map_shape="tiny",
