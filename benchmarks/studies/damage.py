@@ -69,7 +69,7 @@ class Design(NamedTuple):
     map_shape: str = "quickstart"
     map_seeds: int = 4
     map_topic: str = "hazard"
-    map_domains: tuple[str, ...] = ("same sentences and values", "other relations", "recipes")
+    map_domains: tuple[str, ...] = ("same sentences and values", "other relations", "kitchen tables")
     map_shares: tuple[float, ...] = (0.005, 0.02, 0.07, 0.2)
     map_alphas: tuple[float, ...] = (16.0, 48.0)
     map_rows: int = 800
