@@ -238,10 +238,11 @@ Unit = tuple[Any, ...]  # kind, seed, and what else its function takes
 def phases(design: Design, seeds: Sequence[int]) -> list[list[Unit]]:
     """Units of which each phase needs the one before."""
     targets = [("target", seed, shape) for seed in seeds for shape, _ in design.shapes]
-    near = [("nearness", *unit[1:]) for unit in targets]
-    damaged = [("damage", *unit[1:], topic) for unit in targets for topic in design.topics]
+    after = []  # target by target, so that a worker reads few of them
+    for _, *target in targets:
+        after += [("nearness", *target), *(("damage", *target, topic) for topic in design.topics)]
     cells = itertools.product(seeds[: design.map_seeds], design.map_domains, design.map_shares, design.weightings)
-    return [targets, [*near, *damaged], [("map", *cell) for cell in cells]]
+    return [targets, after, [("map", *cell) for cell in cells]]
 
 
 def unit_path(workdir: Path, unit: Unit) -> Path:
@@ -320,11 +321,16 @@ def main(arguments: Sequence[str] | None = None, design: Design = FULL) -> dict[
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=cores, help="units side by side; 0: in this process")
     options = parser.parse_args(arguments)
-    start = time.perf_counter()
+    start, made_by = time.perf_counter(), {"design": repr(design)}
+    if read_json(kept := options.workdir / "design.json") not in (None, made_by):
+        parser.error(
+            f"{options.workdir} keeps units of another design ({kept}); choose another --workdir, or remove it."
+        )
+    write_json(kept, made_by)
     do_all(design, options.workdir, options.seeds, options.workers)
     made = report(design, options.seeds, collected(design, options.workdir, options.seeds))
-    kept = made["raw"]["core_seconds"] / max(1, options.workers)  # where a run was continued
-    made["seconds"] = round(max(time.perf_counter() - start, kept), 1)
+    of_units = made["raw"]["core_seconds"] / max(1, options.workers)  # more than this call took where it continued
+    made["seconds"] = round(max(time.perf_counter() - start, of_units), 1)
     if options.output:
         write_json(options.output, made)
     return made

@@ -39,7 +39,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(workdir):
-    return damage.main(["--workdir", str(workdir), "--seeds", "0", "--workers", "0"], SMALL)
+    return damage.main(["--workdir", str(workdir), "--seeds", "0", "--workers", "1"], SMALL)
 
 
 def test_a_small_study_measures_damage_and_gains(made, workdir):
