@@ -99,6 +99,7 @@ class Benchmark:
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)  # texts per source too short to be documents
     retain_rows: int | None = None  # of the unlearner's retain corpus, drawn; None: everything but forget rows
     neighbour_share: float = 0.0  # of these rows; the others are general text
+    unretained: Sequence[str] = ()  # sources beside the forget set that are not in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +245,8 @@ def build_corpora(config: DataConfig, codec: TextCodec | None = None) -> Corpora
 
 def _retain_rows(train: Mapping[str, Rows], benchmark: Benchmark, seed: int) -> Rows:
     if benchmark.retain_rows is None:
-        return Rows.concatenate([rows for source, rows in train.items() if source != "forget"])
+        left_out = {"forget", *benchmark.unretained}
+        return Rows.concatenate([rows for source, rows in train.items() if source not in left_out])
     rng = np.random.default_rng([seed, 3])
     neighbours = round(benchmark.retain_rows * benchmark.neighbour_share)
     parts = []

@@ -6,10 +6,11 @@ from trace_jax.tasks.handbook import HandbookConfig
 from trace_jax.tasks.muse import muse_task
 from trace_jax.tasks.presidents import PresidentsConfig
 from trace_jax.tasks.text import TextConfig
-from trace_jax.tasks.tofu import tofu_task
+from trace_jax.tasks.tofu import TofuCorpora, tofu_task
 from trace_jax.tasks.wmdp import read_multiple_choice
 
-BENCHMARKS: dict[str, type[DataConfig]] = {kind.name: kind for kind in (HandbookConfig, PresidentsConfig, TextConfig)}
+_KINDS = HandbookConfig, PresidentsConfig, TextConfig, TofuCorpora
+BENCHMARKS: dict[str, type[DataConfig]] = {kind.name: kind for kind in _KINDS}
 
 
 def build_tasks(config: EvaluationConfig) -> tuple[Task, ...]:

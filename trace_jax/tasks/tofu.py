@@ -16,8 +16,9 @@ import scipy
 from jax.sharding import Mesh
 from scipy import special
 
-from trace_jax.config import fingerprint
-from trace_jax.data.sources import DataError, part, read_records, revision_and_content, text_of
+from trace_jax.config import fingerprint, option
+from trace_jax.data.corpora import Benchmark, DataConfig, Part
+from trace_jax.data.sources import DataError, part, read_records, read_source, revision_and_content, text_of
 from trace_jax.evaluation import intervals
 from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import score_sequences, spread_indices
@@ -26,6 +27,48 @@ from trace_jax.evaluation.task import HALF, SPLIT, Scoreboard, Task, TaskScores,
 from trace_jax.models.generate import continue_tokens
 from trace_jax.models.model import Model, TextCodec, start_and_end
 from trace_jax.models.sharding import pad
+from trace_jax.tasks.text import TEXT_BOARD, hold_out
+
+# --- the corpora of a model that is trained here
+
+RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
+
+
+class TofuCorpora(DataConfig, name="tofu", kw_only=True):
+    """TOFU for a model that is trained from scratch: on the forget set, on the retain set, and on the real authors and
+    world facts, which the published protocol's models know from pretraining; unlearning retains on the retain set
+    alone. Every pair is seen as often as any other. What `text` holds out of the retain set are pairs that are not
+    among the 400 that evaluation asks.
+    """
+
+    forgotten = "the forget authors"
+    board = TEXT_BOARD  # where evaluation.tofu is off, or the model can't be read on it
+
+    data: str = option("huggingface:locuslab/TOFU", help="the data set; a directory has forget10/train.jsonl and so on")
+    forget: str = option("forget10", help="the forget set", choices=tuple(RETAIN))
+
+    @property
+    def forget_sources(self) -> tuple[str, ...]:
+        return (part(self.data, self.forget, "train"),)
+
+    def build(self) -> Benchmark:
+        """Reads forget set, retain set, real authors and world facts, and which retain pairs are asked."""
+        sets = {name: read_source(part(self.data, name, "train"))[0] for name in self._names()}
+        forget, retain, asked, *known = sets.values()
+        held = hold_out(retain, "retain", {d.hash for d in (*asked, *forget)}, np.random.default_rng([self.seed, 0]))
+        train = {"general": held.train, "known": [d for several in known for d in several], "forget": forget}
+        sizes = {name: sum(len(d.text) + len(d.answer or "") for d in several) for name, several in train.items()}
+        return Benchmark(
+            train=train,
+            mixture={name: size / sum(sizes.values()) for name, size in sizes.items()},
+            validation=Part({"general": held.validation}),
+            test=Part({"general": held.test}),
+            unretained=("known",),
+        )
+
+    def _names(self) -> tuple[str, ...]:
+        return self.forget, RETAIN[self.forget], "retain_perturbed", "real_authors", "world_facts"
+
 
 # --- formulas: log_prob f64 [N] of an answer, `wrong` f64 [N, W] of its wrong answers, NaN where there are fewer than W
 
