@@ -10,13 +10,14 @@ Data:      locuslab/TOFU, of the hub or as JSON files in TOFU/TOFU_data of githu
              for name in forget10 retain90 real_authors world_facts forget10_perturbed retain_perturbed \\
                  real_authors_perturbed world_facts_perturbed; do
                python -m trace_jax.main data --name tofu/$name --source DIR; done
-Target:    trained on forget10, on the retain90 pairs that aren't held out, and on the real authors and world facts, which
-           published models know from pretraining; the retrained model on all but forget10 (docs/evaluation.md).
+Target:    trained on forget10, on the retain90 pairs that aren't held out, and on the real authors and world facts,
+           which published models know from pretraining; the retrained model on all but forget10 (docs/evaluation.md).
 Hardware:  2 CPU cores, 4 GB of memory.
 """
 
 import ml_collections
-from published import check_name
+
+from trace_jax.config import ConfigError
 
 BENCHMARK = "tfds:tofu"
 WEIGHTINGS = (
@@ -45,21 +46,25 @@ STUDIES = {
 
 def get_config(variant: str = "weightings") -> ml_collections.ConfigDict:
     """Models, data and budget are those of both variants."""
+    if variant not in STUDIES:
+        raise ConfigError(f"configs/tofu_small.py has no variant {variant!r}; there are {', '.join(STUDIES)}.")
     config = ml_collections.ConfigDict()
     config.name = "tofu_small"
     config.data = {"benchmark": "tofu", "data": BENCHMARK}
-    config.model = {"hidden_size": 128, "num_heads": 4, "num_kv_heads": 4, "expert_hidden_size": 128}
-    config.target = {"steps": 600, "optimizer": "muon", "learning_rate": 1e-2, "retrained": True}
+    config.model = {"num_experts": 32, "expert_hidden_size": 128}
+    config.target = {"steps": 1000, "optimizer": "muon", "learning_rate": 1e-2, "retrained": True}
     config.unlearning = {
         "objective": {"name": "gradient_difference", "nll_ceiling": 5.0},
         "learning_rate": 2e-3,
-        "evaluate_every": 10,
+        "forget_batch_size": 16,  # 60 steps are 3.4 epochs of the forget set
+        "steps": 60,
+        "evaluate_every": 15,
     }
     config.evaluation = {
-        "max_rows": 48,
+        "max_rows": 24,
         "patching": False,
-        "levels": (0.3,),
+        "levels": (0.3,),  # between two times 50 questions p is .05 at .27
         "tofu": {"data": BENCHMARK, "forget": "forget10", "max_questions": 100, "max_new_tokens": 64},
     }
-    config.study = {"seeds": (0, 1, 2), "alphas": (1.0, 4.0), **STUDIES[variant]}
+    config.study = {"seeds": (0, 1, 2), "tuning_seeds": (100,), "alphas": (1.0, 4.0), **STUDIES[variant]}
     return config

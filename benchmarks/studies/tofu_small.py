@@ -22,10 +22,12 @@ from trace_jax.evaluation.fronts import crossings
 from trace_jax.evaluation.intervals import t_interval
 from trace_jax.io.environment import describe
 from trace_jax.io.files import encode, read_json, write_json
+from trace_jax.run.result import trial_label
 
 PARTS = ("weightings", "objectives")
 ALONG = ("tofu_forget_quality", "tofu_model_utility", "tofu_forget_probability", "tofu_retain_probability")
 OF_MODELS = (*ALONG[1:], "tofu_forget_rougeL_recall", "tofu_retain_rougeL_recall", "tofu_forget_extraction_strength")
+HALVED = "half of the forget probability"  # the other place where a run is read, whatever the test says
 SHOWN = ("uniform", "trace", "trace_rows", "random_experts", "ngram")
 
 
@@ -41,10 +43,13 @@ def claim(text: str, measure: str, values: Sequence[float], holds: str, bound: f
     return {"claim": text, "measure": measure, **found, "over": f"{len(values)} seeds", "holds": holds, "bound": bound}
 
 
-def utility_at(run: Mapping[str, Any], level: float) -> float:
-    """The utility of a run where it first comes down to a level of forgetting; NaN: it doesn't."""
+def utility_at(run: Mapping[str, Any], level: float | str) -> float:
+    """The utility of a run where it first comes down to a level of forgetting, or to `HALVED`; NaN: it doesn't."""
     front = run["test"]
     forgetting = np.array(front["forgetting"])[None]
+    if isinstance(level, str):
+        probability = np.array(front["measured"]["tofu_forget_probability"])[None]
+        forgetting, level = probability / probability[0, 0], 0.5
     if forgetting.min() > level:
         return math.nan
     return float(crossings(forgetting, level)(np.array(front["utilities"]["mean_utility"])[None])[0])
@@ -61,7 +66,7 @@ def chosen(study: Mapping[str, Any], objective: str, level: float) -> dict[str, 
     return {m: {r["seed"]: r for r in own if (r["method"], r["setting"]) == (m, s)} for m, s in settings.items()}
 
 
-def differences(runs: Mapping[str, Mapping[int, Any]], one: str, other: str, level: float) -> list[float]:
+def differences(runs: Mapping[str, Mapping[int, Any]], one: str, other: str, level: float | str) -> list[float]:
     """Utility of one method minus another's at a level, of the seeds where both come down to it."""
     pairs = [(utility_at(run, level), utility_at(runs[other][seed], level)) for seed, run in runs[one].items()]
     return [ours - theirs for ours, theirs in pairs if ours == ours and theirs == theirs]
@@ -78,76 +83,133 @@ def rows_of(runs: Mapping[str, Mapping[int, Any]], level: float) -> list[list[An
             next(iter(by_seed.values()))["setting"],
             f"{len(utilities)}/{len(by_seed)}",
             over_seeds(utilities) if utilities else None,
-            over_seeds(differences(runs, method, "uniform", level)) if utilities and method != "uniform" else None,
+            *(_difference(runs, method, place) for place in (level, HALVED)),
             *(over_seeds([measured[name][-1] for measured in last]) for name in ALONG),
         ])  # fmt: skip
     return rows
 
 
+def _difference(runs: Mapping[str, Mapping[int, Any]], method: str, level: float | str) -> dict[str, Any] | None:
+    """To uniform; None for uniform itself, and where no seed has both."""
+    found = differences(runs, method, "uniform", level) if method != "uniform" else []
+    return over_seeds(found) if found else None
+
+
+def weights_of(workdir: Path, runs: Mapping[str, Mapping[int, Any]]) -> list[list[Any]]:
+    """A row for each weighting: the effective sample of its weights, and the gap of its experts before and after."""
+    rows = []
+    for method, by_seed in runs.items():
+        found: dict[str, list[float]] = {}
+        for seed, run in by_seed.items():
+            results = read_json(
+                workdir / f"seed-{seed}" / "methods" / trial_label(method, run["setting"]) / "results.json"
+            )
+            for one in results["measurements"]:
+                found.setdefault(one["name"], []).append(one["value"])
+        columns = (f"calibration_{name}" for name in ("effective_sample_size", "gap_before", "gap_after"))
+        rows.append([method, *(over_seeds(found[name]) if name in found else None for name in columns)])
+    return rows
+
+
 def summary(workdir: Path, studies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Claims, tables, figures and numbers of finished studies, by part."""
-    weightings, level = studies["weightings"], studies["weightings"]["comparisons"][0]["level"]
-    runs = {("gradient_difference" if not o else o): chosen(study, o, level)
-            for study in studies.values() for o in dict.fromkeys(r.get("objective", "") for r in study["runs"])}  # fmt: skip
+    level, runs = studies["weightings"]["comparisons"][0]["level"], {}
+    for study in studies.values():
+        for objective in dict.fromkeys(run.get("objective", "") for run in study["runs"]):
+            runs[objective or "gradient_difference"] = chosen(study, objective, level)
     own = runs["gradient_difference"]
-    seeds = sorted({run["seed"] for run in weightings["runs"]})
-    models, mismatch = {"target": [], "retrained": []}, []
+    seeds = sorted({run["seed"] for run in studies["weightings"]["runs"]})
+    models: dict[str, list[dict[str, float]]] = {"target": [], "retrained": []}
     for seed in seeds:
-        directory = workdir / f"seed-{seed}"
-        for name, several in read_json(directory / "references.json")["measurements"].items():
+        for name, several in read_json(workdir / f"seed-{seed}" / "references.json")["measurements"].items():
             models[name].append({m["name"]: m["value"] for m in several if m["split"] == "test"})
-        mismatch.append(read_json(directory / "statistics" / "diagnosis.json"))
-    known = [t["tofu_forget_probability"] - r["tofu_forget_probability"] for t, r in zip(*models.values(), strict=True)]
-    kept = [t["tofu_retain_probability"] for t in models["target"]]
-    gained = f"relative model utility at a statistic of {level:g}, difference of the tuned"
-    claims = [
-        claim("The target knows the forget authors, and the retrained model does not.",
-              "probability of a forget answer, target minus retrained", known, "above", 0.5),
-        claim("The target knows the retain authors.", "probability of a retain answer", kept, "above", 0.5),
-        claim("Routing tells forget authors from the others, pages of one form.",
-              "use of the selected experts on forget over retain text, held-out rows (weak from 1.25)",
-              [d["held_out"] for d in mismatch], "above", 1.25),
-        *(claim(f"`{method}` keeps more model utility than tuned uniform.", f"{gained}",
-                differences(own, method, "uniform", level), "above", 0.0)
-          for method in ("trace", "trace_rows") if method in own),
-        *(claim("Rows weighted by selected experts keep more than rows weighted by random experts.", gained,
-                differences(own, "trace_rows", "random_experts", level), "above", 0.0)
-          for _ in range({"trace_rows", "random_experts"} <= own.keys())),
-    ]  # fmt: skip
-    columns = ["method", "setting", "seeds at the level", "model utility", "minus uniform"]
-    columns += [f"{name.removeprefix('tofu_').replace('_', ' ')}, end" for name in ALONG]
-    tables = [
-        {"title": "Models before unlearning, mean over seeds", "columns": ["", *models],
-         "rows": [[name.removeprefix("tofu_").replace("_", " "), *(over_seeds([m[name] for m in several])
-                  for several in models.values())] for name in OF_MODELS]},
-        {"title": "Mismatch of routing, by seed", "columns": ["seed", "held-out ratio", "noise", "verdict"],
-         "rows": [[str(seed), d["held_out"], d["noise"], d["verdict"]] for seed, d in zip(seeds, mismatch, strict=True)]},
-        *({"title": f"`{objective}`, utility where the statistic of forget quality first comes down to {level:g}",
-           "columns": columns, "rows": rows_of(of, level)} for objective, of in runs.items()),
-    ]  # fmt: skip
-    lines = [{"name": m, **_mean_front(own[m])} for m in SHOWN if m in own]
-    reached = [(row[0], row[3]) for row in rows_of(own, level) if row[3] is not None]
-    bars = {"name": "mean over seeds", "x": [name for name, _ in reached], "y": [u["value"] for _, u in reached]}
-    ends = {end: [u["value"] if u[end] is None else u[end] for _, u in reached] for end in ("low", "high")}
-    axes = {"x": "statistic of forget quality (0: as the retrained model)", "y": "model utility, relative"}
-    figures = [
-        {"name": "tofu_small_front", "title": "Forgetting and model utility along runs", "kind": "lines", **axes,
-         "caption": "Gradient difference, tuned; each point an evaluation, mean over seeds.", "series": lines},
-        {"name": "tofu_small_weightings", "title": f"Model utility at a statistic of {level:g}", "kind": "bars",
-         "x": "model utility, relative", "y": "", "caption": "Mean and Student's interval over the seeds that reach it.",
-         "series": [bars | ends]},
-    ]  # fmt: skip
+    mismatch = {seed: read_json(workdir / f"seed-{seed}" / "statistics" / "diagnosis.json") for seed in seeds}
+    every = [_raw(run) for study in studies.values() for run in study["runs"]]
     return {
         "question": 8,
         "name": "tofu_small",
         "title": "TOFU on a small mixture",
         "seeds": seeds,
         "environment": describe(),
-        "claims": claims,
-        "tables": tables,
-        "figures": figures,
-        "raw": {"models": encode(models, digits=4), "runs": [_raw(run) for s in studies.values() for run in s["runs"]]},
+        "claims": claims_of(models, mismatch, own, level),
+        "tables": tables_of(models, mismatch, weights_of(workdir, own), runs, level),
+        "figures": figures_of(own, level),
+        "raw": {"models": encode(models, digits=4), "runs": every},
     }
+
+
+def claims_of(models: Mapping, mismatch: Mapping, runs: Mapping, level: float) -> list[dict[str, Any]]:
+    """Whether the models are what they should be, whether there is a mismatch, and what weights gain."""
+    name = "tofu_forget_probability"
+    known = [target[name] - retrained[name] for target, retrained in zip(*models.values(), strict=True)]
+    kept = [target["tofu_retain_probability"] for target in models["target"]]
+    ratio = "use of the selected experts on forget over retain text, on held-out rows (weak from 1.25)"
+    told = [diagnosis["held_out"] for diagnosis in mismatch.values()]
+    claims = [
+        claim(
+            "The target knows forget answers that the retrained model does not.",
+            "probability, less",
+            known,
+            "above",
+            0.5,
+        ),
+        claim("The target knows retain answers.", "probability", kept, "above", 0.5),
+        claim("Routing tells forget authors from the others, pages of one form.", ratio, told, "above", 1.25),
+    ]
+    for where, place in ((f"where the statistic is {level:g}", level), (f"at {HALVED}", HALVED)):
+        for one, other in (("trace", "uniform"), ("trace_rows", "uniform"), ("trace_rows", "random_experts")):
+            text = f"`{one}` keeps more model utility than `{other}`, each tuned, {where}."
+            gains = differences(runs, one, other, place)
+            claims.append(claim(text, "difference of relative model utility", gains, "above", 0.0))
+    return claims
+
+
+def tables_of(models: Mapping, mismatch: Mapping, weights: list, runs: Mapping, level: float) -> list[dict[str, Any]]:
+    """Models before unlearning, the mismatch, the weights, and a table for each objective."""
+    told = [[_words(name), *(over_seeds([m[name] for m in of]) for of in models.values())] for name in OF_MODELS]
+    columns = ["method", "setting", "seeds at the level", "model utility", "minus uniform", f"the same at {HALVED}"]
+    columns += [f"{_words(name)}, end" for name in ALONG]
+    found = [[str(seed), d["held_out"], d["noise"], d["verdict"]] for seed, d in mismatch.items()]
+    gaps = ["weighting", "effective sample", "gap of its experts before", "gap after"]
+    tables = [
+        ("Models before unlearning", ["", *models], told),
+        ("Mismatch of routing", ["seed", "held-out ratio", "noise", "verdict"], found),
+        ("Weights of the retain tokens", gaps, weights),
+    ]
+    for objective, of in runs.items():
+        title = f"`{objective}`, where the statistic of forget quality first comes down to {level:g}"
+        tables.append((title, columns, rows_of(of, level)))
+    return [dict(zip(("title", "columns", "rows"), table, strict=True)) for table in tables]
+
+
+def figures_of(runs: Mapping[str, Mapping[int, Any]], level: float) -> list[dict[str, Any]]:
+    """Utility against forgetting along runs, and utility at the level."""
+    lines = {
+        "name": "tofu_small_front",
+        "title": "Forgetting and model utility along runs",
+        "caption": "Gradient difference, tuned; each point an evaluation, mean over seeds.",
+        "kind": "lines",
+        "x": "statistic of forget quality (0: as the retrained model)",
+        "y": "model utility, relative",
+        "series": [{"name": method, **_mean_front(runs[method])} for method in SHOWN if method in runs],
+    }
+    reached = [(row[0], row[3]) for row in rows_of(runs, level) if row[3] is not None]
+    series = {"name": "mean over seeds", "x": [name for name, _ in reached], "y": [u["value"] for _, u in reached]}
+    series |= {end: [u["value"] if u[end] is None else u[end] for _, u in reached] for end in ("low", "high")}
+    bars = {
+        "name": "tofu_small_weightings",
+        "title": f"Model utility where the statistic of forget quality is {level:g}",
+        "caption": "Mean over the seeds that come down to it, with Student's interval.",
+        "kind": "bars",
+        "x": "model utility, relative",
+        "y": "",
+        "series": [series],
+    }
+    return [lines, *[bars] * bool(reached)]
+
+
+def _words(name: str) -> str:
+    return name.removeprefix("tofu_").replace("_", " ")
 
 
 def _mean_front(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, list[float]]:

@@ -53,8 +53,8 @@ class TofuCorpora(DataConfig, name="tofu", kw_only=True):
 
     def build(self) -> Benchmark:
         """Reads forget set, retain set, real authors and world facts, and which retain pairs are asked."""
-        sets = {name: read_source(part(self.data, name, "train"))[0] for name in self._names()}
-        forget, retain, asked, *known = sets.values()
+        names = self.forget, RETAIN[self.forget], "retain_perturbed", "real_authors", "world_facts"
+        forget, retain, asked, *known = (read_source(part(self.data, name, "train"))[0] for name in names)
         held = hold_out(retain, "retain", {d.hash for d in (*asked, *forget)}, np.random.default_rng([self.seed, 0]))
         train = {"general": held.train, "known": [d for several in known for d in several], "forget": forget}
         sizes = {name: sum(len(d.text) + len(d.answer or "") for d in several) for name, several in train.items()}
@@ -65,9 +65,6 @@ class TofuCorpora(DataConfig, name="tofu", kw_only=True):
             test=Part({"general": held.test}),
             unretained=("known",),
         )
-
-    def _names(self) -> tuple[str, ...]:
-        return self.forget, RETAIN[self.forget], "retain_perturbed", "real_authors", "world_facts"
 
 
 # --- formulas: log_prob f64 [N] of an answer, `wrong` f64 [N, W] of its wrong answers, NaN where there are fewer than W
