@@ -37,7 +37,7 @@ RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"
 class TofuCorpora(DataConfig, name="tofu", kw_only=True):
     """TOFU for a model that is trained from scratch: on the forget set, on the retain set, and on the real authors and
     world facts, which the published protocol's models know from pretraining; unlearning retains on the retain set
-    alone. Every pair is seen as often as any other. What `text` holds out of the retain set are pairs that are not
+    alone. Pairs are seen about equally often. What `text` holds out of the retain set are pairs that are not
     among the 400 that evaluation asks.
     """
 
