@@ -22,6 +22,7 @@ from trace_jax.evaluation.fronts import crossings
 from trace_jax.evaluation.intervals import t_interval
 from trace_jax.io.environment import describe
 from trace_jax.io.files import encode, read_json, write_json
+from trace_jax.run.directory import needed
 from trace_jax.run.result import trial_label
 
 PARTS = ("weightings", "objectives")
@@ -121,9 +122,9 @@ def summary(workdir: Path, studies: Mapping[str, Mapping[str, Any]]) -> dict[str
     seeds = sorted({run["seed"] for run in studies["weightings"]["runs"]})
     models: dict[str, list[dict[str, float]]] = {"target": [], "retrained": []}
     for seed in seeds:
-        for name, several in read_json(workdir / f"seed-{seed}" / "references.json")["measurements"].items():
+        for name, several in needed(workdir / f"seed-{seed}" / "references.json")["measurements"].items():
             models[name].append({m["name"]: m["value"] for m in several if m["split"] == "test"})
-    mismatch = {seed: read_json(workdir / f"seed-{seed}" / "statistics" / "diagnosis.json") for seed in seeds}
+    mismatch = {seed: needed(workdir / f"seed-{seed}" / "statistics" / "diagnosis.json") for seed in seeds}
     every = [_raw(run) for study in studies.values() for run in study["runs"]]
     return {
         "question": 8,
