@@ -31,7 +31,7 @@ WEIGHTINGS = (
     "similarity",
     "loss",
 )  # fmt: skip
-OBJECTIVES = {
+OBJECTIVES = {  # settings of configs/objectives_study.py
     "npo": {"beta": 0.02},
     "simnpo": {"gamma": 1.0, "delta": 5.0},
     "rmu": {"layer": 2, "steering": 20.0},

@@ -10,6 +10,7 @@ from trace_jax.config import as_dict
 from trace_jax.data.corpora import build_corpora
 from trace_jax.run.experiment import load_config
 from trace_jax.run.methods import run
+from trace_jax.run.study import trials
 from trace_jax.tasks.tofu import TofuCorpora
 
 COUNTS = {"forget10": 6, "retain90": 30, "real_authors": 4, "world_facts": 4}
@@ -49,7 +50,10 @@ def test_the_config_measures_forget_quality_and_utility_along_a_run(sets, tmp_pa
     small |= {"target.steps": 4, "target.batch_size": 8, "unlearning.steps": 2, "unlearning.evaluate_every": 1}
     small |= {f"evaluation.{name}": value for name, value in EVALUATION.items()}
     config = load_config("configs/tofu_small.py", small)
-    assert config.study.seeds and config.evaluation.tofu.forget == config.data.forget == "forget10"
+    assert config.evaluation.tofu.forget == config.data.forget == "forget10"
+    labels = {trial.label for part in ("weightings", "objectives")
+              for trial in trials(load_config(f"configs/tofu_small.py:{part}", small))}  # fmt: skip
+    assert {"trace@alpha=4", "npo+uniform@alpha=4", "undial+trace_rows@alpha=1"} <= labels
     run(config, tmp_path)
     target, retrained, made = (measured(tmp_path, name) for name in ("target", "retrained", "uniform"))
     assert retrained["tofu_forget_ks"]["value"] == 0 and made["tofu_forget_ks"]["n"] == COUNTS["forget10"]
