@@ -57,16 +57,23 @@ def equal_forgetting_text(table: Mapping[str, Any]) -> str:
     """What `equal_forgetting` returns as plain text, columns aligned."""
     lines = [["", *(c.replace("_", " ") for c in table["columns"]), "95 % interval", "step"]]
     for row in table["rows"]:
-        step = "-" if row["step"] is None else f"{row['step']:.1f}"
-        step = step if row["reached"] else f"lowest {row['lowest']:.3f}"
         ends = [row["intervals"].get(MEAN, {}).get(end) for end in ("low", "high")]
         interval = "-" if None in ends else f"{ends[0]:.3f} to {ends[1]:.3f}"
-        lines.append([row["name"], *(number_text(row["values"].get(c)) for c in table["columns"]), interval, step])
+        lines.append(
+            [row["name"], *(number_text(row["values"].get(c)) for c in table["columns"]), interval, step_text(row)]
+        )
     caption = f"At equal forgetting ({lines[0][1]} <= {table['level']:g}), {table['split']} split"
     note = [] if all(row["reached"] for row in table["rows"]) else ["-: did not reach the level; its lowest is given"]
     if any(row["between"] for row in table["rows"]):
         note.append("values lie on straight lines between the evaluations around the level")
     return "\n".join([caption, *aligned(lines), *note])
+
+
+def step_text(row: Mapping[str, Any]) -> str:
+    """Where a row of `equal_forgetting` is read: at which step, or how low it came that did not reach the level."""
+    if not row["reached"]:
+        return f"lowest {row['lowest']:.3f}"
+    return "-" if row["step"] is None else f"{row['step']:.1f}"
 
 
 def as_text(comparison: Comparison) -> str:

@@ -82,11 +82,7 @@ class Calibration:
 
 
 def token_weights(
-    indices: jax.Array,
-    calibration: Calibration,
-    *,
-    mask: jax.Array | None = None,
-    segments: jax.Array | None = None,
+    indices: jax.Array, calibration: Calibration, *, mask: jax.Array | None = None, segments: jax.Array | None = None
 ) -> jax.Array:
     """Weights of tokens from their chosen experts, in float32; usable under `jax.jit`.
 
@@ -117,9 +113,7 @@ def token_weights(
     scores = jax.vmap(lambda values, chosen: values[chosen])(multipliers, indices).sum(axis=(0, -1))
     valid = jnp.ones(scores.shape, bool) if mask is None else mask
     if calibration.unit != "token":
-        unit = (
-            segments if calibration.unit == "document" and segments is not None else jnp.ones(scores.shape, jnp.int32)
-        )
+        unit = jnp.ones(scores.shape, jnp.int32) if calibration.unit == "row" or segments is None else segments
         sums = document_sums(jnp.where(valid, scores, 0.0), unit)
         means = sums / jnp.maximum(document_sums(valid.astype(jnp.float32), unit), 1.0)
         scores = jnp.take_along_axis(means, unit, axis=1)

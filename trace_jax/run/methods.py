@@ -21,12 +21,7 @@ from trace_jax.io.files import as_path, decode, encode, flush_lines, read_json, 
 from trace_jax.io.progress import plain_name, say, timed
 from trace_jax.io.tracking import Tracker
 from trace_jax.models.model import Model
-from trace_jax.parallel.processes import (
-    add_process_arguments,
-    is_main,
-    keep_freed_memory,
-    start_processes,
-)
+from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
 from trace_jax.routing.config import CalibrationConfig, Matching, Permuted, RatioWeights
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
 from trace_jax.run.directory import finished, needed, run_stage, write_results

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, SectionT, nearest, resolve
-from trace_jax.evaluation.comparison_text import conclusion
+from trace_jax.evaluation.comparison_text import conclusion, step_text
 from trace_jax.io.files import as_path, link, shown
 from trace_jax.models.model import Model
 from trace_jax.routing.config import CalibrationConfig
@@ -207,14 +207,7 @@ class Run:
         told, text, page = finished(self.directory), self.table(), ""
         for table, lines in zip(told.get("equal_forgetting", ()), text.split("\n\n"), strict=False):
             frame = pd.DataFrame([{"": row["name"], **row["values"]} for row in table["rows"]])
-            frame["step"] = [
-                f"lowest {row['lowest']:.3f}"
-                if not row["reached"]
-                else "-"
-                if row["step"] is None
-                else f"{row['step']:.1f}"
-                for row in table["rows"]
-            ]
+            frame["step"] = [step_text(row) for row in table["rows"]]
             frame.columns = [name.replace("_", " ") for name in frame]
             written = frame.to_html(index=False, border=0, na_rep="-", float_format="{:.3f}".format)
             page += f"<p>{html.escape(lines.splitlines()[0])}</p>{written}"

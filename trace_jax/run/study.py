@@ -26,14 +26,7 @@ from trace_jax.io.environment import describe
 from trace_jax.io.files import decode, encode, link, read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
 from trace_jax.parallel.processes import keep_freed_memory
-from trace_jax.run.directory import (
-    check_workdir,
-    comparison_row,
-    needed,
-    open_workdir,
-    scoreboard,
-    write_report,
-)
+from trace_jax.run.directory import check_workdir, comparison_row, needed, open_workdir, scoreboard, write_report
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.run.methods import calibrated, run_method
 from trace_jax.run.prepare import Prepared, prepare, read_corpora
