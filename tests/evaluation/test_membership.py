@@ -1,4 +1,4 @@
-"""Six attacks on texts whose likelihoods are written by hand, and PrivLeak in MUSE's convention."""
+"""Seven attacks on texts whose likelihoods are written by hand, and PrivLeak in MUSE's convention."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from tests import handmade, tiny
-from trace_jax.evaluation import membership
+from trace_jax.evaluation import intervals, membership
 from trace_jax.evaluation.likelihood import TokenScores
 from trace_jax.evaluation.membership import ATTACKS, SIDES, Membership
 from trace_jax.evaluation.task import TaskScores
@@ -113,7 +113,30 @@ def test_what_was_not_scored_is_left_out():
         assert ("fewer than 100" in note) == (count < 100)
 
 
+def test_texts_are_told_by_the_routing_of_the_others_and_those_that_are_alike_are_not():
+    """Of few texts too: itself left out, and the mean of the fewer others being the farther for that."""
+    rng, aucs = np.random.default_rng(0), []
+    for shift in [0.0] * 200 + [1.0]:
+        forget, holdout = rng.normal(size=(6, 40)) + shift, rng.normal(size=(9, 40))
+        forget[:, 5], holdout[:, 5] = 0.1, 0.1  # an expert that all use alike
+        sides = membership.resemblance(forget, holdout)
+        aucs.append(float(intervals.auc(-sides[0], -sides[1])[0]))
+    assert np.mean(aucs[:-1]) == pytest.approx(0.5, abs=0.05) and aucs[-1] > 0.95
+    assert [len(side) for side in sides] == [6, 9]
+    assert all(np.isnan(side).all() for side in membership.resemblance(forget[:1], holdout))
+
+
 # --- from a model
+
+
+def test_a_profile_is_the_mean_of_what_routers_give_where_the_text_is_scored():
+    texts, first, model = [[1, 4, 5, 6, 7, 8], [1, 9, 3], [2, 4, 4, 5, 9]], [1, 1, 3], handmade.make_model()
+    profiles = membership.routing_profiles(model, texts, first, batch_size=2, mesh=None)
+    for text, start, profile in zip(texts, first, profiles, strict=True):
+        router = forward(model.params, model.config, np.array([text], np.int32), collect=("router_logits",)).router
+        p = np.asarray(jax.nn.softmax(router.logits, axis=-1), np.float64)[:, 0, start - 1 : -1]
+        expected = np.concatenate([p.mean(axis=1), -(p * np.log(p)).sum(axis=-1).mean(axis=1, keepdims=True)], axis=1)
+        np.testing.assert_allclose(profile, expected.ravel(), rtol=1e-5)
 
 
 def test_scores_of_a_model():

@@ -1,8 +1,8 @@
 """Membership inference: can one tell the forget texts from texts that no model has seen?
 
-Six attacks, each a number per text that is higher the less familiar the text looks. Their AUC is the probability that a
-forget text looks more familiar than a holdout text. 1: the attacker finds every forget text; 1/2: chance; below: forget
-text was made less likely than text never seen, which gives it away as well.
+Seven attacks, each a number per text that is higher the less familiar the text looks. Their AUC is the probability that
+a forget text looks more familiar than a holdout text. 1: the attacker finds every forget text; 1/2: chance; below:
+forget text was made less likely than text never seen, which gives it away as well.
 
 PrivLeak and its AUC are the other way round, as in MUSE (2407.06460): near 0 for a model that memorised the forget set.
 The right value there is that of the retrained model, not 1/2; PrivLeak is the relative distance from it.
@@ -32,14 +32,16 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.generate import padded_size
 from trace_jax.models.loss import token_nll
 from trace_jax.models.model import Model
-from trace_jax.models.sharding import on_mesh, pad, placed_params
+from trace_jax.models.moe import router_probabilities
+from trace_jax.models.sharding import map_batches, on_mesh, pad, placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, place, row_shards, to_host
 
 MIN_K = 0.4  # share of a text's tokens that Min-K and Min-K++ look at, as in MUSE and open-unlearning
 RATE = 0.01
 AUC_UNTRAINED = 0.5  # of a model that can't tell forget from holdout texts
 SIDES = ("forget", "holdout")  # trained on, and never seen
-ATTACKS = ("loss", "min_k", "min_k_plus_plus", "zlib", "gradient_norm")  # and "reference", which needs a second model
+# And "reference", which needs a second model.
+ATTACKS = ("loss", "min_k", "min_k_plus_plus", "zlib", "gradient_norm", "routing")
 
 Sides = tuple[np.ndarray, np.ndarray]  # numbers of the texts of each of SIDES
 
@@ -61,10 +63,13 @@ class Membership(Task):
         min_k_plus_plus: the same of log-probabilities in units of the model's own spread (2404.02936).
         zlib: loss over the bytes of its scored text, compressed (2012.07805). NaN without a tokenizer.
         gradient_norm: of the loss (`gradient_norms`). NaN for texts whose gradient wasn't taken.
+        routing: how much nearer its routing is to the other holdout texts' than to the other forget texts'
+          (`resemblance`). NaN with fewer than two texts on a side.
         """
         arrays, lines = {}, []
         for split, both in self.data.items():
-            for side, rows in zip(SIDES, both, strict=True):
+            profiles = [routing_profiles(model, *row_texts(rows), batch_size=batch_size, mesh=mesh) for rows in both]
+            for side, rows, routing in zip(SIDES, both, resemblance(*profiles), strict=True):
                 texts, first = row_texts(rows)
                 scores = score_sequences(model, texts, first, moments=True, batch_size=batch_size, mesh=mesh)
                 loss = np.array([-one.log_prob.mean(dtype=np.float64) for one in scores])
@@ -77,6 +82,7 @@ class Membership(Task):
                     "min_k_plus_plus": min_k_plus_plus_scores(scores),
                     "zlib": loss / compressed_sizes(model.tokenizer, scored),
                     "gradient_norm": norms,
+                    "routing": routing,
                 }
                 arrays |= {f"{split}/{side}/{attack}": values for attack, values in attacks.items()}
                 lines += item_lines({"split": split, "side": side}, **attacks)
@@ -183,6 +189,50 @@ def _norm_function(config: ModelConfig, mesh: Mesh | None):
         return jnp.sqrt(jnp.stack(squares).sum())
 
     return jax.jit(norm)
+
+
+def routing_profiles(
+    model: Model, sequences: Sequence[Sequence[int]], first: Sequence[int], *, batch_size: int, mesh: Mesh | None
+) -> np.ndarray:
+    """f64 [N, L (E + 1)]: of each layer the router's mean probability of each expert, and their mean entropy (nats),
+    where each text's `sequence[first:]` is predicted.
+    """
+    params, width = model.unguided("a profile of routing"), padded_size(max(map(len, sequences), default=1))
+    scored = [[0.0] * (start - 1) + [1.0] * (len(text) - start) for text, start in zip(sequences, first, strict=True)]
+    segments = [[1] * len(text) for text in sequences]
+    columns = [pad(x, width=width) for x in (sequences, segments)] + [pad(scored, width=width, dtype=np.float32)]
+    batches = ([x[at : at + batch_size] for x in columns] for at in range(0, len(sequences), batch_size))
+    passes = map_batches(_profiles, params, model.config, batches, mesh=mesh)
+    features = len(model.config.moe_layers) * (model.config.num_experts + 1)
+    profiles = np.concatenate([np.zeros((0, features)), *(x[:batch_size] for x in passes)])
+    return profiles[: len(sequences)]
+
+
+def _profiles(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, scored: jax.Array) -> jax.Array:
+    router: Any = forward(params, config, tokens, mask=segments, collect=("router_logits",)).router
+    probabilities = router_probabilities(router.logits, config)  # [L, B, S, E]
+    entropy = jax.scipy.special.entr(probabilities).sum(axis=-1, keepdims=True)
+    weights = scored / jnp.maximum(scored.sum(axis=1, keepdims=True), 1.0)
+    features = jnp.concatenate([probabilities, entropy], axis=-1)
+    return (features * weights[None, :, :, None]).sum(axis=2).swapaxes(0, 1).reshape(len(tokens), -1)
+
+
+def resemblance(forget: np.ndarray, holdout: np.ndarray) -> Sides:
+    """From profiles f64 [N, F] of each side, f64 [N] of each: squared distance to the mean of the forget texts less
+    that to the mean of the holdout texts, itself left out of both, in units of each feature's spread. Distances are
+    divided by how much larger a mean of so few makes them, so that sides that are alike give an AUC of 1/2.
+    """
+    if min(len(forget), len(holdout)) < 2:
+        return np.full(len(forget), np.nan), np.full(len(holdout), np.nan)
+    spread = np.concatenate([forget, holdout]).std(axis=0)
+    forget, holdout = (side[:, spread > 0] / spread[spread > 0] for side in (forget, holdout))
+
+    def nearer(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+        n, m = len(own), len(other)
+        near = ((own - (own.sum(axis=0) - own) / (n - 1)) ** 2).sum(axis=1) * (n - 1) / n
+        return near - ((own - other.mean(axis=0)) ** 2).sum(axis=1) * m / (m + 1)
+
+    return nearer(forget, holdout), -nearer(holdout, forget)
 
 
 def privleak_auc(scores: Sides, profile: str = "muse", **resampling: int) -> Interval:

@@ -18,7 +18,7 @@ from trace_jax.data.corpora import Probes, Prompts, Questions
 from trace_jax.data.rows import Rows
 from trace_jax.evaluation.intervals import Measurement, bootstrap_mean, named, proportion
 from trace_jax.evaluation.likelihood import row_texts, score_questions, score_rows, score_sequences, spread_indices
-from trace_jax.evaluation.membership import SIDES, Membership
+from trace_jax.evaluation.membership import ATTACKS, SIDES, Membership
 from trace_jax.evaluation.task import EvaluationConfig, Task, TaskScores, item_lines
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
@@ -53,7 +53,9 @@ def probe_tasks(
         TextLikelihood(text, texts),
         Verbatim(prompts, fingerprint(identity, config.max_prompts, config.audit_text)),
         Memorization({split: rows for (split, subject), rows in text.items() if subject == "forget"}, texts),
-        Membership(members, fingerprint(identity, config.max_members, config.max_gradients), config.max_gradients),
+        Membership(
+            members, fingerprint(identity, config.max_members, config.max_gradients, ATTACKS), config.max_gradients
+        ),
     )
     return tuple(task for task in tasks if task.data)
 
