@@ -223,6 +223,8 @@ def test_every_layer_gets_its_own_experts():
     np.testing.assert_allclose(forced.logits, expected.logits, rtol=1e-5, atol=1e-5)
     free = forward(params, config, TOKENS, mask=MASK, collect=collect)
     assert np.abs(np.asarray(free.logits - expected.logits)).max() > 0.1
+    own = forward(params, config, TOKENS, mask=MASK, experts=np.full_like(indices, -1))
+    np.testing.assert_array_equal(own.logits, free.logits)
     part = forward(params, config, TOKENS, mask=MASK, experts=indices, num_layers=2, collect=("hidden",)).hidden
     np.testing.assert_allclose(part, expected.layers[1], rtol=1e-5, atol=1e-5)
 

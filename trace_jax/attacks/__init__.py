@@ -4,6 +4,7 @@ import dataclasses
 
 from trace_jax.attacks import attack
 from trace_jax.attacks.prompting import Prompting
+from trace_jax.attacks.routes import RouteSearch
 from trace_jax.config import Section
 
 
@@ -15,6 +16,7 @@ class AttacksConfig(Section):
     quantization: attack.Quantization | None = None
     router_swap: attack.RouterSwap | None = None
     expert_forcing: attack.ExpertForcing | None = None
+    route_search: RouteSearch | None = None
     prompting: Prompting | None = None
 
     @property

@@ -107,7 +107,8 @@ def forward(
       positions: i32 [B, S] rotary positions, where the ones that follow from `mask` aren't wanted.
       remat: what the backward pass computes again (`rematerialized`).
       experts: i32 [L, B, S, K], K different experts of every token in every layer of `config.moe_layers` that it uses
-        in place of the K best. Their gate weights are what the router makes of its own scores of these experts.
+        in place of the K best, or -1 K times, where it keeps these. Their gate weights are what the router makes of its
+        own scores of these experts.
       gates_added: f32 [L, B, S, K], added to the gate weights of the chosen experts, for a gradient by them.
       expert_buffer: room for the tokens of a device's experts, as a multiple of the balanced load; 0 = for the worst
         case. It matters where experts are split over devices only. What finds no room is counted in "dropped".

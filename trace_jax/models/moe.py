@@ -37,7 +37,7 @@ class RouterOutput:
 
 def route(layer: dict, config: ModelConfig, x_TD: jax.Array, *, chosen_TK: jax.Array | None = None) -> RouterOutput:
     """Scores all experts, chooses K exactly (or `chosen_TK` i32, K different ones of each token, as if they had been
-    the best) and weighs them; in float32 whatever the type of `x`.
+    the best; where these are -1 it chooses) and weighs them; in float32 whatever the type of `x`.
     """
     logits = jnp.dot(x_TD.astype(jnp.float32), layer["router"], precision=jax.lax.Precision.HIGHEST)
     if config.router_bias:
@@ -47,12 +47,11 @@ def route(layer: dict, config: ModelConfig, x_TD: jax.Array, *, chosen_TK: jax.A
     if config.router_score == "sparsemixer":
         indices, weights = _sparse_mixer(logits, config.router_jitter, chosen_TK)
     else:
-        over_chosen, indices = config.router_score == "softmax_top_k", chosen_TK
-        if indices is None:
-            choosing = logits if over_chosen else scores
-            choosing = choosing + layer["router_correction"][None] if config.router_correction else choosing
-            choosing = _best_groups(jax.lax.stop_gradient(choosing), config)
-            indices = jax.lax.top_k(choosing, config.experts_per_token)[1]
+        over_chosen = config.router_score == "softmax_top_k"
+        choosing = logits if over_chosen else scores
+        choosing = choosing + layer["router_correction"][None] if config.router_correction else choosing
+        choosing = _best_groups(jax.lax.stop_gradient(choosing), config)
+        indices = _unless(chosen_TK, jax.lax.top_k(choosing, config.experts_per_token)[1])
         weights = jax.nn.softmax(_chosen(logits, indices), axis=-1) if over_chosen else _chosen(scores, indices)
     if config.normalize_top_k:
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -60,6 +59,11 @@ def route(layer: dict, config: ModelConfig, x_TD: jax.Array, *, chosen_TK: jax.A
     if config.routing_scale != 1.0:
         weights = weights * config.routing_scale
     return RouterOutput(x_TD, logits, indices, weights, load=probabilities)
+
+
+def _unless(chosen: jax.Array | None, own: jax.Array) -> jax.Array:
+    """What is chosen for each token; its router's own choice where that is -1, or nothing."""
+    return own if chosen is None else jnp.where(chosen < 0, own, chosen)
 
 
 def router_probabilities(logits: jax.Array, config: ModelConfig) -> jax.Array:
@@ -95,7 +99,8 @@ def _sparse_mixer(logits_TE: jax.Array, jitter: float, chosen_TK: jax.Array | No
     """
     left, indices, weights = logits_TE, [], []
     for k in range(2):
-        index = jnp.argmax(left, axis=-1).astype(jnp.int32)[:, None] if chosen_TK is None else chosen_TK[:, k : k + 1]
+        best = jnp.argmax(left, axis=-1).astype(jnp.int32)[:, None]
+        index = _unless(None if chosen_TK is None else chosen_TK[:, k : k + 1], best)
         largest = _chosen(logits_TE, index)
         far = (largest - logits_TE) / jnp.maximum(jnp.abs(logits_TE), largest) > 2 * jitter
         probabilities = jax.nn.softmax(jnp.where(jax.lax.stop_gradient(far), -jnp.inf, left), axis=-1)
