@@ -1,23 +1,15 @@
 """The study of recorded routing, on captures of three texts of which two use the same experts."""
 
-import importlib.util
 import json
 
 import numpy as np
 import pytest
+import real_routing as study
 
 import trace_jax as tj
 
 EXPERTS = 8
 SCORES = {"ore": [3, 3, 1, 0, 0, 0, 0, 0], "metal": [3, 3, 1, 0, 0, 0, 0, 0], "song": [0, 0, 0, 0, 1, 3, 3, 0]}
-
-
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("real_routing", "benchmarks/studies/real_routing.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +23,7 @@ def captures(tmp_path_factory):
     return files
 
 
-def test_a_study_says_what_weights_reach_and_where_they_go(study, captures, tmp_path, monkeypatch):
+def test_a_study_says_what_weights_reach_and_where_they_go(captures, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "workers", lambda: 1)
     given = ["--workdir", str(tmp_path), "--output", str(tmp_path / "study.json"), "--num-experts", str(EXPERTS)]
     given += ["--seeds", "0", "--captures", *map(str, captures)]
@@ -61,7 +53,7 @@ def test_a_study_says_what_weights_reach_and_where_they_go(study, captures, tmp_
     assert (again["claims"], again["raw"]) == (written["claims"], written["raw"])
 
 
-def test_the_former_calibrator_moves_all_frequencies_by_one_share_of_their_way(study, captures):
+def test_the_former_calibrator_moves_all_frequencies_by_one_share_of_their_way(captures):
     ore, metal, song = (tj.read_capture(path, EXPERTS) for path in captures)
     retain, source = study.joined([metal, song])
     assert np.bincount(source).tolist() == [1200, 1200] and len(np.unique(retain.rows)) == 40
@@ -76,7 +68,7 @@ def test_the_former_calibrator_moves_all_frequencies_by_one_share_of_their_way(s
         assert sample == pytest.approx(size, rel=1e-2) or (share[0] > 0.999 and sample > size)
 
 
-def test_a_clone_of_the_named_repository_becomes_captures(study, tmp_path):
+def test_a_clone_of_the_named_repository_becomes_captures(tmp_path):
     rng = np.random.default_rng(1)
     chosen = np.argsort(rng.random((4, 26, 5, 64)), axis=3)[..., :6]  # five tokens a task, of rows of two and three
     for task, layers in zip(study.TASKS, chosen, strict=True):
