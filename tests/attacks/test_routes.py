@@ -73,4 +73,4 @@ def test_without_questions_there_is_nothing_to_search_for(original, make_case, e
     texts = dataclasses.replace(evaluator, tasks=tuple(t for t in evaluator.tasks if t.name != "questions"))
     case = make_case(RouteSearch(), original.params, evaluator=texts)
     assert case.context.attack.points(case) == []
-    assert "no questions" in capsys.readouterr().out
+    assert "no questions" in capsys.readouterr().err
