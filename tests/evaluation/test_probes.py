@@ -46,7 +46,7 @@ def test_full_measurements_of_a_text_benchmark():
     assert "no retrained model to compare with, so no PrivLeak" in find(alone, "privleak_auc", "test").note
     assert "no reference attack" in find(alone, "membership_loss_auc", "test").note
     result = dataclasses.replace(evaluator, original=original, retrained=retrained).measure(unlearned)
-    attacks = ("loss", "min_k", "min_k_plus_plus", "zlib", "gradient_norm", "reference")
+    attacks = ("loss", "min_k", "min_k_plus_plus", "zlib", "gradient_norm", "routing", "reference")
     scores = [f"membership_{attack}_{score}" for attack in attacks for score in ("auc", "tpr_at_fpr_1")]
     likelihoods = ["forget_nll", "forget_probability_ratio"]
     likelihoods += [f"{subject}_{score}" for subject in ("neighbour", "general") for score in ("nll", "utility")]
