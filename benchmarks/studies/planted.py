@@ -24,13 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from damage import start_worker
-from planted_report import PER_USE, RULES, USED, WAYS, claims, figures, rounded, tables
+from planted_report import LEVEL, PER_USE, RULES, USED, WAYS, report
 
 import trace_jax as tj
 from trace_jax.evaluation.fronts import crossings
 from trace_jax.evaluation.intervals import auc
 from trace_jax.evaluation.likelihood import score_questions, score_rows, spread_indices
-from trace_jax.io.environment import describe
 from trace_jax.io.files import read_json, replacing, write_json
 from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.routing.config import random_like, ranks, z_scores
@@ -38,7 +37,6 @@ from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.unlearning.loop import Evaluated
 
 FINE = {"num_layers": 3, "num_experts": 64, "experts_per_token": 4, "expert_hidden_size": 32}
-LEVEL = 0.5  # forget accuracy at which utilities are compared; chance is .25
 MEASURES = ("forget", "neighbour", "general", "utility")  # utility: the mean of the two before it
 
 
@@ -48,19 +46,19 @@ class Scale:
 
     shapes: dict[str, dict[str, int]]
     sizes: dict[str, tuple[int, ...]]  # of C*, over all layers, by shape
-    training: dict[str, Any] = dataclasses.field(default_factory=lambda: {"steps": 600})
+    training: dict[str, Any] = dataclasses.field(default_factory=lambda: {"steps": 400})
     planting_steps: int = 200
     planting_rate: float = 5e-3
     unlearned_from: float = 0.8  # least forget accuracy after planting: below it there is nothing to unlearn
-    steps: int = 40
+    steps: int = 60
     alphas: tuple[float, ...] = (4.0, 32.0)
-    learning_rates: tuple[float, ...] = (1e-3, 4e-3)
+    learning_rates: tuple[float, ...] = (3e-4, 3e-3)
     evaluate_every: int = 2
     relearning_steps: int = 20
     max_rows: int = 32  # of held-out general text
 
 
-FULL = Scale({"quickstart": {}, "fine": FINE}, {"quickstart": (1, 4), "fine": (1, 4, 16)})
+FULL = Scale({"quickstart": {}, "fine": FINE}, {"quickstart": (1, 8), "fine": (1, 4, 16)})
 
 
 class Planting(NamedTuple):
@@ -101,10 +99,7 @@ class Study:
         """A model that is kept under this name."""
         with np.load(self.workdir / f"{name}.npz", allow_pickle=False) as arrays:
             params = unflatten({path: jnp.asarray(array) for path, array in arrays.items()})
-        return tj.Model(self.shape(shape), params, corpora_of(seed).tokenizer)
-
-    def shape(self, name: str) -> tj.ModelConfig:
-        return tj.ModelConfig(**self.scale.shapes[name])
+        return tj.Model(tj.ModelConfig(**self.scale.shapes[shape]), params, corpora_of(seed).tokenizer)
 
     def keep(self, name: str, model: tj.Model) -> None:
         with replacing(self.workdir / f"{name}.npz") as temporary, temporary.open("wb") as file:
@@ -117,8 +112,8 @@ class Study:
         train = corpora_of(seed).train
         often = max(1, round(len(train["general"]) / (2 * len(train["neighbour"]))))
         rows = tj.Rows.concatenate([train["general"], *[train["neighbour"]] * often])
-        config = tj.TrainingConfig(**self.scale.training)
-        self.keep(f"base-{shape}-{seed}", tj.train(self.shape(shape), rows, config=config, seed=seed, verbose=False))
+        about = {"config": tj.TrainingConfig(**self.scale.training), "seed": seed, "verbose": False}
+        self.keep(f"base-{shape}-{seed}", tj.train(tj.ModelConfig(**self.scale.shapes[shape]), rows, **about))
         return {}
 
     def plant(self, unit: Planting) -> dict[str, Any]:
@@ -128,9 +123,9 @@ class Study:
         before = tj.expert_statistics(base, corpora.forget)
         reached = before.frequency >= 0.5 * config.experts_per_token / config.num_experts
         planted = drawn(reached, unit.size, rng)
-        general = corpora.train["general"]
-        general = general.take(rng.permutation(len(general))[: 2 * len(corpora.forget)])
-        rows = tj.Rows.concatenate([corpora.forget, corpora.forget, general, corpora.train["neighbour"]])
+        others = [corpora.train[name] for name in ("general", "neighbour")]  # as many rows as of the forget text
+        others = [rows.take(rng.permutation(len(rows))[: round(1.5 * len(corpora.forget))]) for rows in others]
+        rows = tj.Rows.concatenate([*[corpora.forget] * 3, *others])
         how = {"steps": self.scale.planting_steps, "learning_rate": self.scale.planting_rate, "forget_batch_size": 32}
         model = learnt(base, rows, selected=planted, seed=unit.seed, **how)
 
@@ -168,8 +163,10 @@ class Study:
         original = {split: measured(model, corpora, split, self.scale.max_rows) for split in ("validation", "test")}
 
         best: Any = None
-        points = []
-        for alpha, rate in itertools.product(self.scale.alphas, self.scale.learning_rates):
+        points: list[dict[str, Any]] = []
+        for rate, alpha in itertools.product(self.scale.learning_rates, sorted(self.scale.alphas)):
+            if points and points[-1]["learning_rate"] == rate and not points[-1]["reached"]:
+                continue  # with more weight on the retain loss it would not come down either
             setting = {"alpha": alpha, "learning_rate": rate}
             done, point = self.run(model, corpora, original, about | setting, given, of)
             utilities = {split: point[split]["utility"] for split in original if split in point}
@@ -224,10 +221,8 @@ class Study:
         """
         pages = corpora.validation.text["forget"]
         how = {"steps": self.scale.relearning_steps, "learning_rate": 1e-3, "forget_batch_size": min(8, len(pages))}
-        after = learnt(model, pages, selected=None, seed=seed, **how)
-        return {
-            name: accuracy(one, corpora.test.questions["forget"]) for name, one in (("before", model), ("after", after))
-        }
+        both = {"before": model, "after": learnt(model, pages, selected=None, seed=seed, **how)}
+        return {name: accuracy(one, corpora.test.questions["forget"]) for name, one in both.items()}
 
     def control(self, shape: str, seed: int) -> dict[str, Any]:
         """What relearning teaches the model that never saw the forget text."""
@@ -342,13 +337,15 @@ def measured(
 
 
 def perform(study: Study, kind: str, arguments: tuple) -> tuple[str, float]:
-    """(name of a unit, which is there now; seconds)."""
+    """(name of a unit, which is there now; seconds that it took)."""
     jax.config.update("jax_compilation_cache_dir", str(study.workdir / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     start, file = time.perf_counter(), study.workdir / f"{'-'.join([kind, *map(str, arguments)])}.json"
-    if read_json(file) is None:
-        write_json(file, getattr(study, kind)(*arguments))
-    return file.stem, time.perf_counter() - start
+    if (kept := read_json(file)) is None:
+        made = getattr(study, kind)(*arguments)
+        kept = {"seconds": round(time.perf_counter() - start, 1), **made}
+        write_json(file, kept)
+    return file.stem, kept["seconds"]
 
 
 def side_by_side(study: Study, units: Sequence[tuple], workers: int) -> None:
@@ -396,18 +393,9 @@ def main(arguments: Sequence[str] | None = None, scale: Scale = FULL) -> dict[st
         results[unit.planting][f"{unit.what} {unit.which}"] = result(f"unlearn-{unit}")
     controls = {model: result("control-{}-{}".format(*model)) for model in models}
 
-    seconds = (result("seconds") or 0.0) + time.perf_counter() - start
-    write_json(study.workdir / "seconds.json", seconds)
-    made = tables(results, controls)
-    told = {"question": 3, "name": "planted", "title": "Why these experts: planted ground truth"}
-    told |= {"command": "python benchmarks/studies/planted.py", "seconds": seconds, "seeds": seeds}
-    told |= {"environment": describe(), "settings": settings, "claims": claims(results), "tables": made}
-    raw = {str(unit): of for unit, of in results.items()}
-    told |= {
-        "figures": figures(made),
-        "raw": {"plantings": raw, "never knew": {str(m): c for m, c in controls.items()}},
-    }
-    told, output = rounded(told), options.output or study.workdir / "planted.json"
+    spent = sum(read_json(file)["seconds"] for file in study.workdir.glob("*-*.json"))  # where a run was continued
+    told = report(results, controls, seeds, max(spent / max(1, options.workers), time.perf_counter() - start), settings)
+    output = options.output or study.workdir / "planted.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(told, file, indent=1)
