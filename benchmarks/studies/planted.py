@@ -336,10 +336,15 @@ def measured(
 # --- side by side
 
 
+def begin(programs: Path, *about: Any) -> None:
+    """A process, which finds what others have compiled."""
+    start_worker(*about)
+    jax.config.update("jax_compilation_cache_dir", str(programs))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def perform(study: Study, kind: str, arguments: tuple) -> tuple[str, float]:
     """(name of a unit, which is there now; seconds that it took)."""
-    jax.config.update("jax_compilation_cache_dir", str(study.workdir / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     start, file = time.perf_counter(), study.workdir / f"{'-'.join([kind, *map(str, arguments)])}.json"
     if (kept := read_json(file)) is None:
         made = getattr(study, kind)(*arguments)
@@ -353,7 +358,8 @@ def side_by_side(study: Study, units: Sequence[tuple], workers: int) -> None:
     context, pool = multiprocessing.get_context("spawn"), None
     results: Iterable[Any] = (perform(study, kind, tuple(arguments)) for kind, *arguments in units)
     if workers:
-        pool = ProcessPoolExecutor(workers, context, start_worker, (context.Value("i", 0), workers))
+        about = study.workdir / "programs", context.Value("i", 0), workers
+        pool = ProcessPoolExecutor(workers, context, begin, about)
         jobs = [pool.submit(perform, study, kind, tuple(arguments)) for kind, *arguments in units]
         results = (job.result() for job in as_completed(jobs))
     try:
