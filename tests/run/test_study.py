@@ -17,6 +17,7 @@ from trace_jax.run.directory import open_workdir
 from trace_jax.run.result import open_run
 from trace_jax.run.study import prepare_seed, run_study, run_trial, trials, write_study
 
+OBJECTIVES = ("gradient_difference", "npo")
 STUDY = {"methods": ["uniform", "trace_rows"], "seeds": [0], "alphas": [1.0, 4.0]}
 
 
@@ -25,13 +26,15 @@ def config(data):
     return experiment(data, study={**STUDY, "seeds": [0, 1], "workers": 2})
 
 
-def test_every_objective_has_its_own_grid_and_only_settings_that_it_reads(data):
-    objectives = {
-        "npo": {"beta": [0.1, 0.5], "learning_rate": 0.02},
-        "gradient_ascent": {"learning_rate": [1e-3, 2e-3], "nll_ceiling": 5.0},
-        "rmu": {"alpha": 2.0, "layer": 2},
+def test_every_variant_has_its_own_grid_and_only_settings_that_it_reads(data):
+    ascent = {"name": "gradient_ascent", "nll_ceiling": 5.0}
+    variants = {
+        "npo": {"objective": {"name": "npo", "beta": [0.1, 0.5]}, "learning_rate": 0.02},
+        "gradient_ascent": {"objective": ascent, "learning_rate": [1e-3, 2e-3]},
+        "rmu": {"objective": {"name": "rmu", "layer": 2}, "alpha": 2.0},
     }
-    config = experiment(data, study={**STUDY, "objectives": objectives}, unlearning={"learning_rate": 0.003})
+    variants = {name: {"unlearning": given} for name, given in variants.items()}
+    config = experiment(data, study={**STUDY, "variants": variants}, unlearning={"learning_rate": 0.003})
     jobs = list(trials(config))
     labels = {t.label for t in jobs if t.method == "uniform"}
     assert labels == {
@@ -40,18 +43,25 @@ def test_every_objective_has_its_own_grid_and_only_settings_that_it_reads(data):
         "rmu+uniform@only",
     }
     assert len(jobs) == 2 * len(labels)
-    methods = {t.label: config.method(t.method, **t.unlearning).unlearning for t in jobs}
+    methods = {t.label: t.made(config).unlearning for t in jobs}
     assert methods["npo+uniform@beta=0.5,alpha=4"].learning_rate == 0.02
     assert methods["rmu+uniform@only"].learning_rate == 0.003
     assert methods["gradient_ascent+uniform@lr=0.002"].objective.nll_ceiling == 5.0
     rmu = methods["rmu+trace_rows@only"]
-    assert (rmu.alpha, rmu.layer, rmu.retain_loss.name, rmu.trainable.name) == (2.0, 2, "hidden", "down_projections")
+    assert (rmu.alpha, rmu.objective.layer, rmu.retain_loss.name, rmu.trainable.name) == (
+        2.0,
+        2,
+        "hidden",
+        "down_projections",
+    )
     assert rmu.steps == config.unlearning.steps
 
 
-def test_study_of_objectives_has_a_table_with_a_line_for_each(data, tmp_path):
+def test_study_of_variants_has_a_table_with_a_line_for_each(data, tmp_path):
     """Read off files that hold as much of finished runs as a comparison needs."""
-    config = experiment(data, study={**STUDY, "alphas": [1.0], "objectives": {"gradient_difference": {}, "npo": {}}})
+    config = experiment(
+        data, study={**STUDY, "alphas": [1.0], "variants": {o: {"unlearning": {"objective": o}} for o in OBJECTIVES}}
+    )
     jobs = list(trials(config))
     open_workdir(config, tmp_path)
     front = {"steps": [0, 1], "forgetting": [1.0, 0.5], "utilities": {"mean_utility": [1.0, 0.9]}, "measured": {}}
@@ -60,16 +70,29 @@ def test_study_of_objectives_has_a_table_with_a_line_for_each(data, tmp_path):
         write_json(tmp_path / f"seed-{trial.seed}" / "methods" / trial.label / "results.json", results)
     assert write_study(config, tmp_path, jobs).startswith("gradient_difference\n\nTest split")
     saved = read_json(tmp_path / "study.json")
-    assert list(dict.fromkeys(c["objective"] for c in saved["comparisons"])) == ["gradient_difference", "npo"]
+    assert list(dict.fromkeys(c["variant"] for c in saved["comparisons"])) == ["gradient_difference", "npo"]
     table = (tmp_path / "tables.md").read_text().split("\n\n")[1].splitlines()
-    assert table[0].startswith("| objective | uniform | trace_rows | gain of trace_rows |")
+    assert table[0].startswith("| variant | uniform | trace_rows | gain of trace_rows |")
     assert [line.split("|")[1].strip() for line in table[2:]] == ["`gradient_difference`", "`npo`"]
     assert "npo: trace_rows" in (tmp_path / "report.html").read_text()
 
 
-def test_attacks_are_no_part_of_a_study(config, tmp_path):
+def test_a_method_that_reads_nothing_of_what_a_variant_changes_runs_once_for_all(data):
+    """Uniform has no experts to select; a rate of a variant's own is another run of it."""
+    rules = {f"top {k}": {"calibration": {"rule": {"name": "difference", "top": k}}} for k in (1, 2)}
+    study = {**STUDY, "alphas": [1.0], "variants": rules | {"slow": {"unlearning": {"learning_rate": 1e-4}}}}
+    jobs = list(trials(config := experiment(data, study=study)))
+    labels = ["uniform@alpha=1", "top 1+trace_rows@alpha=1", "uniform@alpha=1", "top 2+trace_rows@alpha=1"]
+    assert [t.label for t in jobs] == [*labels, "slow+uniform@alpha=1", "slow+trace_rows@alpha=1"]
+    assert [t.made(config).calibration.weighting.rule.top for t in jobs if t.method == "trace_rows"] == [1, 2, 4]
+    wrong = {"fast": {"unlearning": {"learning_rates": 1.0}}}
+    with pytest.raises(ConfigError, match=r"study\.variants\.fast: .*learning_rates"):
+        run_study(experiment(data, study={**STUDY, "variants": wrong}), "nowhere")
+
+
+def test_attacks_are_no_part_of_a_study_without_tuning_seeds(config, tmp_path):
     attacked = dataclasses.replace(config, attacks=AttacksConfig(router_swap=RouterSwap()))
-    with pytest.raises(ConfigError, match="a study compares fronts"):
+    with pytest.raises(ConfigError, match="whose settings tuning seeds chose"):
         run_study(attacked, tmp_path / "study")
     assert not (tmp_path / "study").exists()
 
@@ -77,7 +100,8 @@ def test_attacks_are_no_part_of_a_study(config, tmp_path):
 def test_study_runs_resumes_and_compares(config, finished, tmp_path):
     """Every method has the same budget: two seeds, two settings."""
     jobs = list(trials(config))
-    assert len(jobs) == 2 * 2 * 2 == len({(t.seed, t.label) for t in jobs}) and jobs[0].unlearning["alpha"] == 1.0
+    assert len(jobs) == 2 * 2 * 2 == len({(t.seed, t.label) for t in jobs})
+    assert jobs[0].changes["unlearning"]["alpha"] == 1.0
     open_workdir(config, tmp_path / "study")
     shutil.copytree(finished[0], tmp_path / "study/seed-0")  # whose target model is that of seed 0
     text = run_study(config, tmp_path / "study")

@@ -86,18 +86,18 @@ def as_markdown(comparison: Comparison) -> str:
     return f"{_caption(comparison)}:\n\n{markdown_table(_comparison_cells(comparison))}"
 
 
-def objectives_markdown(comparisons: Mapping[str, Comparison]) -> str:
-    """One line an objective: mean utility of every method at one level with its setting, gains over the baseline."""
+def variants_markdown(comparisons: Mapping[str, Comparison]) -> str:
+    """One line a variant: mean utility of every method at one level with its setting, gains over the baseline."""
     first = next(iter(comparisons.values()))
     methods = [result.method for result in first.results]
     others = [method for method in methods if method != first.baseline]
-    lines = [["objective", *methods, *(f"gain of {method}" for method in others), "settings chosen"]]
-    for objective, comparison in comparisons.items():
+    lines = [["variant", *methods, *(f"gain of {method}" for method in others), "settings chosen"]]
+    for variant, comparison in comparisons.items():
         results = {result.method: result for result in comparison.results}
         utilities = [interval_text(results[m].utilities.get(MEAN)) for m in methods]
         gains = [interval_text(results[m].gains.get(MEAN), percent=True) for m in others]
         settings = "; ".join(f"{m} {results[m].setting}" for m in methods)
-        lines.append([f"`{objective}`", *utilities, *gains, settings])
+        lines.append([f"`{variant}`", *utilities, *gains, settings])
     return f"{_caption(first)}; mean utility:\n\n{markdown_table(lines, last='---')}"
 
 

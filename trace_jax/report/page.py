@@ -58,7 +58,7 @@ def render(results: Mapping[str, Any]) -> str:
         forgetting (a number: value, n, low, high; or None), utilities (numbers by name), reached (whether it came
         down to the level), step and seeds (or None), note, between (the two evaluations, step and forgetting, that its
         values are interpolated between; or none), gain (of mean utility over the baseline, a number or None), and in a
-        study "run": its objective, method and setting.
+        study "run": its variant, method and setting.
       diagnosis: a `Diagnosis` as JSON, with its "sentence".  certificates: by method, a `Certificate` as JSON.
       frequency: forget, retain [L, E], and calibrated [L, E] and selected (bool [L, E]) by method; uniform, K/E, the
         frequency of an expert under uniform routing; layers, numbers of the rows, () counts from 0.
@@ -178,7 +178,8 @@ def _fronts(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     """Test fronts by method: of a run one each, of a study those of all seeds with the method's chosen setting."""
     if "runs" not in results:
         return {label: [result["fronts"][SPLIT]] for label, result in results.get("methods", {}).items()}
-    runs = [([run.get(key, "") for key in ("objective", "method", "setting")], run["test"]) for run in results["runs"]]
+    key = "objective" if any("objective" in run for run in results["runs"]) else "variant"  # as it once was
+    runs = [([run.get(name, "") for name in (key, "method", "setting")], run["test"]) for run in results["runs"]]
     return {row["method"]: [front for name, front in runs if name == list(row["run"])] for row in results["rows"]}
 
 

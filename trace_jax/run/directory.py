@@ -148,6 +148,11 @@ def scoreboard(results: Mapping[str, Any], benchmark: str) -> Scoreboard:
     return decode(Scoreboard, results["board"]) if "board" in results else BENCHMARKS[benchmark].board
 
 
+def variant_of(row: Mapping[str, Any]) -> str:
+    """Of a row of study.json; earlier versions compared objectives alone."""
+    return row.get("variant", row.get("objective", ""))
+
+
 def finished(path: Path) -> dict[str, Any]:
     """What a finished run, study or series says of itself: its results.json, study.json or series.json."""
     needed(path / "config.json")
@@ -216,13 +221,13 @@ def _page(path: Path) -> dict[str, Any]:
     page["changed"] = changed_settings(page["config"])
     page["generated"] = datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")
     if "comparisons" in page:
-        first = {c.get("objective", ""): c for c in reversed(page["comparisons"])}
+        first = {variant_of(c): c for c in reversed(page["comparisons"])}
         found = {o: comparison_text.study_conclusion(c, board.forgetting, CONTROLS) for o, c in reversed(first.items())}
         page["conclusion"] = "\n".join(f"{o}: {text}" if o else text for o, text in found.items())
         for row in page["rows"]:
-            objective, method, _ = row["run"]
-            gains = {r["method"]: r["gains"].get(fronts.MEAN) for r in first[objective]["results"]}
-            row["gain"] = gains[method] if method != first[objective]["baseline"] else None
+            variant, method, _ = row["run"]
+            gains = {r["method"]: r["gains"].get(fronts.MEAN) for r in first[variant]["results"]}
+            row["gain"] = gains[method] if method != first[variant]["baseline"] else None
     if "methods" in page:
         calibrations = {label: calibration_directory(path, label) for label in page["methods"]}
         solved = {label: files.read_json(place / "calibration.json") for label, place in calibrations.items()}

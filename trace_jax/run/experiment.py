@@ -4,7 +4,9 @@ An experiment is a Python file with a `get_config` function, and the overrides o
 """
 
 import dataclasses
+import functools
 import inspect
+import operator
 import runpy
 import sys
 import traceback
@@ -41,6 +43,12 @@ class Preset(NamedTuple):
     weighting: Mapping[str, Any]
     steps: int = 1
 
+    @property
+    def reads(self) -> set[str]:
+        """The settings of `calibration` that it reads: those of its weighting, and the seed."""
+        own = {field.name for field in dataclasses.fields(Weighting.kinds[self.weighting["name"]])}
+        return own and own | {"seed"}
+
 
 METHODS: dict[str, Preset] = {
     "uniform": Preset("every retain token counts the same", {"name": "uniform"}),
@@ -69,7 +77,8 @@ class Method(NamedTuple):
     unlearning: UnlearningConfig
 
 
-_OBJECTIVES = "compared, each with settings of its own (a list of numbers is tuned over); none: that of unlearning"
+_NONE: Mapping = {}
+_VARIANTS = "compared, by name: settings of unlearning and calibration; a list of numbers is tuned over"
 
 
 class StudyConfig(Section):
@@ -83,7 +92,7 @@ class StudyConfig(Section):
         (), help="learning rates; tuned likewise; none: unlearning.learning_rate", minimum=0.0, maximum=MOST
     )
     workers: int = option(0, help="runs side by side; 0 = one per core", minimum=0)
-    objectives: dict = dataclasses.field(default_factory=dict, metadata=option(help=_OBJECTIVES).metadata)
+    variants: dict = dataclasses.field(default_factory=dict, metadata=option(help=_VARIANTS).metadata)
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,10 +100,12 @@ class StudyConfig(Section):
             raise ConfigError(
                 f"tuning_seeds has {both}, which are seeds, too; what is reported needs seeds of its own."
             )
-        for name, given in self.objectives.items():
-            if name not in Objective.kinds or not isinstance(given, Mapping):
-                expected = f"expected settings by name, for objectives of {', '.join(Objective.kinds)}."
-                raise ConfigError(f"objectives has {name!r}: {given!r}; {expected}")
+        for name, given in self.variants.items():
+            sections = given.items() if isinstance(given, Mapping) else [("", given)]
+            for section, settings in sections:
+                if section not in ("unlearning", "calibration") or not isinstance(settings, Mapping) or "/" in name:
+                    expected = "expected a name without /, and settings of unlearning, calibration or both."
+                    raise ConfigError(f"variants has {name!r}: {given!r}; {expected}")
 
 
 class SeriesConfig(Section):
@@ -151,17 +162,21 @@ class ExperimentConfig(Section):
             object.__setattr__(self, "target", self.target or TrainingConfig())
         for method in self.methods:
             self.method(method)
-        read = set().union(*(_read_by(METHODS[method]) for method in self.methods + self.study.methods))
-        for key in sorted(self.calibration.keys() - read):
-            if not any(key in _read_by(preset) for preset in METHODS.values()):
-                resolve(Matching, {key: self.calibration[key]}, path="calibration")  # says what there is
+        read = set().union(*(METHODS[method].reads for method in self.methods + self.study.methods))
+        of_variants = (variant.get("calibration", {}) for variant in self.study.variants.values())
+        given = functools.reduce(operator.or_, of_variants, self.calibration)
+        for key in sorted(given.keys() - read):
+            if not any(key in preset.reads for preset in METHODS.values()):
+                resolve(Matching, {key: given[key]}, path="calibration")  # says what there is
             names = ", ".join(self.methods)
             raise ConfigError(f"calibration.{key} would have no effect: none of the methods {names} reads it.")
 
-    def method(self, name: str, **unlearning: Any) -> Method:
-        """The settings of one method: its preset, then `calibration` where the method reads it, then `unlearning`."""
+    def method(self, name: str, unlearning: Mapping = _NONE, calibration: Mapping = _NONE) -> Method:
+        """The settings of one method: its preset, then `calibration` where the method reads it, then `unlearning`. What
+        is given takes the place of the experiment's.
+        """
         preset = METHODS[name]
-        own = {key: value for key, value in self.calibration.items() if key in _read_by(preset)}
+        own = {key: value for key, value in {**self.calibration, **calibration}.items() if key in preset.reads}
         seed = {"seed": own.pop("seed")} if "seed" in own else {}
         settings = {**preset.weighting, **own}
         weighting = resolve(Weighting.kinds[settings.pop("name")], settings, path="calibration")
@@ -191,12 +206,6 @@ class ExperimentConfig(Section):
     def model_identity(self) -> Any:
         """What tells the model apart: its settings, or the content of its checkpoint."""
         return self.model.identity() if isinstance(self.model, PretrainedConfig) else as_dict(self.model)
-
-
-def _read_by(preset: Preset) -> set[str]:
-    """The settings of `calibration` that a method with this preset reads: those of its weighting, and the seed."""
-    own = {field.name for field in dataclasses.fields(Weighting.kinds[preset.weighting["name"]])}
-    return own and own | {"seed"}
 
 
 def load_config(

@@ -105,9 +105,9 @@ def attack(workdir: str | os.PathLike, attacks: Mapping[str, Any]) -> Run:
     return run(dataclasses.replace(config, attacks=resolve(AttacksConfig, sections, "attacks")), workdir)
 
 
-def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
-    """Calibrates, unlearns, evaluates and attacks with one method in `methods/LABEL`, or keeps what is there. Returns
-    the hash of everything that made the model.
+def run_method(prepared: Prepared, method: Method, *, label: str, alone: bool = False) -> str:
+    """Calibrates, unlearns, evaluates and, if not `alone`, puts experts back and attacks, with one method in
+    `methods/LABEL`, or keeps what is there. Returns the hash of everything that made the model.
     """
     directory, config, tasks = prepared.workdir / "methods" / label, prepared.config, prepared.evaluator.tasks
     weights, weights_id = calibrated(prepared, method.calibration, label)
@@ -126,6 +126,8 @@ def run_method(prepared: Prepared, method: Method, *, label: str) -> str:
     evaluate = functools.partial(_evaluate, prepared, unlearned, weights, directory, model_id)
     run_stage("evaluation", directory, evaluation_id, f"evaluation of {label}", evaluate)
     remove(directory / "checkpoints")
+    if alone:
+        return model_id
     if config.evaluation.patching:
         patch = functools.partial(_put_back, prepared, unlearned, directory)
         patching_id = fingerprint(model_id, measured, quick, "patching")

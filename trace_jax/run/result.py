@@ -17,7 +17,7 @@ from trace_jax.io.files import as_path, link, shown
 from trace_jax.models.model import Model
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.weights import RetainWeights
-from trace_jax.run.directory import calibration_directory, finished, needed
+from trace_jax.run.directory import calibration_directory, finished, needed, variant_of
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import RETRAINED, TARGET, find_model, load_model
 from trace_jax.unlearning.metrics import front_rows, step_rows
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 MEASURED = ("split", "name", "value", "low", "high", "n")
 
 
-def trial_label(method: str, setting: str, objective: str = "") -> str:
+def trial_label(method: str, setting: str, variant: str = "") -> str:
     """The name of a study's run under `seed-N/methods`."""
-    return f"{objective + '+' if objective else ''}{method}@{setting}"
+    return f"{variant + '+' if variant else ''}{method}@{setting}"
 
 
 def measured_frame(
@@ -126,7 +126,7 @@ class Run:
           measured. What was measured at that step on the way is the same, and not repeated.
 
         A study and a series have two columns more. `seed` is the run's; `variant` is the setting of a study's run,
-        such as "alpha=4" (after its objective, where several are compared), or the step's directory in a series.
+        such as "alpha=4" (after its variant, where several are compared), or the step's directory in a series.
         """
         groups, runs, columns = [], self._runs(), ["variant", "seed", "method", "step"]
         for place, labels in runs.items():
@@ -164,9 +164,9 @@ class Run:
         if "methods" in told:
             return {"": {label: ("", label) for label in told["methods"]}}
         for run in told.get("runs", ()):
-            method, setting, objective = run["method"], run["setting"], run.get("objective", "")
-            about = f"{objective} {setting}".strip(), method
-            runs[f"seed-{run['seed']}/"][trial_label(method, setting, objective)] = about
+            method, setting, variant = run["method"], run["setting"], variant_of(run)
+            label = run.get("label") or trial_label(method, setting, variant)
+            runs[f"seed-{run['seed']}/"][label] = f"{variant} {setting}".strip(), method
         for step in told.get("steps", ()):
             runs[f"{step['directory']}/"] |= {method: (step["directory"], method) for method in step["methods"]}
         return dict(runs)

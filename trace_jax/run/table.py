@@ -11,7 +11,7 @@ from trace_jax.evaluation.intervals import Interval
 from trace_jax.io.files import as_path, decode
 from trace_jax.io.progress import MISSING, plain_name
 from trace_jax.report.routing import BASELINE
-from trace_jax.run.directory import equal_forgetting, finished, needed, scoreboard
+from trace_jax.run.directory import equal_forgetting, finished, needed, scoreboard, variant_of
 from trace_jax.run.result import open_run
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def compared(workdir: str) -> "pd.DataFrame":
     rows = []
     for one in told["comparisons"]:
         if one["reading"] == "first" and one["level"] == told["comparisons"][0]["level"]:
-            objective = f"{one['objective']}: " if one.get("objective") else ""
-            rows += [_row(objective + r["method"], r["utilities"], r["gains"], r["setting"]) for r in one["results"]]
+            variant = f"{name}: " if (name := variant_of(one)) else ""
+            rows += [_row(variant + r["method"], r["utilities"], r["gains"], r["setting"]) for r in one["results"]]
     return pd.DataFrame(rows)
 
 
