@@ -153,9 +153,11 @@ def test_a_study_routes_the_retain_corpus_once_and_solves_the_same_weights_once(
 
 
 def test_tuning_seeds_run_the_grid_and_fresh_ones_what_was_chosen(config, finished, tmp_path):
-    """A study that is interrupted between the two continues there."""
+    """These alone are attacked, and have original experts put back. A study that is interrupted continues there."""
     study = dataclasses.replace(config.study, tuning_seeds=(1,), seeds=(0,))
-    tuned, path = dataclasses.replace(config, study=study), tmp_path / "study"
+    attacks, evaluation = AttacksConfig(router_swap=RouterSwap()), dataclasses.replace(config.evaluation, patching=True)
+    tuned = dataclasses.replace(config, study=study, attacks=attacks, evaluation=evaluation)
+    path = tmp_path / "study"
     open_workdir(tuned, path)
     shutil.copytree(finished[0], path / "seed-0")
     text = run_study(tuned, path)
@@ -166,5 +168,17 @@ def test_tuning_seeds_run_the_grid_and_fresh_ones_what_was_chosen(config, finish
     assert {run["seed"] for run in saved["runs"]} == {0} and saved["comparisons"][0]["tuning_seeds"] == [1]
     assert all(set(r["tried"]) == {"alpha=1", "alpha=4"} for r in saved["comparisons"][0]["results"])
     assert "settings chosen on seed 1" in text and "chosen of 2 on seed 1" in (path / "report.html").read_text()
+    assert len(list(path.glob("seed-*/methods/*/attacks/router_swap.json"))) == 2 == len(saved["robustness"])
+    for run, mean in zip((r for r in saved["runs"] if r["robustness"]), saved["robustness"], strict=True):
+        directory, numbers = path / f"seed-{run['seed']}/methods/{run['label']}", run["robustness"]
+        point = read_json(directory / "attacks/router_swap.json")["points"][0]
+        of_test = {m["name"]: m["value"] for m in point["measurements"] if m["split"] == "test"}
+        assert numbers["attack.router_swap.unlearned"] == of_test["forget_probability_ratio"]
+        put = read_json(directory / "patching.json")
+        assert numbers["drift.ratio"] == put["correlation"]["ratio"]["value"]
+        back = next(m for m in put["models"] if m["kind"] == "all")["returned"]["neighbour_utility"]["value"]
+        assert numbers["returned.all.4.neighbour_utility"] == back and numbers["target.general_utility"] == 1.0
+        assert mean["method"] == run["method"] and mean["numbers"]["drift.ratio"]["value"] == numbers["drift.ratio"]
+    assert "| attack.router_swap.unlearned |" in (path / "tables.md").read_text()
     shutil.rmtree(path / "seed-0/methods" / made[0][0])
     assert run_study(tuned, path).split("\n\n")[:2] == text.split("\n\n")[:2]
