@@ -21,7 +21,9 @@ NEAR = "near", "middling", "far"  # the map's domains, in order
 
 
 def interval(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
-    """Student's over seeds; no ends of a single one."""
+    """Student's over seeds; no ends of a single one, and nothing of none."""
+    if not len(values):
+        return dict.fromkeys(("value", "low", "high"))
     found = t_interval(np.asarray(values, np.float64))
     return {name: round(x, 4) if np.isfinite(x := getattr(found, name)) else None for name in ("value", "low", "high")}
 

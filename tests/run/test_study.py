@@ -175,10 +175,11 @@ def test_tuning_seeds_run_the_grid_and_fresh_ones_what_was_chosen(config, finish
         of_test = {m["name"]: m["value"] for m in point["measurements"] if m["split"] == "test"}
         assert numbers["attack.router_swap.unlearned"] == of_test["forget_probability_ratio"]
         put = read_json(directory / "patching.json")
-        assert numbers["drift.ratio"] == put["correlation"]["ratio"]["value"]
+        assert numbers.get("drift.ratio") == put["correlation"]["ratio"]["value"]  # None of fewer than ten experts
         back = next(m for m in put["models"] if m["kind"] == "all")["returned"]["neighbour_utility"]["value"]
         assert numbers["returned.all.4.neighbour_utility"] == back and numbers["target.general_utility"] == 1.0
-        assert mean["method"] == run["method"] and mean["numbers"]["drift.ratio"]["value"] == numbers["drift.ratio"]
+        assert mean["method"] == run["method"]
+        assert {name: number["value"] for name, number in mean["numbers"].items()} == numbers
     assert "| attack.router_swap.unlearned |" in (path / "tables.md").read_text()
     shutil.rmtree(path / "seed-0/methods" / made[0][0])
     assert run_study(tuned, path).split("\n\n")[:2] == text.split("\n\n")[:2]
