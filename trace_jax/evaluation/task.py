@@ -88,7 +88,8 @@ class EvaluationConfig(Section):
     bootstrap: int = option(1000, help="bootstrap resamples for intervals", minimum=100)
     levels: tuple[float, ...] = option((0.5,), help="forgetting on the benchmark's own scale where utility is compared")
     patching: bool = option(
-        True, help="measure what returns when original experts are put back into what a method made; not in a study"
+        True,
+        help="measure what returns when original experts are put back into what a method made; a study: of its choices",
     )
     audit_text: bool = option(
         True,
