@@ -69,12 +69,12 @@ class Study:
 
     def seconds(self) -> float:
         """How long it ran, pauses left out, by the times of the steps and evaluations that its runs wrote down."""
-        times = []
+        times: list[float] = []
         for file in self.path.glob("seed-*/**/metrics.jsonl"):
             lines = (json.loads(line) for line in file.read_text().splitlines())
             times += [line["time"] for line in lines if "time" in line]
-        gaps = np.diff(np.sort(times))
-        return float(gaps[gaps < IDLE].sum())
+        times.sort()
+        return sum(gap for a, b in itertools.pairwise(times) if (gap := b - a) < IDLE)
 
 
 def difference(ours: Seeds, others: Seeds) -> Seeds:

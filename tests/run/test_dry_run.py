@@ -315,14 +315,15 @@ def test_what_the_run_refuses_ends_with_2(texts, monkeypatch, capsys, changes, m
     assert message in out and "nothing is missing to run" not in out and not (texts / "new").exists()
 
 
+RIVALS = {"unlearning": {"objective": {"name": "npo", "steering": 1.0}}}
 ALIKE = {
     "a study": ("study", {"study.methods": "uniform,trace", "study.alphas": "1,4"}, "12, of 2 methods and 3 seeds", 0),
     "a series": ("series", {"series.kind": "scalability"}, "2, of 2 steps", 0),
     "a sequence": ("series", {"series.kind": "sustainability", "methods": "uniform,trace"}, "4, of 2 steps and 2 m", 0),
     "a step": ("series", {"series.kind": "scalability", "series.forget": ["few.jsonl"]}, "at least 2 are needed", 2),
     "no series": ("series", {"series": None}, "the configuration has no series: set --config.series.kind=", 2),
-    "attacks in a study": ("study", {"attacks.router_swap": {}}, "a study compares fronts, and attacks none of its", 2),
-    "a rival's setting": ("study", {"study.objectives": {"npo": {"steering": 1.0}}}, "steering: it belongs to", 2),
+    "attacks in a study": ("study", {"attacks.router_swap": {}}, "a study attacks the runs whose settings tuning", 2),
+    "a rival's setting": ("study", {"study.variants": {"a": RIVALS}}, "variants.a: unlearning.objective.steering", 2),
 }
 
 

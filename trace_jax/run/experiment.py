@@ -180,7 +180,7 @@ class ExperimentConfig(Section):
         seed = {"seed": own.pop("seed")} if "seed" in own else {}
         settings = {**preset.weighting, **own}
         weighting = resolve(Weighting.kinds[settings.pop("name")], settings, path="calibration")
-        calibration = resolve(CalibrationConfig, {"weighting": weighting, **seed}, path="calibration")
+        weights = resolve(CalibrationConfig, {"weighting": weighting, **seed}, path="calibration")
         changes = as_dict(self.unlearning)
         if "objective" in unlearning:  # what goes with an objective follows the new one where it was not set
             usual = as_dict(UnlearningConfig(objective=self.unlearning.objective))
@@ -193,7 +193,7 @@ class ExperimentConfig(Section):
         training = resolve(UnlearningConfig, changes, path="unlearning")
         if isinstance(getattr(weighting, "routing", None), Online):
             training.check_online()
-        return Method(name, calibration, training)
+        return Method(name, weights, training)
 
     def identity(self, data: DataConfig | None = None) -> str:
         """Hash of what a run directory stays the same run by: corpus and model. Other settings may change in it."""
