@@ -323,7 +323,12 @@ ALIKE = {
     "a step": ("series", {"series.kind": "scalability", "series.forget": ["few.jsonl"]}, "at least 2 are needed", 2),
     "no series": ("series", {"series": None}, "the configuration has no series: set --config.series.kind=", 2),
     "attacks in a study": ("study", {"attacks.router_swap": {}}, "a study attacks the runs whose settings tuning", 2),
-    "a rival's setting": ("study", {"study.variants": {"a": RIVALS}}, "variants.a: objective.steering would have no", 2),
+    "a rival's setting": (
+        "study",
+        {"study.variants": {"a": RIVALS}},
+        "variants.a: objective.steering would have no",
+        2,
+    ),
 }
 
 
