@@ -2,8 +2,8 @@
 
 Command:   python -m trace_jax.main study --config configs/dose_study.py --workdir runs/dose_study
 Hardware:  2 CPU cores, 4 GB of memory; nothing is downloaded.
-Run time:  about 35 min on two cores, by what its parts take on one: a target 230 s, a run 22 s; 33 runs for tuning, then
-           11 to 22 a seed.
+Run time:  about 35 min on two cores, by what its parts take on one: a target 230 s, a run 22 s; 33 runs for tuning,
+           then 11 to 22 a seed.
 Result:    docs/results.md.
 """
 
