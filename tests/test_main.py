@@ -15,20 +15,28 @@ from trace_jax.config import ConfigError
 from trace_jax.main import COMMANDS, main, parse
 from trace_jax.models.families import PUBLISHED
 from trace_jax.run.experiment import load_config
+from trace_jax.run.study import check_study
 from trace_jax.unlearning.objectives import Objective
 
 QUICKSTART = "configs/quickstart.py"
 QUICK = ["--config", QUICKSTART, "--workdir", "w"]
 OBJECTIVE = "--config.unlearning.objective"
 TEXT = ["--config", "configs/huggingface.py", "--workdir", "w", "--config.data.forget=a", "--config.data.retain=b"]
-NAMES = ("quickstart", "presidents", "handbook_study", "presidents_study")
-FILES = {**dict.fromkeys(VARIANTS, "ablations.py:{}"), **dict.fromkeys(PUBLISHED, "plan.py:{}")}
+STUDIES = ("handbook_study", "presidents_study", "dose_study", "objectives_study", "trainable_study")
+NAMES = ("quickstart", "presidents", *STUDIES)
+FILES = {f"patching_{model}": f"patching_study.py:{model}" for model in ("quickstart", "fine")}
+FILES |= {
+    "all_objectives": "objectives_study.py:all",
+    **dict.fromkeys(VARIANTS, "ablations.py:{}"),
+    **dict.fromkeys(PUBLISHED, "plan.py:{}"),
+}
 
 
 @pytest.mark.parametrize("name", [*NAMES, *FILES])
 def test_every_config_resolves(name):
     config = load_config("configs/" + FILES.get(name, "{}.py").format(name))
     assert config.name == name
+    assert not name.endswith("_study") or check_study(config)
     if name == "handbook_study":  # one budget, and alpha is bracketed
         methods = {"uniform", "uniform_2x", "trace", "permuted", "random_experts", "ngram", "oracle"}
         assert methods <= set(config.study.methods)

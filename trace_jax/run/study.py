@@ -23,7 +23,7 @@ from trace_jax.config import ConfigError, resolve
 from trace_jax.evaluation import comparison, comparison_text, fronts
 from trace_jax.evaluation.comparison import READINGS, Comparison, Run
 from trace_jax.evaluation.intervals import t_interval
-from trace_jax.evaluation.scoreboard import Scoreboard
+from trace_jax.evaluation.task import Scoreboard
 from trace_jax.io.environment import describe
 from trace_jax.io.files import decode, encode, link, read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
