@@ -27,7 +27,13 @@ from trace_jax.run.result import trial_label
 
 PARTS = ("weightings", "objectives")
 ALONG = ("tofu_forget_quality", "tofu_model_utility", "tofu_forget_probability", "tofu_retain_probability")
-OF_MODELS = (*ALONG[1:], "tofu_forget_rougeL_recall", "tofu_retain_rougeL_recall", "tofu_forget_extraction_strength")
+OF_MODELS = (
+    "tofu_forget_ks",
+    *ALONG,
+    "tofu_forget_rougeL_recall",
+    "tofu_retain_rougeL_recall",
+    "tofu_forget_extraction_strength",
+)
 HALVED = "half of the forget probability"  # the other place where a run is read, whatever the test says
 SHOWN = ("uniform", "trace", "trace_rows", "random_experts", "ngram")
 
@@ -143,6 +149,7 @@ def claims_of(models: Mapping, mismatch: Mapping, runs: Mapping, level: float) -
     """Whether the models are what they should be, whether there is a mismatch, and what weights gain."""
     name = "tofu_forget_probability"
     known = [target[name] - retrained[name] for target, retrained in zip(*models.values(), strict=True)]
+    apart = [target["tofu_forget_ks"] for target in models["target"]]
     kept = [target["tofu_retain_probability"] for target in models["target"]]
     ratio = "use of the selected experts on forget over retain text, on held-out rows (weak from 1.25)"
     told = [diagnosis["held_out"] for diagnosis in mismatch.values()]
@@ -154,6 +161,7 @@ def claims_of(models: Mapping, mismatch: Mapping, runs: Mapping, level: float) -
             "above",
             0.5,
         ),
+        claim("Truth ratios tell the target from the retrained model.", "statistic", apart, "above", level),
         claim("The target knows retain answers.", "probability", kept, "above", 0.5),
         claim("Routing tells forget authors from the others, pages of one form.", ratio, told, "above", 1.25),
     ]
