@@ -35,15 +35,18 @@ WEIGHTINGS = (
     "loss",
 )  # fmt: skip
 OBJECTIVES = {  # settings of configs/objectives_study.py
-    "npo": {"beta": 0.02},
-    "simnpo": {"gamma": 1.0, "delta": 5.0},
-    "rmu": {"layer": 2, "steering": 20.0, "alpha": (1.0, 4.0)},
-    "dpo": {"beta": 0.02, "alpha": (1.0, 4.0)},
-    "undial": {"learning_rate": 4e-3, "alpha": (0.0, 1.0)},
+    "npo": {"objective": {"name": "npo", "beta": 0.02}},
+    "simnpo": {"objective": {"name": "simnpo", "gamma": 1.0, "delta": 5.0}},
+    "rmu": {"objective": {"name": "rmu", "layer": 2, "steering": 20.0}, "alpha": (1.0, 4.0)},
+    "dpo": {"objective": {"name": "dpo", "beta": 0.02}, "alpha": (1.0, 4.0)},
+    "undial": {"objective": {"name": "undial"}, "learning_rate": 4e-3, "alpha": (0.0, 1.0)},
 }
 STUDIES = {
     "weightings": {"methods": WEIGHTINGS},
-    "objectives": {"methods": ("uniform", "trace_rows"), "objectives": OBJECTIVES},
+    "objectives": {
+        "methods": ("uniform", "trace_rows"),
+        "variants": {name: {"unlearning": given} for name, given in OBJECTIVES.items()},
+    },
 }
 
 

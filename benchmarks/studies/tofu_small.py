@@ -66,10 +66,10 @@ def chosen(study: Mapping[str, Any], objective: str, level: float) -> dict[str, 
     """The runs of each method, by seed, in the setting that was chosen on validation where a level is first reached."""
     [compared] = [
         c for c in study["comparisons"]
-        if c.get("objective", "") == objective and c["level"] == level and c["reading"] == "first"
+        if c.get("variant", "") == objective and c["level"] == level and c["reading"] == "first"
     ]  # fmt: skip
     settings = {result["method"]: result["setting"] for result in compared["results"]}
-    own = [r for r in study["runs"] if r.get("objective", "") == objective]
+    own = [r for r in study["runs"] if r.get("variant", "") == objective]
     return {m: {r["seed"]: r for r in own if (r["method"], r["setting"]) == (m, s)} for m, s in settings.items()}
 
 
@@ -122,7 +122,7 @@ def summary(workdir: Path, studies: Mapping[str, Mapping[str, Any]]) -> dict[str
     """Claims, tables, figures and numbers of finished studies, by part."""
     level, runs = studies["weightings"]["comparisons"][0]["level"], {}
     for study in studies.values():
-        for objective in dict.fromkeys(run.get("objective", "") for run in study["runs"]):
+        for objective in dict.fromkeys(run.get("variant", "") for run in study["runs"]):
             runs[objective or "gradient_difference"] = chosen(study, objective, level)
     own = runs["gradient_difference"]
     seeds = sorted({run["seed"] for run in studies["weightings"]["runs"]})
@@ -234,7 +234,7 @@ def _raw(run: Mapping[str, Any]) -> dict[str, Any]:
     front = run["test"]
     numbers = {"forgetting": front["forgetting"], "utility": front["utilities"]["mean_utility"]}
     numbers |= {name: front["measured"][name] for name in ALONG}
-    about = {name: run[name] for name in ("objective", "method", "setting", "seed") if name in run}
+    about = {name: run[name] for name in ("variant", "method", "setting", "seed") if name in run}
     return about | {"steps": front["steps"]} | encode(numbers, digits=4)
 
 

@@ -39,7 +39,7 @@ def found(tmp_path):
             weighed = [{"name": "calibration_effective_sample_size", "value": 0.2}]
             write_json(tmp_path / f"seed-{seed}/methods/{method}@alpha=1/results.json", {"measurements": weighed})
     kept = {"uniform": 0.8, "trace": 0.9, "trace_rows": 0.7, "random_experts": 0.6}
-    parts = {"weightings": of_runs(kept), "objectives": of_runs({"uniform": 0.5, "trace_rows": 0.5}, objective="npo")}
+    parts = {"weightings": of_runs(kept), "objectives": of_runs({"uniform": 0.5, "trace_rows": 0.5}, variant="npo")}
     return STUDY["summary"](tmp_path, parts)
 
 
