@@ -21,8 +21,8 @@ OBJECTIVES = {
     "npo": {"objective": {"name": "npo", "beta": 0.02}},
     "simnpo": {"objective": {"name": "simnpo", "gamma": 1.0, "delta": 5.0}},
     "rmu": {"objective": {"name": "rmu", "layer": 2, "steering": 20.0}, "alpha": WEAKEST},
-    "dpo": {"objective": {"name": "dpo", "beta": 0.02}, "alpha": WEAKER},
-    "undial": {"objective": "undial", "learning_rate": (4e-3, 8e-3), "alpha": ALONE},
+    "dpo": {"objective": {"name": "dpo", "beta": 0.02}, "learning_rate": (5e-4, 1e-3), "alpha": WEAKER},
+    "undial": {"objective": {"name": "undial", "beta": 30.0}, "learning_rate": (4e-3, 1e-2), "alpha": ALONE},
 }
 OTHERS = {
     "gradient_ascent": {"objective": {"name": "gradient_ascent", "nll_ceiling": 5.0}, "learning_rate": RATES},
@@ -42,6 +42,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     """Corpus, model and steps of configs/quickstart.py. A run of the six keeps the state of its best evaluation at or
     below the level on validation: that is what is attacked, so that every model has forgotten as much. The retrained
     model is the control of relearning: what the attack teaches one that never knew.
+
+    Tried with uniform on seed 100: dpo is at the level within nine steps at 2e-3, whatever alpha; undial at 4e-3 comes
+    down to .51 with beta 30 and no retain term, to .60 on validation with beta 10 and alpha 1.
     """
     if variant not in ("", "all"):
         raise ConfigError(f"configs/objectives_study.py has the variant 'all'; got {variant!r}.")
