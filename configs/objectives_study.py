@@ -22,7 +22,7 @@ OBJECTIVES = {
     "simnpo": {"objective": {"name": "simnpo", "gamma": 1.0, "delta": 5.0}},
     "rmu": {"objective": {"name": "rmu", "layer": 2, "steering": 20.0}, "alpha": WEAKEST},
     "dpo": {"objective": {"name": "dpo", "beta": 0.02}, "learning_rate": (5e-4, 1e-3), "alpha": WEAKER},
-    "undial": {"objective": {"name": "undial", "beta": 30.0}, "learning_rate": (4e-3, 1e-2), "alpha": ALONE},
+    "undial": {"objective": {"name": "undial", "beta": 30.0}, "learning_rate": (4e-3, 6e-3), "alpha": (0.0, 0.25, 1.0)},
 }
 OTHERS = {
     "gradient_ascent": {"objective": {"name": "gradient_ascent", "nll_ceiling": 5.0}, "learning_rate": RATES},
@@ -44,7 +44,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     model is the control of relearning: what the attack teaches one that never knew.
 
     Tried with uniform on seed 100: dpo is at the level within nine steps at 2e-3, whatever alpha; undial at 4e-3 comes
-    down to .51 with beta 30 and no retain term, to .60 on validation with beta 10 and alpha 1.
+    down to .51 with beta 30 and no retain term, to .60 on validation with beta 10 and alpha 1; at 1e-2 it is there
+    after three steps, and has lost half of what is to be kept.
     """
     if variant not in ("", "all"):
         raise ConfigError(f"configs/objectives_study.py has the variant 'all'; got {variant!r}.")
