@@ -227,6 +227,16 @@ def test_an_expert_that_the_retain_corpus_never_uses_is_left_out_and_named(corpo
     np.testing.assert_allclose(certificate.weighted, 1 / 7, atol=1e-8)
 
 
+def test_products_that_rounding_made_indefinite_are_solved_all_the_same():
+    rng = np.random.default_rng(0)
+    features = np.concatenate([rng.dirichlet(np.full(64, 0.05), 100) * 6 for _ in range(8)], axis=1)
+    target = np.minimum(features[:3].mean(0), 50 * features.mean(0))  # what few rows have: their weights grow large
+    (found,) = solver.closest_match(
+        features, target, base=np.ones(100), sizes=[0.0], divergence="kl", max_weight=1000.0
+    )
+    assert found.missed < 1e-8 and found.effective_sample_size < 0.1
+
+
 def test_of_an_unreachable_target_the_closest_match_is_taken_and_it_is_said():
     # Experts 0 and 1 are always chosen together, yet asked for different frequencies.
     retain = np.array([[[0, 1]] * 30 + [[2, 3]] * 70])

@@ -120,7 +120,7 @@ class _Dual:
         rtol = min(0.1, float(np.sqrt(np.abs(gradient).max())))
         for products in (MOST_PRODUCTS, 200):
             if products == 200 or self.factor is None:
-                self.factor = scipy.linalg.cho_factor(self._hessian(curvature, rho))
+                self.factor = _factor(self._hessian(curvature, rho))
             steering = operator(matvec=functools.partial(scipy.linalg.cho_solve, self.factor))
             step, failed = cg(operator(matvec=product), -gradient, M=steering, rtol=rtol, maxiter=products)
             if not failed:
@@ -146,6 +146,16 @@ class _Dual:
         diagonal += 1e-6 * diagonal + 1e-12
         diagonal[:-1] += rho
         return total
+
+
+def _factor(hessian: np.ndarray) -> Any:
+    """Cholesky's, of products of float32: where rounding made them indefinite, the diagonal grows until they are not."""
+    more = 1e-5 * hessian.diagonal().max()
+    while True:
+        try:
+            return scipy.linalg.cho_factor(hessian)
+        except scipy.linalg.LinAlgError:
+            hessian, more = hessian + more * np.eye(len(hessian)), 10 * more
 
 
 @jax.jit
