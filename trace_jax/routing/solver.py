@@ -149,7 +149,7 @@ class _Dual:
 
 
 def _factor(hessian: np.ndarray) -> Any:
-    """Cholesky's, of products of float32: where rounding made them indefinite, the diagonal grows until they are not."""
+    """Cholesky's, of float32 products: where rounding made them indefinite, the diagonal grows until they aren't."""
     more = 1e-5 * hessian.diagonal().max()
     while True:
         try:
