@@ -50,9 +50,8 @@ def verdict(claim: Mapping[str, Any]) -> str:
 def number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "-"
-    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}").translate(
-        _MINUS
-    )
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 3
+    return f"{value:,.{digits}f}".translate(_MINUS)
 
 
 def cell(value: Any) -> str:
@@ -76,7 +75,7 @@ def claims_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """One row per claim, by question."""
     columns = ["claim", "verdict", "measured", "over", "study"]
     rows = [
-        [c["claim"], f"**{verdict(c)}**", f"{c['measure']}: {cell(c)}", c["over"], f"[{s['name']}](#{anchor(s)})"]
+        [c["claim"], f"**{verdict(c)}**", f"{cell(c)}: {c['measure']}", c["over"], f"[{s['name']}](#{anchor(s)})"]
         for s in found.values()
         for c in s["claims"]
     ]
@@ -145,13 +144,15 @@ def draw(figure: Mapping[str, Any]) -> bytes:
         axes.set_xlabel(figure["x"])
         axes.set_ylabel(figure["y"])
         canvas.patch.set(visible=True, facecolor="white")
+        if len(figure.get("series", ())) > 1:
+            axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return as_files(Figure(figure["title"], "", canvas))["svg"]
 
 
 def _series(figure: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Mapping[str, Any], list[Any] | None]]:
     """(style, series, error bars [2][N] or None), a colour and a marker each."""
     for index, series in enumerate(figure["series"]):
-        style = {"color": SERIES[index % len(SERIES)], "label": series["name"]}
+        style = {"color": SERIES[index % len(SERIES)], "label": series["name"] if len(figure["series"]) > 1 else None}
         errors = None
         if series.get("low"):
             ends = zip(series["y"], series["low"], series["high"], strict=True)
@@ -160,8 +161,15 @@ def _series(figure: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Mapping
 
 
 def _lines(axes: Any, figure: Mapping[str, Any]) -> None:
-    for style, series, errors in _series(figure):
-        axes.errorbar(series["x"], series["y"], yerr=errors, capsize=2, markersize=4.5, linewidth=1.6, **style)
+    """Side by side where they meet, so that every interval is seen."""
+    several, places = figure["series"], [x for series in figure["series"] for x in series["x"]]
+    for index, (style, series, errors) in enumerate(_series(figure)):
+        aside = (index - (len(several) - 1) / 2) * 0.01
+        if figure.get("log_x"):
+            x = [place * (max(places) / min(places)) ** aside for place in series["x"]]
+        else:
+            x = [place + (max(places) - min(places)) * aside for place in series["x"]]
+        axes.errorbar(x, series["y"], yerr=errors, capsize=2, markersize=4.5, linewidth=1.6, **style)
     _log(axes, figure)
 
 

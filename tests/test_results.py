@@ -72,7 +72,7 @@ def test_pages_get_their_blocks_and_keep_what_is_around_them(tmp_path):
     text = files[page].decode()
     assert text.startswith("before\n") and text.count("between\n") == 3 and "old" not in text
     assert (
-        "| It gains. | **established** | gain: 0.100 [0.050, 0.200] | 8 seeds | [toy](#does-it-gain-or-not) |" in text
+        "| It gains. | **established** | 0.100 [0.050, 0.200]: gain | 8 seeds | [toy](#does-it-gain-or-not) |" in text
     )
     assert "- **established**: It gains. (gain: 0.100 [0.050, 0.200]; 8 seeds).\n" in text
     assert "| a\\|b | 0.100 [0.000, 1.000] |" in text and "| c | - |" in text

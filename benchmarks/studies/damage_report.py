@@ -286,7 +286,7 @@ def payment(design: Any, table: Mapping[str, Any]):
             wanted.append((text, difference, less(of_few, mean_gain(near, shares, other)), 0.0))
     text = "Re-weighting gains more where the near domain is rare than where it is common."
     wanted.append((text, difference, less(mean_gain(near, rare, few), mean_gain(near, common, few)), 0.0))
-    text = "What re-weighting by few experts costs in general utility is less than .01."
+    text = "What re-weighting by few experts costs in general utility is less than 0.01."
     cost = mean_gain(domains, shares, few, "general")
     wanted.append((text, "change of general utility against uniform", cost, -0.01))
     over = f"{{}} seeds (forgotten: {design.map_topic}; {design.map_shape})"

@@ -286,7 +286,7 @@ def result(found: dict, tasks: list[str], seeds: list[int]) -> dict:
 
     chi2, kl, strength = (f"difference/{name}/token" for name in CALIBRATORS)
     rows, random, everything = "difference/chi2/row", "random/chi2/token", "all/chi2/token"
-    at = "at an effective sample of .2, on forget rows that the weights were not made from"
+    at = "at an effective sample of 0.2, on forget rows that the weights were not made from"
     of_critical, of_all = (
         f"share of the gap closed over {what} {at}" for what in ("the 4 most critical", "all experts")
     )
@@ -353,13 +353,13 @@ def result(found: dict, tasks: list[str], seeds: list[int]) -> dict:
         {"title": "Mismatch of each task against the others, before any weights",
          "columns": ["forgotten", "verdict", "held-out ratio", "its noise", "gap per layer (0 to 2K)", "tokens", "rows",
                      "experts selected by ratio above 3", "by z-score above 5"], "rows": mismatch},
-        {"title": "Share of the gap that weights close, at an effective sample of .2, on forget rows not seen",
+        {"title": "Share of the gap that weights close, at an effective sample of 0.2, on forget rows not seen",
          "columns": ["weights by", "4 most critical a layer", "neither these nor 4 at random", "all experts",
                      "all experts, rows seen", "largest weight"],
          "rows": [[named(method), *(cell(closed(method, over)) for over in OVER[1:]),
                    cell(closed(method, "all", held_out=False)), cell(closed(method, "largest"))] for method in methods]
          + [["the frequencies of the other half exactly", *(cell(values) for values in ceiling), None, None]]},
-        {"title": "Where the weights go at an effective sample of .2: share by retained task, all rows seen",
+        {"title": "Where the weights go at an effective sample of 0.2: share by retained task, all rows seen",
          "columns": ["forgotten", "weights by", *tasks], "rows": going},
     ]  # fmt: skip
     of_tokens = [method for method in methods if method.endswith("token") and method not in (kl, strength)]

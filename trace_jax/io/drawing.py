@@ -93,11 +93,11 @@ def inline(figure: Any, label: str, *, hidden: bool = False) -> Markup:
 
 
 def as_files(figure: Figure) -> dict[str, bytes]:
-    """A figure for a paper, by suffix "svg" and "pdf", in the colours of a light page, with its legend."""
+    """A figure for a paper, by suffix "svg" and "pdf", in the colours of a light page, with a legend if it has none."""
     import matplotlib as mpl
 
     axes = figure.canvas.axes[0]
-    if axes.get_legend_handles_labels()[1]:
+    if axes.get_legend_handles_labels()[1] and axes.get_legend() is None:
         axes.legend(frameon=False, fontsize=8)
     axes.set_title(figure.caption, fontsize=10, color=INK, loc="left")
     files: dict[str, bytes] = {}
