@@ -153,6 +153,7 @@ import sys
 import numpy as np
 
 settings = {"study.methods": ("uniform", "trace_rows"), "study.seeds": (0, 1), "study.alphas": (16.0, 48.0)}
+settings |= {"study.tuning_seeds": (), "study.learning_rates": (2e-3,)}  # settings are chosen on the same two seeds
 if CI:  # random words, and little of everything
     for name, words in {"forget": "river stone apple", "retain": "apple cloud lamp tiger"}.items():
         texts = np.random.default_rng(0).choice(words.split(), (40, 60))
