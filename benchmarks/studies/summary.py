@@ -1,6 +1,6 @@
 """What a finished `trace-jax study` says to a question of docs/results.md: claims, tables and figures as one JSON.
 
-python benchmarks/studies/summary.py --question main runs/handbook_study runs/presidents_study
+python benchmarks/studies/summary.py --question main runs/handbook_study runs/presidents_study runs/documents_study
 
 Settings were chosen on the tuning seeds; all numbers are of the seeds that are reported, on the test split. Intervals
 are Student's over seeds, of quantities that are paired by seed.
@@ -347,7 +347,7 @@ QUESTIONS: dict[str, tuple[int, str, Callable[[Sequence[Study]], dict[str, Any]]
     "patching": (1, "Do critical experts drift and carry the damage?", patching,
                  ("patching_study.py:quickstart", "patching_study.py:fine")),
     "dose": (4, "How many experts, and which?", dose, ("dose_study.py",)),
-    "main": (5, "The main table", main_table, ("handbook_study.py", "presidents_study.py")),
+    "main": (5, "The main table", main_table, ("handbook_study.py", "presidents_study.py", "documents_study.py")),
     "objectives": (7, "Objectives, and attacks on what they made", objectives, ("objectives_study.py",)),
     "trainable": (9, "What trains", trainable, ("trainable_study.py",)),
 }  # fmt: skip
