@@ -326,6 +326,15 @@ def patching(studies: Sequence[Study]) -> dict[str, Any]:
             text = f"{on}, {PUT_BACK} critical experts a layer bring back more than {PUT_BACK} {other} ones ({method})"
             made["claims"].append(claim(text, f"difference in returned {measure}", more, over(more)))
             made["claims"][-1]["headline"] = (model, method, other) == ("fine", "uniform", "random")
+        forgotten = study.told["board"]["forgetting"]
+        too = study.numbers(f"returned.critical.{PUT_BACK}.{forgotten}", method)
+        text = f"{on}, {PUT_BACK} critical experts a layer bring back more of the neighbours than of the forgotten"
+        net = paired(back["critical", PUT_BACK], too)
+        made["claims"].append(
+            claim(
+                f"{text} ({method})", f"returned {measure} less returned {forgotten.replace('_', ' ')}", net, over(net)
+            )
+        )
         series = [(kind, sizes, [values(back[kind, size]) for size in sizes]) for kind in kinds]
         caption = (
             f"{measure.capitalize()} that returns when so many experts of each layer get their first weights back."

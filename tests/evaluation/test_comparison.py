@@ -82,6 +82,8 @@ def test_settings_chosen_on_other_seeds_are_read_on_the_seeds_that_are_reported_
     assert [r.setting for r in compared.results] == ["alpha=16", "alpha=16"]
     assert compared.results[1].utilities["neighbour_accuracy"].value == pytest.approx(0.99)
     assert compared.results[1].tried == {"alpha=4": (1, pytest.approx(0.8)), "alpha=16": (1, pytest.approx(0.85))}
+    slow = dataclasses.replace(tuning[-1], validation=front(0.7, lowest=0.45))  # at .5, and not at .4: it may miss
+    assert compare(RUNS, tuning=[*tuning[:-1], slow], level=0.5).results[1].setting == "alpha=4"
     assert compared.results[1].seeds == (0, 1, 2) and "chosen on seed 100" in as_text(compared)
     with pytest.raises(ValueError, match="same seeds in the settings"):
         compare([run for run in RUNS if run.method == "uniform" or run.seed], tuning=tuning, level=0.5)

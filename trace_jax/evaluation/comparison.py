@@ -37,11 +37,14 @@ class Run:
     items: RunItems | None = None  # of the test split, where they were kept
 
 
+SPARE = 0.2  # of the level, which a setting for fresh seeds must come down by more
+
+
 class Tried(NamedTuple):
     """What validation says of a setting at a level."""
 
-    reached: int  # seeds that reached it
-    utility: float  # mean utility over these; NaN if there are none
+    reached: int  # seeds that came down to it, or as far below as was asked
+    utility: float  # mean utility of those that came down to it; NaN if there are none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,19 +110,24 @@ def check_equal_budgets(runs: Sequence[Run], *, exempt: Collection[str] = ()) ->
         )
 
 
-def try_settings(runs: Sequence[Run], *, level: float, reading: str = "first") -> dict[str, Tried]:
-    """What the settings of one method give on validation at a forgetting level (`reading` as in `compare`)."""
+def try_settings(runs: Sequence[Run], *, level: float, reading: str = "first", fresh: bool = False) -> dict[str, Tried]:
+    """What the settings of one method give on validation at a forgetting level (`reading` as in `compare`). Chosen for
+    `fresh` seeds, a setting has to come down by `SPARE` of the level more: the best is often the slowest that just
+    reached it, and misses it elsewhere.
+    """
+    to = level * (1 - SPARE * fresh)
     tried = {}
     for setting in dict.fromkeys(run.setting for run in runs):
         validated = [dataclasses.replace(run, test=run.validation) for run in runs if run.setting == setting]
         reached = [values[MEAN][0] for run in validated if (values := _read(run, level, reading)) is not None]
-        tried[setting] = Tried(len(reached), float(np.mean(reached)) if reached else math.nan)
+        count = sum(run.validation.forgetting.min() <= to for run in validated)
+        tried[setting] = Tried(int(count), float(np.mean(reached)) if reached else math.nan)
     return tried
 
 
 def choose_setting(tried: Mapping[str, Tried]) -> str:
     """More seeds that reach the level count first, then the utility; of equal settings the first."""
-    return max(tried, key=lambda setting: (tried[setting].reached, tried[setting].reached and tried[setting].utility))
+    return max(tried, key=lambda setting: (tried[setting].reached, np.nan_to_num(tried[setting].utility, nan=-np.inf)))
 
 
 def compare(
@@ -144,7 +152,8 @@ def compare(
     by_method = collections.defaultdict(list)
     for run in tuning or runs:
         by_method[run.method].append(run)
-    tried = {method: try_settings(group, level=level, reading=reading) for method, group in by_method.items()}
+    about: Any = {"level": level, "reading": reading, "fresh": bool(tuning)}
+    tried = {method: try_settings(group, **about) for method, group in by_method.items()}
     settings = {method: choose_setting(of_method) for method, of_method in tried.items()}
     runs = [run for run in runs if run.setting == settings[run.method]]
     if len({tuple(sorted(run.seed for run in runs if run.method == method)) for method in settings}) > 1:

@@ -129,7 +129,8 @@ def final_trials(config: ExperimentConfig, path: Path, tuning: Sequence[Trial]) 
     for variant, group in _runs(config, path, tuning).items() if config.study.tuning_seeds else ():
         for method, (level, reading) in itertools.product(config.study.methods, kinds):
             own = [run for run in group if run.method == method]
-            setting = comparison.choose_setting(comparison.try_settings(own, level=level, reading=reading))
+            tried = comparison.try_settings(own, level=level, reading=reading, fresh=True)
+            setting = comparison.choose_setting(tried)
             chosen.setdefault((variant, method, setting), (level, reading) == kinds[0])
     of_one = {(t.variant, t.method, t.setting): t for t in tuning if t.seed == tuning[0].seed}
     once = [of_one[which]._replace(first=first) for which, first in chosen.items()]
