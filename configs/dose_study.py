@@ -2,7 +2,7 @@
 
 Command:   python -m trace_jax.main study --config configs/dose_study.py --workdir runs/dose_study
 Hardware:  2 CPU cores, 4 GB of memory; nothing is downloaded.
-Run time:  about 45 min on two cores, by what its parts take on one: a target 230 s, a run 22 s; 66 runs for tuning,
+Run time:  about an hour on two cores, by what its parts take on one: a target 230 s, a run 22 s; 132 runs for tuning,
            then 11 to 22 a seed.
 Result:    docs/results.md.
 """
@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.study = {
         "methods": ("uniform", "trace_rows", "random_experts"),
         "seeds": (10, 11, 12, 13, 14),
-        "tuning_seeds": (100,),
+        "tuning_seeds": (100, 101),
         "alphas": (8.0, 32.0, 128.0),
         "learning_rates": (1e-3, 2e-3),
         "variants": {

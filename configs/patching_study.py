@@ -4,8 +4,8 @@ Command:   trace-jax study --config configs/patching_study.py:quickstart --workd
            trace-jax study --config configs/patching_study.py:fine --workdir runs/patching_fine
 Variants:  quickstart: its model, 2 layers of 16 experts, 2 a token; fine: 3 layers of 64 experts, 4 a token
 Hardware:  2 CPU cores, 4 GB of memory; nothing is downloaded.
-Run time:  quickstart 12, fine 20 min on two cores, by what its parts take on one: a target 155 and 230 s, a run 15 and
-           22 s, putting experts back 6 and 10 s; 12 runs for tuning, then 2 to 4 a seed.
+Run time:  quickstart 20, fine 30 min on two cores, by what its parts take on one: a target 155 and 230 s, a run 15 and
+           22 s, putting experts back 6 and 10 s; 36 runs for tuning, then 2 to 4 a seed.
 Result:    docs/results.md.
 """
 
@@ -34,7 +34,7 @@ def get_config(variant: str) -> ml_collections.ConfigDict:
     config.study = {
         "methods": ("uniform", "trace"),
         "seeds": (10, 11, 12, 13, 14),
-        "tuning_seeds": (100,),
+        "tuning_seeds": (100, 101, 102),
         "alphas": (8.0, 32.0, 128.0),
         "learning_rates": (1e-3, 2e-3),
     }
