@@ -3,9 +3,9 @@
 Command:   python -m trace_jax.main study --config configs/handbook_study.py --workdir runs/handbook_study
 Hardware:  2 CPU cores, 4 GB of memory.
 Run time:  about an hour, by what its parts take on one core. Eleven targets of 130 s, with 25 s of statistics and
-           weights each: 28 min. A run of 16 s: 10 s for 60 steps, 5 s for 31 evaluations, 1 s at the end; uniform_2x is two.
-           Tuning: 6 settings x 14 x 3 seeds = 252 runs, 67 min. Final: 14 x 8 seeds = 112 runs, 30 min, and twice that
-           if all methods had other settings in the second reading. On two cores 63 to 78 min.
+           weights each: 28 min. A run of 16 s: 10 s for 60 steps, 5 s for 31 evaluations, 1 s at the end; uniform_2x is
+           two. Tuning: 6 settings x 14 x 3 seeds = 252 runs, 67 min. Final: 14 x 8 seeds = 112 runs, 30 min, and twice
+           that if all methods had other settings in the second reading. On two cores 63 to 78 min.
 Result:    docs/results.md.
 """
 
