@@ -14,13 +14,10 @@ import argparse
 import collections
 import functools
 import itertools
-import multiprocessing
-import os
 import sys
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +33,7 @@ from trace_jax.evaluation.likelihood import score_rows
 from trace_jax.io.files import read_json, replacing, write_json
 from trace_jax.io.progress import quiet
 from trace_jax.models.architecture import flatten, unflatten
-from trace_jax.parallel.processes import keep_freed_memory
+from trace_jax.parallel.processes import usable_cores, worker_pool
 from trace_jax.unlearning.loop import Evaluated
 
 FEW = {"name": "difference", "top": 4}
@@ -262,19 +259,6 @@ def do(design: Design, workdir: Path, unit: Unit) -> float:
     return kept["seconds"]
 
 
-def start_worker(counter, workers: int) -> None:
-    """Pins a process to its share of the cores; it ends with its parent."""
-    keep_freed_memory()
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent and parent.join(), os._exit(1)), daemon=True).start()
-    with counter.get_lock():
-        counter.value += 1
-        number = counter.value
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, set(cores[number % workers :: workers]) or set(cores))
-
-
 def do_all(design: Design, workdir: Path, seeds: Sequence[int], workers: int) -> None:
     """Every unit, in order of the phases; `workers` 0: in this process."""
     parts = phases(design, seeds)
@@ -292,17 +276,10 @@ def do_all(design: Design, workdir: Path, seeds: Sequence[int], workers: int) ->
         for part in parts:
             told((unit, do(design, workdir, unit)) for unit in part)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, start_worker, (context.Value("i", 0), workers)) as pool:
-        try:
-            for part in parts:
-                futures = {pool.submit(do, design, workdir, unit): unit for unit in part}
-                told((futures[future], future.result()) for future in as_completed(futures))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
+    with worker_pool(workers) as pool:
+        for part in parts:
+            futures = {pool.submit(do, design, workdir, unit): unit for unit in part}
+            told((futures[future], future.result()) for future in as_completed(futures))
 
 
 def collected(design: Design, workdir: Path, seeds: Sequence[int]) -> dict[str, dict[Unit, Any]]:
@@ -318,8 +295,7 @@ def main(arguments: Sequence[str] | None = None, design: Design = FULL) -> dict[
     parser.add_argument("--workdir", type=Path, default=Path("runs/studies/damage"))
     parser.add_argument("--output", type=Path, help="JSON of what was found")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=cores, help="units side by side; 0: in this process")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="units side by side; 0: in this process")
     options = parser.parse_args(arguments)
     start, made_by = time.perf_counter(), {"design": repr(design)}
     if read_json(kept := options.workdir / "design.json") not in (None, made_by):

@@ -12,18 +12,17 @@ import dataclasses
 import functools
 import itertools
 import json
-import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from damage import start_worker
 from planted_report import LEVEL, PER_USE, RULES, USED, WAYS, report
 
 import trace_jax as tj
@@ -32,6 +31,7 @@ from trace_jax.evaluation.intervals import auc
 from trace_jax.evaluation.likelihood import score_questions, score_rows, spread_indices
 from trace_jax.io.files import read_json, replacing, write_json
 from trace_jax.models.architecture import flatten, unflatten
+from trace_jax.parallel.processes import worker_pool
 from trace_jax.routing.config import random_like, ranks, z_scores
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.unlearning.loop import Evaluated
@@ -336,13 +336,6 @@ def measured(
 # --- side by side
 
 
-def begin(programs: Path, *about: Any) -> None:
-    """A process, which finds what others have compiled."""
-    start_worker(*about)
-    jax.config.update("jax_compilation_cache_dir", str(programs))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
 def perform(study: Study, kind: str, arguments: tuple) -> tuple[str, float]:
     """(name of a unit, which is there now; seconds that it took)."""
     start, file = time.perf_counter(), study.workdir / f"{'-'.join([kind, *map(str, arguments)])}.json"
@@ -355,19 +348,19 @@ def perform(study: Study, kind: str, arguments: tuple) -> tuple[str, float]:
 
 def side_by_side(study: Study, units: Sequence[tuple], workers: int) -> None:
     """All units, each (kind, arguments ...). 0 workers: in this process."""
-    context, pool = multiprocessing.get_context("spawn"), None
-    results: Iterable[Any] = (perform(study, kind, tuple(arguments)) for kind, *arguments in units)
-    if workers:
-        about = study.workdir / "programs", context.Value("i", 0), workers
-        pool = ProcessPoolExecutor(workers, context, begin, about)
-        jobs = [pool.submit(perform, study, kind, tuple(arguments)) for kind, *arguments in units]
-        results = (job.result() for job in as_completed(jobs))
-    try:
+
+    def told(results: Iterable[tuple[str, float]]) -> None:
         for done, (name, seconds) in enumerate(results, start=1):
             print(f"planted: {done} of {len(units)}: {name}, {seconds:.0f} s", file=sys.stderr, flush=True)
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
+
+    if not workers:
+        told(perform(study, kind, tuple(arguments)) for kind, *arguments in units)
+        return
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(study.workdir / "programs"))  # a process finds what others
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # have compiled
+    with worker_pool(workers) as pool:
+        jobs = [pool.submit(perform, study, kind, tuple(arguments)) for kind, *arguments in units]
+        told(job.result() for job in as_completed(jobs))
 
 
 def main(arguments: Sequence[str] | None = None, scale: Scale = FULL) -> dict[str, Any]:

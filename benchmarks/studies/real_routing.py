@@ -16,10 +16,9 @@ in both directions.
 import argparse
 import dataclasses
 import functools
-import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ import trace_jax as tj
 from trace_jax.evaluation.intervals import t_interval
 from trace_jax.io.environment import describe
 from trace_jax.io.files import encode, read_json, replacing, write_json
+from trace_jax.parallel.processes import usable_cores, worker_pool
 from trace_jax.routing.calibration import match_frequencies, weighted_frequency
 from trace_jax.routing.config import Matching, random_like
 from trace_jax.routing.diagnosis import MIN_ROWS
@@ -106,7 +106,7 @@ def captures_of_esft(clone: Path, workdir: Path) -> list[Path]:
 
 
 def workers() -> int:
-    return min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(2, usable_cores())
 
 
 def worked(jobs, captures: list[Path], experts: int, workdir: Path):
@@ -131,24 +131,11 @@ def worked(jobs, captures: list[Path], experts: int, workdir: Path):
 
 
 def side_by_side(measure, jobs):
-    context = multiprocessing.get_context("spawn")
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    counter = context.Value("i", 0)
-    with ProcessPoolExecutor(workers(), context, pin, (counter,)) as pool:
-        try:
-            futures = {pool.submit(measure, *job): job for job in jobs}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def pin(counter) -> None:
-    with counter.get_lock():
-        number, counter.value = counter.value, counter.value + 1
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[number]})
+    with worker_pool(workers()) as pool:
+        futures = {pool.submit(measure, *job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 def unit(captures: list[Path], experts: int, task: int, seed: int | None, half: int) -> dict:

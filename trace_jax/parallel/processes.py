@@ -1,13 +1,17 @@
 """Several processes, one computation: how they find each other, wait for each other and decide alike; their memory."""
 
 import argparse
+import contextlib
 import ctypes
 import glob
 import importlib.util
+import multiprocessing
 import os
 import sys
 import threading
 import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
@@ -162,3 +166,38 @@ def keep_freed_memory() -> bool:
         return False
     # M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD of glibc's <malloc.h>
     return all([mallopt(name, value) == 1 for name, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1))])
+
+
+def usable_cores() -> int:
+    """Of this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes side by side, each on its share of the cores. On an error what waits is dropped, what runs ended."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0), workers)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
+def _start_worker(counter, workers: int) -> None:
+    """Pins the process to its share of the cores before JAX starts its threads: side by side beats interleaved. It ends
+    with its parent, however that ends; left alone it would wait for work for ever.
+    """
+    keep_freed_memory()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    with counter.get_lock():
+        number = counter.value
+        counter.value += 1
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, set(cores[number % workers :: workers]) or set(cores))

@@ -9,11 +9,9 @@ import argparse
 import collections
 import functools
 import itertools
-import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +25,7 @@ from trace_jax.evaluation.task import Scoreboard
 from trace_jax.io.environment import describe
 from trace_jax.io.files import decode, encode, link, read_json, replacing, shown, write_json
 from trace_jax.io.progress import progress, say
-from trace_jax.parallel.processes import keep_freed_memory
+from trace_jax.parallel.processes import usable_cores, worker_pool
 from trace_jax.run.directory import (
     check_workdir,
     comparison_row,
@@ -147,12 +145,10 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
     if config.data.name == "text":
         read_corpora(config.data, config.model)  # before anything is written: the user's files may be refused
     path = open_workdir(config, workdir, overwrite=overwrite)
-    study, cores = config.study, getattr(os, "sched_getaffinity", None)
-    workers = study.workers or (len(cores(0)) if cores else os.cpu_count() or 1)
+    study, workers = config.study, config.study.workers or usable_cores()
     counts = f"{len(study.variants) or 1} variants, {len(study.methods)} methods, {len(study.seeds)} seeds"
     say(f"study: {len(jobs)} runs ({counts}), {min(workers, len(jobs))} side by side")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0), workers)) as pool:
+    with worker_pool(workers) as pool:
 
         def each(title: str, unit: str, work: Callable, items: Sequence[Any]) -> None:
             with progress(f"study: {title}", len(items), unit=unit) as advance:
@@ -162,33 +158,11 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
                     future.result()
                     advance(done, "")
 
-        try:
-            each("target models", "model", prepare_seed, study.tuning_seeds + study.seeds)
-            each("tuning" if study.tuning_seeds else "unlearning", "run", run_trial, jobs)
-            if final := final_trials(config, path, jobs):
-                each("unlearning", "run", run_trial, final)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
+        each("target models", "model", prepare_seed, study.tuning_seeds + study.seeds)
+        each("tuning" if study.tuning_seeds else "unlearning", "run", run_trial, jobs)
+        if final := final_trials(config, path, jobs):
+            each("unlearning", "run", run_trial, final)
     return write_study(config, path, jobs, final)
-
-
-def _start_worker(counter, workers: int) -> None:
-    """Pins the process to its share of the cores before JAX starts its threads: side by side beats interleaved. It ends
-    with its parent, however that ends; left alone it would wait for work for ever.
-    """
-    keep_freed_memory()
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    with counter.get_lock():
-        number = counter.value
-        counter.value += 1
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, set(cores[number % workers :: workers]) or set(cores))
 
 
 _PREPARED: dict[tuple[Path, int], Prepared] = {}
