@@ -14,7 +14,8 @@ def get_config() -> ml_collections.ConfigDict:
     """Corpus and steps of configs/quickstart.py, and a model of 3 layers with 64 experts, of which a token uses 4.
 
     Of every layer 1 to 16 experts are selected by the difference of their frequencies; `random_experts` has as many,
-    none of them selected. All weights keep an effective sample of a fifth of the retain tokens.
+    none of them selected, `least_experts` those with the lowest difference. All weights keep an effective sample of a
+    fifth of the retain tokens.
     """
     config = ml_collections.ConfigDict()
     config.name = "dose_study"
@@ -24,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.unlearning = {"objective": {"name": "gradient_difference", "nll_ceiling": 5.0}, "evaluate_every": 3}
     config.evaluation = {"max_rows": 8, "batch_size": 32, "patching": False}
     config.study = {
-        "methods": ("uniform", "trace_rows", "random_experts"),
+        "methods": ("uniform", "trace_rows", "random_experts", "least_experts"),
         "seeds": (10, 11, 12, 13, 14),
         "tuning_seeds": (100, 101),
         "alphas": (8.0, 32.0, 128.0),

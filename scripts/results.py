@@ -4,12 +4,14 @@ python scripts/results.py            # from benchmarks/results/studies/*.json, i
 python scripts/results.py --check    # says what would change, and exits with 1 if anything would
 
 Text stands between marks, `<!-- NAME: written by scripts/results.py -->` and `<!-- end of NAME -->`, where NAME is
-`claims`, `headlines`, `leaderboard` or the name of a study; what is outside of them is written by hand. A claim's
-verdict is computed: established if its whole interval lies on the side that the claim says, refuted if it lies on the
-other, open otherwise.
+`claims`, `headlines`, `leaderboard` or the name of a study; what is outside of them is written by hand. A study's
+section has all of its claims; those of the place "page" or "readme" are in the table of claims, too, those of "readme"
+are the headlines. A claim's verdict is computed: established if its whole interval lies on the side that the claim
+says, refuted if it lies on the other, open otherwise.
 """
 
 import argparse
+import collections
 import json
 import math
 import re
@@ -72,14 +74,22 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def claims_table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """One row per claim, by question."""
-    columns = ["claim", "verdict", "measured", "over", "study"]
+    """What all say together, and one row per claim that matters most, by question."""
+    said = collections.Counter(verdict(c) for s in found.values() for c in s["claims"])
+    total = ", ".join(f"{said[word]} {word}" for word in ("established", "refuted", "open"))
+    columns = ["question", "claim", "verdict", "measured", "what"]
     rows = [
-        [c["claim"], f"**{verdict(c)}**", f"{cell(c)}: {c['measure']}", c["over"], f"[{s['name']}](#{anchor(s)})"]
+        [f"[{s['question']}](#{anchor(s)})", *_told(c)]
         for s in found.values()
         for c in s["claims"]
+        if c["place"]
     ]
-    return markdown(columns, rows)
+    count = f"{sum(said.values())} claims: {total}. Those that matter most; each section has all of its own.\n\n"
+    return count + markdown(columns, rows)
+
+
+def _told(claim: Mapping[str, Any]) -> list[str]:
+    return [claim["claim"], f"**{verdict(claim)}**", cell(claim), claim["measure"]]
 
 
 def anchor(study: Mapping[str, Any]) -> str:
@@ -88,13 +98,13 @@ def anchor(study: Mapping[str, Any]) -> str:
 
 
 def headlines(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The claims that their studies call headlines, a line each."""
-    claims = [(s, c) for s in found.values() for c in s["claims"] if c.get("headline")]
+    """The claims for the README, a line each."""
+    claims = [(s, c) for s in found.values() for c in s["claims"] if c["place"] == "readme"]
     return "".join(f"- **{verdict(c)}**: {c['claim']} ({c['measure']}: {cell(c)}; {c['over']}).\n" for _, c in claims)
 
 
 def section(study: Mapping[str, Any]) -> str:
-    """Command, machine, figures and tables of a study."""
+    """Command, machine, figures, claims and tables of a study."""
     machine = study["environment"]
     took = f"{study['seconds'] / 60:.0f} minutes on {machine['cores']} cores ({machine['cpu']})"
     seeds = f"; seeds {', '.join(map(str, study['seeds']))}" if study["seeds"] else ""
@@ -102,6 +112,8 @@ def section(study: Mapping[str, Any]) -> str:
     parts = [f"    {study['command']}\n", f"{took}{seeds}. Numbers: {link}{study['name']}.json).\n"]
     for figure in study["figures"]:
         parts.append(f"![{figure['title']}](images/studies/{figure['name']}.svg)\n\n*{figure['caption']}*\n")
+    rows = [[*_told(claim), claim["over"]] for claim in study["claims"]]
+    parts.append(markdown(["claim", "verdict", "measured", "what", "over"], rows))
     for table in study["tables"]:
         parts.append(f"{table['title']}:\n\n{markdown(table['columns'], table['rows'])}")
     return "\n".join(parts)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = runpy.run_path(str(ROOT / "scripts" / "results.py"))
-CLAIM = {"claim": "It gains.", "measure": "gain", "value": 0.1, "n": 8, "over": "8 seeds", "headline": True}
+CLAIM = {"claim": "It gains.", "measure": "gain", "value": 0.1, "n": 8, "over": "8 seeds", "place": "readme"}
 STUDY = {
     "question": 1,
     "name": "toy",
@@ -17,7 +17,10 @@ STUDY = {
     "seconds": 600,
     "seeds": [0, 1],
     "environment": {"cpu": "A processor, AVX2", "cores": 2},
-    "claims": [CLAIM | {"low": 0.05, "high": 0.2, "holds": "above", "bound": 0.0}],
+    "claims": [
+        CLAIM | {"low": 0.05, "high": 0.2, "holds": "above", "bound": 0.0},
+        CLAIM | {"claim": "It loses.", "low": -0.1, "high": 0.3, "holds": "below", "bound": 0.0, "place": None},
+    ],
     "tables": [
         {"title": "Gains", "columns": ["method", "gain"], "rows": [["a|b", CLAIM | {"low": 0, "high": 1}], ["c", None]]}
     ],
@@ -71,9 +74,9 @@ def test_pages_get_their_blocks_and_keep_what_is_around_them(tmp_path):
     files = RESULTS["written"](tmp_path)
     text = files[page].decode()
     assert text.startswith("before\n") and text.count("between\n") == 3 and "old" not in text
-    assert (
-        "| It gains. | **established** | 0.100 [0.050, 0.200]: gain | 8 seeds | [toy](#does-it-gain-or-not) |" in text
-    )
+    row = "| It gains. | **established** | 0.100 [0.050, 0.200] | gain |"
+    assert f"| [1](#does-it-gain-or-not) {row}\n" in text and f"{row} 8 seeds |\n" in text
+    assert "2 claims: 1 established, 0 refuted, 1 open." in text and text.count("It loses.") == 1, "its section alone"
     assert "- **established**: It gains. (gain: 0.100 [0.050, 0.200]; 8 seeds).\n" in text
     assert "| a\\|b | 0.100 [0.000, 1.000] |" in text and "| c | - |" in text
     assert text.index("| better | only | 2 | 0.900 [0.800, 1.000] | 2.000 |") < text.index("| worse |")

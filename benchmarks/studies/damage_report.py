@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from claims import PAGE, README, claim, interval
 from graded import ERAS
 from scipy.stats import spearmanr
 
-from trace_jax.evaluation.intervals import t_interval
 from trace_jax.io.environment import describe
 
 COSINE = "routing, cosine"
@@ -18,19 +18,6 @@ WORDS, WORDS_TOO, STATES, STATES_TOO, GRADIENT, SIZES = (
     *("gradient", "gradient, absolute values"),
 )
 NEAR = "near", "middling", "far"  # the map's domains, in order
-
-
-def interval(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
-    """Student's over seeds; no ends of a single one, and nothing of none."""
-    if not len(values):
-        return dict.fromkeys(("value", "low", "high"))
-    found = t_interval(np.asarray(values, np.float64))
-    return {name: round(x, 4) if np.isfinite(x := getattr(found, name)) else None for name in ("value", "low", "high")}
-
-
-def claim(text: str, measure: str, values: np.ndarray, over: str, holds: str = "above", bound: float = 0.0) -> dict:
-    about = {"claim": text, "measure": measure, **interval(values), "n": len(values), "over": over}
-    return about | {"holds": holds, "bound": bound}
 
 
 def report(design: Any, seeds: Sequence[int], kept: Mapping[str, Mapping[tuple, Any]]) -> dict[str, Any]:
@@ -117,6 +104,7 @@ def prediction(design: Any, seeds: Sequence[int], kept: Any, found: Mapping[str,
             corr,
             by_seed(found[name]),
             everywhere,
+            place=PAGE,
         )
         for name in (ALL, WORDS)
     ]
@@ -132,9 +120,11 @@ def prediction(design: Any, seeds: Sequence[int], kept: Any, found: Mapping[str,
     pairs += [(GRADIENT, ALL), (SIZES, ALL), (SIZES, WORDS)]
     for first, second in pairs:
         text = f"Damage is predicted better by {first} than by {second}"
-        claims.append(claim(f"{text}.", diff, by_seed(found[first] - found[second]), everywhere))
+        place = PAGE if (first, second) in ((ALL, WORDS), (FEW, RANDOM)) else None
+        claims.append(claim(f"{text}.", diff, by_seed(found[first] - found[second]), everywhere, place=place))
         of_kind = by_seed(kind[first] - kind[second])
-        claims.append(claim(f"{text}, among domains of the topic's own kind.", diff, of_kind, within))
+        text = f"{text}, among domains of the topic's own kind."
+        claims.append(claim(text, diff, of_kind, within, place=place))
     rows = []
     for name, of in found.items():
         cells = [interval(np.nanmean(of[:, i], axis=1)) for i in range(len(shapes))]
@@ -274,23 +264,28 @@ def payment(design: Any, table: Mapping[str, Any]):
         "gain over uniform in the domain's utility exp(-damage)",
         "difference of such gains in utility",
     )
-    wanted: list[tuple[str, str, Any, float]] = []
+    wanted: list[tuple[str, str, Any, float, str | None]] = []
     for (kind, domain), some in itertools.product(zip(NEAR, domains, strict=False), (rare, common)):
         text = f"a {kind} domain that is {some[0]:.1%} to {some[-1]:.1%} of the retain set"
         found = mean_gain([domain], some, few)
-        wanted.append((f"Re-weighting by few experts keeps more of {text}.", measure, found, 0.0))
+        place = README if (kind, some) == (NEAR[0], rare) else PAGE
+        wanted.append((f"Re-weighting by few experts keeps more of {text}.", measure, found, 0.0, place))
     of_few = mean_gain(near, shares, few)
     for other in others:
         if other != few:
             text = f"On the near domain, few experts gain more than {other}."
-            wanted.append((text, difference, less(of_few, mean_gain(near, shares, other)), 0.0))
+            wanted.append((text, difference, less(of_few, mean_gain(near, shares, other)), 0.0, None))
     text = "Re-weighting gains more where the near domain is rare than where it is common."
-    wanted.append((text, difference, less(mean_gain(near, rare, few), mean_gain(near, common, few)), 0.0))
+    wanted.append((text, difference, less(mean_gain(near, rare, few), mean_gain(near, common, few)), 0.0, PAGE))
     text = "What re-weighting by few experts costs in general utility is less than 0.01."
     cost = mean_gain(domains, shares, few, "general")
-    wanted.append((text, "change of general utility against uniform", cost, -0.01))
+    wanted.append((text, "change of general utility against uniform", cost, -0.01, PAGE))
     over = f"{{}} seeds (forgotten: {design.map_topic}; {design.map_shape})"
-    claims = [claim(t, m, v, over.format(len(v)), bound=bound) for t, m, v, bound in wanted if v is not None]
+    claims = [
+        claim(text, of, found, over.format(len(found)), bound=bound, place=place)
+        for text, of, found, bound, place in wanted
+        if found is not None
+    ]
     rows = []
     for domain, share in itertools.product(domains, shares):
         base = table[_key(domain, share, "uniform")]

@@ -22,10 +22,10 @@ from concurrent.futures import as_completed
 from pathlib import Path
 
 import numpy as np
+from claims import PAGE, claim, interval
 from scipy.optimize import brentq
 
 import trace_jax as tj
-from trace_jax.evaluation.intervals import t_interval
 from trace_jax.io.environment import describe
 from trace_jax.io.files import encode, read_json, replacing, write_json
 from trace_jax.parallel.processes import usable_cores, worker_pool
@@ -261,47 +261,37 @@ def result(found: dict, tasks: list[str], seeds: list[int]) -> dict:
         return np.array([np.mean([found[job]["closed"][method][size][over] for job in of]) for of in jobs])
 
     splits = f"{len(tasks)} forgotten tasks, each the mean of {2 * len(seeds)} halves of its rows"
-
-    def claim(text: str, measure: str, values: np.ndarray, holds: str = "above", bound: float = 0.0) -> dict:
-        end = t_interval(values)
-        numbers = {"value": end.value, "low": end.low, "high": end.high, "n": end.n}
-        return {"claim": text, "measure": measure} | numbers | {"over": splits, "holds": holds, "bound": bound}
-
-    def cell(values: np.ndarray) -> dict:
-        end = t_interval(values)
-        return {"value": end.value, "low": end.low, "high": end.high}
-
+    splits += "; effective sample 0.2, on forget rows that the weights were not made from"
     chi2, kl, strength = (f"difference/{name}/token" for name in CALIBRATORS)
     rows, random, everything = "difference/chi2/row", "random/chi2/token", "all/chi2/token"
-    at = "at an effective sample of 0.2, on forget rows that the weights were not made from"
-    of_critical, of_all = (
-        f"share of the gap closed over {what} {at}" for what in ("the 4 most critical", "all experts")
-    )
-    paired = "; difference, paired by task"
+    of_critical, of_all = (f"gap closed over {what}" for what in ("the 4 most critical", "all experts"))
+    of_others, paired = "gap closed over experts that neither selects", ", difference"
     claims = [
-        claim("Chi-square weights of tokens close more than half of the gap of the experts that they match.",
-              of_critical, closed(chi2, "critical"), bound=0.5),
-        claim("Chi-square weights close more than those of entropy balancing.", of_critical + paired,
-              closed(chi2, "critical") - closed(kl, "critical")),
-        claim("Chi-square weights close more than those of the former calibrator, which weakens all targets alike.",
-              of_critical + paired, closed(chi2, "critical") - closed(strength, "critical")),
-        claim("Weights of tokens close more than weights of rows.", of_critical + paired,
-              closed(chi2, "critical") - closed(rows, "critical")),
-        claim("Matching the 4 most critical experts a layer closes more over all experts than matching 4 others at "
-              "random.", of_all + paired, closed(chi2, "all") - closed(random, "all")),
-        claim("Matching the 4 most critical also closes more than random ones over the experts that neither matches.",
-              f"share of the gap closed over experts that neither rule selects {at}{paired}",
-              closed(chi2, "untouched") - closed(random, "untouched")),
-        claim("Matching the 4 most critical experts a layer brings the others nearer to the forget text as well.",
-              f"share of the gap closed over experts that neither rule selects {at}", closed(chi2, "untouched")),
-        claim("Matching all experts closes more over all experts than matching the 4 most critical.",
-              of_all + paired, closed(everything, "all") - closed(chi2, "all")),
-        claim("Matching all experts costs the 4 most critical some of their match.", of_critical + paired,
-              closed(everything, "critical") - closed(chi2, "critical"), holds="below"),
-        claim("Matching all experts closes more over all experts than a unigram of experts.", of_all + paired,
-              closed(everything, "all") - closed("unigram/none/token", "all")),
-        claim("Matching the 4 most critical experts closes more over them than a unigram of experts.",
-              of_critical + paired, closed(chi2, "critical") - closed("unigram/none/token", "critical")),
+        claim(text, measure, found, splits, place=place, **more)
+        for text, measure, found, place, more in (
+            ("Chi-square weights of tokens close more than half of the gap of the experts that they match.",
+             of_critical, closed(chi2, "critical"), PAGE, {"bound": 0.5}),
+            ("Chi-square weights close more than those of entropy balancing.", of_critical + paired,
+             closed(chi2, "critical") - closed(kl, "critical"), PAGE, {}),
+            ("Chi-square weights close more than those of the former calibrator, which weakens all targets alike.",
+             of_critical + paired, closed(chi2, "critical") - closed(strength, "critical"), None, {}),
+            ("Weights of tokens close more than weights of rows.", of_critical + paired,
+             closed(chi2, "critical") - closed(rows, "critical"), PAGE, {}),
+            ("Matching the 4 most critical experts a layer closes more over all experts than matching 4 others at "
+             "random.", of_all + paired, closed(chi2, "all") - closed(random, "all"), PAGE, {}),
+            ("Matching the 4 most critical also closes more than random ones over the experts that neither matches.",
+             of_others + paired, closed(chi2, "untouched") - closed(random, "untouched"), None, {}),
+            ("Matching the 4 most critical experts a layer brings the others nearer to the forget text as well.",
+             of_others, closed(chi2, "untouched"), None, {}),
+            ("Matching all experts closes more over all experts than matching the 4 most critical.",
+             of_all + paired, closed(everything, "all") - closed(chi2, "all"), PAGE, {}),
+            ("Matching all experts costs the 4 most critical some of their match.", of_critical + paired,
+             closed(everything, "critical") - closed(chi2, "critical"), None, {"holds": "below"}),
+            ("Matching all experts closes more over all experts than a unigram of experts.", of_all + paired,
+             closed(everything, "all") - closed("unigram/none/token", "all"), None, {}),
+            ("Matching the 4 most critical experts closes more over them than a unigram of experts.",
+             of_critical + paired, closed(chi2, "critical") - closed("unigram/none/token", "critical"), PAGE, {}),
+        )
     ]  # fmt: skip
 
     def named(method: str) -> str:
@@ -312,7 +302,7 @@ def result(found: dict, tasks: list[str], seeds: list[int]) -> dict:
     def lines(methods: list[str], over: str) -> list[dict]:
         series = []
         for method in methods:
-            ends = [cell(closed(method, over, size)) for size in range(len(SIZES))]
+            ends = [interval(closed(method, over, size)) for size in range(len(SIZES))]
             series.append({"name": named(method), "x": SIZES} | dict(zip(
                 ("y", "low", "high"), ([end[name] for end in ends] for name in ("value", "low", "high")), strict=True
             )))  # fmt: skip
@@ -343,9 +333,10 @@ def result(found: dict, tasks: list[str], seeds: list[int]) -> dict:
         {"title": "Share of the gap that weights close, at an effective sample of 0.2, on forget rows not seen",
          "columns": ["weights by", "4 most critical a layer", "neither these nor 4 at random", "all experts",
                      "all experts, rows seen", "largest weight"],
-         "rows": [[named(method), *(cell(closed(method, over)) for over in OVER[1:]),
-                   cell(closed(method, "all", held_out=False)), cell(closed(method, "largest"))] for method in methods]
-         + [["the frequencies of the other half exactly", *(cell(values) for values in ceiling), None, None]]},
+         "rows": [[named(method), *(interval(closed(method, over)) for over in OVER[1:]),
+                   interval(closed(method, "all", held_out=False)), interval(closed(method, "largest"))]
+                  for method in methods]
+         + [["the frequencies of the other half exactly", *(interval(values) for values in ceiling), None, None]]},
         {"title": "Where the weights go at an effective sample of 0.2: share by retained task, all rows seen",
          "columns": ["forgotten", "weights by", *tasks], "rows": going},
     ]  # fmt: skip

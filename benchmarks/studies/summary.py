@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from damage_report import claim, interval
+from claims import NUMBER, PAGE, README, claim, interval
 
 from trace_jax.evaluation.fronts import MEAN, Front, crossings
 from trace_jax.io.files import decode, replacing
@@ -101,10 +101,6 @@ def values(numbers: Seeds) -> np.ndarray:
     return np.array(list(numbers.values()), np.float64)
 
 
-def over(found: np.ndarray) -> str:
-    return f"{len(found)} seeds"
-
-
 def figure(name: str, title: str, caption: str, kind: str, x: str, y: str, series: Sequence[Any], **more: Any) -> dict:
     """`series`: (name, x, arrays of seeds' values) each; what has none is left out."""
     drawn = []
@@ -141,12 +137,12 @@ def main_table(studies: Sequence[Study]) -> dict[str, Any]:
         best = {m: study.result(m, reading="best")["over_seeds"]["gains"].get(MEAN) for m in methods}
         for method in (m for m in ("trace_rows", "trace") if m in methods):
             text = f"On {benchmark}, `{method}` keeps more than tuned uniform at the same forgetting"
-            made["claims"].append(claim(text, "gain in mean utility", gains[method], over(gains[method])))
-            made["claims"][-1]["headline"] = method == "trace_rows" and study is studies[0]
+            first = method == "trace_rows" and study is studies[0]
+            made["claims"].append(claim(text, "gain in mean utility", gains[method], place=README if first else PAGE))
             if best[method] is not None:
                 text = f"On {benchmark}, so does `{method}` at the best evaluation at or below the level"
-                about = {"claim": text, "measure": "gain in mean utility", **_ends(best[method])}
-                made["claims"].append(about | {"over": f"{best[method]['n']} seeds", "holds": "above", "bound": 0.0})
+                made["claims"].append(claim(text, "gain in mean utility", ()) | _ends(best[method]))
+                made["claims"][-1] |= {"n": best[method]["n"], "over": f"{best[method]['n']} seeds"}
         others = {
             "random_experts": "Selected experts keep more than as many random ones",
             "ngram": "Matching experts keeps more than the n-gram ratio with the same sample",
@@ -160,7 +156,8 @@ def main_table(studies: Sequence[Study]) -> dict[str, Any]:
             if other in methods:
                 differences = paired(study.at("trace_rows"), study.at(other)) * (-1 if other == "oracle" else 1)
                 measure = "difference in mean utility " + ("to" if other == "oracle" else "of") + " `trace_rows`"
-                made["claims"].append(claim(f"On {benchmark}: {text}", measure, differences, over(differences)))
+                on_page = PAGE if other in ("random_experts", "ngram") else None
+                made["claims"].append(claim(f"On {benchmark}: {text}", measure, differences, place=on_page))
         names = [name.replace("_", " ") for name in study.utilities]
         rows = []
         for method in methods:
@@ -190,7 +187,7 @@ def main_table(studies: Sequence[Study]) -> dict[str, Any]:
 
 
 def _ends(number: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: number[name] for name in ("value", "low", "high")}
+    return {name: number[name] for name in NUMBER}
 
 
 # --- question 4
@@ -199,20 +196,24 @@ def _ends(number: Mapping[str, Any]) -> dict[str, Any]:
 def dose(studies: Sequence[Study]) -> dict[str, Any]:
     (study,) = studies
     names = {"trace_rows": "selected experts", "random_experts": "as many random ones"}
+    names["least_experts"] = "as many of the least critical"
     tops = {variant: int(variant.split()[-1]) for variant in study.variants}
     uniform, measure = study.at("uniform", study.variants[0]), "difference in mean utility"
     kept = {(v, m): study.at(m, v) for v, m in itertools.product(tops, names)}
     gains = {which: gain(found, uniform) for which, found in kept.items()}
-    apart = {v: paired(kept[v, "trace_rows"], kept[v, "random_experts"]) for v in tops}
-    text = "With {} of 64 experts a layer, selected ones keep more than random ones"
-    claims = [claim(text.format(k), measure, apart[v], over(apart[v])) for v, k in tops.items()]
-    average = over_variants(study, lambda v: difference(kept[v, "trace_rows"], kept[v, "random_experts"]))
-    text = "Over all numbers of experts, selected ones keep more than random ones"
-    claims.append(claim(text, f"mean {measure}", average, over(average)))
+    claims = []
+    for method, other in (("random_experts", "random"), ("least_experts", "least critical")):
+        average = over_variants(study, lambda v, m=method: difference(kept[v, "trace_rows"], kept[v, m]))
+        text = f"Over all numbers of experts, selected ones keep more than {other} ones"
+        claims.append(claim(text, f"mean {measure}", average, place=PAGE))
+        for variant, k in tops.items():
+            apart = paired(kept[variant, "trace_rows"], kept[variant, method])
+            text = f"With {k} of 64 experts a layer, selected ones keep more than {other} ones"
+            claims.append(claim(text, measure, apart))
     first, *_, last = tops
     slope = paired(kept[last, "trace_rows"], kept[first, "trace_rows"])
     text = f"{tops[last]} selected experts a layer keep more than {tops[first]}"
-    claims.append(claim(text, measure, slope, over(slope)))
+    claims.append(claim(text, measure, slope, place=PAGE))
     columns = ["experts a layer", "weights by", *CHOSEN, "mean utility", "gain over uniform"]
     rows = [
         [k, names[m], *chosen(study.result(m, v)), interval(values(kept[v, m])), interval(gains[v, m])]
@@ -233,7 +234,7 @@ def by_variant(study: Study, title: str, what: str) -> dict[str, Any]:
     """What `trace_rows` gains in each variant."""
     gains = {v: gain(study.at("trace_rows", v), study.at("uniform", v)) for v in study.variants}
     claims = [
-        claim(f"{what.format(v)}, `trace_rows` keeps more than tuned uniform", "gain in mean utility", g, over(g))
+        claim(f"{what.format(v)}, `trace_rows` keeps more than tuned uniform", "gain in mean utility", g, place=PAGE)
         for v, g in gains.items()
     ]
     rows = []
@@ -256,7 +257,7 @@ def trainable(studies: Sequence[Study]) -> dict[str, Any]:
     for method, variant in itertools.product(("uniform", "trace_rows"), others):
         lost = paired(study.at(method, variant), study.at(method, first))
         text = f"With `{method}`, training {variant} keeps more than training {first}"
-        made["claims"].append(claim(text, "difference in mean utility", lost, over(lost)))
+        made["claims"].append(claim(text, "difference in mean utility", lost))
     return made
 
 
@@ -282,13 +283,14 @@ def objectives(studies: Sequence[Study]) -> dict[str, Any]:
         name = attack.replace("_", " ")
         less = over_variants(study, lambda v, a=attack: difference(under(a, "trace_rows", v), under(a, "uniform", v)))
         text = f"Over objectives, {name} brings back less from `trace_rows` than from uniform"
-        made["claims"].append(claim(text, f"difference in {measure}", less, over(less), "below"))
+        on_page = PAGE if attack == "relearning" else None
+        made["claims"].append(claim(text, f"difference in {measure}", less, holds="below", place=on_page))
         for method in BOTH if f"attack.{attack}.retrained" in names else ():
             more = over_variants(
                 study, lambda v, a=attack, m=method: difference(under(a, m, v), under(a, m, v, "retrained"))
             )
             text = f"After {name}, a model unlearned with `{method}` knows more than one that never knew"
-            made["claims"].append(claim(text, f"difference in {measure}", more, over(more)))
+            made["claims"].append(claim(text, f"difference in {measure}", more))
     columns = ["objective", "method", "before the attack", *(attack.replace("_", " ") for attack in attacks)]
     title = f"{measure.capitalize()} of the model that is kept, before and under attack at its strongest"
     made["tables"].append({"title": title, "columns": columns, "rows": rows})
@@ -312,7 +314,9 @@ def patching(studies: Sequence[Study]) -> dict[str, Any]:
         lost = paired(study.numbers(f"target.{utility}", method), study.numbers(f"unlearned.{utility}", method))
         ratio, apart = (values(study.numbers(f"drift.{name}", method)) for name in ("ratio", "difference"))
         text = f"{on}, experts that forget text uses more drift further ({method})"
-        made["claims"].append(claim(text, "Spearman correlation of drift and frequency ratio", ratio, over(ratio)))
+        on_page = PAGE if method == "uniform" else None
+        of_ratio = "Spearman correlation of drift and frequency ratio"
+        made["claims"].append(claim(text, of_ratio, ratio, place=on_page))
         drift.append([model, f"`{method}`", *map(interval, (ratio, apart, lost))])
         names = {name for run in study.runs(method).values() for name in run["robustness"]}
         curve = [name.split(".") for name in names if name.startswith("returned.critical.") and name.endswith(utility)]
@@ -324,17 +328,15 @@ def patching(studies: Sequence[Study]) -> dict[str, Any]:
         for other in ("random", "least"):
             more = paired(back["critical", PUT_BACK], back[other, PUT_BACK])
             text = f"{on}, {PUT_BACK} critical experts a layer bring back more than {PUT_BACK} {other} ones ({method})"
-            made["claims"].append(claim(text, f"difference in returned {measure}", more, over(more)))
-            made["claims"][-1]["headline"] = (model, method, other) == ("fine", "uniform", "random")
+            made["claims"].append(claim(text, f"difference in returned {measure}", more))
+            if (method, other) == ("uniform", "random"):
+                made["claims"][-1]["place"] = README if model == "fine" else PAGE
         forgotten = study.told["board"]["forgetting"]
         too = study.numbers(f"returned.critical.{PUT_BACK}.{forgotten}", method)
         text = f"{on}, {PUT_BACK} critical experts a layer bring back more of the neighbours than of the forgotten"
         net = paired(back["critical", PUT_BACK], too)
-        made["claims"].append(
-            claim(
-                f"{text} ({method})", f"returned {measure} less returned {forgotten.replace('_', ' ')}", net, over(net)
-            )
-        )
+        measured = f"returned {measure} less returned {forgotten.replace('_', ' ')}"
+        made["claims"].append(claim(f"{text} ({method})", measured, net, place=on_page))
         series = [(kind, sizes, [values(back[kind, size]) for size in sizes]) for kind in kinds]
         caption = (
             f"{measure.capitalize()} that returns when so many experts of each layer get their first weights back."

@@ -12,14 +12,14 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from claims import PAGE, claim, interval
 
 from trace_jax.evaluation.fronts import crossings
-from trace_jax.evaluation.intervals import t_interval
 from trace_jax.io.environment import describe
 from trace_jax.io.files import encode, read_json, write_json
 from trace_jax.run.directory import needed
@@ -36,18 +36,6 @@ OF_MODELS = (
 )
 HALVED = "half of the forget probability"  # the other place where a run is read, whatever the test says
 SHOWN = ("uniform", "trace", "trace_rows", "random_experts", "ngram")
-
-
-def over_seeds(values: Sequence[float]) -> dict[str, float | None]:
-    """Their mean with Student's interval, as JSON."""
-    interval = encode(t_interval(np.array(values, np.float64)), digits=4)
-    return {name: interval[name] for name in ("value", "low", "high", "n")}
-
-
-def claim(text: str, measure: str, values: Sequence[float], holds: str, bound: float) -> dict[str, Any]:
-    """A claim on the mean over seeds; without any it has no number."""
-    found = over_seeds(values) if len(values) else {"value": None, "low": None, "high": None, "n": 0}
-    return {"claim": text, "measure": measure, **found, "over": f"{len(values)} seeds", "holds": holds, "bound": bound}
 
 
 def utility_at(run: Mapping[str, Any], level: float | str) -> float:
@@ -89,9 +77,9 @@ def rows_of(runs: Mapping[str, Mapping[int, Any]], level: float) -> list[list[An
             method,
             next(iter(by_seed.values()))["setting"],
             f"{len(utilities)}/{len(by_seed)}",
-            over_seeds(utilities) if utilities else None,
+            interval(utilities) if utilities else None,
             *(_difference(runs, method, place) for place in (level, HALVED)),
-            *(over_seeds([measured[name][-1] for measured in last]) for name in ALONG),
+            *(interval([measured[name][-1] for measured in last]) for name in ALONG),
         ])  # fmt: skip
     return rows
 
@@ -99,7 +87,7 @@ def rows_of(runs: Mapping[str, Mapping[int, Any]], level: float) -> list[list[An
 def _difference(runs: Mapping[str, Mapping[int, Any]], method: str, level: float | str) -> dict[str, Any] | None:
     """To uniform; None for uniform itself, and where no seed has both."""
     found = differences(runs, method, "uniform", level) if method != "uniform" else []
-    return over_seeds(found) if found else None
+    return interval(found) if found else None
 
 
 def weights_of(workdir: Path, runs: Mapping[str, Mapping[int, Any]]) -> list[list[Any]]:
@@ -114,7 +102,7 @@ def weights_of(workdir: Path, runs: Mapping[str, Mapping[int, Any]]) -> list[lis
             for one in results["measurements"]:
                 found.setdefault(one["name"], []).append(one["value"])
         columns = (f"calibration_{name}" for name in ("effective_sample_size", "gap_before", "gap_after"))
-        rows.append([method, *(over_seeds(found[name]) if name in found else None for name in columns)])
+        rows.append([method, *(interval(found[name]) if name in found else None for name in columns)])
     return rows
 
 
@@ -155,27 +143,23 @@ def claims_of(models: Mapping, mismatch: Mapping, runs: Mapping, level: float) -
     told = [diagnosis["held_out"] for diagnosis in mismatch.values()]
     claims = [
         claim(
-            "The target knows forget answers that the retrained model does not.",
-            "probability, less",
-            known,
-            "above",
-            0.5,
+            "The target knows forget answers that the retrained model does not.", "probability, less", known, bound=0.5
         ),
-        claim("Truth ratios tell the target from the retrained model.", "statistic", apart, "above", level),
-        claim("The target knows retain answers.", "probability", kept, "above", 0.5),
-        claim("Routing tells forget authors from the others, pages of one form.", ratio, told, "above", 1.25),
+        claim("Truth ratios tell the target from the retrained model.", "statistic", apart, bound=level),
+        claim("The target knows retain answers.", "probability", kept, bound=0.5),
+        claim("Routing tells forget authors from the others, pages of one form.", ratio, told, bound=1.25, place=PAGE),
     ]
     for where, place in ((f"where the statistic is {level:g}", level), (f"at {HALVED}", HALVED)):
         for one, other in (("trace", "uniform"), ("trace_rows", "uniform"), ("trace_rows", "random_experts")):
             text = f"`{one}` keeps more model utility than `{other}`, each tuned, {where}."
-            gains = differences(runs, one, other, place)
-            claims.append(claim(text, "difference of relative model utility", gains, "above", 0.0))
+            gains, on_page = differences(runs, one, other, place), PAGE if other == "uniform" else None
+            claims.append(claim(text, "difference of relative model utility", gains, place=on_page))
     return claims
 
 
 def tables_of(models: Mapping, mismatch: Mapping, weights: list, runs: Mapping, level: float) -> list[dict[str, Any]]:
     """Models before unlearning, the mismatch, the weights, and a table for each objective."""
-    told = [[_words(name), *(over_seeds([m[name] for m in of]) for of in models.values())] for name in OF_MODELS]
+    told = [[_words(name), *(interval([m[name] for m in of]) for of in models.values())] for name in OF_MODELS]
     columns = ["method", "setting", "seeds at the level", "model utility", "minus uniform", f"the same at {HALVED}"]
     columns += [f"{_words(name)}, end" for name in ALONG]
     found = [[str(seed), d["held_out"], d["noise"], d["verdict"]] for seed, d in mismatch.items()]

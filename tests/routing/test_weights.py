@@ -77,8 +77,8 @@ def test_random_experts_that_have_to_be_selected_ones_are_counted_in_the_certifi
         weights_of(setting, name="random_experts", rule={"name": "difference", "top": top}).calibration.certificate
         for top in (2, 3)
     )
-    assert not any("random experts" in note for note in few.notes)
-    assert "4 of 6 random experts are forget-critical ones: there are too few others." in many.notes
+    assert not any("control experts" in note for note in few.notes)
+    assert "4 of 6 control experts are forget-critical ones: there are too few others." in many.notes
 
 
 @pytest.mark.parametrize("name", Weighting.kinds)
@@ -92,7 +92,7 @@ def test_every_weighting_has_mean_one_on_valid_positions_and_zero_elsewhere(sett
     np.testing.assert_allclose(found.weights[valid].mean(), 1.0, rtol=1e-5)
     np.testing.assert_allclose(found.row_probability.sum(), 1.0)
     assert 0 < found.effective_sample_size <= 1
-    matches = name in ("matching", "permuted", "random_experts")
+    matches = name in ("matching", "permuted", "random_experts", "least_experts")
     assert (found.calibration is not None) == matches and (found.frequency is not None) == (matches or name == "ratio")
     if name == "uniform":
         assert np.array_equal(found.weights, valid.astype(np.float32))
@@ -146,11 +146,14 @@ def test_permuted_deals_out_the_weights_of_matching(setting):
     assert np.array_equal(again.weights, permuted.weights) and np.array_equal(again.frequency, permuted.frequency)
 
 
-def test_random_experts_are_as_many_per_layer(setting):
+def test_control_experts_are_as_many_per_layer(setting):
     kinds = ("matching", "random_experts")
     matching, control = (weights_of(setting, name=name, rule={"name": "ratio", "tau": 1.05}, seed=3) for name in kinds)
     assert np.array_equal(control.selected.sum(1), matching.selected.sum(1))
     assert not np.array_equal(control.selected, matching.selected)
+    least = weights_of(setting, name="least_experts", rule={"name": "difference", "top": 1})
+    difference = setting["forget_statistics"].frequency - setting["retain_statistics"].frequency
+    assert np.array_equal(least.selected, difference == difference.min(axis=1, keepdims=True))
     one = weights_of(setting, name="matching", rule={"name": "affinity", "top": 1, "scope": "model"})
     assert one.selected.sum() == 1
 

@@ -92,12 +92,13 @@ def test_the_main_table(study):
 
 def test_dose_and_what_trains(study):
     kept = {(f"top {k}", m): at for k, at in ((1, 0.7), (16, 0.8)) for m, at in (("uniform", 0.6), ("trace_rows", at))}
-    kept |= {(f"top {k}", "random_experts"): 0.7 for k in (1, 16)}
+    kept |= {(f"top {k}", m): at for k in (1, 16) for m, at in (("random_experts", 0.7), ("least_experts", 0.5))}
     made, claims = told("dose", study(kept))
     assert claims["With 1 of 64 experts a layer, selected ones keep more than random ones"] == (0, 0, 0)
     assert claims["Over all numbers of experts, selected ones keep more than random ones"][0] == pytest.approx(0.025)
     assert claims["16 selected experts a layer keep more than 1"] == pytest.approx((0.05,) * 3)
-    assert [s["x"] for s in made["figures"][0]["series"]] == [[1, 16]] * 2
+    assert claims["With 1 of 64 experts a layer, selected ones keep more than least critical ones"][0] == 0.1
+    assert [s["x"] for s in made["figures"][0]["series"]] == [[1, 16]] * 3
     kept = {(v, m): at for v, at in (("all", 0.8), ("lora", 0.7)) for m, at in (("uniform", 0.6), ("trace_rows", at))}
     _, claims = told("trainable", study(kept, name="trains"))
     assert claims["With `trace_rows`, training lora keeps more than training all"] == pytest.approx((-0.05,) * 3)
@@ -145,4 +146,4 @@ def test_patching_tells_critical_from_random_experts(study):
         0.8
     )
     assert made["figures"][0]["series"][0]["y"] == pytest.approx([0.03, 0.12])
-    assert [c["claim"] for c in made["claims"] if c.get("headline")] == [more]
+    assert [c["claim"] for c in made["claims"] if c["place"] == "readme"] == [more]

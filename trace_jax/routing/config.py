@@ -151,6 +151,11 @@ def random_like(selected: np.ndarray, *, seed: int) -> np.ndarray:
     return ranks(-others_first) < selected.sum(axis=1, keepdims=True)
 
 
+def least_like(selected: np.ndarray, criticality: np.ndarray) -> np.ndarray:
+    """bool [L, E]: in every layer as many experts as `selected` has there, those of lowest criticality: a control."""
+    return ranks(-criticality) < selected.sum(axis=1, keepdims=True)
+
+
 # --- what is matched, and where the weights act
 
 
@@ -227,6 +232,10 @@ class Permuted(Matching, name="permuted"):
 
 class RandomExperts(Matching, name="random_experts"):
     """Control: the calibration of as many experts per layer, drawn at random."""
+
+
+class LeastExperts(Matching, name="least_experts"):
+    """Control: the calibration of as many experts per layer, those with the lowest f^F - f^R."""
 
 
 class RatioWeights(_Selecting, name="ratio"):

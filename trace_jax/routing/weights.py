@@ -207,10 +207,12 @@ def retain_weights(
         critical = np.zeros_like(selected)
         if isinstance(weighting, settings.RandomExperts):
             critical, selected = selected, settings.random_like(selected, seed=config.seed)
+        elif isinstance(weighting, settings.LeastExperts):
+            critical, selected = selected, settings.least_like(selected, f_forget - retain_statistics.frequency)
         counts = retain_statistics.counts
         calibration, tokens, frequency = match_frequencies(assignments, counts, selected, f_forget, weighting)[0]
         if shared := int((critical & selected).sum()):
-            of_all = f"{shared} of {int(selected.sum())} random experts"
+            of_all = f"{shared} of {int(selected.sum())} control experts"
             notes = *calibration.certificate.notes, f"{of_all} are forget-critical ones: there are too few others."
             certificate = dataclasses.replace(calibration.certificate, notes=notes)
             calibration = dataclasses.replace(calibration, certificate=certificate)

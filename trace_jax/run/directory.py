@@ -30,7 +30,17 @@ from trace_jax.tasks.benchmarks import BENCHMARKS
 from trace_jax.unlearning.metrics import front_rows
 
 SPLIT = "test"
-CONTROLS = ("permuted", "random_experts", "ngram", "ngram_dsir", "hidden", "similarity", "loss", "oracle")
+CONTROLS = (
+    "permuted",
+    "random_experts",
+    "least_experts",
+    "ngram",
+    "ngram_dsir",
+    "hidden",
+    "similarity",
+    "loss",
+    "oracle",
+)
 _SECONDS_TO_SEE = 30.0
 
 

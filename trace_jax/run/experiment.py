@@ -59,6 +59,7 @@ METHODS: dict[str, Preset] = {
     "row_weights": Preset("row weights on uniformly drawn rows", {**_ROWS, "apply": "weights"}),
     "permuted": Preset("control: trace_rows' weights shuffled over rows", {**_ROWS, "name": "permuted"}),
     "random_experts": Preset("control: as many experts, drawn at random", {**_ROWS, "name": "random_experts"}),
+    "least_experts": Preset("control: as many experts, the least critical", {**_ROWS, "name": "least_experts"}),
     "ngram": Preset("rival: n-gram density ratio of rows", _NGRAM),
     "ngram_dsir": Preset("the same without bound on the sample (DSIR)", {**_NGRAM, "min_effective_sample_size": 0.0}),
     "hidden": Preset("rival: hidden states matched instead of experts", {"name": "hidden", "apply": "sampling"}),
