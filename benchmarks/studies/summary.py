@@ -375,7 +375,9 @@ def summary(question: str, workdirs: Sequence[Path]) -> dict[str, Any]:
     tried = {s.told["name"]: [[*which, s.result(*which[::-1])["tried"]] for which in s.methods()] for s in studies}
     return {
         "question": number, "name": question, "title": title,
-        "command": "; ".join(f"trace-jax study --config configs/{config}" for config in configs),
+        "command": "; ".join(
+            f"trace-jax study --config configs/{config}" for config, _ in zip(configs, studies, strict=False)
+        ),
         "seconds": round(sum(study.seconds() for study in studies)),
         "seeds": studies[0].seeds, "environment": environment, **answer(studies),
         "raw": {"tuning_seeds": tuned, "tried": tried, "runs": runs},
