@@ -78,12 +78,7 @@ def claims_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     said = collections.Counter(verdict(c) for s in found.values() for c in s["claims"])
     total = ", ".join(f"{said[word]} {word}" for word in ("established", "refuted", "open"))
     columns = ["question", "claim", "verdict", "measured", "what"]
-    rows = [
-        [f"[{s['question']}](#{anchor(s)})", *_told(c)]
-        for s in found.values()
-        for c in s["claims"]
-        if c["place"]
-    ]
+    rows = [[f"[{s['question']}](#{anchor(s)})", *_told(c)] for s in found.values() for c in s["claims"] if c["place"]]
     count = f"{sum(said.values())} claims: {total}. Those that matter most; each section has all of its own.\n\n"
     return count + markdown(columns, rows)
 

@@ -325,25 +325,31 @@ def patching(studies: Sequence[Study]) -> dict[str, Any]:
             (k, s): study.numbers(f"returned.{k}.{s}.{utility}", method) for k, s in itertools.product(kinds, sizes)
         }
         rows += [[model, f"`{method}`", s, *(interval(values(back[kind, s])) for kind in kinds)] for s in sizes]
-        for other in ("random", "least"):
-            more = paired(back["critical", PUT_BACK], back[other, PUT_BACK])
-            text = f"{on}, {PUT_BACK} critical experts a layer bring back more than {PUT_BACK} {other} ones ({method})"
-            made["claims"].append(claim(text, f"difference in returned {measure}", more))
-            if (method, other) == ("uniform", "random"):
-                made["claims"][-1]["place"] = README if model == "fine" else PAGE
+        for size, other in ((PUT_BACK, "random"), (PUT_BACK, "least critical"), (sizes[-1], "random")):
+            more = paired(back["critical", size], back[other.split()[0], size])
+            text = f"{on}, {size} critical experts a layer bring back more than {size} {other} ones ({method})"
+            place = on_page if other == "random" else None
+            made["claims"].append(claim(text, f"difference in returned {measure}", more, place=place))
         forgotten = study.told["board"]["forgetting"]
         too = study.numbers(f"returned.critical.{PUT_BACK}.{forgotten}", method)
         text = f"{on}, {PUT_BACK} critical experts a layer bring back more of the neighbours than of the forgotten"
         net = paired(back["critical", PUT_BACK], too)
         measured = f"returned {measure} less returned {forgotten.replace('_', ' ')}"
         made["claims"].append(claim(f"{text} ({method})", measured, net, place=on_page))
-        series = [(kind, sizes, [values(back[kind, size]) for size in sizes]) for kind in kinds]
-        caption = (
-            f"{measure.capitalize()} that returns when so many experts of each layer get their first weights back."
-        )
-        title, about = f"Who carries the damage: {model} model, {method}", ("lines", "experts of each layer put back")
-        drawn = figure(f"patching_{model}_{method}", title, caption, *about, f"returned {measure}", series, log_x=True)
-        made["figures"].append(drawn)
+        if method == "uniform":
+            forgot = {size: study.numbers(f"returned.critical.{size}.{forgotten}", method) for size in sizes}
+            names = {"critical": "critical experts", "random": "random ones", "least": "least critical ones"}
+            series = [(name, sizes, [values(back[kind, s]) for s in sizes]) for kind, name in names.items()]
+            series.append(("critical: what was forgotten", sizes, [values(forgot[size]) for size in sizes]))
+            title, y = f"What returns with original experts, {model} model", "returned accuracy"
+            caption = (
+                f"{measure.capitalize()} and, of critical experts, {forgotten.replace('_', ' ')} that return when so"
+            )
+            caption += (
+                " many experts of each layer get their first weights back; unlearned with the uniform retain loss."
+            )
+            about = "lines", "experts of each layer put back"
+            made["figures"].append(figure(f"patching_{model}", title, caption, *about, y, series, log_x=True))
     columns = ["model", "method", "drift and ratio", "drift and difference", "utility lost"]
     title = "Spearman correlation of the experts' drift with how much more forget text uses them"
     made["tables"].append({"title": title, "columns": columns, "rows": drift})

@@ -146,4 +146,4 @@ def test_patching_tells_critical_from_random_experts(study):
         0.8
     )
     assert made["figures"][0]["series"][0]["y"] == pytest.approx([0.03, 0.12])
-    assert [c["claim"] for c in made["claims"] if c["place"] == "readme"] == [more]
+    assert [c["claim"].split()[-1] for c in made["claims"] if c["place"]] == ["(uniform)"] * 4

@@ -233,7 +233,7 @@ def _robustness(directory: Path, result: Mapping[str, Any], board: Scoreboard) -
                     numbers[f"attack.{file.stem}.{model}"] = value.value
     put_back = read_json(directory / "patching.json") or {"correlation": {}, "models": ()}
     numbers |= {f"drift.{name}": value["value"] for name, value in put_back["correlation"].items()}
-    for row in put_back["models"][1:]:
+    for row in put_back["models"][2:]:  # after the original and the unlearned model
         kind = f"{row['kind']}.{row['size'] or row['name']}"
         numbers |= {f"returned.{kind}.{name}": value["value"] for name, value in row["returned"].items()}
     return {name: value for name, value in numbers.items() if value is not None}
