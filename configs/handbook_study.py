@@ -48,6 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
             "ngram_dsir",
             "hidden",
             "similarity",
+            "gradient",
             "loss",
             "oracle",
         ),

@@ -44,6 +44,7 @@ WEIGHTINGS = {
     "all experts": {**ROWS, "rule": {"name": "all"}},
     "n-grams": {"name": "ngram", "apply": "sampling"},
     "hidden states": {"name": "hidden", "apply": "sampling"},
+    "gradients": {"name": "gradient", "apply": "sampling"},
 }
 
 

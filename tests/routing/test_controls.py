@@ -2,10 +2,15 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import trace_jax as tj
+from tests import tiny
 from trace_jax.data.rows import Rows
+from trace_jax.models.loss import token_nll
 from trace_jax.routing import controls
 from trace_jax.routing.config import Domain, Hidden
 from trace_jax.routing.solver import effective_sample_size
@@ -27,6 +32,22 @@ def text(rows):
     valid = np.ones(tokens.shape, bool)
     valid[:, -1] = False
     return Rows(tokens, np.ones_like(tokens), valid, np.zeros(len(tokens), np.int32))
+
+
+def test_gradient_cosines_are_of_the_absolute_gradients_of_all_parameters():
+    model, forget, retain = tiny.make_model(), tiny.make_rows(3, seed=1), tiny.make_rows(4, seed=2)
+
+    def gradient(rows):
+        def nll(params):
+            hidden = tj.forward(params, model.config, rows.tokens, mask=rows.segments, collect=("hidden",)).hidden
+            nll = token_nll(params, model.config, hidden, jnp.roll(rows.tokens, -1, axis=1))
+            return jnp.where(rows.valid, nll, 0.0).sum()
+
+        return np.abs(np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.grad(nll)(model.params))]))
+
+    goal, own = gradient(forget), [gradient(retain.take(np.array([i]))) for i in range(4)]
+    expected = [x @ goal / np.linalg.norm(x) / np.linalg.norm(goal) for x in own]
+    np.testing.assert_allclose(controls.gradient_cosines(model, forget, retain), expected, rtol=1e-5)
 
 
 def test_ngram_ratio_equals_a_slow_count_of_uni_and_bigrams():

@@ -254,6 +254,10 @@ class Hidden(Weighted, name="hidden"):
     """Rival: the same calibration of rows on mean hidden states in place of experts."""
 
 
+class Gradient(Weighted, name="gradient"):
+    """Rival: rows whose gradients are large where those of the forget set are. Two gradients are held in memory."""
+
+
 class Loss(Weighted, name="loss"):
     """Rival: tokens weighted by their loss."""
 

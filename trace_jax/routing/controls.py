@@ -3,8 +3,9 @@
 Each gives f64 weights or scores per token [T] (valid positions in row order) or per row [N].
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -40,6 +41,8 @@ def weights_without_experts(
             scores = domain_scores(retain.domain[filled], base)
         case settings.NGram():
             scores = ngram_log_ratio(forget, retain)[filled]
+        case settings.Gradient():
+            scores = 100.0 * gradient_cosines(model, forget, retain.take(filled))  # so that the bound decides
         case settings.Hidden() | settings.Similarity():
             forget, retain = forget.take(np.flatnonzero(forget.valid.any(axis=1))), retain.take(filled)
             own, others = (_per_row(_hidden, model, rows, **passes).astype(np.float64) for rows in (forget, retain))
@@ -92,6 +95,43 @@ def _ngrams(rows: Rows) -> list[np.ndarray]:
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     buckets = ((keys ^ (keys >> np.uint64(31))) % np.uint64(BUCKETS)).astype(np.int64)
     return [both[:, valid].ravel() for both, valid in zip(buckets, rows.valid, strict=True)]
+
+
+def gradient_cosines(model: Model, forget: Rows, retain: Rows) -> np.ndarray:
+    """f64 [N]: the cosine of |d NLL / d parameters| of every retain row with that of the forget corpus.
+
+    Where domains were damaged to different degrees, it told them best (docs/results.md, question 2).
+    """
+    total: Any = None
+    for arrays in _single(forget):
+        gradient = _gradient(model.params, model.config, *arrays)
+        total = gradient if total is None else jax.tree.map(jnp.add, total, gradient)
+    size = jax.tree.map(jnp.abs, total)
+    return np.array([float(_cosine(size, model.params, model.config, *arrays)) for arrays in _single(retain)])
+
+
+def _single(rows: Rows) -> Iterator[tuple[np.ndarray, ...]]:
+    """Tokens, segments and valid positions of each row, [1, S]."""
+    return ((rows.tokens[i : i + 1], rows.segments[i : i + 1], rows.valid[i : i + 1]) for i in range(len(rows)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _gradient(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array) -> Any:
+    def nll(params):
+        return jnp.where(valid, _nll(params, config, tokens, segments, valid), 0.0).sum()
+
+    return jax.grad(nll)(params)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _cosine(size: Any, params: Any, config: ModelConfig, *arrays: jax.Array) -> jax.Array:
+    own = jax.tree.map(lambda x: jnp.abs(x.astype(jnp.float32)), _gradient(params, config, *arrays))
+
+    def product(a, b) -> jax.Array:
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)), jnp.float32(0))
+
+    size = jax.tree.map(lambda x: x.astype(jnp.float32), size)
+    return product(own, size) / jnp.maximum(jnp.sqrt(product(own, own) * product(size, size)), 1e-30)
 
 
 def domain_scores(domain: np.ndarray, base: np.ndarray) -> np.ndarray:

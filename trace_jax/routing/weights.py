@@ -170,7 +170,7 @@ def retain_weights(
         )
 
     whole: Any = model
-    inside = settings.Hidden, settings.Loss, settings.Similarity, settings.Sensitivity
+    inside = settings.Hidden, settings.Loss, settings.Similarity, settings.Gradient, settings.Sensitivity
     looking = [way.name for way in (weighting, getattr(weighting, "rule", None)) if isinstance(way, inside)]
     if looking and not isinstance(model, Model):
         raise ValueError(f"{looking[0]!r} looks into the model, and model is a function that routes; give a Model.")

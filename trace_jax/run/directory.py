@@ -38,6 +38,7 @@ CONTROLS = (
     "ngram_dsir",
     "hidden",
     "similarity",
+    "gradient",
     "loss",
     "oracle",
 )

@@ -64,6 +64,7 @@ METHODS: dict[str, Preset] = {
     "ngram_dsir": Preset("the same without bound on the sample (DSIR)", {**_NGRAM, "min_effective_sample_size": 0.0}),
     "hidden": Preset("rival: hidden states matched instead of experts", {"name": "hidden", "apply": "sampling"}),
     "similarity": Preset("rival: rows most similar to forget rows", {"name": "similarity", "apply": "sampling"}),
+    "gradient": Preset("rival: rows with gradients like forget rows'", {"name": "gradient", "apply": "sampling"}),
     "loss": Preset("rival: tokens weighted by their loss", {"name": "loss", "apply": "both"}),
     "ratio_weights": Preset("frequency ratio of a token's experts, unsolved", {"name": "ratio", "apply": "both"}),
     "oracle": Preset("upper reference: told which rows are neighbours", {"name": "domain", "apply": "sampling"}),
