@@ -141,7 +141,7 @@ def prediction(design: Any, seeds: Sequence[int], kept: Any, found: Mapping[str,
         series.append({"name": name, "x": main, **{y: [x[key] for x in of] for y, key in _ENDS}})
     title = "What predicts which domains are damaged"
     caption = "Rank correlation over domains of damage with nearness to the forgotten domain; intervals over seeds."
-    axes = {"x": "nearness by", "y": "Spearman's correlation"}
+    axes = {"x": "Spearman's correlation", "y": ""}
     figures = [
         {"name": "damage_predictors", "title": title, "caption": caption, "kind": "bars", **axes, "series": series}
     ]

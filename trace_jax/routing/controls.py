@@ -127,8 +127,8 @@ def _gradient(params, config: ModelConfig, tokens: jax.Array, segments: jax.Arra
 def _cosine(size: Any, params: Any, config: ModelConfig, *arrays: jax.Array) -> jax.Array:
     own = jax.tree.map(lambda x: jnp.abs(x.astype(jnp.float32)), _gradient(params, config, *arrays))
 
-    def product(a, b) -> jax.Array:
-        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)), jnp.float32(0))
+    def product(a: Any, b: Any) -> jax.Array:
+        return jnp.stack(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b))).sum()
 
     size = jax.tree.map(lambda x: x.astype(jnp.float32), size)
     return product(own, size) / jnp.maximum(jnp.sqrt(product(own, own) * product(size, size)), 1e-30)
