@@ -156,7 +156,7 @@ def main_table(studies: Sequence[Study]) -> dict[str, Any]:
             if other in methods:
                 differences = paired(study.at("trace_rows"), study.at(other)) * (-1 if other == "oracle" else 1)
                 measure = "difference in mean utility " + ("to" if other == "oracle" else "of") + " `trace_rows`"
-                on_page = PAGE if other in ("random_experts", "ngram") else None
+                on_page = {"random_experts": README if study is studies[0] else PAGE, "ngram": PAGE}.get(other)
                 made["claims"].append(claim(f"On {benchmark}: {text}", measure, differences, place=on_page))
         names = [name.replace("_", " ") for name in study.utilities]
         rows = []
@@ -187,7 +187,7 @@ def main_table(studies: Sequence[Study]) -> dict[str, Any]:
 
 
 def _ends(number: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: number[name] for name in NUMBER}
+    return {name: None if number[name] is None else round(number[name], 4) for name in NUMBER}
 
 
 # --- question 4
