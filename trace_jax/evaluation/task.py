@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, Section, option
 from trace_jax.evaluation.intervals import Measurement
-from trace_jax.io.files import local_copy, replacing
+from trace_jax.io.files import read_arrays, replacing, write_arrays
 from trace_jax.io.progress import progress, say
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import barrier, broadcast_from_process_0
@@ -216,9 +216,8 @@ class ScoreStore:
         """What is there of the task, without its items, else what `make` gives, which is written."""
         file, identity = self.directory / f"{task.name}.npz", f"{self.model}/{task.identity}"
         arrays: dict[str, Any] = {}
-        if file.exists():
-            with local_copy(file) as local, np.load(local, allow_pickle=False) as stored:
-                arrays = dict(stored)
+        with contextlib.suppress(ValueError):  # it is damaged
+            arrays = read_arrays(file) if file.exists() else {}
         if broadcast_from_process_0(str(arrays.pop("identity", "")) == identity):
             say(f"{task.name}: its scores are there from before")
             barrier(f"{task.name}: scores")
@@ -227,9 +226,7 @@ class ScoreStore:
         for part, lines in scores.items.items():
             with replacing(self.directory / f"{task.name}.{part}.jsonl") as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        arrays = {**scores.arrays, "identity": np.array(identity)}
-        with replacing(file) as temporary:
-            np.savez_compressed(temporary, **arrays)
+        write_arrays(file, {**scores.arrays, "identity": np.array(identity)})
         barrier(f"{task.name}: scores")  # all processes read them later
         return scores
 

@@ -3,13 +3,18 @@
 A path may be an address such as gs://bucket/runs/a. It is then an `etils.epath` path, which behaves like a `pathlib`
 one; numbers and tensors are read and written through a local copy (`local_copy`, `replacing`).
 
+Finished work names the digest of every file that it wrote (`collected`, `finish`), and is believed only while each is
+as it was (`damage`).
+
 What is not a plain value goes to JSON and back by `encode` and `decode`. Arrays become lists. JSON has no NaN: numbers
 that are not finite become null, and null becomes NaN where a number is expected.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -17,7 +22,9 @@ import shutil
 import tempfile
 import time
 import typing
-from collections.abc import Iterator, Mapping
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -29,6 +36,8 @@ from trace_jax.parallel.processes import is_main
 T = TypeVar("T")
 _SCHEME = "gs://"
 _SECONDS_BETWEEN_WRITES = 30.0
+_LARGE = 64 << 20  # bytes; of a larger object in a store the size stands for the digest, since reading it is transfer
+_written: contextvars.ContextVar[set[Path]] = contextvars.ContextVar("written")  # what `collected` collects
 _hints = functools.lru_cache(typing.get_type_hints)
 
 
@@ -101,6 +110,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             if is_main():
                 _PENDING.pop(os.fspath(path), None)
                 _copy(temporary, path)
+                _collect(path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f".{path.stem}.{os.getpid()}.{kind}{path.suffix}") for kind in ("tmp", "old"))
@@ -109,6 +119,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         if temporary.is_dir() and path.is_dir():  # which is not replaced in a single step
             path.rename(old)
         os.replace(temporary, path)
+        _collect(path)
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -145,6 +156,69 @@ def remove(path: str | os.PathLike) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _collect(path: Path) -> None:
+    _written.get(set()).add(path)
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[set[Path]]:
+    """Yields the set of the paths that are written within, but for those that another `collected` within has."""
+    token = _written.set(made := set())
+    try:
+        yield made
+    finally:
+        _written.reset(token)
+
+
+def finish(marker: Path, identity: str, made: Collection[Path]) -> None:
+    """Writes down that work is finished: the hash of what shaped it, and the digests of the files below the marker's
+    directory that it made. Process 0 alone does.
+    """
+    if is_main():
+        flush_lines()
+        below = sorted(path for path in made if path.is_relative_to(marker.parent) and path.exists())
+        digests = {os.fspath(path.relative_to(marker.parent)): _digest(path) for path in below}
+        write_json(marker, {"identity": identity, "files": digests})
+
+
+def damage(marker: Path) -> str:
+    """What is not as it was when `finish` wrote the marker, for people; "" if all is."""
+    try:
+        digests = (read_json(marker) or {"files": {}}).get("files", {}).items()  # earlier versions kept none
+        changed = [name for name, digest in digests if _digest(marker.parent / name) != digest]
+    except (ValueError, AttributeError):
+        changed = [marker.name]
+    return f"{marker.parent / changed[0]} is not as it was written" if changed else ""
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of all files below a directory with their names; "" if it isn't there."""
+    if path.is_dir():
+        inside = sorted(os.fspath(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+        return hashlib.sha256("".join(f"{name} {_digest(path / name)}\n" for name in inside).encode()).hexdigest()
+    if not path.exists():
+        return ""
+    if is_remote(path) and (size := cast(Any, path.stat()).length) > _LARGE:
+        return f"{size} bytes"
+    with path.open("rb") as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+
+
+def read_arrays(path: str | os.PathLike, names: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, or of these names those that it has. ValueError: it is damaged."""
+    try:
+        with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
+            return {name: file[name] for name in names or file.files if name in file.files}
+    except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: can't be read as arrays ({error}). Remove it to make it anew.") from error
+
+
+def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Any], *, compress: bool = True) -> None:
+    """Writes an .npz file."""
+    with replacing(path) as temporary:
+        (np.savez_compressed if compress else np.savez)(temporary, allow_pickle=False, **arrays)
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON, indented so that a person can read it."""
     with replacing(path) as temporary:
@@ -161,12 +235,18 @@ def read_json(path: str | os.PathLike) -> Any | None:
 
 
 def read_lines(path: str | os.PathLike) -> list[dict]:
-    """The JSON objects of a line-delimited file; a last line cut short by an interruption is dropped."""
+    """The JSON objects of a line-delimited file; a last line cut short by an interruption is dropped. ValueError:
+    another line is damaged.
+    """
     flush_lines()
     path, rows = as_path(path), []
-    with contextlib.suppress(json.JSONDecodeError):
-        for line in path.read_bytes().decode("utf-8").splitlines() if path.exists() else ():
-            rows.append(json.loads(line))
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(json.loads(line.decode("utf-8")))
+            rows[-1].items()
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: line {number} is damaged ({error}). Run it again to make it anew.") from error
     return rows
 
 
@@ -177,6 +257,7 @@ def append_line(path: str | os.PathLike, row: dict) -> None:
     if not is_main():
         return
     path, line = as_path(path), json.dumps(row) + "\n"
+    _collect(path)
     if is_remote(path):
         since, lines = _PENDING.setdefault(os.fspath(path), (time.monotonic(), []))
         lines.append(line)

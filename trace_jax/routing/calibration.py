@@ -19,7 +19,7 @@ import numpy as np
 from flax import struct
 
 from trace_jax.io.drawing import TIMES_UNIFORM, card, heat_map, times
-from trace_jax.io.files import decode, encode, local_copy, read_json, replacing, write_json
+from trace_jax.io.files import decode, encode, read_arrays, read_json, write_arrays, write_json
 from trace_jax.models.loss import document_sums
 from trace_jax.routing import solver
 from trace_jax.routing.config import Matching
@@ -65,8 +65,7 @@ class Calibration:
 
     def save(self, path) -> None:
         """Writes PATH.npz (arrays) and PATH.json (numbers and certificate), each whole or not at all."""
-        with replacing(f"{path}.npz") as temporary:
-            np.savez(temporary, multipliers=self.multipliers, selected=self.selected)
+        write_arrays(f"{path}.npz", {"multipliers": self.multipliers, "selected": self.selected}, compress=False)
         plain = {name: getattr(self, name) for name in (*_NUMBERS[1:], "unit", "divergence")}
         write_json(f"{path}.json", plain | {"certificate": encode(self.certificate)})
 
@@ -76,9 +75,8 @@ class Calibration:
         saved = read_json(f"{path}.json")
         if saved is None:
             return None
-        with local_copy(f"{path}.npz") as local, np.load(local, allow_pickle=False) as file:
-            arrays = dict(file)
-        return cls(**arrays, **saved | {"certificate": decode(Certificate, saved["certificate"])})
+        plain = saved | {"certificate": decode(Certificate, saved["certificate"])}
+        return cls(**read_arrays(f"{path}.npz"), **plain)
 
 
 def token_weights(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from trace_jax.data.rows import Batch, Rows, batches_of
 from trace_jax.io.drawing import TIMES_UNIFORM, card, heat_map, times
-from trace_jax.io.files import local_copy, replacing
+from trace_jax.io.files import read_arrays, write_arrays
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import document_sums, token_nll
@@ -62,15 +62,14 @@ class ExpertStatistics:
     def save(self, path, assignments: "Assignments | None" = None) -> None:
         """Writes `path` (.npz), with the experts of every token where given: L * K bytes each up to 256 experts."""
         indices: dict[str, Any] = {} if assignments is None else {"indices": assignments.indices}
-        with replacing(path) as temporary:
-            np.savez(temporary, **dataclasses.asdict(self), **indices)
+        write_arrays(path, dataclasses.asdict(self) | indices, compress=False)
 
     @classmethod
     def load(cls, path) -> "ExpertStatistics":
-        with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
-            layers = tuple(file["layers"].tolist()) if "layers" in file else ()
-            affinity = file.get("affinity", np.nan * file["counts"])  # runs of before kept another mean
-            return cls(file["counts"], affinity, int(file["tokens"]), int(file["top_k"]), layers)
+        file = read_arrays(path, [field.name for field in dataclasses.fields(cls)])
+        layers = tuple(file["layers"].tolist()) if "layers" in file else ()
+        affinity = file.get("affinity", np.nan * file["counts"])  # runs of before kept another mean
+        return cls(file["counts"], affinity, int(file["tokens"]), int(file["top_k"]), layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +88,8 @@ class Assignments:
     @classmethod
     def load(cls, path, corpus: Rows) -> "Assignments":
         """What `ExpertStatistics.save` kept of a corpus."""
-        with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
-            indices, layers = file["indices"], tuple(file["layers"].tolist())
-        return cls(indices, *_places(corpus.valid, corpus.segments), layers)
+        file = read_arrays(path, ("indices", "layers"))
+        return cls(file["indices"], *_places(corpus.valid, corpus.segments), tuple(file["layers"].tolist()))
 
     def units(self, unit: str) -> np.ndarray | None:
         """i32 [T], which "row" or "document" each token is in; None for unit "token", where each is one."""

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trace_jax.data.rows import Rows
-from trace_jax.io.files import as_path, local_copy, remove, replacing
+from trace_jax.io.files import as_path, read_arrays, remove, write_arrays
 from trace_jax.models.model import Model
 from trace_jax.routing import config as settings
 from trace_jax.routing import controls
@@ -109,8 +109,7 @@ class RetainWeights:
         """Writes weights.npz and, where experts were matched, calibration.npz and calibration.json."""
         names = ("tokens", "valid", "apply", "online", "selected", "frequency")
         arrays = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        with replacing(as_path(directory) / "weights.npz") as temporary:
-            np.savez_compressed(temporary, **arrays)
+        write_arrays(as_path(directory) / "weights.npz", arrays)
         for name in ("calibration.npz", "calibration.json"):  # of another weighting, saved here before
             remove(as_path(directory) / name)
         if self.calibration is not None:
@@ -119,8 +118,7 @@ class RetainWeights:
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "RetainWeights":
         """The inverse of `save`."""
-        with local_copy(as_path(directory) / "weights.npz") as local, np.load(local, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays: dict[str, Any] = read_arrays(as_path(directory) / "weights.npz")
         plain = {"apply": str(arrays.pop("apply")), "online": bool(arrays.pop("online"))}
         return cls(**arrays, **plain, calibration=Calibration.load(as_path(directory) / "calibration"))
 

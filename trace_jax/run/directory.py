@@ -20,8 +20,9 @@ from trace_jax.evaluation.intervals import Interval
 from trace_jax.evaluation.task import Scoreboard
 from trace_jax.io import files
 from trace_jax.io.files import decode, encode
+from trace_jax.io.lock import LOCK
 from trace_jax.io.progress import say, timed
-from trace_jax.parallel.processes import all_processes, barrier, broadcast_from_process_0
+from trace_jax.parallel.processes import all_processes, barrier, broadcast_from_process_0, is_main
 from trace_jax.report.page import figure_files, render
 from trace_jax.routing.statistics import ExpertStatistics
 from trace_jax.run.experiment import METHODS, ExperimentConfig
@@ -43,25 +44,29 @@ CONTROLS = (
     "oracle",
 )
 _SECONDS_TO_SEE = 30.0
+_TOLD, _SEAL = ("results.json", "study.json", "series.json"), "results.stage.json"
+ANEW = "Run it again with the same --workdir: what is damaged is made anew."
 
 
 def run_stage(
     name: str, directory: Path, identity: str, title: str, make: Callable[[], Any], load: Callable = lambda: None
 ) -> Any:
     """What `make` makes, and writes into the directory, or what `load` reads where that has been made. NAME.stage.json
-    keeps `identity`, the hash of every setting that shapes it; every process goes the same way.
+    keeps `identity`, the hash of every setting that shapes it, and digests of its files; every process goes the same
+    way.
     """
     marker = directory / f"{name}.stage.json"
-    stored = files.read_json(marker)
+    problem = files.damage(marker) if is_main() else ""
+    stored = None if problem else files.read_json(marker)
     if broadcast_from_process_0(stored is not None and stored.get("identity") == identity):
         say(f"{title}: already done")
         return load()
     if marker.exists():
-        say(f"{title}: its settings changed, so it is made anew")
+        say(f"{title}: {problem or 'its settings changed'}, so it is made anew")
         files.remove(marker)
-    with timed(title):
+    with timed(title), files.collected() as made:
         result = make()
-    files.write_json(marker, {"identity": identity})
+    files.finish(marker, identity, made)
     barrier(f"{title}: written")  # later stages read it, on every process
     return result
 
@@ -78,9 +83,11 @@ def open_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwr
     path = files.as_path(workdir)
     replaces = check_workdir(config, path, overwrite=overwrite)
     barrier("the workdir as it was found")  # a process that is late must not see what is written now
-    if replaces:
-        files.remove(path)
+    for file in path.iterdir() if replaces and is_main() else ():
+        if file.name != LOCK:
+            files.remove(file)
     files.write_json(path / "config.json", {**config.identities(), "config": as_dict(config)})
+    files.remove(path / _SEAL)  # what is told there will be told anew
     if jax.distributed.is_initialized():
         _check_shared(path)
     return path
@@ -110,12 +117,21 @@ def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overw
     path = files.as_path(workdir)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: is a file; --workdir needs a directory.")
-    earlier = files.read_json(path / "config.json")
-    if earlier is None and path.is_dir() and any(path.iterdir()):
+    try:
+        earlier = files.read_json(path / "config.json")
+        before = earlier and earlier["config"]
+    except (ValueError, KeyError, TypeError):
+        if overwrite:
+            return True
+        raise ConfigError(
+            f"{path / 'config.json'}: is damaged, so that nobody knows which run is there. Put it back, choose another "
+            "--workdir, or pass --overwrite to replace that run."
+        ) from None
+    if earlier is None and path.is_dir() and any(file.name != LOCK for file in path.iterdir()):
         raise ConfigError(f"{path}: is not empty and holds no run (no config.json). Choose another --workdir.")
     replaces = earlier is not None and not any(earlier.get(key) == it for key, it in config.identities().items())
     if earlier is not None and replaces and not overwrite:
-        before, after = earlier["config"], json.loads(json.dumps(as_dict(config)))  # tuples are lists, as in the file
+        after = json.loads(json.dumps(as_dict(config)))  # tuples are lists, as in the file
         changed = [
             f"{section}.{key} {before.get(section, {}).get(key)!r} -> {value!r}"
             for section in ("data", "model")
@@ -151,7 +167,21 @@ def needed(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file.parent}: {what}; give the directory of a run.")
     if value is None:
         raise ConfigError(f"{file}: is not there; the run is not finished. Run it first, with the same --workdir.")
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{file}: is damaged. {ANEW}")
     return value
+
+
+def check_files(path: Path) -> None:
+    """Raises ValueError if a file of a run, study or series is not as it was when what made it was finished."""
+    for marker in sorted(path.glob("*.stage.json") if files.is_remote(path) else path.rglob("*.stage.json")):
+        if problem := files.damage(marker):
+            raise ValueError(f"{problem}. {ANEW}")
+
+
+def seal(path: Path) -> None:
+    """Writes down what a finished run, study or series tells of itself, for `check_files`."""
+    files.finish(path / _SEAL, "", {path / name for name in (*_TOLD, "config.json", "references.json")})
 
 
 def scoreboard(results: Mapping[str, Any], benchmark: str) -> Scoreboard:
@@ -167,8 +197,7 @@ def variant_of(row: Mapping[str, Any]) -> str:
 def finished(path: Path) -> dict[str, Any]:
     """What a finished run, study or series says of itself: its results.json, study.json or series.json."""
     needed(path / "config.json")
-    names = ("results.json", "study.json", "series.json")
-    return needed(next((path / name for name in names if (path / name).exists()), path / names[0]))
+    return needed(next((path / name for name in _TOLD if (path / name).exists()), path / _TOLD[0]))
 
 
 def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> None:
@@ -187,6 +216,7 @@ def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> None:
     results["equal_forgetting"] = tables = equal_forgetting(path, config, results, board)
     results["table"] = "\n\n".join(map(comparison_text.equal_forgetting_text, tables))
     files.write_json(path / "results.json", results)
+    seal(path)
     write_report(path)
 
 
@@ -316,9 +346,9 @@ def _frequency(path: Path, calibrations: Mapping[str, Path]) -> dict[str, Any] |
         "uniform": forget.top_k / forget.counts.shape[1], "calibrated": {}, "selected": {},
     }  # fmt: skip
     for label, directory in calibrations.items():
-        with files.local_copy(directory / "weights.npz") as local, np.load(local, allow_pickle=False) as arrays:
-            if "frequency" in arrays and arrays["selected"].any():
-                frequency["calibrated"][label], frequency["selected"][label] = arrays["frequency"], arrays["selected"]
+        arrays = files.read_arrays(directory / "weights.npz", ("frequency", "selected"))
+        if "frequency" in arrays and arrays["selected"].any():
+            frequency["calibrated"][label], frequency["selected"][label] = arrays["frequency"], arrays["selected"]
     return frequency
 
 
@@ -330,6 +360,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
+    for workdir in options.workdir:
+        check_files(files.as_path(workdir))
     if len(options.workdir) == 1:
         path = write_report(options.workdir[0])
     else:

@@ -16,7 +16,7 @@ from trace_jax.data.sources import HUGGINGFACE, TFDS
 from trace_jax.io import files, progress
 from trace_jax.models.architecture import abstract_params, flatten, unflatten
 from trace_jax.models.model import Model
-from trace_jax.run.directory import SPLIT, needed
+from trace_jax.run.directory import ANEW, SPLIT, needed
 from trace_jax.run.experiment import METHODS, ExperimentConfig
 from trace_jax.tasks.text import TextConfig
 from trace_jax.unlearning.unlearn import Unlearned
@@ -86,6 +86,8 @@ def find_model(workdir: str | os.PathLike, label: str | None) -> tuple[Experimen
     if label == TARGET and isinstance(config.model, PretrainedConfig):
         return config, label, config.model.identity()
     made = path / "target" / "target.stage.json" if label == TARGET else methods / label / "unlearning.stage.json"
+    if problem := files.damage(made):
+        raise ValueError(f"{problem}. {ANEW}")
     return config, label, needed(made)["identity"]
 
 

@@ -3,6 +3,7 @@ attacks. A run that was interrupted, or whose later settings changed, continues 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import os
@@ -60,9 +61,15 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike | None = None, *, o
       overwrite: whether a run of another corpus or model that is there is replaced.
 
     Raises:
-      ConfigError, ValueError: something given can't be used; the message says what, and what to do.
+      ConfigError, ValueError: something given can't be used, or another process works in the directory; the message
+        says what, and what to do.
     """
-    prepared = prepare(config, workdir or f"runs/{config.name}", overwrite=overwrite)
+    with contextlib.ExitStack() as held:
+        return _run(prepare(config, workdir or f"runs/{config.name}", overwrite=overwrite, held=held))
+
+
+def _run(prepared: Prepared) -> Run:
+    config = prepared.config
     for context in prepared.attacks.values():
         _ = context.prepared  # while there is nothing to lose
     models = {name: run_method(prepared, config.method(name), label=name) for name in config.methods}

@@ -5,6 +5,7 @@ import functools
 import math
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.task import SPLITS, Evaluator, Scoreboard, Scores, ScoreStore, Task, hazardous
 from trace_jax.io.environment import describe
 from trace_jax.io.files import free_bytes, read_json, remove, write_json
+from trace_jax.io.lock import locked
 from trace_jax.io.progress import say, timed, tracked
 from trace_jax.models.architecture import ModelConfig, count_params, flatten
 from trace_jax.models.model import Model
@@ -186,8 +188,12 @@ class Prepared:
         return contexts
 
 
-def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Prepared:
-    """Data, target model (and retrained model), statistics and the evaluator: what every method starts from."""
+def prepare(
+    config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False, held: ExitStack | None = None
+) -> Prepared:
+    """Data, target model (and retrained model), statistics and the evaluator: what every method starts from. The
+    workdir is locked as long as `held` is open.
+    """
     if isinstance(config.model, PretrainedConfig):
         config.model.check()
     config.unlearning.check_layer(shape_of(config.model).num_layers)
@@ -200,6 +206,8 @@ def prepare(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: 
         corpora, tasks = read_corpora(config.data, config.model), build_tasks(config.evaluation)
     for attack in config.attacks.chosen.values() if config.attacks else ():
         attack.check_source()
+    if held is not None:
+        held.enter_context(locked(workdir))
     path = open_workdir(config, workdir, overwrite=overwrite)
     write_json(path / "environment.json", describe())
     say(f"data: {data_text(corpora)}")

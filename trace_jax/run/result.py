@@ -17,7 +17,7 @@ from trace_jax.io.files import as_path, link, shown
 from trace_jax.models.model import Model
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.weights import RetainWeights
-from trace_jax.run.directory import calibration_directory, finished, needed, variant_of
+from trace_jax.run.directory import calibration_directory, check_files, finished, needed, variant_of
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import RETRAINED, TARGET, find_model, load_model
 from trace_jax.unlearning.metrics import front_rows, step_rows
@@ -231,11 +231,13 @@ def open_run(workdir: str | os.PathLike) -> Run:
 
     Raises:
       ConfigError: none is there, or it is not finished.
+      ValueError: one of its files was damaged since.
 
     Example:
       >>> tj.open_run("runs/mine")
       Run(runs/mine: uniform, trace_rows)
     """
     run = Run(as_path(workdir))
+    check_files(run.directory)
     finished(run.directory)
     return run

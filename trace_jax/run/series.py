@@ -16,9 +16,10 @@ from trace_jax.data.sources import read_source
 from trace_jax.evaluation.comparison_text import number_text
 from trace_jax.io.environment import describe
 from trace_jax.io.files import encode, link, shown, write_json
+from trace_jax.io.lock import locked
 from trace_jax.io.progress import aligned, say
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
-from trace_jax.run.directory import SPLIT, check_export, needed, on_test, open_workdir, run_stage, write_report
+from trace_jax.run.directory import SPLIT, check_export, needed, on_test, open_workdir, run_stage, seal, write_report
 from trace_jax.run.experiment import ExperimentConfig, SeriesConfig
 from trace_jax.run.export import RETRAINED, TARGET, load_model
 from trace_jax.run.methods import run
@@ -41,8 +42,12 @@ def run_series(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrit
     series = check_series(config, workdir)
     for source in series.forget:  # so that a wrong name is known at once
         read_source(source, most=1)
+    with locked(workdir):
+        return _run_series(config, series, open_workdir(config, workdir, overwrite=overwrite), overwrite)
+
+
+def _run_series(config: ExperimentConfig, series: SeriesConfig, path: Path, overwrite: bool) -> str:
     sequence = series.kind == "sustainability"
-    path = open_workdir(config, workdir, overwrite=overwrite)
     target = _target(config, path, overwrite=overwrite)
     steps, start = [], target
     for methods, place in [((m,), path / m) for m in config.methods] if sequence else [(config.methods, path)]:
@@ -125,6 +130,7 @@ def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) ->
     saved["verdict"] = f"{len(series.forget)} steps. {own[0].upper()}{own[1:]}."
     saved |= {"kind": series.kind, "forget": series.forget, "steps": told, "scores": encode(scores), "table": table}
     write_json(path / "series.json", saved)
+    seal(path)
     write_json(path / "environment.json", describe())
     return f"{table}\n\nseries: {shown(path / 'series.json')}\nreport: {link(write_report(path))}"
 

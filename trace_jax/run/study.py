@@ -24,6 +24,7 @@ from trace_jax.evaluation.intervals import t_interval
 from trace_jax.evaluation.task import Scoreboard
 from trace_jax.io.environment import describe
 from trace_jax.io.files import decode, encode, link, read_json, replacing, shown, write_json
+from trace_jax.io.lock import locked
 from trace_jax.io.progress import progress, say
 from trace_jax.parallel.processes import usable_cores, worker_pool
 from trace_jax.run.directory import (
@@ -33,6 +34,7 @@ from trace_jax.run.directory import (
     on_test,
     open_workdir,
     scoreboard,
+    seal,
     write_report,
 )
 from trace_jax.run.experiment import METHODS, ExperimentConfig, Method
@@ -144,7 +146,11 @@ def run_study(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite
     check_workdir(config, workdir, overwrite=overwrite)
     if config.data.name == "text":
         read_corpora(config.data, config.model)  # before anything is written: the user's files may be refused
-    path = open_workdir(config, workdir, overwrite=overwrite)
+    with locked(workdir):
+        return _run_study(config, open_workdir(config, workdir, overwrite=overwrite), jobs)
+
+
+def _run_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial]) -> str:
     study, workers = config.study, config.study.workers or usable_cores()
     counts = f"{len(study.variants) or 1} variants, {len(study.methods)} methods, {len(study.seeds)} seeds"
     say(f"study: {len(jobs)} runs ({counts}), {min(workers, len(jobs))} side by side")
@@ -274,6 +280,7 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial], fin
     averaged = {which: {n: t_interval(np.array(v)) for n, v in group.items()} for which, group in by_name.items()}
     study["robustness"] = [{**of[v], "method": m, "numbers": encode(numbers)} for (v, m), numbers in averaged.items()]
     write_json(path / "study.json", study)
+    seal(path)
     tables, texts = [], []
     for variant, compared in comparisons.items():
         tables += [f"## {variant}"] * bool(variant) + list(map(comparison_text.as_markdown, compared))

@@ -11,7 +11,7 @@ from trace_jax.evaluation.intervals import Interval
 from trace_jax.io.files import as_path, decode
 from trace_jax.io.progress import MISSING, plain_name
 from trace_jax.report.routing import BASELINE
-from trace_jax.run.directory import equal_forgetting, finished, needed, scoreboard, variant_of
+from trace_jax.run.directory import check_files, equal_forgetting, finished, needed, scoreboard, variant_of
 from trace_jax.run.result import open_run
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def compared(workdir: str) -> "pd.DataFrame":
     import pandas as pd
 
     path = as_path(workdir)
+    check_files(path)
     told = finished(path)
     if "methods" in told:
         first = equal_forgetting(

@@ -1,5 +1,6 @@
 """What a run reads, and for how many steps. Rows depend on the step alone, so that a resumed run repeats itself."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.data.rows import Batch, IndexSampler, Rows, epoch_sampler, retain_sampler
-from trace_jax.io.files import local_copy, replacing
+from trace_jax.io.files import read_arrays, write_arrays
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
@@ -132,17 +133,16 @@ def cached_reference(
     sets = {"reference_nll": forget} | ({} if refusals is None else {"refusal_reference_nll": refusals})
 
     def stored() -> dict[str, np.ndarray]:
-        if not file.exists():
-            return {}
-        with local_copy(file) as local, np.load(local, allow_pickle=False) as arrays:
-            same = str(arrays["identity"]) == identity and sets.keys() <= set(arrays.files)
-            return {name: arrays[name] for name in sets} if same else {}
+        with contextlib.suppress(ValueError):  # it is damaged
+            arrays = read_arrays(file) if file.exists() else {}
+            if str(arrays.pop("identity", "")) == identity and sets.keys() <= arrays.keys():
+                return {name: arrays[name] for name in sets}
+        return {}
 
     values = stored()
     if not broadcast_from_process_0(bool(values)):
         values = {name: losses(model, rows, mesh=mesh, batch_size=batch_size) for name, rows in sets.items()}
-        with replacing(file) as temporary:
-            np.savez(temporary, allow_pickle=False, identity=np.array(identity), **values)
+        write_arrays(file, {"identity": np.array(identity), **values}, compress=False)
         barrier("log-probabilities of the original model")
     return values or stored()
 

@@ -289,6 +289,11 @@ class Loop:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         del state  # there are never two in memory
         step, state = self._store.restore(like, step)
+        while state is not None and not broadcast_from_process_0(self._metrics.whole(step)):
+            say(f"{self.title}: what was written until step {step} is not as it was; its state is not used")
+            self._store.remove(step)
+            del state
+            step, state = self._store.restore(like)
         return step, self._start() if state is None else state
 
     def _save(self, step: int, state: TrainState) -> None:

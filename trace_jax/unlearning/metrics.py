@@ -1,9 +1,16 @@
 """What is written along a run: metrics.jsonl (docs/tracking.md), and items.npz, what each item of the evaluations gave:
 "steps" i64 [T], "identity", and arrays [T, N] by name.
+
+A line's "checksum" is the CRC of the line and of the one before it, so that a line that was changed or lost is noticed;
+that of an evaluation covers its items, too.
 """
 
 import collections
+import contextlib
+import itertools
+import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +22,7 @@ from trace_jax.io.tracking import Tracker
 from trace_jax.parallel.processes import is_main
 
 _FILE, _ITEMS = "metrics.jsonl", "items.npz"
-_HEAD = ("kind", "step", "identity")  # of every line
+_HEAD, _SUM = ("kind", "step", "identity"), "checksum"  # of every line
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
@@ -30,23 +37,49 @@ class Metrics:
 
     def __init__(self, directory: Path, identity: str, tracker: Tracker | None = None):
         self._directory, self._path, self._identity = directory, directory / _FILE, identity
-        self._tracker = tracker
+        self._tracker, self._sum, self._items = tracker, 0, {}
+
+    def _intact(self) -> tuple[list[dict], list[dict[str, np.ndarray]]]:
+        """This run's lines up to the first that isn't as it was written, and the items of each. Those of earlier
+        versions have no checksum.
+        """
+        own = [row for row in files.read_lines(self._path) if row.get("identity") == self._identity]
+        steps, arrays = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
+        of = [{n: x[steps == r["step"]] for n, x in arrays.items()} if kind_of(r) == "evaluation" else {} for r in own]
+        before = 0
+        for index, (row, items) in enumerate(zip(own, of, strict=True)):
+            if row.get(_SUM, before := _checksum(row, items, before)) != before:
+                return own[:index], of[:index]
+        return own, of
+
+    def whole(self, done: int) -> bool:
+        """Whether what was written until `done` steps were done is there as it was; process 0 alone knows."""
+        with contextlib.suppress(ValueError):  # of what can't be read
+            return not is_main() or any((kind_of(r), r["step"]) == ("step", done) for r in self._intact()[0])
+        return False
 
     def trim(self, done: int) -> list[dict]:
         """Drops what other runs wrote, and what belongs to steps after `done`, which comes again. Returns the lines."""
         if not is_main():
             return []
-        self.write_items(done + 1 if done else 0, {})
-        own = [row for row in files.read_lines(self._path) if row.get("identity") == self._identity] if done else []
+        if not done:
+            files.remove(self._directory / _ITEMS)
+        own, items = self._intact() if done else ([], [])
+        self.write_items(done + 1, {})
         ended = {row["step"] for row in own if kind_of(row) == "evaluation"}  # others were cut short
-        rows = [row for row in own if row["step"] <= done and (kind_of(row) != "measurement" or row["step"] in ended)]
+        there = [r["step"] <= done and (kind_of(r) != "measurement" or r["step"] in ended) for r in own]
+        self._sum = 0
         with files.replacing(self._path) as temporary:
             temporary.touch()
-            for row in rows:
-                files.append_line(temporary, row)
+            for row, of in itertools.compress(zip(own, items, strict=True), there):
+                self._append(temporary, row, of)
         if self._tracker is not None:
             self._tracker.begin(done, {(kind_of(row), row["step"]) for row in own})
-        return rows
+        return [*itertools.compress(own, there)]
+
+    def _append(self, path: Path, row: Mapping[str, Any], items: Mapping[str, np.ndarray]) -> None:
+        self._sum = _checksum(row, items, self._sum)
+        files.append_line(path, {**row, _SUM: self._sum})
 
     def has(self, kind: str, step: int) -> bool:
         """Whether there is a line of that kind on `step`, of whichever run; process 0 alone knows."""
@@ -56,7 +89,8 @@ class Metrics:
         """Adds a line."""
         if is_main():
             head = dict(zip(_HEAD, (kind, step, self._identity), strict=True))
-            files.append_line(self._path, row := {**head, **values, **head})
+            row = {**head, **values, **head}
+            self._append(self._path, row, self._items if kind == "evaluation" else {})
             if self._tracker is not None:
                 self._tracker.line(row)
 
@@ -66,6 +100,7 @@ class Metrics:
         """
         if not is_main():
             return
+        self._items = {name: np.asarray(value)[None] for name, value in items.items()}
         steps, before = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
         arrays = {name: list(values[steps < step]) for name, values in {"steps": steps, **before}.items()}
         if items:
@@ -75,8 +110,14 @@ class Metrics:
             files.remove(self._directory / _ITEMS)
             return
         stacked: dict[str, Any] = {name: np.stack(values) for name, values in arrays.items()}
-        with files.replacing(self._directory / _ITEMS) as temporary:
-            np.savez_compressed(temporary, identity=np.array(self._identity), **stacked)
+        files.write_arrays(self._directory / _ITEMS, {"identity": np.array(self._identity), **stacked})
+
+
+def _checksum(row: Mapping[str, Any], items: Mapping[str, np.ndarray], before: int) -> int:
+    plain = {name: value for name, value in row.items() if name != _SUM}
+    for part in (json.dumps(plain).encode(), *(items[name].tobytes() for name in sorted(items))):
+        before = zlib.crc32(part, before)
+    return before
 
 
 def read_items(
@@ -88,8 +129,7 @@ def read_items(
     path = files.as_path(directory) / _ITEMS
     if not path.exists():
         return None
-    with files.local_copy(path) as local, np.load(local, allow_pickle=False) as file:
-        items = dict(file)
+    items = files.read_arrays(path)
     steps, identity_of = items.pop("steps"), str(items.pop("identity"))
     return (steps, items) if identity in (None, identity_of) else None
 
@@ -101,8 +141,9 @@ def front_rows(directory: str | os.PathLike, identity: str | None = None) -> lis
         if identity not in (None, row.get("identity")):
             continue
         if (kind := kind_of(row)) == "measurement":
-            measured[row["step"]].append({name: value for name, value in row.items() if name not in _HEAD})
+            measured[row["step"]].append({name: value for name, value in row.items() if name not in (*_HEAD, _SUM)})
         elif kind == "evaluation":
+            row.pop(_SUM, None)
             rows.append({"evaluation": measured.pop(row["step"], []), **row})
     return rows
 
@@ -111,4 +152,4 @@ def step_rows(directory: str | os.PathLike, identity: str | None = None) -> list
     """What is written of each step of a run, {"step", "time", "loss", ...}, since it began."""
     rows = files.read_lines(files.as_path(directory) / _FILE)
     own = [row for row in rows if kind_of(row) == "step" and identity in (None, row.get("identity"))]
-    return [{name: value for name, value in row.items() if name not in ("kind", "identity")} for row in own]
+    return [{name: value for name, value in row.items() if name not in ("kind", "identity", _SUM)} for row in own]
