@@ -28,10 +28,10 @@ from trace_jax.evaluation.intervals import Measurement, bootstrap_mean, find, na
 from trace_jax.evaluation.likelihood import NonFiniteScore, spread_indices
 from trace_jax.evaluation.routing import SPLIT as TRAIN
 from trace_jax.evaluation.task import SPLIT, Evaluator, Scoreboard, ScoreStore
-from trace_jax.io.files import decode, read_json, remove, write_json
+from trace_jax.io.files import collected, decode, finish, is_finished, remove
 from trace_jax.models.architecture import ModelConfig, flat_specs, flatten, unflatten
 from trace_jax.models.model import Model, TextCodec
-from trace_jax.parallel.processes import barrier, broadcast_from_process_0
+from trace_jax.parallel.processes import barrier
 from trace_jax.routing.differences import overlap_by_row
 from trace_jax.routing.statistics import Assignments, expert_assignments
 from trace_jax.unlearning.metrics import front_rows
@@ -288,13 +288,14 @@ class TrainingOn(OptimizerConfig, Attack):
         sampler = epoch_sampler(len(rows), self.batch_size, seed=context.seed)
         for steps in self.steps:
             place = directory / f"{steps}-steps"
-            if not broadcast_from_process_0(read_json(place / "finished.json") == identity):
-                train_on(
-                    load(), self.optimization, lambda step: rows.batch(sampler(step)), steps=steps, evaluate=evaluate,
-                    seed=context.seed, mesh=context.mesh, directory=place, identity=identity,
-                    title=f"{title}, {steps} steps",
-                )  # fmt: skip
-                write_json(place / "finished.json", identity)
+            if not is_finished(place / "training.stage.json", identity, about := f"{title}, {steps} steps"):
+                with collected() as made:
+                    train_on(
+                        load(), self.optimization, lambda step: rows.batch(sampler(step)), steps=steps,
+                        evaluate=evaluate, seed=context.seed, mesh=context.mesh, directory=place, identity=identity,
+                        title=about,
+                    )  # fmt: skip
+                finish(place / "training.stage.json", identity, made)
                 remove(place / "checkpoints")
                 barrier(f"{title}: measured {steps} steps")  # all processes read it
             measured |= {row["step"]: row["evaluation"] for row in front_rows(place, identity)}

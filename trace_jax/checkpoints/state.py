@@ -7,6 +7,8 @@ import gc
 import json
 import logging
 import os
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -99,11 +101,23 @@ class StateStore(PreservationPolicy):
             return
         about = {**self._described(step), "sums": jax.device_get(_sums(state)).tolist()}
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), about=ocp.args.JsonSave(about))
-        self._manager.save(step, args=arguments)
+        with self._told():
+            self._manager.save(step, args=arguments)
 
     def wait(self) -> None:
         """Returns once everything is written; raises what went wrong with writing."""
-        self._manager.wait_until_finished()
+        with self._told():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What Orbax raises where a state can't be written becomes an OSError for people."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            why = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error)[:300]
+            raise OSError(f"{self._manager.directory}: a state can't be written: {why}.") from error
 
     def remove(self, step: int) -> None:
         """Removes the state of a step."""

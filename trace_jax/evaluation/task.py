@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, Section, option
 from trace_jax.evaluation.intervals import Measurement
-from trace_jax.io.files import read_arrays, replacing, write_arrays
+from trace_jax.io.files import collected, finish, is_finished, read_arrays, replacing, write_arrays
 from trace_jax.io.progress import progress, say
 from trace_jax.models.model import Model
-from trace_jax.parallel.processes import barrier, broadcast_from_process_0
+from trace_jax.parallel.processes import barrier
 
 SPLITS = ("validation", "test")  # settings are chosen on the first, and the second is reported
 HALF = "every other question"
@@ -215,18 +215,17 @@ class ScoreStore:
     def keep(self, task: Task, make: Callable[[Task], TaskScores]) -> TaskScores:
         """What is there of the task, without its items, else what `make` gives, which is written."""
         file, identity = self.directory / f"{task.name}.npz", f"{self.model}/{task.identity}"
-        arrays: dict[str, Any] = {}
-        with contextlib.suppress(ValueError):  # it is damaged
-            arrays = read_arrays(file) if file.exists() else {}
-        if broadcast_from_process_0(str(arrays.pop("identity", "")) == identity):
+        marker = file.with_suffix(".stage.json")
+        if is_finished(marker, identity, task.name):
             say(f"{task.name}: its scores are there from before")
-            barrier(f"{task.name}: scores")
-            return TaskScores(arrays)
-        scores = make(task)
-        for part, lines in scores.items.items():
-            with replacing(self.directory / f"{task.name}.{part}.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        write_arrays(file, {**scores.arrays, "identity": np.array(identity)})
+            return TaskScores(read_arrays(file))
+        with collected() as made:
+            scores = make(task)
+            for part, lines in scores.items.items():
+                with replacing(self.directory / f"{task.name}.{part}.jsonl") as temporary:
+                    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            write_arrays(file, scores.arrays)
+        finish(marker, identity, made)
         barrier(f"{task.name}: scores")  # all processes read them later
         return scores
 

@@ -4,7 +4,7 @@ A path may be an address such as gs://bucket/runs/a. It is then an `etils.epath`
 one; numbers and tensors are read and written through a local copy (`local_copy`, `replacing`).
 
 Finished work names the digest of every file that it wrote (`collected`, `finish`), and is believed only while each is
-as it was (`damage`).
+as it was (`is_finished`).
 
 What is not a plain value goes to JSON and back by `encode` and `decode`. Arrays become lists. JSON has no NaN: numbers
 that are not finite become null, and null becomes NaN where a number is expected.
@@ -31,7 +31,8 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from trace_jax.config import ConfigError
-from trace_jax.parallel.processes import is_main
+from trace_jax.io.progress import say
+from trace_jax.parallel.processes import broadcast_from_process_0, is_main
 
 T = TypeVar("T")
 _SCHEME = "gs://"
@@ -162,33 +163,56 @@ def _collect(path: Path) -> None:
 
 @contextlib.contextmanager
 def collected() -> Iterator[set[Path]]:
-    """Yields the set of the paths that are written within, but for those that another `collected` within has."""
+    """Yields the set of the paths that are written within, or found finished."""
     token = _written.set(made := set())
     try:
         yield made
     finally:
         _written.reset(token)
+        _written.get(set()).update(made)
 
 
 def finish(marker: Path, identity: str, made: Collection[Path]) -> None:
-    """Writes down that work is finished: the hash of what shaped it, and the digests of the files below the marker's
-    directory that it made. Process 0 alone does.
+    """Writes down that work is finished: the hash of what shaped it, and the digests of the files that it made. Process
+    0 alone does.
     """
     if is_main():
         flush_lines()
-        below = sorted(path for path in made if path.is_relative_to(marker.parent) and path.exists())
-        digests = {os.fspath(path.relative_to(marker.parent)): _digest(path) for path in below}
+        names = {os.path.relpath(path, marker.parent): path for path in made if path.exists()}
+        digests = {name: _digest(names[name]) for name in sorted(names)}
         write_json(marker, {"identity": identity, "files": digests})
+
+
+def is_finished(marker: Path, identity: str, title: str) -> bool:
+    """Whether the work is finished that this identity shaped, and its files are what they were; what is not goes, and
+    is said. The same on every process.
+    """
+    problem = damage(marker) if is_main() else ""
+    stored = None if problem else read_json(marker)
+    if broadcast_from_process_0(stored is not None and stored.get("identity") == identity):
+        stored = stored or {}  # which other processes need not see yet
+        _written.get(set()).update(_beside(marker, name) for name in stored.get("files", ()))
+        return True
+    if marker.exists():
+        say(f"{title}: {problem or 'its settings changed'}, so it is made anew")
+        remove(marker)
+    return False
 
 
 def damage(marker: Path) -> str:
     """What is not as it was when `finish` wrote the marker, for people; "" if all is."""
     try:
         digests = (read_json(marker) or {"files": {}}).get("files", {}).items()  # earlier versions kept none
-        changed = [name for name, digest in digests if _digest(marker.parent / name) != digest]
+        changed = [name for name, digest in digests if _digest(_beside(marker, name)) != digest]
     except (ValueError, AttributeError):
         changed = [marker.name]
-    return f"{marker.parent / changed[0]} is not as it was written" if changed else ""
+    return f"{_beside(marker, changed[0])} is not as it was written" if changed else ""
+
+
+def _beside(marker: Path, name: str) -> Path:
+    """The file that a marker names from where it is; addresses know no "..", so that is followed here."""
+    ups = name.count("../")
+    return [marker.parent, *marker.parent.parents][ups] / name[3 * ups :]
 
 
 def _digest(path: Path) -> str:

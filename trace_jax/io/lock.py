@@ -1,4 +1,4 @@
-"""One run works in a directory at a time. The lock is the file `.lock`, which says who holds it; a crash releases it."""
+"""One run works in a directory at a time. The file `.lock` there says which; a crash lets go of it."""
 
 import contextlib
 import fcntl

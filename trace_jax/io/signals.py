@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM and the notice before a preemption: the step in flight is finished and saved, then the run ends.
+"""Ctrl-C, SIGTERM, a closed terminal, the notice before a preemption: the step in flight is finished and saved, then
+the run ends.
 
 Nothing here imports JAX before a loop runs: the command line uses it too.
 """
@@ -7,6 +8,7 @@ import contextlib
 import itertools
 import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 
@@ -15,7 +17,7 @@ _counted = itertools.count(1)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to end. `signal` is its number; 128 more is the exit code (130 Ctrl-C, 143 SIGTERM)."""
+    """A signal asked the run to end. `signal` is its number; 128 more is the exit code (130 of Ctrl-C)."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -24,7 +26,20 @@ class Interrupted(KeyboardInterrupt):
 
 def interrupt(number: int, _frame: object = None) -> None:
     """Signal handler for work that has nothing to save: raises `Interrupted`."""
+    _hung_up(number)
     raise Interrupted(number)
+
+
+def _hung_up(number: int) -> None:
+    """Nothing more is said to a terminal that was closed: writing there is an error."""
+    for stream in (1, 2) if number == signal.SIGHUP else ():
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+def endings() -> list[signal.Signals]:
+    """SIGTERM and SIGHUP, but for one that is ignored: nohup lets a run outlive its terminal so."""
+    return [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
 
 
 class Interruption:
@@ -38,7 +53,8 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            numbers = (signal.SIGINT,) if _several() else (signal.SIGINT, signal.SIGTERM)
+            several = (signal.SIGTERM,) if _several() else ()
+            numbers = [number for number in (signal.SIGINT, *endings()) if number not in several]
             self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
@@ -70,7 +86,8 @@ class Interruption:
             self.unsaved = unsaved
 
     def _receive(self, number: int, _frame: object) -> None:
-        if self._number:  # a repeated SIGTERM changes nothing: the state is being saved
+        _hung_up(number)
+        if self._number:  # a repeated one changes nothing: the state is being saved
             return
         self._number = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -45,6 +45,7 @@ CONTROLS = (
 )
 _SECONDS_TO_SEE = 30.0
 _TOLD, _SEAL = ("results.json", "study.json", "series.json"), "results.stage.json"
+_ALWAYS = "config.json", "environment.json", "references.json"
 ANEW = "Run it again with the same --workdir: what is damaged is made anew."
 
 
@@ -56,14 +57,9 @@ def run_stage(
     way.
     """
     marker = directory / f"{name}.stage.json"
-    problem = files.damage(marker) if is_main() else ""
-    stored = None if problem else files.read_json(marker)
-    if broadcast_from_process_0(stored is not None and stored.get("identity") == identity):
+    if files.is_finished(marker, identity, title):
         say(f"{title}: already done")
         return load()
-    if marker.exists():
-        say(f"{title}: {problem or 'its settings changed'}, so it is made anew")
-        files.remove(marker)
     with timed(title), files.collected() as made:
         result = make()
     files.finish(marker, identity, made)
@@ -119,7 +115,7 @@ def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overw
         raise ConfigError(f"{path}: is a file; --workdir needs a directory.")
     try:
         earlier = files.read_json(path / "config.json")
-        before = earlier and earlier["config"]
+        before = {} if earlier is None else earlier["config"]
     except (ValueError, KeyError, TypeError):
         if overwrite:
             return True
@@ -181,7 +177,7 @@ def check_files(path: Path) -> None:
 
 def seal(path: Path) -> None:
     """Writes down what a finished run, study or series tells of itself, for `check_files`."""
-    files.finish(path / _SEAL, "", {path / name for name in (*_TOLD, "config.json", "references.json")})
+    files.finish(path / _SEAL, "", {path / name for name in (*_TOLD, *_ALWAYS)})
 
 
 def scoreboard(results: Mapping[str, Any], benchmark: str) -> Scoreboard:

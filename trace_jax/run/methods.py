@@ -118,13 +118,12 @@ def run_method(prepared: Prepared, method: Method, *, label: str, alone: bool = 
     """
     directory, config, tasks = prepared.workdir / "methods" / label, prepared.config, prepared.evaluator.tasks
     weights, weights_id = calibrated(prepared, method.calibration, label)
-    write_json(directory / "weights.json", {"calibration": weights_id})
     calibration_id = fingerprint(prepared.model_id, "calibration", method.calibration)
     quick = [task.identity for task in tasks if task.quick]
     measured = config.evaluation.batch_size, config.evaluation.bootstrap  # what changes the evaluations on the way
     quick += [] if prepared.board == config.data.board else [prepared.board.forgetting]
     model_id = fingerprint(calibration_id, method.unlearning, measured, quick)
-    make = functools.partial(_unlearn, prepared, method, weights, label, model_id)
+    make = functools.partial(_unlearn, prepared, method, (weights, weights_id), label, model_id)
     made = run_stage("unlearning", directory, model_id, f"unlearning with {label}", make)
     load = functools.partial(load_model, config, prepared.workdir, label, target=prepared.target)
     unlearned = functools.cache(lambda: made or load())
@@ -181,9 +180,13 @@ def calibrated(prepared: Prepared, config: CalibrationConfig, label: str) -> tup
     return weights.applied(weighting), weights_id
 
 
-def _unlearn(prepared: Prepared, method: Method, weights: RetainWeights, label: str, model_id: str) -> Model:
-    """Unlearns, and keeps the model and how it was made (unlearned.json)."""
+def _unlearn(
+    prepared: Prepared, method: Method, weighted: tuple[RetainWeights, str], label: str, model_id: str
+) -> Model:
+    """Unlearns, and keeps the model and how it was made: with which weights, and unlearned.json."""
     config, corpora, directory = prepared.config, prepared.corpora, prepared.workdir / "methods" / label
+    weights, weights_id = weighted
+    write_json(directory / "weights.json", {"calibration": weights_id})
     recalibrate = None
     if method.calibration.recalibrates_every is not None:
         settings = method.calibration, prepared.target, corpora.forget, corpora.retain, prepared.mesh

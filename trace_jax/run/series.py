@@ -130,8 +130,8 @@ def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) ->
     saved["verdict"] = f"{len(series.forget)} steps. {own[0].upper()}{own[1:]}."
     saved |= {"kind": series.kind, "forget": series.forget, "steps": told, "scores": encode(scores), "table": table}
     write_json(path / "series.json", saved)
-    seal(path)
     write_json(path / "environment.json", describe())
+    seal(path)
     return f"{table}\n\nseries: {shown(path / 'series.json')}\nreport: {link(write_report(path))}"
 
 

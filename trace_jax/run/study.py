@@ -280,7 +280,6 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial], fin
     averaged = {which: {n: t_interval(np.array(v)) for n, v in group.items()} for which, group in by_name.items()}
     study["robustness"] = [{**of[v], "method": m, "numbers": encode(numbers)} for (v, m), numbers in averaged.items()]
     write_json(path / "study.json", study)
-    seal(path)
     tables, texts = [], []
     for variant, compared in comparisons.items():
         tables += [f"## {variant}"] * bool(variant) + list(map(comparison_text.as_markdown, compared))
@@ -296,6 +295,7 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial], fin
     with replacing(path / "tables.md") as temporary:
         temporary.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     write_json(path / "environment.json", describe())
+    seal(path)
     text = "\n\n".join(texts)
     return f"{text}\n\nstudy: {shown(path / 'study.json')}\nreport: {link(write_report(path))}"
 

@@ -1,0 +1,74 @@
+"""A full disk, a quota, a directory that can't be written: one sentence, nothing half-written, and it goes on."""
+
+import contextlib
+import os
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.faults.harness import Ended, Place, wait
+from tests.faults.interruptions import Tried, judged, stage
+
+DISK = 1100 << 20  # bytes; a run asks for a gibibyte before it begins
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path | None]:
+    """A file system of its own in memory; None where this user can't mount one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def full_disk(place: Place, kind: str, expected: Any, *, after: float) -> Tried | None:
+    """The disk fills up so many seconds after the run began, but for a few kilobytes."""
+    with small_disk(place.folder / f"disk-{kind}-{after:.2f}") as disk:
+        if disk is None:
+            return None
+        workdir, filler = disk / "run", disk / "filler"
+        process = place.start(kind, workdir)
+        time.sleep(after)
+        free = shutil.disk_usage(disk).free
+        with filler.open("wb") as file, contextlib.suppress(OSError):
+            os.posix_fallocate(file.fileno(), 0, max(free - 4096, 1))
+        ended = wait(process)
+        filler.unlink()
+        one = Tried("full disk", stage(ended.said), told(ended, "No space left on device"))
+        return judged(one, place.run(kind, workdir), kind, workdir, expected)
+
+
+def quota(place: Place, kind: str, expected: Any, *, largest: int) -> Tried:
+    """No file may be larger than so many bytes."""
+    workdir = place.folder / f"quota-{kind}-{largest}"
+    ended = place.run(kind, workdir, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)))
+    one = Tried("quota", stage(ended.said), told(ended, "File too large"))
+    return judged(one, place.run(kind, workdir), kind, workdir, expected)
+
+
+def read_only(place: Place, kind: str, expected: Any, *, after: float | None) -> Tried | None:
+    """Nothing can be written in the workdir: from the start, or once the run has been stopped after so many seconds."""
+    if os.geteuid() == 0 and subprocess.run(["chattr", "+i", str(place.folder)], capture_output=True).returncode:
+        return None
+    subprocess.run(["chattr", "-i", str(place.folder)], capture_output=True)
+    raise NotImplementedError
+
+
+def told(ended: Ended, reason: str) -> str:
+    """What is wrong with how a run ended that could not write; "" if it said so in a sentence, or needed no space."""
+    if ended.problem:
+        return f"{ended.problem}: {ended.said[-1500:]}"
+    if ended.code == 0:
+        return ""
+    if ended.code != 2 or reason not in ended.sentence:
+        return f"exit code {ended.code}, said: {ended.said[-600:]}"
+    return ""
