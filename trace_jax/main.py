@@ -9,11 +9,9 @@ import ast
 import contextlib
 import difflib
 import importlib
-import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,8 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m trace_jax.main` and of `trace-jax`. Returns the exit code."""
     for number in endings():
         signal.signal(number, interrupt)
-    if not os.environ.get("TRACE_JAX_TRACEBACK"):
-        _quieten_threads()
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         return options.main(options)
@@ -82,13 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
             os._exit(2)  # at once: the other processes must not wait for this one
         return 2
-
-
-def _quieten_threads() -> None:
-    """Errors in the threads of libraries are raised where their work is waited for; their prints of it are too many."""
-    show, main_thread = sys.excepthook, threading.main_thread()
-    sys.excepthook = lambda *error: show(*error) if threading.current_thread() is main_thread else None
-    logging.getLogger("absl").addFilter(lambda record: not record.exc_info)  # Orbax speaks through it
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

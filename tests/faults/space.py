@@ -17,30 +17,26 @@ DISK = 1100 << 20  # bytes; a run asks for a gibibyte before it begins
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Path | None]:
-    """A file system of its own in memory; None where this user can't mount one."""
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of its own in memory. PermissionError where this user can't mount one."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
-        yield None
-        return
+        raise PermissionError("only root can mount a file system")
     try:
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def full_disk(place: Place, kind: str, expected: Any, *, after: float) -> Tried | None:
+def full_disk(place: Place, kind: str, expected: Any, *, after: float) -> Tried:
     """The disk fills up so many seconds after the run began, but for a few kilobytes."""
-    with small_disk(place.folder / f"disk-{kind}-{after:.2f}") as disk:
-        if disk is None:
-            return None
+    with small_disk(place.folder / f"disk-{kind}-{after:.3f}") as disk:
         workdir, filler = disk / "run", disk / "filler"
         process = place.start(kind, workdir)
         time.sleep(after)
-        free = shutil.disk_usage(disk).free
         with filler.open("wb") as file, contextlib.suppress(OSError):
-            os.posix_fallocate(file.fileno(), 0, max(free - 4096, 1))
+            os.posix_fallocate(file.fileno(), 0, max(shutil.disk_usage(disk).free - 4096, 1))
         ended = wait(process)
         filler.unlink()
         one = Tried("full disk", stage(ended.said), told(ended, "No space left on device"))
@@ -55,20 +51,27 @@ def quota(place: Place, kind: str, expected: Any, *, largest: int) -> Tried:
     return judged(one, place.run(kind, workdir), kind, workdir, expected)
 
 
-def read_only(place: Place, kind: str, expected: Any, *, after: float | None) -> Tried | None:
-    """Nothing can be written in the workdir: from the start, or once the run has been stopped after so many seconds."""
-    if os.geteuid() == 0 and subprocess.run(["chattr", "+i", str(place.folder)], capture_output=True).returncode:
-        return None
-    subprocess.run(["chattr", "-i", str(place.folder)], capture_output=True)
-    raise NotImplementedError
+def read_only(place: Place, kind: str, expected: Any, *, after: float) -> Tried:
+    """Nothing can be written any more so many seconds after the run began; 0: from its start."""
+    with small_disk(place.folder / f"read-only-{kind}-{after:.3f}") as disk:
+        workdir = disk / "run"
+        if not after:
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        process = place.start(kind, workdir)
+        time.sleep(after)
+        # Files that are open for writing keep a disk from being remounted.
+        while after and subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True).returncode:
+            time.sleep(0.01)
+        ended = wait(process)
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        one = Tried("read-only", stage(ended.said), told(ended, "Read-only file system"))
+        return judged(one, place.run(kind, workdir), kind, workdir, expected)
 
 
 def told(ended: Ended, reason: str) -> str:
     """What is wrong with how a run ended that could not write; "" if it said so in a sentence, or needed no space."""
     if ended.problem:
         return f"{ended.problem}: {ended.said[-1500:]}"
-    if ended.code == 0:
-        return ""
-    if ended.code != 2 or reason not in ended.sentence:
+    if ended.code != 0 and (ended.code != 2 or reason not in ended.sentence):
         return f"exit code {ended.code}, said: {ended.said[-600:]}"
     return ""

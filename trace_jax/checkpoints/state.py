@@ -3,11 +3,14 @@ state (Orbax), saved every few steps, restored after any interruption, on any me
 """
 
 import contextlib
+import functools
 import gc
 import json
 import logging
 import os
 import re
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +58,14 @@ def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:
     return traverse_util.unflatten_dict(tensors, sep="."), metadata
 
 
+@functools.cache
+def _quieten_threads() -> None:
+    """Errors in the threads of Orbax are raised where their work is waited for; prints of it in between say nothing."""
+    show, main_thread = sys.excepthook, threading.main_thread()
+    sys.excepthook = lambda *error: show(*error) if threading.current_thread() is main_thread else None
+    logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
+
+
 class _Manager(ocp.CheckpointManager):
     """Orbax's manager reports its own steps to the preemption service, also from its threads; the loop counts there."""
 
@@ -73,6 +84,7 @@ class StateStore(PreservationPolicy):
     protected = -1  # the step whose state stays whatever is saved after it; -1: none
 
     def __init__(self, directory: str | os.PathLike, about: dict[str, Any]):
+        _quieten_threads()
         self._about = about  # JSON: what made the states (hash of the settings, seed); others are not restored
         # With its processes named Orbax waits for them without the devices, which may be in the middle of a step.
         everyone = MultiprocessingOptions(active_processes=set(range(jax.process_count())))
