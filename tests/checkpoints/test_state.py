@@ -2,6 +2,7 @@
 
 import gc
 import json
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -107,6 +108,21 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, spec):
         jax.block_until_ready(x)
     _, state = restore(tmp_path, {"x": x})
     assert float(state["x"].max()) == 0.0 and float(x.min()) == 5.0
+
+
+def test_a_state_that_can_not_be_written_is_an_error_in_words(tmp_path):
+    """Of Orbax, which speaks of coroutines and error codes."""
+    state = {"x": jnp.arange(20_000, dtype=jnp.float32)}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with StateStore(tmp_path, ABOUT) as store:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+            with pytest.raises(OSError, match=f"{tmp_path.name}: a state can't be written: File too large"):
+                store.save(1, state)
+                store.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert restore(tmp_path, state)[1] is None
 
 
 def truncate(file):

@@ -5,8 +5,10 @@ reads the run refuses it by name, and the next start makes it anew; nothing is b
 import collections
 import contextlib
 import io
+import json
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,3 +129,11 @@ def verdict(file: str, broken: bytes | None, refused: str, wrong: str, now: byte
     if now == broken:
         return "refused, but not made anew" if refused else "unnoticed"
     return ""
+
+
+def as_lines() -> None:
+    """A line of JSON for each damage: folder of the data, kind, whole run, other run, and at most how many."""
+    folder, kind, whole, other, *most = sys.argv[1:]
+    out, place = sys.stdout, Place(Path(folder))
+    for one in damage_all(place, kind, Path(whole), Path(other), most=int(most[0]) if most else None):
+        print(json.dumps(one), file=out, flush=True)

@@ -29,12 +29,14 @@ def small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def full_disk(place: Place, kind: str, expected: Any, *, after: float) -> Tried:
+def full_disk(place: Place, kind: str, expected: Any, *, after: float) -> Tried | None:
     """The disk fills up so many seconds after the run began, but for a few kilobytes."""
     with small_disk(place.folder / f"disk-{kind}-{after:.3f}") as disk:
         workdir, filler = disk / "run", disk / "filler"
         process = place.start(kind, workdir)
         time.sleep(after)
+        if process.poll() is not None:
+            return None  # it came too late
         with filler.open("wb") as file, contextlib.suppress(OSError):
             os.posix_fallocate(file.fileno(), 0, max(shutil.disk_usage(disk).free - 4096, 1))
         ended = wait(process)
@@ -51,7 +53,7 @@ def quota(place: Place, kind: str, expected: Any, *, largest: int) -> Tried:
     return judged(one, place.run(kind, workdir), kind, workdir, expected)
 
 
-def read_only(place: Place, kind: str, expected: Any, *, after: float) -> Tried:
+def read_only(place: Place, kind: str, expected: Any, *, after: float) -> Tried | None:
     """Nothing can be written any more so many seconds after the run began; 0: from its start."""
     with small_disk(place.folder / f"read-only-{kind}-{after:.3f}") as disk:
         workdir = disk / "run"
@@ -59,6 +61,8 @@ def read_only(place: Place, kind: str, expected: Any, *, after: float) -> Tried:
             subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         process = place.start(kind, workdir)
         time.sleep(after)
+        if process.poll() is not None:
+            return None
         # Files that are open for writing keep a disk from being remounted.
         while after and subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True).returncode:
             time.sleep(0.01)

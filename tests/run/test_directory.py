@@ -1,11 +1,13 @@
 """A run directory belongs to one corpus and model; a stage is kept exactly as long as its settings stay."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.two_processes import JOIN, run_processes
 from trace_jax.config import ConfigError, resolve
-from trace_jax.io.files import read_json, write_json
-from trace_jax.run.directory import check_workdir, open_workdir, run_stage
+from trace_jax.io.files import read_json, replacing, write_json
+from trace_jax.run.directory import check_files, check_workdir, open_workdir, run_stage
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import find_model
 
@@ -84,6 +86,51 @@ def test_a_stage_runs_once_and_again_only_when_it_failed_or_its_settings_change(
     for identity in ("a", "a", "b", "b"):
         run_stage("count", tmp_path, identity, "counting", lambda identity=identity: calls.append(identity))
     assert calls == ["a", "b"]
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.write_bytes(b""), Path.unlink, lambda f: f.write_text("made of x!")])
+def test_a_stage_whose_files_are_not_as_it_left_them_is_made_anew(tmp_path, damage, capsys):
+    file = tmp_path / "stage" / "inside" / "made.txt"
+
+    def make():
+        with replacing(file) as temporary:
+            temporary.write_text("made of x")
+
+    def stage(load=lambda: "loaded"):
+        return run_stage("made", tmp_path / "stage", "x", "making", make, load)
+
+    assert [stage(), stage()] == [None, "loaded"]
+    check_files(tmp_path)
+    damage(file)
+    with pytest.raises(ValueError, match=r"inside/made.txt is not as it was written. Run it again"):
+        check_files(tmp_path)
+    assert [stage(), stage()] == [None, "loaded"] and file.read_text() == "made of x"
+    assert "made.txt is not as it was written, so it is made anew" in capsys.readouterr().err
+    (tmp_path / "stage" / "made.stage.json").write_text("{")
+    assert [stage(), stage()] == [None, "loaded"]
+
+
+def test_a_stage_within_a_stage_is_of_both(tmp_path):
+    """What the inner one kept from before counts as the outer one's, too."""
+
+    def inner():
+        run_stage("inner", tmp_path / "a", "x", "inner", lambda: write_json(tmp_path / "a" / "file.json", 1))
+
+    inner()
+    run_stage("outer", tmp_path / "b", "x", "outer", inner)
+    digests = read_json(tmp_path / "b" / "outer.stage.json")["files"]
+    assert digests.keys() == {"../a/file.json"} and len(digests["../a/file.json"]) == 64
+
+
+def test_a_configuration_that_is_damaged_is_named_and_replaced_only_when_asked(tmp_path):
+    open_workdir(experiment(), tmp_path / "run")
+    for content in (b"", b"{}", b"[1]", b"\xff"):
+        (tmp_path / "run" / "config.json").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"config.json: is damaged"):
+            open_workdir(experiment(), tmp_path / "run")
+    (tmp_path / "run" / "left.txt").touch()
+    open_workdir(experiment(), tmp_path / "run", overwrite=True)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 WORKDIR = (

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
+import re
 import signal
 import threading
 
@@ -15,8 +17,8 @@ from tests.unlearning.conftest import Stop
 from trace_jax.checkpoints.state import StateStore
 from trace_jax.io.files import read_lines
 from trace_jax.io.signals import Interrupted
-from trace_jax.unlearning.loop import Hook, Loop, TrainState
-from trace_jax.unlearning.metrics import front_rows
+from trace_jax.unlearning.loop import Evaluated, Hook, Loop, TrainState
+from trace_jax.unlearning.metrics import front_rows, read_items
 
 
 def fresh(size=3):
@@ -85,6 +87,57 @@ def assert_continues_like_a_whole_run(path, whole):
 def newest(path):
     with StateStore(path / "checkpoints", {"identity": "a", "seed": 0}) as store:
         return store.restore(fresh())[0]
+
+
+def _line(of, change):
+    """Changes the line of metrics.jsonl that has kind and step `of`."""
+
+    def damage(path):
+        file = path / "metrics.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True)
+        place = next(i for i, line in enumerate(lines) if (r := json.loads(line)) and (r["kind"], r["step"]) == of)
+        lines[place] = change(lines[place])
+        file.write_bytes(b"".join(lines))
+
+    return damage
+
+
+def _number(line):
+    """Another number in the line, which stays valid JSON."""
+    return re.sub(rb'("loss"|"w"): -?', rb"\g<0>1", line)
+
+
+@pytest.mark.parametrize(
+    ("damage", "after"),
+    [
+        (_line(("step", 2), _number), 0),
+        (_line(("step", 5), _number), 3),
+        (_line(("measurement", 4), _number), 3),
+        (_line(("step", 2), lambda line: b""), 0),
+        (_line(("step", 2), lambda line: line[:20] + b"\n"), 0),
+        (lambda path: (path / "metrics.jsonl").write_bytes(b""), 0),
+        (lambda path: (path / "metrics.jsonl").unlink(), 0),
+        (lambda path: (path / "items.npz").write_bytes(b"x" + (path / "items.npz").read_bytes()[1:]), 0),
+        (lambda path: (path / "items.npz").unlink(), 0),
+        (lambda path: None, 6),
+    ],
+)
+def test_a_run_continues_from_where_all_that_it_wrote_is_as_it_was(tmp_path, damage, after, capsys):
+    def evaluate(step, trained):
+        return Evaluated(first_weight(step, trained), items={"right": np.array([step, 1], np.int32)})
+
+    expected = make_loop(tmp_path / "whole", evaluate=evaluate).run(fresh, placed, step_until())
+    with pytest.raises(Stop):
+        make_loop(tmp_path / "cut", evaluate=evaluate).run(fresh, placed, step_until(stop=8))
+    damage(tmp_path / "cut")
+    resumed = make_loop(tmp_path / "cut", evaluate=evaluate).run(fresh, placed, step_until())
+    np.testing.assert_array_equal(resumed.trainable["w"], expected.trainable["w"])
+    assert tiny.history(tmp_path / "cut") == tiny.history(tmp_path / "whole")
+    steps, items = read_items(tmp_path / "cut")
+    assert steps.tolist() == [0, 4, 8, 10] and items["right"][:, 0].tolist() == [0, 4, 8, 10]
+    said = capsys.readouterr().err
+    assert (f"continuing after step {after} of 10" in said) == (after > 0)
+    assert ("is not as it was" in said) == (after < 6)
 
 
 @pytest.mark.parametrize("stop", [1, 4, 9])

@@ -67,9 +67,10 @@ def _on_disk(lock: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
+                holder = None
                 with contextlib.suppress(ValueError):
-                    raise _refusal(lock, json.loads(file.read())) from None
-                raise _refusal(lock, None) from None
+                    holder = json.loads(file.read())
+                raise _refusal(lock, holder) from None
             except OSError as error:  # a file system without locks
                 say(f"{lock}: can't be locked ({error.strerror}); see to it that no other run works there")
             try:
