@@ -202,9 +202,10 @@ def is_finished(marker: Path, identity: str, title: str) -> bool:
 def damage(marker: Path) -> str:
     """What is not as it was when `finish` wrote the marker, for people; "" if all is."""
     try:
-        digests = (read_json(marker) or {"files": {}}).get("files", {}).items()  # earlier versions kept none
-        changed = [name for name, digest in digests if _digest(_beside(marker, name)) != digest]
-    except (ValueError, AttributeError):
+        stored = read_json(marker)
+        digests = {} if stored is None else stored.get("files", {})  # earlier versions kept none
+        changed = [name for name, digest in digests.items() if _digest(_beside(marker, name)) != digest]
+    except (ValueError, AttributeError, OSError):  # the marker itself isn't what was written
         changed = [marker.name]
     return f"{_beside(marker, changed[0])} is not as it was written" if changed else ""
 
@@ -231,8 +232,11 @@ def _digest(path: Path) -> str:
 def read_arrays(path: str | os.PathLike, names: Collection[str] = ()) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, or of these names those that it has. ValueError: it is damaged."""
     try:
-        with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
-            return {name: file[name] for name in names or file.files if name in file.files}
+        with local_copy(path) as local, local.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                raise ValueError("it is a single one")
+            return {name: arrays[name] for name in names or arrays.files if name in arrays.files}
     except (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: can't be read as arrays ({error}). Remove it to make it anew.") from error
 
