@@ -23,7 +23,7 @@ def test_a_model_is_found_whatever_the_settings_of_unlearning_were_called_then(t
     saved["config"]["unlearning"] = {"objective": "npo", "beta": 0.1, "lora_rank": None, "keep_forgetting": None}
     write_json(tmp_path / "config.json", saved)
     write_json(tmp_path / "methods" / "uniform" / "results.json", {})
-    write_json(tmp_path / "methods" / "uniform" / "unlearning.stage.json", {"identity": "a"})
+    write_json(tmp_path / "methods" / "uniform" / "unlearning.stage.json", {"identity": "a", "files": {}})
     config, *found = find_model(tmp_path, None)
     assert (config.name, *found) == ("x", "uniform", "a")
 

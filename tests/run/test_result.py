@@ -75,6 +75,9 @@ def test_what_an_earlier_version_spelled_otherwise_is_refused_and_all_else_is_re
     saved = read_json(path / "config.json")
     saved["config"]["unlearning"] = {"beta": 0.1}
     write_json(path / "config.json", saved)
+    with pytest.raises(ValueError, match=r"config\.json is not as it was written"):
+        open_run(path)
+    (path / "results.stage.json").unlink()  # as if it had always said so
     opened = open_run(path)
     assert opened.metrics().equals(finished[1].metrics()) and opened.model("uniform").tokenizer is not None
     with pytest.raises(

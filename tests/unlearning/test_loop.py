@@ -193,24 +193,6 @@ def test_a_model_that_can_not_be_scored_any_more_stops_the_run(tmp_path):
         assert (result.step, result.stopped) == (3, "the evaluation at step 4 failed: likelihoods are NaN")
 
 
-def test_a_run_that_an_earlier_version_began_is_continued_and_its_evaluations_are_read(tmp_path, whole):
-    """Its lines had no kind, and an evaluation was one of them. Measurements whose evaluation was cut short go."""
-    with pytest.raises(Stop):
-        make_loop(tmp_path).run(fresh, placed, step_until(stop=8))
-    rows, file, old = read_lines(tmp_path / "metrics.jsonl"), tmp_path / "metrics.jsonl", []
-    for row in rows:
-        head, rest = {"step": row["step"], "identity": "a"}, {n: row[n] for n in ("loss", "w") if n in row}
-        if row["kind"] != "evaluation":
-            old.append({**head, "evaluation": rest} if row["kind"] == "measurement" else head | rest)
-    tiny.write_lines(file, [*old, {"kind": "measurement", "step": 6, "identity": "a", "w": 0.0}])
-    make_loop(tmp_path).run(fresh, placed, step_until())
-    assert [{n: x for n, x in row.items() if n != "checksum"} for row in read_lines(file)[:8]] == old[:8]
-    expected = {row["step"]: row["evaluation"][0] for row in front_rows(whole[2])}
-    assert [(row["step"], row["evaluation"]) for row in front_rows(tmp_path)] == [
-        *((step, expected[step]) for step in (0, 4)), *((step, [expected[step]]) for step in (8, 10))
-    ]  # fmt: skip
-
-
 # --- signals
 
 

@@ -203,9 +203,9 @@ def damage(marker: Path) -> str:
     """What is not as it was when `finish` wrote the marker, for people; "" if all is."""
     try:
         stored = read_json(marker)
-        digests = {} if stored is None else stored.get("files", {})  # earlier versions kept none
+        digests = {} if stored is None else stored["files"]
         changed = [name for name, digest in digests.items() if _digest(_beside(marker, name)) != digest]
-    except (ValueError, AttributeError, OSError):  # the marker itself isn't what was written
+    except (ValueError, LookupError, AttributeError, TypeError, OSError):  # the marker itself isn't what was written
         changed = [marker.name]
     return f"{_beside(marker, changed[0])} is not as it was written" if changed else ""
 

@@ -68,8 +68,7 @@ class ExpertStatistics:
     def load(cls, path) -> "ExpertStatistics":
         file = read_arrays(path, [field.name for field in dataclasses.fields(cls)])
         layers = tuple(file["layers"].tolist()) if "layers" in file else ()
-        affinity = file.get("affinity", np.nan * file["counts"])  # runs of before kept another mean
-        return cls(file["counts"], affinity, int(file["tokens"]), int(file["top_k"]), layers)
+        return cls(file["counts"], file["affinity"], int(file["tokens"]), int(file["top_k"]), layers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,10 +68,8 @@ def run_stage(
 
 
 def calibration_directory(workdir: Path, label: str) -> Path:
-    """Where the weights of `methods/LABEL` are: in `calibrations/HASH`, or there, as earlier versions had them."""
-    directory = workdir / "methods" / label
-    shared = files.read_json(directory / "weights.json")
-    return directory if shared is None else workdir / "calibrations" / shared["calibration"]
+    """Where the weights of `methods/LABEL` are."""
+    return workdir / "calibrations" / needed(workdir / "methods" / label / "weights.json")["calibration"]
 
 
 def open_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overwrite: bool = False) -> Path:
@@ -133,7 +131,7 @@ def check_workdir(config: ExperimentConfig, workdir: str | os.PathLike, *, overw
             for section in ("data", "model")
             for key, value in after[section].items()
             if before.get(section, {}).get(key) != value
-        ] or ["the content of its checkpoint, or its settings are of an earlier version"]
+        ] or ["the content of its checkpoint"]
         changed = [*changed[:3], *[f"and {len(changed) - 3} more"] * (len(changed) > 3)]
         raise ConfigError(
             f"{path}: holds a run of another configuration ({'; '.join(changed)}). Choose another --workdir, or "
@@ -180,16 +178,6 @@ def seal(path: Path) -> None:
     files.finish(path / _SEAL, "", {path / name for name in (*_TOLD, *_ALWAYS)})
 
 
-def scoreboard(results: Mapping[str, Any], benchmark: str) -> Scoreboard:
-    """What results were read on; those of earlier versions have the benchmark's own."""
-    return decode(Scoreboard, results["board"]) if "board" in results else BENCHMARKS[benchmark].board
-
-
-def variant_of(row: Mapping[str, Any]) -> str:
-    """Of a row of study.json; earlier versions compared objectives alone."""
-    return row.get("variant", row.get("objective", ""))
-
-
 def finished(path: Path) -> dict[str, Any]:
     """What a finished run, study or series says of itself: its results.json, study.json or series.json."""
     needed(path / "config.json")
@@ -207,7 +195,7 @@ def write_results(workdir: str | os.PathLike, labels: Iterable[str]) -> None:
             result["patching"] = needed(path / "methods" / label / "patching.json")
         result["attacks"] = {name: needed(path / "methods" / label / "attacks" / f"{name}.json") for name in attacks}
     results: dict[str, Any] = {"name": config["name"], "benchmark": config["data"]["benchmark"], "methods": methods}
-    board = scoreboard(next(iter(methods.values())), results["benchmark"])
+    board = decode(Scoreboard, next(iter(methods.values()))["board"])
     results |= {"board": encode(board), "data": references["data"], "references": references["measurements"]}
     results["equal_forgetting"] = tables = equal_forgetting(path, config, results, board)
     results["table"] = "\n\n".join(map(comparison_text.equal_forgetting_text, tables))
@@ -251,14 +239,14 @@ def write_report(workdir: str | os.PathLike) -> Path:
 def _page(path: Path) -> dict[str, Any]:
     """What `render` draws of a finished run, study or series."""
     page = finished(path)
-    benchmark, board = BENCHMARKS[page["benchmark"]], scoreboard(page, page["benchmark"])
+    benchmark, board = BENCHMARKS[page["benchmark"]], decode(Scoreboard, page["board"])
     page["config"], page["environment"] = needed(path / "config.json")["config"], needed(path / "environment.json")
     page |= {"forgetting": board.forgetting, "chance": board.chance}
     page |= {"methods_known": tuple(dict.fromkeys(("uniform", "trace", "trace_rows", *METHODS)))}
     page["changed"] = changed_settings(page["config"])
     page["generated"] = datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z")
     if "comparisons" in page:
-        first = {variant_of(c): c for c in reversed(page["comparisons"])}
+        first = {c.get("variant", ""): c for c in reversed(page["comparisons"])}
         found = {o: comparison_text.study_conclusion(c, board.forgetting, CONTROLS) for o, c in reversed(first.items())}
         page["conclusion"] = "\n".join(f"{o}: {text}" if o else text for o, text in found.items())
         for row in page["rows"]:

@@ -68,11 +68,8 @@ def find_model(workdir: str | os.PathLike, label: str | None) -> tuple[Experimen
     """
     path = files.as_path(workdir)
     saved = needed(path / "config.json")
-    # Other settings may be spelled as an earlier version had them, and are not read; it had None for unset sizes.
-    settings = {name: saved["config"][name] for name in ("name", "data", "model")}
-    settings["model"] = {name: value for name, value in settings["model"].items() if value is not None}
-    config = resolve(ExperimentConfig, settings)
-    identity = fingerprint(saved["config"]["data"], config.model_identity())  # of settings as they were spelled then
+    config = resolve(ExperimentConfig, {name: saved["config"][name] for name in ("name", "data", "model")})
+    identity = fingerprint(saved["config"]["data"], config.model_identity())
     if isinstance(config.model, PretrainedConfig) and identity != saved["identity"]:
         raise ConfigError(f"{path}: the checkpoint that this run started from has changed; run it again.")
     methods = path / "methods"

@@ -17,7 +17,7 @@ from trace_jax.io.files import as_path, link, shown
 from trace_jax.models.model import Model
 from trace_jax.routing.config import CalibrationConfig
 from trace_jax.routing.weights import RetainWeights
-from trace_jax.run.directory import calibration_directory, check_files, finished, needed, variant_of
+from trace_jax.run.directory import calibration_directory, check_files, finished, needed
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import RETRAINED, TARGET, find_model, load_model
 from trace_jax.unlearning.metrics import front_rows, step_rows
@@ -164,7 +164,7 @@ class Run:
         if "methods" in told:
             return {"": {label: ("", label) for label in told["methods"]}}
         for run in told.get("runs", ()):
-            method, setting, variant = run["method"], run["setting"], variant_of(run)
+            method, setting, variant = run["method"], run["setting"], run.get("variant", "")
             label = run.get("label") or trial_label(method, setting, variant)
             runs[f"seed-{run['seed']}/"][label] = f"{variant} {setting}".strip(), method
         for step in told.get("steps", ()):
@@ -189,9 +189,8 @@ class Run:
         export = needed(self.directory / "config.json")["config"].get("export")
         lines, best = [f"{self.table()}\n"], None
         for table in finished(self.directory).get("equal_forgetting", ())[:1]:
-            if "best" in table:  # runs of earlier versions don't say
-                best = table["best"]
-                lines += [conclusion(table) + " One seed: `study` compares several." * bool(best)]
+            best = table["best"]
+            lines += [conclusion(table) + " One seed: `study` compares several." * bool(best)]
         lines += [f"report: {link(self.report)}"] + [f"export: {shown(self.directory / 'export')}"] * bool(export)
         if best and not export:
             where = f"--workdir {self.directory} --method {best} --output DIR"

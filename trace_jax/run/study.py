@@ -33,7 +33,6 @@ from trace_jax.run.directory import (
     needed,
     on_test,
     open_workdir,
-    scoreboard,
     seal,
     write_report,
 )
@@ -216,7 +215,7 @@ def _runs(config: ExperimentConfig, path: Path, jobs: Sequence[Trial], *, items:
     runs: dict[str, list[Run]] = {trial.variant: [] for trial in jobs}
     for trial, directory, result in _results(path, jobs):
         validation, test = (decode(fronts.Front, result["fronts"][split]) for split in ("validation", "test"))
-        board = scoreboard(result, config.data.name)
+        board = decode(Scoreboard, result["board"])
         kept = fronts.load_run_items(directory, test, board) if items else None
         runs[trial.variant].append(Run(trial.method, trial.setting, trial.seed, validation, test, kept))
     return runs
@@ -252,7 +251,7 @@ def write_study(config: ExperimentConfig, path: Path, jobs: Sequence[Trial], fin
     runs, tuning = _runs(config, path, final or jobs, items=True), _runs(config, path, jobs) if final else {}
     seconds, board = collections.defaultdict(list), config.data.board  # seconds of a step, by method
     for trial, _, result in _results(path, final or jobs):
-        board = scoreboard(result, config.data.name)
+        board = decode(Scoreboard, result["board"])
         if result["seconds_per_step"] is not None:
             seconds[trial.method].append(result["seconds_per_step"])
     exempt = [method for method in config.study.methods if METHODS[method].steps != 1]

@@ -8,10 +8,11 @@ from trace_jax.config import ConfigError
 from trace_jax.evaluation import fronts
 from trace_jax.evaluation.comparison_text import interval_text, markdown_table
 from trace_jax.evaluation.intervals import Interval
+from trace_jax.evaluation.task import Scoreboard
 from trace_jax.io.files import as_path, decode
 from trace_jax.io.progress import MISSING, plain_name
 from trace_jax.report.routing import BASELINE
-from trace_jax.run.directory import check_files, equal_forgetting, finished, needed, scoreboard, variant_of
+from trace_jax.run.directory import check_files, equal_forgetting, finished, needed
 from trace_jax.run.result import open_run
 
 if TYPE_CHECKING:
@@ -55,9 +56,8 @@ def compared(workdir: str) -> "pd.DataFrame":
     check_files(path)
     told = finished(path)
     if "methods" in told:
-        first = equal_forgetting(
-            path, needed(path / "config.json")["config"], told, scoreboard(told, told["benchmark"])
-        )[0]
+        config, board = needed(path / "config.json")["config"], decode(Scoreboard, told["board"])
+        first = equal_forgetting(path, config, told, board)[0]
         rows = [_row(row["name"], row["intervals"], row["gains"]) for row in first["rows"][1:]]
         missed = [(one, row) for one, row in zip(rows, first["rows"][1:], strict=True) if not row["reached"]]
         for one, row in missed:
@@ -68,7 +68,7 @@ def compared(workdir: str) -> "pd.DataFrame":
     rows = []
     for one in told["comparisons"]:
         if one["reading"] == "first" and one["level"] == told["comparisons"][0]["level"]:
-            variant = f"{name}: " if (name := variant_of(one)) else ""
+            variant = f"{name}: " if (name := one.get("variant")) else ""
             rows += [_row(variant + r["method"], r["utilities"], r["gains"], r["setting"]) for r in one["results"]]
     return pd.DataFrame(rows)
 

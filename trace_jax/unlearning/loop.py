@@ -21,7 +21,7 @@ from trace_jax.io.signals import Interrupted, Interruption
 from trace_jax.io.tracking import Tracker
 from trace_jax.parallel.processes import broadcast_from_process_0
 from trace_jax.unlearning.config import Rules
-from trace_jax.unlearning.metrics import Metrics, kind_of
+from trace_jax.unlearning.metrics import Metrics
 
 
 @struct.dataclass
@@ -139,7 +139,7 @@ class Loop:
 
     def _begin(self, done: int, state: TrainState) -> Stop | None:
         """Takes up the run so far, and does what is due before the next step. Returns why it ends there, or None."""
-        evaluations = [row for row in self._metrics.trim(done) if kind_of(row) == "evaluation"]
+        evaluations = [row for row in self._metrics.trim(done) if row["kind"] == "evaluation"]
         for row in evaluations:
             self._evaluations[row["step"]] = Evaluated(None, row.get("forgetting"), row.get("utility"))
         if done:

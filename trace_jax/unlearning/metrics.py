@@ -25,11 +25,6 @@ _FILE, _ITEMS = "metrics.jsonl", "items.npz"
 _HEAD, _SUM = ("kind", "step", "identity"), "checksum"  # of every line
 
 
-def kind_of(row: Mapping[str, Any]) -> str:
-    """What a line is; those of earlier versions don't say, and their evaluations are one line with everything."""
-    return row.get("kind") or next((kind for kind in ("evaluation", "recalibration") if kind in row), "step")
-
-
 class Metrics:
     """The lines and items of one run, `identity`, in `directory`. Process 0 alone reads and writes them, and shows the
     lines of one that was trimmed to the `tracker`.
@@ -40,22 +35,20 @@ class Metrics:
         self._tracker, self._sum, self._items = tracker, 0, {}
 
     def _intact(self) -> tuple[list[dict], list[dict[str, np.ndarray]]]:
-        """This run's lines up to the first that isn't as it was written, and the items of each. Those of earlier
-        versions have no checksum.
-        """
+        """This run's lines up to the first that isn't as it was written, and the items of each."""
         own = [row for row in files.read_lines(self._path) if row.get("identity") == self._identity]
         steps, arrays = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
-        of = [{n: x[steps == r["step"]] for n, x in arrays.items()} if kind_of(r) == "evaluation" else {} for r in own]
+        of = [{n: x[steps == r["step"]] for n, x in arrays.items()} if r["kind"] == "evaluation" else {} for r in own]
         before = 0
         for index, (row, items) in enumerate(zip(own, of, strict=True)):
-            if row.get(_SUM, before := _checksum(row, items, before)) != before:
+            if row.get(_SUM) != (before := _checksum(row, items, before)):
                 return own[:index], of[:index]
         return own, of
 
     def whole(self, done: int) -> bool:
         """Whether what was written until `done` steps were done is there as it was; process 0 alone knows."""
         with contextlib.suppress(ValueError):  # of what can't be read
-            return not is_main() or any((kind_of(r), r["step"]) == ("step", done) for r in self._intact()[0])
+            return not is_main() or any((r["kind"], r["step"]) == ("step", done) for r in self._intact()[0])
         return False
 
     def trim(self, done: int) -> list[dict]:
@@ -66,15 +59,15 @@ class Metrics:
             files.remove(self._directory / _ITEMS)
         own, items = self._intact() if done else ([], [])
         self.write_items(done + 1, {})
-        ended = {row["step"] for row in own if kind_of(row) == "evaluation"}  # others were cut short
-        there = [r["step"] <= done and (kind_of(r) != "measurement" or r["step"] in ended) for r in own]
+        ended = {row["step"] for row in own if row["kind"] == "evaluation"}  # others were cut short
+        there = [r["step"] <= done and (r["kind"] != "measurement" or r["step"] in ended) for r in own]
         self._sum = 0
         with files.replacing(self._path) as temporary:
             temporary.touch()
             for row, of in itertools.compress(zip(own, items, strict=True), there):
                 self._append(temporary, row, of)
         if self._tracker is not None:
-            self._tracker.begin(done, {(kind_of(row), row["step"]) for row in own})
+            self._tracker.begin(done, {(row["kind"], row["step"]) for row in own})
         return [*itertools.compress(own, there)]
 
     def _append(self, path: Path, row: Mapping[str, Any], items: Mapping[str, np.ndarray]) -> None:
@@ -83,7 +76,7 @@ class Metrics:
 
     def has(self, kind: str, step: int) -> bool:
         """Whether there is a line of that kind on `step`, of whichever run; process 0 alone knows."""
-        return is_main() and any((kind_of(row), row["step"]) == (kind, step) for row in files.read_lines(self._path))
+        return is_main() and any((row["kind"], row["step"]) == (kind, step) for row in files.read_lines(self._path))
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Adds a line."""
@@ -140,7 +133,7 @@ def front_rows(directory: str | os.PathLike, identity: str | None = None) -> lis
     for row in files.read_lines(files.as_path(directory) / _FILE):
         if identity not in (None, row.get("identity")):
             continue
-        if (kind := kind_of(row)) == "measurement":
+        if (kind := row["kind"]) == "measurement":
             measured[row["step"]].append({name: value for name, value in row.items() if name not in (*_HEAD, _SUM)})
         elif kind == "evaluation":
             row.pop(_SUM, None)
@@ -151,5 +144,5 @@ def front_rows(directory: str | os.PathLike, identity: str | None = None) -> lis
 def step_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:
     """What is written of each step of a run, {"step", "time", "loss", ...}, since it began."""
     rows = files.read_lines(files.as_path(directory) / _FILE)
-    own = [row for row in rows if kind_of(row) == "step" and identity in (None, row.get("identity"))]
+    own = [row for row in rows if row["kind"] == "step" and identity in (None, row.get("identity"))]
     return [{name: value for name, value in row.items() if name not in ("kind", "identity", _SUM)} for row in own]
