@@ -1,6 +1,6 @@
 """Files are whole or absent and dataclasses come back from JSON, on disk and at gs:// addresses; so data and runs are.
 
-Against a bucket in memory, but for states: Orbax speaks to Google itself.
+Against an object store in memory that answers fsspec, and over HTTP TensorStore, which writes states.
 """
 
 import dataclasses
@@ -11,36 +11,19 @@ from collections.abc import Mapping
 import fsspec
 import numpy as np
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
+from orbax.checkpoint._src.path import gcs_utils
 
+from tests.run.gcs import Bucket, serve
 from tests.run.toy import experiment, numbers
-from trace_jax.checkpoints import state
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.config import ConfigError
 from trace_jax.data.sources import DataError, read_source
-from trace_jax.io import files
+from trace_jax.io import files, lock
 from trace_jax.io.files import append_line, as_path, decode, encode, flush_lines, read_json, read_lines, write_json
 from trace_jax.run.export import export
 from trace_jax.run.methods import run
-
-
-class Bucket(MemoryFileSystem):
-    """gs:// in memory. It counts how often each object is written, which an object store limits and charges."""
-
-    protocol = ("gs", "gcs")
-    store, pseudo_dirs, writes = {}, [""], []
-    cachable = False
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(str(path).replace("gs://", "/", 1))
-
-    def _open(self, path, mode="rb", **kwargs):
-        assert "a" not in mode and "+" not in mode, "objects can't be extended"
-        if "w" in mode:
-            self.writes.append(path)
-        return super()._open(path, mode=mode, **kwargs)
+from trace_jax.unlearning.loop import Loop
 
 
 @pytest.fixture
@@ -50,6 +33,9 @@ def bucket(monkeypatch):
     monkeypatch.setattr(fsspec, "get_filesystem_class", lambda name: Bucket)
     monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: Bucket())
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda _: False)  # asks Google's own package
+    monkeypatch.setattr(lock, "_SETTLED", 0.01)
+    serve()
     for held in (Bucket.store, Bucket.writes, files._PENDING):
         held.clear()
     Bucket.pseudo_dirs[:] = [""]
@@ -145,18 +131,23 @@ def test_text_is_read_from_a_file_or_a_directory(bucket):
 def test_a_run_at_an_address_equals_the_one_on_disk_and_continues(
     bucket, data, finished, tmp_path, monkeypatch, capsys
 ):
-    config, (here, _), manager = experiment(data), finished, state._Manager
+    """States, statistics, weights and results; cut off in the middle of unlearning."""
+    config, (here, _), log = experiment(data), finished, Loop._log
 
-    def on_disk(directory, **more):
-        assert str(directory).startswith("gs://bucket/runs/a/")
-        local = tmp_path / str(directory).removeprefix("gs://")
-        local.mkdir(parents=True, exist_ok=True)
-        return manager(local, **more)
+    def cut_off(loop, pending):
+        if pending is not None and pending[0] == 5 and "unlearning with trace_rows" in loop.title:
+            raise KeyboardInterrupt
+        return log(loop, pending)
 
-    monkeypatch.setattr(state, "_Manager", on_disk)
-    text = str(run(config, f"{bucket}/runs/a"))
-    assert "report: gs://bucket/runs/a/report.html" in text
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Loop, "_log", cut_off)
+        run(config, f"{bucket}/runs/a")
     address = as_path(f"{bucket}/runs/a")
+    assert (address / "methods/trace_rows/checkpoints/4/commit_success.txt").exists()
+    capsys.readouterr()
+    text = str(run(config, address))
+    assert "unlearning with trace_rows: continuing after step 4 of 6" in capsys.readouterr().err
+    assert "report: gs://bucket/runs/a/report.html" in text
     assert numbers(address) == numbers(here)
     assert "<html" in (address / "report.html").read_text()
     names = {name.removeprefix("/bucket/runs/a/") for name in Bucket.store}
