@@ -5,6 +5,8 @@ neither on the number of devices nor on the steps before, so that resuming needs
 """
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,6 +70,12 @@ class Rows:
     def __repr__(self) -> str:
         documents, (count, length) = self.segments.max(axis=1, initial=0).sum(), self.tokens.shape
         return f"Rows({count:,} rows x {length}, {documents:,} documents, {self.valid.sum():,} tokens to predict)"
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of what stands in the rows: what was made for some of equal size is not for these."""
+        arrays = (self.tokens, self.segments, self.valid)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()[:16]
 
     def take(self, indices: np.ndarray) -> "Rows":
         """The rows at `indices`, in that order."""

@@ -53,6 +53,7 @@ class RetainWeights:
     selected: np.ndarray | None = None  # bool [L, E], the experts that were looked at, of weightings that do
     frequency: np.ndarray | None = None  # f64 [L, E], of them the weighted frequency sum_t w_t a_t / sum_t w_t
     calibration: Calibration | None = None  # of weightings that match experts
+    corpus: str = ""  # `Rows.digest` of the rows that they are of; "": unknown
 
     def __repr__(self) -> str:
         sizes = f"{len(self.valid):,} rows, {len(self.tokens):,} tokens, apply {self.apply}"
@@ -107,7 +108,7 @@ class RetainWeights:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes weights.npz and, where experts were matched, calibration.npz and calibration.json."""
-        names = ("tokens", "valid", "apply", "online", "selected", "frequency")
+        names = ("tokens", "valid", "apply", "online", "selected", "frequency", "corpus")
         arrays = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         write_arrays(as_path(directory) / "weights.npz", arrays)
         for name in ("calibration.npz", "calibration.json"):  # of another weighting, saved here before
@@ -120,6 +121,7 @@ class RetainWeights:
         """The inverse of `save`."""
         arrays: dict[str, Any] = read_arrays(as_path(directory) / "weights.npz")
         plain = {"apply": str(arrays.pop("apply")), "online": bool(arrays.pop("online"))}
+        plain["corpus"] = str(arrays.pop("corpus"))
         return cls(**arrays, **plain, calibration=Calibration.load(as_path(directory) / "calibration"))
 
 
@@ -175,10 +177,10 @@ def retain_weights(
     if selected is not None and not isinstance(weighting, (settings.Matching, settings.RatioWeights)):
         raise ValueError(f"selected is given, and the weighting {weighting.name!r} looks at no expert; leave it out.")
     if not isinstance(weighting, settings.Weighted):
-        return RetainWeights(np.ones(int(valid.sum())), valid)
+        return RetainWeights(np.ones(int(valid.sum())), valid, corpus=retain.digest)
     if not isinstance(weighting, (settings.Matching, settings.RatioWeights)):
         tokens = controls.weights_without_experts(weighting, whole, forget, retain, mesh=mesh, batch_size=batch_size)
-        return RetainWeights(tokens, valid).applied(weighting)
+        return RetainWeights(tokens, valid, corpus=retain.digest).applied(weighting)
     passes: Any = {"batch_size": batch_size, "mesh": mesh, "num_experts": num_experts}
     if retain_statistics is None:
         retain_statistics, routed = expert_routing(model, retain, **passes, min_activations=MIN_ACTIVATIONS)
@@ -222,7 +224,8 @@ def retain_weights(
     if frequency is None:
         frequency = weighted_frequency(assignments.indices, tokens, selected.shape[1])
     selected = selected if calibration is None else calibration.selected
-    weights = RetainWeights(tokens, valid, selected=selected, frequency=frequency, calibration=calibration)
+    about: dict[str, Any] = {"selected": selected, "frequency": frequency, "calibration": calibration}
+    weights = RetainWeights(tokens, valid, corpus=retain.digest, **about)
     return weights.applied(weighting)
 
 

@@ -99,7 +99,8 @@ def unlearn(
       ConfigError: retain data missing for an objective that needs it; a layer the model doesn't have; selected
         experts missing; refusals without a tokenizer; a rule without an evaluation to read; online weights that a
         batch would have to be divided by; recalibration without weights to start from; routers that GRIP can't hold.
-      ValueError: rows without a token that can be predicted, or with tokens that the model doesn't know.
+      ValueError: rows without a token that can be predicted, or with tokens that the model doesn't know; weights of
+        other rows.
 
     Example:
       >>> config = tj.UnlearningConfig(steps=3, forget_batch_size=2, retain_batch_size=2)
@@ -127,7 +128,8 @@ def unlearn(
         trained = trainable_table(model.config, config, selected)
         say(f"{title}: {table_text(trained).partition(chr(10))[0]}")
         if identity is None:
-            of = [*vars(forget).values(), *({} if retain is None else vars(retain)).values()]
+            both = [rows for rows in (forget, retain) if rows is not None]
+            of = [getattr(rows, field.name) for rows in both for field in dataclasses.fields(rows)]
             of += [] if weights is None else [weights.tokens, weights.row_probability, weights.step_weights]
             of = [hashlib.sha256(array.tobytes()).hexdigest() for array in of]
             identity = fingerprint(config, model.config, None if selected is None else selected.tolist(), seed, of)
@@ -193,6 +195,8 @@ def _check(
         raise ConfigError(
             "stop_forgetting, stop_utility and keep read evaluations; give `evaluate`, or leave them out."
         )
+    if weights is not None and retain is not None and weights.corpus not in ("", retain.digest):
+        raise ValueError("the weights were made for other retain rows; make them with `retain_weights` for these.")
     if weights is not None and weights.online:
         config.check_online()
     if recalibrate is not None and weights is None:
