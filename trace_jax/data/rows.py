@@ -5,7 +5,6 @@ neither on the number of devices nor on the steps before, so that resuming needs
 """
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,7 +70,7 @@ class Rows:
         documents, (count, length) = self.segments.max(axis=1, initial=0).sum(), self.tokens.shape
         return f"Rows({count:,} rows x {length}, {documents:,} documents, {self.valid.sum():,} tokens to predict)"
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
         """Hash of what stands in the rows: what was made for some of equal size is not for these."""
         arrays = (self.tokens, self.segments, self.valid)

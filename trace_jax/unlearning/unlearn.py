@@ -128,8 +128,7 @@ def unlearn(
         trained = trainable_table(model.config, config, selected)
         say(f"{title}: {table_text(trained).partition(chr(10))[0]}")
         if identity is None:
-            both = [rows for rows in (forget, retain) if rows is not None]
-            of = [getattr(rows, field.name) for rows in both for field in dataclasses.fields(rows)]
+            of = [*vars(forget).values(), *({} if retain is None else vars(retain)).values()]
             of += [] if weights is None else [weights.tokens, weights.row_probability, weights.step_weights]
             of = [hashlib.sha256(array.tobytes()).hexdigest() for array in of]
             identity = fingerprint(config, model.config, None if selected is None else selected.tolist(), seed, of)
