@@ -29,7 +29,7 @@ from trace_jax.routing.captures import read_capture
 from trace_jax.run.directory import run_stage
 
 CASES = settings(
-    max_examples=int(os.environ.get("FUZZ_CASES", "30")), derandomize=True, deadline=None, database=None,
+    max_examples=int(os.environ.get("FUZZ_CASES", "15")), derandomize=True, deadline=None, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 MEGABYTE = 1 << 20
