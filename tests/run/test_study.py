@@ -11,7 +11,7 @@ from tests.run.toy import experiment
 from trace_jax.attacks import AttacksConfig
 from trace_jax.attacks.attack import RouterSwap
 from trace_jax.config import ConfigError
-from trace_jax.io.files import read_json, write_json
+from trace_jax.io.files import encode, read_json, write_json
 from trace_jax.routing import statistics, weights
 from trace_jax.run.directory import open_workdir
 from trace_jax.run.result import open_run
@@ -66,6 +66,7 @@ def test_study_of_variants_has_a_table_with_a_line_for_each(data, tmp_path):
     open_workdir(config, tmp_path)
     front = {"steps": [0, 1], "forgetting": [1.0, 0.5], "utilities": {"mean_utility": [1.0, 0.9]}, "measured": {}}
     results = {"fronts": {"validation": front, "test": front}, "seconds_per_step": 1.0}
+    results["board"] = encode(config.data.board)
     for trial in jobs:
         write_json(tmp_path / f"seed-{trial.seed}" / "methods" / trial.label / "results.json", results)
     assert write_study(config, tmp_path, jobs).startswith("gradient_difference\n\nTest split")

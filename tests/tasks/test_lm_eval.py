@@ -294,7 +294,7 @@ def test_the_command_evaluates_the_model_of_a_run(model, own, tmp_path, capsys, 
     config = resolve(ExperimentConfig, {"name": "little", "data": as_dict(DATA), "model": as_dict(MODEL)})
     write_json(tmp_path / "config.json", {"identity": config.identity(), "config": as_dict(config)})
     save_trained(tmp_path / "target", model, "a")
-    write_json(tmp_path / "target" / "target.stage.json", {"identity": "a"})
+    write_json(tmp_path / "target" / "target.stage.json", {"identity": "a", "files": {}})
     command = ["lm-eval", "--workdir", str(tmp_path), "--method", "target"]
     assert main(command) == 0
     text, stored = capsys.readouterr().out, read_json(tmp_path / "lm_eval" / "target.json")

@@ -127,6 +127,7 @@ def write_series(config: ExperimentConfig, path: Path, steps: Sequence[Step]) ->
         where = {"step": number, "directory": os.fspath(directory.relative_to(path))}
         told.append({**where, "references": results["references"], "methods": of_methods})
     saved: dict[str, Any] = {"name": config.name, "title": _TITLES[series.kind], "benchmark": config.data.name}
+    saved["board"] = encode(board)
     saved["verdict"] = f"{len(series.forget)} steps. {own[0].upper()}{own[1:]}."
     saved |= {"kind": series.kind, "forget": series.forget, "steps": told, "scores": encode(scores), "table": table}
     write_json(path / "series.json", saved)
