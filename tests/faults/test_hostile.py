@@ -21,12 +21,11 @@ from tests.run.toy import experiment
 from trace_jax.checkpoints.checkpoint import open_checkpoint
 from trace_jax.checkpoints.pretrained import read_tokenizer
 from trace_jax.data.sources import read_source
-from trace_jax.io.files import read_arrays, read_json, read_lines
+from trace_jax.io.files import read_arrays, read_json, read_lines, run_stage
 from trace_jax.main import main
 from trace_jax.models.families import FAMILIES, model_config
 from trace_jax.report.page import render
 from trace_jax.routing.captures import read_capture
-from trace_jax.run.directory import run_stage
 
 CASES = settings(
     max_examples=int(os.environ.get("FUZZ_CASES", "15")), derandomize=True, deadline=None, database=None,

@@ -6,8 +6,8 @@ import pytest
 
 from tests.two_processes import JOIN, run_processes
 from trace_jax.config import ConfigError, resolve
-from trace_jax.io.files import read_json, replacing, write_json
-from trace_jax.run.directory import check_files, check_workdir, open_workdir, run_stage
+from trace_jax.io.files import read_json, replacing, run_stage, write_json
+from trace_jax.run.directory import check_files, check_workdir, open_workdir
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import find_model
 
@@ -141,6 +141,7 @@ from pathlib import Path
 from tests.run.test_directory import experiment
 from trace_jax.run import directory
 from trace_jax.config import ConfigError
+from trace_jax.io import files
 from trace_jax.io.files import append_line, read_json, remove, write_json
 from trace_jax.io.progress import progress, say
 directory._SECONDS_TO_SEE = 2.0
@@ -154,11 +155,11 @@ say(f"from {index}")
 with progress("work", 1) as advance:
     advance(1, "")
 append_line(path / "lines.jsonl", {"process": index})
-stage = functools.partial(directory.run_stage, "made", path, "x", "making")
+stage = functools.partial(files.run_stage, "made", path, "x", "making")
 made = stage(lambda: write_json(path / "made.json", index))
 print(f"<{made} {read_json(path / 'made.json')}>")
 if index == 1:  # what one process alone sees decides nothing
-    directory.files.read_json = lambda file: None
+    files.read_json = lambda file: None
 print(f"<{stage(lambda: 'made again', lambda: 'loaded')}>")
 if index == 1:
     remove(path / "made.json")

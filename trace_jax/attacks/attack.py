@@ -28,10 +28,9 @@ from trace_jax.evaluation.intervals import Measurement, bootstrap_mean, find, na
 from trace_jax.evaluation.likelihood import NonFiniteScore, spread_indices
 from trace_jax.evaluation.routing import SPLIT as TRAIN
 from trace_jax.evaluation.task import SPLIT, Evaluator, Scoreboard, ScoreStore
-from trace_jax.io.files import collected, decode, finish, is_finished, remove
+from trace_jax.io.files import decode, remove, run_stage
 from trace_jax.models.architecture import ModelConfig, flat_specs, flatten, unflatten
 from trace_jax.models.model import Model, TextCodec
-from trace_jax.parallel.processes import barrier
 from trace_jax.routing.differences import overlap_by_row
 from trace_jax.routing.statistics import Assignments, expert_assignments
 from trace_jax.unlearning.metrics import front_rows
@@ -287,17 +286,16 @@ class TrainingOn(OptimizerConfig, Attack):
         rows, measured = context.prepared, {}
         sampler = epoch_sampler(len(rows), self.batch_size, seed=context.seed)
         for steps in self.steps:
-            place = directory / f"{steps}-steps"
-            if not is_finished(place / "training.stage.json", identity, about := f"{title}, {steps} steps"):
-                with collected() as made:
-                    train_on(
-                        load(), self.optimization, lambda step: rows.batch(sampler(step)), steps=steps,
-                        evaluate=evaluate, seed=context.seed, mesh=context.mesh, directory=place, identity=identity,
-                        title=about,
-                    )  # fmt: skip
-                finish(place / "training.stage.json", identity, made)
-                remove(place / "checkpoints")
-                barrier(f"{title}: measured {steps} steps")  # all processes read it
+            place, about = directory / f"{steps}-steps", f"{title}, {steps} steps"
+
+            def train(steps: int = steps, place: Path = place, about: str = about) -> None:
+                train_on(
+                    load(), self.optimization, lambda step: rows.batch(sampler(step)), steps=steps, evaluate=evaluate,
+                    seed=context.seed, mesh=context.mesh, directory=place, identity=identity, title=about,
+                )  # fmt: skip
+
+            run_stage("training", place, identity, about, train)
+            remove(place / "checkpoints")
             measured |= {row["step"]: row["evaluation"] for row in front_rows(place, identity)}
         return {steps: [decode(Measurement, m) for m in found] for steps, found in measured.items()}
 

@@ -19,10 +19,9 @@ from jax.sharding import Mesh
 
 from trace_jax.config import ConfigError, Section, option
 from trace_jax.evaluation.intervals import Measurement
-from trace_jax.io.files import collected, finish, is_finished, read_arrays, replacing, write_arrays
-from trace_jax.io.progress import progress, say
+from trace_jax.io.files import read_arrays, replacing, run_stage, write_arrays
+from trace_jax.io.progress import progress
 from trace_jax.models.model import Model
-from trace_jax.parallel.processes import barrier
 
 SPLITS = ("validation", "test")  # settings are chosen on the first, and the second is reported
 HALF = "every other question"
@@ -214,20 +213,18 @@ class ScoreStore:
 
     def keep(self, task: Task, make: Callable[[Task], TaskScores]) -> TaskScores:
         """What is there of the task, without its items, else what `make` gives, which is written."""
-        file, identity = self.directory / f"{task.name}.npz", f"{self.model}/{task.identity}"
-        marker = file.with_suffix(".stage.json")
-        if is_finished(marker, identity, task.name):
-            say(f"{task.name}: its scores are there from before")
-            return TaskScores(read_arrays(file))
-        with collected() as made:
+        file = self.directory / f"{task.name}.npz"
+
+        def score() -> TaskScores:
             scores = make(task)
             for part, lines in scores.items.items():
                 with replacing(self.directory / f"{task.name}.{part}.jsonl") as temporary:
                     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             write_arrays(file, scores.arrays)
-        finish(marker, identity, made)
-        barrier(f"{task.name}: scores")  # all processes read them later
-        return scores
+            return scores
+
+        identity = f"{self.model}/{task.identity}"
+        return run_stage(task.name, self.directory, identity, task.name, score, lambda: TaskScores(read_arrays(file)))
 
 
 def item_lines(where: Mapping[str, str], **columns: Any) -> list[dict[str, Any]]:

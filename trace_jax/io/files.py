@@ -3,8 +3,8 @@
 A path may be an address such as gs://bucket/runs/a. It is then an `etils.epath` path, which behaves like a `pathlib`
 one; numbers and tensors are read and written through a local copy (`local_copy`, `replacing`).
 
-Finished work names the digest of every file that it wrote (`collected`, `finish`), and is believed only while each is
-as it was (`is_finished`).
+Work goes by stages (`run_stage`): each names the digest of every file that it wrote, and is skipped, and believed, only
+while its settings and those files are what they were.
 
 What is not a plain value goes to JSON and back by `encode` and `decode`. Arrays become lists. JSON has no NaN: numbers
 that are not finite become null, and null becomes NaN where a number is expected.
@@ -24,15 +24,15 @@ import time
 import typing
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from trace_jax.config import ConfigError
-from trace_jax.io.progress import say
-from trace_jax.parallel.processes import broadcast_from_process_0, is_main
+from trace_jax.io.progress import say, timed
+from trace_jax.parallel.processes import barrier, broadcast_from_process_0, is_main
 
 T = TypeVar("T")
 _SCHEME = "gs://"
@@ -172,6 +172,24 @@ def collected() -> Iterator[set[Path]]:
         _written.get(set()).update(made)
 
 
+def run_stage(
+    name: str, directory: Path, identity: str, title: str, make: Callable[[], Any], load: Callable = lambda: None
+) -> Any:
+    """What `make` makes, and writes into the directory, or what `load` reads where that has been made. NAME.stage.json
+    keeps `identity`, the hash of every setting that shapes it, and digests of its files; every process goes the same
+    way.
+    """
+    marker = directory / f"{name}.stage.json"
+    if _is_finished(marker, identity, title):
+        say(f"{title}: already done")
+        return load()
+    with timed(title), collected() as made:
+        result = make()
+    finish(marker, identity, made)
+    barrier(f"{title}: written")  # later stages read it, on every process
+    return result
+
+
 def finish(marker: Path, identity: str, made: Collection[Path]) -> None:
     """Writes down that work is finished: the hash of what shaped it, and the digests of the files that it made. Process
     0 alone does.
@@ -183,7 +201,7 @@ def finish(marker: Path, identity: str, made: Collection[Path]) -> None:
         write_json(marker, {"identity": identity, "files": digests})
 
 
-def is_finished(marker: Path, identity: str, title: str) -> bool:
+def _is_finished(marker: Path, identity: str, title: str) -> bool:
     """Whether the work is finished that this identity shaped, and its files are what they were; what is not goes, and
     is said. The same on every process.
     """

@@ -1,13 +1,11 @@
-"""The directory of a run: stages, each of which leaves an artefact there with the hash of what made it, and is skipped
-when that is there; and what a finished run says, from its files.
-"""
+"""The directory of a run: who may write there, and what a finished run says, from its files."""
 
 import argparse
 import datetime
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from trace_jax.evaluation.task import Scoreboard
 from trace_jax.io import files
 from trace_jax.io.files import decode, encode
 from trace_jax.io.lock import LOCK
-from trace_jax.io.progress import say, timed
 from trace_jax.parallel.processes import all_processes, barrier, broadcast_from_process_0, is_main
 from trace_jax.report.page import figure_files, render
 from trace_jax.routing.statistics import ExpertStatistics
@@ -47,24 +44,6 @@ _SECONDS_TO_SEE = 30.0
 _TOLD, _SEAL = ("results.json", "study.json", "series.json"), "results.stage.json"
 _ALWAYS = "config.json", "environment.json", "references.json"
 ANEW = "Run it again with the same --workdir: what is damaged is made anew."
-
-
-def run_stage(
-    name: str, directory: Path, identity: str, title: str, make: Callable[[], Any], load: Callable = lambda: None
-) -> Any:
-    """What `make` makes, and writes into the directory, or what `load` reads where that has been made. NAME.stage.json
-    keeps `identity`, the hash of every setting that shapes it, and digests of its files; every process goes the same
-    way.
-    """
-    marker = directory / f"{name}.stage.json"
-    if files.is_finished(marker, identity, title):
-        say(f"{title}: already done")
-        return load()
-    with timed(title), files.collected() as made:
-        result = make()
-    files.finish(marker, identity, made)
-    barrier(f"{title}: written")  # later stages read it, on every process
-    return result
 
 
 def calibration_directory(workdir: Path, label: str) -> Path:

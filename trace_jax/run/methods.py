@@ -1,5 +1,5 @@
-"""The stages of a run (`run_stage`): what its methods share, then for each of them weights, unlearning, evaluation and
-attacks. A run that was interrupted, or whose later settings changed, continues from what it has.
+"""The stages of a run (`io.files.run_stage`): what its methods share, then for each of them weights, unlearning,
+evaluation and attacks. A run that was interrupted, or whose later settings changed, continues from what it has.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from trace_jax.evaluation import fronts, routing
 from trace_jax.evaluation.intervals import Measurement
 from trace_jax.evaluation.patching import measure_patching
 from trace_jax.evaluation.task import SPLITS, ScoreStore
-from trace_jax.io.files import as_path, decode, encode, flush_lines, read_json, remove, write_json
+from trace_jax.io.files import as_path, decode, encode, flush_lines, read_json, remove, run_stage, write_json
 from trace_jax.io.progress import plain_name, say, timed
 from trace_jax.io.tracking import Tracker
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
 from trace_jax.routing.config import CalibrationConfig, Matching, Permuted, RatioWeights
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
-from trace_jax.run.directory import finished, needed, run_stage, write_results
+from trace_jax.run.directory import finished, needed, write_results
 from trace_jax.run.experiment import ExperimentConfig, Method
 from trace_jax.run.export import UNLEARNED, load_model, save_unlearned, write_checkpoint
 from trace_jax.run.prepare import Prepared, prepare, retrained_identity

@@ -20,7 +20,7 @@ from trace_jax.evaluation.likelihood import spread_indices
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.task import SPLITS, Evaluator, Scoreboard, Scores, ScoreStore, Task, hazardous
 from trace_jax.io.environment import describe
-from trace_jax.io.files import free_bytes, remove, write_json
+from trace_jax.io.files import free_bytes, remove, run_stage, write_json
 from trace_jax.io.lock import locked
 from trace_jax.io.progress import say, timed, tracked
 from trace_jax.models.architecture import ModelConfig, count_params, flatten
@@ -29,7 +29,7 @@ from trace_jax.parallel.processes import check_joined
 from trace_jax.plan.plan import shape_of
 from trace_jax.routing import statistics as routing
 from trace_jax.routing.diagnosis import diagnose
-from trace_jax.run.directory import check_workdir, needed, open_workdir, run_stage
+from trace_jax.run.directory import check_workdir, needed, open_workdir
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import RETRAINED, TARGET, load_model, save_trained
 from trace_jax.tasks.benchmarks import build_tasks

@@ -15,11 +15,11 @@ from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
 from trace_jax.data.sources import read_source
 from trace_jax.evaluation.comparison_text import number_text
 from trace_jax.io.environment import describe
-from trace_jax.io.files import encode, link, shown, write_json
+from trace_jax.io.files import encode, link, run_stage, shown, write_json
 from trace_jax.io.lock import locked
 from trace_jax.io.progress import aligned, say
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
-from trace_jax.run.directory import SPLIT, check_export, needed, on_test, open_workdir, run_stage, seal, write_report
+from trace_jax.run.directory import SPLIT, check_export, needed, on_test, open_workdir, seal, write_report
 from trace_jax.run.experiment import ExperimentConfig, SeriesConfig
 from trace_jax.run.export import RETRAINED, TARGET, load_model
 from trace_jax.run.methods import run
