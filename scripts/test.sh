@@ -60,6 +60,21 @@ check "tests" pytest "${tests[@]}" "$@"
 wait "$types_and_docs" || failed+=("types or docs")
 cat "$beside/types-and-docs"
 
+# Known vulnerabilities of what is installed. What is asked first has some.
+audit() {
+  if python - <<'END' 2>/dev/null
+import json, urllib.request
+answer = urllib.request.urlopen("https://pypi.org/pypi/jinja2/2.4.1/json", timeout=20)
+raise SystemExit(not json.load(answer)["vulnerabilities"])
+END
+  then
+    python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9,<3' && pip-audit --local --skip-editable
+  else
+    echo "left out: no database of vulnerabilities can be reached from here"
+  fi
+}
+[ "$#" -gt 0 ] || check "vulnerabilities" audit
+
 on_colab_python() (
   cat "$beside/environment"
   PYTHON="$colab_python" prepare_environment notebooks .venv-colab && pytest -n "${TEST_WORKERS:-2}" tests/colab

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,20 @@ def test_files_for_the_forge_are_yaml(file):
     if file.parent.name == "workflows":
         assert read["jobs"]["publish"]["needs"] == "build"
         assert read["jobs"]["publish"]["permissions"] == {"id-token": "write"}
+
+
+def test_licences_of_what_it_is_built_on_are_those_that_the_packages_say():
+    rows = re.findall(r"^\| (\w[\w ]+) \| (.*) \| (.*)\|$", (ROOT / "SECURITY.md").read_text(), re.M)[1:]
+    told = [{name: row[0] for row in rows for name in row[column].split(", ") if name} for column in (1, 2)]
+    own = ("cuda", "gcs", "notebooks", "test", "tpu")  # of what is listed already, or for those who work on the package
+    more = [d for extra, names in PROJECT["optional-dependencies"].items() if extra not in own for d in names]
+    for listed, named in zip(told, (PROJECT["dependencies"], more), strict=True):
+        names = [re.match(r"[\w.-]+", one).group() for one in named]
+        assert {name.strip() for name in listed} == set(names)
+        for name, licence in listed.items():
+            try:
+                about = metadata.metadata(name.strip())
+            except metadata.PackageNotFoundError:
+                continue
+            said = [about.get("License-Expression"), about.get("License"), *(about.get_all("Classifier") or ())]
+            assert licence in " ".join(filter(None, said)), name

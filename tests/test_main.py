@@ -1,5 +1,6 @@
 """The command line: overrides reach the settings, and every mistake ends in one sentence and a non-zero exit code."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from unittest import mock
 import jax
 import pytest
 from ablations import VARIANTS
+from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict
 
 import trace_jax
@@ -171,6 +173,37 @@ def test_a_missing_package_is_a_sentence():
         f"trace_jax: the package ml_collections is not installed for {sys.executable}; activate"
     )
     assert f"{sys.executable} -m pip install " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "several", "message"),
+    [
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes.\nand so on"), False, "9 bytes. ... The command `plan` says"),
+        (JaxRuntimeError("UNKNOWN: Gloo: Connect timeout"), True, "Connect timeout ... Another process has ended"),
+        (JaxRuntimeError("INTERNAL: nobody knows"), False, None),
+        (RuntimeError("a mistake of ours"), True, None),
+    ],
+)
+def test_of_errors_of_a_device_what_has_a_known_cause_ends_in_a_sentence(monkeypatch, capsys, error, several, message):
+    def fail(_):
+        raise error
+
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr("trace_jax.io.environment.main", fail)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: several)
+    monkeypatch.setattr(os, "_exit", end)  # at once, where others wait
+    if message is None:
+        with pytest.raises(RuntimeError, match=str(error)):
+            main(["doctor"])
+        return
+    if several:
+        with pytest.raises(SystemExit, match="2"):
+            main(["doctor"])
+    else:
+        assert main(["doctor"]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -71,13 +71,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except (ValueError, FloatingPointError, OSError) as error:
-        if os.environ.get("TRACE_JAX_TRACEBACK"):
+    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+        several = "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+        said = _of_jax(error, several) if isinstance(error, RuntimeError) else str(error)
+        if not said or os.environ.get("TRACE_JAX_TRACEBACK"):
             raise
-        print(f"trace_jax: {error}", file=sys.stderr, flush=True)
-        if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        print(f"trace_jax: {said}", file=sys.stderr, flush=True)
+        if several:
             os._exit(2)  # at once: the other processes must not wait for this one
         return 2
+
+
+def _of_jax(error: RuntimeError, several: bool) -> str:
+    """What is said of an error of JAX's runtime; "" of any other, and of one whose cause isn't known."""
+    if type(error).__name__ != "JaxRuntimeError":
+        return ""
+    first = str(error).partition("\n")[0]
+    if "RESOURCE_EXHAUSTED" in first:
+        return f"{first} ... The command `plan` says what takes the memory, and which settings would fit."
+    again = "Another process has ended, or is too slow to answer. Start all again: the run continues."
+    return f"{first} ... {again}" if several else ""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

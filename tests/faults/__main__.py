@@ -1,7 +1,8 @@
 """Plants faults in small runs, studies and series, and says what was lost: python -m tests.faults
 
-Kills and signals come at random moments; a run that was disturbed has to end in the numbers of one that was not. Takes
-about 15 minutes on 2 cores; as root also on a disk that fills up or turns read-only.
+Kills and signals come at random moments; a run that was disturbed has to end in the numbers of one that was not. Files
+are damaged; a long run has to stay as small as it was, and a pod of four hosts in the numbers of one process. Takes
+about 20 minutes on 2 cores; as root also on a disk that fills up or turns read-only.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from tests.faults import harness, interruptions, space
+from tests.faults import harness, interruptions, pod, soak, space
 from tests.faults.interruptions import Tried
 from trace_jax.io.environment import describe
 from trace_jax.io.files import write_json
@@ -72,7 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes side by side")
-    parser.add_argument("--few", action="store_true", help="a few of each, in two minutes")
+    parser.add_argument("--few", action="store_true", help="a few of each, no pod and no long run: two minutes")
     parser.add_argument("--output", type=Path, help=f"default: {RESULTS.relative_to(harness.ROOT)}; none if --few")
     options = parser.parse_args()
     began, tried = time.monotonic(), []
@@ -87,10 +88,12 @@ def main() -> int:
         place.run("run", other := place.folder / "other", "--config.seed=1", "--config.data.seed=1")
         expected = {kind: harness.numbers(kind, path) for kind, path in whole.items()}
         jobs = disturbances(place, expected, kills=kills, seed=options.seed)
-        jobs = [*([lambda: two_at_once(place)]), *(jobs[::3] if options.few else jobs)]
-        for found in done(jobs, options.workers):
+        jobs = jobs[::3] if options.few else [lambda: soak.soak(place), *jobs]
+        for found in done([lambda: two_at_once(place), *jobs], options.workers):
             tried += told(found, began)
         tried += told(damages(place, whole, other, few=options.few), began)
+        if not options.few:
+            tried += told(pod.scenarios(place), began)
     rows = table(tried)
     print("\n".join(" | ".join(map(str, row)) for row in rows))
     lost = sum(bool(one.problem) for one in tried)

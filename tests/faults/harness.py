@@ -143,14 +143,15 @@ def wait(process: subprocess.Popen, seconds: float = 300.0) -> Ended:
     return Ended(process.returncode, said or "")
 
 
+def plain(value: Any) -> Any:
+    """Results without what a clock or a place decides."""
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items() if name not in _OF_CLOCK}
+    return [plain(one) for one in value] if isinstance(value, list) else value
+
+
 def numbers(kind: str, workdir: Path) -> Any:
     """What a finished run, study or series found, without what a clock or a place decides."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(one) for name, one in value.items() if name not in _OF_CLOCK}
-        return [plain(one) for one in value] if isinstance(value, list) else value
-
     return plain(json.loads((workdir / TOLD[kind]).read_text()))
 
 

@@ -1,12 +1,17 @@
-"""An object store in memory that answers as Google's does: fsspec, and over HTTP TensorStore, which writes states.
+"""An object store in memory that answers as Google's does: fsspec in this process; over HTTP TensorStore, which writes
+states, and gcsfs, by which other processes read and write files.
 
 Objects have generations, which conditions of a request name: a writer must not overwrite what it has not seen.
 """
 
+import email
+import email.policy
 import json
 import os
+import re
 import threading
 import urllib.parse
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -46,6 +51,16 @@ class _Handler(BaseHTTPRequestHandler):
         query = dict(urllib.parse.parse_qsl(url.query))
         return bucket, urllib.parse.unquote(name.removeprefix("/")) or query.get("name", ""), query
 
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
     def _answer(self, code: int, body: bytes = b"", **headers: Any) -> None:
         self.send_response(code)
         for name, value in headers.items():
@@ -79,13 +94,25 @@ class _Handler(BaseHTTPRequestHandler):
         size, generation = len(Bucket.store[path].getvalue()), self._generation(path)
         return {"bucket": bucket, "name": name, "size": str(size), "generation": str(generation)}
 
+    def _list(self, bucket: str, query: Mapping[str, str]) -> None:
+        prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
+        names = [path.removeprefix(f"/{bucket}/") for path in sorted(Bucket.store) if path.startswith(f"/{bucket}/")]
+        names = [name for name in names if name.startswith(prefix)]
+        folders = {}
+        if delimiter:
+            ends = {name: name.find(delimiter, len(prefix)) for name in names}
+            folders = {name[: end + 1]: None for name, end in ends.items() if end >= 0}
+            names = [name for name in names if ends[name] < 0]
+        items = [self._about(bucket, name) for name in names]
+        self._json({"kind": "storage#objects", "items": items, "prefixes": [*folders]})
+
     def do_GET(self) -> None:
         bucket, name, query = self._asked()
         path = f"/{bucket}/{name}"
-        if not name:
-            start = f"/{bucket}/{query.get('prefix', '')}"
-            names = [p.removeprefix(f"/{bucket}/") for p in sorted(Bucket.store) if p.startswith(start)]
-            self._json({"kind": "storage#objects", "items": [self._about(bucket, n) for n in names]})
+        if not name and not urllib.parse.urlsplit(self.path).path.endswith("/o"):
+            self._json({"kind": "storage#bucket", "name": bucket})
+        elif not name:
+            self._list(bucket, query)
         elif path not in Bucket.store:
             self._answer(404)
         elif not self._refused(path, query):
@@ -103,11 +130,38 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(code, content, **about)
 
     def do_POST(self) -> None:
+        content = self._body()
+        if self.path.startswith("/batch/"):
+            self._batch(content)
+            return
         bucket, name, query = self._asked()
-        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if query.get("uploadType") == "multipart":
+            head = f"Content-Type: {self.headers['Content-Type']}\n\n".encode()
+            about, media = email.message_from_bytes(head + content, policy=email.policy.HTTP).iter_parts()
+            name, content = json.loads(about.get_payload())["name"], media.get_payload(decode=True)
+        elif query.get("uploadType") == "resumable":
+            where = f"http://{self.headers['Host']}/upload/storage/v1/b/{bucket}/o?uploadType=part&{query_of(name)}"
+            self._answer(200, Location=where)
+            return
+        elif query.get("uploadType") == "part":
+            began = _parts.setdefault(f"/{bucket}/{name}", bytearray())
+            began += content
+            if not self.headers["Content-Range"].endswith(f"/{len(began)}"):
+                self._answer(308, Range=f"bytes=0-{len(began) - 1}")
+                return
+            content = bytes(_parts.pop(f"/{bucket}/{name}"))
         if not self._refused(f"/{bucket}/{name}", query):
             Bucket().pipe_file(f"/{bucket}/{name}", content)
             self._json(self._about(bucket, name))
+
+    def _batch(self, content: bytes) -> None:
+        """Several removals at once, as a message of several parts."""
+        answers = []
+        for bucket, name in re.findall(rb"DELETE /storage/v1/b/([^/]+)/o/(\S+) HTTP", content):
+            path = f"/{bucket.decode()}/{urllib.parse.unquote(name.decode().partition('?')[0])}"
+            code = 404 if Bucket.store.pop(path, None) is None else 204
+            answers.append(f"--batch\nContent-Type: application/http\n\nHTTP/1.1 {code} done\n\n")
+        self._answer(200, "".join([*answers, "--batch--"]).encode(), Content_Type="multipart/mixed; boundary=batch")
 
     def do_DELETE(self) -> None:
         bucket, name, query = self._asked()
@@ -119,14 +173,41 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(204)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """Clients that hang up, as gcsfs does on what it asked twice, are none."""
+
+
+_parts: dict[str, bytearray] = {}  # of uploads in several requests
+
+
+def query_of(name: str) -> str:
+    return urllib.parse.urlencode({"name": name})
+
+
 def serve() -> str:
     """Starts the server of this process, once, and tells TensorStore of it. Returns its address."""
     if not _SERVER:
-        _SERVER.append(ThreadingHTTPServer(("127.0.0.1", 0), _Handler))
+        _SERVER.append(_Server(("127.0.0.1", 0), _Handler))
         threading.Thread(target=_SERVER[0].serve_forever, daemon=True).start()
         os.environ["TENSORSTORE_GCS_HTTP_URL"] = f"http://127.0.0.1:{_SERVER[0].server_port}"
         os.environ["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "nobody"
     return os.environ["TENSORSTORE_GCS_HTTP_URL"]
 
 
-_SERVER: list[ThreadingHTTPServer] = []
+def for_other_processes() -> dict[str, str]:
+    """The environment in which gcsfs and TensorStore of another process find the server of this one."""
+    address = serve()
+    names = ("TENSORSTORE_GCS_HTTP_URL", "GOOGLE_AUTH_TOKEN_FOR_TESTING")
+    plain = {"STORAGE_EMULATOR_HOST": address, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    return {
+        **{name: os.environ[name] for name in names},
+        **plain,
+        "FSSPEC_GS_TOKEN": "anon",
+        "FSSPEC_GCS_TOKEN": "anon",
+    }
+
+
+_SERVER: list[_Server] = []

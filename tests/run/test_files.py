@@ -6,6 +6,9 @@ Against an object store in memory that answers fsspec, and over HTTP TensorStore
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 
 import fsspec
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint._src.path import gcs_utils
 
-from tests.run.gcs import Bucket, serve
+from tests.run.gcs import Bucket, for_other_processes, serve
 from tests.run.toy import experiment, numbers
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from trace_jax.checkpoints.pretrained import PretrainedConfig
@@ -61,6 +64,30 @@ def test_files_are_written_whole_and_read_back(bucket, tmp_path, remote):
         read_json(place / "a.json")
     files.remove(place)
     assert not (place / "a.json").exists() and not Bucket.store
+
+
+GCSFS = """
+import fsspec
+from trace_jax.io import files
+path = files.as_path("gs://bucket/run")
+files.write_json(path / "a.json", {"a": 1})
+print([file.name for file in path.iterdir()], files.read_json(path / "a.json"), path.is_dir())
+other = fsspec.filesystem("gcs", skip_instance_cache=True)  # as another process sees the store
+other.pipe({"bucket/run/a.json": b'{"a": 123456789}', "bucket/run/b.json": b"[]"})
+print(files.read_json(path / "a.json"), files.read_json(path / "b.json"), [file.name for file in path.iterdir()])
+files.remove(path)
+print(path.exists())
+"""
+
+
+def test_gcsfs_sees_what_another_process_has_just_written(bucket):
+    """It keeps lists of objects with their sizes, and reads no further than those say."""
+    environment = {**os.environ, **for_other_processes()}
+    told = subprocess.run([sys.executable, "-c", GCSFS], env=environment, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    first, second, third = told.stdout.splitlines()
+    assert (first, third) == ("['a.json'] {'a': 1} True", "False") and not Bucket.store
+    assert second == "{'a': 123456789} [] ['a.json', 'b.json']"
 
 
 def test_a_last_line_cut_short_is_dropped(tmp_path):

@@ -52,6 +52,8 @@ def as_path(path: str | os.PathLike) -> Path:
     import fsspec
     from etils import epath
 
+    # Lists of objects that are kept would show another process's files as they were, at the length they had.
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
     try:
         fsspec.get_filesystem_class("gs")
     except ImportError:

@@ -22,6 +22,7 @@ from trace_jax.config import ConfigError
 
 # What --coordinator, --num-processes and --process-id say, for launchers that set variables.
 VARIABLES = ("TRACE_JAX_COORDINATOR", "TRACE_JAX_NUM_PROCESSES", "TRACE_JAX_PROCESS_ID")
+_SILENT = 45  # seconds without a sign of life after which JAX takes a process for dead; its default is 100
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,8 @@ def start_processes(
 
     Without arguments the environment decides: `VARIABLES`, Slurm (srun), Open MPI (mpirun), a TPU slice on Google
     Kubernetes Engine or on Cloud TPU. A single process does nothing. After `timeout` seconds without the others the
-    process ends with exit code 2 and says whom it waited for. The three arguments go together: `coordinator` is the
+    process ends with exit code 2 and says whom it waited for; when one has ended without a word, JAX ends the others
+    within a minute. The three arguments go together: `coordinator` is the
     HOST:PORT of process 0, reachable from all. ConfigError where one is missing or they contradict each other.
     """
     values: tuple[Any, ...] = (coordinator, num_processes, process_id)
@@ -73,7 +75,8 @@ def start_processes(
     alarm.daemon = True
     alarm.start()
     try:
-        jax.distributed.initialize(*address, initialization_timeout=round(timeout) + 60)
+        limits = {"initialization_timeout": round(timeout) + 60, "heartbeat_timeout_seconds": _SILENT}
+        jax.distributed.initialize(*address, **limits)
     finally:
         alarm.cancel()
     return count
