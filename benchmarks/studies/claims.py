@@ -4,7 +4,7 @@ scripts/results.py computes the verdicts, and writes claims into docs/results.md
 those of the place PAGE into the table at the top as well, those of README into the README besides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,18 +15,22 @@ PAGE, README = "page", "readme"
 NUMBER = "value", "low", "high"
 
 
-def interval(values: Sequence[float] | np.ndarray, digits: int = 4) -> dict[str, float | None]:
+Values = Sequence[float] | np.ndarray | Mapping[str, Any]  # or their interval, with "n" of them
+
+
+def interval(values: Values, digits: int = 4) -> dict[str, float | None]:
     """Mean and Student's interval; no ends of a single value, and nothing of none."""
-    if not len(values):
-        return dict.fromkeys(NUMBER)
-    found = t_interval(np.asarray(values, np.float64))
-    return {name: round(x, digits) if np.isfinite(x := getattr(found, name)) else None for name in NUMBER}
+    if not isinstance(values, Mapping):
+        values = vars(t_interval(np.asarray(values, np.float64))) if len(values) else dict.fromkeys(NUMBER)
+    found = {name: np.nan if values[name] is None else values[name] for name in NUMBER}
+    return {name: round(x, digits) if np.isfinite(x) else None for name, x in found.items()}
 
 
 def claim(
-    text: str, measure: str, values: Sequence[float] | np.ndarray, over: str = "", *,
+    text: str, measure: str, values: Values, over: str = "", *,
     holds: str = "above", bound: float = 0.0, place: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`over`: what the values are of, if not of seeds."""
-    about = {"claim": text, "measure": measure, **interval(values), "n": len(values)}
-    return about | {"over": over or f"{len(values)} seeds", "holds": holds, "bound": bound, "place": place}
+    n = values["n"] if isinstance(values, Mapping) else len(values)
+    about = {"claim": text, "measure": measure, **interval(values), "n": n}
+    return about | {"over": over or f"{n} seeds", "holds": holds, "bound": bound, "place": place}

@@ -49,7 +49,7 @@ def as_path(path: str | os.PathLike) -> Path:
         return Path(text)
     if not text.startswith(_SCHEME) or not text.removeprefix(_SCHEME).strip("/"):
         raise ConfigError(f"{text}: expected a local path, or an address {_SCHEME}BUCKET/NAME.")
-    import fsspec
+    import fsspec.config
     from etils import epath
 
     # Lists of objects that are kept would show another process's files as they were, at the length they had.
