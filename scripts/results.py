@@ -1,10 +1,10 @@
-"""Writes what the studies found into the documentation: the table of claims, each study's section, the leaderboard.
+"""Writes what was measured into the documentation: claims, each study's section, the leaderboard, planted faults.
 
-python scripts/results.py            # from benchmarks/results/studies/*.json, into docs/ and README.md
+python scripts/results.py            # from benchmarks/results/{studies/*,faults}.json, into docs/ and README.md
 python scripts/results.py --check    # says what would change, and exits with 1 if anything would
 
 Text stands between marks, `<!-- NAME: written by scripts/results.py -->` and `<!-- end of NAME -->`, where NAME is
-`claims`, `headlines`, `leaderboard` or the name of a study; what is outside of them is written by hand. A study's
+`claims`, `headlines`, `leaderboard`, `faults` or the name of a study; what is outside is written by hand. A study's
 section has all of its claims; those of the place "page" or "readme" are in the table of claims, too, those of "readme"
 are the headlines. A claim's verdict is computed: established if its whole interval lies on the side that the claim
 says, refuted if it lies on the other, open otherwise.
@@ -23,7 +23,7 @@ from typing import Any
 from trace_jax.io.drawing import INK, MUTED, SERIES, WIDTH, Figure, as_files, panel
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/results.md", "docs/leaderboard.md", "docs/choosing.md")
+PAGES = ("README.md", "docs/results.md", "docs/leaderboard.md", "docs/choosing.md", "docs/reliability.md")
 IMAGES = "docs/images/studies"
 _BLOCK = re.compile(r"(<!-- (\w+): written by scripts/results\.py -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -129,6 +129,14 @@ def leaderboard(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def faults(told: Mapping[str, Any]) -> str:
+    """What `python -m tests.faults` planted, and how often something was lost."""
+    planted, lost = (sum(row[column] for row in told["rows"]) for column in (2, 3))
+    where = f"{told['seconds'] / 60:.0f} minutes on {told['environment']['cores']} cores, {told['environment']['cpu']}"
+    head = f"{planted:,} faults planted, {lost} of them lost something ({where}).\n\n"
+    return head + markdown(["fault", "where", "tried", "lost"], told["rows"])
+
+
 def blocks(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Callable[[], str]]:
     """What stands between the marks of each name."""
     whole = {"claims": claims_table, "headlines": headlines, "leaderboard": leaderboard}
@@ -228,7 +236,9 @@ def _map(axes: Any, figure: Mapping[str, Any]) -> None:
 def written(root: Path) -> dict[Path, bytes]:
     """Every file that the studies make, with its content."""
     found = studies(root / "benchmarks" / "results" / "studies")
-    made, files = blocks(found), {}
+    made, files, planted = blocks(found), {}, root / "benchmarks" / "results" / "faults.json"
+    if planted.exists():
+        made["faults"] = lambda: faults(json.loads(planted.read_text(encoding="utf-8")))
     for name in PAGES:
         path = root / name
         if path.exists():

@@ -9,6 +9,7 @@ import argparse
 import collections
 import json
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -116,11 +117,9 @@ def damages(place: harness.Place, whole: dict[str, Path], other: Path, *, few: b
     code = "from tests.faults.damage import as_lines; as_lines()"
     for kind, path in whole.items():
         arguments = [str(place.folder), kind, str(path), str(other), *(["24"] if few else [])]
-        process = harness.start([sys.executable, "-c", code, *arguments], stdout=-1, stderr=None)
-        assert process.stdout is not None
-        for line in process.stdout:
-            yield Tried(*json.loads(line))
-        if process.wait():
+        with harness.start([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=None) as process:
+            yield from (Tried(*json.loads(line)) for line in process.stdout or ())
+        if process.returncode:
             yield Tried("damage", kind, f"the check itself ended with {process.returncode}")
 
 

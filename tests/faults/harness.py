@@ -54,6 +54,7 @@ KINDS = {
         "target": {"retrained": True},
         "attacks": {"relearning": TRAINING, "quantization": {"bits": (4,), "blocks": ()}, "router_swap": {}},
     },
+    "short": {"methods": ("trace_rows",), "attacks": {"router_swap": {}}, "evaluation": {"patching": False}},
     "study": {
         "evaluation": {"patching": False},
         "study": {
@@ -75,7 +76,7 @@ def get_config(kind):
         config[section] = {**PLAIN.get(section, {}), **values} if isinstance(values, dict) else values
     return config
 """
-TOLD = {"run": "results.json", "study": "study.json", "series": "series.json"}
+TOLD = {"run": "results.json", "short": "results.json", "study": "study.json", "series": "series.json"}
 _OF_CLOCK = ("seconds_per_step", "time", "directory")
 
 
@@ -110,7 +111,8 @@ class Place:
 
     def command(self, kind: str, workdir: Path, *more: str) -> list[str]:
         config = f"--config={self.folder / 'config.py'}:{kind}"
-        return [sys.executable, "-m", "trace_jax.main", kind, config, f"--workdir={workdir}", *more]
+        command = "run" if kind == "short" else kind
+        return [sys.executable, "-m", "trace_jax.main", command, config, f"--workdir={workdir}", *more]
 
     def start(self, kind: str, workdir: Path, *more: str, **how: Any) -> subprocess.Popen:
         return start(self.command(kind, workdir, *more), **how)
@@ -128,7 +130,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, **threads, **cache, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "MPLBACKEND": "agg"}
 
 
-def start(command: Sequence[str], **how: Any) -> subprocess.Popen:
+def start(command: Sequence[str], *, first: str = "", **how: Any) -> subprocess.Popen:
+    """`command` is of this interpreter; `first` are statements that the process runs before it."""
+    if first:
+        then = f"{first}; import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        command = [sys.executable, "-c", then, *command[1:]]
     how = {"cwd": ROOT, "env": environment(), "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | how
     return subprocess.Popen(command, text=True, start_new_session=True, **how)
 

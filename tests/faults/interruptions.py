@@ -3,20 +3,18 @@ the numbers of a run that nobody disturbed.
 """
 
 import contextlib
-import fcntl
 import os
 import pty
 import random
 import shutil
 import signal
 import subprocess
-import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.faults.harness import Ended, Place, leftovers, numbers, wait
+from tests.faults.harness import TOLD, Ended, Place, leftovers, numbers, wait
 
 STAGES = (
     ("report", "report:"),
@@ -31,7 +29,12 @@ STAGES = (
     ("target", "target model", "retrained model", "training the", "study: target", "study:"),
     ("data", "data:"),
 )
-SECONDS = {"run": 25.0, "study": 30.0, "series": 30.0}  # within which a process is interrupted after it began
+SECONDS = {
+    "run": 25.0,
+    "short": 12.0,
+    "study": 30.0,
+    "series": 30.0,
+}  # within which a process is interrupted after it began
 
 
 class Tried(NamedTuple):
@@ -55,7 +58,7 @@ def stage(said: str) -> str:
 def terminal() -> Iterator[tuple[int, dict[str, Any]]]:
     """(the master's descriptor, what a process gets so that the terminal is its own)."""
     master, slave = pty.openpty()
-    own = {"stdin": slave, "stdout": slave, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+    own = {"stdin": slave, "stdout": slave, "first": "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"}
     try:
         yield master, own
     finally:
@@ -79,12 +82,14 @@ def interrupted(place: Place, kind: str, workdir: Path, fault: str, after: float
     return ended, hit
 
 
-def problem_of(ended: Ended, fault: str, *, started: bool) -> str:
-    """What is wrong with how an interrupted process ended; "" if nothing. Before its handlers stand, a signal kills."""
+def problem_of(ended: Ended, fault: str, *, handled: bool) -> str:
+    """What is wrong with how an interrupted process ended; "" if nothing. Without handlers a signal kills: before they
+    stand, and when all is done.
+    """
     if ended.problem or fault == "SIGKILL":
         return ended.problem
     number = signal.SIGHUP if fault == "terminal" else getattr(signal, fault)
-    codes = (0, 128 + number, *([-number] * (not started)))
+    codes = (0, 128 + number, *([-number] * (not handled)))
     if ended.code not in codes:
         return f"exit code {ended.code}: {ended.said[-300:]}"
     return ""
@@ -101,7 +106,9 @@ def chains(place: Place, kind: str, faults: list[str], expected: Any, seed: int)
             if not hit:
                 break
             fault = left.pop(0)
-            tried.append(Tried(fault, where := stage(ended.said), problem_of(ended, fault, started=where != "start")))
+            where = stage(ended.said)
+            handled = where != "start" and not (workdir / TOLD[kind]).exists()
+            tried.append(Tried(fault, where, problem_of(ended, fault, handled=handled)))
         last = place.run(kind, workdir)
         tried[since:] = [judged(one, last, kind, workdir, expected) for one in tried[since:]]
         shutil.rmtree(workdir)

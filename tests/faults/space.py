@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import shutil
 import subprocess
 import time
@@ -48,7 +47,8 @@ def full_disk(place: Place, kind: str, expected: Any, *, after: float) -> Tried 
 def quota(place: Place, kind: str, expected: Any, *, largest: int) -> Tried:
     """No file may be larger than so many bytes."""
     workdir = place.folder / f"quota-{kind}-{largest}"
-    ended = place.run(kind, workdir, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)))
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, {largest}))"
+    ended = place.run(kind, workdir, first=limit)
     one = Tried("quota", stage(ended.said), told(ended, "File too large"))
     return judged(one, place.run(kind, workdir), kind, workdir, expected)
 

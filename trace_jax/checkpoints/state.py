@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -61,8 +61,11 @@ def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:
 @functools.cache
 def _quieten_threads() -> None:
     """Errors in the threads of Orbax are raised where their work is waited for; prints of it in between say nothing."""
-    show, main_thread = sys.excepthook, threading.main_thread()
-    sys.excepthook = lambda *error: show(*error) if threading.current_thread() is main_thread else None
+
+    def of_main(show: Callable) -> Callable:
+        return lambda *error: show(*error) if threading.current_thread() is threading.main_thread() else None
+
+    sys.excepthook, sys.unraisablehook = of_main(sys.excepthook), of_main(sys.unraisablehook)
     logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
 
 
