@@ -25,6 +25,7 @@ from trace_jax.io.files import write_json
 
 RESULTS = harness.ROOT / "benchmarks" / "results" / "faults.json"
 KILLS = {"run": 20, "study": 15, "series": 15}
+FEW_DAMAGES, DAMAGES = 24, {"study": 160, "series": 160}  # of a run every file in every way
 ASKED = ("SIGTERM", "SIGINT", "SIGHUP", "terminal")
 
 
@@ -116,7 +117,8 @@ def damages(place: harness.Place, whole: dict[str, Path], other: Path, *, few: b
     """In a process whose programs are as small as the runs': the starts are in it."""
     code = "from tests.faults.damage import as_lines; as_lines()"
     for kind, path in whole.items():
-        arguments = [str(place.folder), kind, str(path), str(other), *(["24"] if few else [])]
+        most = FEW_DAMAGES if few else DAMAGES.get(kind)
+        arguments = [str(place.folder), kind, str(path), str(other), *([] if most is None else [str(most)])]
         with harness.start([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=None) as process:
             yield from (Tried(*json.loads(line)) for line in process.stdout or ())
         if process.returncode:
