@@ -192,7 +192,7 @@ def dose(studies: Sequence[Study]) -> dict[str, Any]:
     (study,) = studies
     names = {"trace_rows": "selected experts", "random_experts": "as many random ones"}
     names["least_experts"] = "as many of the least critical"
-    tops = {variant: int(variant.split()[-1]) for variant in study.variants}
+    tops = dict(sorted(((v, int(v.split()[-1])) for v in study.variants), key=lambda pair: pair[1]))
     uniform, measure = study.at("uniform", study.variants[0]), "difference in mean utility"
     kept = {(v, m): study.at(m, v) for v, m in itertools.product(tops, names)}
     gains = {which: gain(found, uniform) for which, found in kept.items()}
