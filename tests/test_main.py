@@ -206,6 +206,15 @@ def test_of_errors_of_a_device_what_has_a_known_cause_ends_in_a_sentence(monkeyp
     assert message in capsys.readouterr().err
 
 
+def test_output_that_nobody_reads_any_more_is_no_error():
+    """A reader that has ended, as `head` does."""
+    settings = subprocess.Popen([sys.executable, "-m", "trace_jax.main", "settings"], stdout=-1, stderr=-1, text=True)
+    with settings:
+        settings.stdout.close()
+        said = settings.stderr.read()
+    assert (settings.returncode, said) == (128 + signal.SIGPIPE, "")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_with_its_own_exit_code(monkeypatch, capsys, number, code):
     """Ctrl-C arrives as Python's own KeyboardInterrupt, unless a loop makes it wait."""

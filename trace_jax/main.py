@@ -8,6 +8,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import errno
 import importlib
 import os
 import signal
@@ -73,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         several = "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+        if isinstance(error, OSError) and error.errno in (errno.EIO, errno.EPIPE) and _nobody_reads():
+            return 128 + (signal.SIGHUP if error.errno == errno.EIO else signal.SIGPIPE)
         said = _of_jax(error, several) if isinstance(error, RuntimeError) else str(error)
         if not said or os.environ.get("TRACE_JAX_TRACEBACK"):
             raise
@@ -80,6 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if several:
             os._exit(2)  # at once: the other processes must not wait for this one
         return 2
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is gone: its terminal is closed, or its reader has ended. Then it goes nowhere."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _of_jax(error: RuntimeError, several: bool) -> str:
