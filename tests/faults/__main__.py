@@ -25,7 +25,7 @@ from trace_jax.io.files import write_json
 
 RESULTS = harness.ROOT / "benchmarks" / "results" / "faults.json"
 KILLS = {"run": 20, "study": 15, "series": 15}
-FEW_DAMAGES, DAMAGES = 24, {"study": 160, "series": 160}  # of a run every file in every way
+FEW_DAMAGES, DAMAGES = 24, {"study": 80, "series": 80}  # of a run every file in every way
 ASKED = ("SIGTERM", "SIGINT", "SIGHUP", "terminal")
 
 
@@ -41,7 +41,7 @@ def disturbances(place: harness.Place, expected: dict[str, Any], *, kills: dict[
         most = interruptions.SECONDS[kind]
         jobs += [lambda k=kind, s=size: space.quota(place, k, expected[k], largest=s) for size in (300, 6000, 30_000)]
         for fault in (space.full_disk, space.read_only):
-            moments = [rng.uniform(2.0, most) for _ in range(4)]
+            moments = [rng.uniform(2.0, most) for _ in range(2)]
             jobs += [lambda k=kind, f=fault, m=moment: f(place, k, expected[k], after=m) for moment in moments]
     return jobs
 

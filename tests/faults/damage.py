@@ -21,7 +21,7 @@ from trace_jax.run.result import open_run
 
 # A person looks at these, and nothing reads them; every start writes them.
 SHOWN = ("report.html", "figures/")
-AT_ONCE = 8
+AT_ONCE = 16
 KINDS = ("cut short", "emptied", "a bit", "of another run", "removed")
 
 

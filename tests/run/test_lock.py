@@ -48,6 +48,19 @@ def test_a_second_process_is_told_who_is_there_and_a_crash_lets_go(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_what_killed_writers_left_goes_with_the_next_lock(tmp_path):
+    (tmp_path / "methods" / ".export.12.old").mkdir(parents=True)
+    for name in (".model.12.tmp.safetensors", ".a.b.12.old.json", ".hidden.json", "methods/.export.12.old/kept"):
+        (tmp_path / name).touch()
+    (tmp_path / ".c.12.old.json").touch()
+    (tmp_path / "c.json").write_text("new")
+    with locked(tmp_path):
+        pass
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == [".hidden.json", "a.b.json", "c.json", "methods/export/kept"]
+    assert (tmp_path / "c.json").read_text() == "new"
+
+
 def test_within_a_process_it_is_one_at_a_time_too(tmp_path):
     with locked(tmp_path), pytest.raises(ConfigError, match=f"process {os.getpid()} on"):
         locked(tmp_path).__enter__()

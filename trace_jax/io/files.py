@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -36,6 +37,7 @@ from trace_jax.parallel.processes import barrier, broadcast_from_process_0, is_m
 
 T = TypeVar("T")
 _SCHEME = "gs://"
+_TEMPORARY = re.compile(r"\.(.+)\.\d+\.(tmp|old)(\..+)?")  # names of `replacing`
 _SECONDS_BETWEEN_WRITES = 30.0
 _LARGE = 64 << 20  # bytes; of a larger object in a store the size stands for the digest, since reading it is transfer
 _written: contextvars.ContextVar[set[Path]] = contextvars.ContextVar("written")  # what `collected` collects
@@ -127,6 +129,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         if old.exists() and not path.exists():
             old.rename(path)
         for left in (temporary, old):
+            remove(left)
+
+
+def sweep(directory: Path) -> None:
+    """Removes what `replacing` left below a local directory in processes that were killed; what one had put aside, and
+    not replaced, is in its place again.
+    """
+    for left in list(directory.rglob(".*")):
+        if match := _TEMPORARY.fullmatch(left.name):
+            path = left.with_name(match[1] + (match[3] or ""))
+            if match[2] == "old" and not path.exists():
+                left.rename(path)
             remove(left)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trace_jax.config import ConfigError
-from trace_jax.io.files import as_path, is_remote, read_json, remove, write_json
+from trace_jax.io.files import as_path, is_remote, read_json, remove, sweep, write_json
 from trace_jax.io.progress import say
 from trace_jax.parallel.processes import all_processes, is_main
 
@@ -24,7 +24,8 @@ _SETTLED = 3.0  # seconds in which of several that take a lock at once the last 
 
 @contextlib.contextmanager
 def locked(directory: str | os.PathLike) -> Iterator[None]:
-    """Holds the lock of a directory, which is made if it isn't there; of several processes process 0 does.
+    """Holds the lock of a directory, which is made if it isn't there; of several processes process 0 does. What writers
+    that were killed left half-written there goes.
 
     On a disk the system holds it, and lets go of it when the process ends, however that ends. In an object store it is
     an object that changes every ten seconds; where it has not changed for three times as long, its holder is gone.
@@ -82,6 +83,7 @@ def _on_disk(lock: Path) -> Iterator[None]:
             file.truncate(0)
             json.dump(_me(), file)
             file.flush()
+            sweep(lock.parent)  # nobody else writes there
             try:
                 yield
             finally:
