@@ -24,6 +24,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "studies"
 IDLE = 300.0  # seconds without a step or an evaluation after which a study counts as paused
 BOTH = "uniform", "trace_rows"
 PUT_BACK = 4  # experts of each layer
+ROUTED = "membership_routing_auc"
 LEVELS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 Seeds = Mapping[int, Any]
 
@@ -286,7 +287,24 @@ def objectives(studies: Sequence[Study]) -> dict[str, Any]:
             )
             text = f"After {name}, a model unlearned with `{method}` knows more than one that never knew"
             made["claims"].append(claim(text, f"difference in {measure}", more))
+
+    def known(method: str, variant: str) -> list[Seeds]:
+        return [study.numbers(f"{model}.{ROUTED}", method, variant) for model in ("unlearned", "retrained")]
+
+    for method in BOTH:
+        text = (
+            f"Routers of a model unlearned with `{method}` tell forget text from unseen text better than those of one"
+        )
+        about, on_page = (
+            "AUC of membership by routing, less the retrained model's",
+            PAGE if method == "uniform" else None,
+        )
+        more = over_variants(study, lambda v, m=method: difference(*known(m, v)))
+        made["claims"].append(claim(f"{text} that never knew", about, more, place=on_page))
+    for row, (variant, method) in zip(rows, itertools.product(study.variants, BOTH), strict=True):
+        row += [interval(values(numbers)) for numbers in known(method, variant)]
     columns = ["objective", "method", "before the attack", *(attack.replace("_", " ") for attack in attacks)]
+    columns += ["membership by routing, AUC", "retrained"]
     title = f"{measure.capitalize()} of the model that is kept, before and under attack at its strongest"
     made["tables"].append({"title": title, "columns": columns, "rows": rows})
     shown = list(study.variants)

@@ -29,9 +29,10 @@ def soak(place: Place) -> list[Tried]:
     settings = {"unlearning.steps": STEPS, "unlearning.evaluate_every": EVERY, "unlearning.checkpoint_every": 100}
     settings |= {"methods": "('trace_rows',)", "attacks": None, "evaluation.patching": False}
     process = place.start("run", workdir, *(f"--config.{name}={value}" for name, value in settings.items()))
-    lines = workdir / "methods" / "trace_rows" / "metrics.jsonl"
+    method = workdir / "methods" / "trace_rows"
+    lines, finished = method / "metrics.jsonl", method / "unlearning.stage.json"
     while process.poll() is None:
-        if lines.exists():
+        if lines.exists() and not finished.exists():
             try:
                 samples.append(sizes(process.pid))
             except (FileNotFoundError, IndexError, ProcessLookupError):

@@ -120,14 +120,19 @@ def test_attacks_are_paired_by_seed_and_averaged_over_objectives(study):
     def attacked(variant, method, seed):
         back = 0.6 + LIFT[seed] - 0.1 * (method == "trace_rows") - 0.1 * (variant == "npo")
         control = {"attack.relearning.unlearned": back, "attack.relearning.retrained": 0.3 + LIFT[seed]}
-        return {"unlearned.forget_accuracy": 0.5, **control, "attack.router_swap.unlearned": 0.7}
+        known = {"unlearned.membership_routing_auc": 0.8 + LIFT[seed], "retrained.membership_routing_auc": 0.6}
+        return {"unlearned.forget_accuracy": 0.5, **control, **known, "attack.router_swap.unlearned": 0.7}
 
     kept = {(v, m): 0.7 for v in ("rmu", "npo") for m in ("uniform", "trace_rows")}
     made, claims = told("objectives", study(kept, attacked))
     less = "Over objectives, relearning brings back less from `trace_rows` than from uniform"
     assert claims[less] == pytest.approx((-0.1,) * 3)
     assert claims["After relearning, a model unlearned with `uniform` knows more than one that never knew"][0] == 0.25
-    assert [row[3]["value"] for row in made["tables"][1]["rows"]] == pytest.approx([0.6, 0.5, 0.5, 0.4])
+    [told_apart] = [text for text in claims if text.startswith("Routing tells") and "`uniform`" in text]
+    assert claims[told_apart][0] == pytest.approx(0.2)
+    rows = made["tables"][1]["rows"]
+    assert [row[3]["value"] for row in rows] == pytest.approx([0.6, 0.5, 0.5, 0.4])
+    assert [number["value"] for number in rows[0][-2:]] == pytest.approx([0.8, 0.6])
 
 
 def test_patching_tells_critical_from_random_experts(study):

@@ -43,6 +43,14 @@ def test_topics_share_their_sentences_and_values_but_no_name(benchmark):
     assert not names[0] & names[1] and forms[0] ^ forms[1] == {"It is a hazard.", "It is harmless."}
 
 
+def test_hazards_that_no_model_reads_of_are_held_out_if_asked_and_change_nothing_else(benchmark):
+    more = HandbookConfig(holdout_substances=5).build()
+    names = {d.origin.split("/")[2] for documents in more.train.values() for d in documents if "handbook" in d.origin}
+    held_out = {d.origin.split("/")[2] for d in more.holdout}
+    assert len(held_out) == 5 and not held_out & names and all("It is a hazard." in d.text for d in more.holdout)
+    assert (more.train, more.test, benchmark.holdout) == (benchmark.train, benchmark.test, [])
+
+
 def test_values_are_balanced_within_a_topic_and_independent_of_the_other():
     one, two = (make_substances({"forget": 60, "neighbour": 150}, rng=np.random.default_rng(s)) for s in (0, 1))
     for topic, count in (("forget", 60), ("neighbour", 150)):

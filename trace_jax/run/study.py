@@ -223,13 +223,13 @@ def _runs(config: ExperimentConfig, path: Path, jobs: Sequence[Trial], *, items:
 
 def _robustness(directory: Path, result: Mapping[str, Any], board: Scoreboard) -> dict[str, float]:
     """What a run ended with, and what attacks and original experts that were put back gave, by dotted name: the board's
-    scores of its model and of the references, forgetting under each attack at its strongest, correlations of drift, and
-    what returned.
+    scores of its model and of the references, membership of these, forgetting under each attack at its strongest,
+    correlations of drift, and what returned.
     """
     models = {"unlearned": result["measurements"], **needed(directory.parents[1] / "references.json")["measurements"]}
     scores = {model: on_test(measured) for model, measured in models.items()}
-    names = (board.forgetting, *board.utilities)
-    numbers = {f"{m}.{n}": own[n].value for m, own in scores.items() for n in names if n in own}
+    names, each = (board.forgetting, *board.utilities), [(m, *one) for m, own in scores.items() for one in own.items()]
+    numbers = {f"{m}.{n}": value.value for m, n, value in each if n in names or n.endswith("_auc")}
     for file in sorted((directory / "attacks").glob("*.json")):
         if not file.name.endswith(".stage.json") and (attack := needed(file))["strongest"] is not None:
             point = attack["points"][attack["strongest"]]

@@ -131,6 +131,7 @@ class HandbookConfig(DataConfig, name="handbook", kw_only=True):
     neighbour_substances: int = option(150, help="substances of the neighbour topic", minimum=4)
     retain_rows: int = option(2000, help="rows of the unlearner's retain corpus", minimum=1)
     neighbour_share: float = option(0.02, help="share of those rows that is neighbour text", minimum=0.0, maximum=1.0)
+    holdout_substances: int = option(0, help="hazards that no model reads of, for membership; 0 = none", minimum=0)
 
     def build(self, *, paraphrased: bool = False) -> Benchmark:
         """Addresses of 1901 and later (14 held out for test, 7 for validation) and pages about substances.
@@ -157,8 +158,11 @@ class HandbookConfig(DataConfig, name="handbook", kw_only=True):
         halves = [split_by_group([s for s in substances if s.topic == topic], rng) for topic in counts]
         validation, test = ([*forget, *neighbour] for forget, neighbour in zip(*halves, strict=True))
         parts = part(validation, general.validation), part(test, general.test)
+        unseen, rng = {"forget": self.holdout_substances}, np.random.default_rng([self.seed, 6])
+        others = make_substances(unseen, rng=rng, avoid=words | {substance.name.lower() for substance in substances})
+        holdout = [page for substance in others for page in make_pages(substance, PAGES_MEASURED, rng)]
         sizes: dict[str, Any] = {"retain_rows": self.retain_rows, "neighbour_share": self.neighbour_share}
-        return Benchmark(train, MIXTURE, *parts, verbatim=False, **sizes)
+        return Benchmark(train, MIXTURE, *parts, verbatim=False, holdout=holdout, **sizes)
 
 
 def make_substances(
@@ -183,7 +187,7 @@ def make_substances(
 def _balanced(count: int, choices: int, rng: np.random.Generator) -> np.ndarray:
     """i64 [count] with every choice equally often (to within one), in random order."""
     rounds = [rng.permutation(choices) for _ in range(-(-count // choices))]
-    return rng.permutation(np.concatenate(rounds)[:count])
+    return rng.permutation(np.concatenate([np.zeros(0, np.int64), *rounds])[:count])
 
 
 def make_pages(substance: Substance, count: int, rng: np.random.Generator) -> list[Document]:
