@@ -293,14 +293,11 @@ def objectives(studies: Sequence[Study]) -> dict[str, Any]:
 
     for method in BOTH:
         text = (
-            f"Routers of a model unlearned with `{method}` tell forget text from unseen text better than those of one"
-        )
-        about, on_page = (
-            "AUC of membership by routing, less the retrained model's",
-            PAGE if method == "uniform" else None,
+            f"Routing tells forget text from unseen text in a model unlearned with `{method}` better than in one that"
         )
         more = over_variants(study, lambda v, m=method: difference(*known(m, v)))
-        made["claims"].append(claim(f"{text} that never knew", about, more, place=on_page))
+        about = {"place": PAGE if method == "uniform" else None}
+        made["claims"].append(claim(f"{text} never knew", "AUC, less the retrained model's", more, **about))
     for row, (variant, method) in zip(rows, itertools.product(study.variants, BOTH), strict=True):
         row += [interval(values(numbers)) for numbers in known(method, variant)]
     columns = ["objective", "method", "before the attack", *(attack.replace("_", " ") for attack in attacks)]
