@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from unittest import mock
 
 import jax
@@ -227,6 +228,24 @@ def test_a_signal_ends_with_its_own_exit_code(monkeypatch, capsys, number, code)
         for each, handler in before.items():
             signal.signal(each, handler)
     assert "the same command continues" in capsys.readouterr().err
+
+
+def test_an_interruption_where_nothing_can_be_raised_comes_again(monkeypatch, capsys):
+    class Held:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def work(_):
+        Held()
+        time.sleep(20)
+
+    monkeypatch.setattr("trace_jax.io.environment.main", work)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["doctor"]) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "\ninterrupted; the same command continues where it stopped.\n"
 
 
 def test_values_are_literals_or_text_and_an_unknown_argument_is_named(capsys):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import trace_jax
-from trace_jax.io.signals import Interrupted, endings, interrupt
+from trace_jax.io.signals import Interrupted, endings, insist, interrupt
 
 # Command: (module in trace_jax, what it does, options that it shares with others).
 COMMANDS = {
@@ -53,6 +53,7 @@ _EPILOG = """Any setting can be overridden: --config.unlearning.learning_rate=1e
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m trace_jax.main` and of `trace-jax`. Returns the exit code."""
+    insist()
     for number in endings():
         signal.signal(number, interrupt)
     try:

@@ -89,7 +89,8 @@ class Ended(NamedTuple):
     @property
     def problem(self) -> str:
         """What a person should not have seen; "" if all is well."""
-        return "a traceback" if "Traceback (most recent call last)" in self.said else ""
+        at = self.said.find("Traceback (most recent call last)")
+        return "" if at < 0 else f"a traceback: {self.said[max(0, at - 200) : at + 1500]}"
 
     @property
     def sentence(self) -> str:

@@ -75,7 +75,7 @@ def read_only(place: Place, kind: str, expected: Any, *, after: float) -> Tried 
 def told(ended: Ended, reason: str) -> str:
     """What is wrong with how a run ended that could not write; "" if it said so in a sentence, or needed no space."""
     if ended.problem:
-        return f"{ended.problem}: {ended.said[-1500:]}"
+        return ended.problem
     if ended.code != 0 and (ended.code != 2 or reason not in ended.sentence):
         return f"exit code {ended.code}, said: {ended.said[-600:]}"
     return ""

@@ -5,12 +5,15 @@ Nothing here imports JAX before a loop runs: the command line uses it too.
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import signal
 import stat
+import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 # Steps of this process over all its loops: every process counts alike, and a notice between two loops is not missed.
 _counted = itertools.count(1)
@@ -35,6 +38,21 @@ def _hung_up(number: int) -> None:
     for stream in (1, 2) if number == signal.SIGHUP else ():
         if stat.S_ISCHR(os.fstat(stream).st_mode):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+@functools.cache
+def insist() -> None:
+    """An interruption that came where nothing can be raised, as in the clean-up of an object, comes again."""
+    show = sys.unraisablehook
+
+    def again(told: Any) -> None:
+        if not isinstance(told.exc_value, KeyboardInterrupt):
+            show(told)
+            return
+        number = getattr(told.exc_value, "signal", signal.SIGINT)
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()  # not while this still runs
+
+    sys.unraisablehook = again
 
 
 def endings() -> list[signal.Signals]:
