@@ -72,8 +72,9 @@ def damage_all(place: Place, kind: str, whole: Path, other: Path, *, most: int |
         ] = {}  # of each damaged file: how, its content, who refused it
         for _ in range(len(waiting)):
             file, how = waiting.popleft()
-            alone = file == "config.json"  # without it nobody knows which run it is
-            if file in together or len(together) == AT_ONCE or (alone and together) or "config.json" in together:
+            alone = Path(file).name == "config.json"  # without it nobody knows which run it is
+            refuses = any(Path(other).name == "config.json" for other in together)
+            if file in together or len(together) == AT_ONCE or (alone and together) or refuses:
                 waiting.append((file, how))
                 continue
             if damaged(workdir / file, how, other / file, rng):
@@ -122,7 +123,7 @@ def verdict(file: str, broken: bytes | None, refused: str, wrong: str, now: byte
     named = Path(file).name in refused or ".stage." in file  # which names files, of which it tells
     if refused and not named and "holds no run" not in refused:
         return f"refused without naming it: {refused}"
-    if file == "config.json" and wrong.startswith("trace_jax: ") and str(Path(file).parent) in wrong:
+    if Path(file).name == "config.json" and wrong.startswith("trace_jax: ") and str(Path(file).parent) in wrong:
         return ""  # refused at the start as well
     if wrong:
         return wrong
