@@ -120,7 +120,8 @@ def start_again(place: Place, kind: str, workdir: Path, expected: Any) -> str:
 
 def verdict(file: str, broken: bytes | None, refused: str, wrong: str, now: bytes | None) -> str:
     """What should not have been; "" if nothing."""
-    named = Path(file).name in refused or ".stage." in file  # which names files, of which it tells
+    # A marker tells of the files that it names, and of a directory of them as a whole.
+    named = Path(file).name in refused or ".stage." in file or f"{Path(file).parent} is not" in refused
     if refused and not named and "holds no run" not in refused:
         return f"refused without naming it: {refused}"
     if Path(file).name == "config.json" and wrong.startswith("trace_jax: ") and str(Path(file).parent) in wrong:

@@ -82,8 +82,9 @@ def _run(prepared: Prepared) -> Run:
         run_stage("tracking", prepared.workdir, identity, "report in the trackers", attach)
     if (label := config.export) is not None:
         path, output = prepared.workdir, prepared.workdir / "export"
-        if not output.exists():
-            remove(path / "export.stage.json")
+        if not (output / "config.json").exists():
+            for left in (output, path / "export.stage.json"):  # what is left of one is no checkpoint to replace
+                remove(left)
         about: dict[str, Any] = {"target": prepared.target, "overwrite": True}
         export = functools.partial(write_checkpoint, config, path, label, output, **about)
         run_stage("export", path, fingerprint(models[label], "export"), f"export of {label}", export)

@@ -15,7 +15,7 @@ from trace_jax.config import ConfigError, as_dict, fingerprint, resolve
 from trace_jax.data.sources import read_source
 from trace_jax.evaluation.comparison_text import number_text
 from trace_jax.io.environment import describe
-from trace_jax.io.files import encode, link, run_stage, shown, write_json
+from trace_jax.io.files import encode, link, remove, run_stage, shown, write_json
 from trace_jax.io.lock import locked
 from trace_jax.io.progress import aligned, say
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
@@ -91,7 +91,10 @@ def _target(config: ExperimentConfig, path: Path, *, overwrite: bool) -> dict[st
 
     def make() -> None:
         for name in names:
-            save_pretrained(load_model(config, directory, name), directory / f"{name}-checkpoint", overwrite=True)
+            output = directory / f"{name}-checkpoint"
+            if not (output / "config.json").exists():
+                remove(output)  # what is left of one is no checkpoint to replace
+            save_pretrained(load_model(config, directory, name), output, overwrite=True)
 
     run_stage("checkpoints", directory, fingerprint(identity, names), "checkpoints of the target", make)
     paths = {"path" if n == TARGET else n: os.fspath(directory / f"{n}-checkpoint") for n in names}
