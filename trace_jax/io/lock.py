@@ -15,7 +15,7 @@ from pathlib import Path
 from trace_jax.config import ConfigError
 from trace_jax.io.files import as_path, is_remote, read_json, remove, sweep, write_json
 from trace_jax.io.progress import say
-from trace_jax.parallel.processes import all_processes, is_main
+from trace_jax.parallel.processes import all_processes, broadcast_from_process_0, is_main
 
 LOCK = ".lock"
 _BEAT = 10.0  # seconds between two signs of life of whoever holds a lock in an object store
@@ -34,11 +34,15 @@ def locked(directory: str | os.PathLike) -> Iterator[None]:
       ConfigError: another process holds it; the message says which.
     """
     lock, held = as_path(directory) / LOCK, contextlib.ExitStack()
+    holder = read_json(lock) if is_remote(lock) and is_main() else None
+    if broadcast_from_process_0(holder is not None):
+        say(f"{lock}: waiting {3 * _BEAT:.0f} s for a sign of life of whoever holds it")
+        time.sleep(3 * _BEAT)  # all do: in a computation one waits for another for so long at most
     with held:
         problem = ""
         if is_main():
             try:
-                held.enter_context(_in_store(lock) if is_remote(lock) else _on_disk(lock))
+                held.enter_context(_in_store(lock, holder) if is_remote(lock) else _on_disk(lock))
             except ConfigError as error:
                 problem = str(error)
         if not all_processes(not problem):
@@ -92,12 +96,10 @@ def _on_disk(lock: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_store(lock: Path) -> Iterator[None]:
-    if (holder := read_json(lock)) is not None:
-        say(f"{lock}: waiting {3 * _BEAT:.0f} s for a sign of life of whoever holds it")
-        time.sleep(3 * _BEAT)
-        if read_json(lock) not in (None, holder):
-            raise _refusal(lock, holder)
+def _in_store(lock: Path, before: object) -> Iterator[None]:
+    """`before`: who held it long enough ago to have given another sign of life, or None."""
+    if (holder := read_json(lock)) not in (None, before):
+        raise _refusal(lock, holder)
     mine, ended = {**_me(), "token": secrets.token_hex(8)}, threading.Event()
     write_json(lock, mine)
     time.sleep(_SETTLED)
