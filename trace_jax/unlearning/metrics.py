@@ -7,7 +7,6 @@ that of an evaluation covers its items, too.
 
 import collections
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -35,9 +34,8 @@ class Metrics:
         self._directory, self._path, self._identity = directory, directory / _FILE, identity
         self._tracker, self._sum, self._items = tracker, 0, {}
 
-    @functools.cached_property
     def _intact(self) -> tuple[list[dict], list[dict[str, np.ndarray]]]:
-        """This run's lines, as they were found, up to the first that isn't as it was written, and the items of each."""
+        """This run's lines up to the first that isn't as it was written, and the items of each."""
         own = [row for row in files.read_lines(self._path) if row.get("identity") == self._identity]
         steps, arrays = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
         of = [{n: x[steps == r["step"]] for n, x in arrays.items()} if r["kind"] == "evaluation" else {} for r in own]
@@ -50,7 +48,7 @@ class Metrics:
     def whole(self, done: int) -> bool:
         """Whether what was written until `done` steps were done is there as it was; process 0 alone knows."""
         with contextlib.suppress(ValueError):  # of what can't be read
-            return not is_main() or any((r["kind"], r["step"]) == ("step", done) for r in self._intact[0])
+            return not is_main() or any((r["kind"], r["step"]) == ("step", done) for r in self._intact()[0])
         return False
 
     def trim(self, done: int) -> list[dict]:
@@ -59,7 +57,7 @@ class Metrics:
             return []
         if not done:
             files.remove(self._directory / _ITEMS)
-        own, items = self._intact if done else ([], [])
+        own, items = self._intact() if done else ([], [])
         self.write_items(done + 1, {})
         ended = {row["step"] for row in own if row["kind"] == "evaluation"}  # others were cut short
         there = [r["step"] <= done and (r["kind"] != "measurement" or r["step"] in ended) for r in own]
