@@ -190,6 +190,13 @@ class Trial:
         found = Bucket.store.get("/bucket/run/results.json")
         return "; ".join(problems), found and plain(json.loads(found.getvalue()))
 
+    def export(self) -> str:
+        """What is wrong with the export of the run at the address, on one machine; "" if nothing."""
+        output, store = self._place.folder / "export", {**environment(), **for_other_processes()}
+        export = ["export", "--workdir", "gs://bucket/run", "--method", "trace_rows", "--output", str(output)]
+        ended = wait(start([sys.executable, "-m", "trace_jax.main", *export], env=store))
+        return "" if ended.code == 0 and (output / "model.safetensors").exists() else ended.said[-500:]
+
     def alone(self) -> Any:
         """Results of the same run in one process, on one device."""
         workdir = self._place.folder / "alone"
@@ -211,6 +218,7 @@ def scenarios(place: Place) -> Iterator[Tried]:
     trial = Trial(place)
     problem, expected = trial.through()
     yield Tried("undisturbed", "a pod", problem or "no results" * (expected is None))
+    yield Tried("export from its address", "a pod", trial.export())
     pairs = [*zip(values(expected), values(trial.alone()), strict=True)]
     far = [(*a, b[1]) for a, b in pairs if not math.isclose(a[1], b[1], rel_tol=0.03, abs_tol=0.02)]
     yield Tried("the numbers of one process", "a pod", f"{len(far)} of {len(pairs)} differ: {far[:3]}" if far else "")
