@@ -292,14 +292,10 @@ def objectives(studies: Sequence[Study]) -> dict[str, Any]:
         return [study.numbers(f"{model}.{ROUTED}", method, variant) for model in ("unlearned", "retrained")]
 
     for method in BOTH:
-        text = (
-            f"Routing tells forget text from unseen text in a model unlearned with `{method}` better than in one that"
-        )
+        text = f"Routing tells forget text from unseen text in a model unlearned with `{method}`"
+        text, place = f"{text} better than in one that never knew", PAGE if method == "uniform" else None
         more = over_variants(study, lambda v, m=method: difference(*known(m, v)))
-        about = {"place": PAGE if method == "uniform" else None}
-        made["claims"].append(
-            claim(f"{text} better than in one that never knew", "AUC, less the retrained model's", more, **about)
-        )
+        made["claims"].append(claim(text, "AUC, less the retrained model's", more, place=place))
     for row, (variant, method) in zip(rows, itertools.product(study.variants, BOTH), strict=True):
         row += [interval(values(numbers)) for numbers in known(method, variant)]
     columns = ["objective", "method", "before the attack", *(attack.replace("_", " ") for attack in attacks)]
