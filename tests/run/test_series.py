@@ -68,6 +68,17 @@ def test_scores_of_all_steps_stand_in_one_table(in_sequence):
     assert "Step by step" in page and page.count("after each step, one line per method") > 3
 
 
+def test_what_is_left_of_its_checkpoints_is_made_anew(in_sequence):
+    config, path, text = in_sequence
+    kept = {}
+    for directory in (path / "target" / "target-checkpoint", path / "uniform" / "step-1" / "export"):
+        kept[directory] = (directory / "config.json").read_bytes(), (directory / "model.safetensors").read_bytes()
+        (directory / "config.json").unlink()
+    assert run_series(config, path) == text
+    for directory, before in kept.items():
+        assert ((directory / "config.json").read_bytes(), (directory / "model.safetensors").read_bytes()) == before
+
+
 def test_a_series_is_opened_with_the_runs_of_its_steps(in_sequence):
     path = in_sequence[1]
     series = open_run(path)
