@@ -1,6 +1,7 @@
 """One run at a time: a second process is refused and told who is there; a crash lets go, on disk and at an address."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -59,6 +60,18 @@ def test_what_killed_writers_left_goes_with_the_next_lock(tmp_path):
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert left == [".hidden.json", "a.b.json", "c.json", "methods/export/kept"]
     assert (tmp_path / "c.json").read_text() == "new"
+
+
+def test_where_nothing_can_be_locked_nothing_is_swept_up(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
+    (tmp_path / ".model.12.tmp.safetensors").touch()
+    with locked(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".model.12.tmp.safetensors"]
+    assert "can't be locked (No locks available)" in capsys.readouterr().err
 
 
 def test_within_a_process_it_is_one_at_a_time_too(tmp_path):

@@ -68,6 +68,7 @@ def _on_disk(lock: Path) -> Iterator[None]:
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("a+") as file:
+            alone = True
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -77,6 +78,7 @@ def _on_disk(lock: Path) -> Iterator[None]:
                     holder = json.loads(file.read())
                 raise _refusal(lock, holder) from None
             except OSError as error:  # a file system without locks
+                alone = False
                 say(f"{lock}: can't be locked ({error.strerror}); see to it that no other run works there")
             try:
                 same = os.path.samestat(os.fstat(file.fileno()), lock.stat())
@@ -87,7 +89,8 @@ def _on_disk(lock: Path) -> Iterator[None]:
             file.truncate(0)
             json.dump(_me(), file)
             file.flush()
-            sweep(lock.parent)  # nobody else writes there
+            if alone:  # or another may be writing what would be swept up
+                sweep(lock.parent)
             try:
                 yield
             finally:
