@@ -15,9 +15,11 @@ from trace_jax.config import ConfigError
 from trace_jax.evaluation.fronts import MEAN, Front
 from trace_jax.io.files import decode, read_json, read_lines, write_json
 from trace_jax.models.architecture import flatten
+from trace_jax.run import directory, methods
 from trace_jax.run.directory import calibration_directory, write_report
 from trace_jax.run.export import export, find_model, load_model, model_card
 from trace_jax.run.methods import run
+from trace_jax.run.prepare import prepare
 
 METRICS = "methods/uniform/metrics.jsonl"
 LENGTH = {"steps": None, "epochs": 2.0, "evaluate_every": 1, "learning_rate": 0.02, "alpha": 1.0}
@@ -77,6 +79,31 @@ def test_a_changed_setting_reruns_its_stage_and_those_after_it(data, finished, t
     assert said.count(": compiling") == 2 and written[:3] == [file.stat().st_mtime_ns for file in shared]
     after = numbers(path)["methods"]["trace_rows"]
     assert after["unlearning"]["alpha"] == 2.0 and after["measurements"] != before["measurements"]
+
+
+def test_a_start_with_everything_done_reads_no_text(data, tmp_path, monkeypatch):
+    """Of another text, setting, code or file it looks at all again."""
+    path, own = tmp_path / "run", shutil.copytree(data, tmp_path / "data")
+
+    def reads(**changes):
+        prepared = []
+        with monkeypatch.context() as patched:
+            patched.setattr(methods, "prepare", lambda *a, **k: prepared.append(a) or prepare(*a, **k))
+            run(experiment(own, methods=["uniform"], **changes), path)
+        return bool(prepared)
+
+    assert reads() and not reads()
+    assert reads(evaluation={"max_prompts": 2}) and reads() and not reads()
+    (path / "report.html").unlink()
+    assert reads() and (path / "report.html").exists() and not reads()
+    with (path / "methods/uniform/results.json").open("a") as file:
+        file.write(" ")
+    assert reads() and not reads()
+    with (own / "forget.jsonl").open("a") as file:
+        file.write("\n")
+    assert reads() and not reads()
+    monkeypatch.setattr(directory, "_PACKAGE", own)
+    assert reads()
 
 
 def test_experts_are_put_back_into_the_models_of_a_finished_run(data, finished, tmp_path):

@@ -48,6 +48,11 @@ class DataConfig(Variant, kw_only=True):
         """Where each forget topic is read from; of an embedded benchmark nowhere."""
         return ()
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Everything that is read, wherever it is read from."""
+        return ()
+
     def located(self) -> "DataConfig":
         """The same with the full path of every file."""
         return self

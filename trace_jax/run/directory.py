@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from trace_jax.config import ConfigError, as_dict
+from trace_jax.config import ConfigError, as_dict, fingerprint
+from trace_jax.data.sources import HUGGINGFACE, is_here, revision_of
 from trace_jax.evaluation import comparison, comparison_text, fronts
 from trace_jax.evaluation.intervals import Interval
 from trace_jax.evaluation.task import Scoreboard
@@ -40,6 +41,7 @@ CONTROLS = (
     "loss",
     "oracle",
 )
+_PACKAGE = Path(__file__).parents[1]
 _SECONDS_TO_SEE = 30.0
 _TOLD, _SEAL = ("results.json", "study.json", "series.json"), "results.stage.json"
 _ALWAYS = "config.json", "environment.json", "references.json"
@@ -152,9 +154,37 @@ def check_files(path: Path) -> None:
             raise ValueError(f"{problem}. {ANEW}")
 
 
-def seal(path: Path) -> None:
-    """Writes down what a finished run, study or series tells of itself, for `check_files`."""
-    files.finish(path / _SEAL, "", {path / name for name in (*_TOLD, *_ALWAYS)})
+def seal(path: Path, made_by: str = "") -> None:
+    """Writes down what a finished run, study or series tells of itself, for `check_files`; and, of a run that is done
+    with all, what it was `made_by`.
+    """
+    files.finish(path / _SEAL, made_by, {path / name for name in (*_TOLD, *_ALWAYS)})
+
+
+def is_done(path: Path, made_by: str) -> bool:
+    """Whether a run is there that was `made_by` the same, and every file is as it was written."""
+    try:
+        if not made_by or (files.read_json(path / _SEAL) or {}).get("identity") != made_by:
+            return False
+        check_files(path)
+    except (ValueError, AttributeError):
+        return False
+    return (path / "report.html").exists()
+
+
+def made_by(config: ExperimentConfig) -> str:
+    """Hash of all that makes a run: its settings, this code, and the content of what it reads. "" where that takes as
+    long as a start: text from the hub, published benchmarks, several processes.
+    """
+    attacks = config.attacks.chosen.values() if config.attacks else ()
+    sources = [*config.data.sources, *(attack.source for attack in attacks if attack.source)]
+    unknown = any(source.startswith(HUGGINGFACE) or not is_here(source) for source in sources)
+    evaluation = config.evaluation
+    if unknown or evaluation.muse or evaluation.tofu or evaluation.multiple_choice or jax.distributed.is_initialized():
+        return ""
+    revisions = [revision_of(source) for source in sources]
+    code = {str(file.relative_to(_PACKAGE)): file.read_text("utf-8") for file in sorted(_PACKAGE.rglob("*.py"))}
+    return fingerprint(config, config.model_identity(), revisions, code) if all(revisions) else ""
 
 
 def finished(path: Path) -> dict[str, Any]:

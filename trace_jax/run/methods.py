@@ -25,7 +25,7 @@ from trace_jax.models.model import Model
 from trace_jax.parallel.processes import add_process_arguments, is_main, keep_freed_memory, start_processes
 from trace_jax.routing.config import CalibrationConfig, Matching, Permuted, RatioWeights
 from trace_jax.routing.weights import Recalibration, RetainWeights, retain_weights
-from trace_jax.run.directory import finished, needed, write_results
+from trace_jax.run.directory import finished, is_done, made_by, needed, seal, write_results
 from trace_jax.run.experiment import ExperimentConfig, Method
 from trace_jax.run.export import UNLEARNED, load_model, save_unlearned, write_checkpoint
 from trace_jax.run.prepare import Prepared, prepare, retrained_identity
@@ -64,11 +64,18 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike | None = None, *, o
       ConfigError, ValueError: something given can't be used, or another process works in the directory; the message
         says what, and what to do.
     """
+    path = as_path(workdir or f"runs/{config.name}")
+    if is_done(path, by := made_by(config)):
+        say("everything is done: settings, text and code are those of the run that is there")
+        return Run(path)
     with contextlib.ExitStack() as held:
-        return _run(prepare(config, workdir or f"runs/{config.name}", overwrite=overwrite, held=held))
+        prepared = prepare(config, path, overwrite=overwrite, held=held)
+        _run(prepared)
+        seal(path, by)
+    return Run(path)
 
 
-def _run(prepared: Prepared) -> Run:
+def _run(prepared: Prepared) -> None:
     config = prepared.config
     for context in prepared.attacks.values():
         _ = context.prepared  # while there is nothing to lose
@@ -88,7 +95,6 @@ def _run(prepared: Prepared) -> Run:
         about: dict[str, Any] = {"target": prepared.target, "overwrite": True}
         export = functools.partial(write_checkpoint, config, path, label, output, **about)
         run_stage("export", path, fingerprint(models[label], "export"), f"export of {label}", export)
-    return Run(prepared.workdir)
 
 
 def attack(workdir: str | os.PathLike, attacks: Mapping[str, Any]) -> Run:

@@ -52,6 +52,10 @@ class TextConfig(DataConfig, name="text", kw_only=True):
     def forget_sources(self) -> tuple[str, ...]:
         return (self.forget,) if isinstance(self.forget, str) else self.forget
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (*self.forget_sources, *filter(None, (self.retain, self.neighbour, self.holdout)))
+
     def located(self) -> "TextConfig":
         paths = {name: located(getattr(self, name)) for name in ("retain", "neighbour", "holdout")}
         forget = tuple(map(located, self.forget_sources))
