@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     }
     config.evaluation = {"max_rows": 16, "batch_size": 32, "patching": False}
     config.study = {
-        "methods": ("uniform", "uniform_2x", "trace", "trace_rows", "random_experts", "ngram", "oracle"),
+        "methods": ("uniform", "uniform_2x", "trace", "trace_rows", "random_experts", "ngram", "gradient", "oracle"),
         "seeds": tuple(range(10, 18)),
         "tuning_seeds": (100, 101, 102),
         "alphas": (2.0, 8.0, 32.0),

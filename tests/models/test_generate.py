@@ -66,6 +66,19 @@ def test_equals_repeated_forward_passes_for_prompts_of_unequal_length(switches):
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("switches", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_branches_of_a_row_are_continuations_of_one_text(switches):
+    """Each equals a row of its own, however long the others are."""
+    config, text = dataclasses.replace(CONFIG, **switches), PROMPT.reshape(-1)
+    params, branches = random_params(config), np.repeat([0, 1, 2, 3], [7, 4, 6, 3])
+    row, mask = text[: len(branches)][None], np.ones((1, len(branches)), np.int32)
+    got = np.asarray(_forward(params, config, row, mask=mask, branches=branches[None].astype(np.int32)).logits[0])
+    for branch in (1, 2, 3):
+        own = np.flatnonzero(np.isin(branches, (0, branch)))
+        alone = _forward(params, config, row[:, own], mask=mask[:, own]).logits[0]
+        np.testing.assert_allclose(got[own], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_a_prompt_longer_than_one_piece_is_read_in_pieces(monkeypatch):
     expected = greedy(lengths=LENGTHS)
     monkeypatch.setattr(decoding, "_PIECE", 2)

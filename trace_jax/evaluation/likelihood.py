@@ -6,7 +6,7 @@ runs, so that a question pays for the logits of its options only.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -35,7 +35,8 @@ def score_rows(model: Model, rows: Rows, *, batch_size: int = 64, mesh: Mesh | N
     """NLL f32 [N, S], nats, of what follows every valid position of `rows`, `batch_size` rows at a time; else 0."""
     positions = np.broadcast_to(np.arange(rows.tokens.shape[1], dtype=np.int32), rows.tokens.shape)
     columns = rows.tokens, rows.segments, positions, _following(rows.tokens)
-    return _nll(model, columns, rows.valid, batch_size, mesh)
+    batches = ([x[start : start + batch_size] for x in columns] for start in range(0, len(rows), batch_size))
+    return _nll(model, batches, rows.valid, mesh)
 
 
 def score_questions(
@@ -43,20 +44,36 @@ def score_questions(
 ) -> np.ndarray:
     """Log-likelihood f64 [Q, O] of every option, summed over its tokens, nats, `batch_size` questions at a time.
 
-    Where each option is one token, a question goes through the model once for all of them.
+    A question goes through the model once: what its options have in common, and then the rest of each as a branch.
     """
     tokens, segments, scored = questions.tokens, questions.segments, questions.scored
-    count, options, length = tokens.shape
-    most = max(1, int(scored.sum(axis=2).max()))
-    positions = np.argsort(~scored, axis=2, kind="stable")[:, :, :most]
+    (count, options, length), at = tokens.shape, np.arange(tokens.shape[2])
+    positions = np.argsort(~scored, axis=2, kind="stable")[:, :, : max(1, int(scored.sum(axis=2).max()))]
     targets, counted = (np.take_along_axis(x, positions, axis=2) for x in (_following(tokens), scored))
-    read = np.arange(length) <= positions[:, :, -1:]
-    if most == 1 and all((x == x[:, :1])[read].all() for x in (tokens, segments)):
-        columns = tokens[:, 0], segments[:, 0], positions[:, :, 0], targets[:, :, 0]
-        return -_nll(model, columns, counted[:, :, 0], batch_size * options, mesh).astype(np.float64)
-    columns = tuple(x.reshape(count * options, -1) for x in (tokens, segments, positions, targets))
-    nll = _nll(model, columns, counted.reshape(count * options, -1), batch_size * options, mesh)
-    return -nll.sum(axis=1, dtype=np.float64).reshape(count, options)
+
+    ends = ((at + 1) * scored).max(axis=2)  # [Q, O], how much of an option is read
+    differ = ((tokens != tokens[:, :1]) | (segments != segments[:, :1])).any(axis=1)
+    common = np.minimum(ends.min(axis=1), np.where(differ, at, length).min(axis=1))[:, None]
+    branches = np.where(at < common[:, :, None], 0, np.arange(1, options + 1)[:, None])
+    read = (at < ends[:, :, None]) & ((branches > 0) | (np.arange(options) == 0)[:, None])
+    places = np.argsort(~read.reshape(count, -1), axis=1, kind="stable")
+    widths = read.sum(axis=(1, 2))
+    rows = [np.take_along_axis((x * read).reshape(count, -1), places, axis=1) for x in (tokens, segments, branches)]
+    begins = np.cumsum(ends - common, axis=1) - (ends - common)  # of a branch, after what is common
+    positions = np.where(positions < common[:, :, None], positions, positions + begins[:, :, None]) * counted
+
+    branched = bool((read & (branches > 0)).any())
+    order, size = np.argsort(widths, kind="stable"), batch_size if branched else batch_size * options
+    in_order = [x[order] for x in (*rows, widths, *(x.reshape(count, -1) for x in (positions, targets, counted)))]
+
+    def batch(start: int) -> list[np.ndarray]:
+        *rows, widths, positions, targets, _ = (x[start : start + size] for x in in_order)
+        width = padded_size(int(widths.max()))
+        tokens, segments, branches = (np.pad(x, ((0, 0), (0, width)))[:, :width] for x in rows)
+        return [tokens, segments, positions, targets, *[branches] * branched]
+
+    nll = _nll(model, map(batch, range(0, count, size)), in_order[-1], mesh)[np.argsort(order)]
+    return -nll.reshape(counted.shape).sum(axis=2, dtype=np.float64)
 
 
 def _following(tokens: np.ndarray) -> np.ndarray:
@@ -64,24 +81,32 @@ def _following(tokens: np.ndarray) -> np.ndarray:
     return np.concatenate([tokens[..., 1:], tokens[..., -1:]], axis=-1)
 
 
-def _nll(
-    model: Model, columns: Sequence[np.ndarray], counted: np.ndarray, batch_size: int, mesh: Mesh | None
-) -> np.ndarray:
-    """NLL f32 [N, M] of targets [N, M]; 0 where one isn't `counted`. columns: what `_scores` takes, N rows each."""
-    starts, columns = range(0, len(counted), batch_size), [x.astype(np.int32) for x in columns]
-    batches = ([x[start : start + batch_size] for x in columns] for start in starts)
-    passes = map_batches(_scores, _models(model), model.config, batches, mesh=mesh, static=(token_nll,))
-    nll = np.concatenate([x[:batch_size] for x in passes])[: len(counted)]
+def _nll(model: Model, batches: Iterable[Sequence[np.ndarray]], counted: np.ndarray, mesh: Mesh | None) -> np.ndarray:
+    """NLL f32 [N, M] of targets [N, M]; 0 where one isn't `counted`. batches: what `_scores` takes, N rows in all."""
+    sizes: list[int] = []
+
+    def arrays() -> Iterator[list[np.ndarray]]:
+        for batch in batches:
+            sizes.append(len(batch[0]))
+            yield [x.astype(np.int32) for x in batch]
+
+    passes = map_batches(_scores, _models(model), model.config, arrays(), mesh=mesh, static=(token_nll,))
+    nll = np.concatenate([x[:size] for x, size in zip(passes, sizes, strict=True)])
     return _finite(np.where(counted, nll, np.float32(0)))
 
 
-def _scores(models: tuple[Any, ...], config: ModelConfig, tokens, segments, positions, targets, score: Any) -> Any:
-    """`score` of `targets` [B, M] as what follows `positions` [B, M] of `tokens` [B, S]; for models see `_models`."""
+def _scores(models: tuple[Any, ...], config: ModelConfig, tokens, segments, positions, targets, *more: Any) -> Any:
+    """The score of `targets` [B, M] as what follows `positions` [B, M] of `tokens` [B, S]; for models see `_models`.
+
+    more: the branches [B, S] of the tokens (`forward`), where there are any, and the score.
+    """
     params, *guides = models
+    *branches, score = more
+    about: Any = {"mask": segments, "branches": branches[0] if branches else None}
     experts = None
     for guide in guides:
-        experts = forward(guide, config, tokens, mask=segments, collect=("indices",)).router.indices
-    hidden = forward(params, config, tokens, mask=segments, collect=("hidden",), experts=experts).hidden
+        experts = forward(guide, config, tokens, **about, collect=("indices",)).router.indices
+    hidden = forward(params, config, tokens, **about, collect=("hidden",), experts=experts).hidden
     assert hidden is not None  # it was asked for
     return score(params, config, jnp.take_along_axis(hidden, positions[:, :, None], axis=1), targets)
 

@@ -82,6 +82,7 @@ def forward(
     tokens: jax.Array,
     *,
     mask: jax.Array | None = None,
+    branches: jax.Array | None = None,
     count_mask: jax.Array | None = None,
     collect: tuple[str, ...] = ("logits",),
     num_layers: int | None = None,
@@ -97,6 +98,8 @@ def forward(
     Args:
       mask: [B, S] bool (False = padding) or i32 document numbers (0 = padding). A token attends to the earlier tokens
         of its document in its row, and its rotary position is their number. None: all real, one document a row.
+      branches: i32 [B, S], continuations of one text in a row, beside each other: tokens of branch 0 are read by all
+        that follow in their document, others by their own branch alone. Not with a cache.
       count_mask: bool [B, S], the positions that "counts" and "load" sum over; default: what isn't padding.
       collect: what to return, of "logits" f32 [B,S,V]; "hidden" [B,S,D] after the final norm (what the loss takes);
         "layers" [L,B,S,D]; "router_logits", "indices", "weights" (together: "router"); "router_inputs" [L,B,S,D];
@@ -132,7 +135,7 @@ def forward(
     if cache is not None:
         documents, start = jnp.ones((B, S), jnp.int32) if documents is None else documents, cache.index
         key_documents = jax.lax.dynamic_update_slice_in_dim(cache.documents, documents, start, axis=1)
-    allowed = attention_mask(documents, S, key_documents, start)
+    allowed = attention_mask(documents, S, key_documents, start, branches)
     if positions is None:
         positions = jnp.sum(allowed.astype(jnp.int32), axis=-1) - 1
     key_positions = positions

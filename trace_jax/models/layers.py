@@ -144,17 +144,22 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     return Cache(k, None if config.attention == "latent" else k, places, places, jnp.zeros((), jnp.int32))
 
 
-def attention_mask(documents, length: int, key_documents=None, start: jax.Array | int = 0) -> jax.Array:
+def attention_mask(documents, length: int, key_documents=None, start: jax.Array | int = 0, branches=None) -> jax.Array:
     """bool [B or 1, S, M]: whether query s may read key m: same document, and not later.
 
     Padding (document 0) reads earlier padding, so that every query reads at least itself. `documents` i32 [B, S] are
-    the queries' (None: all of one); `key_documents` i32 [B, M] (None: the same) hold them from `start` on.
+    the queries' (None: all of one); `key_documents` i32 [B, M] (None: the same) hold them from `start` on. With
+    `branches` i32 [B, S], of queries that are the keys, keys of another branch than 0 are read in their own alone.
     """
     key_documents = documents if key_documents is None else key_documents
     query = jnp.arange(length, dtype=jnp.int32) + start
     key = jnp.arange(length if key_documents is None else key_documents.shape[1], dtype=jnp.int32)
-    causal = (query[:, None] >= key[None, :])[None]
-    return causal if key_documents is None else causal & (documents[:, :, None] == key_documents[:, None, :])
+    allowed = (query[:, None] >= key[None, :])[None]
+    if key_documents is not None:
+        allowed = allowed & (documents[:, :, None] == key_documents[:, None, :])
+    if branches is not None:
+        allowed = allowed & ((branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :]))
+    return allowed
 
 
 def attention(layer: dict, config: ModelConfig, x: jax.Array, *, rope_table: jax.Array, mask: jax.Array, cache=None):
