@@ -247,6 +247,5 @@ def _draw(usable: Sequence[Any], count: int, rng: np.random.Generator) -> list[A
 
 def _pairs(prompts: Prompts) -> list[tuple[list[int], list[int]]]:
     """(tokens of the prompt, tokens of the continuation) without padding."""
-    counts = [prompts.prompt.shape[1]] * len(prompts) if prompts.lengths is None else prompts.lengths[:, 0].tolist()
-    given = [row[:count] for row, count in zip(prompts.prompt.tolist(), counts, strict=True)]
-    return list(zip(given, prompts.unpadded(prompts.continuation), strict=True))
+    given, to_come = prompts.unpadded(prompts.prompt, side=0), prompts.unpadded(prompts.continuation)
+    return list(zip(given, to_come, strict=True))

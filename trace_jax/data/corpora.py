@@ -137,9 +137,9 @@ class Prompts:
         lengths = None if self.lengths is None else self.lengths[indices]
         return Prompts(self.prompt[indices], self.continuation[indices], lengths)
 
-    def unpadded(self, tokens: np.ndarray) -> list[list[int]]:
-        """Of each row of `tokens` i32 [N, C], as many as the true continuation has."""
-        counts = np.full(len(self), tokens.shape[1]) if self.lengths is None else self.lengths[:, 1]
+    def unpadded(self, tokens: np.ndarray, side: int = 1) -> list[list[int]]:
+        """Of each row of `tokens` i32 [N, W], as many as the true continuation has, or (side 0) the prompt."""
+        counts = np.full(len(self), tokens.shape[1]) if self.lengths is None else self.lengths[:, side]
         return [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
 
 

@@ -205,9 +205,8 @@ class Verbatim(Task):
             written, truth = map(model.tokenizer.decode_batch, map(prompts.unpadded, (generated, prompts.continuation)))
             score = rouge_l(written, truth)
             arrays |= {f"{split}/score": score, f"{split}/generated": generated}
-            sizes = [prompts.prompt.shape[1]] * count if prompts.lengths is None else prompts.lengths[:, 0].tolist()
-            begun = [row[:size] for row, size in zip(prompts.prompt.tolist(), sizes, strict=True)]
-            texts = {"prompt": model.tokenizer.decode_batch(begun), "generation": written, "ground_truth": truth}
+            begun = model.tokenizer.decode_batch(prompts.unpadded(prompts.prompt, side=0))
+            texts = {"prompt": begun, "generation": written, "ground_truth": truth}
             lines += item_lines({"split": split}, score=score, **texts)
         return TaskScores(arrays, {"items": lines})
 
