@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -111,10 +110,10 @@ def _refuse_overlap(left_name: str, left: Sequence[Document], right_name: str, r
 
 def _warn_of_shared(forget: Sequence[Document], name: str, documents: Sequence[Document]) -> None:
     if shared := shared_ngrams(forget, documents):
-        one, other = shared.example
+        sharing, holding, ngrams, (one, other) = shared
         say(
-            f"warning: {shared.left} of {len(forget)} forget documents share {N} or more words in a row with {name} "
-            f"({shared.right} of its {len(documents)} documents, {shared.ngrams:,} such runs), for example "
+            f"warning: {sharing} of {len(forget)} forget documents share {N} or more words in a row with {name} "
+            f"({holding} of its {len(documents)} documents, {ngrams:,} such runs), for example "
             f"{one.origin} and {other.origin}: {name} would teach again what is to be forgotten."
         )
 
@@ -163,17 +162,12 @@ def split_at_paragraphs(document: Document, size: int) -> list[Document]:
 # --- passages that two sets of documents share: runs of words, found by hashes of all runs of a length
 
 
-class Shared(NamedTuple):
-    """How much of `left` also stands in `right`, in numbers of documents, and the first place where it does."""
-
-    left: int
-    right: int
-    ngrams: int  # different ones
-    example: tuple[Document, Document]
-
-
-def shared_ngrams(left: Sequence[Document], right: Sequence[Document]) -> Shared | None:
-    """The documents that share runs of `N` words, whatever their case and white space, or None where none do."""
+def shared_ngrams(
+    left: Sequence[Document], right: Sequence[Document]
+) -> tuple[int, int, int, tuple[Document, Document]] | None:
+    """How much of `left` also stands in `right`: how many documents of both share runs of `N` words, whatever their
+    case and white space, the number of different runs, and the first pair that does; None where none do.
+    """
     numbers = {word: i for i, word in enumerate(dict.fromkeys(w for d in left for w in _words(d)), start=1)}
     keys = np.random.default_rng(0).integers(1 << 64, size=len(numbers) + 1, dtype=np.uint64)
     known, owners = map(np.concatenate, zip(*_hashes(left, numbers, keys), strict=True))
@@ -190,9 +184,8 @@ def shared_ngrams(left: Sequence[Document], right: Sequence[Document]) -> Shared
         return None
     ngrams = np.unique(known[found])
     sharing = np.unique(owners[np.isin(known, ngrams)])
-    return Shared(
-        len(sharing), len(np.unique(holders)), len(ngrams), (left[int(owners[found[0]])], right[int(holders[0])])
-    )
+    example = left[int(owners[found[0]])], right[int(holders[0])]
+    return len(sharing), len(np.unique(holders)), len(ngrams), example
 
 
 def _words(document: Document) -> list[str]:
