@@ -7,7 +7,6 @@ import shutil
 import types
 from unittest import mock
 
-import jax
 import lm_eval
 import numpy as np
 import pytest
@@ -25,8 +24,7 @@ from trace_jax.data.rows import train_tokenizer
 from trace_jax.evaluation import likelihood
 from trace_jax.io.files import read_json, write_json
 from trace_jax.main import main
-from trace_jax.models.architecture import init_params
-from trace_jax.models.model import Model, TextCodec
+from trace_jax.models.model import TextCodec
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.export import save_trained
 from trace_jax.tasks import lm_eval as module
@@ -135,13 +133,15 @@ def test_what_no_task_may_ask_for_is_said():
             read_decoding({setting: value}, max_new_tokens=1)
 
 
-def test_more_than_the_model_can_read_is_said(ours):
+def test_more_than_the_model_can_read_is_said(ours, folder):
     with pytest.raises(ConfigError, match=r"writes 256 tokens, and the model reads 64 at once"):
         ours.generate_until(requests(("river", {})))
     with pytest.raises(ValueError, match="at most max_length = 64 after"):
         ours.loglikelihood(requests(("river", " x" * 100)))
     with pytest.raises(ConfigError, match="chat templates aren't supported"):
-        ours.apply_chat_template([])
+        lm_eval.simple_evaluate(
+            ours, tasks=["quiz"], task_manager=LOCAL(include_path=str(folder)), apply_chat_template=True
+        )
     with pytest.raises(ConfigError, match="no tokenizer"):
         TraceLM(ours._model.replace(tokenizer=None))
 
@@ -185,15 +185,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def evaluated(model, folder, tasks, **options):
-    return lm_eval.simple_evaluate(
-        model=model, tasks=tasks, task_manager=LOCAL(include_path=str(folder)), bootstrap_iters=10, **options
-    )
-
-
 @WITH_BOS
 def test_every_task_gives_what_it_gives_with_hf(ours, theirs, folder):
-    mine, other = (evaluated(model, folder, list(TASKS)) for model in (ours, theirs))
+    options = {"task_manager": LOCAL(include_path=str(folder)), "bootstrap_iters": 10}
+    mine, other = (lm_eval.simple_evaluate(model=model, tasks=list(TASKS), **options) for model in (ours, theirs))
     for name in TASKS:
         for one, two in zip(mine["samples"][name], other["samples"][name], strict=True):
             assert one["arguments"] == two["arguments"]
@@ -258,8 +253,8 @@ def benchmark():
 @pytest.fixture(scope="module")
 def model(benchmark):
     """Random, and sharp enough that options differ clearly."""
-    params = jax.tree.map(lambda x: 2 * x, init_params(MODEL, jax.random.key(0)))
-    return Model(MODEL, params, train_tokenizer([page.text for page in benchmark.train["forget"]], 512))
+    tokenizer = train_tokenizer([page.text for page in benchmark.train["forget"]], 512)
+    return tiny.make_model(MODEL).replace(tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")

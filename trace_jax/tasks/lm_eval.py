@@ -112,10 +112,7 @@ class TraceLM(LM):
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, whether it is greedy) of each request's continuation after its context."""
         texts = [request.args for request in requests]
-        results = score_texts(self._model, texts, max_length=self.max_length, **self._batches)
-        for text, result in zip(texts, results, strict=True):
-            self.cache_hook.add_partial("loglikelihood", text, result)
-        return results
+        return score_texts(self._model, texts, max_length=self.max_length, **self._batches)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each request's text, in windows of `max_length` tokens that share one token."""
@@ -128,8 +125,6 @@ class TraceLM(LM):
         scored = score_tokens(self._model, windows, max_length=self.max_length, **self._batches)
         totals = np.zeros(len(requests))
         np.add.at(totals, owners, [log_likelihood for log_likelihood, _ in scored])
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, float(total))
         return totals.tolist()
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -156,15 +151,10 @@ class TraceLM(LM):
                 **decoding._asdict(),
             )
             results |= {number: one.text for number, one in zip(numbers, generated, strict=True)}
-        for number, request in enumerate(requests):
-            self.cache_hook.add_partial("generate_until", request.args, results[number])
         return [results[number] for number in range(len(requests))]
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        raise ConfigError("chat templates aren't supported: leave apply_chat_template away.")
-
     @property
-    def tokenizer_name(self) -> str:
+    def tokenizer_name(self) -> str:  # asked for first where a chat template is to be used
         raise ConfigError("chat templates aren't supported: leave apply_chat_template away.")
 
 
