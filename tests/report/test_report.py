@@ -209,7 +209,7 @@ def test_missing_numbers_are_dashes_and_break_no_figure():
 
 
 def test_a_study_shows_all_seeds_of_the_chosen_setting_and_a_series_every_step():
-    run = {"objective": "npo", "method": "trace"}
+    run = {"variant": "npo", "method": "trace"}
     runs = [run | {"setting": s, "test": front(d)} for s in ("alpha=1", "alpha=4") for d in (0.001, 0.002, 0.003)]
     chosen = row("npo: trace", 0.9) | {"run": ("npo", "trace", "alpha=4")}
     study = {**BENCHMARK, "title": "Study", "rows": [chosen], "runs": runs, "config": CONFIG}

@@ -178,8 +178,8 @@ def _fronts(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     """Test fronts by method: of a run one each, of a study those of all seeds with the method's chosen setting."""
     if "runs" not in results:
         return {label: [result["fronts"][SPLIT]] for label, result in results.get("methods", {}).items()}
-    key = "objective" if any("objective" in run for run in results["runs"]) else "variant"  # as it once was
-    runs = [([run.get(name, "") for name in (key, "method", "setting")], run["test"]) for run in results["runs"]]
+    names = ("variant", "method", "setting")
+    runs = [([run.get(name, "") for name in names], run["test"]) for run in results["runs"]]
     return {row["method"]: [front for name, front in runs if name == list(row["run"])] for row in results["rows"]}
 
 
