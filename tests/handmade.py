@@ -8,12 +8,14 @@ import numpy as np
 
 from tests import tiny
 from trace_jax.data.corpora import Probes, Prompts, Questions
+from trace_jax.evaluation.fronts import front_from_history
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.task import EvaluationConfig, Evaluator
 from trace_jax.models.architecture import abstract_params
 from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.tasks.benchmarks import BENCHMARKS
+from trace_jax.unlearning.metrics import Metrics
 
 CONFIG, V = tiny.CONFIG, tiny.CONFIG.vocab_size
 SETTINGS = EvaluationConfig(batch_size=4, max_rows=5, max_prompts=3, max_members=5, max_gradients=2, bootstrap=100)
@@ -74,6 +76,14 @@ def make_evaluator(probes=PROBES, *, settings=SETTINGS, benchmark="text", tasks=
     """An evaluator of probes per split and of other tasks."""
     names = BENCHMARKS[benchmark].board.questions
     return Evaluator(settings, (*probe_tasks(probes, settings, accuracies=names, identity="probes"), *tasks), mesh)
+
+
+def write_run(directory, evaluator, scores, board):
+    """A run of several models, four steps apart: keeps what each item gave, and returns the front on test."""
+    history = [(4 * number, evaluator.measure(own)) for number, own in enumerate(scores)]
+    for (step, _), own in zip(history, scores, strict=True):
+        Metrics(directory, "a").write_items(step, evaluator.outcomes(own))
+    return front_from_history(history, board=board, split="test")
 
 
 @functools.cache

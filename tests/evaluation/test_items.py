@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from tests import handmade
-from trace_jax.evaluation.fronts import MEAN, RunItems, front_from_history, load_run_items, make_draws
+from trace_jax.evaluation.fronts import MEAN, RunItems, load_run_items, make_draws
 from trace_jax.evaluation.task import TaskScores
 from trace_jax.tasks.benchmarks import BENCHMARKS
-from trace_jax.unlearning.metrics import Metrics, read_items
+from trace_jax.unlearning.metrics import read_items
 
-STEPS = (0, 4, 8)
 QUICK = ("questions", "text")
 
 
@@ -19,13 +18,10 @@ QUICK = ("questions", "text")
 def run(request, tmp_path_factory):
     """(directory, scoreboard, evaluator, scores at each step, front on test) of three models in place of a run."""
     evaluator, board = handmade.make_evaluator(benchmark=request.param), BENCHMARKS[request.param].board
-    scores = [{name: handmade.scores(seed)[name] for name in QUICK} for seed in range(len(STEPS))]
+    scores = [{name: handmade.scores(seed)[name] for name in QUICK} for seed in range(3)]
     evaluator = dataclasses.replace(evaluator, original=scores[0])
     directory = tmp_path_factory.mktemp(request.param)
-    for step, own in zip(STEPS, scores, strict=True):
-        Metrics(directory, "a").write_items(step, evaluator.outcomes(own))
-    history = [(step, evaluator.measure(own)) for step, own in zip(STEPS, scores, strict=True)]
-    return directory, board, evaluator, scores, front_from_history(history, board=board, split="test")
+    return directory, board, evaluator, scores, handmade.write_run(directory, evaluator, scores, board)
 
 
 def test_the_items_of_a_run_have_its_front(run):
@@ -40,7 +36,7 @@ def test_the_items_of_a_run_have_its_front(run):
     assert counted["general_utility"] == 5 and 2 * counted[MEAN] == sum(counted.values())
 
 
-def test_a_resample_is_the_run_on_items_that_are_repeated(run):
+def test_a_resample_is_the_run_on_items_that_are_repeated(run, tmp_path):
     """Against the front of explicitly repeated items, measured as everything else is."""
     directory, board, evaluator, scores, front = run
     draws, saved = make_draws(resamples=3, seed=1), read_items(directory)[1]
@@ -59,8 +55,7 @@ def test_a_resample_is_the_run_on_items_that_are_repeated(run):
             tasks.append(dataclasses.replace(task, data=data))
         repeated = [{name: TaskScores(arrays) for name, arrays in own.items()} for own in repeated]
         again = dataclasses.replace(evaluator, tasks=tuple(tasks), original=repeated[0])
-        history = [(step, again.measure(own)) for step, own in zip(STEPS, repeated, strict=True)]
-        expected = front_from_history(history, board=board, split="test")
+        expected = handmade.write_run(tmp_path, again, repeated, board)
         np.testing.assert_allclose(forgetting[resample], expected.forgetting, rtol=1e-5)
         for name, values in expected.utilities.items():
             np.testing.assert_allclose(utilities[name][resample], values, rtol=1e-5, err_msg=name)
@@ -89,7 +84,6 @@ def test_one_item_is_drawn_as_often_wherever_it_comes_up():
 def test_without_items_at_every_step_of_the_front_there_are_none(run, tmp_path):
     directory, board, evaluator, scores, front = run
     assert load_run_items(tmp_path, front, board) is None
-    for step, step_scores in list(zip(STEPS, scores, strict=True))[:2]:
-        Metrics(tmp_path, "a").write_items(step, evaluator.outcomes(step_scores))
+    handmade.write_run(tmp_path, evaluator, scores[:2], board)
     assert load_run_items(tmp_path, front, board) is None
     assert isinstance(load_run_items(directory, front, board), RunItems)

@@ -5,15 +5,14 @@ import pytest
 from scipy import stats
 
 from tests import handmade
-from trace_jax.evaluation.fronts import MEAN, front_from_history, load_run_items, make_draws
+from trace_jax.evaluation.fronts import MEAN, load_run_items, make_draws
 from trace_jax.evaluation.task import Evaluator, MuseConfig, TaskScores, TofuConfig
 from trace_jax.tasks.muse import MuseTask
 from trace_jax.tasks.tofu import SETS, TofuTask
 from trace_jax.tasks.tofu import Question as Pair
 from trace_jax.tasks.wmdp import MultipleChoice, Question
-from trace_jax.unlearning.metrics import Metrics
 
-N, STEPS = 13, (0, 4, 8)
+N = 13
 
 
 def wmdp():
@@ -50,30 +49,27 @@ def tofu():
 def test_a_front_on_half_of_the_questions_has_its_items(make, tmp_path):
     """Drawn once each they give the front."""
     task, draw = make()
-    scores = [{task.name: TaskScores(draw(np.random.default_rng(step)))} for step in (*STEPS, 99)]
+    scores = [{task.name: TaskScores(draw(np.random.default_rng(seed)))} for seed in (0, 4, 8, 99)]
     references = {"original": scores[0], "retrained": scores.pop()}
     evaluator = Evaluator(handmade.SETTINGS, (task,), **references)
-    history = [(step, evaluator.measure(own)) for step, own in zip(STEPS, scores, strict=True)]
-    for step, own in zip(STEPS, scores, strict=True):
-        Metrics(tmp_path, "a").write_items(step, evaluator.outcomes(own))
-    halves = {m.split: m for m in history[0][1] if m.name == task.board.forgetting}
+    measured = evaluator.measure(scores[0])
+    halves = {m.split: m for m in measured if m.name == task.board.forgetting}
     assert halves["validation"].n - halves["test"].n in (0, 1) and halves["validation"].value != halves["test"].value
-    front = front_from_history(history, board=task.board, split="test")
+    front = handmade.write_run(tmp_path, evaluator, scores, task.board)
     items = load_run_items(tmp_path, front, task.board)
     forgetting, utilities = items.resampled(lambda names: np.ones((1, len(names))))
     np.testing.assert_allclose(forgetting[0], front.forgetting, rtol=1e-6)
     np.testing.assert_allclose(utilities[MEAN][0], front.utilities[MEAN], rtol=1e-6)
     assert front.utilities[MEAN][0] == 1
     counted = {name: sum(items.counts(name).values()) for name in front.utilities}
-    assert set(counted.values()) == {m.n for m in history[0][1] if m.name in task.board.utilities and m.split == "test"}
+    assert set(counted.values()) == {m.n for m in measured if m.name in task.board.utilities and m.split == "test"}
 
 
 def test_the_distance_of_a_resample_is_that_of_repeated_items(tmp_path):
     task, draw = tofu()
     one, other = (TaskScores(draw(np.random.default_rng(seed))) for seed in (0, 1))
     evaluator = Evaluator(handmade.SETTINGS, (task,), original={"tofu": one}, retrained={"tofu": other})
-    Metrics(tmp_path, "a").write_items(0, evaluator.outcomes({"tofu": one}))
-    front = front_from_history([(0, evaluator.measure({"tofu": one}))], board=task.board, split="test")
+    front = handmade.write_run(tmp_path, evaluator, [{"tofu": one}], task.board)
     items, draws = load_run_items(tmp_path, front, task.board), make_draws(resamples=4, seed=1)
     ratios = [s.arrays["forget/wrong"].mean(axis=1)[1::2] - s.arrays["forget/correct"][1::2] for s in (one, other)]
     for found, counts in zip(items.resampled(draws)[0][:, 0], draws(items.forgetting.names), strict=True):
