@@ -4,19 +4,18 @@ import dataclasses
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 from rouge_score import rouge_scorer
 from scipy import stats
 
 from tests import tiny
+from tests.handmade import log_probabilities
 from tests.tiny import write_lines
 from trace_jax.config import ConfigError, resolve
 from trace_jax.data.sources import DataError
 from trace_jax.evaluation.intervals import find
 from trace_jax.evaluation.task import EvaluationConfig, TaskScores, TofuConfig, without_texts
-from trace_jax.models.decoder import forward
 from trace_jax.models.model import SpecialTokens
 from trace_jax.tasks import tofu
 from trace_jax.tasks.benchmarks import build_tasks
@@ -117,43 +116,34 @@ def scores(config, model):
     return tofu_task(config).score(model, batch_size=4, mesh=None)
 
 
-@pytest.fixture(scope="module")
-def log_probs(model):
-    """log_probs(ids): f64 [n, V] after each of `ids`."""
-    program = jax.jit(lambda ids: jax.nn.log_softmax(forward(model.params, model.config, ids[None]).logits[0]))
-
-    def of(ids):
-        padded = np.zeros(32, np.int32)  # causal: what follows changes nothing
-        padded[: len(ids)] = ids
-        return np.asarray(program(padded), np.float64)[: len(ids)]
-
-    return of
-
-
 def prompt_ids(model, question):
     return [1, *model.tokenizer.encode(f"Question: {question}\nAnswer:").ids]
 
 
-def answer_log_probs(model, log_probs, question, answer):
+def answer_log_probs(model, question, answer):
     prompt = prompt_ids(model, question)
     ids = [*prompt, *model.tokenizer.encode(answer).ids, 2]
-    found = log_probs(ids)
+    found = log_probabilities(model.params, ids)
     places = np.arange(len(prompt) - 1, len(ids) - 1)
     return found[places, ids[len(prompt) :]], found[places].argmax(-1) == ids[len(prompt) :]
 
 
-def test_answers_are_scored_after_the_question_with_their_end_token(config, model, scores, log_probs):
+def likeliest(model, ids):
+    return int(log_probabilities(model.params, ids)[-1].argmax())
+
+
+def test_answers_are_scored_after_the_question_with_their_end_token(config, model, scores):
     task = tofu_task(config)
     for name in SETS:
         for i, q in enumerate(task.sets[name]):
             for key, answers in (("answer", [q.answer]), ("correct", [q.correct]), ("wrong", q.wrong)):
-                expected = [answer_log_probs(model, log_probs, q.question, a)[0].mean() for a in answers]
+                expected = [answer_log_probs(model, q.question, a)[0].mean() for a in answers]
                 found = np.ravel(scores.arrays[f"{name}/{key}"][i])
                 assert found[: len(expected)] == pytest.approx(expected, abs=1e-4)
                 assert np.isnan(found[len(expected) :]).all()
             assert (q.correct == q.answer) == (name in ("real_authors", "world_facts"))  # else it is a paraphrase
             if name == "forget":  # how much of the answer is memorised
-                greedy = answer_log_probs(model, log_probs, q.question, q.answer)[1]
+                greedy = answer_log_probs(model, q.question, q.answer)[1]
                 assert scores.arrays["forget/exact_memorization"][i] == pytest.approx(greedy.mean())
                 strength = next(1 - k / len(greedy) for k in range(len(greedy) + 1) if greedy[k:].all())
                 assert scores.arrays["forget/extraction_strength"][i] == pytest.approx(strength)
@@ -161,12 +151,12 @@ def test_answers_are_scored_after_the_question_with_their_end_token(config, mode
     assert np.isnan(scores.arrays["forget/wrong"]).sum() == 2
 
 
-def test_what_is_written_is_greedy_and_ends_at_the_end_token(config, model, scores, log_probs):
+def test_what_is_written_is_greedy_and_ends_at_the_end_token(config, model, scores):
     scorer = rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     for name in SETS:
         for i, q in enumerate(tofu_task(config).sets[name]):
             ids, written = prompt_ids(model, q.question), []
-            while len(written) < 5 and (token := int(log_probs([*ids, *written])[-1].argmax())) != 2:
+            while len(written) < 5 and (token := likeliest(model, [*ids, *written])) != 2:
                 written.append(token)
             text = model.tokenizer.decode(written)
             assert scores.items[name][i]["generation"] == text
@@ -216,11 +206,11 @@ def test_measurements_follow_from_the_scores(config, scores):
     assert "--retrained" in find(alone, "tofu_forget_truth_ratio", "test").note
 
 
-def test_a_model_without_a_beginning_mark_starts_with_the_end_mark_as_in_training(config, model, log_probs):
+def test_a_model_without_a_beginning_mark_starts_with_the_end_mark_as_in_training(config, model):
     markless = model.replace(special=SpecialTokens(bos=None, eos=(2,)))
     small = dataclasses.replace(config, max_questions=1)
     line = tofu_task(small).score(markless, batch_size=4, mesh=None).items["forget"][0]
-    first = int(log_probs([2, *prompt_ids(model, line["question"])[1:]])[-1].argmax())
+    first = likeliest(model, [2, *prompt_ids(model, line["question"])[1:]])
     assert line["generation"].split()[:1] == ([] if first == 2 else [f"w{first}"])
 
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 from pathlib import Path
 
-import jax
 import lm_eval
 import numpy as np
 import pytest
@@ -17,8 +16,6 @@ from trace_jax.config import ConfigError, resolve
 from trace_jax.data.rows import train_tokenizer
 from trace_jax.data.sources import DataError
 from trace_jax.evaluation.task import EvaluationConfig, MultipleChoiceConfig, TaskScores
-from trace_jax.models.architecture import init_params
-from trace_jax.models.model import Model
 from trace_jax.tasks.benchmarks import build_tasks
 from trace_jax.tasks.lm_eval import TaskManager, TraceLM
 from trace_jax.tasks.wmdp import _GROUPS, LETTERS, PROFILE, _question, read_multiple_choice
@@ -55,9 +52,8 @@ def task(sources):
 @pytest.fixture(scope="module")
 def model():
     """Random parameters, sharp enough that letters differ clearly, and a vocabulary that spells every text."""
-    config = dataclasses.replace(tiny.CONFIG, vocab_size=320)
-    params = jax.tree.map(lambda x: 3 * x, init_params(config, jax.random.key(0)))
-    return Model(config, params, train_tokenizer([" ".join(WORDS)] * 3, 320))
+    model = tiny.make_model(dataclasses.replace(tiny.CONFIG, vocab_size=320))
+    return model.replace(tokenizer=train_tokenizer([" ".join(WORDS)] * 3, 320))
 
 
 def measured(task, scores):
