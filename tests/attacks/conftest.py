@@ -14,8 +14,10 @@ from tests import handmade, tiny
 from trace_jax.attacks.attack import Case, Context
 from trace_jax.data.corpora import Probes, Questions
 from trace_jax.data.rows import Rows, sequential_batches
+from trace_jax.evaluation.intervals import find
 from trace_jax.evaluation.probes import probe_tasks
 from trace_jax.evaluation.task import EvaluationConfig, Evaluator
+from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.generate import generate
 from trace_jax.models.model import Model
 from trace_jax.routing.statistics import expert_assignments
@@ -78,13 +80,15 @@ def make_case(original, probes, evaluator, tmp_path):
     return make
 
 
-@pytest.fixture(scope="session")
-def measured():
-    """measured(case): the quick measurements of the unlearned model."""
-    return lambda case: case.context.evaluator.measure(case.context.evaluator.score(case.unlearned))
+def emptied(params):
+    """The parameters with experts that give nothing."""
+    return unflatten({path: 0 * a if "layers/experts/" in path else a for path, a in flatten(params).items()})
 
 
-@pytest.fixture(scope="session")
-def value():
-    """value(measurements, name): of the test split."""
-    return lambda measurements, name: next(m.value for m in measurements if (m.name, m.split) == (name, "test"))
+def measured(case):
+    """The quick measurements of the unlearned model."""
+    return case.context.evaluator.measure(case.context.evaluator.score(case.unlearned))
+
+
+def value(measurements, name, split="test"):
+    return find(measurements, name, split).value

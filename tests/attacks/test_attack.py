@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.attacks.conftest import emptied, measured, value
 from trace_jax.attacks import attack as attacks
 from trace_jax.attacks.attack import BenignRelearning, ExpertForcing, Quantization, Relearning, RouterSwap
 from trace_jax.config import ConfigError
@@ -88,7 +89,7 @@ def test_no_bias_norm_or_gate_vector_counts_as_a_matrix(monkeypatch):
     assert set(flatten(parameter_specs(config))) == set(after)
 
 
-def test_a_change_below_a_step_is_undone(original, make_case, value):
+def test_a_change_below_a_step_is_undone(original, make_case):
     # The original lies on the grid of 4 bits; the change is a fifth of a step of its channel, and spares the largest.
     on_grid = flatten(attacks.quantized(original.params, original.config, form=4))
     off_grid = {}
@@ -135,12 +136,8 @@ def hidden(params, *layers):
     return changed(params, router=turned, router_bias=turned)
 
 
-def emptied(params):
-    return unflatten({path: 0 * a if "layers/experts/" in path else a for path, a in flatten(params).items()})
-
-
 @pytest.mark.parametrize("by", ["router", "router_bias"])
-def test_knowledge_that_only_the_router_hid_is_back_exactly(original, make_case, value, by, measured):
+def test_knowledge_that_only_the_router_hid_is_back_exactly(original, make_case, by):
     """The experts that a token likes least; or all tokens moved to one expert by the bias alone."""
     change = jnp.negative if by == "router" else lambda bias: bias + np.float32([[99, 0, 0, 0]])
     case = make_case(RouterSwap(), changed(original.params, **{by: change}))
@@ -152,7 +149,7 @@ def test_knowledge_that_only_the_router_hid_is_back_exactly(original, make_case,
     assert value(point.measurements, RATIO) == 1
 
 
-def test_what_was_only_routed_around_comes_back_whole(original, make_case, value, measured):
+def test_what_was_only_routed_around_comes_back_whole(original, make_case):
     case = make_case(ExpertForcing(), hidden(original.params, 0, 1))
     before, after = measured(make_case(ExpertForcing(), original.params)), measured(case)
     assert value(before, "forget_accuracy") == 1 and value(after, "forget_accuracy") < 1
@@ -165,7 +162,7 @@ def test_what_was_only_routed_around_comes_back_whole(original, make_case, value
 
 
 @pytest.mark.parametrize("attack", [RouterSwap(), ExpertForcing()])
-def test_what_was_taken_out_of_the_experts_does_not_come_back(original, make_case, measured, value, attack):
+def test_what_was_taken_out_of_the_experts_does_not_come_back(original, make_case, attack):
     """Without experts, it can't matter which are used."""
     case = make_case(attack, emptied(hidden(original.params, 0, 1)))
     after, result = measured(case), case.attack()
@@ -203,7 +200,7 @@ def forgetful(original):
     return {**original.params, "head": original.params["head"] * 0.3}
 
 
-def test_a_step_is_a_step_of_gradient_descent_on_the_forget_rows(forgetful, make_case, value):
+def test_a_step_is_a_step_of_gradient_descent_on_the_forget_rows(forgetful, make_case):
     attack = Relearning(steps=(1,), batch_size=8, learning_rate=0.1, optimizer="sgd")
     case = make_case(attack, forgetful)
     (point,) = attack.points(case)
@@ -242,7 +239,7 @@ def test_the_defaults_are_those_of_muse_books_and_the_settings_of_wmdp_are_there
     assert len(set(drawn.tolist())) == 400  # where there are that many, no row comes twice
 
 
-def test_what_was_hidden_comes_back_with_training_and_the_worst_point_counts(forgetful, make_case, value, measured):
+def test_what_was_hidden_comes_back_with_training_and_the_worst_point_counts(forgetful, make_case):
     attack = Relearning(**TRAINING)
     case = make_case(attack, forgetful)
     result = case.attack()
@@ -268,7 +265,7 @@ def test_share_takes_that_many_rows(original, make_case):
         Relearning(share=0.0)
 
 
-def test_benign_text_is_the_retain_corpus_without_neighbours(forgetful, make_case, value):
+def test_benign_text_is_the_retain_corpus_without_neighbours(forgetful, make_case):
     attack = BenignRelearning(**TRAINING)
     case = make_case(attack, forgetful)
     retain = case.context.corpora.retain

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.attacks.conftest import measured, value
 from trace_jax.attacks.attack import Case, Context
 from trace_jax.attacks.prompting import Prompting
 from trace_jax.config import ConfigError
@@ -130,11 +131,7 @@ def case(minds, handbook, tmp_path):
     return lambda kind: make_case(data, handbook, unlearned[kind], unlearned["before"], tmp_path / kind)
 
 
-def value(measurements, name, split="test"):
-    return find(measurements, name, split).value
-
-
-def test_other_queries_recover_what_was_only_refused(case, measured):
+def test_other_queries_recover_what_was_only_refused(case):
     refuses = case("refuses")
     assert value(measured(refuses), "forget_accuracy") < 0.5
     points = prompting(Prompting(examples=(1, 3)), refuses)
@@ -150,7 +147,7 @@ def test_other_queries_recover_what_was_only_refused(case, measured):
         assert find(point.measurements, "forget_accuracy", "test").n == len(forget)
 
 
-def test_what_is_lost_stays_lost_though_the_model_copies_what_it_reads(case, measured):
+def test_what_is_lost_stays_lost_though_the_model_copies_what_it_reads(case):
     lost = case("lost")
     chance = value(measured(lost), "forget_accuracy")
     assert 0.2 < chance < 0.3
@@ -216,9 +213,7 @@ def test_shares_and_counts_that_ask_for_nothing_are_refused(name, wrong):
         Prompting(**{name: (wrong,)})
 
 
-def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowhere(
-    minds, own, tmp_path, monkeypatch, measured
-):
+def test_multiple_choice_is_asked_behind_examples_and_its_text_is_written_nowhere(minds, own, tmp_path, monkeypatch):
     config, corpora, _ = own
     rows = [{"question": f"secret {i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
     task = read_multiple_choice(MultipleChoiceConfig({"wmdp_bio": tiny.write_lines(tmp_path / "rows.jsonl", rows)}))

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from tests import handmade
-from tests.attacks.conftest import CONFIG
+from tests.attacks.conftest import CONFIG, emptied, value
 from trace_jax.attacks.routes import RouteSearch
-from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.decoder import forward
 
 TRIES = 2
@@ -54,11 +53,10 @@ def test_every_option_is_searched_for_as_f_sour_does(original, probes, make_case
             assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_a_search_brings_back_stands_beside_what_it_makes_up(original, make_case, value):
+def test_what_a_search_brings_back_stands_beside_what_it_makes_up(original, make_case):
     """Without experts no route is better than another; and any model can be led to any option."""
     stranger = original.replace(params=handmade.make_params(3, CONFIG))
-    emptied = {path: 0 * a if "layers/experts/" in path else a for path, a in flatten(original.params).items()}
-    case = make_case(RouteSearch(tries=4), unflatten(emptied), load_retrained=lambda: stranger)
+    case = make_case(RouteSearch(tries=4), emptied(original.params), load_retrained=lambda: stranger)
     (point,) = case.context.attack.points(case)
     assert point.at == "4 tries a token and layer"
     assert value(point.original, "forget_accuracy") > value(point.retrained, "forget_accuracy")
