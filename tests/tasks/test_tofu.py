@@ -256,6 +256,12 @@ def test_rows_of_another_form_are_refused_by_their_place(tmp_path, name, key, va
         tofu_task(TofuConfig(data=write_sets(tmp_path, change=(name, spoil))))
 
 
+def test_corpora_are_of_one_directory_however_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given, full = (tofu.TofuCorpora(data=name).located() for name in ("sets", str(tmp_path / "sets")))
+    assert given == full and tofu.TofuCorpora().located() == tofu.TofuCorpora()
+
+
 def test_a_prompt_without_its_question_is_refused():
     for form in ("Question: ", "{question} {question}", "{0}", "{question", "{answer}"):
         with pytest.raises(ConfigError, match="prompt is"):

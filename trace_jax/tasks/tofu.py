@@ -18,7 +18,7 @@ from scipy import special
 
 from trace_jax.config import fingerprint, option
 from trace_jax.data.corpora import Benchmark, DataConfig, Part
-from trace_jax.data.sources import DataError, part, read_records, read_source, revision_and_content, text_of
+from trace_jax.data.sources import DataError, located, part, read_records, read_source, revision_and_content, text_of
 from trace_jax.evaluation import intervals
 from trace_jax.evaluation.intervals import Interval, Measurement, named
 from trace_jax.evaluation.likelihood import score_sequences, spread_indices
@@ -50,6 +50,9 @@ class TofuCorpora(DataConfig, name="tofu", kw_only=True):
     @property
     def forget_sources(self) -> tuple[str, ...]:
         return (part(self.data, self.forget, "train"),)
+
+    def located(self) -> "TofuCorpora":
+        return dataclasses.replace(self, data=located(self.data))
 
     def build(self) -> Benchmark:
         """Reads forget set, retain set, real authors and world facts, and which retain pairs are asked."""
