@@ -48,15 +48,8 @@ def test_every_attack_is_a_line_of_the_results(attacked):
         assert values[attack["strongest"]] == max(values)
         assert attack == read_json(attacked / "methods/uniform/attacks" / f"{name}.json")
     assert results["attacks"]["quantization"]["settings"] == ROUNDING
-
-
-def test_the_report_shows_before_after_and_every_attack(attacked):
-    page = (attacked / "report.html").read_text()
-    section = page[page.index('<h2 id="attacks">') :]
-    section = section[: section.index("</section>")]
-    for words in ("before unlearning", "after unlearning", "benign relearning", "4 bits", "original routers", "back"):
-        assert words in section
-    assert section.count("<svg") >= 2 and "after relearning, test split" in page
+    page = (attacked / "report.html").read_text()  # `tests/report` has what it shows of an attack
+    assert all(f"after {name.replace('_', ' ')}, test split" in page for name in points)
 
 
 def test_only_what_changed_is_attacked_again(data, attacked, tmp_path):
