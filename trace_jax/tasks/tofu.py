@@ -49,15 +49,19 @@ class TofuCorpora(DataConfig, name="tofu", kw_only=True):
 
     @property
     def forget_sources(self) -> tuple[str, ...]:
-        return (part(self.data, self.forget, "train"),)
+        return self.sources[:1]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        names = self.forget, RETAIN[self.forget], "retain_perturbed", "real_authors", "world_facts"
+        return tuple(part(self.data, name, "train") for name in names)
 
     def located(self) -> "TofuCorpora":
         return dataclasses.replace(self, data=located(self.data))
 
     def build(self) -> Benchmark:
         """Reads forget set, retain set, real authors and world facts, and which retain pairs are asked."""
-        names = self.forget, RETAIN[self.forget], "retain_perturbed", "real_authors", "world_facts"
-        forget, retain, asked, *known = (read_source(part(self.data, name, "train"))[0] for name in names)
+        forget, retain, asked, *known = (read_source(source)[0] for source in self.sources)
         held = hold_out(retain, "retain", {d.hash for d in (*asked, *forget)}, np.random.default_rng([self.seed, 0]))
         train = {"general": held.train, "known": [d for several in known for d in several], "forget": forget}
         sizes = {name: sum(len(d.text) + len(d.answer or "") for d in several) for name, several in train.items()}
