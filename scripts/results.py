@@ -170,7 +170,8 @@ def _series(figure: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Mapping
         style = {"color": SERIES[index % len(SERIES)], "label": series["name"] if len(figure["series"]) > 1 else None}
         errors = None
         if series.get("low"):
-            ends = zip(series["y"], series["low"], series["high"], strict=True)
+            low, high = ([math.nan if x is None else x for x in series[end]] for end in ("low", "high"))
+            ends = zip(series["y"], low, high, strict=True)
             errors = [list(e) for e in zip(*[(y - low, high - y) for y, low, high in ends], strict=True)]
         yield style | {"marker": _MARKERS[index % len(_MARKERS)]}, series, errors
 

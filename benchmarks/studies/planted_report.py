@@ -38,7 +38,7 @@ def report(results: Any, controls: Any, seeds: Any, seconds: float, settings: An
 def cell(values: Iterable[float | None]) -> dict[str, float | None] | None:
     """The mean over seeds with Student's interval; None where there is no value."""
     there = [value for value in values if value is not None]
-    return interval(there, digits=5) if there else None
+    return interval(there, digits=5) | {"n": len(there)} if there else None
 
 
 def at(tree: Any, *path: str) -> Any:
@@ -56,6 +56,8 @@ NAMES = {"planted": "C*", "random": "random others", "nothing": "nothing (unifor
 PLACES = {
     "By sensitivity more of C* is found than by the difference of frequencies.": PAGE,
     "The rule by difference ranks the experts that hold the forget text above others that it reaches.": PAGE,
+    "The rule by sensitivity ranks the experts that hold the forget text above others that it reaches.": PAGE,
+    "Training the experts by sensitivity alone keeps more than training all.": PAGE,
     "Calibrating on C* keeps more than the uniform retain loss.": PAGE,
     "Calibrating on C* keeps more than on random others.": PAGE,
     "Training C* alone keeps more than training all.": PAGE,
@@ -184,16 +186,13 @@ def bars(name: str, title: str, caption: str, y: str, points: Iterable[tuple[str
     places = [x for x in next(iter(by_series.values()), {}) if all(cells.get(x) for cells in by_series.values())]
     drawn = []
     for label, cells in by_series.items():
-        columns = {
-            key: [cells[x][of] for x in places] for key, of in (("y", "value"), ("low", "low"), ("high", "high"))
-        }
-        if None in columns["low"]:
-            columns = {"y": columns["y"]}
+        shown = [cells[x] | ({"low": None, "high": None} if cells[x]["n"] < 3 else {}) for x in places]
+        columns = {key: [cell[of] for cell in shown] for key, of in (("y", "value"), ("low", "low"), ("high", "high"))}
         drawn.append({"name": label, "x": places, **columns})
     about = {
         "name": f"planted_{name}",
         "title": title,
-        "caption": f"{caption} Mean over seeds with Student's interval.",
+        "caption": f"{caption} Mean over seeds, from three on with Student's interval.",
     }
     return {**about, "kind": "bars", "x": y, "y": "", "series": drawn}
 
