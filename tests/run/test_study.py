@@ -168,6 +168,8 @@ def test_tuning_seeds_run_the_grid_and_fresh_ones_what_was_chosen(config, finish
     assert set(made[0]) == chosen and len(made[1]) == 4 and set(made[0]) < set(made[1])
     assert {run["seed"] for run in saved["runs"]} == {0} and saved["comparisons"][0]["tuning_seeds"] == [1]
     assert all(set(r["tried"]) == {"alpha=1", "alpha=4"} for r in saved["comparisons"][0]["results"])
+    scored = {seed: {f.stem for f in path.glob(f"seed-{seed}/methods/*/scores/*.npz")} for seed in (0, 1)}
+    assert scored[1] == {"text"} and scored[0] >= {"text", "verbatim"}, "of tuning seeds fronts are read alone"
     assert "settings chosen on seed 1" in text and "chosen of 2 on seed 1" in (path / "report.html").read_text()
     assert len(list(path.glob("seed-*/methods/*/attacks/router_swap.json"))) == 2 == len(saved["robustness"])
     for run, mean in zip((r for r in saved["runs"] if r["robustness"]), saved["robustness"], strict=True):

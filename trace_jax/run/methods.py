@@ -119,9 +119,9 @@ def attack(workdir: str | os.PathLike, attacks: Mapping[str, Any]) -> Run:
     return run(dataclasses.replace(config, attacks=resolve(AttacksConfig, sections, "attacks")), workdir)
 
 
-def run_method(prepared: Prepared, method: Method, *, label: str, alone: bool = False) -> str:
-    """Calibrates, unlearns, evaluates and, if not `alone`, puts experts back and attacks, with one method in
-    `methods/LABEL`, or keeps what is there. Returns the hash of everything that made the model.
+def run_method(prepared: Prepared, method: Method, *, label: str, alone: bool = False, full: bool = True) -> str:
+    """Calibrates, unlearns, evaluates (on quick tasks alone if not `full`) and, if not `alone`, puts experts back and
+    attacks, with one method in `methods/LABEL`, or keeps what is there. Returns the hash of what made the model.
     """
     directory, config, tasks = prepared.workdir / "methods" / label, prepared.config, prepared.evaluator.tasks
     weights, weights_id = calibrated(prepared, method.calibration, label)
@@ -134,9 +134,9 @@ def run_method(prepared: Prepared, method: Method, *, label: str, alone: bool = 
     made = run_stage("unlearning", directory, model_id, f"unlearning with {label}", make)
     load = functools.partial(load_model, config, prepared.workdir, label, target=prepared.target)
     unlearned = functools.cache(lambda: made or load())
-    identities = [task.identity for task in tasks]
+    identities = [task.identity for task in tasks if full or task.quick]
     evaluation_id = fingerprint(model_id, config.evaluation.of_scores, identities, retrained_identity(config))
-    evaluate = functools.partial(_evaluate, prepared, unlearned, weights, directory, model_id)
+    evaluate = functools.partial(_evaluate, prepared, unlearned, weights, directory, model_id, full)
     run_stage("evaluation", directory, evaluation_id, f"evaluation of {label}", evaluate)
     remove(directory / "checkpoints")
     if alone:
@@ -238,11 +238,16 @@ def _attach(prepared: Prepared) -> None:
 
 
 def _evaluate(
-    prepared: Prepared, unlearned: Callable[[], Model], weights: RetainWeights, directory: Path, model_id: str
+    prepared: Prepared,
+    unlearned: Callable[[], Model],
+    weights: RetainWeights,
+    directory: Path,
+    model_id: str,
+    full: bool,
 ) -> None:
-    """Everything that is measured on an unlearned model, and on the weights it was made with: results.json."""
+    """What is measured on an unlearned model, and on the weights it was made with: results.json."""
     evaluation, corpora, model = prepared.config.evaluation, prepared.corpora, unlearned()
-    scores = prepared.evaluator.score(model, full=True, store=ScoreStore(directory / "scores", model_id))
+    scores = prepared.evaluator.score(model, full=full, store=ScoreStore(directory / "scores", model_id))
     about: dict[str, Any] = {"forget": corpora.forget, "retain": corpora.retain, "mesh": prepared.mesh}
     about |= {"max_rows": evaluation.max_rows, "batch_size": evaluation.batch_size}
     about |= {"resamples": evaluation.bootstrap, "seed": prepared.config.seed}

@@ -199,7 +199,8 @@ def prepare_seed(path: Path, seed: int) -> None:
 def run_trial(path: Path, trial: Trial) -> None:
     """One run, or nothing where it is done."""
     prepared = prepared_seed(path, trial.seed)
-    run_method(prepared, trial.made(prepared.config), label=trial.label, alone=not trial.first)
+    full = trial.seed not in prepared.config.study.tuning_seeds  # of these, fronts are read alone
+    run_method(prepared, trial.made(prepared.config), label=trial.label, alone=not trial.first, full=full)
 
 
 def _results(path: Path, jobs: Sequence[Trial]) -> Iterator[tuple[Trial, Path, dict[str, Any]]]:
