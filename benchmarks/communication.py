@@ -18,51 +18,15 @@ from sides import RESULTS, environment, write_row
 from steps import prepared_step
 from train_step import SHAPES
 
-from trace_jax.models.architecture import ModelConfig, flat_specs
+from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.grouped_matmul import resolve_implementation
-from trace_jax.parallel.mesh import BATCH_AXES, DATA, EXPERT, RULES, TENSOR, make_mesh, spec_axes, storage_spec
+from trace_jax.models.sharding import sent_bytes
+from trace_jax.parallel.mesh import DATA, EXPERT, TENSOR, make_mesh
 from trace_jax.plan.hlo import traffic
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.step import unlearning_step
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")
-BYTES = 4  # float32 and int32
-
-
-def formula(model: ModelConfig, sizes: dict[str, int], tokens: int) -> dict[str, float]:
-    """Bytes that one device sends in a step, by kind (docs/scaling.md, "Communication").
-
-    Args:
-      model: one whose dimensions the mesh divides, with grouped attention, float32.
-      sizes: of the mesh axes.
-      tokens: forget and retain tokens on one device.
-    """
-    sent = dict.fromkeys(KINDS, 0.0)
-    for path, spec in flat_specs(model).items():
-        inside, repeats = (spec.shape[1:], spec.shape[0]) if spec.axes[0] == "layers" else (spec.shape, 1)
-        axes = spec.axes[-len(inside) :]
-        own = [RULES.get(name, "") for name in axes]
-        elements = math.prod(
-            n // sizes[axis] if axis else n for n, axis in zip(inside, own, strict=True)
-        )  # of the array as a device computes with it
-        stored = storage_spec(inside, axes, sizes)
-        gathered = {axis for d in range(len(axes)) for axis in spec_axes(stored, d) if axis != own[d]}
-        left = [axis for axis in BATCH_AXES if axis not in (*gathered, *own)]
-        size, others = math.prod(sizes[axis] for axis in gathered), math.prod(sizes[axis] for axis in left)
-        gathers, scatters = {"embed": (1, 1), "head": (1, 2)}.get(path, (2, 1))
-        sent["all-gather"] += repeats * gathers * (1 - 1 / size) * elements * BYTES
-        sent["reduce-scatter"] += repeats * scatters * (1 - 1 / size) * elements * BYTES
-        sent["all-reduce"] += repeats * 2 * (1 - 1 / others) * elements / size * BYTES
-    D, K, L = model.hidden_size, model.experts_per_token, model.num_layers
-    others = (sizes[EXPERT] - 1) * tokens * BYTES * L
-    sent["all-gather"] += others * (2 * D + 3 * K)  # tokens, indices, gates; gradients of outputs, gates again
-    if resolve_implementation(model.grouped_matmul) == "blocked":
-        sent["all-gather"] += others * D  # tokens again
-    sent["reduce-scatter"] += others * (2 * D + K)  # outputs; gradients of tokens and gates
-    share = 2 * (1 - 1 / sizes[TENSOR]) * tokens * BYTES
-    sent["all-reduce"] += share * (4 * D + K) * L  # two outputs, two inputs' gradients, gates'
-    sent["all-reduce"] += share * (2 * D + 3)  # embedding, gradient of hidden states; maximum, sum, target
-    return sent
 
 
 def measure(model: ModelConfig, sizes: dict[str, int], rows: int, length: int) -> tuple[dict[str, float], float]:
@@ -95,7 +59,7 @@ def main() -> None:
     for name, mesh in zip(options.meshes, meshes, strict=True):
         sizes = dict(zip((DATA, EXPERT, TENSOR), mesh, strict=True))
         tokens = 2 * rows * length // (sizes[DATA] * sizes[EXPERT])
-        expected = formula(config, sizes, tokens)
+        expected = sent_bytes(config, sizes, tokens)
         sent, loss = measure(config, sizes, rows, length)
         results[name] = {
             "sent": sent,

@@ -25,7 +25,7 @@ Data:      muse-bench/MUSE-News, config raw, column text: forget 889 rows, retai
            The hub is read at a pinned revision. Built once (docs/data.md), it is read without the hub:
            tfds:muse_news/raw:forget and so on.
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
-           activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
+           activations, so 2 accelerators of 80 GB. Methods that train everything take
            about 20 bytes a parameter.
 Time:      not measured. Arithmetic: 8 rows of 2,048 tokens through 2.7 billion active parameters are about 0.33 PFLOP a
            step, 0.8 seconds at 40 % of an H100's dense bfloat16 rate; 10 epochs of about 102 steps, so a quarter of an

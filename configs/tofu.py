@@ -22,7 +22,7 @@ Data:      locuslab/TOFU, configs forget10 (400 pairs) and retain90 (3,600 pairs
            and forget01 with retain99 likewise. The hub is read at a pinned revision. Built once (docs/data.md), it is
            read without the hub: tfds:tofu/forget10:train, tfds:tofu/retain90:train, evaluation.tofu.data tfds:tofu.
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
-           activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
+           activations, so 2 accelerators of 80 GB. Methods that train everything take
            about 20 bytes a parameter.
 Time:      not measured. Arithmetic: 32 rows of 256 tokens through 2.7 billion active parameters are about 0.17 PFLOP a
            step, 0.4 seconds at 40 % of an H100's dense bfloat16 rate; 10 epochs of about 12 steps, so a minute, and

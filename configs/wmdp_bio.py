@@ -24,7 +24,7 @@ Data:      the forget corpus is gated: ask for access at huggingface.co/datasets
            tfds:wmdp_bio_forget:train, tfds:wikitext/wikitext-2-raw-v1:test, tfds:wmdp_corpora/bio-retain-corpus:train;
            questions: tfds:wmdp/wmdp-bio:test, tfds:mmlu/all:test.
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
-           activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
+           activations, so 2 accelerators of 80 GB. Methods that train everything take
            about 20 bytes a parameter.
 Time:      not measured. Arithmetic: 8 rows of 512 tokens through 2.7 billion active parameters are about 0.08 PFLOP a
            step, a fifth of a second at 40 % of an H100's dense bfloat16 rate; 500 steps, so minutes, and evaluations.

@@ -16,7 +16,7 @@ Data:      cais/wmdp-corpora, cyber-forget-corpus: 1,000 texts, column text, spl
            revisions. Built once (docs/data.md), these are read without the hub: tfds:wmdp_corpora/cyber-forget-corpus
            and so on; questions: tfds:wmdp/wmdp-cyber:test, tfds:mmlu/all:test.
 Hardware:  the dry run prints the bytes of parameters and optimizer. qwen1.5-moe-a2.7b with trace: 73 GiB and
-           activations, so 2 accelerators of 80 GB (--config.parallel.expert=2). Methods that train everything take
+           activations, so 2 accelerators of 80 GB. Methods that train everything take
            about 20 bytes a parameter.
 Time:      not measured. Arithmetic: 8 rows of 768 tokens through 2.7 billion active parameters are about 0.13 PFLOP a
            step, a third of a second at 40 % of an H100's dense bfloat16 rate; 500 steps, so minutes, and evaluations.

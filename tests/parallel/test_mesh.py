@@ -15,7 +15,8 @@ from tests.tiny import LENGTH, make_rows, mesh_of, random_params
 from trace_jax.config import ConfigError
 from trace_jax.models.architecture import ModelConfig, flat_specs, flatten
 from trace_jax.models.decoder import forward
-from trace_jax.models.sharding import on_mesh, param_specs, placed_params
+from trace_jax.models.families import PUBLISHED, model_config
+from trace_jax.models.sharding import chosen_mesh, on_mesh, param_specs, placed_params, sent_bytes
 from trace_jax.parallel import mesh as meshes
 from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, make_mesh, place, to_host
 from trace_jax.plan.hlo import traffic
@@ -143,6 +144,40 @@ def test_choices_without_room_are_counted():
 
     run = jax.jit(on_mesh(dropped, CONFIG, mesh, out_specs=P()))
     assert np.all(run(placed_params(params, CONFIG, mesh), make_rows(8).tokens) > 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "devices", "expected"),
+    [
+        ("olmoe-1b-7b", 8, (1, 8)),
+        ("qwen1.5-moe-a2.7b", 16, (4, 4)),  # of 60 experts
+        ("deepseek-v2-lite", 16, (1, 16)),
+        ("mixtral-8x7b", 8, (1, 8)),
+        ("mixtral-8x7b", 1, (1, 1)),
+        ("", 8, (8, 1)),  # what is small is rather gathered than its tokens sent
+    ],
+)
+def test_the_mesh_is_the_one_that_sends_least(model, devices, expected):
+    config = model_config(PUBLISHED[model], dtype="bfloat16") if model else ModelConfig()
+    chosen = chosen_mesh(PLAIN, config, (16, 16), 512, devices)
+    assert (chosen.data, chosen.expert, chosen.tensor) == (*expected, 1)
+    kinds = [{"data": devices // n, "expert": n, "tensor": 1} for n in (1, 2, 4, 8, 16) if devices % n == 0]
+    tokens = 2 * -(-16 // devices) * 512
+    sent = {sizes["expert"]: sum(sent_bytes(config, sizes, tokens).values()) for sizes in kinds}
+    assert min(sent[n] for n in sent if config.num_experts % n == 0) == sent[expected[1]]
+
+
+def test_sizes_that_are_given_stay():
+    for given, expected in (
+        ({"data": 4}, (4, 2, 1)),
+        ({"expert": 1}, (8, 1, 1)),
+        ({"data": 2, "tensor": 2}, (2, 2, 2)),
+    ):
+        chosen = chosen_mesh(ParallelConfig(**given), ModelConfig(), (16, 16), 512, 8)
+        assert (chosen.data, chosen.expert, chosen.tensor) == expected
+        assert chosen.mesh().size == 8
+    with pytest.raises(ConfigError, match="there are 8"):
+        chosen_mesh(ParallelConfig(data=3), ModelConfig(), (16, 16), 512, 8).mesh()
 
 
 def test_devices_send_each_other_what_the_documents_say_to_the_byte():

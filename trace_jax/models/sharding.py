@@ -8,7 +8,7 @@ array layer by layer, where it is used.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.models.architecture import ArraySpec, ModelConfig, flat_specs, flatten, low_rank, unflatten
+from trace_jax.models.grouped_matmul import resolve_implementation
 from trace_jax.parallel import mesh as meshes
-from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, axis_sizes, place
+from trace_jax.parallel.mesh import BATCH_AXES, DATA, EXPERT, TENSOR, ParallelConfig, axis_sizes, place
 
 # Primitives that move numbers without computing any. Keeping their results would keep gathered weights.
 _MOVES = frozenset(
@@ -55,6 +56,65 @@ def merged(array: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     precision = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
     product = jax.lax.dot_general(a.reshape(left), b.reshape(right), dimensions, **precision)
     return (array.astype(jnp.float32) + product.reshape(array.shape)).astype(array.dtype)
+
+
+def sent_bytes(config: ModelConfig, sizes: Mapping[str, int], tokens: int) -> dict[str, float]:
+    """Bytes that one device sends in a step in which everything trains, by kind (docs/scaling.md, "Communication").
+
+    Args:
+      config: of a model with grouped attention, for it to be exact, whose dimensions the mesh divides.
+      sizes: of the mesh axes.
+      tokens: forget and retain tokens on one device.
+    """
+    sent = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0.0)
+    for path, spec in flat_specs(config).items():
+        inside, repeats = (spec.shape[1:], spec.shape[0]) if spec.axes[0] == "layers" else (spec.shape, 1)
+        axes = spec.axes[-len(inside) :]
+        own = [meshes.RULES.get(name, "") for name in axes]
+        split = zip(inside, own, strict=True)
+        whole = (
+            math.prod(n / sizes[axis] if axis else n for n, axis in split) * repeats * jnp.dtype(spec.dtype).itemsize
+        )
+        stored = meshes.storage_spec(inside, axes, sizes)
+        gathered = {axis for d in range(len(axes)) for axis in meshes.spec_axes(stored, d) if axis != own[d]}
+        left = [axis for axis in BATCH_AXES if axis not in (*gathered, *own)]
+        size, others = math.prod(sizes[axis] for axis in gathered), math.prod(sizes[axis] for axis in left)
+        gathers, scatters = {"embed": (1, 1), "head": (1, 2)}.get(path, (2, 1))
+        sent["all-gather"] += gathers * (1 - 1 / size) * whole
+        sent["reduce-scatter"] += scatters * (1 - 1 / size) * whole
+        sent["all-reduce"] += 2 * (1 - 1 / others) * whole / size
+    width, K, L = config.hidden_size * jnp.dtype(config.dtype).itemsize, 4 * config.experts_per_token, config.num_layers
+    others = (sizes[EXPERT] - 1) * tokens * L
+    again = width if resolve_implementation(config.grouped_matmul) == "blocked" else 0
+    sent["all-gather"] += others * (
+        2 * width + 3 * K + again
+    )  # tokens, indices, gates; outputs' gradients, gates again
+    sent["reduce-scatter"] += others * (2 * width + K)  # outputs; gradients of tokens and gates
+    share = 2 * (1 - 1 / sizes[TENSOR]) * tokens
+    sent["all-reduce"] += share * (4 * width + K) * L  # two outputs, two inputs' gradients, gates'
+    sent["all-reduce"] += share * (2 * width + 12)  # embedding, gradient of hidden states; maximum, sum, target
+    return sent
+
+
+def chosen_mesh(
+    parallel: ParallelConfig, config: ModelConfig, rows: Sequence[int], length: int, devices: int
+) -> ParallelConfig:
+    """`parallel` with all sizes of its mesh. Where it leaves "expert" open: that of the sizes which divide the experts
+    with which devices send each other the least in a step of batches of so many `rows` of `length` tokens.
+    """
+    free = devices // parallel.tensor // (parallel.data or 1)
+
+    def sizes(expert: int) -> dict[str, int]:
+        return {DATA: parallel.data or free // expert, EXPERT: expert, TENSOR: parallel.tensor}
+
+    def cost(expert: int) -> float:
+        shards = sizes(expert)[DATA] * expert
+        tokens = sum(-(-count // shards) for count in rows) * length
+        return sum(sent_bytes(config, sizes(expert), tokens).values())
+
+    dividing = [n for n in range(1, free + 1) if free % n == 0 and config.num_experts % n == 0]
+    expert = parallel.expert or (free if parallel.data else min(dividing, key=cost, default=1))
+    return dataclasses.replace(parallel, **sizes(max(1, expert)))
 
 
 def expert_rows(spec: ArraySpec, number: int) -> ArraySpec:

@@ -192,11 +192,13 @@ class ParallelConfig(Section):
     Example:
       >>> parallel = tj.ParallelConfig(remat="layer", microbatches=4)  # in `tj.unlearn`: less memory, the same numbers
       >>> parallel.data, parallel.expert
-      (0, 1)
+      (0, 0)
     """
 
     data: int = option(0, help="devices that split rows and store a share of every parameter; 0 = all left", minimum=0)
-    expert: int = option(1, help="devices that split rows and experts", minimum=1)
+    expert: int = option(
+        0, help="devices that split rows and experts; 0 = as many as let devices send each other least", minimum=0
+    )
     tensor: int = option(1, help="devices that split heads, hidden units and the vocabulary", minimum=1)
     remat: str = option(
         "none",
@@ -212,8 +214,8 @@ class ParallelConfig(Section):
     )
 
     def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
-        """`make_mesh` of these sizes."""
-        return make_mesh(devices, data=self.data, expert=self.expert, tensor=self.tensor)
+        """`make_mesh` of these sizes; "expert" is 1 where it is open (`chosen_mesh` knows better)."""
+        return make_mesh(devices, data=self.data, expert=self.expert or 1, tensor=self.tensor)
 
 
 PLAIN = ParallelConfig()

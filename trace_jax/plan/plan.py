@@ -14,7 +14,8 @@ from trace_jax.checkpoints.pretrained import PretrainedConfig
 from trace_jax.io.files import write_json
 from trace_jax.io.progress import aligned, byte_size, duration, say
 from trace_jax.models.architecture import ModelConfig, count_params
-from trace_jax.parallel.mesh import DATA, ParallelConfig
+from trace_jax.models.sharding import chosen_mesh
+from trace_jax.parallel.mesh import ParallelConfig
 from trace_jax.plan.machine import Target, cpus, gpus, tpu_slice
 from trace_jax.plan.programs import Program, assumed_experts, predict, programs
 
@@ -32,9 +33,8 @@ def plan(
     """
     model, chips = shape_of(config.model), len(target.devices)
     layouts = ranked(config, model, target) if search else []
-    parallel = layouts[0][0] if layouts else config.parallel
+    parallel = layouts[0][0] if layouts else laid_out(config, model, chips)
     mesh = parallel.mesh(target.devices)
-    parallel = dataclasses.replace(parallel, data=mesh.shape[DATA])
     predictions = [_predicted(program, target, mesh) for program in programs(config, model, parallel, mesh)]
     parts = [_head(config, model, target, parallel)]
     if layouts:
@@ -63,6 +63,13 @@ def shape_of(model: PretrainedConfig | ModelConfig) -> ModelConfig:
     return model.shape() if isinstance(model, PretrainedConfig) else model
 
 
+def laid_out(config: Any, model: ModelConfig, devices: int) -> ParallelConfig:
+    """The mesh of an experiment on so many devices (`chosen_mesh`)."""
+    unlearning = config.unlearning
+    rows = [unlearning.forget_batch_size, *[unlearning.retain_batch_size] * unlearning.retains]
+    return chosen_mesh(config.parallel, model, rows, config.data.row_length, devices)
+
+
 def _predicted(program: Program, target: Target, mesh: Mesh) -> dict[str, Any]:
     say(f"compiling the {program.name} for {target.name}")
     p = predict(program, target.chip, list(mesh.devices.flat))
@@ -80,7 +87,7 @@ def ranked(config: Any, model: ModelConfig, target: Target) -> list[tuple[Parall
         sizes = {"data": data, "expert": expert, "tensor": tensor}
         for microbatches in (2**n for n in itertools.count()):
             parallel = dataclasses.replace(config.parallel, **sizes, microbatches=microbatches)
-            say(_words(parallel))
+            say(mesh_words(parallel))
             mesh = parallel.mesh(target.devices)
             p = _predicted(next(programs(config, model, parallel, mesh)), target, mesh)
             too_large = p["parameters"] + p["optimizer"] > p["capacity"]
@@ -103,7 +110,7 @@ def meshes(devices: int, model: ModelConfig) -> list[tuple[int, int, int]]:
 # --- words
 
 
-def _words(parallel: ParallelConfig) -> str:
+def mesh_words(parallel: ParallelConfig) -> str:
     parts = f", {parallel.microbatches} microbatches" if parallel.microbatches > 1 else ""
     return f"data {parallel.data} x expert {parallel.expert} x tensor {parallel.tensor}{parts}"
 
@@ -120,7 +127,7 @@ def _head(config: Any, model: ModelConfig, target: Target, parallel: ParallelCon
         f"{unlearning.objective.name}, {trains}\n"
         f"{target.name}: {len(target.devices)} of {chip.name}, each {byte_size(chip.memory)}, {chip.flops / 1e12:.4g} "
         f"TFLOP/s, {chip.bandwidth / 1e9:.4g} GB/s\n"
-        f"{_words(parallel)}; remat {parallel.remat}; a step takes {rows} rows of {config.data.row_length} tokens"
+        f"{mesh_words(parallel)}; remat {parallel.remat}; a step takes {rows} rows of {config.data.row_length} tokens"
     )
 
 
@@ -131,7 +138,7 @@ def search_table(layouts: Sequence[tuple[ParallelConfig, dict[str, Any]]], *, ch
     for parallel, p in layouts:
         q = _quantities(p, (), chips, price)
         times = q["time, all overlapping"], q["bound by"], q["time, no overlap"], q.get("cost of 1,000 times", "-")
-        rows.append([_words(parallel), q["peak memory"], q["of capacity"], *times])
+        rows.append([mesh_words(parallel), q["peak memory"], q["of capacity"], *times])
     return "\n".join(aligned(rows))
 
 

@@ -26,7 +26,7 @@ from trace_jax.models.architecture import ModelConfig, count_params
 from trace_jax.models.families import PUBLISHED, family_of
 from trace_jax.parallel.mesh import make_mesh
 from trace_jax.parallel.processes import expected_processes
-from trace_jax.plan.plan import shape_of
+from trace_jax.plan.plan import laid_out, mesh_words, shape_of
 from trace_jax.plan.programs import assumed_experts, step_program
 from trace_jax.run.directory import check_workdir
 from trace_jax.run.experiment import METHODS, ExperimentConfig
@@ -73,8 +73,8 @@ def dry_run(
         settings = dataclasses.replace(settings, path="")  # the published shape; else the checkpoint's
     model = shape_of(settings)
     config.unlearning.check_layer(model.num_layers)
-    if alone:
-        _tried(wrong, config.parallel.mesh)
+    parallel = laid_out(config, model, len(jax.devices()))
+    mesh = _tried(wrong, parallel.mesh) if alone else None
     if known:  # a run directory is told by the content of the weights
         _tried(wrong, lambda: check_workdir(config, workdir))
     data = _data(config, datas, known, missing, wrong)
@@ -85,7 +85,13 @@ def dry_run(
         trained += f"\n  assumed: {selected.sum():,} of {selected.size:,} experts are chosen"
     lists = [data, *(["missing to run:", *missing],) * bool(missing), *(["wrong:", *wrong],) * bool(wrong)]
     lists += [] if missing or wrong else [["nothing is missing to run"]]
-    text = "\n\n".join([_head(config, model, weights, runs), trained, *map("\n  ".join, lists)])
+    text = "\n\n".join(
+        [
+            _head(config, model, weights, runs, mesh_words(parallel) if mesh and mesh.size > 1 else ""),
+            trained,
+            *map("\n  ".join, lists),
+        ]
+    )
     return text, missing, wrong
 
 
@@ -190,7 +196,7 @@ def _sources(config: ExperimentConfig, datas: Mapping[str, DataConfig]) -> Itera
             yield f"attack, {name.replace('_', ' ')}", attack.source, attack.check_source
 
 
-def _head(config: ExperimentConfig, model: ModelConfig, weights: str, runs: str) -> str:
+def _head(config: ExperimentConfig, model: ModelConfig, weights: str, runs: str, mesh: str) -> str:
     (total, active), unlearning, length = count_params(model), config.unlearning, config.data.row_length
     parallel = dataclasses.replace(config.parallel, data=1, expert=1, tensor=1)
     program = step_program(unlearning, model, parallel, make_mesh(jax.devices("cpu")[:1]), length)
@@ -212,6 +218,7 @@ def _head(config: ExperimentConfig, model: ModelConfig, weights: str, runs: str)
         "methods": "; ".join(f"{name} ({METHODS[name].summary})" for name in config.methods),
         "a step": f"{rows} of {length} tokens: {program.tokens:,} tokens, in {count} microbatch{'es' * (count > 1)}",
         "steps": ", ".join(steps),
+        **({"mesh": mesh} if mesh else {}),
         "memory": f"{byte_size(program.parameters)} parameters, {byte_size(program.optimizer)} trainable in float32 "
         "and the optimizer's state, over all devices; activations come on top (plan has them)",
     }

@@ -10,6 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import jax
+
 from trace_jax.checkpoints.pretrained import PretrainedConfig, load_pretrained
 from trace_jax.config import ConfigError, as_dict, fingerprint
 from trace_jax.evaluation.intervals import Measurement
@@ -17,6 +19,7 @@ from trace_jax.evaluation.task import Evaluator, ScoreStore
 from trace_jax.io.environment import describe
 from trace_jax.io.files import as_path, is_remote, shown, write_json
 from trace_jax.io.progress import say
+from trace_jax.plan.plan import laid_out
 from trace_jax.run.experiment import ExperimentConfig
 from trace_jax.run.result import measured_frame
 from trace_jax.tasks.benchmarks import build_tasks
@@ -99,7 +102,7 @@ def evaluate(
     models = {name: PretrainedConfig(path=os.fspath(place), **read) for name, place in places.items() if place}
     for model in models.values():
         model.check()
-    mesh = config.parallel.mesh()
+    mesh = laid_out(config, models["checkpoint"].shape(), len(jax.devices())).mesh()
     evaluator, scores = Evaluator(config.evaluation, tasks, mesh, config.seed), {}
     for name, model in models.items():
         say(f"evaluation of the {name}, {model.path}" if name == "checkpoint" else f"evaluation of the {name} model")

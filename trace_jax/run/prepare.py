@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from trace_jax.attacks.attack import Context
@@ -26,7 +27,7 @@ from trace_jax.io.progress import say, timed, tracked
 from trace_jax.models.architecture import ModelConfig, count_params, flatten
 from trace_jax.models.model import Model
 from trace_jax.parallel.processes import check_joined
-from trace_jax.plan.plan import shape_of
+from trace_jax.plan.plan import laid_out, mesh_words, shape_of
 from trace_jax.routing import statistics as routing
 from trace_jax.routing.diagnosis import diagnose
 from trace_jax.run.directory import check_workdir, needed, open_workdir
@@ -199,7 +200,10 @@ def prepare(
     check_workdir(config, workdir, overwrite=overwrite)
     config.tracking.check()
     check_joined()
-    mesh = config.parallel.mesh()
+    parallel = laid_out(config, shape_of(config.model), len(jax.devices()))
+    mesh = parallel.mesh()
+    if mesh.size > 1:
+        say(f"mesh: {mesh_words(parallel)}")
     # Before anything is written: they may be refused.
     with timed("data"):
         corpora, tasks = read_corpora(config.data, config.model), build_tasks(config.evaluation)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,7 +19,7 @@ from trace_jax.io.progress import quiet, say
 from trace_jax.io.tracking import Tracker
 from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.model import Model
-from trace_jax.models.sharding import placed_params
+from trace_jax.models.sharding import chosen_mesh, placed_params
 from trace_jax.parallel.mesh import PLAIN, ParallelConfig, place
 from trace_jax.parallel.processes import is_main
 from trace_jax.routing.statistics import DamagedRouting
@@ -120,7 +121,11 @@ def unlearn(
         if isinstance(objective, Refusing):
             encoded = encode_refusals(objective.refusals, model.tokenizer, model.special)
             forget, refusals = with_refusals(forget, encoded, pad=model.special.pad)
-        mesh, config = mesh or parallel.mesh(), with_steps(config, forget, retain)
+        if mesh is None:
+            rows = [config.forget_batch_size, *[config.retain_batch_size] * config.retains]
+            parallel = chosen_mesh(parallel, model.config, rows, forget.tokens.shape[1], len(jax.devices()))
+            mesh = parallel.mesh()
+        config = with_steps(config, forget, retain)
         say(f"{title}: {batch_text(config, forget, retain, mesh, parallel.microbatches, refusals)}")
         original = flatten(placed_params(model.params, model.config, mesh))
         about = {"selected": selected, "parallel": parallel, "mesh": mesh, "seed": seed}
