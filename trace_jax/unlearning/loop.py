@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -82,7 +82,8 @@ class Loop:
       `Evaluated` that it returns, goes into metrics.jsonl, and the `items` into items.npz. A FloatingPointError from it
       ends the run like a NaN loss.
     refresh: for what inputs depend on and the model changes: it is called before the inputs of the next step are made,
-      never at the end. A run that continues after step n calls it again with the same arrays.
+      never at the end. A run that continues after step n calls it again with the same arrays. A mapping that it returns
+      is a line of kind "recalibration".
     callback: gets each step's number and metrics once they are read, on every process; what it raises ends the run.
     tracker: shows what is written.
     """
@@ -214,9 +215,11 @@ class Loop:
         assert self.refresh is not None
         try:
             with self._signals.at_once():
-                self.refresh.call(step, state.trainable)
+                values = self.refresh.call(step, state.trainable)
         except Interrupted as error:
             self._end(step, state, error.signal)
+        if values and not self._metrics.has("recalibration", step):  # a run that continues after this very step has it
+            self._metrics.write("recalibration", step, values)
 
     def _log(self, pending: tuple[int, dict] | None) -> Stop | None:
         """Writes the metrics of a step; returns why they end the run, or None."""
@@ -301,7 +304,7 @@ class Loop:
         self._store.save(step, state)
         self._signals.unsaved = False
 
-    def _end(self, step: int, state: TrainState, asked: int) -> None:
+    def _end(self, step: int, state: TrainState, asked: int) -> NoReturn:
         self._save(step, state)
         self._store.wait()
         say(f"{self.title}: stopped by {signal.Signals(asked).name}; the state after step {step} is saved")

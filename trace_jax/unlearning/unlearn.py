@@ -29,7 +29,7 @@ from trace_jax.unlearning.grip import grip_hooks, with_realigned
 from trace_jax.unlearning.inputs import Feed, Inputs, batch_text, cached_reference, steering_target, with_steps
 from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.losses import Constants
-from trace_jax.unlearning.metrics import Metrics, step_rows
+from trace_jax.unlearning.metrics import step_rows
 from trace_jax.unlearning.objectives import Referring, Refusing, RepSelect, Steering
 from trace_jax.unlearning.optimizer import learning_rates
 from trace_jax.unlearning.repselect import forget_direction
@@ -230,15 +230,14 @@ def recalibration(
 ) -> Hook:  # fmt: skip
     """Solves retain weights anew while a run goes on, and keeps them on disk so that a continued run has the same: in
     `recalibration/step-NNNNNN`, the weights from step NNNNNN on (see `RetainWeights.save`), then drift.json, without
-    which they do not count. The drift is also a line of metrics.jsonl. `use` is called with those that replace
+    which they do not count. A call returns the drift, for metrics.jsonl. `use` is called with those that replace
     `weights`; `model_of` makes the model of trained arrays.
     """
-    metrics = Metrics(directory, identity)
 
     def folder(step: int) -> Path:
         return directory / "recalibration" / f"step-{step:06d}"
 
-    def refresh(step: int, trained: Any) -> None:
+    def refresh(step: int, trained: Any) -> dict[str, Any]:
         """Solves for the weights of the steps from `step` on, under the model before that step."""
         nonlocal weights
         if step == solve.every:  # what is there is of an earlier run
@@ -250,10 +249,9 @@ def recalibration(
             values, words = {"problem": str(error)}, f"{error} The last weights are kept."
         weights.save(folder(step))
         write_json(folder(step) / "drift.json", {"step": step, "identity": identity, **values})
-        if not metrics.has("recalibration", step):  # a run that continues after this very step has it
-            metrics.write("recalibration", step, values)
         say(f"{title}: recalibration after step {step}: {words}")
         use(weights)
+        return values
 
     def resumed(step: int) -> None:
         """Reads the weights that step `step - 1` was taken with; those of `step` are solved for again where due."""
