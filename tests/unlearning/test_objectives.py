@@ -184,8 +184,7 @@ def test_losses_that_read_other_positions_than_valid_ones(name, form, read):
     assert value_of(make(name, form), inputs) == pytest.approx(NLL[read].mean())
 
 
-def test_every_objective_names_its_source_and_numbers_do_not_shape_a_step():
-    for name, kind in Objective.kinds.items():
-        assert kind.source.count(".") == 1 and len(kind.source) == 10, name
+def test_numbers_do_not_shape_a_step():
+    for kind in Objective.kinds.values():
         other = kind().with_numbers({number: 2.0 for number in kind().numbers()})
         assert other.without_numbers() == kind().without_numbers() and other.gamma == 2.0

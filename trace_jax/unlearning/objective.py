@@ -37,8 +37,8 @@ class Objective(Variant):
     """A forget loss. Settings of type float are traced in a step, so that a sweep over them compiles once.
 
     Attributes:
-      source: arXiv number. retains: whether there is a retain term.
-      usual_retain_loss, usual_trainable: settings that go with it. by_document: the loss is a mean over documents.
+      retains: whether there is a retain term. by_document: the loss is a mean over documents.
+      usual_retain_loss, usual_trainable: settings that go with it.
       needs: of "hidden", "logits", "reference_logits", "nll", "reference_nll", "refusal_nll", "refusal_reference_nll".
       next_alpha: (alpha, step, retain loss) -> alpha after the step, where the retain loss is a constraint.
       task_scale: how often what was learnt is subtracted from the model in the end.
@@ -46,7 +46,6 @@ class Objective(Variant):
 
     gamma: float = option(1.0, help="coefficient of the forget loss", minimum=0.0)
 
-    source: ClassVar[str]
     retains: ClassVar[bool] = True
     usual_retain_loss: ClassVar[str] = "kl"
     usual_trainable: ClassVar[str] = "all"

@@ -1,7 +1,7 @@
 """Forget losses, one class each: its settings, what it looks at, and a pure function (docs/methods.md).
 
-Where a released code differs from its paper, the paper's form is the default and the code's is a `form`. To add an
-objective, add a class here.
+Each names its paper by the arXiv number. Where a released code differs from it, the paper's form is the default and the
+code's is a `form`. To add an objective, add a class here.
 """
 
 import dataclasses
@@ -51,12 +51,11 @@ class Refusing(Section):
 
 
 class _Ascent(Section):
-    """-mean nll_t over tokens. With a ceiling > 0: mean over documents of max(0, ceiling - the document's mean nll),
-    which stops pushing one that is forgotten instead of letting it dominate the step.
+    """-mean nll_t over tokens (2401.06121). With a ceiling > 0: mean over documents of max(0, ceiling - the document's
+    mean nll), which stops pushing one that is forgotten instead of letting it dominate the step.
     """
 
     nll_ceiling: float = option(0.0, help="mean NLL (nats) where pushing a document ends; 0 = none", minimum=0.0)
-    source: ClassVar[str] = "2401.06121"
 
     def loss(self, inputs):
         of = inputs.nll, inputs.valid, inputs.segments
@@ -75,10 +74,9 @@ class GradientDifference(_Ascent, Objective, name="gradient_difference"): ...
 
 
 class TaskVector(Objective, name="task_vector"):
-    """mean nll_t, what fine-tuning minimises, is learnt; then what was learnt is subtracted."""
+    """mean nll_t, what fine-tuning minimises, is learnt; then what was learnt is subtracted (2212.04089)."""
 
     task_scale: float = option(5.0, help="how often what was learnt is subtracted", minimum=0.0)
-    source = "2212.04089"
     retains, usual_retain_loss = False, "none"
 
     def loss(self, inputs):
@@ -86,11 +84,10 @@ class TaskVector(Objective, name="task_vector"):
 
 
 class RepSelect(Objective, name="repselect"):
-    """-mean nll_t, of which one collapsed gradient makes all steps (`trace_jax.unlearning.repselect`)."""
+    """-mean nll_t, of which one collapsed gradient makes all steps (2606.17168, `trace_jax.unlearning.repselect`)."""
 
     components: int = option(512, help="singular components of each matrix's gradient that are collapsed", minimum=1)
     adversary_rate: float = option(5.0, help="learning rate of the factors taught before; 0 = none", minimum=0.0)
-    source = "2606.17168"
     retains, usual_retain_loss = False, "none"
     usual_trainable = "layers/experts/gate_up"
 
@@ -99,23 +96,21 @@ class RepSelect(Objective, name="repselect"):
 
 
 class WGA(Objective, name="wga"):
-    """-mean sg(weight_t) nll_t over tokens, weight p_t^beta."""
+    """-mean sg(weight_t) nll_t over tokens, weight p_t^beta (2502.19301)."""
 
     beta: float = option(1.0, help="exponent of a token's probability", minimum=1e-6)
-    source = "2502.19301"
 
     def loss(self, inputs):
         return ascent(jnp.exp(-self.beta * inputs.nll), inputs.nll)
 
 
 class TNPO(Referring, Objective, name="tnpo"):
-    """The same with weight 2 p^beta / (p^beta + p_ref^beta). g_effect: tmlr-group/G-effect, 1e-5 more below the line,
-    which lets improbable tokens go.
+    """The same with weight 2 p^beta / (p^beta + p_ref^beta) (2502.19301). g_effect: tmlr-group/G-effect, 1e-5 more
+    below the line, which lets improbable tokens go.
     """
 
     beta: float = option(4.0, help="inverse temperature", minimum=1e-6)
     form: str = form_option("g_effect")
-    source = "2502.19301"
     needs = ("nll", "reference_nll")
 
     def loss(self, inputs):
@@ -126,12 +121,11 @@ class TNPO(Referring, Objective, name="tnpo"):
 
 
 class SatImp(Objective, name="satimp"):
-    """The same with weight p^beta1 (1 - p)^beta2: saturation, then importance."""
+    """The same with weight p^beta1 (1 - p)^beta2: saturation, then importance (2505.11953)."""
 
     gamma: float = option(0.1, help="coefficient of the forget loss", minimum=0.0)
     beta1: float = option(5.0, help="exponent of a token's probability, saturation", minimum=0.0)
     beta2: float = option(1.0, help="exponent of one minus a token's probability, importance", minimum=0.0)
-    source = "2505.11953"
 
     def loss(self, inputs):
         p = jnp.exp(-inputs.nll)
@@ -161,13 +155,12 @@ class _Preference(Objective):
 
 
 class NPO(_Preference, Referring, name="npo"):
-    """-(2/beta) mean_y log sigma(beta (NLL - NLL_ref)), each document summed. token_mean: its mean, as in
+    """-(2/beta) mean_y log sigma(beta (NLL - NLL_ref)), each document summed (2404.05868). token_mean: its mean, as in
     OPTML-Group/Unlearn-Simple's WMDP code. gemma: google-deepmind/gemma, without 2/beta.
     """
 
     beta: float = option(0.1, help="inverse temperature", minimum=1e-6)
     form: str = form_option("token_mean", "gemma", "muse_logits")
-    source = "2404.05868"
     of_paper, of_logits = ("nll", "reference_nll"), ("logits", "reference_logits")
 
     def of_documents(self, inputs):
@@ -181,12 +174,11 @@ class NPO(_Preference, Referring, name="npo"):
 
 
 class SimNPO(_Preference, name="simnpo"):
-    """-(2/beta) mean_y log sigma(beta (NLL/length - delta)); no reference model."""
+    """-(2/beta) mean_y log sigma(beta (NLL/length - delta)); no reference model (2410.07163)."""
 
     gamma: float = option(0.125, help="coefficient of the forget loss", minimum=0.0)
     beta: float = option(4.5, help="inverse temperature", minimum=1e-6)
     delta: float = option(0.0, help="margin (nats per token): gamma / beta of the paper")
-    source = "2410.07163"
 
     def of_documents(self, inputs):
         return softened(means(inputs.nll, inputs.valid, inputs.segments) - self.delta, self.beta)
@@ -197,12 +189,11 @@ class SimNPO(_Preference, name="simnpo"):
 
 class DPO(Refusing, Referring, Objective, name="dpo"):
     """-(2/beta) mean_y log sigma(beta (r(refusal) - r(forget))), r = NLL_ref - NLL of a document, summed: DPO
-    (2305.18290) as NPO's authors run it. tofu: locuslab/tofu, without 2/beta, as DPO's own paper.
+    (2305.18290) as NPO's authors run it (2404.05868). tofu: locuslab/tofu, without 2/beta, as DPO's own paper.
     """
 
     beta: float = option(0.1, help="inverse temperature", minimum=1e-6)
     form: str = form_option("tofu")
-    source = "2404.05868"
     needs = ("nll", "reference_nll", "refusal_nll", "refusal_reference_nll")
     by_document = True
 
@@ -214,9 +205,8 @@ class DPO(Refusing, Referring, Objective, name="dpo"):
 
 
 class IDK(Refusing, Objective, name="idk"):
-    """mean nll_t of the refusals."""
+    """mean nll_t of the refusals (2401.06121)."""
 
-    source = "2401.06121"
     needs = ("refusal_nll",)
 
     def loss(self, inputs):
@@ -228,12 +218,12 @@ class IDK(Refusing, Objective, name="idk"):
 
 class FLAT(Refusing, Objective, name="flat"):
     """mean_y (tanh(P(forget)) - tanh(P(refusal))) / 2, P the mean probability of a document's tokens: the f-divergence
-    of total variation. released: UCSC-REAL/FLAT, P is the mean over all positions of a batch's rows but their last,
-    where those without a target have 0, and tanh comes after it (of a microbatch, where a batch is taken in parts).
+    of total variation (2410.11143). released: UCSC-REAL/FLAT, P is the mean over all positions of a batch's rows but
+    their last, where those without a target have 0, and tanh comes after it (of a microbatch, where a batch is taken in
+    parts).
     """
 
     form: str = form_option("released")
-    source = "2410.11143"
     needs = ("nll", "refusal_nll")
     by_document = True
 
@@ -280,24 +270,21 @@ class Steering(Section):
 
 
 class RMU(Steering, Objective, name="rmu"):
-    """With a length c that is set."""
+    """With a length c that is set (2403.03218)."""
 
     steering: float = option(6.5, help="length of the target, c", minimum=0.0)
-    source = "2403.03218"
 
 
 class AdaptiveRMU(Steering, Objective, name="adaptive_rmu"):
-    """With c = scale * mean |h_l| of the topic's first batch."""
+    """With c = scale * mean |h_l| of the topic's first batch (2408.06223)."""
 
     steering_scale: float = option(5.0, help="c in mean lengths of the layer's output on the first batch", minimum=0.0)
-    source = "2408.06223"
 
 
 class UNDIAL(Objective, name="undial"):
-    """Cross-entropy to softmax(z_ref - beta onehot(target))."""
+    """Cross-entropy to softmax(z_ref - beta onehot(target)) (2402.10052)."""
 
     beta: float = option(10.0, help="how much the target's logit is lowered", minimum=1e-6)
-    source = "2402.10052"
     needs = ("logits", "reference_logits")
 
     def vocabulary(self, own, reference):
@@ -305,9 +292,8 @@ class UNDIAL(Objective, name="undial"):
 
 
 class CEU(Objective, name="ceu"):
-    """Cross-entropy to the model's own softmax without the target; the first token of a document stays out."""
+    """Cross-entropy to the model's own softmax without the target; not of a document's first token (2503.01224)."""
 
-    source = "2503.01224"
     needs = ("logits",)
 
     def counts(self, masks):
@@ -318,15 +304,14 @@ class CEU(Objective, name="ceu"):
 
 
 class PDU(Objective, name="pdu"):
-    """(largest logit - mean logit)^2 under a bound on the retain loss, whose coefficient is the multiplier.
-    open_unlearning: at the positions of the target tokens, not at those that predict them.
+    """(largest logit - mean logit)^2 under a bound on the retain loss, whose coefficient is the multiplier
+    (2506.05314). open_unlearning: at the positions of the target tokens, not at those that predict them.
     """
 
     dual_rate: float = option(1.0, help="step size of the coefficient that holds the retain loss down", minimum=0.0)
     retain_bound: float = option(0.0, help="largest retain loss accepted; 0 = 0.05, usual for kl", minimum=0.0)
     dual_warmup: int = option(0, help="steps before that coefficient moves", minimum=0)
     form: str = form_option("open_unlearning")
-    source = "2506.05314"
     needs = ("logits",)
 
     def counts(self, masks):
