@@ -150,6 +150,13 @@ def test_an_interrupted_run_that_recalibrates_equals_the_uninterrupted_one(
     assert (without[experts] != flat_of(whole.model)[experts]).any()
 
 
+def test_a_finished_run_is_not_taken_for_one_that_recalibrates(model, forget, retain, tmp_path):
+    options = {"weights": weights_of(model, forget, retain), "directory": tmp_path}
+    run(model, forget, retain, **options)
+    run(model, forget, retain, recalibrate=solver_of(model, forget, retain, 4), **options)
+    assert [row["step"] for row in tiny.history(tmp_path) if row["kind"] == "recalibration"] == [4]
+
+
 def test_what_can_not_be_weighed_is_refused(model, forget, retain):
     batch = dataclasses.replace(CONFIG, normalize="batch")
     online = weights_of(model, forget, retain, routing="online")

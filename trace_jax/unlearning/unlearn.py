@@ -84,7 +84,7 @@ def unlearn(
       mesh, parallel: the devices, and how the step is laid out on them; no mesh: one as `parallel` says.
       directory: where metrics.jsonl and resumable state go; None keeps nothing.
       identity: hash of everything that made this run; state of another one in `directory` is not continued. Default:
-        of settings, shape, rows and weights, not of the model's parameters.
+        of settings, shape, rows, weights and how they are recalibrated, not of the model's parameters.
       evaluate: called with parameters at step 0, every `config.evaluate_every` steps and at the end. What it returns
         (JSON; of a list each item) is a line of metrics.jsonl; rules about when to stop and what to keep need an
         `Evaluated`.
@@ -136,7 +136,9 @@ def unlearn(
             of = [*vars(forget).values(), *({} if retain is None else vars(retain)).values()]
             of += [] if weights is None else [weights.tokens, weights.row_probability, weights.step_weights]
             of = [hashlib.sha256(array.tobytes()).hexdigest() for array in of]
-            identity = fingerprint(config, model.config, None if selected is None else selected.tolist(), seed, of)
+            anew = () if recalibrate is None else (recalibrate.config,)
+            trained_alone = None if selected is None else selected.tolist()
+            identity = fingerprint(config, model.config, trained_alone, seed, of, *anew)
         protection, finish = grip_hooks(model.replace(params=unflatten(original)), retain, config, seed=seed, mesh=mesh)
         constants = Constants(original, *place(constants[1:], mesh))._replace(
             target=place(steering_target(model, forget, config, seed=seed, mesh=mesh), mesh),
