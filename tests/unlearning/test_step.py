@@ -236,3 +236,5 @@ def test_a_model_trained_on_rows_knows_them_and_is_the_same_again():
     nll = -jax.nn.log_softmax(logits)[:, :-1]
     nll = np.take_along_axis(np.asarray(nll), rows.tokens[:, 1:, None], axis=-1)[..., 0]
     assert nll[rows.valid[:, :-1]].mean() < np.log(tiny.CONFIG.vocab_size) / 4
+    with pytest.raises(ValueError, match="the rows hold the id 64, and the model knows 0 to 63"):
+        train(tiny.CONFIG, dataclasses.replace(rows, tokens=np.full_like(rows.tokens, 64)))

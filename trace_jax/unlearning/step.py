@@ -236,13 +236,14 @@ def train(
       verbose: whether stderr says how far it is.
 
     Raises:
-      FloatingPointError: the loss stopped being finite.
+      FloatingPointError: the loss stopped being finite.  ValueError: tokens that the model doesn't know.
 
     Example:
       >>> trained = tj.train(model.config, retain, config=tj.TrainingConfig(steps=2, batch_size=4), verbose=False)
       >>> trained.config == model.config
       True
     """
+    model.check_tokens(rows.tokens, "the rows")
     config, mesh = config or TrainingConfig(), mesh or PLAIN.mesh()
     order = epoch_sampler(len(rows), config.batch_size, seed=seed)
     with tempfile.TemporaryDirectory() as scratch, quiet(not verbose):
