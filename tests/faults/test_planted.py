@@ -57,7 +57,7 @@ def test_tokens_that_find_no_room_at_their_expert(tmp_path):
         return TrainState(jnp.zeros((), jnp.int32), {"w": jnp.ones(2)}, {"mu": jnp.zeros(2)})
 
     loop = Loop(tmp_path, "a", 4, 4, "test", Hook(4, lambda *_: {}))
-    result = loop.run(start, lambda _: jax.device_put(np.float32(0)), step)
+    result = loop.run(start, lambda _: (jax.device_put(np.float32(0)), {}), step)
     assert result.failed and result.step == 0
     assert result.stopped == "3 choices of experts had no room at step 1; raise parallel.expert_buffer"
 

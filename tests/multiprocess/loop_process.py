@@ -41,7 +41,7 @@ def main(directory: str, pause: str) -> int:
 
     def inputs(i):
         time.sleep(float(pause))
-        return place(np.float32(0.01 * i), mesh)
+        return place(np.float32(0.01 * i), mesh), {}
 
     @jax.jit
     def squares(w):

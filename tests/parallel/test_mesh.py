@@ -23,9 +23,9 @@ from trace_jax.plan.hlo import traffic
 from trace_jax.unlearning import optimizer as optimizer_module
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.inputs import StepRows, pad_rows
-from trace_jax.unlearning.losses import Constants, coefficients
+from trace_jax.unlearning.losses import Constants
 from trace_jax.unlearning.optimizer import OptimizerConfig, make_optimizer
-from trace_jax.unlearning.step import initial_state, row_multiple, unlearning_settings, unlearning_step
+from trace_jax.unlearning.step import initial_state, row_multiple, set_up, unlearning_step
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8, num_experts=8,
@@ -70,9 +70,9 @@ def trajectory(config, sizes, parallel=PLAIN):
     """(losses and gradient norms [STEPS, 2], parameters and metrics after the last step) of unlearning on a mesh."""
     mesh = mesh_of(*sizes)
     unlearning = UnlearningConfig(objective="npo", retain_loss="kl", alpha=3.0, learning_rate=3e-3, clip_norm=1.0)
-    settings = unlearning_settings(unlearning, config, parallel)
     placed = place(flatten(random_params(config, noise=0.05)), mesh, param_specs(config, mesh))
-    constants = Constants(placed, None, None, place(coefficients(unlearning), mesh))
+    settings, constants, _ = set_up(placed, unlearning, config, selected=None, parallel=parallel, mesh=mesh)
+    constants = Constants(placed, *place(constants[1:], mesh))
     state = initial_state({path: leaf * 1.05 for path, leaf in placed.items()}, settings, mesh)
     forget, retain = (make_rows(count, seed=count).batch(np.arange(count)) for count in (6, 8))
     weights = np.random.default_rng(0).exponential(size=(8, LENGTH)).astype(np.float32)

@@ -27,7 +27,8 @@ def fresh(size=3):
 
 
 def placed(index):
-    return index, jax.device_put(np.float32(index))
+    """(What the step reads, nothing more that is known of it.)"""
+    return (index, jax.device_put(np.float32(index))), {}
 
 
 @jax.jit
@@ -294,7 +295,7 @@ def test_errors_of_the_inputs_surface_and_their_thread_ends_with_the_loop(tmp_pa
 
 def test_a_step_may_not_move_arrays_from_the_host(tmp_path):
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
-        make_loop(tmp_path).run(fresh, lambda index: (index, np.float32(index)), step_until())
+        make_loop(tmp_path).run(fresh, lambda index: ((index, np.float32(index)), {}), step_until())
 
 
 def test_no_two_states_are_in_memory_while_one_is_restored(tmp_path, monkeypatch):
@@ -341,7 +342,7 @@ class Refreshing:
     def inputs(self, index):
         self.made.append(index)
         assert max(n for n in (0, 3, 6, 9) if n <= index) == max(n for n in self.disk if n <= index)
-        return index, jax.device_put(np.float32(self.scale * index))
+        return (index, jax.device_put(np.float32(self.scale * index))), {}
 
     def loop(self, path, **more):
         settings = {"steps": 10, "checkpoint_every": 4, "title": "test", **more}

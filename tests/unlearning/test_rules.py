@@ -146,12 +146,12 @@ def test_continuing_drops_what_comes_after_the_state_and_starting_anew_drops_all
     metrics.trim(4)
     same(tmp_path, [0, 3])
     metrics.trim(0)
-    assert read_items(tmp_path) is None
+    assert not read_items(tmp_path)[0].size
 
 
 def test_items_of_another_run_are_not_continued(tmp_path):
     write(tmp_path, [0, 3])
-    assert read_items(tmp_path, "b") is None
+    assert not read_items(tmp_path, "b")[0].size
     write(tmp_path, [0], identity="b")
     same(tmp_path, [0], identity="b")
-    assert read_items(tmp_path, "a") is None
+    assert not read_items(tmp_path, "a")[0].size

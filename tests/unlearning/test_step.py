@@ -25,7 +25,7 @@ from trace_jax.unlearning.inputs import StepRows, pad_rows
 from trace_jax.unlearning.losses import Constants, StepSettings, coefficients
 from trace_jax.unlearning.objectives import ForgetInputs, Objective, Refusing
 from trace_jax.unlearning.optimizer import TrainingConfig
-from trace_jax.unlearning.step import initial_state, train, training_step, unlearning_settings, unlearning_step
+from trace_jax.unlearning.step import initial_state, set_up, train, training_step, unlearning_step
 
 CASES = [
     ({"name": "gradient_ascent"}, "none"),
@@ -114,11 +114,10 @@ def moved(flat, away=0.05):
 
 def gradient_of_step(config, model, rows, mesh=ONE, *, parallel=PLAIN, online=None, away=0.05):
     """(metrics, gradient) of the compiled step, read off the first moments of Adam."""
-    settings = unlearning_settings(config, model.config, parallel)
     training = flatten(placed_params(model.params, model.config, mesh))
-    target = TARGETS if "hidden" in config.objective.needs else None
-    numbers, target, online = place((coefficients(config), target, online), mesh)
-    constants = Constants(training, None, None, numbers, target, online=online)
+    settings, constants, _ = set_up(training, config, model.config, selected=None, parallel=parallel, mesh=mesh)
+    constants = constants._replace(target=TARGETS if "hidden" in config.objective.needs else None, online=online)
+    constants = Constants(training, *place(constants[1:], mesh))
     if not config.retains:
         rows = dataclasses.replace(rows, retain=None, weights=None)
     rows = place(pad_rows(rows, mesh.size), mesh, P(BATCH_AXES))

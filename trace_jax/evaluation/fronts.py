@@ -192,7 +192,7 @@ def ks_statistic(values: np.ndarray, others: np.ndarray, counts: np.ndarray) -> 
 
 def load_run_items(directory: str | os.PathLike, front: Front, board: Scoreboard) -> RunItems | None:
     """The items behind a front on test; None where the run kept none, or not at every step of the front."""
-    steps, items = read_items(directory) or (np.zeros(0), {})
+    steps, items = read_items(directory)
     if not np.isin(front.steps, steps).all():
         return None
     series = board_series({name: values[np.searchsorted(steps, front.steps)] for name, values in items.items()}, board)

@@ -101,25 +101,18 @@ def forget_sampler(topics: np.ndarray, config: UnlearningConfig, *, seed: int) -
     return sampler
 
 
-class Feed:
-    """The rows of each step on their way from the host to a mesh, and what the host knows of a step without asking the
-    devices: how many valid tokens it reads, and its learning rate.
+def feed(rows_at: Callable[[int], Any], rates: np.ndarray, mesh: Mesh) -> Callable[[int], tuple[Any, dict[str, float]]]:
+    """A function of a step: (its rows, `StepRows` or a `Batch`, shared by the devices; {"tokens", "learning_rate"}, how
+    many valid tokens it reads, and its learning rate: what the host knows without asking the devices).
     """
 
-    def __init__(self, rows_at: Callable[[int], Any], rates: np.ndarray, mesh: Mesh):
-        self._rows_at, self._rates, self._mesh = rows_at, rates, mesh
-        self._tokens: dict[int, int] = {}
-
-    def at(self, step: int) -> Any:
-        """The rows of a step (`StepRows` or a `Batch`), shared by the devices."""
-        rows = self._rows_at(step)
+    def at(step: int) -> tuple[Any, dict[str, float]]:
+        rows = rows_at(step)
         batches = jax.tree.leaves(rows, is_leaf=lambda part: isinstance(part, Batch))
-        self._tokens[step] = sum(int(part.valid.sum()) for part in batches if isinstance(part, Batch))
-        return place(rows, self._mesh, P(BATCH_AXES))
+        tokens = sum(int(part.valid.sum()) for part in batches if isinstance(part, Batch))
+        return place(rows, mesh, P(BATCH_AXES)), {"tokens": tokens, "learning_rate": float(f"{rates[step]:.6g}")}
 
-    def known(self, step: int) -> dict[str, float]:
-        """{"tokens", "learning_rate"} of a step whose rows were made; once."""
-        return {"tokens": self._tokens.pop(step), "learning_rate": float(f"{self._rates[step]:.6g}")}
+    return at
 
 
 # --- what is asked of the original model before the first step

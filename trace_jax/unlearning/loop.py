@@ -113,19 +113,19 @@ class Loop:
         return self.refresh is not None and 0 < step < self.steps and step % self.refresh.every == 0
 
     def run(
-        self, start: Callable[[], TrainState], inputs: Callable[[int], Any], step: Callable,
-        known: Callable[[int], Mapping[str, float]] = lambda _: {},
-    ) -> LoopResult:  # fmt: skip
-        """Runs `state, metrics = step(state, inputs(i))` for i = 0..steps-1, from the newest saved state or `start()`.
+        self, start: Callable[[], TrainState], inputs: Callable[[int], tuple[Any, dict[str, float]]], step: Callable
+    ) -> LoopResult:
+        """Runs `state, metrics = step(state, rows)` with `rows, known = inputs(i)` for i = 0..steps-1, from the newest
+        saved state or `start()`.
 
         `inputs` depends on i alone, so that a resumed run repeats the uninterrupted one. It runs in a thread of its
         own, one step ahead, and returns arrays that are where the step wants them: the step itself is not allowed to
         move any. Step i+1 is dispatched before the metrics of step i are read. Where a signal asks to stop, what was
-        done until then is saved, and Interrupted is raised; the same call continues. `known(i)`, what the host knows of
-        step i, is written with its metrics; its "tokens" per second, too.
+        done until then is saved, and Interrupted is raised; the same call continues. `known`, what the host knows of
+        the step, is written with its metrics; its "tokens" per second, too.
         """
         about = {"identity": self.identity, "seed": self.seed}
-        self._start, self._known, self._metrics = start, known, Metrics(self.directory, self.identity, self.tracker)
+        self._start, self._metrics = start, Metrics(self.directory, self.identity, self.tracker)
         self._evaluations: dict[int, Evaluated] = {}  # by step; on continuing only process 0 knows the earlier ones
         with Interruption() as self._signals, StateStore(self.directory / "checkpoints", about) as self._store:
             done, state, stop, seconds = self._steps(*self._restored(), inputs, step)
@@ -140,7 +140,8 @@ class Loop:
 
     def _begin(self, done: int, state: TrainState) -> Stop | None:
         """Takes up the run so far, and does what is due before the next step. Returns why it ends there, or None."""
-        evaluations = [row for row in self._metrics.trim(done) if row["kind"] == "evaluation"]
+        rows = self._metrics.trim(done)
+        evaluations = [row for row in rows if row["kind"] == "evaluation"]
         for row in evaluations:
             self._evaluations[row["step"]] = Evaluated(None, row.get("forgetting"), row.get("utility"))
         if done:
@@ -155,7 +156,7 @@ class Loop:
         if stop and stop.failed:
             self._store.remove(done)
         if not stop and self.should_refresh(done):
-            self._refresh(done, state)
+            self._refresh(done, state, written=any((r["kind"], r["step"]) == ("recalibration", done) for r in rows))
         return stop
 
     def _steps(self, first: int, state: TrainState, inputs, step) -> tuple[int, TrainState, Stop | None, float]:
@@ -167,15 +168,15 @@ class Loop:
             return first, state, stop, math.nan
         ahead = contextlib.closing(_one_ahead(inputs, range(first, self.steps), self.should_refresh))
         with progress(self.title, self.steps, start=first, first="compiling") as advance, ahead as prepared:
-            for index, placed in prepared:
+            for index, (rows, known) in prepared:
                 with jax.transfer_guard("disallow"):
-                    state, metrics = step(state, placed)
+                    state, metrics = step(state, rows)
                 self._signals.unsaved, done = True, index + 1
                 if index == first:  # the first step compiles; the rate is that of the others
                     jax.block_until_ready(state.step)
                     began = time.monotonic()
                 asked = self._signals.asked()
-                stop, pending = self._log(pending), (done, metrics)  # of the step before
+                stop, pending = self._log(pending), (done, metrics, known)  # of the step before
                 due = self.should_checkpoint(done) or self.should_evaluate(done) or self.should_refresh(done)
                 if not stop and (asked or due):
                     stop, pending = self._log(pending), None
@@ -211,30 +212,30 @@ class Loop:
             self._refresh(step, state)
         return stop
 
-    def _refresh(self, step: int, state: TrainState) -> None:
+    def _refresh(self, step: int, state: TrainState, *, written: bool = False) -> None:
         assert self.refresh is not None
         try:
             with self._signals.at_once():
                 values = self.refresh.call(step, state.trainable)
         except Interrupted as error:
             self._end(step, state, error.signal)
-        if values and not self._metrics.has("recalibration", step):  # a run that continues after this very step has it
+        if values and not written:
             self._metrics.write("recalibration", step, values)
 
-    def _log(self, pending: tuple[int, dict] | None) -> Stop | None:
+    def _log(self, pending: tuple[int, dict, dict[str, float]] | None) -> Stop | None:
         """Writes the metrics of a step; returns why they end the run, or None."""
         if pending is None:
             return None
-        index, metrics = pending
+        index, metrics, known = pending
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if bad := ", ".join(name for name, value in values.items() if not math.isfinite(value)):
             return Stop(f"{bad} is not finite at step {index}; lower the learning rate or the coefficients", True)
         if dropped := values.get("dropped"):
             lost = f"{dropped:.0f} choices of experts had no room at step {index}"
             return Stop(f"{lost}; raise parallel.expert_buffer", True)
-        known, now = dict(self._known(index - 1)), time.monotonic()
+        now = time.monotonic()
         if "tokens" in known and not math.isnan(self._read):
-            known["tokens_per_second"] = round(known["tokens"] / (now - self._read), 1)
+            known = known | {"tokens_per_second": round(known["tokens"] / (now - self._read), 1)}
         self._read = now
         values = {"time": round(time.time(), 3), **known, **values}
         self._loss = f"loss {values['loss']:.3f}" if "loss" in values else ""

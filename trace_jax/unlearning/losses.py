@@ -61,11 +61,6 @@ def coefficients(config: UnlearningConfig) -> Flat:
     return {name: jnp.float32(value) for name, value in numbers.items()}
 
 
-def targets(tokens: jax.Array) -> jax.Array:
-    """Token t+1 at position t; the last position's target is never valid."""
-    return jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
-
-
 def share(total: jax.Array, count: jax.Array) -> jax.Array:
     """The sum over all devices, over the whole batch's count."""
     return jax.lax.psum(total, BATCH_AXES) / jnp.maximum(count, 1.0)
@@ -84,7 +79,7 @@ class _Output(NamedTuple):
 
     def nll(self) -> jax.Array:
         """f32 [B, S], -log p of the next token."""
-        return token_nll(self.params, self.config, self.final, targets(self.tokens))
+        return token_nll(self.params, self.config, self.final, jnp.roll(self.tokens, -1, axis=1))
 
 
 def _forward(
@@ -133,7 +128,7 @@ def _forget_inputs(
         before = reference.get("forget") if "reference_logits" in needs else None
         read["vocabulary"] = vocabulary_loss(
             lambda own, original, numbers: settings.objective.with_numbers(numbers).vocabulary(own, original),
-            constants.numbers, forget.params, settings.model, forget.final, targets(rows.forget.tokens),
+            constants.numbers, forget.params, settings.model, forget.final, jnp.roll(forget.tokens, -1, axis=1),
             None if before is None else (before.params, before.final),
         )  # fmt: skip
     return _masks(rows)._replace(**read)

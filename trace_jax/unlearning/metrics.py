@@ -7,7 +7,6 @@ that of an evaluation covers its items, too.
 
 import collections
 import contextlib
-import itertools
 import json
 import os
 import zlib
@@ -34,21 +33,23 @@ class Metrics:
         self._directory, self._path, self._identity = directory, directory / _FILE, identity
         self._tracker, self._sum, self._items = tracker, 0, {}
 
-    def _intact(self) -> tuple[list[dict], list[dict[str, np.ndarray]]]:
-        """This run's lines up to the first that isn't as it was written, and the items of each."""
-        own = [row for row in files.read_lines(self._path) if row.get("identity") == self._identity]
-        steps, arrays = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
-        of = [{n: x[steps == r["step"]] for n, x in arrays.items()} if r["kind"] == "evaluation" else {} for r in own]
-        before = 0
-        for index, (row, items) in enumerate(zip(own, of, strict=True)):
-            if row.get(_SUM) != (before := _checksum(row, items, before)):
-                return own[:index], of[:index]
-        return own, of
+    def _intact(self) -> list[tuple[dict, dict[str, np.ndarray]]]:
+        """(line, its items) of this run's lines up to the first that isn't as it was written."""
+        steps, arrays = read_items(self._directory, self._identity)
+        intact, before = [], 0
+        for row in files.read_lines(self._path):
+            if row.get("identity") == self._identity:
+                evaluated = arrays if row["kind"] == "evaluation" else {}
+                items = {name: values[steps == row["step"]] for name, values in evaluated.items()}
+                if row.get(_SUM) != (before := _checksum(row, items, before)):
+                    break
+                intact.append((row, items))
+        return intact
 
     def whole(self, done: int) -> bool:
         """Whether what was written until `done` steps were done is there as it was; process 0 alone knows."""
         with contextlib.suppress(ValueError):  # of what can't be read
-            return not is_main() or any((r["kind"], r["step"]) == ("step", done) for r in self._intact()[0])
+            return not is_main() or any((row["kind"], row["step"]) == ("step", done) for row, _ in self._intact())
         return False
 
     def trim(self, done: int) -> list[dict]:
@@ -57,26 +58,23 @@ class Metrics:
             return []
         if not done:
             files.remove(self._directory / _ITEMS)
-        own, items = self._intact() if done else ([], [])
+        intact = self._intact() if done else []
         self.write_items(done + 1, {})
-        ended = {row["step"] for row in own if row["kind"] == "evaluation"}  # others were cut short
-        there = [r["step"] <= done and (r["kind"] != "measurement" or r["step"] in ended) for r in own]
-        self._sum = 0
+        ended = {row["step"] for row, _ in intact if row["kind"] == "evaluation"}  # others were cut short
+        self._sum, own = 0, []
         with files.replacing(self._path) as temporary:
             temporary.touch()
-            for row, of in itertools.compress(zip(own, items, strict=True), there):
-                self._append(temporary, row, of)
+            for row, items in intact:
+                if row["step"] <= done and (row["kind"] != "measurement" or row["step"] in ended):
+                    self._append(temporary, row, items)
+                    own.append(row)
         if self._tracker is not None:
-            self._tracker.begin(done, {(row["kind"], row["step"]) for row in own})
-        return [*itertools.compress(own, there)]
+            self._tracker.begin(done, {(row["kind"], row["step"]) for row, _ in intact})
+        return own
 
     def _append(self, path: Path, row: Mapping[str, Any], items: Mapping[str, np.ndarray]) -> None:
         self._sum = _checksum(row, items, self._sum)
         files.append_line(path, {**row, _SUM: self._sum})
-
-    def has(self, kind: str, step: int) -> bool:
-        """Whether there is a line of that kind on `step`, of whichever run; process 0 alone knows."""
-        return is_main() and any((row["kind"], row["step"]) == (kind, step) for row in files.read_lines(self._path))
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Adds a line."""
@@ -94,7 +92,7 @@ class Metrics:
         if not is_main():
             return
         self._items = {name: np.asarray(value)[None] for name, value in items.items()}
-        steps, before = read_items(self._directory, self._identity) or (np.zeros(0, np.int64), {})
+        steps, before = read_items(self._directory, self._identity)
         arrays = {name: list(values[steps < step]) for name, values in {"steps": steps, **before}.items()}
         if items:
             more = {"steps": step, **items}
@@ -113,18 +111,16 @@ def _checksum(row: Mapping[str, Any], items: Mapping[str, np.ndarray], before: i
     return before
 
 
-def read_items(
-    directory: str | os.PathLike, identity: str | None = None
-) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
-    """Steps i64 [T] of a run's evaluations, and what each item gave at them, [T, N] by name; None if that is not kept,
-    or is of another run than `identity`.
+def read_items(directory: str | os.PathLike, identity: str | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Steps i64 [T] of a run's evaluations, and what each item gave at them, [T, N] by name; nothing if that is not
+    kept, or is of another run than `identity`.
     """
     path = files.as_path(directory) / _ITEMS
-    if not path.exists():
-        return None
-    items = files.read_arrays(path)
-    steps, identity_of = items.pop("steps"), str(items.pop("identity"))
-    return (steps, items) if identity in (None, identity_of) else None
+    items = files.read_arrays(path) if path.exists() else {}
+    if not items or identity not in (None, str(items["identity"])):
+        return np.zeros(0, np.int64), {}
+    del items["identity"]
+    return items.pop("steps"), items
 
 
 def front_rows(directory: str | os.PathLike, identity: str | None = None) -> list[dict]:

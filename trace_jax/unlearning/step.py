@@ -32,23 +32,12 @@ from trace_jax.parallel.mesh import BATCH_AXES, PLAIN, ParallelConfig, place, ro
 from trace_jax.unlearning import trainable
 from trace_jax.unlearning.config import EXPERT_MATRICES, UnlearningConfig
 from trace_jax.unlearning.grip import check_router, keep_routers
-from trace_jax.unlearning.inputs import Feed, StepRows, pad_rows
+from trace_jax.unlearning.inputs import StepRows, feed, pad_rows
 from trace_jax.unlearning.loop import Hook, Loop, LoopResult, TrainState
-from trace_jax.unlearning.losses import Constants, StepSettings, coefficients, gradient, share, targets
+from trace_jax.unlearning.losses import Constants, StepSettings, coefficients, gradient, share
 from trace_jax.unlearning.objectives import RepSelect
 from trace_jax.unlearning.optimizer import OptimizerConfig, TrainingConfig, learning_rates, make_optimizer
 from trace_jax.unlearning.trainable import Flat, current_params, trained_specs
-
-
-def unlearning_settings(config: UnlearningConfig, model: ModelConfig, parallel: ParallelConfig = PLAIN) -> StepSettings:
-    """The static part of an unlearning step."""
-    # A constant rate does not depend on the number of steps; leaving it out saves a compilation per number.
-    # Where the rows of an epoch are not known (a plan), their number is not either.
-    steps = 0 if config.schedule == "constant" else config.steps
-    return StepSettings(
-        model, config.optimization, steps, config.objective.without_numbers(), config.retain_loss.name,
-        config.normalize, config.layer, parallel, config.trainable.anchor_form,
-    )  # fmt: skip
 
 
 def set_up(
@@ -61,7 +50,13 @@ def set_up(
     selected: bool [L, E], the experts that train where not all do.
     """
     config.check_layer(model.num_layers)
-    settings = unlearning_settings(config, model, parallel)
+    # A constant rate does not depend on the number of steps; leaving it out saves a compilation per number.
+    # Where the rows of an epoch are not known (a plan), their number is not either.
+    steps = 0 if config.schedule == "constant" else config.steps
+    settings = StepSettings(
+        model, config.optimization, steps, config.objective.without_numbers(), config.retain_loss.name,
+        config.normalize, config.layer, parallel, config.trainable.anchor_form,
+    )  # fmt: skip
     paths = trainable.trainable_paths(model, config.trainable)
     if config.grip.name == "project":
         check_router(model, paths)
@@ -157,7 +152,7 @@ def training_step(state: TrainState, batch: Batch, *, settings: StepSettings, lo
         params = unflatten(current_params(trained, like))
         collect = ("hidden", "counts", "load")
         out: Any = forward(params, model, batch.tokens, mask=batch.segments, count_mask=batch.valid, collect=collect)
-        nll = token_nll(params, model, out.hidden, targets(batch.tokens))
+        nll = token_nll(params, model, out.hidden, jnp.roll(batch.tokens, -1, axis=1))
         tokens = jnp.maximum(jax.lax.psum(batch.valid.sum(dtype=jnp.float32), BATCH_AXES), 1.0)
         mean = share(jnp.where(batch.valid, nll, 0.0).sum(), tokens)
         # Switch-style balance: E sum_e (share of activations) (mean probability), 1 when perfectly even.
@@ -266,12 +261,10 @@ def train_on(
 
 def _train(loop: Loop, start, batch_at, settings: StepSettings, mesh: Mesh, load_balance: float = 0.0) -> LoopResult:
     multiple, rates = row_multiple(settings, mesh), learning_rates(settings.optimizer, loop.steps)
-    feed = Feed(lambda index: pad_rows(batch_at(index), multiple), rates, mesh)
     return loop.run(
         lambda: initial_state(flatten(start()), settings, mesh),
-        feed.at,
+        feed(lambda index: pad_rows(batch_at(index), multiple), rates, mesh),
         lambda state, batch: training_step(state, batch, settings=settings, load_balance=load_balance, mesh=mesh),
-        feed.known,
     )
 
 

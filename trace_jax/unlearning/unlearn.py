@@ -26,7 +26,7 @@ from trace_jax.routing.statistics import DamagedRouting
 from trace_jax.routing.weights import Recalibration, RetainWeights
 from trace_jax.unlearning.config import Calibrated, GripRealign, UnlearningConfig
 from trace_jax.unlearning.grip import grip_hooks, with_realigned
-from trace_jax.unlearning.inputs import Feed, Inputs, batch_text, cached_reference, steering_target, with_steps
+from trace_jax.unlearning.inputs import Inputs, batch_text, cached_reference, feed, steering_target, with_steps
 from trace_jax.unlearning.loop import Hook, Loop
 from trace_jax.unlearning.losses import Constants
 from trace_jax.unlearning.metrics import step_rows
@@ -173,8 +173,7 @@ def unlearn(
         steps, every = config.steps, config.checkpoint_every
         about = {"seed": seed, "rules": config, "callback": callback, "tracker": tracker}
         loop = Loop(where, identity, steps, every, title, evaluation, refresh, **about)
-        feed = Feed(inputs.at, learning_rates(config, steps), mesh)
-        result = loop.run(lambda: start(constants), feed.at, step, feed.known)
+        result = loop.run(lambda: start(constants), feed(inputs.at, learning_rates(config, steps), mesh), step)
         unlearned, table = finish(model_of(result.trainable))
         if table is not None and isinstance(config.grip, GripRealign):
             trained = with_realigned(trained, table)
