@@ -12,7 +12,7 @@ import numpy as np
 
 from trace_jax.data.published import DataError
 from trace_jax.io.files import local_copy
-from trace_jax.routing.statistics import Assignments, first_misfit
+from trace_jax.routing.statistics import Assignments, first_misfit, index_type
 
 BLOCK = 256  # tokens that stand for a row where a capture names no rows
 _KEYS = ("expert_ids", "row_lengths", "gate_weights")
@@ -67,7 +67,7 @@ def read_capture(path: str | os.PathLike, num_experts: int) -> Assignments:
     if misfit := first_misfit(ids, num_experts):
         layer, token, what = misfit
         raise DataError(f"{name}: token {places[token]} (row {rows[token]}), layer {layers[layer]}: {what}.")
-    return Assignments(ids.astype(np.min_scalar_type(num_experts - 1)), rows, rows, tuple(layers.tolist()))
+    return Assignments(ids.astype(index_type(num_experts)), rows, rows, tuple(layers.tolist()))
 
 
 def _read(path: str | os.PathLike) -> Mapping[str, np.ndarray]:

@@ -148,7 +148,7 @@ def random_like(selected: np.ndarray, *, seed: int) -> np.ndarray:
     Where the others are too few, all of them, and selected ones for the rest.
     """
     others_first = np.random.default_rng(seed).random(selected.shape) + selected  # selected ones are 1 and more
-    return ranks(-others_first) < selected.sum(axis=1, keepdims=True)
+    return least_like(selected, others_first)
 
 
 def least_like(selected: np.ndarray, criticality: np.ndarray) -> np.ndarray:

@@ -18,10 +18,9 @@ from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.decoder import forward
 from trace_jax.models.loss import token_nll
 from trace_jax.models.model import Model
-from trace_jax.models.sharding import map_batches
-from trace_jax.parallel.mesh import make_mesh
 from trace_jax.routing import config as settings
 from trace_jax.routing import solver
+from trace_jax.routing.statistics import map_model
 
 BUCKETS = 10_000  # of hashed n-grams, as in DSIR
 
@@ -220,9 +219,8 @@ def losses(model: Model, rows: Rows, *, mesh: Mesh | None = None, batch_size: in
 
 
 def _per_row(fn: Callable, model: Model, rows: Rows, mesh: Mesh | None, batch_size: int) -> np.ndarray:
-    batches = ((batch.tokens, batch.segments, batch.valid) for batch in sequential_batches(rows, batch_size))
-    passes = map_batches(fn, model.params, model.config, batches, mesh=mesh or make_mesh())
-    return np.concatenate([values[:batch_size] for values in passes])[: len(rows)]
+    passes = map_model(fn, model, sequential_batches(rows, batch_size), mesh)
+    return np.concatenate([values[: len(batch.valid)] for batch, values in passes])
 
 
 def _hidden(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array, valid: jax.Array) -> jax.Array:

@@ -311,11 +311,13 @@ def find_patterns(
         features = activations[first]
         features.sort_indices()  # so that sums over a pattern don't depend on the order of a token's experts
         return features, counts.astype(np.float64), unit, touched
-    members, of_token = row_members(units)
+    _, of_token = np.unique(units, return_inverse=True)
+    ones = np.ones(len(of_token))
+    members = csr_array((ones, (of_token, np.arange(len(of_token)))), (int(of_token.max()) + 1, len(of_token)))
     length_key = np.uint64(0x9E3779B97F4A7C15)  # counted once per token, so that a unit's key holds its length
     unit_keys = members.astype(np.uint64) @ (keys(activations) + length_key)
     _, first, pattern = np.unique(unit_keys, return_index=True, return_inverse=True)
-    lengths = members @ np.ones(activations.shape[0])
+    lengths = members @ ones
     features = (members[first] @ activations).toarray() / lengths[first, None]
     return features, np.bincount(pattern, lengths, minlength=len(first)), pattern[of_token], touched
 
@@ -333,12 +335,6 @@ def activation_matrix(indices: np.ndarray, matched: np.ndarray, chunk: int = 4_0
     column = np.concatenate(columns)
     ends = np.concatenate([[0], np.cumsum(np.concatenate(per_token))]).astype(np.int32 if len(column) < 2**31 else int)
     return csr_array((np.ones(len(column)), column, ends), (indices.shape[1], int(matched.sum())))
-
-
-def row_members(rows: np.ndarray) -> tuple[Matrix, np.ndarray]:
-    """(0/1 matrix [rows, T], the row number of each token from 0)."""
-    _, row = np.unique(rows, return_inverse=True)
-    return csr_array((np.ones(len(rows)), (row, np.arange(len(rows)))), (int(row.max()) + 1, len(rows))), row
 
 
 def reachable(features: Matrix, matched: np.ndarray, moment: np.ndarray, goal: np.ndarray, top_k: int) -> np.ndarray:

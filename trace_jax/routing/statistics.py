@@ -67,7 +67,7 @@ class ExpertStatistics:
     @classmethod
     def load(cls, path) -> "ExpertStatistics":
         file = read_arrays(path, [field.name for field in dataclasses.fields(cls)])
-        layers = tuple(file["layers"].tolist()) if "layers" in file else ()
+        layers = tuple(file["layers"].tolist())
         return cls(file["counts"], file["affinity"], int(file["tokens"]), int(file["top_k"]), layers)
 
 
@@ -170,7 +170,7 @@ def expert_routing(
     layers, batches = (), batches_of(rows, batch_size, model.config if isinstance(model, Model) else None)
     if isinstance(model, Model) and num_experts is None:
         layers, num_experts = model.config.moe_layers, model.config.num_experts
-        outputs = _of_model(model, batches, mesh or make_mesh(), assign)
+        outputs = _of_model(model, batches, mesh, assign)
     elif not isinstance(model, Model) and num_experts is not None and mesh is None:
         outputs = of_function(model, batches, num_experts)
     else:
@@ -196,17 +196,26 @@ def expert_routing(
     return statistics, Assignments(indices, row, document, layers)
 
 
+def map_model(
+    fn: Callable, model: Model, batches: Iterable[Batch], mesh: Mesh | None, **layout: Any
+) -> Iterator[tuple[Batch, Any]]:
+    """(batch, `fn` of the model on its tokens, segments and valid positions) for each, on all devices of `mesh`
+    (default: all). `layout` and what `fn` takes and gives: `map_batches`.
+    """
+    batches, again = itertools.tee(batches)
+    arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
+    outputs = map_batches(fn, model.params, model.config, arrays, mesh=mesh or make_mesh(), **layout)
+    return zip(again, outputs, strict=True)
+
+
 def _of_model(
-    model: Model, batches: Iterable[Batch], mesh: Mesh, assign: bool
+    model: Model, batches: Iterable[Batch], mesh: Mesh | None, assign: bool
 ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray, np.ndarray]]:
     """As `of_function`, with the sum over documents of mean gate weights; without `assign` the experts of no token."""
     config = model.config
     nothing = np.zeros((len(config.moe_layers), 0, config.experts_per_token), index_type(config.num_experts))
-    batches, again = itertools.tee(batches)
-    arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
-    layout = {"mesh": mesh, "out_specs": _OUT_SPECS[: 2 + assign], "static": (assign,)}
-    outputs = map_batches(_routing, model.params, config, arrays, **layout)
-    for batch, (counts, gates, *chosen) in zip(again, outputs, strict=True):
+    outputs = map_model(_routing, model, batches, mesh, out_specs=_OUT_SPECS[: 2 + assign], static=(assign,))
+    for batch, (counts, gates, *chosen) in outputs:
         if (bad := ~np.isfinite(gates).all(axis=(0, 2))).any():
             raise DamagedRouting(
                 f"the router of layer {config.moe_layers[int(np.argmax(bad))]} gave NaN or infinite scores; the model "
@@ -263,12 +272,10 @@ def expert_sensitivity(
       >>> tj.select_experts(of_forget, of_forget, rule="sensitivity", sensitivity=slopes, top=2).sum(axis=1)
       array([2, 2])
     """
-    batches, again = itertools.tee(batches_of(rows, batch_size, model.config))
-    arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
-    total, layout = np.zeros(()), {"mesh": mesh or make_mesh(), "out_specs": PartitionSpec(BATCH_AXES)}
-    for slopes in map_batches(_slopes, model.params, model.config, arrays, **layout):
-        total = total + slopes.sum(axis=0, dtype=np.float64)
-    if not (tokens := sum(int(np.asarray(batch.valid).sum()) for batch in again)):
+    total, tokens = np.zeros(()), 0
+    for batch, slopes in map_model(_slopes, model, batches_of(rows, batch_size, model.config), mesh):
+        total, tokens = total + slopes.sum(axis=0, dtype=np.float64), tokens + int(np.asarray(batch.valid).sum())
+    if not tokens:
         raise ValueError("the corpus has 0 valid tokens; there is no loss to take a slope of. Give more text.")
     return total / tokens
 
@@ -290,9 +297,9 @@ def _slopes(params, config: ModelConfig, tokens: jax.Array, segments: jax.Array,
 # --- chosen experts as integers: how they are kept, counted and checked, and how they are had from any function
 
 
-def index_type(num_experts: int) -> Any:
+def index_type(num_experts: int) -> np.dtype:
     """The smallest type for the number of an expert."""
-    return np.uint8 if num_experts <= 256 else np.uint16
+    return np.min_scalar_type(num_experts - 1)
 
 
 def count_activations(indices: np.ndarray, num_experts: int) -> np.ndarray:
@@ -319,7 +326,7 @@ def of_function(
     `function` takes tokens i32 [B, S] and gives integers [L, B, S, K]. It reads every document in a row of its own,
     from the first position on, so that none needs to be hidden from another; zeros follow, and fill up the last rows.
     """
-    layers, top_k = None, None
+    known = ()  # layers and K, once there was an answer
     for batch in batches:
         tokens, segments, valid = (np.asarray(x) for x in (batch.tokens, batch.segments, batch.valid))
         size, length = tokens.shape
@@ -332,18 +339,14 @@ def of_function(
         parts = []
         for start in range(0, len(alone), size):
             part = np.asarray(function(alone[start : start + size]))
-            whole = np.issubdtype(part.dtype, np.integer) and part.size > 0
-            if not whole or part.ndim != 4 or part.shape[1:3] != (size, length):
+            whole = np.issubdtype(part.dtype, np.integer) and part.size > 0 and part.ndim == 4
+            if not whole or part.shape[1:3] != (size, length) or part.shape[::3] != (known or part.shape[::3]):
+                (layers, top_k), again = known or ("layers", "experts of a token"), ", as before" if known else ""
                 raise ValueError(
                     f"of tokens [{size}, {length}] the function gave {part.dtype} {list(part.shape)}; expected the "
-                    f"numbers of experts as integers [layers, {size}, {length}, experts of a token]."
+                    f"numbers of experts as integers [{layers}, {size}, {length}, {top_k}]{again}."
                 )
-            layers, top_k = layers or part.shape[0], top_k or part.shape[3]
-            if (layers, top_k) != (part.shape[0], part.shape[3]):
-                raise ValueError(
-                    f"the function gave {layers} layers and {top_k} experts of a token, and then {part.shape[0]} and "
-                    f"{part.shape[3]}; expected the same for all tokens."
-                )
+            known = part.shape[::3]
             parts.append(part)
         experts = np.concatenate(parts, axis=1)[:, *at][:, valid[row, place]]
         if misfit := first_misfit(experts, num_experts):

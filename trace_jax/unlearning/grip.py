@@ -39,6 +39,7 @@ from trace_jax.models.decoder import forward
 from trace_jax.models.model import Model
 from trace_jax.models.sharding import map_batches, placed_params
 from trace_jax.parallel.mesh import BATCH_AXES, as_varying, dividing_axes, place, row_shards, spec_axes, to_host
+from trace_jax.routing.statistics import map_model
 from trace_jax.unlearning.config import GripProject, GripRealign, UnlearningConfig
 from trace_jax.unlearning.trainable import trainable_paths
 
@@ -102,11 +103,8 @@ def spread_tokens(rows: Rows, most: int) -> Rows:
 
 def read_routers(model: Model, rows: Rows, *, mesh: Mesh) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(inputs [L, n, D], scores f32 [L, n, E], choices i32 [L, n, K]) of routers at the n valid tokens of `rows`."""
-    batches = list(sequential_batches(rows, row_shards(mesh)))
-    arrays = ((batch.tokens, batch.segments, batch.valid) for batch in batches)
     most, pieces = int(rows.valid.sum(axis=1).max()), []
-    passes = map_batches(_read, model.params, model.config, arrays, mesh=mesh, static=(most,))
-    for batch, outputs in zip(batches, passes, strict=True):
+    for batch, outputs in map_model(_read, model, sequential_batches(rows, row_shards(mesh)), mesh, static=(most,)):
         pieces += [[x[row, :, : valid.sum()] for x in outputs] for row, valid in enumerate(np.asarray(batch.valid))]
     inputs, scores, indices = (np.concatenate(parts, axis=1) for parts in zip(*pieces, strict=True))
     if not np.isfinite(scores).all():
