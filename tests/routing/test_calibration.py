@@ -37,10 +37,6 @@ def weights_of(indices, calibration, units=None):
     return np.minimum(np.exp(scores), calibration.max_weight)
 
 
-def size_of(weights):
-    return weights.sum() ** 2 / (len(weights) * (weights**2).sum())
-
-
 def by_scipy(features, target, max_weight, *, size=None, rho=None):
     """The primal problem over the weights themselves, by a general solver: chi2 at a size, or kl at a rho."""
     count = len(features)
@@ -90,7 +86,7 @@ def test_weights_equal_an_independent_solution(random_routing, divergence, seed,
     arguments = {"size": size} if divergence == "chi2" else {"rho": certificate.rho}
     expected = by_scipy(dense_features(retain, matched), forget[matched], max_weight, **arguments)
     np.testing.assert_allclose(weights, expected, atol=1e-6)
-    assert size_of(weights) == pytest.approx(size, rel=1e-8) and weights.max() <= max_weight
+    assert solver.effective_sample_size(weights) == pytest.approx(size, rel=1e-8) and weights.max() <= max_weight
 
 
 @pytest.mark.parametrize("divergence", ["chi2", "kl"])

@@ -34,16 +34,6 @@ def weights_of(setting, **settings):
     return retain_weights(config, **setting)
 
 
-@pytest.fixture(scope="module")
-def forwarded(setting):
-    """Experts [L, N, S, K] and final hidden states [N, S, D] of the retain rows."""
-    model, retain = setting["model"], setting["retain"]
-    arrays = jnp.asarray(retain.tokens), jnp.asarray(retain.segments)
-    run = jax.jit(lambda t, s: forward(model.params, model.config, t, mask=s, collect=("indices", "hidden")))
-    output = run(*arrays)
-    return output.router.indices, output.hidden
-
-
 @pytest.mark.parametrize("name", ["uniform", "ratio", "matching", "ngram"])
 def test_statistics_that_are_not_given_are_made(setting, name):
     given = weights_of(setting, name=name)
@@ -158,10 +148,11 @@ def test_control_experts_are_as_many_per_layer(setting):
     assert one.selected.sum() == 1
 
 
-def test_rivals_weigh_by_what_they_look_at(setting, forwarded):
+def test_rivals_weigh_by_what_they_look_at(setting):
     retain, model = setting["retain"], setting["model"]
     targets = jnp.asarray(np.pad(retain.tokens[:, 1:], ((0, 0), (0, 1))))
-    nll = np.asarray(token_nll(model.params, model.config, forwarded[1], targets))[retain.valid]
+    hidden = forward(model.params, model.config, retain.tokens, mask=retain.segments, collect=("hidden",)).hidden
+    nll = np.asarray(token_nll(model.params, model.config, hidden, targets))[retain.valid]
     np.testing.assert_allclose(weights_of(setting, name="loss").weights[retain.valid], nll / nll.mean(), rtol=1e-4)
     domain, hidden, ngram = (weights_of(setting, name=name) for name in ("domain", "hidden", "ngram"))
     inside = retain.domain == 1
@@ -250,26 +241,13 @@ def test_small_formulas_by_hand():
     np.testing.assert_allclose(frequency, [[0.25, 1.0, 0.75, 0.0]])
 
 
-@pytest.mark.parametrize(("unit", "apply"), [("token", "both"), ("document", "weights")])
-def test_under_the_original_routing_online_weights_are_the_offline_ones(setting, forwarded, tmp_path, unit, apply):
-    options = {"name": "matching", "rule": "all", "unit": unit, "apply": apply}
-    found, offline = (weights_of(setting, **options, routing=routing) for routing in ("online", "offline"))
-    valid, segments = setting["retain"].valid, jnp.asarray(setting["retain"].segments)
-    weights = token_weights(forwarded[0], found.step_calibration, mask=jnp.asarray(valid), segments=segments)
-    np.testing.assert_allclose(weights * found.step_weights, offline.step_weights, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found.frequency[found.selected], found.calibration.certificate.weighted, rtol=1e-9)
-    assert np.ptp(found.weights[valid]) > 0.1
-    assert np.array_equal(found.row_probability, offline.row_probability) and offline.step_calibration is None
-    found.save(tmp_path)
-    loaded = RetainWeights.load(tmp_path)
-    assert np.array_equal(loaded.step_weights, found.step_weights)
-    assert encode(loaded.step_calibration) == encode(found.step_calibration)
-
-
 @pytest.mark.parametrize("apply", ["weights", "both"])
-def test_the_expected_loss_is_that_of_the_present_weights(setting, apply):
-    """Rows are drawn by the old weights and tokens weighed by new ones: E[sum v r] / E[count] is the mean of w r."""
-    found = weights_of(setting, name="matching", rule="all", routing="online", apply=apply)
+def test_the_expected_loss_is_that_of_the_present_weights(setting, tmp_path, apply):
+    """Rows are drawn by the old weights and tokens weighed by new ones: E[sum v r] / E[count] is the mean of w r. Under
+    the original routing they are the offline ones: tests/unlearning/test_weights_in_step.py.
+    """
+    weights_of(setting, name="matching", rule="all", routing="online", apply=apply).save(tmp_path)
+    found = RetainWeights.load(tmp_path)
     valid, rng = setting["retain"].valid, np.random.default_rng(0)
     indices = jnp.asarray(rng.permuted(np.tile(np.arange(4), (2, *valid.shape, 1)), axis=-1)[..., :2], jnp.int32)
     losses = rng.random(valid.shape)

@@ -8,7 +8,7 @@ import pytest
 
 from tests import tiny
 from trace_jax.data.rows import Rows, sequential_batches
-from trace_jax.models.architecture import flatten
+from trace_jax.models.architecture import abstract_params, flatten
 from trace_jax.models.model import Model
 from trace_jax.parallel.mesh import to_host
 from trace_jax.routing.config import CalibrationConfig
@@ -55,6 +55,13 @@ def weights_of(model, forget, retain, **settings):
 def solver_of(model, forget, retain, every, **settings) -> Recalibration:
     routing = {"name": "recalibrated", "every": every}
     return Recalibration(calibration(routing=routing, **settings), model, forget, retain, mesh=ONE)
+
+
+def in_bfloat16(model: Model) -> Model:
+    """With what is always float32, such as routers, left so."""
+    config = dataclasses.replace(model.config, dtype="bfloat16")
+    params = jax.tree.map(lambda x, spec: x.astype(spec.dtype), model.params, abstract_params(config))
+    return dataclasses.replace(model, config=config, params=params)
 
 
 def flat_of(model: Model) -> dict[str, np.ndarray]:

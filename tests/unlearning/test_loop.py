@@ -141,13 +141,6 @@ def test_a_run_continues_from_where_all_that_it_wrote_is_as_it_was(tmp_path, dam
     assert ("is not as it was" in said) == (after < 6)
 
 
-@pytest.mark.parametrize("stop", [1, 4, 9])
-def test_resuming_equals_an_uninterrupted_run(tmp_path, whole, stop):
-    with pytest.raises(Stop):
-        make_loop(tmp_path).run(fresh, placed, step_until(stop=stop))
-    assert_continues_like_a_whole_run(tmp_path, whole)
-
-
 @pytest.mark.parametrize("stop", [2, 6, 10])
 def test_what_a_callback_raises_leaves_a_run_that_continues(tmp_path, whole, stop):
     """Also where the step it comes from is one that was due to be saved."""

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.unlearning.conftest import ONE, Stop, flat_of, run
+from tests.unlearning.conftest import ONE, Stop, flat_of, in_bfloat16, run
 from trace_jax.config import ConfigError
-from trace_jax.models.architecture import abstract_params, flatten, unflatten
+from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.decoder import forward
-from trace_jax.models.model import Model
 from trace_jax.unlearning.config import UnlearningConfig
 from trace_jax.unlearning.repselect import ADVERSARY_RANK, collapse
 from trace_jax.unlearning.trainable import split
@@ -105,8 +104,7 @@ def test_the_same_on_a_mesh_in_other_batches_and_after_an_interruption(model, fo
 
 
 def test_selected_experts_of_a_bfloat16_model_move_and_no_others(model, forget):
-    like = abstract_params(config := dataclasses.replace(model.config, dtype="bfloat16"))
-    half = Model(config, jax.tree.map(lambda x, spec: x.astype(spec.dtype), model.params, like))
+    half = in_bfloat16(model)
     selected = np.array([[True, False, True, False], [False, True, False, False]])
     chosen = dataclasses.replace(CONFIG, trainable="selected_experts")
     after = flat_of(run(half, forget, None, chosen, selected=selected).model)

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests import tiny
-from tests.unlearning.conftest import ONE
+from tests.unlearning.conftest import ONE, in_bfloat16
 from trace_jax.data.rows import with_refusals
 from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.decoder import forward
@@ -193,10 +193,8 @@ class Traced(Exception):
 
 @pytest.mark.parametrize("name", [name for name in Objective.kinds if name != "repselect"])  # its steps are others
 def test_every_objective_gets_what_it_looks_at_also_in_bfloat16(model, forget, retain, monkeypatch, name):
-    """Types and ranks are strict, so that a step that can be traced mixes none. The router stays in float32."""
-    half = {k: v if "router" in k else v.astype(jnp.bfloat16) for k, v in flatten(model.params).items()}
-    config = dataclasses.replace(model.config, dtype="bfloat16")
-    half = dataclasses.replace(model, config=config, params=unflatten(half), tokenizer=tiny.make_tokenizer())
+    """Types and ranks are strict, so that a step that can be traced mixes none."""
+    half = dataclasses.replace(in_bfloat16(model), tokenizer=tiny.make_tokenizer())
 
     def step(state, constants, rows, **settings):
         state, metrics = jax.eval_shape(lambda *a: unlearning_step(*a, **settings), state, constants, rows)
