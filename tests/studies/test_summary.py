@@ -23,7 +23,7 @@ def run(method, variant, seed, at_half, robustness=None):
 
 @pytest.fixture
 def study(tmp_path):
-    def make(kept, robustness=lambda *_: {}, name="toy"):
+    def make(kept, robustness=lambda *_: {}, name="handbook_study"):
         """`kept`: neighbour accuracy at the level, by (variant, method)."""
         path = tmp_path / name
         runs = [run(m, v, s, at, robustness(v, m, s)) for (v, m), at in kept.items() for s in LIFT]
@@ -87,7 +87,7 @@ def test_the_main_table(study):
     assert fronts["trace_rows"]["y"] == pytest.approx([0.98, 0.96, 0.94, 0.92, 0.9, 0.88])
     assert {row["method"] for row in made["leaderboard"]} == {f"`{m}`" for _, m in kept}
     assert made["leaderboard"][0]["about"].startswith("Where a run first")
-    assert len(made["raw"]["runs"]["toy"]) == 15 and "robustness" in made["raw"]["runs"]["toy"][0]
+    assert len(made["raw"]["runs"]["handbook_study"]) == 15 and "robustness" in made["raw"]["runs"]["handbook_study"][0]
 
 
 def test_dose_and_what_trains(study):
