@@ -12,10 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.tiny import mesh_of, random_params
 from trace_jax.models import generate as decoding
+from trace_jax.models import sharding
 from trace_jax.models.architecture import ModelConfig, Rope
 from trace_jax.models.decoder import forward
-from trace_jax.models.generate import CHUNK, generate, generate_text, padded_size
+from trace_jax.models.generate import CHUNK, generate, generate_text, greedy_step, padded_size
 from trace_jax.models.model import Model, SpecialTokens
+from trace_jax.plan.hlo import traffic
 
 CONFIG = ModelConfig(
     vocab_size=23, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_size=4, num_experts=6,
@@ -32,6 +34,7 @@ ATTENTIONS = {
         "ropes": (Rope(), Rope(50.0, long_amplitude=1.7, original_length=9)),
     },
 }  # fmt: skip
+MESHES = {"grouped": (mesh_of(1, 2, 2), mesh_of(2, 2, 1)), "latent, dense layer": (mesh_of(1, 2, 2),)}
 NEW = 24  # more than one chunk
 LENGTHS = np.array([3, 7, 1, 5])
 PARAMS = random_params(CONFIG)
@@ -90,8 +93,26 @@ def test_on_a_mesh_the_same_tokens_are_written():
         config = dataclasses.replace(CONFIG, num_heads=3, num_kv_heads=1, vocab_size=21, **ATTENTIONS[name])
         params, prompt = random_params(config), np.minimum(PROMPT, 20)
         settings = {"lengths": LENGTHS, "max_new_tokens": NEW}
-        one, four = (generate(params, config, prompt, mesh=mesh, **settings) for mesh in (None, mesh_of(1, 2, 2)))
-        np.testing.assert_array_equal(four, one)
+        one, *others = (generate(params, config, prompt, mesh=mesh, **settings) for mesh in (None, *MESHES[name]))
+        for four in others:
+            np.testing.assert_array_equal(four, one)
+
+
+def test_no_weights_are_sent_while_tokens_are_written(monkeypatch):
+    """As far as there is room for them on a device."""
+    mesh = mesh_of(4, 1, 1)
+
+    def sent():
+        write, inputs = greedy_step(CONFIG, mesh, 4, 16)
+        exchanged = traffic(write.lower(*inputs).compile().as_text(), 4)[1]
+        return sum(one.bytes for one in exchanged if one.kind == "all-gather")
+
+    assert sent() == 0
+    monkeypatch.setattr(sharding, "_ROOM", 0)
+    decoding._compiled.cache_clear()
+    cut = [a.nbytes for a in jax.tree.leaves(PARAMS) if a.ndim > 2 or a.shape[0] == CONFIG.vocab_size]
+    assert sent() >= 0.75 * sum(cut) > 0
+    decoding._compiled.cache_clear()
 
 
 def test_a_finished_row_is_filled_with_its_end_token():

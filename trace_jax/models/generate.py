@@ -17,11 +17,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.io.progress import progress
-from trace_jax.models.architecture import ModelConfig, unflatten
+from trace_jax.models.architecture import ModelConfig, abstract_params, unflatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.layers import Cache, init_cache
 from trace_jax.models.model import Model, TextCodec
-from trace_jax.models.sharding import pad, param_specs, placed_params
+from trace_jax.models.sharding import Gathered, decoding_params, decoding_specs, pad
 from trace_jax.parallel.mesh import BATCH_AXES, TENSOR, place, row_shards, sum_over, to_host
 
 CHUNK = 16  # tokens written between two looks of the host
@@ -76,7 +76,7 @@ def generate(
     kind = "greedy" if temperature == 0 else "filtered" if top_k or top_p < 1 else "drawn"
     numbers = np.pad(np.asarray(range(B) if rows is None else rows, np.int32), (0, size - B))
     empty, read, write = _compiled(config, kind, mesh)
-    params = params if mesh is None else placed_params(params, config, mesh)
+    params = params if mesh is None else decoding_params(params, config, mesh)
     # Beyond these lengths a rotary embedding has another amplitude for all tokens of a text: they are read again.
     long = [rope.original_length for rope in config.ropes if rope.long_amplitude]
 
@@ -203,7 +203,7 @@ def _compiled(config: ModelConfig, kind: str, mesh: Mesh | None):
 
     empty, stored = partial(init_cache, config), None
     if mesh is not None:
-        params, cache = unflatten(param_specs(config, mesh)), _cache_specs(config, mesh)
+        params, cache = unflatten(decoding_specs(config, mesh)), _cache_specs(config, mesh)
         read = jax.shard_map(read, mesh=mesh, in_specs=(params, _ROWS, _ROWS, _ROWS, cache), out_specs=cache)
         inputs = (params, _SETTINGS, _ROWS, _ROWS, P(), P(), cache)
         write = jax.shard_map(write, mesh=mesh, in_specs=inputs, out_specs=(_ROWS, _ROWS, _ROWS, cache))
@@ -214,8 +214,8 @@ def _compiled(config: ModelConfig, kind: str, mesh: Mesh | None):
 
 
 def greedy_step(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> tuple[Any, tuple]:
-    """(the compiled function that writes tokens greedily, its inputs after the parameters as shapes on `mesh`), with a
-    cache for `length` tokens of each of `rows` rows, padded as `generate` does.
+    """(the compiled function that writes tokens greedily, its inputs as shapes on `mesh`), with a cache for `length`
+    tokens of each of `rows` rows, padded as `generate` does.
     """
     size = _padded_rows(rows, mesh)
 
@@ -225,12 +225,14 @@ def greedy_step(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> tupl
         last, done = jnp.zeros(size, jnp.int32), jnp.zeros(size, bool)
         return settings, last, done, number, number, init_cache(config, size, padded_size(length))
 
+    def shape(x, spec):
+        if isinstance(spec, Gathered):
+            return Gathered(shape(x, spec.array))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    params = jax.tree.map(shape, abstract_params(config), unflatten(decoding_specs(config, mesh)))
     specs = (_SETTINGS, _ROWS, _ROWS, P(), P(), _cache_specs(config, mesh))
-    shapes = jax.tree.map(
-        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
-        jax.eval_shape(inputs), specs,
-    )  # fmt: skip
-    return _compiled(config, "greedy", mesh)[2], shapes
+    return _compiled(config, "greedy", mesh)[2], (params, *jax.tree.map(shape, jax.eval_shape(inputs), specs))
 
 
 def _choose(logits: jax.Array, kind: str, settings: dict, n: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ _MOVES = frozenset(
      "concatenate", "broadcast_in_dim", "gather", "scatter", "copy", "pvary", "pcast", "split", "rev"}
 )  # fmt: skip
 _PER_ROW = P(BATCH_AXES)
+_ROOM = 10 << 30  # bytes of gathered parameters on a device: the smallest that large models are planned for have 16 GB
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +44,14 @@ class Delta:
     index: Any = None
     a: Any = None
     b: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """A parameter that lies by `split_spec`: where it is used, nothing is left to gather."""
+
+    array: Any
 
 
 def merged(array: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -138,6 +147,34 @@ def placed_params(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
     return unflatten(place(flatten(params), mesh, param_specs(config, mesh)))
 
 
+def decoding_specs(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """How every parameter lies while many tokens are written, by path: `Gathered`, the smallest first, as far as there
+    is room on a device, so that they are not sent for every token; else as it is stored.
+    """
+    declared, stored, room = flat_specs(config), param_specs(config, mesh), _ROOM
+    found = dict(stored)
+    for path in sorted(declared, key=lambda path: math.prod(declared[path].shape)):
+        split = meshes.split_spec(stored[path], declared[path].axes)
+        devices = math.prod(mesh.shape[axis] for axis in split if axis)
+        size = math.prod(declared[path].shape) * jnp.dtype(declared[path].dtype).itemsize // devices
+        if split != stored[path] and size <= room:
+            found[path], room = Gathered(split), room - size
+    return found
+
+
+def decoding_params(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
+    """Parameters that lie on `mesh` by `decoding_specs`."""
+    specs, flat = decoding_specs(config, mesh), flatten(placed_params(params, config, mesh))
+    gathered = {path: NamedSharding(mesh, spec.array) for path, spec in specs.items() if isinstance(spec, Gathered)}
+    found = _gather(tuple(gathered.values()))([flat[path] for path in gathered])
+    return unflatten(flat | {path: Gathered(array) for path, array in zip(gathered, found, strict=True)})
+
+
+@functools.lru_cache(maxsize=32)
+def _gather(shardings: tuple[NamedSharding, ...]) -> Callable:
+    return jax.jit(lambda arrays: arrays, out_shardings=list(shardings))
+
+
 def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
     """Nested parameters, or those of one layer, below the path `prefix`, as a device computes with them (`assemble`).
     Beside experts of which some are the rows of a `Delta`, "trained" bool [E] says which: the others need no gradient.
@@ -146,10 +183,12 @@ def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
     for path, leaf in flatten(tree).items():
         spec = declared[prefix + path]
 
-        def whole(array, spec, first=int(spec.axes[0] == "layers")):
-            return meshes.assemble(array, spec.shape[first:], spec.axes[first:])
+        def whole(array, spec, first=int(spec.axes[0] == "layers"), gather=True):
+            return meshes.assemble(array, spec.shape[first:], spec.axes[first:], gather=gather)
 
-        if not isinstance(leaf, Delta):
+        if isinstance(leaf, Gathered):
+            result[path] = whole(leaf.array, spec, gather=False)
+        elif not isinstance(leaf, Delta):
             result[path] = whole(leaf, spec)
         elif leaf.index is None:
             a, b = low_rank(spec, leaf.a.shape[-1])

@@ -127,14 +127,23 @@ def spec_axes(spec: P, dimension: int) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def assemble(array: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+def split_spec(spec: P, axes: tuple[str, ...]) -> P:
+    """How an array with logical `axes` that is stored by `spec` lies once it is gathered: split by `RULES` alone."""
+    split = [RULES.get(name) if RULES.get(name) in spec_axes(spec, d) else None for d, name in enumerate(axes)]
+    while split and split[-1] is None:
+        split.pop()
+    return P(*split)
+
+
+def assemble(array: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *, gather: bool = True) -> jax.Array:
     """One stored array as this device computes with it: whole but for its share of the dimensions in `RULES`.
 
-    `array` is its part of one that is stored by `storage_spec`; all are without layers, `shape` of the whole.
+    `array` is its part of one that is stored by `storage_spec`, or, if there is nothing to `gather`, by `split_spec` of
+    that; all are without layers, `shape` of the whole.
     """
     sizes = axis_sizes()
     spec = storage_spec(shape, axes, sizes)
-    for dimension, name in enumerate(axes):
+    for dimension, name in enumerate(axes if gather else ()):
         gathered = tuple(axis for axis in spec_axes(spec, dimension) if axis != RULES.get(name))
         if gathered:
             array = jax.lax.all_gather(array, gathered, axis=dimension, tiled=True)

@@ -55,7 +55,8 @@ def programs(config: Any, model: ModelConfig, parallel: ParallelConfig, mesh: Me
     traced = counting_pass(model, mesh).trace(params, batch.tokens, batch.segments, batch.valid)
     weights = local_bytes(params)
     yield Program("statistics pass", traced, weights, 0, local_bytes(batch), batch.tokens.size, filled)
-    write, inputs = greedy_step(model, mesh, rows, row_length)
+    write, (params, *inputs) = greedy_step(model, mesh, rows, row_length)
+    weights = local_bytes(params)
     yield Program("decoding step", write.trace(params, *inputs), weights, 0, local_bytes(inputs), rows, filled)
 
 
