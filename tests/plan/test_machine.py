@@ -62,6 +62,7 @@ def test_without_an_accelerator_the_processor_is_here():
         (lambda: tpu_slice("v5e:3x3"), "2x4"),
         (lambda: tpu_slice("v4:2x2x4"), "known: v5e, v5p, v6e"),
         (lambda: gpus(12, "h100"), "whole nodes"),
+        (lambda: cpus(0, "float32"), "--cpu is 0; expected at least 1"),
         (lambda: cpus(64, "float32"), "JAX has started with 8"),
     ],
 )

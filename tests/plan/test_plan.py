@@ -72,6 +72,12 @@ def test_the_command_prints_and_writes_every_number(file, tmp_path, capsys):
     assert gathers["count"] > 6 and gathers["bytes"] > 0  # at least one per layer, though layers stand in a loop
 
 
+@pytest.mark.parametrize("where", ["--gpus", "--cpu"])
+def test_a_machine_of_nothing_is_refused(where, file, capsys):
+    assert main(["plan", "--config", file, where, "0"]) == 2
+    assert f"{where} is 0; expected" in capsys.readouterr().err
+
+
 def test_the_step_that_is_planned_is_the_one_that_runs(config, monkeypatch):
     """To the letter of what is compiled; so its peak memory is what XLA reports for the step of a run."""
     seen = []

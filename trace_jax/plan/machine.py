@@ -126,6 +126,8 @@ def gpus(count: int, name: str) -> Target:
 
 def cpus(count: int, dtype: str) -> Target:
     """This machine, measured for a second, as `count` simulated devices that share it."""
+    if count < 1:
+        raise ConfigError(f"--cpu is {count}; expected at least 1.")
     with contextlib.suppress(RuntimeError):  # JAX has started; what it has may be enough
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")

@@ -186,9 +186,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     config = options.load_config()
     jax.config.update("jax_platforms", "cpu")  # devices that are planned for are described, not opened
-    if options.topology:
+    if options.topology is not None:
         target = tpu_slice(options.topology)
+    elif options.gpus is not None:
+        target = gpus(options.gpus, options.gpu)
     else:
-        target = gpus(options.gpus, options.gpu) if options.gpus else cpus(options.cpu, config.model.dtype)
+        target = cpus(options.cpu, config.model.dtype)
     print(plan(config, target, price=options.price, search=options.search, output=options.json))
     return 0
