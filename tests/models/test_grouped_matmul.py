@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -43,11 +44,15 @@ def loop_over_groups(x, w, cotangent, sizes):
 
 
 def value_and_gradients(x, w, cotangent, sizes, implementation):
-    interpret = implementation in grouped.KERNELS
-    y, pullback = jax.vjp(
-        lambda x, w: grouped.grouped_matmul(x, w, sizes, implementation=implementation, interpret=interpret), x, w
-    )
+    y, pullback = jax.vjp(lambda x, w: grouped.grouped_matmul(x, w, sizes, implementation=implementation), x, w)
     return y, *pullback(cotangent)
+
+
+@pytest.fixture
+def on_its_platform(implementation, monkeypatch):
+    """As on the platform that a kernel is for, but step by step in XLA."""
+    monkeypatch.setattr(grouped, "program_platform", lambda: grouped.KERNELS.get(implementation, "cpu"))
+    monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
 
 
 @cache
@@ -57,6 +62,7 @@ def compiled(implementation):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("on_its_platform")
 def test_conformance(implementation, dtype):
     for name, sizes in GROUPS.items():
         arguments = [a.astype(dtype) for a in arrays(len(sizes))]
@@ -68,7 +74,7 @@ def test_conformance(implementation, dtype):
             np.testing.assert_allclose(actual.astype(jnp.float32), wanted, atol=tolerance, err_msg=f"{name}: {part}")
 
 
-def plain_weight_gradient(x, dy, group_sizes, *, interpret=False):
+def plain_weight_gradient(x, dy, group_sizes):
     group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(x), dtype=jnp.int32), side="right")
     own = jax.nn.one_hot(group, group_sizes.shape[0], dtype=x.dtype)
     return jnp.einsum("ne,nd,nf->edf", own, x, dy)
@@ -81,6 +87,7 @@ def spread_over(mesh, implementation, of_sizes):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("on_its_platform")
 def test_gradient_of_replicated_weights_is_the_sum_over_devices(implementation, monkeypatch):
     for kernels in (grouped_matmul_gpu, grouped_matmul_tpu):
         # Pallas can't interpret a kernel inside shard_map with check_vma; all around the kernels is real.

@@ -51,13 +51,12 @@ def resolve_implementation(implementation: str, platform: str | None = None) -> 
     return DEFAULTS.get(platform, "blocked") if implementation == "auto" else implementation
 
 
-def grouped_matmul(x, w, group_sizes, *, implementation: str = "auto", interpret: bool = False) -> jax.Array:
+def grouped_matmul(x, w, group_sizes, *, implementation: str) -> jax.Array:
     """[N, F]: rows x [N, D] times the weights w [E, D, F] of their group, in one type; kernels add up in float32.
 
     Rows beyond the sum of `group_sizes` i32 [E] give zeros and take no gradient. `implementation` is any but "blocked".
-    `interpret` runs a kernel on a platform it isn't for, step by step in XLA; only for tests.
     """
-    name = resolve_implementation(implementation, KERNELS.get(implementation) if interpret else None)
+    name = resolve_implementation(implementation)
     if name not in KERNELS:
         return _without_tail(jax.lax.ragged_dot(_without_tail(x, group_sizes), w, group_sizes), group_sizes)
     x, w, group_sizes = as_varying((x, w, group_sizes), varying_axes(x, w, group_sizes))
@@ -65,18 +64,18 @@ def grouped_matmul(x, w, group_sizes, *, implementation: str = "auto", interpret
         from trace_jax.models import grouped_matmul_gpu as kernels
     else:
         from trace_jax.models import grouped_matmul_tpu as kernels
-    return _by_kernels(x, w, group_sizes, kernels, interpret)
+    return _by_kernels(x, w, group_sizes, kernels)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _by_kernels(x, w, group_sizes, kernels, interpret):
-    return _without_tail(kernels.product(x, w, group_sizes, interpret=interpret), group_sizes)
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_kernels(x, w, group_sizes, kernels):
+    return _without_tail(kernels.product(x, w, group_sizes), group_sizes)
 
 
-def _by_kernels_backward(kernels, interpret, residuals, dy):
+def _by_kernels_backward(kernels, residuals, dy):
     x, w, group_sizes = residuals
-    dx = kernels.product(dy, w, group_sizes, transposed=True, interpret=interpret)
-    return _without_tail(dx, group_sizes), kernels.weight_gradient(x, dy, group_sizes, interpret=interpret), None
+    dx = kernels.product(dy, w, group_sizes, transposed=True)
+    return _without_tail(dx, group_sizes), kernels.weight_gradient(x, dy, group_sizes), None
 
 
 _by_kernels.defvjp(lambda *operands: (_by_kernels(*operands), operands[:3]), _by_kernels_backward)

@@ -64,7 +64,7 @@ def _product_kernel(group, start, end, x, w, y, *, rows: int, columns: int, dept
         _write(y, total, row, column, (end[block], width))
 
 
-def product(x, w, group_sizes, *, transposed: bool = False, interpret: bool = False) -> jax.Array:
+def product(x, w, group_sizes, *, transposed: bool = False) -> jax.Array:
     """x [N,D] times w [E,D,F] of its row's group, or times w [E,F,D] transposed: [N,F]. The tail is undefined."""
     (N, D), (E, F) = x.shape, (w.shape[0], w.shape[1 if transposed else 2])
     rows, columns, depth = row_tile(N, E), _tile(F, WIDTH_TILE), _tile(D, SUM_BYTES // x.itemsize)
@@ -77,7 +77,6 @@ def product(x, w, group_sizes, *, transposed: bool = False, interpret: bool = Fa
         grid=(group.shape[0], pl.cdiv(F, columns)),
         compiler_params=plgpu.CompilerParams(num_warps=8 if rows == WIDTH_TILE else 4, num_stages=3),
         cost_estimate=_cost(x, w, N * F),
-        interpret=interpret,
         name="grouped_product",
     )(group, start, ends[group], x, w)
 
@@ -97,7 +96,7 @@ def _weight_gradient_kernel(start, end, x, dy, dw, *, rows: int, tile_D: int, ti
     _write(dw, total, d.reshape(tile_D, 1), f, dw.shape[1:], group)
 
 
-def weight_gradient(x, dy, group_sizes, *, interpret: bool = False) -> jax.Array:
+def weight_gradient(x, dy, group_sizes) -> jax.Array:
     """x [N,D] and dy [N,F] to [E,D,F]: for each group, the sum over its rows of x times dy."""
     (N, D), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
     rows = min(row_tile(N, E), SUM_BYTES // x.itemsize)
@@ -109,7 +108,6 @@ def weight_gradient(x, dy, group_sizes, *, interpret: bool = False) -> jax.Array
         grid=(E, pl.cdiv(D, tile_D), pl.cdiv(F, tile_F)),
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
         cost_estimate=_cost(x, dy, E * D * F),
-        interpret=interpret,
         name="grouped_weight_gradient",
     )(ends - group_sizes, ends, x, dy)
 

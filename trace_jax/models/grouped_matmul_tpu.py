@@ -69,7 +69,7 @@ def _weight_gradient_kernel(group, tile, starts, ends, x, dy, dw, total, *, rows
         dw[...] = total[...].astype(dw.dtype)
 
 
-def weight_gradient(x: jax.Array, dy: jax.Array, group_sizes: jax.Array, *, interpret: bool = False) -> jax.Array:
+def weight_gradient(x: jax.Array, dy: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """x [N,D] and dy [N,F] to [E,D,F]: for each group, the sum over its rows of x times dy."""
     (N, D), F, E = x.shape, dy.shape[1], group_sizes.shape[0]
     rows, tile_D, tile_F = tiles(N, E, D, F, x.itemsize)
@@ -92,12 +92,10 @@ def weight_gradient(x: jax.Array, dy: jax.Array, group_sizes: jax.Array, *, inte
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(flops=2 * N * D * F, bytes_accessed=moved, transcendentals=0),
-        interpret=interpret,
         name="grouped_weight_gradient",
     )(group, tile, ends - group_sizes, ends, x, dy)
 
 
-def product(x, w, group_sizes, *, transposed: bool = False, interpret: bool = False) -> jax.Array:
+def product(x, w, group_sizes, *, transposed: bool = False) -> jax.Array:
     """x [N,D] times w [E,D,F] of its row's group, or times w [E,F,D] transposed: [N,F]. The tail is undefined."""
-    del interpret  # XLA has a lowering of its own for every platform
     return jax.lax.ragged_dot(x, w.swapaxes(1, 2) if transposed else w, group_sizes)
