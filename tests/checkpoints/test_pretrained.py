@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from safetensors.numpy import load_file
 from tiny import spread
 from tokenizers import Tokenizer, models
 
@@ -48,29 +47,15 @@ def resaved(source, directory, dtype=torch.float32, files=1):
     return directory
 
 
-def test_parameters_are_the_tensors_of_the_file(tiny_checkpoint, mixtral):
-    directory, params, config = tiny_checkpoint("mixtral"), jax.device_get(mixtral.params), mixtral.config
-    disk, want = load_file(directory / "model.safetensors"), abstract_params(config)
-    assert jax.tree.all(jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), params, want))
-    assert mixtral.source == Source(directory.absolute(), "mixtral")
-    np.testing.assert_array_equal(params["head"], disk["lm_head.weight"].T)
-    experts = params["layers"]["experts"]
-    for layer in range(config.num_layers):
-        at = f"model.layers.{layer}."
-        heads = disk[f"{at}self_attn.q_proj.weight"].reshape(config.num_heads, config.head_size, -1)
-        np.testing.assert_array_equal(params["layers"]["q"][layer], heads.transpose(2, 0, 1))
-        for expert in range(config.num_experts):
-            w1, w2, w3 = (disk[f"{at}block_sparse_moe.experts.{expert}.w{k}.weight"] for k in (1, 2, 3))
-            np.testing.assert_array_equal(experts["gate_up"][layer, expert], np.stack([w1.T, w3.T], axis=1))
-            np.testing.assert_array_equal(experts["down"][layer, expert], w2.T)
-
-
 @pytest.mark.parametrize(
     ("stored", "dtype"), [("bfloat16", "float32"), ("float16", "bfloat16"), ("float64", "float32")]
 )
 def test_types_are_cast_once_and_the_router_is_float32(stored, dtype, tiny_checkpoint, tmp_path):
     directory = resaved(tiny_checkpoint("mixtral"), tmp_path / "cast", getattr(torch, stored))
-    params = jax.device_get(load_pretrained(directory, dtype=dtype).params)
+    model = load_pretrained(directory, dtype=dtype)
+    params, want = jax.device_get(model.params), abstract_params(model.config)
+    assert jax.tree.all(jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), params, want))
+    assert model.source == Source(directory.absolute(), "mixtral")
     disk = safetensors.torch.load_file(directory / "model.safetensors")
     router = disk["model.layers.0.block_sparse_moe.gate.weight"].float().numpy()
     head = disk["lm_head.weight"].to(getattr(torch, dtype)).float().numpy()

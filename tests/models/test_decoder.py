@@ -28,7 +28,6 @@ VARIANTS = {
     "tied, shared expert, one head per key, weights not normalised": dataclasses.replace(
         CONFIG, tie_embeddings=True, shared_hidden_size=7, num_kv_heads=4, experts_per_token=1, normalize_top_k=False
     ),
-    "every expert": dataclasses.replace(CONFIG, experts_per_token=E),
 }
 PARAMS = random_params(CONFIG)
 forward = jax.jit(decoder.forward, static_argnames=("config", "collect", "num_layers", "remat"))

@@ -144,14 +144,13 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     return Cache(k, None if config.attention == "latent" else k, places, places, jnp.zeros((), jnp.int32))
 
 
-def attention_mask(documents, length: int, key_documents=None, start: jax.Array | int = 0, branches=None) -> jax.Array:
+def attention_mask(documents, length: int, key_documents, start: jax.Array | int, branches=None) -> jax.Array:
     """bool [B or 1, S, M]: whether query s may read key m: same document, and not later.
 
     Padding (document 0) reads earlier padding, so that every query reads at least itself. `documents` i32 [B, S] are
-    the queries' (None: all of one); `key_documents` i32 [B, M] (None: the same) hold them from `start` on. With
+    the queries'; `key_documents` i32 [B, M] hold them from `start` on. Both are None where all are of one document. With
     `branches` i32 [B, S], of queries that are the keys, keys of another branch than 0 are read in their own alone.
     """
-    key_documents = documents if key_documents is None else key_documents
     query = jnp.arange(length, dtype=jnp.int32) + start
     key = jnp.arange(length if key_documents is None else key_documents.shape[1], dtype=jnp.int32)
     allowed = (query[:, None] >= key[None, :])[None]

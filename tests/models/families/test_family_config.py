@@ -9,13 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from tiny_checkpoints import KIMI, MODEL_TYPES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
-from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import HunYuanMoEV1RotaryEmbedding
-from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
 from trace_jax.config import ConfigError
 from trace_jax.models import families
@@ -177,36 +173,6 @@ def test_part_of_a_head_turns():
     assert read("minimax_m2", rotary_dim=64).rotary_size == 64
     assert read("minimax_m2", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25}).rotary_size == 32
     assert read("minimax_m2").rotary_size == 0
-
-
-def test_alpha_of_hunyuan_changes_the_base():
-    fields = rope(rope_type="dynamic", rope_theta=1e4, alpha=1000.0, factor=1.0) | {"head_dim": 128}
-    config = transformers.AutoConfig.for_model("hunyuan_v1_moe", **fields)
-    theirs = HunYuanMoEV1RotaryEmbedding(config).inv_freq.numpy()
-    (ours,) = read("hunyuan_v1_moe", **fields).ropes
-    np.testing.assert_allclose(frequencies(ours, 128), theirs, rtol=2e-6)
-
-
-@pytest.mark.parametrize("length", [8, 40])
-def test_long_texts_change_the_amplitude_of_phi(length):
-    rope = {
-        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0],
-        "short_mscale": 1.1, "long_mscale": 1.3, "original_max_position_embeddings": 16,
-    }  # fmt: skip
-    fields = {"rope_parameters": rope, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
-    config = transformers.AutoConfig.for_model("phimoe", **fields)
-    cos, _ = PhimoeRotaryEmbedding(config)(torch.zeros(1), torch.arange(length)[None])
-    (ours,) = read("phimoe", **fields).ropes
-    amplitude = ours.long_amplitude if length > ours.original_length else ours.amplitude
-    expected = amplitude * np.cos(np.arange(length)[:, None] * frequencies(ours, 4))
-    np.testing.assert_allclose(cos[0, :, :2].numpy(), expected, atol=1e-5)
-
-
-def test_yarn_scales_the_scores_of_latent_attention():
-    yarn = rope(rope_type="yarn", rope_theta=1e4, mscale=0.707, mscale_all_dim=0.9, **LONG)
-    config = transformers.DeepseekV3Config(**yarn, hidden_size=64, num_attention_heads=2)
-    expected = DeepseekV3Attention(config, layer_idx=0).scaling
-    assert read("deepseek_v3", **yarn).attention_scale == pytest.approx(expected)
 
 
 def test_layers_of_different_kinds_turn_differently():
