@@ -9,19 +9,16 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.tiny import mesh_of, random_params
+from tests.tiny import CONFIG, mesh_of, random_params
 from trace_jax.models import loss
-from trace_jax.models.architecture import ModelConfig, unflatten
+from trace_jax.models.architecture import unflatten
 from trace_jax.models.loss import document_sums, token_kl, token_nll, vocabulary_loss
 from trace_jax.models.sharding import on_mesh, param_specs, placed_params
 from trace_jax.parallel.mesh import BATCH_AXES
 from trace_jax.unlearning.objectives import PAPER, Objective
 
-B, S, D, V = 4, 6, 8, 37
-MODEL = ModelConfig(
-    vocab_size=V, hidden_size=D, num_layers=1, num_heads=2, num_kv_heads=1, head_size=4, num_experts=4,
-    experts_per_token=2, expert_hidden_size=8,
-)  # fmt: skip
+B, S, D, V = 4, 6, CONFIG.hidden_size, 37
+MODEL = dataclasses.replace(CONFIG, vocab_size=V, num_layers=1)
 TIED = dataclasses.replace(MODEL, tie_embeddings=True)
 CASES = [(name, PAPER) for name in ("undial", "ceu", "pdu")] + [(name, "muse_logits") for name in ("npo", "simnpo")]
 NUMBERS = {"beta": np.float32(1.5), "delta": np.float32(0.3)}

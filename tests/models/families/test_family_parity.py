@@ -27,7 +27,7 @@ TOKENS = np.where(MASK, np.random.default_rng(0).integers(3, 97, MASK.shape), 0)
 DECODED = ("mixtral", "gpt_oss", "deepseek_v3", "phimoe", "afmoe")
 LENGTHS = np.array([11, 6, 1])  # of prompts
 PROMPT = np.random.default_rng(1).integers(3, 97, (3, 11)).astype(np.int32)
-NEW = 12  # tokens: beyond windows, and past the length at which long-context factors change
+NEW = 20  # tokens: beyond windows and a chunk, and past the length at which long-context factors change
 
 
 @functools.partial(jax.jit, static_argnames="config")
