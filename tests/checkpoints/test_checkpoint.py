@@ -109,14 +109,6 @@ def write(directory, files, weight_map=None, config="{}"):
     return directory
 
 
-def test_one_file_or_several_with_an_index(tmp_path):
-    config = '{"model_type": "olmoe"}'
-    one = open_checkpoint(write(tmp_path / "one", {"model.safetensors": ONE | TWO}, config=config))
-    assert (one.config, set(one.tensors)) == ({"model_type": "olmoe"}, {"x", "y"})
-    several = open_checkpoint(write(tmp_path / "several", {A: ONE, B: TWO}, {"x": A, "y": B}))
-    assert [tensor.file.path.name for tensor in several.tensors.values()] == [A, B]
-
-
 @pytest.mark.parametrize("absolute", [False, True], ids=["as given", "made absolute by a config"])
 def test_a_name_of_the_hub_is_no_directory(absolute, tmp_path):
     name = "allenai/OLMoE-1B-7B-0924"

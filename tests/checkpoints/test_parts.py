@@ -75,14 +75,6 @@ def test_a_parameter_that_nothing_fills_is_a_mistake_of_ours():
         slots_of(dataclasses.replace(config, expert_bias=True), FAMILIES["mixtral"], ())
 
 
-def test_gpt_oss_as_published_packs_along_the_input_axis():
-    config = model_config({"model_type": "gpt_oss", "num_hidden_layers": 1}, dtype="bfloat16")
-    present = {f"model.layers.0.mlp.experts.{name}_proj_blocks" for name in ("gate_up", "down")}
-    slots = slots_of(config, FAMILIES["gpt_oss"], present)
-    packed = {slot.path: slot.tensor_shape for slot in slots if slot.storage == "mxfp4"}
-    assert packed == {"layers/experts/gate_up": (128, 2 * 2880, 2880), "layers/experts/down": (128, 2880, 2880)}
-
-
 # --- layouts
 
 

@@ -21,7 +21,7 @@ from trace_jax.io.files import is_remote
 from trace_jax.io.progress import progress
 from trace_jax.models.architecture import GROUPED_MATMULS, ModelConfig, flat_specs, flatten, unflatten
 from trace_jax.models.families import PUBLISHED, family_of, model_config, shape_differences
-from trace_jax.models.model import Model, Source, SpecialTokens
+from trace_jax.models.model import Model, Source, SpecialTokens, token_id
 from trace_jax.models.sharding import param_shardings
 
 _NO_PATH = "path is empty; give the directory of a checkpoint: --config.model.path=DIR."
@@ -168,9 +168,7 @@ def read_tokenizer(directory: Path, config_json: Mapping[str, Any]) -> tuple[Tok
         raise CheckpointError(f"{file}: can't be read as a tokenizer ({error}). Download it again.") from error
     ids: dict[str, Any] = {}
     for kind in ("bos", "eos", "pad"):
-        text = texts.get(f"{kind}_token")
-        text = text.get("content") if isinstance(text, dict) else text
-        by_text = tokenizer.token_to_id(text) if tokenizer and isinstance(text, str) else None
+        by_text = token_id(tokenizer, texts.get(f"{kind}_token")) if tokenizer else None
         values = generation.get(f"{kind}_token_id"), config_json.get(f"{kind}_token_id"), by_text
         ids[kind] = next((value for value in values if value is not None), None)
     eos = ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]]

@@ -32,11 +32,11 @@ from trace_jax.parallel.processes import all_processes, broadcast_from_process_0
 logger = logging.getLogger("trace_jax")
 
 
-def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = None) -> None:
+def save_params(path: str | os.PathLike, params: Any, metadata: dict) -> None:
     """Writes nested parameters to `path`, one at a time, with `metadata` (JSON). All processes call it, 0 writes."""
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="."))  # the spelling of the file
     specs = {name: (np.dtype(leaf.dtype), leaf.shape) for name, leaf in flat.items()}
-    about = {"trace_jax": json.dumps(metadata or {})}
+    about = {"trace_jax": json.dumps(metadata)}
     with replacing(path) if is_main() else contextlib.nullcontext() as temporary:
         file = create_file(temporary, specs, about) if temporary else None
         for name, leaf in flat.items():
@@ -45,17 +45,16 @@ def save_params(path: str | os.PathLike, params: Any, metadata: dict | None = No
                 file.tensors[name].write(numbers)
 
 
-def load_params(path: str | os.PathLike, abstract: Any) -> tuple[Any, dict]:
-    """(params, metadata) of a file whose names, shapes and types must be those of `abstract`, else a ValueError."""
+def load_params(path: str | os.PathLike, abstract: Any) -> Any:
+    """Nested parameters of a file whose names, shapes and types must be those of `abstract`, else a ValueError."""
     flat: dict[str, Any] = dict(traverse_util.flatten_dict(abstract, sep="."))
     try:
         with local_copy(path) as local, safe_open(local, framework="flax") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = json.loads((file.metadata() or {}).get("trace_jax", "{}"))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: can't be read as safetensors ({error}). Remove it to make it anew.") from error
     check_arrays(path, tensors, flat)
-    return traverse_util.unflatten_dict(tensors, sep="."), metadata
+    return traverse_util.unflatten_dict(tensors, sep=".")
 
 
 @functools.cache

@@ -166,14 +166,9 @@ class TextCodec:
         """
         bos, end = self.special.bos, next(iter(self.special.eos), self.special.bos)
         own = self._file("tokenizer_config.json")
-
-        def id_of(token: Any) -> int | None:
-            text = token.get("content") if isinstance(token, dict) else token
-            return self.tokenizer.token_to_id(text) if isinstance(text, str) else None
-
         if "bos_token" in own:
-            bos = id_of(own["bos_token"])
-        if (named := id_of(own.get("eos_token"))) is not None:
+            bos = token_id(self.tokenizer, own["bos_token"])
+        if (named := token_id(self.tokenizer, own.get("eos_token"))) is not None:
             end = named
         if end is None:
             raise ConfigError("the model names neither a beginning nor an end of text (bos_token_id, eos_token_id).")
@@ -214,6 +209,12 @@ def whole_text(tokenizer: Tokenizer, *, literal: bool) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = literal
     return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, token: Any) -> int | None:
+    """The id of a token as tokenizer_config.json names it, by its text or by an object with its text; else None."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return tokenizer.token_to_id(text) if isinstance(text, str) else None
 
 
 def start_and_end(special: SpecialTokens) -> tuple[int, int]:

@@ -51,12 +51,12 @@ def load_model(
     if label not in (TARGET, RETRAINED):
         target, directory = target or load_model(config, workdir, mesh=mesh), workdir / "methods" / label
         flat, table = flatten(target.params), needed(directory / UNLEARNED)["trained"]
-        trained, _ = load_params(directory / _FILE, {row["path"]: flat[row["path"]] for row in table if row["trained"]})
+        trained = load_params(directory / _FILE, {row["path"]: flat[row["path"]] for row in table if row["trained"]})
         return target.replace(params=unflatten({**flat, **trained}))
     if isinstance(settings, PretrainedConfig):
         path = settings.path if label == TARGET else settings.retrained
         return load_pretrained(path, dtype=settings.dtype, grouped_matmul=settings.grouped_matmul, mesh=mesh)
-    params, _ = load_params(directory / _FILE, abstract_params(settings))
+    params = load_params(directory / _FILE, abstract_params(settings))
     with files.local_copy(directory / _TOKENIZER) as local:
         return Model(settings, params, Tokenizer.from_file(str(local)))
 
