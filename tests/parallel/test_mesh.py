@@ -42,7 +42,10 @@ def test_a_mesh_has_three_axes_and_data_takes_what_is_left():
     assert dict(mesh.shape) == {"data": 2, "expert": 2, "tensor": 2} and meshes.row_shards(mesh) == 4
 
 
-@pytest.mark.parametrize("sizes", [{"expert": 3}, {"data": 3}, {"data": 8, "tensor": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"expert": 3}, {"data": 3}, {"data": 8, "tensor": 2}, {"expert": 0}, {"data": 8, "expert": -1, "tensor": -1}],
+)
 def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
     with pytest.raises(ConfigError, match="there are 8"):
         make_mesh(**sizes)

@@ -47,8 +47,8 @@ def make_mesh(devices: Sequence[Any] | None = None, *, data: int = 0, expert: in
       True
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = (data or max(1, len(devices) // (expert * tensor)), expert, tensor)
-    if np.prod(sizes) != len(devices):
+    sizes = (data or max(1, len(devices) // max(1, expert * tensor)), expert, tensor)
+    if min(sizes) < 1 or np.prod(sizes) != len(devices):
         raise ConfigError(
             f"a mesh of data {sizes[0]} x expert {expert} x tensor {tensor} needs {np.prod(sizes)} devices; there are "
             f"{len(devices)}. Change parallel.data, parallel.expert or parallel.tensor so that they multiply to it."

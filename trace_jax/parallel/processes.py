@@ -45,8 +45,8 @@ def start_processes(
     Without arguments the environment decides: `VARIABLES`, Slurm (srun), Open MPI (mpirun), a TPU slice on Google
     Kubernetes Engine or on Cloud TPU. A single process does nothing. After `timeout` seconds without the others the
     process ends with exit code 2 and says whom it waited for; when one has ended without a word, JAX ends the others
-    within a minute. The three arguments go together: `coordinator` is the
-    HOST:PORT of process 0, reachable from all. ConfigError where one is missing or they contradict each other.
+    within a minute. The three arguments go together: `coordinator` is the HOST:PORT of process 0, reachable from all.
+    ConfigError where one is missing or they contradict each other.
     """
     values: tuple[Any, ...] = (coordinator, num_processes, process_id)
     address: tuple[Any, ...] = ()
