@@ -24,7 +24,7 @@ from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.config import ConfigError
 from trace_jax.models.architecture import flatten, unflatten
 from trace_jax.models.decoder import forward
-from trace_jax.models.model import SpecialTokens
+from trace_jax.models.model import Model, SpecialTokens
 
 NEVER = {"modeling_x.py", "tokenizer_x.py", "pytorch_model.bin", "model.gguf"}
 DOWN = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
@@ -151,7 +151,7 @@ def test_quantised_tensors_are_written_decoded_where_one_changed_and_else_stay(p
 
 def test_a_model_trained_here_becomes_a_mixtral_and_what_that_cannot_express_is_named(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<bos>": 1, "<eos>": 2}, unk_token="<pad>"))
-    model = tiny.make_model().replace(tokenizer=tokenizer, special=SpecialTokens(1, (2,), 0))
+    model = Model(tiny.CONFIG, tiny.random_params(tiny.CONFIG), tokenizer, SpecialTokens(1, (2,), 0))
     save_pretrained(model, tmp_path / "out", shard_bytes=10**4)
     np.testing.assert_allclose(logits(model.params, model.config), theirs(tmp_path / "out"), atol=1e-4)
     again = load_pretrained(tmp_path / "out")
