@@ -148,8 +148,8 @@ def attention_mask(documents, length: int, key_documents, start: jax.Array | int
     """bool [B or 1, S, M]: whether query s may read key m: same document, and not later.
 
     Padding (document 0) reads earlier padding, so that every query reads at least itself. `documents` i32 [B, S] are
-    the queries'; `key_documents` i32 [B, M] hold them from `start` on. Both are None where all are of one document. With
-    `branches` i32 [B, S], of queries that are the keys, keys of another branch than 0 are read in their own alone.
+    the queries'; `key_documents` i32 [B, M] hold them from `start` on. Both are None where all are of one document.
+    With `branches` i32 [B, S], of queries that are the keys, keys of another branch than 0 are read in their own alone.
     """
     query = jnp.arange(length, dtype=jnp.int32) + start
     key = jnp.arange(length if key_documents is None else key_documents.shape[1], dtype=jnp.int32)

@@ -75,7 +75,7 @@ def sent_bytes(config: ModelConfig, sizes: Mapping[str, int], tokens: int) -> di
       sizes: of the mesh axes.
       tokens: forget and retain tokens on one device.
     """
-    sent = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0.0)
+    sent: dict[str, float] = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0.0)
     for path, spec in flat_specs(config).items():
         inside, repeats = (spec.shape[1:], spec.shape[0]) if spec.axes[0] == "layers" else (spec.shape, 1)
         axes = spec.axes[-len(inside) :]
@@ -152,7 +152,7 @@ def decoding_specs(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     is room on a device, so that they are not sent for every token; else as it is stored.
     """
     declared, stored, room = flat_specs(config), param_specs(config, mesh), _ROOM
-    found = dict(stored)
+    found: dict[str, Any] = dict(stored)
     for path in sorted(declared, key=lambda path: math.prod(declared[path].shape)):
         split = meshes.split_spec(stored[path], declared[path].axes)
         devices = math.prod(mesh.shape[axis] for axis in split if axis)
