@@ -2,11 +2,8 @@
 
 Command:   python -m trace_jax.main study --config configs/presidents_study.py --workdir runs/presidents_study
 Hardware:  2 CPU cores, 4 GB of memory.
-Run time:  about an hour, by what its parts take on one core. Eleven targets of 130 s, with 25 s of statistics and
-           weights each: 28 min. A run of 27 s: 10 s for 60 steps, 14 s for 16 evaluations (9 s are cloze questions),
-           3 s at the end; uniform_2x is two. Tuning: 6 settings x 8 x 3 seeds = 144 runs, 65 min. Final: 8 x 8
-           seeds = 64, 29 min, and twice that if all methods had other settings in the second reading. On two cores 61
-           to 75 min.
+Run time:  68 min on two cores, partly beside other work: eleven targets with the weights of all methods 20 min, 144
+           runs that tune 34 min, 64 that are reported 14 min.
 Result:    docs/results.md.
 """
 

@@ -178,8 +178,9 @@ def main_table(studies: Sequence[Study]) -> dict[str, Any]:
         title = f"What each method keeps, {benchmark}"
         made["figures"].append(figure(f"main_{benchmark}", title, caption, "bars", "gain in mean utility", "", series))
         lines = [m for m in ("uniform", "trace_rows", "trace", "random_experts", "ngram", "oracle") if m in methods]
-        series = [(m, LEVELS, [values(study.at(m, level=level)) for level in LEVELS]) for m in lines]
-        caption = "Mean over the seeds that come down so far, where each first does; to the left is forgotten."
+        reached = {m: [values(study.at(m, level=level)) for level in LEVELS] for m in lines}
+        series = [(m, LEVELS, [at if len(at) > 2 else at[:0] for at in each]) for m, each in reached.items()]
+        caption = "Mean over the seeds that come down so far, three or more, where each first does; left is forgotten."
         about = "lines", "forgetting score", "mean utility"
         title = f"Utility on the way down, {benchmark}"
         made["figures"].append(figure(f"fronts_{benchmark}", title, caption, *about, series))
