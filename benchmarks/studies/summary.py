@@ -138,7 +138,7 @@ def main_table(studies: Sequence[Study]) -> dict[str, Any]:
         best = {m: study.result(m, reading="best")["over_seeds"]["gains"].get(MEAN) for m in methods}
         for method in (m for m in ("trace_rows", "trace") if m in methods):
             text = f"On {benchmark}, `{method}` keeps more than tuned uniform at the same forgetting"
-            first = method == "trace_rows" and benchmark == "handbook"
+            first = method == "trace_rows" and benchmark in ("handbook", "presidents")
             made["claims"].append(claim(text, "gain in mean utility", gains[method], place=README if first else PAGE))
             if best[method] is not None:
                 text = f"On {benchmark}, so does `{method}` at the best evaluation at or below the level"
@@ -156,7 +156,7 @@ def main_table(studies: Sequence[Study]) -> dict[str, Any]:
             if other in methods:
                 differences = paired(study.at("trace_rows"), study.at(other)) * (-1 if other == "oracle" else 1)
                 measure = "difference in mean utility " + ("to" if other == "oracle" else "of") + " `trace_rows`"
-                on_page = {"random_experts": README if benchmark == "handbook" else PAGE, "ngram": PAGE}.get(other)
+                on_page = PAGE if other in ("random_experts", "ngram") else None
                 made["claims"].append(claim(f"On {benchmark}: {text}", measure, differences, place=on_page))
         names = [name.replace("_", " ") for name in study.utilities]
         rows = []
