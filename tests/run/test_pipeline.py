@@ -102,6 +102,8 @@ def test_a_start_with_everything_done_reads_no_text(data, tmp_path, monkeypatch)
     with (own / "forget.jsonl").open("a") as file:
         file.write("\n")
     assert reads() and not reads()
+    (path / "methods/uniform/evaluation.stage.json").unlink()
+    assert reads() and not reads()
     monkeypatch.setattr(directory, "_PACKAGE", own)
     assert reads()
 

@@ -65,7 +65,8 @@ def _quieten_threads() -> None:
         return lambda *error: show(*error) if threading.current_thread() is threading.main_thread() else None
 
     sys.excepthook, sys.unraisablehook = of_main(sys.excepthook), of_main(sys.unraisablehook)
-    logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not record.exc_info)
 
 
 class _Manager(ocp.CheckpointManager):

@@ -156,15 +156,23 @@ def check_files(path: Path) -> None:
 
 def seal(path: Path, made_by: str = "") -> None:
     """Writes down what a finished run, study or series tells of itself, for `check_files`; and, of a run that is done
-    with all, what it was `made_by`.
+    with all, what it was `made_by` and which stages it has.
     """
-    files.finish(path / _SEAL, made_by, {path / name for name in (*_TOLD, *_ALWAYS)})
+    files.finish(path / _SEAL, _whole(path, made_by), {path / name for name in (*_TOLD, *_ALWAYS)})
+
+
+def _whole(path: Path, made_by: str) -> str:
+    """Hash of what made a run and of the names of its stages; "" at an address, where they can't be looked for."""
+    if not made_by or files.is_remote(path):
+        return ""
+    stages = (os.path.relpath(file, path) for file in path.rglob("*.stage.json") if file != path / _SEAL)
+    return fingerprint(made_by, sorted(stages))
 
 
 def is_done(path: Path, made_by: str) -> bool:
-    """Whether a run is there that was `made_by` the same, and every file is as it was written."""
+    """Whether a run is there that was `made_by` the same, with every file as it was written."""
     try:
-        if not made_by or (files.read_json(path / _SEAL) or {}).get("identity") != made_by:
+        if not (whole := _whole(path, made_by)) or (files.read_json(path / _SEAL) or {}).get("identity") != whole:
             return False
         check_files(path)
     except (ValueError, AttributeError):

@@ -64,13 +64,12 @@ def run(config: ExperimentConfig, workdir: str | os.PathLike | None = None, *, o
       ConfigError, ValueError: something given can't be used, or another process works in the directory; the message
         says what, and what to do.
     """
-    path = as_path(workdir or f"runs/{config.name}")
-    if is_done(path, by := made_by(config)):
+    where = workdir or f"runs/{config.name}"
+    if is_done(path := as_path(where), by := made_by(config)):
         say("everything is done: settings, text and code are those of the run that is there")
         return Run(path)
     with contextlib.ExitStack() as held:
-        prepared = prepare(config, path, overwrite=overwrite, held=held)
-        _run(prepared)
+        _run(prepare(config, where, overwrite=overwrite, held=held))
         seal(path, by)
     return Run(path)
 
