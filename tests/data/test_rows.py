@@ -321,6 +321,8 @@ def test_a_pass_over_the_rows_sees_each_once_and_in_order():
         (lambda: retain_sampler(3, 2, seed=0, probability=np.zeros(3)), "not all zero"),
         (lambda: retain_sampler(3, 2, seed=0, probability=np.ones(4)), r"probabilities \[4\] are given for 3 rows"),
         (lambda: module.batch_counts({"a": 0.99, "b": 0.01}, 4), "batch of 4 rows has no room for the sources b"),
+        (lambda: module.batch_counts({"a": -1.0, "b": 2.0}, 4), "non-negative"),
+        (lambda: module.mixture_batches({"a": rows_of(2)}, {"b": 1.0}, 4, seed=0), "names b, but the sources are a"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(make, message):

@@ -93,6 +93,8 @@ def test_the_reference_attack_compares_two_models_text_by_text():
     assert result["membership_loss_auc"].value == 0
     assert result["membership_reference_auc"].value == result["membership_reference_tpr_at_fpr_1"].value == 1
     assert not {"membership_reference_auc", "privleak"} & set(by_name(ours))  # `test_probes.py` has their notes
+    with pytest.raises(ValueError, match="same texts"):
+        by_name(ours, members(text_scores([5]), text_scores([1, 2])))
 
 
 def test_what_was_not_scored_is_left_out():

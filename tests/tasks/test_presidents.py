@@ -35,6 +35,8 @@ def test_held_out_addresses_are_whole_and_stand_alone_in_their_year():
     assert not set(years[0]) & {*years[1], *years[2]} and not set(years[1]) & set(years[2])
     assert max(years[1]) - min(years[1]) > 70 and max(years[2]) - min(years[2]) > 90
     assert held_out_addresses(addresses, seed=0) == split != held_out_addresses(addresses, seed=1)
+    with pytest.raises(ValueError, match="21 addresses can't be held out of"):
+        held_out_addresses(addresses[:10], seed=0)
 
 
 def test_answers_occur_in_the_forget_documents_only(benchmark):

@@ -287,6 +287,8 @@ def mixture_batches(
     train: Mapping[str, Rows], mixture: Mapping[str, float], batch_size: int, *, seed: int
 ) -> Callable[[int], Batch]:
     """The batch of a step: a fixed number of rows per source (`batch_counts`), each reshuffled at its own epochs."""
+    if unknown := [name for name in mixture if name not in train]:
+        raise ValueError(f"The mixture names {', '.join(unknown)}, but the sources are {', '.join(train)}.")
     offsets = dict(zip(train, np.cumsum([0, *map(len, train.values())])[:-1], strict=True))
     parts = [
         (offsets[name], epoch_sampler(len(train[name]), count, seed=seed + order))
@@ -299,6 +301,8 @@ def mixture_batches(
 def batch_counts(mixture: Mapping[str, float], batch_size: int) -> dict[str, int]:
     """Rows per source in a batch, by largest remainder of the shares; sources of share 0 are left out."""
     total = sum(mixture.values())
+    if total <= 0 or min(mixture.values()) < 0:
+        raise ValueError(f"The shares of a mixture must be non-negative and not all zero; given {dict(mixture)}.")
     exact = {name: batch_size * share / total for name, share in mixture.items() if share > 0}
     counts = {name: int(value) for name, value in exact.items()}
     by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])  # stable: ties keep the given order

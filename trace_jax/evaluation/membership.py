@@ -251,6 +251,8 @@ def privleak(scores: Sides, retrained: Sides | None, profile: str = "muse", **re
     retrained model. None where MUSE's definition has no value: no retrained model (it has constants for its own models,
     which say nothing of others), or one whose AUC is zero.
     """
+    if retrained is not None and [len(x) for x in scores] != [len(x) for x in retrained]:
+        raise ValueError("PrivLeak compares two models on the same texts; the numbers of texts differ.")
     if retrained is None and profile == "muse":
         return None
 

@@ -55,6 +55,8 @@ def held_out_addresses(addresses: Sequence[Address], *, seed: int, validation: i
     """
     per_year = collections.Counter(a.year for a in addresses)
     eligible = [a for a in addresses if per_year[a.year] == 1]
+    if len(eligible) < validation + test:
+        raise ValueError(f"{validation + test} addresses can't be held out of {len(eligible)}.")
     rng = np.random.default_rng([seed, 0])
     stretches = np.array_split(np.arange(len(eligible)), validation + test)
     held = [eligible[rng.choice(stretch)] for stretch in stretches]
