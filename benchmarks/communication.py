@@ -35,7 +35,7 @@ def measure(model: ModelConfig, sizes: dict[str, int], rows: int, length: int) -
     mesh = make_mesh(jax.devices()[:devices], data=sizes[DATA], expert=sizes[EXPERT], tensor=sizes[TENSOR])
     step = prepared_step(UnlearningConfig(retain_loss="nll"), model, mesh, rows=rows, length=length)
     sent = dict.fromkeys(KINDS, 0.0)
-    for collective in traffic(step.lower().compile().as_text(), devices)[1]:
+    for collective in traffic(step.lower().compile().as_text(), devices).collectives:
         sent[collective.kind] = sent.get(collective.kind, 0.0) + collective.bytes
     _, metrics = unlearning_step(step.state, *step.arguments, settings=step.settings, mesh=mesh)
     return sent, float(metrics["loss"])

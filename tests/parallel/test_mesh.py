@@ -196,7 +196,7 @@ def test_devices_send_each_other_what_the_documents_say_to_the_byte():
     spread = jax.jit(on_mesh(run, config, mesh, out_specs=P(BATCH_AXES)))
     program = spread.lower(params, np.zeros((4 * 2, 8), np.int32)).compile()
     sent = dict.fromkeys(("all-gather", "reduce-scatter"), 0.0)
-    for collective in traffic(program.as_text(), 4)[1]:
+    for collective in traffic(program.as_text(), 4).collectives:
         sent[collective.kind] = sent.get(collective.kind, 0.0) + collective.bytes
 
     over_all = V * D + L * (4 * D * H * C + D * E)  # embedding; q, k, v, o; router

@@ -21,7 +21,7 @@ def text_of(fn, in_specs, out_specs, *shapes):
 
 
 def sent_in(text):
-    return {(c.kind, len(c.groups[0])): (c.count, c.bytes) for c in traffic(text, 4)[1]}
+    return {(c.kind, len(c.groups[0])): (c.count, c.bytes) for c in traffic(text, 4).collectives}
 
 
 def test_collectives_in_a_loop_count_once_per_round():
@@ -71,8 +71,8 @@ def test_a_loop_that_data_ends_counts_once_and_is_reported():
 
         return jax.lax.while_loop(goes_on, step, (0, x))[1]
 
-    _, collectives, unknown_loops = traffic(text_of(fn, (CUT,), CUT, (B, D)), 4)
-    assert unknown_loops == 1 and any(c.kind == "all-reduce" for c in collectives)
+    found = traffic(text_of(fn, (CUT,), CUT, (B, D)), 4)
+    assert found.unknown_loops == 1 and any(c.kind == "all-reduce" for c in found.collectives)
 
 
 def test_memory_traffic_of_a_loop_is_that_of_its_slices():
@@ -84,7 +84,7 @@ def test_memory_traffic_of_a_loop_is_that_of_its_slices():
 
     text = jax.jit(fn).lower(jnp.zeros((1, width)), jnp.zeros((layers, width, width))).compile().as_text()
     stack = 4 * layers * width * width
-    assert stack <= traffic(text, 1)[0] < 4 * stack
+    assert stack <= traffic(text, 1).memory_bytes < 4 * stack
 
 
 def test_memory_traffic_agrees_with_xla_where_there_is_no_loop():
@@ -93,18 +93,28 @@ def test_memory_traffic_agrees_with_xla_where_there_is_no_loop():
 
     compiled = jax.jit(fn).lower(jnp.zeros((256, 512)), jnp.zeros((512, 1024))).compile()
     costs = compiled.cost_analysis()
-    assert traffic(compiled.as_text(), 1)[0] == pytest.approx(costs["bytes accessed"], rel=0.05)
+    assert traffic(compiled.as_text(), 1).memory_bytes == pytest.approx(costs["bytes accessed"], rel=0.05)
 
 
 def test_the_tpu_compilers_text_is_read():
-    """Loops without a written count, from 1 to 7; a fused reduce-scatter; an exchange in two parts."""
-    memory_bytes, collectives, _ = traffic(Path(__file__).with_name("tpu.hlo").read_text(), 8)
-    assert collectives == [
-        ("all-gather", ((0, 2, 4, 6), (1, 3, 5, 7)), 6, 6 * 3 * 512),
+    """Loops without a written count, from 1 to 7; a fused reduce-scatter; an exchange in two parts, and one that runs
+    in three pieces beside a matmul, each of which states all of it.
+    """
+    found = traffic(Path(__file__).with_name("tpu.hlo").read_text(), 8)
+    assert found.collectives == [
+        ("all-gather", ((0, 2, 4, 6), (1, 3, 5, 7)), 12, 12 * 3 * 512),
         ("reduce-scatter", ((0, 2, 4, 6), (1, 3, 5, 7)), 6, 6 * 2048 * 3 / 4),
     ]
-    # Memory: the fusion reads x, the gather writes it whole; the shard stays in the compiler's cache. And the counter.
-    assert memory_bytes == 6 * (2048 + 2048 + 3 * 4)
+    # The reduction reads x, the first gather writes it whole; its shard stays in the compiler's cache. The other reads
+    # a slice and writes the whole, and the matmul beside it reads and writes. And the counter.
+    expected = {
+        ("fusion", "", ""): [12, 6 * (2048 + 512 + 2048)],
+        ("all-gather", "", ""): [6, 6 * 2048],
+        ("fusion", "backward", "dot_general"): [6, 6 * 2 * 2048],
+        ("slice", "", ""): [6, 6 * 2 * 512],
+        ("add", "", ""): [6, 6 * 3 * 4],
+    }
+    assert found.operations == expected and found.memory_bytes == sum(moved for _, moved in expected.values())
 
 
 @pytest.mark.parametrize(
@@ -123,4 +133,4 @@ ENTRY %main (input: f32[8]) -> f32[8] {{
   ROOT %sum = f32[8]{{0}} all-reduce(%input), replica_groups={written}, use_global_device_ids=true, to_apply=%add
 }}
 """
-    assert traffic(text, 8)[1] == [("all-reduce", groups, 1, 2 * (1 - 1 / len(groups[0])) * 32)]
+    assert traffic(text, 8).collectives == [("all-reduce", groups, 1, 2 * (1 - 1 / len(groups[0])) * 32)]

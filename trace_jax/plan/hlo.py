@@ -45,6 +45,18 @@ class Instruction(NamedTuple):
 Computation = dict[str, Instruction]
 
 
+class Traffic(NamedTuple):
+    """What one run of a program moves on one device: bytes read and written in its main memory, the same by operation
+    ({(instruction, part of the pass, name): [how often, bytes]}), and collectives. Loops of unknown length (decoding,
+    which may end early) count as one round; `unknown_loops` is their number.
+    """
+
+    memory_bytes: float
+    operations: dict[tuple[str, str, str], list[float]]
+    collectives: list["Collective"]
+    unknown_loops: int
+
+
 class Collective(NamedTuple):
     """One kind of exchange among `groups` (partition numbers [groups, devices of a group]), summed over the program:
     how often it runs, and what one device sends (and receives) in all, with ring algorithms.
@@ -56,27 +68,43 @@ class Collective(NamedTuple):
     bytes: float
 
 
-def traffic(text: str, num_devices: int) -> tuple[float, list[Collective], int]:
-    """Of a compiled module's text (`compiled.as_text()`), which is the program of one device: bytes read and written
-    in its main memory, collectives, and the number of loops of unknown length (decoding, which may end early), which
-    are counted as one round.
-    """
+def traffic(text: str, num_devices: int) -> Traffic:
+    """Of a compiled module's text (`compiled.as_text()`), which is the program of one device."""
     computations, entry = _parse(text)
-    times, unknown = _times(computations, entry)
-    total, sums = 0.0, {}
+    (times, unknown), continued = _times(computations, entry), _continued(computations)
+    operations, sums = {}, {}
     for name, (count, fused) in times.items():
         around = computations[name]
         for instruction in around.values():
             kind = instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and name not in continued:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
                 groups = _groups(instruction.attributes, num_devices)
                 runs, sent = sums.get((kind, groups), (0, 0.0))
                 sums[kind, groups] = runs + count, sent + count * _sent(kind, instruction, around, len(groups[0]))
-            if not fused:
-                total += count * _memory_bytes(instruction, around, computations)
+            if not fused and (moved := _memory_bytes(instruction, around, computations, continued)):
+                counted = operations.setdefault(_operation(instruction), [0, 0.0])
+                counted[0], counted[1] = counted[0] + count, counted[1] + count * moved
     collectives = [Collective(*key, *counted) for key, counted in sums.items() if len(key[1][0]) > 1]
-    return total, sorted(collectives, key=lambda c: (COLLECTIVES.index(c.kind), -c.bytes)), unknown
+    collectives.sort(key=lambda c: (COLLECTIVES.index(c.kind), -c.bytes))
+    return Traffic(sum(moved for _, moved in operations.values()), operations, collectives, unknown)
+
+
+def _operation(instruction: Instruction) -> tuple[str, str, str]:
+    """(instruction, part of the pass, name in the traced program or "")."""
+    named = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    path = named[1] if named else ""
+    part = "computed again" if "rematted" in path else "backward" if "transpose(" in path else "forward" if path else ""
+    return instruction.opcode.removesuffix("-start"), part, path.rpartition("/")[2]
+
+
+def _continued(computations: dict[str, Computation]) -> set[str]:
+    """Fused computations in which a collective goes on that another began: the TPU compiler runs one in pieces beside
+    matmuls, and writes it down in each.
+    """
+    every = (i for computation in computations.values() for i in computation.values())
+    ends = [name for i in every if i.name.startswith("async-collective-done") for name in i.called("calls")]
+    return {*ends, *(name for name in computations if name.startswith("async_collective_fusion"))}
 
 
 def _parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -220,7 +248,9 @@ def _sent(kind: str, instruction: Instruction, around: Computation, size: int) -
 # --- memory
 
 
-def _memory_bytes(instruction: Instruction, around: Computation, computations: dict[str, Computation]) -> float:
+def _memory_bytes(
+    instruction: Instruction, around: Computation, computations: dict[str, Computation], continued: set[str]
+) -> float:
     """Bytes that one run of an instruction reads and writes in main memory."""
     opcode, results = instruction.opcode, instruction.arrays
     if opcode in _FREE.split() or opcode.endswith(("-done", "-update")):
@@ -237,26 +267,33 @@ def _memory_bytes(instruction: Instruction, around: Computation, computations: d
     if opcode != "fusion":
         return sum(read) + written
     # Of an operand only what is sliced out is read, of a result only what is updated in place is written.
-    fused, total = computations[instruction.called("calls")[0]], 0.0
+    called = instruction.called("calls")[0]
+    fused, total = computations[called], 0.0
+    if instruction.name.startswith("async-collective-start"):
+        exchange = next(i for i in fused.values() if i.opcode in COLLECTIVES)
+        return sum(read) + _bytes(exchange.arrays, in_memory=True)
+    elsewhere = COLLECTIVES if called in continued else ()  # counted where it began
     for parameter in (i for i in fused.values() if i.opcode == "parameter"):
-        total += min(read[int(parameter.arguments)], _bytes_read(parameter.name, fused))
+        total += min(read[int(parameter.arguments)], _bytes_read(parameter.name, fused, elsewhere))
     root = next(i for i in fused.values() if i.is_root)
     roots = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for root, result in zip(roots, results, strict=False):
+        if root.opcode in ("parameter", *elsewhere):  # handed on as it is
+            continue
         root, size = _source(root, fused), _bytes([result], in_memory=True)
         is_update = root.opcode == "dynamic-update-slice"
         total += min(size, _bytes(fused[root.operands[1]].arrays)) if is_update else size
     return total
 
 
-def _bytes_read(name: str, fused: Computation) -> float:
+def _bytes_read(name: str, fused: Computation, elsewhere: tuple[str, ...]) -> float:
     """Bytes of a value that are read inside a fusion, bitcasts looked through; infinite where all of them are."""
     total = 0.0
     for user in fused.values():
-        if name not in user.operands:
+        if name not in user.operands or user.opcode in ("tuple", *elsewhere):
             continue
         if user.opcode == "bitcast" and not user.is_root:
-            total += _bytes_read(user.name, fused)
+            total += _bytes_read(user.name, fused, elsewhere)
         elif user.operands[0] == name and user.opcode in _SLICES:
             total += _bytes(user.arrays)
         elif user.operands[0] != name or user.opcode != "dynamic-update-slice":

@@ -42,6 +42,7 @@ def plan(
     kinds = dict.fromkeys(e["kind"] for p in predictions for e in p["exchanges"])
     columns = [_quantities(p, kinds, chips, price) for p in predictions]
     parts.append("\n".join(aligned([[name, *(column[name] for column in columns)] for name in columns[0]])))
+    parts += [_moving(p) for p in predictions[:1] if p["operations"]]
     if output is not None:
         numbers = {
             "experiment": config.name,
@@ -139,6 +140,15 @@ def search_table(layouts: Sequence[tuple[ParallelConfig, dict[str, Any]]], *, ch
         q = _quantities(p, (), chips, price)
         times = q["time, all overlapping"], q["bound by"], q["time, no overlap"], q.get("cost of 1,000 times", "-")
         rows.append([mesh_words(parallel), q["peak memory"], q["of capacity"], *times])
+    return "\n".join(aligned(rows))
+
+
+def _moving(p: dict[str, Any]) -> str:
+    """What moves most in main memory."""
+    rows = [[f"what moves most, {p['program']}", "times", "moved", "of all"]]
+    for each in p["operations"]:
+        share = f"{each['bytes'] / p['memory_bytes']:.1%}"
+        rows.append([each["operation"], f"{each['count']:,}", byte_size(each["bytes"]), share])
     return "\n".join(aligned(rows))
 
 

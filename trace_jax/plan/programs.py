@@ -29,6 +29,7 @@ from trace_jax.unlearning.inputs import StepRows
 from trace_jax.unlearning.losses import Constants
 from trace_jax.unlearning.step import row_multiple, set_up, state_shardings, unlearning_step
 
+LISTED = 10  # operations that are named as moving most
 SELECTED = 8  # of so many experts one is taken to be selected, where selected experts train
 _PASSES = {jax.lax.Precision.HIGHEST: 6, jax.lax.Precision.HIGH: 3}
 
@@ -154,7 +155,8 @@ def predict(program: Program, chip: Chip, devices: Sequence[Any]) -> dict[str, A
     """Compiles a traced program for the devices of a mesh and reads off what one run takes of each, by name.
 
     "peak": bytes of "parameters" and "optimizer", which stay there between runs, of other "inputs", and of
-    "temporaries": all that a run allocates, its results and code included. "memory_bytes": to and from main memory.
+    "temporaries": all that a run allocates, its results and code included. "memory_bytes": to and from main memory,
+    "operations" those that move most of them.
     "flops": of matmuls. "exchanges": of each kind of collective how many run, the bytes that a device sends, and the
     seconds that this takes at least. "seconds": at the chip's limits, each alone; "bound" is the limit that takes
     longest, "least" its time, the roofline, and "most" the sum, all without overlap.
@@ -171,10 +173,10 @@ def predict(program: Program, chip: Chip, devices: Sequence[Any]) -> dict[str, A
             peak = _needed(error)
     seconds_to_compile = time.perf_counter() - start
     inputs = temporaries = memory_bytes = None
-    loops, exchanges, seconds, times = 0, [], {}, {}
+    loops, moving, exchanges, seconds, times = 0, {}, [], {}, {}
     if compiled is not None:
         memory, text = compiled.memory_analysis(), compiled.as_text()
-        memory_bytes, collectives, loops = traffic(text, len(devices))
+        memory_bytes, moving, collectives, loops = traffic(text, len(devices))
         temporaries = memory.output_size_in_bytes - memory.alias_size_in_bytes
         temporaries += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         # The compiler pads small arrays to tiles, and doesn't count what a program never reads, which is there anyway.
@@ -202,6 +204,10 @@ def predict(program: Program, chip: Chip, devices: Sequence[Any]) -> dict[str, A
         "peak": peak,
         "flops": flops,
         "memory_bytes": memory_bytes,
+        "operations": [
+            {"operation": " ".join(filter(None, names)), "count": count, "bytes": moved}
+            for names, (count, moved) in sorted(moving.items(), key=lambda each: -each[1][1])[:LISTED]
+        ],
         "exchanges": exchanges,
         "unknown_loops": loops,
         "seconds": seconds,
