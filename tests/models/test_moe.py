@@ -142,6 +142,42 @@ def test_experts_in_blocks_equal_the_general_path_also_where_some_train(case, bl
     assert_close(*parts)
 
 
+@jax.custom_vjp
+def spoilt(x, group_sizes):
+    """`x` with NaN in the rows beyond the groups, also in its gradient."""
+    return jnp.where((jnp.arange(len(x), dtype=jnp.int32) < jnp.sum(group_sizes))[:, None], x, jnp.nan)
+
+
+spoilt.defvjp(lambda *operands: (spoilt(*operands), operands[1]), lambda sizes, dx: (spoilt(dx, sizes), None))
+
+
+@pytest.mark.parametrize("room", [T * K, T * K * 3 // 4])
+@pytest.mark.parametrize("case", ["plain", "biases and limits", "bfloat16"])
+def test_experts_of_one_device_are_those_experts_whatever_stands_beyond_their_rows(case, room, monkeypatch):
+    """With as many places as choices and with fewer, as of a device that has half of the experts: equal to all experts
+    where the others weigh nothing. Kernels leave rows beyond the groups undefined, both ways.
+    """
+    config = dataclasses.replace(EXPERTS[case], grouped_matmul="ragged")
+    weights, x, gates, indices, cotangent = make_inputs(config)
+    own, plain = (indices >= 1) & (indices < 4), grouped_matmul.grouped_matmul
+
+    def run(weights, x, gates, indices, room, own):
+        def fn(w, x, g):
+            return experts(w, config, x, indices, jnp.where(own, g, 0), room=room)[0]
+
+        y, pull = jax.vjp(fn, weights, x, gates)
+        return y, *pull(cotangent)
+
+    y, of_weights, *rest = jax.jit(run, static_argnums=4)(weights, x, gates, indices, None, own)
+    monkeypatch.setattr(
+        grouped_matmul, "grouped_matmul",
+        lambda x, w, sizes, **how: spoilt(plain(spoilt(x, sizes), w, sizes, **how), sizes),
+    )  # fmt: skip
+    here = {name: w[1:4] for name, w in weights.items()}
+    got = jax.jit(run, static_argnums=4)(here, x, gates, indices - 1, room, True)
+    assert_close(got, (y, {name: w[1:4] for name, w in of_weights.items()}, *rest))
+
+
 def test_with_less_room_than_slots_nothing_is_lost_uncounted():
     weights, x, gates, indices, _ = make_inputs(BASE)
     run, complete = jax.jit(experts, static_argnames=("config", "room")), []

@@ -54,11 +54,13 @@ def resolve_implementation(implementation: str, platform: str | None = None) -> 
 def grouped_matmul(x, w, group_sizes, *, implementation: str) -> jax.Array:
     """[N, F]: rows x [N, D] times the weights w [E, D, F] of their group, in one type; kernels add up in float32.
 
-    Rows beyond the sum of `group_sizes` i32 [E] give zeros and take no gradient. `implementation` is any but "blocked".
+    Rows beyond the sum of `group_sizes` i32 [E] are not read, nor are those of the gradient; what stands there in y and
+    in the gradient of x is undefined. `implementation` is any but "blocked".
     """
     name = resolve_implementation(implementation)
     if name not in KERNELS:
-        return _without_tail(jax.lax.ragged_dot(_without_tail(x, group_sizes), w, group_sizes), group_sizes)
+        inside = (jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes))[:, None]
+        return jnp.where(inside, jax.lax.ragged_dot(jnp.where(inside, x, 0), w, group_sizes), 0)  # both ways
     x, w, group_sizes = as_varying((x, w, group_sizes), varying_axes(x, w, group_sizes))
     if name == "triton":  # Pallas is imported where it is used only
         from trace_jax.models import grouped_matmul_gpu as kernels
@@ -69,21 +71,15 @@ def grouped_matmul(x, w, group_sizes, *, implementation: str) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _by_kernels(x, w, group_sizes, kernels):
-    return _without_tail(kernels.product(x, w, group_sizes), group_sizes)
+    return kernels.product(x, w, group_sizes)
 
 
 def _by_kernels_backward(kernels, residuals, dy):
     x, w, group_sizes = residuals
-    dx = kernels.product(dy, w, group_sizes, transposed=True)
-    return _without_tail(dx, group_sizes), kernels.weight_gradient(x, dy, group_sizes), None
+    return kernels.product(dy, w, group_sizes, transposed=True), kernels.weight_gradient(x, dy, group_sizes), None
 
 
 _by_kernels.defvjp(lambda *operands: (_by_kernels(*operands), operands[:3]), _by_kernels_backward)
-
-
-def _without_tail(y, group_sizes):
-    """Zeros in the rows beyond the groups, which kernels and some lowerings of ragged_dot don't write."""
-    return jnp.where((jnp.arange(y.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes))[:, None], y, 0)
 
 
 # --- a layer's experts as a loop over blocks of rows, whose gradient is another loop

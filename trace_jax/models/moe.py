@@ -185,8 +185,10 @@ def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, r
     def multiply(x, name):
         w = weights[name].reshape(num_experts, x.shape[-1], -1)
         y = grouped.grouped_matmul(x, w, group_sizes, implementation=implementation)
-        bias = weights.get(f"{name}_bias")
-        return y if bias is None else y + bias.reshape(num_experts, -1)[block_group]
+        if (bias := weights.get(f"{name}_bias")) is None:
+            return y
+        filled = jnp.arange(num_places, dtype=jnp.int32) < jnp.sum(group_sizes)  # beyond, gradients are undefined
+        return y + jnp.where(filled[:, None], bias.reshape(num_experts, -1)[block_group], 0)
 
     y_PD = multiply(activate(multiply(_dispatch(x_TD, slot, place_TK), "gate_up")), "down")
     return _combine(y_PD, gates_TK, slot, place_TK), dropped
@@ -221,14 +223,35 @@ def count_and_rank(expert: jax.Array, num_experts: int) -> tuple[jax.Array, jax.
     return running[-1], jnp.sum(jnp.where(chosen, running, 0), axis=1) - 1
 
 
-def _rows_at(y_PD, place_TK):
-    """[T,K,D]: the row at each choice's place; zeros where it has none."""
-    return y_PD.at[place_TK].get(mode="fill", fill_value=0)
+def _sums_of_tokens(rows_PD, scale_P, place_TK):
+    """[T,D]: for each token the sum of the rows at its places times their scales, added up in float32 by choice.
+
+    Where there are fewer places than choices, because most are other devices', only the rows that are here move: into
+    the order of tokens, where each adds to itself those that follow it and are of its token.
+    """
+    (P, _), (T, K) = rows_PD.shape, place_TK.shape
+    here = place_TK < P
+    if P >= T * K:
+        place = jnp.where(here, place_TK, 0)
+        parts = rows_PD[place].astype(jnp.float32) * scale_P[place][:, :, None]
+        return jnp.sum(jnp.where(here[:, :, None], parts, 0), axis=1).astype(rows_PD.dtype)
+    counts, choices = jnp.sum(here, axis=1, dtype=jnp.int32), jnp.arange(T * K, dtype=jnp.int32)
+    first = jnp.cumsum(counts) - counts
+    rank = (first[:, None] + jnp.cumsum(here, axis=1, dtype=jnp.int32) - 1).reshape(-1)
+    rank = jnp.where(here.reshape(-1), rank, P + K + choices)
+    choice = jnp.full((P + K - 1,), T * K, jnp.int32).at[rank].set(choices, mode="drop", unique_indices=True)
+    token, place = choice // K, place_TK.reshape(-1).at[choice].get(mode="fill", fill_value=0)
+    rows, scale, total = rows_PD[place], scale_P[place], 0
+    for following in range(K):
+        window = slice(following, following + P)
+        part = rows[window].astype(jnp.float32) * scale[window, None]
+        total = total + jnp.where((token[window] == token[:P])[:, None], part, 0)
+    return jnp.where(counts[:, None] > 0, total.astype(rows_PD.dtype)[jnp.minimum(first, P - 1)], 0)
 
 
 def _rows_of_tokens(x_TD, slot, num_chosen):
-    """[P,D]: the row of the token that owns each place's slot; zeros at empty places."""
-    return x_TD.at[slot // num_chosen].get(mode="fill", fill_value=0)
+    """[P,D]: the row of the token that owns each place's slot; at empty places any."""
+    return x_TD[jnp.minimum(slot // num_chosen, x_TD.shape[0] - 1)]
 
 
 @jax.custom_vjp
@@ -237,25 +260,27 @@ def _dispatch(x_TD, slot, place_TK):
 
 
 def _dispatch_backward(place_TK, gradient_PD):
-    return jnp.sum(_rows_at(gradient_PD, place_TK), axis=1), None, None
+    return _sums_of_tokens(gradient_PD, jnp.ones_like(gradient_PD[:, 0], jnp.float32), place_TK), None, None
 
 
 _dispatch.defvjp(lambda *operands: (_dispatch(*operands), operands[2]), _dispatch_backward)
 
 
+def _gates_at(slot, gates_TK):
+    """f32 [P]; zero at empty places."""
+    return gates_TK.reshape(-1).at[slot].get(mode="fill", fill_value=0)
+
+
 @jax.custom_vjp
 def _combine(y_PD, gates_TK, slot, place_TK):
-    y_TKD = _rows_at(y_PD, place_TK).astype(jnp.float32)
-    return jnp.sum(y_TKD * gates_TK[:, :, None], axis=1).astype(y_PD.dtype)
+    return _sums_of_tokens(y_PD, _gates_at(slot, gates_TK), place_TK)
 
 
 def _combine_backward(residuals, gradient_TD):
     y_PD, gates_TK, slot, place_TK = residuals
-    y_TKD = _rows_at(y_PD, place_TK).astype(jnp.float32)
-    gradient_gates = jnp.sum(y_TKD * gradient_TD.astype(jnp.float32)[:, None, :], axis=2)
-    gate_at_place = gates_TK.reshape(-1).at[slot].get(mode="fill", fill_value=0)
     rows = _rows_of_tokens(gradient_TD, slot, gates_TK.shape[1]).astype(jnp.float32)
-    return (rows * gate_at_place[:, None]).astype(y_PD.dtype), gradient_gates, None, None
+    of_gates = jnp.sum(y_PD.astype(jnp.float32) * rows, axis=1).at[place_TK].get(mode="fill", fill_value=0)
+    return (rows * _gates_at(slot, gates_TK)[:, None]).astype(y_PD.dtype), of_gates, None, None
 
 
 _combine.defvjp(lambda *operands: (_combine(*operands), operands), _combine_backward)
