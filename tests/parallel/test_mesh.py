@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.tiny import LENGTH, make_rows, mesh_of, random_params
 from trace_jax.config import ConfigError
+from trace_jax.models import moe
 from trace_jax.models.architecture import ModelConfig, flat_specs, flatten
 from trace_jax.models.decoder import forward
 from trace_jax.models.families import PUBLISHED, model_config
@@ -89,10 +90,13 @@ def trajectory(config, sizes, parallel=PLAIN):
     return np.array(metrics), to_host(state.trainable), now
 
 
+RAGGED = dataclasses.replace(CONFIG, grouped_matmul="ragged")
+
+
 @pytest.fixture(scope="module")
 def oracle():
     """Every expert on every token, one device."""
-    return trajectory(dataclasses.replace(CONFIG, grouped_matmul="ragged"), (1, 1, 1))
+    return trajectory(RAGGED, (1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +113,18 @@ def test_steps_are_those_of_the_ragged_product_on_one_device_whatever_memory_is_
     for path, wanted in oracle[1].items():
         np.testing.assert_allclose(params[path], wanted, atol=2e-3, err_msg=path)
     assert not parallel.expert_buffer or float(last["dropped"]) == 0
+
+
+@pytest.mark.parametrize(("sizes", "likely"), [((1, 4, 2), 1.0), ((2, 4, 1), 0.3)])
+def test_steps_are_the_same_where_a_devices_experts_have_the_likely_room_and_where_it_is_too_small(
+    sizes, likely, oracle, monkeypatch
+):
+    """1: too small on some devices, not on others; 0.3: on all."""
+    monkeypatch.setattr(moe, "LIKELY", likely)
+    metrics, params, _ = trajectory(RAGGED, sizes)
+    np.testing.assert_allclose(metrics, oracle[0], rtol=1e-4)
+    for path, wanted in oracle[1].items():
+        np.testing.assert_allclose(params[path], wanted, atol=2e-3, err_msg=path)
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])

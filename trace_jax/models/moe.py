@@ -7,6 +7,8 @@ below say. Both are gathers, which are quick everywhere and deterministic.
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +18,9 @@ from trace_jax.models import grouped_matmul as grouped
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.layers import activation, gated_mlp, norm
 from trace_jax.parallel.mesh import EXPERT, TENSOR, as_varying, axis_sizes, sum_over, varying_axes
+
+LIKELY = 2.0  # times the balanced load of a device's experts: room that is enough but in rare cases
+RARE = "more_than_likely"  # what these are called in a program
 
 
 @jax.tree_util.register_dataclass
@@ -130,8 +135,14 @@ def moe_layer(
         rows, indices, gates = (jax.lax.all_gather(a, EXPERT, axis=0, tiled=True) for a in operands)
         here = weights["gate_up"].shape[0]
         worst = indices.shape[0] * min(here, config.experts_per_token)
-        room = min(worst, -(-int(buffer * indices.size) // size)) if buffer else worst
-        y, dropped = experts(weights, config, rows, indices - jax.lax.axis_index(EXPERT) * here, gates, room=room)
+        room = min(worst, -(-int((buffer or LIKELY) * indices.size) // size))
+        operands = rows, indices - jax.lax.axis_index(EXPERT) * here, gates
+        if buffer or room == worst or grouped.resolve_implementation(config.grouped_matmul) == "blocked":
+            y, dropped = experts(weights, config, *operands, room=room if buffer else worst)
+        else:
+            weights = {name: array for name, array in weights.items() if name != "trained"}
+            operands = as_varying((weights, *operands), varying_axes((weights, *operands)))
+            y, dropped = _roomy_experts(config, (room, worst), *operands), jnp.zeros((), jnp.int32)
         dropped = jax.lax.pmax(dropped, TENSOR) if TENSOR in varying_axes(dropped) else dropped  # equal, known to be
         y = jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True)
     y = sum_over(y, TENSOR)
@@ -194,6 +205,37 @@ def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, r
     return _combine(y_PD, gates_TK, slot, place_TK), dropped
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _roomy_experts(config: ModelConfig, rooms: tuple[int, int], weights: dict, x_TD, indices_TK, gates_TK):
+    """[T,D] of `experts` in the first of two rooms, or in the second where that is too small for the choices that are
+    here. Backward the hidden values are computed again, so that neither room is kept.
+    """
+    return _in_room(
+        lambda room: experts(weights, config, x_TD, indices_TK, gates_TK, room=room)[0], rooms, weights, indices_TK
+    )
+
+
+def _in_room(fn: Callable, rooms: tuple[int, int], weights: dict, indices_TK):
+    used = jnp.sum((indices_TK >= 0) & (indices_TK < weights["gate_up"].shape[0]), dtype=jnp.int32)
+    return jax.lax.cond(used <= rooms[0], lambda: fn(rooms[0]), jax.named_scope(RARE)(lambda: fn(rooms[1])))
+
+
+def _roomy_experts_backward(config, rooms, operands, gradient_TD):
+    weights, x_TD, indices_TK, gates_TK = operands
+
+    def gradients(room):
+        def run(weights, x_TD, gates_TK):
+            return experts(weights, config, x_TD, indices_TK, gates_TK, room=room)[0]
+
+        return jax.vjp(run, weights, x_TD, gates_TK)[1](gradient_TD)
+
+    of_weights, of_x, of_gates = _in_room(gradients, rooms, weights, indices_TK)
+    return of_weights, of_x, None, of_gates
+
+
+_roomy_experts.defvjp(lambda *operands: (_roomy_experts(*operands), operands[2:]), _roomy_experts_backward)
+
+
 def _places(indices_TK, rank, first, num_places: int, *, some_elsewhere: bool) -> tuple[jax.Array, jax.Array]:
     """(place of every choice i32 [T,K], choices of own experts that have none i32 []); those without one get unique
     numbers beyond the last.
@@ -239,14 +281,14 @@ def _sums_of_tokens(rows_PD, scale_P, place_TK):
     first = jnp.cumsum(counts) - counts
     rank = (first[:, None] + jnp.cumsum(here, axis=1, dtype=jnp.int32) - 1).reshape(-1)
     rank = jnp.where(here.reshape(-1), rank, P + K + choices)
-    choice = jnp.full((P + K - 1,), T * K, jnp.int32).at[rank].set(choices, mode="drop", unique_indices=True)
+    choice = jnp.full((P + K,), T * K, jnp.int32).at[rank].set(choices, mode="drop", unique_indices=True)
     token, place = choice // K, place_TK.reshape(-1).at[choice].get(mode="fill", fill_value=0)
-    rows, scale, total = rows_PD[place], scale_P[place], 0
-    for following in range(K):
-        window = slice(following, following + P)
+    rows, scale, total = rows_PD[place], scale_P[place], jnp.zeros((), jnp.float32)
+    own = token[: P + 1]  # the last is no token's, so its total is zero
+    for window in (slice(following, following + P + 1) for following in range(K)):
         part = rows[window].astype(jnp.float32) * scale[window, None]
-        total = total + jnp.where((token[window] == token[:P])[:, None], part, 0)
-    return jnp.where(counts[:, None] > 0, total.astype(rows_PD.dtype)[jnp.minimum(first, P - 1)], 0)
+        total = total + jnp.where(((token[window] == own) & (own < T))[:, None], part, 0)
+    return total.astype(rows_PD.dtype)[jnp.where(counts > 0, first, P)]
 
 
 def _rows_of_tokens(x_TD, slot, num_chosen):

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trace_jax.models.moe import RARE
+
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0, "tuple": 0}
 # No memory is read or written by these, or it is counted where it happens.
@@ -152,9 +154,14 @@ def _source(instruction: Instruction, inside: Computation) -> Instruction:
 
 
 def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, tuple[int, bool]], int]:
-    """{computation: (how often it runs, whether inside a fusion)}, and the number of loops of unknown length."""
+    """{computation: (how often it runs, whether inside a fusion)}, and the number of loops of unknown length. What only
+    an unbalanced load needs does not run.
+    """
     times: dict[str, tuple[int, bool]] = {}
     unknown = 0
+
+    def likely(name: str) -> bool:
+        return all(f"/{RARE}/" not in i.attributes for i in computations.get(name, {}).values())
 
     def visit(name: str, count: int, fused: bool) -> None:
         nonlocal unknown
@@ -168,7 +175,7 @@ def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, 
             elif not instruction.opcode.endswith(("-done", "-update")):
                 keys = ["calls", "branch_computations", "true_computation", "false_computation"]
                 for key in (*keys, *["to_apply"] * (instruction.opcode == "call")):
-                    for called in instruction.called(key):
+                    for called in filter(likely, instruction.called(key)):
                         visit(called, count, fused or instruction.opcode == "fusion")
 
     visit(entry, 1, False)

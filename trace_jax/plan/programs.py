@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.data.rows import Batch
 from trace_jax.models.architecture import ModelConfig, abstract_params, flatten, unflatten
 from trace_jax.models.generate import greedy_step
+from trace_jax.models.moe import LIKELY
 from trace_jax.models.sharding import param_shardings
 from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, ParallelConfig, row_shards
 from trace_jax.plan.hlo import COLLECTIVES, traffic
@@ -110,7 +111,7 @@ def _filled(model: ModelConfig, mesh: Mesh, buffer: float = 0.0) -> float:
     if devices == 1:
         return 1.0
     worst = devices * min(-(-model.num_experts // devices), model.experts_per_token) / model.experts_per_token
-    return 1 / min(worst, buffer or worst)
+    return 1 / min(worst, buffer or LIKELY)
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
@@ -231,8 +232,9 @@ def matmul_work(jaxpr: Any, *, filled: float = 1.0) -> np.ndarray:
     grouped matmul's rows that belong to a group; its kernels spend no time on the others.
 
     Counted on the equations: the compiled text hides it (a grouped matmul is an opaque kernel there), and XLA's own
-    count takes a loop once. A loop of unknown length counts as one round, of branches the dearest counts, and of a
-    Pallas kernel the cost estimate that it was given or, without one, its equations times its grid.
+    count takes a loop once. A loop of unknown length counts as one round, of branches the cheapest counts (the other is
+    of experts whose load is not balanced), and of a Pallas kernel the cost estimate that it was given or, without one,
+    its equations times its grid.
     """
     work = np.zeros(2)
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -253,7 +255,7 @@ def matmul_work(jaxpr: Any, *, filled: float = 1.0) -> np.ndarray:
         elif name == "pallas_call":
             work += math.prod(params["grid_mapping"].grid) * matmul_work(params["jaxpr"], filled=filled)
         elif name == "cond":
-            work += max((matmul_work(branch, filled=filled) for branch in params["branches"]), key=lambda w: w[1])
+            work += min((matmul_work(branch, filled=filled) for branch in params["branches"]), key=lambda w: w[1])
         else:
             for inner in jaxprs_in_params(params):
                 work += (params["length"] if name == "scan" else 1) * matmul_work(inner, filled=filled)
