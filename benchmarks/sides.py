@@ -11,6 +11,8 @@ import time
 import jax
 import optax
 
+from trace_jax.io.environment import processor
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 EXPERTS = ("eager", "grouped_mm", "batched_mm")  # transformers' implementations of experts
 OLMOE_SMALL = {
@@ -70,7 +72,8 @@ def environment(**versions: str) -> dict:
         "date": datetime.date.today().isoformat(),
         "device": device.device_kind,
         "platform": device.platform,
-        "processor": processor(),
+        "processor": processor(),  # with its widest instructions, which these settings narrow
+        **{name: os.environ[name] for name in ("XLA_FLAGS", "ATEN_CPU_CAPABILITY") if name in os.environ},
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1),  # above 1: other programs took part of the cores
         "python": platform.python_version(),
@@ -78,15 +81,6 @@ def environment(**versions: str) -> dict:
         "optax": optax.__version__,
         **versions,
     }
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def write_row(path: pathlib.Path, shape: str, row: dict) -> None:

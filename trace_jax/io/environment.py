@@ -42,7 +42,7 @@ def describe() -> dict:
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
         "processes": jax.process_count(),
@@ -51,7 +51,7 @@ def describe() -> dict:
     }
 
 
-def _cpu() -> str | None:
+def processor() -> str | None:
     """Model and widest vector instructions of the processor, which ratios of speed depend on; None where unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
