@@ -18,7 +18,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.models.architecture import ArraySpec, ModelConfig, flat_specs, flatten, low_rank, unflatten
-from trace_jax.models.grouped_matmul import resolve_implementation
 from trace_jax.parallel import mesh as meshes
 from trace_jax.parallel.mesh import BATCH_AXES, DATA, EXPERT, TENSOR, ParallelConfig, axis_sizes, place
 
@@ -94,10 +93,8 @@ def sent_bytes(config: ModelConfig, sizes: Mapping[str, int], tokens: int) -> di
         sent["all-reduce"] += 2 * (1 - 1 / others) * whole / size
     width, K, L = config.hidden_size * jnp.dtype(config.dtype).itemsize, 4 * config.experts_per_token, config.num_layers
     others = (sizes[EXPERT] - 1) * tokens * L
-    again = width if resolve_implementation(config.grouped_matmul) == "blocked" else 0
-    sent["all-gather"] += others * (
-        2 * width + 3 * K + again
-    )  # tokens, indices, gates; outputs' gradients, gates again
+    # Tokens, indices, gates; backward tokens and gates again, and gradients of outputs.
+    sent["all-gather"] += others * (3 * width + 3 * K)
     sent["reduce-scatter"] += others * (2 * width + K)  # outputs; gradients of tokens and gates
     share = 2 * (1 - 1 / sizes[TENSOR]) * tokens
     sent["all-reduce"] += share * (4 * width + K) * L  # two outputs, two inputs' gradients, gates'

@@ -217,7 +217,7 @@ class ParallelConfig(Section):
     microbatches: int = option(1, help="parts of a batch whose gradients are added up one after the other", minimum=1)
     expert_buffer: float = option(
         0.0,
-        help="room for tokens of a device's experts, as a multiple of the balanced load; 0 = for the worst case. "
+        help="most room for tokens of a device's experts, as a multiple of the balanced load; 0 = the worst case. "
         "Too little is an error of the step, never a dropped token",
         minimum=0.0,
     )
