@@ -32,10 +32,11 @@ class NonFiniteScore(FloatingPointError):
 
 
 def score_rows(model: Model, rows: Rows, *, batch_size: int = 64, mesh: Mesh | None = None) -> np.ndarray:
-    """NLL f32 [N, S], nats, of what follows every valid position of `rows`, `batch_size` rows at a time; else 0."""
+    """NLL f32 [N, S], nats, of what follows every valid position of `rows`, up to `batch_size` at a time; else 0."""
     positions = np.broadcast_to(np.arange(rows.tokens.shape[1], dtype=np.int32), rows.tokens.shape)
     columns = rows.tokens, rows.segments, positions, _following(rows.tokens)
-    batches = ([x[start : start + batch_size] for x in columns] for start in range(0, len(rows), batch_size))
+    size = -(-len(rows) // max(1, -(-len(rows) // batch_size)))  # as many batches, of equal size: none is filled up
+    batches = ([x[start : start + size] for x in columns] for start in range(0, len(rows), max(1, size)))
     return _nll(model, batches, rows.valid, mesh)
 
 
