@@ -66,9 +66,7 @@ def shape_of(model: PretrainedConfig | ModelConfig) -> ModelConfig:
 
 def laid_out(config: Any, model: ModelConfig, devices: int) -> ParallelConfig:
     """The mesh of an experiment on so many devices (`chosen_mesh`)."""
-    unlearning = config.unlearning
-    rows = [unlearning.forget_batch_size, *[unlearning.retain_batch_size] * unlearning.retains]
-    return chosen_mesh(config.parallel, model, rows, config.data.row_length, devices)
+    return chosen_mesh(config.parallel, model, config.unlearning.batches, config.data.row_length, devices)
 
 
 def _predicted(program: Program, target: Target, mesh: Mesh) -> dict[str, Any]:

@@ -286,6 +286,11 @@ class UnlearningConfig(Rules, OptimizerConfig):
         return self.retain_loss.name != "none"
 
     @property
+    def batches(self) -> tuple[int, ...]:
+        """Rows of each batch of a step."""
+        return (self.forget_batch_size, *[self.retain_batch_size] * self.retains)
+
+    @property
     def layer(self) -> int:
         """The layer (from 1) whose output a loss looks at; 0: none does."""
         if isinstance(self.objective, Steering):

@@ -122,8 +122,8 @@ def unlearn(
             encoded = encode_refusals(objective.refusals, model.tokenizer, model.special)
             forget, refusals = with_refusals(forget, encoded, pad=model.special.pad)
         if mesh is None:
-            rows = [config.forget_batch_size, *[config.retain_batch_size] * config.retains]
-            parallel = chosen_mesh(parallel, model.config, rows, forget.tokens.shape[1], len(jax.devices()))
+            length = forget.tokens.shape[1]
+            parallel = chosen_mesh(parallel, model.config, config.batches, length, len(jax.devices()))
             mesh = parallel.mesh()
         config = with_steps(config, forget, retain)
         say(f"{title}: {batch_text(config, forget, retain, mesh, parallel.microbatches, refusals)}")
