@@ -60,7 +60,7 @@ def test_the_command_prints_and_writes_every_number(file, tmp_path, capsys):
     output = tmp_path / "plan.json"
     assert main(["plan", "--config", file, "--cpu", "8", "--price", "2", "--json", str(output)]) == 0
     text = capsys.readouterr().out
-    for words in ("unlearning step", "statistics pass", "decoding step", "peak memory", "all-gather", "bound by"):
+    for words in ("unlearning step", "statistics pass", "decoding step", "peak memory", "all-gather", "bound by", "what moves most"):
         assert words in text
     written = json.loads(output.read_text())
     assert [p["program"] for p in written["programs"]] == ["unlearning step", "statistics pass", "decoding step"]
@@ -68,6 +68,8 @@ def test_the_command_prints_and_writes_every_number(file, tmp_path, capsys):
     for p in written["programs"]:
         assert p["peak"] == p["parameters"] + p["optimizer"] + p["inputs"] + p["temporaries"] and p["fits"]
         assert p["least"] == p["seconds"][p["bound"]] <= p["most"] and p["flops"] > 0 and p["memory_bytes"] > 0
+        moved = [each["bytes"] for each in p["operations"]]
+        assert moved == sorted(moved, reverse=True) and len(moved) == 10 and sum(moved) <= p["memory_bytes"]
     gathers = next(e for e in written["programs"][0]["exchanges"] if e["kind"] == "all-gather")
     assert gathers["count"] > 6 and gathers["bytes"] > 0  # at least one per layer, though layers stand in a loop
 
