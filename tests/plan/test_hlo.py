@@ -106,9 +106,10 @@ def test_the_tpu_compilers_text_is_read():
         ("reduce-scatter", ((0, 2, 4, 6), (1, 3, 5, 7)), 6, 6 * 2048 * 3 / 4),
     ]
     # The reduction reads x, the first gather writes it whole; its shard stays in the compiler's cache. The other reads
-    # a slice and writes the whole, and the matmul beside it reads and writes. And the counter.
+    # a slice and writes the whole, and the matmul beside it reads and writes; of its result a fusion within a fusion
+    # reads a slice. And the counter.
     expected = {
-        ("fusion", "", ""): [12, 6 * (2048 + 512 + 2048)],
+        ("fusion", "", ""): [18, 6 * (2048 + 512 + 2048 + 512 + 512)],
         ("all-gather", "", ""): [6, 6 * 2048],
         ("fusion", "backward", "dot_general"): [6, 6 * 2 * 2048],
         ("slice", "", ""): [6, 6 * 2 * 512],

@@ -281,7 +281,7 @@ def _memory_bytes(
         return sum(read) + _bytes(exchange.arrays, in_memory=True)
     elsewhere = COLLECTIVES if called in continued else ()  # counted where it began
     for parameter in (i for i in fused.values() if i.opcode == "parameter"):
-        total += min(read[int(parameter.arguments)], _bytes_read(parameter.name, fused, elsewhere))
+        total += min(read[int(parameter.arguments)], _bytes_read(parameter.name, fused, computations, elsewhere))
     root = next(i for i in fused.values() if i.is_root)
     roots = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for root, result in zip(roots, results, strict=False):
@@ -293,14 +293,22 @@ def _memory_bytes(
     return total
 
 
-def _bytes_read(name: str, fused: Computation, elsewhere: tuple[str, ...]) -> float:
-    """Bytes of a value that are read inside a fusion, bitcasts looked through; infinite where all of them are."""
+def _bytes_read(
+    name: str, fused: Computation, computations: dict[str, Computation], elsewhere: tuple[str, ...] = ()
+) -> float:
+    """Bytes of a value that are read inside a fusion, bitcasts and fusions within looked through; infinite where all
+    of them are.
+    """
     total = 0.0
     for user in fused.values():
         if name not in user.operands or user.opcode in ("tuple", *elsewhere):
             continue
         if user.opcode == "bitcast" and not user.is_root:
-            total += _bytes_read(user.name, fused, elsewhere)
+            total += _bytes_read(user.name, fused, computations, elsewhere)
+        elif user.opcode == "fusion":
+            inner, place = computations[user.called("calls")[0]], str(user.operands.index(name))
+            own = next(i for i in inner.values() if i.opcode == "parameter" and i.arguments == place)
+            total += _bytes_read(own.name, inner, computations)
         elif user.operands[0] == name and user.opcode in _SLICES:
             total += _bytes(user.arrays)
         elif user.operands[0] != name or user.opcode != "dynamic-update-slice":
