@@ -4,9 +4,8 @@ Command:   python -m trace_jax.main study --config configs/objectives_study.py -
            python -m trace_jax.main study --config configs/objectives_study.py:all --workdir runs/all_objectives
 Variants:  none: the six that people use, three seeds, under attack; all: every objective, one seed, no attack
 Hardware:  2 CPU cores, 4 GB of memory; nothing is downloaded.
-Run time:  about 45 min on two cores, by what its parts take on one: a run 15 s, attacks on it 60 s without the
-           search over routes, which is not measured yet, a target 155 s, a retrained model 130 s; 72 runs for
-           tuning, 36 that are attacked and up to 36 for the second reading.
+Run time:  34 min on two cores: 72 runs for tuning, 36 that are attacked, 6 for the second reading. A run takes 15 s,
+           its attacks 25 s, a target 130 s and a retrained model as long.
 Result:    docs/results.md; of all: docs/methods.md.
 """
 

@@ -33,4 +33,4 @@ def claim(
     """`over`: what the values are of, if not of seeds."""
     n = values["n"] if isinstance(values, Mapping) else len(values)
     about = {"claim": text, "measure": measure, **interval(values), "n": n}
-    return about | {"over": over or f"{n} seeds", "holds": holds, "bound": bound, "place": place}
+    return about | {"over": over or f"{n} seed{'s' * (n != 1)}", "holds": holds, "bound": bound, "place": place}

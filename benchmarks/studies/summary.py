@@ -109,7 +109,7 @@ def figure(name: str, title: str, caption: str, kind: str, x: str, y: str, serie
         points = [(place, interval(array)) for place, array in zip(places, arrays, strict=True) if len(array)]
         ends = {"y": "value", "low": "low", "high": "high"}
         columns = {key: [point[end] for _, point in points] for key, end in ends.items()}
-        if any(None in columns[end] for end in ("low", "high")):  # of one seed
+        if set(columns["low"]) <= {None}:  # of one seed
             columns = {"y": columns["y"]}
         drawn.append({"name": label, "x": [place for place, _ in points], **columns})
     about = {"name": name, "title": title, "caption": caption, "kind": kind, "x": x, "y": y}
@@ -260,7 +260,7 @@ def trainable(studies: Sequence[Study]) -> dict[str, Any]:
 
 def objectives(studies: Sequence[Study]) -> dict[str, Any]:
     (study,) = studies
-    made = by_variant(study, "What routing weights gain, by objective", "With {}")
+    made = by_variant(study, "What routing weights gain, by objective", "With `{}`")
     forgetting = study.told["board"]["forgetting"]
     measure = forgetting.replace("_", " ")
     names = dict.fromkeys(name for run in study.told["runs"] for name in run["robustness"])
@@ -300,7 +300,7 @@ def objectives(studies: Sequence[Study]) -> dict[str, Any]:
     for row, (variant, method) in zip(rows, itertools.product(study.variants, BOTH), strict=True):
         row += [interval(values(numbers)) for numbers in known(method, variant)]
     columns = ["objective", "method", "before the attack", *(attack.replace("_", " ") for attack in attacks)]
-    columns += ["membership by routing, AUC", "retrained"]
+    columns += ["membership by routing, AUC", "the same of the control"]
     title = f"{measure.capitalize()} of the model that is kept, before and under attack at its strongest"
     made["tables"].append({"title": title, "columns": columns, "rows": rows})
     shown = list(study.variants)
