@@ -44,8 +44,10 @@ def soak(place: Place) -> list[Tried]:
     if evaluations < STEPS // EVERY:
         problem = problem or f"{evaluations} evaluations"
     quarter, tried = len(samples) // 4, []
-    for name, values in zip(("memory", "open files", "memory maps"), zip(*samples, strict=True), strict=True):
-        before, after = max(values[quarter : 2 * quarter]), max(values[-quarter:])
+    # What a save opens is closed again: files and maps are counted at their fewest, where only what is kept is left.
+    kinds = {"memory": max, "open files": min, "memory maps": min}
+    for (name, of), values in zip(kinds.items(), zip(*samples, strict=True), strict=True):
+        before, after = of(values[quarter : 2 * quarter]), of(values[-quarter:])
         grown = f"from {before:,} to {after:,}" if after > before * (1 + GROWTH) else ""
         tried.append(Tried(f"{STEPS:,} steps, {STEPS // EVERY} evaluations: {name}", "a long run", problem or grown))
     return tried
