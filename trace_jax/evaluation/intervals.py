@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import special
+import scipy
 
 from trace_jax.io.files import encode
 
@@ -97,7 +97,7 @@ def bootstrap_mean(
 
 def wilson(successes: int, n: int) -> Interval:
     """Wilson's score interval of a proportion of independent items (Wilson 1927)."""
-    z, p = float(special.ndtri(0.5 + LEVEL / 2)), successes / n
+    z, p = float(scipy.special.ndtri(0.5 + LEVEL / 2)), successes / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
@@ -125,7 +125,7 @@ def t_interval(values: np.ndarray) -> Interval:
     mean, n = float(values.mean()), len(values)
     if n < 2:
         return Interval(mean, math.nan, math.nan, n)
-    half = float(special.stdtrit(n - 1, 0.5 + LEVEL / 2) * values.std(ddof=1) / math.sqrt(n))
+    half = float(scipy.special.stdtrit(n - 1, 0.5 + LEVEL / 2) * values.std(ddof=1) / math.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
 
 
@@ -147,7 +147,7 @@ def seeds_and_items(values: np.ndarray, resampled: np.ndarray, n: int) -> Interv
     covariance = np.cov(resampled, rowvar=False)
     together = float(covariance.mean())
     shared = max(0.0, float((covariance.sum() - np.trace(covariance)) / (seeds * (seeds - 1))))
-    t, z = special.stdtrit(seeds - 1, 0.5 + LEVEL / 2), special.ndtri(0.5 + LEVEL / 2)
+    t, z = scipy.special.stdtrit(seeds - 1, 0.5 + LEVEL / 2), scipy.special.ndtri(0.5 + LEVEL / 2)
     half = math.sqrt(max(t**2 * values.var(ddof=1) / seeds + z**2 * shared, z**2 * together))
     return Interval(mean, mean - half, mean + half, n)
 

@@ -18,10 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.linalg
-from scipy.optimize import brentq
-from scipy.sparse import csr_array
-from scipy.sparse.linalg import LinearOperator, cg
+import scipy
 
 Matrix = Any  # np.ndarray or scipy.sparse.csr_array, f64
 AIM = 1e-11  # largest gradient entry at which Newton stops
@@ -116,13 +113,15 @@ class _Dual:
             along = curvature * (self.features @ v[:-1] + v[-1])
             return np.append(self.features.T @ along + rho * v[:-1], along.sum() + 1e-12 * v[-1])
 
-        operator: Any = functools.partial(LinearOperator, (len(gradient),) * 2, dtype=np.float64)
+        operator: Any = functools.partial(scipy.sparse.linalg.LinearOperator, (len(gradient),) * 2, dtype=np.float64)
         rtol = min(0.1, float(np.sqrt(np.abs(gradient).max())))
         for products in (MOST_PRODUCTS, 200):
             if products == 200 or self.factor is None:
                 self.factor = _factor(self._hessian(curvature, rho))
             steering = operator(matvec=functools.partial(scipy.linalg.cho_solve, self.factor))
-            step, failed = cg(operator(matvec=product), -gradient, M=steering, rtol=rtol, maxiter=products)
+            step, failed = scipy.sparse.linalg.cg(
+                operator(matvec=product), -gradient, M=steering, rtol=rtol, maxiter=products
+            )
             if not failed:
                 break
         return step if step @ gradient < 0 else -steering.matvec(gradient)
@@ -229,7 +228,7 @@ def closest_match(
             above, x = x, x - STRIDE
         if excess(x, size) < 0:
             below, x = x, above
-            root: Any = brentq(excess, below, above, args=(size,), xtol=1e-12)
+            root: Any = scipy.optimize.brentq(excess, below, above, args=(size,), xtol=1e-12)
             x = root
         found.append(dataclasses.replace(solve(x), elasticity=slope(x)))
     return found
@@ -269,7 +268,7 @@ def concentrated(scores: np.ndarray, base: np.ndarray, *, size: float, max_weigh
     def excess(b: float) -> float:
         return effective_sample_size(powered(b), base) - size
 
-    power: Any = 1.0 if excess(1.0) >= 0 else brentq(excess, 0.0, 1.0, xtol=1e-12)
+    power: Any = 1.0 if excess(1.0) >= 0 else scipy.optimize.brentq(excess, 0.0, 1.0, xtol=1e-12)
     return powered(power)
 
 
@@ -313,7 +312,9 @@ def find_patterns(
         return features, counts.astype(np.float64), unit, touched
     _, of_token = np.unique(units, return_inverse=True)
     ones = np.ones(len(of_token))
-    members = csr_array((ones, (of_token, np.arange(len(of_token)))), (int(of_token.max()) + 1, len(of_token)))
+    members = scipy.sparse.csr_array(
+        (ones, (of_token, np.arange(len(of_token)))), (int(of_token.max()) + 1, len(of_token))
+    )
     length_key = np.uint64(0x9E3779B97F4A7C15)  # counted once per token, so that a unit's key holds its length
     unit_keys = members.astype(np.uint64) @ (keys(activations) + length_key)
     _, first, pattern = np.unique(unit_keys, return_index=True, return_inverse=True)
@@ -334,7 +335,7 @@ def activation_matrix(indices: np.ndarray, matched: np.ndarray, chunk: int = 4_0
         per_token.append(np.count_nonzero(table >= 0, axis=1))
     column = np.concatenate(columns)
     ends = np.concatenate([[0], np.cumsum(np.concatenate(per_token))]).astype(np.int32 if len(column) < 2**31 else int)
-    return csr_array((np.ones(len(column)), column, ends), (indices.shape[1], int(matched.sum())))
+    return scipy.sparse.csr_array((np.ones(len(column)), column, ends), (indices.shape[1], int(matched.sum())))
 
 
 def reachable(features: Matrix, matched: np.ndarray, moment: np.ndarray, goal: np.ndarray, top_k: int) -> np.ndarray:

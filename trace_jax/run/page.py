@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy.special import softmax
+import scipy
 
 from trace_jax.config import ConfigError, resolve
 from trace_jax.evaluation.likelihood import spread_indices
@@ -57,7 +57,7 @@ def _texts(line: Mapping[str, Any]) -> dict[str, Any]:
 
 def _answer(line: Mapping[str, Any]) -> Any:
     if "log_likelihood" in line:
-        return softmax(line["log_likelihood"]).tolist()
+        return scipy.special.softmax(line["log_likelihood"]).tolist()
     return _short(line["generation"]) if "generation" in line else None
 
 

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import scipy
 from jax.sharding import Mesh
-from scipy import special
 
 from trace_jax.config import fingerprint, option
 from trace_jax.data.corpora import Benchmark, DataConfig, Part
@@ -83,7 +82,7 @@ def probability_among(log_prob: np.ndarray, wrong: np.ndarray) -> np.ndarray:
     The code of TOFU and of open-unlearning takes length-normalised probabilities here, the paper's formula plain ones.
     """
     wrong = np.nan_to_num(wrong, nan=-np.inf)
-    return special.softmax(np.concatenate([log_prob[:, None], wrong], axis=1), axis=1)[:, 0]
+    return scipy.special.softmax(np.concatenate([log_prob[:, None], wrong], axis=1), axis=1)[:, 0]
 
 
 def log_truth_ratio(
@@ -98,7 +97,7 @@ def log_truth_ratio(
     if wrong_mean == "geometric":
         return np.nanmean(wrong, axis=1) - correct
     counts = np.isfinite(wrong).sum(axis=1)
-    return special.logsumexp(np.nan_to_num(wrong, nan=-np.inf), axis=1) - np.log(counts) - correct
+    return scipy.special.logsumexp(np.nan_to_num(wrong, nan=-np.inf), axis=1) - np.log(counts) - correct
 
 
 def aggregated(
@@ -114,7 +113,7 @@ def aggregated(
         return np.exp(-np.abs(log_ratio))
     if aggregator == "true_better":
         return -np.expm1(np.minimum(log_ratio, 0.0))
-    return special.expit(-log_ratio)
+    return scipy.special.expit(-log_ratio)
 
 
 def harmonic_mean(values: np.ndarray) -> np.ndarray:

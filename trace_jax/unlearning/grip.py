@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
+import scipy
 from flax import struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
