@@ -61,7 +61,7 @@ SETTINGS = {
     "target": {"steps": 8, "batch_size": 8, "checkpoint_every": 3, "retrained": True},
     "evaluation": {"batch_size": 16, "levels": (0.99,), "max_rows": 8, "max_prompts": 4, "max_gradients": 0},
     "calibration": {"routing": {"name": "recalibrated", "every": 5}, "rule": {"name": "difference", "top": 1}},
-    "attacks": {"relearning": {"steps": (2,), "batch_size": 2, "learning_rate": 1e-2}, "router_swap": {}},
+    "attacks": {"relearning": {"steps": (2,), "batch_size": 2, "learning_rate": 1e-3}, "router_swap": {}},
 }
 SETTINGS["model"] |= {"num_heads": 2, "num_kv_heads": 2, "head_size": 8, "vocab_size": 320}
 SETTINGS["unlearning"] |= {"retain_batch_size": 8}

@@ -1,9 +1,11 @@
 """Two real processes on this machine sum a number and agree; what can't start says why."""
 
 import http.server
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from tests.two_processes import CLUSTERS, DEVICES, free_port, launch, run_processes
 from trace_jax.config import ConfigError
 from trace_jax.parallel import processes
-from trace_jax.parallel.processes import VARIABLES, barrier, is_main, start_processes
+from trace_jax.parallel.processes import VARIABLES, barrier, is_main, start_processes, worker_pool
 
 ALL = [*VARIABLES, *CLUSTERS, "TPU_SKIP_MDS_QUERY", "GCE_METADATA_IP"]
 
@@ -140,3 +142,25 @@ def test_steps_stop_faulting_once_memory_is_kept():
     took_effect, faults = result.stdout.split()
     if took_effect == "True":
         assert int(faults) < 3000  # otherwise over 10,000: a step's temporaries are 4 MiB
+
+
+def deaf(begun):
+    """Work that SIGTERM doesn't end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    begun.touch()
+    time.sleep(600)
+
+
+def failing(begun):
+    while not begun.exists():
+        time.sleep(0.01)
+    raise OSError("no space")
+
+
+def test_a_worker_that_does_not_end_when_another_fails_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "SAVING", 0.5)
+    began = time.monotonic()
+    with pytest.raises(OSError, match="no space"), worker_pool(2) as pool:
+        _, failed = [pool.submit(work, tmp_path / "begun") for work in (deaf, failing)]
+        failed.result()
+    assert time.monotonic() - began < 60

@@ -176,6 +176,9 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+SAVING = 60.0  # seconds that a worker has to save its state when another has failed
+
+
 @contextlib.contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes side by side, each on its share of the cores. On an error what waits is dropped, what runs ended."""
@@ -185,8 +188,14 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
+            workers = multiprocessing.active_children()
+            for worker in workers:
                 worker.terminate()
+            for (
+                worker
+            ) in workers:  # one would wait for ever for the lock of the results, if it ended another that held it
+                worker.join(SAVING)
+                worker.kill()
             raise
 
 
