@@ -188,8 +188,8 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            workers = multiprocessing.active_children()
-            for worker in workers:
+            running = multiprocessing.active_children()
+            for worker in running:
                 worker.terminate()
             for (
                 worker
