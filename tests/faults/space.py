@@ -76,7 +76,7 @@ def told(ended: Ended, reason: str) -> str:
     """What is wrong with how a run ended that could not write; "" if it said so in a sentence, or needed no space."""
     if ended.problem:
         return ended.problem
-    reasons = reason, "GB free"  # a full disk is noticed before much is written to it
+    reasons = reason, "GB free", "are free there"  # a full disk is noticed before much is written to it
     if ended.code != 0 and (ended.code != 2 or not any(why in ended.sentence for why in reasons)):
         return f"exit code {ended.code}, said: {ended.said[-600:]}"
     return ""

@@ -191,9 +191,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             running = multiprocessing.active_children()
             for worker in running:
                 worker.terminate()
-            for (
-                worker
-            ) in workers:  # one would wait for ever for the lock of the results, if it ended another that held it
+            for worker in running:  # one would wait for ever for a lock that another held when it was ended
                 worker.join(SAVING)
                 worker.kill()
             raise
