@@ -40,7 +40,8 @@ def full_disk(place: Place, kind: str, expected: Any, *, after: float) -> Tried 
             os.posix_fallocate(file.fileno(), 0, max(shutil.disk_usage(disk).free - 4096, 1))
         ended = wait(process)
         filler.unlink()
-        one = Tried("full disk", stage(ended.said), told(ended, "No space left on device"))
+        reasons = "No space left on device", "GB free", "are free there"  # it may be noticed before anything is written
+        one = Tried("full disk", stage(ended.said), told(ended, *reasons))
         return judged(one, place.run(kind, workdir), kind, workdir, expected)
 
 
@@ -72,11 +73,10 @@ def read_only(place: Place, kind: str, expected: Any, *, after: float) -> Tried 
         return judged(one, place.run(kind, workdir), kind, workdir, expected)
 
 
-def told(ended: Ended, reason: str) -> str:
+def told(ended: Ended, *reasons: str) -> str:
     """What is wrong with how a run ended that could not write; "" if it said so in a sentence, or needed no space."""
     if ended.problem:
         return ended.problem
-    reasons = reason, "GB free", "are free there"  # a full disk is noticed before much is written to it
     if ended.code != 0 and (ended.code != 2 or not any(why in ended.sentence for why in reasons)):
         return f"exit code {ended.code}, said: {ended.said[-600:]}"
     return ""
