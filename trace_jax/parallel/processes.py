@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -176,7 +177,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-SAVING = 60.0  # seconds that a worker has to save its state when another has failed
+SAVING = 60.0  # seconds that workers have to save their states when one has failed
 
 
 @contextlib.contextmanager
@@ -191,8 +192,9 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             running = multiprocessing.active_children()
             for worker in running:
                 worker.terminate()
+            until = time.monotonic() + SAVING
             for worker in running:  # one would wait for ever for a lock that another held when it was ended
-                worker.join(SAVING)
+                worker.join(max(0.0, until - time.monotonic()))
                 worker.kill()
             raise
 
