@@ -29,8 +29,8 @@ OLMOE_SMALL = {
 }
 
 
-def both_sides():
-    """(transformers' model in float32 with sdpa attention, ours with the same weights). All cores on both sides."""
+def both_sides(dtype: str = "float32"):
+    """(transformers' model in this type with sdpa attention, ours with the same weights). All cores on both sides."""
     import torch
     import transformers
 
@@ -40,10 +40,12 @@ def both_sides():
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     config = transformers.OlmoeConfig(**OLMOE_SMALL)
-    theirs = transformers.OlmoeForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    theirs = transformers.OlmoeForCausalLM._from_config(
+        config, attn_implementation="sdpa", dtype=getattr(torch, dtype)
+    ).eval()
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
-        ours = load_pretrained(directory)
+        ours = load_pretrained(directory, dtype=dtype)
     return theirs, ours
 
 

@@ -127,7 +127,9 @@ def test_the_written_gradient_of_attention_is_the_derived_one():
         return jax.jit(jax.grad(lambda q, k, v, s: (attend(q, k, v, mask, s) * weight).sum(), argnums=(0, 1, 2, 3)))
 
     written = gradients(layers._causal_attend)(q, k, v, sinks)
-    derived = gradients(lambda *arrays: layers._attend_with_normalizer(*arrays)[0])(q, k, v, sinks)
+    derived = gradients(lambda q, k, v, mask, s: layers._attend_with_normalizer(q, [(k, v, mask)], s)[0])(
+        q, k, v, sinks
+    )
     for mine, other in zip(written, derived, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
 

@@ -115,6 +115,19 @@ def test_no_weights_are_sent_while_tokens_are_written(monkeypatch):
     decoding._compiled.cache_clear()
 
 
+def test_a_token_copies_neither_the_experts_of_a_layer_nor_the_cache():
+    """It uses few of the experts, and the cache of a layer is read where it lies."""
+
+    def room(layers, experts, length):
+        config = dataclasses.replace(CONFIG, num_layers=layers, num_experts=experts, expert_hidden_size=64)
+        write, inputs = greedy_step(config, mesh_of(1, 1, 1), 4, length)
+        return write.lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+
+    for layers in (2, 6):  # unrolled, and in a loop
+        assert room(layers, 64, 16) - room(layers, 6, 16) < 58 * 3 * 16 * 64 * 4
+    assert room(12, 6, 4096) - room(6, 6, 4096) < 4 * 4096 * 2 * 4 * 4
+
+
 def test_a_finished_row_is_filled_with_its_end_token():
     free = greedy()
     ends = int(free[0, 2]), int(free[1, 4])

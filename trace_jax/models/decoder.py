@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trace_jax.models.architecture import ModelConfig
+from trace_jax.models.grouped_matmul import resolve_implementation
 from trace_jax.models.layers import Cache, attention, attention_mask, gated_mlp, norm, rotary
 from trace_jax.models.moe import RouterOutput, moe_layer
 from trace_jax.models.sharding import assembled, rematerialized
@@ -155,6 +156,8 @@ def forward(
     def layer_step(stack, x, inputs):
         layer, layer_cache, numbers, chosen, added = inputs
         layer = assembled(layer, config, f"{stack}/")
+        if "layer" in numbers:
+            layer["experts"] = {**params[stack]["experts"], "layer": numbers["layer"]}
         rope_table = rope_tables[numbers["rope"]] if config.layer_ropes else rope_tables[0]
         readable = allowed & (distance < numbers["window"]) if config.windows else allowed
         layer_cache = None if cache is None else (*layer_cache, start)
@@ -179,9 +182,13 @@ def forward(
         first, *others = run
         before, depth = kinds[:first].count(stack), 1 + len(others)
         layers, inside = slice(first, first + depth), slice(before, before + depth)
-        arrays = jax.tree.map(lambda a: a[inside], params[stack])  # noqa: B023
+        uncopied = {"experts"} if cache is not None and _in_stacks(params[stack], config) else set()
+        arrays = {name: part for name, part in params[stack].items() if name not in uncopied}
+        arrays = jax.tree.map(lambda a: a[inside], arrays)  # noqa: B023
         caches = None if cache is None else jax.tree.map(lambda a: a[layers], (cache.k, cache.v))  # noqa: B023
         numbers = {name: jnp.asarray(values[layers]) for name, values in per_layer.items()}
+        if uncopied:
+            numbers["layer"] = jnp.arange(before, before + depth, dtype=jnp.int32)
         chosen = None if experts is None or stack == "dense" else jnp.asarray(experts, jnp.int32)[inside]
         # Few layers are unrolled: then what the backward pass keeps isn't copied into and out of stacks.
         step = rematerialized(partial(layer_step, stack), remat, arrays, config, f"{stack}/")
@@ -189,18 +196,25 @@ def forward(
         inputs = arrays, caches, numbers, chosen, added
         x, out = jax.lax.scan(step, x, inputs, unroll=depth if depth <= UNROLLED_LAYERS else 1)
         outs.append(out)
-    (routers, outputs, caches), join = zip(*outs, strict=True), partial(jax.tree.map, lambda *a: jnp.concatenate(a))
+    (routers, outputs, new), join = zip(*outs, strict=True), partial(jax.tree.map, lambda *a: jnp.concatenate(a))
     if num_layers is None:
         x = norm(params, "final_norm", config, x)  # vectors are not cut
     logits = _logits(params, config, x) if "logits" in wanted else None
     if cache is not None:
-        k, v = join(*caches)
-        if num_layers is not None:
-            k, v = jax.tree.map(lambda old, new: old.at[: len(new)].set(new), (cache.k, cache.v), (k, v))
+        # Layers only read the cache, and it is written once, after them: so XLA writes in place and copies nothing.
+        write = partial(jax.lax.dynamic_update_slice, start_indices=(0, 0, 0, start, 0))
+        k, v = jax.tree.map(write, (cache.k, cache.v), join(*new))
         places = {"documents": key_documents, "positions": key_positions, "index": start + S}
         cache = dataclasses.replace(cache, k=k, v=v, **places)
     router = join(*([router for router in routers if router is not None] or [RouterOutput()]))
     return ModelOutput(logits, x if "hidden" in wanted else None, join(*outputs), router, cache)
+
+
+def _in_stacks(params: dict, config: ModelConfig) -> bool:
+    """Whether experts are read where they lie in the stack of layers: a token uses few, a layer's copy has all."""
+    plain = "experts" in params and all(isinstance(leaf, jax.Array) for leaf in params["experts"].values())
+    alone = all(size == 1 for size in axis_sizes().values())
+    return plain and alone and resolve_implementation(config.grouped_matmul) == "blocked"
 
 
 def _residual(layer: dict, config: ModelConfig, x: jax.Array, name: str, part):

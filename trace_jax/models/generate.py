@@ -169,7 +169,7 @@ def _cache_specs(config: ModelConfig, mesh: Mesh) -> Cache:
     """How a cache lies on a mesh."""
     devices, grouped = mesh.shape[TENSOR], config.attention == "grouped"
     split = grouped and devices > 1 and config.num_kv_heads % devices == 0
-    heads = P(None, BATCH_AXES, None, TENSOR) if split else P(None, BATCH_AXES)
+    heads = P(None, BATCH_AXES, TENSOR) if split else P(None, BATCH_AXES)
     specs: Any = heads, heads if grouped else None, _ROWS, _ROWS, P()
     return Cache(*specs)
 

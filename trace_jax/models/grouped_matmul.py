@@ -26,7 +26,8 @@ from trace_jax.parallel.mesh import as_varying, varying_axes
 DEFAULTS = {"cpu": "blocked", "gpu": "triton", "tpu": "mosaic"}
 KERNELS = {"mosaic": "tpu", "triton": "gpu"}  # the platform that each is written for
 MOST_BLOCKS = 8  # of a turn of `blocked_experts`
-MOST_WEIGHTS = 2**18  # numbers of gate_up that a turn copies: more leave the cache
+MOST_WEIGHTS = 2**18  # numbers of gate_up that a turn copies: more leave the cache; and a quarter for blocks of
+FEW_ROWS = 16  # rows or less, where copying weights is all that takes time
 
 
 def program_platform() -> str:
@@ -86,13 +87,13 @@ _by_kernels.defvjp(lambda *operands: (_by_kernels(*operands), operands[:3]), _by
 
 
 def block_size(num_rows: int, num_groups: int) -> int:
-    """Rows per block of the blocked layout, a power of two between 8 and 256.
+    """Rows per block of the blocked layout, a power of two between 4 and 256.
 
     Half a block per group is padding, and every block has its weights arranged for the processor once more, which costs
     as much as about 14 rows: the sum is least near the root of 28 times the mean group.
     """
     mean = max(1, num_rows // max(1, num_groups))
-    return min(256, max(8, 1 << round(math.log2(28 * mean) / 2)))
+    return min(256, 1 << round(math.log2(28 * mean) / 2))
 
 
 def block_layout(group_sizes: jax.Array, num_rows: int, size: int) -> tuple[jax.Array, jax.Array]:
@@ -125,8 +126,10 @@ def make_blocks(slot, block_group, used, place_TK, weights: dict, trained=None) 
     (None: all). `place_TK` is the row of each slot; from P on it is not here, and counts as zero.
     """
     num_blocks, here = block_group.shape[0], place_TK < slot.shape[0]
-    per_turn = max(1, min(MOST_BLOCKS, num_blocks, MOST_WEIGHTS // weights["gate_up"][0].size))
-    missing, rows = -num_blocks % per_turn, slot.shape[0] // num_blocks
+    rows = slot.shape[0] // num_blocks
+    most = MOST_WEIGHTS if rows > FEW_ROWS else MOST_WEIGHTS // 4
+    per_turn = max(1, min(MOST_BLOCKS, num_blocks, most // weights["gate_up"][0].size))
+    missing = -num_blocks % per_turn
     slot = jnp.pad(slot, (0, missing * rows), constant_values=place_TK.size).reshape(-1, per_turn, rows)
     group = jnp.pad(block_group, (0, missing), mode="edge").reshape(-1, per_turn)
 

@@ -6,7 +6,7 @@ dimensions of a head turn with position; in latent attention the last.
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -128,8 +128,8 @@ class Cache:
     that all heads share as one key of width R + W, and no values: they are part of the latent.
     """
 
-    k: jax.Array  # [L, B, M, G, C] or [L, B, M, 1, R + W]
-    v: jax.Array | None  # [L, B, M, G, C] or None
+    k: jax.Array  # [L, B, G, M, C] or [L, B, 1, M, R + W]
+    v: jax.Array | None  # [L, B, G, M, C] or None
     documents: jax.Array  # i32 [B, M]; 0 = padding or empty
     positions: jax.Array  # i32 [B, M]
     index: jax.Array  # i32 scalar: places in use
@@ -137,9 +137,10 @@ class Cache:
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     """Empty cache with room for `length` tokens in each of `batch_size` rows (on a mesh: those of a device)."""
-    heads = share(config.num_kv_heads, "kv_heads"), config.head_size
-    key = (1, config.latent_size + config.rotary_width) if config.attention == "latent" else heads
-    k = jnp.zeros((config.num_layers, batch_size, length, *key), config.dtype)
+    heads, width = share(config.num_kv_heads, "kv_heads"), config.head_size
+    if config.attention == "latent":
+        heads, width = 1, config.latent_size + config.rotary_width
+    k = jnp.zeros((config.num_layers, batch_size, heads, length, width), config.dtype)
     places = jnp.zeros((batch_size, length), jnp.int32)
     return Cache(k, None if config.attention == "latent" else k, places, places, jnp.zeros((), jnp.int32))
 
@@ -162,10 +163,10 @@ def attention_mask(documents, length: int, key_documents, start: jax.Array | int
 
 
 def attention(layer: dict, config: ModelConfig, x: jax.Array, *, rope_table: jax.Array, mask: jax.Array, cache=None):
-    """One layer's (self-attention [B, S, D] of normalised x, (k, v) with the new tokens).
+    """One layer's (self-attention [B, S, D] of normalised x, (k, v) of these tokens for its cache).
 
-    `rope_table` is its entry of `rotary`, `mask` bool [B or 1, S, M] what queries may read, and `cache` (k [B, M, ...],
-    v or None, i32 place where the new ones are written before all are read), or None (M = S).
+    `rope_table` is its entry of `rotary`, `mask` bool [B or 1, S, M] what queries may read, and `cache` its (k, v or
+    None, i32 place where these go), or None (M = S).
     """
     mix = _latent_attention if config.attention == "latent" else _grouped_attention
     mixed, keys_values = mix(layer, config, x, rope_table, mask, cache)
@@ -176,27 +177,26 @@ def attention(layer: dict, config: ModelConfig, x: jax.Array, *, rope_table: jax
 
 
 def _grouped_attention(layer, config: ModelConfig, x, rope_table, mask, cache):
-    """(mixed values [B,S,H,C], (k, v) [B,M,G,C])."""
+    """(mixed values [B,S,H,C], (k, v) of the new tokens [B,G,S,C])."""
     x = as_varying(x, varying_axes(layer["q"]) & varying_axes(layer["k"]))  # one sum of three gradients, not three
     q, k, v = (_projection(layer, config, x, name) for name in ("q", "k", "v"))
     q, k = (rotate(a, rope_table, interleaved=config.rope_interleaved) for a in (q, k))
     if config.qk_norm == "head_after_rope":
         q, k = (rms_norm(a, layer[f"{n}_norm"], config.norm_epsilon) for a, n in ((q, "q"), (k, "k")))
-    if cache is not None:
-        write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=cache[2], axis=1)
-        k, v = write(cache[0], k), write(cache[1], v)
-    own_k, own_v = (_read_by_own_heads(a, config, q.shape[2]) for a in (k, v))
-    return _attend(layer, config, q, own_k, own_v, mask, cached=cache is not None), (k, v)
+    k, v = (a.transpose(0, 2, 1, 3) for a in (k, v))
+    new, own = (k, v), partial(_read_by_own_heads, config=config, num_heads=q.shape[2])
+    cache = None if cache is None else (own(cache[0]), own(cache[1]), cache[2])
+    return _attend(layer, config, q, own(k), own(v), mask, cache), new
 
 
 def _read_by_own_heads(kv, config: ModelConfig, num_heads: int):
-    """Keys or values [B,M,G,C] of the heads that this device's queries read; one per query head if not all do so alike.
+    """Keys or values [B,G,M,C] of the heads that this device's queries read; one per query head if not all do so alike.
     Heads split evenly need nothing. Where there are fewer key heads than devices, each device has all of them.
     """
-    if num_heads == config.num_heads or kv.shape[2] < config.num_kv_heads:
+    if num_heads == config.num_heads or kv.shape[1] < config.num_kv_heads:
         return kv
     head = jax.lax.axis_index(TENSOR) * num_heads + jnp.arange(num_heads, dtype=jnp.int32)
-    return kv[:, :, jnp.minimum(head, config.num_heads - 1) // (config.num_heads // config.num_kv_heads)]
+    return kv[:, jnp.minimum(head, config.num_heads - 1) // (config.num_heads // config.num_kv_heads)]
 
 
 def _projection(layer, config: ModelConfig, x, name: str):
@@ -214,7 +214,7 @@ def _projection(layer, config: ModelConfig, x, name: str):
 
 
 def _latent_attention(layer, config: ModelConfig, x, rope_table, mask, cache):
-    """(mixed values [B,S,H,value_width], (latents and shared keys [B,M,1,R+W], None)). DeepSeek-V2, arXiv 2405.04434.
+    """(mixed values [B,S,H,value_width], (latents and shared keys [B,1,S,R+W], None)). DeepSeek-V2, arXiv 2405.04434.
 
     Without a cache keys and values are formed for every head. With one, queries are brought into the latent space
     instead (the paper's absorbed form), so that no head's keys are ever kept.
@@ -238,22 +238,28 @@ def _latent_attention(layer, config: ModelConfig, x, rope_table, mask, cache):
         k, v = (jnp.einsum("bsr,rhc->bshc", latent[:, :, 0], up) for up in (k_up, v_up))
         shared = jnp.broadcast_to(k_rope, (*k.shape[:3], k_rope.shape[-1]))
         q = jnp.concatenate([q[..., :nope_dims], q_rope], axis=-1)
-        return _attend(layer, config, q, jnp.concatenate([k, shared], axis=-1), v, mask, cached=False), (None, None)
+        k, v = (a.transpose(0, 2, 1, 3) for a in (jnp.concatenate([k, shared], axis=-1), v))
+        return _attend(layer, config, q, k, v, mask, None), (None, None)
     q = jnp.concatenate([jnp.einsum("bshc,rhc->bshr", q[..., :nope_dims], k_up), q_rope], axis=-1)
-    k = jax.lax.dynamic_update_slice_in_dim(cache[0], jnp.concatenate([latent, k_rope], axis=-1), cache[2], axis=1)
-    mixed = _attend(layer, config, q, k, k[..., :R], mask, cached=True)
-    return jnp.einsum("bshr,rhc->bshc", mixed, v_up), (k, None)
+    new = jnp.concatenate([latent, k_rope], axis=-1).transpose(0, 2, 1, 3)
+    mixed = _attend(layer, config, q, new, new[..., :R], mask, (cache[0], cache[0][..., :R], cache[2]))
+    return jnp.einsum("bshr,rhc->bshc", mixed, v_up), (new, None)
 
 
-def _attend(layer, config: ModelConfig, q, k, v, mask, *, cached: bool):
-    """Mixed values [B,S,H,Cv] of q [B,S,H,C], k [B,M,G,C], v [B,M,G,Cv]."""
+def _attend(layer, config: ModelConfig, q, k, v, mask, cache):
+    """Mixed values [B,S,H,Cv] of q [B,S,H,C], k [B,G,S,C], v [B,G,S,Cv], and the k and v [B,G,M,...] of a cache."""
     B, S, H, _ = q.shape
-    G, scale = k.shape[2], config.attention_scale or config.head_size**-0.5
+    G, scale = k.shape[1], config.attention_scale or config.head_size**-0.5
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     q = q.reshape(B, S, G, H // G, -1).transpose(0, 2, 3, 1, 4)
     sinks = layer["sinks"].astype(jnp.float32).reshape(G, H // G) if config.sinks else None
-    arrays = q, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask, sinks
-    mixed = _attend_with_normalizer(*arrays)[0] if cached else _causal_attend(*as_varying(arrays, varying_axes(q)))
+    if cache is None:
+        mixed = _causal_attend(*as_varying((q, k, v, mask, sinks), varying_axes(q)))
+    else:  # beside the keys in the cache their own, which aren't there yet: it needn't be copied to hold them
+        (cached_k, cached_v, start), place = cache, jnp.arange(mask.shape[2], dtype=jnp.int32)
+        own_mask = jax.lax.dynamic_slice_in_dim(mask, start, S, axis=2)
+        parts = [(cached_k, cached_v, mask & (place < start)[None, None]), (k, v, own_mask)]
+        mixed = _attend_with_normalizer(q, parts, sinks)[0]
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, S, H, -1)
 
 
@@ -261,21 +267,26 @@ def _attend(layer, config: ModelConfig, q, k, v, mask, *, cached: bool):
 # [B or 1,S,M], sinks f32 [G,R] or None: a head's logit that takes part in the softmax and has no value.
 
 
-def _attend_with_normalizer(q, k, v, mask, sinks):
-    """(mixed values [B,G,R,S,Cv], log of the softmax's normaliser f32 [B,G,R,S])."""
+def _attend_with_normalizer(q, parts, sinks):
+    """(mixed values [B,G,R,S,Cv], log of the softmax's normaliser f32 [B,G,R,S]), over the keys of all `parts`
+    (k, v, mask) together.
+    """
     B, G, R, S, C = q.shape
-    scores = jnp.einsum("bgxc,bgmc->bgxm", q.reshape(B, G, R * S, C), k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(B, G, R, S, -1) + jnp.where(mask, 0.0, MASKED)[:, None, None]
-    largest = jnp.max(scores, axis=-1, keepdims=True)
+    rows, scores = q.reshape(B, G, R * S, C), []
+    for k, _, mask in parts:
+        products = jnp.einsum("bgxc,bgmc->bgxm", rows, k, preferred_element_type=jnp.float32)
+        scores.append(products.reshape(B, G, R, S, -1) + jnp.where(mask, 0.0, MASKED)[:, None, None])
+    largest = reduce(jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in scores])
     if sinks is not None:
         largest = jnp.maximum(largest, sinks[None, :, :, None, None])
-    exponential = jnp.exp(scores - largest)
-    total = jnp.sum(exponential, axis=-1, keepdims=True)
+    exponentials = [jnp.exp(part - largest) for part in scores]
+    total = reduce(jnp.add, [jnp.sum(part, axis=-1, keepdims=True) for part in exponentials])
     if sinks is not None:
         total = total + jnp.exp(sinks[None, :, :, None, None] - largest)
-    flat = exponential.astype(v.dtype).reshape(B, G, R * S, -1)
-    mixed = jnp.einsum("bgxm,bgmc->bgxc", flat, v, preferred_element_type=jnp.float32).reshape(B, G, R, S, -1)
-    return (mixed / total).astype(q.dtype), (largest + jnp.log(total))[..., 0]
+    flat = [part.astype(q.dtype).reshape(B, G, R * S, -1) for part in exponentials]
+    product = partial(jnp.einsum, "bgxm,bgmc->bgxc", preferred_element_type=jnp.float32)
+    mixed = reduce(jnp.add, [product(part, v) for part, (_, v, _) in zip(flat, parts, strict=True)])
+    return (mixed.reshape(B, G, R, S, -1) / total).astype(q.dtype), (largest + jnp.log(total))[..., 0]
 
 
 def _attend_gradient(q, k, v, mask, normalizer, dot, gradient):
@@ -311,7 +322,7 @@ def _causal_attend(q, k, v, mask, sinks):
 
 def _causal_forward(q, k, v, mask, sinks):
     parts = [
-        _attend_with_normalizer(q[:, :, :, b], k[:, :, : b.stop], v[:, :, : b.stop], mask[:, b, : b.stop], sinks)
+        _attend_with_normalizer(q[:, :, :, b], [(k[:, :, : b.stop], v[:, :, : b.stop], mask[:, b, : b.stop])], sinks)
         for b in _query_blocks(q.shape[3])
     ]
     mixed, normalizer = (jnp.concatenate(arrays, axis=3) for arrays in zip(*parts, strict=True))

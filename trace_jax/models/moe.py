@@ -158,16 +158,18 @@ def moe_layer(
 def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, room: int | None = None) -> tuple:
     """(sum over the chosen experts of gate times expert [T,D], choices that found no room i32 []).
 
-    "trained" bool [E] in `weights` says which experts take a gradient (default: all); `room`, for how many choices
-    there is room at least (default: all), and that an index that is no expert of `weights` is another device's.
+    "trained" bool [E] in `weights` says which experts take a gradient (default: all); "layer" i32 [], that the others
+    are stacks of layers [L,E,...] and which of them this is ("blocked" only): none is copied out of the stack. `room`
+    says for how many choices there is room at least (default: all), and that an index that is no expert of `weights`
+    is another device's.
     """
     implementation, activate = grouped.resolve_implementation(config.grouped_matmul), activation(config)
-    trained = weights.get("trained")
-    weights = {name: array for name, array in weights.items() if name != "trained"}
+    trained, layer = weights.get("trained"), weights.get("layer")
+    weights = {name: array for name, array in weights.items() if name not in ("trained", "layer")}
     # The backward passes below mix tokens with weights: what is equal on some devices must be known to be summed.
     operands = weights, x_TD, indices_TK, gates_TK
     weights, x_TD, indices_TK, gates_TK = as_varying(operands, varying_axes(operands))
-    num_experts, num_slots = weights["gate_up"].shape[0], indices_TK.size if room is None else room
+    num_experts, num_slots = weights["down"].shape[-3], indices_TK.size if room is None else room
     size = grouped.block_size(num_slots, num_experts) if (blocked := implementation == "blocked") else 1
     group_sizes, rank = count_and_rank(indices_TK.reshape(-1), num_experts)
     if blocked and trained is not None:  # experts that train are laid out before the others
@@ -185,6 +187,9 @@ def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, r
     if "down_bias" in weights and axis_sizes().get(TENSOR, 1) > 1:  # of the devices that are summed, on the first
         weights = {**weights, "down_bias": jnp.where(jax.lax.axis_index(TENSOR) == 0, weights["down_bias"], 0)}
     if blocked:
+        if layer is not None:
+            weights = {name: stack.reshape(-1, *stack.shape[2:]) for name, stack in weights.items()}
+            block_group = block_group + layer * num_experts
         used = (group_sizes + (size - 1)) // size
         of_trained = None if trained is None else jnp.sum(jnp.where(trained, used, 0))
         blocks = grouped.make_blocks(slot, block_group, jnp.sum(used), place_TK, weights, of_trained)
