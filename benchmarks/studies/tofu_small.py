@@ -61,6 +61,11 @@ def chosen(study: Mapping[str, Any], objective: str, level: float) -> dict[str, 
     return {m: {r["seed"]: r for r in own if (r["method"], r["setting"]) == (m, s)} for m, s in settings.items()}
 
 
+def utilities_at(runs: Mapping[int, Any], level: float | str) -> list[float]:
+    """Those of the seeds that come down to it."""
+    return [u for u in (utility_at(run, level) for run in runs.values()) if u == u]
+
+
 def differences(runs: Mapping[str, Mapping[int, Any]], one: str, other: str, level: float | str) -> list[float]:
     """Utility of one method minus another's at a level, of the seeds where both come down to it."""
     pairs = [(utility_at(run, level), utility_at(runs[other][seed], level)) for seed, run in runs[one].items()]
@@ -71,22 +76,22 @@ def rows_of(runs: Mapping[str, Mapping[int, Any]], level: float) -> list[list[An
     """A row of a table for each method."""
     rows = []
     for method, by_seed in runs.items():
-        utilities = [u for u in (utility_at(run, level) for run in by_seed.values()) if u == u]
+        there = [sum(min(run["test"]["forgetting"]) <= level for run in by_seed.values()), len(by_seed)]
         last = [by_seed[seed]["test"]["measured"] for seed in by_seed]
         rows.append([
             method,
             next(iter(by_seed.values()))["setting"],
-            f"{len(utilities)}/{len(by_seed)}",
-            interval(utilities) if utilities else None,
-            *(_difference(runs, method, place) for place in (level, HALVED)),
+            interval(utilities_at(by_seed, HALVED)),
+            _difference(runs, method),
             *(interval([measured[name][-1] for measured in last]) for name in ALONG),
+            "/".join(map(str, there)),
         ])  # fmt: skip
     return rows
 
 
-def _difference(runs: Mapping[str, Mapping[int, Any]], method: str, level: float | str) -> dict[str, Any] | None:
-    """To uniform; None for uniform itself, and where no seed has both."""
-    found = differences(runs, method, "uniform", level) if method != "uniform" else []
+def _difference(runs: Mapping[str, Mapping[int, Any]], method: str) -> dict[str, Any] | None:
+    """To uniform, at `HALVED`; None for uniform itself, and where no seed has both."""
+    found = differences(runs, method, "uniform", HALVED) if method != "uniform" else []
     return interval(found) if found else None
 
 
@@ -126,16 +131,16 @@ def summary(workdir: Path, studies: Mapping[str, Mapping[str, Any]]) -> dict[str
         "title": "TOFU on a small mixture",
         "seeds": seeds,
         "environment": describe(),
-        "claims": claims_of(models, mismatch, own, level),
+        "claims": claims_of(models, mismatch, runs, level),
         "tables": tables_of(models, mismatch, weights_of(workdir, own), runs, level),
-        "figures": figures_of(own, level),
+        "figures": figures_of(own),
         "raw": {"models": encode(models, digits=4), "runs": every},
     }
 
 
-def claims_of(models: Mapping, mismatch: Mapping, runs: Mapping, level: float) -> list[dict[str, Any]]:
+def claims_of(models: Mapping, mismatch: Mapping, objectives: Mapping, level: float) -> list[dict[str, Any]]:
     """Whether the models are what they should be, whether there is a mismatch, and what weights gain."""
-    name = "tofu_forget_probability"
+    name, runs = "tofu_forget_probability", objectives["gradient_difference"]
     known = [target[name] - retrained[name] for target, retrained in zip(*models.values(), strict=True)]
     apart = [target["tofu_forget_ks"] for target in models["target"]]
     kept = [target["tofu_retain_probability"] for target in models["target"]]
@@ -149,19 +154,33 @@ def claims_of(models: Mapping, mismatch: Mapping, runs: Mapping, level: float) -
         claim("The target knows retain answers.", "probability", kept, bound=0.5),
         claim("Routing tells forget authors from the others, pages of one form.", ratio, told, bound=1.25, place=PAGE),
     ]
+    came = [run["test"]["forgetting"][0] - run["test"]["forgetting"][-1] for run in runs["uniform"].values()]
+    claims.append(
+        claim(
+            "Unlearning with `uniform` brings truth ratios nearer to the retrained model's.",
+            "fall of the statistic",
+            came,
+        )
+    )
     for where, place in ((f"where the statistic is {level:g}", level), (f"at {HALVED}", HALVED)):
         for one, other in (("trace", "uniform"), ("trace_rows", "uniform"), ("trace_rows", "random_experts")):
-            text = f"`{one}` keeps more model utility than `{other}`, each tuned, {where}."
+            text = f"`{one}` keeps more model utility than `{other}` {where}."
             gains, on_page = differences(runs, one, other, place), PAGE if other == "uniform" else None
-            claims.append(claim(text, "difference of relative model utility", gains, place=on_page))
+            if gains:
+                claims.append(claim(text, "difference of relative model utility", gains, place=on_page))
+    by_objective = [differences(of, "trace_rows", "uniform", HALVED) for of in objectives.values()]
+    if len({len(of) for of in by_objective}) == 1:  # all of all seeds
+        text = f"Over all objectives, `trace_rows` keeps more model utility than `uniform` at {HALVED}."
+        measure = "mean difference of relative model utility"
+        claims.append(claim(text, measure, np.mean(by_objective, axis=0), place=PAGE))
     return claims
 
 
 def tables_of(models: Mapping, mismatch: Mapping, weights: list, runs: Mapping, level: float) -> list[dict[str, Any]]:
     """Models before unlearning, the mismatch, the weights, and a table for each objective."""
     told = [[_words(name), *(interval([m[name] for m in of]) for of in models.values())] for name in OF_MODELS]
-    columns = ["method", "setting", "seeds at the level", "model utility", "minus uniform", f"the same at {HALVED}"]
-    columns += [f"{_words(name)}, end" for name in ALONG]
+    columns = ["method", "setting", f"relative model utility at {HALVED}", "minus uniform"]
+    columns += [*(f"{_words(name)}, end" for name in ALONG), f"seeds with a statistic of {level:g}"]
     found = [[str(seed), d["held_out"], d["noise"], d["verdict"]] for seed, d in mismatch.items()]
     gaps = ["weighting", "effective sample", "gap of its experts before", "gap after"]
     tables = [
@@ -170,29 +189,29 @@ def tables_of(models: Mapping, mismatch: Mapping, weights: list, runs: Mapping, 
         ("Weights of the retain tokens", gaps, weights),
     ]
     for objective, of in runs.items():
-        title = f"`{objective}`, where the statistic of forget quality first comes down to {level:g}"
+        title = f"`{objective}`, at {HALVED} and at the end"
         tables.append((title, columns, rows_of(of, level)))
     return [dict(zip(("title", "columns", "rows"), table, strict=True)) for table in tables]
 
 
-def figures_of(runs: Mapping[str, Mapping[int, Any]], level: float) -> list[dict[str, Any]]:
-    """Utility against forgetting along runs, and utility at the level."""
+def figures_of(runs: Mapping[str, Mapping[int, Any]]) -> list[dict[str, Any]]:
+    """Utility against the forget probability along runs, and utility where half of that is left."""
     lines = {
         "name": "tofu_small_front",
-        "title": "Forgetting and model utility along runs",
-        "caption": "Gradient difference, tuned; each point an evaluation, mean over seeds.",
+        "title": "Forget probability and model utility along runs",
+        "caption": "Gradient difference; each point an evaluation, mean over seeds.",
         "kind": "lines",
-        "x": "statistic of forget quality (0: as the retrained model)",
+        "x": "probability of forget answers",
         "y": "model utility, relative",
         "series": [{"name": method, **_mean_front(runs[method])} for method in SHOWN if method in runs],
     }
-    reached = [(row[0], row[3]) for row in rows_of(runs, level) if row[3] is not None]
+    reached = [(method, interval(found)) for method, of in runs.items() if (found := utilities_at(of, HALVED))]
     series = {"name": "mean over seeds", "x": [name for name, _ in reached], "y": [u["value"] for _, u in reached]}
     series |= {end: [u["value"] if u[end] is None else u[end] for _, u in reached] for end in ("low", "high")}
     bars = {
         "name": "tofu_small_weightings",
-        "title": f"Model utility where the statistic of forget quality is {level:g}",
-        "caption": "Mean over the seeds that come down to it, with Student's interval.",
+        "title": f"Model utility at {HALVED}",
+        "caption": "Gradient difference; mean over seeds, with Student's interval.",
         "kind": "bars",
         "x": "model utility, relative",
         "y": "",
@@ -209,7 +228,7 @@ def _mean_front(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, list[float]]
     """x and y of a line: means over seeds at each evaluation that all have."""
     fronts = [run["test"] for run in runs.values()]
     count = min(len(front["steps"]) for front in fronts)
-    x = np.mean([front["forgetting"][:count] for front in fronts], axis=0)
+    x = np.mean([front["measured"]["tofu_forget_probability"][:count] for front in fronts], axis=0)
     y = np.mean([front["utilities"]["mean_utility"][:count] for front in fronts], axis=0)
     return {"x": x.round(4).tolist(), "y": y.round(4).tolist()}
 
