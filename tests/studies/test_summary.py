@@ -100,7 +100,8 @@ def test_dose_and_what_trains(study):
     assert claims["With 1 of 64 experts a layer, selected ones keep more than least critical ones"][0] == 0.1
     assert [s["x"] for s in made["figures"][0]["series"]] == [[1, 16]] * 3
     kept = {(v, m): at for v, at in (("all", 0.8), ("lora", 0.7)) for m, at in (("uniform", 0.6), ("trace_rows", at))}
-    _, claims = told("trainable", study(kept, name="trains"))
+    made, claims = told("trainable", study(kept, name="trains"))
+    assert [row[-2] for row in made["tables"][0]["rows"]] == [None, {"value": 0.05, "low": 0.01, "high": 0.09}] * 2
     assert claims["With `trace_rows`, training lora keeps more than training all"] == pytest.approx((-0.05,) * 3)
 
 

@@ -159,9 +159,7 @@ def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, 
     """
     times: dict[str, tuple[int, bool]] = {}
     unknown = 0
-
-    def likely(name: str) -> bool:
-        return all(f"/{RARE}/" not in i.attributes for i in computations.get(name, {}).values())
+    rare = {n for n, found in computations.items() if any(f"/{RARE}/" in i.attributes for i in found.values())}
 
     def visit(name: str, count: int, fused: bool) -> None:
         nonlocal unknown
@@ -175,7 +173,7 @@ def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, 
             elif not instruction.opcode.endswith(("-done", "-update")):
                 keys = ["calls", "branch_computations", "true_computation", "false_computation"]
                 for key in (*keys, *["to_apply"] * (instruction.opcode == "call")):
-                    for called in filter(likely, instruction.called(key)):
+                    for called in (name for name in instruction.called(key) if name not in rare):
                         visit(called, count, fused or instruction.opcode == "fusion")
 
     visit(entry, 1, False)
