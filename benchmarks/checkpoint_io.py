@@ -9,7 +9,7 @@ with the page cache emptied of these files ("cold") or just filled with them ("w
   of 4 KB the system has to map and clear, as it has to for the parameters of any import;
 - load_pretrained;
 - save_pretrained, synced, of the model as imported and with the last layer's second expert matrices changed, against
-  writing and syncing the same number of bytes.
+  writing and syncing the same number of bytes, and against reading the files and writing them, as an export has to.
 Memory is what the process held (anonymous, and all of it) at its peak, beyond what it held before and the parameters.
 Results go to benchmarks/results/checkpoint_io.json, a row per --dtype.
 """
@@ -136,6 +136,21 @@ def write_all(directory: pathlib.Path, size: int) -> float:
     return seconds
 
 
+def copy_all(source: pathlib.Path) -> float:
+    """Seconds to copy every file, 32 MB at a time, and sync, with the page cache emptied of them."""
+    evict(source)
+    output, buffer, begin = source.parent / "copied", memoryview(bytearray(2**25)), time.perf_counter()
+    output.mkdir()
+    for file in sorted(source.glob("*.safetensors")):
+        with open(file, "rb", buffering=0) as stream, open(output / file.name, "wb", buffering=0) as copy:
+            while count := stream.readinto(buffer):
+                copy.write(buffer[:count])
+    sync(output)
+    seconds = time.perf_counter() - begin
+    shutil.rmtree(output)
+    return seconds
+
+
 def memory() -> dict[str, int]:
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
@@ -209,6 +224,7 @@ def measure(source: pathlib.Path, dtype: str) -> dict:
             row["import_above_parameters_mb"] = {kind: (value - parameters) / 1e6 for kind, value in peak.items()}
     row["largest_layer_mb"] = 2 * sum(int(np.prod(shape)) for shape in layer_tensors(0).values()) / 1e6
     row["raw_write_synced_gb_s"] = size / 1e9 / write_all(source.parent, size)
+    row["raw_copy_synced_gb_s"] = size / 1e9 / copy_all(source)
     row |= measure_export("unchanged", model, source)
     layers = model.params["layers"]
     layers["experts"]["down"] = jax.block_until_ready(layers["experts"]["down"].at[-1].multiply(1.5))
@@ -222,10 +238,15 @@ def report(row: dict) -> None:
     print("raw reading: " + ", ".join(f"{state} {speed:.2f} GB/s" for state, speed in raw.items()))
     for state in ("cold", "warm"):
         speed = size / row[f"import_{state}_seconds"]
-        print(f"import, {state}: {speed:.2f} GB/s of file, {100 * speed / raw[state]:.0f} % of raw reading")
+        shares = (
+            f"{100 * speed / raw[state]:.0f} % of raw reading, {100 * speed / raw['fresh']:.0f} % into fresh memory"
+        )
+        print(f"import, {state}: {speed:.2f} GB/s of file, {shares}")
     for name in ("unchanged", "changed"):
         speed, write = size / row[f"export_{name}_synced_seconds"], row["raw_write_synced_gb_s"]
-        print(f"export, {name}: {speed:.2f} GB/s synced, {100 * speed / write:.0f} % of raw writing ({write:.2f})")
+        copied = row["raw_copy_synced_gb_s"]
+        shares = f"{100 * speed / write:.0f} % of raw writing ({write:.2f}), {100 * speed / copied:.0f} % of copying"
+        print(f"export, {name}: {speed:.2f} GB/s synced, {shares} ({copied:.2f})")
     for name in ("import", "export_unchanged", "export_changed"):
         peak = row[f"{name}_above_parameters_mb"]
         print(
