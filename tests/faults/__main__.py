@@ -2,7 +2,7 @@
 
 Kills and signals come at random moments; a run that was disturbed has to end in the numbers of one that was not. Files
 are damaged; a long run has to stay as small as it was, and a pod of four hosts in the numbers of one process. Takes
-about 35 minutes on 2 cores; as root also on a disk that fills up or turns read-only.
+about 45 minutes on 2 cores; as root also on a disk that fills up or turns read-only.
 """
 
 import argparse
