@@ -26,8 +26,8 @@ from trace_jax.parallel.mesh import as_varying, varying_axes
 DEFAULTS = {"cpu": "blocked", "gpu": "triton", "tpu": "mosaic"}
 KERNELS = {"mosaic": "tpu", "triton": "gpu"}  # the platform that each is written for
 MOST_BLOCKS = 8  # of a turn of `blocked_experts`
-MOST_WEIGHTS = 2**18  # numbers of gate_up that a turn copies: more leave the cache; and a quarter for blocks of
-FEW_ROWS = 16  # rows or less, where copying weights is all that takes time
+MOST_WEIGHTS = 2**18  # numbers of gate_up that a turn copies: more leave the cache
+FEW_ROWS = 16  # with blocks of so few rows a turn copies a quarter of that, since copying is all that takes time there
 
 
 def program_platform() -> str:
