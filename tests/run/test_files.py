@@ -55,6 +55,10 @@ def test_files_are_written_whole_and_read_back(bucket, tmp_path, remote):
         raise RuntimeError
     assert read_json(place / "a.json") == {"x": 1} and read_json(place / "absent.json") is None
     assert [file.name for file in place.iterdir()] == ["a.json"]
+    files.write_arrays(place / "a.npz", {"x": np.arange(3)})
+    with pytest.raises(TypeError, match=r"a\.npz: \['y'\] hold Python objects"):
+        files.write_arrays(place / "a.npz", {"x": np.arange(2), "y": np.array([{}])})
+    assert {name: array.tolist() for name, array in files.read_arrays(place / "a.npz").items()} == {"x": [0, 1, 2]}
     with files.local_copy(place / "a.json") as local:
         assert json.loads(local.read_text()) == {"x": 1}
     assert local.exists() == (not remote) and (files.free_bytes(place) == math.inf) == remote

@@ -276,9 +276,12 @@ def read_arrays(path: str | os.PathLike, names: Collection[str] = ()) -> dict[st
 
 
 def write_arrays(path: str | os.PathLike, arrays: Mapping[str, Any], *, compress: bool = True) -> None:
-    """Writes an .npz file."""
+    """Writes an .npz file. TypeError: an array holds Python objects, which would be pickled."""
+    held: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
+    if objects := [name for name, array in held.items() if array.dtype.hasobject]:
+        raise TypeError(f"{path}: {objects} hold Python objects; arrays of numbers or text are expected")
     with replacing(path) as temporary:
-        (np.savez_compressed if compress else np.savez)(temporary, allow_pickle=False, **arrays)
+        (np.savez_compressed if compress else np.savez)(temporary, **held)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
