@@ -12,6 +12,7 @@ says, refuted if it lies on the other, open otherwise.
 
 import argparse
 import collections
+import hashlib
 import json
 import math
 import re
@@ -115,16 +116,17 @@ def section(study: Mapping[str, Any]) -> str:
 
 
 def leaderboard(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table per benchmark, best mean utility at the level first."""
-    rows = [row for study in found.values() for row in study.get("leaderboard", ())]
-    parts = []
+    """A table per benchmark, best mean utility at the level first, with what relearning brings back."""
+    rows, parts = [row for study in found.values() for row in study.get("leaderboard", ())], []
+    back = found["robustness"]["robustness"] if "robustness" in found else {}
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
         group = sorted((r for r in rows if r["benchmark"] == benchmark), key=lambda r: -(r["score"]["value"] or -1))
         numbers = list(dict.fromkeys(name for row in group for name in row["numbers"]))
-        columns = ["method", "setting", "seeds", "mean utility", *numbers]
+        columns = ["method", "setting", "seeds", "mean utility", *numbers, "forgetting score after relearning"]
         lines = [
-            [r["method"], r["setting"], r["seeds"], r["score"], *(r["numbers"].get(n) for n in numbers)] for r in group
-        ]
+            [r["method"], r["setting"], r["seeds"], r["score"], *(r["numbers"].get(n) for n in numbers),
+             back.get(benchmark, {}).get(r["method"])] for r in group
+        ]  # fmt: skip
         parts.append(f"## {benchmark}\n\n{group[0]['about']}\n\n{markdown(columns, lines)}")
     return "\n".join(parts)
 
@@ -161,7 +163,8 @@ def draw(figure: Mapping[str, Any]) -> bytes:
         canvas.patch.set(visible=True, facecolor="white")
         if len(figure.get("series", ())) > 1:
             axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    return as_files(Figure(figure["title"], "", canvas))["svg"]
+    data = hashlib.sha256(json.dumps(figure, sort_keys=True).encode()).hexdigest()
+    return as_files(Figure(figure["title"], "", canvas))["svg"].rstrip() + f"\n<!-- of {data} -->\n".encode()
 
 
 def _series(figure: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Mapping[str, Any], list[Any] | None]]:
@@ -251,22 +254,33 @@ def written(root: Path) -> dict[Path, bytes]:
     return files
 
 
+def outdated(files: Mapping[Path, bytes]) -> list[Path]:
+    """Those on disk that do not say what the results say. Of a figure its last line is compared, which names the data:
+    every version of matplotlib draws it a little differently.
+    """
+
+    def told(path: Path, content: bytes) -> bytes:
+        return content.splitlines()[-1] if path.suffix == ".svg" else content
+
+    return [p for p, content in files.items() if not p.exists() or told(p, p.read_bytes()) != told(p, content)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something would change")
     options = parser.parse_args()
     files = written(ROOT)
-    changed = [path for path, content in files.items() if not path.exists() or path.read_bytes() != content]
-    stale = [path for path in (ROOT / IMAGES).glob("*.svg") if path not in files]
-    for path in changed + stale:
+    superfluous = [path for path in (ROOT / IMAGES).glob("*.svg") if path not in files]
+    wrong = outdated(files) + superfluous
+    for path in wrong:
         print(path.relative_to(ROOT))
     if options.check:
-        return bool(changed or stale)
-    for path in stale:
+        return bool(wrong)
+    for path in superfluous:
         path.unlink()
-    for path in changed:
+    for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(files[path])
+        path.write_bytes(content)
     return 0
 
 

@@ -82,9 +82,24 @@ def test_pages_get_their_blocks_and_keep_what_is_around_them(tmp_path):
     assert text.index("| better | only | 2 | 0.900 [0.800, 1.000] | 2.000 |") < text.index("| worse |")
     assert "10 minutes on 2 cores (A processor, AVX2); seeds 0, 1." in text
     for name in ("lines", "points", "bars", "map"):
-        assert b"<svg" in files[tmp_path / "docs" / "images" / "studies" / f"{name}.svg"]
+        svg = tmp_path / "docs" / "images" / "studies" / f"{name}.svg"
+        drawn = files[svg]
+        assert b"<svg" in drawn
+        svg.parent.mkdir(parents=True, exist_ok=True)
+        svg.write_bytes(drawn.replace(b"<svg", b"<svg class='another version of matplotlib'"))
+    page.write_bytes(files[page])
+    assert not RESULTS["outdated"](files)
+    svg.write_bytes(drawn.replace(b"<!-- of ", b"<!-- of other data: "))
+    page.write_text("edited by hand")
+    assert set(RESULTS["outdated"](files)) == {svg, page}
+
+
+def test_the_leaderboard_shows_what_relearning_brings_back_where_it_was_measured():
+    back = {"robustness": {"b": {"better": {"value": 0.3, "low": 0.2, "high": 0.4}}}}
+    table = RESULTS["leaderboard"]({"toy": STUDY, "robustness": back})
+    assert "| 2.000 | forgetting score after relearning |" in table.replace("| x |", "| 2.000 |")
+    assert "| 2.000 | 0.300 [0.200, 0.400] |" in table and "| worse | only | 2 | 0.500 | 2.000 | - |" in table
 
 
 def test_the_pages_of_this_project_are_up_to_date():
-    stale = [str(p) for p, content in RESULTS["written"](ROOT).items() if not p.exists() or p.read_bytes() != content]
-    assert not stale, "run python scripts/results.py"
+    assert not RESULTS["outdated"](RESULTS["written"](ROOT)), "run python scripts/results.py"

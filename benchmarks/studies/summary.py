@@ -68,14 +68,15 @@ class Study:
         runs = self.runs(method, variant).items()
         return {seed: run["robustness"][name] for seed, run in runs if name in run["robustness"]}
 
-    def seconds(self) -> float:
-        """How long it ran, pauses left out, by the times of the steps and evaluations that its runs wrote down."""
-        times: list[float] = []
-        for file in self.path.glob("seed-*/**/metrics.jsonl"):
-            lines = (json.loads(line) for line in file.read_text().splitlines())
-            times += [line["time"] for line in lines if "time" in line]
-        times.sort()
-        return sum(gap for a, b in itertools.pairwise(times) if (gap := b - a) < IDLE)
+
+def seconds(path: Path) -> float:
+    """How long studies ran, pauses left out, by the times of the steps and evaluations that their runs wrote down."""
+    times: list[float] = []
+    for file in path.glob("**/seed-*/**/metrics.jsonl"):
+        lines = (json.loads(line) for line in file.read_text().splitlines())
+        times += [line["time"] for line in lines if "time" in line]
+    times.sort()
+    return sum(gap for a, b in itertools.pairwise(times) if (gap := b - a) < IDLE)
 
 
 def difference(ours: Seeds, others: Seeds) -> Seeds:
@@ -397,7 +398,7 @@ def summary(question: str, workdirs: Sequence[Path]) -> dict[str, Any]:
         "command": "; ".join(
             f"trace-jax study --config configs/{config}" for config, _ in zip(configs, studies, strict=False)
         ),
-        "seconds": round(sum(study.seconds() for study in studies)),
+        "seconds": round(sum(seconds(study.path) for study in studies)),
         "seeds": studies[0].seeds, "environment": environment, **answer(studies),
         "raw": {"tuning_seeds": tuned, "tried": tried, "runs": runs},
     }  # fmt: skip
