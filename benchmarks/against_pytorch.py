@@ -5,13 +5,15 @@
 Both sides hold the same small OLMoE in float32 and use every core. A step is GradDiff on 8 forget and 8 retain rows of
 256 tokens (NLL on both sides), forward, backward, clipping at norm 1 and AdamW; PyTorch's AdamW is the fused one. The
 forward pass ends in the NLL of every token. transformers uses sdpa attention and the quickest of its implementations of
-experts, but for batched_mm, which copies the weights of every token's experts: over 10 GB at this size. Sides take
-turns; least times are compared, since other programs on the machine only ever add. Needs torch and transformers.
-Prints two lines and writes benchmarks/results/against_pytorch.json.
+experts, but for batched_mm, which copies the weights of every token's experts: over 10 GB at this size. Single products
+of the sizes that both meet are timed as well. Sides take turns; least times are compared, since other programs on the
+machine only ever add. Needs torch and transformers. Prints a line each and writes
+benchmarks/results/against_pytorch.json.
 """
 
 import argparse
 import statistics
+from functools import partial
 
 import jax
 import numpy as np
@@ -105,6 +107,21 @@ def compare(name: str, ours, theirs, rounds: int) -> dict:
     return row
 
 
+def products(rounds: int) -> dict[str, list[int]]:
+    """GFLOP/s of both sides in single products: a turn of our experts, a group of theirs, the output head."""
+    found, rng = {}, np.random.default_rng(0)
+    for batch, rows, width, columns in ((4, 128, 256, 256), (1, 512, 256, 256), (1, 4096, 256, 4096)):
+        x, w = (rng.standard_normal((batch, *shape), np.float32) for shape in ((rows, width), (width, columns)))
+        (our_x, our_w), (their_x, their_w) = map(jax.numpy.asarray, (x, w)), map(torch.from_numpy, (x, w))
+        calls = partial(jax.jit(jax.numpy.matmul), our_x, our_w), partial(torch.bmm, their_x, their_w)
+        seconds = [[timed(call) for call in calls] for _ in range(10 * rounds)]
+        least = np.min(seconds, axis=0)
+        name = f"{batch} x [{rows}, {width}] [{width}, {columns}]"
+        found[name] = [round(2e-9 * batch * rows * width * columns / s) for s in least]
+        print(f"products {name:28} {found[name][0]:5} GFLOP/s, PyTorch {found[name][1]:5}", flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
@@ -144,6 +161,7 @@ def main() -> None:
         "rounds": arguments.rounds,
         "threads": torch.get_num_threads(),
         "results": rows,
+        "gflops_of_products": products(arguments.rounds),
         "environment": environment(torch=torch.__version__, transformers=transformers.__version__),
     }
     if not arguments.no_write:

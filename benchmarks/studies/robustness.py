@@ -15,8 +15,9 @@ from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from claims import PAGE, claim, interval
-from summary import RESULTS, seconds
+from summary import RESULTS, figure, seconds
 
 import trace_jax as tj
 from trace_jax.io.environment import describe
@@ -33,6 +34,7 @@ SEEDS = 10, 11, 12
 LEVEL = 0.5  # of the main tables
 RELEARNING = {"steps": (50, 100), "learning_rate": 1e-3, "share": 0.02}
 CONTROL = "a model that never knew"
+WHEN = "before", "after relearning"
 Numbers = Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]]  # benchmark, method, seed: before and after
 
 
@@ -80,34 +82,33 @@ def summary(found: Numbers) -> dict[str, Any]:
     """Claims, tables and figures, and of every method what the leaderboard shows."""
     made: dict[str, Any] = {"claims": [], "tables": [], "figures": [], "robustness": {}}
 
-    def less(ours: Mapping[int, tuple[float, float]], others: Mapping[int, tuple[float, float]]) -> list[float]:
-        return [ours[seed][1] - others[seed][1] for seed in ours]
+    def apart(methods: Mapping[str, Mapping[int, tuple[float, float]]], one: str, other: str) -> np.ndarray:
+        """[2, seeds]: differences of what is known after relearning, and of what came back."""
+        after = np.array([[methods[m][seed][1] for seed in methods[one]] for m in (one, other)])
+        before = np.array([[methods[m][seed][0] for seed in methods[one]] for m in (one, other)])
+        return np.stack([after[0] - after[1], (after - before)[0] - (after - before)[1]])
 
     for benchmark, methods in found.items():
-        on, measure = f"On {benchmark},", "difference in the forgetting score after relearning"
+        on, after = f"On {benchmark},", "difference in the forgetting score after relearning"
         for method in (m for m in ("trace_rows", "trace") if m in methods):
-            text = f"{on} relearning brings back less from `{method}` than from uniform"
-            apart = less(methods[method], methods["uniform"])
-            on_page = PAGE if method == "trace_rows" else None
-            made["claims"].append(claim(text, measure, apart, holds="below", place=on_page))
+            known, back = apart(methods, method, "uniform")
+            text = f"{on} less is known after relearning with `{method}` than with uniform"
+            place = PAGE if method == "trace_rows" else None
+            made["claims"].append(claim(text, after, known, holds="below", place=place))
+            text = f"{on} relearning brings back less with `{method}` than with uniform"
+            made["claims"].append(claim(text, "difference in what it adds to the score", back, holds="below"))
         for method in (m for m in ("uniform", "trace_rows") if m in methods):
             text = f"{on} after relearning a model unlearned with `{method}` knows more than one that never knew"
-            made["claims"].append(claim(text, measure, less(methods[method], methods[CONTROL])))
+            made["claims"].append(claim(text, after, apart(methods, method, CONTROL)[0]))
         columns = {m: [[one[i] for one in of.values()] for i in (0, 1)] for m, of in methods.items()}
         rows = [[m if m == CONTROL else f"`{m}`", *map(interval, both)] for m, both in columns.items()]
         title = f"{benchmark.capitalize()}: forgetting score of the model that is kept, before and after relearning"
-        made["tables"].append({"title": title, "columns": ["method", "before", "after relearning"], "rows": rows})
+        made["tables"].append({"title": title, "columns": ["method", *WHEN], "rows": rows})
         made["robustness"][benchmark] = {f"`{m}`": interval(both[1]) for m, both in columns.items() if m != CONTROL}
-        shown = [(when, [interval(both[i]) for both in columns.values()]) for i, when in ((0, "before"), (1, "after"))]
-        series = [
-            {"name": when, "x": list(columns), **{k: [p[e] for p in points] for k, e in
-             (("y", "value"), ("low", "low"), ("high", "high"))}} for when, points in shown
-        ]  # fmt: skip
-        made["figures"].append({
-            "name": f"robustness_{benchmark}", "title": f"What relearning brings back, {benchmark}", "kind": "bars",
-            "caption": "Forgetting score before and after relearning at its strongest; 95 % intervals over seeds.",
-            "x": "forgetting score", "y": "", "series": series,
-        })  # fmt: skip
+        series = [(when, list(columns), [both[i] for both in columns.values()]) for i, when in enumerate(WHEN)]
+        caption = "Forgetting score before and after relearning at its strongest; 95 % intervals over seeds."
+        about = f"What relearning brings back, {benchmark}", caption, "bars", "forgetting score", ""
+        made["figures"].append(figure(f"robustness_{benchmark}", *about, series))
     return made
 
 

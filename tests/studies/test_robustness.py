@@ -27,19 +27,20 @@ def test_every_method_runs_as_the_main_table_chose_keeping_a_state_that_has_forg
 
 
 def scores():
-    of = {m: {seed: (0.4, back + 0.01 * seed) for seed in (0, 1, 2)} for m, back in BACK.items()}
+    before = {"uniform": 0.4, "trace_rows": 0.3, "trace": 0.3, robustness.CONTROL: 0.4}
+    of = {m: {seed: (before[m], back + 0.01 * seed) for seed in (0, 1, 2)} for m, back in BACK.items()}
     return {"handbook": of}
 
 
 def test_claims_say_who_gives_back_less_and_whether_more_than_one_that_never_knew():
     made = robustness.summary(scores())
     claims = {c["claim"]: c for c in made["claims"]}
-    assert [c["value"] for c in claims.values()] == pytest.approx([-0.2, 0.0, 0.4, 0.2])
-    assert [c["holds"] for c in claims.values()] == ["below", "below", "above", "above"]
+    assert [c["value"] for c in claims.values()] == pytest.approx([-0.2, -0.1, 0.0, 0.1, 0.4, 0.2])
+    assert [c["holds"] for c in claims.values()] == ["below"] * 4 + ["above"] * 2
     [table] = made["tables"]
     assert [row[0] for row in table["rows"]] == ["`uniform`", "`trace_rows`", "`trace`", robustness.CONTROL]
     [figure] = made["figures"]
-    assert [series["name"] for series in figure["series"]] == ["before", "after"]
+    assert [series["name"] for series in figure["series"]] == list(robustness.WHEN)
     assert set(made["robustness"]["handbook"]) == {"`uniform`", "`trace_rows`", "`trace`"}
     assert made["robustness"]["handbook"]["`uniform`"]["value"] == pytest.approx(0.91)
 
