@@ -123,6 +123,8 @@ def test_special_tokens_from_ids(tmp_path):
     ):
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
         assert read_tokenizer(tmp_path, config)[1] == want
+    with pytest.raises(CheckpointError, match=r"eos_token_id has \{\}; expected the number of a token"):
+        read_tokenizer(tmp_path, {"eos_token_id": [3, {}]})
 
 
 def test_the_tokenizer_comes_along_and_says_the_ids_of_special_tokens(tiny_checkpoint, tmp_path):

@@ -166,12 +166,13 @@ def read_tokenizer(directory: Path, config_json: Mapping[str, Any]) -> tuple[Tok
         tokenizer = Tokenizer.from_file(str(file)) if file.exists() else None
     except Exception as error:  # the library raises nothing more special
         raise CheckpointError(f"{file}: can't be read as a tokenizer ({error}). Download it again.") from error
-    ids: dict[str, Any] = {}
+    ids: dict[str, list[int]] = {}
     for kind in ("bos", "eos", "pad"):
         by_text = token_id(tokenizer, texts.get(f"{kind}_token")) if tokenizer else None
         values = generation.get(f"{kind}_token_id"), config_json.get(f"{kind}_token_id"), by_text
-        ids[kind] = next((value for value in values if value is not None), None)
-    eos = ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]]
-    eos = tuple(int(token) for token in eos if token is not None)
-    pad = ids["pad"] if ids["pad"] is not None else next(iter(eos), 0)
-    return tokenizer, SpecialTokens(bos=ids["bos"], eos=eos, pad=int(pad))
+        value = next((value for value in values if value is not None), None)
+        ids[kind] = [token for token in (value if isinstance(value, list) else [value]) if token is not None]
+        if wrong := [token for token in ids[kind] if type(token) is not int]:
+            raise CheckpointError(f"{directory}: {kind}_token_id has {wrong[0]!r}; expected the number of a token.")
+    eos = tuple(ids["eos"])
+    return tokenizer, SpecialTokens(bos=next(iter(ids["bos"]), None), eos=eos, pad=next(iter(ids["pad"] or eos), 0))

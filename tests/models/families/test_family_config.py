@@ -63,6 +63,12 @@ def test_the_tests_cover_the_families_and_their_other_names():
     ("model_type", "fields", "message"),
     [
         ("llama", {}, "model_type is 'llama'; supported: afmoe, .*, qwen3_moe"),
+        (
+            "deepseek_v3",
+            {"num_hidden_layers": 2**40},
+            "num_hidden_layers is 1,099,511,627,776; expected at most 262,144",
+        ),
+        ("mixtral", {"num_local_experts": 2**17}, "it has 4,194,304 experts; expected at most 262,144"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: silu"),
         ("mixtral", {"vocab_size": "many"}, "transformers refuses it: .*vocab_size.*expected int"),
         ("mixtral", {"vocab_size": None}, "vocab_size.*expected int"),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trace_jax.config import ConfigError
 from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.families import fields
 from trace_jax.models.families.fields import ConfigReader, Group, Switches
@@ -293,7 +294,10 @@ def family_of(config_json: Mapping[str, Any]) -> Family:
 def model_config(config_json: Mapping[str, Any], *, dtype: str) -> ModelConfig:
     """What a parsed config.json describes. `dtype` is that of weights and activations, whatever the file says."""
     family = family_of(config_json)
-    return ModelConfig(**family.switches(ConfigReader(config_json, family.model_type)), dtype=dtype)
+    config = ModelConfig(**family.switches(ConfigReader(config_json, family.model_type)), dtype=dtype)
+    if (experts := config.num_layers * config.num_experts) > fields.MOST_EXPERTS:
+        raise ConfigError(f"config.json: it has {experts:,} experts; expected at most {fields.MOST_EXPERTS:,}.")
+    return config
 
 
 def unread_keys(config_json: Mapping[str, Any]) -> tuple[str, ...]:

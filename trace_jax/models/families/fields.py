@@ -6,6 +6,7 @@ Formulas of rotary embeddings: transformers' modeling_rope_utils.
 import copy
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -36,6 +37,8 @@ sep_token_id seq_aux sliding_window_pattern torch_dtype transformers_version use
 # What transformers' class would act on beyond the model's shape.
 _WITHHELD = {"model_type", "architectures", "auto_map", "dtype", "quantization_config", "torch_dtype"}
 
+MOST_EXPERTS = 2**18  # of all layers together, and layers: four times as many as the largest published model has
+
 Switches = dict[str, Any]  # fields of `ModelConfig`
 
 
@@ -48,6 +51,9 @@ def complete(config_json: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     import transformers
 
     fields = copy.deepcopy({key: value for key, value in config_json.items() if key not in _WITHHELD})
+    for key, value in fields.items():  # transformers' classes, and groups of fields below, make lists as long
+        if re.search("layer|expert", key) and isinstance(value, int) and value > MOST_EXPERTS:
+            raise ConfigError(f"config.json: {key} is {value:,}; expected at most {MOST_EXPERTS:,}.")
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it warns of rotary settings that it reads nevertheless
     try:
