@@ -214,17 +214,23 @@ def test_files_of_a_run(tmp_path_factory, data):
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'><!--"
 
 
+def outline(word):
+    """Of a page that shows the word wherever a page shows somebody's words."""
+    config = {**CONFIG, "data": {"benchmark": "text", "forget": word}}
+    rows = [row("target model", 1.0, kind="reference") | {"note": word}, row("trace", 0.9) | {"note": word}]
+    about = {"title": word, "forgotten": word, "conclusion": word, "generated": word, "verdict": word}
+    methods = {"trace": method(0, attacks={"prompting": attack((word, 0.5, {}), failed=word)})}
+    return Outline(render(results(config=config, rows=rows, methods=methods, environment={word: word}, **about)))
+
+
+@pytest.fixture(scope="module")
+def harmless():
+    return outline("word")
+
+
 @CASES
-@given(st.just(SCRIPT) | st.text(st.sampled_from("<>&\"'/=ax-! \u202e"), min_size=1, max_size=30))
-def test_no_name_or_text_becomes_a_part_of_a_page(name):
+@given(name=st.just(SCRIPT) | st.text(st.sampled_from("<>&\"'/=ax-! \u202e"), min_size=1, max_size=30))
+def test_no_name_or_text_becomes_a_part_of_a_page(harmless, name):
     """The page has the tags and attributes that it has with harmless words."""
-
-    def outline(word):
-        config = {**CONFIG, "data": {"benchmark": "text", "forget": word}}
-        rows = [row("target model", 1.0, kind="reference") | {"note": word}, row("trace", 0.9) | {"note": word}]
-        about = {"title": word, "forgotten": word, "conclusion": word, "generated": word, "verdict": word}
-        methods = {"trace": method(0, attacks={"prompting": attack((word, 0.5, {}), failed=word)})}
-        return Outline(render(results(config=config, rows=rows, methods=methods, environment={word: word}, **about)))
-
-    found, harmless = outline(name), outline("word")
+    found = outline(name)
     assert (found.tags, found.attributes) == (harmless.tags, harmless.attributes)
