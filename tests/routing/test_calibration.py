@@ -230,7 +230,8 @@ def test_products_that_rounding_made_indefinite_are_solved_all_the_same():
     (found,) = solver.closest_match(
         features, target, base=np.ones(100), sizes=[0.0], divergence="kl", max_weight=1000.0
     )
-    assert found.missed < 1e-8 and found.effective_sample_size < 0.1
+    # Of 512 entries that may each miss by ENOUGH; how much they do depends on the library of linear algebra.
+    assert found.missed < solver.ENOUGH * np.sqrt(512) and found.effective_sample_size < 0.1
 
 
 def test_of_an_unreachable_target_the_closest_match_is_taken_and_it_is_said():
