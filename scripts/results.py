@@ -1,7 +1,7 @@
 """Writes what was measured into the documentation: claims, each study's section, the leaderboard, planted faults.
 
 python scripts/results.py            # from benchmarks/results/{studies/*,faults}.json, into docs/ and README.md
-python scripts/results.py --check    # says what would change, and exits with 1 if anything would
+python scripts/results.py --check    # names what does not say what the results say; exits with 1 if there is any
 
 Text stands between marks, `<!-- NAME: written by scripts/results.py -->` and `<!-- end of NAME -->`, where NAME is
 `claims`, `headlines`, `leaderboard`, `faults` or the name of a study; what is outside is written by hand. A study's
@@ -117,16 +117,20 @@ def section(study: Mapping[str, Any]) -> str:
 
 def leaderboard(found: Mapping[str, Mapping[str, Any]]) -> str:
     """A table per benchmark, best mean utility at the level first, with what relearning brings back."""
-    rows, parts = [row for study in found.values() for row in study.get("leaderboard", ())], []
-    back = found["robustness"]["robustness"] if "robustness" in found else {}
+    parts, back = [], found.get("robustness", {}).get("robustness", {})
+
+    def with_robustness(row: Mapping[str, Any]) -> dict[str, Any]:
+        score = back.get(row["benchmark"], {}).get(row["method"])
+        return {**row, "numbers": row["numbers"] | {"forgetting score after relearning": score}}
+
+    rows = [with_robustness(row) for study in found.values() for row in study.get("leaderboard", ())]
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
         group = sorted((r for r in rows if r["benchmark"] == benchmark), key=lambda r: -(r["score"]["value"] or -1))
         numbers = list(dict.fromkeys(name for row in group for name in row["numbers"]))
-        columns = ["method", "setting", "seeds", "mean utility", *numbers, "forgetting score after relearning"]
+        columns = ["method", "setting", "seeds", "mean utility", *numbers]
         lines = [
-            [r["method"], r["setting"], r["seeds"], r["score"], *(r["numbers"].get(n) for n in numbers),
-             back.get(benchmark, {}).get(r["method"])] for r in group
-        ]  # fmt: skip
+            [r["method"], r["setting"], r["seeds"], r["score"], *(r["numbers"].get(n) for n in numbers)] for r in group
+        ]
         parts.append(f"## {benchmark}\n\n{group[0]['about']}\n\n{markdown(columns, lines)}")
     return "\n".join(parts)
 
@@ -267,7 +271,7 @@ def outdated(files: Mapping[Path, bytes]) -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is outdated")
     options = parser.parse_args()
     files = written(ROOT)
     superfluous = [path for path in (ROOT / IMAGES).glob("*.svg") if path not in files]

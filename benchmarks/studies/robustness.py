@@ -82,30 +82,23 @@ def summary(found: Numbers) -> dict[str, Any]:
     """Claims, tables and figures, and of every method what the leaderboard shows."""
     made: dict[str, Any] = {"claims": [], "tables": [], "figures": [], "robustness": {}}
 
-    def apart(methods: Mapping[str, Mapping[int, tuple[float, float]]], one: str, other: str) -> np.ndarray:
-        """[2, seeds]: differences of what is known after relearning, and of what came back."""
-        after = np.array([[methods[m][seed][1] for seed in methods[one]] for m in (one, other)])
-        before = np.array([[methods[m][seed][0] for seed in methods[one]] for m in (one, other)])
-        return np.stack([after[0] - after[1], (after - before)[0] - (after - before)[1]])
-
     for benchmark, methods in found.items():
         on, after = f"On {benchmark},", "difference in the forgetting score after relearning"
-        for method in (m for m in ("trace_rows", "trace") if m in methods):
-            known, back = apart(methods, method, "uniform")
+        scores = {m: np.array([of[seed] for seed in methods["uniform"]]).T for m, of in methods.items()}  # [2, seeds]
+        for method, place in (("trace_rows", PAGE), ("trace", None)):
+            less_before, less_after = scores[method] - scores["uniform"]
             text = f"{on} less is known after relearning with `{method}` than with uniform"
-            place = PAGE if method == "trace_rows" else None
-            made["claims"].append(claim(text, after, known, holds="below", place=place))
-            text = f"{on} relearning brings back less with `{method}` than with uniform"
-            made["claims"].append(claim(text, "difference in what it adds to the score", back, holds="below"))
-        for method in (m for m in ("uniform", "trace_rows") if m in methods):
+            made["claims"].append(claim(text, after, less_after, holds="below", place=place))
+            text, adds = f"{on} relearning brings back less with `{method}` than with uniform", less_after - less_before
+            made["claims"].append(claim(text, "difference in what it adds to the score", adds, holds="below"))
+        for method in ("uniform", "trace_rows"):
             text = f"{on} after relearning a model unlearned with `{method}` knows more than one that never knew"
-            made["claims"].append(claim(text, after, apart(methods, method, CONTROL)[0]))
-        columns = {m: [[one[i] for one in of.values()] for i in (0, 1)] for m, of in methods.items()}
-        rows = [[m if m == CONTROL else f"`{m}`", *map(interval, both)] for m, both in columns.items()]
+            made["claims"].append(claim(text, after, (scores[method] - scores[CONTROL])[1]))
+        rows = [[m if m == CONTROL else f"`{m}`", *map(interval, both)] for m, both in scores.items()]
         title = f"{benchmark.capitalize()}: forgetting score of the model that is kept, before and after relearning"
         made["tables"].append({"title": title, "columns": ["method", *WHEN], "rows": rows})
-        made["robustness"][benchmark] = {f"`{m}`": interval(both[1]) for m, both in columns.items() if m != CONTROL}
-        series = [(when, list(columns), [both[i] for both in columns.values()]) for i, when in enumerate(WHEN)]
+        made["robustness"][benchmark] = {f"`{m}`": interval(both[1]) for m, both in scores.items() if m != CONTROL}
+        series = [(when, list(scores), [both[i] for both in scores.values()]) for i, when in enumerate(WHEN)]
         caption = "Forgetting score before and after relearning at its strongest; 95 % intervals over seeds."
         about = f"What relearning brings back, {benchmark}", caption, "bars", "forgetting score", ""
         made["figures"].append(figure(f"robustness_{benchmark}", *about, series))
