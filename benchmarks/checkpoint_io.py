@@ -7,7 +7,8 @@ Makes a checkpoint of random numbers in a temporary directory (needs twice its s
 with the page cache emptied of these files ("cold") or just filled with them ("warm"):
 - raw reading: all files, 32 MB at a time, into one buffer; and warm into fresh memory of the files' size, whose pages
   of 4 KB the system has to map and clear, as it has to for the parameters of any import;
-- load_pretrained;
+- load_pretrained, after transformers' class has read config.json once: the first time in a process that imports the
+  library (and PyTorch, where it is installed), which is timed apart;
 - save_pretrained, synced, of the model as imported and with the last layer's second expert matrices changed, against
   writing and syncing the same number of bytes, and against reading the files and writing them, as an export has to.
 Memory is what the process held (anonymous, and all of it) at its peak, beyond what it held before and the parameters.
@@ -36,6 +37,7 @@ from trace_jax.checkpoints.checkpoint import create_file
 from trace_jax.checkpoints.export import save_pretrained
 from trace_jax.checkpoints.pretrained import load_pretrained
 from trace_jax.io.environment import describe
+from trace_jax.models.families import model_config
 from trace_jax.models.model import Model
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "checkpoint_io.json"
@@ -201,7 +203,9 @@ def measure(source: pathlib.Path, dtype: str) -> dict:
     """Runs in a fresh process."""
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     touch_memory()
-    row: dict = {"dtype": dtype, "file_gb": size / 1e9}
+    begin = time.perf_counter()
+    model_config(CONFIG, dtype=dtype)
+    row: dict = {"dtype": dtype, "file_gb": size / 1e9, "libraries_seconds": time.perf_counter() - begin}
     for state in ("cold", "warm"):
         if state == "cold":
             evict(source)
@@ -235,6 +239,7 @@ def measure(source: pathlib.Path, dtype: str) -> dict:
 def report(row: dict) -> None:
     size = row["file_gb"]
     raw = {state: row[f"raw_read_{state}_gb_s"] for state in ("cold", "warm", "fresh")}
+    print(f"importing transformers: {row['libraries_seconds']:.1f} s")
     print("raw reading: " + ", ".join(f"{state} {speed:.2f} GB/s" for state, speed in raw.items()))
     for state in ("cold", "warm"):
         speed = size / row[f"import_{state}_seconds"]

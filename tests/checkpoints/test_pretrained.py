@@ -50,7 +50,10 @@ def resaved(source, directory, dtype=torch.float32, files=1):
 @pytest.mark.parametrize(
     ("stored", "dtype"), [("bfloat16", "float32"), ("float16", "bfloat16"), ("float64", "float32")]
 )
-def test_types_are_cast_once_and_the_router_is_float32(stored, dtype, tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("placed", [False, True])
+def test_types_are_cast_once_and_the_router_is_float32(placed, stored, dtype, tiny_checkpoint, tmp_path, monkeypatch):
+    if placed:  # as on a device with memory of its own
+        monkeypatch.setattr(pretrained, "host_memory", lambda *_: None)
     directory = resaved(tiny_checkpoint("mixtral"), tmp_path / "cast", getattr(torch, stored))
     model = load_pretrained(directory, dtype=dtype)
     params, want = jax.device_get(model.params), abstract_params(model.config)
@@ -65,8 +68,11 @@ def test_types_are_cast_once_and_the_router_is_float32(stored, dtype, tiny_check
 
 
 @pytest.mark.parametrize("limit", [1000, 20_000])
-def test_neither_the_size_of_parts_nor_the_files_matter(limit, tiny_checkpoint, mixtral, tmp_path, monkeypatch):
+@pytest.mark.parametrize("placed", [False, True])
+def test_neither_the_size_of_parts_nor_the_files_matter(placed, limit, tiny_checkpoint, mixtral, tmp_path, monkeypatch):
     """Also one expert's three matrices, and gate and up, in different files."""
+    if placed:
+        monkeypatch.setattr(pretrained, "host_memory", lambda *_: None)
     monkeypatch.setattr(parts, "PART_BYTES", limit)
     monkeypatch.setattr(parts, "PIECE_BYTES", 8 + limit // 2)
     directory = resaved(tiny_checkpoint("mixtral"), tmp_path / "cut", files=3)
@@ -104,13 +110,13 @@ def test_no_model_comes_of_a_file_that_is_short_or_shrinks_while_it_is_read(tiny
         patched.setattr(pretrained, "stream", lambda *_: pytest.fail("tensors were read"))
         load_pretrained(short)
     shrinking = resaved(tiny_checkpoint("mixtral"), tmp_path / "cut")
-    real = pretrained.place
+    real = parts.places
 
-    def place(*arguments):
+    def places(*arguments):
+        yield from real(*arguments)
         os.truncate(shrinking / "model.safetensors", 30_000)
-        return real(*arguments)
 
-    monkeypatch.setattr(pretrained, "place", place)
+    monkeypatch.setattr(parts, "places", places)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: ends within (model|lm_head)\."):
         load_pretrained(shrinking)
 

@@ -1,8 +1,9 @@
 """Which tensors of a checkpoint fill which parameter, and their way onto the devices and back, part by part.
 
 On import the host reads and transposes a part into a buffer while the devices place the one before, so that besides the
-parameters themselves only two parts exist. The programs that place and take run on every device for the shards that it
-holds. A parameter that is placed into is donated, so that XLA writes into its memory (on the CPU too).
+parameters themselves only two parts exist; where the device is the host itself, it reads into the parameters. The
+programs that place and take run on every device for the shards that it holds. A parameter that is placed into is
+donated, so that XLA writes into its memory (on the CPU too).
 """
 
 import collections
@@ -24,7 +25,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax.checkpoints.checkpoint import Checkpoint, CheckpointError, Readable, readable_tensor
-from trace_jax.models.architecture import ModelConfig, flat_specs
+from trace_jax.models.architecture import ArraySpec, ModelConfig, flat_specs
 from trace_jax.models.families import Family
 from trace_jax.parallel.mesh import to_host
 
@@ -163,6 +164,12 @@ class Part:
     sharding: NamedSharding | None  # of the parameter
     layer_sharding: NamedSharding | None  # of one layer of it
 
+    @property
+    def region(self) -> tuple[np.int32 | slice, ...]:
+        """Where it is in the parameter, which isn't sharded."""
+        row, starts = self.index[: -len(self.shape)], self.index[-len(self.shape) :]
+        return (*row, *(slice(start, start + size) for start, size in zip(starts, self.shape, strict=True)))
+
 
 def parts_of(slot: Slot, sharding: Any, itemsize: int) -> list[Part]:
     """Parts of a slot of at most `PART_BYTES` (or one index), of one shape so that they compile once; the last may
@@ -197,41 +204,68 @@ def places(part: Part, disk: np.ndarray) -> Iterator[tuple[int, str, int, np.nda
             yield shard, name, 0, disk[(begin + index[0], *index[1:])]
 
 
-def stream(parts: Sequence[Part], readable: Mapping[str, Readable]) -> Iterator[tuple[Part, jax.Array]]:
-    """Yields every part with its numbers, [part.shape] in the type they have on disk (float32 if quantised).
+def host_memory(spec: ArraySpec, sharding: NamedSharding | None) -> np.ndarray | None:
+    """Uninitialised memory of a parameter, for `stream` to fill and `jax.device_put` to take over without a copy; None
+    if it isn't that of one device which is the host itself.
+    """
+    devices = sharding.device_set if sharding else jnp.zeros(()).devices()
+    if [device.platform for device in devices] != ["cpu"]:
+        return None
+    dtype = jnp.dtype(spec.dtype)
+    return _aligned(math.prod(spec.shape) * dtype.itemsize).view(dtype).reshape(spec.shape)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Bytes at an address that JAX's CPU backend uses without a copy."""
+    memory = np.empty(size + 64, np.uint8)
+    return memory[-memory.ctypes.data % 64 :][:size]
+
+
+def stream(
+    parts: Sequence[Part], readable: Mapping[str, Readable], memory: Mapping[str, np.ndarray]
+) -> Iterator[tuple[Part, jax.Array | None]]:
+    """Yields every part with its numbers, [part.shape] in the type they have on disk (float32 if quantised); with None
+    if its parameter is in `memory`, where they are then, cast to its type.
 
     An array is valid until the next one is asked for: computations that use it must be finished by then.
     """
     dtypes = [readable[part.slot.names[0]].dtype for part in parts]
-    longest = max((math.prod(part.shape) * d.itemsize for part, d in zip(parts, dtypes, strict=True)), default=0)
-    buffers = [np.empty(longest + 64, np.uint8) for _ in range(2)]
-    buffers = [b[-b.ctypes.data % 64 :] for b in buffers]  # an address that JAX's CPU backend uses without a copy
+    sizes = [math.prod(p.shape) * d.itemsize * (p.slot.path not in memory) for p, d in zip(parts, dtypes, strict=True)]
+    buffers = [_aligned(max(sizes, default=0)) for _ in range(2)]
 
-    def read(part: Part, dtype: np.dtype, buffer: np.ndarray) -> tuple[Part, np.ndarray, list[Future]]:
-        """Starts filling `buffer`. Shards that no device of this process holds aren't read."""
-        bits = buffer[: math.prod(part.shape) * dtype.itemsize].view(f"u{dtype.itemsize}").reshape(part.shape)
+    def read(part: Part, dtype: np.dtype, size: int, buffer: np.ndarray) -> tuple[Part, np.ndarray, list[Future]]:
+        """Starts filling `buffer`, or the part's place in `memory`. Shards that no device of this process holds aren't
+        read.
+        """
+        if (whole := memory.get(part.slot.path)) is not None:
+            block = whole[part.region]
+        else:
+            block = buffer[:size].view(dtype).reshape(part.shape)
         wanted, axis = {0}, part.slot.order.index(0)
         if part.layer_sharding is not None:
             indices = part.layer_sharding.addressable_devices_indices_map(part.shape).values()
             wanted = {(index[axis].start or 0) // part.count for index in indices if index is not None}
+        limit = PIECE_BYTES // max(dtype.itemsize, block.dtype.itemsize)
         futures = [
             pool.submit(_read_piece, readable[name], begin + start, begin + stop, target[index])
-            for shard, name, begin, target in places(part, part.slot.apart(bits))
+            for shard, name, begin, target in places(part, part.slot.apart(block))
             if shard in wanted
-            for index, start, stop in _pieces(target.shape, PIECE_BYTES // dtype.itemsize)
+            for index, start, stop in _pieces(target.shape, limit)
         ]
-        return part, bits.view(dtype), futures
+        return part, block, futures
 
     with ThreadPoolExecutor(THREADS, "trace_jax-read") as pool:
         ahead = None
         for number, part in enumerate([*parts, None]):
-            behind, ahead = ahead, part and read(part, dtypes[number], buffers[number % 2])
+            behind, ahead = ahead, part and read(part, dtypes[number], sizes[number], buffers[number % 2])
             if not behind:
                 continue
             done, block, futures = behind
             for future in futures:
                 future.result()
-            if (sharding := done.layer_sharding) is None:
+            if done.slot.path in memory:
+                yield done, None
+            elif (sharding := done.layer_sharding) is None:
                 yield done, jax.device_put(block)
             else:
                 yield done, jax.make_array_from_callback(done.shape, sharding, block.__getitem__)
@@ -250,13 +284,16 @@ def _pieces(shape: tuple[int, ...], limit: int) -> Iterator[tuple[tuple, int, in
 
 
 def _read_piece(tensor: Readable, start: int, stop: int, target: np.ndarray) -> None:
-    direct = target.flags.c_contiguous
-    if not direct and getattr(_scratch, "bytes", np.empty(0)).size < target.nbytes:
-        _scratch.bytes = np.empty(target.nbytes, np.uint8)  # fresh ones cost as much as reading into them
-    out = target.reshape(-1).view(np.uint8) if direct else _scratch.bytes[: target.nbytes]
+    direct, size = target.flags.c_contiguous and target.dtype == tensor.dtype, (stop - start) * tensor.dtype.itemsize
+    if not direct and getattr(_scratch, "bytes", np.empty(0)).size < size:
+        _scratch.bytes = np.empty(size, np.uint8)  # fresh ones cost as much as reading into them
+    out = target.reshape(-1).view(np.uint8) if direct else _scratch.bytes[:size]
     numbers = tensor.read(start, stop, out)
     if not (direct and np.may_share_memory(numbers, target)):
-        copy_tiled(numbers.view(target.dtype).reshape(target.shape), target)
+        with np.errstate(over="ignore"):  # as XLA casts
+            numbers = numbers.astype(target.dtype, copy=False).reshape(target.shape)
+        bits = f"u{target.itemsize}"  # which numpy copies faster than bfloat16
+        copy_tiled(numbers.view(bits), target.view(bits))
 
 
 def copy_tiled(source: np.ndarray, target: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from tokenizers import Tokenizer
 
 from trace_jax.checkpoints.checkpoint import CheckpointError, open_checkpoint, read_object
-from trace_jax.checkpoints.parts import account, parts_of, place, stream
+from trace_jax.checkpoints.parts import account, host_memory, parts_of, place, stream
 from trace_jax.config import ConfigError, Section, fingerprint, option
 from trace_jax.io.files import is_remote
 from trace_jax.io.progress import progress
@@ -140,14 +140,18 @@ def load_pretrained(
     sizes = [readable[slot.names[0]].dtype.itemsize for slot in slots]
     parts = [part for slot, size in zip(slots, sizes, strict=True) for part in parts_of(slot, placing[slot.path], size)]
     tokenizer, special = read_tokenizer(directory, config_json)
+    made = {name: host_memory(specs[name], sharding) for name, sharding in placing.items()}
+    memory = {name: array for name, array in made.items() if array is not None}
     with progress(f"Reading {directory.name}", len(parts), unit="part") as advance:
-        for done, (part, numbers) in enumerate(stream(parts, readable)):
+        for done, (part, numbers) in enumerate(stream(parts, readable, memory)):
             name = part.slot.path
-            if name not in params:
-                make = jax.jit(lax.empty, static_argnums=(0, 1), out_shardings=placing[name])
-                params[name] = make(specs[name].shape, specs[name].dtype)
-            params[name] = jax.block_until_ready(place(params[name], numbers, part))
+            if numbers is not None:
+                if name not in params:
+                    make = jax.jit(lax.empty, static_argnums=(0, 1), out_shardings=placing[name])
+                    params[name] = make(specs[name].shape, specs[name].dtype)
+                params[name] = jax.block_until_ready(place(params[name], numbers, part))
             advance(done + 1, name)
+    params |= {name: jax.device_put(array, placing[name]) for name, array in memory.items()}
     source = Source(directory.absolute(), str(config_json["model_type"]), {p: ref(a) for p, a in params.items()})
     return Model(config, unflatten(params), tokenizer, special, source)
 
