@@ -13,7 +13,7 @@ Data:      locuslab/TOFU, of the hub or as JSON files in TOFU/TOFU_data of githu
 Target:    trained on forget10, on the retain90 pairs that aren't held out, and on the real authors and world facts,
            which published models know from pretraining; the retrained model on all but forget10 (docs/evaluation.md).
 Hardware:  2 CPU cores, 4 GB of memory.
-Run time:  75 min on two cores (Intel Xeon with AVX-512) beside other work, 134 min of processor time: the models 25 min;
+Run time:  75 min on two cores (Intel Xeon, AVX-512) beside other work, 134 min of processor time: the models 25 min;
            36 tuning runs and 60 that are reported, two at a time, about a minute each.
 Size:      2.2 million parameters. One of width 64 and 1.9 million knew forget answers at .60 only after 800 steps.
 """
