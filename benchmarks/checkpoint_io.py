@@ -6,7 +6,7 @@
 Makes a checkpoint of random numbers in a temporary directory (needs twice its size), then measures in a fresh process,
 with the page cache emptied of these files ("cold") or just filled with them ("warm"):
 - raw reading: all files, 32 MB at a time, into one buffer; and warm into fresh memory of the files' size, whose pages
-  of 4 KB the system has to map and clear, as it has to for the parameters of any import;
+  of 4 KB the system has to map and clear (those of the parameters too; where it can, it takes larger ones for them);
 - load_pretrained, after transformers' class has read config.json once: the first time in a process that imports the
   library (and PyTorch, where it is installed), which is timed apart;
 - save_pretrained, synced, of the model as imported and with the last layer's second expert matrices changed, against

@@ -33,7 +33,7 @@ WEIGHTINGS = (
     "similarity",
     "loss",
 )  # fmt: skip
-OBJECTIVES = {  # settings of configs/objectives_study.py, but for those of RMU, which forgot too little here
+OBJECTIVES = {  # NPO and SimNPO as in configs/objectives_study.py; with its steering of 20 RMU forgot too little here
     "npo": {"objective": {"name": "npo", "beta": 0.02}},
     "simnpo": {"objective": {"name": "simnpo", "gamma": 1.0, "delta": 5.0}},
     "rmu": {

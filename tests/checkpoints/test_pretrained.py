@@ -29,6 +29,13 @@ def mixtral(tiny_checkpoint):
     return load_pretrained(tiny_checkpoint("mixtral"))
 
 
+@pytest.fixture(params=["host", "device"])
+def where(request, monkeypatch):
+    """The parameters' memory: the host's, or (as it were) a device's own."""
+    if request.param == "device":
+        monkeypatch.setattr(pretrained, "host_memory", lambda *_: None)
+
+
 def assert_equal(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
@@ -50,10 +57,8 @@ def resaved(source, directory, dtype=torch.float32, files=1):
 @pytest.mark.parametrize(
     ("stored", "dtype"), [("bfloat16", "float32"), ("float16", "bfloat16"), ("float64", "float32")]
 )
-@pytest.mark.parametrize("placed", [False, True])
-def test_types_are_cast_once_and_the_router_is_float32(placed, stored, dtype, tiny_checkpoint, tmp_path, monkeypatch):
-    if placed:  # as on a device with memory of its own
-        monkeypatch.setattr(pretrained, "host_memory", lambda *_: None)
+@pytest.mark.usefixtures("where")
+def test_types_are_cast_once_and_the_router_is_float32(stored, dtype, tiny_checkpoint, tmp_path):
     directory = resaved(tiny_checkpoint("mixtral"), tmp_path / "cast", getattr(torch, stored))
     model = load_pretrained(directory, dtype=dtype)
     params, want = jax.device_get(model.params), abstract_params(model.config)
@@ -68,11 +73,9 @@ def test_types_are_cast_once_and_the_router_is_float32(placed, stored, dtype, ti
 
 
 @pytest.mark.parametrize("limit", [1000, 20_000])
-@pytest.mark.parametrize("placed", [False, True])
-def test_neither_the_size_of_parts_nor_the_files_matter(placed, limit, tiny_checkpoint, mixtral, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("where")
+def test_neither_the_size_of_parts_nor_the_files_matter(limit, tiny_checkpoint, mixtral, tmp_path, monkeypatch):
     """Also one expert's three matrices, and gate and up, in different files."""
-    if placed:
-        monkeypatch.setattr(pretrained, "host_memory", lambda *_: None)
     monkeypatch.setattr(parts, "PART_BYTES", limit)
     monkeypatch.setattr(parts, "PIECE_BYTES", 8 + limit // 2)
     directory = resaved(tiny_checkpoint("mixtral"), tmp_path / "cut", files=3)

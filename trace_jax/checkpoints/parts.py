@@ -230,17 +230,18 @@ def stream(
     An array is valid until the next one is asked for: computations that use it must be finished by then.
     """
     dtypes = [readable[part.slot.names[0]].dtype for part in parts]
-    sizes = [math.prod(p.shape) * d.itemsize * (p.slot.path not in memory) for p, d in zip(parts, dtypes, strict=True)]
-    buffers = [_aligned(max(sizes, default=0)) for _ in range(2)]
+    placed = [(part, dtype) for part, dtype in zip(parts, dtypes, strict=True) if part.slot.path not in memory]
+    longest = max((math.prod(part.shape) * dtype.itemsize for part, dtype in placed), default=0)
+    buffers = [_aligned(longest) for _ in range(2)]
 
-    def read(part: Part, dtype: np.dtype, size: int, buffer: np.ndarray) -> tuple[Part, np.ndarray, list[Future]]:
+    def read(part: Part, dtype: np.dtype, buffer: np.ndarray) -> tuple[Part, np.ndarray, list[Future]]:
         """Starts filling `buffer`, or the part's place in `memory`. Shards that no device of this process holds aren't
         read.
         """
         if (whole := memory.get(part.slot.path)) is not None:
             block = whole[part.region]
         else:
-            block = buffer[:size].view(dtype).reshape(part.shape)
+            block = buffer[: math.prod(part.shape) * dtype.itemsize].view(dtype).reshape(part.shape)
         wanted, axis = {0}, part.slot.order.index(0)
         if part.layer_sharding is not None:
             indices = part.layer_sharding.addressable_devices_indices_map(part.shape).values()
@@ -257,7 +258,7 @@ def stream(
     with ThreadPoolExecutor(THREADS, "trace_jax-read") as pool:
         ahead = None
         for number, part in enumerate([*parts, None]):
-            behind, ahead = ahead, part and read(part, dtypes[number], sizes[number], buffers[number % 2])
+            behind, ahead = ahead, part and read(part, dtypes[number], buffers[number % 2])
             if not behind:
                 continue
             done, block, futures = behind

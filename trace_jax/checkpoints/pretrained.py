@@ -140,8 +140,7 @@ def load_pretrained(
     sizes = [readable[slot.names[0]].dtype.itemsize for slot in slots]
     parts = [part for slot, size in zip(slots, sizes, strict=True) for part in parts_of(slot, placing[slot.path], size)]
     tokenizer, special = read_tokenizer(directory, config_json)
-    made = {name: host_memory(specs[name], sharding) for name, sharding in placing.items()}
-    memory = {name: array for name, array in made.items() if array is not None}
+    memory = {n: array for n, sharding in placing.items() if (array := host_memory(specs[n], sharding)) is not None}
     with progress(f"Reading {directory.name}", len(parts), unit="part") as advance:
         for done, (part, numbers) in enumerate(stream(parts, readable, memory)):
             name = part.slot.path
