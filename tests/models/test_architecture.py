@@ -83,7 +83,7 @@ def test_every_parameter_has_a_gradient_and_on_a_mesh_the_same(name, monkeypatch
     drawn = np.random.default_rng(0).random((8, config.num_layers, 12, config.num_experts))
     chosen = np.argsort(drawn, axis=-1)[..., : config.experts_per_token].astype(np.int32)
     if name == "mixer":
-        monkeypatch.setattr(loss, "MAX_CHUNK_ELEMENTS", 7 * config.vocab_size)
+        monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 7 * config.vocab_size)
 
     def losses(params, other, tokens, documents, chosen, total):
         experts = chosen.swapaxes(0, 1) if forced else None

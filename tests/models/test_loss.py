@@ -35,7 +35,7 @@ def inputs():
 @pytest.fixture
 def tokens_of_chunk(monkeypatch):
     """tokens_of_chunk(n): the logits of n tokens exist at a time."""
-    return lambda n: monkeypatch.setattr(loss, "MAX_CHUNK_ELEMENTS", n * V)
+    return lambda n: monkeypatch.setattr(loss, "CHUNK_ELEMENTS", n * V)
 
 
 def close(got, wanted):
