@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.tiny import mesh_of, random_params
 from trace_jax.models import generate as decoding
-from trace_jax.models import sharding
+from trace_jax.models import grouped_matmul as grouped
+from trace_jax.models import grouped_matmul_tpu, sharding
 from trace_jax.models.architecture import ModelConfig, Rope
 from trace_jax.models.decoder import forward
 from trace_jax.models.generate import CHUNK, generate, generate_text, greedy_step, padded_size
@@ -126,6 +127,23 @@ def test_a_token_copies_neither_the_experts_of_a_layer_nor_the_cache():
     for layers in (2, 6):  # unrolled, and in a loop
         assert room(layers, 64, 16) - room(layers, 6, 16) < 58 * 3 * 16 * 64 * 4
     assert room(12, 6, 4096) - room(6, 6, 4096) < 4 * 4096 * 2 * 4 * 4
+
+
+@pytest.mark.parametrize("mesh", [None, *MESHES["grouped"]], ids=str)
+def test_kernels_read_experts_where_they_lie(mesh, monkeypatch):
+    """Those of all layers are groups of one product; for a prompt those of each layer."""
+    config = dataclasses.replace(CONFIG, num_layers=6, expert_bias=True)
+    params, settings, groups = random_params(config), {"lengths": LENGTHS, "max_new_tokens": NEW}, []
+    expected = generate(params, config, PROMPT, **settings)
+    monkeypatch.setattr(grouped, "program_platform", lambda: "tpu")
+    monkeypatch.setattr(
+        grouped_matmul_tpu, "product", lambda x, w, sizes: groups.append(len(w)) or jax.lax.ragged_dot(x, w, sizes)
+    )
+    decoding._compiled.cache_clear()
+    np.testing.assert_array_equal(generate(params, config, PROMPT, mesh=mesh, **settings), expected)
+    decoding._compiled.cache_clear()
+    own = 6 // (1 if mesh is None else mesh.shape["expert"])
+    assert set(groups) == {own, 6 * own}
 
 
 def test_a_finished_row_is_filled_with_its_end_token():

@@ -115,11 +115,11 @@ def test_steps_are_those_of_the_ragged_product_on_one_device_whatever_memory_is_
     assert not parallel.expert_buffer or float(last["dropped"]) == 0
 
 
-@pytest.mark.parametrize(("sizes", "likely"), [((1, 4, 2), 1.0), ((2, 4, 1), 0.3)])
+@pytest.mark.parametrize(("sizes", "likely"), [((1, 4, 2), (1.0,)), ((2, 4, 1), (0.3, 1.0))])
 def test_steps_are_the_same_where_a_devices_experts_have_the_likely_room_and_where_it_is_too_small(
     sizes, likely, oracle, monkeypatch
 ):
-    """1: too small on some devices, not on others; 0.3: on all."""
+    """1: too small on some devices, not on others; 0.3: on all, and then as much."""
     monkeypatch.setattr(moe, "LIKELY", likely)
     metrics, params, _ = trajectory(RAGGED, sizes)
     np.testing.assert_allclose(metrics, oracle[0], rtol=1e-4)

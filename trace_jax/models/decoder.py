@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from trace_jax.models.architecture import ModelConfig
-from trace_jax.models.grouped_matmul import resolve_implementation
+from trace_jax.models.grouped_matmul import KERNELS, flat, resolve_implementation
 from trace_jax.models.layers import Cache, attention, attention_mask, gated_mlp, norm, rotary
 from trace_jax.models.moe import RouterOutput, moe_layer
-from trace_jax.models.sharding import assembled, rematerialized
+from trace_jax.models.sharding import as_they_lie, assembled, rematerialized
 from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
 UNROLLED_LAYERS = 4
@@ -152,12 +152,13 @@ def forward(
     if config.layer_ropes:
         per_layer["rope"] = np.asarray(config.layer_ropes, np.int32)
     distance = positions[:, :, None] - key_positions[:, None, :]
+    in_stacks = {} if cache is None else _experts_in_stacks(params, config, S)
 
     def layer_step(stack, x, inputs):
         layer, layer_cache, numbers, chosen, added = inputs
         layer = assembled(layer, config, f"{stack}/")
         if "layer" in numbers:
-            layer["experts"] = {**params[stack]["experts"], "layer": numbers["layer"]}
+            layer["experts"] = {**in_stacks, "layer": numbers["layer"]}
         rope_table = rope_tables[numbers["rope"]] if config.layer_ropes else rope_tables[0]
         readable = allowed & (distance < numbers["window"]) if config.windows else allowed
         layer_cache = None if cache is None else (*layer_cache, start)
@@ -182,12 +183,11 @@ def forward(
         first, *others = run
         before, depth = kinds[:first].count(stack), 1 + len(others)
         layers, inside = slice(first, first + depth), slice(before, before + depth)
-        uncopied = {"experts"} if cache is not None and _in_stacks(params[stack], config) else set()
-        arrays = {name: part for name, part in params[stack].items() if name not in uncopied}
+        arrays = {name: part for name, part in params[stack].items() if not (in_stacks and name == "experts")}
         arrays = jax.tree.map(lambda a: a[inside], arrays)  # noqa: B023
         caches = None if cache is None else jax.tree.map(lambda a: a[layers], (cache.k, cache.v))  # noqa: B023
         numbers = {name: jnp.asarray(values[layers]) for name, values in per_layer.items()}
-        if uncopied:
+        if in_stacks and stack == "layers":
             numbers["layer"] = jnp.arange(before, before + depth, dtype=jnp.int32)
         chosen = None if experts is None or stack == "dense" else jnp.asarray(experts, jnp.int32)[inside]
         # Few layers are unrolled: then what the backward pass keeps isn't copied into and out of stacks.
@@ -210,11 +210,17 @@ def forward(
     return ModelOutput(logits, x if "hidden" in wanted else None, join(*outputs), router, cache)
 
 
-def _in_stacks(params: dict, config: ModelConfig) -> bool:
-    """Whether experts are read where they lie in the stack of layers: a token uses few, a layer's copy has all."""
-    plain = "experts" in params and all(isinstance(leaf, jax.Array) for leaf in params["experts"].values())
-    alone = all(size == 1 for size in axis_sizes().values())
-    return plain and alone and resolve_implementation(config.grouped_matmul) == "blocked"
+def _experts_in_stacks(params: dict, config: ModelConfig, length: int) -> dict:
+    """All layers' experts, to be read where they lie: a token uses few, a copy of a layer has all. Empty where a device
+    doesn't compute with them as they lie, and for kernels among many tokens, which other layers' groups would slow.
+    """
+    implementation = resolve_implementation(config.grouped_matmul)
+    if implementation != "blocked" and (implementation not in KERNELS or length > 1):
+        return {}
+    stacks = as_they_lie(params["layers"]["experts"], config, "layers/experts/")
+    if implementation == "blocked" or stacks is None:
+        return stacks or {}
+    return {name: flat(name, stack) for name, stack in stacks.items()}  # once, before the first of many tokens
 
 
 def _residual(layer: dict, config: ModelConfig, x: jax.Array, name: str, part):

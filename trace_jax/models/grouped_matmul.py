@@ -158,9 +158,9 @@ def _blocked_forward(activate, weights, x_TD, gates_TK, blocks: Blocks):
     token = _token(blocks)
 
     def multiply(name, x_NRD, group_N):
-        y = jnp.einsum("nrd,ndf->nrf", x_NRD, _flat(name, weights[name][group_N]))
+        y = jnp.einsum("nrd,ndf->nrf", x_NRD, flat(name, weights[name][group_N]))
         bias = weights.get(f"{name}_bias")
-        return y if bias is None else y + _flat(name, bias[group_N])[:, None]
+        return y if bias is None else y + flat(name, bias[group_N])[:, None]
 
     def turn(c, arrays):
         inside = multiply("gate_up", _rows(x_TD, token[c]), blocks.group[c])
@@ -194,14 +194,14 @@ def _blocked_backward(activate, residuals, gradient_TD):
             add(of_weights, name, jnp.einsum("nrd,nrf->ndf", left, right, preferred_element_type=jnp.float32), group)
             if f"{name}_bias" in weights:
                 add(of_weights, f"{name}_bias", jnp.sum(right.astype(jnp.float32), axis=1), group)
-        of_x = of_x.at[c].set(jnp.einsum("nrf,ndf->nrd", of_inside, _flat("gate_up", weights["gate_up"][group])))
+        of_x = of_x.at[c].set(jnp.einsum("nrf,ndf->nrd", of_inside, flat("gate_up", weights["gate_up"][group])))
         return of_weights, of_x, of_gates.at[c].set(of_gate)
 
     def add(of_weights, name, more, group):
         of_weights[name] = of_weights[name].at[group].add(more, indices_are_sorted=blocks.trained is None)
 
     start = (
-        {name: jnp.zeros(_flat(name, w).shape, jnp.float32) for name, w in weights.items()},
+        {name: jnp.zeros(flat(name, w).shape, jnp.float32) for name, w in weights.items()},
         jnp.zeros((*token.shape, x_TD.shape[1]), x_TD.dtype),
         jnp.zeros(token.shape, jnp.float32),
     )
@@ -237,6 +237,6 @@ def _sum_of_slots(rows, gates_TK, place_TK):
     return sum(parts[1:], parts[0])
 
 
-def _flat(name: str, w):
-    """gate_up [E,D,2,F] as [E,D,2F], its bias [E,2,F] as [E,2F], down and its bias as they are."""
+def flat(name: str, w):
+    """gate_up [...,D,2,F] as [...,D,2F], its bias [...,2,F] as [...,2F], down and its bias as they are."""
     return w.reshape(*w.shape[:-2], -1) if name.startswith("gate_up") else w

@@ -19,8 +19,9 @@ from trace_jax.models.architecture import ModelConfig
 from trace_jax.models.layers import activation, gated_mlp, norm
 from trace_jax.parallel.mesh import EXPERT, TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
-LIKELY = 2.0  # times the balanced load of a device's experts: room that is enough but in rare cases
+LIKELY = 2.0, 4.0  # times the balanced load of a device's experts: room that is enough, and where it is not
 RARE = "more_than_likely"  # what these are called in a program
+ONE_OF = "one_of_"  # with a number: how a program calls what reads the weights of one of so many layers
 
 
 @jax.tree_util.register_dataclass
@@ -133,16 +134,17 @@ def moe_layer(
     else:
         operands = as_varying(operands, varying_axes(weights))  # gradients are scattered, then summed over "tensor"
         rows, indices, gates = (jax.lax.all_gather(a, EXPERT, axis=0, tiled=True) for a in operands)
-        here = weights["gate_up"].shape[0]
+        here = weights["down"].shape[-3]
         worst = indices.shape[0] * min(here, config.experts_per_token)
-        room = min(worst, -(-int((buffer or LIKELY) * indices.size) // size))
+        likely = (buffer,) if buffer else LIKELY
+        rooms = sorted({worst, *(min(worst, -(-int(times * indices.size) // size)) for times in likely)})
         operands = rows, indices - jax.lax.axis_index(EXPERT) * here, gates
-        if buffer or room == worst or grouped.resolve_implementation(config.grouped_matmul) == "blocked":
-            y, dropped = experts(weights, config, *operands, room=room if buffer else worst)
+        if buffer or len(rooms) == 1 or grouped.resolve_implementation(config.grouped_matmul) == "blocked":
+            y, dropped = experts(weights, config, *operands, room=rooms[0] if buffer else worst)
         else:
             weights = {name: array for name, array in weights.items() if name != "trained"}
             operands = as_varying((weights, *operands), varying_axes((weights, *operands)))
-            y, dropped = _roomy_experts(config, (room, worst), *operands), jnp.zeros((), jnp.int32)
+            y, dropped = _roomy_experts(config, tuple(rooms), *operands), jnp.zeros((), jnp.int32)
         dropped = jax.lax.pmax(dropped, TENSOR) if TENSOR in varying_axes(dropped) else dropped  # equal, known to be
         y = jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True)
     y = sum_over(y, TENSOR)
@@ -159,7 +161,7 @@ def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, r
     """(sum over the chosen experts of gate times expert [T,D], choices that found no room i32 []).
 
     "trained" bool [E] in `weights` says which experts take a gradient (default: all); "layer" i32 [], that the others
-    are stacks of layers [L,E,...] and which of them this is ("blocked" only): none is copied out of the stack. `room`
+    are stacks of layers [L,E,...] and which of them this is: none is copied out of the stack. `room`
     says for how many choices there is room at least (default: all), and that an index that is no expert of `weights`
     is another device's.
     """
@@ -186,10 +188,10 @@ def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, r
     slot = slot.at[place_TK.reshape(-1)].set(slots, mode="drop", unique_indices=True)
     if "down_bias" in weights and axis_sizes().get(TENSOR, 1) > 1:  # of the devices that are summed, on the first
         weights = {**weights, "down_bias": jnp.where(jax.lax.axis_index(TENSOR) == 0, weights["down_bias"], 0)}
+    if layer is not None:
+        weights = {name: stack.reshape(-1, *stack.shape[2:]) for name, stack in weights.items()}
+        block_group = block_group + layer * num_experts
     if blocked:
-        if layer is not None:
-            weights = {name: stack.reshape(-1, *stack.shape[2:]) for name, stack in weights.items()}
-            block_group = block_group + layer * num_experts
         used = (group_sizes + (size - 1)) // size
         of_trained = None if trained is None else jnp.sum(jnp.where(trained, used, 0))
         blocks = grouped.make_blocks(slot, block_group, jnp.sum(used), place_TK, weights, of_trained)
@@ -198,31 +200,39 @@ def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, r
     if room is not None:  # groups end where the room ends
         group_sizes = jnp.clip(num_slots - (jnp.cumsum(group_sizes) - group_sizes), 0, group_sizes)
 
+    num_groups = weights["down"].shape[0]
+    if layer is not None:  # those of other layers have no rows
+        every = as_varying(jnp.zeros((num_groups,), jnp.int32), varying_axes(group_sizes))
+        group_sizes = jax.lax.dynamic_update_slice(every, group_sizes, (layer * num_experts,))
+
     def multiply(x, name):
-        w = weights[name].reshape(num_experts, x.shape[-1], -1)
-        y = grouped.grouped_matmul(x, w, group_sizes, implementation=implementation)
+        w = weights[name].reshape(num_groups, x.shape[-1], -1)
+        with jax.named_scope(f"{ONE_OF}{num_groups // num_experts}"):
+            y = grouped.grouped_matmul(x, w, group_sizes, implementation=implementation)
         if (bias := weights.get(f"{name}_bias")) is None:
             return y
         filled = jnp.arange(num_places, dtype=jnp.int32) < jnp.sum(group_sizes)  # beyond, gradients are undefined
-        return y + jnp.where(filled[:, None], bias.reshape(num_experts, -1)[block_group], 0)
+        return y + jnp.where(filled[:, None], bias.reshape(num_groups, -1)[block_group], 0)
 
     y_PD = multiply(activate(multiply(_dispatch(x_TD, slot, place_TK), "gate_up")), "down")
     return _combine(y_PD, gates_TK, slot, place_TK), dropped
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _roomy_experts(config: ModelConfig, rooms: tuple[int, int], weights: dict, x_TD, indices_TK, gates_TK):
-    """[T,D] of `experts` in the first of two rooms, or in the second where that is too small for the choices that are
-    here. Backward the hidden values are computed again, so that neither room is kept.
+def _roomy_experts(config: ModelConfig, rooms: tuple[int, ...], weights: dict, x_TD, indices_TK, gates_TK):
+    """[T,D] of `experts` in the smallest of `rooms` that holds the choices that are here. Backward the hidden values
+    are computed again, so that no room is kept.
     """
     return _in_room(
         lambda room: experts(weights, config, x_TD, indices_TK, gates_TK, room=room)[0], rooms, weights, indices_TK
     )
 
 
-def _in_room(fn: Callable, rooms: tuple[int, int], weights: dict, indices_TK):
-    used = jnp.sum((indices_TK >= 0) & (indices_TK < weights["gate_up"].shape[0]), dtype=jnp.int32)
-    return jax.lax.cond(used <= rooms[0], lambda: fn(rooms[0]), jax.named_scope(RARE)(lambda: fn(rooms[1])))
+def _in_room(fn: Callable, rooms: tuple[int, ...], weights: dict, indices_TK):
+    used = jnp.sum((indices_TK >= 0) & (indices_TK < weights["down"].shape[-3]), dtype=jnp.int32)
+    first, *rare = (partial(fn, room) for room in rooms)
+    too_small = sum((used > room).astype(jnp.int32) for room in rooms[:-1])
+    return jax.lax.switch(too_small, [first, *map(jax.named_scope(RARE), rare)])
 
 
 def _roomy_experts_backward(config, rooms, operands, gradient_TD):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trace_jax.models.moe import RARE
+from trace_jax.models.moe import ONE_OF, RARE
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0, "tuple": 0}
@@ -48,9 +48,9 @@ Computation = dict[str, Instruction]
 
 
 class Traffic(NamedTuple):
-    """What one run of a program moves on one device: bytes read and written in its main memory, the same by operation
-    ({(instruction, part of the pass, name): [how often, bytes]}), and collectives. Loops of unknown length (decoding,
-    which may end early) count as one round; `unknown_loops` is their number.
+    """What one run of a program moves on one device, or one round of its loop of unknown length: bytes read and written
+    in its main memory, the same by operation ({(instruction, part of the pass, name): [how often, bytes]}), and
+    collectives. `unknown_loops` is the number of such loops (decoding, which may end early).
     """
 
     memory_bytes: float
@@ -70,10 +70,12 @@ class Collective(NamedTuple):
     bytes: float
 
 
-def traffic(text: str, num_devices: int) -> Traffic:
-    """Of a compiled module's text (`compiled.as_text()`), which is the program of one device."""
+def traffic(text: str, num_devices: int, *, rounds: int = 1) -> Traffic:
+    """Of a compiled module's text (`compiled.as_text()`), the program of one device. Where the length of a loop is
+    unknown, of one of `rounds` rounds: its share of what is done before and after the loop is counted to it.
+    """
     computations, entry = _parse(text)
-    (times, unknown), continued = _times(computations, entry), _continued(computations)
+    (times, unknown), continued = _times(computations, entry, rounds), _continued(computations)
     operations, sums = {}, {}
     for name, (count, fused) in times.items():
         around = computations[name]
@@ -87,7 +89,13 @@ def traffic(text: str, num_devices: int) -> Traffic:
             if not fused and (moved := _memory_bytes(instruction, around, computations, continued)):
                 counted = operations.setdefault(_operation(instruction), [0, 0.0])
                 counted[0], counted[1] = counted[0] + count, counted[1] + count * moved
-    collectives = [Collective(*key, *counted) for key, counted in sums.items() if len(key[1][0]) > 1]
+    for counted in operations.values():
+        counted[:] = -(-counted[0] // rounds), counted[1] / rounds
+    collectives = [
+        Collective(*key, -(-count // rounds), sent / rounds)
+        for key, (count, sent) in sums.items()
+        if len(key[1][0]) > 1
+    ]
     collectives.sort(key=lambda c: (COLLECTIVES.index(c.kind), -c.bytes))
     return Traffic(sum(moved for _, moved in operations.values()), operations, collectives, unknown)
 
@@ -153,7 +161,7 @@ def _source(instruction: Instruction, inside: Computation) -> Instruction:
 # --- loops
 
 
-def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, tuple[int, bool]], int]:
+def _times(computations: dict[str, Computation], entry: str, unknown_rounds: int) -> tuple[dict, int]:
     """{computation: (how often it runs, whether inside a fusion)}, and the number of loops of unknown length. What only
     an unbalanced load needs does not run.
     """
@@ -169,7 +177,7 @@ def _times(computations: dict[str, Computation], entry: str) -> tuple[dict[str, 
             if instruction.opcode == "while":
                 rounds = _rounds(instruction, computations[name], computations)
                 unknown += rounds is None
-                visit(instruction.called("body")[0], count * (1 if rounds is None else rounds), fused)
+                visit(instruction.called("body")[0], count * (unknown_rounds if rounds is None else rounds), fused)
             elif not instruction.opcode.endswith(("-done", "-update")):
                 keys = ["calls", "branch_computations", "true_computation", "false_computation"]
                 for key in (*keys, *["to_apply"] * (instruction.opcode == "call")):
@@ -270,7 +278,8 @@ def _memory_bytes(
     if opcode in ("dynamic-update-slice", "scatter"):
         return sum(read[1:]) + min(_bytes(operands[1 if opcode == "dynamic-update-slice" else 2]), written)
     if opcode != "fusion":
-        return sum(read) + written
+        layers = re.search(rf"/{ONE_OF}(\d+)/", instruction.attributes)
+        return sum(read) + written - (max(read) * (1 - 1 / int(layers[1])) if layers else 0)
     # Of an operand only what is sliced out is read, of a result only what is updated in place is written.
     called = instruction.called("calls")[0]
     fused, total = computations[called], 0.0

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from trace_jax.data.rows import Batch
 from trace_jax.models.architecture import ModelConfig, abstract_params, flatten, unflatten
-from trace_jax.models.generate import greedy_step
+from trace_jax.models.generate import CHUNK, greedy_step
 from trace_jax.models.moe import LIKELY
 from trace_jax.models.sharding import param_shardings
 from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, ParallelConfig, row_shards
@@ -45,6 +45,7 @@ class Program(NamedTuple):
     inputs: int
     tokens: int  # that one run of it processes, over all devices
     filled: float  # share of the room for tokens of a device's experts that a balanced load fills
+    rounds: int = 1  # of its loop of unknown length, of which one is meant by "one run"
 
 
 def programs(config: Any, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh) -> Iterator[Program]:
@@ -59,7 +60,8 @@ def programs(config: Any, model: ModelConfig, parallel: ParallelConfig, mesh: Me
     yield Program("statistics pass", traced, weights, 0, local_bytes(batch), batch.tokens.size, filled)
     write, (params, *inputs) = greedy_step(model, mesh, rows, row_length)
     weights = local_bytes(params)
-    yield Program("decoding step", write.trace(params, *inputs), weights, 0, local_bytes(inputs), rows, filled)
+    traced, sizes = write.trace(params, *inputs), (weights, 0, local_bytes(inputs))
+    yield Program("decoding step", traced, *sizes, rows, filled, rounds=CHUNK)
 
 
 def step_program(
@@ -111,7 +113,7 @@ def _filled(model: ModelConfig, mesh: Mesh, buffer: float = 0.0) -> float:
     if devices == 1:
         return 1.0
     worst = devices * min(-(-model.num_experts // devices), model.experts_per_token) / model.experts_per_token
-    return 1 / min(worst, buffer or LIKELY)
+    return 1 / min(worst, buffer or LIKELY[0])
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
@@ -177,7 +179,7 @@ def predict(program: Program, chip: Chip, devices: Sequence[Any]) -> dict[str, A
     loops, moving, exchanges, seconds, times = 0, {}, [], {}, {}
     if compiled is not None:
         memory, text = compiled.memory_analysis(), compiled.as_text()
-        memory_bytes, moving, collectives, loops = traffic(text, len(devices))
+        memory_bytes, moving, collectives, loops = traffic(text, len(devices), rounds=program.rounds)
         temporaries = memory.output_size_in_bytes - memory.alias_size_in_bytes
         temporaries += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         # The compiler pads small arrays to tiles, and doesn't count what a program never reads, which is there anyway.
