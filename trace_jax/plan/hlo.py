@@ -92,9 +92,9 @@ def traffic(text: str, num_devices: int, *, rounds: int = 1) -> Traffic:
     for counted in operations.values():
         counted[:] = -(-counted[0] // rounds), counted[1] / rounds
     collectives = [
-        Collective(*key, -(-count // rounds), sent / rounds)
-        for key, (count, sent) in sums.items()
-        if len(key[1][0]) > 1
+        Collective(kind, groups, -(-count // rounds), sent / rounds)
+        for (kind, groups), (count, sent) in sums.items()
+        if len(groups[0]) > 1
     ]
     collectives.sort(key=lambda c: (COLLECTIVES.index(c.kind), -c.bytes))
     return Traffic(sum(moved for _, moved in operations.values()), operations, collectives, unknown)
