@@ -146,7 +146,11 @@ def assemble(array: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *,
     for dimension, name in enumerate(axes if gather else ()):
         gathered = tuple(axis for axis in spec_axes(spec, dimension) if axis != RULES.get(name))
         if gathered:
+            inner = array.shape[dimension + 1 :]
+            if len(inner) > 1:  # as products read it: TPUs arrange a part of it anew, not the whole
+                array = array.reshape(*array.shape[: dimension + 1], -1)
             array = jax.lax.all_gather(array, gathered, axis=dimension, tiled=True)
+            array = array.reshape(*array.shape[: dimension + 1], *inner)
     for dimension, name in enumerate(axes):
         axis = RULES.get(name, "")
         stored_whole = sizes.get(axis, 1) > 1 and axis not in spec_axes(spec, dimension)
