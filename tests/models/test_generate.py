@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.tiny import mesh_of, random_params
+from trace_jax.models import decoder, grouped_matmul_tpu, sharding
 from trace_jax.models import generate as decoding
 from trace_jax.models import grouped_matmul as grouped
-from trace_jax.models import grouped_matmul_tpu, sharding
 from trace_jax.models.architecture import ModelConfig, Rope
 from trace_jax.models.decoder import forward
 from trace_jax.models.generate import CHUNK, generate, generate_text, greedy_step, padded_size
@@ -144,6 +144,11 @@ def test_kernels_read_experts_where_they_lie(mesh, monkeypatch):
     decoding._compiled.cache_clear()
     own = 6 // (1 if mesh is None else mesh.shape["expert"])
     assert set(groups) == {own, 6 * own}
+    groups.clear()
+    monkeypatch.setattr(decoder, "ROOM", 0)  # for the copy that this takes
+    np.testing.assert_array_equal(generate(params, config, PROMPT, mesh=mesh, **settings), expected)
+    decoding._compiled.cache_clear()
+    assert set(groups) == {own}
 
 
 def test_a_finished_row_is_filled_with_its_end_token():

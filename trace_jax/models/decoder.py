@@ -20,6 +20,7 @@ from trace_jax.models.sharding import as_they_lie, assembled, rematerialized
 from trace_jax.parallel.mesh import TENSOR, as_varying, axis_sizes, sum_over, varying_axes
 
 UNROLLED_LAYERS = 4
+ROOM = 29 << 29  # bytes that every device has which large models are planned for, 14.5 of 16 GiB
 _OF_TOKENS = ("router_inputs", "router_logits", "indices", "weights")
 COLLECT = ("logits", "hidden", "layers", "router", *_OF_TOKENS, "counts", "load", "dropped")
 
@@ -152,7 +153,7 @@ def forward(
     if config.layer_ropes:
         per_layer["rope"] = np.asarray(config.layer_ropes, np.int32)
     distance = positions[:, :, None] - key_positions[:, None, :]
-    in_stacks = {} if cache is None else _experts_in_stacks(params, config, S)
+    in_stacks = {} if cache is None else _experts_in_stacks(params, config, cache, S)
 
     def layer_step(stack, x, inputs):
         layer, layer_cache, numbers, chosen, added = inputs
@@ -210,16 +211,20 @@ def forward(
     return ModelOutput(logits, x if "hidden" in wanted else None, join(*outputs), router, cache)
 
 
-def _experts_in_stacks(params: dict, config: ModelConfig, length: int) -> dict:
+def _experts_in_stacks(params: dict, config: ModelConfig, cache: Cache, length: int) -> dict:
     """All layers' experts, to be read where they lie: a token uses few, a copy of a layer has all. Empty where a device
-    doesn't compute with them as they lie, and for kernels among many tokens, which other layers' groups would slow.
+    doesn't compute with them as they lie; for kernels also among many tokens, which other layers' groups would slow,
+    and without room for a copy of `gate_up` in the layout that they read.
     """
     implementation = resolve_implementation(config.grouped_matmul)
     if implementation != "blocked" and (implementation not in KERNELS or length > 1):
         return {}
-    stacks = as_they_lie(params["layers"]["experts"], config, "layers/experts/")
-    if implementation == "blocked" or stacks is None:
-        return stacks or {}
+    stacks = as_they_lie(params["layers"]["experts"], config, "layers/experts/") or {}
+    if implementation == "blocked":
+        return stacks
+    held = (params, cache, {name: stack for name, stack in stacks.items() if name.startswith("gate_up")})
+    if sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held)) > ROOM:
+        return {}
     return {name: flat(name, stack) for name, stack in stacks.items()}  # once, before the first of many tokens
 
 
