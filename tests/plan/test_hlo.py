@@ -60,22 +60,7 @@ def test_nested_loops_multiply():
     assert sent_in(text_of(fn, (CUT,), CUT, (B, D)))[("all-reduce", 2)][0] == 12
 
 
-def test_a_loop_that_data_ends_counts_once_and_is_reported():
-    def fn(x):
-        def step(state):
-            n, x = state
-            return n + 1, jnp.tanh(jax.lax.psum(x, ("data", "tensor")) + x)
-
-        def goes_on(state):
-            return (state[0] < 100) & (jnp.max(jax.lax.pmax(state[1], ("data", "tensor"))) < 9)
-
-        return jax.lax.while_loop(goes_on, step, (0, x))[1]
-
-    found = traffic(text_of(fn, (CUT,), CUT, (B, D)), 4)
-    assert found.unknown_loops == 1 and any(c.kind == "all-reduce" for c in found.collectives)
-
-
-def test_a_round_of_such_a_loop_has_its_share_of_what_goes_before():
+def test_a_round_of_a_loop_that_data_ends_has_its_share_of_what_goes_before():
     def fn(x):
         before = jax.lax.all_gather(x, "data", axis=0, tiled=True)  # [B, D/2]
         rounds = jax.lax.while_loop(

@@ -7,6 +7,7 @@ below say. Both are gathers, which are quick everywhere and deterministic.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -135,16 +136,14 @@ def moe_layer(
         operands = as_varying(operands, varying_axes(weights))  # gradients are scattered, then summed over "tensor"
         rows, indices, gates = (jax.lax.all_gather(a, EXPERT, axis=0, tiled=True) for a in operands)
         here = weights["down"].shape[-3]
-        worst = indices.shape[0] * min(here, config.experts_per_token)
-        likely = (buffer,) if buffer else LIKELY
-        rooms = sorted({worst, *(min(worst, -(-int(times * indices.size) // size)) for times in likely)})
+        rooms = rooms_of(config, len(indices), here, size, buffer)
         operands = rows, indices - jax.lax.axis_index(EXPERT) * here, gates
         if buffer or len(rooms) == 1 or grouped.resolve_implementation(config.grouped_matmul) == "blocked":
-            y, dropped = experts(weights, config, *operands, room=rooms[0] if buffer else worst)
+            y, dropped = experts(weights, config, *operands, room=rooms[0] if buffer else rooms[-1])
         else:
             weights = {name: array for name, array in weights.items() if name != "trained"}
             operands = as_varying((weights, *operands), varying_axes((weights, *operands)))
-            y, dropped = _roomy_experts(config, tuple(rooms), *operands), jnp.zeros((), jnp.int32)
+            y, dropped = _roomy_experts(config, rooms, *operands), jnp.zeros((), jnp.int32)
         dropped = jax.lax.pmax(dropped, TENSOR) if TENSOR in varying_axes(dropped) else dropped  # equal, known to be
         y = jax.lax.psum_scatter(y, EXPERT, scatter_dimension=0, tiled=True)
     y = sum_over(y, TENSOR)
@@ -155,6 +154,15 @@ def moe_layer(
         y = y + shared
     y = norm(layer, "moe_output_norm", config, y) if config.moe_output_norm else y
     return y, dataclasses.replace(router, dropped=dropped)
+
+
+def rooms_of(config: ModelConfig, tokens: int, here: int, devices: int, buffer: float) -> tuple[int, ...]:
+    """For how many choices of `tokens` tokens a device may make room, whose own experts are `here`: what is likely (or
+    the `buffer`), and at last the worst case.
+    """
+    worst, balanced = tokens * min(here, config.experts_per_token), tokens * config.experts_per_token / devices
+    likely = (min(worst, math.ceil(times * balanced)) for times in ((buffer,) if buffer else LIKELY))
+    return tuple(sorted({worst, *likely}))
 
 
 def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, room: int | None = None) -> tuple:

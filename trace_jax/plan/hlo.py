@@ -48,15 +48,14 @@ Computation = dict[str, Instruction]
 
 
 class Traffic(NamedTuple):
-    """What one run of a program moves on one device, or one round of its loop of unknown length: bytes read and written
-    in its main memory, the same by operation ({(instruction, part of the pass, name): [how often, bytes]}), and
-    collectives. `unknown_loops` is the number of such loops (decoding, which may end early).
+    """What one run of a program moves on one device, or one round of its loop of unknown length (decoding may end
+    early): bytes read and written in its main memory, the same by operation ({(instruction, part of the pass, name):
+    [how often, bytes]}), and collectives.
     """
 
     memory_bytes: float
     operations: dict[tuple[str, str, str], list[float]]
     collectives: list["Collective"]
-    unknown_loops: int
 
 
 class Collective(NamedTuple):
@@ -75,7 +74,7 @@ def traffic(text: str, num_devices: int, *, rounds: int = 1) -> Traffic:
     unknown, of one of `rounds` rounds: its share of what is done before and after the loop is counted to it.
     """
     computations, entry = _parse(text)
-    (times, unknown), continued = _times(computations, entry, rounds), _continued(computations)
+    times, continued = _times(computations, entry, rounds), _continued(computations)
     operations, sums = {}, {}
     for name, (count, fused) in times.items():
         around = computations[name]
@@ -97,7 +96,7 @@ def traffic(text: str, num_devices: int, *, rounds: int = 1) -> Traffic:
         if len(groups[0]) > 1
     ]
     collectives.sort(key=lambda c: (COLLECTIVES.index(c.kind), -c.bytes))
-    return Traffic(sum(moved for _, moved in operations.values()), operations, collectives, unknown)
+    return Traffic(sum(moved for _, moved in operations.values()), operations, collectives)
 
 
 def _operation(instruction: Instruction) -> tuple[str, str, str]:
@@ -161,22 +160,17 @@ def _source(instruction: Instruction, inside: Computation) -> Instruction:
 # --- loops
 
 
-def _times(computations: dict[str, Computation], entry: str, unknown_rounds: int) -> tuple[dict, int]:
-    """{computation: (how often it runs, whether inside a fusion)}, and the number of loops of unknown length. What only
-    an unbalanced load needs does not run.
-    """
+def _times(computations: dict[str, Computation], entry: str, unknown_rounds: int) -> dict[str, tuple[int, bool]]:
+    """{computation: (how often it runs, whether inside a fusion)}. What only an unbalanced load needs does not run."""
     times: dict[str, tuple[int, bool]] = {}
-    unknown = 0
     rare = {n for n, found in computations.items() if any(f"/{RARE}/" in i.attributes for i in found.values())}
 
     def visit(name: str, count: int, fused: bool) -> None:
-        nonlocal unknown
         before = times.get(name, (0, fused))
         times[name] = before[0] + count, before[1] and fused
         for instruction in computations.get(name, {}).values():
             if instruction.opcode == "while":
                 rounds = _rounds(instruction, computations[name], computations)
-                unknown += rounds is None
                 visit(instruction.called("body")[0], count * (unknown_rounds if rounds is None else rounds), fused)
             elif not instruction.opcode.endswith(("-done", "-update")):
                 keys = ["calls", "branch_computations", "true_computation", "false_computation"]
@@ -185,7 +179,7 @@ def _times(computations: dict[str, Computation], entry: str, unknown_rounds: int
                         visit(called, count, fused or instruction.opcode == "fusion")
 
     visit(entry, 1, False)
-    return times, unknown
+    return times
 
 
 def _rounds(loop: Instruction, around: Computation, computations: dict[str, Computation]) -> int | None:

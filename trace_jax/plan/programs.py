@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from trace_jax.data.rows import Batch
 from trace_jax.models.architecture import ModelConfig, abstract_params, flatten, unflatten
 from trace_jax.models.generate import CHUNK, greedy_step
-from trace_jax.models.moe import LIKELY
+from trace_jax.models.moe import rooms_of
 from trace_jax.models.sharding import param_shardings
 from trace_jax.parallel.mesh import BATCH_AXES, EXPERT, ParallelConfig, row_shards
 from trace_jax.plan.hlo import COLLECTIVES, traffic
@@ -108,12 +108,10 @@ def assumed_experts(unlearning: UnlearningConfig, model: ModelConfig) -> np.ndar
 
 
 def _filled(model: ModelConfig, mesh: Mesh, buffer: float = 0.0) -> float:
-    """1 over the room for tokens of a device's experts, as a multiple of the balanced load (`models.moe`)."""
-    devices = mesh.shape[EXPERT]
-    if devices == 1:
-        return 1.0
-    worst = devices * min(-(-model.num_experts // devices), model.experts_per_token) / model.experts_per_token
-    return 1 / min(worst, buffer or LIKELY[0])
+    """The balanced load of a device's experts over the room that they have for it (`models.moe`)."""
+    devices, tokens = mesh.shape[EXPERT], 1 << 20
+    room = rooms_of(model, tokens, -(-model.num_experts // devices), devices, buffer)[0]
+    return tokens * model.experts_per_token / devices / room
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
@@ -176,10 +174,10 @@ def predict(program: Program, chip: Chip, devices: Sequence[Any]) -> dict[str, A
             peak = _needed(error)
     seconds_to_compile = time.perf_counter() - start
     inputs = temporaries = memory_bytes = None
-    loops, moving, exchanges, seconds, times = 0, {}, [], {}, {}
+    moving, exchanges, seconds, times = {}, [], {}, {}
     if compiled is not None:
         memory, text = compiled.memory_analysis(), compiled.as_text()
-        memory_bytes, moving, collectives, loops = traffic(text, len(devices), rounds=program.rounds)
+        memory_bytes, moving, collectives = traffic(text, len(devices), rounds=program.rounds)
         temporaries = memory.output_size_in_bytes - memory.alias_size_in_bytes
         temporaries += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         # The compiler pads small arrays to tiles, and doesn't count what a program never reads, which is there anyway.
@@ -212,7 +210,6 @@ def predict(program: Program, chip: Chip, devices: Sequence[Any]) -> dict[str, A
             for names, (count, moved) in sorted(moving.items(), key=lambda each: -each[1][1])[:LISTED]
         ],
         "exchanges": exchanges,
-        "unknown_loops": loops,
         "seconds": seconds,
         "fits": compiled is not None and peak <= chip.memory,
         **times,
