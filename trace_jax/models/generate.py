@@ -21,7 +21,7 @@ from trace_jax.models.architecture import ModelConfig, abstract_params, unflatte
 from trace_jax.models.decoder import forward
 from trace_jax.models.layers import Cache, init_cache
 from trace_jax.models.model import Model, TextCodec
-from trace_jax.models.sharding import Gathered, decoding_params, decoding_specs, pad
+from trace_jax.models.sharding import decoding_params, decoding_specs, pad
 from trace_jax.parallel.mesh import BATCH_AXES, TENSOR, place, row_shards, sum_over, to_host
 
 CHUNK = 16  # tokens written between two looks of the host
@@ -226,8 +226,6 @@ def greedy_step(config: ModelConfig, mesh: Mesh, rows: int, length: int) -> tupl
         return settings, last, done, number, number, init_cache(config, size, padded_size(length))
 
     def shape(x, spec):
-        if isinstance(spec, Gathered):
-            return Gathered(shape(x, spec.array))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     params = jax.tree.map(shape, abstract_params(config), unflatten(decoding_specs(config, mesh)))

@@ -45,14 +45,6 @@ class Delta:
     b: Any = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Gathered:
-    """A parameter that lies by `split_spec`: where it is used, nothing is left to gather."""
-
-    array: Any
-
-
 def merged(array: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """`array` + `a` `b` in the type of `array`: [..., inputs, outputs] and factors, without layers. The sum is float32.
     Inputs are the axes that `a` has before its last. Where there are experts, both factors have them in front.
@@ -144,27 +136,27 @@ def placed_params(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
     return unflatten(place(flatten(params), mesh, param_specs(config, mesh)))
 
 
-def decoding_specs(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    """How every parameter lies while many tokens are written, by path: `Gathered`, the smallest first, as far as there
-    is room on a device, so that they are not sent for every token; else as it is stored.
+def decoding_specs(config: ModelConfig, mesh: Mesh) -> dict[str, P]:
+    """How every parameter lies while many tokens are written, by path: gathered (`split_spec`), the smallest first, as
+    far as there is room on a device, so that they are not sent for every token; else as it is stored.
     """
     declared, stored, room = flat_specs(config), param_specs(config, mesh), _ROOM
-    found: dict[str, Any] = dict(stored)
+    found = dict(stored)
     for path in sorted(declared, key=lambda path: math.prod(declared[path].shape)):
         split = meshes.split_spec(stored[path], declared[path].axes)
         devices = math.prod(mesh.shape[axis] for axis in split if axis)
         size = math.prod(declared[path].shape) * jnp.dtype(declared[path].dtype).itemsize // devices
         if split != stored[path] and size <= room:
-            found[path], room = Gathered(split), room - size
+            found[path], room = split, room - size
     return found
 
 
 def decoding_params(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
     """Parameters that lie on `mesh` by `decoding_specs`."""
-    specs, flat = decoding_specs(config, mesh), flatten(placed_params(params, config, mesh))
-    gathered = {path: NamedSharding(mesh, spec.array) for path, spec in specs.items() if isinstance(spec, Gathered)}
-    found = _gather(tuple(gathered.values()))([flat[path] for path in gathered])
-    return unflatten(flat | {path: Gathered(array) for path, array in zip(gathered, found, strict=True)})
+    stored, flat = param_specs(config, mesh), flatten(placed_params(params, config, mesh))
+    specs = {path: spec for path, spec in decoding_specs(config, mesh).items() if spec != stored[path]}
+    found = _gather(tuple(NamedSharding(mesh, spec) for spec in specs.values()))([flat[path] for path in specs])
+    return unflatten(flat | dict(zip(specs, found, strict=True)))
 
 
 @functools.lru_cache(maxsize=32)
@@ -180,12 +172,10 @@ def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
     for path, leaf in flatten(tree).items():
         spec = declared[prefix + path]
 
-        def whole(array, spec, first=int(spec.axes[0] == "layers"), gather=True):
-            return meshes.assemble(array, spec.shape[first:], spec.axes[first:], gather=gather)
+        def whole(array, spec, first=int(spec.axes[0] == "layers")):
+            return meshes.assemble(array, spec.shape[first:], spec.axes[first:])
 
-        if isinstance(leaf, Gathered):
-            result[path] = whole(leaf.array, spec, gather=False)
-        elif not isinstance(leaf, Delta):
+        if not isinstance(leaf, Delta):
             result[path] = whole(leaf, spec)
         elif leaf.index is None:
             a, b = low_rank(spec, leaf.a.shape[-1])
@@ -202,7 +192,7 @@ def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
 
 def as_they_lie(tree: Any, config: ModelConfig, prefix: str) -> dict[str, jax.Array] | None:
     """The parameters below `prefix`, of all layers, by path; None unless a device computes with them as they lie."""
-    flat = {path: leaf.array if isinstance(leaf, Gathered) else leaf for path, leaf in flatten(tree).items()}
+    flat = flatten(tree)
     declared = {path: flat_specs(config)[prefix + path] for path in flat}
     own = {path: tuple(map(meshes.share, spec.shape, spec.axes)) for path, spec in declared.items()}
     return flat if all(isinstance(leaf, jax.Array) and leaf.shape == own[path] for path, leaf in flat.items()) else None

@@ -135,17 +135,18 @@ def split_spec(spec: P, axes: tuple[str, ...]) -> P:
     return P(*split)
 
 
-def assemble(array: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *, gather: bool = True) -> jax.Array:
+def assemble(array: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
     """One stored array as this device computes with it: whole but for its share of the dimensions in `RULES`.
 
-    `array` is its part of one that is stored by `storage_spec`, or, if there is nothing to `gather`, by `split_spec` of
-    that; all are without layers, `shape` of the whole.
+    `array` is its part of one that lies by `storage_spec`, or by `split_spec` of that, where nothing is left to gather;
+    all are without layers, `shape` of the whole.
     """
     sizes = axis_sizes()
     spec = storage_spec(shape, axes, sizes)
-    for dimension, name in enumerate(axes if gather else ()):
-        gathered = tuple(axis for axis in spec_axes(spec, dimension) if axis != RULES.get(name))
-        if gathered:
+    for dimension, name in enumerate(axes):
+        split, own = spec_axes(spec, dimension), RULES.get(name)
+        gathered = tuple(axis for axis in split if axis != own)
+        if gathered and array.shape[dimension] < shape[dimension] // (sizes[own] if own in split else 1):
             inner = array.shape[dimension + 1 :]
             if len(inner) > 1:  # as products read it: TPUs arrange a part of it anew, not the whole
                 array = array.reshape(*array.shape[: dimension + 1], -1)
