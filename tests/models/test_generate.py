@@ -4,14 +4,16 @@ All batches have four rows and a cache of 40 places, so that few programs are co
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.tiny import mesh_of, random_params
-from trace_jax.models import decoder, grouped_matmul_tpu, sharding
+from trace_jax.models import decoder, grouped_matmul_gpu, grouped_matmul_tpu, sharding
 from trace_jax.models import generate as decoding
 from trace_jax.models import grouped_matmul as grouped
 from trace_jax.models.architecture import ModelConfig, Rope
@@ -129,26 +131,29 @@ def test_a_token_copies_neither_the_experts_of_a_layer_nor_the_cache():
     assert room(12, 6, 4096) - room(6, 6, 4096) < 4 * 4096 * 2 * 4 * 4
 
 
-@pytest.mark.parametrize("mesh", [None, *MESHES["grouped"]], ids=str)
-def test_kernels_read_experts_where_they_lie(mesh, monkeypatch):
+@pytest.mark.parametrize(
+    ("platform", "mesh"), [("gpu", None), ("tpu", None), *(("tpu", mesh) for mesh in MESHES["grouped"])], ids=str
+)
+def test_kernels_read_experts_where_they_lie(platform, mesh, monkeypatch):
     """Those of all layers are groups of one product; for a prompt those of each layer."""
     config = dataclasses.replace(CONFIG, num_layers=6, expert_bias=True)
     params, settings, groups = random_params(config), {"lengths": LENGTHS, "max_new_tokens": NEW}, []
     expected = generate(params, config, PROMPT, **settings)
-    monkeypatch.setattr(grouped, "program_platform", lambda: "tpu")
-    monkeypatch.setattr(
-        grouped_matmul_tpu, "product", lambda x, w, sizes: groups.append(len(w)) or jax.lax.ragged_dot(x, w, sizes)
-    )
+    kernels = {"gpu": grouped_matmul_gpu, "tpu": grouped_matmul_tpu}[platform]
+    product = kernels.product
+    monkeypatch.setattr(kernels, "product", lambda x, w, sizes: groups.append(len(w)) or product(x, w, sizes))
+    monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr(grouped, "program_platform", lambda: platform)
     decoding._compiled.cache_clear()
     np.testing.assert_array_equal(generate(params, config, PROMPT, mesh=mesh, **settings), expected)
-    decoding._compiled.cache_clear()
     own = 6 // (1 if mesh is None else mesh.shape["expert"])
     assert set(groups) == {own, 6 * own}
     groups.clear()
-    monkeypatch.setattr(decoder, "ROOM", 0)  # for the copy that this takes
-    np.testing.assert_array_equal(generate(params, config, PROMPT, mesh=mesh, **settings), expected)
+    monkeypatch.setattr(decoder, "ROOM", 0)  # for the copy that this takes on TPUs
     decoding._compiled.cache_clear()
-    assert set(groups) == {own}
+    np.testing.assert_array_equal(generate(params, config, PROMPT, mesh=mesh, **settings), expected)
+    assert set(groups) == ({own} if platform == "tpu" else {own, 6 * own})
+    decoding._compiled.cache_clear()
 
 
 def test_a_finished_row_is_filled_with_its_end_token():

@@ -213,19 +213,19 @@ def forward(
 
 def _experts_in_stacks(params: dict, config: ModelConfig, cache: Cache, length: int) -> dict:
     """All layers' experts, to be read where they lie: a token uses few, a copy of a layer has all. Empty where a device
-    doesn't compute with them as they lie; for kernels also among many tokens, which other layers' groups would slow,
-    and without room for a copy of `gate_up` in the layout that they read.
+    doesn't compute with them as they lie; for kernels also among many tokens, which other layers' groups would slow.
     """
     implementation = resolve_implementation(config.grouped_matmul)
     if implementation != "blocked" and (implementation not in KERNELS or length > 1):
         return {}
-    stacks = as_they_lie(params["layers"]["experts"], config, "layers/experts/") or {}
+    stacks = as_they_lie(params["layers"]["experts"], config, "layers/experts/")
     if implementation == "blocked":
         return stacks
+    # TPUs copy `gate_up` into the layout that the kernel reads, once before many tokens.
     held = (params, cache, {name: stack for name, stack in stacks.items() if name.startswith("gate_up")})
-    if sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held)) > ROOM:
+    if implementation == "mosaic" and sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(held)) > ROOM:
         return {}
-    return {name: flat(name, stack) for name, stack in stacks.items()}  # once, before the first of many tokens
+    return {name: flat(name, stack) for name, stack in stacks.items()}
 
 
 def _residual(layer: dict, config: ModelConfig, x: jax.Array, name: str, part):

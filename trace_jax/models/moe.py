@@ -169,9 +169,8 @@ def experts(weights: dict, config: ModelConfig, x_TD, indices_TK, gates_TK, *, r
     """(sum over the chosen experts of gate times expert [T,D], choices that found no room i32 []).
 
     "trained" bool [E] in `weights` says which experts take a gradient (default: all); "layer" i32 [], that the others
-    are stacks of layers [L,E,...] and which of them this is: none is copied out of the stack. `room`
-    says for how many choices there is room at least (default: all), and that an index that is no expert of `weights`
-    is another device's.
+    are stacks of layers [L,E,...] and which of them this is: none is copied out of the stack. `room` says for how many
+    choices there is room at least (default: all), and that an index that is no expert of `weights` is another device's.
     """
     implementation, activate = grouped.resolve_implementation(config.grouped_matmul), activation(config)
     trained, layer = weights.get("trained"), weights.get("layer")

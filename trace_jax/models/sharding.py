@@ -190,12 +190,12 @@ def assembled(tree: Any, config: ModelConfig, prefix: str = "") -> Any:
     return unflatten(result)
 
 
-def as_they_lie(tree: Any, config: ModelConfig, prefix: str) -> dict[str, jax.Array] | None:
-    """The parameters below `prefix`, of all layers, by path; None unless a device computes with them as they lie."""
+def as_they_lie(tree: Any, config: ModelConfig, prefix: str) -> dict[str, jax.Array]:
+    """The parameters below `prefix`, of all layers, by path; none unless a device computes with them as they lie."""
     flat = flatten(tree)
     declared = {path: flat_specs(config)[prefix + path] for path in flat}
     own = {path: tuple(map(meshes.share, spec.shape, spec.axes)) for path, spec in declared.items()}
-    return flat if all(isinstance(leaf, jax.Array) and leaf.shape == own[path] for path, leaf in flat.items()) else None
+    return flat if all(isinstance(leaf, jax.Array) and leaf.shape == own[path] for path, leaf in flat.items()) else {}
 
 
 def put_rows(array: jax.Array, rows: jax.Array, index: jax.Array, *, first: jax.Array | int = 0) -> jax.Array:
