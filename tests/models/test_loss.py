@@ -34,7 +34,8 @@ def inputs():
 
 @pytest.fixture
 def tokens_of_chunk(monkeypatch):
-    """tokens_of_chunk(n): the logits of n tokens exist at a time."""
+    """tokens_of_chunk(n): the logits of n tokens exist at a time, however large the head is."""
+    monkeypatch.setattr(loss, "HEAD_PER_CHUNK", 2**30)
     return lambda n: monkeypatch.setattr(loss, "CHUNK_ELEMENTS", n * V)
 
 
@@ -84,12 +85,17 @@ def test_large_logits_stay_finite(inputs):
     close(token_nll(params, MODEL, hidden, targets), plain_nll(params, MODEL, hidden, targets))
 
 
-def test_chunks_never_hold_all_logits(inputs, tokens_of_chunk):
+def test_chunks_never_hold_all_logits(inputs, tokens_of_chunk, monkeypatch):
     ours, _, hidden, _, targets = inputs
+
+    def program():
+        gradient = jax.grad(lambda p, h: jnp.sum(token_nll(p, MODEL, h, targets)), argnums=(0, 1))
+        return str(jax.make_jaxpr(gradient)(ours, hidden))
+
     tokens_of_chunk(5)
-    gradient = jax.grad(lambda p, h: jnp.sum(token_nll(p, MODEL, h, targets)), argnums=(0, 1))
-    text = str(jax.make_jaxpr(gradient)(ours, hidden))
-    assert f"f32[{B * S},{V}]" not in text and f"f32[5,{V}]" in text
+    assert f"f32[{B * S},{V}]" not in program() and f"f32[5,{V}]" in program()
+    monkeypatch.setattr(loss, "HEAD_PER_CHUNK", 2)  # a large head isn't read for fewer tokens
+    assert f"f32[{B * S},{V}]" not in program() and f"f32[{D // 2},{V}]" in program()
 
 
 def test_bfloat16_model_has_float32_losses(inputs, tokens_of_chunk):

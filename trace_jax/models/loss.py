@@ -72,7 +72,8 @@ class Vocabulary:
         return self.log_normalizer(self.logits) - self.total(q * self.logits)
 
 
-CHUNK_ELEMENTS = 2**24  # of one chunk's logits, 64 MiB in float32; a quarter of the head's numbers where these are more
+CHUNK_ELEMENTS = 2**24  # of one chunk's logits: 64 MiB in float32
+HEAD_PER_CHUNK = 4  # but as many as the head has numbers, over this: each chunk reads the head, not for few tokens
 
 
 def token_nll(params: dict, config: ModelConfig, hidden: jax.Array, targets: jax.Array) -> jax.Array:
@@ -161,8 +162,7 @@ def _operands(config: ModelConfig, params, hidden, targets, reference=None):
     if reference is not None:
         hidden_ref, head_ref = output_operands(reference[0], config, reference[1])
         operands += jax.lax.stop_gradient([head_ref, hidden_ref.reshape(-1, head_ref.shape[0])])
-    # Every chunk reads the head: it should not be read for few tokens.
-    chunks = -(-targets.size // max(1, max(CHUNK_ELEMENTS, head.size // 4) // head.shape[1]))
+    chunks = -(-targets.size // max(1, max(CHUNK_ELEMENTS, head.size // HEAD_PER_CHUNK) // head.shape[1]))
     size, devices = config.vocab_size, axis_sizes().get(TENSOR, 1)
 
     def vocabulary_of(head_DV, hidden_TD, targets_T) -> Vocabulary:

@@ -271,9 +271,10 @@ def _memory_bytes(
         return min(read[0], _bytes(results)) + sum(read[1:]) + written
     if opcode in ("dynamic-update-slice", "scatter"):
         return sum(read[1:]) + min(_bytes(operands[1 if opcode == "dynamic-update-slice" else 2]), written)
+    if opcode == "custom-call" and (layers := re.search(rf"/{ONE_OF}(\d+)/", instruction.attributes)):
+        return sum(read) + written - max(read) * (1 - 1 / int(layers[1]))
     if opcode != "fusion":
-        layers = re.search(rf"/{ONE_OF}(\d+)/", instruction.attributes)
-        return sum(read) + written - (max(read) * (1 - 1 / int(layers[1])) if layers else 0)
+        return sum(read) + written
     # Of an operand only what is sliced out is read, of a result only what is updated in place is written.
     called = instruction.called("calls")[0]
     fused, total = computations[called], 0.0
